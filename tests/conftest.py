@@ -1,0 +1,28 @@
+"""One mode a process: with a GPU the kernels are compiled, without one they run in Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is first imported, so it is set here, before anything imports triton.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    assert "triton" not in sys.modules, "triton was imported before conftest.py could choose the interpreter"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the Triton kernels run in this process: the GPU, or the CPU through the interpreter."""
+    return torch.device("cuda" if GPU else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="no GPU on this machine")
+    for item in items:
+        if "gpu" in item.keywords and not GPU:
+            item.add_marker(skip)
