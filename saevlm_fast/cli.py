@@ -1,0 +1,185 @@
+"""The command line: parse, build a config, call, print. Errors in the input end with one line and exit code 2."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Sparse autoencoders for vision-language models on Triton kernels, and their Monosemanticity Score.",
+)
+out, err = Console(), Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point: input errors in one line and exit code 2, an interrupted run 130, never half a traceback."""
+    from saevlm_fast.train import Interrupted
+
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as error:
+        err.print(str(error) or "interrupted", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Options of the program itself."""
+    if version:
+        from saevlm_fast import __version__
+
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def synthetic(
+    output: Annotated[Path, typer.Argument(help="Directory for activations.npy and embeddings.npy.")],
+    rows: Annotated[int, typer.Option(help="Images, N.")] = 20_000,
+    d_in: Annotated[int, typer.Option(help="Width of the activations.")] = 128,
+    d_embedding: Annotated[int, typer.Option(help="Width of the image embeddings.")] = 64,
+    concepts: Annotated[int, typer.Option(help="Planted concepts.")] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of the concepts and the images.")] = 0,
+) -> None:
+    """Write activations with planted concepts and matching image embeddings: data to try everything on, no download."""
+    from saevlm_fast.synthetic import PlantedConcepts, write_synthetic
+
+    source = PlantedConcepts(d_in=d_in, d_embedding=d_embedding, n_concepts=concepts, seed=seed)
+    for path in write_synthetic(output, rows, source):
+        out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    activations: Annotated[Path, typer.Option(help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.")],
+    output: Annotated[Path, typer.Option(help="Run directory.")],
+    architecture: Annotated[str, typer.Option(help="batch_topk, topk or matryoshka.")] = "batch_topk",
+    expansion: Annotated[float | None, typer.Option(help="d_sae = expansion * d_in.  [default: 8]")] = None,
+    d_sae: Annotated[int | None, typer.Option(help="Number of latents, instead of --expansion.")] = None,
+    k: Annotated[int, typer.Option(help="Latents kept per row (on average for batch_topk and matryoshka).")] = 20,
+    groups: Annotated[
+        str, typer.Option(help="Matryoshka group sizes as fractions of d_sae.")
+    ] = "0.0625,0.125,0.25,0.5625",
+    steps: Annotated[int, typer.Option(help="Optimiser steps (the paper's number).")] = 110_000,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 4096,
+    lr: Annotated[str, typer.Option(help="Learning rate; auto is 2e-4 / sqrt(d_sae / 16384).")] = "auto",
+    warmup: Annotated[int | None, typer.Option(help="Warm-up steps.  [default: min(1000, steps / 10)]")] = None,
+    auxk_alpha: Annotated[float, typer.Option(help="Weight of the auxiliary loss on dead latents.")] = 0.03,
+    dead_after: Annotated[int, typer.Option(help="Rows without firing after which a latent is dead.")] = 10_000_000,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the rows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the encoder product: float32, tf32 or bfloat16.")] = "float32",
+    validation: Annotated[Path | None, typer.Option(help="Held-out activations for the final evaluation.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps.  [default: steps / 20]")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps.  [default: steps / 100, at most 100]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run in --output.")] = False,
+) -> None:
+    """Train a sparse autoencoder on activations, by the recipe of arXiv 2504.02821."""
+    from saevlm_fast.activations import open_activations
+    from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions, require
+    from saevlm_fast.train import RunOptions
+    from saevlm_fast.train import train as run_training
+
+    data = open_activations(activations)
+    held_out = open_activations(validation) if validation is not None else None
+    require(d_sae is None or expansion is None, "d_sae: give either --d-sae or --expansion, not both")
+    expansion = 8.0 if expansion is None else expansion
+    require(expansion > 0, f"expansion: {expansion:g} must be positive")
+    n_latents = d_sae if d_sae is not None else round(expansion * data.d)
+    sizes = group_sizes_from_fractions(_fractions(groups), n_latents) if architecture == "matryoshka" else ()
+    sae_config = SAEConfig(data.d, n_latents, k, architecture, sizes)
+    config = TrainConfig(
+        steps=steps, batch_size=batch_size, lr=None if lr == "auto" else _number("lr", lr), warmup_steps=warmup,
+        auxk_alpha=auxk_alpha, dead_after=dead_after, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    options = RunOptions(output, device, log_every, checkpoint_every, resume, force)
+    out.print(
+        f"{architecture} SAE {data.d} -> {n_latents}, k = {k}, on {data.n_rows:,} rows; "
+        f"{steps:,} steps of {batch_size:,}, lr {config.peak_lr(n_latents):.3g}, {data.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with TrainProgress(steps) as progress:
+        _, metrics = run_training(
+            data, sae_config, config, options, validation=held_out, on_log=progress.log, on_step=progress.step
+        )
+    table = Table("measure", "value", title=f"evaluation on {'validation' if held_out else 'training'} rows")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    out.print(table)
+    out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+class TrainProgress:
+    """A bar with rate, ETA and the last logged metrics on a terminal; a line every few seconds elsewhere."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.live = out.is_terminal
+        columns = (
+            TextColumn("train"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"),
+        )  # fmt: skip
+        self.bar = Progress(*columns, console=out, disable=not self.live)
+        self.task = self.bar.add_task("train", total=total, rate="", metrics="")
+        self.first_step: int | None = None
+        self.start = self.last_line = time.monotonic()
+
+    def __enter__(self) -> "TrainProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def rate(self, step: int) -> float:
+        """Steps a second since the first step of this process."""
+        return (step - (self.first_step or 0)) / max(time.monotonic() - self.start, 1e-9)
+
+    def step(self, step: int) -> None:
+        """Called after every step."""
+        if self.first_step is None:
+            self.first_step, self.start = step, time.monotonic()
+        self.bar.update(self.task, completed=step, rate=f"{self.rate(step):.1f} it/s")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Called after every logged step."""
+        text = (
+            f"loss {metrics['losses/overall_loss']:.4f}  ev {metrics['metrics/explained_variance']:.3f}  "
+            f"l0 {metrics['metrics/l0']:.1f}  dead {metrics['sparsity/dead_features']}"
+        )
+        self.bar.update(self.task, metrics=text)
+        now = time.monotonic()
+        if not self.live and (now - self.last_line > 5 or step == self.total):
+            rate = self.rate(step)
+            left = (self.total - step) / rate if rate > 0 else 0.0
+            line = f"step {step}/{self.total}  {rate:.1f} it/s  {left:.0f} s left  {text}"
+            out.print(line, highlight=False, soft_wrap=True)
+            self.last_line = now
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    return tuple(_number("groups", part) for part in text.split(","))
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}: {text!r} is not a number") from None
+
+
+if __name__ == "__main__":
+    main()

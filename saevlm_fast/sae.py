@@ -1,0 +1,308 @@
+"""The SAE module: encode to sparse codes, decode, save and load in the SAELens v6 layout."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from saevlm_fast import __version__
+from saevlm_fast.config import SAEConfig, require
+from saevlm_fast.files import atomic_write, save_safetensors_atomic
+from saevlm_fast.kernels import reference
+from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
+from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
+
+WEIGHTS_FILE, CONFIG_FILE = "sae_weights.safetensors", "cfg.json"
+SAE_LENS_LAYOUT = "6.0.0"  # the SAELens release whose file layout is written; older versions are converted on load
+
+
+class SparseCodes(NamedTuple):
+    """Sparse latent activations of x [..., d_in].
+
+    Attributes:
+        top_acts: activations in the units of x: [..., k] for `topk`, else flat [M].
+        top_indices: int64 latents, same shape, ascending within a row.
+        row_offsets: None for `topk`; else int64 [B + 1]: flattened row b owns entries row_offsets[b]:row_offsets[b+1].
+            Entries after row_offsets[B] are padding (0 at latent 0).
+        shape: the shape of the dense codes, (..., d_sae).
+    """
+
+    top_acts: Tensor
+    top_indices: Tensor
+    row_offsets: Tensor | None
+    shape: tuple[int, ...]
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(acts, latents, row_offsets) as the kernels take them: leading dimensions flattened."""
+        if self.row_offsets is not None:
+            return self.top_acts, self.top_indices, self.row_offsets
+        k = self.top_indices.shape[-1]
+        n_rows = torch.Size(self.shape[:-1]).numel()
+        return self.top_acts.reshape(n_rows, k), self.top_indices.reshape(n_rows, k), None
+
+    def dense(self) -> Tensor:
+        """Dense codes [..., d_sae]: for small uses, it is B * d_sae numbers."""
+        return reference.densify(*self.flat(), self.shape[-1]).view(self.shape)
+
+    def l0(self) -> Tensor:
+        """Latents that fire (act > 0) per row, int64 [...]."""
+        acts, latents, row_offsets = self.flat()
+        if row_offsets is None:
+            return (acts > 0).sum(1).view(self.shape[:-1])
+        fired = torch.cat([row_offsets.new_zeros(1), (acts > 0).long().cumsum(0)])
+        return (fired[row_offsets[1:]] - fired[row_offsets[:-1]]).view(self.shape[:-1])
+
+
+class SparseAutoencoder(nn.Module):
+    """x -> relu((x - b_dec) @ W_enc + b_enc), the largest kept -> codes @ W_dec + b_dec. Paper section 3, recipe.md 1.
+
+    Attributes:
+        W_enc: [d_in, d_sae]. Held latent-major (its memory is [d_sae, d_in]): a latent's weights are contiguous, which
+            is what gathers and per-latent updates read.
+        b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows. b_dec: [d_in].
+        threshold: scalar; the inference cut of BatchTopK architectures; negative while it has not been calibrated.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, config: SAEConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in, **options).T)
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, **options))
+        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in, **options))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, **options))
+        self.register_buffer("threshold", torch.tensor(-1.0, device=device, dtype=torch.float32))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Random unit decoder rows, W_enc = W_dec^T, zero biases. Drawn on the CPU: one seed, one SAE on any device."""
+        generator = torch.Generator().manual_seed(seed)
+        rows_SD = torch.randn(self.config.d_sae, self.config.d_in, generator=generator)
+        rows_SD /= rows_SD.norm(dim=1, keepdim=True)
+        self.W_dec.copy_(rows_SD)
+        self.W_enc.copy_(rows_SD.T)
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+
+    def encode(self, x: Tensor, use_threshold: bool | None = None) -> SparseCodes:
+        """Sparse codes of x [..., d_in].
+
+        Args:
+            x: activations in raw units, any leading dimensions.
+            use_threshold: BatchTopK architectures only. True: keep activations above `threshold`, each row by itself
+                (inference). False: keep the B * k largest of this batch (training). None: True in eval mode.
+
+        Raises:
+            ValueError: a wrong last dimension, or a threshold that was never calibrated.
+        """
+        require(
+            x.dim() >= 1 and x.shape[-1] == self.config.d_in,
+            f"x: last dimension of {tuple(x.shape)} must be d_in = {self.config.d_in}",
+        )
+        weights = (x.reshape(-1, self.config.d_in), self.W_enc, self.b_enc, self.b_dec)
+        shape = (*x.shape[:-1], self.config.d_sae)
+        if self.config.architecture == "topk":
+            acts_BK, latents_BK = topk_encode(*weights, self.config.k)
+            fixed = (*x.shape[:-1], self.config.k)
+            return SparseCodes(acts_BK.view(fixed), latents_BK.view(fixed), None, shape)
+        if use_threshold is None:
+            use_threshold = not self.training
+        if not use_threshold:
+            return SparseCodes(*batch_topk_encode(*weights, self.config.k), shape)
+        threshold = float(self.threshold)
+        require(threshold >= 0, "threshold: not calibrated; train the SAE, or encode with use_threshold=False")
+        return SparseCodes(*threshold_encode(*weights, threshold), shape)
+
+    def decode(self, codes: SparseCodes) -> Tensor:
+        """Reconstruction [..., d_in] of sparse codes."""
+        return sparse_decode(*codes.flat(), self.W_dec, self.b_dec).view(*codes.shape[:-1], self.config.d_in)
+
+    def decode_prefixes(self, codes: SparseCodes) -> Tensor:
+        """Matryoshka reconstructions [G, ..., d_in]: the g-th from the first g + 1 groups of latents alone."""
+        x_hat_GBD = matryoshka_decode(*codes.flat(), self.W_dec, self.b_dec, self.config.group_ends)
+        return x_hat_GBD.view(len(x_hat_GBD), *codes.shape[:-1], self.config.d_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction of x, decode(encode(x)), in the shape of x."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def scale_biases_(self, factor: float) -> None:
+        """Move an SAE trained on x / factor to raw units: b_enc, b_dec and the threshold times factor."""
+        self.b_enc.mul_(factor)
+        self.b_dec.mul_(factor)
+        self.threshold.copy_(torch.where(self.threshold < 0, self.threshold, self.threshold * factor))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write cfg.json and sae_weights.safetensors in the SAELens v6 layout, each atomically, the weights first.
+
+        BatchTopK architectures become `jumprelu` with the scalar threshold repeated for every latent, as SAELens
+        itself exports them; k, groups and everything else needed to come back is in `metadata`.
+
+        Raises:
+            ValueError: a BatchTopK SAE whose threshold was never calibrated.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.named_parameters()}
+        if self.config.architecture != "topk":
+            require(float(self.threshold) >= 0, "threshold: not calibrated; a BatchTopK SAE cannot be saved without it")
+            tensors["threshold"] = self.threshold.detach().cpu().expand(self.config.d_sae).contiguous()
+        save_safetensors_atomic(directory / WEIGHTS_FILE, tensors)
+        with atomic_write(directory / CONFIG_FILE) as file:
+            file.write((json.dumps(_sae_lens_config(self), indent=2) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "SparseAutoencoder":
+        """Load an SAE in the SAELens v6 layout, ours or theirs, in eval mode.
+
+        Their `topk` and single-threshold `jumprelu` SAEs are accepted; settings that are an exact change of weights
+        (rescale_acts_by_decoder_norm, apply_b_dec_to_input = false) are folded in.
+
+        Raises:
+            ValueError: a missing, damaged or inconsistent file, or an architecture this engine does not have.
+        """
+        directory = Path(directory)
+        cfg = _read_config(directory / CONFIG_FILE)
+        tensors = _read_weights(directory / WEIGHTS_FILE)
+        config = _config_from_sae_lens(cfg, tensors, directory)
+        sae = cls(config, dtype=dtype or tensors["W_enc"].dtype)
+        sae.load_tensors_(_fold_settings(cfg, tensors, directory), directory)
+        return sae.to(device).eval()
+
+    @torch.no_grad()
+    def load_tensors_(self, tensors: dict[str, Tensor], origin: str | Path) -> None:
+        """Copy named tensors into the parameters and the threshold, shapes checked."""
+        for name, parameter in self.named_parameters():
+            require(
+                tensors[name].shape == parameter.shape,
+                f"{origin}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}",
+            )
+            parameter.copy_(tensors[name])
+        if self.config.architecture != "topk":
+            values = tensors["threshold"].flatten()
+            require(
+                bool((values == values[0]).all()),
+                f"{origin}: threshold differs between latents ({float(values.min()):g} to {float(values.max()):g}); "
+                "only a single threshold (BatchTopK) is supported",
+            )
+            self.threshold.copy_(values[0])
+
+
+@contextmanager
+def evaluating(sae: SparseAutoencoder) -> Iterator[SparseAutoencoder]:
+    """The SAE in eval mode without gradients, its mode restored afterwards."""
+    was_training = sae.training
+    sae.eval()
+    try:
+        with torch.no_grad():
+            yield sae
+    finally:
+        sae.train(was_training)
+
+
+def _sae_lens_config(sae: SparseAutoencoder) -> dict[str, Any]:
+    config = sae.config
+    ours = {
+        "sae_lens_version": SAE_LENS_LAYOUT,
+        "sae_lens_training_version": None,
+        "saevlm_fast_version": __version__,
+        "architecture": config.architecture,
+        "k": config.k,
+        "group_sizes": list(config.group_sizes),
+    }
+    cfg: dict[str, Any] = {
+        "architecture": "topk" if config.architecture == "topk" else "jumprelu",
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {**config.metadata, **ours},
+    }
+    if config.architecture == "topk":
+        cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    return cfg
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    require(path.is_file(), f"{path}: no such file; an SAE directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        cfg = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    require(isinstance(cfg, dict), f"{path}: a JSON object is expected")
+    for key in ("architecture", "d_in", "d_sae"):
+        require(key in cfg, f"{path}: key {key!r} is missing")
+    return cfg
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    require(path.is_file(), f"{path}: no such file; an SAE directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        require(name in tensors, f"{path}: tensor {name!r} is missing (found {', '.join(sorted(tensors))})")
+        require(tensors[name].is_floating_point(), f"{path}: {name} is {tensors[name].dtype}, not floating point")
+        require(bool(tensors[name].isfinite().all()), f"{path}: {name} holds NaN or inf")
+    return tensors
+
+
+def _config_from_sae_lens(cfg: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -> SAEConfig:
+    metadata = dict(cfg.get("metadata") or {})
+    architecture = metadata.get("architecture", {"topk": "topk", "jumprelu": "batch_topk"}.get(cfg["architecture"]))
+    require(
+        cfg["architecture"] in ("topk", "jumprelu") and architecture is not None,
+        f"{directory}: architecture {cfg['architecture']!r} is not one of topk, jumprelu",
+    )
+    require(
+        cfg["architecture"] == "topk" or "threshold" in tensors,
+        f"{directory}: tensor 'threshold' is missing from a jumprelu SAE",
+    )
+    k = metadata.get("k", cfg.get("k"))
+    require(k is not None, f"{directory}: neither cfg.json nor its metadata say k")
+    ours = ("architecture", "k", "group_sizes", "sae_lens_version", "sae_lens_training_version", "saevlm_fast_version")
+    return SAEConfig(
+        d_in=cfg["d_in"],
+        d_sae=cfg["d_sae"],
+        k=int(k),
+        architecture=architecture,
+        group_sizes=tuple(metadata.get("group_sizes") or ()),
+        metadata={key: value for key, value in metadata.items() if key not in ours},
+    )
+
+
+def _fold_settings(cfg: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """Settings of SAELens that are an exact change of weights, applied to the weights."""
+    for key in ("normalize_activations", "reshape_activations"):
+        require(cfg.get(key, "none") == "none", f"{directory}: {key} = {cfg.get(key)!r} is not supported, only 'none'")
+    tensors = dict(tensors)
+    if cfg["architecture"] == "topk" and cfg.get("rescale_acts_by_decoder_norm", False):
+        norm_S = tensors["W_dec"].norm(dim=1)
+        tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm_S, tensors["b_enc"] * norm_S
+        tensors["W_dec"] = tensors["W_dec"] / norm_S[:, None]
+    if not cfg.get("apply_b_dec_to_input", True):
+        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
+    return tensors
+
+
+def with_metadata(sae: SparseAutoencoder, **metadata: Any) -> SparseAutoencoder:
+    """The same SAE with more metadata (set in place, the module is returned)."""
+    sae.config = replace(sae.config, metadata={**sae.config.metadata, **metadata})
+    return sae

@@ -1,0 +1,406 @@
+"""A training run: data in, progress and checkpoints out, an SAE in raw activation units at the end.
+
+A run directory holds `cfg.json` and `sae_weights.safetensors` (the SAE, SAELens v6 layout), `metrics.jsonl`, `run.json`
+(the settings, checked by --resume) and `checkpoints/step_XXXXXXXX/` (the same SAE files as of that step, and
+`train_state.safetensors`). Everything is written under a temporary name and renamed; a checkpoint directory appears
+whole or not at all. The order of the rows is a function of (seed, step), so a run that was killed and resumed takes the
+same steps as one that was not: bit-identical weights on the CPU.
+"""
+
+import json
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saevlm_fast.activations import Activations, ShuffledRows, batches, check_finite
+from saevlm_fast.config import SAEConfig, TrainConfig, require
+from saevlm_fast.files import atomic_directory, atomic_write, save_safetensors_atomic, write_json_atomic
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, with_metadata
+from saevlm_fast.step import Stepper, StepOutput, geometric_median, smallest_positive
+
+STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
+_CALIBRATION_BATCHES = 10
+_KEPT_CHECKPOINTS = 2
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run goes and how it is watched.
+
+    Attributes:
+        output: run directory. device: torch device, or auto (a GPU if there is one).
+        log_every, checkpoint_every: steps; None is about 100 logs and 20 checkpoints a run.
+        resume: continue the run in `output`. force: replace it.
+    """
+
+    output: Path
+    device: str = "auto"
+    log_every: int | None = None
+    checkpoint_every: int | None = None
+    resume: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}: {value} must be at least 1")
+        require(not (self.resume and self.force), "resume and force exclude each other")
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and did, after a whole step and a checkpoint."""
+
+    def __init__(self, step: int, output: Path):
+        super().__init__(f"interrupted after step {step}; continue with --resume --output {output}")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is a CUDA (or ROCm) device if there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that torch does not know or that is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    require(device.type in ("cpu", "cuda"), f"device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    require(device.type != "cuda" or torch.cuda.is_available(), f"device: {name!r} asked for, but torch sees no GPU")
+    return device
+
+
+def train(
+    activations: Activations,
+    sae_config: SAEConfig,
+    config: TrainConfig,
+    options: RunOptions,
+    *,
+    validation: Activations | None = None,
+    on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> tuple[SparseAutoencoder, Metrics]:
+    """Train an SAE by the paper's recipe (recipe.md section 2) and write the run directory.
+
+    Args:
+        activations: rows [N, d_in], read through the page cache, never held whole.
+        validation: rows on which the finished SAE is evaluated; the training rows otherwise.
+        on_log: called at every logged step with SAELens metric names. on_step: called after every step.
+
+    Returns:
+        The SAE in raw activation units, and its evaluation over all validation rows.
+
+    Raises:
+        ValueError: settings that do not fit the data, a run directory in use, non-finite data or loss.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
+    """
+    require(
+        activations.d == sae_config.d_in,
+        f"d_in: {sae_config.d_in} does not fit activations of width {activations.d} ({activations.path})",
+    )
+    require(
+        validation is None or validation.d == activations.d,
+        f"validation: width {validation.d if validation else 0} differs from the activations' {activations.d}",
+    )
+    run = _Run(activations, sae_config, config, options)
+    run.open_directory()
+    with interruptible() as interrupted:
+        run.steps(on_log, on_step, interrupted)
+        sae = run.export()
+        sae.save_pretrained(options.output)
+    metrics = evaluate(sae, validation or activations)
+    run.log(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
+    return sae, metrics
+
+
+class _Run:
+    """The state of one run; methods in the order they happen."""
+
+    def __init__(self, activations: Activations, sae_config: SAEConfig, config: TrainConfig, options: RunOptions):
+        self.activations, self.config, self.options = activations, config, options
+        self.output = Path(options.output)
+        self.device = resolve_device(options.device)
+        self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
+        self.log_every = options.log_every or max(1, min(100, config.steps // 100))
+        self.checkpoint_every = options.checkpoint_every or max(1, config.steps // 20)
+        sae = SparseAutoencoder(sae_config, device=self.device)
+        sae.reset_parameters(config.seed)
+        self.stepper = Stepper(sae, config)
+        self.norm_factor = 1.0
+
+    def open_directory(self) -> None:
+        """Start, replace or resume; refuses to touch a run without being told."""
+        used = any((self.output / name).exists() for name in (RUN_FILE, CONFIG_FILE, CHECKPOINTS, METRICS_FILE))
+        if used and not (self.options.resume or self.options.force):
+            raise ValueError(f"output: {self.output} already holds a run; use --resume to continue or --force to replace")
+        if self.options.resume:
+            require((self.output / RUN_FILE).is_file(), f"resume: {self.output} holds no run ({RUN_FILE} is missing)")
+            self._check_same_settings()
+        if self.options.force:
+            self._remove_run()
+        self.output.mkdir(parents=True, exist_ok=True)
+        if not self.options.resume:
+            write_json_atomic(self.output / RUN_FILE, self._settings())
+        checkpoint = latest_checkpoint(self.output) if self.options.resume else None
+        if checkpoint is not None:
+            self._load(checkpoint)
+            self._truncate_metrics()
+        else:
+            self._initialise()
+
+    def _settings(self) -> dict[str, Any]:
+        sae = self.stepper.sae.config
+        return {
+            "sae": {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "architecture": sae.architecture,
+                    "group_sizes": list(sae.group_sizes)},
+            "train": json.loads(json.dumps(self.config.to_dict())),
+            "data": {"rows": self.activations.n_rows, "path": str(self.activations.path)},
+        }  # fmt: skip
+
+    def _check_same_settings(self) -> None:
+        try:
+            stored = json.loads((self.output / RUN_FILE).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.output / RUN_FILE}: not valid JSON ({error})") from None
+        for section, values in self._settings().items():
+            for name, value in values.items():
+                before = stored.get(section, {}).get(name)
+                free = name == "path"  # data may move
+                require(free or before == value, f"resume: {name} is {value}, but the run was started with {before}")
+
+    def _remove_run(self) -> None:
+        shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, RUN_FILE):
+            (self.output / name).unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """norm_factor from the first batches, b_dec at the geometric median of the first one."""
+        (self.output / METRICS_FILE).unlink(missing_ok=True)
+        squared, n_rows, first = 0.0, 0, None
+        n_batches = min(self.config.norm_batches, self.order.batches_per_epoch)
+        for x_BD in self._batches(0, n_batches):
+            squared += float(x_BD.double().square().sum())
+            n_rows += len(x_BD)
+            first = x_BD if first is None else first
+        assert first is not None
+        self.norm_factor = math.sqrt(squared / n_rows)
+        require(self.norm_factor > 0, f"activations: every row of {self.activations.path} read so far is zero")
+        self.stepper.sae.b_dec.copy_(geometric_median(first / self.norm_factor))
+
+    def _batches(self, start_step: int, n_steps: int) -> Iterator[Tensor]:
+        """Batches in raw units on the device, checked for NaN and inf."""
+        stream = batches(self.activations, self.order, start_step=start_step, n_steps=n_steps)
+        with closing(stream):
+            for rows, x_BD in stream:
+                check_finite(x_BD, rows, self.activations.path)
+                yield x_BD.to(self.device, non_blocking=True)
+
+    def steps(
+        self, on_log: Callable[[int, Metrics], None], on_step: Callable[[int], None], interrupted: threading.Event
+    ) -> None:
+        """All remaining steps, with logs and checkpoints."""
+        stepper, n_steps = self.stepper, self.config.steps
+        remaining = self._batches(stepper.n_steps, n_steps - stepper.n_steps)
+        with closing(remaining):
+            for x_BD in remaining:
+                x_BD = x_BD / self.norm_factor
+                output = stepper.step(x_BD)
+                step = stepper.n_steps
+                on_step(step)
+                if step % self.log_every == 0 or step == n_steps:
+                    self._check_loss()
+                    metrics = batch_metrics(stepper, x_BD, output)
+                    self.log(step, metrics)
+                    on_log(step, metrics)
+                if step % self.checkpoint_every == 0 or step == n_steps or interrupted.is_set():
+                    self._check_loss()
+                    self.checkpoint()
+                if interrupted.is_set():
+                    raise Interrupted(step, self.output)
+
+    def _check_loss(self) -> None:
+        bad = int(self.stepper.bad_step)
+        if bad >= 0:
+            last = latest_checkpoint(self.output)
+            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
+            raise ValueError(f"loss: NaN or inf at step {bad + 1}; {kept}. Try a smaller --lr")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.output / METRICS_FILE, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def export(self) -> SparseAutoencoder:
+        """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started)."""
+        sae = deepcopy(self.stepper.sae)
+        if sae.config.architecture != "topk" and float(sae.threshold) < 0:
+            sae.threshold.fill_(self._calibrated_threshold())
+        sae.scale_biases_(self.norm_factor)
+        return with_metadata(
+            sae,
+            norm_factor=self.norm_factor,
+            steps=self.stepper.n_steps,
+            n_training_samples=self.stepper.n_rows_seen,
+            source=self.activations.source or {"path": str(self.activations.path)},
+            training=json.loads(json.dumps(self.config.to_dict())),
+        ).eval()
+
+    @torch.no_grad()
+    def _calibrated_threshold(self) -> float:
+        """Mean over batches of the smallest activation that BatchTopK keeps: what the moving average tends to."""
+        sae, smallest = self.stepper.sae, []
+        for x_BD in self._batches(0, min(_CALIBRATION_BATCHES, self.order.batches_per_epoch)):
+            codes = sae.encode(x_BD / self.norm_factor, use_threshold=False)
+            smallest.append(float(smallest_positive(codes.top_acts)))
+        return sum(smallest) / len(smallest)
+
+    def checkpoint(self) -> None:
+        """Write checkpoints/step_N whole, then drop all but the newest two."""
+        stepper = self.stepper
+        final = self.output / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
+        if final.exists():
+            return
+        tensors = {name: p.contiguous() for name, p in stepper.parameters().items()}
+        for name, (exp_avg, exp_avg_sq) in stepper.moments.items():
+            tensors |= {f"{name}.exp_avg": exp_avg, f"{name}.exp_avg_sq": exp_avg_sq}
+        tensors |= {"idle": stepper.idle_S, "threshold": stepper.sae.threshold}
+        tensors["norm_factor"] = torch.tensor(self.norm_factor, dtype=torch.float64)
+        header = {"n_steps": str(stepper.n_steps), "n_rows_seen": str(stepper.n_rows_seen)}
+        with atomic_directory(final) as directory:
+            self.export().save_pretrained(directory)
+            save_safetensors_atomic(directory / STATE_FILE, {n: t.cpu() for n, t in tensors.items()}, metadata=header)
+        for old in checkpoints(self.output)[:-_KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    @torch.no_grad()
+    def _load(self, checkpoint: Path) -> None:
+        path = checkpoint / STATE_FILE
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        tensors = load_file(path, device=str(self.device))
+        stepper = self.stepper
+        for name, parameter in stepper.parameters().items():
+            parameter.copy_(tensors[name])
+            stepper.moments[name] = (tensors[f"{name}.exp_avg"], tensors[f"{name}.exp_avg_sq"])
+        stepper.idle_S = tensors["idle"]
+        stepper.sae.threshold.copy_(tensors["threshold"])
+        self.norm_factor = float(tensors["norm_factor"])
+        stepper.n_steps, stepper.n_rows_seen = int(header["n_steps"]), int(header["n_rows_seen"])
+
+    def _truncate_metrics(self) -> None:
+        """Drop logged steps that the resumed run is about to repeat."""
+        path = self.output / METRICS_FILE
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that was being written when the run was killed
+            if record["step"] <= self.stepper.n_steps and not any(key.startswith("eval/") for key in record):
+                kept.append(line + "\n")
+        with atomic_write(path) as file:
+            file.write("".join(kept).encode())
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted((Path(output) / CHECKPOINTS).glob("step_" + "[0-9]" * 8))
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if any."""
+    found = checkpoints(output)
+    return found[-1] if found else None
+
+
+@torch.no_grad()
+def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics:
+    """What is logged of one batch, under SAELens' names. Explained variance is 1 - Var(x - x_hat) / Var(x)."""
+    error = (x_BD - output.x_hat_BD).var(0, correction=0).sum()
+    total = x_BD.var(0, correction=0).sum()
+    config = stepper.sae.config
+    idle = stepper.idle_S >= stepper.config.dead_after
+    return {
+        "losses/overall_loss": float(output.losses.overall),
+        "losses/mse_loss": float(output.losses.mse),
+        "losses/auxiliary_reconstruction_loss": float(output.losses.aux),
+        "metrics/explained_variance": float(1 - error / total),
+        "metrics/l0": float((output.entries.acts_M > 0).sum() / len(x_BD)),
+        "sparsity/dead_features": int(idle.sum()),
+        "details/current_learning_rate": stepper.config.lr_at(stepper.n_steps - 1, config.d_sae),
+        "details/n_training_samples": stepper.n_rows_seen,
+        "details/threshold": float(stepper.sae.threshold),
+    }
+
+
+def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int = 4096) -> Metrics:
+    """Explained variance, L0, L2 and dead share over all rows, at inference (threshold, not batch selection).
+
+    explained_variance = 1 - sum_d Var(x - x_hat) / sum_d Var(x) over the whole set: the paper's code averages it over
+    batches, which is wrong for small ones (recipe.md section 4). Sums in float64 around b_dec.
+    """
+    device, d_in = sae.b_dec.device, sae.config.d_in
+    sums_4D = torch.zeros(4, d_in, dtype=torch.float64, device=device)
+    fired_S = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
+    n_fired = 0
+    with evaluating(sae):
+        for start, x_BD in activations.chunks(batch_rows):
+            check_finite(x_BD, torch.arange(start, start + len(x_BD)), activations.path)
+            x_BD = x_BD.to(device)
+            codes = sae.encode(x_BD)
+            error_BD = (x_BD - sae.decode(codes)).double()
+            centred_BD = (x_BD - sae.b_dec).double()
+            sums_4D += torch.stack([error_BD, error_BD**2, centred_BD, centred_BD**2]).sum(1)
+            fires_M = (codes.top_acts > 0).flatten().long()
+            fired_S.index_add_(0, codes.top_indices.flatten(), fires_M)
+            n_fired += int(fires_M.sum())
+    n_rows = activations.n_rows
+    means_4D = sums_4D / n_rows
+    error_var, total_var = means_4D[1] - means_4D[0] ** 2, means_4D[3] - means_4D[2] ** 2
+    return {
+        "explained_variance": float(1 - error_var.sum() / total_var.sum()),
+        "l0": n_fired / n_rows,
+        "l2": float(means_4D[1].sum()),
+        "dead_fraction": float((fired_S == 0).double().mean()),
+        "rows": n_rows,
+    }
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, so that a step is never cut in half. A second signal acts as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask_to_stop(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(number, old[number])
+
+    for number in old:
+        signal.signal(number, ask_to_stop)
+    try:
+        yield event
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

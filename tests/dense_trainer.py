@@ -1,0 +1,75 @@
+"""The paper's trainer in dense autograd, written independently of saevlm_fast: the oracle for whole training steps.
+
+Every matrix is dense [B, d_sae], gradients come from autograd, the optimiser is torch.optim.Adam. Matryoshka's
+reconstruction loss is divided by the number of groups once (recipe.md section 6).
+"""
+
+import torch
+
+
+class DenseTrainer:
+    """A step-by-step dense re-implementation of recipe.md sections 1 and 2."""
+
+    def __init__(self, W_dec_SD, b_dec_D, *, architecture, k, group_ends, config, d_sae):
+        leaf = lambda t: t.clone().requires_grad_()  # noqa: E731
+        self.W_enc, self.b_enc = leaf(W_dec_SD.T.contiguous()), leaf(torch.zeros(d_sae, dtype=W_dec_SD.dtype))
+        self.W_dec, self.b_dec = leaf(W_dec_SD), leaf(b_dec_D)
+        self.parameters = [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
+        self.architecture, self.k, self.group_ends, self.config = architecture, k, group_ends, config
+        lr = config.lr if config.lr is not None else 2e-4 / (d_sae / 2**14) ** 0.5
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, betas=config.betas, eps=config.eps)
+        warmup = config.warmup_steps
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: step / warmup if step < warmup else 1.0
+        )
+        self.idle = torch.zeros(d_sae, dtype=torch.long)
+        self.threshold = -1.0
+        self.n_steps = 0
+        self.n_dead = 0
+
+    def select(self, pre):
+        if self.architecture == "topk":
+            values, indices = pre.topk(self.k, dim=1)
+            return torch.zeros_like(pre).scatter(1, indices, values)
+        flat = pre.flatten()
+        values, indices = flat.topk(self.k * len(pre))
+        return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre)
+
+    def auxiliary(self, residual, pre):
+        dead = self.idle >= self.config.dead_after
+        self.n_dead = int(dead.sum())
+        if self.n_dead == 0:
+            return torch.zeros(())
+        k_aux = min(residual.shape[1] // 2, self.n_dead)
+        values, indices = torch.where(dead, pre, -torch.inf).topk(k_aux, dim=1)
+        reconstruction = torch.zeros_like(pre).scatter(1, indices, values) @ self.W_dec
+        error = (residual - reconstruction).pow(2).sum(1).mean()
+        return (error / (residual - residual.mean(0)).pow(2).sum(1).mean()).nan_to_num(0.0)
+
+    def loss(self, x):
+        pre = torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+        acts = self.select(pre)
+        if self.n_steps > self.config.threshold_start:
+            smallest = acts[acts > 0].min().item() if (acts > 0).any() else 0.0
+            beta = self.config.threshold_beta
+            self.threshold = smallest if self.threshold < 0 else beta * self.threshold + (1 - beta) * smallest
+        prefixes = [acts[:, :end] @ self.W_dec[:end] + self.b_dec for end in self.group_ends]
+        mse = torch.stack([(x - x_hat).pow(2).sum(1).mean() for x_hat in prefixes]).mean()
+        self.idle += len(x)
+        self.idle[(acts > 0).any(0)] = 0
+        return mse + self.config.auxk_alpha * self.auxiliary((x - prefixes[-1]).detach(), pre)
+
+    def step(self, x):
+        loss = self.loss(x)
+        self.optimizer.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            unit = self.W_dec / self.W_dec.norm(dim=1, keepdim=True)
+            self.W_dec.grad -= (self.W_dec.grad * unit).sum(1, keepdim=True) * unit
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        with torch.no_grad():
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.n_steps += 1
+        return loss.item()

@@ -1,0 +1,67 @@
+"""Settings are validated where they are made, with messages that name argument, value and limit."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"d_in": 0, "d_sae": 8}, "d_in: 0"),
+        ({"d_in": 4, "d_sae": 8, "k": 9}, "k: 9 must be between 1 and d_sae = 8"),
+        ({"d_in": 4, "d_sae": 8, "k": 0}, "k: 0"),
+        ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "relu"}, "architecture: 'relu' is not one of"),
+        ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "matryoshka"}, "group_sizes: a matryoshka SAE needs"),
+        ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "matryoshka", "group_sizes": (3, 4)}, "sum to 7, not to"),
+        ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "matryoshka", "group_sizes": (8, 0)}, "at least 1"),
+        ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "topk", "group_sizes": (4, 4)}, "only a matryoshka"),
+    ],
+)
+def test_bad_sae_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SAEConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup_steps": -1}, {"dtype": "float16"},
+     {"seed": -1}, {"auxk_alpha": -0.1}, {"dead_after": 0}, {"clip_norm": 0.0}, {"threshold_beta": 1.0}],
+)  # fmt: skip
+def test_bad_train_settings(settings):
+    name = next(iter(settings))
+    with pytest.raises(ValueError, match=name):
+        TrainConfig(**settings)
+
+
+def test_paper_learning_rate_and_warmup():
+    config = TrainConfig()
+    assert config.peak_lr(2**14) == pytest.approx(2e-4)
+    assert config.peak_lr(2**16) == pytest.approx(1e-4)
+    assert [config.lr_at(step, 2**14) for step in (0, 500, 1000, 109_999)] == pytest.approx([0, 1e-4, 2e-4, 2e-4])
+    assert TrainConfig(steps=200).lr_at(20, 2**14) == pytest.approx(2e-4), "short runs warm up for a tenth"
+    assert TrainConfig(warmup_steps=0).lr_at(0, 2**14) == pytest.approx(2e-4)
+
+
+def test_group_sizes_of_the_paper():
+    assert group_sizes_from_fractions((0.0625, 0.125, 0.25, 0.5625), 8192) == (512, 1024, 2048, 4608)
+
+
+@pytest.mark.parametrize("fractions", [(), (0.5, 0.4), (0.7, 0.5), (1.5, -0.5), (0.0001, 0.9999)])
+def test_bad_fractions(fractions):
+    with pytest.raises(ValueError, match="groups"):
+        group_sizes_from_fractions(fractions, 100)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(100, 3000))
+def test_group_sizes_always_cover_d_sae(parts, d_sae):
+    fractions = tuple(p / sum(parts) for p in parts)
+    try:
+        sizes = group_sizes_from_fractions(fractions, d_sae)
+    except ValueError as error:
+        assert "empty" in str(error)  # noqa: PT017
+        return
+    assert sum(sizes) == d_sae
+    assert all(abs(size - f * d_sae) <= len(parts) for size, f in zip(sizes, fractions))

@@ -1,0 +1,233 @@
+"""The SAE module: shapes, selection rules, gradients, and the files it writes and reads."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.kernels import reference
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating
+
+ARCHITECTURES = {"topk": (), "batch_topk": (), "matryoshka": (7, 30, 60)}
+
+
+def make(architecture="batch_topk", d_in=13, d_sae=97, k=5, dtype=torch.float32, threshold=0.4):
+    config = SAEConfig(d_in, d_sae, k, architecture, ARCHITECTURES[architecture], {"layer": 22, "norm_factor": 1.5})
+    sae = SparseAutoencoder(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    sae.b_enc.data.copy_(0.1 * torch.randn(d_sae, generator=generator))
+    sae.b_dec.data.copy_(0.1 * torch.randn(d_in, generator=generator))
+    if architecture != "topk":
+        sae.threshold.fill_(threshold)
+    return sae
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.mark.parametrize("lead", [(), (6,), (2, 3), (0,), (3, 0, 2), (1, 1, 1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_any_leading_dimensions(architecture, lead, training):
+    sae = make(architecture).train(training)
+    x = torch.randn(*lead, 13)
+    codes = sae.encode(x)
+    assert codes.dense().shape == (*lead, 97)
+    assert codes.l0().shape == lead
+    assert torch.equal(codes.l0(), (codes.dense() > 0).sum(-1))
+    x_hat = sae.decode(codes)
+    assert x_hat.shape == x.shape
+    torch.testing.assert_close(x_hat, codes.dense() @ sae.W_dec + sae.b_dec, atol=1e-5, rtol=1e-5)
+    prefixes = sae.decode_prefixes(codes)
+    assert prefixes.shape == (len(sae.config.group_sizes), *lead, 13)
+    torch.testing.assert_close(prefixes[-1], x_hat, atol=1e-5, rtol=1e-5)
+
+
+def test_codes_are_the_reference_selection(architecture):
+    sae = make(architecture)
+    x = torch.randn(11, 13)
+    pre = reference.preactivations(x, sae.W_enc, sae.b_enc, sae.b_dec)
+    select = reference.topk_select if architecture == "topk" else reference.batch_topk_select
+    expected = select(pre, 5)
+    expected = reference.densify(*expected, *([None] if len(expected) == 2 else []), 97)
+    torch.testing.assert_close(sae.encode(x, use_threshold=False).dense(), expected, atol=1e-6, rtol=1e-6)
+    if architecture != "topk":
+        above = torch.where(pre > 0.4, pre, 0)
+        torch.testing.assert_close(sae.eval().encode(x).dense(), above, atol=1e-6, rtol=1e-6)
+
+
+def test_rows_are_independent_at_inference(architecture):
+    """Above a threshold, or the row's own top k: what else is in the batch must not matter."""
+    sae = make(architecture).eval()
+    x = torch.randn(9, 13)
+    whole, single = sae.encode(x).dense(), torch.cat([sae.encode(row[None]).dense() for row in x])
+    torch.testing.assert_close(whole, single, atol=1e-6, rtol=1e-6)
+
+
+def test_gradients_match_dense_autograd(architecture):
+    sae = make(architecture, dtype=torch.float64).train()
+    x = torch.randn(17, 13, dtype=torch.float64, requires_grad=True)
+    (sae(x) - x).pow(2).sum().backward()
+    got = [x.grad.clone()] + [p.grad.clone() for p in sae.parameters()]
+    x.grad = None
+    sae.zero_grad()
+    mask = (sae.encode(x).dense() > 0).double().detach()
+    acts = reference.preactivations(x, sae.W_enc, sae.b_enc, sae.b_dec) * mask
+    (acts @ sae.W_dec + sae.b_dec - x).pow(2).sum().backward()
+    for ours, dense in zip(got, [x.grad, *[p.grad for p in sae.parameters()]]):
+        torch.testing.assert_close(ours, dense, atol=1e-10, rtol=1e-10)
+
+
+def test_same_seed_same_weights_and_tied_unit_start():
+    a, b = make(), make()
+    assert torch.equal(a.W_dec, b.W_dec)
+    assert torch.equal(a.W_enc, a.W_dec.T)
+    torch.testing.assert_close(a.W_dec.norm(dim=1), torch.ones(97))
+    assert a.W_enc.stride() == (1, 13), "latent-major"
+    a.reset_parameters(1)
+    assert not torch.equal(a.W_dec, b.W_dec)
+
+
+def test_uncalibrated_threshold_is_an_error():
+    sae = make(threshold=-1.0).eval()
+    with pytest.raises(ValueError, match="threshold: not calibrated"):
+        sae.encode(torch.randn(2, 13))
+
+
+def test_save_refuses_an_uncalibrated_threshold(tmp_path):
+    with pytest.raises(ValueError, match="threshold: not calibrated"):
+        make(threshold=-1.0).save_pretrained(tmp_path)
+    assert not (tmp_path / CONFIG_FILE).exists()
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (14,), ()])
+def test_wrong_width(shape):
+    with pytest.raises(ValueError, match="d_in = 13"):
+        make().encode(torch.zeros(shape))
+
+
+def test_evaluating_restores_the_mode():
+    sae = make().train()
+    with evaluating(sae):
+        assert not sae.training
+        assert not torch.is_grad_enabled()
+    assert sae.training
+
+
+def test_scale_biases_moves_to_raw_units(architecture):
+    sae = make(architecture).eval()
+    x = torch.randn(8, 13)
+    before = sae.encode(x).dense(), sae(x)
+    sae.scale_biases_(7.0)
+    after = sae.encode(7 * x).dense(), sae(7 * x)
+    torch.testing.assert_close(after[0], 7 * before[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after[1], 7 * before[1], atol=1e-4, rtol=1e-4)
+
+
+def test_round_trip(architecture, tmp_path):
+    sae = make(architecture).eval()
+    sae.save_pretrained(tmp_path)
+    loaded = SparseAutoencoder.from_pretrained(tmp_path)
+    assert loaded.config == sae.config
+    assert loaded.W_enc.stride() == (1, 13)
+    assert not loaded.training
+    x = torch.randn(4, 13)
+    assert torch.equal(loaded(x), sae(x))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+def test_layout_is_sae_lens_v6(architecture, tmp_path):
+    make(architecture).save_pretrained(tmp_path)
+    cfg = json.loads((tmp_path / CONFIG_FILE).read_text())
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    assert tensors["W_enc"].shape == (13, 97)
+    assert tensors["W_dec"].shape == (97, 13)
+    assert cfg["architecture"] == ("topk" if architecture == "topk" else "jumprelu")
+    assert cfg["metadata"]["k"] == 5
+    assert cfg["metadata"]["layer"] == 22
+    if architecture == "topk":
+        assert cfg["k"] == 5
+        assert "threshold" not in tensors
+    else:
+        assert tensors["threshold"].tolist() == pytest.approx([0.4] * 97)
+
+
+def test_their_settings_are_folded_in_exactly(tmp_path):
+    """rescale_acts_by_decoder_norm and apply_b_dec_to_input = false are changes of weights."""
+    sae = make("topk", dtype=torch.float64)
+    sae.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    tensors["W_dec"] *= torch.linspace(0.5, 2, 97, dtype=torch.float64)[:, None]
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    cfg = json.loads((tmp_path / CONFIG_FILE).read_text())
+    cfg |= {"rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": False}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(cfg))
+    x = torch.randn(6, 13, dtype=torch.float64)
+    norm = tensors["W_dec"].norm(dim=1)
+    acts = torch.relu((x @ tensors["W_enc"] + tensors["b_enc"]) * norm)
+    values, indices = acts.topk(5)
+    dense = torch.zeros_like(acts).scatter(1, indices, values)
+    expected = (dense / norm) @ tensors["W_dec"] + tensors["b_dec"]
+    torch.testing.assert_close(SparseAutoencoder.from_pretrained(tmp_path)(x), expected)
+
+
+def _edit(name):
+    def change(directory):
+        cfg = json.loads((directory / CONFIG_FILE).read_text())
+        tensors = load_file(directory / WEIGHTS_FILE)
+        if name == "no config":
+            return (directory / CONFIG_FILE).unlink()
+        if name == "no weights":
+            return (directory / WEIGHTS_FILE).unlink()
+        if name == "broken json":
+            return (directory / CONFIG_FILE).write_text("{")
+        if name == "truncated":
+            return (directory / WEIGHTS_FILE).write_bytes((directory / WEIGHTS_FILE).read_bytes()[:-9])
+        if name == "architecture":
+            cfg["architecture"] = "gated"
+            cfg["metadata"] = {}
+        if name == "normalised":
+            cfg["normalize_activations"] = "layer_norm"
+        if name == "no k":
+            cfg["metadata"] = {}
+        if name == "shape":
+            cfg["d_in"] = 14
+        if name == "missing tensor":
+            del tensors["b_enc"]
+        if name == "nan":
+            tensors["W_dec"][3, 3] = float("nan")
+        if name == "many thresholds":
+            tensors["threshold"][4] = 9.0
+        (directory / CONFIG_FILE).write_text(json.dumps(cfg))
+        save_file(tensors, directory / WEIGHTS_FILE)
+        return None
+
+    return pytest.param(change, id=name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_edit(n) for n in ("no config", "no weights", "broken json", "truncated", "architecture", "normalised", "no k",
+                        "shape", "missing tensor", "nan", "many thresholds")],
+)  # fmt: skip
+def test_damaged_directories_are_one_clear_error(damage, tmp_path):
+    make().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=str(tmp_path)) as caught:
+        SparseAutoencoder.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.interop
+def test_the_real_sae_lens_reconstructs_the_same(architecture, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens", reason="install the extra [interop]")
+    sae = make(architecture).eval()
+    sae.save_pretrained(tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
+    x = torch.randn(50, 13)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(x), sae.encode(x).dense(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(x), sae(x), atol=1e-5, rtol=1e-5)

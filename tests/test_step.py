@@ -1,0 +1,128 @@
+"""The sparse training step against the dense autograd trainer, and its parts against plain definitions."""
+
+import pytest
+import torch
+from dense_trainer import DenseTrainer
+
+from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.kernels.latent_update import RowGradient, clip_coefficient, remove_parallel_
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.step import Stepper, bag_offsets, geometric_median, smallest_positive
+
+GROUPS = {"topk": (), "batch_topk": (), "matryoshka": (5, 13, 30, 49)}
+
+
+def make(architecture, *, d_in=24, d_sae=97, k=4, seed=0, dtype=torch.float32, **train):
+    config = TrainConfig(**{"steps": 100, "lr": 3e-3, "warmup_steps": 5, "threshold_start": 3, "seed": seed} | train)
+    sae = SparseAutoencoder(SAEConfig(d_in, d_sae, k, architecture, GROUPS[architecture]), dtype=dtype)
+    sae.reset_parameters(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    # Planted sparse structure with an offset: b_dec matters, some latents die, losses fall.
+    features = torch.randn(40, d_in, generator=generator)
+    mask = torch.rand(64 * 40, 40, generator=generator) < 0.1
+    data = (mask * torch.rand(mask.shape, generator=generator)) @ features + 0.3
+    sae.b_dec.data.copy_(geometric_median(data[:64]))
+    dense = DenseTrainer(
+        sae.W_dec.detach().clone(), sae.b_dec.detach().clone(), architecture=architecture, k=k,
+        group_ends=sae.config.group_ends, config=config, d_sae=d_sae,
+    )  # fmt: skip
+    return Stepper(sae, config), dense, data.to(dtype)
+
+
+@pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_same_losses_and_weights_as_dense_autograd(architecture, dead_after):
+    stepper, dense, data = make(architecture, dead_after=dead_after)
+    n_dead = []
+    for start in range(0, 30 * 61, 61):
+        x = data[start : start + 61]
+        output = stepper.step(x)
+        expected = dense.step(x)
+        assert float(output.losses.overall) == pytest.approx(expected, rel=1e-5)
+        assert output.n_dead == dense.n_dead
+        n_dead.append(output.n_dead)
+    assert (max(n_dead) > 0) == (dead_after == 150), "the auxiliary loss is meant to be active in one case only"
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(getattr(stepper.sae, name), getattr(dense, name), atol=1e-5, rtol=1e-5)
+    assert torch.equal(stepper.idle_S, dense.idle)
+    if architecture != "topk":
+        assert float(stepper.sae.threshold) == pytest.approx(dense.threshold, rel=1e-5)
+
+
+def test_auxiliary_keeps_only_half_d_in_dead_latents():
+    stepper, dense, data = make("batch_topk", d_sae=301, k=2, dead_after=61, auxk_alpha=0.5)
+    for start in range(0, 12 * 61, 61):
+        x = data[start : start + 61]
+        assert float(stepper.step(x).losses.overall) == pytest.approx(dense.step(x), rel=1e-5)
+    assert dense.n_dead > x.shape[1], "more dead latents than take part"
+    torch.testing.assert_close(stepper.sae.W_dec, dense.W_dec, atol=1e-5, rtol=1e-5)
+
+
+def test_float64_step_is_the_dense_step_to_rounding():
+    stepper, dense, data = make("matryoshka", dtype=torch.float64, dead_after=150)
+    for start in range(0, 20 * 61, 61):
+        x = data[start : start + 61]
+        assert float(stepper.step(x).losses.overall) == pytest.approx(dense.step(x), rel=1e-11)
+    torch.testing.assert_close(stepper.sae.W_enc, dense.W_enc, atol=1e-10, rtol=1e-10)
+
+
+def test_nan_names_the_first_bad_step():
+    stepper, _, data = make("topk")
+    for i in range(5):
+        x = data[i * 61 : (i + 1) * 61].clone()
+        if i >= 3:
+            x[7, 3] = float("nan")
+        stepper.step(x)
+    assert int(stepper.bad_step) == 3
+
+
+def test_decoder_rows_stay_unit():
+    stepper, _, data = make("batch_topk")
+    for start in range(0, 10 * 61, 61):
+        stepper.step(data[start : start + 61])
+    torch.testing.assert_close(stepper.sae.W_dec.norm(dim=1), torch.ones(97), atol=1e-6, rtol=0)
+
+
+def test_constant_residual_gives_zero_auxiliary_loss():
+    """One row has no variance around its own mean: the ratio is 0 / 0 upstream, defined as 0."""
+    stepper, _, data = make("topk", dead_after=1)
+    output = stepper.step(data[:1])
+    assert output.n_dead > 0
+    assert float(output.losses.aux) == 0.0
+    assert float(output.losses.overall) == float(output.losses.mse)
+
+
+def test_bags_are_rows_split_by_group():
+    latents = torch.tensor([0, 4, 5, 9, 5, 5, 0, 0])  # two padding entries
+    offsets = torch.tensor([0, 4, 4, 6])
+    bags = bag_offsets(latents, offsets, [5, 10])
+    assert bags.tolist() == [0, 2, 4, 4, 4, 4, 6]
+
+
+def test_smallest_positive():
+    assert float(smallest_positive(torch.tensor([0.0, 3.0, 2.0]))) == 2.0
+    assert float(smallest_positive(torch.zeros(3))) == 0.0
+    assert float(smallest_positive(torch.zeros(0))) == 0.0
+
+
+def test_remove_parallel_leaves_orthogonal_rows():
+    W = torch.nn.functional.normalize(torch.randn(9, 5), dim=1)
+    gradient = RowGradient(torch.tensor([1, 4, 8]), torch.randn(3, 5))
+    remove_parallel_(gradient, W)
+    torch.testing.assert_close((gradient.rows_AD * W[gradient.latents_A]).sum(1), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_clip_coefficient_is_clip_grad_norm():
+    parameters = [torch.zeros(7, requires_grad=True), torch.zeros(3, 4, requires_grad=True)]
+    for p in parameters:
+        p.grad = torch.randn(p.shape)
+    gradients = [p.grad.clone() for p in parameters]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    torch.testing.assert_close(gradients[1] * clip_coefficient(gradients, 1.0), parameters[1].grad)
+
+
+def test_geometric_median_resists_an_outlier_and_survives_a_coincident_point():
+    points = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1e6, 1e6]])
+    assert geometric_median(points).norm() < 2
+    same = torch.ones(4, 3)
+    torch.testing.assert_close(geometric_median(same), torch.ones(3))
