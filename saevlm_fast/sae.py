@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saevlm_fast import __version__
 from saevlm_fast.config import SAEConfig, require
-from saevlm_fast.files import atomic_write, save_safetensors_atomic
+from saevlm_fast.files import save_safetensors_atomic, write_json_atomic
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
@@ -158,8 +158,7 @@ class SparseAutoencoder(nn.Module):
             require(float(self.threshold) >= 0, "threshold: not calibrated; a BatchTopK SAE cannot be saved without it")
             tensors["threshold"] = self.threshold.detach().cpu().expand(self.config.d_sae).contiguous()
         save_safetensors_atomic(directory / WEIGHTS_FILE, tensors)
-        with atomic_write(directory / CONFIG_FILE) as file:
-            file.write((json.dumps(_sae_lens_config(self), indent=2) + "\n").encode())
+        write_json_atomic(directory / CONFIG_FILE, _sae_lens_config(self))
 
     @classmethod
     def from_pretrained(

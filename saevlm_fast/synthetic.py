@@ -73,8 +73,8 @@ def write_synthetic(directory: str | Path, n_rows: int, source: PlantedConcepts)
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / ACTIVATIONS_FILE, directory / EMBEDDINGS_FILE
     for path, matrix in zip(paths, source.sample(n_rows)):
-        with atomic_write(path) as file:
-            np.save(file, matrix, allow_pickle=False)
+        with atomic_write(path) as temporary:
+            np.save(temporary, matrix, allow_pickle=False)
     return paths
 
 

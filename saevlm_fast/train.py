@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saevlm_fast.activations import Activations, ShuffledRows, batches, check_finite
+from saevlm_fast.activations import Activations, ShuffledRows, batches
 from saevlm_fast.config import SAEConfig, TrainConfig, require
 from saevlm_fast.files import atomic_directory, atomic_write, save_safetensors_atomic, write_json_atomic
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, with_metadata
@@ -204,11 +204,10 @@ class _Run:
         self.stepper.sae.b_dec.copy_(geometric_median(first / self.norm_factor))
 
     def _batches(self, start_step: int, n_steps: int) -> Iterator[Tensor]:
-        """Batches in raw units on the device, checked for NaN and inf."""
-        stream = batches(self.activations, self.order, start_step=start_step, n_steps=n_steps)
+        """Batches in raw units on the device; reading them has checked them for NaN and inf."""
+        stream = batches(self.activations, self.order, start_step, n_steps, pin_memory=self.device.type == "cuda")
         with closing(stream):
-            for rows, x_BD in stream:
-                check_finite(x_BD, rows, self.activations.path)
+            for _, x_BD in stream:
                 yield x_BD.to(self.device, non_blocking=True)
 
     def steps(
@@ -282,6 +281,7 @@ class _Run:
         tensors |= {"idle": stepper.idle_S, "threshold": stepper.sae.threshold}
         tensors["norm_factor"] = torch.tensor(self.norm_factor, dtype=torch.float64)
         header = {"n_steps": str(stepper.n_steps), "n_rows_seen": str(stepper.n_rows_seen)}
+        final.parent.mkdir(exist_ok=True)
         with atomic_directory(final) as directory:
             self.export().save_pretrained(directory)
             save_safetensors_atomic(directory / STATE_FILE, {n: t.cpu() for n, t in tensors.items()}, metadata=header)
@@ -316,8 +316,8 @@ class _Run:
                 break  # the line that was being written when the run was killed
             if record["step"] <= self.stepper.n_steps and not any(key.startswith("eval/") for key in record):
                 kept.append(line + "\n")
-        with atomic_write(path) as file:
-            file.write("".join(kept).encode())
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(kept))
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -362,8 +362,7 @@ def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int =
     fired_S = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
     n_fired = 0
     with evaluating(sae):
-        for start, x_BD in activations.chunks(batch_rows):
-            check_finite(x_BD, torch.arange(start, start + len(x_BD)), activations.path)
+        for _, x_BD in activations.chunks(batch_rows):
             x_BD = x_BD.to(device)
             codes = sae.encode(x_BD)
             error_BD = (x_BD - sae.decode(codes)).double()

@@ -13,6 +13,8 @@ GPU = torch.cuda.is_available()
 if not GPU:
     assert "triton" not in sys.modules, "triton was imported before conftest.py could choose the interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
+# Test shapes are tiny: a second thread only spins, and on a busy machine it makes the suite several times slower.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
