@@ -91,9 +91,7 @@ def densify(acts: Tensor, latents: Tensor, row_offsets: Tensor | None, d_sae: in
     rows = entry_rows(latents, row_offsets)
     inside = rows < n_rows
     dense_BS = acts.new_zeros(n_rows, d_sae)
-    return dense_BS.index_put(
-        (rows[inside], latents.flatten()[inside]), acts.flatten()[inside], accumulate=True
-    )
+    return dense_BS.index_put((rows[inside], latents.flatten()[inside]), acts.flatten()[inside], accumulate=True)
 
 
 def sparse_decode(acts, latents, row_offsets, W_dec_SD: Tensor, b_dec_D: Tensor) -> Tensor:
@@ -128,9 +126,12 @@ def gather_dot(g_BD: Tensor, latents: Tensor, row_offsets: Tensor | None, W_SD: 
 
 
 def similarity_matrix(emb_IE: Tensor, emb_JE: Tensor, similarity: str, gamma: float | None = None) -> Tensor:
-    """s_ij between two blocks of embeddings: cosine, dot, or rbf exp(-gamma ||e_i - e_j||^2), gamma 1 / E unless given."""
+    """s_ij between two blocks of embeddings: cosine, dot, or rbf exp(-gamma ||e_i - e_j||^2), gamma 1 / E by default."""
     if similarity == "cosine":
-        return torch.nn.functional.normalize(emb_IE, dim=1, eps=0.0) @ torch.nn.functional.normalize(emb_JE, dim=1, eps=0.0).T
+        return (
+            torch.nn.functional.normalize(emb_IE, dim=1, eps=0.0)
+            @ torch.nn.functional.normalize(emb_JE, dim=1, eps=0.0).T
+        )
     if similarity == "dot":
         return emb_IE @ emb_JE.T
     if similarity == "rbf":
@@ -147,7 +148,7 @@ def pairwise_sums(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float | 
 
 
 def monosemanticity(acts_NK: Tensor, emb_NE: Tensor, similarity: str = "cosine", gamma: float | None = None) -> Tensor:
-    """Monosemanticity Score of every column of dense activations, NaN where undefined. Paper section 3, recipe section 3.
+    """Monosemanticity Score of every column of dense activations, NaN where undefined. recipe section 3.
 
     Undefined: a column that is constant (dead is constant at zero), or has fewer than two images above its minimum.
     """

@@ -2,13 +2,20 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from saevlm_fast.config import Interrupted
+
+if TYPE_CHECKING:
+    from saevlm_fast.monosemanticity import ScoreSummary
 
 app = typer.Typer(
     add_completion=False,
@@ -21,8 +28,6 @@ out, err = Console(), Console(stderr=True)
 
 def main() -> None:
     """Entry point: input errors in one line and exit code 2, an interrupted run 130, never half a traceback."""
-    from saevlm_fast.train import Interrupted
-
     try:
         app()
     except (ValueError, OSError) as error:
@@ -120,6 +125,66 @@ def train(
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     out.print(table)
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+@app.command("ms-score")
+def ms_score(
+    activations: Annotated[Path, typer.Option(help="Activations, row i of image i: store or matrix file.")],
+    embeddings: Annotated[Path, typer.Option(help="Image embeddings, row i of image i: store or matrix file.")],
+    output: Annotated[Path, typer.Option(help="Scores: FILE.parquet, FILE.csv or FILE.json.")],
+    sae: Annotated[Path | None, typer.Option(help="SAE directory (cfg.json, sae_weights.safetensors).")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Score the activations' own neurons instead of an SAE.")] = False,
+    similarity: Annotated[str, typer.Option(help="cosine, dot or rbf.")] = "cosine",
+    gamma: Annotated[float | None, typer.Option(help="Of rbf, exp(-gamma |e_i - e_j|^2).  [default: 1 / E]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows read and encoded at a time.")] = 4096,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Monosemanticity Score of every latent (or raw neuron), in one pass over the images."""
+    from saevlm_fast.activations import open_activations
+    from saevlm_fast.config import require
+    from saevlm_fast.monosemanticity import check_scores_path, score, write_scores
+    from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.train import resolve_device
+
+    require(raw != (sae is not None), "sae: give either --sae DIR or --raw")
+    check_scores_path(output)
+    target = resolve_device(device)
+    acts, images = open_activations(activations), open_activations(embeddings)
+    model = SparseAutoencoder.from_pretrained(sae, device=target) if sae is not None else None
+    with _scoring_progress(acts.n_rows) as advance:
+        scores = score(
+            acts, images, model, similarity=similarity, gamma=gamma, batch_rows=batch_size, device=target,
+            on_rows=advance,
+        )  # fmt: skip
+    source = {"sae": "raw neurons" if sae is None else str(sae)}
+    write_scores(scores, output, source | {"activations": str(activations), "embeddings": str(embeddings)})
+    _print_summary(scores.summary(), "raw neurons" if raw else f"latents of {sae}")
+    out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _scoring_progress(n_rows: int) -> Iterator[Callable[[int], None]]:
+    """A bar over the images; called with the number of rows done."""
+    columns = (TextColumn("score"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+        task = bar.add_task("score", total=n_rows)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _print_summary(summary: "ScoreSummary", what: str) -> None:
+    table = Table(title=f"Monosemanticity Score of {what}, {summary.n_images:,} images, {summary.similarity}")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("mean +- std", f"{summary.mean:.4f} +- {summary.std:.4f}")
+    table.add_row("best", f"{summary.best:.4f}")
+    for q, value in summary.quantiles.items():
+        table.add_row(f"quantile {q:g}", f"{value:.4f}")
+    for status, count in summary.counts.items():
+        table.add_row(status, f"{count:,}")
+    out.print(table)
+    for label, extremes in (("best", summary.best_latents), ("worst", summary.worst_latents)):
+        listed = "  ".join(f"{latent}: {value:.3f}" for latent, value in extremes)
+        out.print(f"{label} latents  {listed}", highlight=False, soft_wrap=True)
 
 
 class TrainProgress:

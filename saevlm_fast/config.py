@@ -15,6 +15,10 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+class Interrupted(Exception):
+    """Long work was asked to stop and did so at a point from which it can go on; the message says how."""
+
+
 @dataclass(frozen=True)
 class SAEConfig:
     """What a sparse autoencoder is.
@@ -122,9 +126,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} must be at least 1")
         for name in ("seed", "threshold_start", "auxk_alpha"):
             require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} must not be negative")
-        require(
-            self.lr is None or 0 < self.lr < math.inf, f"lr: {self.lr} must be a positive number, or auto"
-        )
+        require(self.lr is None or 0 < self.lr < math.inf, f"lr: {self.lr} must be a positive number, or auto")
         require(
             self.warmup_steps is None or self.warmup_steps >= 0,
             f"warmup_steps: {self.warmup_steps} must not be negative",

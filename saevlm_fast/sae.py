@@ -52,7 +52,7 @@ class SparseCodes(NamedTuple):
 
     def l0(self) -> Tensor:
         """Latents that fire (act > 0) per row, int64 [...]."""
-        acts, latents, row_offsets = self.flat()
+        acts, _, row_offsets = self.flat()
         if row_offsets is None:
             return (acts > 0).sum(1).view(self.shape[:-1])
         fired = torch.cat([row_offsets.new_zeros(1), (acts > 0).long().cumsum(0)])
@@ -117,10 +117,12 @@ class SparseAutoencoder(nn.Module):
         if use_threshold is None:
             use_threshold = not self.training
         if not use_threshold:
-            return SparseCodes(*batch_topk_encode(*weights, self.config.k), shape)
+            acts_M, latents_M, row_offsets = batch_topk_encode(*weights, self.config.k)
+            return SparseCodes(acts_M, latents_M, row_offsets, shape)
         threshold = float(self.threshold)
         require(threshold >= 0, "threshold: not calibrated; train the SAE, or encode with use_threshold=False")
-        return SparseCodes(*threshold_encode(*weights, threshold), shape)
+        acts_M, latents_M, row_offsets = threshold_encode(*weights, threshold)
+        return SparseCodes(acts_M, latents_M, row_offsets, shape)
 
     def decode(self, codes: SparseCodes) -> Tensor:
         """Reconstruction [..., d_in] of sparse codes."""
@@ -275,13 +277,13 @@ def _config_from_sae_lens(cfg: dict[str, Any], tensors: dict[str, Tensor], direc
         f"{directory}: tensor 'threshold' is missing from a jumprelu SAE",
     )
     k = metadata.get("k", cfg.get("k"))
-    require(k is not None, f"{directory}: neither cfg.json nor its metadata say k")
+    require(isinstance(k, int), f"{directory}: neither cfg.json nor its metadata say k")
     ours = ("architecture", "k", "group_sizes", "sae_lens_version", "sae_lens_training_version", "saevlm_fast_version")
     return SAEConfig(
         d_in=cfg["d_in"],
         d_sae=cfg["d_sae"],
-        k=int(k),
-        architecture=architecture,
+        k=int(k or 0),
+        architecture=str(architecture),
         group_sizes=tuple(metadata.get("group_sizes") or ()),
         metadata={key: value for key, value in metadata.items() if key not in ours},
     )

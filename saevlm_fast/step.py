@@ -28,7 +28,7 @@ _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
 
 
 class Entries(NamedTuple):
-    """Sparse codes as flat entries. A bag is one (row, Matryoshka group): bag b * G + g owns a run of row b's entries."""
+    """Sparse codes as flat entries. Bag b * G + g is the run of row b's entries in Matryoshka group g."""
 
     acts_M: Tensor
     latents_M: Tensor
@@ -96,9 +96,7 @@ class Stepper:
         self._track(entries, len(x_BD))
         dead_A = self._dead_latents()
         x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, entries, dead_A, self.config.auxk_alpha)
-        self.bad_step = torch.where(
-            (self.bad_step < 0) & ~losses.overall.isfinite(), self.n_steps, self.bad_step
-        )
+        self.bad_step = torch.where((self.bad_step < 0) & ~losses.overall.isfinite(), self.n_steps, self.bad_step)
         self._update(gradients)
         self.n_steps += 1
         return StepOutput(losses, x_hat_BD, entries, len(dead_A))
@@ -240,7 +238,7 @@ def _segment_sum_in_blocks(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor,
 def _auxiliary(
     sae: SparseAutoencoder, centred_BD: Tensor, residual_BD: Tensor, dead_A: Tensor, alpha: float, db_enc: Tensor
 ) -> tuple[Tensor, list[RowGradient], list[RowGradient]]:
-    """The auxiliary loss: dead latents reconstruct the (detached) residual x - x_hat, without bias. recipe.md section 1.
+    """The auxiliary loss: dead latents reconstruct the residual x - x_hat, detached, without bias. recipe.md 1.
 
     ||residual - aux reconstruction||^2 over the residual's variance, both mean over the batch; the top d_in / 2 dead
     latents of each row take part. Gradients are scaled by alpha; db_enc is added to in place.
@@ -279,7 +277,7 @@ def _keep_largest_(acts_BA: Tensor, k: int) -> Tensor:
 
 
 def geometric_median(points_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
-    """Weiszfeld's iteration from the mean, [D]: where b_dec starts. A point that coincides with the guess has weight 1 / tiny."""
+    """Weiszfeld's iteration from the mean, [D]: where b_dec starts. A point on the guess gets a large finite weight."""
     guess_D = points_BD.mean(0)
     for _ in range(max_iter):
         previous_D = guess_D

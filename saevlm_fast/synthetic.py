@@ -1,4 +1,4 @@
-"""Activations with planted concepts: an image shows a few of many concepts, its activation is their superposition.
+"""Activations with planted concepts: an image shows a few of many, its activation is their superposition.
 
 For the first run on a fresh machine, for tests and for benches: no download, any size, and the truth is known. Concept c
 has a direction in activation space and one in embedding space; images that share concepts have similar embeddings, so a

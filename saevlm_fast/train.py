@@ -12,7 +12,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saevlm_fast.activations import Activations, ShuffledRows, batches
-from saevlm_fast.config import SAEConfig, TrainConfig, require
+from saevlm_fast.config import Interrupted, SAEConfig, TrainConfig, require
 from saevlm_fast.files import atomic_directory, atomic_write, save_safetensors_atomic, write_json_atomic
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, with_metadata
-from saevlm_fast.step import Stepper, StepOutput, geometric_median, smallest_positive
+from saevlm_fast.step import StepOutput, Stepper, geometric_median, smallest_positive
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
 _CALIBRATION_BATCHES = 10
@@ -59,13 +59,6 @@ class RunOptions:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: {value} must be at least 1")
         require(not (self.resume and self.force), "resume and force exclude each other")
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and did, after a whole step and a checkpoint."""
-
-    def __init__(self, step: int, output: Path):
-        super().__init__(f"interrupted after step {step}; continue with --resume --output {output}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -147,7 +140,9 @@ class _Run:
         """Start, replace or resume; refuses to touch a run without being told."""
         used = any((self.output / name).exists() for name in (RUN_FILE, CONFIG_FILE, CHECKPOINTS, METRICS_FILE))
         if used and not (self.options.resume or self.options.force):
-            raise ValueError(f"output: {self.output} already holds a run; use --resume to continue or --force to replace")
+            raise ValueError(
+                f"output: {self.output} already holds a run; use --resume to continue or --force to replace"
+            )
         if self.options.resume:
             require((self.output / RUN_FILE).is_file(), f"resume: {self.output} holds no run ({RUN_FILE} is missing)")
             self._check_same_settings()
@@ -203,7 +198,7 @@ class _Run:
         require(self.norm_factor > 0, f"activations: every row of {self.activations.path} read so far is zero")
         self.stepper.sae.b_dec.copy_(geometric_median(first / self.norm_factor))
 
-    def _batches(self, start_step: int, n_steps: int) -> Iterator[Tensor]:
+    def _batches(self, start_step: int, n_steps: int) -> Generator[Tensor, None, None]:
         """Batches in raw units on the device; reading them has checked them for NaN and inf."""
         stream = batches(self.activations, self.order, start_step, n_steps, pin_memory=self.device.type == "cuda")
         with closing(stream):
@@ -231,7 +226,7 @@ class _Run:
                     self._check_loss()
                     self.checkpoint()
                 if interrupted.is_set():
-                    raise Interrupted(step, self.output)
+                    raise Interrupted(f"interrupted after step {step}; continue with --resume --output {self.output}")
 
     def _check_loss(self) -> None:
         bad = int(self.stepper.bad_step)
@@ -394,7 +389,7 @@ def interruptible() -> Iterator[threading.Event]:
 
     def ask_to_stop(number: int, frame: Any) -> None:
         event.set()
-        signal.signal(number, old[number])
+        signal.signal(number, old[signal.Signals(number)])
 
     for number in old:
         signal.signal(number, ask_to_stop)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from dense_trainer import DenseTrainer
+from saevlm_fast.kernels.latent_update import RowGradient, clip_coefficient, remove_parallel_
 
 from saevlm_fast.config import SAEConfig, TrainConfig
-from saevlm_fast.kernels.latent_update import RowGradient, clip_coefficient, remove_parallel_
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.step import Stepper, bag_offsets, geometric_median, smallest_positive
 

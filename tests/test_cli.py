@@ -1,0 +1,177 @@
+"""The commands as a user meets them: what they print, what they write, and how they refuse."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from saevlm_fast.kernels import reference
+
+from saevlm_fast import __version__
+from saevlm_fast.sae import SparseAutoencoder
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def run(*arguments, code=0, **environment):
+    command = [sys.executable, "-m", "saevlm_fast.cli", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
+    )  # fmt: skip
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    text = run("synthetic", directory, "--rows", 3000, "--d-in", 32, "--d-embedding", 16, "--concepts", 60)
+    assert "activations.npy" in text
+    assert "embeddings.npy" in text
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sae(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("sae") / "run"
+    text = run("train", "--activations", data / "activations.npy", "--output", output, "--expansion", 4, "--k", 4,
+               "--steps", 300, "--batch-size", 256, "--lr", "3e-3")  # fmt: skip
+    for word in ("32 -> 128", "loss", "it/s", "ev", "l0", "dead", "explained_variance", f"wrote {output}"):
+        assert word in text
+    return output
+
+
+def score(data, *arguments, **options):
+    return run("ms-score", "--activations", data / "activations.npy", "--embeddings", data / "embeddings.npy",
+               *arguments, **options)  # fmt: skip
+
+
+def test_version_and_shim():
+    assert run("--version").strip() == __version__
+    done = subprocess.run([sys.executable, "cli.py", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == __version__
+
+
+@pytest.mark.parametrize("command", ["train", "ms-score", "synthetic"])
+def test_help_names_every_option_and_loads_no_torch(command):
+    text = run(command, "--help")
+    assert "--help" in text
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "saevlm_fast.cli", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert " torch\n" not in done.stderr, "asking for help must not cost the import of torch"
+
+
+def test_scores_of_an_sae_match_the_definition(data, sae, tmp_path):
+    text = score(data, "--sae", sae, "--output", tmp_path / "s.parquet")
+    for word in ("mean +- std", "best", "quantile", "dead", "worst latents"):
+        assert word in text
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert list(table) == ["latent", "ms", "status", "n_active", "max_activation"]
+    x, e = (torch.from_numpy(np.load(data / f"{name}.npy")) for name in ("activations", "embeddings"))
+    with torch.no_grad():
+        dense = SparseAutoencoder.from_pretrained(sae).encode(x).dense().double()
+    expected = reference.monosemanticity(dense, e.double())
+    torch.testing.assert_close(
+        torch.tensor(table["ms"], dtype=torch.float64), expected, equal_nan=True, atol=1e-9, rtol=0
+    )
+    assert table["n_active"] == (dense > 0).sum(0).tolist()
+
+
+def test_sae_latents_score_above_raw_neurons(data, sae, tmp_path):
+    score(data, "--sae", sae, "--output", tmp_path / "sae.csv")
+    score(data, "--raw", "--output", tmp_path / "raw.csv")
+    means = []
+    for name in ("sae.csv", "raw.csv"):
+        with open(tmp_path / name) as file:
+            means.append(np.mean([float(row["ms"]) for row in csv.DictReader(file) if row["status"] == "defined"]))
+    assert means[0] > means[1] + 0.1
+
+
+@pytest.mark.parametrize("similarity", ["dot", "rbf"])
+def test_other_similarities(data, sae, tmp_path, similarity):
+    score(data, "--sae", sae, "--output", tmp_path / "s.json", "--similarity", similarity)
+    document = json.loads((tmp_path / "s.json").read_text())
+    assert document["metadata"]["similarity"] == similarity
+    assert len(document["latents"]) == 128
+
+
+def test_matryoshka_with_groups(data, tmp_path):
+    run("train", "--activations", data / "activations.npy", "--output", tmp_path / "m", "--d-sae", 100, "--k", 4,
+        "--architecture", "matryoshka", "--groups", "0.1,0.4,0.5", "--steps", 5, "--batch-size", 64)  # fmt: skip
+    assert SparseAutoencoder.from_pretrained(tmp_path / "m").config.group_sizes == (10, 40, 50)
+
+
+def bad(name, arguments, message):
+    return pytest.param(arguments, message, id=name)
+
+
+TRAIN = ["train", "--activations", "{data}/activations.npy", "--output", "{tmp}/run", "--steps", "3"]
+SCORE = ["ms-score", "--activations", "{data}/activations.npy", "--embeddings", "{data}/embeddings.npy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        bad("missing data", ["train", "--activations", "{tmp}/no.npy", "--output", "{tmp}/run"], "no such file"),
+        bad("empty data", ["train", "--activations", "{tmp}/empty.npy", "--output", "{tmp}/run"], "empty"),
+        bad("pickle", ["train", "--activations", "{tmp}/pickle.pt", "--output", "{tmp}/run"], "pickle.pt"),
+        bad("integers", ["train", "--activations", "{tmp}/int.npy", "--output", "{tmp}/run"], "int64"),
+        bad("vector", ["train", "--activations", "{tmp}/vector.npy", "--output", "{tmp}/run"], "shape"),
+        bad("nan", ["train", "--activations", "{tmp}/nan.npy", "--output", "{tmp}/run"], "row 7"),
+        bad("k", [*TRAIN, "--k", "999", "--d-sae", "64"], "k: 999 must be between 1 and d_sae = 64"),
+        bad("groups", [*TRAIN, "--architecture", "matryoshka", "--groups", "0.5,0.6"], "sum to 1.1, not to 1"),
+        bad("groups text", [*TRAIN, "--architecture", "matryoshka", "--groups", "a,b"], "groups: 'a' is not a number"),
+        bad("architecture", [*TRAIN, "--architecture", "gated"], "architecture: 'gated' is not one of"),
+        bad("lr", [*TRAIN, "--lr", "fast"], "lr: 'fast' is not a number"),
+        bad("lr 0", [*TRAIN, "--lr", "0"], "lr: 0.0 must be a positive number"),
+        bad("device", [*TRAIN, "--device", "tpu"], "device: 'tpu'"),
+        bad("no gpu", [*TRAIN, "--device", "cuda:7"], "device: 'cuda:7'"),
+        bad("both sizes", [*TRAIN, "--d-sae", "64", "--expansion", "2"], "d_sae: give either"),
+        bad("expansion", [*TRAIN, "--expansion", "-1"], "expansion: -1 must be positive"),
+        bad("steps", [*TRAIN[:-1], "0"], "steps: 0 must be at least 1"),
+        bad("resume nothing", [*TRAIN, "--resume"], "resume: "),
+        bad("resume and force", [*TRAIN, "--resume", "--force"], "exclude each other"),
+        bad("file in the way", [*TRAIN[:4], "{tmp}/int.npy", "--steps", "3"], "int.npy"),
+        bad("neither", [*SCORE, "--output", "{tmp}/s.csv"], "sae: give either --sae DIR or --raw"),
+        bad("both", [*SCORE, "--output", "{tmp}/s.csv", "--raw", "--sae", "{sae}"], "sae: give either"),
+        bad("suffix", [*SCORE, "--output", "{tmp}/s.xlsx", "--raw"], "output: "),
+        bad("similarity", [*SCORE, "--output", "{tmp}/s.csv", "--raw", "--similarity", "l2"], "similarity: 'l2'"),
+        bad("no sae", [*SCORE, "--output", "{tmp}/s.csv", "--sae", "{tmp}"], "no such file"),
+        bad("rows", [*SCORE[:3], "--embeddings", "{tmp}/few.npy", "--output", "{tmp}/s.csv", "--raw"], "2999"),
+        bad("width", ["ms-score", "--activations", "{tmp}/wide.npy", "--embeddings", "{data}/embeddings.npy", "--output",
+                      "{tmp}/s.csv", "--sae", "{sae}"], "33"),
+        bad("zero embedding", [*SCORE[:3], "--embeddings", "{tmp}/zero.npy", "--output", "{tmp}/s.csv", "--raw"], "11"),
+        bad("rows of synthetic", ["synthetic", "{tmp}/d", "--rows", "0"], "rows: 0 must be at least 1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, data, sae, tmp_path):
+    x, e = np.load(data / "activations.npy"), np.load(data / "embeddings.npy")
+    nan, zero = x.copy(), e.copy()
+    nan[7, 3], zero[11] = np.nan, 0
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "pickle.pt").write_bytes(b"\x80\x04c__builtin__\neval\n.")
+    for name, matrix in {"int": x.astype(np.int64), "vector": x[0], "nan": nan, "zero": zero, "few": e[:-1],
+                         "wide": np.concatenate([x, x[:, :1]], 1)}.items():  # fmt: skip
+        np.save(tmp_path / f"{name}.npy", matrix)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    text = run(*(str(a).format(data=data, sae=sae, tmp=tmp_path) for a in arguments), code=2)
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text
+    assert message in errors[0]
+    if arguments[0] == "ms-score":
+        assert sorted(p.name for p in tmp_path.iterdir()) == before, "nothing half written"
+
+
+def test_usage_errors_are_exit_code_2_too():
+    assert "No such option" in run("train", "--activation", "x", "--output", "y", code=2)
