@@ -1,0 +1,330 @@
+"""Activations for reading: one interface over a store and a matrix file, the order of training rows, reading ahead.
+
+A store is a directory of shards (activation_store.py), a matrix file one [N, d_in] tensor (matrix_files.py). Everything
+is memory-mapped: opening reads headers only, and the data may be larger than memory. What leaves this module is float32
+and finite. Shape suffixes: N rows, B rows of a batch, D d_in.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from saevlm_fast.activation_store import (
+    ITEM_SCHEMA,
+    ActivationWriter,
+    StoreIndex,
+    map_shard,
+    merge_parts,
+    read_index,
+    read_items,
+    verify,
+)
+from saevlm_fast.matrix_files import ActivationError, check_finite, map_matrix
+
+__all__ = [
+    "ActivationError",
+    "ActivationWriter",
+    "Activations",
+    "ShuffledRows",
+    "StoreIndex",
+    "batches",
+    "check_finite",
+    "merge_parts",
+    "open_activations",
+    "prefetch",
+    "read_index",
+    "verify",
+]
+
+
+class Activations:
+    """The rows of a store or of a matrix file, in one interface. Made by `open_activations`.
+
+    Attributes: path; n_rows; d, the width d_in; dtype (on disk); source (the store's record of model, layer, point and
+    tokens; None for a matrix file); has_items (stores do).
+    """
+
+    def __init__(self, path: Path, tensors: list[Tensor], source: dict[str, Any] | None, items: list[Path]):
+        self.path = path
+        self.source = source
+        self.has_items = bool(items)
+        self.n_rows = sum(len(t) for t in tensors)
+        self.d, self.dtype = tensors[0].shape[1], tensors[0].dtype
+        self._tensors, self._items = tensors, items
+        self._starts = np.cumsum([0] + [len(t) for t in tensors])  # shard s owns rows starts[s]:starts[s + 1]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row on disk."""
+        return self.d * self.dtype.itemsize
+
+    def rows(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
+        """The rows at `indices` (int64 [B], any order, repeats allowed) as float32 [B, d_in], into `out` if given."""
+        indices = _checked_rows(indices, self.n_rows, self.path)
+        out_BD = torch.empty(len(indices), self.d) if out is None else out
+        if out_BD.shape != (len(indices), self.d) or out_BD.dtype != torch.float32 or not out_BD.is_contiguous():
+            raise ValueError(
+                f"out is {list(out_BD.shape)} {out_BD.dtype}; needs contiguous float32 {[len(indices), self.d]}"
+            )
+        if bool((indices[1:] >= indices[:-1]).all()):
+            self._gather(indices, out_BD)
+        else:
+            ascending, places = indices.sort()
+            out_BD.index_copy_(0, places, self._gather(ascending, torch.empty_like(out_BD)))
+        check_finite(out_BD, indices, self.path)
+        return out_BD
+
+    def _gather(self, ascending: Tensor, out_BD: Tensor) -> Tensor:
+        """Ascending rows lie shard after shard, so each shard is one index_select into one slice."""
+        rows_BD = out_BD if self.dtype == torch.float32 else torch.empty(out_BD.shape, dtype=self.dtype)
+        bounds = np.searchsorted(ascending.numpy(), self._starts)
+        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+            begin, end = int(bounds[shard]), int(bounds[shard + 1])
+            local = ascending[begin:end] - int(self._starts[shard])
+            torch.index_select(self._tensors[shard], 0, local, out=rows_BD[begin:end])
+        return out_BD if rows_BD is out_BD else out_BD.copy_(rows_BD)
+
+    def chunks(self, n: int) -> Generator[tuple[int, Tensor], None, None]:
+        """Every row once, in order: (number of the first row, float32 [<= n, d_in]), read ahead in the background."""
+        if n < 1:
+            raise ValueError(f"chunk size is {n}; at least 1 is needed")
+        return prefetch(
+            lambda start: (start, self._slice(start, min(start + n, self.n_rows))), range(0, self.n_rows, n)
+        )
+
+    def _slice(self, start: int, stop: int) -> Tensor:
+        out_BD = torch.empty(stop - start, self.d)
+        for shard in range(int(np.searchsorted(self._starts, start, side="right")) - 1, len(self._tensors)):
+            first, end = int(self._starts[shard]), int(self._starts[shard + 1])
+            if first >= stop:
+                break
+            low, high = max(start, first), min(stop, end)
+            out_BD[low - start : high - start].copy_(self._tensors[shard][low - first : high - first])
+        check_finite(out_BD, range(start, stop), self.path)
+        return out_BD
+
+    def items(self, rows: Tensor | Sequence[int] | None = None) -> pa.Table:
+        """image, token and label of `rows` in their order; of all rows if None (iter_items is lighter on memory)."""
+        if rows is None:
+            return pa.concat_tables(self.iter_items())
+        indices, places = _checked_rows(torch.as_tensor(rows, dtype=torch.int64), self.n_rows, self.path).sort()
+        bounds = np.searchsorted(indices.numpy(), self._starts)
+        tables = [ITEM_SCHEMA.empty_table()]
+        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+            local = indices[bounds[shard] : bounds[shard + 1]].numpy() - self._starts[shard]
+            tables.append(read_items(self._item_file(shard)).take(local))
+        return pa.concat_tables(tables).take(places.argsort().numpy())
+
+    def iter_items(self) -> Iterator[pa.Table]:
+        """The item table of each shard in turn; laid end to end they describe the rows 0 .. n_rows - 1."""
+        return (read_items(self._item_file(shard)) for shard in range(len(self._tensors)))
+
+    def _item_file(self, shard: int) -> Path:
+        if not self.has_items:
+            raise ActivationError(f"{self.path}: a matrix file has no item ids; only an activation store does")
+        return self._items[shard]
+
+
+def open_activations(path: str | os.PathLike[str]) -> Activations:
+    """Opens a store directory or a matrix file (see the module's docstring) without reading its rows.
+
+    float64 matrices are accepted and rounded to float32 batch by batch. A Fortran-ordered matrix is read correctly, but
+    slowly: its rows are scattered over the file. Raises ActivationError for everything that is not usable, an
+    incomplete store included. Never unpickles anything but plain tensors.
+    """
+    name, _, key = str(path).partition("::")
+    if Path(name).is_dir():
+        return _open_store(Path(name))
+    return Activations(Path(name), [map_matrix(Path(name), key)], source=None, items=[])
+
+
+def _checked_rows(indices: Tensor, n_rows: int, path: Path) -> Tensor:
+    if indices.dtype != torch.int64 or indices.ndim != 1:
+        raise ValueError(f"indices are {indices.dtype} with {indices.ndim} dimensions; a 1-D int64 tensor is needed")
+    if len(indices):
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= n_rows:
+            raise ValueError(f"{path}: row {low if low < 0 else high} asked for; there are rows 0 to {n_rows - 1}")
+    return indices
+
+
+def _open_store(path: Path) -> Activations:
+    index = read_index(path)
+    if not index.complete:
+        raise ActivationError(
+            f"{path}: incomplete store, its writing was interrupted: {index.n_rows} rows in {len(index.shards)} shards "
+            "are there; resume it first"
+        )
+    if index.n_rows == 0:
+        raise ActivationError(f"{path}: shape is [0, {index.d_in}]; at least 1 row is needed")
+    tensors = [map_shard(path, shard, index) for shard in index.shards]
+    return Activations(path, tensors, index.source, [path / shard.items for shard in index.shards])
+
+
+class Rows(Protocol):
+    """What an order needs to know of the data; Activations is one."""
+
+    @property
+    def n_rows(self) -> int: ...
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row on disk."""
+
+
+class ShuffledRows:
+    """Which rows make up training step `step`: a pure function of the arguments, so resuming needs no state.
+
+    Every epoch is a new permutation of all rows, cut into n_rows // batch_size batches. The rest, fewer rows than a
+    batch, is dropped (other rows in every epoch); a data set smaller than one batch is one batch, whole, every step.
+    Batch size does not enter the permutation. Within a batch rows ascend, which makes reading faster; a consumer that
+    splits a batch should take every n-th row, since neighbours on disk are often of the same class.
+
+    A set of at most exact_bytes is permuted exactly. A larger one is permuted in blocks of about block_bytes of
+    neighbouring rows, and then row by row within windows of window_bytes of such blocks: a window's pages are read
+    once and stay in the page cache while it is used, so the disk is read a block, not a row, at a time.
+
+    Random numbers are raw Philox words, which numpy promises never to change (its permutations it does not).
+    """
+
+    def __init__(
+        self,
+        activations: Rows,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        exact_bytes: int = 8 << 30,
+        window_bytes: int = 512 << 20,
+        block_bytes: int = 1 << 20,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; at least 0 is needed")
+        self.n_rows, self.batch_size, self.seed = activations.n_rows, batch_size, seed
+        row_bytes = max(activations.row_bytes, 512)  # bounds the permutations' own memory when rows are tiny
+        self._exact = self.n_rows * row_bytes <= exact_bytes
+        self._block = max(1, block_bytes // row_bytes)  # rows in a block, blocks in a window
+        self._per_window = max(1, window_bytes // (self._block * row_bytes))
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return max(1, self.n_rows // self.batch_size)
+
+    def batch(self, step: int) -> Tensor:
+        """Rows of step `step` (counted from 0 over all epochs): int64 [min(batch_size, n_rows)], ascending."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        start = position * self.batch_size
+        stop = min(start + self.batch_size, self.n_rows)
+        rows = self._exact_slice(epoch, start, stop) if self._exact else self._windowed_slice(epoch, start, stop)
+        return torch.from_numpy(np.sort(rows))
+
+    def _exact_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        return _permutation(self.n_rows, self.seed, epoch)[start:stop]
+
+    def _windowed_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Positions start:stop of the epoch's windows laid end to end."""
+        block, per_window = self._block, self._per_window
+        order = _permutation(-(-self.n_rows // block), self.seed, epoch)
+        # All blocks are full but the last one, wherever the permutation put it: its window is shorter.
+        missing = len(order) * block - self.n_rows
+        short_window = int(np.flatnonzero(order == len(order) - 1)[0]) // per_window
+        pieces = []
+        for window in range(start // (per_window * block), -(-len(order) // per_window)):
+            first = window * per_window * block - (missing if window > short_window else 0)
+            if first >= stop:
+                break
+            rows = _window(self.n_rows, block, per_window, self.seed, epoch, window)
+            pieces.append(rows[max(start - first, 0) : max(stop - first, 0)])
+        return np.concatenate(pieces)
+
+
+@lru_cache(maxsize=4)
+def _window(n_rows: int, block: int, per_window: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    """The rows of a window's blocks, permuted."""
+    blocks = _permutation(-(-n_rows // block), seed, epoch)[window * per_window : (window + 1) * per_window]
+    rows = (blocks[:, None] * block + np.arange(block)).ravel()
+    rows = rows[rows < n_rows]
+    return rows[_permutation(len(rows), seed, epoch, window)]
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, *key: int) -> np.ndarray:
+    """A random permutation of range(n) that depends on n and key alone, the same on every machine.
+
+    Sorts random words that carry their index in the low bits: they are all different, so every way of sorting agrees.
+    """
+    bits = np.uint64(max(1, (n - 1).bit_length()))
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n) >> bits << bits
+    words |= np.arange(n, dtype=np.uint64)
+    words.sort()
+    return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+
+
+Job = TypeVar("Job")
+Loaded = TypeVar("Loaded")
+
+
+def batches(
+    activations: Activations, order: ShuffledRows, start_step: int, n_steps: int, pin_memory: bool = False
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """(rows int64 [B], float32 [B, d_in]) of steps start_step .. start_step + n_steps - 1, read ahead in threads.
+
+    pin_memory: batches in page-locked memory, for asynchronous copies to a GPU.
+    """
+    if order.n_rows != activations.n_rows:
+        raise ValueError(f"order is over {order.n_rows} rows; {activations.path} has {activations.n_rows}")
+
+    def load(step: int) -> tuple[Tensor, Tensor]:
+        rows = order.batch(step)
+        out_BD = torch.empty(len(rows), activations.d, pin_memory=pin_memory)
+        return rows, activations.rows(rows, out=out_BD)
+
+    return prefetch(load, range(start_step, start_step + n_steps))
+
+
+def prefetch(load: Callable[[Job], Loaded], jobs: Iterable[Job]) -> Generator[Loaded, None, None]:
+    """load(job) for every job, in order, at least two ahead of the consumer, in background threads.
+
+    An exception in load is raised where its result would have come. Closing the generator, or any exception while it
+    waits (Ctrl-C), cancels what has not begun and waits for what has.
+    """
+    n_threads = max(1, min(4, torch.get_num_threads() // 4))
+    pool = _loader_threads(n_threads)
+    pending: deque[Future[Loaded]] = deque()
+    try:
+        for job in jobs:
+            pending.append(pool.submit(load, job))
+            if len(pending) > n_threads + 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _use_one_core() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # fixes it for this thread: torch adopts the process's number at a thread's first question
+
+
+def _loader_threads(n_threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one core each: with a team of its own per thread a loader slows the consumer."""
+    consumer_threads = torch.get_num_threads()
+    started = threading.Barrier(n_threads + 1)
+    pool = ThreadPoolExecutor(n_threads, "activations", initializer=_use_one_core)
+    for _ in range(n_threads):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(consumer_threads)  # set_num_threads also decides for threads that start later: restore that
+    return pool

@@ -1,0 +1,128 @@
+"""Files that are either whole or absent: atomic writes, atomic directories, checksums.
+
+Everything is written under a temporary name beside its destination, flushed to the disk and renamed, so a reader, a
+crash, a full disk or Ctrl-C never meets half a file. What a `kill -9` leaves behind starts with TEMPORARY_PREFIX.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+TEMPORARY_PREFIX = ".writing-"
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path in the same directory; what the body writes there becomes `path` when it ends well.
+
+    On any error, Ctrl-C included, the temporary file is removed and an existing `path` is left as it was. An OSError
+    of the write itself (full disk, missing directory) is raised again with `path` in its message.
+    """
+    path = Path(path)
+    temporary = _temporary_sibling(path)
+    try:
+        yield temporary
+        _fsync_file(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        raise
+    _fsync_directory(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary empty directory beside `path`; it is published as `path` when the body ends well.
+
+    A non-empty `path` is refused with FileExistsError before anything is written, unless `replace`: then the old
+    directory is moved aside at the last moment and deleted after the new one stands (the two renames are not one
+    atomic act: a crash exactly between them leaves the old directory under a temporary name).
+    """
+    path = Path(path)
+    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if occupied and not replace:
+        raise FileExistsError(errno.EEXIST, "already exists and is not empty", str(path))
+    temporary, old = _temporary_sibling(path), _temporary_sibling(path)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _fsync_directory(file) if file.is_dir() else _fsync_file(file)
+        _fsync_directory(temporary)
+        if occupied:
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
+    _fsync_directory(path.parent)
+    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+
+def save_safetensors_atomic(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """safetensors' save_file, atomically. A failed write is an OSError (safetensors raises its own kind)."""
+    with atomic_write(path) as temporary:
+        try:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes strict JSON (no NaN: ValueError), indented, ending in a newline."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while n_bytes := file.readinto(buffer):
+            digest.update(buffer[:n_bytes])
+    return digest.hexdigest()
+
+
+def remove_leftovers(directory: str | os.PathLike[str]) -> None:
+    """Deletes the temporary files that killed writers left in a directory. Call it only while nobody else writes."""
+    for file in Path(directory).glob(f"{TEMPORARY_PREFIX}*"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+
+
+def _temporary_sibling(path: Path) -> Path:
+    # The destination's name comes last: some writers (np.save) choose the format by the suffix, or append theirs.
+    return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
+
+
+def _fsync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _fsync_directory(path: Path) -> None:
+    if os.name == "nt":  # a directory cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

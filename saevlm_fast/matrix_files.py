@@ -1,0 +1,192 @@
+"""Matrix files: one [N, d_in] tensor in a .npy, .safetensors or .pt file, mapped read-only and never unpickled.
+
+Accepted dtypes are float16, bfloat16, float32 and float64, little-endian. Of several tensors in a .safetensors or .pt
+file the only 2-D one is taken, or the one named by FILE::NAME. A map is read-only and shared, so a file may be larger
+than memory (Linux refuses private writable maps of that size, and those are what torch.load and safetensors make).
+"""
+
+import json
+import math
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MATRIX_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+NUMPY_DTYPES = {torch.float16: "<f2", torch.bfloat16: "<i2", torch.float32: "<f4", torch.float64: "<f8"}
+
+
+class ActivationError(ValueError):
+    """Activations that cannot be used; the message is one line that names the file, the value and the limit."""
+
+
+def check_finite(batch_BD: Tensor, row_numbers: Sequence[int] | Tensor, path: str | os.PathLike[str]) -> None:
+    """Raises ActivationError naming the first row (row_numbers[i] for row i of the batch) that holds NaN or infinity.
+
+    One sum when all is well: it is finite only if every term is (a sum that overflows only costs the second look).
+    """
+    if math.isfinite(batch_BD.sum(dtype=torch.float32)):
+        return
+    bad_BD = ~torch.isfinite(batch_BD)
+    if not bad_BD.any():
+        return
+    row = int(bad_BD.any(dim=1).nonzero()[0])
+    column = int(bad_BD[row].nonzero()[0])
+    value = float(batch_BD[row, column])
+    raise ActivationError(f"{path}: row {int(row_numbers[row])}, column {column} is {value}; it must be finite")
+
+
+def map_matrix(path: Path, key: str = "") -> Tensor:
+    """The matrix [N, d_in] in a file, mapped in its own dtype (read-only: writing to it would crash).
+
+    key names a tensor in the file; "" takes the only 2-D one. Raises ActivationError for every unusable file.
+    """
+    if not path.is_file():
+        raise ActivationError(f"{path}: no such file or directory")
+    if path.stat().st_size == 0:
+        raise ActivationError(f"{path}: the file is empty")
+    mappers: dict[str, Callable[[Path, str], Tensor]] = {
+        ".npy": _map_npy,
+        ".safetensors": _map_safetensors,
+        ".pt": _map_pt,
+    }
+    if path.suffix not in mappers:
+        raise ActivationError(
+            f"{path}: unknown suffix {path.suffix!r}; a matrix file is one of {', '.join(mappers)}, a store a directory"
+        )
+    return mappers[path.suffix](path, key)
+
+
+def _map_npy(path: Path, key: str) -> Tensor:
+    if key:
+        raise ActivationError(f"{path}::{key}: a .npy file has no named tensors")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses object arrays: nothing is ever unpickled
+    except Exception as error:  # a damaged header raises many kinds of them
+        raise ActivationError(f"{path}: not a readable .npy matrix: {first_line(error)}") from error
+    if array.dtype.str not in ("<f2", "<f4", "<f8"):
+        raise ActivationError(f"{path}: dtype is {array.dtype}; accepted: {dtype_names(MATRIX_DTYPES)}, little-endian")
+    return _checked_matrix(_read_only_tensor(array), path)
+
+
+def _map_safetensors(path: Path, key: str) -> Tensor:
+    entries, data_start = safetensors_header(path)
+    name = _choose(path, key, {name: entry["shape"] for name, entry in entries.items()})
+    dtype, begin = entries[name]["dtype"], entries[name]["data_offsets"][0]
+    if dtype not in SAFETENSORS_DTYPES:
+        raise ActivationError(f"{path}: tensor {name!r} has dtype {dtype}; accepted: {dtype_names(MATRIX_DTYPES)}")
+    shape = tuple(entries[name]["shape"])
+    if 0 in shape:
+        raise ActivationError(f"{path}: shape is {list(shape)}; at least 1 row and 1 column are needed")
+    return _checked_matrix(_map_read_only(path, data_start + begin, SAFETENSORS_DTYPES[dtype], shape), path)
+
+
+def _map_pt(path: Path, key: str) -> Tensor:
+    """Maps the tensor's bytes read-only where the archive holds them.
+
+    torch.load(mmap=True) maps the whole file privately and writable, which Linux refuses for a file larger than memory.
+    Loaded as fake tensors the file gives shapes, strides and the documented offsets of the storages in it instead.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and only needed here
+
+    if not zipfile.is_zipfile(path):
+        raise ActivationError(f"{path}: not a torch.save archive, or truncated (bare pickles are refused)")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its records are compressed")
+        with FakeTensorMode():
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds of them
+        reason = "it is damaged or holds more than plain tensors" if "eights only" in str(error) else first_line(error)
+        raise ActivationError(f"{path}: refused, {reason}") from error
+    named = value if isinstance(value, dict) else {"": value}
+    tensors = {str(name): t for name, t in named.items() if isinstance(t, Tensor)}
+    fake = tensors[_choose(path, key, {name: t.shape for name, t in tensors.items()})]
+    if fake.dtype not in MATRIX_DTYPES or fake.layout != torch.strided:
+        raise ActivationError(f"{path}: {fake.dtype}, {fake.layout}; accepted: dense {dtype_names(MATRIX_DTYPES)}")
+    if 0 in fake.shape:
+        raise ActivationError(f"{path}: shape is {list(fake.shape)}; at least 1 row and 1 column are needed")
+    storage = fake.untyped_storage()
+    offset = storage._checkpoint_offset
+    if offset is None:
+        raise ActivationError(f"{path}: torch.load found no place in the archive for the tensor")
+    try:
+        n_values = storage.nbytes() // fake.dtype.itemsize
+        flat = _map_read_only(path, offset, fake.dtype, (n_values,))
+        matrix_ND = flat.as_strided(fake.shape, fake.stride(), fake.storage_offset())
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ActivationError(f"{path}: damaged archive: {first_line(error)}") from error
+    return _checked_matrix(matrix_ND, path)
+
+
+def _choose(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -> str:
+    """The tensor named by FILE::key, else the file's only 2-D tensor."""
+    listing = ", ".join(f"{name!r} {list(shape)}" for name, shape in list(shapes.items())[:8]) or "none"
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    if key and key not in shapes:
+        raise ActivationError(f"{path}::{key}: no such tensor; there are: {listing}")
+    if not key and len(matrices) != 1:
+        raise ActivationError(f"{path}: {len(matrices)} 2-D tensors; name one as FILE::NAME; there are: {listing}")
+    return key or matrices[0]
+
+
+def _checked_matrix(matrix: Tensor, path: Path) -> Tensor:
+    if matrix.ndim != 2:
+        raise ActivationError(f"{path}: shape is {list(matrix.shape)}; a matrix [rows, d_in] is needed")
+    if 0 in matrix.shape:
+        raise ActivationError(f"{path}: shape is {list(matrix.shape)}; at least 1 row and 1 column are needed")
+    return matrix
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """(name -> {dtype, shape, data_offsets}, where the data starts), after comparing it with the size of the file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_bytes > min(size - 8, 100_000_000):
+            raise ActivationError(
+                f"{path}: {size} bytes, but its first 8 announce a header of {header_bytes}: "
+                "truncated, or not a safetensors file"
+            )
+        header = file.read(header_bytes)
+    try:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        for entry in entries.values():
+            begin, end = entry["data_offsets"]
+            n_values = math.prod(int(length) for length in entry["shape"])
+            dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+            if begin < 0 or (dtype is not None and end - begin != n_values * dtype.itemsize):
+                raise ValueError("a tensor's shape and its bytes disagree")
+        promised = 8 + header_bytes + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ActivationError(f"{path}: damaged safetensors header: {first_line(error)}") from error
+    if size != promised:
+        raise ActivationError(f"{path}: {size} bytes, but its header promises {promised}: truncated or altered")
+    return entries, 8 + header_bytes
+
+
+def _map_read_only(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    array = np.memmap(path, dtype=NUMPY_DTYPES[dtype], mode="r", offset=offset, shape=shape)
+    return _read_only_tensor(array).view(dtype)
+
+
+def _read_only_tensor(array: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():  # torch warns that writing would be undefined; nobody here writes
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

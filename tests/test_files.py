@@ -1,0 +1,166 @@
+"""Atomic files and directories: whole or absent, whatever goes wrong."""
+
+import errno
+import hashlib
+import json
+import os
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from saevlm_fast.files import (
+    TEMPORARY_PREFIX,
+    atomic_directory,
+    atomic_write,
+    remove_leftovers,
+    save_safetensors_atomic,
+    sha256_file,
+    write_json_atomic,
+)
+
+
+@contextmanager
+def disk_full_after(n_bytes):
+    """The nearest thing to a full disk that needs no root: no file of this process may grow beyond n_bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_appears_whole_with_usual_permissions(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("hello")
+        assert not path.exists()
+        assert temporary.parent == tmp_path
+    assert path.read_text() == "hello"
+    (tmp_path / "plain").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "plain"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1)])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write():
+        with atomic_write(path) as temporary:
+            temporary.write_text("new")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_is_an_oserror_that_names_the_destination(tmp_path):
+    def write(path):
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(bytes(10_000))
+
+    with disk_full_after(1000), pytest.raises(OSError, match=r"File too large.*a\.safetensors"):
+        save_safetensors_atomic(tmp_path / "a.safetensors", {"x": torch.zeros(10_000)})
+    with disk_full_after(1000), pytest.raises(OSError, match=r"'.*/b\.bin'") as caught:
+        write(tmp_path / "b.bin")
+    assert caught.value.errno == errno.EFBIG
+    assert TEMPORARY_PREFIX not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no/a.json'$"):
+        write_json_atomic(tmp_path / "no" / "a.json", {})
+
+
+def test_json_is_strict_and_round_trips(tmp_path):
+    value = {
+        "a": [1, 2.5, None],
+        "name": "caf\u00e9 \udcff",
+    }  # a lone surrogate: how Python spells a non-UTF-8 file name
+    write_json_atomic(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text()) == value
+    with pytest.raises(ValueError, match="nan"):
+        write_json_atomic(tmp_path / "a.json", {"a": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == value
+
+
+def test_safetensors_with_metadata_and_views(tmp_path):
+    x = torch.arange(6.0).view(2, 3)
+    save_safetensors_atomic(tmp_path / "a.safetensors", {"x": x, "t": x.t().requires_grad_()}, {"k": "20"})
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(loaded["x"], x)
+    assert torch.equal(loaded["t"], x.t())
+
+
+@pytest.mark.parametrize("n_bytes", [0, 5, (1 << 20) + 3])
+def test_sha256(tmp_path, n_bytes):
+    data = os.urandom(n_bytes)
+    (tmp_path / "a").write_bytes(data)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_directory_appears_whole(tmp_path):
+    path = tmp_path / "run"
+    with atomic_directory(path) as directory:
+        (directory / "sub").mkdir()
+        (directory / "sub" / "a").write_text("1")
+        assert not path.exists()
+    assert (path / "sub" / "a").read_text() == "1"
+    with pytest.raises(FileExistsError, match="run"), atomic_directory(path):
+        pytest.fail("the body must not run")
+    with atomic_directory(path, replace=True) as directory:
+        (directory / "b").write_text("2")
+    assert os.listdir(path) == ["b"]
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_an_error_leaves_the_old_directory(tmp_path, error):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "a").write_text("old")
+
+    def write():
+        with atomic_directory(path, replace=True) as directory:
+            (directory / "a").write_text("new")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert (path / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_failed_publication_puts_the_old_directory_back(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "a").write_text("old")
+    replace, calls = os.replace, []
+
+    def fail_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "injected")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_second)
+    with pytest.raises(OSError, match="injected"), atomic_directory(path, replace=True) as directory:
+        (directory / "a").write_text("new")
+    assert (path / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_leftovers_of_killed_writers_go(tmp_path):
+    (tmp_path / f"{TEMPORARY_PREFIX}12-a").write_text("half")
+    (tmp_path / f"{TEMPORARY_PREFIX}12-dir").mkdir()
+    (tmp_path / "keep").write_text("")
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["keep"]
