@@ -1,22 +1,24 @@
-"""Per-latent optimiser step: projection of the decoder gradient, gradient norm, clip, Adam and unit norm, row by row.
+"""Per-latent optimiser step: gradient rows, projection, global norm, clip, Adam and unit norm, row by row.
 
-Equals, for a weight matrix W [S, D] whose row s belongs to latent s,
+Equals, for a weight matrix W [S, D] whose row s belongs to latent s, with w_hat = W (decoder rows are unit),
 
-    g -= (g * w_hat).sum(1, keepdim=True) * w_hat          # decoder only: w_hat = W / |W|
-    g *= min(1, clip_norm / (global_norm + 1e-6))          # over all parameters
-    Adam(W, g);  W /= W.norm(dim=1, keepdim=True)          # decoder only
+    g = segment sums of the sparse codes' gradient                                   # kernels/segment_sum.py
+    g -= (g * w_hat).sum(1, keepdim=True) * w_hat                                    # decoder only
+    g *= min(1, clip_norm / (global_norm + 1e-6))                                    # over all parameters
+    Adam(W, g);  W /= W.norm(dim=1, keepdim=True)                                    # unit norm: decoder only
 
-in two passes. The gradient arrives compactly (rows of active latents only), and the second pass walks W in blocks small
-enough that a block's gradient, moments and weights stay in cache between Adam and the renormalisation: Adam over all
-latents reads and writes 24 bytes a parameter and is the floor of a training step beside the encoder's GEMM.
+in two passes over blocks of rows small enough to stay in cache. The first makes the gradient of active latents only,
+projects it and takes its norm while it is hot; the second walks all of W, because Adam moves every latent: 24 bytes a
+parameter read and written, the floor of a training step beside the encoder's GEMM.
 """
 
 from typing import NamedTuple
 
 import torch
+from saevlm_fast.kernels.segment_sum import segment_sum
 from torch import Tensor
 
-_BLOCK_BYTES = 2 << 20  # of one row block on the CPU: weights, two moments and gradient of it fit in L2/L3
+_BLOCK_BYTES = 2 << 20  # of one block of rows on the CPU
 
 
 class RowGradient(NamedTuple):
@@ -24,6 +26,7 @@ class RowGradient(NamedTuple):
 
     latents_A: Tensor | None
     rows_AD: Tensor
+    squared_norm: Tensor
 
 
 class AdamSettings(NamedTuple):
@@ -35,26 +38,45 @@ class AdamSettings(NamedTuple):
     step: int
 
 
-def remove_parallel_(gradient: RowGradient, W_SD: Tensor) -> None:
-    """Remove from every gradient row its component along the latent's own (unit-normalised) row of W, in place.
+def gradient_rows(
+    weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tensor, latents_A: Tensor | None,
+    unit_rows_SD: Tensor | None = None, out_AD: Tensor | None = None,
+) -> RowGradient:  # fmt: skip
+    """Gradient rows of latents: segment sums, projected if the decoder is given, with their squared norm.
 
-    The decoder's rows are renormalised after every step, so this component could only be undone. recipe.md section 2.
+    Args:
+        weights_M, ids_M, offsets_A1, source_RD: as segment_sum; segment a belongs to latents_A[a] (None: to latent a).
+        unit_rows_SD: W_dec with unit rows: remove the component of every gradient row along its own row. The rows are
+            renormalised after every step, so that component could only be undone (recipe.md section 2).
+        out_AD: where the rows go; fresh memory otherwise (whose first touch costs ten times the write).
     """
-    eps = torch.finfo(W_SD.dtype).eps
-    for start, stop in _blocks(gradient.rows_AD):
-        g_AD = gradient.rows_AD[start:stop]
-        if gradient.latents_A is None:
-            w_AD = W_SD[start:stop]
-        else:
-            w_AD = W_SD.index_select(0, gradient.latents_A[start:stop])
-        w_AD = w_AD / (w_AD.norm(dim=1, keepdim=True) + eps)
-        g_AD.addcmul_(w_AD, (g_AD * w_AD).sum(1, keepdim=True), value=-1)
+    n_rows, width = len(offsets_A1) - 1, source_RD.shape[1]
+    out_AD = source_RD.new_empty(n_rows, width) if out_AD is None else out_AD
+    squared_norm = source_RD.new_zeros(())
+    for start, stop in _blocks(out_AD):
+        g_AD = segment_sum(weights_M, ids_M, offsets_A1[start : stop + 1], source_RD)
+        if unit_rows_SD is not None:
+            w_AD = unit_rows_SD[start:stop] if latents_A is None else unit_rows_SD[latents_A[start:stop]]
+            _remove_parallel_(g_AD, w_AD)
+        squared_norm += torch.dot(g_AD.view(-1), g_AD.view(-1))
+        out_AD[start:stop] = g_AD
+    return RowGradient(latents_A, out_AD, squared_norm)
 
 
-def clip_coefficient(gradients: list[Tensor], clip_norm: float) -> Tensor:
+def dense_gradient_rows(latents_A: Tensor, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
+    """The same for rows that are already there (the auxiliary loss); projected in place."""
+    if unit_rows_SD is not None:
+        _remove_parallel_(rows_AD, unit_rows_SD[latents_A])
+    return RowGradient(latents_A, rows_AD, rows_AD.square().sum())
+
+
+def _remove_parallel_(g_AD: Tensor, w_AD: Tensor) -> None:
+    g_AD.addcmul_(w_AD, torch.linalg.vecdot(g_AD, w_AD)[:, None], value=-1)
+
+
+def clip_coefficient(squared_norms: list[Tensor], clip_norm: float) -> Tensor:
     """min(1, clip_norm / (global norm + 1e-6)) as a 0-d tensor on the gradients' device (no host sync)."""
-    squares = [torch.linalg.vector_norm(g).square() for g in gradients if g.numel()]
-    return (clip_norm / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
+    return (clip_norm / (torch.stack(squared_norms).sum().sqrt() + 1e-6)).clamp(max=1.0)
 
 
 def latent_update_(
@@ -71,37 +93,42 @@ def latent_update_(
         unit_norm: renormalise the rows of W afterwards.
     """
     eps = torch.finfo(W_SD.dtype).eps
-    for start, stop in _blocks(W_SD):
-        g_SD = torch.zeros_like(W_SD[start:stop])
+    blocks = _blocks(W_SD)
+    g_buffer = torch.empty_like(W_SD[: blocks[0][1]])
+    for start, stop in blocks:
+        g_SD = g_buffer[: stop - start].zero_()
         for gradient in gradients:
             _add_rows_(g_SD, gradient, start, stop)
-        adam_(W_SD[start:stop], exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD.mul_(clip), adam)
+        w_SD = W_SD[start:stop]
+        adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, clip, adam)
         if unit_norm:
-            W_SD[start:stop].div_(W_SD[start:stop].norm(dim=1, keepdim=True) + eps)
+            w_SD.mul_((torch.linalg.vecdot(w_SD, w_SD).sqrt_() + eps).reciprocal_()[:, None])
 
 
-def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, adam: AdamSettings) -> None:
-    """One fused Adam step on one tensor, in place: torch.optim.Adam(fused=True) without its bookkeeping."""
+def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
+    """One fused Adam step with the gradient times clip, in place (the gradient too): torch.optim.Adam(fused=True)."""
     step = torch.tensor(float(adam.step), device=p.device)
     torch._fused_adam_(
-        [p], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=adam.lr, beta1=adam.betas[0], beta2=adam.betas[1],
-        weight_decay=0.0, eps=adam.eps, amsgrad=False, maximize=False,
+        [p], [gradient.mul_(clip)], [exp_avg], [exp_avg_sq], [], [step],
+        lr=adam.lr, beta1=adam.betas[0], beta2=adam.betas[1], weight_decay=0.0, eps=adam.eps,
+        amsgrad=False, maximize=False,
     )  # fmt: skip
 
 
 def _add_rows_(g_SD: Tensor, gradient: RowGradient, start: int, stop: int) -> None:
-    if gradient.latents_A is None:
-        g_SD += gradient.rows_AD[start:stop]
-    elif g_SD.is_cuda:  # one block: everything
-        g_SD.index_add_(0, gradient.latents_A, gradient.rows_AD)
-    else:
-        bounds = torch.tensor([start, stop], device=gradient.latents_A.device)
-        low, high = torch.searchsorted(gradient.latents_A, bounds).tolist()
-        g_SD.index_add_(0, gradient.latents_A[low:high] - start, gradient.rows_AD[low:high])
+    latents_A, rows_AD, _ = gradient
+    if latents_A is None:
+        g_SD += rows_AD[start:stop]
+        return
+    low, high = 0, len(latents_A)
+    if not g_SD.is_cuda:  # on a GPU there is one block, and asking would stall the device
+        low, high = torch.searchsorted(latents_A, torch.tensor([start, stop])).tolist()
+    g_SD.index_add_(0, latents_A[low:high] - start, rows_AD[low:high])
 
 
 def _blocks(rows: Tensor) -> list[tuple[int, int]]:
     """Row ranges: one on a GPU, cache-sized ones on the CPU."""
     n_rows = rows.shape[0]
-    size = n_rows if rows.is_cuda else max(1, _BLOCK_BYTES // max(1, rows.shape[1] * rows.element_size()))
-    return [(start, min(start + size, n_rows)) for start in range(0, n_rows, max(size, 1))]
+    size = n_rows if rows.is_cuda else _BLOCK_BYTES // max(1, rows.shape[1] * rows.element_size())
+    size = max(1, size)
+    return [(start, min(start + size, n_rows)) for start in range(0, max(n_rows, 1), size)]

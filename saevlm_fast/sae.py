@@ -86,7 +86,7 @@ class SparseAutoencoder(nn.Module):
     def reset_parameters(self, seed: int = 0) -> None:
         """Random unit decoder rows, W_enc = W_dec^T, zero biases. Drawn on the CPU: one seed, one SAE on any device."""
         generator = torch.Generator().manual_seed(seed)
-        rows_SD = torch.randn(self.config.d_sae, self.config.d_in, generator=generator)
+        rows_SD = torch.randn(self.config.d_sae, self.config.d_in, generator=generator, dtype=torch.float64)
         rows_SD /= rows_SD.norm(dim=1, keepdim=True)
         self.W_dec.copy_(rows_SD)
         self.W_enc.copy_(rows_SD.T)

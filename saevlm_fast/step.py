@@ -15,15 +15,15 @@ from saevlm_fast.kernels.latent_update import (
     RowGradient,
     adam_,
     clip_coefficient,
+    dense_gradient_rows,
+    gradient_rows,
     latent_update_,
-    remove_parallel_,
 )
 from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum
 from saevlm_fast.kernels.sparse_decode import gather_dot
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.sae import SparseAutoencoder
 
-_SEGMENT_BYTES = 16 << 20  # of one output block on the CPU: glibc recycles it, larger ones are fresh pages every step
 _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
 
 
@@ -62,6 +62,20 @@ class StepOutput(NamedTuple):
     n_dead: int
 
 
+class Workspace:
+    """Memory for the two compact weight gradients, kept between steps: first-touch page faults cost more than sums."""
+
+    def __init__(self) -> None:
+        self._rows: tuple[Tensor, Tensor] | None = None
+
+    def rows(self, n_rows: int, like_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Two [n_rows, D] buffers of like's width, dtype and device; their contents are undefined."""
+        if self._rows is None or len(self._rows[0]) < n_rows:
+            size = n_rows + n_rows // 8  # some room: the number of active latents moves
+            self._rows = like_RD.new_empty(size, like_RD.shape[1]), like_RD.new_empty(size, like_RD.shape[1])
+        return self._rows[0][:n_rows], self._rows[1][:n_rows]
+
+
 class Stepper:
     """An SAE with the state that training needs, and the step that advances it.
 
@@ -82,6 +96,7 @@ class Stepper:
         self.bad_step = torch.tensor(-1, dtype=torch.int64, device=device)
         self.n_steps = 0
         self.n_rows_seen = 0
+        self.workspace = Workspace()
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
@@ -95,7 +110,9 @@ class Stepper:
         entries = self._encode(x_BD)
         self._track(entries, len(x_BD))
         dead_A = self._dead_latents()
-        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, entries, dead_A, self.config.auxk_alpha)
+        x_hat_BD, losses, gradients = loss_and_gradients(
+            self.sae, x_BD, entries, dead_A, self.config.auxk_alpha, self.workspace
+        )
         self.bad_step = torch.where((self.bad_step < 0) & ~losses.overall.isfinite(), self.n_steps, self.bad_step)
         self._update(gradients)
         self.n_steps += 1
@@ -133,17 +150,16 @@ class Stepper:
         return torch.nonzero(self.idle_S >= self.config.dead_after).squeeze(1)
 
     def _update(self, gradients: Gradients) -> None:
-        for gradient in gradients.W_dec:
-            remove_parallel_(gradient, self.sae.W_dec.detach())
-        every = [g.rows_AD for g in (*gradients.W_enc, *gradients.W_dec)] + [gradients.b_enc, gradients.b_dec]
-        clip = clip_coefficient(every, self.config.clip_norm)
+        squared_norms = [gradient.squared_norm for gradient in (*gradients.W_enc, *gradients.W_dec)]
+        squared_norms += [gradients.b_enc.square().sum(), gradients.b_dec.square().sum()]
+        clip = clip_coefficient(squared_norms, self.config.clip_norm)
         lr = self.config.lr_at(self.n_steps, self.sae.config.d_sae)
         adam = AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps + 1)
         parameters = self.parameters()
         for name, rows in (("W_enc", gradients.W_enc), ("W_dec", gradients.W_dec)):
             latent_update_(parameters[name], *self.moments[name], rows, clip, adam, unit_norm=name == "W_dec")
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
-            adam_(parameters[name], *self.moments[name], gradient_vector * clip, adam)
+            adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
 
 
 def bag_offsets(latents_M: Tensor, row_offsets: Tensor, group_ends: list[int]) -> Tensor:
@@ -165,7 +181,7 @@ def smallest_positive(acts_M: Tensor) -> Tensor:
 
 
 def loss_and_gradients(
-    sae: SparseAutoencoder, x_BD: Tensor, entries: Entries, dead_A: Tensor, auxk_alpha: float
+    sae: SparseAutoencoder, x_BD: Tensor, entries: Entries, dead_A: Tensor, auxk_alpha: float, workspace: "Workspace"
 ) -> tuple[Tensor, Losses, Gradients]:
     """Losses of one batch and the gradient of every parameter, from sparse codes. recipe.md section 1.
 
@@ -173,7 +189,7 @@ def loss_and_gradients(
     groups once; the paper's code divides twice.
 
     Returns:
-        x_hat_BD of the last prefix, the losses, the gradients (decoder gradient not yet projected).
+        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected; rows live in the workspace).
     """
     n_rows, d_in = x_BD.shape
     n_groups = len(sae.config.group_ends)
@@ -195,7 +211,7 @@ def loss_and_gradients(
     centred_BD = x_BD - b_dec
     dacts_M = gather_dot(suffix_RD, entries.latents_M, entries.bag_offsets, W_dec)
     dacts_M = torch.where(entries.acts_M > 0, dacts_M, 0)
-    W_enc_rows, W_dec_rows, db_enc = _latent_gradients(sae, entries, dacts_M, centred_BD, suffix_RD)
+    W_enc_rows, W_dec_rows, db_enc = _latent_gradients(sae, entries, dacts_M, centred_BD, suffix_RD, workspace)
 
     aux, aux_enc, aux_dec = _auxiliary(sae, centred_BD, -residual_BGD[:, -1], dead_A, auxk_alpha, db_enc)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
@@ -204,8 +220,9 @@ def loss_and_gradients(
 
 
 def _latent_gradients(
-    sae: SparseAutoencoder, entries: Entries, dacts_M: Tensor, centred_BD: Tensor, suffix_RD: Tensor
-) -> tuple[RowGradient, RowGradient, Tensor]:
+    sae: SparseAutoencoder, entries: Entries, dacts_M: Tensor, centred_BD: Tensor, suffix_RD: Tensor,
+    workspace: "Workspace",
+) -> tuple[RowGradient, RowGradient, Tensor]:  # fmt: skip
     """dW_enc, dW_dec rows of active latents and db_enc [d_sae], from one sort of the entries by latent."""
     order_M, latent_offsets = group_by_latent(entries.latents_M, entries.row_offsets, sae.config.d_sae)
     bags_M = entry_rows(entries.latents_M, entries.bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
@@ -215,24 +232,13 @@ def _latent_gradients(
     else:
         active = torch.nonzero(latent_offsets[1:] > latent_offsets[:-1]).squeeze(1)
         offsets = torch.cat([latent_offsets[active], latent_offsets[-1:]])
-    dW_dec = _segment_sum_in_blocks(entries.acts_M[order_M], bags_M, offsets, suffix_RD)
+    out_enc_AD, out_dec_AD = workspace.rows(len(offsets) - 1, suffix_RD)
+    dW_dec = gradient_rows(entries.acts_M[order_M], bags_M, offsets, suffix_RD, active, sae.W_dec.detach(), out_dec_AD)
     dacts_M = dacts_M[order_M]
-    dW_enc = _segment_sum_in_blocks(dacts_M, rows_M, offsets, centred_BD)
+    dW_enc = gradient_rows(dacts_M, rows_M, offsets, centred_BD, active, out_AD=out_enc_AD)
     one = dacts_M.new_ones(1, 1)
     db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), latent_offsets, one).squeeze(1)
-    return RowGradient(active, dW_enc), RowGradient(active, dW_dec), db_enc
-
-
-def _segment_sum_in_blocks(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor) -> Tensor:
-    n_segments, width = len(offsets_L1) - 1, source_RD.shape[1]
-    if source_RD.is_cuda or n_segments == 0:
-        return segment_sum(weights_M, ids_M, offsets_L1, source_RD)
-    out_LD = source_RD.new_empty(n_segments, width)
-    block = max(1, _SEGMENT_BYTES // (width * source_RD.element_size()))
-    for start in range(0, n_segments, block):
-        offsets = offsets_L1[start : start + block + 1]
-        out_LD[start : start + block] = segment_sum(weights_M, ids_M, offsets, source_RD)
-    return out_LD
+    return dW_enc, dW_dec, db_enc
 
 
 def _auxiliary(
@@ -265,7 +271,8 @@ def _auxiliary(
         db_enc_A += dacts_BA.sum(0)
     db_enc.index_add_(0, dead_A, db_enc_A)
     aux = torch.where(variance > 0, squared / n_rows / variance, 0)
-    return aux, [RowGradient(dead_A, dW_enc_AD)], [RowGradient(dead_A, dW_dec_AD)]
+    dW_enc, dW_dec = dense_gradient_rows(dead_A, dW_enc_AD), dense_gradient_rows(dead_A, dW_dec_AD, sae.W_dec.detach())
+    return aux, [dW_enc], [dW_dec]
 
 
 def _keep_largest_(acts_BA: Tensor, k: int) -> Tensor:

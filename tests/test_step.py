@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dense_trainer import DenseTrainer
-from saevlm_fast.kernels.latent_update import RowGradient, clip_coefficient, remove_parallel_
+from saevlm_fast.kernels.latent_update import clip_coefficient, dense_gradient_rows, gradient_rows
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
@@ -105,11 +105,25 @@ def test_smallest_positive():
     assert float(smallest_positive(torch.zeros(0))) == 0.0
 
 
-def test_remove_parallel_leaves_orthogonal_rows():
+def test_gradient_rows_are_orthogonal_to_their_latents():
     W = torch.nn.functional.normalize(torch.randn(9, 5), dim=1)
-    gradient = RowGradient(torch.tensor([1, 4, 8]), torch.randn(3, 5))
-    remove_parallel_(gradient, W)
-    torch.testing.assert_close((gradient.rows_AD * W[gradient.latents_A]).sum(1), torch.zeros(3), atol=1e-6, rtol=0)
+    latents = torch.tensor([1, 4, 8])
+    sums = torch.randn(3, 5)
+    one_each = torch.arange(4)
+    gradient = gradient_rows(torch.ones(3), torch.arange(3), one_each, sums, latents, W)
+    torch.testing.assert_close((gradient.rows_AD * W[latents]).sum(1), torch.zeros(3), atol=1e-6, rtol=0)
+    expected = sums - (sums * W[latents]).sum(1, keepdim=True) * W[latents]
+    torch.testing.assert_close(gradient.rows_AD, expected)
+    torch.testing.assert_close(gradient.squared_norm, expected.square().sum())
+    ready = dense_gradient_rows(latents, sums.clone(), W)
+    torch.testing.assert_close(ready.rows_AD, expected)
+
+
+def test_no_active_latent_is_no_gradient():
+    empty = torch.zeros(0, dtype=torch.int64)
+    gradient = gradient_rows(torch.zeros(0), empty, torch.zeros(1, dtype=torch.int64), torch.randn(3, 5), empty)
+    assert gradient.rows_AD.shape == (0, 5)
+    assert float(gradient.squared_norm) == 0.0
 
 
 def test_clip_coefficient_is_clip_grad_norm():
@@ -118,7 +132,8 @@ def test_clip_coefficient_is_clip_grad_norm():
         p.grad = torch.randn(p.shape)
     gradients = [p.grad.clone() for p in parameters]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    torch.testing.assert_close(gradients[1] * clip_coefficient(gradients, 1.0), parameters[1].grad)
+    clip = clip_coefficient([g.square().sum() for g in gradients], 1.0)
+    torch.testing.assert_close(gradients[1] * clip, parameters[1].grad)
 
 
 def test_geometric_median_resists_an_outlier_and_survives_a_coincident_point():
