@@ -15,8 +15,9 @@ parameter read and written, the floor of a training step beside the encoder's GE
 from typing import NamedTuple
 
 import torch
-from saevlm_fast.kernels.segment_sum import segment_sum
 from torch import Tensor
+
+from saevlm_fast.kernels.segment_sum import segment_sum
 
 _BLOCK_BYTES = 2 << 20  # of one block of rows on the CPU
 

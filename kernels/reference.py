@@ -126,7 +126,7 @@ def gather_dot(g_BD: Tensor, latents: Tensor, row_offsets: Tensor | None, W_SD: 
 
 
 def similarity_matrix(emb_IE: Tensor, emb_JE: Tensor, similarity: str, gamma: float | None = None) -> Tensor:
-    """s_ij between two blocks of embeddings: cosine, dot, or rbf exp(-gamma ||e_i - e_j||^2), gamma 1 / E by default."""
+    """s_ij between two blocks of embeddings: cosine, dot, or rbf exp(-gamma |e_i - e_j|^2), gamma 1 / E by default."""
     if similarity == "cosine":
         return (
             torch.nn.functional.normalize(emb_IE, dim=1, eps=0.0)

@@ -1,6 +1,6 @@
 """Activations with planted concepts: an image shows a few of many, its activation is their superposition.
 
-For the first run on a fresh machine, for tests and for benches: no download, any size, and the truth is known. Concept c
+For the first run on a fresh machine, for tests and for benches: no download, any size, the truth is known. A concept
 has a direction in activation space and one in embedding space; images that share concepts have similar embeddings, so a
 latent that has found a concept is monosemantic, and a raw neuron, which mixes many concepts, is not.
 """

@@ -1,8 +1,9 @@
 """Random sparse codes and error bounds, shared by the tests of segment_sum and sparse_decode."""
 
 import torch
-from saevlm_fast.kernels import reference
 from torch import Tensor
+
+from saevlm_fast.kernels import reference
 
 
 def random_codes(n_rows: int, k: int, d_sae: int, layout: str, dtype: torch.dtype, seed: int = 0):

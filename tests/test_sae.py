@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from saevlm_fast.kernels import reference
 from safetensors.torch import load_file, save_file
 
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.kernels import reference
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating
 
 ARCHITECTURES = {"topk": (), "batch_topk": (), "matryoshka": (7, 30, 60)}

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.segment_sum import (
     entry_rows,
@@ -15,7 +17,6 @@ from saevlm_fast.kernels.segment_sum import (
 )
 from sparse_codes import assert_near_truth, random_codes, segment_sum_magnitude
 from static_compile import TARGETS, Case, assert_no_spills
-from torch import Tensor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Lengths around the chunk size 32: no whole chunk, exactly one, several with head and tail, empty segments anywhere.

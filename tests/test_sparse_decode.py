@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.segment_sum import entry_rows
 from saevlm_fast.kernels.sparse_decode import (
@@ -14,7 +16,6 @@ from saevlm_fast.kernels.sparse_decode import (
 )
 from sparse_codes import assert_near_truth, random_codes
 from static_compile import TARGETS, Case, assert_no_spills
-from torch import Tensor
 
 LAYOUTS = ["fixed", "csr"]
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from dense_trainer import DenseTrainer
-from saevlm_fast.kernels.latent_update import clip_coefficient, dense_gradient_rows, gradient_rows
 
+from dense_trainer import DenseTrainer
 from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.kernels.latent_update import clip_coefficient, dense_gradient_rows, gradient_rows
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.step import Stepper, bag_offsets, geometric_median, smallest_positive
 

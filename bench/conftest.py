@@ -1,0 +1,237 @@
+"""Cases, and the one way of measuring. `pytest bench/ --benchmark-only` runs everything; bench/report.py makes a table.
+
+A bench names several ways of doing one thing (ours, plain dense torch, ...). `measure` first checks ours against the
+reference, so a wrong result never gets a speed. It then times the way this test is for, and between its rounds the
+reference and the encoder's GEMM, so that the ratios in extra_info are medians over pairs taken side by side.
+"""
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import distributions
+
+import pytest
+import torch
+
+from saevlm_fast.synthetic import PlantedConcepts
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The paper's batch is 4096; a CPU step at that size takes half a minute in dense torch.
+ROWS, SECONDS, MOST_ROUNDS = (4096, 0.5, 50) if DEVICE.type == "cuda" else (1024, 4.0, 15)
+START = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shape of a real SAE (k = 20 as in the paper, except for the smoke test)."""
+
+    d_in: int
+    d_sae: int
+    n_rows: int
+    k: int = 20
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"B": self.n_rows, "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of a dense step and ours beside it: weights, gradients and moments, and about 12 matrices [B, d_sae]."""
+        return 4 * (12 * self.d_in * self.d_sae + 12 * self.n_rows * self.d_sae)
+
+
+CASES = {
+    "smoke": Case(32, 203, 16, k=4),
+    "clip-b32-x8": Case(768, 6144, ROWS),
+    "clip-l14-x16": Case(1024, 16384, ROWS),
+    "clip-l14-x64": Case(1024, 65536, ROWS if DEVICE.type == "cuda" else 512),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--check-goals", action="store_true", help="fail where a measured ratio misses its stated goal")
+    parser.addoption("--time-limit", type=float, default=420.0, help="seconds after which no further bench is started")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Small cases first. The smoke shapes show that a bench runs, not how fast: only where -k asks for them."""
+    names = [None, *CASES]  # None: not a bench
+    items.sort(key=lambda item: names.index(_case_name(item)))
+    if "smoke" not in config.option.keyword:
+        smoke = [item for item in items if _case_name(item) == "smoke"]
+        items[:] = [item for item in items if _case_name(item) != "smoke"]
+        config.hook.pytest_deselected(items=smoke)
+
+
+def _case_name(item: pytest.Item) -> str | None:
+    name = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    return name if name in CASES else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--time-limit")
+    if time.perf_counter() - START > limit:
+        pytest.skip(f"--time-limit: {limit:g} s have passed")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture
+def memory() -> int:
+    """Bytes that the device has in all."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, memory: int) -> Case:
+    case = CASES[request.param]
+    if case.dense_bytes > 0.7 * memory:
+        pytest.skip(f"needs about {case.dense_bytes / 2**30:.0f} GiB, {DEVICE.type} has {memory / 2**30:.0f} GiB")
+    return case
+
+
+@pytest.fixture(params=["float32", "tf32", "bfloat16"] if DEVICE.type == "cuda" else ["float32"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of the matrix products, ours and dense alike. bfloat16 is slower than float32 on most CPUs: not run there."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param == "tf32"
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def tensor_dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+@pytest.fixture
+def tolerance(precision: str) -> float:
+    """Largest accepted difference between ours and dense, as a share of the largest value."""
+    return {"float32": 1e-5, "tf32": 4e-3, "bfloat16": 2e-2}[precision]
+
+
+@pytest.fixture
+def batches(case: Case) -> list[torch.Tensor]:
+    """Four batches [B, d_in] of planted concepts, divided by the norm factor, float32 on the device."""
+    x_BD = planted(4 * case.n_rows, case.d_in)[0].to(DEVICE)
+    return list((x_BD / x_BD.square().sum(1).mean().sqrt()).split(case.n_rows))
+
+
+@functools.lru_cache(maxsize=4)
+def planted(n_rows: int, d_in: int, d_embedding: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    source = PlantedConcepts(d_in, d_embedding, n_concepts=2 * d_in, concepts_per_image=8.0)
+    x_ND, e_NE = source.sample(n_rows)
+    return torch.from_numpy(x_ND), torch.from_numpy(e_NE)
+
+
+@pytest.fixture
+def planted_images() -> Callable:
+    """planted(n_rows, d_in, d_embedding) -> activations [n_rows, d_in], embeddings [n_rows, d_embedding]."""
+    return planted
+
+
+@pytest.fixture
+def encoder_gemm() -> Callable:
+    """encoder_gemm(x_BD, W_enc_DS) -> call: the floor of encoding, into a buffer that is there already.
+
+    On CPU 2048 latents at a time into one buffer that stays in cache: faster than one product as large as d_sae.
+    """
+
+    def make(x_BD: torch.Tensor, W_enc_DS: torch.Tensor) -> Callable[[], None]:
+        width = 2048 if x_BD.device.type == "cpu" else W_enc_DS.shape[1]
+        panels = W_enc_DS.split(width, dim=1)
+        buffer = x_BD.new_empty(x_BD.shape[0] * width)
+
+        def gemm() -> None:
+            for W_DP in panels:
+                out_BP = buffer[: x_BD.shape[0] * W_DP.shape[1]].view(x_BD.shape[0], W_DP.shape[1])
+                torch.mm(x_BD, W_DP, out=out_BP)
+
+        return gemm
+
+    return make
+
+
+@pytest.fixture
+def measure(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
+    """measure(operation, impl, ways, check=..., shape=..., dtype=..., floor=...) -> the others' times over this way's.
+
+    ways: name -> (call, {unit such as "GFLOP/s": amount of it in a call}); impl is the one that this test is for and
+    `reference` the one that check() compares the others with. floor is the encoder GEMM's call. Returns nothing where
+    benchmarks are disabled.
+    """
+
+    def run(
+        operation: str, impl: str, ways: dict, *, check: Callable[[], None], shape: dict, dtype: str,
+        floor: Callable[[], None] | None = None, reference: str = "dense",
+    ) -> dict[str, float]:  # fmt: skip
+        case = request.node.callspec.params["case"]
+        benchmark.group = f"{operation} | {case} | {dtype}"
+        call, work = ways[impl]
+        others = {} if floor is None else {"encoder_gemm": floor}
+        if impl != reference:
+            check()
+            others |= {name: way for name, (way, _) in ways.items() if name == reference}
+        cycle = _seconds(call) + sum(_seconds(other) for other in others.values())  # the check was the warm-up
+        rounds = max(3, min(MOST_ROUNDS, int(SECONDS / cycle)))
+        if case == "smoke":
+            rounds = 2
+        beside: dict[str, list[float]] = {name: [] for name in others}
+
+        def time_the_others() -> None:
+            for name, other in others.items():
+                beside[name].append(_seconds(other))
+
+        what = {"operation": operation, "case": case, "impl": impl, "shape": shape, "dtype": dtype}
+        benchmark.extra_info |= what | environment()
+        benchmark.pedantic(lambda: _finish(call()), setup=time_the_others, rounds=rounds)
+        if benchmark.disabled:
+            return {}
+        seconds = benchmark.stats.stats.data
+        ratios = {name: statistics.median(b / s for b, s in zip(times, seconds)) for name, times in beside.items()}
+        rates = {unit: round(amount / statistics.median(seconds), 2) for unit, amount in work.items()}
+        benchmark.extra_info |= rates | {f"{name}_over_this": round(ratio, 4) for name, ratio in ratios.items()}
+        if "encoder_gemm" in ratios:
+            benchmark.extra_info["this_over_encoder_gemm"] = round(1 / ratios["encoder_gemm"], 3)
+        return ratios
+
+    return run
+
+
+@pytest.fixture
+def goal(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
+    """goal(what, ratio, at_least): fails where the ratio is lower, under --check-goals only."""
+
+    def check(what: str, ratio: float, at_least: float) -> None:
+        if request.config.getoption("--check-goals"):
+            assert ratio >= at_least, f"{what}: {ratio:.2f}x, the goal is {at_least:g}x"
+
+    return check
+
+
+def environment() -> dict[str, str | int]:
+    """What a number depends on beside the code."""
+    triton = next((found.version for found in distributions(name="triton")), "not installed")
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "triton": triton}
+
+
+def _finish(_: object) -> None:
+    """Waits for the device, and drops the result so that no round is measured while an older result holds memory."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    _finish(None)
+    start = time.perf_counter()
+    _finish(call())
+    return time.perf_counter() - start

@@ -1,0 +1,249 @@
+"""Pair sums behind the Monosemanticity Score, for any similarity (arXiv 2504.02821 section 3, recipe section 3).
+
+    num_k = sum_{i<j} r_ik s_ij r_jk        den_k = sum_{i<j} r_ik r_jk        score_k = num_k / den_k
+
+which equals, in torch, with S = triu(similarity(emb, emb), 1) and O = triu(ones, 1),
+
+    num = (r * (S @ r)).sum(0)        den = (r * (O @ r)).sum(0)
+
+without S: tiles of it are made from two blocks of images (i-block <= j-block, so each pair once), used and forgotten.
+`pairwise_sums` takes dense activations (raw neurons); `pairwise_gram_sums` takes sparse codes grouped by latent, and
+builds for every latent the Gram matrix of the images it fires on, nothing else. For cosine and dot of sparse codes
+streamed_cosine.py gives the same sums in linear time; this file is its oracle and serves every other similarity.
+
+A similarity is any function of the inner product and the two squared norms. To add one: its name in SIMILARITIES,
+its formula in `similarity_from_inner` (here), in `_similarity_tile` (pairwise_similarity_triton.py, selected by a
+constexpr) and in reference.similarity_matrix (for the tests).
+
+Accuracy: the CPU path computes in float64 whatever comes in. The CUDA path makes similarities in float32 (embeddings
+are cast; products with the precision of 3xTF32 or better) and adds tiles in float64. den is float64 on both, in a form
+that never subtracts (`distinct_pair_products`). A zero embedding under cosine gives NaN, as 0 / 0 does in the
+reference. Neither operator is differentiable: reference.py is.
+"""
+
+import torch
+from torch import Tensor
+
+SIMILARITIES = ("cosine", "dot", "rbf")
+
+_CPU_IMAGE_BLOCK = 512
+_CPU_LATENT_BLOCK = 4096
+_CPU_BATCH_ELEMENTS = 1 << 21
+_CPU_HEAVY_SEGMENT = 1024
+
+
+def check_similarity(similarity: str) -> None:
+    """ValueError unless the similarity is one of SIMILARITIES."""
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity: {similarity!r} is not one of {', '.join(SIMILARITIES)}")
+
+
+def prepare_embeddings(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Embeddings whose inner products and squared norms give the similarity, and those squared norms [N].
+
+    cosine: rows divided by their norm. rbf: centred, which changes no distance and keeps ||a||^2 + ||b||^2 - 2 <a, b>
+    from cancelling. dot: as they are.
+    """
+    emb_NE = emb_NE.to(torch.float64)
+    if similarity == "cosine":
+        emb_NE = emb_NE / emb_NE.square().sum(1, keepdim=True).sqrt()
+    elif similarity == "rbf" and len(emb_NE) > 0:
+        emb_NE = emb_NE - emb_NE.mean(0)
+    emb_NE = emb_NE.to(dtype).contiguous()
+    return emb_NE, emb_NE.square().sum(1)
+
+
+def similarity_from_inner(inner: Tensor, sqnorm_i: Tensor, sqnorm_j: Tensor, similarity: str, gamma: float) -> Tensor:
+    """Similarity of prepared embeddings from <e_i, e_j>, ||e_i||^2 and ||e_j||^2 (broadcast to the shape of inner)."""
+    if similarity == "rbf":
+        return ((sqnorm_i + sqnorm_j - 2.0 * inner).clamp_min_(0.0) * -gamma).exp_()
+    return inner
+
+
+def distinct_pair_products(x_BL: Tensor) -> Tensor:
+    """sum over i < j of x_i * x_j along dim 1, elementwise over the other dimensions, by folding halves.
+
+    Equals ((sum x)^2 - sum x^2) / 2 without its subtraction: exact to rounding for x >= 0, even if one x dominates.
+    Fold: the pairs (i, i + h) are counted here; every other pair of entries is a product of two different entries of
+    x[:h] + x[h:], exactly once. About three passes over x.
+    """
+    total_B = x_BL.new_zeros(x_BL.shape[:1] + x_BL.shape[2:])
+    while x_BL.shape[1] > 1:
+        half = x_BL.shape[1] // 2
+        left, right, odd = x_BL[:, :half], x_BL[:, half : 2 * half], x_BL[:, 2 * half :]
+        total_B += (left * right).sum(1)
+        x_BL = torch.cat([left + right, odd], dim=1)
+    return total_B
+
+
+def dense_pair_weights(r_NK: Tensor) -> Tensor:
+    """den_K: sum over i < j of r_ik * r_jk in float64, in blocks of images so that memory stays bounded."""
+    den_K = r_NK.new_zeros(r_NK.shape[1], dtype=torch.float64)
+    before_K = torch.zeros_like(den_K)
+    for r_nK in r_NK.split(1024):
+        r_nK = r_nK.to(torch.float64)
+        total_K = r_nK.sum(0)
+        den_K += distinct_pair_products(r_nK[None])[0] + before_K * total_K
+        before_K += total_K
+    return den_K
+
+
+def _pairwise_sums_cpu(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
+    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
+    num_parts = [
+        _dense_num(r_Nk.to(torch.float64), emb_NE, sqnorm_N, similarity, gamma)
+        for r_Nk in r_NK.split(_CPU_LATENT_BLOCK, dim=1)
+    ]
+    return torch.cat(num_parts), dense_pair_weights(r_NK)
+
+
+def _dense_num(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, similarity: str, gamma: float) -> Tensor:
+    """num_K over tiles i-block <= j-block; sum_j S_ij r_j grows in one buffer, so r_i is read once per i-block."""
+    num_K = r_NK.new_zeros(r_NK.shape[1])
+    n_images = len(r_NK)
+    for i in range(0, n_images, _CPU_IMAGE_BLOCK):
+        block_i = slice(i, i + _CPU_IMAGE_BLOCK)
+        weighted_IK = torch.zeros_like(r_NK[block_i])
+        for j in range(i, n_images, _CPU_IMAGE_BLOCK):
+            block_j = slice(j, j + _CPU_IMAGE_BLOCK)
+            inner_IJ = emb_NE[block_i] @ emb_NE[block_j].T
+            s_IJ = similarity_from_inner(inner_IJ, sqnorm_N[block_i, None], sqnorm_N[None, block_j], similarity, gamma)
+            weighted_IK.addmm_(s_IJ.triu_(1) if i == j else s_IJ, r_NK[block_j])
+        num_K += (r_NK[block_i] * weighted_IK).sum(0)
+    return num_K
+
+
+def _pairwise_gram_sums_cpu(
+    acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, emb_NE: Tensor, similarity: str, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Latents by falling number of images: heavy ones one by one in tiles, the others padded into batched GEMMs."""
+    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
+    acts_M = acts_M.to(torch.float64)
+    num_S, den_S = acts_M.new_zeros(len(offsets_S1) - 1), acts_M.new_zeros(len(offsets_S1) - 1)
+    lengths, order = offsets_S1.diff().sort(descending=True)
+    lengths, first = lengths.tolist(), 0
+    while first < len(lengths) and lengths[first] > 1:
+        longest = lengths[first]
+        if longest > _CPU_HEAVY_SEGMENT:
+            latents, size = order[first : first + 1], 1
+            segment = slice(int(offsets_S1[latents]), int(offsets_S1[latents]) + longest)
+            images = images_M[segment]
+            num = _dense_num(acts_M[segment, None], emb_NE[images], sqnorm_N[images], similarity, gamma)
+            den = dense_pair_weights(acts_M[segment, None])
+        else:
+            size = max(1, _CPU_BATCH_ELEMENTS // (longest * (emb_NE.shape[1] + longest)))
+            latents = order[first : first + size]
+            r_BL, images_BL = _padded_segments(acts_M, images_M, offsets_S1, latents, longest)
+            num, den = _batched_gram(r_BL, emb_NE[images_BL], sqnorm_N[images_BL], similarity, gamma)
+        num_S[latents], den_S[latents] = num, den
+        first += size
+    return num_S, den_S
+
+
+def _padded_segments(acts_M, images_M, offsets_S1, latents_B, longest: int) -> tuple[Tensor, Tensor]:
+    """Segments of the latents as rows [B, longest]; padding repeats a segment's last image with activation 0."""
+    starts_B1, ends_B1 = offsets_S1[latents_B, None], offsets_S1[latents_B + 1, None]
+    positions_BL = starts_B1 + torch.arange(longest, device=acts_M.device)
+    inside_BL = positions_BL < ends_B1
+    positions_BL = positions_BL.minimum(ends_B1 - 1).clamp_min_(0)
+    return acts_M[positions_BL].masked_fill_(~inside_BL, 0.0), images_M[positions_BL]
+
+
+def _batched_gram(r_BL: Tensor, emb_BLE: Tensor, sqnorm_BL: Tensor, similarity: str, gamma: float):
+    inner_BLL = emb_BLE @ emb_BLE.mT
+    s_BLL = similarity_from_inner(inner_BLL, sqnorm_BL[:, :, None], sqnorm_BL[:, None, :], similarity, gamma).triu_(1)
+    num_B = (r_BL * (s_BLL @ r_BL[:, :, None]).squeeze(2)).sum(1)
+    return num_B, distinct_pair_products(r_BL)
+
+
+@torch.library.custom_op("saevlm_fast::pairwise_sums", mutates_args=(), device_types="cuda")
+def _pairwise_sums_op(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
+    from .pairwise_similarity_triton import launch_pairwise_num
+
+    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float32)
+    return launch_pairwise_num(r_NK, emb_NE, sqnorm_N, similarity, gamma), dense_pair_weights(r_NK)
+
+
+@_pairwise_sums_op.register_kernel("cpu")
+def _(r_NK, emb_NE, similarity, gamma):
+    return _pairwise_sums_cpu(r_NK, emb_NE, similarity, gamma)
+
+
+@_pairwise_sums_op.register_fake
+def _(r_NK, emb_NE, similarity, gamma):
+    sums_K = r_NK.new_empty(r_NK.shape[1], dtype=torch.float64)
+    return sums_K, torch.empty_like(sums_K)
+
+
+@torch.library.custom_op("saevlm_fast::pairwise_gram_sums", mutates_args=(), device_types="cuda")
+def _pairwise_gram_sums_op(
+    acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, emb_NE: Tensor, similarity: str, gamma: float
+) -> tuple[Tensor, Tensor]:
+    from .pairwise_similarity_triton import launch_gram_sums
+
+    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float32)
+    return launch_gram_sums(acts_M, images_M, offsets_S1, emb_NE, sqnorm_N, similarity, gamma)
+
+
+@_pairwise_gram_sums_op.register_kernel("cpu")
+def _(acts_M, images_M, offsets_S1, emb_NE, similarity, gamma):
+    return _pairwise_gram_sums_cpu(acts_M, images_M, offsets_S1, emb_NE, similarity, gamma)
+
+
+@_pairwise_gram_sums_op.register_fake
+def _(acts_M, images_M, offsets_S1, emb_NE, similarity, gamma):
+    sums_S = acts_M.new_empty(offsets_S1.shape[0] - 1, dtype=torch.float64)
+    return sums_S, torch.empty_like(sums_S)
+
+
+def pairwise_sums(
+    r_NK: Tensor, emb_NE: Tensor, similarity: str = "cosine", gamma: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """num_K and den_K (float64) of dense activations r [N, K] over embeddings [N, E]; gamma: of rbf, 1 / E by default.
+
+    Cost N^2 (E + K) multiply-adds, memory O(N E) beside the inputs. ValueError: unknown similarity, shapes that do not
+    match.
+    """
+    check_similarity(similarity)
+    if r_NK.dim() != 2 or emb_NE.dim() != 2 or len(r_NK) != len(emb_NE):
+        raise ValueError(
+            f"r_NK, emb_NE: shapes {tuple(r_NK.shape)} and {tuple(emb_NE.shape)} are not [N, K] and [N, E]"
+        )
+    return _pairwise_sums_op(r_NK, emb_NE, similarity, default_gamma(gamma, emb_NE.shape[1]))
+
+
+def pairwise_gram_sums(
+    acts_M: Tensor,
+    images_M: Tensor,
+    offsets_S1: Tensor,
+    emb_NE: Tensor,
+    similarity: str = "cosine",
+    gamma: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """num_S and den_S (float64) of sparse codes grouped by latent: latent s fires on images[offsets[s]:offsets[s + 1]].
+
+    acts [M] float, images [M] int64 in [0, N) (not checked), offsets [S + 1] int64 ascending from 0, embeddings [N, E];
+    entries at or after offsets[S] are ignored. Cost sum_s n_s^2 E. ValueError: unknown similarity, shapes that do not
+    match.
+    """
+    check_similarity(similarity)
+    if acts_M.dim() != 1 or acts_M.shape != images_M.shape:
+        raise ValueError(
+            f"acts_M, images_M: shapes {tuple(acts_M.shape)} and {tuple(images_M.shape)} are not [M] and [M]"
+        )
+    if offsets_S1.dim() != 1 or len(offsets_S1) == 0 or emb_NE.dim() != 2:
+        raise ValueError(
+            f"offsets_S1, emb_NE: shapes {tuple(offsets_S1.shape)}, {tuple(emb_NE.shape)} are not [S + 1], [N, E]"
+        )
+    return _pairwise_gram_sums_op(
+        acts_M, images_M, offsets_S1, emb_NE, similarity, default_gamma(gamma, emb_NE.shape[1])
+    )
+
+
+def default_gamma(gamma: float | None, d_emb: int) -> float:
+    """gamma, or 1 / E as in scikit-learn's rbf_kernel. ValueError unless it is positive and finite."""
+    if gamma is None:
+        return 1.0 / max(d_emb, 1)
+    if not 0.0 < gamma < float("inf"):
+        raise ValueError(f"gamma: {gamma} is not a positive finite number")
+    return float(gamma)

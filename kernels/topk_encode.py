@@ -1,0 +1,243 @@
+"""Sparse encoding: the activations that TopK, BatchTopK or a threshold keeps, never the dense [B, d_sae] matrix.
+
+    pre = relu((x - b_dec) @ W_enc + b_enc)                       recipe section 1
+    acts, latents = pre.topk(k)                                   topk_encode
+    acts, flat    = pre.flatten().topk(B * k), zeros dropped      batch_topk_encode
+    flat          = (pre.flatten() > threshold).nonzero()         threshold_encode
+
+(kernels/reference.py has them in full, with the layout of the codes and the order of ties.) Method, kernels.md
+section 1: the GEMM's epilogue also leaves the maximum of every group of 64 contiguous latents; the k best groups
+contain the top k, so only k * 64 candidates are ever looked at again. Rows go in chunks, so that memory is bounded.
+NaN ranks above every number and is returned.
+
+Gradients flow to active latents only (act above zero, or NaN). With da [M] the gradient of their acts,
+
+    db_enc[s]    = sum of da over the entries of latent s
+    dW_enc[:, s] = sum of da * (x_row - b_dec) over the entries of latent s
+    db_dec       = -W_enc @ db_enc
+    dx[b]        = sum of da * W_enc[:, latent] over the entries of row b
+
+all of them segment sums: deterministic, and O(M * d_in).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .segment_sum import check, check_same_kind, entry_rows, group_by_latent, segment_sum
+
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def topk_encode(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, *, buffer_bytes: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(acts [B, K], latents [B, K] int64): the k largest activations of every row, ties to the lower latent.
+
+    Latents ascend within a row. A row with fewer than k positive pre-activations is filled with zero activations at its
+    lowest latents of value zero. One floating dtype and one device for all four tensors (float64 on CPU only); W_enc in
+    any strides, [d_sae, d_in] order in memory (a transposed view) being the fastest. Float32 runs in TF32 on a GPU if
+    torch.backends.cuda.matmul.allow_tf32 is set. buffer_bytes bounds the chunk of pre-activations held at a time
+    (default: 512 MiB on a GPU, 64 MiB on CPU), at least one row. ValueError: shapes, dtypes, k outside 1..d_sae (on a
+    GPU also above 1024).
+    """
+    _check(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes)
+    _check_k(k, W_enc_DS.shape[1])
+    return topk_encode_op(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+
+
+def batch_topk_encode(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, *, buffer_bytes: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(acts [M], latents [M] int64, row_offsets [B + 1] int64): the B * k largest of the batch, M = B * k.
+
+    Ties go to the lower flat position b * d_sae + s; zeros never compete, so entries at or after row_offsets[B] may be
+    padding (activation 0, latent 0). No host synchronisation on a GPU. Over several row chunks each keeps its own best
+    B * k (12 bytes apiece) and the last step chooses among these; otherwise as topk_encode.
+    """
+    _check(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes)
+    _check_k(k, W_enc_DS.shape[1])
+    return batch_topk_encode_op(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+
+
+def threshold_encode(
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_enc_S: Tensor,
+    b_dec_D: Tensor,
+    threshold: float,
+    *,
+    buffer_bytes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(acts [M], latents [M] int64, row_offsets [B + 1] int64): every activation above max(threshold, 0), and NaN.
+
+    BatchTopK at inference. M is exact, for which a GPU is asked once per row chunk. Otherwise as topk_encode.
+    """
+    _check(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes)
+    check(not math.isnan(threshold), "threshold: is NaN")
+    return threshold_encode_op(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+
+
+def _check(x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, buffer_bytes: int | None) -> None:
+    check_same_kind(x=x_BD, W_enc=W_enc_DS, b_enc=b_enc_S, b_dec=b_dec_D)
+    check(x_BD.ndim == 2 and x_BD.shape[1] > 0, f"x: shape {tuple(x_BD.shape)}, must be [B, d_in]")
+    d_in = x_BD.shape[1]
+    check(
+        W_enc_DS.ndim == 2 and W_enc_DS.shape[0] == d_in and W_enc_DS.shape[1] > 0,
+        f"W_enc: shape {tuple(W_enc_DS.shape)}, must be [d_in, d_sae] with x's d_in {d_in}",
+    )
+    d_sae = W_enc_DS.shape[1]
+    check(b_enc_S.shape == (d_sae,), f"b_enc: shape {tuple(b_enc_S.shape)}, must be [{d_sae}]")
+    check(b_dec_D.shape == (d_in,), f"b_dec: shape {tuple(b_dec_D.shape)}, must be [{d_in}]")
+    check(
+        x_BD.device.type == "cpu" or x_BD.dtype in CUDA_DTYPES,
+        f"x: dtype {x_BD.dtype} on {x_BD.device}, must be float32, bfloat16 or float16 (float64 on cpu only)",
+    )
+    check(buffer_bytes is None or buffer_bytes > 0, f"buffer_bytes: {buffer_bytes} is below 1")
+
+
+def _check_k(k: int, d_sae: int) -> None:
+    check(1 <= k <= d_sae, f"k: {k} is outside 1..d_sae = {d_sae}")
+
+
+# --- custom ops -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("saevlm_fast::topk_encode", mutates_args=(), device_types="cuda")
+def topk_encode_op(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor]:
+    from saevlm_fast.kernels.topk_encode_triton import launch_topk_encode
+
+    return launch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+
+
+@topk_encode_op.register_kernel("cpu")
+def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
+    from saevlm_fast.kernels.topk_encode_cpu import topk_encode_cpu
+
+    return topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+
+
+@topk_encode_op.register_fake
+def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
+    shape = (x_BD.shape[0], k)
+    return x_BD.new_empty(shape), x_BD.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("saevlm_fast::batch_topk_encode", mutates_args=(), device_types="cuda")
+def batch_topk_encode_op(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from saevlm_fast.kernels.topk_encode_batch_triton import launch_batch_topk_encode
+
+    return launch_batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+
+
+@batch_topk_encode_op.register_kernel("cpu")
+def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
+    from saevlm_fast.kernels.topk_encode_cpu import batch_topk_encode_cpu
+
+    return batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+
+
+@batch_topk_encode_op.register_fake
+def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
+    return _empty_csr(x_BD, x_BD.shape[0] * k)
+
+
+@torch.library.custom_op("saevlm_fast::threshold_encode", mutates_args=(), device_types="cuda")
+def threshold_encode_op(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from saevlm_fast.kernels.topk_encode_batch_triton import launch_threshold_encode
+
+    return launch_threshold_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+
+
+@threshold_encode_op.register_kernel("cpu")
+def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes):
+    from saevlm_fast.kernels.topk_encode_cpu import threshold_encode_cpu
+
+    return threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+
+
+@threshold_encode_op.register_fake
+def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes):
+    return _empty_csr(x_BD, torch.library.get_ctx().new_dynamic_size())
+
+
+def _empty_csr(x_BD: Tensor, capacity) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x_BD.new_empty(capacity),
+        x_BD.new_empty(capacity, dtype=torch.int64),
+        x_BD.new_empty(x_BD.shape[0] + 1, dtype=torch.int64),
+    )
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x_BD, W_enc_DS, _, b_dec_D, *_ = inputs
+    acts, latents, *row_offsets = output
+    ctx.save_for_backward(x_BD, W_enc_DS, b_dec_D, acts, latents, *row_offsets)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_acts: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    if grad_acts is None:
+        return None, None, None, None, None, None
+    x_BD, W_enc_DS, b_dec_D, acts, latents, *row_offsets = ctx.saved_tensors
+    return (
+        *encode_gradients(
+            grad_acts,
+            acts,
+            latents,
+            row_offsets[0] if row_offsets else None,
+            x_BD,
+            W_enc_DS,
+            b_dec_D,
+            ctx.needs_input_grad,
+        ),
+        None,
+        None,
+    )
+
+
+def encode_gradients(
+    grad_acts: Tensor,
+    acts: Tensor,
+    latents: Tensor,
+    row_offsets: Tensor | None,
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_dec_D: Tensor,
+    needed: tuple[bool, ...] = (True, True, True, True),
+) -> tuple[Tensor | None, ...]:
+    """(dx, dW_enc, db_enc, db_dec) from the gradient of the codes' acts; None where `needed` is False.
+
+    dW_enc [d_in, d_sae] is the transposed view of a [d_sae, d_in] tensor.
+    """
+    d_sae = W_enc_DS.shape[1]
+    grad_M = torch.where(acts != 0, grad_acts, 0).flatten()
+    grad_x_BD = grad_W_DS = grad_b_enc_S = grad_b_dec_D = None
+    if any(needed[1:4]):
+        order_M, latent_offsets_S1 = group_by_latent(latents, row_offsets, d_sae)
+        ordered_M = grad_M[order_M]
+        rows_M = entry_rows(latents, row_offsets)[order_M]
+        if needed[1]:
+            grad_W_DS = segment_sum(ordered_M, rows_M, latent_offsets_S1, (x_BD - b_dec_D).contiguous()).t()
+        ones_B1 = x_BD.new_ones(x_BD.shape[0], 1)
+        grad_b_enc_S = segment_sum(ordered_M, rows_M, latent_offsets_S1, ones_B1).squeeze(1)
+        grad_b_dec_D = -(W_enc_DS @ grad_b_enc_S) if needed[3] else None
+    if needed[0]:
+        if row_offsets is None:
+            row_offsets = torch.arange(x_BD.shape[0] + 1, device=x_BD.device) * latents.shape[1]
+        grad_x_BD = segment_sum(grad_M, latents.flatten(), row_offsets, W_enc_DS.t().contiguous())
+    return grad_x_BD, grad_W_DS, grad_b_enc_S if needed[2] else None, grad_b_dec_D
+
+
+for _op in (topk_encode_op, batch_topk_encode_op, threshold_encode_op):
+    _op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,209 @@
+"""The CPU path of topk_encode, batch_topk_encode, threshold_encode: panelled GEMM, exact selection by group maxima.
+
+Rows go in chunks. A chunk's pre-activations are made 2048 latents at a time in one buffer that this thread keeps and
+reuses (a first touch of fresh memory costs ten times the write), and the maximum of every 64 contiguous latents, a
+group, is taken while the panel is in cache. The lemma of kernels.md section 1 then leaves few candidates: the k-th
+best group maximum bounds the k-th best value from below, so only entries at or above it, in the k best groups, compete.
+
+Comparisons that decide ties work on integer keys (`_keys`): float bits of the ReLU'd value, monotone because nothing is
+negative, one key for every NaN, above infinity.
+"""
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+PANEL = 2048
+BUFFER_BYTES = 64 * 2**20
+KEY_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Workspace(threading.local):
+    """One grow-only buffer a thread."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def get(self, numel: int, dtype: torch.dtype) -> Tensor:
+        n_bytes = numel * dtype.itemsize
+        if self.bytes.numel() < n_bytes:
+            with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode later
+                self.bytes = torch.empty(n_bytes, dtype=torch.uint8)
+        return self.bytes[:n_bytes].view(dtype)
+
+
+_workspace = _Workspace()
+
+
+def topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None):
+    n_rows, d_sae = x_BD.shape[0], W_enc_DS.shape[1]
+    acts_BK = x_BD.new_empty(n_rows, k)
+    latents_BK = torch.empty(n_rows, k, dtype=torch.int64)
+    for start, pre_RP, maxima_RG in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
+        rows = slice(start, start + len(pre_RP))
+        acts_BK[rows], latents_BK[rows] = _topk_rows(pre_RP, maxima_RG, d_sae, k)
+    return acts_BK, latents_BK
+
+
+def batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None):
+    """Chunk by chunk, the best B * k entries so far: memory stays one chunk and a few lists of B * k."""
+    (n_rows, _), d_sae = x_BD.shape, W_enc_DS.shape[1]
+    capacity = n_rows * k
+    acts, positions = x_BD.new_empty(0), torch.empty(0, dtype=torch.int64)
+    for start, pre_RP, maxima_RG in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
+        bound = acts.amin() if len(acts) == capacity else acts.new_zeros(())
+        new_acts, new_positions = _best_of_chunk(pre_RP, maxima_RG, bound, capacity)
+        acts = torch.cat([acts, new_acts])
+        positions = torch.cat([positions, new_positions + start * pre_RP.shape[1]])
+        kept = _largest(_keys(acts), capacity)
+        acts, positions = acts[kept], positions[kept]
+    width = -(-d_sae // GROUP) * GROUP
+    padding = capacity - len(acts)
+    return (
+        torch.nn.functional.pad(acts, (0, padding)),
+        torch.nn.functional.pad(positions % width, (0, padding)),
+        _row_offsets(positions // width, n_rows),
+    )
+
+
+def threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float, buffer_bytes: int | None):
+    acts, latents, rows = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    bound = max(threshold, 0.0)
+    for start, pre_RP, maxima_RG in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
+        groups = torch.nonzero(~(maxima_RG.view(-1) <= bound)).squeeze(1)
+        values, positions, _ = _entries(pre_RP, groups, lambda values: ~(values <= bound))
+        acts.append(values)
+        latents.append(positions % pre_RP.shape[1])
+        rows.append(positions // pre_RP.shape[1] + start)
+    return torch.cat(acts), torch.cat(latents), _row_offsets(torch.cat(rows), x_BD.shape[0])
+
+
+# --- pre-activations ------------------------------------------------------------------------------------------------
+
+
+def _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first row, pre-activations before the ReLU [R, P], their group maxima [R, P / 64]) of every row chunk.
+
+    P is d_sae rounded up to whole groups; the columns beyond d_sae are -inf. Both tensors are overwritten by the next
+    chunk.
+    """
+    n_rows, d_sae = x_BD.shape[0], W_enc_DS.shape[1]
+    width = -(-d_sae // GROUP) * GROUP
+    n_chunks = -(-n_rows * width * x_BD.element_size() // (buffer_bytes or BUFFER_BYTES))
+    chunk_rows = -(-n_rows // max(min(n_chunks, n_rows), 1))
+    for start in range(0, n_rows, max(chunk_rows, 1)):
+        x_RD = x_BD[start : start + chunk_rows] - b_dec_D
+        pre_RP = _workspace.get(len(x_RD) * width, x_BD.dtype).view(len(x_RD), width)
+        maxima_RG = x_BD.new_empty(len(x_RD), width // GROUP)
+        pre_RP[:, d_sae:] = -torch.inf
+        for o in range(0, d_sae, PANEL):
+            end = min(o + PANEL, d_sae)
+            torch.addmm(b_enc_S[o:end], x_RD, W_enc_DS[:, o:end], out=pre_RP[:, o:end])
+            groups = pre_RP[:, o : o + PANEL].unflatten(1, (-1, GROUP))
+            torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
+        yield start, pre_RP, maxima_RG
+
+
+def _relu(values: Tensor) -> Tensor:
+    """ReLU that keeps NaN (so does torch.relu) and turns -0 into +0, whose bits are 0."""
+    return torch.where(values <= 0, torch.zeros((), dtype=values.dtype), values)
+
+
+def _keys(values: Tensor) -> Tensor:
+    """Integers that order ReLU'd values, NaN last and all equal."""
+    integers = KEY_DTYPES[values.element_size()]
+    keys = _relu(values).view(integers)
+    return torch.where(values.isnan(), torch.iinfo(integers).max, keys)
+
+
+# --- selection ------------------------------------------------------------------------------------------------------
+
+
+def _entries(pre_RP: Tensor, groups_U: Tensor, inside) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries of these groups (flat, ascending) for which `inside(values [U, 64])` holds, in order of position.
+
+    Returns their values, their flat positions in pre, and the index of each one's group in groups_U.
+    """
+    candidates_UG = pre_RP.view(-1, GROUP).index_select(0, groups_U)
+    found = torch.nonzero(inside(candidates_UG).view(-1)).squeeze(1)
+    units = found // GROUP
+    return candidates_UG.view(-1)[found], groups_U[units] * GROUP + found % GROUP, units
+
+
+def _topk_mask(keys_RN: Tensor, k: int) -> Tensor:
+    """True at exactly k entries of every row: the largest keys, ties to the lower index. k is at most N."""
+    threshold = keys_RN.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    kept = keys_RN >= threshold
+    if int(kept.count_nonzero()) == kept.shape[0] * k:
+        return kept
+    above, equal = keys_RN > threshold, keys_RN == threshold
+    needed = k - above.sum(1, keepdim=True)
+    return above | (equal & (equal.cumsum(1) <= needed))
+
+
+def _topk_rows(pre_RP: Tensor, maxima_RG: Tensor, d_sae: int, k: int) -> tuple[Tensor, Tensor]:
+    """(acts, latents), both [R, k], of a chunk."""
+    n_rows, n_groups = maxima_RG.shape
+    if n_groups <= 2 * k:  # the groups would hardly narrow the search
+        return _topk_rows_dense(pre_RP[:, :d_sae], k)
+    groups_RK = torch.nonzero(_topk_mask(_keys(maxima_RG), k).view(-1)).view(n_rows, k)
+    bound_R = maxima_RG.view(-1)[groups_RK].amin(1)
+    short_R = bound_R <= 0
+    if not short_R.any():
+        return _topk_rows_grouped(pre_RP, groups_RK, bound_R)
+    # Fewer than k groups above zero: such a row may need zeros, which are filled from its lowest latents on.
+    short, full = torch.nonzero(short_R).squeeze(1), torch.nonzero(~short_R).squeeze(1)
+    acts_RK, latents_RK = pre_RP.new_empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
+    acts_RK[short], latents_RK[short] = _topk_rows_dense(pre_RP[short, :d_sae], k)
+    if len(full):
+        acts_RK[full], latents_RK[full] = _topk_rows_grouped(pre_RP, groups_RK[full], bound_R[full])
+    return acts_RK, latents_RK
+
+
+def _topk_rows_dense(pre_RS: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    flat = torch.nonzero(_topk_mask(_keys(pre_RS), k).view(-1)).squeeze(1).view(len(pre_RS), k)
+    latents_RK = flat % pre_RS.shape[1]
+    return _relu(pre_RS.gather(1, latents_RK)), latents_RK
+
+
+def _topk_rows_grouped(pre_RP: Tensor, groups_RK: Tensor, bound_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Top k of rows whose k best groups all reach bound_R > 0 (or NaN): at least k entries a row do too."""
+    n_rows, k = groups_RK.shape
+    bound_U1 = bound_R.repeat_interleave(k)[:, None]
+    values, positions, units = _entries(pre_RP, groups_RK.flatten(), lambda values: (values < bound_U1).logical_not_())
+    rows = units // k
+    counts = torch.bincount(rows, minlength=n_rows)
+    slots = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    keys = _keys(values)
+    padded_keys = keys.new_full((n_rows, int(counts.max())), -1)
+    padded_keys[rows, slots] = keys
+    kept = torch.nonzero(_topk_mask(padded_keys, k)[rows, slots]).view(n_rows, k)
+    return _relu(values[kept]), positions[kept] % pre_RP.shape[1]
+
+
+def _best_of_chunk(pre_RP: Tensor, maxima_RG: Tensor, bound: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """(values, flat positions) of positive entries from `bound` up, the chunk's part of the batch's best among them."""
+    maxima = maxima_RG.view(-1)
+    if len(maxima) >= capacity:
+        # In keys, because a NaN maximum must count as the largest.
+        key = _keys(maxima).kthvalue(len(maxima) - capacity + 1).values
+        bound = torch.maximum(bound, key.view(maxima.dtype))
+
+    def inside(values: Tensor) -> Tensor:
+        return (values < bound if bound > 0 else values <= 0).logical_not_()
+
+    return _entries(pre_RP, torch.nonzero(inside(maxima)).squeeze(1), inside)[:2]
+
+
+def _largest(keys_M: Tensor, n: int) -> Tensor:
+    """Ascending indices of the n largest keys (all, if fewer), ties to the lower index."""
+    if len(keys_M) <= n:
+        return torch.arange(len(keys_M))
+    return torch.nonzero(_topk_mask(keys_M[None], n)[0]).squeeze(1)
+
+
+def _row_offsets(rows_M: Tensor, n_rows: int) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(rows_M, minlength=n_rows).cumsum(0)])

@@ -1,0 +1,215 @@
+"""Pair sums for any similarity: CPU path and Triton kernels against the pair-by-pair float64 definition."""
+
+import pytest
+import torch
+
+from saevlm_fast.kernels import pairwise_similarity, reference
+from saevlm_fast.kernels.pairwise_similarity import (
+    SIMILARITIES,
+    distinct_pair_products,
+    pairwise_gram_sums,
+    pairwise_sums,
+    prepare_embeddings,
+)
+from static_compile import TARGETS, Case, assert_no_spills
+
+SHAPES = [(1, 1, 1), (2, 1, 3), (67, 37, 19), (129, 5, 40), (64, 33, 16)]
+
+
+@pytest.fixture
+def poison():
+    """torch.empty comes filled with NaN, so that an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_data(n_images: int, n_latents: int, d_emb: int, seed: int = 0):
+    """Non-negative activations, a third of them non-zero, with a dead, a single, a dominated and a full latent."""
+    generator = torch.Generator().manual_seed(seed)
+    r_NK = torch.rand(n_images, n_latents, generator=generator, dtype=torch.float64)
+    r_NK *= torch.rand(n_images, n_latents, generator=generator) < 0.3
+    if n_latents > 4 and n_images > 2:
+        r_NK[:, 0] = 0
+        r_NK[:, 1] = torch.arange(n_images) == 1
+        r_NK[:, 2] = 0
+        r_NK[0, 2], r_NK[n_images - 1, 2] = 1.0, 1e-6
+        r_NK[:, 3] = torch.rand(n_images, generator=generator)
+        r_NK[n_images // 2, 4] = 1e6
+    return r_NK, torch.randn(n_images, d_emb, generator=generator, dtype=torch.float64)
+
+
+def group_by_latent(r_NK):
+    """acts_M, images_M, offsets_S1 of the non-zeros."""
+    latents_M, images_M = torch.nonzero(r_NK.T).unbind(1)
+    counts_S = torch.bincount(latents_M, minlength=r_NK.shape[1])
+    return r_NK.T[latents_M, images_M], images_M, torch.nn.functional.pad(counts_S.cumsum(0), (1, 0))
+
+
+def assert_sums(actual, truth, tolerance: float) -> None:
+    """num to a share of den (the score's own error; den's scale stands in for it under dot), den relatively."""
+    (num, den), (num_truth, den_truth) = actual, truth
+    assert num.dtype == den.dtype == torch.float64
+    some = den_truth > 0
+    torch.testing.assert_close(num[some] / den_truth[some], num_truth[some] / den_truth[some], rtol=0, atol=tolerance)
+    torch.testing.assert_close(den, den_truth, rtol=tolerance, atol=0)
+    assert (num[~some] == 0).all()
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cpu_against_reference(shape, similarity, monkeypatch):
+    # Small blocks, so that these shapes meet several tiles, latent panels, batches and heavy segments.
+    monkeypatch.setattr(pairwise_similarity, "_CPU_IMAGE_BLOCK", 50)
+    monkeypatch.setattr(pairwise_similarity, "_CPU_LATENT_BLOCK", 7)
+    monkeypatch.setattr(pairwise_similarity, "_CPU_BATCH_ELEMENTS", 5000)
+    monkeypatch.setattr(pairwise_similarity, "_CPU_HEAVY_SEGMENT", 40)
+    r_NK, emb_NE = make_data(*shape)
+    truth = reference.pairwise_sums(r_NK, emb_NE, similarity)
+    assert_sums(pairwise_sums(r_NK, emb_NE, similarity), truth, 1e-12)
+    assert_sums(pairwise_gram_sums(*group_by_latent(r_NK), emb_NE, similarity), truth, 1e-12)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_against_reference(shape, similarity, device, poison):
+    from saevlm_fast.kernels.pairwise_similarity_triton import launch_gram_sums, launch_pairwise_num
+
+    r_NK, emb_NE = (t.to(device) for t in make_data(*shape))
+    gamma = 0.3
+    num_truth, den_truth = reference.pairwise_sums(r_NK, emb_NE, similarity, gamma)
+    prepared = prepare_embeddings(emb_NE, similarity, torch.float32)
+    # A buffer for two tiles' parts, so that groups of tiles are met; activations float32.
+    num = launch_pairwise_num(r_NK.float(), *prepared, similarity, gamma, parts_bytes=8 * shape[1])
+    assert_sums((num, den_truth), (num_truth, den_truth), 3e-6)
+    num, den = launch_gram_sums(*group_by_latent(r_NK), *prepared, similarity, gamma)
+    assert_sums((num, den_truth), (num_truth, den_truth), 3e-6)
+    torch.testing.assert_close(den, den_truth, rtol=1e-12, atol=0)
+
+
+def test_triton_repeats_bit_for_bit(device):
+    from saevlm_fast.kernels.pairwise_similarity_triton import launch_gram_sums, launch_pairwise_num
+
+    r_NK, emb_NE = (t.to(device) for t in make_data(140, 9, 24))
+    prepared = prepare_embeddings(emb_NE, "cosine", torch.float32)
+    runs = [launch_pairwise_num(r_NK, *prepared, "cosine", 1.0) for _ in range(2)]
+    assert torch.equal(*runs)
+    runs = [launch_gram_sums(*group_by_latent(r_NK), *prepared, "cosine", 1.0) for _ in range(2)]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_fold_does_not_cancel():
+    x_BL = torch.tensor([[1.0, 1e-20, 0.0, 1e-20, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(
+        distinct_pair_products(x_BL), torch.tensor([2e-20], dtype=torch.float64), rtol=1e-15, atol=0
+    )
+    x_BL = torch.rand(3, 11, dtype=torch.float64)
+    closed_B = (x_BL.sum(1).square() - x_BL.square().sum(1)) / 2
+    torch.testing.assert_close(distinct_pair_products(x_BL), closed_B)
+
+
+def test_padding_after_the_last_offset_is_ignored(device):
+    r_NK, emb_NE = make_data(30, 6, 8)
+    acts_M, images_M, offsets_S1 = group_by_latent(r_NK)
+    padded = torch.nn.functional.pad(acts_M, (0, 9), value=7.0), torch.nn.functional.pad(images_M, (0, 9))
+    truth = reference.pairwise_sums(r_NK, emb_NE, "cosine")
+    assert_sums(pairwise_gram_sums(*padded, offsets_S1, emb_NE), truth, 1e-12)
+    arguments = [t.to(device) for t in (*padded, offsets_S1, emb_NE)]
+    prepared = prepare_embeddings(arguments[3], "cosine", torch.float32)
+    from saevlm_fast.kernels.pairwise_similarity_triton import launch_gram_sums
+
+    num, den = launch_gram_sums(*arguments[:3], *prepared, "cosine", 1.0)
+    assert_sums((num.cpu(), truth[1]), truth, 3e-6)
+    torch.testing.assert_close(den.cpu(), truth[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("n_images", "n_latents"), [(0, 3), (4, 0), (0, 0)])
+def test_empty(n_images, n_latents, device):
+    from saevlm_fast.kernels.pairwise_similarity_triton import launch_gram_sums, launch_pairwise_num
+
+    r_NK, emb_NE = torch.rand(n_images, n_latents), torch.randn(n_images, 5)
+    nothing = torch.zeros(n_latents, dtype=torch.float64)
+    for sums in (*pairwise_sums(r_NK, emb_NE), *pairwise_gram_sums(*group_by_latent(r_NK), emb_NE)):
+        assert torch.equal(sums, nothing)
+    prepared = prepare_embeddings(emb_NE.to(device), "cosine", torch.float32)
+    assert torch.equal(launch_pairwise_num(r_NK.to(device), *prepared, "cosine", 1.0).cpu(), nothing)
+    num, den = launch_gram_sums(*(t.to(device) for t in group_by_latent(r_NK)), *prepared, "cosine", 1.0)
+    assert torch.equal(num.cpu(), nothing)
+    assert torch.equal(den.cpu(), nothing)
+
+
+def test_zero_and_nan_rows_reach_the_sums():
+    r_NK, emb_NE = make_data(12, 5, 4)
+    emb_NE[3] = 0
+    nan_K = r_NK[3] > 0
+    assert pairwise_sums(r_NK, emb_NE)[0].isnan().all()  # 0 * NaN: dense code cannot tell who did not fire
+    num_S = pairwise_gram_sums(*group_by_latent(r_NK), emb_NE)[0]
+    several_S = (r_NK > 0).sum(0) > 1
+    assert torch.equal(num_S.isnan(), nan_K & several_S)
+
+
+def test_opcheck():
+    r_NK, emb_NE = make_data(9, 6, 4)
+    torch.library.opcheck(torch.ops.saevlm_fast.pairwise_sums.default, (r_NK, emb_NE, "cosine", 1.0))
+    arguments = (*group_by_latent(r_NK), emb_NE, "rbf", 0.5)
+    torch.library.opcheck(torch.ops.saevlm_fast.pairwise_gram_sums.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"similarity": "cosin"}, "'cosin' is not one of cosine, dot, rbf"),
+        ({"gamma": -1.0, "similarity": "rbf"}, "gamma: -1.0"),
+        ({"emb_NE": torch.zeros(4, 2)}, r"\(4, 2\)"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {"r_NK": torch.ones(3, 2), "emb_NE": torch.ones(3, 2)} | change
+    with pytest.raises(ValueError, match=message):
+        pairwise_sums(**arguments)
+
+
+def static_cases(target: str) -> list[Case]:
+    module = "saevlm_fast.kernels.pairwise_similarity_triton"
+    precision = "ieee" if target == "gfx942" else "tf32x3"
+    tile = {"SIMILARITY": "rbf", "BLOCK_N": 64, "BLOCK_E": 16, "PRECISION": precision}
+    images = {"emb_ptr": "*fp32", "sqnorm_ptr": "*fp32", "d_emb": "i32:16", "gamma": "fp32"}
+    dense = {"r_ptr": "*fp32", "tile_i_ptr": "*i64", "tile_j_ptr": "*i64", "parts_ptr": "*fp32"} | images
+    dense |= {"n_images": "i32", "n_latents": "i32:16", "first_tile": "i32"}
+    codes = {"acts_ptr": "*fp64", "offsets_ptr": "*i64", "block_offsets_ptr": "*i64", "num_parts_ptr": "*fp64"}
+    gram = codes | images | {"images_ptr": "*i64", "block_latents_ptr": "*i64", "n_latents": "i32:16"}
+    finish = codes | {"num_ptr": "*fp64", "den_ptr": "*fp64"}
+    return [
+        Case(module, "pairwise_num_kernel", target, dense, tile | {"BLOCK_K": 32}, num_warps=8),
+        Case(module, "gram_kernel", target, gram, tile, num_warps=4),
+        Case(module, "gram_finish_kernel", target, finish, {"BLOCK": 32}, num_warps=4),
+    ]
+
+
+def test_compiles_without_spills():
+    from saevlm_fast.kernels import pairwise_similarity_triton as kernels
+
+    chosen = (kernels.BLOCK_N, kernels.BLOCK_K, kernels.BLOCK_E, kernels.FINISH_BLOCK)
+    assert (*chosen, kernels.DENSE_WARPS, kernels.GRAM_WARPS, kernels.NUM_STAGES) == (64, 32, 16, 32, 8, 4, 2)
+    assert_no_spills([case for target in TARGETS for case in static_cases(target)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_gpu_real_shapes(similarity):
+    """5000 images, 768 raw neurons, DINOv2-B embeddings; and 6144 latents at k = 20."""
+    generator = torch.Generator().manual_seed(0)
+    emb_NE = torch.randn(5000, 768, generator=generator)
+    dense_NK = torch.rand(5000, 768, generator=generator)
+    truth = pairwise_sums(dense_NK, emb_NE, similarity)
+    actual = [sums.cpu() for sums in pairwise_sums(dense_NK.cuda(), emb_NE.cuda(), similarity)]
+    assert_sums((actual[0], truth[1]), truth, 1e-4 if similarity == "dot" else 1e-6)
+    torch.testing.assert_close(actual[1], truth[1], rtol=1e-12, atol=0)
+    latents = torch.randint(0, 6144, (5000, 20), generator=generator)
+    sparse_NS = torch.zeros(5000, 6144).scatter_(1, latents, torch.rand(5000, 20, generator=generator) + 0.1)
+    codes = group_by_latent(sparse_NS)
+    truth = pairwise_gram_sums(*codes, emb_NE, similarity)
+    actual = [sums.cpu() for sums in pairwise_gram_sums(*(t.cuda() for t in codes), emb_NE.cuda(), similarity)]
+    assert_sums((actual[0], truth[1]), truth, 1e-4 if similarity == "dot" else 1e-6)
+    torch.testing.assert_close(actual[1], truth[1], rtol=1e-12, atol=0)
