@@ -7,7 +7,6 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
-mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 failed=()
 
@@ -35,6 +34,7 @@ if not torch.cuda.is_available():
 print(re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-"))
 PY
 ) || exit 2
+mkdir -p "$out"
 echo "gpu_check: $device, results in $out"
 
 nvidia-smi >"$out/environment.log" 2>&1
