@@ -35,6 +35,7 @@ from torch import Tensor
 
 from saevlm_fast.activations import Activations
 from saevlm_fast.config import require
+from saevlm_fast.files import atomic_write
 from saevlm_fast.kernels.pairwise_similarity import (
     check_similarity,
     default_gamma,
@@ -556,15 +557,8 @@ def write_scores(
     path = check_scores_path(path)
     table = scores.table()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **(metadata or {})})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            _write_table(table, path.suffix, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        _write_table(table, path.suffix, file)
 
 
 def _write_table(table: pa.Table, suffix: str, file: BinaryIO) -> None:

@@ -112,7 +112,7 @@ def train(
     )
     run = _Run(activations, sae_config, config, options)
     run.open_directory()
-    with interruptible() as interrupted:
+    with interruptible() as interrupted, tf32_products(config.dtype == "tf32"):
         run.steps(on_log, on_step, interrupted)
         sae = run.export()
         sae.save_pretrained(options.output)
@@ -376,6 +376,17 @@ def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int =
         "dead_fraction": float((fired_S == 0).double().mean()),
         "rows": n_rows,
     }
+
+
+@contextmanager
+def tf32_products(wanted: bool) -> Iterator[None]:
+    """float32 matrix products on a GPU in TF32 (10-bit mantissa, much faster), or exactly, whatever was set before."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @contextmanager
