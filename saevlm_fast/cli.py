@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from saevlm_fast.config import Interrupted
 
@@ -120,9 +120,12 @@ def train(
         _, metrics = run_training(
             data, sae_config, config, options, validation=held_out, on_log=progress.log, on_step=progress.step
         )
-    table = Table("measure", "value", title=f"evaluation on {'validation' if held_out else 'training'} rows")
+    out.print(
+        f"evaluation on all {metrics.pop('rows'):,} {'validation' if held_out else 'training'} rows", highlight=False
+    )
+    table = Table("measure", Column("value", justify="right"))
     for name, value in metrics.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+        table.add_row(name, f"{value:.4f}")
     out.print(table)
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
@@ -172,9 +175,9 @@ def _scoring_progress(n_rows: int) -> Iterator[Callable[[int], None]]:
 
 
 def _print_summary(summary: "ScoreSummary", what: str) -> None:
-    table = Table(title=f"Monosemanticity Score of {what}, {summary.n_images:,} images, {summary.similarity}")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
+    title = f"Monosemanticity Score ({summary.similarity}, {summary.n_images:,} images) of {what}"
+    out.print(title, highlight=False, soft_wrap=True)
+    table = Table("measure", Column("value", justify="right"))
     table.add_row("mean +- std", f"{summary.mean:.4f} +- {summary.std:.4f}")
     table.add_row("best", f"{summary.best:.4f}")
     for q, value in summary.quantiles.items():
