@@ -101,10 +101,10 @@ def case(request: pytest.FixtureRequest, memory: int) -> Case:
 @pytest.fixture(params=["float32", "tf32", "bfloat16"] if DEVICE.type == "cuda" else ["float32"])
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of the matrix products, ours and dense alike. bfloat16 is slower than float32 on most CPUs: not run there."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param == "tf32"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if request.param == "tf32" else "ieee"
     yield request.param
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ Equals, for a weight matrix W [S, D] whose row s belongs to latent s, with w_hat
     g *= min(1, clip_norm / (global_norm + 1e-6))                                    # over all parameters
     Adam(W, g);  W /= W.norm(dim=1, keepdim=True)                                    # unit norm: decoder only
 
-in two passes over blocks of rows small enough to stay in cache. The first makes the gradient of active latents only,
-projects it and takes its norm while it is hot; the second walks all of W, because Adam moves every latent: 24 bytes a
-parameter read and written, the floor of a training step beside the encoder's GEMM.
+in two passes over blocks of rows: small enough to stay in cache on the CPU, one block on a GPU. The first makes the
+gradient (on the CPU of active latents only), projects it and takes its norm while it is hot; the second walks all of W,
+because Adam moves every latent: 24 bytes a parameter, the floor of a training step beside the encoder's GEMM.
 """
 
 from typing import NamedTuple
@@ -51,6 +51,9 @@ def gradient_rows(
             renormalised after every step, so that component could only be undone (recipe.md section 2).
         out_AD: where the rows go; fresh memory otherwise (whose first touch costs ten times the write).
     """
+    if source_RD.is_cuda:  # one block, which is the result itself
+        rows_AD = segment_sum(weights_M, ids_M, offsets_A1, source_RD)
+        return dense_gradient_rows(latents_A, rows_AD, unit_rows_SD)
     n_rows, width = len(offsets_A1) - 1, source_RD.shape[1]
     out_AD = source_RD.new_empty(n_rows, width) if out_AD is None else out_AD
     squared_norm = source_RD.new_zeros(())
@@ -64,11 +67,11 @@ def gradient_rows(
     return RowGradient(latents_A, out_AD, squared_norm)
 
 
-def dense_gradient_rows(latents_A: Tensor, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
+def dense_gradient_rows(latents_A: Tensor | None, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
     """The same for rows that are already there (the auxiliary loss); projected in place."""
     if unit_rows_SD is not None:
-        _remove_parallel_(rows_AD, unit_rows_SD[latents_A])
-    return RowGradient(latents_A, rows_AD, rows_AD.square().sum())
+        _remove_parallel_(rows_AD, unit_rows_SD if latents_A is None else unit_rows_SD[latents_A])
+    return RowGradient(latents_A, rows_AD, torch.linalg.vector_norm(rows_AD).square())
 
 
 def _remove_parallel_(g_AD: Tensor, w_AD: Tensor) -> None:
@@ -88,17 +91,18 @@ def latent_update_(
 
     Args:
         W_SD, exp_avg_SD, exp_avg_sq_SD: contiguous weights and Adam moments.
-        gradients: compact gradients that add up to the gradient of W.
+        gradients: gradients that add up to the gradient of W; one with all S rows comes first and is overwritten.
         clip: 0-d factor from `clip_coefficient`.
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
     """
     eps = torch.finfo(W_SD.dtype).eps
+    ready = gradients[0].latents_A is None  # a row for every latent: no block is put together, it is used up in place
     blocks = _blocks(W_SD)
-    g_buffer = torch.empty_like(W_SD[: blocks[0][1]])
+    g_buffer = gradients[0].rows_AD if ready else torch.empty_like(W_SD[: blocks[0][1]])
     for start, stop in blocks:
-        g_SD = g_buffer[: stop - start].zero_()
-        for gradient in gradients:
+        g_SD = g_buffer[start:stop] if ready else g_buffer[: stop - start].zero_()
+        for gradient in gradients[1:] if ready else gradients:
             _add_rows_(g_SD, gradient, start, stop)
         w_SD = W_SD[start:stop]
         adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, clip, adam)
@@ -108,7 +112,7 @@ def latent_update_(
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
     """One fused Adam step with the gradient times clip, in place (the gradient too): torch.optim.Adam(fused=True)."""
-    step = torch.tensor(float(adam.step), device=p.device)
+    step = torch.full((), float(adam.step), device=p.device)  # torch.tensor would wait for a GPU
     torch._fused_adam_(
         [p], [gradient.mul_(clip)], [exp_avg], [exp_avg_sq], [], [step],
         lr=adam.lr, beta1=adam.betas[0], beta2=adam.betas[1], weight_decay=0.0, eps=adam.eps,
@@ -118,9 +122,7 @@ def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip
 
 def _add_rows_(g_SD: Tensor, gradient: RowGradient, start: int, stop: int) -> None:
     latents_A, rows_AD, _ = gradient
-    if latents_A is None:
-        g_SD += rows_AD[start:stop]
-        return
+    assert latents_A is not None
     low, high = 0, len(latents_A)
     if not g_SD.is_cuda:  # on a GPU there is one block, and asking would stall the device
         low, high = torch.searchsorted(latents_A, torch.tensor([start, stop])).tolist()

@@ -161,7 +161,9 @@ def _pairwise_sums_op(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: floa
     from .pairwise_similarity_triton import launch_pairwise_num
 
     emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float32)
-    return launch_pairwise_num(r_NK, emb_NE, sqnorm_N, similarity, gamma), dense_pair_weights(r_NK)
+    with torch.cuda.device_of(r_NK):  # Triton launches on the current device
+        num_K = launch_pairwise_num(r_NK, emb_NE, sqnorm_N, similarity, gamma)
+    return num_K, dense_pair_weights(r_NK)
 
 
 @_pairwise_sums_op.register_kernel("cpu")
@@ -182,7 +184,8 @@ def _pairwise_gram_sums_op(
     from .pairwise_similarity_triton import launch_gram_sums
 
     emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float32)
-    return launch_gram_sums(acts_M, images_M, offsets_S1, emb_NE, sqnorm_N, similarity, gamma)
+    with torch.cuda.device_of(acts_M):
+        return launch_gram_sums(acts_M, images_M, offsets_S1, emb_NE, sqnorm_N, similarity, gamma)
 
 
 @_pairwise_gram_sums_op.register_kernel("cpu")

@@ -143,7 +143,8 @@ def _streamed_cosine_update_op(
 ) -> None:
     from .streamed_cosine_triton import launch_streamed_update
 
-    launch_streamed_update(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, unit_NE)
+    with torch.cuda.device_of(sums_SE):  # Triton launches on the current device
+        launch_streamed_update(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, unit_NE)
 
 
 @_streamed_cosine_update_op.register_kernel("cpu")

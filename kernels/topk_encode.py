@@ -38,9 +38,9 @@ def topk_encode(
     Latents ascend within a row. A row with fewer than k positive pre-activations is filled with zero activations at its
     lowest latents of value zero. One floating dtype and one device for all four tensors (float64 on CPU only); W_enc in
     any strides, [d_sae, d_in] order in memory (a transposed view) being the fastest. Float32 runs in TF32 on a GPU if
-    torch.backends.cuda.matmul.allow_tf32 is set. buffer_bytes bounds the chunk of pre-activations held at a time
+    torch.backends.cuda.matmul.fp32_precision is "tf32". buffer_bytes bounds the chunk of pre-activations held at a time
     (default: 512 MiB on a GPU, 64 MiB on CPU), at least one row. ValueError: shapes, dtypes, k outside 1..d_sae (on a
-    GPU also above 1024).
+    GPU also above 128).
     """
     _check(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes)
     _check_k(k, W_enc_DS.shape[1])
@@ -110,7 +110,8 @@ def topk_encode_op(
 ) -> tuple[Tensor, Tensor]:
     from saevlm_fast.kernels.topk_encode_triton import launch_topk_encode
 
-    return launch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+    with torch.cuda.device_of(x_BD):  # Triton launches on the current device
+        return launch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
 
 
 @topk_encode_op.register_kernel("cpu")
@@ -132,7 +133,8 @@ def batch_topk_encode_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from saevlm_fast.kernels.topk_encode_batch_triton import launch_batch_topk_encode
 
-    return launch_batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+    with torch.cuda.device_of(x_BD):
+        return launch_batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
 
 
 @batch_topk_encode_op.register_kernel("cpu")
@@ -153,7 +155,8 @@ def threshold_encode_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from saevlm_fast.kernels.topk_encode_batch_triton import launch_threshold_encode
 
-    return launch_threshold_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+    with torch.cuda.device_of(x_BD):
+        return launch_threshold_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
 
 
 @threshold_encode_op.register_kernel("cpu")

@@ -30,7 +30,7 @@ def main() -> None:
     """Entry point: input errors in one line and exit code 2, an interrupted run 130, never half a traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as error:

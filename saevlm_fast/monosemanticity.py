@@ -530,7 +530,7 @@ def score(
                 scores.update_dense(x_nD, emb_nE)
             else:
                 with evaluating(sae):
-                    codes = sae.encode(x_nD.to(device))
+                    codes = sae.encode(x_nD.to(device, sae.b_dec.dtype))
                 scores.update(*codes.flat(), emb_nE)
             on_rows(start + len(x_nD))
     return scores.result()

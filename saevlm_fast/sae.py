@@ -168,8 +168,8 @@ class SparseAutoencoder(nn.Module):
     ) -> "SparseAutoencoder":
         """Load an SAE in the SAELens v6 layout, ours or theirs, in eval mode.
 
-        Their `topk` and single-threshold `jumprelu` SAEs are accepted; settings that are an exact change of weights
-        (rescale_acts_by_decoder_norm, apply_b_dec_to_input = false) are folded in.
+        Their `topk` SAEs, and `jumprelu` SAEs with a single threshold and k in their metadata, are accepted; settings
+        that are an exact change of weights (rescale_acts_by_decoder_norm, apply_b_dec_to_input = false) are folded in.
 
         Raises:
             ValueError: a missing, damaged or inconsistent file, or an architecture this engine does not have.
@@ -246,8 +246,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     require(isinstance(cfg, dict), f"{path}: a JSON object is expected")
-    for key in ("architecture", "d_in", "d_sae"):
-        require(key in cfg, f"{path}: key {key!r} is missing")
+    for key, kind in (("architecture", str), ("d_in", int), ("d_sae", int)):
+        require(isinstance(cfg.get(key), kind), f"{path}: {key!r} is {cfg.get(key)!r}, not {kind.__name__}")
     return cfg
 
 

@@ -20,7 +20,7 @@ from saevlm_fast.kernels.latent_update import (
     latent_update_,
 )
 from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum
-from saevlm_fast.kernels.sparse_decode import gather_dot
+from saevlm_fast.kernels.sparse_decode import gather_dot, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.sae import SparseAutoencoder
 
@@ -68,8 +68,10 @@ class Workspace:
     def __init__(self) -> None:
         self._rows: tuple[Tensor, Tensor] | None = None
 
-    def rows(self, n_rows: int, like_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Two [n_rows, D] buffers of like's width, dtype and device; their contents are undefined."""
+    def rows(self, n_rows: int, like_RD: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Two [n_rows, D] buffers of like's kind, contents undefined; None on a GPU, whose allocator recycles."""
+        if like_RD.is_cuda:
+            return None, None
         if self._rows is None or len(self._rows[0]) < n_rows:
             size = n_rows + n_rows // 8  # some room: the number of active latents moves
             self._rows = like_RD.new_empty(size, like_RD.shape[1]), like_RD.new_empty(size, like_RD.shape[1])
@@ -130,7 +132,9 @@ class Stepper:
             row_offsets = torch.arange(0, latents.numel() + 1, k, device=latents.device)
         else:
             acts, latents, row_offsets = batch_topk_encode(x_BD, *weights, k)
-        bags = bag_offsets(latents.flatten(), row_offsets, sae.config.group_ends)
+        bags = row_offsets
+        if len(sae.config.group_ends) > 1:
+            bags = group_bag_offsets(latents.flatten(), row_offsets, sae.config.group_ends, sae.config.d_sae)
         return Entries(acts.flatten().to(sae.W_dec.dtype), latents.flatten(), row_offsets, bags)
 
     def _track(self, entries: Entries, n_rows: int) -> None:
@@ -144,7 +148,7 @@ class Stepper:
             self.sae.threshold.copy_(torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest))
 
     def _dead_latents(self) -> Tensor:
-        """Latents that are dead after this batch. No device is asked while none can be."""
+        """Latents that are dead after this batch. A GPU is asked for them (a synchronisation) only once some can be."""
         if self.config.auxk_alpha == 0 or self.n_rows_seen < self.config.dead_after:
             return self.idle_S.new_empty(0)
         return torch.nonzero(self.idle_S >= self.config.dead_after).squeeze(1)
@@ -160,16 +164,6 @@ class Stepper:
             latent_update_(parameters[name], *self.moments[name], rows, clip, adam, unit_norm=name == "W_dec")
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
-
-
-def bag_offsets(latents_M: Tensor, row_offsets: Tensor, group_ends: list[int]) -> Tensor:
-    """Offsets [B * G + 1] of the (row, group) bags; latents ascend within a row, so bags are runs."""
-    if len(group_ends) == 1:
-        return row_offsets
-    n_groups, n_rows = len(group_ends), row_offsets.numel() - 1
-    inner_ends = torch.tensor(group_ends[:-1], device=latents_M.device)
-    bags_M = entry_rows(latents_M, row_offsets) * n_groups + torch.bucketize(latents_M, inner_ends, right=True)
-    return torch.searchsorted(bags_M, torch.arange(n_rows * n_groups + 1, device=latents_M.device))
 
 
 def smallest_positive(acts_M: Tensor) -> Tensor:

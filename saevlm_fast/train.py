@@ -26,7 +26,14 @@ from torch import Tensor
 
 from saevlm_fast.activations import Activations, ShuffledRows, batches
 from saevlm_fast.config import Interrupted, SAEConfig, TrainConfig, require
-from saevlm_fast.files import atomic_directory, atomic_write, save_safetensors_atomic, write_json_atomic
+from saevlm_fast.files import (
+    TEMPORARY_PREFIX,
+    atomic_directory,
+    atomic_write,
+    remove_leftovers,
+    save_safetensors_atomic,
+    write_json_atomic,
+)
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, with_metadata
 from saevlm_fast.step import StepOutput, Stepper, geometric_median, smallest_positive
 
@@ -74,7 +81,10 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
     require(device.type in ("cpu", "cuda"), f"device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    require(device.type != "cuda" or torch.cuda.is_available(), f"device: {name!r} asked for, but torch sees no GPU")
+    if device.type == "cuda":
+        require(torch.cuda.is_available(), f"device: {name!r} asked for, but torch sees no GPU")
+        n_devices = torch.cuda.device_count()
+        require((device.index or 0) < n_devices, f"device: {name!r} asked for, but there are {n_devices} GPUs")
     return device
 
 
@@ -146,17 +156,22 @@ class _Run:
         if self.options.resume:
             require((self.output / RUN_FILE).is_file(), f"resume: {self.output} holds no run ({RUN_FILE} is missing)")
             self._check_same_settings()
-        if self.options.force:
-            self._remove_run()
-        self.output.mkdir(parents=True, exist_ok=True)
-        if not self.options.resume:
-            write_json_atomic(self.output / RUN_FILE, self._settings())
+            remove_leftovers(self.output)
+            remove_leftovers(self.output / CHECKPOINTS)
         checkpoint = latest_checkpoint(self.output) if self.options.resume else None
         if checkpoint is not None:
             self._load(checkpoint)
             self._truncate_metrics()
         else:
             self._initialise()
+        # Only now that the data has been read is anything on disk touched: bad data must not cost an older run.
+        if self.options.force:
+            self._remove_run()
+        self.output.mkdir(parents=True, exist_ok=True)
+        if not self.options.resume:
+            write_json_atomic(self.output / RUN_FILE, self._settings())
+        if checkpoint is None:
+            (self.output / METRICS_FILE).unlink(missing_ok=True)
 
     def _settings(self) -> dict[str, Any]:
         sae = self.stepper.sae.config
@@ -186,7 +201,6 @@ class _Run:
     @torch.no_grad()
     def _initialise(self) -> None:
         """norm_factor from the first batches, b_dec at the geometric median of the first one."""
-        (self.output / METRICS_FILE).unlink(missing_ok=True)
         squared, n_rows, first = 0.0, 0, None
         n_batches = min(self.config.norm_batches, self.order.batches_per_epoch)
         for x_BD in self._batches(0, n_batches):
@@ -231,14 +245,18 @@ class _Run:
     def _check_loss(self) -> None:
         bad = int(self.stepper.bad_step)
         if bad >= 0:
-            last = latest_checkpoint(self.output)
-            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
-            raise ValueError(f"loss: NaN or inf at step {bad + 1}; {kept}. Try a smaller --lr")
+            self._diverged(f"loss: NaN or inf at step {bad + 1}")
+
+    def _diverged(self, what: str) -> None:
+        last = latest_checkpoint(self.output)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
+        raise ValueError(f"{what}; {kept}. Try a smaller --lr")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line of strict JSON to metrics.jsonl; what is not a number (the variance of one row) is null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with open(self.output / METRICS_FILE, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
 
     def export(self) -> SparseAutoencoder:
         """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started)."""
@@ -275,13 +293,18 @@ class _Run:
             tensors |= {f"{name}.exp_avg": exp_avg, f"{name}.exp_avg_sq": exp_avg_sq}
         tensors |= {"idle": stepper.idle_S, "threshold": stepper.sae.threshold}
         tensors["norm_factor"] = torch.tensor(self.norm_factor, dtype=torch.float64)
+        bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        if bad:
+            self._diverged(f"{', '.join(bad)}: NaN or inf after step {stepper.n_steps}")
         header = {"n_steps": str(stepper.n_steps), "n_rows_seen": str(stepper.n_rows_seen)}
         final.parent.mkdir(exist_ok=True)
         with atomic_directory(final) as directory:
             self.export().save_pretrained(directory)
             save_safetensors_atomic(directory / STATE_FILE, {n: t.cpu() for n, t in tensors.items()}, metadata=header)
         for old in checkpoints(self.output)[:-_KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+            doomed = old.with_name(TEMPORARY_PREFIX + old.name)  # a kill must not leave half a checkpoint by this name
+            old.rename(doomed)
+            shutil.rmtree(doomed)
 
     @torch.no_grad()
     def _load(self, checkpoint: Path) -> None:
@@ -358,7 +381,7 @@ def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int =
     n_fired = 0
     with evaluating(sae):
         for _, x_BD in activations.chunks(batch_rows):
-            x_BD = x_BD.to(device)
+            x_BD = x_BD.to(device, sae.b_dec.dtype)
             codes = sae.encode(x_BD)
             error_BD = (x_BD - sae.decode(codes)).double()
             centred_BD = (x_BD - sae.b_dec).double()
@@ -381,12 +404,12 @@ def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int =
 @contextmanager
 def tf32_products(wanted: bool) -> Iterator[None]:
     """float32 matrix products on a GPU in TF32 (10-bit mantissa, much faster), or exactly, whatever was set before."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = wanted
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if wanted else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @contextmanager

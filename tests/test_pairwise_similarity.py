@@ -187,7 +187,7 @@ def static_cases(target: str) -> list[Case]:
     ]
 
 
-def test_compiles_without_spills():
+def test_static_compile_without_spills():
     from saevlm_fast.kernels import pairwise_similarity_triton as kernels
 
     chosen = (kernels.BLOCK_N, kernels.BLOCK_K, kernels.BLOCK_E, kernels.FINISH_BLOCK)

@@ -6,8 +6,9 @@ import torch
 from dense_trainer import DenseTrainer
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.kernels.latent_update import clip_coefficient, dense_gradient_rows, gradient_rows
+from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.step import Stepper, bag_offsets, geometric_median, smallest_positive
+from saevlm_fast.step import Stepper, geometric_median, smallest_positive
 
 GROUPS = {"topk": (), "batch_topk": (), "matryoshka": (5, 13, 30, 49)}
 
@@ -66,6 +67,35 @@ def test_float64_step_is_the_dense_step_to_rounding():
     torch.testing.assert_close(stepper.sae.W_enc, dense.W_enc, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+@pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
+def test_gpu_step_is_the_dense_step(device, architecture, dead_after):
+    """Float32 (IEEE) on the chip against dense float32 on the CPU, over steps with and without dead latents."""
+    stepper, dense, data = make(architecture, dead_after=dead_after)
+    stepper = Stepper(stepper.sae.to(device), stepper.config)
+    for start in range(0, 20 * 61, 61):
+        x = data[start : start + 61]
+        assert float(stepper.step(x.to(device)).losses.overall) == pytest.approx(dense.step(x), rel=1e-4)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(getattr(stepper.sae, name).cpu(), getattr(dense, name), atol=1e-4, rtol=1e-4)
+    assert torch.equal(stepper.idle_S.cpu(), dense.idle)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_gpu_step_does_not_wait_for_the_host(device, architecture):
+    stepper, _, data = make(architecture)
+    stepper = Stepper(stepper.sae.to(device), stepper.config)
+    x = data[:61].to(device)
+    stepper.step(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stepper.step(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_nan_names_the_first_bad_step():
     stepper, _, data = make("topk")
     for i in range(5):
@@ -95,7 +125,7 @@ def test_constant_residual_gives_zero_auxiliary_loss():
 def test_bags_are_rows_split_by_group():
     latents = torch.tensor([0, 4, 5, 9, 5, 5, 0, 0])  # two padding entries
     offsets = torch.tensor([0, 4, 4, 6])
-    bags = bag_offsets(latents, offsets, [5, 10])
+    bags = group_bag_offsets(latents, offsets, [5, 10], 10)
     assert bags.tolist() == [0, 2, 4, 4, 4, 4, 6]
 
 

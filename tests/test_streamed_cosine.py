@@ -159,7 +159,7 @@ def static_cases(target: str) -> list[Case]:
     ]
 
 
-def test_compiles_without_spills():
+def test_static_compile_without_spills():
     from saevlm_fast.kernels import streamed_cosine_triton as kernels
 
     assert (kernels.HEAVY, kernels.BLOCK_E, kernels.UNROLL, kernels.NUM_WARPS) == (256, 256, 4, 2)

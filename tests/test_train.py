@@ -111,14 +111,14 @@ def test_bfloat16_encoder_trains(matrix, tmp_path):
 
 
 COMMAND = [sys.executable, "-m", "saevlm_fast.cli", "train", "--device", "cpu", "--d-sae", "128", "--k", "6",
-           "--steps", "200", "--batch-size", "256", "--lr", "3e-3", "--checkpoint-every", "10", "--log-every", "5",
+           "--steps", "150", "--batch-size", "256", "--lr", "3e-3", "--checkpoint-every", "10", "--log-every", "5",
            "--dead-after", "5000"]  # fmt: skip
 
 
 def start(matrix, output, *more):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     command = [*COMMAND, "--activations", str(matrix), "--output", str(output), *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
     return subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -211,6 +211,63 @@ def test_diverging_loss_names_the_step_and_keeps_the_last_good_checkpoint(matrix
     last = str(e.value).split("checkpoint is ")[1].split(".")[0]
     state = load_file(os.path.join(last, "train_state.safetensors"))
     assert all(t.isfinite().all() for t in state.values())
+
+
+def test_a_finite_loss_before_a_bad_update_does_not_make_a_good_checkpoint(matrix, tmp_path):
+    with pytest.raises(ValueError, match=r"NaN or inf (at|after) step \d+") as caught:
+        run(matrix, tmp_path / "run", lr=1e39, warmup_steps=2, options={"checkpoint_every": 1})
+    assert "the last good checkpoint" in str(caught.value)
+    for checkpoint in checkpoints(tmp_path / "run"):
+        state = load_file(checkpoint / "train_state.safetensors")
+        assert all(t.isfinite().all() for t in state.values())
+
+
+@pytest.mark.parametrize("damage", ["nan", "zero"])
+def test_bad_data_touches_nothing_on_disk(matrix, tmp_path, damage):
+    x = np.load(matrix)
+    x[:] = np.nan if damage == "nan" else 0
+    np.save(tmp_path / "bad.npy", x)
+    with pytest.raises(ValueError, match=r"row|zero"):
+        run(tmp_path / "bad.npy", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(matrix, tmp_path / "run", steps=5)
+    before = weights(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"row|zero"):
+        run(tmp_path / "bad.npy", tmp_path / "run", steps=5, options={"force": True})
+    assert weights(tmp_path / "run") == before
+    assert len(checkpoints(tmp_path / "run")) == 1
+
+
+def test_resume_clears_what_a_kill_left_behind(matrix, tmp_path):
+    run(matrix, tmp_path / "run", steps=5)
+    left = tmp_path / "run" / "checkpoints" / ".writing-dead-step_00000003"
+    left.mkdir()
+    run(matrix, tmp_path / "run", steps=5, options={"resume": True})
+    assert not left.exists()
+
+
+def test_metrics_are_strict_json_even_where_undefined(matrix, tmp_path):
+    np.save(tmp_path / "one.npy", np.load(matrix)[:1])
+    run(tmp_path / "one.npy", tmp_path / "run", steps=3)
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line
+        json.loads(line)
+
+
+def test_a_half_precision_sae_is_evaluated(matrix, tmp_path):
+    run(matrix, tmp_path / "run", steps=50)
+    sae = SparseAutoencoder.from_pretrained(tmp_path / "run", dtype=torch.bfloat16)
+    assert evaluate(sae, open_activations(matrix))["l0"] == pytest.approx(K, rel=0.3)
+
+
+@pytest.mark.gpu
+def test_gpu_run_resumes(matrix, tmp_path):
+    config = TrainConfig(steps=40, batch_size=256, lr=3e-3)
+    for more in ({}, {"resume": True}):
+        options = RunOptions(tmp_path / "run", "cuda", log_every=10, checkpoint_every=10, **more)
+        sae, metrics = train(open_activations(matrix), sae_config(), config, options)
+    assert metrics["l0"] == pytest.approx(K, rel=0.2)
+    assert sae.W_dec.is_cuda
 
 
 def test_width_mismatch(matrix, tmp_path):
