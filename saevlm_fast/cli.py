@@ -1,5 +1,7 @@
 """The command line: parse, build a config, call, print. Errors in the input end with one line and exit code 2."""
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,19 +25,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Sparse autoencoders for vision-language models on Triton kernels, and their Monosemanticity Score.",
 )
-out, err = Console(), Console(stderr=True)
+# No markup: a path may hold [brackets].
+out, err = Console(markup=False), Console(stderr=True, markup=False)
 
 
 def main() -> None:
     """Entry point: input errors in one line and exit code 2, an interrupted run 130, never half a traceback."""
+    # Before torch is imported: waiting threads that spin make a step several times slower on a machine that is shared
+    # (docs/decisions.md), and no faster on one that is not.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
+    except RuntimeError as error:
+        if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
+            raise
+        err.print(f"error: {str(error).splitlines()[0]}", style="red", highlight=False, soft_wrap=True)
+        sys.exit(2)
     except (ValueError, OSError, MemoryError) as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as error:
-        err.print(str(error) or "interrupted", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        err.print(str(error) or "interrupted", style="yellow", highlight=False, soft_wrap=True)
         sys.exit(130)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Ctrl-C outside a training step. Not KeyboardInterrupt, which the command framework ends without a word."""
+    raise Interrupted("interrupted")
 
 
 @app.callback(invoke_without_command=True)
@@ -77,7 +94,9 @@ def train(
         str, typer.Option(help="Matryoshka group sizes as fractions of d_sae.")
     ] = "0.0625,0.125,0.25,0.5625",
     steps: Annotated[int, typer.Option(help="Optimiser steps (the paper's number).")] = 110_000,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 4096,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows per step; an epoch's last partial batch is dropped, fewer rows are one batch.")
+    ] = 4096,
     lr: Annotated[str, typer.Option(help="Learning rate; auto is 2e-4 / sqrt(d_sae / 16384).")] = "auto",
     warmup: Annotated[int | None, typer.Option(help="Warm-up steps.  [default: min(1000, steps / 10)]")] = None,
     auxk_alpha: Annotated[float, typer.Option(help="Weight of the auxiliary loss on dead latents.")] = 0.03,
@@ -101,7 +120,7 @@ def train(
     held_out = open_activations(validation) if validation is not None else None
     require(d_sae is None or expansion is None, "d_sae: give either --d-sae or --expansion, not both")
     expansion = 8.0 if expansion is None else expansion
-    require(expansion > 0, f"expansion: {expansion:g} must be positive")
+    require(0 < expansion < 1e6, f"expansion: {expansion:g} must be positive and below 1e6")
     n_latents = d_sae if d_sae is not None else round(expansion * data.d)
     sizes = group_sizes_from_fractions(_fractions(groups), n_latents) if architecture == "matryoshka" else ()
     sae_config = SAEConfig(data.d, n_latents, k, architecture, sizes)
@@ -112,7 +131,7 @@ def train(
     options = RunOptions(output, device, log_every, checkpoint_every, resume, force)
     out.print(
         f"{architecture} SAE {data.d} -> {n_latents}, k = {k}, on {data.n_rows:,} rows; "
-        f"{steps:,} steps of {batch_size:,}, lr {config.peak_lr(n_latents):.3g}, {data.path}",
+        f"{steps:,} steps of {min(batch_size, data.n_rows):,}, lr {config.peak_lr(n_latents):.3g}, {data.path}",
         highlight=False,
         soft_wrap=True,
     )
@@ -151,6 +170,7 @@ def ms_score(
 
     require(raw != (sae is not None), "sae: give either --sae DIR or --raw")
     check_scores_path(output)
+    require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
     target = resolve_device(device)
     acts, images = open_activations(activations), open_activations(embeddings)
     model = SparseAutoencoder.from_pretrained(sae, device=target) if sae is not None else None
@@ -163,6 +183,15 @@ def ms_score(
     write_scores(scores, output, source | {"activations": str(activations), "embeddings": str(embeddings)})
     _print_summary(scores.summary(), "raw neurons" if raw else f"latents of {sae}")
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(store: Annotated[Path, typer.Argument(help="Activation store directory.")]) -> None:
+    """Check every shard of an activation store against its checksum; name what is missing, truncated or altered."""
+    from saevlm_fast.activations import verify as verify_store
+
+    verify_store(store)
+    out.print(f"{store}: every shard is whole", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -197,7 +226,7 @@ class TrainProgress:
         self.total = total
         self.live = out.is_terminal
         columns = (
-            TextColumn("train"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            MofNCompleteColumn(), BarColumn(bar_width=10), TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"),
         )  # fmt: skip
         self.bar = Progress(*columns, console=out, disable=not self.live)
@@ -236,6 +265,9 @@ class TrainProgress:
             line = f"step {step}/{self.total}  {rate:.1f} it/s  {left:.0f} s left  {text}"
             out.print(line, highlight=False, soft_wrap=True)
             self.last_line = now
+        if step == self.total:
+            self.bar.stop()
+            out.print("saved; evaluating over all rows ...", highlight=False)
 
 
 def _fractions(text: str) -> tuple[float, ...]:

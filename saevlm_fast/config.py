@@ -122,6 +122,8 @@ class TrainConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "dead_after", "norm_batches", "seed"):
+            require(getattr(self, name) < 2**62, f"{name}: {getattr(self, name)} must be below 2^62")
         for name in ("steps", "batch_size", "dead_after", "norm_batches"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} must be at least 1")
         for name in ("seed", "threshold_start", "auxk_alpha"):

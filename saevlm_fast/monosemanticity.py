@@ -541,8 +541,10 @@ def check_scores_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"output: {str(path)!r} does not end in one of {', '.join(SUFFIXES)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"output: {str(path)!r} is a directory, or its parent is not one")
+    if path.is_dir():
+        raise ValueError(f"output: {str(path)!r} is a directory")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"output: {str(path.absolute().parent)!r} is not a directory")
     return path
 
 

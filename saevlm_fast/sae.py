@@ -177,19 +177,19 @@ class SparseAutoencoder(nn.Module):
         directory = Path(directory)
         cfg = _read_config(directory / CONFIG_FILE)
         tensors = _read_weights(directory / WEIGHTS_FILE)
-        config = _config_from_sae_lens(cfg, tensors, directory)
+        try:
+            config = _config_from_sae_lens(cfg, tensors, directory)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{directory / CONFIG_FILE}: a value is of the wrong kind ({error})") from None
+        _check_shapes(config, tensors, directory / WEIGHTS_FILE)
         sae = cls(config, dtype=dtype or tensors["W_enc"].dtype)
         sae.load_tensors_(_fold_settings(cfg, tensors, directory), directory)
         return sae.to(device).eval()
 
     @torch.no_grad()
     def load_tensors_(self, tensors: dict[str, Tensor], origin: str | Path) -> None:
-        """Copy named tensors into the parameters and the threshold, shapes checked."""
+        """Copy named tensors of the right shapes into the parameters and the threshold."""
         for name, parameter in self.named_parameters():
-            require(
-                tensors[name].shape == parameter.shape,
-                f"{origin}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}",
-            )
             parameter.copy_(tensors[name])
         if self.config.architecture != "topk":
             values = tensors["threshold"].flatten()
@@ -199,6 +199,17 @@ class SparseAutoencoder(nn.Module):
                 "only a single threshold (BatchTopK) is supported",
             )
             self.threshold.copy_(values[0])
+
+
+def _check_shapes(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> None:
+    """Before anything of that size is allocated."""
+    d_in, d_sae = config.d_in, config.d_sae
+    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    if config.architecture != "topk":
+        expected["threshold"] = (d_sae,)
+    for name, shape in expected.items():
+        found = tuple(tensors[name].shape)
+        require(found == shape, f"{path}: {name} has shape {found}, expected {shape}")
 
 
 @contextmanager
@@ -261,7 +272,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         require(name in tensors, f"{path}: tensor {name!r} is missing (found {', '.join(sorted(tensors))})")
         require(tensors[name].is_floating_point(), f"{path}: {name} is {tensors[name].dtype}, not floating point")
-        require(bool(tensors[name].isfinite().all()), f"{path}: {name} holds NaN or inf")
+    for name, tensor in tensors.items():
+        require(bool(tensor.isfinite().all()), f"{path}: {name} holds NaN or inf")
     return tensors
 
 
@@ -271,6 +283,10 @@ def _config_from_sae_lens(cfg: dict[str, Any], tensors: dict[str, Tensor], direc
     require(
         cfg["architecture"] in ("topk", "jumprelu") and architecture is not None,
         f"{directory}: architecture {cfg['architecture']!r} is not one of topk, jumprelu",
+    )
+    require(
+        (cfg["architecture"] == "topk") == (architecture == "topk"),
+        f"{directory}: architecture {cfg['architecture']!r} contradicts {architecture!r} in its metadata",
     )
     require(
         cfg["architecture"] == "topk" or "threshold" in tensors,

@@ -7,6 +7,7 @@ whole or not at all. The order of the rows is a function of (seed, step), so a r
 same steps as one that was not: bit-identical weights on the CPU.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,7 +39,7 @@ from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evalua
 from saevlm_fast.step import StepOutput, Stepper, geometric_median, smallest_positive
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
-_CALIBRATION_BATCHES = 10
+_CALIBRATION_ROWS = 4096
 _KEPT_CHECKPOINTS = 2
 
 Metrics = dict[str, float]
@@ -66,6 +67,8 @@ class RunOptions:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: {value} must be at least 1")
         require(not (self.resume and self.force), "resume and force exclude each other")
+        blocked = next((p for p in (Path(self.output), *Path(self.output).parents) if p.is_file()), None)
+        require(blocked is None, f"output: {self.output} cannot be a directory, {blocked} is a file")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -147,14 +150,14 @@ class _Run:
         self.norm_factor = 1.0
 
     def open_directory(self) -> None:
-        """Start, replace or resume; refuses to touch a run without being told."""
+        """Start, replace or resume (a run killed before it wrote anything starts); refuses to touch a run untold."""
         used = any((self.output / name).exists() for name in (RUN_FILE, CONFIG_FILE, CHECKPOINTS, METRICS_FILE))
         if used and not (self.options.resume or self.options.force):
             raise ValueError(
                 f"output: {self.output} already holds a run; use --resume to continue or --force to replace"
             )
-        if self.options.resume:
-            require((self.output / RUN_FILE).is_file(), f"resume: {self.output} holds no run ({RUN_FILE} is missing)")
+        if self.options.resume and used:
+            require((self.output / RUN_FILE).is_file(), f"resume: {RUN_FILE} is missing from {self.output}")
             self._check_same_settings()
             remove_leftovers(self.output)
             remove_leftovers(self.output / CHECKPOINTS)
@@ -168,7 +171,7 @@ class _Run:
         if self.options.force:
             self._remove_run()
         self.output.mkdir(parents=True, exist_ok=True)
-        if not self.options.resume:
+        if not (self.output / RUN_FILE).exists():
             write_json_atomic(self.output / RUN_FILE, self._settings())
         if checkpoint is None:
             (self.output / METRICS_FILE).unlink(missing_ok=True)
@@ -179,17 +182,30 @@ class _Run:
             "sae": {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "architecture": sae.architecture,
                     "group_sizes": list(sae.group_sizes)},
             "train": json.loads(json.dumps(self.config.to_dict())),
-            "data": {"rows": self.activations.n_rows, "path": str(self.activations.path)},
+            "data": {
+                "rows": self.activations.n_rows,
+                "path": str(self.activations.path),
+                "fingerprint of the activations": self._fingerprint(),
+            },
         }  # fmt: skip
 
+    def _fingerprint(self) -> str:
+        """Fingerprint of the data: hash of 64 rows spread over it."""
+        rows = torch.linspace(0, self.activations.n_rows - 1, 64, dtype=torch.float64).long()
+        return hashlib.sha256(self.activations.rows(rows).numpy().tobytes()).hexdigest()[:16]
+
     def _check_same_settings(self) -> None:
+        path = self.output / RUN_FILE
         try:
-            stored = json.loads((self.output / RUN_FILE).read_text())
+            stored = json.loads(path.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.output / RUN_FILE}: not valid JSON ({error})") from None
+            raise ValueError(f"{path}: not valid JSON ({error})") from None
         for section, values in self._settings().items():
+            require(
+                isinstance(stored, dict) and isinstance(stored.get(section), dict), f"{path}: {section!r} is missing"
+            )
             for name, value in values.items():
-                before = stored.get(section, {}).get(name)
+                before = stored[section].get(name)
                 free = name == "path"  # data may move
                 require(free or before == value, f"resume: {name} is {value}, but the run was started with {before}")
 
@@ -255,8 +271,12 @@ class _Run:
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line of strict JSON to metrics.jsonl; what is not a number (the variance of one row) is null."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with open(self.output / METRICS_FILE, "a") as file:
-            file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        path = self.output / METRICS_FILE
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        except OSError as error:  # a full disk: which file?
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def export(self) -> SparseAutoencoder:
         """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started)."""
@@ -275,12 +295,11 @@ class _Run:
 
     @torch.no_grad()
     def _calibrated_threshold(self) -> float:
-        """Mean over batches of the smallest activation that BatchTopK keeps: what the moving average tends to."""
-        sae, smallest = self.stepper.sae, []
-        for x_BD in self._batches(0, min(_CALIBRATION_BATCHES, self.order.batches_per_epoch)):
-            codes = sae.encode(x_BD / self.norm_factor, use_threshold=False)
-            smallest.append(float(smallest_positive(codes.top_acts)))
-        return sum(smallest) / len(smallest)
+        """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average."""
+        n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
+        x_BD = torch.cat(list(self._batches(0, n_batches)))
+        codes = self.stepper.sae.encode(x_BD / self.norm_factor, use_threshold=False)
+        return float(smallest_positive(codes.top_acts)) * (1 - 1e-6)  # ties at the cut are kept
 
     def checkpoint(self) -> None:
         """Write checkpoints/step_N whole, then drop all but the newest two."""
@@ -308,7 +327,15 @@ class _Run:
 
     @torch.no_grad()
     def _load(self, checkpoint: Path) -> None:
-        path = checkpoint / STATE_FILE
+        try:
+            self._load_state(checkpoint / STATE_FILE)
+        except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"resume: {checkpoint} is damaged, delete it to resume from the one before ({reason})"
+            ) from error
+
+    def _load_state(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
         tensors = load_file(path, device=str(self.device))
@@ -332,7 +359,9 @@ class _Run:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break  # the line that was being written when the run was killed
-            if record["step"] <= self.stepper.n_steps and not any(key.startswith("eval/") for key in record):
+            if record.get("step", math.inf) <= self.stepper.n_steps and not any(
+                key.startswith("eval/") for key in record
+            ):
                 kept.append(line + "\n")
         with atomic_write(path) as temporary:
             temporary.write_text("".join(kept))

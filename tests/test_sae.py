@@ -199,6 +199,12 @@ def _edit(name):
             del tensors["b_enc"]
         if name == "nan":
             tensors["W_dec"][3, 3] = float("nan")
+        if name in ("text d_in", "null d_sae", "list metadata", "number groups", "contradiction"):
+            cfg |= {"text d_in": {"d_in": "13"}, "null d_sae": {"d_sae": None}, "list metadata": {"metadata": [1]},
+                    "number groups": {"metadata": cfg["metadata"] | {"group_sizes": 64}},
+                    "contradiction": {"architecture": "topk"}}[name]  # fmt: skip
+        if name == "threshold shape":
+            tensors["threshold"] = torch.zeros(98)
         if name == "many thresholds":
             tensors["threshold"][4] = 9.0
         (directory / CONFIG_FILE).write_text(json.dumps(cfg))
@@ -211,7 +217,8 @@ def _edit(name):
 @pytest.mark.parametrize(
     "damage",
     [_edit(n) for n in ("no config", "no weights", "broken json", "truncated", "architecture", "normalised", "no k",
-                        "shape", "missing tensor", "nan", "many thresholds")],
+                        "shape", "missing tensor", "nan", "many thresholds", "text d_in", "null d_sae", "list metadata",
+                        "number groups", "contradiction", "threshold shape")],
 )  # fmt: skip
 def test_damaged_directories_are_one_clear_error(damage, tmp_path):
     make().save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,8 +191,8 @@ def test_directory_in_use(matrix, tmp_path):
 
 
 def test_resume_needs_the_same_run(matrix, tmp_path):
-    with pytest.raises(ValueError, match=r"resume: .* holds no run"):
-        run(matrix, tmp_path / "nothing", options={"resume": True})
+    run(matrix, tmp_path / "nothing", steps=5, options={"resume": True})  # killed before it wrote anything: it starts
+    assert checkpoints(tmp_path / "nothing")
     run(matrix, tmp_path / "run", steps=5)
     with pytest.raises(ValueError, match="resume: seed is 2, but the run was started with 1"):
         run(matrix, tmp_path / "run", steps=5, seed=2, options={"resume": True})
@@ -236,6 +237,28 @@ def test_bad_data_touches_nothing_on_disk(matrix, tmp_path, damage):
         run(tmp_path / "bad.npy", tmp_path / "run", steps=5, options={"force": True})
     assert weights(tmp_path / "run") == before
     assert len(checkpoints(tmp_path / "run")) == 1
+
+
+def test_resume_refuses_other_data_and_damaged_state(matrix, tmp_path):
+    run(matrix, tmp_path / "run", steps=50)
+    np.save(tmp_path / "other.npy", np.load(matrix) * 2)
+    with pytest.raises(ValueError, match="resume: fingerprint of the activations is"):
+        run(tmp_path / "other.npy", tmp_path / "run", steps=50, options={"resume": True})
+    newest = checkpoints(tmp_path / "run")[-1]
+    state = newest / "train_state.safetensors"
+    state.write_bytes(state.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=f"resume: {newest} is damaged"):
+        run(matrix, tmp_path / "run", steps=50, options={"resume": True})
+    before = weights(tmp_path / "run")
+    shutil.rmtree(newest)
+    run(matrix, tmp_path / "run", steps=50, options={"resume": True})
+    assert weights(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_calibration_does_not_depend_on_a_small_batch(matrix, tmp_path, batch_size):
+    _, metrics = run(matrix, tmp_path / "run", steps=200, batch_size=batch_size)
+    assert metrics["l0"] == pytest.approx(K, rel=0.1)
 
 
 def test_resume_clears_what_a_kill_left_behind(matrix, tmp_path):
