@@ -322,7 +322,7 @@ def kernel_cases(target: str) -> list[Case]:
     cases.append(Case(rows, "best_groups_kernel", target, signature, {"BLOCK_G": 1024}, num_warps=group_warps(1024)))
     signature = {"pre_ptr": "*bf16", "groups_ptr": "*i32", "acts_ptr": "*bf16", "latents_ptr": "*i64"}
     signature |= {"d_sae": "i32:16", "n_chosen": "i32", "k": "i32"}
-    for block in (2048, 4096, 8192):  # k to 32, to 64, to 128
+    for block in (2048, 4096) if target == "gfx942" else (2048, 4096, 8192):  # k to 32, to 64, to 128
         constexprs = {"GROUP": GROUP, "BLOCK_C": block}
         cases.append(
             Case(rows, "topk_of_groups_kernel", target, signature, constexprs, num_warps=candidate_warps(block))
