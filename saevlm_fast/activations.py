@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.activation_store import (
+    ACTIVATIONS,
     ITEM_SCHEMA,
     ActivationWriter,
     StoreIndex,
@@ -37,8 +38,10 @@ __all__ = [
     "Activations",
     "ShuffledRows",
     "StoreIndex",
+    "StoredRows",
     "batches",
     "check_finite",
+    "loader_threads",
     "merge_parts",
     "open_activations",
     "prefetch",
@@ -47,21 +50,82 @@ __all__ = [
 ]
 
 
-class Activations:
+class StoredRows:
+    """What activations and codes have in common: shards laid end to end, and the items of their rows.
+
+    Attributes: path; n_rows; dtype (on disk); source (the store's record of model, layer, point and tokens; None for a
+    matrix file); has_items (stores do).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shard_rows: Sequence[int],
+        dtype: torch.dtype,
+        source: dict[str, Any] | None,
+        items: Sequence[Path],
+    ):
+        self.path, self.dtype, self.source = path, dtype, source
+        self.has_items = bool(items)
+        self.n_rows = sum(shard_rows)
+        self._items = items
+        self._starts = np.cumsum([0, *shard_rows])  # shard s owns rows starts[s]:starts[s + 1]
+
+    def items(self, rows: Tensor | Sequence[int] | None = None) -> pa.Table:
+        """image, token and label of `rows` in their order; of all rows if None (iter_items is lighter on memory).
+
+        Reads the item tables of the shards that these rows are in, no others.
+        """
+        if rows is None:
+            return pa.concat_tables(self.iter_items())
+        indices, places = _checked_rows(torch.as_tensor(rows, dtype=torch.int64), self.n_rows, self.path).sort()
+        bounds = np.searchsorted(indices.numpy(), self._starts)
+        tables = [ITEM_SCHEMA.empty_table()]
+        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+            local = indices[bounds[shard] : bounds[shard + 1]].numpy() - self._starts[shard]
+            tables.append(self._shard_items(shard).take(local))
+        return pa.concat_tables(tables).take(places.argsort().numpy())
+
+    def iter_items(self) -> Iterator[pa.Table]:
+        """The item table of each shard in turn; laid end to end they describe the rows 0 .. n_rows - 1."""
+        return (self._shard_items(shard) for shard in range(len(self._starts) - 1))
+
+    def item_chunks(self, n: int) -> Iterator[pa.Table]:
+        """The items of the rows of each of chunks(n), in turn."""
+        check_chunk(n)
+        waiting = ITEM_SCHEMA.empty_table()
+        for table in self.iter_items():
+            waiting = pa.concat_tables([waiting, table])
+            while len(waiting) >= n:
+                yield waiting.slice(0, n)
+                waiting = waiting.slice(n)
+        if len(waiting):
+            yield waiting
+
+    def _shard_items(self, shard: int) -> pa.Table:
+        if not self.has_items:
+            raise ActivationError(f"{self.path}: a matrix file has no item ids; only a store does")
+        return read_items(self._items[shard], int(self._starts[shard + 1] - self._starts[shard]))
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, low, high): where rows start .. stop - 1 lie, counted within the shard."""
+        for shard in range(int(np.searchsorted(self._starts, start, side="right")) - 1, len(self._starts) - 1):
+            first, end = int(self._starts[shard]), int(self._starts[shard + 1])
+            if first >= stop:
+                return
+            yield shard, max(start, first) - first, min(stop, end) - first
+
+
+class Activations(StoredRows):
     """The rows of a store or of a matrix file, in one interface. Made by `open_activations`.
 
-    Attributes: path; n_rows; d, the width d_in; dtype (on disk); source (the store's record of model, layer, point and
-    tokens; None for a matrix file); has_items (stores do).
+    Attributes: those of StoredRows; d, the width d_in.
     """
 
     def __init__(self, path: Path, tensors: list[Tensor], source: dict[str, Any] | None, items: list[Path]):
-        self.path = path
-        self.source = source
-        self.has_items = bool(items)
-        self.n_rows = sum(len(t) for t in tensors)
-        self.d, self.dtype = tensors[0].shape[1], tensors[0].dtype
-        self._tensors, self._items = tensors, items
-        self._starts = np.cumsum([0] + [len(t) for t in tensors])  # shard s owns rows starts[s]:starts[s + 1]
+        super().__init__(path, [len(t) for t in tensors], tensors[0].dtype, source, items)
+        self.d = tensors[0].shape[1]
+        self._tensors = tensors
 
     @property
     def row_bytes(self) -> int:
@@ -96,43 +160,18 @@ class Activations:
 
     def chunks(self, n: int) -> Generator[tuple[int, Tensor], None, None]:
         """Every row once, in order: (number of the first row, float32 [<= n, d_in]), read ahead in the background."""
-        if n < 1:
-            raise ValueError(f"chunk size is {n}; at least 1 is needed")
+        check_chunk(n)
         return prefetch(
             lambda start: (start, self._slice(start, min(start + n, self.n_rows))), range(0, self.n_rows, n)
         )
 
     def _slice(self, start: int, stop: int) -> Tensor:
-        out_BD = torch.empty(stop - start, self.d)
-        for shard in range(int(np.searchsorted(self._starts, start, side="right")) - 1, len(self._tensors)):
-            first, end = int(self._starts[shard]), int(self._starts[shard + 1])
-            if first >= stop:
-                break
-            low, high = max(start, first), min(stop, end)
-            out_BD[low - start : high - start].copy_(self._tensors[shard][low - first : high - first])
+        out_BD, filled = torch.empty(stop - start, self.d), 0
+        for shard, low, high in self._pieces(start, stop):
+            out_BD[filled : filled + high - low].copy_(self._tensors[shard][low:high])
+            filled += high - low
         check_finite(out_BD, range(start, stop), self.path)
         return out_BD
-
-    def items(self, rows: Tensor | Sequence[int] | None = None) -> pa.Table:
-        """image, token and label of `rows` in their order; of all rows if None (iter_items is lighter on memory)."""
-        if rows is None:
-            return pa.concat_tables(self.iter_items())
-        indices, places = _checked_rows(torch.as_tensor(rows, dtype=torch.int64), self.n_rows, self.path).sort()
-        bounds = np.searchsorted(indices.numpy(), self._starts)
-        tables = [ITEM_SCHEMA.empty_table()]
-        for shard in np.flatnonzero(np.diff(bounds)).tolist():
-            local = indices[bounds[shard] : bounds[shard + 1]].numpy() - self._starts[shard]
-            tables.append(read_items(self._item_file(shard)).take(local))
-        return pa.concat_tables(tables).take(places.argsort().numpy())
-
-    def iter_items(self) -> Iterator[pa.Table]:
-        """The item table of each shard in turn; laid end to end they describe the rows 0 .. n_rows - 1."""
-        return (read_items(self._item_file(shard)) for shard in range(len(self._tensors)))
-
-    def _item_file(self, shard: int) -> Path:
-        if not self.has_items:
-            raise ActivationError(f"{self.path}: a matrix file has no item ids; only an activation store does")
-        return self._items[shard]
 
 
 def open_activations(path: str | os.PathLike[str]) -> Activations:
@@ -142,10 +181,40 @@ def open_activations(path: str | os.PathLike[str]) -> Activations:
     slowly: its rows are scattered over the file. Raises ActivationError for everything that is not usable, an
     incomplete store included. Never unpickles anything but plain tensors.
     """
-    name, _, key = str(path).partition("::")
-    if Path(name).is_dir():
-        return _open_store(Path(name))
-    return Activations(Path(name), [map_matrix(Path(name), key)], source=None, items=[])
+    file, key = split_key(path)
+    if not file.is_dir():
+        return Activations(file, [map_matrix(file, key)], source=None, items=[])
+    index = open_index(file, ACTIVATIONS)
+    tensors = [map_shard(file, shard, index)["activations"] for shard in index.shards]
+    return Activations(file, tensors, index.source, [file / shard.items for shard in index.shards])
+
+
+def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    """FILE and NAME of FILE::NAME. Names of files may hold :: too: of several ways to cut, the longest that exists."""
+    parts = str(path).split("::")
+    lengths = [n for n in range(len(parts), 0, -1) if Path("::".join(parts[:n])).exists()]
+    n = lengths[0] if lengths else 1
+    return Path("::".join(parts[:n])), "::".join(parts[n:])
+
+
+def open_index(path: Path, format: str) -> StoreIndex:
+    """The index of a store of that format that can be read: complete, with at least 1 row. Else ActivationError."""
+    index = read_index(path)
+    if index.format != format:
+        raise ActivationError(f"{path}: a store of {index.format.split()[1]}; needed is one of {format.split()[1]}")
+    if not index.complete:
+        raise ActivationError(
+            f"{path}: incomplete store, its writing was interrupted: {index.n_rows} rows in {len(index.shards)} shards "
+            "are there; resume it first"
+        )
+    if index.n_rows == 0:
+        raise ActivationError(f"{path}: shape is [0, {index.width}]; at least 1 row is needed")
+    return index
+
+
+def check_chunk(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"chunk size is {n}; at least 1 is needed")
 
 
 def _checked_rows(indices: Tensor, n_rows: int, path: Path) -> Tensor:
@@ -156,19 +225,6 @@ def _checked_rows(indices: Tensor, n_rows: int, path: Path) -> Tensor:
         if low < 0 or high >= n_rows:
             raise ValueError(f"{path}: row {low if low < 0 else high} asked for; there are rows 0 to {n_rows - 1}")
     return indices
-
-
-def _open_store(path: Path) -> Activations:
-    index = read_index(path)
-    if not index.complete:
-        raise ActivationError(
-            f"{path}: incomplete store, its writing was interrupted: {index.n_rows} rows in {len(index.shards)} shards "
-            "are there; resume it first"
-        )
-    if index.n_rows == 0:
-        raise ActivationError(f"{path}: shape is [0, {index.d_in}]; at least 1 row is needed")
-    tensors = [map_shard(path, shard, index) for shard in index.shards]
-    return Activations(path, tensors, index.source, [path / shard.items for shard in index.shards])
 
 
 class Rows(Protocol):
@@ -300,7 +356,7 @@ def prefetch(load: Callable[[Job], Loaded], jobs: Iterable[Job]) -> Generator[Lo
     waits (Ctrl-C), cancels what has not begun and waits for what has.
     """
     n_threads = max(1, min(4, torch.get_num_threads() // 4))
-    pool = _loader_threads(n_threads)
+    pool = loader_threads(n_threads)
     pending: deque[Future[Loaded]] = deque()
     try:
         for job in jobs:
@@ -318,7 +374,7 @@ def _use_one_core() -> None:
     torch.get_num_threads()  # fixes it for this thread: torch adopts the process's number at a thread's first question
 
 
-def _loader_threads(n_threads: int) -> ThreadPoolExecutor:
+def loader_threads(n_threads: int) -> ThreadPoolExecutor:
     """Threads in which torch uses one core each: with a team of its own per thread a loader slows the consumer."""
     consumer_threads = torch.get_num_threads()
     started = threading.Barrier(n_threads + 1)

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from saevlm_fast.config import Interrupted
 
 if TYPE_CHECKING:
+    from saevlm_fast.harvest import HarvestSummary
     from saevlm_fast.monosemanticity import ScoreSummary
 
 app = typer.Typer(
@@ -80,6 +82,77 @@ def synthetic(
     source = PlantedConcepts(d_in=d_in, d_embedding=d_embedding, n_concepts=concepts, seed=seed)
     for path in write_synthetic(output, rows, source):
         out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def harvest(
+    model: Annotated[str, typer.Option(help="hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].")],
+    images: Annotated[
+        str, typer.Option(help="Folder, list .txt, tar shards (glob or {000..012}), or a Hugging Face dataset on disk.")
+    ],
+    output: Annotated[Path, typer.Option(help="Store; with several points or tokens, a directory of stores.")],
+    layer: Annotated[list[str] | None, typer.Option(help="Block, from 0; several: 5,8,11. One pass.")] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(help="residual, mlp, attention, projection, pooled; several: a,b.  [default: residual]"),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="cls, patches, all, mean, random:K, random:K:all; several: a,b.  [default: cls]"),
+    ] = None,
+    sae: Annotated[Path | None, typer.Option(help="Write this SAE's sparse codes instead of activations.")] = None,
+    pool: Annotated[str, typer.Option(help="Codes of every token (none) or averaged over an image (mean).")] = "none",
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="Of the forward: float32, tf32, bfloat16, float16 (autocast).")
+    ] = "float32",
+    store_dtype: Annotated[
+        str | None, typer.Option(help="On disk: float32, bfloat16, float16.  [default: the forward's; codes float16]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    images_per_shard: Annotated[
+        int | None, typer.Option(help="Unit of work, of resuming.  [default: 1024, fewer for many tokens]")
+    ] = None,
+    max_skipped: Annotated[float, typer.Option(help="Share of unusable images above which the harvest fails.")] = 0.01,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that decode images.  [default: 1 beside a CPU, up to 8 beside a GPU]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the tower's blocks.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the harvest in --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the harvest in --output.")] = False,
+) -> None:
+    """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
+    from saevlm_fast.harvest import HarvestConfig, HarvestOptions, torchrun_ranks
+    from saevlm_fast.harvest import harvest as run_harvest
+    from saevlm_fast.images import open_images
+    from saevlm_fast.tokens import Tokens
+    from saevlm_fast.tower import HookPoint
+    from saevlm_fast.train import resolve_device
+    from saevlm_fast.vision import load_tower
+
+    layers = [_integer("layer", text) for text in _listed(layer)]
+    config = HarvestConfig(
+        points=tuple(HookPoint.all_of(_listed(point) or ["residual"], layers)),
+        tokens=tuple(Tokens.parse(text) for text in _listed(tokens) or ["cls"]),
+        seed=seed, limit=limit, batch_size=batch_size, dtype=dtype, store_dtype=store_dtype,
+        images_per_shard=images_per_shard, sae=sae, pool=pool,
+    )  # fmt: skip
+    options = HarvestOptions(output, images, workers, max_skipped, compile_, resume, force)
+    source = open_images(images)
+    with torchrun_ranks() as ranks:
+        target = resolve_device(ranks.device(device))
+        tower = load_tower(model, target, on_message=lambda text: err.print(text, highlight=False, soft_wrap=True))
+        if ranks.rank == 0:
+            n_images = min(len(source), limit or len(source))
+            what = f"{model} on {target}: {tower.n_blocks} blocks; {n_images:,} images of {images}"
+            ignored = f" ({source.n_ignored:,} other files ignored)" if source.n_ignored else ""
+            out.print(what + ignored, highlight=False, soft_wrap=True)
+        with HarvestProgress(ranks.rank, ranks.world) as progress:
+            summary = run_harvest(source, tower, config, options, ranks=ranks, on_images=progress.images)
+        if ranks.rank == 0:
+            _print_harvested(summary)
 
 
 @app.command()
@@ -151,11 +224,16 @@ def train(
 
 @app.command("ms-score")
 def ms_score(
-    activations: Annotated[Path, typer.Option(help="Activations, row i of image i: store or matrix file.")],
     embeddings: Annotated[Path, typer.Option(help="Image embeddings, row i of image i: store or matrix file.")],
     output: Annotated[Path, typer.Option(help="Scores: FILE.parquet, FILE.csv or FILE.json.")],
+    activations: Annotated[
+        Path | None, typer.Option(help="Activations, row i of image i: store or matrix file; with --sae or --raw.")
+    ] = None,
     sae: Annotated[Path | None, typer.Option(help="SAE directory (cfg.json, sae_weights.safetensors).")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Score the activations' own neurons instead of an SAE.")] = False,
+    codes: Annotated[
+        Path | None, typer.Option(help="Store of an SAE's codes, instead of --sae and --activations.")
+    ] = None,
     similarity: Annotated[str, typer.Option(help="cosine, dot or rbf.")] = "cosine",
     gamma: Annotated[float | None, typer.Option(help="Of rbf, exp(-gamma |e_i - e_j|^2).  [default: 1 / E]")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows read and encoded at a time.")] = 4096,
@@ -163,35 +241,85 @@ def ms_score(
 ) -> None:
     """Monosemanticity Score of every latent (or raw neuron), in one pass over the images."""
     from saevlm_fast.activations import open_activations
+    from saevlm_fast.codes import open_codes
     from saevlm_fast.config import require
     from saevlm_fast.monosemanticity import check_scores_path, score, write_scores
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.train import resolve_device
 
-    require(raw != (sae is not None), "sae: give either --sae DIR or --raw")
+    require(
+        (sae is not None) + raw + (codes is not None) == 1,
+        "sae: give either --sae DIR or --raw, with --activations, or --codes alone",
+    )
+    require(
+        (activations is None) == (codes is not None),
+        "activations: needed with --sae and --raw, and excluded by --codes",
+    )
     check_scores_path(output)
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
     target = resolve_device(device)
-    acts, images = open_activations(activations), open_activations(embeddings)
+    acts = open_codes(codes) if activations is None and codes is not None else open_activations(activations or "")
+    images = open_activations(embeddings)
     model = SparseAutoencoder.from_pretrained(sae, device=target) if sae is not None else None
     with _scoring_progress(acts.n_rows) as advance:
         scores = score(
             acts, images, model, similarity=similarity, gamma=gamma, batch_rows=batch_size, device=target,
             on_rows=advance,
         )  # fmt: skip
-    source = {"sae": "raw neurons" if sae is None else str(sae)}
-    write_scores(scores, output, source | {"activations": str(activations), "embeddings": str(embeddings)})
-    _print_summary(scores.summary(), "raw neurons" if raw else f"latents of {sae}")
+    source = {"codes": str(codes)} if codes else {"sae": str(sae or "raw neurons"), "activations": str(activations)}
+    write_scores(scores, output, source | {"embeddings": str(embeddings)})
+    _print_summary(scores.summary(), "raw neurons" if raw else f"latents of {sae or codes}")
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
 @app.command()
-def verify(store: Annotated[Path, typer.Argument(help="Activation store directory.")]) -> None:
-    """Check every shard of an activation store against its checksum; name what is missing, truncated or altered."""
-    from saevlm_fast.activations import verify as verify_store
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Store, SAE, run, matrix file, or folder of such (a harvest's output).")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything: every checksum, every weight or row finite.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What is at a path: source, shape, dtype, size on disk, completeness, labels. Damage is an error, exit code 2."""
+    from saevlm_fast.inspection import inspect as inspect_path
+    from saevlm_fast.inspection import verify_inspected
 
-    verify_store(store)
-    out.print(f"{store}: every shard is whole", highlight=False, soft_wrap=True)
+    description = inspect_path(path)
+    if verify:
+        with _verifying_progress(description["bytes"], quiet=as_json) as advance:
+            description["verified"] = verify_inspected(description, advance)
+    if as_json:
+        out.print_json(data=description)
+    else:
+        _print_description(description)
+
+
+@contextmanager
+def _verifying_progress(n_bytes: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes; called with the number of bytes done."""
+    columns = (TextColumn("verify"), BarColumn(bar_width=20), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=quiet or not out.is_terminal) as bar:
+        task = bar.add_task("verify", total=n_bytes)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _print_description(description: dict[str, Any]) -> None:
+    from saevlm_fast.inspection import contents_rows, summary_rows
+
+    out.print(description["path"], highlight=False, soft_wrap=True)
+    table = Table(show_header=False, box=box.SIMPLE)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in summary_rows(description):
+        table.add_row(*row)
+    out.print(table)
+    if description["kind"] == "folder":
+        shape, size = Column("shape", justify="right"), Column("on disk", justify="right")
+        name = Column("name", overflow="fold")
+        contents = Table(name, "kind", shape, "dtype", size, "complete", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for item in contents_rows(description):
+            contents.add_row(*item)
+        out.print(contents)
 
 
 @contextmanager
@@ -217,6 +345,52 @@ def _print_summary(summary: "ScoreSummary", what: str) -> None:
     for label, extremes in (("best", summary.best_latents), ("worst", summary.worst_latents)):
         listed = "  ".join(f"{latent}: {value:.3f}" for latent, value in extremes)
         out.print(f"{label} latents  {listed}", highlight=False, soft_wrap=True)
+
+
+def _print_harvested(summary: "HarvestSummary") -> None:
+    seconds, n = max(summary.seconds, 1e-9), summary.n_done_here
+    out.print(
+        f"{summary.n_images:,} images, {summary.n_skipped:,} skipped; here {n:,} in {seconds:.0f} s, "
+        f"{n / seconds:.1f} images/s, {summary.waiting / seconds:.0%} of it waiting for decoded images",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if summary.n_skipped:
+        out.print(f"skipped images and why: {summary.output / 'skipped.jsonl'}", highlight=False, soft_wrap=True)
+    for path in summary.stores:
+        out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+class HarvestProgress:
+    """A bar with rate, ETA and skipped images on a terminal; a line every few seconds elsewhere. Rank 0 speaks."""
+
+    def __init__(self, rank: int, world: int):
+        self.speaks, self.whose = rank == 0, "" if world == 1 else f"rank 0 of {world}: "
+        columns = (
+            TextColumn("harvest"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), TextColumn("{task.fields[skipped]}"),
+        )  # fmt: skip
+        self.bar = Progress(*columns, console=out, disable=not (self.speaks and out.is_terminal))
+        self.task = self.bar.add_task("harvest", total=None, rate="", skipped="")
+        self.start = self.last_line = time.monotonic()
+
+    def __enter__(self) -> "HarvestProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def images(self, done: int, total: int, n_skipped: int) -> None:
+        """Called after every batch with this process's images and all skipped ones."""
+        now = time.monotonic()
+        rate = done / max(now - self.start, 1e-9)
+        skipped = f"{n_skipped} skipped" if n_skipped else ""
+        self.bar.update(self.task, completed=done, total=total, rate=f"{rate:.1f} images/s", skipped=skipped)
+        if self.speaks and not out.is_terminal and (now - self.last_line > 5 or done == total):
+            line = f"{self.whose}{done}/{total} images  {rate:.1f}/s  {(total - done) / rate:.0f} s left  {skipped}"
+            out.print(line.rstrip(), highlight=False, soft_wrap=True)
+            self.last_line = now
 
 
 class TrainProgress:
@@ -272,6 +446,18 @@ class TrainProgress:
 
 def _fractions(text: str) -> tuple[float, ...]:
     return tuple(_number("groups", part) for part in text.split(","))
+
+
+def _listed(options: list[str] | None) -> list[str]:
+    """Options given several times, or separated by commas."""
+    return [part.strip() for option in options or [] for part in option.split(",")]
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}: {text!r} is not a whole number") from None
 
 
 def _number(name: str, text: str) -> float:

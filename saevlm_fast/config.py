@@ -1,7 +1,10 @@
 """Frozen, validated settings: what an SAE is (SAEConfig) and how it is trained (TrainConfig)."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = ("topk", "batch_topk", "matryoshka")
@@ -13,6 +16,26 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def check_same_settings(path: Path, settings: Mapping[str, Mapping[str, Any]], free: tuple[str, ...] = ()) -> None:
+    """Whether the settings a run was started with (in the JSON file `path`, section -> name -> value) are these.
+
+    free: sections and names that may differ.
+
+    Raises:
+        ValueError: a damaged file, or the first setting that differs, with both values.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    for section, values in settings.items():
+        require(isinstance(stored, dict) and isinstance(stored.get(section), dict), f"{path}: {section!r} is missing")
+        for name, value in values.items():
+            before = stored[section].get(name)
+            same = {section, name} & set(free) or before == value
+            require(bool(same), f"resume: {name} is {value}, but the run was started with {before}")
 
 
 class Interrupted(Exception):

@@ -21,19 +21,23 @@ pairwise_similarity.py.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saevlm_fast.activations import Activations
+from saevlm_fast.activation_store import ITEM_SCHEMA
+from saevlm_fast.activations import Activations, StoredRows
+from saevlm_fast.codes import Codes
 from saevlm_fast.config import require
 from saevlm_fast.files import atomic_write
 from saevlm_fast.kernels.pairwise_similarity import (
@@ -492,7 +496,7 @@ class _ShiftedSums:
 
 
 def score(
-    activations: Activations,
+    activations: Activations | Codes,
     embeddings: Activations,
     sae: SparseAutoencoder | None = None,
     *,
@@ -506,34 +510,100 @@ def score(
 
     Args:
         activations, embeddings: row i of both belongs to image i; read chunk by chunk, never held (rbf: see above).
-        sae: encodes at inference (threshold or row-wise top k); None scores raw neurons.
+            Codes are what an SAE made of the activations: their latents are scored.
+        sae: encodes activations at inference (threshold or row-wise top k); None scores raw neurons, or codes.
         similarity, gamma, device: as StreamedScore. batch_rows: rows read and encoded at a time.
         on_rows: called with the number of images done.
 
     Raises:
-        ValueError: different numbers of rows, an SAE of another width, and everything StreamedScore refuses.
+        ValueError: different numbers of rows, image ids (where both sides are stores) that differ, several rows of one
+            image, an SAE of another width, and everything StreamedScore refuses.
     """
-    n_rows = activations.n_rows
-    require(
-        embeddings.n_rows == n_rows,
-        f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {n_rows} activations ({activations.path}); "
-        "row i of both must be image i",
-    )
-    require(
-        sae is None or sae.config.d_in == activations.d,
-        f"sae: d_in is {sae.config.d_in if sae else 0}, but the activations have width {activations.d}",
-    )
-    scores = StreamedScore(activations.d if sae is None else sae.config.d_sae, similarity, gamma, device)
-    with closing(activations.chunks(batch_rows)) as acts, closing(embeddings.chunks(batch_rows)) as images:
-        for (start, x_nD), (_, emb_nE) in zip(acts, images):
-            if sae is None:
-                scores.update_dense(x_nD, emb_nE)
-            else:
-                with evaluating(sae):
-                    codes = sae.encode(x_nD.to(device, sae.b_dec.dtype))
-                scores.update(*codes.flat(), emb_nE)
-            on_rows(start + len(x_nD))
+    _check_sides(activations, embeddings, sae)
+    scores = StreamedScore(_n_latents(activations, sae), similarity, gamma, device)
+    chunks: Generator[tuple[Any, ...], None, None] = activations.chunks(batch_rows)
+    ids = _checked_ids(activations, embeddings, batch_rows)
+    with closing(chunks) as acts, closing(embeddings.chunks(batch_rows)) as images:
+        for (start, *rows), (_, emb_nE), _ in zip(acts, images, ids):
+            _update(scores, rows, emb_nE, sae)
+            on_rows(start + len(emb_nE))
     return scores.result()
+
+
+def _update(scores: StreamedScore, rows: list[Tensor], emb_nE: Tensor, sae: SparseAutoencoder | None) -> None:
+    """rows: [activations], or [acts, latents, row_offsets]."""
+    if len(rows) == 3:
+        scores.update(rows[0], rows[1], rows[2], emb_nE)
+    elif sae is None:
+        scores.update_dense(rows[0], emb_nE)
+    else:
+        with evaluating(sae):
+            codes = sae.encode(rows[0].to(scores.device, sae.b_dec.dtype))
+        scores.update(*codes.flat(), emb_nE)
+
+
+def _n_latents(activations: Activations | Codes, sae: SparseAutoencoder | None) -> int:
+    if isinstance(activations, Codes):
+        return activations.d_sae
+    return activations.d if sae is None else sae.config.d_sae
+
+
+def _check_sides(activations: Activations | Codes, embeddings: Activations, sae: SparseAutoencoder | None) -> None:
+    what = "codes" if isinstance(activations, Codes) else "activations"
+    if embeddings.n_rows != activations.n_rows:
+        for side in (activations, embeddings):
+            if side.has_items:  # the likely reason
+                _check_one_row_per_image(side, side.items(range(min(side.n_rows, 4096))), 0)
+        raise ValueError(
+            f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {activations.n_rows} {what} "
+            f"({activations.path}); row i of both must be image i"
+        )
+    require(sae is None or what == "activations", "sae: codes are encoded already; give activations or no SAE")
+    d_in = activations.d if isinstance(activations, Activations) else 0
+    require(
+        sae is None or sae.config.d_in == d_in,
+        f"sae: d_in is {sae.config.d_in if sae else 0}, but the activations have width {d_in}",
+    )
+
+
+def _checked_ids(activations: StoredRows, embeddings: StoredRows, n: int) -> Iterator[None]:
+    """Once for each chunk of n rows: whether the sides that are stores have one row an image, and the same images."""
+    sides = (activations, embeddings)
+    start, last = 0, [ITEM_SCHEMA.empty_table()] * 2
+    for tables in zip(*(side.item_chunks(n) if side.has_items else repeat(None) for side in sides)):
+        for i, (side, table) in enumerate(zip(sides, tables)):
+            if table is not None:
+                _check_one_row_per_image(side, pa.concat_tables([last[i], table]), start - len(last[i]))
+                last[i] = table.slice(len(table) - 1)
+        if None not in tables:
+            _check_same_images(sides, [table["image"] for table in tables], start)
+        start += n
+        yield
+
+
+def _check_same_images(sides: tuple[StoredRows, ...], images: list[pa.ChunkedArray], start: int) -> None:
+    row = pc.index(pc.equal(*images).fill_null(False), False).as_py()
+    if row >= 0:
+        first, second = (column[row].as_py() for column in images)
+        raise ValueError(
+            f"embeddings: row {start + row} is image {second!r} ({sides[1].path}), but {first!r} in {sides[0].path}; "
+            "row i of both must be the same image"
+        )
+
+
+def _check_one_row_per_image(side: StoredRows, items: pa.Table, start: int) -> None:
+    """Neighbours of one image are different tokens of it; an image that is listed twice has the same token twice."""
+    before, after = items.slice(0, max(len(items) - 1, 0)), items.slice(1)
+    same_image = pc.equal(before["image"], after["image"])
+    found = pc.index(pc.and_(same_image, pc.not_equal(before["token"], after["token"])).fill_null(False), True).as_py()
+    if found >= 0:
+        row = start + found
+        images = side.items(range(row, min(row + 4096, side.n_rows)))["image"].to_pylist()
+        count = next((i for i, image in enumerate(images) if image != images[0]), len(images))
+        raise ValueError(
+            f"{side.path}: {count} rows of image {images[0]!r} (from row {row}); the score needs one row per image: "
+            "harvest with --tokens cls or mean, --point pooled, or codes with --pool mean"
+        )
 
 
 def check_scores_path(path: str | os.PathLike[str]) -> Path:

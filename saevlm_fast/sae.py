@@ -212,6 +212,31 @@ def _check_shapes(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> 
         require(found == shape, f"{path}: {name} has shape {found}, expected {shape}")
 
 
+class SAEHeader(NamedTuple):
+    """What an SAE directory says without its weights being read; threshold is None for `topk`."""
+
+    config: SAEConfig
+    dtype: str
+    threshold: float | None
+
+
+def read_sae_header(directory: str | Path) -> SAEHeader:
+    """The header of an SAE that from_pretrained loads. ValueError: files that are missing, damaged or inconsistent."""
+    directory = Path(directory)
+    cfg, weights = _read_config(directory / CONFIG_FILE), directory / WEIGHTS_FILE
+    require(weights.is_file(), f"{weights}: no such file; an SAE directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensors: dict[str, Any] = dict.fromkeys(file.keys())
+            dtype = str(file.get_slice("W_enc")[:0].dtype).removeprefix("torch.")
+            threshold = float(file.get_slice("threshold")[:1]) if "threshold" in tensors else None
+        return SAEHeader(_config_from_sae_lens(cfg, tensors, directory), dtype, threshold)
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: not a complete safetensors file ({error})") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{directory / CONFIG_FILE}: a value is of the wrong kind ({error})") from None
+
+
 @contextmanager
 def evaluating(sae: SparseAutoencoder) -> Iterator[SparseAutoencoder]:
     """The SAE in eval mode without gradients, its mode restored afterwards."""

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saevlm_fast.activations import Activations, ShuffledRows, batches
-from saevlm_fast.config import Interrupted, SAEConfig, TrainConfig, require
+from saevlm_fast.config import Interrupted, SAEConfig, TrainConfig, check_same_settings, require
 from saevlm_fast.files import (
     TEMPORARY_PREFIX,
     atomic_directory,
@@ -158,7 +158,7 @@ class _Run:
             )
         if self.options.resume and used:
             require((self.output / RUN_FILE).is_file(), f"resume: {RUN_FILE} is missing from {self.output}")
-            self._check_same_settings()
+            check_same_settings(self.output / RUN_FILE, self._settings(), free=("path",))  # data may move
             remove_leftovers(self.output)
             remove_leftovers(self.output / CHECKPOINTS)
         checkpoint = latest_checkpoint(self.output) if self.options.resume else None
@@ -193,21 +193,6 @@ class _Run:
         """Fingerprint of the data: hash of 64 rows spread over it."""
         rows = torch.linspace(0, self.activations.n_rows - 1, 64, dtype=torch.float64).long()
         return hashlib.sha256(self.activations.rows(rows).numpy().tobytes()).hexdigest()[:16]
-
-    def _check_same_settings(self) -> None:
-        path = self.output / RUN_FILE
-        try:
-            stored = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from None
-        for section, values in self._settings().items():
-            require(
-                isinstance(stored, dict) and isinstance(stored.get(section), dict), f"{path}: {section!r} is missing"
-            )
-            for name, value in values.items():
-                before = stored[section].get(name)
-                free = name == "path"  # data may move
-                require(free or before == value, f"resume: {name} is {value}, but the run was started with {before}")
 
     def _remove_run(self) -> None:
         shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,6 +85,17 @@ def test_a_store_returns_what_was_written(tmp_path_factory, n, d, dtype, rows_pe
     every = items_of(0, n)
     assert store.items(picks).to_pydict() == {name: [column[i] for i in picks] for name, column in every.items()}
     assert len(store.rows(picks[:0])) == len(store.items([])) == 0
+    in_chunks = list(store.item_chunks(batch))
+    assert [len(table) for table in in_chunks] == [len(x) for _, x in store.chunks(batch)]
+    assert pa.concat_tables(in_chunks).to_pydict() == every
+
+
+def test_items_of_some_rows_read_their_shards_only(tmp_path, monkeypatch):
+    store = open_activations(write_store(tmp_path / "s", rows_of(45)))
+    read, original = [], pq.read_table
+    monkeypatch.setattr("saevlm_fast.activation_store.pq.read_table", lambda f, **o: read.append(f) or original(f, **o))
+    assert store.items(range(12)).to_pydict() == items_of(0, 12)
+    assert [file.name for file in read] == ["items-00000.parquet", "items-00001.parquet"]
 
 
 def test_rows_into_a_buffer_and_bad_indices(tmp_path):
@@ -144,7 +156,7 @@ def test_items_may_come_as_a_table_without_labels(tmp_path):
         (rows_of(2), {"image": ["a", "b"], "token": ["x", "y"]}, "items do not fit"),
         (rows_of(2), {"image": ["a", "\udcff"], "token": [0, 0]}, "items do not fit"),
         (rows_of(2) * torch.inf, items_of(0, 2), "row 0, column 0 is"),
-        (rows_of(2) * 1e6, items_of(0, 2), "shard-00000.safetensors as torch.float16: row 0, column 0 is -?inf"),
+        (rows_of(2) * 1e6, items_of(0, 2), "shard-00000.safetensors as float16: row 0, column 0 is -?inf"),
     ],
 )
 def test_the_writer_refuses_what_does_not_fit(tmp_path, batch, items, message):
@@ -355,9 +367,9 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path):
     os.unlink((store := fresh("missing items")) / "items-00000.parquet")
     broken(store, "items-00000.parquet: missing")
     save_file({"activations": rows_of(10, 3)}, (store := fresh("width")) / "shard-00001.safetensors")
-    broken(store, r"shard-00001.*holds F32 \[10, 3\]; the store's index says torch.float32 \[10, 4\]")
+    broken(store, r"shard-00001.*holds activations F32 \[10, 3\]; the store's index says activations float32 \[10, 4\]")
     save_file({"other": rows_of(10, 4)}, (store := fresh("name")) / "shard-00001.safetensors")
-    broken(store, "shard-00001.*holds nothing")
+    broken(store, "shard-00001.*holds other F32")
 
 
 def test_several_damaged_files_are_listed(tmp_path):
@@ -453,6 +465,15 @@ def test_one_of_several_matrices_by_name(tmp_path, suffix):
         open_activations(f"{path}::c")
 
 
+def test_an_existing_file_comes_before_a_named_tensor(tmp_path):
+    np.save(tmp_path / "a::b.npy", rows_of(3).numpy())
+    assert torch.equal(gathered(open_activations(tmp_path / "a::b.npy")), rows_of(3))
+    write_store(tmp_path / "c::d", rows_of(4))
+    assert torch.equal(gathered(open_activations(tmp_path / "c::d")), rows_of(4))
+    save_file({"a": rows_of(3), "b": rows_of(4)}, tmp_path / "e::f.safetensors")
+    assert torch.equal(gathered(open_activations(tmp_path / "e::f.safetensors::b")), rows_of(4))
+
+
 class Bomb:
     """Unpickling it creates a file."""
 
@@ -490,7 +511,7 @@ def refused(path, message):
 
 def test_paths_that_are_no_activations(tmp_path):
     refused(tmp_path / "none.npy", "no such file or directory")
-    refused(tmp_path, "no index.json in it: not an activation store")
+    refused(tmp_path, "no index.json in it: not a store")
     (tmp_path / "x.csv").write_text("1,2")
     refused(tmp_path / "x.csv", r"unknown suffix '.csv'; a matrix file is one of .npy, .safetensors, .pt")
     for suffix in (".npy", ".safetensors", ".pt"):

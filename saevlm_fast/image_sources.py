@@ -1,0 +1,301 @@
+"""Folders, lists and tar archives of images: numbered, named, labelled, read one by one.
+
+Ids and labels live in Arrow arrays: forked workers share them, for no reference count is ever touched. Sources open
+their files lazily; they may be forked, pickled and read from several threads.
+"""
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+# fmt: off
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+)
+# fmt: on
+MAX_CLASS_BYTES = 1 << 16  # of a .cls member: a label, not a file
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+TAR_BLOCK = 512
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. The message is the reason in one line, without the image's id."""
+
+
+class ImageSource(Protocol):
+    """N numbered images. `n_ignored`: files or members that were met but are no images of this source."""
+
+    n_ignored: int
+
+    def __len__(self) -> int: ...
+
+    def image_id(self, i: int) -> str:
+        """The unique, stable name of image i."""
+
+    def label(self, i: int) -> str | None:
+        """The class of image i, if it has one."""
+
+    def read(self, i: int) -> bytes:
+        """The encoded image i. Raises ImageError (missing, empty, damaged) or OSError."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of all ids and labels in order: the same again means the same images in that order."""
+
+
+class Names:
+    """Ids and labels of N images, lean."""
+
+    def __init__(self, name: str, ids: Iterable[str], labels: Iterable[str | None], n_ignored: int = 0):
+        self.name, self.n_ignored = name, n_ignored
+        self._ids = _strings(ids)
+        self._labels = _strings(labels).dictionary_encode()
+        if len(self._ids) == 0:
+            raise ValueError(f"images: {name}: no images in it")
+        if pc.count_distinct(self._ids).as_py() != len(self._ids):
+            counts = pc.value_counts(self._ids)
+            twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+            raise ValueError(f"images: {name}: image ids must be unique; {twice[0].as_py()!r} comes more than once")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def image_id(self, i: int) -> str:
+        return self._ids[i].as_py()
+
+    def label(self, i: int) -> str | None:
+        return self._labels[i].as_py()
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for strings in (self._ids, self._labels.cast(pa.large_string())):
+            # Lengths before bytes: no two lists of strings look the same, whatever the strings hold.
+            digest.update(pc.binary_length(strings).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8"))
+            for start in range(0, len(strings), 1 << 16):
+                digest.update("".join(s or "" for s in strings[start : start + (1 << 16)].to_pylist()).encode())
+        return digest.hexdigest()
+
+
+def _strings(values: Iterable[str | None]) -> pa.LargeStringArray:
+    values = list(values) if not isinstance(values, list) else values
+    try:
+        return pa.array(values, pa.large_string())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"images: a file name is not valid UTF-8: {error.object!r}; rename it") from error
+
+
+def is_image(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".")
+
+
+def _directory_of(path: str) -> str | None:
+    return path.rpartition("/")[0] or None
+
+
+def not_empty(data: bytes) -> bytes:
+    if not data:
+        raise ImageError("empty file")
+    return data
+
+
+def read_file(path: str) -> bytes:
+    # Not is-it-there by trying: opening a named pipe would wait for ever.
+    if not os.path.isfile(path):
+        raise ImageError("no such file")
+    try:
+        with open(path, "rb") as file:
+            return not_empty(file.read())
+    except OSError as error:
+        raise ImageError(f"unreadable: {error.strerror or error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def refuse_split(name: str, split: str) -> None:
+    if split:
+        raise ValueError(f"images: {name}: has no splits, but {split!r} was asked for")
+
+
+def relative_paths(files: Sequence[str]) -> list[str]:
+    """POSIX paths of the files below the directory that they have in common."""
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    return [os.path.relpath(file, common).replace(os.sep, "/") for file in files]
+
+
+class FolderSource(Names):
+    """Files below a folder."""
+
+    def __init__(self, folder: str, files: list[str], n_ignored: int):
+        self._folder = os.path.abspath(folder)
+        files.sort()  # by code point, whatever the locale
+        super().__init__(folder, files, [_directory_of(file) for file in files], n_ignored)
+
+    def read(self, i: int) -> bytes:
+        return read_file(os.path.join(self._folder, self.image_id(i)))
+
+
+def walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Depth first. A directory that is its own ancestor, through a symbolic link, is not entered again."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not _is_directory(entry):
+                yield prefix + entry.name
+            elif not entry.name.startswith("."):
+                yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, here))
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: whoever reads it will hear "no such file"
+        return False
+
+
+class ListSource(Names):
+    """Files named by a text list; those that are missing are found out by read."""
+
+    def __init__(self, file: str, paths: list[str], labels: list[str | None]):
+        self._folder = os.path.dirname(os.path.abspath(file))
+        super().__init__(file, paths, labels)
+
+    def read(self, i: int) -> bytes:
+        return read_file(os.path.join(self._folder, self.image_id(i)))
+
+
+def open_list(file: str) -> ListSource:
+    paths: list[str] = []
+    labels: list[str | None] = []
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            for line in lines:
+                path, _, label = (part.strip() for part in line.partition("\t"))
+                if path and not path.startswith("#"):
+                    paths.append(path)
+                    labels.append(label or None)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"images: {file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    return ListSource(file, paths, labels)
+
+
+class TarSource(Names):
+    """Members of uncompressed tar archives, read in place by their offset."""
+
+    def __init__(self, name: str, shards: list[str], members: list["_Sample"], shard_M: np.ndarray, n_ignored: int):
+        self._shards = [os.path.abspath(shard) for shard in shards]
+        self._shard_M = shard_M
+        self._offset_M = np.array([member.offset for member in members], np.int64)
+        self._size_M = np.array([member.size for member in members], np.int64)
+        self._open: tuple[int, _Descriptor] | None = None
+        prefixes = [f"{shard}/" for shard in relative_paths(shards)] if len(shards) > 1 else [""]
+        ids = [prefixes[shard] + member.name for shard, member in zip(shard_M.tolist(), members)]
+        super().__init__(name, ids, [member.label for member in members], n_ignored)
+
+    def read(self, i: int) -> bytes:
+        shard, size = int(self._shard_M[i]), int(self._size_M[i])
+        opened = self._open
+        if opened is None or opened[0] != shard:
+            # One at a time: thousands of shards must not mean thousands of open files.
+            opened = self._open = (shard, _Descriptor(self._shards[shard]))
+        data = os.pread(opened[1].number, size, int(self._offset_M[i]))
+        if len(data) != size:
+            raise ImageError("the archive has become shorter since it was indexed")
+        return not_empty(data)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
+
+
+class _Descriptor:
+    """A file descriptor that is closed when its last user, in whatever thread, lets go of it."""
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class _Sample:
+    """What a webdataset key stands for."""
+
+    __slots__ = ("label", "name", "offset", "size")
+
+    def __init__(self) -> None:
+        self.name, self.offset, self.size = "", 0, 0
+        self.label: str | None = None
+
+
+def open_tars(shards: list[str], name: str) -> TarSource:
+    members: list[_Sample] = []
+    counts: list[int] = []
+    n_ignored = 0
+    for shard in shards:
+        samples, n_others = _index_tar(shard)
+        members += samples
+        counts.append(len(samples))
+        n_ignored += n_others
+    return TarSource(name, shards, members, np.repeat(np.arange(len(shards), dtype=np.int32), counts), n_ignored)
+
+
+def _index_tar(shard: str) -> tuple[list[_Sample], int]:
+    """The samples of one archive in its order, and the number of members that are not in them."""
+    _refuse_compressed(shard)
+    samples: dict[str, _Sample] = {}
+    n_ignored = 0
+    with open(shard, "rb") as file:
+        for member in _members(shard, file):
+            name = member.name.removeprefix("./")
+            directory, _, base = name.rpartition("/")
+            sample = samples.setdefault(f"{directory}/{base.partition('.')[0]}", _Sample())
+            if not member.isreg() or member.issparse():
+                n_ignored += 1
+            elif is_image(name) and not sample.name:
+                sample.name, sample.offset, sample.size = name, member.offset_data, member.size
+            elif base.endswith(".cls") and not base.startswith(".") and member.size <= MAX_CLASS_BYTES:
+                text = os.pread(file.fileno(), member.size, member.offset_data)
+                sample.label = text.decode(errors="backslashreplace").strip()
+            else:
+                n_ignored += 1
+    for sample in samples.values():
+        sample.label = _directory_of(sample.name) if sample.label is None else sample.label or None
+    return [sample for sample in samples.values() if sample.name], n_ignored
+
+
+def _refuse_compressed(shard: str) -> None:
+    with open(shard, "rb") as file:
+        start = file.read(8)
+    for magic, method in COMPRESSED.items():
+        if start.startswith(magic):
+            raise ValueError(
+                f"images: {shard}: compressed ({method}); uncompress it first: images are read from the middle of it"
+            )
+
+
+def _members(shard: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """All but directories. tarfile takes both the end of the file and a damaged header for the end of the archive."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                if not member.isdir():
+                    yield member
+                archive.members = []  # type: ignore[attr-defined]  # it keeps every member it ever met
+            end = os.pread(file.fileno(), TAR_BLOCK, archive.offset)
+    except tarfile.TarError as error:
+        raise ValueError(f"images: {shard}: damaged or truncated tar archive: {first_line(error)}") from error
+    if end != bytes(TAR_BLOCK):
+        raise ValueError(f"images: {shard}: damaged or truncated tar archive: no end-of-archive mark where one belongs")

@@ -1,0 +1,354 @@
+"""What lies at a path: a store of activations or codes, an SAE, a training run, a matrix file, or a folder of these.
+
+`inspect` reads headers, indices and item tables and returns a plain dict, ready for JSON; `verify_inspected` reads
+everything the dict speaks of; `summary_rows` turns it into the short table that the command prints.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from saevlm_fast.activation_store import (
+    ACTIVATIONS,
+    CODES,
+    WIDTH_NAMES,
+    ActivationError,
+    StoreIndex,
+    joined_index,
+    map_shard,
+    read_items,
+    verify,
+)
+from saevlm_fast.activations import open_activations
+from saevlm_fast.config import require
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, read_sae_header
+from saevlm_fast.train import METRICS_FILE, RUN_FILE, checkpoints
+
+KINDS = (
+    "a store (index.json), an SAE (cfg.json), a training run (run.json), a folder holding some of these, or a matrix "
+    "file (.npy, .safetensors, .pt)"
+)
+Description = dict[str, Any]
+
+
+def inspect(path: str | Path) -> Description:
+    """Describes what is at `path`, without reading its numbers. Stores may be incomplete.
+
+    Returns "path", "kind" (activations, codes, sae, run, matrix or folder), "bytes" on disk, and what belongs to the
+    kind; a folder has "contents", descriptions of what lies directly in it.
+
+    Raises:
+        ValueError: nothing of a known kind, or damaged. OSError: not readable.
+    """
+    path = Path(path)
+    describe = _describer(path)
+    if describe is not None:
+        return describe(path)
+    if not path.is_dir():
+        return _matrix(str(path))
+    contents = [child for child in sorted(path.iterdir()) if child.is_dir() and _describer(child)]
+    require(len(contents) > 0, f"{path}: nothing to inspect in it; known are {KINDS}")
+    described = [inspect(child) for child in contents]
+    return {
+        "path": str(path),
+        "kind": "folder",
+        "bytes": sum(item["bytes"] for item in described),
+        "contents": described,
+    }
+
+
+def _describer(path: Path) -> Callable[[Path], Description] | None:
+    for name, describe in (("index.json", _store), (RUN_FILE, _run), (CONFIG_FILE, _sae)):
+        if (path / name).is_file():
+            return describe
+    return None
+
+
+# Stores --------------------------------------------------------------------------------------------------------------
+
+
+def _store(path: Path) -> Description:
+    index = joined_index(path)
+    description: Description = {
+        "path": str(path),
+        "kind": {ACTIVATIONS: "activations", CODES: "codes"}[index.format],
+        "bytes": _size(path / name for name in ("index.json", *_shard_files(index))),
+        "rows": index.n_rows,
+        WIDTH_NAMES[index.format]: index.width,
+        "dtype": str(index.dtype).removeprefix("torch."),
+        "shards": len(index.shards),
+        "complete": index.complete,
+    }
+    if index.format == CODES:
+        description["entries"] = sum(len(map_shard(path, shard, index)["acts"]) for shard in index.shards)
+    return description | _items(path, index) | {"source": index.source}
+
+
+def _shard_files(index: StoreIndex) -> list[str]:
+    return [name for shard in index.shards for name in (shard.file, shard.items)]
+
+
+def _items(path: Path, index: StoreIndex) -> Description:
+    """How many images there are, rows of each, and labels. Memory grows with the images, not with the rows."""
+    counts, labels, unlabelled = [], [], 0
+    for shard in index.shards:
+        table = read_items(path / shard.items, shard.rows)
+        counts.append(table.group_by("image").aggregate([("image", "count")]))
+        labels.append(pc.unique(table["label"]))
+        unlabelled += table["label"].null_count
+    if not counts:
+        return {"images": 0, "rows_per_image": None, "labels": 0, "rows_without_label": 0}
+    rows_of_image = pa.concat_tables(counts).group_by("image").aggregate([("image_count", "sum")])["image_count_sum"]
+    fewest_most = pc.min_max(rows_of_image).as_py()
+    return {
+        "images": len(rows_of_image),
+        "rows_per_image": [fewest_most["min"], fewest_most["max"]] if len(rows_of_image) else None,
+        "labels": len(pc.unique(pa.chunked_array(labels)).drop_null()),
+        "rows_without_label": unlabelled,
+    }
+
+
+def _size(files: Iterable[Path]) -> int:
+    total = 0
+    for file in files:
+        if not file.is_file():
+            raise ActivationError(f"{file}: missing, but the store's index lists it")
+        total += file.stat().st_size
+    return total
+
+
+# SAEs, runs, matrices ------------------------------------------------------------------------------------------------
+
+
+def _sae(path: Path) -> Description:
+    config, dtype, threshold = read_sae_header(path)
+    return {
+        "path": str(path),
+        "kind": "sae",
+        "bytes": sum((path / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)),
+        "architecture": config.architecture,
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "k": config.k,
+        "group_sizes": list(config.group_sizes),
+        "threshold": threshold,
+        "dtype": dtype,
+        "metadata": config.metadata,
+    }
+
+
+def _run(path: Path) -> Description:
+    """A run whose SAE is there is complete; one that was stopped has checkpoints, or nothing yet."""
+    try:
+        settings = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        steps = int(settings["train"]["steps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / RUN_FILE}: damaged ({type(error).__name__}: {error})") from None
+    saved = [int(checkpoint.name.removeprefix("step_")) for checkpoint in checkpoints(path)]
+    return {
+        "path": str(path),
+        "kind": "run",
+        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "complete": (path / CONFIG_FILE).is_file(),
+        "steps": steps,
+        "checkpoints": saved,
+        "logged": (path / METRICS_FILE).is_file(),
+        "settings": settings,
+        "sae": _sae(path) if (path / CONFIG_FILE).is_file() else None,
+    }
+
+
+def _matrix(path: str) -> Description:
+    matrix = open_activations(path)
+    return {
+        "path": path,
+        "kind": "matrix",
+        "bytes": matrix.path.stat().st_size,
+        "rows": matrix.n_rows,
+        "d_in": matrix.d,
+        "dtype": str(matrix.dtype).removeprefix("torch."),
+    }
+
+
+# Verification --------------------------------------------------------------------------------------------------------
+
+
+def verify_inspected(description: Description, on_bytes: Callable[[int], None] = lambda done: None) -> str:
+    """Reads all of what `inspect` described; returns what was found sound, for the table.
+
+    on_bytes: called with the bytes read so far (of description["bytes"]).
+
+    Raises:
+        ValueError: what is missing, truncated, altered or not finite, by name.
+    """
+    path, kind = Path(description["path"]), description["kind"]
+    if kind in ("activations", "codes"):
+        verify(path, on_bytes)
+        return "every shard is whole"
+    if kind == "sae":
+        SparseAutoencoder.from_pretrained(path)
+        return "weights complete and finite"
+    if kind == "run":
+        saes = [path] if description["sae"] else checkpoints(path)
+        for directory in saes:
+            SparseAutoencoder.from_pretrained(directory)
+        return "weights complete and finite" if saes else "nothing saved yet"
+    if kind == "matrix":
+        return _verify_matrix(description, on_bytes)
+    done = 0
+    for item in description["contents"]:
+        item["verified"] = verify_inspected(item, _after(done, on_bytes))
+        done += item["bytes"]
+        on_bytes(done)
+    return "everything is whole"
+
+
+def _after(before: int, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda done: on_bytes(before + done)
+
+
+def _verify_matrix(description: Description, on_bytes: Callable[[int], None]) -> str:
+    matrix = open_activations(description["path"])
+    for start, x_BD in matrix.chunks(max(1, (16 << 20) // matrix.row_bytes)):
+        on_bytes((start + len(x_BD)) * matrix.row_bytes)
+    return "every row is finite"
+
+
+# The table -----------------------------------------------------------------------------------------------------------
+
+
+def summary_rows(description: Description) -> list[tuple[str, str]]:
+    """(name, value) of the short table; of a folder, what its contents share (contents_rows has the others)."""
+    rows = [("kind", _KIND_NAMES[description["kind"]])]
+    if description["kind"] == "folder":
+        rows += _shared_rows(description)
+    elif description["kind"] == "run":
+        rows += _run_rows(description)
+    elif description["kind"] == "sae":
+        rows += _sae_rows(description)
+    else:
+        rows += _data_rows(description)
+    rows.append(("on disk", human_bytes(description["bytes"])))
+    if "complete" in description:
+        rows.append(("state", "complete" if description["complete"] else "INCOMPLETE: resume it"))
+    if "verified" in description:
+        rows.append(("verified", description["verified"]))
+    return rows
+
+
+def contents_rows(description: Description) -> list[tuple[str, str, str, str, str, str]]:
+    """(name, kind, shape, dtype, size on disk, complete) of what is in a folder."""
+    return [
+        (
+            Path(item["path"]).name,
+            item["kind"],
+            shape_text(item),
+            item.get("dtype") or (item.get("sae") or {}).get("dtype", ""),
+            human_bytes(item["bytes"]),
+            "yes" if item.get("complete", True) else "NO",
+        )
+        for item in description["contents"]
+    ]
+
+
+def _shared_rows(description: Description) -> list[tuple[str, str]]:
+    """What every store in the folder says of its source and its images."""
+    stores = [item for item in description["contents"] if "source" in item]
+    rows = [[(f"source: {name}", value) for name, value in short_values(item["source"])] for item in stores]
+    rows = [[*row, ("labels", _labels_text(item))] for row, item in zip(rows, stores)]
+    return [row for row in (rows[0] if rows else []) if all(row in others for others in rows)]
+
+
+_KIND_NAMES = {
+    "activations": "store of activations",
+    "codes": "store of sparse codes",
+    "sae": "sparse autoencoder",
+    "run": "training run",
+    "matrix": "matrix file",
+    "folder": "folder",
+}
+
+
+def _data_rows(description: Description) -> list[tuple[str, str]]:
+    rows = [(f"source: {name}", value) for name, value in short_values(description.get("source", {}))]
+    rows.append(("shape", shape_text(description)))
+    if description.get("entries") is not None and description["rows"]:
+        rows.append(("latents per row", f"{description['entries'] / description['rows']:.2f} on average"))
+    rows.append(("dtype", description["dtype"]))
+    if "shards" in description:
+        rows.append(("shards", f"{description['shards']:,}"))
+        rows.append(("images", _images_text(description)))
+        rows.append(("labels", _labels_text(description)))
+    return rows
+
+
+def shape_text(description: Description) -> str:
+    """[rows, width] of stores and matrices, [d_in, d_sae] of SAEs."""
+    if "rows" in description:
+        return f"{description['rows']:,} x {description.get('d_in') or description.get('d_sae'):,}"
+    sae = description.get("sae", description) or description["settings"]["sae"]
+    return f"{sae['d_in']:,} -> {sae['d_sae']:,}"
+
+
+def _images_text(description: Description) -> str:
+    if description["rows_per_image"] is None:
+        return "0"
+    fewest, most = description["rows_per_image"]
+    each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    return f"{description['images']:,}, rows of each: {each}"
+
+
+def _labels_text(description: Description) -> str:
+    if not description["labels"]:
+        return "none"
+    without = description["rows_without_label"]
+    return f"{description['labels']:,} distinct" + (f"; {without:,} rows without" if without else "")
+
+
+def _sae_rows(description: Description) -> list[tuple[str, str]]:
+    threshold, groups = description["threshold"], description["group_sizes"]
+    return [
+        ("architecture", description["architecture"]),
+        ("d_in -> d_sae", shape_text(description)),
+        ("k", str(description["k"])),
+        *([("groups", ", ".join(f"{size:,}" for size in groups))] if len(groups) > 1 else []),
+        *([("threshold", f"{threshold:.6g}")] if threshold is not None else []),
+        ("dtype", description["dtype"]),
+        *((f"metadata: {name}", value) for name, value in short_values(description["metadata"])),
+    ]
+
+
+def _run_rows(description: Description) -> list[tuple[str, str]]:
+    train = description["settings"]["train"]
+    saved = ", ".join(f"{step:,}" for step in description["checkpoints"]) or "none"
+    rows = [("steps", f"{description['steps']:,} of {train.get('batch_size', '?')} rows"), ("checkpoints", saved)]
+    data = short_values(description["settings"].get("data", {}))
+    rows += [(f"data: {name}", value) for name, value in data]
+    if description["sae"] is not None:
+        return rows + _sae_rows(description["sae"])
+    return [*rows, ("d_in -> d_sae", shape_text(description))]
+
+
+def short_values(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values fit for a line: a nested record is its spec or its path (all of it is in the JSON)."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = value.get("spec") or value.get("path")
+        if value is not None and not isinstance(value, list):
+            rows.append((name, f"{value:.6g}" if isinstance(value, float) else str(value)))
+    return rows
+
+
+def human_bytes(n_bytes: int) -> str:
+    """1234567 -> 1.2 MB; decimal units."""
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
