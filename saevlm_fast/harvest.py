@@ -274,6 +274,12 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too; the main process decides
 
 
+def _step_back(worker: int) -> None:
+    """Beside a tower on the CPU workers take the moments its threads leave; both share the cores."""
+    _ignore_interrupts(worker)
+    os.nice(19)
+
+
 class _Harvest:
     """One process's part of a harvest; methods in the order they happen."""
 
@@ -445,7 +451,7 @@ class _Harvest:
             workers = max(1, min(8, (os.cpu_count() or 2) // self.ranks.world)) if on_gpu else 1
         loader = DataLoader(
             _Batches(self.source, self.tower.preprocess, ranges), batch_size=None, collate_fn=_as_is,
-            num_workers=workers, worker_init_fn=_ignore_interrupts, pin_memory=on_gpu,
+            num_workers=workers, worker_init_fn=_ignore_interrupts if on_gpu else _step_back, pin_memory=on_gpu,
         )  # fmt: skip
         stream = iter(loader)
         for _ in ranges:
