@@ -26,6 +26,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -528,11 +530,7 @@ class _Harvest:
     def _write_shard(self, unit: int, store: _Store, writer: StoreWriter, rows: list["_Rows"]) -> None:
         images = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.image_of_row for piece in rows)])
         positions = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.positions for piece in rows)])
-        items: dict[str, Any] = {
-            "image": [self.source.image_id(i) for i in images.tolist()],
-            "token": positions,
-            "label": [self.source.label(i) for i in images.tolist()],
-        }
+        items = self._items(unit, images, positions)
         if self.sae is not None:
             writer.write_shard(unit, join_codes([CodeRows(*piece.values) for piece in rows]), items)
             return
@@ -542,8 +540,17 @@ class _Harvest:
             writer.write_shard(unit, rows_MD, items)
         except ActivationError as error:
             bad = (~rows_MD.isfinite()).any(1).nonzero().flatten().tolist()
-            whose = f" (image {items['image'][bad[0]]}, token {int(positions[bad[0]])})" if bad else ""
+            whose = f" (image {items['image'][bad[0]]}, token {items['token'][bad[0]]})" if bad else ""
             raise ActivationError(f"{error}{whose}") from error
+
+    def _items(self, unit: int, images: Tensor, positions: Tensor) -> pa.Table:
+        """Ids and labels are asked for once an image: an image may have hundreds of rows."""
+        numbers = [i for batch in self._batches_of(unit) for i in batch]
+        places = pa.array((images - numbers[0]).numpy())
+        ids = pa.array([self.source.image_id(i) for i in numbers], pa.string())
+        labels = pa.array([self.source.label(i) for i in numbers], pa.string())
+        tokens = pa.array(positions.numpy().astype(np.int32))
+        return pa.table({"image": ids.take(places), "token": tokens, "label": labels.take(places)})
 
     def _skipped_file(self, unit: int) -> Path:
         return self.output / f"skipped-{unit:05d}.jsonl"

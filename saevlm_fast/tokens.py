@@ -4,6 +4,7 @@ The choice is made on the host, from the tower's layout and the images' ids alon
 one slice or one gather, so the host never waits for the device. Shape suffixes: B images, T tokens, D width, M rows.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -125,9 +126,11 @@ def select_tokens(
         return Selected(
             acts[:, start:stop].flatten(0, 1), positions, torch.arange(len(acts)).repeat_interleave(stop - start)
         )
-    candidates = [start + np.flatnonzero(kept) for kept in mask_BT] if mask_BT is not None else []
-    candidates = candidates or [np.arange(start, stop)] * len(acts)
-    choices = _draw(candidates, tokens.k, image_ids, seed) if tokens.kind == "random" else candidates
+    if mask_BT is None:
+        choices: Sequence[np.ndarray] = _draw_unmasked(start, stop, tokens.k, tuple(image_ids), seed)
+    else:
+        choices = [start + np.flatnonzero(kept) for kept in mask_BT]
+        choices = _draw(choices, tokens.k, image_ids, seed) if tokens.kind == "random" else choices
     image_of_row = torch.arange(len(acts)).repeat_interleave(torch.tensor([len(choice) for choice in choices]))
     positions = torch.from_numpy(np.concatenate(choices))
     index_M = _to_device(image_of_row * acts.shape[1] + positions, acts.device)
@@ -147,7 +150,12 @@ def _mean(acts_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     return acts_BTD.masked_fill(padding_BT1, 0).sum(1, dtype=torch.float32) / n_tokens_B1
 
 
-def _draw(candidates: list[np.ndarray], k: int, image_ids: Sequence[str], seed: int) -> list[np.ndarray]:
+@functools.lru_cache(maxsize=8)  # every layer of a pass asks for the same images
+def _draw_unmasked(start: int, stop: int, k: int, image_ids: tuple[str, ...], seed: int) -> list[np.ndarray]:
+    return _draw([np.arange(start, stop)] * len(image_ids), k, image_ids, seed)
+
+
+def _draw(candidates: Sequence[np.ndarray], k: int, image_ids: Sequence[str], seed: int) -> list[np.ndarray]:
     """k of each image's positions, ascending: those of the k smallest random words, whose low bits are an index.
 
     Raw Philox words are promised never to change (a Generator's methods are not). An id that is not valid UTF-8, as a

@@ -361,6 +361,24 @@ def test_settings_that_make_no_sense(settings, message):
         HarvestConfig(**({"points": POINTS} | settings))
 
 
+@pytest.mark.gpu
+def test_rows_of_a_gpu_tower_are_those_of_a_cpu_one(model, photos, whole, tmp_path):
+    run_harvest(load_tower(f"hf:{model}", "cuda"), photos, tmp_path / "out", small_units(), workers=2)
+    for store in ("residual-0-cls", "residual-0-random3", "projection"):
+        rows_ND, items = rows_and_items(tmp_path / "out" / store)
+        expected_ND, expected_items = rows_and_items(whole / store)
+        assert items == expected_items
+        torch.testing.assert_close(rows_ND, expected_ND, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_pooled_codes_of_a_gpu_tower_are_those_of_a_cpu_one(tower, model, photos, sae_directory, tmp_path):
+    on_gpu = load_tower(f"hf:{model}", "cuda")
+    found = codes_harvest(on_gpu, photos, tmp_path / "gpu", sae_directory, "patches", pool="mean")
+    expected = codes_harvest(tower, photos, tmp_path / "cpu", sae_directory, "patches", pool="mean")
+    torch.testing.assert_close(dense_codes(found), dense_codes(expected), atol=1e-3, rtol=1e-3)
+
+
 # From here on: the command, in processes of its own.
 
 
