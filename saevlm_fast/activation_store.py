@@ -20,8 +20,8 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file, write_json_atomic
+from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
 from saevlm_fast.matrix_files import (
     SAFETENSORS_DTYPES,
     ActivationError,
@@ -136,9 +136,12 @@ def _write_index_file(file: Path, index: StoreIndex) -> None:
         "shape": [index.n_rows, index.width],
         "dtype": str(index.dtype).removeprefix("torch."),
         "source": index.source,
-        "shards": [asdict(shard) for shard in index.shards],
     }
-    write_json_atomic(file, value)
+    # A line for each shard: the file is written after every one of maybe ten thousand, and json's indentation is slow.
+    lines = ",\n".join(json.dumps(vars(shard)) for shard in index.shards)
+    head = json.dumps(value, indent=2, allow_nan=False).removesuffix("\n}")
+    with atomic_write(file) as temporary:
+        temporary.write_text(f'{head},\n  "shards": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
 
 
 def joined_index(path: str | os.PathLike[str]) -> StoreIndex:
@@ -433,14 +436,18 @@ def _check_rows_per_shard(rows_per_shard: int) -> None:
         raise ValueError(f"rows_per_shard is {rows_per_shard}; at least 1 is needed")
 
 
-def merge_parts(path: str | Path, complete: bool = False) -> StoreIndex:
+def merge_parts(path: str | Path, complete: bool = False, keep: Container[int] | None = None) -> StoreIndex:
     """Joins the ranks' index.part-*.json into index.json; complete=True declares the store complete.
 
-    For one process, while no other writes: it also deletes the temporary files of killed writers. Safe to repeat.
+    keep: numbers of the shards that stay; others are forgotten, as if they had never been written. For one process,
+    while no other writes: it also deletes the temporary files of killed writers. Safe to repeat.
     """
     path, index = Path(path), read_index(path)
     remove_leftovers(path)
     merged = joined_index(path)
+    if keep is not None and any(shard.number not in keep for shard in merged.shards):
+        kept = tuple(shard for shard in merged.shards if shard.number in keep)
+        merged = replace(merged, shards=kept, complete=False)
     if complete and not index.complete:
         merged = _completed(path, merged)
     if merged != index:

@@ -27,8 +27,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Sparse autoencoders for vision-language models on Triton kernels, and their Monosemanticity Score.",
 )
+
+
+class _Console(Console):
+    """Keeps quiet, and lets the work go on, when who reads the output has gone (a pager, `head`)."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # No markup: a path may hold [brackets].
-out, err = Console(markup=False), Console(stderr=True, markup=False)
+out, err = _Console(markup=False), _Console(stderr=True, markup=False)
 
 
 def main() -> None:
@@ -124,12 +134,12 @@ def harvest(
     force: Annotated[bool, typer.Option("--force", help="Replace the harvest in --output.")] = False,
 ) -> None:
     """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
-    from saevlm_fast.harvest import HarvestConfig, HarvestOptions, torchrun_ranks
+    from saevlm_fast.harvest import HarvestConfig, HarvestOptions, check_output, sae_mismatch, torchrun_ranks
     from saevlm_fast.harvest import harvest as run_harvest
     from saevlm_fast.images import open_images
+    from saevlm_fast.runtime import resolve_device
     from saevlm_fast.tokens import Tokens
     from saevlm_fast.tower import HookPoint
-    from saevlm_fast.train import resolve_device
     from saevlm_fast.vision import load_tower
 
     layers = [_integer("layer", text) for text in _listed(layer)]
@@ -140,6 +150,7 @@ def harvest(
         images_per_shard=images_per_shard, sae=sae, pool=pool,
     )  # fmt: skip
     options = HarvestOptions(output, images, workers, max_skipped, compile_, resume, force)
+    check_output(options)  # before a model is loaded
     source = open_images(images)
     with torchrun_ranks() as ranks:
         target = resolve_device(ranks.device(device))
@@ -149,6 +160,8 @@ def harvest(
             what = f"{model} on {target}: {tower.n_blocks} blocks; {n_images:,} images of {images}"
             ignored = f" ({source.n_ignored:,} other files ignored)" if source.n_ignored else ""
             out.print(what + ignored, highlight=False, soft_wrap=True)
+            if sae is not None:
+                _warn_of_mismatch(sae_mismatch(sae, tower, *config.stores[0]))
         with HarvestProgress(ranks.rank, ranks.world) as progress:
             summary = run_harvest(source, tower, config, options, ranks=ranks, on_images=progress.images)
         if ranks.rank == 0:
@@ -244,8 +257,8 @@ def ms_score(
     from saevlm_fast.codes import open_codes
     from saevlm_fast.config import require
     from saevlm_fast.monosemanticity import check_scores_path, score, write_scores
+    from saevlm_fast.runtime import resolve_device
     from saevlm_fast.sae import SparseAutoencoder
-    from saevlm_fast.train import resolve_device
 
     require(
         (sae is not None) + raw + (codes is not None) == 1,
@@ -345,6 +358,11 @@ def _print_summary(summary: "ScoreSummary", what: str) -> None:
     for label, extremes in (("best", summary.best_latents), ("worst", summary.worst_latents)):
         listed = "  ".join(f"{latent}: {value:.3f}" for latent, value in extremes)
         out.print(f"{label} latents  {listed}", highlight=False, soft_wrap=True)
+
+
+def _warn_of_mismatch(what: str | None) -> None:
+    if what is not None:
+        err.print(f"warning: {what}; its codes of anything else mean little", style="yellow", soft_wrap=True)
 
 
 def _print_harvested(summary: "HarvestSummary") -> None:

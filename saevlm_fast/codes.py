@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saevlm_fast.activation_store import CODES, ActivationError, StoreIndex, StoreWriter, map_shard
+from saevlm_fast.activation_store import CODES, StoreIndex, StoreWriter, map_shard
 from saevlm_fast.activations import StoredRows, check_chunk, open_index, prefetch
 from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.matrix_files import ActivationError
 from saevlm_fast.sae import SparseCodes
 
 __all__ = ["CodeRows", "Codes", "CodesWriter", "codes_of_rows", "join_codes", "mean_pool_codes", "open_codes"]
@@ -82,8 +83,8 @@ def mean_pool_codes(codes: CodeRows, image_of_row: Tensor, n_images: int) -> Cod
 
     Sums are float64, rounded once to the dtype of acts; a latent that fires on a token stays above 0.
     """
-    image_of_row = image_of_row.to(codes.latents.device)
-    _check_images(image_of_row, codes.n_rows, n_images)
+    _check_images(image_of_row, codes.n_rows, n_images)  # where it is: from the host it costs no wait for a device
+    image_of_row = image_of_row.to(codes.latents.device, non_blocking=True)
     rows_M = entry_rows(codes.latents, codes.row_offsets)
     inside_M = (rows_M < codes.n_rows) & (codes.acts != 0)
     images_M, latents_M = image_of_row[rows_M[inside_M]], codes.latents[inside_M].long()

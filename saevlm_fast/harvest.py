@@ -12,15 +12,15 @@ used), and the stores: the directory itself if there is one, else a directory fo
 skipped-NNNNN.jsonl holds the skipped images of a finished unit.
 """
 
+import hashlib
 import json
 import os
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +31,6 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from saevlm_fast import __version__
 from saevlm_fast.activation_store import (
@@ -39,23 +38,23 @@ from saevlm_fast.activation_store import (
     ActivationWriter,
     StoreWriter,
     clear_store,
+    joined_index,
     merge_parts,
-    read_index,
 )
 from saevlm_fast.activations import loader_threads
 from saevlm_fast.codes import CodeRows, CodesWriter, codes_of_rows, join_codes, mean_pool_codes
 from saevlm_fast.config import Interrupted, check_same_settings, require
 from saevlm_fast.files import atomic_write, remove_leftovers, sha256_file, write_json_atomic
-from saevlm_fast.images import ImageError, ImageSource, decode
+from saevlm_fast.image_batches import Batch, dead_workers_in_one_line, default_workers, image_batches
+from saevlm_fast.images import ImageError, ImageSource
 from saevlm_fast.matrix_files import ActivationError
-from saevlm_fast.sae import WEIGHTS_FILE, SparseAutoencoder, evaluating
+from saevlm_fast.runtime import interruptible, tf32_products
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, read_sae_header
 from saevlm_fast.tokens import POOLED, Tokens
 from saevlm_fast.tower import HookedTower, HookPoint, Tower
-from saevlm_fast.train import interruptible, tf32_products
 
-HARVEST_FILE, SKIPPED_FILE = "harvest.json", "skipped.jsonl"
+HARVEST_FILE, SKIPPED_FILE, LOCK_FILE = "harvest.json", "skipped.jsonl", ".lock"
 COMPUTE_DTYPES = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_ASPECT_RATIO = 100  # a 1 x 100,000 image, resized so that its short side is 336, would not fit in memory
 _UNITS_IN_FLIGHT, _ROWS_PER_SHARD = 2, 65536
 _FREE_SETTINGS = ("versions", "path", "spec", "torch", "transformers", "open_clip", "timm")  # may differ on resume
 
@@ -168,14 +167,20 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    local_world: int = 1
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if self.world == 1:
+            return
+        try:
             dist.barrier()
+        except RuntimeError as error:
+            raise Interrupted("another rank has ended; its message says why") from error
 
     def device(self, name: str) -> str:
-        """`auto` is the rank's own GPU."""
-        return f"cuda:{self.local_rank}" if name == "auto" and self.world > 1 and torch.cuda.is_available() else name
+        """`auto` and `cuda` are the rank's own GPU."""
+        own = self.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
+        return f"cuda:{self.local_rank}" if own else name
 
 
 @contextmanager
@@ -187,7 +192,8 @@ def torchrun_ranks() -> Iterator[Ranks]:
         return
     dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for the slowest
     try:
-        yield Ranks(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, local_world = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        yield Ranks(dist.get_rank(), world, local_rank, max(1, local_world))
     finally:
         dist.destroy_process_group()
 
@@ -218,15 +224,56 @@ def harvest(
         tower.hooked(config.points, compile=options.compile, autocast=autocast) as run,
     ):
         job = _Harvest(source, tower, run, config, options, ranks)
-        job.open_stores()
-        ranks.barrier()
-        job.resume_stores()
-        job.units(on_images, interrupted)
-        ranks.barrier()
         if ranks.rank == 0:
-            job.finish()
+            check_output(options)
+            if options.resume and (job.output / HARVEST_FILE).exists():
+                check_same_settings(job.output / HARVEST_FILE, job.settings, free=_FREE_SETTINGS)
+            with output_lock(job.output, exclusive=True):
+                job.open_stores()
+        ranks.barrier()
+        with output_lock(job.output, exclusive=False):
+            job.resume_stores()
+            job.units(on_images, interrupted)
+            ranks.barrier()
+            if ranks.rank == 0:
+                job.finish()
         ranks.barrier()
         return job.summary
+
+
+def check_output(options: HarvestOptions) -> None:
+    """ValueError if a harvest may not use its output directory. Nothing is touched."""
+    output = Path(options.output)
+    require(output.is_dir() or not os.path.lexists(output), f"output: {output} is not a directory")
+    used = (output / HARVEST_FILE).exists()
+    require(
+        not used or options.resume or options.force,
+        f"output: {output} already holds a harvest; use --resume to continue or --force to replace",
+    )
+    occupied = output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir())
+    require(used or not occupied, f"output: {output} is not empty and holds no harvest")
+
+
+@contextmanager
+def output_lock(output: Path, exclusive: bool) -> Iterator[None]:
+    """Ranks of one harvest share the lock; rank 0 prepares the stores alone. Gone with the process, however it ends.
+
+    Raises:
+        ValueError: processes of another harvest (ranks whose torchrun was killed, say) are at work in `output`.
+    """
+    if os.name == "nt":  # no fcntl there
+        yield
+        return
+    import fcntl
+
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / LOCK_FILE, "a+") as file:
+        try:
+            # Of this process alone: unlike flock, worker processes that outlive a killed one do not inherit it.
+            fcntl.lockf(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output: another harvest is writing to {output}") from None
+        yield
 
 
 class _Store(NamedTuple):
@@ -235,51 +282,6 @@ class _Store(NamedTuple):
     tokens: Tokens | None
     width: int
     rows_per_image: int
-
-
-class _Batch(NamedTuple):
-    """What a worker process makes of some images: inputs of those that could be used, reasons for the others."""
-
-    inputs: dict[str, Tensor] | None
-    images: list[int]
-    skipped: list[tuple[int, str]]
-
-
-class _Batches(Dataset):
-    """Batch j of a list of ranges of images, for a DataLoader's worker processes."""
-
-    def __init__(self, source: ImageSource, preprocess: Callable[..., dict[str, Tensor]], ranges: Sequence[range]):
-        self.source, self.preprocess, self.ranges = source, preprocess, ranges
-
-    def __len__(self) -> int:
-        return len(self.ranges)
-
-    def __getitem__(self, j: int) -> _Batch:
-        images, pictures, skipped = [], [], []
-        for i in self.ranges[j]:
-            try:
-                pictures.append(_checked_picture(self.source.read(i)))
-                images.append(i)
-            except (ImageError, OSError) as error:
-                skipped.append((i, str(error)))
-        return _Batch(self.preprocess(pictures) if pictures else None, images, skipped)
-
-
-def _checked_picture(data: bytes) -> Any:
-    picture = decode(data)
-    if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
-        raise ImageError(f"{picture.width} x {picture.height} pixels; sides may differ {MAX_ASPECT_RATIO} fold at most")
-    return picture
-
-
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too; the main process decides
-
-
-def _step_back(worker: int) -> None:
-    """Beside a tower on the CPU workers take the moments its threads leave; both share the cores."""
-    _ignore_interrupts(worker)
-    os.nice(19)
 
 
 class _Harvest:
@@ -326,7 +328,8 @@ class _Harvest:
         for point, tokens in self.config.stores:
             name = point.name if tokens is None else f"{point.name}-{tokens.name}"
             width = self.run.shapes[point][1] if self.sae is None else self.sae.config.d_sae
-            rows = 1 if tokens is None or self.config.pool == "mean" else self.run.rows_per_image(point, tokens)
+            rows = self.run.rows_per_image(point, tokens)  # refuses tokens that the tower does not have
+            rows = 1 if self.config.pool == "mean" else rows
             stores.append(_Store(self.output if single else self.output / name, point, tokens, width, rows))
         return stores
 
@@ -339,63 +342,56 @@ class _Harvest:
         return max(1, -(-wanted // batch)) * batch
 
     def open_stores(self) -> None:
-        """Rank 0: starts, replaces or resumes the output directory."""
-        if self.ranks.rank != 0:
-            return
-        used = (self.output / HARVEST_FILE).exists()
-        if self.options.resume and used:
-            check_same_settings(self.output / HARVEST_FILE, self.settings, free=_FREE_SETTINGS)
-            remove_leftovers(self.output)
-        else:
-            self._start(used)
-        for store in self.stores:
-            if (store.path / "index.json").exists():
-                merge_parts(store.path)
-            else:
-                self._new_store(store)
-
-    def _start(self, used: bool) -> None:
-        if used and not self.options.force:
-            raise ValueError(
-                f"output: {self.output} already holds a harvest; use --resume to continue or --force to replace"
-            )
-        occupied = self.output.is_dir() and any(self.output.iterdir())
-        require(used or not occupied, f"output: {self.output} is not empty and holds no harvest")
-        if used:
+        """Rank 0: starts, replaces or resumes."""
+        remove_leftovers(self.output)
+        if self.options.force and (self.output / HARVEST_FILE).exists():
             _remove_harvest(self.output)
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(self.output / HARVEST_FILE, self.settings)
+        if not (self.output / HARVEST_FILE).exists():
+            write_json_atomic(self.output / HARVEST_FILE, self.settings)
+        there = [store for store in self.stores if (store.path / "index.json").exists()]
+        shards = [{shard.number for shard in joined_index(store.path).shards} for store in there]
+        # A unit is done when every store has it, and is done anew in all of them otherwise: an image that could not be
+        # read then may be readable now.
+        done = set.intersection(*shards) if len(there) == len(self.stores) else set()
+        for store in there:
+            merge_parts(store.path, keep=done)
+        for unit in set(range(self.n_units)) - done:
+            self._skipped_file(unit).unlink(missing_ok=True)
+        for store in self.stores:
+            if store not in there:
+                self._new_store(store)
 
     def _settings(self) -> dict[str, Any]:
         config, source = self.config, self.source
         return {
             "model": self.tower.description(),
-            "images": {"path": self.options.images, "images": self.n_images, "fingerprint": source.fingerprint()},
+            "images": {"path": self.options.images, "images": self.n_images, "fingerprint": source.fingerprint(),
+                       "content": _content(source, self.n_images)},
             "harvest": {
                 "stores": [store.path.relative_to(self.output).as_posix() for store in self.stores],
-                "points": [point.name for point in config.points],
-                "tokens": [tokens.name for tokens in config.tokens],
+                "points": [point.name for point, _ in config.stores],
+                "tokens": [None if tokens is None else tokens.name for _, tokens in config.stores],
                 "seed": config.seed, "batch_size": config.batch_size, "dtype": config.dtype,
                 "store_dtype": str(config.torch_store_dtype).removeprefix("torch."),
                 "images_per_shard": self.images_per_unit, "pool": config.pool,
-                "sae": None if config.sae is None else sha256_file(config.sae / WEIGHTS_FILE),
+                "sae": None if config.sae is None else _sae_digest(config.sae),
             },
             "versions": {"saevlm_fast": __version__, "torch": torch.__version__},
         }  # fmt: skip
 
     def _source(self, store: _Store) -> dict[str, Any]:
         """What a store's index says of where its rows come from."""
-        settings = self.settings
+        settings, config = self.settings, self.config
         return {
             "model": settings["model"],
             "point": store.point.point,
             "layer": store.point.layer,
             "tokens": None if store.tokens is None else store.tokens.name,
-            "seed": self.config.seed,
-            "dtype": self.config.dtype,
+            "seed": config.seed,
+            "dtype": config.dtype,
             "images": settings["images"],
-            "sae": None if self.config.sae is None else {"path": str(self.config.sae)},
-            "pool": self.config.pool,
+            "sae": None if config.sae is None else {"path": str(config.sae), "sha256": _sae_digest(config.sae)},
+            "pool": config.pool,
             "versions": settings["versions"],
         }
 
@@ -419,24 +415,24 @@ class _Harvest:
         missing = [unit for unit in range(self.n_units) if unit not in self.done]
         mine = missing[self.ranks.rank :: self.ranks.world]
         total = sum(len(images) for unit in mine for images in self._batches_of(unit))
-        batches = self._load(mine)
         pool, writing = loader_threads(1), deque[Future[None]]()
         start = time.perf_counter()
         try:
-            for unit in mine:
-                while len(writing) >= _UNITS_IN_FLIGHT:
-                    writing.popleft().result()
-                pieces = _UnitPieces([[] for _ in self.stores], [], [])
-                for _ in self._batches_of(unit):
-                    self._stop_if(interrupted)
-                    self._forward(next(batches), pieces)
-                    self._check_skipped()
-                    on_images(self.summary.n_done_here, total, len(self.skipped))
-                writing.append(pool.submit(self._write_unit, unit, pieces))
+            with dead_workers_in_one_line(), closing(self._load(mine)) as batches:
+                for unit in mine:
+                    while len(writing) >= _UNITS_IN_FLIGHT:
+                        writing.popleft().result()
+                    pieces = _UnitPieces([[] for _ in self.stores], [], [])
+                    for _ in self._batches_of(unit):
+                        self._stop_if(interrupted)
+                        self._forward(next(batches), pieces)
+                        self._check_skipped()
+                        on_images(self.summary.n_done_here, total, len(self.skipped))
+                    writing.append(pool.submit(self._write_unit, unit, pieces))
             for written in writing:
                 written.result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True)  # what is computed is written, also when interrupted
             self.summary.seconds = time.perf_counter() - start
 
     def _batches_of(self, unit: int) -> list[range]:
@@ -444,35 +440,27 @@ class _Harvest:
         last = min(first + self.images_per_unit, self.n_images)
         return [range(start, min(start + batch, last)) for start in range(first, last, batch)]
 
-    def _load(self, units: list[int]) -> Iterator[_Batch]:
-        """Preprocessed batches of these units in order, made by worker processes ahead of the forward."""
+    def _load(self, units: list[int]) -> Generator[Batch, None, None]:
+        """Preprocessed batches of these units in order; counts the time that is spent waiting for them."""
         ranges = [images for unit in units for images in self._batches_of(unit)]
         on_gpu = self.tower.device.type == "cuda"
         workers = self.options.workers
         if workers is None:
-            workers = max(1, min(8, (os.cpu_count() or 2) // self.ranks.world)) if on_gpu else 1
-        loader = DataLoader(
-            _Batches(self.source, self.tower.preprocess, ranges), batch_size=None, collate_fn=_as_is,
-            num_workers=workers, worker_init_fn=_ignore_interrupts if on_gpu else _step_back, pin_memory=on_gpu,
-        )  # fmt: skip
-        stream = iter(loader)
-        for _ in ranges:
+            workers = default_workers(on_gpu, self.ranks.local_world)
+        with closing(image_batches(self.source, self.tower.preprocess, ranges, workers, on_gpu)) as stream:
             start = time.perf_counter()
-            try:
-                batch = next(stream)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise OSError(f"workers: a worker process died ({str(error).splitlines()[0]})") from error
-            self.summary.waiting += time.perf_counter() - start
-            yield batch
+            for batch in stream:
+                self.summary.waiting += time.perf_counter() - start
+                yield batch
+                start = time.perf_counter()
 
     def _stop_if(self, interrupted: threading.Event) -> None:
         if interrupted.is_set():
             raise Interrupted(f"interrupted; continue with --resume --output {self.output}")
 
-    def _forward(self, batch: _Batch, pieces: "_UnitPieces") -> None:
-        """Rows of every store, on their way to the host; the device is not waited for."""
+    def _forward(self, batch: Batch, pieces: "_UnitPieces") -> None:
+        """Rows of every store, on their way to the host. The device is waited for only where the number of rows is its
+        own doing: codes above a threshold, and pooling."""
         self.summary.n_done_here += len(batch.images) + len(batch.skipped)
         lines = [json.dumps({"image": self.source.image_id(i), "reason": why}) + "\n" for i, why in batch.skipped]
         pieces.skipped.extend(lines)
@@ -484,7 +472,7 @@ class _Harvest:
         ids = [self.source.image_id(i) for i in batch.images]
         acts = self.run(inputs)
         for store, rows in zip(self.stores, pieces.rows):
-            rows.append(self._rows(store, acts[store.point], inputs, ids, batch.images))
+            rows.append(self._rows(store, acts[store.point], batch.inputs, ids, batch.images))
         if device.type == "cuda":
             pieces.copied.append(torch.cuda.current_stream(device).record_event())
 
@@ -541,7 +529,8 @@ class _Harvest:
         except ActivationError as error:
             bad = (~rows_MD.isfinite()).any(1).nonzero().flatten().tolist()
             whose = f" (image {items['image'][bad[0]]}, token {items['token'][bad[0]]})" if bad else ""
-            raise ActivationError(f"{error}{whose}") from error
+            wider = "; float16 ends at 65504, try --store-dtype bfloat16" if rows_MD.dtype == torch.float16 else ""
+            raise ActivationError(f"{error}{whose}{wider}") from error
 
     def _items(self, unit: int, images: Tensor, positions: Tensor) -> pa.Table:
         """Ids and labels are asked for once an image: an image may have hundreds of rows."""
@@ -565,10 +554,15 @@ class _Harvest:
         In this order, so that a kill in between leaves something that resume finishes.
         """
         pieces = [path for unit in range(self.n_units) if (path := self._skipped_file(unit)).exists()]
-        if not all(read_index(store.path).complete for store in self.stores):
+        indexes = [joined_index(store.path) for store in self.stores]
+        for store, index in zip(self.stores, indexes):
+            missing = set(range(self.n_units)) - {shard.number for shard in index.shards}
+            require(not missing, f"{store.path}: {len(missing)} of {self.n_units} shards are missing; use --resume")
+        if not all(index.complete for index in indexes):
             self.skipped = [line for piece in pieces for line in _lines(piece)]
             self._check_skipped()
             self._write_lines(self.output / SKIPPED_FILE, self.skipped)
+        require(len(self.skipped) < self.n_images, f"images: none could be used; see {self.output / SKIPPED_FILE}")
         for store in self.stores:
             merge_parts(store.path, complete=True)
         for piece in pieces:
@@ -592,14 +586,40 @@ class _UnitPieces(NamedTuple):
     copied: list[Any]
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy on the host (a view would keep all tokens alive); from a GPU without waiting for it."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
     return host.copy_(tensor, non_blocking=True)
+
+
+def _content(source: ImageSource, n_images: int) -> str:
+    """Fingerprint of what is in the images: hash of 64 of them, evenly spread."""
+    digest = hashlib.sha256()
+    for i in torch.linspace(0, n_images - 1, min(n_images, 64), dtype=torch.float64).round().long().tolist():
+        try:
+            digest.update(hashlib.sha256(source.read(i)).digest())
+        except ImageError as error:
+            digest.update(str(error).encode())
+    return digest.hexdigest()[:16]
+
+
+def sae_mismatch(sae_directory: Path, tower: Tower, point: HookPoint, tokens: Tokens | None) -> str | None:
+    """What an SAE was trained on, where its record of that differs from what it is to encode: None if nothing does."""
+    source = read_sae_header(sae_directory)[0].metadata.get("source") or {}
+    now = {"point": point.point, "layer": point.layer, "tokens": None if tokens is None else tokens.name}
+    before = {name: source.get(name, value) for name, value in now.items()}
+    weights = (source.get("model") or {}).get("weights_sha256")
+    other_model = weights is not None and weights != tower.description()["weights_sha256"]
+    if before == now and not other_model:
+        return None
+    where = f"{before['point']} of layer {before['layer']}, tokens {before['tokens']}"
+    return f"{sae_directory} was trained on {where}{' of another model' if other_model else ''}"
+
+
+def _sae_digest(directory: Path) -> str:
+    return hashlib.sha256(
+        "".join(sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)).encode()
+    ).hexdigest()
 
 
 def _lines(path: Path) -> list[str]:
@@ -610,7 +630,7 @@ def _remove_harvest(output: Path) -> None:
     """Deletes the stores that the harvest in `output` made, and its own files; what else lies there stays."""
     for name in _stores_of(output / HARVEST_FILE):
         clear_store(output / name)
-        if name != "." and not any((output / name).iterdir()):
+        if name != "." and (output / name).is_dir() and not any((output / name).iterdir()):
             (output / name).rmdir()
     for file in (*output.glob("skipped*.jsonl"), output / HARVEST_FILE):
         file.unlink(missing_ok=True)
@@ -621,6 +641,8 @@ def _stores_of(path: Path) -> list[str]:
     try:
         names = [str(name) for name in json.loads(path.read_text(encoding="utf-8"))["harvest"]["stores"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path}: damaged ({type(error).__name__}: {error}); delete {path.parent} to start anew"
+        ) from None
     require(all(Path(name).name == name or name == "." for name in names), f"{path}: a store lies outside the harvest")
     return names

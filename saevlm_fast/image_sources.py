@@ -108,11 +108,11 @@ def not_empty(data: bytes) -> bytes:
 def read_file(path: str) -> bytes:
     # Not is-it-there by trying: opening a named pipe would wait for ever.
     if not os.path.isfile(path):
-        raise ImageError("no such file")
+        raise ImageError("no such file, or not a regular one")
     try:
         with open(path, "rb") as file:
             return not_empty(file.read())
-    except OSError as error:
+    except PermissionError as error:  # other errors (too many files, a lost network drive) are not this image's
         raise ImageError(f"unreadable: {error.strerror or error}") from error
 
 

@@ -189,7 +189,7 @@ def open_saved_dataset(folder: str, split: str) -> SavedDatasetSource:
     try:
         dataset = datasets.load_from_disk(_folder_of_split(folder, split))
     except (ValueError, OSError, KeyError, TypeError, pa.ArrowException) as error:
-        raise ValueError(f"images: {folder}: {first_line(error)}") from error
+        raise ValueError(f"images: {folder}: {first_line(error).removeprefix(f'images: {folder}: ')}") from error
     images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     column = _only(images, ", ".join(dataset.column_names), folder)
     labels = _dataset_labels(dataset, folder)

@@ -52,13 +52,22 @@ def inspect(path: str | Path) -> Description:
         return _matrix(str(path))
     contents = [child for child in sorted(path.iterdir()) if child.is_dir() and _describer(child)]
     require(len(contents) > 0, f"{path}: nothing to inspect in it; known are {KINDS}")
-    described = [inspect(child) for child in contents]
+    described = [_sound_or_damaged(child) for child in contents]
     return {
         "path": str(path),
         "kind": "folder",
         "bytes": sum(item["bytes"] for item in described),
         "contents": described,
+        "others": sum(1 for child in path.iterdir() if child not in contents and not child.name.startswith(".")),
     }
+
+
+def _sound_or_damaged(child: Path) -> Description:
+    """Of a damaged one among several, what is wrong with it."""
+    try:
+        return inspect(child)
+    except ValueError as error:
+        return {"path": str(child), "kind": "damaged", "bytes": 0, "complete": False, "damage": str(error)}
 
 
 def _describer(path: Path) -> Callable[[Path], Description] | None:
@@ -197,6 +206,7 @@ def verify_inspected(description: Description, on_bytes: Callable[[int], None] =
         for directory in saes:
             SparseAutoencoder.from_pretrained(directory)
         return "weights complete and finite" if saes else "nothing saved yet"
+    require(kind != "damaged", description.get("damage", ""))
     if kind == "matrix":
         return _verify_matrix(description, on_bytes)
     done = 0
@@ -226,6 +236,13 @@ def summary_rows(description: Description) -> list[tuple[str, str]]:
     rows = [("kind", _KIND_NAMES[description["kind"]])]
     if description["kind"] == "folder":
         rows += _shared_rows(description)
+        rows += [
+            (f"DAMAGED: {Path(item['path']).name}", item["damage"])
+            for item in description["contents"]
+            if item["kind"] == "damaged"
+        ]
+        if description["others"]:
+            rows.append(("not listed", f"{description['others']} other files and folders"))
     elif description["kind"] == "run":
         rows += _run_rows(description)
     elif description["kind"] == "sae":
@@ -246,7 +263,7 @@ def contents_rows(description: Description) -> list[tuple[str, str, str, str, st
         (
             Path(item["path"]).name,
             item["kind"],
-            shape_text(item),
+            "" if item["kind"] == "damaged" else shape_text(item),
             item.get("dtype") or (item.get("sae") or {}).get("dtype", ""),
             human_bytes(item["bytes"]),
             "yes" if item.get("complete", True) else "NO",

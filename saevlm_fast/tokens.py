@@ -117,6 +117,7 @@ def select_tokens(
         return _one_row_each(acts)
     if tokens is None:
         raise ValueError("tokens: None, but this point has tokens, of which some must be chosen")
+    require(tokens.kind != "cls" or layout.has_cls, "tokens: cls, but this tower has no CLS token")
     start, stop = layout.span(tokens)
     mask_BT = None if mask_BT is None else mask_BT[:, start:stop].cpu()
     if tokens.kind == "mean":

@@ -117,6 +117,7 @@ class Tower:
         require(len(anatomy.blocks) > 0, f"{spec}: {type(model).__name__} has no transformer blocks")
         self.spec, self.anatomy, self.preprocess, self.device = spec, anatomy, preprocess, torch.device(device)
         self.model = model.eval().requires_grad_(False).to(self.device)
+        self._description: dict[str, Any] | None = None
         self._normalisation = None if normalisation is None else normalisation.to(self.device)
 
     @property
@@ -158,6 +159,7 @@ class Tower:
             run._probe()
             if compile:
                 self._compile_blocks(sites, stack)
+            stack.callback(run.close)
             yield run
 
     def _site(self, point: HookPoint) -> tuple[nn.Module, Callable[[Any], Tensor]]:
@@ -187,8 +189,8 @@ class Tower:
         inside = {point.layer for point in sites if point.point in _SUBLAYERS}
         for layer, block in enumerate(self.anatomy.blocks):
             for module in [self._sublayer(block, point) for point in _SUBLAYERS] if layer in inside else [block]:
+                stack.callback(_restore, module, vars(module).get("forward"))
                 module.forward = torch.compile(module.forward)
-                stack.callback(vars(module).pop, "forward")
 
     def blank_inputs(self) -> dict[str, Tensor]:
         """Preprocessed tensors of one black image, on the device."""
@@ -198,6 +200,11 @@ class Tower:
 
     def description(self) -> dict[str, Any]:
         """JSON: what exactly this tower is, weights included (a hash over all of them; takes a second per gigabyte)."""
+        if self._description is None:
+            self._description = self._describe()
+        return dict(self._description)
+
+    def _describe(self) -> dict[str, Any]:
         return {
             "spec": self.spec,
             "class": type(self.model).__name__,
@@ -222,9 +229,16 @@ class HookedTower:
         self._autocast = autocast
         self._acts: dict[HookPoint, Tensor] = {}
         self._last: HookPoint | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """From now on a call is an error, for the hooks are gone."""
+        self._closed = True
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
         """Activations [B, T, D], or [B, D] at projection and pooled, as inference tensors."""
+        if self._closed:
+            raise RuntimeError("the tower's hooks are gone: call this inside `with tower.hooked(...)`")
         with torch.inference_mode(), torch.autocast(self.tower.device.type, self._autocast, self._autocast is not None):
             try:
                 self.tower.forward(inputs)
@@ -304,6 +318,13 @@ class HookedTower:
             require(
                 n_tokens == expected, f"{spec}: {n_tokens} tokens of an image of {height} x {width}, not {expected}"
             )
+
+
+def _restore(module: nn.Module, forward: Any) -> None:
+    """The forward that was set on the instance, if one was, else that of its class."""
+    del module.forward
+    if forward is not None:
+        module.forward = forward
 
 
 def _sha256(model: nn.Module) -> str:

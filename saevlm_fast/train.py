@@ -11,10 +11,9 @@ import hashlib
 import json
 import math
 import shutil
-import signal
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from saevlm_fast.files import (
     save_safetensors_atomic,
     write_json_atomic,
 )
+from saevlm_fast.runtime import interruptible, resolve_device, tf32_products
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, with_metadata
 from saevlm_fast.step import StepOutput, Stepper, geometric_median, smallest_positive
 
@@ -69,26 +69,6 @@ class RunOptions:
         require(not (self.resume and self.force), "resume and force exclude each other")
         blocked = next((p for p in (Path(self.output), *Path(self.output).parents) if p.is_file()), None)
         require(blocked is None, f"output: {self.output} cannot be a directory, {blocked} is a file")
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is a CUDA (or ROCm) device if there is one, else the CPU.
-
-    Raises:
-        ValueError: a device that torch does not know or that is not here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    require(device.type in ("cpu", "cuda"), f"device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        require(torch.cuda.is_available(), f"device: {name!r} asked for, but torch sees no GPU")
-        n_devices = torch.cuda.device_count()
-        require((device.index or 0) < n_devices, f"device: {name!r} asked for, but there are {n_devices} GPUs")
-    return device
 
 
 def train(
@@ -413,36 +393,3 @@ def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int =
         "dead_fraction": float((fired_S == 0).double().mean()),
         "rows": n_rows,
     }
-
-
-@contextmanager
-def tf32_products(wanted: bool) -> Iterator[None]:
-    """float32 matrix products on a GPU in TF32 (10-bit mantissa, much faster), or exactly, whatever was set before."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if wanted else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, so that a step is never cut in half. A second signal acts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask_to_stop(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(number, old[signal.Signals(number)])
-
-    for number in old:
-        signal.signal(number, ask_to_stop)
-    try:
-        yield event
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

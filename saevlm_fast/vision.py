@@ -90,7 +90,8 @@ def _one_line_errors(spec: str) -> Iterator[None]:
         message = first_line(error)
         raise ValueError(message if spec in message else f"{spec}: {message}") from error
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{spec}: {first_line(error)}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch puts the reason second
+        raise ValueError(f"{spec}: {' '.join(lines[:2])[:300] or type(error).__name__}") from error
 
 
 # --- the hub ---

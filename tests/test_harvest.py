@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,17 @@ from PIL import Image
 from saevlm_fast.activations import open_activations, read_index, verify
 from saevlm_fast.codes import open_codes
 from saevlm_fast.config import Interrupted, SAEConfig
-from saevlm_fast.harvest import HarvestConfig, HarvestOptions, harvest
-from saevlm_fast.images import open_images
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.harvest import (
+    HarvestConfig,
+    HarvestOptions,
+    _content,
+    _Harvest,
+    harvest,
+    sae_mismatch,
+)
+from saevlm_fast.images import decode, open_images
+from saevlm_fast.sae import SparseAutoencoder, with_metadata
+from saevlm_fast.tower import HookedTower
 from saevlm_fast.vision import HookPoint, Tokens, load_tower
 from test_cli import run
 from tiny_tower import N_BLOCKS, N_TOKENS, PROJECTED, WIDTH, save_clip, save_photos
@@ -133,10 +142,6 @@ def test_batch_size_changes_no_choice(tower, photos, harvested, tmp_path):
         torch.testing.assert_close(rows_ND, expected_ND, atol=1e-5, rtol=1e-5)
 
 
-class Killed(Exception):
-    """Stands for a process that ends at this moment."""
-
-
 def small_units():
     tokens = (Tokens.parse("cls"), Tokens.parse("random:3"))
     return HarvestConfig((HookPoint("residual", 0), HookPoint("projection")), tokens, batch_size=2, images_per_shard=4)
@@ -189,9 +194,12 @@ def test_resume_of_a_finished_harvest_does_nothing(tower, photos, whole):
     assert run_harvest(tower, photos, whole, small_units(), resume=True).n_done_here == 0
 
 
-@pytest.mark.parametrize("change", ["seed", "images", "batch"])
+@pytest.mark.parametrize("change", ["seed", "images", "batch", "pixels"])
 def test_resume_refuses_other_settings(tower, photos, whole, tmp_path, change):
     config = small_units()
+    if change == "pixels":  # the same names, other pictures
+        photos = save_photos(tmp_path / "photos", N_IMAGES)
+        Image.new("RGB", (40, 36)).save(sorted(photos.rglob("*.png"))[5])
     if change == "seed":
         config = replace(config, seed=1)
     if change == "batch":
@@ -361,6 +369,143 @@ def test_settings_that_make_no_sense(settings, message):
         HarvestConfig(**({"points": POINTS} | settings))
 
 
+def test_resume_refuses_another_sae(tower, photos, sae_directory, tmp_path):
+    """Its weights may be the same: k, say, is in cfg.json."""
+    directory = tmp_path / "sae"
+    shutil.copytree(sae_directory, directory)
+    config = HarvestConfig((HookPoint("residual", 1),), batch_size=4, sae=directory)
+    run_harvest(tower, photos, tmp_path / "out", config)
+    settings = json.loads((directory / "cfg.json").read_text())
+    settings["metadata"]["k"] = 7
+    (directory / "cfg.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="resume: sae is"):
+        run_harvest(tower, photos, tmp_path / "out", config, resume=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pool": "mean"}])
+def test_tokens_the_tower_does_not_have_are_refused_before_anything_is_written(
+    tower, photos, sae_directory, tmp_path, settings
+):
+    config = HarvestConfig((HookPoint("residual", 1),), (Tokens.parse("random:17"),), sae=sae_directory, **settings)
+    with pytest.raises(ValueError, match="there are 16 to draw from"):
+        run_harvest(tower, photos, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_can_be_read_again_is_in_all_stores_or_none(tower, spoiled_photos, tmp_path):
+    """Killed between two stores of a unit with an unreadable image, which is readable when the unit is done anew."""
+    photos, spoiled = spoiled_photos
+    output = tmp_path / "out"
+    run_harvest(tower, photos, output, small_units(), max_skipped=0.2)
+    index = output / "projection" / "index.json"
+    value = json.loads(index.read_text())
+    value |= {"complete": False, "shards": value["shards"][1:], "shape": [value["shape"][0] - 3, PROJECTED]}
+    index.write_text(json.dumps(value))
+    (output / "skipped.jsonl").rename(output / "skipped-00000.jsonl")  # as if the run had not ended
+    with Image.open(photos / "class_1" / "photo_001.png") as good:
+        good.save(photos / spoiled[0])
+    harvest_file = output / "harvest.json"
+    settings = json.loads(harvest_file.read_text())
+    settings["images"]["content"] = _content(open_images(str(photos)), N_IMAGES)  # only a sample is compared
+    harvest_file.write_text(json.dumps(settings))
+    run_harvest(tower, photos, output, small_units(), resume=True, max_skipped=0.2)
+    for store in ("residual-0-cls", "projection"):
+        assert spoiled[0] in rows_and_items(output / store)[1]["image"]
+    assert spoiled[0] not in (output / "skipped.jsonl").read_text()
+
+
+def test_force_clears_a_harvest_that_was_only_begun(tower, photos, whole, tmp_path):
+    output = tmp_path / "out"
+    run_harvest(tower, photos, output, small_units())
+    shutil.rmtree(output / "projection")
+    run_harvest(tower, photos, output, small_units(), force=True)
+    assert digests(output) == digests(whole)
+
+
+def test_stores_without_all_units_are_not_declared_complete(tower, photos, tmp_path, monkeypatch):
+    write = _Harvest._write_shard
+    monkeypatch.setattr(_Harvest, "_write_shard", lambda self, unit, *rest: unit == 5 or write(self, unit, *rest))
+    with pytest.raises(ValueError, match="1 of 6 shards are missing"):
+        run_harvest(tower, photos, tmp_path / "out", small_units())
+    assert not read_index(tmp_path / "out" / "projection").complete
+
+
+def test_two_harvests_do_not_share_an_output(model, photos, tower, tmp_path):
+    """The other one is another process, as a lock is this process's own."""
+    output = tmp_path / "out"
+    run_harvest(tower, photos, output, small_units())
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_SH); "
+         "print('held', flush=True); time.sleep(60)", str(output / ".lock")], stdout=subprocess.PIPE,
+    )  # fmt: skip
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match="another harvest is writing"):
+        run_harvest(tower, photos, output, small_units(), resume=True)
+    holder.kill()
+    holder.wait()
+    run_harvest(tower, photos, output, small_units(), resume=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_upsets_the_preprocessing_is_skipped(tower, photos, whole, tmp_path, monkeypatch, workers):
+    bad = open_images(str(photos)).read(6)
+    monkeypatch.setattr(tower, "preprocess", Upset(tower.preprocess, decode(bad).getpixel((0, 0))))
+    summary = run_harvest(tower, photos, tmp_path / "out", small_units(), workers=workers, max_skipped=0.1)
+    assert summary.n_skipped == 1
+    assert "preprocessing failed: no such luck" in (tmp_path / "out" / "skipped.jsonl").read_text()
+    assert len(rows_and_items(tmp_path / "out" / "projection")[0]) == N_IMAGES - 1
+
+
+class Upset:
+    """Preprocessing that fails for the picture whose first pixel is this."""
+
+    def __init__(self, preprocess, pixel):
+        self.preprocess, self.pixel = preprocess, pixel
+
+    def __call__(self, pictures):
+        if any(picture.getpixel((0, 0)) == self.pixel for picture in pictures):
+            raise ValueError("no such luck")
+        return self.preprocess(pictures)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_fault_of_an_image_ends_the_harvest_in_one_line(tower, photos, tmp_path, monkeypatch, workers):
+    source = open_images(str(photos))
+    monkeypatch.setattr(type(source), "read", lambda self, i: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+    monkeypatch.setattr("saevlm_fast.harvest._content", lambda source, n_images: "")
+    with pytest.raises(OSError, match=r"images: OSError: \[Errno 24\] Too many open files$"):
+        run_harvest(tower, photos, tmp_path / "out", small_units(), workers=workers)
+
+
+def test_large_photos_are_preprocessed_a_few_at_a_time(tower, photos, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("saevlm_fast.image_batches._PIXELS_AT_A_TIME", 3000)  # a photo has 1440
+    config = replace(small_units(), batch_size=8, images_per_shard=8)
+    run_harvest(tower, photos, tmp_path / "out", config)
+    rows_ND, items = rows_and_items(tmp_path / "out" / "projection")
+    expected_ND, expected_items = rows_and_items(whole / "projection")
+    assert items == expected_items
+    torch.testing.assert_close(rows_ND, expected_ND, atol=1e-5, rtol=1e-5)
+
+
+def test_overflow_names_the_image_and_a_way_out(tower, photos, tmp_path, monkeypatch):
+    run = HookedTower.__call__
+    monkeypatch.setattr(HookedTower, "__call__", lambda self, x: {p: a * 1e6 for p, a in run(self, x).items()})
+    with pytest.raises(ValueError, match=r"image class_0/photo_000.png, token .*try --store-dtype bfloat16"):
+        run_harvest(tower, photos, tmp_path / "out", replace(small_units(), store_dtype="float16"))
+
+
+def test_an_sae_of_another_place_is_told(tower, sae_directory, tmp_path):
+    point, cls = HookPoint("residual", 1), Tokens.parse("cls")
+    assert sae_mismatch(sae_directory, tower, point, cls) is None  # it does not say where it is from
+    sae = SparseAutoencoder.from_pretrained(sae_directory)
+    source = {"point": "residual", "layer": 1, "tokens": "random2", "model": tower.description()}
+    with_metadata(sae, source=source).save_pretrained(tmp_path)
+    assert sae_mismatch(tmp_path, tower, point, Tokens.parse("random:2")) is None
+    assert "trained on residual of layer 1, tokens random2" in sae_mismatch(tmp_path, tower, point, cls)
+    with_metadata(sae, source=source | {"model": {"weights_sha256": "0"}}).save_pretrained(tmp_path)
+    assert "of another model" in sae_mismatch(tmp_path, tower, point, Tokens.parse("random:2"))
+
+
 @pytest.mark.gpu
 def test_rows_of_a_gpu_tower_are_those_of_a_cpu_one(model, photos, whole, tmp_path):
     run_harvest(load_tower(f"hf:{model}", "cuda"), photos, tmp_path / "out", small_units(), workers=2)
@@ -449,6 +594,17 @@ def test_ranks_share_the_work_and_give_the_same_rows(model, photos, whole, tmp_p
     assert done.stdout.count("wrote") == 3  # one rank speaks
     for index in (tmp_path / "out").rglob("index.json"):
         verify(index.parent)
+
+
+def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tmp_path):
+    """Only rank 1 meets an image that cannot be used."""
+    photos, _ = spoiled_photos
+    words = command(*harvest_arguments(model, photos, tmp_path / "out", "--limit", 4, "--images-per-shard", 2), ranks=2)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "error: max_skipped: 1 of 4 images could not be used" in done.stderr
+    assert "another rank has ended" in done.stderr
+    assert "RuntimeError" not in done.stderr
 
 
 def test_killed_ranks_are_resumed_by_one_process(tower, model, tmp_path):

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from saevlm_fast.activations import open_activations
 from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
+from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.synthetic import PlantedConcepts
-from saevlm_fast.train import RunOptions, checkpoints, evaluate, resolve_device, train
+from saevlm_fast.train import RunOptions, checkpoints, evaluate, train
 
 D_IN, D_SAE, K = 32, 128, 6
 
