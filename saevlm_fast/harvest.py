@@ -56,6 +56,7 @@ from saevlm_fast.tower import HookedTower, HookPoint, Tower
 HARVEST_FILE, SKIPPED_FILE, LOCK_FILE = "harvest.json", "skipped.jsonl", ".lock"
 COMPUTE_DTYPES = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS_IN_FLIGHT, _ROWS_PER_SHARD = 2, 65536
+_LOCK_SECONDS = 3.0  # a process that was just killed may need a moment to be gone
 _FREE_SETTINGS = ("versions", "path", "spec", "torch", "transformers", "open_clip", "timm")  # may differ on resume
 
 
@@ -268,11 +269,15 @@ def output_lock(output: Path, exclusive: bool) -> Iterator[None]:
 
     output.mkdir(parents=True, exist_ok=True)
     with open(output / LOCK_FILE, "a+") as file:
-        try:
-            # Of this process alone: unlike flock, worker processes that outlive a killed one do not inherit it.
-            fcntl.lockf(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output: another harvest is writing to {output}") from None
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                # Of this process alone: unlike flock, worker processes that outlive a killed one do not inherit it.
+                fcntl.lockf(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                require(time.monotonic() < deadline, f"output: another harvest is writing to {output}")
+                time.sleep(0.05)
         yield
 
 
