@@ -138,4 +138,4 @@ def _ignore_interrupts(worker: int) -> None:
 def _step_back(worker: int) -> None:
     """Beside a tower on the CPU workers take the moments that its threads leave."""
     _ignore_interrupts(worker)
-    os.nice(10)
+    os.nice(19)
