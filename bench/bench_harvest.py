@@ -13,8 +13,8 @@ from saevlm_fast.vision import HookPoint, Tokens, load_tower
 # timm architectures with random weights: pixels of the JPEGs, images, batch.
 TOWERS = {
     "smoke": ("test_vit", (64, 64), 8, 4),
-    "clip-b32-x8": ("vit_tiny_patch16_224", (64, 64), 512, 64),  # the shapes of Tiny ImageNet
-    "clip-l14-x16": ("vit_base_patch16_224", (500, 375), 64, 16),  # those of ImageNet
+    "vit-tiny, 64 px": ("vit_tiny_patch16_224", (64, 64), 512, 64),  # the shapes of Tiny ImageNet
+    "vit-base, 500 px": ("vit_base_patch16_224", (500, 375), 64, 16),  # those of ImageNet
 }
 
 

@@ -70,8 +70,9 @@ class HarvestConfig:
         batch_size: images of a forward pass. dtype: of the forward, float32, tf32 (matrix products on a GPU), or
             bfloat16 or float16 (autocast). store_dtype: of what is on disk; None is the forward's, float16 for codes
             (ImageNet's CLS codes are 116 MB so).
-        images_per_shard: images of a unit of work, what an interrupt can cost; rounded up to whole batches. None is
-            1024, fewer where a shard would have more than about 65,536 rows.
+        images_per_shard: images of a unit of work (an interrupt costs the one at hand, a kill also those being written,
+            two at most); rounded up to whole batches. None is 1024, fewer where a shard would have more than about
+            65,536 rows.
         sae: SAE directory; codes are written instead of activations, of one point and one choice of tokens.
         pool: none (codes per token) or mean (over an image's tokens), with an SAE.
     """
@@ -122,7 +123,7 @@ class HarvestConfig:
 
 @dataclass(frozen=True)
 class HarvestOptions:
-    """How it is done: nothing here changes a row.
+    """How it is done: nothing here changes which rows there are (compile changes their last bits).
 
     Attributes:
         output: directory of the stores. images: what the user called the images, for the record.
