@@ -117,7 +117,6 @@ class Tower:
         require(len(anatomy.blocks) > 0, f"{spec}: {type(model).__name__} has no transformer blocks")
         self.spec, self.anatomy, self.preprocess, self.device = spec, anatomy, preprocess, torch.device(device)
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self._description: dict[str, Any] | None = None
         self._normalisation = None if normalisation is None else normalisation.to(self.device)
 
     @property
@@ -200,11 +199,6 @@ class Tower:
 
     def description(self) -> dict[str, Any]:
         """JSON: what exactly this tower is, weights included (a hash over all of them; takes a second per gigabyte)."""
-        if self._description is None:
-            self._description = self._describe()
-        return dict(self._description)
-
-    def _describe(self) -> dict[str, Any]:
         return {
             "spec": self.spec,
             "class": type(self.model).__name__,
