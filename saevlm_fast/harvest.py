@@ -235,7 +235,8 @@ def harvest(
         ranks.barrier()
         with output_lock(job.output, exclusive=False):
             job.resume_stores()
-            job.units(on_images, interrupted)
+            with dead_workers_in_one_line():
+                job.units(on_images, interrupted)
             ranks.barrier()
             if ranks.rank == 0:
                 job.finish()
@@ -413,7 +414,7 @@ class _Harvest:
         """Every rank: opens the stores that rank 0 prepared, each rank with its own part of the index."""
         part = self.ranks.rank if self.ranks.world > 1 else None
         self.writers = [self._writer.resume(store.path, part=part) for store in self.stores]
-        self.done = frozenset.intersection(*(writer.done for writer in self.writers))
+        self.done = self.writers[0].done  # rank 0 has seen to it that all have the same
         self.skipped = [line for unit in sorted(self.done) for line in _lines(self._skipped_file(unit))]
 
     def units(self, on_images: Callable[[int, int, int], None], interrupted: threading.Event) -> None:
@@ -424,7 +425,7 @@ class _Harvest:
         pool, writing = loader_threads(1), deque[Future[None]]()
         start = time.perf_counter()
         try:
-            with dead_workers_in_one_line(), closing(self._load(mine)) as batches:
+            with closing(self._load(mine)) as batches:
                 for unit in mine:
                     while len(writing) >= _UNITS_IN_FLIGHT:
                         writing.popleft().result()
@@ -512,14 +513,13 @@ class _Harvest:
         )
 
     def _write_unit(self, unit: int, pieces: "_UnitPieces") -> None:
-        """In the writer thread: the unit's shard in every store that does not have it yet."""
+        """In the writer thread: the unit's shard in every store."""
         for event in pieces.copied:
             event.synchronize()
         if pieces.skipped:
             self._write_lines(self._skipped_file(unit), pieces.skipped)
         for store, writer, rows in zip(self.stores, self.writers, pieces.rows):
-            if unit not in writer.done:
-                self._write_shard(unit, store, writer, rows)
+            self._write_shard(unit, store, writer, rows)
 
     def _write_shard(self, unit: int, store: _Store, writer: StoreWriter, rows: list["_Rows"]) -> None:
         images = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.image_of_row for piece in rows)])
@@ -611,10 +611,13 @@ def _content(source: ImageSource, n_images: int) -> str:
 
 def sae_mismatch(sae_directory: Path, tower: Tower, point: HookPoint, tokens: Tokens | None) -> str | None:
     """What an SAE was trained on, where its record of that differs from what it is to encode: None if nothing does."""
-    source = read_sae_header(sae_directory)[0].metadata.get("source") or {}
+    source = read_sae_header(sae_directory)[0].metadata.get("source")
+    if not isinstance(source, dict):  # free-form in SAEs and stores of other makers
+        return None
     now = {"point": point.point, "layer": point.layer, "tokens": None if tokens is None else tokens.name}
     before = {name: source.get(name, value) for name, value in now.items()}
-    weights = (source.get("model") or {}).get("weights_sha256")
+    model = source.get("model")
+    weights = model.get("weights_sha256") if isinstance(model, dict) else None
     other_model = weights is not None and weights != tower.description()["weights_sha256"]
     if before == now and not other_model:
         return None

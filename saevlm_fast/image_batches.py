@@ -41,7 +41,8 @@ class _Batches(Dataset):
     def __getitem__(self, j: int) -> Batch:
         try:
             return self._batch(self.ranges[j])
-        except Exception as error:  # raised in a worker it would arrive as another kind, with a traceback in its text
+        # Raised in a worker these would arrive with a traceback in their text; what is a fault of the code is to.
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
             return Batch(None, [], [], f"{type(error).__name__}: {first_line(error)}")
 
     def _batch(self, images: range) -> Batch:
@@ -49,14 +50,18 @@ class _Batches(Dataset):
         kept: list[int] = []
         skipped: list[tuple[int, str]] = []
         waiting: list[tuple[int, Any]] = []
+        n_pixels = 0
         for i in images:
             try:
-                waiting.append((i, _checked_picture(self.source.read(i))))
+                picture = _checked_picture(self.source.read(i))
             except ImageError as error:
                 skipped.append((i, str(error)))
-            if sum(picture.width * picture.height for _, picture in waiting) > _PIXELS_AT_A_TIME:
+                continue
+            waiting.append((i, picture))
+            n_pixels += picture.width * picture.height
+            if n_pixels > _PIXELS_AT_A_TIME:
                 self._preprocess(waiting, pieces, kept, skipped)
-                waiting.clear()
+                waiting, n_pixels = [], 0
         if waiting:
             self._preprocess(waiting, pieces, kept, skipped)
         inputs = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]} if pieces else None
@@ -74,6 +79,8 @@ class _Batches(Dataset):
             pieces.append(self.preprocess([picture for _, picture in pictures]))
             kept.extend(i for i, _ in pictures)
         except (ValueError, RuntimeError) as error:
+            if "memory" in str(error):  # torch has no kind of its own for it; that is no fault of the image
+                raise
             if len(pictures) == 1:
                 skipped.append((pictures[0][0], f"preprocessing failed: {first_line(error)}"))
                 return

@@ -201,3 +201,14 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, data, sae, tm
 
 def test_usage_errors_are_exit_code_2_too():
     assert "No such option" in run("train", "--activation", "x", "--output", "y", code=2)
+
+
+def test_a_reader_that_has_gone_does_not_stop_the_work(tmp_path):
+    """As `saevlm-fast ... | head -1` does to a long run."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "saevlm_fast.cli", "synthetic", str(tmp_path / "data"), "--rows", "50"]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "data" / "embeddings.npy").is_file()

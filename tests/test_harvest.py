@@ -1,6 +1,7 @@
 """The whole way from image files to stores: rows, order, labels, skipped images, codes, interrupts, several ranks."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -456,6 +457,37 @@ def test_a_picture_that_upsets_the_preprocessing_is_skipped(tower, photos, whole
     assert len(rows_and_items(tmp_path / "out" / "projection")[0]) == N_IMAGES - 1
 
 
+def test_running_out_of_memory_is_no_fault_of_the_images(tower, photos, tmp_path, monkeypatch):
+    def exhausted(pictures):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(tower, "preprocess", Once(tower.preprocess, exhausted))
+    with pytest.raises(OSError, match="images: RuntimeError: DefaultCPUAllocator: can't allocate memory"):
+        run_harvest(tower, photos, tmp_path / "out", small_units(), max_skipped=1.0)
+
+
+class Once:
+    """Preprocessing for the blank image that the tower is tried with, and another afterwards."""
+
+    def __init__(self, first, others):
+        self.calls = iter([first])
+        self.others = others
+
+    def __call__(self, pictures):
+        return next(self.calls, self.others)(pictures)
+
+
+def test_a_worker_that_dies_ends_the_harvest_in_one_line(tower, photos, tmp_path):
+    def kill(done, total, skipped):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(30)  # until torch's handler of the child's end raises, here and not in what comes after
+
+    options = HarvestOptions(tmp_path / "out", workers=1)
+    with pytest.raises(OSError, match=r"^workers: DataLoader worker \(pid .*try fewer --workers\)$"):
+        harvest(open_images(str(photos)), tower, small_units(), options, on_images=kill)
+
+
 class Upset:
     """Preprocessing that fails for the picture whose first pixel is this."""
 
@@ -498,6 +530,9 @@ def test_an_sae_of_another_place_is_told(tower, sae_directory, tmp_path):
     point, cls = HookPoint("residual", 1), Tokens.parse("cls")
     assert sae_mismatch(sae_directory, tower, point, cls) is None  # it does not say where it is from
     sae = SparseAutoencoder.from_pretrained(sae_directory)
+    for free_form in ("somewhere", {"model": "clip"}):
+        with_metadata(sae, source=free_form).save_pretrained(tmp_path)
+        assert sae_mismatch(tmp_path, tower, point, cls) is None
     source = {"point": "residual", "layer": 1, "tokens": "random2", "model": tower.description()}
     with_metadata(sae, source=source).save_pretrained(tmp_path)
     assert sae_mismatch(tmp_path, tower, point, Tokens.parse("random:2")) is None

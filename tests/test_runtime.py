@@ -1,0 +1,15 @@
+"""What long work asks of the process: precision of products."""
+
+import pytest
+import torch
+
+from saevlm_fast.runtime import tf32_products
+
+
+@pytest.mark.parametrize(("wanted", "precision"), [(True, "tf32"), (False, "ieee")])
+def test_products_and_convolutions_have_the_precision_asked_for_and_get_theirs_back(wanted, precision):
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    with tf32_products(wanted):
+        assert [setting.fp32_precision for setting in settings] == [precision] * 2
+    assert [setting.fp32_precision for setting in settings] == before
