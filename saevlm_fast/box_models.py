@@ -1,4 +1,4 @@
-"""tiny-clip and tiny-llava before training: their configurations, their tokenizer and processors, in transformers layout.
+"""tiny-clip and tiny-llava before training: configurations, tokenizer and processors, in transformers layout.
 
 Everything is built from transformers' own classes and saved by its own save_pretrained, so the results load through
 the code path of the real CLIP and LLaVA.
@@ -31,6 +31,7 @@ def build_tokenizer(ends: bool) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN,
         additional_special_tokens=[IMAGE], model_max_length=MAX_TOKENS if ends else 512,
+        padding_side="right" if ends else "left",  # a batch of answers begins where its questions end
     )  # fmt: skip
 
 
@@ -55,7 +56,12 @@ def build_clip(attention: str = "sdpa") -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     words = vocabulary()
-    shared = {"hidden_size": _WIDTH, "intermediate_size": 4 * _WIDTH, "num_attention_heads": 4, "projection_dim": _WIDTH}
+    shared = {
+        "hidden_size": _WIDTH,
+        "intermediate_size": 4 * _WIDTH,
+        "num_attention_heads": 4,
+        "projection_dim": _WIDTH,
+    }
     vision = {**shared, "num_hidden_layers": 5, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
     text = {**shared, "num_hidden_layers": 2, "vocab_size": len(words), "max_position_embeddings": MAX_TOKENS}
     text |= {f"{name}_token_id": words.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
@@ -99,6 +105,8 @@ def build_llava(clip: Any, attention: str = "sdpa") -> Any:
     )  # fmt: skip
     llava = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
     tower = llava.model.vision_tower
-    tower.load_state_dict({name: tensor.clone() for name, tensor in clip.vision_model.state_dict().items()}, strict=False)
+    tower.load_state_dict(
+        {name: tensor.clone() for name, tensor in clip.vision_model.state_dict().items()}, strict=False
+    )
     tower.requires_grad_(False)
     return llava

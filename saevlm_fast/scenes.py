@@ -93,6 +93,10 @@ class SceneBatch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, indices: np.ndarray) -> "SceneBatch":
+        """The scenes at `indices`, in their order."""
+        return SceneBatch(self.images[indices], self.masks[indices], self.objects[indices], self.setting[indices])
+
     def captions(self) -> list[str]:
         """Every scene in words: all factors of all objects, then the background."""
         return [describe(objects, setting) for objects, setting in zip(self.objects, self.setting)]
@@ -239,7 +243,11 @@ def _background(draw: _Draws, setting: np.ndarray) -> np.ndarray:
     rgb_NC = rgb_NC + draw.between(-10, 10, 3)
     tone = np.zeros((n, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     slopes, phases, clouds = draw.between(-1, 1, 2), draw.between(0, 1, 2), draw.between(-1, 1, 49)
-    for backdrop, paint, numbers in (("fading", _fading, slopes), ("tiled", _tiled, phases), ("cloudy", _cloudy, clouds)):
+    for backdrop, paint, numbers in (
+        ("fading", _fading, slopes),
+        ("tiled", _tiled, phases),
+        ("cloudy", _cloudy, clouds),
+    ):
         chosen = setting[:, 1] == BACKDROPS.index(backdrop)
         tone[chosen] = paint(numbers[chosen])
     return rgb_NC[:, None, None, :] * (tone + 1.0)[..., None]
@@ -305,7 +313,7 @@ def _light(canvas: np.ndarray, draw: _Draws) -> None:
 
 
 def _add_noise(canvas: np.ndarray, draw: _Draws, words: np.ndarray) -> None:
-    """The sum of two uniform bytes per pixel and channel, centred; its strength (0.5 to 9 grey levels) is the scene's."""
+    """The sum of two uniform bytes per pixel and channel, centred; its strength (0.5 to 9 levels) is the scene's."""
     noise = words.astype("<u8", copy=False).view(np.uint8).reshape(len(words), 2, *canvas.shape[1:])
     strength = draw.between(0.005, 0.085, 1)[:, :, None, None]
     canvas += (noise[:, 0].astype(np.float32) + noise[:, 1] - 255.0) * strength
