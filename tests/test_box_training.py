@@ -1,0 +1,162 @@
+"""The trained models are used through transformers: what training computes must be what a user's call computes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from saevlm_fast.box_evaluation import reply, value_prompts, zero_shot
+from saevlm_fast.box_language import DESCRIBE, ONE_WORD, Question
+from saevlm_fast.box_models import build_clip, build_llava, build_tokenizer, clip_processor, llava_processor
+from saevlm_fast.box_training import (
+    _clip_scenes,
+    _conversation,
+    _publish,
+    clip_batch,
+    clip_loss,
+    llava_batch,
+    llava_loss,
+    lr_at,
+    pixels,
+    train,
+)
+from saevlm_fast.scenes import VALUES, Scenes
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    directory, clip = tmp_path_factory.mktemp("assets"), build_clip()
+    _publish(clip, clip_processor(), directory / "tiny-clip", {})
+    _publish(build_llava(clip), llava_processor(), directory / "tiny-llava", {})
+    return directory
+
+
+def test_both_models_together_are_small(assets: Path) -> None:
+    assert sum(file.stat().st_size for file in assets.rglob("*") if file.is_file()) <= 13_000_000
+
+
+def test_clip_loss_is_the_contrastive_loss_without_the_captions_that_fit(assets: Path) -> None:
+    """Pair by pair in float64, from the model and the processor that were saved."""
+    from transformers import AutoProcessor, CLIPModel
+
+    clip, processor = (
+        CLIPModel.from_pretrained(assets / "tiny-clip"),
+        AutoProcessor.from_pretrained(assets / "tiny-clip"),
+    )
+    images, tokens, scene, fit = clip_batch(processor.tokenizer, seed=0, step=3, batch_size=6)
+    texts = [processor.tokenizer.decode(ids, skip_special_tokens=True) for part in tokens for ids in part]
+    inputs = processor(text=texts, images=list(_clip_scenes(0, 3, 6).images), padding=True, return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"], images)
+    logits = clip(**inputs).logits_per_image.double()
+    losses = []
+    for m, n in enumerate(scene.tolist()):
+        texts_left = [logits[n, j] for j in range(len(texts)) if j == m or not fit[n, j]]
+        images_left = [logits[i, m] for i in range(6) if i == n or not fit[i, m]]
+        losses += [torch.stack(left).logsumexp(0) - logits[n, m] for left in (texts_left, images_left)]
+    ours = clip_loss(clip, (images, tokens, scene, fit)).double()
+    torch.testing.assert_close(ours, torch.stack(losses).mean(), rtol=0.02, atol=0.02)
+
+
+def test_llava_is_trained_on_what_a_user_calls(assets: Path) -> None:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    llava = LlavaForConditionalGeneration.from_pretrained(assets / "tiny-llava").eval()
+    processor = AutoProcessor.from_pretrained(assets / "tiny-llava")
+    batch = llava_batch(processor.tokenizer, seed=0, step=0, batch_size=3)
+    images, tokens, labels = batch
+    theirs = llava(input_ids=tokens, pixel_values=images, labels=labels).loss
+    torch.testing.assert_close(llava_loss(llava, batch).double(), theirs.double(), rtol=0.02, atol=0.02)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ONE_WORD}]}
+    chat = processor.apply_chat_template([message], add_generation_prompt=True)
+    ids = processor(text=[chat], images=list(Scenes(0).batch(0, 1).images))["input_ids"][0]
+    asked, targets = _conversation(processor.tokenizer, [Question(ONE_WORD, "star", "word")])
+    assert list(ids) == asked[:-2]
+    assert processor.tokenizer.decode(targets[-2:]) == "star <eos>"
+
+
+def test_a_reply_does_not_depend_on_its_neighbours(assets: Path) -> None:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    llava = LlavaForConditionalGeneration.from_pretrained(assets / "tiny-llava").eval()
+    processor = AutoProcessor.from_pretrained(assets / "tiny-llava")
+    images, asked = list(Scenes(0).batch(0, 2).images), [ONE_WORD, DESCRIBE]
+    alone = [reply(llava, processor, [image], [text])[0] for image, text in zip(images, asked)]
+    assert reply(llava, processor, images, asked) == alone
+
+
+def test_the_tower_is_clips_and_stays_so(assets: Path, tmp_path: Path) -> None:
+    clip = build_clip("eager")
+    llava, tokenizer = build_llava(clip, "eager"), build_tokenizer(ends=False)
+    before = llava.lm_head.weight.clone()
+    train(llava, llava_loss, lambda step: llava_batch(tokenizer, 0, step, 4), tmp_path, 2, 1e-3)
+    theirs = clip.vision_model.state_dict()
+    tower = llava.model.vision_tower.state_dict()
+    shared = [name for name in tower if name.removeprefix("vision_model.") in theirs]
+    assert len(shared) > 80
+    assert all(torch.equal(tower[name], theirs[name.removeprefix("vision_model.")]) for name in shared)
+    assert not torch.equal(llava.lm_head.weight, before)
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saevlm_fast.box_training._SAVE_EVERY", 2)
+    tokenizer, weights = build_tokenizer(ends=True), []
+
+    def run(directory: Path, fail_at: int) -> None:
+        torch.manual_seed(1)
+        model = build_clip("eager")
+
+        def batch_of(step: int):
+            if step == fail_at:
+                raise KeyboardInterrupt
+            return clip_batch(tokenizer, 0, step, 4)
+
+        train(model, clip_loss, batch_of, directory, 5, 1e-3)
+        weights.append(torch.cat([w.flatten() for w in model.parameters()]))
+
+    run(tmp_path / "unbroken", -1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", 3)
+    run(tmp_path / "broken", -1)
+    assert torch.equal(weights[0], weights[1])
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero() -> None:
+    rates = [lr_at(step, 4000, 1.0) for step in range(4000)]
+    assert rates[0] < 0.01
+    assert rates[1000] == rates[2999] == 1.0
+    assert 0 < rates[-1] < 0.01
+
+
+def test_zero_shot_of_a_model_that_knows(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings made from the labels themselves give 100 %, shuffled ones chance."""
+    scenes = Scenes(0, "test").batch(0, 300)
+    sizes = {factor: len(values) for factor, values in VALUES.items()}
+    starts = dict(zip(sizes, np.cumsum([0, *sizes.values()])))
+    known = torch.zeros(len(scenes), sum(sizes.values()))
+    for i in range(len(scenes)):
+        for factor, values in scenes.labels(i).items():
+            known[i, [starts[factor] + VALUES[factor].index(value) for value in values]] = 1
+    prompts = {text: starts[f] + v for f in VALUES for v, text in enumerate(value_prompts(f))}
+    monkeypatch.setattr(
+        "saevlm_fast.box_evaluation._image_embeddings", lambda clip, processor, images: known[: len(images)]
+    )
+    monkeypatch.setattr("saevlm_fast.box_evaluation._starts", lambda scenes: [0])
+    monkeypatch.setattr("saevlm_fast.box_evaluation._BATCH", len(scenes))
+    monkeypatch.setattr(
+        "saevlm_fast.box_evaluation._text_embeddings",
+        lambda clip, processor, texts: torch.eye(known.shape[1])[[prompts[text] for text in texts]],
+    )
+    results = zero_shot(None, None, scenes)
+    assert all(accuracy == 1 for accuracy, _ in results.values())
+    assert all(results[factor][1] == 1 for factor in ("shape", "colour", "texture", "size", "place"))
+    known[:] = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))]
+    assert zero_shot(None, None, scenes)["shape"][0] < 0.35
+
+
+def test_pixels_are_the_image_processors() -> None:
+    images = Scenes(0).batch(0, 3).images
+    torch.testing.assert_close(
+        pixels(images), clip_processor()(images=list(images), return_tensors="pt")["pixel_values"]
+    )
