@@ -5,11 +5,11 @@ import json
 import math
 from pathlib import Path
 
+from saevlm_fast.box import ASSETS, write_checksums
 from saevlm_fast.box_evaluation import answer_accuracy, zero_shot
 from saevlm_fast.files import atomic_write
 from saevlm_fast.scenes import VALUES, SceneBatch, Scenes
 
-ASSETS = Path(__file__).parent / "assets"
 RECORD = "training.json"
 _SPLITS = ("test", "novel")
 
@@ -62,6 +62,7 @@ def write_cards(assets: Path, n_scenes: int) -> None:
             with atomic_write(directory / "README.md") as temporary:
                 temporary.write_text(card.format(table=table, training=_training(directory), n_scenes=n_scenes))
             print(f"{directory}\n{table}", flush=True)
+    write_checksums(assets)
 
 
 def _measure_clip(directory: Path, scenes: dict[str, SceneBatch]) -> str:

@@ -6,6 +6,8 @@ the code path of the real CLIP and LLaVA.
 
 from typing import Any
 
+import torch
+
 from saevlm_fast.box_language import BOS, CHAT, EOS, IMAGE, PAD, UNKNOWN, vocabulary
 from saevlm_fast.scenes import IMAGE_SIZE
 
@@ -66,7 +68,10 @@ def build_clip(attention: str = "sdpa") -> Any:
     text = {**shared, "num_hidden_layers": 2, "vocab_size": len(words), "max_position_embeddings": MAX_TOKENS}
     text |= {f"{name}_token_id": words.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=_WIDTH)
-    return CLIPModel._from_config(config, attn_implementation=attention)
+    model: Any = CLIPModel._from_config(config, attn_implementation=attention)
+    # As strong as the patches they are added to; with transformers' own 0.02 places were learned three times slower.
+    torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.2)
+    return model
 
 
 def llava_processor() -> Any:

@@ -18,8 +18,12 @@ from rich.table import Column, Table
 from saevlm_fast.config import Interrupted
 
 if TYPE_CHECKING:
+    from saevlm_fast.demo import Measured
     from saevlm_fast.harvest import HarvestSummary
     from saevlm_fast.monosemanticity import ScoreSummary
+    from saevlm_fast.scene_stores import SceneStores
+
+RUNS = Path("runs")
 
 app = typer.Typer(
     add_completion=False,
@@ -171,23 +175,44 @@ def harvest(
 
 @app.command()
 def train(
-    activations: Annotated[Path, typer.Option(help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.")],
-    output: Annotated[Path, typer.Option(help="Run directory.")],
+    activations: Annotated[
+        Path | None,
+        typer.Option(
+            help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.  [default: the box's scenes]"
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/DATE-TIME]")] = None,
     architecture: Annotated[str, typer.Option(help="batch_topk, topk or matryoshka.")] = "batch_topk",
     expansion: Annotated[float | None, typer.Option(help="d_sae = expansion * d_in.  [default: 8]")] = None,
     d_sae: Annotated[int | None, typer.Option(help="Number of latents, instead of --expansion.")] = None,
-    k: Annotated[int, typer.Option(help="Latents kept per row (on average for batch_topk and matryoshka).")] = 20,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            help="Latents kept per row (on average for batch_topk and matryoshka).  [default: 20; on the box 10]"
+        ),
+    ] = None,
     groups: Annotated[
         str, typer.Option(help="Matryoshka group sizes as fractions of d_sae.")
     ] = "0.0625,0.125,0.25,0.5625",
-    steps: Annotated[int, typer.Option(help="Optimiser steps (the paper's number).")] = 110_000,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps.  [default: 110,000, as the paper; on the box 3,000]")
+    ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Rows per step; an epoch's last partial batch is dropped, fewer rows are one batch.")
-    ] = 4096,
+        int | None,
+        typer.Option(
+            help="Rows per step; an epoch's last partial batch is dropped, fewer rows are one batch.  "
+            "[default: 4096; on the box 1024]"
+        ),
+    ] = None,
     lr: Annotated[str, typer.Option(help="Learning rate; auto is 2e-4 / sqrt(d_sae / 16384).")] = "auto",
     warmup: Annotated[int | None, typer.Option(help="Warm-up steps.  [default: min(1000, steps / 10)]")] = None,
     auxk_alpha: Annotated[float, typer.Option(help="Weight of the auxiliary loss on dead latents.")] = 0.03,
-    dead_after: Annotated[int, typer.Option(help="Rows without firing after which a latent is dead.")] = 10_000_000,
+    dead_after: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows without firing after which a latent is dead.  [default: 10,000,000; on the box 200,000]"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the rows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the encoder product: float32, tf32 or bfloat16.")] = "float32",
@@ -197,12 +222,24 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --output.")] = False,
 ) -> None:
-    """Train a sparse autoencoder on activations, by the recipe of arXiv 2504.02821."""
+    """Train a sparse autoencoder on activations, by the recipe of arXiv 2504.02821.
+
+    Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache.
+    """
     from saevlm_fast.activations import open_activations
     from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions, require
+    from saevlm_fast.scene_stores import RECIPE
     from saevlm_fast.train import RunOptions
     from saevlm_fast.train import train as run_training
 
+    output = _new_run_directory() if output is None else output
+    recipe: dict[str, Any] = {"k": 20}
+    if activations is None:
+        recipe = RECIPE
+        activations = _scenes("train", device=device).activations
+        validation = validation or _scenes("test", device=device).activations
+    given = {"k": k, "steps": steps, "batch_size": batch_size, "dead_after": dead_after}
+    chosen = recipe | {name: value for name, value in given.items() if value is not None}
     data = open_activations(activations)
     held_out = open_activations(validation) if validation is not None else None
     require(d_sae is None or expansion is None, "d_sae: give either --d-sae or --expansion, not both")
@@ -210,19 +247,19 @@ def train(
     require(0 < expansion < 1e6, f"expansion: {expansion:g} must be positive and below 1e6")
     n_latents = d_sae if d_sae is not None else round(expansion * data.d)
     sizes = group_sizes_from_fractions(_fractions(groups), n_latents) if architecture == "matryoshka" else ()
-    sae_config = SAEConfig(data.d, n_latents, k, architecture, sizes)
+    sae_config = SAEConfig(data.d, n_latents, chosen.pop("k"), architecture, sizes)
     config = TrainConfig(
-        steps=steps, batch_size=batch_size, lr=None if lr == "auto" else _number("lr", lr), warmup_steps=warmup,
-        auxk_alpha=auxk_alpha, dead_after=dead_after, seed=seed, dtype=dtype,
+        lr=None if lr == "auto" else _number("lr", lr), warmup_steps=warmup, auxk_alpha=auxk_alpha, seed=seed,
+        dtype=dtype, **chosen,
     )  # fmt: skip
     options = RunOptions(output, device, log_every, checkpoint_every, resume, force)
     out.print(
-        f"{architecture} SAE {data.d} -> {n_latents}, k = {k}, on {data.n_rows:,} rows; "
-        f"{steps:,} steps of {min(batch_size, data.n_rows):,}, lr {config.peak_lr(n_latents):.3g}, {data.path}",
+        f"{architecture} SAE {data.d} -> {n_latents}, k = {sae_config.k}, on {data.n_rows:,} rows; {config.steps:,} "
+        f"steps of {min(config.batch_size, data.n_rows):,}, lr {config.peak_lr(n_latents):.3g}, {data.path}",
         highlight=False,
         soft_wrap=True,
     )
-    with TrainProgress(steps) as progress:
+    with TrainProgress(config.steps) as progress:
         _, metrics = run_training(
             data, sae_config, config, options, validation=held_out, on_log=progress.log, on_step=progress.step
         )
@@ -236,14 +273,96 @@ def train(
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for the SAEs, scores, table and picture.")] = Path("demo"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the demo in --output.  [default: go on with it]")
+    ] = False,
+) -> None:
+    """The whole way on what is in the box: scenes, SAEs, their scores against raw neurons and the truth, a picture."""
+    from saevlm_fast.contact_sheet import save_sheet
+    from saevlm_fast.demo import ARCHITECTURES, RAW, Scored, picture, train_on_scenes
+    from saevlm_fast.files import write_json_atomic
+    from saevlm_fast.monosemanticity import write_scores
+    from saevlm_fast.scene_stores import N_SCENES, RECIPE
+    from saevlm_fast.train import RunOptions
+
+    begun = time.monotonic()
+    _step(1, f"scenes through tiny-clip ({N_SCENES['train']:,} to train on, {N_SCENES['test']:,} to test on)")
+    train_on, test_on = _scenes("train", device=device), _scenes("test", device=device)
+    trained: dict[str, Any] = {RAW: (None, None)}
+    for i, architecture in enumerate(ARCHITECTURES):
+        _step(2 + i, f"training a {architecture} SAE")
+        options = RunOptions(output / architecture, device, resume=not force, force=force)
+        with TrainProgress(RECIPE["steps"]) as progress:
+            trained[architecture] = train_on_scenes(
+                architecture, train_on, test_on, options, progress.log, progress.step
+            )
+    _step(2 + len(ARCHITECTURES), "scoring every latent against images and labels, drawing the best")
+    scored = []
+    for name, (sae, _) in trained.items():
+        with _scoring_progress(N_SCENES["test"]) as advance:
+            scored.append(Scored(name, test_on, sae, advance))
+        write_scores(scored[-1].scores, output / f"scores-{name.replace(' ', '-')}.parquet")
+    table = [each.measured(metrics) for each, (_, metrics) in zip(scored, trained.values())]
+    write_json_atomic(output / "summary.json", [line.to_dict() for line in table])
+    save_sheet(picture(scored), output / "latents.png")
+    _print_demo(table, output, time.monotonic() - begun)
+
+
+def _step(number: int, what: str) -> None:
+    out.print(f"\n[{number}/4] {what}", style="bold", highlight=False, soft_wrap=True)
+
+
+def _print_demo(table: "list[Measured]", output: Path, seconds: float) -> None:
+    columns = ("latents", "defined", "explained variance", "L0", "MS mean +- std", "MS best", "purity", "MS ~ purity")
+    shown = Table("", *(Column(name, justify="right") for name in columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for line in table:
+        shown.add_row(
+            line.name, f"{line.latents:,}", f"{line.defined:,}",
+            "" if line.explained_variance is None else f"{line.explained_variance:.3f}",
+            "" if line.l0 is None else f"{line.l0:.1f}", f"{line.ms_mean:.3f} +- {line.ms_std:.3f}",
+            f"{line.ms_best:.3f}", f"{line.purity:.3f}", f"{line.correlation:.2f}",
+        )  # fmt: skip
+    out.print(shown)
+    out.print(
+        "MS: do a latent's images look alike to the model?  purity: do they share a known factor (1 - base rate is "
+        "perfect)?  MS ~ purity: rank correlation.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    names = ("latents.png", "summary.json", "scores-*.parquet", "batch_topk/", "matryoshka/")
+    out.print(
+        f"{seconds:.0f} s; wrote {', '.join(str(output / name) for name in names)}", soft_wrap=True, highlight=False
+    )
+    out.print(
+        "Look at the picture. Next, the real thing:\n  saevlm-fast harvest --model "
+        "hf:openai/clip-vit-large-patch14-336 --images imagenet/train --output clip-train --layer 22 --tokens cls",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
 @app.command("ms-score")
 def ms_score(
-    embeddings: Annotated[Path, typer.Option(help="Image embeddings, row i of image i: store or matrix file.")],
-    output: Annotated[Path, typer.Option(help="Scores: FILE.parquet, FILE.csv or FILE.json.")],
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            help="Image embeddings, row i of image i: store or matrix file.  [default: the box's test scenes]"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Scores: FILE.parquet, FILE.csv or FILE.json.  [default: SAE/scores.parquet]")
+    ] = None,
     activations: Annotated[
         Path | None, typer.Option(help="Activations, row i of image i: store or matrix file; with --sae or --raw.")
     ] = None,
-    sae: Annotated[Path | None, typer.Option(help="SAE directory (cfg.json, sae_weights.safetensors).")] = None,
+    sae: Annotated[
+        Path | None,
+        typer.Option(help="SAE directory (cfg.json, sae_weights.safetensors).  [default: the latest run below runs/]"),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Score the activations' own neurons instead of an SAE.")] = False,
     codes: Annotated[
         Path | None, typer.Option(help="Store of an SAE's codes, instead of --sae and --activations.")
@@ -253,7 +372,10 @@ def ms_score(
     batch_size: Annotated[int, typer.Option(help="Rows read and encoded at a time.")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Monosemanticity Score of every latent (or raw neuron), in one pass over the images."""
+    """Monosemanticity Score of every latent (or raw neuron), in one pass over the images.
+
+    Without arguments: of the latest run below runs/, on scenes of the box that it was not trained on.
+    """
     from saevlm_fast.activations import open_activations
     from saevlm_fast.codes import open_codes
     from saevlm_fast.config import require
@@ -262,18 +384,24 @@ def ms_score(
     from saevlm_fast.sae import SparseAutoencoder
 
     require(
-        (sae is not None) + raw + (codes is not None) == 1,
-        "sae: give either --sae DIR or --raw, with --activations, or --codes alone",
+        (sae is not None) + raw + (codes is not None) <= 1,
+        "sae: give one of --sae DIR and --raw, with --activations, or --codes alone",
     )
-    require(
-        (activations is None) == (codes is not None),
-        "activations: needed with --sae and --raw, and excluded by --codes",
-    )
-    check_scores_path(output)
+    require(activations is None or codes is None, "activations: excluded by --codes")
+    require(activations is None or sae is not None or raw, "sae: --activations needs --sae DIR or --raw")
+    if not raw and codes is None and sae is None:
+        sae = _latest_run()
+    require(output is not None or sae is not None, "output: needed with --raw and --codes")
+    output = check_scores_path(output or Path(sae or "") / "scores.parquet")
+    if activations is None and codes is None:
+        require(embeddings is None, "embeddings: --activations or --codes of the same images are needed too")
+        scenes = _scenes("test", sae, device)
+        activations, embeddings = scenes.activations, scenes.embeddings
+    require(embeddings is not None, "embeddings: needed with --activations and --codes")
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
     target = resolve_device(device)
     acts = open_codes(codes) if activations is None and codes is not None else open_activations(activations or "")
-    images = open_activations(embeddings)
+    images = open_activations(embeddings or "")
     model = SparseAutoencoder.from_pretrained(sae, device=target) if sae is not None else None
     with _scoring_progress(acts.n_rows) as advance:
         scores = score(
@@ -334,6 +462,33 @@ def _print_description(description: dict[str, Any]) -> None:
         for item in contents_rows(description):
             contents.add_row(*item)
         out.print(contents)
+
+
+def _new_run_directory() -> Path:
+    return RUNS / time.strftime("%Y-%m-%d-%H%M%S")
+
+
+def _latest_run() -> Path:
+    """The directory below runs/ whose SAE was finished last."""
+    from saevlm_fast.config import require
+    from saevlm_fast.sae import WEIGHTS_FILE
+
+    finished = sorted(RUNS.glob(f"*/{WEIGHTS_FILE}"), key=lambda file: file.stat().st_mtime)
+    require(len(finished) > 0, f"sae: no finished run below {RUNS.absolute()}; train one, or give --sae DIR")
+    out.print(f"latest run: {finished[-1].parent}", highlight=False, soft_wrap=True)
+    return finished[-1].parent
+
+
+def _scenes(split: str, sae: Path | None = None, device: str = "auto") -> "SceneStores":
+    """Activations (of the layer an SAE was trained on) and embeddings of the box's scenes, cached or harvested."""
+    from saevlm_fast.scene_stores import LAYER, N_SCENES, harvest_scenes, scenes_of_sae
+
+    layer, tokens = scenes_of_sae(sae) if sae is not None else (LAYER, "cls")
+    with HarvestProgress(0, 1) as progress:
+        say = lambda text: err.print(text, highlight=False, soft_wrap=True)  # noqa: E731
+        return harvest_scenes(
+            split, N_SCENES[split], layer, tokens, device=device, on_message=say, on_images=progress.images
+        )
 
 
 @contextmanager

@@ -7,8 +7,9 @@
     X.tar, *.tar, {000..012}   webdataset shards, read in place; id = member, or shard.tar/member of several shards
     DIR, DIR::SPLIT            datasets.save_to_disk; id = the stored path if every row has its own, else the row
     DIR, DIR::SPLIT, *.parquet Hugging Face parquet shards; id = the stored path likewise, else file.parquet/row
+    scenes:SPLIT:N[:SEED]      scenes of the box, drawn as they are read (SPLIT: train, test, novel)
 
-The sources themselves are in image_sources.py and image_tables.py.
+The sources themselves are in image_sources.py, image_tables.py and scene_images.py.
 """
 
 import functools
@@ -36,6 +37,7 @@ from saevlm_fast.image_sources import (
     walk,
 )
 from saevlm_fast.image_tables import open_parquet, open_saved_dataset
+from saevlm_fast.scene_images import PREFIX, open_scenes
 
 __all__ = ["ImageError", "ImageSource", "decode", "open_images"]
 
@@ -65,6 +67,9 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     anything that is no source: ValueError in one line. Memory and time: one pass over names, labels and offsets.
     """
     name, split = _split_of(os.fspath(path))
+    if name.startswith(PREFIX) and not os.path.exists(name):
+        refuse_split(name, split)
+        return open_scenes(name)
     if os.path.isdir(name):
         return _open_directory(name, split)
     files = sorted(set(_expand(name)))

@@ -228,6 +228,26 @@ class StreamedScore:
             similarity=self.similarity,
         )
 
+    def mean_embedding(self) -> Tensor:
+        """sum_i r_ik e_i / sum_i r_ik, [S, E] float64 on the CPU, NaN where the score is not defined.
+
+        e_i are the embeddings as they came for dot, scaled to length 1 for cosine. ValueError: rbf keeps no such sums.
+        """
+        if self.similarity == "rbf":
+            raise ValueError("similarity: rbf has no mean embedding, only cosine and dot")
+        undefined_S = self.result().status != STATUSES.index("defined")
+        sums_SE, _, _, total_S = self._shifted_sums().state
+        return (sums_SE / total_S[:, None]).cpu().masked_fill_(undefined_S[:, None], float("nan"))
+
+    def mean_of_images(self) -> Tensor:
+        """The plain mean of the images' e_i, [E] float64 on the CPU; e_i and ValueError as for mean_embedding."""
+        if self.similarity == "rbf":
+            raise ValueError("similarity: rbf has no mean embedding, only cosine and dot")
+        if self._pending:
+            self._flush()
+        sums = self._shifted_sums()
+        return (sums.unit_sum_E / sums.n_images).cpu()
+
     def _pair_sums(self) -> tuple[Tensor, Tensor]:
         low_S = self._range.low_S
         if self._sums is not None:
@@ -519,15 +539,33 @@ def score(
         ValueError: different numbers of rows, image ids (where both sides are stores) that differ, several rows of one
             image, an SAE of another width, and everything StreamedScore refuses.
     """
-    _check_sides(activations, embeddings, sae)
+    return accumulate(
+        activations, embeddings, sae, similarity=similarity, gamma=gamma, batch_rows=batch_rows, device=device,
+        on_rows=on_rows,
+    ).result()  # fmt: skip
+
+
+def accumulate(
+    activations: Activations | Codes,
+    embeddings: Activations,
+    sae: SparseAutoencoder | None = None,
+    *,
+    similarity: str = "cosine",
+    gamma: float | None = None,
+    batch_rows: int = 4096,
+    device: torch.device | str = "cpu",
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> StreamedScore:
+    """The sums behind `score`, with all images in them; arguments and errors are those of `score`."""
+    check_sides(activations, embeddings, sae)
     scores = StreamedScore(_n_latents(activations, sae), similarity, gamma, device)
     chunks: Generator[tuple[Any, ...], None, None] = activations.chunks(batch_rows)
-    ids = _checked_ids(activations, embeddings, batch_rows)
+    ids = checked_ids(batch_rows, activations, embeddings)
     with closing(chunks) as acts, closing(embeddings.chunks(batch_rows)) as images:
         for (start, *rows), (_, emb_nE), _ in zip(acts, images, ids):
             _update(scores, rows, emb_nE, sae)
             on_rows(start + len(emb_nE))
-    return scores.result()
+    return scores
 
 
 def _update(scores: StreamedScore, rows: list[Tensor], emb_nE: Tensor, sae: SparseAutoencoder | None) -> None:
@@ -548,7 +586,7 @@ def _n_latents(activations: Activations | Codes, sae: SparseAutoencoder | None) 
     return activations.d if sae is None else sae.config.d_sae
 
 
-def _check_sides(activations: Activations | Codes, embeddings: Activations, sae: SparseAutoencoder | None) -> None:
+def check_sides(activations: Activations | Codes, embeddings: Activations, sae: SparseAutoencoder | None) -> None:
     what = "codes" if isinstance(activations, Codes) else "activations"
     if embeddings.n_rows != activations.n_rows:
         for side in (activations, embeddings):
@@ -566,16 +604,15 @@ def _check_sides(activations: Activations | Codes, embeddings: Activations, sae:
     )
 
 
-def _checked_ids(activations: StoredRows, embeddings: StoredRows, n: int) -> Iterator[None]:
+def checked_ids(n: int, *sides: StoredRows) -> Iterator[None]:
     """Once for each chunk of n rows: whether the sides that are stores have one row an image, and the same images."""
-    sides = (activations, embeddings)
-    start, last = 0, [ITEM_SCHEMA.empty_table()] * 2
+    start, last = 0, [ITEM_SCHEMA.empty_table()] * len(sides)
     for tables in zip(*(side.item_chunks(n) if side.has_items else repeat(None) for side in sides)):
         for i, (side, table) in enumerate(zip(sides, tables)):
             if table is not None:
                 _check_one_row_per_image(side, pa.concat_tables([last[i], table]), start - len(last[i]))
                 last[i] = table.slice(len(table) - 1)
-        if None not in tables:
+        if len(sides) == 2 and None not in tables:
             _check_same_images(sides, [table["image"] for table in tables], start)
         start += n
         yield

@@ -133,16 +133,30 @@ class Scenes:
         Raises:
             ValueError: start negative, or n below 1.
         """
-        require(start >= 0, f"start: {start} must not be negative")
-        require(n >= 1, f"n: {n} must be at least 1")
-        blocks = [self._draw(i, min(_BLOCK, start + n - i)) for i in range(start, start + n, _BLOCK)]
+        self._check_range(start, n)
+        blocks = [self._draw(i, m) for i, m in _blocks(start, n)]
         columns = ([getattr(b, name) for b in blocks] for name in ("images", "masks", "objects", "setting"))
         return SceneBatch(*(np.concatenate(column) for column in columns))
+
+    def labels(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """objects [n, O, F] and setting [n, 3] of scenes start .. start + n - 1, without drawing them.
+
+        Raises:
+            ValueError: start negative, or n below 1.
+        """
+        self._check_range(start, n)
+        blocks = [self._truth(_Draws(self._words(i, m)[:, :_SETTING_WORDS])) for i, m in _blocks(start, n)]
+        setting, objects = (np.concatenate(column) for column in zip(*blocks))
+        return objects, setting
+
+    def _check_range(self, start: int, n: int) -> None:
+        require(start >= 0, f"start: {start} must not be negative")
+        require(n >= 1, f"n: {n} must be at least 1")
 
     def _draw(self, start: int, n: int) -> SceneBatch:
         words = self._words(start, n)
         draw = _Draws(words[:, :_SETTING_WORDS])
-        setting, objects = self._labels(draw)
+        setting, objects = self._truth(draw)
         canvas = _background(draw, setting)
         masks = np.zeros((n, MAX_OBJECTS, IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
         _paint_objects(canvas, masks, draw, objects)
@@ -158,7 +172,7 @@ class Scenes:
         generator.advance(start * (_WORDS // 4))
         return generator.random_raw(n * _WORDS).reshape(n, _WORDS)
 
-    def _labels(self, draw: "_Draws") -> tuple[np.ndarray, np.ndarray]:
+    def _truth(self, draw: "_Draws") -> tuple[np.ndarray, np.ndarray]:
         counts = draw.index(len(COUNTS))
         setting = np.stack([draw.index(len(BACKGROUNDS)), draw.index(len(BACKDROPS)), counts], axis=1)
         shape = draw.index(len(SHAPES), MAX_OBJECTS)
@@ -171,6 +185,11 @@ class Scenes:
         place = np.sort(np.where(unused, len(PLACES), place), axis=1)
         objects = np.stack([shape, colour, texture, size, place], axis=2)
         return setting, np.where(unused[:, :, None], -1, objects)
+
+
+def _blocks(start: int, n: int) -> list[tuple[int, int]]:
+    """(first, how many) of the scenes that are drawn at once."""
+    return [(i, min(_BLOCK, start + n - i)) for i in range(start, start + n, _BLOCK)]
 
 
 class _Draws:

@@ -25,12 +25,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from saevlm_fast import box
 from saevlm_fast.config import require
 from saevlm_fast.matrix_files import first_line
 from saevlm_fast.preprocess import compose_preprocess, transformers_preprocess
@@ -51,7 +52,7 @@ __all__ = [
     "wrap_transformers",
 ]
 
-SPECS = "hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE, timm:NAME[:FILE]"
+SPECS = "hf:NAME_OR_DIR (tiny-clip is in the box), open_clip:ARCH/PRETRAINED_OR_FILE, timm:NAME[:FILE]"
 OFFLINE = {
     "hf": "hf:DIR, a directory with config.json, model.safetensors and preprocessor_config.json",
     "open_clip": "open_clip:ARCH/FILE.safetensors, or open_clip:local-dir:DIR, a directory with open_clip_config.json "
@@ -60,6 +61,7 @@ OFFLINE = {
 }
 _WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 _CONNECT_SECONDS = 5
+Loaded = TypeVar("Loaded")
 
 
 def load_tower(spec: str, device: torch.device | str = "cpu", on_message: Callable[[str], None] = print) -> Tower:
@@ -77,12 +79,12 @@ def load_tower(spec: str, device: torch.device | str = "cpu", on_message: Callab
     prefix, _, name = spec.partition(":")
     loaders = {"hf": _load_transformers, "open_clip": _load_open_clip, "timm": _load_timm}
     require(prefix in loaders and name != "", f"model: {spec!r} is not one of {SPECS}")
-    with _one_line_errors(spec):
+    with one_line_errors(spec):
         return loaders[prefix](name, spec, torch.device(device), on_message)
 
 
 @contextmanager
-def _one_line_errors(spec: str) -> Iterator[None]:
+def one_line_errors(spec: str) -> Iterator[None]:
     """The libraries' own errors, which are of many kinds and several lines, as ValueErrors of one line."""
     try:
         yield
@@ -124,15 +126,24 @@ def _cached_file(repo: str, names: Sequence[str]) -> str | None:
 
 
 def _load_transformers(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> Tower:
+    return local_or_hub(name, spec, lambda source, local: _from_pretrained(source, spec, device, local), on_message)
+
+
+def local_or_hub(
+    name: str, spec: str, load: Callable[[str, bool], Loaded], on_message: Callable[[str], None]
+) -> Loaded:
+    """load(NAME_OR_DIR, whether from local files alone): a directory, a model of the box, the hub's cache, the hub."""
     if Path(name).is_dir():
         require((Path(name) / "config.json").is_file(), f"{spec}: {Path(name) / 'config.json'} is missing")
-        return _from_pretrained(name, spec, device, local=True)
+        return load(name, True)
+    if name in box.MODELS:
+        return load(str(box.model_directory(name)), True)
     require(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None, f"{spec}: no directory {name}")
     try:
-        return _from_pretrained(name, spec, device, local=True)
+        return load(name, True)
     except OSError:  # something is not in the cache
         _announce_download(spec, on_message)
-    return _from_pretrained(name, spec, device, local=False)
+    return load(name, False)
 
 
 def _from_pretrained(name: str, spec: str, device: torch.device, local: bool) -> Tower:
@@ -161,7 +172,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     if projecting is not None and hasattr(config, "projection_dim"):
         model_class, vision.projection_dim = projecting, config.projection_dim
     while True:
-        with _without_load_report():
+        with without_load_report():
             model, info = model_class.from_pretrained(
                 name, config=vision, local_files_only=local, dtype=torch.float32, weights_only=True,
                 key_mapping={r"^(?:model\.)?vision_tower\.": ""}, output_loading_info=True, **options,
@@ -181,7 +192,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """Without transformers' progress bar, and its table of weights missing (checked here) or left over (normal)."""
     from transformers.utils import logging
 
