@@ -6,7 +6,7 @@ compared with the labels, on scenes of the split `test`. What comes out is writt
 """
 
 import argparse
-import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +25,13 @@ from saevlm_fast.ground_truth import (
     common_depth,
     latent_concepts,
     spearman,
-    top_images,
 )
-from saevlm_fast.harvest import HarvestConfig, HarvestOptions, harvest
 from saevlm_fast.monosemanticity import STATUSES, MonosemanticityScores, score
+from saevlm_fast.naming import top_images
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scene_images import open_scenes, scene_labels
-from saevlm_fast.tokens import Tokens
-from saevlm_fast.tower import HookPoint
+from saevlm_fast.scene_images import scene_labels
+from saevlm_fast.scene_stores import harvest_scenes
 from saevlm_fast.train import Metrics, RunOptions, train
-from saevlm_fast.vision import load_tower
 
 # (architecture, expansion, k): width at k 10, k at expansion 4, and nested groups.
 GRID = (
@@ -74,18 +71,16 @@ class Measured:
 
 def main() -> None:
     options = parse()
-    train_split = harvest_split("train", options.train_scenes, options)
-    test_split = harvest_split("test", options.test_scenes, options)
+    train_split = scenes_of("train", options.train_scenes, options)
+    test_split = scenes_of("test", options.test_scenes, options)
     measured = [measure("raw neurons", test_split, None, {})]
     for architecture, expansion, k in GRID:
         for seed in range(options.seeds):
             config = sae_config(architecture, expansion, k, train_split)
             if (architecture, expansion, k) == CONTROL:
-                measured.append(
-                    train_one("untrained ", config, recipe(1, seed, options), train_split, test_split, options)
-                )
+                measured.append(train_one("untrained ", config, recipe(1, seed, options), train_split, test_split))
             trained = recipe(options.steps, seed, options)
-            measured.append(train_one("", config, trained, train_split, test_split, options))
+            measured.append(train_one("", config, trained, train_split, test_split))
     text = report(measured, test_split, options)
     print(text)
     with atomic_write(Path(options.output)) as temporary:
@@ -95,7 +90,6 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="markdown file")
-    parser.add_argument("--model", default="tiny-clip", help="tiny-clip of the box, or the directory of another")
     parser.add_argument("--layer", type=int, default=3, help="of the residual stream")
     parser.add_argument("--tokens", default="cls", help="cls or mean")
     parser.add_argument("--train-scenes", type=int, default=20_000)
@@ -103,20 +97,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/metric_vs_truth"), help="harvests are kept there")
     return parser.parse_args()
 
 
-def harvest_split(split: str, n: int, options: argparse.Namespace) -> Split:
-    """Harvested once: what is in the work directory is used again, and refused if it was made otherwise."""
-    print(f"harvesting {n:,} scenes of {split}", flush=True)
-    scenes, point = f"scenes:{split}:{n}", HookPoint("residual", options.layer)
-    tokens = Tokens.parse(options.tokens)
-    config = HarvestConfig((point, HookPoint("projection")), (tokens,), store_dtype="float32", batch_size=128)
-    output = options.work / f"{split}-{n}-{point.name}-{tokens.name}"
-    tower = load_tower(f"hf:{options.model}")
-    stores = harvest(open_scenes(scenes), tower, config, HarvestOptions(output, scenes, resume=True)).stores
-    activations, embeddings = (open_activations(path) for path in stores)
+def scenes_of(split: str, n: int, options: argparse.Namespace) -> Split:
+    print(f"{n:,} scenes of {split}", flush=True)
+    stores = harvest_scenes(split, n, options.layer, options.tokens)
+    activations, embeddings = open_activations(stores.activations), open_activations(stores.embeddings)
     return Split(activations, embeddings, scene_labels(activations.items()["image"].to_pylist()))
 
 
@@ -135,17 +122,12 @@ def recipe(steps: int, seed: int, options: argparse.Namespace) -> TrainConfig:
     )  # fmt: skip
 
 
-def train_one(
-    prefix: str, config: SAEConfig, settings: TrainConfig, train_split: Split, test_split: Split,
-    options: argparse.Namespace,
-) -> Measured:  # fmt: skip
-    output = options.work / "run"
-    shutil.rmtree(output, ignore_errors=True)
+def train_one(prefix: str, config: SAEConfig, settings: TrainConfig, train_split: Split, test_split: Split) -> Measured:
     started = time.monotonic()
-    sae, evaluation = train(
-        train_split.activations, config, settings,
-        RunOptions(output, device="cpu", checkpoint_every=settings.steps), validation=test_split.activations,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as output:
+        where = RunOptions(Path(output) / "run", device="cpu", checkpoint_every=settings.steps)
+        data, held_out = train_split.activations, test_split.activations
+        sae, evaluation = train(data, config, settings, where, validation=held_out)
     name = f"{prefix}{config.architecture} x{config.d_sae // config.d_in}, k {config.k}"
     found = measure(name, test_split, sae, evaluation)
     print(f"{time.monotonic() - started:5.0f} s  {' '.join(mean_rows([cells(found)]))}", flush=True)
@@ -155,7 +137,7 @@ def train_one(
 def measure(name: str, split: Split, sae: SparseAutoencoder | None, evaluation: Metrics) -> Measured:
     scores = score(split.activations, split.embeddings, sae)
     truth = latent_concepts(split.activations, *split.labels, sae)
-    depth_SF = common_depth(top_images(split.activations, sae), *split.labels)
+    depth_SF = common_depth(top_images(split.activations, range(len(scores.ms)), 16, sae), *split.labels)
     depth_S = best_factor_depth(depth_SF, chance_depth(*split.labels))
     ends = [len(scores.ms)] if sae is None else sae.config.group_ends
     return Measured(name, ends, scores, truth, depth_S, evaluation)

@@ -317,19 +317,19 @@ def _step(number: int, what: str) -> None:
 
 
 def _print_demo(table: "list[Measured]", output: Path, seconds: float) -> None:
-    columns = ("latents", "defined", "explained variance", "L0", "MS mean +- std", "MS best", "purity", "MS ~ purity")
+    columns = ("of", "EV", "L0", "MS", "best MS", "purity", "MS ~ purity")
     shown = Table("", *(Column(name, justify="right") for name in columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for line in table:
         shown.add_row(
-            line.name, f"{line.latents:,}", f"{line.defined:,}",
+            line.name, f"{line.latents:,}",
             "" if line.explained_variance is None else f"{line.explained_variance:.3f}",
             "" if line.l0 is None else f"{line.l0:.1f}", f"{line.ms_mean:.3f} +- {line.ms_std:.3f}",
             f"{line.ms_best:.3f}", f"{line.purity:.3f}", f"{line.correlation:.2f}",
         )  # fmt: skip
     out.print(shown)
     out.print(
-        "MS: do a latent's images look alike to the model?  purity: do they share a known factor (1 - base rate is "
-        "perfect)?  MS ~ purity: rank correlation.",
+        "MS: whether a latent's images look alike to the model. Purity: whether they share a known factor, above its "
+        "base rate.\nMS ~ purity: rank correlation. EV: explained variance. All on scenes that no SAE was trained on.",
         soft_wrap=True,
         highlight=False,
     )
@@ -385,19 +385,19 @@ def ms_score(
 
     require(
         (sae is not None) + raw + (codes is not None) <= 1,
-        "sae: give one of --sae DIR and --raw, with --activations, or --codes alone",
+        "sae: give either --sae DIR or --raw, with --activations, or --codes alone",
     )
     require(activations is None or codes is None, "activations: excluded by --codes")
-    require(activations is None or sae is not None or raw, "sae: --activations needs --sae DIR or --raw")
-    if not raw and codes is None and sae is None:
-        sae = _latest_run()
+    own = activations is not None or codes is not None
+    require(own == (embeddings is not None), "embeddings: needed with --activations or --codes, and only with these")
+    require(activations is None or sae is not None or raw, "sae: give either --sae DIR or --raw with --activations")
+    if not own and not raw:
+        sae = sae or _latest_run()
     require(output is not None or sae is not None, "output: needed with --raw and --codes")
     output = check_scores_path(output or Path(sae or "") / "scores.parquet")
-    if activations is None and codes is None:
-        require(embeddings is None, "embeddings: --activations or --codes of the same images are needed too")
+    if not own:
         scenes = _scenes("test", sae, device)
         activations, embeddings = scenes.activations, scenes.embeddings
-    require(embeddings is not None, "embeddings: needed with --activations and --codes")
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
     target = resolve_device(device)
     acts = open_codes(codes) if activations is None and codes is not None else open_activations(activations or "")

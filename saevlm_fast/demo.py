@@ -3,6 +3,7 @@
 Each step is one function; the command `demo` calls them in this order and shows their progress.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 RAW, ARCHITECTURES = "raw neurons", ("batch_topk", "matryoshka")
 EXPANSION, GROUPS = 8, (0.0625, 0.125, 0.25, 0.5625)
-_SHOWN = {RAW: 3, "batch_topk": 8, "matryoshka": 5}  # rows of the picture
+_TITLES = {RAW: "Raw neurons", "batch_topk": "BatchTopK SAE", "matryoshka": "Matryoshka SAE"}
+_SHOWN = {RAW: 2, "batch_topk": 7, "matryoshka": 4}  # rows of the picture
 _IMAGES, _NAMES = 10, 2  # of a row
 _ENOUGH = 20  # images on which a latent must fire to be shown
 
@@ -100,7 +102,7 @@ class Scored:
             self.name, len(ms_S), int(defined_S.sum()),
             None if metrics is None else metrics["explained_variance"], None if metrics is None else metrics["l0"],
             summary.mean, summary.std, summary.best, float(self.purity_S[defined_S].mean()),
-            spearman(ms_S[seen_S], self.purity_S[seen_S]),
+            spearman(ms_S[seen_S], self.purity_S[seen_S]) if int(seen_S.sum()) >= 2 else math.nan,
         )  # fmt: skip
 
     def section(self) -> Section:
@@ -117,8 +119,9 @@ class Scored:
         ranks = sorted(chosen.values())[: _SHOWN[self.name]]
         rows = self._rows(order[ranks].tolist(), [[name.word for name in names[i]] for i in ranks])
         unit = "neuron" if self.sae is None else "latent"
-        title = f"{self.name}: the best {len(rows)} by Monosemanticity Score, one of each name"
-        return Section(title[0].upper() + title[1:], rows, unit)
+        return Section(
+            f"{_TITLES[self.name]}: the best {len(rows)} by Monosemanticity Score, one of each name", rows, unit
+        )
 
     def _rows(self, latents: list[int], names: list[list[str]]) -> list[Row]:
         source = open_scenes(f"{PREFIX}test:{self.activations.n_rows}")

@@ -7,26 +7,25 @@ own sums hold it with p in the place of the embeddings, streamed, exact, for spa
 Shape suffixes: N images, S latents, C concepts, O objects, F factors, K images of a latent.
 """
 
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from saevlm_fast.activations import Activations
-from saevlm_fast.codes import CodeRows, Codes, codes_of_rows
+from saevlm_fast.codes import Codes
 from saevlm_fast.config import require
 from saevlm_fast.monosemanticity import accumulate
-from saevlm_fast.sae import SparseAutoencoder, evaluating
+from saevlm_fast.naming import TopImages
+from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scenes import OBJECT_FACTORS, SCENE_FACTORS, TAXONOMY, VALUES
 
 VALUE_DEPTH = 2
-N_TOP = 16  # the paper's number of images of a latent
 
 
 class Concept(NamedTuple):
@@ -135,74 +134,16 @@ def best_concepts(share_SC: Tensor, base_C: Tensor) -> LatentConcepts:
 # The most activating images, and how much they have in common -------------------------------------------------------
 
 
-def top_images(
-    activations: Activations | Codes, sae: SparseAutoencoder | None = None, n: int = N_TOP, batch_rows: int = 2048
-) -> Tensor:
-    """int64 [S, n], on the CPU: every latent's most activating images, strongest first, ties to the lower row.
-
-    Latents of an SAE or of codes have only images on which they fire; -1 where there are fewer than n.
-    """
-    best: tuple[Tensor, Tensor] | None = None
-    chunks: Generator[tuple[Any, ...], None, None] = activations.chunks(batch_rows)
-    with closing(chunks) as rows_of_chunks:
-        for start, *rows in rows_of_chunks:
-            if len(rows) == 1 and sae is None:
-                found = _top_dense(rows[0], n)
-            else:
-                codes, n_latents = _codes(activations, rows, sae)
-                found = _top_sparse(codes, n_latents, n)
-            acts_SK, images_SK = found[0], torch.where(found[1] >= 0, found[1] + start, -1)
-            best = (acts_SK, images_SK) if best is None else _merged(best, (acts_SK, images_SK), n)
-    require(best is not None, f"activations: {activations.path} has no rows")
-    return best[1]  # type: ignore[index]
-
-
-def _codes(activations: Activations | Codes, rows: list[Tensor], sae: SparseAutoencoder | None) -> tuple[CodeRows, int]:
-    if isinstance(activations, Codes):
-        return CodeRows(*rows), activations.d_sae
-    assert sae is not None
-    with evaluating(sae):
-        codes = sae.encode(rows[0].to(sae.b_dec.device, sae.b_dec.dtype))
-    return CodeRows(*(tensor.cpu() for tensor in codes_of_rows(codes))), sae.config.d_sae
-
-
-def _top_dense(acts_nS: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    acts_Sn, images_Sn = acts_nS.T.sort(dim=1, descending=True, stable=True)
-    missing = (0, max(n - acts_Sn.shape[1], 0))
-    return pad(acts_Sn[:, :n], missing, value=-torch.inf), pad(images_Sn[:, :n], missing, value=-1)
-
-
-def _top_sparse(codes: CodeRows, n_latents: int, n: int) -> tuple[Tensor, Tensor]:
-    images_M = torch.repeat_interleave(codes.row_offsets.diff())
-    acts_M, latents_M = codes.acts[: len(images_M)], codes.latents[: len(images_M)]
-    order_M = acts_M.sort(descending=True, stable=True).indices
-    order_M = order_M[latents_M[order_M].sort(stable=True).indices]  # latent by latent, the strongest first
-    acts_M, latents_M, images_M = acts_M[order_M], latents_M[order_M], images_M[order_M]
-    starts_S = pad(torch.bincount(latents_M, minlength=n_latents).cumsum(0), (1, 0))[:-1]
-    rank_M = torch.arange(len(latents_M)) - starts_S[latents_M]
-    kept_M = (rank_M < n) & (acts_M > 0)
-    at = latents_M[kept_M], rank_M[kept_M]
-    best_acts_SK = torch.full((n_latents, n), -torch.inf, dtype=acts_M.dtype)
-    best_images_SK = torch.full((n_latents, n), -1)
-    best_acts_SK[at], best_images_SK[at] = acts_M[kept_M], images_M[kept_M]
-    return best_acts_SK, best_images_SK
-
-
-def _merged(before: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
-    acts, images = torch.cat([before[0], found[0]], 1), torch.cat([before[1], found[1]], 1)
-    acts_SK, order_SK = acts.sort(dim=1, descending=True, stable=True)
-    return acts_SK[:, :n], images.gather(1, order_SK)[:, :n]
-
-
-def common_depth(images_SK: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndarray) -> Tensor:
+def common_depth(tops: Sequence[TopImages], objects_NOF: np.ndarray, setting_NF: np.ndarray) -> Tensor:
     """float64 [S, F]: how deep in each factor's taxonomy a latent's images meet, the mean over pairs of them.
 
     The paper's mean depth of the lowest common ancestor (recipe.md section 4), of images with several objects: a pair
     meets at the deepest node that both images show, 2 for a common value, 1 for a common group, 0 for neither.
 
     Args:
-        images_SK: rows of images as top_images gives them. NaN for a latent with fewer than two.
+        tops: of S latents, as naming.top_images gives them (the paper takes 16). NaN for a latent with fewer than two.
     """
+    images_SK = pad_sequence([top.images for top in tops], batch_first=True, padding_value=-1)
     present_NC = torch.from_numpy(concept_presence(objects_NOF, setting_NF))
     there_SK = images_SK >= 0
     pairs_SKK = (there_SK[:, :, None] & there_SK[:, None, :]).triu(1)
@@ -220,7 +161,7 @@ def common_depth(images_SK: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndar
 def chance_depth(objects_NOF: np.ndarray, setting_NF: np.ndarray) -> Tensor:
     """float64 [F]: common_depth of two unrelated images, over scenes 0 and 1, 2 and 3, and so on."""
     pairs_P2 = torch.arange(len(objects_NOF) // 2 * 2).view(-1, 2)
-    return common_depth(pairs_P2, objects_NOF, setting_NF).mean(0)
+    return common_depth([TopImages(pair, pair) for pair in pairs_P2], objects_NOF, setting_NF).mean(0)
 
 
 def best_factor_depth(depth_SF: Tensor, chance_F: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ from saevlm_fast.ground_truth import (
     concept_presence,
     latent_concepts,
     spearman,
-    top_images,
 )
 from saevlm_fast.monosemanticity import STATUSES, score
+from saevlm_fast.naming import TopImages, top_images
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scenes import TAXONOMY, VALUES, Scenes, taxonomy_path
 
@@ -158,23 +158,6 @@ def test_sparse_codes_and_the_sae_agree_with_the_dense_codes(tmp_path_factory, s
     ):
         torch.testing.assert_close(found.share_SC, expected_SC, rtol=1e-9, atol=1e-12, equal_nan=True)
         assert_best(found)
-    expected_SK = slow_top(codes.dense(), 4, above=0.0)
-    assert top_images(stored(x_ND), sae, 4).tolist() == expected_SK
-    assert top_images(open_codes(path), n=4, batch_rows=batch_rows).tolist() == expected_SK
-    assert top_images(stored(x_ND), n=4, batch_rows=batch_rows).tolist() == slow_top(x_ND, 4)
-
-
-def slow_top(acts_NS: torch.Tensor, n: int, above: float = -math.inf) -> list[list[int]]:
-    lists = []
-    for a_N in acts_NS.T.tolist():
-        ordered = sorted((i for i, a in enumerate(a_N) if a > above), key=lambda i: (-a_N[i], i))
-        lists.append((ordered + [-1] * n)[:n])
-    return lists
-
-
-def test_equal_activations_give_the_first_images():
-    acts_NS = torch.ones(50, 3)
-    assert top_images(stored(acts_NS), n=4, batch_rows=9).tolist() == [[0, 1, 2, 3]] * 3
 
 
 def test_concepts_that_say_nothing_are_never_the_best():
@@ -194,7 +177,8 @@ def test_common_depth_against_loops():
     generator = np.random.default_rng(0)
     images_SK = generator.integers(0, N_IMAGES, (5, 6))
     images_SK[1, 4:], images_SK[2, 2:], images_SK[3, 1:], images_SK[4] = -1, -1, -1, -1
-    found_SF = common_depth(torch.from_numpy(images_SK), OBJECTS, SETTING)
+    rows = [torch.tensor([i for i in images if i >= 0]) for images in images_SK.tolist()]
+    found_SF = common_depth([TopImages(images, images) for images in rows], OBJECTS, SETTING)
     for s, images in enumerate(images_SK.tolist()):
         for f, factor in enumerate(FACTORS):
             paths = [shown_paths(i, factor) for i in images if i >= 0]
@@ -212,7 +196,7 @@ def meeting_depth(p: tuple[str, ...], q: tuple[str, ...]) -> int:
 
 def test_the_images_of_a_value_meet_deeper_than_those_of_its_group(planted):
     acts_NS, _ = planted
-    depth_SF = common_depth(top_images(stored(acts_NS[:, : len(CONCEPTS)])), OBJECTS, SETTING)
+    depth_SF = common_depth(top_images(stored(acts_NS[:, : len(CONCEPTS)]), range(len(CONCEPTS)), 16), OBJECTS, SETTING)
     chance_F = chance_depth(OBJECTS, SETTING)
     best_S = best_factor_depth(depth_SF, chance_F)
     for factor, value, group in (

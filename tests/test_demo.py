@@ -1,0 +1,95 @@
+"""The commands without arguments: what is in the box is harvested, trained on and scored; and the demo, small."""
+
+import json
+import re
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from saevlm_fast import scene_stores
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.sae import SparseAutoencoder
+from test_cli import run
+
+SMALL = {"train": 700, "test": 400}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def small(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(cache))
+    for name, value in SMALL.items():
+        monkeypatch.setitem(scene_stores.N_SCENES, name, value)
+    for name, value in {"steps": 60, "batch_size": 128, "dead_after": 5000}.items():
+        monkeypatch.setitem(scene_stores.RECIPE, name, value)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_train_and_ms_score_need_no_arguments():
+    text = run("train")
+    assert "batch_topk SAE 128 -> 1024, k = 10, on 700 rows; 60 steps of 128" in text
+    assert "evaluation on all 400 validation rows" in text
+    directory = re.search(r"wrote (runs/\S+)", text)[1]
+    text = run("ms-score")
+    assert f"latest run: {directory}\n" in text
+    assert "(cosine, 400 images)" in text
+    assert len(pq.read_table(f"{directory}/scores.parquet")) == 1024
+    again = run("train", "--layer", "1", code=2)  # no such option of train: told, not ignored
+    assert "No such option" in again
+
+
+def test_options_overrule_the_recipe_of_the_box(tmp_path):
+    text = run("train", "--k", 5, "--steps", 20, "--batch-size", 64, "--expansion", 2, "--output", tmp_path / "sae")
+    assert "128 -> 256, k = 5, on 700 rows; 20 steps of 64" in text
+    run("ms-score", "--sae", tmp_path / "sae", "--output", tmp_path / "scores.csv")
+    assert (tmp_path / "scores.csv").is_file()
+    assert "400 images) of raw neurons" in run("ms-score", "--raw", "--output", tmp_path / "raw.json")
+
+
+def test_the_latest_run_is_the_one_that_ended_last(tmp_path):
+    assert "no finished run below" in run("ms-score", code=2)
+    (tmp_path / "runs" / "unfinished").mkdir(parents=True)
+    assert "no finished run below" in run("ms-score", code=2)
+    SparseAutoencoder(SAEConfig(8, 16, 2, "topk")).save_pretrained(tmp_path / "runs" / "of-photos")
+    text = run("ms-score", code=2)
+    assert "latest run: runs/of-photos" in text
+    assert "was not trained on the box's scenes; give --activations and --embeddings" in text
+
+
+@pytest.mark.parametrize("arguments", [["--raw"], ["--codes", "c", "--embeddings", "e"]])
+def test_scores_without_an_sae_need_an_output(arguments):
+    assert "output: needed with --raw and --codes" in run("ms-score", *arguments, code=2)
+
+
+def test_demo(tmp_path):
+    text = run("demo")
+    for part in ("[1/4] scenes", "[2/4] training a batch_topk", "[3/4] training a matryoshka", "[4/4] scoring",
+                 "raw neurons", "MS ~ purity", "wrote demo/latents.png", "saevlm-fast harvest --model"):  # fmt: skip
+        assert part in text
+    raw, batch_topk, matryoshka = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert (raw["name"], batch_topk["name"], matryoshka["name"]) == ("raw neurons", "batch_topk", "matryoshka")
+    assert (raw["latents"], batch_topk["latents"], raw["l0"]) == (128, 1024, None)
+    assert 0 < batch_topk["explained_variance"] < 1
+    with Image.open(tmp_path / "demo" / "latents.png") as picture:
+        assert picture.size[0] > 1000
+    for name, latents in (("raw-neurons", 128), ("batch_topk", 1024), ("matryoshka", 1024)):
+        assert len(pq.read_table(tmp_path / "demo" / f"scores-{name}.parquet")) == latents
+
+    # Again: nothing is trained anew, and what was lost is made again.
+    (tmp_path / "demo" / "latents.png").unlink()
+    shutil.rmtree(tmp_path / "demo" / "matryoshka")
+    text = run("demo")
+    assert text.count("step 60/60") == 1
+    assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == [raw, batch_topk, matryoshka]
+    assert (tmp_path / "demo" / "latents.png").is_file()
+
+
+def test_demo_refuses_a_run_of_other_settings(tmp_path):
+    run("train", "--output", tmp_path / "demo" / "batch_topk", "--k", 3)
+    assert "resume: k is 10, but the run was started with 3" in run("demo", code=2)
