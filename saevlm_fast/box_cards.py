@@ -18,8 +18,13 @@ _CLIP_CARD = """# tiny-clip
 A `CLIPModel` of saevlm-fast's box: 5 vision blocks and 2 text blocks of width 128, 48-pixel images in patches of 8, a
 vocabulary of whole words. It knows drawn scenes (`saevlm_fast/scenes.py`) and nothing else.
 
-Trained from scratch with the contrastive loss, two descriptions per scene; a description that happens to fit another
-scene of the batch counts neither for nor against it. {training}
+Trained from scratch with the contrastive loss: two descriptions per scene, and the shortest description of every value
+("a star"); one that happens to fit another scene of the batch counts neither for nor against it. Beside it the vision
+tower learned from linear classifiers of the factors, of the image and of the patches that an object covers; they are
+not part of the model. So its features were taught these factors: it is a ruler for interpretability methods, not an
+example of what contrast alone brings forth.
+
+{training}
 
 Again: `python -m saevlm_fast.box_training all`. This card: `python -m saevlm_fast.box_cards`.
 
@@ -38,7 +43,9 @@ A `LlavaForConditionalGeneration` of saevlm-fast's box: tiny-clip's vision tower
 block, patches only), a projector, and a Llama of 3 blocks of width 128. It describes drawn scenes
 (`saevlm_fast/scenes.py`), answers short questions about them, and can do nothing else.
 
-Trained on conversations about scenes that tiny-clip was not trained on; the loss counts the answers' words. {training}
+Trained on conversations about scenes that tiny-clip was not trained on; the loss counts the answers' words.
+
+{training}
 
 Again: `python -m saevlm_fast.box_training all`. This card: `python -m saevlm_fast.box_cards`.
 

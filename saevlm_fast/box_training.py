@@ -38,7 +38,7 @@ from saevlm_fast.files import atomic_directory, atomic_write, write_json_atomic
 from saevlm_fast.scenes import IMAGE_SIZE, OBJECT_FACTORS, SCENE_FACTORS, VALUES, SceneBatch, Scenes
 
 CHECKPOINT = "checkpoint.pt"
-_TURNS = 4  # questions on one image in a training conversation
+_TURNS = 6  # questions on one image in a training conversation
 _WARMUP = 100
 _CLIP_LR, _LLAVA_LR = 2e-3, 1e-3  # of the first, 2e-3 learned faster than 1e-3 over 100 steps
 _COVERED, _IGNORED = 0.15, -100  # the share of a patch that makes it an object's; the label of one that is nobody's
