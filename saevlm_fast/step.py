@@ -87,6 +87,10 @@ class Stepper:
         moments: Adam's first and second moments by parameter name; W_enc's are latent-major [d_sae, d_in].
         idle_S: rows seen since each latent last fired, int64.
         n_steps: steps done. bad_step: first step with a non-finite loss, -1 if none (0-d, on the device).
+
+    What changes from step to step reaches the device in `announce` alone; `device_step` reads nothing else that changes.
+    On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after `announce`;
+    but not once latents can be dead, when its shapes follow their number.
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig):
@@ -99,6 +103,8 @@ class Stepper:
         self.n_steps = 0
         self.n_rows_seen = 0
         self.workspace = Workspace()
+        self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
+        self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
@@ -109,15 +115,29 @@ class Stepper:
     @torch.no_grad()
     def step(self, x_BD: Tensor) -> StepOutput:
         """One training step on a batch [B, d_in] in normalised units."""
+        self.announce(len(x_BD))
+        return self.device_step(x_BD)
+
+    def announce(self, n_rows: int) -> None:
+        """Begin a step of n_rows rows: counters move on, and the device is told its number and Adam's schedule."""
+        self.step_index.fill_(self.n_steps)  # fill_ carries a number along with the launch: no copy, no waiting
+        self.n_steps += 1
+        self.n_rows_seen += n_rows
+        for place, value in enumerate(self._adam().schedule_values()):
+            self.adam_schedule[place].fill_(value)
+
+    @torch.no_grad()
+    def device_step(self, x_BD: Tensor) -> StepOutput:
+        """The step that was announced."""
         entries = self._encode(x_BD)
         self._track(entries, len(x_BD))
         dead_A = self._dead_latents()
         x_hat_BD, losses, gradients = loss_and_gradients(
             self.sae, x_BD, entries, dead_A, self.config.auxk_alpha, self.workspace
         )
-        self.bad_step = torch.where((self.bad_step < 0) & ~losses.overall.isfinite(), self.n_steps, self.bad_step)
+        first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
+        self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
         self._update(gradients)
-        self.n_steps += 1
         return StepOutput(losses, x_hat_BD, entries, len(dead_A))
 
     def _encode(self, x_BD: Tensor) -> Entries:
@@ -140,12 +160,12 @@ class Stepper:
     def _track(self, entries: Entries, n_rows: int) -> None:
         """Dead-latent counters and the moving threshold, as upstream: before the losses."""
         fired_S = torch.zeros_like(self.idle_S).index_add_(0, entries.latents_M, (entries.acts_M > 0).long())
-        self.idle_S = torch.where(fired_S > 0, 0, self.idle_S + n_rows)
-        self.n_rows_seen += n_rows
-        if self.n_steps > self.config.threshold_start and self.sae.config.architecture != "topk":
+        self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
+        if self.sae.config.architecture != "topk":
             smallest = smallest_positive(entries.acts_M).float()
             old, beta = self.sae.threshold, self.config.threshold_beta
-            self.sae.threshold.copy_(torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest))
+            new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
+            self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
 
     def _dead_latents(self) -> Tensor:
         """Latents that are dead after this batch. A GPU is asked for them (a synchronisation) only once some can be."""
@@ -157,13 +177,16 @@ class Stepper:
         squared_norms = [gradient.squared_norm for gradient in (*gradients.W_enc, *gradients.W_dec)]
         squared_norms += [gradients.b_enc.square().sum(), gradients.b_dec.square().sum()]
         clip = clip_coefficient(squared_norms, self.config.clip_norm)
-        lr = self.config.lr_at(self.n_steps, self.sae.config.d_sae)
-        adam = AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps + 1)
-        parameters = self.parameters()
+        adam, parameters = self._adam(), self.parameters()
         for name, rows in (("W_enc", gradients.W_enc), ("W_dec", gradients.W_dec)):
             latent_update_(parameters[name], *self.moments[name], rows, clip, adam, unit_norm=name == "W_dec")
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
+
+    def _adam(self) -> AdamSettings:
+        """Adam's settings in the announced step, the n_steps-th."""
+        lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
+        return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
 
 
 def smallest_positive(acts_M: Tensor) -> Tensor:
