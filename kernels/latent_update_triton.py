@@ -99,10 +99,11 @@ def update_row_kernel(
     m_d = o_d < d_in
     o_row = latent * d_in + o_d
     slot = tl.load(slots_ptr + latent).to(tl.int64)
-    g = tl.load(rows_ptr + slot * d_in + o_d, mask=m_d & (slot >= 0), other=0.0).to(ACC)
+    g = tl.load(rows_ptr + slot * d_in + o_d, mask=o_d < tl.where(slot >= 0, d_in, 0), other=0.0).to(ACC)
     if HAS_AUX:
         aux_slot = tl.load(aux_slots_ptr + latent).to(tl.int64)
-        g += tl.load(aux_rows_ptr + aux_slot * d_in + o_d, mask=m_d & (aux_slot >= 0), other=0.0).to(ACC)
+        m_aux = o_d < tl.where(aux_slot >= 0, d_in, 0)
+        g += tl.load(aux_rows_ptr + aux_slot * d_in + o_d, mask=m_aux, other=0.0).to(ACC)
     g *= tl.load(clip_ptr).to(ACC)  # a clip of NaN reaches every latent, as in the dense step
     w = tl.load(W_ptr + o_row, mask=m_d, other=0.0).to(ACC)
     exp_avg = tl.load(exp_avg_ptr + o_row, mask=m_d, other=0.0).to(ACC)
@@ -115,7 +116,7 @@ def update_row_kernel(
     tl.store(exp_avg_ptr + o_row, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=m_d)
     tl.store(exp_avg_sq_ptr + o_row, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=m_d)
     if HAS_COPY:
-        tl.store(copy_ptr + o_row, w.to(copy_ptr.dtype.element_ty), mask=m_d)
+        tl.store(copy_ptr + o_row, w.to(tl.float32).to(copy_ptr.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
