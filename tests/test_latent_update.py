@@ -243,7 +243,7 @@ def test_whole_steps_with_row_kernels_are_the_dense_steps(monkeypatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("the tensors are on the CPU: only the interpreter takes them")
     d_sae = 17
-    stepper, dense, data = make("batch_topk", d_in=12, d_sae=d_sae, k=1, dead_after=60)
+    stepper, dense, data = make("batch_topk", d_in=12, d_sae=d_sae, k=1, dead_after=60, dtype=torch.float64)
 
     def gradient_rows(*args, out_AD=None):
         return RowKernels.gradient_rows(*args[:5], *args[5:6], d_sae=d_sae)
@@ -255,11 +255,11 @@ def test_whole_steps_with_row_kernels_are_the_dense_steps(monkeypatch) -> None:
     for start in range(0, 4 * 31, 31):
         x = data[start : start + 31]
         output = stepper.step(x)
-        assert float(output.losses.overall) == pytest.approx(dense.step(x), rel=1e-5)
+        assert float(output.losses.overall) == pytest.approx(dense.step(x), rel=1e-11)
         n_dead.append(output.n_dead)
     assert max(n_dead) > 0 and min(n_dead) == 0
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        torch.testing.assert_close(getattr(stepper.sae, name), getattr(dense, name), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(getattr(stepper.sae, name), getattr(dense, name), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("unit", [False, True])
