@@ -85,9 +85,14 @@ def gradient_rows(
 
 
 def dense_gradient_rows(latents_A: Tensor | None, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
-    """The same for rows that are already there (the auxiliary loss); projected in place."""
+    """The same for rows that are already there (the auxiliary loss); projected in place.
+
+    On a GPU, latents_A may end in padding: latents of S with zero rows.
+    """
     if unit_rows_SD is not None:
-        _remove_parallel_(rows_AD, unit_rows_SD if latents_A is None else unit_rows_SD[latents_A])
+        if latents_A is not None:
+            unit_rows_SD = unit_rows_SD[latents_A.clamp(max=len(unit_rows_SD) - 1)]
+        _remove_parallel_(rows_AD, unit_rows_SD)
     return RowGradient(latents_A, rows_AD, torch.linalg.vector_norm(rows_AD).square())
 
 
@@ -113,7 +118,7 @@ def latent_update_(
         clip: 0-d factor from `clip_coefficient`.
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
-        copy_SD: on a GPU, the new W in another dtype is written here in the same pass.
+        copy_SD: the new W, in the dtype of the encoder's product, is written here in the same pass.
     """
     if W_SD.is_cuda:
         rows_CD, slots_S, *aux = _slotted(gradients, len(W_SD))
@@ -134,12 +139,15 @@ def latent_update_(
         adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, clip, adam)
         if unit_norm:
             w_SD.mul_((torch.linalg.vecdot(w_SD, w_SD).sqrt_() + eps).reciprocal_()[:, None])
+        if copy_SD is not None:
+            copy_SD[start:stop] = w_SD
 
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
     """One fused Adam step with the gradient times clip, in place (the gradient too): torch.optim.Adam(fused=True)."""
     if p.is_cuda:
-        return vector_update_op(p, exp_avg, exp_avg_sq, gradient, clip, adam.schedule, list(adam.betas), adam.eps)
+        vector_update_op(p, exp_avg, exp_avg_sq, gradient, clip, adam.schedule, list(adam.betas), adam.eps)
+        return
     step = torch.full((), float(adam.step))
     torch._fused_adam_(
         [p], [gradient.mul_(clip)], [exp_avg], [exp_avg_sq], [], [step],
@@ -174,8 +182,8 @@ def latent_slots(latents_A: Tensor | None, n_latents: int) -> Tensor:
     """int32 [n_latents]: the position of every latent in latents_A, -1 if it is not there."""
     assert latents_A is not None, "on a GPU, rows come with slots or latents"
     positions_A = torch.arange(len(latents_A), dtype=torch.int32, device=latents_A.device)
-    slots_S = torch.full((n_latents,), -1, dtype=torch.int32, device=latents_A.device)
-    return slots_S.scatter_(0, latents_A, positions_A)
+    slots_S1 = torch.full((n_latents + 1,), -1, dtype=torch.int32, device=latents_A.device)  # the last is for padding
+    return slots_S1.scatter_(0, latents_A, positions_A)[:n_latents]
 
 
 # --- custom ops: the row kernels of a GPU ----------------------------------------------------------------------------
@@ -222,7 +230,7 @@ def latent_update_op(
     aux_rows_AD: Tensor | None, aux_slots_S: Tensor | None, clip: Tensor, schedule: Tensor, betas: list[float],
     eps: float, unit_norm: bool, copy_SD: Tensor | None,
 ) -> None:  # fmt: skip
-    """Adam on clip * (rows[slots] + aux_rows[aux_slots]), a slot of -1 being a zero row; then unit norm and the copy."""
+    """Adam on clip * (rows[slots] + aux_rows[aux_slots]), slot -1 being a zero row; then unit norm and the copy."""
     from .latent_update_triton import launch_latent_update
 
     with torch.cuda.device_of(W_SD):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from test_segment_sum import poison  # noqa: F401
+from test_step import make
 from torch import Tensor
 
 import saevlm_fast.step as step_module
@@ -19,8 +21,6 @@ from saevlm_fast.kernels.latent_update import (
 from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent
 from sparse_codes import assert_near_truth, random_codes, segment_sum_magnitude
 from static_compile import TARGETS, Case, assert_no_spills
-from test_segment_sum import poison  # noqa: F401
-from test_step import make
 
 BETAS, EPS, LR, CLIP_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 # rows, k, d_sae, d_in. Latent 0 fires in nearly every row, k = 1 leaves all others without an entry.
@@ -186,11 +186,15 @@ def test_a_bad_gradient_reaches_every_parameter(device, bad: float) -> None:
     fired = torch.zeros(11, dtype=torch.bool)
     latent_of = torch.repeat_interleave(torch.arange(11), offsets_S1.diff())
     fired[latent_of[ids_M[: len(latent_of)] == 3]] = True
-    assert bool(fired.any()) and not bool(fired.all())
+    assert bool(fired.any())
+    assert not bool(fired.all())
     W_dec, W_enc, bias = (p.cpu() for p in trained.parameters.values())
-    assert bool(W_dec[fired].isnan().all()) and bool(W_enc[fired][:, 5].isnan().all())
+    assert bool(W_dec[fired].isnan().all())
+    assert bool(W_enc[fired][:, 5].isnan().all())
     if bad != bad:
-        assert bool(W_dec.isnan().all()) and bool(W_enc.isnan().all()) and bool(bias.isnan().all())
+        assert bool(W_dec.isnan().all())
+        assert bool(W_enc.isnan().all())
+        assert bool(bias.isnan().all())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -257,7 +261,8 @@ def test_whole_steps_with_row_kernels_are_the_dense_steps(monkeypatch) -> None:
         output = stepper.step(x)
         assert float(output.losses.overall) == pytest.approx(dense.step(x), rel=1e-11)
         n_dead.append(output.n_dead)
-    assert max(n_dead) > 0 and min(n_dead) == 0
+    assert max(n_dead) > 0
+    assert min(n_dead) == 0
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         torch.testing.assert_close(getattr(stepper.sae, name), getattr(dense, name), atol=1e-9, rtol=1e-9)
 
@@ -299,6 +304,46 @@ def test_opcheck() -> None:
     copy_SD = torch.zeros(11, 24, dtype=torch.bfloat16)
     torch.library.opcheck(latent_update_op, (*state, rows_CD, slots_S, *aux, *numbers, False, copy_SD))
     torch.library.opcheck(vector_update_op, (*(t[0].clone() for t in state), torch.rand(24), *numbers))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("unit", [False, True], ids=["W_enc", "W_dec"])
+def test_gpu_update_at_the_real_shape(device, unit: bool) -> None:
+    """4096 rows, 65536 latents, one of them in nearly every row: float64 as the truth, repeated, no synchronisation."""
+    n_rows, d_sae, d_in = 4096, 65536, 1024
+    acts, latents, row_offsets = random_codes(n_rows, 20, d_sae, "csr", torch.float32)
+    acts, latents, row_offsets = acts.nan_to_num().to(device), latents.to(device), row_offsets.to(device)
+    W_SD = torch.nn.functional.normalize(torch.randn(d_sae, d_in, device=device), dim=1)
+    source_BD = torch.randn(n_rows, d_in, device=device)
+    clip, adam = torch.tensor(0.3, device=device), settings(3, device)
+    order_M, offsets_S1 = group_by_latent(latents, row_offsets, d_sae)
+    rows_M = entry_rows(latents, row_offsets).clamp(max=n_rows - 1)[order_M]
+    inputs = acts[order_M], rows_M, offsets_S1, source_BD, W_SD if unit else None
+    results = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            state = W_SD.clone(), torch.full_like(W_SD, 1e-3), torch.full_like(W_SD, 1e-3)
+            rows_CD, slots_S, squared_norms_S = latent_gradient_op(*inputs)
+            latent_update_op(
+                *state, rows_CD, slots_S, None, None, clip, adam.schedule, list(BETAS), EPS, unit, None
+            )  # fmt: skip
+            results.append((*state, squared_norms_S))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for first, second in zip(*results):
+        assert torch.equal(first, second)
+    end = int(offsets_S1[-1])
+    g_SD = torch.zeros(d_sae, d_in, device=device, dtype=torch.float64)
+    latent_of = torch.repeat_interleave(torch.arange(d_sae, device=device), offsets_S1.diff())
+    g_SD.index_add_(0, latent_of, acts[order_M][:end, None].double() * source_BD[rows_M[:end]].double())
+    if unit:
+        g_SD -= (g_SD * W_SD.double()).sum(1, keepdim=True) * W_SD.double()
+    torch.testing.assert_close(results[0][3].double(), g_SD.square().sum(1), rtol=1e-4, atol=1e-4)
+    moments = torch.full_like(g_SD, 1e-3)
+    truth = reference.latent_update(W_SD.double(), moments, moments, g_SD, 0.3, LR, BETAS, EPS, 3, unit)
+    for out, expected in zip(results[0], truth):
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
