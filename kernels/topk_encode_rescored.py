@@ -9,7 +9,8 @@
 Guaranteed: acts are float32 values, and the codes are exactly the float32 top k of the candidates, ties to the lower
 latent. Not guaranteed: that every member of the float32 top k of all latents is a candidate. One is missed only if
 c - k or more others, each smaller in float32, are proposed before it, so all of them lie within two errors of the low
-product of it. No bound on that error is checked. Zero activations that fill a row may be at other latents.
+product of it. No bound on that error is checked. An activation that is positive in float32 and not in the low product
+is no candidate of BatchTopK, where zeros never compete. Zero activations that fill a row may be at other latents.
 """
 
 import torch
