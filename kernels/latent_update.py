@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_cpu
+from saevlm_fast.kernels.segment_sum import check, segment_sum, segment_sum_cpu
 
 _BLOCK_BYTES = 2 << 20  # of one block of rows on the CPU
 
@@ -121,6 +121,8 @@ def latent_update_(
         copy_SD: the new W, in the dtype of the encoder's product, is written here in the same pass.
     """
     if W_SD.is_cuda:
+        for name, tensor in (("W", W_SD), ("exp_avg", exp_avg_SD), ("exp_avg_sq", exp_avg_sq_SD)):
+            check(tensor.is_contiguous(), f"{name}: strides {tensor.stride()}, must be contiguous")
         rows_CD, slots_S, *aux = _slotted(gradients, len(W_SD))
         latent_update_op(
             W_SD, exp_avg_SD, exp_avg_sq_SD, rows_CD, slots_S, *(aux or (None, None)), clip, adam.schedule,

@@ -164,6 +164,7 @@ def launch_latent_gradient(
     """Allocates (rows [min(S, M), D], slots_S, squared_norms_S) and fills the rows of active latents."""
     d_sae, d_in = offsets_S1.numel() - 1, source_RD.shape[1]
     weights_M, ids_M, offsets_S1 = weights_M.contiguous(), ids_M.contiguous(), offsets_S1.contiguous()
+    source_RD = source_RD.contiguous()
     sum_dtype, ACC = accumulator(source_RD.dtype)
     active_S = offsets_S1[1:] > offsets_S1[:-1]
     slots_S = torch.where(active_S, active_S.cumsum(0) - 1, -1).to(torch.int32)
