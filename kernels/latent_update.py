@@ -7,36 +7,52 @@ Equals, for a weight matrix W [S, D] whose row s belongs to latent s, with w_hat
     g *= min(1, clip_norm / (global_norm + 1e-6))                                    # over all parameters
     Adam(W, g);  W /= W.norm(dim=1, keepdim=True)                                    # unit norm: decoder only
 
-in two passes over blocks of rows: small enough to stay in cache on the CPU, one block on a GPU. The first makes the
-gradient (on the CPU of active latents only), projects it and takes its norm while it is hot; the second walks all of W,
-because Adam moves every latent: 24 bytes a parameter, the floor of a training step beside the encoder's GEMM.
+in two passes. The first makes the gradient of active latents only, projects it and takes its norm while it is hot; the
+second walks all of W, because Adam moves every latent: 24 bytes a parameter, the floor of a training step beside the
+encoder's GEMM. On the CPU both go by blocks of rows that stay in cache; on a GPU a program owns a row, and the ops
+`latent_gradient` and `latent_update` launch them (latent_update_triton.py). What changes from step to step is read from
+the device there, and nothing is asked of it: the update can be captured in a CUDA graph.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saevlm_fast.kernels.segment_sum import segment_sum
+from saevlm_fast.kernels.segment_sum import check, segment_sum, segment_sum_cpu
 
 _BLOCK_BYTES = 2 << 20  # of one block of rows on the CPU
 
 
 class RowGradient(NamedTuple):
-    """Compact gradient of a [S, D] matrix: rows_AD belong to the ascending, distinct latents_A; None means all S."""
+    """Compact gradient of a [S, D] matrix: rows_AD belong to the ascending, distinct latents_A; None means all S.
+
+    On a GPU, where asking how many latents are active would stall the device, slots_S may stand for latents_A: the row
+    of every latent, int32, -1 for none. Rows that no slot names are undefined.
+    """
 
     latents_A: Tensor | None
     rows_AD: Tensor
     squared_norm: Tensor
+    slots_S: Tensor | None = None
 
 
 class AdamSettings(NamedTuple):
-    """lr and the constants of Adam (Kingma and Ba 2015); `step` is 1-based for the bias correction."""
+    """lr and the constants of Adam (Kingma and Ba 2015); `step` is 1-based for the bias correction.
+
+    schedule is for a GPU, which reads it instead of lr and step: float64 [2], filled with `schedule_values`.
+    """
 
     lr: float
     betas: tuple[float, float]
     eps: float
     step: int
+    schedule: Tensor | None = None
+
+    def schedule_values(self) -> tuple[float, float]:
+        """(lr / bias correction of the mean, square root of that of the squares)."""
+        return self.lr / (1 - self.betas[0] ** self.step), math.sqrt(1 - self.betas[1] ** self.step)
 
 
 def gradient_rows(
@@ -51,9 +67,10 @@ def gradient_rows(
             renormalised after every step, so that component could only be undone (recipe.md section 2).
         out_AD: where the rows go; fresh memory otherwise (whose first touch costs ten times the write).
     """
-    if source_RD.is_cuda:  # one block, which is the result itself
-        rows_AD = segment_sum(weights_M, ids_M, offsets_A1, source_RD)
-        return dense_gradient_rows(latents_A, rows_AD, unit_rows_SD)
+    if source_RD.is_cuda:
+        assert latents_A is None, "a GPU takes a segment for every latent, and finds the active ones itself"
+        rows_CD, slots_S, squared_norms_S = latent_gradient_op(weights_M, ids_M, offsets_A1, source_RD, unit_rows_SD)
+        return RowGradient(None, rows_CD, squared_norms_S.sum(), slots_S)
     n_rows, width = len(offsets_A1) - 1, source_RD.shape[1]
     out_AD = source_RD.new_empty(n_rows, width) if out_AD is None else out_AD
     squared_norm = source_RD.new_zeros(())
@@ -68,9 +85,14 @@ def gradient_rows(
 
 
 def dense_gradient_rows(latents_A: Tensor | None, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
-    """The same for rows that are already there (the auxiliary loss); projected in place."""
+    """The same for rows that are already there (the auxiliary loss); projected in place.
+
+    On a GPU, latents_A may end in padding: latents of S with zero rows.
+    """
     if unit_rows_SD is not None:
-        _remove_parallel_(rows_AD, unit_rows_SD if latents_A is None else unit_rows_SD[latents_A])
+        if latents_A is not None:
+            unit_rows_SD = unit_rows_SD[latents_A.clamp(max=len(unit_rows_SD) - 1)]
+        _remove_parallel_(rows_AD, unit_rows_SD)
     return RowGradient(latents_A, rows_AD, torch.linalg.vector_norm(rows_AD).square())
 
 
@@ -85,17 +107,28 @@ def clip_coefficient(squared_norms: list[Tensor], clip_norm: float) -> Tensor:
 
 def latent_update_(
     W_SD: Tensor, exp_avg_SD: Tensor, exp_avg_sq_SD: Tensor, gradients: list[RowGradient], clip: Tensor,
-    adam: AdamSettings, unit_norm: bool,
+    adam: AdamSettings, unit_norm: bool, copy_SD: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Clip, Adam and (for the decoder) unit row norm over all S latents, in place.
 
     Args:
         W_SD, exp_avg_SD, exp_avg_sq_SD: contiguous weights and Adam moments.
         gradients: gradients that add up to the gradient of W; one with all S rows comes first and is overwritten.
+            On a GPU: that of `gradient_rows` and at most one of `dense_gradient_rows` (the auxiliary loss).
         clip: 0-d factor from `clip_coefficient`.
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
+        copy_SD: the new W, in the dtype of the encoder's product, is written here in the same pass.
     """
+    if W_SD.is_cuda:
+        for name, tensor in (("W", W_SD), ("exp_avg", exp_avg_SD), ("exp_avg_sq", exp_avg_sq_SD)):
+            check(tensor.is_contiguous(), f"{name}: strides {tensor.stride()}, must be contiguous")
+        rows_CD, slots_S, *aux = _slotted(gradients, len(W_SD))
+        latent_update_op(
+            W_SD, exp_avg_SD, exp_avg_sq_SD, rows_CD, slots_S, *(aux or (None, None)), clip, adam.schedule,
+            list(adam.betas), adam.eps, unit_norm, copy_SD,
+        )  # fmt: skip
+        return
     eps = torch.finfo(W_SD.dtype).eps
     ready = gradients[0].latents_A is None  # a row for every latent: no block is put together, it is used up in place
     blocks = _blocks(W_SD)
@@ -108,11 +141,16 @@ def latent_update_(
         adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, clip, adam)
         if unit_norm:
             w_SD.mul_((torch.linalg.vecdot(w_SD, w_SD).sqrt_() + eps).reciprocal_()[:, None])
+        if copy_SD is not None:
+            copy_SD[start:stop] = w_SD
 
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
     """One fused Adam step with the gradient times clip, in place (the gradient too): torch.optim.Adam(fused=True)."""
-    step = torch.full((), float(adam.step), device=p.device)  # torch.tensor would wait for a GPU
+    if p.is_cuda:
+        vector_update_op(p, exp_avg, exp_avg_sq, gradient, clip, adam.schedule, list(adam.betas), adam.eps)
+        return
+    step = torch.full((), float(adam.step))
     torch._fused_adam_(
         [p], [gradient.mul_(clip)], [exp_avg], [exp_avg_sq], [], [step],
         lr=adam.lr, beta1=adam.betas[0], beta2=adam.betas[1], weight_decay=0.0, eps=adam.eps,
@@ -121,17 +159,130 @@ def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip
 
 
 def _add_rows_(g_SD: Tensor, gradient: RowGradient, start: int, stop: int) -> None:
-    latents_A, rows_AD, _ = gradient
+    latents_A = gradient.latents_A
     assert latents_A is not None
-    low, high = 0, len(latents_A)
-    if not g_SD.is_cuda:  # on a GPU there is one block, and asking would stall the device
-        low, high = torch.searchsorted(latents_A, torch.tensor([start, stop])).tolist()
-    g_SD.index_add_(0, latents_A[low:high] - start, rows_AD[low:high])
+    low, high = torch.searchsorted(latents_A, torch.tensor([start, stop])).tolist()
+    g_SD.index_add_(0, latents_A[low:high] - start, gradient.rows_AD[low:high])
 
 
 def _blocks(rows: Tensor) -> list[tuple[int, int]]:
-    """Row ranges: one on a GPU, cache-sized ones on the CPU."""
+    """Row ranges that stay in cache."""
     n_rows = rows.shape[0]
-    size = n_rows if rows.is_cuda else _BLOCK_BYTES // max(1, rows.shape[1] * rows.element_size())
-    size = max(1, size)
+    size = max(1, _BLOCK_BYTES // max(1, rows.shape[1] * rows.element_size()))
     return [(start, min(start + size, n_rows)) for start in range(0, max(n_rows, 1), size)]
+
+
+def _slotted(gradients: list[RowGradient], n_latents: int) -> list[Tensor]:
+    """rows and slots of every gradient, in one list."""
+    slotted: list[Tensor] = []
+    for latents_A, rows_AD, _, slots_S in gradients:
+        slotted += [rows_AD, latent_slots(latents_A, n_latents) if slots_S is None else slots_S]
+    return slotted
+
+
+def latent_slots(latents_A: Tensor | None, n_latents: int) -> Tensor:
+    """int32 [n_latents]: the position of every latent in latents_A, -1 if it is not there."""
+    assert latents_A is not None, "on a GPU, rows come with slots or latents"
+    positions_A = torch.arange(len(latents_A), dtype=torch.int32, device=latents_A.device)
+    slots_S1 = torch.full((n_latents + 1,), -1, dtype=torch.int32, device=latents_A.device)  # the last is for padding
+    return slots_S1.scatter_(0, latents_A, positions_A)[:n_latents]
+
+
+# --- custom ops: the row kernels of a GPU ----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("saevlm_fast::latent_gradient", mutates_args=(), device_types="cuda")
+def latent_gradient_op(
+    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows [min(S, M), D], slots int32 [S], squared norms [S]): see RowGradient. Segment s belongs to latent s."""
+    from .latent_update_triton import launch_latent_gradient
+
+    with torch.cuda.device_of(source_RD):  # Triton launches on the current device
+        return launch_latent_gradient(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD)
+
+
+@latent_gradient_op.register_kernel("cpu")
+def latent_gradient_cpu(
+    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    g_SD = segment_sum_cpu(weights_M, ids_M, offsets_S1, source_RD)
+    if unit_rows_SD is not None:
+        _remove_parallel_(g_SD, unit_rows_SD)
+    active_A = torch.nonzero(offsets_S1.diff()).squeeze(1)
+    rows_CD = g_SD.new_zeros(min(len(g_SD), len(weights_M)), g_SD.shape[1])
+    rows_CD[: len(active_A)] = g_SD[active_A]
+    return rows_CD, latent_slots(active_A, len(g_SD)), torch.linalg.vecdot(g_SD, g_SD)
+
+
+@latent_gradient_op.register_fake
+def latent_gradient_fake(
+    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_sae = offsets_S1.shape[0] - 1
+    rows_CD = source_RD.new_empty(min(d_sae, weights_M.shape[0]), source_RD.shape[1])
+    return rows_CD, offsets_S1.new_empty(d_sae, dtype=torch.int32), source_RD.new_empty(d_sae)
+
+
+@torch.library.custom_op(
+    "saevlm_fast::latent_update", mutates_args=("W_SD", "exp_avg_SD", "exp_avg_sq_SD", "copy_SD"), device_types="cuda"
+)
+def latent_update_op(
+    W_SD: Tensor, exp_avg_SD: Tensor, exp_avg_sq_SD: Tensor, rows_CD: Tensor, slots_S: Tensor,
+    aux_rows_AD: Tensor | None, aux_slots_S: Tensor | None, clip: Tensor, schedule: Tensor, betas: list[float],
+    eps: float, unit_norm: bool, copy_SD: Tensor | None,
+) -> None:  # fmt: skip
+    """Adam on clip * (rows[slots] + aux_rows[aux_slots]), slot -1 being a zero row; then unit norm and the copy."""
+    from .latent_update_triton import launch_latent_update
+
+    with torch.cuda.device_of(W_SD):
+        launch_latent_update(
+            W_SD, exp_avg_SD, exp_avg_sq_SD, rows_CD, slots_S, aux_rows_AD, aux_slots_S, clip, schedule,
+            (betas[0], betas[1]), eps, unit_norm, copy_SD,
+        )  # fmt: skip
+
+
+@latent_update_op.register_kernel("cpu")
+def latent_update_cpu(
+    W_SD: Tensor, exp_avg_SD: Tensor, exp_avg_sq_SD: Tensor, rows_CD: Tensor, slots_S: Tensor,
+    aux_rows_AD: Tensor | None, aux_slots_S: Tensor | None, clip: Tensor, schedule: Tensor, betas: list[float],
+    eps: float, unit_norm: bool, copy_SD: Tensor | None,
+) -> None:  # fmt: skip
+    g_SD = torch.zeros_like(W_SD)
+    for rows, slots in ((rows_CD, slots_S), (aux_rows_AD, aux_slots_S)):
+        if rows is not None and slots is not None:
+            latents = torch.nonzero(slots >= 0).squeeze(1)
+            g_SD[latents] += rows[slots[latents].long()]
+    vector_update_cpu(W_SD, exp_avg_SD, exp_avg_sq_SD, g_SD, clip, schedule, betas, eps)
+    if unit_norm:
+        W_SD.mul_((torch.linalg.vecdot(W_SD, W_SD).sqrt_() + torch.finfo(W_SD.dtype).eps).reciprocal_()[:, None])
+    if copy_SD is not None:
+        copy_SD.copy_(W_SD)
+
+
+@torch.library.custom_op(
+    "saevlm_fast::vector_update", mutates_args=("p_N", "exp_avg_N", "exp_avg_sq_N"), device_types="cuda"
+)
+def vector_update_op(
+    p_N: Tensor, exp_avg_N: Tensor, exp_avg_sq_N: Tensor, gradient_N: Tensor, clip: Tensor, schedule: Tensor,
+    betas: list[float], eps: float,
+) -> None:  # fmt: skip
+    """Adam on clip * gradient, element by element: the biases."""
+    from .latent_update_triton import launch_vector_update
+
+    with torch.cuda.device_of(p_N):
+        launch_vector_update(
+            p_N, exp_avg_N, exp_avg_sq_N, gradient_N, clip, schedule, (betas[0], betas[1]), eps
+        )  # fmt: skip
+
+
+@vector_update_op.register_kernel("cpu")
+def vector_update_cpu(
+    p_N: Tensor, exp_avg_N: Tensor, exp_avg_sq_N: Tensor, gradient_N: Tensor, clip: Tensor, schedule: Tensor,
+    betas: list[float], eps: float,
+) -> None:  # fmt: skip
+    g_N = gradient_N * clip
+    exp_avg_N.mul_(betas[0]).add_(g_N, alpha=1 - betas[0])
+    exp_avg_sq_N.mul_(betas[1]).addcmul_(g_N, g_N, value=1 - betas[1])
+    step_size, bias2_sqrt = schedule.to(p_N.dtype)
+    p_N.sub_(step_size * exp_avg_N / (exp_avg_sq_N.sqrt() / bias2_sqrt + eps))

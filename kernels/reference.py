@@ -125,6 +125,24 @@ def gather_dot(g_BD: Tensor, latents: Tensor, row_offsets: Tensor | None, W_SD: 
     return out.view(latents.shape)
 
 
+def latent_gradient(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD: Tensor | None) -> Tensor:
+    """[S, D] segment sums, without their components along the unit rows if these are given."""
+    g_SD = segment_sum(weights_M, ids_M, offsets_S1, source_RD)
+    if unit_rows_SD is not None:
+        g_SD = g_SD - (g_SD * unit_rows_SD).sum(1, keepdim=True) * unit_rows_SD
+    return g_SD
+
+
+def latent_update(
+    W, exp_avg, exp_avg_sq, g, clip, lr: float, betas: tuple[float, float], eps: float, step: int, unit_norm: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(W, exp_avg, exp_avg_sq) after one step of Adam (Kingma and Ba 2015) on clip * g; step is 1-based."""
+    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * clip * g
+    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * (clip * g) ** 2
+    W = W - lr * (exp_avg / (1 - betas[0] ** step)) / ((exp_avg_sq / (1 - betas[1] ** step)).sqrt() + eps)
+    return W / W.norm(dim=1, keepdim=True) if unit_norm else W, exp_avg, exp_avg_sq
+
+
 def similarity_matrix(emb_IE: Tensor, emb_JE: Tensor, similarity: str, gamma: float | None = None) -> Tensor:
     """s_ij between two blocks of embeddings: cosine, dot, or rbf exp(-gamma |e_i - e_j|^2), gamma 1 / E by default."""
     if similarity == "cosine":

@@ -61,6 +61,38 @@ def whole_chunk_kernel(
 
 
 @triton.jit
+def segment_total(
+    weights_ptr,
+    ids_ptr,
+    source_ptr,
+    partials_ptr,
+    start,
+    end,
+    d_in,
+    o_d,
+    m_d,
+    CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """[BLOCK_D] of the sum over entries start:end: head entries, partial sums of the chunks wholly inside, tail."""
+    first_chunk = (start + CHUNK - 1) // CHUNK
+    end_chunk = end // CHUNK
+    split = first_chunk < end_chunk
+    head_end = tl.where(split, first_chunk * CHUNK, end)
+    tail_start = tl.where(split, end_chunk * CHUNK, end)
+
+    acc = tl.zeros([BLOCK_D], dtype=ACC)
+    acc = add_weighted_rows(acc, weights_ptr, ids_ptr, start, head_end, source_ptr, d_in, o_d, m_d, BLOCK_P)
+    for chunk in range(first_chunk, end_chunk, BLOCK_P):  # empty unless split
+        o_c = chunk + tl.arange(0, BLOCK_P)
+        mask = (o_c < end_chunk)[:, None] & m_d[None, :]
+        acc += tl.sum(tl.load(partials_ptr + o_c[:, None] * d_in + o_d[None, :], mask=mask, other=0.0), axis=0)
+    return add_weighted_rows(acc, weights_ptr, ids_ptr, tail_start, end, source_ptr, d_in, o_d, m_d, BLOCK_P)
+
+
+@triton.jit
 def segment_kernel(
     weights_ptr,
     ids_ptr,
@@ -74,25 +106,15 @@ def segment_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """out[l] = head entries + partial sums of the chunks wholly inside segment l + tail entries."""
+    """out[l] = the sum over segment l."""
     segment = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
     start = tl.load(offsets_ptr + segment)
     end = tl.load(offsets_ptr + segment + 1)
-    first_chunk = (start + CHUNK - 1) // CHUNK
-    end_chunk = end // CHUNK
-    split = first_chunk < end_chunk
-    head_end = tl.where(split, first_chunk * CHUNK, end)
-    tail_start = tl.where(split, end_chunk * CHUNK, end)
-
-    acc = tl.zeros([BLOCK_D], dtype=ACC)
-    acc = add_weighted_rows(acc, weights_ptr, ids_ptr, start, head_end, source_ptr, d_in, o_d, m_d, BLOCK_P)
-    for chunk in range(first_chunk, end_chunk, BLOCK_P):  # empty unless split
-        o_c = chunk + tl.arange(0, BLOCK_P)
-        mask = (o_c < end_chunk)[:, None] & m_d[None, :]
-        acc += tl.sum(tl.load(partials_ptr + o_c[:, None] * d_in + o_d[None, :], mask=mask, other=0.0), axis=0)
-    acc = add_weighted_rows(acc, weights_ptr, ids_ptr, tail_start, end, source_ptr, d_in, o_d, m_d, BLOCK_P)
+    acc = segment_total(
+        weights_ptr, ids_ptr, source_ptr, partials_ptr, start, end, d_in, o_d, m_d, CHUNK, BLOCK_P, BLOCK_D, ACC
+    )
     tl.store(out_ptr + segment * d_in + o_d, acc.to(out_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -107,25 +129,35 @@ def row_tiling(d_in: int) -> tuple[int, int]:
     return block_d, max(1, min(4, block_d // 256))
 
 
-def launch_segment_sum(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor) -> Tensor:
-    """Allocates out_LD and the partial sums [M // CHUNK, D], and launches both levels."""
-    n_segments, d_in = offsets_L1.numel() - 1, source_RD.shape[1]
-    out_LD = torch.empty(n_segments, d_in, dtype=source_RD.dtype, device=source_RD.device)
-    if out_LD.numel() == 0:
-        return out_LD
-    weights_M, ids_M, offsets_L1 = weights_M.contiguous(), ids_M.contiguous(), offsets_L1.contiguous()
+def launch_whole_chunks(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor) -> Tensor:
+    """partials [M // CHUNK, D] in the accumulator's dtype: the first level. All arguments contiguous."""
+    d_in = source_RD.shape[1]
     sum_dtype, ACC = accumulator(source_RD.dtype)
     block_d, num_warps = row_tiling(d_in)
-    tiles_d = triton.cdiv(d_in, block_d)
-    constants = dict(CHUNK=CHUNK, BLOCK_P=BLOCK_P, BLOCK_D=block_d, ACC=ACC, num_warps=num_warps)
-
     n_chunks = weights_M.numel() // CHUNK
     partials = torch.empty(n_chunks, d_in, dtype=sum_dtype, device=source_RD.device)
     if n_chunks > 0:
         chunk_starts = torch.arange(n_chunks, device=offsets_L1.device) * CHUNK
         chunk_segments = torch.searchsorted(offsets_L1, chunk_starts, right=True) - 1
-        whole_chunk_kernel[(n_chunks, tiles_d)](
-            weights_M, ids_M, offsets_L1, chunk_segments, source_RD, partials, n_segments, d_in, **constants
-        )
-    segment_kernel[(n_segments, tiles_d)](weights_M, ids_M, offsets_L1, source_RD, partials, out_LD, d_in, **constants)
+        whole_chunk_kernel[(n_chunks, triton.cdiv(d_in, block_d))](
+            weights_M, ids_M, offsets_L1, chunk_segments, source_RD, partials, offsets_L1.numel() - 1, d_in,
+            CHUNK=CHUNK, BLOCK_P=BLOCK_P, BLOCK_D=block_d, ACC=ACC, num_warps=num_warps,
+        )  # fmt: skip
+    return partials
+
+
+def launch_segment_sum(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor) -> Tensor:
+    """Allocates out_LD and launches both levels."""
+    n_segments, d_in = offsets_L1.numel() - 1, source_RD.shape[1]
+    out_LD = torch.empty(n_segments, d_in, dtype=source_RD.dtype, device=source_RD.device)
+    if out_LD.numel() == 0:
+        return out_LD
+    weights_M, ids_M, offsets_L1 = weights_M.contiguous(), ids_M.contiguous(), offsets_L1.contiguous()
+    partials = launch_whole_chunks(weights_M, ids_M, offsets_L1, source_RD)
+    _, ACC = accumulator(source_RD.dtype)
+    block_d, num_warps = row_tiling(d_in)
+    segment_kernel[(n_segments, triton.cdiv(d_in, block_d))](
+        weights_M, ids_M, offsets_L1, source_RD, partials, out_LD, d_in,
+        CHUNK=CHUNK, BLOCK_P=BLOCK_P, BLOCK_D=block_d, ACC=ACC, num_warps=num_warps,
+    )  # fmt: skip
     return out_LD

@@ -46,6 +46,7 @@ def gather_dot_cpu(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor
         return out_M
     if rows_M.numel() == 0:
         return g_RD.new_empty(0)
+    rows_M = rows_M.contiguous()  # those of one row are an expanded view, which the op refuses
     low, high = latents_M.aminmax()
     check(bool(low >= 0) and bool(high < W_SD.shape[0]), f"latents: {low}..{high} is outside W's {W_SD.shape[0]} rows")
     # One BLAS dot per entry, parallel over entries, nothing materialised: faster than sampled_addmm (measured). The op

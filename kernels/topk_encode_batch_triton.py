@@ -198,7 +198,8 @@ def launch_nth_largest_key(source: Source, n: int) -> Tensor:
     shifts = (
         SHIFTS if source.data.dtype in (torch.int32, torch.float32) else SHIFTS[:2]
     )  # 16-bit floats: low bits are 0
-    found = torch.tensor([0, n], dtype=torch.int32).to(source.data.device, non_blocking=True)
+    found = torch.zeros(2, dtype=torch.int32, device=source.data.device)
+    found[1].fill_(n)  # not a copy from the host, which a CUDA graph could not replay
     histograms = torch.zeros(len(shifts), BINS, dtype=torch.int32, device=source.data.device)
     for shift, histogram in zip(shifts, histograms):
         histogram_kernel[(triton.cdiv(source.n_units, BLOCK_U),)](

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .topk_encode import MAX_K
+
 GROUP = 64
 BUFFER_BYTES = 512 * 2**20
-MAX_K = 128 if torch.version.hip is None else 64  # k * 64 candidates in one program: more would spill registers
 MAX_STRIDE = 2**22
 NAN_KEY = tl.constexpr(0x7FC00000)
 

@@ -22,9 +22,11 @@ from saevlm_fast.kernels.latent_update import (
 from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum
 from saevlm_fast.kernels.sparse_decode import gather_dot, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
+from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
 from saevlm_fast.sae import SparseAutoencoder
 
 _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
+_DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows in these steps: few shapes
 
 
 class Entries(NamedTuple):
@@ -54,12 +56,22 @@ class Gradients(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a step measured: losses, reconstruction x_hat [B, d_in] (all groups), entries, number of dead latents."""
+    """What a step measured: losses, reconstruction x_hat [B, d_in] (all groups), entries, number of dead latents.
+
+    n_dead is a 0-d tensor on a GPU, once some can be dead.
+    """
 
     losses: Losses
     x_hat_BD: Tensor
     entries: Entries
-    n_dead: int
+    n_dead: int | Tensor
+
+
+class DeadLatents(NamedTuple):
+    """Dead latents, ascending, and how many. On a GPU latents_A is longer: its end is padding, latents of d_sae."""
+
+    latents_A: Tensor
+    number: int | Tensor
 
 
 class Workspace:
@@ -78,6 +90,35 @@ class Workspace:
         return self._rows[0][:n_rows], self._rows[1][:n_rows]
 
 
+class DeadBound:
+    """On a GPU: how many latents can be dead in this step, known from the one before. Nobody waits for this step.
+
+    A latent that is dead now had been idle long enough, but for this batch's rows, one step ago. Their number went to
+    the host behind that step's encoding, and the device has had the rest of that step and this encoding to do since.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, torch.cuda.Event, int] | None = None  # count on the host, its arrival, rows allowed
+
+    def latents(self, idle_S: Tensor, n_rows: int, dead_after: int) -> int:
+        """An upper bound on (idle_S >= dead_after).sum(); asks for that of the next step, of at most n_rows rows."""
+        if self._asked is None or n_rows > self._asked[2]:
+            bound = int((idle_S >= dead_after).sum())  # the first time there is nothing to go by: wait
+        else:
+            self._asked[1].synchronize()
+            bound = int(self._asked[0])
+        count, arrival = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+        count.copy_(may_be_dead(idle_S, n_rows, dead_after).sum(), non_blocking=True)
+        arrival.record()
+        self._asked = count, arrival, n_rows
+        return bound
+
+
+def may_be_dead(idle_S: Tensor, n_rows: int, dead_after: int) -> Tensor:
+    """[d_sae] bool: latents that are dead after n_rows more rows, unless they fire in these."""
+    return idle_S + n_rows >= dead_after
+
+
 class Stepper:
     """An SAE with the state that training needs, and the step that advances it.
 
@@ -87,6 +128,10 @@ class Stepper:
         moments: Adam's first and second moments by parameter name; W_enc's are latent-major [d_sae, d_in].
         idle_S: rows seen since each latent last fired, int64.
         n_steps: steps done. bad_step: first step with a non-finite loss, -1 if none (0-d, on the device).
+
+    What changes from step to step reaches the device in `announce` alone, and `device_step` reads nothing else that
+    changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
+    `announce`; but not once latents can be dead, when its shapes follow their number.
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig):
@@ -99,6 +144,11 @@ class Stepper:
         self.n_steps = 0
         self.n_rows_seen = 0
         self.workspace = Workspace()
+        self.dead_bound = DeadBound()
+        self.W_enc_low: Tensor | None = None  # W_enc in the dtype of the encoder's product, latent-major
+        self._low_version = -1  # of sae.W_enc, as that copy was written
+        self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
+        self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
@@ -109,61 +159,98 @@ class Stepper:
     @torch.no_grad()
     def step(self, x_BD: Tensor) -> StepOutput:
         """One training step on a batch [B, d_in] in normalised units."""
+        self.announce(len(x_BD))
+        return self.device_step(x_BD)
+
+    def announce(self, n_rows: int) -> None:
+        """Begin a step of n_rows rows: counters move on, and the device is told its number and Adam's schedule."""
+        self.step_index.fill_(self.n_steps)  # fill_ carries a number along with the launch: no copy, no waiting
+        self.n_steps += 1
+        self.n_rows_seen += n_rows
+        for place, value in enumerate(self._adam().schedule_values()):
+            self.adam_schedule[place].fill_(value)
+
+    @torch.no_grad()
+    def device_step(self, x_BD: Tensor) -> StepOutput:
+        """The step that was announced."""
         entries = self._encode(x_BD)
         self._track(entries, len(x_BD))
-        dead_A = self._dead_latents()
+        dead = self._dead_latents(len(x_BD))
         x_hat_BD, losses, gradients = loss_and_gradients(
-            self.sae, x_BD, entries, dead_A, self.config.auxk_alpha, self.workspace
+            self.sae, x_BD, entries, dead, self.config.auxk_alpha, self.workspace
         )
-        self.bad_step = torch.where((self.bad_step < 0) & ~losses.overall.isfinite(), self.n_steps, self.bad_step)
+        first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
+        self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
         self._update(gradients)
-        self.n_steps += 1
-        return StepOutput(losses, x_hat_BD, entries, len(dead_A))
+        return StepOutput(losses, x_hat_BD, entries, dead.number)
 
     def _encode(self, x_BD: Tensor) -> Entries:
         sae, k = self.sae, self.sae.config.k
-        if self.config.dtype == "bfloat16":
-            weights = [t.detach().bfloat16() for t in (sae.W_enc, sae.b_enc, sae.b_dec)]
-            x_BD = x_BD.bfloat16()
-        else:
-            weights = [t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec)]
+        inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
+        low = self.config.dtype == "bfloat16"
+        if low:
+            inputs.append(self._low_W_enc().T)
         if sae.config.architecture == "topk":
-            acts, latents = topk_encode(x_BD, *weights, k)
+            acts, latents = (topk_encode_rescored if low else topk_encode)(*inputs, k)
             row_offsets = torch.arange(0, latents.numel() + 1, k, device=latents.device)
         else:
-            acts, latents, row_offsets = batch_topk_encode(x_BD, *weights, k)
+            acts, latents, row_offsets = (batch_topk_encode_rescored if low else batch_topk_encode)(*inputs, k)
         bags = row_offsets
         if len(sae.config.group_ends) > 1:
             bags = group_bag_offsets(latents.flatten(), row_offsets, sae.config.group_ends, sae.config.d_sae)
         return Entries(acts.flatten().to(sae.W_dec.dtype), latents.flatten(), row_offsets, bags)
 
+    def _low_W_enc(self) -> Tensor:
+        """The low copy of W_enc [d_sae, d_in], which the update writes; made here if W_enc was changed otherwise.
+
+        A change through `.data` moves no version counter and is not seen.
+        """
+        if self.W_enc_low is None:
+            self.W_enc_low = torch.empty_like(self.sae.W_enc.T, dtype=torch.bfloat16)
+        if self._low_version != self.sae.W_enc._version:
+            self.W_enc_low.copy_(self.sae.W_enc.detach().T)
+            self._low_version = self.sae.W_enc._version
+        return self.W_enc_low
+
     def _track(self, entries: Entries, n_rows: int) -> None:
         """Dead-latent counters and the moving threshold, as upstream: before the losses."""
         fired_S = torch.zeros_like(self.idle_S).index_add_(0, entries.latents_M, (entries.acts_M > 0).long())
-        self.idle_S = torch.where(fired_S > 0, 0, self.idle_S + n_rows)
-        self.n_rows_seen += n_rows
-        if self.n_steps > self.config.threshold_start and self.sae.config.architecture != "topk":
+        self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
+        if self.sae.config.architecture != "topk":
             smallest = smallest_positive(entries.acts_M).float()
             old, beta = self.sae.threshold, self.config.threshold_beta
-            self.sae.threshold.copy_(torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest))
+            new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
+            self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
 
-    def _dead_latents(self) -> Tensor:
-        """Latents that are dead after this batch. A GPU is asked for them (a synchronisation) only once some can be."""
-        if self.config.auxk_alpha == 0 or self.n_rows_seen < self.config.dead_after:
-            return self.idle_S.new_empty(0)
-        return torch.nonzero(self.idle_S >= self.config.dead_after).squeeze(1)
+    def _dead_latents(self, n_rows: int) -> DeadLatents:
+        """Latents that are dead after this batch of n_rows. A GPU is not waited for, but for the first time."""
+        dead_after, d_sae = self.config.dead_after, self.sae.config.d_sae
+        if self.config.auxk_alpha == 0 or self.n_rows_seen < dead_after:
+            return DeadLatents(self.idle_S.new_empty(0), 0)
+        dead_S = self.idle_S >= dead_after
+        if not dead_S.is_cuda:
+            latents_A = torch.nonzero(dead_S).squeeze(1)
+            return DeadLatents(latents_A, len(latents_A))
+        bound = self.dead_bound.latents(self.idle_S, n_rows, dead_after)
+        size = min(d_sae, -(-bound // _DEAD_ROUNDING) * _DEAD_ROUNDING)
+        return DeadLatents(torch.nonzero_static(dead_S, size=size, fill_value=d_sae).squeeze(1), dead_S.sum())
 
     def _update(self, gradients: Gradients) -> None:
         squared_norms = [gradient.squared_norm for gradient in (*gradients.W_enc, *gradients.W_dec)]
         squared_norms += [gradients.b_enc.square().sum(), gradients.b_dec.square().sum()]
         clip = clip_coefficient(squared_norms, self.config.clip_norm)
-        lr = self.config.lr_at(self.n_steps, self.sae.config.d_sae)
-        adam = AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps + 1)
-        parameters = self.parameters()
+        adam, parameters = self._adam(), self.parameters()
         for name, rows in (("W_enc", gradients.W_enc), ("W_dec", gradients.W_dec)):
-            latent_update_(parameters[name], *self.moments[name], rows, clip, adam, unit_norm=name == "W_dec")
+            copy_SD = self.W_enc_low if name == "W_enc" else None
+            latent_update_(parameters[name], *self.moments[name], rows, clip, adam, name == "W_dec", copy_SD)
+        self._low_version = self.sae.W_enc._version
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
+
+    def _adam(self) -> AdamSettings:
+        """Adam's settings in the announced step, the n_steps-th."""
+        lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
+        return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
 
 
 def smallest_positive(acts_M: Tensor) -> Tensor:
@@ -175,7 +262,7 @@ def smallest_positive(acts_M: Tensor) -> Tensor:
 
 
 def loss_and_gradients(
-    sae: SparseAutoencoder, x_BD: Tensor, entries: Entries, dead_A: Tensor, auxk_alpha: float, workspace: "Workspace"
+    sae: SparseAutoencoder, x_BD: Tensor, entries: Entries, dead: DeadLatents, auxk_alpha: float, workspace: "Workspace"
 ) -> tuple[Tensor, Losses, Gradients]:
     """Losses of one batch and the gradient of every parameter, from sparse codes. recipe.md section 1.
 
@@ -207,7 +294,7 @@ def loss_and_gradients(
     dacts_M = torch.where(entries.acts_M > 0, dacts_M, 0)
     W_enc_rows, W_dec_rows, db_enc = _latent_gradients(sae, entries, dacts_M, centred_BD, suffix_RD, workspace)
 
-    aux, aux_enc, aux_dec = _auxiliary(sae, centred_BD, -residual_BGD[:, -1], dead_A, auxk_alpha, db_enc)
+    aux, aux_enc, aux_dec = _auxiliary(sae, centred_BD, -residual_BGD[:, -1], dead, auxk_alpha, db_enc)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
     losses = Losses(mse + auxk_alpha * aux, mse, aux)
     return x_hat_BGD[:, -1], losses, Gradients([W_enc_rows, *aux_enc], db_enc, [W_dec_rows, *aux_dec], db_dec)
@@ -236,7 +323,7 @@ def _latent_gradients(
 
 
 def _auxiliary(
-    sae: SparseAutoencoder, centred_BD: Tensor, residual_BD: Tensor, dead_A: Tensor, alpha: float, db_enc: Tensor
+    sae: SparseAutoencoder, centred_BD: Tensor, residual_BD: Tensor, dead: DeadLatents, alpha: float, db_enc: Tensor
 ) -> tuple[Tensor, list[RowGradient], list[RowGradient]]:
     """The auxiliary loss: dead latents reconstruct the residual x - x_hat, detached, without bias. recipe.md 1.
 
@@ -244,18 +331,23 @@ def _auxiliary(
     latents of each row take part. Gradients are scaled by alpha; db_enc is added to in place.
     """
     n_rows, d_in = residual_BD.shape
-    if len(dead_A) == 0 or n_rows == 0:
+    if len(dead.latents_A) == 0 or n_rows == 0:
         return residual_BD.new_zeros(()), [], []
+    dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
     variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows
     W_enc_AD, W_dec_AD = sae.W_enc.detach().T[dead_A], sae.W_dec.detach()[dead_A]
     b_enc_A = sae.b_enc.detach()[dead_A]
     dW_enc_AD, dW_dec_AD, db_enc_A = torch.zeros_like(W_enc_AD), torch.zeros_like(W_dec_AD), torch.zeros_like(b_enc_A)
     squared = residual_BD.new_zeros(())
-    scale = torch.where(variance > 0, 2 * alpha / (n_rows * variance), 0)
+    defined = (variance > 0) & (dead.number > 0)
+    scale = torch.where(defined, 2 * alpha / (n_rows * variance), 0)
     block = max(1, _AUX_ELEMENTS // len(dead_A))
     for start in range(0, n_rows, block):
         x_BD, r_BD = centred_BD[start : start + block], residual_BD[start : start + block]
-        acts_BA = _keep_largest_(torch.addmm(b_enc_A, x_BD, W_enc_AD.T).relu_(), d_in // 2)
+        acts_BA = torch.addmm(b_enc_A, x_BD, W_enc_AD.T).relu_()
+        if isinstance(dead.number, Tensor):  # padding is never active, and so has zero gradients
+            acts_BA.masked_fill_(dead.latents_A == sae.config.d_sae, 0)
+        acts_BA = _keep_largest_(acts_BA, d_in // 2)
         error_BD = acts_BA @ W_dec_AD - r_BD
         squared += error_BD.square().sum()
         error_BD *= scale
@@ -264,8 +356,9 @@ def _auxiliary(
         dW_enc_AD.addmm_(dacts_BA.T, x_BD)
         db_enc_A += dacts_BA.sum(0)
     db_enc.index_add_(0, dead_A, db_enc_A)
-    aux = torch.where(variance > 0, squared / n_rows / variance, 0)
-    dW_enc, dW_dec = dense_gradient_rows(dead_A, dW_enc_AD), dense_gradient_rows(dead_A, dW_dec_AD, sae.W_dec.detach())
+    aux = torch.where(defined, squared / n_rows / variance, 0)
+    dW_enc = dense_gradient_rows(dead.latents_A, dW_enc_AD)
+    dW_dec = dense_gradient_rows(dead.latents_A, dW_dec_AD, sae.W_dec.detach())
     return aux, [dW_enc], [dW_dec]
 
 

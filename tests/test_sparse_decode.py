@@ -326,3 +326,10 @@ def test_gpu_offsets_beyond_32_bits(device) -> None:
     b_dec = torch.zeros(d_in, dtype=torch.bfloat16, device=device)
     assert bool((sparse_decode(acts, latents, None, W_dec, b_dec) == 1).all())
     assert gather_dot(torch.ones_like(W_dec[:3]), latents, None, W_dec).tolist() == [[0.0, 1024.0]] * 3
+
+
+def test_gather_dot_takes_a_single_row() -> None:
+    """The row numbers of one row are an expanded view."""
+    g, W = torch.randn(1, 7), torch.randn(9, 7)
+    latents = torch.tensor([[1, 4, 8]])
+    torch.testing.assert_close(gather_dot(g, latents, None, W), reference.gather_dot(g, latents, None, W))

@@ -5,16 +5,17 @@ import torch
 
 from dense_trainer import DenseTrainer
 from saevlm_fast.config import SAEConfig, TrainConfig
-from saevlm_fast.kernels.latent_update import clip_coefficient, dense_gradient_rows, gradient_rows
+from saevlm_fast.kernels.latent_update import clip_coefficient, dense_gradient_rows, gradient_rows, latent_slots
 from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.step import Stepper, geometric_median, smallest_positive
+from saevlm_fast.step import DeadLatents, Stepper, _auxiliary, geometric_median, may_be_dead, smallest_positive
 
 GROUPS = {"topk": (), "batch_topk": (), "matryoshka": (5, 13, 30, 49)}
 
 
-def make(architecture, *, d_in=24, d_sae=97, k=4, seed=0, dtype=torch.float32, **train):
-    config = TrainConfig(**{"steps": 100, "lr": 3e-3, "warmup_steps": 5, "threshold_start": 3, "seed": seed} | train)
+def make(architecture, *, d_in=24, d_sae=97, k=4, seed=0, dtype=torch.float32, precision="float32", **train):
+    recipe = {"steps": 100, "lr": 3e-3, "warmup_steps": 5, "threshold_start": 3, "seed": seed, "dtype": precision}
+    config = TrainConfig(**recipe | train)
     sae = SparseAutoencoder(SAEConfig(d_in, d_sae, k, architecture, GROUPS[architecture]), dtype=dtype)
     sae.reset_parameters(seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -84,16 +85,93 @@ def test_gpu_step_is_the_dense_step(device, architecture, dead_after):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
-def test_gpu_step_does_not_wait_for_the_host(device, architecture):
-    stepper, _, data = make(architecture)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
+def test_gpu_step_does_not_wait_for_the_host(device, architecture, dtype, dead_after):
+    stepper, _, data = make(architecture, dtype=torch.float32, dead_after=dead_after, precision=dtype)
     stepper = Stepper(stepper.sae.to(device), stepper.config)
     x = data[:61].to(device)
-    stepper.step(x)
+    for _ in range(4):  # the first with dead latents has no earlier count to go by
+        stepper.step(x)
     torch.cuda.set_sync_debug_mode("error")
     try:
         stepper.step(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpu_step_in_a_cuda_graph_is_the_eager_step(device, architecture, dtype):
+    eager, captured = (make(architecture, precision=dtype)[0] for _ in range(2))
+    data = make(architecture)[2].to(device)
+    eager, captured = (Stepper(stepper.sae.to(device), stepper.config) for stepper in (eager, captured))
+    x = data[:61].clone()
+    for stepper in (eager, captured):  # compiles the kernels
+        stepper.step(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = captured.device_step(x)
+    for start in range(61, 9 * 61, 61):  # over the warm-up's end and the threshold's start
+        x.copy_(data[start : start + 61])
+        captured.announce(61)
+        graph.replay()
+        assert torch.equal(output.losses.overall, eager.step(x).losses.overall)
+    for name, parameter in eager.parameters().items():
+        assert torch.equal(captured.parameters()[name], parameter), name
+    assert torch.equal(captured.idle_S, eager.idle_S)
+    assert torch.equal(captured.sae.threshold, eager.sae.threshold)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_bfloat16_product_stays_near_the_float32_step(architecture):
+    """Float32 weights and losses; only near ties that the candidates miss may differ."""
+    stepper, dense, data = make(architecture, precision="bfloat16", dead_after=150)
+    for start in range(0, 12 * 61, 61):
+        x = data[start : start + 61]
+        assert float(stepper.step(x).losses.overall) == pytest.approx(dense.step(x), rel=1e-4)
+    assert torch.equal(stepper.W_enc_low, stepper.sae.W_enc.T.bfloat16())
+
+
+def test_the_low_copy_follows_a_change_from_outside():
+    stepper, _, data = make("topk", precision="bfloat16")
+    stepper.step(data[:61])
+    with torch.no_grad():
+        stepper.sae.W_enc.mul_(3)
+    assert torch.equal(stepper._low_W_enc(), stepper.sae.W_enc.T.bfloat16())
+
+
+@pytest.mark.parametrize("n_dead", [0, 1, 9, 60])
+def test_padded_dead_latents_change_nothing(n_dead):
+    """The list of a GPU, whose length is a bound, against the exact one."""
+    stepper, _, data = make("topk", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    x, residual = data[:61], torch.randn(61, 24, generator=generator, dtype=torch.float64)
+    latents = torch.randperm(97, generator=generator)[:n_dead].sort().values
+    padded = torch.nn.functional.pad(latents, (0, 30), value=97)
+    results = []
+    for dead in (DeadLatents(latents, n_dead), DeadLatents(padded, torch.tensor(n_dead))):
+        db_enc = torch.zeros(97, dtype=torch.float64)
+        aux, enc, dec = _auxiliary(stepper.sae, x, residual, dead, 0.5, db_enc)
+        dense = []
+        for gradient in (*enc, *dec):
+            slots = latent_slots(gradient.latents_A, 97)
+            rows = torch.zeros(97, 24, dtype=torch.float64)
+            rows[slots >= 0] = gradient.rows_AD[slots[slots >= 0].long()]
+            torch.testing.assert_close(gradient.squared_norm, rows.square().sum())
+            dense.append(rows)
+        results.append((aux, db_enc, dense or [torch.zeros(97, 24, dtype=torch.float64)] * 2))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
+
+
+def test_the_bound_on_dead_latents_holds_one_step_later():
+    idle = torch.randint(0, 300, (1000,), generator=torch.Generator().manual_seed(2))
+    fired = torch.rand(1000, generator=torch.Generator().manual_seed(3)) < 0.3
+    later = torch.where(fired, 0, idle + 61)
+    assert bool((may_be_dead(idle, 61, 200) >= (later >= 200)).all())
+    assert torch.equal(may_be_dead(idle, 61, 200), idle + 61 >= 200)
 
 
 def test_nan_names_the_first_bad_step():
