@@ -78,12 +78,12 @@ def load_tower(spec: str, device: torch.device | str = "cpu", on_message: Callab
     prefix, _, name = spec.partition(":")
     loaders = {"hf": _load_transformers, "open_clip": _load_open_clip, "timm": _load_timm}
     require(prefix in loaders and name != "", f"model: {spec!r} is not one of {SPECS}")
-    with _one_line_errors(spec):
+    with one_line_errors(spec):
         return loaders[prefix](name, spec, torch.device(device), on_message)
 
 
 @contextmanager
-def _one_line_errors(spec: str) -> Iterator[None]:
+def one_line_errors(spec: str) -> Iterator[None]:
     """The libraries' own errors, which are of many kinds and several lines, as ValueErrors of one line."""
     try:
         yield
@@ -125,7 +125,7 @@ def _vision_part(model: Any) -> nn.Module:
 # --- the hub ---
 
 
-def _announce_download(spec: str, on_message: Callable[[str], None]) -> None:
+def announce_download(spec: str, on_message: Callable[[str], None]) -> None:
     """Says that a download begins; ValueError at once if the hub does not answer (the libraries retry for minutes)."""
     from huggingface_hub import constants, get_session
 
@@ -159,7 +159,7 @@ def _load_transformers(name: str, spec: str, device: torch.device, on_message: C
     try:
         return _from_pretrained(name, spec, device, local=True)
     except OSError:  # something is not in the cache
-        _announce_download(spec, on_message)
+        announce_download(spec, on_message)
     return _from_pretrained(name, spec, device, local=False)
 
 
@@ -289,16 +289,21 @@ def _described(library: str, version: str, name: str, settings: dict[str, Any]) 
 
 
 def _load_open_clip(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> Tower:
+    return wrap_open_clip(open_clip_model(name, spec, on_message).visual, spec, device)
+
+
+def open_clip_model(name: str, spec: str, on_message: Callable[[str], None]) -> Any:
+    """The whole model, image and text side, of the NAME in open_clip:NAME, with every weight from its file."""
     import open_clip
 
     options: dict[str, Any] = {"require_pretrained": True, "weights_only": True}
     if name.startswith("hf-hub:"):
         files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
         if _cached_file(name.removeprefix("hf-hub:"), files) is None:
-            _announce_download(spec, on_message)
-        return wrap_open_clip(open_clip.create_model(name, **options).visual, spec, device)
+            announce_download(spec, on_message)
+        return open_clip.create_model(name, **options)
     if name.startswith("local-dir:"):
-        return wrap_open_clip(open_clip.create_model(name, **options).visual, spec, device)
+        return open_clip.create_model(name, **options)
     arch, _, pretrained = name.partition("/")
     require(arch in open_clip.list_models(), f"{spec}: open_clip has no architecture {arch}")
     tags = open_clip.list_pretrained_tags_by_model(arch)
@@ -311,8 +316,7 @@ def _load_open_clip(name: str, spec: str, device: torch.device, on_message: Call
             f"{arch}: {', '.join(tags) or 'none'}",
         )
         preprocess = _open_clip_file_preprocess(arch, tags, Path(pretrained), spec)
-    model = open_clip.create_model(arch, pretrained, force_preprocess_cfg=preprocess, **options)
-    return wrap_open_clip(model.visual, spec, device)
+    return open_clip.create_model(arch, pretrained, force_preprocess_cfg=preprocess, **options)
 
 
 def _open_clip_tag(arch: str, tag: str, spec: str, on_message: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
@@ -324,7 +328,7 @@ def _open_clip_tag(arch: str, tag: str, spec: str, on_message: Callable[[str], N
     names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     cached = _cached_file(repo, names) if repo else None
     if cached is None:
-        _announce_download(spec, on_message)
+        announce_download(spec, on_message)
     return cached or tag, _preprocess_settings(config)
 
 
@@ -405,7 +409,7 @@ def _load_timm(name: str, spec: str, device: torch.device, on_message: Callable[
         )
         return wrap_timm(_timm_from_file(architecture, file, spec), spec, device)
     if architecture.startswith("hf-hub:"):
-        _announce_download(spec, on_message)
+        announce_download(spec, on_message)
     elif not architecture.startswith("local-dir:"):
         return wrap_timm(_timm_released(architecture, spec, on_message), spec, device)
     return wrap_timm(timm.create_model(architecture, pretrained=True, num_classes=0), spec, device)
@@ -421,7 +425,7 @@ def _timm_released(architecture: str, spec: str, on_message: Callable[[str], Non
     repo = config.hf_hub_id or ""
     cached = _cached_file(repo, ["model.safetensors", "pytorch_model.bin"]) if repo else None
     if cached is None:
-        _announce_download(spec, on_message)
+        announce_download(spec, on_message)
     overlay = None if cached is None else {"file": cached}
     return timm.create_model(architecture, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
 
