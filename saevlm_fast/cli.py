@@ -429,7 +429,7 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _answering_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and ETA on a terminal, a line every few seconds elsewhere; called with answers done and in all."""
+    """A bar with rate and ETA on a terminal, lines elsewhere; called with the number of answers done and in all."""
     columns = (
         TextColumn("steer"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),

@@ -97,6 +97,7 @@ class SteeredAnswers:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self._questions: list[_Question] = []
 
+    @torch.inference_mode()
     def ask(self, image: Any, prompt: str) -> int:
         """Prepares a question about an RGB image: the number by which rows refer to it.
 
