@@ -195,7 +195,7 @@ def test_nothing_is_left_behind_by_an_end_or_an_error(llava, inputs):
         raise KeyError
     wrong_mask = torch.ones(7, dtype=torch.bool)
     with (
-        pytest.raises(ValueError, match=r"^tokens: mask \[7\] for 3 rows of 65 tokens$"),
+        pytest.raises(ValueError, match=r"^tokens: mask \[7\] for 3 rows of 37 tokens$"),
         steer(llava, random_sae(), LAYER, [clamp(5, ALPHA)], tokens=wrong_mask),
     ):
         logits(llava, inputs)
@@ -269,18 +269,23 @@ def test_torch_compile_is_left_working():
     assert not torch.allclose(steered, before, atol=1e-2)
 
 
+LLAVA, READ = "LlavaForConditionalGeneration", "(vision_feature_layer -2)"
+CHOICES = "is not one of all, patches, cls, or a bool mask [T] or [B, T]"
 REFUSED = {
-    "unread": (dict(layer=4), "layer: 4 changes nothing, the language model reads vision blocks up to 3 (vision_feature_layer -2)"),
-    "no such layer": (dict(layer=5), "layer: 5 of LlavaForConditionalGeneration, whose vision blocks are 0 to 4"),
-    "negative": (dict(layer=-1), "layer: -1 of LlavaForConditionalGeneration, whose vision blocks are 0 to 4"),
-    "width": (dict(sae=random_sae(64)), "sae: d_in is 64, but the vision blocks of LlavaForConditionalGeneration have width 128"),
-    "latent": (dict(edits=[clamp(S, 1.0)]), "latent: 96 of an SAE whose latents are 0 to 95"),
-    "twice": (dict(edits=[clamp(3, 1.0), zero(3)]), "latent: 3 is edited twice"),
-    "cls unread": (dict(layer=3, tokens="cls"), "tokens: cls at layer 3 changes nothing, the language model reads that block (vision_feature_layer -2) without CLS"),
-    "tokens": (dict(tokens="some"), "tokens: 'some' is not one of all, patches, cls, or a bool mask [T] or [B, T]"),
-    "mask": (dict(tokens=torch.ones(65)), "tokens: torch.float32 [65] is not one of all, patches, cls, or a bool mask [T] or [B, T]"),
-    "error": (dict(error="lose"), "error: 'lose' is not one of drop, keep"),
-}  # fmt: skip
+    "unread": ({"layer": 4}, f"layer: 4 changes nothing, the language model reads vision blocks up to 3 {READ}"),
+    "no such layer": ({"layer": 5}, f"layer: 5 of {LLAVA}, whose vision blocks are 0 to 4"),
+    "negative": ({"layer": -1}, f"layer: -1 of {LLAVA}, whose vision blocks are 0 to 4"),
+    "width": ({"sae": random_sae(64)}, f"sae: d_in is 64, but the vision blocks of {LLAVA} have width 128"),
+    "latent": ({"edits": [clamp(S, 1.0)]}, "latent: 96 of an SAE whose latents are 0 to 95"),
+    "twice": ({"edits": [clamp(3, 1.0), zero(3)]}, "latent: 3 is edited twice"),
+    "cls unread": (
+        {"layer": 3, "tokens": "cls"},
+        f"tokens: cls at layer 3 changes nothing, the language model reads that block {READ} without CLS",
+    ),
+    "tokens": ({"tokens": "some"}, f"tokens: 'some' {CHOICES}"),
+    "mask": ({"tokens": torch.ones(37)}, f"tokens: torch.float32 [37] {CHOICES}"),
+    "error": ({"error": "lose"}, "error: 'lose' is not one of drop, keep"),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -297,13 +302,13 @@ def test_alpha_must_be_finite_and_latents_not_negative(value):
     for make in (clamp, add, scale):
         with pytest.raises(ValueError, match=rf"^alpha: {value} of latent 3 is not finite$"):
             make(3, value)
-    with pytest.raises(ValueError, match="^latent: -1 must not be negative$"):
+    with pytest.raises(ValueError, match=r"^latent: -1 must not be negative$"):
         clamp(-1, 1.0)
 
 
 def test_rows_must_fit_the_batch(llava, inputs):
     with (
-        pytest.raises(ValueError, match="^rows: edits for 2 rows of the vision tower, but the batch has 3$"),
+        pytest.raises(ValueError, match=r"^rows: edits for 2 rows of the vision tower, but the batch has 3$"),
         steer_rows(llava, random_sae(), LAYER, [[], []]),
     ):
         logits(llava, inputs)
@@ -319,7 +324,8 @@ def vision_settings(**more):
 
 def language_settings():
     return {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+            "num_key_value_heads": 2, "vocab_size": 64,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
 
 def small_next(**options):
@@ -338,7 +344,8 @@ def small_onevision():
 
     vision = t.SiglipVisionConfig(**vision_settings(), vision_use_head=False)
     config = t.LlavaOnevisionConfig(
-        vision_config=vision, text_config=t.Qwen2Config(**language_settings()), image_grid_pinpoints=[[28, 28], [56, 28], [56, 56]],
+        vision_config=vision, text_config=t.Qwen2Config(**language_settings()),
+        image_grid_pinpoints=[[28, 28], [56, 28], [56, 56]],
         image_token_index=63, video_token_index=62,
     )  # fmt: skip
     return t.LlavaOnevisionForConditionalGeneration(config).eval()
@@ -506,15 +513,15 @@ def test_answers_in_batches_are_those_of_one_at_a_time(llava, pictures, layer, o
 
 
 def test_a_direction_is_added_after_the_edits(llava, pictures):
-    """Half the clamp's change as a direction on top of half of it is the whole; a clamp of z = 0 is an addition."""
     sae = random_sae()
-    asking = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=5)
+    asking = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1, tokens="patches")
     question = asking.ask(pictures[0], PROMPT)
     direction = ALPHA * sae.W_dec[5].detach()
-    added, steered, plain = asking.answers(
-        [Row(question, (), direction), Row(question, (add(5, ALPHA),)), Row(question, ())]
-    )
-    assert added == steered != plain
+    rows = [Row(question, (), direction), Row(question, (add(5, ALPHA),)), Row(question, ())]
+    added, steered, plain = residual(llava, lambda: asking.answers(rows))
+    torch.testing.assert_close(added, steered, rtol=1e-5, atol=1e-5)
+    assert torch.equal(added[0], plain[0])  # CLS
+    assert not torch.isclose(added[1:], plain[1:], atol=1e-2).all(1).any()
 
 
 def test_the_lower_tower_runs_once_for_each_image(llava, pictures):
@@ -522,10 +529,11 @@ def test_the_lower_tower_runs_once_for_each_image(llava, pictures):
     handle = find_anatomy(llava).blocks[1].register_forward_hook(lambda m, args, out: calls.append(args[0].shape[:2]))
     try:
         asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, max_new_tokens=2, batch_size=8)
-        asking.answers([Row(asking.ask(picture, PROMPT), (clamp(k, 9.0),)) for picture in pictures for k in range(8)])
+        asked = [asking.ask(picture, PROMPT) for picture in pictures]
+        asking.answers([Row(question, (clamp(k, 9.0),)) for question in asked for k in range(8)])
     finally:
         handle.remove()
-    assert calls == [(1, 65)] * 3 + [(1, 1)] * 3
+    assert calls == [(1, 37)] * 3 + [(1, 1)] * 3
 
 
 def test_several_read_layers_are_all_right(pictures):
@@ -542,13 +550,13 @@ def test_several_read_layers_are_all_right(pictures):
 
 
 def test_answers_refused_in_one_line(llava, pictures):
-    with pytest.raises(ValueError, match="^model: CLIPVisionModel has no language model that answers$"):
+    with pytest.raises(ValueError, match=r"^model: CLIPVisionModel has no language model that answers$"):
         SteeredAnswers(build_clip().vision_model, llava_processor(), random_sae(), LAYER)
     asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER)
-    with pytest.raises(ValueError, match="^question: 0 of 0 asked$"):
+    with pytest.raises(ValueError, match=r"^question: 0 of 0 asked$"):
         asking.answers([Row(0, None)])
     asking.ask(pictures[0], PROMPT)
-    with pytest.raises(ValueError, match="^direction: needs edits"):
+    with pytest.raises(ValueError, match=r"^direction: needs edits"):
         asking.answers([Row(0, None, torch.ones(D))])
 
 
