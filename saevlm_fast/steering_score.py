@@ -134,9 +134,10 @@ def _rank_in_group(sorted_M: Tensor) -> Tensor:
 
 
 class SteeringScores(NamedTuple):
-    """One row a latent: latent, n_top, random_latent, answer, answer_share, and one column for every condition.
+    """One row a latent: latent, n_top, other_latent, answer, answer_share, and one column for every condition.
 
-    answer: the most frequent steered answer, answer_share: how often. A latent that never fires scores NaN.
+    other_latent: the one of the condition random_latent. answer: the most frequent steered answer, answer_share: how
+    often. A latent that never fires scores NaN.
     """
 
     table: pa.Table
@@ -342,7 +343,7 @@ class _Scorer:
     ) -> dict[str, Any]:
         """One row of the table; NaN travels as None, which JSON has."""
         n_top = int(self.targets.n_top[place])
-        row: dict[str, Any] = {"latent": latent, "n_top": n_top, "random_latent": random}
+        row: dict[str, Any] = {"latent": latent, "n_top": n_top, "other_latent": random}
         if given is None:
             return row | {"answer": None, "answer_share": None} | dict.fromkeys(CONDITIONS)
         images_KE = self.embeddings.rows(self.targets.images[place, :n_top])
@@ -360,9 +361,9 @@ class _Scorer:
 
 
 def _table(rows: list[dict[str, Any]], run: ScoreRun, config: ScoreConfig) -> pa.Table:
-    kinds = {"latent": pa.int64(), "n_top": pa.int64(), "random_latent": pa.int64(), "answer": pa.string()}
+    kinds = {"latent": pa.int64(), "n_top": pa.int64(), "other_latent": pa.int64(), "answer": pa.string()}
     columns = {}
-    for name in ("latent", "n_top", "random_latent", "answer", "answer_share", *CONDITIONS):
+    for name in ("latent", "n_top", "other_latent", "answer", "answer_share", *CONDITIONS):
         values = [row[name] for row in rows]
         if name not in kinds:
             values = [float("nan") if value is None else value for value in values]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.config import require
-from saevlm_fast.vision import announce_download, one_line_errors, open_clip_model
+from saevlm_fast.vision import announce_download, one_line_errors, open_clip_model, without_load_report
 
 Embed = Callable[[Sequence[str]], Tensor]
 
@@ -31,28 +31,25 @@ def load_llava(
     prefix, _, name = spec.partition(":")
     require(prefix == "hf" and name != "", f"model: {spec!r} is not hf:NAME_OR_DIR of a LLaVA")
     with one_line_errors(spec):
-        model, info = _loaded(
-            AutoModelForImageTextToText,
-            name,
-            spec,
-            on_message,
-            dtype=dtype,
-            weights_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
-        missing = sorted(info["missing_keys"])
-        require(not missing, f"{spec}: {len(missing)} weights are missing, as {(missing or [''])[0]}")
+        model = _loaded(AutoModelForImageTextToText, name, spec, dtype, on_message)
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     return model.to(device).eval().requires_grad_(False), processor
 
 
-def _loaded(model_class: Any, name: str, spec: str, on_message: Callable[[str], None], **options: Any) -> Any:
-    """From this machine if everything is there, else from the hub, and the user is told."""
-    try:
-        return model_class.from_pretrained(name, local_files_only=True, trust_remote_code=False, **options)
-    except OSError:
-        announce_download(spec, on_message)
-    return model_class.from_pretrained(name, trust_remote_code=False, **options)
+def _loaded(model_class: Any, name: str, spec: str, dtype: torch.dtype | str, on_message: Callable[[str], None]) -> Any:
+    """From this machine if everything is there, else from the hub, and the user is told; every weight from the file."""
+    options: dict[str, Any] = {
+        "dtype": dtype, "weights_only": True, "trust_remote_code": False, "output_loading_info": True
+    }  # fmt: skip
+    with without_load_report():
+        try:
+            model, info = model_class.from_pretrained(name, local_files_only=True, **options)
+        except OSError:
+            announce_download(spec, on_message)
+            model, info = model_class.from_pretrained(name, **options)
+    missing = sorted(info["missing_keys"])
+    require(not missing, f"{spec}: {len(missing)} weights are missing, as {(missing or [''])[0]}")
+    return model
 
 
 def load_text_encoder(
@@ -78,7 +75,7 @@ def load_text_encoder(
 def _hf_text(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> Embed:
     from transformers import AutoModel, AutoTokenizer
 
-    model = _loaded(AutoModel, name, spec, on_message, dtype=torch.float32, weights_only=True).to(device).eval()
+    model = _loaded(AutoModel, name, spec, torch.float32, on_message).to(device).eval()
     require(hasattr(model, "get_text_features"), f"{spec}: {type(model).__name__} has no text side")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     length = model.config.text_config.max_position_embeddings

@@ -189,7 +189,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     if projecting is not None and hasattr(config, "projection_dim"):
         model_class, vision.projection_dim = projecting, config.projection_dim
     while True:
-        with _without_load_report():
+        with without_load_report():
             model, info = model_class.from_pretrained(
                 name, config=vision, local_files_only=local, dtype=torch.float32, weights_only=True,
                 key_mapping={r"^(?:model\.)?vision_tower\.": ""}, output_loading_info=True, **options,
@@ -209,7 +209,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """Without transformers' progress bar, and its table of weights missing (checked here) or left over (normal)."""
     from transformers.utils import logging
 
