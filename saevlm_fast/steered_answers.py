@@ -43,11 +43,13 @@ class Row:
         question: a number that `SteeredAnswers.ask` gave.
         edits: as of `steering.steer`; () is the identity control; None leaves the model untouched, without the SAE.
         direction: [D] added to the chosen tokens after the edits; needs edits.
+        mask: bool [T], the tokens of this row that are steered, of every tile, instead of SteeredAnswers' choice.
     """
 
     question: int
     edits: tuple[Edit, ...] | None
     direction: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class _Question(NamedTuple):
@@ -180,8 +182,14 @@ class SteeredAnswers:
         n_tiles = torch.tensor([len(question.x_BTD) for question in questions])
         row_B = torch.arange(len(rows)).repeat_interleave(n_tiles)
         steered_B = torch.tensor([row.edits is not None for row in rows])[row_B]
-        mask_BT = token_mask(self.tokens, *x_BTD.shape[:2], self.site.anatomy).to(x_BTD.device)
+        mask_BT = token_mask(self.tokens, x_BTD.shape[0], x_BTD.shape[1], self.site.anatomy).to(x_BTD.device)
         mask_BT = mask_BT & steered_B.to(x_BTD.device)[:, None]
+        for r, row in enumerate(rows):
+            if row.mask is not None and row.edits is not None:
+                require(
+                    row.mask.shape == mask_BT.shape[1:], f"mask: {list(row.mask.shape)}, not {mask_BT.shape[1]} tokens"
+                )
+                mask_BT[row_B == r] = row.mask.to(mask_BT.device)
         row_N = row_B.repeat_interleave(x_BTD.shape[1]).to(self.sae.W_dec.device)
         pieces = [question.encoded for question in questions]
         encoded = Encoded(

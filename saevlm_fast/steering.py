@@ -252,8 +252,8 @@ class EditPlan(NamedTuple):
             _check_edits(edits, sae.config.d_sae)
             for j, edit in enumerate(edits):
                 latents[r, j], factor[r, j], offset[r, j], real[r, j] = edit.latent, edit.factor, edit.offset, True
-        to = {"device": weights.device, "dtype": weights.dtype}
-        return cls(latents.to(weights.device), factor.to(**to), offset.to(**to), real.to(weights.device))
+        latents, real = latents.to(weights.device), real.to(weights.device)
+        return cls(latents, factor.to(weights), offset.to(weights), real)
 
 
 def _check_edits(edits: Sequence[Edit], d_sae: int) -> None:

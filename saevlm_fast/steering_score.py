@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,25 +109,32 @@ def top_images(codes: Codes, latents: Sequence[int], k: int = N_TOP, batch_rows:
     place_S = torch.full((codes.d_sae,), -1, dtype=torch.int64)
     place_S[list(latents)] = torch.arange(len(latents))
     fires_S = torch.zeros(codes.d_sae, dtype=torch.bool)
-    best = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)  # act, latent, row
+    best = _Best(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
     with closing(codes.chunks(batch_rows)) as chunks:
         for start, acts_M, latents_M, row_offsets in chunks:
             fires_S[latents_M] = True
             chosen_M = place_S[latents_M] >= 0
             rows_M = start + entry_rows(latents_M, row_offsets)[chosen_M]
-            new = acts_M[chosen_M], place_S[latents_M[chosen_M]], rows_M
-            best = _best(*(torch.cat(pair) for pair in zip(best, new)), k)
+            new = _Best(acts_M[chosen_M], place_S[latents_M[chosen_M]], rows_M)
+            best = _largest(_Best(*(torch.cat(pair) for pair in zip(best, new))), k)
     images_LK = torch.full((len(latents), k), -1)
-    _, places, rows = best
-    images_LK[places, _rank_in_group(places)] = rows
+    images_LK[best.places, _rank_in_group(best.places)] = best.rows
     return Targets(images_LK, (images_LK >= 0).sum(1), fires_S.nonzero().squeeze(1))
 
 
-def _best(acts_M: Tensor, places_M: Tensor, rows_M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+class _Best(NamedTuple):
+    """Entries: activation, place of the latent in those chosen, row of the codes."""
+
+    acts: Tensor
+    places: Tensor
+    rows: Tensor
+
+
+def _largest(best: _Best, k: int) -> _Best:
     """The k largest of every latent, sorted by latent, falling activation, row."""
-    order = torch.from_numpy(np.lexsort((rows_M.numpy(), -acts_M.numpy(), places_M.numpy())))
-    order = order[_rank_in_group(places_M[order]) < k]
-    return acts_M[order], places_M[order], rows_M[order]
+    order = torch.from_numpy(np.lexsort((best.rows.numpy(), -best.acts.numpy(), best.places.numpy())))
+    order = order[_rank_in_group(best.places[order]) < k]
+    return _Best(best.acts[order], best.places[order], best.rows[order])
 
 
 def _rank_in_group(sorted_M: Tensor) -> Tensor:
@@ -184,20 +192,22 @@ def steering_score(
     starts = range(0, len(latents), run.latents_per_block)
     blocks = [(run.progress / f"block_{start:06d}.json", start) for start in starts]
     todo = [block for block in blocks if not block[0].exists()]
-    total = sum(scorer.n_rows(start, run.latents_per_block, latents) for _, start in todo)
+    total = sum(scorer.n_rows(start, run.latents_per_block) for _, start in todo)
     done = 0
     with interruptible() as stop:
         for path, start in todo:
             _stop_if_asked(stop, run)
-            rows = scorer.block(
-                latents, start, run.latents_per_block, lambda n, before=done: on_rows(before + n, total)
-            )
-            write_json_atomic(path, rows)
-            done += scorer.n_rows(start, run.latents_per_block, latents)
+            report = partial(_report, on_rows, done, total)
+            write_json_atomic(path, scorer.block(latents, start, run.latents_per_block, report))
+            done += scorer.n_rows(start, run.latents_per_block)
     scores = SteeringScores(_table([row for path, _ in blocks for row in json.loads(path.read_text())], run, config))
     write_table(scores.table, run.output)
     shutil.rmtree(run.progress)
     return scores
+
+
+def _report(on_rows: Callable[[int, int], None], before: int, total: int, done_here: int) -> None:
+    on_rows(before + done_here, total)
 
 
 def _stop_if_asked(stop: threading.Event, run: ScoreRun) -> None:
@@ -298,7 +308,7 @@ class _Scorer:
             return [Image.new("RGB", (336, 336), "white")]
         return [self.pictures[int(row)] for row in order[: self.config.ask]]
 
-    def n_rows(self, start: int, n: int, latents: Sequence[int]) -> int:
+    def n_rows(self, start: int, n: int) -> int:
         """Answers that a block needs; none for latents that never fire."""
         return int((self.targets.n_top[start : start + n] > 0).sum()) * len(PER_LATENT) * len(self.questions)
 

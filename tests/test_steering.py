@@ -524,6 +524,19 @@ def test_a_direction_is_added_after_the_edits(llava, pictures):
     assert not torch.isclose(added[1:], plain[1:], atol=1e-2).all(1).any()
 
 
+def test_a_row_may_have_a_mask_of_its_own(llava, pictures):
+    sae, mask = random_sae(), torch.zeros(37, dtype=torch.bool)
+    mask[3:7] = True
+    asking = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1)
+    question, edits = asking.ask(pictures[0], PROMPT), (clamp(5, ALPHA),)
+    rows = [Row(question, edits, mask=mask), Row(question, edits), Row(question, None)]
+    masked, everywhere, untouched = residual(llava, lambda: asking.answers(rows))
+    assert torch.equal(masked, torch.where(mask[:, None], everywhere, untouched))
+    assert not torch.equal(everywhere[mask], untouched[mask])
+    with pytest.raises(ValueError, match=r"^mask: \[5\], not 37 tokens$"):
+        asking.answers([Row(question, edits, mask=mask[:5])])
+
+
 def test_the_lower_tower_runs_once_for_each_image(llava, pictures):
     calls = []
     handle = find_anatomy(llava).blocks[1].register_forward_hook(lambda m, args, out: calls.append(args[0].shape[:2]))
