@@ -144,7 +144,7 @@ def codes_of_scenes(
     for rows_MD, scene_M in residuals(spec, layer, scenes, "all", "test"):
         codes = codes_of_rows(sae.encode(rows_MD.clone(), use_threshold=True))
         end, first, n = int(codes.row_offsets[-1]), int(scene_M[0]), int(scene_M[-1] - scene_M[0]) + 1
-        largest_S.index_reduce_(0, codes.latents[:end], codes.acts[:end], "amax")
+        largest_S.scatter_reduce_(0, codes.latents[:end], codes.acts[:end], "amax")
         pooled = mean_pool_codes(codes, scene_M - first, n)
         rows_P = torch.arange(n).repeat_interleave(pooled.row_offsets.diff())
         pooled_NS[first + rows_P, pooled.latents] = pooled.acts
@@ -247,20 +247,25 @@ def share(hits: Iterator[bool]) -> float:
 # The report ----------------------------------------------------------------------------------------------------------
 
 
+INTRODUCTION = """# Steering against the truth
+
+Block {layer}; {n_alive} latents fire, {n} of them are well defined (all 16 top scenes show one value): {counts}.
+{n_asked} scenes of one object are asked about, without those that show the value. Strength: times the latent's largest
+activation. In percent, means over latents: success, the answer is the latent's value; half, latents that succeed on
+half of the scenes or more; kept, another question is answered right; before, the same by the untouched model.
+
+| factor | error | tokens | strength | success | half | no edit | SAE alone | random | flipped | kept | before |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
 def report(
     results: list[dict[str, Any]], meanings: Sequence[Meaning], layer: int, n_alive: int, options: argparse.Namespace
 ) -> str:
     counts = {f: sum(m.factor == f for m in meanings) for f in FACTORS}
-    lines = [
-        "# Steering against the truth", "",
-        f"Block {layer}, {n_alive} latents that fire, {len(meanings)} of them well defined (all 16 top scenes show one "
-        f"value): {', '.join(f'{f} {n}' for f, n in counts.items())}. {options.asked} scenes of one object asked about, "
-        "without those that show the value. Strength: times the latent's largest activation. In percent, means over "
-        "latents: success, the answer is the latent's value; half, latents that succeed on half of the scenes or more; "
-        "kept, the other question is answered right (before: with the untouched model).", "",
-        "| factor | error | tokens | strength | success | half | no edit | SAE alone | random | flipped | kept | before |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = INTRODUCTION.format(
+        layer=layer, n_alive=n_alive, n=len(meanings), n_asked=options.asked,
+        counts=", ".join(f"{factor} {count}" for factor, count in counts.items()),
+    ).splitlines()  # fmt: skip
     for factor in FACTORS:
         for error in ERRORS:
             for tokens in TOKEN_CHOICES:
