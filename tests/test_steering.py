@@ -468,11 +468,13 @@ def test_the_tower_of_llava_1_5_in_its_true_shape():
     model.model.vision_tower.embeddings.position_ids.copy_(torch.arange(577))
     pixels, sae = torch.randn(1, 3, 336, 336), random_sae(1024, d_sae=2048)
     run = lambda: model.get_image_features(pixel_values=pixels).pooler_output[0]  # noqa: E731
-    x = residual(model, run, layer=22)
-    assert x.shape == (1, 577, 1024)
-    read = []
+    block, untouched, read = find_anatomy(model).blocks[22], [], []
     with steer(model, sae, 22, [clamp(5, 100.0)]):
+        # One forward is half of this test: a hook before the steering's own keeps what it is given.
+        block.register_forward_hook(lambda module, args, output: untouched.append(output), prepend=True)
         steered = residual(model, lambda: read.append(run()), layer=22)
+    (x,) = untouched
+    assert x.shape == (1, 577, 1024)
     expected = by_hand(sae, x, assigned(5, lambda z: 100.0), torch.ones(1, 577, dtype=torch.bool), "drop")
     torch.testing.assert_close(steered, expected, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(read[0], model.model.multi_modal_projector(expected[0, 1:]), rtol=1e-4, atol=1e-3)
