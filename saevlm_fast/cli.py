@@ -434,18 +434,20 @@ def _answering_progress() -> Iterator[Callable[[int, int], None]]:
         TextColumn("steer"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    start = last_line = time.monotonic()
+    first: tuple[float, int] | None = None  # the rate counts from the first batch on: what comes before is set-up
+    last_line = time.monotonic()
     with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
         task = bar.add_task("steer", total=None, rate="")
 
         def on_rows(done: int, total: int) -> None:
-            nonlocal last_line
+            nonlocal first, last_line
             now = time.monotonic()
-            rate = done / max(now - start, 1e-9)
+            first = first or (now, done)
+            rate = (done - first[1]) / max(now - first[0], 1e-9)
             bar.update(task, completed=done, total=total, rate=f"{rate:.1f} answers/s")
             if not out.is_terminal and (now - last_line > 5 or done == total):
-                left = (total - done) / max(rate, 1e-9)
-                line = f"{done}/{total} answers  {rate:.1f}/s  {left:.0f} s left"
+                left = f"{rate:.1f}/s  {(total - done) / rate:.0f} s left" if rate > 0 else ""
+                line = f"{done}/{total} answers  {left}".rstrip()
                 out.print(line, highlight=False, soft_wrap=True)
                 last_line = now
 
