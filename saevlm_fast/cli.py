@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from saevlm_fast.harvest import HarvestSummary
     from saevlm_fast.monosemanticity import ScoreSummary
     from saevlm_fast.scene_stores import SceneStores
+    from saevlm_fast.steered_answers import SteeredAnswers
 
 RUNS = Path("runs")
 
@@ -412,6 +413,186 @@ def ms_score(
     write_scores(scores, output, source | {"embeddings": str(embeddings)})
     _print_summary(scores.summary(), "raw neurons" if raw else f"latents of {sae or codes}")
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+@app.command("steer")
+def steer_command(
+    model: Annotated[str, typer.Option(help="LLaVA: hf:NAME_OR_DIR.")],
+    sae: Annotated[Path, typer.Option(help="SAE directory (cfg.json, sae_weights.safetensors).")],
+    layer: Annotated[int, typer.Option(help="Block of the vision tower, from 0, whose output the SAE is of.")],
+    image: Annotated[Path, typer.Option(help="Image file.")],
+    prompt: Annotated[str, typer.Option(help="What is asked; put into the model's chat template.")],
+    latent: Annotated[list[str], typer.Option(help="Latent; several: 3,17. Each is clamped by itself.")],
+    alpha: Annotated[list[str], typer.Option(help="Value in raw activation units; several: 0,50,100.")],
+    tokens: Annotated[str, typer.Option(help="all, patches or cls.")] = "all",
+    error: Annotated[str, typer.Option(help="drop (the paper) or keep what the SAE cannot reconstruct.")] = "drop",
+    only: Annotated[bool, typer.Option("--only", help="All other latents 0.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Answers generated at once.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
+    from saevlm_fast.config import require
+    from saevlm_fast.images import decode
+    from saevlm_fast.steered_answers import Row
+    from saevlm_fast.steering import clamp
+
+    latents = [_integer("latent", text) for text in _listed(latent)]
+    alphas = [_number("alpha", text) for text in _listed(alpha)]
+    edits = [clamp(k, value) for k in latents for value in alphas]  # checked before a model is loaded
+    require(image.is_file(), f"image: {image} is not a file")
+    picture = decode(image.read_bytes())
+    asking = _steered_answers(model, sae, layer, device, dtype, tokens, error, only, batch_size, max_new_tokens)
+    question = asking.ask(picture, prompt)
+    rows = [Row(question, None), Row(question, ()), *(Row(question, (edit,)) for edit in edits)]
+    answers = asking.answers(rows)
+    labels: list[tuple[int | None, float | None]] = [(k, value) for k in latents for value in alphas]
+    if as_json:
+        controls = {"unsteered": answers[0], "sae_attached": answers[1]}
+        steered = [{"latent": k, "alpha": a, "answer": text} for (k, a), text in zip(labels, answers[2:])]
+        out.print_json(data={"prompt": prompt, "layer": layer, "controls": controls, "steered": steered})
+        return
+    table = Table(
+        Column("latent", justify="right"), Column("alpha", justify="right"), Column("answer", overflow="fold")
+    )
+    table.add_row("-", "no SAE", answers[0])
+    table.add_row("-", "SAE, no edit", answers[1])
+    for (k, a), text in zip(labels, answers[2:]):
+        table.add_row(str(k), f"{a:g}", text)
+    out.print(table)
+
+
+@app.command("steering-score")
+def steering_score_command(
+    model: Annotated[str, typer.Option(help="LLaVA: hf:NAME_OR_DIR.")],
+    sae: Annotated[Path, typer.Option(help="SAE directory (cfg.json, sae_weights.safetensors).")],
+    layer: Annotated[int, typer.Option(help="Block of the vision tower, from 0, whose output the SAE is of.")],
+    images: Annotated[str, typer.Option(help="The images that codes and embeddings were harvested from.")],
+    codes: Annotated[Path, typer.Option(help="Store of the SAE's codes, one row an image (harvest --pool mean).")],
+    embeddings: Annotated[Path, typer.Option(help="Image embeddings of the text model's CLIP: store or matrix file.")],
+    text_model: Annotated[str, typer.Option(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.")],
+    output: Annotated[Path, typer.Option(help="Table: FILE.parquet, FILE.csv or FILE.json.")],
+    latents: Annotated[str | None, typer.Option(help="0:1000, or 3,17,40.  [default: all]")] = None,
+    alpha: Annotated[float, typer.Option(help="Value that a latent is clamped at, in raw activation units.")] = 100.0,
+    ask: Annotated[str, typer.Option(help="Number of random images asked about, or white: one white image.")] = "10",
+    prompt: Annotated[str | None, typer.Option(help="The question.  [default: the paper's]")] = None,
+    tokens: Annotated[str, typer.Option(help="all, patches or cls.")] = "all",
+    error: Annotated[str, typer.Option(help="drop (the paper) or keep what the SAE cannot reconstruct.")] = "drop",
+    seed: Annotated[int, typer.Option(help="Seed of the images asked about and the random latents.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Answers generated at once.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16, float16.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace --output.")] = False,
+) -> None:
+    """The paper's steering score of every latent, beside five controls. Interrupted, it goes on with --resume."""
+    from saevlm_fast.activations import open_activations
+    from saevlm_fast.codes import open_codes
+    from saevlm_fast.images import open_images
+    from saevlm_fast.monosemanticity import check_scores_path
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.steering_score import PROMPT, WHITE, ScoreConfig, ScoreRun, steering_score
+    from saevlm_fast.text_models import load_text_encoder
+
+    check_scores_path(output)
+    coded, embedded, source = open_codes(codes), open_activations(embeddings), open_images(images)
+    config = ScoreConfig(
+        latents=_latents(latents, coded.d_sae), alpha=alpha, ask=0 if ask == WHITE else _integer("ask", ask),
+        prompt=prompt or PROMPT, seed=seed,
+    )  # fmt: skip
+    asking = _steered_answers(model, sae, layer, device, dtype, tokens, error, False, batch_size, max_new_tokens)
+    embed = load_text_encoder(text_model, resolve_device(device), on_message=_say)
+    sources = {
+        "model": model, "sae": str(sae), "images": images, "codes": str(codes), "embeddings": str(embeddings),
+        "text_model": text_model,
+    }  # fmt: skip
+    with _answering_progress() as on_rows:
+        scores = steering_score(
+            asking, source, coded, embedded, embed, config, ScoreRun(output, sources, resume, force), on_rows
+        )
+    table = Table("condition", Column("mean +- std", justify="right"))
+    for name, (mean, std) in scores.summary().items():
+        table.add_row(name, f"{mean:.4f} +- {std:.4f}")
+    out.print(f"steering score of {scores.n_well_defined:,} of {len(scores.table):,} latents (16 top images or more)")
+    out.print(table)
+    out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def _steered_answers(
+    model: str,
+    sae: Path,
+    layer: int,
+    device: str,
+    dtype: str,
+    tokens: str,
+    error: str,
+    only: bool,
+    batch_size: int,
+    max_new_tokens: int,
+) -> "SteeredAnswers":
+    """Model and SAE on one device; the SAE in its own dtype."""
+    from saevlm_fast.config import require
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.steered_answers import SteeredAnswers
+    from saevlm_fast.text_models import load_llava
+
+    known = ("auto", "float32", "bfloat16", "float16")
+    require(dtype in known, f"dtype: {dtype!r} is not one of {', '.join(known)}")
+    target = resolve_device(device)
+    dictionary = SparseAutoencoder.from_pretrained(sae, device=target)
+    llava, processor = load_llava(model, target, dtype, on_message=_say)
+    return SteeredAnswers(
+        llava, processor, dictionary, layer, tokens=tokens, error=error, only=only, batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+
+
+def _say(text: str) -> None:
+    err.print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _answering_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and ETA on a terminal, lines elsewhere; called with the number of answers done and in all."""
+    columns = (
+        TextColumn("steer"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    first: tuple[float, int] | None = None  # the rate counts from the first batch on: what comes before is set-up
+    last_line = time.monotonic()
+    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+        task = bar.add_task("steer", total=None, rate="")
+
+        def on_rows(done: int, total: int) -> None:
+            nonlocal first, last_line
+            now = time.monotonic()
+            first = first or (now, done)
+            rate = (done - first[1]) / max(now - first[0], 1e-9)
+            bar.update(task, completed=done, total=total, rate=f"{rate:.1f} answers/s")
+            if not out.is_terminal and (now - last_line > 5 or done == total):
+                left = f"{rate:.1f}/s  {(total - done) / rate:.0f} s left" if rate > 0 else ""
+                line = f"{done}/{total} answers  {left}".rstrip()
+                out.print(line, highlight=False, soft_wrap=True)
+                last_line = now
+
+        yield on_rows
+
+
+def _latents(text: str | None, d_sae: int) -> tuple[int, ...]:
+    """0:1000 as Python slices, or a list; () for all."""
+    if text is None:
+        return ()
+    if ":" in text:
+        start, _, stop = text.partition(":")
+        chosen = range(d_sae)[_integer("latents", start or "0") : _integer("latents", stop or str(d_sae))]
+        if not chosen:
+            raise ValueError(f"latents: {text!r} chooses none of {d_sae}")
+        return tuple(chosen)
+    return tuple(_integer("latents", part) for part in text.split(","))
 
 
 @app.command()

@@ -663,9 +663,13 @@ def write_scores(
     metadata (the SAE and its data, say) joins similarity and n_images: in Parquet's schema metadata, in JSON under
     "metadata" ({"metadata": {...}, "latents": [{column: value}]}, ms null where undefined), nowhere in CSV (ms "nan").
     """
-    path = check_scores_path(path)
     table = scores.table()
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **(metadata or {})})
+    write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **(metadata or {})}), path)
+
+
+def write_table(table: pa.Table, path: str | os.PathLike[str]) -> None:
+    """Writes a table with schema metadata as write_scores does; a NaN of any column is null in JSON."""
+    path = check_scores_path(path)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         _write_table(table, path.suffix, file)
 
@@ -676,9 +680,10 @@ def _write_table(table: pa.Table, suffix: str, file: BinaryIO) -> None:
     elif suffix == ".csv":
         pa_csv.write_csv(table, file)
     else:
-        rows = table.to_pylist()
-        for row in rows:
-            # JSON has no NaN.
-            row["ms"] = None if math.isnan(row["ms"]) else row["ms"]
+        rows = [{name: _json_value(value) for name, value in row.items()} for row in table.to_pylist()]
         metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         file.write(json.dumps({"metadata": metadata, "latents": rows}, allow_nan=False).encode())
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value  # JSON has no NaN

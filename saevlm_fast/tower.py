@@ -75,6 +75,7 @@ class Anatomy:
         n_prefix, has_cls: tokens before the patches; whether the first is a CLS token.
         image_points: name -> (module, what makes [B, D] of the module's output).
         absent: why the other image points are missing.
+        width: of the residual stream, if known.
         patch_size: if known, the number of tokens is checked against it.
         batch_first: False if blocks hold [T, B, D].
         call: calls the model on its inputs.
@@ -86,6 +87,7 @@ class Anatomy:
     has_cls: bool
     image_points: Mapping[str, tuple[nn.Module, Callable[[Any], Tensor]]]
     absent: Mapping[str, str] = field(default_factory=dict)
+    width: int | None = None
     patch_size: tuple[int, int] | None = None
     batch_first: bool = True
     call: Callable[[nn.Module, dict[str, Tensor]], Any] = lambda model, inputs: model(inputs["pixel_values"])

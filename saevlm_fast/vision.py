@@ -45,6 +45,7 @@ __all__ = [
     "TokenLayout",
     "Tokens",
     "Tower",
+    "find_anatomy",
     "load_tower",
     "select_tokens",
     "wrap_open_clip",
@@ -96,10 +97,37 @@ def one_line_errors(spec: str) -> Iterator[None]:
         raise ValueError(f"{spec}: {' '.join(lines[:2])[:300] or type(error).__name__}") from error
 
 
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """Of a model already loaded: the vision tower in a LLaVA, CLIP or SigLIP of transformers, or of open_clip; or it.
+
+    Raises:
+        ValueError: a model of another library, or one whose vision part is no plain vision transformer.
+    """
+    kind = type(model).__name__
+    libraries = {ancestor.__module__.partition(".")[0] for ancestor in type(model).__mro__}
+    if "open_clip" in libraries:
+        return _open_clip_anatomy(getattr(model, "visual", model), kind)
+    if "timm" in libraries:
+        return _timm_anatomy(model, kind)
+    require("transformers" in libraries, f"model: {kind} is not a model of transformers, open_clip or timm")
+    return _transformers_anatomy(_vision_part(model), kind)
+
+
+def _vision_part(model: Any) -> nn.Module:
+    """The outermost module whose configuration is the model's vision_config; the model itself if it has none."""
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None:
+        return model
+    for module in model.modules():
+        if type(getattr(module, "config", None)) is type(vision):
+            return module
+    raise ValueError(f"model: {type(model).__name__} has no part for its {type(vision).__name__}")
+
+
 # --- the hub ---
 
 
-def _announce_download(spec: str, on_message: Callable[[str], None]) -> None:
+def announce_download(spec: str, on_message: Callable[[str], None]) -> None:
     """Says that a download begins; ValueError at once if the hub does not answer (the libraries retry for minutes)."""
     from huggingface_hub import constants, get_session
 
@@ -142,7 +170,7 @@ def local_or_hub(
     try:
         return load(name, True)
     except OSError:  # something is not in the cache
-        _announce_download(spec, on_message)
+        announce_download(spec, on_message)
     return load(name, False)
 
 
@@ -211,14 +239,21 @@ def wrap_transformers(model: nn.Module, processor: Any, spec: str, device: torch
     """A tower of a transformers vision model (with or without projection) and its image processor."""
     import transformers
 
+    preprocess, normalisation = transformers_preprocess(processor, spec)
+    anatomy = _transformers_anatomy(model, spec)
+    anatomy.description = _described(
+        "transformers", transformers.__version__, type(processor).__name__, processor.to_dict()
+    )
+    return Tower(spec, model, anatomy, preprocess, normalisation, device)
+
+
+def _transformers_anatomy(model: Any, spec: str) -> Anatomy:
     config = model.config
-    blocks = _transformers_blocks(model, spec)
     n_registers = getattr(config, "num_register_tokens", 0)
     has_cls = any(name.split(".")[-1] in ("cls_token", "class_embedding") for name, _ in model.named_parameters())
-    preprocess, normalisation = transformers_preprocess(processor, spec)
     patch = getattr(config, "patch_size", None)
-    anatomy = Anatomy(
-        blocks=blocks,
+    return Anatomy(
+        blocks=_transformers_blocks(model, spec),
         n_prefix=has_cls + n_registers,
         has_cls=has_cls,
         image_points=_transformers_image_points(model, has_cls),
@@ -226,11 +261,10 @@ def wrap_transformers(model: nn.Module, processor: Any, spec: str, device: torch
             "projection": f"{type(model).__name__} has no projection",
             "pooled": "its checkpoint has no pooling head, and there is no CLS token",
         },
+        width=getattr(config, "hidden_size", None),
         patch_size=(patch, patch) if isinstance(patch, int) else patch,
         call=lambda model, inputs: model(**inputs),
-        description=_described("transformers", transformers.__version__, type(processor).__name__, processor.to_dict()),
     )
-    return Tower(spec, model, anatomy, preprocess, normalisation, device)
 
 
 def _transformers_blocks(model: Any, spec: str) -> Sequence[nn.Module]:
@@ -266,16 +300,21 @@ def _described(library: str, version: str, name: str, settings: dict[str, Any]) 
 
 
 def _load_open_clip(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> Tower:
+    return wrap_open_clip(open_clip_model(name, spec, on_message).visual, spec, device)
+
+
+def open_clip_model(name: str, spec: str, on_message: Callable[[str], None]) -> Any:
+    """The whole model, image and text side, of the NAME in open_clip:NAME, with every weight from its file."""
     import open_clip
 
     options: dict[str, Any] = {"require_pretrained": True, "weights_only": True}
     if name.startswith("hf-hub:"):
         files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
         if _cached_file(name.removeprefix("hf-hub:"), files) is None:
-            _announce_download(spec, on_message)
-        return wrap_open_clip(open_clip.create_model(name, **options).visual, spec, device)
+            announce_download(spec, on_message)
+        return open_clip.create_model(name, **options)
     if name.startswith("local-dir:"):
-        return wrap_open_clip(open_clip.create_model(name, **options).visual, spec, device)
+        return open_clip.create_model(name, **options)
     arch, _, pretrained = name.partition("/")
     require(arch in open_clip.list_models(), f"{spec}: open_clip has no architecture {arch}")
     tags = open_clip.list_pretrained_tags_by_model(arch)
@@ -288,8 +327,7 @@ def _load_open_clip(name: str, spec: str, device: torch.device, on_message: Call
             f"{arch}: {', '.join(tags) or 'none'}",
         )
         preprocess = _open_clip_file_preprocess(arch, tags, Path(pretrained), spec)
-    model = open_clip.create_model(arch, pretrained, force_preprocess_cfg=preprocess, **options)
-    return wrap_open_clip(model.visual, spec, device)
+    return open_clip.create_model(arch, pretrained, force_preprocess_cfg=preprocess, **options)
 
 
 def _open_clip_tag(arch: str, tag: str, spec: str, on_message: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
@@ -301,7 +339,7 @@ def _open_clip_tag(arch: str, tag: str, spec: str, on_message: Callable[[str], N
     names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     cached = _cached_file(repo, names) if repo else None
     if cached is None:
-        _announce_download(spec, on_message)
+        announce_download(spec, on_message)
     return cached or tag, _preprocess_settings(config)
 
 
@@ -331,32 +369,35 @@ def _preprocess_settings(config: dict[str, Any]) -> dict[str, Any]:
 def wrap_open_clip(visual: Any, spec: str, device: torch.device | str = "cpu") -> Tower:
     """A tower of an open_clip model's `visual` (VisionTransformer or TimmModel), which knows its preprocessing."""
     import open_clip
-    from open_clip.timm_model import TimmModel
     from open_clip.transform import PreprocessCfg, image_transform_v2
-    from open_clip.transformer import VisionTransformer
 
     settings = PreprocessCfg(**visual.preprocess_cfg)
     preprocess, normalisation = compose_preprocess(image_transform_v2(settings, is_train=False), spec)
-    description = _described("open_clip", open_clip.__version__, "image_transform_v2", asdict(settings))
+    anatomy = _open_clip_anatomy(visual, spec)
+    anatomy.description = _described("open_clip", open_clip.__version__, "image_transform_v2", asdict(settings))
+    return Tower(spec, visual, anatomy, preprocess, normalisation, device)
+
+
+def _open_clip_anatomy(visual: Any, spec: str) -> Anatomy:
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
     projection = visual, lambda output: output[0] if isinstance(output, tuple) else output
     if isinstance(visual, TimmModel):
         anatomy = _timm_anatomy(visual.trunk, spec)
         anatomy.image_points = {"projection": projection, "pooled": (visual.trunk, _itself)}
-        anatomy.description = description
-    else:
-        kind = type(visual).__name__
-        require(isinstance(visual, VisionTransformer), f"{spec}: {kind} is not a vision transformer")
-        image_points = {"projection": projection}
-        if visual.attn_pool is None:
-            pooled = _itself if visual.final_ln_after_pool else lambda output: visual._global_pool(output)[0]
-            image_points["pooled"] = visual.ln_post, pooled
-        anatomy = Anatomy(
-            blocks=list(visual.transformer.resblocks), n_prefix=1, has_cls=True, image_points=image_points,
-            absent={"pooled": "its attention pool has no such output; take the projection"},
-            patch_size=tuple(visual.patch_size), batch_first=getattr(visual.transformer, "batch_first", True),
-            description=description,
-        )  # fmt: skip
-    return Tower(spec, visual, anatomy, preprocess, normalisation, device)
+        return anatomy
+    kind = type(visual).__name__
+    require(isinstance(visual, VisionTransformer), f"{spec}: {kind} is not a vision transformer")
+    image_points = {"projection": projection}
+    if visual.attn_pool is None:
+        pooled = _itself if visual.final_ln_after_pool else lambda output: visual._global_pool(output)[0]
+        image_points["pooled"] = visual.ln_post, pooled
+    return Anatomy(
+        blocks=list(visual.transformer.resblocks), n_prefix=1, has_cls=True, image_points=image_points,
+        absent={"pooled": "its attention pool has no such output; take the projection"}, width=visual.transformer.width,
+        patch_size=tuple(visual.patch_size), batch_first=getattr(visual.transformer, "batch_first", True),
+    )  # fmt: skip
 
 
 def _itself(output: Tensor) -> Tensor:
@@ -379,7 +420,7 @@ def _load_timm(name: str, spec: str, device: torch.device, on_message: Callable[
         )
         return wrap_timm(_timm_from_file(architecture, file, spec), spec, device)
     if architecture.startswith("hf-hub:"):
-        _announce_download(spec, on_message)
+        announce_download(spec, on_message)
     elif not architecture.startswith("local-dir:"):
         return wrap_timm(_timm_released(architecture, spec, on_message), spec, device)
     return wrap_timm(timm.create_model(architecture, pretrained=True, num_classes=0), spec, device)
@@ -395,7 +436,7 @@ def _timm_released(architecture: str, spec: str, on_message: Callable[[str], Non
     repo = config.hf_hub_id or ""
     cached = _cached_file(repo, ["model.safetensors", "pytorch_model.bin"]) if repo else None
     if cached is None:
-        _announce_download(spec, on_message)
+        announce_download(spec, on_message)
     overlay = None if cached is None else {"file": cached}
     return timm.create_model(architecture, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
 
@@ -438,4 +479,5 @@ def _timm_anatomy(model: Any, spec: str) -> Anatomy:
         has_cls=getattr(model, "cls_token", None) is not None,
         image_points={"pooled": (model, _itself)},
         absent={"projection": "timm's models have no projection; pooled is their image vector"},
+        width=getattr(model, "embed_dim", None),
     )

@@ -1,0 +1,351 @@
+"""Steering: a vision tower's residual stream changed through an SAE's latents, by forward hooks on an untouched model.
+
+    with steer(llava, sae, layer=22, edits=[clamp(1234, 100.0)]):
+        tokens = llava.generate(**inputs)
+
+At the chosen tokens the output x of block `layer` becomes, with z = encode(x) and z' = z after the edits,
+
+    error="drop"    decode(z')                      the paper: what the SAE cannot reconstruct is lost (recipe.md 4)
+    error="keep"    x + decode(z') - decode(z)      the change alone
+
+computed as decode(z) + sum_j (z'_j - z_j) W_dec[j], and as x + the same sum: a latent is only looked up, however many
+there are, and no edits at error="keep" leave x as it is to the last bit. Latents are in raw activation units, encoded
+as at inference (threshold or row-wise top k), in the SAE's dtype and on its device; the result returns to the model's.
+
+Nothing of a model is replaced: one hook, gone afterwards, also after an error. It comes before the library's own hooks,
+so hidden states that the model collects (LLaVA's vision_feature_layer) hold the edited stream. Of nested steerings of
+one block the inner acts first. Code compiled by torch.compile does not see new hooks, so it rests while a steering is
+on: everything runs eagerly, and the compiled code is used again, unchanged, afterwards.
+
+Shape suffixes: B rows of the block (images, or their tiles), T tokens, D width, N tokens of all rows, J edits.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saevlm_fast.codes import CodeRows, codes_of_rows
+from saevlm_fast.config import require
+from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.sparse_decode import sparse_decode
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.tower import Anatomy
+from saevlm_fast.vision import find_anatomy
+
+ERRORS, TOKENS = ("drop", "keep"), ("all", "patches", "cls")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A latent's new value, factor * z + offset. Made by `clamp`, `add`, `scale` and `zero`.
+
+    Raises:
+        ValueError: a latent below 0, a value that is not finite.
+    """
+
+    latent: int
+    factor: float
+    offset: float
+
+    def __post_init__(self) -> None:
+        require(self.latent >= 0, f"latent: {self.latent} must not be negative")
+        for value in (self.factor, self.offset):
+            require(math.isfinite(value), f"alpha: {value} of latent {self.latent} is not finite")
+
+
+def clamp(latent: int, alpha: float) -> Edit:
+    """The latent is alpha, wherever it fires or not; in raw activation units."""
+    return Edit(latent, 0.0, alpha)
+
+
+def add(latent: int, alpha: float) -> Edit:
+    """alpha more, wherever the latent fires or not; in raw activation units."""
+    return Edit(latent, 1.0, alpha)
+
+
+def scale(latent: int, factor: float) -> Edit:
+    """factor times as much, where the latent fires."""
+    return Edit(latent, factor, 0.0)
+
+
+def zero(latent: int) -> Edit:
+    """The latent does not fire."""
+    return Edit(latent, 0.0, 0.0)
+
+
+@contextmanager
+def steer(
+    model: nn.Module,
+    sae: SparseAutoencoder,
+    layer: int,
+    edits: Sequence[Edit] = (),
+    *,
+    only: bool = False,
+    tokens: str | Tensor = "all",
+    error: str = "drop",
+) -> Iterator[None]:
+    """Inside `with`, the model's vision tower is steered after block `layer` (from 0), the same way in every row.
+
+    Args:
+        model: transformers' LLaVA-1.5, -NeXT, -OneVision, CLIP or SigLIP, whole or the vision part alone; open_clip's
+            or timm's model. Its dtype and device are its own.
+        sae: of the residual stream after that block.
+        edits: no latent twice. None at all is the identity control: the SAE is attached, nothing is changed.
+        only: every latent without an edit becomes 0 (scale(k, 1.0) leaves k alone as it is).
+        tokens: all, patches, cls, or a bool mask [T] or [B, T] over the tower's token sequence, CLS first.
+        error: drop or keep, see the module's docstring.
+
+    Raises:
+        ValueError: in one line: no such layer, one that the language model does not read (or whose CLS token it does
+            not), a width that is not the SAE's, a latent that is not there or is edited twice, an unknown choice; at
+            the forward, a mask that does not fit the tokens.
+    """
+    site = find_site(model, sae, layer, tokens, error)
+    plan = EditPlan.of_rows([edits], sae)
+    with hooked_block(site, lambda x_BTD: _steered(x_BTD, sae, plan, site, only, tokens, error, None)):
+        yield
+
+
+@contextmanager
+def steer_rows(
+    model: nn.Module,
+    sae: SparseAutoencoder,
+    layer: int,
+    rows: Sequence[Sequence[Edit]],
+    *,
+    tiles: Sequence[int] | None = None,
+    only: bool = False,
+    tokens: str | Tensor = "all",
+    error: str = "drop",
+) -> Iterator[None]:
+    """As `steer`, but row b of the batch is edited by rows[b].
+
+    Args:
+        tiles: how many rows of the tower belong to each row of the batch, where an image is cut into tiles (LLaVA-NeXT,
+            OneVision); all tiles of an image are edited alike. None: one each. A mask [B, T] counts tiles.
+
+    Raises:
+        ValueError: as `steer`; at the forward, a batch of another size.
+    """
+    site = find_site(model, sae, layer, tokens, error)
+    require(tiles is None or len(tiles) == len(rows), f"tiles: {len(tiles or ())} numbers for {len(rows)} rows")
+    plan = EditPlan.of_rows(rows, sae)
+    row_of_tile = torch.arange(len(rows)).repeat_interleave(torch.tensor(tiles or [1] * len(rows)))
+    with hooked_block(site, lambda x_BTD: _steered(x_BTD, sae, plan, site, only, tokens, error, row_of_tile)):
+        yield
+
+
+# --- where -----------------------------------------------------------------------------------------------------------
+
+
+class Site(NamedTuple):
+    """A block whose output is steered, and what is known of its tower. reads: see `blocks_read`."""
+
+    anatomy: Anatomy
+    layer: int
+    reads: frozenset[int] | None
+
+    @property
+    def block(self) -> nn.Module:
+        return self.anatomy.blocks[self.layer]
+
+
+def find_site(
+    model: nn.Module, sae: SparseAutoencoder, layer: int, tokens: str | Tensor = "all", error: str = "drop"
+) -> Site:
+    """The block, after all checks that need no forward. Raises the ValueErrors of `steer`."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
+    anatomy, name = find_anatomy(model), type(model).__name__
+    last = len(anatomy.blocks) - 1
+    require(0 <= layer <= last, f"layer: {layer} of {name}, whose vision blocks are 0 to {last}")
+    require(
+        anatomy.width in (None, sae.config.d_in),
+        f"sae: d_in is {sae.config.d_in}, but the vision blocks of {name} have width {anatomy.width}",
+    )
+    require(error in ERRORS, f"error: {error!r} is not one of {', '.join(ERRORS)}")
+    known = tokens in TOKENS if isinstance(tokens, str) else tokens.dtype == torch.bool and tokens.ndim in (1, 2)
+    require(known, f"tokens: {_shown(tokens)} is not one of {', '.join(TOKENS)}, or a bool mask [T] or [B, T]")
+    cls_only = isinstance(tokens, str) and tokens == "cls"
+    require(anatomy.has_cls or not cls_only, f"tokens: cls, but the vision tower of {name} has no CLS token")
+    reads = blocks_read(model, len(anatomy.blocks))
+    if reads is not None:
+        _check_read(model.config, layer, reads, cls_only)
+    return Site(anatomy, layer, reads)
+
+
+def blocks_read(model: Any, n_blocks: int) -> frozenset[int] | None:
+    """The vision blocks whose output a LLaVA's projector is given (-1: the embeddings); None of a model without one.
+
+    vision_feature_layer counts hidden states, of which there is one more than blocks: -2 is the last block but one.
+    """
+    chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    if chosen is None:
+        return None
+    return frozenset(index % (n_blocks + 1) - 1 for index in ([chosen] if isinstance(chosen, int) else chosen))
+
+
+def _check_read(config: Any, layer: int, reads: frozenset[int], cls_only: bool) -> None:
+    last_read = max(reads)
+    what = f"(vision_feature_layer {config.vision_feature_layer})"
+    require(
+        layer <= last_read,
+        f"layer: {layer} changes nothing, the language model reads vision blocks up to {last_read} {what}",
+    )
+    drops_cls = getattr(config, "vision_feature_select_strategy", "full") == "default"
+    require(
+        not (cls_only and drops_cls and layer == last_read),
+        f"tokens: cls at layer {layer} changes nothing, the language model reads that block {what} without CLS",
+    )
+
+
+def _shown(tokens: str | Tensor) -> str:
+    return repr(tokens) if isinstance(tokens, str) else f"{tokens.dtype} {list(tokens.shape)}"
+
+
+@contextmanager
+def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The block's output x_BTD, in whatever form it comes, becomes change(x_BTD)."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        tokens = output[0] if isinstance(output, tuple) else output
+        x_BTD = tokens if site.anatomy.batch_first else tokens.transpose(0, 1)
+        changed = change(x_BTD)
+        changed = changed if site.anatomy.batch_first else changed.transpose(0, 1)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = site.block.register_forward_hook(hook, prepend=True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        handle.remove()
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+class EditPlan(NamedTuple):
+    """The edits of R rows as tensors [R, J] on the SAE's device, short rows filled up with edits that are none.
+
+    latents: int64. factor, offset: the SAE's dtype. real: bool, False for filling.
+    """
+
+    latents: Tensor
+    factor: Tensor
+    offset: Tensor
+    real: Tensor
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[Edit]], sae: SparseAutoencoder) -> "EditPlan":
+        """ValueError: a latent that the SAE does not have, or that a row edits twice."""
+        n_edits = max((len(edits) for edits in rows), default=0)
+        weights = sae.W_dec
+        latents = torch.zeros(len(rows), n_edits, dtype=torch.int64)
+        factor, offset = torch.ones(len(rows), n_edits), torch.zeros(len(rows), n_edits)
+        real = torch.zeros(len(rows), n_edits, dtype=torch.bool)
+        for r, edits in enumerate(rows):
+            _check_edits(edits, sae.config.d_sae)
+            for j, edit in enumerate(edits):
+                latents[r, j], factor[r, j], offset[r, j], real[r, j] = edit.latent, edit.factor, edit.offset, True
+        latents, real = latents.to(weights.device), real.to(weights.device)
+        return cls(latents, factor.to(weights), offset.to(weights), real)
+
+
+def _check_edits(edits: Sequence[Edit], d_sae: int) -> None:
+    seen: set[int] = set()
+    for edit in edits:
+        require(edit.latent < d_sae, f"latent: {edit.latent} of an SAE whose latents are 0 to {d_sae - 1}")
+        require(edit.latent not in seen, f"latent: {edit.latent} is edited twice")
+        seen.add(edit.latent)
+
+
+class Encoded(NamedTuple):
+    """N tokens as the SAE sees them: x_ND in its dtype on its device, their codes, their reconstruction."""
+
+    x_ND: Tensor
+    codes: CodeRows
+    x_hat_ND: Tensor
+
+
+def encode_tokens(sae: SparseAutoencoder, x_ND: Tensor) -> Encoded:
+    """Whatever the model's dtype, device and autocast are: of inference, in the SAE's own precision."""
+    with torch.autocast(sae.W_dec.device.type, enabled=False):
+        x_ND = x_ND.to(sae.W_dec.device, sae.W_dec.dtype)
+        codes = sae.encode(x_ND, use_threshold=True)
+        return Encoded(x_ND, codes_of_rows(codes), sae.decode(codes))
+
+
+def edit_tokens(
+    sae: SparseAutoencoder, encoded: Encoded, plan: EditPlan, row_N: Tensor, only: bool, error: str
+) -> Tensor:
+    """The new residual stream [N, D] in the SAE's dtype; token n is edited by row row_N[n] of the plan."""
+    latents_NJ, real_NJ = plan.latents[row_N], plan.real[row_N]
+    z_NJ = latent_values(encoded.codes, latents_NJ)
+    edited_NJ = plan.factor[row_N] * z_NJ + plan.offset[row_N]
+    with torch.autocast(sae.W_dec.device.type, enabled=False):
+        if only:
+            z_hat_ND = _weighted_rows(sae, torch.where(real_NJ, edited_NJ, 0), latents_NJ, sae.b_dec)
+            return z_hat_ND if error == "drop" else encoded.x_ND + (z_hat_ND - encoded.x_hat_ND)
+        change_NJ = torch.where(real_NJ, edited_NJ - z_NJ, 0)
+        base_ND = encoded.x_hat_ND if error == "drop" else encoded.x_ND
+        return base_ND + _weighted_rows(sae, change_NJ, latents_NJ, torch.zeros_like(sae.b_dec))
+
+
+def _weighted_rows(sae: SparseAutoencoder, weights_NJ: Tensor, latents_NJ: Tensor, bias_D: Tensor) -> Tensor:
+    """bias + sum_j weight_j W_dec[latent_j], [N, D]."""
+    if latents_NJ.shape[1] == 0:
+        return bias_D.expand(len(latents_NJ), -1)
+    return sparse_decode(weights_NJ, latents_NJ, None, sae.W_dec, bias_D)
+
+
+def latent_values(codes: CodeRows, latents_NJ: Tensor) -> Tensor:
+    """Of every row the activations [N, J] of the latents asked for there; 0 where they do not fire."""
+    n_rows = codes.n_rows
+    rows_M = entry_rows(codes.latents, codes.row_offsets)
+    inside_M = rows_M < n_rows
+    rows_M, latents_M, acts_M = rows_M[inside_M], codes.latents[inside_M], codes.acts[inside_M]
+    found_MJ = torch.where(latents_NJ[rows_M] == latents_M[:, None], acts_M[:, None], 0)
+    return torch.zeros(latents_NJ.shape, dtype=acts_M.dtype, device=acts_M.device).index_add_(0, rows_M, found_MJ)
+
+
+def _steered(
+    x_BTD: Tensor,
+    sae: SparseAutoencoder,
+    plan: EditPlan,
+    site: Site,
+    only: bool,
+    tokens: str | Tensor,
+    error: str,
+    row_of_tile: Tensor | None,
+) -> Tensor:
+    """x_BTD with the chosen tokens replaced, in its dtype and on its device."""
+    n_rows, n_tokens, width = x_BTD.shape
+    require(width == sae.config.d_in, f"sae: d_in is {sae.config.d_in}, but the block's output has width {width}")
+    if error == "keep" and plan.latents.shape[1] == 0 and not only:
+        return x_BTD
+    row_B = torch.zeros(n_rows, dtype=torch.int64) if row_of_tile is None else row_of_tile
+    require(len(row_B) == n_rows, f"rows: edits for {len(row_B)} rows of the vision tower, but the batch has {n_rows}")
+    mask_BT = token_mask(tokens, n_rows, n_tokens, site.anatomy).to(x_BTD.device)
+    row_N = row_B.to(x_BTD.device)[:, None].expand(n_rows, n_tokens)[mask_BT].to(plan.latents.device)
+    encoded = encode_tokens(sae, x_BTD[mask_BT])
+    edited_ND = edit_tokens(sae, encoded, plan, row_N, only, error)
+    return x_BTD.masked_scatter(mask_BT[:, :, None], edited_ND.to(x_BTD.device, x_BTD.dtype))
+
+
+def token_mask(tokens: str | Tensor, n_rows: int, n_tokens: int, anatomy: Anatomy) -> Tensor:
+    """bool [B, T], True for the chosen tokens. ValueError: a mask of another shape."""
+    if isinstance(tokens, Tensor):
+        fits = tokens.shape[-1] == n_tokens and (tokens.ndim == 1 or len(tokens) == n_rows)
+        require(fits, f"tokens: mask {list(tokens.shape)} for {n_rows} rows of {n_tokens} tokens")
+        return tokens.expand(n_rows, n_tokens)
+    mask_T = torch.ones(n_tokens, dtype=torch.bool)
+    if tokens == "patches":
+        mask_T[: anatomy.n_prefix] = False
+    elif tokens == "cls":
+        mask_T[1:] = False
+    return mask_T.expand(n_rows, n_tokens)

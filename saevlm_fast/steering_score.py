@@ -1,0 +1,382 @@
+"""The paper's steering score (recipe.md section 4), with the controls that it lacks.
+
+A latent's target is the mean embedding of its 16 most activating images. The model is asked about other images with the
+latent steered, and the score is the cosine between the target and the answer's text embedding. Conditions:
+
+    steered               the latent clamped at alpha
+    sae_attached          no edit, but the SAE in place: the residual stream is its reconstruction (error="drop")
+    unsteered             the model as it is
+    random_latent         another latent that fires somewhere, its change of equal norm: alpha |W_dec[k]| / |W_dec[j]|
+    sign_flip             the latent clamped at -alpha
+    difference_of_means   alpha |W_dec[k]| along (mean residual of the top images - mean residual of random images)
+
+The last one needs no SAE direction; it is added to the same base as the latent's change, so the two differ in nothing
+else. Shape suffixes: L latents chosen, K top images, E embedding, D width, Q images asked about.
+"""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from saevlm_fast.activations import Activations
+from saevlm_fast.codes import Codes
+from saevlm_fast.config import Interrupted, check_same_settings, require
+from saevlm_fast.files import write_json_atomic
+from saevlm_fast.images import ImageSource, decode
+from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.monosemanticity import check_scores_path, write_table
+from saevlm_fast.runtime import interruptible
+from saevlm_fast.steered_answers import Row, SteeredAnswers
+from saevlm_fast.steering import clamp
+from saevlm_fast.text_models import Embed
+
+PROMPT = "What is shown in this image? Use exactly one word!"
+CONDITIONS = ("steered", "sae_attached", "unsteered", "random_latent", "sign_flip", "difference_of_means")
+PER_LATENT = tuple(name for name in CONDITIONS if name not in ("sae_attached", "unsteered"))
+N_TOP = 16
+WHITE = "white"
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What is measured.
+
+    Attributes:
+        latents: all if empty. alpha: in raw activation units.
+        ask: number of random images asked about, the same for every latent; 0 asks about one white image.
+        prompt: the question. n_reference: random images behind the difference of means. seed: of all choices.
+    """
+
+    latents: tuple[int, ...] = ()
+    alpha: float = 100.0
+    ask: int = 10
+    prompt: str = PROMPT
+    n_reference: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(bool(np.isfinite(self.alpha)), f"alpha: {self.alpha} is not finite")
+        require(self.ask >= 0, f"ask: {self.ask} must not be negative")
+        require(self.n_reference >= 1, f"n_reference: {self.n_reference} must be at least 1")
+        require(len(set(self.latents)) == len(self.latents), "latents: one is listed twice")
+
+
+@dataclass(frozen=True)
+class ScoreRun:
+    """Where it is written and how far it has come. latents_per_block: scored and saved together.
+
+    sources: paths and names that must be the same when a run is resumed.
+    """
+
+    output: Path
+    sources: dict[str, str]
+    resume: bool = False
+    force: bool = False
+    latents_per_block: int = 16
+
+    @property
+    def progress(self) -> Path:
+        """A folder with the settings and a file for every finished block; gone when the output is written."""
+        return self.output.with_name(self.output.name + ".progress")
+
+
+class Targets(NamedTuple):
+    """Of every chosen latent: images int64 [L, K] by falling activation (then row), -1 where fewer fire.
+
+    n_top: int64 [L], images that fire, at most K. alive: int64, all latents of the SAE that fire anywhere.
+    """
+
+    images: Tensor
+    n_top: Tensor
+    alive: Tensor
+
+
+def top_images(codes: Codes, latents: Sequence[int], k: int = N_TOP, batch_rows: int = 65536) -> Targets:
+    """The k most activating rows of every latent, in one pass; memory of what is asked for."""
+    place_S = torch.full((codes.d_sae,), -1, dtype=torch.int64)
+    place_S[list(latents)] = torch.arange(len(latents))
+    fires_S = torch.zeros(codes.d_sae, dtype=torch.bool)
+    best = _Best(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    with closing(codes.chunks(batch_rows)) as chunks:
+        for start, acts_M, latents_M, row_offsets in chunks:
+            fires_S[latents_M] = True
+            chosen_M = place_S[latents_M] >= 0
+            rows_M = start + entry_rows(latents_M, row_offsets)[chosen_M]
+            new = _Best(acts_M[chosen_M], place_S[latents_M[chosen_M]], rows_M)
+            best = _largest(_Best(*(torch.cat(pair) for pair in zip(best, new))), k)
+    images_LK = torch.full((len(latents), k), -1)
+    images_LK[best.places, _rank_in_group(best.places)] = best.rows
+    return Targets(images_LK, (images_LK >= 0).sum(1), fires_S.nonzero().squeeze(1))
+
+
+class _Best(NamedTuple):
+    """Entries: activation, place of the latent in those chosen, row of the codes."""
+
+    acts: Tensor
+    places: Tensor
+    rows: Tensor
+
+
+def _largest(best: _Best, k: int) -> _Best:
+    """The k largest of every latent, sorted by latent, falling activation, row."""
+    order = torch.from_numpy(np.lexsort((best.rows.numpy(), -best.acts.numpy(), best.places.numpy())))
+    order = order[_rank_in_group(best.places[order]) < k]
+    return _Best(best.acts[order], best.places[order], best.rows[order])
+
+
+def _rank_in_group(sorted_M: Tensor) -> Tensor:
+    return torch.arange(len(sorted_M)) - torch.searchsorted(sorted_M, sorted_M)
+
+
+class SteeringScores(NamedTuple):
+    """One row a latent: latent, n_top, other_latent, answer, answer_share, and one column for every condition.
+
+    other_latent: the one of the condition random_latent. answer: the most frequent steered answer, answer_share: how
+    often. A latent that never fires scores NaN.
+    """
+
+    table: pa.Table
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """Condition -> mean and standard deviation over latents that fire on at least N_TOP images; NaN if none do."""
+        well_defined = np.asarray(self.table["n_top"]) >= N_TOP
+        columns = {name: np.asarray(self.table[name])[well_defined] for name in CONDITIONS}
+        nan = float("nan")
+        return {name: (float(x.mean()), float(x.std())) if len(x) else (nan, nan) for name, x in columns.items()}
+
+    @property
+    def n_well_defined(self) -> int:
+        return int((np.asarray(self.table["n_top"]) >= N_TOP).sum())
+
+
+def steering_score(
+    asking: SteeredAnswers,
+    source: ImageSource,
+    codes: Codes,
+    embeddings: Activations,
+    embed: Embed,
+    config: ScoreConfig,
+    run: ScoreRun,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> SteeringScores:
+    """Scores latents under all conditions and writes the table, resumably.
+
+    Args:
+        asking: model, SAE, layer, tokens and error term. Its batch size bounds how much is answered at once.
+        source: the images that codes and embeddings are of, found by id.
+        codes: one row an image (harvest --sae DIR --pool mean). embeddings: the same rows, in the text's space.
+        on_rows: called with answers done and in all.
+
+    Raises:
+        ValueError: sides that do not fit; settings that are not those of the run to be resumed; a run that is there
+            with neither resume nor force. Interrupted: SIGINT or SIGTERM; finished blocks are on the disk.
+    """
+    check_scores_path(run.output)
+    latents = config.latents or tuple(range(codes.d_sae))
+    _check_sides(asking, codes, embeddings, embed, latents)
+    _start_run(run, config, asking)
+    scorer = _Scorer(asking, _Pictures(source, codes), embed, config, top_images(codes, latents), embeddings)
+    starts = range(0, len(latents), run.latents_per_block)
+    blocks = [(run.progress / f"block_{start:06d}.json", start) for start in starts]
+    todo = [block for block in blocks if not block[0].exists()]
+    total = sum(scorer.n_rows(start, run.latents_per_block) for _, start in todo)
+    done = 0
+    with interruptible() as stop:
+        for path, start in todo:
+            _stop_if_asked(stop, run)
+            report = partial(_report, on_rows, done, total)
+            write_json_atomic(path, scorer.block(latents, start, run.latents_per_block, report))
+            done += scorer.n_rows(start, run.latents_per_block)
+    scores = SteeringScores(_table([row for path, _ in blocks for row in json.loads(path.read_text())], run, config))
+    write_table(scores.table, run.output)
+    shutil.rmtree(run.progress)
+    return scores
+
+
+def _report(on_rows: Callable[[int, int], None], before: int, total: int, done_here: int) -> None:
+    on_rows(before + done_here, total)
+
+
+def _stop_if_asked(stop: threading.Event, run: ScoreRun) -> None:
+    if stop.is_set():
+        raise Interrupted(f"interrupted; continue with --resume --output {run.output}")
+
+
+def _check_sides(
+    asking: SteeredAnswers, codes: Codes, embeddings: Activations, embed: Embed, latents: Sequence[int]
+) -> None:
+    d_sae = asking.sae.config.d_sae
+    require(codes.d_sae == d_sae, f"codes: of {codes.d_sae} latents ({codes.path}), but the SAE has {d_sae}")
+    require(
+        min(latents) >= 0 and max(latents) < d_sae,
+        f"latents: {min(latents)} to {max(latents)} are asked for; there are 0 to {d_sae - 1}",
+    )
+    require(
+        embeddings.n_rows == codes.n_rows,
+        f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {codes.n_rows} of codes; row i of both must be "
+        "the same image",
+    )
+    width = embed([PROMPT]).shape[1]
+    require(
+        embeddings.d == width,
+        f"embeddings: of width {embeddings.d} ({embeddings.path}), but the text model's have {width}; harvest them "
+        "with --point projection of the same model",
+    )
+    if embeddings.has_items:
+        same = codes.items()["image"].equals(embeddings.items()["image"])
+        require(same, f"embeddings: the images of {embeddings.path} are not those of {codes.path}, row by row")
+
+
+def _start_run(run: ScoreRun, config: ScoreConfig, asking: SteeredAnswers) -> None:
+    tokens = asking.tokens
+    if isinstance(tokens, Tensor):
+        tokens = "mask " + hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+    steering = {"layer": asking.site.layer, "tokens": tokens, "only": asking.only, "error": asking.error}
+    measured: dict[str, Any] = {**asdict(config), "latents": list(config.latents)}
+    settings = {"score": measured, "steering": steering, "sources": run.sources,
+                "run": {"latents_per_block": run.latents_per_block}}  # fmt: skip
+    path = run.progress / "settings.json"
+    if run.force and run.progress.exists():
+        shutil.rmtree(run.progress)
+    if path.exists():
+        require(run.resume, f"output: an unfinished run is in {run.progress}; continue it with --resume, or --force")
+        check_same_settings(path, settings)
+        return
+    require(run.force or not run.output.exists(), f"output: {run.output} already exists; --force replaces it")
+    run.progress.mkdir(exist_ok=True)
+    write_json_atomic(path, settings)
+
+
+class _Pictures:
+    """RGB images by their row in the codes, found in the source by id."""
+
+    def __init__(self, source: ImageSource, codes: Codes):
+        ids = codes.items()["image"].to_pylist()
+        require(len(set(ids)) == len(ids), f"codes: several rows of one image ({codes.path}); harvest with --pool mean")
+        self.source, self.ids = source, ids
+        self.number = {source.image_id(i): i for i in range(len(source))}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> Any:
+        image_id = self.ids[row]
+        require(image_id in self.number, f"images: {image_id!r}, an image of the codes, is not there")
+        return decode(self.source.read(self.number[image_id]))
+
+
+class _Scorer:
+    """Everything that all latents share: the images asked about, their unsteered answers, mean residuals."""
+
+    def __init__(
+        self,
+        asking: SteeredAnswers,
+        pictures: _Pictures,
+        embed: Embed,
+        config: ScoreConfig,
+        targets: Targets,
+        embeddings: Activations,
+    ):
+        self.asking, self.pictures, self.embed, self.config = asking, pictures, embed, config
+        self.targets, self.embeddings = targets, embeddings
+        self._residuals: dict[int, Tensor] = {}
+        self._words: dict[str, Tensor] = {}
+        order = np.random.default_rng(config.seed).permutation(len(pictures))
+        self.questions = [asking.ask(picture, config.prompt) for picture in self._asked(order)]
+        self.reference_D = self._mean_residual(order[: config.n_reference].tolist())
+        n = len(self.questions)
+        plain = asking.answers([Row(q, edits) for edits in ((), None) for q in self.questions])
+        self.unsteered = {"sae_attached": plain[:n], "unsteered": plain[n:]}
+
+    def _asked(self, order: np.ndarray) -> list[Any]:
+        if self.config.ask == 0:
+            from PIL import Image
+
+            return [Image.new("RGB", (336, 336), "white")]
+        return [self.pictures[int(row)] for row in order[: self.config.ask]]
+
+    def n_rows(self, start: int, n: int) -> int:
+        """Answers that a block needs; none for latents that never fire."""
+        return int((self.targets.n_top[start : start + n] > 0).sum()) * len(PER_LATENT) * len(self.questions)
+
+    def block(self, latents: Sequence[int], start: int, n: int, on_rows: Callable[[int], None]) -> list[dict[str, Any]]:
+        """The table's rows of latents[start:start + n]."""
+        places = range(start, min(start + n, len(latents)))
+        firing = [place for place in places if self.targets.n_top[place] > 0]
+        random = {place: self._random_latent(latents[place]) for place in firing}
+        rows = [row for place in firing for row in self._rows(place, latents[place], random[place])]
+        answers = iter(self.asking.answers(rows, on_rows))
+        n_asked = len(self.questions)
+        given = {p: {name: [next(answers) for _ in range(n_asked)] for name in PER_LATENT} for p in firing}
+        return [self._scored(place, latents[place], random.get(place), given.get(place)) for place in places]
+
+    def _rows(self, place: int, latent: int, random: int) -> list[Row]:
+        """PER_LATENT conditions in order, each for every image asked about."""
+        norm_S = self.asking.sae.W_dec.detach().norm(dim=1)
+        alpha = self.config.alpha
+        direction_D = self._mean_residual(self.targets.images[place, : self.targets.n_top[place]].tolist())
+        direction_D = (
+            torch.nn.functional.normalize(direction_D - self.reference_D, dim=0) * alpha * float(norm_S[latent])
+        )
+        equal = alpha * float(norm_S[latent] / norm_S[random])
+        edits = (clamp(latent, alpha),), (clamp(random, equal),), (clamp(latent, -alpha),)
+        rows = [Row(q, edit) for edit in edits for q in self.questions]
+        return rows + [Row(q, (), direction_D) for q in self.questions]
+
+    def _random_latent(self, latent: int) -> int:
+        """Of those that fire somewhere, the same in every run."""
+        others = self.targets.alive[self.targets.alive != latent]
+        require(len(others) > 0, "codes: only one latent fires, so there is no random one to compare with")
+        return int(others[np.random.default_rng((self.config.seed, latent)).integers(len(others))])
+
+    def _mean_residual(self, rows: Sequence[int]) -> Tensor:
+        for row in rows:
+            if row not in self._residuals:
+                self._residuals[row] = self.asking.mean_residual(self.pictures[row], self.config.prompt)
+        return torch.stack([self._residuals[row] for row in rows]).mean(0)
+
+    def _scored(
+        self, place: int, latent: int, random: int | None, given: dict[str, list[str]] | None
+    ) -> dict[str, Any]:
+        """One row of the table; NaN travels as None, which JSON has."""
+        n_top = int(self.targets.n_top[place])
+        row: dict[str, Any] = {"latent": latent, "n_top": n_top, "other_latent": random}
+        if given is None:
+            return row | {"answer": None, "answer_share": None} | dict.fromkeys(CONDITIONS)
+        images_KE = self.embeddings.rows(self.targets.images[place, :n_top])
+        target_E = torch.nn.functional.normalize(torch.nn.functional.normalize(images_KE, dim=1).mean(0), dim=0)
+        answer, count = Counter(given["steered"]).most_common(1)[0]
+        row |= {"answer": answer, "answer_share": count / len(self.questions)}
+        return row | {name: self._cosine({**self.unsteered, **given}[name], target_E) for name in CONDITIONS}
+
+    def _cosine(self, answers: Sequence[str], target_E: Tensor) -> float:
+        """Mean over the images asked about."""
+        new = sorted(set(answers) - set(self._words))
+        if new:
+            self._words.update(zip(new, self.embed(new)))
+        return float(torch.stack([self._words[answer] for answer in answers]).double().mean(0) @ target_E.double())
+
+
+def _table(rows: list[dict[str, Any]], run: ScoreRun, config: ScoreConfig) -> pa.Table:
+    kinds = {"latent": pa.int64(), "n_top": pa.int64(), "other_latent": pa.int64(), "answer": pa.string()}
+    columns = {}
+    for name in ("latent", "n_top", "other_latent", "answer", "answer_share", *CONDITIONS):
+        values = [row[name] for row in rows]
+        if name not in kinds:
+            values = [float("nan") if value is None else value for value in values]
+        columns[name] = pa.array(values, kinds.get(name, pa.float64()))
+    metadata = {**run.sources, "alpha": f"{config.alpha:g}", "ask": str(config.ask or WHITE), "prompt": config.prompt}
+    return pa.table(columns).replace_schema_metadata(metadata)
