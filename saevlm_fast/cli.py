@@ -233,6 +233,7 @@ def train(
     from saevlm_fast.train import RunOptions
     from saevlm_fast.train import train as run_training
 
+    require(output is not None or not resume, "output: --resume needs the directory of the run")
     output = _new_run_directory() if output is None else output
     recipe: dict[str, Any] = {"k": 20}
     if activations is None:

@@ -52,6 +52,10 @@ def test_options_overrule_the_recipe_of_the_box(tmp_path):
     assert "400 images) of raw neurons" in run("ms-score", "--raw", "--output", tmp_path / "raw.json")
 
 
+def test_a_run_is_resumed_by_name():
+    assert "output: --resume needs the directory of the run" in run("train", "--resume", code=2)
+
+
 def test_the_latest_run_is_the_one_that_ended_last(tmp_path):
     assert "no finished run below" in run("ms-score", code=2)
     (tmp_path / "runs" / "unfinished").mkdir(parents=True)
