@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from saevlm_fast.config import Interrupted
 
 if TYPE_CHECKING:
     from saevlm_fast.demo import Measured
+    from saevlm_fast.demo_steering import ColourLatent
     from saevlm_fast.harvest import HarvestSummary
     from saevlm_fast.monosemanticity import ScoreSummary
     from saevlm_fast.scene_stores import SceneStores
@@ -286,6 +288,7 @@ def demo(
     """The whole way on what is in the box: scenes, SAEs, their scores against raw neurons and the truth, a picture."""
     from saevlm_fast.contact_sheet import save_sheet
     from saevlm_fast.demo import ARCHITECTURES, RAW, Scored, picture, train_on_scenes
+    from saevlm_fast.demo_steering import N_PATCH_SCENES, PATCHES, steer_colours
     from saevlm_fast.files import write_json_atomic
     from saevlm_fast.monosemanticity import write_scores
     from saevlm_fast.scene_stores import N_SCENES, RECIPE
@@ -294,31 +297,43 @@ def demo(
     begun = time.monotonic()
     _step(1, f"scenes through tiny-clip ({N_SCENES['train']:,} to train on, {N_SCENES['test']:,} to test on)")
     train_on, test_on = _scenes("train", device=device), _scenes("test", device=device)
+
+    def trained_on(train_on: "SceneStores", test_on: "SceneStores", architecture: str, name: str) -> Any:
+        options = RunOptions(output / name, device, resume=not force, force=force)
+        with TrainProgress(RECIPE["steps"]) as progress:
+            return train_on_scenes(architecture, train_on, test_on, options, progress.log, progress.step)
+
     trained: dict[str, Any] = {RAW: (None, None)}
     for i, architecture in enumerate(ARCHITECTURES):
         _step(2 + i, f"training a {architecture} SAE")
-        options = RunOptions(output / architecture, device, resume=not force, force=force)
-        with TrainProgress(RECIPE["steps"]) as progress:
-            trained[architecture] = train_on_scenes(
-                architecture, train_on, test_on, options, progress.log, progress.step
-            )
-    _step(2 + len(ARCHITECTURES), "scoring every latent against images and labels, drawing the best")
+        trained[architecture] = trained_on(train_on, test_on, architecture, architecture)
+    _step(4, "scoring every latent against images and labels")
     scored = []
     for name, (sae, _) in trained.items():
-        with _scoring_progress(N_SCENES["test"]) as advance:
+        with _bar("score", N_SCENES["test"]) as advance:
             scored.append(Scored(name, test_on, sae, advance))
         write_scores(scored[-1].scores, output / f"scores-{name.replace(' ', '-')}.parquet")
     table = [each.measured(metrics) for each, (_, metrics) in zip(scored, trained.values())]
-    write_json_atomic(output / "summary.json", [line.to_dict() for line in table])
-    save_sheet(picture(scored), output / "latents.png")
-    _print_demo(table, output, time.monotonic() - begun)
+    _step(5, "an SAE of patches, and tiny-llava steered by its latents")
+    train_on, test_on = (
+        _scenes(split, device=device, n=n, tokens=PATCHES[split]) for split, n in N_PATCH_SCENES.items()
+    )
+    sae, _ = trained_on(train_on, test_on, "batch_topk", "patches")
+    with _bar("steer") as advance:
+        steered = steer_colours(sae, test_on, advance)
+    summary = {"scores": [line.to_dict() for line in table], "steering": [asdict(line) for line in steered.latents]}
+    write_json_atomic(output / "summary.json", summary)
+    save_sheet(picture(scored, steered.section()), output / "latents.png")
+    _print_scored(table)
+    _print_steered(steered.latents)
+    _print_demo_files(output, time.monotonic() - begun)
 
 
 def _step(number: int, what: str) -> None:
-    out.print(f"\n[{number}/4] {what}", style="bold", highlight=False, soft_wrap=True)
+    out.print(f"\n[{number}/5] {what}", style="bold", highlight=False, soft_wrap=True)
 
 
-def _print_demo(table: "list[Measured]", output: Path, seconds: float) -> None:
+def _print_scored(table: "list[Measured]") -> None:
     columns = ("of", "EV", "L0", "MS", "best MS", "purity", "MS ~ purity")
     shown = Table("", *(Column(name, justify="right") for name in columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for line in table:
@@ -335,7 +350,29 @@ def _print_demo(table: "list[Measured]", output: Path, seconds: float) -> None:
         soft_wrap=True,
         highlight=False,
     )
-    names = ("latents.png", "summary.json", "scores-*.parquet", "batch_topk/", "matryoshka/")
+
+
+def _print_steered(latents: "list[ColourLatent]") -> None:
+    from saevlm_fast.demo_steering import QUESTION
+
+    if not latents:
+        out.print("No latent of the patches stands for a colour, so nothing was steered.")
+        return
+    columns = (Column(name, justify="right") for name in ("purity", "as it is", "SAE alone", "random", "clamped"))
+    shown = Table("latent", "colour", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for each in latents:
+        shares = (each.before, each.attached, each.random, each.clamped)
+        shown.add_row(str(each.latent), each.colour, f"{each.purity:.2f}", *(f"{share:.0%}" for share in shares))
+    out.print(shown)
+    out.print(
+        f'Answers that are the latent\'s colour, to "{QUESTION}" about objects of other colours: of tiny-llava as\n'
+        "it is, with the SAE in place, with a random latent clamped, with this one clamped.",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _print_demo_files(output: Path, seconds: float) -> None:
+    names = ("latents.png", "summary.json", "scores-*.parquet", "batch_topk/", "matryoshka/", "patches/")
     out.print(
         f"{seconds:.0f} s; wrote {', '.join(str(output / name) for name in names)}", soft_wrap=True, highlight=False
     )
@@ -405,7 +442,7 @@ def ms_score(
     acts = open_codes(codes) if activations is None and codes is not None else open_activations(activations or "")
     images = open_activations(embeddings or "")
     model = SparseAutoencoder.from_pretrained(sae, device=target) if sae is not None else None
-    with _scoring_progress(acts.n_rows) as advance:
+    with _bar("score", acts.n_rows) as advance:
         scores = score(
             acts, images, model, similarity=similarity, gamma=gamma, batch_rows=batch_size, device=target,
             on_rows=advance,
@@ -661,25 +698,27 @@ def _latest_run() -> Path:
     return finished[-1].parent
 
 
-def _scenes(split: str, sae: Path | None = None, device: str = "auto") -> "SceneStores":
+def _scenes(
+    split: str, sae: Path | None = None, device: str = "auto", n: int | None = None, tokens: str = "cls"
+) -> "SceneStores":
     """Activations (of the layer an SAE was trained on) and embeddings of the box's scenes, cached or harvested."""
     from saevlm_fast.scene_stores import LAYER, N_SCENES, harvest_scenes, scenes_of_sae
 
-    layer, tokens = scenes_of_sae(sae) if sae is not None else (LAYER, "cls")
+    layer, tokens = scenes_of_sae(sae) if sae is not None else (LAYER, tokens)
     with HarvestProgress(0, 1) as progress:
         say = lambda text: err.print(text, highlight=False, soft_wrap=True)  # noqa: E731
         return harvest_scenes(
-            split, N_SCENES[split], layer, tokens, device=device, on_message=say, on_images=progress.images
+            split, n or N_SCENES[split], layer, tokens, device=device, on_message=say, on_images=progress.images
         )
 
 
 @contextmanager
-def _scoring_progress(n_rows: int) -> Iterator[Callable[[int], None]]:
-    """A bar over the images; called with the number of rows done."""
-    columns = (TextColumn("score"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+def _bar(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal; called with the number done, and of all where that is not known before."""
+    columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
-        task = bar.add_task("score", total=n_rows)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(what, total=total)
+        yield lambda done, total=total: bar.update(task, completed=done, total=total)
 
 
 def _print_summary(summary: "ScoreSummary", what: str) -> None:

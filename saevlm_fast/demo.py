@@ -133,10 +133,10 @@ class Scored:
         ]  # fmt: skip
 
 
-def picture(scored: list[Scored]) -> "Image":
-    """The contact sheet: raw neurons, then each SAE's latents, best first."""
+def picture(scored: list[Scored], steering: Section) -> "Image":
+    """The contact sheet: raw neurons, then each SAE's latents, best first, and what steering did."""
     caption = (
         f"{TOWER}, residual stream after block {LAYER}, CLS token; {N_SCENES['test']:,} scenes that the SAEs were not "
         "trained on. Words: nearest by the text tower."
     )
-    return draw_sheet("What single latents see", caption, [each.section() for each in scored], _IMAGES)
+    return draw_sheet("What single latents see", caption, [*(each.section() for each in scored), steering], _IMAGES)

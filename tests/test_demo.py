@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from saevlm_fast import scene_stores
+from saevlm_fast import demo_steering, scene_stores
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from test_cli import run
@@ -26,6 +26,7 @@ def small(cache, tmp_path, monkeypatch):
     monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(cache))
     for name, value in SMALL.items():
         monkeypatch.setitem(scene_stores.N_SCENES, name, value)
+        monkeypatch.setitem(demo_steering.N_PATCH_SCENES, name, value)
     for name, value in {"steps": 60, "batch_size": 128, "dead_after": 5000}.items():
         monkeypatch.setitem(scene_stores.RECIPE, name, value)
     monkeypatch.chdir(tmp_path)
@@ -73,10 +74,11 @@ def test_scores_without_an_sae_need_an_output(arguments):
 
 def test_demo(tmp_path):
     text = run("demo")
-    for part in ("[1/4] scenes", "[2/4] training a batch_topk", "[3/4] training a matryoshka", "[4/4] scoring",
-                 "raw neurons", "MS ~ purity", "wrote demo/latents.png", "saevlm-fast harvest --model"):  # fmt: skip
+    for part in ("[1/5] scenes", "[2/5] training a batch_topk", "[3/5] training a matryoshka", "[4/5] scoring",
+                 "[5/5] an SAE of patches", "raw neurons", "MS ~ purity", "wrote demo/latents.png", "saevlm-fast harvest --model"):  # fmt: skip
         assert part in text
-    raw, batch_topk, matryoshka = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    raw, batch_topk, matryoshka = summary["scores"]
     assert (raw["name"], batch_topk["name"], matryoshka["name"]) == ("raw neurons", "batch_topk", "matryoshka")
     assert (raw["latents"], batch_topk["latents"], raw["l0"]) == (128, 1024, None)
     assert 0 < batch_topk["explained_variance"] < 1
@@ -90,8 +92,12 @@ def test_demo(tmp_path):
     shutil.rmtree(tmp_path / "demo" / "matryoshka")
     text = run("demo")
     assert text.count("step 60/60") == 1
-    assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == [raw, batch_topk, matryoshka]
+    assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
     assert (tmp_path / "demo" / "latents.png").is_file()
+
+
+def test_steering_tries_every_colour_latent(tmp_path):
+    """Of a dictionary that is known: latents that read the mean colour latents of a trained one cannot be hidden."""
 
 
 def test_demo_refuses_a_run_of_other_settings(tmp_path):
