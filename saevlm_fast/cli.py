@@ -198,7 +198,7 @@ def train(
         str, typer.Option(help="Matryoshka group sizes as fractions of d_sae.")
     ] = "0.0625,0.125,0.25,0.5625",
     steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps.  [default: 110,000, as the paper; on the box 3,000]")
+        int | None, typer.Option(help="Optimiser steps.  [default: 110,000, as the paper; on the box 2,000]")
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -298,15 +298,15 @@ def demo(
     _step(1, f"scenes through tiny-clip ({N_SCENES['train']:,} to train on, {N_SCENES['test']:,} to test on)")
     train_on, test_on = _scenes("train", device=device), _scenes("test", device=device)
 
-    def trained_on(train_on: "SceneStores", test_on: "SceneStores", architecture: str, name: str) -> Any:
+    def trained_on(train_on: "SceneStores", test_on: "SceneStores", architecture: str, name: str, steps: int) -> Any:
         options = RunOptions(output / name, device, resume=not force, force=force)
-        with TrainProgress(RECIPE["steps"]) as progress:
-            return train_on_scenes(architecture, train_on, test_on, options, progress.log, progress.step)
+        with TrainProgress(steps) as progress:
+            return train_on_scenes(architecture, train_on, test_on, steps, options, progress.log, progress.step)
 
     trained: dict[str, Any] = {RAW: (None, None)}
     for i, architecture in enumerate(ARCHITECTURES):
         _step(2 + i, f"training a {architecture} SAE")
-        trained[architecture] = trained_on(train_on, test_on, architecture, architecture)
+        trained[architecture] = trained_on(train_on, test_on, architecture, architecture, RECIPE["steps"])
     _step(4, "scoring every latent against images and labels")
     scored = []
     for name, (sae, _) in trained.items():
@@ -318,7 +318,7 @@ def demo(
     train_on, test_on = (
         _scenes(split, device=device, n=n, tokens=PATCHES[split]) for split, n in N_PATCH_SCENES.items()
     )
-    sae, _ = trained_on(train_on, test_on, "batch_topk", "patches")
+    sae, _ = trained_on(train_on, test_on, "batch_topk", "patches", RECIPE["steps"] // 2)
     with _bar("steer") as advance:
         steered = steer_colours(sae, test_on, advance)
     summary = {"scores": [line.to_dict() for line in table], "steering": [asdict(line) for line in steered.latents]}
@@ -358,11 +358,13 @@ def _print_steered(latents: "list[ColourLatent]") -> None:
     if not latents:
         out.print("No latent of the patches stands for a colour, so nothing was steered.")
         return
-    columns = (Column(name, justify="right") for name in ("purity", "as it is", "SAE alone", "random", "clamped"))
-    shown = Table("latent", "colour", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    names = ("latent", "purity", "clamped to", "as it is", "SAE alone", "random", "clamped")
+    columns = (Column(name, justify="right") for name in names)
+    shown = Table("colour", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for each in latents:
         shares = (each.before, each.attached, each.random, each.clamped)
-        shown.add_row(str(each.latent), each.colour, f"{each.purity:.2f}", *(f"{share:.0%}" for share in shares))
+        numbers = (str(each.latent), f"{each.purity:.2f}", f"{each.alpha:.1f}")
+        shown.add_row(each.colour, *numbers, *(f"{share:.0%}" for share in shares))
     out.print(shown)
     out.print(
         f'Answers that are the latent\'s colour, to "{QUESTION}" about objects of other colours: of tiny-llava as\n'

@@ -65,6 +65,7 @@ def train_on_scenes(
     architecture: str,
     train_on: SceneStores,
     test_on: SceneStores,
+    steps: int,
     options: RunOptions,
     on_log: Callable[[int, Metrics], None],
     on_step: Callable[[int], None],
@@ -75,7 +76,7 @@ def train_on_scenes(
     sizes = group_sizes_from_fractions(GROUPS, d_sae) if architecture == "matryoshka" else ()
     recipe = dict(RECIPE)
     sae_config = SAEConfig(data.d, d_sae, recipe.pop("k"), architecture, sizes)
-    config = TrainConfig(steps=recipe["steps"], batch_size=recipe["batch_size"], dead_after=recipe["dead_after"])
+    config = TrainConfig(steps=steps, batch_size=recipe["batch_size"], dead_after=recipe["dead_after"])
     return train(data, sae_config, config, options, validation=held_out, on_log=on_log, on_step=on_step)
 
 

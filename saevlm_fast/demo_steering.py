@@ -62,7 +62,7 @@ class ColourLatent:
 
 @dataclass(frozen=True)
 class SteeringExample:
-    """All colour latents, the purest first, and for the purest the scenes with the answers before and after."""
+    """All colour latents, the strongest first, and for that one the scenes with the answers before and after."""
 
     latents: list[ColourLatent]
     images: list["Image"]
@@ -89,6 +89,7 @@ def steer_colours(
     """
     pooled_NS, largest_S, scenes = _pooled(sae, open_activations(test_on.activations))
     found = _colour_latents(pooled_NS, *scene_labels(scenes))
+    found.sort(key=lambda each: -float(largest_S[each[0]]))
     alive = (pooled_NS > 0).any(0).nonzero().squeeze(1)
     asked = _Asked(sae)
     tried: list[ColourLatent] = []
@@ -113,16 +114,15 @@ def _pooled(sae: SparseAutoencoder, patches: Activations) -> tuple[Tensor, Tenso
 
 
 def _colour_latents(pooled_NS: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndarray) -> list[tuple[int, str, float]]:
-    """(latent, colour, purity) of those whose top images all show that colour, the purest first."""
+    """(latent, colour, purity) of those whose top images all show that colour."""
     pooled = Activations(Path("pooled"), [pooled_NS], None, [])
     seen = ((pooled_NS > 0).sum(0) >= N_TOP).nonzero().squeeze(1)
     values = shared_value(top_images(pooled, seen, N_TOP), objects_NOF, setting_NF)
     purity_S = latent_concepts(pooled, objects_NOF, setting_NF).purity_S
-    found = [
+    return [
         (latent, value.name, float(purity_S[latent]))
         for latent, value in zip(seen.tolist(), values) if value is not None and value.factor == "colour"
     ]  # fmt: skip
-    return sorted(found, key=lambda each: -each[2])
 
 
 class _Asked:

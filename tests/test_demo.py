@@ -75,7 +75,8 @@ def test_scores_without_an_sae_need_an_output(arguments):
 def test_demo(tmp_path):
     text = run("demo")
     for part in ("[1/5] scenes", "[2/5] training a batch_topk", "[3/5] training a matryoshka", "[4/5] scoring",
-                 "[5/5] an SAE of patches", "raw neurons", "MS ~ purity", "wrote demo/latents.png", "saevlm-fast harvest --model"):  # fmt: skip
+                 "[5/5] an SAE of patches", "raw neurons", "MS ~ purity", "wrote demo/latents.png",
+                 "saevlm-fast harvest --model"):  # fmt: skip
         assert part in text
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     raw, batch_topk, matryoshka = summary["scores"]
