@@ -4,13 +4,18 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from saevlm_fast import demo_steering, scene_stores
+from saevlm_fast.activations import open_activations
+from saevlm_fast.box_models import PATCH_SIZE
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scenes import COLOURS, OBJECT_FACTORS, Scenes
 from test_cli import run
 
 SMALL = {"train": 700, "test": 400}
@@ -97,8 +102,28 @@ def test_demo(tmp_path):
     assert (tmp_path / "demo" / "latents.png").is_file()
 
 
-def test_steering_tries_every_colour_latent(tmp_path):
-    """Of a dictionary that is known: latents that read the mean colour latents of a trained one cannot be hidden."""
+def test_latents_that_point_to_a_colour_turn_the_answers_to_it():
+    """A dictionary that is known beforehand: for every colour, where patches of its objects lie, from the mean."""
+    patches = scene_stores.harvest_scenes("test", SMALL["test"], tokens="patches")
+    rows, scenes = open_activations(patches.activations), Scenes(0, "test").batch(0, SMALL["test"])
+    x_MD = rows.rows(torch.arange(rows.n_rows))
+    covers_NO = torch.nn.functional.avg_pool2d(torch.from_numpy(scenes.masks).float(), PATCH_SIZE).flatten(2) > 0.9
+    colour_NO = torch.from_numpy(scenes.objects[:, :, OBJECT_FACTORS.index("colour"), None])
+    means_CD = torch.stack([x_MD[(covers_NO & (colour_NO == c)).any(1).flatten()].mean(0) for c in range(len(COLOURS))])
+    sae = SparseAutoencoder(SAEConfig(rows.d, len(COLOURS), 2, "topk"))
+    with torch.no_grad():
+        sae.b_dec.copy_(means_CD.mean(0))
+        sae.W_dec.copy_(torch.nn.functional.normalize(means_CD - means_CD.mean(0), dim=1))
+        sae.W_enc.copy_(sae.W_dec.T)
+    steered = demo_steering.steer_colours(sae, patches)
+    assert len(steered.latents) >= 4
+    for found in steered.latents:
+        assert found.colour == COLOURS[found.latent]
+        assert found.clamped > 0.9 > 0.1 > max(found.before, found.attached, found.random)
+    strongest = steered.latents[0]
+    assert strongest.alpha == max(found.alpha for found in steered.latents)
+    assert len(steered.images) == len(steered.answers) == strongest.n
+    assert np.mean([after == strongest.colour for _, after in steered.answers]) == pytest.approx(strongest.clamped)
 
 
 def test_demo_refuses_a_run_of_other_settings(tmp_path):
