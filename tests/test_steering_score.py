@@ -61,6 +61,16 @@ def box(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def pieces(box):
+    """(asking, images, codes, embeddings, text encoder), as steering_score takes them."""
+    model, processor = load_llava(f"hf:{box / 'llava'}")
+    sae = SparseAutoencoder.from_pretrained(box / "sae")
+    asking = SteeredAnswers(model, processor, sae, LAYER, max_new_tokens=2)
+    sides = open_images(str(box / "photos")), open_codes(box / "codes"), open_activations(box / "embeddings")
+    return asking, *sides, load_text_encoder(f"hf:{box / 'clip'}")
+
+
 def score_command(box, output, *more, code=0):
     return run(
         "steering-score", "--model", f"hf:{box / 'llava'}", "--sae", box / "sae", "--layer", LAYER,
@@ -87,17 +97,16 @@ def test_latents_that_fire_anywhere(box):
 
 
 @torch.no_grad()
-def plain_score(box, latent, edits, images):
+def plain_score(pieces, latent, edits, images):
     """One answer at a time, through the hooks, embedded and compared by hand; edits None: no SAE."""
-    llava, processor = load_llava(f"hf:{box / 'llava'}")
-    sae = SparseAutoencoder.from_pretrained(box / "sae")
-    encoder = load_text_encoder(f"hf:{box / 'clip'}")
+    asking, _, codes, embeddings, encoder = pieces
+    llava, processor, sae = asking.model, asking.processor, asking.sae
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
     cosines = []
-    activations = dense_codes(open_codes(box / "codes"))[:, latent]
+    activations = dense_codes(codes)[:, latent]
     top = activations.argsort(descending=True, stable=True)[: min(16, int((activations > 0).sum()))]
-    emb = open_activations(box / "embeddings").rows(top)
+    emb = embeddings.rows(top)
     target = (emb / emb.norm(dim=1, keepdim=True)).mean(0)
     for image in images:
         inputs = processor(text=[text], images=[image], return_tensors="pt")
@@ -117,7 +126,7 @@ def asked_images(box, n):
     return [Image.open(box / "photos" / source.image_id(int(i))).convert("RGB") for i in order]
 
 
-def test_the_command_writes_what_a_plain_loop_gives(box, tmp_path):
+def test_the_command_writes_what_a_plain_loop_gives(box, pieces, tmp_path):
     text = score_command(box, tmp_path / "score.parquet", "--latents", "4:8")
     assert "difference_of_means" in text
     assert "24/24 answers" in text  # three latents that fire, four conditions, two images
@@ -126,7 +135,7 @@ def test_the_command_writes_what_a_plain_loop_gives(box, tmp_path):
     assert list(rows) == [4, 5, 6, 7]
     assert table.schema.metadata[b"alpha"] == b"30"
     images = asked_images(box, 2)
-    norms = SparseAutoencoder.from_pretrained(box / "sae").W_dec.detach().norm(dim=1)
+    norms = pieces[0].sae.W_dec.detach().norm(dim=1)
     for latent in (4, 6):
         row = rows[latent]
         equal = ALPHA * float(norms[latent] / norms[row["other_latent"]])
@@ -135,7 +144,7 @@ def test_the_command_writes_what_a_plain_loop_gives(box, tmp_path):
             "random_latent": [clamp(row["other_latent"], equal)], "sign_flip": [clamp(latent, -ALPHA)],
         }  # fmt: skip
         for name, edit in edits.items():
-            assert row[name] == pytest.approx(plain_score(box, latent, edit, images), abs=1e-5), name
+            assert row[name] == pytest.approx(plain_score(pieces, latent, edit, images), abs=1e-5), name
     dead = rows[DEAD]
     assert dead["n_top"] == 0
     assert dead["other_latent"] is None
@@ -144,10 +153,10 @@ def test_the_command_writes_what_a_plain_loop_gives(box, tmp_path):
 
 
 @torch.no_grad()
-def test_the_difference_of_means_is_what_its_definition_says(box, tmp_path):
+def test_the_difference_of_means_is_what_its_definition_says(box, pieces, tmp_path):
     """The whole model with hooks of its own: mean residuals by hand, the direction added to the reconstruction."""
     latent, n_reference = 5, 6
-    asking, source, codes, embeddings, encoder = pieces(box)
+    asking, source, codes, embeddings, encoder = pieces
     config = ScoreConfig((latent,), ALPHA, ask=2, n_reference=n_reference)
     run_ = ScoreRun(tmp_path / "score.json", {})
     table = steering_score(asking, source, codes, embeddings, encoder, config, run_).table
@@ -181,16 +190,8 @@ def test_the_difference_of_means_is_what_its_definition_says(box, tmp_path):
     assert table["difference_of_means"][0].as_py() == pytest.approx(np.mean(cosines), abs=1e-5)
 
 
-def pieces(box):
-    model, processor = load_llava(f"hf:{box / 'llava'}")
-    sae = SparseAutoencoder.from_pretrained(box / "sae")
-    asking = SteeredAnswers(model, processor, sae, LAYER, max_new_tokens=2)
-    sides = open_images(str(box / "photos")), open_codes(box / "codes"), open_activations(box / "embeddings")
-    return asking, *sides, load_text_encoder(f"hf:{box / 'clip'}")
-
-
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_table(box, tmp_path, monkeypatch):
-    arguments, config = pieces(box), ScoreConfig(latents=tuple(range(6)), alpha=ALPHA, ask=1, n_reference=4)
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_table(pieces, tmp_path, monkeypatch):
+    arguments, config = pieces, ScoreConfig(latents=tuple(range(6)), alpha=ALPHA, ask=1, n_reference=4)
     whole = steering_score(*arguments, config, ScoreRun(tmp_path / "whole.json", {}, latents_per_block=2)).table
     stops = iter([False, True])
     monkeypatch.setattr("saevlm_fast.steering_score._stop_if_asked", lambda stop, run: _raise_if(next(stops)))
