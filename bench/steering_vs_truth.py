@@ -4,8 +4,9 @@ Scenes have labels, so it is known which value of which factor a latent stands f
 is trained on the vision block that the language model reads, over tokens of scenes of the split `train`. A latent is
 well defined if it fires on 16 scenes of `test` or more and the 16 most activating ones all show one value, of any
 factor: nothing of how it steers enters the choice, and no latent, seed or image is left out. Every such latent is
-clamped on other scenes, of one object, that do not show its value; a success is an answer that is the value, word for
-word. What else the model knew of the image (another factor) is asked as well.
+clamped on other scenes, of one object, that do not show its value (there are none without "one" object: such latents
+are counted, not tried). A success is an answer that is the value, word for word. What else the model knew of the image
+(another factor) is asked as well.
 
 Controls: the untouched model, the SAE attached without an edit, a random latent that fires, clamped at the same value
 (decoder rows have unit norm, so the change is as large), and the sign flipped.
@@ -46,7 +47,7 @@ from saevlm_fast.tower import HookPoint
 from saevlm_fast.train import RunOptions, train
 from saevlm_fast.vision import load_tower
 
-TOKEN_CHOICES, ERRORS = ("all", "patches", "object"), ("drop", "keep")
+TOKEN_CHOICES, ERRORS = ("all", "object"), ("drop", "keep")
 LONGEST = 3  # tokens of an answer: "top left" and its end
 
 
@@ -208,9 +209,7 @@ class Asked:
         masks_N1HW = torch.from_numpy(scenes.masks.any(1, keepdims=True)).float()
         covered_NP = torch.nn.functional.avg_pool2d(masks_N1HW, PATCH_SIZE).flatten(1) >= 0.25
         object_NT = torch.nn.functional.pad(covered_NP, (n_prefix, 0), value=False)
-        all_NT, patches_NT = torch.ones_like(object_NT), torch.ones_like(object_NT)
-        patches_NT[:, :n_prefix] = False
-        return {"all": list(all_NT), "patches": list(patches_NT), "object": list(object_NT)}
+        return {"all": list(torch.ones_like(object_NT)), "object": list(object_NT)}
 
 
 @dataclass(frozen=True)
@@ -246,6 +245,8 @@ def measure(
     asked, started, n_answers = Asked(asking, scenes), time.monotonic(), 0
     for m in meanings:
         others = np.flatnonzero(~asked.present_NC[:, m.concept]).tolist()
+        if not others:
+            continue
         tried = trials(m, alive, options)
         rows = [row for trial in tried for factor in (m.factor, m.beside) for row in trial.rows(asked, factor, others)]
         answers = iter(asking.answers(rows))
@@ -278,12 +279,13 @@ def share(hits: Iterator[bool]) -> float:
 
 INTRODUCTION = """# Steering against the truth
 
-Written by `bench/steering_vs_truth.py`. Block {layer}; {n_alive} latents fire, all {n} well-defined ones (16 of 16 top
-scenes show one value) are tried: {counts}. {n_asked} scenes of one object are asked about, without those that show the
-value. Strength: times the latent's largest activation. In percent, means over latents: success, the answer is the
-latent's value; half, latents that succeed on half of the scenes or more; kept, a question about another factor is
-answered right. Untouched, SAE: the same of the model as it is, and with the SAE attached but no edit. Random, flipped:
-success of another latent, and of the negative value.
+Written by `bench/steering_vs_truth.py`. Block {layer}; {n_alive} latents fire, {n} are well defined (16 of 16 top
+scenes show one value): {counts}. The {n_tried} of them that scenes of one object can be asked about are tried, on those
+of {n_asked} such scenes that do not show the value. Strength: times the latent's largest activation. In percent, means
+over latents: success, the answer is the latent's value; half, latents that succeed on half of the scenes or more; kept,
+a question about another factor is answered right. Untouched, SAE: the same of the model as it is, and with the SAE
+attached but no edit. Random, flipped: success of another latent, and of the negative value. (Patches without CLS are
+not tried apart from all tokens: the language model is not given CLS.)
 """
 COLUMNS = (
     "success", "half", "untouched", "SAE", "random", "flipped", "kept", "kept, untouched", "kept, SAE",
@@ -294,14 +296,13 @@ def report(
     results: list[dict[str, Any]], meanings: Sequence[Meaning], layer: int, n_alive: int, options: argparse.Namespace
 ) -> str:
     counts = {f: sum(m.factor == f for m in meanings) for f in FACTORS}
+    n_tried = len({result["latent"] for result in results})
     introduction = INTRODUCTION.format(
-        layer=layer, n_alive=n_alive, n=len(meanings), n_asked=options.asked,
+        layer=layer, n_alive=n_alive, n=len(meanings), n_tried=n_tried, n_asked=options.asked,
         counts=", ".join(f"{factor} {count}" for factor, count in counts.items()),
     )  # fmt: skip
     at = options.control_strength
-    factors = (
-        f"By factor, at strength {at:g}; drop and all are the paper's way, keep and object the gentlest."
-    )
+    factors = f"By factor, at strength {at:g}; drop and all are the paper's way, keep and object the gentlest."
     return "\n".join([
         introduction, *table(results, ("error", "tokens", "strength")), "", factors, "",
         *table([r for r in results if r["strength"] == at and (r["error"], r["tokens"]) in

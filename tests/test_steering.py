@@ -1,5 +1,6 @@
 """Steering hooks: against a plain re-implementation, and that nothing is left of them."""
 
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -166,7 +167,7 @@ def test_codes_are_those_of_inference_whatever_mode_the_sae_is_in(llava, inputs,
 @pytest.mark.parametrize("error", ["drop", "keep"])
 def test_an_identity_sae_changes_nothing_to_the_last_bit(llava, inputs, error, dtype):
     """In half precision too: the SAE's float32 holds every number of the model's, there and back."""
-    model = build_llava(build_clip()).eval().to(dtype)
+    model = deepcopy(llava).to(dtype)
     before = logits(model, inputs)
     with steer(model, identity_sae(), LAYER, error=error):
         assert torch.equal(logits(model, inputs), before)
