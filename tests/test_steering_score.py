@@ -1,6 +1,8 @@
 """The commands steer and steering-score on a small random LLaVA: against a plain re-implementation, and resumed."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,7 +27,7 @@ from saevlm_fast.steering_score import (
     steering_score,
 )
 from saevlm_fast.text_models import load_llava, load_text_encoder
-from test_cli import run
+from test_cli import ROOT, run
 from tiny_tower import save_photos
 
 LAYER, N_IMAGES, S, DEAD, ALPHA = 2, 40, 48, 7, 30.0
@@ -254,3 +256,17 @@ def test_steer_refuses_in_one_line(box):
     text = run("steer", "--model", "timm:x", "--sae", box / "sae", "--layer", 1, "--image", box / "none.png",
                "--prompt", "?", "--latent", 1, "--alpha", 1, code=2)  # fmt: skip
     assert "is not a file" in text
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    readme = (Path(ROOT) / "README.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "SteeredAnswers" in block)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (60, 50), "red").save("photo.png")
+    SparseAutoencoder(SAEConfig(128, 32, 4, "topk")).save_pretrained("sae")
+    names: dict = {}
+    exec(example, names)
+    assert len(names["answers"]) == 17
+    new = names["tokens"][:, names["inputs"]["input_ids"].shape[1] :]
+    first_word = names["processor"].batch_decode(new, skip_special_tokens=True)[0].split()[0]
+    assert names["answers"][13].startswith(first_word)  # latent 12
