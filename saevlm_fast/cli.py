@@ -544,14 +544,14 @@ def steering_score_command(
         prompt=prompt or PROMPT, seed=seed,
     )  # fmt: skip
     asking = _steered_answers(model, sae, layer, device, dtype, tokens, error, False, batch_size, max_new_tokens)
-    embed = load_text_encoder(text_model, resolve_device(device), on_message=_say)
+    encoder = load_text_encoder(text_model, resolve_device(device), on_message=_say)
     sources = {
         "model": model, "sae": str(sae), "images": images, "codes": str(codes), "embeddings": str(embeddings),
         "text_model": text_model,
     }  # fmt: skip
     with _answering_progress() as on_rows:
         scores = steering_score(
-            asking, source, coded, embedded, embed, config, ScoreRun(output, sources, resume, force), on_rows
+            asking, source, coded, embedded, encoder, config, ScoreRun(output, sources, resume, force), on_rows
         )
     table = Table("condition", Column("mean +- std", justify="right"))
     for name, (mean, std) in scores.summary().items():

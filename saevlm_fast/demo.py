@@ -17,10 +17,11 @@ from saevlm_fast.contact_sheet import Row, Section, draw_sheet
 from saevlm_fast.ground_truth import latent_concepts, spearman
 from saevlm_fast.images import decode
 from saevlm_fast.monosemanticity import MonosemanticityScores, StreamedScore, accumulate
-from saevlm_fast.naming import TextTower, latent_directions, nearest_words, scene_words, top_images
+from saevlm_fast.naming import latent_directions, nearest_words, scene_words, top_images
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scene_images import PREFIX, open_scenes, scene_labels
 from saevlm_fast.scene_stores import LAYER, N_SCENES, RECIPE, TOWER, SceneStores
+from saevlm_fast.text_models import load_text_encoder
 from saevlm_fast.train import Metrics, RunOptions, train
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Scored:
     def section(self) -> Section:
         """The best latents that have a name which no better one has, each with its top images."""
         words = scene_words()
-        texts_ME = TextTower.load(f"hf:{TOWER}").embed(words.texts)
+        texts_ME = load_text_encoder(f"hf:{TOWER}").embed(words.texts)
         seen_S = self.scores.ms.isfinite() & (self.scores.n_active >= _ENOUGH)
         order = self.scores.ms.masked_fill(~seen_S, -torch.inf).argsort(descending=True, stable=True)
         order = order[: int(seen_S.sum())]
