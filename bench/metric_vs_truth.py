@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="markdown file")
     parser.add_argument("--layer", type=int, default=3, help="of the residual stream")
     parser.add_argument("--tokens", default="cls", help="cls or mean")
-    parser.add_argument("--train-scenes", type=int, default=20_000)
+    parser.add_argument("--train-scenes", type=int, default=15_000)
     parser.add_argument("--test-scenes", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=256)

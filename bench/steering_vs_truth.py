@@ -32,7 +32,7 @@ from saevlm_fast.box_models import PATCH_SIZE
 from saevlm_fast.codes import Codes, open_codes
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.files import atomic_write, write_json_atomic
-from saevlm_fast.ground_truth import CONCEPTS, FACTORS, VALUE_DEPTH, concept_presence
+from saevlm_fast.ground_truth import CONCEPTS, FACTORS, concept_presence, shared_value
 from saevlm_fast.harvest import HarvestConfig, HarvestOptions, harvest
 from saevlm_fast.naming import top_images
 from saevlm_fast.sae import SparseAutoencoder
@@ -162,15 +162,12 @@ def largest_activations(codes: Codes) -> Tensor:
 
 def well_defined(codes: Codes, largest_S: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndarray) -> list[Meaning]:
     """Of values that all 16 top scenes show, the rarest is meant."""
-    present_NC = concept_presence(objects_NOF, setting_NF)
-    base_C = present_NC.mean(0)
-    values = [c for c, concept in enumerate(CONCEPTS) if concept.depth == VALUE_DEPTH]
-    meanings = []
-    for latent, top in enumerate(top_images(codes, range(codes.d_sae), N_TOP)):
-        common = [c for c in values if present_NC[top.images.numpy(), c].all()]
-        if common and len(top.images) == N_TOP:
-            meanings.append(Meaning(latent, min(common, key=lambda c: base_C[c]), float(largest_S[latent])))
-    return meanings
+    tops = top_images(codes, range(codes.d_sae), N_TOP)
+    return [
+        Meaning(latent, CONCEPTS.index(value), float(largest_S[latent]))
+        for latent, (top, value) in enumerate(zip(tops, shared_value(tops, objects_NOF, setting_NF)))
+        if value is not None and len(top.images) == N_TOP
+    ]
 
 
 # Asking --------------------------------------------------------------------------------------------------------------
