@@ -324,9 +324,11 @@ def demo(
     summary = {"scores": [line.to_dict() for line in table], "steering": [asdict(line) for line in steered.latents]}
     write_json_atomic(output / "summary.json", summary)
     save_sheet(picture(scored, steered.section()), output / "latents.png")
+    for image in steered.images[:1]:
+        save_sheet(image, output / "scene.png")
     _print_scored(table)
     _print_steered(steered.latents)
-    _print_demo_files(output, time.monotonic() - begun)
+    _print_demo_files(output, steered.latents, time.monotonic() - begun)
 
 
 def _step(number: int, what: str) -> None:
@@ -373,17 +375,25 @@ def _print_steered(latents: "list[ColourLatent]") -> None:
     )  # fmt: skip
 
 
-def _print_demo_files(output: Path, seconds: float) -> None:
+def _print_demo_files(output: Path, latents: "list[ColourLatent]", seconds: float) -> None:
+    from saevlm_fast.demo_steering import LLAVA, QUESTION
+    from saevlm_fast.scene_stores import LAYER
+
     names = ("latents.png", "summary.json", "scores-*.parquet", "batch_topk/", "matryoshka/", "patches/")
-    out.print(
-        f"{seconds:.0f} s; wrote {', '.join(str(output / name) for name in names)}", soft_wrap=True, highlight=False
-    )
-    out.print(
-        "Look at the picture. Next, the real thing:\n  saevlm-fast harvest --model "
-        "hf:openai/clip-vit-large-patch14-336 --images imagenet/train --output clip-train --layer 22 --tokens cls",
-        soft_wrap=True,
-        highlight=False,
-    )
+    lines = [f"{seconds:.0f} s; wrote {', '.join(str(output / name) for name in names)}", "Look at the picture."]
+    for each in latents[:1]:
+        lines += [
+            "Steer it yourself:",
+            f"  saevlm-fast steer --model hf:{LLAVA} --sae {output / 'patches'} --layer {LAYER} --image "
+            f"{output / 'scene.png'} --prompt '{QUESTION}' --latent {each.latent} --alpha {each.alpha:.0f}",
+        ]
+    lines += [
+        "Next, the real thing:",
+        "  saevlm-fast harvest --model hf:openai/clip-vit-large-patch14-336 --images imagenet/train "
+        "--output clip-train --layer 22",
+    ]
+    for line in lines:
+        out.print(line, soft_wrap=True, highlight=False)
 
 
 @app.command("ms-score")

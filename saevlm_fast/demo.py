@@ -32,7 +32,7 @@ EXPANSION, GROUPS = 8, (0.0625, 0.125, 0.25, 0.5625)
 _TITLES = {RAW: "Raw neurons", "batch_topk": "BatchTopK SAE", "matryoshka": "Matryoshka SAE"}
 _SHOWN = {RAW: 2, "batch_topk": 7, "matryoshka": 4}  # rows of the picture
 _IMAGES, _NAMES = 10, 2  # of a row
-_ENOUGH = 20  # images on which a latent must fire to be shown
+_ENOUGH = 50  # images on which a latent must fire to be shown
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Measured:
         latents, defined: how many there are, and of how many the score is defined on the test scenes.
         ms_mean, ms_std, ms_best: Monosemanticity Score of the defined ones.
         purity: mean share of a latent's activation on its best factor value, above that value's base rate.
-        correlation: Spearman's, of MS and purity over the latents that fire on at least 20 scenes.
+        correlation: Spearman's, of MS and purity over the latents that fire on at least 50 scenes.
     """
 
     name: str

@@ -93,6 +93,8 @@ def test_demo(tmp_path):
     for name, latents in (("raw-neurons", 128), ("batch_topk", 1024), ("matryoshka", 1024)):
         assert len(pq.read_table(tmp_path / "demo" / f"scores-{name}.parquet")) == latents
 
+    steered = re.search(r"Steer it yourself:\n  saevlm-fast (steer .*)\n", text)
+    assert (steered is None) == (not summary["steering"]) == (not (tmp_path / "demo" / "scene.png").exists())
     # Again: nothing is trained anew, and what was lost is made again.
     (tmp_path / "demo" / "latents.png").unlink()
     shutil.rmtree(tmp_path / "demo" / "matryoshka")
