@@ -186,7 +186,9 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/DATE-TIME]")] = None,
     architecture: Annotated[str, typer.Option(help="batch_topk, topk or matryoshka.")] = "batch_topk",
-    expansion: Annotated[float | None, typer.Option(help="d_sae = expansion * d_in.  [default: 8]")] = None,
+    expansion: Annotated[
+        float | None, typer.Option(help="d_sae = expansion * d_in.  [default: 8; on the box 4]")
+    ] = None,
     d_sae: Annotated[int | None, typer.Option(help="Number of latents, instead of --expansion.")] = None,
     k: Annotated[
         int | None,
@@ -204,7 +206,7 @@ def train(
         int | None,
         typer.Option(
             help="Rows per step; an epoch's last partial batch is dropped, fewer rows are one batch.  "
-            "[default: 4096; on the box 1024]"
+            "[default: 4096; on the box 512]"
         ),
     ] = None,
     lr: Annotated[str, typer.Option(help="Learning rate; auto is 2e-4 / sqrt(d_sae / 16384).")] = "auto",
@@ -213,7 +215,7 @@ def train(
     dead_after: Annotated[
         int | None,
         typer.Option(
-            help="Rows without firing after which a latent is dead.  [default: 10,000,000; on the box 200,000]"
+            help="Rows without firing after which a latent is dead.  [default: 10,000,000; on the box 100,000]"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the rows.")] = 0,
@@ -237,17 +239,17 @@ def train(
 
     require(output is not None or not resume, "output: --resume needs the directory of the run")
     output = _new_run_directory() if output is None else output
-    recipe: dict[str, Any] = {"k": 20}
+    recipe: dict[str, Any] = {"k": 20, "expansion": 8.0}
     if activations is None:
         recipe = RECIPE
         activations = _scenes("train", device=device).activations
         validation = validation or _scenes("test", device=device).activations
-    given = {"k": k, "steps": steps, "batch_size": batch_size, "dead_after": dead_after}
+    given = {"k": k, "expansion": expansion, "steps": steps, "batch_size": batch_size, "dead_after": dead_after}
     chosen = recipe | {name: value for name, value in given.items() if value is not None}
     data = open_activations(activations)
     held_out = open_activations(validation) if validation is not None else None
     require(d_sae is None or expansion is None, "d_sae: give either --d-sae or --expansion, not both")
-    expansion = 8.0 if expansion is None else expansion
+    expansion = float(chosen.pop("expansion"))
     require(0 < expansion < 1e6, f"expansion: {expansion:g} must be positive and below 1e6")
     n_latents = d_sae if d_sae is not None else round(expansion * data.d)
     sizes = group_sizes_from_fractions(_fractions(groups), n_latents) if architecture == "matryoshka" else ()
@@ -336,11 +338,11 @@ def _step(number: int, what: str) -> None:
 
 
 def _print_scored(table: "list[Measured]") -> None:
-    columns = ("of", "EV", "L0", "MS", "best MS", "purity", "MS ~ purity")
+    columns = ("scored", "EV", "L0", "MS", "best MS", "purity", "MS ~ purity")
     shown = Table("", *(Column(name, justify="right") for name in columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for line in table:
         shown.add_row(
-            line.name, f"{line.latents:,}",
+            line.name, f"{line.defined:,} of {line.latents:,}",
             "" if line.explained_variance is None else f"{line.explained_variance:.3f}",
             "" if line.l0 is None else f"{line.l0:.1f}", f"{line.ms_mean:.3f} +- {line.ms_std:.3f}",
             f"{line.ms_best:.3f}", f"{line.purity:.3f}", f"{line.correlation:.2f}",
@@ -348,7 +350,8 @@ def _print_scored(table: "list[Measured]") -> None:
     out.print(shown)
     out.print(
         "MS: whether a latent's images look alike to the model. Purity: whether they share a known factor, above its "
-        "base rate.\nMS ~ purity: rank correlation. EV: explained variance. All on scenes that no SAE was trained on.",
+        "base rate;\nMS ~ purity: rank correlation; both of latents that fire on 50 scenes or more. EV: explained "
+        "variance.\nAll on scenes that no SAE was trained on.",
         soft_wrap=True,
         highlight=False,
     )

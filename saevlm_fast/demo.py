@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.activations import Activations, open_activations
-from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
+from saevlm_fast.config import MATRYOSHKA_FRACTIONS, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.contact_sheet import Row, Section, draw_sheet
 from saevlm_fast.ground_truth import latent_concepts, spearman
 from saevlm_fast.images import decode
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 RAW, ARCHITECTURES = "raw neurons", ("batch_topk", "matryoshka")
-EXPANSION, GROUPS = 8, (0.0625, 0.125, 0.25, 0.5625)
 _TITLES = {RAW: "Raw neurons", "batch_topk": "BatchTopK SAE", "matryoshka": "Matryoshka SAE"}
 _SHOWN = {RAW: 2, "batch_topk": 7, "matryoshka": 4}  # rows of the picture
 _IMAGES, _NAMES = 10, 2  # of a row
@@ -42,8 +41,9 @@ class Measured:
     Attributes:
         latents, defined: how many there are, and of how many the score is defined on the test scenes.
         ms_mean, ms_std, ms_best: Monosemanticity Score of the defined ones.
+        seen: how many fire on at least 50 scenes. A latent that fires on few has a pure value by luck, so of these:
         purity: mean share of a latent's activation on its best factor value, above that value's base rate.
-        correlation: Spearman's, of MS and purity over the latents that fire on at least 50 scenes.
+        correlation: Spearman's, of MS and purity.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Measured:
     ms_mean: float
     ms_std: float
     ms_best: float
+    seen: int
     purity: float
     correlation: float
 
@@ -73,8 +74,8 @@ def train_on_scenes(
 ) -> tuple[SparseAutoencoder, Metrics]:
     """An SAE of the demo, and its evaluation on scenes it was not trained on."""
     data, held_out = open_activations(train_on.activations), open_activations(test_on.activations)
-    d_sae = EXPANSION * data.d
-    sizes = group_sizes_from_fractions(GROUPS, d_sae) if architecture == "matryoshka" else ()
+    d_sae = RECIPE["expansion"] * data.d
+    sizes = group_sizes_from_fractions(MATRYOSHKA_FRACTIONS, d_sae) if architecture == "matryoshka" else ()
     recipe = dict(RECIPE)
     sae_config = SAEConfig(data.d, d_sae, recipe.pop("k"), architecture, sizes)
     config = TrainConfig(steps=steps, batch_size=recipe["batch_size"], dead_after=recipe["dead_after"])
@@ -103,7 +104,7 @@ class Scored:
         return Measured(
             self.name, len(ms_S), int(defined_S.sum()),
             None if metrics is None else metrics["explained_variance"], None if metrics is None else metrics["l0"],
-            summary.mean, summary.std, summary.best, float(self.purity_S[defined_S].mean()),
+            summary.mean, summary.std, summary.best, int(seen_S.sum()), float(self.purity_S[seen_S].mean()),
             spearman(ms_S[seen_S], self.purity_S[seen_S]) if int(seen_S.sum()) >= 2 else math.nan,
         )  # fmt: skip
 

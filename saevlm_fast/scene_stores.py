@@ -31,7 +31,7 @@ TOWER = "tiny-clip"
 LAYER = 3  # the last but one block: what tiny-llava reads, as the paper's block 22 of CLIP-L's 24
 N_SCENES = {"train": 15_000, "test": 5_000}
 # Of SAEs on them: in place of the paper's 110,000 steps of 4096 rows of a million images.
-RECIPE = {"k": 10, "steps": 2000, "batch_size": 512, "dead_after": 100_000}
+RECIPE = {"k": 10, "expansion": 4, "steps": 2000, "batch_size": 512, "dead_after": 100_000}
 _POLL_SECONDS, _PATIENCE_SECONDS = 0.2, 3600.0
 
 
