@@ -338,8 +338,9 @@ def _step(number: int, what: str) -> None:
 
 
 def _print_scored(table: "list[Measured]") -> None:
-    columns = ("scored", "EV", "L0", "MS", "best MS", "purity", "MS ~ purity")
-    shown = Table("", *(Column(name, justify="right") for name in columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    names = ("scored", "EV", "L0", "MS", "best", "purity", "MS~purity")
+    columns = (Column(name, justify="right", no_wrap=True) for name in names)
+    shown = Table(Column("", no_wrap=True), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for line in table:
         shown.add_row(
             line.name, f"{line.defined:,} of {line.latents:,}",
@@ -350,7 +351,7 @@ def _print_scored(table: "list[Measured]") -> None:
     out.print(shown)
     out.print(
         "MS: whether a latent's images look alike to the model. Purity: whether they share a known factor, above its "
-        "base rate;\nMS ~ purity: rank correlation; both of latents that fire on 50 scenes or more. EV: explained "
+        "base rate;\nMS~purity: rank correlation; both of latents that fire on 50 scenes or more. EV: explained "
         "variance.\nAll on scenes that no SAE was trained on.",
         soft_wrap=True,
         highlight=False,

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -82,7 +83,7 @@ def test_scores_without_an_sae_need_an_output(arguments):
 def test_demo(tmp_path):
     text = run("demo")
     for part in ("[1/5] scenes", "[2/5] training a batch_topk", "[3/5] training a matryoshka", "[4/5] scoring",
-                 "[5/5] an SAE of patches", "raw neurons", "MS ~ purity", "wrote demo/latents.png",
+                 "[5/5] an SAE of patches", "raw neurons", "MS~purity", "wrote demo/latents.png",
                  "saevlm-fast harvest --model"):  # fmt: skip
         assert part in text
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
@@ -151,5 +152,5 @@ def test_what_is_strong_in_the_paper_is_strong_on_scenes(tmp_path, monkeypatch):
         assert measured.ms_mean > raw.ms_mean + 0.08
         assert measured.purity > raw.purity + 0.2
     fires_S, ends = scored["matryoshka"].scores.n_active.float(), (0, *scored["matryoshka"].sae.config.group_ends)
-    first, *later = (float(fires_S[start:end].mean()) for start, end in zip(ends, ends[1:]))
+    first, *later = (float(fires_S[start:end].mean()) for start, end in pairwise(ends))
     assert first > 3 * max(later)  # the first group's concepts are the most general ones
