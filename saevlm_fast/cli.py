@@ -340,10 +340,10 @@ def _step(number: int, what: str) -> None:
 def _print_scored(table: "list[Measured]") -> None:
     names = ("scored", "EV", "L0", "MS", "best", "purity", "MS~purity")
     columns = (Column(name, justify="right", no_wrap=True) for name in names)
-    shown = Table(Column("", no_wrap=True), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table(Column("", no_wrap=True), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for line in table:
         shown.add_row(
-            line.name, f"{line.defined:,} of {line.latents:,}",
+            line.name, f"{line.defined}/{line.latents}",
             "" if line.explained_variance is None else f"{line.explained_variance:.3f}",
             "" if line.l0 is None else f"{line.l0:.1f}", f"{line.ms_mean:.3f} +- {line.ms_std:.3f}",
             f"{line.ms_best:.3f}", f"{line.purity:.3f}", f"{line.correlation:.2f}",
