@@ -106,7 +106,10 @@ def synthetic(
 def harvest(
     model: Annotated[str, typer.Option(help="hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].")],
     images: Annotated[
-        str, typer.Option(help="Folder, list .txt, tar shards (glob or {000..012}), or a Hugging Face dataset on disk.")
+        str,
+        typer.Option(
+            help="Folder, list .txt, tar shards (glob or {000..012}), Hugging Face dataset on disk, or scenes:SPLIT:N."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Store; with several points or tokens, a directory of stores.")],
     layer: Annotated[list[str] | None, typer.Option(help="Block, from 0; several: 5,8,11. One pass.")] = None,
@@ -297,6 +300,7 @@ def demo(
     from saevlm_fast.train import RunOptions
 
     begun = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)  # before the work begins
     _step(1, f"scenes through tiny-clip ({N_SCENES['train']:,} to train on, {N_SCENES['test']:,} to test on)")
     train_on, test_on = _scenes("train", device=device), _scenes("test", device=device)
 
@@ -338,24 +342,23 @@ def _step(number: int, what: str) -> None:
 
 
 def _print_scored(table: "list[Measured]") -> None:
-    names = ("scored", "EV", "L0", "MS", "best", "purity", "MS~purity")
+    names = ("latents", "EV", "L0", "MS", "best", "purity", "MS~purity")
     columns = (Column(name, justify="right", no_wrap=True) for name in names)
     shown = Table(Column("", no_wrap=True), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for line in table:
         shown.add_row(
-            line.name, f"{line.defined}/{line.latents}",
+            line.name, f"{line.seen}/{line.latents}",
             "" if line.explained_variance is None else f"{line.explained_variance:.3f}",
             "" if line.l0 is None else f"{line.l0:.1f}", f"{line.ms_mean:.3f} +- {line.ms_std:.3f}",
             f"{line.ms_best:.3f}", f"{line.purity:.3f}", f"{line.correlation:.2f}",
         )  # fmt: skip
     out.print(shown)
     out.print(
-        "MS: whether a latent's images look alike to the model. Purity: whether they share a known factor, above its "
-        "base rate;\nMS~purity: rank correlation; both of latents that fire on 50 scenes or more. EV: explained "
-        "variance.\nAll on scenes that no SAE was trained on.",
-        soft_wrap=True,
-        highlight=False,
-    )
+        "Latents: those that fire on 50 test scenes or more, of all; the scores are theirs. MS: whether a latent's\n"
+        "images look alike to the model. Purity: whether they share a known factor, above its base rate. MS~purity:\n"
+        "rank correlation. EV: explained variance. All on scenes that no SAE was trained on.",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
 
 
 def _print_steered(latents: "list[ColourLatent]") -> None:
@@ -367,14 +370,19 @@ def _print_steered(latents: "list[ColourLatent]") -> None:
     names = ("latent", "purity", "clamped to", "as it is", "SAE alone", "random", "clamped")
     columns = (Column(name, justify="right") for name in names)
     shown = Table("colour", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for each in latents:
+    strongest = {each.colour: each for each in reversed(latents)}
+    for each in sorted(strongest.values(), key=lambda each: -each.alpha):
         shares = (each.before, each.attached, each.random, each.clamped)
         numbers = (str(each.latent), f"{each.purity:.2f}", f"{each.alpha:.1f}")
         shown.add_row(each.colour, *numbers, *(f"{share:.0%}" for share in shares))
+    shares = [(each.before, each.attached, each.random, each.clamped) for each in latents]
+    means = [sum(column) / len(latents) for column in zip(*shares)]
+    shown.add_row(f"all {len(latents)}", "", "", "", *(f"{mean:.0%}" for mean in means))
     out.print(shown)
     out.print(
-        f'Answers that are the latent\'s colour, to "{QUESTION}" about objects of other colours: of tiny-llava as\n'
-        "it is, with the SAE in place, with a random latent clamped, with this one clamped.",
+        f'Answers that are the latent\'s colour, to "{QUESTION}" about objects of other colours: of tiny-llava as it\n'
+        "is, with the SAE in place, with a random latent clamped, with this one clamped. The strongest latent of each\n"
+        "colour; in the last line the mean of all that stand for a colour (summary.json has each).",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 
@@ -709,7 +717,10 @@ def _latest_run() -> Path:
     from saevlm_fast.sae import WEIGHTS_FILE
 
     finished = sorted(RUNS.glob(f"*/{WEIGHTS_FILE}"), key=lambda file: file.stat().st_mtime)
-    require(len(finished) > 0, f"sae: no finished run below {RUNS.absolute()}; train one, or give --sae DIR")
+    require(
+        len(finished) > 0,
+        f"sae: no finished run below {RUNS.absolute()}; train one, or give --sae DIR (of the demo: demo/batch_topk)",
+    )
     out.print(f"latest run: {finished[-1].parent}", highlight=False, soft_wrap=True)
     return finished[-1].parent
 
@@ -730,11 +741,17 @@ def _scenes(
 
 @contextmanager
 def _bar(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal; called with the number done, and of all where that is not known before."""
+    """A bar on a terminal, a line at the end elsewhere; called with the number done, and of all if not known before."""
     columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done, total=total: bar.update(task, completed=done, total=total)
+
+        def advance(done: int, total: int | None = total) -> None:
+            bar.update(task, completed=done, total=total)
+            if not out.is_terminal and done == total:
+                out.print(f"{what} {done:,}/{total:,}", highlight=False)
+
+        yield advance
 
 
 def _print_summary(summary: "ScoreSummary", what: str) -> None:

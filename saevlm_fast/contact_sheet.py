@@ -43,6 +43,7 @@ class Row:
         latent: its number. score: MS, NaN where it is not defined. n_active: images on which it fires.
         names: its nearest words, the nearest first; none is fine.
         images: of any mode and size, the most active first. activations: one for each image.
+        note: what else is known of the latent.
     """
 
     latent: int
@@ -51,6 +52,7 @@ class Row:
     names: Sequence[str]
     images: Sequence["Image"]
     activations: Sequence[float]
+    note: str = ""
 
     def __post_init__(self) -> None:
         n_images, n_acts = len(self.images), len(self.activations)
@@ -258,7 +260,7 @@ def _row_lines(row: Row | Captioned, unit: str) -> list[_Line]:
     numbers = [f"{unit} {row.latent}", score, f"active on {row.n_active:,} image{'' if row.n_active == 1 else 's'}"]
     lines = _clipped(row.names[0], _NAME, _INK) if row.names else []
     lines += _clipped(", ".join(row.names[1:]), _SMALL, _INK)
-    return lines + [_Line(text, _SMALL, _GREY) for text in numbers]
+    return lines + [_Line(text, _SMALL, _GREY) for text in numbers] + _clipped(row.note, _SMALL, _GREY)
 
 
 def _clipped(text: str, size: int, colour: str) -> list[_Line]:

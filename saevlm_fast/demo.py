@@ -14,7 +14,7 @@ from torch import Tensor
 from saevlm_fast.activations import Activations, open_activations
 from saevlm_fast.config import MATRYOSHKA_FRACTIONS, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.contact_sheet import Row, Section, draw_sheet
-from saevlm_fast.ground_truth import latent_concepts, spearman
+from saevlm_fast.ground_truth import CONCEPTS, latent_concepts, spearman
 from saevlm_fast.images import decode
 from saevlm_fast.monosemanticity import MonosemanticityScores, StreamedScore, accumulate
 from saevlm_fast.naming import latent_directions, nearest_words, scene_words, top_images
@@ -39,9 +39,10 @@ class Measured:
     """One line of the demo's table; of raw neurons explained_variance and l0 have no meaning and are None.
 
     Attributes:
-        latents, defined: how many there are, and of how many the score is defined on the test scenes.
-        ms_mean, ms_std, ms_best: Monosemanticity Score of the defined ones.
-        seen: how many fire on at least 50 scenes. A latent that fires on few has a pure value by luck, so of these:
+        latents: how many there are. defined: of how many the score is defined on the test scenes.
+        seen: how many of these fire on at least 50 scenes. A latent that fires on few has alike images and a pure value
+            by luck, the more so the fewer, so what follows is of these:
+        ms_mean, ms_std, ms_best: Monosemanticity Score.
         purity: mean share of a latent's activation on its best factor value, above that value's base rate.
         correlation: Spearman's, of MS and purity.
     """
@@ -49,12 +50,12 @@ class Measured:
     name: str
     latents: int
     defined: int
+    seen: int
     explained_variance: float | None
     l0: float | None
     ms_mean: float
     ms_std: float
     ms_best: float
-    seen: int
     purity: float
     correlation: float
 
@@ -85,7 +86,7 @@ def train_on_scenes(
 class Scored:
     """Latents of an SAE, or raw neurons without one, on the test scenes.
 
-    Attributes: name; scores; sums, from which names come; purity_S.
+    Attributes: name; scores; sums, from which names come; purity_S and value_S as in ground_truth.LatentConcepts.
     """
 
     def __init__(self, name: str, test_on: SceneStores, sae: SparseAutoencoder | None, on_rows: Callable[[int], None]):
@@ -95,24 +96,28 @@ class Scored:
         self.sums: StreamedScore = accumulate(self.activations, embeddings, sae, on_rows=on_rows)
         self.scores: MonosemanticityScores = self.sums.result()
         labels = scene_labels(self.activations.items()["image"].to_pylist())
-        self.purity_S: Tensor = latent_concepts(self.activations, *labels, sae).purity_S
+        truth = latent_concepts(self.activations, *labels, sae)
+        self.purity_S, self.value_S = truth.purity_S, truth.value_S
 
     def measured(self, metrics: Metrics | None) -> Measured:
         """metrics: of `train`, None for raw neurons."""
-        ms_S, summary = self.scores.ms, self.scores.summary()
-        defined_S, seen_S = ms_S.isfinite(), ms_S.isfinite() & (self.scores.n_active >= _ENOUGH)
+        seen_S = self._seen()
+        ms_L, purity_L = self.scores.ms[seen_S], self.purity_S[seen_S]
         return Measured(
-            self.name, len(ms_S), int(defined_S.sum()),
+            self.name, len(self.scores.ms), int(self.scores.ms.isfinite().sum()), len(ms_L),
             None if metrics is None else metrics["explained_variance"], None if metrics is None else metrics["l0"],
-            summary.mean, summary.std, summary.best, int(seen_S.sum()), float(self.purity_S[seen_S].mean()),
-            spearman(ms_S[seen_S], self.purity_S[seen_S]) if int(seen_S.sum()) >= 2 else math.nan,
+            float(ms_L.mean()), float(ms_L.std(correction=0)), float(ms_L.max()) if len(ms_L) else math.nan,
+            float(purity_L.mean()), spearman(ms_L, purity_L) if len(ms_L) >= 2 else math.nan,
         )  # fmt: skip
+
+    def _seen(self) -> Tensor:
+        return self.scores.ms.isfinite() & (self.scores.n_active >= _ENOUGH)
 
     def section(self) -> Section:
         """The best latents that have a name which no better one has, each with its top images."""
         words = scene_words()
         texts_ME = load_text_encoder(f"hf:{TOWER}").embed(words.texts)
-        seen_S = self.scores.ms.isfinite() & (self.scores.n_active >= _ENOUGH)
+        seen_S = self._seen()
         order = self.scores.ms.masked_fill(~seen_S, -torch.inf).argsort(descending=True, stable=True)
         order = order[: int(seen_S.sum())]
         names = nearest_words(latent_directions(self.sums)[order], texts_ME, words.words, _NAMES)
@@ -131,7 +136,8 @@ class Scored:
         tops = top_images(self.activations, latents, _IMAGES, self.sae) if latents else []
         return [
             Row(latent, float(self.scores.ms[latent]), int(self.scores.n_active[latent]), name,
-                [decode(source.read(i)) for i in top.images.tolist()], top.acts.tolist())
+                [decode(source.read(i)) for i in top.images.tolist()], top.acts.tolist(),
+                f"labels: {CONCEPTS[int(self.value_S[latent])].name}, purity {float(self.purity_S[latent]):.2f}")
             for latent, name, top in zip(latents, names, tops)
         ]  # fmt: skip
 
@@ -140,6 +146,7 @@ def picture(scored: list[Scored], steering: Section) -> "Image":
     """The contact sheet: raw neurons, then each SAE's latents, best first, and what steering did."""
     caption = (
         f"{TOWER}, residual stream after block {LAYER}, CLS token; {N_SCENES['test']:,} scenes that the SAEs were not "
-        "trained on. Words: nearest by the text tower."
+        f"trained on; latents that fire on {_ENOUGH} of them or more. Large words: nearest by the text tower. Labels: "
+        "the truth, and the share of the latent's activation on it, above its base rate."
     )
     return draw_sheet("What single latents see", caption, [*(each.section() for each in scored), steering], _IMAGES)
