@@ -203,7 +203,7 @@ def train(
         str, typer.Option(help="Matryoshka group sizes as fractions of d_sae.")
     ] = "0.0625,0.125,0.25,0.5625",
     steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps.  [default: 110,000, as the paper; on the box 2,000]")
+        int | None, typer.Option(help="Optimiser steps.  [default: 110,000, as the paper; on the box 1,200]")
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -306,7 +306,7 @@ def demo(
 
     def trained_on(train_on: "SceneStores", test_on: "SceneStores", architecture: str, name: str, steps: int) -> Any:
         options = RunOptions(output / name, device, resume=not force, force=force)
-        with TrainProgress(steps) as progress:
+        with TrainProgress(steps) as progress, _same_command():
             return train_on_scenes(architecture, train_on, test_on, steps, options, progress.log, progress.step)
 
     trained: dict[str, Any] = {RAW: (None, None)}
@@ -335,6 +335,15 @@ def demo(
     _print_scored(table)
     _print_steered(steered.latents)
     _print_demo_files(output, steered.latents, time.monotonic() - begun)
+
+
+@contextmanager
+def _same_command() -> Iterator[None]:
+    """The demo has no --resume: it goes on by itself."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted("interrupted; the same command goes on where it stopped") from None
 
 
 def _step(number: int, what: str) -> None:

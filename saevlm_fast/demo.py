@@ -91,12 +91,13 @@ class Scored:
 
     def __init__(self, name: str, test_on: SceneStores, sae: SparseAutoencoder | None, on_rows: Callable[[int], None]):
         self.name, self.sae = name, sae
+        device = "cpu" if sae is None else sae.b_dec.device
         self.activations: Activations = open_activations(test_on.activations)
         embeddings = open_activations(test_on.embeddings)
-        self.sums: StreamedScore = accumulate(self.activations, embeddings, sae, on_rows=on_rows)
+        self.sums: StreamedScore = accumulate(self.activations, embeddings, sae, device=device, on_rows=on_rows)
         self.scores: MonosemanticityScores = self.sums.result()
         labels = scene_labels(self.activations.items()["image"].to_pylist())
-        truth = latent_concepts(self.activations, *labels, sae)
+        truth = latent_concepts(self.activations, *labels, sae, device=device)
         self.purity_S, self.value_S = truth.purity_S, truth.value_S
 
     def measured(self, metrics: Metrics | None) -> Measured:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LLAVA, QUESTION = "tiny-llava", "What colour is the object?"
-N_PATCH_SCENES = {"train": 5_000, "test": 1_500}  # harvested for the SAE of patches: of CLS, LLaVA reads nothing
+N_PATCH_SCENES = {"train": 4_000, "test": 1_000}  # harvested for the SAE of patches: of CLS, LLaVA reads nothing
 PATCHES = {"train": "random:8", "test": "patches"}  # patches of each
 STRENGTH = 2.0  # times the largest activation that was seen
 N_TOP, _N_ASKED, _IMAGES = 16, 40, 10
@@ -108,7 +108,7 @@ def _pooled(sae: SparseAutoencoder, patches: Activations) -> tuple[Tensor, Tenso
         codes = join_codes([codes_of_rows(sae.encode(x_BD.to(sae.b_dec))) for _, x_BD in chunks])
     pooled = mean_pool_codes(codes, torch.from_numpy(image_of_row), len(ids))
     pooled_NS = torch.zeros(len(ids), sae.config.d_sae)
-    pooled_NS[entry_rows(pooled.latents, pooled.row_offsets), pooled.latents] = pooled.acts.cpu()
+    pooled_NS[entry_rows(pooled.latents, pooled.row_offsets).cpu(), pooled.latents.cpu()] = pooled.acts.cpu()
     largest_S = torch.zeros(sae.config.d_sae).scatter_reduce(0, codes.latents.cpu(), codes.acts.cpu(), "amax")
     return pooled_NS, largest_S, ids.tolist()
 
@@ -131,7 +131,9 @@ class _Asked:
     def __init__(self, sae: SparseAutoencoder):
         from PIL import Image
 
-        self.asking = SteeredAnswers(*load_llava(f"hf:{LLAVA}"), sae, LAYER, tokens="patches", max_new_tokens=2)
+        self.asking = SteeredAnswers(
+            *load_llava(f"hf:{LLAVA}", sae.b_dec.device), sae, LAYER, tokens="patches", max_new_tokens=2
+        )
         drawn = Scenes(0, "test").batch(N_SCENES["test"], 4 * _N_ASKED)
         alone = np.flatnonzero(drawn.setting[:, SCENE_FACTORS.index("count")] == 0)[:_N_ASKED]
         self.images = [Image.fromarray(image) for image in drawn.images[alone]]

@@ -29,9 +29,9 @@ from saevlm_fast.vision import load_tower
 CACHE_VARIABLE = "SAEVLM_FAST_CACHE"
 TOWER = "tiny-clip"
 LAYER = 3  # the last but one block: what tiny-llava reads, as the paper's block 22 of CLIP-L's 24
-N_SCENES = {"train": 15_000, "test": 5_000}
+N_SCENES = {"train": 10_000, "test": 5_000}
 # Of SAEs on them: in place of the paper's 110,000 steps of 4096 rows of a million images.
-RECIPE = {"k": 10, "expansion": 4, "steps": 2000, "batch_size": 512, "dead_after": 100_000}
+RECIPE = {"k": 10, "expansion": 4, "steps": 1200, "batch_size": 512, "dead_after": 100_000}
 _POLL_SECONDS, _PATIENCE_SECONDS = 0.2, 3600.0
 
 
@@ -41,11 +41,12 @@ def cache_directory() -> Path:
     Raises:
         ValueError: it cannot be made, or is no directory.
     """
-    path = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("saevlm-fast", appauthor=False)).expanduser()
+    path = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("saevlm-fast", appauthor=False))
     try:
+        path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{CACHE_VARIABLE}: {path} cannot be made: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        raise ValueError(f"{CACHE_VARIABLE}: {path} cannot be made: {error}") from error
     return path
 
 
