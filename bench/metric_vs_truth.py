@@ -231,8 +231,9 @@ INTRODUCTION = """# The Monosemanticity Score against the truth
 
 Written by `bench/metric_vs_truth.py`. tiny-clip, residual stream after block {layer} (from 0), tokens {tokens};
 {train:,} scenes to train on, {test:,} other ones to measure on; {steps:,} steps of {batch:,} rows; {seeds} seeds: the
-numbers are means over seeds, ± the distance of the furthest. The score's embedding is tiny-clip's own projected one, in
-which two images have a mean cosine of {chance:.3f}: the score of a latent that fires on all images alike.
+numbers are means over seeds, ± the distance of the furthest. (tiny-clip's own training has
+seen the former, not the latter.) The score's embedding is tiny-clip's own projected one, in which two images have a
+mean cosine of {chance:.3f}: the score of a latent that fires on all images alike.
 
 Purity: the activation-weighted share of the images that show a latent's best factor value, above the share of that
 value among all images. A latent that fires on exactly the images of a value has purity 1 - base, and bases differ: 0.13

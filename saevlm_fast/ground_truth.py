@@ -109,7 +109,7 @@ def latent_concepts(
     present_NC = torch.from_numpy(concept_presence(objects_NOF, setting_NF))
     labels = Activations(Path("labels"), [present_NC.float()], None, [])
     sums = accumulate(activations, labels, sae, similarity="dot", batch_rows=batch_rows, device=device)
-    return best_concepts(sums.mean_embedding(), present_NC.double().mean(0))
+    return best_concepts(sums.mean_embedding().cpu(), present_NC.double().mean(0))
 
 
 def best_concepts(share_SC: Tensor, base_C: Tensor) -> LatentConcepts:

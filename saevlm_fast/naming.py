@@ -166,7 +166,7 @@ class _Best:
 
 
 def latent_directions(scores: StreamedScore) -> Tensor:
-    """Unit directions [S, E] float64 of every latent in the space of the embeddings (see the module's docstring).
+    """Unit directions of every latent in the space of the embeddings, [S, E] float64 on the CPU (see the module).
 
     Args:
         scores: cosine sums of all images: `monosemanticity.accumulate`, so one pass gives scores and names. The
@@ -177,7 +177,7 @@ def latent_directions(scores: StreamedScore) -> Tensor:
     """
     require(scores.similarity == "cosine", f"similarity: names need cosine sums, not {scores.similarity}")
     offsets_SE = (scores.mean_embedding() - scores.mean_of_images()).nan_to_num(0.0)
-    return _unit(offsets_SE)
+    return _unit(offsets_SE.cpu())
 
 
 def _unit(vectors_SE: Tensor) -> Tensor:

@@ -16,7 +16,10 @@ from saevlm_fast.activations import open_activations
 from saevlm_fast.box_models import PATCH_SIZE
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.demo import ARCHITECTURES, RAW, Scored, train_on_scenes
+from saevlm_fast.ground_truth import latent_concepts, spearman
+from saevlm_fast.monosemanticity import score
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scene_images import scene_labels
 from saevlm_fast.scenes import COLOURS, OBJECT_FACTORS, Scenes
 from saevlm_fast.train import RunOptions
 from test_cli import run
@@ -151,6 +154,18 @@ def test_what_is_strong_in_the_paper_is_strong_on_scenes(tmp_path, monkeypatch):
     for measured in trained:
         assert measured.ms_mean > raw.ms_mean + 0.08
         assert measured.purity > raw.purity + 0.2
+    batch_topk, expected = scored["batch_topk"], trained[0]
+    rows, images = open_activations(test_on.activations), open_activations(test_on.embeddings)
+    truth = score(rows, images, batch_topk.sae)
+    seen_S = truth.ms.isfinite() & (truth.n_active >= 10)
+    assert (truth.n_images, expected.seen) == (SMALL["test"], int(seen_S.sum()))
+    assert expected.ms_mean == pytest.approx(float(truth.ms[seen_S].mean()))
+    purity_S = latent_concepts(rows, *scene_labels(rows.items()["image"].to_pylist()), batch_topk.sae).purity_S
+    assert expected.purity == pytest.approx(float(purity_S[seen_S].mean()))
+    assert expected.correlation == pytest.approx(spearman(truth.ms[seen_S], purity_S[seen_S]))
+    shown = batch_topk.section().rows
+    assert [row.score for row in shown] == sorted((row.score for row in shown), reverse=True)
+    assert shown[0].score == float(truth.ms[seen_S].max()) > float(truth.ms[seen_S].mean())
     fires_S, ends = scored["matryoshka"].scores.n_active.float(), (0, *scored["matryoshka"].sae.config.group_ends)
     first, *later = (float(fires_S[start:end].mean()) for start, end in pairwise(ends))
     assert first > 3 * max(later)  # the first group's concepts are the most general ones
