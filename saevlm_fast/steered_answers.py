@@ -23,6 +23,7 @@ from saevlm_fast.steering import (
     Edit,
     EditPlan,
     Encoded,
+    as_the_model_holds,
     edit_tokens,
     encode_tokens,
     find_site,
@@ -41,7 +42,8 @@ class Row:
 
     Attributes:
         question: a number that `SteeredAnswers.ask` gave.
-        edits: as of `steering.steer`; () is the identity control; None leaves the model untouched, without the SAE.
+        edits: as of `steering.steer`; () is the identity control, whatever `only` is; None leaves the model
+            untouched, without the SAE.
         direction: [D] added to the chosen tokens after the edits; needs edits.
         mask: bool [T], the tokens of this row that are steered, of every tile, instead of SteeredAnswers' choice.
     """
@@ -198,11 +200,17 @@ class SteeredAnswers:
             torch.cat([piece.x_hat_ND for piece in pieces]),
         )
         plan = EditPlan.of_rows([row.edits or () for row in rows], self.sae)
-        edited_ND = edit_tokens(self.sae, encoded, plan, row_N, self.only, self.error)
+        edited_ND = edit_tokens(self.sae, encoded, plan, row_N, False, self.error)
+        if self.only:
+            has_edits = torch.tensor([bool(row.edits) for row in rows], device=row_N.device)[row_N]
+            only_ND = edit_tokens(self.sae, encoded, plan, row_N, True, self.error)
+            edited_ND = torch.where(has_edits[:, None], only_ND, edited_ND)
         for r, row in enumerate(rows):
             if row.direction is not None:
+                width = self.sae.config.d_in
+                require(row.direction.shape == (width,), f"direction: {list(row.direction.shape)}, not [{width}]")
                 edited_ND[row_N == r] += row.direction.to(edited_ND)
-        edited_BTD = edited_ND.view(x_BTD.shape).to(x_BTD.device, x_BTD.dtype)
+        edited_BTD = as_the_model_holds(edited_ND, x_BTD).view(x_BTD.shape)
         return torch.where(mask_BT[:, :, None], edited_BTD, x_BTD)
 
     @contextmanager

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from saevlm_fast.tower import Anatomy
 from saevlm_fast.vision import find_anatomy
 
 ERRORS, TOKENS = ("drop", "keep"), ("all", "patches", "cls")
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Edit:
     """A latent's new value, factor * z + offset. Made by `clamp`, `add`, `scale` and `zero`.
 
     Raises:
-        ValueError: a latent below 0, a value that is not finite.
+        ValueError: a latent that is no whole number or below 0, a value that is not finite in float32.
     """
 
     latent: int
@@ -53,9 +55,12 @@ class Edit:
     offset: float
 
     def __post_init__(self) -> None:
+        whole = isinstance(self.latent, Integral) and not isinstance(self.latent, bool)
+        require(whole, f"latent: {self.latent!r} is not a whole number")
         require(self.latent >= 0, f"latent: {self.latent} must not be negative")
         for value in (self.factor, self.offset):
-            require(math.isfinite(value), f"alpha: {value} of latent {self.latent} is not finite")
+            fits = math.isfinite(value) and abs(value) <= _LARGEST
+            require(fits, f"alpha: {value} of latent {self.latent} is not finite in float32")
 
 
 def clamp(latent: int, alpha: float) -> Edit:
@@ -152,7 +157,9 @@ class Site(NamedTuple):
 
     @property
     def block(self) -> nn.Module:
-        return self.anatomy.blocks[self.layer]
+        """If torch.compile wrapped it by itself, the inner one: from that the model collects hidden states."""
+        block = self.anatomy.blocks[self.layer]
+        return getattr(block, "_orig_mod", block)
 
 
 def find_site(
@@ -251,7 +258,8 @@ class EditPlan(NamedTuple):
         for r, edits in enumerate(rows):
             _check_edits(edits, sae.config.d_sae)
             for j, edit in enumerate(edits):
-                latents[r, j], factor[r, j], offset[r, j], real[r, j] = edit.latent, edit.factor, edit.offset, True
+                latents[r, j], real[r, j] = int(edit.latent), True
+                factor[r, j], offset[r, j] = float(edit.factor), float(edit.offset)
         latents, real = latents.to(weights.device), real.to(weights.device)
         return cls(latents, factor.to(weights), offset.to(weights), real)
 
@@ -334,7 +342,15 @@ def _steered(
     row_N = row_B.to(x_BTD.device)[:, None].expand(n_rows, n_tokens)[mask_BT].to(plan.latents.device)
     encoded = encode_tokens(sae, x_BTD[mask_BT])
     edited_ND = edit_tokens(sae, encoded, plan, row_N, only, error)
-    return x_BTD.masked_scatter(mask_BT[:, :, None], edited_ND.to(x_BTD.device, x_BTD.dtype))
+    return x_BTD.masked_scatter(mask_BT[:, :, None], as_the_model_holds(edited_ND, x_BTD))
+
+
+def as_the_model_holds(edited_ND: Tensor, x_BTD: Tensor) -> Tensor:
+    """In the model's dtype and on its device. ValueError: overflow, of which a model would only say nothing."""
+    cast_ND = edited_ND.to(x_BTD.device, x_BTD.dtype)
+    finite = bool(cast_ND.isfinite().all()) or not bool(x_BTD.isfinite().all())
+    require(finite, f"alpha: the edited residual stream overflows {str(x_BTD.dtype).removeprefix('torch.')}")
+    return cast_ND
 
 
 def token_mask(tokens: str | Tensor, n_rows: int, n_tokens: int, anatomy: Anatomy) -> Tensor:

@@ -1,7 +1,8 @@
 """The paper's steering score (recipe.md section 4), with the controls that it lacks.
 
-A latent's target is the mean embedding of its 16 most activating images. The model is asked about other images with the
-latent steered, and the score is the cosine between the target and the answer's text embedding. Conditions:
+A latent's target is the mean embedding of its 16 most activating images. The model is asked about images drawn at
+random, the same for every latent (so some may be among its own top images), with the latent steered, and the score is
+the cosine between the target and the answer's text embedding. Conditions:
 
     steered               the latent clamped at alpha
     sae_attached          no edit, but the SAE in place: the residual stream is its reconstruction (error="drop")
