@@ -384,8 +384,8 @@ def _print_steered(latents: "list[ColourLatent]") -> None:
         shares = (each.before, each.attached, each.random, each.clamped)
         numbers = (str(each.latent), f"{each.purity:.2f}", f"{each.alpha:.1f}")
         shown.add_row(each.colour, *numbers, *(f"{share:.0%}" for share in shares))
-    shares = [(each.before, each.attached, each.random, each.clamped) for each in latents]
-    means = [sum(column) / len(latents) for column in zip(*shares)]
+    each_shares = [(each.before, each.attached, each.random, each.clamped) for each in latents]
+    means = [sum(column) / len(latents) for column in zip(*each_shares)]
     shown.add_row(f"all {len(latents)}", "", "", "", *(f"{mean:.0%}" for mean in means))
     out.print(shown)
     out.print(
