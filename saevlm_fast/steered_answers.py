@@ -209,9 +209,11 @@ class SteeredAnswers:
             if row.direction is not None:
                 width = self.sae.config.d_in
                 require(row.direction.shape == (width,), f"direction: {list(row.direction.shape)}, not [{width}]")
+                require(bool(row.direction.isfinite().all()), f"direction: of row {r} of the batch, is not finite")
                 edited_ND[row_N == r] += row.direction.to(edited_ND)
-        edited_BTD = as_the_model_holds(edited_ND, x_BTD).view(x_BTD.shape)
-        return torch.where(mask_BT[:, :, None], edited_BTD, x_BTD)
+        chosen_N = mask_BT.flatten().to(row_N.device)
+        changed_ND = as_the_model_holds(edited_ND[chosen_N], x_BTD, plan, row_N[chosen_N])
+        return x_BTD.masked_scatter(mask_BT[:, :, None], changed_ND)
 
     @contextmanager
     def _only_above_block(self) -> Iterator[None]:

@@ -342,15 +342,27 @@ def _steered(
     row_N = row_B.to(x_BTD.device)[:, None].expand(n_rows, n_tokens)[mask_BT].to(plan.latents.device)
     encoded = encode_tokens(sae, x_BTD[mask_BT])
     edited_ND = edit_tokens(sae, encoded, plan, row_N, only, error)
-    return x_BTD.masked_scatter(mask_BT[:, :, None], as_the_model_holds(edited_ND, x_BTD))
+    return x_BTD.masked_scatter(mask_BT[:, :, None], as_the_model_holds(edited_ND, x_BTD, plan, row_N))
 
 
-def as_the_model_holds(edited_ND: Tensor, x_BTD: Tensor) -> Tensor:
-    """In the model's dtype and on its device. ValueError: overflow, of which a model would only say nothing."""
+def as_the_model_holds(edited_ND: Tensor, x_BTD: Tensor, plan: EditPlan, row_N: Tensor) -> Tensor:
+    """In the model's dtype and on its device. ValueError: overflow, of which a model would only fall silent."""
     cast_ND = edited_ND.to(x_BTD.device, x_BTD.dtype)
-    finite = bool(cast_ND.isfinite().all()) or not bool(x_BTD.isfinite().all())
-    require(finite, f"alpha: the edited residual stream overflows {str(x_BTD.dtype).removeprefix('torch.')}")
+    if not bool(cast_ND.isfinite().all()) and bool(x_BTD.isfinite().all()):
+        row = int(row_N[int((~cast_ND.isfinite()).any(1).nonzero()[0])])
+        dtype = str(x_BTD.dtype).removeprefix("torch.")
+        raise ValueError(f"alpha: {_largest_edit(plan, row)} overflows {dtype}, which the model computes in")
     return cast_ND
+
+
+def _largest_edit(plan: EditPlan, row: int) -> str:
+    """The edit of a row that is the likeliest to overflow, for a message."""
+    if plan.latents.shape[1] == 0:
+        return "the SAE's reconstruction (no edit)"
+    strength_J = torch.where(plan.real[row], plan.offset[row].abs() + plan.factor[row].abs(), 0)
+    j = int(strength_J.argmax())
+    value = plan.offset[row, j] if bool(plan.offset[row, j]) else plan.factor[row, j]
+    return f"{float(value):g} of latent {int(plan.latents[row, j])}"
 
 
 def token_mask(tokens: str | Tensor, n_rows: int, n_tokens: int, anatomy: Anatomy) -> Tensor:

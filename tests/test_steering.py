@@ -1,5 +1,6 @@
 """Steering hooks: against a plain re-implementation, and that nothing is left of them."""
 
+import re
 from copy import deepcopy
 from functools import partial
 
@@ -270,6 +271,27 @@ def test_torch_compile_is_left_working():
     assert not torch.allclose(steered, before, atol=1e-2)
 
 
+@pytest.mark.parametrize("warm", [True, False])
+def test_blocks_compiled_one_by_one_are_steered(llava, inputs, pictures, warm):
+    """At the last block that is read: the library collects hidden states inside the wrappers of torch.compile."""
+    model, edits, last_read = deepcopy(llava), [clamp(5, ALPHA)], 3
+    blocks = model.model.vision_tower.encoder.layers
+    for i, block in enumerate(blocks):
+        blocks[i] = torch.compile(block, backend="eager")
+    before = logits(model, inputs) if warm else None
+    with steer(model, random_sae(), last_read, edits):
+        steered = logits(model, inputs)
+    with steer(llava, random_sae(), last_read, edits):
+        torch.testing.assert_close(steered, logits(llava, inputs), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(steered, logits(llava, inputs), atol=1e-2)
+    after = logits(model, inputs)
+    assert torch.equal(after, before) if warm else torch.allclose(after, logits(llava, inputs), atol=1e-4)
+    asking = SteeredAnswers(model, llava_processor(), random_sae(), last_read, max_new_tokens=5)
+    question = asking.ask(pictures[0], PROMPT)
+    answers = asking.answers([Row(question, None), Row(question, tuple(edits))])
+    assert answers == [one_at_a_time(llava, pictures[0], row_edits, last_read) for row_edits in (None, edits)]
+
+
 LLAVA, READ = "LlavaForConditionalGeneration", "(vision_feature_layer -2)"
 CHOICES = "is not one of all, patches, cls, or a bool mask [T] or [B, T]"
 REFUSED = {
@@ -298,13 +320,46 @@ def test_refused_in_one_line(llava, name):
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
 def test_alpha_must_be_finite_and_latents_not_negative(value):
     for make in (clamp, add, scale):
-        with pytest.raises(ValueError, match=rf"^alpha: {value} of latent 3 is not finite$"):
+        with pytest.raises(ValueError, match=rf"^alpha: {re.escape(str(value))} of latent 3 is not finite in float32$"):
             make(3, value)
     with pytest.raises(ValueError, match=r"^latent: -1 must not be negative$"):
         clamp(-1, 1.0)
+
+
+@pytest.mark.parametrize("latent", [547.9, True, "3", None])
+def test_a_latent_is_a_whole_number(latent):
+    with pytest.raises(ValueError, match=rf"^latent: {latent!r} is not a whole number$"):
+        clamp(latent, 1.0)
+
+
+def test_numbers_of_numpy_are_numbers(llava, inputs):
+    run = partial(logits, llava, inputs)
+    with steer(llava, random_sae(), LAYER, [clamp(5, ALPHA)]):
+        expected = run()
+    with steer(llava, random_sae(), LAYER, [clamp(np.int64(5), np.float32(ALPHA))]):
+        assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_edit_that_overflows_the_model_is_refused(llava, inputs, pictures, dtype):
+    """Else the model would answer every question with nothing, which may score well."""
+    model, alpha = deepcopy(llava).to(dtype), {torch.float16: 1e6, torch.float32: 3e38}[dtype]
+    sae, name = random_sae(), str(dtype).removeprefix("torch.")
+    with torch.no_grad():
+        sae.W_dec *= 30
+    message = rf"^alpha: {re.escape(f'{alpha:g}')} of latent 5 overflows {name}, which the model computes in$"
+    with pytest.raises(ValueError, match=message), steer(model, sae, LAYER, [zero(4), clamp(5, alpha)]):
+        logits(model, inputs)
+    asking = SteeredAnswers(model, llava_processor(), sae, LAYER, max_new_tokens=1)
+    question = asking.ask(pictures[0], PROMPT)
+    rows = [Row(question, None), Row(question, (clamp(7, 1.0),)), Row(question, (clamp(5, alpha),))]
+    with pytest.raises(ValueError, match=message):
+        asking.answers(rows)
+    masked = Row(question, (clamp(5, alpha),), mask=torch.zeros(37, dtype=torch.bool))
+    assert len(asking.answers([*rows[:2], masked])) == 3  # it reaches no token
 
 
 def test_rows_must_fit_the_batch(llava, inputs):
@@ -499,6 +554,8 @@ def one_at_a_time(llava, picture, row_edits, layer, **options):
     if row_edits is None:
         tokens = llava.generate(**inputs, max_new_tokens=5, do_sample=False)
     else:
+        if not row_edits:  # () is the identity control
+            options = {**options, "only": False}
         with steer(llava, random_sae(), layer, row_edits, **options):
             tokens = llava.generate(**inputs, max_new_tokens=5, do_sample=False)
     new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -579,6 +636,10 @@ def test_answers_refused_in_one_line(llava, pictures):
     asking.ask(pictures[0], PROMPT)
     with pytest.raises(ValueError, match=r"^direction: needs edits"):
         asking.answers([Row(0, None, torch.ones(D))])
+    with pytest.raises(ValueError, match=rf"^direction: \[5\], not \[{D}\]$"):
+        asking.answers([Row(0, (), torch.ones(5))])
+    with pytest.raises(ValueError, match=r"^direction: of row 1 of the batch, is not finite$"):
+        asking.answers([Row(0, ()), Row(0, (), torch.full((D,), float("nan")))])
 
 
 @pytest.mark.gpu
