@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from saevlm_fast.monosemanticity import ScoreSummary
     from saevlm_fast.scene_stores import SceneStores
     from saevlm_fast.steered_answers import SteeredAnswers
+    from saevlm_fast.steering_score import SteeringScores
 
 RUNS = Path("runs")
 
@@ -506,7 +507,7 @@ def steer_command(
 ) -> None:
     """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
     from saevlm_fast.config import require
-    from saevlm_fast.images import decode
+    from saevlm_fast.images import ImageError, decode
     from saevlm_fast.steered_answers import Row
     from saevlm_fast.steering import clamp
 
@@ -514,7 +515,11 @@ def steer_command(
     alphas = [_number("alpha", text) for text in _listed(alpha)]
     edits = [clamp(k, value) for k in latents for value in alphas]  # checked before a model is loaded
     require(image.is_file(), f"image: {image} is not a file")
-    picture = decode(image.read_bytes())
+    require(prompt.strip() != "", "prompt: is empty")
+    try:
+        picture = decode(image.read_bytes())
+    except ImageError as error:
+        raise ValueError(f"image: {image}: {error}") from error
     asking = _steered_answers(model, sae, layer, device, dtype, tokens, error, only, batch_size, max_new_tokens)
     question = asking.ask(picture, prompt)
     rows = [Row(question, None), Row(question, ()), *(Row(question, (edit,)) for edit in edits)]
@@ -523,7 +528,8 @@ def steer_command(
     if as_json:
         controls = {"unsteered": answers[0], "sae_attached": answers[1]}
         steered = [{"latent": k, "alpha": a, "answer": text} for (k, a), text in zip(labels, answers[2:])]
-        out.print_json(data={"prompt": prompt, "layer": layer, "controls": controls, "steered": steered})
+        sources = {"model": model, "sae": str(sae), "image": str(image), "prompt": prompt}
+        out.print_json(data={**sources, **asking.settings, "controls": controls, "steered": steered})
         return
     table = Table(
         Column("latent", justify="right"), Column("alpha", justify="right"), Column("answer", overflow="fold")
@@ -564,6 +570,7 @@ def steering_score_command(
     from saevlm_fast.codes import open_codes
     from saevlm_fast.images import open_images
     from saevlm_fast.monosemanticity import check_scores_path
+    from saevlm_fast.provenance import check_codes_of, other_text_model
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.steering_score import PROMPT, WHITE, ScoreConfig, ScoreRun, steering_score
     from saevlm_fast.text_models import load_text_encoder
@@ -572,8 +579,11 @@ def steering_score_command(
     coded, embedded, source = open_codes(codes), open_activations(embeddings), open_images(images)
     config = ScoreConfig(
         latents=_latents(latents, coded.d_sae), alpha=alpha, ask=0 if ask == WHITE else _integer("ask", ask),
-        prompt=prompt or PROMPT, seed=seed,
+        prompt=PROMPT if prompt is None else prompt, seed=seed,
     )  # fmt: skip
+    check_codes_of(coded, sae, layer)
+    if (doubt := other_text_model(embedded, text_model)) is not None:
+        err.print(f"warning: {doubt}; cosines between two models mean little", style="yellow", soft_wrap=True)
     asking = _steered_answers(model, sae, layer, device, dtype, tokens, error, False, batch_size, max_new_tokens)
     encoder = load_text_encoder(text_model, resolve_device(device), on_message=_say)
     sources = {
@@ -584,12 +594,21 @@ def steering_score_command(
         scores = steering_score(
             asking, source, coded, embedded, encoder, config, ScoreRun(output, sources, resume, force), on_rows
         )
-    table = Table("condition", Column("mean +- std", justify="right"))
-    for name, (mean, std) in scores.summary().items():
-        table.add_row(name, f"{mean:.4f} +- {std:.4f}")
-    out.print(f"steering score of {scores.n_well_defined:,} of {len(scores.table):,} latents (16 top images or more)")
-    out.print(table)
+    _print_steering_scores(scores)
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def _print_steering_scores(scores: "SteeringScores") -> None:
+    n, n_all = scores.n_well_defined, len(scores.table)
+    if n == 0:
+        out.print(f"none of the {n_all:,} latents fires on 16 images or more, so there is no mean", soft_wrap=True)
+        return
+    out.print(f"steering score of {n:,} of {n_all:,} latents (16 top images or more)")
+    table = Table("condition", Column("mean +- std", justify="right"), Column("empty answers", justify="right"))
+    empty = scores.empty_answers()
+    for name, (mean, std) in scores.summary().items():
+        table.add_row(name, f"{mean:.4f} +- {std:.4f}", f"{empty[name]:.1%}")
+    out.print(table)
 
 
 def _steered_answers(
@@ -606,6 +625,7 @@ def _steered_answers(
 ) -> "SteeredAnswers":
     """Model and SAE on one device; the SAE in its own dtype."""
     from saevlm_fast.config import require
+    from saevlm_fast.provenance import check_sae_of
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.steered_answers import SteeredAnswers
@@ -615,6 +635,7 @@ def _steered_answers(
     require(dtype in known, f"dtype: {dtype!r} is not one of {', '.join(known)}")
     target = resolve_device(device)
     dictionary = SparseAutoencoder.from_pretrained(sae, device=target)
+    check_sae_of(dictionary, layer)  # before a large model is loaded
     llava, processor = load_llava(model, target, dtype, on_message=_say)
     return SteeredAnswers(
         llava, processor, dictionary, layer, tokens=tokens, error=error, only=only, batch_size=batch_size,
@@ -659,6 +680,8 @@ def _latents(text: str | None, d_sae: int) -> tuple[int, ...]:
         return ()
     if ":" in text:
         start, _, stop = text.partition(":")
+        if _integer("latents", stop or "0") > d_sae:
+            raise ValueError(f"latents: {text!r} goes beyond the last of {d_sae}")
         chosen = range(d_sae)[_integer("latents", start or "0") : _integer("latents", stop or str(d_sae))]
         if not chosen:
             raise ValueError(f"latents: {text!r} chooses none of {d_sae}")

@@ -258,11 +258,12 @@ def check_output(options: HarvestOptions) -> None:
 
 
 @contextmanager
-def output_lock(output: Path, exclusive: bool) -> Iterator[None]:
+def output_lock(output: Path, exclusive: bool, refusal: str | None = None) -> Iterator[None]:
     """Ranks of one harvest share the lock; rank 0 prepares the stores alone. Gone with the process, however it ends.
 
     Raises:
-        ValueError: processes of another harvest (ranks whose torchrun was killed, say) are at work in `output`.
+        ValueError: processes of another harvest (ranks whose torchrun was killed, say) are at work in `output`. With
+            `refusal` as its message: other commands lock their own directories in this way.
     """
     if os.name == "nt":  # no fcntl there
         yield
@@ -278,7 +279,8 @@ def output_lock(output: Path, exclusive: bool) -> Iterator[None]:
                 fcntl.lockf(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                require(time.monotonic() < deadline, f"output: another harvest is writing to {output}")
+                message = refusal or f"output: another harvest is writing to {output}"
+                require(time.monotonic() < deadline, message)
                 time.sleep(0.05)
         yield
 
@@ -381,7 +383,7 @@ class _Harvest:
                 "seed": config.seed, "batch_size": config.batch_size, "dtype": config.dtype,
                 "store_dtype": str(config.torch_store_dtype).removeprefix("torch."),
                 "images_per_shard": self.images_per_unit, "pool": config.pool,
-                "sae": None if config.sae is None else _sae_digest(config.sae),
+                "sae": None if config.sae is None else sae_digest(config.sae),
             },
             "versions": {"saevlm_fast": __version__, "torch": torch.__version__},
         }  # fmt: skip
@@ -397,7 +399,7 @@ class _Harvest:
             "seed": config.seed,
             "dtype": config.dtype,
             "images": settings["images"],
-            "sae": None if config.sae is None else {"path": str(config.sae), "sha256": _sae_digest(config.sae)},
+            "sae": None if config.sae is None else {"path": str(config.sae), "sha256": sae_digest(config.sae)},
             "pool": config.pool,
             "versions": settings["versions"],
         }
@@ -625,7 +627,8 @@ def sae_mismatch(sae_directory: Path, tower: Tower, point: HookPoint, tokens: To
     return f"{sae_directory} was trained on {where}{' of another model' if other_model else ''}"
 
 
-def _sae_digest(directory: Path) -> str:
+def sae_digest(directory: Path) -> str:
+    """SHA-256 of an SAE's files, as stores of its codes record it."""
     return hashlib.sha256(
         "".join(sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)).encode()
     ).hexdigest()

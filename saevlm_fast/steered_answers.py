@@ -8,6 +8,7 @@ steered block gives the rows' own residual streams back.
 Shape suffixes: R rows, T tokens, D width, N tokens of all rows.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -101,12 +102,24 @@ class SteeredAnswers:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self._questions: list[_Question] = []
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON: what decides the answers, beside model, SAE and rows."""
+        tokens = self.tokens
+        if isinstance(tokens, Tensor):
+            tokens = "mask " + hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+        return {
+            "layer": self.site.layer, "tokens": tokens, "only": self.only, "error": self.error,
+            "dtype": str(self.model.dtype).removeprefix("torch."), "max_new_tokens": self.max_new_tokens,
+        }  # fmt: skip
+
     @torch.inference_mode()
     def ask(self, image: Any, prompt: str) -> int:
         """Prepares a question about an RGB image: the number by which rows refer to it.
 
-        prompt: put into the processor's chat template, unless it holds the image token itself.
+        prompt: put into the processor's chat template, unless it holds the image token itself. ValueError: it is empty.
         """
+        require(prompt.strip() != "", "prompt: is empty")
         inputs = self._inputs(image, prompt)
         x_BTD = self._residual(inputs)
         self._questions.append(_Question(inputs, x_BTD, encode_tokens(self.sae, x_BTD.flatten(0, 1))))

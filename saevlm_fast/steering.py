@@ -140,7 +140,8 @@ def steer_rows(
     site = find_site(model, sae, layer, tokens, error)
     require(tiles is None or len(tiles) == len(rows), f"tiles: {len(tiles or ())} numbers for {len(rows)} rows")
     plan = EditPlan.of_rows(rows, sae)
-    row_of_tile = torch.arange(len(rows)).repeat_interleave(torch.tensor(tiles or [1] * len(rows)))
+    n_tiles = torch.tensor(tiles or [1] * len(rows), dtype=torch.int64)
+    row_of_tile = torch.arange(len(rows)).repeat_interleave(n_tiles)
     with hooked_block(site, lambda x_BTD: _steered(x_BTD, sae, plan, site, only, tokens, error, row_of_tile)):
         yield
 
@@ -177,7 +178,9 @@ def find_site(
     require(error in ERRORS, f"error: {error!r} is not one of {', '.join(ERRORS)}")
     known = tokens in TOKENS if isinstance(tokens, str) else tokens.dtype == torch.bool and tokens.ndim in (1, 2)
     require(known, f"tokens: {_shown(tokens)} is not one of {', '.join(TOKENS)}, or a bool mask [T] or [B, T]")
-    cls_only = isinstance(tokens, str) and tokens == "cls"
+    chosen = True if isinstance(tokens, str) else bool(tokens.any())
+    require(chosen, "tokens: the mask chooses none, so that steering changes nothing")
+    cls_only = tokens == "cls" if isinstance(tokens, str) else anatomy.has_cls and not bool(tokens[..., 1:].any())
     require(anatomy.has_cls or not cls_only, f"tokens: cls, but the vision tower of {name} has no CLS token")
     reads = blocks_read(model, len(anatomy.blocks))
     if reads is not None:

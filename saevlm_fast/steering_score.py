@@ -15,7 +15,6 @@ The last one needs no SAE direction; it is added to the same base as the latent'
 else. Shape suffixes: L latents chosen, K top images, E embedding, D width, Q images asked about.
 """
 
-import hashlib
 import json
 import shutil
 import threading
@@ -35,20 +34,23 @@ from torch import Tensor
 from saevlm_fast.activations import Activations
 from saevlm_fast.codes import Codes
 from saevlm_fast.config import Interrupted, check_same_settings, require
-from saevlm_fast.files import write_json_atomic
-from saevlm_fast.images import ImageSource, decode
+from saevlm_fast.files import sha256_file, write_json_atomic
+from saevlm_fast.harvest import output_lock
+from saevlm_fast.images import ImageError, ImageSource, decode
 from saevlm_fast.monosemanticity import check_scores_path, checked_ids, write_table
 from saevlm_fast.naming import top_images
 from saevlm_fast.runtime import interruptible
 from saevlm_fast.steered_answers import Row, SteeredAnswers
 from saevlm_fast.steering import clamp
 from saevlm_fast.text_models import TextEncoder
+from saevlm_fast.tower import weights_sha256
 
 PROMPT = "What is shown in this image? Use exactly one word!"
 CONDITIONS = ("steered", "sae_attached", "unsteered", "random_latent", "sign_flip", "difference_of_means")
 PER_LATENT = tuple(name for name in CONDITIONS if name not in ("sae_attached", "unsteered"))
 N_TOP = 16
-WHITE = "white"
+WHITE, EMPTY = "white", "_empty"
+MEASURES = (*CONDITIONS, *(name + EMPTY for name in CONDITIONS))
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ class ScoreConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(bool(np.isfinite(self.alpha)), f"alpha: {self.alpha} is not finite")
+        fits = bool(np.isfinite(self.alpha)) and abs(self.alpha) <= torch.finfo(torch.float32).max
+        require(fits, f"alpha: {self.alpha} is not finite in float32")
+        require(self.seed >= 0, f"seed: {self.seed} must not be negative")
+        require(self.prompt.strip() != "", "prompt: is empty")
         require(self.ask >= 0, f"ask: {self.ask} must not be negative")
         require(self.n_reference >= 1, f"n_reference: {self.n_reference} must be at least 1")
         require(len(set(self.latents)) == len(self.latents), "latents: one is listed twice")
@@ -104,24 +109,32 @@ def firing_latents(codes: Codes, batch_rows: int = 65536) -> Tensor:
 
 
 class SteeringScores(NamedTuple):
-    """One row a latent: latent, n_top, other_latent, answer, answer_share, and one column for every condition.
+    """One row a latent: latent, n_top, other_latent, answer, answer_share, and two columns for every condition.
 
     other_latent: the one of the condition random_latent. answer: the most frequent steered answer, answer_share: how
-    often. A latent that never fires scores NaN.
+    often. CONDITION: the score, CONDITION_empty: the share of answers that are empty, of which a score means nothing. A
+    latent that never fires has NaN.
     """
 
     table: pa.Table
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """Condition -> mean and standard deviation over latents that fire on at least N_TOP images; NaN if none do."""
-        well_defined = np.asarray(self.table["n_top"]) >= N_TOP
-        columns = {name: np.asarray(self.table[name])[well_defined] for name in CONDITIONS}
+        columns = {name: self._well_defined(name) for name in CONDITIONS}
         nan = float("nan")
         return {name: (float(x.mean()), float(x.std())) if len(x) else (nan, nan) for name, x in columns.items()}
 
+    def empty_answers(self) -> dict[str, float]:
+        """Condition -> share of empty answers, over the same latents."""
+        columns = {name: self._well_defined(name + EMPTY) for name in CONDITIONS}
+        return {name: float(x.mean()) if len(x) else float("nan") for name, x in columns.items()}
+
     @property
     def n_well_defined(self) -> int:
-        return int((np.asarray(self.table["n_top"]) >= N_TOP).sum())
+        return len(self._well_defined("n_top"))
+
+    def _well_defined(self, name: str) -> np.ndarray:
+        return np.asarray(self.table[name])[np.asarray(self.table["n_top"]) >= N_TOP]
 
 
 def steering_score(
@@ -144,13 +157,25 @@ def steering_score(
 
     Raises:
         ValueError: sides that do not fit; settings that are not those of the run to be resumed; a run that is there
-            with neither resume nor force. Interrupted: SIGINT or SIGTERM; finished blocks are on the disk.
+            with neither resume nor force; another process at work on it. Interrupted: SIGINT or SIGTERM; finished
+            blocks are on the disk.
     """
     check_scores_path(run.output)
     latents = config.latents or tuple(range(codes.d_sae))
     _check_sides(asking, codes, embeddings, encoder, latents)
-    _start_run(run, config, asking)
-    scorer = _Scorer(asking, _Pictures(source, codes), encoder, config, latents, codes, embeddings)
+    pictures = _Pictures(source, codes)
+    there = run.output.exists() and not run.progress.exists()
+    require(run.force or not there, f"output: {run.output} already exists; --force replaces it")
+    with output_lock(run.progress, exclusive=True, refusal=f"output: another process is writing {run.output.name}"):
+        _start_run(run, _settings(run, config, asking, codes, embeddings))
+        scorer = _Scorer(asking, pictures, encoder, config, latents, codes, embeddings)
+        return _score_blocks(scorer, latents, run, on_rows)
+
+
+def _score_blocks(
+    scorer: "_Scorer", latents: Sequence[int], run: ScoreRun, on_rows: Callable[[int, int], None]
+) -> SteeringScores:
+    """The blocks that are not there yet, and then the whole table."""
     starts = range(0, len(latents), run.latents_per_block)
     blocks = [(run.progress / f"block_{start:06d}.json", start) for start in starts]
     todo = [block for block in blocks if not block[0].exists()]
@@ -162,7 +187,8 @@ def steering_score(
             report = partial(_report, on_rows, done, total)
             write_json_atomic(path, scorer.block(latents, start, run.latents_per_block, report))
             done += scorer.n_rows(start, run.latents_per_block)
-    scores = SteeringScores(_table([row for path, _ in blocks for row in json.loads(path.read_text())], run, config))
+    scores = SteeringScores(_table([row for path, _ in blocks for row in json.loads(path.read_text())]))
+    scores = SteeringScores(scores.table.replace_schema_metadata(run.sources | scorer.description()))
     write_table(scores.table, run.output)
     shutil.rmtree(run.progress)
     return scores
@@ -200,22 +226,35 @@ def _check_sides(
         pass
 
 
-def _start_run(run: ScoreRun, config: ScoreConfig, asking: SteeredAnswers) -> None:
-    tokens = asking.tokens
-    if isinstance(tokens, Tensor):
-        tokens = "mask " + hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
-    steering = {"layer": asking.site.layer, "tokens": tokens, "only": asking.only, "error": asking.error}
-    measured: dict[str, Any] = {**asdict(config), "latents": list(config.latents)}
-    settings = {"score": measured, "steering": steering, "sources": run.sources,
-                "run": {"latents_per_block": run.latents_per_block}}  # fmt: skip
-    path = run.progress / "settings.json"
-    if run.force and run.progress.exists():
-        shutil.rmtree(run.progress)
-    if path.exists():
+def _settings(
+    run: ScoreRun, config: ScoreConfig, asking: SteeredAnswers, codes: Codes, embeddings: Activations
+) -> dict[str, dict[str, Any]]:
+    """What decides the table: a run is resumed with the same only."""
+    return {
+        "score": {**asdict(config), "latents": list(config.latents)},
+        "steering": asking.settings,
+        "sources": run.sources,
+        "contents": {"sae_weights_sha256": weights_sha256(asking.sae), "codes_sha256": _content(codes.path),
+                     "embeddings_sha256": _content(embeddings.path)},
+        "run": {"latents_per_block": run.latents_per_block},
+    }  # fmt: skip
+
+
+def _content(path: Path) -> str:
+    """Of a matrix file, or of a store's index, which holds the checksums of its shards."""
+    return sha256_file(path / "index.json" if path.is_dir() else path)
+
+
+def _start_run(run: ScoreRun, settings: dict[str, dict[str, Any]]) -> None:
+    """A run that has finished no block yet leaves nothing to go on with."""
+    path, blocks = run.progress / "settings.json", list(run.progress.glob("block_*.json"))
+    if blocks and not run.force:
         require(run.resume, f"output: an unfinished run is in {run.progress}; continue it with --resume, or --force")
         check_same_settings(path, settings)
         return
     require(run.force or not run.output.exists(), f"output: {run.output} already exists; --force replaces it")
+    for block in blocks:
+        block.unlink()
     run.progress.mkdir(exist_ok=True)
     write_json_atomic(path, settings)
 
@@ -228,14 +267,19 @@ class _Pictures:
         require(len(set(ids)) == len(ids), f"codes: several rows of one image ({codes.path}); harvest with --pool mean")
         self.source, self.ids = source, ids
         self.number = {source.image_id(i): i for i in range(len(source))}
+        missing = [image_id for image_id in ids if image_id not in self.number]
+        example = (missing or [""])[0]
+        require(not missing, f"images: {len(missing)} of the codes' {len(ids)} are not there, as {example!r}")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, row: int) -> Any:
         image_id = self.ids[row]
-        require(image_id in self.number, f"images: {image_id!r}, an image of the codes, is not there")
-        return decode(self.source.read(self.number[image_id]))
+        try:
+            return decode(self.source.read(self.number[image_id]))
+        except ImageError as error:
+            raise ImageError(f"images: {image_id}: {error}") from error
 
 
 class _Scorer:
@@ -316,12 +360,22 @@ class _Scorer:
         """One row of the table; NaN travels as None, which JSON has."""
         row: dict[str, Any] = {"latent": latent, "n_top": len(self.tops[place]), "other_latent": random}
         if given is None:
-            return row | {"answer": None, "answer_share": None} | dict.fromkeys(CONDITIONS)
+            return row | dict.fromkeys(("answer", "answer_share", *MEASURES))
         images_KE = self.embeddings.rows(self.tops[place])
         target_E = torch.nn.functional.normalize(torch.nn.functional.normalize(images_KE, dim=1).mean(0), dim=0)
         answer, count = Counter(given["steered"]).most_common(1)[0]
         row |= {"answer": answer, "answer_share": count / len(self.questions)}
-        return row | {name: self._cosine({**self.unsteered, **given}[name], target_E) for name in CONDITIONS}
+        answers = {**self.unsteered, **given}
+        row |= {name: self._cosine(answers[name], target_E) for name in CONDITIONS}
+        return row | {name + EMPTY: answers[name].count("") / len(self.questions) for name in CONDITIONS}
+
+    def description(self) -> dict[str, str]:
+        """For the table's metadata."""
+        config, n_asked = self.config, len(self.questions)
+        settings = {name: str(value) for name, value in self.asking.settings.items()}
+        asked = str(n_asked) if config.ask else WHITE
+        return settings | {"alpha": f"{config.alpha:g}", "ask": asked, "prompt": config.prompt,
+                           "seed": str(config.seed)}  # fmt: skip
 
     def _cosine(self, answers: Sequence[str], target_E: Tensor) -> float:
         """Mean over the images asked about."""
@@ -331,13 +385,12 @@ class _Scorer:
         return float(torch.stack([self._words[answer] for answer in answers]).double().mean(0) @ target_E.double())
 
 
-def _table(rows: list[dict[str, Any]], run: ScoreRun, config: ScoreConfig) -> pa.Table:
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
     kinds = {"latent": pa.int64(), "n_top": pa.int64(), "other_latent": pa.int64(), "answer": pa.string()}
     columns = {}
-    for name in ("latent", "n_top", "other_latent", "answer", "answer_share", *CONDITIONS):
+    for name in ("latent", "n_top", "other_latent", "answer", "answer_share", *MEASURES):
         values = [row[name] for row in rows]
         if name not in kinds:
             values = [float("nan") if value is None else value for value in values]
         columns[name] = pa.array(values, kinds.get(name, pa.float64()))
-    metadata = {**run.sources, "alpha": f"{config.alpha:g}", "ask": str(config.ask or WHITE), "prompt": config.prompt}
-    return pa.table(columns).replace_schema_metadata(metadata)
+    return pa.table(columns)

@@ -207,7 +207,7 @@ class Tower:
             "blocks": self.n_blocks,
             "torch": torch.__version__,
             **self.anatomy.description,
-            "weights_sha256": _sha256(self.model),
+            "weights_sha256": weights_sha256(self.model),
         }
 
 
@@ -323,7 +323,8 @@ def _restore(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def _sha256(model: nn.Module) -> str:
+def weights_sha256(model: nn.Module) -> str:
+    """Of all weights, with their names, dtypes and shapes; takes a second per gigabyte."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

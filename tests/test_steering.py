@@ -307,6 +307,14 @@ REFUSED = {
     ),
     "tokens": ({"tokens": "some"}, f"tokens: 'some' {CHOICES}"),
     "mask": ({"tokens": torch.ones(37)}, f"tokens: torch.float32 [37] {CHOICES}"),
+    "no token": (
+        {"tokens": torch.zeros(37, dtype=torch.bool)},
+        "tokens: the mask chooses none, so that steering changes nothing",
+    ),
+    "mask of CLS": (
+        {"layer": 3, "tokens": torch.arange(37) == 0},
+        f"tokens: cls at layer 3 changes nothing, the language model reads that block {READ} without CLS",
+    ),
     "error": ({"error": "lose"}, "error: 'lose' is not one of drop, keep"),
 }
 
@@ -368,6 +376,13 @@ def test_rows_must_fit_the_batch(llava, inputs):
         steer_rows(llava, random_sae(), LAYER, [[], []]),
     ):
         logits(llava, inputs)
+    with (
+        pytest.raises(ValueError, match=r"^rows: edits for 0 rows of the vision tower, but the batch has 3$"),
+        steer_rows(llava, random_sae(), LAYER, []),
+    ):
+        logits(llava, inputs)
+    asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER)
+    assert asking.answers([]) == []
 
 
 # --- other models ----------------------------------------------------------------------------------------------------

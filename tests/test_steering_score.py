@@ -2,6 +2,10 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +19,20 @@ from saevlm_fast.box_models import build_clip, build_llava, clip_processor, llav
 from saevlm_fast.codes import open_codes
 from saevlm_fast.config import Interrupted, SAEConfig
 from saevlm_fast.images import open_images
+from saevlm_fast.provenance import other_text_model
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steered_answers import SteeredAnswers
 from saevlm_fast.steering import clamp, steer
 from saevlm_fast.steering_score import (
     CONDITIONS,
+    MEASURES,
     PROMPT,
     ScoreConfig,
     ScoreRun,
     firing_latents,
     steering_score,
 )
+from saevlm_fast.steering_score import _settings as steering_score_settings
 from saevlm_fast.text_models import load_llava, load_text_encoder
 from test_cli import ROOT, run
 from tiny_tower import save_photos
@@ -135,7 +142,11 @@ def test_the_command_writes_what_a_plain_loop_gives(box, pieces, tmp_path):
     table = pq.read_table(tmp_path / "score.parquet")
     rows = {row["latent"]: row for row in table.to_pylist()}
     assert list(rows) == [4, 5, 6, 7]
-    assert table.schema.metadata[b"alpha"] == b"30"
+    described = {name.decode(): value.decode() for name, value in table.schema.metadata.items()}
+    assert described == described | {
+        "alpha": "30", "ask": "2", "layer": "2", "tokens": "all", "error": "drop", "dtype": "float32", "seed": "0",
+        "max_new_tokens": "2",
+    }  # fmt: skip
     images = asked_images(box, 2)
     norms = pieces[0].sae.W_dec.detach().norm(dim=1)
     for latent in (4, 6):
@@ -216,6 +227,76 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_table(pieces, tmp_pat
     assert [row["latent"] for row in written["latents"]] == list(range(6))
 
 
+def test_a_run_is_resumed_with_the_same_models_and_stores_only(box, pieces, tmp_path):
+    """The paths are the same in all cases, what lies there is not."""
+    asking, source, codes, embeddings, encoder = pieces
+    config, output = ScoreConfig((5,), ALPHA, ask=1, n_reference=4), tmp_path / "score.json"
+    again = ScoreRun(output, {"sae": "sae"}, resume=True)
+    asked = SteeredAnswers(asking.model, asking.processor, asking.sae, LAYER, max_new_tokens=2)
+    write_unfinished(again, config, asked, codes, embeddings)
+    other_sae = deepcopy(asking.sae)
+    with torch.no_grad():
+        other_sae.W_dec[0, 0] += 0.5
+    other_store = deepcopy(codes)
+    other_store.path = tmp_path / "codes"
+    shutil.copytree(codes.path, other_store.path)
+    with open(other_store.path / "index.json", "a") as index:
+        index.write("\n")
+    half = deepcopy(asking.model).to(torch.float16)
+    cases = {
+        r"max_new_tokens is 3, but the run was started with 2": {"max_new_tokens": 3},
+        r"dtype is float16, but the run was started with float32": {"model": half},
+        r"sae_weights_sha256 is \w{64}, but the run was started with \w{64}": {"sae": other_sae},
+        r"codes_sha256 is \w{64}, but the run was started with \w{64}": {"codes": other_store},
+    }
+    for message, other in cases.items():
+        now = {"model": asking.model, "sae": asking.sae, "max_new_tokens": 2, "codes": codes} | other
+        asked = SteeredAnswers(now["model"], asking.processor, now["sae"], LAYER, max_new_tokens=now["max_new_tokens"])
+        with pytest.raises(ValueError, match=f"^resume: {message}$"):
+            steering_score(asked, source, now["codes"], embeddings, encoder, config, again)
+    asked = SteeredAnswers(asking.model, asking.processor, asking.sae, LAYER, max_new_tokens=2)
+    steering_score(asked, source, codes, embeddings, encoder, config, again)
+    assert not again.progress.exists()
+
+
+def write_unfinished(run, config, asking, codes, embeddings):
+    """A run that was stopped after its only block."""
+    run.progress.mkdir()
+    settings = steering_score_settings(run, config, asking, codes, embeddings)
+    (run.progress / "settings.json").write_text(json.dumps(settings))
+    row = dict.fromkeys(("other_latent", "answer", "answer_share", *MEASURES)) | {"latent": 5, "n_top": 0}
+    (run.progress / "block_000000.json").write_text(json.dumps([row]))
+
+
+def test_empty_answers_are_counted(pieces, tmp_path, monkeypatch):
+    """A model that falls silent under steering may score well all the same."""
+    silent = lambda self, rows, on_rows=None: ["" if row.edits else "red" for row in rows]  # noqa: E731
+    monkeypatch.setattr(SteeredAnswers, "answers", silent)
+    config = ScoreConfig(tuple(range(DEAD + 1)), ALPHA, ask=2, n_reference=4)
+    scores = steering_score(*pieces, config, ScoreRun(tmp_path / "score.json", {}))
+    edited = ("steered", "random_latent", "sign_flip")
+    assert scores.n_well_defined > 0
+    assert scores.empty_answers() == {name: float(name in edited) for name in CONDITIONS}
+    dead = scores.table.to_pylist()[DEAD]
+    assert np.isnan(dead["steered_empty"])
+
+
+def test_two_processes_do_not_write_one_table(pieces, tmp_path):
+    config, run_ = ScoreConfig((5,), ALPHA, ask=1, n_reference=4), ScoreRun(tmp_path / "score.json", {})
+    run_.progress.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); "
+         "print('held', flush=True); time.sleep(60)", str(run_.progress / ".lock")], stdout=subprocess.PIPE,
+    )  # fmt: skip
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match=r"^output: another process is writing score\.json$"):
+        steering_score(*pieces, config, run_)
+    holder.kill()
+    holder.wait()
+    steering_score(*pieces, config, run_)
+    assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
+
+
 def _raise_if(stop):
     if stop:
         raise Interrupted
@@ -223,14 +304,62 @@ def _raise_if(stop):
 
 def test_the_score_refuses_in_one_line(box, tmp_path):
     output = tmp_path / "score.json"
-    assert "layer: 4 changes nothing" in score_command(box, output, "--layer", 4, code=2)
     assert "latents: 48 to 48 are asked for; there are 0 to 47" in score_command(box, output, "--latents", "48", code=2)
     assert "latents: '9:9' chooses none of 48" in score_command(box, output, "--latents", "9:9", code=2)
     assert "alpha: nan is not finite" in score_command(box, output, "--alpha", "nan", code=2)
+    text = score_command(box, output, "--latents", "40:49", code=2)
+    assert "latents: '40:49' goes beyond the last of 48" in text
+    assert "alpha: 1e+39 is not finite in float32" in score_command(box, output, "--alpha", "1e39", code=2)
+    assert "seed: -1 must not be negative" in score_command(box, output, "--seed", -1, code=2)
+    assert "prompt: is empty" in score_command(box, output, "--prompt", " ", code=2)
+    photo = next((box / "photos").rglob("*.png"))
+    few = tmp_path / "few" / photo.relative_to(box / "photos")
+    few.parent.mkdir(parents=True)
+    shutil.copy(photo, few)
+    text = score_command(box, output, "--images", tmp_path / "few", code=2)
+    assert "images: 39 of the codes' 40 are not there, as '" in text
+    assert not list(tmp_path.glob("*.progress"))
     text = score_command(box, output, "--embeddings", box / "codes", code=2)
     assert "a store of codes; needed is one of activations" in text
     text = score_command(box, output, "--text-model", "timm:vit", code=2)
     assert "text_model: 'timm:vit' is not hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED" in text
+
+
+def test_what_does_not_belong_together_is_refused(box, tmp_path):
+    output = tmp_path / "score.json"
+    other = SparseAutoencoder(SAEConfig(128, S, 8, "topk"))
+    other.save_pretrained(tmp_path / "other")
+    text = score_command(box, output, "--sae", tmp_path / "other", code=2)
+    assert f"codes: {box / 'codes'} are of another SAE ({box / 'sae'}) than {tmp_path / 'other'}" in text
+    text = score_command(box, output, "--layer", 1, code=2)
+    assert f"codes: {box / 'codes'} are of residual of layer 2, not of layer 1" in text
+    for source, what in (({"point": "residual", "layer": 2}, "residual of layer 2"), ({"point": "pooled"}, "pooled")):
+        config = SAEConfig(128, S, 8, "topk", metadata={"source": source | {"tokens": "cls"}})
+        SparseAutoencoder(config).save_pretrained(tmp_path / what)
+        text = steer_command(box, "--latent", 1, "--alpha", 1, "--sae", tmp_path / what, "--layer", 1, code=2)
+        assert f"layer: 1, but the SAE was trained on {what}" in text
+    steer_command(box, "--latent", 1, "--alpha", 1, "--sae", tmp_path / "residual of layer 2")
+
+
+def test_embeddings_of_another_model(box, pieces):
+    _, _, _, embeddings, encoder = pieces
+    assert other_text_model(embeddings, encoder.spec) is None
+    assert other_text_model(embeddings, f"hf:{box}/../{box.name}/clip") is None  # the same by another name
+    assert f"are of {encoder.spec}, and the texts' are of hf:openai/clip" in other_text_model(
+        embeddings, "hf:openai/clip"
+    )
+    unknown = deepcopy(embeddings)
+    unknown.source = None
+    assert other_text_model(unknown, "hf:openai/clip") is None
+    unknown.source = {"point": "residual", "layer": 3}
+    with pytest.raises(ValueError, match=r"^embeddings: .* are residual of layer 3; harvest --point projection$"):
+        other_text_model(unknown, "hf:openai/clip")
+
+
+def test_no_well_defined_latent_is_one_sentence(box, tmp_path):
+    text = score_command(box, tmp_path / "score.json", "--latents", DEAD)
+    assert "none of the 1 latents fires on 16 images or more, so there is no mean" in text
+    assert "nan" not in text
 
 
 def steer_command(box, *more, code=0):
@@ -245,14 +374,24 @@ def test_steer_prints_controls_first(box):
     places = [text.index(label) for label in ("no SAE", "SAE, no edit", " 3 ", " 4 ")]
     assert places == sorted(places)
     parsed = json.loads(steer_command(box, "--latent", "3,4", "--alpha", "10,50", "--json"))
+    assert parsed == parsed | {"layer": LAYER, "tokens": "all", "only": False, "error": "drop", "dtype": "float32",
+                               "max_new_tokens": 3}  # fmt: skip
     assert list(parsed["controls"]) == ["unsteered", "sae_attached"]
     assert [(row["latent"], row["alpha"]) for row in parsed["steered"]] == [(3, 10), (3, 50), (4, 10), (4, 50)]
 
 
 def test_steer_refuses_in_one_line(box):
+    assert "layer: 4 changes nothing" in steer_command(box, "--latent", 3, "--alpha", 1, "--layer", 4, code=2)
     assert "latent: 99 of an SAE whose latents are 0 to 47" in steer_command(box, "--latent", 99, "--alpha", 1, code=2)
     assert "alpha: inf of latent 3 is not finite" in steer_command(box, "--latent", 3, "--alpha", "inf", code=2)
     assert "alpha: 'much' is not a number" in steer_command(box, "--latent", 3, "--alpha", "much", code=2)
+    assert "alpha: 1e+39 of latent 3 is not finite in float32" in steer_command(
+        box, "--latent", 3, "--alpha", "1e39", code=2
+    )
+    assert "prompt: is empty" in steer_command(box, "--latent", 3, "--alpha", 1, "--prompt", "", code=2)
+    (box / "damaged.png").write_bytes(b"no image")
+    text = steer_command(box, "--latent", 3, "--alpha", 1, "--image", box / "damaged.png", code=2)
+    assert f"image: {box / 'damaged.png'}: not an image" in text
     text = run("steer", "--model", "timm:x", "--sae", box / "sae", "--layer", 1, "--image", box / "none.png",
                "--prompt", "?", "--latent", 1, "--alpha", 1, code=2)  # fmt: skip
     assert "is not a file" in text

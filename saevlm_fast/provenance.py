@@ -1,0 +1,64 @@
+"""Whether an SAE, stores and models belong together, by what their files record. What is not recorded is not judged."""
+
+from pathlib import Path
+from typing import Any
+
+from saevlm_fast.activations import Activations
+from saevlm_fast.codes import Codes
+from saevlm_fast.config import require
+from saevlm_fast.harvest import sae_digest
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.tower import IMAGE_POINTS
+
+
+def check_sae_of(sae: SparseAutoencoder, layer: int) -> None:
+    """ValueError: the SAE was trained on another layer, or on something else than the residual stream."""
+    trained_on = _residual_elsewhere(sae.config.metadata.get("source"), layer)
+    require(trained_on is None, f"layer: {layer}, but the SAE was trained on {trained_on}")
+
+
+def check_codes_of(codes: Codes, sae_directory: Path, layer: int) -> None:
+    """ValueError: codes of another SAE, or of another layer."""
+    made_by = _dict(_dict(codes.source).get("sae"))
+    same = made_by.get("sha256") in (None, sae_digest(sae_directory))
+    require(same, f"codes: {codes.path} are of another SAE ({made_by.get('path')}) than {sae_directory}")
+    harvested_at = _residual_elsewhere(codes.source, layer)
+    require(harvested_at is None, f"codes: {codes.path} are of {harvested_at}, not of layer {layer}")
+
+
+def other_text_model(embeddings: Activations, text_model: str) -> str | None:
+    """What speaks against comparing these embeddings with that model's texts; None if nothing does.
+
+    A name is not an identity (a model of the hub may lie in a directory as well), so that this is for a warning.
+
+    Raises:
+        ValueError: they are not image embeddings at all.
+    """
+    source = _dict(embeddings.source)
+    point = source.get("point", "projection")
+    require(
+        point in IMAGE_POINTS,
+        f"embeddings: {embeddings.path} are {point} of layer {source.get('layer')}; harvest --point projection",
+    )
+    spec = _dict(source.get("model")).get("spec", text_model)
+    if _identity(spec) == _identity(text_model):
+        return None
+    return f"embeddings: {embeddings.path} are of {spec}, and the texts' are of {text_model}"
+
+
+def _residual_elsewhere(source: Any, layer: int) -> str | None:
+    """Where a store's or SAE's rows are from, unless that is the residual stream after block `layer`."""
+    source = _dict(source)
+    point, of_layer = source.get("point", "residual"), source.get("layer", layer)
+    if (point, of_layer) == ("residual", layer):
+        return None
+    return str(point) if of_layer is None else f"{point} of layer {of_layer}"
+
+
+def _identity(spec: str) -> str:
+    prefix, _, name = spec.partition(":")
+    return f"{prefix}:{Path(name).resolve() if Path(name).exists() else name}"
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}  # free-form in SAEs and stores of other makers
