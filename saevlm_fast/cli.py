@@ -518,8 +518,8 @@ def steer_command(
     require(prompt.strip() != "", "prompt: is empty")
     try:
         picture = decode(image.read_bytes())
-    except ImageError as error:
-        raise ValueError(f"image: {image}: {error}") from error
+    except ImageError as reason:
+        raise ValueError(f"image: {image}: {reason}") from reason
     asking = _steered_answers(model, sae, layer, device, dtype, tokens, error, only, batch_size, max_new_tokens)
     question = asking.ask(picture, prompt)
     rows = [Row(question, None), Row(question, ()), *(Row(question, (edit,)) for edit in edits)]
