@@ -625,7 +625,7 @@ def _steered_answers(
 ) -> "SteeredAnswers":
     """Model and SAE on one device; the SAE in its own dtype."""
     from saevlm_fast.config import require
-    from saevlm_fast.provenance import check_sae_of
+    from saevlm_fast.provenance import check_sae_of, other_tower
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.steered_answers import SteeredAnswers
@@ -637,6 +637,10 @@ def _steered_answers(
     dictionary = SparseAutoencoder.from_pretrained(sae, device=target)
     check_sae_of(dictionary, layer)  # before a large model is loaded
     llava, processor = load_llava(model, target, dtype, on_message=_say)
+    as_saved = dtype == "auto" or str(llava.dtype) == "torch.float32"
+    if as_saved and (trained_on := other_tower(dictionary, llava)) is not None:
+        what = f"{sae} was trained on the vision tower of {trained_on}, whose weights are not those of {model}"
+        err.print(f"warning: {what}", style="yellow", soft_wrap=True)
     return SteeredAnswers(
         llava, processor, dictionary, layer, tokens=tokens, error=error, only=only, batch_size=batch_size,
         max_new_tokens=max_new_tokens,

@@ -3,18 +3,34 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from saevlm_fast.activations import Activations
 from saevlm_fast.codes import Codes
 from saevlm_fast.config import require
 from saevlm_fast.harvest import sae_digest
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.tower import IMAGE_POINTS
+from saevlm_fast.tower import IMAGE_POINTS, weights_sha256
+from saevlm_fast.vision import vision_part
 
 
 def check_sae_of(sae: SparseAutoencoder, layer: int) -> None:
     """ValueError: the SAE was trained on another layer, or on something else than the residual stream."""
     trained_on = _residual_elsewhere(sae.config.metadata.get("source"), layer)
     require(trained_on is None, f"layer: {layer}, but the SAE was trained on {trained_on}")
+
+
+def other_tower(sae: SparseAutoencoder, model: nn.Module) -> str | None:
+    """What the SAE was trained on, if that is known to be another vision tower than the model's, for a warning.
+
+    Known where the SAE is of a tower of the same class (loaded as `load_tower` does): one of a CLIP with its projection
+    says nothing of the same tower inside a LLaVA. The model's weights must be as the checkpoint has them.
+    """
+    trained_on = _dict(_dict(sae.config.metadata.get("source")).get("model"))
+    tower, digest = vision_part(model), trained_on.get("weights_sha256")
+    if digest is None or trained_on.get("class") != type(tower).__name__:
+        return None
+    return None if digest == weights_sha256(tower, as_float32=True) else str(trained_on.get("spec"))
 
 
 def check_codes_of(codes: Codes, sae_directory: Path, layer: int) -> None:

@@ -323,10 +323,14 @@ def _restore(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Of all weights, with their names, dtypes and shapes; takes a second per gigabyte."""
+def weights_sha256(model: nn.Module, as_float32: bool = False) -> str:
+    """Of all weights, with their names, dtypes and shapes; takes a second per gigabyte.
+
+    as_float32: floating-point weights as `load_tower` would hold them.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.float() if as_float32 and tensor.is_floating_point() else tensor
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

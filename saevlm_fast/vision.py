@@ -110,10 +110,10 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     if "timm" in libraries:
         return _timm_anatomy(model, kind)
     require("transformers" in libraries, f"model: {kind} is not a model of transformers, open_clip or timm")
-    return _transformers_anatomy(_vision_part(model), kind)
+    return _transformers_anatomy(vision_part(model), kind)
 
 
-def _vision_part(model: Any) -> nn.Module:
+def vision_part(model: Any) -> nn.Module:
     """The outermost module whose configuration is the model's vision_config; the model itself if it has none."""
     vision = getattr(model.config, "vision_config", None)
     if vision is None:

@@ -19,7 +19,7 @@ from saevlm_fast.box_models import build_clip, build_llava, clip_processor, llav
 from saevlm_fast.codes import open_codes
 from saevlm_fast.config import Interrupted, SAEConfig
 from saevlm_fast.images import open_images
-from saevlm_fast.provenance import other_text_model
+from saevlm_fast.provenance import other_text_model, other_tower
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steered_answers import SteeredAnswers
 from saevlm_fast.steering import clamp, steer
@@ -34,6 +34,7 @@ from saevlm_fast.steering_score import (
 )
 from saevlm_fast.steering_score import _settings as steering_score_settings
 from saevlm_fast.text_models import load_llava, load_text_encoder
+from saevlm_fast.vision import load_tower
 from test_cli import ROOT, run
 from tiny_tower import save_photos
 
@@ -354,6 +355,24 @@ def test_embeddings_of_another_model(box, pieces):
     unknown.source = {"point": "residual", "layer": 3}
     with pytest.raises(ValueError, match=r"^embeddings: .* are residual of layer 3; harvest --point projection$"):
         other_text_model(unknown, "hf:openai/clip")
+
+
+def test_an_sae_of_another_tower_is_warned_of(box, pieces):
+    llava = pieces[0].model
+    described = load_tower(f"hf:{box / 'llava'}").description()
+    for model, expected in (
+        (described, None), (described | {"weights_sha256": "0"}, f"hf:{box / 'llava'}"),
+        (described | {"class": "CLIPVisionModelWithProjection", "weights_sha256": "0"}, None), ("clip", None),
+    ):  # fmt: skip
+        sae = SparseAutoencoder(SAEConfig(128, S, 8, "topk", metadata={"source": {"model": model}}))
+        assert other_tower(sae, llava) == expected
+    half = SparseAutoencoder(SAEConfig(128, S, 8, "topk", metadata={"source": {"model": described}}))
+    rounded = deepcopy(llava).to(torch.float16)
+    assert other_tower(half, rounded) is not None
+    sae.config.metadata["source"]["model"] = described | {"weights_sha256": "0"}
+    sae.save_pretrained(box / "elsewhere")
+    text = steer_command(box, "--latent", 1, "--alpha", 1, "--sae", box / "elsewhere")
+    assert f"elsewhere was trained on the vision tower of hf:{box / 'llava'}, whose weights are not those of" in text
 
 
 def test_no_well_defined_latent_is_one_sentence(box, tmp_path):
