@@ -7,9 +7,10 @@ Equals, for a weight matrix W [S, D] whose row s belongs to latent s, with w_hat
     g *= min(1, clip_norm / (global_norm + 1e-6))                                    # over all parameters
     Adam(W, g);  W /= W.norm(dim=1, keepdim=True)                                    # unit norm: decoder only
 
-in two passes. The first makes the gradient of active latents only, projects it and takes its norm while it is hot; the
+in two passes. The first makes the gradient of active latents only, projects it and takes its norm; the
 second walks all of W, because Adam moves every latent: 24 bytes a parameter, the floor of a training step beside the
-encoder's GEMM. On the CPU both go by blocks of rows that stay in cache; on a GPU a program owns a row, and the ops
+encoder's GEMM. On the CPU the first is a sparse product into memory that is kept between steps, and the second goes by
+blocks of rows that stay in cache; on a GPU a program owns a row, and the ops
 `latent_gradient` and `latent_update` launch them (latent_update_triton.py). What changes from step to step is read from
 the device there, and nothing is asked of it: the update can be captured in a CUDA graph.
 """
