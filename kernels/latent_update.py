@@ -7,12 +7,12 @@ Equals, for a weight matrix W [S, D] whose row s belongs to latent s, with w_hat
     g *= min(1, clip_norm / (global_norm + 1e-6))                                    # over all parameters
     Adam(W, g);  W /= W.norm(dim=1, keepdim=True)                                    # unit norm: decoder only
 
-in two passes. The first makes the gradient of active latents only, projects it and takes its norm; the
-second walks all of W, because Adam moves every latent: 24 bytes a parameter, the floor of a training step beside the
-encoder's GEMM. On the CPU the first is a sparse product into memory that is kept between steps, and the second goes by
-blocks of rows that stay in cache; on a GPU a program owns a row, and the ops
-`latent_gradient` and `latent_update` launch them (latent_update_triton.py). What changes from step to step is read from
-the device there, and nothing is asked of it: the update can be captured in a CUDA graph.
+in two passes. The first takes the norm of the gradient, the second walks all of W, because Adam moves every latent: 24
+bytes a parameter, the floor of a training step beside the encoder's GEMM. The CPU goes by blocks of rows that stay in
+cache, and makes a block's gradient in either pass: a sparse product, cheaper than writing it to memory and reading it
+again, and no [S, D] gradient is ever held. On a GPU the first pass keeps the rows of active latents, a program owns a
+row, and the ops `latent_gradient` and `latent_update` launch them (latent_update_triton.py). What changes from step to
+step is read from the device there, and nothing is asked of it: the update can be captured in a CUDA graph.
 """
 
 import math
@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.kernels.segment_sum import check, segment_sum_cpu, segment_sum_into
-from saevlm_fast.kernels.sparse_decode import gather_dot_op
 
-_BLOCK_BYTES = 1 << 20  # of one block of rows on the CPU
+_BLOCK_BYTES = 2 << 20  # of one block of rows on the CPU
 
 
 class RowGradient(NamedTuple):
-    """Compact gradient of a [S, D] matrix: rows_AD belong to the ascending, distinct latents_A; None means all S.
+    """Compact gradient of a [S, D] matrix: rows_AD belong to the ascending, distinct latents_A.
 
     On a GPU, where asking how many latents are active would stall the device, slots_S may stand for latents_A: the row
     of every latent, int32, -1 for none. Rows that no slot names are undefined.
@@ -38,6 +37,21 @@ class RowGradient(NamedTuple):
     rows_AD: Tensor
     squared_norm: Tensor
     slots_S: Tensor | None = None
+
+
+class EntryGradient(NamedTuple):
+    """The same as the entries whose segment sums are its rows, on a CPU: segment s belongs to latent s.
+
+    From row s the parallel_S[s]-fold of W's own row is still to be taken off (None: nothing), which squared_norm, that
+    of the whole gradient, takes into account.
+    """
+
+    weights_M: Tensor
+    ids_M: Tensor
+    offsets_S1: Tensor
+    source_RD: Tensor
+    parallel_S: Tensor | None
+    squared_norm: Tensor
 
 
 class AdamSettings(NamedTuple):
@@ -57,32 +71,46 @@ class AdamSettings(NamedTuple):
         return self.lr / (1 - self.betas[0] ** self.step), math.sqrt(1 - self.betas[1] ** self.step)
 
 
-def gradient_rows(
-    weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tensor, latents_A: Tensor | None,
-    unit_rows_SD: Tensor | None = None, out_AD: Tensor | None = None,
-) -> RowGradient:  # fmt: skip
-    """Gradient rows of latents: segment sums, projected if the decoder is given, with their squared norm.
+def entry_gradient(
+    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None = None,
+    dots_M: Tensor | None = None,
+) -> RowGradient | EntryGradient:  # fmt: skip
+    """The gradient of every latent: segment sums of entries, projected if the decoder is given, with the squared norm.
 
     Args:
-        weights_M, ids_M, offsets_A1, source_RD: as segment_sum; segment a belongs to latents_A[a] (None: to latent a).
+        weights_M, ids_M, offsets_S1, source_RD: as segment_sum; segment s belongs to latent s.
         unit_rows_SD: W_dec with unit rows: remove the component of every gradient row along its own row. The rows are
             renormalised after every step, so that component could only be undone (recipe.md section 2).
-        out_AD: where the rows go; fresh memory otherwise (whose first touch costs ten times the write).
+        dots_M: with unit_rows, <source[ids], W_dec[latent]> of every entry: on a CPU the component is their weighted
+            sum, and W_dec is not read.
     """
     if source_RD.is_cuda:
-        assert latents_A is None, "a GPU takes a segment for every latent, and finds the active ones itself"
-        rows_CD, slots_S, squared_norms_S = latent_gradient_op(weights_M, ids_M, offsets_A1, source_RD, unit_rows_SD)
+        rows_CD, slots_S, squared_norms_S = latent_gradient_op(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD)
         return RowGradient(None, rows_CD, squared_norms_S.sum(), slots_S)
-    n_rows, width = len(offsets_A1) - 1, source_RD.shape[1]
-    out_AD = source_RD.new_empty(n_rows, width) if out_AD is None else out_AD
-    end = int(offsets_A1[-1])  # padding lies behind
-    segment_sum_into(out_AD, weights_M[:end], ids_M[:end], offsets_A1, source_RD)
+    end = int(offsets_S1[-1])  # padding lies behind
+    weights_M, ids_M = weights_M[:end], ids_M[:end]
+    squared_norms_S = torch.cat([
+        torch.linalg.vector_norm(_segment_block(weights_M, ids_M, offsets_S1, source_RD, start, stop), dim=1).square_()
+        for start, stop in _blocks(len(offsets_S1) - 1, source_RD)
+    ])  # fmt: skip
+    parallel_S = None
     if unit_rows_SD is not None:
-        rows_A = torch.arange(n_rows)
-        ids_A = rows_A if latents_A is None else latents_A
-        dots_A = gather_dot_op(out_AD, rows_A, ids_A, unit_rows_SD)
-        segment_sum_into(out_AD, -dots_A, ids_A, torch.arange(n_rows + 1), unit_rows_SD, add=True)
-    return RowGradient(latents_A, out_AD, _squared_norm(out_AD))
+        assert dots_M is not None, "a CPU projects by the dot products of the entries"
+        zeros_M, one = torch.zeros_like(ids_M), source_RD.new_ones(1, 1)
+        parallel_S = segment_sum_cpu(weights_M * dots_M[:end], zeros_M, offsets_S1, one).squeeze(1)
+        squared_norms_S = (squared_norms_S - parallel_S.square()).clamp_(min=0)  # Pythagoras: rows of W are unit
+    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S, squared_norms_S.sum())
+
+
+def _segment_block(
+    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, start: int, stop: int,
+    out_SD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Segment sums of latents start..stop - 1."""
+    offsets = offsets_S1[start : stop + 1]
+    entries = slice(int(offsets[0]), int(offsets[-1]))
+    out_SD = source_RD.new_empty(stop - start, source_RD.shape[1]) if out_SD is None else out_SD
+    return segment_sum_into(out_SD, weights_M[entries], ids_M[entries], offsets - offsets[0], source_RD)
 
 
 def dense_gradient_rows(latents_A: Tensor | None, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
@@ -97,10 +125,6 @@ def dense_gradient_rows(latents_A: Tensor | None, rows_AD: Tensor, unit_rows_SD:
     return RowGradient(latents_A, rows_AD, torch.linalg.vector_norm(rows_AD).square())
 
 
-def _squared_norm(rows_AD: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows_AD, dim=1).square().sum()  # row by row: one sum over millions loses digits
-
-
 def _remove_parallel_(g_AD: Tensor, w_AD: Tensor) -> None:
     g_AD.addcmul_(w_AD, torch.linalg.vecdot(g_AD, w_AD)[:, None], value=-1)
 
@@ -111,38 +135,39 @@ def clip_coefficient(squared_norms: list[Tensor], clip_norm: float) -> Tensor:
 
 
 def latent_update_(
-    W_SD: Tensor, exp_avg_SD: Tensor, exp_avg_sq_SD: Tensor, gradients: list[RowGradient], clip: Tensor,
-    adam: AdamSettings, unit_norm: bool, copy_SD: Tensor | None = None,
+    W_SD: Tensor, exp_avg_SD: Tensor, exp_avg_sq_SD: Tensor, gradient: RowGradient | EntryGradient,
+    extra: list[RowGradient], clip: Tensor, adam: AdamSettings, unit_norm: bool, copy_SD: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Clip, Adam and (for the decoder) unit row norm over all S latents, in place.
 
     Args:
         W_SD, exp_avg_SD, exp_avg_sq_SD: contiguous weights and Adam moments.
-        gradients: gradients that add up to the gradient of W; one with all S rows comes first and is overwritten.
-            On a GPU: that of `gradient_rows` and at most one of `dense_gradient_rows` (the auxiliary loss).
+        gradient: from `entry_gradient`.
+        extra: at most one of `dense_gradient_rows` (the auxiliary loss), which is added to it.
         clip: 0-d factor from `clip_coefficient`.
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
         copy_SD: the new W, in the dtype of the encoder's product, is written here in the same pass.
     """
-    if W_SD.is_cuda:
+    if isinstance(gradient, RowGradient):
         for name, tensor in (("W", W_SD), ("exp_avg", exp_avg_SD), ("exp_avg_sq", exp_avg_sq_SD)):
             check(tensor.is_contiguous(), f"{name}: strides {tensor.stride()}, must be contiguous")
-        rows_CD, slots_S, *aux = _slotted(gradients, len(W_SD))
+        rows_CD, slots_S, *aux = _slotted([gradient, *extra], len(W_SD))
         latent_update_op(
             W_SD, exp_avg_SD, exp_avg_sq_SD, rows_CD, slots_S, *(aux or (None, None)), clip, adam.schedule,
             list(adam.betas), adam.eps, unit_norm, copy_SD,
         )  # fmt: skip
         return
     eps = torch.finfo(W_SD.dtype).eps
-    ready = gradients[0].latents_A is None  # a row for every latent: no block is put together, it is used up in place
-    blocks = _blocks(W_SD)
-    g_buffer = gradients[0].rows_AD if ready else torch.empty_like(W_SD[: blocks[0][1]])
+    blocks = _blocks(len(W_SD), W_SD)
+    g_buffer = torch.empty_like(W_SD[: blocks[0][1]])
     for start, stop in blocks:
-        g_SD = g_buffer[start:stop] if ready else g_buffer[: stop - start].zero_()
-        for gradient in gradients[1:] if ready else gradients:
-            _add_rows_(g_SD, gradient, start, stop)
-        w_SD = W_SD[start:stop]
+        w_SD, g_SD = W_SD[start:stop], g_buffer[: stop - start]
+        _segment_block(*gradient[:4], start, stop, g_SD)
+        if gradient.parallel_S is not None:
+            g_SD.addcmul_(w_SD, gradient.parallel_S[start:stop, None], value=-1)
+        for rows in extra:
+            _add_rows_(g_SD, rows, start, stop)
         adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, clip, adam)
         if unit_norm:
             # Not vecdot, which writes the products out: 3 times the time (measured).
@@ -171,10 +196,9 @@ def _add_rows_(g_SD: Tensor, gradient: RowGradient, start: int, stop: int) -> No
     g_SD.index_add_(0, latents_A[low:high] - start, gradient.rows_AD[low:high])
 
 
-def _blocks(rows: Tensor) -> list[tuple[int, int]]:
-    """Row ranges that stay in cache."""
-    n_rows = rows.shape[0]
-    size = max(1, _BLOCK_BYTES // max(1, rows.shape[1] * rows.element_size()))
+def _blocks(n_rows: int, like_RD: Tensor) -> list[tuple[int, int]]:
+    """Ranges of rows like these that stay in cache."""
+    size = max(1, _BLOCK_BYTES // max(1, like_RD.shape[1] * like_RD.element_size()))
     return [(start, min(start + size, n_rows)) for start in range(0, max(n_rows, 1), size)]
 
 
