@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.kernels.segment_sum import check, segment_sum_cpu, segment_sum_into
+from saevlm_fast.kernels.topk_encode_screened import LowWeights
 
-_BLOCK_BYTES = 2 << 20  # of one block of rows on the CPU
+_BLOCK_BYTES = 4 << 20  # of one block of rows on the CPU
 
 
 class RowGradient(NamedTuple):
@@ -89,17 +90,25 @@ def entry_gradient(
         return RowGradient(None, rows_CD, squared_norms_S.sum(), slots_S)
     end = int(offsets_S1[-1])  # padding lies behind
     weights_M, ids_M = weights_M[:end], ids_M[:end]
-    squared_norms_S = torch.cat([
-        torch.linalg.vector_norm(_segment_block(weights_M, ids_M, offsets_S1, source_RD, start, stop), dim=1).square_()
-        for start, stop in _blocks(len(offsets_S1) - 1, source_RD)
-    ])  # fmt: skip
+    active_A = torch.nonzero(offsets_S1.diff()).squeeze(1)
+    offsets_A1 = torch.cat([offsets_S1[active_A], offsets_S1[-1:]])
+    squared_norms_A = _squared_norms(weights_M, ids_M, offsets_A1, source_RD)
     parallel_S = None
     if unit_rows_SD is not None:
         assert dots_M is not None, "a CPU projects by the dot products of the entries"
         zeros_M, one = torch.zeros_like(ids_M), source_RD.new_ones(1, 1)
         parallel_S = segment_sum_cpu(weights_M * dots_M[:end], zeros_M, offsets_S1, one).squeeze(1)
-        squared_norms_S = (squared_norms_S - parallel_S.square()).clamp_(min=0)  # Pythagoras: rows of W are unit
-    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S, squared_norms_S.sum())
+        squared_norms_A = (squared_norms_A - parallel_S[active_A].square()).clamp_(min=0)  # Pythagoras: rows are unit
+    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S, squared_norms_A.sum())
+
+
+def _squared_norms(weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tensor) -> Tensor:
+    """Of the segment sums, which are made block by block."""
+    norms_A = source_RD.new_empty(len(offsets_A1) - 1)
+    for start, stop in _blocks(len(norms_A), source_RD):
+        rows_AD = _segment_block(weights_M, ids_M, offsets_A1, source_RD, start, stop)
+        torch.linalg.vector_norm(rows_AD, dim=1, out=norms_A[start:stop])
+    return norms_A.square_()
 
 
 def _segment_block(
@@ -137,6 +146,7 @@ def clip_coefficient(squared_norms: list[Tensor], clip_norm: float) -> Tensor:
 def latent_update_(
     W_SD: Tensor, exp_avg_SD: Tensor, exp_avg_sq_SD: Tensor, gradient: RowGradient | EntryGradient,
     extra: list[RowGradient], clip: Tensor, adam: AdamSettings, unit_norm: bool, copy_SD: Tensor | None = None,
+    low: LowWeights | None = None,
 ) -> None:  # fmt: skip
     """Clip, Adam and (for the decoder) unit row norm over all S latents, in place.
 
@@ -148,6 +158,7 @@ def latent_update_(
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
         copy_SD: the new W, in the dtype of the encoder's product, is written here in the same pass.
+        low: on a CPU whose encoder screens, the same with its bounds.
     """
     if isinstance(gradient, RowGradient):
         for name, tensor in (("W", W_SD), ("exp_avg", exp_avg_SD), ("exp_avg_sq", exp_avg_sq_SD)):
@@ -161,39 +172,48 @@ def latent_update_(
     eps = torch.finfo(W_SD.dtype).eps
     blocks = _blocks(len(W_SD), W_SD)
     g_buffer = torch.empty_like(W_SD[: blocks[0][1]])
+    weights_M = gradient.weights_M * clip  # of entries and not of rows: nothing is read for it
+    parallel_S = None if gradient.parallel_S is None else gradient.parallel_S * clip
     for start, stop in blocks:
         w_SD, g_SD = W_SD[start:stop], g_buffer[: stop - start]
-        _segment_block(*gradient[:4], start, stop, g_SD)
-        if gradient.parallel_S is not None:
-            g_SD.addcmul_(w_SD, gradient.parallel_S[start:stop, None], value=-1)
+        _segment_block(weights_M, gradient.ids_M, gradient.offsets_S1, gradient.source_RD, start, stop, g_SD)
+        if parallel_S is not None:
+            g_SD.addcmul_(w_SD, parallel_S[start:stop, None], value=-1)
         for rows in extra:
-            _add_rows_(g_SD, rows, start, stop)
-        adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, clip, adam)
+            _add_rows_(g_SD, rows, clip, start, stop)
+        _fused_adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, adam)
         if unit_norm:
             # Not vecdot, which writes the products out: 3 times the time (measured).
             w_SD.mul_((torch.linalg.vector_norm(w_SD, dim=1, keepdim=True) + eps).reciprocal_())
         if copy_SD is not None:
             copy_SD[start:stop] = w_SD
+        if low is not None:
+            low.write_(start, w_SD)
 
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
-    """One fused Adam step with the gradient times clip, in place (the gradient too): torch.optim.Adam(fused=True)."""
+    """One Adam step with the gradient times clip, in place (on a CPU the gradient too)."""
     if p.is_cuda:
         vector_update_op(p, exp_avg, exp_avg_sq, gradient, clip, adam.schedule, list(adam.betas), adam.eps)
-        return
+    else:
+        _fused_adam_(p, exp_avg, exp_avg_sq, gradient.mul_(clip), adam)
+
+
+def _fused_adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, adam: AdamSettings) -> None:
+    """torch.optim.Adam(fused=True)."""
     step = torch.full((), float(adam.step))
     torch._fused_adam_(
-        [p], [gradient.mul_(clip)], [exp_avg], [exp_avg_sq], [], [step],
+        [p], [gradient], [exp_avg], [exp_avg_sq], [], [step],
         lr=adam.lr, beta1=adam.betas[0], beta2=adam.betas[1], weight_decay=0.0, eps=adam.eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip
 
 
-def _add_rows_(g_SD: Tensor, gradient: RowGradient, start: int, stop: int) -> None:
+def _add_rows_(g_SD: Tensor, gradient: RowGradient, clip: Tensor, start: int, stop: int) -> None:
     latents_A = gradient.latents_A
     assert latents_A is not None
     low, high = torch.searchsorted(latents_A, torch.tensor([start, stop])).tolist()
-    g_SD.index_add_(0, latents_A[low:high] - start, gradient.rows_AD[low:high])
+    g_SD.index_add_(0, latents_A[low:high] - start, gradient.rows_AD[low:high] * clip)
 
 
 def _blocks(n_rows: int, like_RD: Tensor) -> list[tuple[int, int]]:

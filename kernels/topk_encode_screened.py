@@ -48,6 +48,38 @@ _TINY = 2.0**-60  # more than all that underflow can take from a norm
 _panel, _error = Workspace(), Workspace()
 
 
+class LowWeights(NamedTuple):
+    """Rows of W_enc in bfloat16, with upper bounds of |w| and |w - w~|: what a product needs of them besides b_enc."""
+
+    W_SD: Tensor
+    norm_S: Tensor
+    error_S: Tensor
+
+    @staticmethod
+    def empty(d_sae: int, d_in: int) -> "LowWeights":
+        return LowWeights(torch.empty(d_sae, d_in, dtype=LOW), torch.empty(d_sae), torch.empty(d_sae))
+
+    def rows(self, start: int, stop: int) -> "LowWeights":
+        return LowWeights(*(tensor[start:stop] for tensor in self))
+
+    def write_(self, start: int, W_CD: Tensor) -> None:
+        """Rows from `start` on become those of W_CD, float32, block by block while they are in cache."""
+        for o in range(0, len(W_CD), _CAST_ROWS):
+            w_CD = W_CD[o : o + _CAST_ROWS]
+            low_CD, norm_C, error_C = self.rows(start + o, start + o + len(w_CD))
+            low_CD.copy_(w_CD)
+            torch.linalg.vector_norm(w_CD, dim=1, out=norm_C).add_(_TINY)
+            error_CD = _error.get(w_CD.numel(), torch.float32).view(w_CD.shape).copy_(low_CD).sub_(w_CD)
+            torch.linalg.vector_norm(error_CD, dim=1, out=error_C).add_(_TINY)
+
+    def slack_factors(self, b_enc_S: Tensor) -> Tensor:
+        """What a group adds to the slack [3, S / 64], rounded up to whole groups: factors of |x - x~|, |x| and 1."""
+        gamma = self.W_SD.shape[1] * 2.0**-24
+        bias_S = b_enc_S.abs() * (2 * UNIT_ROUNDOFF) + _TINY
+        factors_3S = torch.stack([self.norm_S + self.error_S, self.error_S + 2 * gamma * self.norm_S, bias_S])
+        return torch.nn.functional.pad(factors_3S, (0, -len(b_enc_S) % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
+
+
 class Chunk(NamedTuple):
     """Low pre-activations of some rows [R, P]; the maximum of every group and its slack, [R, P / 64].
 
@@ -75,14 +107,18 @@ def screens(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
     """Whether the low product is the faster way here: float32, matrix units, W_enc in [d_sae, d_in] order in memory."""
     # torch.cpu.get_capabilities() would be the public way, but torch 2.11 lacks it.
     fast = torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()
-    float32 = x_BD.dtype == torch.float32 and W_enc_DS.t().is_contiguous()
-    return fast and float32 and len(x_BD) >= MIN_ROWS and W_enc_DS.shape[1] >= 4 * k * GROUP
+    float32 = x_BD.dtype == W_enc_DS.dtype == torch.float32 and W_enc_DS.t().is_contiguous()
+    large = len(x_BD) >= MIN_ROWS and W_enc_DS.shape[1] >= 4 * k * GROUP
+    return fast and x_BD.device.type == "cpu" and float32 and large
 
 
-def topk_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None):
+def topk_encode_screened(
+    x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None = None, low: LowWeights | None = None
+):
+    """topk_encode. low: those of W_enc, if they are at hand."""
     acts_BK, latents_BK = x_BD.new_empty(len(x_BD), k), torch.empty(len(x_BD), k, dtype=torch.int64)
     decided_B = torch.zeros(len(x_BD), dtype=torch.bool)
-    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
+    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
         bound_R = kth_largest(keys(chunk.lower_RG()), k).view(torch.float32).squeeze(1)
         sure_R = (bound_R > 0) & chunk.sound_R()
         bound_R = torch.where(sure_R, bound_R, torch.inf)
@@ -102,10 +138,13 @@ def topk_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes:
     return acts_BK, latents_BK
 
 
-def batch_topk_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None):
+def batch_topk_encode_screened(
+    x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None = None, low: LowWeights | None = None
+):
+    """batch_topk_encode. low: those of W_enc, if they are at hand."""
     capacity = len(x_BD) * k
     acts, positions = x_BD.new_empty(0), torch.empty(0, dtype=torch.int64)
-    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
+    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
         bound = acts.amin() if len(acts) == capacity else torch.zeros(())
         if chunk.maxima_RG.numel() >= capacity:
             key = kth_largest(keys(chunk.lower_RG()).view(1, -1), capacity)
@@ -140,7 +179,9 @@ def threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float
 # --- the low product and its bounds ---------------------------------------------------------------------------------
 
 
-def _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None) -> Iterator[Chunk]:
+def _chunks(
+    x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None, low: LowWeights | None = None
+) -> Iterator[Chunk]:
     """Chunks of rows, their pre-activations in one buffer; columns from d_sae on are the lowest integer."""
     (n_rows, d_in), d_sae = x_BD.shape, W_enc_DS.shape[1]
     width = -(-d_sae // GROUP) * GROUP
@@ -152,37 +193,26 @@ def _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None) -> Itera
         pre_bits_RP = pre_RP.view(torch.int16)
         pre_bits_RP[:, d_sae:] = torch.iinfo(torch.int16).min
         maxima_RG = torch.empty(len(x_RD), width // GROUP, dtype=torch.int16)
-        weight_bounds_3G = []
+        factors_3G = []
         for o in range(0, d_sae, PANEL):
-            low_PD, bounds_3P = _low_panel(W_enc_DS.t()[o : o + PANEL], b_enc_S[o : o + PANEL])
-            end = o + len(low_PD)
-            torch.addmm(b_enc_S[o:end].to(LOW), low_RD, low_PD.t(), out=pre_RP[:, o:end])
+            end = min(o + PANEL, d_sae)
+            panel = _low_panel(W_enc_DS.t()[o:end]) if low is None else low.rows(o, end)
+            torch.addmm(b_enc_S[o:end].to(LOW), low_RD, panel.W_SD.t(), out=pre_RP[:, o:end])
             groups = pre_bits_RP[:, o : o + PANEL].unflatten(1, (-1, GROUP))
             torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
-            weight_bounds_3G.append(bounds_3P.unflatten(1, (-1, GROUP)).amax(2))
+            factors_3G.append(panel.slack_factors(b_enc_S[o:end]))
         norm_R, error_R = torch.linalg.vector_norm(x_RD, dim=1), torch.linalg.vector_norm(x_RD - low_RD, dim=1)
         row_bounds_R3 = torch.stack([error_R + _TINY, norm_R + _TINY, torch.ones_like(norm_R)], dim=1)
-        slack_RG = row_bounds_R3 @ torch.cat(weight_bounds_3G, dim=1)
+        slack_RG = row_bounds_R3 @ torch.cat(factors_3G, dim=1)
         slack_RG *= 1.001  # the roundings of the bounds themselves
         yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, slack_RG)
 
 
-def _low_panel(W_PD: Tensor, b_enc_P: Tensor) -> tuple[Tensor, Tensor]:
-    """W rounded, and what a latent contributes to the slack [3, P], P up to whole groups: factors of row_bounds_R3."""
-    n, d_in = W_PD.shape
-    low_PD = _panel.get(n * d_in, LOW).view(n, d_in)
-    bounds_3P = torch.zeros(3, -(-n // GROUP) * GROUP)
-    gamma = d_in * 2.0**-24
-    for o in range(0, n, _CAST_ROWS):
-        w_CD, low_CD = W_PD[o : o + _CAST_ROWS], low_PD[o : o + _CAST_ROWS]
-        low_CD.copy_(w_CD)
-        norm_C = torch.linalg.vector_norm(w_CD, dim=1) + _TINY
-        error_CD = _error.get(w_CD.numel(), torch.float32).view(w_CD.shape).copy_(low_CD).sub_(w_CD)
-        error_C = torch.linalg.vector_norm(error_CD, dim=1) + _TINY
-        bounds_3P[0, o : o + len(norm_C)] = norm_C + error_C
-        bounds_3P[1, o : o + len(norm_C)] = error_C + 2 * gamma * norm_C
-    bounds_3P[2, :n] = b_enc_P.abs() * (2 * UNIT_ROUNDOFF) + _TINY
-    return low_PD, bounds_3P
+def _low_panel(W_PD: Tensor) -> LowWeights:
+    """Rows rounded into memory that the next panel overwrites."""
+    panel = LowWeights(_panel.get(W_PD.numel(), LOW).view(W_PD.shape), *W_PD.new_empty(2, len(W_PD)))
+    panel.write_(0, W_PD)
+    return panel
 
 
 def _candidates(chunk: Chunk, bound_R: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -4,6 +4,8 @@ The dense [B, d_sae] matrix of activations is never formed: encoding returns spa
 over their entries. `tests/dense_trainer.py` is the same recipe in dense autograd; the two agree to 1e-5 over runs.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,12 @@ from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment
 from saevlm_fast.kernels.sparse_decode import gather_dot, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
+from saevlm_fast.kernels.topk_encode_screened import (
+    LowWeights,
+    batch_topk_encode_screened,
+    screens,
+    topk_encode_screened,
+)
 from saevlm_fast.sae import SparseAutoencoder
 
 _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
@@ -135,7 +143,8 @@ class Stepper:
         self.n_rows_seen = 0
         self.dead_bound = DeadBound()
         self.W_enc_low: Tensor | None = None  # W_enc in the dtype of the encoder's product, latent-major
-        self._low_version = -1  # of sae.W_enc, as that copy was written
+        self.screen: LowWeights | None = None  # the same with bounds, on a CPU whose encoder screens
+        self._low_version = -1  # of sae.W_enc, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
 
@@ -174,18 +183,28 @@ class Stepper:
     def _encode(self, x_BD: Tensor) -> Entries:
         sae, k = self.sae, self.sae.config.k
         inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
-        low = self.config.dtype == "bfloat16"
-        if low:
-            inputs.append(self._low_W_enc().T)
+        topk, batch_topk = self._encoders(x_BD)
         if sae.config.architecture == "topk":
-            acts, latents = (topk_encode_rescored if low else topk_encode)(*inputs, k)
+            acts, latents = topk(*inputs, k=k)
             row_offsets = torch.arange(0, latents.numel() + 1, k, device=latents.device)
         else:
-            acts, latents, row_offsets = (batch_topk_encode_rescored if low else batch_topk_encode)(*inputs, k)
+            acts, latents, row_offsets = batch_topk(*inputs, k=k)
         bags = row_offsets
         if len(sae.config.group_ends) > 1:
             bags = group_bag_offsets(latents.flatten(), row_offsets, sae.config.group_ends, sae.config.d_sae)
         return Entries(acts.flatten().to(sae.W_dec.dtype), latents.flatten(), row_offsets, bags)
+
+    def _encoders(self, x_BD: Tensor) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+        """TopK and BatchTopK, with the low copy of W_enc that they work with."""
+        if self.config.dtype == "bfloat16":
+            W_low_DS = self._low_W_enc().T
+            return partial(topk_encode_rescored, W_low_DS=W_low_DS), partial(
+                batch_topk_encode_rescored, W_low_DS=W_low_DS
+            )
+        if screens(x_BD, self.sae.W_enc, self.sae.config.k):
+            low = self._screening_weights()
+            return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
+        return topk_encode, batch_topk_encode
 
     def _low_W_enc(self) -> Tensor:
         """The low copy of W_enc [d_sae, d_in], which the update writes; made here if W_enc was changed otherwise.
@@ -198,6 +217,15 @@ class Stepper:
             self.W_enc_low.copy_(self.sae.W_enc.detach().T)
             self._low_version = self.sae.W_enc._version
         return self.W_enc_low
+
+    def _screening_weights(self) -> LowWeights:
+        """The same with bounds."""
+        if self.screen is None:
+            self.screen = LowWeights.empty(*self.sae.W_enc.T.shape)
+        if self._low_version != self.sae.W_enc._version:
+            self.screen.write_(0, self.sae.W_enc.detach().T)
+            self._low_version = self.sae.W_enc._version
+        return self.screen
 
     def _track(self, entries: Entries, n_rows: int) -> None:
         """Dead-latent counters and the moving threshold, as upstream: before the losses."""
@@ -229,8 +257,8 @@ class Stepper:
         clip = clip_coefficient(squared_norms, self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
         for name, (gradient, aux) in rows.items():
-            copy_SD = self.W_enc_low if name == "W_enc" else None
-            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", copy_SD)
+            copies = (self.W_enc_low, self.screen) if name == "W_enc" else (None, None)
+            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", *copies)
         self._low_version = self.sae.W_enc._version
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
