@@ -183,7 +183,7 @@ def _chunks(
     x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None, low: LowWeights | None = None
 ) -> Iterator[Chunk]:
     """Chunks of rows, their pre-activations in one buffer; columns from d_sae on are the lowest integer."""
-    (n_rows, d_in), d_sae = x_BD.shape, W_enc_DS.shape[1]
+    n_rows, d_sae = len(x_BD), W_enc_DS.shape[1]
     width = -(-d_sae // GROUP) * GROUP
     chunk_rows = -(-n_rows // max(1, min(n_rows, -(-n_rows * width * LOW.itemsize // (buffer_bytes or BUFFER_BYTES)))))
     for start in range(0, n_rows, max(chunk_rows, 1)):

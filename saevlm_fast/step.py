@@ -293,7 +293,9 @@ def loss_and_gradients(
     W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
 
     # In place throughout: [B, G, D] is 20 MiB with five groups, and fresh memory costs ten times the write.
-    residual_BGD = segment_sum(entries.acts_M, entries.latents_M, entries.bag_offsets, W_dec).view(n_rows, n_groups, d_in)
+    residual_BGD = segment_sum(entries.acts_M, entries.latents_M, entries.bag_offsets, W_dec).view(
+        n_rows, n_groups, d_in
+    )
     residual_BGD[:, 0] += b_dec
     for g in range(1, n_groups):
         residual_BGD[:, g] += residual_BGD[:, g - 1]

@@ -5,7 +5,12 @@ import torch
 
 from dense_trainer import DenseTrainer
 from saevlm_fast.config import SAEConfig, TrainConfig
-from saevlm_fast.kernels.latent_update import clip_coefficient, dense_gradient_rows, entry_gradient, latent_slots, latent_update_
+from saevlm_fast.kernels.latent_update import (
+    clip_coefficient,
+    dense_gradient_rows,
+    entry_gradient,
+    latent_slots,
+)
 from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.step import DeadLatents, Stepper, _auxiliary, geometric_median, may_be_dead, smallest_positive
