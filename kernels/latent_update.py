@@ -7,11 +7,12 @@ Equals, for a weight matrix W [S, D] whose row s belongs to latent s, with w_hat
     g *= min(1, clip_norm / (global_norm + 1e-6))                                    # over all parameters
     Adam(W, g);  W /= W.norm(dim=1, keepdim=True)                                    # unit norm: decoder only
 
-in two passes. The first makes the gradient of active latents only, projects it and takes its norm while it is hot; the
-second walks all of W, because Adam moves every latent: 24 bytes a parameter, the floor of a training step beside the
-encoder's GEMM. On the CPU both go by blocks of rows that stay in cache; on a GPU a program owns a row, and the ops
-`latent_gradient` and `latent_update` launch them (latent_update_triton.py). What changes from step to step is read from
-the device there, and nothing is asked of it: the update can be captured in a CUDA graph.
+in two passes. The first takes the norm of the gradient, the second walks all of W, because Adam moves every latent: 24
+bytes a parameter, the floor of a training step beside the encoder's GEMM. The CPU goes by blocks of rows that stay in
+cache, and makes a block's gradient in either pass: a sparse product, cheaper than writing it to memory and reading it
+again, and no [S, D] gradient is ever held. On a GPU the first pass keeps the rows of active latents, a program owns a
+row, and the ops `latent_gradient` and `latent_update` launch them (latent_update_triton.py). What changes from step to
+step is read from the device there, and nothing is asked of it: the update can be captured in a CUDA graph.
 """
 
 import math
@@ -20,13 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.kernels.segment_sum import check, segment_sum, segment_sum_cpu
+from saevlm_fast.kernels.segment_sum import check, segment_sum_cpu, segment_sum_into
+from saevlm_fast.kernels.topk_encode_screened import LowWeights
 
-_BLOCK_BYTES = 2 << 20  # of one block of rows on the CPU
+_BLOCK_BYTES = 4 << 20  # of one block of rows on the CPU
 
 
 class RowGradient(NamedTuple):
-    """Compact gradient of a [S, D] matrix: rows_AD belong to the ascending, distinct latents_A; None means all S.
+    """Compact gradient of a [S, D] matrix: rows_AD belong to the ascending, distinct latents_A.
 
     On a GPU, where asking how many latents are active would stall the device, slots_S may stand for latents_A: the row
     of every latent, int32, -1 for none. Rows that no slot names are undefined.
@@ -36,6 +38,21 @@ class RowGradient(NamedTuple):
     rows_AD: Tensor
     squared_norm: Tensor
     slots_S: Tensor | None = None
+
+
+class EntryGradient(NamedTuple):
+    """The same as the entries whose segment sums are its rows, on a CPU: segment s belongs to latent s.
+
+    From row s the parallel_S[s]-fold of W's own row is still to be taken off (None: nothing), which squared_norm, that
+    of the whole gradient, takes into account.
+    """
+
+    weights_M: Tensor
+    ids_M: Tensor
+    offsets_S1: Tensor
+    source_RD: Tensor
+    parallel_S: Tensor | None
+    squared_norm: Tensor
 
 
 class AdamSettings(NamedTuple):
@@ -55,33 +72,54 @@ class AdamSettings(NamedTuple):
         return self.lr / (1 - self.betas[0] ** self.step), math.sqrt(1 - self.betas[1] ** self.step)
 
 
-def gradient_rows(
-    weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tensor, latents_A: Tensor | None,
-    unit_rows_SD: Tensor | None = None, out_AD: Tensor | None = None,
-) -> RowGradient:  # fmt: skip
-    """Gradient rows of latents: segment sums, projected if the decoder is given, with their squared norm.
+def entry_gradient(
+    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None = None,
+    dots_M: Tensor | None = None,
+) -> RowGradient | EntryGradient:  # fmt: skip
+    """The gradient of every latent: segment sums of entries, projected if the decoder is given, with the squared norm.
 
     Args:
-        weights_M, ids_M, offsets_A1, source_RD: as segment_sum; segment a belongs to latents_A[a] (None: to latent a).
+        weights_M, ids_M, offsets_S1, source_RD: as segment_sum; segment s belongs to latent s.
         unit_rows_SD: W_dec with unit rows: remove the component of every gradient row along its own row. The rows are
             renormalised after every step, so that component could only be undone (recipe.md section 2).
-        out_AD: where the rows go; fresh memory otherwise (whose first touch costs ten times the write).
+        dots_M: with unit_rows, <source[ids], W_dec[latent]> of every entry: on a CPU the component is their weighted
+            sum, and W_dec is not read.
     """
     if source_RD.is_cuda:
-        assert latents_A is None, "a GPU takes a segment for every latent, and finds the active ones itself"
-        rows_CD, slots_S, squared_norms_S = latent_gradient_op(weights_M, ids_M, offsets_A1, source_RD, unit_rows_SD)
+        rows_CD, slots_S, squared_norms_S = latent_gradient_op(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD)
         return RowGradient(None, rows_CD, squared_norms_S.sum(), slots_S)
-    n_rows, width = len(offsets_A1) - 1, source_RD.shape[1]
-    out_AD = source_RD.new_empty(n_rows, width) if out_AD is None else out_AD
-    squared_norm = source_RD.new_zeros(())
-    for start, stop in _blocks(out_AD):
-        g_AD = segment_sum(weights_M, ids_M, offsets_A1[start : stop + 1], source_RD)
-        if unit_rows_SD is not None:
-            w_AD = unit_rows_SD[start:stop] if latents_A is None else unit_rows_SD[latents_A[start:stop]]
-            _remove_parallel_(g_AD, w_AD)
-        squared_norm += torch.dot(g_AD.view(-1), g_AD.view(-1))
-        out_AD[start:stop] = g_AD
-    return RowGradient(latents_A, out_AD, squared_norm)
+    end = int(offsets_S1[-1])  # padding lies behind
+    weights_M, ids_M = weights_M[:end], ids_M[:end]
+    active_A = torch.nonzero(offsets_S1.diff()).squeeze(1)
+    offsets_A1 = torch.cat([offsets_S1[active_A], offsets_S1[-1:]])
+    squared_norms_A = _squared_norms(weights_M, ids_M, offsets_A1, source_RD)
+    parallel_S = None
+    if unit_rows_SD is not None:
+        assert dots_M is not None, "a CPU projects by the dot products of the entries"
+        zeros_M, one = torch.zeros_like(ids_M), source_RD.new_ones(1, 1)
+        parallel_S = segment_sum_cpu(weights_M * dots_M[:end], zeros_M, offsets_S1, one).squeeze(1)
+        squared_norms_A = (squared_norms_A - parallel_S[active_A].square()).clamp_(min=0)  # Pythagoras: rows are unit
+    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S, squared_norms_A.sum())
+
+
+def _squared_norms(weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tensor) -> Tensor:
+    """Of the segment sums, which are made block by block."""
+    norms_A = source_RD.new_empty(len(offsets_A1) - 1)
+    for start, stop in _blocks(len(norms_A), source_RD):
+        rows_AD = _segment_block(weights_M, ids_M, offsets_A1, source_RD, start, stop)
+        torch.linalg.vector_norm(rows_AD, dim=1, out=norms_A[start:stop])
+    return norms_A.square_()
+
+
+def _segment_block(
+    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, start: int, stop: int,
+    out_SD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Segment sums of latents start..stop - 1."""
+    offsets = offsets_S1[start : stop + 1]
+    entries = slice(int(offsets[0]), int(offsets[-1]))
+    out_SD = source_RD.new_empty(stop - start, source_RD.shape[1]) if out_SD is None else out_SD
+    return segment_sum_into(out_SD, weights_M[entries], ids_M[entries], offsets - offsets[0], source_RD)
 
 
 def dense_gradient_rows(latents_A: Tensor | None, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
@@ -106,69 +144,81 @@ def clip_coefficient(squared_norms: list[Tensor], clip_norm: float) -> Tensor:
 
 
 def latent_update_(
-    W_SD: Tensor, exp_avg_SD: Tensor, exp_avg_sq_SD: Tensor, gradients: list[RowGradient], clip: Tensor,
-    adam: AdamSettings, unit_norm: bool, copy_SD: Tensor | None = None,
+    W_SD: Tensor, exp_avg_SD: Tensor, exp_avg_sq_SD: Tensor, gradient: RowGradient | EntryGradient,
+    extra: list[RowGradient], clip: Tensor, adam: AdamSettings, unit_norm: bool, copy_SD: Tensor | None = None,
+    low: LowWeights | None = None,
 ) -> None:  # fmt: skip
     """Clip, Adam and (for the decoder) unit row norm over all S latents, in place.
 
     Args:
         W_SD, exp_avg_SD, exp_avg_sq_SD: contiguous weights and Adam moments.
-        gradients: gradients that add up to the gradient of W; one with all S rows comes first and is overwritten.
-            On a GPU: that of `gradient_rows` and at most one of `dense_gradient_rows` (the auxiliary loss).
+        gradient: from `entry_gradient`.
+        extra: at most one of `dense_gradient_rows` (the auxiliary loss), which is added to it.
         clip: 0-d factor from `clip_coefficient`.
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
         copy_SD: the new W, in the dtype of the encoder's product, is written here in the same pass.
+        low: on a CPU whose encoder screens, the same with its bounds.
     """
-    if W_SD.is_cuda:
+    if isinstance(gradient, RowGradient):
         for name, tensor in (("W", W_SD), ("exp_avg", exp_avg_SD), ("exp_avg_sq", exp_avg_sq_SD)):
             check(tensor.is_contiguous(), f"{name}: strides {tensor.stride()}, must be contiguous")
-        rows_CD, slots_S, *aux = _slotted(gradients, len(W_SD))
+        rows_CD, slots_S, *aux = _slotted([gradient, *extra], len(W_SD))
         latent_update_op(
             W_SD, exp_avg_SD, exp_avg_sq_SD, rows_CD, slots_S, *(aux or (None, None)), clip, adam.schedule,
             list(adam.betas), adam.eps, unit_norm, copy_SD,
         )  # fmt: skip
         return
     eps = torch.finfo(W_SD.dtype).eps
-    ready = gradients[0].latents_A is None  # a row for every latent: no block is put together, it is used up in place
-    blocks = _blocks(W_SD)
-    g_buffer = gradients[0].rows_AD if ready else torch.empty_like(W_SD[: blocks[0][1]])
+    blocks = _blocks(len(W_SD), W_SD)
+    g_buffer = torch.empty_like(W_SD[: blocks[0][1]])
+    weights_M = gradient.weights_M * clip  # of entries and not of rows: nothing is read for it
+    parallel_S = None if gradient.parallel_S is None else gradient.parallel_S * clip
     for start, stop in blocks:
-        g_SD = g_buffer[start:stop] if ready else g_buffer[: stop - start].zero_()
-        for gradient in gradients[1:] if ready else gradients:
-            _add_rows_(g_SD, gradient, start, stop)
-        w_SD = W_SD[start:stop]
-        adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, clip, adam)
+        w_SD, g_SD = W_SD[start:stop], g_buffer[: stop - start]
+        _segment_block(weights_M, gradient.ids_M, gradient.offsets_S1, gradient.source_RD, start, stop, g_SD)
+        if parallel_S is not None:
+            g_SD.addcmul_(w_SD, parallel_S[start:stop, None], value=-1)
+        for rows in extra:
+            _add_rows_(g_SD, rows, clip, start, stop)
+        _fused_adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, adam)
         if unit_norm:
-            w_SD.mul_((torch.linalg.vecdot(w_SD, w_SD).sqrt_() + eps).reciprocal_()[:, None])
+            # Not vecdot, which writes the products out: 3 times the time (measured).
+            w_SD.mul_((torch.linalg.vector_norm(w_SD, dim=1, keepdim=True) + eps).reciprocal_())
         if copy_SD is not None:
             copy_SD[start:stop] = w_SD
+        if low is not None:
+            low.write_(start, w_SD)
 
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
-    """One fused Adam step with the gradient times clip, in place (the gradient too): torch.optim.Adam(fused=True)."""
+    """One Adam step with the gradient times clip, in place (on a CPU the gradient too)."""
     if p.is_cuda:
         vector_update_op(p, exp_avg, exp_avg_sq, gradient, clip, adam.schedule, list(adam.betas), adam.eps)
-        return
+    else:
+        _fused_adam_(p, exp_avg, exp_avg_sq, gradient.mul_(clip), adam)
+
+
+def _fused_adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, adam: AdamSettings) -> None:
+    """torch.optim.Adam(fused=True)."""
     step = torch.full((), float(adam.step))
     torch._fused_adam_(
-        [p], [gradient.mul_(clip)], [exp_avg], [exp_avg_sq], [], [step],
+        [p], [gradient], [exp_avg], [exp_avg_sq], [], [step],
         lr=adam.lr, beta1=adam.betas[0], beta2=adam.betas[1], weight_decay=0.0, eps=adam.eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip
 
 
-def _add_rows_(g_SD: Tensor, gradient: RowGradient, start: int, stop: int) -> None:
+def _add_rows_(g_SD: Tensor, gradient: RowGradient, clip: Tensor, start: int, stop: int) -> None:
     latents_A = gradient.latents_A
     assert latents_A is not None
     low, high = torch.searchsorted(latents_A, torch.tensor([start, stop])).tolist()
-    g_SD.index_add_(0, latents_A[low:high] - start, gradient.rows_AD[low:high])
+    g_SD.index_add_(0, latents_A[low:high] - start, gradient.rows_AD[low:high] * clip)
 
 
-def _blocks(rows: Tensor) -> list[tuple[int, int]]:
-    """Row ranges that stay in cache."""
-    n_rows = rows.shape[0]
-    size = max(1, _BLOCK_BYTES // max(1, rows.shape[1] * rows.element_size()))
+def _blocks(n_rows: int, like_RD: Tensor) -> list[tuple[int, int]]:
+    """Ranges of rows like these that stay in cache."""
+    size = max(1, _BLOCK_BYTES // max(1, like_RD.shape[1] * like_RD.element_size()))
     return [(start, min(start + size, n_rows)) for start in range(0, max(n_rows, 1), size)]
 
 

@@ -9,9 +9,13 @@ segments it is the decoder (ids are latents, source is W_dec); with entries grou
 No atomics anywhere: a repeat run is bit-identical. Not differentiable by itself; sparse_decode registers its own.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
 
 def check(condition: bool, message: str) -> None:
@@ -46,10 +50,11 @@ def segment_sum_op(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_
 
 @segment_sum_op.register_kernel("cpu")
 def segment_sum_cpu(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor) -> Tensor:
-    # embedding_bag wants bags that start at 0 and cover every index it is given.
     start, end = int(offsets_L1[0]), int(offsets_L1[-1])
     if start == end:
         return source_RD.new_zeros(offsets_L1.numel() - 1, source_RD.shape[1])
+    # embedding_bag wants bags that start at 0 and cover every index it is given. It fills what it allocates twice;
+    # segment_sum_into does not, but knows two dtypes only.
     return torch.nn.functional.embedding_bag(
         ids_M[start:end],
         source_RD,
@@ -58,6 +63,23 @@ def segment_sum_cpu(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source
         per_sample_weights=weights_M[start:end],
         include_last_offset=True,
     )
+
+
+def segment_sum_into(
+    out_LD: Tensor, weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor, *, add: bool = False
+) -> Tensor:
+    """The segment sums of float32 or float64 on a CPU, written to out_LD or added to what is there. All M entries.
+
+    A segment is a row of a sparse CSR matrix, and MKL multiplies it into memory that is there already: half the time of
+    embedding_bag, and the same bits, whatever the number of threads (measured).
+    """
+    if weights_M.numel() == 0:
+        return out_LD if add else out_LD.zero_()
+    low, high = ids_M.aminmax()
+    check(bool(low >= 0) and bool(high < len(source_RD)), f"ids: {low}..{high} is outside {len(source_RD)} rows")
+    shape = out_LD.shape[0], source_RD.shape[0]
+    segments = torch.sparse_csr_tensor(offsets_L1, ids_M, weights_M, shape, check_invariants=False)
+    return torch.addmm(out_LD, segments, source_RD, beta=int(add), out=out_LD)
 
 
 @segment_sum_op.register_fake

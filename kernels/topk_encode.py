@@ -117,9 +117,11 @@ def topk_encode_op(
 
 @topk_encode_op.register_kernel("cpu")
 def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
-    from saevlm_fast.kernels.topk_encode_cpu import topk_encode_cpu
+    from saevlm_fast.kernels import topk_encode_cpu, topk_encode_screened
 
-    return topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+    if topk_encode_screened.screens(x_BD, W_enc_DS, k):
+        return topk_encode_screened.topk_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+    return topk_encode_cpu.topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
 
 
 @topk_encode_op.register_fake
@@ -140,9 +142,11 @@ def batch_topk_encode_op(
 
 @batch_topk_encode_op.register_kernel("cpu")
 def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
-    from saevlm_fast.kernels.topk_encode_cpu import batch_topk_encode_cpu
+    from saevlm_fast.kernels import topk_encode_cpu, topk_encode_screened
 
-    return batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+    if topk_encode_screened.screens(x_BD, W_enc_DS, k):
+        return topk_encode_screened.batch_topk_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+    return topk_encode_cpu.batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
 
 
 @batch_topk_encode_op.register_fake
@@ -162,9 +166,11 @@ def threshold_encode_op(
 
 @threshold_encode_op.register_kernel("cpu")
 def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes):
-    from saevlm_fast.kernels.topk_encode_cpu import threshold_encode_cpu
+    from saevlm_fast.kernels import topk_encode_cpu, topk_encode_screened
 
-    return threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+    if topk_encode_screened.screens(x_BD, W_enc_DS):
+        return topk_encode_screened.threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+    return topk_encode_cpu.threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
 
 
 @threshold_encode_op.register_fake

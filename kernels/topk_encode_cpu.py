@@ -5,13 +5,14 @@ reuses (a first touch of fresh memory costs ten times the write), and the maximu
 group, is taken while the panel is in cache. The lemma of kernels.md section 1 then leaves few candidates: the k-th
 best group maximum bounds the k-th best value from below, so only entries at or above it, in the k best groups, compete.
 
-Comparisons that decide ties work on integer keys (`_keys`): float bits of the ReLU'd value, monotone because nothing is
+Comparisons that decide ties work on integer keys (`keys`): float bits of the ReLU'd value, monotone because nothing is
 negative, one key for every NaN, above infinity.
 """
 
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ BUFFER_BYTES = 64 * 2**20
 KEY_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class _Workspace(threading.local):
+class Workspace(threading.local):
     """One grow-only buffer a thread."""
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class _Workspace(threading.local):
         return self.bytes[:n_bytes].view(dtype)
 
 
-_workspace = _Workspace()
+workspace = Workspace()
 
 
 def topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None):
@@ -58,14 +59,14 @@ def batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes
         new_acts, new_positions = _best_of_chunk(pre_RP, maxima_RG, bound, capacity)
         acts = torch.cat([acts, new_acts])
         positions = torch.cat([positions, new_positions + start * pre_RP.shape[1]])
-        kept = _largest(_keys(acts), capacity)
+        kept = largest(keys(acts), capacity)
         acts, positions = acts[kept], positions[kept]
     width = -(-d_sae // GROUP) * GROUP
     padding = capacity - len(acts)
     return (
         torch.nn.functional.pad(acts, (0, padding)),
         torch.nn.functional.pad(positions % width, (0, padding)),
-        _row_offsets(positions // width, n_rows),
+        offsets_of_rows(positions // width, n_rows),
     )
 
 
@@ -73,12 +74,12 @@ def threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float, buf
     acts, latents, rows = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     bound = max(threshold, 0.0)
     for start, pre_RP, maxima_RG in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
-        groups = torch.nonzero(~(maxima_RG.view(-1) <= bound)).squeeze(1)
+        groups = nonzero(~(maxima_RG <= bound))
         values, positions, _ = _entries(pre_RP, groups, lambda values: ~(values <= bound))
         acts.append(values)
         latents.append(positions % pre_RP.shape[1])
         rows.append(positions // pre_RP.shape[1] + start)
-    return torch.cat(acts), torch.cat(latents), _row_offsets(torch.cat(rows), x_BD.shape[0])
+    return torch.cat(acts), torch.cat(latents), offsets_of_rows(torch.cat(rows), x_BD.shape[0])
 
 
 # --- pre-activations ------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None) -> Itera
     chunk_rows = -(-n_rows // max(min(n_chunks, n_rows), 1))
     for start in range(0, n_rows, max(chunk_rows, 1)):
         x_RD = x_BD[start : start + chunk_rows] - b_dec_D
-        pre_RP = _workspace.get(len(x_RD) * width, x_BD.dtype).view(len(x_RD), width)
+        pre_RP = workspace.get(len(x_RD) * width, x_BD.dtype).view(len(x_RD), width)
         maxima_RG = x_BD.new_empty(len(x_RD), width // GROUP)
         pre_RP[:, d_sae:] = -torch.inf
         for o in range(0, d_sae, PANEL):
@@ -107,16 +108,26 @@ def _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None) -> Itera
         yield start, pre_RP, maxima_RG
 
 
-def _relu(values: Tensor) -> Tensor:
-    """ReLU that keeps NaN (so does torch.relu) and turns -0 into +0, whose bits are 0."""
-    return torch.where(values <= 0, torch.zeros((), dtype=values.dtype), values)
+def relu(values: Tensor) -> Tensor:
+    """ReLU that keeps NaN and turns -0 into +0 (its sum with 0), whose bits are 0."""
+    return values.clamp(min=0).add_(0)
 
 
-def _keys(values: Tensor) -> Tensor:
+def keys(values: Tensor) -> Tensor:
     """Integers that order ReLU'd values, NaN last and all equal."""
     integers = KEY_DTYPES[values.element_size()]
-    keys = _relu(values).view(integers)
-    return torch.where(values.isnan(), torch.iinfo(integers).max, keys)
+    return relu(values).view(integers).masked_fill_(values.isnan(), torch.iinfo(integers).max)
+
+
+def nonzero(mask: Tensor) -> Tensor:
+    """Flat indices of what is True, ascending. NumPy's is 5 times as fast as torch's on one thread (measured)."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def kth_largest(keys_RN: Tensor, k: int) -> Tensor:
+    """[R, 1]: NumPy partitions integers with vector instructions, 4 times as fast as torch.topk (measured)."""
+    n = keys_RN.shape[1]
+    return torch.from_numpy(np.partition(keys_RN.numpy(), n - k, axis=1)[:, n - k, None])
 
 
 # --- selection ------------------------------------------------------------------------------------------------------
@@ -128,14 +139,14 @@ def _entries(pre_RP: Tensor, groups_U: Tensor, inside) -> tuple[Tensor, Tensor, 
     Returns their values, their flat positions in pre, and the index of each one's group in groups_U.
     """
     candidates_UG = pre_RP.view(-1, GROUP).index_select(0, groups_U)
-    found = torch.nonzero(inside(candidates_UG).view(-1)).squeeze(1)
+    found = nonzero(inside(candidates_UG))
     units = found // GROUP
     return candidates_UG.view(-1)[found], groups_U[units] * GROUP + found % GROUP, units
 
 
-def _topk_mask(keys_RN: Tensor, k: int) -> Tensor:
+def topk_mask(keys_RN: Tensor, k: int) -> Tensor:
     """True at exactly k entries of every row: the largest keys, ties to the lower index. k is at most N."""
-    threshold = keys_RN.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    threshold = kth_largest(keys_RN, k)
     kept = keys_RN >= threshold
     if int(kept.count_nonzero()) == kept.shape[0] * k:
         return kept
@@ -149,13 +160,13 @@ def _topk_rows(pre_RP: Tensor, maxima_RG: Tensor, d_sae: int, k: int) -> tuple[T
     n_rows, n_groups = maxima_RG.shape
     if n_groups <= 2 * k:  # the groups would hardly narrow the search
         return _topk_rows_dense(pre_RP[:, :d_sae], k)
-    groups_RK = torch.nonzero(_topk_mask(_keys(maxima_RG), k).view(-1)).view(n_rows, k)
+    groups_RK = nonzero(topk_mask(keys(maxima_RG), k)).view(n_rows, k)
     bound_R = maxima_RG.view(-1)[groups_RK].amin(1)
     short_R = bound_R <= 0
     if not short_R.any():
         return _topk_rows_grouped(pre_RP, groups_RK, bound_R)
     # Fewer than k groups above zero: such a row may need zeros, which are filled from its lowest latents on.
-    short, full = torch.nonzero(short_R).squeeze(1), torch.nonzero(~short_R).squeeze(1)
+    short, full = nonzero(short_R), nonzero(~short_R)
     acts_RK, latents_RK = pre_RP.new_empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
     acts_RK[short], latents_RK[short] = _topk_rows_dense(pre_RP[short, :d_sae], k)
     if len(full):
@@ -164,9 +175,9 @@ def _topk_rows(pre_RP: Tensor, maxima_RG: Tensor, d_sae: int, k: int) -> tuple[T
 
 
 def _topk_rows_dense(pre_RS: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    flat = torch.nonzero(_topk_mask(_keys(pre_RS), k).view(-1)).squeeze(1).view(len(pre_RS), k)
+    flat = nonzero(topk_mask(keys(pre_RS), k)).view(len(pre_RS), k)
     latents_RK = flat % pre_RS.shape[1]
-    return _relu(pre_RS.gather(1, latents_RK)), latents_RK
+    return relu(pre_RS.gather(1, latents_RK)), latents_RK
 
 
 def _topk_rows_grouped(pre_RP: Tensor, groups_RK: Tensor, bound_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,14 +185,18 @@ def _topk_rows_grouped(pre_RP: Tensor, groups_RK: Tensor, bound_R: Tensor) -> tu
     n_rows, k = groups_RK.shape
     bound_U1 = bound_R.repeat_interleave(k)[:, None]
     values, positions, units = _entries(pre_RP, groups_RK.flatten(), lambda values: (values < bound_U1).logical_not_())
-    rows = units // k
-    counts = torch.bincount(rows, minlength=n_rows)
-    slots = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-    keys = _keys(values)
-    padded_keys = keys.new_full((n_rows, int(counts.max())), -1)
-    padded_keys[rows, slots] = keys
-    kept = torch.nonzero(_topk_mask(padded_keys, k)[rows, slots]).view(n_rows, k)
-    return _relu(values[kept]), positions[kept] % pre_RP.shape[1]
+    kept = topk_of_entries(values, units // k, n_rows, k).view(n_rows, k)
+    return relu(values[kept]), positions[kept] % pre_RP.shape[1]
+
+
+def topk_of_entries(values_M: Tensor, rows_M: Tensor, n_rows: int, k: int) -> Tensor:
+    """Ascending indices of every row's k largest entries, ties to the earlier. Entries in row order; none, or k up."""
+    counts = torch.bincount(rows_M, minlength=n_rows)
+    slots_M = torch.arange(len(rows_M)) - (counts.cumsum(0) - counts)[rows_M]
+    keys_M = keys(values_M)
+    padded_keys = keys_M.new_full((n_rows, int(counts.max())), -1)
+    padded_keys[rows_M, slots_M] = keys_M
+    return nonzero(topk_mask(padded_keys, k)[rows_M, slots_M])
 
 
 def _best_of_chunk(pre_RP: Tensor, maxima_RG: Tensor, bound: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -189,21 +204,21 @@ def _best_of_chunk(pre_RP: Tensor, maxima_RG: Tensor, bound: Tensor, capacity: i
     maxima = maxima_RG.view(-1)
     if len(maxima) >= capacity:
         # In keys, because a NaN maximum must count as the largest.
-        key = _keys(maxima).kthvalue(len(maxima) - capacity + 1).values
-        bound = torch.maximum(bound, key.view(maxima.dtype))
+        key = kth_largest(keys(maxima)[None], capacity)
+        bound = torch.maximum(bound, key.view(maxima.dtype).squeeze())
 
     def inside(values: Tensor) -> Tensor:
         return (values < bound if bound > 0 else values <= 0).logical_not_()
 
-    return _entries(pre_RP, torch.nonzero(inside(maxima)).squeeze(1), inside)[:2]
+    return _entries(pre_RP, nonzero(inside(maxima)), inside)[:2]
 
 
-def _largest(keys_M: Tensor, n: int) -> Tensor:
+def largest(keys_M: Tensor, n: int) -> Tensor:
     """Ascending indices of the n largest keys (all, if fewer), ties to the lower index."""
     if len(keys_M) <= n:
         return torch.arange(len(keys_M))
-    return torch.nonzero(_topk_mask(keys_M[None], n)[0]).squeeze(1)
+    return nonzero(topk_mask(keys_M[None], n))
 
 
-def _row_offsets(rows_M: Tensor, n_rows: int) -> Tensor:
+def offsets_of_rows(rows_M: Tensor, n_rows: int) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(rows_M, minlength=n_rows).cumsum(0)])

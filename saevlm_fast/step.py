@@ -4,6 +4,8 @@ The dense [B, d_sae] matrix of activations is never formed: encoding returns spa
 over their entries. `tests/dense_trainer.py` is the same recipe in dense autograd; the two agree to 1e-5 over runs.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,17 +14,24 @@ from torch import Tensor
 from saevlm_fast.config import TrainConfig
 from saevlm_fast.kernels.latent_update import (
     AdamSettings,
+    EntryGradient,
     RowGradient,
     adam_,
     clip_coefficient,
     dense_gradient_rows,
-    gradient_rows,
+    entry_gradient,
     latent_update_,
 )
 from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum
 from saevlm_fast.kernels.sparse_decode import gather_dot, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
+from saevlm_fast.kernels.topk_encode_screened import (
+    LowWeights,
+    batch_topk_encode_screened,
+    screens,
+    topk_encode_screened,
+)
 from saevlm_fast.sae import SparseAutoencoder
 
 _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
@@ -47,11 +56,16 @@ class Losses(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of every parameter; W_enc's are held per latent, [.., d_in] rows, like W_dec's."""
+    """Gradients of every parameter; W_enc's are held per latent, [.., d_in] rows, like W_dec's.
 
-    W_enc: list[RowGradient]
+    Those of the auxiliary loss, on dead latents alone, are to be added: a list of one or none.
+    """
+
+    W_enc: RowGradient | EntryGradient
+    aux_enc: list[RowGradient]
     b_enc: Tensor
-    W_dec: list[RowGradient]
+    W_dec: RowGradient | EntryGradient
+    aux_dec: list[RowGradient]
     b_dec: Tensor
 
 
@@ -72,22 +86,6 @@ class DeadLatents(NamedTuple):
 
     latents_A: Tensor
     number: int | Tensor
-
-
-class Workspace:
-    """Memory for the two compact weight gradients, kept between steps: first-touch page faults cost more than sums."""
-
-    def __init__(self) -> None:
-        self._rows: tuple[Tensor, Tensor] | None = None
-
-    def rows(self, n_rows: int, like_RD: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Two [n_rows, D] buffers of like's kind, contents undefined; None on a GPU, whose allocator recycles."""
-        if like_RD.is_cuda:
-            return None, None
-        if self._rows is None or len(self._rows[0]) < n_rows:
-            size = n_rows + n_rows // 8  # some room: the number of active latents moves
-            self._rows = like_RD.new_empty(size, like_RD.shape[1]), like_RD.new_empty(size, like_RD.shape[1])
-        return self._rows[0][:n_rows], self._rows[1][:n_rows]
 
 
 class DeadBound:
@@ -143,10 +141,10 @@ class Stepper:
         self.bad_step = torch.tensor(-1, dtype=torch.int64, device=device)
         self.n_steps = 0
         self.n_rows_seen = 0
-        self.workspace = Workspace()
         self.dead_bound = DeadBound()
         self.W_enc_low: Tensor | None = None  # W_enc in the dtype of the encoder's product, latent-major
-        self._low_version = -1  # of sae.W_enc, as that copy was written
+        self.screen: LowWeights | None = None  # the same with bounds, on a CPU whose encoder screens
+        self._low_version = -1  # of sae.W_enc, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
 
@@ -176,9 +174,7 @@ class Stepper:
         entries = self._encode(x_BD)
         self._track(entries, len(x_BD))
         dead = self._dead_latents(len(x_BD))
-        x_hat_BD, losses, gradients = loss_and_gradients(
-            self.sae, x_BD, entries, dead, self.config.auxk_alpha, self.workspace
-        )
+        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, entries, dead, self.config.auxk_alpha)
         first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
         self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
         self._update(gradients)
@@ -187,18 +183,28 @@ class Stepper:
     def _encode(self, x_BD: Tensor) -> Entries:
         sae, k = self.sae, self.sae.config.k
         inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
-        low = self.config.dtype == "bfloat16"
-        if low:
-            inputs.append(self._low_W_enc().T)
+        topk, batch_topk = self._encoders(x_BD)
         if sae.config.architecture == "topk":
-            acts, latents = (topk_encode_rescored if low else topk_encode)(*inputs, k)
+            acts, latents = topk(*inputs, k=k)
             row_offsets = torch.arange(0, latents.numel() + 1, k, device=latents.device)
         else:
-            acts, latents, row_offsets = (batch_topk_encode_rescored if low else batch_topk_encode)(*inputs, k)
+            acts, latents, row_offsets = batch_topk(*inputs, k=k)
         bags = row_offsets
         if len(sae.config.group_ends) > 1:
             bags = group_bag_offsets(latents.flatten(), row_offsets, sae.config.group_ends, sae.config.d_sae)
         return Entries(acts.flatten().to(sae.W_dec.dtype), latents.flatten(), row_offsets, bags)
+
+    def _encoders(self, x_BD: Tensor) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+        """TopK and BatchTopK, with the low copy of W_enc that they work with."""
+        if self.config.dtype == "bfloat16":
+            W_low_DS = self._low_W_enc().T
+            return partial(topk_encode_rescored, W_low_DS=W_low_DS), partial(
+                batch_topk_encode_rescored, W_low_DS=W_low_DS
+            )
+        if screens(x_BD, self.sae.W_enc, self.sae.config.k):
+            low = self._screening_weights()
+            return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
+        return topk_encode, batch_topk_encode
 
     def _low_W_enc(self) -> Tensor:
         """The low copy of W_enc [d_sae, d_in], which the update writes; made here if W_enc was changed otherwise.
@@ -211,6 +217,15 @@ class Stepper:
             self.W_enc_low.copy_(self.sae.W_enc.detach().T)
             self._low_version = self.sae.W_enc._version
         return self.W_enc_low
+
+    def _screening_weights(self) -> LowWeights:
+        """The same with bounds."""
+        if self.screen is None:
+            self.screen = LowWeights.empty(*self.sae.W_enc.T.shape)
+        if self._low_version != self.sae.W_enc._version:
+            self.screen.write_(0, self.sae.W_enc.detach().T)
+            self._low_version = self.sae.W_enc._version
+        return self.screen
 
     def _track(self, entries: Entries, n_rows: int) -> None:
         """Dead-latent counters and the moving threshold, as upstream: before the losses."""
@@ -236,13 +251,14 @@ class Stepper:
         return DeadLatents(torch.nonzero_static(dead_S, size=size, fill_value=d_sae).squeeze(1), dead_S.sum())
 
     def _update(self, gradients: Gradients) -> None:
-        squared_norms = [gradient.squared_norm for gradient in (*gradients.W_enc, *gradients.W_dec)]
+        rows = {"W_enc": (gradients.W_enc, gradients.aux_enc), "W_dec": (gradients.W_dec, gradients.aux_dec)}
+        squared_norms = [part.squared_norm for gradient, aux in rows.values() for part in (gradient, *aux)]
         squared_norms += [gradients.b_enc.square().sum(), gradients.b_dec.square().sum()]
         clip = clip_coefficient(squared_norms, self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
-        for name, rows in (("W_enc", gradients.W_enc), ("W_dec", gradients.W_dec)):
-            copy_SD = self.W_enc_low if name == "W_enc" else None
-            latent_update_(parameters[name], *self.moments[name], rows, clip, adam, name == "W_dec", copy_SD)
+        for name, (gradient, aux) in rows.items():
+            copies = (self.W_enc_low, self.screen) if name == "W_enc" else (None, None)
+            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", *copies)
         self._low_version = self.sae.W_enc._version
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
@@ -262,7 +278,7 @@ def smallest_positive(acts_M: Tensor) -> Tensor:
 
 
 def loss_and_gradients(
-    sae: SparseAutoencoder, x_BD: Tensor, entries: Entries, dead: DeadLatents, auxk_alpha: float, workspace: "Workspace"
+    sae: SparseAutoencoder, x_BD: Tensor, entries: Entries, dead: DeadLatents, auxk_alpha: float
 ) -> tuple[Tensor, Losses, Gradients]:
     """Losses of one batch and the gradient of every parameter, from sparse codes. recipe.md section 1.
 
@@ -270,55 +286,53 @@ def loss_and_gradients(
     groups once; the paper's code divides twice.
 
     Returns:
-        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected; rows live in the workspace).
+        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected).
     """
     n_rows, d_in = x_BD.shape
     n_groups = len(sae.config.group_ends)
     W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
 
-    x_hat_BGD = segment_sum(entries.acts_M, entries.latents_M, entries.bag_offsets, W_dec).view(n_rows, n_groups, d_in)
-    if n_groups > 1:
-        x_hat_BGD = x_hat_BGD.cumsum(1)
-    x_hat_BGD += b_dec
-    residual_BGD = x_hat_BGD - x_BD[:, None]
-    mse = residual_BGD.square().sum() / (n_rows * n_groups)
+    # In place throughout: [B, G, D] is 20 MiB with five groups, and fresh memory costs ten times the write.
+    residual_BGD = segment_sum(entries.acts_M, entries.latents_M, entries.bag_offsets, W_dec).view(
+        n_rows, n_groups, d_in
+    )
+    residual_BGD[:, 0] += b_dec
+    for g in range(1, n_groups):
+        residual_BGD[:, g] += residual_BGD[:, g - 1]
+    x_hat_BD = residual_BGD[:, -1].clone()
+    residual_BGD -= x_BD[:, None]
+    last_residual_BD = residual_BGD[:, -1].clone()
+    mse = torch.linalg.vector_norm(residual_BGD, dim=2).square_().sum() / (n_rows * n_groups)
 
     # An entry of group j is part of every prefix g >= j: it receives the suffix sum of the prefixes' gradients.
-    suffix_BGD = residual_BGD * (2 / (n_rows * n_groups))
-    if n_groups > 1:
-        suffix_BGD = suffix_BGD.flip(1).cumsum(1).flip(1)
-    suffix_RD = suffix_BGD.reshape(-1, d_in)
+    suffix_BGD = residual_BGD.mul_(2 / (n_rows * n_groups))
+    for g in reversed(range(n_groups - 1)):
+        suffix_BGD[:, g] += suffix_BGD[:, g + 1]
+    suffix_RD = suffix_BGD.view(-1, d_in)
 
     centred_BD = x_BD - b_dec
     dacts_M = gather_dot(suffix_RD, entries.latents_M, entries.bag_offsets, W_dec)
     dacts_M = torch.where(entries.acts_M > 0, dacts_M, 0)
-    W_enc_rows, W_dec_rows, db_enc = _latent_gradients(sae, entries, dacts_M, centred_BD, suffix_RD, workspace)
+    dW_enc, dW_dec, db_enc = _latent_gradients(sae, entries, dacts_M, centred_BD, suffix_RD)
 
-    aux, aux_enc, aux_dec = _auxiliary(sae, centred_BD, -residual_BGD[:, -1], dead, auxk_alpha, db_enc)
+    aux, aux_enc, aux_dec = _auxiliary(sae, centred_BD, -last_residual_BD, dead, auxk_alpha, db_enc)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
     losses = Losses(mse + auxk_alpha * aux, mse, aux)
-    return x_hat_BGD[:, -1], losses, Gradients([W_enc_rows, *aux_enc], db_enc, [W_dec_rows, *aux_dec], db_dec)
+    return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec)
 
 
 def _latent_gradients(
-    sae: SparseAutoencoder, entries: Entries, dacts_M: Tensor, centred_BD: Tensor, suffix_RD: Tensor,
-    workspace: "Workspace",
-) -> tuple[RowGradient, RowGradient, Tensor]:  # fmt: skip
-    """dW_enc, dW_dec rows of active latents and db_enc [d_sae], from one sort of the entries by latent."""
-    order_M, latent_offsets = group_by_latent(entries.latents_M, entries.row_offsets, sae.config.d_sae)
+    sae: SparseAutoencoder, entries: Entries, dacts_M: Tensor, centred_BD: Tensor, suffix_RD: Tensor
+) -> tuple[RowGradient | EntryGradient, RowGradient | EntryGradient, Tensor]:
+    """dW_enc, dW_dec and db_enc [d_sae], from one sort of the entries by latent."""
+    order_M, offsets_S1 = group_by_latent(entries.latents_M, entries.row_offsets, sae.config.d_sae)
     bags_M = entry_rows(entries.latents_M, entries.bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
     rows_M = bags_M // len(sae.config.group_ends)
-    if latent_offsets.is_cuda:  # asking which latents are active would stall the device: all rows
-        active, offsets = None, latent_offsets
-    else:
-        active = torch.nonzero(latent_offsets[1:] > latent_offsets[:-1]).squeeze(1)
-        offsets = torch.cat([latent_offsets[active], latent_offsets[-1:]])
-    out_enc_AD, out_dec_AD = workspace.rows(len(offsets) - 1, suffix_RD)
-    dW_dec = gradient_rows(entries.acts_M[order_M], bags_M, offsets, suffix_RD, active, sae.W_dec.detach(), out_dec_AD)
-    dacts_M = dacts_M[order_M]
-    dW_enc = gradient_rows(dacts_M, rows_M, offsets, centred_BD, active, out_AD=out_enc_AD)
+    acts_M, dacts_M = entries.acts_M[order_M], dacts_M[order_M]
+    dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, sae.W_dec.detach(), dacts_M)
+    dW_enc = entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
     one = dacts_M.new_ones(1, 1)
-    db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), latent_offsets, one).squeeze(1)
+    db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
     return dW_enc, dW_dec, db_enc
 
 

@@ -54,23 +54,19 @@ class RowKernels:
     """The three launch wrappers in the shape of the functions that step.py calls on the CPU."""
 
     @staticmethod
-    def gradient_rows(weights_M, ids_M, offsets_A1, source_RD, latents_A, unit_rows_SD=None, *, d_sae=None):
+    def entry_gradient(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD=None, dots_M=None):
         from saevlm_fast.kernels.latent_update_triton import launch_latent_gradient
 
-        offsets_S1 = offsets_A1
-        if latents_A is not None:  # of active latents, as the CPU takes them
-            counts_S = offsets_A1.new_zeros(d_sae).index_copy_(0, latents_A, offsets_A1.diff())
-            offsets_S1 = torch.cat([offsets_A1[:1], offsets_A1[0] + counts_S.cumsum(0)])
         rows_CD, slots_S, squared_norms_S = launch_latent_gradient(
             weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD
         )
         return RowGradient(None, rows_CD, squared_norms_S.sum(), slots_S)
 
     @staticmethod
-    def latent_update_(W_SD, exp_avg_SD, exp_avg_sq_SD, gradients, clip, adam, unit_norm, copy_SD=None):
+    def latent_update_(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient, extra, clip, adam, unit_norm, copy_SD=None, low=None):
         from saevlm_fast.kernels.latent_update_triton import launch_latent_update
 
-        rows_CD, slots_S, *aux = _slotted(gradients, len(W_SD))
+        rows_CD, slots_S, *aux = _slotted([gradient, *extra], len(W_SD))
         launch_latent_update(
             W_SD, exp_avg_SD, exp_avg_sq_SD, rows_CD, slots_S, *(aux or (None, None)), clip, adam.schedule,
             adam.betas, adam.eps, unit_norm, copy_SD,
@@ -100,13 +96,13 @@ class Trained:
         device = d_bias.device
         inputs = [tensor.to(device) for tensor in inputs]
         W_dec, W_enc, bias = self.parameters.values()
-        dec = RowKernels.gradient_rows(*inputs, None, W_dec)
-        enc = RowKernels.gradient_rows(*inputs, None)
+        dec = RowKernels.entry_gradient(*inputs, W_dec)
+        enc = RowKernels.entry_gradient(*inputs)
         norms = [dec.squared_norm, enc.squared_norm, d_bias.square().sum(), *([aux.squared_norm] if aux else [])]
         clip, adam = clip_coefficient(norms, CLIP_NORM), settings(n, device)
-        RowKernels.latent_update_(W_dec, *self.moments["W_dec"], [dec], clip, adam, True)
-        both = [enc, aux] if aux else [enc]
-        RowKernels.latent_update_(W_enc, *self.moments["W_enc"], both, clip, adam, False, self.copy_SD)
+        RowKernels.latent_update_(W_dec, *self.moments["W_dec"], dec, [], clip, adam, True)
+        extra = [aux] if aux else []
+        RowKernels.latent_update_(W_enc, *self.moments["W_enc"], enc, extra, clip, adam, False, self.copy_SD)
         RowKernels.adam_(bias, *self.moments["bias"], d_bias, clip, adam)
 
 
@@ -226,8 +222,8 @@ def test_gradients_of_two_losses_add_up(device) -> None:
     g = zeros.index_add(0, first.latents_A, first.rows_AD).index_add(0, second.latents_A, second.rows_AD)
     expected = reference.latent_update(W, zeros, zeros, g, 0.5, LR, BETAS, EPS, 1, False)
     state = [t.to(device, copy=True) for t in (W, zeros, zeros)]
-    both = [RowGradient(*(t.to(device) for t in gradient[:3])) for gradient in (first, second)]
-    RowKernels.latent_update_(*state, both, torch.tensor(0.5, device=device), settings(1, device), False)
+    one, other = (RowGradient(*(t.to(device) for t in gradient[:3])) for gradient in (first, second))
+    RowKernels.latent_update_(*state, one, [other], torch.tensor(0.5, device=device), settings(1, device), False)
     for out, truth in zip(state, expected):
         torch.testing.assert_close(out.cpu(), truth)
 
@@ -246,13 +242,9 @@ def test_whole_steps_with_row_kernels_are_the_dense_steps(monkeypatch) -> None:
     """
     if torch.cuda.is_available():
         pytest.skip("the tensors are on the CPU: only the interpreter takes them")
-    d_sae = 17
-    stepper, dense, data = make("batch_topk", d_in=12, d_sae=d_sae, k=1, dead_after=60, dtype=torch.float64)
+    stepper, dense, data = make("batch_topk", d_in=12, d_sae=17, k=1, dead_after=60, dtype=torch.float64)
 
-    def gradient_rows(*args, out_AD=None):
-        return RowKernels.gradient_rows(*args[:5], *args[5:6], d_sae=d_sae)
-
-    monkeypatch.setattr(step_module, "gradient_rows", gradient_rows)
+    monkeypatch.setattr(step_module, "entry_gradient", RowKernels.entry_gradient)
     monkeypatch.setattr(step_module, "latent_update_", RowKernels.latent_update_)
     monkeypatch.setattr(step_module, "adam_", RowKernels.adam_)
     n_dead = []

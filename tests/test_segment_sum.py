@@ -13,6 +13,7 @@ from saevlm_fast.kernels.segment_sum import (
     group_by_latent_cuda,
     group_by_latent_op,
     segment_sum,
+    segment_sum_into,
     segment_sum_op,
 )
 from sparse_codes import assert_near_truth, random_codes, segment_sum_magnitude
@@ -96,6 +97,32 @@ def test_triton_equals_reference(device, lengths, dtype, d_in, before, after) ->
     assert_near_truth(out, *truth_and_magnitude(*inputs))
     again = launch_segment_sum(*(tensor.to(device) for tensor in inputs))
     assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize("add", [False, True])
+def test_sums_into_memory_that_is_there(lengths: list[int], dtype: torch.dtype, add: bool) -> None:
+    weights, ids, offsets, source = segment_inputs(lengths, dtype, 13)
+    truth, magnitude = truth_and_magnitude(weights, ids, offsets, source)
+    out = torch.full((len(lengths), 13), 2.0 if add else float("nan"), dtype=dtype)
+    segment_sum_into(out, weights, ids, offsets, source, add=add)
+    assert_near_truth(out, truth + 2 * add, magnitude + 2 * add)
+
+
+def test_sums_into_memory_do_not_depend_on_threads_and_check_ids() -> None:
+    weights, ids, offsets, source = segment_inputs(HEAVY, torch.float32, 300)
+    before, outs = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            outs.append(segment_sum_into(torch.empty(len(HEAVY), 300), weights, ids, offsets, source))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    with pytest.raises(ValueError, match=r"ids: 1\.\.18 is outside 18 rows"):
+        segment_sum_into(torch.empty(len(HEAVY), 300), weights, ids, offsets, source[:18])
 
 
 def test_cpu_repeats_bit_identically() -> None:

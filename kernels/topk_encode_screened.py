@@ -1,0 +1,234 @@
+"""The CPU encoders where bfloat16 products run on matrix units (AMX): such a product screens, float32 decides. Exact.
+
+A bfloat16 product costs a quarter of the float32 one there, and says of every pre-activation z within which bounds it
+lies. With x~, w~ the rounded factors of one product, v its value and |.| of vectors their norms (Cauchy-Schwarz),
+
+    |z - v| <= slack + 2 u |v|,    slack = |x - x~| |w~| + |x| |w - w~| + 2 gamma |x| |w| + 2 u |b|
+
+where gamma = d_in 2^-24 covers the sums in float32 of either product, and u = 2^-8 is bfloat16's unit roundoff (twice,
+for a library may round before it adds the bias). Then as in topk_encode_cpu: the k-th largest lower bound of a group's
+maximum is a bound L below the k-th largest z, and only latents whose upper bound reaches L can be among the top k.
+These, about twice k, are computed in float32, one dot product each, and the top k is chosen among them. So the codes
+are exactly the top k of those float32 values over all latents.
+
+Rows for which that does not work are left to the float32 product: with fewer than k pre-activations certainly above
+zero, with values that are not finite, or with so many candidates that nothing is gained.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .sparse_decode import gather_dot_op
+from .topk_encode_cpu import (
+    BUFFER_BYTES,
+    GROUP,
+    PANEL,
+    Workspace,
+    batch_topk_encode_cpu,
+    keys,
+    kth_largest,
+    largest,
+    nonzero,
+    offsets_of_rows,
+    threshold_encode_cpu,
+    topk_encode_cpu,
+    topk_of_entries,
+    workspace,
+)
+
+LOW = torch.bfloat16
+UNIT_ROUNDOFF = 2.0**-8  # of LOW
+MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
+MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
+_CAST_ROWS = 256  # latents rounded at a time: they stay in cache
+_TINY = 2.0**-60  # more than all that underflow can take from a norm
+_panel, _error = Workspace(), Workspace()
+
+
+class LowWeights(NamedTuple):
+    """Rows of W_enc in bfloat16, with upper bounds of |w| and |w - w~|: what a product needs of them besides b_enc."""
+
+    W_SD: Tensor
+    norm_S: Tensor
+    error_S: Tensor
+
+    @staticmethod
+    def empty(d_sae: int, d_in: int) -> "LowWeights":
+        return LowWeights(torch.empty(d_sae, d_in, dtype=LOW), torch.empty(d_sae), torch.empty(d_sae))
+
+    def rows(self, start: int, stop: int) -> "LowWeights":
+        return LowWeights(*(tensor[start:stop] for tensor in self))
+
+    def write_(self, start: int, W_CD: Tensor) -> None:
+        """Rows from `start` on become those of W_CD, float32, block by block while they are in cache."""
+        for o in range(0, len(W_CD), _CAST_ROWS):
+            w_CD = W_CD[o : o + _CAST_ROWS]
+            low_CD, norm_C, error_C = self.rows(start + o, start + o + len(w_CD))
+            low_CD.copy_(w_CD)
+            torch.linalg.vector_norm(w_CD, dim=1, out=norm_C).add_(_TINY)
+            error_CD = _error.get(w_CD.numel(), torch.float32).view(w_CD.shape).copy_(low_CD).sub_(w_CD)
+            torch.linalg.vector_norm(error_CD, dim=1, out=error_C).add_(_TINY)
+
+    def slack_factors(self, b_enc_S: Tensor) -> Tensor:
+        """What a group adds to the slack [3, S / 64], rounded up to whole groups: factors of |x - x~|, |x| and 1."""
+        gamma = self.W_SD.shape[1] * 2.0**-24
+        bias_S = b_enc_S.abs() * (2 * UNIT_ROUNDOFF) + _TINY
+        factors_3S = torch.stack([self.norm_S + self.error_S, self.error_S + 2 * gamma * self.norm_S, bias_S])
+        return torch.nn.functional.pad(factors_3S, (0, -len(b_enc_S) % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
+
+
+class Chunk(NamedTuple):
+    """Low pre-activations of some rows [R, P]; the maximum of every group and its slack, [R, P / 64].
+
+    pre and maxima are held as the integers of bfloat16's bits: they order what is positive, and a maximum of integers
+    takes a quarter of the time (measured). If nothing in a group is positive, "maximum" is one of its values.
+    """
+
+    start: int
+    x_RD: Tensor
+    pre_RP: Tensor
+    maxima_RG: Tensor
+    slack_RG: Tensor
+
+    def lower_RG(self) -> Tensor:
+        """Lower bounds of the group's largest z."""
+        maxima_RG = self.maxima_RG.view(LOW).float()
+        return maxima_RG - maxima_RG.abs() * (2 * UNIT_ROUNDOFF) - self.slack_RG
+
+    def sound_R(self) -> Tensor:
+        """Rows whose bounds hold: with a slack this small, |x| |w| is too small for any sum to overflow or be NaN."""
+        return (self.slack_RG < 1e30).all(1)
+
+
+def screens(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
+    """Whether the low product is the faster way here: float32, matrix units, W_enc in [d_sae, d_in] order in memory."""
+    # torch.cpu.get_capabilities() would be the public way, but torch 2.11 lacks it.
+    fast = torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()
+    float32 = x_BD.dtype == W_enc_DS.dtype == torch.float32 and W_enc_DS.t().is_contiguous()
+    large = len(x_BD) >= MIN_ROWS and W_enc_DS.shape[1] >= 4 * k * GROUP
+    return fast and x_BD.device.type == "cpu" and float32 and large
+
+
+def topk_encode_screened(
+    x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None = None, low: LowWeights | None = None
+):
+    """topk_encode. low: those of W_enc, if they are at hand."""
+    acts_BK, latents_BK = x_BD.new_empty(len(x_BD), k), torch.empty(len(x_BD), k, dtype=torch.int64)
+    decided_B = torch.zeros(len(x_BD), dtype=torch.bool)
+    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
+        bound_R = kth_largest(keys(chunk.lower_RG()), k).view(torch.float32).squeeze(1)
+        sure_R = (bound_R > 0) & chunk.sound_R()
+        bound_R = torch.where(sure_R, bound_R, torch.inf)
+        found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S)
+        if found is None or not sure_R.any():
+            continue
+        values, positions = found
+        width = chunk.pre_RP.shape[1]
+        kept = topk_of_entries(values, positions // width, len(sure_R), k)
+        decided = nonzero(sure_R) + chunk.start
+        acts_BK[decided] = values[kept].view(-1, k)
+        latents_BK[decided] = (positions[kept] % width).view(-1, k)
+        decided_B[decided] = True
+    rest = nonzero(~decided_B)
+    if len(rest):
+        acts_BK[rest], latents_BK[rest] = topk_encode_cpu(x_BD[rest], W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+    return acts_BK, latents_BK
+
+
+def batch_topk_encode_screened(
+    x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None = None, low: LowWeights | None = None
+):
+    """batch_topk_encode. low: those of W_enc, if they are at hand."""
+    capacity = len(x_BD) * k
+    acts, positions = x_BD.new_empty(0), torch.empty(0, dtype=torch.int64)
+    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
+        bound = acts.amin() if len(acts) == capacity else torch.zeros(())
+        if chunk.maxima_RG.numel() >= capacity:
+            key = kth_largest(keys(chunk.lower_RG()).view(1, -1), capacity)
+            bound = torch.maximum(bound, key.view(torch.float32).squeeze())
+        sure = bool(bound > 0) and bool(chunk.sound_R().all())
+        found = _candidates(chunk, bound.expand(len(chunk.x_RD)), W_enc_DS, b_enc_S) if sure else None
+        if found is None:
+            return batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+        acts = torch.cat([acts, found[0]])
+        positions = torch.cat([positions, found[1] + chunk.start * chunk.pre_RP.shape[1]])
+        kept = largest(keys(acts), capacity)
+        acts, positions = acts[kept], positions[kept]
+    width = chunk.pre_RP.shape[1]
+    return acts, positions % width, offsets_of_rows(positions // width, len(x_BD))
+
+
+def threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float, buffer_bytes: int | None):
+    acts, latents, rows = [], [], []
+    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
+        bound_R = torch.full((len(chunk.x_RD),), threshold)
+        sure = threshold > 0 and bool(chunk.sound_R().all())
+        found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S) if sure else None
+        if found is None:
+            return threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+        values, positions = (tensor[found[0] > threshold] for tensor in found)
+        acts.append(values)
+        latents.append(positions % chunk.pre_RP.shape[1])
+        rows.append(positions // chunk.pre_RP.shape[1] + chunk.start)
+    return torch.cat(acts), torch.cat(latents), offsets_of_rows(torch.cat(rows), len(x_BD))
+
+
+# --- the low product and its bounds ---------------------------------------------------------------------------------
+
+
+def _chunks(
+    x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None, low: LowWeights | None = None
+) -> Iterator[Chunk]:
+    """Chunks of rows, their pre-activations in one buffer; columns from d_sae on are the lowest integer."""
+    n_rows, d_sae = len(x_BD), W_enc_DS.shape[1]
+    width = -(-d_sae // GROUP) * GROUP
+    chunk_rows = -(-n_rows // max(1, min(n_rows, -(-n_rows * width * LOW.itemsize // (buffer_bytes or BUFFER_BYTES)))))
+    for start in range(0, n_rows, max(chunk_rows, 1)):
+        x_RD = (x_BD[start : start + chunk_rows] - b_dec_D).contiguous()
+        low_RD = x_RD.to(LOW)
+        pre_RP = workspace.get(len(x_RD) * width, LOW).view(len(x_RD), width)
+        pre_bits_RP = pre_RP.view(torch.int16)
+        pre_bits_RP[:, d_sae:] = torch.iinfo(torch.int16).min
+        maxima_RG = torch.empty(len(x_RD), width // GROUP, dtype=torch.int16)
+        factors_3G = []
+        for o in range(0, d_sae, PANEL):
+            end = min(o + PANEL, d_sae)
+            panel = _low_panel(W_enc_DS.t()[o:end]) if low is None else low.rows(o, end)
+            torch.addmm(b_enc_S[o:end].to(LOW), low_RD, panel.W_SD.t(), out=pre_RP[:, o:end])
+            groups = pre_bits_RP[:, o : o + PANEL].unflatten(1, (-1, GROUP))
+            torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
+            factors_3G.append(panel.slack_factors(b_enc_S[o:end]))
+        norm_R, error_R = torch.linalg.vector_norm(x_RD, dim=1), torch.linalg.vector_norm(x_RD - low_RD, dim=1)
+        row_bounds_R3 = torch.stack([error_R + _TINY, norm_R + _TINY, torch.ones_like(norm_R)], dim=1)
+        slack_RG = row_bounds_R3 @ torch.cat(factors_3G, dim=1)
+        slack_RG *= 1.001  # the roundings of the bounds themselves
+        yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, slack_RG)
+
+
+def _low_panel(W_PD: Tensor) -> LowWeights:
+    """Rows rounded into memory that the next panel overwrites."""
+    panel = LowWeights(_panel.get(W_PD.numel(), LOW).view(W_PD.shape), *W_PD.new_empty(2, len(W_PD)))
+    panel.write_(0, W_PD)
+    return panel
+
+
+def _candidates(chunk: Chunk, bound_R: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(float32 values, flat positions) of all that may reach its row's bound, in order; None if they are too many."""
+    width = chunk.pre_RP.shape[1]
+    reach_RG = bound_R[:, None] - chunk.slack_RG
+    # v + 2 u v + slack >= bound, solved for v; another u for rounding that down to bfloat16.
+    cutoff_RG = (reach_RG * (1 - 3 * UNIT_ROUNDOFF)).to(LOW).view(torch.int16)
+    cutoff_RG = torch.where(reach_RG > 0, cutoff_RG, torch.iinfo(torch.int16).min)  # all of a hopelessly vague group
+    groups_U = nonzero(chunk.maxima_RG >= cutoff_RG)
+    values_UG = chunk.pre_RP.view(-1, GROUP).index_select(0, groups_U)
+    found_M = nonzero(values_UG >= cutoff_RG.view(-1, 1)[groups_U])
+    if len(found_M) > chunk.pre_RP.numel() * MAX_SHARE:
+        return None
+    positions_M = groups_U[found_M // GROUP] * GROUP + found_M % GROUP
+    positions_M = positions_M[positions_M % width < len(b_enc_S)]
+    latents_M = positions_M % width
+    values_M = gather_dot_op(chunk.x_RD, positions_M // width, latents_M, W_enc_DS.t()) + b_enc_S[latents_M]
+    return values_M, positions_M
