@@ -4,12 +4,11 @@ Needs `pip install -e '.[peers]'`. A script, not a pytest bench, because every l
 imports, its settings and its memory are then its own. Each runs its own public training loop (its trainer's `fit` or
 `update`), not a copy of it; the loop asks an iterator for batches, and the time from one batch to the next is a step.
 The processes take turns: encoder GEMM, ours, the peer, a few rounds. Ratios are medians over rounds of turns taken side
-by side. A peer that is not installed or fails is in the result with its reason. `bench/report.py` makes tables and plots.
+by side. A peer that is not installed or fails is in the result with its reason. Tables and plots: bench/report.py.
 """
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import os
 import statistics
@@ -28,8 +27,13 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.config import (
-    ARCHITECTURES, DTYPES, MATRYOSHKA_FRACTIONS, SAEConfig, TrainConfig, group_sizes_from_fractions,
-)  # fmt: skip
+    ARCHITECTURES,
+    DTYPES,
+    MATRYOSHKA_FRACTIONS,
+    SAEConfig,
+    TrainConfig,
+    group_sizes_from_fractions,
+)
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.runtime import tf32_products
 from saevlm_fast.synthetic import PlantedConcepts
@@ -375,7 +379,8 @@ class Worker:
 
 
 def _quiet_work(name: str, task: Task, connection: Connection, log: Path) -> None:
-    """`work` with what the libraries print in a file."""
+    """`work` with what the libraries print in a file, and without the terminal: some of them ask it things."""
+    os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -496,8 +501,17 @@ def main() -> None:
             for one in compare(options.peers, task, options.rounds, options.turn_seconds, logs):
                 results.append(one)
                 write_json_atomic(options.output, {"benchmarks": results})
-                print(json.dumps({"name": one["name"], "stats": one["stats"] and one["stats"]["median"],
-                                  "info": {k: v for k, v in one["extra_info"].items() if k in ("this_over_ours", "this_over_encoder_gemm", "failed", "peak_bytes")}}), flush=True)
+                print(progress(one), flush=True)
+
+
+def progress(one: dict) -> str:
+    info = one["extra_info"]
+    if "failed" in info:
+        return f"{one['name']}: {info['failed']}"
+    return (
+        f"{one['name']}: {1e3 * one['stats']['median']:,.1f} ms, {info['this_over_ours']:.2f} of ours, "
+        f"{info['this_over_encoder_gemm']:.2f} of the encoder GEMM, {info['peak_bytes'] / 2**30:.2f} GiB"
+    )
 
 
 if __name__ == "__main__":
