@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saevlm_fast import __version__
 from saevlm_fast.config import (
     ARCHITECTURES,
     DTYPES,
@@ -351,7 +352,7 @@ class Worker:
     def __init__(self, name: str, task: Task, log: Path) -> None:
         self.name, self.peak_bytes = name, 0
         try:
-            self.version = version(PEERS[name].distribution)
+            self.version = __version__ if name == OURS else version(PEERS[name].distribution)
         except PackageNotFoundError as error:
             raise Failed(f"not installed: {error}") from None
         context = multiprocessing.get_context("spawn")
@@ -373,9 +374,15 @@ class Worker:
         self.peak_bytes = max(self.peak_bytes, turn.peak_bytes)
         return statistics.fmean(turn.seconds)
 
+    def warm_up(self) -> None:
+        """Two steps: the first ones allocate, and compile."""
+        self.turn(0.0)
+        self.turn(0.0)
+
     def stop(self) -> None:
         self.connection.close()
-        self.process.join()
+        self.process.join(60)
+        self.process.terminate()
 
 
 def _quiet_work(name: str, task: Task, connection: Connection, log: Path) -> None:
@@ -391,15 +398,14 @@ def compare(names: list[str], task: Task, rounds: int, turn_seconds: float, logs
     """A result for every peer, in the form of pytest-benchmark's JSON; ours and the floor last."""
     workers = {name: Worker(name, task, logs / f"{name}.log") for name in (FLOOR, OURS)}
     for worker in workers.values():
-        worker.turn(0.0)  # the first steps allocate, and compile
+        worker.warm_up()
     pairs: list[tuple[float, float]] = []  # of the floor and ours, in every round
     for name in names:
         if task.architecture not in PEERS[name].architectures:
             continue
         try:
             peer = Worker(name, task, logs / f"{name}.log")
-            peer.turn(0.0)
-            peer.turn(0.0)
+            peer.warm_up()
             turns = []
             for _ in range(rounds):
                 turns.append([worker.turn(turn_seconds) for worker in (*workers.values(), peer)])
@@ -416,7 +422,7 @@ def compare(names: list[str], task: Task, rounds: int, turn_seconds: float, logs
     floor, ours = zip(*pairs)
     peak_bytes = {name: worker.peak_bytes for name, worker in workers.items()}
     yield result(
-        OURS, task, seconds=ours, peak_bytes=peak_bytes[OURS], version=version("saevlm-fast"), this_over_ours=1.0,
+        OURS, task, seconds=ours, peak_bytes=peak_bytes[OURS], version=__version__, this_over_ours=1.0,
         this_over_encoder_gemm=median_ratio(ours, floor),
     )  # fmt: skip
     yield result(
