@@ -136,8 +136,8 @@ def train_sae_lens(task: Task, batches: Batches, sparse: bool = False) -> None:
         )
     )
     config = SAETrainerConfig(
-        total_training_samples=FOREVER * task.rows, train_batch_size_samples=task.rows, lr=task.lr, device=task.device,
-        dead_feature_window=DEAD_AFTER // task.rows,
+        total_training_samples=FOREVER * task.rows, train_batch_size_samples=task.rows, lr=task.lr, lr_end=task.lr,
+        device=task.device, dead_feature_window=DEAD_AFTER // task.rows,
     )  # fmt: skip
     SAETrainer(config, sae, batches).fit()
 
