@@ -339,7 +339,7 @@ def work(name: str, task: Task, connection: Connection) -> None:
             PEERS[name].loop(task, batches)
     except Exception as error:
         traceback.print_exc()
-        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200])
 
 
 class Failed(Exception):
