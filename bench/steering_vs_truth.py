@@ -2,77 +2,91 @@
 
 Scenes have labels, so it is known which value of which factor a latent stands for, and what the right answer is. An SAE
 is trained on the vision block that the language model reads, over tokens of scenes of the split `train`. A latent is
-well defined if it fires on 16 scenes of `test` or more and the 16 most activating ones all show one value: nothing
-of how it steers enters the choice, and no latent, seed or image is left out. Every such latent is clamped, at every
-strength and choice of tokens, on images that do not show its value; a success is an answer that is the value, word for
-word. Controls: no edit with the SAE attached, a random latent that fires, the sign flipped. What else the model knew of
-the image (another factor of the same object) is asked as well.
+well defined if it fires on 16 scenes of `test` or more and the 16 most activating ones all show one value, of any
+factor: nothing of how it steers enters the choice, and no latent, seed or image is left out. Every such latent is
+clamped on other scenes, of one object, that do not show its value (there are none without "one" object: such latents
+are counted, not tried). A success is an answer that is the value, word for word. What else the model knew of the image
+(another factor) is asked as well.
+
+Controls: the untouched model, the SAE attached without an edit, a random latent that fires, clamped at the same value
+(decoder rows have unit norm, so the change is as large), and the sign flipped.
 """
 
 import argparse
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from saevlm_fast.activations import open_activations
 from saevlm_fast.box_language import questions
 from saevlm_fast.box_models import PATCH_SIZE
-from saevlm_fast.codes import codes_of_rows, mean_pool_codes
+from saevlm_fast.codes import Codes, open_codes
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.files import atomic_write, write_json_atomic
+from saevlm_fast.ground_truth import CONCEPTS, FACTORS, concept_presence, shared_value
+from saevlm_fast.harvest import HarvestConfig, HarvestOptions, harvest
+from saevlm_fast.naming import top_images
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scenes import OBJECT_FACTORS, SCENE_FACTORS, VALUES, SceneBatch, Scenes
+from saevlm_fast.scene_images import PREFIX, open_scenes, scene_labels
+from saevlm_fast.scenes import SCENE_FACTORS, SceneBatch, Scenes
 from saevlm_fast.steered_answers import Row, SteeredAnswers
-from saevlm_fast.steering import blocks_read, clamp
+from saevlm_fast.steering import Edit, blocks_read, clamp
+from saevlm_fast.steering_score import N_TOP, firing_latents
 from saevlm_fast.text_models import load_llava
 from saevlm_fast.tokens import Tokens
 from saevlm_fast.tower import HookPoint
 from saevlm_fast.train import RunOptions, train
 from saevlm_fast.vision import load_tower
 
-FACTORS = ("colour", "shape", "texture", "background")
-BESIDE = {"colour": "shape", "shape": "colour", "texture": "shape", "background": "shape"}  # asked to see what is kept
-TOKEN_CHOICES, ERRORS = ("all", "patches", "object"), ("drop", "keep")
-N_TOP = 16
+TOKEN_CHOICES, ERRORS = ("all", "object"), ("drop", "keep")
+LONGEST = 3  # tokens of an answer: "top left" and its end
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """A well-defined latent: what it stands for, and the largest activation of a token over the test scenes."""
+    """A well-defined latent: the value it stands for, and the largest activation of a token over the test scenes."""
 
     latent: int
-    factor: str
-    value: int
+    concept: int
     largest: float
 
     @property
+    def factor(self) -> str:
+        return CONCEPTS[self.concept].factor
+
+    @property
     def word(self) -> str:
-        return VALUES[self.factor][self.value]
+        return CONCEPTS[self.concept].name
+
+    @property
+    def beside(self) -> str:
+        """The factor that is asked about to see what is kept."""
+        return "colour" if self.factor == "shape" else "shape"
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    spec = f"hf:{options.model}"
-    llava, processor = load_llava(spec)
+    llava, processor = load_llava(f"hf:{options.model}")
     layer = max(blocks_read(llava, llava.config.vision_config.num_hidden_layers) or {0})
-    sae = trained_sae(spec, layer, options)
-    test = Scenes(options.seed, "test").batch(0, options.test_scenes)
-    pooled_NS, largest_S = codes_of_scenes(spec, layer, sae, test, options)
-    meanings = well_defined(pooled_NS, largest_S, test)
-    alive = (pooled_NS > 0).any(0).nonzero().squeeze(1).tolist()
-    asked = one_object_scenes(options.seed, options.test_scenes, options.asked)
+    with tempfile.TemporaryDirectory() as folder:
+        sae, pooled, largest_S = sae_and_codes(layer, Path(folder), options)
+        labels = scene_labels(pooled.items()["image"].to_pylist())
+        meanings, alive = well_defined(pooled, largest_S, *labels), firing_latents(pooled).tolist()
     print(f"layer {layer}: {len(alive)} of {sae.config.d_sae} latents fire, {len(meanings)} well defined", flush=True)
-    results = []
+    scenes, results = one_object_scenes(options.seed, options.test_scenes, options.asked), []
     for error in ERRORS:
-        asking = SteeredAnswers(llava, processor, sae, layer, error=error, batch_size=256, max_new_tokens=2)
-        results += list(measure(asking, meanings, alive, asked, options))
+        asking = SteeredAnswers(llava, processor, sae, layer, error=error, batch_size=256, max_new_tokens=LONGEST)
+        results += list(measure(asking, meanings, alive, scenes, options))
     write_json_atomic(Path(options.output).with_suffix(".json"), results)
     text = report(results, meanings, layer, len(alive), options)
     print(text)
@@ -91,88 +105,69 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--test-scenes", type=int, default=3000)
-    parser.add_argument("--asked", type=int, default=64, help="scenes of one object; a latent's own value is left out")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1, 2, 4], help="times the largest seen")
+    parser.add_argument("--asked", type=int, default=20, help="scenes of one object; a latent's own value is left out")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[1, 2, 4], help="times the largest seen")
+    parser.add_argument("--control-strength", type=float, default=2, help="of the random latent and the flipped sign")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    if options.control_strength not in options.strengths:
+        parser.error("--control-strength must be one of --strengths, to compare with")
+    return options
 
 
 # The SAE and what its latents mean -----------------------------------------------------------------------------------
 
 
-def residuals(spec: str, layer: int, scenes: SceneBatch, tokens: str, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows [M, D], scene of every row [M], counted from 0), 256 scenes at a time."""
-    from PIL import Image
+def sae_and_codes(layer: int, folder: Path, options: argparse.Namespace) -> tuple[SparseAutoencoder, Codes, Tensor]:
+    """The SAE; codes of the test scenes, averaged over tokens; every latent's largest activation of one token [S]."""
+    train_on, test_on = (
+        f"{PREFIX}{split}:{n}:{options.seed}"
+        for split, n in (("train", options.train_scenes), ("test", options.test_scenes))
+    )
+    if options.sae is None:
+        train_sae(harvested(options.model, layer, train_on, options.tokens, folder / "train"), folder / "sae", options)
+    saved = options.sae or folder / "sae"
+    pooled = harvested(options.model, layer, test_on, "all", folder / "pooled", sae=saved, pool="mean")
+    single = harvested(options.model, layer, test_on, "all", folder / "single", sae=saved)
+    sae = SparseAutoencoder.from_pretrained(saved).eval()
+    return sae, open_codes(pooled), largest_activations(open_codes(single))
 
-    tower = load_tower(spec)
-    point = HookPoint("residual", layer)
-    with tower.hooked([point]) as hooked:
-        for start in range(0, len(scenes), 256):
-            images = [Image.fromarray(image) for image in scenes.images[start : start + 256]]
-            ids = [f"{name}/{start + i}" for i in range(len(images))]
-            selected = hooked.select(hooked(tower.preprocess(images))[point], Tokens.parse(tokens), ids)
-            yield selected.rows_MD, start + selected.image_of_row
+
+def harvested(model: str, layer: int, scenes: str, tokens: str, output: Path, **sae: Any) -> Path:
+    """The store of what one block of the model's vision tower gives for scenes:SPLIT:N:SEED."""
+    points, choice = (HookPoint("residual", layer),), (Tokens.parse(tokens),)
+    config = HarvestConfig(points, choice, batch_size=128, store_dtype="float32", **sae)
+    return harvest(open_scenes(scenes), load_tower(f"hf:{model}"), config, HarvestOptions(output, scenes)).stores[0]
 
 
-def trained_sae(spec: str, layer: int, options: argparse.Namespace) -> SparseAutoencoder:
-    if options.sae is not None:
-        return SparseAutoencoder.from_pretrained(options.sae)
-    scenes = Scenes(options.seed, "train").batch(0, options.train_scenes)
-    rows = torch.cat([rows for rows, _ in residuals(spec, layer, scenes, options.tokens, "train")])
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "activations.npy"
-        np.save(file, rows.numpy())
-        d_in = rows.shape[1]
-        config = SAEConfig(d_in, options.expansion * d_in, options.k, "batch_topk")
-        batch = 512
-        recipe = TrainConfig(
-            steps=options.steps, batch_size=batch, seed=options.seed, warmup_steps=options.steps // 10, lr=1e-3,
-            dead_after=options.steps * batch // 20,
-        )  # fmt: skip
-        sae, metrics = train(open_activations(file), config, recipe, RunOptions(Path(folder) / "sae", device="cpu"))
+def train_sae(activations: Path, output: Path, options: argparse.Namespace) -> None:
+    data, batch_size = open_activations(activations), 512
+    recipe = TrainConfig(
+        steps=options.steps, batch_size=batch_size, seed=options.seed, warmup_steps=options.steps // 10, lr=1e-3,
+        dead_after=options.steps * batch_size // 20,
+    )  # fmt: skip
+    config = SAEConfig(data.d, options.expansion * data.d, options.k, "batch_topk")
+    _, metrics = train(data, config, recipe, RunOptions(output, device="cpu"))
     print({name: round(value, 3) for name, value in metrics.items()}, flush=True)
-    return sae.eval()
 
 
-@torch.no_grad()
-def codes_of_scenes(
-    spec: str, layer: int, sae: SparseAutoencoder, scenes: SceneBatch, options: argparse.Namespace
-) -> tuple[Tensor, Tensor]:
-    """Codes averaged over all tokens of every scene [N, S], and every latent's largest activation of one token [S]."""
-    pooled_NS, largest_S = torch.zeros(len(scenes), sae.config.d_sae), torch.zeros(sae.config.d_sae)
-    for rows_MD, scene_M in residuals(spec, layer, scenes, "all", "test"):
-        codes = codes_of_rows(sae.encode(rows_MD.clone(), use_threshold=True))
-        end, first, n = int(codes.row_offsets[-1]), int(scene_M[0]), int(scene_M[-1] - scene_M[0]) + 1
-        largest_S.scatter_reduce_(0, codes.latents[:end], codes.acts[:end], "amax")
-        pooled = mean_pool_codes(codes, scene_M - first, n)
-        rows_P = torch.arange(n).repeat_interleave(pooled.row_offsets.diff())
-        pooled_NS[first + rows_P, pooled.latents] = pooled.acts
-    return pooled_NS, largest_S
+def largest_activations(codes: Codes) -> Tensor:
+    largest_S = torch.zeros(codes.d_sae)
+    with closing(codes.chunks(65536)) as chunks:
+        for _, acts_M, latents_M, _ in chunks:
+            largest_S.scatter_reduce_(0, latents_M, acts_M, "amax")
+    return largest_S
 
 
-def shown(scenes: SceneBatch, factor: str) -> np.ndarray:
-    """bool [N, V]: whether a scene shows a value."""
-    n_values = np.arange(len(VALUES[factor]))
-    if factor in SCENE_FACTORS:
-        return scenes.setting[:, SCENE_FACTORS.index(factor), None] == n_values
-    return (scenes.objects[:, :, OBJECT_FACTORS.index(factor), None] == n_values).any(1)
-
-
-def well_defined(pooled_NS: Tensor, largest_S: Tensor, scenes: SceneBatch) -> list[Meaning]:
+def well_defined(codes: Codes, largest_S: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndarray) -> list[Meaning]:
     """Of values that all 16 top scenes show, the rarest is meant."""
-    meanings = []
-    for latent in ((pooled_NS > 0).sum(0) >= N_TOP).nonzero().squeeze(1).tolist():
-        top = pooled_NS[:, latent].topk(N_TOP).indices.numpy()
-        found = []
-        for factor in FACTORS:
-            shown_NV = shown(scenes, factor)
-            common = np.flatnonzero(shown_NV[top].all(0))
-            found += [(float(shown_NV[:, v].mean()), factor, int(v)) for v in common]
-        if found:
-            _, factor, value = min(found)
-            meanings.append(Meaning(latent, factor, value, float(largest_S[latent])))
-    return meanings
+    tops = top_images(codes, range(codes.d_sae), N_TOP)
+    return [
+        Meaning(latent, CONCEPTS.index(value), float(largest_S[latent]))
+        for latent, (top, value) in enumerate(zip(tops, shared_value(tops, objects_NOF, setting_NF)))
+        if value is not None and len(top.images) == N_TOP
+    ]
 
 
 # Asking --------------------------------------------------------------------------------------------------------------
@@ -180,64 +175,96 @@ def well_defined(pooled_NS: Tensor, largest_S: Tensor, scenes: SceneBatch) -> li
 
 def one_object_scenes(seed: int, start: int, n: int) -> SceneBatch:
     """The next n scenes of one object of the split test, none of which a meaning was taken from."""
-    scenes = Scenes(seed, "test").batch(start, 6 * n)
+    scenes = Scenes(seed, "test").batch(start, 12 * n)  # a third has one object
     return scenes.take(np.flatnonzero(scenes.setting[:, SCENE_FACTORS.index("count")] == 0)[:n])
 
 
-def object_tokens(scenes: SceneBatch, i: int, n_prefix: int) -> Tensor:
-    """bool [T]: patches of which the object covers a quarter or more."""
-    mask_HW = torch.from_numpy(scenes.masks[i].any(0)).float()
-    covered = torch.nn.functional.avg_pool2d(mask_HW[None], PATCH_SIZE)[0].flatten() >= 0.25
-    return torch.cat([torch.zeros(n_prefix, dtype=torch.bool), covered])
+class Asked:
+    """Every scene, asked about every factor.
+
+    Attributes:
+        number: factor -> the question's number for every scene. right: factor -> the right answers. masks: choice of
+            tokens -> bool [T] for every scene. present_NC: which of CONCEPTS each scene shows. plain: (factor, whether
+            the SAE is attached) -> the answers without an edit.
+    """
+
+    def __init__(self, asking: SteeredAnswers, scenes: SceneBatch):
+        self.present_NC = concept_presence(scenes.objects, scenes.setting)
+        pictures = [Image.fromarray(image) for image in scenes.images]
+        found = [{q.asks: q for q in questions(*labels)} for labels in zip(scenes.objects, scenes.setting)]
+        self.right = {f: [of_scene[f].answer for of_scene in found] for f in FACTORS}
+        self.number = {f: [asking.ask(p, of_scene[f].text) for p, of_scene in zip(pictures, found)] for f in FACTORS}
+        self.masks = self._masks(scenes, asking.site.anatomy.n_prefix)
+        self.plain = {
+            (f, attached): asking.answers([Row(number, () if attached else None) for number in self.number[f]])
+            for f in FACTORS for attached in (False, True)
+        }  # fmt: skip
+
+    @staticmethod
+    def _masks(scenes: SceneBatch, n_prefix: int) -> dict[str, list[Tensor]]:
+        """Of the object: patches of which it covers a quarter or more."""
+        masks_N1HW = torch.from_numpy(scenes.masks.any(1, keepdims=True)).float()
+        covered_NP = torch.nn.functional.avg_pool2d(masks_N1HW, PATCH_SIZE).flatten(1) >= 0.25
+        object_NT = torch.nn.functional.pad(covered_NP, (n_prefix, 0), value=False)
+        return {"all": list(torch.ones_like(object_NT)), "object": list(object_NT)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way in which a latent is tried."""
+
+    tokens: str
+    strength: float
+    condition: str
+    edit: Edit
+
+    def rows(self, asked: Asked, factor: str, scenes: Sequence[int]) -> list[Row]:
+        return [Row(asked.number[factor][i], (self.edit,), mask=asked.masks[self.tokens][i]) for i in scenes]
+
+
+def trials(m: Meaning, alive: Sequence[int], options: argparse.Namespace) -> list[Trial]:
+    rng = np.random.default_rng((options.seed, m.latent))
+    random = int(rng.choice([k for k in alive if k != m.latent]))
+    at = options.control_strength
+    found = []
+    for tokens in TOKEN_CHOICES:
+        found += [Trial(tokens, s, "steered", clamp(m.latent, s * m.largest)) for s in options.strengths]
+        found.append(Trial(tokens, at, "random", clamp(random, at * m.largest)))
+        found.append(Trial(tokens, at, "flipped", clamp(m.latent, -at * m.largest)))
+    return found
 
 
 def measure(
     asking: SteeredAnswers, meanings: Sequence[Meaning], alive: Sequence[int], scenes: SceneBatch,
     options: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One result for every latent, choice of tokens, strength and condition."""
-    n_prefix = asking.site.anatomy.n_prefix
-    asked = {f: [question_about(asking, scenes, i, f) for i in range(len(scenes))] for f in FACTORS}
-    masks = {"all": [None] * len(scenes), "object": [object_tokens(scenes, i, n_prefix) for i in range(len(scenes))]}
-    n_tokens = len(masks["object"][0])
-    masks["patches"] = [torch.arange(n_tokens) >= n_prefix] * len(scenes)
-    plain = {
-        f: asking.answers([Row(q, edits) for edits in (None, ()) for q, _ in asked[f]]) for f in FACTORS
-    }  # untouched first, then with the SAE attached
+    """One result for every latent, choice of tokens, strength and condition; shares of the scenes asked about."""
+    asked, started, n_answers = Asked(asking, scenes), time.monotonic(), 0
     for m in meanings:
-        others = [i for i in range(len(scenes)) if not shown(scenes, m.factor)[i, m.value]]
-        rng = np.random.default_rng((options.seed, m.latent))
-        random = int(rng.choice([k for k in alive if k != m.latent]))
-        for tokens in TOKEN_CHOICES:
-            for strength in options.strengths:
-                alpha = strength * m.largest
-                edits = {"steered": clamp(m.latent, alpha), "random": clamp(random, alpha)}
-                edits["flipped"] = clamp(m.latent, -alpha)
-                for condition, edit in edits.items():
-                    factors = (m.factor, BESIDE[m.factor])
-                    rows = [Row(asked[f][i][0], (edit,), mask=masks[tokens][i]) for f in factors for i in others]
-                    answers = asking.answers(rows)
-                    direct, beside = answers[: len(others)], answers[len(others) :]
-                    yield {
-                        "latent": m.latent, "factor": m.factor, "value": m.word, "error": asking.error,
-                        "tokens": tokens, "strength": strength, "condition": condition,
-                        "success": share(a == m.word for a in direct),
-                        "beside": share(a == asked[factors[1]][i][1] for a, i in zip(beside, others)),
-                        "base": share(plain[m.factor][i] == m.word for i in others),
-                        "base_sae": share(plain[m.factor][len(scenes) + i] == m.word for i in others),
-                        "beside_plain": share(plain[factors[1]][i] == asked[factors[1]][i][1] for i in others),
-                        "beside_sae": share(
-                            plain[factors[1]][len(scenes) + i] == asked[factors[1]][i][1] for i in others
-                        ),
-                    }  # fmt: skip
-
-
-def question_about(asking: SteeredAnswers, scenes: SceneBatch, i: int, factor: str) -> tuple[int, str]:
-    """(number of the question, the right answer)."""
-    found = next(q for q in questions(scenes.objects[i], scenes.setting[i]) if q.asks == factor)
-    from PIL import Image
-
-    return asking.ask(Image.fromarray(scenes.images[i]), found.text), found.answer
+        others = np.flatnonzero(~asked.present_NC[:, m.concept]).tolist()
+        if not others:
+            continue
+        tried = trials(m, alive, options)
+        rows = [row for trial in tried for factor in (m.factor, m.beside) for row in trial.rows(asked, factor, others)]
+        answers = iter(asking.answers(rows))
+        n_answers += len(rows)
+        for trial in tried:
+            direct, beside = ([next(answers) for _ in others] for _ in range(2))
+            yield {
+                "latent": m.latent, "factor": m.factor, "value": m.word, "error": asking.error,
+                "tokens": trial.tokens, "strength": trial.strength, "condition": trial.condition, "n": len(others),
+                "success": share(answer == m.word for answer in direct),
+                "kept": share(answer == asked.right[m.beside][i] for answer, i in zip(beside, others)),
+                **{
+                    f"{name}_{what}": share(asked.plain[factor, attached][i] == wanted for i, wanted in expected)
+                    for name, attached in (("plain", False), ("sae", True))
+                    for what, factor, expected in (
+                        ("success", m.factor, [(i, m.word) for i in others]),
+                        ("kept", m.beside, [(i, asked.right[m.beside][i]) for i in others]),
+                    )
+                },
+            }  # fmt: skip
+    print(f"error={asking.error}: {n_answers:,} answers in {time.monotonic() - started:.0f} s", flush=True)
 
 
 def share(hits: Iterator[bool]) -> float:
@@ -249,42 +276,58 @@ def share(hits: Iterator[bool]) -> float:
 
 INTRODUCTION = """# Steering against the truth
 
-Block {layer}; {n_alive} latents fire, {n} of them are well defined (all 16 top scenes show one value): {counts}.
-{n_asked} scenes of one object are asked about, without those that show the value. Strength: times the latent's largest
-activation. In percent, means over latents: success, the answer is the latent's value; half, latents that succeed on
-half of the scenes or more; kept, another question is answered right; before, the same by the untouched model.
-
-| factor | error | tokens | strength | success | half | no edit | SAE alone | random | flipped | kept | before |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+Written by `bench/steering_vs_truth.py`. Block {layer}; {n_alive} latents fire, {n} are well defined (16 of 16 top
+scenes show one value): {counts}. The {n_tried} of them that scenes of one object can be asked about are tried, on those
+of {n_asked} such scenes that do not show the value. Strength: times the latent's largest activation. In percent, means
+over latents: success, the answer is the latent's value; half, latents that succeed on half of the scenes or more; kept,
+a question about another factor is answered right. Untouched, SAE: the same of the model as it is, and with the SAE
+attached but no edit. Random, flipped: success of another latent, and of the negative value. (Patches without CLS are
+not tried apart from all tokens: the language model is not given CLS.)
+"""
+COLUMNS = (
+    "success", "half", "untouched", "SAE", "random", "flipped", "kept", "kept, untouched", "kept, SAE",
+)  # fmt: skip
 
 
 def report(
     results: list[dict[str, Any]], meanings: Sequence[Meaning], layer: int, n_alive: int, options: argparse.Namespace
 ) -> str:
     counts = {f: sum(m.factor == f for m in meanings) for f in FACTORS}
-    lines = INTRODUCTION.format(
-        layer=layer, n_alive=n_alive, n=len(meanings), n_asked=options.asked,
+    n_tried = len({result["latent"] for result in results})
+    introduction = INTRODUCTION.format(
+        layer=layer, n_alive=n_alive, n=len(meanings), n_tried=n_tried, n_asked=options.asked,
         counts=", ".join(f"{factor} {count}" for factor, count in counts.items()),
-    ).splitlines()  # fmt: skip
-    for factor in FACTORS:
-        for error in ERRORS:
-            for tokens in TOKEN_CHOICES:
-                for strength in options.strengths:
-                    key = {"factor": factor, "error": error, "tokens": tokens, "strength": strength}
-                    chosen = [r for r in results if all(r[name] == value for name, value in key.items())]
-                    if chosen:
-                        lines.append("| " + " | ".join([*map(str, key.values()), *cells(chosen)]) + " |")
-    return "\n".join(lines) + "\n"
+    )  # fmt: skip
+    at = options.control_strength
+    factors = f"By factor, at strength {at:g}; drop and all are the paper's way, keep and object the gentlest."
+    return "\n".join([
+        introduction, *table(results, ("error", "tokens", "strength")), "", factors, "",
+        *table([r for r in results if r["strength"] == at and (r["error"], r["tokens"]) in
+                (("drop", "all"), ("keep", "object"))], ("factor", "error", "tokens")), "",
+    ])  # fmt: skip
+
+
+def table(results: list[dict[str, Any]], keys: tuple[str, ...]) -> list[str]:
+    """A line for every combination of the keys' values, in the order in which they come."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(tuple(result[key] for key in keys), []).append(result)
+    order = sorted(groups, key=lambda group: [str(value) for value in group])
+    lines = [(*keys, *COLUMNS), ("---",) * (len(keys) + len(COLUMNS))]
+    return ["| " + " | ".join(line) + " |" for line in [*lines, *((*map(str, g), *cells(groups[g])) for g in order)]]
 
 
 def cells(results: list[dict[str, Any]]) -> list[str]:
     of = {c: [r for r in results if r["condition"] == c] for c in ("steered", "random", "flipped")}
-    steered = of["steered"]
-    mean = lambda rows, name: f"{100 * np.mean([row[name] for row in rows]):.0f}"  # noqa: E731
-    half = f"{100 * np.mean([row['success'] >= 0.5 for row in steered]):.0f}"
+
+    def percent(condition: str, name: str) -> str:
+        return f"{100 * np.mean([row[name] for row in of[condition]]):.0f}" if of[condition] else ""
+
+    half = f"{100 * np.mean([row['success'] >= 0.5 for row in of['steered']]):.0f}"
     return [
-        mean(steered, "success"), half, mean(steered, "base"), mean(steered, "base_sae"), mean(of["random"], "success"),
-        mean(of["flipped"], "success"), mean(steered, "beside"), mean(steered, "beside_plain"),
+        percent("steered", "success"), half, percent("steered", "plain_success"), percent("steered", "sae_success"),
+        percent("random", "success"), percent("flipped", "success"),
+        percent("steered", "kept"), percent("steered", "plain_kept"), percent("steered", "sae_kept"),
     ]  # fmt: skip
 
 

@@ -14,12 +14,17 @@ def model_directory(name: str) -> Path:
     """Where a model of the box stands, every file of it checked (15 ms).
 
     Raises:
-        ValueError: not a model of the box; a file of it is missing or not what was shipped.
+        ValueError: not a model of the box; a file of it is missing, not what was shipped, or not on the list.
     """
     require(name in MODELS, f"model: {name!r} is not one of {', '.join(MODELS)}")
     sums = _read_checksums()
     listed = {file: digest for file, digest in sums.items() if file.startswith(f"{name}/")}
     require(len(listed) > 0, f"{name}: {ASSETS / CHECKSUMS} does not list it; install saevlm-fast again")
+    there = {file.relative_to(ASSETS).as_posix() for file in (ASSETS / name).glob("**/*") if file.is_file()}
+    strange = sorted(there - set(listed))  # a file more, or a list that was cut short
+    require(
+        not strange, f"{name}: {ASSETS / CHECKSUMS} does not list {strange and strange[0]}; install saevlm-fast again"
+    )
     for file, digest in listed.items():
         path = ASSETS / file
         require(path.is_file(), f"{name}: {path} is missing; install saevlm-fast again")

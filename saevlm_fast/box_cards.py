@@ -28,12 +28,12 @@ example of what contrast alone brings forth.
 
 Again: `python -m saevlm_fast.box_training all`. This card: `python -m saevlm_fast.box_cards`.
 
-## Zero-shot accuracy
+## Accuracy of the nearest text
 
 {n_scenes} scenes of each split. *test*: new scenes. *novel*: every object is a pair of shape and colour that training
 never showed. Accuracy: the nearest of the texts "a star", "a red thing", "a scene on teal", ... is right; scenes with
-one object for the factors of objects. Ranking: in scenes with several objects, how often a value that is shown is
-nearer than one that is not (50 % is chance).
+one object for the factors of objects. These texts were part of the training, so this is not zero-shot. Ranking: in
+scenes with several objects, how often a value that is shown is nearer than one that is not (50 % is chance).
 
 {table}
 """

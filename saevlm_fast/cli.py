@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from saevlm_fast.config import Interrupted
 
 if TYPE_CHECKING:
     from saevlm_fast.demo import Measured
+    from saevlm_fast.demo_steering import ColourLatent
     from saevlm_fast.harvest import HarvestSummary
     from saevlm_fast.monosemanticity import ScoreSummary
     from saevlm_fast.scene_stores import SceneStores
@@ -104,7 +106,10 @@ def synthetic(
 def harvest(
     model: Annotated[str, typer.Option(help="hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].")],
     images: Annotated[
-        str, typer.Option(help="Folder, list .txt, tar shards (glob or {000..012}), or a Hugging Face dataset on disk.")
+        str,
+        typer.Option(
+            help="Folder, list .txt, tar shards (glob or {000..012}), Hugging Face dataset on disk, or scenes:SPLIT:N."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Store; with several points or tokens, a directory of stores.")],
     layer: Annotated[list[str] | None, typer.Option(help="Block, from 0; several: 5,8,11. One pass.")] = None,
@@ -184,7 +189,9 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/DATE-TIME]")] = None,
     architecture: Annotated[str, typer.Option(help="batch_topk, topk or matryoshka.")] = "batch_topk",
-    expansion: Annotated[float | None, typer.Option(help="d_sae = expansion * d_in.  [default: 8]")] = None,
+    expansion: Annotated[
+        float | None, typer.Option(help="d_sae = expansion * d_in.  [default: 8; on the box 4]")
+    ] = None,
     d_sae: Annotated[int | None, typer.Option(help="Number of latents, instead of --expansion.")] = None,
     k: Annotated[
         int | None,
@@ -196,13 +203,13 @@ def train(
         str, typer.Option(help="Matryoshka group sizes as fractions of d_sae.")
     ] = "0.0625,0.125,0.25,0.5625",
     steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps.  [default: 110,000, as the paper; on the box 3,000]")
+        int | None, typer.Option(help="Optimiser steps.  [default: 110,000, as the paper; on the box 1,200]")
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
             help="Rows per step; an epoch's last partial batch is dropped, fewer rows are one batch.  "
-            "[default: 4096; on the box 1024]"
+            "[default: 4096; on the box 512]"
         ),
     ] = None,
     lr: Annotated[str, typer.Option(help="Learning rate; auto is 2e-4 / sqrt(d_sae / 16384).")] = "auto",
@@ -211,7 +218,7 @@ def train(
     dead_after: Annotated[
         int | None,
         typer.Option(
-            help="Rows without firing after which a latent is dead.  [default: 10,000,000; on the box 200,000]"
+            help="Rows without firing after which a latent is dead.  [default: 10,000,000; on the box 100,000]"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the rows.")] = 0,
@@ -235,17 +242,17 @@ def train(
 
     require(output is not None or not resume, "output: --resume needs the directory of the run")
     output = _new_run_directory() if output is None else output
-    recipe: dict[str, Any] = {"k": 20}
+    recipe: dict[str, Any] = {"k": 20, "expansion": 8.0}
     if activations is None:
         recipe = RECIPE
         activations = _scenes("train", device=device).activations
         validation = validation or _scenes("test", device=device).activations
-    given = {"k": k, "steps": steps, "batch_size": batch_size, "dead_after": dead_after}
+    given = {"k": k, "expansion": expansion, "steps": steps, "batch_size": batch_size, "dead_after": dead_after}
     chosen = recipe | {name: value for name, value in given.items() if value is not None}
     data = open_activations(activations)
     held_out = open_activations(validation) if validation is not None else None
     require(d_sae is None or expansion is None, "d_sae: give either --d-sae or --expansion, not both")
-    expansion = 8.0 if expansion is None else expansion
+    expansion = float(chosen.pop("expansion"))
     require(0 < expansion < 1e6, f"expansion: {expansion:g} must be positive and below 1e6")
     n_latents = d_sae if d_sae is not None else round(expansion * data.d)
     sizes = group_sizes_from_fractions(_fractions(groups), n_latents) if architecture == "matryoshka" else ()
@@ -286,65 +293,128 @@ def demo(
     """The whole way on what is in the box: scenes, SAEs, their scores against raw neurons and the truth, a picture."""
     from saevlm_fast.contact_sheet import save_sheet
     from saevlm_fast.demo import ARCHITECTURES, RAW, Scored, picture, train_on_scenes
+    from saevlm_fast.demo_steering import N_PATCH_SCENES, PATCHES, steer_colours
     from saevlm_fast.files import write_json_atomic
     from saevlm_fast.monosemanticity import write_scores
     from saevlm_fast.scene_stores import N_SCENES, RECIPE
     from saevlm_fast.train import RunOptions
 
     begun = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)  # before the work begins
     _step(1, f"scenes through tiny-clip ({N_SCENES['train']:,} to train on, {N_SCENES['test']:,} to test on)")
     train_on, test_on = _scenes("train", device=device), _scenes("test", device=device)
+
+    def trained_on(train_on: "SceneStores", test_on: "SceneStores", architecture: str, name: str, steps: int) -> Any:
+        options = RunOptions(output / name, device, resume=not force, force=force)
+        with TrainProgress(steps) as progress, _same_command():
+            return train_on_scenes(architecture, train_on, test_on, steps, options, progress.log, progress.step)
+
     trained: dict[str, Any] = {RAW: (None, None)}
     for i, architecture in enumerate(ARCHITECTURES):
         _step(2 + i, f"training a {architecture} SAE")
-        options = RunOptions(output / architecture, device, resume=not force, force=force)
-        with TrainProgress(RECIPE["steps"]) as progress:
-            trained[architecture] = train_on_scenes(
-                architecture, train_on, test_on, options, progress.log, progress.step
-            )
-    _step(2 + len(ARCHITECTURES), "scoring every latent against images and labels, drawing the best")
+        trained[architecture] = trained_on(train_on, test_on, architecture, architecture, RECIPE["steps"])
+    _step(4, "scoring every latent against images and labels")
     scored = []
     for name, (sae, _) in trained.items():
-        with _scoring_progress(N_SCENES["test"]) as advance:
+        with _bar("score", N_SCENES["test"]) as advance:
             scored.append(Scored(name, test_on, sae, advance))
         write_scores(scored[-1].scores, output / f"scores-{name.replace(' ', '-')}.parquet")
     table = [each.measured(metrics) for each, (_, metrics) in zip(scored, trained.values())]
-    write_json_atomic(output / "summary.json", [line.to_dict() for line in table])
-    save_sheet(picture(scored), output / "latents.png")
-    _print_demo(table, output, time.monotonic() - begun)
+    _step(5, "an SAE of patches, and tiny-llava steered by its latents")
+    train_on, test_on = (
+        _scenes(split, device=device, n=n, tokens=PATCHES[split]) for split, n in N_PATCH_SCENES.items()
+    )
+    sae, _ = trained_on(train_on, test_on, "batch_topk", "patches", RECIPE["steps"] // 2)
+    with _bar("steer") as advance:
+        steered = steer_colours(sae, test_on, advance)
+    summary = {"scores": [line.to_dict() for line in table], "steering": [asdict(line) for line in steered.latents]}
+    write_json_atomic(output / "summary.json", summary)
+    save_sheet(picture(scored, steered.section()), output / "latents.png")
+    for image in steered.images[:1]:
+        save_sheet(image, output / "scene.png")
+    _print_scored(table)
+    _print_steered(steered.latents)
+    _print_demo_files(output, steered.latents, time.monotonic() - begun)
+
+
+@contextmanager
+def _same_command() -> Iterator[None]:
+    """The demo has no --resume: it goes on by itself."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted("interrupted; the same command goes on where it stopped") from None
 
 
 def _step(number: int, what: str) -> None:
-    out.print(f"\n[{number}/4] {what}", style="bold", highlight=False, soft_wrap=True)
+    out.print(f"\n[{number}/5] {what}", style="bold", highlight=False, soft_wrap=True)
 
 
-def _print_demo(table: "list[Measured]", output: Path, seconds: float) -> None:
-    columns = ("of", "EV", "L0", "MS", "best MS", "purity", "MS ~ purity")
-    shown = Table("", *(Column(name, justify="right") for name in columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _print_scored(table: "list[Measured]") -> None:
+    names = ("latents", "EV", "L0", "MS", "best", "purity", "MS~purity")
+    columns = (Column(name, justify="right", no_wrap=True) for name in names)
+    shown = Table(Column("", no_wrap=True), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for line in table:
         shown.add_row(
-            line.name, f"{line.latents:,}",
+            line.name, f"{line.seen}/{line.latents}",
             "" if line.explained_variance is None else f"{line.explained_variance:.3f}",
             "" if line.l0 is None else f"{line.l0:.1f}", f"{line.ms_mean:.3f} +- {line.ms_std:.3f}",
             f"{line.ms_best:.3f}", f"{line.purity:.3f}", f"{line.correlation:.2f}",
         )  # fmt: skip
     out.print(shown)
     out.print(
-        "MS: whether a latent's images look alike to the model. Purity: whether they share a known factor, above its "
-        "base rate.\nMS ~ purity: rank correlation. EV: explained variance. All on scenes that no SAE was trained on.",
-        soft_wrap=True,
-        highlight=False,
-    )
-    names = ("latents.png", "summary.json", "scores-*.parquet", "batch_topk/", "matryoshka/")
+        "Latents: those that fire on 50 test scenes or more, of all; the scores are theirs. MS: whether a latent's\n"
+        "images look alike to the model. Purity: whether they share a known factor, above its base rate. MS~purity:\n"
+        "rank correlation. EV: explained variance. All on scenes that no SAE was trained on.",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _print_steered(latents: "list[ColourLatent]") -> None:
+    from saevlm_fast.demo_steering import QUESTION
+
+    if not latents:
+        out.print("No latent of the patches stands for a colour, so nothing was steered.")
+        return
+    names = ("latent", "purity", "clamped to", "as it is", "SAE alone", "random", "clamped")
+    columns = (Column(name, justify="right") for name in names)
+    shown = Table("colour", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    strongest = {each.colour: each for each in reversed(latents)}
+    for each in sorted(strongest.values(), key=lambda each: -each.alpha):
+        shares = (each.before, each.attached, each.random, each.clamped)
+        numbers = (str(each.latent), f"{each.purity:.2f}", f"{each.alpha:.1f}")
+        shown.add_row(each.colour, *numbers, *(f"{share:.0%}" for share in shares))
+    each_shares = [(each.before, each.attached, each.random, each.clamped) for each in latents]
+    means = [sum(column) / len(latents) for column in zip(*each_shares)]
+    shown.add_row(f"all {len(latents)}", "", "", "", *(f"{mean:.0%}" for mean in means))
+    out.print(shown)
     out.print(
-        f"{seconds:.0f} s; wrote {', '.join(str(output / name) for name in names)}", soft_wrap=True, highlight=False
-    )
-    out.print(
-        "Look at the picture. Next, the real thing:\n  saevlm-fast harvest --model "
-        "hf:openai/clip-vit-large-patch14-336 --images imagenet/train --output clip-train --layer 22 --tokens cls",
-        soft_wrap=True,
-        highlight=False,
-    )
+        f'Answers that are the latent\'s colour, to "{QUESTION}" about objects of other colours: of tiny-llava as it\n'
+        "is, with the SAE in place, with a random latent clamped, with this one clamped. The strongest latent of each\n"
+        "colour; in the last line the mean of all that stand for a colour (summary.json has each).",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _print_demo_files(output: Path, latents: "list[ColourLatent]", seconds: float) -> None:
+    from saevlm_fast.demo_steering import LLAVA, QUESTION
+    from saevlm_fast.scene_stores import LAYER
+
+    names = ("latents.png", "summary.json", "scores-*.parquet", "batch_topk/", "matryoshka/", "patches/")
+    lines = [f"{seconds:.0f} s; wrote {', '.join(str(output / name) for name in names)}", "Look at the picture."]
+    for each in latents[:1]:
+        lines += [
+            "Steer it yourself:",
+            f"  saevlm-fast steer --model hf:{LLAVA} --sae {output / 'patches'} --layer {LAYER} --image "
+            f"{output / 'scene.png'} --prompt '{QUESTION}' --latent {each.latent} --alpha {each.alpha:.0f}",
+        ]
+    lines += [
+        "Next, the real thing:",
+        "  saevlm-fast harvest --model hf:openai/clip-vit-large-patch14-336 --images imagenet/train "
+        "--output clip-train --layer 22",
+    ]
+    for line in lines:
+        out.print(line, soft_wrap=True, highlight=False)
 
 
 @app.command("ms-score")
@@ -405,7 +475,7 @@ def ms_score(
     acts = open_codes(codes) if activations is None and codes is not None else open_activations(activations or "")
     images = open_activations(embeddings or "")
     model = SparseAutoencoder.from_pretrained(sae, device=target) if sae is not None else None
-    with _scoring_progress(acts.n_rows) as advance:
+    with _bar("score", acts.n_rows) as advance:
         scores = score(
             acts, images, model, similarity=similarity, gamma=gamma, batch_rows=batch_size, device=target,
             on_rows=advance,
@@ -505,14 +575,14 @@ def steering_score_command(
         prompt=prompt or PROMPT, seed=seed,
     )  # fmt: skip
     asking = _steered_answers(model, sae, layer, device, dtype, tokens, error, False, batch_size, max_new_tokens)
-    embed = load_text_encoder(text_model, resolve_device(device), on_message=_say)
+    encoder = load_text_encoder(text_model, resolve_device(device), on_message=_say)
     sources = {
         "model": model, "sae": str(sae), "images": images, "codes": str(codes), "embeddings": str(embeddings),
         "text_model": text_model,
     }  # fmt: skip
     with _answering_progress() as on_rows:
         scores = steering_score(
-            asking, source, coded, embedded, embed, config, ScoreRun(output, sources, resume, force), on_rows
+            asking, source, coded, embedded, encoder, config, ScoreRun(output, sources, resume, force), on_rows
         )
     table = Table("condition", Column("mean +- std", justify="right"))
     for name, (mean, std) in scores.summary().items():
@@ -656,30 +726,41 @@ def _latest_run() -> Path:
     from saevlm_fast.sae import WEIGHTS_FILE
 
     finished = sorted(RUNS.glob(f"*/{WEIGHTS_FILE}"), key=lambda file: file.stat().st_mtime)
-    require(len(finished) > 0, f"sae: no finished run below {RUNS.absolute()}; train one, or give --sae DIR")
+    require(
+        len(finished) > 0,
+        f"sae: no finished run below {RUNS.absolute()}; train one, or give --sae DIR (of the demo: demo/batch_topk)",
+    )
     out.print(f"latest run: {finished[-1].parent}", highlight=False, soft_wrap=True)
     return finished[-1].parent
 
 
-def _scenes(split: str, sae: Path | None = None, device: str = "auto") -> "SceneStores":
+def _scenes(
+    split: str, sae: Path | None = None, device: str = "auto", n: int | None = None, tokens: str = "cls"
+) -> "SceneStores":
     """Activations (of the layer an SAE was trained on) and embeddings of the box's scenes, cached or harvested."""
     from saevlm_fast.scene_stores import LAYER, N_SCENES, harvest_scenes, scenes_of_sae
 
-    layer, tokens = scenes_of_sae(sae) if sae is not None else (LAYER, "cls")
+    layer, tokens = scenes_of_sae(sae) if sae is not None else (LAYER, tokens)
     with HarvestProgress(0, 1) as progress:
         say = lambda text: err.print(text, highlight=False, soft_wrap=True)  # noqa: E731
         return harvest_scenes(
-            split, N_SCENES[split], layer, tokens, device=device, on_message=say, on_images=progress.images
+            split, n or N_SCENES[split], layer, tokens, device=device, on_message=say, on_images=progress.images
         )
 
 
 @contextmanager
-def _scoring_progress(n_rows: int) -> Iterator[Callable[[int], None]]:
-    """A bar over the images; called with the number of rows done."""
-    columns = (TextColumn("score"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+def _bar(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, a line at the end elsewhere; called with the number done, and of all if not known before."""
+    columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
-        task = bar.add_task("score", total=n_rows)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(what, total=total)
+
+        def advance(done: int, total: int | None = total) -> None:
+            bar.update(task, completed=done, total=total)
+            if not out.is_terminal and done == total:
+                out.print(f"{what} {done:,}/{total:,}", highlight=False)
+
+        yield advance
 
 
 def _print_summary(summary: "ScoreSummary", what: str) -> None:

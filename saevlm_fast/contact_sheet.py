@@ -1,5 +1,7 @@
 """A picture of latents: one row each, with its names, its score and the images on which it is most active.
 
+A row may also be images with a few words under each, as the answers of a steered model.
+
 A sheet is a column of blocks (title, headings, rows) whose sizes are measured with the font before anything is drawn,
 so no text is cut off and nothing overlaps. The font is Pillow's own, which needs no file and has the ASCII characters
 and a few more; an accented letter is shown without its accent, what has no likeness as "?". Sizes are in pixels.
@@ -41,6 +43,7 @@ class Row:
         latent: its number. score: MS, NaN where it is not defined. n_active: images on which it fires.
         names: its nearest words, the nearest first; none is fine.
         images: of any mode and size, the most active first. activations: one for each image.
+        note: what else is known of the latent.
     """
 
     latent: int
@@ -49,6 +52,7 @@ class Row:
     names: Sequence[str]
     images: Sequence["Image"]
     activations: Sequence[float]
+    note: str = ""
 
     def __post_init__(self) -> None:
         n_images, n_acts = len(self.images), len(self.activations)
@@ -56,11 +60,31 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Captioned:
+    """Images with words under each.
+
+    Attributes:
+        title, notes: what stands beside the images.
+        captions: lines of text for every image, the last of which is emphasised; equally many for all.
+    """
+
+    title: str
+    notes: Sequence[str]
+    images: Sequence["Image"]
+    captions: Sequence[Sequence[str]]
+
+    def __post_init__(self) -> None:
+        n_images, n_captions = len(self.images), len(self.captions)
+        require(n_images == n_captions, f"captions: {n_captions} for the {n_images} images of {self.title!r}")
+        require(len({len(lines) for lines in self.captions}) <= 1, f"captions: not equally many lines, {self.title!r}")
+
+
+@dataclass(frozen=True)
 class Section:
     """Rows under a heading; unit is what they are called: latent, or neuron."""
 
     title: str
-    rows: Sequence[Row]
+    rows: Sequence[Row | Captioned]
     unit: str = "latent"
 
 
@@ -109,7 +133,7 @@ def _blocks(
     n_shown = max([min(len(row.images), columns) for section in sections for row in section.rows], default=0)
     tiles_x = _MARGIN + text_width + _TEXT_GAP
     width = max(_LEAST_WIDTH, tiles_x + n_shown * (tile + _TILE_GAP) - _TILE_GAP - _MARGIN)
-    notes = [_BAR_NOTE] if n_shown else []
+    notes = [_BAR_NOTE] if n_shown and any(isinstance(row, Row) for section in sections for row in section.rows) else []
     captions = [line for text in [caption, *notes] for line in _wrapped(text, _SMALL, _GREY, width)]
     blocks: list[_Heading | _RowBlock] = [_Heading(_wrapped(title, _TITLE, _INK, width) + captions, 0)]
     for section, section_texts in zip(sections, texts):
@@ -133,7 +157,7 @@ class _Heading:
         return _height(self.lines) + (6 if self.rule_width else 0)
 
     def draw(self, sheet: "Image", draw: "ImageDraw", y: int) -> None:
-        _draw_lines(draw, self.lines, y)
+        _draw_lines(draw, self.lines, _MARGIN, y)
         if self.rule_width:
             bottom = y + self.height - 1
             draw.line([(_MARGIN, bottom), (_MARGIN + self.rule_width - 1, bottom)], fill=_RULE)
@@ -141,9 +165,9 @@ class _Heading:
 
 @dataclass(frozen=True)
 class _RowBlock:
-    """A latent: its text, and beside it the images from left to right, each above its bar."""
+    """A latent: its text, and beside it the images from left to right, each above its bar or its caption."""
 
-    row: Row
+    row: Row | Captioned
     lines: Sequence["_Line"]
     tiles_x: int
     columns: int
@@ -152,15 +176,33 @@ class _RowBlock:
 
     @property
     def height(self) -> int:
-        return max(_height(self.lines), self.tile + _BAR_GAP + _BAR_HEIGHT)
+        below = _BAR_HEIGHT if isinstance(self.row, Row) else max(map(_height, self._captions), default=0)
+        return max(_height(self.lines), self.tile + _BAR_GAP + below)
+
+    @property
+    def _captions(self) -> list[list["_Line"]]:
+        if isinstance(self.row, Row):
+            return []
+        return [
+            [
+                _fitted(text, _SMALL, _INK if i == len(caption) - 1 else _GREY, self.tile)
+                for i, text in enumerate(caption)
+            ]
+            for caption in self.row.captions[: self.columns]
+        ]
 
     def draw(self, sheet: "Image", draw: "ImageDraw", y: int) -> None:
-        _draw_lines(draw, self.lines, y - 2)  # the ink of a line begins a little below its top
-        largest = max(self.row.activations, default=0.0)
-        for i, (image, act) in enumerate(zip(self.row.images[: self.columns], self.row.activations)):
-            x = self.tiles_x + i * (self.tile + _TILE_GAP)
+        _draw_lines(draw, self.lines, _MARGIN, y - 2)  # the ink of a line begins a little below its top
+        shown = self.row.images[: self.columns]
+        xs, below = [self.tiles_x + i * (self.tile + _TILE_GAP) for i in range(len(shown))], y + self.tile + _BAR_GAP
+        for x, image in zip(xs, shown):
             sheet.paste(_square(image, self.tile), (x, y))
-            self._draw_bar(draw, x, y + self.tile + _BAR_GAP, act / largest if largest > 0 else 0.0)
+        for x, lines in zip(xs, self._captions):
+            _draw_lines(draw, lines, x, below - 2)
+        if isinstance(self.row, Row):
+            largest = max(self.row.activations, default=0.0)
+            for x, act in zip(xs, self.row.activations):
+                self._draw_bar(draw, x, below, act / largest if largest > 0 else 0.0)
 
     def _draw_bar(self, draw: "ImageDraw", x: int, y: int, share: float) -> None:
         """A share of 0 or below, or NaN, is an empty bar."""
@@ -203,19 +245,22 @@ def _height(lines: Sequence[_Line]) -> int:
     return sum(line.height for line in lines)
 
 
-def _draw_lines(draw: "ImageDraw", lines: Sequence[_Line], y: int) -> None:
+def _draw_lines(draw: "ImageDraw", lines: Sequence[_Line], x: int, y: int) -> None:
     for line in lines:
-        draw.text((_MARGIN, y), line.text, fill=line.colour, font=_font(line.size))
+        draw.text((x, y), line.text, fill=line.colour, font=_font(line.size))
         y += line.height
 
 
-def _row_lines(row: Row, unit: str) -> list[_Line]:
-    """The nearest word, the others, then the numbers."""
+def _row_lines(row: Row | Captioned, unit: str) -> list[_Line]:
+    """The nearest word, the others, then the numbers; or the title and the notes."""
+    if isinstance(row, Captioned):
+        notes = [line for note in row.notes for line in _clipped(note, _SMALL, _GREY)]
+        return _clipped(row.title, _NAME, _INK) + notes
     score = f"MS {row.score:.3f}" if math.isfinite(row.score) else "MS undefined"
     numbers = [f"{unit} {row.latent}", score, f"active on {row.n_active:,} image{'' if row.n_active == 1 else 's'}"]
     lines = _clipped(row.names[0], _NAME, _INK) if row.names else []
     lines += _clipped(", ".join(row.names[1:]), _SMALL, _INK)
-    return lines + [_Line(text, _SMALL, _GREY) for text in numbers]
+    return lines + [_Line(text, _SMALL, _GREY) for text in numbers] + _clipped(row.note, _SMALL, _GREY)
 
 
 def _clipped(text: str, size: int, colour: str) -> list[_Line]:
@@ -223,10 +268,19 @@ def _clipped(text: str, size: int, colour: str) -> list[_Line]:
     lines = _wrapped(text, size, colour, _MOST_TEXT)
     if len(lines) <= _MOST_LINES:
         return lines
-    last = lines[_MOST_LINES - 1].text
-    while last and _font(size).getlength(f"{last}…") > _MOST_TEXT:
-        last = last[:-1]
-    return [*lines[: _MOST_LINES - 1], _Line(f"{last.rstrip(' ,')}…", size, colour)]
+    return [*lines[: _MOST_LINES - 1], _with_ellipsis(lines[_MOST_LINES - 1].text, size, colour, _MOST_TEXT)]
+
+
+def _fitted(text: str, size: int, colour: str, width: int) -> _Line:
+    """One line no wider than `width`."""
+    lines = _wrapped(text, size, colour, width)
+    return lines[0] if len(lines) == 1 else _with_ellipsis(_printable(text), size, colour, width)
+
+
+def _with_ellipsis(text: str, size: int, colour: str, width: int) -> _Line:
+    while text and _font(size).getlength(f"{text}…") > width:
+        text = text[:-1]
+    return _Line(f"{text.rstrip(' ,')}…", size, colour)
 
 
 def _wrapped(text: str, size: int, colour: str, width: int) -> list[_Line]:

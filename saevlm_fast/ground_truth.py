@@ -109,7 +109,7 @@ def latent_concepts(
     present_NC = torch.from_numpy(concept_presence(objects_NOF, setting_NF))
     labels = Activations(Path("labels"), [present_NC.float()], None, [])
     sums = accumulate(activations, labels, sae, similarity="dot", batch_rows=batch_rows, device=device)
-    return best_concepts(sums.mean_embedding(), present_NC.double().mean(0))
+    return best_concepts(sums.mean_embedding().cpu(), present_NC.double().mean(0))
 
 
 def best_concepts(share_SC: Tensor, base_C: Tensor) -> LatentConcepts:
@@ -156,6 +156,19 @@ def common_depth(tops: Sequence[TopImages], objects_NOF: np.ndarray, setting_NF:
             meet_SKK[shown_SKc @ shown_SKc.mT > 0] = depth
         depth_SF[:, f] = (meet_SKK * pairs_SKK).sum((1, 2), dtype=torch.float64) / pairs_SKK.sum((1, 2))
     return depth_SF
+
+
+def shared_value(tops: Sequence[TopImages], objects_NOF: np.ndarray, setting_NF: np.ndarray) -> list[Concept | None]:
+    """The value that every one of a latent's top images shows, the rarest of several; None if there is none.
+
+    A latent whose 16 most activating images share a value is called well defined (its purity may still be low: 16
+    images say nothing of the others). None for a latent without images, too.
+    """
+    present_NC = torch.from_numpy(concept_presence(objects_NOF, setting_NF))
+    values = [c for c, concept in enumerate(CONCEPTS) if concept.depth == VALUE_DEPTH]
+    rarest_first = sorted(values, key=lambda c: float(present_NC[:, c].float().mean()))
+    shared = [present_NC[top.images].all(0) if len(top.images) else torch.zeros(len(CONCEPTS)) for top in tops]
+    return [next((CONCEPTS[c] for c in rarest_first if shared_C[c]), None) for shared_C in shared]
 
 
 def chance_depth(objects_NOF: np.ndarray, setting_NF: np.ndarray) -> Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saevlm_fast.activations import Activations
 from saevlm_fast.codes import CodeRows, Codes, codes_of_rows
@@ -28,9 +28,7 @@ from saevlm_fast.config import require
 from saevlm_fast.kernels.segment_sum import entry_rows
 from saevlm_fast.monosemanticity import StreamedScore, checked_ids
 from saevlm_fast.sae import SparseAutoencoder, evaluating
-from saevlm_fast.vision import local_or_hub, one_line_errors, without_load_report
 
-TEXT_SPECS = "hf:NAME_OR_DIR (tiny-clip is in the box)"
 _SAME = 1e-12  # shorter differences of unit vectors are rounding
 _SIMILARITIES_AT_ONCE = 1 << 24
 
@@ -168,7 +166,7 @@ class _Best:
 
 
 def latent_directions(scores: StreamedScore) -> Tensor:
-    """Unit directions [S, E] float64 of every latent in the space of the embeddings (see the module's docstring).
+    """Unit directions of every latent in the space of the embeddings, [S, E] float64 on the CPU (see the module).
 
     Args:
         scores: cosine sums of all images: `monosemanticity.accumulate`, so one pass gives scores and names. The
@@ -179,7 +177,7 @@ def latent_directions(scores: StreamedScore) -> Tensor:
     """
     require(scores.similarity == "cosine", f"similarity: names need cosine sums, not {scores.similarity}")
     offsets_SE = (scores.mean_embedding() - scores.mean_of_images()).nan_to_num(0.0)
-    return _unit(offsets_SE)
+    return _unit(offsets_SE.cpu())
 
 
 def _unit(vectors_SE: Tensor) -> Tensor:
@@ -221,96 +219,6 @@ def read_words(path: str | os.PathLike[str], template: str = "a photo of {}") ->
     return Words(words, [template.replace("{}", word) for word in words])
 
 
-class TextTower:
-    """The text half of a transformers CLIPModel. Made by `TextTower.load`.
-
-    Attributes: spec; d, the width E of the shared space; max_tokens.
-    """
-
-    def __init__(self, spec: str, model: nn.Module, tokenizer: Any, device: torch.device | str = "cpu"):
-        config: Any = model.config
-        self.spec, self.d, self.max_tokens = spec, int(config.projection_dim), int(config.max_position_embeddings)
-        self.device = torch.device(device)
-        self._model = model.eval().requires_grad_(False).to(self.device)
-        self._tokenizer = tokenizer
-
-    @classmethod
-    def load(
-        cls, spec: str, device: torch.device | str = "cpu", on_message: Callable[[str], None] = print
-    ) -> "TextTower":
-        """Loads hf:NAME_OR_DIR in float32 as vision.load_tower does: local files first, the hub is announced.
-
-        ValueError, in one line: anything that is no whole CLIP with text tower and tokenizer.
-        """
-        prefix, _, name = spec.partition(":")
-        require(prefix == "hf" and name != "", f"model: {spec!r} is not {TEXT_SPECS}; only these have a text tower")
-        with one_line_errors(spec):
-            model, tokenizer = local_or_hub(
-                name, spec, lambda source, local: _text_model_and_tokenizer(source, spec, local), on_message
-            )
-        return cls(spec, model, tokenizer, device)
-
-    @torch.inference_mode()
-    def embed(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Text embeddings [M, E] float32, as projected, not normalised.
-
-        ValueError: a text that is too long for the tower, or has a word the tokenizer does not know.
-        """
-        parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-        embedded = [self._model(**self._tokens(part)).text_embeds.cpu() for part in parts]
-        return torch.cat(embedded) if embedded else torch.empty(0, self.d)
-
-    def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        tokens = self._tokenizer(list(texts), padding=True, return_tensors="pt")
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        for text, n_tokens in zip(texts, mask.sum(1).tolist()):
-            require(
-                n_tokens <= self.max_tokens,
-                f"texts: {text[:60]!r} has {n_tokens} tokens, {self.spec} takes at most {self.max_tokens}",
-            )
-        self._refuse_unknown(texts, ids)
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
-
-    def _refuse_unknown(self, texts: Sequence[str], ids: Tensor) -> None:
-        tokenizer = self._tokenizer
-        if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # CLIP's own: it knows every text
-            return
-        for text, unknown in zip(texts, (ids == tokenizer.unk_token_id).any(1).tolist()):
-            require(not unknown, f"texts: {text[:60]!r} has a word that {self.spec} does not know")
-
-
-def _text_model_and_tokenizer(source: str, spec: str, local: bool) -> tuple[nn.Module, Any]:
-    import transformers
-    from transformers import AutoConfig, AutoTokenizer
-
-    model_class: Any = transformers.CLIPTextModelWithProjection
-    config: Any = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    require(config.model_type == "clip", f"{spec}: a {config.model_type} model, not a CLIP, whose texts share a space")
-    text_config = config.text_config
-    text_config.projection_dim = config.projection_dim
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    _check_vocabulary(len(tokenizer), text_config.vocab_size)
-    with without_load_report():
-        model, info = model_class.from_pretrained(
-            source, config=text_config, local_files_only=local, dtype=torch.float32, weights_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    missing = sorted(info["missing_keys"])
-    require(not missing, f"{spec}: {len(missing)} weights of the text tower are missing, as {(missing or [''])[0]}")
-    return model, tokenizer
-
-
-def _check_vocabulary(n_tokens: int, vocab_size: int) -> None:
-    """Without its files transformers makes a tokenizer of special tokens alone, for which all texts are the same.
-
-    An OSError, so that a hub model whose vision tower alone is in the cache is asked of the hub.
-    """
-    if not vocab_size // 2 <= n_tokens <= vocab_size:
-        raise FileNotFoundError(
-            f"its tokenizer has {n_tokens} tokens, its text tower {vocab_size}: tokenizer.json is missing, or another's"
-        )
-
-
 # --- the nearest words ---
 
 
@@ -326,7 +234,7 @@ def nearest_words(directions_LE: Tensor, texts_ME: Tensor, words: Sequence[str],
 
     Args:
         directions_LE: rows of latent_directions; one that is zero gets no words.
-        texts_ME: TextTower.embed of all candidates, in the order of `words`.
+        texts_ME: text_models.TextEncoder.embed of all candidates, in the order of `words`.
         words: M names.
 
     Raises:

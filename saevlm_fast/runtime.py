@@ -49,6 +49,18 @@ def tf32_products(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """torch's CPU operations on one thread, or as before: threads that wait for each other cost a small step more
+    than they bring as soon as a core has other work (docs/decisions.md)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def interruptible() -> Iterator[threading.Event]:
     """An event that SIGINT or SIGTERM sets, so that a step is never cut in half. A second signal acts as usual."""
     event = threading.Event()

@@ -17,8 +17,8 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from saevlm_fast.activation_store import verify
-from saevlm_fast.config import require
-from saevlm_fast.harvest import HARVEST_FILE, LOCK_FILE, HarvestConfig, HarvestOptions, harvest
+from saevlm_fast.config import Interrupted, require
+from saevlm_fast.harvest import HARVEST_FILE, LOCK_FILE, HarvestConfig, HarvestOptions, HarvestSummary, harvest
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import read_sae_header
 from saevlm_fast.scene_images import PREFIX, open_scenes
@@ -29,9 +29,9 @@ from saevlm_fast.vision import load_tower
 CACHE_VARIABLE = "SAEVLM_FAST_CACHE"
 TOWER = "tiny-clip"
 LAYER = 3  # the last but one block: what tiny-llava reads, as the paper's block 22 of CLIP-L's 24
-N_SCENES = {"train": 20_000, "test": 5_000}
+N_SCENES = {"train": 10_000, "test": 5_000}
 # Of SAEs on them: in place of the paper's 110,000 steps of 4096 rows of a million images.
-RECIPE = {"k": 10, "steps": 3000, "batch_size": 1024, "dead_after": 200_000}
+RECIPE = {"k": 10, "expansion": 4, "steps": 1200, "batch_size": 512, "dead_after": 100_000}
 _POLL_SECONDS, _PATIENCE_SECONDS = 0.2, 3600.0
 
 
@@ -41,11 +41,12 @@ def cache_directory() -> Path:
     Raises:
         ValueError: it cannot be made, or is no directory.
     """
-    path = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("saevlm-fast", appauthor=False)).expanduser()
+    path = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("saevlm-fast", appauthor=False))
     try:
+        path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{CACHE_VARIABLE}: {path} cannot be made: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        raise ValueError(f"{CACHE_VARIABLE}: {path} cannot be made: {error}") from error
     return path
 
 
@@ -88,12 +89,12 @@ def harvest_scenes(
     key = hashlib.sha256(made_of.encode()).hexdigest()[:12]  # another model or version is another directory
     output = cache_directory() / f"{split}-{n}-residual-{layer}-{choice.name}-{key}"
     with _alone(output, on_message):
-        damage = _damage(output)
-        if damage is not None:
-            on_message(f"damaged cache, harvesting again: {damage}")
-            shutil.rmtree(output)
         options = HarvestOptions(output, scenes, resume=True)
-        summary = harvest(source, tower, config, options, on_images=on_images)
+        go_on = lambda: harvest(source, tower, config, options, on_images=on_images)  # noqa: E731
+        try:
+            summary = _go_on_or_begin_again(go_on, output, on_message)
+        except Interrupted:
+            raise Interrupted("interrupted; the same command goes on where it stopped") from None
     return SceneStores(output, *summary.stores)
 
 
@@ -121,8 +122,28 @@ def scenes_of_sae(sae_directory: Path) -> tuple[int, str]:
     return int(layer), str(tokens)
 
 
+def _go_on_or_begin_again(
+    go_on: Callable[[], HarvestSummary], output: Path, on_message: Callable[[str], None]
+) -> HarvestSummary:
+    """What is there is used if it is sound and harvest can go on with it."""
+    damage = _damage(output)
+    if damage is None:
+        was_there = output.exists()
+        try:
+            return go_on()
+        except ValueError as error:  # settings that are not those of the directory's name
+            if not was_there:
+                raise
+            damage = str(error)
+    on_message(f"damaged cache, harvesting again: {damage}")
+    shutil.rmtree(output) if output.is_dir() else output.unlink()
+    return go_on()
+
+
 def _damage(output: Path) -> str | None:
     """What is wrong with a harvest, finished or not; None if nothing is, or nothing is there."""
+    if output.exists() and not output.is_dir():
+        return f"{output} is not a directory"
     try:
         if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
             json.loads((output / HARVEST_FILE).read_text(encoding="utf-8"))

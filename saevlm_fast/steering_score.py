@@ -36,12 +36,12 @@ from saevlm_fast.codes import Codes
 from saevlm_fast.config import Interrupted, check_same_settings, require
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.images import ImageSource, decode
-from saevlm_fast.kernels.segment_sum import entry_rows
-from saevlm_fast.monosemanticity import check_scores_path, write_table
+from saevlm_fast.monosemanticity import check_scores_path, checked_ids, write_table
+from saevlm_fast.naming import top_images
 from saevlm_fast.runtime import interruptible
 from saevlm_fast.steered_answers import Row, SteeredAnswers
 from saevlm_fast.steering import clamp
-from saevlm_fast.text_models import Embed
+from saevlm_fast.text_models import TextEncoder
 
 PROMPT = "What is shown in this image? Use exactly one word!"
 CONDITIONS = ("steered", "sae_attached", "unsteered", "random_latent", "sign_flip", "difference_of_means")
@@ -93,52 +93,13 @@ class ScoreRun:
         return self.output.with_name(self.output.name + ".progress")
 
 
-class Targets(NamedTuple):
-    """Of every chosen latent: images int64 [L, K] by falling activation (then row), -1 where fewer fire.
-
-    n_top: int64 [L], images that fire, at most K. alive: int64, all latents of the SAE that fire anywhere.
-    """
-
-    images: Tensor
-    n_top: Tensor
-    alive: Tensor
-
-
-def top_images(codes: Codes, latents: Sequence[int], k: int = N_TOP, batch_rows: int = 65536) -> Targets:
-    """The k most activating rows of every latent, in one pass; memory of what is asked for."""
-    place_S = torch.full((codes.d_sae,), -1, dtype=torch.int64)
-    place_S[list(latents)] = torch.arange(len(latents))
+def firing_latents(codes: Codes, batch_rows: int = 65536) -> Tensor:
+    """int64, the latents that fire on any image."""
     fires_S = torch.zeros(codes.d_sae, dtype=torch.bool)
-    best = _Best(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
     with closing(codes.chunks(batch_rows)) as chunks:
-        for start, acts_M, latents_M, row_offsets in chunks:
+        for _, _, latents_M, _ in chunks:
             fires_S[latents_M] = True
-            chosen_M = place_S[latents_M] >= 0
-            rows_M = start + entry_rows(latents_M, row_offsets)[chosen_M]
-            new = _Best(acts_M[chosen_M], place_S[latents_M[chosen_M]], rows_M)
-            best = _largest(_Best(*(torch.cat(pair) for pair in zip(best, new))), k)
-    images_LK = torch.full((len(latents), k), -1)
-    images_LK[best.places, _rank_in_group(best.places)] = best.rows
-    return Targets(images_LK, (images_LK >= 0).sum(1), fires_S.nonzero().squeeze(1))
-
-
-class _Best(NamedTuple):
-    """Entries: activation, place of the latent in those chosen, row of the codes."""
-
-    acts: Tensor
-    places: Tensor
-    rows: Tensor
-
-
-def _largest(best: _Best, k: int) -> _Best:
-    """The k largest of every latent, sorted by latent, falling activation, row."""
-    order = torch.from_numpy(np.lexsort((best.rows.numpy(), -best.acts.numpy(), best.places.numpy())))
-    order = order[_rank_in_group(best.places[order]) < k]
-    return _Best(best.acts[order], best.places[order], best.rows[order])
-
-
-def _rank_in_group(sorted_M: Tensor) -> Tensor:
-    return torch.arange(len(sorted_M)) - torch.searchsorted(sorted_M, sorted_M)
+    return fires_S.nonzero().squeeze(1)
 
 
 class SteeringScores(NamedTuple):
@@ -167,7 +128,7 @@ def steering_score(
     source: ImageSource,
     codes: Codes,
     embeddings: Activations,
-    embed: Embed,
+    encoder: TextEncoder,
     config: ScoreConfig,
     run: ScoreRun,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
@@ -186,9 +147,9 @@ def steering_score(
     """
     check_scores_path(run.output)
     latents = config.latents or tuple(range(codes.d_sae))
-    _check_sides(asking, codes, embeddings, embed, latents)
+    _check_sides(asking, codes, embeddings, encoder, latents)
     _start_run(run, config, asking)
-    scorer = _Scorer(asking, _Pictures(source, codes), embed, config, top_images(codes, latents), embeddings)
+    scorer = _Scorer(asking, _Pictures(source, codes), encoder, config, latents, codes, embeddings)
     starts = range(0, len(latents), run.latents_per_block)
     blocks = [(run.progress / f"block_{start:06d}.json", start) for start in starts]
     todo = [block for block in blocks if not block[0].exists()]
@@ -216,7 +177,7 @@ def _stop_if_asked(stop: threading.Event, run: ScoreRun) -> None:
 
 
 def _check_sides(
-    asking: SteeredAnswers, codes: Codes, embeddings: Activations, embed: Embed, latents: Sequence[int]
+    asking: SteeredAnswers, codes: Codes, embeddings: Activations, encoder: TextEncoder, latents: Sequence[int]
 ) -> None:
     d_sae = asking.sae.config.d_sae
     require(codes.d_sae == d_sae, f"codes: of {codes.d_sae} latents ({codes.path}), but the SAE has {d_sae}")
@@ -229,15 +190,13 @@ def _check_sides(
         f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {codes.n_rows} of codes; row i of both must be "
         "the same image",
     )
-    width = embed([PROMPT]).shape[1]
     require(
-        embeddings.d == width,
-        f"embeddings: of width {embeddings.d} ({embeddings.path}), but the text model's have {width}; harvest them "
+        embeddings.d == encoder.d,
+        f"embeddings: of width {embeddings.d} ({embeddings.path}), but the text model's have {encoder.d}; harvest them "
         "with --point projection of the same model",
     )
-    if embeddings.has_items:
-        same = codes.items()["image"].equals(embeddings.items()["image"])
-        require(same, f"embeddings: the images of {embeddings.path} are not those of {codes.path}, row by row")
+    for _ in checked_ids(65536, codes, embeddings):
+        pass
 
 
 def _start_run(run: ScoreRun, config: ScoreConfig, asking: SteeredAnswers) -> None:
@@ -285,13 +244,15 @@ class _Scorer:
         self,
         asking: SteeredAnswers,
         pictures: _Pictures,
-        embed: Embed,
+        encoder: TextEncoder,
         config: ScoreConfig,
-        targets: Targets,
+        latents: Sequence[int],
+        codes: Codes,
         embeddings: Activations,
     ):
-        self.asking, self.pictures, self.embed, self.config = asking, pictures, embed, config
-        self.targets, self.embeddings = targets, embeddings
+        self.asking, self.pictures, self.encoder, self.config = asking, pictures, encoder, config
+        self.embeddings, self.alive = embeddings, firing_latents(codes)
+        self.tops = [top.images for top in top_images(codes, latents, N_TOP)]
         self._residuals: dict[int, Tensor] = {}
         self._words: dict[str, Tensor] = {}
         order = np.random.default_rng(config.seed).permutation(len(pictures))
@@ -310,12 +271,12 @@ class _Scorer:
 
     def n_rows(self, start: int, n: int) -> int:
         """Answers that a block needs; none for latents that never fire."""
-        return int((self.targets.n_top[start : start + n] > 0).sum()) * len(PER_LATENT) * len(self.questions)
+        return sum(len(top) > 0 for top in self.tops[start : start + n]) * len(PER_LATENT) * len(self.questions)
 
     def block(self, latents: Sequence[int], start: int, n: int, on_rows: Callable[[int], None]) -> list[dict[str, Any]]:
         """The table's rows of latents[start:start + n]."""
         places = range(start, min(start + n, len(latents)))
-        firing = [place for place in places if self.targets.n_top[place] > 0]
+        firing = [place for place in places if len(self.tops[place]) > 0]
         random = {place: self._random_latent(latents[place]) for place in firing}
         rows = [row for place in firing for row in self._rows(place, latents[place], random[place])]
         answers = iter(self.asking.answers(rows, on_rows))
@@ -327,7 +288,7 @@ class _Scorer:
         """PER_LATENT conditions in order, each for every image asked about."""
         norm_S = self.asking.sae.W_dec.detach().norm(dim=1)
         alpha = self.config.alpha
-        direction_D = self._mean_residual(self.targets.images[place, : self.targets.n_top[place]].tolist())
+        direction_D = self._mean_residual(self.tops[place].tolist())
         direction_D = (
             torch.nn.functional.normalize(direction_D - self.reference_D, dim=0) * alpha * float(norm_S[latent])
         )
@@ -338,7 +299,7 @@ class _Scorer:
 
     def _random_latent(self, latent: int) -> int:
         """Of those that fire somewhere, the same in every run."""
-        others = self.targets.alive[self.targets.alive != latent]
+        others = self.alive[self.alive != latent]
         require(len(others) > 0, "codes: only one latent fires, so there is no random one to compare with")
         return int(others[np.random.default_rng((self.config.seed, latent)).integers(len(others))])
 
@@ -352,11 +313,10 @@ class _Scorer:
         self, place: int, latent: int, random: int | None, given: dict[str, list[str]] | None
     ) -> dict[str, Any]:
         """One row of the table; NaN travels as None, which JSON has."""
-        n_top = int(self.targets.n_top[place])
-        row: dict[str, Any] = {"latent": latent, "n_top": n_top, "other_latent": random}
+        row: dict[str, Any] = {"latent": latent, "n_top": len(self.tops[place]), "other_latent": random}
         if given is None:
             return row | {"answer": None, "answer_share": None} | dict.fromkeys(CONDITIONS)
-        images_KE = self.embeddings.rows(self.targets.images[place, :n_top])
+        images_KE = self.embeddings.rows(self.tops[place])
         target_E = torch.nn.functional.normalize(torch.nn.functional.normalize(images_KE, dim=1).mean(0), dim=0)
         answer, count = Counter(given["steered"]).most_common(1)[0]
         row |= {"answer": answer, "answer_share": count / len(self.questions)}
@@ -366,7 +326,7 @@ class _Scorer:
         """Mean over the images asked about."""
         new = sorted(set(answers) - set(self._words))
         if new:
-            self._words.update(zip(new, self.embed(new)))
+            self._words.update(zip(new, self.encoder.embed(new, refuse=False)))  # answers are what they are
         return float(torch.stack([self._words[answer] for answer in answers]).double().mean(0) @ target_E.double())
 
 

@@ -34,13 +34,14 @@ from saevlm_fast.files import (
     save_safetensors_atomic,
     write_json_atomic,
 )
-from saevlm_fast.runtime import interruptible, resolve_device, tf32_products
+from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, with_metadata
 from saevlm_fast.step import StepOutput, Stepper, geometric_median, smallest_positive
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
 _CALIBRATION_ROWS = 4096
 _KEPT_CHECKPOINTS = 2
+_SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
 
 Metrics = dict[str, float]
 
@@ -105,7 +106,8 @@ def train(
     )
     run = _Run(activations, sae_config, config, options)
     run.open_directory()
-    with interruptible() as interrupted, tf32_products(config.dtype == "tf32"):
+    small = config.batch_size * sae_config.d_in * sae_config.d_sae < _SMALL_PRODUCT
+    with interruptible() as interrupted, tf32_products(config.dtype == "tf32"), one_thread(small):
         run.steps(on_log, on_step, interrupted)
         sae = run.export()
         sae.save_pretrained(options.output)

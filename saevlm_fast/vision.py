@@ -53,7 +53,7 @@ __all__ = [
     "wrap_transformers",
 ]
 
-SPECS = "hf:NAME_OR_DIR (tiny-clip is in the box), open_clip:ARCH/PRETRAINED_OR_FILE, timm:NAME[:FILE]"
+SPECS = "hf:NAME_OR_DIR (tiny-clip, tiny-llava: in the box), open_clip:ARCH/PRETRAINED_OR_FILE, timm:NAME[:FILE]"
 OFFLINE = {
     "hf": "hf:DIR, a directory with config.json, model.safetensors and preprocessor_config.json",
     "open_clip": "open_clip:ARCH/FILE.safetensors, or open_clip:local-dir:DIR, a directory with open_clip_config.json "
@@ -160,12 +160,15 @@ def _load_transformers(name: str, spec: str, device: torch.device, on_message: C
 def local_or_hub(
     name: str, spec: str, load: Callable[[str, bool], Loaded], on_message: Callable[[str], None]
 ) -> Loaded:
-    """load(NAME_OR_DIR, whether from local files alone): a directory, a model of the box, the hub's cache, the hub."""
+    """load(NAME_OR_DIR, whether from local files alone): a model of the box, a directory, the hub's cache, the hub.
+
+    The box first: a directory that happens to be called tiny-clip is ./tiny-clip.
+    """
+    if name in box.MODELS:
+        return load(str(box.model_directory(name)), True)
     if Path(name).is_dir():
         require((Path(name) / "config.json").is_file(), f"{spec}: {Path(name) / 'config.json'} is missing")
         return load(name, True)
-    if name in box.MODELS:
-        return load(str(box.model_directory(name)), True)
     require(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None, f"{spec}: no directory {name}")
     try:
         return load(name, True)

@@ -61,6 +61,7 @@ def test_truncated_and_missing_files_are_found(copied: Path) -> None:
         (None, r"SHA256SUMS is missing"),
         ("nonsense\n", r"SHA256SUMS is damaged"),
         ("", r"does not list it"),
+        ("0" * 64 + "  tiny-clip/config.json\n", r"does not list tiny-clip/README\.md; install saevlm-fast again"),
         ("\x00\xff", r"SHA256SUMS is damaged"),
     ],
 )
@@ -77,8 +78,9 @@ def test_other_names_are_not_in_the_box() -> None:
         box.model_directory("gpt")
 
 
-def test_a_directory_of_that_name_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_of_that_name_is_not_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny-clip").mkdir()
     monkeypatch.chdir(tmp_path)
+    assert load_tower("hf:tiny-clip").description()["blocks"] == 5
     with pytest.raises(ValueError, match=r"config\.json is missing"):
-        load_tower("hf:tiny-clip")
+        load_tower("hf:./tiny-clip")

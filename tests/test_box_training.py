@@ -1,11 +1,14 @@
 """The trained models are used through transformers: what training computes must be what a user's call computes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from saevlm_fast import box, box_cards, box_evaluation
 from saevlm_fast.box_evaluation import reply, value_prompts, zero_shot
 from saevlm_fast.box_language import DESCRIBE, ONE_WORD, Question
 from saevlm_fast.box_models import build_clip, build_llava, build_tokenizer, clip_processor, llava_processor
@@ -197,3 +200,38 @@ def test_pixels_are_the_image_processors() -> None:
     torch.testing.assert_close(
         pixels(images), clip_processor()(images=list(images), return_tensors="pt")["pixel_values"]
     )
+
+
+def test_the_llava_learns_from_scenes_that_nothing_else_uses() -> None:
+    """Neither tiny-clip's training nor any test: far on in the split train."""
+    processor = llava_processor()
+    pixel_values = llava_batch(processor.tokenizer, seed=0, step=2, batch_size=3)[0]
+    expected = Scenes(0, "train").batch((2**30 + 2) * 3, 3).images
+    assert torch.equal(pixel_values, pixels(expected))
+
+
+def test_answers_are_counted_word_for_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = Scenes(0, "test").batch(0, 40)
+
+    def says_one(llava: object, processor: object, images: list[np.ndarray], asked: list[str]) -> list[str]:
+        return ["one" for _ in asked]
+
+    monkeypatch.setattr(box_evaluation, "reply", says_one)
+    accuracy = box_evaluation.answer_accuracy(None, None, scenes)
+    assert accuracy["count"] == np.mean(scenes.setting[:, 2] == 0)
+    assert {name for name, share in accuracy.items() if share > 0} == {"count"}
+
+
+def test_the_shipped_llava_sees_through_the_shipped_clip() -> None:
+    llava, clip = (load_file(box.ASSETS / name / "model.safetensors") for name in ("tiny-llava", "tiny-clip"))
+    tower = {name.split("vision_tower.")[1]: weight for name, weight in llava.items() if "vision_tower." in name}
+    assert len(tower) > 50
+    for name, weight in tower.items():
+        assert torch.equal(weight, clip[f"vision_model.{name.removeprefix('vision_model.')}"]), name
+
+
+def test_cards_are_of_scenes_that_were_not_trained_on() -> None:
+    assert box_cards._SPLITS == ("test", "novel")
+    for name in box.MODELS:
+        card = (box.ASSETS / name / "README.md").read_text()
+        assert f"{json.loads((box.ASSETS / name / box_cards.RECORD).read_text())['steps']:,} steps" in card

@@ -1,12 +1,13 @@
 """Contact sheets: where tiles, bars and text are, found in the pixels; text that does not fit; files."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from saevlm_fast.contact_sheet import Row, Section, draw_sheet, save_sheet
+from saevlm_fast.contact_sheet import Captioned, Row, Section, draw_sheet, save_sheet
 
 COLOURS = [(200, 40 + 20 * i, 250 - 25 * i) for i in range(9)]  # none is a colour of the sheet's own
 BAR, TRACK = (47, 111, 181), (234, 238, 242)
@@ -171,3 +172,19 @@ def test_long_words_are_broken_and_nothing_of_a_title_is_lost():
     )
     assert empty == 0
     assert tenfold == pytest.approx(10 * once, rel=0.05)
+
+
+def test_words_stand_under_their_image_and_no_wider():
+    images = [plain(COLOURS[0]), plain(COLOURS[1])]
+    captioned = Captioned("teal", ["latent 3"], images, [("", "a long answer " * 9), ("cyan", "teal")])
+    sheet = draw_sheet("Steering", "", [Section("answers", [captioned])])
+    bare = draw_sheet("Steering", "", [Section("answers", [replace(captioned, captions=[(), ()])])])
+    assert sheet.height > bare.height
+    tiles = [where(sheet, colour) for colour in COLOURS[:2]]
+    for left, _, right, bottom in tiles:
+        assert ink(sheet, left, bottom, right, sheet.height) > 50 > ink(bare, left, bottom, right, bare.height) == 0
+    assert ink(sheet, tiles[0][2], tiles[0][3], tiles[1][0], sheet.height) == 0  # between the images nothing
+    with pytest.raises(ValueError, match="captions: 1 for the 2 images of 'teal'"):
+        replace(captioned, captions=[("cyan",)])
+    with pytest.raises(ValueError, match="captions: not equally many lines, 'teal'"):
+        replace(captioned, captions=[("cyan",), ("cyan", "teal")])

@@ -23,6 +23,7 @@ from saevlm_fast.ground_truth import (
     common_depth,
     concept_presence,
     latent_concepts,
+    shared_value,
     spearman,
 )
 from saevlm_fast.monosemanticity import STATUSES, score
@@ -230,3 +231,17 @@ def test_spearman_is_pearson_of_average_ranks(pairs):
         assert math.isnan(spearman(a, b))
     else:
         assert spearman(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+def test_shared_value_is_the_rarest_that_all_images_show():
+    objects, setting = Scenes(3, "test").labels(0, 3000)
+    present = concept_presence(objects, setting)
+    place = {(concept.factor, concept.name): c for c, concept in enumerate(CONCEPTS)}
+    stars, teal = present[:, place["shape", "star"]], present[:, place["background", "teal"]]
+    both = np.flatnonzero(stars & teal)  # teal scenes are rarer than scenes with a star
+    nothing = [int(np.flatnonzero(teal)[0]), *np.flatnonzero(present[:, place["background", "navy"]])]
+    groups = [both, np.flatnonzero(stars), nothing, []]
+    tops = [TopImages(torch.tensor(group, dtype=torch.int64), torch.ones(len(group))) for group in groups]
+    found = shared_value(tops, objects, setting)
+    assert [value and value.name for value in found] == ["teal", "star", None, None]
+    assert {value.depth for value in found if value} == {2}

@@ -1,4 +1,4 @@
-"""Top images against brute force; directions against their definition; words of planted concepts; the text tower."""
+"""Top images against brute force; directions against their definition; words of planted concepts."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from saevlm_fast.activations import Activations, ActivationWriter, open_activati
 from saevlm_fast.codes import CodesWriter, open_codes
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.monosemanticity import accumulate
-from saevlm_fast.naming import TextTower, latent_directions, nearest_words, read_words, scene_words, top_images
+from saevlm_fast.naming import latent_directions, nearest_words, read_words, scene_words, top_images
 from saevlm_fast.sae import SparseAutoencoder
 
 SOURCE = {"model": "planted", "sae": "planted"}
@@ -226,72 +226,3 @@ def test_read_words(tmp_path):
     file.write_text("\n")
     with pytest.raises(ValueError, match="has no words"):
         read_words(file)
-
-
-# --- the text tower ---
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """tiny-clip with random weights, and its directory."""
-    from saevlm_fast.box_models import build_clip, clip_processor
-
-    torch.manual_seed(0)
-    model = build_clip().eval()
-    directory = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(directory)
-    clip_processor().save_pretrained(directory)
-    return model, directory
-
-
-@torch.inference_mode()
-def test_text_embeddings_are_the_models_own_alone_and_in_batches(clip):
-    from transformers import AutoTokenizer
-
-    model, directory = clip
-    texts = scene_words().texts[:20]
-    tower = TextTower.load(f"hf:{directory}")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    expected = [model.text_model(**tokenizer(text, return_tensors="pt")).pooler_output for text in texts]
-    expected_ME = model.text_projection(torch.cat(expected))
-    for batch_size in (256, 3, 1):
-        torch.testing.assert_close(tower.embed(texts, batch_size), expected_ME, rtol=1e-4, atol=1e-5)
-    assert tower.d == 128
-    assert tower.embed([]).shape == (0, 128)
-
-
-def test_text_tower_refuses_what_it_would_misread(clip):
-    tower = TextTower.load(f"hf:{clip[1]}")
-    with pytest.raises(ValueError, match=r"^texts: 'a zebra' has a word that hf:.* does not know"):
-        tower.embed(["a star", "a zebra"])
-    with pytest.raises(ValueError, match=r"^texts: 'a star a star.*' has 102 tokens, hf:.* takes at most 40"):
-        tower.embed(["a star " * 50])
-
-
-def test_text_tower_refuses_what_is_no_whole_clip(clip, tmp_path):
-    from safetensors.torch import load_file, save_file
-    from transformers import ViTConfig
-
-    from tiny_tower import save_clip
-
-    no_tokenizer = save_clip(tmp_path / "no_tokenizer")
-    ViTConfig().save_pretrained(tmp_path / "vit")
-    partial = tmp_path / "partial"
-    partial.mkdir()
-    for file in clip[1].iterdir():
-        (partial / file.name).write_bytes(file.read_bytes())
-    weights = load_file(partial / "model.safetensors")
-    del weights["text_projection.weight"]
-    save_file(weights, partial / "model.safetensors", {"format": "pt"})
-    for spec, message in (
-        ("open_clip:ViT-B-32/openai", "is not hf:NAME_OR_DIR"),
-        (f"hf:{tmp_path / 'none'}", "no directory"),
-        (f"hf:{tmp_path}", "config.json is missing"),
-        (f"hf:{tmp_path / 'vit'}", "a vit model, not a CLIP"),
-        (f"hf:{no_tokenizer}", "its tokenizer has 2 tokens, its text tower 50"),
-        (f"hf:{partial}", "1 weights of the text tower are missing, as text_projection.weight"),
-    ):
-        with pytest.raises(ValueError, match=message) as caught:
-            TextTower.load(spec)
-        assert "\n" not in str(caught.value)
-        assert spec in str(caught.value)

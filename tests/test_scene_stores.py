@@ -1,6 +1,7 @@
 """The cache of harvested scenes: used when it is sound, made again when it is not, by one process at a time."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,26 @@ def test_half_a_record_is_damage(cache: Path, file: str) -> None:
     assert told.n_images == N
     assert len(told.messages) == 1
     assert json.loads((directory / file).read_text()) == json.loads(whole)
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", '{"model": {}, "images": {}, "harvest": {}}'])
+def test_a_record_of_something_else_is_damage(cache: Path, record: str) -> None:
+    told = Told()
+    file = told().directory / "harvest.json"
+    whole = file.read_text()
+    file.write_text(record)
+    told()
+    assert (told.n_images, len(told.messages)) == (N, 1)
+    assert json.loads(file.read_text()) == json.loads(whole)
+
+
+def test_a_file_in_the_place_of_a_cache_is_damage(cache: Path) -> None:
+    told = Told()
+    directory = told().directory
+    shutil.rmtree(directory)
+    directory.write_text("no directory")
+    told()
+    assert (told.n_images, len(told.messages)) == (N, 1)
 
 
 def test_a_missing_store_is_harvested(cache: Path) -> None:

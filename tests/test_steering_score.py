@@ -1,6 +1,8 @@
 """The commands steer and steering-score on a small random LLaVA: against a plain re-implementation, and resumed."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,11 +23,11 @@ from saevlm_fast.steering_score import (
     PROMPT,
     ScoreConfig,
     ScoreRun,
+    firing_latents,
     steering_score,
-    top_images,
 )
 from saevlm_fast.text_models import load_llava, load_text_encoder
-from test_cli import run
+from test_cli import ROOT, run
 from tiny_tower import save_photos
 
 LAYER, N_IMAGES, S, DEAD, ALPHA = 2, 40, 48, 7, 30.0
@@ -61,6 +63,16 @@ def box(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def pieces(box):
+    """(asking, images, codes, embeddings, text encoder), as steering_score takes them."""
+    model, processor = load_llava(f"hf:{box / 'llava'}")
+    sae = SparseAutoencoder.from_pretrained(box / "sae")
+    asking = SteeredAnswers(model, processor, sae, LAYER, max_new_tokens=2)
+    sides = open_images(str(box / "photos")), open_codes(box / "codes"), open_activations(box / "embeddings")
+    return asking, *sides, load_text_encoder(f"hf:{box / 'clip'}")
+
+
 def score_command(box, output, *more, code=0):
     return run(
         "steering-score", "--model", f"hf:{box / 'llava'}", "--sae", box / "sae", "--layer", LAYER,
@@ -79,32 +91,24 @@ def dense_codes(codes):
     return dense
 
 
-def test_top_images_are_those_of_a_plain_sort(box):
+def test_latents_that_fire_anywhere(box):
     codes = open_codes(box / "codes")
-    dense = dense_codes(codes).numpy()
-    latents = [5, 3, DEAD, 40]
-    targets = top_images(codes, latents, k=4, batch_rows=9)
-    for place, latent in enumerate(latents):
-        order = np.lexsort((np.arange(N_IMAGES), -dense[:, latent]))
-        expected = [int(row) for row in order[:4] if dense[row, latent] > 0]
-        assert targets.images[place, : len(expected)].tolist() == expected
-        assert targets.n_top[place] == len(expected)
-    assert targets.alive.tolist() == np.flatnonzero(dense.any(0)).tolist()
-    assert DEAD not in targets.alive
+    firing = firing_latents(codes, batch_rows=9).tolist()
+    assert firing == dense_codes(codes).any(0).nonzero().flatten().tolist()
+    assert DEAD not in firing
 
 
 @torch.no_grad()
-def plain_score(box, latent, edits, images):
+def plain_score(pieces, latent, edits, images):
     """One answer at a time, through the hooks, embedded and compared by hand; edits None: no SAE."""
-    llava, processor = load_llava(f"hf:{box / 'llava'}")
-    sae = SparseAutoencoder.from_pretrained(box / "sae")
-    embed = load_text_encoder(f"hf:{box / 'clip'}")
+    asking, _, codes, embeddings, encoder = pieces
+    llava, processor, sae = asking.model, asking.processor, asking.sae
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
     cosines = []
-    activations = dense_codes(open_codes(box / "codes"))[:, latent]
+    activations = dense_codes(codes)[:, latent]
     top = activations.argsort(descending=True, stable=True)[: min(16, int((activations > 0).sum()))]
-    emb = open_activations(box / "embeddings").rows(top)
+    emb = embeddings.rows(top)
     target = (emb / emb.norm(dim=1, keepdim=True)).mean(0)
     for image in images:
         inputs = processor(text=[text], images=[image], return_tensors="pt")
@@ -114,7 +118,7 @@ def plain_score(box, latent, edits, images):
             with steer(llava, sae, LAYER, edits):
                 tokens = llava.generate(**inputs, max_new_tokens=2, do_sample=False)
         answer = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
-        cosines.append(float(torch.cosine_similarity(embed([answer])[0], target, dim=0)))
+        cosines.append(float(torch.cosine_similarity(encoder.embed([answer], refuse=False)[0], target, dim=0)))
     return np.mean(cosines)
 
 
@@ -124,7 +128,7 @@ def asked_images(box, n):
     return [Image.open(box / "photos" / source.image_id(int(i))).convert("RGB") for i in order]
 
 
-def test_the_command_writes_what_a_plain_loop_gives(box, tmp_path):
+def test_the_command_writes_what_a_plain_loop_gives(box, pieces, tmp_path):
     text = score_command(box, tmp_path / "score.parquet", "--latents", "4:8")
     assert "difference_of_means" in text
     assert "24/24 answers" in text  # three latents that fire, four conditions, two images
@@ -133,7 +137,7 @@ def test_the_command_writes_what_a_plain_loop_gives(box, tmp_path):
     assert list(rows) == [4, 5, 6, 7]
     assert table.schema.metadata[b"alpha"] == b"30"
     images = asked_images(box, 2)
-    norms = SparseAutoencoder.from_pretrained(box / "sae").W_dec.detach().norm(dim=1)
+    norms = pieces[0].sae.W_dec.detach().norm(dim=1)
     for latent in (4, 6):
         row = rows[latent]
         equal = ALPHA * float(norms[latent] / norms[row["other_latent"]])
@@ -142,7 +146,7 @@ def test_the_command_writes_what_a_plain_loop_gives(box, tmp_path):
             "random_latent": [clamp(row["other_latent"], equal)], "sign_flip": [clamp(latent, -ALPHA)],
         }  # fmt: skip
         for name, edit in edits.items():
-            assert row[name] == pytest.approx(plain_score(box, latent, edit, images), abs=1e-5), name
+            assert row[name] == pytest.approx(plain_score(pieces, latent, edit, images), abs=1e-5), name
     dead = rows[DEAD]
     assert dead["n_top"] == 0
     assert dead["other_latent"] is None
@@ -151,13 +155,13 @@ def test_the_command_writes_what_a_plain_loop_gives(box, tmp_path):
 
 
 @torch.no_grad()
-def test_the_difference_of_means_is_what_its_definition_says(box, tmp_path):
+def test_the_difference_of_means_is_what_its_definition_says(box, pieces, tmp_path):
     """The whole model with hooks of its own: mean residuals by hand, the direction added to the reconstruction."""
     latent, n_reference = 5, 6
-    asking, source, codes, embeddings, embed = pieces(box)
+    asking, source, codes, embeddings, encoder = pieces
     config = ScoreConfig((latent,), ALPHA, ask=2, n_reference=n_reference)
     run_ = ScoreRun(tmp_path / "score.json", {})
-    table = steering_score(asking, source, codes, embeddings, embed, config, run_).table
+    table = steering_score(asking, source, codes, embeddings, encoder, config, run_).table
     llava, processor = load_llava(f"hf:{box / 'llava'}")
     sae, block, caught = asking.sae, llava.model.vision_tower.encoder.layers[LAYER], []
     text = f"user: <image> {PROMPT} assistant:"
@@ -184,20 +188,12 @@ def test_the_difference_of_means_is_what_its_definition_says(box, tmp_path):
         inputs = processor(text=[text], images=[image], return_tensors="pt")
         tokens = llava.generate(**inputs, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         answer = processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
-        cosines.append(float(torch.cosine_similarity(embed([answer])[0], target, dim=0)))
+        cosines.append(float(torch.cosine_similarity(encoder.embed([answer], refuse=False)[0], target, dim=0)))
     assert table["difference_of_means"][0].as_py() == pytest.approx(np.mean(cosines), abs=1e-5)
 
 
-def pieces(box):
-    model, processor = load_llava(f"hf:{box / 'llava'}")
-    sae = SparseAutoencoder.from_pretrained(box / "sae")
-    asking = SteeredAnswers(model, processor, sae, LAYER, max_new_tokens=2)
-    sides = open_images(str(box / "photos")), open_codes(box / "codes"), open_activations(box / "embeddings")
-    return asking, *sides, load_text_encoder(f"hf:{box / 'clip'}")
-
-
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_table(box, tmp_path, monkeypatch):
-    arguments, config = pieces(box), ScoreConfig(latents=tuple(range(6)), alpha=ALPHA, ask=1, n_reference=4)
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_table(pieces, tmp_path, monkeypatch):
+    arguments, config = pieces, ScoreConfig(latents=tuple(range(6)), alpha=ALPHA, ask=1, n_reference=4)
     whole = steering_score(*arguments, config, ScoreRun(tmp_path / "whole.json", {}, latents_per_block=2)).table
     stops = iter([False, True])
     monkeypatch.setattr("saevlm_fast.steering_score._stop_if_asked", lambda stop, run: _raise_if(next(stops)))
@@ -260,3 +256,17 @@ def test_steer_refuses_in_one_line(box):
     text = run("steer", "--model", "timm:x", "--sae", box / "sae", "--layer", 1, "--image", box / "none.png",
                "--prompt", "?", "--latent", 1, "--alpha", 1, code=2)  # fmt: skip
     assert "is not a file" in text
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    readme = (Path(ROOT) / "README.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "SteeredAnswers" in block)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (60, 50), "red").save("photo.png")
+    SparseAutoencoder(SAEConfig(128, 32, 4, "topk")).save_pretrained("sae")
+    names: dict = {}
+    exec(example, names)
+    assert len(names["answers"]) == 17
+    new = names["tokens"][:, names["inputs"]["input_ids"].shape[1] :]
+    first_word = names["processor"].batch_decode(new, skip_special_tokens=True)[0].split()[0]
+    assert names["answers"][13].startswith(first_word)  # latent 12
