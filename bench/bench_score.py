@@ -1,7 +1,8 @@
 """The Monosemanticity Score: streamed and pairwise beside dense torch and the paper's double loop over pairs."""
 
+import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent
 from saevlm_fast.monosemanticity import StreamedScore
 
 GOAL = {"clip-b32-x8": 1000.0}  # times the double loop's speed on CPU, N = 5000
+# Times the speed of a double loop over blocks on CPU. Not raw neurons under rbf: there every pair needs its tile.
+BLOCK_LOOP_GOAL = 5.0
 GPU = torch.cuda.is_available()
 
 
@@ -43,6 +46,10 @@ def case(request):
 
 @pytest.fixture
 def codes(case, device):
+    return make_codes(case, device)
+
+
+def make_codes(case, device):
     """(acts, latents) [N, K], latents ascending, low ones far more often than high ones; embeddings [N, E] float32."""
     generator = torch.Generator().manual_seed(0)
     popular_NK = torch.rand(case.n_images, case.k, generator=generator).square() * (case.d_sae - case.k)
@@ -58,10 +65,10 @@ def streamed(acts_NK, latents_NK, emb_NE, d_sae):
     return score.result().ms
 
 
-def pairwise(acts_NK, latents_NK, emb_NE, d_sae):
+def pairwise(acts_NK, latents_NK, emb_NE, d_sae, similarity="cosine"):
     order_M, offsets_S1 = group_by_latent(latents_NK, None, d_sae)
     images_M = entry_rows(latents_NK, None)[order_M]
-    num_S, den_S = pairwise_gram_sums(acts_NK.flatten()[order_M], images_M, offsets_S1, emb_NE)
+    num_S, den_S = pairwise_gram_sums(acts_NK.flatten()[order_M], images_M, offsets_S1, emb_NE, similarity)
     return num_S / den_S
 
 
@@ -99,6 +106,29 @@ def double_loop(acts_NS, emb_NE, rows=None):
             weight_S = r_NS[i] * r_NS[j]
             num_S += weight_S * (unit_NE[i] @ unit_NE[j])
             den_S += weight_S
+    return num_S / den_S
+
+
+def block_loop(acts_NS, emb_NE, similarity="cosine", block=1024):
+    """What one writes in torch: a double loop over blocks of images, each pair of blocks once, float64."""
+    unit_NE = torch.nn.functional.normalize(emb_NE.double(), dim=1) if similarity == "cosine" else emb_NE.double()
+    sqnorm_N = unit_NE.square().sum(1)
+    r_NS = acts_NS.double() - acts_NS.amin(0)
+    num_S, den_S = torch.zeros_like(r_NS[0]), torch.zeros_like(r_NS[0])
+    for i in range(0, len(r_NS), block):
+        r_iS = r_NS[i : i + block]
+        for j in range(i, len(r_NS), block):
+            r_jS = r_NS[j : j + block]
+            s_ij = unit_NE[i : i + block] @ unit_NE[j : j + block].T
+            if similarity == "rbf":
+                distance_ij = sqnorm_N[i : i + block, None] + sqnorm_N[j : j + block] - 2 * s_ij
+                s_ij = (-distance_ij / emb_NE.shape[1]).exp()
+            if i == j:
+                s_ij = s_ij.triu(1)
+                den_S += (r_iS * (torch.ones_like(s_ij).triu(1) @ r_iS)).sum(0)
+            else:
+                den_S += r_iS.sum(0) * r_jS.sum(0)
+            num_S += (r_iS * (s_ij @ r_jS)).sum(0)
     return num_S / den_S
 
 
@@ -211,10 +241,89 @@ def test_raw_score(measure, case, planted_images, device, memory, impl):
         impl,
         {
             "streamed": (fast, {"images/s": case.n_images}),
-            "pairwise": (fast, pairs),
+            # On a CPU the kernel gets by with fewer operations than pairs.
+            "pairwise": (fast, pairs if GPU else {"images/s": case.n_images}),
             "dense": (lambda: dense_pairs(acts_NK, emb_NE), pairs),
         },
         check=lambda: assert_same_scores(fast(), dense_pairs(acts_NK, emb_NE)),
         shape={"N": case.n_images, "K": case.n_neurons, "E": case.d_emb},
         dtype="float64 sums",
     )
+
+
+@pytest.mark.parametrize("impl", ["block_loop", "pairwise"])
+@pytest.mark.parametrize("similarity", ["cosine", "rbf"])
+@pytest.mark.parametrize("kind", ["codes", "raw"])
+def test_pairs(measure, goal, request, case, planted_images, device, kind, similarity, impl):
+    """Every pair by its similarity, whatever the similarity: the kernel beside a torch double loop over blocks.
+
+    Of sparse codes the loop gets 2048 latents at most, dense, so that it ends: the kernel scores as many.
+    """
+    n_images, n_latents = min(case.n_images, 5000), min(case.d_sae, 2048)
+    if kind == "codes":
+        acts_NK, latents_NK, emb_NE = make_codes(replace(case, n_images=n_images, d_sae=n_latents), device)
+        acts_NS = dense_columns(acts_NK, latents_NK, n_latents)
+    else:
+        acts_NS, emb_NE = (t.to(device) for t in planted_images(n_images, case.n_neurons, case.d_emb))
+
+    def kernel():
+        if kind == "codes":
+            return pairwise(acts_NK, latents_NK, emb_NE, n_latents, similarity)
+        num_S, den_S = pairwise_sums(acts_NS.double() - acts_NS.amin(0), emb_NE, similarity)
+        return num_S / den_S
+
+    ways = {"pairwise": kernel, "block_loop": lambda: block_loop(acts_NS, emb_NE, similarity)}
+    ratios = measure(
+        f"all pairs, {similarity}, {'sparse codes' if kind == 'codes' else 'raw neurons'}",
+        impl,
+        {name: (way, {"images/s": n_images}) for name, way in ways.items()},
+        check=lambda: assert_same_scores(ways[impl](), ways["block_loop"]()),
+        shape={"N": n_images, "S": acts_NS.shape[1], "E": case.d_emb},
+        dtype="float64",
+        reference="block_loop",
+    )
+    name = request.node.callspec.params["case"]
+    if device.type == "cpu" and name != "smoke" and "block_loop" in ratios and (kind, similarity) != ("raw", "rbf"):
+        goal(f"pairs of {kind}, {similarity}, over a loop over blocks", ratios["block_loop"], BLOCK_LOOP_GOAL)
+
+
+BY_N = {"smoke": 100, "N=2000": 2000, "N=10000": 10_000, "N=50000": 50_000, "N=200000": 200_000, "N=1281167": 1_281_167}
+POOL = 65_536  # different images; more are these again, so that making them takes no time and no memory
+MOST_IMAGES = {"double_loop": 50_000, "pairwise": 10_000, "streamed": 1_281_167}
+
+
+@pytest.mark.parametrize("impl", MOST_IMAGES)
+@pytest.mark.parametrize("case", BY_N)
+def test_score_by_n(benchmark, environment, peak_memory, device, case, impl):
+    """Seconds against the number of images, 65,536 latents; the last is ImageNet's training set. Peak memory beside."""
+    n_images = BY_N[case]
+    if n_images > MOST_IMAGES[impl]:
+        pytest.skip(f"{impl}: minutes to years")
+    images = Images(min(n_images, POOL), 96 if case == "smoke" else 65_536, 0, k=4 if case == "smoke" else 20)
+    acts_NK, latents_NK, emb_NE = make_codes(images, device)
+
+    def streamed_in_chunks():
+        score = StreamedScore(images.d_sae, device=device)
+        chunks = itertools.cycle(zip(*(t.split(4096) for t in (acts_NK, latents_NK, emb_NE))))
+        while score.n_images < n_images:
+            left = n_images - score.n_images
+            acts_nK, latents_nK, emb_nE = (t[:left] for t in next(chunks))
+            score.update(acts_nK, latents_nK, None, emb_nE)
+        return score.result().ms
+
+    part = min(n_images, 60)  # of the double loop, which is pair by pair: the rest follows
+    dense_nS = dense_columns(acts_NK[:part], latents_NK[:part], images.d_sae).float()
+    ways = {
+        "streamed": streamed_in_chunks,
+        "pairwise": lambda: pairwise(acts_NK, latents_NK, emb_NE, images.d_sae),
+        "double_loop": lambda: double_loop(dense_nS, emb_NE[:part]),
+    }
+    benchmark.group = f"score by number of images | {case}"
+    peak_memory()  # from here
+    benchmark.pedantic(ways[impl], rounds=3 if n_images <= 50_000 else 1, warmup_rounds=int(n_images <= 50_000))
+    info = {"operation": "score by number of images", "case": case, "impl": impl, "dtype": "float64 sums"}
+    benchmark.extra_info |= info | environment() | {"shape": images.shape | {"N": n_images}}
+    benchmark.extra_info["peak_bytes"] = peak_memory()
+    if impl == "double_loop" and not benchmark.disabled:
+        share = n_images * (n_images - 1) / (part * (part - 1))
+        benchmark.extra_info["seconds_of_all"] = benchmark.stats.stats.median * share

@@ -1,44 +1,191 @@
-"""A table from benchmark JSON: `python bench/report.py FILE.json [...]`. Ratios are medians over interleaved pairs."""
+"""Tables and plots from benchmark JSON, of pytest-benchmark and of bench_peers.py.
 
+    python bench/report.py FILE.json [...]                       every result as a text table
+    python bench/report.py FILE.json [...] --markdown T.md       the tables that README and docs show
+    python bench/report.py FILE.json [...] --plot P.png          the same as a picture (matplotlib, extra [peers])
+
+Ratios are medians over interleaved pairs.
+"""
+
+import argparse
 import json
-import sys
+from collections.abc import Iterable
+from pathlib import Path
 
-HEADER = ["operation", "case", "dtype", "way", "median ms", "rate", "/ encoder GEMM", "speed-up over"]
+HEADER = ["operation", "case", "dtype", "way", "median ms", "rate", "/ encoder GEMM", "beside others"]
 RATES = ("GFLOP/s", "GB/s", "rows/s", "images/s")
+STEP, BY_N = "training step", "score by number of images"
+ENVIRONMENT = ("device", "cpu", "threads", "torch", "triton")
+OURS = "saevlm-fast"
+
+Result = dict  # one of pytest-benchmark's "benchmarks"
 
 
-def table_row(result: dict) -> list[str]:
+def seconds(result: Result) -> float:
+    """Of the whole work, where only a part of it was run."""
+    return result["extra_info"].get("seconds_of_all", result["stats"]["median"])
+
+
+def table_row(result: Result) -> list[str]:
     """One benchmark as the cells of HEADER."""
     info = result["extra_info"]
+    cells = [info["operation"], info["case"], info["dtype"], info["impl"]]
+    if "failed" in info:
+        return [*cells, "failed", "", "", info["failed"]]
     rate = next((f"{info[unit]:,.0f} {unit}" for unit in RATES if unit in info), "")
     floor = info.get("this_over_encoder_gemm")
-    others = [name for name in ("dense", "double_loop") if f"{name}_over_this" in info]
-    return [
-        info["operation"],
-        info["case"],
-        info["dtype"],
-        info["impl"],
-        f"{1e3 * result['stats']['median']:,.2f}",
-        rate,
-        f"{floor:.2f}" if floor else "",
-        ", ".join(f"{name} {info[f'{name}_over_this']:,.2f}x" for name in others),
-    ]
+    beside = [f"{name} {info[f'{name}_over_this']:,.2f}x" for name in ("dense", "double_loop", "block_loop")
+              if f"{name}_over_this" in info]  # fmt: skip
+    if "this_over_ours" in info:
+        beside.append(f"{info['this_over_ours']:.2f} of ours")
+    return [*cells, f"{1e3 * seconds(result):,.2f}", rate, f"{floor:.2f}" if floor else "", ", ".join(beside)]
 
 
-def print_table(path: str) -> None:
-    with open(path) as file:
-        results = json.load(file)["benchmarks"]
+def print_table(path: Path, results: list[Result]) -> None:
     if not results:
         print(f"{path}: no results")
         return
-    first = results[0]["extra_info"]
-    print(f"{path}: " + ", ".join(f"{key} {first[key]}" for key in ("device", "threads", "torch", "triton")))
+    print(f"{path}: {environment(results)}")
     rows = [HEADER, *sorted(table_row(result) for result in results)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+def environment(results: list[Result]) -> str:
+    """Where the results come from; what differs between them is given as a range or a list."""
+    infos = [result["extra_info"] for result in results]
+    parts = []
+    for key in ENVIRONMENT:
+        values = dict.fromkeys(str(info[key]) for info in infos if key in info)
+        if values:
+            parts.append(f"{key} {' or '.join(values)}")
+    loads = [info["load_average"] for info in infos if "load_average" in info]
+    if loads:
+        parts.append(f"load average {min(loads):.1f} to {max(loads):.1f}")
+    return ", ".join(parts)
+
+
+def markdown(results: list[Result]) -> str:
+    """Training steps beside other libraries, and the score against the number of images."""
+    steps = [result for result in results if is_peer_step(result)]
+    scores = [result for result in results if result["extra_info"]["operation"] == BY_N]
+    parts = []
+    if steps:
+        parts += [environment(steps) + ".", peer_table(steps), duties_list(steps)]
+    if scores:
+        parts += [environment(scores) + ".", score_table(scores)]
+    return "\n\n".join(parts) + "\n"
+
+
+def is_peer_step(result: Result) -> bool:
+    return "duties" in result["extra_info"]
+
+
+def peer_table(results: list[Result]) -> str:
+    header = ["SAE", "d_sae", "batch", "library", "steps/s", "peak memory", "time of ours", "time of the encoder GEMM"]
+    rows = []
+    for result in sorted(results, key=step_order):
+        info = result["extra_info"]
+        cells = [info["operation"].removesuffix(" " + STEP), f"{info['shape']['d_sae']:,}", f"{info['shape']['B']:,}"]
+        name = f"{info['impl']} {info.get('version', '')}".strip()
+        if "failed" in info:
+            rows.append([*cells, name, f"failed: {info['failed']}", "", "", ""])
+            continue
+        measured = [f"{1 / seconds(result):.3g}", f"{info['peak_bytes'] / 2**30:.2f} GiB"]
+        measured += [f"{info['this_over_ours']:.2f}", f"{info['this_over_encoder_gemm']:.2f}"]
+        rows.append([*cells, name, *measured])
+    return markdown_table(header, rows)
+
+
+def step_order(result: Result) -> tuple[str, int, float]:
+    info = result["extra_info"]
+    return info["operation"], info["shape"]["d_sae"], info.get("this_over_ours", float("inf"))
+
+
+def duties_list(results: list[Result]) -> str:
+    duties = {result["extra_info"]["impl"]: result["extra_info"]["duties"] for result in results}
+    return "\n".join(f"- {name}: {text}." for name, text in duties.items())
+
+
+def score_table(results: list[Result]) -> str:
+    """Seconds and peak memory, a row for every number of images."""
+    ways = list(dict.fromkeys(result["extra_info"]["impl"] for result in results))
+    rows = []
+    for n_images, row in sorted(by_images(results).items()):
+        rows.append([f"{n_images:,}", *(score_cell(row[way]) if way in row else "" for way in ways)])
+    return markdown_table(["images", *ways], rows)
+
+
+def by_images(results: Iterable[Result]) -> dict[int, dict[str, Result]]:
+    """Number of images -> way -> result."""
+    table: dict[int, dict[str, Result]] = {}
+    for result in results:
+        info = result["extra_info"]
+        table.setdefault(info["shape"]["N"], {})[info["impl"]] = result
+    return table
+
+
+def score_cell(result: Result) -> str:
+    info = result["extra_info"]
+    if "seconds_of_all" in info:
+        return f"{seconds(result):,.0f} s (extrapolated)"
+    return f"{seconds(result):.3g} s, {info['peak_bytes'] / 2**30:.2f} GiB"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Steps per second by d_sae for every architecture, and seconds of the score against the number of images."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    steps = [result for result in results if is_peer_step(result) and result["stats"]]
+    scores = [result for result in results if result["extra_info"]["operation"] == BY_N]
+    operations = sorted({result["extra_info"]["operation"] for result in steps})
+    figure, axes = plt.subplots(1, len(operations) + bool(scores), figsize=(4.5 * (len(operations) + bool(scores)), 4),
+                                squeeze=False, layout="constrained")  # fmt: skip
+    for axis, operation in zip(axes[0], operations):
+        of_operation = [result for result in steps if result["extra_info"]["operation"] == operation]
+        draw_lines(axis, of_operation, "d_sae", lambda result: 1 / seconds(result))
+        axis.set(title=operation, xlabel="latents", ylabel="steps per second")
+    if scores:
+        draw_lines(axes[0][-1], scores, "N", seconds)
+        axes[0][-1].set(title="Monosemanticity Score", xlabel="images", ylabel="seconds")
+    figure.savefig(path, dpi=150)
+
+
+def draw_lines(axis, results: list[Result], x: str, value) -> None:
+    """A line for every way, on logarithmic axes; ours is thick."""
+    for way in dict.fromkeys(result["extra_info"]["impl"] for result in results):
+        points = sorted((r["extra_info"]["shape"][x], value(r)) for r in results if r["extra_info"]["impl"] == way)
+        axis.plot(*zip(*points), marker="o", label=way, linewidth=3 if way in (OURS, "streamed") else 1)
+    axis.set(xscale="log", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--markdown", type=Path, help="write tables there instead of printing")
+    parser.add_argument("--plot", type=Path, help="draw a picture: .png, .svg or .pdf")
+    options = parser.parse_args()
+    by_file = {path: json.loads(path.read_text(encoding="utf-8"))["benchmarks"] for path in options.files}
+    results = [result for of_file in by_file.values() for result in of_file]
+    if options.markdown:
+        options.markdown.write_text(markdown(results), encoding="utf-8")
+    if options.plot:
+        plot(results, options.plot)
+    if not (options.markdown or options.plot):
+        for path, of_file in by_file.items():
+            print_table(path, of_file)
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print_table(argument)
+    main()

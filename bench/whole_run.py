@@ -1,0 +1,158 @@
+"""Where the time of a whole training run goes: `python bench/whole_run.py --output FILE.json`.
+
+Trains by `saevlm_fast.train.train` from a memory-mapped matrix file (made in --directory, removed at the end) and says how
+much of the time is the step, and how much waiting for data, logs, checkpoints, the start and the final evaluation. --cold
+drops the file from the page cache first: less than an epoch of it is then read as from a store larger than memory, every
+page from the disk. Memory that is not page cache is noted along the way.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from saevlm_fast import train as train_module
+from saevlm_fast.activations import open_activations
+from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.files import write_json_atomic
+from saevlm_fast.step import Stepper
+from saevlm_fast.synthetic import PlantedConcepts
+
+POOL_ROWS = 8192
+# What a run does, by the function that does it; waiting for batches is what is left of the loop.
+PARTS = {
+    "start": (train_module._Run, "open_directory"),
+    "loop": (train_module._Run, "steps"),
+    "step": (Stepper, "step"),
+    "log": (train_module._Run, "log"),
+    "metrics": (train_module, "batch_metrics"),
+    "checkpoint": (train_module._Run, "checkpoint"),
+    "export": (train_module._Run, "export"),
+    "evaluation": (train_module, "evaluate"),
+}
+
+
+@contextmanager
+def clocks() -> Iterator[dict[str, float]]:
+    """Seconds spent in each of PARTS while it is open."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[name] += time.perf_counter() - start
+
+        return call
+
+    with ExitStack() as stack:
+        for name, (owner, attribute) in PARTS.items():
+            stack.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        yield seconds
+
+
+def write_rows(path: Path, n_rows: int, d_in: int) -> None:
+    """A .npy of planted concepts; rows repeat after POOL_ROWS, since making more would take longer than the run."""
+    pool_ND = PlantedConcepts(d_in, 1, n_concepts=2 * d_in, concepts_per_image=8.0).sample(min(POOL_ROWS, n_rows))[0]
+    rows_ND = np.lib.format.open_memmap(path, "w+", np.float32, (n_rows, d_in))
+    for start in range(0, n_rows, len(pool_ND)):
+        rows_ND[start : start + len(pool_ND)] = pool_ND[: n_rows - start]
+    rows_ND.flush()
+
+
+def drop_from_page_cache(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def bytes_read() -> int:
+    """That this process has caused to be read from the disk."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def run(options: argparse.Namespace, directory: Path) -> dict:
+    path = directory / "activations.npy"
+    write_rows(path, options.n_rows, options.d_in)
+    if options.cold:
+        drop_from_page_cache(path)
+    memory: dict[int, int] = {}
+    note_every = max(1, options.steps // 20)
+
+    def on_step(step: int) -> None:
+        if step % note_every == 0:
+            memory[step] = status_bytes("RssAnon")
+
+    run_options = train_module.RunOptions(directory / "run", device="cpu", checkpoint_every=options.checkpoint_every)
+    config = TrainConfig(steps=options.steps, batch_size=options.batch_size)
+    sae_config = SAEConfig(options.d_in, options.d_sae, options.k, options.architecture)
+    read_before, start = bytes_read(), time.perf_counter()
+    with clocks() as seconds:
+        held_out = open_activations(path) if options.evaluate_all else _first_rows(path, directory)
+        train_module.train(
+            open_activations(path), sae_config, config, run_options, validation=held_out, on_step=on_step
+        )
+    total = time.perf_counter() - start
+    seconds["data"] = seconds["loop"] - seconds["step"] - seconds["log"] - seconds["metrics"] - seconds["checkpoint"]
+    return {
+        "settings": {key: str(value) for key, value in vars(options).items()},
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "load_average": os.getloadavg()[0],
+        "seconds": {"total": total, **seconds},
+        "step_share_of_loop": seconds["step"] / seconds["loop"],
+        "step_share_of_run": seconds["step"] / total,
+        "file_bytes": path.stat().st_size,
+        "bytes_read_from_disk": bytes_read() - read_before,
+        "anonymous_bytes_at_step": memory,
+    }  # fmt: skip
+
+
+def _first_rows(path: Path, directory: Path):
+    """A validation set of 8192 rows, as a run that has one."""
+    np.save(directory / "validation.npy", np.load(path, mmap_mode="r")[:8192])
+    return open_activations(directory / "validation.npy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--directory", type=Path, help="where the matrix file and the run go for the time being")
+    parser.add_argument("--n-rows", type=int, default=100_000, help="of the matrix file")
+    parser.add_argument("--d-in", type=int, default=256)
+    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--architecture", default="batch_topk")
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--checkpoint-every", type=int, help="by default 20 checkpoints a run, as train does")
+    parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before training")
+    parser.add_argument("--evaluate-all", action="store_true", help="evaluate on all rows, not on 8192 of them")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        measured = run(options, Path(directory))
+    write_json_atomic(options.output, measured)
+    for name, value in measured["seconds"].items():
+        print(f"{name:12s} {value:9.2f} s {100 * value / measured['seconds']['total']:6.1f} %")
+    print(f"step: {measured['step_share_of_loop']:.3f} of the loop, {measured['step_share_of_run']:.3f} of the run")
+    print(f"read from the disk: {measured['bytes_read_from_disk'] / 1e9:.2f} GB of {measured['file_bytes'] / 1e9:.2f}")
+    print("anonymous MB:", {step: n_bytes >> 20 for step, n_bytes in measured["anonymous_bytes_at_step"].items()})
+
+
+if __name__ == "__main__":
+    main()
