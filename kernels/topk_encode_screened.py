@@ -216,12 +216,16 @@ def _low_panel(W_PD: Tensor) -> LowWeights:
 
 
 def _candidates(chunk: Chunk, bound_R: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(float32 values, flat positions) of all that may reach its row's bound, in order; None if they are too many."""
+    """(float32 values, flat positions) of all that may reach its row's bound, in order; None if they are too many.
+
+    A bound of infinity takes a row out, whatever is in it.
+    """
     width = chunk.pre_RP.shape[1]
     reach_RG = bound_R[:, None] - chunk.slack_RG
     # v + 2 u v + slack >= bound, solved for v; another u for rounding that down to bfloat16.
     cutoff_RG = (reach_RG * (1 - 3 * UNIT_ROUNDOFF)).to(LOW).view(torch.int16)
     cutoff_RG = torch.where(reach_RG > 0, cutoff_RG, torch.iinfo(torch.int16).min)  # all of a hopelessly vague group
+    cutoff_RG[bound_R == torch.inf] = torch.iinfo(torch.int16).max  # above every bfloat16, NaN too
     groups_U = nonzero(chunk.maxima_RG >= cutoff_RG)
     values_UG = chunk.pre_RP.view(-1, GROUP).index_select(0, groups_U)
     found_M = nonzero(values_UG >= cutoff_RG.view(-1, 1)[groups_U])

@@ -121,7 +121,8 @@ class Stepper:
     """An SAE with the state that training needs, and the step that advances it.
 
     Attributes:
-        sae: trained in place; sees activations already divided by the norm factor.
+        sae: trained in place; sees activations already divided by the norm factor. W_enc is also kept in bfloat16 where
+            the encoder can use that: change it by torch's in-place methods or anew, not through `.data`.
         config: the recipe.
         moments: Adam's first and second moments by parameter name; W_enc's are latent-major [d_sae, d_in].
         idle_S: rows seen since each latent last fired, int64.
@@ -144,7 +145,7 @@ class Stepper:
         self.dead_bound = DeadBound()
         self.W_enc_low: Tensor | None = None  # W_enc in the dtype of the encoder's product, latent-major
         self.screen: LowWeights | None = None  # the same with bounds, on a CPU whose encoder screens
-        self._low_version = -1  # of sae.W_enc, as the copy was written
+        self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
 
@@ -212,20 +213,24 @@ class Stepper:
         A change through `.data` moves no version counter and is not seen.
         """
         if self.W_enc_low is None:
-            self.W_enc_low = torch.empty_like(self.sae.W_enc.T, dtype=torch.bfloat16)
-        if self._low_version != self.sae.W_enc._version:
+            self.W_enc_low, self._low_state = torch.empty_like(self.sae.W_enc.T, dtype=torch.bfloat16), None
+        if self._low_state != self._W_enc_state():
             self.W_enc_low.copy_(self.sae.W_enc.detach().T)
-            self._low_version = self.sae.W_enc._version
+            self._low_state = self._W_enc_state()
         return self.W_enc_low
 
     def _screening_weights(self) -> LowWeights:
         """The same with bounds."""
         if self.screen is None:
-            self.screen = LowWeights.empty(*self.sae.W_enc.T.shape)
-        if self._low_version != self.sae.W_enc._version:
+            self.screen, self._low_state = LowWeights.empty(*self.sae.W_enc.T.shape), None
+        if self._low_state != self._W_enc_state():
             self.screen.write_(0, self.sae.W_enc.detach().T)
-            self._low_version = self.sae.W_enc._version
+            self._low_state = self._W_enc_state()
         return self.screen
+
+    def _W_enc_state(self) -> tuple[int, int]:
+        """What moves when W_enc is replaced or written to."""
+        return self.sae.W_enc.data_ptr(), self.sae.W_enc._version
 
     def _track(self, entries: Entries, n_rows: int) -> None:
         """Dead-latent counters and the moving threshold, as upstream: before the losses."""
@@ -259,7 +264,7 @@ class Stepper:
         for name, (gradient, aux) in rows.items():
             copies = (self.W_enc_low, self.screen) if name == "W_enc" else (None, None)
             latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", *copies)
-        self._low_version = self.sae.W_enc._version
+        self._low_state = self._W_enc_state()
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
 

@@ -148,6 +148,21 @@ def test_values_without_bounds_are_left_to_float32(bad, where):
     assert_equal_in_float32(threshold_encode_screened(*inputs, 2.0, None), reference.threshold_encode(*inputs, 2.0))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_one_row_without_bounds_leaves_the_others_to_screening(monkeypatch, bad):
+    x_BD, W_enc_DS, b_enc_S, b_dec_D = float_inputs((256, 16, 4096), torch.float32)
+    x_BD[100, 3], x_BD[7] = bad, b_dec_D  # and one with few positives
+    left = []
+    original = topk_encode_screened.topk_encode_cpu
+    monkeypatch.setattr(
+        topk_encode_screened, "topk_encode_cpu", lambda x, *rest: left.append(len(x)) or original(x, *rest)
+    )
+    b_enc_S -= 0.5
+    inputs = x_BD, W_enc_DS, b_enc_S, b_dec_D
+    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
+    assert 1 <= sum(left) <= 20
+
+
 def assert_equal_in_float32(found, expected):
     for part, truth in zip(found, expected, strict=True):
         assert_close(part, truth, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -207,4 +222,6 @@ def test_whole_steps(monkeypatch, architecture):
         assert torch.equal(kept, expected)
     with torch.no_grad():
         stepper.sae.W_enc *= 2  # changed by others: seen
-    assert torch.equal(stepper._screening_weights().W_SD, (stepper.sae.W_enc.T).bfloat16())
+    assert torch.equal(stepper._screening_weights().W_SD, stepper.sae.W_enc.T.bfloat16())
+    plain.step(data[:61])  # had no low weights so far
+    assert torch.equal(plain._screening_weights().W_SD, plain.sae.W_enc.T.bfloat16())
