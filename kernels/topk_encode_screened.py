@@ -57,7 +57,7 @@ class LowWeights(NamedTuple):
 
     @staticmethod
     def empty(d_sae: int, d_in: int) -> "LowWeights":
-        return LowWeights(torch.empty(d_sae, d_in, dtype=LOW), torch.empty(d_sae), torch.empty(d_sae))
+        return LowWeights(torch.empty(d_sae, d_in, dtype=LOW), *torch.empty(2, d_sae, dtype=torch.float32))
 
     def rows(self, start: int, stop: int) -> "LowWeights":
         return LowWeights(*(tensor[start:stop] for tensor in self))
@@ -145,7 +145,7 @@ def batch_topk_encode_screened(
     capacity = len(x_BD) * k
     acts, positions = x_BD.new_empty(0), torch.empty(0, dtype=torch.int64)
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
-        bound = acts.amin() if len(acts) == capacity else torch.zeros(())
+        bound = acts.amin() if len(acts) == capacity else x_BD.new_zeros(())
         if chunk.maxima_RG.numel() >= capacity:
             key = kth_largest(keys(chunk.lower_RG()).view(1, -1), capacity)
             bound = torch.maximum(bound, key.view(torch.float32).squeeze())
@@ -164,7 +164,7 @@ def batch_topk_encode_screened(
 def threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float, buffer_bytes: int | None):
     acts, latents, rows = [], [], []
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
-        bound_R = torch.full((len(chunk.x_RD),), threshold)
+        bound_R = torch.tensor(threshold, dtype=torch.float64).to(torch.float32).expand(len(chunk.x_RD))
         sure = threshold > 0 and bool(chunk.sound_R().all())
         found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S) if sure else None
         if found is None:
@@ -201,9 +201,10 @@ def _chunks(
             groups = pre_bits_RP[:, o : o + PANEL].unflatten(1, (-1, GROUP))
             torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
             factors_3G.append(panel.slack_factors(b_enc_S[o:end]))
-        norm_R, error_R = torch.linalg.vector_norm(x_RD, dim=1), torch.linalg.vector_norm(x_RD - low_RD, dim=1)
-        row_bounds_R3 = torch.stack([error_R + _TINY, norm_R + _TINY, torch.ones_like(norm_R)], dim=1)
-        slack_RG = row_bounds_R3 @ torch.cat(factors_3G, dim=1)
+        norm_R1 = torch.linalg.vector_norm(x_RD, dim=1, keepdim=True) + _TINY
+        error_R1 = torch.linalg.vector_norm(x_RD - low_RD, dim=1, keepdim=True) + _TINY
+        by_error_G, by_norm_G, constant_G = torch.cat(factors_3G, dim=1)
+        slack_RG = error_R1 * by_error_G + norm_R1 * by_norm_G + constant_G  # not `@`, which autocast would round
         slack_RG *= 1.001  # the roundings of the bounds themselves
         yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, slack_RG)
 

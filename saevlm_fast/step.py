@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import TrainConfig
+from saevlm_fast.config import TrainConfig, require
 from saevlm_fast.kernels.latent_update import (
     AdamSettings,
     EntryGradient,
@@ -131,9 +131,12 @@ class Stepper:
     What changes from step to step reaches the device in `announce` alone, and `device_step` reads nothing else that
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
     `announce`; but not once latents can be dead, when its shapes follow their number.
+
+    Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted, as every step leaves it.
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig):
+        _check_unit_rows(sae.W_dec.detach())
         self.sae = sae
         self.config = config
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters().items()}
@@ -272,6 +275,15 @@ class Stepper:
         """Adam's settings in the announced step, the n_steps-th."""
         lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
         return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
+
+
+def _check_unit_rows(W_dec_SD: Tensor) -> None:
+    norm_S = torch.linalg.vector_norm(W_dec_SD.float(), dim=1)
+    worst = int((norm_S - 1).abs().argmax())
+    require(
+        abs(float(norm_S[worst]) - 1) < 0.01,
+        f"sae: row {worst} of W_dec has norm {float(norm_S[worst]):.4g}, must be 1 (within 0.01)",
+    )
 
 
 def smallest_positive(acts_M: Tensor) -> Tensor:

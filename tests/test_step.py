@@ -234,6 +234,14 @@ def test_no_entry_is_no_gradient():
     assert float(gradient.squared_norm) == 0.0
 
 
+def test_a_decoder_without_unit_rows_is_refused():
+    stepper, _, _ = make("topk")
+    with torch.no_grad():
+        stepper.sae.W_dec[4] *= 3
+    with pytest.raises(ValueError, match=r"sae: row 4 of W_dec has norm 3, must be 1 \(within 0.01\)"):
+        Stepper(stepper.sae, stepper.config)
+
+
 def test_clip_coefficient_is_clip_grad_norm():
     parameters = [torch.zeros(7, requires_grad=True), torch.zeros(3, 4, requires_grad=True)]
     for p in parameters:

@@ -45,7 +45,7 @@ def test_equals_reference_with_ties(shape, kind, buffer_bytes):
     for k in KS:
         assert_codes(topk_screened(*inputs, k, buffer_bytes), reference.topk_encode(*inputs, k))
         assert_codes(batch_topk_encode_screened(*inputs, k, buffer_bytes), reference.batch_topk_encode(*inputs, k))
-    for threshold in (0.0, 1.5, 9.0):
+    for threshold in (0.0, 1.5, 9.0, 1e39, torch.inf):
         found = threshold_encode_screened(*inputs, threshold, buffer_bytes)
         assert_codes(found, reference.threshold_encode(*inputs, threshold))
 
@@ -126,6 +126,23 @@ def test_bounds_are_reached(rounded):
     v = chunk.pre_RP.view(torch.bfloat16)[0, 0].double()
     found = float((x_BD.double() @ W_SD.double().t() - v).abs())
     assert 0.95 * float(chunk.slack_RG) < found < float(chunk.slack_RG)
+
+
+def test_neither_autocast_nor_the_default_dtype_touches_the_bounds():
+    inputs = float_inputs((64, 96, 2048), torch.float32)
+    (plain,) = _chunks(*inputs, None)
+    slack_RG, codes = plain.slack_RG.clone(), topk_screened(*inputs, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            (chunk,) = _chunks(*inputs, None)
+            assert torch.equal(chunk.slack_RG, slack_RG)
+            found = topk_screened(*inputs, 3), batch_topk_encode_screened(*inputs, 3)
+            assert LowWeights.empty(3, 2).norm_S.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_codes(found[0], codes)
+    assert_codes(found[1], batch_topk_encode_screened(*inputs, 3))
 
 
 def test_bounds_are_of_use():
