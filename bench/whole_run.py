@@ -1,9 +1,9 @@
 """Where the time of a whole training run goes: `python bench/whole_run.py --output FILE.json`.
 
-Trains by `saevlm_fast.train.train` from a memory-mapped matrix file (made in --directory, removed at the end) and says how
-much of the time is the step, and how much waiting for data, logs, checkpoints, the start and the final evaluation. --cold
-drops the file from the page cache first: less than an epoch of it is then read as from a store larger than memory, every
-page from the disk. Memory that is not page cache is noted along the way.
+Trains by `saevlm_fast.train.train` from a memory-mapped matrix file (made in --directory, removed at the end) and says
+how much of the time is the step, and how much waiting for data, logs, checkpoints, the start and the final evaluation.
+--cold drops the file from the page cache first: less than an epoch of it is then read as from a store larger than
+memory, every page from the disk. Memory that is not page cache is noted along the way.
 """
 
 import argparse

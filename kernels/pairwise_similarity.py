@@ -228,8 +228,8 @@ def pairwise_sums(
 ) -> tuple[Tensor, Tensor]:
     """num_K and den_K (float64) of dense activations r [N, K] over embeddings [N, E]; gamma: of rbf, 1 / E by default.
 
-    Cost N^2 (E + K) multiply-adds (N E K on the CPU, except for rbf), memory O(N E) beside the inputs. ValueError: unknown similarity, shapes that do not
-    match.
+    Cost N^2 (E + K) multiply-adds (N E K on the CPU, except for rbf), memory O(N E) beside the inputs. ValueError:
+    unknown similarity, shapes that do not match.
     """
     check_similarity(similarity)
     if r_NK.dim() != 2 or emb_NE.dim() != 2 or len(r_NK) != len(emb_NE):

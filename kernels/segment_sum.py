@@ -17,7 +17,7 @@ from torch import Tensor
 
 with warnings.catch_warnings():  # torch says once that CSR is in beta: here, where nobody has to read it
     warnings.simplefilter("ignore", UserWarning)
-    torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), (1, 1))
+    torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
 
 
 def check(condition: bool, message: str) -> None:

@@ -132,7 +132,7 @@ class Stepper:
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
     `announce`; but not once latents can be dead, when its shapes follow their number.
 
-    Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted, as every step leaves it.
+    Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig):

@@ -234,6 +234,12 @@ def test_no_entry_is_no_gradient():
     assert float(gradient.squared_norm) == 0.0
 
 
+def test_an_sae_in_bfloat16_trains():
+    stepper, _, data = make("matryoshka", dtype=torch.bfloat16)
+    losses = [float(stepper.step(data[:61]).losses.mse) for _ in range(30)]
+    assert losses[-1] < losses[0]
+
+
 def test_a_decoder_without_unit_rows_is_refused():
     stepper, _, _ = make("topk")
     with torch.no_grad():
