@@ -141,8 +141,14 @@ def topk_encode_screened(
 def batch_topk_encode_screened(
     x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None = None, low: LowWeights | None = None
 ):
-    """batch_topk_encode. low: those of W_enc, if they are at hand."""
+    """batch_topk_encode. low: those of W_enc, if they are at hand.
+
+    The first of several chunks has a bound from its own groups alone, so it proposes B * k entries at least; a batch of
+    so many chunks that these are too many is left to float32.
+    """
     capacity = len(x_BD) * k
+    if 4 * capacity > _chunk_rows(x_BD, W_enc_DS, buffer_bytes) * W_enc_DS.shape[1] * MAX_SHARE:
+        return batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
     acts, positions = x_BD.new_empty(0), torch.empty(0, dtype=torch.int64)
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
         bound = acts.amin() if len(acts) == capacity else x_BD.new_zeros(())
@@ -185,8 +191,8 @@ def _chunks(
     """Chunks of rows, their pre-activations in one buffer; columns from d_sae on are the lowest integer."""
     n_rows, d_sae = len(x_BD), W_enc_DS.shape[1]
     width = -(-d_sae // GROUP) * GROUP
-    chunk_rows = -(-n_rows // max(1, min(n_rows, -(-n_rows * width * LOW.itemsize // (buffer_bytes or BUFFER_BYTES)))))
-    for start in range(0, n_rows, max(chunk_rows, 1)):
+    chunk_rows = _chunk_rows(x_BD, W_enc_DS, buffer_bytes)
+    for start in range(0, n_rows, chunk_rows):
         x_RD = (x_BD[start : start + chunk_rows] - b_dec_D).contiguous()
         low_RD = x_RD.to(LOW)
         pre_RP = workspace.get(len(x_RD) * width, LOW).view(len(x_RD), width)
@@ -207,6 +213,13 @@ def _chunks(
         slack_RG = error_R1 * by_error_G + norm_R1 * by_norm_G + constant_G  # not `@`, which autocast would round
         slack_RG *= 1.001  # the roundings of the bounds themselves
         yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, slack_RG)
+
+
+def _chunk_rows(x_BD: Tensor, W_enc_DS: Tensor, buffer_bytes: int | None) -> int:
+    """Rows of a chunk, about equal in all of them."""
+    n_bytes = len(x_BD) * W_enc_DS.shape[1] * LOW.itemsize
+    n_chunks = -(-n_bytes // (buffer_bytes or BUFFER_BYTES))
+    return max(1, -(-len(x_BD) // max(1, n_chunks)))
 
 
 def _low_panel(W_PD: Tensor) -> LowWeights:
