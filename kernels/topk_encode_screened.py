@@ -3,16 +3,17 @@
 A bfloat16 product costs a quarter of the float32 one there, and says of every pre-activation z within which bounds it
 lies. With x~, w~ the rounded factors of one product, v its value and |.| of vectors their norms (Cauchy-Schwarz),
 
-    |z - v| <= slack + 2 u |v|,    slack = |x - x~| |w~| + |x| |w - w~| + 2 gamma |x| |w| + 2 u |b|
+    |z - v| <= slack + r |v|,    slack = |x - x~| |w~| + |x| |w - w~| + 2 gamma |x| |w| + r |b|
 
-where gamma = d_in 2^-24 covers the sums in float32 of either product, and u = 2^-8 is bfloat16's unit roundoff (twice,
-for a library may round before it adds the bias). Then as in topk_encode_cpu: the k-th largest lower bound of a group's
+where gamma = d_in 2^-24 covers the sums in float32 of either product, and r is two roundings to bfloat16 (2^-8 each),
+for a library may round before it adds the bias. Then as in topk_encode_cpu: the k-th largest lower bound of a group's
 maximum is a bound L below the k-th largest z, and only latents whose upper bound reaches L can be among the top k.
 These, about twice k, are computed in float32, one dot product each, and the top k is chosen among them. So the codes
 are exactly the top k of those float32 values over all latents.
 
 Rows for which that does not work are left to the float32 product: with fewer than k pre-activations certainly above
-zero, with values that are not finite, or with so many candidates that nothing is gained.
+zero, with values that are not finite, or with candidates in nearly every group. So is a whole chunk with so
+many candidates that nothing is gained, and a whole BatchTopK or threshold batch if one of its rows is.
 """
 
 from collections.abc import Iterator
@@ -41,10 +42,12 @@ from .topk_encode_cpu import (
 
 LOW = torch.bfloat16
 UNIT_ROUNDOFF = 2.0**-8  # of LOW
+ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: a library may round before it adds the bias, and again
 MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
+MAX_GROUPS = 3 / 4  # of the groups with candidates, of a row
 _CAST_ROWS = 256  # latents rounded at a time: they stay in cache
-_TINY = 2.0**-60  # more than all that underflow can take from a norm
+_TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
 _panel, _error = Workspace(), Workspace()
 
 
@@ -75,7 +78,7 @@ class LowWeights(NamedTuple):
     def slack_factors(self, b_enc_S: Tensor) -> Tensor:
         """What a group adds to the slack [3, S / 64], rounded up to whole groups: factors of |x - x~|, |x| and 1."""
         gamma = self.W_SD.shape[1] * 2.0**-24
-        bias_S = b_enc_S.abs() * (2 * UNIT_ROUNDOFF) + _TINY
+        bias_S = b_enc_S.abs() * ROUNDING + _TINY
         factors_3S = torch.stack([self.norm_S + self.error_S, self.error_S + 2 * gamma * self.norm_S, bias_S])
         return torch.nn.functional.pad(factors_3S, (0, -len(b_enc_S) % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
 
@@ -96,7 +99,7 @@ class Chunk(NamedTuple):
     def lower_RG(self) -> Tensor:
         """Lower bounds of the group's largest z."""
         maxima_RG = self.maxima_RG.view(LOW).float()
-        return maxima_RG - maxima_RG.abs() * (2 * UNIT_ROUNDOFF) - self.slack_RG
+        return maxima_RG - maxima_RG.abs() * ROUNDING - self.slack_RG
 
     def sound_R(self) -> Tensor:
         """Rows whose bounds hold: with a slack this small, |x| |w| is too small for any sum to overflow or be NaN."""
@@ -120,15 +123,11 @@ def topk_encode_screened(
     decided_B = torch.zeros(len(x_BD), dtype=torch.bool)
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
         bound_R = kth_largest(keys(chunk.lower_RG()), k).view(torch.float32).squeeze(1)
-        sure_R = (bound_R > 0) & chunk.sound_R()
-        bound_R = torch.where(sure_R, bound_R, torch.inf)
-        found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S)
-        if found is None or not sure_R.any():
+        values, positions, sure_R = _candidates(chunk, bound_R, W_enc_DS, b_enc_S)
+        if not sure_R.any():
             continue
-        values, positions = found
-        width = chunk.pre_RP.shape[1]
+        width, decided = chunk.pre_RP.shape[1], nonzero(sure_R) + chunk.start
         kept = topk_of_entries(values, positions // width, len(sure_R), k)
-        decided = nonzero(sure_R) + chunk.start
         acts_BK[decided] = values[kept].view(-1, k)
         latents_BK[decided] = (positions[kept] % width).view(-1, k)
         decided_B[decided] = True
@@ -155,12 +154,11 @@ def batch_topk_encode_screened(
         if chunk.maxima_RG.numel() >= capacity:
             key = kth_largest(keys(chunk.lower_RG()).view(1, -1), capacity)
             bound = torch.maximum(bound, key.view(torch.float32).squeeze())
-        sure = bool(bound > 0) and bool(chunk.sound_R().all())
-        found = _candidates(chunk, bound.expand(len(chunk.x_RD)), W_enc_DS, b_enc_S) if sure else None
-        if found is None:
+        values, new_positions, sure_R = _candidates(chunk, bound.expand(len(chunk.x_RD)), W_enc_DS, b_enc_S)
+        if not sure_R.all():
             return batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
-        acts = torch.cat([acts, found[0]])
-        positions = torch.cat([positions, found[1] + chunk.start * chunk.pre_RP.shape[1]])
+        acts = torch.cat([acts, values])
+        positions = torch.cat([positions, new_positions + chunk.start * chunk.pre_RP.shape[1]])
         kept = largest(keys(acts), capacity)
         acts, positions = acts[kept], positions[kept]
     width = chunk.pre_RP.shape[1]
@@ -171,11 +169,11 @@ def threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float
     acts, latents, rows = [], [], []
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
         bound_R = torch.tensor(threshold, dtype=torch.float64).to(torch.float32).expand(len(chunk.x_RD))
-        sure = threshold > 0 and bool(chunk.sound_R().all())
-        found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S) if sure else None
-        if found is None:
+        values, positions, sure_R = _candidates(chunk, bound_R, W_enc_DS, b_enc_S)
+        if not sure_R.all():
             return threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
-        values, positions = (tensor[found[0] > threshold] for tensor in found)
+        above = values > threshold
+        values, positions = values[above], positions[above]
         acts.append(values)
         latents.append(positions % chunk.pre_RP.shape[1])
         rows.append(positions // chunk.pre_RP.shape[1] + chunk.start)
@@ -229,24 +227,25 @@ def _low_panel(W_PD: Tensor) -> LowWeights:
     return panel
 
 
-def _candidates(chunk: Chunk, bound_R: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(float32 values, flat positions) of all that may reach its row's bound, in order; None if they are too many.
+def _candidates(chunk: Chunk, bound_R: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(float32 values, flat positions) of all that may reach its row's bound, in order; and the rows this is true of.
 
-    A bound of infinity takes a row out, whatever is in it.
+    The others, with a bound of 0, without sound ones, or too vague, have no candidates here.
     """
     width = chunk.pre_RP.shape[1]
     reach_RG = bound_R[:, None] - chunk.slack_RG
-    # v + 2 u v + slack >= bound, solved for v; another u for rounding that down to bfloat16.
-    cutoff_RG = (reach_RG * (1 - 3 * UNIT_ROUNDOFF)).to(LOW).view(torch.int16)
+    # v + ROUNDING v + slack >= bound, solved for v; one rounding more for bringing that down to bfloat16.
+    cutoff_RG = (reach_RG * (1 - ROUNDING - UNIT_ROUNDOFF)).to(LOW).view(torch.int16)
     cutoff_RG = torch.where(reach_RG > 0, cutoff_RG, torch.iinfo(torch.int16).min)  # all of a hopelessly vague group
-    cutoff_RG[bound_R == torch.inf] = torch.iinfo(torch.int16).max  # above every bfloat16, NaN too
-    groups_U = nonzero(chunk.maxima_RG >= cutoff_RG)
+    reaches_RG = chunk.maxima_RG >= cutoff_RG
+    sure_R = (bound_R > 0) & chunk.sound_R() & (reaches_RG.sum(1) <= MAX_GROUPS * reaches_RG.shape[1])
+    groups_U = nonzero(reaches_RG & sure_R[:, None])
     values_UG = chunk.pre_RP.view(-1, GROUP).index_select(0, groups_U)
     found_M = nonzero(values_UG >= cutoff_RG.view(-1, 1)[groups_U])
-    if len(found_M) > chunk.pre_RP.numel() * MAX_SHARE:
-        return None
     positions_M = groups_U[found_M // GROUP] * GROUP + found_M % GROUP
     positions_M = positions_M[positions_M % width < len(b_enc_S)]
+    if len(positions_M) > chunk.pre_RP.numel() * MAX_SHARE:
+        return chunk.x_RD.new_empty(0), positions_M[:0], torch.zeros_like(sure_R)
     latents_M = positions_M % width
     values_M = gather_dot_op(chunk.x_RD, positions_M // width, latents_M, W_enc_DS.t()) + b_enc_S[latents_M]
-    return values_M, positions_M
+    return values_M, positions_M, sure_R

@@ -13,7 +13,7 @@ from saevlm_fast.kernels import reference, topk_encode_screened
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cpu import GROUP
 from saevlm_fast.kernels.topk_encode_screened import (
-    UNIT_ROUNDOFF,
+    ROUNDING,
     LowWeights,
     _chunks,
     batch_topk_encode_screened,
@@ -97,7 +97,7 @@ def test_latents_that_bfloat16_cannot_tell_apart():
     spread=st.floats(0, 6),
 )
 def test_bounds_hold(seed, d_in, scales, spread):
-    """|z - v| <= slack + 2 u |v| for every latent, at any scale, with outlying dimensions, zeros and biases."""
+    """|z - v| <= slack + r |v| for every latent, at any scale, with outlying dimensions, zeros and biases."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *size: torch.randn(*size, generator=generator) * (spread * torch.randn(*size, generator=generator)).exp()  # noqa: E731, E501  # fmt: skip
     x_BD, W_SD, b_S = draw(5, d_in), draw(130, d_in), draw(130)
@@ -109,7 +109,7 @@ def test_bounds_hold(seed, d_in, scales, spread):
     z_BS = x_BD.double() @ W_SD.double().t() + b_S.double()
     sound_B = chunk.sound_R()
     assert bool(sound_B.all()) or float(slack_BS.max()) > 1e29
-    error_BS = (z_BS - v_BS).abs() - 2 * UNIT_ROUNDOFF * v_BS.abs()
+    error_BS = (z_BS - v_BS).abs() - ROUNDING * v_BS.abs()
     assert bool((error_BS <= slack_BS)[sound_B].all())
     lower_BG = chunk.lower_RG().double()
     z_BG = torch.nn.functional.pad(z_BS, (0, -130 % GROUP), value=-torch.inf).unflatten(1, (-1, GROUP)).amax(2)
@@ -126,6 +126,35 @@ def test_bounds_are_reached(rounded):
     v = chunk.pre_RP.view(torch.bfloat16)[0, 0].double()
     found = float((x_BD.double() @ W_SD.double().t() - v).abs())
     assert 0.95 * float(chunk.slack_RG) < found < float(chunk.slack_RG)
+
+
+def test_outputs_round_too():
+    """One weight a latent, which bfloat16 holds exactly: only the output's rounding is left, and the bias's."""
+    steps = 1 + torch.arange(128) / 128
+    x_BD, W_SD = steps[:, None], steps[:, None]
+    (chunk,) = _chunks(x_BD, W_SD.t(), torch.zeros(128), torch.zeros(1), None)
+    z_BG = (x_BD @ W_SD.t()).double().unflatten(1, (-1, GROUP)).amax(2)
+    assert bool((chunk.maxima_RG.view(torch.bfloat16) > z_BG).any())
+    assert bool((chunk.lower_RG() <= z_BG).all())
+    bias = torch.tensor([1 + 0.99 * 2.0**-8])
+    (chunk,) = _chunks(torch.ones(1, 1), -torch.ones(1, 1), bias, torch.zeros(1), None)
+    v = float(chunk.pre_RP.view(torch.bfloat16)[0, 0])
+    assert 2.0**-9 < abs(float(bias) - 1 - v) <= float(chunk.slack_RG)
+
+
+def test_vague_rows_alone_are_left_to_float32(monkeypatch):
+    """Rows at b_dec: all that is left is b_enc, whose values bfloat16 cannot tell apart."""
+    x_BD, W_enc_DS, b_enc_S, b_dec_D = float_inputs((256, 16, 4096), torch.float32)
+    b_enc_S = 0.5 + b_enc_S / 1000
+    x_BD[::10] = b_dec_D
+    left = []
+    original = topk_encode_screened.topk_encode_cpu
+    monkeypatch.setattr(
+        topk_encode_screened, "topk_encode_cpu", lambda x, *rest: left.append(len(x)) or original(x, *rest)
+    )
+    inputs = x_BD, W_enc_DS, b_enc_S, b_dec_D
+    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
+    assert left == [26]
 
 
 def test_neither_autocast_nor_the_default_dtype_touches_the_bounds():
@@ -150,7 +179,8 @@ def test_bounds_are_of_use():
     x_BD, W_enc_DS, b_enc_S, b_dec_D = float_inputs((64, 256, 8192), torch.float32)
     (chunk,) = _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, None)
     bound_R = reference.topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, 20)[0].amin(1)
-    values, _ = topk_encode_screened._candidates(chunk, bound_R, W_enc_DS, b_enc_S)
+    values, _, sure_R = topk_encode_screened._candidates(chunk, bound_R, W_enc_DS, b_enc_S)
+    assert bool(sure_R.all())
     assert 20 * 64 <= len(values) < 3 * 20 * 64
 
 
