@@ -12,7 +12,7 @@ These, about twice k, are computed in float32, one dot product each, and the top
 are exactly the top k of those float32 values over all latents.
 
 Rows for which that does not work are left to the float32 product: with fewer than k pre-activations certainly above
-zero, with values that are not finite, or with candidates in nearly every group. So is a whole chunk with so
+zero, with values that are not finite, or (TopK) with candidates in nearly every group. So is a whole chunk with so
 many candidates that nothing is gained, and a whole BatchTopK or threshold batch if one of its rows is.
 """
 
@@ -45,7 +45,7 @@ UNIT_ROUNDOFF = 2.0**-8  # of LOW
 ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: a library may round before it adds the bias, and again
 MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
-MAX_GROUPS = 3 / 4  # of the groups with candidates, of a row
+MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
 _CAST_ROWS = 256  # latents rounded at a time: they stay in cache
 _TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
 _panel, _error = Workspace(), Workspace()
@@ -123,7 +123,7 @@ def topk_encode_screened(
     decided_B = torch.zeros(len(x_BD), dtype=torch.bool)
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
         bound_R = kth_largest(keys(chunk.lower_RG()), k).view(torch.float32).squeeze(1)
-        values, positions, sure_R = _candidates(chunk, bound_R, W_enc_DS, b_enc_S)
+        values, positions, sure_R = _candidates(chunk, bound_R, W_enc_DS, b_enc_S, MAX_GROUPS)
         if not sure_R.any():
             continue
         width, decided = chunk.pre_RP.shape[1], nonzero(sure_R) + chunk.start
@@ -227,10 +227,12 @@ def _low_panel(W_PD: Tensor) -> LowWeights:
     return panel
 
 
-def _candidates(chunk: Chunk, bound_R: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates(
+    chunk: Chunk, bound_R: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, max_groups: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """(float32 values, flat positions) of all that may reach its row's bound, in order; and the rows this is true of.
 
-    The others, with a bound of 0, without sound ones, or too vague, have no candidates here.
+    The others, with a bound of 0, without sound ones, or with candidates in more of the groups, have none here.
     """
     width = chunk.pre_RP.shape[1]
     reach_RG = bound_R[:, None] - chunk.slack_RG
@@ -238,7 +240,7 @@ def _candidates(chunk: Chunk, bound_R: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor
     cutoff_RG = (reach_RG * (1 - ROUNDING - UNIT_ROUNDOFF)).to(LOW).view(torch.int16)
     cutoff_RG = torch.where(reach_RG > 0, cutoff_RG, torch.iinfo(torch.int16).min)  # all of a hopelessly vague group
     reaches_RG = chunk.maxima_RG >= cutoff_RG
-    sure_R = (bound_R > 0) & chunk.sound_R() & (reaches_RG.sum(1) <= MAX_GROUPS * reaches_RG.shape[1])
+    sure_R = (bound_R > 0) & chunk.sound_R() & (reaches_RG.sum(1) <= max_groups * reaches_RG.shape[1])
     groups_U = nonzero(reaches_RG & sure_R[:, None])
     values_UG = chunk.pre_RP.view(-1, GROUP).index_select(0, groups_U)
     found_M = nonzero(values_UG >= cutoff_RG.view(-1, 1)[groups_U])

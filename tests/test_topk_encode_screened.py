@@ -128,6 +128,14 @@ def test_bounds_are_reached(rounded):
     assert 0.95 * float(chunk.slack_RG) < found < float(chunk.slack_RG)
 
 
+@pytest.mark.usefixtures("only_screening")
+def test_a_row_may_hold_most_of_a_batch():
+    """BatchTopK: one row with far larger activations has entries in every group."""
+    inputs = float_inputs((64, 96, 8192), torch.float32)
+    inputs[0][5] *= 4
+    assert_equal_in_float32(batch_topk_encode_screened(*inputs, 8), reference.batch_topk_encode(*inputs, 8))
+
+
 def test_outputs_round_too():
     """One weight a latent, which bfloat16 holds exactly: only the output's rounding is left, and the bias's."""
     steps = 1 + torch.arange(128) / 128
