@@ -46,7 +46,8 @@ class Row:
         edits: as of `steering.steer`; () is the identity control, whatever `only` is; None leaves the model
             untouched, without the SAE.
         direction: [D] added to the chosen tokens after the edits; needs edits.
-        mask: bool [T], the tokens of this row that are steered, of every tile, instead of SteeredAnswers' choice.
+        mask: bool [T], the tokens of this row that are steered, of every tile, instead of SteeredAnswers' choice; none
+            is allowed. Needs edits.
     """
 
     question: int
@@ -75,8 +76,9 @@ class SteeredAnswers:
         asking.answers([Row(dog, None), Row(dog, ()), *(Row(dog, (clamp(k, 100.0),)) for k in range(1000))])
 
     Rows of a batch have inputs of the same length, so nothing is padded: which rows share a batch changes an answer no
-    more than the last bit of matrix products of another size does. A question holds its tokens in the model's and in
-    the SAE's dtype, 6 MB for CLIP-L/14-336 in float16 and float32.
+    more than the last bit of matrix products of another size does. A question holds its tokens in the model's dtype
+    and their reconstruction in the SAE's, 4 MB for CLIP-L/14-336 in float16 and float32. Blocks below are given one
+    token while rows are answered: an outer `steer` of one of them must take all tokens alike.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class SteeredAnswers:
         batch_size: int = 64,
         max_new_tokens: int = 16,
     ):
-        """ValueError: those of `steering.steer`; a model that does not answer; sizes below 1."""
+        """ValueError: those of `steering.steer`; a mask per row; a model that does not answer; sizes below 1."""
+        per_row = isinstance(tokens, Tensor) and tokens.ndim > 1
+        require(not per_row, "tokens: a mask must be [T] here; Row.mask is one of a row's own")
         self.model, self.processor, self.sae = model, processor, sae
         self.site = find_site(model, sae, layer, tokens, error)
         require(self.site.reads is not None, f"model: {type(model).__name__} has no language model that answers")
@@ -126,8 +130,10 @@ class SteeredAnswers:
         return len(self._questions) - 1
 
     def mean_residual(self, image: Any, prompt: str) -> Tensor:
-        """float32 [D] on the host: the steered block's output, averaged over all tokens and tiles of an image."""
-        return self._residual(self._inputs(image, prompt)).mean((0, 1), dtype=torch.float32).cpu()
+        """float32 [D] on the host: the steered block's output, averaged over the chosen tokens of all tiles."""
+        x_BTD = self._residual(self._inputs(image, prompt))
+        mask_BT = token_mask(self.tokens, *x_BTD.shape[:2], self.site.anatomy).to(x_BTD.device)
+        return x_BTD[mask_BT].mean(0, dtype=torch.float32).cpu()
 
     @torch.inference_mode()
     def answers(self, rows: Sequence[Row], on_rows: Callable[[int], None] = lambda done: None) -> list[str]:
@@ -173,7 +179,10 @@ class SteeredAnswers:
             require(
                 0 <= row.question < len(self._questions), f"question: {row.question} of {len(self._questions)} asked"
             )
-            require(row.direction is None or row.edits is not None, "direction: needs edits, () for none")
+            for name, value in (("direction", row.direction), ("mask", row.mask)):
+                require(value is None or row.edits is not None, f"{name}: needs edits, () for none")
+            boolean = row.mask is None or row.mask.dtype == torch.bool
+            require(boolean, f"mask: {getattr(row.mask, 'dtype', None)}, must be bool")
             of_length.setdefault(self._questions[row.question].length, []).append(i)
         for same in of_length.values():
             same.sort(key=lambda i: rows[i].question)
@@ -200,7 +209,7 @@ class SteeredAnswers:
         mask_BT = token_mask(self.tokens, x_BTD.shape[0], x_BTD.shape[1], self.site.anatomy).to(x_BTD.device)
         mask_BT = mask_BT & steered_B.to(x_BTD.device)[:, None]
         for r, row in enumerate(rows):
-            if row.mask is not None and row.edits is not None:
+            if row.mask is not None:
                 require(
                     row.mask.shape == mask_BT.shape[1:], f"mask: {list(row.mask.shape)}, not {mask_BT.shape[1]} tokens"
                 )

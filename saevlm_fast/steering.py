@@ -21,6 +21,8 @@ Shape suffixes: B rows of the block (images, or their tiles), T tokens, D width,
 """
 
 import math
+import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,9 +140,10 @@ def steer_rows(
         ValueError: as `steer`; at the forward, a batch of another size.
     """
     site = find_site(model, sae, layer, tokens, error)
-    require(tiles is None or len(tiles) == len(rows), f"tiles: {len(tiles or ())} numbers for {len(rows)} rows")
+    n_tiles = torch.ones(len(rows), dtype=torch.int64) if tiles is None else torch.tensor([int(n) for n in tiles])
+    require(len(n_tiles) == len(rows), f"tiles: {len(n_tiles)} numbers for {len(rows)} rows")
+    require(not bool((n_tiles < 1).any()), f"tiles: {n_tiles.tolist()}, each must be at least 1")
     plan = EditPlan.of_rows(rows, sae)
-    n_tiles = torch.tensor(tiles or [1] * len(rows), dtype=torch.int64)
     row_of_tile = torch.arange(len(rows)).repeat_interleave(n_tiles)
     with hooked_block(site, lambda x_BTD: _steered(x_BTD, sae, plan, site, only, tokens, error, row_of_tile)):
         yield
@@ -175,8 +178,10 @@ def find_site(
         anatomy.width in (None, sae.config.d_in),
         f"sae: d_in is {sae.config.d_in}, but the vision blocks of {name} have width {anatomy.width}",
     )
+    layer = operator.index(layer)
     require(error in ERRORS, f"error: {error!r} is not one of {', '.join(ERRORS)}")
-    known = tokens in TOKENS if isinstance(tokens, str) else tokens.dtype == torch.bool and tokens.ndim in (1, 2)
+    mask = isinstance(tokens, Tensor) and tokens.dtype == torch.bool and tokens.ndim in (1, 2)
+    known = mask or (isinstance(tokens, str) and tokens in TOKENS)
     require(known, f"tokens: {_shown(tokens)} is not one of {', '.join(TOKENS)}, or a bool mask [T] or [B, T]")
     chosen = True if isinstance(tokens, str) else bool(tokens.any())
     require(chosen, "tokens: the mask chooses none, so that steering changes nothing")
@@ -213,8 +218,8 @@ def _check_read(config: Any, layer: int, reads: frozenset[int], cls_only: bool) 
     )
 
 
-def _shown(tokens: str | Tensor) -> str:
-    return repr(tokens) if isinstance(tokens, str) else f"{tokens.dtype} {list(tokens.shape)}"
+def _shown(tokens: object) -> str:
+    return f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
 
 
 @contextmanager
@@ -230,10 +235,37 @@ def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[Non
 
     handle = site.block.register_forward_hook(hook, prepend=True)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with _compiled_code_waits:
             yield
     finally:
         handle.remove()
+
+
+class _ForcedEager:
+    """Compiled code, which would not see a hook, runs eagerly while there is one, in whatever order hooks come and go.
+
+    The stance of torch.compile is one for the whole process, so it is set by the first and put back by the last.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._number = threading.Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._number == 0:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._number += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._number -= 1
+            if self._number == 0:
+                self._stance.__exit__(None, None, None)
+
+
+_compiled_code_waits = _ForcedEager()
 
 
 # --- how -------------------------------------------------------------------------------------------------------------
@@ -252,7 +284,7 @@ class EditPlan(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Sequence[Sequence[Edit]], sae: SparseAutoencoder) -> "EditPlan":
-        """ValueError: a latent that the SAE does not have, or that a row edits twice."""
+        """ValueError: a latent that the SAE does not have, or that a row edits twice; a value beyond its dtype."""
         n_edits = max((len(edits) for edits in rows), default=0)
         weights = sae.W_dec
         latents = torch.zeros(len(rows), n_edits, dtype=torch.int64)
@@ -263,8 +295,14 @@ class EditPlan(NamedTuple):
             for j, edit in enumerate(edits):
                 latents[r, j], real[r, j] = int(edit.latent), True
                 factor[r, j], offset[r, j] = float(edit.factor), float(edit.offset)
-        latents, real = latents.to(weights.device), real.to(weights.device)
-        return cls(latents, factor.to(weights), offset.to(weights), real)
+        held_factor, held_offset = factor.to(weights), offset.to(weights)
+        for value, held in ((factor, held_factor), (offset, held_offset)):
+            for r, j in (~held.isfinite()).nonzero().tolist():
+                dtype = str(weights.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"alpha: {float(value[r, j]):g} of latent {int(latents[r, j])} overflows the SAE's {dtype}"
+                )
+        return cls(latents.to(weights.device), held_factor, held_offset, real.to(weights.device))
 
 
 def _check_edits(edits: Sequence[Edit], d_sae: int) -> None:
@@ -276,7 +314,7 @@ def _check_edits(edits: Sequence[Edit], d_sae: int) -> None:
 
 
 class Encoded(NamedTuple):
-    """N tokens as the SAE sees them: x_ND in its dtype on its device, their codes, their reconstruction."""
+    """N tokens on the SAE's device: x_ND as the model has them; codes and reconstruction in the SAE's dtype."""
 
     x_ND: Tensor
     codes: CodeRows
@@ -286,15 +324,18 @@ class Encoded(NamedTuple):
 def encode_tokens(sae: SparseAutoencoder, x_ND: Tensor) -> Encoded:
     """Whatever the model's dtype, device and autocast are: of inference, in the SAE's own precision."""
     with torch.autocast(sae.W_dec.device.type, enabled=False):
-        x_ND = x_ND.to(sae.W_dec.device, sae.W_dec.dtype)
-        codes = sae.encode(x_ND, use_threshold=True)
+        x_ND = x_ND.to(sae.W_dec.device)
+        codes = sae.encode(x_ND.to(sae.W_dec.dtype), use_threshold=True)
         return Encoded(x_ND, codes_of_rows(codes), sae.decode(codes))
 
 
 def edit_tokens(
     sae: SparseAutoencoder, encoded: Encoded, plan: EditPlan, row_N: Tensor, only: bool, error: str
 ) -> Tensor:
-    """The new residual stream [N, D] in the SAE's dtype; token n is edited by row row_N[n] of the plan."""
+    """The new residual stream [N, D]; token n is edited by row row_N[n] of the plan.
+
+    In the SAE's dtype, or the model's if that is the wider one and error is keep: what is not changed stays as it is.
+    """
     latents_NJ, real_NJ = plan.latents[row_N], plan.real[row_N]
     z_NJ = latent_values(encoded.codes, latents_NJ)
     edited_NJ = plan.factor[row_N] * z_NJ + plan.offset[row_N]
@@ -320,8 +361,11 @@ def latent_values(codes: CodeRows, latents_NJ: Tensor) -> Tensor:
     rows_M = entry_rows(codes.latents, codes.row_offsets)
     inside_M = rows_M < n_rows
     rows_M, latents_M, acts_M = rows_M[inside_M], codes.latents[inside_M], codes.acts[inside_M]
-    found_MJ = torch.where(latents_NJ[rows_M] == latents_M[:, None], acts_M[:, None], 0)
-    return torch.zeros(latents_NJ.shape, dtype=acts_M.dtype, device=acts_M.device).index_add_(0, rows_M, found_MJ)
+    values_NJ = torch.zeros(latents_NJ.shape, dtype=acts_M.dtype, device=acts_M.device)
+    for j, latents_N in enumerate(latents_NJ.unbind(1)):  # one at a time: all would be [M, J]
+        found_M = torch.where(latents_N[rows_M] == latents_M, acts_M, 0)
+        values_NJ[:, j] = torch.zeros_like(values_NJ[:, j]).index_add_(0, rows_M, found_M)
+    return values_NJ
 
 
 def _steered(

@@ -93,6 +93,9 @@ class ScoreRun:
     force: bool = False
     latents_per_block: int = 16
 
+    def __post_init__(self) -> None:
+        require(not (self.resume and self.force), "resume: does not go with force, which starts anew")
+
     @property
     def progress(self) -> Path:
         """A folder with the settings and a file for every finished block; gone when the output is written."""
@@ -190,6 +193,8 @@ def _score_blocks(
     scores = SteeringScores(_table([row for path, _ in blocks for row in json.loads(path.read_text())]))
     scores = SteeringScores(scores.table.replace_schema_metadata(run.sources | scorer.description()))
     write_table(scores.table, run.output)
+    for path, _ in blocks:  # before the settings, without which nothing could be resumed
+        path.unlink()
     shutil.rmtree(run.progress)
     return scores
 
@@ -297,6 +302,7 @@ class _Scorer:
     ):
         self.asking, self.pictures, self.encoder, self.config = asking, pictures, encoder, config
         self.embeddings, self.alive = embeddings, firing_latents(codes)
+        self.norm_S = asking.sae.W_dec.detach().norm(dim=1)
         self.tops = [top.images for top in top_images(codes, latents, N_TOP)]
         self._residuals: dict[int, Tensor] = {}
         self._words: dict[str, Tensor] = {}
@@ -331,8 +337,7 @@ class _Scorer:
 
     def _rows(self, place: int, latent: int, random: int) -> list[Row]:
         """PER_LATENT conditions in order, each for every image asked about."""
-        norm_S = self.asking.sae.W_dec.detach().norm(dim=1)
-        alpha = self.config.alpha
+        norm_S, alpha = self.norm_S, self.config.alpha
         direction_D = self._mean_residual(self.tops[place].tolist())
         direction_D = (
             torch.nn.functional.normalize(direction_D - self.reference_D, dim=0) * alpha * float(norm_S[latent])

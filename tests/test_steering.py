@@ -1,6 +1,7 @@
 """Steering hooks: against a plain re-implementation, and that nothing is left of them."""
 
 import re
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 
@@ -12,7 +13,7 @@ from saevlm_fast.box_models import build_clip, build_llava, llava_processor
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steered_answers import Row, SteeredAnswers
-from saevlm_fast.steering import add, blocks_read, clamp, scale, steer, steer_rows, zero
+from saevlm_fast.steering import add, blocks_read, clamp, encode_tokens, scale, steer, steer_rows, zero
 from saevlm_fast.vision import find_anatomy
 
 D, S, LAYER, ALPHA = 128, 96, 2, 40.0
@@ -188,6 +189,28 @@ def test_keep_without_edits_is_exact_for_any_sae_and_drop_is_its_reconstruction(
         assert not torch.equal(run(), before)
 
 
+def test_keep_changes_nothing_but_what_is_edited_also_with_an_sae_of_lower_precision(llava, inputs, pictures):
+    sae = random_sae().bfloat16()
+    before = residual(llava, partial(logits, llava, inputs))
+    with steer(llava, sae, LAYER, [scale(3, 1.0)], error="keep"):
+        assert torch.equal(residual(llava, partial(logits, llava, inputs)), before)
+    asking = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1, error="keep")
+    question = asking.ask(pictures[0], PROMPT)
+    rows = [Row(question, None), Row(question, ()), Row(question, (scale(3, 1.0),))]
+    untouched, identity, scaled = residual(llava, lambda: asking.answers(rows))
+    assert torch.equal(identity, untouched)
+    assert torch.equal(scaled, untouched)
+
+
+def test_autocast_does_not_reach_the_sae(llava, inputs):
+    x_ND = residual(llava, partial(logits, llava, inputs)).flatten(0, 1)
+    expected = encode_tokens(random_sae(), x_ND)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encode_tokens(random_sae(), x_ND)
+    assert found.x_hat_ND.dtype == torch.float32
+    assert torch.equal(found.x_hat_ND, expected.x_hat_ND)
+
+
 def test_nothing_is_left_behind_by_an_end_or_an_error(llava, inputs):
     before, block = logits(llava, inputs), find_anatomy(llava).blocks[LAYER]
     hooks = list(block._forward_hooks)
@@ -269,6 +292,28 @@ def test_torch_compile_is_left_working():
         assert torch.equal(run(model), steered)
     assert torch.equal(run(compiled), before)
     assert not torch.allclose(steered, before, atol=1e-2)
+
+
+def test_torch_compile_is_left_working_in_whatever_order_steerings_end():
+    compilations = []
+
+    def counting(graph, inputs):
+        compilations.append(1)
+        return graph
+
+    import transformers as t
+
+    model = t.CLIPVisionModel(t.CLIPVisionConfig(**vision_settings())).eval()
+    first, second = (steer(model, random_sae(32), layer) for layer in (1, 2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    double = torch.compile(lambda x: 2 * x, backend=counting)
+    assert double(torch.ones(2)).tolist() == [2, 2]
+    assert not compilations  # the second is still there
+    second.__exit__(None, None, None)
+    double(torch.ones(2))
+    assert compilations
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -370,6 +415,19 @@ def test_an_edit_that_overflows_the_model_is_refused(llava, inputs, pictures, dt
     assert len(asking.answers([*rows[:2], masked])) == 3  # it reaches no token
 
 
+def test_an_edit_that_overflows_the_sae_is_refused(llava):
+    message = "^alpha: 100000 of latent 3 overflows the SAE's float16$"
+    with pytest.raises(ValueError, match=message), steer(llava, random_sae().half(), LAYER, [clamp(3, 1e5)]):
+        pass
+
+
+@pytest.mark.parametrize(("tiles", "message"), [([1], "1 numbers for 2 rows"), ([3, 0], r"\[3, 0\], each must be at")])
+def test_tiles_are_counted(llava, tiles, message):
+    steering = steer_rows(llava, random_sae(), LAYER, [[], []], tiles=tiles)
+    with pytest.raises(ValueError, match=f"^tiles: {message}"), steering:
+        pass
+
+
 def test_rows_must_fit_the_batch(llava, inputs):
     with (
         pytest.raises(ValueError, match=r"^rows: edits for 2 rows of the vision tower, but the batch has 3$"),
@@ -399,14 +457,17 @@ def language_settings():
             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
 
-def small_next(**options):
+GRID = [[28, 56], [56, 28], [56, 56]]
+
+
+def small_next(image_token_index=63, vocab_size=64):
     import transformers as t
 
-    vision, text = t.CLIPVisionConfig(**vision_settings()), t.LlamaConfig(**language_settings())
-    grid = [[28, 56], [56, 28], [56, 56]]
+    text = t.LlamaConfig(**(language_settings() | {"vocab_size": vocab_size}))
     config = t.LlavaNextConfig(
-        vision_config=vision, text_config=text, image_grid_pinpoints=grid, image_token_index=63, **options
-    )
+        vision_config=t.CLIPVisionConfig(**vision_settings()), text_config=text, image_grid_pinpoints=GRID,
+        image_token_index=image_token_index,
+    )  # fmt: skip
     return t.LlavaNextForConditionalGeneration(config).eval()
 
 
@@ -592,6 +653,47 @@ def test_answers_in_batches_are_those_of_one_at_a_time(llava, pictures, layer, o
     assert len(set(answers)) > 3
 
 
+def test_answers_about_images_of_several_tiles_are_those_of_one_at_a_time():
+    """LLaVA-NeXT: images of 1 + 2 and 1 + 4 tiles side by side in a batch."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    tokenizer, image_token = llava_processor().tokenizer, llava_processor().image_token
+    image_id = tokenizer.convert_tokens_to_ids(image_token)
+    model = small_next(image_id, max(len(tokenizer), image_id + 1))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):  # as initialised, all answers are alike
+            torch.nn.init.normal_(module.weight, std=0.4)
+    images = t.LlavaNextImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=GRID
+    )
+    processor = t.LlavaNextProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        image_token=image_token,
+    )  # fmt: skip
+    noise = np.random.default_rng(0)
+    pictures = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((28, 56), (56, 56), (56, 28), (56, 56))]
+    prompt = f"user: {image_token} {PROMPT} assistant:"
+    asking = SteeredAnswers(model, processor, random_sae(32), 2, batch_size=5, max_new_tokens=5, tokens="patches")
+    asked = [asking.ask(picture, prompt) for picture in pictures]
+    edits = [None, (), (clamp(5, ALPHA),), (clamp(9, -ALPHA), add(3, 8.0))]
+    rows = [Row(question, edit) for edit in edits for question in asked]
+    expected = []
+    for row in rows:
+        inputs = processor(text=[prompt], images=[pictures[row.question]], return_tensors="pt")
+        with nullcontext() if row.edits is None else steer(model, random_sae(32), 2, row.edits, tokens="patches"):
+            tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        expected.append(processor.batch_decode(tokens, skip_special_tokens=True)[0].strip())
+    assert asking.answers(rows) == expected
+    assert len(set(expected)) > 4
+
+
+def test_the_mean_residual_is_of_the_chosen_tokens(llava, pictures):
+    asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, tokens="patches")
+    x_TD = asking._questions[asking.ask(pictures[0], PROMPT)].x_BTD[0]
+    torch.testing.assert_close(asking.mean_residual(pictures[0], PROMPT), x_TD[1:].mean(0))
+
+
 def test_a_direction_is_added_after_the_edits(llava, pictures):
     sae = random_sae()
     asking = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1, tokens="patches")
@@ -645,12 +747,18 @@ def test_several_read_layers_are_all_right(pictures):
 def test_answers_refused_in_one_line(llava, pictures):
     with pytest.raises(ValueError, match=r"^model: CLIPVisionModel has no language model that answers$"):
         SteeredAnswers(build_clip().vision_model, llava_processor(), random_sae(), LAYER)
+    with pytest.raises(ValueError, match=r"^tokens: a mask must be \[T\] here; Row.mask is one of a row's own$"):
+        SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, tokens=torch.ones(2, 37, dtype=torch.bool))
     asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER)
     with pytest.raises(ValueError, match=r"^question: 0 of 0 asked$"):
         asking.answers([Row(0, None)])
     asking.ask(pictures[0], PROMPT)
     with pytest.raises(ValueError, match=r"^direction: needs edits"):
         asking.answers([Row(0, None, torch.ones(D))])
+    with pytest.raises(ValueError, match=r"^mask: needs edits"):
+        asking.answers([Row(0, None, mask=torch.ones(37, dtype=torch.bool))])
+    with pytest.raises(ValueError, match=r"^mask: torch.float32, must be bool$"):
+        asking.answers([Row(0, (), mask=torch.ones(37))])
     with pytest.raises(ValueError, match=rf"^direction: \[5\], not \[{D}\]$"):
         asking.answers([Row(0, (), torch.ones(5))])
     with pytest.raises(ValueError, match=r"^direction: of row 1 of the batch, is not finite$"):

@@ -29,6 +29,7 @@ from saevlm_fast.steering_score import (
     PROMPT,
     ScoreConfig,
     ScoreRun,
+    _Scorer,
     firing_latents,
     steering_score,
 )
@@ -258,6 +259,20 @@ def test_a_run_is_resumed_with_the_same_models_and_stores_only(box, pieces, tmp_
     asked = SteeredAnswers(asking.model, asking.processor, asking.sae, LAYER, max_new_tokens=2)
     steering_score(asked, source, codes, embeddings, encoder, config, again)
     assert not again.progress.exists()
+
+
+def test_the_random_latent_is_another_one():
+    """Of two that fire it can only be the other, whatever the seed."""
+    scorer = object.__new__(_Scorer)
+    scorer.alive = torch.tensor([3, 8])
+    for seed in range(20):
+        scorer.config = ScoreConfig((3,), seed=seed)
+        assert scorer._random_latent(3) == 8
+
+
+def test_resume_and_force_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match=r"^resume: does not go with force, which starts anew$"):
+        ScoreRun(tmp_path / "score.json", {}, resume=True, force=True)
 
 
 def write_unfinished(run, config, asking, codes, embeddings):
