@@ -132,7 +132,7 @@ class SteeredAnswers:
     def mean_residual(self, image: Any, prompt: str) -> Tensor:
         """float32 [D] on the host: the steered block's output, averaged over the chosen tokens of all tiles."""
         x_BTD = self._residual(self._inputs(image, prompt))
-        mask_BT = token_mask(self.tokens, *x_BTD.shape[:2], self.site.anatomy).to(x_BTD.device)
+        mask_BT = token_mask(self.tokens, x_BTD.shape[0], x_BTD.shape[1], self.site.anatomy).to(x_BTD.device)
         return x_BTD[mask_BT].mean(0, dtype=torch.float32).cpu()
 
     @torch.inference_mode()

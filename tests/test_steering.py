@@ -460,13 +460,13 @@ def language_settings():
 GRID = [[28, 56], [56, 28], [56, 56]]
 
 
-def small_next(image_token_index=63, vocab_size=64):
+def small_next(image_token_index=63, vocab_size=64, **options):
     import transformers as t
 
     text = t.LlamaConfig(**(language_settings() | {"vocab_size": vocab_size}))
     config = t.LlavaNextConfig(
         vision_config=t.CLIPVisionConfig(**vision_settings()), text_config=text, image_grid_pinpoints=GRID,
-        image_token_index=image_token_index,
+        image_token_index=image_token_index, **options,
     )  # fmt: skip
     return t.LlavaNextForConditionalGeneration(config).eval()
 
