@@ -78,7 +78,8 @@ class SteeredAnswers:
     Rows of a batch have inputs of the same length, so nothing is padded: which rows share a batch changes an answer no
     more than the last bit of matrix products of another size does. A question holds its tokens in the model's dtype
     and their reconstruction in the SAE's, 4 MB for CLIP-L/14-336 in float16 and float32. Blocks below are given one
-    token while rows are answered: an outer `steer` of one of them must take all tokens alike.
+    token while rows are answered: an outer `steer` of one of them must take all tokens alike. One thread at a time:
+    what another one runs on the same model meanwhile is steered too.
     """
 
     def __init__(
@@ -170,7 +171,13 @@ class SteeredAnswers:
 
         with hooked_block(self.site, catch), suppress(_Enough):
             self.model(**inputs)
+        self._check_run(caught)
         return caught[0]
+
+    def _check_run(self, calls: Sequence[Any]) -> None:
+        """Blocks that are run by other means than a call of the module know no hooks, and nothing would be steered."""
+        name = type(self.model).__name__
+        require(len(calls) > 0, f"layer: {self.site.layer} of {name} was not called, so that nothing is steered")
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Numbers of rows with inputs of one length, rows of one question side by side."""
@@ -192,11 +199,18 @@ class SteeredAnswers:
         questions = [self._questions[row.question] for row in rows]
         inputs = _join_inputs([question.inputs for question in questions])
         x_BTD = self._edited(rows, questions)
-        with self._only_above_block(), hooked_block(self.site, lambda _: x_BTD):
+        calls: list[None] = []
+
+        def given(_: Tensor) -> Tensor:
+            calls.append(None)
+            return x_BTD
+
+        with self._only_above_block(), hooked_block(self.site, given):
             tokens = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1,
                 temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
+        self._check_run(calls)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 

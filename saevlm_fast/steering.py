@@ -98,6 +98,8 @@ def steer(
 ) -> Iterator[None]:
     """Inside `with`, the model's vision tower is steered after block `layer` (from 0), the same way in every row.
 
+    In all threads that run this model; compiled code of the whole process runs eagerly meanwhile.
+
     Args:
         model: transformers' LLaVA-1.5, -NeXT, -OneVision, CLIP or SigLIP, whole or the vision part alone; open_clip's
             or timm's model. Its dtype and device are its own.
@@ -285,6 +287,8 @@ class EditPlan(NamedTuple):
     @classmethod
     def of_rows(cls, rows: Sequence[Sequence[Edit]], sae: SparseAutoencoder) -> "EditPlan":
         """ValueError: a latent that the SAE does not have, or that a row edits twice; a value beyond its dtype."""
+        for edits in rows:
+            require(isinstance(edits, Sequence), f"edits: {edits!r} is not a sequence of edits")
         n_edits = max((len(edits) for edits in rows), default=0)
         weights = sae.W_dec
         latents = torch.zeros(len(rows), n_edits, dtype=torch.int64)
@@ -308,6 +312,7 @@ class EditPlan(NamedTuple):
 def _check_edits(edits: Sequence[Edit], d_sae: int) -> None:
     seen: set[int] = set()
     for edit in edits:
+        require(isinstance(edit, Edit), f"edits: {edit!r} is not made by clamp, add, scale or zero")
         require(edit.latent < d_sae, f"latent: {edit.latent} of an SAE whose latents are 0 to {d_sae - 1}")
         require(edit.latent not in seen, f"latent: {edit.latent} is edited twice")
         seen.add(edit.latent)

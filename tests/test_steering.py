@@ -421,6 +421,36 @@ def test_an_edit_that_overflows_the_sae_is_refused(llava):
         pass
 
 
+@pytest.mark.parametrize("edits", [clamp(5, 1.0), [5], None], ids=str)
+def test_edits_are_a_sequence_of_edits(llava, edits):
+    steering = steer(llava, random_sae(), LAYER, edits)
+    with pytest.raises(ValueError, match=r"^edits: .* is not (a sequence of edits|made by clamp)"), steering:
+        pass
+
+
+def test_only_with_rows_of_different_numbers_of_edits(llava, inputs):
+    """Short rows are filled up with edits of latent 0 that must not count."""
+    sae = random_sae()
+    with torch.no_grad():
+        sae.b_enc[0] = 50.0  # fires everywhere
+    x = residual(llava, partial(logits, llava, inputs))
+    rows = [[scale(5, 1.0), scale(6, 1.0)], [scale(7, 1.0)], []]
+    with steer_rows(llava, sae, LAYER, rows, only=True):
+        steered = residual(llava, partial(logits, llava, inputs))
+    everywhere = torch.ones(x.shape[:2], dtype=torch.bool)
+    for row, latents in enumerate(([5, 6], [7], [])):
+        expected = by_hand(sae, x[row : row + 1], alone(latents), everywhere[:1], "drop")
+        torch.testing.assert_close(steered[row : row + 1], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_block_that_is_not_called_is_an_error(llava, pictures, monkeypatch):
+    asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, max_new_tokens=1)
+    question = asking.ask(pictures[0], PROMPT)
+    monkeypatch.setattr(llava, "generate", lambda input_ids, **_: input_ids)
+    with pytest.raises(ValueError, match=r"^layer: 2 of .* was not called, so that nothing is steered$"):
+        asking.answers([Row(question, ())])
+
+
 @pytest.mark.parametrize(("tiles", "message"), [([1], "1 numbers for 2 rows"), ([3, 0], r"\[3, 0\], each must be at")])
 def test_tiles_are_counted(llava, tiles, message):
     steering = steer_rows(llava, random_sae(), LAYER, [[], []], tiles=tiles)

@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -29,6 +30,7 @@ from saevlm_fast.steering_score import (
     PROMPT,
     ScoreConfig,
     ScoreRun,
+    SteeringScores,
     _Scorer,
     firing_latents,
     steering_score,
@@ -268,6 +270,13 @@ def test_the_random_latent_is_another_one():
     for seed in range(20):
         scorer.config = ScoreConfig((3,), seed=seed)
         assert scorer._random_latent(3) == 8
+
+
+def test_the_summary_is_of_well_defined_latents():
+    columns = {"latent": [0, 1, 2], "n_top": [16, 3, 16]} | {name: [0.5, 9.0, 0.7] for name in MEASURES}
+    for mean, std in SteeringScores(pa.table(columns)).summary().values():
+        assert mean == pytest.approx(0.6)
+        assert std == pytest.approx(0.1, rel=0.5)
 
 
 def test_resume_and_force_exclude_each_other(tmp_path):
