@@ -90,36 +90,55 @@ def entry_gradient(
         return RowGradient(None, rows_CD, squared_norms_S.sum(), slots_S)
     end = int(offsets_S1[-1])  # padding lies behind
     weights_M, ids_M = weights_M[:end], ids_M[:end]
-    active_A = torch.nonzero(offsets_S1.diff()).squeeze(1)
-    offsets_A1 = torch.cat([offsets_S1[active_A], offsets_S1[-1:]])
-    squared_norms_A = _squared_norms(weights_M, ids_M, offsets_A1, source_RD)
+    squared_norms_S = _squared_norms(weights_M, ids_M, offsets_S1, source_RD)
     parallel_S = None
     if unit_rows_SD is not None:
         assert dots_M is not None, "a CPU projects by the dot products of the entries"
         zeros_M, one = torch.zeros_like(ids_M), source_RD.new_ones(1, 1)
         parallel_S = segment_sum_cpu(weights_M * dots_M[:end], zeros_M, offsets_S1, one).squeeze(1)
-        squared_norms_A = (squared_norms_A - parallel_S[active_A].square()).clamp_(min=0)  # Pythagoras: rows are unit
-    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S, squared_norms_A.sum())
+        squared_norms_S = (squared_norms_S - parallel_S.square()).clamp_(min=0)  # Pythagoras: rows are unit
+    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S, squared_norms_S.sum())
 
 
-def _squared_norms(weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tensor) -> Tensor:
-    """Of the segment sums, which are made block by block."""
+def _squared_norms(weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor) -> Tensor:
+    """Of the segment sums. Those of one entry follow from its source row; the others are made block by block."""
+    counts_S = offsets_S1.diff()
+    norms_S = source_RD.new_zeros(len(counts_S))
+    (single_S,) = (counts_S == 1).nonzero(as_tuple=True)
+    entries = offsets_S1[single_S]
+    norms_S[single_S] = torch.linalg.vector_norm(source_RD, dim=1)[ids_M[entries]] * weights_M[entries]
+    (several_S,) = (counts_S > 1).nonzero(as_tuple=True)
+    norms_S[several_S] = _norms(*_some_segments(several_S, weights_M, ids_M, counts_S), source_RD)
+    return norms_S.square_()
+
+
+def _some_segments(
+    segments_A: Tensor, weights_M: Tensor, ids_M: Tensor, counts_S: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, ids and offsets of these segments alone."""
+    counts_A = counts_S[segments_A]
+    taken_S = torch.zeros_like(counts_S, dtype=torch.bool).index_fill_(0, segments_A, True)
+    taken_M = taken_S.repeat_interleave(counts_S)
+    return weights_M[taken_M], ids_M[taken_M], torch.nn.functional.pad(counts_A.cumsum(0), (1, 0))
+
+
+def _norms(weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tensor) -> Tensor:
     norms_A = source_RD.new_empty(len(offsets_A1) - 1)
     for start, stop in _blocks(len(norms_A), source_RD):
         rows_AD = _segment_block(weights_M, ids_M, offsets_A1, source_RD, start, stop)
         torch.linalg.vector_norm(rows_AD, dim=1, out=norms_A[start:stop])
-    return norms_A.square_()
+    return norms_A
 
 
 def _segment_block(
     weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, start: int, stop: int,
-    out_SD: Tensor | None = None,
+    out_SD: Tensor | None = None, added: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Segment sums of latents start..stop - 1."""
+    """Segment sums of latents start..stop - 1, written to out or added to it."""
     offsets = offsets_S1[start : stop + 1]
     entries = slice(int(offsets[0]), int(offsets[-1]))
     out_SD = source_RD.new_empty(stop - start, source_RD.shape[1]) if out_SD is None else out_SD
-    return segment_sum_into(out_SD, weights_M[entries], ids_M[entries], offsets - offsets[0], source_RD)
+    return segment_sum_into(out_SD, weights_M[entries], ids_M[entries], offsets - offsets[0], source_RD, added)
 
 
 def dense_gradient_rows(latents_A: Tensor | None, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
@@ -176,9 +195,10 @@ def latent_update_(
     parallel_S = None if gradient.parallel_S is None else gradient.parallel_S * clip
     for start, stop in blocks:
         w_SD, g_SD = W_SD[start:stop], g_buffer[: stop - start]
-        _segment_block(weights_M, gradient.ids_M, gradient.offsets_S1, gradient.source_RD, start, stop, g_SD)
         if parallel_S is not None:
-            g_SD.addcmul_(w_SD, parallel_S[start:stop, None], value=-1)
+            torch.mul(w_SD, -parallel_S[start:stop, None], out=g_SD)
+        segments = weights_M, gradient.ids_M, gradient.offsets_S1, gradient.source_RD
+        _segment_block(*segments, start, stop, g_SD, added=parallel_S is not None)
         for rows in extra:
             _add_rows_(g_SD, rows, clip, start, stop)
         _fused_adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, adam)

@@ -23,7 +23,7 @@ from saevlm_fast.kernels.latent_update import (
     latent_update_,
 )
 from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum
-from saevlm_fast.kernels.sparse_decode import gather_dot, group_bag_offsets
+from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
 from saevlm_fast.kernels.topk_encode_screened import (
@@ -318,7 +318,6 @@ def loss_and_gradients(
         residual_BGD[:, g] += residual_BGD[:, g - 1]
     x_hat_BD = residual_BGD[:, -1].clone()
     residual_BGD -= x_BD[:, None]
-    last_residual_BD = residual_BGD[:, -1].clone()
     mse = torch.linalg.vector_norm(residual_BGD, dim=2).square_().sum() / (n_rows * n_groups)
 
     # An entry of group j is part of every prefix g >= j: it receives the suffix sum of the prefixes' gradients.
@@ -328,25 +327,25 @@ def loss_and_gradients(
     suffix_RD = suffix_BGD.view(-1, d_in)
 
     centred_BD = x_BD - b_dec
-    dacts_M = gather_dot(suffix_RD, entries.latents_M, entries.bag_offsets, W_dec)
-    dacts_M = torch.where(entries.acts_M > 0, dacts_M, 0)
-    dW_enc, dW_dec, db_enc = _latent_gradients(sae, entries, dacts_M, centred_BD, suffix_RD)
+    dW_enc, dW_dec, db_enc = _latent_gradients(sae, entries, centred_BD, suffix_RD)
 
-    aux, aux_enc, aux_dec = _auxiliary(sae, centred_BD, -last_residual_BD, dead, auxk_alpha, db_enc)
+    aux, aux_enc, aux_dec = _auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, db_enc)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
     losses = Losses(mse + auxk_alpha * aux, mse, aux)
     return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec)
 
 
 def _latent_gradients(
-    sae: SparseAutoencoder, entries: Entries, dacts_M: Tensor, centred_BD: Tensor, suffix_RD: Tensor
+    sae: SparseAutoencoder, entries: Entries, centred_BD: Tensor, suffix_RD: Tensor
 ) -> tuple[RowGradient | EntryGradient, RowGradient | EntryGradient, Tensor]:
     """dW_enc, dW_dec and db_enc [d_sae], from one sort of the entries by latent."""
     order_M, offsets_S1 = group_by_latent(entries.latents_M, entries.row_offsets, sae.config.d_sae)
     bags_M = entry_rows(entries.latents_M, entries.bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
     rows_M = bags_M // len(sae.config.group_ends)
-    acts_M, dacts_M = entries.acts_M[order_M], dacts_M[order_M]
-    dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, sae.W_dec.detach(), dacts_M)
+    acts_M, latents_M, W_dec = entries.acts_M[order_M], entries.latents_M[order_M], sae.W_dec.detach()
+    dacts_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
+    dacts_M = torch.where(acts_M > 0, dacts_M, 0)
+    dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, W_dec, dacts_M)
     dW_enc = entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
     one = dacts_M.new_ones(1, 1)
     db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
@@ -354,16 +353,17 @@ def _latent_gradients(
 
 
 def _auxiliary(
-    sae: SparseAutoencoder, centred_BD: Tensor, residual_BD: Tensor, dead: DeadLatents, alpha: float, db_enc: Tensor
+    sae: SparseAutoencoder, x_BD: Tensor, x_hat_BD: Tensor, dead: DeadLatents, alpha: float, db_enc: Tensor
 ) -> tuple[Tensor, list[RowGradient], list[RowGradient]]:
     """The auxiliary loss: dead latents reconstruct the residual x - x_hat, detached, without bias. recipe.md 1.
 
     ||residual - aux reconstruction||^2 over the residual's variance, both mean over the batch; the top d_in / 2 dead
     latents of each row take part. Gradients are scaled by alpha; db_enc is added to in place.
     """
-    n_rows, d_in = residual_BD.shape
+    n_rows, d_in = x_BD.shape
     if len(dead.latents_A) == 0 or n_rows == 0:
-        return residual_BD.new_zeros(()), [], []
+        return x_BD.new_zeros(()), [], []
+    residual_BD, centred_BD = x_BD - x_hat_BD, x_BD - sae.b_dec.detach()
     dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
     variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows
     W_enc_AD, W_dec_AD = sae.W_enc.detach().T[dead_A], sae.W_dec.detach()[dead_A]
@@ -374,8 +374,8 @@ def _auxiliary(
     scale = torch.where(defined, 2 * alpha / (n_rows * variance), 0)
     block = max(1, _AUX_ELEMENTS // len(dead_A))
     for start in range(0, n_rows, block):
-        x_BD, r_BD = centred_BD[start : start + block], residual_BD[start : start + block]
-        acts_BA = torch.addmm(b_enc_A, x_BD, W_enc_AD.T).relu_()
+        c_BD, r_BD = centred_BD[start : start + block], residual_BD[start : start + block]
+        acts_BA = torch.addmm(b_enc_A, c_BD, W_enc_AD.T).relu_()
         if isinstance(dead.number, Tensor):  # padding is never active, and so has zero gradients
             acts_BA.masked_fill_(dead.latents_A == sae.config.d_sae, 0)
         acts_BA = _keep_largest_(acts_BA, d_in // 2)
@@ -384,7 +384,7 @@ def _auxiliary(
         error_BD *= scale
         dacts_BA = torch.where(acts_BA > 0, error_BD @ W_dec_AD.T, 0)
         dW_dec_AD.addmm_(acts_BA.T, error_BD)
-        dW_enc_AD.addmm_(dacts_BA.T, x_BD)
+        dW_enc_AD.addmm_(dacts_BA.T, c_BD)
         db_enc_A += dacts_BA.sum(0)
     db_enc.index_add_(0, dead_A, db_enc_A)
     aux = torch.where(defined, squared / n_rows / variance, 0)
