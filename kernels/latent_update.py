@@ -125,20 +125,10 @@ def _some_segments(
 def _norms(weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tensor) -> Tensor:
     norms_A = source_RD.new_empty(len(offsets_A1) - 1)
     for start, stop in _blocks(len(norms_A), source_RD):
-        rows_AD = _segment_block(weights_M, ids_M, offsets_A1, source_RD, start, stop)
+        rows_AD = source_RD.new_empty(stop - start, source_RD.shape[1])
+        segment_sum_into(rows_AD, weights_M, ids_M, offsets_A1[start : stop + 1], source_RD)
         torch.linalg.vector_norm(rows_AD, dim=1, out=norms_A[start:stop])
     return norms_A
-
-
-def _segment_block(
-    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, start: int, stop: int,
-    out_SD: Tensor | None = None, added: bool = False,
-) -> Tensor:  # fmt: skip
-    """Segment sums of latents start..stop - 1, written to out or added to it."""
-    offsets = offsets_S1[start : stop + 1]
-    entries = slice(int(offsets[0]), int(offsets[-1]))
-    out_SD = source_RD.new_empty(stop - start, source_RD.shape[1]) if out_SD is None else out_SD
-    return segment_sum_into(out_SD, weights_M[entries], ids_M[entries], offsets - offsets[0], source_RD, added)
 
 
 def dense_gradient_rows(latents_A: Tensor | None, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
@@ -197,8 +187,8 @@ def latent_update_(
         w_SD, g_SD = W_SD[start:stop], g_buffer[: stop - start]
         if parallel_S is not None:
             torch.mul(w_SD, -parallel_S[start:stop, None], out=g_SD)
-        segments = weights_M, gradient.ids_M, gradient.offsets_S1, gradient.source_RD
-        _segment_block(*segments, start, stop, g_SD, added=parallel_S is not None)
+        offsets = gradient.offsets_S1[start : stop + 1]
+        segment_sum_into(g_SD, weights_M, gradient.ids_M, offsets, gradient.source_RD, added=parallel_S is not None)
         for rows in extra:
             _add_rows_(g_SD, rows, clip, start, stop)
         _fused_adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, adam)

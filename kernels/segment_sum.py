@@ -69,23 +69,27 @@ def segment_sum_cpu(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source
 
 def segment_sum_into(
     out_LD: Tensor, weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor, added: bool = False
-) -> Tensor:
-    """The segment sums of all M entries on a CPU, written to out_LD, or added to what it holds.
+) -> None:
+    """segment_sum on a CPU, into memory that is there: written to out_LD, or added to what it holds.
 
-    In float32 and float64 a segment is a row of a sparse CSR matrix, and MKL multiplies it into memory that is there
-    already: half the time of embedding_bag, and the same bits, whatever the number of threads (measured).
+    In float32 and float64 a segment is a row of a sparse CSR matrix, and MKL multiplies it into place: half the time of
+    embedding_bag, and the same bits, whatever the number of threads (measured).
     """
-    if not added and (weights_M.numel() == 0 or out_LD.dtype not in (torch.float32, torch.float64)):
-        out_LD.zero_()
-    if weights_M.numel() == 0:
-        return out_LD
     if out_LD.dtype not in (torch.float32, torch.float64):  # MKL knows no others
-        return out_LD.add_(segment_sum_cpu(weights_M, ids_M, offsets_L1, source_RD))
+        sums_LD = segment_sum_cpu(weights_M, ids_M, offsets_L1, source_RD)
+        out_LD.add_(sums_LD) if added else out_LD.copy_(sums_LD)
+        return
+    start, end = int(offsets_L1[0]), int(offsets_L1[-1])
+    weights_M, ids_M = weights_M[start:end], ids_M[start:end]
+    if start == end:
+        if not added:
+            out_LD.zero_()
+        return
     low, high = ids_M.aminmax()
     check(bool(low >= 0) and bool(high < len(source_RD)), f"ids: {low}..{high} is outside {len(source_RD)} rows")
     shape = out_LD.shape[0], source_RD.shape[0]
-    segments = torch.sparse_csr_tensor(offsets_L1, ids_M, weights_M, shape, check_invariants=False)
-    return torch.addmm(out_LD, segments, source_RD, beta=int(added), out=out_LD)
+    segments = torch.sparse_csr_tensor(offsets_L1 - start, ids_M, weights_M, shape, check_invariants=False)
+    torch.addmm(out_LD, segments, source_RD, beta=int(added), out=out_LD)
 
 
 @segment_sum_op.register_fake

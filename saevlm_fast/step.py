@@ -22,9 +22,10 @@ from saevlm_fast.kernels.latent_update import (
     entry_gradient,
     latent_update_,
 )
-from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum
+from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
+from saevlm_fast.kernels.topk_encode_cpu import Workspace
 from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
 from saevlm_fast.kernels.topk_encode_screened import (
     LowWeights,
@@ -35,7 +36,10 @@ from saevlm_fast.kernels.topk_encode_screened import (
 from saevlm_fast.sae import SparseAutoencoder
 
 _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
+_BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
 _DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows in these steps: few shapes
+
+_residuals = Workspace()
 
 
 class Entries(NamedTuple):
@@ -305,34 +309,57 @@ def loss_and_gradients(
     Returns:
         x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected).
     """
-    n_rows, d_in = x_BD.shape
-    n_groups = len(sae.config.group_ends)
-    W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
-
-    # In place throughout: [B, G, D] is 20 MiB with five groups, and fresh memory costs ten times the write.
-    residual_BGD = segment_sum(entries.acts_M, entries.latents_M, entries.bag_offsets, W_dec).view(
-        n_rows, n_groups, d_in
-    )
-    residual_BGD[:, 0] += b_dec
-    for g in range(1, n_groups):
-        residual_BGD[:, g] += residual_BGD[:, g - 1]
-    x_hat_BD = residual_BGD[:, -1].clone()
-    residual_BGD -= x_BD[:, None]
-    mse = torch.linalg.vector_norm(residual_BGD, dim=2).square_().sum() / (n_rows * n_groups)
-
-    # An entry of group j is part of every prefix g >= j: it receives the suffix sum of the prefixes' gradients.
-    suffix_BGD = residual_BGD.mul_(2 / (n_rows * n_groups))
-    for g in reversed(range(n_groups - 1)):
-        suffix_BGD[:, g] += suffix_BGD[:, g + 1]
-    suffix_RD = suffix_BGD.view(-1, d_in)
+    n_groups, b_dec = len(sae.config.group_ends), sae.b_dec.detach()
+    x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, entries)
+    mse = squared / (len(x_BD) * n_groups)
 
     centred_BD = x_BD - b_dec
-    dW_enc, dW_dec, db_enc = _latent_gradients(sae, entries, centred_BD, suffix_RD)
+    dW_enc, dW_dec, db_enc = _latent_gradients(sae, entries, centred_BD, suffix_BGD.flatten(0, 1))
 
     aux, aux_enc, aux_dec = _auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, db_enc)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
     losses = Losses(mse + auxk_alpha * aux, mse, aux)
     return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec)
+
+
+def _prefix_residuals(sae: SparseAutoencoder, x_BD: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all Matryoshka prefixes, row block by row block: a block stays in cache through all that is done to it.
+
+    Returns:
+        x_hat_BD of the last prefix; the sum of the squared residuals x_hat_g - x of all rows and prefixes (0-d); and
+        the gradient of mse that the entries of every group receive [B, G, d_in]: an entry of group j is part of every
+        prefix g >= j, so theirs is the suffix sum. On a CPU the next call on this thread overwrites it.
+    """
+    (n_rows, d_in), n_groups = x_BD.shape, len(sae.config.group_ends)
+    W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
+    x_hat_BD, squared = torch.empty_like(x_BD), []
+    codes = entries.acts_M, entries.latents_M
+    if x_BD.is_cuda:
+        suffix_RD = segment_sum(*codes, entries.bag_offsets, W_dec)
+    else:  # memory of this thread: a first touch of 20 MiB costs ten times the write
+        suffix_RD = _residuals.get(n_rows * n_groups * d_in, x_BD.dtype)
+    suffix_BGD = suffix_RD.view(n_rows, n_groups, d_in)
+    for start, stop in _row_blocks(x_BD, n_groups):
+        x_bD, sums_bGD = x_BD[start:stop], suffix_BGD[start:stop]
+        if not x_BD.is_cuda:
+            offsets = entries.bag_offsets[start * n_groups : stop * n_groups + 1]
+            segment_sum_into(sums_bGD.flatten(0, 1), *codes, offsets, W_dec)
+        sums_bGD[:, 0] += b_dec
+        for g in range(1, n_groups):
+            sums_bGD[:, g] += sums_bGD[:, g - 1]
+        x_hat_BD[start:stop] = sums_bGD[:, -1]
+        sums_bGD -= x_bD[:, None]
+        squared.append(torch.linalg.vector_norm(sums_bGD, dim=2).square_().sum())
+        sums_bGD *= 2 / (n_rows * n_groups)
+        for g in reversed(range(n_groups - 1)):
+            sums_bGD[:, g] += sums_bGD[:, g + 1]
+    return x_hat_BD, torch.stack(squared).sum(), suffix_BGD
+
+
+def _row_blocks(x_BD: Tensor, n_groups: int) -> list[tuple[int, int]]:
+    size = max(1, _BLOCK_BYTES // (n_groups * x_BD.shape[1] * x_BD.element_size()))
+    size = len(x_BD) if x_BD.is_cuda else size
+    return [(start, min(start + size, len(x_BD))) for start in range(0, len(x_BD), size)]
 
 
 def _latent_gradients(

@@ -105,7 +105,18 @@ def test_sums_into_memory_that_is_there(lengths: list[int], dtype: torch.dtype) 
     weights, ids, offsets, source = segment_inputs(lengths, dtype, 13)
     out = torch.full((len(lengths), 13), torch.nan, dtype=dtype)
     segment_sum_into(out, weights, ids, offsets, source)
-    assert_near_truth(out, *truth_and_magnitude(weights, ids, offsets, source))
+    truth, magnitude = truth_and_magnitude(weights, ids, offsets, source)
+    assert_near_truth(out, truth, magnitude)
+    there = torch.randn(len(lengths), 13, dtype=dtype)
+    added = there.clone()
+    segment_sum_into(added, weights, ids, offsets, source, added=True)
+    if dtype in (torch.float32, torch.float64):
+        assert_near_truth(added, truth + there, magnitude + there.abs())
+    else:  # the sum is rounded before it is added
+        assert torch.equal(added, there + out)
+    start, stop = len(lengths) // 3, len(lengths)  # a slice of the segments
+    segment_sum_into(out[start:stop], weights, ids, offsets[start : stop + 1], source)
+    assert_near_truth(out[start:stop], truth[start:stop], magnitude[start:stop])
 
 
 def test_sums_into_memory_do_not_depend_on_threads_and_check_ids() -> None:
@@ -114,7 +125,8 @@ def test_sums_into_memory_do_not_depend_on_threads_and_check_ids() -> None:
     try:
         for n_threads in (1, 2, 3):
             torch.set_num_threads(n_threads)
-            outs.append(segment_sum_into(torch.empty(len(HEAVY), 300), weights, ids, offsets, source))
+            outs.append(torch.empty(len(HEAVY), 300))
+            segment_sum_into(outs[-1], weights, ids, offsets, source)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1])
