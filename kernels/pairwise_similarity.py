@@ -34,10 +34,12 @@ from torch import Tensor
 
 SIMILARITIES = ("cosine", "dot", "rbf")
 
-_CPU_IMAGE_BLOCK = 512
-_CPU_SEGMENT_BLOCK = 128
+_CPU_IMAGE_BLOCK = 256
+_CPU_INNER_BLOCK = 128
 _CPU_LATENT_BLOCK = 256
 _CPU_BATCH_ELEMENTS = 1 << 18
+_CPU_SEGMENT_BLOCK = 64
+_CPU_RUN = 32
 
 
 def check_similarity(similarity: str) -> None:
@@ -100,32 +102,30 @@ def dense_pair_weights(r_NK: Tensor) -> Tensor:
 def _pairwise_sums_cpu(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
     emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
     r_NK = r_NK.to(torch.float64)
-    num_1K = _batched_num(r_NK[None], emb_NE[None], sqnorm_N[None], similarity, gamma, _CPU_IMAGE_BLOCK)
-    return num_1K[0], dense_pair_weights(r_NK)
-
-
-def _batched_num(
-    r_BNK: Tensor, emb_BNE: Tensor, sqnorm_BN: Tensor, similarity: str, gamma: float, block: int
-) -> Tensor:
-    """num [B, K] of B sets of N images each, with activations for K latents each."""
     if similarity == "rbf":
-        return _tiled_num(r_BNK, emb_BNE, sqnorm_BN, gamma, block)
-    return _inner_product_num(r_BNK, emb_BNE, max(1, block // 4))
+        num_K = _tiled_num(r_NK[None], emb_NE[None], sqnorm_N[None], gamma, _CPU_IMAGE_BLOCK)[0]
+    else:
+        panels = [_pairs_between_blocks(r_Nk, emb_NE) for r_Nk in r_NK.split(_CPU_LATENT_BLOCK, dim=1)]
+        num_K = torch.cat(panels) + _pairs_within_blocks(r_NK, emb_NE)
+    return num_K, dense_pair_weights(r_NK)
 
 
-def _inner_product_num(r_BNK: Tensor, emb_BNE: Tensor, block: int) -> Tensor:
-    """num block by block: pairs within the block by their similarities, pairs with all images before by their sum."""
-    num_BK = r_BNK.new_zeros(len(r_BNK), r_BNK.shape[2])
-    before_BKE = r_BNK.new_zeros(*num_BK.shape, emb_BNE.shape[2])
-    for r_BIK, emb_BIE in zip(r_BNK.split(block, 1), emb_BNE.split(block, 1)):
-        within_BIK = (emb_BIE @ emb_BIE.mT).triu_(1) @ r_BIK
-        num_BK += within_BIK.mul_(r_BIK).sum(1)
-        panels = (t.split(_CPU_LATENT_BLOCK, dim) for t, dim in ((num_BK, 1), (before_BKE, 1), (r_BIK, 2)))
-        for num_Bk, before_BkE, r_BIk in zip(*panels):
-            block_BkE = r_BIk.mT @ emb_BIE
-            num_Bk += (block_BkE * before_BkE).sum(2)
-            before_BkE += block_BkE
-    return num_BK
+def _pairs_within_blocks(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
+    num_K = r_NK.new_zeros(r_NK.shape[1])
+    for r_IK, emb_IE in zip(r_NK.split(_CPU_INNER_BLOCK), emb_NE.split(_CPU_INNER_BLOCK)):
+        num_K += ((emb_IE @ emb_IE.T).triu_(1) @ r_IK).mul_(r_IK).sum(0)
+    return num_K
+
+
+def _pairs_between_blocks(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
+    """Every block with all before it, by their sums. Few enough latents that the three buffers stay in cache."""
+    before_KE = r_NK.new_zeros(r_NK.shape[1], emb_NE.shape[1])
+    num_KE, block_KE = torch.zeros_like(before_KE), torch.empty_like(before_KE)
+    for r_IK, emb_IE in zip(r_NK.split(_CPU_INNER_BLOCK), emb_NE.split(_CPU_INNER_BLOCK)):
+        torch.mm(r_IK.T, emb_IE, out=block_KE)
+        num_KE.addcmul_(block_KE, before_KE)
+        before_KE += block_KE
+    return num_KE.sum(1)
 
 
 def _tiled_num(r_BNK: Tensor, emb_BNE: Tensor, sqnorm_BN: Tensor, gamma: float, block: int) -> Tensor:
@@ -149,15 +149,32 @@ def _pairwise_gram_sums_cpu(
     acts_M = acts_M.to(torch.float64)
     num_S, den_S = acts_M.new_zeros(len(offsets_S1) - 1), acts_M.new_zeros(len(offsets_S1) - 1)
     for latents_B, longest in _length_groups(offsets_S1.diff()):
+        longest += -longest % -(-longest // _CPU_RUN)  # to runs of equal length
         r_BL, images_BL = _padded_segments(acts_M, images_M, offsets_S1, latents_B, longest)
         den_S[latents_B] = distinct_pair_products(r_BL)
-        size = max(1, _CPU_BATCH_ELEMENTS // (longest * emb_NE.shape[1]))
+        size = max(1, _CPU_BATCH_ELEMENTS // (longest * max(emb_NE.shape[1], 1)))
+        emb_BLE = emb_NE.new_empty(min(size, len(r_BL)), longest, emb_NE.shape[1])
         nums = []
         for r_bL, images_bL in zip(r_BL.split(size), images_BL.split(size)):
-            emb_bLE = emb_NE.index_select(0, images_bL.flatten()).view(*images_bL.shape, -1)
-            nums.append(_batched_num(r_bL[:, :, None], emb_bLE, sqnorm_N[images_bL], similarity, gamma, _CPU_SEGMENT_BLOCK)[:, 0])
+            emb_bLE = emb_BLE[: len(r_bL)]
+            torch.index_select(emb_NE, 0, images_bL.flatten(), out=emb_bLE.view(-1, emb_NE.shape[1]))
+            if similarity == "rbf":
+                block = max(_CPU_SEGMENT_BLOCK, longest // 8)
+                nums.append(_tiled_num(r_bL[:, :, None], emb_bLE, sqnorm_N[images_bL], gamma, block)[:, 0])
+            else:
+                nums.append(_inner_product_num(r_bL, emb_bLE))
         num_S[latents_B] = torch.cat(nums)
     return num_S, den_S
+
+
+def _inner_product_num(r_BL: Tensor, emb_BLE: Tensor) -> Tensor:
+    """num_B: pairs within a run of images by their similarities, pairs of runs by their sums."""
+    n_latents, longest, d_emb = emb_BLE.shape
+    run = longest // -(-longest // _CPU_RUN)
+    r_RI, emb_RIE = r_BL.reshape(-1, run), emb_BLE.view(-1, run, d_emb)
+    within_R = ((emb_RIE @ emb_RIE.mT).triu_(1) @ r_RI[:, :, None]).squeeze(2).mul_(r_RI).sum(1)
+    sums_BRE = (r_RI[:, None, :] @ emb_RIE).view(n_latents, longest // run, d_emb)
+    return within_R.view(n_latents, -1).sum(1) + distinct_pair_products(sums_BRE).sum(1)
 
 
 def _length_groups(lengths_S: Tensor) -> Iterator[tuple[Tensor, int]]:

@@ -64,6 +64,8 @@ def test_cpu_against_reference(shape, similarity, monkeypatch):
     monkeypatch.setattr(pairwise_similarity, "_CPU_LATENT_BLOCK", 7)
     monkeypatch.setattr(pairwise_similarity, "_CPU_BATCH_ELEMENTS", 5000)
     monkeypatch.setattr(pairwise_similarity, "_CPU_SEGMENT_BLOCK", 12)
+    monkeypatch.setattr(pairwise_similarity, "_CPU_INNER_BLOCK", 25)
+    monkeypatch.setattr(pairwise_similarity, "_CPU_RUN", 5)
     r_NK, emb_NE = make_data(*shape)
     truth = reference.pairwise_sums(r_NK, emb_NE, similarity)
     assert_sums(pairwise_sums(r_NK, emb_NE, similarity), truth, 1e-12)
