@@ -8,17 +8,18 @@ which equals, in torch, with S = triu(similarity(emb, emb), 1) and O = triu(ones
 
 without S: tiles of it are made from two blocks of images (i-block <= j-block, so each pair once), used and forgotten.
 `pairwise_sums` takes dense activations (raw neurons); `pairwise_gram_sums` takes sparse codes grouped by latent, and
-builds for every latent the Gram matrix of the images it fires on, nothing else. For cosine and dot of sparse codes
+looks, for every latent, at the images it fires on, nothing else. For cosine and dot of sparse codes
 streamed_cosine.py gives the same sums in linear time; this file is its oracle and serves every other similarity.
 
 On the CPU the tile of two different blocks under cosine and dot is not even made, since
 
     sum_{i in I, j in J} r_ik <e_i, e_j> r_jk = <sum_{i in I} r_ik e_i, sum_{j in J} r_jk e_j>
 
-so the cost falls from N^2 (E + K) to 2 N (E K + block (E + K)), with nothing subtracted.
+so the cost falls from N^2 (E + K) to 2 N (E K + block (E + K)), with nothing subtracted. The same for the runs of a
+latent's images in sparse codes: sum_s n_s^2 E becomes sum_s n_s run E.
 
 A similarity is any function of the inner product and the two squared norms. To add one: its name in SIMILARITIES,
-its formula in `similarity_from_inner` (here), in `_similarity_tile` (pairwise_similarity_triton.py, selected by a
+its formula in `_rbf_tile` (here), in `_similarity_tile` (pairwise_similarity_triton.py, selected by a
 constexpr) and in reference.similarity_matrix (for the tests).
 
 Accuracy: the CPU path computes in float64 whatever comes in. The CUDA path makes similarities in float32 (embeddings
@@ -36,10 +37,10 @@ SIMILARITIES = ("cosine", "dot", "rbf")
 
 _CPU_IMAGE_BLOCK = 256
 _CPU_INNER_BLOCK = 128
-_CPU_LATENT_BLOCK = 256
-_CPU_BATCH_ELEMENTS = 1 << 18
+_CPU_LATENT_BLOCK = 128
+_CPU_BATCH_ELEMENTS = 1 << 19
 _CPU_SEGMENT_BLOCK = 64
-_CPU_RUN = 32
+_CPU_RUN = 16
 
 
 def check_similarity(similarity: str) -> None:
