@@ -8,17 +8,18 @@ which equals, in torch, with S = triu(similarity(emb, emb), 1) and O = triu(ones
 
 without S: tiles of it are made from two blocks of images (i-block <= j-block, so each pair once), used and forgotten.
 `pairwise_sums` takes dense activations (raw neurons); `pairwise_gram_sums` takes sparse codes grouped by latent, and
-builds for every latent the Gram matrix of the images it fires on, nothing else. For cosine and dot of sparse codes
+looks, for every latent, at the images it fires on, nothing else. For cosine and dot of sparse codes
 streamed_cosine.py gives the same sums in linear time; this file is its oracle and serves every other similarity.
 
 On the CPU the tile of two different blocks under cosine and dot is not even made, since
 
     sum_{i in I, j in J} r_ik <e_i, e_j> r_jk = <sum_{i in I} r_ik e_i, sum_{j in J} r_jk e_j>
 
-so the cost falls from N^2 (E + K) to 2 N (E K + block (E + K)), with nothing subtracted.
+so the cost falls from N^2 (E + K) to 2 N (E K + block (E + K)), with nothing subtracted. The same for the runs of a
+latent's images in sparse codes: sum_s n_s^2 E becomes sum_s n_s run E.
 
 A similarity is any function of the inner product and the two squared norms. To add one: its name in SIMILARITIES,
-its formula in `similarity_from_inner` (here), in `_similarity_tile` (pairwise_similarity_triton.py, selected by a
+its formula in `_rbf_tile` (here), in `_similarity_tile` (pairwise_similarity_triton.py, selected by a
 constexpr) and in reference.similarity_matrix (for the tests).
 
 Accuracy: the CPU path computes in float64 whatever comes in. The CUDA path makes similarities in float32 (embeddings
@@ -27,16 +28,19 @@ that never subtracts (`distinct_pair_products`). A zero embedding under cosine g
 reference. Neither operator is differentiable: reference.py is.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 SIMILARITIES = ("cosine", "dot", "rbf")
 
-_CPU_IMAGE_BLOCK = 512
-_CPU_INNER_BLOCK = 256
-_CPU_LATENT_BLOCK = 4096
-_CPU_BATCH_ELEMENTS = 1 << 21
-_CPU_HEAVY_SEGMENT = 1024
+_CPU_IMAGE_BLOCK = 256
+_CPU_INNER_BLOCK = 128
+_CPU_LATENT_BLOCK = 128
+_CPU_BATCH_ELEMENTS = 1 << 19
+_CPU_SEGMENT_BLOCK = 64
+_CPU_RUN = 16
 
 
 def check_similarity(similarity: str) -> None:
@@ -51,20 +55,19 @@ def prepare_embeddings(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> t
     cosine: rows divided by their norm. rbf: centred, which changes no distance and keeps ||a||^2 + ||b||^2 - 2 <a, b>
     from cancelling. dot: as they are.
     """
-    emb_NE = emb_NE.to(torch.float64)
+    emb_NE = emb_NE.to(torch.float64, copy=similarity != "dot")
     if similarity == "cosine":
-        emb_NE = emb_NE / emb_NE.square().sum(1, keepdim=True).sqrt()
+        emb_NE /= torch.linalg.vector_norm(emb_NE, dim=1, keepdim=True)
     elif similarity == "rbf" and len(emb_NE) > 0:
-        emb_NE = emb_NE - emb_NE.mean(0)
+        emb_NE -= emb_NE.mean(0)
     emb_NE = emb_NE.to(dtype).contiguous()
-    return emb_NE, emb_NE.square().sum(1)
+    return emb_NE, torch.linalg.vector_norm(emb_NE, dim=1).square()
 
 
-def similarity_from_inner(inner: Tensor, sqnorm_i: Tensor, sqnorm_j: Tensor, similarity: str, gamma: float) -> Tensor:
-    """Similarity of prepared embeddings from <e_i, e_j>, ||e_i||^2 and ||e_j||^2 (broadcast to the shape of inner)."""
-    if similarity == "rbf":
-        return ((sqnorm_i + sqnorm_j - 2.0 * inner).clamp_min_(0.0) * -gamma).exp_()
-    return inner
+def _rbf_tile(emb_BIE: Tensor, emb_BJE: Tensor, sqnorm_BI: Tensor, sqnorm_BJ: Tensor, gamma: float) -> Tensor:
+    """Similarities [B, I, J] of prepared embeddings, from ||e_i||^2 + ||e_j||^2 - 2 <e_i, e_j>."""
+    distance_BIJ = (sqnorm_BI[:, :, None] + sqnorm_BJ[:, None, :]).baddbmm_(emb_BIE, emb_BJE.mT, alpha=-2.0)
+    return distance_BIJ.clamp_min_(0.0).mul_(-gamma).exp_()
 
 
 def distinct_pair_products(x_BL: Tensor) -> Tensor:
@@ -75,11 +78,13 @@ def distinct_pair_products(x_BL: Tensor) -> Tensor:
     x[:h] + x[h:], exactly once. About three passes over x.
     """
     total_B = x_BL.new_zeros(x_BL.shape[:1] + x_BL.shape[2:])
-    while x_BL.shape[1] > 1:
-        half = x_BL.shape[1] // 2
-        left, right, odd = x_BL[:, :half], x_BL[:, half : 2 * half], x_BL[:, 2 * half :]
+    x_BL = x_BL.clone()
+    while (length := x_BL.shape[1]) > 1:
+        half = length // 2
+        left, right = x_BL[:, :half], x_BL[:, length - half :]
         total_B += (left * right).sum(1)
-        x_BL = torch.cat([left + right, odd], dim=1)
+        left += right
+        x_BL = x_BL[:, : length - half]
     return total_B
 
 
@@ -97,71 +102,90 @@ def dense_pair_weights(r_NK: Tensor) -> Tensor:
 
 def _pairwise_sums_cpu(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
     emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
-    num_parts = [
-        _dense_num(r_Nk.to(torch.float64), emb_NE, sqnorm_N, similarity, gamma)
-        for r_Nk in r_NK.split(_CPU_LATENT_BLOCK, dim=1)
-    ]
-    return torch.cat(num_parts), dense_pair_weights(r_NK)
-
-
-def _dense_num(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, similarity: str, gamma: float) -> Tensor:
+    r_NK = r_NK.to(torch.float64)
     if similarity == "rbf":
-        return _tiled_num(r_NK, emb_NE, sqnorm_N, similarity, gamma)
-    return _inner_product_num(r_NK, emb_NE)
+        num_K = _tiled_num(r_NK[None], emb_NE[None], sqnorm_N[None], gamma, _CPU_IMAGE_BLOCK)[0]
+    else:
+        panels = [_pairs_between_blocks(r_Nk, emb_NE) for r_Nk in r_NK.split(_CPU_LATENT_BLOCK, dim=1)]
+        num_K = torch.cat(panels) + _pairs_within_blocks(r_NK, emb_NE)
+    return num_K, dense_pair_weights(r_NK)
 
 
-def _inner_product_num(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
-    """num_K block by block: pairs within the block by their similarities, pairs with all images before by their sum."""
+def _pairs_within_blocks(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
     num_K = r_NK.new_zeros(r_NK.shape[1])
-    before_KE = r_NK.new_zeros(r_NK.shape[1], emb_NE.shape[1])
     for r_IK, emb_IE in zip(r_NK.split(_CPU_INNER_BLOCK), emb_NE.split(_CPU_INNER_BLOCK)):
-        block_KE = r_IK.T @ emb_IE
-        num_K += (r_IK * ((emb_IE @ emb_IE.T).triu_(1) @ r_IK)).sum(0) + torch.linalg.vecdot(block_KE, before_KE)
+        num_K += ((emb_IE @ emb_IE.T).triu_(1) @ r_IK).mul_(r_IK).sum(0)
+    return num_K
+
+
+def _pairs_between_blocks(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
+    """Every block with all before it, by their sums. Few enough latents that the three buffers stay in cache."""
+    before_KE = r_NK.new_zeros(r_NK.shape[1], emb_NE.shape[1])
+    num_KE, block_KE = torch.zeros_like(before_KE), torch.empty_like(before_KE)
+    for r_IK, emb_IE in zip(r_NK.split(_CPU_INNER_BLOCK), emb_NE.split(_CPU_INNER_BLOCK)):
+        torch.mm(r_IK.T, emb_IE, out=block_KE)
+        num_KE.addcmul_(block_KE, before_KE)
         before_KE += block_KE
-    return num_K
+    return num_KE.sum(1)
 
 
-def _tiled_num(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, similarity: str, gamma: float) -> Tensor:
-    """num_K over tiles i-block <= j-block; sum_j S_ij r_j grows in one buffer, so r_i is read once per i-block."""
-    num_K = r_NK.new_zeros(r_NK.shape[1])
-    n_images = len(r_NK)
-    for i in range(0, n_images, _CPU_IMAGE_BLOCK):
-        block_i = slice(i, i + _CPU_IMAGE_BLOCK)
-        weighted_IK = torch.zeros_like(r_NK[block_i])
-        for j in range(i, n_images, _CPU_IMAGE_BLOCK):
-            block_j = slice(j, j + _CPU_IMAGE_BLOCK)
-            inner_IJ = emb_NE[block_i] @ emb_NE[block_j].T
-            s_IJ = similarity_from_inner(inner_IJ, sqnorm_N[block_i, None], sqnorm_N[None, block_j], similarity, gamma)
-            weighted_IK.addmm_(s_IJ.triu_(1) if i == j else s_IJ, r_NK[block_j])
-        num_K += (r_NK[block_i] * weighted_IK).sum(0)
-    return num_K
+def _tiled_num(r_BNK: Tensor, emb_BNE: Tensor, sqnorm_BN: Tensor, gamma: float, block: int) -> Tensor:
+    """num over tiles i-block <= j-block; sum_j s_ij r_j grows in one buffer, so r_i is read once per i-block."""
+    num_BK = r_BNK.new_zeros(len(r_BNK), r_BNK.shape[2])
+    r, emb, sqnorm = (t.split(block, 1) for t in (r_BNK, emb_BNE, sqnorm_BN))
+    for i in range(len(r)):
+        weighted_BIK = torch.zeros_like(r[i])
+        for j in range(i, len(r)):
+            s_BIJ = _rbf_tile(emb[i], emb[j], sqnorm[i], sqnorm[j], gamma)
+            weighted_BIK.baddbmm_(s_BIJ.triu_(1) if i == j else s_BIJ, r[j])
+        num_BK += weighted_BIK.mul_(r[i]).sum(1)
+    return num_BK
 
 
 def _pairwise_gram_sums_cpu(
     acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, emb_NE: Tensor, similarity: str, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Latents by falling number of images: heavy ones one by one in tiles, the others padded into batched GEMMs."""
+    """Latents of about equally many images together, padded to the longest; embeddings gathered for some at a time."""
     emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
     acts_M = acts_M.to(torch.float64)
     num_S, den_S = acts_M.new_zeros(len(offsets_S1) - 1), acts_M.new_zeros(len(offsets_S1) - 1)
-    lengths, order = offsets_S1.diff().sort(descending=True)
-    lengths, first = lengths.tolist(), 0
-    while first < len(lengths) and lengths[first] > 1:
-        longest = lengths[first]
-        if longest > _CPU_HEAVY_SEGMENT:
-            latents, size = order[first : first + 1], 1
-            segment = slice(int(offsets_S1[latents]), int(offsets_S1[latents]) + longest)
-            images = images_M[segment]
-            num = _dense_num(acts_M[segment, None], emb_NE[images], sqnorm_N[images], similarity, gamma)
-            den = dense_pair_weights(acts_M[segment, None])
-        else:
-            size = max(1, _CPU_BATCH_ELEMENTS // (longest * (emb_NE.shape[1] + longest)))
-            latents = order[first : first + size]
-            r_BL, images_BL = _padded_segments(acts_M, images_M, offsets_S1, latents, longest)
-            num, den = _batched_gram(r_BL, emb_NE[images_BL], sqnorm_N[images_BL], similarity, gamma)
-        num_S[latents], den_S[latents] = num, den
-        first += size
+    for latents_B, longest in _length_groups(offsets_S1.diff()):
+        longest += -longest % -(-longest // _CPU_RUN)  # to runs of equal length
+        r_BL, images_BL = _padded_segments(acts_M, images_M, offsets_S1, latents_B, longest)
+        den_S[latents_B] = distinct_pair_products(r_BL)
+        size = max(1, _CPU_BATCH_ELEMENTS // (longest * max(emb_NE.shape[1], 1)))
+        emb_BLE = emb_NE.new_empty(min(size, len(r_BL)), longest, emb_NE.shape[1])
+        nums = []
+        for r_bL, images_bL in zip(r_BL.split(size), images_BL.split(size)):
+            emb_bLE = emb_BLE[: len(r_bL)]
+            torch.index_select(emb_NE, 0, images_bL.flatten(), out=emb_bLE.view(-1, emb_NE.shape[1]))
+            if similarity == "rbf":
+                block = max(_CPU_SEGMENT_BLOCK, longest // 8)
+                nums.append(_tiled_num(r_bL[:, :, None], emb_bLE, sqnorm_N[images_bL], gamma, block)[:, 0])
+            else:
+                nums.append(_inner_product_num(r_bL, emb_bLE))
+        num_S[latents_B] = torch.cat(nums)
     return num_S, den_S
+
+
+def _inner_product_num(r_BL: Tensor, emb_BLE: Tensor) -> Tensor:
+    """num_B: pairs within a run of images by their similarities, pairs of runs by their sums."""
+    n_latents, longest, d_emb = emb_BLE.shape
+    run = longest // -(-longest // _CPU_RUN)
+    r_RI, emb_RIE = r_BL.reshape(-1, run), emb_BLE.view(-1, run, d_emb)
+    within_R = ((emb_RIE @ emb_RIE.mT).triu_(1) @ r_RI[:, :, None]).squeeze(2).mul_(r_RI).sum(1)
+    sums_BRE = (r_RI[:, None, :] @ emb_RIE).view(n_latents, longest // run, d_emb)
+    return within_R.view(n_latents, -1).sum(1) + distinct_pair_products(sums_BRE).sum(1)
+
+
+def _length_groups(lengths_S: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Latents that fire on two images or more, by falling number of images: groups within 1/8 of their longest."""
+    lengths, order = lengths_S.sort(descending=True)
+    ascending, first = -lengths, 0
+    while first < len(order) and (longest := int(lengths[first])) > 1:
+        last = int(torch.searchsorted(ascending, -max(2, longest - longest // 8), right=True))
+        yield order[first:last], longest
+        first = last
 
 
 def _padded_segments(acts_M, images_M, offsets_S1, latents_B, longest: int) -> tuple[Tensor, Tensor]:
@@ -169,15 +193,8 @@ def _padded_segments(acts_M, images_M, offsets_S1, latents_B, longest: int) -> t
     starts_B1, ends_B1 = offsets_S1[latents_B, None], offsets_S1[latents_B + 1, None]
     positions_BL = starts_B1 + torch.arange(longest, device=acts_M.device)
     inside_BL = positions_BL < ends_B1
-    positions_BL = positions_BL.minimum(ends_B1 - 1).clamp_min_(0)
+    positions_BL = positions_BL.minimum(ends_B1 - 1)
     return acts_M[positions_BL].masked_fill_(~inside_BL, 0.0), images_M[positions_BL]
-
-
-def _batched_gram(r_BL: Tensor, emb_BLE: Tensor, sqnorm_BL: Tensor, similarity: str, gamma: float):
-    inner_BLL = emb_BLE @ emb_BLE.mT
-    s_BLL = similarity_from_inner(inner_BLL, sqnorm_BL[:, :, None], sqnorm_BL[:, None, :], similarity, gamma).triu_(1)
-    num_B = (r_BL * (s_BLL @ r_BL[:, :, None]).squeeze(2)).sum(1)
-    return num_B, distinct_pair_products(r_BL)
 
 
 @torch.library.custom_op("saevlm_fast::pairwise_sums", mutates_args=(), device_types="cuda")

@@ -28,7 +28,7 @@ FINISH_BLOCK = 32
 
 @triton.jit
 def _similarity_tile(inner, sqnorm_i, sqnorm_j, gamma, SIMILARITY: tl.constexpr):
-    """similarity_from_inner for one tile; cosine and dot are the inner product of prepared embeddings."""
+    """_rbf_tile of pairwise_similarity.py; cosine and dot are the inner product of prepared embeddings."""
     if SIMILARITY == "rbf":
         return tl.exp(-gamma * tl.maximum(sqnorm_i[:, None] + sqnorm_j[None, :] - 2.0 * inner, 0.0))
     return inner
