@@ -131,15 +131,13 @@ def _norms(weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tens
     return norms_A
 
 
-def dense_gradient_rows(latents_A: Tensor | None, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
+def dense_gradient_rows(latents_A: Tensor, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
     """The same for rows that are already there (the auxiliary loss); projected in place.
 
     On a GPU, latents_A may end in padding: latents of S with zero rows.
     """
     if unit_rows_SD is not None:
-        if latents_A is not None:
-            unit_rows_SD = unit_rows_SD[latents_A.clamp(max=len(unit_rows_SD) - 1)]
-        _remove_parallel_(rows_AD, unit_rows_SD)
+        _remove_parallel_(rows_AD, unit_rows_SD[latents_A.clamp(max=len(unit_rows_SD) - 1)])
     return RowGradient(latents_A, rows_AD, torch.linalg.vector_norm(rows_AD).square())
 
 
