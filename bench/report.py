@@ -16,7 +16,7 @@ HEADER = ["operation", "case", "dtype", "way", "median ms", "rate", "/ encoder G
 RATES = ("GFLOP/s", "GB/s", "rows/s", "images/s")
 STEP, BY_N = "training step", "score by number of images"
 ENVIRONMENT = ("device", "cpu", "threads", "torch", "triton")
-OURS = "saevlm-fast"
+OURS, FLOOR = "saevlm-fast", "encoder GEMM"
 
 Result = dict  # one of pytest-benchmark's "benchmarks"
 
@@ -139,7 +139,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Steps per second by d_sae for every architecture, and seconds of the score against the number of images."""
+    """Steps per second of every library by architecture and size, and seconds of the score by number of images."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -147,25 +147,45 @@ def plot(results: list[Result], path: Path) -> None:
 
     steps = [result for result in results if is_peer_step(result) and result["stats"]]
     scores = [result for result in results if result["extra_info"]["operation"] == BY_N]
-    operations = sorted({result["extra_info"]["operation"] for result in steps})
-    figure, axes = plt.subplots(1, len(operations) + bool(scores), figsize=(4.5 * (len(operations) + bool(scores)), 4),
-                                squeeze=False, layout="constrained")  # fmt: skip
-    for axis, operation in zip(axes[0], operations):
-        of_operation = [result for result in steps if result["extra_info"]["operation"] == operation]
-        draw_lines(axis, of_operation, "d_sae", lambda result: 1 / seconds(result))
-        axis.set(title=operation, xlabel="latents", ylabel="steps per second")
+    widths = [8] * bool(steps) + [4.5] * bool(scores)
+    figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 4), width_ratios=widths, squeeze=False,
+                                layout="constrained")  # fmt: skip
+    if steps:
+        draw_bars(axes[0][0], steps)
     if scores:
-        draw_lines(axes[0][-1], scores, "N", seconds)
-        axes[0][-1].set(title="Monosemanticity Score", xlabel="images", ylabel="seconds")
+        draw_lines(axes[0][-1], scores)
     figure.savefig(path, dpi=150)
 
 
-def draw_lines(axis, results: list[Result], x: str, value) -> None:
-    """A line for every way, on logarithmic axes; ours is thick."""
+def draw_bars(axis, results: list[Result]) -> None:
+    """A group of bars for every architecture and size, a colour for every library; ours is black, the floor grey."""
+    groups = sorted({bar_group(result) for result in results}, key=lambda group: (group[1], group[0]))
+    peers = sorted({result["extra_info"]["impl"] for result in results} - {OURS, FLOOR})
+    colours = {OURS: "black", FLOOR: "lightgrey"} | {peer: f"C{i}" for i, peer in enumerate(peers)}
+    for place, group in enumerate(groups):
+        bars = sorted((r for r in results if bar_group(r) == group), key=seconds)
+        for i, result in enumerate(bars):
+            rate, x = 1 / seconds(result), place + 0.8 * (i + 0.5) / len(bars) - 0.4
+            axis.bar(x, rate, 0.8 / len(bars), color=colours[result["extra_info"]["impl"]])
+            axis.annotate(f"{rate:.2g}", (x, rate), ha="center", va="bottom", fontsize=7)
+    axis.set(title="Training step", ylabel="steps per second", yscale="log")
+    axis.set_xticks(range(len(groups)), [f"{name}\n{d_sae:,} latents" for name, d_sae in groups], fontsize=8)
+    axis.set_ylim(top=2 * axis.get_ylim()[1])  # room for the legend
+    bars = [axis.bar(0, 0, color=colours[way], label=way) for way in colours]
+    axis.legend(handles=bars, ncols=len(bars), loc="upper center", fontsize=8)
+
+
+def bar_group(result: Result) -> tuple[str, int]:
+    info = result["extra_info"]
+    return info["operation"].removesuffix(" training step"), info["shape"]["d_sae"]
+
+
+def draw_lines(axis, results: list[Result]) -> None:
+    """A line for every way, on logarithmic axes; the streamed one is thick."""
     for way in dict.fromkeys(result["extra_info"]["impl"] for result in results):
-        points = sorted((r["extra_info"]["shape"][x], value(r)) for r in results if r["extra_info"]["impl"] == way)
-        axis.plot(*zip(*points), marker="o", label=way, linewidth=3 if way in (OURS, "streamed") else 1)
-    axis.set(xscale="log", yscale="log")
+        points = sorted((r["extra_info"]["shape"]["N"], seconds(r)) for r in results if r["extra_info"]["impl"] == way)
+        axis.plot(*zip(*points), marker="o", label=way, linewidth=3 if way == "streamed" else 1)
+    axis.set(title="Monosemanticity Score", xlabel="images", ylabel="seconds", xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
