@@ -170,9 +170,9 @@ def draw_bars(axis, results: list[Result]) -> None:
             axis.annotate(f"{rate:.2g}", (x, rate), ha="center", va="bottom", fontsize=7)
     axis.set(title="Training step", ylabel="steps per second", yscale="log")
     axis.set_xticks(range(len(groups)), [f"{name}\n{d_sae:,} latents" for name, d_sae in groups], fontsize=8)
-    axis.set_ylim(top=2 * axis.get_ylim()[1])  # room for the legend
+    axis.set_ylim(top=4 * axis.get_ylim()[1])  # room for the legend
     bars = [axis.bar(0, 0, color=colours[way], label=way) for way in colours]
-    axis.legend(handles=bars, ncols=len(bars), loc="upper center", fontsize=8)
+    axis.legend(handles=bars, ncols=3, loc="upper center", fontsize=8)
 
 
 def bar_group(result: Result) -> tuple[str, int]:
