@@ -3,7 +3,7 @@
 Trains by `saevlm_fast.train.train` from a memory-mapped matrix file (made in --directory, removed at the end) and says
 how much of the time is the step, and how much waiting for data, logs, checkpoints, the start and the final evaluation.
 --page-cache BYTES stands for a store larger than memory: the file is dropped from the page cache before training and
-whenever that much of it has been read since (the dropping is not counted). Reading alone is then timed too.
+whenever that much of it has been read since. Reading alone is then timed too.
 Memory that is not page cache is noted along the way.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -76,24 +77,27 @@ def write_rows(path: Path, n_rows: int, d_in: int) -> None:
     rows_ND.flush()
 
 
-class SmallPageCache:
-    """A page cache that holds no more than `limit` bytes of one file: full, it is emptied. None: no limit."""
+@contextmanager
+def small_page_cache(path: Path, limit: int | None) -> Iterator[None]:
+    """A page cache that holds no more than `limit` bytes of one file: full, it is emptied. None: no limit.
 
-    def __init__(self, path: Path, limit: int | None):
-        self.path, self.limit, self.seconds, self.drops = path, limit, 0.0, 0
-        self.empty()
+    Emptied before a batch is read: the pages that the other loader threads have mapped at that moment are read again.
+    """
+    if limit is None:
+        yield
+        return
+    drop_from_page_cache(path)
+    read_before, read_rows = bytes_read(), Activations.rows
 
-    def empty(self) -> None:
-        if self.limit is not None:
-            drop_from_page_cache(self.path)
-        self.read_before = bytes_read()
+    def rows(self: Activations, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal read_before
+        if bytes_read() - read_before > limit:
+            drop_from_page_cache(path)
+            read_before = bytes_read()
+        return read_rows(self, *args, **kwargs)
 
-    def trim(self) -> None:
-        start = time.perf_counter()
-        if self.limit is not None and bytes_read() - self.read_before > self.limit:
-            self.empty()
-            self.drops += 1
-        self.seconds += time.perf_counter() - start
+    with mock.patch.object(Activations, "rows", rows):
+        yield
 
 
 def drop_from_page_cache(path: Path) -> None:
@@ -110,15 +114,12 @@ def drop_from_page_cache(path: Path) -> None:
     os.close(descriptor)
 
 
-def rows_read_per_second(activations: Activations, order: ShuffledRows, n_steps: int, cache: SmallPageCache) -> float:
+def rows_read_per_second(activations: Activations, order: ShuffledRows, n_steps: int) -> float:
     """Of reading alone: batches as training gets them, nothing done with them."""
-    cache.empty()
-    start, seconds_before, n_rows = time.perf_counter(), cache.seconds, 0
+    start = time.perf_counter()
     with closing(batches(activations, order, 0, n_steps)) as stream:
-        for rows_B, _ in stream:
-            n_rows += len(rows_B)
-            cache.trim()
-    return n_rows / (time.perf_counter() - start - (cache.seconds - seconds_before))
+        n_rows = sum(len(rows_B) for rows_B, _ in stream)
+    return n_rows / (time.perf_counter() - start)
 
 
 def status_bytes(name: str) -> int:
@@ -135,30 +136,31 @@ def bytes_read() -> int:
 def run(options: argparse.Namespace, directory: Path) -> dict:
     path = directory / "activations.npy"
     write_rows(path, options.n_rows, options.d_in)
-    config = TrainConfig(steps=options.steps, batch_size=options.batch_size)
+    # The start reads norm_batches batches whatever the number of steps: in a short run fewer, as of a long one.
+    config = TrainConfig(steps=options.steps, batch_size=options.batch_size, norm_batches=max(1, options.steps // 100))
     sae_config = SAEConfig(options.d_in, options.d_sae, options.k, options.architecture)
     run_options = train_module.RunOptions(directory / "run", device="cpu", checkpoint_every=options.checkpoint_every)
     activations = open_activations(path)
     held_out = activations if options.evaluate_all else _first_rows(path, directory)
     _warm_up(activations, sae_config, directory)
-    cache = SmallPageCache(path, options.page_cache)
     order = partial(ShuffledRows, exact_bytes=options.exact_bytes)
-    reading = rows_read_per_second(activations, order(activations, config.batch_size), min(options.steps, 100), cache)
-    cache.empty()
-    cache.seconds, cache.drops = 0.0, 0
+    with small_page_cache(path, options.page_cache):
+        reading = rows_read_per_second(activations, order(activations, config.batch_size), min(options.steps, 100))
     memory: dict[int, int] = {}
     note_every = max(1, options.steps // 20)
 
     def on_step(step: int) -> None:
         if step % note_every == 0:
             memory[step] = status_bytes("RssAnon")
-        cache.trim()
 
-    read_before, start = bytes_read(), time.perf_counter()
-    with clocks() as (seconds, calls), mock.patch.object(train_module, "ShuffledRows", order):
+    with (
+        small_page_cache(path, options.page_cache),
+        mock.patch.object(train_module, "ShuffledRows", order),
+        clocks() as (seconds, calls),
+    ):
+        read_before, start = bytes_read(), time.perf_counter()
         train_module.train(activations, sae_config, config, run_options, validation=held_out, on_step=on_step)
-    total = time.perf_counter() - start - cache.seconds
-    seconds["loop"] -= cache.seconds
+        total = time.perf_counter() - start
     seconds["data"] = seconds["loop"] - seconds["step"] - seconds["log"] - seconds["metrics"] - seconds["checkpoint"]
     n_rows = options.steps * options.batch_size
     return {
@@ -170,7 +172,6 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
         "file_bytes": path.stat().st_size,
         "bytes_of_the_rows": n_rows * activations.row_bytes,
         "bytes_read_from_disk": bytes_read() - read_before,
-        "page_cache_emptied": cache.drops,
         "rows_per_second": {"reading_alone": reading, "steps_alone": n_rows / seconds["step"]},
         "calls": calls,
         "anonymous_bytes_at_step": memory,
@@ -179,7 +180,10 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
 
 def _warm_up(activations: Activations, sae_config: SAEConfig, directory: Path) -> None:
     """What torch imports in its first step is the price of a process, not of a run."""
-    small, options = TrainConfig(steps=2, batch_size=64), train_module.RunOptions(directory / "warm-up", device="cpu")
+    small, options = (
+        TrainConfig(steps=2, batch_size=64, norm_batches=2),
+        train_module.RunOptions(directory / "warm-up", device="cpu"),
+    )
     train_module.train(activations, sae_config, small, options, validation=_first_rows(activations.path, directory))
 
 

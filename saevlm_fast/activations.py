@@ -30,7 +30,7 @@ from saevlm_fast.activation_store import (
     read_items,
     verify,
 )
-from saevlm_fast.matrix_files import ActivationError, check_finite, map_matrix, will_need
+from saevlm_fast.matrix_files import ActivationError, check_finite, map_matrix, read_randomly, will_need
 
 __all__ = [
     "ActivationError",
@@ -126,6 +126,8 @@ class Activations(StoredRows):
         super().__init__(path, [len(t) for t in tensors], tensors[0].dtype, source, items)
         self.d = tensors[0].shape[1]
         self._tensors = tensors
+        for tensor in tensors:  # what is read in order is announced by will_need
+            read_randomly(tensor)
 
     @property
     def row_bytes(self) -> int:
@@ -155,14 +157,13 @@ class Activations(StoredRows):
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
             begin, end = int(bounds[shard]), int(bounds[shard + 1])
             local = ascending[begin:end] - int(self._starts[shard])
-            will_need(self._tensors[shard], local.numpy(), local.numpy() + 1)
             torch.index_select(self._tensors[shard], 0, local, out=rows_BD[begin:end])
         return out_BD if rows_BD is out_BD else out_BD.copy_(rows_BD)
 
     def will_need(self, start: int, stop: int) -> None:
         """Have the rows start .. stop - 1 read from the disk in the background."""
         for shard, low, high in self._pieces(start, stop):
-            will_need(self._tensors[shard], np.array([low]), np.array([high]))
+            will_need(self._tensors[shard][low:high])
 
     def chunks(self, n: int) -> Generator[tuple[int, Tensor], None, None]:
         """Every row once, in order: (number of the first row, float32 [<= n, d_in]), read ahead in the background."""
@@ -172,6 +173,7 @@ class Activations(StoredRows):
         )
 
     def _slice(self, start: int, stop: int) -> Tensor:
+        self.will_need(start, stop)
         out_BD, filled = torch.empty(stop - start, self.d), 0
         for shard, low, high in self._pieces(start, stop):
             out_BD[filled : filled + high - low].copy_(self._tensors[shard][low:high])
@@ -299,7 +301,9 @@ class ShuffledRows:
         epoch, start, stop = self._span(step)
         order, size = self._block_order(epoch), self._per_window
         windows = [window for window, first in self._windows(epoch, start, stop) if anew or first >= start]
-        blocks = np.sort(np.concatenate([order[:0], *(order[window * size : (window + 1) * size] for window in windows)]))
+        blocks = np.sort(
+            np.concatenate([order[:0], *(order[window * size : (window + 1) * size] for window in windows)])
+        )
         return [(first, min(first + self._block, self.n_rows)) for first in (blocks * self._block).tolist()]
 
     def _span(self, step: int) -> tuple[int, int, int]:
@@ -378,16 +382,20 @@ def batches(
         out_BD = torch.empty(len(rows), activations.d, pin_memory=pin_memory)
         return rows, activations.rows(rows, out=out_BD)
 
-    return prefetch(load, range(start_step, start_step + n_steps))
+    return prefetch(load, range(start_step, start_step + n_steps), n_threads=4)  # each waits for its disk reads
 
 
-def prefetch(load: Callable[[Job], Loaded], jobs: Iterable[Job]) -> Generator[Loaded, None, None]:
+def prefetch(
+    load: Callable[[Job], Loaded], jobs: Iterable[Job], n_threads: int | None = None
+) -> Generator[Loaded, None, None]:
     """load(job) for every job, in order, at least two ahead of the consumer, in background threads.
+
+    n_threads: by default a quarter of torch's, at most 4, for jobs that compute.
 
     An exception in load is raised where its result would have come. Closing the generator, or any exception while it
     waits (Ctrl-C), cancels what has not begun and waits for what has.
     """
-    n_threads = max(1, min(4, torch.get_num_threads() // 4))
+    n_threads = n_threads or max(1, min(4, torch.get_num_threads() // 4))
     pool = loader_threads(n_threads)
     pending: deque[Future[Loaded]] = deque()
     try:

@@ -14,7 +14,6 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -188,26 +187,25 @@ def _read_only_tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array)
 
 
-def will_need(matrix_ND: Tensor, starts: np.ndarray, stops: np.ndarray) -> None:
-    """Have the rows [start, stop) of every pair read from the disk in the background, all at once; a hint, for Linux.
+def read_randomly(mapped_ND: Tensor) -> None:
+    """No read-ahead around a page fault: it is up to megabytes a row, by the disk's settings. A hint, for Linux."""
+    if sys.platform == "linux":
+        _advise(mapped_ND, mmap.MADV_RANDOM)
 
-    Without it a page fault waits for the disk once a row, and reads megabytes around it where the disk's read-ahead is
-    set so: 120 times the bytes that were wanted, in a file of 3 GB.
-    """
-    if sys.platform != "linux" or not matrix_ND.is_contiguous():
+
+def will_need(mapped_ND: Tensor) -> None:
+    """Have these rows read from the disk in the background, in large pieces. A hint, for Linux."""
+    if sys.platform == "linux":
+        _advise(mapped_ND, mmap.MADV_WILLNEED)
+
+
+def _advise(mapped_ND: Tensor, advice: int) -> None:
+    if not mapped_ND.is_contiguous():  # a Fortran-ordered matrix
         return
-    row_bytes, address = matrix_ND.stride(0) * matrix_ND.itemsize, matrix_ND.data_ptr()
-    begins = (address + starts * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    madvise = _madvise()
-    for begin, length in zip(begins.tolist(), (address + stops * row_bytes - begins).tolist()):
-        madvise(begin, length, mmap.MADV_WILLNEED)
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None).madvise  # not mmap.madvise, which would hold the interpreter's lock
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    into_page = mapped_ND.data_ptr() % mmap.PAGESIZE
+    madvise(mapped_ND.data_ptr() - into_page, mapped_ND.nbytes + into_page, advice)
 
 
 def first_line(error: Exception) -> str:
