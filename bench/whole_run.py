@@ -4,7 +4,7 @@ Trains by `saevlm_fast.train.train` from a memory-mapped matrix file (made in --
 how much of the time is the step, and how much waiting for data, logs, checkpoints, the start and the final evaluation.
 --page-cache BYTES stands for a store larger than memory: the file is dropped from the page cache before training and
 whenever that much of it has been read since. Reading alone is then timed too.
-Memory that is not page cache is noted along the way.
+Memory that is not page cache is noted along the way. GOMP_SPINCOUNT=1000 in the environment is what `saevlm-fast` sets.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import ctypes
 import mmap
 import os
 import tempfile
+import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -45,11 +45,13 @@ PARTS = {
 }
 
 
+Spans = list[tuple[str, float, float]]
+
+
 @contextmanager
-def clocks() -> Iterator[tuple[dict[str, float], dict[str, int]]]:
-    """Seconds spent in, and calls of, each of PARTS while it is open."""
-    seconds: dict[str, float] = defaultdict(float)
-    calls: dict[str, int] = defaultdict(int)
+def clocks() -> Iterator[Spans]:
+    """(name, start, end) of every call of PARTS while it is open."""
+    spans: Spans = []
 
     def timed(name: str, function: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
@@ -57,15 +59,40 @@ def clocks() -> Iterator[tuple[dict[str, float], dict[str, int]]]:
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds[name] += time.perf_counter() - start
-                calls[name] += 1
+                spans.append((name, start, time.perf_counter()))
 
         return call
 
     with ExitStack() as stack:
         for name, (owner, attribute) in PARTS.items():
             stack.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
-        yield seconds, calls
+        yield spans
+
+
+@contextmanager
+def pauses() -> Iterator[list[tuple[float, float]]]:
+    """(start, end) of the times in which this process was stopped (SIGSTOP by whoever shares the machine)."""
+    found: list[tuple[float, float]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        last = time.perf_counter()
+        while not over.wait(0.02):
+            now = time.perf_counter()
+            if now - last > 1:
+                found.append((last, now))
+            last = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield found
+    over.set()
+    watcher.join()
+
+
+def seconds_without(paused: list[tuple[float, float]], start: float, end: float) -> float:
+    """end - start, less the pauses in between."""
+    return end - start - sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in paused)
 
 
 def write_rows(path: Path, n_rows: int, d_in: int) -> None:
@@ -156,17 +183,26 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     with (
         small_page_cache(path, options.page_cache),
         mock.patch.object(train_module, "ShuffledRows", order),
-        clocks() as (seconds, calls),
+        clocks() as spans,
+        pauses() as paused,
     ):
         read_before, start = bytes_read(), time.perf_counter()
         train_module.train(activations, sae_config, config, run_options, validation=held_out, on_step=on_step)
-        total = time.perf_counter() - start
+        end = time.perf_counter()
+        time.sleep(0.1)  # for the watcher of pauses
+    seconds, calls = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0)
+    for name, *span in spans:
+        seconds[name] += seconds_without(paused, *span)
+        calls[name] += 1
+    total = seconds_without(paused, start, end)
     seconds["data"] = seconds["loop"] - seconds["step"] - seconds["log"] - seconds["metrics"] - seconds["checkpoint"]
     n_rows = options.steps * options.batch_size
     return {
         "settings": {key: str(value) for key, value in vars(options).items()},
         "threads": torch.get_num_threads(), "torch": torch.__version__, "load_average": os.getloadavg()[0],
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
         "seconds": {"total": total, **seconds},
+        "seconds_paused": end - start - total,
         "step_share_of_loop": seconds["step"] / seconds["loop"],
         "step_share_of_run": seconds["step"] / total,
         "file_bytes": path.stat().st_size,
