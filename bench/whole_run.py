@@ -85,9 +85,11 @@ def pauses() -> Iterator[list[tuple[float, float]]]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield found
-    over.set()
-    watcher.join()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
 
 
 def seconds_without(paused: list[tuple[float, float]], start: float, end: float) -> float:
