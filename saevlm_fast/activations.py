@@ -30,7 +30,7 @@ from saevlm_fast.activation_store import (
     read_items,
     verify,
 )
-from saevlm_fast.matrix_files import ActivationError, check_finite, map_matrix
+from saevlm_fast.matrix_files import ActivationError, check_finite, map_matrix, read_randomly, will_need
 
 __all__ = [
     "ActivationError",
@@ -126,6 +126,8 @@ class Activations(StoredRows):
         super().__init__(path, [len(t) for t in tensors], tensors[0].dtype, source, items)
         self.d = tensors[0].shape[1]
         self._tensors = tensors
+        for tensor in tensors:  # what is read in order is announced by will_need
+            read_randomly(tensor)
 
     @property
     def row_bytes(self) -> int:
@@ -158,6 +160,11 @@ class Activations(StoredRows):
             torch.index_select(self._tensors[shard], 0, local, out=rows_BD[begin:end])
         return out_BD if rows_BD is out_BD else out_BD.copy_(rows_BD)
 
+    def will_need(self, start: int, stop: int) -> None:
+        """Have the rows start .. stop - 1 read from the disk in the background."""
+        for shard, low, high in self._pieces(start, stop):
+            will_need(self._tensors[shard][low:high])
+
     def chunks(self, n: int) -> Generator[tuple[int, Tensor], None, None]:
         """Every row once, in order: (number of the first row, float32 [<= n, d_in]), read ahead in the background."""
         check_chunk(n)
@@ -166,6 +173,7 @@ class Activations(StoredRows):
         )
 
     def _slice(self, start: int, stop: int) -> Tensor:
+        self.will_need(start, stop)
         out_BD, filled = torch.empty(stop - start, self.d), 0
         for shard, low, high in self._pieces(start, stop):
             out_BD[filled : filled + high - low].copy_(self._tensors[shard][low:high])
@@ -247,8 +255,8 @@ class ShuffledRows:
     splits a batch should take every n-th row, since neighbours on disk are often of the same class.
 
     A set of at most exact_bytes is permuted exactly. A larger one is permuted in blocks of about block_bytes of
-    neighbouring rows, and then row by row within windows of window_bytes of such blocks: a window's pages are read
-    once and stay in the page cache while it is used, so the disk is read a block, not a row, at a time.
+    neighbouring rows, and then row by row within windows of window_bytes of such blocks: a window is read when it
+    begins (`blocks_begun`) and stays in the page cache while it is used, so the disk is read a block at a time.
 
     Random numbers are raw Philox words, which numpy promises never to change (its permutations it does not).
     """
@@ -279,30 +287,56 @@ class ShuffledRows:
 
     def batch(self, step: int) -> Tensor:
         """Rows of step `step` (counted from 0 over all epochs): int64 [min(batch_size, n_rows)], ascending."""
-        epoch, position = divmod(step, self.batches_per_epoch)
-        start = position * self.batch_size
-        stop = min(start + self.batch_size, self.n_rows)
+        epoch, start, stop = self._span(step)
         rows = self._exact_slice(epoch, start, stop) if self._exact else self._windowed_slice(epoch, start, stop)
         return torch.from_numpy(np.sort(rows))
+
+    def blocks_begun(self, step: int, anew: bool = False) -> list[tuple[int, int]]:
+        """The blocks (first row, row after its last), ascending, of the windows that begin in step `step`.
+
+        anew: also of the window that was begun before. [] if the rows are permuted exactly.
+        """
+        if self._exact:
+            return []
+        epoch, start, stop = self._span(step)
+        order, size = self._block_order(epoch), self._per_window
+        windows = [window for window, first in self._windows(epoch, start, stop) if anew or first >= start]
+        blocks = np.sort(
+            np.concatenate([order[:0], *(order[window * size : (window + 1) * size] for window in windows)])
+        )
+        return [(first, min(first + self._block, self.n_rows)) for first in (blocks * self._block).tolist()]
+
+    def _span(self, step: int) -> tuple[int, int, int]:
+        """The step's epoch, and its first and last + 1 position in that."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        start = position * self.batch_size
+        return epoch, start, min(start + self.batch_size, self.n_rows)
 
     def _exact_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
         return _permutation(self.n_rows, self.seed, epoch)[start:stop]
 
     def _windowed_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Positions start:stop of the epoch's windows laid end to end."""
-        block, per_window = self._block, self._per_window
-        order = _permutation(-(-self.n_rows // block), self.seed, epoch)
+        pieces = []
+        for window, first in self._windows(epoch, start, stop):
+            rows = _window(self.n_rows, self._block, self._per_window, self.seed, epoch, window)
+            pieces.append(rows[max(start - first, 0) : max(stop - first, 0)])
+        return np.concatenate(pieces)
+
+    def _block_order(self, epoch: int) -> np.ndarray:
+        return _permutation(-(-self.n_rows // self._block), self.seed, epoch)
+
+    def _windows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(window, position of its first row) of the windows that positions start:stop are in."""
+        block, per_window, order = self._block, self._per_window, self._block_order(epoch)
         # All blocks are full but the last one, wherever the permutation put it: its window is shorter.
         missing = len(order) * block - self.n_rows
         short_window = int(np.flatnonzero(order == len(order) - 1)[0]) // per_window
-        pieces = []
         for window in range(start // (per_window * block), -(-len(order) // per_window)):
             first = window * per_window * block - (missing if window > short_window else 0)
             if first >= stop:
-                break
-            rows = _window(self.n_rows, block, per_window, self.seed, epoch, window)
-            pieces.append(rows[max(start - first, 0) : max(stop - first, 0)])
-        return np.concatenate(pieces)
+                return
+            yield window, first
 
 
 @lru_cache(maxsize=4)
@@ -342,20 +376,26 @@ def batches(
         raise ValueError(f"order is over {order.n_rows} rows; {activations.path} has {activations.n_rows}")
 
     def load(step: int) -> tuple[Tensor, Tensor]:
+        for start, stop in order.blocks_begun(step, anew=step == start_step):
+            activations.will_need(start, stop)
         rows = order.batch(step)
         out_BD = torch.empty(len(rows), activations.d, pin_memory=pin_memory)
         return rows, activations.rows(rows, out=out_BD)
 
-    return prefetch(load, range(start_step, start_step + n_steps))
+    return prefetch(load, range(start_step, start_step + n_steps), n_threads=4)  # each waits for its disk reads
 
 
-def prefetch(load: Callable[[Job], Loaded], jobs: Iterable[Job]) -> Generator[Loaded, None, None]:
+def prefetch(
+    load: Callable[[Job], Loaded], jobs: Iterable[Job], n_threads: int | None = None
+) -> Generator[Loaded, None, None]:
     """load(job) for every job, in order, at least two ahead of the consumer, in background threads.
+
+    n_threads: by default a quarter of torch's, at most 4, for jobs that compute.
 
     An exception in load is raised where its result would have come. Closing the generator, or any exception while it
     waits (Ctrl-C), cancels what has not begun and waits for what has.
     """
-    n_threads = max(1, min(4, torch.get_num_threads() // 4))
+    n_threads = n_threads or max(1, min(4, torch.get_num_threads() // 4))
     pool = loader_threads(n_threads)
     pending: deque[Future[Loaded]] = deque()
     try:

@@ -226,7 +226,13 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the encoder product: float32, tf32 or bfloat16.")] = "float32",
     validation: Annotated[Path | None, typer.Option(help="Held-out activations for the final evaluation.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps.  [default: steps / 20]")] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps, obeyed exactly.  [default: steps / 20, but none within 30 s of the last, or within 20 times "
+            "what that took to write; the last step and an interrupt always write one]"
+        ),
+    ] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps.  [default: steps / 100, at most 100]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --output.")] = False,

@@ -5,9 +5,12 @@ file the only 2-D one is taken, or the one named by FILE::NAME. A map is read-on
 than memory (Linux refuses private writable maps of that size, and those are what torch.load and safetensors make).
 """
 
+import ctypes
 import json
 import math
+import mmap
 import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -182,6 +185,27 @@ def _read_only_tensor(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():  # torch warns that writing would be undefined; nobody here writes
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
+
+
+def read_randomly(mapped_ND: Tensor) -> None:
+    """No read-ahead around a page fault: it is up to megabytes a row, by the disk's settings. A hint, for Linux."""
+    if sys.platform == "linux":
+        _advise(mapped_ND, mmap.MADV_RANDOM)
+
+
+def will_need(mapped_ND: Tensor) -> None:
+    """Have these rows read from the disk in the background, in large pieces. A hint, for Linux."""
+    if sys.platform == "linux":
+        _advise(mapped_ND, mmap.MADV_WILLNEED)
+
+
+def _advise(mapped_ND: Tensor, advice: int) -> None:
+    if not mapped_ND.is_contiguous():  # a Fortran-ordered matrix
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    into_page = mapped_ND.data_ptr() % mmap.PAGESIZE
+    madvise(mapped_ND.data_ptr() - into_page, mapped_ND.nbytes + into_page, advice)
 
 
 def first_line(error: Exception) -> str:

@@ -646,6 +646,40 @@ def epoch_rows(order, epoch):
     return [order.batch(first + b).tolist() for b in range(order.batches_per_epoch)]
 
 
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(1, 150), batch_size=st.integers(1, 60), epoch=st.integers(0, 2))
+def test_blocks_begin_once_an_epoch_and_before_their_rows(n, batch_size, epoch):
+    order = order_of(n, batch_size, windowed=True)
+    first, announced = epoch * order.batches_per_epoch, []
+    for step in range(first, first + order.batches_per_epoch):
+        rows = set(order.batch(step).tolist())
+        announced += [row for start, stop in order.blocks_begun(step) for row in range(start, stop)]
+        assert rows <= set(announced)
+        anew = [row for start, stop in order.blocks_begun(step, anew=True) for row in range(start, stop)]
+        assert rows <= set(anew), "a resumed run has announced nothing before"
+    assert len(announced) == len(set(announced))
+
+
+def test_an_exact_permutation_announces_no_blocks():
+    assert order_of(100, 10).blocks_begun(0, anew=True) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["store", "npy"])
+def test_rows_are_mapped_for_random_reading(tmp_path, kind):
+    """Without it every fault may read megabytes around a row."""
+    x = rows_of(5000)
+    np.save(tmp_path / "x.npy", x.numpy())
+    path = tmp_path / "x.npy" if kind == "npy" else write_store(tmp_path / "store", x, 5000, 5000)
+    activations = open_activations(path)
+    assert torch.equal(activations.rows(torch.arange(50)), x[:50])
+    mapped = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    assert mapped
+    for mapping in mapped:
+        flags = next(line.split() for line in mapping.splitlines() if line.startswith("VmFlags:"))
+        assert "rr" in flags
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     n=st.integers(1, 150),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from saevlm_fast import train as train_module
 from saevlm_fast.activations import open_activations
 from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.runtime import resolve_device
@@ -64,6 +65,53 @@ def test_every_checkpoint_is_a_usable_sae(matrix, tmp_path):
     for checkpoint in checkpoints(tmp_path / "run"):
         metrics = evaluate(SparseAutoencoder.from_pretrained(checkpoint), open_activations(matrix))
         assert metrics["l0"] == pytest.approx(K, rel=0.15)
+
+
+class FakeClock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+def steps_with_checkpoints(matrix, output, monkeypatch, every, step_seconds, checkpoint_seconds, steps=60):
+    """After which steps a run writes a checkpoint, if steps and checkpoints take that long."""
+    clock, written = FakeClock(), []
+    checkpoint = train_module._Run.checkpoint
+
+    def slow_checkpoint(run):
+        checkpoint(run)
+        written.append(run.stepper.n_steps)
+        clock.advance(checkpoint_seconds)
+
+    monkeypatch.setattr(train_module, "monotonic", clock)
+    monkeypatch.setattr(train_module._Run, "checkpoint", slow_checkpoint)
+    config = TrainConfig(steps=steps, batch_size=16)
+    options = RunOptions(output, "cpu", checkpoint_every=every)
+    train(open_activations(matrix), sae_config(), config, options, on_step=lambda step: clock.advance(step_seconds))
+    return written
+
+
+@pytest.mark.parametrize(
+    ("every", "step_seconds", "checkpoint_seconds", "expected"),
+    [
+        (None, 100, 1, list(range(3, 61, 3))),  # cheap beside the steps: twenty
+        (None, 10, 1, list(range(3, 61, 3))),  # a twentieth of the run takes just 30 s
+        (None, 9, 1, [*range(6, 60, 6), 60]),  # 27 s are too few
+        (None, 10, 5, [3, 15, 27, 39, 51, 60]),  # 20 times 5 s: 10 steps, and the next multiple of 3 that is later
+        (None, 0.1, 5, [60]),  # a short run: the last step's
+        (7, 0.1, 5, [*range(7, 60, 7), 60]),  # asked for: obeyed
+    ],
+)
+def test_checkpoints_cost_a_twentieth_unless_asked_for(
+    matrix, tmp_path, monkeypatch, every, step_seconds, checkpoint_seconds, expected
+):
+    found = steps_with_checkpoints(matrix, tmp_path / "run", monkeypatch, every, step_seconds, checkpoint_seconds)
+    assert found == expected
 
 
 def test_moving_threshold_follows_the_batch_minimum(matrix, tmp_path):
