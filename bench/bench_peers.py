@@ -1,4 +1,4 @@
-"""Training steps of other SAE libraries beside ours: `python bench/bench_peers.py --d-sae 16384 --output FILE.json`.
+"""Training steps of other SAE libraries beside ours: `python bench/bench_peers.py --output FILE.json`, and sizes.
 
 Needs `pip install -e '.[peers]'`. A script, not a pytest bench, because every library gets a process of its own: its
 imports, its settings and its memory are then its own. Each runs its own public training loop (its trainer's `fit` or

@@ -1,4 +1,4 @@
-"""The GPU's row kernels of the optimiser step: against torch.optim.Adam in float64, in whole steps, and compiled."""
+"""The optimiser step, a GPU's row kernels and the CPU's path: against torch.optim.Adam in float64, and compiled."""
 
 import pytest
 import torch
@@ -12,9 +12,12 @@ from saevlm_fast.kernels.latent_update import (
     AdamSettings,
     RowGradient,
     _slotted,
+    adam_,
     clip_coefficient,
+    entry_gradient,
     latent_gradient_op,
     latent_slots,
+    latent_update_,
     latent_update_op,
     vector_update_op,
 )
@@ -79,8 +82,29 @@ class RowKernels:
         launch_vector_update(p, exp_avg, exp_avg_sq, gradient, clip, adam.schedule, adam.betas, adam.eps)
 
 
+class CpuPath:
+    """The functions that step.py calls on the CPU, the dot products of the entries made here."""
+
+    latent_update_ = staticmethod(latent_update_)
+
+    @staticmethod
+    def entry_gradient(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD=None):
+        dots_M = None
+        if unit_rows_SD is not None:
+            latents_M = torch.arange(len(unit_rows_SD)).repeat_interleave(offsets_S1.diff())
+            dots_M = torch.full_like(weights_M, torch.nan)  # of the padding too, which nobody reads
+            dots_M[: len(latents_M)] = (source_RD[ids_M[: len(latents_M)]] * unit_rows_SD[latents_M]).sum(1)
+        return entry_gradient(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD, dots_M)
+
+    @staticmethod
+    def adam_(p, exp_avg, exp_avg_sq, gradient, clip, adam):
+        adam_(p, exp_avg, exp_avg_sq, gradient.clone(), clip, adam)  # which is clipped in place
+
+
 class Trained:
-    """A decoder, an encoder and a bias in the hands of the row kernels."""
+    """A decoder, an encoder and a bias in the hands of the row kernels, or of the CPU's path."""
+
+    kernels: type = RowKernels
 
     def __init__(self, shape, dtype, device):
         _, _, d_sae, d_in = shape
@@ -96,14 +120,14 @@ class Trained:
         device = d_bias.device
         inputs = [tensor.to(device) for tensor in inputs]
         W_dec, W_enc, bias = self.parameters.values()
-        dec = RowKernels.entry_gradient(*inputs, W_dec)
-        enc = RowKernels.entry_gradient(*inputs)
+        dec = self.kernels.entry_gradient(*inputs, W_dec)
+        enc = self.kernels.entry_gradient(*inputs)
         norms = [dec.squared_norm, enc.squared_norm, d_bias.square().sum(), *([aux.squared_norm] if aux else [])]
         clip, adam = clip_coefficient(norms, CLIP_NORM), settings(n, device)
-        RowKernels.latent_update_(W_dec, *self.moments["W_dec"], dec, [], clip, adam, True)
+        self.kernels.latent_update_(W_dec, *self.moments["W_dec"], dec, [], clip, adam, True)
         extra = [aux] if aux else []
-        RowKernels.latent_update_(W_enc, *self.moments["W_enc"], enc, extra, clip, adam, False, self.copy_SD)
-        RowKernels.adam_(bias, *self.moments["bias"], d_bias, clip, adam)
+        self.kernels.latent_update_(W_enc, *self.moments["W_enc"], enc, extra, clip, adam, False, self.copy_SD)
+        self.kernels.adam_(bias, *self.moments["bias"], d_bias, clip, adam)
 
 
 class Truth:
@@ -135,8 +159,9 @@ def auxiliary(shape, dtype, device, seed: int) -> RowGradient:
     return RowGradient(latents_A, rows_AD.to(device, dtype), rows_AD.square().sum().to(device, dtype))
 
 
-def run(shape, dtype, device, n_steps: int = 2) -> tuple[Trained, Truth]:
+def run(shape, dtype, device, n_steps: int = 2, kernels: type = RowKernels) -> tuple[Trained, Truth]:
     trained = Trained(shape, dtype, device)
+    trained.kernels = kernels
     truth = Truth(trained)
     for n in range(1, n_steps + 1):
         inputs = inputs_of_step(shape, dtype, seed=n)
@@ -154,15 +179,40 @@ def run(shape, dtype, device, n_steps: int = 2) -> tuple[Trained, Truth]:
 @pytest.mark.usefixtures("poison")
 def test_steps_equal_optim_adam_in_float64(device, shape, dtype) -> None:
     trained, truth = run(shape, dtype, device)
+    assert_same_state(trained, truth, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_steps_on_the_cpu_equal_optim_adam_in_float64(shape, dtype) -> None:
+    trained, truth = run(shape, dtype, torch.device("cpu"), kernels=CpuPath)
+    assert_same_state(trained, truth, TOLERANCE[dtype])
+
+
+def assert_same_state(trained: Trained, truth: Truth, tolerance: float) -> None:
     for name, p in trained.parameters.items():
         expected, state = truth.parameters[name].detach(), truth.optimizer.state[truth.parameters[name]]
-        close = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], check_dtype=False)
+        close = dict(rtol=tolerance, atol=tolerance, check_dtype=False)
         torch.testing.assert_close(p.cpu(), expected, **close)
         torch.testing.assert_close(trained.moments[name][0].cpu(), state["exp_avg"], **close)
         torch.testing.assert_close(trained.moments[name][1].cpu(), state["exp_avg_sq"], **close)
     W_enc = trained.parameters["W_enc"].double()
     # The interpreter cuts to bfloat16, a GPU rounds: both within one unit.
     assert bool(((trained.copy_SD.double() - W_enc).abs() <= W_enc.abs() * 2**-7).all())
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 1, 2, 0, 5, 1, 0], [1, 1, 1], [0, 0, 4], [0]], ids=str)
+def test_squared_norm_of_entries_on_the_cpu(lengths: list[int]) -> None:
+    """Single entries take a way of their own; so do latents without any."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    n, d_in = sum(lengths), 6
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = draw(n), torch.randint(0, 4, (n,), generator=generator), offsets, draw(4, d_in)
+    W = torch.nn.functional.normalize(draw(len(lengths), d_in), dim=1)
+    for unit_rows in (None, W):
+        truth = reference.latent_gradient(*inputs, unit_rows).square().sum()
+        torch.testing.assert_close(CpuPath.entry_gradient(*inputs, unit_rows).squared_norm, truth)
 
 
 def test_repeats_bit_identically(device) -> None:
