@@ -27,10 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pairwise_similarity import distinct_pair_products
+from .pairwise_similarity import distinct_pair_products, well_conditioned
 
-# The closed form is used where it keeps this share of (sum w)^2: an error of 2e-16 becomes at most 1e-13.
-_WELL_CONDITIONED = 1e-3
 _CPU_PANEL_ELEMENTS = 1 << 19
 _CPU_FOLD_ELEMENTS = 1 << 22
 
@@ -86,9 +84,7 @@ def _chunk_weights(acts_M, images_M, latents_M, unit_NE, n_latents: int) -> _Chu
         for values_M in (acts_M, acts_M.square(), weights_M, weights_M.square())
     )
     den_S = (total_S.square() - square_S) / 2
-    closed_S = (den_S > _WELL_CONDITIONED * total_S.square()) & (
-        norm_S.square() - self_S > 2 * _WELL_CONDITIONED * norm_S.square()
-    )
+    closed_S = well_conditioned(total_S, square_S) & well_conditioned(norm_S, self_S)
     several_S = torch.bincount(latents_M, minlength=n_latents) > 1
     return _ChunkWeights(total_S, self_S, den_S, closed_S & several_S, several_S & ~closed_S)
 

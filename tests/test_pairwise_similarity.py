@@ -63,13 +63,40 @@ def test_cpu_against_reference(shape, similarity, monkeypatch):
     monkeypatch.setattr(pairwise_similarity, "_CPU_IMAGE_BLOCK", 50)
     monkeypatch.setattr(pairwise_similarity, "_CPU_LATENT_BLOCK", 7)
     monkeypatch.setattr(pairwise_similarity, "_CPU_BATCH_ELEMENTS", 5000)
-    monkeypatch.setattr(pairwise_similarity, "_CPU_SEGMENT_BLOCK", 12)
-    monkeypatch.setattr(pairwise_similarity, "_CPU_INNER_BLOCK", 25)
+    monkeypatch.setattr(pairwise_similarity, "_CPU_SEGMENT_BLOCKS", (4, 12))
     monkeypatch.setattr(pairwise_similarity, "_CPU_RUN", 5)
     r_NK, emb_NE = make_data(*shape)
     truth = reference.pairwise_sums(r_NK, emb_NE, similarity)
     assert_sums(pairwise_sums(r_NK, emb_NE, similarity), truth, 1e-12)
     assert_sums(pairwise_gram_sums(*group_by_latent(r_NK), emb_NE, similarity), truth, 1e-12)
+
+
+def test_tiles_of_a_latent_on_many_images_stay_small(monkeypatch):
+    sides, tile = [], pairwise_similarity._rbf_tile
+    monkeypatch.setattr(pairwise_similarity, "_CPU_SEGMENT_BLOCKS", (10, 30))
+    monkeypatch.setattr(pairwise_similarity, "_rbf_tile", lambda *args: sides.append(args[0].shape[1]) or tile(*args))
+    r_NK, emb_NE = torch.rand(1000, 1) + 0.1, torch.randn(1000, 2)
+    assert_sums(
+        pairwise_gram_sums(*group_by_latent(r_NK), emb_NE, "rbf"),
+        reference.pairwise_sums(r_NK.double(), emb_NE.double(), "rbf"),
+        1e-12,
+    )
+    assert max(sides) == 30
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_cpu_neurons_of_any_condition(similarity):
+    """Latents that one image dominates more and more: the closed form, beyond some point pairs, never a lost digit."""
+    generator = torch.Generator().manual_seed(3)
+    r_NK = torch.rand(40, 36, generator=generator, dtype=torch.float64)
+    r_NK[torch.arange(36), torch.arange(36)] = 10.0 ** torch.arange(36, dtype=torch.float64)
+    emb_NE = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    emb_NE[7] *= 1e5  # dominates every latent under dot
+    assert_sums(
+        pairwise_sums(r_NK, emb_NE, similarity),
+        reference.pairwise_sums(r_NK, emb_NE, similarity),
+        1e-8 if similarity == "dot" else 1e-12,
+    )
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
