@@ -366,17 +366,23 @@ Loaded = TypeVar("Loaded")
 
 
 def batches(
-    activations: Activations, order: ShuffledRows, start_step: int, n_steps: int, pin_memory: bool = False
+    activations: Activations,
+    order: ShuffledRows,
+    start_step: int,
+    n_steps: int,
+    pin_memory: bool = False,
+    announce: bool = True,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """(rows int64 [B], float32 [B, d_in]) of steps start_step .. start_step + n_steps - 1, read ahead in threads.
 
-    pin_memory: batches in page-locked memory, for asynchronous copies to a GPU.
+    pin_memory: batches in page-locked memory, for asynchronous copies to a GPU. announce: have whole windows of blocks
+    read from the disk when they begin; not worth it for a few steps of one.
     """
     if order.n_rows != activations.n_rows:
         raise ValueError(f"order is over {order.n_rows} rows; {activations.path} has {activations.n_rows}")
 
     def load(step: int) -> tuple[Tensor, Tensor]:
-        for start, stop in order.blocks_begun(step, anew=step == start_step):
+        for start, stop in order.blocks_begun(step, anew=step == start_step) if announce else ():
             activations.will_need(start, stop)
         rows = order.batch(step)
         out_BD = torch.empty(len(rows), activations.d, pin_memory=pin_memory)

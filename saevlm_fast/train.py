@@ -123,27 +123,29 @@ def train(
 class Cadence:
     """After which steps a checkpoint is written (that of the last step, or of an interrupt, is written anyway).
 
-    Every `every` steps, exactly; or, if that is None, every twentieth of the run's n_steps, but never within 30 s of
-    the last one (or of the start), nor within 20 times what the last one took. What it costs is thus in proportion to
-    what it saves: with the default a kill loses a twentieth of the run, or 30 s, or 20 times a checkpoint's cost.
+    At every `every` steps, exactly; or, if that is None, once a twentieth of the run's n_steps, 30 s, and 20 times what
+    the last one took have all passed since the last one (or the start, after step `last`). What it costs is thus in
+    proportion to what it saves: with the default a kill loses the longest of these three.
     """
 
-    def __init__(self, every: int | None, n_steps: int):
-        self.every = every or max(1, n_steps // _CHECKPOINTS_A_RUN)
+    def __init__(self, every: int | None, n_steps: int, last: int):
         self.exact = every is not None
-        self.took, self.ended = 0.0, monotonic()
+        self.every = every or max(1, n_steps // _CHECKPOINTS_A_RUN)
+        self.last, self.took, self.ended = last, 0.0, monotonic()
 
     def due(self, step: int) -> bool:
         """Whether one is to be written after that step."""
-        pause = 0.0 if self.exact else max(_CHECKPOINT_PAUSE, _CHECKPOINT_COSTS * self.took)
-        return step % self.every == 0 and monotonic() - self.ended >= pause
+        if self.exact:
+            return step % self.every == 0
+        pause = max(_CHECKPOINT_PAUSE, _CHECKPOINT_COSTS * self.took)
+        return step - self.last >= self.every and monotonic() - self.ended >= pause
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Around the writing of one."""
+    def writing(self, step: int) -> Iterator[None]:
+        """Around the writing of that step's."""
         start = monotonic()
         yield
-        self.ended = monotonic()
+        self.last, self.ended = step, monotonic()
         self.took = self.ended - start
 
 
@@ -156,7 +158,6 @@ class _Run:
         self.device = resolve_device(options.device)
         self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
         self.log_every = options.log_every or max(1, min(100, config.steps // 100))
-        self.cadence = Cadence(options.checkpoint_every, config.steps)
         sae = SparseAutoencoder(sae_config, device=self.device)
         sae.reset_parameters(config.seed)
         self.stepper = Stepper(sae, config)
@@ -226,9 +227,10 @@ class _Run:
         require(self.norm_factor > 0, f"activations: every row of {self.activations.path} read so far is zero")
         self.stepper.sae.b_dec.copy_(geometric_median(first / self.norm_factor))
 
-    def _batches(self, start_step: int, n_steps: int) -> Generator[Tensor, None, None]:
+    def _batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """Batches in raw units on the device; reading them has checked them for NaN and inf."""
-        stream = batches(self.activations, self.order, start_step, n_steps, pin_memory=self.device.type == "cuda")
+        pin_memory = self.device.type == "cuda"
+        stream = batches(self.activations, self.order, start_step, n_steps, pin_memory, announce)
         with closing(stream):
             for _, x_BD in stream:
                 yield x_BD.to(self.device, non_blocking=True)
@@ -238,6 +240,7 @@ class _Run:
     ) -> None:
         """All remaining steps, with logs and checkpoints."""
         stepper, n_steps = self.stepper, self.config.steps
+        cadence = Cadence(self.options.checkpoint_every, n_steps, stepper.n_steps)
         remaining = self._batches(stepper.n_steps, n_steps - stepper.n_steps)
         with closing(remaining):
             for x_BD in remaining:
@@ -250,9 +253,9 @@ class _Run:
                     metrics = batch_metrics(stepper, x_BD, output)
                     self.log(step, metrics)
                     on_log(step, metrics)
-                if self.cadence.due(step) or step == n_steps or interrupted.is_set():
+                if cadence.due(step) or step == n_steps or interrupted.is_set():
                     self._check_loss()
-                    with self.cadence.writing():
+                    with cadence.writing(step):
                         self.checkpoint()
                 if interrupted.is_set():
                     raise Interrupted(f"interrupted after step {step}; continue with --resume --output {self.output}")
@@ -296,7 +299,7 @@ class _Run:
     def _calibrated_threshold(self) -> float:
         """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average."""
         n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
-        x_BD = torch.cat(list(self._batches(0, n_batches)))
+        x_BD = torch.cat(list(self._batches(0, n_batches, announce=False)))
         codes = self.stepper.sae.encode(x_BD / self.norm_factor, use_threshold=False)
         return float(smallest_positive(codes.top_acts)) * (1 - 1e-6)  # ties at the cut are kept
 

@@ -660,6 +660,16 @@ def test_blocks_begin_once_an_epoch_and_before_their_rows(n, batch_size, epoch):
     assert len(announced) == len(set(announced))
 
 
+@pytest.mark.parametrize("announce", [True, False])
+def test_a_few_batches_announce_no_window(tmp_path, monkeypatch, announce):
+    np.save(tmp_path / "rows.npy", np.ones((64, 4), np.float32))
+    activations, announced = open_activations(tmp_path / "rows.npy"), []
+    monkeypatch.setattr(type(activations), "will_need", lambda self, start, stop: announced.append((start, stop)))
+    order = ShuffledRows(activations, 8, seed=0, exact_bytes=0)
+    list(batches(activations, order, 2, 3, announce=announce))
+    assert bool(announced) == announce
+
+
 def test_an_exact_permutation_announces_no_blocks():
     assert order_of(100, 10).blocks_begun(0, anew=True) == []
 

@@ -101,8 +101,8 @@ def steps_with_checkpoints(matrix, output, monkeypatch, every, step_seconds, che
     [
         (None, 100, 1, list(range(3, 61, 3))),  # cheap beside the steps: twenty
         (None, 10, 1, list(range(3, 61, 3))),  # a twentieth of the run takes just 30 s
-        (None, 9, 1, [*range(6, 60, 6), 60]),  # 27 s are too few
-        (None, 10, 5, [3, 15, 27, 39, 51, 60]),  # 20 times 5 s: 10 steps, and the next multiple of 3 that is later
+        (None, 9, 1, list(range(4, 61, 4))),  # 27 s are too few
+        (None, 10, 5, [3, *range(13, 60, 10), 60]),  # 20 times 5 s: 10 steps
         (None, 0.1, 5, [60]),  # a short run: the last step's
         (7, 0.1, 5, [*range(7, 60, 7), 60]),  # asked for: obeyed
     ],
