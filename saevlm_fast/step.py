@@ -169,7 +169,11 @@ class Stepper:
         return self.device_step(x_BD)
 
     def announce(self, n_rows: int) -> None:
-        """Begin a step of n_rows rows: counters move on, and the device is told its number and Adam's schedule."""
+        """Begin a step of n_rows rows: counters move on, and the device is told its number and Adam's schedule.
+
+        ValueError: n_rows is 0, of which there is no mean loss.
+        """
+        require(n_rows > 0, f"x_BD: {n_rows} rows; a step needs at least 1")
         self.step_index.fill_(self.n_steps)  # fill_ carries a number along with the launch: no copy, no waiting
         self.n_steps += 1
         self.n_rows_seen += n_rows
@@ -388,7 +392,7 @@ def _auxiliary(
     latents of each row take part. Gradients are scaled by alpha; db_enc is added to in place.
     """
     n_rows, d_in = x_BD.shape
-    if len(dead.latents_A) == 0 or n_rows == 0:
+    if len(dead.latents_A) == 0:
         return x_BD.new_zeros(()), [], []
     residual_BD, centred_BD = x_BD - x_hat_BD, x_BD - sae.b_dec.detach()
     dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)

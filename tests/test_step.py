@@ -248,6 +248,13 @@ def test_a_decoder_without_unit_rows_is_refused():
         Stepper(stepper.sae, stepper.config)
 
 
+def test_a_batch_without_rows_is_refused_before_anything_moves():
+    stepper, _, data = make("topk")
+    with pytest.raises(ValueError, match="x_BD: 0 rows; a step needs at least 1"):
+        stepper.step(data[:0])
+    assert stepper.n_steps == 0
+
+
 def test_clip_coefficient_is_clip_grad_norm():
     parameters = [torch.zeros(7, requires_grad=True), torch.zeros(3, 4, requires_grad=True)]
     for p in parameters:
