@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_segment_sum import poison  # noqa: F401
-from test_step import make
+from test_step import blocks, make  # noqa: F401
 from torch import Tensor
 
 import saevlm_fast.step as step_module
@@ -22,6 +22,7 @@ from saevlm_fast.kernels.latent_update import (
     vector_update_op,
 )
 from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent
+from saevlm_fast.kernels.topk_encode_screened import LowWeights
 from sparse_codes import assert_near_truth, random_codes, segment_sum_magnitude
 from static_compile import TARGETS, Case, assert_no_spills
 
@@ -182,6 +183,7 @@ def test_steps_equal_optim_adam_in_float64(device, shape, dtype) -> None:
     assert_same_state(trained, truth, TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_steps_on_the_cpu_equal_optim_adam_in_float64(shape, dtype) -> None:
@@ -201,7 +203,20 @@ def assert_same_state(trained: Trained, truth: Truth, tolerance: float) -> None:
     assert bool(((trained.copy_SD.double() - W_enc).abs() <= W_enc.abs() * 2**-7).all())
 
 
-@pytest.mark.parametrize("lengths", [[0, 1, 1, 2, 0, 5, 1, 0], [1, 1, 1], [0, 0, 4], [0]], ids=str)
+@pytest.mark.usefixtures("blocks")
+def test_the_update_writes_the_screening_copy_of_every_row() -> None:
+    inputs, W = inputs_of_step((37, 5, 29, 24), torch.float32, 1), torch.randn(29, 24)
+    gradient, low = CpuPath.entry_gradient(*inputs), LowWeights.empty(29, 24)
+    moments = torch.zeros(2, 29, 24).unbind()
+    CpuPath.latent_update_(W, *moments, gradient, [], torch.tensor(0.5), settings(1, "cpu"), False, low=low)
+    expected = LowWeights.empty(29, 24)
+    expected.write_(0, W)
+    for written, whole in zip(low, expected):
+        assert torch.equal(written, whole)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("lengths", [[0, 1, 1, 2, 0, 5, 1, 0], [1, 1, 1], [0, 0, 4], [0], [2, 3, 1, 4, 2] * 9], ids=str)
 def test_squared_norm_of_entries_on_the_cpu(lengths: list[int]) -> None:
     """Single entries take a way of their own; so do latents without any."""
     generator = torch.Generator().manual_seed(0)

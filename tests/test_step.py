@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from dense_trainer import DenseTrainer
+from saevlm_fast import step as step_module
 from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.kernels import latent_update as latent_update_module
 from saevlm_fast.kernels.latent_update import (
     clip_coefficient,
     dense_gradient_rows,
@@ -36,6 +38,15 @@ def make(architecture, *, d_in=24, d_sae=97, k=4, seed=0, dtype=torch.float32, p
     return Stepper(sae, config), dense, data.to(dtype)
 
 
+@pytest.fixture(params=[None, 500], ids=["one block", "blocks"])
+def blocks(request, monkeypatch):
+    """A CPU's step goes through its matrices in blocks of rows: all of these in one, or a few rows (or one) in each."""
+    if request.param is not None:
+        monkeypatch.setattr(step_module, "_BLOCK_BYTES", request.param)
+        monkeypatch.setattr(latent_update_module, "_BLOCK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_same_losses_and_weights_as_dense_autograd(architecture, dead_after):
