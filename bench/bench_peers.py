@@ -3,8 +3,9 @@
 Needs `pip install -e '.[peers]'`. A script, not a pytest bench, because every library gets a process of its own: its
 imports, its settings and its memory are then its own. Each runs its own public training loop (its trainer's `fit` or
 `update`), not a copy of it; the loop asks an iterator for batches, and the time from one batch to the next is a step.
-The processes take turns: encoder GEMM, ours, the peer, a few rounds. Ratios are medians over rounds of turns taken side
-by side. A peer that is not installed or fails is in the result with its reason. Tables and plots: bench/report.py.
+The processes take turns for a few rounds: encoder GEMM, ours, the peer, in the next round the other way round. Ratios
+are medians over rounds of turns taken side by side; ours to the GEMM over those beside every peer. A peer that is not
+installed or fails is in the result with its reason. Tables and plots: bench/report.py.
 """
 
 import argparse
@@ -234,7 +235,7 @@ PEERS = {
     FLOOR: Peer("torch", "torch", encoder_gemm, ARCHITECTURES, "one product, nothing else"),
     "dictionary-learning": Peer(
         "dictionary-learning", "dictionary_learning.trainers.top_k", train_dictionary_learning, ARCHITECTURES,
-        "the same",
+        "as ours, and a threshold for TopK too",
     ),
     "sae-lens": Peer(
         "sae-lens", "sae_lens", train_sae_lens, ARCHITECTURES,
@@ -246,7 +247,7 @@ PEERS = {
     ),
     "overcomplete": Peer(
         "overcomplete", "overcomplete.sae", train_overcomplete, ("topk", "batch_topk"),
-        "no b_dec, no projection, no idle counts, no auxiliary loss; unit rows in the forward pass",
+        "no b_dec, no projection, no auxiliary loss; whether latents ever fired for idle counts; unit rows in forward",
     ),
     "sparsify": Peer(
         "eai-sparsify", "sparsify", train_sparsify, ("topk",),
@@ -407,8 +408,9 @@ def compare(names: list[str], task: Task, rounds: int, turn_seconds: float, logs
             peer = Worker(name, task, logs / f"{name}.log")
             peer.warm_up()
             turns = []
-            for _ in range(rounds):
-                turns.append([worker.turn(turn_seconds) for worker in (*workers.values(), peer)])
+            for n in range(rounds):
+                turn = {worker: worker.turn(turn_seconds) for worker in [*workers.values(), peer][:: (1, -1)[n % 2]]}
+                turns.append([turn[worker] for worker in (*workers.values(), peer)])
             peer.stop()
         except Failed as failure:
             yield result(name, task, failed=str(failure))

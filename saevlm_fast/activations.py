@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -339,7 +339,19 @@ class ShuffledRows:
             yield window, first
 
 
-@lru_cache(maxsize=4)
+def _made_once(make: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """The last few results are kept; threads that ask for the same one wait for it instead of all making it."""
+    kept, asking = lru_cache(maxsize=4)(make), threading.Lock()
+
+    @wraps(make)
+    def ask(*args: int) -> np.ndarray:
+        with asking:
+            return kept(*args)
+
+    return ask
+
+
+@_made_once
 def _window(n_rows: int, block: int, per_window: int, seed: int, epoch: int, window: int) -> np.ndarray:
     """The rows of a window's blocks, permuted."""
     blocks = _permutation(-(-n_rows // block), seed, epoch)[window * per_window : (window + 1) * per_window]
@@ -348,7 +360,7 @@ def _window(n_rows: int, block: int, per_window: int, seed: int, epoch: int, win
     return rows[_permutation(len(rows), seed, epoch, window)]
 
 
-@lru_cache(maxsize=4)
+@_made_once
 def _permutation(n: int, *key: int) -> np.ndarray:
     """A random permutation of range(n) that depends on n and key alone, the same on every machine.
 

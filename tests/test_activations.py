@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from saevlm_fast import activations as activations_module
 from saevlm_fast.activations import (
     ActivationError,
     ActivationWriter,
@@ -660,14 +662,49 @@ def test_blocks_begin_once_an_epoch_and_before_their_rows(n, batch_size, epoch):
     assert len(announced) == len(set(announced))
 
 
+@pytest.fixture
+def announced(monkeypatch):
+    """Rows that were announced to the kernel, as they are read by those who announce them."""
+    rows = []
+    monkeypatch.setattr(activations_module, "will_need", lambda mapped_ND: rows.extend(mapped_ND.float().tolist()))
+    return rows
+
+
+def test_what_is_read_in_order_is_announced(tmp_path, announced):
+    x = rows_of(50)
+    activations = open_activations(write_store(tmp_path / "store", x, 20))
+    for start, x_BD in activations.chunks(15):
+        assert x_BD.tolist() == x[start : start + 15].tolist()
+    assert sorted(announced) == sorted(x.tolist())
+
+
 @pytest.mark.parametrize("announce", [True, False])
-def test_a_few_batches_announce_no_window(tmp_path, monkeypatch, announce):
-    np.save(tmp_path / "rows.npy", np.ones((64, 4), np.float32))
-    activations, announced = open_activations(tmp_path / "rows.npy"), []
-    monkeypatch.setattr(type(activations), "will_need", lambda self, start, stop: announced.append((start, stop)))
-    order = ShuffledRows(activations, 8, seed=0, exact_bytes=0)
-    list(batches(activations, order, 2, 3, announce=announce))
-    assert bool(announced) == announce
+def test_a_window_is_announced_wherever_in_it_batches_start(tmp_path, announced, announce):
+    x = rows_of(64)
+    activations = open_activations(write_store(tmp_path / "store", x, 20))
+    order = ShuffledRows(activations, 4, exact_bytes=0, window_bytes=512 * 16, block_bytes=512 * 2)
+    ((rows, x_BD),) = batches(activations, order, 1, 1, announce=announce)  # the second of the window's four
+    assert torch.equal(x_BD, x[rows])
+    assert len(announced) == (16 if announce else 0)
+    assert not announce or all(row in announced for row in x_BD.tolist())
+
+
+def test_threads_that_ask_for_one_permutation_make_it_once():
+    made, all_ask = [], threading.Barrier(4)
+
+    @activations_module._made_once
+    def slow(n):
+        made.append(n)
+        time.sleep(0.05)
+        return np.arange(n)
+
+    def ask(_):
+        all_ask.wait()
+        return len(slow(3))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == [3] * 4
+    assert made == [3]
 
 
 def test_an_exact_permutation_announces_no_blocks():
