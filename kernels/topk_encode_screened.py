@@ -49,7 +49,7 @@ MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times
 MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
 _CAST_ROWS = 256  # latents rounded at a time: they stay in cache
 _TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
-_panel, _error = Workspace(), Workspace()
+_panel, _error, _centred = Workspace(), Workspace(), Workspace()
 
 
 class LowWeights(NamedTuple):
@@ -187,12 +187,13 @@ def threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float
 def _chunks(
     x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None, low: LowWeights | None = None
 ) -> Iterator[Chunk]:
-    """Chunks of rows, their pre-activations in one buffer; columns from d_sae on are the lowest integer."""
+    """Chunks of rows, in memory that the next chunk overwrites; columns from d_sae on are the lowest integer."""
     n_rows, d_sae = len(x_BD), W_enc_DS.shape[1]
     width = -(-d_sae // GROUP) * GROUP
     chunk_rows = _chunk_rows(x_BD, W_enc_DS, buffer_bytes)
     for start in range(0, n_rows, chunk_rows):
-        x_RD = (x_BD[start : start + chunk_rows] - b_dec_D).contiguous()
+        x_RD = x_BD[start : start + chunk_rows]
+        x_RD = torch.sub(x_RD, b_dec_D, out=_centred.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape))
         low_RD = x_RD.to(LOW)
         pre_RP = workspace.get(len(x_RD) * width, LOW).view(len(x_RD), width)
         pre_bits_RP = pre_RP.view(torch.int16)
@@ -207,7 +208,8 @@ def _chunks(
             torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
             factors_3G.append(panel.slack_factors(b_enc_S[o:end]))
         norm_R1 = torch.linalg.vector_norm(x_RD, dim=1, keepdim=True) + _TINY
-        error_R1 = torch.linalg.vector_norm(x_RD - low_RD, dim=1, keepdim=True) + _TINY
+        error_RD = torch.sub(x_RD, low_RD, out=_error.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape))
+        error_R1 = torch.linalg.vector_norm(error_RD, dim=1, keepdim=True) + _TINY
         by_error_G, by_norm_G, constant_G = torch.cat(factors_3G, dim=1)
         slack_RG = error_R1 * by_error_G + norm_R1 * by_norm_G + constant_G  # not `@`, which autocast would round
         slack_RG *= 1.001  # the roundings of the bounds themselves

@@ -39,7 +39,7 @@ _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
 _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
 _DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows in these steps: few shapes
 
-_residuals = Workspace()
+_residuals, _centred_rows = Workspace(), Workspace()
 
 
 class Entries(NamedTuple):
@@ -317,13 +317,20 @@ def loss_and_gradients(
     x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, entries)
     mse = squared / (len(x_BD) * n_groups)
 
-    centred_BD = x_BD - b_dec
+    centred_BD = _centred(x_BD, b_dec)
     dW_enc, dW_dec, db_enc = _latent_gradients(sae, entries, centred_BD, suffix_BGD.flatten(0, 1))
 
     aux, aux_enc, aux_dec = _auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, db_enc)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
     losses = Losses(mse + auxk_alpha * aux, mse, aux)
     return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec)
+
+
+def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
+    """x - b_dec; on a CPU in memory that the next call on this thread overwrites."""
+    if x_BD.is_cuda:
+        return x_BD - b_dec
+    return torch.sub(x_BD, b_dec, out=_centred_rows.get(x_BD.numel(), x_BD.dtype).view(x_BD.shape))
 
 
 def _prefix_residuals(sae: SparseAutoencoder, x_BD: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
