@@ -59,8 +59,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Small cases first. The smoke shapes show that a bench runs, not how fast: only where -k asks for them."""
-    names = [None, *CASES]  # None: not a bench
+    """Small cases first, benches of whole models (minutes each) last, which the time limit may leave out.
+
+    The smoke shapes show that a bench runs, not how fast: only where -k asks for them.
+    """
+    names = [*CASES, None]
     items.sort(key=lambda item: names.index(_case_name(item)))
     if "smoke" not in config.option.keyword:
         smoke = [item for item in items if _case_name(item) == "smoke"]

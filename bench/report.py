@@ -1,7 +1,7 @@
-"""Tables and plots from benchmark JSON, of pytest-benchmark and of bench_peers.py.
+"""Tables and plots from benchmark JSON, of pytest-benchmark, bench_peers.py and whole_run.py.
 
     python bench/report.py FILE.json [...]                       every result as a text table
-    python bench/report.py FILE.json [...] --markdown T.md       the tables that README and docs show
+    python bench/report.py FILE.json [...] --markdown T.md       the tables that docs/speed.md shows, below its marker
     python bench/report.py FILE.json [...] --plot P.png          the same as a picture (matplotlib, extra [peers])
 
 Ratios are medians over interleaved pairs.
@@ -9,8 +9,10 @@ Ratios are medians over interleaved pairs.
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 HEADER = ["operation", "case", "dtype", "way", "median ms", "rate", "/ encoder GEMM", "beside others"]
 RATES = ("GFLOP/s", "GB/s", "rows/s", "images/s")
@@ -18,7 +20,10 @@ STEP, BY_N = "training step", "score by number of images"
 ENVIRONMENT = ("device", "cpu", "threads", "torch", "triton")
 OURS, FLOOR = "saevlm-fast", "encoder GEMM"
 
+MARKER = "<!-- bench/report.py writes what follows -->"
+
 Result = dict  # one of pytest-benchmark's "benchmarks"
+Run = dict  # what whole_run.py writes
 
 
 def seconds(result: Result) -> float:
@@ -66,8 +71,8 @@ def environment(results: list[Result]) -> str:
     return ", ".join(parts)
 
 
-def markdown(results: list[Result]) -> str:
-    """Training steps beside other libraries, and the score against the number of images."""
+def markdown(results: list[Result], runs: list[Run]) -> str:
+    """Training steps beside other libraries, the score against the number of images, and whole runs."""
     steps = [result for result in results if is_peer_step(result)]
     scores = [result for result in results if result["extra_info"]["operation"] == BY_N]
     parts = []
@@ -75,6 +80,8 @@ def markdown(results: list[Result]) -> str:
         parts += [environment(steps) + ".", peer_table(steps), duties_list(steps)]
     if scores:
         parts += [environment(scores) + ".", score_table(scores)]
+    if runs:
+        parts.append(run_table(runs))
     return "\n\n".join(parts) + "\n"
 
 
@@ -133,6 +140,26 @@ def score_cell(result: Result) -> str:
     return f"{seconds(result):.3g} s, {info['peak_bytes'] / 2**30:.2f} GiB"
 
 
+def run_table(runs: list[Run]) -> str:
+    """Whole runs: the step's share of the training loop and what takes the rest, and memory that is not page cache."""
+    header = ["SAE", "d_in", "d_sae", "batch", "steps", "page cache", "loop", "step", "data", "checkpoints",
+              "logs", "memory", "load average"]  # fmt: skip
+    rows = []
+    for run in runs:
+        settings, spent = run["settings"], run["seconds"]
+        shares = [spent["step"], spent["data"], spent["checkpoint"], spent["log"] + spent["metrics"]]
+        memory = [n_bytes >> 20 for n_bytes in run["anonymous_bytes_at_step"].values()]
+        cache = "the whole file"
+        if settings["page_cache"] != "None":
+            cache = f"{int(settings['page_cache']) >> 20} of {run['file_bytes'] >> 20} MiB"
+        rows.append([
+            *(settings[name] for name in ("architecture", "d_in", "d_sae", "batch_size", "steps")), cache,
+            f"{spent['loop']:,.0f} s", *(f"{100 * share / spent['loop']:.1f} %" for share in shares),
+            f"{min(memory)} to {max(memory)} MiB", f"{run['load_average']:.1f}",
+        ])  # fmt: skip
+    return markdown_table(header, rows)
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -147,47 +174,97 @@ def plot(results: list[Result], path: Path) -> None:
 
     steps = [result for result in results if is_peer_step(result) and result["stats"]]
     scores = [result for result in results if result["extra_info"]["operation"] == BY_N]
-    widths = [8] * bool(steps) + [4.5] * bool(scores)
-    figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 4), width_ratios=widths, squeeze=False,
-                                layout="constrained")  # fmt: skip
-    if steps:
-        draw_bars(axes[0][0], steps)
-    if scores:
-        draw_lines(axes[0][-1], scores)
+    peers = sorted({result["extra_info"]["impl"] for result in steps} - {OURS, FLOOR})
+    colours = {OURS: "black", FLOOR: "lightgrey"} | {peer: f"C{i}" for i, peer in enumerate(peers)}
+    panels: list[Callable[[Any], None]] = [
+        partial(draw_bars, results=some, colours=colours) for some in by_d_sae(steps)
+    ]
+    panels += [partial(draw_lines, results=scores)] if scores else []
+    if not panels:
+        raise ValueError("files: no training steps beside other libraries and no score by number of images to draw")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for panel, axis in zip(panels, axes.flat):
+        panel(axis)
+    figure.suptitle(environment(steps or scores), fontsize=9)
     figure.savefig(path, dpi=150)
 
 
-def draw_bars(axis, results: list[Result]) -> None:
-    """A group of bars for every architecture and size, a colour for every library; ours is black, the floor grey."""
-    groups = sorted({bar_group(result) for result in results}, key=lambda group: (group[1], group[0]))
-    peers = sorted({result["extra_info"]["impl"] for result in results} - {OURS, FLOOR})
-    colours = {OURS: "black", FLOOR: "lightgrey"} | {peer: f"C{i}" for i, peer in enumerate(peers)}
+def by_d_sae(results: list[Result]) -> list[list[Result]]:
+    sizes = sorted({result["extra_info"]["shape"]["d_sae"] for result in results})
+    return [[result for result in results if result["extra_info"]["shape"]["d_sae"] == size] for size in sizes]
+
+
+def draw_bars(axis, results: list[Result], colours: dict[str, str]) -> None:
+    """One d_sae: bars for every architecture, a colour for every library."""
+    groups = sorted({result["extra_info"]["operation"] for result in results})
     for place, group in enumerate(groups):
-        bars = sorted((r for r in results if bar_group(r) == group), key=seconds)
+        bars = sorted((r for r in results if r["extra_info"]["operation"] == group), key=seconds)
         for i, result in enumerate(bars):
             rate, x = 1 / seconds(result), place + 0.8 * (i + 0.5) / len(bars) - 0.4
             axis.bar(x, rate, 0.8 / len(bars), color=colours[result["extra_info"]["impl"]])
             axis.annotate(f"{rate:.2g}", (x, rate), ha="center", va="bottom", fontsize=7)
-    axis.set(title="Training step", ylabel="steps per second", yscale="log")
-    axis.set_xticks(range(len(groups)), [f"{name}\n{d_sae:,} latents" for name, d_sae in groups], fontsize=8)
-    axis.set_ylim(top=4 * axis.get_ylim()[1])  # room for the legend
+    shape = results[0]["extra_info"]["shape"]
+    axis.set(title=f"Training step, {shape['d_sae']:,} latents, batch {shape['B']:,}", ylabel="steps per second")
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(groups)), [group.removesuffix(" " + STEP) for group in groups])
+    axis.set_ylim(top=5 * axis.get_ylim()[1])  # room for the legend
     bars = [axis.bar(0, 0, color=colours[way], label=way) for way in colours]
     axis.legend(handles=bars, ncols=3, loc="upper center", fontsize=8)
 
 
-def bar_group(result: Result) -> tuple[str, int]:
-    info = result["extra_info"]
-    return info["operation"].removesuffix(" training step"), info["shape"]["d_sae"]
-
-
 def draw_lines(axis, results: list[Result]) -> None:
-    """A line for every way, on logarithmic axes; the streamed one is thick."""
+    """A line for every way, on logarithmic axes; the streamed one is thick, what was not run to its end is dashed."""
     for way in dict.fromkeys(result["extra_info"]["impl"] for result in results):
-        points = sorted((r["extra_info"]["shape"]["N"], seconds(r)) for r in results if r["extra_info"]["impl"] == way)
-        axis.plot(*zip(*points), marker="o", label=way, linewidth=3 if way == "streamed" else 1)
+        of_way = [result for result in results if result["extra_info"]["impl"] == way]
+        points = sorted((result["extra_info"]["shape"]["N"], seconds(result)) for result in of_way)
+        if any("seconds_of_all" in result["extra_info"] for result in of_way):
+            style: dict[str, Any] = {"label": f"{way} (extrapolated)", "linestyle": "--", "markerfacecolor": "none"}
+        else:
+            style = {"label": way, "linewidth": 3 if way == "streamed" else 1}
+        axis.plot(*zip(*points), marker="o", **style)
     axis.set(title="Monosemanticity Score", xlabel="images", ylabel="seconds", xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+
+
+def read(path: Path) -> tuple[list[Result], list[Run]]:
+    """Its results, or itself if it is a whole run. ValueError: it is neither."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if isinstance(content, dict) and "step_share_of_loop" in content:
+        return [], [content]
+    if not isinstance(content, dict) or "benchmarks" not in content:
+        raise ValueError(f'{path}: neither "benchmarks" nor "step_share_of_loop" in it')
+    if any("operation" not in result.get("extra_info", {}) for result in content["benchmarks"]):
+        raise ValueError(f"{path}: results of another project's bench")
+    return content["benchmarks"], []
+
+
+def write_markdown(path: Path, tables: str) -> None:
+    """The tables; below the marker, if the file is there and has one."""
+    above = path.read_text(encoding="utf-8") if path.exists() else ""
+    above = above.partition(MARKER)[0] + MARKER + "\n\n" if MARKER in above else ""
+    path.write_text(above + tables, encoding="utf-8")
+
+
+def report(options: argparse.Namespace) -> None:
+    by_file = {path: read(path) for path in options.files}
+    results = [result for of_file, _ in by_file.values() for result in of_file]
+    runs = [run for _, of_file in by_file.values() for run in of_file]
+    if options.markdown:
+        write_markdown(options.markdown, markdown(results, runs))
+    if options.plot:
+        plot(results, options.plot)
+    if not (options.markdown or options.plot):
+        for path, (of_file, _) in by_file.items():
+            print_table(path, of_file)
+        print(run_table(runs) if runs else "")
 
 
 def main() -> None:
@@ -195,16 +272,12 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--markdown", type=Path, help="write tables there instead of printing")
     parser.add_argument("--plot", type=Path, help="draw a picture: .png, .svg or .pdf")
-    options = parser.parse_args()
-    by_file = {path: json.loads(path.read_text(encoding="utf-8"))["benchmarks"] for path in options.files}
-    results = [result for of_file in by_file.values() for result in of_file]
-    if options.markdown:
-        options.markdown.write_text(markdown(results), encoding="utf-8")
-    if options.plot:
-        plot(results, options.plot)
-    if not (options.markdown or options.plot):
-        for path, of_file in by_file.items():
-            print_table(path, of_file)
+    try:
+        report(parser.parse_args())
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        parser.error(f"--plot: {error}; pip install 'saevlm-fast[peers]' brings it")
 
 
 if __name__ == "__main__":

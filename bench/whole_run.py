@@ -231,25 +231,41 @@ def _first_rows(path: Path, directory: Path):
     return open_activations(directory / "validation.npy")
 
 
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--directory", type=Path, help="where the matrix file and the run go for the time being")
-    parser.add_argument("--n-rows", type=int, default=100_000, help="of the matrix file")
-    parser.add_argument("--d-in", type=int, default=256)
-    parser.add_argument("--d-sae", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--architecture", default="batch_topk")
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--checkpoint-every", type=int, help="steps; by default train decides")
-    parser.add_argument("--page-cache", type=int, help="bytes of the file that it may hold")
+    parser.add_argument("--n-rows", type=positive, default=100_000, help="of the matrix file")
+    parser.add_argument("--d-in", type=positive, default=256)
+    parser.add_argument("--d-sae", type=positive, default=4096)
+    parser.add_argument("--k", type=positive, default=20)
+    parser.add_argument("--architecture", choices=["topk", "batch_topk"], default="batch_topk")
+    parser.add_argument("--batch-size", type=positive, default=1024)
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--checkpoint-every", type=positive, help="steps; by default train decides")
+    parser.add_argument("--page-cache", type=positive, help="bytes of the file that it may hold")
     parser.add_argument("--exact-bytes", type=int, default=8 << 30, help="a larger file is shuffled in windows")
     parser.add_argument("--evaluate-all", action="store_true", help="evaluate on all rows, not on 8192 of them")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        measured = run(options, Path(directory))
+    for name, directory in (("output", options.output.parent), ("directory", options.directory)):
+        if directory is not None and not directory.is_dir():
+            parser.error(f"--{name}: {directory} is not a directory")
+    try:
+        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+            measured = run(options, Path(directory))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    show(measured)
     write_json_atomic(options.output, measured)
+
+
+def show(measured: dict[str, Any]) -> None:
     for name, value in measured["seconds"].items():
         share = 100 * value / measured["seconds"]["total"]
         print(f"{name:12s} {value:9.2f} s {share:6.1f} % {measured['calls'].get(name, ''):>6}")
