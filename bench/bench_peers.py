@@ -23,6 +23,7 @@ from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import machine
 import numpy as np
 import torch
 from torch import Tensor
@@ -446,26 +447,12 @@ def result(name: str, task: Task, seconds: tuple[float, ...] = (), **info: objec
     info |= {
         "operation": operation, "case": case, "impl": name, "dtype": task.dtype, "duties": PEERS[name].duties,
         "shape": {"B": task.rows, "d_in": task.d_in, "d_sae": task.d_sae, "k": task.k},
-        "load_average": os.getloadavg()[0],
     }  # fmt: skip
-    return {"name": f"{operation}[{case}-{name}]", "stats": stats, "extra_info": info | environment(task)}
-
-
-def environment(task: Task) -> dict[str, str | int]:
-    """What the numbers depend on beside the code."""
-    gpu = torch.device(task.device).type == "cuda"
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "not installed"
-    device = torch.cuda.get_device_name(task.device) if gpu else "cpu"
-    return {"device": device, "cpu": _cpu_model(), "threads": task.threads, "torch": torch.__version__,
-            "triton": triton}  # fmt: skip
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {
+        "name": f"{operation}[{case}-{name}]",
+        "stats": stats,
+        "extra_info": info | machine.describe(task.device) | {"threads": task.threads},
+    }
 
 
 def save_batches(path: Path, rows: int, d_in: int) -> None:

@@ -7,14 +7,14 @@ reference and the encoder's GEMM, so that the ratios in extra_info are medians o
 
 import functools
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import distributions
+from functools import partial
 from pathlib import Path
 
+import machine
 import pytest
 import torch
 
@@ -196,7 +196,7 @@ def measure(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str
                 beside[name].append(_seconds(other))
 
         what = {"operation": operation, "case": case, "impl": impl, "shape": shape, "dtype": dtype}
-        benchmark.extra_info |= what | describe_environment()
+        benchmark.extra_info |= what | machine.describe(DEVICE)
         benchmark.pedantic(lambda: _finish(call()), setup=time_the_others, rounds=rounds)
         if benchmark.disabled:
             return {}
@@ -224,7 +224,7 @@ def goal(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
 
 @pytest.fixture
 def environment() -> Callable[[], dict[str, str | int | float]]:
-    return describe_environment
+    return partial(machine.describe, DEVICE)
 
 
 @pytest.fixture
@@ -248,22 +248,6 @@ def peak_memory() -> Callable[[], int]:
 def _status_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
-
-
-def cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def describe_environment() -> dict[str, str | int | float]:
-    """What a number depends on beside the code."""
-    triton = next((found.version for found in distributions(name="triton")), "not installed")
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-    return {
-        "device": name, "cpu": cpu_model(), "load_average": os.getloadavg()[0], "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "triton": triton,
-    }  # fmt: skip
 
 
 def _finish(_: object) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 HEADER = ["operation", "case", "dtype", "way", "median ms", "rate", "/ encoder GEMM", "beside others"]
 RATES = ("GFLOP/s", "GB/s", "rows/s", "images/s")
 STEP, BY_N = "training step", "score by number of images"
-ENVIRONMENT = ("device", "cpu", "threads", "torch", "triton")
+ENVIRONMENT = ("device", "driver", "cpu", "threads", "torch", "triton", "commit")
 OURS, FLOOR = "saevlm-fast", "encoder GEMM"
 
 MARKER = "<!-- bench/report.py writes what follows -->"
@@ -141,9 +141,10 @@ def score_cell(result: Result) -> str:
 
 
 def run_table(runs: list[Run]) -> str:
-    """Whole runs: the step's share of the training loop and what takes the rest, and memory that is not page cache."""
+    """Whole runs: shares of the training loop, the step's of all with start, export and evaluation, and memory that is
+    not page cache."""
     header = ["SAE", "d_in", "d_sae", "batch", "steps", "page cache", "loop", "step", "data", "checkpoints",
-              "logs", "memory", "load average"]  # fmt: skip
+              "logs", "step / whole run", "memory", "load average", "commit"]  # fmt: skip
     rows = []
     for run in runs:
         settings, spent = run["settings"], run["seconds"]
@@ -155,7 +156,8 @@ def run_table(runs: list[Run]) -> str:
         rows.append([
             *(settings[name] for name in ("architecture", "d_in", "d_sae", "batch_size", "steps")), cache,
             f"{spent['loop']:,.0f} s", *(f"{100 * share / spent['loop']:.1f} %" for share in shares),
-            f"{min(memory)} to {max(memory)} MiB", f"{run['load_average']:.1f}",
+            f"{100 * run['step_share_of_run']:.1f} %", f"{min(memory)} to {max(memory)} MiB",
+            f"{run['load_average']:.1f}", run.get("commit", "unknown"),
         ])  # fmt: skip
     return markdown_table(header, rows)
 

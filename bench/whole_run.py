@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import machine
 import numpy as np
 import torch
 
@@ -201,7 +202,8 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     n_rows = options.steps * options.batch_size
     return {
         "settings": {key: str(value) for key, value in vars(options).items()},
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "load_average": os.getloadavg()[0],
+        **machine.describe("cpu"),
+        "norm_batches": config.norm_batches,
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
         "seconds": {"total": total, **seconds},
         "seconds_paused": end - start - total,
