@@ -26,6 +26,7 @@ from pathlib import Path
 import machine
 import numpy as np
 import torch
+from arguments import new_file, positive
 from torch import Tensor
 
 from saevlm_fast import __version__
@@ -465,20 +466,29 @@ def save_batches(path: Path, rows: int, d_in: int) -> None:
 def parse_arguments() -> argparse.Namespace:
     peers = [name for name in PEERS if name not in (OURS, FLOOR)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file, rewritten after every result")
+    parser.add_argument("--output", type=new_file, required=True, help="JSON file, rewritten after every result")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
-    parser.add_argument("--d-in", type=int, default=256)
-    parser.add_argument("--d-sae", type=int, default=2048, help="the real sizes: 6144, 16384 and 65536 at --d-in 1024")
-    parser.add_argument("--rows", type=int, default=256, help="of a batch")
-    parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--d-in", type=positive, default=256)
+    parser.add_argument(
+        "--d-sae", type=positive, default=2048, help="the real sizes: 6144, 16384 and 65536 at --d-in 1024"
+    )
+    parser.add_argument("--rows", type=positive, default=256, help="of a batch")
+    parser.add_argument("--k", type=positive, default=20)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--turn-seconds", type=float, default=0.5, help="of a turn; one step at least")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: autocast in the peers")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--logs", type=Path, help="keep there what the libraries print")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.k > options.d_sae:
+        parser.error(f"--k: {options.k} is not at most d_sae = {options.d_sae}")
+    if not options.turn_seconds >= 0:
+        parser.error(f"--turn-seconds: {options.turn_seconds} is not at least 0")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: cuda, but torch sees no GPU here")
+    return options
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from unittest import mock
 import machine
 import numpy as np
 import torch
+from arguments import directory, new_file, positive
 
 from saevlm_fast import train as train_module
 from saevlm_fast.activations import Activations, ShuffledRows, batches, open_activations
@@ -233,16 +234,10 @@ def _first_rows(path: Path, directory: Path):
     return open_activations(directory / "validation.npy")
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--directory", type=Path, help="where the matrix file and the run go for the time being")
+    parser.add_argument("--output", type=new_file, required=True)
+    parser.add_argument("--directory", type=directory, help="where the matrix file and the run go for the time being")
     parser.add_argument("--n-rows", type=positive, default=100_000, help="of the matrix file")
     parser.add_argument("--d-in", type=positive, default=256)
     parser.add_argument("--d-sae", type=positive, default=4096)
@@ -255,12 +250,9 @@ def main() -> None:
     parser.add_argument("--exact-bytes", type=int, default=8 << 30, help="a larger file is shuffled in windows")
     parser.add_argument("--evaluate-all", action="store_true", help="evaluate on all rows, not on 8192 of them")
     options = parser.parse_args()
-    for name, directory in (("output", options.output.parent), ("directory", options.directory)):
-        if directory is not None and not directory.is_dir():
-            parser.error(f"--{name}: {directory} is not a directory")
     try:
-        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-            measured = run(options, Path(directory))
+        with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+            measured = run(options, Path(folder))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     show(measured)

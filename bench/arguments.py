@@ -1,0 +1,23 @@
+"""Types of command-line arguments that the bench scripts share: argparse names argument and value, and exits with 2."""
+
+import argparse
+from pathlib import Path
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def new_file(text: str) -> Path:
+    """A file to be written after minutes of work: its folder is looked for before."""
+    if not (path := Path(text)).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is not a directory")
+    return path
+
+
+def directory(text: str) -> Path:
+    if not (path := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is not a directory")
+    return path
