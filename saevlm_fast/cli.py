@@ -116,11 +116,11 @@ def harvest(
     layer: Annotated[list[str] | None, typer.Option(help="Block, from 0; several: 5,8,11. One pass.")] = None,
     point: Annotated[
         list[str] | None,
-        typer.Option(help="residual, mlp, attention, projection, pooled; several: a,b.  [default: residual]"),
+        typer.Option(help="residual, mlp, attention, projection, pooled; several: a,b.  \\[default: residual]"),
     ] = None,
     tokens: Annotated[
         list[str] | None,
-        typer.Option(help="cls, patches, all, mean, random:K, random:K:all; several: a,b.  [default: cls]"),
+        typer.Option(help="cls, patches, all, mean, random:K, random:K:all; several: a,b.  \\[default: cls]"),
     ] = None,
     sae: Annotated[Path | None, typer.Option(help="Write this SAE's sparse codes instead of activations.")] = None,
     pool: Annotated[str, typer.Option(help="Codes of every token (none) or averaged over an image (mean).")] = "none",
@@ -129,16 +129,17 @@ def harvest(
         str, typer.Option(help="Of the forward: float32, tf32, bfloat16, float16 (autocast).")
     ] = "float32",
     store_dtype: Annotated[
-        str | None, typer.Option(help="On disk: float32, bfloat16, float16.  [default: the forward's; codes float16]")
+        str | None, typer.Option(help="On disk: float32, bfloat16, float16.  \\[default: the forward's; codes float16]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
     images_per_shard: Annotated[
-        int | None, typer.Option(help="Unit of work, of resuming.  [default: 1024, fewer for many tokens]")
+        int | None, typer.Option(help="Unit of work, of resuming.  \\[default: 1024, fewer for many tokens]")
     ] = None,
     max_skipped: Annotated[float, typer.Option(help="Share of unusable images above which the harvest fails.")] = 0.01,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that decode images.  [default: 1 beside a CPU, up to 8 beside a GPU]")
+        int | None,
+        typer.Option(help="Processes that decode images.  \\[default: 1 beside a CPU, up to 8 beside a GPU]"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the tower's blocks.")] = False,
@@ -185,41 +186,41 @@ def train(
     activations: Annotated[
         Path | None,
         typer.Option(
-            help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.  [default: the box's scenes]"
+            help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.  \\[default: the box's scenes]"
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/DATE-TIME]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run directory.  \\[default: runs/DATE-TIME]")] = None,
     architecture: Annotated[str, typer.Option(help="batch_topk, topk or matryoshka.")] = "batch_topk",
     expansion: Annotated[
-        float | None, typer.Option(help="d_sae = expansion * d_in.  [default: 8; on the box 4]")
+        float | None, typer.Option(help="d_sae = expansion * d_in.  \\[default: 8; on the box 4]")
     ] = None,
     d_sae: Annotated[int | None, typer.Option(help="Number of latents, instead of --expansion.")] = None,
     k: Annotated[
         int | None,
         typer.Option(
-            help="Latents kept per row (on average for batch_topk and matryoshka).  [default: 20; on the box 10]"
+            help="Latents kept per row (on average for batch_topk and matryoshka).  \\[default: 20; on the box 10]"
         ),
     ] = None,
     groups: Annotated[
         str, typer.Option(help="Matryoshka group sizes as fractions of d_sae.")
     ] = "0.0625,0.125,0.25,0.5625",
     steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps.  [default: 110,000, as the paper; on the box 1,200]")
+        int | None, typer.Option(help="Optimiser steps.  \\[default: 110,000, as the paper; on the box 1,200]")
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
             help="Rows per step; an epoch's last partial batch is dropped, fewer rows are one batch.  "
-            "[default: 4096; on the box 512]"
+            "\\[default: 4096; on the box 512]"
         ),
     ] = None,
     lr: Annotated[str, typer.Option(help="Learning rate; auto is 2e-4 / sqrt(d_sae / 16384).")] = "auto",
-    warmup: Annotated[int | None, typer.Option(help="Warm-up steps.  [default: min(1000, steps / 10)]")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Warm-up steps.  \\[default: min(1000, steps / 10)]")] = None,
     auxk_alpha: Annotated[float, typer.Option(help="Weight of the auxiliary loss on dead latents.")] = 0.03,
     dead_after: Annotated[
         int | None,
         typer.Option(
-            help="Rows without firing after which a latent is dead.  [default: 10,000,000; on the box 100,000]"
+            help="Rows without firing after which a latent is dead.  \\[default: 10,000,000; on the box 100,000]"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the rows.")] = 0,
@@ -229,11 +230,11 @@ def train(
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
-            help="Steps, obeyed exactly.  [default: steps / 20, but none within 30 s of the last, or within 20 times "
+            help="Steps, obeyed exactly.  \\[default: steps / 20, but none within 30 s of the last, or within 20 times "
             "what that took to write; the last step and an interrupt always write one]"
         ),
     ] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps.  [default: steps / 100, at most 100]")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps.  \\[default: steps / 100, at most 100]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --output.")] = False,
 ) -> None:
@@ -244,7 +245,7 @@ def train(
     from saevlm_fast.activations import open_activations
     from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions, require
     from saevlm_fast.scene_stores import RECIPE
-    from saevlm_fast.train import RunOptions
+    from saevlm_fast.train import RunOptions, latest_checkpoint
     from saevlm_fast.train import train as run_training
 
     require(output is not None or not resume, "output: --resume needs the directory of the run")
@@ -275,6 +276,10 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
+    if resume:
+        checkpoint = latest_checkpoint(output)
+        what = f"continuing after {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
+        out.print(f"resume: {output}: {what}", highlight=False, soft_wrap=True)
     with TrainProgress(config.steps) as progress:
         _, metrics = run_training(
             data, sae_config, config, options, validation=held_out, on_log=progress.log, on_step=progress.step
@@ -294,7 +299,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory for the SAEs, scores, table and picture.")] = Path("demo"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the demo in --output.  [default: go on with it]")
+        bool, typer.Option("--force", help="Replace the demo in --output.  \\[default: go on with it]")
     ] = False,
 ) -> None:
     """The whole way on what is in the box: scenes, SAEs, their scores against raw neurons and the truth, a picture."""
@@ -429,25 +434,27 @@ def ms_score(
     embeddings: Annotated[
         Path | None,
         typer.Option(
-            help="Image embeddings, row i of image i: store or matrix file.  [default: the box's test scenes]"
+            help="Image embeddings, row i of image i: store or matrix file.  \\[default: the box's test scenes]"
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Scores: FILE.parquet, FILE.csv or FILE.json.  [default: SAE/scores.parquet]")
+        Path | None, typer.Option(help="Scores: FILE.parquet, FILE.csv or FILE.json.  \\[default: SAE/scores.parquet]")
     ] = None,
     activations: Annotated[
         Path | None, typer.Option(help="Activations, row i of image i: store or matrix file; with --sae or --raw.")
     ] = None,
     sae: Annotated[
         Path | None,
-        typer.Option(help="SAE directory (cfg.json, sae_weights.safetensors).  [default: the latest run below runs/]"),
+        typer.Option(
+            help="SAE directory (cfg.json, sae_weights.safetensors).  \\[default: the latest run below runs/]"
+        ),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Score the activations' own neurons instead of an SAE.")] = False,
     codes: Annotated[
         Path | None, typer.Option(help="Store of an SAE's codes, instead of --sae and --activations.")
     ] = None,
     similarity: Annotated[str, typer.Option(help="cosine, dot or rbf.")] = "cosine",
-    gamma: Annotated[float | None, typer.Option(help="Of rbf, exp(-gamma |e_i - e_j|^2).  [default: 1 / E]")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Of rbf, exp(-gamma |e_i - e_j|^2).  \\[default: 1 / E]")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows read and encoded at a time.")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
@@ -557,10 +564,10 @@ def steering_score_command(
     embeddings: Annotated[Path, typer.Option(help="Image embeddings of the text model's CLIP: store or matrix file.")],
     text_model: Annotated[str, typer.Option(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.")],
     output: Annotated[Path, typer.Option(help="Table: FILE.parquet, FILE.csv or FILE.json.")],
-    latents: Annotated[str | None, typer.Option(help="0:1000, or 3,17,40.  [default: all]")] = None,
+    latents: Annotated[str | None, typer.Option(help="0:1000, or 3,17,40.  \\[default: all]")] = None,
     alpha: Annotated[float, typer.Option(help="Value that a latent is clamped at, in raw activation units.")] = 100.0,
     ask: Annotated[str, typer.Option(help="Number of random images asked about, or white: one white image.")] = "10",
-    prompt: Annotated[str | None, typer.Option(help="The question.  [default: the paper's]")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question.  \\[default: the paper's]")] = None,
     tokens: Annotated[str, typer.Option(help="all, patches or cls.")] = "all",
     error: Annotated[str, typer.Option(help="drop (the paper) or keep what the SAE cannot reconstruct.")] = "drop",
     seed: Annotated[int, typer.Option(help="Seed of the images asked about and the random latents.")] = 0,

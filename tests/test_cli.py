@@ -86,6 +86,23 @@ def test_help(command):
     assert "--help" in run(command, "--help")
 
 
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [("train", "[default: steps / 20, but"), ("harvest", "[default: cls]"), ("ms-score", "[default: 1 / E]")],
+)
+def test_help_shows_defaults_that_are_words(command, default, monkeypatch):
+    """rich takes what stands in brackets for markup and drops it."""
+    monkeypatch.setenv("COLUMNS", "300")
+    assert default in run(command, "--help")
+
+
+def test_resuming_says_that_there_was_nothing_to_continue(data, tmp_path):
+    assert "no checkpoint yet: starting at step 0" in run(
+        "train", "--activations", data / "activations.npy", "--output", tmp_path / "run", "--steps", 3, "--batch-size", 8,
+        "--expansion", 2, "--k", 2, "--resume",
+    )  # fmt: skip
+
+
 def test_asking_for_help_does_not_cost_the_import_of_torch():
     command = [sys.executable, "-X", "importtime", "-m", "saevlm_fast.cli", "train", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
