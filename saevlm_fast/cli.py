@@ -485,6 +485,7 @@ def ms_score(
         scenes = _scenes("test", sae, device)
         activations, embeddings = scenes.activations, scenes.embeddings
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
+    require(gamma is None or similarity == "rbf", f"gamma: {gamma} is of rbf; the similarity is {similarity}")
     target = resolve_device(device)
     acts = open_codes(codes) if activations is None and codes is not None else open_activations(activations or "")
     images = open_activations(embeddings or "")
@@ -918,7 +919,7 @@ class TrainProgress:
             self.last_line = now
         if step == self.total:
             self.bar.stop()
-            out.print("saved; evaluating over all rows ...", highlight=False)
+            out.print("saving, then evaluating over all rows ...", highlight=False)
 
 
 def _fractions(text: str) -> tuple[float, ...]:

@@ -98,8 +98,8 @@ def test_help_shows_defaults_that_are_words(command, default, monkeypatch):
 
 def test_resuming_says_that_there_was_nothing_to_continue(data, tmp_path):
     assert "no checkpoint yet: starting at step 0" in run(
-        "train", "--activations", data / "activations.npy", "--output", tmp_path / "run", "--steps", 3, "--batch-size", 8,
-        "--expansion", 2, "--k", 2, "--resume",
+        "train", "--activations", data / "activations.npy", "--output", tmp_path / "run", "--resume",
+        "--steps", 3, "--batch-size", 8, "--expansion", 2, "--k", 2,
     )  # fmt: skip
 
 
@@ -190,6 +190,7 @@ SCORE = ["ms-score", "--activations", "{data}/activations.npy", "--embeddings", 
         bad("both", [*SCORE, "--output", "{tmp}/s.csv", "--raw", "--sae", "{sae}"], "sae: give either"),
         bad("suffix", [*SCORE, "--output", "{tmp}/s.xlsx", "--raw"], "output: "),
         bad("similarity", [*SCORE, "--output", "{tmp}/s.csv", "--raw", "--similarity", "l2"], "similarity: 'l2'"),
+        bad("gamma", [*SCORE, "--output", "{tmp}/s.csv", "--raw", "--gamma", "1"], "gamma: 1.0 is of rbf"),
         bad("no sae", [*SCORE, "--output", "{tmp}/s.csv", "--sae", "{tmp}"], "no such file"),
         bad("rows", [*SCORE[:3], "--embeddings", "{tmp}/few.npy", "--output", "{tmp}/s.csv", "--raw"], "2999"),
         bad("width", ["ms-score", "--activations", "{tmp}/wide.npy", *SCORE[3:], "--output", "{tmp}/s.csv", "--sae",
