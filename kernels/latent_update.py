@@ -16,6 +16,7 @@ step is read from the device there, and nothing is asked of it: the update can b
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,8 +46,8 @@ class RowGradient(NamedTuple):
 class EntryGradient(NamedTuple):
     """The same as the entries whose segment sums are its rows, on a CPU: segment s belongs to latent s.
 
-    From row s the parallel_S[s]-fold of W's own row is still to be taken off (None: nothing), which squared_norm, that
-    of the whole gradient, takes into account.
+    From row s the parallel_S[s]-fold of W's own row is still to be taken off (None: nothing), which the norms take into
+    account.
     """
 
     weights_M: Tensor
@@ -54,7 +55,28 @@ class EntryGradient(NamedTuple):
     offsets_S1: Tensor
     source_RD: Tensor
     parallel_S: Tensor | None
-    squared_norm: Tensor
+
+    @property
+    def squared_norm(self) -> Tensor:
+        """Of the whole gradient (0-d). Makes the rows of all latents of several entries, block by block."""
+        norms_S, counts_S = self._norm_bounds(), self.offsets_S1.diff()
+        (several_S,) = (counts_S > 1).nonzero(as_tuple=True)
+        norms_S[several_S] = _norms(*_some_segments(several_S, self.weights_M, self.ids_M, counts_S), self.source_RD)
+        return self._squared(norms_S)
+
+    def squared_norm_bound(self) -> Tensor:
+        """At least squared_norm, but for rounding, by the triangle inequality; no row is made for it."""
+        return self._squared(self._norm_bounds())
+
+    def _norm_bounds(self) -> Tensor:
+        """Of every segment sum; exact where it has one entry."""
+        norms_M = torch.linalg.vector_norm(self.source_RD, dim=1)[self.ids_M] * self.weights_M.abs()
+        return _segment_totals(norms_M, self.offsets_S1)
+
+    def _squared(self, norms_S: Tensor) -> Tensor:
+        if self.parallel_S is None:
+            return norms_S.square().sum()
+        return (norms_S.square() - self.parallel_S.square()).clamp_(min=0).sum()  # Pythagoras: rows are unit
 
 
 class AdamSettings(NamedTuple):
@@ -92,26 +114,16 @@ def entry_gradient(
         return RowGradient(None, rows_CD, squared_norms_S.sum(), slots_S)
     end = int(offsets_S1[-1])  # padding lies behind
     weights_M, ids_M = weights_M[:end], ids_M[:end]
-    squared_norms_S = _squared_norms(weights_M, ids_M, offsets_S1, source_RD)
     parallel_S = None
     if unit_rows_SD is not None:
         assert dots_M is not None, "a CPU projects by the dot products of the entries"
-        zeros_M, one = torch.zeros_like(ids_M), source_RD.new_ones(1, 1)
-        parallel_S = segment_sum_cpu(weights_M * dots_M[:end], zeros_M, offsets_S1, one).squeeze(1)
-        squared_norms_S = (squared_norms_S - parallel_S.square()).clamp_(min=0)  # Pythagoras: rows are unit
-    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S, squared_norms_S.sum())
+        parallel_S = _segment_totals(weights_M * dots_M[:end], offsets_S1)
+    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S)
 
 
-def _squared_norms(weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor) -> Tensor:
-    """Of the segment sums. Those of one entry follow from its source row; the others are made block by block."""
-    counts_S = offsets_S1.diff()
-    norms_S = source_RD.new_zeros(len(counts_S))
-    (single_S,) = (counts_S == 1).nonzero(as_tuple=True)
-    entries = offsets_S1[single_S]
-    norms_S[single_S] = torch.linalg.vector_norm(source_RD, dim=1)[ids_M[entries]] * weights_M[entries]
-    (several_S,) = (counts_S > 1).nonzero(as_tuple=True)
-    norms_S[several_S] = _norms(*_some_segments(several_S, weights_M, ids_M, counts_S), source_RD)
-    return norms_S.square_()
+def _segment_totals(values_M: Tensor, offsets_S1: Tensor) -> Tensor:
+    ids_M, one = torch.zeros(len(values_M), dtype=torch.int64), values_M.new_ones(1, 1)
+    return segment_sum_cpu(values_M, ids_M, offsets_S1, one).squeeze(1)
 
 
 def _some_segments(
@@ -149,9 +161,20 @@ def _remove_parallel_(g_AD: Tensor, w_AD: Tensor) -> None:
     g_AD.addcmul_(w_AD, torch.linalg.vecdot(g_AD, w_AD)[:, None], value=-1)
 
 
-def clip_coefficient(squared_norms: list[Tensor], clip_norm: float) -> Tensor:
-    """min(1, clip_norm / (global norm + 1e-6)) as a 0-d tensor on the gradients' device (no host sync)."""
-    return (clip_norm / (torch.stack(squared_norms).sum().sqrt() + 1e-6)).clamp(max=1.0)
+def clip_coefficient(
+    gradients: Sequence[RowGradient | EntryGradient], vectors: Sequence[Tensor], clip_norm: float
+) -> Tensor:
+    """min(1, clip_norm / (global norm + 1e-6)) of all of them, 0-d on the gradients' device (no host sync on a GPU).
+
+    On a CPU the norm is taken only where a bound of it does not show that the factor is 1: activations of unit norm
+    have gradients of less than that from the first dozens of steps on (docs/decisions.md).
+    """
+    squares = [vector.square().sum() for vector in vectors]
+    bounds = [g.squared_norm_bound() if isinstance(g, EntryGradient) else g.squared_norm for g in gradients]
+    if not bounds[0].is_cuda and torch.stack(bounds + squares).sum().sqrt() < 0.999 * clip_norm - 1e-6:
+        return torch.ones_like(bounds[0])
+    squares += [gradient.squared_norm for gradient in gradients]
+    return (clip_norm / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
 
 
 def latent_update_(

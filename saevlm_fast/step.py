@@ -268,9 +268,8 @@ class Stepper:
 
     def _update(self, gradients: Gradients) -> None:
         rows = {"W_enc": (gradients.W_enc, gradients.aux_enc), "W_dec": (gradients.W_dec, gradients.aux_dec)}
-        squared_norms = [part.squared_norm for gradient, aux in rows.values() for part in (gradient, *aux)]
-        squared_norms += [gradients.b_enc.square().sum(), gradients.b_dec.square().sum()]
-        clip = clip_coefficient(squared_norms, self.config.clip_norm)
+        parts = [part for gradient, aux in rows.values() for part in (gradient, *aux)]
+        clip = clip_coefficient(parts, [gradients.b_enc, gradients.b_dec], self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
         for name, (gradient, aux) in rows.items():
             copies = (self.W_enc_low, self.screen) if name == "W_enc" else (None, None)

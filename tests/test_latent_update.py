@@ -6,6 +6,7 @@ from test_segment_sum import poison  # noqa: F401
 from test_step import blocks, make  # noqa: F401
 from torch import Tensor
 
+import saevlm_fast.kernels.latent_update as latent_update
 import saevlm_fast.step as step_module
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.latent_update import (
@@ -14,6 +15,7 @@ from saevlm_fast.kernels.latent_update import (
     _slotted,
     adam_,
     clip_coefficient,
+    dense_gradient_rows,
     entry_gradient,
     latent_gradient_op,
     latent_slots,
@@ -123,8 +125,8 @@ class Trained:
         W_dec, W_enc, bias = self.parameters.values()
         dec = self.kernels.entry_gradient(*inputs, W_dec)
         enc = self.kernels.entry_gradient(*inputs)
-        norms = [dec.squared_norm, enc.squared_norm, d_bias.square().sum(), *([aux.squared_norm] if aux else [])]
-        clip, adam = clip_coefficient(norms, CLIP_NORM), settings(n, device)
+        clip = clip_coefficient([dec, enc, *([aux] if aux else [])], [d_bias], CLIP_NORM)
+        adam = settings(n, device)
         self.kernels.latent_update_(W_dec, *self.moments["W_dec"], dec, [], clip, adam, True)
         extra = [aux] if aux else []
         self.kernels.latent_update_(W_enc, *self.moments["W_enc"], enc, extra, clip, adam, False, self.copy_SD)
@@ -227,7 +229,47 @@ def test_squared_norm_of_entries_on_the_cpu(lengths: list[int]) -> None:
     W = torch.nn.functional.normalize(draw(len(lengths), d_in), dim=1)
     for unit_rows in (None, W):
         truth = reference.latent_gradient(*inputs, unit_rows).square().sum()
-        torch.testing.assert_close(CpuPath.entry_gradient(*inputs, unit_rows).squared_norm, truth)
+        gradient = CpuPath.entry_gradient(*inputs, unit_rows)
+        torch.testing.assert_close(gradient.squared_norm, truth)
+        assert float(gradient.squared_norm_bound()) >= float(truth) * (1 - 1e-12)
+        if max(lengths) <= 1:
+            torch.testing.assert_close(gradient.squared_norm_bound(), truth)
+
+
+@pytest.mark.parametrize("largest", ["decoder", "encoder", "rows", "vector", "none"])
+@pytest.mark.parametrize("norm", [0.5, 0.9985, 1.001, 4.0])
+def test_the_clip_coefficient_with_and_without_making_rows(largest: str, norm: float, monkeypatch) -> None:
+    """Whichever part has the norm, the factor is clip_grad_norm_'s; if it is known to be 1, no row is made for it."""
+    offsets, ids, source = (
+        torch.tensor([0, 1, 1, 3]),
+        torch.tensor([0, 1, 1]),
+        torch.eye(3, 4),
+    )  # parallel: bound = norm
+    W = torch.eye(4)[[3, 3, 3]]
+    scale = {name: norm if name == largest else 1e-4 for name in ("decoder", "encoder", "rows", "vector")}
+    weights = torch.tensor([0.6, 0.4, 0.4])  # of norm 1
+    decoder = CpuPath.entry_gradient(weights * scale["decoder"], ids, offsets, source, W)
+    encoder = CpuPath.entry_gradient(weights * scale["encoder"], ids, offsets, source)
+    rows = dense_gradient_rows(torch.tensor([1]), torch.tensor([[0.0, scale["rows"], 0.0, 0.0]]))
+    vector = torch.tensor([scale["vector"], 0.0])
+    made, norms = [], latent_update._norms
+    monkeypatch.setattr(latent_update, "_norms", lambda *inputs: made.append(1) or norms(*inputs))
+    clip = clip_coefficient([decoder, encoder, rows], [vector], 1.0)
+    true_norm = torch.tensor(list(scale.values())).norm()
+    torch.testing.assert_close(clip, (1 / (true_norm + 1e-6)).clamp(max=1))
+    assert (not made) == (float(true_norm) < 0.999)
+
+
+def test_a_loose_bound_does_not_clip() -> None:
+    """Two entries that cancel: the bound is 4, the norm 0."""
+    entries = torch.tensor([2.0, -2.0]), torch.tensor([0, 0]), torch.tensor([0, 2]), torch.eye(1, 3)
+    assert float(clip_coefficient([CpuPath.entry_gradient(*entries)], [torch.zeros(1)], 1.0)) == 1.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_taken_for_a_small_one(bad: float) -> None:
+    entries = torch.tensor([bad]), torch.tensor([0]), torch.tensor([0, 1]), torch.ones(1, 3)
+    assert float(clip_coefficient([CpuPath.entry_gradient(*entries)], [torch.zeros(1)], 1.0)) != 1.0
 
 
 def test_repeats_bit_identically(device) -> None:
