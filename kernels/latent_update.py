@@ -10,9 +10,10 @@ Equals, for a weight matrix W [S, D] whose row s belongs to latent s, with w_hat
 in two passes. The first takes the norm of the gradient, the second walks all of W, because Adam moves every latent: 24
 bytes a parameter, the floor of a training step beside the encoder's GEMM. The CPU goes by blocks of rows that stay in
 cache, and makes a block's gradient in either pass: a sparse product, cheaper than writing it to memory and reading it
-again, and no [S, D] gradient is ever held. On a GPU the first pass keeps the rows of active latents, a program owns a
-row, and the ops `latent_gradient` and `latent_update` launch them (latent_update_triton.py). What changes from step to
-step is read from the device there, and nothing is asked of it: the update can be captured in a CUDA graph.
+again, and no [S, D] gradient is ever held. It leaves the first out where a bound of the norm shows that nothing is
+clipped. On a GPU the first pass keeps the rows of active latents, a program owns a row, and the ops `latent_gradient`
+and `latent_update` launch them (latent_update_triton.py). What changes from step to step is read from the device there,
+and nothing is asked of it: the update can be captured in a CUDA graph.
 """
 
 import math
@@ -166,8 +167,7 @@ def clip_coefficient(
 ) -> Tensor:
     """min(1, clip_norm / (global norm + 1e-6)) of all of them, 0-d on the gradients' device (no host sync on a GPU).
 
-    On a CPU the norm is taken only where a bound of it does not show that the factor is 1: activations of unit norm
-    have gradients of less than that from the first dozens of steps on (docs/decisions.md).
+    On a CPU the norm is taken only where a bound of it does not show that the factor is 1 (docs/decisions.md).
     """
     squares = [vector.square().sum() for vector in vectors]
     bounds = [g.squared_norm_bound() if isinstance(g, EntryGradient) else g.squared_norm for g in gradients]

@@ -19,6 +19,7 @@ many candidates that nothing is gained, and a whole BatchTopK or threshold batch
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -246,7 +247,8 @@ def _candidates(
     sure_R = (bound_R > 0) & chunk.sound_R() & (reaches_RG.sum(1) <= max_groups * reaches_RG.shape[1])
     groups_U = nonzero(reaches_RG & sure_R[:, None])
     values_UG = chunk.pre_RP.view(-1, GROUP).index_select(0, groups_U)
-    found_M = nonzero(values_UG >= cutoff_RG.view(-1, 1)[groups_U])
+    cutoff_U1 = cutoff_RG.view(-1, 1)[groups_U]
+    found_M = torch.from_numpy(np.flatnonzero(values_UG.numpy() >= cutoff_U1.numpy()))
     positions_M = groups_U[found_M // GROUP] * GROUP + found_M % GROUP
     positions_M = positions_M[positions_M % width < len(b_enc_S)]
     if len(positions_M) > chunk.pre_RP.numel() * MAX_SHARE:
