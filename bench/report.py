@@ -149,7 +149,7 @@ def run_table(runs: list[Run]) -> str:
     for run in runs:
         settings, spent = run["settings"], run["seconds"]
         shares = [spent["step"], spent["data"], spent["checkpoint"], spent["log"] + spent["metrics"]]
-        memory = [n_bytes >> 20 for n_bytes in run["anonymous_bytes_at_step"].values()]
+        memory = [round(n_bytes / 2**20) for n_bytes in run["anonymous_bytes_at_step"].values()]
         cache = "the whole file"
         if settings["page_cache"] != "None":
             cache = f"{int(settings['page_cache']) >> 20} of {run['file_bytes'] >> 20} MiB"
@@ -191,7 +191,11 @@ def plot(results: list[Result], path: Path) -> None:
         axis.remove()
     for panel, axis in zip(panels, axes.flat):
         panel(axis)
-    figure.suptitle(environment(steps or scores), fontsize=9)
+    origins = [f"{name}: {environment(of)}" for name, of in (("steps", steps), ("score", scores)) if of]
+    figure.suptitle("\n".join(origins), fontsize=9)
+    if steps:
+        patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=way) for way, colour in colours.items()]
+        figure.legend(handles=patches, ncols=len(patches), loc="outside lower center", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -211,11 +215,7 @@ def draw_bars(axis, results: list[Result], colours: dict[str, str]) -> None:
             axis.annotate(f"{rate:.2g}", (x, rate), ha="center", va="bottom", fontsize=7)
     shape = results[0]["extra_info"]["shape"]
     axis.set(title=f"Training step, {shape['d_sae']:,} latents, batch {shape['B']:,}", ylabel="steps per second")
-    axis.set_yscale("log")
     axis.set_xticks(range(len(groups)), [group.removesuffix(" " + STEP) for group in groups])
-    axis.set_ylim(top=5 * axis.get_ylim()[1])  # room for the legend
-    bars = [axis.bar(0, 0, color=colours[way], label=way) for way in colours]
-    axis.legend(handles=bars, ncols=3, loc="upper center", fontsize=8)
 
 
 def draw_lines(axis, results: list[Result]) -> None:

@@ -815,6 +815,9 @@ def _print_summary(summary: "ScoreSummary", what: str) -> None:
     for status, count in summary.counts.items():
         table.add_row(status, f"{count:,}")
     out.print(table)
+    if not summary.best_latents:
+        out.print(f"no latent has a defined score ({summary.n_images:,} images)", highlight=False, soft_wrap=True)
+        return
     for label, extremes in (("best", summary.best_latents), ("worst", summary.worst_latents)):
         listed = "  ".join(f"{latent}: {value:.3f}" for latent, value in extremes)
         out.print(f"{label} latents  {listed}", highlight=False, soft_wrap=True)

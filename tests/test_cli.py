@@ -126,6 +126,14 @@ def test_scores_of_an_sae_match_the_definition(data, sae, tmp_path):
     assert table["n_active"] == (dense > 0).sum(0).tolist()
 
 
+def test_one_image_has_no_best_latents(tmp_path):
+    np.save(tmp_path / "one.npy", np.ones((1, 4), np.float32))
+    files = "--activations", tmp_path / "one.npy", "--embeddings", tmp_path / "one.npy"
+    text = run("ms-score", *files, "--raw", "--output", tmp_path / "s.csv")
+    assert "no latent has a defined score (1 images)" in text
+    assert "best latents" not in text
+
+
 def test_sae_latents_score_above_raw_neurons(data, sae, tmp_path):
     score(data, "--sae", sae, "--output", tmp_path / "sae.csv")
     score(data, "--raw", "--output", tmp_path / "raw.csv")
