@@ -14,6 +14,14 @@ def new_file(text: str) -> Path:
     """A file to be written after minutes of work: its folder is looked for before."""
     if not (path := Path(text)).parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path.parent} is not a directory")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a directory, must be a file")
+    return path
+
+
+def new_directory(text: str) -> Path:
+    if (path := Path(text)).exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is not a directory")
     return path
 
 

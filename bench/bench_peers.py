@@ -26,7 +26,7 @@ from pathlib import Path
 import machine
 import numpy as np
 import torch
-from arguments import new_file, positive
+from arguments import new_directory, new_file, positive
 from torch import Tensor
 
 from saevlm_fast import __version__
@@ -409,10 +409,11 @@ def compare(names: list[str], task: Task, rounds: int, turn_seconds: float, logs
         try:
             peer = Worker(name, task, logs / f"{name}.log")
             peer.warm_up()
-            turns = []
+            turns, ticks = [], machine.cpu_ticks()
             for n in range(rounds):
                 turn = {worker: worker.turn(turn_seconds) for worker in [*workers.values(), peer][:: (1, -1)[n % 2]]}
                 turns.append([turn[worker] for worker in (*workers.values(), peer)])
+            stolen = machine.stolen_share(ticks)
             peer.stop()
         except Failed as failure:
             yield result(name, task, failed=str(failure))
@@ -420,7 +421,8 @@ def compare(names: list[str], task: Task, rounds: int, turn_seconds: float, logs
         floor, ours, theirs = zip(*turns)
         pairs += zip(floor, ours)
         ratios = {"this_over_ours": median_ratio(theirs, ours), "this_over_encoder_gemm": median_ratio(theirs, floor)}
-        yield result(name, task, seconds=theirs, peak_bytes=peer.peak_bytes, version=peer.version, **ratios)
+        about = {"peak_bytes": peer.peak_bytes, "version": peer.version, "stolen_share": stolen}
+        yield result(name, task, seconds=theirs, **about, **ratios)
     while len(pairs) < rounds:
         pairs.append((workers[FLOOR].turn(turn_seconds), workers[OURS].turn(turn_seconds)))
     floor, ours = zip(*pairs)
@@ -485,12 +487,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: autocast in the peers")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--logs", type=Path, help="keep there what the libraries print")
+    parser.add_argument("--logs", type=new_directory, help="keep there what the libraries print")
     options = parser.parse_args()
     if options.k > options.d_sae:
         parser.error(f"--k: {options.k} is not at most d_sae = {options.d_sae}")
-    if not options.turn_seconds >= 0:
-        parser.error(f"--turn-seconds: {options.turn_seconds} is not at least 0")
+    if not 0 <= options.turn_seconds < float("inf"):
+        parser.error(f"--turn-seconds: {options.turn_seconds} is not a number from 0 up")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: cuda, but torch sees no GPU here")
     return options

@@ -25,6 +25,19 @@ def describe(device: torch.device | str) -> dict[str, str | int | float]:
     }  # fmt: skip
 
 
+def cpu_ticks() -> tuple[float, float]:
+    """(taken by the host for others, of all CPUs together) since this machine started; Linux, 0 elsewhere."""
+    path = Path("/proc/stat")
+    ticks = [float(word) for word in path.read_text().split("\n")[0].split()[1:9]] if path.exists() else [0.0] * 8
+    return ticks[7], sum(ticks)
+
+
+def stolen_share(before: tuple[float, float]) -> float:
+    """The share of the CPUs' time since `before` = cpu_ticks() that the host gave to others."""
+    stolen, total = (now - then for now, then in zip(cpu_ticks(), before))
+    return stolen / total if total else 0.0
+
+
 def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []

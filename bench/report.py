@@ -68,11 +68,14 @@ def environment(results: list[Result]) -> str:
     loads = [info["load_average"] for info in infos if "load_average" in info]
     if loads:
         parts.append(f"load average {min(loads):.1f} to {max(loads):.1f}")
+    stolen = [info["stolen_share"] for info in infos if "stolen_share" in info]
+    if stolen:
+        parts.append(f"{100 * min(stolen):.0f} to {100 * max(stolen):.0f} % of the CPUs' time stolen by the host")
     return ", ".join(parts)
 
 
-def markdown(results: list[Result], runs: list[Run]) -> str:
-    """Training steps beside other libraries, the score against the number of images, and whole runs."""
+def tables(results: list[Result], runs: list[Run]) -> list[str]:
+    """In Markdown: training steps beside other libraries, the score against the number of images, and whole runs."""
     steps = [result for result in results if is_peer_step(result)]
     scores = [result for result in results if result["extra_info"]["operation"] == BY_N]
     parts = []
@@ -82,7 +85,7 @@ def markdown(results: list[Result], runs: list[Run]) -> str:
         parts += [environment(scores) + ".", score_table(scores)]
     if runs:
         parts.append(run_table(runs))
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def is_peer_step(result: Result) -> bool:
@@ -136,7 +139,7 @@ def by_images(results: Iterable[Result]) -> dict[int, dict[str, Result]]:
 def score_cell(result: Result) -> str:
     info = result["extra_info"]
     if "seconds_of_all" in info:
-        return f"{seconds(result):,.0f} s (extrapolated)"
+        return f"{float(f'{seconds(result):.2g}'):,.0f} s (extrapolated)"
     return f"{seconds(result):.3g} s, {info['peak_bytes'] / 2**30:.2f} GiB"
 
 
@@ -234,25 +237,30 @@ def draw_lines(axis, results: list[Result]) -> None:
 
 
 def read(path: Path) -> tuple[list[Result], list[Run]]:
-    """Its results, or itself if it is a whole run. ValueError: it is neither."""
+    """Its results, or itself if it is a whole run. ValueError: it is neither, or not as today's benches write it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    if isinstance(content, dict) and "step_share_of_loop" in content:
-        return [], [content]
-    if not isinstance(content, dict) or "benchmarks" not in content:
-        raise ValueError(f'{path}: neither "benchmarks" nor "step_share_of_loop" in it')
-    if any("operation" not in result.get("extra_info", {}) for result in content["benchmarks"]):
-        raise ValueError(f"{path}: results of another project's bench")
+    try:
+        if "step_share_of_loop" in content:
+            run_table([content])
+            return [], [content]
+        for result in content["benchmarks"]:
+            table_row(result)
+        tables(content["benchmarks"], [])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a result of this project's benches: no {error}") from None
     return content["benchmarks"], []
 
 
-def write_markdown(path: Path, tables: str) -> None:
-    """The tables; below the marker, if the file is there and has one."""
+def write_markdown(path: Path, parts: list[str]) -> None:
+    """The tables; below the marker, if the file is there and has one. ValueError: there are none."""
+    if not parts:
+        raise ValueError("files: no steps beside other libraries, no score by number of images, no whole run to show")
     above = path.read_text(encoding="utf-8") if path.exists() else ""
     above = above.partition(MARKER)[0] + MARKER + "\n\n" if MARKER in above else ""
-    path.write_text(above + tables, encoding="utf-8")
+    path.write_text(above + "\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def report(options: argparse.Namespace) -> None:
@@ -260,7 +268,7 @@ def report(options: argparse.Namespace) -> None:
     results = [result for of_file, _ in by_file.values() for result in of_file]
     runs = [run for _, of_file in by_file.values() for run in of_file]
     if options.markdown:
-        write_markdown(options.markdown, markdown(results, runs))
+        write_markdown(options.markdown, tables(results, runs))
     if options.plot:
         plot(results, options.plot)
     if not (options.markdown or options.plot):

@@ -10,10 +10,16 @@ import pytest
 BENCH = Path(__file__).parent.parent / "bench"
 
 
-def run_script(name, *arguments):
+def start_script(name, *arguments):
     command = [sys.executable, str(BENCH / name), *map(str, arguments)]
     environment = {"PYTHONPATH": str(BENCH.parent), "PATH": "/usr/bin:/bin"}
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def run_script(name, *arguments):
+    done = start_script(name, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +60,27 @@ def test_markdown_tables(peer_results, tmp_path):
     run_script("report.py", peer_results, scores, "--markdown", tmp_path / "tables.md")
     text = (tmp_path / "tables.md").read_text()
     assert "| topk | 64 | 8 | saevlm-fast" in text
-    assert "| 2,000 | 0.25 s, 1.00 GiB | 1,234 s (extrapolated) |" in text
+    assert "| 2,000 | 0.25 s, 1.00 GiB | 1,200 s (extrapolated) |" in text
     assert "sparsify: no clip" in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["no", "[1]", '{"benchmarks": 3}', '{"benchmarks": [{}]}', '{"step_share_of_loop": 1}', '{"benchmarks": []}'],
+)
+def test_a_report_of_nothing_keeps_what_is_there(content, tmp_path):
+    (tmp_path / "f.json").write_text(content)
+    (tmp_path / "t.md").write_text("<!-- bench/report.py writes what follows -->\ntables\n")
+    done = start_script("report.py", tmp_path / "f.json", "--markdown", tmp_path / "t.md")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "tables" in (tmp_path / "t.md").read_text()
+
+
+def test_a_folder_is_no_output_file(tmp_path):
+    done = start_script("bench_peers.py", "--output", tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path} is a directory, must be a file" in done.stderr
 
 
 def test_text_table_has_every_result(peer_results):
