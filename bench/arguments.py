@@ -10,6 +10,12 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
+    return value
+
+
 def new_file(text: str) -> Path:
     """A file to be written after minutes of work: its folder is looked for before."""
     if not (path := Path(text)).parent.is_dir():

@@ -24,11 +24,11 @@ from unittest import mock
 import machine
 import numpy as np
 import torch
-from arguments import directory, new_file, positive
+from arguments import directory, new_file, not_negative, positive
 
 from saevlm_fast import train as train_module
 from saevlm_fast.activations import Activations, ShuffledRows, batches, open_activations
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import Interrupted, SAEConfig, TrainConfig
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.step import Stepper
 from saevlm_fast.synthetic import PlantedConcepts
@@ -166,11 +166,11 @@ def bytes_read() -> int:
 
 def run(options: argparse.Namespace, directory: Path) -> dict:
     path = directory / "activations.npy"
-    write_rows(path, options.n_rows, options.d_in)
     # The start reads norm_batches batches whatever the number of steps: in a short run fewer, as of a long one.
     config = TrainConfig(steps=options.steps, batch_size=options.batch_size, norm_batches=max(1, options.steps // 100))
     sae_config = SAEConfig(options.d_in, options.d_sae, options.k, options.architecture)
     run_options = train_module.RunOptions(directory / "run", device="cpu", checkpoint_every=options.checkpoint_every)
+    write_rows(path, options.n_rows, options.d_in)
     activations = open_activations(path)
     held_out = activations if options.evaluate_all else _first_rows(path, directory)
     _warm_up(activations, sae_config, directory)
@@ -247,12 +247,16 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--checkpoint-every", type=positive, help="steps; by default train decides")
     parser.add_argument("--page-cache", type=positive, help="bytes of the file that it may hold")
-    parser.add_argument("--exact-bytes", type=int, default=8 << 30, help="a larger file is shuffled in windows")
+    parser.add_argument(
+        "--exact-bytes", type=not_negative, default=8 << 30, help="a larger file is shuffled in windows"
+    )
     parser.add_argument("--evaluate-all", action="store_true", help="evaluate on all rows, not on 8192 of them")
     options = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
             measured = run(options, Path(folder))
+    except Interrupted:
+        parser.exit(130, "interrupted: nothing is kept of a run that did not end\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     show(measured)

@@ -218,8 +218,8 @@ def _chunks(
 
 
 def _chunk_rows(x_BD: Tensor, W_enc_DS: Tensor, buffer_bytes: int | None) -> int:
-    """Rows of a chunk, about equal in all of them."""
-    n_bytes = len(x_BD) * W_enc_DS.shape[1] * LOW.itemsize
+    """Rows of a chunk, about equal in all of them: what is kept of a row is its pre-activations, or itself."""
+    n_bytes = len(x_BD) * max(W_enc_DS.shape[1] * LOW.itemsize, x_BD.shape[1] * x_BD.element_size())
     n_chunks = -(-n_bytes // (buffer_bytes or BUFFER_BYTES))
     return max(1, -(-len(x_BD) // max(1, n_chunks)))
 

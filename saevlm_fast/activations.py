@@ -340,7 +340,7 @@ class ShuffledRows:
 
 
 def _made_once(make: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """The last few results are kept; threads that ask for the same one wait for it instead of all making it."""
+    """The last few results are kept; who asks while one is made waits, so that several threads do not all make it."""
     kept, asking = lru_cache(maxsize=4)(make), threading.Lock()
 
     @wraps(make)

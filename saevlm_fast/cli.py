@@ -278,7 +278,7 @@ def train(
     )
     if resume:
         checkpoint = latest_checkpoint(output)
-        what = f"continuing after {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
+        what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
         out.print(f"resume: {output}: {what}", highlight=False, soft_wrap=True)
     with TrainProgress(config.steps) as progress:
         _, metrics = run_training(

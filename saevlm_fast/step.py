@@ -310,7 +310,8 @@ def loss_and_gradients(
     groups once; the paper's code divides twice.
 
     Returns:
-        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected).
+        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected). On a CPU the next call on this
+        thread overwrites what the gradients of the weights are made from.
     """
     n_groups, b_dec = len(sae.config.group_ends), sae.b_dec.detach()
     x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, entries)
@@ -327,7 +328,7 @@ def loss_and_gradients(
 
 def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
     """x - b_dec; on a CPU in memory that the next call on this thread overwrites."""
-    if x_BD.is_cuda:
+    if x_BD.device.type != "cpu":
         return x_BD - b_dec
     return torch.sub(x_BD, b_dec, out=_centred_rows.get(x_BD.numel(), x_BD.dtype).view(x_BD.shape))
 

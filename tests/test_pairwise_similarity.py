@@ -61,6 +61,7 @@ def assert_sums(actual, truth, tolerance: float) -> None:
 def test_cpu_against_reference(shape, similarity, monkeypatch):
     # Small blocks, so that these shapes meet several tiles, latent panels, batches and heavy segments.
     monkeypatch.setattr(pairwise_similarity, "_CPU_IMAGE_BLOCK", 50)
+    monkeypatch.setattr(pairwise_similarity, "_CPU_PAIR_BLOCK", 30)
     monkeypatch.setattr(pairwise_similarity, "_CPU_LATENT_BLOCK", 7)
     monkeypatch.setattr(pairwise_similarity, "_CPU_BATCH_ELEMENTS", 5000)
     monkeypatch.setattr(pairwise_similarity, "_CPU_SEGMENT_BLOCKS", (4, 12))
@@ -85,18 +86,38 @@ def test_tiles_of_a_latent_on_many_images_stay_small(monkeypatch):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_cpu_neurons_of_any_condition(similarity):
-    """Latents that one image dominates more and more: the closed form, beyond some point pairs, never a lost digit."""
+def test_cpu_neurons_of_any_condition(similarity, monkeypatch):
+    """Latents that one image dominates more and more: the closed form, beyond some point blocks, never a lost digit."""
+    monkeypatch.setattr(pairwise_similarity, "_CPU_PAIR_BLOCK", 7)
     generator = torch.Generator().manual_seed(3)
     r_NK = torch.rand(40, 36, generator=generator, dtype=torch.float64)
     r_NK[torch.arange(36), torch.arange(36)] = 10.0 ** torch.arange(36, dtype=torch.float64)
     emb_NE = torch.randn(40, 6, generator=generator, dtype=torch.float64)
     emb_NE[7] *= 1e5  # dominates every latent under dot
-    assert_sums(
-        pairwise_sums(r_NK, emb_NE, similarity),
-        reference.pairwise_sums(r_NK, emb_NE, similarity),
-        1e-8 if similarity == "dot" else 1e-12,
+    truth = reference.pairwise_sums(r_NK, emb_NE, similarity)
+    assert_sums(pairwise_sums(r_NK, emb_NE, similarity), truth, 1e-9 if similarity == "dot" else 1e-12)  # of 1e4
+
+
+def test_cpu_closed_form_is_for_those_that_no_image_dominates(monkeypatch):
+    """Neither dead neurons nor even ones take the slower way; one image's worth of activation does, overflow too."""
+    taken, blocks = [], pairwise_similarity._inner_product_blocks
+    monkeypatch.setattr(
+        pairwise_similarity, "_inner_product_blocks", lambda r_NK, e: taken.append(r_NK.shape[1]) or blocks(r_NK, e)
     )
+    r_NK, emb_NE = torch.rand(50, 4, dtype=torch.float64) + 0.1, torch.rand(50, 3, dtype=torch.float64)
+    r_NK[:, 1] = 0.0
+    pairwise_sums(r_NK, emb_NE)
+    assert not taken
+    r_NK[0, 2], r_NK[1:, 3], r_NK[0, 3] = 1e9, 1e-100, 1e200
+    sums = pairwise_sums(r_NK, emb_NE)
+    assert taken == [2]
+    assert_sums(sums, reference.pairwise_sums(r_NK, emb_NE, "cosine"), 1e-12)
+
+
+def test_embeddings_of_no_dimension_have_no_inner_product():
+    num_K, den_K = pairwise_sums(torch.ones(4, 3), torch.ones(4, 0), "dot")
+    assert num_K.tolist() == [0.0] * 3
+    assert den_K.tolist() == [6.0] * 3
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)

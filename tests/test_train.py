@@ -206,7 +206,7 @@ def test_killed_and_resumed_is_bit_identical(matrix, uninterrupted, tmp_path):
     process = start(matrix, output, "--resume")
     text = process.communicate()[0]
     assert process.returncode == 0, text
-    assert "continuing after step_000" in text
+    assert "newest checkpoint step_000" in text
     assert weights(output) == weights(uninterrupted)
     assert (output / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()
 
