@@ -86,6 +86,16 @@ def test_dot_dominated_by_an_embedding():
     assert_state(state, r_NK, emb_NE, "dot")
 
 
+def test_dot_dominated_by_an_activation_of_a_short_embedding():
+    """The other way round: the closed form would keep num and lose the pairs of den."""
+    emb_NE = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    emb_NE[0] *= 1e-12
+    r_NK = torch.tensor([[1e12], [1.0], [1.0]], dtype=torch.float64)
+    state = streamed_cosine_state(1, 4)
+    streamed_cosine_update(state, *group_by_latent(r_NK), emb_NE)
+    assert_state(state, r_NK, emb_NE, "dot")
+
+
 def test_float32_codes_and_padding():
     r_NK, emb_NE = make_data(30, 6, 8)
     r_NK = r_NK.float()

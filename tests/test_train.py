@@ -19,7 +19,7 @@ from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fraction
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.synthetic import PlantedConcepts
-from saevlm_fast.train import RunOptions, checkpoints, evaluate, train
+from saevlm_fast.train import Cadence, RunOptions, checkpoints, evaluate, train
 
 D_IN, D_SAE, K = 32, 128, 6
 
@@ -112,6 +112,21 @@ def test_checkpoints_cost_a_twentieth_unless_asked_for(
 ):
     found = steps_with_checkpoints(matrix, tmp_path / "run", monkeypatch, every, step_seconds, checkpoint_seconds)
     assert found == expected
+
+
+def test_a_resumed_run_counts_its_checkpoints_from_where_it_continues(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train_module, "monotonic", lambda: now[0])
+    cadence = Cadence(None, 200, last=37)  # a twentieth: 10 steps
+    now[0] = 1000.0
+    assert not cadence.due(46)
+    assert cadence.due(47)
+    with cadence.writing(47):
+        now[0] += 5.0
+    now[0] += 99.0
+    assert not cadence.due(100)
+    now[0] += 1.0
+    assert cadence.due(100)
 
 
 def test_moving_threshold_follows_the_batch_minimum(matrix, tmp_path):
