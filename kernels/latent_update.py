@@ -28,6 +28,7 @@ from saevlm_fast.kernels.topk_encode_cpu import Workspace
 from saevlm_fast.kernels.topk_encode_screened import LowWeights
 
 _BLOCK_BYTES = 4 << 20  # of one block of rows on the CPU
+_BOUND_SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long parallel part would blow up
 _block_rows = Workspace()  # fresh memory for every block would be 12,000 page faults a step (d_in 1024, d_sae 6144)
 
 
@@ -66,8 +67,8 @@ class EntryGradient(NamedTuple):
         return self._squared(norms_S)
 
     def squared_norm_bound(self) -> Tensor:
-        """At least squared_norm, but for rounding, by the triangle inequality; no row is made for it."""
-        return self._squared(self._norm_bounds())
+        """At least the squared norm, by the triangle inequality (unit rows given); no row is made for it."""
+        return self._squared(self._norm_bounds() * _BOUND_SLACK)
 
     def _norm_bounds(self) -> Tensor:
         """Of every segment sum; exact where it has one entry."""
@@ -101,7 +102,7 @@ def entry_gradient(
     weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None = None,
     dots_M: Tensor | None = None,
 ) -> RowGradient | EntryGradient:  # fmt: skip
-    """The gradient of every latent: segment sums of entries, projected if the decoder is given, with the squared norm.
+    """The gradient of every latent: segment sums of entries, projected if the decoder is given.
 
     Args:
         weights_M, ids_M, offsets_S1, source_RD: as segment_sum; segment s belongs to latent s.
