@@ -461,8 +461,8 @@ def result(name: str, task: Task, seconds: tuple[float, ...] = (), **info: objec
 def save_batches(path: Path, rows: int, d_in: int) -> None:
     """Batches of planted concepts less their mean, divided by the norm factor: float32 [N_BATCHES * rows, d_in].
 
-    The mean is 99 % of their energy. With it, and without a b_dec that starts there (one peer has none), every SAE
-    shrinks to the same k latents for all rows within ten steps, and nothing sparse about the work is real.
+    The mean is 99 % of their energy at d_in 1024. With it, and without a b_dec that starts there (one peer has none),
+    our SAE shrinks to the same k latents for all rows within ten steps, and nothing sparse about the work is real.
     """
     source = PlantedConcepts(d_in, 1, n_concepts=2 * d_in, concepts_per_image=8.0)
     x_ND = source.sample(N_BATCHES * rows)[0]

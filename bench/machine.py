@@ -33,7 +33,7 @@ def cpu_ticks() -> tuple[float, float]:
 
 
 def stolen_share(before: tuple[float, float]) -> float:
-    """The share of the CPUs' time since `before` = cpu_ticks() that the host gave to others."""
+    """The share of the CPUs' time since `before` = cpu_ticks() that the host gave to others; 0 where not counted."""
     stolen, total = (now - then for now, then in zip(cpu_ticks(), before))
     return stolen / total if total else 0.0
 

@@ -261,7 +261,8 @@ def pairwise_sums(
     """num_K and den_K (float64) of dense activations r [N, K] over embeddings [N, E]; gamma: of rbf, 1 / E by default.
 
     Cost N^2 (E + K) multiply-adds; on the CPU N E K, for rbf N^2 (E + K) / 2 with the E once per 4096 latents. Memory
-    O(N E) and 4096 columns of r in float64 beside the inputs. ValueError: unknown similarity, shapes that do not match.
+    O(N E) and, in float64, 4096 columns of r (those that one image dominates twice) beside the inputs. ValueError:
+    unknown similarity, shapes that do not match.
     """
     check_similarity(similarity)
     if r_NK.dim() != 2 or emb_NE.dim() != 2 or len(r_NK) != len(emb_NE):
