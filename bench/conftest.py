@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import machine
 import pytest
 import torch
 
-from saevlm_fast.synthetic import PlantedConcepts
+from bench.helpers import machine
+from saevlm_fast.data.synthetic import PlantedConcepts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The paper's batch is 4096; a CPU step at that size takes half a minute in dense torch.

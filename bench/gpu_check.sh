@@ -43,7 +43,7 @@ workers=()
 if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
 step gpu_tests 130 "$python" -m pytest tests -q -m gpu
 step kernel_tests 150 "$python" -m pytest -q "${workers[@]}" -m "not gpu" -k "not static_compile" \
-    tests/test_topk_encode*.py tests/test_sparse_decode*.py tests/test_segment_sum*.py tests/test_latent_update*.py tests/test_pairwise*.py tests/test_streamed*.py
+    tests/kernels
 step bench 250 "$python" -m pytest bench -q --benchmark-only --benchmark-columns=min,median,rounds \
     --time-limit=220 --benchmark-json="$out/$device.json"
 

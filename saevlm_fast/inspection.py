@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saevlm_fast.activation_store import (
+from saevlm_fast.config import require
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.store import (
     ACTIVATIONS,
     CODES,
     WIDTH_NAMES,
@@ -23,10 +25,8 @@ from saevlm_fast.activation_store import (
     read_items,
     verify,
 )
-from saevlm_fast.activations import open_activations
-from saevlm_fast.config import require
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, read_sae_header
-from saevlm_fast.train import METRICS_FILE, RUN_FILE, checkpoints
+from saevlm_fast.training.run import METRICS_FILE, RUN_FILE, checkpoints
 
 KINDS = (
     "a store (index.json), an SAE (cfg.json), a training run (run.json), a folder holding some of these, or a matrix "

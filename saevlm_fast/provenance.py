@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from saevlm_fast.activations import Activations
-from saevlm_fast.codes import Codes
 from saevlm_fast.config import require
-from saevlm_fast.harvest import sae_digest
+from saevlm_fast.data.codes import Codes
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.harvesting.run import sae_digest
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.tower import IMAGE_POINTS, weights_sha256
-from saevlm_fast.vision import vision_part
+from saevlm_fast.towers.load import vision_part
+from saevlm_fast.towers.tower import IMAGE_POINTS, weights_sha256
 
 
 def check_sae_of(sae: SparseAutoencoder, layer: int) -> None:

@@ -1,0 +1,74 @@
+"""A whole training step (encode, losses, gradients, projection, clip, Adam, unit rows) beside dense autograd.
+
+The dense step is tests/helpers/dense_trainer.py: the same recipe by [B, d_sae] matrices, autograd, torch.optim.Adam.
+"""
+
+import contextlib
+from itertools import cycle
+
+import pytest
+import torch
+
+from dense_trainer import DenseTrainer
+from saevlm_fast.config import MATRYOSHKA_FRACTIONS, SAEConfig, TrainConfig, group_sizes_from_fractions
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.step import Stepper
+
+GOAL = {"clip-l14-x16": 4.0}  # times the dense step's speed on CPU, B = 1024
+
+
+def make_steps(architecture, case, batches, device, precision):
+    """(our Stepper, a dense trainer with the same weights), their calls each going round the batches."""
+    groups = group_sizes_from_fractions(MATRYOSHKA_FRACTIONS, case.d_sae) if architecture == "matryoshka" else ()
+    config = TrainConfig(warmup_steps=0, threshold_start=0, dtype=precision)
+    sae = SparseAutoencoder(SAEConfig(case.d_in, case.d_sae, case.k, architecture, groups), device)
+    sae.b_dec.data.copy_(batches[0].mean(0))
+    with device:
+        dense = DenseTrainer(
+            sae.W_dec.detach().clone(), sae.b_dec.detach().clone(), architecture=architecture, k=case.k,
+            group_ends=sae.config.group_ends, config=config, d_sae=case.d_sae,
+        )  # fmt: skip
+    return Stepper(sae, config), dense
+
+
+def check_steps(stepper, dense, fast_step, dense_step, precision):
+    """The same losses over two steps; in float32 also the same change of the weights, but for near ties."""
+    before = stepper.sae.W_dec.detach().clone()
+    for _ in range(2):
+        loss, expected = float(fast_step().losses.overall), dense_step()
+        assert loss == pytest.approx(expected, rel=1e-4 if precision == "float32" else 2e-2)
+    change, expected = stepper.sae.W_dec.detach() - before, dense.W_dec.detach() - before
+    if precision == "float32":
+        assert (change - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("impl", ["dense", "saevlm_fast"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_step(measure, encoder_gemm, goal, request, case, batches, device, precision, architecture, impl):
+    if device.type == "cpu" and case.d_sae > 2**15 and architecture != "batch_topk":
+        pytest.skip("ten seconds a dense step on a CPU: batch_topk stands for all three at this size")
+    stepper, dense = make_steps(architecture, case, batches, device, precision)
+    fast_batches, dense_batches = cycle(batches), cycle(batches)
+    autocast = precision == "bfloat16"
+
+    def fast_step():
+        return stepper.step(next(fast_batches))
+
+    def dense_step():
+        with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+            return dense.step(next(dense_batches))
+
+    dtype = torch.bfloat16 if autocast else torch.float32
+    rows = {"rows/s": case.n_rows}
+    ratios = measure(
+        f"{architecture} training step",
+        impl,
+        {"saevlm_fast": (fast_step, rows), "dense": (dense_step, rows)},
+        check=lambda: check_steps(stepper, dense, fast_step, dense_step, precision),
+        shape=case.shape,
+        dtype=precision,
+        floor=encoder_gemm(batches[0].to(dtype), stepper.sae.W_enc.detach().to(dtype)),
+    )
+    name = request.node.callspec.params["case"]
+    if device.type == "cpu" and name in GOAL and "dense" in ratios:
+        goal(f"{architecture} step at {name} over dense autograd", ratios["dense"], GOAL[name])

@@ -1,0 +1,277 @@
+"""Where the time of a whole training run goes: `python -m bench.training.whole_run --output FILE.json`.
+
+Trains by `saevlm_fast.training.run.train` from a memory-mapped matrix file (made in --directory, removed at the end)
+and says how much of the time is the step, and how much waiting for data, logs, checkpoints, start and evaluation.
+--page-cache BYTES stands for a store larger than memory: the file is dropped from the page cache before training and
+whenever that much of it has been read since. Reading alone is then timed too.
+Memory that is not page cache is noted along the way. GOMP_SPINCOUNT=1000 in the environment is what `saevlm-fast` sets.
+"""
+
+import argparse
+import ctypes
+import mmap
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from bench.helpers import machine
+from bench.helpers.arguments import directory, new_file, not_negative, positive
+from saevlm_fast.config import Interrupted, SAEConfig, TrainConfig
+from saevlm_fast.data.rows import Activations, ShuffledRows, batches, open_activations
+from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.files import write_json_atomic
+from saevlm_fast.training import run as train_module
+from saevlm_fast.training.step import Stepper
+
+POOL_ROWS = 8192
+# What a run does, by the function that does it; waiting for batches is what is left of the loop.
+PARTS = {
+    "start": (train_module._Run, "open_directory"),
+    "loop": (train_module._Run, "steps"),
+    "step": (Stepper, "step"),
+    "log": (train_module._Run, "log"),
+    "metrics": (train_module, "batch_metrics"),
+    "checkpoint": (train_module._Run, "checkpoint"),
+    "export": (train_module._Run, "export"),
+    "evaluation": (train_module, "evaluate"),
+}
+
+
+Spans = list[tuple[str, float, float]]
+
+
+@contextmanager
+def clocks() -> Iterator[Spans]:
+    """(name, start, end) of every call of PARTS while it is open."""
+    spans: Spans = []
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spans.append((name, start, time.perf_counter()))
+
+        return call
+
+    with ExitStack() as stack:
+        for name, (owner, attribute) in PARTS.items():
+            stack.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        yield spans
+
+
+@contextmanager
+def pauses() -> Iterator[list[tuple[float, float]]]:
+    """(start, end) of the times in which this process was stopped (SIGSTOP by whoever shares the machine)."""
+    found: list[tuple[float, float]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        last = time.perf_counter()
+        while not over.wait(0.02):
+            now = time.perf_counter()
+            if now - last > 1:
+                found.append((last, now))
+            last = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
+
+
+def seconds_without(paused: list[tuple[float, float]], start: float, end: float) -> float:
+    """end - start, less the pauses in between."""
+    return end - start - sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in paused)
+
+
+def write_rows(path: Path, n_rows: int, d_in: int) -> None:
+    """A .npy of planted concepts; rows repeat after POOL_ROWS, since making more would take longer than the run."""
+    pool_ND = PlantedConcepts(d_in, 1, n_concepts=2 * d_in, concepts_per_image=8.0).sample(min(POOL_ROWS, n_rows))[0]
+    rows_ND = np.lib.format.open_memmap(path, "w+", np.float32, (n_rows, d_in))
+    for start in range(0, n_rows, len(pool_ND)):
+        rows_ND[start : start + len(pool_ND)] = pool_ND[: n_rows - start]
+    rows_ND.flush()
+
+
+@contextmanager
+def small_page_cache(path: Path, limit: int | None) -> Iterator[None]:
+    """A page cache that holds no more than `limit` bytes of one file: full, it is emptied. None: no limit.
+
+    Emptied before a batch is read: the pages that the other loader threads have mapped at that moment are read again.
+    """
+    if limit is None:
+        yield
+        return
+    drop_from_page_cache(path)
+    read_before, read_rows = bytes_read(), Activations.rows
+
+    def rows(self: Activations, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal read_before
+        if bytes_read() - read_before > limit:
+            drop_from_page_cache(path)
+            read_before = bytes_read()
+        return read_rows(self, *args, **kwargs)
+
+    with mock.patch.object(Activations, "rows", rows):
+        yield
+
+
+def drop_from_page_cache(path: Path) -> None:
+    """Forget the file's pages, those that this process has mapped included (a mapped page is not dropped otherwise)."""
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(path)):
+            begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+            madvise(begin, end - begin, mmap.MADV_DONTNEED)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def rows_read_per_second(activations: Activations, order: ShuffledRows, n_steps: int) -> float:
+    """Of reading alone: batches as training gets them, nothing done with them."""
+    start = time.perf_counter()
+    with closing(batches(activations, order, 0, n_steps)) as stream:
+        n_rows = sum(len(rows_B) for rows_B, _ in stream)
+    return n_rows / (time.perf_counter() - start)
+
+
+def status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def bytes_read() -> int:
+    """That this process has caused to be read from the disk."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def run(options: argparse.Namespace, directory: Path) -> dict:
+    path = directory / "activations.npy"
+    # The start reads norm_batches batches whatever the number of steps: in a short run fewer, as of a long one.
+    config = TrainConfig(steps=options.steps, batch_size=options.batch_size, norm_batches=max(1, options.steps // 100))
+    sae_config = SAEConfig(options.d_in, options.d_sae, options.k, options.architecture)
+    run_options = train_module.RunOptions(directory / "run", device="cpu", checkpoint_every=options.checkpoint_every)
+    write_rows(path, options.n_rows, options.d_in)
+    activations = open_activations(path)
+    held_out = activations if options.evaluate_all else _first_rows(path, directory)
+    _warm_up(activations, sae_config, directory)
+    order = partial(ShuffledRows, exact_bytes=options.exact_bytes)
+    with small_page_cache(path, options.page_cache):
+        reading = rows_read_per_second(activations, order(activations, config.batch_size), min(options.steps, 100))
+    memory: dict[int, int] = {}
+    note_every = max(1, options.steps // 20)
+
+    def on_step(step: int) -> None:
+        if step % note_every == 0:
+            memory[step] = status_bytes("RssAnon")
+
+    with (
+        small_page_cache(path, options.page_cache),
+        mock.patch.object(train_module, "ShuffledRows", order),
+        clocks() as spans,
+        pauses() as paused,
+    ):
+        read_before, start = bytes_read(), time.perf_counter()
+        train_module.train(activations, sae_config, config, run_options, validation=held_out, on_step=on_step)
+        end = time.perf_counter()
+        time.sleep(0.1)  # for the watcher of pauses
+    seconds, calls = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0)
+    for name, *span in spans:
+        seconds[name] += seconds_without(paused, *span)
+        calls[name] += 1
+    total = seconds_without(paused, start, end)
+    seconds["data"] = seconds["loop"] - seconds["step"] - seconds["log"] - seconds["metrics"] - seconds["checkpoint"]
+    n_rows = options.steps * options.batch_size
+    return {
+        "settings": {key: str(value) for key, value in vars(options).items()},
+        **machine.describe("cpu"),
+        "norm_batches": config.norm_batches,
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
+        "seconds": {"total": total, **seconds},
+        "seconds_paused": end - start - total,
+        "step_share_of_loop": seconds["step"] / seconds["loop"],
+        "step_share_of_run": seconds["step"] / total,
+        "file_bytes": path.stat().st_size,
+        "bytes_of_the_rows": n_rows * activations.row_bytes,
+        "bytes_read_from_disk": bytes_read() - read_before,
+        "rows_per_second": {"reading_alone": reading, "steps_alone": n_rows / seconds["step"]},
+        "calls": calls,
+        "anonymous_bytes_at_step": memory,
+    }  # fmt: skip
+
+
+def _warm_up(activations: Activations, sae_config: SAEConfig, directory: Path) -> None:
+    """What torch imports in its first step is the price of a process, not of a run."""
+    small, options = (
+        TrainConfig(steps=2, batch_size=64, norm_batches=2),
+        train_module.RunOptions(directory / "warm-up", device="cpu"),
+    )
+    train_module.train(activations, sae_config, small, options, validation=_first_rows(activations.path, directory))
+
+
+def _first_rows(path: Path, directory: Path):
+    """A validation set of 8192 rows, as a run that has one."""
+    np.save(directory / "validation.npy", np.load(path, mmap_mode="r")[:8192])
+    return open_activations(directory / "validation.npy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=new_file, required=True)
+    parser.add_argument("--directory", type=directory, help="where the matrix file and the run go for the time being")
+    parser.add_argument("--n-rows", type=positive, default=100_000, help="of the matrix file")
+    parser.add_argument("--d-in", type=positive, default=256)
+    parser.add_argument("--d-sae", type=positive, default=4096)
+    parser.add_argument("--k", type=positive, default=20)
+    parser.add_argument("--architecture", choices=["topk", "batch_topk"], default="batch_topk")
+    parser.add_argument("--batch-size", type=positive, default=1024)
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--checkpoint-every", type=positive, help="steps; by default train decides")
+    parser.add_argument("--page-cache", type=positive, help="bytes of the file that it may hold")
+    parser.add_argument(
+        "--exact-bytes", type=not_negative, default=8 << 30, help="a larger file is shuffled in windows"
+    )
+    parser.add_argument("--evaluate-all", action="store_true", help="evaluate on all rows, not on 8192 of them")
+    options = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+            measured = run(options, Path(folder))
+    except Interrupted:
+        parser.exit(130, "interrupted: nothing is kept of a run that did not end\n")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    show(measured)
+    write_json_atomic(options.output, measured)
+
+
+def show(measured: dict[str, Any]) -> None:
+    for name, value in measured["seconds"].items():
+        share = 100 * value / measured["seconds"]["total"]
+        print(f"{name:12s} {value:9.2f} s {share:6.1f} % {measured['calls'].get(name, ''):>6}")
+    print(f"step: {measured['step_share_of_loop']:.3f} of the loop, {measured['step_share_of_run']:.3f} of the run")
+    print(f"read from the disk: {measured['bytes_read_from_disk'] / 1e9:.2f} GB of {measured['file_bytes'] / 1e9:.2f}")
+    print("rows/s:", {name: round(value) for name, value in measured["rows_per_second"].items()})
+    print("anonymous MB:", {step: n_bytes >> 20 for step, n_bytes in measured["anonymous_bytes_at_step"].items()})
+
+
+if __name__ == "__main__":
+    main()

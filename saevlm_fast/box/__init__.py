@@ -1,0 +1,1 @@
+"""What is in the box: the models and the scenes they know."""

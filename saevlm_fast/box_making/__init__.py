@@ -1,0 +1,1 @@
+"""How the models in the box were made; not needed to use them."""

@@ -1,0 +1,1 @@
+"""The whole way on what is in the box, against the known truth."""

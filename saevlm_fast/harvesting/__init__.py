@@ -1,0 +1,1 @@
+"""From images to stores of activations or codes."""

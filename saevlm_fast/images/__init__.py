@@ -1,0 +1,1 @@
+"""Images to harvest: folders, lists, tars, tables, drawn scenes; decoding them."""

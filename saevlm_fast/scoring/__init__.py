@@ -1,0 +1,1 @@
+"""What a latent is worth and sees: the Monosemanticity Score, top images, nearest words."""

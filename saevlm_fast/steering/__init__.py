@@ -1,0 +1,1 @@
+"""Editing latents inside a tower, reading the answers, scoring them."""

@@ -1,0 +1,401 @@
+"""The paper's steering score (recipe.md section 4), with the controls that it lacks.
+
+A latent's target is the mean embedding of its 16 most activating images. The model is asked about images drawn at
+random, the same for every latent (so some may be among its own top images), with the latent steered, and the score is
+the cosine between the target and the answer's text embedding. Conditions:
+
+    steered               the latent clamped at alpha
+    sae_attached          no edit, but the SAE in place: the residual stream is its reconstruction (error="drop")
+    unsteered             the model as it is
+    random_latent         another latent that fires somewhere, its change of equal norm: alpha |W_dec[k]| / |W_dec[j]|
+    sign_flip             the latent clamped at -alpha
+    difference_of_means   alpha |W_dec[k]| along (mean residual of the top images - mean residual of random images)
+
+The last one needs no SAE direction; it is added to the same base as the latent's change, so the two differ in nothing
+else. Shape suffixes: L latents chosen, K top images, E embedding, D width, Q images asked about.
+"""
+
+import json
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import Interrupted, check_same_settings, require
+from saevlm_fast.data.codes import Codes
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.files import sha256_file, write_json_atomic
+from saevlm_fast.harvesting.run import output_lock
+from saevlm_fast.images.open import ImageError, ImageSource, decode
+from saevlm_fast.runtime import interruptible
+from saevlm_fast.scoring.monosemanticity import check_scores_path, checked_ids, write_table
+from saevlm_fast.scoring.naming import top_images
+from saevlm_fast.steering.answers import Row, SteeredAnswers
+from saevlm_fast.steering.edits import clamp
+from saevlm_fast.towers.text import TextEncoder
+from saevlm_fast.towers.tower import weights_sha256
+
+PROMPT = "What is shown in this image? Use exactly one word!"
+CONDITIONS = ("steered", "sae_attached", "unsteered", "random_latent", "sign_flip", "difference_of_means")
+PER_LATENT = tuple(name for name in CONDITIONS if name not in ("sae_attached", "unsteered"))
+N_TOP = 16
+WHITE, EMPTY = "white", "_empty"
+MEASURES = (*CONDITIONS, *(name + EMPTY for name in CONDITIONS))
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What is measured.
+
+    Attributes:
+        latents: all if empty. alpha: in raw activation units.
+        ask: number of random images asked about, the same for every latent; 0 asks about one white image.
+        prompt: the question. n_reference: random images behind the difference of means. seed: of all choices.
+    """
+
+    latents: tuple[int, ...] = ()
+    alpha: float = 100.0
+    ask: int = 10
+    prompt: str = PROMPT
+    n_reference: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        fits = bool(np.isfinite(self.alpha)) and abs(self.alpha) <= torch.finfo(torch.float32).max
+        require(fits, f"alpha: {self.alpha} is not finite in float32")
+        require(self.seed >= 0, f"seed: {self.seed} must not be negative")
+        require(self.prompt.strip() != "", "prompt: is empty")
+        require(self.ask >= 0, f"ask: {self.ask} must not be negative")
+        require(self.n_reference >= 1, f"n_reference: {self.n_reference} must be at least 1")
+        require(len(set(self.latents)) == len(self.latents), "latents: one is listed twice")
+
+
+@dataclass(frozen=True)
+class ScoreRun:
+    """Where it is written and how far it has come. latents_per_block: scored and saved together.
+
+    sources: paths and names that must be the same when a run is resumed.
+    """
+
+    output: Path
+    sources: dict[str, str]
+    resume: bool = False
+    force: bool = False
+    latents_per_block: int = 16
+
+    def __post_init__(self) -> None:
+        require(not (self.resume and self.force), "resume: does not go with force, which starts anew")
+
+    @property
+    def progress(self) -> Path:
+        """A folder with the settings and a file for every finished block; gone when the output is written."""
+        return self.output.with_name(self.output.name + ".progress")
+
+
+def firing_latents(codes: Codes, batch_rows: int = 65536) -> Tensor:
+    """int64, the latents that fire on any image."""
+    fires_S = torch.zeros(codes.d_sae, dtype=torch.bool)
+    with closing(codes.chunks(batch_rows)) as chunks:
+        for _, _, latents_M, _ in chunks:
+            fires_S[latents_M] = True
+    return fires_S.nonzero().squeeze(1)
+
+
+class SteeringScores(NamedTuple):
+    """One row a latent: latent, n_top, other_latent, answer, answer_share, and two columns for every condition.
+
+    other_latent: the one of the condition random_latent. answer: the most frequent steered answer, answer_share: how
+    often. CONDITION: the score, CONDITION_empty: the share of answers that are empty, of which a score means nothing. A
+    latent that never fires has NaN.
+    """
+
+    table: pa.Table
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """Condition -> mean and standard deviation over latents that fire on at least N_TOP images; NaN if none do."""
+        columns = {name: self._well_defined(name) for name in CONDITIONS}
+        nan = float("nan")
+        return {name: (float(x.mean()), float(x.std())) if len(x) else (nan, nan) for name, x in columns.items()}
+
+    def empty_answers(self) -> dict[str, float]:
+        """Condition -> share of empty answers, over the same latents."""
+        columns = {name: self._well_defined(name + EMPTY) for name in CONDITIONS}
+        return {name: float(x.mean()) if len(x) else float("nan") for name, x in columns.items()}
+
+    @property
+    def n_well_defined(self) -> int:
+        return len(self._well_defined("n_top"))
+
+    def _well_defined(self, name: str) -> np.ndarray:
+        return np.asarray(self.table[name])[np.asarray(self.table["n_top"]) >= N_TOP]
+
+
+def steering_score(
+    asking: SteeredAnswers,
+    source: ImageSource,
+    codes: Codes,
+    embeddings: Activations,
+    encoder: TextEncoder,
+    config: ScoreConfig,
+    run: ScoreRun,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> SteeringScores:
+    """Scores latents under all conditions and writes the table, resumably.
+
+    Args:
+        asking: model, SAE, layer, tokens and error term. Its batch size bounds how much is answered at once.
+        source: the images that codes and embeddings are of, found by id.
+        codes: one row an image (harvest --sae DIR --pool mean). embeddings: the same rows, in the text's space.
+        on_rows: called with answers done and in all.
+
+    Raises:
+        ValueError: sides that do not fit; settings that are not those of the run to be resumed; a run that is there
+            with neither resume nor force; another process at work on it. Interrupted: SIGINT or SIGTERM; finished
+            blocks are on the disk.
+    """
+    check_scores_path(run.output)
+    latents = config.latents or tuple(range(codes.d_sae))
+    _check_sides(asking, codes, embeddings, encoder, latents)
+    pictures = _Pictures(source, codes)
+    there = run.output.exists() and not run.progress.exists()
+    require(run.force or not there, f"output: {run.output} already exists; --force replaces it")
+    with output_lock(run.progress, exclusive=True, refusal=f"output: another process is writing {run.output.name}"):
+        _start_run(run, _settings(run, config, asking, codes, embeddings))
+        scorer = _Scorer(asking, pictures, encoder, config, latents, codes, embeddings)
+        return _score_blocks(scorer, latents, run, on_rows)
+
+
+def _score_blocks(
+    scorer: "_Scorer", latents: Sequence[int], run: ScoreRun, on_rows: Callable[[int, int], None]
+) -> SteeringScores:
+    """The blocks that are not there yet, and then the whole table."""
+    starts = range(0, len(latents), run.latents_per_block)
+    blocks = [(run.progress / f"block_{start:06d}.json", start) for start in starts]
+    todo = [block for block in blocks if not block[0].exists()]
+    total = sum(scorer.n_rows(start, run.latents_per_block) for _, start in todo)
+    done = 0
+    with interruptible() as stop:
+        for path, start in todo:
+            _stop_if_asked(stop, run)
+            report = partial(_report, on_rows, done, total)
+            write_json_atomic(path, scorer.block(latents, start, run.latents_per_block, report))
+            done += scorer.n_rows(start, run.latents_per_block)
+    scores = SteeringScores(_table([row for path, _ in blocks for row in json.loads(path.read_text())]))
+    scores = SteeringScores(scores.table.replace_schema_metadata(run.sources | scorer.description()))
+    write_table(scores.table, run.output)
+    for path, _ in blocks:  # before the settings, without which nothing could be resumed
+        path.unlink()
+    shutil.rmtree(run.progress)
+    return scores
+
+
+def _report(on_rows: Callable[[int, int], None], before: int, total: int, done_here: int) -> None:
+    on_rows(before + done_here, total)
+
+
+def _stop_if_asked(stop: threading.Event, run: ScoreRun) -> None:
+    if stop.is_set():
+        raise Interrupted(f"interrupted; continue with --resume --output {run.output}")
+
+
+def _check_sides(
+    asking: SteeredAnswers, codes: Codes, embeddings: Activations, encoder: TextEncoder, latents: Sequence[int]
+) -> None:
+    d_sae = asking.sae.config.d_sae
+    require(codes.d_sae == d_sae, f"codes: of {codes.d_sae} latents ({codes.path}), but the SAE has {d_sae}")
+    require(
+        min(latents) >= 0 and max(latents) < d_sae,
+        f"latents: {min(latents)} to {max(latents)} are asked for; there are 0 to {d_sae - 1}",
+    )
+    require(
+        embeddings.n_rows == codes.n_rows,
+        f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {codes.n_rows} of codes; row i of both must be "
+        "the same image",
+    )
+    require(
+        embeddings.d == encoder.d,
+        f"embeddings: of width {embeddings.d} ({embeddings.path}), but the text model's have {encoder.d}; harvest them "
+        "with --point projection of the same model",
+    )
+    for _ in checked_ids(65536, codes, embeddings):
+        pass
+
+
+def _settings(
+    run: ScoreRun, config: ScoreConfig, asking: SteeredAnswers, codes: Codes, embeddings: Activations
+) -> dict[str, dict[str, Any]]:
+    """What decides the table: a run is resumed with the same only."""
+    return {
+        "score": {**asdict(config), "latents": list(config.latents)},
+        "steering": asking.settings,
+        "sources": run.sources,
+        "contents": {"sae_weights_sha256": weights_sha256(asking.sae), "codes_sha256": _content(codes.path),
+                     "embeddings_sha256": _content(embeddings.path)},
+        "run": {"latents_per_block": run.latents_per_block},
+    }  # fmt: skip
+
+
+def _content(path: Path) -> str:
+    """Of a matrix file, or of a store's index, which holds the checksums of its shards."""
+    return sha256_file(path / "index.json" if path.is_dir() else path)
+
+
+def _start_run(run: ScoreRun, settings: dict[str, dict[str, Any]]) -> None:
+    """A run that has finished no block yet leaves nothing to go on with."""
+    path, blocks = run.progress / "settings.json", list(run.progress.glob("block_*.json"))
+    if blocks and not run.force:
+        require(run.resume, f"output: an unfinished run is in {run.progress}; continue it with --resume, or --force")
+        check_same_settings(path, settings)
+        return
+    require(run.force or not run.output.exists(), f"output: {run.output} already exists; --force replaces it")
+    for block in blocks:
+        block.unlink()
+    run.progress.mkdir(exist_ok=True)
+    write_json_atomic(path, settings)
+
+
+class _Pictures:
+    """RGB images by their row in the codes, found in the source by id."""
+
+    def __init__(self, source: ImageSource, codes: Codes):
+        ids = codes.items()["image"].to_pylist()
+        require(len(set(ids)) == len(ids), f"codes: several rows of one image ({codes.path}); harvest with --pool mean")
+        self.source, self.ids = source, ids
+        self.number = {source.image_id(i): i for i in range(len(source))}
+        missing = [image_id for image_id in ids if image_id not in self.number]
+        example = (missing or [""])[0]
+        require(not missing, f"images: {len(missing)} of the codes' {len(ids)} are not there, as {example!r}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> Any:
+        image_id = self.ids[row]
+        try:
+            return decode(self.source.read(self.number[image_id]))
+        except ImageError as error:
+            raise ImageError(f"images: {image_id}: {error}") from error
+
+
+class _Scorer:
+    """Everything that all latents share: the images asked about, their unsteered answers, mean residuals."""
+
+    def __init__(
+        self,
+        asking: SteeredAnswers,
+        pictures: _Pictures,
+        encoder: TextEncoder,
+        config: ScoreConfig,
+        latents: Sequence[int],
+        codes: Codes,
+        embeddings: Activations,
+    ):
+        self.asking, self.pictures, self.encoder, self.config = asking, pictures, encoder, config
+        self.embeddings, self.alive = embeddings, firing_latents(codes)
+        self.norm_S = asking.sae.W_dec.detach().norm(dim=1)
+        self.tops = [top.images for top in top_images(codes, latents, N_TOP)]
+        self._residuals: dict[int, Tensor] = {}
+        self._words: dict[str, Tensor] = {}
+        order = np.random.default_rng(config.seed).permutation(len(pictures))
+        self.questions = [asking.ask(picture, config.prompt) for picture in self._asked(order)]
+        self.reference_D = self._mean_residual(order[: config.n_reference].tolist())
+        n = len(self.questions)
+        plain = asking.answers([Row(q, edits) for edits in ((), None) for q in self.questions])
+        self.unsteered = {"sae_attached": plain[:n], "unsteered": plain[n:]}
+
+    def _asked(self, order: np.ndarray) -> list[Any]:
+        if self.config.ask == 0:
+            from PIL import Image
+
+            return [Image.new("RGB", (336, 336), "white")]
+        return [self.pictures[int(row)] for row in order[: self.config.ask]]
+
+    def n_rows(self, start: int, n: int) -> int:
+        """Answers that a block needs; none for latents that never fire."""
+        return sum(len(top) > 0 for top in self.tops[start : start + n]) * len(PER_LATENT) * len(self.questions)
+
+    def block(self, latents: Sequence[int], start: int, n: int, on_rows: Callable[[int], None]) -> list[dict[str, Any]]:
+        """The table's rows of latents[start:start + n]."""
+        places = range(start, min(start + n, len(latents)))
+        firing = [place for place in places if len(self.tops[place]) > 0]
+        random = {place: self._random_latent(latents[place]) for place in firing}
+        rows = [row for place in firing for row in self._rows(place, latents[place], random[place])]
+        answers = iter(self.asking.answers(rows, on_rows))
+        n_asked = len(self.questions)
+        given = {p: {name: [next(answers) for _ in range(n_asked)] for name in PER_LATENT} for p in firing}
+        return [self._scored(place, latents[place], random.get(place), given.get(place)) for place in places]
+
+    def _rows(self, place: int, latent: int, random: int) -> list[Row]:
+        """PER_LATENT conditions in order, each for every image asked about."""
+        norm_S, alpha = self.norm_S, self.config.alpha
+        direction_D = self._mean_residual(self.tops[place].tolist())
+        direction_D = (
+            torch.nn.functional.normalize(direction_D - self.reference_D, dim=0) * alpha * float(norm_S[latent])
+        )
+        equal = alpha * float(norm_S[latent] / norm_S[random])
+        edits = (clamp(latent, alpha),), (clamp(random, equal),), (clamp(latent, -alpha),)
+        rows = [Row(q, edit) for edit in edits for q in self.questions]
+        return rows + [Row(q, (), direction_D) for q in self.questions]
+
+    def _random_latent(self, latent: int) -> int:
+        """Of those that fire somewhere, the same in every run."""
+        others = self.alive[self.alive != latent]
+        require(len(others) > 0, "codes: only one latent fires, so there is no random one to compare with")
+        return int(others[np.random.default_rng((self.config.seed, latent)).integers(len(others))])
+
+    def _mean_residual(self, rows: Sequence[int]) -> Tensor:
+        for row in rows:
+            if row not in self._residuals:
+                self._residuals[row] = self.asking.mean_residual(self.pictures[row], self.config.prompt)
+        return torch.stack([self._residuals[row] for row in rows]).mean(0)
+
+    def _scored(
+        self, place: int, latent: int, random: int | None, given: dict[str, list[str]] | None
+    ) -> dict[str, Any]:
+        """One row of the table; NaN travels as None, which JSON has."""
+        row: dict[str, Any] = {"latent": latent, "n_top": len(self.tops[place]), "other_latent": random}
+        if given is None:
+            return row | dict.fromkeys(("answer", "answer_share", *MEASURES))
+        images_KE = self.embeddings.rows(self.tops[place])
+        target_E = torch.nn.functional.normalize(torch.nn.functional.normalize(images_KE, dim=1).mean(0), dim=0)
+        answer, count = Counter(given["steered"]).most_common(1)[0]
+        row |= {"answer": answer, "answer_share": count / len(self.questions)}
+        answers = {**self.unsteered, **given}
+        row |= {name: self._cosine(answers[name], target_E) for name in CONDITIONS}
+        return row | {name + EMPTY: answers[name].count("") / len(self.questions) for name in CONDITIONS}
+
+    def description(self) -> dict[str, str]:
+        """For the table's metadata."""
+        config, n_asked = self.config, len(self.questions)
+        settings = {name: str(value) for name, value in self.asking.settings.items()}
+        asked = str(n_asked) if config.ask else WHITE
+        return settings | {"alpha": f"{config.alpha:g}", "ask": asked, "prompt": config.prompt,
+                           "seed": str(config.seed)}  # fmt: skip
+
+    def _cosine(self, answers: Sequence[str], target_E: Tensor) -> float:
+        """Mean over the images asked about."""
+        new = sorted(set(answers) - set(self._words))
+        if new:
+            self._words.update(zip(new, self.encoder.embed(new, refuse=False)))  # answers are what they are
+        return float(torch.stack([self._words[answer] for answer in answers]).double().mean(0) @ target_E.double())
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    kinds = {"latent": pa.int64(), "n_top": pa.int64(), "other_latent": pa.int64(), "answer": pa.string()}
+    columns = {}
+    for name in ("latent", "n_top", "other_latent", "answer", "answer_share", *MEASURES):
+        values = [row[name] for row in rows]
+        if name not in kinds:
+            values = [float("nan") if value is None else value for value in values]
+        columns[name] = pa.array(values, kinds.get(name, pa.float64()))
+    return pa.table(columns)

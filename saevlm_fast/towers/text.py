@@ -1,0 +1,191 @@
+"""Models with a text side: LLaVAs, which answer, and CLIPs' text encoders, which say what an answer means."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import require
+from saevlm_fast.towers.load import local_or_hub, one_line_errors, open_clip_model, without_load_report
+
+# Of these families only the text half is loaded.
+_TEXT_HALVES = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
+
+
+def load_llava(
+    spec: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    on_message: Callable[[str], None] = print,
+) -> tuple[Any, Any]:
+    """(model, processor) of hf:NAME_OR_DIR, in eval mode.
+
+    Args:
+        dtype: of the weights; "auto" is that of the checkpoint.
+
+    Raises:
+        ValueError: in one line: not hf:..., missing files or weights, no network.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    prefix, _, name = spec.partition(":")
+    require(prefix == "hf" and name != "", f"model: {spec!r} is not hf:NAME_OR_DIR of a LLaVA")
+    with one_line_errors(spec):
+        model, processor = local_or_hub(
+            name, spec, lambda source, local: (
+                _loaded(AutoModelForImageTextToText, source, local, spec, dtype=dtype),
+                AutoProcessor.from_pretrained(source, local_files_only=local, trust_remote_code=False),
+            ), on_message,
+        )  # fmt: skip
+    return model.to(device).eval().requires_grad_(False), processor
+
+
+def _loaded(model_class: Any, source: str, local: bool, spec: str, **options: Any) -> Any:
+    """Every weight from the files."""
+    with without_load_report():
+        model, info = model_class.from_pretrained(
+            source, local_files_only=local, weights_only=True, trust_remote_code=False, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+    missing = sorted(info["missing_keys"])
+    require(not missing, f"{spec}: {len(missing)} weights are missing, as {(missing or [''])[0]}")
+    return model
+
+
+# --- texts as points in the space of a CLIP's images -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """A CLIP's or SigLIP's text side. Made by `load_text_encoder`.
+
+    Attributes:
+        spec: what was loaded. d: width E of the space shared with images. max_tokens: of a text, special ones included.
+        token_ids: of one text, uncut. unknown: the number of the token for unknown words; None where there is none.
+        project: texts, cut to max_tokens -> [M, E].
+    """
+
+    spec: str
+    d: int
+    max_tokens: int
+    token_ids: Callable[[str], list[int]]
+    unknown: int | None
+    project: Callable[[list[str]], Tensor]
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str], batch_size: int = 256, *, refuse: bool = True) -> Tensor:
+        """Texts -> embeddings float32 [M, E] of unit length, on the host.
+
+        Args:
+            refuse: texts that the model would misread. False for what another model has answered, which nobody chose:
+                a text that is too long is cut, a word that is unknown is read as the tokenizer's token for such.
+
+        Raises:
+            ValueError: with refuse, a text that is too long, or has a word the tokenizer does not know.
+        """
+        for text in texts if refuse else ():
+            self._check(text)
+        parts = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
+        projected = [self.project(part).float().cpu() for part in parts]
+        return torch.nn.functional.normalize(torch.cat(projected), dim=1) if projected else torch.empty(0, self.d)
+
+    def _check(self, text: str) -> None:
+        ids = self.token_ids(text)
+        require(
+            len(ids) <= self.max_tokens,
+            f"texts: {text[:60]!r} has {len(ids)} tokens, {self.spec} takes at most {self.max_tokens}",
+        )
+        require(self.unknown not in ids, f"texts: {text[:60]!r} has a word that {self.spec} does not know")
+
+
+def load_text_encoder(
+    spec: str, device: torch.device | str = "cpu", on_message: Callable[[str], None] = print
+) -> TextEncoder:
+    """The text side of a CLIP or SigLIP, in float32.
+
+    Args:
+        spec: hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE, as `vision.load_tower`.
+
+    Raises:
+        ValueError: in one line: a model without a text side, no tokenizer, and what load_tower refuses.
+    """
+    prefix, _, name = spec.partition(":")
+    loaders = {"hf": _hf_text, "open_clip": _open_clip_text}
+    require(
+        prefix in loaders and name != "", f"text_model: {spec!r} is not hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED"
+    )
+    with one_line_errors(spec):
+        return loaders[prefix](name, spec, torch.device(device), on_message)
+
+
+def _hf_text(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> TextEncoder:
+    model, tokenizer = local_or_hub(name, spec, lambda source, local: _text_half(source, local, spec), on_message)
+    model = model.to(device).eval().requires_grad_(False)
+    length, siglip = model.config.max_position_embeddings, model.config.model_type.startswith("siglip")
+    # SigLIP was trained on padded texts and has no mask; CLIP's state is read at <eos>, wherever that is.
+    padding = "max_length" if siglip else True
+
+    def project(texts: list[str]) -> Tensor:
+        inputs = tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt").to(device)
+        if siglip:
+            return model(input_ids=inputs["input_ids"]).pooler_output
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).text_embeds
+
+    d = model.config.projection_size if siglip else model.config.projection_dim
+    ids = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
+    return TextEncoder(spec, d, length, ids, _unknown(tokenizer), project)
+
+
+def _unknown(tokenizer: Any) -> int | None:
+    """CLIP's own tokenizer, for which <unk> is just <eos>, knows every text."""
+    return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+
+
+def _text_half(source: str, local: bool, spec: str) -> tuple[Any, Any]:
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
+
+    config: Any = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    require(
+        config.model_type in _TEXT_HALVES,
+        f"{spec}: a {config.model_type} model has no text side known here; {', '.join(_TEXT_HALVES)} have",
+    )
+    text_config = config.text_config
+    if config.model_type == "clip":
+        text_config.projection_dim = config.projection_dim
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    _check_vocabulary(len(tokenizer), text_config.vocab_size)
+    model_class = getattr(transformers, _TEXT_HALVES[config.model_type])
+    return _loaded(model_class, source, local, spec, config=text_config, dtype=torch.float32), tokenizer
+
+
+def _check_vocabulary(n_tokens: int, vocab_size: int) -> None:
+    """Without its files transformers makes a tokenizer of special tokens alone, for which all texts are the same.
+
+    An OSError, so that a hub model whose vision tower alone is in the cache is asked of the hub.
+    """
+    if not vocab_size // 2 <= n_tokens <= vocab_size:
+        raise FileNotFoundError(
+            f"its tokenizer has {n_tokens} tokens, its text tower {vocab_size}: tokenizer.json is missing, or another's"
+        )
+
+
+def _open_clip_text(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> TextEncoder:
+    """open_clip has no loader for one half: the whole model is read, and its image side let go."""
+    import open_clip
+
+    model = open_clip_model(name, spec, on_message).eval().requires_grad_(False)
+    del model.visual
+    model = model.to(device)
+    local = name.startswith(("hf-hub:", "local-dir:"))
+    tokenizer = open_clip.get_tokenizer(name if local else name.partition("/")[0])
+    project = lambda texts: model.encode_text(tokenizer(texts).to(device))  # noqa: E731
+    d = project(["a"]).shape[1]
+    inner = getattr(tokenizer, "tokenizer", None)  # of transformers, behind some models
+    if inner is not None:
+        ids = lambda text: inner(text)["input_ids"]  # noqa: E731
+        return TextEncoder(spec, d, tokenizer.context_length, ids, _unknown(inner), project)
+    special = [tokenizer.sot_token_id, tokenizer.eot_token_id]
+    return TextEncoder(spec, d, tokenizer.context_length, lambda text: special + tokenizer.encode(text), None, project)

@@ -1,0 +1,336 @@
+"""A vision tower of any library behind one interface: hook points, one forward that feeds them all, its tokens.
+
+A hook point is where activations are taken:
+
+    residual    the residual stream after block L (0-based)
+    attention   the output of block L's attention module, out-projection included
+    mlp         the output of block L's MLP module
+    pooled      the image vector before any projection into the space shared with text
+    projection  the image embedding in that space
+
+attention and mlp are what their modules return: LayerScale (DINOv2, some of timm and open_clip), a norm behind the
+module (timm's post-norm blocks, open_clip's scale_attn) and the residual addition come after. Blocks without LayerScale
+and such norms therefore add up: residual L = residual L-1 + attention L + mlp L.
+
+Nothing of a model's forward is copied: forward hooks read its own, and the last one needed stops it by an exception.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saevlm_fast.config import require
+from saevlm_fast.data.matrix import first_line
+from saevlm_fast.towers.preprocess import Normalisation
+from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
+
+BLOCK_POINTS, IMAGE_POINTS = ("residual", "mlp", "attention"), ("projection", "pooled")
+# What the libraries call a block's modules. All return the plain output of the sublayer, alone or first in a tuple.
+_SUBLAYERS = {"mlp": ("mlp",), "attention": ("attn", "self_attn", "attention")}
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """Where in a tower: one of BLOCK_POINTS with the 0-based layer, or one of IMAGE_POINTS without."""
+
+    point: str
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        known = BLOCK_POINTS + IMAGE_POINTS
+        require(self.point in known, f"point: {self.point!r} is not one of {', '.join(known)}")
+        if self.point in IMAGE_POINTS:
+            require(self.layer is None, f"layer: {self.point} is one for the whole tower, not of layer {self.layer}")
+        else:
+            require(self.layer is not None, f"layer: {self.point} needs a layer (0-based)")
+            require((self.layer or 0) >= 0, f"layer: {self.layer} must not be negative; the first block is 0")
+
+    @classmethod
+    def all_of(cls, points: Iterable[str], layers: Sequence[int]) -> list["HookPoint"]:
+        """Every point at every layer; projection and pooled once. ValueError if layers lack or have no use."""
+        points = list(points)
+        require(not layers or any(p not in IMAGE_POINTS for p in points), f"layer: {', '.join(points)} has no layers")
+        hook_points = []
+        for point in points:
+            hook_points += [cls(point)] if point in IMAGE_POINTS or not layers else [cls(point, n) for n in layers]
+        return hook_points
+
+    @property
+    def name(self) -> str:
+        """For file names: residual-11, projection."""
+        return self.point if self.layer is None else f"{self.point}-{self.layer}"
+
+
+@dataclass
+class Anatomy:
+    """What a library's loader knows of its model.
+
+    Attributes:
+        blocks: the transformer blocks in order; each returns tokens [B, T, D], alone or first in a tuple.
+        n_prefix, has_cls: tokens before the patches; whether the first is a CLS token.
+        image_points: name -> (module, what makes [B, D] of the module's output).
+        absent: why the other image points are missing.
+        width: of the residual stream, if known.
+        patch_size: if known, the number of tokens is checked against it.
+        batch_first: False if blocks hold [T, B, D].
+        call: calls the model on its inputs.
+        description: JSON for the store.
+    """
+
+    blocks: Sequence[nn.Module]
+    n_prefix: int
+    has_cls: bool
+    image_points: Mapping[str, tuple[nn.Module, Callable[[Any], Tensor]]]
+    absent: Mapping[str, str] = field(default_factory=dict)
+    width: int | None = None
+    patch_size: tuple[int, int] | None = None
+    batch_first: bool = True
+    call: Callable[[nn.Module, dict[str, Tensor]], Any] = lambda model, inputs: model(inputs["pixel_values"])
+    description: dict[str, Any] = field(default_factory=dict)
+
+
+class _Stop(Exception):
+    """Raised by the last hook that is needed: the rest of the forward is not."""
+
+
+class Tower:
+    """A vision model with its preprocessing. Made by `vision.load_tower`.
+
+    Attributes:
+        spec: as the user wrote it. model: frozen, in eval mode, float32. device. n_blocks.
+        preprocess: list of RGB PIL images -> host tensors whose first dimension is the images; picklable, for worker
+            processes. Pixels stay uint8 where the library's own result can be had from them bit by bit.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        model: nn.Module,
+        anatomy: Anatomy,
+        preprocess: Callable[[Sequence[Any]], dict[str, Tensor]],
+        normalisation: Normalisation | None,
+        device: torch.device | str = "cpu",
+    ):
+        require(len(anatomy.blocks) > 0, f"{spec}: {type(model).__name__} has no transformer blocks")
+        self.spec, self.anatomy, self.preprocess, self.device = spec, anatomy, preprocess, torch.device(device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self._normalisation = None if normalisation is None else normalisation.to(self.device)
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.anatomy.blocks)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
+        """The whole model on `preprocess`'s tensors, moved to the device: what the library returns."""
+        inputs = dict(inputs)
+        if self._normalisation is not None:
+            inputs["pixel_values"] = self._normalisation(inputs["pixel_values"])
+        return self.anatomy.call(self.model, inputs)
+
+    def token_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """bool [B, T], False for padding, of towers that pad (SigLIP 2 NaFlex); else None."""
+        mask_BT = inputs.get("pixel_attention_mask")
+        return None if mask_BT is None else mask_BT.bool()
+
+    @contextmanager
+    def hooked(
+        self, points: Iterable[HookPoint], compile: bool = False, autocast: torch.dtype | None = None
+    ) -> Iterator["HookedTower"]:
+        """Yields a callable: inputs on the device -> activations at `points`, in one forward.
+
+        One blank image goes through at once, to learn shapes and which point comes last; every wrong request is a
+        ValueError here. On the way out, also after an error, the hooks are gone and the model is as it was.
+
+        Args:
+            compile: torch.compile the blocks (one compiled code for all of them, made at the first batch); of a block
+                that has hooks inside, only its attention and MLP.
+            autocast: dtype of matrix products; None is float32.
+        """
+        sites = {point: self._site(point) for point in points}
+        require(len(sites) > 0, "point: at least one hook point is needed")
+        run = HookedTower(self, autocast)
+        with ExitStack() as stack:
+            for point, (module, extract) in sites.items():
+                stack.callback(module.register_forward_hook(run._hook(point, extract)).remove)
+            run._probe()
+            if compile:
+                self._compile_blocks(sites, stack)
+            stack.callback(run.close)
+            yield run
+
+    def _site(self, point: HookPoint) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+        """The module whose output holds the point, and what takes it out."""
+        if point.layer is None:
+            reason = self.anatomy.absent.get(point.point, "the model has none")
+            require(point.point in self.anatomy.image_points, f"point: {point.point} of {self.spec}: {reason}")
+            return self.anatomy.image_points[point.point]
+        last = self.n_blocks - 1
+        require(point.layer <= last, f"layer: {point.layer} of {self.spec}, whose blocks are 0 to {last}")
+        block = self.anatomy.blocks[point.layer]
+        return (block if point.point == "residual" else self._sublayer(block, point.point)), self._tokens
+
+    def _sublayer(self, block: nn.Module, point: str) -> nn.Module:
+        for name in _SUBLAYERS[point]:
+            if isinstance(module := getattr(block, name, None), nn.Module):
+                return module
+        kind = type(block).__name__
+        raise ValueError(f"point: {point} of {self.spec}: its blocks ({kind}) have no module of that output")
+
+    def _tokens(self, output: Any) -> Tensor:
+        tokens = output[0] if isinstance(output, tuple) else output
+        return tokens if self.anatomy.batch_first else tokens.transpose(0, 1)
+
+    def _compile_blocks(self, sites: Mapping[HookPoint, Any], stack: ExitStack) -> None:
+        """Replaces forward, not the modules: hooks stay eager, and blocks share the code compiled for their class."""
+        inside = {point.layer for point in sites if point.point in _SUBLAYERS}
+        for layer, block in enumerate(self.anatomy.blocks):
+            for module in [self._sublayer(block, point) for point in _SUBLAYERS] if layer in inside else [block]:
+                stack.callback(_restore, module, vars(module).get("forward"))
+                module.forward = torch.compile(module.forward)
+
+    def blank_inputs(self) -> dict[str, Tensor]:
+        """Preprocessed tensors of one black image, on the device."""
+        from PIL import Image
+
+        return {name: t.to(self.device) for name, t in self.preprocess([Image.new("RGB", (64, 48))]).items()}
+
+    def description(self) -> dict[str, Any]:
+        """JSON: what exactly this tower is, weights included (a hash over all of them; takes a second per gigabyte)."""
+        return {
+            "spec": self.spec,
+            "class": type(self.model).__name__,
+            "blocks": self.n_blocks,
+            "torch": torch.__version__,
+            **self.anatomy.description,
+            "weights_sha256": weights_sha256(self.model),
+        }
+
+
+class HookedTower:
+    """A tower with its hooks in place: call it with inputs on the device. Made by `Tower.hooked`.
+
+    Attributes:
+        shapes: of every point, (T, D), T None for points of the whole image. layout: of the tokens.
+    """
+
+    def __init__(self, tower: Tower, autocast: torch.dtype | None):
+        self.tower = tower
+        self.shapes: dict[HookPoint, tuple[int | None, int]] = {}
+        self.layout = TokenLayout(0, tower.anatomy.n_prefix, tower.anatomy.has_cls)
+        self._autocast = autocast
+        self._acts: dict[HookPoint, Tensor] = {}
+        self._last: HookPoint | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """From now on a call is an error, for the hooks are gone."""
+        self._closed = True
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
+        """Activations [B, T, D], or [B, D] at projection and pooled, as inference tensors."""
+        if self._closed:
+            raise RuntimeError("the tower's hooks are gone: call this inside `with tower.hooked(...)`")
+        with torch.inference_mode(), torch.autocast(self.tower.device.type, self._autocast, self._autocast is not None):
+            try:
+                self.tower.forward(inputs)
+            except _Stop:
+                pass
+            finally:
+                acts, self._acts = self._acts, {}
+        return acts
+
+    def rows_per_image(self, point: HookPoint, tokens: Tokens | None) -> int:
+        """Rows that an image gives at this point (at most, where padding is left out).
+
+        Raises:
+            ValueError: the tower has no such tokens, or not so many.
+        """
+        if self.shapes[point][0] is None:
+            return 1
+        require(tokens is not None, f"tokens: {point.name} needs a choice of tokens")
+        try:
+            return self.layout.rows_per_image(tokens)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{error} ({self.tower.spec})") from None
+
+    def select(
+        self,
+        acts: Tensor,
+        tokens: Tokens | None,
+        image_ids: Sequence[str],
+        seed: int = 0,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> Selected:
+        """tokens.select_tokens with this tower's layout, and the mask of padding that is in `inputs`, if one is."""
+        mask_BT = None if inputs is None else self.tower.token_mask(inputs)
+        return select_tokens(acts, tokens, self.layout, image_ids, seed, mask_BT)
+
+    def _hook(self, point: HookPoint, extract: Callable[[Any], Tensor]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._acts[point] = extract(output)
+            if point == self._last:
+                raise _Stop
+
+        return hook
+
+    def _probe(self) -> None:
+        """One whole forward of a blank image: learns shapes and which point comes last, checks the blocks."""
+        shapes: list[tuple[int, ...]] = []
+        inputs = self.tower.blank_inputs()
+        with ExitStack() as stack:
+            for block in self.tower.anatomy.blocks:
+                record = lambda module, args, output: shapes.append(tuple(self.tower._tokens(output).shape))  # noqa: E731
+                stack.callback(block.register_forward_hook(record).remove)
+            try:
+                acts = self(inputs)
+            except (ValueError, AssertionError) as error:
+                raise ValueError(
+                    f"{self.tower.spec}: model and preprocessing do not fit: {first_line(error)}"
+                ) from error
+        self._check_blocks(shapes, inputs["pixel_values"])
+        self.layout = TokenLayout(shapes[0][1], self.layout.n_prefix, self.layout.has_cls)
+        for point, tensor in acts.items():
+            expected = shapes[0][:2] if point.layer is not None else (1,)
+            if tuple(tensor.shape[:-1]) != expected:
+                raise ValueError(
+                    f"point: {point.name} of {self.tower.spec} is {list(tensor.shape)}, not one vector each"
+                )
+            self.shapes[point] = (None if point.layer is None else tensor.shape[1]), tensor.shape[-1]
+        self._last = list(acts)[-1]
+
+    def _check_blocks(self, shapes: list[tuple[int, ...]], pixels: Tensor) -> None:
+        anatomy, spec = self.tower.anatomy, self.tower.spec
+        plain = len(shapes) == self.tower.n_blocks and len(set(shapes)) == 1 and len(shapes[0]) == 3
+        require(plain, f"{spec}: not a plain vision transformer, whose blocks would all give the same [B, T, D]")
+        if anatomy.patch_size is not None and pixels.ndim == 4:
+            (height, width), (patch_height, patch_width) = pixels.shape[2:], anatomy.patch_size
+            expected = anatomy.n_prefix + (height // patch_height) * (width // patch_width)
+            n_tokens = shapes[0][1]
+            require(
+                n_tokens == expected, f"{spec}: {n_tokens} tokens of an image of {height} x {width}, not {expected}"
+            )
+
+
+def _restore(module: nn.Module, forward: Any) -> None:
+    """The forward that was set on the instance, if one was, else that of its class."""
+    del module.forward
+    if forward is not None:
+        module.forward = forward
+
+
+def weights_sha256(model: nn.Module, as_float32: bool = False) -> str:
+    """Of all weights, with their names, dtypes and shapes; takes a second per gigabyte.
+
+    as_float32: floating-point weights as `load_tower` would hold them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.float() if as_float32 and tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,452 @@
+"""One optimiser step of the paper's recipe, written out: sparse losses and gradients, then the per-latent update.
+
+The dense [B, d_sae] matrix of activations is never formed: encoding returns sparse codes, and every gradient is a sum
+over their entries. tests/helpers/dense_trainer.py is the same in dense autograd; the two agree to 1e-5 over runs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import TrainConfig, require
+from saevlm_fast.kernels.latent_update import (
+    AdamSettings,
+    EntryGradient,
+    RowGradient,
+    adam_,
+    clip_coefficient,
+    dense_gradient_rows,
+    entry_gradient,
+    latent_update_,
+)
+from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum, segment_sum_into
+from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
+from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
+from saevlm_fast.kernels.topk_encode_cpu import Workspace
+from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
+from saevlm_fast.kernels.topk_encode_screened import (
+    LowWeights,
+    batch_topk_encode_screened,
+    screens,
+    topk_encode_screened,
+)
+from saevlm_fast.sae import SparseAutoencoder
+
+_AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
+_BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
+_DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows in these steps: few shapes
+
+_residuals, _centred_rows = Workspace(), Workspace()
+
+
+class Entries(NamedTuple):
+    """Sparse codes as flat entries. Bag b * G + g is the run of row b's entries in Matryoshka group g."""
+
+    acts_M: Tensor
+    latents_M: Tensor
+    row_offsets: Tensor
+    bag_offsets: Tensor
+
+
+class Losses(NamedTuple):
+    """0-d tensors: overall = mse + auxk_alpha * aux."""
+
+    overall: Tensor
+    mse: Tensor
+    aux: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of every parameter; W_enc's are held per latent, [.., d_in] rows, like W_dec's.
+
+    Those of the auxiliary loss, on dead latents alone, are to be added: a list of one or none.
+    """
+
+    W_enc: RowGradient | EntryGradient
+    aux_enc: list[RowGradient]
+    b_enc: Tensor
+    W_dec: RowGradient | EntryGradient
+    aux_dec: list[RowGradient]
+    b_dec: Tensor
+
+
+class StepOutput(NamedTuple):
+    """What a step measured: losses, reconstruction x_hat [B, d_in] (all groups), entries, number of dead latents.
+
+    n_dead is a 0-d tensor on a GPU, once some can be dead.
+    """
+
+    losses: Losses
+    x_hat_BD: Tensor
+    entries: Entries
+    n_dead: int | Tensor
+
+
+class DeadLatents(NamedTuple):
+    """Dead latents, ascending, and how many. On a GPU latents_A is longer: its end is padding, latents of d_sae."""
+
+    latents_A: Tensor
+    number: int | Tensor
+
+
+class DeadBound:
+    """On a GPU: how many latents can be dead in this step, known from the one before. Nobody waits for this step.
+
+    A latent that is dead now had been idle long enough, but for this batch's rows, one step ago. Their number went to
+    the host behind that step's encoding, and the device has had the rest of that step and this encoding to do since.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, torch.cuda.Event, int] | None = None  # count on the host, its arrival, rows allowed
+
+    def latents(self, idle_S: Tensor, n_rows: int, dead_after: int) -> int:
+        """An upper bound on (idle_S >= dead_after).sum(); asks for that of the next step, of at most n_rows rows."""
+        if self._asked is None or n_rows > self._asked[2]:
+            bound = int((idle_S >= dead_after).sum())  # the first time there is nothing to go by: wait
+        else:
+            self._asked[1].synchronize()
+            bound = int(self._asked[0])
+        count, arrival = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+        count.copy_(may_be_dead(idle_S, n_rows, dead_after).sum(), non_blocking=True)
+        arrival.record()
+        self._asked = count, arrival, n_rows
+        return bound
+
+
+def may_be_dead(idle_S: Tensor, n_rows: int, dead_after: int) -> Tensor:
+    """[d_sae] bool: latents that are dead after n_rows more rows, unless they fire in these."""
+    return idle_S + n_rows >= dead_after
+
+
+class Stepper:
+    """An SAE with the state that training needs, and the step that advances it.
+
+    Attributes:
+        sae: trained in place; sees activations already divided by the norm factor. W_enc is also kept in bfloat16 where
+            the encoder can use that: change it by torch's in-place methods or anew, not through `.data`.
+        config: the recipe.
+        moments: Adam's first and second moments by parameter name; W_enc's are latent-major [d_sae, d_in].
+        idle_S: rows seen since each latent last fired, int64.
+        n_steps: steps done. bad_step: first step with a non-finite loss, -1 if none (0-d, on the device).
+
+    What changes from step to step reaches the device in `announce` alone, and `device_step` reads nothing else that
+    changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
+    `announce`; but not once latents can be dead, when its shapes follow their number.
+
+    Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, config: TrainConfig):
+        _check_unit_rows(sae.W_dec.detach())
+        self.sae = sae
+        self.config = config
+        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters().items()}
+        device = sae.b_dec.device
+        self.idle_S = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
+        self.bad_step = torch.tensor(-1, dtype=torch.int64, device=device)
+        self.n_steps = 0
+        self.n_rows_seen = 0
+        self.dead_bound = DeadBound()
+        self.W_enc_low: Tensor | None = None  # W_enc in the dtype of the encoder's product, latent-major
+        self.screen: LowWeights | None = None  # the same with bounds, on a CPU whose encoder screens
+        self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
+        self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
+        self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
+        sae = self.sae
+        named = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        return {name: parameter.detach() for name, parameter in named.items()}
+
+    @torch.no_grad()
+    def step(self, x_BD: Tensor) -> StepOutput:
+        """One training step on a batch [B, d_in] in normalised units."""
+        self.announce(len(x_BD))
+        return self.device_step(x_BD)
+
+    def announce(self, n_rows: int) -> None:
+        """Begin a step of n_rows rows: counters move on, and the device is told its number and Adam's schedule.
+
+        ValueError: n_rows is 0, of which there is no mean loss.
+        """
+        require(n_rows > 0, f"x_BD: {n_rows} rows; a step needs at least 1")
+        self.step_index.fill_(self.n_steps)  # fill_ carries a number along with the launch: no copy, no waiting
+        self.n_steps += 1
+        self.n_rows_seen += n_rows
+        for place, value in enumerate(self._adam().schedule_values()):
+            self.adam_schedule[place].fill_(value)
+
+    @torch.no_grad()
+    def device_step(self, x_BD: Tensor) -> StepOutput:
+        """The step that was announced."""
+        entries = self._encode(x_BD)
+        self._track(entries, len(x_BD))
+        dead = self._dead_latents(len(x_BD))
+        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, entries, dead, self.config.auxk_alpha)
+        first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
+        self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
+        self._update(gradients)
+        return StepOutput(losses, x_hat_BD, entries, dead.number)
+
+    def _encode(self, x_BD: Tensor) -> Entries:
+        sae, k = self.sae, self.sae.config.k
+        inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
+        topk, batch_topk = self._encoders(x_BD)
+        if sae.config.architecture == "topk":
+            acts, latents = topk(*inputs, k=k)
+            row_offsets = torch.arange(0, latents.numel() + 1, k, device=latents.device)
+        else:
+            acts, latents, row_offsets = batch_topk(*inputs, k=k)
+        bags = row_offsets
+        if len(sae.config.group_ends) > 1:
+            bags = group_bag_offsets(latents.flatten(), row_offsets, sae.config.group_ends, sae.config.d_sae)
+        return Entries(acts.flatten().to(sae.W_dec.dtype), latents.flatten(), row_offsets, bags)
+
+    def _encoders(self, x_BD: Tensor) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+        """TopK and BatchTopK, with the low copy of W_enc that they work with."""
+        if self.config.dtype == "bfloat16":
+            W_low_DS = self._low_W_enc().T
+            return partial(topk_encode_rescored, W_low_DS=W_low_DS), partial(
+                batch_topk_encode_rescored, W_low_DS=W_low_DS
+            )
+        if screens(x_BD, self.sae.W_enc, self.sae.config.k):
+            low = self._screening_weights()
+            return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
+        return topk_encode, batch_topk_encode
+
+    def _low_W_enc(self) -> Tensor:
+        """The low copy of W_enc [d_sae, d_in], which the update writes; made here if W_enc was changed otherwise.
+
+        A change through `.data` moves no version counter and is not seen.
+        """
+        if self.W_enc_low is None:
+            self.W_enc_low, self._low_state = torch.empty_like(self.sae.W_enc.T, dtype=torch.bfloat16), None
+        if self._low_state != self._W_enc_state():
+            self.W_enc_low.copy_(self.sae.W_enc.detach().T)
+            self._low_state = self._W_enc_state()
+        return self.W_enc_low
+
+    def _screening_weights(self) -> LowWeights:
+        """The same with bounds."""
+        if self.screen is None:
+            self.screen, self._low_state = LowWeights.empty(*self.sae.W_enc.T.shape), None
+        if self._low_state != self._W_enc_state():
+            self.screen.write_(0, self.sae.W_enc.detach().T)
+            self._low_state = self._W_enc_state()
+        return self.screen
+
+    def _W_enc_state(self) -> tuple[int, int]:
+        """What moves when W_enc is replaced or written to."""
+        return self.sae.W_enc.data_ptr(), self.sae.W_enc._version
+
+    def _track(self, entries: Entries, n_rows: int) -> None:
+        """Dead-latent counters and the moving threshold, as upstream: before the losses."""
+        fired_S = torch.zeros_like(self.idle_S).index_add_(0, entries.latents_M, (entries.acts_M > 0).long())
+        self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
+        if self.sae.config.architecture != "topk":
+            smallest = smallest_positive(entries.acts_M).float()
+            old, beta = self.sae.threshold, self.config.threshold_beta
+            new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
+            self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
+
+    def _dead_latents(self, n_rows: int) -> DeadLatents:
+        """Latents that are dead after this batch of n_rows. A GPU is not waited for, but for the first time."""
+        dead_after, d_sae = self.config.dead_after, self.sae.config.d_sae
+        if self.config.auxk_alpha == 0 or self.n_rows_seen < dead_after:
+            return DeadLatents(self.idle_S.new_empty(0), 0)
+        dead_S = self.idle_S >= dead_after
+        if not dead_S.is_cuda:
+            latents_A = torch.nonzero(dead_S).squeeze(1)
+            return DeadLatents(latents_A, len(latents_A))
+        bound = self.dead_bound.latents(self.idle_S, n_rows, dead_after)
+        size = min(d_sae, -(-bound // _DEAD_ROUNDING) * _DEAD_ROUNDING)
+        return DeadLatents(torch.nonzero_static(dead_S, size=size, fill_value=d_sae).squeeze(1), dead_S.sum())
+
+    def _update(self, gradients: Gradients) -> None:
+        rows = {"W_enc": (gradients.W_enc, gradients.aux_enc), "W_dec": (gradients.W_dec, gradients.aux_dec)}
+        parts = [part for gradient, aux in rows.values() for part in (gradient, *aux)]
+        clip = clip_coefficient(parts, [gradients.b_enc, gradients.b_dec], self.config.clip_norm)
+        adam, parameters = self._adam(), self.parameters()
+        for name, (gradient, aux) in rows.items():
+            copies = (self.W_enc_low, self.screen) if name == "W_enc" else (None, None)
+            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", *copies)
+        self._low_state = self._W_enc_state()
+        for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
+            adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
+
+    def _adam(self) -> AdamSettings:
+        """Adam's settings in the announced step, the n_steps-th."""
+        lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
+        return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
+
+
+def _check_unit_rows(W_dec_SD: Tensor) -> None:
+    norm_S = torch.linalg.vector_norm(W_dec_SD.float(), dim=1)
+    worst = int((norm_S - 1).abs().argmax())
+    require(
+        abs(float(norm_S[worst]) - 1) < 0.01,
+        f"sae: row {worst} of W_dec has norm {float(norm_S[worst]):.4g}, must be 1 (within 0.01)",
+    )
+
+
+def smallest_positive(acts_M: Tensor) -> Tensor:
+    """The smallest activation above 0, or 0 if there is none (0-d)."""
+    if acts_M.numel() == 0:
+        return acts_M.new_zeros(())
+    smallest = torch.where(acts_M > 0, acts_M, torch.inf).min()
+    return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
+
+
+def loss_and_gradients(
+    sae: SparseAutoencoder, x_BD: Tensor, entries: Entries, dead: DeadLatents, auxk_alpha: float
+) -> tuple[Tensor, Losses, Gradients]:
+    """Losses of one batch and the gradient of every parameter, from sparse codes. recipe.md section 1.
+
+    mse = mean over Matryoshka prefixes (one prefix otherwise) of mean_b ||x - x_hat_g||^2: divided by the number of
+    groups once; the paper's code divides twice.
+
+    Returns:
+        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected). On a CPU the next call on this
+        thread overwrites what the gradients of the weights are made from.
+    """
+    n_groups, b_dec = len(sae.config.group_ends), sae.b_dec.detach()
+    x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, entries)
+    mse = squared / (len(x_BD) * n_groups)
+
+    centred_BD = _centred(x_BD, b_dec)
+    dW_enc, dW_dec, db_enc = _latent_gradients(sae, entries, centred_BD, suffix_BGD.flatten(0, 1))
+
+    aux, aux_enc, aux_dec = _auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, db_enc)
+    db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
+    losses = Losses(mse + auxk_alpha * aux, mse, aux)
+    return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec)
+
+
+def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
+    """x - b_dec; on a CPU in memory that the next call on this thread overwrites."""
+    if x_BD.device.type != "cpu":
+        return x_BD - b_dec
+    return torch.sub(x_BD, b_dec, out=_centred_rows.get(x_BD.numel(), x_BD.dtype).view(x_BD.shape))
+
+
+def _prefix_residuals(sae: SparseAutoencoder, x_BD: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all Matryoshka prefixes, row block by row block: a block stays in cache through all that is done to it.
+
+    Returns:
+        x_hat_BD of the last prefix; the sum of the squared residuals x_hat_g - x of all rows and prefixes (0-d); and
+        the gradient of mse that the entries of every group receive [B, G, d_in]: an entry of group j is part of every
+        prefix g >= j, so theirs is the suffix sum. On a CPU the next call on this thread overwrites it.
+    """
+    (n_rows, d_in), n_groups = x_BD.shape, len(sae.config.group_ends)
+    W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
+    x_hat_BD, squared = torch.empty_like(x_BD), []
+    codes = entries.acts_M, entries.latents_M
+    if x_BD.is_cuda:
+        suffix_RD = segment_sum(*codes, entries.bag_offsets, W_dec)
+    else:  # memory of this thread: a first touch of 20 MiB costs ten times the write
+        suffix_RD = _residuals.get(n_rows * n_groups * d_in, x_BD.dtype)
+    suffix_BGD = suffix_RD.view(n_rows, n_groups, d_in)
+    for start, stop in _row_blocks(x_BD, n_groups):
+        x_bD, sums_bGD = x_BD[start:stop], suffix_BGD[start:stop]
+        if not x_BD.is_cuda:
+            offsets = entries.bag_offsets[start * n_groups : stop * n_groups + 1]
+            segment_sum_into(sums_bGD.flatten(0, 1), *codes, offsets, W_dec)
+        sums_bGD[:, 0] += b_dec
+        for g in range(1, n_groups):
+            sums_bGD[:, g] += sums_bGD[:, g - 1]
+        x_hat_BD[start:stop] = sums_bGD[:, -1]
+        sums_bGD -= x_bD[:, None]
+        squared.append(torch.linalg.vector_norm(sums_bGD, dim=2).square_().sum())
+        sums_bGD *= 2 / (n_rows * n_groups)
+        for g in reversed(range(n_groups - 1)):
+            sums_bGD[:, g] += sums_bGD[:, g + 1]
+    return x_hat_BD, torch.stack(squared).sum(), suffix_BGD
+
+
+def _row_blocks(x_BD: Tensor, n_groups: int) -> list[tuple[int, int]]:
+    size = max(1, _BLOCK_BYTES // (n_groups * x_BD.shape[1] * x_BD.element_size()))
+    size = len(x_BD) if x_BD.is_cuda else size
+    return [(start, min(start + size, len(x_BD))) for start in range(0, len(x_BD), size)]
+
+
+def _latent_gradients(
+    sae: SparseAutoencoder, entries: Entries, centred_BD: Tensor, suffix_RD: Tensor
+) -> tuple[RowGradient | EntryGradient, RowGradient | EntryGradient, Tensor]:
+    """dW_enc, dW_dec and db_enc [d_sae], from one sort of the entries by latent."""
+    order_M, offsets_S1 = group_by_latent(entries.latents_M, entries.row_offsets, sae.config.d_sae)
+    bags_M = entry_rows(entries.latents_M, entries.bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
+    rows_M = bags_M // len(sae.config.group_ends)
+    acts_M, latents_M, W_dec = entries.acts_M[order_M], entries.latents_M[order_M], sae.W_dec.detach()
+    dacts_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
+    dacts_M = torch.where(acts_M > 0, dacts_M, 0)
+    dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, W_dec, dacts_M)
+    dW_enc = entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
+    one = dacts_M.new_ones(1, 1)
+    db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
+    return dW_enc, dW_dec, db_enc
+
+
+def _auxiliary(
+    sae: SparseAutoencoder, x_BD: Tensor, x_hat_BD: Tensor, dead: DeadLatents, alpha: float, db_enc: Tensor
+) -> tuple[Tensor, list[RowGradient], list[RowGradient]]:
+    """The auxiliary loss: dead latents reconstruct the residual x - x_hat, detached, without bias. recipe.md 1.
+
+    ||residual - aux reconstruction||^2 over the residual's variance, both mean over the batch; the top d_in / 2 dead
+    latents of each row take part. Gradients are scaled by alpha; db_enc is added to in place.
+    """
+    n_rows, d_in = x_BD.shape
+    if len(dead.latents_A) == 0:
+        return x_BD.new_zeros(()), [], []
+    residual_BD, centred_BD = x_BD - x_hat_BD, x_BD - sae.b_dec.detach()
+    dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
+    variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows
+    W_enc_AD, W_dec_AD = sae.W_enc.detach().T[dead_A], sae.W_dec.detach()[dead_A]
+    b_enc_A = sae.b_enc.detach()[dead_A]
+    dW_enc_AD, dW_dec_AD, db_enc_A = torch.zeros_like(W_enc_AD), torch.zeros_like(W_dec_AD), torch.zeros_like(b_enc_A)
+    squared = residual_BD.new_zeros(())
+    defined = (variance > 0) & (dead.number > 0)
+    scale = torch.where(defined, 2 * alpha / (n_rows * variance), 0)
+    block = max(1, _AUX_ELEMENTS // len(dead_A))
+    for start in range(0, n_rows, block):
+        c_BD, r_BD = centred_BD[start : start + block], residual_BD[start : start + block]
+        acts_BA = torch.addmm(b_enc_A, c_BD, W_enc_AD.T).relu_()
+        if isinstance(dead.number, Tensor):  # padding is never active, and so has zero gradients
+            acts_BA.masked_fill_(dead.latents_A == sae.config.d_sae, 0)
+        acts_BA = _keep_largest_(acts_BA, d_in // 2)
+        error_BD = acts_BA @ W_dec_AD - r_BD
+        squared += error_BD.square().sum()
+        error_BD *= scale
+        dacts_BA = torch.where(acts_BA > 0, error_BD @ W_dec_AD.T, 0)
+        dW_dec_AD.addmm_(acts_BA.T, error_BD)
+        dW_enc_AD.addmm_(dacts_BA.T, c_BD)
+        db_enc_A += dacts_BA.sum(0)
+    db_enc.index_add_(0, dead_A, db_enc_A)
+    aux = torch.where(defined, squared / n_rows / variance, 0)
+    dW_enc = dense_gradient_rows(dead.latents_A, dW_enc_AD)
+    dW_dec = dense_gradient_rows(dead.latents_A, dW_dec_AD, sae.W_dec.detach())
+    return aux, [dW_enc], [dW_dec]
+
+
+def _keep_largest_(acts_BA: Tensor, k: int) -> Tensor:
+    """Zero all but the k largest of every row, in place."""
+    if k >= acts_BA.shape[1]:
+        return acts_BA
+    kept = torch.topk(acts_BA, k, dim=1, sorted=False)
+    return acts_BA.zero_().scatter_(1, kept.indices, kept.values)
+
+
+def geometric_median(points_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
+    """Weiszfeld's iteration from the mean, [D]: where b_dec starts. A point on the guess gets a large finite weight."""
+    guess_D = points_BD.mean(0)
+    for _ in range(max_iter):
+        previous_D = guess_D
+        weights_B = 1 / (points_BD - guess_D).norm(dim=1).clamp(min=torch.finfo(points_BD.dtype).tiny ** 0.5)
+        weights_B = weights_B / weights_B.sum()
+        guess_D = weights_B @ points_BD
+        if (guess_D - previous_D).norm() < tol:
+            break
+    return guess_D

@@ -1,0 +1,97 @@
+"""The bench scripts that are not pytest benches: they run, report what is missing, and their JSON becomes tables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start_script(name, *arguments):
+    command = [sys.executable, "-m", f"bench.{name}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PATH": "/usr/bin:/bin"})
+
+
+def run_script(name, *arguments):
+    done = start_script(name, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def peer_results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("peers") / "peers.json"
+    small = ("--d-in", 16, "--d-sae", 64, "--rows", 8, "--k", 4, "--rounds", 2, "--turn-seconds", 0.01)
+    run_script("training.bench_peers", "--output", path, *small, "--architectures", "topk", "--peers", "sparsify")
+    return path
+
+
+def test_ours_and_the_floor_are_timed_side_by_side(peer_results):
+    results = {one["extra_info"]["impl"]: one for one in json.loads(peer_results.read_text())["benchmarks"]}
+    assert set(results) == {"sparsify", "saevlm-fast", "encoder GEMM"}
+    ours = results["saevlm-fast"]
+    assert len(ours["stats"]["data"]) >= 2
+    assert ours["extra_info"]["this_over_encoder_gemm"] > 0
+    assert ours["extra_info"]["peak_bytes"] > 0
+
+
+def test_a_peer_has_a_speed_or_a_reason(peer_results):
+    peer = next(
+        one for one in json.loads(peer_results.read_text())["benchmarks"] if one["extra_info"]["impl"] == "sparsify"
+    )
+    assert (peer["stats"] is None) == ("failed" in peer["extra_info"])
+
+
+def result(impl, operation, n_images, median, **info):
+    info |= {"operation": operation, "case": f"N={n_images}", "impl": impl, "dtype": "float64 sums", "device": "cpu"}
+    return {"stats": {"median": median}, "extra_info": info | {"shape": {"N": n_images}, "peak_bytes": 2**30}}
+
+
+def test_markdown_tables(peer_results, tmp_path):
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps({"benchmarks": [
+        result("streamed", "score by number of images", 2000, 0.25),
+        result("double_loop", "score by number of images", 2000, 0.5, seconds_of_all=1234.0),
+    ]}))  # fmt: skip
+    run_script("report", peer_results, scores, "--markdown", tmp_path / "tables.md")
+    text = (tmp_path / "tables.md").read_text()
+    assert "| topk | 64 | 8 | saevlm-fast" in text
+    assert "| 2,000 | 0.25 s, 1.00 GiB | 1,200 s (extrapolated) |" in text
+    assert "sparsify: no clip" in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["no", "[1]", '{"benchmarks": 3}', '{"benchmarks": [{}]}', '{"step_share_of_loop": 1}', '{"benchmarks": []}'],
+)
+def test_a_report_of_nothing_keeps_what_is_there(content, tmp_path):
+    (tmp_path / "f.json").write_text(content)
+    (tmp_path / "t.md").write_text("<!-- bench/report.py writes what follows -->\ntables\n")
+    done = start_script("report", tmp_path / "f.json", "--markdown", tmp_path / "t.md")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "tables" in (tmp_path / "t.md").read_text()
+
+
+def test_a_folder_is_no_output_file(tmp_path):
+    done = start_script("training.bench_peers", "--output", tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path} is a directory, must be a file" in done.stderr
+
+
+def test_text_table_has_every_result(peer_results):
+    text = run_script("report", peer_results)
+    assert all(name in text for name in ("sparsify", "saevlm-fast", "encoder GEMM"))
+
+
+def test_whole_run_adds_up(tmp_path):
+    run_script("whole_run.py", "--output", tmp_path / "run.json", "--n-rows", 500, "--d-in", 16, "--d-sae", 64,
+               "--k", 4, "--batch-size", 32, "--steps", 20, "--page-cache", 1)  # fmt: skip
+    measured = json.loads((tmp_path / "run.json").read_text())
+    seconds = measured["seconds"]
+    assert 0 < seconds["step"] < seconds["loop"] < seconds["total"]
+    assert seconds["data"] >= 0
+    assert 0 < measured["step_share_of_run"] <= measured["step_share_of_loop"] <= 1

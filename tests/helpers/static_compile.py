@@ -1,0 +1,159 @@
+"""Compiles Triton kernels for GPUs that are not here, and reads what each costs: registers, spills, shared memory.
+
+Needs no GPU, no driver and no libcuda: triton.compile(ASTSource(...), GPUTarget(...)) and Triton's own cuobjdump.
+It runs in worker processes without TRITON_INTERPRET, because Triton reads that variable once, at import, and the test
+process has it set. One worker pays the imports once for all its cases; compiled kernels land in Triton's own cache.
+
+    cases = [Case("saevlm_fast.kernels.sparse_decode_triton", "decode_kernel", target,
+                  signature={"out_ptr": "*fp32", "n_rows": "i32", "d_in": "i32:16"},
+                  constexprs={"BLOCK_D": 1024}, num_warps=4) for target in TARGETS]
+    for case, used in zip(cases, compile_cases(cases)):
+        assert used.spill_bytes == 0, (case, used)
+
+Signature types are Triton's ("*bf16", "i64", "fp32"). As the JIT does for what torch hands it, pointers are taken to be
+divisible by 16; an integer is only when its type says so ("i32:16"). An integer that is 1 at run time is a constexpr to
+the JIT: put it in constexprs. A constexpr string such as "tl.float32" stands for that object.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ("sm_80", "sm_90", "gfx942")
+SHARED_LIMIT_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one configuration for one target."""
+
+    module: str
+    function: str
+    target: str
+    signature: dict[str, str]
+    constexprs: dict[str, int | float | bool | str | None] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.function}{self.constexprs} w{self.num_warps} s{self.num_stages} {self.target}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiled kernel uses: registers a thread, bytes of spills (local memory) a thread, shared bytes a block.
+
+    gfx942 counts its spilled registers (VGPR + SGPR) as 4 bytes each.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def compile_cases(cases: list[Case], processes: int = 2) -> list[Resources]:
+    """Compiles every case; RuntimeError names the first that does not compile or does not fit in shared memory."""
+    shares = [list(range(i, len(cases), processes)) for i in range(min(processes, len(cases)))]
+    workers = [_start_worker([cases[i] for i in share]) for share in shares]
+    answers = [worker.communicate() for worker in workers]
+    results: dict[int, Resources] = {}
+    for share, worker, (out, err) in zip(shares, workers, answers):
+        if worker.returncode != 0:
+            raise RuntimeError(f"static compile worker failed:\n{err[-4000:]}")
+        results.update(zip(share, (Resources(**used) for used in json.loads(out.splitlines()[-1]))))
+    for i, case in enumerate(cases):
+        if results[i].shared_bytes > SHARED_LIMIT_BYTES[case.target]:
+            raise RuntimeError(f"{case}: {results[i]} exceeds {SHARED_LIMIT_BYTES[case.target]} bytes of shared memory")
+    return [results[i] for i in range(len(cases))]
+
+
+def assert_no_spills(cases: list[Case], processes: int = 2) -> list[Resources]:
+    """compile_cases, and an AssertionError listing every case that spills."""
+    used = compile_cases(cases, processes)
+    spilled = [f"{case}: {resources}" for case, resources in zip(cases, used) if resources.spill_bytes > 0]
+    assert not spilled, "\n".join(spilled)
+    return used
+
+
+def _start_worker(cases: list[Case]) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__, json.dumps([asdict(case) for case in cases])]
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _compile(case: Case) -> Resources:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(case.module), case.function)
+    target = GPUTarget("hip", "gfx942", 64) if case.target == "gfx942" else GPUTarget("cuda", int(case.target[3:]), 32)
+    signature, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in case.constexprs:
+            signature[name] = "constexpr"
+            continue
+        signature[name], _, divisor = case.signature[name].partition(":")
+        if signature[name].startswith("*") or divisor == "16":
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    constexprs = {(kernel.arg_names.index(name),): _resolve(value) for name, value in case.constexprs.items()}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attrs),
+        target=target,
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    registers, spill_bytes = _read_gfx(compiled) if case.target == "gfx942" else _read_cubin(compiled)
+    return Resources(registers, spill_bytes, compiled.metadata.shared)
+
+
+def _resolve(value):
+    if isinstance(value, str) and value.startswith("tl."):
+        import triton.language as tl
+
+        return getattr(tl, value[3:])
+    return value
+
+
+def _read_cubin(compiled) -> tuple[int, int]:
+    import tempfile
+
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    # A kernel's stack frame holds its spills (and nothing else, in Triton); LOCAL is the older name for the same bytes.
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, max(stack, local)
+
+
+def _read_gfx(compiled) -> tuple[int, int]:
+    asm = compiled.asm["amdgcn"]
+    names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    vgprs, *spilled = (int(re.search(rf"\.{name}:\s*(\d+)", asm)[1]) for name in names)
+    return vgprs, 4 * sum(spilled)
+
+
+def main() -> None:
+    used = []
+    for fields in json.loads(sys.argv[1]):
+        case = Case(**fields)
+        try:
+            used.append(asdict(_compile(case)))
+        except Exception as error:
+            raise RuntimeError(f"{case} does not compile") from error
+    print(json.dumps(used))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The CPU encoders that screen in bfloat16: the codes of float32, bounds that hold, and when they step aside."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import saevlm_fast.training.step as step_module
+from saevlm_fast.kernels import reference, topk_encode_screened
+from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
+from saevlm_fast.kernels.topk_encode_cpu import GROUP
+from saevlm_fast.kernels.topk_encode_screened import (
+    ROUNDING,
+    LowWeights,
+    _chunks,
+    batch_topk_encode_screened,
+    screens,
+    threshold_encode_screened,
+)
+from saevlm_fast.kernels.topk_encode_screened import topk_encode_screened as topk_screened
+from test_step import make
+from test_topk_encode import assert_codes, float_inputs, integer_inputs
+
+SHAPES = [(1, 3, 1009), (33, 7, 1009), (7, 11, 4099), (64, 96, 2048), (70, 129, 6001)]
+KS = [1, 3, 8]
+
+
+@pytest.fixture
+def only_screening(monkeypatch):
+    """The float32 product is out of reach."""
+
+    def unreachable(*_):
+        raise AssertionError("left to the float32 product")
+
+    for name in ("topk_encode_cpu", "batch_topk_encode_cpu", "threshold_encode_cpu"):
+        monkeypatch.setattr(topk_encode_screened, name, unreachable)
+
+
+@pytest.mark.parametrize("buffer_bytes", [None, 30_000])
+@pytest.mark.parametrize("kind", ["ties", "negative", "sparse", "nan"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_reference_with_ties(shape, kind, buffer_bytes):
+    inputs = integer_inputs(shape, torch.float32, kind)
+    for k in KS:
+        assert_codes(topk_screened(*inputs, k, buffer_bytes), reference.topk_encode(*inputs, k))
+        assert_codes(batch_topk_encode_screened(*inputs, k, buffer_bytes), reference.batch_topk_encode(*inputs, k))
+    for threshold in (0.0, 1.5, 9.0, 1e39, torch.inf):
+        found = threshold_encode_screened(*inputs, threshold, buffer_bytes)
+        assert_codes(found, reference.threshold_encode(*inputs, threshold))
+
+
+@pytest.mark.usefixtures("only_screening")
+@pytest.mark.parametrize("low", [False, True], ids=["rounds W", "given low W"])
+@pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
+def test_equals_float64_by_screening_alone(shape, low):
+    inputs = float_inputs(shape, torch.float32)
+    weights = LowWeights.empty(shape[2], shape[1])
+    weights.write_(0, inputs[1].t())
+    rest = (None, weights if low else None)
+    truth = [tensor.double() for tensor in inputs]
+    close = dict(rtol=1e-5, atol=1e-5, check_dtype=False)
+    for k in KS:
+        for found, expected in zip(topk_screened(*inputs, k, *rest), reference.topk_encode(*truth, k)):
+            assert_close(found, expected, **close)
+        found = batch_topk_encode_screened(*inputs, k, *rest)
+        for part, expected in zip(found, reference.batch_topk_encode(*truth, k)):
+            assert_close(part, expected, **close)
+    threshold = float(reference.topk_encode(*truth, 8)[0].median())
+    for found, expected in zip(
+        threshold_encode_screened(*inputs, threshold, None), reference.threshold_encode(*truth, threshold)
+    ):
+        assert_close(found, expected, **close)
+
+
+@pytest.mark.usefixtures("only_screening")
+def test_latents_that_bfloat16_cannot_tell_apart():
+    """The best 40 latents differ by a millionth: their order in bfloat16 is chance, in float32 it is known."""
+    n_rows, d_in, d_sae, k = 64, 32, 4096, 8
+    generator = torch.Generator().manual_seed(0)
+    direction_D = torch.randn(d_in, generator=generator)
+    W_enc_SD = torch.randn(d_sae, d_in, generator=generator) / 20
+    alike = torch.randperm(d_sae, generator=generator)[:40]
+    W_enc_SD[alike] = direction_D * (1 + 4e-6 * torch.arange(40))[:, None]
+    x_BD = direction_D + torch.randn(n_rows, d_in, generator=generator) / 100
+    zeros = torch.zeros(d_sae), torch.zeros(d_in)
+    acts, latents = topk_screened(x_BD, W_enc_SD.t(), *zeros, k)
+    assert torch.equal(latents, alike[-k:].sort().values.expand(n_rows, k))
+    assert_close(acts, (x_BD @ W_enc_SD.t()).gather(1, latents), rtol=1e-5, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    d_in=st.integers(1, 200),
+    scales=st.tuples(*[st.integers(-100, 40)] * 3),
+    spread=st.floats(0, 6),
+)
+def test_bounds_hold(seed, d_in, scales, spread):
+    """|z - v| <= slack + r |v| for every latent, at any scale, with outlying dimensions, zeros and biases."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator) * (spread * torch.randn(*size, generator=generator)).exp()  # noqa: E731, E501  # fmt: skip
+    x_BD, W_SD, b_S = draw(5, d_in), draw(130, d_in), draw(130)
+    x_BD, W_SD, b_S = (t * 2.0**scale for t, scale in zip((x_BD, W_SD, b_S), scales))
+    x_BD[0] = 0
+    (chunk,) = _chunks(x_BD, W_SD.t(), b_S, torch.zeros(d_in), None)
+    v_BS = chunk.pre_RP.view(torch.bfloat16)[:, :130].double()
+    slack_BS = chunk.slack_RG.repeat_interleave(GROUP, 1)[:, :130].double()
+    z_BS = x_BD.double() @ W_SD.double().t() + b_S.double()
+    sound_B = chunk.sound_R()
+    assert bool(sound_B.all()) or float(slack_BS.max()) > 1e29
+    error_BS = (z_BS - v_BS).abs() - ROUNDING * v_BS.abs()
+    assert bool((error_BS <= slack_BS)[sound_B].all())
+    lower_BG = chunk.lower_RG().double()
+    z_BG = torch.nn.functional.pad(z_BS, (0, -130 % GROUP), value=-torch.inf).unflatten(1, (-1, GROUP)).amax(2)
+    assert bool((lower_BG <= z_BG)[sound_B].all())
+
+
+@pytest.mark.parametrize("rounded", ["x", "W_enc"])
+def test_bounds_are_reached(rounded):
+    """All roundings of a factor in one direction, and a sum near 0: the error is all that the slack allows for."""
+    d_in, error = 64, 0.99 * 2.0**-8
+    ones_1D, hard_1D = torch.ones(1, d_in), torch.tensor([1 + error, -(1 + 2.0**-7 - error)]).repeat(1, d_in // 2)
+    x_BD, W_SD = (hard_1D, ones_1D) if rounded == "x" else (ones_1D, hard_1D)
+    (chunk,) = _chunks(x_BD, W_SD.t(), torch.zeros(1), torch.zeros(d_in), None)
+    v = chunk.pre_RP.view(torch.bfloat16)[0, 0].double()
+    found = float((x_BD.double() @ W_SD.double().t() - v).abs())
+    assert 0.95 * float(chunk.slack_RG) < found < float(chunk.slack_RG)
+
+
+@pytest.mark.usefixtures("only_screening")
+def test_a_row_may_hold_most_of_a_batch():
+    """BatchTopK: one row with far larger activations has entries in every group."""
+    inputs = float_inputs((64, 96, 8192), torch.float32)
+    inputs[0][5] *= 4
+    assert_equal_in_float32(batch_topk_encode_screened(*inputs, 8), reference.batch_topk_encode(*inputs, 8))
+
+
+def test_outputs_round_too():
+    """One weight a latent, which bfloat16 holds exactly: only the output's rounding is left, and the bias's."""
+    steps = 1 + torch.arange(128) / 128
+    x_BD, W_SD = steps[:, None], steps[:, None]
+    (chunk,) = _chunks(x_BD, W_SD.t(), torch.zeros(128), torch.zeros(1), None)
+    z_BG = (x_BD @ W_SD.t()).double().unflatten(1, (-1, GROUP)).amax(2)
+    assert bool((chunk.maxima_RG.view(torch.bfloat16) > z_BG).any())
+    assert bool((chunk.lower_RG() <= z_BG).all())
+    bias = torch.tensor([1 + 0.99 * 2.0**-8])
+    (chunk,) = _chunks(torch.ones(1, 1), -torch.ones(1, 1), bias, torch.zeros(1), None)
+    v = float(chunk.pre_RP.view(torch.bfloat16)[0, 0])
+    assert 2.0**-9 < abs(float(bias) - 1 - v) <= float(chunk.slack_RG)
+
+
+def test_vague_rows_alone_are_left_to_float32(monkeypatch):
+    """Rows at b_dec: all that is left is b_enc, whose values bfloat16 cannot tell apart."""
+    x_BD, W_enc_DS, b_enc_S, b_dec_D = float_inputs((256, 16, 4096), torch.float32)
+    b_enc_S = 0.5 + b_enc_S / 1000
+    x_BD[::10] = b_dec_D
+    left = []
+    original = topk_encode_screened.topk_encode_cpu
+    monkeypatch.setattr(
+        topk_encode_screened, "topk_encode_cpu", lambda x, *rest: left.append(len(x)) or original(x, *rest)
+    )
+    inputs = x_BD, W_enc_DS, b_enc_S, b_dec_D
+    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
+    assert left == [26]
+
+
+def test_neither_autocast_nor_the_default_dtype_touches_the_bounds():
+    inputs = float_inputs((64, 96, 2048), torch.float32)
+    (plain,) = _chunks(*inputs, None)
+    slack_RG, codes = plain.slack_RG.clone(), topk_screened(*inputs, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            (chunk,) = _chunks(*inputs, None)
+            assert torch.equal(chunk.slack_RG, slack_RG)
+            found = topk_screened(*inputs, 3), batch_topk_encode_screened(*inputs, 3)
+            assert LowWeights.empty(3, 2).norm_S.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_codes(found[0], codes)
+    assert_codes(found[1], batch_topk_encode_screened(*inputs, 3))
+
+
+def test_bounds_are_of_use():
+    """At most 3 k candidates of random data, so that a bound of plenty cannot pass for a sound one."""
+    x_BD, W_enc_DS, b_enc_S, b_dec_D = float_inputs((64, 256, 8192), torch.float32)
+    (chunk,) = _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, None)
+    bound_R = reference.topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, 20)[0].amin(1)
+    values, _, sure_R = topk_encode_screened._candidates(chunk, bound_R, W_enc_DS, b_enc_S)
+    assert bool(sure_R.all())
+    assert 20 * 64 <= len(values) < 3 * 20 * 64
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("where", ["x", "W_enc", "b_enc"])
+def test_values_without_bounds_are_left_to_float32(bad, where):
+    inputs = [tensor.contiguous() for tensor in float_inputs((64, 16, 2048), torch.float32)]
+    inputs[1] = inputs[1].t().contiguous().t()
+    {"x": inputs[0][3], "W_enc": inputs[1].t()[700], "b_enc": inputs[2][900:901]}[where][0] = bad
+    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
+    assert_equal_in_float32(batch_topk_encode_screened(*inputs, 5), reference.batch_topk_encode(*inputs, 5))
+    assert_equal_in_float32(threshold_encode_screened(*inputs, 2.0, None), reference.threshold_encode(*inputs, 2.0))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_one_row_without_bounds_leaves_the_others_to_screening(monkeypatch, bad):
+    x_BD, W_enc_DS, b_enc_S, b_dec_D = float_inputs((256, 16, 4096), torch.float32)
+    x_BD[100, 3], x_BD[7] = bad, b_dec_D  # and one with few positives
+    left = []
+    original = topk_encode_screened.topk_encode_cpu
+    monkeypatch.setattr(
+        topk_encode_screened, "topk_encode_cpu", lambda x, *rest: left.append(len(x)) or original(x, *rest)
+    )
+    b_enc_S -= 0.5
+    inputs = x_BD, W_enc_DS, b_enc_S, b_dec_D
+    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
+    assert 1 <= sum(left) <= 20
+
+
+def assert_equal_in_float32(found, expected):
+    for part, truth in zip(found, expected, strict=True):
+        assert_close(part, truth, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.usefixtures("only_screening")
+def test_one_latent_of_a_huge_norm_costs_a_group_only():
+    inputs = float_inputs((64, 16, 8200), torch.float32)
+    inputs[1].t()[-1] *= 1e4  # of the last group, which is not full
+    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
+
+
+def test_the_public_functions_take_this_path(monkeypatch):
+    inputs = float_inputs((5, 16, 3000), torch.float32)
+    assert not screens(*inputs[:2])  # few rows
+    expected = topk_encode(*inputs, 5), batch_topk_encode(*inputs, 5), threshold_encode(*inputs, 1.0)
+    calls = []
+    monkeypatch.setattr(topk_encode_screened, "screens", lambda *_: True)
+    for name in ("topk_encode_screened", "batch_topk_encode_screened", "threshold_encode_screened"):
+        original = getattr(topk_encode_screened, name)
+        monkeypatch.setattr(
+            topk_encode_screened, name, lambda *args, original=original: calls.append(1) or original(*args)
+        )
+    found = topk_encode(*inputs, 5), batch_topk_encode(*inputs, 5), threshold_encode(*inputs, 1.0)
+    for one, other in zip(found, expected):
+        assert_equal_in_float32(one, other)
+    assert len(calls) == 3
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX on this machine")
+def test_where_it_pays():
+    x_BD, W_enc_DS, *_ = float_inputs((64, 16, 5120), torch.float32)
+    W_enc_DS = W_enc_DS.t().contiguous().t()
+    assert screens(x_BD, W_enc_DS, 20)
+    assert not screens(x_BD, W_enc_DS, 21)
+    assert not screens(x_BD[:63], W_enc_DS, 20)
+    assert not screens(x_BD, W_enc_DS.contiguous(), 20)
+    assert not screens(x_BD.double(), W_enc_DS.double(), 20)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_whole_steps(monkeypatch, architecture):
+    """Same losses and weights as by float32 products; the update keeps the low weights up to date."""
+    make_one = lambda: make(architecture, d_sae=1031, k=3, dead_after=10**6)  # noqa: E731
+    (plain, _, data), (stepper, _, _) = make_one(), make_one()
+    for start in range(0, 5 * 61, 61):
+        x_BD = data[start : start + 61]
+        losses = plain.step(x_BD).losses
+        monkeypatch.setattr(step_module, "screens", lambda *_: True)
+        assert_close(stepper.step(x_BD).losses, losses, rtol=1e-5, atol=1e-6)
+        monkeypatch.setattr(step_module, "screens", lambda *_: False)
+    assert_close(stepper.sae.W_enc, plain.sae.W_enc, rtol=1e-3, atol=1e-3)  # Adam: small gradients' signs count
+    fresh = LowWeights.empty(*stepper.sae.W_enc.T.shape)
+    fresh.write_(0, stepper.sae.W_enc.detach().T)
+    assert plain.screen is None
+    for kept, expected in zip(stepper.screen, fresh):
+        assert torch.equal(kept, expected)
+    with torch.no_grad():
+        stepper.sae.W_enc *= 2  # changed by others: seen
+    assert torch.equal(stepper._screening_weights().W_SD, stepper.sae.W_enc.T.bfloat16())
+    plain.step(data[:61])  # had no low weights so far
+    assert torch.equal(plain._screening_weights().W_SD, plain.sae.W_enc.T.bfloat16())

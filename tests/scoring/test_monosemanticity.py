@@ -1,0 +1,439 @@
+"""Streamed scores against the float64 double loop over pairs, in any chunks; statuses, errors, tables, files."""
+
+import csv
+import json
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from command import run
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.data.codes import CodesWriter, open_codes
+from saevlm_fast.data.rows import ActivationWriter, open_activations
+from saevlm_fast.kernels import reference
+from saevlm_fast.kernels.pairwise_similarity import SIMILARITIES
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.monosemanticity import (
+    STATUSES,
+    MonosemanticityScores,
+    StreamedScore,
+    check_scores_path,
+    write_scores,
+)
+from saevlm_fast.scoring.monosemanticity import score as score_stores
+
+N_IMAGES, N_LATENTS, D_EMB = 90, 24, 11
+
+
+def make_data(seed: int = 0):
+    """Non-negative activations [N, S]: the first latents are hard cases, the others fire on a fifth of the images."""
+    generator = torch.Generator().manual_seed(seed)
+    acts_NS = torch.rand(N_IMAGES, N_LATENTS, generator=generator, dtype=torch.float64)
+    acts_NS *= torch.rand(N_IMAGES, N_LATENTS, generator=generator) < 0.2
+    spread_N = torch.rand(N_IMAGES, generator=generator, dtype=torch.float64)
+    acts_NS[:, :12] = 0.0
+    acts_NS[3, 1] = 2.0  # single
+    acts_NS[1, 2], acts_NS[N_IMAGES - 2, 2] = 1e6, 1.0  # two images
+    acts_NS[5, 3], acts_NS[6, 3] = 1e-6, 1.0
+    acts_NS[:, 4] = 5.0  # constant
+    acts_NS[:, 5] = 1000 + spread_N  # fires on every image
+    acts_NS[:, 6] = spread_N + 0.1  # on every image but one, in the middle
+    acts_NS[N_IMAGES // 2, 6] = 0.0
+    acts_NS[:, 7] = 0.3  # one image above a positive minimum
+    acts_NS[7, 7] = 0.4
+    acts_NS[:, 8] = torch.linspace(9.0, 1.0, N_IMAGES)  # the minimum falls with every image
+    acts_NS[:, 9] = 1e-9  # two images above a small minimum
+    acts_NS[:2, 9] = 1e6
+    acts_NS[0, 10] = 1e6  # a large first image, then many small ones
+    acts_NS[1:, 10] = spread_N[1:]
+    acts_NS[:40, 11] = 7.0 + spread_N[:40]  # on every image of the first chunks, then never
+    return acts_NS, torch.randn(N_IMAGES, D_EMB, generator=generator, dtype=torch.float64)
+
+
+def to_csr(acts_NS):
+    rows_M, latents_M = torch.nonzero(acts_NS).unbind(1)
+    row_offsets = torch.nn.functional.pad((acts_NS != 0).sum(1).cumsum(0), (1, 0))
+    return acts_NS[rows_M, latents_M], latents_M, row_offsets
+
+
+def score(acts_NS, emb_NE, similarity="cosine", sizes=(), dense=False, **options) -> MonosemanticityScores:
+    """Scores in chunks of the given sizes (the last takes what is left)."""
+    streamed = StreamedScore(acts_NS.shape[1], similarity, **options)
+    bounds = [0, *torch.tensor(sizes, dtype=torch.int64).cumsum(0).tolist(), len(acts_NS)]
+    for first, last in pairwise(bounds):
+        if dense:
+            streamed.update_dense(acts_NS[first:last], emb_NE[first:last])
+        else:
+            streamed.update(*to_csr(acts_NS[first:last]), emb_NE[first:last])
+    return streamed.result()
+
+
+def assert_scores(scores: MonosemanticityScores, truth_S, tolerance: float) -> None:
+    assert torch.equal(scores.ms.isnan(), truth_S.isnan())
+    assert torch.equal(scores.ms.isnan(), scores.status != STATUSES.index("defined"))
+    torch.testing.assert_close(scores.ms, truth_S, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("sizes", [(), (1,), (20, 20, 20), (1,) * 89])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_against_double_loop(similarity, sizes, dense):
+    acts_NS, emb_NE = make_data()
+    truth_S = reference.monosemanticity(acts_NS, emb_NE, similarity)
+    scores = score(acts_NS, emb_NE, similarity, sizes, dense, block_rows=1)
+    assert_scores(scores, truth_S, 1e-12)
+    names = [STATUSES[code] for code in scores.status[:8]]
+    assert names == ["dead", "single", "defined", "defined", "constant", "defined", "defined", "single"]
+    assert torch.equal(scores.n_active, (acts_NS > 0).sum(0))
+    assert torch.equal(scores.max_activation, acts_NS.amax(0))
+    assert (scores.n_images, scores.similarity) == (N_IMAGES, similarity)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 25), max_size=6).filter(lambda sizes: sum(sizes) <= N_IMAGES),
+    st.integers(1, 100),
+    st.integers(0, 3),
+)
+def test_chunking_does_not_matter(sizes, block_rows, seed):
+    acts_NS, emb_NE = make_data(seed)
+    acts_NS = acts_NS[torch.randperm(N_IMAGES, generator=torch.Generator().manual_seed(seed))]
+    truth_S = score(acts_NS, emb_NE).ms
+    assert_scores(score(acts_NS, emb_NE, sizes=sizes, block_rows=block_rows), truth_S, 1e-12)
+    assert_scores(score(acts_NS, emb_NE, sizes=sizes, dense=True), truth_S, 1e-12)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_negative_raw_neurons_float32(similarity):
+    generator = torch.Generator().manual_seed(1)
+    acts_NK = torch.randn(600, 7, generator=generator)
+    acts_NK[:, 1] = -2.0
+    acts_NK[:, 2] -= 1000.0
+    acts_NK[:, 3] = 0.0
+    acts_NK[:, 4] = -1.0
+    acts_NK[4, 4] = -0.5
+    emb_NE = torch.randn(600, 9, generator=generator)
+    scores = score(acts_NK, emb_NE, similarity, sizes=(300, 299), dense=True)
+    assert_scores(scores, reference.monosemanticity(acts_NK.double(), emb_NE.double(), similarity), 1e-11)
+    assert [STATUSES[code] for code in scores.status[1:5]] == ["constant", "defined", "dead", "single"]
+    assert scores.max_activation[1] == -2.0
+
+
+def test_fixed_k_codes_and_padding():
+    """Zero activations in [B, K] codes, and entries after the last row, do not fire."""
+    acts_NK = torch.tensor([[2.0, 0.0], [1.0, 3.0], [0.0, 0.0]])
+    latents_NK = torch.tensor([[1, 2], [1, 2], [0, 1]])
+    emb_NE = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    fixed, ragged = StreamedScore(4), StreamedScore(4)
+    fixed.update(acts_NK, latents_NK, None, emb_NE)
+    padded = torch.tensor([2.0, 1.0, 3.0, 0.0, 0.0]), torch.tensor([1, 1, 2, 0, 0])
+    ragged.update(*padded, torch.tensor([0, 1, 3, 3]), emb_NE)
+    for scores in (fixed.result(), ragged.result()):
+        assert [STATUSES[code] for code in scores.status] == ["dead", "defined", "single", "dead"]
+        torch.testing.assert_close(scores.ms[1], torch.cosine_similarity(*emb_NE[:2].double(), dim=0))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("n_images", [0, 1, 2])
+def test_few_images(n_images, similarity, dense):
+    acts_NS = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, 3.0]])[:n_images]
+    emb_NE = torch.randn(2, 4)[:n_images]
+    scores = score(acts_NS, emb_NE, similarity, dense=dense)
+    assert scores.ms.isnan().all()
+    expected = {0: ["dead"] * 3, 1: ["constant", "dead", "constant"], 2: ["constant", "dead", "single"]}
+    assert [STATUSES[code] for code in scores.status] == expected[n_images]
+    assert scores.summary().counts["defined"] == 0
+    assert math.isnan(scores.summary().mean)
+    assert StreamedScore(3).result().ms.isnan().all()
+
+
+def test_result_may_be_asked_twice_and_added_to():
+    acts_NS, emb_NE = make_data()
+    for similarity in ("cosine", "rbf"):
+        streamed = StreamedScore(N_LATENTS, similarity)
+        for rows in (slice(0, 50), slice(50, None)):
+            streamed.update(*to_csr(acts_NS[rows]), emb_NE[rows])
+            first = streamed.result()
+            assert torch.equal(first.status, streamed.result().status)
+        assert_scores(first, reference.monosemanticity(acts_NS, emb_NE, similarity), 1e-12)
+
+
+def test_rbf_takes_gamma():
+    acts_NS, emb_NE = make_data()
+    truth_S = reference.monosemanticity(acts_NS, emb_NE, "rbf", 0.01)
+    assert_scores(score(acts_NS, emb_NE, "rbf", gamma=0.01), truth_S, 1e-12)
+
+
+def change(tensor, row, value):
+    changed = tensor.clone()
+    changed[row] = value
+    return changed
+
+
+def test_bad_rows_are_named_and_leave_the_sums():
+    acts_NS, emb_NE = make_data()
+    streamed = StreamedScore(N_LATENTS)
+    streamed.update(*to_csr(acts_NS[:50]), emb_NE[:50])
+    codes, emb_nE = to_csr(acts_NS[50:]), emb_NE[50:]
+    acts_M, latents_M, row_offsets = codes
+    at = int(row_offsets[4])  # the first entry of image 54
+    bad = [
+        ((*codes, change(emb_nE, 4, 0.0)), "image 54: embedding is zero"),
+        ((*codes, change(emb_nE, 4, float("nan"))), "image 54: embedding is NaN"),
+        ((*codes, change(emb_nE, 4, float("inf"))), "image 54: embedding is NaN, infinite"),
+        ((change(acts_M, at, float("nan")), latents_M, row_offsets, emb_nE), "image 54: sparse activation"),
+        ((change(acts_M, at, -1.0), latents_M, row_offsets, emb_nE), "image 54: sparse activation is negative"),
+        (
+            (acts_M, change(latents_M, at, N_LATENTS), row_offsets, emb_nE),
+            rf"image 54: latent is not in \[0, {N_LATENTS}",
+        ),
+        ((*codes, emb_nE[:-1]), r"emb_nE: shape \(39, 11\) is not \[40, E\]"),
+        ((*codes, emb_nE[:, :-1]), "emb_nE: width 10 differs from the 11"),
+        ((acts_M[:-1], latents_M, row_offsets, emb_nE), "acts, latents: shapes"),
+    ]
+    for arguments, message in bad:
+        with pytest.raises(ValueError, match=message):
+            streamed.update(*arguments)
+    with pytest.raises(ValueError, match="not both"):
+        streamed.update_dense(acts_NS, emb_NE)
+    streamed.update(*codes, emb_nE)
+    assert_scores(streamed.result(), reference.monosemanticity(acts_NS, emb_NE), 1e-12)
+
+
+def test_bad_dense_rows_and_options():
+    acts_NS, emb_NE = make_data()
+    streamed = StreamedScore(N_LATENTS)
+    with pytest.raises(ValueError, match="image 3: acts_nK holds NaN"):
+        streamed.update_dense(change(acts_NS, 3, float("nan")), emb_NE)
+    with pytest.raises(ValueError, match=r"acts_nK: shape \(90, 23\)"):
+        streamed.update_dense(acts_NS[:, 1:], emb_NE)
+    with pytest.raises(ValueError, match="'l2' is not one of cosine, dot, rbf"):
+        StreamedScore(3, "l2")
+    with pytest.raises(ValueError, match="gamma: 0"):
+        StreamedScore(3, "rbf", gamma=0.0)
+
+
+def test_zero_embedding_is_no_error_for_dot_and_rbf():
+    acts_NS, emb_NE = make_data()
+    emb_NE[2] = 0.0
+    for similarity in ("dot", "rbf"):
+        truth_S = reference.monosemanticity(acts_NS, emb_NE, similarity)
+        assert_scores(score(acts_NS, emb_NE, similarity), truth_S, 1e-12)
+
+
+def test_summary():
+    scores = MonosemanticityScores(
+        ms=torch.tensor([0.5, float("nan"), 0.1, 0.5, 0.3], dtype=torch.float64),
+        status=torch.tensor([0, 1, 0, 0, 0], dtype=torch.int8),
+        n_active=torch.tensor([2, 0, 3, 4, 5]),
+        max_activation=torch.ones(5, dtype=torch.float64),
+        n_images=9,
+        similarity="cosine",
+    )
+    summary = scores.summary(n_extreme=3)
+    assert summary.counts == {"defined": 4, "dead": 1, "constant": 0, "single": 0}
+    assert summary.mean == pytest.approx(0.35)
+    assert summary.std == pytest.approx(torch.tensor([0.5, 0.1, 0.5, 0.3]).std(correction=0).item())
+    assert summary.best == 0.5
+    assert summary.quantiles[0.5] == pytest.approx(0.4)
+    assert summary.best_latents == [(0, 0.5), (3, 0.5), (4, 0.3)]
+    assert summary.worst_latents == [(2, 0.1), (4, 0.3), (0, 0.5)]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".json"])
+def test_written_files(tmp_path, suffix):
+    acts_NS, emb_NE = make_data()
+    scores, path = score(acts_NS, emb_NE), tmp_path / f"scores{suffix}"
+    path.write_text("what was there before")
+    write_scores(scores, path, {"sae": "here"})
+    metadata = {"similarity": "cosine", "n_images": "90", "sae": "here"}
+    if suffix == ".parquet":
+        table = pq.read_table(path)
+        assert {k.decode(): v.decode() for k, v in table.schema.metadata.items()} == metadata
+        rows = table.to_pylist()
+    elif suffix == ".csv":
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        contents = json.loads(path.read_text())
+        assert contents["metadata"] == metadata
+        rows = contents["latents"]
+    assert list(rows[0]) == ["latent", "ms", "status", "n_active", "max_activation"]
+    assert [row["status"] for row in rows] == [STATUSES[code] for code in scores.status]
+    ms_S = torch.tensor([float("nan") if row["ms"] is None else float(row["ms"]) for row in rows], dtype=torch.float64)
+    assert torch.equal(ms_S.nan_to_num(9.0), scores.ms.nan_to_num(9.0))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "scores.csv"
+    path.write_text("before")
+    monkeypatch.setattr(
+        "saevlm_fast.scoring.monosemanticity.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        write_scores(score(*make_data()), path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_output_path_is_checked(tmp_path):
+    for name in ("scores.txt", "scores", "none/scores.csv"):
+        with pytest.raises(ValueError, match="output: "):
+            check_scores_path(tmp_path / name)
+    assert check_scores_path(tmp_path / "scores.csv") == tmp_path / "scores.csv"
+
+
+# Scores from stores ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """300 images: activations, their codes by a BatchTopK SAE in every dtype, and embeddings, all with image ids."""
+    path, generator = tmp_path_factory.mktemp("stores"), torch.Generator().manual_seed(0)
+    x_ND, emb_NE = (torch.randn(300, width, generator=generator) for width in (16, 9))
+    items = {"image": [f"{i}.jpg" for i in range(300)], "token": [0] * 300}
+    for name, rows in (("x", x_ND), ("e", emb_NE)):
+        with ActivationWriter(path / name, rows.shape[1], torch.float32, {}, rows_per_shard=80) as writer:
+            writer.append(rows, items)
+    sae = SparseAutoencoder(SAEConfig(16, 64, 6, "batch_topk")).eval()
+    sae.threshold.fill_(0.6)
+    with torch.no_grad():
+        codes = sae.encode(x_ND)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with CodesWriter(path / str(dtype).removeprefix("torch."), 64, dtype, {}) as writer:
+            writer.write_shard(0, codes, items)
+    np.save(path / "e.npy", emb_NE.numpy())
+    return SimpleNamespace(path=path, sae=sae, dense_NS=codes.dense(), emb_NE=emb_NE)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("embeddings", ["e", "e.npy"])
+def test_scores_of_float32_codes_are_those_of_encoding_on_the_fly(stores, similarity, embeddings):
+    x, e = open_activations(stores.path / "x"), open_activations(stores.path / embeddings)
+    options = {"similarity": similarity, "batch_rows": 64}
+    encoded = score_stores(x, e, stores.sae, **options)
+    from_codes = score_stores(open_codes(stores.path / "float32"), e, **options)
+    for name in ("ms", "status", "n_active", "max_activation"):
+        assert torch.equal(getattr(from_codes, name).nan_to_num(9.0), getattr(encoded, name).nan_to_num(9.0))
+    truth_S = reference.monosemanticity(stores.dense_NS.double(), stores.emb_NE.double(), similarity)
+    assert_scores(from_codes, truth_S, 1e-11)
+    assert (from_codes.status == STATUSES.index("defined")).sum() > 40
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_rounded_codes_move_a_score_by_little(stores, dtype, eps):
+    """Weights r_i r_j within (1 +- eps)^2 move their mean of similarities in [-1, 1] by about 4 eps at most."""
+    e = open_activations(stores.path / "e")
+    exact = score_stores(open_codes(stores.path / "float32"), e)
+    rounded = score_stores(open_codes(stores.path / dtype), e)
+    assert torch.equal(rounded.n_active, exact.n_active)
+    assert torch.equal(rounded.status, exact.status)
+    error_S = (rounded.ms - exact.ms).nan_to_num(0.0).abs()
+    assert 0 < float(error_S.max()) < 4.1 * eps
+
+
+def write_ids(path, images, tokens=None, rows_per_shard=3):
+    tokens = [0] * len(images) if tokens is None else tokens
+    x = torch.randn(len(images), 4, generator=torch.Generator().manual_seed(0))
+    with ActivationWriter(path, 4, torch.float32, {}, rows_per_shard) as writer:
+        writer.append(x, {"image": images, "token": tokens})
+    return open_activations(path)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 100])
+@pytest.mark.parametrize("wrong", [0, 4, 6])
+def test_images_that_differ_are_named(tmp_path, batch_rows, wrong):
+    images = [f"{i}.jpg" for i in range(7)]
+    acts = write_ids(tmp_path / "x", images)
+    embeddings = write_ids(tmp_path / "e", [*images[:wrong], *(["other.jpg"] * (7 - wrong))], rows_per_shard=2)
+    message = rf"embeddings: row {wrong} is image 'other.jpg' \(.*/e\), but '{wrong}.jpg' in .*/x"
+    with pytest.raises(ValueError, match=message):
+        score_stores(acts, embeddings, batch_rows=batch_rows)
+    assert score_stores(acts, acts, batch_rows=batch_rows).n_images == 7
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 100])
+@pytest.mark.parametrize("side", ["activations", "embeddings"])
+def test_several_rows_of_an_image_are_refused(tmp_path, batch_rows, side):
+    images = ["a", "b", "c", "c", "c", "d"]
+    several = write_ids(tmp_path / "several", images, [5, 5, 1, 2, 3, 5])
+    matrix = open_activations(save_matrix(tmp_path / "e.npy", 6))
+    pair = (several, matrix) if side == "activations" else (matrix, several)
+    message = "several: 3 rows of image 'c' \\(from row 2\\); the score needs one row per image: harvest with --tokens"
+    with pytest.raises(ValueError, match=message):
+        score_stores(*pair, batch_rows=batch_rows)
+    with pytest.raises(ValueError, match=message):  # the likely reason for different numbers of rows
+        score_stores(several, write_ids(tmp_path / "one", ["a", "b", "c", "d"]))
+
+
+def test_an_image_listed_twice_is_two_images(tmp_path):
+    twice = write_ids(tmp_path / "x", ["a", "a", "b"])
+    assert score_stores(twice, twice).n_images == 3
+
+
+def test_different_numbers_of_rows(tmp_path):
+    few, many = write_ids(tmp_path / "few", ["a", "b"]), write_ids(tmp_path / "many", ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"embeddings: 2 rows \(.*few\), but 3 activations .* image i"):
+        score_stores(many, few)
+
+
+def test_codes_take_no_sae(stores):
+    codes, e = open_codes(stores.path / "float32"), open_activations(stores.path / "e")
+    with pytest.raises(ValueError, match="sae: codes are encoded already"):
+        score_stores(codes, e, stores.sae)
+
+
+def save_matrix(path, n_rows):
+    np.save(path, np.random.default_rng(0).normal(size=(n_rows, 3)).astype(np.float32))
+    return path
+
+
+def test_the_command_takes_codes(stores, tmp_path):
+    common = ["--embeddings", stores.path / "e", "--output"]
+    stores.sae.save_pretrained(tmp_path / "sae")
+    text = run("ms-score", "--codes", stores.path / "float32", *common, tmp_path / "codes.parquet")
+    assert f"latents of {stores.path / 'float32'}" in text
+    run("ms-score", "--sae", tmp_path / "sae", "--activations", stores.path / "x", *common, tmp_path / "sae.parquet")
+    tables = [pq.read_table(tmp_path / f"{name}.parquet") for name in ("codes", "sae")]
+    assert tables[0].equals(tables[1])
+    found = {k.decode(): v.decode() for k, v in tables[0].schema.metadata.items()}
+    assert found == {"similarity": "cosine", "n_images": "300", "codes": str(stores.path / "float32"),
+                     "embeddings": str(stores.path / "e")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--codes", "c", "--raw"], "sae: give either --sae DIR or --raw, with --activations, or --codes alone"),
+        (["--codes", "c", "--sae", "s"], "sae: give either"),
+        (["--activations", "x"], "sae: give either"),
+        (["--codes", "c", "--activations", "x"], "activations: excluded by --codes"),
+        (["--raw"], "embeddings: needed with --activations or --codes, and only with these"),
+        (["--codes", "{path}/x"], "a store of activations; needed is one of codes"),
+        (["--raw", "--activations", "{path}/float32"], "a store of codes; needed is one of activations"),
+    ],
+)
+def test_the_command_refuses_other_combinations(stores, tmp_path, arguments, message):
+    arguments = [argument.format(path=stores.path) for argument in arguments]
+    text = run("ms-score", *arguments, "--embeddings", stores.path / "e", "--output", tmp_path / "s.csv", code=2)
+    assert message in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_gpu_equals_cpu(similarity):
+    acts_NS, emb_NE = make_data()
+    tolerance = 1e-5 if similarity == "rbf" else 1e-12
+    for dense in (False, True):
+        truth_S = score(acts_NS, emb_NE, similarity).ms
+        scores = score(acts_NS, emb_NE, similarity, sizes=(1, 20, 30), dense=dense, device="cuda", block_rows=30)
+        assert_scores(scores, truth_S, tolerance)

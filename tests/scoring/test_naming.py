@@ -1,0 +1,228 @@
+"""Top images against brute force; directions against their definition; words of planted concepts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.data.codes import CodesWriter, open_codes
+from saevlm_fast.data.rows import Activations, ActivationWriter, open_activations
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.monosemanticity import accumulate
+from saevlm_fast.scoring.naming import latent_directions, nearest_words, read_words, scene_words, top_images
+
+SOURCE = {"model": "planted", "sae": "planted"}
+
+
+def in_memory(rows_ND: Tensor) -> Activations:
+    return Activations(Path("memory"), [rows_ND], None, [])
+
+
+def write_codes(path: Path, dense_NS: Tensor, shard_rows: int = 7):
+    with CodesWriter(path, dense_NS.shape[1], torch.float32, SOURCE) as writer:
+        for shard, start in enumerate(range(0, len(dense_NS), shard_rows)):
+            part = dense_NS[start : start + shard_rows]
+            latents = torch.arange(part.shape[1]).expand(part.shape)
+            names = [f"image {start + i}" for i in range(len(part))]
+            items = {"image": names, "token": [0] * len(part), "label": [None] * len(part)}
+            writer.write_shard(shard, (part, latents.contiguous(), None), items)
+    return open_codes(path)
+
+
+def brute_force(column: Tensor, n: int, fires: bool) -> list[tuple[int, float]]:
+    pairs = [(i, float(a)) for i, a in enumerate(column) if a > 0 or not fires]
+    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:n]
+
+
+def as_pairs(top) -> list[tuple[int, float]]:
+    return list(zip(top.images.tolist(), top.acts.tolist()))
+
+
+# --- top images ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 6), st.integers(1, 9), st.integers(1, 45), st.booleans(), st.integers(0, 2**20)
+)
+def test_top_images_of_neurons_equal_brute_force_with_ties_and_any_chunks(n_rows, width, n, chunk, shuffle, seed):
+    generator = torch.Generator().manual_seed(seed)
+    acts_NS = torch.randint(-3, 4, (n_rows, width), generator=generator).float()  # few values: ties everywhere
+    latents = torch.randperm(width, generator=generator)[: max(1, width - 1)] if shuffle else torch.arange(width)
+    found = top_images(in_memory(acts_NS), latents, n, batch_rows=chunk)
+    assert [as_pairs(top) for top in found] == [brute_force(acts_NS[:, k], n, fires=False) for k in latents]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_top_images_of_stored_codes_equal_brute_force(tmp_path, seed):
+    generator = torch.Generator().manual_seed(seed)
+    acts_NS = torch.randint(-4, 3, (50, 11), generator=generator).clamp(min=0).float()
+    acts_NS[:, 3] = 0.0  # dead
+    acts_NS[:, 4] = 1.0  # all equal: the first images
+    codes, latents = write_codes(tmp_path / "codes", acts_NS), [4, 10, 3, 0]
+    done: list[int] = []
+    found = top_images(codes, latents, 5, batch_rows=8, on_rows=done.append)
+    assert [as_pairs(top) for top in found] == [brute_force(acts_NS[:, k], 5, fires=True) for k in latents]
+    assert found[0].images.tolist() == [0, 1, 2, 3, 4]
+    assert len(found[2].images) == 0
+    assert done == [8, 16, 24, 32, 40, 48, 50]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_top_images_of_an_sae_are_those_of_its_codes(architecture):
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(60, 8, generator=generator)
+    sae = SparseAutoencoder(SAEConfig(8, 24, 3, architecture)).train()
+    sae.threshold.fill_(0.5)
+    sae.b_enc.data.fill_(-1.2)  # topk rows are filled up with zeros, which are no activations
+    dense_NS = sae.eval().encode(x_ND).dense().detach()
+    sae.train()
+    found = top_images(in_memory(x_ND), torch.arange(24), 4, sae, batch_rows=60)
+    assert sae.training
+    assert [as_pairs(top) for top in found] == [brute_force(dense_NS[:, k], 4, fires=True) for k in range(24)]
+
+
+def test_top_images_refuses_in_one_line(tmp_path):
+    acts, sae = in_memory(torch.ones(3, 4)), SparseAutoencoder(SAEConfig(5, 8, 2))
+    for arguments, message in (
+        ((acts, [0], 0), "n: 0 must be at least 1"),
+        ((acts, [1, 4], 2), "latents: 4 is not within 0 to 3"),
+        ((acts, [-1], 2), "latents: -1 is not within 0 to 3"),
+        ((acts, [1, 2, 1], 2), "latents: 3 are listed, but only 2 differ"),
+        ((acts, [0], 2, sae), "sae: d_in is 5, but the activations have width 4"),
+        ((write_codes(tmp_path / "codes", torch.ones(2, 3)), [0], 2, sae), "sae: codes are encoded already"),
+    ):
+        with pytest.raises(ValueError, match="^" + message):
+            top_images(*arguments)
+
+
+def test_top_images_refuses_several_rows_of_an_image(tmp_path):
+    with ActivationWriter(tmp_path / "store", 4, torch.float32, SOURCE) as writer:
+        writer.write_shard(0, torch.ones(3, 4), {"image": ["a", "a", "b"], "token": [0, 1, 0], "label": [None] * 3})
+    with pytest.raises(ValueError, match="2 rows of image 'a'"):
+        top_images(open_activations(tmp_path / "store"), [0], 2)
+
+
+# --- directions ---
+
+
+def definition(acts_NS: Tensor, emb_NE: Tensor) -> Tensor:
+    """The covariance of activation and unit embedding, scaled to length 1: float64, image by image."""
+    acts, unit = acts_NS.double().numpy(), emb_NE.double().numpy()
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    covariance = (acts - acts.mean(0)).T @ (unit - unit.mean(0))
+    return torch.from_numpy(covariance / np.linalg.norm(covariance, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("offset", [0.0, -3.0, 100.0])
+def test_directions_of_neurons_are_covariances_whatever_the_offset(offset):
+    generator = torch.Generator().manual_seed(1)
+    acts_NS, emb_NE = torch.randn(200, 5, generator=generator) + offset, torch.randn(200, 7, generator=generator) + 1
+    directions_SE = latent_directions(accumulate(in_memory(acts_NS), in_memory(emb_NE), batch_rows=64))
+    torch.testing.assert_close(directions_SE, definition(acts_NS, emb_NE), rtol=1e-9, atol=1e-9)
+
+
+def test_directions_of_codes_and_of_latents_without_one(tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    acts_NS, emb_NE = torch.randn(40, 6, generator=generator).clamp(min=0), torch.randn(40, 7, generator=generator)
+    acts_NS[:, 1], acts_NS[:, 2] = 0.0, 2.0  # dead, constant
+    directions_SE = latent_directions(accumulate(write_codes(tmp_path / "c", acts_NS), in_memory(emb_NE)))
+    pointing = [0, 3, 4, 5]
+    torch.testing.assert_close(directions_SE[pointing], definition(acts_NS[:, pointing], emb_NE), rtol=1e-9, atol=1e-9)
+    assert not directions_SE[[1, 2]].any()
+
+
+def test_directions_of_equal_embeddings_are_zero():
+    scores = accumulate(in_memory(torch.rand(9, 3)), in_memory(torch.full((9, 4), 0.3)))
+    assert not latent_directions(scores).any()
+
+
+def test_directions_need_cosine_sums():
+    scores = accumulate(in_memory(torch.rand(9, 3)), in_memory(torch.rand(9, 4)), similarity="dot")
+    with pytest.raises(ValueError, match=r"^similarity: names need cosine sums, not dot"):
+        latent_directions(scores)
+
+
+# --- words ---
+
+
+def test_planted_concepts_get_their_words_across_the_modality_gap():
+    """Images lie around one far point and texts around another; which concepts an image shows is known."""
+    generator = torch.Generator().manual_seed(3)
+    concepts_CE = torch.linalg.qr(torch.randn(64, 12, generator=generator)).Q.T
+    gaps_2E = 4 * torch.linalg.qr(torch.randn(64, 2, generator=generator)).Q.T
+    # The gap of the texts leans to concept 11: without centring the texts, it would be everybody's name.
+    shown_NC = (torch.rand(500, 12, generator=generator) < 0.3).float()
+    emb_NE = shown_NC @ concepts_CE + gaps_2E[0] + 0.05 * torch.randn(500, 64, generator=generator)
+    texts_ME = concepts_CE + gaps_2E[1] + 0.3 * concepts_CE.sum(0)
+    acts_NS = shown_NC * (0.5 + torch.rand(500, 12, generator=generator))
+    names = nearest_words(
+        latent_directions(accumulate(in_memory(acts_NS), in_memory(emb_NE))), texts_ME, list("abcdefghijkl"), 2
+    )
+    assert "".join(best.word for best, _ in names) == "abcdefghijkl"
+    assert all(best.score > 0.1 > abs(second.score) for best, second in names)
+
+
+def test_a_score_is_the_cosine_above_that_of_the_average_word():
+    directions = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    texts = torch.tensor([[0.0, 2.0], [3.0, 0.0], [5.0, 0.0], [0.6, 0.8]])
+    names, nothing = nearest_words(directions, texts, ["up", "right", "also right", "slant"], 9)
+    assert nothing == []
+    assert [name.word for name in names] == ["right", "also right", "slant", "up"]  # ties in the order of the list
+    mean = (0 + 1 + 1 + 0.6) / 4
+    assert [name.score for name in names] == pytest.approx([1 - mean, 1 - mean, 0.6 - mean, -mean], abs=1e-7)
+
+
+def test_blocks_of_latents_give_the_same_names(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    directions, texts = torch.randn(20, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    whole = nearest_words(directions, texts, list("abcdefghi"), 3)
+    monkeypatch.setattr("saevlm_fast.scoring.naming._SIMILARITIES_AT_ONCE", 30)
+    blocks = nearest_words(directions, texts, list("abcdefghi"), 3)
+    assert [[name.word for name in names] for names in blocks] == [[name.word for name in names] for names in whole]
+
+
+def test_nearest_words_refuses_in_one_line():
+    directions, texts = torch.ones(2, 3), torch.eye(3)
+    for arguments, message in (
+        ((directions, texts, ["a", "b", "c"], 0), "n: 0 must"),
+        ((directions, texts[:1], ["a"], 1), "words: 1 given; at least 2"),
+        ((directions, texts, ["a", "b"], 1), r"texts: shape \[3, 3\] is not \[2, 3\]"),
+        ((torch.ones(2, 4), texts, ["a", "b", "c"], 1), r"texts: shape \[3, 3\] is not \[3, 4\]"),
+        ((directions, texts * 0, ["a", "b", "c"], 1), "texts: the embedding of 'a' is zero"),
+        ((directions, texts.log(), ["a", "b", "c"], 1), "texts: the embedding of 'a' is zero, NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match="^" + message):
+            nearest_words(*arguments)
+
+
+def test_scene_words_cover_every_value_of_every_factor_once():
+    words = scene_words()
+    assert len(words.words) == len(words.texts) == len(set(words.words)) == len(set(words.texts)) == 47
+    pairs = dict(zip(words.words, words.texts))
+    assert pairs["star"] == "a star"
+    assert pairs["red"] == "a red thing"
+    assert pairs["teal"] == "a scene on teal"
+
+
+def test_read_words(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("\ufeffdog\n\n  café \r\ndog\n", encoding="utf-8")
+    assert read_words(file) == (["dog", "café"], ["a photo of dog", "a photo of café"])
+    assert read_words(file, "{}").texts == ["dog", "café"]
+    file.write_bytes(b"\xff\xfe\x00")
+    for arguments, message in (
+        ((file,), "words: .*words.txt cannot be read"),
+        ((tmp_path / "none.txt",), "words: .*none.txt cannot be read"),
+        ((file, "a photo"), "template: 'a photo' has no {}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_words(*arguments)
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="has no words"):
+        read_words(file)
