@@ -1,45 +1,34 @@
 """Frozen, validated settings: what an SAE is (SAEConfig) and how it is trained (TrainConfig)."""
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
+
+from saevlm_fast.errors import require
 
 ARCHITECTURES = ("topk", "batch_topk", "matryoshka")
 DTYPES = ("float32", "tf32", "bfloat16")
+EXPANSION = 8.0  # the paper tries 1 to 64
 MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; recipe.md section 1
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def check_same_settings(path: Path, settings: Mapping[str, Mapping[str, Any]], free: tuple[str, ...] = ()) -> None:
-    """Whether the settings a run was started with (in the JSON file `path`, section -> name -> value) are these.
-
-    free: sections and names that may differ.
+def group_sizes_from_fractions(fractions: tuple[float, ...], d_sae: int) -> tuple[int, ...]:
+    """Group sizes from fractions that sum to 1: rounded down, the remainder to the last group (as upstream).
 
     Raises:
-        ValueError: a damaged file, or the first setting that differs, with both values.
+        ValueError: fractions that are not positive, do not sum to 1 (within 1e-6), or leave a group empty.
     """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    for section, values in settings.items():
-        require(isinstance(stored, dict) and isinstance(stored.get(section), dict), f"{path}: {section!r} is missing")
-        for name, value in values.items():
-            before = stored[section].get(name)
-            same = {section, name} & set(free) or before == value
-            require(bool(same), f"resume: {name} is {value}, but the run was started with {before}")
-
-
-class Interrupted(Exception):
-    """Long work was asked to stop and did so at a point from which it can go on; the message says how."""
+    require(len(fractions) > 0, "groups: at least one fraction is needed")
+    require(all(f > 0 for f in fractions), f"groups: {list(fractions)} must all be positive")
+    require(
+        math.isclose(sum(fractions), 1.0, abs_tol=1e-6),
+        f"groups: {list(fractions)} sum to {sum(fractions):g}, not to 1",
+    )
+    sizes = [int(f * d_sae) for f in fractions[:-1]]
+    sizes.append(d_sae - sum(sizes))
+    require(min(sizes) >= 1, f"groups: {list(fractions)} leave a group of d_sae = {d_sae} latents empty: {sizes}")
+    return tuple(sizes)
 
 
 @dataclass(frozen=True)
@@ -84,28 +73,42 @@ class SAEConfig:
             f"group_sizes: only a matryoshka SAE has more than one group, not {self.architecture}",
         )
 
+    @classmethod
+    def sized(
+        cls,
+        d_in: int,
+        *,
+        expansion: float | None = None,
+        d_sae: int | None = None,
+        k: int = 20,
+        architecture: str = "batch_topk",
+        groups: Sequence[float] = MATRYOSHKA_FRACTIONS,
+    ) -> "SAEConfig":
+        """The SAE of activations of width d_in: the one place where the rules of sizing live.
+
+        Args:
+            d_in: width of the activations, d.
+            expansion: d_sae = expansion * d_in, rounded; 8 if neither it nor d_sae is given (the paper tries 1 to 64).
+            d_sae: number of latents, instead of expansion.
+            k: latents kept per row (paper: 20).
+            architecture: one of ARCHITECTURES.
+            groups: sizes of the Matryoshka groups as fractions of d_sae (paper, section 4); used for `matryoshka` only.
+
+        Raises:
+            ValueError: both sizes given, an expansion that is not in (0, 1e6), groups that do not sum to 1, k > d_sae.
+        """
+        require(d_sae is None or expansion is None, "d_sae: give either d_sae or expansion, not both")
+        if d_sae is None:
+            expansion = EXPANSION if expansion is None else expansion
+            require(0 < expansion < 1e6, f"expansion: {expansion:g} must be positive and below 1e6")
+            d_sae = round(expansion * d_in)
+        sizes = group_sizes_from_fractions(tuple(groups), d_sae) if architecture == "matryoshka" else ()
+        return cls(d_in, d_sae, k, architecture, sizes)
+
     @property
     def group_ends(self) -> list[int]:
         """Where each nested prefix of latents ends; the last is d_sae."""
         return [sum(self.group_sizes[: i + 1]) for i in range(len(self.group_sizes))]
-
-
-def group_sizes_from_fractions(fractions: tuple[float, ...], d_sae: int) -> tuple[int, ...]:
-    """Group sizes from fractions that sum to 1: rounded down, the remainder to the last group (as upstream).
-
-    Raises:
-        ValueError: fractions that are not positive, do not sum to 1 (within 1e-6), or leave a group empty.
-    """
-    require(len(fractions) > 0, "groups: at least one fraction is needed")
-    require(all(f > 0 for f in fractions), f"groups: {list(fractions)} must all be positive")
-    require(
-        math.isclose(sum(fractions), 1.0, abs_tol=1e-6),
-        f"groups: {list(fractions)} sum to {sum(fractions):g}, not to 1",
-    )
-    sizes = [int(f * d_sae) for f in fractions[:-1]]
-    sizes.append(d_sae - sum(sizes))
-    require(min(sizes) >= 1, f"groups: {list(fractions)} leave a group of d_sae = {d_sae} latents empty: {sizes}")
-    return tuple(sizes)
 
 
 @dataclass(frozen=True)

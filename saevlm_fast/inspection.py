@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saevlm_fast.config import require
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import (
     ACTIVATIONS,
@@ -25,6 +24,7 @@ from saevlm_fast.data.store import (
     read_items,
     verify,
 )
+from saevlm_fast.errors import require
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, read_sae_header
 from saevlm_fast.training.run import METRICS_FILE, RUN_FILE, checkpoints
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from saevlm_fast.config import require
 from saevlm_fast.data.codes import Codes
 from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
 from saevlm_fast.harvesting.run import sae_digest
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.towers.load import vision_part

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saevlm_fast.config import require
+from saevlm_fast.errors import require
 
 
 def resolve_device(name: str) -> torch.device:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from saevlm_fast import __version__
-from saevlm_fast.config import SAEConfig, require
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.errors import require
 from saevlm_fast.files import save_safetensors_atomic, write_json_atomic
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode

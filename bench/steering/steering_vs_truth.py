@@ -276,13 +276,13 @@ def share(hits: Iterator[bool]) -> float:
 
 INTRODUCTION = """# Steering against the truth
 
-Written by `bench/steering/steering_vs_truth.py`. Block {layer}; {n_alive} latents fire, {n} are well defined (16 of 16
-top scenes show one value): {counts}. The {n_tried} of them that scenes of one object can be asked about are tried, on
-those of {n_asked} such scenes that do not show the value. Strength: times the latent's largest activation. In percent,
-means over latents: success, the answer is the latent's value; half, latents that succeed on half of the scenes or more; kept,
-a question about another factor is answered right. Untouched, SAE: the same of the model as it is, and with the SAE
-attached but no edit. Random, flipped: success of another latent, and of the negative value. (Patches without CLS are
-not tried apart from all tokens: the language model is not given CLS.)
+Written by `bench/steering/steering_vs_truth.py`. Block {layer}; {n_alive} latents fire, {n} are well defined (16 of
+16 top scenes show one value): {counts}. The {n_tried} of them that scenes of one object can be asked about are tried,
+on those of {n_asked} such scenes that do not show the value. Strength: times the latent's largest activation. In
+percent, means over latents: success, the answer is the latent's value; half, latents that succeed on half of the
+scenes or more; kept, a question about another factor is answered right. Untouched, SAE: the same of the model as it
+is, and with the SAE attached but no edit. Random, flipped: success of another latent, and of the negative value.
+(Patches without CLS are not tried apart from all tokens: the language model is not given CLS.)
 """
 COLUMNS = (
     "success", "half", "untouched", "SAE", "random", "flipped", "kept", "kept, untouched", "kept, SAE",

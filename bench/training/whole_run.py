@@ -26,9 +26,10 @@ import torch
 
 from bench.helpers import machine
 from bench.helpers.arguments import directory, new_file, not_negative, positive
-from saevlm_fast.config import Interrupted, SAEConfig, TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, ShuffledRows, batches, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.training import run as train_module
 from saevlm_fast.training.step import Stepper

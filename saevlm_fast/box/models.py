@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from saevlm_fast.config import require
+from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write, sha256_file
 
 MODELS = ("tiny-clip", "tiny-llava")

@@ -17,7 +17,7 @@ from itertools import permutations
 
 import numpy as np
 
-from saevlm_fast.config import require
+from saevlm_fast.errors import require
 
 IMAGE_SIZE = 48
 MAX_OBJECTS = 3

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from saevlm_fast.config import Interrupted
+from saevlm_fast.errors import Interrupted
 
 if TYPE_CHECKING:
     from saevlm_fast.demo.scene_stores import SceneStores
@@ -242,9 +242,10 @@ def train(
 
     Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache.
     """
-    from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions, require
+    from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.demo.scene_stores import RECIPE
+    from saevlm_fast.errors import require
     from saevlm_fast.training.run import RunOptions, latest_checkpoint
     from saevlm_fast.training.run import train as run_training
 
@@ -462,9 +463,9 @@ def ms_score(
 
     Without arguments: of the latest run below runs/, on scenes of the box that it was not trained on.
     """
-    from saevlm_fast.config import require
     from saevlm_fast.data.codes import open_codes
     from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.errors import require
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.scoring.monosemanticity import check_scores_path, score, write_scores
@@ -520,8 +521,8 @@ def steer_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
-    from saevlm_fast.config import require
-    from saevlm_fast.images.open import ImageError, decode
+    from saevlm_fast.errors import ImageError, require
+    from saevlm_fast.images.open import decode
     from saevlm_fast.steering.answers import Row
     from saevlm_fast.steering.edits import clamp
 
@@ -638,7 +639,7 @@ def _steered_answers(
     max_new_tokens: int,
 ) -> "SteeredAnswers":
     """Model and SAE on one device; the SAE in its own dtype."""
-    from saevlm_fast.config import require
+    from saevlm_fast.errors import require
     from saevlm_fast.provenance import check_sae_of, other_tower
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.sae import SparseAutoencoder
@@ -763,7 +764,7 @@ def _new_run_directory() -> Path:
 
 def _latest_run() -> Path:
     """The directory below runs/ whose SAE was finished last."""
-    from saevlm_fast.config import require
+    from saevlm_fast.errors import require
     from saevlm_fast.sae import WEIGHTS_FILE
 
     finished = sorted(RUNS.glob(f"*/{WEIGHTS_FILE}"), key=lambda file: file.stat().st_mtime)

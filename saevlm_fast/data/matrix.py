@@ -21,13 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saevlm_fast.errors import ActivationError, first_line
+
 MATRIX_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 NUMPY_DTYPES = {torch.float16: "<f2", torch.bfloat16: "<i2", torch.float32: "<f4", torch.float64: "<f8"}
-
-
-class ActivationError(ValueError):
-    """Activations that cannot be used; the message is one line that names the file, the value and the limit."""
 
 
 def check_finite(batch_BD: Tensor, row_numbers: Sequence[int] | Tensor, path: str | os.PathLike[str]) -> None:
@@ -206,10 +204,6 @@ def _advise(mapped_ND: Tensor, advice: int) -> None:
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     into_page = mapped_ND.data_ptr() % mmap.PAGESIZE
     madvise(mapped_ND.data_ptr() - into_page, mapped_ND.nbytes + into_page, advice)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def dtype_names(dtypes: Iterable[torch.dtype]) -> str:

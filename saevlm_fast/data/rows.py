@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.matrix import ActivationError, check_finite, map_matrix, read_randomly, will_need
+from saevlm_fast.data.matrix import check_finite, map_matrix, read_randomly, will_need
 from saevlm_fast.data.store import (
     ACTIVATIONS,
     ITEM_SCHEMA,
@@ -31,6 +31,7 @@ from saevlm_fast.data.store import (
     read_items,
     verify,
 )
+from saevlm_fast.errors import ActivationError
 
 __all__ = [
     "ActivationError",

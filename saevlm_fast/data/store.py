@@ -31,14 +31,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.matrix import (
-    SAFETENSORS_DTYPES,
-    ActivationError,
-    check_finite,
-    dtype_names,
-    first_line,
-    safetensors_header,
-)
+from saevlm_fast.data.matrix import SAFETENSORS_DTYPES, check_finite, dtype_names, safetensors_header
+from saevlm_fast.errors import ActivationError, first_line
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
 
 ACTIVATIONS, CODES, VERSION = "saevlm-fast activations", "saevlm-fast codes", 1

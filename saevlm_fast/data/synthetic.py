@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saevlm_fast.config import require
+from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write
 
 ACTIVATIONS_FILE, EMBEDDINGS_FILE = "activations.npy", "embeddings.npy"

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saevlm_fast.config import require
+from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from saevlm_fast.box.scenes import OBJECT_FACTORS, SCENE_FACTORS, TAXONOMY, VALUES
-from saevlm_fast.config import require
 from saevlm_fast.data.codes import Codes
 from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import accumulate
 from saevlm_fast.scoring.naming import TopImages

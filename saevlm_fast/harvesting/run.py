@@ -33,9 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from saevlm_fast import __version__
-from saevlm_fast.config import Interrupted, check_same_settings, require
 from saevlm_fast.data.codes import CodeRows, CodesWriter, codes_of_rows, join_codes, mean_pool_codes
-from saevlm_fast.data.matrix import ActivationError
 from saevlm_fast.data.rows import loader_threads
 from saevlm_fast.data.store import (
     STORE_DTYPES,
@@ -45,9 +43,10 @@ from saevlm_fast.data.store import (
     joined_index,
     merge_parts,
 )
+from saevlm_fast.errors import ActivationError, ImageError, Interrupted, check_same_settings, require
 from saevlm_fast.files import atomic_write, remove_leftovers, sha256_file, write_json_atomic
 from saevlm_fast.images.batches import Batch, dead_workers_in_one_line, default_workers, image_batches
-from saevlm_fast.images.open import ImageError, ImageSource
+from saevlm_fast.images.open import ImageSource
 from saevlm_fast.runtime import interruptible, tf32_products
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, read_sae_header
 from saevlm_fast.towers.tokens import POOLED, Tokens

@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from saevlm_fast.errors import ImageError, first_line
 from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.images.sources import (
     IMAGE_SUFFIXES,
     FolderSource,
-    ImageError,
     ImageSource,
-    first_line,
     is_image,
     not_empty,
     open_list,

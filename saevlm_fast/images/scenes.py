@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from saevlm_fast.box.scenes import IMAGE_SIZE, SPLITS, Scenes, describe
-from saevlm_fast.config import require
+from saevlm_fast.errors import require
 from saevlm_fast.images.sources import Names
 
 PREFIX = "scenes:"

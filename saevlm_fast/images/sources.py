@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 # fmt: off
+from saevlm_fast.errors import ImageError, first_line
+
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
@@ -23,10 +25,6 @@ IMAGE_SUFFIXES = (
 MAX_CLASS_BYTES = 1 << 16  # of a .cls member: a label, not a file
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 TAR_BLOCK = 512
-
-
-class ImageError(ValueError):
-    """An image that cannot be used. The message is the reason in one line, without the image's id."""
 
 
 class ImageSource(Protocol):
@@ -114,11 +112,6 @@ def read_file(path: str) -> bytes:
             return not_empty(file.read())
     except PermissionError as error:  # other errors (too many files, a lost network drive) are not this image's
         raise ImageError(f"unreadable: {error.strerror or error}") from error
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def refuse_split(name: str, split: str) -> None:

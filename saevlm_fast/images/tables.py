@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saevlm_fast.images.sources import ImageError, Names, first_line, not_empty, read_file, refuse_split, relative_paths
+from saevlm_fast.errors import ImageError, first_line
+from saevlm_fast.images.sources import Names, not_empty, read_file, refuse_split, relative_paths
 
 if TYPE_CHECKING:
     from datasets import Dataset

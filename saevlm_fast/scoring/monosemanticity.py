@@ -35,10 +35,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import require
 from saevlm_fast.data.codes import Codes
 from saevlm_fast.data.rows import Activations, StoredRows
 from saevlm_fast.data.store import ITEM_SCHEMA
+from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write
 from saevlm_fast.kernels.pairwise_similarity import (
     check_similarity,

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import require
 from saevlm_fast.data.codes import CodeRows, Codes, codes_of_rows
 from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
 from saevlm_fast.kernels.segment_sum import entry_rows
 from saevlm_fast.sae import SparseAutoencoder, evaluating
 from saevlm_fast.scoring.monosemanticity import StreamedScore, checked_ids

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.config import require
 from saevlm_fast.data.codes import join_codes
+from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.edits import (
     Edit,

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.config import require
 from saevlm_fast.data.codes import CodeRows, codes_of_rows
+from saevlm_fast.errors import require
 from saevlm_fast.kernels.segment_sum import entry_rows
 from saevlm_fast.kernels.sparse_decode import sparse_decode
 from saevlm_fast.sae import SparseAutoencoder

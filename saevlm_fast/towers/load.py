@@ -32,8 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saevlm_fast.box import models as box
-from saevlm_fast.config import require
-from saevlm_fast.data.matrix import first_line
+from saevlm_fast.errors import first_line, require
 from saevlm_fast.towers.preprocess import compose_preprocess, transformers_preprocess
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
 from saevlm_fast.towers.tower import Anatomy, HookedTower, HookPoint, Tower

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.matrix import first_line
+from saevlm_fast.errors import first_line
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import require
+from saevlm_fast.errors import require
 from saevlm_fast.towers.load import local_or_hub, one_line_errors, open_clip_model, without_load_report
 
 # Of these families only the text half is loaded.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import require
+from saevlm_fast.errors import require
 
 POOLED = -1  # the token position of a row that is no single token
 

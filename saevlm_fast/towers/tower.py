@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.config import require
-from saevlm_fast.data.matrix import first_line
+from saevlm_fast.errors import first_line, require
 from saevlm_fast.towers.preprocess import Normalisation
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
 

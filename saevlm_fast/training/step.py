@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import TrainConfig, require
+from saevlm_fast.config import TrainConfig
+from saevlm_fast.errors import require
 from saevlm_fast.kernels.latent_update import (
     AdamSettings,
     EntryGradient,

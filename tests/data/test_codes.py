@@ -13,14 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodeRows, CodesWriter, codes_of_rows, join_codes, mean_pool_codes, open_codes
-from saevlm_fast.data.rows import (
-    ActivationError,
-    ActivationWriter,
-    merge_parts,
-    open_activations,
-    read_index,
-    verify,
-)
+from saevlm_fast.data.rows import ActivationWriter, merge_parts, open_activations, read_index, verify
+from saevlm_fast.errors import ActivationError
 from saevlm_fast.kernels import reference
 from saevlm_fast.sae import SparseAutoencoder
 from sparse_codes import random_codes

@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 
 from saevlm_fast.data import rows as activations_module
 from saevlm_fast.data.rows import (
-    ActivationError,
     ActivationWriter,
     ShuffledRows,
     batches,
@@ -35,6 +34,7 @@ from saevlm_fast.data.rows import (
     read_index,
     verify,
 )
+from saevlm_fast.errors import ActivationError
 from saevlm_fast.files import TEMPORARY_PREFIX
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from saevlm_fast.errors import ImageError
 from saevlm_fast.images import open as images
-from saevlm_fast.images.open import ImageError, ImageSource, decode, open_images
+from saevlm_fast.images.open import ImageSource, decode, open_images
 
 AVIF = ".avif" in Image.registered_extensions()
 RGB_HW3 = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)

@@ -17,9 +17,10 @@ from PIL import Image
 
 from command import ROOT, run
 from saevlm_fast.box_making.architecture import build_clip, build_llava, clip_processor, llava_processor
-from saevlm_fast.config import Interrupted, SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images
 from saevlm_fast.provenance import other_text_model, other_tower
 from saevlm_fast.sae import SparseAutoencoder

@@ -1,0 +1,53 @@
+"""How this package refuses: one exception a kind of fault, one way to raise it, and one line of somebody else's error.
+
+Every message names the argument (or the file), its value and the limit, in one line.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class ActivationError(ValueError):
+    """Activations or codes that cannot be used; the message names the file, the value and the limit."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. The message is the reason in one line, without the image's id."""
+
+
+class Interrupted(Exception):
+    """Long work was asked to stop and did so at a point from which it can go on; the message says how."""
+
+
+def require(condition: bool, message: str, error: type[ValueError] = ValueError) -> None:
+    """Raise error(message) unless the condition holds."""
+    if not condition:
+        raise error(message)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, 200 characters at most; its kind's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def check_same_settings(path: Path, settings: Mapping[str, Mapping[str, Any]], free: tuple[str, ...] = ()) -> None:
+    """Whether the settings a run was started with (in the JSON file `path`, section -> name -> value) are these.
+
+    free: sections and names that may differ.
+
+    Raises:
+        ValueError: a damaged file, or the first setting that differs, with both values.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    for section, values in settings.items():
+        require(isinstance(stored, dict) and isinstance(stored.get(section), dict), f"{path}: {section!r} is missing")
+        for name, value in values.items():
+            before = stored[section].get(name)
+            same = {section, name} & set(free) or before == value
+            require(bool(same), f"resume: {name} is {value}, but the run was started with {before}")
