@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import MATRYOSHKA_FRACTIONS, SAEConfig, TrainConfig, group_sizes_from_fractions
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.ground_truth import (
     LatentConcepts,
@@ -108,9 +108,7 @@ def scenes_of(split: str, n: int, options: argparse.Namespace) -> Split:
 
 
 def sae_config(architecture: str, expansion: int, k: int, split: Split) -> SAEConfig:
-    d_sae = split.activations.d * expansion
-    groups = group_sizes_from_fractions(MATRYOSHKA_FRACTIONS, d_sae) if architecture == "matryoshka" else ()
-    return SAEConfig(d_in=split.activations.d, d_sae=d_sae, k=k, architecture=architecture, group_sizes=groups)
+    return SAEConfig.sized(split.activations.d, expansion=expansion, k=k, architecture=architecture)
 
 
 def recipe(steps: int, seed: int, options: argparse.Namespace) -> TrainConfig:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dense_trainer import DenseTrainer
-from saevlm_fast.config import MATRYOSHKA_FRACTIONS, SAEConfig, TrainConfig, group_sizes_from_fractions
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.step import Stepper
 
@@ -19,9 +19,8 @@ GOAL = {"clip-l14-x16": 4.0}  # times the dense step's speed on CPU, B = 1024
 
 def make_steps(architecture, case, batches, device, precision):
     """(our Stepper, a dense trainer with the same weights), their calls each going round the batches."""
-    groups = group_sizes_from_fractions(MATRYOSHKA_FRACTIONS, case.d_sae) if architecture == "matryoshka" else ()
     config = TrainConfig(warmup_steps=0, threshold_start=0, dtype=precision)
-    sae = SparseAutoencoder(SAEConfig(case.d_in, case.d_sae, case.k, architecture, groups), device)
+    sae = SparseAutoencoder(SAEConfig.sized(case.d_in, d_sae=case.d_sae, k=case.k, architecture=architecture), device)
     sae.b_dec.data.copy_(batches[0].mean(0))
     with device:
         dense = DenseTrainer(

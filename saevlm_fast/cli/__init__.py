@@ -242,7 +242,7 @@ def train(
 
     Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache.
     """
-    from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
+    from saevlm_fast.config import EXPANSION, SAEConfig, TrainConfig
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.demo.scene_stores import RECIPE
     from saevlm_fast.errors import require
@@ -251,7 +251,7 @@ def train(
 
     require(output is not None or not resume, "output: --resume needs the directory of the run")
     output = _new_run_directory() if output is None else output
-    recipe: dict[str, Any] = {"k": 20, "expansion": 8.0}
+    recipe: dict[str, Any] = {"k": 20, "expansion": EXPANSION}
     if activations is None:
         recipe = RECIPE
         activations = _scenes("train", device=device).activations
@@ -260,20 +260,21 @@ def train(
     chosen = recipe | {name: value for name, value in given.items() if value is not None}
     data = open_activations(activations)
     held_out = open_activations(validation) if validation is not None else None
-    require(d_sae is None or expansion is None, "d_sae: give either --d-sae or --expansion, not both")
-    expansion = float(chosen.pop("expansion"))
-    require(0 < expansion < 1e6, f"expansion: {expansion:g} must be positive and below 1e6")
-    n_latents = d_sae if d_sae is not None else round(expansion * data.d)
-    sizes = group_sizes_from_fractions(_fractions(groups), n_latents) if architecture == "matryoshka" else ()
-    sae_config = SAEConfig(data.d, n_latents, chosen.pop("k"), architecture, sizes)
+    default_expansion = chosen.pop("expansion")
+    if d_sae is None and expansion is None:
+        expansion = default_expansion
+    sae_config = SAEConfig.sized(
+        data.d, expansion=expansion, d_sae=d_sae, k=chosen.pop("k"), architecture=architecture,
+        groups=_fractions(groups),
+    )  # fmt: skip
     config = TrainConfig(
         lr=None if lr == "auto" else _number("lr", lr), warmup_steps=warmup, auxk_alpha=auxk_alpha, seed=seed,
         dtype=dtype, **chosen,
     )  # fmt: skip
     options = RunOptions(output, device, log_every, checkpoint_every, resume, force)
     out.print(
-        f"{architecture} SAE {data.d} -> {n_latents}, k = {sae_config.k}, on {data.n_rows:,} rows; {config.steps:,} "
-        f"steps of {min(config.batch_size, data.n_rows):,}, lr {config.peak_lr(n_latents):.3g}, {data.path}",
+        f"{architecture} SAE {data.d} -> {sae_config.d_sae}, k = {sae_config.k}, on {data.n_rows:,} rows; {config.steps:,} "
+        f"steps of {min(config.batch_size, data.n_rows):,}, lr {config.peak_lr(sae_config.d_sae):.3g}, {data.path}",
         highlight=False,
         soft_wrap=True,
     )

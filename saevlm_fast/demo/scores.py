@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import MATRYOSHKA_FRACTIONS, SAEConfig, TrainConfig, group_sizes_from_fractions
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.contact_sheet import Row, Section, draw_sheet
 from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, spearman
@@ -75,11 +75,8 @@ def train_on_scenes(
 ) -> tuple[SparseAutoencoder, Metrics]:
     """An SAE of the demo, and its evaluation on scenes it was not trained on."""
     data, held_out = open_activations(train_on.activations), open_activations(test_on.activations)
-    d_sae = RECIPE["expansion"] * data.d
-    sizes = group_sizes_from_fractions(MATRYOSHKA_FRACTIONS, d_sae) if architecture == "matryoshka" else ()
-    recipe = dict(RECIPE)
-    sae_config = SAEConfig(data.d, d_sae, recipe.pop("k"), architecture, sizes)
-    config = TrainConfig(steps=steps, batch_size=recipe["batch_size"], dead_after=recipe["dead_after"])
+    sae_config = SAEConfig.sized(data.d, expansion=RECIPE["expansion"], k=RECIPE["k"], architecture=architecture)
+    config = TrainConfig(steps=steps, batch_size=RECIPE["batch_size"], dead_after=RECIPE["dead_after"])
     return train(data, sae_config, config, options, validation=held_out, on_log=on_log, on_step=on_step)
 
 
