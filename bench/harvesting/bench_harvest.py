@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from saevlm_fast.data.rows import open_activations
-from saevlm_fast.harvesting.run import HarvestConfig, HarvestOptions, harvest
+from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.images.open import decode, open_images
 from saevlm_fast.towers.load import HookPoint, Tokens, load_tower
 
