@@ -9,7 +9,7 @@ from saevlm_fast.data.codes import Codes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
-from saevlm_fast.towers.load import vision_part
+from saevlm_fast.towers.from_transformers import vision_part
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower, weights_sha256
 

@@ -27,8 +27,9 @@ from saevlm_fast.harvesting.stores import HarvestStores
 from saevlm_fast.images.open import decode, open_images
 from saevlm_fast.provenance import sae_mismatch
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
-from saevlm_fast.towers.load import HookPoint, Tokens, load_tower
-from saevlm_fast.towers.tower import HookedTower
+from saevlm_fast.towers.load import load_tower
+from saevlm_fast.towers.tokens import Tokens
+from saevlm_fast.towers.tower import HookedTower, HookPoint
 from tiny_tower import N_BLOCKS, N_TOKENS, PROJECTED, WIDTH, save_clip, save_photos
 
 N_IMAGES = 22
