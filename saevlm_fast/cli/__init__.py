@@ -526,7 +526,7 @@ def steer_command(
 ) -> None:
     """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
     from saevlm_fast.errors import ImageError, require
-    from saevlm_fast.images.open import decode
+    from saevlm_fast.images.decode import decode
     from saevlm_fast.steering.answers import Row
     from saevlm_fast.steering.edits import clamp
 

@@ -35,7 +35,8 @@ from saevlm_fast.data.codes import Codes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import ImageError, Interrupted, check_same_settings, require
 from saevlm_fast.files import LOCK_FILE, output_lock, sha256_file, write_json_atomic
-from saevlm_fast.images.open import ImageSource, decode
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.runtime import interruptible
 from saevlm_fast.scoring.monosemanticity import check_scores_path, checked_ids, write_table
 from saevlm_fast.scoring.naming import top_images

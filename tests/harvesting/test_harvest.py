@@ -24,7 +24,8 @@ from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
 from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.harvesting.stores import HarvestStores
-from saevlm_fast.images.open import decode, open_images
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.open import open_images
 from saevlm_fast.provenance import sae_mismatch
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
 from saevlm_fast.towers.load import load_tower
