@@ -147,9 +147,12 @@ def harvest(
     force: Annotated[bool, typer.Option("--force", help="Replace the harvest in --output.")] = False,
 ) -> None:
     """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
-    from saevlm_fast.harvesting.run import HarvestConfig, HarvestOptions, check_output, sae_mismatch, torchrun_ranks
+    from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+    from saevlm_fast.harvesting.ranks import torchrun_ranks
     from saevlm_fast.harvesting.run import harvest as run_harvest
+    from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.images.open import open_images
+    from saevlm_fast.provenance import sae_mismatch
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.towers.tokens import Tokens
@@ -523,7 +526,7 @@ def steer_command(
 ) -> None:
     """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
     from saevlm_fast.errors import ImageError, require
-    from saevlm_fast.images.open import decode
+    from saevlm_fast.images.decode import decode
     from saevlm_fast.steering.answers import Row
     from saevlm_fast.steering.edits import clamp
 

@@ -16,7 +16,7 @@ from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.contact_sheet import Row, Section, draw_sheet
 from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, spearman
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, RECIPE, TOWER, SceneStores
-from saevlm_fast.images.open import decode
+from saevlm_fast.images.decode import decode
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, accumulate
