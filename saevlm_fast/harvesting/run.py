@@ -34,15 +34,9 @@ from torch import Tensor
 
 from saevlm_fast import __version__
 from saevlm_fast.data.codes import CodeRows, CodesWriter, codes_of_rows, join_codes, mean_pool_codes
-from saevlm_fast.data.rows import loader_threads
-from saevlm_fast.data.store import (
-    STORE_DTYPES,
-    ActivationWriter,
-    StoreWriter,
-    clear_store,
-    joined_index,
-    merge_parts,
-)
+from saevlm_fast.data.prefetch import loader_threads
+from saevlm_fast.data.store import STORE_DTYPES, joined_index
+from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store, merge_parts
 from saevlm_fast.errors import ActivationError, ImageError, Interrupted, check_same_settings, require
 from saevlm_fast.files import atomic_write, remove_leftovers, sha256_file, write_json_atomic
 from saevlm_fast.images.batches import Batch, dead_workers_in_one_line, default_workers, image_batches

@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saevlm_fast.config import SAEConfig, TrainConfig
-from saevlm_fast.data.rows import Activations, ShuffledRows, batches
+from saevlm_fast.data.order import ShuffledRows, batches
+from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import Interrupted, check_same_settings, require
 from saevlm_fast.files import (
     TEMPORARY_PREFIX,

@@ -22,18 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from saevlm_fast.data import rows as activations_module
-from saevlm_fast.data.rows import (
-    ActivationWriter,
-    ShuffledRows,
-    batches,
-    check_finite,
-    merge_parts,
-    open_activations,
-    prefetch,
-    read_index,
-    verify,
-)
+from saevlm_fast.data import order as order_module
+from saevlm_fast.data import rows as rows_module
+from saevlm_fast.data.matrix import check_finite
+from saevlm_fast.data.order import ShuffledRows, batches
+from saevlm_fast.data.prefetch import prefetch
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.store import read_index, verify
+from saevlm_fast.data.writing import ActivationWriter, merge_parts
 from saevlm_fast.errors import ActivationError
 from saevlm_fast.files import TEMPORARY_PREFIX
 
@@ -260,7 +256,7 @@ def test_an_error_in_the_with_block_drops_only_what_is_not_durable(tmp_path):
 
 WRITE_FOREVER = """
 import sys, torch
-from saevlm_fast.data.rows import ActivationWriter
+from saevlm_fast.data.writing import ActivationWriter
 writer = ActivationWriter(sys.argv[1], 64, torch.float16, {}, rows_per_shard=512)
 row = 0
 while True:
@@ -666,7 +662,7 @@ def test_blocks_begin_once_an_epoch_and_before_their_rows(n, batch_size, epoch):
 def announced(monkeypatch):
     """Rows that were announced to the kernel, as they are read by those who announce them."""
     rows = []
-    monkeypatch.setattr(activations_module, "will_need", lambda mapped_ND: rows.extend(mapped_ND.float().tolist()))
+    monkeypatch.setattr(rows_module, "will_need", lambda mapped_ND: rows.extend(mapped_ND.float().tolist()))
     return rows
 
 
@@ -692,7 +688,7 @@ def test_a_window_is_announced_wherever_in_it_batches_start(tmp_path, announced,
 def test_threads_that_ask_for_one_permutation_make_it_once():
     made, all_ask = [], threading.Barrier(4)
 
-    @activations_module._made_once
+    @order_module._made_once
     def slow(n):
         made.append(n)
         time.sleep(0.05)
