@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
 
 
 class Rows(Protocol):
@@ -52,10 +53,8 @@ class ShuffledRows:
         window_bytes: int = 512 << 20,
         block_bytes: int = 1 << 20,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; at least 0 is needed")
+        require(batch_size >= 1, f"batch_size is {batch_size}; at least 1 is needed")
+        require(seed >= 0, f"seed is {seed}; at least 0 is needed")
         self.n_rows, self.batch_size, self.seed = activations.n_rows, batch_size, seed
         row_bytes = max(activations.row_bytes, 512)  # bounds the permutations' own memory when rows are tiny
         self._exact = self.n_rows * row_bytes <= exact_bytes
@@ -166,9 +165,12 @@ def batches(
 
     pin_memory: batches in page-locked memory, for asynchronous copies to a GPU. announce: have whole windows of blocks
     read from the disk when they begin; not worth it for a few steps of one.
+
+    Raises:
+        ValueError: an order over another number of rows. ActivationError: NaN or infinity, naming the row.
     """
-    if order.n_rows != activations.n_rows:
-        raise ValueError(f"order is over {order.n_rows} rows; {activations.path} has {activations.n_rows}")
+    same = order.n_rows == activations.n_rows
+    require(same, f"order is over {order.n_rows} rows; {activations.path} has {activations.n_rows}")
 
     def load(step: int) -> tuple[Tensor, Tensor]:
         for start, stop in order.blocks_begun(step, anew=step == start_step) if announce else ():

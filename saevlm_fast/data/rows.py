@@ -1,7 +1,7 @@
-"""Activations for reading: one interface over a store and a matrix file.
+"""Activations for reading: one interface over a store, a matrix file and a matrix in memory.
 
-A store is a directory of shards (data/store.py), a matrix file one [N, d_in] tensor (data/matrix.py). Everything
-is memory-mapped: opening reads headers only, and the data may be larger than memory. What leaves this module is float32
+A store is a directory of shards (data/store.py), a matrix file one [N, d_in] tensor (data/matrix.py). Files are
+memory-mapped: opening reads headers only, and the data may be larger than memory. What leaves this module is float32
 and finite. Shape suffixes: N rows, B rows of a batch, D d_in.
 """
 
@@ -15,17 +15,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.matrix import check_finite, map_matrix, read_randomly, will_need
+from saevlm_fast.data.matrix import check_finite, host_matrix, map_matrix, read_randomly, will_need
 from saevlm_fast.data.prefetch import prefetch
-from saevlm_fast.data.store import ACTIVATIONS, ITEM_SCHEMA, StoreIndex, map_shard, read_index, read_items
-from saevlm_fast.errors import ActivationError
+from saevlm_fast.data.store import ACTIVATIONS, ITEM_SCHEMA, StoreIndex, check_format, map_shard, read_index, read_items
+from saevlm_fast.errors import ActivationError, require
 
 
 class StoredRows:
     """What activations and codes have in common: shards laid end to end, and the items of their rows.
 
-    Attributes: path; n_rows; dtype (on disk); source (the store's record of model, layer, point and tokens; None for a
-    matrix file); has_items (stores do).
+    Attributes:
+        path: of the store or the file; of a matrix in memory what stands for it in messages, `tensor [N, d]`.
+        n_rows: N.
+        dtype: on disk, or in memory; what is read from it is float32.
+        source: the store's record of model, layer, point and tokens; None without a store.
+        has_items: whether rows have an image, a token and a label: those of stores do.
     """
 
     def __init__(
@@ -74,8 +78,7 @@ class StoredRows:
             yield waiting
 
     def _shard_items(self, shard: int) -> pa.Table:
-        if not self.has_items:
-            raise ActivationError(f"{self.path}: a matrix file has no item ids; only a store does")
+        require(self.has_items, f"{self.path}: a matrix has no item ids; only a store does", ActivationError)
         return read_items(self._items[shard], int(self._starts[shard + 1] - self._starts[shard]))
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -88,7 +91,7 @@ class StoredRows:
 
 
 class Activations(StoredRows):
-    """The rows of a store or of a matrix file, in one interface. Made by `open_activations`.
+    """Rows of activations [N, d_in] in one interface, wherever they are: see `open_activations` and `from_tensor`.
 
     Attributes: those of StoredRows; d, the width d_in.
     """
@@ -97,8 +100,20 @@ class Activations(StoredRows):
         super().__init__(path, [len(t) for t in tensors], tensors[0].dtype, source, items)
         self.d = tensors[0].shape[1]
         self._tensors = tensors
-        for tensor in tensors:  # what is read in order is announced by will_need
-            read_randomly(tensor)
+
+    @classmethod
+    def from_tensor(cls, x: Tensor | np.ndarray) -> "Activations":
+        """Activations in memory: a torch tensor or a NumPy array [N, d_in], of which nothing is copied.
+
+        float16, bfloat16, float32 or float64, strided in any way; it must not change while it is read. Copied to the
+        host is a tensor on a GPU. As in a file, rows are checked when they are read: NaN or infinity is an
+        ActivationError there that names the row.
+
+        Raises:
+            ActivationError: not a tensor or an array, another dtype, not 2-D, or without rows or columns.
+        """
+        x_ND = host_matrix(x)
+        return cls(Path(f"tensor {list(x_ND.shape)}"), [x_ND], source=None, items=[])
 
     @property
     def row_bytes(self) -> int:
@@ -106,13 +121,16 @@ class Activations(StoredRows):
         return self.d * self.dtype.itemsize
 
     def rows(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
-        """The rows at `indices` (int64 [B], any order, repeats allowed) as float32 [B, d_in], into `out` if given."""
+        """The rows at `indices` (int64 [B], any order, repeats allowed) as float32 [B, d_in], into `out` if given.
+
+        Raises:
+            ValueError: indices or out of another dtype or shape, a row that is not there. ActivationError: NaN or
+                infinity, naming the row.
+        """
         indices = _checked_rows(indices, self.n_rows, self.path)
         out_BD = torch.empty(len(indices), self.d) if out is None else out
-        if out_BD.shape != (len(indices), self.d) or out_BD.dtype != torch.float32 or not out_BD.is_contiguous():
-            raise ValueError(
-                f"out is {list(out_BD.shape)} {out_BD.dtype}; needs contiguous float32 {[len(indices), self.d]}"
-            )
+        fits = out_BD.shape == (len(indices), self.d) and out_BD.dtype == torch.float32 and out_BD.is_contiguous()
+        require(fits, f"out is {list(out_BD.shape)} {out_BD.dtype}; needs contiguous float32 {[len(indices), self.d]}")
         if bool((indices[1:] >= indices[:-1]).all()):
             self._gather(indices, out_BD)
         else:
@@ -137,7 +155,11 @@ class Activations(StoredRows):
             will_need(self._tensors[shard][low:high])
 
     def chunks(self, n: int) -> Generator[tuple[int, Tensor], None, None]:
-        """Every row once, in order: (number of the first row, float32 [<= n, d_in]), read ahead in the background."""
+        """Every row once, in order: (number of the first row, float32 [<= n, d_in]), read ahead in the background.
+
+        Raises:
+            ValueError: n is below 1. ActivationError: NaN or infinity, naming the row.
+        """
         check_chunk(n)
         return prefetch(
             lambda start: (start, self._slice(start, min(start + n, self.n_rows))), range(0, self.n_rows, n)
@@ -154,18 +176,26 @@ class Activations(StoredRows):
 
 
 def open_activations(path: str | os.PathLike[str]) -> Activations:
-    """Opens a store directory or a matrix file (see the module's docstring) without reading its rows.
+    """Opens a store directory or a matrix file without reading its rows: [N, d_in] in .npy, .safetensors or .pt.
 
-    float64 matrices are accepted and rounded to float32 batch by batch. A Fortran-ordered matrix is read correctly, but
-    slowly: its rows are scattered over the file. Raises ActivationError for everything that is not usable, an
-    incomplete store included. Never unpickles anything but plain tensors.
+    Of several tensors in a .safetensors or .pt file FILE::NAME names one. float64 matrices are accepted and rounded to
+    float32 batch by batch. A Fortran-ordered matrix is read correctly, but slowly: its rows are scattered over the
+    file. Never unpickles anything but plain tensors.
+
+    Raises:
+        ActivationError: everything that is not usable, an incomplete store included.
     """
     file, key = split_key(path)
-    if not file.is_dir():
-        return Activations(file, [map_matrix(file, key)], source=None, items=[])
-    index = open_index(file, ACTIVATIONS)
-    tensors = [map_shard(file, shard, index)["activations"] for shard in index.shards]
-    return Activations(file, tensors, index.source, [file / shard.items for shard in index.shards])
+    source, items = None, []
+    if file.is_dir():
+        index = open_index(file, ACTIVATIONS)
+        tensors = [map_shard(file, shard, index)["activations"] for shard in index.shards]
+        source, items = index.source, [file / shard.items for shard in index.shards]
+    else:
+        tensors = [map_matrix(file, key)]
+    for tensor in tensors:  # what is read in order is announced by will_need
+        read_randomly(tensor)
+    return Activations(file, tensors, source, items)
 
 
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -179,28 +209,27 @@ def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
 def open_index(path: Path, format: str) -> StoreIndex:
     """The index of a store of that format that can be read: complete, with at least 1 row. Else ActivationError."""
     index = read_index(path)
-    if index.format != format:
-        raise ActivationError(f"{path}: a store of {index.format.split()[1]}; needed is one of {format.split()[1]}")
-    if not index.complete:
-        raise ActivationError(
-            f"{path}: incomplete store, its writing was interrupted: {index.n_rows} rows in {len(index.shards)} shards "
-            "are there; resume it first"
-        )
-    if index.n_rows == 0:
-        raise ActivationError(f"{path}: shape is [0, {index.width}]; at least 1 row is needed")
+    check_format(path, index, format)
+    require(
+        index.complete,
+        f"{path}: incomplete store, its writing was interrupted: {index.n_rows} rows in {len(index.shards)} shards are "
+        "there; resume it first",
+        ActivationError,
+    )
+    require(index.n_rows > 0, f"{path}: shape is [0, {index.width}]; at least 1 row is needed", ActivationError)
     return index
 
 
 def check_chunk(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"chunk size is {n}; at least 1 is needed")
+    require(n >= 1, f"chunk size is {n}; at least 1 is needed")
 
 
 def _checked_rows(indices: Tensor, n_rows: int, path: Path) -> Tensor:
-    if indices.dtype != torch.int64 or indices.ndim != 1:
-        raise ValueError(f"indices are {indices.dtype} with {indices.ndim} dimensions; a 1-D int64 tensor is needed")
-    if len(indices):
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= n_rows:
-            raise ValueError(f"{path}: row {low if low < 0 else high} asked for; there are rows 0 to {n_rows - 1}")
+    require(
+        indices.dtype == torch.int64 and indices.ndim == 1,
+        f"indices are {indices.dtype} with {indices.ndim} dimensions; a 1-D int64 tensor is needed",
+    )
+    low, high = (int(bound) for bound in indices.aminmax()) if len(indices) else (0, 0)
+    row, there = (low if low < 0 else high), low >= 0 and high < n_rows
+    require(there, f"{path}: row {row} asked for; there are rows 0 to {n_rows - 1}")
     return indices

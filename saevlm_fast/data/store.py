@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.matrix import SAFETENSORS_DTYPES, dtype_names, safetensors_header
-from saevlm_fast.errors import ActivationError, first_line
+from saevlm_fast.errors import ActivationError, first_line, require
 from saevlm_fast.files import atomic_write, sha256_file
 
 ACTIVATIONS, CODES, VERSION = "saevlm-fast activations", "saevlm-fast codes", 1
@@ -65,10 +65,9 @@ class StoreIndex:
     complete: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.width < 1 << 31:
-            raise ActivationError(f"{WIDTH_NAMES[self.format]} is {self.width}; 1 to 2^31 - 1 is needed")
-        if self.dtype not in STORE_DTYPES.values():
-            raise ActivationError(f"dtype is {self.dtype}; a store holds {dtype_names(STORE_DTYPES.values())}")
+        name, dtypes = WIDTH_NAMES[self.format], STORE_DTYPES.values()
+        require(1 <= self.width < 1 << 31, f"{name} is {self.width}; 1 to 2^31 - 1 is needed", ActivationError)
+        require(self.dtype in dtypes, f"dtype is {self.dtype}; a store holds {dtype_names(dtypes)}", ActivationError)
 
     @property
     def n_rows(self) -> int:
@@ -91,28 +90,32 @@ class StoreIndex:
 
 
 def read_index(path: str | os.PathLike[str]) -> StoreIndex:
-    """The index of the store at `path`, complete or not. Raises ActivationError if there is none or it is damaged."""
-    if not (Path(path) / "index.json").is_file():
-        raise ActivationError(f"{path}: no index.json in it: not a store of activations or codes")
+    """The index of the store at `path`, complete or not.
+
+    Raises:
+        ActivationError: there is none, or it is damaged.
+    """
+    there = (Path(path) / "index.json").is_file()
+    require(there, f"{path}: no index.json in it: not a store of activations or codes", ActivationError)
     return _read_index_file(Path(path) / "index.json")
 
 
 def _read_index_file(file: Path) -> StoreIndex:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        if raw["format"] not in WIDTH_NAMES or raw["version"] != VERSION:
-            known = " or ".join(map(repr, WIDTH_NAMES))
-            raise ValueError(f"format {raw['format']!r} version {raw['version']!r}; needed {known} version {VERSION}")
+        format, version, known = raw["format"], raw["version"], " or ".join(map(repr, WIDTH_NAMES))
+        readable = format in WIDTH_NAMES and version == VERSION
+        require(readable, f"format {format!r} version {version!r}; needed {known} version {VERSION}")
         shards = tuple(Shard(**record) for record in raw["shards"])
         n_rows, width = (int(length) for length in raw["shape"])
         dtype, source = STORE_DTYPES[raw["dtype"]], dict(raw["source"])
         index = StoreIndex(raw["format"], width, dtype, source, shards, bool(raw["complete"]))
-        if index.n_rows != n_rows or any(shard.rows < 0 for shard in shards):
-            raise ValueError(f"shape says {n_rows} rows, the shards {index.n_rows}")
-        if any(Path(name).name != name for shard in shards for name in (shard.file, shard.items)):
-            raise ValueError("a shard's file lies outside the store")
-        if [shard.number for shard in shards] != sorted({shard.number for shard in shards}):
-            raise ValueError("shard numbers do not ascend")
+        sound = index.n_rows == n_rows and all(shard.rows >= 0 for shard in shards)
+        require(sound, f"shape says {n_rows} rows, the shards {index.n_rows}")
+        inside = all(Path(name).name == name for shard in shards for name in (shard.file, shard.items))
+        require(inside, "a shard's file lies outside the store")
+        numbers = [shard.number for shard in shards]
+        require(numbers == sorted(set(numbers)), "shard numbers do not ascend")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ActivationError(f"{file}: damaged index: {type(error).__name__}: {first_line(error)}") from error
     return index
@@ -134,6 +137,12 @@ def write_index_file(file: Path, index: StoreIndex) -> None:
         temporary.write_text(f'{head},\n  "shards": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
 
 
+def check_format(path: str | os.PathLike[str], index: StoreIndex, format: str) -> None:
+    """ActivationError: a store of the other format, activations instead of codes or codes instead of activations."""
+    held, needed = index.format.split()[1], format.split()[1]
+    require(index.format == format, f"{path}: a store of {held}; needed is one of {needed}", ActivationError)
+
+
 def joined_index(path: str | os.PathLike[str]) -> StoreIndex:
     """The index together with what ranks have written and nobody has merged yet. Nothing on the disk changes."""
     index = read_index(path)
@@ -148,8 +157,7 @@ def map_shard(path: Path, shard: Shard, index: StoreIndex) -> dict[str, Tensor]:
     Unlike np.memmap, from_file keeps no file open: thousands fit.
     """
     for file in (path / shard.file, path / shard.items):
-        if not file.is_file():
-            raise ActivationError(f"{file}: missing, but the store's index lists it")
+        require(file.is_file(), f"{file}: missing, but the store's index lists it", ActivationError)
     file = path / shard.file
     entries, data_start = safetensors_header(file)
     _check_layout(file, entries, shard, index)
@@ -167,7 +175,7 @@ def _check_layout(file: Path, entries: Mapping[str, Mapping[str, Any]], shard: S
     if not fits:
         holds = ", ".join(f"{name} {entry['dtype']} {entry['shape']}" for name, entry in list(entries.items())[:4])
         needed = ", ".join(
-            f"{name} {' or '.join(map(_dtype_name, dtypes))} {shape}" for name, (dtypes, shape) in expected.items()
+            f"{name} {dtype_names(dtypes, ' or ')} {shape}" for name, (dtypes, shape) in expected.items()
         )
         raise ActivationError(f"{file}: holds {holds or 'nothing'}; the store's index says {needed}")
 
@@ -175,8 +183,8 @@ def _check_layout(file: Path, entries: Mapping[str, Mapping[str, Any]], shard: S
 def _tensor_at(file: Path, name: str, data: Tensor, entry: Mapping[str, Any]) -> Tensor:
     dtype, (begin, end) = _TENSOR_DTYPES[entry["dtype"]], entry["data_offsets"]
     offset = data.storage_offset() + begin
-    if end - begin != math.prod(entry["shape"]) * dtype.itemsize or offset % dtype.itemsize:
-        raise ActivationError(f"{file}: damaged safetensors header: {name} lies at {begin} to {end}")
+    fits = end - begin == math.prod(entry["shape"]) * dtype.itemsize and offset % dtype.itemsize == 0
+    require(fits, f"{file}: damaged safetensors header: {name} lies at {begin} to {end}", ActivationError)
     return data[begin:end].view(dtype).view(entry["shape"])
 
 
@@ -186,16 +194,20 @@ def read_items(file: Path, rows: int) -> pa.Table:
         table = pq.read_table(file, schema=ITEM_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         raise ActivationError(f"{file}: damaged item table: {first_line(error)}") from error
-    if len(table) != rows:
-        raise ActivationError(f"{file}: {len(table)} rows; the store's index says {rows}")
+    require(len(table) == rows, f"{file}: {len(table)} rows; the store's index says {rows}", ActivationError)
     return table
 
 
 def verify(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda done: None) -> StoreIndex:
     """Reads the whole store (complete or not) and compares it with its index: sizes, shapes, dtypes, every SHA-256.
 
-    on_bytes: called after every shard with the bytes read so far. Returns the index of a sound store (joined_index);
-    raises ActivationError naming each missing, truncated or altered file.
+    on_bytes: called after every shard with the bytes read so far.
+
+    Returns:
+        The index of a sound store (joined_index).
+
+    Raises:
+        ActivationError: naming each missing, truncated or altered file, up to five of them.
     """
     path, index = Path(path), joined_index(path)
     damage, done = [], 0
@@ -225,12 +237,10 @@ def _shard_damage(path: Path, shard: Shard, index: StoreIndex) -> str | None:
 
 
 def part_name(part: int | str) -> str:
+    """The file in which rank `part` keeps its records until merge_parts joins them."""
     return f"index.part-{part}.json"
 
 
 def part_files(path: Path) -> list[Path]:
+    """Those of all ranks that nobody has joined yet."""
     return sorted(path.glob(part_name("*")))
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return dtype_names([dtype])

@@ -21,6 +21,7 @@ from saevlm_fast.data.store import (
     ITEM_SCHEMA,
     Shard,
     StoreIndex,
+    check_format,
     joined_index,
     map_shard,
     part_files,
@@ -28,7 +29,7 @@ from saevlm_fast.data.store import (
     read_index,
     write_index_file,
 )
-from saevlm_fast.errors import ActivationError, first_line
+from saevlm_fast.errors import ActivationError, first_line, require
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
 
 Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
@@ -71,10 +72,7 @@ class StoreWriter(ABC):
         """
         path = Path(path)
         index = merge_parts(path) if part is None else read_index(path)
-        if index.format != cls.FORMAT:
-            raise ActivationError(
-                f"{path}: a store of {index.format.split()[1]}; needed is one of {cls.FORMAT.split()[1]}"
-            )
+        check_format(path, index, cls.FORMAT)
         for shard in index.shards:
             map_shard(path, shard, index)
         writer = cls.__new__(cls)
@@ -106,9 +104,13 @@ class StoreWriter(ABC):
         """Writes shard `number` (its place in the order of rows) durably; it may have any number of rows, even none.
 
         rows: activations [rows, d_in], or codes, on any device. items: columns image, token and, if any, label.
+
+        Raises:
+            ValueError: a number that is on the disk, rows or items that do not fit, a store that is complete.
+            ActivationError: rows that are not finite in the store's dtype. OSError: a full disk.
         """
-        if number < 0 or number in self.done:
-            raise ValueError(f"number is {number}; needed: one from 0 up that is not on the disk yet")
+        new = number >= 0 and number not in self.done
+        require(new, f"number is {number}; needed: one from 0 up that is not on the disk yet")
         self._check_open()
         file, items_file = self.path / f"shard-{number:05d}.safetensors", self.path / f"items-{number:05d}.parquet"
         n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
@@ -125,8 +127,7 @@ class StoreWriter(ABC):
         """The number of rows and the tensors of a shard's file, in the store's dtype; where: for error messages."""
 
     def _check_open(self) -> None:
-        if self.complete:
-            raise ValueError(f"{self.path}: the store is complete; rows can no longer be added")
+        require(not self.complete, f"{self.path}: the store is complete; rows can no longer be added")
 
     def _save(self, index: StoreIndex) -> None:
         write_index_file(self.path / ("index.json" if self.part is None else part_name(self.part)), index)
@@ -187,9 +188,14 @@ class ActivationWriter(StoreWriter):
         self._filled = 0
 
     def append(self, batch_BD: Tensor, items: Items) -> None:
-        """Adds rows [B, d_in] (any float dtype and device) and their items: columns image, token and, if any, label."""
-        if self.part is not None:
-            raise ValueError(f"part is {self.part}; append is for one process alone, ranks use write_shard")
+        """Adds rows [B, d_in] (any float dtype and device) and their items: columns image, token and, if any, label.
+
+        Raises:
+            ValueError: rows or items that do not fit, a store that is complete, a writer of a part.
+            ActivationError: rows that are not finite in the store's dtype, when their shard is written.
+        """
+        alone = self.part is None
+        require(alone, f"part is {self.part}; append is for one process alone, ranks use write_shard")
         self._check_open()
         self._check_rows(batch_BD)
         table = _item_table(items, len(batch_BD))
@@ -218,10 +224,9 @@ class ActivationWriter(StoreWriter):
         return len(stored_ND), {"activations": stored_ND}
 
     def _check_rows(self, batch_BD: Tensor) -> None:
-        if batch_BD.ndim != 2 or batch_BD.shape[1] != self._index.width or not batch_BD.is_floating_point():
-            raise ValueError(
-                f"rows are {batch_BD.dtype} {list(batch_BD.shape)}; floats [rows, {self._index.width}] are needed"
-            )
+        width, shape = self._index.width, list(batch_BD.shape)
+        fits = batch_BD.ndim == 2 and shape[1] == width and batch_BD.is_floating_point()
+        require(fits, f"rows are {batch_BD.dtype} {shape}; floats [rows, {width}] are needed")
 
     def close(self) -> None:
         """Writes the rows that do not fill a shard and declares the store complete (a part: merge_parts does that)."""
@@ -231,8 +236,7 @@ class ActivationWriter(StoreWriter):
 
 
 def _check_rows_per_shard(rows_per_shard: int) -> None:
-    if rows_per_shard < 1:
-        raise ValueError(f"rows_per_shard is {rows_per_shard}; at least 1 is needed")
+    require(rows_per_shard >= 1, f"rows_per_shard is {rows_per_shard}; at least 1 is needed")
 
 
 def merge_parts(path: str | Path, complete: bool = False, keep: Container[int] | None = None) -> StoreIndex:
@@ -257,8 +261,7 @@ def merge_parts(path: str | Path, complete: bool = False, keep: Container[int] |
 
 
 def _completed(path: Path, index: StoreIndex) -> StoreIndex:
-    if index.n_rows == 0:
-        raise ActivationError(f"{path}: no rows were written; a complete store has at least 1")
+    require(index.n_rows > 0, f"{path}: no rows were written; a complete store has at least 1", ActivationError)
     return replace(_contiguous(path, index), complete=True)
 
 
@@ -273,11 +276,13 @@ def _contiguous(path: Path, index: StoreIndex) -> StoreIndex:
 
 
 def _claim_directory(path: Path, force: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise ActivationError(f"{path}: exists and is not a directory")
+    require(path.is_dir() or not path.exists(), f"{path}: exists and is not a directory", ActivationError)
     path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()) and not force:
-        raise ActivationError(f"{path}: the directory is not empty; resume the store in it, or use force to replace it")
+    require(
+        force or not any(path.iterdir()),
+        f"{path}: the directory is not empty; resume the store in it, or use force to replace it",
+        ActivationError,
+    )
     clear_store(path)
 
 
@@ -292,13 +297,13 @@ def clear_store(path: str | Path) -> None:
 
 def _item_table(items: Items, n_rows: int) -> pa.Table:
     columns = dict(zip(items.column_names, items.columns)) if isinstance(items, pa.Table) else dict(items)
-    if not {"image", "token"} <= set(columns) <= set(ITEM_SCHEMA.names):
-        raise ValueError(f"items has columns {sorted(columns)}; needed: image, token and, if any, label")
+    known = {"image", "token"} <= set(columns) <= set(ITEM_SCHEMA.names)
+    require(known, f"items has columns {sorted(columns)}; needed: image, token and, if any, label")
     columns.setdefault("label", [None] * n_rows)
     columns = {name: c.tolist() if isinstance(c, Tensor) else c for name, c in columns.items()}
     lengths = {name: len(column) for name, column in columns.items()}
-    if set(lengths.values()) != {n_rows}:
-        raise ValueError(f"items has columns of lengths {lengths}; the batch has {n_rows} rows")
+    same = set(lengths.values()) == {n_rows}
+    require(same, f"items has columns of lengths {lengths}; the batch has {n_rows} rows")
     try:
         return pa.table(columns, schema=ITEM_SCHEMA)
     except (pa.ArrowException, UnicodeEncodeError) as error:

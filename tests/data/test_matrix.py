@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from saevlm_fast.data.matrix import check_finite
 from saevlm_fast.data.order import ShuffledRows, batches
-from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import ActivationError
 from stores import DTYPES, gathered, rows_of, save_matrix, write_store
 
@@ -202,6 +202,81 @@ def test_reading_a_matrix_larger_than_memory(tmp_path):
     matrix = open_activations(path)
     assert matrix.rows(torch.tensor([n - 1, 0]))[0, -1] == 3
     assert not ShuffledRows(matrix, 4096)._exact or n * d * 4 <= 8 << 30
+
+
+# A matrix in memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_matrix_in_memory_reads_like_a_file(tmp_path, kind, dtype):
+    if kind == "numpy" and dtype == torch.bfloat16:
+        pytest.skip("numpy has no bfloat16")
+    x = rows_of(23, 6, dtype)
+    matrix = Activations.from_tensor(x.numpy() if kind == "numpy" else x)
+    suffix = ".pt" if dtype == torch.bfloat16 else ".npy"
+    file = open_activations(save_matrix(tmp_path / f"x{suffix}", x))
+    for side in (matrix, file):
+        assert (side.n_rows, side.d, side.dtype, side.source, side.has_items) == (23, 6, dtype, None, False)
+    assert str(matrix.path) == "tensor [23, 6]"
+    picks = torch.tensor([22, 0, 5, 5])
+    assert torch.equal(matrix.rows(picks), file.rows(picks))
+    assert torch.equal(gathered(matrix), gathered(file))
+    for mine, its in zip(
+        batches(matrix, ShuffledRows(matrix, 4), 3, 9), batches(file, ShuffledRows(file, 4), 3, 9), strict=True
+    ):
+        assert torch.equal(mine[0], its[0])
+        assert torch.equal(mine[1], its[1])
+    with pytest.raises(ActivationError, match=r"tensor \[23, 6\]: a matrix has no item ids"):
+        matrix.items()
+
+
+def test_a_matrix_in_memory_is_not_copied():
+    x = rows_of(9, 4)
+    array = x.numpy().copy()
+    for each in (x, x.T, x[::2, 1:], array, array.T, array[::2, 1:], np.asfortranarray(array)):
+        held = Activations.from_tensor(each)._tensors[0]
+        pointer = each.data_ptr() if isinstance(each, torch.Tensor) else each.ctypes.data
+        assert held.data_ptr() == pointer
+        assert torch.equal(gathered(Activations.from_tensor(each)), torch.as_tensor(each).float())
+    assert torch.equal(gathered(Activations.from_tensor(array[::-1])), x.flip(0))  # torch has no negative strides
+    trained = torch.nn.Parameter(x)
+    assert not Activations.from_tensor(trained).rows(torch.tensor([1])).requires_grad
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_read_only_array_is_read_without_a_warning():
+    array = rows_of(5).numpy()
+    array.flags.writeable = False
+    assert torch.equal(gathered(Activations.from_tensor(array)), rows_of(5))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(4), r"x: shape is \[4\]; a matrix \[rows, d_in\] is needed"),
+        (np.zeros((2, 3, 4)), r"x: shape is \[2, 3, 4\]; a matrix"),
+        (torch.zeros(0, 4), r"x: shape is \[0, 4\]; at least 1 row"),
+        (np.zeros((4, 0)), r"x: shape is \[4, 0\]; at least 1 row and 1 column"),
+        (torch.zeros(2, 3, dtype=torch.int64), "x: torch.int64, .*; accepted: dense float16, bfloat16, float32"),
+        (np.zeros((2, 3), dtype=np.int32), "x: dtype is int32; accepted: float16, float32, float64"),
+        (np.zeros((2, 3), dtype=">f4"), "x: dtype is >f4; .*little-endian"),
+        (torch.eye(3).to_sparse(), "x: torch.float32, torch.sparse_coo; accepted: dense"),
+        ([[1.0, 2.0]], r"x: list; a torch tensor or a NumPy array"),
+    ],
+)
+def test_what_is_no_matrix_in_memory(x, message):
+    with pytest.raises(ActivationError, match=message):
+        Activations.from_tensor(x)
+
+
+def test_a_row_in_memory_that_is_not_finite_is_named_when_it_is_read():
+    x = rows_of(30)
+    x[21, 3] = torch.nan
+    matrix = Activations.from_tensor(x)
+    matrix.rows(torch.tensor([20, 22]))
+    with pytest.raises(ActivationError, match=r"tensor \[30, 5\]: row 21, column 3 is nan; it must be finite"):
+        gathered(matrix)
 
 
 # Finite ---------------------------------------------------------------------------------------------------------------
