@@ -31,7 +31,8 @@ from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import STATUSES, MonosemanticityScores, score
 from saevlm_fast.scoring.naming import top_images
-from saevlm_fast.training.run import Metrics, RunOptions, train
+from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.run import RunOptions, train
 
 # (architecture, expansion, k): width at k 10, k at expansion 4, and nested groups.
 GRID = (

@@ -249,7 +249,8 @@ def train(
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.demo.scene_stores import RECIPE
     from saevlm_fast.errors import require
-    from saevlm_fast.training.run import RunOptions, latest_checkpoint
+    from saevlm_fast.training.checkpoints import latest_checkpoint
+    from saevlm_fast.training.run import RunOptions
     from saevlm_fast.training.run import train as run_training
 
     require(output is not None or not resume, "output: --resume needs the directory of the run")

@@ -2,7 +2,6 @@
 
 import math
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +45,7 @@ def shown_paths(i: int, factor: str) -> list[tuple[str, ...]]:
 
 
 def stored(acts_NS: torch.Tensor) -> Activations:
-    return Activations(Path("planted"), [acts_NS.float()], None, [])
+    return Activations.from_tensor(acts_NS.float())
 
 
 def truth(acts_NS: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from command import run
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
-from saevlm_fast.data.rows import ActivationWriter, open_activations
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.pairwise_similarity import SIMILARITIES
 from saevlm_fast.sae import SparseAutoencoder
