@@ -30,7 +30,7 @@ from saevlm_fast.files import atomic_write
 from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import STATUSES, MonosemanticityScores, score
-from saevlm_fast.scoring.naming import top_images
+from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.training.run import Metrics, RunOptions, train
 
 # (architecture, expansion, k): width at k 10, k at expansion 4, and nested groups.
