@@ -239,6 +239,19 @@ def describe_object(labels: np.ndarray) -> str:
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
+def value_prompts(factor: str) -> list[str]:
+    """The shortest description that says each value of a factor: "a star", "a red thing", "a scene on teal"."""
+    prompts = []
+    for value in range(len(VALUES[factor])):
+        objects, setting = np.full((1, len(OBJECT_FACTORS)), -1), np.full(len(SCENE_FACTORS), -1)
+        if factor in OBJECT_FACTORS:
+            objects[0, OBJECT_FACTORS.index(factor)] = value
+        else:
+            setting[SCENE_FACTORS.index(factor)] = value
+        prompts.append(describe(objects, setting))
+    return prompts
+
+
 def taxonomy_path(factor: str, value: str) -> tuple[str, str, str]:
     """From general to particular: ("object", "curved", "ring"), ("colour", "warm", "red").
 

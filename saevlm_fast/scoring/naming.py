@@ -62,8 +62,7 @@ class Words(NamedTuple):
 
 def scene_words() -> Words:
     """Every value of every factor of the box's scenes: "red" as "a red thing", "teal" as "a scene on teal"."""
-    from saevlm_fast.box.scenes import VALUES
-    from saevlm_fast.box_making.evaluation import value_prompts
+    from saevlm_fast.box.scenes import VALUES, value_prompts
 
     words = [word for values in VALUES.values() for word in values]
     return Words(words, [text for factor in VALUES for text in value_prompts(factor)])

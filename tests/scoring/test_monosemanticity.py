@@ -271,9 +271,7 @@ def test_written_files(tmp_path, suffix):
 def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "scores.csv"
     path.write_text("before")
-    monkeypatch.setattr(
-        "saevlm_fast.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr("saevlm_fast.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_scores(score(*make_data()), path)
     assert path.read_text() == "before"
