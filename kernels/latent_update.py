@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.kernels.segment_sum import check, segment_sum_cpu, segment_sum_into
-from saevlm_fast.kernels.topk_encode_cpu import Workspace
-from saevlm_fast.kernels.topk_encode_screened import LowWeights
+from .common import Workspace, check
+from .segment_sum import segment_sum_cpu, segment_sum_into
+from .topk_encode_screened import LowWeights
 
 _BLOCK_BYTES = 4 << 20  # of one block of rows on the CPU
 _BOUND_SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long parallel part would blow up

@@ -34,7 +34,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SIMILARITIES = ("cosine", "dot", "rbf")
+from .common import check_similarity
 
 _CPU_IMAGE_BLOCK = 256
 _CPU_PAIR_BLOCK = 128
@@ -42,12 +42,6 @@ _CPU_LATENT_BLOCK = 4096
 _CPU_BATCH_ELEMENTS = 1 << 20
 _CPU_SEGMENT_BLOCKS = 128, 1024
 _CPU_RUN = 16
-
-
-def check_similarity(similarity: str) -> None:
-    """ValueError unless the similarity is one of SIMILARITIES."""
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity: {similarity!r} is not one of {', '.join(SIMILARITIES)}")
 
 
 def prepare_embeddings(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

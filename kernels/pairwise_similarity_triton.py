@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pairwise_similarity import SIMILARITIES
+from .common import check_similarity
 
 BLOCK_N = 64
 BLOCK_K = 32
@@ -203,5 +203,4 @@ def launch_gram_sums(
 def _check_launch(emb_NE: Tensor, sqnorm_N: Tensor, similarity: str) -> None:
     if emb_NE.dtype != torch.float32 or not emb_NE.is_contiguous() or sqnorm_N.dtype != torch.float32:
         raise ValueError(f"emb_NE, sqnorm_N: {emb_NE.dtype} and {sqnorm_N.dtype} are not contiguous float32")
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity: {similarity!r} is not one of {', '.join(SIMILARITIES)}")
+    check_similarity(similarity)

@@ -16,15 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .segment_sum import (
-    check,
-    check_codes,
-    check_same_kind,
-    entry_rows,
-    group_by_latent,
-    segment_sum_cpu,
-    segment_sum_op,
-)
+from .common import check, check_codes, check_same_kind, fixed_row_offsets
+from .grouping import entry_rows, group_by_latent
+from .segment_sum import segment_sum_cpu, segment_sum_op
 
 # --- gather_dot ------------------------------------------------------------------------------------------------------
 
@@ -139,12 +133,6 @@ def sparse_decode_backward(ctx, grad_BGD: Tensor):
 
 
 sparse_decode_op.register_autograd(sparse_decode_backward, setup_context=sparse_decode_setup_context)
-
-
-def fixed_row_offsets(latents_BK: Tensor) -> Tensor:
-    """[B + 1] row offsets of fixed-k codes."""
-    n_rows, k = latents_BK.shape
-    return torch.arange(n_rows + 1, device=latents_BK.device) * k
 
 
 def sparse_decode(

@@ -26,9 +26,10 @@ import math
 import torch
 from torch import Tensor
 
-from .segment_sum import check, check_same_kind, entry_rows, group_by_latent, segment_sum
+from .common import check, check_same_kind
+from .grouping import entry_rows, group_by_latent
+from .segment_sum import segment_sum
 
-MAX_K = 128 if torch.version.hip is None else 64  # on a GPU: k * 64 candidates in one program, more would spill
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

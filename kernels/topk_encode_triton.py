@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .topk_encode import MAX_K
+from .common import GROUP, MAX_K
 
-GROUP = 64
 BUFFER_BYTES = 512 * 2**20
 MAX_STRIDE = 2**22
 NAN_KEY = tl.constexpr(0x7FC00000)

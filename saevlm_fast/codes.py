@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from saevlm_fast.activation_store import CODES, StoreIndex, StoreWriter, map_shard
 from saevlm_fast.activations import StoredRows, check_chunk, open_index, prefetch
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.matrix_files import ActivationError
 from saevlm_fast.sae import SparseCodes
 

@@ -18,7 +18,7 @@ from saevlm_fast.activations import Activations, open_activations
 from saevlm_fast.codes import codes_of_rows, join_codes, mean_pool_codes
 from saevlm_fast.contact_sheet import Captioned, Section
 from saevlm_fast.ground_truth import latent_concepts, shared_value
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.naming import top_images
 from saevlm_fast.sae import SparseAutoencoder, evaluating
 from saevlm_fast.scene_images import scene_labels

@@ -40,8 +40,8 @@ from saevlm_fast.activations import Activations, StoredRows
 from saevlm_fast.codes import Codes
 from saevlm_fast.config import require
 from saevlm_fast.files import atomic_write
+from saevlm_fast.kernels.common import check_similarity
 from saevlm_fast.kernels.pairwise_similarity import (
-    check_similarity,
     default_gamma,
     distinct_pair_products,
     pairwise_gram_sums,

@@ -25,7 +25,7 @@ from torch import Tensor
 from saevlm_fast.activations import Activations
 from saevlm_fast.codes import CodeRows, Codes, codes_of_rows
 from saevlm_fast.config import require
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.monosemanticity import StreamedScore, checked_ids
 from saevlm_fast.sae import SparseAutoencoder, evaluating
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.config import TrainConfig, require
+from saevlm_fast.kernels.common import Workspace
+from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
 from saevlm_fast.kernels.latent_update import (
     AdamSettings,
     EntryGradient,
@@ -22,10 +24,9 @@ from saevlm_fast.kernels.latent_update import (
     entry_gradient,
     latent_update_,
 )
-from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum, segment_sum_into
+from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
-from saevlm_fast.kernels.topk_encode_cpu import Workspace
 from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
 from saevlm_fast.kernels.topk_encode_screened import (
     LowWeights,

@@ -9,6 +9,7 @@ from torch import Tensor
 import saevlm_fast.kernels.latent_update as latent_update
 import saevlm_fast.step as step_module
 from saevlm_fast.kernels import reference
+from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
 from saevlm_fast.kernels.latent_update import (
     AdamSettings,
     RowGradient,
@@ -23,7 +24,6 @@ from saevlm_fast.kernels.latent_update import (
     latent_update_op,
     vector_update_op,
 )
-from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent
 from saevlm_fast.kernels.topk_encode_screened import LowWeights
 from sparse_codes import assert_near_truth, random_codes, segment_sum_magnitude
 from static_compile import TARGETS, Case, assert_no_spills

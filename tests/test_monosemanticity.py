@@ -17,7 +17,7 @@ from saevlm_fast.activations import ActivationWriter, open_activations
 from saevlm_fast.codes import CodesWriter, open_codes
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.kernels import reference
-from saevlm_fast.kernels.pairwise_similarity import SIMILARITIES
+from saevlm_fast.kernels.common import SIMILARITIES
 from saevlm_fast.monosemanticity import (
     STATUSES,
     MonosemanticityScores,
