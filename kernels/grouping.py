@@ -1,38 +1,28 @@
-"""The entries of sparse codes by row and by latent."""
+"""The entries of sparse codes by row and by latent: how codes meet segment_sum.
+
+    entry_rows:       rows_M   = torch.searchsorted(row_offsets[1:], torch.arange(M), right=True)
+    group_by_latent:  order_M  = latents.flatten().argsort(stable=True)
+                      offsets  = torch.searchsorted(latents.flatten()[order_M], torch.arange(d_sae + 1))
+
+with padding (reference.py) in row B and behind every latent. One grouping a step serves both weight gradients:
+`segment_sum(acts.flatten()[order], entry_rows(latents, row_offsets)[order], offsets, grad_BD)`. docs/kernels.md
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .common import check, check_codes
+from .common import check, check_codes, custom_op
 
-# --- entry_rows ------------------------------------------------------------------------------------------------------
-
-
-def entry_rows_cuda(row_offsets: Tensor, n_entries: int) -> Tensor:
-    positions = torch.arange(n_entries, device=row_offsets.device)
-    return torch.searchsorted(row_offsets[1:].contiguous(), positions, right=True)
-
-
-entry_rows_op = torch.library.custom_op(
-    "saevlm_fast::entry_rows", entry_rows_cuda, mutates_args=(), device_types="cuda"
-)
-
-
-@entry_rows_op.register_kernel("cpu")
-def entry_rows_cpu(row_offsets: Tensor, n_entries: int) -> Tensor:
-    n_rows = row_offsets.numel() - 1
-    counts = torch.diff(row_offsets, append=torch.tensor([n_entries]))  # the last count is the padding
-    return torch.arange(n_rows + 1).repeat_interleave(counts, output_size=n_entries)
-
-
-@entry_rows_op.register_fake
-def entry_rows_fake(row_offsets: Tensor, n_entries: int) -> Tensor:
-    return row_offsets.new_empty(n_entries)
+# --- public functions ------------------------------------------------------------------------------------------------
 
 
 def entry_rows(latents: Tensor, row_offsets: Tensor | None) -> Tensor:
-    """The row of every entry, flat [M] int64; B, one past the last row, for padding. No host synchronisation."""
+    """The row of every entry, flat int64 [M]; B, one past the last row, for padding.
+
+    latents: int64 [B, K] (row_offsets None) or [M] (row_offsets int64 [B + 1]); not checked. On any device, without
+    host synchronisation.
+    """
     if row_offsets is None:
         n_rows, k = latents.shape
         rows = torch.arange(n_rows, device=latents.device)
@@ -40,7 +30,27 @@ def entry_rows(latents: Tensor, row_offsets: Tensor | None) -> Tensor:
     return entry_rows_op(row_offsets, latents.numel())
 
 
-# --- group_by_latent -------------------------------------------------------------------------------------------------
+def group_by_latent(latents: Tensor, row_offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor]:
+    """(order_M, offsets_S1): entries of latent s are order[offsets[s]:offsets[s + 1]], in row order. Both int64.
+
+    latents: int64 [B, K] (row_offsets None) or [M] (row_offsets int64 [B + 1]). order is a permutation of all M flat
+    positions; padding comes last and belongs to no latent. Stable, no host synchronisation on a GPU. ValueError: layout
+    or dtype of the codes, d_sae outside 1..2^31 - 1, latents that are not below d_sae (undefined on a GPU).
+    """
+    check(0 < d_sae < 2**31, f"d_sae: {d_sae} is outside 1..2^31 - 1")
+    check_codes(latents, row_offsets)
+    return group_by_latent_op(latents.flatten(), row_offsets, d_sae)
+
+
+# --- custom ops: CUDA ------------------------------------------------------------------------------------------------
+
+
+def entry_rows_cuda(row_offsets: Tensor, n_entries: int) -> Tensor:
+    positions = torch.arange(n_entries, device=row_offsets.device)
+    return torch.searchsorted(row_offsets[1:].contiguous(), positions, right=True)
+
+
+entry_rows_op = custom_op("entry_rows")(entry_rows_cuda)
 
 
 def group_by_latent_cuda(latents_M: Tensor, row_offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor]:
@@ -53,9 +63,17 @@ def group_by_latent_cuda(latents_M: Tensor, row_offsets: Tensor | None, d_sae: i
     return order_M, torch.searchsorted(sorted_keys, bounds)
 
 
-group_by_latent_op = torch.library.custom_op(
-    "saevlm_fast::group_by_latent", group_by_latent_cuda, mutates_args=(), device_types="cuda"
-)
+group_by_latent_op = custom_op("group_by_latent")(group_by_latent_cuda)
+
+
+# --- CPU -------------------------------------------------------------------------------------------------------------
+
+
+@entry_rows_op.register_kernel("cpu")
+def entry_rows_cpu(row_offsets: Tensor, n_entries: int) -> Tensor:
+    n_rows = row_offsets.numel() - 1
+    counts = torch.diff(row_offsets, append=torch.tensor([n_entries]))  # the last count is the padding
+    return torch.arange(n_rows + 1).repeat_interleave(counts, output_size=n_entries)
 
 
 @group_by_latent_op.register_kernel("cpu")
@@ -75,19 +93,14 @@ def group_by_latent_cpu(latents_M: Tensor, row_offsets: Tensor | None, d_sae: in
     return order_M, latent_offsets_S1
 
 
+# --- fakes -----------------------------------------------------------------------------------------------------------
+
+
+@entry_rows_op.register_fake
+def entry_rows_fake(row_offsets: Tensor, n_entries: int) -> Tensor:
+    return row_offsets.new_empty(n_entries)
+
+
 @group_by_latent_op.register_fake
 def group_by_latent_fake(latents_M: Tensor, row_offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor]:
     return latents_M.new_empty(latents_M.shape[0]), latents_M.new_empty(d_sae + 1)
-
-
-def group_by_latent(latents: Tensor, row_offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor]:
-    """(order_M, offsets_S1): entries of latent s are order[offsets[s]:offsets[s + 1]], in row order.
-
-    latents: int64 [B, K] (row_offsets None) or [M] (CSR). order is a permutation of all M flat positions; padding comes
-    last and belongs to no latent. One grouping a step serves both weight gradients:
-    `segment_sum(acts.flatten()[order], entry_rows(latents, row_offsets)[order], offsets, grad_BD)`.
-    Stable, no host synchronisation on a GPU. Latents outside 0..d_sae - 1 raise on CPU and are undefined on a GPU.
-    """
-    check(0 < d_sae < 2**31, f"d_sae: {d_sae} is outside 1..2^31 - 1")
-    check_codes(latents, row_offsets)
-    return group_by_latent_op(latents.flatten(), row_offsets, d_sae)
