@@ -31,8 +31,8 @@ from torch import Tensor
 from saevlm_fast.data.codes import Codes
 from saevlm_fast.data.pairing import check_sides, checked_ids
 from saevlm_fast.data.rows import Activations
+from saevlm_fast.kernels.common import check_similarity
 from saevlm_fast.kernels.pairwise_similarity import (
-    check_similarity,
     default_gamma,
     pairwise_gram_sums,
     pairwise_sums,

@@ -11,7 +11,7 @@ from saevlm_fast.data.codes import CodeRows, Codes, codes_of_rows
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.sae import SparseAutoencoder, evaluating
 
 

@@ -19,7 +19,7 @@ from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.kernels import reference
-from saevlm_fast.kernels.pairwise_similarity import SIMILARITIES
+from saevlm_fast.kernels.common import SIMILARITIES
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
 from saevlm_fast.scoring.monosemanticity import score as score_stores
