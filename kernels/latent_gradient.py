@@ -40,6 +40,10 @@ class RowGradient(NamedTuple):
     squared_norm: Tensor
     slots_S: Tensor | None = None
 
+    def slots(self, n_latents: int) -> Tensor:
+        """slots_S, made from latents_A if it is not there."""
+        return latent_slots(self.latents_A, n_latents) if self.slots_S is None else self.slots_S
+
 
 class EntryGradient(NamedTuple):
     """The same as the entries whose segment sums are its rows, on a CPU: segment s belongs to latent s.

@@ -12,6 +12,7 @@ over g >= j of the prefixes' gradients. The plain decoder is the case of one gro
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,12 +173,12 @@ def gather_dot_fake(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tenso
 # --- gradient ---------------------------------------------------------------------------------------------------------
 
 
-def sparse_decode_setup_context(ctx, inputs, output):
+def sparse_decode_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     acts, latents, bag_offsets, W_dec_SD, _, _ = inputs
     ctx.save_for_backward(acts, latents, bag_offsets, W_dec_SD)
 
 
-def sparse_decode_backward(ctx, grad_BGD: Tensor):
+def sparse_decode_backward(ctx: Any, grad_BGD: Tensor) -> tuple[Tensor | None, ...]:
     acts, latents, bag_offsets, W_dec_SD = ctx.saved_tensors
     needs_acts, _, _, needs_W_dec, needs_b_dec, _ = ctx.needs_input_grad
     n_rows, n_groups, d_in = grad_BGD.shape

@@ -22,6 +22,7 @@ all of them segment sums: deterministic, and O(M * d_in).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,14 +208,14 @@ def _empty_csr(x_BD: Tensor, capacity: int | torch.SymInt) -> tuple[Tensor, Tens
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_BD, W_enc_DS, _, b_dec_D, *_ = inputs
     acts, latents, *row_offsets = output
     ctx.save_for_backward(x_BD, W_enc_DS, b_dec_D, acts, latents, *row_offsets)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_acts: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_acts: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_acts is None:
         return None, None, None, None, None, None
     x_BD, W_enc_DS, b_dec_D, acts, latents, *row_offsets = ctx.saved_tensors

@@ -14,6 +14,7 @@ Keys of 0 (a zero activation) are never kept.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -44,7 +45,7 @@ class Source:
     def n_units(self) -> int:
         return self.data.shape[0] * self.units_per_row if self.units is None else self.units.numel()
 
-    def args(self) -> dict:
+    def args(self) -> dict[str, Any]:
         return {
             "data_ptr": self.data,
             "units_ptr": self.data if self.units is None else self.units,
