@@ -97,6 +97,8 @@ def entry_gradient(
             renormalised after every step, so that component could only be undone (docs/recipe.md).
         dots_M: with unit_rows, <source[ids], W_dec[latent]> of every entry: on a CPU the component is their weighted
             sum, and W_dec is not read.
+
+    Nothing is checked but that a CPU has its dots_M, and on a GPU that d_in is at most 8192 (ValueError).
     """
     if source_RD.is_cuda:
         rows_CD, slots_S, squared_norms_S = latent_gradient_op(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD)
@@ -111,7 +113,7 @@ def entry_gradient(
 
 
 def dense_gradient_rows(latents_A: Tensor, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
-    """The same for rows that are already there (the auxiliary loss); projected in place.
+    """The same for rows_AD of latents_A (int64) that are already there (the auxiliary loss); projected in place.
 
     On a GPU, latents_A may end in padding: latents of S with zero rows.
     """

@@ -37,6 +37,7 @@ class AdamSettings(NamedTuple):
     schedule: Tensor | None = None
 
     def device_schedule(self) -> Tensor:
+        """schedule, which must be there."""
         assert self.schedule is not None, "a GPU reads lr and step from the schedule"
         return self.schedule
 
@@ -68,6 +69,8 @@ def latent_update_(
         unit_norm: renormalise the rows of W afterwards.
         copy_SD: the new W, in the dtype of the encoder's product, is written here in the same pass.
         low: on a CPU whose encoder screens, the same with its bounds.
+
+    ValueError, on a GPU: weights or moments that are not contiguous, more than one of `extra`, d_in above 8192.
     """
     if isinstance(gradient, RowGradient):
         for name, tensor in (("W", W_SD), ("exp_avg", exp_avg_SD), ("exp_avg_sq", exp_avg_sq_SD)):

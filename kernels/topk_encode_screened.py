@@ -195,7 +195,7 @@ def threshold_encode_screened(
     return torch.cat(acts), torch.cat(latents), offsets_of_rows(torch.cat(rows), len(x_BD))
 
 
-# --- the low product and its bounds ---------------------------------------------------------------------------------
+# --- the low product and its bounds ----------------------------------------------------------------------------------
 
 
 def _chunks(

@@ -56,7 +56,7 @@ def largest_slots(keys, k):
     return kept, tl.cumsum(kept.to(tl.int32), axis=0) - 1
 
 
-# --- pre-activations and group maxima -------------------------------------------------------------------------------
+# --- pre-activations and group maxima --------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def preactivation_chunks(
         yield start, pre_RS[:rows], maxima_RG[:rows]
 
 
-# --- top k of every row ---------------------------------------------------------------------------------------------
+# --- top k of every row ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
