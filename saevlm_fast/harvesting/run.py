@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from saevlm_fast import __version__
-from saevlm_fast.data.codes import CodeRows, CodesWriter, codes_of_rows, join_codes, mean_pool_codes
+from saevlm_fast.data.codes import CodesWriter, mean_pool_codes
 from saevlm_fast.data.rows import loader_threads
 from saevlm_fast.data.store import (
     STORE_DTYPES,
@@ -49,6 +49,7 @@ from saevlm_fast.images.batches import Batch, dead_workers_in_one_line, default_
 from saevlm_fast.images.open import ImageSource
 from saevlm_fast.runtime import interruptible, tf32_products
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, read_sae_header
+from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.towers.tokens import POOLED, Tokens
 from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
 
@@ -490,15 +491,16 @@ class _Harvest:
         """The chosen tokens of one batch; with an SAE, their codes."""
         chosen = self.run.select(acts, store.tokens, ids, self.config.seed, inputs)
         image_of_row, positions = chosen.image_of_row, chosen.positions
+        on_host: Tensor | SparseCodes
         if self.sae is None:
-            values: tuple[Tensor, ...] = (chosen.rows_MD.to(self.config.torch_store_dtype),)
+            on_host = _to_host(chosen.rows_MD.to(self.config.torch_store_dtype))
         else:
             with evaluating(self.sae):
-                values = codes_of_rows(self.sae.encode(chosen.rows_MD.to(self.sae.b_dec.dtype)))
+                codes = self.sae.encode(chosen.rows_MD.to(self.sae.b_dec.dtype))
             if self.config.pool == "mean":
-                values = mean_pool_codes(values, chosen.image_of_row, len(images))
+                codes = mean_pool_codes(codes, chosen.image_of_row, len(images))
                 image_of_row, positions = torch.arange(len(images)), torch.full((len(images),), POOLED)
-        on_host = tuple(_to_host(tensor) for tensor in values)
+            on_host = codes.map(_to_host)
         return _Rows(on_host, torch.tensor(images)[image_of_row], positions)
 
     def _check_skipped(self) -> None:
@@ -527,10 +529,11 @@ class _Harvest:
         positions = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.positions for piece in rows)])
         items = self._items(unit, images, positions)
         if self.sae is not None:
-            writer.write_shard(unit, join_codes([CodeRows(*piece.values) for piece in rows]), items)
+            codes = [piece.values for piece in rows if isinstance(piece.values, SparseCodes)]
+            writer.write_shard(unit, SparseCodes.join(codes, store.width), items)
             return
         nothing_0D = torch.empty(0, store.width, dtype=self.config.torch_store_dtype)
-        rows_MD = torch.cat([nothing_0D, *(piece.values[0] for piece in rows)])
+        rows_MD = torch.cat([nothing_0D, *(piece.values for piece in rows if isinstance(piece.values, Tensor))])
         try:
             writer.write_shard(unit, rows_MD, items)
         except ActivationError as error:
@@ -578,9 +581,9 @@ class _Harvest:
 
 
 class _Rows(NamedTuple):
-    """Rows of one batch for one store on the host: (activations [M, D],) or codes; image numbers, token positions."""
+    """Rows of one batch for one store on the host: activations [M, D] or codes; image numbers, token positions."""
 
-    values: tuple[Tensor, ...]
+    values: Tensor | SparseCodes
     image_of_row: Tensor
     positions: Tensor
 
