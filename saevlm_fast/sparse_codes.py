@@ -43,22 +43,22 @@ class SparseCodes(NamedTuple):
 
     @classmethod
     def join(cls, pieces: Sequence["SparseCodes"], d_sae: int) -> "SparseCodes":
-        """The rows of all pieces in order, in CSR form without padding, on the device of the first. May be no pieces.
+        """The rows of all pieces in order, in CSR form without padding, on their device; no pieces are no rows.
 
         Raises:
             ValueError: a piece of another d_sae.
         """
-        nothing = cls.from_flat(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0)
         for piece in pieces:
             require(piece.d_sae == d_sae, f"codes: of {piece.d_sae} latents; the others are of {d_sae}")
-        parts = [piece.csr() for piece in pieces] or [nothing.csr()]
+        nothing = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        parts = [piece.csr() for piece in pieces] or [nothing]
         ends = torch.stack([offsets[-1] for _, _, offsets in parts]).tolist()  # one wait for a device, not one a piece
         starts = torch.tensor([0, *ends]).cumsum(0).tolist()
         offsets = [offsets[:-1] + start for (_, _, offsets), start in zip(parts, starts)]
-        end = parts[-1][2][-1:] + starts[-2]
+        last = parts[-1][2][-1:] + starts[-2]
         acts_M = torch.cat([acts_M[:end] for (acts_M, _, _), end in zip(parts, ends)])
         latents_M = torch.cat([latents_M[:end] for (_, latents_M, _), end in zip(parts, ends)])
-        return cls.from_flat(acts_M, latents_M, torch.cat([*offsets, end]), d_sae)
+        return cls.from_flat(acts_M, latents_M, torch.cat([*offsets, last]), d_sae)
 
     @property
     def n_rows(self) -> int:
@@ -167,7 +167,7 @@ class SparseCodes(NamedTuple):
             begins_M[row_offsets] = True
             ascends_M = pad(latents_M.diff() > 0, (1, 0), value=True)[:end] | begins_M[:-1]
             rules.append((ascends_M, latents_M, "comes after a latent that is not below it in its row"))
-        if bool(torch.stack([good_M.all() for good_M, _, _ in rules]).all()):
+        if all(torch.stack([good_M.all() for good_M, _, _ in rules]).tolist()):  # one wait for a device
             return
         good_M, value_M, rule = next(each for each in rules if not bool(each[0].all()))
         entry = int((~good_M).nonzero()[0])
@@ -180,27 +180,35 @@ class SparseCodes(NamedTuple):
         Raises:
             ActivationError: as `check`, of which this is the first part.
         """
-        acts, latents, offsets = self.top_acts, self.top_indices, self.row_offsets
-        found = f"top_acts {_kind(acts)}, top_indices {_kind(latents)}"
-        found += "" if offsets is None else f", row_offsets {_kind(offsets)}"
-        fits = acts.shape == latents.shape and acts.is_floating_point() and latents.dtype == torch.int64
-        if offsets is None:
-            fits = fits and acts.ndim == len(self.shape) and acts.shape[:-1] == self.shape[:-1]
-            require(fits, f"{where}: {found} are not codes {list(self.shape)} of fixed k", ActivationError)
+        if not self._fits_shape():
+            named = {"top_acts": self.top_acts, "top_indices": self.top_indices, "row_offsets": self.row_offsets}
+            found = ", ".join(f"{name} {_kind(tensor)}" for name, tensor in named.items() if tensor is not None)
+            layout = "of fixed k" if self.row_offsets is None else "in CSR form"
+            raise ActivationError(f"{where}: {found} are not codes {list(self.shape)} {layout}")
+        if self.row_offsets is None:
             return
-        fits = fits and acts.ndim == 1 and offsets.dtype == torch.int64 and offsets.shape == (self.n_rows + 1,)
-        fits = fits and len(offsets) > 0
-        require(fits, f"{where}: {found} are not codes {list(self.shape)} in CSR form", ActivationError)
-        start, end, falls = torch.stack([offsets[0], offsets[-1], (offsets.diff() < 0).sum()]).tolist()
+        offsets, n_entries = self.row_offsets, len(self.top_acts)
+        falls_N = offsets.diff() < 0
+        start, end, falls = torch.stack([offsets[0], offsets[-1], falls_N.any()]).tolist()
         require(start == 0, f"{where}: row_offsets start at {start}, not at 0", ActivationError)
         if falls:
-            row = int((offsets.diff() < 0).nonzero()[0])
+            row = int(falls_N.nonzero()[0])
             raise ActivationError(
                 f"{where}: row {first_row + row} ends at entry {int(offsets[row + 1])}, before it begins at "
                 f"{int(offsets[row])}; row_offsets must not descend"
             )
-        within = end <= len(acts) and (end == len(acts) or not exact)
-        require(within, f"{where}: row_offsets end at {end}, but there are {len(acts)} entries", ActivationError)
+        within = end <= n_entries and (end == n_entries or not exact)
+        require(within, f"{where}: row_offsets end at {end}, but there are {n_entries} entries", ActivationError)
+
+    def _fits_shape(self) -> bool:
+        acts, latents, offsets = self.top_acts, self.top_indices, self.row_offsets
+        if not (acts.shape == latents.shape and acts.is_floating_point() and latents.dtype == torch.int64):
+            return False
+        if offsets is None:
+            return acts.ndim == len(self.shape) and acts.shape[:-1] == self.shape[:-1]
+        return (
+            acts.ndim == 1 and offsets.dtype == torch.int64 and len(offsets) > 0 and offsets.shape == (self.n_rows + 1,)
+        )
 
     def row_of(self, entry: int) -> int:
         """The row that owns an entry, for messages."""
