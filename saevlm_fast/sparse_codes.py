@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.kernels import reference
-from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent
+from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
 
 
 class SparseCodes(NamedTuple):

@@ -230,15 +230,6 @@ def describe(objects: np.ndarray, setting: np.ndarray) -> str:
     return " and ".join(phrases) + (f" on {' '.join(ground)}" if ground else "")
 
 
-def describe_object(labels: np.ndarray) -> str:
-    """One object in words, "a big red striped star at the top left", from its labels [F]; -1 leaves a factor out."""
-    shape, colour, texture, size, place = (
-        VALUES[name][v] if v >= 0 else "" for name, v in zip(OBJECT_FACTORS, labels.tolist())
-    )
-    words = [word for word in (size, colour, texture, shape or "thing", place and f"at the {place}") if word]
-    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
-
-
 def value_prompts(factor: str) -> list[str]:
     """The shortest description that says each value of a factor: "a star", "a red thing", "a scene on teal"."""
     prompts = []
@@ -250,6 +241,15 @@ def value_prompts(factor: str) -> list[str]:
             setting[SCENE_FACTORS.index(factor)] = value
         prompts.append(describe(objects, setting))
     return prompts
+
+
+def describe_object(labels: np.ndarray) -> str:
+    """One object in words, "a big red striped star at the top left", from its labels [F]; -1 leaves a factor out."""
+    shape, colour, texture, size, place = (
+        VALUES[name][v] if v >= 0 else "" for name, v in zip(OBJECT_FACTORS, labels.tolist())
+    )
+    words = [word for word in (size, colour, texture, shape or "thing", place and f"at the {place}") if word]
+    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
 def taxonomy_path(factor: str, value: str) -> tuple[str, str, str]:

@@ -147,9 +147,12 @@ def harvest(
     force: Annotated[bool, typer.Option("--force", help="Replace the harvest in --output.")] = False,
 ) -> None:
     """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
-    from saevlm_fast.harvesting.run import HarvestConfig, HarvestOptions, check_output, sae_mismatch, torchrun_ranks
+    from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+    from saevlm_fast.harvesting.ranks import torchrun_ranks
     from saevlm_fast.harvesting.run import harvest as run_harvest
+    from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.images.open import open_images
+    from saevlm_fast.provenance import sae_mismatch
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.towers.tokens import Tokens
@@ -246,7 +249,8 @@ def train(
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.demo.scene_stores import RECIPE
     from saevlm_fast.errors import require
-    from saevlm_fast.training.run import RunOptions, latest_checkpoint
+    from saevlm_fast.training.checkpoints import latest_checkpoint
+    from saevlm_fast.training.run import RunOptions
     from saevlm_fast.training.run import train as run_training
 
     require(output is not None or not resume, "output: --resume needs the directory of the run")
@@ -524,7 +528,7 @@ def steer_command(
 ) -> None:
     """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
     from saevlm_fast.errors import ImageError, require
-    from saevlm_fast.images.open import decode
+    from saevlm_fast.images.decode import decode
     from saevlm_fast.steering.answers import Row
     from saevlm_fast.steering.edits import clamp
 

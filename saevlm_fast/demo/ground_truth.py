@@ -9,7 +9,6 @@ Shape suffixes: N images, S latents, C concepts, O objects, F factors, K images 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -114,7 +113,7 @@ def latent_concepts(
         ValueError: labels of another number of images, and what monosemanticity.score refuses.
     """
     present_NC = torch.from_numpy(concept_presence(objects_NOF, setting_NF))
-    labels = Activations(Path("labels"), [present_NC.float()], None, [])
+    labels = Activations.from_tensor(present_NC.float())
     sums = streamed_score(activations, labels, sae, similarity="dot", batch_rows=batch_rows, device=device)
     return best_concepts(sums.mean_embedding().cpu(), present_NC.double().mean(0))
 

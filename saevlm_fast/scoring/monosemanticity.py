@@ -31,7 +31,8 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import check_sides, checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.pairwise_similarity import check_similarity, default_gamma
+from saevlm_fast.kernels.common import check_similarity
+from saevlm_fast.kernels.pairwise_similarity import default_gamma
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from command import run
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
-from saevlm_fast.data.rows import ActivationWriter, open_activations
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.kernels import reference
-from saevlm_fast.kernels.pairwise_similarity import SIMILARITIES
+from saevlm_fast.kernels.common import SIMILARITIES
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import STATUSES, MonosemanticityScores, StreamedScore
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
 from saevlm_fast.scoring.monosemanticity import score as score_stores
+from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.tables import check_scores_path, write_scores
 from saevlm_fast.sparse_codes import SparseCodes
 

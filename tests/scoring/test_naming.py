@@ -17,7 +17,7 @@ SOURCE = {"model": "planted", "sae": "planted"}
 
 
 def in_memory(rows_ND: Tensor) -> Activations:
-    return Activations(Path("memory"), [rows_ND], None, [])
+    return Activations.from_tensor(rows_ND)
 
 
 def write_codes(path: Path, dense_NS: Tensor, shard_rows: int = 7):
