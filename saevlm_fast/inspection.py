@@ -17,14 +17,13 @@ from saevlm_fast.data.store import (
     ACTIVATIONS,
     CODES,
     WIDTH_NAMES,
-    ActivationError,
     StoreIndex,
     joined_index,
     map_shard,
     read_items,
     verify,
 )
-from saevlm_fast.errors import require
+from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, read_sae_header
 from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, checkpoints
 

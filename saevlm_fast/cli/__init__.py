@@ -147,9 +147,12 @@ def harvest(
     force: Annotated[bool, typer.Option("--force", help="Replace the harvest in --output.")] = False,
 ) -> None:
     """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
-    from saevlm_fast.harvesting.run import HarvestConfig, HarvestOptions, check_output, sae_mismatch, torchrun_ranks
+    from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+    from saevlm_fast.harvesting.ranks import torchrun_ranks
     from saevlm_fast.harvesting.run import harvest as run_harvest
+    from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.images.open import open_images
+    from saevlm_fast.provenance import sae_mismatch
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.towers.tokens import Tokens
@@ -311,7 +314,7 @@ def demo(
     from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Scored, picture, train_on_scenes
     from saevlm_fast.demo.steering import N_PATCH_SCENES, PATCHES, steer_colours
     from saevlm_fast.files import write_json_atomic
-    from saevlm_fast.scoring.monosemanticity import write_scores
+    from saevlm_fast.scoring.tables import write_scores
     from saevlm_fast.training.run import RunOptions
 
     begun = time.monotonic()
@@ -470,7 +473,8 @@ def ms_score(
     from saevlm_fast.errors import require
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.sae import SparseAutoencoder
-    from saevlm_fast.scoring.monosemanticity import check_scores_path, score, write_scores
+    from saevlm_fast.scoring.monosemanticity import score
+    from saevlm_fast.scoring.tables import check_scores_path, write_scores
 
     require(
         (sae is not None) + raw + (codes is not None) <= 1,
@@ -524,7 +528,7 @@ def steer_command(
 ) -> None:
     """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
     from saevlm_fast.errors import ImageError, require
-    from saevlm_fast.images.open import decode
+    from saevlm_fast.images.decode import decode
     from saevlm_fast.steering.answers import Row
     from saevlm_fast.steering.edits import clamp
 
@@ -588,7 +592,7 @@ def steering_score_command(
     from saevlm_fast.images.open import open_images
     from saevlm_fast.provenance import check_codes_of, other_text_model
     from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.scoring.monosemanticity import check_scores_path
+    from saevlm_fast.scoring.tables import check_scores_path
     from saevlm_fast.steering.score import PROMPT, WHITE, ScoreConfig, ScoreRun, steering_score
     from saevlm_fast.towers.text import load_text_encoder
 

@@ -20,7 +20,7 @@ from saevlm_fast.data.rows import StoredRows, check_chunk, open_index
 from saevlm_fast.data.store import CODES, StoreIndex, map_shard
 from saevlm_fast.data.writing import StoreWriter
 from saevlm_fast.errors import ActivationError
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.sae import SparseCodes
 
 __all__ = ["CodeRows", "Codes", "CodesWriter", "codes_of_rows", "join_codes", "mean_pool_codes", "open_codes"]

@@ -22,7 +22,7 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import accumulate
-from saevlm_fast.scoring.naming import TopImages
+from saevlm_fast.scoring.top_images import TopImages
 
 VALUE_DEPTH = 2
 

@@ -20,9 +20,9 @@ from saevlm_fast.demo.contact_sheet import Captioned, Section
 from saevlm_fast.demo.ground_truth import latent_concepts, shared_value
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, SceneStores
 from saevlm_fast.images.scenes import scene_labels
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.sae import SparseAutoencoder, evaluating
-from saevlm_fast.scoring.naming import top_images
+from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.steering.answers import Row, SteeredAnswers
 from saevlm_fast.steering.edits import Edit, clamp
 from saevlm_fast.towers.text import load_llava

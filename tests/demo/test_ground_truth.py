@@ -27,8 +27,9 @@ from saevlm_fast.demo.ground_truth import (
     spearman,
 )
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import STATUSES, score
-from saevlm_fast.scoring.naming import TopImages, top_images
+from saevlm_fast.scoring.monosemanticity import score
+from saevlm_fast.scoring.sums import STATUSES
+from saevlm_fast.scoring.top_images import TopImages, top_images
 
 N_IMAGES = 600
 DRAWN = Scenes(5, "test").batch(0, N_IMAGES)

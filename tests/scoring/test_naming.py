@@ -15,7 +15,8 @@ from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import accumulate
-from saevlm_fast.scoring.naming import latent_directions, nearest_words, read_words, scene_words, top_images
+from saevlm_fast.scoring.naming import latent_directions, nearest_words, read_words, scene_words
+from saevlm_fast.scoring.top_images import top_images
 
 SOURCE = {"model": "planted", "sae": "planted"}
 
