@@ -7,13 +7,13 @@ written.
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig, keyword_settings
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import Interrupted, did_you_mean, require
+from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.checkpoints import RunDirectory
@@ -183,12 +183,7 @@ def _with_settings(
     config: TrainConfig | None, options: RunOptions | None, settings: dict[str, Any]
 ) -> tuple[TrainConfig, RunOptions]:
     """config and options as given, or made of those of `settings` that are their fields."""
-    recipe, where = {field.name for field in fields(TrainConfig)}, {field.name for field in fields(RunOptions)}
-    for name in settings:
-        require(name in recipe | where, f"{name}: no setting of train{did_you_mean(name, recipe | where)}")
-        twice = (name in recipe and config is not None) or (name in where and options is not None)
-        require(not twice, f"{name}: given beside {'config' if name in recipe else 'options'}, which has one already")
-    return (
-        config or TrainConfig(**{name: value for name, value in settings.items() if name in recipe}),
-        options or RunOptions(**{name: value for name, value in settings.items() if name in where}),
-    )
+    recipe, where = keyword_settings("train", settings, TrainConfig, RunOptions)
+    for name, chosen, given in (("config", config, recipe), ("options", options, where)):
+        require(chosen is None or not given, f"{', '.join(given)}: given beside {name}, which has that already")
+    return config or TrainConfig(**recipe), options or RunOptions(**where)
