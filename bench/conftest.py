@@ -1,4 +1,7 @@
-"""Cases, and the one way of measuring. `pytest bench/ --benchmark-only` runs everything; bench/report.py makes a table.
+"""Cases, and the one way of measuring. bench/report.py makes a table.
+
+`pytest bench/ --benchmark-only` runs every kind of operation; with `--large` also the sizes that take minutes and
+gigabytes, and each reference as a bench of its own.
 
 A bench names several ways of doing one thing (ours, plain dense torch, ...). `measure` first checks ours against the
 reference, so a wrong result never gets a speed. It then times the way this test is for, and between its rounds the
@@ -51,29 +54,47 @@ CASES = {
     "clip-l14-x16": Case(1024, 16384, ROWS),
     "clip-l14-x64": Case(1024, 65536, ROWS if DEVICE.type == "cuda" else 512),
 }
+# Under --large alone: what takes more than half a minute or 4 GiB on two cores.
+LARGE = {"clip-l14-x64", "N=200000", "N=1281167", "vit-base, 500 px"}
+REFERENCES = {"dense", "double_loop", "block_loop", "forward"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--check-goals", action="store_true", help="fail where a measured ratio misses its stated goal")
     parser.addoption("--time-limit", type=float, default=420.0, help="seconds after which no further bench is started")
+    parser.addoption(
+        "--large",
+        action="store_true",
+        help="also 65,536 latents, 50,000 and more images, and the references by themselves: 20 GiB and half an hour "
+        "on two cores (give --time-limit too)",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Small cases first, benches of whole models (minutes each) last, which the time limit may leave out.
 
-    The smoke shapes show that a bench runs, not how fast: only where -k asks for them.
+    The smoke shapes show that a bench runs, not how fast: only where -k asks for them. A reference is timed beside ours
+    in any case: a bench of its own adds no ratio.
     """
     names = [*CASES, None]
-    items.sort(key=lambda item: names.index(_case_name(item)))
-    if "smoke" not in config.option.keyword:
-        smoke = [item for item in items if _case_name(item) == "smoke"]
-        items[:] = [item for item in items if _case_name(item) != "smoke"]
-        config.hook.pytest_deselected(items=smoke)
+    items.sort(key=lambda item: names.index(case if (case := _parameter(item, "case")) in CASES else None))
+    wanted = _wants_smoke if "smoke" in config.option.keyword else _wants_large
+    dropped = [item for item in items if not wanted(item, config.getoption("--large"))]
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=dropped)
 
 
-def _case_name(item: pytest.Item) -> str | None:
-    name = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-    return name if name in CASES else None
+def _wants_smoke(item: pytest.Item, large: bool) -> bool:
+    return _parameter(item, "case") == "smoke"
+
+
+def _wants_large(item: pytest.Item, large: bool) -> bool:
+    case, impl = _parameter(item, "case"), _parameter(item, "impl")
+    return case != "smoke" and (large or (case not in LARGE and impl not in REFERENCES))
+
+
+def _parameter(item: pytest.Item, name: str) -> str | None:
+    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

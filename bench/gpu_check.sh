@@ -45,7 +45,7 @@ step gpu_tests 130 "$python" -m pytest tests -q -m gpu
 step kernel_tests 150 "$python" -m pytest -q "${workers[@]}" -m "not gpu" -k "not static_compile" \
     tests/kernels
 step bench 250 "$python" -m pytest bench -q --benchmark-only --benchmark-columns=min,median,rounds \
-    --time-limit=220 --benchmark-json="$out/$device.json"
+    --large --time-limit=220 --benchmark-json="$out/$device.json"
 
 if [ -s "$out/$device.json" ]; then "$python" bench/report.py "$out/$device.json"; fi
 if [ "${#failed[@]}" -gt 0 ]; then

@@ -74,8 +74,13 @@ def pairwise(acts_NK, latents_NK, emb_NE, d_sae, similarity="cosine"):
 
 def dense_columns(acts_NK, latents_NK, d_sae, columns=None):
     """Float64 activations [N, S] of all latents, or of some."""
-    dense_NS = acts_NK.new_zeros(len(acts_NK), d_sae).scatter_(1, latents_NK, acts_NK)
-    return (dense_NS if columns is None else dense_NS[:, columns]).double()
+    place_S = torch.full((d_sae,), -1, device=acts_NK.device)
+    columns = torch.arange(d_sae, device=acts_NK.device) if columns is None else columns
+    place_S[columns] = torch.arange(len(columns), device=acts_NK.device)
+    rows_M, entries_M = torch.nonzero(place_S[latents_NK] >= 0, as_tuple=True)
+    dense_NS = acts_NK.new_zeros(len(acts_NK), len(columns), dtype=torch.float64)
+    dense_NS[rows_M, place_S[latents_NK[rows_M, entries_M]]] = acts_NK[rows_M, entries_M].double()
+    return dense_NS
 
 
 def dense_closed_form(acts_NS, emb_NE):

@@ -38,7 +38,7 @@ from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.naming import top_images
+from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import Edit, clamp
 from saevlm_fast.steering.score import N_TOP, firing_latents

@@ -33,7 +33,7 @@ from saevlm_fast.box_making.architecture import (
 )
 from saevlm_fast.box_making.cards import RECORD, write_cards
 from saevlm_fast.box_making.language import CHAT, EOS, IMAGE, Question, partial_descriptions, questions
-from saevlm_fast.data.rows import prefetch
+from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.files import atomic_directory, atomic_write, write_json_atomic
 
 CHECKPOINT = "checkpoint.pt"

@@ -249,7 +249,8 @@ def train(
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.demo.scene_stores import RECIPE
     from saevlm_fast.errors import require
-    from saevlm_fast.training.run import RunOptions, latest_checkpoint
+    from saevlm_fast.training.checkpoints import latest_checkpoint
+    from saevlm_fast.training.run import RunOptions
     from saevlm_fast.training.run import train as run_training
 
     require(output is not None or not resume, "output: --resume needs the directory of the run")
@@ -313,7 +314,7 @@ def demo(
     from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Scored, picture, train_on_scenes
     from saevlm_fast.demo.steering import N_PATCH_SCENES, PATCHES, steer_colours
     from saevlm_fast.files import write_json_atomic
-    from saevlm_fast.scoring.monosemanticity import write_scores
+    from saevlm_fast.scoring.tables import write_scores
     from saevlm_fast.training.run import RunOptions
 
     begun = time.monotonic()
@@ -472,7 +473,8 @@ def ms_score(
     from saevlm_fast.errors import require
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.sae import SparseAutoencoder
-    from saevlm_fast.scoring.monosemanticity import check_scores_path, score, write_scores
+    from saevlm_fast.scoring.monosemanticity import score
+    from saevlm_fast.scoring.tables import check_scores_path, write_scores
 
     require(
         (sae is not None) + raw + (codes is not None) <= 1,
@@ -590,7 +592,7 @@ def steering_score_command(
     from saevlm_fast.images.open import open_images
     from saevlm_fast.provenance import check_codes_of, other_text_model
     from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.scoring.monosemanticity import check_scores_path
+    from saevlm_fast.scoring.tables import check_scores_path
     from saevlm_fast.steering.score import PROMPT, WHITE, ScoreConfig, ScoreRun, steering_score
     from saevlm_fast.towers.text import load_text_encoder
 

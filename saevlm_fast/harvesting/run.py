@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import codes_of_rows, mean_pool_codes
-from saevlm_fast.data.rows import loader_threads
+from saevlm_fast.data.prefetch import loader_threads
 from saevlm_fast.errors import Interrupted, check_same_settings
 from saevlm_fast.files import LOCK_FILE, output_lock
 from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig, HarvestOptions

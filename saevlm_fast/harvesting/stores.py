@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import CodeRows, CodesWriter, join_codes
-from saevlm_fast.data.store import ActivationWriter, StoreWriter, clear_store, joined_index, merge_parts
+from saevlm_fast.data.store import joined_index
+from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store, merge_parts
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.files import LOCK_FILE, atomic_write, remove_leftovers, write_json_atomic
 from saevlm_fast.harvesting.config import HarvestOptions

@@ -18,7 +18,8 @@ from PIL import Image
 from command import run
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import open_codes
-from saevlm_fast.data.rows import open_activations, read_index, verify
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
 from saevlm_fast.harvesting.plan import sampled_digest

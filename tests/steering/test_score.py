@@ -443,9 +443,9 @@ def test_steer_refuses_in_one_line(box):
     assert "is not a file" in text
 
 
-def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
-    readme = (Path(ROOT) / "README.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "SteeredAnswers" in block)
+def test_the_example_of_the_documentation_runs_as_it_stands(tmp_path, monkeypatch):
+    page = (Path(ROOT) / "docs" / "how-to" / "steer.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "SteeredAnswers" in block)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (60, 50), "red").save("photo.png")
     SparseAutoencoder(SAEConfig(128, 32, 4, "topk")).save_pretrained("sae")
