@@ -21,6 +21,7 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.files import output_lock
 from saevlm_fast.images.open import open_images
 from saevlm_fast.provenance import other_text_model, other_tower
 from saevlm_fast.sae import SparseAutoencoder
@@ -309,7 +310,7 @@ def test_empty_answers_are_counted(pieces, tmp_path, monkeypatch):
     assert np.isnan(dead["steered_empty"])
 
 
-def test_two_processes_do_not_write_one_table(pieces, tmp_path):
+def test_two_processes_do_not_write_one_table(pieces, tmp_path, monkeypatch):
     config, run_ = ScoreConfig((5,), ALPHA, ask=1, n_reference=4), ScoreRun(tmp_path / "score.json", {})
     run_.progress.mkdir()
     holder = subprocess.Popen(
@@ -317,6 +318,7 @@ def test_two_processes_do_not_write_one_table(pieces, tmp_path):
          "print('held', flush=True); time.sleep(60)", str(run_.progress / ".lock")], stdout=subprocess.PIPE,
     )  # fmt: skip
     holder.stdout.readline()
+    monkeypatch.setitem(output_lock.__wrapped__.__kwdefaults__, "patience", 0.1)
     with pytest.raises(ValueError, match=r"^output: another process is writing score\.json$"):
         steering_score(*pieces, config, run_)
     holder.kill()
