@@ -295,10 +295,10 @@ class HookedTower:
         self.layout = TokenLayout(shapes[0][1], self.layout.n_prefix, self.layout.has_cls)
         for point, tensor in acts.items():
             expected = shapes[0][:2] if point.layer is not None else (1,)
-            if tuple(tensor.shape[:-1]) != expected:
-                raise ValueError(
-                    f"point: {point.name} of {self.tower.spec} is {list(tensor.shape)}, not one vector each"
-                )
+            require(
+                tuple(tensor.shape[:-1]) == expected,
+                f"point: {point.name} of {self.tower.spec} is {list(tensor.shape)}, not one vector each",
+            )
             self.shapes[point] = (None if point.layer is None else tensor.shape[1]), tensor.shape[-1]
         self._last = list(acts)[-1]
 
