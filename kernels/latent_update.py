@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .common import check, custom_op
-from .latent_gradient import EntryGradient, RowGradient, block_rows, latent_slots, row_blocks
+from .latent_gradient import EntryGradient, RowGradient, block_rows, row_blocks
 from .segment_sum import segment_sum_into
 from .topk_encode_screened import LowWeights
 
@@ -35,6 +35,11 @@ class AdamSettings(NamedTuple):
     eps: float
     step: int
     schedule: Tensor | None = None
+
+    def device_schedule(self) -> Tensor:
+        """schedule, which must be there."""
+        assert self.schedule is not None, "a GPU reads lr and step from the schedule"
+        return self.schedule
 
     def schedule_values(self) -> tuple[float, float]:
         """(lr / bias correction of the mean, square root of that of the squares)."""
@@ -63,25 +68,20 @@ def latent_update_(
         unit_norm: renormalise the rows of W afterwards.
         low: the new W as the encoder's product takes it is written here in the same pass: [S, D] of that product's
             dtype, or, on a CPU whose encoder screens, with the bounds of that rounding.
+
+    ValueError, on a GPU: weights or moments that are not contiguous, more than one of `extra`, d_in above 8192.
     """
     if isinstance(gradient, RowGradient):
         for name, tensor in (("W", W_SD), ("exp_avg", exp_avg_SD), ("exp_avg_sq", exp_avg_sq_SD)):
             check(tensor.is_contiguous(), f"{name}: strides {tensor.stride()}, must be contiguous")
-        rows_CD, slots_S, *aux = _slotted([gradient, *extra], len(W_SD))
-        latent_update_op(
-            W_SD,
-            exp_avg_SD,
-            exp_avg_sq_SD,
-            rows_CD,
-            slots_S,
-            *(aux or (None, None)),
-            clip,
-            adam.schedule,
-            list(adam.betas),
-            adam.eps,
-            unit_norm,
-            low if isinstance(low, Tensor) else None,
-        )
+        (aux,) = extra or (None,)
+        rows = gradient.rows_AD, gradient.slots(len(W_SD))
+        aux_rows: tuple[Tensor | None, Tensor | None] = (None, None)
+        if aux is not None:
+            aux_rows = aux.rows_AD, aux.slots(len(W_SD))
+        state, schedule, betas = (W_SD, exp_avg_SD, exp_avg_sq_SD), adam.device_schedule(), list(adam.betas)
+        low_SD = low if isinstance(low, Tensor) else None
+        latent_update_op(*state, *rows, *aux_rows, clip, schedule, betas, adam.eps, unit_norm, low_SD)
         if isinstance(low, LowWeights):
             low.write_(0, W_SD)
     else:
@@ -99,17 +99,9 @@ def write_low_(low: Tensor | LowWeights, start: int, w_CD: Tensor) -> None:
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
     """One Adam step with the gradient times clip, in place (on a CPU the gradient too)."""
     if p.is_cuda:
-        vector_update_op(p, exp_avg, exp_avg_sq, gradient, clip, adam.schedule, list(adam.betas), adam.eps)
+        vector_update_op(p, exp_avg, exp_avg_sq, gradient, clip, adam.device_schedule(), list(adam.betas), adam.eps)
     else:
         _fused_adam_(p, exp_avg, exp_avg_sq, gradient.mul_(clip), adam)
-
-
-def _slotted(gradients: list[RowGradient], n_latents: int) -> list[Tensor]:
-    """rows and slots of every gradient, in one list."""
-    slotted: list[Tensor] = []
-    for latents_A, rows_AD, _, slots_S in gradients:
-        slotted += [rows_AD, latent_slots(latents_A, n_latents) if slots_S is None else slots_S]
-    return slotted
 
 
 # --- custom ops: CUDA ------------------------------------------------------------------------------------------------
@@ -255,7 +247,7 @@ def _update_blocks_(
 def _fused_adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, adam: AdamSettings) -> None:
     """torch.optim.Adam(fused=True)."""
     step = torch.full((), float(adam.step))
-    torch._fused_adam_(
+    torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [p],
         [gradient],
         [exp_avg],

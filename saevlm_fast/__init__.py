@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
     from saevlm_fast.images.open import open_images
     from saevlm_fast.inspection import inspect
-    from saevlm_fast.sae import SparseAutoencoder, SparseCodes
+    from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
     from saevlm_fast.scoring.top_images import TopImages, top_images
+    from saevlm_fast.sparse_codes import SparseCodes
     from saevlm_fast.steering.answers import SteeredAnswers
     from saevlm_fast.steering.edits import Edit, add, clamp, scale, steer, steer_rows, zero
     from saevlm_fast.towers.load import load_tower
