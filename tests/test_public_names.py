@@ -37,7 +37,7 @@ def test_every_public_name_is_there_and_documented(name):
 def test_every_public_function_says_what_it_raises(name):
     doc = inspect.getdoc(getattr(sf, name)) or ""
     if name not in ("add", "clamp", "scale", "zero"):  # whose Edit says it
-        assert "Raises:" in doc or "Error:" in doc, name
+        assert "Raises:" in doc, name
 
 
 def test_type_checkers_see_the_names_that_python_imports():
@@ -61,10 +61,13 @@ def test_no_module_hides_a_public_name():
 
 def test_the_import_is_quick_and_imports_no_torch():
     """0.05 s where it was measured; the bound is for a machine that is busy."""
-    code = (
-        "import sys, time; start = time.perf_counter(); import saevlm_fast; seconds = time.perf_counter() - start; "
-        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'typer', 'rich'} & set(sys.modules); print(seconds, heavy)"
-    )
+    code = """if True:
+        import sys, time
+        start = time.perf_counter()
+        import saevlm_fast
+        seconds = time.perf_counter() - start
+        heavy = {"torch", "transformers", "numpy", "pyarrow", "typer", "rich"} & set(sys.modules)
+        print(seconds, heavy)"""
     seconds, heavy = in_a_fresh_process(code).split(maxsplit=1)
     assert heavy == "set()"
     assert float(seconds) < 1
