@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saevlm_fast.config import SAEConfig, TrainConfig
-    from saevlm_fast.data.codes import Codes, CodesWriter, open_codes
+    from saevlm_fast.data.codes import CodesWriter, StoredCodes, open_codes
     from saevlm_fast.data.rows import Activations, open_activations
     from saevlm_fast.data.store import verify
     from saevlm_fast.data.writing import ActivationWriter
@@ -47,7 +47,6 @@ __all__ = [
     "ActivationError",
     "ActivationWriter",
     "Activations",
-    "Codes",
     "CodesWriter",
     "Edit",
     "HarvestConfig",
@@ -60,6 +59,7 @@ __all__ = [
     "SparseAutoencoder",
     "SparseCodes",
     "SteeredAnswers",
+    "StoredCodes",
     "TopImages",
     "Tower",
     "TrainConfig",
@@ -88,7 +88,7 @@ __all__ = [
 # Where each name is; the same as the imports above, which only type checkers and editors see (a test compares them).
 _HOMES = {
     "config": ("SAEConfig", "TrainConfig"),
-    "data.codes": ("Codes", "CodesWriter", "open_codes"),
+    "data.codes": ("CodesWriter", "StoredCodes", "open_codes"),
     "data.rows": ("Activations", "open_activations"),
     "data.store": ("verify",),
     "data.writing": ("ActivationWriter",),
@@ -97,9 +97,10 @@ _HOMES = {
     "harvesting.config": ("HarvestConfig", "HarvestOptions"),
     "images.open": ("open_images",),
     "inspection": ("inspect",),
-    "sae": ("SparseAutoencoder", "SparseCodes"),
+    "sae": ("SparseAutoencoder",),
     "scoring.monosemanticity": ("MonosemanticityScores", "score"),
     "scoring.top_images": ("TopImages", "top_images"),
+    "sparse_codes": ("SparseCodes",),
     "steering.answers": ("SteeredAnswers",),
     "steering.edits": ("Edit", "add", "clamp", "scale", "steer", "steer_rows", "zero"),
     "towers.load": ("load_tower",),
