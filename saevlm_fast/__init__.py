@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
     from saevlm_fast.scoring.top_images import TopImages, top_images
     from saevlm_fast.sparse_codes import SparseCodes
-    from saevlm_fast.steering.answers import SteeredAnswers
+    from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
     from saevlm_fast.steering.edits import Edit, add, clamp, scale, steer, steer_rows, zero
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.towers.text import load_llava, load_text_encoder
@@ -59,6 +59,7 @@ __all__ = [
     "SparseAutoencoder",
     "SparseCodes",
     "SteeredAnswers",
+    "SteeredRow",
     "StoredCodes",
     "TopImages",
     "Tower",
@@ -101,7 +102,7 @@ _HOMES = {
     "scoring.monosemanticity": ("MonosemanticityScores", "score"),
     "scoring.top_images": ("TopImages", "top_images"),
     "sparse_codes": ("SparseCodes",),
-    "steering.answers": ("SteeredAnswers",),
+    "steering.answers": ("SteeredAnswers", "SteeredRow"),
     "steering.edits": ("Edit", "add", "clamp", "scale", "steer", "steer_rows", "zero"),
     "towers.load": ("load_tower",),
     "towers.text": ("load_llava", "load_text_encoder"),

@@ -27,10 +27,10 @@ def require(condition: bool, message: str, error: type[ValueError] = ValueError)
         raise error(message)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, 200 characters at most; its kind's name where it has none."""
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """The first line of an error's message, `longest` characters at most; its kind's name where it has none."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return (lines[0] if lines else type(error).__name__)[:longest]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

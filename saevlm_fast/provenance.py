@@ -8,10 +8,11 @@ from torch import nn
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
+from saevlm_fast.files import weights_sha256
 from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
 from saevlm_fast.towers.from_transformers import vision_part
 from saevlm_fast.towers.tokens import Tokens
-from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower, weights_sha256
+from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower
 
 
 def check_sae_of(sae: SparseAutoencoder, layer: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.demo.contact_sheet import Row, Section, draw_sheet
+from saevlm_fast.demo.contact_sheet import LatentRow, Section, draw_sheet
 from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, scene_words, spearman
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, RECIPE, TOWER, SceneStores
 from saevlm_fast.images.decode import decode
@@ -131,11 +131,11 @@ class Scored:
             f"{_TITLES[self.name]}: the best {len(rows)} by Monosemanticity Score, one of each name", rows, unit
         )
 
-    def _rows(self, latents: list[int], names: list[list[str]]) -> list[Row]:
+    def _rows(self, latents: list[int], names: list[list[str]]) -> list[LatentRow]:
         source = open_scenes(f"{PREFIX}test:{self.activations.n_rows}")
         tops = top_images(self.activations, latents, _IMAGES, self.sae) if latents else []
         return [
-            Row(latent, float(self.scores.ms[latent]), int(self.scores.n_active[latent]), name,
+            LatentRow(latent, float(self.scores.ms[latent]), int(self.scores.n_active[latent]), name,
                 [decode(source.read(i)) for i in top.images.tolist()], top.acts.tolist(),
                 f"labels: {CONCEPTS[int(self.value_S[latent])].name}, purity {float(self.purity_S[latent]):.2f}")
             for latent, name, top in zip(latents, names, tops)

@@ -23,7 +23,7 @@ from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder, evaluating
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.sparse_codes import SparseCodes
-from saevlm_fast.steering.answers import Row, SteeredAnswers
+from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import Edit, clamp
 from saevlm_fast.towers.text import load_llava
 
@@ -128,14 +128,14 @@ class _Asked:
     def __init__(self, sae: SparseAutoencoder):
         from PIL import Image
 
-        self.asking = SteeredAnswers(
+        self.answerer = SteeredAnswers(
             *load_llava(f"hf:{LLAVA}", sae.b_dec.device), sae, LAYER, tokens="patches", max_new_tokens=2
         )
         drawn = Scenes(0, "test").batch(N_SCENES["test"], 4 * _N_ASKED)
         alone = np.flatnonzero(drawn.setting[:, SCENE_FACTORS.index("count")] == 0)[:_N_ASKED]
         self.images = [Image.fromarray(image) for image in drawn.images[alone]]
         self.colours = [COLOURS[label] for label in drawn.objects[alone, 0, OBJECT_FACTORS.index("colour")]]
-        self.questions = [self.asking.ask(image, QUESTION) for image in self.images]
+        self.questions = [self.answerer.ask(image, QUESTION) for image in self.images]
         self.before, self.attached = self._answers(None), self._answers(())
 
     def clamped(self, latent: int, colour: str, purity: float, alpha: float, random: int) -> ColourLatent:
@@ -157,4 +157,4 @@ class _Asked:
         return [self.images[i] for i in others], [(self.before[i], after[i]) for i in others]
 
     def _answers(self, edits: tuple[Edit, ...] | None) -> list[str]:
-        return self.asking.answers([Row(question, edits) for question in self.questions])
+        return self.answerer.answers([SteeredRow(question, edits) for question in self.questions])
