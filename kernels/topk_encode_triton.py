@@ -11,15 +11,15 @@ bit if at least k keys are as large with it. Ties then go by prefix sums to the 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .topk_encode import MAX_K
+from .common import GROUP, MAX_K
 
-GROUP = 64
 BUFFER_BYTES = 512 * 2**20
 MAX_STRIDE = 2**22
 NAN_KEY = tl.constexpr(0x7FC00000)
@@ -56,7 +56,7 @@ def largest_slots(keys, k):
     return kept, tl.cumsum(kept.to(tl.int32), axis=0) - 1
 
 
-# --- pre-activations and group maxima -------------------------------------------------------------------------------
+# --- pre-activations and group maxima --------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -82,8 +82,7 @@ def preactivation_kernel(
 ):
     """One [BLOCK_B, BLOCK_S] tile of pre [B, S] and of maxima [B, n_groups]; x [B, D] is centred and contiguous."""
     # Bands of BAND row blocks walk over all latents together, so that a band of x and a panel of W stay in L2.
-    n_blocks_b = tl.cdiv(n_rows, BLOCK_B)
-    n_blocks_s = tl.cdiv(d_sae, BLOCK_S)
+    n_blocks_b, n_blocks_s = tl.cdiv(n_rows, BLOCK_B), tl.cdiv(d_sae, BLOCK_S)
     band = tl.program_id(0) // (BAND * n_blocks_s)
     band_rows = min(n_blocks_b - band * BAND, BAND)
     within = tl.program_id(0) % (BAND * n_blocks_s)
@@ -116,14 +115,13 @@ def preactivation_kernel(
 
     keys = tl.where(m_s[None, :], float_keys(stored), -1)
     b_maxima = tl.max(tl.reshape(keys, [BLOCK_B, BLOCK_S // GROUP, GROUP]), axis=2)
-    first_g = first_s // GROUP
-    o_g = tl.arange(0, BLOCK_S // GROUP)
+    first_g, o_g = first_s // GROUP, tl.arange(0, BLOCK_S // GROUP)
     m_bg = m_b[:, None] & (o_g < n_groups - first_g)[None, :]
     p_maxima = maxima_ptr + first_b.to(tl.int64) * n_groups + first_g
     tl.store(p_maxima + o_b[:, None] * n_groups + o_g[None, :], b_maxima, mask=m_bg)
 
 
-def gemm_config(dtype: torch.dtype, tf32: bool, hip: bool) -> dict:
+def gemm_config(dtype: torch.dtype, tf32: bool, hip: bool) -> dict[str, Any]:
     """Tile and launch options of preactivation_kernel; none spills (tests/test_topk_encode.py), 128x256 tiles would."""
     config = {"PRECISION": "tf32" if tf32 else "ieee", "BAND": 32, "BLOCK_B": 128, "BLOCK_S": 128, "num_warps": 8}
     if dtype != torch.float32:
@@ -180,7 +178,7 @@ def preactivation_chunks(
         yield start, pre_RS[:rows], maxima_RG[:rows]
 
 
-# --- top k of every row ---------------------------------------------------------------------------------------------
+# --- top k of every row ----------------------------------------------------------------------------------------------
 
 
 @triton.jit

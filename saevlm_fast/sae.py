@@ -16,49 +16,12 @@ from saevlm_fast import __version__
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import require
 from saevlm_fast.files import save_safetensors_atomic, sha256_file, write_json_atomic
-from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
+from saevlm_fast.sparse_codes import SparseCodes
 
 WEIGHTS_FILE, CONFIG_FILE = "sae_weights.safetensors", "cfg.json"
 SAE_LENS_LAYOUT = "6.0.0"  # the SAELens release whose file layout is written; older versions are converted on load
-
-
-class SparseCodes(NamedTuple):
-    """Sparse latent activations of x [..., d_in].
-
-    Attributes:
-        top_acts: activations in the units of x: [..., k] for `topk`, else flat [M].
-        top_indices: int64 latents, same shape, ascending within a row.
-        row_offsets: None for `topk`; else int64 [B + 1]: flattened row b owns entries row_offsets[b]:row_offsets[b+1].
-            Entries after row_offsets[B] are padding (0 at latent 0).
-        shape: the shape of the dense codes, (..., d_sae).
-    """
-
-    top_acts: Tensor
-    top_indices: Tensor
-    row_offsets: Tensor | None
-    shape: tuple[int, ...]
-
-    def flat(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(acts, latents, row_offsets) as the kernels take them: leading dimensions flattened."""
-        if self.row_offsets is not None:
-            return self.top_acts, self.top_indices, self.row_offsets
-        k = self.top_indices.shape[-1]
-        n_rows = torch.Size(self.shape[:-1]).numel()
-        return self.top_acts.reshape(n_rows, k), self.top_indices.reshape(n_rows, k), None
-
-    def dense(self) -> Tensor:
-        """Dense codes [..., d_sae]: for small uses, it is B * d_sae numbers."""
-        return reference.densify(*self.flat(), self.shape[-1]).view(self.shape)
-
-    def l0(self) -> Tensor:
-        """Latents that fire (act > 0) per row, int64 [...]."""
-        acts, _, row_offsets = self.flat()
-        if row_offsets is None:
-            return (acts > 0).sum(1).view(self.shape[:-1])
-        fired = torch.cat([row_offsets.new_zeros(1), (acts > 0).long().cumsum(0)])
-        return (fired[row_offsets[1:]] - fired[row_offsets[:-1]]).view(self.shape[:-1])
 
 
 class SparseAutoencoder(nn.Module):

@@ -12,6 +12,7 @@ ORDER = (
     ("errors",),
     ("config", "files", "runtime"),
     ("kernels", "box"),
+    ("sparse_codes",),
     ("sae",),
     ("data",),
     ("images",),

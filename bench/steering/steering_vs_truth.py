@@ -30,7 +30,7 @@ from saevlm_fast.box.scenes import SCENE_FACTORS, SceneBatch, Scenes
 from saevlm_fast.box_making.architecture import PATCH_SIZE
 from saevlm_fast.box_making.language import questions
 from saevlm_fast.config import SAEConfig, TrainConfig
-from saevlm_fast.data.codes import Codes, open_codes
+from saevlm_fast.data.codes import StoredCodes, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo.ground_truth import CONCEPTS, FACTORS, concept_presence, shared_value
 from saevlm_fast.files import atomic_write, write_json_atomic
@@ -121,7 +121,9 @@ def parse() -> argparse.Namespace:
 # The SAE and what its latents mean -----------------------------------------------------------------------------------
 
 
-def sae_and_codes(layer: int, folder: Path, options: argparse.Namespace) -> tuple[SparseAutoencoder, Codes, Tensor]:
+def sae_and_codes(
+    layer: int, folder: Path, options: argparse.Namespace
+) -> tuple[SparseAutoencoder, StoredCodes, Tensor]:
     """The SAE; codes of the test scenes, averaged over tokens; every latent's largest activation of one token [S]."""
     train_on, test_on = (
         f"{PREFIX}{split}:{n}:{options.seed}"
@@ -154,15 +156,17 @@ def train_sae(activations: Path, output: Path, options: argparse.Namespace) -> N
     print({name: round(value, 3) for name, value in metrics.items()}, flush=True)
 
 
-def largest_activations(codes: Codes) -> Tensor:
+def largest_activations(codes: StoredCodes) -> Tensor:
     largest_S = torch.zeros(codes.d_sae)
     with closing(codes.chunks(65536)) as chunks:
-        for _, acts_M, latents_M, _ in chunks:
-            largest_S.scatter_reduce_(0, latents_M, acts_M, "amax")
+        for _, some in chunks:
+            largest_S.scatter_reduce_(0, some.top_indices, some.top_acts, "amax")
     return largest_S
 
 
-def well_defined(codes: Codes, largest_S: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndarray) -> list[Meaning]:
+def well_defined(
+    codes: StoredCodes, largest_S: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndarray
+) -> list[Meaning]:
     """Of values that all 16 top scenes show, the rarest is meant."""
     tops = top_images(codes, range(codes.d_sae), N_TOP)
     return [

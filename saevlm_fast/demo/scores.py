@@ -14,13 +14,13 @@ from torch import Tensor
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.contact_sheet import LatentRow, Section, draw_sheet
-from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, spearman
+from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, scene_words, spearman
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, RECIPE, TOWER, SceneStores
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, accumulate
-from saevlm_fast.scoring.naming import latent_directions, nearest_words, scene_words
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, streamed_score
+from saevlm_fast.scoring.naming import latent_directions, nearest_words
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.towers.text import load_text_encoder
 from saevlm_fast.training.evaluate import Metrics
@@ -93,7 +93,7 @@ class Scored:
         device = "cpu" if sae is None else sae.b_dec.device
         self.activations: Activations = open_activations(test_on.activations)
         embeddings = open_activations(test_on.embeddings)
-        self.sums: StreamedScore = accumulate(self.activations, embeddings, sae, device=device, on_rows=on_rows)
+        self.sums: StreamedScore = streamed_score(self.activations, embeddings, sae, device=device, on_rows=on_rows)
         self.scores: MonosemanticityScores = self.sums.result()
         labels = scene_labels(self.activations.items()["image"].to_pylist())
         truth = latent_concepts(self.activations, *labels, sae, device=device)

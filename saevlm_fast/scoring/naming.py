@@ -34,7 +34,7 @@ def latent_directions(scores: StreamedScore) -> Tensor:
     """Unit directions of every latent in the space of the embeddings, [S, E] float64 on the CPU (see the module).
 
     Args:
-        scores: cosine sums of all images: `monosemanticity.accumulate`, so one pass gives scores and names. The
+        scores: cosine sums of all images: `monosemanticity.streamed_score`, so one pass gives scores and names. The
             embeddings must be the projections of the CLIP whose text tower is asked for words.
 
     Rows are zero where there is no direction: latents whose score is undefined, embeddings that are all the same.
@@ -58,14 +58,6 @@ class Words(NamedTuple):
 
     words: list[str]
     texts: list[str]
-
-
-def scene_words() -> Words:
-    """Every value of every factor of the box's scenes: "red" as "a red thing", "teal" as "a scene on teal"."""
-    from saevlm_fast.box.scenes import VALUES, value_prompts
-
-    words = [word for values in VALUES.values() for word in values]
-    return Words(words, [text for factor in VALUES for text in value_prompts(factor)])
 
 
 def read_words(path: str | os.PathLike[str], template: str = "a photo of {}") -> Words:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.data.codes import join_codes
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
 from saevlm_fast.steering.site import find_site, hooked_block, token_mask
 
@@ -224,7 +224,7 @@ class SteeredAnswers:
         pieces = [question.encoded for question in questions]
         encoded = Encoded(
             torch.cat([piece.x_ND for piece in pieces]),
-            join_codes([piece.codes for piece in pieces]),
+            SparseCodes.join([piece.codes for piece in pieces], self.sae.config.d_sae),
             torch.cat([piece.x_hat_ND for piece in pieces]),
         )
         plan = EditPlan.of_rows([row.edits or () for row in rows], self.sae)

@@ -27,11 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.data.codes import CodeRows, codes_of_rows
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.segment_sum import entry_rows
 from saevlm_fast.kernels.sparse_decode import sparse_decode
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.site import Site, find_site, hooked_block, token_mask
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -193,7 +192,7 @@ class Encoded(NamedTuple):
     """N tokens on the SAE's device: x_ND as the model has them; codes and reconstruction in the SAE's dtype."""
 
     x_ND: Tensor
-    codes: CodeRows
+    codes: SparseCodes
     x_hat_ND: Tensor
 
 
@@ -202,7 +201,7 @@ def encode_tokens(sae: SparseAutoencoder, x_ND: Tensor) -> Encoded:
     with torch.autocast(sae.W_dec.device.type, enabled=False):
         x_ND = x_ND.to(sae.W_dec.device)
         codes = sae.encode(x_ND.to(sae.W_dec.dtype), use_threshold=True)
-        return Encoded(x_ND, codes_of_rows(codes), sae.decode(codes))
+        return Encoded(x_ND, codes, sae.decode(codes))
 
 
 def edit_tokens(
@@ -231,12 +230,12 @@ def _weighted_rows(sae: SparseAutoencoder, weights_NJ: Tensor, latents_NJ: Tenso
     return sparse_decode(weights_NJ, latents_NJ, None, sae.W_dec, bias_D)
 
 
-def latent_values(codes: CodeRows, latents_NJ: Tensor) -> Tensor:
+def latent_values(codes: SparseCodes, latents_NJ: Tensor) -> Tensor:
     """Of every row the activations [N, J] of the latents asked for there; 0 where they do not fire."""
-    n_rows = codes.n_rows
-    rows_M = entry_rows(codes.latents, codes.row_offsets)
-    inside_M = rows_M < n_rows
-    rows_M, latents_M, acts_M = rows_M[inside_M], codes.latents[inside_M], codes.acts[inside_M]
+    acts_M, latents_M, _ = codes.csr()
+    rows_M = codes.entry_rows()
+    inside_M = rows_M < codes.n_rows
+    rows_M, latents_M, acts_M = rows_M[inside_M], latents_M[inside_M], acts_M[inside_M]
     values_NJ = torch.zeros(latents_NJ.shape, dtype=acts_M.dtype, device=acts_M.device)
     for j, latents_N in enumerate(latents_NJ.unbind(1)):  # one at a time: all would be [M, J]
         found_M = torch.where(latents_N[rows_M] == latents_M, acts_M, 0)

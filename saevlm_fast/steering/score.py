@@ -31,7 +31,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import Codes
+from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import ImageError, Interrupted, check_same_settings, require
@@ -102,12 +102,12 @@ class ScoreRun:
         return self.output.with_name(self.output.name + ".progress")
 
 
-def firing_latents(codes: Codes, batch_rows: int = 65536) -> Tensor:
+def firing_latents(codes: StoredCodes, batch_rows: int = 65536) -> Tensor:
     """int64, the latents that fire on any image."""
     fires_S = torch.zeros(codes.d_sae, dtype=torch.bool)
     with closing(codes.chunks(batch_rows)) as chunks:
-        for _, _, latents_M, _ in chunks:
-            fires_S[latents_M] = True
+        for _, some in chunks:
+            fires_S[some.top_indices] = True
     return fires_S.nonzero().squeeze(1)
 
 
@@ -143,7 +143,7 @@ class SteeringScores(NamedTuple):
 def steering_score(
     answerer: SteeredAnswers,
     source: ImageSource,
-    codes: Codes,
+    codes: StoredCodes,
     embeddings: Activations,
     encoder: TextEncoder,
     config: ScoreConfig,
@@ -209,7 +209,7 @@ def _stop_if_asked(stop: threading.Event, run: ScoreRun) -> None:
 
 
 def _check_sides(
-    answerer: SteeredAnswers, codes: Codes, embeddings: Activations, encoder: TextEncoder, latents: Sequence[int]
+    answerer: SteeredAnswers, codes: StoredCodes, embeddings: Activations, encoder: TextEncoder, latents: Sequence[int]
 ) -> None:
     d_sae = answerer.sae.config.d_sae
     require(codes.d_sae == d_sae, f"codes: of {codes.d_sae} latents ({codes.path}), but the SAE has {d_sae}")
@@ -232,7 +232,7 @@ def _check_sides(
 
 
 def _settings(
-    run: ScoreRun, config: ScoreConfig, answerer: SteeredAnswers, codes: Codes, embeddings: Activations
+    run: ScoreRun, config: ScoreConfig, answerer: SteeredAnswers, codes: StoredCodes, embeddings: Activations
 ) -> dict[str, dict[str, Any]]:
     """What decides the table: a run is resumed with the same only."""
     return {
@@ -267,7 +267,7 @@ def _start_run(run: ScoreRun, settings: dict[str, dict[str, Any]]) -> None:
 class _Pictures:
     """RGB images by their row in the codes, found in the source by id."""
 
-    def __init__(self, source: ImageSource, codes: Codes):
+    def __init__(self, source: ImageSource, codes: StoredCodes):
         ids = codes.items()["image"].to_pylist()
         require(len(set(ids)) == len(ids), f"codes: several rows of one image ({codes.path}); harvest with --pool mean")
         self.source, self.ids = source, ids
@@ -297,7 +297,7 @@ class _Scorer:
         encoder: TextEncoder,
         config: ScoreConfig,
         latents: Sequence[int],
-        codes: Codes,
+        codes: StoredCodes,
         embeddings: Activations,
     ):
         self.answerer, self.pictures, self.encoder, self.config = answerer, pictures, encoder, config

@@ -24,7 +24,7 @@ def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics
         "losses/mse_loss": float(output.losses.mse),
         "losses/auxiliary_reconstruction_loss": float(output.losses.aux),
         "metrics/explained_variance": float(1 - error / total),
-        "metrics/l0": float((output.entries.acts_M > 0).sum() / len(x_BD)),
+        "metrics/l0": float((output.codes.top_acts > 0).sum() / len(x_BD)),
         "sparsity/dead_features": int(idle.sum()),
         "details/current_learning_rate": stepper.config.lr_at(stepper.n_steps - 1, config.d_sae),
         "details/n_training_samples": stepper.n_rows_seen,

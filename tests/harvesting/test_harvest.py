@@ -320,11 +320,7 @@ def codes_harvest(tower, photos, output, sae_directory, tokens, **settings):
 
 def dense_codes(store):
     """All codes of a store as a dense matrix [N, d_sae]."""
-    dense_NS = torch.zeros(store.n_rows, store.d_sae)
-    for start, acts_M, latents_M, row_offsets in store.chunks(7):
-        rows_M = start + torch.repeat_interleave(row_offsets.diff())
-        dense_NS[rows_M, latents_M] = acts_M
-    return dense_NS
+    return torch.cat([codes.dense() for _, codes in store.chunks(7)])
 
 
 @pytest.mark.parametrize("tokens", ["cls", "random:3", "patches"])

@@ -96,12 +96,7 @@ def score_command(box, output, *more, code=0):
 
 
 def dense_codes(codes):
-    dense = torch.zeros(codes.n_rows, codes.d_sae)
-    for start, acts, latents, offsets in codes.chunks(7):
-        for row in range(len(offsets) - 1):
-            entries = slice(int(offsets[row]), int(offsets[row + 1]))
-            dense[start + row, latents[entries]] = acts[entries]
-    return dense
+    return torch.cat([chunk.dense() for _, chunk in codes.chunks(7)])
 
 
 def test_latents_that_fire_anywhere(box):
