@@ -55,8 +55,7 @@ def latent_update_(
     clip: Tensor,
     adam: AdamSettings,
     unit_norm: bool,
-    copy_SD: Tensor | None = None,
-    low: LowWeights | None = None,
+    low: Tensor | LowWeights | None = None,
 ) -> None:
     """Clip, Adam and (for the decoder) unit row norm over all S latents, in place.
 
@@ -67,8 +66,8 @@ def latent_update_(
         clip: 0-d factor from `clip_coefficient`.
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
-        copy_SD: the new W, in the dtype of the encoder's product, is written here in the same pass.
-        low: on a CPU whose encoder screens, the same with its bounds.
+        low: the new W as the encoder's product takes it is written here in the same pass: [S, D] of that product's
+            dtype, or, on a CPU whose encoder screens, with the bounds of that rounding.
 
     ValueError, on a GPU: weights or moments that are not contiguous, more than one of `extra`, d_in above 8192.
     """
@@ -81,9 +80,20 @@ def latent_update_(
         if aux is not None:
             aux_rows = aux.rows_AD, aux.slots(len(W_SD))
         state, schedule, betas = (W_SD, exp_avg_SD, exp_avg_sq_SD), adam.device_schedule(), list(adam.betas)
-        latent_update_op(*state, *rows, *aux_rows, clip, schedule, betas, adam.eps, unit_norm, copy_SD)
+        low_SD = low if isinstance(low, Tensor) else None
+        latent_update_op(*state, *rows, *aux_rows, clip, schedule, betas, adam.eps, unit_norm, low_SD)
+        if isinstance(low, LowWeights):
+            low.write_(0, W_SD)
     else:
-        _update_blocks_(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient, extra, clip, adam, unit_norm, copy_SD, low)
+        _update_blocks_(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient, extra, clip, adam, unit_norm, low)
+
+
+def write_low_(low: Tensor | LowWeights, start: int, w_CD: Tensor) -> None:
+    """Rows of W from `start` on, rounded into `low`, which latent_update_ takes."""
+    if isinstance(low, LowWeights):
+        low.write_(start, w_CD)
+    else:
+        low[start : start + len(w_CD)] = w_CD
 
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
@@ -210,8 +220,7 @@ def _update_blocks_(
     clip: Tensor,
     adam: AdamSettings,
     unit_norm: bool,
-    copy_SD: Tensor | None,
-    low: LowWeights | None,
+    low: Tensor | LowWeights | None,
 ) -> None:
     """latent_update_ by blocks of rows that stay in cache; a block's gradient is made on the way."""
     eps = torch.finfo(W_SD.dtype).eps
@@ -231,10 +240,8 @@ def _update_blocks_(
         if unit_norm:
             # Not vecdot, which writes the products out: 3 times the time (measured).
             w_SD.mul_((torch.linalg.vector_norm(w_SD, dim=1, keepdim=True) + eps).reciprocal_())
-        if copy_SD is not None:
-            copy_SD[start:stop] = w_SD
         if low is not None:
-            low.write_(start, w_SD)
+            write_low_(low, start, w_SD)
 
 
 def _fused_adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, adam: AdamSettings) -> None:

@@ -25,9 +25,15 @@ SAE_LENS_LAYOUT = "6.0.0"  # the SAELens release whose file layout is written; o
 
 
 class SparseAutoencoder(nn.Module):
-    """x -> relu((x - b_dec) @ W_enc + b_enc), the largest kept -> codes @ W_dec + b_dec. Paper section 3, recipe.md 1.
+    """x -> relu((x - b_dec) @ W_enc + b_enc), the largest kept -> codes @ W_dec + b_dec.
+
+    Section 3 of arXiv 2504.02821; docs/recipe.md section 1. x is in raw activation units once it is trained.
+
+    Args:
+        config: its sizes and architecture. device, dtype: of the parameters, which are random (`reset_parameters`).
 
     Attributes:
+        config: as given.
         W_enc: [d_in, d_sae]. Held latent-major (its memory is [d_sae, d_in]): a latent's weights are contiguous, which
             is what gathers and per-latent updates read.
         b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows. b_dec: [d_in].
@@ -62,7 +68,7 @@ class SparseAutoencoder(nn.Module):
         """Sparse codes of x [..., d_in].
 
         Args:
-            x: activations in raw units, any leading dimensions.
+            x: activations [..., d_in] in raw units, any leading dimensions.
             use_threshold: BatchTopK architectures only. True: keep activations above `threshold`, each row by itself
                 (inference). False: keep the B * k largest of this batch (training). None: True in eval mode.
 
@@ -90,7 +96,7 @@ class SparseAutoencoder(nn.Module):
         return SparseCodes(acts_M, latents_M, row_offsets, shape)
 
     def decode(self, codes: SparseCodes) -> Tensor:
-        """Reconstruction [..., d_in] of sparse codes."""
+        """Reconstruction [..., d_in] of sparse codes, in raw activation units: codes @ W_dec + b_dec."""
         return sparse_decode(*codes.flat(), self.W_dec, self.b_dec).view(*codes.shape[:-1], self.config.d_in)
 
     def decode_prefixes(self, codes: SparseCodes) -> Tensor:
@@ -99,7 +105,7 @@ class SparseAutoencoder(nn.Module):
         return x_hat_GBD.view(len(x_hat_GBD), *codes.shape[:-1], self.config.d_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of x, decode(encode(x)), in the shape of x."""
+        """Reconstruction of x [..., d_in], decode(encode(x)), in the shape of x. ValueError: as `encode`."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
@@ -116,7 +122,7 @@ class SparseAutoencoder(nn.Module):
         itself exports them; k, groups and everything else needed to come back is in `metadata`.
 
         Raises:
-            ValueError: a BatchTopK SAE whose threshold was never calibrated.
+            ValueError: a BatchTopK SAE whose threshold was never calibrated. OSError: it cannot be written.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -135,6 +141,9 @@ class SparseAutoencoder(nn.Module):
 
         Their `topk` SAEs, and `jumprelu` SAEs with a single threshold and k in their metadata, are accepted; settings
         that are an exact change of weights (rescale_acts_by_decoder_norm, apply_b_dec_to_input = false) are folded in.
+
+        Args:
+            directory: with cfg.json and sae_weights.safetensors. device, dtype: of the SAE; the file's dtype if None.
 
         Raises:
             ValueError: a missing, damaged or inconsistent file, or an architecture this engine does not have.

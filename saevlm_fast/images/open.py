@@ -35,8 +35,11 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     """Finds the images at `path` (see the module's docstring) and reads none of them.
 
     In folders, names that begin with a dot (.ipynb_checkpoints, ._AppleDouble) are ignored, symbolic links are
-    followed, loops are not. A truncated or otherwise damaged tar archive or parquet file is refused as a whole, like
-    anything that is no source: ValueError in one line. Memory and time: one pass over names, labels and offsets.
+    followed, loops are not. Memory and time: one pass over names, labels and offsets.
+
+    Raises:
+        ValueError: in one line: anything that is no source; a truncated or otherwise damaged tar archive or parquet
+            file, which is refused as a whole.
     """
     name, split = _split_of(os.fspath(path))
     if name.startswith(PREFIX) and not os.path.exists(name):

@@ -48,11 +48,15 @@ _SPARSE_BLOCK_ROWS = 4096
 
 @dataclass(frozen=True)
 class MonosemanticityScores:
-    """One row per latent: tensors [S] on the CPU.
+    """Scores of S latents or neurons, one row each: tensors [S] on the CPU.
 
-    ms: the score, float64, NaN unless status is defined. status: index into STATUSES. Of the images' activations,
-    dead: all are 0; constant: all are equal, not 0; single: exactly one is above the minimum; defined: two or more are.
-    n_active: images with a > 0 (also for raw neurons, whose minimum may be negative). max_activation: float64.
+    Attributes:
+        ms: the score, float64 in [-1, 1] for cosine, NaN unless status is defined.
+        status: int8 index into STATUSES. Of the images' activations, dead: all are 0; constant: all are equal, not 0;
+            single: exactly one is above the minimum; defined: two or more are.
+        n_active: int64, images with a > 0 (also for raw neurons, whose minimum may be negative).
+        max_activation: float64, in the units of the activations.
+        n_images: N. similarity: of embeddings.
     """
 
     ms: Tensor
@@ -75,7 +79,7 @@ class MonosemanticityScores:
         return pa.table(columns).replace_schema_metadata(metadata)
 
     def summary(self, n_extreme: int = 10) -> "ScoreSummary":
-        """What ms-score prints: statistics of the defined scores and the extreme latents (ties to the lower latent)."""
+        """Statistics of the defined scores and the n_extreme best and worst latents (ties to the lower latent)."""
         latents = torch.nonzero(self.status == STATUSES.index("defined")).squeeze(1)
         scores, order = self.ms[latents].sort(descending=True, stable=True)
         best = [(int(latents[i]), float(self.ms[latents[i]])) for i in order[:n_extreme]]

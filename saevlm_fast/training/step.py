@@ -6,7 +6,7 @@ over their entries. tests/helpers/dense_trainer.py is the same in dense autograd
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from saevlm_fast.kernels.latent_gradient import (
     dense_gradient_rows,
     entry_gradient,
 )
-from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
+from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_, write_low_
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
@@ -41,6 +41,8 @@ _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
 _DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows in these steps: few shapes
 
 _residuals, _centred_rows = Workspace(), Workspace()
+
+Low = TypeVar("Low", Tensor, LowWeights)
 
 
 class Losses(NamedTuple):
@@ -142,8 +144,8 @@ class Stepper:
         self.n_steps = 0
         self.n_rows_seen = 0
         self.dead_bound = DeadBound()
-        self.W_enc_low: Tensor | None = None  # W_enc in the dtype of the encoder's product, latent-major
-        self.screen: LowWeights | None = None  # the same with bounds, on a CPU whose encoder screens
+        # W_enc in bfloat16, latent-major; with the bounds of that rounding on a CPU whose encoder screens.
+        self.low: Tensor | LowWeights | None = None
         self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
@@ -200,35 +202,27 @@ class Stepper:
     ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
         """TopK and BatchTopK, with the low copy of W_enc that they work with."""
         if self.config.dtype == "bfloat16":
-            W_low_DS = self._low_W_enc().T
+            W_low_DS = self._low_W_enc(Tensor).T
             return partial(topk_encode_rescored, W_low_DS=W_low_DS), partial(
                 batch_topk_encode_rescored, W_low_DS=W_low_DS
             )
         if screens(x_BD, self.sae.W_enc, self.sae.config.k):
-            low = self._screening_weights()
+            low = self._low_W_enc(LowWeights)
             return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
         return topk_encode, batch_topk_encode
 
-    def _low_W_enc(self) -> Tensor:
-        """The low copy of W_enc [d_sae, d_in], which the update writes; made here if W_enc was changed otherwise.
+    def _low_W_enc(self, kind: type[Low]) -> Low:
+        """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
 
         A change through `.data` moves no version counter and is not seen.
         """
-        if self.W_enc_low is None:
-            self.W_enc_low, self._low_state = torch.empty_like(self.sae.W_enc.T, dtype=torch.bfloat16), None
+        W_enc_SD = self.sae.W_enc.detach().T
+        if not isinstance(self.low, kind):
+            self.low, self._low_state = _empty_low(kind, W_enc_SD), None
         if self._low_state != self._W_enc_state():
-            self.W_enc_low.copy_(self.sae.W_enc.detach().T)
+            write_low_(self.low, 0, W_enc_SD)
             self._low_state = self._W_enc_state()
-        return self.W_enc_low
-
-    def _screening_weights(self) -> LowWeights:
-        """The same with bounds."""
-        if self.screen is None:
-            self.screen, self._low_state = LowWeights.empty(*self.sae.W_enc.T.shape), None
-        if self._low_state != self._W_enc_state():
-            self.screen.write_(0, self.sae.W_enc.detach().T)
-            self._low_state = self._W_enc_state()
-        return self.screen
+        return self.low
 
     def _W_enc_state(self) -> tuple[int, int]:
         """What moves when W_enc is replaced or written to."""
@@ -263,8 +257,8 @@ class Stepper:
         clip = clip_coefficient(parts, [gradients.b_enc, gradients.b_dec], self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
         for name, (gradient, aux) in rows.items():
-            copies = (self.W_enc_low, self.screen) if name == "W_enc" else (None, None)
-            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", *copies)
+            low = self.low if name == "W_enc" else None
+            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", low)
         self._low_state = self._W_enc_state()
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
@@ -273,6 +267,12 @@ class Stepper:
         """Adam's settings in the announced step, the n_steps-th."""
         lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
         return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
+
+
+def _empty_low(kind: type[Low], W_enc_SD: Tensor) -> Low:
+    if issubclass(kind, LowWeights):
+        return LowWeights.empty(*W_enc_SD.shape)
+    return torch.empty_like(W_enc_SD, dtype=torch.bfloat16)
 
 
 def _check_unit_rows(W_dec_SD: Tensor) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from command import run
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
-from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.common import SIMILARITIES
@@ -347,6 +347,23 @@ def test_rounded_codes_move_a_score_by_little(stores, dtype, eps):
     assert torch.equal(rounded.status, exact.status)
     error_S = (rounded.ms - exact.ms).nan_to_num(0.0).abs()
     assert 0 < float(error_S.max()) < 4.1 * eps
+
+
+def test_scores_of_activations_in_memory(stores):
+    """The three lines of a notebook: nothing is written."""
+    x, e = open_activations(stores.path / "x"), open_activations(stores.path / "e")
+    x_ND = torch.cat([x_BD for _, x_BD in x.chunks(100)])
+    activations, embeddings = Activations.from_tensor(x_ND), Activations.from_tensor(stores.emb_NE.numpy())
+    table = score_stores(activations, embeddings, stores.sae).table()
+    expected = score_stores(
+        open_activations(stores.path / "x"), open_activations(stores.path / "e"), stores.sae
+    ).table()
+    assert table.equals(expected)
+    assert table.column_names == ["latent", "ms", "status", "n_active", "max_activation"]
+    raw = score_stores(activations, embeddings).table()
+    assert (raw.num_rows, set(raw["status"].to_pylist())) == (16, {"defined"})
+    with pytest.raises(ValueError, match=r"embeddings: 10 rows \(tensor \[10, 9\]\), but 300 activations"):
+        score_stores(activations, Activations.from_tensor(stores.emb_NE[:10]))
 
 
 def write_ids(path, images, tokens=None, rows_per_shard=3):

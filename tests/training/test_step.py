@@ -142,7 +142,7 @@ def test_bfloat16_product_stays_near_the_float32_step(architecture):
     for start in range(0, 12 * 61, 61):
         x = data[start : start + 61]
         assert float(stepper.step(x).losses.overall) == pytest.approx(dense.step(x), rel=1e-4)
-    assert torch.equal(stepper.W_enc_low, stepper.sae.W_enc.T.bfloat16())
+    assert torch.equal(stepper.low, stepper.sae.W_enc.T.bfloat16())
 
 
 def test_the_low_copy_follows_a_change_from_outside():
@@ -150,7 +150,7 @@ def test_the_low_copy_follows_a_change_from_outside():
     stepper.step(data[:61])
     with torch.no_grad():
         stepper.sae.W_enc.mul_(3)
-    assert torch.equal(stepper._low_W_enc(), stepper.sae.W_enc.T.bfloat16())
+    assert torch.equal(stepper._low_W_enc(torch.Tensor), stepper.sae.W_enc.T.bfloat16())
 
 
 @pytest.mark.parametrize("n_dead", [0, 1, 9, 60])
