@@ -97,8 +97,8 @@ def harvest(
         settings: fields of HarvestConfig and HarvestOptions by name, as limit=100, batch_size=32, resume=True.
 
     Returns:
-        The opened store: N rows [N, d], d the width of the point; StoredCodes with an SAE. If layer, point or tokens is a
-        list, a dict of them, by names such as residual-3-cls and projection.
+        The opened store: N rows [N, d], d the width of the point; StoredCodes with an SAE. If layer, point or tokens is
+        a list, a dict of them, by names such as residual-3-cls and projection.
 
     Raises:
         ValueError: a setting that does not exist or does not fit the tower, the images or the SAE; an output in use;
