@@ -1,5 +1,6 @@
 """The commands without arguments: what is in the box is harvested, trained on and scored; and the demo, small."""
 
+import functools
 import json
 import re
 import shutil
@@ -27,6 +28,10 @@ from saevlm_fast.scoring.monosemanticity import score
 from saevlm_fast.training.run import RunOptions
 
 SMALL = {"train": 700, "test": 400}
+# The models of the box are the same every time: each is loaded once.
+load_tower, load_llava, load_text_encoder = map(
+    functools.cache, (scene_stores.load_tower, demo_steering.load_llava, demo.load_text_encoder)
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,11 @@ def small(cache, tmp_path, monkeypatch):
         monkeypatch.setitem(demo_steering.N_PATCH_SCENES, name, value)
     for name, value in {"steps": 60, "batch_size": 128, "dead_after": 5000}.items():
         monkeypatch.setitem(scene_stores.RECIPE, name, value)
+    for name in demo._SHOWN:  # rows of the picture: it takes seconds to compress
+        monkeypatch.setitem(demo._SHOWN, name, 2)
+    monkeypatch.setattr(scene_stores, "load_tower", load_tower)
+    monkeypatch.setattr(demo_steering, "load_llava", load_llava)
+    monkeypatch.setattr(demo, "load_text_encoder", load_text_encoder)
     monkeypatch.chdir(tmp_path)
 
 
