@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
     from saevlm_fast.scoring.top_images import TopImages, top_images
     from saevlm_fast.sparse_codes import SparseCodes
-    from saevlm_fast.steering.answers import SteeredAnswers
+    from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
     from saevlm_fast.steering.edits import Edit, add, clamp, scale, steer, steer_rows, zero
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.towers.text import load_llava, load_text_encoder
@@ -59,6 +59,7 @@ __all__ = [
     "SparseAutoencoder",
     "SparseCodes",
     "SteeredAnswers",
+    "SteeredRow",
     "StoredCodes",
     "TopImages",
     "Tower",
@@ -88,7 +89,7 @@ __all__ = [
 # Where each name is; the same as the imports above, which only type checkers and editors see (a test compares them).
 _HOMES = {
     "config": ("SAEConfig", "TrainConfig"),
-    "data.codes": ("StoredCodes", "CodesWriter", "open_codes"),
+    "data.codes": ("CodesWriter", "StoredCodes", "open_codes"),
     "data.rows": ("Activations", "open_activations"),
     "data.store": ("verify",),
     "data.writing": ("ActivationWriter",),
@@ -97,10 +98,11 @@ _HOMES = {
     "harvesting.config": ("HarvestConfig", "HarvestOptions"),
     "images.open": ("open_images",),
     "inspection": ("inspect",),
-    "sae": ("SparseAutoencoder", "SparseCodes"),
+    "sae": ("SparseAutoencoder",),
     "scoring.monosemanticity": ("MonosemanticityScores", "score"),
     "scoring.top_images": ("TopImages", "top_images"),
-    "steering.answers": ("SteeredAnswers",),
+    "sparse_codes": ("SparseCodes",),
+    "steering.answers": ("SteeredAnswers", "SteeredRow"),
     "steering.edits": ("Edit", "add", "clamp", "scale", "steer", "steer_rows", "zero"),
     "towers.load": ("load_tower",),
     "towers.text": ("load_llava", "load_text_encoder"),
