@@ -36,6 +36,8 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     import transformers
 
     vision = getattr(config, "vision_config", config)
+    where = "local-dir" if Path(name).is_dir() else "hf-hub"
+    require(config.model_type != "timm_wrapper", f"{spec}: a checkpoint of timm; give timm:{where}:{name}")
     require(type(vision) in transformers.MODEL_MAPPING, f"{spec}: {type(vision).__name__} belongs to no vision model")
     plain: Any = transformers.MODEL_MAPPING[type(vision)]
     options: dict[str, bool] = {}

@@ -87,7 +87,9 @@ def local_or_hub(
     if name in MODELS:
         return load(str(model_directory(name)), True)
     if Path(name).is_dir():
-        require((Path(name) / "config.json").is_file(), f"{spec}: {Path(name) / 'config.json'} is missing")
+        of_open_clip = (Path(name) / "open_clip_config.json").is_file()
+        instead = f"; it is of open_clip, give open_clip:local-dir:{name}" if of_open_clip else ""
+        require((Path(name) / "config.json").is_file(), f"{spec}: {Path(name) / 'config.json'} is missing{instead}")
         return load(name, True)
     require(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None, f"{spec}: no directory {name}")
     try:

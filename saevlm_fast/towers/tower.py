@@ -290,13 +290,13 @@ class HookedTower:
     def _probe(self) -> None:
         """Learns the shapes and which point comes last; checks that the tower is what this package takes it for."""
         pictures = two_pictures()
-        inputs = self._fitting(pictures)
+        inputs = self.tower.inputs_of(pictures)
         shapes: list[tuple[int, ...]] = []
         with ExitStack() as stack:
             for block in self.tower.anatomy.blocks:
                 record = lambda module, args, output: shapes.append(tuple(self.tower._tokens(output).shape))  # noqa: E731
                 stack.callback(block.register_forward_hook(record).remove)
-            acts = self._fitting_forward(inputs)
+            acts = self._first_forward(inputs)
         n_tokens = self._check_blocks(shapes, inputs, len(pictures))
         self.layout = TokenLayout(n_tokens, self.layout.n_prefix, self.layout.has_cls)
         self._check_given(acts)
@@ -312,13 +312,7 @@ class HookedTower:
         for i, picture in enumerate(pictures):
             self._check_alone(acts, inputs, i, picture)
 
-    def _fitting(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
-        """Inputs that are for as many images, and a mask that is one of tokens."""
-        inputs = self.tower.inputs_of(pictures)
-        require("pixel_values" in inputs, f"{self.tower.spec}: its preprocessing gives no pixel_values")
-        return inputs
-
-    def _fitting_forward(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
+    def _first_forward(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
         try:
             return self(inputs)
         except (ValueError, *FOREIGN_ERRORS) as error:
@@ -328,11 +322,13 @@ class HookedTower:
             raise ValueError(f"{self.tower.spec}: model and preprocessing do not fit: {said}") from error
 
     def _check_given(self, acts: Mapping[HookPoint, Any]) -> None:
+        tower = self.tower
+        instead = "mean or cls" if tower.anatomy.has_cls else "mean"
         for point in self._points:
             require(
                 isinstance(acts.get(point), Tensor),
-                f"point: {point.name} of {self.tower.spec}: {type(self.tower.model).__name__} gives none; residual at "
-                "the last layer, with tokens cls, patches or mean, has what the image's tokens say",
+                f"point: {point.name} of {tower.spec}: {type(tower.model).__name__} gives none; take the residual of "
+                f"layer {tower.n_blocks - 1}, tokens {instead}",
             )
 
     def _check_blocks(self, shapes: list[tuple[int, ...]], inputs: Mapping[str, Tensor], n_images: int) -> int:
@@ -367,13 +363,13 @@ class HookedTower:
         Rounding differs with the size of a batch. It is told from a fault by how far the two images are apart.
         """
         mask_BT = self.tower.token_mask(inputs)
-        alone = self._fitting_forward(single := self._fitting([picture]))
+        alone = self._first_forward(single := self.tower.inputs_of([picture]))
         for point, tensor in acts.items():
             kept = slice(None) if mask_BT is None or point.layer is None else mask_BT[i]
             together, other, found = tensor[i].float(), tensor[1 - i].float(), alone[point][0].float()
             if _apart(together[kept], found[kept]) <= self._rounding(together, other):
                 continue
-            again = self._fitting_forward(single)[point][0].float()
+            again = self._first_forward(single)[point][0].float()
             random = _apart(again[kept], found[kept]) > self._rounding(together, other)
             raise ValueError(
                 f"{self.tower.spec}: {point.name} of an image is "
