@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.rows import open_activations
-from saevlm_fast.harvesting.run import HarvestConfig, HarvestOptions, harvest
+from saevlm_fast.harvesting.run import HarvestConfig, harvest
 from saevlm_fast.images.open import decode, open_images
 from saevlm_fast.towers.load import HookPoint, Tokens, load_tower
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.ground_truth import (
     LatentConcepts,
@@ -31,7 +31,7 @@ from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import STATUSES, MonosemanticityScores, score
 from saevlm_fast.scoring.naming import top_images
-from saevlm_fast.training.run import Metrics, RunOptions, train
+from saevlm_fast.training.run import Metrics, train
 
 # (architecture, expansion, k): width at k 10, k at expansion 4, and nested groups.
 GRID = (

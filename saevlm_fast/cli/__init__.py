@@ -147,7 +147,8 @@ def harvest(
     force: Annotated[bool, typer.Option("--force", help="Replace the harvest in --output.")] = False,
 ) -> None:
     """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
-    from saevlm_fast.harvesting.run import HarvestConfig, HarvestOptions, check_output, sae_mismatch, torchrun_ranks
+    from saevlm_fast.config import HarvestOptions
+    from saevlm_fast.harvesting.run import HarvestConfig, check_output, sae_mismatch, torchrun_ranks
     from saevlm_fast.harvesting.run import harvest as run_harvest
     from saevlm_fast.images.open import open_images
     from saevlm_fast.runtime import resolve_device
@@ -242,11 +243,11 @@ def train(
 
     Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache.
     """
-    from saevlm_fast.config import EXPANSION, SAEConfig, TrainConfig
+    from saevlm_fast.config import EXPANSION, RunOptions, SAEConfig, TrainConfig
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.demo.scene_stores import RECIPE
     from saevlm_fast.errors import require
-    from saevlm_fast.training.run import RunOptions, latest_checkpoint
+    from saevlm_fast.training.run import latest_checkpoint
     from saevlm_fast.training.run import train as run_training
 
     require(output is not None or not resume, "output: --resume needs the directory of the run")
@@ -273,8 +274,9 @@ def train(
     )  # fmt: skip
     options = RunOptions(output, device, log_every, checkpoint_every, resume, force)
     out.print(
-        f"{architecture} SAE {data.d} -> {sae_config.d_sae}, k = {sae_config.k}, on {data.n_rows:,} rows; {config.steps:,} "
-        f"steps of {min(config.batch_size, data.n_rows):,}, lr {config.peak_lr(sae_config.d_sae):.3g}, {data.path}",
+        f"{architecture} SAE {data.d} -> {sae_config.d_sae}, k = {sae_config.k}, on {data.n_rows:,} rows; "
+        f"{config.steps:,} steps of {min(config.batch_size, data.n_rows):,}, lr {config.peak_lr(sae_config.d_sae):.3g}, "
+        f"{data.path}",
         highlight=False,
         soft_wrap=True,
     )
@@ -305,13 +307,13 @@ def demo(
     ] = False,
 ) -> None:
     """The whole way on what is in the box: scenes, SAEs, their scores against raw neurons and the truth, a picture."""
+    from saevlm_fast.config import RunOptions
     from saevlm_fast.demo.contact_sheet import save_sheet
     from saevlm_fast.demo.scene_stores import N_SCENES, RECIPE
     from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Scored, picture, train_on_scenes
     from saevlm_fast.demo.steering import N_PATCH_SCENES, PATCHES, steer_colours
     from saevlm_fast.files import write_json_atomic
     from saevlm_fast.scoring.monosemanticity import write_scores
-    from saevlm_fast.training.run import RunOptions
 
     begun = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)  # before the work begins
@@ -582,13 +584,14 @@ def steering_score_command(
     force: Annotated[bool, typer.Option("--force", help="Replace --output.")] = False,
 ) -> None:
     """The paper's steering score of every latent, beside five controls. Interrupted, it goes on with --resume."""
+    from saevlm_fast.config import PROMPT, WHITE, ScoreConfig, ScoreRun
     from saevlm_fast.data.codes import open_codes
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.images.open import open_images
     from saevlm_fast.provenance import check_codes_of, other_text_model
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.scoring.monosemanticity import check_scores_path
-    from saevlm_fast.steering.score import PROMPT, WHITE, ScoreConfig, ScoreRun, steering_score
+    from saevlm_fast.steering.score import steering_score
     from saevlm_fast.towers.text import load_text_encoder
 
     check_scores_path(output)

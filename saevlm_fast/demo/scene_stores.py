@@ -16,9 +16,10 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.harvesting.run import HARVEST_FILE, LOCK_FILE, HarvestConfig, HarvestOptions, HarvestSummary, harvest
+from saevlm_fast.harvesting.run import HARVEST_FILE, LOCK_FILE, HarvestConfig, HarvestSummary, harvest
 from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import read_sae_header

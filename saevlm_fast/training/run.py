@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, ShuffledRows, batches
 from saevlm_fast.errors import Interrupted, check_same_settings, require
 from saevlm_fast.files import (
@@ -49,32 +48,6 @@ _CHECKPOINT_COSTS = 20  # work between two checkpoints, in units of what writing
 _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
 
 Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a run goes and how it is watched.
-
-    Attributes:
-        output: run directory. device: torch device, or auto (a GPU if there is one).
-        log_every, checkpoint_every: steps; None is about 100 logs, and at most 20 checkpoints a run (see Cadence).
-        resume: continue the run in `output`. force: replace it.
-    """
-
-    output: Path
-    device: str = "auto"
-    log_every: int | None = None
-    checkpoint_every: int | None = None
-    resume: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}: {value} must be at least 1")
-        require(not (self.resume and self.force), "resume and force exclude each other")
-        blocked = next((p for p in (Path(self.output), *Path(self.output).parents) if p.is_file()), None)
-        require(blocked is None, f"output: {self.output} cannot be a directory, {blocked} is a file")
 
 
 def train(

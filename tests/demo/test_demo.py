@@ -14,7 +14,7 @@ from PIL import Image
 from command import run
 from saevlm_fast.box.scenes import COLOURS, OBJECT_FACTORS, Scenes
 from saevlm_fast.box_making.architecture import PATCH_SIZE
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import RunOptions, SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo import scene_stores
 from saevlm_fast.demo import scores as demo
@@ -24,7 +24,6 @@ from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Scored, train_on_scenes
 from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import score
-from saevlm_fast.training.run import RunOptions
 
 SMALL = {"train": 700, "test": 400}
 

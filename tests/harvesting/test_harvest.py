@@ -16,18 +16,11 @@ import torch
 from PIL import Image
 
 from command import run
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import HarvestOptions, SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations, read_index, verify
 from saevlm_fast.errors import Interrupted
-from saevlm_fast.harvesting.run import (
-    HarvestConfig,
-    HarvestOptions,
-    _content,
-    _Harvest,
-    harvest,
-    sae_mismatch,
-)
+from saevlm_fast.harvesting.run import HarvestConfig, _content, _Harvest, harvest, sae_mismatch
 from saevlm_fast.images.open import decode, open_images
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
 from saevlm_fast.towers.load import HookPoint, Tokens, load_tower

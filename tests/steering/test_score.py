@@ -17,7 +17,7 @@ from PIL import Image
 
 from command import ROOT, run
 from saevlm_fast.box_making.architecture import build_clip, build_llava, clip_processor, llava_processor
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import PROMPT, SAEConfig, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.errors import Interrupted
@@ -26,17 +26,7 @@ from saevlm_fast.provenance import other_text_model, other_tower
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredAnswers
 from saevlm_fast.steering.edits import clamp, steer
-from saevlm_fast.steering.score import (
-    CONDITIONS,
-    MEASURES,
-    PROMPT,
-    ScoreConfig,
-    ScoreRun,
-    SteeringScores,
-    _Scorer,
-    firing_latents,
-    steering_score,
-)
+from saevlm_fast.steering.score import CONDITIONS, MEASURES, SteeringScores, _Scorer, firing_latents, steering_score
 from saevlm_fast.steering.score import _settings as steering_score_settings
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.text import load_llava, load_text_encoder

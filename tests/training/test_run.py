@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from command import ROOT
-from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import run as train_module
-from saevlm_fast.training.run import Cadence, RunOptions, checkpoints, evaluate, train
+from saevlm_fast.training.run import Cadence, checkpoints, evaluate, train
 
 D_IN, D_SAE, K = 32, 128, 6
 
