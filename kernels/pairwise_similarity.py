@@ -34,7 +34,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SIMILARITIES = ("cosine", "dot", "rbf")
+from .common import check, check_similarity, custom_op
 
 _CPU_IMAGE_BLOCK = 256
 _CPU_PAIR_BLOCK = 128
@@ -43,11 +43,57 @@ _CPU_BATCH_ELEMENTS = 1 << 20
 _CPU_SEGMENT_BLOCKS = 128, 1024
 _CPU_RUN = 16
 
+# --- public functions ------------------------------------------------------------------------------------------------
 
-def check_similarity(similarity: str) -> None:
-    """ValueError unless the similarity is one of SIMILARITIES."""
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity: {similarity!r} is not one of {', '.join(SIMILARITIES)}")
+
+def pairwise_sums(
+    r_NK: Tensor, emb_NE: Tensor, similarity: str = "cosine", gamma: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """num_K and den_K (float64) of dense activations r [N, K] over embeddings [N, E]; gamma: of rbf, 1 / E by default.
+
+    Cost N^2 (E + K) multiply-adds; on the CPU N E K, for rbf N^2 (E + K) / 2 with the E once per 4096 latents. Memory
+    O(N E) and, in float64, 4096 columns of r (those that one image dominates twice) beside the inputs. ValueError:
+    unknown similarity, shapes that do not match.
+    """
+    check_similarity(similarity)
+    shapes = tuple(r_NK.shape), tuple(emb_NE.shape)
+    fits = r_NK.ndim == emb_NE.ndim == 2 and len(r_NK) == len(emb_NE)
+    check(fits, f"r_NK, emb_NE: shapes {shapes[0]} and {shapes[1]} are not [N, K] and [N, E]")
+    return pairwise_sums_op(r_NK, emb_NE, similarity, default_gamma(gamma, emb_NE.shape[1]))
+
+
+def pairwise_gram_sums(
+    acts_M: Tensor,
+    images_M: Tensor,
+    offsets_S1: Tensor,
+    emb_NE: Tensor,
+    similarity: str = "cosine",
+    gamma: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """num_S and den_S (float64) of sparse codes grouped by latent: latent s fires on images[offsets[s]:offsets[s + 1]].
+
+    acts [M] float, images [M] int64 in [0, N) (not checked), offsets [S + 1] int64 ascending from 0, embeddings [N, E];
+    entries at or after offsets[S] are ignored. Cost sum_s n_s^2 E. ValueError: unknown similarity, shapes that do not
+    match.
+    """
+    check_similarity(similarity)
+    shapes = tuple(acts_M.shape), tuple(images_M.shape)
+    fits = acts_M.ndim == 1 and shapes[0] == shapes[1]
+    check(fits, f"acts_M, images_M: shapes {shapes[0]} and {shapes[1]} are not [M] and [M]")
+    shapes = tuple(offsets_S1.shape), tuple(emb_NE.shape)
+    fits = offsets_S1.ndim == 1 and len(offsets_S1) > 0 and emb_NE.ndim == 2
+    check(fits, f"offsets_S1, emb_NE: shapes {shapes[0]}, {shapes[1]} are not [S + 1], [N, E]")
+    return pairwise_gram_sums_op(
+        acts_M, images_M, offsets_S1, emb_NE, similarity, default_gamma(gamma, emb_NE.shape[1])
+    )
+
+
+def default_gamma(gamma: float | None, d_emb: int) -> float:
+    """gamma, or 1 / E as in scikit-learn's rbf_kernel. ValueError unless it is positive and finite."""
+    if gamma is None:
+        return 1.0 / max(d_emb, 1)
+    check(0.0 < gamma < float("inf"), f"gamma: {gamma} is not a positive finite number")
+    return float(gamma)
 
 
 def prepare_embeddings(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -63,12 +109,6 @@ def prepare_embeddings(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> t
         emb_NE -= emb_NE.mean(0)
     emb_NE = emb_NE.to(dtype).contiguous()
     return emb_NE, torch.linalg.vector_norm(emb_NE, dim=1).square()
-
-
-def _rbf_tile(emb_BIE: Tensor, emb_BJE: Tensor, sqnorm_BI: Tensor, sqnorm_BJ: Tensor, gamma: float) -> Tensor:
-    """Similarities [B, I, J] of prepared embeddings, from ||e_i||^2 + ||e_j||^2 - 2 <e_i, e_j>."""
-    distance_BIJ = (sqnorm_BI[:, :, None] + sqnorm_BJ[:, None, :]).baddbmm_(emb_BIE, emb_BJE.mT, alpha=-2.0)
-    return distance_BIJ.clamp_min_(0.0).mul_(-gamma).exp_()
 
 
 def distinct_pair_products(x_BL: Tensor) -> Tensor:
@@ -89,6 +129,35 @@ def distinct_pair_products(x_BL: Tensor) -> Tensor:
     return total_B
 
 
+def well_conditioned(total_K: Tensor, square_K: Tensor) -> Tensor:
+    """Where (total^2 - square) / 2, a sum over pairs, keeps a hundredth of total^2: its error stays near 1e-13."""
+    return total_K.square() - square_K > 2e-2 * total_K.square()
+
+
+# --- custom ops: CUDA ------------------------------------------------------------------------------------------------
+
+
+@custom_op("pairwise_sums")
+def pairwise_sums_op(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
+    from .pairwise_similarity_triton import launch_pairwise_num
+
+    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float32)
+    with torch.cuda.device_of(r_NK):  # Triton launches on the current device
+        num_K = launch_pairwise_num(r_NK, emb_NE, sqnorm_N, similarity, gamma)
+    return num_K, dense_pair_weights(r_NK)
+
+
+@custom_op("pairwise_gram_sums")
+def pairwise_gram_sums_op(
+    acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, emb_NE: Tensor, similarity: str, gamma: float
+) -> tuple[Tensor, Tensor]:
+    from .pairwise_similarity_triton import launch_gram_sums
+
+    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float32)
+    with torch.cuda.device_of(acts_M):
+        return launch_gram_sums(acts_M, images_M, offsets_S1, emb_NE, sqnorm_N, similarity, gamma)
+
+
 def dense_pair_weights(r_NK: Tensor) -> Tensor:
     """den_K: sum over i < j of r_ik * r_jk in float64, in blocks of images so that memory stays bounded."""
     den_K = r_NK.new_zeros(r_NK.shape[1], dtype=torch.float64)
@@ -101,12 +170,11 @@ def dense_pair_weights(r_NK: Tensor) -> Tensor:
     return den_K
 
 
-def well_conditioned(total_K: Tensor, square_K: Tensor) -> Tensor:
-    """Where (total^2 - square) / 2, a sum over pairs, keeps a hundredth of total^2: its error stays near 1e-13."""
-    return total_K.square() - square_K > 2e-2 * total_K.square()
+# --- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def _pairwise_sums_cpu(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
+@pairwise_sums_op.register_kernel("cpu")
+def pairwise_sums_cpu(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
     emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
     panels = (r_Nk.to(torch.float64) for r_Nk in r_NK.split(_CPU_LATENT_BLOCK, dim=1))
     if similarity == "rbf":
@@ -157,7 +225,14 @@ def _tiled_num(r_BNK: Tensor, emb_BNE: Tensor, sqnorm_BN: Tensor, gamma: float, 
     return num_BK
 
 
-def _pairwise_gram_sums_cpu(
+def _rbf_tile(emb_BIE: Tensor, emb_BJE: Tensor, sqnorm_BI: Tensor, sqnorm_BJ: Tensor, gamma: float) -> Tensor:
+    """Similarities [B, I, J] of prepared embeddings, from ||e_i||^2 + ||e_j||^2 - 2 <e_i, e_j>."""
+    distance_BIJ = (sqnorm_BI[:, :, None] + sqnorm_BJ[:, None, :]).baddbmm_(emb_BIE, emb_BJE.mT, alpha=-2.0)
+    return distance_BIJ.clamp_min_(0.0).mul_(-gamma).exp_()
+
+
+@pairwise_gram_sums_op.register_kernel("cpu")
+def pairwise_gram_sums_cpu(
     acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, emb_NE: Tensor, similarity: str, gamma: float
 ) -> tuple[Tensor, Tensor]:
     """Latents of about equally many images together, padded to the longest; embeddings gathered for some at a time."""
@@ -203,7 +278,9 @@ def _length_groups(lengths_S: Tensor) -> Iterator[tuple[Tensor, int]]:
         first = last
 
 
-def _padded_segments(acts_M, images_M, offsets_S1, latents_B, longest: int) -> tuple[Tensor, Tensor]:
+def _padded_segments(
+    acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, latents_B: Tensor, longest: int
+) -> tuple[Tensor, Tensor]:
     """Segments of the latents as rows [B, longest]; padding repeats a segment's last image with activation 0."""
     starts_B1, ends_B1 = offsets_S1[latents_B, None], offsets_S1[latents_B + 1, None]
     positions_BL = starts_B1 + torch.arange(longest, device=acts_M.device)
@@ -212,98 +289,18 @@ def _padded_segments(acts_M, images_M, offsets_S1, latents_B, longest: int) -> t
     return acts_M[positions_BL].masked_fill_(~inside_BL, 0.0), images_M[positions_BL]
 
 
-@torch.library.custom_op("saevlm_fast::pairwise_sums", mutates_args=(), device_types="cuda")
-def _pairwise_sums_op(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
-    from .pairwise_similarity_triton import launch_pairwise_num
-
-    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float32)
-    with torch.cuda.device_of(r_NK):  # Triton launches on the current device
-        num_K = launch_pairwise_num(r_NK, emb_NE, sqnorm_N, similarity, gamma)
-    return num_K, dense_pair_weights(r_NK)
+# --- fakes -----------------------------------------------------------------------------------------------------------
 
 
-@_pairwise_sums_op.register_kernel("cpu")
-def _(r_NK, emb_NE, similarity, gamma):
-    return _pairwise_sums_cpu(r_NK, emb_NE, similarity, gamma)
-
-
-@_pairwise_sums_op.register_fake
-def _(r_NK, emb_NE, similarity, gamma):
+@pairwise_sums_op.register_fake
+def pairwise_sums_fake(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
     sums_K = r_NK.new_empty(r_NK.shape[1], dtype=torch.float64)
     return sums_K, torch.empty_like(sums_K)
 
 
-@torch.library.custom_op("saevlm_fast::pairwise_gram_sums", mutates_args=(), device_types="cuda")
-def _pairwise_gram_sums_op(
+@pairwise_gram_sums_op.register_fake
+def pairwise_gram_sums_fake(
     acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, emb_NE: Tensor, similarity: str, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    from .pairwise_similarity_triton import launch_gram_sums
-
-    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float32)
-    with torch.cuda.device_of(acts_M):
-        return launch_gram_sums(acts_M, images_M, offsets_S1, emb_NE, sqnorm_N, similarity, gamma)
-
-
-@_pairwise_gram_sums_op.register_kernel("cpu")
-def _(acts_M, images_M, offsets_S1, emb_NE, similarity, gamma):
-    return _pairwise_gram_sums_cpu(acts_M, images_M, offsets_S1, emb_NE, similarity, gamma)
-
-
-@_pairwise_gram_sums_op.register_fake
-def _(acts_M, images_M, offsets_S1, emb_NE, similarity, gamma):
     sums_S = acts_M.new_empty(offsets_S1.shape[0] - 1, dtype=torch.float64)
     return sums_S, torch.empty_like(sums_S)
-
-
-def pairwise_sums(
-    r_NK: Tensor, emb_NE: Tensor, similarity: str = "cosine", gamma: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """num_K and den_K (float64) of dense activations r [N, K] over embeddings [N, E]; gamma: of rbf, 1 / E by default.
-
-    Cost N^2 (E + K) multiply-adds; on the CPU N E K, for rbf N^2 (E + K) / 2 with the E once per 4096 latents. Memory
-    O(N E) and, in float64, 4096 columns of r (those that one image dominates twice) beside the inputs. ValueError:
-    unknown similarity, shapes that do not match.
-    """
-    check_similarity(similarity)
-    if r_NK.dim() != 2 or emb_NE.dim() != 2 or len(r_NK) != len(emb_NE):
-        raise ValueError(
-            f"r_NK, emb_NE: shapes {tuple(r_NK.shape)} and {tuple(emb_NE.shape)} are not [N, K] and [N, E]"
-        )
-    return _pairwise_sums_op(r_NK, emb_NE, similarity, default_gamma(gamma, emb_NE.shape[1]))
-
-
-def pairwise_gram_sums(
-    acts_M: Tensor,
-    images_M: Tensor,
-    offsets_S1: Tensor,
-    emb_NE: Tensor,
-    similarity: str = "cosine",
-    gamma: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """num_S and den_S (float64) of sparse codes grouped by latent: latent s fires on images[offsets[s]:offsets[s + 1]].
-
-    acts [M] float, images [M] int64 in [0, N) (not checked), offsets [S + 1] int64 ascending from 0, embeddings [N, E];
-    entries at or after offsets[S] are ignored. Cost sum_s n_s^2 E. ValueError: unknown similarity, shapes that do not
-    match.
-    """
-    check_similarity(similarity)
-    if acts_M.dim() != 1 or acts_M.shape != images_M.shape:
-        raise ValueError(
-            f"acts_M, images_M: shapes {tuple(acts_M.shape)} and {tuple(images_M.shape)} are not [M] and [M]"
-        )
-    if offsets_S1.dim() != 1 or len(offsets_S1) == 0 or emb_NE.dim() != 2:
-        raise ValueError(
-            f"offsets_S1, emb_NE: shapes {tuple(offsets_S1.shape)}, {tuple(emb_NE.shape)} are not [S + 1], [N, E]"
-        )
-    return _pairwise_gram_sums_op(
-        acts_M, images_M, offsets_S1, emb_NE, similarity, default_gamma(gamma, emb_NE.shape[1])
-    )
-
-
-def default_gamma(gamma: float | None, d_emb: int) -> float:
-    """gamma, or 1 / E as in scikit-learn's rbf_kernel. ValueError unless it is positive and finite."""
-    if gamma is None:
-        return 1.0 / max(d_emb, 1)
-    if not 0.0 < gamma < float("inf"):
-        raise ValueError(f"gamma: {gamma} is not a positive finite number")
-    return float(gamma)

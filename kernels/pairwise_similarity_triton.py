@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pairwise_similarity import SIMILARITIES
+from .common import check_similarity
 
 BLOCK_N = 64
 BLOCK_K = 32
@@ -51,11 +51,23 @@ def _inner_tile(
 
 @triton.jit
 def pairwise_num_kernel(
-    r_ptr, emb_ptr, sqnorm_ptr, tile_i_ptr, tile_j_ptr, parts_ptr,
-    n_images, n_latents, d_emb, first_tile, gamma,
-    SIMILARITY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    r_ptr,
+    emb_ptr,
+    sqnorm_ptr,
+    tile_i_ptr,
+    tile_j_ptr,
+    parts_ptr,
+    n_images,
+    n_latents,
+    d_emb,
+    first_tile,
+    gamma,
+    SIMILARITY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """parts[program, k] = sum over i < j in the tile of r_ik s_ij r_jk."""
     program = tl.program_id(0).to(tl.int64)
     o_i = tl.load(tile_i_ptr + first_tile + program) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -77,11 +89,22 @@ def pairwise_num_kernel(
 
 @triton.jit
 def gram_kernel(
-    acts_ptr, images_ptr, offsets_ptr, emb_ptr, sqnorm_ptr, block_latents_ptr, block_offsets_ptr,
+    acts_ptr,
+    images_ptr,
+    offsets_ptr,
+    emb_ptr,
+    sqnorm_ptr,
+    block_latents_ptr,
+    block_offsets_ptr,
     num_parts_ptr,
-    n_latents, d_emb, gamma,
-    SIMILARITY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    n_latents,
+    d_emb,
+    gamma,
+    SIMILARITY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """num_parts[program] = sum over i in the program's block of a latent, j > i in that latent, of r_i s_ij r_j."""
     program = tl.program_id(0).to(tl.int64)
     latent = tl.load(block_latents_ptr + program)
@@ -109,9 +132,7 @@ def gram_kernel(
 
 
 @triton.jit
-def gram_finish_kernel(
-    acts_ptr, offsets_ptr, num_parts_ptr, block_offsets_ptr, num_ptr, den_ptr, BLOCK: tl.constexpr
-):  # fmt: skip
+def gram_finish_kernel(acts_ptr, offsets_ptr, num_parts_ptr, block_offsets_ptr, num_ptr, den_ptr, BLOCK: tl.constexpr):
     """One latent: num from its blocks' parts, in order; den += r_t A, A += r_t by blocks of entries."""
     latent = tl.program_id(0).to(tl.int64)
     last_part = tl.load(block_offsets_ptr + latent + 1)
@@ -156,11 +177,25 @@ def launch_pairwise_num(
     for first_tile in range(0, len(tile_i), group):
         n_tiles = min(group, len(tile_i) - first_tile)
         pairwise_num_kernel[(n_tiles,)](
-            r_NK, emb_NE, sqnorm_N, tile_i, tile_j, parts,
-            n_images, n_latents, emb_NE.shape[1], first_tile, gamma,
-            SIMILARITY=similarity, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_E=BLOCK_E, PRECISION=dot_precision(),
-            num_warps=DENSE_WARPS, num_stages=NUM_STAGES,
-        )  # fmt: skip
+            r_NK,
+            emb_NE,
+            sqnorm_N,
+            tile_i,
+            tile_j,
+            parts,
+            n_images,
+            n_latents,
+            emb_NE.shape[1],
+            first_tile,
+            gamma,
+            SIMILARITY=similarity,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            BLOCK_E=BLOCK_E,
+            PRECISION=dot_precision(),
+            num_warps=DENSE_WARPS,
+            num_stages=NUM_STAGES,
+        )
         num_K += parts[:n_tiles].sum(0, dtype=torch.float64)
     return num_K
 
@@ -189,11 +224,24 @@ def launch_gram_sums(
     num_parts = num_S.new_empty(n_blocks)
     if n_blocks > 0:
         gram_kernel[(n_blocks,)](
-            acts_M, images_M, offsets_S1, emb_NE, sqnorm_N, block_latents, block_offsets_S1, num_parts,
-            n_latents, emb_NE.shape[1], gamma,
-            SIMILARITY=similarity, BLOCK_N=BLOCK_N, BLOCK_E=BLOCK_E, PRECISION=dot_precision(),
-            num_warps=GRAM_WARPS, num_stages=NUM_STAGES,
-        )  # fmt: skip
+            acts_M,
+            images_M,
+            offsets_S1,
+            emb_NE,
+            sqnorm_N,
+            block_latents,
+            block_offsets_S1,
+            num_parts,
+            n_latents,
+            emb_NE.shape[1],
+            gamma,
+            SIMILARITY=similarity,
+            BLOCK_N=BLOCK_N,
+            BLOCK_E=BLOCK_E,
+            PRECISION=dot_precision(),
+            num_warps=GRAM_WARPS,
+            num_stages=NUM_STAGES,
+        )
     gram_finish_kernel[(n_latents,)](
         acts_M, offsets_S1, num_parts, block_offsets_S1, num_S, den_S, BLOCK=FINISH_BLOCK, num_warps=GRAM_WARPS
     )
@@ -203,5 +251,4 @@ def launch_gram_sums(
 def _check_launch(emb_NE: Tensor, sqnorm_N: Tensor, similarity: str) -> None:
     if emb_NE.dtype != torch.float32 or not emb_NE.is_contiguous() or sqnorm_N.dtype != torch.float32:
         raise ValueError(f"emb_NE, sqnorm_N: {emb_NE.dtype} and {sqnorm_N.dtype} are not contiguous float32")
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity: {similarity!r} is not one of {', '.join(SIMILARITIES)}")
+    check_similarity(similarity)

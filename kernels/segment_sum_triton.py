@@ -140,9 +140,20 @@ def launch_whole_chunks(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, so
         chunk_starts = torch.arange(n_chunks, device=offsets_L1.device) * CHUNK
         chunk_segments = torch.searchsorted(offsets_L1, chunk_starts, right=True) - 1
         whole_chunk_kernel[(n_chunks, triton.cdiv(d_in, block_d))](
-            weights_M, ids_M, offsets_L1, chunk_segments, source_RD, partials, offsets_L1.numel() - 1, d_in,
-            CHUNK=CHUNK, BLOCK_P=BLOCK_P, BLOCK_D=block_d, ACC=ACC, num_warps=num_warps,
-        )  # fmt: skip
+            weights_M,
+            ids_M,
+            offsets_L1,
+            chunk_segments,
+            source_RD,
+            partials,
+            offsets_L1.numel() - 1,
+            d_in,
+            CHUNK=CHUNK,
+            BLOCK_P=BLOCK_P,
+            BLOCK_D=block_d,
+            ACC=ACC,
+            num_warps=num_warps,
+        )
     return partials
 
 
@@ -157,7 +168,17 @@ def launch_segment_sum(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, sou
     _, ACC = accumulator(source_RD.dtype)
     block_d, num_warps = row_tiling(d_in)
     segment_kernel[(n_segments, triton.cdiv(d_in, block_d))](
-        weights_M, ids_M, offsets_L1, source_RD, partials, out_LD, d_in,
-        CHUNK=CHUNK, BLOCK_P=BLOCK_P, BLOCK_D=block_d, ACC=ACC, num_warps=num_warps,
-    )  # fmt: skip
+        weights_M,
+        ids_M,
+        offsets_L1,
+        source_RD,
+        partials,
+        out_LD,
+        d_in,
+        CHUNK=CHUNK,
+        BLOCK_P=BLOCK_P,
+        BLOCK_D=block_d,
+        ACC=ACC,
+        num_warps=num_warps,
+    )
     return out_LD

@@ -111,14 +111,32 @@ def launch_sparse_decode(
     grid = (n_rows, triton.cdiv(d_in, block_d))
     if bag_offsets is None:
         fixed_k_decode_kernel[grid](
-            acts, latents, W_dec_SD, b_dec_D, out_BGD, d_in,
-            K=latents.shape[1], BLOCK_D=block_d, ACC=ACC, num_warps=num_warps,
-        )  # fmt: skip
+            acts,
+            latents,
+            W_dec_SD,
+            b_dec_D,
+            out_BGD,
+            d_in,
+            K=latents.shape[1],
+            BLOCK_D=block_d,
+            ACC=ACC,
+            num_warps=num_warps,
+        )
     else:
         bag_decode_kernel[grid](
-            acts, latents, bag_offsets.contiguous(), W_dec_SD, b_dec_D, out_BGD, n_groups, d_in,
-            BLOCK_P=BLOCK_P, BLOCK_D=block_d, ACC=ACC, num_warps=num_warps,
-        )  # fmt: skip
+            acts,
+            latents,
+            bag_offsets.contiguous(),
+            W_dec_SD,
+            b_dec_D,
+            out_BGD,
+            n_groups,
+            d_in,
+            BLOCK_P=BLOCK_P,
+            BLOCK_D=block_d,
+            ACC=ACC,
+            num_warps=num_warps,
+        )
     return out_BGD
 
 
@@ -136,7 +154,17 @@ def launch_gather_dot(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Ten
     _, ACC = accumulator(g_RD.dtype)
     block_d = gather_dot_block_d(d_in)
     gather_dot_kernel[(triton.cdiv(n_entries, BLOCK_P),)](
-        g_RD, rows_M.contiguous(), latents_M.contiguous(), W_SD, out_M, n_entries, n_rows, d_in,
-        BLOCK_P=BLOCK_P, BLOCK_D=block_d, ACC=ACC, num_warps=GATHER_DOT_WARPS,
-    )  # fmt: skip
+        g_RD,
+        rows_M.contiguous(),
+        latents_M.contiguous(),
+        W_SD,
+        out_M,
+        n_entries,
+        n_rows,
+        d_in,
+        BLOCK_P=BLOCK_P,
+        BLOCK_D=block_d,
+        ACC=ACC,
+        num_warps=GATHER_DOT_WARPS,
+    )
     return out_M

@@ -27,10 +27,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .common import check, custom_op
 from .pairwise_similarity import distinct_pair_products, well_conditioned
 
 _CPU_PANEL_ELEMENTS = 1 << 19
 _CPU_FOLD_ELEMENTS = 1 << 22
+
+# --- public functions ------------------------------------------------------------------------------------------------
 
 
 class StreamedState(NamedTuple):
@@ -44,13 +47,64 @@ class StreamedState(NamedTuple):
 
 def streamed_cosine_state(n_latents: int, d_emb: int, device: torch.device | str = "cpu") -> StreamedState:
     """The state before any image: zeros."""
-    options = {"dtype": torch.float64, "device": device}
-    return StreamedState(
-        torch.zeros(n_latents, d_emb, **options), *(torch.zeros(n_latents, **options) for _ in range(3))
-    )
+    num_S, den_S, total_S = (torch.zeros(n_latents, dtype=torch.float64, device=device) for _ in range(3))
+    return StreamedState(torch.zeros(n_latents, d_emb, dtype=torch.float64, device=device), num_S, den_S, total_S)
 
 
-def _update_cpu(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, unit_NE) -> None:
+def streamed_cosine_update(
+    state: StreamedState, acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, unit_NE: Tensor
+) -> None:
+    """Folds one chunk of images into the state, in place.
+
+    Codes grouped by latent: latent s fires on images[offsets[s]:offsets[s + 1]] (int64, rows of unit_NE, not checked)
+    with activations acts [M] (any float dtype); offsets [S + 1] int64 ascend from 0, entries at or after offsets[S] are
+    ignored. unit_NE [N, E] holds the chunk's embeddings, divided by their norms for cosine; float64 keeps the score's
+    accuracy. Deterministic: no atomics. ValueError: shapes that do not match the state.
+    """
+    n_latents, d_emb = state.sums_SE.shape
+    shapes = tuple(acts_M.shape), tuple(images_M.shape)
+    fits = acts_M.ndim == 1 and shapes[0] == shapes[1]
+    check(fits, f"acts_M, images_M: shapes {shapes[0]} and {shapes[1]} are not [M] and [M]")
+    check(offsets_S1.shape == (n_latents + 1,), f"offsets_S1: shape {tuple(offsets_S1.shape)} is not [{n_latents + 1}]")
+    fits = unit_NE.ndim == 2 and unit_NE.shape[1] == d_emb
+    check(fits, f"unit_NE: shape {tuple(unit_NE.shape)} is not [N, {d_emb}]")
+    streamed_cosine_update_op(*state, acts_M, images_M, offsets_S1, unit_NE)
+
+
+# --- custom ops: CUDA ------------------------------------------------------------------------------------------------
+
+
+@custom_op("streamed_cosine_update", mutates_args=("sums_SE", "num_S", "den_S", "total_S"))
+def streamed_cosine_update_op(
+    sums_SE: Tensor,
+    num_S: Tensor,
+    den_S: Tensor,
+    total_S: Tensor,
+    acts_M: Tensor,
+    images_M: Tensor,
+    offsets_S1: Tensor,
+    unit_NE: Tensor,
+) -> None:
+    from .streamed_cosine_triton import launch_streamed_update
+
+    with torch.cuda.device_of(sums_SE):  # Triton launches on the current device
+        launch_streamed_update(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, unit_NE)
+
+
+# --- CPU -------------------------------------------------------------------------------------------------------------
+
+
+@streamed_cosine_update_op.register_kernel("cpu")
+def streamed_cosine_update_cpu(
+    sums_SE: Tensor,
+    num_S: Tensor,
+    den_S: Tensor,
+    total_S: Tensor,
+    acts_M: Tensor,
+    images_M: Tensor,
+    offsets_S1: Tensor,
+    unit_NE: Tensor,
+) -> None:
     acts_M, unit_NE = acts_M[: offsets_S1[-1]].to(torch.float64), unit_NE.to(torch.float64)
     images_M = images_M[: offsets_S1[-1]]
     latents_M = torch.repeat_interleave(offsets_S1.diff())
@@ -77,7 +131,9 @@ class _ChunkWeights(NamedTuple):
     fold_S: Tensor
 
 
-def _chunk_weights(acts_M, images_M, latents_M, unit_NE, n_latents: int) -> _ChunkWeights:
+def _chunk_weights(
+    acts_M: Tensor, images_M: Tensor, latents_M: Tensor, unit_NE: Tensor, n_latents: int
+) -> _ChunkWeights:
     weights_M = acts_M * torch.cat([unit_nE.square().sum(1) for unit_nE in unit_NE.split(256)])[images_M].sqrt()
     total_S, square_S, norm_S, self_S = (
         torch.bincount(latents_M, values_M, minlength=n_latents)
@@ -89,7 +145,7 @@ def _chunk_weights(acts_M, images_M, latents_M, unit_NE, n_latents: int) -> _Chu
     return _ChunkWeights(total_S, self_S, den_S, closed_S & several_S, several_S & ~closed_S)
 
 
-def _weighted_sums(acts_M, images_M, offsets_P1, unit_NE) -> Tensor:
+def _weighted_sums(acts_M: Tensor, images_M: Tensor, offsets_P1: Tensor, unit_NE: Tensor) -> Tensor:
     """[P, E]: sum of a * u over each of the P segments."""
     entries = slice(int(offsets_P1[0]), int(offsets_P1[-1]))
     with warnings.catch_warnings():
@@ -104,7 +160,9 @@ def _weighted_sums(acts_M, images_M, offsets_P1, unit_NE) -> Tensor:
     return acts_PN @ unit_NE
 
 
-def _add_folded(num_S, den_S, acts_M, images_M, offsets_S1, unit_NE, fold_S) -> None:
+def _add_folded(
+    num_S: Tensor, den_S: Tensor, acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, unit_NE: Tensor, fold_S: Tensor
+) -> None:
     """Adds the pair sums within the chunk of the badly conditioned latents, padded to equal lengths, by folding."""
     lengths, order = torch.where(fold_S, offsets_S1.diff(), 0).sort(descending=True)
     order = order[: int(fold_S.sum())]
@@ -122,12 +180,11 @@ def _add_folded(num_S, den_S, acts_M, images_M, offsets_S1, unit_NE, fold_S) -> 
         first += size
 
 
-@torch.library.custom_op(
-    "saevlm_fast::streamed_cosine_update",
-    mutates_args=("sums_SE", "num_S", "den_S", "total_S"),
-    device_types="cuda",
-)
-def _streamed_cosine_update_op(
+# --- fakes -----------------------------------------------------------------------------------------------------------
+
+
+@streamed_cosine_update_op.register_fake
+def streamed_cosine_update_fake(
     sums_SE: Tensor,
     num_S: Tensor,
     den_S: Tensor,
@@ -137,38 +194,4 @@ def _streamed_cosine_update_op(
     offsets_S1: Tensor,
     unit_NE: Tensor,
 ) -> None:
-    from .streamed_cosine_triton import launch_streamed_update
-
-    with torch.cuda.device_of(sums_SE):  # Triton launches on the current device
-        launch_streamed_update(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, unit_NE)
-
-
-@_streamed_cosine_update_op.register_kernel("cpu")
-def _(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, unit_NE):
-    _update_cpu(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, unit_NE)
-
-
-@_streamed_cosine_update_op.register_fake
-def _(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, unit_NE):
     return None
-
-
-def streamed_cosine_update(
-    state: StreamedState, acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, unit_NE: Tensor
-) -> None:
-    """Folds one chunk of images into the state, in place.
-
-    Codes grouped by latent: latent s fires on images[offsets[s]:offsets[s + 1]] (int64, rows of unit_NE, not checked)
-    with activations acts [M] (any float dtype); offsets [S + 1] int64 ascend from 0, entries at or after offsets[S] are
-    ignored. unit_NE [N, E] holds the chunk's embeddings, divided by their norms for cosine; float64 keeps the score's
-    accuracy. Deterministic: no atomics. ValueError: shapes that do not match the state.
-    """
-    if acts_M.dim() != 1 or acts_M.shape != images_M.shape:
-        raise ValueError(
-            f"acts_M, images_M: shapes {tuple(acts_M.shape)} and {tuple(images_M.shape)} are not [M] and [M]"
-        )
-    if offsets_S1.shape != (len(state.num_S) + 1,):
-        raise ValueError(f"offsets_S1: shape {tuple(offsets_S1.shape)} is not [{len(state.num_S) + 1}]")
-    if unit_NE.dim() != 2 or unit_NE.shape[1] != state.sums_SE.shape[1]:
-        raise ValueError(f"unit_NE: shape {tuple(unit_NE.shape)} is not [N, {state.sums_SE.shape[1]}]")
-    _streamed_cosine_update_op(*state, acts_M, images_M, offsets_S1, unit_NE)

@@ -21,9 +21,19 @@ NUM_WARPS = 2
 
 @triton.jit
 def _run_entries(
-    acts_ptr, images_ptr, unit_ptr, begin, end, d_emb, o_e, b_sum, total, den,
-    BLOCK_E: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    acts_ptr,
+    images_ptr,
+    unit_ptr,
+    begin,
+    end,
+    d_emb,
+    o_e,
+    b_sum,
+    total,
+    den,
+    BLOCK_E: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """Entries begin to end, one by one, onto the running (S, A, den); b_num is this run's num, column by column."""
     b_num = tl.zeros([BLOCK_E], dtype=tl.float64)
     for t in range(begin, end, UNROLL):
@@ -43,12 +53,27 @@ def _run_entries(
 
 @triton.jit
 def streamed_update_kernel(
-    sums_ptr, den_ptr, total_ptr, num_parts_ptr,
-    piece_sums_ptr, piece_den_ptr, piece_total_ptr, piece_num_parts_ptr,
-    acts_ptr, images_ptr, offsets_ptr, unit_ptr, piece_latents_ptr, piece_offsets_ptr,
-    n_latents, n_pieces, d_emb,
-    HEAVY: tl.constexpr, BLOCK_E: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    sums_ptr,
+    den_ptr,
+    total_ptr,
+    num_parts_ptr,
+    piece_sums_ptr,
+    piece_den_ptr,
+    piece_total_ptr,
+    piece_num_parts_ptr,
+    acts_ptr,
+    images_ptr,
+    offsets_ptr,
+    unit_ptr,
+    piece_latents_ptr,
+    piece_offsets_ptr,
+    n_latents,
+    n_pieces,
+    d_emb,
+    HEAVY: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """Programs below n_latents fold a light latent into its state; the others reduce one piece of a heavy latent."""
     program = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
@@ -57,8 +82,7 @@ def streamed_update_kernel(
     # A and den do not depend on the columns: the first column block keeps them.
     keeps_scalars = block == 0
     if program < n_latents:
-        begin = tl.load(offsets_ptr + program)
-        end = tl.load(offsets_ptr + program + 1)
+        begin, end = tl.load(offsets_ptr + program), tl.load(offsets_ptr + program + 1)
         if begin == end:
             tl.store(num_parts_ptr + block * n_latents + program, 0.0)
         elif end - begin <= HEAVY:
@@ -79,8 +103,7 @@ def streamed_update_kernel(
             begin = tl.load(offsets_ptr + latent) + (piece - tl.load(piece_offsets_ptr + latent)) * HEAVY
             end = tl.minimum(begin + HEAVY, tl.load(offsets_ptr + latent + 1))
             b_sum = tl.zeros([BLOCK_E], dtype=tl.float64)
-            total = tl.zeros([], dtype=tl.float64)
-            den = tl.zeros([], dtype=tl.float64)
+            total, den = tl.zeros([], dtype=tl.float64), tl.zeros([], dtype=tl.float64)
             b_sum, b_num, total, den = _run_entries(
                 acts_ptr, images_ptr, unit_ptr, begin, end, d_emb, o_e, b_sum, total, den, BLOCK_E, UNROLL
             )
@@ -92,11 +115,20 @@ def streamed_update_kernel(
 
 @triton.jit
 def merge_pieces_kernel(
-    sums_ptr, den_ptr, total_ptr, num_parts_ptr,
-    piece_sums_ptr, piece_den_ptr, piece_total_ptr, piece_num_parts_ptr, piece_offsets_ptr,
-    n_latents, n_pieces, d_emb,
+    sums_ptr,
+    den_ptr,
+    total_ptr,
+    num_parts_ptr,
+    piece_sums_ptr,
+    piece_den_ptr,
+    piece_total_ptr,
+    piece_num_parts_ptr,
+    piece_offsets_ptr,
+    n_latents,
+    n_pieces,
+    d_emb,
     BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """Merges the pieces of one heavy latent into its state, in order; light latents have none and return at once."""
     latent = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
@@ -160,21 +192,17 @@ def launch_streamed_update(
     piece_latents, piece_offsets_S1 = piece_table(offsets_S1, len(acts_M), heavy)
     n_pieces, n_blocks = len(piece_latents), max(1, triton.cdiv(d_emb, block_e))
     num_parts = sums_SE.new_empty(n_blocks, n_latents)
-    piece_sums = sums_SE.new_empty(n_pieces, d_emb)
+    piece_sums, piece_num_parts = sums_SE.new_empty(n_pieces, d_emb), sums_SE.new_empty(n_blocks, n_pieces)
     piece_den, piece_total = sums_SE.new_empty(n_pieces), sums_SE.new_empty(n_pieces)
-    piece_num_parts = sums_SE.new_empty(n_blocks, n_pieces)
+    state = sums_SE, den_S, total_S, num_parts
+    pieces = piece_sums, piece_den, piece_total, piece_num_parts
+    codes = acts_M, images_M, offsets_S1, unit_NE, piece_latents, piece_offsets_S1
+    sizes = n_latents, n_pieces, d_emb
     streamed_update_kernel[(n_latents + n_pieces, n_blocks)](
-        sums_SE, den_S, total_S, num_parts,
-        piece_sums, piece_den, piece_total, piece_num_parts,
-        acts_M, images_M, offsets_S1, unit_NE, piece_latents, piece_offsets_S1,
-        n_latents, n_pieces, d_emb,
-        HEAVY=heavy, BLOCK_E=block_e, UNROLL=UNROLL, num_warps=NUM_WARPS,
-    )  # fmt: skip
+        *state, *pieces, *codes, *sizes, HEAVY=heavy, BLOCK_E=block_e, UNROLL=UNROLL, num_warps=NUM_WARPS
+    )
     if n_pieces > 0:
         merge_pieces_kernel[(n_latents, n_blocks)](
-            sums_SE, den_S, total_S, num_parts,
-            piece_sums, piece_den, piece_total, piece_num_parts, piece_offsets_S1,
-            n_latents, n_pieces, d_emb,
-            BLOCK_E=block_e, num_warps=NUM_WARPS,
-        )  # fmt: skip
+            *state, *pieces, piece_offsets_S1, *sizes, BLOCK_E=block_e, num_warps=NUM_WARPS
+        )
     num_S += num_parts.sum(0)

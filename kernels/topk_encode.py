@@ -26,10 +26,15 @@ import math
 import torch
 from torch import Tensor
 
-from .segment_sum import check, check_same_kind, entry_rows, group_by_latent, segment_sum
+from . import topk_encode_cpu as plain
+from . import topk_encode_screened as screened
+from .common import check, check_same_kind, custom_op, fixed_row_offsets
+from .grouping import entry_rows, group_by_latent
+from .segment_sum import segment_sum
 
-MAX_K = 128 if torch.version.hip is None else 64  # on a GPU: k * 64 candidates in one program, more would spill
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# --- public functions ------------------------------------------------------------------------------------------------
 
 
 def topk_encode(
@@ -103,83 +108,95 @@ def _check_k(k: int, d_sae: int) -> None:
     check(1 <= k <= d_sae, f"k: {k} is outside 1..d_sae = {d_sae}")
 
 
-# --- custom ops -----------------------------------------------------------------------------------------------------
+# --- custom ops: CUDA ------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("saevlm_fast::topk_encode", mutates_args=(), device_types="cuda")
+@custom_op("topk_encode")
 def topk_encode_op(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor]:
-    from saevlm_fast.kernels.topk_encode_triton import launch_topk_encode
+    from .topk_encode_triton import launch_topk_encode
 
     with torch.cuda.device_of(x_BD):  # Triton launches on the current device
         return launch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
 
 
-@topk_encode_op.register_kernel("cpu")
-def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
-    from saevlm_fast.kernels import topk_encode_cpu, topk_encode_screened
-
-    if topk_encode_screened.screens(x_BD, W_enc_DS, k):
-        return topk_encode_screened.topk_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
-    return topk_encode_cpu.topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
-
-
-@topk_encode_op.register_fake
-def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
-    shape = (x_BD.shape[0], k)
-    return x_BD.new_empty(shape), x_BD.new_empty(shape, dtype=torch.int64)
-
-
-@torch.library.custom_op("saevlm_fast::batch_topk_encode", mutates_args=(), device_types="cuda")
+@custom_op("batch_topk_encode")
 def batch_topk_encode_op(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from saevlm_fast.kernels.topk_encode_batch_triton import launch_batch_topk_encode
+    from .topk_encode_batch_triton import launch_batch_topk_encode
 
     with torch.cuda.device_of(x_BD):
         return launch_batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
 
 
-@batch_topk_encode_op.register_kernel("cpu")
-def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
-    from saevlm_fast.kernels import topk_encode_cpu, topk_encode_screened
-
-    if topk_encode_screened.screens(x_BD, W_enc_DS, k):
-        return topk_encode_screened.batch_topk_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
-    return topk_encode_cpu.batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
-
-
-@batch_topk_encode_op.register_fake
-def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes):
-    return _empty_csr(x_BD, x_BD.shape[0] * k)
-
-
-@torch.library.custom_op("saevlm_fast::threshold_encode", mutates_args=(), device_types="cuda")
+@custom_op("threshold_encode")
 def threshold_encode_op(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from saevlm_fast.kernels.topk_encode_batch_triton import launch_threshold_encode
+    from .topk_encode_batch_triton import launch_threshold_encode
 
     with torch.cuda.device_of(x_BD):
         return launch_threshold_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
 
 
-@threshold_encode_op.register_kernel("cpu")
-def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes):
-    from saevlm_fast.kernels import topk_encode_cpu, topk_encode_screened
+# --- CPU -------------------------------------------------------------------------------------------------------------
 
-    if topk_encode_screened.screens(x_BD, W_enc_DS):
-        return topk_encode_screened.threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
-    return topk_encode_cpu.threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+
+@topk_encode_op.register_kernel("cpu")
+def topk_encode_cpu(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor]:
+    if screened.screens(x_BD, W_enc_DS, k):
+        return screened.topk_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+    return plain.topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+
+
+@batch_topk_encode_op.register_kernel("cpu")
+def batch_topk_encode_cpu(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if screened.screens(x_BD, W_enc_DS, k):
+        return screened.batch_topk_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+    return plain.batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+
+
+@threshold_encode_op.register_kernel("cpu")
+def threshold_encode_cpu(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if screened.screens(x_BD, W_enc_DS):
+        return screened.threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+    return plain.threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+
+
+# --- fakes -----------------------------------------------------------------------------------------------------------
+
+
+@topk_encode_op.register_fake
+def topk_encode_fake(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor]:
+    shape = (x_BD.shape[0], k)
+    return x_BD.new_empty(shape), x_BD.new_empty(shape, dtype=torch.int64)
+
+
+@batch_topk_encode_op.register_fake
+def batch_topk_encode_fake(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_csr(x_BD, x_BD.shape[0] * k)
 
 
 @threshold_encode_op.register_fake
-def _(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes):
+def threshold_encode_fake(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_csr(x_BD, torch.library.get_ctx().new_dynamic_size())
 
 
-def _empty_csr(x_BD: Tensor, capacity) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_csr(x_BD: Tensor, capacity: int | torch.SymInt) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x_BD.new_empty(capacity),
         x_BD.new_empty(capacity, dtype=torch.int64),
@@ -187,7 +204,7 @@ def _empty_csr(x_BD: Tensor, capacity) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------
+# --- gradients -------------------------------------------------------------------------------------------------------
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -245,7 +262,7 @@ def encode_gradients(
         grad_b_dec_D = -(W_enc_DS @ grad_b_enc_S) if needed[3] else None
     if needed[0]:
         if row_offsets is None:
-            row_offsets = torch.arange(x_BD.shape[0] + 1, device=x_BD.device) * latents.shape[1]
+            row_offsets = fixed_row_offsets(latents)
         grad_x_BD = segment_sum(grad_M, latents.flatten(), row_offsets, W_enc_DS.t().contiguous())
     return grad_x_BD, grad_W_DS, grad_b_enc_S if needed[2] else None, grad_b_dec_D
 

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .topk_encode_triton import GROUP, float_keys, preactivation_chunks
+from .common import GROUP
+from .topk_encode_triton import float_keys, preactivation_chunks
 
 BLOCK_U = 32
 BINS = 2048

@@ -9,31 +9,17 @@ Comparisons that decide ties work on integer keys (`keys`): float bits of the Re
 negative, one key for every NaN, above infinity.
 """
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-GROUP = 64
+from .common import GROUP, Workspace
+
 PANEL = 2048
 BUFFER_BYTES = 64 * 2**20
 KEY_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Workspace(threading.local):
-    """One grow-only buffer a thread."""
-
-    def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
-
-    def get(self, numel: int, dtype: torch.dtype) -> Tensor:
-        n_bytes = numel * dtype.itemsize
-        if self.bytes.numel() < n_bytes:
-            with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode later
-                self.bytes = torch.empty(n_bytes, dtype=torch.uint8)
-        return self.bytes[:n_bytes].view(dtype)
 
 
 workspace = Workspace()

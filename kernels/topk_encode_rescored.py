@@ -16,9 +16,10 @@ is no candidate of BatchTopK, where zeros never compete. Zero activations that f
 import torch
 from torch import Tensor
 
-from .segment_sum import check, entry_rows
+from .common import MAX_K, check
+from .grouping import entry_rows
 from .sparse_decode import gather_dot
-from .topk_encode import MAX_K, batch_topk_encode, topk_encode
+from .topk_encode import batch_topk_encode, topk_encode
 
 
 def n_candidates(k: int, d_sae: int) -> int:

@@ -23,13 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .segment_sum import group_by_latent_cpu
+from .common import GROUP, Workspace
+from .grouping import group_by_latent_cpu
 from .sparse_decode import gather_dot_op
 from .topk_encode_cpu import (
     BUFFER_BYTES,
-    GROUP,
     PANEL,
-    Workspace,
     batch_topk_encode_cpu,
     keys,
     kth_largest,

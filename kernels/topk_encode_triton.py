@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .topk_encode import MAX_K
+from .common import GROUP, MAX_K
 
-GROUP = 64
 BUFFER_BYTES = 512 * 2**20
 MAX_STRIDE = 2**22
 NAN_KEY = tl.constexpr(0x7FC00000)
@@ -82,8 +81,7 @@ def preactivation_kernel(
 ):
     """One [BLOCK_B, BLOCK_S] tile of pre [B, S] and of maxima [B, n_groups]; x [B, D] is centred and contiguous."""
     # Bands of BAND row blocks walk over all latents together, so that a band of x and a panel of W stay in L2.
-    n_blocks_b = tl.cdiv(n_rows, BLOCK_B)
-    n_blocks_s = tl.cdiv(d_sae, BLOCK_S)
+    n_blocks_b, n_blocks_s = tl.cdiv(n_rows, BLOCK_B), tl.cdiv(d_sae, BLOCK_S)
     band = tl.program_id(0) // (BAND * n_blocks_s)
     band_rows = min(n_blocks_b - band * BAND, BAND)
     within = tl.program_id(0) % (BAND * n_blocks_s)
@@ -116,8 +114,7 @@ def preactivation_kernel(
 
     keys = tl.where(m_s[None, :], float_keys(stored), -1)
     b_maxima = tl.max(tl.reshape(keys, [BLOCK_B, BLOCK_S // GROUP, GROUP]), axis=2)
-    first_g = first_s // GROUP
-    o_g = tl.arange(0, BLOCK_S // GROUP)
+    first_g, o_g = first_s // GROUP, tl.arange(0, BLOCK_S // GROUP)
     m_bg = m_b[:, None] & (o_g < n_groups - first_g)[None, :]
     p_maxima = maxima_ptr + first_b.to(tl.int64) * n_groups + first_g
     tl.store(p_maxima + o_b[:, None] * n_groups + o_g[None, :], b_maxima, mask=m_bg)

@@ -47,6 +47,7 @@ def group_sizes_from_fractions(fractions: tuple[float, ...], d_sae: int) -> tupl
 class SAESize(Settings):
     """What a sparse autoencoder is to be, before the width of its activations is known; see `SAEConfig.sized`."""
 
+    title = "The SAE"
     architecture: Architecture = setting(
         "batch_topk",
         help="batch_topk and topk are flat; matryoshka has nested groups of latents and selects as batch_topk does.",
@@ -98,6 +99,7 @@ class SAEConfig(Settings):
         ValueError: a size below 1, k > d_sae, group sizes that do not sum to d_sae or do not fit the architecture.
     """
 
+    title = "The SAE"
     d_in: int = setting(help="Width of the activations, d.", at_least=1)
     d_sae: int = setting(help="Number of latents, F.", at_least=1)
     k: int = same_as(SAESize, "k", at_least=None)
@@ -162,6 +164,7 @@ class SAEConfig(Settings):
 class TrainConfig(Settings):
     """How an SAE is trained: the paper's recipe (docs/recipe.md section 2) is the default."""
 
+    title = "Training"
     steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
     batch_size: int = setting(
         4096,
@@ -255,6 +258,7 @@ DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda or cuda:N."
 class RunOptions(Settings):
     """Where a training run goes and how it is watched."""
 
+    title = "The run"
     output: Path = setting(help="Run directory.")
     device: str = setting("auto", help=DEVICE_HELP)
     log_every: int | None = setting(
@@ -281,6 +285,7 @@ class RunOptions(Settings):
 class HarvestSettings(Settings):
     """What decides the rows of a harvest, beside the hook points and tokens: `harvesting.run.HarvestConfig` has all."""
 
+    title = "Rows"
     seed: int = setting(0, help="Seed of the random tokens.", at_least=0)
     limit: int | None = setting(None, help="Only the first so many images.", shown="all", at_least=1)
     batch_size: int = setting(64, help="Images of a forward pass.", at_least=1)
@@ -309,6 +314,7 @@ class HarvestSettings(Settings):
 class HarvestOptions(Settings):
     """How a harvest is done: nothing here changes which rows there are (compile changes their last bits)."""
 
+    title = "The run"
     output: Path = setting(help="Store; with several points or tokens, a directory of stores.")
     images: str = setting(
         "",
@@ -340,6 +346,7 @@ def _images_asked(name: str, text: str) -> int:
 class ScoreConfig(Settings):
     """What the steering score measures (docs/recipe.md section 4)."""
 
+    title = "The score"
     latents: tuple[int, ...] = setting((), help="Latents that are scored.", shown="all")
     alpha: float = setting(100.0, help="Value that a latent is clamped at, in raw activation units.", paper="100")
     ask: int = setting(
@@ -367,6 +374,7 @@ class ScoreConfig(Settings):
 class ScoreRun(Settings):
     """Where the steering score is written and how far it has come."""
 
+    title = "The run"
     output: Path = setting(help="Table: FILE.parquet, FILE.csv or FILE.json.")
     sources: dict[str, str] = setting(help="Paths and names that must be the same when a run is resumed.")
     resume: bool = setting(
@@ -385,3 +393,12 @@ class ScoreRun(Settings):
     def progress(self) -> Path:
         """A folder with the settings and a file for every finished block; gone when the output is written."""
         return self.output.with_name(self.output.name + ".progress")
+
+
+@dataclass(frozen=True)
+class DemoOptions(Settings):
+    """Where the demo goes."""
+
+    output: Path = setting(Path("demo"), help="Directory for the SAEs, scores, table and picture.")
+    device: str = setting("auto", help=DEVICE_HELP)
+    force: bool = setting(False, help="Replace the demo in --output.", shown="go on with it", recorded=False)

@@ -17,16 +17,15 @@ from saevlm_fast.data.store import (
     ACTIVATIONS,
     CODES,
     WIDTH_NAMES,
-    ActivationError,
     StoreIndex,
     joined_index,
     map_shard,
     read_items,
     verify,
 )
-from saevlm_fast.errors import require
+from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, read_sae_header
-from saevlm_fast.training.run import METRICS_FILE, RUN_FILE, checkpoints
+from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, checkpoints
 
 KINDS = (
     "a store (index.json), an SAE (cfg.json), a training run (run.json), a folder holding some of these, or a matrix "

@@ -8,16 +8,32 @@ from torch import nn
 from saevlm_fast.data.codes import Codes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.harvesting.run import sae_digest
-from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.towers.load import vision_part
-from saevlm_fast.towers.tower import IMAGE_POINTS, weights_sha256
+from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
+from saevlm_fast.towers.from_transformers import vision_part
+from saevlm_fast.towers.tokens import Tokens
+from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower, weights_sha256
 
 
 def check_sae_of(sae: SparseAutoencoder, layer: int) -> None:
     """ValueError: the SAE was trained on another layer, or on something else than the residual stream."""
     trained_on = _residual_elsewhere(sae.config.metadata.get("source"), layer)
     require(trained_on is None, f"layer: {layer}, but the SAE was trained on {trained_on}")
+
+
+def sae_mismatch(sae_directory: Path, tower: Tower, point: HookPoint, tokens: Tokens | None) -> str | None:
+    """What an SAE was trained on, where its record of that differs from what it is to encode: None if nothing does."""
+    source = read_sae_header(sae_directory)[0].metadata.get("source")
+    if not isinstance(source, dict):  # free-form in SAEs and stores of other makers
+        return None
+    now = {"point": point.point, "layer": point.layer, "tokens": None if tokens is None else tokens.name}
+    before = {name: source.get(name, value) for name, value in now.items()}
+    model = source.get("model")
+    weights = model.get("weights_sha256") if isinstance(model, dict) else None
+    other_model = weights is not None and weights != tower.description()["weights_sha256"]
+    if before == now and not other_model:
+        return None
+    where = f"{before['point']} of layer {before['layer']}, tokens {before['tokens']}"
+    return f"{sae_directory} was trained on {where}{' of another model' if other_model else ''}"
 
 
 def other_tower(sae: SparseAutoencoder, model: nn.Module) -> str | None:

@@ -1,5 +1,6 @@
 """The SAE module: encode to sparse codes, decode, save and load in the SAELens v6 layout."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from saevlm_fast import __version__
 from saevlm_fast.config import Architecture, SAEConfig
 from saevlm_fast.errors import require
-from saevlm_fast.files import save_safetensors_atomic, write_json_atomic
+from saevlm_fast.files import save_safetensors_atomic, sha256_file, write_json_atomic
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
@@ -236,6 +237,12 @@ def read_sae_header(directory: str | Path) -> SAEHeader:
         raise ValueError(f"{weights}: not a complete safetensors file ({error})") from None
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{directory / CONFIG_FILE}: a value is of the wrong kind ({error})") from None
+
+
+def sae_digest(directory: Path) -> str:
+    """SHA-256 of an SAE's files, as stores of its codes record it."""
+    digests = [sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
+from inspect import get_annotations
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from saevlm_fast.errors import require
 
@@ -101,6 +102,8 @@ class Settings:
         ValueError: "steps: 0 must be at least 1", with the field's name, its value and its limit.
     """
 
+    title: ClassVar[str] = "Options"  # of the class, where its settings are listed
+
     def __post_init__(self) -> None:
         self.check()
 
@@ -153,6 +156,11 @@ def choices_of(cls: type, name: str) -> tuple[Any, ...]:
     """The values of a `Literal` annotation; () of any other."""
     kind = kinds_of(cls)[name]
     return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def declared_by(cls: Any, name: str) -> Any:
+    """The class that a setting comes from: the furthest base that has it."""
+    return [base for base in cls.__mro__ if name in get_annotations(base)][-1]
 
 
 def default_of(cls: type, name: str) -> Any:

@@ -13,7 +13,7 @@ from command import run
 from saevlm_fast import cli
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter
-from saevlm_fast.data.rows import ActivationWriter
+from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.inspection import human_bytes, inspect, short_values, verify_inspected
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
 from sparse_codes import random_codes

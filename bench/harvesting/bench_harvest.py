@@ -7,9 +7,13 @@ from PIL import Image
 
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.rows import open_activations
-from saevlm_fast.harvesting.run import HarvestConfig, harvest
-from saevlm_fast.images.open import decode, open_images
-from saevlm_fast.towers.load import HookPoint, Tokens, load_tower
+from saevlm_fast.harvesting.config import HarvestConfig
+from saevlm_fast.harvesting.run import harvest
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.open import open_images
+from saevlm_fast.towers.load import load_tower
+from saevlm_fast.towers.tokens import Tokens
+from saevlm_fast.towers.tower import HookPoint
 
 # timm architectures with random weights: pixels of the JPEGs, images, batch.
 TOWERS = {

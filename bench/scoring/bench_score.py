@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
 from saevlm_fast.kernels.pairwise_similarity import pairwise_gram_sums, pairwise_sums
-from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent
 from saevlm_fast.scoring.monosemanticity import StreamedScore
 
 GOAL = {"clip-b32-x8": 1000.0}  # times the double loop's speed on CPU, N = 5000

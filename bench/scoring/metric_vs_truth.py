@@ -29,9 +29,11 @@ from saevlm_fast.demo.scene_stores import harvest_scenes
 from saevlm_fast.files import atomic_write
 from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import STATUSES, MonosemanticityScores, score
-from saevlm_fast.scoring.naming import top_images
-from saevlm_fast.training.run import Metrics, train
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
+from saevlm_fast.scoring.sums import STATUSES
+from saevlm_fast.scoring.top_images import top_images
+from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.run import train
 
 # (architecture, expansion, k): width at k 10, k at expansion 4, and nested groups.
 GRID = (

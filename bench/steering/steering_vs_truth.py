@@ -34,10 +34,11 @@ from saevlm_fast.data.codes import Codes, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo.ground_truth import CONCEPTS, FACTORS, concept_presence, shared_value
 from saevlm_fast.files import atomic_write, write_json_atomic
-from saevlm_fast.harvesting.run import HarvestConfig, harvest
+from saevlm_fast.harvesting.config import HarvestConfig
+from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.naming import top_images
+from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.steering.answers import Row, SteeredAnswers
 from saevlm_fast.steering.edits import Edit, blocks_read, clamp
 from saevlm_fast.steering.score import N_TOP, firing_latents

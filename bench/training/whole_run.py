@@ -27,7 +27,8 @@ import torch
 from bench.helpers import machine
 from bench.helpers.arguments import directory, new_file, not_negative, positive
 from saevlm_fast.config import SAEConfig, TrainConfig
-from saevlm_fast.data.rows import Activations, ShuffledRows, batches, open_activations
+from saevlm_fast.data.order import ShuffledRows, batches
+from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import write_json_atomic

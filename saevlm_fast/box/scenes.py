@@ -230,6 +230,19 @@ def describe(objects: np.ndarray, setting: np.ndarray) -> str:
     return " and ".join(phrases) + (f" on {' '.join(ground)}" if ground else "")
 
 
+def value_prompts(factor: str) -> list[str]:
+    """The shortest description that says each value of a factor: "a star", "a red thing", "a scene on teal"."""
+    prompts = []
+    for value in range(len(VALUES[factor])):
+        objects, setting = np.full((1, len(OBJECT_FACTORS)), -1), np.full(len(SCENE_FACTORS), -1)
+        if factor in OBJECT_FACTORS:
+            objects[0, OBJECT_FACTORS.index(factor)] = value
+        else:
+            setting[SCENE_FACTORS.index(factor)] = value
+        prompts.append(describe(objects, setting))
+    return prompts
+
+
 def describe_object(labels: np.ndarray) -> str:
     """One object in words, "a big red striped star at the top left", from its labels [F]; -1 leaves a factor out."""
     shape, colour, texture, size, place = (

@@ -11,24 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.box.scenes import OBJECT_FACTORS, SCENE_FACTORS, VALUES, SceneBatch, describe
+from saevlm_fast.box.scenes import OBJECT_FACTORS, SCENE_FACTORS, VALUES, SceneBatch, value_prompts
 from saevlm_fast.box_making.language import CHAT, Question, questions
 
 _BATCH = 256
 _LONGEST_ANSWER = 40  # words
-
-
-def value_prompts(factor: str) -> list[str]:
-    """The shortest description that says each value of a factor: "a star", "a red thing", "a scene on teal"."""
-    prompts = []
-    for value in range(len(VALUES[factor])):
-        objects, setting = np.full((1, len(OBJECT_FACTORS)), -1), np.full(len(SCENE_FACTORS), -1)
-        if factor in OBJECT_FACTORS:
-            objects[0, OBJECT_FACTORS.index(factor)] = value
-        else:
-            setting[SCENE_FACTORS.index(factor)] = value
-        prompts.append(describe(objects, setting))
-    return prompts
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saevlm_fast.box.models import ASSETS
-from saevlm_fast.box.scenes import IMAGE_SIZE, OBJECT_FACTORS, SCENE_FACTORS, VALUES, SceneBatch, Scenes
+from saevlm_fast.box.scenes import IMAGE_SIZE, OBJECT_FACTORS, SCENE_FACTORS, VALUES, SceneBatch, Scenes, value_prompts
 from saevlm_fast.box_making.architecture import (
     N_PATCHES,
     PATCH_SIZE,
@@ -32,9 +32,8 @@ from saevlm_fast.box_making.architecture import (
     llava_processor,
 )
 from saevlm_fast.box_making.cards import RECORD, write_cards
-from saevlm_fast.box_making.evaluation import value_prompts
 from saevlm_fast.box_making.language import CHAT, EOS, IMAGE, Question, partial_descriptions, questions
-from saevlm_fast.data.rows import prefetch
+from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.files import atomic_directory, atomic_write, write_json_atomic
 
 CHECKPOINT = "checkpoint.pt"

@@ -2,7 +2,8 @@
 
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
@@ -15,17 +16,20 @@ from saevlm_fast.settings import integers, same_as, setting, texts
 if TYPE_CHECKING:
     import torch
 
-    from saevlm_fast.harvesting.run import HarvestConfig, HarvestSummary
-    from saevlm_fast.images.open import ImageSource
+    from saevlm_fast.harvesting.config import HarvestConfig
+    from saevlm_fast.harvesting.run import HarvestSummary
+    from saevlm_fast.images.sources import ImageSource
     from saevlm_fast.towers.tower import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarvestArguments(WorkOptions, HarvestOptions, HarvestSettings):
+class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
     """Options of `saevlm-fast harvest`."""
 
+    title = "Model and place in it"
+
     model: str = setting(help="hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].")
-    images: str = same_as(HarvestOptions, "images", required=True)
+    images: str = same_as(HarvestOptions, "images", MISSING)
     layer: tuple[int, ...] = setting((), help="Block, from 0; several: 5,8,11. One pass.", parse=integers)
     point: tuple[str, ...] = setting(
         ("residual",), help="residual, mlp, attention, projection, pooled; several: a,b.", parse=texts
@@ -35,9 +39,9 @@ class HarvestArguments(WorkOptions, HarvestOptions, HarvestSettings):
     )
     device: str = setting("auto", help=DEVICE_HELP)
 
-    def config(self) -> "HarvestConfig":
+    def harvest_config(self) -> "HarvestConfig":
         """What is harvested, with hook points and tokens in place of their names."""
-        from saevlm_fast.harvesting.run import HarvestConfig
+        from saevlm_fast.harvesting.config import HarvestConfig
         from saevlm_fast.towers.tokens import Tokens
         from saevlm_fast.towers.tower import HookPoint
 
@@ -53,53 +57,37 @@ def _sentence(options: HarvestArguments, source: "ImageSource", tower: "Tower") 
 
 def plan(options: HarvestArguments) -> Plan:
     """What would be written; the time from two forward passes of the first batch."""
-    from saevlm_fast.harvesting.run import check_output
+    from saevlm_fast.harvesting.plan import HarvestPlan
+    from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.images.open import open_images
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
 
-    config = options.config()
-    check_output(options.part(HarvestOptions))
+    config, engine = options.harvest_config(), options.part(HarvestOptions)
+    check_output(engine)
     check_writable(options.output)
     source = open_images(options.images)
     tower = load_tower(options.model, resolve_device(options.device), on_message=tell)
-    n_images = min(len(source), options.limit or len(source))
     with tower.hooked(config.points) as run:
-        k = _sae_k(config, {point: shape[1] for point, shape in run.shapes.items()}, tower)
-        stores, n_bytes = [], 0
-        for point, tokens in config.stores:
-            rows = n_images * (1 if config.pool == "mean" else run.rows_per_image(point, tokens))
-            width, size = run.shapes[point][1], config.torch_store_dtype.itemsize
-            n_bytes += rows * (width * size if k is None else k * (size + 4) + 8)
-            name = point.name if tokens is None else f"{point.name}-{tokens.name}"
-            stores.append(f"{name}: {rows:,} rows of {width if k is None else f'about {k} entries'}")
-        seconds = _seconds_an_image(source, tower, run, min(n_images, config.batch_size))
+        planned = HarvestPlan(source, tower, run, config, engine)
+        _warn_of_mismatch(config, tower)
+        seconds = _seconds_an_image(source, tower, run, min(planned.n_images, config.batch_size))
+    n, size = planned.n_images, config.torch_store_dtype.itemsize
+    k = None if planned.sae is None else planned.sae.config.k  # codes: a value and an index each, and where rows begin
+    row_bytes = [store.width * size if k is None else k * (size + 4) + 8 for store in planned.stores]
+    rows = [n * store.rows_per_image for store in planned.stores]
     weights = sum(p.numel() * p.element_size() for p in tower.model.parameters())
     return Plan(
         _sentence(options, source, tower),
         {
-            "images": n_images,
-            "stores": stores,
-            "batches": -(-n_images // config.batch_size),
+            "images": n,
+            "stores": [f"{store.path}: {rows:,} x {store.width:,}" for rows, store in zip(rows, planned.stores)],
+            "units_of_work": f"{planned.n_units:,} of {planned.images_per_unit:,} images",
             **memory_figures(tower.device, weights),
-            **disk_figures(options.output, n_bytes),
-            **({} if seconds is None else {"an_image_seconds": seconds, "all_images_seconds": seconds * n_images}),
+            **disk_figures(options.output, sum(map(mul, rows, row_bytes))),
+            **({} if seconds is None else {"an_image_seconds": seconds, "all_images_seconds": seconds * n}),
         },
     )
-
-
-def _sae_k(config: "HarvestConfig", widths: dict[Any, int], tower: "Tower") -> int | None:
-    """k of the SAE whose codes are written; None if activations are. Says what it was trained on, if on other rows."""
-    if config.sae is None:
-        return None
-    from saevlm_fast.errors import require
-    from saevlm_fast.sae import read_sae_header
-
-    sae = read_sae_header(config.sae)[0]
-    ((point, tokens),) = config.stores
-    require(sae.d_in == widths[point], f"sae: d_in of {config.sae} is {sae.d_in}, but {point.name} has {widths[point]}")
-    _warn_of_mismatch(config, tower)
-    return sae.k
 
 
 def _seconds_an_image(source: "ImageSource", tower: "Tower", run: Any, n: int) -> float | None:
@@ -129,13 +117,14 @@ def _seconds(run: Any, inputs: dict[str, "torch.Tensor"], device: "torch.device"
 @command("harvest", plan=plan)
 def harvest(options: HarvestArguments) -> dict[str, Any] | None:
     """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
-    from saevlm_fast.harvesting.run import check_output, torchrun_ranks
+    from saevlm_fast.harvesting.ranks import torchrun_ranks
     from saevlm_fast.harvesting.run import harvest as run_harvest
+    from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.images.open import open_images
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
 
-    config, engine = options.config(), options.part(HarvestOptions)
+    config, engine = options.harvest_config(), options.part(HarvestOptions)
     check_output(engine)  # before a model is loaded
     source = open_images(options.images)
     with torchrun_ranks() as ranks:
@@ -153,7 +142,7 @@ def harvest(options: HarvestArguments) -> dict[str, Any] | None:
 
 
 def _warn_of_mismatch(config: "HarvestConfig", tower: "Tower") -> None:
-    from saevlm_fast.harvesting.run import sae_mismatch
+    from saevlm_fast.provenance import sae_mismatch
 
     if config.sae is not None and (what := sae_mismatch(config.sae, tower, *config.stores[0])) is not None:
         warn(f"{what}; its codes of anything else mean little")

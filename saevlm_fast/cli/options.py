@@ -25,7 +25,7 @@ from rich.markup import escape
 
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
 from saevlm_fast.errors import require
-from saevlm_fast.settings import Setting, Settings, choices_of, default_of, kinds_of, setting, settings_of
+from saevlm_fast.settings import Setting, Settings, choices_of, declared_by, default_of, kinds_of, setting, settings_of
 
 MADE = "made"  # the table of settings.toml that says how a result was made; nothing is read from it
 
@@ -40,6 +40,7 @@ app = typer.Typer(
 class Options(Settings):
     """What every command has."""
 
+    title = "Options of every command"
     config: Path | None = setting(
         None,
         help="TOML file of settings: these names at the top, or in a table of the command's name. The command line "
@@ -59,6 +60,7 @@ class Options(Settings):
 class WorkOptions(Options):
     """What every command has that does work."""
 
+    title = "Options of every command"
     dry_run: bool = setting(
         False,
         help="Check the inputs, print what would be done and how long it takes; write nothing.",
@@ -105,7 +107,7 @@ def command(
                 print_json(result)
 
         from_command_line.__doc__ = function.__doc__
-        parameters = [_parameter(cls, field, known) for field, known in settings_of(cls).items() if known.on_command_line]
+        parameters = [_parameter(cls, field, known) for field, known in ordered(cls) if known.on_command_line]
         from_command_line.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         from_command_line.__annotations__ = {each.name: each.annotation for each in parameters}
         app.command(name)(from_command_line)
@@ -167,6 +169,11 @@ def default_text(cls: Any, name: str, known: Setting) -> str | None:
     return str(default)
 
 
+def ordered(cls: Any) -> list[tuple[str, Setting]]:
+    """The settings of a command as people read them: its own first, then those of its bases, one after the other."""
+    return sorted(settings_of(cls).items(), key=lambda item: cls.__mro__.index(declared_by(cls, item[0])))
+
+
 def is_needed(cls: Any, name: str, known: Setting) -> bool:
     """Whether it must be given."""
     return default_of(cls, name) is MISSING and known.shown is None
@@ -175,13 +182,14 @@ def is_needed(cls: Any, name: str, known: Setting) -> bool:
 def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
     """What Typer is told of a field. Its default is None: only what was given comes through."""
     kind, choices = kinds_of(cls)[name], choices_of(cls, name)
-    brackets = [f"limits: {known.limits}"] if known.limits and known.must is None else []
     brackets = ["required"] if is_needed(cls, name, known) else []
     brackets += [] if (default := default_text(cls, name, known)) is None else [f"default: {default}"]
     text = escape(known.help) + "".join(f"  \\[{each}]" for each in brackets)
-    more: dict[str, Any] = {"help": text, "show_default": False}
+    more: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": declared_by(cls, name).title}
     if choices:
         more |= {"metavar": "|".join(choices), "autocompletion": lambda: list(choices)}
+    elif get_origin(kind) is tuple:
+        more |= {"metavar": "<a,b,...>"}
     if known.positional:
         told = typer.Argument(**more)
     else:
@@ -193,7 +201,9 @@ def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
 def _typer_kind(kind: Any, known: Setting, has_choices: bool) -> Any:
     if get_origin(kind) is tuple:
         return list[str] | None
-    return str | None if has_choices or known.parse is not None else kind | None
+    if has_choices or known.parse is not None:
+        return str | None
+    return kind | None
 
 
 def arguments(name: str, cls: Any, values: Mapping[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """settings.toml: the settings a result was made with, in a form that --config reads, and what it was made by.
 
-    [train]         every setting that was not left open, as the command's options have it
-    [made]          command line, working directory, time, host, device, commit; [made.versions]; [made.resolved]: what
-                    followed from the settings and the data
+[train]         every setting that was not left open, as the command's options have it
+[made]          command line, working directory, time, host, device, commit; [made.versions]; [made.resolved]: what
+                followed from the settings and the data
 """
 
 import os
@@ -53,7 +53,8 @@ class Record:
 def recorded(options: Options) -> dict[str, Any]:
     """The settings as TOML has them: paths are absolute, and what was left open is not there."""
     values: dict[str, Any] = {}
-    for name, known in settings_of(type(options)).items():
+    cls: Any = type(options)
+    for name, known in settings_of(cls).items():
         value = getattr(options, name)
         if not known.recorded or value is None:
             continue

@@ -27,9 +27,7 @@ class SyntheticArguments(WorkOptions):
         """The planted concepts."""
         from saevlm_fast.data.synthetic import PlantedConcepts
 
-        return PlantedConcepts(
-            d_in=self.d_in, d_embedding=self.d_embedding, n_concepts=self.concepts, seed=self.seed
-        )
+        return PlantedConcepts(d_in=self.d_in, d_embedding=self.d_embedding, n_concepts=self.concepts, seed=self.seed)
 
 
 def plan(options: SyntheticArguments) -> Plan:

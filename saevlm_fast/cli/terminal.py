@@ -109,9 +109,7 @@ class Bar:
     The rate counts from the first update on: what comes before is set-up, or was done by an earlier process.
     """
 
-    def __init__(
-        self, what: str, total: int | None = None, unit: str = "", *, speaks: bool = True, lines: bool = True
-    ):
+    def __init__(self, what: str, total: int | None = None, unit: str = "", *, speaks: bool = True, lines: bool = True):
         """unit: of what is counted, for the rate; B for bytes. speaks: whether to print anything at all. lines: whether
         to print where there is no terminal."""
         console = err if out.quiet and err.is_terminal else out
@@ -157,8 +155,11 @@ class Bar:
             return
         left = f"{((self.total or done) - done) / rate:.0f} s left" if rate > 0 and not last else ""
         of_all = "" if self.total is None else f"/{self.total:,}"
-        out.print("  ".join(filter(None, (f"{self.what} {done:,}{of_all}", shown, left, self.text))), highlight=False,
-                  soft_wrap=True)
+        out.print(
+            "  ".join(filter(None, (f"{self.what} {done:,}{of_all}", shown, left, self.text))),
+            highlight=False,
+            soft_wrap=True,
+        )
         self.last_line = now
 
 

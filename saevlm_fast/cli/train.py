@@ -26,14 +26,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments(WorkOptions, TrainConfig, SAESize, RunOptions):
+class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
     """Options of `saevlm-fast train`."""
+
+    title = "Data"
 
     activations: Path | None = setting(
         None, help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", shown="the box's scenes"
     )
     validation: Path | None = setting(
-        None, help="Held-out activations for the final evaluation.", shown="the training rows; on the box its test scenes"
+        None,
+        help="Held-out activations for the final evaluation.",
+        shown="none; on the box its test scenes",
     )
     output: Path = same_as(RunOptions, "output", shown="runs/DATE-TIME")
     expansion: float | None = same_as(SAESize, "expansion", shown="8; on the box 4")
@@ -91,8 +95,8 @@ def open_inputs(options: TrainArguments) -> Inputs:
 def plan(options: TrainArguments) -> Plan:
     """What would be trained; the time from two steps on random rows."""
     from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.training.run import CHECKPOINTS, METRICS_FILE, RUN_FILE, latest_checkpoint
     from saevlm_fast.sae import CONFIG_FILE
+    from saevlm_fast.training.checkpoints import CHECKPOINTS, METRICS_FILE, RUN_FILE, latest_checkpoint
 
     device = resolve_device(options.device)
     check_writable(options.output)
@@ -125,7 +129,7 @@ def train(options: TrainArguments) -> dict[str, Any]:
 
     Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache.
     """
-    from saevlm_fast.training.run import latest_checkpoint
+    from saevlm_fast.training.checkpoints import latest_checkpoint
     from saevlm_fast.training.run import train as run_training
 
     inputs = open_inputs(options)

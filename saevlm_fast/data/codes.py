@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saevlm_fast.data.rows import StoredRows, check_chunk, open_index, prefetch
-from saevlm_fast.data.store import CODES, StoreIndex, StoreWriter, map_shard
+from saevlm_fast.data.prefetch import prefetch
+from saevlm_fast.data.rows import StoredRows, check_chunk, open_index
+from saevlm_fast.data.store import CODES, StoreIndex, map_shard
+from saevlm_fast.data.writing import StoreWriter
 from saevlm_fast.errors import ActivationError
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.sae import SparseCodes
 
 __all__ = ["CodeRows", "Codes", "CodesWriter", "codes_of_rows", "join_codes", "mean_pool_codes", "open_codes"]

@@ -1,4 +1,4 @@
-"""Matrix files: one [N, d_in] tensor in a .npy, .safetensors or .pt file, mapped read-only and never unpickled.
+"""Matrices [N, d_in]: one in a .npy, .safetensors or .pt file, mapped read-only and never unpickled, or one in memory.
 
 Accepted dtypes are float16, bfloat16, float32 and float64, little-endian. Of several tensors in a .safetensors or .pt
 file the only 2-D one is taken, or the one named by FILE::NAME. A map is read-only and shared, so a file may be larger
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.errors import ActivationError, first_line
+from saevlm_fast.errors import ActivationError, first_line, require
 
 MATRIX_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -65,6 +65,26 @@ def map_matrix(path: Path, key: str = "") -> Tensor:
     return mappers[path.suffix](path, key)
 
 
+def host_matrix(x: Tensor | np.ndarray) -> Tensor:
+    """x as a tensor [N, d_in] on the host, in its own dtype, not copied where it is there already.
+
+    Raises:
+        ActivationError: not a tensor or an array, another dtype than MATRIX_DTYPES, not 2-D, no rows or no columns.
+    """
+    if isinstance(x, np.ndarray):
+        _check_npy_dtype(x, "x")
+        # torch knows no negative strides.
+        x_ND = _read_only_tensor(x if all(stride >= 0 for stride in x.strides) else x.copy())
+    elif isinstance(x, Tensor):
+        dense = x.dtype in MATRIX_DTYPES and x.layout == torch.strided
+        accepted = dtype_names(MATRIX_DTYPES)
+        require(dense, f"x: {x.dtype}, {x.layout}; accepted: dense {accepted}", ActivationError)
+        x_ND = x.detach().cpu()
+    else:
+        raise ActivationError(f"x: {type(x).__name__}; a torch tensor or a NumPy array [rows, d_in] is needed")
+    return _checked_matrix(x_ND, "x")
+
+
 def _map_npy(path: Path, key: str) -> Tensor:
     if key:
         raise ActivationError(f"{path}::{key}: a .npy file has no named tensors")
@@ -72,9 +92,14 @@ def _map_npy(path: Path, key: str) -> Tensor:
         array = np.lib.format.open_memmap(path, mode="r")  # refuses object arrays: nothing is ever unpickled
     except Exception as error:  # a damaged header raises many kinds of them
         raise ActivationError(f"{path}: not a readable .npy matrix: {first_line(error)}") from error
-    if array.dtype.str not in ("<f2", "<f4", "<f8"):
-        raise ActivationError(f"{path}: dtype is {array.dtype}; accepted: {dtype_names(MATRIX_DTYPES)}, little-endian")
+    _check_npy_dtype(array, path)
     return _checked_matrix(_read_only_tensor(array), path)
+
+
+def _check_npy_dtype(array: np.ndarray, where: str | Path) -> None:
+    accepted = dtype_names(dtype for dtype in MATRIX_DTYPES if dtype != torch.bfloat16)
+    fits = array.dtype.str in ("<f2", "<f4", "<f8")
+    require(fits, f"{where}: dtype is {array.dtype}; accepted: {accepted}, little-endian", ActivationError)
 
 
 def _map_safetensors(path: Path, key: str) -> Tensor:
@@ -84,8 +109,7 @@ def _map_safetensors(path: Path, key: str) -> Tensor:
     if dtype not in SAFETENSORS_DTYPES:
         raise ActivationError(f"{path}: tensor {name!r} has dtype {dtype}; accepted: {dtype_names(MATRIX_DTYPES)}")
     shape = tuple(entries[name]["shape"])
-    if 0 in shape:
-        raise ActivationError(f"{path}: shape is {list(shape)}; at least 1 row and 1 column are needed")
+    _check_not_empty(shape, path)
     return _checked_matrix(_map_read_only(path, data_start + begin, SAFETENSORS_DTYPES[dtype], shape), path)
 
 
@@ -113,8 +137,7 @@ def _map_pt(path: Path, key: str) -> Tensor:
     fake = tensors[_choose(path, key, {name: t.shape for name, t in tensors.items()})]
     if fake.dtype not in MATRIX_DTYPES or fake.layout != torch.strided:
         raise ActivationError(f"{path}: {fake.dtype}, {fake.layout}; accepted: dense {dtype_names(MATRIX_DTYPES)}")
-    if 0 in fake.shape:
-        raise ActivationError(f"{path}: shape is {list(fake.shape)}; at least 1 row and 1 column are needed")
+    _check_not_empty(fake.shape, path)
     storage = fake.untyped_storage()
     offset = storage._checkpoint_offset
     if offset is None:
@@ -139,12 +162,15 @@ def _choose(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -> str:
     return key or matrices[0]
 
 
-def _checked_matrix(matrix: Tensor, path: Path) -> Tensor:
-    if matrix.ndim != 2:
-        raise ActivationError(f"{path}: shape is {list(matrix.shape)}; a matrix [rows, d_in] is needed")
-    if 0 in matrix.shape:
-        raise ActivationError(f"{path}: shape is {list(matrix.shape)}; at least 1 row and 1 column are needed")
+def _checked_matrix(matrix: Tensor, where: str | Path) -> Tensor:
+    shape = list(matrix.shape)
+    require(len(shape) == 2, f"{where}: shape is {shape}; a matrix [rows, d_in] is needed", ActivationError)
+    _check_not_empty(shape, where)
     return matrix
+
+
+def _check_not_empty(shape: Sequence[int], where: str | Path) -> None:
+    require(0 not in shape, f"{where}: shape is {list(shape)}; at least 1 row and 1 column are needed", ActivationError)
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
@@ -206,5 +232,6 @@ def _advise(mapped_ND: Tensor, advice: int) -> None:
     madvise(mapped_ND.data_ptr() - into_page, mapped_ND.nbytes + into_page, advice)
 
 
-def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def dtype_names(dtypes: Iterable[torch.dtype], separator: str = ", ") -> str:
+    """float16, bfloat16 ..., as messages have them."""
+    return separator.join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,61 +1,35 @@
-"""Activations for reading: one interface over a store and a matrix file, the order of training rows, reading ahead.
+"""Activations for reading: one interface over a store, a matrix file and a matrix in memory.
 
-A store is a directory of shards (data/store.py), a matrix file one [N, d_in] tensor (data/matrix.py). Everything
-is memory-mapped: opening reads headers only, and the data may be larger than memory. What leaves this module is float32
+A store is a directory of shards (data/store.py), a matrix file one [N, d_in] tensor (data/matrix.py). Files are
+memory-mapped: opening reads headers only, and the data may be larger than memory. What leaves this module is float32
 and finite. Shape suffixes: N rows, B rows of a batch, D d_in.
 """
 
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache, wraps
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.matrix import check_finite, map_matrix, read_randomly, will_need
-from saevlm_fast.data.store import (
-    ACTIVATIONS,
-    ITEM_SCHEMA,
-    ActivationWriter,
-    StoreIndex,
-    map_shard,
-    merge_parts,
-    read_index,
-    read_items,
-    verify,
-)
-from saevlm_fast.errors import ActivationError
-
-__all__ = [
-    "ActivationError",
-    "ActivationWriter",
-    "Activations",
-    "ShuffledRows",
-    "StoreIndex",
-    "StoredRows",
-    "batches",
-    "check_finite",
-    "loader_threads",
-    "merge_parts",
-    "open_activations",
-    "prefetch",
-    "read_index",
-    "verify",
-]
+from saevlm_fast.data.matrix import check_finite, host_matrix, map_matrix, read_randomly, will_need
+from saevlm_fast.data.prefetch import prefetch
+from saevlm_fast.data.store import ACTIVATIONS, ITEM_SCHEMA, StoreIndex, check_format, map_shard, read_index, read_items
+from saevlm_fast.errors import ActivationError, require
 
 
 class StoredRows:
     """What activations and codes have in common: shards laid end to end, and the items of their rows.
 
-    Attributes: path; n_rows; dtype (on disk); source (the store's record of model, layer, point and tokens; None for a
-    matrix file); has_items (stores do).
+    Attributes:
+        path: of the store or the file; of a matrix in memory what stands for it in messages, `tensor [N, d]`.
+        n_rows: N.
+        dtype: on disk, or in memory; what is read from it is float32.
+        source: the store's record of model, layer, point and tokens; None without a store.
+        has_items: whether rows have an image, a token and a label: those of stores do.
     """
 
     def __init__(
@@ -104,8 +78,7 @@ class StoredRows:
             yield waiting
 
     def _shard_items(self, shard: int) -> pa.Table:
-        if not self.has_items:
-            raise ActivationError(f"{self.path}: a matrix file has no item ids; only a store does")
+        require(self.has_items, f"{self.path}: a matrix has no item ids; only a store does", ActivationError)
         return read_items(self._items[shard], int(self._starts[shard + 1] - self._starts[shard]))
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -118,7 +91,7 @@ class StoredRows:
 
 
 class Activations(StoredRows):
-    """The rows of a store or of a matrix file, in one interface. Made by `open_activations`.
+    """Rows of activations [N, d_in] in one interface, wherever they are: see `open_activations` and `from_tensor`.
 
     Attributes: those of StoredRows; d, the width d_in.
     """
@@ -127,8 +100,20 @@ class Activations(StoredRows):
         super().__init__(path, [len(t) for t in tensors], tensors[0].dtype, source, items)
         self.d = tensors[0].shape[1]
         self._tensors = tensors
-        for tensor in tensors:  # what is read in order is announced by will_need
-            read_randomly(tensor)
+
+    @classmethod
+    def from_tensor(cls, x: Tensor | np.ndarray) -> "Activations":
+        """Activations in memory: a torch tensor or a NumPy array [N, d_in], of which nothing is copied.
+
+        float16, bfloat16, float32 or float64, strided in any way; it must not change while it is read. Copied to the
+        host is a tensor on a GPU. As in a file, rows are checked when they are read: NaN or infinity is an
+        ActivationError there that names the row.
+
+        Raises:
+            ActivationError: not a tensor or an array, another dtype, not 2-D, or without rows or columns.
+        """
+        x_ND = host_matrix(x)
+        return cls(Path(f"tensor {list(x_ND.shape)}"), [x_ND], source=None, items=[])
 
     @property
     def row_bytes(self) -> int:
@@ -136,13 +121,16 @@ class Activations(StoredRows):
         return self.d * self.dtype.itemsize
 
     def rows(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
-        """The rows at `indices` (int64 [B], any order, repeats allowed) as float32 [B, d_in], into `out` if given."""
+        """The rows at `indices` (int64 [B], any order, repeats allowed) as float32 [B, d_in], into `out` if given.
+
+        Raises:
+            ValueError: indices or out of another dtype or shape, a row that is not there. ActivationError: NaN or
+                infinity, naming the row.
+        """
         indices = _checked_rows(indices, self.n_rows, self.path)
         out_BD = torch.empty(len(indices), self.d) if out is None else out
-        if out_BD.shape != (len(indices), self.d) or out_BD.dtype != torch.float32 or not out_BD.is_contiguous():
-            raise ValueError(
-                f"out is {list(out_BD.shape)} {out_BD.dtype}; needs contiguous float32 {[len(indices), self.d]}"
-            )
+        fits = out_BD.shape == (len(indices), self.d) and out_BD.dtype == torch.float32 and out_BD.is_contiguous()
+        require(fits, f"out is {list(out_BD.shape)} {out_BD.dtype}; needs contiguous float32 {[len(indices), self.d]}")
         if bool((indices[1:] >= indices[:-1]).all()):
             self._gather(indices, out_BD)
         else:
@@ -167,7 +155,11 @@ class Activations(StoredRows):
             will_need(self._tensors[shard][low:high])
 
     def chunks(self, n: int) -> Generator[tuple[int, Tensor], None, None]:
-        """Every row once, in order: (number of the first row, float32 [<= n, d_in]), read ahead in the background."""
+        """Every row once, in order: (number of the first row, float32 [<= n, d_in]), read ahead in the background.
+
+        Raises:
+            ValueError: n is below 1. ActivationError: NaN or infinity, naming the row.
+        """
         check_chunk(n)
         return prefetch(
             lambda start: (start, self._slice(start, min(start + n, self.n_rows))), range(0, self.n_rows, n)
@@ -184,18 +176,26 @@ class Activations(StoredRows):
 
 
 def open_activations(path: str | os.PathLike[str]) -> Activations:
-    """Opens a store directory or a matrix file (see the module's docstring) without reading its rows.
+    """Opens a store directory or a matrix file without reading its rows: [N, d_in] in .npy, .safetensors or .pt.
 
-    float64 matrices are accepted and rounded to float32 batch by batch. A Fortran-ordered matrix is read correctly, but
-    slowly: its rows are scattered over the file. Raises ActivationError for everything that is not usable, an
-    incomplete store included. Never unpickles anything but plain tensors.
+    Of several tensors in a .safetensors or .pt file FILE::NAME names one. float64 matrices are accepted and rounded to
+    float32 batch by batch. A Fortran-ordered matrix is read correctly, but slowly: its rows are scattered over the
+    file. Never unpickles anything but plain tensors.
+
+    Raises:
+        ActivationError: everything that is not usable, an incomplete store included.
     """
     file, key = split_key(path)
-    if not file.is_dir():
-        return Activations(file, [map_matrix(file, key)], source=None, items=[])
-    index = open_index(file, ACTIVATIONS)
-    tensors = [map_shard(file, shard, index)["activations"] for shard in index.shards]
-    return Activations(file, tensors, index.source, [file / shard.items for shard in index.shards])
+    source, items = None, []
+    if file.is_dir():
+        index = open_index(file, ACTIVATIONS)
+        tensors = [map_shard(file, shard, index)["activations"] for shard in index.shards]
+        source, items = index.source, [file / shard.items for shard in index.shards]
+    else:
+        tensors = [map_matrix(file, key)]
+    for tensor in tensors:  # what is read in order is announced by will_need
+        read_randomly(tensor)
+    return Activations(file, tensors, source, items)
 
 
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -209,237 +209,27 @@ def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
 def open_index(path: Path, format: str) -> StoreIndex:
     """The index of a store of that format that can be read: complete, with at least 1 row. Else ActivationError."""
     index = read_index(path)
-    if index.format != format:
-        raise ActivationError(f"{path}: a store of {index.format.split()[1]}; needed is one of {format.split()[1]}")
-    if not index.complete:
-        raise ActivationError(
-            f"{path}: incomplete store, its writing was interrupted: {index.n_rows} rows in {len(index.shards)} shards "
-            "are there; resume it first"
-        )
-    if index.n_rows == 0:
-        raise ActivationError(f"{path}: shape is [0, {index.width}]; at least 1 row is needed")
+    check_format(path, index, format)
+    require(
+        index.complete,
+        f"{path}: incomplete store, its writing was interrupted: {index.n_rows} rows in {len(index.shards)} shards are "
+        "there; resume it first",
+        ActivationError,
+    )
+    require(index.n_rows > 0, f"{path}: shape is [0, {index.width}]; at least 1 row is needed", ActivationError)
     return index
 
 
 def check_chunk(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"chunk size is {n}; at least 1 is needed")
+    require(n >= 1, f"chunk size is {n}; at least 1 is needed")
 
 
 def _checked_rows(indices: Tensor, n_rows: int, path: Path) -> Tensor:
-    if indices.dtype != torch.int64 or indices.ndim != 1:
-        raise ValueError(f"indices are {indices.dtype} with {indices.ndim} dimensions; a 1-D int64 tensor is needed")
-    if len(indices):
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= n_rows:
-            raise ValueError(f"{path}: row {low if low < 0 else high} asked for; there are rows 0 to {n_rows - 1}")
+    require(
+        indices.dtype == torch.int64 and indices.ndim == 1,
+        f"indices are {indices.dtype} with {indices.ndim} dimensions; a 1-D int64 tensor is needed",
+    )
+    low, high = (int(bound) for bound in indices.aminmax()) if len(indices) else (0, 0)
+    row, there = (low if low < 0 else high), low >= 0 and high < n_rows
+    require(there, f"{path}: row {row} asked for; there are rows 0 to {n_rows - 1}")
     return indices
-
-
-class Rows(Protocol):
-    """What an order needs to know of the data; Activations is one."""
-
-    @property
-    def n_rows(self) -> int: ...
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row on disk."""
-
-
-class ShuffledRows:
-    """Which rows make up training step `step`: a pure function of the arguments, so resuming needs no state.
-
-    Every epoch is a new permutation of all rows, cut into n_rows // batch_size batches. The rest, fewer rows than a
-    batch, is dropped (other rows in every epoch); a data set smaller than one batch is one batch, whole, every step.
-    Batch size does not enter the permutation. Within a batch rows ascend, which makes reading faster; a consumer that
-    splits a batch should take every n-th row, since neighbours on disk are often of the same class.
-
-    A set of at most exact_bytes is permuted exactly. A larger one is permuted in blocks of about block_bytes of
-    neighbouring rows, and then row by row within windows of window_bytes of such blocks: a window is read when it
-    begins (`blocks_begun`) and stays in the page cache while it is used, so the disk is read a block at a time.
-
-    Random numbers are raw Philox words, which numpy promises never to change (its permutations it does not).
-    """
-
-    def __init__(
-        self,
-        activations: Rows,
-        batch_size: int,
-        seed: int = 0,
-        *,
-        exact_bytes: int = 8 << 30,
-        window_bytes: int = 512 << 20,
-        block_bytes: int = 1 << 20,
-    ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; at least 0 is needed")
-        self.n_rows, self.batch_size, self.seed = activations.n_rows, batch_size, seed
-        row_bytes = max(activations.row_bytes, 512)  # bounds the permutations' own memory when rows are tiny
-        self._exact = self.n_rows * row_bytes <= exact_bytes
-        self._block = max(1, block_bytes // row_bytes)  # rows in a block, blocks in a window
-        self._per_window = max(1, window_bytes // (self._block * row_bytes))
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return max(1, self.n_rows // self.batch_size)
-
-    def batch(self, step: int) -> Tensor:
-        """Rows of step `step` (counted from 0 over all epochs): int64 [min(batch_size, n_rows)], ascending."""
-        epoch, start, stop = self._span(step)
-        rows = self._exact_slice(epoch, start, stop) if self._exact else self._windowed_slice(epoch, start, stop)
-        return torch.from_numpy(np.sort(rows))
-
-    def blocks_begun(self, step: int, anew: bool = False) -> list[tuple[int, int]]:
-        """The blocks (first row, row after its last), ascending, of the windows that begin in step `step`.
-
-        anew: also of the window that was begun before. [] if the rows are permuted exactly.
-        """
-        if self._exact:
-            return []
-        epoch, start, stop = self._span(step)
-        order, size = self._block_order(epoch), self._per_window
-        windows = [window for window, first in self._windows(epoch, start, stop) if anew or first >= start]
-        blocks = np.sort(
-            np.concatenate([order[:0], *(order[window * size : (window + 1) * size] for window in windows)])
-        )
-        return [(first, min(first + self._block, self.n_rows)) for first in (blocks * self._block).tolist()]
-
-    def _span(self, step: int) -> tuple[int, int, int]:
-        """The step's epoch, and its first and last + 1 position in that."""
-        epoch, position = divmod(step, self.batches_per_epoch)
-        start = position * self.batch_size
-        return epoch, start, min(start + self.batch_size, self.n_rows)
-
-    def _exact_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        return _permutation(self.n_rows, self.seed, epoch)[start:stop]
-
-    def _windowed_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Positions start:stop of the epoch's windows laid end to end."""
-        pieces = []
-        for window, first in self._windows(epoch, start, stop):
-            rows = _window(self.n_rows, self._block, self._per_window, self.seed, epoch, window)
-            pieces.append(rows[max(start - first, 0) : max(stop - first, 0)])
-        return np.concatenate(pieces)
-
-    def _block_order(self, epoch: int) -> np.ndarray:
-        return _permutation(-(-self.n_rows // self._block), self.seed, epoch)
-
-    def _windows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """(window, position of its first row) of the windows that positions start:stop are in."""
-        block, per_window, order = self._block, self._per_window, self._block_order(epoch)
-        # All blocks are full but the last one, wherever the permutation put it: its window is shorter.
-        missing = len(order) * block - self.n_rows
-        short_window = int(np.flatnonzero(order == len(order) - 1)[0]) // per_window
-        for window in range(start // (per_window * block), -(-len(order) // per_window)):
-            first = window * per_window * block - (missing if window > short_window else 0)
-            if first >= stop:
-                return
-            yield window, first
-
-
-def _made_once(make: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """The last few results are kept; who asks while one is made waits, so that several threads do not all make it."""
-    kept, asking = lru_cache(maxsize=4)(make), threading.Lock()
-
-    @wraps(make)
-    def ask(*args: int) -> np.ndarray:
-        with asking:
-            return kept(*args)
-
-    return ask
-
-
-@_made_once
-def _window(n_rows: int, block: int, per_window: int, seed: int, epoch: int, window: int) -> np.ndarray:
-    """The rows of a window's blocks, permuted."""
-    blocks = _permutation(-(-n_rows // block), seed, epoch)[window * per_window : (window + 1) * per_window]
-    rows = (blocks[:, None] * block + np.arange(block)).ravel()
-    rows = rows[rows < n_rows]
-    return rows[_permutation(len(rows), seed, epoch, window)]
-
-
-@_made_once
-def _permutation(n: int, *key: int) -> np.ndarray:
-    """A random permutation of range(n) that depends on n and key alone, the same on every machine.
-
-    Sorts random words that carry their index in the low bits: they are all different, so every way of sorting agrees.
-    """
-    bits = np.uint64(max(1, (n - 1).bit_length()))
-    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n) >> bits << bits
-    words |= np.arange(n, dtype=np.uint64)
-    words.sort()
-    return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
-
-
-Job = TypeVar("Job")
-Loaded = TypeVar("Loaded")
-
-
-def batches(
-    activations: Activations,
-    order: ShuffledRows,
-    start_step: int,
-    n_steps: int,
-    pin_memory: bool = False,
-    announce: bool = True,
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """(rows int64 [B], float32 [B, d_in]) of steps start_step .. start_step + n_steps - 1, read ahead in threads.
-
-    pin_memory: batches in page-locked memory, for asynchronous copies to a GPU. announce: have whole windows of blocks
-    read from the disk when they begin; not worth it for a few steps of one.
-    """
-    if order.n_rows != activations.n_rows:
-        raise ValueError(f"order is over {order.n_rows} rows; {activations.path} has {activations.n_rows}")
-
-    def load(step: int) -> tuple[Tensor, Tensor]:
-        for start, stop in order.blocks_begun(step, anew=step == start_step) if announce else ():
-            activations.will_need(start, stop)
-        rows = order.batch(step)
-        out_BD = torch.empty(len(rows), activations.d, pin_memory=pin_memory)
-        return rows, activations.rows(rows, out=out_BD)
-
-    return prefetch(load, range(start_step, start_step + n_steps), n_threads=4)  # each waits for its disk reads
-
-
-def prefetch(
-    load: Callable[[Job], Loaded], jobs: Iterable[Job], n_threads: int | None = None
-) -> Generator[Loaded, None, None]:
-    """load(job) for every job, in order, at least two ahead of the consumer, in background threads.
-
-    n_threads: by default a quarter of torch's, at most 4, for jobs that compute.
-
-    An exception in load is raised where its result would have come. Closing the generator, or any exception while it
-    waits (Ctrl-C), cancels what has not begun and waits for what has.
-    """
-    n_threads = n_threads or max(1, min(4, torch.get_num_threads() // 4))
-    pool = loader_threads(n_threads)
-    pending: deque[Future[Loaded]] = deque()
-    try:
-        for job in jobs:
-            pending.append(pool.submit(load, job))
-            if len(pending) > n_threads + 1:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _use_one_core() -> None:
-    torch.set_num_threads(1)
-    torch.get_num_threads()  # fixes it for this thread: torch adopts the process's number at a thread's first question
-
-
-def loader_threads(n_threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch uses one core each: with a team of its own per thread a loader slows the consumer."""
-    consumer_threads = torch.get_num_threads()
-    started = threading.Barrier(n_threads + 1)
-    pool = ThreadPoolExecutor(n_threads, "activations", initializer=_use_one_core)
-    for _ in range(n_threads):
-        pool.submit(started.wait)
-    started.wait()
-    torch.set_num_threads(consumer_threads)  # set_num_threads also decides for threads that start later: restore that
-    return pool

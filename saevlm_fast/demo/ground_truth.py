@@ -9,7 +9,6 @@ Shape suffixes: N images, S latents, C concepts, O objects, F factors, K images 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import accumulate
-from saevlm_fast.scoring.naming import TopImages
+from saevlm_fast.scoring.top_images import TopImages
 
 VALUE_DEPTH = 2
 
@@ -107,7 +106,7 @@ def latent_concepts(
         ValueError: labels of another number of images, and what monosemanticity.score refuses.
     """
     present_NC = torch.from_numpy(concept_presence(objects_NOF, setting_NF))
-    labels = Activations(Path("labels"), [present_NC.float()], None, [])
+    labels = Activations.from_tensor(present_NC.float())
     sums = accumulate(activations, labels, sae, similarity="dot", batch_rows=batch_rows, device=device)
     return best_concepts(sums.mean_embedding().cpu(), present_NC.double().mean(0))
 

@@ -8,9 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +17,10 @@ from platformdirs import user_cache_path
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.harvesting.run import HARVEST_FILE, LOCK_FILE, HarvestConfig, HarvestSummary, harvest
+from saevlm_fast.files import LOCK_FILE, output_lock
+from saevlm_fast.harvesting.config import HarvestConfig
+from saevlm_fast.harvesting.run import HarvestSummary, harvest
+from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import read_sae_header
@@ -33,7 +34,7 @@ LAYER = 3  # the last but one block: what tiny-llava reads, as the paper's block
 N_SCENES = {"train": 10_000, "test": 5_000}
 # Of SAEs on them: in place of the paper's 110,000 steps of 4096 rows of a million images.
 RECIPE = {"k": 10, "expansion": 4, "steps": 1200, "batch_size": 512, "dead_after": 100_000}
-_POLL_SECONDS, _PATIENCE_SECONDS = 0.2, 3600.0
+_PATIENCE_SECONDS = 3600.0
 
 
 def cache_directory() -> Path:
@@ -89,7 +90,10 @@ def harvest_scenes(
     made_of = json.dumps([tower.description(), source.fingerprint(), asdict(config)], sort_keys=True, default=str)
     key = hashlib.sha256(made_of.encode()).hexdigest()[:12]  # another model or version is another directory
     output = cache_directory() / f"{split}-{n}-residual-{layer}-{choice.name}-{key}"
-    with _alone(output, on_message):
+    lock = output.with_name(f".{output.name}.lock")  # beside it: a damaged output is deleted
+    refusal = f"{output}: another process has been at work on it for an hour"
+    waiting = lambda: on_message(f"{output}: another process is harvesting it, waiting")  # noqa: E731
+    with output_lock(lock, refusal, patience=_PATIENCE_SECONDS, on_wait=waiting):
         options = HarvestOptions(output, scenes, resume=True)
         go_on = lambda: harvest(source, tower, config, options, on_images=on_images)  # noqa: E731
         try:
@@ -153,26 +157,3 @@ def _damage(output: Path) -> str | None:
     except (ValueError, OSError) as error:
         return str(error)
     return None
-
-
-@contextmanager
-def _alone(output: Path, on_message: Callable[[str], None]) -> Iterator[None]:
-    """One process at a time works on `output`; the others wait."""
-    if os.name == "nt":  # no fcntl there
-        yield
-        return
-    import fcntl
-
-    with open(output.with_name(f".{output.name}.lock"), "a+") as file:
-        deadline, told = time.monotonic() + _PATIENCE_SECONDS, False
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                require(time.monotonic() < deadline, f"{output}: another process has been at work on it for an hour")
-            if not told:
-                on_message(f"{output}: another process is harvesting it, waiting")
-                told = True
-            time.sleep(_POLL_SECONDS)
-        yield

@@ -16,13 +16,15 @@ from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.contact_sheet import Row, Section, draw_sheet
 from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, spearman
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, RECIPE, TOWER, SceneStores
-from saevlm_fast.images.open import decode
+from saevlm_fast.images.decode import decode
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, accumulate
-from saevlm_fast.scoring.naming import latent_directions, nearest_words, scene_words, top_images
+from saevlm_fast.scoring.naming import latent_directions, nearest_words, scene_words
+from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.towers.text import load_text_encoder
-from saevlm_fast.training.run import Metrics, train
+from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.run import train
 
 if TYPE_CHECKING:
     from PIL.Image import Image

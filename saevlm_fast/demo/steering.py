@@ -7,7 +7,6 @@ tried, on scenes of one object that is not of their colour; none is left out of 
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +20,9 @@ from saevlm_fast.demo.contact_sheet import Captioned, Section
 from saevlm_fast.demo.ground_truth import latent_concepts, shared_value
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, SceneStores
 from saevlm_fast.images.scenes import scene_labels
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.sae import SparseAutoencoder, evaluating
-from saevlm_fast.scoring.naming import top_images
+from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.steering.answers import Row, SteeredAnswers
 from saevlm_fast.steering.edits import Edit, clamp
 from saevlm_fast.towers.text import load_llava
@@ -115,7 +114,7 @@ def _pooled(sae: SparseAutoencoder, patches: Activations) -> tuple[Tensor, Tenso
 
 def _colour_latents(pooled_NS: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndarray) -> list[tuple[int, str, float]]:
     """(latent, colour, purity) of those whose top images all show that colour."""
-    pooled = Activations(Path("pooled"), [pooled_NS], None, [])
+    pooled = Activations.from_tensor(pooled_NS)
     seen = ((pooled_NS > 0).sum(0) >= N_TOP).nonzero().squeeze(1)
     values = shared_value(top_images(pooled, seen, N_TOP), objects_NOF, setting_NF)
     purity_S = latent_concepts(pooled, objects_NOF, setting_NF).purity_S

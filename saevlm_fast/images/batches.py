@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from saevlm_fast.errors import ImageError, first_line
-from saevlm_fast.images.open import ImageSource, decode
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.sources import ImageSource
 
 MAX_ASPECT_RATIO = 100  # a 1 x 100,000 image, resized so that its short side is 336, would not fit in memory
 _PIXELS_AT_A_TIME = 50_000_000  # decoded photos that wait in a worker: 150 MB, however large photos and batches are

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from saevlm_fast.data.codes import CodeRows, codes_of_rows
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.sparse_decode import sparse_decode
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.towers.load import find_anatomy

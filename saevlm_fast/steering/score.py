@@ -33,14 +33,15 @@ from torch import Tensor
 
 from saevlm_fast.config import WHITE, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import Codes
+from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import ImageError, Interrupted, check_same_settings, require
-from saevlm_fast.files import sha256_file, write_json_atomic
-from saevlm_fast.harvesting.run import output_lock
-from saevlm_fast.images.open import ImageSource, decode
+from saevlm_fast.files import LOCK_FILE, output_lock, sha256_file, write_json_atomic
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.runtime import interruptible
-from saevlm_fast.scoring.monosemanticity import check_scores_path, checked_ids, write_table
-from saevlm_fast.scoring.naming import top_images
+from saevlm_fast.scoring.tables import check_scores_path, write_table
+from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.steering.answers import Row, SteeredAnswers
 from saevlm_fast.steering.edits import clamp
 from saevlm_fast.towers.text import TextEncoder
@@ -120,7 +121,7 @@ def steering_score(
     pictures = _Pictures(source, codes)
     there = run.output.exists() and not run.progress.exists()
     require(run.force or not there, f"output: {run.output} already exists; --force replaces it")
-    with output_lock(run.progress, exclusive=True, refusal=f"output: another process is writing {run.output.name}"):
+    with output_lock(run.progress / LOCK_FILE, f"output: another process is writing {run.output.name}"):
         _start_run(run, _settings(run, config, asking, codes, embeddings))
         scorer = _Scorer(asking, pictures, encoder, config, latents, codes, embeddings)
         return _score_blocks(scorer, latents, run, on_rows)

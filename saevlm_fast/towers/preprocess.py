@@ -4,6 +4,7 @@ Resizing and cropping stay in the worker processes; rescaling and normalising, w
 happen on the tower's device. The split is used only after it has given two test images exactly the library's result.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,3 +112,8 @@ def _checked_preprocess(full: Any, raw: Any, normalisation: Normalisation | None
         if pixels.dtype == torch.uint8 and torch.equal(normalisation(pixels), expected):
             return raw, normalisation
     return full, None
+
+
+def described(library: str, version: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """JSON: a library's preprocessing and its version, for a tower's description."""
+    return {library: version, "preprocess": {"name": name, **json.loads(json.dumps(settings, default=str))}}

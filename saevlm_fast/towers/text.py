@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import require
-from saevlm_fast.towers.load import local_or_hub, one_line_errors, open_clip_model, without_load_report
+from saevlm_fast.towers.from_open_clip import open_clip_model
+from saevlm_fast.towers.from_transformers import without_load_report
+from saevlm_fast.towers.hub import local_or_hub, one_line_errors
 
 # Of these families only the text half is loaded.
 _TEXT_HALVES = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
@@ -106,7 +108,7 @@ def load_text_encoder(
     """The text side of a CLIP or SigLIP, in float32.
 
     Args:
-        spec: hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE, as `vision.load_tower`.
+        spec: hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE, as `load.load_tower`.
 
     Raises:
         ValueError: in one line: a model without a text side, no tokenizer, and what load_tower refuses.

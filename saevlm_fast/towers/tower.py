@@ -98,7 +98,7 @@ class _Stop(Exception):
 
 
 class Tower:
-    """A vision model with its preprocessing. Made by `vision.load_tower`.
+    """A vision model with its preprocessing. Made by `load.load_tower`.
 
     Attributes:
         spec: as the user wrote it. model: frozen, in eval mode, float32. device. n_blocks.

@@ -12,11 +12,10 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import closing
 from copy import deepcopy
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import torch
@@ -25,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
-from saevlm_fast.data.rows import Activations, ShuffledRows, batches
+from saevlm_fast.data.order import ShuffledRows, batches
+from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import Interrupted, check_same_settings, require
 from saevlm_fast.files import (
     TEMPORARY_PREFIX,
@@ -36,18 +36,22 @@ from saevlm_fast.files import (
     write_json_atomic,
 )
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
-from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, with_metadata
-from saevlm_fast.training.step import StepOutput, Stepper, geometric_median, smallest_positive
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, with_metadata
+from saevlm_fast.training.checkpoints import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    Cadence,
+    checkpoints,
+    latest_checkpoint,
+)
+from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate
+from saevlm_fast.training.step import Stepper, geometric_median, smallest_positive
 
-STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
 _CALIBRATION_ROWS = 4096
 _KEPT_CHECKPOINTS = 2
-_CHECKPOINTS_A_RUN = 20
-_CHECKPOINT_PAUSE = 30.0  # seconds of work that may be lost rather than saved
-_CHECKPOINT_COSTS = 20  # work between two checkpoints, in units of what writing one takes: a twentieth of the time
 _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
-
-Metrics = dict[str, float]
 
 
 def train(
@@ -92,35 +96,6 @@ def train(
     metrics = evaluate(sae, validation or activations)
     run.log(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
     return sae, metrics
-
-
-class Cadence:
-    """After which steps a checkpoint is written (that of the last step, or of an interrupt, is written anyway).
-
-    At every `every` steps, exactly; or, if that is None, once a twentieth of the run's n_steps, 30 s, and 20 times what
-    the last one took have all passed since the last one (or the start, after step `last`). What it costs is thus in
-    proportion to what it saves: with the default a kill loses the longest of these three.
-    """
-
-    def __init__(self, every: int | None, n_steps: int, last: int):
-        self.exact = every is not None
-        self.every = every or max(1, n_steps // _CHECKPOINTS_A_RUN)
-        self.last, self.took, self.ended = last, 0.0, monotonic()
-
-    def due(self, step: int) -> bool:
-        """Whether one is to be written after that step."""
-        if self.exact:
-            return step % self.every == 0
-        pause = max(_CHECKPOINT_PAUSE, _CHECKPOINT_COSTS * self.took)
-        return step - self.last >= self.every and monotonic() - self.ended >= pause
-
-    @contextmanager
-    def writing(self, step: int) -> Iterator[None]:
-        """Around the writing of that step's."""
-        start = monotonic()
-        yield
-        self.last, self.ended = step, monotonic()
-        self.took = self.ended - start
 
 
 class _Run:
@@ -346,70 +321,3 @@ class _Run:
 def _is_finite(tensor: Tensor) -> bool:
     """One sum when all is well, an eighth of the time: it is finite only if every term is."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted((Path(output) / CHECKPOINTS).glob("step_" + "[0-9]" * 8))
-
-
-def latest_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if any."""
-    found = checkpoints(output)
-    return found[-1] if found else None
-
-
-@torch.no_grad()
-def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics:
-    """What is logged of one batch, under SAELens' names. Explained variance is 1 - Var(x - x_hat) / Var(x)."""
-    error, total = _variance(x_BD - output.x_hat_BD), _variance(x_BD)
-    config = stepper.sae.config
-    idle = stepper.idle_S >= stepper.config.dead_after
-    return {
-        "losses/overall_loss": float(output.losses.overall),
-        "losses/mse_loss": float(output.losses.mse),
-        "losses/auxiliary_reconstruction_loss": float(output.losses.aux),
-        "metrics/explained_variance": float(1 - error / total),
-        "metrics/l0": float((output.entries.acts_M > 0).sum() / len(x_BD)),
-        "sparsity/dead_features": int(idle.sum()),
-        "details/current_learning_rate": stepper.config.lr_at(stepper.n_steps - 1, config.d_sae),
-        "details/n_training_samples": stepper.n_rows_seen,
-        "details/threshold": float(stepper.sae.threshold),
-    }
-
-
-def _variance(x_BD: Tensor) -> Tensor:
-    """x.var(0, correction=0).sum(), in half the time."""
-    return (x_BD - x_BD.mean(0)).square_().sum() / len(x_BD)
-
-
-def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int = 4096) -> Metrics:
-    """Explained variance, L0, L2 and dead share over all rows, at inference (threshold, not batch selection).
-
-    explained_variance = 1 - sum_d Var(x - x_hat) / sum_d Var(x) over the whole set: the paper's code averages it over
-    batches, which is wrong for small ones (recipe.md section 4). Sums in float64 around b_dec.
-    """
-    device, d_in = sae.b_dec.device, sae.config.d_in
-    sums_4D = torch.zeros(4, d_in, dtype=torch.float64, device=device)
-    fired_S = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
-    n_fired = 0
-    with evaluating(sae):
-        for _, x_BD in activations.chunks(batch_rows):
-            x_BD = x_BD.to(device, sae.b_dec.dtype)
-            codes = sae.encode(x_BD)
-            error_BD = (x_BD - sae.decode(codes)).double()
-            centred_BD = (x_BD - sae.b_dec).double()
-            sums_4D += torch.stack([error_BD, error_BD**2, centred_BD, centred_BD**2]).sum(1)
-            fires_M = (codes.top_acts > 0).flatten().long()
-            fired_S.index_add_(0, codes.top_indices.flatten(), fires_M)
-            n_fired += int(fires_M.sum())
-    n_rows = activations.n_rows
-    means_4D = sums_4D / n_rows
-    error_var, total_var = means_4D[1] - means_4D[0] ** 2, means_4D[3] - means_4D[2] ** 2
-    return {
-        "explained_variance": float(1 - error_var.sum() / total_var.sum()),
-        "l0": n_fired / n_rows,
-        "l2": float(means_4D[1].sum()),
-        "dead_fraction": float((fired_S == 0).double().mean()),
-        "rows": n_rows,
-    }

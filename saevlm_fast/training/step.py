@@ -13,20 +13,19 @@ from torch import Tensor
 
 from saevlm_fast.config import TrainConfig
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.latent_update import (
-    AdamSettings,
+from saevlm_fast.kernels.common import Workspace
+from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
+from saevlm_fast.kernels.latent_gradient import (
     EntryGradient,
     RowGradient,
-    adam_,
     clip_coefficient,
     dense_gradient_rows,
     entry_gradient,
-    latent_update_,
 )
-from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent, segment_sum, segment_sum_into
+from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
+from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
-from saevlm_fast.kernels.topk_encode_cpu import Workspace
 from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
 from saevlm_fast.kernels.topk_encode_screened import (
     LowWeights,

@@ -88,7 +88,7 @@ def test_text_table_has_every_result(peer_results):
 
 
 def test_whole_run_adds_up(tmp_path):
-    run_script("whole_run.py", "--output", tmp_path / "run.json", "--n-rows", 500, "--d-in", 16, "--d-sae", 64,
+    run_script("training.whole_run", "--output", tmp_path / "run.json", "--n-rows", 500, "--d-in", 16, "--d-sae", 64,
                "--k", 4, "--batch-size", 32, "--steps", 20, "--page-cache", 1)  # fmt: skip
     measured = json.loads((tmp_path / "run.json").read_text())
     seconds = measured["seconds"]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from saevlm_fast.box import models as box
-from saevlm_fast.box.scenes import OBJECT_FACTORS, VALUES, Scenes
+from saevlm_fast.box.scenes import OBJECT_FACTORS, VALUES, Scenes, value_prompts
 from saevlm_fast.box_making import cards as box_cards
 from saevlm_fast.box_making import evaluation as box_evaluation
 from saevlm_fast.box_making.architecture import (
@@ -19,7 +19,7 @@ from saevlm_fast.box_making.architecture import (
     clip_processor,
     llava_processor,
 )
-from saevlm_fast.box_making.evaluation import reply, value_prompts, zero_shot
+from saevlm_fast.box_making.evaluation import reply, zero_shot
 from saevlm_fast.box_making.language import DESCRIBE, ONE_WORD, Question
 from saevlm_fast.box_making.training import (
     ClipWithHeads,

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodeRows, CodesWriter, codes_of_rows, join_codes, mean_pool_codes, open_codes
-from saevlm_fast.data.rows import ActivationWriter, merge_parts, open_activations, read_index, verify
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.store import read_index, verify
+from saevlm_fast.data.writing import ActivationWriter, merge_parts
 from saevlm_fast.errors import ActivationError
 from saevlm_fast.kernels import reference
 from saevlm_fast.sae import SparseAutoencoder

@@ -2,7 +2,6 @@
 
 import math
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,8 +27,9 @@ from saevlm_fast.demo.ground_truth import (
     spearman,
 )
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import STATUSES, score
-from saevlm_fast.scoring.naming import TopImages, top_images
+from saevlm_fast.scoring.monosemanticity import score
+from saevlm_fast.scoring.sums import STATUSES
+from saevlm_fast.scoring.top_images import TopImages, top_images
 
 N_IMAGES = 600
 DRAWN = Scenes(5, "test").batch(0, N_IMAGES)
@@ -46,7 +46,7 @@ def shown_paths(i: int, factor: str) -> list[tuple[str, ...]]:
 
 
 def stored(acts_NS: torch.Tensor) -> Activations:
-    return Activations(Path("planted"), [acts_NS.float()], None, [])
+    return Activations.from_tensor(acts_NS.float())
 
 
 def truth(acts_NS: torch.Tensor) -> torch.Tensor:

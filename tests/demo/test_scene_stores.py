@@ -13,7 +13,8 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo import scene_stores
 from saevlm_fast.demo.scene_stores import SceneStores, cache_directory, harvest_scenes, scenes_of_sae
-from saevlm_fast.images.open import decode, open_images
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tower import HookPoint

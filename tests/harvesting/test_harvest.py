@@ -18,13 +18,20 @@ from PIL import Image
 from command import run
 from saevlm_fast.config import HarvestOptions, SAEConfig
 from saevlm_fast.data.codes import open_codes
-from saevlm_fast.data.rows import open_activations, read_index, verify
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.errors import Interrupted
-from saevlm_fast.harvesting.run import HarvestConfig, _content, _Harvest, harvest, sae_mismatch
-from saevlm_fast.images.open import decode, open_images
+from saevlm_fast.harvesting.config import HarvestConfig
+from saevlm_fast.harvesting.plan import sampled_digest
+from saevlm_fast.harvesting.run import harvest
+from saevlm_fast.harvesting.stores import HarvestStores
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.open import open_images
+from saevlm_fast.provenance import sae_mismatch
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
-from saevlm_fast.towers.load import HookPoint, Tokens, load_tower
-from saevlm_fast.towers.tower import HookedTower
+from saevlm_fast.towers.load import load_tower
+from saevlm_fast.towers.tokens import Tokens
+from saevlm_fast.towers.tower import HookedTower, HookPoint
 from tiny_tower import N_BLOCKS, N_TOKENS, PROJECTED, WIDTH, save_clip, save_photos
 
 N_IMAGES = 22
@@ -401,7 +408,7 @@ def test_an_image_that_can_be_read_again_is_in_all_stores_or_none(tower, spoiled
         good.save(photos / spoiled[0])
     harvest_file = output / "harvest.json"
     settings = json.loads(harvest_file.read_text())
-    settings["images"]["content"] = _content(open_images(str(photos)), N_IMAGES)  # only a sample is compared
+    settings["images"]["content"] = sampled_digest(open_images(str(photos)), N_IMAGES)  # only a sample is compared
     harvest_file.write_text(json.dumps(settings))
     run_harvest(tower, photos, output, small_units(), resume=True, max_skipped=0.2)
     for store in ("residual-0-cls", "projection"):
@@ -418,8 +425,8 @@ def test_force_clears_a_harvest_that_was_only_begun(tower, photos, whole, tmp_pa
 
 
 def test_stores_without_all_units_are_not_declared_complete(tower, photos, tmp_path, monkeypatch):
-    write = _Harvest._write_shard
-    monkeypatch.setattr(_Harvest, "_write_shard", lambda self, unit, *rest: unit == 5 or write(self, unit, *rest))
+    write = HarvestStores._write_shard
+    monkeypatch.setattr(HarvestStores, "_write_shard", lambda self, unit, *rest: unit == 5 or write(self, unit, *rest))
     with pytest.raises(ValueError, match="1 of 6 shards are missing"):
         run_harvest(tower, photos, tmp_path / "out", small_units())
     assert not read_index(tmp_path / "out" / "projection").complete
@@ -498,7 +505,7 @@ class Upset:
 def test_what_is_no_fault_of_an_image_ends_the_harvest_in_one_line(tower, photos, tmp_path, monkeypatch, workers):
     source = open_images(str(photos))
     monkeypatch.setattr(type(source), "read", lambda self, i: (_ for _ in ()).throw(OSError(24, "Too many open files")))
-    monkeypatch.setattr("saevlm_fast.harvesting.run._content", lambda source, n_images: "")
+    monkeypatch.setattr("saevlm_fast.harvesting.plan.sampled_digest", lambda source, n_images: "")
     with pytest.raises(OSError, match=r"images: OSError: \[Errno 24\] Too many open files$"):
         run_harvest(tower, photos, tmp_path / "out", small_units(), workers=workers)
 

@@ -23,7 +23,9 @@ from PIL import Image, ImageFile
 
 from saevlm_fast.errors import ImageError
 from saevlm_fast.images import open as images
-from saevlm_fast.images.open import ImageSource, decode, open_images
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.open import open_images
+from saevlm_fast.images.sources import ImageSource
 
 AVIF = ".avif" in Image.registered_extensions()
 RGB_HW3 = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saevlm_fast.box.scenes import Scenes
-from saevlm_fast.images.open import decode, open_images
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.open import open_images
 from saevlm_fast.images.scenes import scene_labels
 
 

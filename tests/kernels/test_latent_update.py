@@ -4,24 +4,26 @@ import pytest
 import torch
 from torch import Tensor
 
-import saevlm_fast.kernels.latent_update as latent_update
+import saevlm_fast.kernels.latent_gradient as latent_gradient
 import saevlm_fast.training.step as step_module
 from saevlm_fast.kernels import reference
-from saevlm_fast.kernels.latent_update import (
-    AdamSettings,
+from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
+from saevlm_fast.kernels.latent_gradient import (
     RowGradient,
-    _slotted,
-    adam_,
     clip_coefficient,
     dense_gradient_rows,
     entry_gradient,
     latent_gradient_op,
     latent_slots,
+)
+from saevlm_fast.kernels.latent_update import (
+    AdamSettings,
+    _slotted,
+    adam_,
     latent_update_,
     latent_update_op,
     vector_update_op,
 )
-from saevlm_fast.kernels.segment_sum import entry_rows, group_by_latent
 from saevlm_fast.kernels.topk_encode_screened import LowWeights
 from sparse_codes import assert_near_truth, random_codes, segment_sum_magnitude
 from static_compile import TARGETS, Case, assert_no_spills
@@ -61,7 +63,7 @@ class RowKernels:
 
     @staticmethod
     def entry_gradient(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD=None, dots_M=None):
-        from saevlm_fast.kernels.latent_update_triton import launch_latent_gradient
+        from saevlm_fast.kernels.latent_gradient_triton import launch_latent_gradient
 
         rows_CD, slots_S, squared_norms_S = launch_latent_gradient(
             weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD
@@ -252,8 +254,8 @@ def test_the_clip_coefficient_with_and_without_making_rows(largest: str, norm: f
     encoder = CpuPath.entry_gradient(weights * scale["encoder"], ids, offsets, source)
     rows = dense_gradient_rows(torch.tensor([1]), torch.tensor([[0.0, scale["rows"], 0.0, 0.0]]))
     vector = torch.tensor([scale["vector"], 0.0])
-    made, norms = [], latent_update._norms
-    monkeypatch.setattr(latent_update, "_norms", lambda *inputs: made.append(1) or norms(*inputs))
+    made, norms = [], latent_gradient._norms
+    monkeypatch.setattr(latent_gradient, "_norms", lambda *inputs: made.append(1) or norms(*inputs))
     clip = clip_coefficient([decoder, encoder, rows], [vector], 1.0)
     true_norm = torch.tensor(list(scale.values())).norm()
     torch.testing.assert_close(clip, (1 / (true_norm + 1e-6)).clamp(max=1))
@@ -311,7 +313,7 @@ def test_a_bad_gradient_reaches_every_parameter(device, bad: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poison")
 def test_gradient_rows_and_norms(device, shape) -> None:
-    from saevlm_fast.kernels.latent_update_triton import launch_latent_gradient
+    from saevlm_fast.kernels.latent_gradient_triton import launch_latent_gradient
 
     inputs = inputs_of_step(shape, torch.float32, 1)
     unit_SD = torch.nn.functional.normalize(torch.randn(shape[2], shape[3]), dim=1)
@@ -344,7 +346,7 @@ def test_gradients_of_two_losses_add_up(device) -> None:
 
 
 def test_too_wide_a_row_is_named(device) -> None:
-    from saevlm_fast.kernels.latent_update_triton import MAX_WIDTH, whole_row_block
+    from saevlm_fast.kernels.latent_gradient_triton import MAX_WIDTH, whole_row_block
 
     with pytest.raises(ValueError, match=f"d_in: {MAX_WIDTH + 1} is above {MAX_WIDTH}"):
         whole_row_block(MAX_WIDTH + 1, 8)
@@ -454,10 +456,12 @@ def test_gpu_update_at_the_real_shape(device, unit: bool) -> None:
 
 
 def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
-    from saevlm_fast.kernels.latent_update_triton import BLOCK_V, whole_row_block
+    from saevlm_fast.kernels.latent_gradient_triton import whole_row_block
+    from saevlm_fast.kernels.latent_update_triton import BLOCK_V
     from saevlm_fast.kernels.segment_sum_triton import BLOCK_P, CHUNK
 
     module, fp32 = "saevlm_fast.kernels.latent_update_triton", "*fp32"
+    gradient_module = "saevlm_fast.kernels.latent_gradient_triton"
     adam = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8, "ACC": "tl.float32"}
     scalars = {"clip_ptr": fp32, "schedule_ptr": "*fp64"}
     state = {"exp_avg_ptr": fp32, "exp_avg_sq_ptr": fp32}
@@ -477,7 +481,7 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
         case
         for target in targets
         for case in (
-            Case(module, "gradient_row_kernel", target, gradient, tiles, gradient_warps),
+            Case(gradient_module, "gradient_row_kernel", target, gradient, tiles, gradient_warps),
             Case(module, "update_row_kernel", target, update, row | adam, whole_row_block(d_in, 4)[1]),
             Case(module, "update_vector_kernel", target, vector, adam | {"BLOCK_V": BLOCK_V}, 4),
         )
@@ -485,6 +489,6 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
 
 
 def test_static_compile_without_spills() -> None:
-    from saevlm_fast.kernels.latent_update_triton import MAX_WIDTH
+    from saevlm_fast.kernels.latent_gradient_triton import MAX_WIDTH
 
     assert_no_spills(compile_cases(1024, TARGETS) + compile_cases(MAX_WIDTH, ("sm_90",))[:2])

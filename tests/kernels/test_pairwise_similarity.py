@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from saevlm_fast.kernels import pairwise_similarity, reference
+from saevlm_fast.kernels.common import SIMILARITIES
 from saevlm_fast.kernels.pairwise_similarity import (
-    SIMILARITIES,
     distinct_pair_products,
     pairwise_gram_sums,
     pairwise_sums,

@@ -5,17 +5,15 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.kernels import reference
-from saevlm_fast.kernels.segment_sum import (
+from saevlm_fast.kernels.grouping import (
     entry_rows,
     entry_rows_cuda,
     entry_rows_op,
     group_by_latent,
     group_by_latent_cuda,
     group_by_latent_op,
-    segment_sum,
-    segment_sum_into,
-    segment_sum_op,
 )
+from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into, segment_sum_op
 from sparse_codes import assert_near_truth, random_codes, segment_sum_magnitude
 from static_compile import TARGETS, Case, assert_no_spills
 

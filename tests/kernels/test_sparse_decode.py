@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.kernels import reference
-from saevlm_fast.kernels.segment_sum import entry_rows
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.sparse_decode import (
     gather_dot,
     gather_dot_op,

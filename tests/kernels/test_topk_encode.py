@@ -302,8 +302,9 @@ def test_triton_refuses_what_it_cannot_select(device):
 
 
 def kernel_cases(target: str) -> list[Case]:
+    from saevlm_fast.kernels.common import GROUP
     from saevlm_fast.kernels.topk_encode_batch_triton import BINS, BLOCK_U, SHIFTS
-    from saevlm_fast.kernels.topk_encode_triton import GROUP, candidate_warps, gemm_config, group_warps
+    from saevlm_fast.kernels.topk_encode_triton import candidate_warps, gemm_config, group_warps
 
     rows, batch = "saevlm_fast.kernels.topk_encode_triton", "saevlm_fast.kernels.topk_encode_batch_triton"
     cases = []

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 import saevlm_fast.training.step as step_module
 from saevlm_fast.kernels import reference, topk_encode_screened
+from saevlm_fast.kernels.common import GROUP
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
-from saevlm_fast.kernels.topk_encode_cpu import GROUP
 from saevlm_fast.kernels.topk_encode_screened import (
     ROUNDING,
     LowWeights,

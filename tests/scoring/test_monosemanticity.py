@@ -16,18 +16,15 @@ from hypothesis import strategies as st
 from command import run
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
-from saevlm_fast.data.rows import ActivationWriter, open_activations
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.kernels import reference
-from saevlm_fast.kernels.pairwise_similarity import SIMILARITIES
+from saevlm_fast.kernels.common import SIMILARITIES
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import (
-    STATUSES,
-    MonosemanticityScores,
-    StreamedScore,
-    check_scores_path,
-    write_scores,
-)
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
 from saevlm_fast.scoring.monosemanticity import score as score_stores
+from saevlm_fast.scoring.sums import STATUSES
+from saevlm_fast.scoring.tables import check_scores_path, write_scores
 
 N_IMAGES, N_LATENTS, D_EMB = 90, 24, 11
 
@@ -276,9 +273,7 @@ def test_written_files(tmp_path, suffix):
 def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "scores.csv"
     path.write_text("before")
-    monkeypatch.setattr(
-        "saevlm_fast.scoring.monosemanticity.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr("saevlm_fast.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_scores(score(*make_data()), path)
     assert path.read_text() == "before"

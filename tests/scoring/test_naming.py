@@ -11,16 +11,18 @@ from torch import Tensor
 
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
-from saevlm_fast.data.rows import Activations, ActivationWriter, open_activations
+from saevlm_fast.data.rows import Activations, open_activations
+from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import accumulate
-from saevlm_fast.scoring.naming import latent_directions, nearest_words, read_words, scene_words, top_images
+from saevlm_fast.scoring.naming import latent_directions, nearest_words, read_words, scene_words
+from saevlm_fast.scoring.top_images import top_images
 
 SOURCE = {"model": "planted", "sae": "planted"}
 
 
 def in_memory(rows_ND: Tensor) -> Activations:
-    return Activations(Path("memory"), [rows_ND], None, [])
+    return Activations.from_tensor(rows_ND)
 
 
 def write_codes(path: Path, dense_NS: Tensor, shard_rows: int = 7):

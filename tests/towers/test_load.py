@@ -11,7 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from saevlm_fast.towers.load import HookPoint, Tokens, load_tower, wrap_open_clip, wrap_timm, wrap_transformers
+from saevlm_fast.towers.from_open_clip import wrap_open_clip
+from saevlm_fast.towers.from_timm import wrap_timm
+from saevlm_fast.towers.from_transformers import wrap_transformers
+from saevlm_fast.towers.load import load_tower
+from saevlm_fast.towers.tokens import Tokens
+from saevlm_fast.towers.tower import HookPoint
 
 N_BLOCKS, WIDTH, SIZE, PATCH = 3, 16, 32, 8
 N_PATCHES = (SIZE // PATCH) ** 2
@@ -388,7 +393,7 @@ def test_open_clip_coca_and_blocks_with_tokens_first(tmp_path):
 
 
 def test_open_clip_weights_file_takes_the_preprocessing_of_its_architecture(tmp_path):
-    from saevlm_fast.towers.load import _open_clip_file_preprocess as settings
+    from saevlm_fast.towers.from_open_clip import preprocess_of_file as settings
 
     file = tmp_path / "weights.safetensors"
     assert settings("ViT-B-16-SigLIP", ["webli"], file, "s")["mean"] == (0.5, 0.5, 0.5)

@@ -19,8 +19,11 @@ from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training import checkpoints as checkpoints_module
 from saevlm_fast.training import run as train_module
-from saevlm_fast.training.run import Cadence, checkpoints, evaluate, train
+from saevlm_fast.training.checkpoints import Cadence, checkpoints
+from saevlm_fast.training.evaluate import evaluate
+from saevlm_fast.training.run import train
 
 D_IN, D_SAE, K = 32, 128, 6
 
@@ -89,7 +92,7 @@ def steps_with_checkpoints(matrix, output, monkeypatch, every, step_seconds, che
         written.append(run.stepper.n_steps)
         clock.advance(checkpoint_seconds)
 
-    monkeypatch.setattr(train_module, "monotonic", clock)
+    monkeypatch.setattr(checkpoints_module, "monotonic", clock)
     monkeypatch.setattr(train_module._Run, "checkpoint", slow_checkpoint)
     config = TrainConfig(steps=steps, batch_size=16)
     options = RunOptions(output, "cpu", checkpoint_every=every)
@@ -117,7 +120,7 @@ def test_checkpoints_cost_a_twentieth_unless_asked_for(
 
 def test_a_resumed_run_counts_its_checkpoints_from_where_it_continues(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(train_module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoints_module, "monotonic", lambda: now[0])
     cadence = Cadence(None, 200, last=37)  # a twentieth: 10 steps
     now[0] = 1000.0
     assert not cadence.due(46)

@@ -5,8 +5,8 @@ import torch
 
 from dense_trainer import DenseTrainer
 from saevlm_fast.config import SAEConfig, TrainConfig
-from saevlm_fast.kernels import latent_update as latent_update_module
-from saevlm_fast.kernels.latent_update import (
+from saevlm_fast.kernels import latent_gradient as latent_gradient_module
+from saevlm_fast.kernels.latent_gradient import (
     clip_coefficient,
     dense_gradient_rows,
     entry_gradient,
@@ -43,7 +43,7 @@ def blocks(request, monkeypatch):
     """A CPU's step goes through its matrices in blocks of rows: all of these in one, or a few rows (or one) in each."""
     if request.param is not None:
         monkeypatch.setattr(step_module, "_BLOCK_BYTES", request.param)
-        monkeypatch.setattr(latent_update_module, "_BLOCK_BYTES", request.param)
+        monkeypatch.setattr(latent_gradient_module, "_BLOCK_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("blocks")

@@ -1,0 +1,182 @@
+"""The order of training rows, and batches read in it.
+
+Shape suffixes: N rows, B rows of a batch, D d_in.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterator
+from functools import lru_cache, wraps
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saevlm_fast.data.prefetch import prefetch
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
+
+
+class Rows(Protocol):
+    """What an order needs to know of the data; Activations is one."""
+
+    @property
+    def n_rows(self) -> int: ...
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row on disk."""
+
+
+class ShuffledRows:
+    """Which rows make up training step `step`: a pure function of the arguments, so resuming needs no state.
+
+    Every epoch is a new permutation of all rows, cut into n_rows // batch_size batches. The rest, fewer rows than a
+    batch, is dropped (other rows in every epoch); a data set smaller than one batch is one batch, whole, every step.
+    Batch size does not enter the permutation. Within a batch rows ascend, which makes reading faster; a consumer that
+    splits a batch should take every n-th row, since neighbours on disk are often of the same class.
+
+    A set of at most exact_bytes is permuted exactly. A larger one is permuted in blocks of about block_bytes of
+    neighbouring rows, and then row by row within windows of window_bytes of such blocks: a window is read when it
+    begins (`blocks_begun`) and stays in the page cache while it is used, so the disk is read a block at a time.
+
+    Random numbers are raw Philox words, which numpy promises never to change (its permutations it does not).
+    """
+
+    def __init__(
+        self,
+        activations: Rows,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        exact_bytes: int = 8 << 30,
+        window_bytes: int = 512 << 20,
+        block_bytes: int = 1 << 20,
+    ):
+        require(batch_size >= 1, f"batch_size is {batch_size}; at least 1 is needed")
+        require(seed >= 0, f"seed is {seed}; at least 0 is needed")
+        self.n_rows, self.batch_size, self.seed = activations.n_rows, batch_size, seed
+        row_bytes = max(activations.row_bytes, 512)  # bounds the permutations' own memory when rows are tiny
+        self._exact = self.n_rows * row_bytes <= exact_bytes
+        self._block = max(1, block_bytes // row_bytes)  # rows in a block, blocks in a window
+        self._per_window = max(1, window_bytes // (self._block * row_bytes))
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return max(1, self.n_rows // self.batch_size)
+
+    def batch(self, step: int) -> Tensor:
+        """Rows of step `step` (counted from 0 over all epochs): int64 [min(batch_size, n_rows)], ascending."""
+        epoch, start, stop = self._span(step)
+        rows = self._exact_slice(epoch, start, stop) if self._exact else self._windowed_slice(epoch, start, stop)
+        return torch.from_numpy(np.sort(rows))
+
+    def blocks_begun(self, step: int, anew: bool = False) -> list[tuple[int, int]]:
+        """The blocks (first row, row after its last), ascending, of the windows that begin in step `step`.
+
+        anew: also of the window that was begun before. [] if the rows are permuted exactly.
+        """
+        if self._exact:
+            return []
+        epoch, start, stop = self._span(step)
+        order, size = self._block_order(epoch), self._per_window
+        windows = [window for window, first in self._windows(epoch, start, stop) if anew or first >= start]
+        blocks = np.sort(
+            np.concatenate([order[:0], *(order[window * size : (window + 1) * size] for window in windows)])
+        )
+        return [(first, min(first + self._block, self.n_rows)) for first in (blocks * self._block).tolist()]
+
+    def _span(self, step: int) -> tuple[int, int, int]:
+        """The step's epoch, and its first and last + 1 position in that."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        start = position * self.batch_size
+        return epoch, start, min(start + self.batch_size, self.n_rows)
+
+    def _exact_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        return _permutation(self.n_rows, self.seed, epoch)[start:stop]
+
+    def _windowed_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Positions start:stop of the epoch's windows laid end to end."""
+        pieces = []
+        for window, first in self._windows(epoch, start, stop):
+            rows = _window(self.n_rows, self._block, self._per_window, self.seed, epoch, window)
+            pieces.append(rows[max(start - first, 0) : max(stop - first, 0)])
+        return np.concatenate(pieces)
+
+    def _block_order(self, epoch: int) -> np.ndarray:
+        return _permutation(-(-self.n_rows // self._block), self.seed, epoch)
+
+    def _windows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(window, position of its first row) of the windows that positions start:stop are in."""
+        block, per_window, order = self._block, self._per_window, self._block_order(epoch)
+        # All blocks are full but the last one, wherever the permutation put it: its window is shorter.
+        missing = len(order) * block - self.n_rows
+        short_window = int(np.flatnonzero(order == len(order) - 1)[0]) // per_window
+        for window in range(start // (per_window * block), -(-len(order) // per_window)):
+            first = window * per_window * block - (missing if window > short_window else 0)
+            if first >= stop:
+                return
+            yield window, first
+
+
+def _made_once(make: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """The last few results are kept; who asks while one is made waits, so that several threads do not all make it."""
+    kept, asking = lru_cache(maxsize=4)(make), threading.Lock()
+
+    @wraps(make)
+    def ask(*args: int) -> np.ndarray:
+        with asking:
+            return kept(*args)
+
+    return ask
+
+
+@_made_once
+def _window(n_rows: int, block: int, per_window: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    """The rows of a window's blocks, permuted."""
+    blocks = _permutation(-(-n_rows // block), seed, epoch)[window * per_window : (window + 1) * per_window]
+    rows = (blocks[:, None] * block + np.arange(block)).ravel()
+    rows = rows[rows < n_rows]
+    return rows[_permutation(len(rows), seed, epoch, window)]
+
+
+@_made_once
+def _permutation(n: int, *key: int) -> np.ndarray:
+    """A random permutation of range(n) that depends on n and key alone, the same on every machine.
+
+    Sorts random words that carry their index in the low bits: they are all different, so every way of sorting agrees.
+    """
+    bits = np.uint64(max(1, (n - 1).bit_length()))
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n) >> bits << bits
+    words |= np.arange(n, dtype=np.uint64)
+    words.sort()
+    return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+
+
+def batches(
+    activations: Activations,
+    order: ShuffledRows,
+    start_step: int,
+    n_steps: int,
+    pin_memory: bool = False,
+    announce: bool = True,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """(rows int64 [B], float32 [B, d_in]) of steps start_step .. start_step + n_steps - 1, read ahead in threads.
+
+    pin_memory: batches in page-locked memory, for asynchronous copies to a GPU. announce: have whole windows of blocks
+    read from the disk when they begin; not worth it for a few steps of one.
+
+    Raises:
+        ValueError: an order over another number of rows. ActivationError: NaN or infinity, naming the row.
+    """
+    same = order.n_rows == activations.n_rows
+    require(same, f"order is over {order.n_rows} rows; {activations.path} has {activations.n_rows}")
+
+    def load(step: int) -> tuple[Tensor, Tensor]:
+        for start, stop in order.blocks_begun(step, anew=step == start_step) if announce else ():
+            activations.will_need(start, stop)
+        rows = order.batch(step)
+        out_BD = torch.empty(len(rows), activations.d, pin_memory=pin_memory)
+        return rows, activations.rows(rows, out=out_BD)
+
+    return prefetch(load, range(start_step, start_step + n_steps), n_threads=4)  # each waits for its disk reads

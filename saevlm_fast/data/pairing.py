@@ -1,0 +1,70 @@
+"""Whether the rows of two sides belong to the same images: one row an image, row i of both the same image."""
+
+from collections.abc import Iterator
+from itertools import repeat
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from saevlm_fast.data.codes import Codes
+from saevlm_fast.data.rows import Activations, StoredRows
+from saevlm_fast.data.store import ITEM_SCHEMA
+from saevlm_fast.errors import require
+from saevlm_fast.sae import SparseAutoencoder
+
+
+def check_sides(activations: Activations | Codes, embeddings: Activations, sae: SparseAutoencoder | None) -> None:
+    what = "codes" if isinstance(activations, Codes) else "activations"
+    if embeddings.n_rows != activations.n_rows:
+        for side in (activations, embeddings):
+            if side.has_items:  # the likely reason
+                _check_one_row_per_image(side, side.items(range(min(side.n_rows, 4096))), 0)
+        raise ValueError(
+            f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {activations.n_rows} {what} "
+            f"({activations.path}); row i of both must be image i"
+        )
+    require(sae is None or what == "activations", "sae: codes are encoded already; give activations or no SAE")
+    d_in = activations.d if isinstance(activations, Activations) else 0
+    require(
+        sae is None or sae.config.d_in == d_in,
+        f"sae: d_in is {sae.config.d_in if sae else 0}, but the activations have width {d_in}",
+    )
+
+
+def checked_ids(n: int, *sides: StoredRows) -> Iterator[None]:
+    """Once for each chunk of n rows: whether the sides that are stores have one row an image, and the same images."""
+    start, last = 0, [ITEM_SCHEMA.empty_table()] * len(sides)
+    for tables in zip(*(side.item_chunks(n) if side.has_items else repeat(None) for side in sides)):
+        for i, (side, table) in enumerate(zip(sides, tables)):
+            if table is not None:
+                _check_one_row_per_image(side, pa.concat_tables([last[i], table]), start - len(last[i]))
+                last[i] = table.slice(len(table) - 1)
+        if len(sides) == 2 and None not in tables:
+            _check_same_images(sides, [table["image"] for table in tables], start)
+        start += n
+        yield
+
+
+def _check_same_images(sides: tuple[StoredRows, ...], images: list[pa.ChunkedArray], start: int) -> None:
+    row = pc.index(pc.equal(*images).fill_null(False), False).as_py()
+    if row >= 0:
+        first, second = (column[row].as_py() for column in images)
+        raise ValueError(
+            f"embeddings: row {start + row} is image {second!r} ({sides[1].path}), but {first!r} in {sides[0].path}; "
+            "row i of both must be the same image"
+        )
+
+
+def _check_one_row_per_image(side: StoredRows, items: pa.Table, start: int) -> None:
+    """Neighbours of one image are different tokens of it; an image that is listed twice has the same token twice."""
+    before, after = items.slice(0, max(len(items) - 1, 0)), items.slice(1)
+    same_image = pc.equal(before["image"], after["image"])
+    found = pc.index(pc.and_(same_image, pc.not_equal(before["token"], after["token"])).fill_null(False), True).as_py()
+    if found >= 0:
+        row = start + found
+        images = side.items(range(row, min(row + 4096, side.n_rows)))["image"].to_pylist()
+        count = next((i for i, image in enumerate(images) if image != images[0]), len(images))
+        raise ValueError(
+            f"{side.path}: {count} rows of image {images[0]!r} (from row {row}); the score needs one row per image: "
+            "harvest with --tokens cls or mean, --point pooled, or codes with --pool mean"
+        )

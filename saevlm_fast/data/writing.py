@@ -1,0 +1,312 @@
+"""Writing a store: whole shards by number, the index after each, and the joining of what several ranks wrote.
+
+The files are described in data/store.py; codes are written in data/codes.py.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from saevlm_fast.data.matrix import check_finite, dtype_names
+from saevlm_fast.data.store import (
+    ACTIVATIONS,
+    ITEM_SCHEMA,
+    Shard,
+    StoreIndex,
+    check_format,
+    joined_index,
+    map_shard,
+    part_files,
+    part_name,
+    read_index,
+    write_index_file,
+)
+from saevlm_fast.errors import ActivationError, first_line, require
+from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
+
+Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
+
+Writer = TypeVar("Writer", bound="StoreWriter")
+
+
+class StoreWriter(ABC):
+    """What writing activations and writing codes have in common: whole shards, by number.
+
+    Alone, a process numbers its shards from 0 and closes (leaving the `with` block without an exception closes). After
+    a crash `resume(path)` goes on; its `n_rows` rows are on the disk and must not come again. Several processes: rank 0
+    creates the store, every rank resumes it with its own `part` and writes shards by number, skipping those in `done`;
+    in the end rank 0 calls `merge_parts(path, complete=True)`.
+    """
+
+    FORMAT: ClassVar[str]
+
+    def __init__(
+        self,
+        path: str | Path,
+        width: int,
+        dtype: torch.dtype,
+        source: Mapping[str, Any],
+        *,
+        force: bool = False,
+    ):
+        """Starts an empty store. A directory that is not empty is refused; `force` deletes the store in it."""
+        index = StoreIndex(self.FORMAT, width, dtype, dict(source))
+        _claim_directory(Path(path), force)
+        write_index_file(Path(path) / "index.json", index)
+        self._start(Path(path), index, part=None)
+
+    @classmethod
+    def resume(cls: type[Writer], path: str | Path, *, part: int | None = None) -> Writer:
+        """Continues a store after the shards its index lists. part: this rank, if several processes write.
+
+        Alone (part None), it first merges the parts that ranks of an earlier run left. Ranks must not resume before
+        rank 0 has called merge_parts.
+        """
+        path = Path(path)
+        index = merge_parts(path) if part is None else read_index(path)
+        check_format(path, index, cls.FORMAT)
+        for shard in index.shards:
+            map_shard(path, shard, index)
+        writer = cls.__new__(cls)
+        writer._start(path, index, part)
+        return writer
+
+    def _start(self, path: Path, index: StoreIndex, part: int | None) -> None:
+        self.path, self.part = path, part
+        self._index = index
+        self._others = frozenset(shard.number for shard in index.shards) if part is not None else frozenset()
+        if part is not None:
+            self._index = replace(index, shards=())
+
+    @property
+    def n_rows(self) -> int:
+        """Rows on the disk (of this part): those that survive a crash."""
+        return self._index.n_rows
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Numbers of the shards that are on the disk, whoever wrote them."""
+        return self._others | {shard.number for shard in self._index.shards}
+
+    @property
+    def complete(self) -> bool:
+        return self._index.complete
+
+    def write_shard(self, number: int, rows: Any, items: Items) -> None:
+        """Writes shard `number` (its place in the order of rows) durably; it may have any number of rows, even none.
+
+        rows: activations [rows, d_in], or codes, on any device. items: columns image, token and, if any, label.
+
+        Raises:
+            ValueError: a number that is on the disk, rows or items that do not fit, a store that is complete.
+            ActivationError: rows that are not finite in the store's dtype. OSError: a full disk.
+        """
+        new = number >= 0 and number not in self.done
+        require(new, f"number is {number}; needed: one from 0 up that is not on the disk yet")
+        self._check_open()
+        file, items_file = self.path / f"shard-{number:05d}.safetensors", self.path / f"items-{number:05d}.parquet"
+        n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
+        table = _item_table(items, n_rows)
+        with atomic_write(items_file) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+        save_safetensors_atomic(file, tensors)
+        record = Shard(number, n_rows, file.name, sha256_file(file), items_file.name, sha256_file(items_file))
+        shards = sorted([*self._index.shards, record], key=lambda shard: shard.number)
+        self._save(replace(self._index, shards=tuple(shards)))
+
+    @abstractmethod
+    def _shard_tensors(self, rows: Any, where: str) -> tuple[int, dict[str, Tensor]]:
+        """The number of rows and the tensors of a shard's file, in the store's dtype; where: for error messages."""
+
+    def _check_open(self) -> None:
+        require(not self.complete, f"{self.path}: the store is complete; rows can no longer be added")
+
+    def _save(self, index: StoreIndex) -> None:
+        write_index_file(self.path / ("index.json" if self.part is None else part_name(self.part)), index)
+        self._index = index
+
+    def close(self) -> None:
+        """Declares the store complete (a part: merge_parts does that)."""
+        if not self.complete and self.part is None:
+            self._save(_completed(self.path, self._index))
+
+    def __enter__(self: Writer) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After an exception rows that are not on the disk are dropped, as a crash would."""
+        if kind is None:
+            self.close()
+
+
+class ActivationWriter(StoreWriter):
+    """Writes a store of activations. Alone, a process may append rows and leave the cutting into shards to the writer:
+
+    with ActivationWriter(path, d_in, torch.float16, {"model": ...}) as writer:
+        writer.append(batch_BD, {"image": [...], "token": [...], "label": [...]})
+    """
+
+    FORMAT = ACTIVATIONS
+
+    def __init__(
+        self,
+        path: str | Path,
+        d_in: int,
+        dtype: torch.dtype,
+        source: Mapping[str, Any],
+        rows_per_shard: int = 65536,
+        *,
+        force: bool = False,
+    ):
+        """Starts an empty store, as StoreWriter does. rows_per_shard: of rows that are appended."""
+        _check_rows_per_shard(rows_per_shard)
+        super().__init__(path, d_in, dtype, source, force=force)
+        self.rows_per_shard = rows_per_shard
+
+    @classmethod
+    def resume(cls, path: str | Path, rows_per_shard: int = 65536, *, part: int | None = None) -> "ActivationWriter":
+        """Continues a store, as StoreWriter.resume does."""
+        _check_rows_per_shard(rows_per_shard)
+        writer = super().resume(path, part=part)
+        writer.rows_per_shard = rows_per_shard
+        return writer
+
+    def _start(self, path: Path, index: StoreIndex, part: int | None) -> None:
+        super()._start(path, index, part)
+        self._buffer_ND: Tensor | None = None
+        self._tables: list[pa.Table] = []
+        self._filled = 0
+
+    def append(self, batch_BD: Tensor, items: Items) -> None:
+        """Adds rows [B, d_in] (any float dtype and device) and their items: columns image, token and, if any, label.
+
+        Raises:
+            ValueError: rows or items that do not fit, a store that is complete, a writer of a part.
+            ActivationError: rows that are not finite in the store's dtype, when their shard is written.
+        """
+        alone = self.part is None
+        require(alone, f"part is {self.part}; append is for one process alone, ranks use write_shard")
+        self._check_open()
+        self._check_rows(batch_BD)
+        table = _item_table(items, len(batch_BD))
+        if self._buffer_ND is None:
+            self._buffer_ND = torch.empty(self.rows_per_shard, self._index.width, dtype=self._index.dtype)
+        taken = 0
+        while taken < len(batch_BD):
+            n = min(len(batch_BD) - taken, self.rows_per_shard - self._filled)
+            self._buffer_ND[self._filled : self._filled + n].copy_(batch_BD[taken : taken + n])
+            self._tables.append(table.slice(taken, n))
+            self._filled, taken = self._filled + n, taken + n
+            if self._filled == self.rows_per_shard:
+                self._flush()
+
+    def _flush(self) -> None:
+        assert self._buffer_ND is not None
+        number = len(_contiguous(self.path, self._index).shards)
+        self.write_shard(number, self._buffer_ND[: self._filled], pa.concat_tables(self._tables))
+        self._filled = 0
+        self._tables.clear()
+
+    def _shard_tensors(self, rows: Any, where: str) -> tuple[int, dict[str, Tensor]]:
+        self._check_rows(rows)
+        stored_ND = rows.detach().to("cpu", self._index.dtype)
+        check_finite(stored_ND, range(len(stored_ND)), where)
+        return len(stored_ND), {"activations": stored_ND}
+
+    def _check_rows(self, batch_BD: Tensor) -> None:
+        width, shape = self._index.width, list(batch_BD.shape)
+        fits = batch_BD.ndim == 2 and shape[1] == width and batch_BD.is_floating_point()
+        require(fits, f"rows are {batch_BD.dtype} {shape}; floats [rows, {width}] are needed")
+
+    def close(self) -> None:
+        """Writes the rows that do not fill a shard and declares the store complete (a part: merge_parts does that)."""
+        if self._filled and not self.complete:
+            self._flush()
+        super().close()
+
+
+def _check_rows_per_shard(rows_per_shard: int) -> None:
+    require(rows_per_shard >= 1, f"rows_per_shard is {rows_per_shard}; at least 1 is needed")
+
+
+def merge_parts(path: str | Path, complete: bool = False, keep: Container[int] | None = None) -> StoreIndex:
+    """Joins the ranks' index.part-*.json into index.json; complete=True declares the store complete.
+
+    keep: numbers of the shards that stay; others are forgotten, as if they had never been written. For one process,
+    while no other writes: it also deletes the temporary files of killed writers. Safe to repeat.
+    """
+    path, index = Path(path), read_index(path)
+    remove_leftovers(path)
+    merged = joined_index(path)
+    if keep is not None and any(shard.number not in keep for shard in merged.shards):
+        kept = tuple(shard for shard in merged.shards if shard.number in keep)
+        merged = replace(merged, shards=kept, complete=False)
+    if complete and not index.complete:
+        merged = _completed(path, merged)
+    if merged != index:
+        write_index_file(path / "index.json", merged)
+    for part in part_files(path):
+        part.unlink()
+    return merged
+
+
+def _completed(path: Path, index: StoreIndex) -> StoreIndex:
+    require(index.n_rows > 0, f"{path}: no rows were written; a complete store has at least 1", ActivationError)
+    return replace(_contiguous(path, index), complete=True)
+
+
+def _contiguous(path: Path, index: StoreIndex) -> StoreIndex:
+    there = {shard.number for shard in index.shards}
+    missing = [number for number in range(max(there, default=-1) + 1) if number not in there]
+    if missing:
+        raise ActivationError(
+            f"{path}: shard {missing[0]} is not written yet ({len(missing)} below {max(there)} are missing)"
+        )
+    return index
+
+
+def _claim_directory(path: Path, force: bool) -> None:
+    require(path.is_dir() or not path.exists(), f"{path}: exists and is not a directory", ActivationError)
+    path.mkdir(parents=True, exist_ok=True)
+    require(
+        force or not any(path.iterdir()),
+        f"{path}: the directory is not empty; resume the store in it, or use force to replace it",
+        ActivationError,
+    )
+    clear_store(path)
+
+
+def clear_store(path: str | Path) -> None:
+    """Deletes the store in a directory, if there is one, and what killed writers left; other files stay."""
+    # The index goes first: without it what is left is no store.
+    for pattern in ("index.json", part_name("*"), "shard-*.safetensors", "items-*.parquet"):
+        for file in Path(path).glob(pattern):
+            file.unlink()
+    remove_leftovers(path)
+
+
+def _item_table(items: Items, n_rows: int) -> pa.Table:
+    columns = dict(zip(items.column_names, items.columns)) if isinstance(items, pa.Table) else dict(items)
+    known = {"image", "token"} <= set(columns) <= set(ITEM_SCHEMA.names)
+    require(known, f"items has columns {sorted(columns)}; needed: image, token and, if any, label")
+    columns.setdefault("label", [None] * n_rows)
+    columns = {name: c.tolist() if isinstance(c, Tensor) else c for name, c in columns.items()}
+    lengths = {name: len(column) for name, column in columns.items()}
+    same = set(lengths.values()) == {n_rows}
+    require(same, f"items has columns of lengths {lengths}; the batch has {n_rows} rows")
+    try:
+        return pa.table(columns, schema=ITEM_SCHEMA)
+    except (pa.ArrowException, UnicodeEncodeError) as error:
+        raise ValueError(
+            f"items do not fit image (string), token (int32), label (string): {first_line(error)}"
+        ) from error

@@ -1,0 +1,53 @@
+"""What is harvested: config.HarvestSettings, with hook points and choices of tokens, which need the towers."""
+
+from dataclasses import dataclass
+
+import torch
+
+from saevlm_fast.config import HarvestSettings
+from saevlm_fast.data.store import STORE_DTYPES
+from saevlm_fast.errors import require
+from saevlm_fast.settings import setting
+from saevlm_fast.towers.tokens import Tokens
+from saevlm_fast.towers.tower import HookPoint
+
+COMPUTE_DTYPES = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class HarvestConfig(HarvestSettings):
+    """What is harvested: everything that decides the rows. `--resume` refuses other settings.
+
+    An SAE writes codes instead of activations, of one point and one choice of tokens (ImageNet's CLS codes are 116 MB).
+
+    Raises:
+        ValueError: no point, one that is asked for twice, several stores for an SAE, and what HarvestSettings refuses.
+    """
+
+    points: tuple[HookPoint, ...] = setting(help="Where in the tower.")
+    tokens: tuple[Tokens, ...] = setting(
+        (Tokens.parse("cls"),), help="Which tokens of points that have them. A store for every pair."
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(len(self.points) > 0, "point: at least one hook point is needed")
+        require(len(set(self.points)) == len(self.points), "point, layer: the same hook point is asked for twice")
+        require(len(set(self.tokens)) == len(self.tokens), "tokens: the same choice is asked for twice")
+        require(
+            self.sae is None or len(self.stores) == 1,
+            f"sae: an SAE reads one point and one choice of tokens, but {len(self.stores)} are asked for",
+        )
+
+    @property
+    def stores(self) -> tuple[tuple[HookPoint, Tokens | None], ...]:
+        """The stores in order: (point, tokens); points without tokens, such as the projection, have None."""
+        return tuple(
+            (point, tokens) for point in self.points for tokens in (self.tokens if point.layer is not None else (None,))
+        )
+
+    @property
+    def torch_store_dtype(self) -> torch.dtype:
+        """Of what is on disk."""
+        default = "float16" if self.sae is not None else self.dtype.replace("tf32", "float32")
+        return STORE_DTYPES[self.store_dtype or default]

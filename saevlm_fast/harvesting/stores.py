@@ -1,0 +1,209 @@
+"""The output directory of a harvest: started, replaced or resumed, filled unit by unit, declared complete.
+
+It holds `harvest.json` (the settings, checked by resume), `skipped.jsonl` (images that could not be used), and the
+stores: the directory itself if there is one, else a directory for each. While the harvest runs, a file
+skipped-NNNNN.jsonl holds the skipped images of a finished unit.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import HarvestOptions
+from saevlm_fast.data.codes import CodeRows, CodesWriter, join_codes
+from saevlm_fast.data.store import joined_index
+from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store, merge_parts
+from saevlm_fast.errors import ActivationError, require
+from saevlm_fast.files import LOCK_FILE, atomic_write, remove_leftovers, write_json_atomic
+from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
+
+HARVEST_FILE, SKIPPED_FILE = "harvest.json", "skipped.jsonl"
+
+
+class BatchRows(NamedTuple):
+    """Rows of one batch for one store on the host: (activations [M, D],) or codes; image numbers, token positions."""
+
+    values: tuple[Tensor, ...]
+    image_of_row: Tensor
+    positions: Tensor
+
+
+class UnitPieces(NamedTuple):
+    """What a unit's batches left: rows of every store, skipped images, events after which the copies are there."""
+
+    rows: list[list[BatchRows]]
+    skipped: list[str]
+    copied: list[Any]
+
+
+def check_output(options: HarvestOptions) -> None:
+    """ValueError if a harvest may not use its output directory. Nothing is touched."""
+    output = Path(options.output)
+    require(output.is_dir() or not os.path.lexists(output), f"output: {output} is not a directory")
+    used = (output / HARVEST_FILE).exists()
+    require(
+        not used or options.resume or options.force,
+        f"output: {output} already holds a harvest; use --resume to continue or --force to replace",
+    )
+    occupied = output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir())
+    require(used or not occupied, f"output: {output} is not empty and holds no harvest")
+
+
+class HarvestStores:
+    """The stores of a plan on the disk, as one process sees them; methods in the order they happen.
+
+    Attributes:
+        done: units that every store has. skipped: lines of skipped.jsonl, this process's and those of `done`.
+    """
+
+    def __init__(self, plan: HarvestPlan):
+        self.plan, self.output = plan, plan.output
+        self.writers: list[StoreWriter] = []
+        self.done: frozenset[int] = frozenset()
+        self.skipped: list[str] = []
+
+    def open(self, force: bool) -> None:
+        """Rank 0: starts, replaces or resumes."""
+        remove_leftovers(self.output)
+        if force and (self.output / HARVEST_FILE).exists():
+            _remove_harvest(self.output)
+        if not (self.output / HARVEST_FILE).exists():
+            write_json_atomic(self.output / HARVEST_FILE, self.plan.settings)
+        there = [store for store in self.plan.stores if (store.path / "index.json").exists()]
+        shards = [{shard.number for shard in joined_index(store.path).shards} for store in there]
+        # A unit is done when every store has it, and is done anew in all of them otherwise: an image that could not be
+        # read then may be readable now.
+        done = set.intersection(*shards) if len(there) == len(self.plan.stores) else set()
+        for store in there:
+            merge_parts(store.path, keep=done)
+        for unit in set(range(self.plan.n_units)) - done:
+            self._skipped_file(unit).unlink(missing_ok=True)
+        for store in self.plan.stores:
+            if store not in there:
+                self._new_store(store)
+
+    def _new_store(self, store: PlannedStore) -> None:
+        dtype, source = self.plan.config.torch_store_dtype, self.plan.source_of(store)
+        self._writer(store.path, store.width, dtype, source, force=True)  # harvest.json may be there, and no index is
+
+    @property
+    def _writer(self) -> type[StoreWriter]:
+        return ActivationWriter if self.plan.sae is None else CodesWriter
+
+    def resume(self, part: int | None) -> None:
+        """Every rank: opens the stores that rank 0 prepared, each rank with its own part of the index."""
+        self.writers = [self._writer.resume(store.path, part=part) for store in self.plan.stores]
+        self.done = frozenset(self.writers[0].done)  # rank 0 has seen to it that all have the same
+        self.skipped = [line for unit in sorted(self.done) for line in _lines(self._skipped_file(unit))]
+
+    def check_skipped(self) -> None:
+        """ValueError as soon as more than max_skipped, a share of all images, could not be used."""
+        limit, n_images = self.plan.options.max_skipped, self.plan.n_images
+        if len(self.skipped) <= limit * n_images:
+            return
+        _write_lines(self.output / SKIPPED_FILE, self.skipped)
+        last = json.loads(self.skipped[-1])
+        raise ValueError(
+            f"max_skipped: {len(self.skipped)} of {n_images} images could not be used, more than {limit:.2%}; listed "
+            f"in {self.output / SKIPPED_FILE}; the last one is {last['image']}: {last['reason']}"
+        )
+
+    def write_unit(self, unit: int, pieces: UnitPieces) -> None:
+        """In the writer thread: the unit's shard in every store."""
+        for event in pieces.copied:
+            event.synchronize()
+        if pieces.skipped:
+            _write_lines(self._skipped_file(unit), pieces.skipped)
+        for store, writer, rows in zip(self.plan.stores, self.writers, pieces.rows):
+            self._write_shard(unit, store, writer, rows)
+
+    def _write_shard(self, unit: int, store: PlannedStore, writer: StoreWriter, rows: list[BatchRows]) -> None:
+        images = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.image_of_row for piece in rows)])
+        positions = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.positions for piece in rows)])
+        items = self._items(unit, images, positions)
+        if self.plan.sae is not None:
+            writer.write_shard(unit, join_codes([CodeRows(*piece.values) for piece in rows]), items)
+            return
+        nothing_0D = torch.empty(0, store.width, dtype=self.plan.config.torch_store_dtype)
+        rows_MD = torch.cat([nothing_0D, *(piece.values[0] for piece in rows)])
+        try:
+            writer.write_shard(unit, rows_MD, items)
+        except ActivationError as error:
+            bad = (~rows_MD.isfinite()).any(1).nonzero().flatten().tolist()
+            whose = f" (image {items['image'][bad[0]]}, token {items['token'][bad[0]]})" if bad else ""
+            wider = "; float16 ends at 65504, try --store-dtype bfloat16" if rows_MD.dtype == torch.float16 else ""
+            raise ActivationError(f"{error}{whose}{wider}") from error
+
+    def _items(self, unit: int, images: Tensor, positions: Tensor) -> pa.Table:
+        """Ids and labels are asked for once an image: an image may have hundreds of rows."""
+        source = self.plan.source
+        numbers = [i for batch in self.plan.batches_of(unit) for i in batch]
+        places = pa.array((images - numbers[0]).numpy())
+        ids = pa.array([source.image_id(i) for i in numbers], pa.string())
+        labels = pa.array([source.label(i) for i in numbers], pa.string())
+        tokens = pa.array(positions.numpy().astype(np.int32))
+        return pa.table({"image": ids.take(places), "token": tokens, "label": labels.take(places)})
+
+    def finish(self) -> int:
+        """Rank 0, when every unit is on the disk: the skipped images are joined, the stores declared complete.
+
+        In this order, so that a kill in between leaves something that resume finishes. Returns the images skipped.
+        """
+        n_units = self.plan.n_units
+        pieces = [path for unit in range(n_units) if (path := self._skipped_file(unit)).exists()]
+        indexes = [joined_index(store.path) for store in self.plan.stores]
+        for store, index in zip(self.plan.stores, indexes):
+            missing = set(range(n_units)) - {shard.number for shard in index.shards}
+            require(not missing, f"{store.path}: {len(missing)} of {n_units} shards are missing; use --resume")
+        skipped_file = self.output / SKIPPED_FILE
+        if not all(index.complete for index in indexes):
+            self.skipped = [line for piece in pieces for line in _lines(piece)]
+            self.check_skipped()
+            _write_lines(skipped_file, self.skipped)
+        require(len(self.skipped) < self.plan.n_images, f"images: none could be used; see {skipped_file}")
+        for store in self.plan.stores:
+            merge_parts(store.path, complete=True)
+        for piece in pieces:
+            piece.unlink()
+        return len(_lines(skipped_file))
+
+    def _skipped_file(self, unit: int) -> Path:
+        return self.output / f"skipped-{unit:05d}.jsonl"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _remove_harvest(output: Path) -> None:
+    """Deletes the stores that the harvest in `output` made, and its own files; what else lies there stays."""
+    for name in _stores_of(output / HARVEST_FILE):
+        clear_store(output / name)
+        if name != "." and (output / name).is_dir() and not any((output / name).iterdir()):
+            (output / name).rmdir()
+    for file in (*output.glob("skipped*.jsonl"), output / HARVEST_FILE):
+        file.unlink(missing_ok=True)
+
+
+def _stores_of(path: Path) -> list[str]:
+    """The directories of the stores that harvest.json names: `.` or plain names beside it."""
+    try:
+        names = [str(name) for name in json.loads(path.read_text(encoding="utf-8"))["harvest"]["stores"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: damaged ({type(error).__name__}: {error}); delete {path.parent} to start anew"
+        ) from None
+    require(all(Path(name).name == name or name == "." for name in names), f"{path}: a store lies outside the harvest")
+    return names

@@ -1,0 +1,137 @@
+"""Decoding: an image's bytes become upright 8-bit RGB pixels, right or refused."""
+
+import functools
+import io
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from saevlm_fast.errors import ImageError, first_line
+from saevlm_fast.images.sources import not_empty
+
+# Formats that run no interpreter and load no plug-in of a third party (Pillow's EPS starts Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
+# Pillow's default, above which it warns and above twice of which it refuses; here the first limit refuses.
+MAX_PIXELS = 89_478_485
+# What turns the stored picture upright, by the value of EXIF's tag Orientation (CIPA DC-008, section 4.6.4).
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SAMPLE_FORMAT_TAG, PHOTOMETRIC_TAG, BITS_PER_SAMPLE_TAG = 339, 262, 258  # TIFF 6.0
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded image as an upright 8-bit RGB image. Right, or refused: ImageError with the reason in one line.
+
+    The content decides the format, never a name. Transparency, of whatever kind, is laid on white. 16-bit gray keeps
+    its high byte (as Pillow itself does with 16-bit RGB), animations give their first frame, EXIF (or XMP) orientation
+    is applied; unreadable EXIF counts as none, as in every viewer. Colour profiles are not applied. Refused: no pixels
+    or more than MAX_PIXELS (by the header, before decoding), truncated files, samples without a fixed range (floating
+    point, signed, 32-bit). What a decoder itself cannot tell, such as flipped bits inside a JPEG's entropy-coded data,
+    goes through as that decoder shows it.
+
+    Safe in threads and processes. Pillow's warnings about a file's metadata are turned off for the process.
+    """
+    _silence_pillow()
+    try:
+        return _decoded(not_empty(data))
+    except (ImageError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"not an image, or damaged in its header (known: {', '.join(_formats())})") from None
+    except Exception as error:  # Pillow raises some fifteen kinds for damaged files, and no list of them is complete
+        raise ImageError(first_line(error)) from error
+
+
+def _silence_pillow() -> None:
+    """catch_warnings is not thread-safe; one permanent filter is. Whoever resets the filters gets it again."""
+    ours = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+    if not warnings.filters or warnings.filters[0] != ours:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _decoded(data: bytes) -> Image.Image:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"decompression bomb? {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+    # A JPEG 2000 file cut off right after its header is decoded without a complaint; only the end mark tells.
+    if image.format == "JPEG2000" and b"\xff\xd9" not in data:
+        raise ImageError("image file is truncated")
+    if image.format == "TIFF":
+        _refuse_what_pillow_misreads(image)
+    image.load()
+    turn = UPRIGHT.get(_orientation(image))
+    rgb = _rgb(image, data)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _refuse_what_pillow_misreads(image: Any) -> None:
+    """Of an opened TIFF: signed samples, taken for unsigned, and uncompressed YCbCr, taken for RGB + padding."""
+    formats = image.tag_v2.get(SAMPLE_FORMAT_TAG, (1,))
+    if any(kind not in (1, 4) for kind in (formats if isinstance(formats, tuple) else (formats,))):
+        raise ImageError("TIFF with signed or floating-point samples; 8- or 16-bit unsigned ones are needed")
+    if image.tag_v2.get(PHOTOMETRIC_TAG) == 6 and image.tile[0][0] != "libtiff":
+        raise ImageError("uncompressed YCbCr TIFF is not supported")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Of a loaded image: Pillow turns TIFFs upright while it loads them, and then says 1."""
+    try:
+        return image.getexif().get(ORIENTATION_TAG, 1)
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF, see decode
+        return 1
+
+
+def _rgb(image: Image.Image, data: bytes) -> Image.Image:
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ImageError(f"samples of mode {image.mode} have no fixed range; 8- or 16-bit unsigned ones are needed")
+    if image.mode.startswith("I"):
+        return _high_byte(image)
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.format == "PNG":
+        _mend_colour_key(image, bit_depth=data[24])
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(rgba, mask=rgba)
+    return white
+
+
+def _high_byte(image: Any) -> Image.Image:
+    """8-bit gray, as RGB, of 16-bit (or, TIFF, 12-bit) gray. Gray that a PNG declares transparent becomes white."""
+    gray_HW = np.asarray(image).astype(np.uint16)
+    bits = image.tag_v2.get(BITS_PER_SAMPLE_TAG, (16,))[0] if image.format == "TIFF" else 16
+    high_HW = (gray_HW >> (bits - 8)).astype(np.uint8)
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_TAG) == 0:  # white is zero; Pillow does not look
+        high_HW = 255 - high_HW
+    if "transparency" in image.info:
+        high_HW[gray_HW == image.info["transparency"]] = 255
+    return Image.fromarray(high_HW).convert("RGB")
+
+
+def _mend_colour_key(image: Image.Image, bit_depth: int) -> None:
+    """Pillow compares a PNG's transparent colour, in the file's bit depth, with pixels stretched to 8 bits."""
+    key = image.info.get("transparency")
+    if image.mode == "L" and isinstance(key, int) and bit_depth < 8:
+        image.info["transparency"] = key * 255 // (2**bit_depth - 1)
+    if image.mode == "RGB" and bit_depth == 16:
+        raise ImageError("16-bit RGB PNG with a transparent colour: its pixels cannot be told apart in 8 bits")

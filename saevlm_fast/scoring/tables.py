@@ -1,0 +1,63 @@
+"""Tables of scores as files: .parquet, .csv or .json, each written whole or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from saevlm_fast.files import atomic_write
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
+
+SUFFIXES = (".parquet", ".csv", ".json")
+
+
+def check_scores_path(path: str | os.PathLike[str]) -> Path:
+    """The path if write_scores can write there. ValueError: a suffix not in SUFFIXES, a directory, a missing parent."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"output: {str(path)!r} does not end in one of {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise ValueError(f"output: {str(path)!r} is a directory")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"output: {str(path.absolute().parent)!r} is not a directory")
+    return path
+
+
+def write_scores(
+    scores: MonosemanticityScores, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes the table as .parquet, .csv or .json, whole or not at all (temporary file, fsync, rename).
+
+    metadata (the SAE and its data, say) joins similarity and n_images: in Parquet's schema metadata, in JSON under
+    "metadata" ({"metadata": {...}, "latents": [{column: value}]}, ms null where undefined), nowhere in CSV (ms "nan").
+    """
+    table = scores.table()
+    write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **(metadata or {})}), path)
+
+
+def write_table(table: pa.Table, path: str | os.PathLike[str]) -> None:
+    """Writes a table with schema metadata as write_scores does; a NaN of any column is null in JSON."""
+    path = check_scores_path(path)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        _write_table(table, path.suffix, file)
+
+
+def _write_table(table: pa.Table, suffix: str, file: BinaryIO) -> None:
+    if suffix == ".parquet":
+        pq.write_table(table, file)
+    elif suffix == ".csv":
+        pa_csv.write_csv(table, file)
+    else:
+        rows = [{name: _json_value(value) for name, value in row.items()} for row in table.to_pylist()]
+        metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+        file.write(json.dumps({"metadata": metadata, "latents": rows}, allow_nan=False).encode())
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value  # JSON has no NaN

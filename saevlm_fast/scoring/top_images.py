@@ -1,0 +1,142 @@
+"""The images on which a latent is most active."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.data.codes import CodeRows, Codes, codes_of_rows
+from saevlm_fast.data.pairing import checked_ids
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
+from saevlm_fast.kernels.grouping import entry_rows
+from saevlm_fast.sae import SparseAutoencoder, evaluating
+
+
+class TopImages(NamedTuple):
+    """Of one latent, the most active first: images int64 [<= n], the numbers of their rows; acts float32 [<= n]."""
+
+    images: Tensor
+    acts: Tensor
+
+
+def top_images(
+    activations: Activations | Codes,
+    latents: Sequence[int] | Tensor,
+    n: int,
+    sae: SparseAutoencoder | None = None,
+    *,
+    batch_rows: int = 4096,
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> list[TopImages]:
+    """The n images on which each of `latents` is most active, in one pass; of equally active ones the earlier first.
+
+    Memory: len(latents) * n, and one chunk of rows.
+
+    Args:
+        activations, sae: as for monosemanticity.score: row i is image i; codes, activations with an SAE, or
+            activations alone, whose neurons are then meant.
+        latents: L different numbers. Only images on which a latent fires count, so it may have fewer than n; a raw
+            neuron has the n largest activations, whatever their sign.
+        on_rows: called with the number of images done.
+
+    Raises:
+        ValueError: latents that are not there or listed twice, n below 1, an SAE of another width, several rows of one
+            image.
+    """
+    require(n >= 1, f"n: {n} must be at least 1")
+    latents_L = torch.as_tensor(latents, dtype=torch.int64)
+    slot_of_latent_S = _slots(latents_L, _n_latents(activations, sae))
+    best = _Best(len(latents_L), n)
+    for (start, rows), _ in zip(_encoded(activations, sae, batch_rows), checked_ids(batch_rows, activations)):
+        if isinstance(rows, CodeRows):
+            acts_M, slots_M, images_M = _chosen_entries(rows, slot_of_latent_S)
+            n_rows = rows.n_rows
+        else:
+            acts_M, slots_M, images_M = _top_of_columns(rows[:, latents_L], n)
+            n_rows = len(rows)
+        best.add(acts_M, slots_M, images_M + start)
+        on_rows(start + n_rows)
+    return best.result()
+
+
+def _n_latents(activations: Activations | Codes, sae: SparseAutoencoder | None) -> int:
+    if isinstance(activations, Codes):
+        require(sae is None, "sae: codes are encoded already; give activations or no SAE")
+        return activations.d_sae
+    d_in = sae.config.d_in if sae else activations.d
+    require(d_in == activations.d, f"sae: d_in is {d_in}, but the activations have width {activations.d}")
+    return sae.config.d_sae if sae else activations.d
+
+
+def _slots(latents_L: Tensor, n_latents: int) -> Tensor:
+    """Where each of the S latents stands in latents_L; -1 for those that are not chosen."""
+    outside_L = (latents_L < 0) | (latents_L >= n_latents)
+    bad = int(latents_L[outside_L][0]) if bool(outside_L.any()) else 0
+    require(not bool(outside_L.any()), f"latents: {bad} is not within 0 to {n_latents - 1}")
+    slots_S = torch.full((n_latents,), -1)
+    slots_S[latents_L] = torch.arange(len(latents_L))
+    n_different = int((slots_S >= 0).sum())
+    require(n_different == len(latents_L), f"latents: {len(latents_L)} are listed, but only {n_different} differ")
+    return slots_S
+
+
+def _encoded(
+    activations: Activations | Codes, sae: SparseAutoencoder | None, batch_rows: int
+) -> Iterator[tuple[int, CodeRows | Tensor]]:
+    """(first row, codes or dense activations [B, S]) of every chunk, on the host."""
+    chunks: Generator[tuple[Any, ...], None, None] = activations.chunks(batch_rows)
+    with closing(chunks):
+        for start, *rows in chunks:
+            if len(rows) == 3:
+                yield start, CodeRows(*rows)
+            elif sae is None:
+                yield start, rows[0]
+            else:
+                with evaluating(sae), torch.inference_mode():
+                    codes = codes_of_rows(sae.encode(rows[0].to(sae.b_dec)))
+                yield start, CodeRows(codes.acts.cpu().float(), codes.latents.cpu(), codes.row_offsets.cpu())
+
+
+def _chosen_entries(codes: CodeRows, slot_of_latent_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(acts, slots, rows) of the chosen latents where they fire, rows ascending."""
+    rows_M, slots_M = entry_rows(codes.latents, codes.row_offsets), slot_of_latent_S[codes.latents]
+    kept_M = (rows_M < codes.n_rows) & (slots_M >= 0) & (codes.acts > 0)
+    return codes.acts[kept_M], slots_M[kept_M], rows_M[kept_M]
+
+
+def _top_of_columns(acts_BL: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(acts, slots, rows) of the n largest of every column; a stable sort, so of equal ones the first rows."""
+    acts_BL, rows_BL = acts_BL.sort(dim=0, descending=True, stable=True)
+    acts_BL, rows_BL = acts_BL[:n], rows_BL[:n]
+    slots_BL = torch.arange(acts_BL.shape[1]).expand_as(rows_BL)
+    return acts_BL.flatten(), slots_BL.flatten(), rows_BL.flatten()
+
+
+class _Best:
+    """The n largest activations of each of L slots so far, sorted by slot, activation descending, image ascending."""
+
+    def __init__(self, n_slots: int, n: int):
+        self.n_slots, self.n = n_slots, n
+        self.acts_M, self.slots_M = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        self.images_M = torch.empty(0, dtype=torch.int64)
+
+    def add(self, acts_M: Tensor, slots_M: Tensor, images_M: Tensor) -> None:
+        """Later images than any before; in one slot, equal activations in the order of their images."""
+        acts_M, slots_M = torch.cat([self.acts_M, acts_M]), torch.cat([self.slots_M, slots_M])
+        images_M = torch.cat([self.images_M, images_M])
+        # Two stable sorts: what is equal in slot and activation stays in the order of images.
+        order_M = acts_M.argsort(descending=True, stable=True)
+        order_M = order_M[slots_M[order_M].argsort(stable=True)]
+        slots_M = slots_M[order_M]
+        ends_L = torch.bincount(slots_M, minlength=self.n_slots).cumsum(0)
+        starts_L = torch.nn.functional.pad(ends_L[:-1], (1, 0))
+        kept_M = torch.arange(len(slots_M)) - starts_L[slots_M] < self.n
+        self.slots_M, order_M = slots_M[kept_M], order_M[kept_M]
+        self.acts_M, self.images_M = acts_M[order_M], images_M[order_M]
+
+    def result(self) -> list[TopImages]:
+        counts = torch.bincount(self.slots_M, minlength=self.n_slots).tolist()
+        return [TopImages(*pair) for pair in zip(self.images_M.split(counts), self.acts_M.split(counts))]

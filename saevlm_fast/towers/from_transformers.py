@@ -1,0 +1,147 @@
+"""Towers of transformers: CLIP, SigLIP(2), DINOv2 and 3, ViT, and the vision part of a LLaVA."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saevlm_fast.errors import require
+from saevlm_fast.towers.hub import local_or_hub
+from saevlm_fast.towers.preprocess import described, transformers_preprocess
+from saevlm_fast.towers.tower import Anatomy, Tower
+
+
+def load_transformers(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> Tower:
+    return local_or_hub(name, spec, lambda source, local: _from_pretrained(source, spec, device, local), on_message)
+
+
+def _from_pretrained(name: str, spec: str, device: torch.device, local: bool) -> Tower:
+    from transformers import AutoConfig, AutoImageProcessor
+
+    config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if not Path(name).is_dir():
+            raise
+        raise ValueError(f"{spec}: {Path(name) / 'preprocessor_config.json'} is missing or unusable") from error
+    return wrap_transformers(_vision_model(name, spec, config, local), processor, spec, device)
+
+
+def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
+    """The vision part of a checkpoint, every weight of it from the file; a head the checkpoint lacks is left off."""
+    import transformers
+
+    vision = getattr(config, "vision_config", config)
+    require(type(vision) in transformers.MODEL_MAPPING, f"{spec}: {type(vision).__name__} belongs to no vision model")
+    plain: Any = transformers.MODEL_MAPPING[type(vision)]
+    options: dict[str, bool] = {}
+    projecting = getattr(transformers, type(vision).__name__.removesuffix("Config") + "ModelWithProjection", None)
+    model_class = plain
+    if projecting is not None and hasattr(config, "projection_dim"):
+        model_class, vision.projection_dim = projecting, config.projection_dim
+    while True:
+        with without_load_report():
+            model, info = model_class.from_pretrained(
+                name, config=vision, local_files_only=local, dtype=torch.float32, weights_only=True,
+                key_mapping={r"^(?:model\.)?vision_tower\.": ""}, output_loading_info=True, **options,
+            )  # fmt: skip
+        missing = sorted(info["missing_keys"])
+        if not missing:
+            return model
+        head = {key.split(".")[0] for key in missing}
+        if "visual_projection" in head:
+            model_class = plain  # if more is missing, it is missing there too
+        elif head == {"pooler"} and not options:
+            options = {"add_pooling_layer": False}
+        elif head == {"head"} and getattr(vision, "vision_use_head", False):
+            vision.vision_use_head = False
+        else:
+            raise ValueError(f"{spec}: {len(missing)} weights of {model_class.__name__} are missing, as {missing[0]}")
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Without transformers' progress bar, and its table of weights missing (checked here) or left over (normal)."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def wrap_transformers(model: nn.Module, processor: Any, spec: str, device: torch.device | str = "cpu") -> Tower:
+    """A tower of a transformers vision model (with or without projection) and its image processor."""
+    import transformers
+
+    preprocess, normalisation = transformers_preprocess(processor, spec)
+    anatomy = transformers_anatomy(model, spec)
+    anatomy.description = described(
+        "transformers", transformers.__version__, type(processor).__name__, processor.to_dict()
+    )
+    return Tower(spec, model, anatomy, preprocess, normalisation, device)
+
+
+def transformers_anatomy(model: Any, spec: str) -> Anatomy:
+    config = model.config
+    n_registers = getattr(config, "num_register_tokens", 0)
+    has_cls = any(name.split(".")[-1] in ("cls_token", "class_embedding") for name, _ in model.named_parameters())
+    patch = getattr(config, "patch_size", None)
+    return Anatomy(
+        blocks=_blocks(model, spec),
+        n_prefix=has_cls + n_registers,
+        has_cls=has_cls,
+        image_points=_image_points(model, has_cls),
+        absent={
+            "projection": f"{type(model).__name__} has no projection",
+            "pooled": "its checkpoint has no pooling head, and there is no CLS token",
+        },
+        width=getattr(config, "hidden_size", None),
+        patch_size=(patch, patch) if isinstance(patch, int) else patch,
+        call=lambda model, inputs: model(**inputs),
+    )
+
+
+def _blocks(model: Any, spec: str) -> Sequence[nn.Module]:
+    """The list as long as the configuration says; convolutional models have stages, but no single number of heads."""
+    n_blocks = getattr(model.config, "num_hidden_layers", 0)
+    if isinstance(getattr(model.config, "num_attention_heads", None), int):
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == n_blocks > 0:
+                return list(module)
+    raise ValueError(f"{spec}: {type(model).__name__} is not a vision transformer with a list of equal blocks")
+
+
+def _image_points(model: Any, has_cls: bool) -> dict[str, tuple[nn.Module, Callable[[Any], Tensor]]]:
+    """Taken from the models' own outputs, which every family names alike."""
+    points: dict[str, tuple[nn.Module, Callable[[Any], Tensor]]] = {}
+    if hasattr(model, "visual_projection"):
+        points["projection"] = model, lambda output: output.image_embeds
+        points["pooled"] = model.vision_model, lambda output: output.pooler_output
+    elif hasattr(model, "head"):  # SigLIP: the pooling head's output is the shared space
+        points["projection"] = points["pooled"] = model, lambda output: output.pooler_output
+    elif getattr(model, "pooler", model) is None:  # ViT without pooler
+        points["pooled"] = model, lambda output: output.last_hidden_state[:, 0]
+    elif has_cls:
+        points["pooled"] = model, lambda output: output.pooler_output
+    return points
+
+
+def vision_part(model: Any) -> nn.Module:
+    """The outermost module whose configuration is the model's vision_config; the model itself if it has none."""
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None:
+        return model
+    for module in model.modules():
+        if type(getattr(module, "config", None)) is type(vision):
+            return module
+    raise ValueError(f"model: {type(model).__name__} has no part for its {type(vision).__name__}")

@@ -1,0 +1,79 @@
+"""Where a model's files come from: the box, a directory, the hub's cache, the hub; and what is said on the way."""
+
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+
+from saevlm_fast.box.models import MODELS, model_directory
+from saevlm_fast.errors import first_line, require
+
+OFFLINE = {
+    "hf": "hf:DIR, a directory with config.json, model.safetensors and preprocessor_config.json",
+    "open_clip": "open_clip:ARCH/FILE.safetensors, or open_clip:local-dir:DIR, a directory with open_clip_config.json "
+    "and open_clip_model.safetensors",
+    "timm": "timm:NAME:FILE.safetensors",
+}
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
+_CONNECT_SECONDS = 5
+Loaded = TypeVar("Loaded")
+
+
+@contextmanager
+def one_line_errors(spec: str) -> Iterator[None]:
+    """The libraries' own errors, which are of many kinds and several lines, as ValueErrors of one line."""
+    try:
+        yield
+    except ValueError as error:
+        message = first_line(error)
+        raise ValueError(message if spec in message else f"{spec}: {message}") from error
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch puts the reason second
+        raise ValueError(f"{spec}: {' '.join(lines[:2])[:300] or type(error).__name__}") from error
+
+
+def local_or_hub(
+    name: str, spec: str, load: Callable[[str, bool], Loaded], on_message: Callable[[str], None]
+) -> Loaded:
+    """load(NAME_OR_DIR, whether from local files alone): a model of the box, a directory, the hub's cache, the hub.
+
+    The box first: a directory that happens to be called tiny-clip is ./tiny-clip.
+    """
+    if name in MODELS:
+        return load(str(model_directory(name)), True)
+    if Path(name).is_dir():
+        require((Path(name) / "config.json").is_file(), f"{spec}: {Path(name) / 'config.json'} is missing")
+        return load(name, True)
+    require(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None, f"{spec}: no directory {name}")
+    try:
+        return load(name, True)
+    except OSError:  # something is not in the cache
+        announce_download(spec, on_message)
+    return load(name, False)
+
+
+def announce_download(spec: str, on_message: Callable[[str], None]) -> None:
+    """Says that a download begins; ValueError at once if the hub does not answer (the libraries retry for minutes)."""
+    from huggingface_hub import constants, get_session
+
+    on_message(f"{spec}: not on this machine, downloading from {constants.ENDPOINT} to {constants.HF_HUB_CACHE}")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_CONNECT_SECONDS)
+    except Exception as error:  # which HTTP library, with exceptions of its own, depends on the hub's version
+        layout = OFFLINE[spec.partition(":")[0]]
+        raise ValueError(
+            f"{spec}: not on this machine, and {constants.ENDPOINT} does not answer ({first_line(error)}); offline, "
+            f"give {layout}"
+        ) from error
+
+
+def cached_file(repo: str, names: Sequence[str]) -> str | None:
+    """The first of these files of a hub repository that is in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    paths = (try_to_load_from_cache(repo, name) for name in names)
+    return next((path for path in paths if isinstance(path, str)), None)

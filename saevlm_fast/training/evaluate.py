@@ -1,0 +1,69 @@
+"""What is measured of an SAE: of one training batch, and of all rows of a set.
+
+Shape suffixes: B rows of a batch, D d_in, S d_sae, M entries.
+"""
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.sae import SparseAutoencoder, evaluating
+from saevlm_fast.training.step import StepOutput, Stepper
+
+Metrics = dict[str, float]
+
+
+@torch.no_grad()
+def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics:
+    """What is logged of one batch, under SAELens' names. Explained variance is 1 - Var(x - x_hat) / Var(x)."""
+    error, total = _variance(x_BD - output.x_hat_BD), _variance(x_BD)
+    config = stepper.sae.config
+    idle = stepper.idle_S >= stepper.config.dead_after
+    return {
+        "losses/overall_loss": float(output.losses.overall),
+        "losses/mse_loss": float(output.losses.mse),
+        "losses/auxiliary_reconstruction_loss": float(output.losses.aux),
+        "metrics/explained_variance": float(1 - error / total),
+        "metrics/l0": float((output.entries.acts_M > 0).sum() / len(x_BD)),
+        "sparsity/dead_features": int(idle.sum()),
+        "details/current_learning_rate": stepper.config.lr_at(stepper.n_steps - 1, config.d_sae),
+        "details/n_training_samples": stepper.n_rows_seen,
+        "details/threshold": float(stepper.sae.threshold),
+    }
+
+
+def _variance(x_BD: Tensor) -> Tensor:
+    """x.var(0, correction=0).sum(), in half the time."""
+    return (x_BD - x_BD.mean(0)).square_().sum() / len(x_BD)
+
+
+def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int = 4096) -> Metrics:
+    """Explained variance, L0, L2 and dead share over all rows, at inference (threshold, not batch selection).
+
+    explained_variance = 1 - sum_d Var(x - x_hat) / sum_d Var(x) over the whole set: the paper's code averages it over
+    batches, which is wrong for small ones (recipe.md section 4). Sums in float64 around b_dec.
+    """
+    device, d_in = sae.b_dec.device, sae.config.d_in
+    sums_4D = torch.zeros(4, d_in, dtype=torch.float64, device=device)
+    fired_S = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
+    n_fired = 0
+    with evaluating(sae):
+        for _, x_BD in activations.chunks(batch_rows):
+            x_BD = x_BD.to(device, sae.b_dec.dtype)
+            codes = sae.encode(x_BD)
+            error_BD = (x_BD - sae.decode(codes)).double()
+            centred_BD = (x_BD - sae.b_dec).double()
+            sums_4D += torch.stack([error_BD, error_BD**2, centred_BD, centred_BD**2]).sum(1)
+            fires_M = (codes.top_acts > 0).flatten().long()
+            fired_S.index_add_(0, codes.top_indices.flatten(), fires_M)
+            n_fired += int(fires_M.sum())
+    n_rows = activations.n_rows
+    means_4D = sums_4D / n_rows
+    error_var, total_var = means_4D[1] - means_4D[0] ** 2, means_4D[3] - means_4D[2] ** 2
+    return {
+        "explained_variance": float(1 - error_var.sum() / total_var.sum()),
+        "l0": n_fired / n_rows,
+        "l2": float(means_4D[1].sum()),
+        "dead_fraction": float((fired_S == 0).double().mean()),
+        "rows": n_rows,
+    }
