@@ -220,7 +220,9 @@ class TrainConfig(Settings):
     clip_norm: float = setting(
         1.0, help="Limit on the gradient's global norm.", paper="1", above=0, on_command_line=False
     )
-    betas: tuple[float, float] = setting((0.9, 0.999), help="Of Adam.", parse=numbers, on_command_line=False)
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), help="Of Adam.", paper="0.9,0.999", parse=numbers, on_command_line=False
+    )
     eps: float = setting(1e-8, help="Of Adam.", on_command_line=False)
     norm_batches: int = setting(
         100,
@@ -352,7 +354,7 @@ class ScoreConfig(Settings):
     ask: int = setting(
         10,
         help="Number of random images asked about, the same for every latent, or white: one white image (as is 0).",
-        paper="white",
+        paper="white, and images of ImageNet",
         at_least=0,
         parse=_images_asked,
     )

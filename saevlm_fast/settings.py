@@ -102,7 +102,7 @@ class Settings:
         ValueError: "steps: 0 must be at least 1", with the field's name, its value and its limit.
     """
 
-    title: ClassVar[str] = "Options"  # of the class, where its settings are listed
+    title: ClassVar[str]  # of a class's own settings, where they are listed
 
     def __post_init__(self) -> None:
         self.check()
@@ -161,6 +161,11 @@ def choices_of(cls: type, name: str) -> tuple[Any, ...]:
 def declared_by(cls: Any, name: str) -> Any:
     """The class that a setting comes from: the furthest base that has it."""
     return [base for base in cls.__mro__ if name in get_annotations(base)][-1]
+
+
+def title_of(cls: Any, name: str) -> str:
+    """Under which a setting is listed: that of the class that it comes from."""
+    return str(vars(declared_by(cls, name)).get("title", "Options"))
 
 
 def default_of(cls: type, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -209,11 +209,19 @@ def ms_score(options: ScoreArguments) -> dict[str, Any]:
     with Bar("score", opened.rows.n_rows, "images") as bar:
         scores = opened.score(options, bar.update)
     write_scores(scores, sources.output, sources.metadata)
-    Record("ms-score", options, sources.output, **sources.metadata, rows=opened.rows.n_rows).write()
+    as_done = replace(options, sae=sources.sae, output=sources.output)
+    Record("ms-score", as_done, sources.output, **sources.metadata, rows=opened.rows.n_rows).write()
     summary = scores.summary()
     _print_summary(summary, sources.name)
     say(f"wrote {sources.output}")
-    return {"output": str(sources.output), **sources.metadata, **asdict(summary)}
+    return {"output": str(sources.output), **sources.metadata, **_as_json(summary)}
+
+
+def _as_json(summary: "ScoreSummary") -> dict[str, Any]:
+    figures = asdict(summary)
+    for name in ("best_latents", "worst_latents"):
+        figures[name] = [{"latent": latent, "ms": ms} for latent, ms in figures[name]]
+    return figures
 
 
 def _print_summary(summary: "ScoreSummary", what: str) -> None:

@@ -18,14 +18,24 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self, get_origin, get_type_hints
+from typing import Any, NamedTuple, Self, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
 
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
 from saevlm_fast.errors import require
-from saevlm_fast.settings import Setting, Settings, choices_of, declared_by, default_of, kinds_of, setting, settings_of
+from saevlm_fast.settings import (
+    Setting,
+    Settings,
+    choices_of,
+    declared_by,
+    default_of,
+    kinds_of,
+    setting,
+    settings_of,
+    title_of,
+)
 
 MADE = "made"  # the table of settings.toml that says how a result was made; nothing is read from it
 
@@ -124,6 +134,7 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
         return
     say(f"dry run: {plan.what}")
     print_pairs((_label(name), _figure(name, value)) for name, value in plan.figures.items() if value is not None)
+    say("Memory and disk are by arithmetic; a time is from a short trial, where none is said to be arithmetic.")
 
 
 def _label(name: str) -> str:
@@ -185,17 +196,17 @@ def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
     brackets = ["required"] if is_needed(cls, name, known) else []
     brackets += [] if (default := default_text(cls, name, known)) is None else [f"default: {default}"]
     text = escape(known.help) + "".join(f"  \\[{each}]" for each in brackets)
-    more: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": declared_by(cls, name).title}
+    more: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": title_of(cls, name)}
     if choices:
         more |= {"metavar": "|".join(choices), "autocompletion": lambda: list(choices)}
     elif get_origin(kind) is tuple:
         more |= {"metavar": "<a,b,...>"}
     if known.positional:
-        told = typer.Argument(**more)
+        told = typer.Argument(None, **more)
     else:
-        told = typer.Option(flag_of(name, known), **more)
-    annotation = Annotated[_typer_kind(kind, known, bool(choices)), told]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        told = typer.Option(None, flag_of(name, known), **more)
+    kind = _typer_kind(kind, known, bool(choices))
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=told, annotation=kind)
 
 
 def _typer_kind(kind: Any, known: Setting, has_choices: bool) -> Any:
@@ -219,7 +230,7 @@ def arguments(name: str, cls: Any, values: Mapping[str, Any]) -> Any:
         for other in known[field].instead_of:
             from_file.pop(other, None)
     given = from_file | given
-    for field in known:
+    for field, _ in ordered(cls):
         if is_needed(cls, field, known[field]) and field not in given:
             key, flag = key_of(field, known[field]), flag_of(field, known[field])
             raise ValueError(f"{key}: needed; give {flag}, or {key} in the file of --config")

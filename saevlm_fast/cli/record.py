@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast import __version__
-from saevlm_fast.cli.options import MADE, Options, key_of
-from saevlm_fast.settings import settings_of
+from saevlm_fast.cli.options import MADE, Options, key_of, ordered
 
 SETTINGS_FILE = "settings.toml"
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pyarrow", "transformers", "open_clip_torch", "timm")
@@ -43,9 +42,11 @@ class Record:
 
         from saevlm_fast.files import atomic_write
 
-        document = {self.command: recorded(self.options), MADE: made_by(self.options) | {"resolved": self.resolved}}
-        note = f"# Repeat it: saevlm-fast {self.command} --config {SETTINGS_FILE}, and another --output\n"
-        with atomic_write(settings_path(self.result)) as temporary:
+        made = made_by(self.options) | ({"resolved": self.resolved} if self.resolved else {})
+        document = {self.command: recorded(self.options), MADE: made}
+        path = settings_path(self.result)
+        note = f"# Repeat it: saevlm-fast {self.command} --config {path.name}, and another --output\n"
+        with atomic_write(path) as temporary:
             temporary.write_text(note + tomli_w.dumps(document), encoding="utf-8")
         self.written = True
 
@@ -54,7 +55,7 @@ def recorded(options: Options) -> dict[str, Any]:
     """The settings as TOML has them: paths are absolute, and what was left open is not there."""
     values: dict[str, Any] = {}
     cls: Any = type(options)
-    for name, known in settings_of(cls).items():
+    for name, known in ordered(cls):
         value = getattr(options, name)
         if not known.recorded or value is None:
             continue

@@ -33,9 +33,10 @@ class SyntheticArguments(WorkOptions):
 def plan(options: SyntheticArguments) -> Plan:
     """What would be written, the time from a block of images."""
     check_writable(options.output)
-    n_block = min(options.rows, 1024)
+    source, n_block = options.source(), min(options.rows, 1024)
+    source.block(0, n_block)  # warms up
     start = time.perf_counter()
-    options.source().block(0, n_block)
+    source.block(0, n_block)
     seconds = (time.perf_counter() - start) * options.rows / n_block
     n_bytes = 4 * options.rows * (options.d_in + options.d_embedding)
     return Plan(
