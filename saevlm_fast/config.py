@@ -4,12 +4,12 @@ Nothing here imports torch, so that the command line can show its help without i
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from saevlm_fast.errors import require
+from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.settings import Settings, integer, number_or_auto, numbers, same_as, setting
 
 Architecture = Literal["topk", "batch_topk", "matryoshka"]
@@ -261,7 +261,7 @@ class RunOptions(Settings):
     """Where a training run goes and how it is watched."""
 
     title = "The run"
-    output: Path = setting(help="Run directory.")
+    output: Path | None = setting(None, help="Run directory.", shown="nothing is written")
     device: str = setting("auto", help=DEVICE_HELP)
     log_every: int | None = setting(
         None, help="Steps between two logged lines.", shown="steps / 100, at most 100", at_least=1
@@ -279,6 +279,11 @@ class RunOptions(Settings):
     def check(self) -> None:
         super().check()
         require(not (self.resume and self.force), "resume and force exclude each other")
+        if self.output is None:
+            given = [name for name in ("checkpoint_every", "resume", "force") if getattr(self, name)]
+            require(not given, f"{', '.join(given)}: of a run without an output directory nothing is kept")
+            return
+        object.__setattr__(self, "output", Path(self.output))
         blocked = next((p for p in (Path(self.output), *Path(self.output).parents) if p.is_file()), None)
         require(blocked is None, f"output: {self.output} cannot be a directory, {blocked} is a file")
 
@@ -404,3 +409,16 @@ class DemoOptions(Settings):
     output: Path = setting(Path("demo"), help="Directory for the SAEs, scores, table and picture.")
     device: str = setting("auto", help=DEVICE_HELP)
     force: bool = setting(False, help="Replace the demo in --output.", shown="go on with it", recorded=False)
+
+
+def keyword_settings(who: str, given: Mapping[str, Any], *kinds: Any) -> list[dict[str, Any]]:
+    """Settings given by name, one dict for each of the dataclasses whose fields they are.
+
+    Raises:
+        ValueError: a name that is a field of none of them, with the nearest that is; `who` takes the settings.
+    """
+    known = [{each.name for each in fields(kind)} for kind in kinds]
+    for name in given:
+        every = sorted(set().union(*known))
+        require(name in every, f"{name}: no setting of {who}{did_you_mean(name, every)}")
+    return [{name: value for name, value in given.items() if name in names} for names in known]

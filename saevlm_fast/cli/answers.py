@@ -64,18 +64,19 @@ def steered_answers(options: AnswerArguments, only: bool = False) -> "SteeredAns
     )
 
 
-def weight_bytes(asking: "SteeredAnswers") -> int:
+def weight_bytes(answerer: "SteeredAnswers") -> int:
     """Of the model and the SAE."""
-    parts = (*asking.model.parameters(), *asking.sae.parameters())
+    parts = (*answerer.model.parameters(), *answerer.sae.parameters())
     return sum(parameter.numel() * parameter.element_size() for parameter in parts)
 
 
-def seconds_an_answer(asking: "SteeredAnswers", question: Any, n: int) -> float:
+def seconds_an_answer(answerer: "SteeredAnswers", question: Any, n: int) -> float:
     """From one batch of at most n answers, after one answer that warms up."""
-    from saevlm_fast.steering.answers import Row
 
-    rows = [Row(question, ())] * min(n, asking.batch_size)
-    asking.answers(rows[:1])
+    from saevlm_fast.steering.answers import SteeredRow
+
+    rows = [SteeredRow(question, ())] * min(n, answerer.batch_size)
+    answerer.answers(rows[:1])
     start = time.perf_counter()
-    asking.answers(rows)
+    answerer.answers(rows)
     return (time.perf_counter() - start) / len(rows)

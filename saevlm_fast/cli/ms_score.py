@@ -18,7 +18,7 @@ from saevlm_fast.settings import setting
 if TYPE_CHECKING:
     import torch
 
-    from saevlm_fast.data.codes import Codes
+    from saevlm_fast.data.codes import StoredCodes
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, ScoreSummary
@@ -129,7 +129,7 @@ class Sources:
 class Opened:
     """The sources, opened on a device."""
 
-    rows: "Activations | Codes"
+    rows: "Activations | StoredCodes"
     embeddings: "Activations"
     sae: "SparseAutoencoder | None"
     device: "torch.device"

@@ -11,7 +11,6 @@ What is given on the command line wins over the file, and the file over the defa
 makes the options; the command prints its tables and returns what --json prints.
 """
 
-import difflib
 import inspect
 import os
 import tomllib
@@ -24,7 +23,7 @@ import typer
 from rich.markup import escape
 
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
-from saevlm_fast.errors import require
+from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.settings import (
     Setting,
     Settings,
@@ -263,7 +262,7 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid TOML ({error})") from None
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
     for table in tables:
-        near = _near(table, [*COMMANDS, MADE])
+        near = did_you_mean(table, COMMANDS)
         require(table.replace("_", "-") in COMMANDS or table == MADE, f"{path}: [{table}] is not a command{near}")
     top = {key: value for key, value in document.items() if key not in tables}
     own = next((tables[table] for table in tables if table.replace("_", "-") == name), {})
@@ -277,14 +276,9 @@ def _checked(table: Mapping[str, Any], path: Path, name: str, cls: Any) -> dict[
     for key, value in table.items():
         field = fields.get(key.replace("-", "_"))
         if field is None:
-            raise ValueError(f"{path}: {key!r} is not a setting of {name}{_near(key.replace('-', '_'), fields)}")
+            raise ValueError(f"{path}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}")
         found[field] = _from_file(f"{path}: {key}", kinds_of(cls)[field], settings[field], value)
     return found
-
-
-def _near(key: str, names: Any) -> str:
-    near = difflib.get_close_matches(key, names, 1)
-    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(names))}"
 
 
 def _from_file(where: str, kind: Any, known: Setting, value: Any) -> Any:

@@ -57,22 +57,22 @@ class SteerArguments(AnswerArguments):
 def plan(options: SteerArguments) -> Plan:
     """What would be asked; the time from a batch of answers without an edit."""
     edits, picture = options.edits(), options.picture()
-    asking = steered_answers(options, options.only)
+    answerer = steered_answers(options, options.only)
     for edit in edits:
         require(
-            0 <= edit.latent < asking.sae.config.d_sae,
-            f"latent: {edit.latent} of an SAE whose latents are 0 to {asking.sae.config.d_sae - 1}",
+            0 <= edit.latent < answerer.sae.config.d_sae,
+            f"latent: {edit.latent} of an SAE whose latents are 0 to {answerer.sae.config.d_sae - 1}",
         )
     n = len(edits) + 2
-    seconds = seconds_an_answer(asking, asking.ask(picture, options.prompt), n)
-    device = asking.sae.b_dec.device
+    seconds = seconds_an_answer(answerer, answerer.ask(picture, options.prompt), n)
+    device = answerer.sae.b_dec.device
     return Plan(
         f"{n} answers of {options.model} about {options.image}",
         {
             "answers": n,
             "most_tokens_each": options.max_new_tokens,
             "image": f"{picture.width} x {picture.height}",
-            **memory_figures(device, weight_bytes(asking)),
+            **memory_figures(device, weight_bytes(answerer)),
             "time_seconds": seconds * n,
         },
     )
@@ -81,14 +81,15 @@ def plan(options: SteerArguments) -> Plan:
 @command("steer", plan=plan)
 def steer(options: SteerArguments) -> dict[str, Any]:
     """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
-    from saevlm_fast.steering.answers import Row
+
+    from saevlm_fast.steering.answers import SteeredRow
 
     edits, picture = options.edits(), options.picture()
-    asking = steered_answers(options, options.only)
-    question = asking.ask(picture, options.prompt)
-    rows = [Row(question, None), Row(question, ()), *(Row(question, (edit,)) for edit in edits)]
+    answerer = steered_answers(options, options.only)
+    question = answerer.ask(picture, options.prompt)
+    rows = [SteeredRow(question, None), SteeredRow(question, ()), *(SteeredRow(question, (edit,)) for edit in edits)]
     with Bar("steer", len(rows), "answers", lines=False) as bar:
-        unsteered, attached, *steered = asking.answers(rows, bar.update)
+        unsteered, attached, *steered = answerer.answers(rows, bar.update)
     answers = [("-", "no SAE", unsteered), ("-", "SAE, no edit", attached)]
     answers += [(str(latent), f"{alpha:g}", text) for (latent, alpha), text in zip(options.tried, steered)]
     print_table((Column("latent", justify="right"), "alpha", Column("answer", overflow="fold")), answers)
@@ -97,7 +98,7 @@ def steer(options: SteerArguments) -> dict[str, Any]:
         "sae": str(options.sae),
         "image": str(options.image),
         "prompt": options.prompt,
-        **asking.settings,
+        **answerer.settings,
         "controls": {"unsteered": unsteered, "sae_attached": attached},
         "steered": [
             {"latent": latent, "alpha": alpha, "answer": text} for (latent, alpha), text in zip(options.tried, steered)

@@ -14,7 +14,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.settings import integer, integers, same_as, setting
 
 if TYPE_CHECKING:
-    from saevlm_fast.data.codes import Codes
+    from saevlm_fast.data.codes import StoredCodes
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.images.sources import ImageSource
     from saevlm_fast.steering.score import SteeringScores
@@ -57,7 +57,7 @@ class SteeringScoreArguments(AnswerArguments):
 class Inputs:
     """What is read, opened, and what is measured."""
 
-    codes: "Codes"
+    codes: "StoredCodes"
     embeddings: "Activations"
     images: "ImageSource"
     config: ScoreConfig
@@ -111,9 +111,9 @@ def plan(options: SteeringScoreArguments) -> Plan:
     firing = sum(latent in alive for latent in latents)
     n_asked = max(1, inputs.config.ask)
     n = firing * len(PER_LATENT) * n_asked + 2 * n_asked
-    asking = steered_answers(options)
-    question = asking.ask(Image.new("RGB", (336, 336), "white"), inputs.config.prompt)
-    seconds = seconds_an_answer(asking, question, n)
+    answerer = steered_answers(options)
+    question = answerer.ask(Image.new("RGB", (336, 336), "white"), inputs.config.prompt)
+    seconds = seconds_an_answer(answerer, question, n)
     return Plan(
         f"steering score of {len(latents):,} latents of {options.sae} in {options.model}",
         {
@@ -123,7 +123,7 @@ def plan(options: SteeringScoreArguments) -> Plan:
             "images_asked_about": n_asked,
             "answers": n,
             "most_tokens_each": options.max_new_tokens,
-            **memory_figures(asking.sae.b_dec.device, weight_bytes(asking)),
+            **memory_figures(answerer.sae.b_dec.device, weight_bytes(answerer)),
             **disk_figures(options.output, _ROW_BYTES * len(latents)),
             "an_answer_seconds": seconds,
             "all_answers_seconds": seconds * n,
@@ -139,11 +139,11 @@ def steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
     from saevlm_fast.towers.text import load_text_encoder
 
     inputs = open_inputs(options)
-    asking = steered_answers(options)
+    answerer = steered_answers(options)
     encoder = load_text_encoder(options.text_model, resolve_device(options.device), on_message=tell)
     with Bar("steer", unit="answers") as bar:
         scores = score(
-            asking, inputs.images, inputs.codes, inputs.embeddings, encoder, inputs.config, inputs.run, bar.update
+            answerer, inputs.images, inputs.codes, inputs.embeddings, encoder, inputs.config, inputs.run, bar.update
         )
     Record("steering-score", options, options.output, latents=len(scores.table)).write()
     _print_scores(scores)

@@ -155,8 +155,9 @@ class Bar:
             return
         left = f"{((self.total or done) - done) / rate:.0f} s left" if rate > 0 and not last else ""
         of_all = "" if self.total is None else f"/{self.total:,}"
+        counted = "" if self.unit in ("it", "B", "") else f" {self.unit}"
         out.print(
-            "  ".join(filter(None, (f"{self.what} {done:,}{of_all}", shown, left, self.text))),
+            "  ".join(filter(None, (f"{self.what} {done:,}{of_all}{counted}", shown, left, self.text))),
             highlight=False,
             soft_wrap=True,
         )

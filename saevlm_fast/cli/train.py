@@ -95,16 +95,11 @@ def open_inputs(options: TrainArguments) -> Inputs:
 def plan(options: TrainArguments) -> Plan:
     """What would be trained; the time from two steps on random rows."""
     from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.sae import CONFIG_FILE
-    from saevlm_fast.training.checkpoints import CHECKPOINTS, METRICS_FILE, RUN_FILE, latest_checkpoint
+    from saevlm_fast.training.checkpoints import RunDirectory, latest_checkpoint
 
     device = resolve_device(options.device)
     check_writable(options.output)
-    used = any((options.output / name).exists() for name in (RUN_FILE, CONFIG_FILE, CHECKPOINTS, METRICS_FILE))
-    require(
-        not used or options.resume or options.force,
-        f"output: {options.output} already holds a run; use --resume to continue or --force to replace",
-    )
+    RunDirectory(options.output, options.checkpoint_every, options.resume, options.force).used()
     inputs = open_inputs(options)
     sae, config, n_rows = inputs.sae, inputs.config, inputs.data.n_rows
     batch_size = min(config.batch_size, n_rows)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from saevlm_fast.config import Architecture, RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.demo.contact_sheet import Row, Section, draw_sheet
-from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, spearman
+from saevlm_fast.demo.contact_sheet import LatentRow, Section, draw_sheet
+from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, scene_words, spearman
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, RECIPE, TOWER, SceneStores
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, accumulate
-from saevlm_fast.scoring.naming import latent_directions, nearest_words, scene_words
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, streamed_score
+from saevlm_fast.scoring.naming import latent_directions, nearest_words
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.towers.text import load_text_encoder
 from saevlm_fast.training.evaluate import Metrics
@@ -94,7 +94,7 @@ class Scored:
         device = "cpu" if sae is None else sae.b_dec.device
         self.activations: Activations = open_activations(test_on.activations)
         embeddings = open_activations(test_on.embeddings)
-        self.sums: StreamedScore = accumulate(self.activations, embeddings, sae, device=device, on_rows=on_rows)
+        self.sums: StreamedScore = streamed_score(self.activations, embeddings, sae, device=device, on_rows=on_rows)
         self.scores: MonosemanticityScores = self.sums.result()
         labels = scene_labels(self.activations.items()["image"].to_pylist())
         truth = latent_concepts(self.activations, *labels, sae, device=device)
@@ -132,11 +132,11 @@ class Scored:
             f"{_TITLES[self.name]}: the best {len(rows)} by Monosemanticity Score, one of each name", rows, unit
         )
 
-    def _rows(self, latents: list[int], names: list[list[str]]) -> list[Row]:
+    def _rows(self, latents: list[int], names: list[list[str]]) -> list[LatentRow]:
         source = open_scenes(f"{PREFIX}test:{self.activations.n_rows}")
         tops = top_images(self.activations, latents, _IMAGES, self.sae) if latents else []
         return [
-            Row(latent, float(self.scores.ms[latent]), int(self.scores.n_active[latent]), name,
+            LatentRow(latent, float(self.scores.ms[latent]), int(self.scores.n_active[latent]), name,
                 [decode(source.read(i)) for i in top.images.tolist()], top.acts.tolist(),
                 f"labels: {CONCEPTS[int(self.value_S[latent])].name}, purity {float(self.purity_S[latent]):.2f}")
             for latent, name, top in zip(latents, names, tops)

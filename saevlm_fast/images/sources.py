@@ -12,12 +12,20 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saevlm_fast.errors import ImageError
+from saevlm_fast.errors import ImageError, require
 
-IMAGE_SUFFIXES = tuple(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .pfm "
-    ".jp2 .j2k .j2c .jpc .jpf .jpx".split()
-)
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 
 
 class ImageSource(Protocol):
@@ -47,8 +55,7 @@ class Names:
         self.name, self.n_ignored = name, n_ignored
         self._ids = _strings(ids)
         self._labels = _strings(labels).dictionary_encode()
-        if len(self._ids) == 0:
-            raise ValueError(f"images: {name}: no images in it")
+        require(len(self._ids) > 0, f"images: {name}: no images in it")
         if pc.count_distinct(self._ids).as_py() != len(self._ids):
             counts = pc.value_counts(self._ids)
             twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -91,15 +98,13 @@ def directory_of(path: str) -> str | None:
 
 
 def not_empty(data: bytes) -> bytes:
-    if not data:
-        raise ImageError("empty file")
+    require(len(data) > 0, "empty file", ImageError)
     return data
 
 
 def read_file(path: str) -> bytes:
     # Not is-it-there by trying: opening a named pipe would wait for ever.
-    if not os.path.isfile(path):
-        raise ImageError("no such file, or not a regular one")
+    require(os.path.isfile(path), "no such file, or not a regular one", ImageError)
     try:
         with open(path, "rb") as file:
             return not_empty(file.read())
@@ -108,8 +113,7 @@ def read_file(path: str) -> bytes:
 
 
 def refuse_split(name: str, split: str) -> None:
-    if split:
-        raise ValueError(f"images: {name}: has no splits, but {split!r} was asked for")
+    require(split == "", f"images: {name}: has no splits, but {split!r} was asked for")
 
 
 def relative_paths(files: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saevlm_fast.errors import ImageError, first_line
+from saevlm_fast.errors import ImageError, first_line, require
 from saevlm_fast.images.sources import Names, not_empty, read_file, refuse_split, relative_paths
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class ParquetSource(Names):
             loaded = self._group = (group, self._load(group))
         cell = loaded[1][i - int(self._start_G[group])].as_py()
         data = cell["bytes"] if isinstance(cell, dict) else cell
-        if data is None:
-            raise ImageError("no bytes are stored")
+        require(data is not None, "no bytes are stored", ImageError)
         return not_empty(data)
 
     def _load(self, group: int) -> pa.ChunkedArray:
@@ -89,15 +88,15 @@ def _files_of_split(files: list[str], name: str, split: str) -> list[int]:
     """Numbers of the files called SPLIT-00000-of-00014.parquet, as on the hub; of all files if none is called so."""
     matches = [re.fullmatch(r"(?:.*/)?([^/]+)-\d+-of-\d+\.parquet", file) for file in files]
     splits = sorted({match[1] for match in matches if match})
-    if split not in splits and (split or len(splits) > 1):
-        what = f"no split {split!r}" if split else "holds several splits"
-        raise ValueError(f"images: {name}: {what}; add ::SPLIT, one of: {', '.join(splits) or '(none)'}")
+    what = f"no split {split!r}" if split else "holds several splits"
+    known = split in splits or (not split and len(splits) <= 1)
+    require(known, f"images: {name}: {what}; add ::SPLIT, one of: {', '.join(splits) or '(none)'}")
     return [number for number, match in enumerate(matches) if not split or (match and match[1] == split)]
 
 
 def _same(column: str, found: str, file: str) -> str:
-    if column not in ("", found):
-        raise ValueError(f"images: {file}: the image column is {found!r}, in the files before it {column!r}")
+    same = column in ("", found)
+    require(same, f"images: {file}: the image column is {found!r}, in the files before it {column!r}")
     return found
 
 
@@ -109,9 +108,9 @@ def _image_column(schema: pa.Schema, file: str) -> str:
 
 
 def _only(columns: list[str], existing: str, file: str) -> str:
-    if len(columns) != 1 and "image" not in columns:
-        what = f"several image columns ({', '.join(columns)})" if columns else f"no image column among {existing}"
-        raise ValueError(f"images: {file}: {what}; one is needed, or one called image")
+    what = f"several image columns ({', '.join(columns)})" if columns else f"no image column among {existing}"
+    clear = len(columns) == 1 or "image" in columns
+    require(clear, f"images: {file}: {what}; one is needed, or one called image")
     return "image" if "image" in columns else columns[0]
 
 
@@ -172,8 +171,7 @@ class SavedDatasetSource(Names):
 
     def read(self, i: int) -> bytes:
         cell = self._dataset[i][self._column]
-        if cell is None:
-            raise ImageError("no image is stored")
+        require(cell is not None, "no image is stored", ImageError)
         if cell["bytes"] is None:
             return read_file(cell["path"] or "")
         return not_empty(cell["bytes"])
@@ -209,9 +207,8 @@ def _folder_of_split(folder: str, split: str) -> str:
             splits = [str(name) for name in json.load(file)["splits"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"images: {index}: damaged: {first_line(error)}") from error
-    if split not in splits:
-        what = f"no split {split!r}" if split else "a dataset with splits"
-        raise ValueError(f"images: {folder}: {what}; add ::SPLIT, one of: {', '.join(splits)}")
+    what = f"no split {split!r}" if split else "a dataset with splits"
+    require(split in splits, f"images: {folder}: {what}; add ::SPLIT, one of: {', '.join(splits)}")
     return os.path.join(folder, split)
 
 

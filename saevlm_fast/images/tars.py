@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from saevlm_fast.errors import ImageError, first_line
+from saevlm_fast.errors import ImageError, first_line, require
 from saevlm_fast.images.sources import Names, directory_of, is_image, not_empty, relative_paths
 
 MAX_CLASS_BYTES = 1 << 16  # of a .cls member: a label, not a file
@@ -35,8 +35,7 @@ class TarSource(Names):
             # One at a time: thousands of shards must not mean thousands of open files.
             opened = self._open = (shard, _Descriptor(self._shards[shard]))
         data = os.pread(opened[1].number, size, int(self._offset_M[i]))
-        if len(data) != size:
-            raise ImageError("the archive has become shorter since it was indexed")
+        require(len(data) == size, "the archive has become shorter since it was indexed", ImageError)
         return not_empty(data)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,10 +103,10 @@ def _refuse_compressed(shard: str) -> None:
     with open(shard, "rb") as file:
         start = file.read(8)
     for magic, method in COMPRESSED.items():
-        if start.startswith(magic):
-            raise ValueError(
-                f"images: {shard}: compressed ({method}); uncompress it first: images are read from the middle of it"
-            )
+        require(
+            not start.startswith(magic),
+            f"images: {shard}: compressed ({method}); uncompress it first: images are read from the middle of it",
+        )
 
 
 def _members(shard: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -121,5 +120,7 @@ def _members(shard: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             end = os.pread(file.fileno(), TAR_BLOCK, archive.offset)
     except tarfile.TarError as error:
         raise ValueError(f"images: {shard}: damaged or truncated tar archive: {first_line(error)}") from error
-    if end != bytes(TAR_BLOCK):
-        raise ValueError(f"images: {shard}: damaged or truncated tar archive: no end-of-archive mark where one belongs")
+    require(
+        end == bytes(TAR_BLOCK),
+        f"images: {shard}: damaged or truncated tar archive: no end-of-archive mark where one belongs",
+    )

@@ -52,10 +52,13 @@ def test_a_table_of_another_command_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz = 4", "'stepz' is not a setting of train; did you mean steps?"),
-        ("[train]\ncheckpoint-evry = 4", "'checkpoint-evry' is not a setting of train; did you mean checkpoint_every?"),
+        ("stepz = 4", "'stepz' is not a setting of train; did you mean 'steps'?"),
+        (
+            "[train]\ncheckpoint-evry = 4",
+            "not a setting of train; did you mean 'checkpoint_every'?",
+        ),
         ("dry_run = true", "'dry_run' is not a setting of train"),
-        ("[trian]\nsteps = 4", "[trian] is not a command; did you mean train?"),
+        ("[trian]\nsteps = 4", "[trian] is not a command; did you mean 'train'?"),
         ("steps = 'many'", "run.toml: steps = 'many' is not a whole number"),
         ("steps = 1.5", "run.toml: steps = 1.5 is not a whole number"),
         ("steps = true", "run.toml: steps = True is not a whole number"),

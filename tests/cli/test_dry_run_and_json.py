@@ -26,23 +26,13 @@ def commands(data, sae, pictures, output):
     files = "--activations", data / "activations.npy", "--embeddings", data / "embeddings.npy"
     size = "--d-sae", 64, "--k", 4, "--steps", 5, "--batch-size", 64
     images = "--model", f"hf:{pictures / 'clip'}", "--images", pictures / "photos", "--layer", 1, "--device", "cpu"
+    pooled = "--pool", "mean", "--tokens", "all"
     return {
         "synthetic": ("synthetic", output, "--rows", 20),
         "train": ("train", *files[:2], "--output", output, *size),
         "ms-score": ("ms-score", *files, "--sae", sae, "--output", output.with_suffix(".json")),
         "harvest": ("harvest", *images, "--output", output),
-        "codes": (
-            "harvest",
-            *images,
-            "--output",
-            output,
-            "--sae",
-            pictures / "sae",
-            "--pool",
-            "mean",
-            "--tokens",
-            "all",
-        ),
+        "codes": ("harvest", *images, "--output", output, "--sae", pictures / "sae", *pooled),
     }
 
 
@@ -85,7 +75,8 @@ def test_the_figures_of_a_dry_run_are_those_of_the_work(data, sae, pictures, tmp
         ("ms-score", ("--sae", "none"), "no such file"),
         ("harvest", ("--images", "none"), "none"),
         ("harvest", ("--layer", 3), "layer"),
-        ("codes", ("--tokens", "random:99"), "random:99"),
+        ("harvest", ("--tokens", "random:99"), "random:99"),
+        ("codes", ("--tokens", "cls"), "sae: an SAE reads one point and one choice of tokens"),
     ],
 )
 def test_a_dry_run_refuses_what_the_work_refuses(name, more, message, data, sae, pictures, tmp_path):

