@@ -56,14 +56,27 @@ BACKGROUNDS, BACKDROPS, COUNTS = (VALUES[factor] for factor in SCENE_FACTORS)
 HELD_OUT = {shape: COLOURS[(3 * s + 1) % len(COLOURS)] for s, shape in enumerate(SHAPES)}
 
 _COLOUR_RGB = {
-    "red": (220, 30, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "pink": (255, 135, 190),
-    "green": (45, 170, 55), "cyan": (70, 225, 240), "blue": (40, 80, 230), "purple": (145, 45, 190),
-    "white": (250, 250, 250), "black": (15, 15, 15),
-}  # fmt: skip
+    "red": (220, 30, 35),
+    "orange": (250, 135, 20),
+    "yellow": (250, 225, 40),
+    "pink": (255, 135, 190),
+    "green": (45, 170, 55),
+    "cyan": (70, 225, 240),
+    "blue": (40, 80, 230),
+    "purple": (145, 45, 190),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
 _BACKGROUND_RGB = {
-    "teal": (20, 105, 110), "navy": (32, 42, 105), "olive": (105, 105, 35), "maroon": (105, 25, 50),
-    "beige": (225, 205, 165), "gray": (150, 150, 150), "lavender": (195, 180, 230), "mint": (175, 230, 195),
-}  # fmt: skip
+    "teal": (20, 105, 110),
+    "navy": (32, 42, 105),
+    "olive": (105, 105, 35),
+    "maroon": (105, 25, 50),
+    "beige": (225, 205, 165),
+    "gray": (150, 150, 150),
+    "lavender": (195, 180, 230),
+    "mint": (175, 230, 195),
+}
 _LIGHTER_PATTERN = ("black", "blue", "red")  # the others' pattern is darker than they are
 _RADII = {"small": 6.0, "medium": 8.4, "big": 11.2}  # pixels, each up to 4 % smaller or larger
 
@@ -313,11 +326,15 @@ def _cloudy(values_N49: np.ndarray) -> np.ndarray:
 
 def _paint_objects(canvas: np.ndarray, masks: np.ndarray, draw: _Draws, objects: np.ndarray) -> None:
     """Paints every object into its own quadrant of the canvas, all M objects at once, and notes their masks."""
-    numbers = {
-        "radius": draw.between(0.96, 1.04, MAX_OBJECTS), "turn": draw.between(-0.11, 0.11, MAX_OBJECTS),
-        "x": draw.between(-1, 1, MAX_OBJECTS), "y": draw.between(-1, 1, MAX_OBJECTS),
-        "phase_x": draw.between(0, 1, MAX_OBJECTS), "phase_y": draw.between(0, 1, MAX_OBJECTS),
-    }  # fmt: skip
+    limits = {
+        "radius": (0.96, 1.04),
+        "turn": (-0.11, 0.11),
+        "x": (-1, 1),
+        "y": (-1, 1),
+        "phase_x": (0, 1),
+        "phase_y": (0, 1),
+    }
+    numbers = {name: draw.between(low, high, MAX_OBJECTS) for name, (low, high) in limits.items()}  # in this order
     jitter = draw.between(-12, 12, 3 * MAX_OBJECTS).reshape(-1, MAX_OBJECTS, 3)
     scene, slot = np.nonzero(objects[:, :, 0] >= 0)
     shape, colour, texture, size, place = objects[scene, slot].T
@@ -372,9 +389,13 @@ def _paints(colour: np.ndarray, jitter_MC: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _patterns(
-    texture: np.ndarray, u: np.ndarray, v: np.ndarray, distance: np.ndarray, radius: np.ndarray,
+    texture: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+    distance: np.ndarray,
+    radius: np.ndarray,
     of_object: dict[str, np.ndarray],
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """How much of the pattern's colour each pixel has, float32 [M, cell, cell] in [0, 1]."""
     phase_x, phase_y = of_object["phase_x"][:, None, None], of_object["phase_y"][:, None, None]
     pattern = np.zeros_like(u)

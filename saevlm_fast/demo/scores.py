@@ -105,11 +105,18 @@ class Scored:
         seen_S = self._seen()
         ms_L, purity_L = self.scores.ms[seen_S], self.purity_S[seen_S]
         return Measured(
-            self.name, len(self.scores.ms), int(self.scores.ms.isfinite().sum()), len(ms_L),
-            None if metrics is None else metrics["explained_variance"], None if metrics is None else metrics["l0"],
-            float(ms_L.mean()), float(ms_L.std(correction=0)), float(ms_L.max()) if len(ms_L) else math.nan,
-            float(purity_L.mean()), spearman(ms_L, purity_L) if len(ms_L) >= 2 else math.nan,
-        )  # fmt: skip
+            name=self.name,
+            latents=len(self.scores.ms),
+            defined=int(self.scores.ms.isfinite().sum()),
+            seen=len(ms_L),
+            explained_variance=None if metrics is None else metrics["explained_variance"],
+            l0=None if metrics is None else metrics["l0"],
+            ms_mean=float(ms_L.mean()),
+            ms_std=float(ms_L.std(correction=0)),
+            ms_best=float(ms_L.max()) if len(ms_L) else math.nan,
+            purity=float(purity_L.mean()),
+            correlation=spearman(ms_L, purity_L) if len(ms_L) >= 2 else math.nan,
+        )
 
     def _seen(self) -> Tensor:
         return self.scores.ms.isfinite() & (self.scores.n_active >= _ENOUGH)
@@ -136,11 +143,17 @@ class Scored:
         source = open_scenes(f"{PREFIX}test:{self.activations.n_rows}")
         tops = top_images(self.activations, latents, _IMAGES, self.sae) if latents else []
         return [
-            LatentRow(latent, float(self.scores.ms[latent]), int(self.scores.n_active[latent]), name,
-                [decode(source.read(i)) for i in top.images.tolist()], top.acts.tolist(),
-                f"labels: {CONCEPTS[int(self.value_S[latent])].name}, purity {float(self.purity_S[latent]):.2f}")
-            for latent, name, top in zip(latents, names, tops)
-        ]  # fmt: skip
+            LatentRow(
+                latent=latent,
+                score=float(self.scores.ms[latent]),
+                n_active=int(self.scores.n_active[latent]),
+                names=words,
+                images=[decode(source.read(i)) for i in top.images.tolist()],
+                activations=top.acts.tolist(),
+                note=f"labels: {CONCEPTS[int(self.value_S[latent])].name}, purity {float(self.purity_S[latent]):.2f}",
+            )
+            for latent, words, top in zip(latents, names, tops)
+        ]
 
 
 def picture(scored: list[Scored], steering: Section) -> "Image":

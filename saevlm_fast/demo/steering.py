@@ -118,8 +118,9 @@ def _colour_latents(pooled_NS: Tensor, objects_NOF: np.ndarray, setting_NF: np.n
     purity_S = latent_concepts(pooled, objects_NOF, setting_NF).purity_S
     return [
         (latent, value.name, float(purity_S[latent]))
-        for latent, value in zip(seen.tolist(), values) if value is not None and value.factor == "colour"
-    ]  # fmt: skip
+        for latent, value in zip(seen.tolist(), values)
+        if value is not None and value.factor == "colour"
+    ]
 
 
 class _Asked:

@@ -77,7 +77,7 @@ def harvest(
     device: str = "auto",
     on_images: Callable[[int, int, int], None] = lambda done, total, skipped: None,
     **settings: Any,
-) -> Activations | StoredCodes | dict[str, Activations]:
+) -> Activations | StoredCodes | dict[str, Any]:
     """Run images through a vision tower and open what it gives: activations, or an SAE's codes.
 
         activations = harvest("hf:tiny-clip", "scenes:test:200", layer=3, output="store")
@@ -97,7 +97,7 @@ def harvest(
         settings: fields of HarvestConfig and HarvestOptions by name, as limit=100, batch_size=32, resume=True.
 
     Returns:
-        The opened store: N rows [N, d], d the width of the point; StoredCodes with an SAE. If layer, point or tokens
+        The opened store: N rows [N, d], d the width of the point; with an SAE, StoredCodes. If layer, point or tokens
         is a list, a dict of them, by names such as residual-3-cls and projection.
 
     Raises:
@@ -120,14 +120,12 @@ def harvest(
     source = open_images(images) if isinstance(images, str | os.PathLike) else images
     tower = model if isinstance(model, Tower) else load_tower(model, resolve_device(device))
     paths = run_harvest(source, tower, config, options, on_images=on_images).stores
-    opened: list[Activations | StoredCodes] = [
-        open_activations(path) if sae is None else open_codes(path) for path in paths
-    ]
+    opened = [open_activations(path) if sae is None else open_codes(path) for path in paths]
     for store in opened:
         weakref.finalize(store, _let_go, temporary)  # the directory lives as long as a store in it
     if isinstance(point, str) and isinstance(tokens, str) and (layer is None or isinstance(layer, int)):
         return opened[0]
-    return dict(zip(config.store_names, opened))  # type: ignore[arg-type]
+    return dict(zip(config.store_names, opened))
 
 
 def _let_go(directory: tempfile.TemporaryDirectory[str] | None) -> None:

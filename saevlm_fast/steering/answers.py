@@ -106,9 +106,13 @@ class SteeredAnswers:
         if isinstance(tokens, Tensor):
             tokens = "mask " + hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
         return {
-            "layer": self.site.layer, "tokens": tokens, "only": self.only, "error": self.error,
-            "dtype": str(self.model.dtype).removeprefix("torch."), "max_new_tokens": self.max_new_tokens,
-        }  # fmt: skip
+            "layer": self.site.layer,
+            "tokens": tokens,
+            "only": self.only,
+            "error": self.error,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "max_new_tokens": self.max_new_tokens,
+        }
 
     @torch.inference_mode()
     def ask(self, image: Any, prompt: str) -> int:
@@ -199,9 +203,14 @@ class SteeredAnswers:
 
         with self._only_above_block(), hooked_block(self.site, given):
             tokens = self.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1,
-                temperature=None, top_p=None, top_k=None,
-            )  # fmt: skip
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
         self._check_run(calls)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]

@@ -190,10 +190,13 @@ def _settings(
         "score": {**asdict(config), "latents": list(config.latents)},
         "steering": answerer.settings,
         "sources": run.sources,
-        "contents": {"sae_weights_sha256": weights_sha256(answerer.sae), "codes_sha256": _data_digest(codes.path),
-                     "embeddings_sha256": _data_digest(embeddings.path)},
+        "contents": {
+            "sae_weights_sha256": weights_sha256(answerer.sae),
+            "codes_sha256": _data_digest(codes.path),
+            "embeddings_sha256": _data_digest(embeddings.path),
+        },
         "run": {"latents_per_block": run.latents_per_block},
-    }  # fmt: skip
+    }
 
 
 def _data_digest(path: Path) -> str:
@@ -330,8 +333,12 @@ class _Scorer:
         config, n_asked = self.config, len(self.questions)
         settings = {name: str(value) for name, value in self.answerer.settings.items()}
         asked = str(n_asked) if config.ask else WHITE
-        return settings | {"alpha": f"{config.alpha:g}", "ask": asked, "prompt": config.prompt,
-                           "seed": str(config.seed)}  # fmt: skip
+        return settings | {
+            "alpha": f"{config.alpha:g}",
+            "ask": asked,
+            "prompt": config.prompt,
+            "seed": str(config.seed),
+        }
 
     def _cosine(self, answers: Sequence[str], target_E: Tensor) -> float:
         """Mean over the images asked about."""

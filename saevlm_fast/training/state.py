@@ -19,7 +19,7 @@ from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
-from saevlm_fast.training.step import Stepper, geometric_median, smallest_positive
+from saevlm_fast.training.step import Stepper, smallest_positive
 
 _CALIBRATION_ROWS = 4096
 
@@ -150,3 +150,16 @@ class TrainingState:
 def diverged(what: str, kept: str) -> ValueError:
     """What ends a run whose numbers are no longer finite."""
     return ValueError(f"{what}; {kept}. Try a smaller lr")
+
+
+def geometric_median(points_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
+    """Weiszfeld's iteration from the mean, [D]: where b_dec starts. A point on the guess gets a large finite weight."""
+    guess_D = points_BD.mean(0)
+    for _ in range(max_iter):
+        previous_D = guess_D
+        weights_B = 1 / (points_BD - guess_D).norm(dim=1).clamp(min=torch.finfo(points_BD.dtype).tiny ** 0.5)
+        weights_B = weights_B / weights_B.sum()
+        guess_D = weights_B @ points_BD
+        if (guess_D - previous_D).norm() < tol:
+            break
+    return guess_D

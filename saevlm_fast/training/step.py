@@ -42,7 +42,7 @@ _DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows in these steps
 
 _residuals, _centred_rows = Workspace(), Workspace()
 
-Low = TypeVar("Low", Tensor, LowWeights)
+Low = TypeVar("Low", bound=Tensor | LowWeights)
 
 
 class Losses(NamedTuple):
@@ -202,27 +202,28 @@ class Stepper:
     ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
         """TopK and BatchTopK, with the low copy of W_enc that they work with."""
         if self.config.dtype == "bfloat16":
-            W_low_DS = self._low_W_enc(Tensor).T
+            W_low_DS = self._low_W_enc(Tensor, _empty_bfloat16).T
             return partial(topk_encode_rescored, W_low_DS=W_low_DS), partial(
                 batch_topk_encode_rescored, W_low_DS=W_low_DS
             )
         if screens(x_BD, self.sae.W_enc, self.sae.config.k):
-            low = self._low_W_enc(LowWeights)
+            low = self._low_W_enc(LowWeights, _empty_low_weights)
             return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
         return topk_encode, batch_topk_encode
 
-    def _low_W_enc(self, kind: type[Low]) -> Low:
+    def _low_W_enc(self, kind: type[Low], empty: Callable[[Tensor], Low]) -> Low:
         """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
 
         A change through `.data` moves no version counter and is not seen.
         """
-        W_enc_SD = self.sae.W_enc.detach().T
-        if not isinstance(self.low, kind):
-            self.low, self._low_state = _empty_low(kind, W_enc_SD), None
+        W_enc_SD, low = self.sae.W_enc.detach().T, self.low
+        if not isinstance(low, kind):
+            low = empty(W_enc_SD)
+            self.low, self._low_state = low, None
         if self._low_state != self._W_enc_state():
-            write_low_(self.low, 0, W_enc_SD)
+            write_low_(low, 0, W_enc_SD)
             self._low_state = self._W_enc_state()
-        return self.low
+        return low
 
     def _W_enc_state(self) -> tuple[int, int]:
         """What moves when W_enc is replaced or written to."""
@@ -269,10 +270,12 @@ class Stepper:
         return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
 
 
-def _empty_low(kind: type[Low], W_enc_SD: Tensor) -> Low:
-    if issubclass(kind, LowWeights):
-        return LowWeights.empty(*W_enc_SD.shape)
+def _empty_bfloat16(W_enc_SD: Tensor) -> Tensor:
     return torch.empty_like(W_enc_SD, dtype=torch.bfloat16)
+
+
+def _empty_low_weights(W_enc_SD: Tensor) -> LowWeights:
+    return LowWeights.empty(*W_enc_SD.shape)
 
 
 def _check_unit_rows(W_dec_SD: Tensor) -> None:
@@ -438,16 +441,3 @@ def _keep_largest_(acts_BA: Tensor, k: int) -> Tensor:
         return acts_BA
     kept = torch.topk(acts_BA, k, dim=1, sorted=False)
     return acts_BA.zero_().scatter_(1, kept.indices, kept.values)
-
-
-def geometric_median(points_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
-    """Weiszfeld's iteration from the mean, [D]: where b_dec starts. A point on the guess gets a large finite weight."""
-    guess_D = points_BD.mean(0)
-    for _ in range(max_iter):
-        previous_D = guess_D
-        weights_B = 1 / (points_BD - guess_D).norm(dim=1).clamp(min=torch.finfo(points_BD.dtype).tiny ** 0.5)
-        weights_B = weights_B / weights_B.sum()
-        guess_D = weights_B @ points_BD
-        if (guess_D - previous_D).norm() < tol:
-            break
-    return guess_D

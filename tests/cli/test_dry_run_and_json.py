@@ -75,7 +75,7 @@ def test_the_figures_of_a_dry_run_are_those_of_the_work(data, sae, pictures, tmp
         ("ms-score", ("--sae", "none"), "no such file"),
         ("harvest", ("--images", "none"), "none"),
         ("harvest", ("--layer", 3), "layer"),
-        ("harvest", ("--tokens", "random:99"), "random:99"),
+        ("harvest", ("--tokens", "random:99"), "tokens: 99 random ones"),
         ("codes", ("--tokens", "cls"), "sae: an SAE reads one point and one choice of tokens"),
     ],
 )

@@ -1,8 +1,10 @@
 """The commands without arguments: what is in the box is harvested, trained on and scored; and the demo, small."""
 
+import functools
 import json
 import re
 import shutil
+import tomllib
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from command import run
+from command import files_below, run, run_json
 from saevlm_fast.box.scenes import COLOURS, OBJECT_FACTORS, Scenes
 from saevlm_fast.box_making.architecture import PATCH_SIZE
 from saevlm_fast.config import RunOptions, SAEConfig
@@ -26,6 +28,10 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import score
 
 SMALL = {"train": 700, "test": 400}
+# The models of the box are the same every time: each is loaded once.
+load_tower, load_llava, load_text_encoder = map(
+    functools.cache, (scene_stores.load_tower, demo_steering.load_llava, demo.load_text_encoder)
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +47,11 @@ def small(cache, tmp_path, monkeypatch):
         monkeypatch.setitem(demo_steering.N_PATCH_SCENES, name, value)
     for name, value in {"steps": 60, "batch_size": 128, "dead_after": 5000}.items():
         monkeypatch.setitem(scene_stores.RECIPE, name, value)
+    for name in demo._SHOWN:  # rows of the picture: it takes seconds to compress
+        monkeypatch.setitem(demo._SHOWN, name, 2)
+    monkeypatch.setattr(scene_stores, "load_tower", load_tower)
+    monkeypatch.setattr(demo_steering, "load_llava", load_llava)
+    monkeypatch.setattr(demo, "load_text_encoder", load_text_encoder)
     monkeypatch.chdir(tmp_path)
 
 
@@ -109,6 +120,26 @@ def test_demo(tmp_path):
     assert text.count("step 60/60") == 1
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
     assert (tmp_path / "demo" / "latents.png").is_file()
+
+
+def test_demo_dry_run_json_and_settings(tmp_path):
+    text = run("demo", "--dry-run")
+    for part in ("dry run: scenes, three SAEs", "3 of 128 -> 512, 150 steps together", "training all steps"):
+        assert part in text
+    assert files_below(tmp_path) == {}
+    found = run_json("demo")
+    assert found == json.loads((tmp_path / "demo" / "summary.json").read_text()) | {"output": "demo"}
+    settings = tomllib.loads((tmp_path / "demo" / "settings.toml").read_text())
+    assert settings["demo"] == {"output": str(tmp_path / "demo"), "device": "auto"}
+    assert "dry run: " in run("demo", "--config", tmp_path / "demo" / "settings.toml", "--dry-run")
+
+
+def test_a_run_on_the_box_is_repeated_from_its_settings(tmp_path):
+    assert "rows" in run("train", "--output", tmp_path / "first", "--dry-run")
+    run("train", "--output", tmp_path / "first")
+    run("train", "--config", tmp_path / "first" / "settings.toml", "--output", tmp_path / "again")
+    first, again = ((tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("first", "again"))
+    assert first == again
 
 
 def test_latents_that_point_to_a_colour_turn_the_answers_to_it():

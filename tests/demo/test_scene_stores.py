@@ -1,5 +1,6 @@
 """The cache of harvested scenes: used when it is sound, made again when it is not, by one process at a time."""
 
+import functools
 import json
 import multiprocessing
 import shutil
@@ -19,11 +20,13 @@ from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tower import HookPoint
 
 N = 40
+load_tower_once = functools.cache(load_tower)  # the box's is the same every time
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(scene_stores, "load_tower", load_tower_once)
     return tmp_path / "cache"
 
 

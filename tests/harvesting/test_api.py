@@ -51,7 +51,7 @@ def test_codes_of_an_sae(tmp_path, tower):
     sae = sf.SparseAutoencoder(SAEConfig.sized(width, expansion=2, k=4, architecture="topk"))
     sae.save_pretrained(tmp_path / "sae")
     codes = sf.harvest(tower, SCENES, layer=3, sae=tmp_path / "sae", output=tmp_path / "codes", limit=7)
-    assert isinstance(codes, sf.Codes)
+    assert isinstance(codes, sf.StoredCodes)
     assert (codes.n_rows, codes.d_sae) == (7, 2 * width)
 
 

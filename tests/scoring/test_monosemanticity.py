@@ -355,10 +355,7 @@ def test_scores_of_activations_in_memory(stores):
     x_ND = torch.cat([x_BD for _, x_BD in x.chunks(100)])
     activations, embeddings = Activations.from_tensor(x_ND), Activations.from_tensor(stores.emb_NE.numpy())
     table = score_stores(activations, embeddings, stores.sae).table()
-    expected = score_stores(
-        open_activations(stores.path / "x"), open_activations(stores.path / "e"), stores.sae
-    ).table()
-    assert table.equals(expected)
+    assert table.equals(score_stores(x, e, stores.sae).table())
     assert table.column_names == ["latent", "ms", "status", "n_active", "max_activation"]
     raw = score_stores(activations, embeddings).table()
     assert (raw.num_rows, set(raw["status"].to_pylist())) == (16, {"defined"})

@@ -15,7 +15,8 @@ from saevlm_fast.kernels.latent_gradient import (
 from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import step as step_module
-from saevlm_fast.training.step import DeadLatents, Stepper, _auxiliary, geometric_median, may_be_dead, smallest_positive
+from saevlm_fast.training.state import geometric_median
+from saevlm_fast.training.step import DeadLatents, Stepper, _auxiliary, may_be_dead, smallest_positive
 
 GROUPS = {"topk": (), "batch_topk": (), "matryoshka": (5, 13, 30, 49)}
 
@@ -150,7 +151,7 @@ def test_the_low_copy_follows_a_change_from_outside():
     stepper.step(data[:61])
     with torch.no_grad():
         stepper.sae.W_enc.mul_(3)
-    assert torch.equal(stepper._low_W_enc(torch.Tensor), stepper.sae.W_enc.T.bfloat16())
+    assert torch.equal(stepper._low_W_enc(torch.Tensor, step_module._empty_bfloat16), stepper.sae.W_enc.T.bfloat16())
 
 
 @pytest.mark.parametrize("n_dead", [0, 1, 9, 60])
