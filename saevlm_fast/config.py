@@ -5,7 +5,7 @@ Nothing here imports torch, so that the command line can show its help without i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -107,8 +107,9 @@ class SAEConfig(Settings):
     group_sizes: tuple[int, ...] = setting(
         (), help="Sizes of the Matryoshka groups, first group first; they sum to d_sae. One group otherwise."
     )
-    metadata: dict[str, Any] = field(
-        default_factory=dict  # anything JSON: where the activations came from, norm factor, seed; kept by save and load
+    metadata: dict[str, Any] = setting(
+        factory=dict,
+        help="Anything JSON: where the activations came from, norm factor, seed. Kept by save and load.",
     )
 
     def check(self) -> None:
@@ -370,9 +371,9 @@ class ScoreConfig(Settings):
     seed: int = setting(0, help="Seed of the images asked about and the random latents.", at_least=0)
 
     def check(self) -> None:
+        super().check()
         fits = math.isfinite(self.alpha) and abs(self.alpha) <= _FLOAT32_MAX
         require(fits, f"alpha: {self.alpha} is not finite in float32")
-        super().check()
         require(self.prompt.strip() != "", "prompt: is empty")
         require(len(set(self.latents)) == len(self.latents), "latents: one is listed twice")
 

@@ -9,7 +9,6 @@ a configuration file (saevlm_fast/cli/options.py), and the line in docs/settings
 Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class takes a field over with `same_as`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
@@ -58,13 +57,12 @@ class Setting:
     instead_of: tuple[str, ...] = ()
 
     def allows(self, value: float) -> bool:
-        """Whether a number is within the limits; NaN never is."""
+        """Whether a number is within the limits; NaN is within none."""
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
             and (self.at_most is None or value <= self.at_most)
-            and not (isinstance(value, float) and math.isnan(value))
         )
 
     @property
@@ -81,9 +79,10 @@ class Setting:
         return ""
 
 
-def setting(default: Any = MISSING, *, help: str, **more: Any) -> Any:
-    """A dataclass field; more: attributes of Setting. Without a default it must be given."""
-    return field(default=default, metadata={_KEY: Setting(help, **more)})
+def setting(default: Any = MISSING, *, help: str, factory: Any = None, **more: Any) -> Any:
+    """A dataclass field; more: attributes of Setting. Without a default (or its factory) it must be given."""
+    metadata = {_KEY: Setting(help, **more)}
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
 def same_as(cls: type, name: str, default: Any = ..., **changes: Any) -> Any:
@@ -118,7 +117,7 @@ class Settings:
                 require(value in choices, f"{name}: {value!r} is not one of {', '.join(map(str, choices))}")
             elif isinstance(value, int | float):
                 require(not isinstance(value, int) or value < 2**62, f"{name}: {value} must be below 2^62")
-                must = f"must be {known.limits or 'a number'}".replace("be not", "not be")
+                must = f"must be {known.limits}".replace("be not", "not be")
                 require(known.allows(value), f"{name}: {value:{known.spec}} {must}")
 
     def part(self, cls: type[S], **more: Any) -> S:

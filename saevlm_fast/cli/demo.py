@@ -19,6 +19,7 @@ from saevlm_fast.cli.planning import (
     training_memory,
 )
 from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.scenes import scene_widths
 from saevlm_fast.cli.terminal import Bar, HarvestBar, TrainBar, out, print_table, say, tell
 from saevlm_fast.config import DemoOptions, SAEConfig, TrainConfig
 
@@ -61,14 +62,13 @@ class _Report:
 
 def plan(options: DemoArguments) -> Plan:
     """What would be made; the time of training from two steps, and nothing said of the rest."""
-    from saevlm_fast.demo.scene_stores import N_SCENES, RECIPE, cache_directory
+    from saevlm_fast.demo.scene_stores import N_SCENES, RECIPE
     from saevlm_fast.demo.steering import N_PATCH_SCENES
     from saevlm_fast.runtime import resolve_device
 
     device = resolve_device(options.device)
     check_writable(options.output)
-    d_in = 128  # of tiny-clip
-    sae = SAEConfig.sized(d_in, expansion=RECIPE["expansion"], k=RECIPE["k"])
+    sae = SAEConfig.sized(scene_widths()[0], expansion=RECIPE["expansion"], k=RECIPE["k"])
     config = TrainConfig(
         steps=RECIPE["steps"] * 5 // 2, batch_size=RECIPE["batch_size"], dead_after=RECIPE["dead_after"]
     )
@@ -76,7 +76,6 @@ def plan(options: DemoArguments) -> Plan:
     n_scenes = sum(N_SCENES.values()) + sum(N_PATCH_SCENES.values())
     figures = {
         "scenes": n_scenes,
-        "cache_of_harvested_scenes": str(cache_directory()),
         "SAEs": f"3 of {sae.d_in} -> {sae.d_sae}, {config.steps:,} steps together",
         **memory_figures(device, training_memory(sae, config.batch_size)),
         **disk_figures(options.output, 3 * training_disk(sae)),

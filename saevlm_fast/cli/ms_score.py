@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import Enough, Stopwatch, check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.record import Record
-from saevlm_fast.cli.scenes import latest_run, scenes
+from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
 from saevlm_fast.cli.terminal import Bar, print_table, say
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, ScoreSummary
 
 _ROW_BYTES = 40  # of a scores table, at most
+_SCENES = Path("the box's scenes")  # where a dry run does not harvest them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,9 @@ class Sources:
         output = check_scores_path(output)
         if rows is not None and options.embeddings is not None:
             return cls(rows, options.embeddings, sae, options.codes is not None, output)
+        if options.dry_run:  # which does not harvest
+            scenes_of(sae)
+            return cls(_SCENES, _SCENES, sae, False, output)
         there = scenes("test", sae, options.device)
         return cls(there.activations, there.embeddings, sae, False, output)
 
@@ -174,6 +178,8 @@ def plan(options: ScoreArguments) -> Plan:
     """What would be scored; the time from the second batch of rows."""
     sources = Sources.of(options)
     check_writable(sources.output)
+    if sources.rows == _SCENES:
+        return _plan_of_scenes(options, sources)
     opened = Opened.of(sources, options.device)
     n, n_latents, width = opened.rows.n_rows, opened.n_latents, opened.embeddings.d
     stopwatch, start = Stopwatch(), time.perf_counter()
@@ -192,6 +198,27 @@ def plan(options: ScoreArguments) -> Plan:
             **memory_figures(opened.device, sums),
             **disk_figures(sources.output, _ROW_BYTES * n_latents),
             "gathering_seconds" if rbf else "time_seconds": seconds,
+        },
+    )
+
+
+def _plan_of_scenes(options: ScoreArguments, sources: Sources) -> Plan:
+    """Of scenes that may not be harvested yet, so nothing is timed."""
+    from saevlm_fast.demo.scene_stores import N_SCENES
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.sae import read_sae_header
+
+    width, projected = scene_widths()
+    n_latents = width if sources.sae is None else read_sae_header(sources.sae)[0].d_sae
+    return Plan(
+        f"Monosemanticity Score ({options.similarity}) of {n_latents:,} {sources.name}, on the box's test scenes",
+        {
+            "rows": N_SCENES["test"],
+            "latents": n_latents,
+            "embedding_width": projected,
+            **memory_figures(resolve_device(options.device), 8 * n_latents * projected),
+            **disk_figures(sources.output, _ROW_BYTES * n_latents),
+            "time": "not estimated: the scenes may have to be harvested",
         },
     )
 

@@ -30,7 +30,7 @@ def disk_figures(output: Path, needed: int) -> dict[str, Any]:
     there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     figures = {"output": str(output), "disk_bytes": needed, "free_disk_bytes": free}
-    return figures | ({"WARNING_disk": "not enough is free"} if needed > free else {})
+    return figures | ({"disk_warning": "not enough is free"} if needed > free else {})
 
 
 def free_memory(device: "torch.device") -> int | None:
@@ -40,9 +40,10 @@ def free_memory(device: "torch.device") -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
         return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
 def memory_figures(device: "torch.device", needed: int) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def memory_figures(device: "torch.device", needed: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"device": str(device), "memory_bytes": needed, "free_memory_bytes": free}
     if free is None:
         figures.pop("free_memory_bytes")
-    return figures | ({"WARNING_memory": "not enough is free"} if free is not None and needed > free else {})
+    return figures | ({"memory_warning": "not enough is free"} if free is not None and needed > free else {})
 
 
 def training_memory(sae: "SAEConfig", batch_size: int) -> int:

@@ -1,5 +1,6 @@
 """The box's scenes and the runs below runs/: what commands work on where nothing else is named."""
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,13 +32,29 @@ def latest_run() -> Path:
     return finished[-1].parent
 
 
+def scene_widths() -> tuple[int, int]:
+    """Of the activations and of the embeddings of scenes."""
+    from saevlm_fast.box.models import model_directory
+    from saevlm_fast.demo.scene_stores import TOWER
+
+    tower = json.loads((model_directory(TOWER) / "config.json").read_text(encoding="utf-8"))
+    return int(tower["vision_config"]["hidden_size"]), int(tower["projection_dim"])
+
+
+def scenes_of(sae: Path | None, tokens: str = "cls") -> tuple[int, str]:
+    """Layer and tokens that an SAE was trained on. ValueError: on something else than the box's scenes."""
+    from saevlm_fast.demo.scene_stores import LAYER, scenes_of_sae
+
+    return scenes_of_sae(sae) if sae is not None else (LAYER, tokens)
+
+
 def scenes(
     split: str, sae: Path | None = None, device: str = "auto", n: int | None = None, tokens: str = "cls"
 ) -> "SceneStores":
     """Activations (of the layer an SAE was trained on) and embeddings of the box's scenes, cached or harvested."""
-    from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, harvest_scenes, scenes_of_sae
+    from saevlm_fast.demo.scene_stores import N_SCENES, harvest_scenes
 
-    layer, tokens = scenes_of_sae(sae) if sae is not None else (LAYER, tokens)
+    layer, tokens = scenes_of(sae, tokens)
     with HarvestBar() as bar:
         return harvest_scenes(
             split, n or N_SCENES[split], layer, tokens, device=device, on_message=tell, on_images=bar.on_images

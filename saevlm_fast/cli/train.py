@@ -15,7 +15,7 @@ from saevlm_fast.cli.planning import (
     training_memory,
 )
 from saevlm_fast.cli.record import Record
-from saevlm_fast.cli.scenes import new_run_directory, scenes
+from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say
 from saevlm_fast.config import EXPANSION, RunOptions, SAEConfig, SAESize, TrainConfig
 from saevlm_fast.errors import require
@@ -61,35 +61,57 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a run reads, opened, and the SAE that fits it."""
+class Run:
+    """What is trained on what: the SAE that fits activations [n_rows, d]."""
 
-    data: "Activations"
-    held_out: "Activations | None"
+    n_rows: int
+    path: Path
     sae: SAEConfig
     config: TrainConfig
 
+    @classmethod
+    def of(cls, options: TrainArguments, n_rows: int, d: int, path: Path) -> "Run":
+        """ValueError: the SAE's settings do not fit the width."""
+        return cls(n_rows, path, options.part(SAESize).config(d), options.part(TrainConfig))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a step."""
+        return min(self.config.batch_size, self.n_rows)
+
     @property
     def sentence(self) -> str:
-        """What is trained on what."""
-        sae, config, data = self.sae, self.config, self.data
+        """For people."""
+        sae, config = self.sae, self.config
         return (
-            f"{sae.architecture} SAE {data.d} -> {sae.d_sae}, k = {sae.k}, on {data.n_rows:,} rows; {config.steps:,} "
-            f"steps of {min(config.batch_size, data.n_rows):,}, lr {config.peak_lr(sae.d_sae):.3g}, {data.path}"
+            f"{sae.architecture} SAE {sae.d_in} -> {sae.d_sae}, k = {sae.k}, on {self.n_rows:,} rows; {config.steps:,} "
+            f"steps of {self.batch_size:,}, lr {config.peak_lr(sae.d_sae):.3g}, {self.path}"
         )
 
 
-def open_inputs(options: TrainArguments) -> Inputs:
-    """Opens the activations, or harvests the box's scenes."""
+def open_data(options: TrainArguments) -> "tuple[Activations, Activations | None]":
+    """The activations and those held out; the box's scenes are harvested, unless they are in the cache."""
     from saevlm_fast.data.rows import open_activations
 
     activations, validation = options.activations, options.validation
     if activations is None:
         activations = scenes("train", device=options.device).activations
         validation = validation or scenes("test", device=options.device).activations
-    data = open_activations(activations)
-    held_out = None if validation is None else open_activations(validation)
-    return Inputs(data, held_out, options.part(SAESize).config(data.d), options.part(TrainConfig))
+    return open_activations(activations), None if validation is None else open_activations(validation)
+
+
+def _planned(options: TrainArguments) -> Run:
+    """Opens what is there; the box's scenes need not be harvested to know their number."""
+    if options.activations is None:
+        from saevlm_fast.demo.scene_stores import N_SCENES
+
+        return Run.of(options, N_SCENES["train"], scene_widths()[0], Path("the box's scenes"))
+    data, held_out = open_data(options)
+    require(
+        held_out is None or held_out.d == data.d,
+        f"validation: width {held_out.d if held_out else 0} differs from the activations' {data.d}",
+    )
+    return Run.of(options, data.n_rows, data.d, data.path)
 
 
 def plan(options: TrainArguments) -> Plan:
@@ -100,22 +122,21 @@ def plan(options: TrainArguments) -> Plan:
     device = resolve_device(options.device)
     check_writable(options.output)
     RunDirectory(options.output, options.checkpoint_every, options.resume, options.force).used()
-    inputs = open_inputs(options)
-    sae, config, n_rows = inputs.sae, inputs.config, inputs.data.n_rows
-    batch_size = min(config.batch_size, n_rows)
+    run = _planned(options)
+    sae, config, n_rows = run.sae, run.config, run.n_rows
     checkpoint = latest_checkpoint(options.output) if options.resume else None
     figures = {
         "rows": n_rows,
         "steps": config.steps,
-        "epochs": config.steps * batch_size / n_rows,
+        "epochs": config.steps * run.batch_size / n_rows,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "resumes_at": checkpoint.name if checkpoint else None,
-        **memory_figures(device, training_memory(sae, batch_size)),
+        **memory_figures(device, training_memory(sae, run.batch_size)),
         **disk_figures(options.output, training_disk(sae)),
         **time_figures(sae, config, n_rows, device),
     }
-    return Plan(inputs.sentence, figures)
+    return Plan(run.sentence, figures)
 
 
 @command("train", plan=plan)
@@ -127,9 +148,10 @@ def train(options: TrainArguments) -> dict[str, Any]:
     from saevlm_fast.training.checkpoints import latest_checkpoint
     from saevlm_fast.training.run import train as run_training
 
-    inputs = open_inputs(options)
-    sae, config, output = inputs.sae, inputs.config, options.output
-    say(inputs.sentence)
+    data, held_out = open_data(options)
+    run, output = Run.of(options, data.n_rows, data.d, data.path), options.output
+    sae, config = run.sae, run.config
+    say(run.sentence)
     if options.resume:
         checkpoint = latest_checkpoint(output)
         what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
@@ -138,7 +160,7 @@ def train(options: TrainArguments) -> dict[str, Any]:
         "train",
         options,
         output,
-        rows=inputs.data.n_rows,
+        rows=run.n_rows,
         d_in=sae.d_in,
         d_sae=sae.d_sae,
         lr=config.peak_lr(sae.d_sae),
@@ -151,16 +173,16 @@ def train(options: TrainArguments) -> dict[str, Any]:
             bar.on_step(step)
 
         _, metrics = run_training(
-            inputs.data,
+            data,
             sae,
             config,
             options.part(RunOptions),
-            validation=inputs.held_out,
+            validation=held_out,
             on_log=bar.on_log,
             on_step=on_step,
         )
     record.write()
-    rows, kind = metrics.pop("rows"), "validation" if inputs.held_out else "training"
+    rows, kind = metrics.pop("rows"), "validation" if held_out else "training"
     say(f"evaluation on all {rows:,} {kind} rows")
     print_table(("measure", "value"), ((name, f"{value:.4f}") for name, value in metrics.items()))
     say(f"wrote {output}")

@@ -134,6 +134,20 @@ def test_demo_dry_run_json_and_settings(tmp_path):
     assert "dry run: " in run("demo", "--config", tmp_path / "demo" / "settings.toml", "--dry-run")
 
 
+def test_a_dry_run_harvests_no_scenes(tmp_path, monkeypatch):
+    run("train", "--output", tmp_path / "sae", "--k", 5, "--steps", 2)
+    monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(tmp_path / "empty"))
+    before = files_below(tmp_path)
+    text = run("train", "--dry-run")
+    assert "batch_topk SAE 128 -> 512, k = 10, on 700 rows; 60 steps of 128" in text
+    text = run("ms-score", "--sae", tmp_path / "sae", "--dry-run")
+    assert "of 512 latents of" in text
+    assert "not estimated: the scenes may have to be harvested" in text
+    assert "output: needed with --raw" in run("ms-score", "--raw", "--dry-run", code=2)
+    run("demo", "--dry-run")
+    assert files_below(tmp_path) == before
+
+
 def test_a_run_on_the_box_is_repeated_from_its_settings(tmp_path):
     assert "rows" in run("train", "--output", tmp_path / "first", "--dry-run")
     run("train", "--output", tmp_path / "first")
