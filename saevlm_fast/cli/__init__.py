@@ -147,6 +147,7 @@ def harvest(
     force: Annotated[bool, typer.Option("--force", help="Replace the harvest in --output.")] = False,
 ) -> None:
     """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
+    from saevlm_fast.errors import printable
     from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
     from saevlm_fast.harvesting.ranks import torchrun_ranks
     from saevlm_fast.harvesting.run import harvest as run_harvest
@@ -176,6 +177,8 @@ def harvest(
             what = f"{model} on {target}: {tower.n_blocks} blocks; {n_images:,} images of {images}"
             ignored = f" ({source.n_ignored:,} other files ignored)" if source.n_ignored else ""
             out.print(what + ignored, highlight=False, soft_wrap=True)
+            for note in source.notes:
+                err.print(printable(f"images: {note}"), markup=False, emoji=False, highlight=False, soft_wrap=True)
             if sae is not None:
                 _warn_of_mismatch(sae_mismatch(sae, tower, *config.stores[0]))
         with HarvestProgress(ranks.rank, ranks.world) as progress:
