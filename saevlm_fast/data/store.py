@@ -192,8 +192,10 @@ def read_items(file: Path, rows: int) -> pa.Table:
     """The item table of a shard of so many rows. ActivationError: damaged, of other rows, or more than it can be."""
     try:
         return read_small_table(file, ITEM_SCHEMA, rows)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         raise ActivationError(f"{file}: damaged item table: {first_line(error)}") from error
+    except ValueError as error:
+        raise ActivationError(f"{file}: {error}") from error
 
 
 def verify(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda done: None) -> StoreIndex:
