@@ -361,7 +361,7 @@ def test_every_changed_byte_of_a_png_is_refused(kind: str) -> None:
     for position in range(len(data)):
         for change in {1, 0x20, 0x80, 1 + position % 255}:
             broken = data[:position] + bytes([data[position] ^ change]) + data[position + 1 :]
-            with pytest.raises(ImageError, match=r"damaged|truncated"):
+            with pytest.raises(ImageError, match=r"(?i)damaged|broken|truncated"):
                 decode(broken)
 
 
@@ -636,7 +636,7 @@ def test_names_that_a_terminal_would_obey_survive(tmp_path: Path) -> None:
     write_parquet(folder / "p:q.parquet", list(photos.values()), [-1] * len(photos), list(photos))
     assert contents(open_images(folder / "p:q.parquet")) == expected
     assert all(printable(name).isprintable() for name in HOSTILE)
-    write_parquet(tmp_path / os.fsdecode(b"\xff:") / "x.parquet", [b"1"], [-1])
+    write_parquet(tmp_path / "x" / "x.parquet", [b"1"], [-1]).parent.rename(tmp_path / os.fsdecode(b"\xff:"))
     assert contents(open_images(tmp_path / os.fsdecode(b"\xff:"))) == [("x.parquet/0", None, b"1")]
 
 
