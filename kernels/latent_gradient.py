@@ -40,6 +40,10 @@ class RowGradient(NamedTuple):
     squared_norm: Tensor
     slots_S: Tensor | None = None
 
+    def slots(self, n_latents: int) -> Tensor:
+        """slots_S, made from latents_A if it is not there."""
+        return latent_slots(self.latents_A, n_latents) if self.slots_S is None else self.slots_S
+
 
 class EntryGradient(NamedTuple):
     """The same as the entries whose segment sums are its rows, on a CPU: segment s belongs to latent s.
@@ -93,6 +97,8 @@ def entry_gradient(
             renormalised after every step, so that component could only be undone (docs/recipe.md).
         dots_M: with unit_rows, <source[ids], W_dec[latent]> of every entry: on a CPU the component is their weighted
             sum, and W_dec is not read.
+
+    Nothing is checked but that a CPU has its dots_M, and on a GPU that d_in is at most 8192 (ValueError).
     """
     if source_RD.is_cuda:
         rows_CD, slots_S, squared_norms_S = latent_gradient_op(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD)
@@ -107,7 +113,7 @@ def entry_gradient(
 
 
 def dense_gradient_rows(latents_A: Tensor, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:
-    """The same for rows that are already there (the auxiliary loss); projected in place.
+    """The same for rows_AD of latents_A (int64) that are already there (the auxiliary loss); projected in place.
 
     On a GPU, latents_A may end in padding: latents of S with zero rows.
     """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .common import check, custom_op
-from .latent_gradient import EntryGradient, RowGradient, block_rows, latent_slots, row_blocks
+from .latent_gradient import EntryGradient, RowGradient, block_rows, row_blocks
 from .segment_sum import segment_sum_into
 from .topk_encode_screened import LowWeights
 
@@ -36,6 +36,11 @@ class AdamSettings(NamedTuple):
     step: int
     schedule: Tensor | None = None
 
+    def device_schedule(self) -> Tensor:
+        """schedule, which must be there."""
+        assert self.schedule is not None, "a GPU reads lr and step from the schedule"
+        return self.schedule
+
     def schedule_values(self) -> tuple[float, float]:
         """(lr / bias correction of the mean, square root of that of the squares)."""
         return self.lr / (1 - self.betas[0] ** self.step), math.sqrt(1 - self.betas[1] ** self.step)
@@ -50,8 +55,7 @@ def latent_update_(
     clip: Tensor,
     adam: AdamSettings,
     unit_norm: bool,
-    copy_SD: Tensor | None = None,
-    low: LowWeights | None = None,
+    low: Tensor | LowWeights | None = None,
 ) -> None:
     """Clip, Adam and (for the decoder) unit row norm over all S latents, in place.
 
@@ -62,45 +66,42 @@ def latent_update_(
         clip: 0-d factor from `clip_coefficient`.
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
-        copy_SD: the new W, in the dtype of the encoder's product, is written here in the same pass.
-        low: on a CPU whose encoder screens, the same with its bounds.
+        low: the new W as the encoder's product takes it is written here in the same pass: [S, D] of that product's
+            dtype, or, on a CPU whose encoder screens, with the bounds of that rounding.
+
+    ValueError, on a GPU: weights or moments that are not contiguous, more than one of `extra`, d_in above 8192.
     """
     if isinstance(gradient, RowGradient):
         for name, tensor in (("W", W_SD), ("exp_avg", exp_avg_SD), ("exp_avg_sq", exp_avg_sq_SD)):
             check(tensor.is_contiguous(), f"{name}: strides {tensor.stride()}, must be contiguous")
-        rows_CD, slots_S, *aux = _slotted([gradient, *extra], len(W_SD))
-        latent_update_op(
-            W_SD,
-            exp_avg_SD,
-            exp_avg_sq_SD,
-            rows_CD,
-            slots_S,
-            *(aux or (None, None)),
-            clip,
-            adam.schedule,
-            list(adam.betas),
-            adam.eps,
-            unit_norm,
-            copy_SD,
-        )
+        (aux,) = extra or (None,)
+        rows = gradient.rows_AD, gradient.slots(len(W_SD))
+        aux_rows: tuple[Tensor | None, Tensor | None] = (None, None)
+        if aux is not None:
+            aux_rows = aux.rows_AD, aux.slots(len(W_SD))
+        state, schedule, betas = (W_SD, exp_avg_SD, exp_avg_sq_SD), adam.device_schedule(), list(adam.betas)
+        low_SD = low if isinstance(low, Tensor) else None
+        latent_update_op(*state, *rows, *aux_rows, clip, schedule, betas, adam.eps, unit_norm, low_SD)
+        if isinstance(low, LowWeights):
+            low.write_(0, W_SD)
     else:
-        _update_blocks_(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient, extra, clip, adam, unit_norm, copy_SD, low)
+        _update_blocks_(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient, extra, clip, adam, unit_norm, low)
+
+
+def write_low_(low: Tensor | LowWeights, start: int, w_CD: Tensor) -> None:
+    """Rows of W from `start` on, rounded into `low`, which latent_update_ takes."""
+    if isinstance(low, LowWeights):
+        low.write_(start, w_CD)
+    else:
+        low[start : start + len(w_CD)] = w_CD
 
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
     """One Adam step with the gradient times clip, in place (on a CPU the gradient too)."""
     if p.is_cuda:
-        vector_update_op(p, exp_avg, exp_avg_sq, gradient, clip, adam.schedule, list(adam.betas), adam.eps)
+        vector_update_op(p, exp_avg, exp_avg_sq, gradient, clip, adam.device_schedule(), list(adam.betas), adam.eps)
     else:
         _fused_adam_(p, exp_avg, exp_avg_sq, gradient.mul_(clip), adam)
-
-
-def _slotted(gradients: list[RowGradient], n_latents: int) -> list[Tensor]:
-    """rows and slots of every gradient, in one list."""
-    slotted: list[Tensor] = []
-    for latents_A, rows_AD, _, slots_S in gradients:
-        slotted += [rows_AD, latent_slots(latents_A, n_latents) if slots_S is None else slots_S]
-    return slotted
 
 
 # --- custom ops: CUDA ------------------------------------------------------------------------------------------------
@@ -219,8 +220,7 @@ def _update_blocks_(
     clip: Tensor,
     adam: AdamSettings,
     unit_norm: bool,
-    copy_SD: Tensor | None,
-    low: LowWeights | None,
+    low: Tensor | LowWeights | None,
 ) -> None:
     """latent_update_ by blocks of rows that stay in cache; a block's gradient is made on the way."""
     eps = torch.finfo(W_SD.dtype).eps
@@ -240,16 +240,14 @@ def _update_blocks_(
         if unit_norm:
             # Not vecdot, which writes the products out: 3 times the time (measured).
             w_SD.mul_((torch.linalg.vector_norm(w_SD, dim=1, keepdim=True) + eps).reciprocal_())
-        if copy_SD is not None:
-            copy_SD[start:stop] = w_SD
         if low is not None:
-            low.write_(start, w_SD)
+            write_low_(low, start, w_SD)
 
 
 def _fused_adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, adam: AdamSettings) -> None:
     """torch.optim.Adam(fused=True)."""
     step = torch.full((), float(adam.step))
-    torch._fused_adam_(
+    torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [p],
         [gradient],
         [exp_avg],

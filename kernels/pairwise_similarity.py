@@ -1,4 +1,4 @@
-"""Pair sums behind the Monosemanticity Score, for any similarity (arXiv 2504.02821 section 3, recipe section 3).
+"""Pair sums behind the Monosemanticity Score, for any similarity (arXiv 2504.02821 section 3, docs/recipe.md).
 
     num_k = sum_{i<j} r_ik s_ij r_jk        den_k = sum_{i<j} r_ik r_jk        score_k = num_k / den_k
 
@@ -99,8 +99,8 @@ def default_gamma(gamma: float | None, d_emb: int) -> float:
 def prepare_embeddings(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Embeddings whose inner products and squared norms give the similarity, and those squared norms [N].
 
-    cosine: rows divided by their norm. rbf: centred, which changes no distance and keeps ||a||^2 + ||b||^2 - 2 <a, b>
-    from cancelling. dot: as they are.
+    emb_NE: any floating dtype; the results are in `dtype`, made in float64. cosine: rows divided by their norm. rbf:
+    centred, which changes no distance and keeps ||a||^2 + ||b||^2 - 2 <a, b> from cancelling. dot: as they are.
     """
     emb_NE = emb_NE.to(torch.float64, copy=similarity != "dot")
     if similarity == "cosine":

@@ -155,6 +155,9 @@ def gram_finish_kernel(acts_ptr, offsets_ptr, num_parts_ptr, block_offsets_ptr, 
     tl.store(den_ptr + latent, den)
 
 
+# --- launch wrappers -------------------------------------------------------------------------------------------------
+
+
 def dot_precision() -> str:
     """float32 products to about 2^-21: three TF32 products on NVIDIA; AMD has no such mode, float32 itself there."""
     return "ieee" if torch.version.hip else "tf32x3"

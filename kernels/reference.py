@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def preactivations(x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor) -> Tensor:
-    """relu((x - b_dec) @ W_enc + b_enc), NaN kept. recipe section 1."""
+    """relu((x - b_dec) @ W_enc + b_enc), NaN kept. docs/recipe.md."""
     pre_BS = (x_BD - b_dec_D) @ W_enc_DS + b_enc_S
     return torch.where(pre_BS <= 0, torch.zeros_like(pre_BS), pre_BS)
 
@@ -50,7 +50,9 @@ def threshold_select(pre_BS: Tensor, threshold: float) -> tuple[Tensor, Tensor, 
     return _to_csr(flat[kept], kept, n_rows, d_sae, capacity=len(kept))
 
 
-def _to_csr(acts: Tensor, flat_positions: Tensor, n_rows: int, d_sae: int, capacity: int):
+def _to_csr(
+    acts: Tensor, flat_positions: Tensor, n_rows: int, d_sae: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
     counts_B = torch.bincount(flat_positions // max(d_sae, 1), minlength=n_rows)
     row_offsets = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])
     padding = capacity - len(acts)
@@ -62,17 +64,21 @@ def _to_csr(acts: Tensor, flat_positions: Tensor, n_rows: int, d_sae: int, capac
     )
 
 
-def topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int):
+def topk_encode(x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """TopK codes [B, K] of x."""
     return topk_select(preactivations(x_BD, W_enc_DS, b_enc_S, b_dec_D), k)
 
 
-def batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int):
+def batch_topk_encode(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """BatchTopK codes (CSR, capacity B * k) of x."""
     return batch_topk_select(preactivations(x_BD, W_enc_DS, b_enc_S, b_dec_D), k)
 
 
-def threshold_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float):
+def threshold_encode(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (CSR, exact size) of x: every activation above the threshold."""
     return threshold_select(preactivations(x_BD, W_enc_DS, b_enc_S, b_dec_D), threshold)
 
@@ -94,12 +100,16 @@ def densify(acts: Tensor, latents: Tensor, row_offsets: Tensor | None, d_sae: in
     return dense_BS.index_put((rows[inside], latents.flatten()[inside]), acts.flatten()[inside], accumulate=True)
 
 
-def sparse_decode(acts, latents, row_offsets, W_dec_SD: Tensor, b_dec_D: Tensor) -> Tensor:
+def sparse_decode(
+    acts: Tensor, latents: Tensor, row_offsets: Tensor | None, W_dec_SD: Tensor, b_dec_D: Tensor
+) -> Tensor:
     """x_hat [B, D] = b_dec + sum over a row's entries of act * W_dec[latent]."""
     return densify(acts, latents, row_offsets, W_dec_SD.shape[0]) @ W_dec_SD + b_dec_D
 
 
-def matryoshka_decode(acts, latents, row_offsets, W_dec_SD: Tensor, b_dec_D: Tensor, group_ends: list[int]) -> Tensor:
+def matryoshka_decode(
+    acts: Tensor, latents: Tensor, row_offsets: Tensor | None, W_dec_SD: Tensor, b_dec_D: Tensor, group_ends: list[int]
+) -> Tensor:
     """Prefix reconstructions [G, B, D]: the g-th uses latents below group_ends[g] only."""
     dense_BS = densify(acts, latents, row_offsets, W_dec_SD.shape[0])
     return torch.stack([dense_BS[:, :end] @ W_dec_SD[:end] + b_dec_D for end in group_ends])
@@ -125,7 +135,9 @@ def gather_dot(g_BD: Tensor, latents: Tensor, row_offsets: Tensor | None, W_SD: 
     return out.view(latents.shape)
 
 
-def latent_gradient(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD: Tensor | None) -> Tensor:
+def latent_gradient(
+    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None
+) -> Tensor:
     """[S, D] segment sums, without their components along the unit rows if these are given."""
     g_SD = segment_sum(weights_M, ids_M, offsets_S1, source_RD)
     if unit_rows_SD is not None:
@@ -134,7 +146,16 @@ def latent_gradient(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD: Tenso
 
 
 def latent_update(
-    W, exp_avg, exp_avg_sq, g, clip, lr: float, betas: tuple[float, float], eps: float, step: int, unit_norm: bool
+    W: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    g: Tensor,
+    clip: Tensor | float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+    unit_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(W, exp_avg, exp_avg_sq) after one step of Adam (Kingma and Ba 2015) on clip * g; step is 1-based."""
     exp_avg = betas[0] * exp_avg + (1 - betas[0]) * clip * g
@@ -166,7 +187,7 @@ def pairwise_sums(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float | 
 
 
 def monosemanticity(acts_NK: Tensor, emb_NE: Tensor, similarity: str = "cosine", gamma: float | None = None) -> Tensor:
-    """Monosemanticity Score of every column of dense activations, NaN where undefined. recipe section 3.
+    """Monosemanticity Score of every column of dense activations, NaN where undefined. docs/recipe.md.
 
     Undefined: a column that is constant (dead is constant at zero), or has fewer than two images above its minimum.
     """

@@ -20,7 +20,7 @@ with warnings.catch_warnings():  # torch says once that CSR is in beta: here, wh
     warnings.simplefilter("ignore", UserWarning)
     torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
 
-# --- public functions -------------------------------------------------------------------------------------------------
+# --- public functions ------------------------------------------------------------------------------------------------
 
 
 def segment_sum(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def segment_sum_into(
     torch.addmm(out_LD, segments, source_RD, beta=int(added), out=out_LD)
 
 
-# --- custom op: CUDA --------------------------------------------------------------------------------------------------
+# --- custom ops: CUDA ------------------------------------------------------------------------------------------------
 
 
 @custom_op("segment_sum")
@@ -78,7 +78,7 @@ def segment_sum_op(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_
         return launch_segment_sum(weights_M, ids_M, offsets_L1, source_RD)
 
 
-# --- CPU --------------------------------------------------------------------------------------------------------------
+# --- CPU -------------------------------------------------------------------------------------------------------------
 
 
 @segment_sum_op.register_kernel("cpu")
@@ -98,7 +98,7 @@ def segment_sum_cpu(weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source
     )
 
 
-# --- fake -------------------------------------------------------------------------------------------------------------
+# --- fakes -----------------------------------------------------------------------------------------------------------
 
 
 @segment_sum_op.register_fake

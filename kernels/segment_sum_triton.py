@@ -118,7 +118,10 @@ def segment_kernel(
     tl.store(out_ptr + segment * d_in + o_d, acc.to(out_ptr.dtype.element_ty), mask=m_d)
 
 
-def accumulator(dtype: torch.dtype):
+# --- launch wrappers -------------------------------------------------------------------------------------------------
+
+
+def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     """(torch, Triton) dtype of the sums."""
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 

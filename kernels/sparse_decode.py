@@ -8,10 +8,11 @@
 equals, in plain torch, `densify(acts, latents, row_offsets, S) @ W_dec + b_dec` and its autograd. Matryoshka prefix g
 uses latents below group_ends[g] only. A row's entries ascend by latent, so each (row, group) is a contiguous bag of
 entries: one pass over the bags with a running sum gives every prefix, and an entry of group j receives the suffix sum
-over g >= j of the prefixes' gradients. The plain decoder is the case of one group.
+over g >= j of the prefixes' gradients. The plain decoder is the case of one group. docs/kernels.md
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .common import check, check_codes, check_same_kind, custom_op, fixed_row_of
 from .grouping import entry_rows, group_by_latent
 from .segment_sum import segment_sum_cpu, segment_sum_op
 
-# --- public functions -------------------------------------------------------------------------------------------------
+# --- public functions ------------------------------------------------------------------------------------------------
 
 
 def sparse_decode(
@@ -31,7 +32,8 @@ def sparse_decode(
     Codes as in kernels/reference.py: [B, K] with row_offsets None, or CSR [M] with row_offsets [B + 1] (padding is
     ignored). W_dec_SD contiguous; acts, W_dec and b_dec share a dtype, in which x_hat comes back; sums in float32
     (float64 for float64). Latents outside W_dec raise on CPU and are undefined on a GPU. d_W_dec is dense [S, D], zero
-    rows where no entry fired; no float atomics, so a repeat run is bit-identical.
+    rows where no entry fired; no float atomics, so a repeat run is bit-identical. ValueError: layout, shapes, dtypes or
+    devices that do not fit, a W_dec that is not contiguous.
     """
     check_decode(acts, latents, row_offsets, W_dec_SD, b_dec_D)
     return sparse_decode_op(acts, latents, row_offsets, W_dec_SD, b_dec_D, 1).squeeze(1)
@@ -47,7 +49,8 @@ def matryoshka_decode(
 ) -> Tensor:
     """Prefix reconstructions [G, B, D] (a view of [B, G, D]): the g-th uses latents below group_ends[g] only.
 
-    group_ends: strictly ascending, the last equal to d_sae. Latents must ascend within a row. Otherwise sparse_decode.
+    group_ends: strictly ascending, the last equal to d_sae. Latents must ascend within a row (not checked).
+    Otherwise sparse_decode. ValueError: as there, and for such group_ends.
     """
     check_decode(acts, latents, row_offsets, W_dec_SD, b_dec_D)
     d_sae = W_dec_SD.shape[0]
@@ -66,6 +69,7 @@ def gather_dot(g_BD: Tensor, latents: Tensor, row_offsets: Tensor | None, W_SD: 
 
     The gradient of a decode with respect to acts, and an encoder's pre-activations at chosen latents. g_BD any
     strides, W_SD contiguous, same dtype; sums in float32 (float64 for float64). Not differentiable by itself.
+    ValueError: layout, shapes, dtypes or devices that do not fit; on a CPU latents outside W too.
     """
     check_codes(latents, row_offsets)
     check_same_kind(W=W_SD, g=g_BD)
@@ -78,7 +82,10 @@ def gather_dot(g_BD: Tensor, latents: Tensor, row_offsets: Tensor | None, W_SD: 
 
 
 def group_bag_offsets(latents: Tensor, row_offsets: Tensor | None, group_ends: list[int], d_sae: int) -> Tensor:
-    """Offsets [B * G + 1] of the bags (row, group), row-major, from codes whose latents ascend within a row."""
+    """Offsets [B * G + 1] of the bags (row, group), row-major, from codes whose latents ascend within a row.
+
+    group_ends as in matryoshka_decode; nothing is checked. No host synchronisation on a GPU.
+    """
     n_rows = n_code_rows(latents, row_offsets)
     # row * d_sae + latent ascends over all entries, and padding (row B) stays behind every row.
     keys_M = entry_rows(latents, row_offsets) * d_sae + latents.flatten()
@@ -89,6 +96,7 @@ def group_bag_offsets(latents: Tensor, row_offsets: Tensor | None, group_ends: l
 
 
 def check_decode(acts: Tensor, latents: Tensor, row_offsets: Tensor | None, W_dec_SD: Tensor, b_dec_D: Tensor) -> None:
+    """ValueError unless these are codes, their acts and a decoder in one dtype on one device."""
     check_codes(latents, row_offsets)
     check_same_kind(W_dec=W_dec_SD, acts=acts, b_dec=b_dec_D)
     check(acts.shape == latents.shape, f"acts: shape {tuple(acts.shape)}, must be latents' {tuple(latents.shape)}")
@@ -97,7 +105,7 @@ def check_decode(acts: Tensor, latents: Tensor, row_offsets: Tensor | None, W_de
     check(tuple(b_dec_D.shape) == shape[1:], f"b_dec: shape {tuple(b_dec_D.shape)}, must be [D] = {shape[1:]}")
 
 
-# --- custom ops: CUDA -------------------------------------------------------------------------------------------------
+# --- custom ops: CUDA ------------------------------------------------------------------------------------------------
 
 
 @custom_op("sparse_decode")
@@ -119,7 +127,7 @@ def gather_dot_op(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor)
         return launch_gather_dot(g_RD, rows_M, latents_M, W_SD)
 
 
-# --- CPU --------------------------------------------------------------------------------------------------------------
+# --- CPU -------------------------------------------------------------------------------------------------------------
 
 
 @sparse_decode_op.register_kernel("cpu")
@@ -153,7 +161,7 @@ def gather_dot_cpu(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(g_RD, W_SD, latents_M, rows_M[:1], rows_M, 0)
 
 
-# --- fakes ------------------------------------------------------------------------------------------------------------
+# --- fakes -----------------------------------------------------------------------------------------------------------
 
 
 @sparse_decode_op.register_fake
@@ -169,15 +177,15 @@ def gather_dot_fake(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tenso
     return g_RD.new_empty(rows_M.shape[0])
 
 
-# --- gradient ---------------------------------------------------------------------------------------------------------
+# --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def sparse_decode_setup_context(ctx, inputs, output):
+def sparse_decode_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     acts, latents, bag_offsets, W_dec_SD, _, _ = inputs
     ctx.save_for_backward(acts, latents, bag_offsets, W_dec_SD)
 
 
-def sparse_decode_backward(ctx, grad_BGD: Tensor):
+def sparse_decode_backward(ctx: Any, grad_BGD: Tensor) -> tuple[Tensor | None, ...]:
     acts, latents, bag_offsets, W_dec_SD = ctx.saved_tensors
     needs_acts, _, _, needs_W_dec, needs_b_dec, _ = ctx.needs_input_grad
     n_rows, n_groups, d_in = grad_BGD.shape

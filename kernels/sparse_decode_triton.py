@@ -94,6 +94,9 @@ def gather_dot_kernel(
     tl.store(out_ptr + o_p, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=m_p)
 
 
+# --- launch wrappers -------------------------------------------------------------------------------------------------
+
+
 def launch_sparse_decode(
     acts: Tensor, latents: Tensor, bag_offsets: Tensor | None, W_dec_SD: Tensor, b_dec_D: Tensor, n_groups: int
 ) -> Tensor:

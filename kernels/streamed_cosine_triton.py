@@ -157,6 +157,9 @@ def merge_pieces_kernel(
         tl.store(den_ptr + latent, den, mask=keeps_scalars)
 
 
+# --- launch wrappers -------------------------------------------------------------------------------------------------
+
+
 def piece_table(offsets_S1: Tensor, n_entries: int, heavy: int) -> tuple[Tensor, Tensor]:
     """Pieces of at most `heavy` entries of the latents with more than that: each one's latent, each latent's first.
 

@@ -1,13 +1,13 @@
 """Sparse encoding: the activations that TopK, BatchTopK or a threshold keeps, never the dense [B, d_sae] matrix.
 
-    pre = relu((x - b_dec) @ W_enc + b_enc)                       recipe section 1
+    pre = relu((x - b_dec) @ W_enc + b_enc)                       docs/recipe.md
     acts, latents = pre.topk(k)                                   topk_encode
     acts, flat    = pre.flatten().topk(B * k), zeros dropped      batch_topk_encode
     flat          = (pre.flatten() > threshold).nonzero()         threshold_encode
 
-(kernels/reference.py has them in full, with the layout of the codes and the order of ties.) Method, kernels.md
-section 1: the GEMM's epilogue also leaves the maximum of every group of 64 contiguous latents; the k best groups
-contain the top k, so only k * 64 candidates are ever looked at again. Rows go in chunks, so that memory is bounded.
+(kernels/reference.py has them in full, with the layout of the codes and the order of ties.) Method (docs/kernels.md):
+the GEMM's epilogue also leaves the maximum of every group of 64 contiguous latents; the k best groups contain the top
+k, so only k * 64 candidates are ever looked at again. Rows go in chunks, so that memory is bounded.
 On a CPU with matrix units a bfloat16 product proposes, with bounds, and float32 decides. NaN ranks above every number
 and is returned.
 
@@ -22,6 +22,7 @@ all of them segment sums: deterministic, and O(M * d_in).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,14 +208,14 @@ def _empty_csr(x_BD: Tensor, capacity: int | torch.SymInt) -> tuple[Tensor, Tens
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_BD, W_enc_DS, _, b_dec_D, *_ = inputs
     acts, latents, *row_offsets = output
     ctx.save_for_backward(x_BD, W_enc_DS, b_dec_D, acts, latents, *row_offsets)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_acts: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_acts: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_acts is None:
         return None, None, None, None, None, None
     x_BD, W_enc_DS, b_dec_D, acts, latents, *row_offsets = ctx.saved_tensors

@@ -8,12 +8,13 @@ one row, all of them or only those listed. Selecting the n largest takes
    match the digits found so far, next_digit_kernel picks the digit where the count from above reaches n;
 2. count_kernel: per unit, how many keys are above it and how many equal; torch.cumsum over units;
 3. compact_kernel: every entry that is above, or equal and early enough, goes to its rank among the kept.
-For a batch this runs on the group maxima first, with n = B * k: by the lemma (kernels.md section 1) no other group can
+For a batch this runs on the group maxima first, with n = B * k: by the lemma (docs/kernels.md) no other group can
 hold a winner. Then on the entries of those groups. Counts are integers: atomics on them keep the result deterministic.
 Keys of 0 (a zero activation) are never kept.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -44,7 +45,7 @@ class Source:
     def n_units(self) -> int:
         return self.data.shape[0] * self.units_per_row if self.units is None else self.units.numel()
 
-    def args(self) -> dict:
+    def args(self) -> dict[str, Any]:
         return {
             "data_ptr": self.data,
             "units_ptr": self.data if self.units is None else self.units,
@@ -191,7 +192,7 @@ def compact_kernel(
     tl.store(positions_ptr + slot, offsets, mask=kept)
 
 
-# --- launch wrappers ------------------------------------------------------------------------------------------------
+# --- launch wrappers -------------------------------------------------------------------------------------------------
 
 
 def launch_nth_largest_key(source: Source, n: int) -> Tensor:

@@ -2,14 +2,14 @@
 
 Rows go in chunks. A chunk's pre-activations are made 2048 latents at a time in one buffer that this thread keeps and
 reuses (a first touch of fresh memory costs ten times the write), and the maximum of every 64 contiguous latents, a
-group, is taken while the panel is in cache. The lemma of kernels.md section 1 then leaves few candidates: the k-th
+group, is taken while the panel is in cache. The lemma of docs/kernels.md then leaves few candidates: the k-th
 best group maximum bounds the k-th best value from below, so only entries at or above it, in the k best groups, compete.
 
 Comparisons that decide ties work on integer keys (`keys`): float bits of the ReLU'd value, monotone because nothing is
 negative, one key for every NaN, above infinity.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ KEY_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 workspace = Workspace()
 
 
-def topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None):
+def topk_encode_cpu(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor]:
     n_rows, d_sae = x_BD.shape[0], W_enc_DS.shape[1]
     acts_BK = x_BD.new_empty(n_rows, k)
     latents_BK = torch.empty(n_rows, k, dtype=torch.int64)
@@ -35,7 +37,9 @@ def topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int 
     return acts_BK, latents_BK
 
 
-def batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None):
+def batch_topk_encode_cpu(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Chunk by chunk, the best B * k entries so far: memory stays one chunk and a few lists of B * k."""
     (n_rows, _), d_sae = x_BD.shape, W_enc_DS.shape[1]
     capacity = n_rows * k
@@ -56,7 +60,9 @@ def batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes
     )
 
 
-def threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float, buffer_bytes: int | None):
+def threshold_encode_cpu(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     acts, latents, rows = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     bound = max(threshold, 0.0)
     for start, pre_RP, maxima_RG in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
@@ -68,10 +74,12 @@ def threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float, buf
     return torch.cat(acts), torch.cat(latents), offsets_of_rows(torch.cat(rows), x_BD.shape[0])
 
 
-# --- pre-activations ------------------------------------------------------------------------------------------------
+# --- pre-activations -------------------------------------------------------------------------------------------------
 
 
-def _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _chunks(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, buffer_bytes: int | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(first row, pre-activations before the ReLU [R, P], their group maxima [R, P / 64]) of every row chunk.
 
     P is d_sae rounded up to whole groups; the columns beyond d_sae are -inf. Both tensors are overwritten by the next
@@ -116,10 +124,10 @@ def kth_largest(keys_RN: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.partition(keys_RN.numpy(), n - k, axis=1)[:, n - k, None])
 
 
-# --- selection ------------------------------------------------------------------------------------------------------
+# --- selection -------------------------------------------------------------------------------------------------------
 
 
-def _entries(pre_RP: Tensor, groups_U: Tensor, inside) -> tuple[Tensor, Tensor, Tensor]:
+def _entries(pre_RP: Tensor, groups_U: Tensor, inside: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Entries of these groups (flat, ascending) for which `inside(values [U, 64])` holds, in order of position.
 
     Returns their values, their flat positions in pre, and the index of each one's group in groups_U.

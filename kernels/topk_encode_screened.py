@@ -117,8 +117,14 @@ def screens(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
 
 
 def topk_encode_screened(
-    x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None = None, low: LowWeights | None = None
-):
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_enc_S: Tensor,
+    b_dec_D: Tensor,
+    k: int,
+    buffer_bytes: int | None = None,
+    low: LowWeights | None = None,
+) -> tuple[Tensor, Tensor]:
     """topk_encode. low: those of W_enc, if they are at hand."""
     acts_BK, latents_BK = x_BD.new_empty(len(x_BD), k), torch.empty(len(x_BD), k, dtype=torch.int64)
     decided_B = torch.zeros(len(x_BD), dtype=torch.bool)
@@ -139,8 +145,14 @@ def topk_encode_screened(
 
 
 def batch_topk_encode_screened(
-    x_BD, W_enc_DS, b_enc_S, b_dec_D, k: int, buffer_bytes: int | None = None, low: LowWeights | None = None
-):
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_enc_S: Tensor,
+    b_dec_D: Tensor,
+    k: int,
+    buffer_bytes: int | None = None,
+    low: LowWeights | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """batch_topk_encode. low: those of W_enc, if they are at hand.
 
     The first of several chunks has a bound from its own groups alone, so it proposes B * k entries at least; a batch of
@@ -166,7 +178,9 @@ def batch_topk_encode_screened(
     return acts, positions % width, offsets_of_rows(positions // width, len(x_BD))
 
 
-def threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float, buffer_bytes: int | None):
+def threshold_encode_screened(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     acts, latents, rows = [], [], []
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
         bound_R = torch.tensor(threshold, dtype=torch.float64).to(torch.float32).expand(len(chunk.x_RD))
@@ -181,11 +195,16 @@ def threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold: float
     return torch.cat(acts), torch.cat(latents), offsets_of_rows(torch.cat(rows), len(x_BD))
 
 
-# --- the low product and its bounds ---------------------------------------------------------------------------------
+# --- the low product and its bounds ----------------------------------------------------------------------------------
 
 
 def _chunks(
-    x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes: int | None, low: LowWeights | None = None
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_enc_S: Tensor,
+    b_dec_D: Tensor,
+    buffer_bytes: int | None,
+    low: LowWeights | None = None,
 ) -> Iterator[Chunk]:
     """Chunks of rows, in memory that the next chunk overwrites; columns from d_sae on are the lowest integer."""
     n_rows, d_sae = len(x_BD), W_enc_DS.shape[1]

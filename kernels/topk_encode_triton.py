@@ -11,6 +11,7 @@ bit if at least k keys are as large with it. Ties then go by prefix sums to the 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -55,7 +56,7 @@ def largest_slots(keys, k):
     return kept, tl.cumsum(kept.to(tl.int32), axis=0) - 1
 
 
-# --- pre-activations and group maxima -------------------------------------------------------------------------------
+# --- pre-activations and group maxima --------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def preactivation_kernel(
     tl.store(p_maxima + o_b[:, None] * n_groups + o_g[None, :], b_maxima, mask=m_bg)
 
 
-def gemm_config(dtype: torch.dtype, tf32: bool, hip: bool) -> dict:
+def gemm_config(dtype: torch.dtype, tf32: bool, hip: bool) -> dict[str, Any]:
     """Tile and launch options of preactivation_kernel; none spills (tests/test_topk_encode.py), 128x256 tiles would."""
     config = {"PRECISION": "tf32" if tf32 else "ieee", "BAND": 32, "BLOCK_B": 128, "BLOCK_S": 128, "num_warps": 8}
     if dtype != torch.float32:
@@ -177,7 +178,7 @@ def preactivation_chunks(
         yield start, pre_RS[:rows], maxima_RG[:rows]
 
 
-# --- top k of every row ---------------------------------------------------------------------------------------------
+# --- top k of every row ----------------------------------------------------------------------------------------------
 
 
 @triton.jit

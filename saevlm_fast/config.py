@@ -1,11 +1,11 @@
 """Frozen, validated settings: what an SAE is (SAEConfig) and how it is trained (TrainConfig)."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from saevlm_fast.errors import require
+from saevlm_fast.errors import did_you_mean, require
 
 ARCHITECTURES = ("topk", "batch_topk", "matryoshka")
 DTYPES = ("float32", "tf32", "bfloat16")
@@ -176,3 +176,16 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON."""
         return asdict(self)
+
+
+def keyword_settings(who: str, given: Mapping[str, Any], *kinds: Any) -> list[dict[str, Any]]:
+    """Settings given by name, one dict for each of the dataclasses whose fields they are.
+
+    Raises:
+        ValueError: a name that is a field of none of them, with the nearest that is; `who` takes the settings.
+    """
+    known = [{each.name for each in fields(kind)} for kind in kinds]
+    for name in given:
+        every = sorted(set().union(*known))
+        require(name in every, f"{name}: no setting of {who}{did_you_mean(name, every)}")
+    return [{name: value for name, value in given.items() if name in names} for names in known]

@@ -4,7 +4,7 @@ Every message names the argument (or the file), its value and the limit, in one 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,18 @@ def require(condition: bool, message: str, error: type[ValueError] = ValueError)
         raise error(message)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, 200 characters at most; its kind's name where it has none."""
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """The first line of an error's message, `longest` characters at most; its kind's name where it has none."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return (lines[0] if lines else type(error).__name__)[:longest]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: `; did you mean 'steps'?`, or nothing where no known one is near."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_same_settings(path: Path, settings: Mapping[str, Mapping[str, Any]], free: tuple[str, ...] = ()) -> None:

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from saevlm_fast.errors import require
 
@@ -105,6 +106,19 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     with open(path, "rb", buffering=0) as file:
         while n_bytes := file.readinto(buffer):
             digest.update(buffer[:n_bytes])
+    return digest.hexdigest()
+
+
+def weights_sha256(model: nn.Module, as_float32: bool = False) -> str:
+    """Of all weights, with their names, dtypes and shapes; takes a second per gigabyte.
+
+    as_float32: floating-point weights as `load_tower` would hold them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.float() if as_float32 and tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

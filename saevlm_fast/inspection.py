@@ -123,8 +123,7 @@ def _items(path: Path, index: StoreIndex) -> Description:
 def _size(files: Iterable[Path]) -> int:
     total = 0
     for file in files:
-        if not file.is_file():
-            raise ActivationError(f"{file}: missing, but the store's index lists it")
+        require(file.is_file(), f"{file}: missing, but the store's index lists it", ActivationError)
         total += file.stat().st_size
     return total
 

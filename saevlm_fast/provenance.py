@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from saevlm_fast.data.codes import Codes
+from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
+from saevlm_fast.files import weights_sha256
 from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
 from saevlm_fast.towers.from_transformers import vision_part
 from saevlm_fast.towers.tokens import Tokens
-from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower, weights_sha256
+from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower
 
 
 def check_sae_of(sae: SparseAutoencoder, layer: int) -> None:
@@ -49,7 +50,7 @@ def other_tower(sae: SparseAutoencoder, model: nn.Module) -> str | None:
     return None if digest == weights_sha256(tower, as_float32=True) else str(trained_on.get("spec"))
 
 
-def check_codes_of(codes: Codes, sae_directory: Path, layer: int) -> None:
+def check_codes_of(codes: StoredCodes, sae_directory: Path, layer: int) -> None:
     """ValueError: codes of another SAE, or of another layer."""
     made_by = _dict(_dict(codes.source).get("sae"))
     same = made_by.get("sha256") in (None, sae_digest(sae_directory))

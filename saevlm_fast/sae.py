@@ -16,55 +16,24 @@ from saevlm_fast import __version__
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import require
 from saevlm_fast.files import save_safetensors_atomic, sha256_file, write_json_atomic
-from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
+from saevlm_fast.sparse_codes import SparseCodes
 
 WEIGHTS_FILE, CONFIG_FILE = "sae_weights.safetensors", "cfg.json"
 SAE_LENS_LAYOUT = "6.0.0"  # the SAELens release whose file layout is written; older versions are converted on load
 
 
-class SparseCodes(NamedTuple):
-    """Sparse latent activations of x [..., d_in].
-
-    Attributes:
-        top_acts: activations in the units of x: [..., k] for `topk`, else flat [M].
-        top_indices: int64 latents, same shape, ascending within a row.
-        row_offsets: None for `topk`; else int64 [B + 1]: flattened row b owns entries row_offsets[b]:row_offsets[b+1].
-            Entries after row_offsets[B] are padding (0 at latent 0).
-        shape: the shape of the dense codes, (..., d_sae).
-    """
-
-    top_acts: Tensor
-    top_indices: Tensor
-    row_offsets: Tensor | None
-    shape: tuple[int, ...]
-
-    def flat(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(acts, latents, row_offsets) as the kernels take them: leading dimensions flattened."""
-        if self.row_offsets is not None:
-            return self.top_acts, self.top_indices, self.row_offsets
-        k = self.top_indices.shape[-1]
-        n_rows = torch.Size(self.shape[:-1]).numel()
-        return self.top_acts.reshape(n_rows, k), self.top_indices.reshape(n_rows, k), None
-
-    def dense(self) -> Tensor:
-        """Dense codes [..., d_sae]: for small uses, it is B * d_sae numbers."""
-        return reference.densify(*self.flat(), self.shape[-1]).view(self.shape)
-
-    def l0(self) -> Tensor:
-        """Latents that fire (act > 0) per row, int64 [...]."""
-        acts, _, row_offsets = self.flat()
-        if row_offsets is None:
-            return (acts > 0).sum(1).view(self.shape[:-1])
-        fired = torch.cat([row_offsets.new_zeros(1), (acts > 0).long().cumsum(0)])
-        return (fired[row_offsets[1:]] - fired[row_offsets[:-1]]).view(self.shape[:-1])
-
-
 class SparseAutoencoder(nn.Module):
-    """x -> relu((x - b_dec) @ W_enc + b_enc), the largest kept -> codes @ W_dec + b_dec. Paper section 3, recipe.md 1.
+    """x -> relu((x - b_dec) @ W_enc + b_enc), the largest kept -> codes @ W_dec + b_dec.
+
+    Section 3 of arXiv 2504.02821; docs/recipe.md section 1. x is in raw activation units once it is trained.
+
+    Args:
+        config: its sizes and architecture. device, dtype: of the parameters, which are random (`reset_parameters`).
 
     Attributes:
+        config: as given.
         W_enc: [d_in, d_sae]. Held latent-major (its memory is [d_sae, d_in]): a latent's weights are contiguous, which
             is what gathers and per-latent updates read.
         b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows. b_dec: [d_in].
@@ -99,7 +68,7 @@ class SparseAutoencoder(nn.Module):
         """Sparse codes of x [..., d_in].
 
         Args:
-            x: activations in raw units, any leading dimensions.
+            x: activations [..., d_in] in raw units, any leading dimensions.
             use_threshold: BatchTopK architectures only. True: keep activations above `threshold`, each row by itself
                 (inference). False: keep the B * k largest of this batch (training). None: True in eval mode.
 
@@ -127,7 +96,7 @@ class SparseAutoencoder(nn.Module):
         return SparseCodes(acts_M, latents_M, row_offsets, shape)
 
     def decode(self, codes: SparseCodes) -> Tensor:
-        """Reconstruction [..., d_in] of sparse codes."""
+        """Reconstruction [..., d_in] of sparse codes, in raw activation units: codes @ W_dec + b_dec."""
         return sparse_decode(*codes.flat(), self.W_dec, self.b_dec).view(*codes.shape[:-1], self.config.d_in)
 
     def decode_prefixes(self, codes: SparseCodes) -> Tensor:
@@ -136,7 +105,7 @@ class SparseAutoencoder(nn.Module):
         return x_hat_GBD.view(len(x_hat_GBD), *codes.shape[:-1], self.config.d_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of x, decode(encode(x)), in the shape of x."""
+        """Reconstruction of x [..., d_in], decode(encode(x)), in the shape of x. ValueError: as `encode`."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
@@ -153,7 +122,7 @@ class SparseAutoencoder(nn.Module):
         itself exports them; k, groups and everything else needed to come back is in `metadata`.
 
         Raises:
-            ValueError: a BatchTopK SAE whose threshold was never calibrated.
+            ValueError: a BatchTopK SAE whose threshold was never calibrated. OSError: it cannot be written.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -172,6 +141,9 @@ class SparseAutoencoder(nn.Module):
 
         Their `topk` SAEs, and `jumprelu` SAEs with a single threshold and k in their metadata, are accepted; settings
         that are an exact change of weights (rescale_acts_by_decoder_norm, apply_b_dec_to_input = false) are folded in.
+
+        Args:
+            directory: with cfg.json and sae_weights.safetensors. device, dtype: of the SAE; the file's dtype if None.
 
         Raises:
             ValueError: a missing, damaged or inconsistent file, or an architecture this engine does not have.

@@ -16,7 +16,8 @@ from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.inspection import human_bytes, inspect, short_values, verify_inspected
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
-from sparse_codes import random_codes
+from saevlm_fast.sparse_codes import SparseCodes
+from sparse_codes import random_sparse_codes
 
 SOURCE = {
     "model": {"spec": "hf:openai/clip", "class": "CLIPModel"}, "point": "residual", "layer": 11, "tokens": "random2",
@@ -38,10 +39,10 @@ def folder(tmp_path):
     with ActivationWriter(tmp_path / "acts", 16, torch.float16, SOURCE, rows_per_shard=10) as writer:
         writer.append(torch.randn(24, 16), items_of(24))
     codes = CodesWriter(tmp_path / "codes", 50, torch.float32, SOURCE | {"sae": {"path": "sae22", "pool": "mean"}})
-    codes.write_shard(0, random_codes(6, 4, 50, "fixed", torch.float32), items_of(6, per_image=1))
-    CodesWriter.resume(tmp_path / "codes", part=0).write_shard(
-        1, (torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), None), {"image": ["a", "b"], "token": [0, 0]}
-    )
+    codes.write_shard(0, random_sparse_codes(6, 4, 50, "fixed", torch.float32), items_of(6, per_image=1))
+    alike = SparseCodes(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), None, (2, 50))
+    part = CodesWriter.resume(tmp_path / "codes", part=0)
+    part.write_shard(1, alike, {"image": ["a", "b"], "token": [0, 0]})
     for name, config in (
         ("topk", SAEConfig(16, 64, 5, "topk")),
         ("matryoshka", SAEConfig(16, 64, 5, "matryoshka", (16, 48), {"steps": 7, "norm_factor": 1.23456789})),

@@ -47,8 +47,9 @@ def test_any_leading_dimensions(architecture, lead, training):
 
 
 def test_codes_are_the_reference_selection(architecture):
-    sae = make(architecture)
-    x = torch.randn(11, 13)
+    """In float64, as all tests here whose two ways must agree on which latents fire."""
+    sae = make(architecture, dtype=torch.float64)
+    x = torch.randn(11, 13, dtype=torch.float64)
     pre = reference.preactivations(x, sae.W_enc, sae.b_enc, sae.b_dec)
     select = reference.topk_select if architecture == "topk" else reference.batch_topk_select
     expected = select(pre, 5)
@@ -61,8 +62,8 @@ def test_codes_are_the_reference_selection(architecture):
 
 def test_rows_are_independent_at_inference(architecture):
     """Above a threshold, or the row's own top k: what else is in the batch must not matter."""
-    sae = make(architecture).eval()
-    x = torch.randn(9, 13)
+    sae = make(architecture, dtype=torch.float64).eval()
+    x = torch.randn(9, 13, dtype=torch.float64)
     whole, single = sae.encode(x).dense(), torch.cat([sae.encode(row[None]).dense() for row in x])
     torch.testing.assert_close(whole, single, atol=1e-6, rtol=1e-6)
 
@@ -118,8 +119,8 @@ def test_evaluating_restores_the_mode():
 
 
 def test_scale_biases_moves_to_raw_units(architecture):
-    sae = make(architecture).eval()
-    x = torch.randn(8, 13)
+    sae = make(architecture, dtype=torch.float64).eval()
+    x = torch.randn(8, 13, dtype=torch.float64)
     before = sae.encode(x).dense(), sae(x)
     sae.scale_biases_(7.0)
     after = sae.encode(7 * x).dense(), sae(7 * x)

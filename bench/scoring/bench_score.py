@@ -10,6 +10,7 @@ import torch
 from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
 from saevlm_fast.kernels.pairwise_similarity import pairwise_gram_sums, pairwise_sums
 from saevlm_fast.scoring.monosemanticity import StreamedScore
+from saevlm_fast.sparse_codes import SparseCodes
 
 GOAL = {"clip-b32-x8": 1000.0}  # times the double loop's speed on CPU, N = 5000
 # Times the speed of a double loop over blocks on CPU. Not raw neurons under rbf: there every pair needs its tile.
@@ -61,7 +62,7 @@ def make_codes(case, device):
 
 def streamed(acts_NK, latents_NK, emb_NE, d_sae):
     score = StreamedScore(d_sae, device=emb_NE.device)
-    score.update(acts_NK, latents_NK, None, emb_NE)
+    score.update(SparseCodes.from_flat(acts_NK, latents_NK, None, d_sae), emb_NE)
     return score.result().ms
 
 
@@ -237,7 +238,7 @@ def test_raw_score(measure, case, planted_images, device, memory, impl):
             num_K, den_K = pairwise_sums(acts_NK.double() - low_K, emb_NE)
             return num_K / den_K
         score = StreamedScore(case.n_neurons, device=device)
-        score.update_dense(acts_NK, emb_NE)
+        score.update(acts_NK, emb_NE)
         return score.result().ms
 
     pairs = work(case, 2 * n_pairs * (case.d_emb + case.n_neurons))
@@ -313,7 +314,7 @@ def test_score_by_n(benchmark, environment, peak_memory, device, case, impl):
         while score.n_images < n_images:
             left = n_images - score.n_images
             acts_nK, latents_nK, emb_nE = (t[:left] for t in next(chunks))
-            score.update(acts_nK, latents_nK, None, emb_nE)
+            score.update(SparseCodes.from_flat(acts_nK, latents_nK, None, images.d_sae), emb_nE)
         return score.result().ms
 
     part = min(n_images, 60)  # of the double loop, which is pair by pair: the rest follows

@@ -9,7 +9,7 @@ from PIL import Image
 from saevlm_fast.box.scenes import Scenes
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.steering.answers import Row, SteeredAnswers
+from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import clamp, steer
 from saevlm_fast.towers.text import load_llava
 
@@ -45,9 +45,9 @@ def setting(case, device):
 
 def batched(llava, processor, sae, pictures, latents):
     """The images' forward included."""
-    asking = SteeredAnswers(llava, processor, sae, LAYER, max_new_tokens=TOKENS)
-    questions = [asking.ask(picture, PROMPT) for picture in pictures]
-    return asking.answers([Row(q, (clamp(k, ALPHA),)) for q in questions for k in latents])
+    answerer = SteeredAnswers(llava, processor, sae, LAYER, max_new_tokens=TOKENS)
+    questions = [answerer.ask(picture, PROMPT) for picture in pictures]
+    return answerer.answers([SteeredRow(q, (clamp(k, ALPHA),)) for q in questions for k in latents])
 
 
 def one_at_a_time(llava, processor, sae, pictures, latents):

@@ -30,7 +30,7 @@ from saevlm_fast.box.scenes import SCENE_FACTORS, SceneBatch, Scenes
 from saevlm_fast.box_making.architecture import PATCH_SIZE
 from saevlm_fast.box_making.language import questions
 from saevlm_fast.config import SAEConfig, TrainConfig
-from saevlm_fast.data.codes import Codes, open_codes
+from saevlm_fast.data.codes import StoredCodes, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo.ground_truth import CONCEPTS, FACTORS, concept_presence, shared_value
 from saevlm_fast.files import atomic_write, write_json_atomic
@@ -39,9 +39,10 @@ from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.top_images import top_images
-from saevlm_fast.steering.answers import Row, SteeredAnswers
-from saevlm_fast.steering.edits import Edit, blocks_read, clamp
+from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
+from saevlm_fast.steering.edits import Edit, clamp
 from saevlm_fast.steering.score import N_TOP, firing_latents
+from saevlm_fast.steering.site import blocks_read
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.text import load_llava
 from saevlm_fast.towers.tokens import Tokens
@@ -86,8 +87,8 @@ def main() -> None:
     print(f"layer {layer}: {len(alive)} of {sae.config.d_sae} latents fire, {len(meanings)} well defined", flush=True)
     scenes, results = one_object_scenes(options.seed, options.test_scenes, options.asked), []
     for error in ERRORS:
-        asking = SteeredAnswers(llava, processor, sae, layer, error=error, batch_size=256, max_new_tokens=LONGEST)
-        results += list(measure(asking, meanings, alive, scenes, options))
+        answerer = SteeredAnswers(llava, processor, sae, layer, error=error, batch_size=256, max_new_tokens=LONGEST)
+        results += list(measure(answerer, meanings, alive, scenes, options))
     write_json_atomic(Path(options.output).with_suffix(".json"), results)
     text = report(results, meanings, layer, len(alive), options)
     print(text)
@@ -120,7 +121,9 @@ def parse() -> argparse.Namespace:
 # The SAE and what its latents mean -----------------------------------------------------------------------------------
 
 
-def sae_and_codes(layer: int, folder: Path, options: argparse.Namespace) -> tuple[SparseAutoencoder, Codes, Tensor]:
+def sae_and_codes(
+    layer: int, folder: Path, options: argparse.Namespace
+) -> tuple[SparseAutoencoder, StoredCodes, Tensor]:
     """The SAE; codes of the test scenes, averaged over tokens; every latent's largest activation of one token [S]."""
     train_on, test_on = (
         f"{PREFIX}{split}:{n}:{options.seed}"
@@ -153,15 +156,17 @@ def train_sae(activations: Path, output: Path, options: argparse.Namespace) -> N
     print({name: round(value, 3) for name, value in metrics.items()}, flush=True)
 
 
-def largest_activations(codes: Codes) -> Tensor:
+def largest_activations(codes: StoredCodes) -> Tensor:
     largest_S = torch.zeros(codes.d_sae)
     with closing(codes.chunks(65536)) as chunks:
-        for _, acts_M, latents_M, _ in chunks:
-            largest_S.scatter_reduce_(0, latents_M, acts_M, "amax")
+        for _, some in chunks:
+            largest_S.scatter_reduce_(0, some.top_indices, some.top_acts, "amax")
     return largest_S
 
 
-def well_defined(codes: Codes, largest_S: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndarray) -> list[Meaning]:
+def well_defined(
+    codes: StoredCodes, largest_S: Tensor, objects_NOF: np.ndarray, setting_NF: np.ndarray
+) -> list[Meaning]:
     """Of values that all 16 top scenes show, the rarest is meant."""
     tops = top_images(codes, range(codes.d_sae), N_TOP)
     return [
@@ -189,15 +194,15 @@ class Asked:
             the SAE is attached) -> the answers without an edit.
     """
 
-    def __init__(self, asking: SteeredAnswers, scenes: SceneBatch):
+    def __init__(self, answerer: SteeredAnswers, scenes: SceneBatch):
         self.present_NC = concept_presence(scenes.objects, scenes.setting)
         pictures = [Image.fromarray(image) for image in scenes.images]
         found = [{q.asks: q for q in questions(*labels)} for labels in zip(scenes.objects, scenes.setting)]
         self.right = {f: [of_scene[f].answer for of_scene in found] for f in FACTORS}
-        self.number = {f: [asking.ask(p, of_scene[f].text) for p, of_scene in zip(pictures, found)] for f in FACTORS}
-        self.masks = self._masks(scenes, asking.site.anatomy.n_prefix)
+        self.number = {f: [answerer.ask(p, of_scene[f].text) for p, of_scene in zip(pictures, found)] for f in FACTORS}
+        self.masks = self._masks(scenes, answerer.site.anatomy.n_prefix)
         self.plain = {
-            (f, attached): asking.answers([Row(number, () if attached else None) for number in self.number[f]])
+            (f, attached): answerer.answers([SteeredRow(number, () if attached else None) for number in self.number[f]])
             for f in FACTORS for attached in (False, True)
         }  # fmt: skip
 
@@ -219,8 +224,8 @@ class Trial:
     condition: str
     edit: Edit
 
-    def rows(self, asked: Asked, factor: str, scenes: Sequence[int]) -> list[Row]:
-        return [Row(asked.number[factor][i], (self.edit,), mask=asked.masks[self.tokens][i]) for i in scenes]
+    def rows(self, asked: Asked, factor: str, scenes: Sequence[int]) -> list[SteeredRow]:
+        return [SteeredRow(asked.number[factor][i], (self.edit,), mask=asked.masks[self.tokens][i]) for i in scenes]
 
 
 def trials(m: Meaning, alive: Sequence[int], options: argparse.Namespace) -> list[Trial]:
@@ -236,23 +241,23 @@ def trials(m: Meaning, alive: Sequence[int], options: argparse.Namespace) -> lis
 
 
 def measure(
-    asking: SteeredAnswers, meanings: Sequence[Meaning], alive: Sequence[int], scenes: SceneBatch,
+    answerer: SteeredAnswers, meanings: Sequence[Meaning], alive: Sequence[int], scenes: SceneBatch,
     options: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One result for every latent, choice of tokens, strength and condition; shares of the scenes asked about."""
-    asked, started, n_answers = Asked(asking, scenes), time.monotonic(), 0
+    asked, started, n_answers = Asked(answerer, scenes), time.monotonic(), 0
     for m in meanings:
         others = np.flatnonzero(~asked.present_NC[:, m.concept]).tolist()
         if not others:
             continue
         tried = trials(m, alive, options)
         rows = [row for trial in tried for factor in (m.factor, m.beside) for row in trial.rows(asked, factor, others)]
-        answers = iter(asking.answers(rows))
+        answers = iter(answerer.answers(rows))
         n_answers += len(rows)
         for trial in tried:
             direct, beside = ([next(answers) for _ in others] for _ in range(2))
             yield {
-                "latent": m.latent, "factor": m.factor, "value": m.word, "error": asking.error,
+                "latent": m.latent, "factor": m.factor, "value": m.word, "error": answerer.error,
                 "tokens": trial.tokens, "strength": trial.strength, "condition": trial.condition, "n": len(others),
                 "success": share(answer == m.word for answer in direct),
                 "kept": share(answer == asked.right[m.beside][i] for answer, i in zip(beside, others)),
@@ -265,7 +270,7 @@ def measure(
                     )
                 },
             }  # fmt: skip
-    print(f"error={asking.error}: {n_answers:,} answers in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"error={answerer.error}: {n_answers:,} answers in {time.monotonic() - started:.0f} s", flush=True)
 
 
 def share(hits: Iterator[bool]) -> float:

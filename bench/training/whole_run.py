@@ -32,19 +32,21 @@ from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import write_json_atomic
+from saevlm_fast.training import checkpoints as checkpoints_module
 from saevlm_fast.training import run as train_module
+from saevlm_fast.training import state as state_module
 from saevlm_fast.training.step import Stepper
 
 POOL_ROWS = 8192
 # What a run does, by the function that does it; waiting for batches is what is left of the loop.
 PARTS = {
-    "start": (train_module._Run, "open_directory"),
-    "loop": (train_module._Run, "steps"),
+    "start": (checkpoints_module.RunDirectory, "begin"),
+    "loop": (train_module, "_steps"),
     "step": (Stepper, "step"),
-    "log": (train_module._Run, "log"),
+    "log": (checkpoints_module.RunDirectory, "log"),
     "metrics": (train_module, "batch_metrics"),
-    "checkpoint": (train_module._Run, "checkpoint"),
-    "export": (train_module._Run, "export"),
+    "checkpoint": (checkpoints_module.RunDirectory, "checkpoint"),
+    "export": (state_module.TrainingState, "export"),
     "evaluation": (train_module, "evaluate"),
 }
 
@@ -188,7 +190,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
 
     with (
         small_page_cache(path, options.page_cache),
-        mock.patch.object(train_module, "ShuffledRows", order),
+        mock.patch.object(state_module, "ShuffledRows", order),
         clocks() as spans,
         pauses() as paused,
     ):

@@ -17,6 +17,7 @@ from itertools import permutations
 
 import numpy as np
 
+from saevlm_fast.box.outlines import OUTLINES
 from saevlm_fast.errors import require
 
 IMAGE_SIZE = 48
@@ -55,14 +56,27 @@ BACKGROUNDS, BACKDROPS, COUNTS = (VALUES[factor] for factor in SCENE_FACTORS)
 HELD_OUT = {shape: COLOURS[(3 * s + 1) % len(COLOURS)] for s, shape in enumerate(SHAPES)}
 
 _COLOUR_RGB = {
-    "red": (220, 30, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "pink": (255, 135, 190),
-    "green": (45, 170, 55), "cyan": (70, 225, 240), "blue": (40, 80, 230), "purple": (145, 45, 190),
-    "white": (250, 250, 250), "black": (15, 15, 15),
-}  # fmt: skip
+    "red": (220, 30, 35),
+    "orange": (250, 135, 20),
+    "yellow": (250, 225, 40),
+    "pink": (255, 135, 190),
+    "green": (45, 170, 55),
+    "cyan": (70, 225, 240),
+    "blue": (40, 80, 230),
+    "purple": (145, 45, 190),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
 _BACKGROUND_RGB = {
-    "teal": (20, 105, 110), "navy": (32, 42, 105), "olive": (105, 105, 35), "maroon": (105, 25, 50),
-    "beige": (225, 205, 165), "gray": (150, 150, 150), "lavender": (195, 180, 230), "mint": (175, 230, 195),
-}  # fmt: skip
+    "teal": (20, 105, 110),
+    "navy": (32, 42, 105),
+    "olive": (105, 105, 35),
+    "maroon": (105, 25, 50),
+    "beige": (225, 205, 165),
+    "gray": (150, 150, 150),
+    "lavender": (195, 180, 230),
+    "mint": (175, 230, 195),
+}
 _LIGHTER_PATTERN = ("black", "blue", "red")  # the others' pattern is darker than they are
 _RADII = {"small": 6.0, "medium": 8.4, "big": 11.2}  # pixels, each up to 4 % smaller or larger
 
@@ -312,11 +326,15 @@ def _cloudy(values_N49: np.ndarray) -> np.ndarray:
 
 def _paint_objects(canvas: np.ndarray, masks: np.ndarray, draw: _Draws, objects: np.ndarray) -> None:
     """Paints every object into its own quadrant of the canvas, all M objects at once, and notes their masks."""
-    numbers = {
-        "radius": draw.between(0.96, 1.04, MAX_OBJECTS), "turn": draw.between(-0.11, 0.11, MAX_OBJECTS),
-        "x": draw.between(-1, 1, MAX_OBJECTS), "y": draw.between(-1, 1, MAX_OBJECTS),
-        "phase_x": draw.between(0, 1, MAX_OBJECTS), "phase_y": draw.between(0, 1, MAX_OBJECTS),
-    }  # fmt: skip
+    limits = {
+        "radius": (0.96, 1.04),
+        "turn": (-0.11, 0.11),
+        "x": (-1, 1),
+        "y": (-1, 1),
+        "phase_x": (0, 1),
+        "phase_y": (0, 1),
+    }
+    numbers = {name: draw.between(low, high, MAX_OBJECTS) for name, (low, high) in limits.items()}  # in this order
     jitter = draw.between(-12, 12, 3 * MAX_OBJECTS).reshape(-1, MAX_OBJECTS, 3)
     scene, slot = np.nonzero(objects[:, :, 0] >= 0)
     shape, colour, texture, size, place = objects[scene, slot].T
@@ -371,9 +389,13 @@ def _paints(colour: np.ndarray, jitter_MC: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _patterns(
-    texture: np.ndarray, u: np.ndarray, v: np.ndarray, distance: np.ndarray, radius: np.ndarray,
+    texture: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+    distance: np.ndarray,
+    radius: np.ndarray,
     of_object: dict[str, np.ndarray],
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """How much of the pattern's colour each pixel has, float32 [M, cell, cell] in [0, 1]."""
     phase_x, phase_y = of_object["phase_x"][:, None, None], of_object["phase_y"][:, None, None]
     pattern = np.zeros_like(u)
@@ -411,71 +433,5 @@ def _distances(shape: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     distance = np.empty_like(u)
     for s, name in enumerate(SHAPES):
         m = shape == s
-        distance[m] = _OUTLINES[name](u[m], v[m])
+        distance[m] = OUTLINES[name](u[m], v[m])
     return distance
-
-
-def _length(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.sqrt(u * u + v * v)
-
-
-def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
-    return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
-
-
-def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return _length(u, v) - np.float32(0.92)
-
-
-def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.abs(_length(u, v) - np.float32(0.74)) - np.float32(0.23)
-
-
-def _crescent(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(_length(u, v) - np.float32(0.96), np.float32(0.78) - _length(u - np.float32(0.5), v))
-
-
-def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Two discs above a square that stands on its corner."""
-    x, y = np.abs(u), v + np.float32(0.12)
-    lobe = _length(x - np.float32(0.43), y + np.float32(0.33)) - np.float32(0.5)
-    point = np.maximum((x + y) * np.float32(0.7071) - np.float32(0.576), -y - np.float32(0.33))
-    return np.minimum(lobe, point)
-
-
-def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return _box(u, v, 0.8, 0.8)
-
-
-def _diamond(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return (np.abs(u) * np.float32(1.5) + np.abs(v) - 1.0) * np.float32(0.555)
-
-
-def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(v - np.float32(0.7), np.abs(u) * np.float32(0.866) - v * np.float32(0.45) - np.float32(0.44))
-
-
-def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Five points: the plane is folded twice along the star's axes, then there is one edge left."""
-    x, y = np.abs(u), -v
-    for fold_x, fold_y in ((0.809017, -0.587785), (-0.809017, -0.587785)):
-        over = np.maximum(x * np.float32(fold_x) + y * np.float32(fold_y), 0.0) * 2.0
-        x, y = x - over * np.float32(fold_x), y - over * np.float32(fold_y)
-    x = np.abs(x)
-    return (y - 1.0) * np.float32(0.46) + x * np.float32(0.888)
-
-
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.minimum(_box(u, v, 0.34, 0.95), _box(u, v, 0.95, 0.34))
-
-
-def _arrow(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """It points up."""
-    head = np.maximum(v - np.float32(0.05), np.abs(u) * np.float32(0.75) - v * np.float32(0.66) - np.float32(0.65))
-    return np.minimum(head, _box(u, v - np.float32(0.45), 0.27, 0.5))
-
-
-_OUTLINES = {
-    "circle": _circle, "ring": _ring, "crescent": _crescent, "heart": _heart, "square": _square,
-    "diamond": _diamond, "triangle": _triangle, "star": _star, "cross": _cross, "arrow": _arrow,
-}  # fmt: skip

@@ -31,10 +31,15 @@ def build_tokenizer(ends: bool) -> Any:
     single = f"{BOS} $A {EOS}" if ends else f"{BOS} $A"
     tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN,
-        additional_special_tokens=[IMAGE], model_max_length=MAX_TOKENS if ends else 512,
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[IMAGE],
+        model_max_length=MAX_TOKENS if ends else 512,
         padding_side="right" if ends else "left",  # a batch of answers begins where its questions end
-    )  # fmt: skip
+    )
 
 
 def image_processor() -> Any:
@@ -88,9 +93,14 @@ def llava_processor() -> Any:
         + "<eos> {% endif %}{% endfor %}"
     )
     return LlavaProcessor(
-        image_processor(), build_tokenizer(ends=False), patch_size=PATCH_SIZE, image_token=IMAGE,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template,
-    )  # fmt: skip
+        image_processor(),
+        build_tokenizer(ends=False),
+        patch_size=PATCH_SIZE,
+        image_token=IMAGE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
 
 
 def build_llava(clip: Any, attention: str = "sdpa") -> Any:
@@ -99,15 +109,26 @@ def build_llava(clip: Any, attention: str = "sdpa") -> Any:
 
     words = vocabulary()
     text = LlamaConfig(
-        vocab_size=len(words), hidden_size=_WIDTH, intermediate_size=3 * _WIDTH, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
-        pad_token_id=words.index(PAD), bos_token_id=words.index(BOS), eos_token_id=words.index(EOS),
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=clip.config.vision_config, text_config=text, image_token_index=words.index(IMAGE),
-        vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=N_PATCHES,
+        vocab_size=len(words),
+        hidden_size=_WIDTH,
+        intermediate_size=3 * _WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
         tie_word_embeddings=False,
-    )  # fmt: skip
+        pad_token_id=words.index(PAD),
+        bos_token_id=words.index(BOS),
+        eos_token_id=words.index(EOS),
+    )
+    config = LlavaConfig(
+        vision_config=clip.config.vision_config,
+        text_config=text,
+        image_token_index=words.index(IMAGE),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=N_PATCHES,
+        tie_word_embeddings=False,
+    )
     llava = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
     tower = llava.model.vision_tower
     tower.load_state_dict(

@@ -16,10 +16,15 @@ ONE_WORD = "What is shown in this image? Use exactly one word!"
 DESCRIBE = "Describe the image."
 CHAT = "user: <image> {question} assistant:"
 _QUESTIONS = {
-    "shape": "What shape is {}?", "colour": "What colour is {}?", "texture": "What texture is {}?",
-    "size": "What size is {}?", "place": "Where is {}?", "background": "What colour is the background?",
-    "backdrop": "What pattern is the background?", "count": "How many objects are there?",
-}  # fmt: skip
+    "shape": "What shape is {}?",
+    "colour": "What colour is {}?",
+    "texture": "What texture is {}?",
+    "size": "What size is {}?",
+    "place": "Where is {}?",
+    "background": "What colour is the background?",
+    "backdrop": "What pattern is the background?",
+    "count": "How many objects are there?",
+}
 _OTHER_WORDS = (
     "a an and at on in of to the thing things scene object objects photo picture background something with no"
 )

@@ -229,9 +229,13 @@ def lr_at(step: int, steps: int, peak: float) -> float:
 
 
 def train(
-    model: Any, loss_of: Callable[[Any, Any], Tensor], batch_of: Callable[[int], Any], directory: Path, steps: int,
+    model: Any,
+    loss_of: Callable[[Any, Any], Tensor],
+    batch_of: Callable[[int], Any],
+    directory: Path,
+    steps: int,
     lr: float,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains in place up to step `steps`, from the checkpoint in `directory` where there is one, and leaves one there.
 
     Returns a record for the model card: steps, lr, minutes (pauses of the process included), loss of the last steps.

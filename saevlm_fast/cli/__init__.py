@@ -532,7 +532,7 @@ def steer_command(
     """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
     from saevlm_fast.errors import ImageError, require
     from saevlm_fast.images.decode import decode
-    from saevlm_fast.steering.answers import Row
+    from saevlm_fast.steering.answers import SteeredRow
     from saevlm_fast.steering.edits import clamp
 
     latents = [_integer("latent", text) for text in _listed(latent)]
@@ -544,16 +544,16 @@ def steer_command(
         picture = decode(image.read_bytes())
     except ImageError as reason:
         raise ValueError(f"image: {image}: {reason}") from reason
-    asking = _steered_answers(model, sae, layer, device, dtype, tokens, error, only, batch_size, max_new_tokens)
-    question = asking.ask(picture, prompt)
-    rows = [Row(question, None), Row(question, ()), *(Row(question, (edit,)) for edit in edits)]
-    answers = asking.answers(rows)
+    answerer = _steered_answers(model, sae, layer, device, dtype, tokens, error, only, batch_size, max_new_tokens)
+    question = answerer.ask(picture, prompt)
+    rows = [SteeredRow(question, None), SteeredRow(question, ()), *(SteeredRow(question, (edit,)) for edit in edits)]
+    answers = answerer.answers(rows)
     labels: list[tuple[int | None, float | None]] = [(k, value) for k in latents for value in alphas]
     if as_json:
         controls = {"unsteered": answers[0], "sae_attached": answers[1]}
         steered = [{"latent": k, "alpha": a, "answer": text} for (k, a), text in zip(labels, answers[2:])]
         sources = {"model": model, "sae": str(sae), "image": str(image), "prompt": prompt}
-        out.print_json(data={**sources, **asking.settings, "controls": controls, "steered": steered})
+        out.print_json(data={**sources, **answerer.settings, "controls": controls, "steered": steered})
         return
     table = Table(
         Column("latent", justify="right"), Column("alpha", justify="right"), Column("answer", overflow="fold")
@@ -608,7 +608,7 @@ def steering_score_command(
     check_codes_of(coded, sae, layer)
     if (doubt := other_text_model(embedded, text_model)) is not None:
         err.print(f"warning: {doubt}; cosines between two models mean little", style="yellow", soft_wrap=True)
-    asking = _steered_answers(model, sae, layer, device, dtype, tokens, error, False, batch_size, max_new_tokens)
+    answerer = _steered_answers(model, sae, layer, device, dtype, tokens, error, False, batch_size, max_new_tokens)
     encoder = load_text_encoder(text_model, resolve_device(device), on_message=_say)
     sources = {
         "model": model, "sae": str(sae), "images": images, "codes": str(codes), "embeddings": str(embeddings),
@@ -616,7 +616,7 @@ def steering_score_command(
     }  # fmt: skip
     with _answering_progress() as on_rows:
         scores = steering_score(
-            asking, source, coded, embedded, encoder, config, ScoreRun(output, sources, resume, force), on_rows
+            answerer, source, coded, embedded, encoder, config, ScoreRun(output, sources, resume, force), on_rows
         )
     _print_steering_scores(scores)
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)

@@ -26,6 +26,7 @@ class Rows(Protocol):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row on disk."""
+        ...
 
 
 class ShuffledRows:

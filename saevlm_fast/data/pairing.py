@@ -6,33 +6,37 @@ from itertools import repeat
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saevlm_fast.data.codes import Codes
+from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations, StoredRows
 from saevlm_fast.data.store import ITEM_SCHEMA
-from saevlm_fast.errors import require
-from saevlm_fast.sae import SparseAutoencoder
 
 
-def check_sides(activations: Activations | Codes, embeddings: Activations, sae: SparseAutoencoder | None) -> None:
-    what = "codes" if isinstance(activations, Codes) else "activations"
-    if embeddings.n_rows != activations.n_rows:
-        for side in (activations, embeddings):
-            if side.has_items:  # the likely reason
-                _check_one_row_per_image(side, side.items(range(min(side.n_rows, 4096))), 0)
-        raise ValueError(
-            f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {activations.n_rows} {what} "
-            f"({activations.path}); row i of both must be image i"
-        )
-    require(sae is None or what == "activations", "sae: codes are encoded already; give activations or no SAE")
-    d_in = activations.d if isinstance(activations, Activations) else 0
-    require(
-        sae is None or sae.config.d_in == d_in,
-        f"sae: d_in is {sae.config.d_in if sae else 0}, but the activations have width {d_in}",
+def check_sides(activations: Activations | StoredCodes, embeddings: Activations) -> None:
+    """That both have as many rows.
+
+    Raises:
+        ValueError: they have not; or, the likely reason, a store has several rows of one image.
+    """
+    if embeddings.n_rows == activations.n_rows:
+        return
+    for side in (activations, embeddings):
+        if side.has_items:
+            _check_one_row_per_image(side, side.items(range(min(side.n_rows, 4096))), 0)
+    what = "codes" if isinstance(activations, StoredCodes) else "activations"
+    raise ValueError(
+        f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {activations.n_rows} {what} "
+        f"({activations.path}); row i of both must be image i"
     )
 
 
 def checked_ids(n: int, *sides: StoredRows) -> Iterator[None]:
-    """Once for each chunk of n rows: whether the sides that are stores have one row an image, and the same images."""
+    """Checks the image ids of the sides, one or two, along with their chunks of n rows: one item for each chunk.
+
+    Sides without ids (matrix files) are taken as they are.
+
+    Raises:
+        ValueError: several rows of one image, or two sides whose images differ, naming the row and both images.
+    """
     start, last = 0, [ITEM_SCHEMA.empty_table()] * len(sides)
     for tables in zip(*(side.item_chunks(n) if side.has_items else repeat(None) for side in sides)):
         for i, (side, table) in enumerate(zip(sides, tables)):

@@ -199,12 +199,14 @@ class ActivationWriter(StoreWriter):
         self._check_open()
         self._check_rows(batch_BD)
         table = _item_table(items, len(batch_BD))
-        if self._buffer_ND is None:
-            self._buffer_ND = torch.empty(self.rows_per_shard, self._index.width, dtype=self._index.dtype)
+        buffer_ND = self._buffer_ND
+        if buffer_ND is None:
+            buffer_ND = torch.empty(self.rows_per_shard, self._index.width, dtype=self._index.dtype)
+            self._buffer_ND = buffer_ND
         taken = 0
         while taken < len(batch_BD):
             n = min(len(batch_BD) - taken, self.rows_per_shard - self._filled)
-            self._buffer_ND[self._filled : self._filled + n].copy_(batch_BD[taken : taken + n])
+            buffer_ND[self._filled : self._filled + n].copy_(batch_BD[taken : taken + n])
             self._tables.append(table.slice(taken, n))
             self._filled, taken = self._filled + n, taken + n
             if self._filled == self.rows_per_shard:
@@ -296,7 +298,8 @@ def clear_store(path: str | Path) -> None:
 
 
 def _item_table(items: Items, n_rows: int) -> pa.Table:
-    columns = dict(zip(items.column_names, items.columns)) if isinstance(items, pa.Table) else dict(items)
+    table: Any = items if isinstance(items, pa.Table) else None
+    columns = dict(items) if table is None else dict(zip(table.column_names, table.columns))
     known = {"image", "token"} <= set(columns) <= set(ITEM_SCHEMA.names)
     require(known, f"items has columns {sorted(columns)}; needed: image, token and, if any, label")
     columns.setdefault("label", [None] * n_rows)

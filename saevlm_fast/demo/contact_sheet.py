@@ -36,7 +36,7 @@ _PLAIN = str.maketrans({"\u2013": "-", "\u2014": "-", "\u2212": "-", "\u00d7": "
 
 
 @dataclass(frozen=True)
-class Row:
+class LatentRow:
     """One latent.
 
     Attributes:
@@ -84,7 +84,7 @@ class Section:
     """Rows under a heading; unit is what they are called: latent, or neuron."""
 
     title: str
-    rows: Sequence[Row | Captioned]
+    rows: Sequence[LatentRow | Captioned]
     unit: str = "latent"
 
 
@@ -133,7 +133,11 @@ def _blocks(
     n_shown = max([min(len(row.images), columns) for section in sections for row in section.rows], default=0)
     tiles_x = _MARGIN + text_width + _TEXT_GAP
     width = max(_LEAST_WIDTH, tiles_x + n_shown * (tile + _TILE_GAP) - _TILE_GAP - _MARGIN)
-    notes = [_BAR_NOTE] if n_shown and any(isinstance(row, Row) for section in sections for row in section.rows) else []
+    notes = (
+        [_BAR_NOTE]
+        if n_shown and any(isinstance(row, LatentRow) for section in sections for row in section.rows)
+        else []
+    )
     captions = [line for text in [caption, *notes] for line in _wrapped(text, _SMALL, _GREY, width)]
     blocks: list[_Heading | _RowBlock] = [_Heading(_wrapped(title, _TITLE, _INK, width) + captions, 0)]
     for section, section_texts in zip(sections, texts):
@@ -167,7 +171,7 @@ class _Heading:
 class _RowBlock:
     """A latent: its text, and beside it the images from left to right, each above its bar or its caption."""
 
-    row: Row | Captioned
+    row: LatentRow | Captioned
     lines: Sequence["_Line"]
     tiles_x: int
     columns: int
@@ -176,12 +180,12 @@ class _RowBlock:
 
     @property
     def height(self) -> int:
-        below = _BAR_HEIGHT if isinstance(self.row, Row) else max(map(_height, self._captions), default=0)
+        below = _BAR_HEIGHT if isinstance(self.row, LatentRow) else max(map(_height, self._captions), default=0)
         return max(_height(self.lines), self.tile + _BAR_GAP + below)
 
     @property
     def _captions(self) -> list[list["_Line"]]:
-        if isinstance(self.row, Row):
+        if isinstance(self.row, LatentRow):
             return []
         return [
             [
@@ -199,7 +203,7 @@ class _RowBlock:
             sheet.paste(_square(image, self.tile), (x, y))
         for x, lines in zip(xs, self._captions):
             _draw_lines(draw, lines, x, below - 2)
-        if isinstance(self.row, Row):
+        if isinstance(self.row, LatentRow):
             largest = max(self.row.activations, default=0.0)
             for x, act in zip(xs, self.row.activations):
                 self._draw_bar(draw, x, below, act / largest if largest > 0 else 0.0)
@@ -251,7 +255,7 @@ def _draw_lines(draw: "ImageDraw", lines: Sequence[_Line], x: int, y: int) -> No
         y += line.height
 
 
-def _row_lines(row: Row | Captioned, unit: str) -> list[_Line]:
+def _row_lines(row: LatentRow | Captioned, unit: str) -> list[_Line]:
     """The nearest word, the others, then the numbers; or the title and the notes."""
     if isinstance(row, Captioned):
         notes = [line for note in row.notes for line in _clipped(note, _SMALL, _GREY)]

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from saevlm_fast.box.scenes import OBJECT_FACTORS, SCENE_FACTORS, TAXONOMY, VALUES
-from saevlm_fast.data.codes import Codes
+from saevlm_fast.box.scenes import OBJECT_FACTORS, SCENE_FACTORS, TAXONOMY, VALUES, value_prompts
+from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import accumulate
+from saevlm_fast.scoring.monosemanticity import streamed_score
+from saevlm_fast.scoring.naming import Words
 from saevlm_fast.scoring.top_images import TopImages
 
 VALUE_DEPTH = 2
@@ -47,6 +48,12 @@ def _concepts() -> list[Concept]:
 
 CONCEPTS = tuple(_concepts())
 FACTORS = tuple(TAXONOMY)
+
+
+def scene_words() -> Words:
+    """Every value of every factor of the box's scenes: "red" as "a red thing", "teal" as "a scene on teal"."""
+    words = [word for values in VALUES.values() for word in values]
+    return Words(words, [text for factor in VALUES for text in value_prompts(factor)])
 
 
 def concept_presence(objects_NOF: np.ndarray, setting_NF: np.ndarray) -> np.ndarray:
@@ -89,7 +96,7 @@ class LatentConcepts:
 
 
 def latent_concepts(
-    activations: Activations | Codes,
+    activations: Activations | StoredCodes,
     objects_NOF: np.ndarray,
     setting_NF: np.ndarray,
     sae: SparseAutoencoder | None = None,
@@ -107,7 +114,7 @@ def latent_concepts(
     """
     present_NC = torch.from_numpy(concept_presence(objects_NOF, setting_NF))
     labels = Activations.from_tensor(present_NC.float())
-    sums = accumulate(activations, labels, sae, similarity="dot", batch_rows=batch_rows, device=device)
+    sums = streamed_score(activations, labels, sae, similarity="dot", batch_rows=batch_rows, device=device)
     return best_concepts(sums.mean_embedding().cpu(), present_NC.double().mean(0))
 
 
@@ -140,7 +147,7 @@ def common_depth(tops: Sequence[TopImages], objects_NOF: np.ndarray, setting_NF:
     meets at the deepest node that both images show, 2 for a common value, 1 for a common group, 0 for neither.
 
     Args:
-        tops: of S latents, as naming.top_images gives them (the paper takes 16). NaN for a latent with fewer than two.
+        tops: of S latents, as top_images gives them (the paper takes 16). NaN for a latent with fewer than two.
     """
     images_SK = pad_sequence([top.images for top in tops], batch_first=True, padding_value=-1)
     present_NC = torch.from_numpy(concept_presence(objects_NOF, setting_NF))

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.demo.contact_sheet import Row, Section, draw_sheet
-from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, spearman
+from saevlm_fast.demo.contact_sheet import LatentRow, Section, draw_sheet
+from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, scene_words, spearman
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, RECIPE, TOWER, SceneStores
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, accumulate
-from saevlm_fast.scoring.naming import latent_directions, nearest_words, scene_words
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, streamed_score
+from saevlm_fast.scoring.naming import latent_directions, nearest_words
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.towers.text import load_text_encoder
 from saevlm_fast.training.evaluate import Metrics
@@ -93,7 +93,7 @@ class Scored:
         device = "cpu" if sae is None else sae.b_dec.device
         self.activations: Activations = open_activations(test_on.activations)
         embeddings = open_activations(test_on.embeddings)
-        self.sums: StreamedScore = accumulate(self.activations, embeddings, sae, device=device, on_rows=on_rows)
+        self.sums: StreamedScore = streamed_score(self.activations, embeddings, sae, device=device, on_rows=on_rows)
         self.scores: MonosemanticityScores = self.sums.result()
         labels = scene_labels(self.activations.items()["image"].to_pylist())
         truth = latent_concepts(self.activations, *labels, sae, device=device)
@@ -104,11 +104,18 @@ class Scored:
         seen_S = self._seen()
         ms_L, purity_L = self.scores.ms[seen_S], self.purity_S[seen_S]
         return Measured(
-            self.name, len(self.scores.ms), int(self.scores.ms.isfinite().sum()), len(ms_L),
-            None if metrics is None else metrics["explained_variance"], None if metrics is None else metrics["l0"],
-            float(ms_L.mean()), float(ms_L.std(correction=0)), float(ms_L.max()) if len(ms_L) else math.nan,
-            float(purity_L.mean()), spearman(ms_L, purity_L) if len(ms_L) >= 2 else math.nan,
-        )  # fmt: skip
+            name=self.name,
+            latents=len(self.scores.ms),
+            defined=int(self.scores.ms.isfinite().sum()),
+            seen=len(ms_L),
+            explained_variance=None if metrics is None else metrics["explained_variance"],
+            l0=None if metrics is None else metrics["l0"],
+            ms_mean=float(ms_L.mean()),
+            ms_std=float(ms_L.std(correction=0)),
+            ms_best=float(ms_L.max()) if len(ms_L) else math.nan,
+            purity=float(purity_L.mean()),
+            correlation=spearman(ms_L, purity_L) if len(ms_L) >= 2 else math.nan,
+        )
 
     def _seen(self) -> Tensor:
         return self.scores.ms.isfinite() & (self.scores.n_active >= _ENOUGH)
@@ -131,15 +138,21 @@ class Scored:
             f"{_TITLES[self.name]}: the best {len(rows)} by Monosemanticity Score, one of each name", rows, unit
         )
 
-    def _rows(self, latents: list[int], names: list[list[str]]) -> list[Row]:
+    def _rows(self, latents: list[int], names: list[list[str]]) -> list[LatentRow]:
         source = open_scenes(f"{PREFIX}test:{self.activations.n_rows}")
         tops = top_images(self.activations, latents, _IMAGES, self.sae) if latents else []
         return [
-            Row(latent, float(self.scores.ms[latent]), int(self.scores.n_active[latent]), name,
-                [decode(source.read(i)) for i in top.images.tolist()], top.acts.tolist(),
-                f"labels: {CONCEPTS[int(self.value_S[latent])].name}, purity {float(self.purity_S[latent]):.2f}")
-            for latent, name, top in zip(latents, names, tops)
-        ]  # fmt: skip
+            LatentRow(
+                latent=latent,
+                score=float(self.scores.ms[latent]),
+                n_active=int(self.scores.n_active[latent]),
+                names=words,
+                images=[decode(source.read(i)) for i in top.images.tolist()],
+                activations=top.acts.tolist(),
+                note=f"labels: {CONCEPTS[int(self.value_S[latent])].name}, purity {float(self.purity_S[latent]):.2f}",
+            )
+            for latent, words, top in zip(latents, names, tops)
+        ]
 
 
 def picture(scored: list[Scored], steering: Section) -> "Image":

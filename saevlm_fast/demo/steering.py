@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.box.scenes import COLOURS, OBJECT_FACTORS, SCENE_FACTORS, Scenes
-from saevlm_fast.data.codes import codes_of_rows, join_codes, mean_pool_codes
+from saevlm_fast.data.codes import mean_pool_codes
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.contact_sheet import Captioned, Section
 from saevlm_fast.demo.ground_truth import latent_concepts, shared_value
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, SceneStores
 from saevlm_fast.images.scenes import scene_labels
-from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.sae import SparseAutoencoder, evaluating
 from saevlm_fast.scoring.top_images import top_images
-from saevlm_fast.steering.answers import Row, SteeredAnswers
+from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import Edit, clamp
 from saevlm_fast.towers.text import load_llava
 
@@ -104,11 +104,9 @@ def _pooled(sae: SparseAutoencoder, patches: Activations) -> tuple[Tensor, Tenso
     """Mean activation [N, S] over every scene's patches, the largest [S] of any patch, the ids of the scenes."""
     ids, image_of_row = np.unique(patches.items()["image"].to_numpy(), return_inverse=True)
     with evaluating(sae), torch.inference_mode(), closing(patches.chunks(8192)) as chunks:
-        codes = join_codes([codes_of_rows(sae.encode(x_BD.to(sae.b_dec))) for _, x_BD in chunks])
-    pooled = mean_pool_codes(codes, torch.from_numpy(image_of_row), len(ids))
-    pooled_NS = torch.zeros(len(ids), sae.config.d_sae)
-    pooled_NS[entry_rows(pooled.latents, pooled.row_offsets).cpu(), pooled.latents.cpu()] = pooled.acts.cpu()
-    largest_S = torch.zeros(sae.config.d_sae).scatter_reduce(0, codes.latents.cpu(), codes.acts.cpu(), "amax")
+        codes = SparseCodes.join([sae.encode(x_BD.to(sae.b_dec)) for _, x_BD in chunks], sae.config.d_sae).to("cpu")
+    pooled_NS = mean_pool_codes(codes, torch.from_numpy(image_of_row), len(ids)).dense()
+    largest_S = torch.zeros(sae.config.d_sae).scatter_reduce(0, codes.top_indices, codes.top_acts, "amax")
     return pooled_NS, largest_S, ids.tolist()
 
 
@@ -120,8 +118,9 @@ def _colour_latents(pooled_NS: Tensor, objects_NOF: np.ndarray, setting_NF: np.n
     purity_S = latent_concepts(pooled, objects_NOF, setting_NF).purity_S
     return [
         (latent, value.name, float(purity_S[latent]))
-        for latent, value in zip(seen.tolist(), values) if value is not None and value.factor == "colour"
-    ]  # fmt: skip
+        for latent, value in zip(seen.tolist(), values)
+        if value is not None and value.factor == "colour"
+    ]
 
 
 class _Asked:
@@ -130,14 +129,14 @@ class _Asked:
     def __init__(self, sae: SparseAutoencoder):
         from PIL import Image
 
-        self.asking = SteeredAnswers(
+        self.answerer = SteeredAnswers(
             *load_llava(f"hf:{LLAVA}", sae.b_dec.device), sae, LAYER, tokens="patches", max_new_tokens=2
         )
         drawn = Scenes(0, "test").batch(N_SCENES["test"], 4 * _N_ASKED)
         alone = np.flatnonzero(drawn.setting[:, SCENE_FACTORS.index("count")] == 0)[:_N_ASKED]
         self.images = [Image.fromarray(image) for image in drawn.images[alone]]
         self.colours = [COLOURS[label] for label in drawn.objects[alone, 0, OBJECT_FACTORS.index("colour")]]
-        self.questions = [self.asking.ask(image, QUESTION) for image in self.images]
+        self.questions = [self.answerer.ask(image, QUESTION) for image in self.images]
         self.before, self.attached = self._answers(None), self._answers(())
 
     def clamped(self, latent: int, colour: str, purity: float, alpha: float, random: int) -> ColourLatent:
@@ -159,4 +158,4 @@ class _Asked:
         return [self.images[i] for i in others], [(self.before[i], after[i]) for i in others]
 
     def _answers(self, edits: tuple[Edit, ...] | None) -> list[str]:
-        return self.asking.answers([Row(question, edits) for question in self.questions])
+        return self.answerer.answers([SteeredRow(question, edits) for question in self.questions])

@@ -69,6 +69,11 @@ class HarvestConfig:
         )
 
     @property
+    def store_names(self) -> tuple[str, ...]:
+        """What each of `stores` is called: residual-11-cls, projection."""
+        return tuple(point.name if tokens is None else f"{point.name}-{tokens.name}" for point, tokens in self.stores)
+
+    @property
     def torch_store_dtype(self) -> torch.dtype:
         default = "float16" if self.sae is not None else self.dtype.replace("tf32", "float32")
         return STORE_DTYPES[self.store_dtype or default]

@@ -88,8 +88,7 @@ class HarvestPlan:
     def _plan_stores(self) -> list[PlannedStore]:
         single = len(self.config.stores) == 1
         stores = []
-        for point, tokens in self.config.stores:
-            name = point.name if tokens is None else f"{point.name}-{tokens.name}"
+        for name, (point, tokens) in zip(self.config.store_names, self.config.stores):
             width = self.run.shapes[point][1] if self.sae is None else self.sae.config.d_sae
             rows = self.run.rows_per_image(point, tokens)  # refuses tokens that the tower does not have
             rows = 1 if self.config.pool == "mean" else rows

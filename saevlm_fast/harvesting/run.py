@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import codes_of_rows, mean_pool_codes
+from saevlm_fast.data.codes import mean_pool_codes
 from saevlm_fast.data.prefetch import loader_threads
 from saevlm_fast.errors import Interrupted, check_same_settings
 from saevlm_fast.files import LOCK_FILE, output_lock
@@ -35,6 +35,7 @@ from saevlm_fast.images.batches import Batch, dead_workers_in_one_line, default_
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.runtime import interruptible, tf32_products
 from saevlm_fast.sae import evaluating
+from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.towers.tokens import POOLED
 from saevlm_fast.towers.tower import Tower
 
@@ -180,15 +181,16 @@ class _Loop:
         config, sae = self.plan.config, self.plan.sae
         chosen = self.run.select(acts, store.tokens, ids, config.seed, inputs)
         image_of_row, positions = chosen.image_of_row, chosen.positions
+        on_host: Tensor | SparseCodes
         if sae is None:
-            values: tuple[Tensor, ...] = (chosen.rows_MD.to(config.torch_store_dtype),)
+            on_host = _to_host(chosen.rows_MD.to(config.torch_store_dtype))
         else:
             with evaluating(sae):
-                values = codes_of_rows(sae.encode(chosen.rows_MD.to(sae.b_dec.dtype)))
+                codes = sae.encode(chosen.rows_MD.to(sae.b_dec.dtype))
             if config.pool == "mean":
-                values = mean_pool_codes(values, chosen.image_of_row, len(images))
+                codes = mean_pool_codes(codes, chosen.image_of_row, len(images))
                 image_of_row, positions = torch.arange(len(images)), torch.full((len(images),), POOLED)
-        on_host = tuple(_to_host(tensor) for tensor in values)
+            on_host = codes.map(_to_host)
         return BatchRows(on_host, torch.tensor(images)[image_of_row], positions)
 
 

@@ -16,21 +16,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import CodeRows, CodesWriter, join_codes
+from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.store import joined_index
 from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store, merge_parts
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.files import LOCK_FILE, atomic_write, remove_leftovers, write_json_atomic
 from saevlm_fast.harvesting.config import HarvestOptions
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
+from saevlm_fast.sparse_codes import SparseCodes
 
 HARVEST_FILE, SKIPPED_FILE = "harvest.json", "skipped.jsonl"
 
 
 class BatchRows(NamedTuple):
-    """Rows of one batch for one store on the host: (activations [M, D],) or codes; image numbers, token positions."""
+    """Rows of one batch for one store on the host: activations [M, D] or codes; image numbers, token positions."""
 
-    values: tuple[Tensor, ...]
+    values: Tensor | SparseCodes
     image_of_row: Tensor
     positions: Tensor
 
@@ -129,10 +130,11 @@ class HarvestStores:
         positions = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.positions for piece in rows)])
         items = self._items(unit, images, positions)
         if self.plan.sae is not None:
-            writer.write_shard(unit, join_codes([CodeRows(*piece.values) for piece in rows]), items)
+            codes = [piece.values for piece in rows if isinstance(piece.values, SparseCodes)]
+            writer.write_shard(unit, SparseCodes.join(codes, store.width), items)
             return
         nothing_0D = torch.empty(0, store.width, dtype=self.plan.config.torch_store_dtype)
-        rows_MD = torch.cat([nothing_0D, *(piece.values[0] for piece in rows)])
+        rows_MD = torch.cat([nothing_0D, *(piece.values for piece in rows if isinstance(piece.values, Tensor))])
         try:
             writer.write_shard(unit, rows_MD, items)
         except ActivationError as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from saevlm_fast.errors import ImageError, first_line
+from saevlm_fast.errors import ImageError, first_line, require
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.sources import ImageSource
 
@@ -91,8 +91,11 @@ class _Batches(Dataset):
 
 def _checked_picture(data: bytes) -> Any:
     picture = decode(data)
-    if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
-        raise ImageError(f"{picture.width} x {picture.height} pixels; sides may differ {MAX_ASPECT_RATIO} fold at most")
+    require(
+        max(picture.size) <= MAX_ASPECT_RATIO * min(picture.size),
+        f"{picture.width} x {picture.height} pixels; sides may differ {MAX_ASPECT_RATIO} fold at most",
+        ImageError,
+    )
     return picture
 
 
@@ -109,9 +112,13 @@ def image_batches(
         OSError: a batch failed for a reason that is not one of its images.
     """
     loader = DataLoader(
-        _Batches(source, preprocess, ranges), batch_size=None, collate_fn=_as_is, num_workers=workers,
-        worker_init_fn=_ignore_interrupts if on_gpu else _step_back, pin_memory=on_gpu,
-    )  # fmt: skip
+        _Batches(source, preprocess, ranges),
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupts if on_gpu else _step_back,
+        pin_memory=on_gpu,
+    )
     for batch in loader:
         if batch.failure is not None:
             raise OSError(f"images: {batch.failure}")

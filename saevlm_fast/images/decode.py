@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from saevlm_fast.errors import ImageError, first_line
+from saevlm_fast.errors import ImageError, first_line, require
 from saevlm_fast.images.sources import not_empty
 
 # Formats that run no interpreter and load no plug-in of a third party (Pillow's EPS starts Ghostscript).
@@ -73,11 +73,10 @@ def _formats() -> tuple[str, ...]:
 def _decoded(data: bytes) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"decompression bomb? {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+    bomb = f"decompression bomb? {width} x {height} pixels; at most {MAX_PIXELS} are decoded"
+    require(width * height <= MAX_PIXELS, bomb, ImageError)
     # A JPEG 2000 file cut off right after its header is decoded without a complaint; only the end mark tells.
-    if image.format == "JPEG2000" and b"\xff\xd9" not in data:
-        raise ImageError("image file is truncated")
+    require(image.format != "JPEG2000" or b"\xff\xd9" in data, "image file is truncated", ImageError)
     if image.format == "PNG":
         _check_png_chunks(data)
     if image.format == "TIFF":
@@ -98,11 +97,10 @@ def _check_png_chunks(data: bytes) -> None:
     while position < len(data):
         length = int.from_bytes(view[position : position + 4], "big")
         end = position + 8 + length
-        if end + 4 > len(data):
-            raise ImageError("image file is truncated, or damaged in the length of a PNG chunk")
+        require(end + 4 <= len(data), "image file is truncated, or the length of a PNG chunk is damaged", ImageError)
         kind = bytes(view[position + 4 : position + 8])
-        if zlib.crc32(view[position + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise ImageError(f"damaged: the checksum of PNG chunk {kind!r} does not fit")
+        fits = zlib.crc32(view[position + 4 : end]) == int.from_bytes(view[end : end + 4], "big")
+        require(fits, f"damaged: the checksum of PNG chunk {kind!r} does not fit", ImageError)
         if kind == b"IEND":
             return
         position = end + 4
@@ -111,10 +109,11 @@ def _check_png_chunks(data: bytes) -> None:
 def _refuse_what_pillow_misreads(image: Any) -> None:
     """Of an opened TIFF: signed samples, taken for unsigned, and uncompressed YCbCr, taken for RGB + padding."""
     formats = image.tag_v2.get(SAMPLE_FORMAT_TAG, (1,))
-    if any(kind not in (1, 4) for kind in (formats if isinstance(formats, tuple) else (formats,))):
-        raise ImageError("TIFF with signed or floating-point samples; 8- or 16-bit unsigned ones are needed")
-    if image.tag_v2.get(PHOTOMETRIC_TAG) == 6 and image.tile[0][0] != "libtiff":
-        raise ImageError("uncompressed YCbCr TIFF is not supported")
+    unsigned = all(kind in (1, 4) for kind in (formats if isinstance(formats, tuple) else (formats,)))
+    signed = "TIFF with signed or floating-point samples; 8- or 16-bit unsigned ones are needed"
+    require(unsigned, signed, ImageError)
+    plain = image.tag_v2.get(PHOTOMETRIC_TAG) != 6 or image.tile[0][0] == "libtiff"
+    require(plain, "uncompressed YCbCr TIFF is not supported", ImageError)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -128,8 +127,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _rgb(image: Image.Image, data: bytes) -> Image.Image:
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise ImageError(f"samples of mode {image.mode} have no fixed range; 8- or 16-bit unsigned ones are needed")
+    fixed = image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM"))
+    endless = f"samples of mode {image.mode} have no fixed range; 8- or 16-bit unsigned ones are needed"
+    require(fixed, endless, ImageError)
     if image.mode.startswith("I"):
         return _high_byte(image)
     if not image.has_transparency_data:
@@ -159,5 +159,5 @@ def _mend_colour_key(image: Image.Image, bit_depth: int) -> None:
     key = image.info.get("transparency")
     if image.mode == "L" and isinstance(key, int) and bit_depth < 8:
         image.info["transparency"] = key * 255 // (2**bit_depth - 1)
-    if image.mode == "RGB" and bit_depth == 16:
-        raise ImageError("16-bit RGB PNG with a transparent colour: its pixels cannot be told apart in 8 bits")
+    lost = "16-bit RGB PNG with a transparent colour: its pixels cannot be told apart in 8 bits"
+    require(image.mode != "RGB" or bit_depth != 16, lost, ImageError)

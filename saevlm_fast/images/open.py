@@ -18,6 +18,7 @@ import glob
 import os
 import re
 
+from saevlm_fast.errors import require
 from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.images.sources import (
     IMAGE_SUFFIXES,
@@ -40,12 +41,15 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     """Finds the images at `path` (see the module's docstring) and reads none of them.
 
     In folders, names that begin with a dot (.ipynb_checkpoints, ._AppleDouble) are ignored, symbolic links are
-    followed, loops are not. A truncated or otherwise damaged tar archive or parquet file is refused as a whole, like
-    anything that is no source: ValueError in one line. Memory and time: one pass over names, labels and offsets.
+    followed, loops are not. Memory and time: one pass over names, labels and offsets.
 
     Nothing waits: named pipes, sockets and devices are refused where a list, an archive or a table should be, and are
     unusable images in a folder or a list. Bounds, looked at before anything is read: sources.MAX_IMAGE_BYTES of an
     image, tables.MAX_RATIO of a parquet row group, data.parquet.MAX_TEXT_BYTES of a file's names and labels.
+
+    Raises:
+        ValueError: in one line: anything that is no source; a truncated or otherwise damaged tar archive or parquet
+            file, which is refused as a whole.
     """
     name, split = _split_of(os.fspath(path))
     if name.startswith(PREFIX) and not os.path.exists(name):
@@ -123,8 +127,7 @@ def _expand(pattern: str) -> list[str]:
     files: list[str] = []
     for name in _expand_braces(pattern):
         found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
-        if not found:
-            raise ValueError(f"images: {name}: no such file or folder")
+        require(len(found) > 0, f"images: {name}: no such file or folder")
         files += found
     return files
 
@@ -135,6 +138,6 @@ def _expand_braces(pattern: str) -> list[str]:
         return [pattern]
     first, last, width = int(match[1]), int(match[2]), len(match[1])
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    if not first <= last < first + 1_000_000:
-        raise ValueError(f"images: {pattern}: the range {match[0]} must ascend and have at most 1000000 members")
+    fits = first <= last < first + 1_000_000
+    require(fits, f"images: {pattern}: the range {match[0]} must ascend and have at most 1000000 members")
     return [name for number in range(first, last + 1) for name in _expand_braces(f"{head}{number:0{width}d}{tail}")]

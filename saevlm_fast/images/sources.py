@@ -16,10 +16,18 @@ import pyarrow.compute as pc
 
 from saevlm_fast.errors import ImageError, require
 
-IMAGE_SUFFIXES = tuple(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .pfm "
-    ".jp2 .j2k .j2c .jpc .jpf .jpx".split()
-)
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 
 # How a label is called, wherever it stands: an extension in a tar, a field of JSON, a column of a table. First wins.
 LABEL_NAMES = ("cls", "label", "labels", "class", "class_name", "class_label", "category", "target")
@@ -69,8 +77,7 @@ class Names:
         self.name, self.n_ignored, self.notes = name, n_ignored, tuple(notes)
         self._ids = _strings(ids)
         self._labels = _strings(labels).dictionary_encode()
-        if len(self._ids) == 0:
-            raise ValueError(f"images: {name}: no images in it")
+        require(len(self._ids) > 0, f"images: {name}: no images in it")
         if pc.count_distinct(self._ids).as_py() != len(self._ids):
             counts = pc.value_counts(self._ids)
             twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -123,8 +130,7 @@ def directory_of(path: str) -> str | None:
 
 
 def not_empty(data: bytes) -> bytes:
-    if not data:
-        raise ImageError("empty file")
+    require(len(data) > 0, "empty file", ImageError)
     return data
 
 
@@ -139,8 +145,7 @@ def read_file(path: str) -> bytes:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL in the name
         raise ImageError("no such file") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{_kind(status.st_mode)}, not a regular file")
+    require(stat.S_ISREG(status.st_mode), f"{_kind(status.st_mode)}, not a regular file", ImageError)
     check_size(status.st_size)
     try:
         with open(path, "rb") as file:
@@ -172,8 +177,7 @@ def _kind(mode: int) -> str:
 
 
 def refuse_split(name: str, split: str) -> None:
-    if split:
-        raise ValueError(f"images: {name}: has no splits, but {split!r} was asked for")
+    require(split == "", f"images: {name}: has no splits, but {split!r} was asked for")
 
 
 def relative_paths(files: Sequence[str]) -> list[str]:

@@ -192,9 +192,9 @@ def _files_of_split(files: list[str], name: str, split: str) -> list[int]:
     """Numbers of the files called SPLIT-00000-of-00014.parquet, as on the hub; of all files if none is called so."""
     matches = [re.fullmatch(r"(?:.*/)?([^/]+)-\d+-of-\d+\.parquet", file) for file in files]
     splits = sorted({match[1] for match in matches if match})
-    if split not in splits and (split or len(splits) > 1):
-        what = f"no split {split!r}" if split else "holds several splits"
-        raise ValueError(f"images: {name}: {what}; add ::SPLIT, one of: {', '.join(splits) or '(none)'}")
+    what = f"no split {split!r}" if split else "holds several splits"
+    known = split in splits or (not split and len(splits) <= 1)
+    require(known, f"images: {name}: {what}; add ::SPLIT, one of: {', '.join(splits) or '(none)'}")
     return [number for number, match in enumerate(matches) if not split or (match and match[1] == split)]
 
 
@@ -254,9 +254,8 @@ def _folder_of_split(folder: str, split: str) -> str:
             splits = [str(name) for name in json.load(file)["splits"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"images: {index}: damaged: {first_line(error)}") from error
-    if split not in splits:
-        what = f"no split {split!r}" if split else "a dataset with splits"
-        raise ValueError(f"images: {folder}: {what}; add ::SPLIT, one of: {', '.join(splits)}")
+    what = f"no split {split!r}" if split else "a dataset with splits"
+    require(split in splits, f"images: {folder}: {what}; add ::SPLIT, one of: {', '.join(splits)}")
     return os.path.join(folder, split)
 
 

@@ -52,8 +52,7 @@ class TarSource(Names):
             # One at a time: thousands of shards must not mean thousands of open files.
             opened = self._open = (shard, _Descriptor(self._shards[shard]))
         data = os.pread(opened[1].number, size, int(self._offset_M[i]))
-        if len(data) != size:
-            raise ImageError("the archive has become shorter since it was indexed")
+        require(len(data) == size, "the archive has become shorter since it was indexed", ImageError)
         return not_empty(data)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,5 +165,7 @@ def _members(shard: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             end = os.pread(file.fileno(), TAR_BLOCK, archive.offset)
     except tarfile.TarError as error:
         raise ValueError(f"images: {shard}: damaged or truncated tar archive: {first_line(error)}") from error
-    if end != bytes(TAR_BLOCK):
-        raise ValueError(f"images: {shard}: damaged or truncated tar archive: no end-of-archive mark where one belongs")
+    require(
+        end == bytes(TAR_BLOCK),
+        f"images: {shard}: damaged or truncated tar archive: no end-of-archive mark where one belongs",
+    )

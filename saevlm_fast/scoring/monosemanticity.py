@@ -15,30 +15,29 @@ sums of non-zeros.
 
 Sums are float64 (streamed_cosine.py); memory does not depend on the number of images for cosine and dot. rbf is no
 inner product: codes (O(nnz)), or dense activations, and embeddings are kept, and scored at the end by
-pairwise_similarity.py.
+pairwise_similarity.py. The sums are in sums.py, their checks in intake.py.
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import Codes
+from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import check_sides, checked_ids
 from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import check_similarity
-from saevlm_fast.kernels.pairwise_similarity import (
-    default_gamma,
-    pairwise_gram_sums,
-    pairwise_sums,
-)
-from saevlm_fast.sae import SparseAutoencoder, evaluating
-from saevlm_fast.scoring.sums import _DENSE_BLOCK_ROWS, STATUSES, _ActivationRange, _row_sums, _ShiftedSums, _unit
+from saevlm_fast.kernels.pairwise_similarity import default_gamma
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
+from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
+from saevlm_fast.scoring.sums import STATUSES, ActivationRange, KeptPairs, ShiftedSums
+from saevlm_fast.sparse_codes import SparseCodes
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -49,11 +48,15 @@ _SPARSE_BLOCK_ROWS = 4096
 
 @dataclass(frozen=True)
 class MonosemanticityScores:
-    """One row per latent: tensors [S] on the CPU.
+    """Scores of S latents or neurons, one row each: tensors [S] on the CPU.
 
-    ms: the score, float64, NaN unless status is defined. status: index into STATUSES. Of the images' activations,
-    dead: all are 0; constant: all are equal, not 0; single: exactly one is above the minimum; defined: two or more are.
-    n_active: images with a > 0 (also for raw neurons, whose minimum may be negative). max_activation: float64.
+    Attributes:
+        ms: the score, float64 in [-1, 1] for cosine, NaN unless status is defined.
+        status: int8 index into STATUSES. Of the images' activations, dead: all are 0; constant: all are equal, not 0;
+            single: exactly one is above the minimum; defined: two or more are.
+        n_active: int64, images with a > 0 (also for raw neurons, whose minimum may be negative).
+        max_activation: float64, in the units of the activations.
+        n_images: N. similarity: of embeddings.
     """
 
     ms: Tensor
@@ -76,7 +79,7 @@ class MonosemanticityScores:
         return pa.table(columns).replace_schema_metadata(metadata)
 
     def summary(self, n_extreme: int = 10) -> "ScoreSummary":
-        """What ms-score prints: statistics of the defined scores and the extreme latents (ties to the lower latent)."""
+        """Statistics of the defined scores and the n_extreme best and worst latents (ties to the lower latent)."""
         latents = torch.nonzero(self.status == STATUSES.index("defined")).squeeze(1)
         scores, order = self.ms[latents].sort(descending=True, stable=True)
         best = [(int(latents[i]), float(self.ms[latents[i]])) for i in order[:n_extreme]]
@@ -123,16 +126,18 @@ def _sorted_quantile(ascending: Tensor, q: float) -> float:
 
 
 class StreamedScore:
-    """Accumulates the score over chunks of images: `update` for sparse codes or `update_dense`, then `result`.
+    """Accumulates the score over chunks of images: `update`, then `result` (arXiv 2504.02821 section 3).
 
-    n_latents: latents or neurons. similarity: cosine, dot or rbf; gamma: of rbf, exp(-gamma ||e_i - e_j||^2) on the
-    embeddings as they come, 1 / E unless given. device: where sums live (S x E float64 for cosine and dot); chunks are
-    moved there. block_rows: how many images of sparse codes are gathered before they are folded in, by default
-    max(4096, n_latents); the scores do not depend on it, nor on how images are split into chunks, beyond rounding.
+    Args:
+        n_latents: S latents or neurons.
+        similarity: cosine, dot or rbf.
+        gamma: of rbf, exp(-gamma ||e_i - e_j||^2) on the embeddings as they come; 1 / E unless given.
+        device: where sums live (S x E float64 for cosine and dot); chunks are moved there.
+        block_rows: how many images of sparse codes are gathered before they are folded in, by default
+            max(4096, n_latents). Scores do not depend on it, nor on the split into chunks, beyond rounding.
 
-    ValueError, naming the argument and the image row: embeddings or activations that are NaN or infinite, sparse
-    activations below 0, zero embeddings under cosine (it is undefined there), latents outside [0, n_latents), shapes
-    that do not match. A failed update leaves the sums as they were.
+    Raises:
+        ValueError: another similarity, gamma not above 0, sizes below 0 and 1.
     """
 
     def __init__(
@@ -145,71 +150,56 @@ class StreamedScore:
     ) -> None:
         check_similarity(similarity)
         block_rows = max(_SPARSE_BLOCK_ROWS, n_latents) if block_rows is None else block_rows
-        if n_latents < 0 or block_rows < 1:
-            raise ValueError(f"n_latents, block_rows: {n_latents} and {block_rows} are not at least 0 and 1")
-        self.n_latents, self.similarity, self.gamma = n_latents, similarity, gamma
+        require(
+            n_latents >= 0 and block_rows >= 1,
+            f"n_latents, block_rows: {n_latents} and {block_rows} are not at least 0 and 1",
+        )
         default_gamma(gamma, 1)
-        self.device = torch.device(device)
-        self.block_rows = block_rows
+        self.n_latents, self.similarity, self.gamma = n_latents, similarity, gamma
+        self.device, self.block_rows = torch.device(device), block_rows
         self.n_images = 0
         self._d_emb: int | None = None
-        self._sparse: bool | None = None
-        self._range = _ActivationRange(n_latents, self.device)
-        self._sums: _ShiftedSums | None = None
-        self._pending: list[_Codes] = []
-        self._kept: list[_Codes] = []
-        self._kept_dense: list[tuple[Tensor, Tensor]] = []
+        self._intake: CodesIntake | DenseIntake | None = None  # of the kind of the first chunk
 
-    def update(self, acts: Tensor, latents: Tensor, row_offsets: Tensor | None, emb_nE: Tensor) -> None:
-        """Adds n images: sparse codes (layout of kernels/reference.py, a latent at most once a row), embeddings [n, E].
+    def update(self, activations: SparseCodes | Tensor, emb_nE: Tensor) -> None:
+        """Adds n images.
 
-        For rbf, and until block_rows images have come, the embeddings are referred to, not copied: do not change them.
+        For rbf, and until block_rows images of codes have come, the embeddings are referred to, not copied: do not
+        change them.
+
+        Args:
+            activations: codes of n rows, a latent at most once a row; or an activation of every neuron, [n, S] of any
+                sign. Always of one kind.
+            emb_nE: embeddings [n, E], floating.
+
+        Raises:
+            ValueError: naming the argument and the image's row: embeddings or activations that are NaN or infinite,
+                codes below 0, zero embeddings under cosine (it is undefined there), latents that are not there, shapes
+                that do not match, both kinds of activations. The sums stay as they were.
         """
-        self._check_kind(sparse=True)
-        n_rows = len(latents) if row_offsets is None else len(row_offsets) - 1
-        sqnorm_n = self._check_embeddings(emb_nE, n_rows)
-        codes = self._check_codes(acts, latents, row_offsets, emb_nE, sqnorm_n)
-        self._sparse, self._d_emb = True, emb_nE.shape[1]
+        n_rows = activations.n_rows if isinstance(activations, SparseCodes) else len(activations)
+        images = checked_embeddings(emb_nE, n_rows, self._d_emb, self.similarity, self.n_images)
+        intake = self._intake or self._new_intake(activations, emb_nE.shape[1])
+        intake.add(activations, images, self.n_images)
+        self._intake, self._d_emb = intake, emb_nE.shape[1]
         self.n_images += n_rows
-        self._pending.append(codes)
-        if sum(codes.n_rows for codes in self._pending) >= self.block_rows:
-            self._flush()
-
-    def update_dense(self, acts_nK: Tensor, emb_nE: Tensor) -> None:
-        """Adds n images with an activation for every neuron, [n, K] of any sign, and embeddings [n, E]."""
-        self._check_kind(sparse=False)
-        if acts_nK.dim() != 2 or acts_nK.shape[1] != self.n_latents:
-            raise ValueError(f"acts_nK: shape {tuple(acts_nK.shape)} is not [n, {self.n_latents}]")
-        sqnorm_n = self._check_embeddings(emb_nE, len(acts_nK))
-        self._check_finite("acts_nK", acts_nK)
-        self._sparse, self._d_emb = False, emb_nE.shape[1]
-        self.n_images += len(acts_nK)
-        if len(acts_nK) == 0:
-            return
-        acts_nK = acts_nK.to(self.device)
-        drop_K = self._range.observe_dense(acts_nK)
-        if self.similarity == "rbf":
-            self._kept_dense.append((acts_nK, emb_nE))
-            return
-        sums = self._shifted_sums()
-        sums.lower(drop_K)
-        for first in range(0, len(acts_nK), _DENSE_BLOCK_ROWS):
-            block = slice(first, first + _DENSE_BLOCK_ROWS)
-            unit_bE = _unit([(emb_nE[block], sqnorm_n[block])], self.similarity, self.device)
-            sums.add_dense(acts_nK[block].to(torch.float64) - self._range.low_S, unit_bE)
 
     def result(self) -> MonosemanticityScores:
         """Scores of the images so far; more may follow."""
-        if self._pending:
-            self._flush()
-        num_S, den_S = self._pair_sums()
-        status_S = self._range.status(sparse=self._sparse is not False)
+        if self._intake is None:
+            seen = ActivationRange(self.n_latents, self.device)
+            num_S, den_S = torch.zeros_like(seen.low_S), torch.zeros_like(seen.low_S)
+        else:
+            self._intake.flush()
+            seen = self._intake.range
+            num_S, den_S = self._intake.pairs.pair_sums(seen.low_S)
+        status_S = seen.status()
         undefined_S = status_S != STATUSES.index("defined")
         return MonosemanticityScores(
             ms=(num_S / den_S).masked_fill_(undefined_S, float("nan")).cpu(),
             status=status_S.cpu(),
-            n_active=self._range.n_active_S.cpu().clone(),
-            max_activation=torch.where(self._range.n_images > 0, self._range.high_S, 0.0).cpu(),
+            n_active=seen.n_active_S.cpu().clone(),
+            max_activation=seen.max_activation().cpu(),
             n_images=self.n_images,
             similarity=self.similarity,
         )
@@ -217,151 +207,39 @@ class StreamedScore:
     def mean_embedding(self) -> Tensor:
         """sum_i r_ik e_i / sum_i r_ik, [S, E] float64 on the CPU, NaN where the score is not defined.
 
-        e_i are the embeddings as they came for dot, scaled to length 1 for cosine. ValueError: rbf keeps no such sums.
+        e_i are the embeddings as they came for dot, scaled to length 1 for cosine.
+
+        Raises:
+            ValueError: rbf, which keeps no such sums; no images.
         """
-        if self.similarity == "rbf":
-            raise ValueError("similarity: rbf has no mean embedding, only cosine and dot")
         undefined_S = self.result().status != STATUSES.index("defined")
-        sums_SE, _, _, total_S = self._shifted_sums().state
-        return (sums_SE / total_S[:, None]).cpu().masked_fill_(undefined_S[:, None], float("nan"))
+        return self._sums().mean_embedding().cpu().masked_fill_(undefined_S[:, None], float("nan"))
 
     def mean_of_images(self) -> Tensor:
-        """The plain mean of the images' e_i, [E] float64 on the CPU; e_i and ValueError as for mean_embedding."""
+        """The plain mean of the images' e_i, [E] float64 on the CPU; e_i and errors as for mean_embedding."""
+        return self._sums().mean_of_images().cpu()
+
+    def _sums(self) -> ShiftedSums:
+        """With all images in them."""
+        require(self.similarity != "rbf", "similarity: rbf has no mean embedding, only cosine and dot")
+        if self._intake is None or not isinstance(self._intake.pairs, ShiftedSums):
+            raise ValueError("mean embedding: no images have come")
+        self._intake.flush()
+        return self._intake.pairs
+
+    def _new_intake(self, activations: SparseCodes | Tensor, d_emb: int) -> CodesIntake | DenseIntake:
+        pairs: ShiftedSums | KeptPairs
         if self.similarity == "rbf":
-            raise ValueError("similarity: rbf has no mean embedding, only cosine and dot")
-        if self._pending:
-            self._flush()
-        sums = self._shifted_sums()
-        return (sums.unit_sum_E / sums.n_images).cpu()
-
-    def _pair_sums(self) -> tuple[Tensor, Tensor]:
-        low_S = self._range.low_S
-        if self._sums is not None:
-            return self._sums.state.num_S, self._sums.state.den_S
-        if self._kept:
-            codes = _group(self._kept, self.n_latents)
-            emb_NE = torch.cat([codes.emb_nE for codes in self._kept]).to(self.device)
-            shifted_M = codes.acts_M - low_S[codes.latents_M]
-            return pairwise_gram_sums(shifted_M, codes.images_M, codes.offsets_S1, emb_NE, self.similarity, self.gamma)
-        if self._kept_dense:
-            acts_NK = torch.cat([acts_nK.to(torch.float64) - low_S for acts_nK, _ in self._kept_dense])
-            emb_NE = torch.cat([emb_nE for _, emb_nE in self._kept_dense]).to(self.device)
-            return pairwise_sums(acts_NK, emb_NE, self.similarity, self.gamma)
-        nothing_S = torch.zeros_like(low_S)
-        return nothing_S, nothing_S
-
-    def _flush(self) -> None:
-        grouped = _group(self._pending, self.n_latents)
-        drop_S = self._range.observe_sparse(grouped)
-        pending, self._pending = self._pending, []
-        if grouped.n_rows == 0:
-            return
-        if self.similarity == "rbf":
-            self._kept += pending
-            return
-        sums = self._shifted_sums()
-        sums.lower(drop_S)
-        low_S = self._range.low_S
-        unit_nE = _unit([(codes.emb_nE, codes.sqnorm_n) for codes in pending], self.similarity, self.device)
-        sums.add_sparse(grouped, low_S, unit_nE)
-
-    def _shifted_sums(self) -> "_ShiftedSums":
-        if self._sums is None:
-            assert self._d_emb is not None
-            self._sums = _ShiftedSums(self.n_latents, self._d_emb, self.device)
-        return self._sums
-
-    def _check_kind(self, sparse: bool) -> None:
-        if self._sparse is not None and self._sparse != sparse:
-            raise ValueError(
-                "update and update_dense: one StreamedScore takes sparse codes or dense activations, not both"
-            )
-
-    def _check_embeddings(self, emb_nE: Tensor, n_rows: int) -> Tensor:
-        if emb_nE.dim() != 2 or len(emb_nE) != n_rows:
-            raise ValueError(f"emb_nE: shape {tuple(emb_nE.shape)} is not [{n_rows}, E], one row for each image")
-        if self._d_emb is not None and emb_nE.shape[1] != self._d_emb:
-            raise ValueError(f"emb_nE: width {emb_nE.shape[1]} differs from the {self._d_emb} of the images before")
-        sqnorm_n = _row_sums(emb_nE, squared=True)
-        self._raise_at(~sqnorm_n.isfinite(), "embedding is NaN, infinite or too large to square")
-        if self.similarity == "cosine":
-            self._raise_at(sqnorm_n == 0, "embedding is zero, where cosine is undefined")
-        return sqnorm_n
-
-    def _check_finite(self, name: str, acts_nK: Tensor) -> None:
-        # A sum is not finite when a term is not; finite float32 terms cannot overflow a float64 sum.
-        self._raise_at(~_row_sums(acts_nK, squared=False).isfinite(), f"{name} holds NaN or infinity")
-
-    def _check_codes(
-        self, acts: Tensor, latents: Tensor, row_offsets: Tensor | None, emb_nE: Tensor, sqnorm_n: Tensor
-    ) -> "_Codes":
-        if acts.shape != latents.shape or acts.dim() != (2 if row_offsets is None else 1):
-            raise ValueError(
-                f"acts, latents: shapes {tuple(acts.shape)} and {tuple(latents.shape)} are not sparse codes"
-            )
-        acts, latents = acts.to(self.device), latents.to(self.device)
-        if row_offsets is None:
-            n_rows, width = latents.shape
-            images_M = torch.arange(n_rows, device=self.device).repeat_interleave(width)
+            pairs = KeptPairs(self.n_latents, self.similarity, self.gamma, self.device)
         else:
-            counts_n = row_offsets.to(self.device).diff()
-            n_rows, images_M = len(counts_n), torch.repeat_interleave(counts_n)
-        acts_M, latents_M = acts.flatten()[: len(images_M)], latents.flatten()[: len(images_M)]
-        bad_M = ~((acts_M >= 0) & (acts_M < float("inf")))
-        self._raise_at_entry(bad_M, images_M, "sparse activation is negative, NaN or infinite")
-        bad_M = (latents_M < 0) | (latents_M >= self.n_latents)
-        self._raise_at_entry(bad_M, images_M, f"latent is not in [0, {self.n_latents})")
-        fires_M = acts_M > 0
-        if not bool(fires_M.all()):
-            acts_M, latents_M, images_M = acts_M[fires_M], latents_M[fires_M], images_M[fires_M]
-        return _Codes(acts_M, latents_M, images_M, n_rows, emb_nE, sqnorm_n)
-
-    def _raise_at(self, bad_n: Tensor, message: str) -> None:
-        if bool(bad_n.any()):
-            raise ValueError(f"image {self.n_images + int(bad_n.nonzero()[0])}: {message}")
-
-    def _raise_at_entry(self, bad_M: Tensor, images_M: Tensor, message: str) -> None:
-        if bool(bad_M.any()):
-            raise ValueError(f"image {self.n_images + int(images_M[bad_M][0])}: {message}")
-
-
-class _Codes(NamedTuple):
-    """Non-zeros of n_rows images in the order of rows, and the images' embeddings."""
-
-    acts_M: Tensor
-    latents_M: Tensor
-    images_M: Tensor
-    n_rows: int
-    emb_nE: Tensor
-    sqnorm_n: Tensor
-
-
-class _Grouped(NamedTuple):
-    """Non-zeros of n_rows images grouped by latent, rows ascending within each; activations float64."""
-
-    acts_M: Tensor
-    latents_M: Tensor
-    images_M: Tensor
-    offsets_S1: Tensor
-    n_rows: int
-
-
-def _group(chunks: list[_Codes], n_latents: int) -> _Grouped:
-    starts = torch.tensor([0, *(codes.n_rows for codes in chunks)]).cumsum(0).tolist()
-    images_M = _cat([codes.images_M + start if start else codes.images_M for codes, start in zip(chunks, starts)])
-    # int32 keys: half the sort's memory traffic.
-    latents_M, order_M = _cat([codes.latents_M for codes in chunks]).to(torch.int32).sort(stable=True)
-    acts_M = _cat([codes.acts_M for codes in chunks])[order_M].to(torch.float64)
-    offsets_S1 = torch.nn.functional.pad(torch.bincount(latents_M, minlength=n_latents).cumsum(0), (1, 0))
-    return _Grouped(acts_M, latents_M.long(), images_M[order_M], offsets_S1, starts[-1])
-
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            pairs = ShiftedSums(self.n_latents, d_emb, self.similarity, self.device)
+        if isinstance(activations, SparseCodes):
+            return CodesIntake(self.n_latents, self.block_rows, pairs)
+        return DenseIntake(self.n_latents, pairs)
 
 
 def score(
-    activations: Activations | Codes,
+    activations: Activations | StoredCodes,
     embeddings: Activations,
     sae: SparseAutoencoder | None = None,
     *,
@@ -371,27 +249,42 @@ def score(
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> MonosemanticityScores:
-    """Scores of an SAE's latents, or of the activations' own neurons (the paper's baseline), in one pass over the rows.
+    """Monosemanticity Score of an SAE's latents, or of raw neurons, in one pass (arXiv 2504.02821 section 3).
+
+    `score(activations, embeddings, sae).table()` is one row a latent. `streamed_score` also gives what names need.
 
     Args:
-        activations, embeddings: row i of both belongs to image i; read chunk by chunk, never held (rbf: see above).
-            Codes are what an SAE made of the activations: their latents are scored.
-        sae: encodes activations at inference (threshold or row-wise top k); None scores raw neurons, or codes.
-        similarity, gamma, device: as StreamedScore. batch_rows: rows read and encoded at a time.
+        activations: N rows of width d_in, row i of image i, from a file, a store or memory; or stored codes, whose
+            latents are scored.
+        embeddings: N rows of any width, row i of the same image. Both are read chunk by chunk (for rbf: kept).
+        sae: encodes the activations at inference (threshold or row-wise top k); None scores raw neurons, the paper's
+            baseline, or codes.
+        similarity: of embeddings: cosine (the paper's), dot or rbf. gamma: of rbf, 1 / width unless given.
+        batch_rows: rows read and encoded at a time.
+        device: where the sums live.
         on_rows: called with the number of images done.
 
+    Returns:
+        Scores [S]: in [-1, 1] for cosine, NaN where undefined.
+
     Raises:
-        ValueError: different numbers of rows, image ids (where both sides are stores) that differ, several rows of one
+        ValueError: different numbers of rows, image ids (where both sides have them) that differ, several rows of one
             image, an SAE of another width, and everything StreamedScore refuses.
     """
-    return accumulate(
-        activations, embeddings, sae, similarity=similarity, gamma=gamma, batch_rows=batch_rows, device=device,
+    return streamed_score(
+        activations,
+        embeddings,
+        sae,
+        similarity=similarity,
+        gamma=gamma,
+        batch_rows=batch_rows,
+        device=device,
         on_rows=on_rows,
-    ).result()  # fmt: skip
+    ).result()
 
 
-def accumulate(
-    activations: Activations | Codes,
+def streamed_score(
+    activations: Activations | StoredCodes,
     embeddings: Activations,
     sae: SparseAutoencoder | None = None,
     *,
@@ -402,30 +295,14 @@ def accumulate(
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> StreamedScore:
     """The sums behind `score`, with all images in them; arguments and errors are those of `score`."""
-    check_sides(activations, embeddings, sae)
-    scores = StreamedScore(_n_latents(activations, sae), similarity, gamma, device)
-    chunks: Generator[tuple[Any, ...], None, None] = activations.chunks(batch_rows)
+    check_sides(activations, embeddings)
+    scores = StreamedScore(n_latents(activations, sae), similarity, gamma, device)
     ids = checked_ids(batch_rows, activations, embeddings)
-    with closing(chunks) as acts, closing(embeddings.chunks(batch_rows)) as images:
-        for (start, *rows), (_, emb_nE), _ in zip(acts, images, ids):
-            _update(scores, rows, emb_nE, sae)
+    with (
+        closing(encoded_chunks(activations, sae, batch_rows)) as chunks,
+        closing(embeddings.chunks(batch_rows)) as images,
+    ):
+        for (start, values), (_, emb_nE), _ in zip(chunks, images, ids):
+            scores.update(values, emb_nE)
             on_rows(start + len(emb_nE))
     return scores
-
-
-def _update(scores: StreamedScore, rows: list[Tensor], emb_nE: Tensor, sae: SparseAutoencoder | None) -> None:
-    """rows: [activations], or [acts, latents, row_offsets]."""
-    if len(rows) == 3:
-        scores.update(rows[0], rows[1], rows[2], emb_nE)
-    elif sae is None:
-        scores.update_dense(rows[0], emb_nE)
-    else:
-        with evaluating(sae):
-            codes = sae.encode(rows[0].to(scores.device, sae.b_dec.dtype))
-        scores.update(*codes.flat(), emb_nE)
-
-
-def _n_latents(activations: Activations | Codes, sae: SparseAutoencoder | None) -> int:
-    if isinstance(activations, Codes):
-        return activations.d_sae
-    return activations.d if sae is None else sae.config.d_sae

@@ -34,11 +34,13 @@ def latent_directions(scores: StreamedScore) -> Tensor:
     """Unit directions of every latent in the space of the embeddings, [S, E] float64 on the CPU (see the module).
 
     Args:
-        scores: cosine sums of all images: `monosemanticity.accumulate`, so one pass gives scores and names. The
+        scores: cosine sums of all images: `monosemanticity.streamed_score`, so one pass gives scores and names. The
             embeddings must be the projections of the CLIP whose text tower is asked for words.
 
     Rows are zero where there is no direction: latents whose score is undefined, embeddings that are all the same.
-    ValueError: sums of another similarity.
+
+    Raises:
+        ValueError: sums of another similarity, or of no images.
     """
     require(scores.similarity == "cosine", f"similarity: names need cosine sums, not {scores.similarity}")
     offsets_SE = (scores.mean_embedding() - scores.mean_of_images()).nan_to_num(0.0)
@@ -60,18 +62,14 @@ class Words(NamedTuple):
     texts: list[str]
 
 
-def scene_words() -> Words:
-    """Every value of every factor of the box's scenes: "red" as "a red thing", "teal" as "a scene on teal"."""
-    from saevlm_fast.box.scenes import VALUES, value_prompts
-
-    words = [word for values in VALUES.values() for word in values]
-    return Words(words, [text for factor in VALUES for text in value_prompts(factor)])
-
-
 def read_words(path: str | os.PathLike[str], template: str = "a photo of {}") -> Words:
     """A list of words from a UTF-8 file, one a line; empty lines and repeated words are left out.
 
-    ValueError: a file that cannot be read, has no words, or a template without {}.
+    Args:
+        path: the file. template: what the text tower is told of a word, at {}.
+
+    Raises:
+        ValueError: a file that cannot be read or has no words, a template without {}.
     """
     require("{}" in template, f"template: {template!r} has no {{}}")
     try:
@@ -97,9 +95,9 @@ def nearest_words(directions_LE: Tensor, texts_ME: Tensor, words: Sequence[str],
     """The n words nearest to each direction, the nearest first; of equally near ones the earlier in the list.
 
     Args:
-        directions_LE: rows of latent_directions; one that is zero gets no words.
-        texts_ME: text_models.TextEncoder.embed of all candidates, in the order of `words`.
-        words: M names.
+        directions_LE: rows of latent_directions [L, E]; one that is zero gets no words.
+        texts_ME: embeddings [M, E] of all candidates' texts by towers.text.TextEncoder.embed, in the order of `words`.
+        words: M names. n: how many of them each direction gets at most.
 
     Raises:
         ValueError: shapes that do not fit, fewer than 2 words (names are relative to the other candidates), n below 1,

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
 
@@ -18,24 +19,33 @@ SUFFIXES = (".parquet", ".csv", ".json")
 
 
 def check_scores_path(path: str | os.PathLike[str]) -> Path:
-    """The path if write_scores can write there. ValueError: a suffix not in SUFFIXES, a directory, a missing parent."""
+    """The path, if write_scores can write there.
+
+    Raises:
+        ValueError: a suffix not in SUFFIXES, a directory, a missing parent.
+    """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"output: {str(path)!r} does not end in one of {', '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise ValueError(f"output: {str(path)!r} is a directory")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"output: {str(path.absolute().parent)!r} is not a directory")
+    require(path.suffix in SUFFIXES, f"output: {str(path)!r} does not end in one of {', '.join(SUFFIXES)}")
+    require(not path.is_dir(), f"output: {str(path)!r} is a directory")
+    parent = path.absolute().parent
+    require(parent.is_dir(), f"output: {str(parent)!r} is not a directory")
     return path
 
 
 def write_scores(
     scores: MonosemanticityScores, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes the table as .parquet, .csv or .json, whole or not at all (temporary file, fsync, rename).
+    """Writes scores.table() as .parquet, .csv or .json, whole or not at all (temporary file, fsync, rename).
 
-    metadata (the SAE and its data, say) joins similarity and n_images: in Parquet's schema metadata, in JSON under
-    "metadata" ({"metadata": {...}, "latents": [{column: value}]}, ms null where undefined), nowhere in CSV (ms "nan").
+    Args:
+        scores: one row a latent.
+        path: what was there is replaced.
+        metadata: the SAE and its data, say. It joins similarity and n_images in Parquet's schema metadata, and in JSON
+            under "metadata" ({"metadata": {...}, "latents": [{column: value}]}); CSV has none. An undefined ms is null
+            in JSON and "nan" in CSV.
+
+    Raises:
+        ValueError: as check_scores_path.
     """
     table = scores.table()
     write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **(metadata or {})}), path)

@@ -1,18 +1,22 @@
-"""The images on which a latent is most active."""
+"""The images on which a latent is most active, exactly, in one pass over the rows.
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+Shape suffixes: B rows of a chunk, S latents or neurons, L chosen ones, M entries.
+"""
+
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import CodeRows, Codes, codes_of_rows
+from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.grouping import entry_rows
-from saevlm_fast.sae import SparseAutoencoder, evaluating
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
+from saevlm_fast.sparse_codes import SparseCodes
 
 
 class TopImages(NamedTuple):
@@ -23,7 +27,7 @@ class TopImages(NamedTuple):
 
 
 def top_images(
-    activations: Activations | Codes,
+    activations: Activations | StoredCodes,
     latents: Sequence[int] | Tensor,
     n: int,
     sae: SparseAutoencoder | None = None,
@@ -31,44 +35,41 @@ def top_images(
     batch_rows: int = 4096,
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> list[TopImages]:
-    """The n images on which each of `latents` is most active, in one pass; of equally active ones the earlier first.
+    """The n images on which each of `latents` is most active; of equally active ones the earlier first.
 
-    Memory: len(latents) * n, and one chunk of rows.
+    What the paper's figures show, with n = 16 (arXiv 2504.02821 section 4; docs/recipe.md section 4). Memory:
+    len(latents) * n, and one chunk of rows.
 
     Args:
-        activations, sae: as for monosemanticity.score: row i is image i; codes, activations with an SAE, or
-            activations alone, whose neurons are then meant.
+        activations: N rows, row i of image i; or stored codes.
         latents: L different numbers. Only images on which a latent fires count, so it may have fewer than n; a raw
             neuron has the n largest activations, whatever their sign.
+        n: images of each.
+        sae: encodes the activations; without one their neurons are meant, or the latents of codes.
+        batch_rows: rows read and encoded at a time.
         on_rows: called with the number of images done.
 
+    Returns:
+        One for each of `latents`, in their order; activations in the units of the data.
+
     Raises:
-        ValueError: latents that are not there or listed twice, n below 1, an SAE of another width, several rows of one
-            image.
+        ValueError: latents that are not there or listed twice, n below 1, an SAE of another width or for codes, several
+            rows of one image.
     """
     require(n >= 1, f"n: {n} must be at least 1")
     latents_L = torch.as_tensor(latents, dtype=torch.int64)
-    slot_of_latent_S = _slots(latents_L, _n_latents(activations, sae))
-    best = _Best(len(latents_L), n)
-    for (start, rows), _ in zip(_encoded(activations, sae, batch_rows), checked_ids(batch_rows, activations)):
-        if isinstance(rows, CodeRows):
-            acts_M, slots_M, images_M = _chosen_entries(rows, slot_of_latent_S)
-            n_rows = rows.n_rows
-        else:
-            acts_M, slots_M, images_M = _top_of_columns(rows[:, latents_L], n)
-            n_rows = len(rows)
-        best.add(acts_M, slots_M, images_M + start)
-        on_rows(start + n_rows)
+    slot_of_latent_S = _slots(latents_L, n_latents(activations, sae))
+    best, ids = _Best(len(latents_L), n), checked_ids(batch_rows, activations)
+    with closing(encoded_chunks(activations, sae, batch_rows)) as chunks:
+        for (start, values), _ in zip(chunks, ids):
+            if isinstance(values, SparseCodes):
+                n_rows, found = values.n_rows, _chosen_entries(values, slot_of_latent_S)
+            else:
+                n_rows, found = len(values), _top_of_columns(values[:, latents_L], n)
+            acts_M, slots_M, images_M = found
+            best.add(acts_M, slots_M, images_M + start)
+            on_rows(start + n_rows)
     return best.result()
-
-
-def _n_latents(activations: Activations | Codes, sae: SparseAutoencoder | None) -> int:
-    if isinstance(activations, Codes):
-        require(sae is None, "sae: codes are encoded already; give activations or no SAE")
-        return activations.d_sae
-    d_in = sae.config.d_in if sae else activations.d
-    require(d_in == activations.d, f"sae: d_in is {d_in}, but the activations have width {activations.d}")
-    return sae.config.d_sae if sae else activations.d
 
 
 def _slots(latents_L: Tensor, n_latents: int) -> Tensor:
@@ -83,28 +84,13 @@ def _slots(latents_L: Tensor, n_latents: int) -> Tensor:
     return slots_S
 
 
-def _encoded(
-    activations: Activations | Codes, sae: SparseAutoencoder | None, batch_rows: int
-) -> Iterator[tuple[int, CodeRows | Tensor]]:
-    """(first row, codes or dense activations [B, S]) of every chunk, on the host."""
-    chunks: Generator[tuple[Any, ...], None, None] = activations.chunks(batch_rows)
-    with closing(chunks):
-        for start, *rows in chunks:
-            if len(rows) == 3:
-                yield start, CodeRows(*rows)
-            elif sae is None:
-                yield start, rows[0]
-            else:
-                with evaluating(sae), torch.inference_mode():
-                    codes = codes_of_rows(sae.encode(rows[0].to(sae.b_dec)))
-                yield start, CodeRows(codes.acts.cpu().float(), codes.latents.cpu(), codes.row_offsets.cpu())
-
-
-def _chosen_entries(codes: CodeRows, slot_of_latent_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(acts, slots, rows) of the chosen latents where they fire, rows ascending."""
-    rows_M, slots_M = entry_rows(codes.latents, codes.row_offsets), slot_of_latent_S[codes.latents]
-    kept_M = (rows_M < codes.n_rows) & (slots_M >= 0) & (codes.acts > 0)
-    return codes.acts[kept_M], slots_M[kept_M], rows_M[kept_M]
+def _chosen_entries(codes: SparseCodes, slot_of_latent_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(acts, slots, rows) of the chosen latents where they fire, rows ascending, on the host."""
+    codes = codes.to("cpu", torch.float32)
+    acts_M, latents_M, _ = codes.csr()
+    rows_M, slots_M = codes.entry_rows(), slot_of_latent_S[latents_M]
+    kept_M = (rows_M < codes.n_rows) & (slots_M >= 0) & (acts_M > 0)
+    return acts_M[kept_M], slots_M[kept_M], rows_M[kept_M]
 
 
 def _top_of_columns(acts_BL: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

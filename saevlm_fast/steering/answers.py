@@ -17,20 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.data.codes import join_codes
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.steering.edits import (
-    Edit,
-    EditPlan,
-    Encoded,
-    as_the_model_holds,
-    edit_tokens,
-    encode_tokens,
-    find_site,
-    hooked_block,
-    token_mask,
-)
+from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
+from saevlm_fast.steering.site import find_site, hooked_block, token_mask
 
 
 class _Enough(Exception):
@@ -38,7 +29,7 @@ class _Enough(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class SteeredRow:
     """One answer wanted.
 
     Attributes:
@@ -71,9 +62,10 @@ class _Question(NamedTuple):
 class SteeredAnswers:
     """Greedy answers to rows of (question, edits).
 
-        asking = SteeredAnswers(llava, processor, sae, layer=22)
-        dog = asking.ask(picture, "What is shown in this image? Use exactly one word!")
-        asking.answers([Row(dog, None), Row(dog, ()), *(Row(dog, (clamp(k, 100.0),)) for k in range(1000))])
+        answerer = SteeredAnswers(llava, processor, sae, layer=22)
+        dog = answerer.ask(picture, "What is shown in this image? Use exactly one word!")
+        rows = [SteeredRow(dog, None), SteeredRow(dog, ()), *(SteeredRow(dog, (clamp(k, 100.0),)) for k in range(1000))]
+        answerer.answers(rows)
 
     Rows of a batch have inputs of the same length, so nothing is padded: which rows share a batch changes an answer no
     more than the last bit of matrix products of another size does. A question holds its tokens in the model's dtype
@@ -97,7 +89,7 @@ class SteeredAnswers:
     ):
         """ValueError: those of `steering.steer`; a mask per row; a model that does not answer; sizes below 1."""
         per_row = isinstance(tokens, Tensor) and tokens.ndim > 1
-        require(not per_row, "tokens: a mask must be [T] here; Row.mask is one of a row's own")
+        require(not per_row, "tokens: a mask must be [T] here; SteeredRow.mask is one of a row's own")
         self.model, self.processor, self.sae = model, processor, sae
         self.site = find_site(model, sae, layer, tokens, error)
         require(self.site.reads is not None, f"model: {type(model).__name__} has no language model that answers")
@@ -114,9 +106,13 @@ class SteeredAnswers:
         if isinstance(tokens, Tensor):
             tokens = "mask " + hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
         return {
-            "layer": self.site.layer, "tokens": tokens, "only": self.only, "error": self.error,
-            "dtype": str(self.model.dtype).removeprefix("torch."), "max_new_tokens": self.max_new_tokens,
-        }  # fmt: skip
+            "layer": self.site.layer,
+            "tokens": tokens,
+            "only": self.only,
+            "error": self.error,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "max_new_tokens": self.max_new_tokens,
+        }
 
     @torch.inference_mode()
     def ask(self, image: Any, prompt: str) -> int:
@@ -137,7 +133,7 @@ class SteeredAnswers:
         return x_BTD[mask_BT].mean(0, dtype=torch.float32).cpu()
 
     @torch.inference_mode()
-    def answers(self, rows: Sequence[Row], on_rows: Callable[[int], None] = lambda done: None) -> list[str]:
+    def answers(self, rows: Sequence[SteeredRow], on_rows: Callable[[int], None] = lambda done: None) -> list[str]:
         """The answer to every row, in order. on_rows: called after every batch with the number of rows done."""
         answers = [""] * len(rows)
         done = 0
@@ -179,7 +175,7 @@ class SteeredAnswers:
         name = type(self.model).__name__
         require(len(calls) > 0, f"layer: {self.site.layer} of {name} was not called, so that nothing is steered")
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+    def _batches(self, rows: Sequence[SteeredRow]) -> Iterator[list[int]]:
         """Numbers of rows with inputs of one length, rows of one question side by side."""
         of_length: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
@@ -195,7 +191,7 @@ class SteeredAnswers:
             same.sort(key=lambda i: rows[i].question)
             yield from (same[start : start + self.batch_size] for start in range(0, len(same), self.batch_size))
 
-    def _answer_batch(self, rows: Sequence[Row]) -> list[str]:
+    def _answer_batch(self, rows: Sequence[SteeredRow]) -> list[str]:
         questions = [self._questions[row.question] for row in rows]
         inputs = _join_inputs([question.inputs for question in questions])
         x_BTD = self._edited(rows, questions)
@@ -207,14 +203,19 @@ class SteeredAnswers:
 
         with self._only_above_block(), hooked_block(self.site, given):
             tokens = self.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1,
-                temperature=None, top_p=None, top_k=None,
-            )  # fmt: skip
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
         self._check_run(calls)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _edited(self, rows: Sequence[Row], questions: Sequence[_Question]) -> Tensor:
+    def _edited(self, rows: Sequence[SteeredRow], questions: Sequence[_Question]) -> Tensor:
         """The rows' residual streams after the steered block, tiles and all: [B, T, D], as the model holds them."""
         x_BTD = torch.cat([question.x_BTD for question in questions])
         n_tiles = torch.tensor([len(question.x_BTD) for question in questions])
@@ -232,7 +233,7 @@ class SteeredAnswers:
         pieces = [question.encoded for question in questions]
         encoded = Encoded(
             torch.cat([piece.x_ND for piece in pieces]),
-            join_codes([piece.codes for piece in pieces]),
+            SparseCodes.join([piece.codes for piece in pieces], self.sae.config.d_sae),
             torch.cat([piece.x_hat_ND for piece in pieces]),
         )
         plan = EditPlan.of_rows([row.edits or () for row in rows], self.sae)

@@ -12,35 +12,27 @@ computed as decode(z) + sum_j (z'_j - z_j) W_dec[j], and as x + the same sum: a 
 there are, and no edits at error="keep" leave x as it is to the last bit. Latents are in raw activation units, encoded
 as at inference (threshold or row-wise top k), in the SAE's dtype and on its device; the result returns to the model's.
 
-Nothing of a model is replaced: one hook, gone afterwards, also after an error. It comes before the library's own hooks,
-so hidden states that the model collects (LLaVA's vision_feature_layer) hold the edited stream. Of nested steerings of
-one block the inner acts first. Code compiled by torch.compile does not see new hooks, so it rests while a steering is
-on: everything runs eagerly, and the compiled code is used again, unchanged, afterwards.
+Where it acts, and how it comes and goes, is in steering/site.py.
 
 Shape suffixes: B rows of the block (images, or their tiles), T tokens, D width, N tokens of all rows, J edits.
 """
 
 import math
-import operator
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.data.codes import CodeRows, codes_of_rows
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.sparse_decode import sparse_decode
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.towers.load import find_anatomy
-from saevlm_fast.towers.tower import Anatomy
+from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.steering.site import Site, find_site, hooked_block, token_mask
 
-ERRORS, TOKENS = ("drop", "keep"), ("all", "patches", "cls")
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -151,128 +143,6 @@ def steer_rows(
         yield
 
 
-# --- where -----------------------------------------------------------------------------------------------------------
-
-
-class Site(NamedTuple):
-    """A block whose output is steered, and what is known of its tower. reads: see `blocks_read`."""
-
-    anatomy: Anatomy
-    layer: int
-    reads: frozenset[int] | None
-
-    @property
-    def block(self) -> nn.Module:
-        """If torch.compile wrapped it by itself, the inner one: from that the model collects hidden states."""
-        block = self.anatomy.blocks[self.layer]
-        return getattr(block, "_orig_mod", block)
-
-
-def find_site(
-    model: nn.Module, sae: SparseAutoencoder, layer: int, tokens: str | Tensor = "all", error: str = "drop"
-) -> Site:
-    """The block, after all checks that need no forward. Raises the ValueErrors of `steer`."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
-    anatomy, name = find_anatomy(model), type(model).__name__
-    last = len(anatomy.blocks) - 1
-    require(0 <= layer <= last, f"layer: {layer} of {name}, whose vision blocks are 0 to {last}")
-    require(
-        anatomy.width in (None, sae.config.d_in),
-        f"sae: d_in is {sae.config.d_in}, but the vision blocks of {name} have width {anatomy.width}",
-    )
-    layer = operator.index(layer)
-    require(error in ERRORS, f"error: {error!r} is not one of {', '.join(ERRORS)}")
-    mask = isinstance(tokens, Tensor) and tokens.dtype == torch.bool and tokens.ndim in (1, 2)
-    known = mask or (isinstance(tokens, str) and tokens in TOKENS)
-    require(known, f"tokens: {_shown(tokens)} is not one of {', '.join(TOKENS)}, or a bool mask [T] or [B, T]")
-    chosen = True if isinstance(tokens, str) else bool(tokens.any())
-    require(chosen, "tokens: the mask chooses none, so that steering changes nothing")
-    cls_only = tokens == "cls" if isinstance(tokens, str) else anatomy.has_cls and not bool(tokens[..., 1:].any())
-    require(anatomy.has_cls or not cls_only, f"tokens: cls, but the vision tower of {name} has no CLS token")
-    reads = blocks_read(model, len(anatomy.blocks))
-    if reads is not None:
-        _check_read(model.config, layer, reads, cls_only)
-    return Site(anatomy, layer, reads)
-
-
-def blocks_read(model: Any, n_blocks: int) -> frozenset[int] | None:
-    """The vision blocks whose output a LLaVA's projector is given (-1: the embeddings); None of a model without one.
-
-    vision_feature_layer counts hidden states, of which there is one more than blocks: -2 is the last block but one.
-    """
-    chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None)
-    if chosen is None:
-        return None
-    return frozenset(index % (n_blocks + 1) - 1 for index in ([chosen] if isinstance(chosen, int) else chosen))
-
-
-def _check_read(config: Any, layer: int, reads: frozenset[int], cls_only: bool) -> None:
-    last_read = max(reads)
-    what = f"(vision_feature_layer {config.vision_feature_layer})"
-    require(
-        layer <= last_read,
-        f"layer: {layer} changes nothing, the language model reads vision blocks up to {last_read} {what}",
-    )
-    drops_cls = getattr(config, "vision_feature_select_strategy", "full") == "default"
-    require(
-        not (cls_only and drops_cls and layer == last_read),
-        f"tokens: cls at layer {layer} changes nothing, the language model reads that block {what} without CLS",
-    )
-
-
-def _shown(tokens: object) -> str:
-    return f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
-
-
-@contextmanager
-def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The block's output x_BTD, in whatever form it comes, becomes change(x_BTD)."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        tokens = output[0] if isinstance(output, tuple) else output
-        x_BTD = tokens if site.anatomy.batch_first else tokens.transpose(0, 1)
-        changed = change(x_BTD)
-        changed = changed if site.anatomy.batch_first else changed.transpose(0, 1)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = site.block.register_forward_hook(hook, prepend=True)
-    try:
-        with _compiled_code_waits:
-            yield
-    finally:
-        handle.remove()
-
-
-class _ForcedEager:
-    """Compiled code, which would not see a hook, runs eagerly while there is one, in whatever order hooks come and go.
-
-    The stance of torch.compile is one for the whole process, so it is set by the first and put back by the last.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._number = threading.Lock(), 0
-        self._stance: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._number == 0:
-                self._stance = torch.compiler.set_stance("force_eager")
-                self._stance.__enter__()
-            self._number += 1
-
-    def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._number -= 1
-            if self._number == 0:
-                self._stance.__exit__(None, None, None)
-
-
-_compiled_code_waits = _ForcedEager()
-
-
-# --- how -------------------------------------------------------------------------------------------------------------
-
-
 class EditPlan(NamedTuple):
     """The edits of R rows as tensors [R, J] on the SAE's device, short rows filled up with edits that are none.
 
@@ -322,7 +192,7 @@ class Encoded(NamedTuple):
     """N tokens on the SAE's device: x_ND as the model has them; codes and reconstruction in the SAE's dtype."""
 
     x_ND: Tensor
-    codes: CodeRows
+    codes: SparseCodes
     x_hat_ND: Tensor
 
 
@@ -331,7 +201,7 @@ def encode_tokens(sae: SparseAutoencoder, x_ND: Tensor) -> Encoded:
     with torch.autocast(sae.W_dec.device.type, enabled=False):
         x_ND = x_ND.to(sae.W_dec.device)
         codes = sae.encode(x_ND.to(sae.W_dec.dtype), use_threshold=True)
-        return Encoded(x_ND, codes_of_rows(codes), sae.decode(codes))
+        return Encoded(x_ND, codes, sae.decode(codes))
 
 
 def edit_tokens(
@@ -360,12 +230,12 @@ def _weighted_rows(sae: SparseAutoencoder, weights_NJ: Tensor, latents_NJ: Tenso
     return sparse_decode(weights_NJ, latents_NJ, None, sae.W_dec, bias_D)
 
 
-def latent_values(codes: CodeRows, latents_NJ: Tensor) -> Tensor:
+def latent_values(codes: SparseCodes, latents_NJ: Tensor) -> Tensor:
     """Of every row the activations [N, J] of the latents asked for there; 0 where they do not fire."""
-    n_rows = codes.n_rows
-    rows_M = entry_rows(codes.latents, codes.row_offsets)
-    inside_M = rows_M < n_rows
-    rows_M, latents_M, acts_M = rows_M[inside_M], codes.latents[inside_M], codes.acts[inside_M]
+    acts_M, latents_M, _ = codes.csr()
+    rows_M = codes.entry_rows()
+    inside_M = rows_M < codes.n_rows
+    rows_M, latents_M, acts_M = rows_M[inside_M], latents_M[inside_M], acts_M[inside_M]
     values_NJ = torch.zeros(latents_NJ.shape, dtype=acts_M.dtype, device=acts_M.device)
     for j, latents_N in enumerate(latents_NJ.unbind(1)):  # one at a time: all would be [M, J]
         found_M = torch.where(latents_N[rows_M] == latents_M, acts_M, 0)
@@ -415,17 +285,3 @@ def _largest_edit(plan: EditPlan, row: int) -> str:
     j = int(strength_J.argmax())
     value = plan.offset[row, j] if bool(plan.offset[row, j]) else plan.factor[row, j]
     return f"{float(value):g} of latent {int(plan.latents[row, j])}"
-
-
-def token_mask(tokens: str | Tensor, n_rows: int, n_tokens: int, anatomy: Anatomy) -> Tensor:
-    """bool [B, T], True for the chosen tokens. ValueError: a mask of another shape."""
-    if isinstance(tokens, Tensor):
-        fits = tokens.shape[-1] == n_tokens and (tokens.ndim == 1 or len(tokens) == n_rows)
-        require(fits, f"tokens: mask {list(tokens.shape)} for {n_rows} rows of {n_tokens} tokens")
-        return tokens.expand(n_rows, n_tokens)
-    mask_T = torch.ones(n_tokens, dtype=torch.bool)
-    if tokens == "patches":
-        mask_T[: anatomy.n_prefix] = False
-    elif tokens == "cls":
-        mask_T[1:] = False
-    return mask_T.expand(n_rows, n_tokens)

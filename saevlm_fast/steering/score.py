@@ -31,20 +31,19 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import Codes
+from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import ImageError, Interrupted, check_same_settings, require
-from saevlm_fast.files import LOCK_FILE, output_lock, sha256_file, write_json_atomic
+from saevlm_fast.files import LOCK_FILE, output_lock, sha256_file, weights_sha256, write_json_atomic
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.runtime import interruptible
 from saevlm_fast.scoring.tables import check_scores_path, write_table
 from saevlm_fast.scoring.top_images import top_images
-from saevlm_fast.steering.answers import Row, SteeredAnswers
+from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import clamp
 from saevlm_fast.towers.text import TextEncoder
-from saevlm_fast.towers.tower import weights_sha256
 
 PROMPT = "What is shown in this image? Use exactly one word!"
 CONDITIONS = ("steered", "sae_attached", "unsteered", "random_latent", "sign_flip", "difference_of_means")
@@ -103,12 +102,12 @@ class ScoreRun:
         return self.output.with_name(self.output.name + ".progress")
 
 
-def firing_latents(codes: Codes, batch_rows: int = 65536) -> Tensor:
+def firing_latents(codes: StoredCodes, batch_rows: int = 65536) -> Tensor:
     """int64, the latents that fire on any image."""
     fires_S = torch.zeros(codes.d_sae, dtype=torch.bool)
     with closing(codes.chunks(batch_rows)) as chunks:
-        for _, _, latents_M, _ in chunks:
-            fires_S[latents_M] = True
+        for _, some in chunks:
+            fires_S[some.top_indices] = True
     return fires_S.nonzero().squeeze(1)
 
 
@@ -142,9 +141,9 @@ class SteeringScores(NamedTuple):
 
 
 def steering_score(
-    asking: SteeredAnswers,
+    answerer: SteeredAnswers,
     source: ImageSource,
-    codes: Codes,
+    codes: StoredCodes,
     embeddings: Activations,
     encoder: TextEncoder,
     config: ScoreConfig,
@@ -154,7 +153,7 @@ def steering_score(
     """Scores latents under all conditions and writes the table, resumably.
 
     Args:
-        asking: model, SAE, layer, tokens and error term. Its batch size bounds how much is answered at once.
+        answerer: model, SAE, layer, tokens and error term. Its batch size bounds how much is answered at once.
         source: the images that codes and embeddings are of, found by id.
         codes: one row an image (harvest --sae DIR --pool mean). embeddings: the same rows, in the text's space.
         on_rows: called with answers done and in all.
@@ -166,13 +165,13 @@ def steering_score(
     """
     check_scores_path(run.output)
     latents = config.latents or tuple(range(codes.d_sae))
-    _check_sides(asking, codes, embeddings, encoder, latents)
+    _check_sides(answerer, codes, embeddings, encoder, latents)
     pictures = _Pictures(source, codes)
     there = run.output.exists() and not run.progress.exists()
     require(run.force or not there, f"output: {run.output} already exists; --force replaces it")
     with output_lock(run.progress / LOCK_FILE, f"output: another process is writing {run.output.name}"):
-        _start_run(run, _settings(run, config, asking, codes, embeddings))
-        scorer = _Scorer(asking, pictures, encoder, config, latents, codes, embeddings)
+        _start_run(run, _settings(run, config, answerer, codes, embeddings))
+        scorer = _Scorer(answerer, pictures, encoder, config, latents, codes, embeddings)
         return _score_blocks(scorer, latents, run, on_rows)
 
 
@@ -210,9 +209,9 @@ def _stop_if_asked(stop: threading.Event, run: ScoreRun) -> None:
 
 
 def _check_sides(
-    asking: SteeredAnswers, codes: Codes, embeddings: Activations, encoder: TextEncoder, latents: Sequence[int]
+    answerer: SteeredAnswers, codes: StoredCodes, embeddings: Activations, encoder: TextEncoder, latents: Sequence[int]
 ) -> None:
-    d_sae = asking.sae.config.d_sae
+    d_sae = answerer.sae.config.d_sae
     require(codes.d_sae == d_sae, f"codes: of {codes.d_sae} latents ({codes.path}), but the SAE has {d_sae}")
     require(
         min(latents) >= 0 and max(latents) < d_sae,
@@ -233,20 +232,23 @@ def _check_sides(
 
 
 def _settings(
-    run: ScoreRun, config: ScoreConfig, asking: SteeredAnswers, codes: Codes, embeddings: Activations
+    run: ScoreRun, config: ScoreConfig, answerer: SteeredAnswers, codes: StoredCodes, embeddings: Activations
 ) -> dict[str, dict[str, Any]]:
     """What decides the table: a run is resumed with the same only."""
     return {
         "score": {**asdict(config), "latents": list(config.latents)},
-        "steering": asking.settings,
+        "steering": answerer.settings,
         "sources": run.sources,
-        "contents": {"sae_weights_sha256": weights_sha256(asking.sae), "codes_sha256": _content(codes.path),
-                     "embeddings_sha256": _content(embeddings.path)},
+        "contents": {
+            "sae_weights_sha256": weights_sha256(answerer.sae),
+            "codes_sha256": _data_digest(codes.path),
+            "embeddings_sha256": _data_digest(embeddings.path),
+        },
         "run": {"latents_per_block": run.latents_per_block},
-    }  # fmt: skip
+    }
 
 
-def _content(path: Path) -> str:
+def _data_digest(path: Path) -> str:
     """Of a matrix file, or of a store's index, which holds the checksums of its shards."""
     return sha256_file(path / "index.json" if path.is_dir() else path)
 
@@ -268,7 +270,7 @@ def _start_run(run: ScoreRun, settings: dict[str, dict[str, Any]]) -> None:
 class _Pictures:
     """RGB images by their row in the codes, found in the source by id."""
 
-    def __init__(self, source: ImageSource, codes: Codes):
+    def __init__(self, source: ImageSource, codes: StoredCodes):
         ids = codes.items()["image"].to_pylist()
         require(len(set(ids)) == len(ids), f"codes: several rows of one image ({codes.path}); harvest with --pool mean")
         self.source, self.ids = source, ids
@@ -293,25 +295,25 @@ class _Scorer:
 
     def __init__(
         self,
-        asking: SteeredAnswers,
+        answerer: SteeredAnswers,
         pictures: _Pictures,
         encoder: TextEncoder,
         config: ScoreConfig,
         latents: Sequence[int],
-        codes: Codes,
+        codes: StoredCodes,
         embeddings: Activations,
     ):
-        self.asking, self.pictures, self.encoder, self.config = asking, pictures, encoder, config
+        self.answerer, self.pictures, self.encoder, self.config = answerer, pictures, encoder, config
         self.embeddings, self.alive = embeddings, firing_latents(codes)
-        self.norm_S = asking.sae.W_dec.detach().norm(dim=1)
+        self.norm_S = answerer.sae.W_dec.detach().norm(dim=1)
         self.tops = [top.images for top in top_images(codes, latents, N_TOP)]
         self._residuals: dict[int, Tensor] = {}
         self._words: dict[str, Tensor] = {}
         order = np.random.default_rng(config.seed).permutation(len(pictures))
-        self.questions = [asking.ask(picture, config.prompt) for picture in self._asked(order)]
+        self.questions = [answerer.ask(picture, config.prompt) for picture in self._asked(order)]
         self.reference_D = self._mean_residual(order[: config.n_reference].tolist())
         n = len(self.questions)
-        plain = asking.answers([Row(q, edits) for edits in ((), None) for q in self.questions])
+        plain = answerer.answers([SteeredRow(q, edits) for edits in ((), None) for q in self.questions])
         self.unsteered = {"sae_attached": plain[:n], "unsteered": plain[n:]}
 
     def _asked(self, order: np.ndarray) -> list[Any]:
@@ -331,12 +333,12 @@ class _Scorer:
         firing = [place for place in places if len(self.tops[place]) > 0]
         random = {place: self._random_latent(latents[place]) for place in firing}
         rows = [row for place in firing for row in self._rows(place, latents[place], random[place])]
-        answers = iter(self.asking.answers(rows, on_rows))
+        answers = iter(self.answerer.answers(rows, on_rows))
         n_asked = len(self.questions)
         given = {p: {name: [next(answers) for _ in range(n_asked)] for name in PER_LATENT} for p in firing}
         return [self._scored(place, latents[place], random.get(place), given.get(place)) for place in places]
 
-    def _rows(self, place: int, latent: int, random: int) -> list[Row]:
+    def _rows(self, place: int, latent: int, random: int) -> list[SteeredRow]:
         """PER_LATENT conditions in order, each for every image asked about."""
         norm_S, alpha = self.norm_S, self.config.alpha
         direction_D = self._mean_residual(self.tops[place].tolist())
@@ -345,8 +347,8 @@ class _Scorer:
         )
         equal = alpha * float(norm_S[latent] / norm_S[random])
         edits = (clamp(latent, alpha),), (clamp(random, equal),), (clamp(latent, -alpha),)
-        rows = [Row(q, edit) for edit in edits for q in self.questions]
-        return rows + [Row(q, (), direction_D) for q in self.questions]
+        rows = [SteeredRow(q, edit) for edit in edits for q in self.questions]
+        return rows + [SteeredRow(q, (), direction_D) for q in self.questions]
 
     def _random_latent(self, latent: int) -> int:
         """Of those that fire somewhere, the same in every run."""
@@ -357,7 +359,7 @@ class _Scorer:
     def _mean_residual(self, rows: Sequence[int]) -> Tensor:
         for row in rows:
             if row not in self._residuals:
-                self._residuals[row] = self.asking.mean_residual(self.pictures[row], self.config.prompt)
+                self._residuals[row] = self.answerer.mean_residual(self.pictures[row], self.config.prompt)
         return torch.stack([self._residuals[row] for row in rows]).mean(0)
 
     def _scored(
@@ -378,10 +380,14 @@ class _Scorer:
     def description(self) -> dict[str, str]:
         """For the table's metadata."""
         config, n_asked = self.config, len(self.questions)
-        settings = {name: str(value) for name, value in self.asking.settings.items()}
+        settings = {name: str(value) for name, value in self.answerer.settings.items()}
         asked = str(n_asked) if config.ask else WHITE
-        return settings | {"alpha": f"{config.alpha:g}", "ask": asked, "prompt": config.prompt,
-                           "seed": str(config.seed)}  # fmt: skip
+        return settings | {
+            "alpha": f"{config.alpha:g}",
+            "ask": asked,
+            "prompt": config.prompt,
+            "seed": str(config.seed),
+        }
 
     def _cosine(self, answers: Sequence[str], target_E: Tensor) -> float:
         """Mean over the images asked about."""

@@ -110,7 +110,12 @@ def open_clip_anatomy(visual: Any, spec: str) -> Anatomy:
         pooled = itself if visual.final_ln_after_pool else lambda output: visual._global_pool(output)[0]
         image_points["pooled"] = visual.ln_post, pooled
     return Anatomy(
-        blocks=list(visual.transformer.resblocks), n_prefix=1, has_cls=True, image_points=image_points,
-        absent={"pooled": "its attention pool has no such output; take the projection"}, width=visual.transformer.width,
-        patch_size=tuple(visual.patch_size), batch_first=getattr(visual.transformer, "batch_first", True),
-    )  # fmt: skip
+        blocks=list(visual.transformer.resblocks),
+        n_prefix=1,
+        has_cls=True,
+        image_points=image_points,
+        absent={"pooled": "its attention pool has no such output; take the projection"},
+        width=visual.transformer.width,
+        patch_size=tuple(visual.patch_size),
+        batch_first=getattr(visual.transformer, "batch_first", True),
+    )

@@ -46,9 +46,15 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     while True:
         with without_load_report():
             model, info = model_class.from_pretrained(
-                name, config=vision, local_files_only=local, dtype=torch.float32, weights_only=True,
-                key_mapping={r"^(?:model\.)?vision_tower\.": ""}, output_loading_info=True, **options,
-            )  # fmt: skip
+                name,
+                config=vision,
+                local_files_only=local,
+                dtype=torch.float32,
+                weights_only=True,
+                key_mapping={r"^(?:model\.)?vision_tower\.": ""},
+                output_loading_info=True,
+                **options,
+            )
         missing = sorted(info["missing_keys"])
         if not missing:
             return model

@@ -29,7 +29,7 @@ def one_line_errors(spec: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        message = first_line(error)
+        message = first_line(error, longest=1000)  # this package's own say what files would do instead
         raise ValueError(message if spec in message else f"{spec}: {message}") from error
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch puts the reason second

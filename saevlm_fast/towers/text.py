@@ -34,23 +34,21 @@ def load_llava(
 
     prefix, _, name = spec.partition(":")
     require(prefix == "hf" and name != "", f"model: {spec!r} is not hf:NAME_OR_DIR of a LLaVA")
+
+    def load(source: str, local: bool) -> tuple[Any, Any]:
+        model = _loaded(AutoModelForImageTextToText, source, local, spec, dtype=dtype)
+        return model, AutoProcessor.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+
     with one_line_errors(spec):
-        model, processor = local_or_hub(
-            name, spec, lambda source, local: (
-                _loaded(AutoModelForImageTextToText, source, local, spec, dtype=dtype),
-                AutoProcessor.from_pretrained(source, local_files_only=local, trust_remote_code=False),
-            ), on_message,
-        )  # fmt: skip
+        model, processor = local_or_hub(name, spec, load, on_message)
     return model.to(device).eval().requires_grad_(False), processor
 
 
 def _loaded(model_class: Any, source: str, local: bool, spec: str, **options: Any) -> Any:
     """Every weight from the files."""
     with without_load_report():
-        model, info = model_class.from_pretrained(
-            source, local_files_only=local, weights_only=True, trust_remote_code=False, output_loading_info=True,
-            **options,
-        )  # fmt: skip
+        options |= {"local_files_only": local, "trust_remote_code": False}
+        model, info = model_class.from_pretrained(source, weights_only=True, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     require(not missing, f"{spec}: {len(missing)} weights are missing, as {(missing or [''])[0]}")
     return model

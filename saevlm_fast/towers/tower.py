@@ -15,7 +15,6 @@ and such norms therefore add up: residual L = residual L-1 + attention L + mlp L
 Nothing of a model's forward is copied: forward hooks read its own, and the last one needed stops it by an exception.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from saevlm_fast.errors import first_line, require
+from saevlm_fast.files import weights_sha256
 from saevlm_fast.towers.preprocess import Normalisation
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
 
@@ -295,10 +295,10 @@ class HookedTower:
         self.layout = TokenLayout(shapes[0][1], self.layout.n_prefix, self.layout.has_cls)
         for point, tensor in acts.items():
             expected = shapes[0][:2] if point.layer is not None else (1,)
-            if tuple(tensor.shape[:-1]) != expected:
-                raise ValueError(
-                    f"point: {point.name} of {self.tower.spec} is {list(tensor.shape)}, not one vector each"
-                )
+            require(
+                tuple(tensor.shape[:-1]) == expected,
+                f"point: {point.name} of {self.tower.spec} is {list(tensor.shape)}, not one vector each",
+            )
             self.shapes[point] = (None if point.layer is None else tensor.shape[1]), tensor.shape[-1]
         self._last = list(acts)[-1]
 
@@ -320,16 +320,3 @@ def _restore(module: nn.Module, forward: Any) -> None:
     del module.forward
     if forward is not None:
         module.forward = forward
-
-
-def weights_sha256(model: nn.Module, as_float32: bool = False) -> str:
-    """Of all weights, with their names, dtypes and shapes; takes a second per gigabyte.
-
-    as_float32: floating-point weights as `load_tower` would hold them.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.float() if as_float32 and tensor.is_floating_point() else tensor
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -1,11 +1,39 @@
-"""The directory of a run: when a checkpoint is written, and which there are."""
+"""The directory of a run: begun, resumed or replaced, with checkpoints and metrics.
 
+It holds `cfg.json` and `sae_weights.safetensors` (the SAE, SAELens v6 layout), `metrics.jsonl`, `run.json` (the
+settings, checked by --resume) and `checkpoints/step_XXXXXXXX/` (the same SAE files as of that step, and
+`train_state.safetensors`). Everything is written under a temporary name and renamed; a checkpoint directory appears
+whole or not at all. The order of the rows is a function of (seed, step), so a run that was killed and resumed takes the
+same steps as one that was not: bit-identical weights on the CPU.
+"""
+
+import json
+import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saevlm_fast.errors import Interrupted, check_same_settings, first_line, require
+from saevlm_fast.files import (
+    TEMPORARY_PREFIX,
+    atomic_directory,
+    atomic_write,
+    remove_leftovers,
+    save_safetensors_atomic,
+    write_json_atomic,
+)
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
+from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.state import TrainingState, diverged
+
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
+_KEPT_CHECKPOINTS = 2
 _CHECKPOINTS_A_RUN = 20
 _CHECKPOINT_PAUSE = 30.0  # seconds of work that may be lost rather than saved
 _CHECKPOINT_COSTS = 20  # work between two checkpoints, in units of what writing one takes: a twentieth of the time
@@ -38,6 +66,144 @@ class Cadence:
         yield
         self.last, self.ended = step, monotonic()
         self.took = self.ended - start
+
+
+class RunDirectory:
+    """What a run keeps on disk; methods in the order they happen.
+
+    Args:
+        path: of the directory. checkpoint_every: as Cadence's `every`.
+        resume: continue the run in it. force: replace it.
+    """
+
+    def __init__(self, path: Path, checkpoint_every: int | None, resume: bool, force: bool):
+        self.path, self.checkpoint_every, self.resume, self.force = path, checkpoint_every, resume, force
+
+    def begin(self, state: TrainingState) -> None:
+        """Start, replace or resume (a run killed before it wrote anything starts); refuses to touch a run untold.
+
+        Raises:
+            ValueError: the directory holds a run, resume meets other settings, other data or a damaged checkpoint, or
+                the data is not finite.
+        """
+        used = any((self.path / name).exists() for name in (RUN_FILE, CONFIG_FILE, CHECKPOINTS, METRICS_FILE))
+        require(
+            not used or self.resume or self.force,
+            f"output: {self.path} already holds a run; use --resume to continue or --force to replace",
+        )
+        settings = state.settings()
+        if self.resume and used:
+            require((self.path / RUN_FILE).is_file(), f"resume: {RUN_FILE} is missing from {self.path}")
+            check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
+            remove_leftovers(self.path)
+            remove_leftovers(self.path / CHECKPOINTS)
+        checkpoint = latest_checkpoint(self.path) if self.resume else None
+        if checkpoint is not None:
+            _load(checkpoint, state)
+            self._truncate_metrics(state.stepper.n_steps)
+        else:
+            state.initialise()
+        # Only now that the data has been read is anything on disk touched: bad data must not cost an older run.
+        if self.force:
+            self._remove_run()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / RUN_FILE).exists():
+            write_json_atomic(self.path / RUN_FILE, settings)
+        if checkpoint is None:
+            (self.path / METRICS_FILE).unlink(missing_ok=True)
+        self.cadence = Cadence(self.checkpoint_every, state.config.steps, state.stepper.n_steps)
+
+    def _remove_run(self) -> None:
+        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, RUN_FILE):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _truncate_metrics(self, n_steps: int) -> None:
+        """Drop logged steps that the resumed run is about to repeat."""
+        path = self.path / METRICS_FILE
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that was being written when the run was killed
+            if record.get("step", math.inf) <= n_steps and not any(key.startswith("eval/") for key in record):
+                kept.append(line + "\n")
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(kept))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one line of strict JSON to metrics.jsonl; what is not a number (the variance of one row) is null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        path = self.path / METRICS_FILE
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        except OSError as error:  # a full disk: which file?
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def after_step(self, state: TrainingState, interrupted: bool) -> None:
+        """Write a checkpoint if one is due.
+
+        Raises:
+            ValueError: NaN or inf in the loss or the weights: no checkpoint is written.
+            Interrupted: after the checkpoint, if `interrupted`.
+        """
+        step = state.stepper.n_steps
+        if self.cadence.due(step) or step == state.config.steps or interrupted:
+            state.check_loss(self.kept)
+            with self.cadence.writing(step):
+                self.checkpoint(state)
+        if interrupted:
+            raise Interrupted(f"interrupted after step {step}; continue with --resume --output {self.path}")
+
+    def checkpoint(self, state: TrainingState) -> None:
+        """Write checkpoints/step_N whole, then drop all but the newest two."""
+        stepper = state.stepper
+        final = self.path / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
+        if final.exists():
+            return
+        tensors = state.tensors()
+        bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+        if bad:
+            raise diverged(f"{', '.join(bad)}: NaN or inf after step {stepper.n_steps}", self.kept())
+        header = {"n_steps": str(stepper.n_steps), "n_rows_seen": str(stepper.n_rows_seen)}
+        final.parent.mkdir(exist_ok=True)
+        with atomic_directory(final) as directory:
+            state.export().save_pretrained(directory)
+            save_safetensors_atomic(directory / STATE_FILE, {n: t.cpu() for n, t in tensors.items()}, metadata=header)
+        for old in checkpoints(self.path)[:-_KEPT_CHECKPOINTS]:
+            doomed = old.with_name(TEMPORARY_PREFIX + old.name)  # a kill must not leave half a checkpoint by this name
+            old.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def kept(self) -> str:
+        """What is left of the run if it ends now."""
+        last = latest_checkpoint(self.path)
+        return f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
+
+    def save(self, sae: SparseAutoencoder) -> None:
+        """The finished SAE."""
+        sae.save_pretrained(self.path)
+
+
+def _load(checkpoint: Path, state: TrainingState) -> None:
+    path = checkpoint / STATE_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        state.load(load_file(path, device=str(state.device)), int(header["n_steps"]), int(header["n_rows_seen"]))
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"resume: {checkpoint} is damaged, delete it to resume from the one before ({first_line(error)})"
+        ) from error
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """One sum when all is well, an eighth of the time: it is finite only if every term is."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def checkpoints(output: Path) -> list[Path]:

@@ -24,7 +24,7 @@ def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics
         "losses/mse_loss": float(output.losses.mse),
         "losses/auxiliary_reconstruction_loss": float(output.losses.aux),
         "metrics/explained_variance": float(1 - error / total),
-        "metrics/l0": float((output.entries.acts_M > 0).sum() / len(x_BD)),
+        "metrics/l0": float((output.codes.top_acts > 0).sum() / len(x_BD)),
         "sparsity/dead_features": int(idle.sum()),
         "details/current_learning_rate": stepper.config.lr_at(stepper.n_steps - 1, config.d_sae),
         "details/n_training_samples": stepper.n_rows_seen,
@@ -40,8 +40,19 @@ def _variance(x_BD: Tensor) -> Tensor:
 def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int = 4096) -> Metrics:
     """Explained variance, L0, L2 and dead share over all rows, at inference (threshold, not batch selection).
 
-    explained_variance = 1 - sum_d Var(x - x_hat) / sum_d Var(x) over the whole set: the paper's code averages it over
-    batches, which is wrong for small ones (recipe.md section 4). Sums in float64 around b_dec.
+    Args:
+        sae: in raw activation units, as `train` returns it. Its device does the work; its mode is left as it was.
+        activations: N rows [N, d_in], read batch_rows at a time.
+
+    Returns:
+        explained_variance: 1 - sum_d Var(x - x_hat) / sum_d Var(x) over the whole set: the paper's code averages it
+            over batches, which is wrong for small ones (docs/recipe.md section 4).
+        l0: latents that fire, mean over rows. l2: mean over rows of |x - x_hat|^2, in squared activation units.
+        dead_fraction: share of the latents that fire on none of the rows. rows: N.
+        Sums are float64, around b_dec.
+
+    Raises:
+        ValueError: another width than the SAE's, rows that are not finite, a threshold that was never calibrated.
     """
     device, d_in = sae.b_dec.device, sae.config.d_in
     sums_4D = torch.zeros(4, d_in, dtype=torch.float64, device=device)

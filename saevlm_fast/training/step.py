@@ -6,7 +6,7 @@ over their entries. tests/helpers/dense_trainer.py is the same in dense autograd
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from saevlm_fast.config import TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Workspace
-from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.latent_gradient import (
     EntryGradient,
     RowGradient,
@@ -22,7 +22,7 @@ from saevlm_fast.kernels.latent_gradient import (
     dense_gradient_rows,
     entry_gradient,
 )
-from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
+from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_, write_low_
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
@@ -34,6 +34,7 @@ from saevlm_fast.kernels.topk_encode_screened import (
     topk_encode_screened,
 )
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sparse_codes import SparseCodes
 
 _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
 _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
@@ -41,14 +42,7 @@ _DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows in these steps
 
 _residuals, _centred_rows = Workspace(), Workspace()
 
-
-class Entries(NamedTuple):
-    """Sparse codes as flat entries. Bag b * G + g is the run of row b's entries in Matryoshka group g."""
-
-    acts_M: Tensor
-    latents_M: Tensor
-    row_offsets: Tensor
-    bag_offsets: Tensor
+Low = TypeVar("Low", bound=Tensor | LowWeights)
 
 
 class Losses(NamedTuple):
@@ -74,14 +68,14 @@ class Gradients(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a step measured: losses, reconstruction x_hat [B, d_in] (all groups), entries, number of dead latents.
+    """What a step measured: losses, reconstruction x_hat [B, d_in] (all groups), codes, number of dead latents.
 
     n_dead is a 0-d tensor on a GPU, once some can be dead.
     """
 
     losses: Losses
     x_hat_BD: Tensor
-    entries: Entries
+    codes: SparseCodes
     n_dead: int | Tensor
 
 
@@ -150,8 +144,8 @@ class Stepper:
         self.n_steps = 0
         self.n_rows_seen = 0
         self.dead_bound = DeadBound()
-        self.W_enc_low: Tensor | None = None  # W_enc in the dtype of the encoder's product, latent-major
-        self.screen: LowWeights | None = None  # the same with bounds, on a CPU whose encoder screens
+        # W_enc in bfloat16, latent-major; with the bounds of that rounding on a CPU whose encoder screens.
+        self.low: Tensor | LowWeights | None = None
         self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
@@ -183,72 +177,64 @@ class Stepper:
     @torch.no_grad()
     def device_step(self, x_BD: Tensor) -> StepOutput:
         """The step that was announced."""
-        entries = self._encode(x_BD)
-        self._track(entries, len(x_BD))
+        codes = self._encode(x_BD)
+        self._track(codes, len(x_BD))
         dead = self._dead_latents(len(x_BD))
-        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, entries, dead, self.config.auxk_alpha)
+        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.config.auxk_alpha)
         first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
         self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
         self._update(gradients)
-        return StepOutput(losses, x_hat_BD, entries, dead.number)
+        return StepOutput(losses, x_hat_BD, codes, dead.number)
 
-    def _encode(self, x_BD: Tensor) -> Entries:
+    def _encode(self, x_BD: Tensor) -> SparseCodes:
+        """In CSR form, in the dtype of the weights."""
         sae, k = self.sae, self.sae.config.k
         inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
         topk, batch_topk = self._encoders(x_BD)
         if sae.config.architecture == "topk":
-            acts, latents = topk(*inputs, k=k)
-            row_offsets = torch.arange(0, latents.numel() + 1, k, device=latents.device)
+            codes = SparseCodes.from_flat(*topk(*inputs, k=k), None, sae.config.d_sae).rows()
         else:
-            acts, latents, row_offsets = batch_topk(*inputs, k=k)
-        bags = row_offsets
-        if len(sae.config.group_ends) > 1:
-            bags = group_bag_offsets(latents.flatten(), row_offsets, sae.config.group_ends, sae.config.d_sae)
-        return Entries(acts.flatten().to(sae.W_dec.dtype), latents.flatten(), row_offsets, bags)
+            codes = SparseCodes.from_flat(*batch_topk(*inputs, k=k), sae.config.d_sae)
+        return codes.to(dtype=sae.W_dec.dtype)
 
-    def _encoders(self, x_BD: Tensor) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+    def _encoders(
+        self, x_BD: Tensor
+    ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
         """TopK and BatchTopK, with the low copy of W_enc that they work with."""
         if self.config.dtype == "bfloat16":
-            W_low_DS = self._low_W_enc().T
+            W_low_DS = self._low_W_enc(Tensor, _empty_bfloat16).T
             return partial(topk_encode_rescored, W_low_DS=W_low_DS), partial(
                 batch_topk_encode_rescored, W_low_DS=W_low_DS
             )
         if screens(x_BD, self.sae.W_enc, self.sae.config.k):
-            low = self._screening_weights()
+            low = self._low_W_enc(LowWeights, _empty_low_weights)
             return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
         return topk_encode, batch_topk_encode
 
-    def _low_W_enc(self) -> Tensor:
-        """The low copy of W_enc [d_sae, d_in], which the update writes; made here if W_enc was changed otherwise.
+    def _low_W_enc(self, kind: type[Low], empty: Callable[[Tensor], Low]) -> Low:
+        """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
 
         A change through `.data` moves no version counter and is not seen.
         """
-        if self.W_enc_low is None:
-            self.W_enc_low, self._low_state = torch.empty_like(self.sae.W_enc.T, dtype=torch.bfloat16), None
+        W_enc_SD, low = self.sae.W_enc.detach().T, self.low
+        if not isinstance(low, kind):
+            low = empty(W_enc_SD)
+            self.low, self._low_state = low, None
         if self._low_state != self._W_enc_state():
-            self.W_enc_low.copy_(self.sae.W_enc.detach().T)
+            write_low_(low, 0, W_enc_SD)
             self._low_state = self._W_enc_state()
-        return self.W_enc_low
-
-    def _screening_weights(self) -> LowWeights:
-        """The same with bounds."""
-        if self.screen is None:
-            self.screen, self._low_state = LowWeights.empty(*self.sae.W_enc.T.shape), None
-        if self._low_state != self._W_enc_state():
-            self.screen.write_(0, self.sae.W_enc.detach().T)
-            self._low_state = self._W_enc_state()
-        return self.screen
+        return low
 
     def _W_enc_state(self) -> tuple[int, int]:
         """What moves when W_enc is replaced or written to."""
         return self.sae.W_enc.data_ptr(), self.sae.W_enc._version
 
-    def _track(self, entries: Entries, n_rows: int) -> None:
+    def _track(self, codes: SparseCodes, n_rows: int) -> None:
         """Dead-latent counters and the moving threshold, as upstream: before the losses."""
-        fired_S = torch.zeros_like(self.idle_S).index_add_(0, entries.latents_M, (entries.acts_M > 0).long())
+        fired_S = torch.zeros_like(self.idle_S).index_add_(0, codes.top_indices, (codes.top_acts > 0).long())
         self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
         if self.sae.config.architecture != "topk":
-            smallest = smallest_positive(entries.acts_M).float()
+            smallest = smallest_positive(codes.top_acts).float()
             old, beta = self.sae.threshold, self.config.threshold_beta
             new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
             self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
@@ -272,8 +258,8 @@ class Stepper:
         clip = clip_coefficient(parts, [gradients.b_enc, gradients.b_dec], self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
         for name, (gradient, aux) in rows.items():
-            copies = (self.W_enc_low, self.screen) if name == "W_enc" else (None, None)
-            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", *copies)
+            low = self.low if name == "W_enc" else None
+            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", low)
         self._low_state = self._W_enc_state()
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
@@ -282,6 +268,14 @@ class Stepper:
         """Adam's settings in the announced step, the n_steps-th."""
         lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
         return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
+
+
+def _empty_bfloat16(W_enc_SD: Tensor) -> Tensor:
+    return torch.empty_like(W_enc_SD, dtype=torch.bfloat16)
+
+
+def _empty_low_weights(W_enc_SD: Tensor) -> LowWeights:
+    return LowWeights.empty(*W_enc_SD.shape)
 
 
 def _check_unit_rows(W_dec_SD: Tensor) -> None:
@@ -302,7 +296,7 @@ def smallest_positive(acts_M: Tensor) -> Tensor:
 
 
 def loss_and_gradients(
-    sae: SparseAutoencoder, x_BD: Tensor, entries: Entries, dead: DeadLatents, auxk_alpha: float
+    sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, auxk_alpha: float
 ) -> tuple[Tensor, Losses, Gradients]:
     """Losses of one batch and the gradient of every parameter, from sparse codes. recipe.md section 1.
 
@@ -314,11 +308,12 @@ def loss_and_gradients(
         thread overwrites what the gradients of the weights are made from.
     """
     n_groups, b_dec = len(sae.config.group_ends), sae.b_dec.detach()
-    x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, entries)
+    bag_offsets = _bag_offsets(sae, codes)
+    x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, codes, bag_offsets)
     mse = squared / (len(x_BD) * n_groups)
 
     centred_BD = _centred(x_BD, b_dec)
-    dW_enc, dW_dec, db_enc = _latent_gradients(sae, entries, centred_BD, suffix_BGD.flatten(0, 1))
+    dW_enc, dW_dec, db_enc = _latent_gradients(sae, codes, bag_offsets, centred_BD, suffix_BGD.flatten(0, 1))
 
     aux, aux_enc, aux_dec = _auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, db_enc)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
@@ -333,7 +328,17 @@ def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
     return torch.sub(x_BD, b_dec, out=_centred_rows.get(x_BD.numel(), x_BD.dtype).view(x_BD.shape))
 
 
-def _prefix_residuals(sae: SparseAutoencoder, x_BD: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
+def _bag_offsets(sae: SparseAutoencoder, codes: SparseCodes) -> Tensor:
+    """Bag b * G + g is the run of row b's entries in Matryoshka group g: [B * G + 1]."""
+    _, latents_M, row_offsets = codes.csr()
+    if len(sae.config.group_ends) == 1:
+        return row_offsets
+    return group_bag_offsets(latents_M, row_offsets, sae.config.group_ends, sae.config.d_sae)
+
+
+def _prefix_residuals(
+    sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, bag_offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of all Matryoshka prefixes, row block by row block: a block stays in cache through all that is done to it.
 
     Returns:
@@ -344,17 +349,17 @@ def _prefix_residuals(sae: SparseAutoencoder, x_BD: Tensor, entries: Entries) ->
     (n_rows, d_in), n_groups = x_BD.shape, len(sae.config.group_ends)
     W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
     x_hat_BD, squared = torch.empty_like(x_BD), []
-    codes = entries.acts_M, entries.latents_M
+    acts_M, latents_M, _ = codes.csr()
     if x_BD.is_cuda:
-        suffix_RD = segment_sum(*codes, entries.bag_offsets, W_dec)
+        suffix_RD = segment_sum(acts_M, latents_M, bag_offsets, W_dec)
     else:  # memory of this thread: a first touch of 20 MiB costs ten times the write
         suffix_RD = _residuals.get(n_rows * n_groups * d_in, x_BD.dtype)
     suffix_BGD = suffix_RD.view(n_rows, n_groups, d_in)
     for start, stop in _row_blocks(x_BD, n_groups):
         x_bD, sums_bGD = x_BD[start:stop], suffix_BGD[start:stop]
         if not x_BD.is_cuda:
-            offsets = entries.bag_offsets[start * n_groups : stop * n_groups + 1]
-            segment_sum_into(sums_bGD.flatten(0, 1), *codes, offsets, W_dec)
+            offsets = bag_offsets[start * n_groups : stop * n_groups + 1]
+            segment_sum_into(sums_bGD.flatten(0, 1), acts_M, latents_M, offsets, W_dec)
         sums_bGD[:, 0] += b_dec
         for g in range(1, n_groups):
             sums_bGD[:, g] += sums_bGD[:, g - 1]
@@ -374,13 +379,12 @@ def _row_blocks(x_BD: Tensor, n_groups: int) -> list[tuple[int, int]]:
 
 
 def _latent_gradients(
-    sae: SparseAutoencoder, entries: Entries, centred_BD: Tensor, suffix_RD: Tensor
+    sae: SparseAutoencoder, codes: SparseCodes, bag_offsets: Tensor, centred_BD: Tensor, suffix_RD: Tensor
 ) -> tuple[RowGradient | EntryGradient, RowGradient | EntryGradient, Tensor]:
     """dW_enc, dW_dec and db_enc [d_sae], from one sort of the entries by latent."""
-    order_M, offsets_S1 = group_by_latent(entries.latents_M, entries.row_offsets, sae.config.d_sae)
-    bags_M = entry_rows(entries.latents_M, entries.bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
-    rows_M = bags_M // len(sae.config.group_ends)
-    acts_M, latents_M, W_dec = entries.acts_M[order_M], entries.latents_M[order_M], sae.W_dec.detach()
+    acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
+    bags_M = entry_rows(codes.top_indices, bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
+    rows_M, W_dec = bags_M // len(sae.config.group_ends), sae.W_dec.detach()
     dacts_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
     dacts_M = torch.where(acts_M > 0, dacts_M, 0)
     dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, W_dec, dacts_M)
@@ -437,16 +441,3 @@ def _keep_largest_(acts_BA: Tensor, k: int) -> Tensor:
         return acts_BA
     kept = torch.topk(acts_BA, k, dim=1, sorted=False)
     return acts_BA.zero_().scatter_(1, kept.indices, kept.values)
-
-
-def geometric_median(points_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
-    """Weiszfeld's iteration from the mean, [D]: where b_dec starts. A point on the guess gets a large finite weight."""
-    guess_D = points_BD.mean(0)
-    for _ in range(max_iter):
-        previous_D = guess_D
-        weights_B = 1 / (points_BD - guess_D).norm(dim=1).clamp(min=torch.finfo(points_BD.dtype).tiny ** 0.5)
-        weights_B = weights_B / weights_B.sum()
-        guess_D = weights_B @ points_BD
-        if (guess_D - previous_D).norm() < tol:
-            break
-    return guess_D

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saevlm_fast.box import models as box
+from saevlm_fast.box import models
 from saevlm_fast.box.scenes import OBJECT_FACTORS, VALUES, Scenes, value_prompts
 from saevlm_fast.box_making import cards as box_cards
 from saevlm_fast.box_making import evaluation as box_evaluation
@@ -231,7 +231,7 @@ def test_answers_are_counted_word_for_word(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_shipped_llava_sees_through_the_shipped_clip() -> None:
-    llava, clip = (load_file(box.ASSETS / name / "model.safetensors") for name in ("tiny-llava", "tiny-clip"))
+    llava, clip = (load_file(models.ASSETS / name / "model.safetensors") for name in ("tiny-llava", "tiny-clip"))
     tower = {name.split("vision_tower.")[1]: weight for name, weight in llava.items() if "vision_tower." in name}
     assert len(tower) > 50
     for name, weight in tower.items():
@@ -240,6 +240,6 @@ def test_the_shipped_llava_sees_through_the_shipped_clip() -> None:
 
 def test_cards_are_of_scenes_that_were_not_trained_on() -> None:
     assert box_cards._SPLITS == ("test", "novel")
-    for name in box.MODELS:
-        card = (box.ASSETS / name / "README.md").read_text()
-        assert f"{json.loads((box.ASSETS / name / box_cards.RECORD).read_text())['steps']:,} steps" in card
+    for name in models.MODELS:
+        card = (models.ASSETS / name / "README.md").read_text()
+        assert f"{json.loads((models.ASSETS / name / box_cards.RECORD).read_text())['steps']:,} steps" in card

@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from saevlm_fast.config import SAEConfig
-from saevlm_fast.data.codes import CodeRows, CodesWriter, codes_of_rows, join_codes, mean_pool_codes, open_codes
+from saevlm_fast.data.codes import CodesWriter, mean_pool_codes, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.data.writing import ActivationWriter, merge_parts
 from saevlm_fast.errors import ActivationError
-from saevlm_fast.kernels import reference
 from saevlm_fast.sae import SparseAutoencoder
-from sparse_codes import random_codes
+from saevlm_fast.sparse_codes import SparseCodes
+from sparse_codes import random_sparse_codes
 
 SOURCE = {"model": "hf:openai/clip", "layer": 11, "tokens": "cls", "sae": {"path": "sae", "pool": "none"}}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -30,38 +30,40 @@ def items_of(start, stop):
 
 
 def write_codes(path, shards, d_sae=50, dtype=torch.float32, complete=True):
-    """A store with one shard for each triple; returns its path."""
+    """A store with one shard for each codes; returns its path."""
     writer, row = CodesWriter(path, d_sae, dtype, SOURCE), 0
     for number, codes in enumerate(shards):
-        n_rows = codes_of_rows(codes).n_rows
-        writer.write_shard(number, codes, items_of(row, row + n_rows))
-        row += n_rows
+        writer.write_shard(number, codes, items_of(row, row + codes.n_rows))
+        row += codes.n_rows
     if complete:
         writer.close()
     return path
 
 
-def dense(codes, d_sae=50):
-    return reference.densify(*codes, d_sae)
-
-
 def read_dense(store, n):
     """All rows as a dense matrix, chunk by chunk, each chunk's form checked."""
     blocks, next_row = [], 0
-    for start, acts_M, latents_M, row_offsets in store.chunks(n):
+    for start, codes in store.chunks(n):
         assert start == next_row
-        assert (acts_M.dtype, latents_M.dtype, row_offsets.dtype) == (torch.float32, torch.int64, torch.int64)
-        assert (int(row_offsets[0]), int(row_offsets[-1])) == (0, len(acts_M))
-        blocks.append(reference.densify(acts_M, latents_M, row_offsets, store.d_sae))
-        next_row += len(row_offsets) - 1
+        assert codes.shape == (min(n, store.n_rows - start), store.d_sae)
+        assert codes.top_acts.dtype == torch.float32
+        codes.check("chunk", as_stored=True)
+        assert codes.row_offsets is not None
+        blocks.append(codes.dense())
+        next_row += codes.n_rows
     return torch.cat(blocks)
 
 
-def ragged(rows, dtype=torch.float32):
-    """CSR triple of a list of rows, each a dict latent -> act."""
+def ragged(rows, dtype=torch.float32, d_sae=50):
+    """CSR codes of a list of rows, each a dict latent -> act."""
     counts = torch.tensor([0, *(len(row) for row in rows)])
     acts = torch.tensor([act for row in rows for act in row.values()], dtype=dtype)
-    return CodeRows(acts, torch.tensor([s for row in rows for s in row], dtype=torch.int64), counts.cumsum(0))
+    latents = torch.tensor([s for row in rows for s in row], dtype=torch.int64)
+    return SparseCodes.from_flat(acts, latents, counts.cumsum(0), d_sae)
+
+
+def csr(acts, latents, *offsets):
+    return SparseCodes.from_flat(acts, torch.tensor(latents), torch.tensor(offsets), 50)
 
 
 # Store -------------------------------------------------------------------------------------------
@@ -78,10 +80,10 @@ def ragged(rows, dtype=torch.float32):
     seed=st.integers(0, 9),
 )
 def test_a_store_returns_what_was_written(tmp_path_factory, sizes, k, layout, dtype, d_sae, n, seed):
-    shards = [random_codes(size, k, d_sae, layout, dtype, seed + i) for i, size in enumerate(sizes)]
+    shards = [random_sparse_codes(size, k, d_sae, layout, dtype, seed + i) for i, size in enumerate(sizes)]
     path = write_codes(tmp_path_factory.mktemp("c") / "store", shards, d_sae, dtype)
     store = open_codes(path)
-    expected = torch.cat([dense(codes_of_rows(codes), d_sae) for codes in shards]).float()
+    expected = torch.cat([codes.dense() for codes in shards]).float()
     assert torch.equal(read_dense(store, n), expected)
     assert (store.n_rows, store.d_sae, store.dtype, store.source) == (sum(sizes), d_sae, dtype, SOURCE)
     assert store.n_entries == int((expected > 0).sum())
@@ -93,7 +95,7 @@ def test_a_store_returns_what_was_written(tmp_path_factory, sizes, k, layout, dt
 @pytest.mark.parametrize(("d_sae", "latents_dtype"), [(65536, torch.uint16), (65537, torch.int32)])
 def test_the_files_are_as_documented(tmp_path, d_sae, latents_dtype):
     top = d_sae - 1
-    write_codes(tmp_path / "s", [ragged([{3: 1.0, top: 2.0}, {}, {0: 0.5}])], d_sae, torch.float16)
+    write_codes(tmp_path / "s", [ragged([{3: 1.0, top: 2.0}, {}, {0: 0.5}], d_sae=d_sae)], d_sae, torch.float16)
     index = json.loads((tmp_path / "s" / "index.json").read_text())
     assert {name: index[name] for name in ("format", "version", "complete", "shape", "dtype", "source")} == {
         "format": "saevlm-fast codes", "version": 1, "complete": True, "shape": [3, d_sae], "dtype": "float16",
@@ -126,7 +128,7 @@ def test_codes_of_an_sae_are_written_as_they_come(tmp_path):
 def test_a_latent_that_fires_is_never_rounded_to_dead(tmp_path, dtype):
     codes = ragged([{1: 1e-300, 2: 1.0, 3: 0.0}], torch.float64)
     store = open_codes(write_codes(tmp_path / "s", [codes], dtype=dtype))
-    _, acts_M, latents_M, _ = next(store.chunks(1))
+    _, (acts_M, latents_M, _, _) = next(store.chunks(1))
     assert latents_M.tolist() == [1, 2]
     assert 0 < float(acts_M[0]) < 1e-7
     assert float(acts_M[1]) == 1.0
@@ -142,17 +144,27 @@ def test_a_latent_that_fires_is_never_rounded_to_dead(tmp_path, dtype):
         (ragged([{1: 1.0}, {50: 1.0}]), "row 1, latent 50: 50 is not a latent within 0 to 49"),
         (ragged([{-1: 1.0}]), "row 0, latent -1"),
         (ragged([{}, {5: 1.0, 4: 1.0}]), "row 1, latent 4: 4 comes after a latent that is not below it"),
-        (CodeRows(torch.ones(2), torch.tensor([3, 3]), torch.tensor([0, 2])), "row 0, latent 3: 3 comes after"),
-        (CodeRows(torch.ones(2), torch.tensor([1, 2]), torch.tensor([0, 2, 1])), "row 1 ends at entry 1, before it"),
-        (CodeRows(torch.ones(2), torch.tensor([1, 2]), torch.tensor([0, 3])), "end at 3, but there are 2 entries"),
-        (CodeRows(torch.ones(2), torch.tensor([1, 2]), torch.tensor([1, 2])), "row_offsets start at 1"),
-        ((torch.ones(2, 3), torch.ones(2, 2).long(), None), r"acts .*\[2, 3\] and latents \[2, 2\] are not"),
-        ((torch.ones(2, 3).long(), torch.ones(2, 3).long(), None), "acts torch.int64"),
+        (csr(torch.ones(2), [3, 3], 0, 2), "row 0, latent 3: 3 comes after"),
+        (csr(torch.ones(2), [1, 2], 0, 2, 1), "row 1 ends at entry 1, before it"),
+        (csr(torch.ones(2), [1, 2], 0, 3), "end at 3, but there are 2 entries"),
+        (csr(torch.ones(2), [1, 2], 1, 2), "row_offsets start at 1"),
+        (
+            csr(torch.ones(2), [1, 2])._replace(row_offsets=torch.empty(0).long()),
+            r"row_offsets int64 \[0\] are not codes",
+        ),
+        (
+            SparseCodes(torch.ones(2, 3), torch.ones(2, 2).long(), None, (2, 50)),
+            r"top_acts float32 \[2, 3\], top_indices int64 \[2, 2\] are not codes \[2, 50\] of fixed k",
+        ),
+        (SparseCodes(torch.ones(2, 3).long(), torch.ones(2, 3).long(), None, (2, 50)), "top_acts int64"),
+        (SparseCodes(torch.ones(2, 3), torch.ones(2, 3).int(), None, (2, 50)), "top_indices int32"),
+        (ragged([{1: 1.0}], d_sae=51), "rows: codes of 51 latents; the store's are of 50"),
+        ((torch.ones(2, 3), torch.ones(2, 3).long(), None), "rows: tuple; a store of codes takes SparseCodes"),
     ],
 )
 def test_the_writer_refuses_what_is_no_code(tmp_path, codes, message):
     writer = CodesWriter(tmp_path / "s", 50, torch.float16, SOURCE)
-    n_rows = len(codes[0]) if codes[2] is None else len(codes[2]) - 1
+    n_rows = codes.n_rows if isinstance(codes, SparseCodes) else 2
     with pytest.raises(ValueError, match=message) as caught:
         writer.write_shard(0, codes, items_of(0, n_rows))
     assert "\n" not in str(caught.value)
@@ -161,7 +173,7 @@ def test_the_writer_refuses_what_is_no_code(tmp_path, codes, message):
 
 def test_ranks_write_numbered_shards_and_rank_0_merges(tmp_path):
     """As the store of activations does: any order, an empty unit, resumed on another number of ranks."""
-    shards = [random_codes(n, 3, 50, "csr", torch.float32, n) for n in (4, 0, 6)]
+    shards = [random_sparse_codes(n, 3, 50, "csr", torch.float32, n) for n in (4, 0, 6)]
     CodesWriter(tmp_path / "s", 50, torch.float32, SOURCE)
     ranks = [CodesWriter.resume(tmp_path / "s", part=rank) for rank in range(2)]
     ranks[0].write_shard(2, shards[2], items_of(4, 10))
@@ -177,7 +189,7 @@ def test_ranks_write_numbered_shards_and_rank_0_merges(tmp_path):
         alone.write_shard(2, shards[2], items_of(4, 10))
     alone.write_shard(0, shards[0], items_of(0, 4))
     alone.close()
-    expected = torch.cat([dense(codes_of_rows(codes)) for codes in shards])
+    expected = torch.cat([codes.dense() for codes in shards])
     assert torch.equal(read_dense(open_codes(tmp_path / "s"), 3), expected)
 
 
@@ -204,7 +216,8 @@ def test_imagenet_fits_150_mb(tmp_path):
         for number, start in enumerate(range(0, n, 20_000)):
             rows = slice(start, start + 20_000)
             items = {"image": names[rows], "token": [0] * 20_000, "label": [name[:9] for name in names[rows]]}
-            writer.write_shard(number, (torch.rand(20_000, 20) + 0.1, latents[rows], None), items)
+            codes = SparseCodes.from_flat(torch.rand(20_000, 20) + 0.1, latents[rows], None, 65536)
+            writer.write_shard(number, codes, items)
     files = {name: os.path.getsize(tmp_path / "s" / name) for name in os.listdir(tmp_path / "s")}
     shards = sum(size for name, size in files.items() if name.startswith("shard"))
     assert n * (20 * 4 + 4) <= shards < n * (20 * 4 + 4) + 5000
@@ -293,7 +306,7 @@ def test_an_item_table_of_another_length_is_refused(tmp_path):
 @given(data=st.data())
 def test_altered_bytes_never_escape(tmp_path_factory, data):
     """Whatever the bytes of a shard, reading gives sound codes or an ActivationError."""
-    path = write_codes(tmp_path_factory.mktemp("c") / "s", [random_codes(6, 3, 50, "csr", torch.float16)], 50)
+    path = write_codes(tmp_path_factory.mktemp("c") / "s", [random_sparse_codes(6, 3, 50, "csr", torch.float16)], 50)
     file = path / "shard-00000.safetensors"
     content = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -308,7 +321,7 @@ def test_altered_bytes_never_escape(tmp_path_factory, data):
 
 
 def test_the_map_holds_no_file_open_and_safetensors_reads_it(tmp_path):
-    path = write_codes(tmp_path / "s", [random_codes(5, 3, 50, "csr", torch.float32)])
+    path = write_codes(tmp_path / "s", [random_sparse_codes(5, 3, 50, "csr", torch.float32)])
     store = open_codes(path)
     open_files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit() and
                   os.path.exists(f"/proc/self/fd/{fd}")]  # fmt: skip
@@ -318,16 +331,7 @@ def test_the_map_holds_no_file_open_and_safetensors_reads_it(tmp_path):
     assert store.n_rows == 5
 
 
-# Joining, averages -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["fixed", "csr"])
-def test_join(layout):
-    pieces = [codes_of_rows(random_codes(n, 3, 50, layout, torch.float32, n)) for n in (4, 0, 2)]
-    joined = join_codes(pieces)
-    assert torch.equal(dense(joined), torch.cat([dense(piece) for piece in pieces]))
-    assert int(joined.row_offsets[-1]) == len(joined.acts)  # no padding left within
-    assert join_codes([]).n_rows == 0
+# Averages -------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -339,33 +343,33 @@ def test_join(layout):
 )
 def test_mean_over_images_against_the_dense_mean(images, k, layout, seed):
     """Images with any number of tokens, none included, in any order."""
-    codes = codes_of_rows(random_codes(len(images), k, 20, layout, torch.float32, seed))
+    codes = random_sparse_codes(len(images), k, 20, layout, torch.float32, seed)
     pooled = mean_pool_codes(codes, torch.tensor(images, dtype=torch.int64), 8)
-    dense_NS = dense(codes, 20).double()
+    dense_NS = codes.dense().double()
     of_image = [dense_NS[[row for row, image in enumerate(images) if image == i]] for i in range(8)]
     expected = torch.stack([rows.mean(0) if len(rows) else torch.zeros(20, dtype=torch.float64) for rows in of_image])
-    found = dense(pooled, 20)
+    found = pooled.dense()
     assert found.dtype == torch.float32
     assert torch.equal(found, expected.float())  # sums in float64, rounded once
-    assert bool((pooled.acts > 0).all())
+    assert bool((pooled.top_acts > 0).all())
     for row in range(8):
-        latents = pooled.latents[pooled.row_offsets[row] : pooled.row_offsets[row + 1]]
+        latents = pooled.top_indices[pooled.row_offsets[row] : pooled.row_offsets[row + 1]]
         assert bool((latents.diff() > 0).all())
 
 
 def test_pooled_codes_go_into_a_store(tmp_path):
-    codes = codes_of_rows(random_codes(12, 4, 50, "csr", torch.float32))
+    codes = random_sparse_codes(12, 4, 50, "csr", torch.float32)
     pooled = mean_pool_codes(codes, torch.arange(12) // 3, 5)
     store = open_codes(write_codes(tmp_path / "s", [pooled]))
-    assert torch.equal(read_dense(store, 2)[:4], dense(codes).double().view(4, 3, 50).mean(1).float())
+    assert torch.equal(read_dense(store, 2)[:4], codes.dense().double().view(4, 3, 50).mean(1).float())
     assert not read_dense(store, 9)[4].any()
 
 
 def test_a_faint_latent_survives_the_mean():
-    codes = CodeRows(torch.tensor([1e-45]), torch.tensor([2]), torch.tensor([0, 1, 1, 1]))
+    codes = csr(torch.tensor([1e-45]), [2], 0, 1, 1, 1)
     pooled = mean_pool_codes(codes, torch.zeros(3, dtype=torch.int64), 1)
-    assert pooled.latents.tolist() == [2]
-    assert float(pooled.acts) > 0
+    assert pooled.top_indices.tolist() == [2]
+    assert float(pooled.top_acts) > 0
 
 
 @pytest.mark.parametrize(
@@ -384,8 +388,8 @@ def test_mean_refuses_images_that_do_not_fit(images, message):
 
 @pytest.mark.gpu
 def test_mean_on_a_gpu_equals_the_cpu():
-    codes = codes_of_rows(random_codes(400, 9, 300, "csr", torch.float32))
+    codes = random_sparse_codes(400, 9, 300, "csr", torch.float32)
     images = torch.randint(50, (400,), generator=torch.Generator().manual_seed(0))
-    on_gpu = mean_pool_codes(CodeRows(*(t.cuda() for t in codes)), images.cuda(), 50)
-    for found, expected in zip(on_gpu, mean_pool_codes(codes, images, 50)):
+    on_gpu = mean_pool_codes(codes.to("cuda"), images.cuda(), 50)
+    for found, expected in zip(on_gpu[:3], mean_pool_codes(codes, images, 50)[:3]):
         assert torch.equal(found.cpu(), expected)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saevlm_fast.demo.contact_sheet import Captioned, Row, Section, draw_sheet, save_sheet
+from saevlm_fast.demo.contact_sheet import Captioned, LatentRow, Section, draw_sheet, save_sheet
 
 COLOURS = [(200, 40 + 20 * i, 250 - 25 * i) for i in range(9)]  # none is a colour of the sheet's own
 BAR, TRACK = (47, 111, 181), (234, 238, 242)
@@ -18,9 +18,9 @@ def plain(colour, size=(48, 48)) -> Image.Image:
     return Image.new("RGB", size, colour)
 
 
-def row(n_images: int = 3, latent: int = 7, names=("red", "star"), size=(48, 48)) -> Row:
+def row(n_images: int = 3, latent: int = 7, names=("red", "star"), size=(48, 48)) -> LatentRow:
     images = [plain(COLOURS[i], size) for i in range(n_images)]
-    return Row(latent, 0.8125, 1234, list(names), images, [1.0 / (i + 1) for i in range(n_images)])
+    return LatentRow(latent, 0.8125, 1234, list(names), images, [1.0 / (i + 1) for i in range(n_images)])
 
 
 def where(sheet: Image.Image, colour) -> tuple[int, int, int, int]:
@@ -50,7 +50,7 @@ def test_tiles_stand_in_a_row_equally_large_and_apart(tile, size):
 
 def test_bars_are_as_long_as_the_activations():
     images = [plain(colour) for colour in COLOURS[:5]]
-    sheet = draw_sheet("", "", [Section("", [Row(0, 0.5, 9, [], images, [8.0, 4.0, 0.0, -1.0, float("nan")])])])
+    sheet = draw_sheet("", "", [Section("", [LatentRow(0, 0.5, 9, [], images, [8.0, 4.0, 0.0, -1.0, float("nan")])])])
     lengths, pixels = [], np.asarray(sheet)
     for colour in COLOURS[:5]:
         left, _, right, bottom = where(sheet, colour)
@@ -65,7 +65,7 @@ def test_small_images_are_enlarged_pixel_by_pixel_and_photos_cropped_in_the_midd
     wide = np.zeros((100, 300, 3), dtype=np.uint8)
     wide[:, :100], wide[:, 100:200], wide[:, 200:] = COLOURS[1], COLOURS[2], COLOURS[3]
     images = [plain(COLOURS[0]), Image.fromarray(noise), Image.fromarray(wide)]
-    sheet = draw_sheet("", "", [Section("", [Row(0, 0.5, 3, [], images, [3.0, 2.0, 1.0])])])
+    sheet = draw_sheet("", "", [Section("", [LatentRow(0, 0.5, 3, [], images, [3.0, 2.0, 1.0])])])
     left, top, right, _ = where(sheet, COLOURS[0])
     x = right + (where(sheet, COLOURS[2])[0] - right - 96) // 2  # the gaps left and right of the second are equal
     enlarged = np.asarray(sheet)[top : top + 96, x : x + 96]
@@ -77,7 +77,7 @@ def test_small_images_are_enlarged_pixel_by_pixel_and_photos_cropped_in_the_midd
 
 def test_other_modes_become_rgb():
     images = [Image.new(mode, (48, 48)) for mode in ("L", "RGBA", "P", "1", "CMYK")]
-    sheet = draw_sheet("t", "c", [Section("s", [Row(0, 0.5, 5, ["x"], images, [1.0] * 5)])])
+    sheet = draw_sheet("t", "c", [Section("s", [LatentRow(0, 0.5, 5, ["x"], images, [1.0] * 5)])])
     assert sheet.mode == "RGB"
 
 
@@ -95,8 +95,8 @@ def test_text_is_there_and_touches_neither_tiles_nor_edges(names):
 
 def test_rows_do_not_overlap_when_text_is_higher_than_tiles():
     """Between two rows there are lines without any ink."""
-    high = Row(1, 0.5, 3, [LONG, LONG], [plain(COLOURS[0])], [1.0])
-    sheet = draw_sheet("", "", [Section("", [high, Row(2, 0.5, 3, ["x"], [plain(COLOURS[1])], [1.0])])], tile=32)
+    high = LatentRow(1, 0.5, 3, [LONG, LONG], [plain(COLOURS[0])], [1.0])
+    sheet = draw_sheet("", "", [Section("", [high, LatentRow(2, 0.5, 3, ["x"], [plain(COLOURS[1])], [1.0])])], tile=32)
     empty = (np.asarray(sheet) == 255).all(axis=(1, 2))
     first, second = where(sheet, COLOURS[0]), where(sheet, COLOURS[1])
     runs = np.diff(np.flatnonzero(np.diff(empty[first[3] : second[1] + 1].astype(int))))
@@ -122,7 +122,7 @@ def test_columns_of_all_sections_line_up():
 
 
 @pytest.mark.parametrize(
-    "sections", [[], [Section("none", [])], [Section("dead", [Row(3, float("nan"), 0, [], [], [])])]]
+    "sections", [[], [Section("none", [])], [Section("dead", [LatentRow(3, float("nan"), 0, [], [], [])])]]
 )
 def test_a_sheet_without_images(sections):
     sheet = draw_sheet("Title", "caption", sections)
@@ -163,7 +163,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^tile: 8 must be at least 16"):
         draw_sheet("t", "c", [], tile=8)
     with pytest.raises(ValueError, match=r"^activations: 1 for the 2 images of latent 5"):
-        Row(5, 0.5, 2, [], [plain(COLOURS[0])] * 2, [1.0])
+        LatentRow(5, 0.5, 2, [], [plain(COLOURS[0])] * 2, [1.0])
 
 
 def test_long_words_are_broken_and_nothing_of_a_title_is_lost():

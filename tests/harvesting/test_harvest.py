@@ -5,22 +5,25 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from command import run
+from saevlm_fast.cli import main
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.files import output_lock
 from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
 from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.harvesting.run import harvest
@@ -317,11 +320,7 @@ def codes_harvest(tower, photos, output, sae_directory, tokens, **settings):
 
 def dense_codes(store):
     """All codes of a store as a dense matrix [N, d_sae]."""
-    dense_NS = torch.zeros(store.n_rows, store.d_sae)
-    for start, acts_M, latents_M, row_offsets in store.chunks(7):
-        rows_M = start + torch.repeat_interleave(row_offsets.diff())
-        dense_NS[rows_M, latents_M] = acts_M
-    return dense_NS
+    return torch.cat([codes.dense() for _, codes in store.chunks(7)])
 
 
 @pytest.mark.parametrize("tokens", ["cls", "random:3", "patches"])
@@ -432,7 +431,7 @@ def test_stores_without_all_units_are_not_declared_complete(tower, photos, tmp_p
     assert not read_index(tmp_path / "out" / "projection").complete
 
 
-def test_two_harvests_do_not_share_an_output(model, photos, tower, tmp_path):
+def test_two_harvests_do_not_share_an_output(photos, tower, tmp_path, monkeypatch):
     """The other one is another process, as a lock is this process's own."""
     output = tmp_path / "out"
     run_harvest(tower, photos, output, small_units())
@@ -441,6 +440,7 @@ def test_two_harvests_do_not_share_an_output(model, photos, tower, tmp_path):
          "print('held', flush=True); time.sleep(60)", str(output / ".lock")], stdout=subprocess.PIPE,
     )  # fmt: skip
     holder.stdout.readline()
+    monkeypatch.setitem(output_lock.__wrapped__.__kwdefaults__, "patience", 0.1)
     with pytest.raises(ValueError, match="another harvest is writing"):
         run_harvest(tower, photos, output, small_units(), resume=True)
     holder.kill()
@@ -563,18 +563,32 @@ def test_pooled_codes_of_a_gpu_tower_are_those_of_a_cpu_one(tower, model, photos
 # From here on: the command, in processes of its own.
 
 
-def command(*arguments, ranks=1):
-    program = ["-m", "saevlm_fast.cli"]
-    if ranks > 1:
-        program = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            "-m",
-            "saevlm_fast.cli",
-        ]
-    return [sys.executable, *program, *map(str, arguments)]
+class Rank(multiprocessing.get_context("fork").Process):
+    """The command as one of torchrun's processes: torchrun's environment, without importing torch and all anew."""
+
+    def __init__(self, rank, world, port, arguments, log):
+        super().__init__()
+        self.arguments, self.log = ["saevlm-fast", *map(str, arguments)], log
+        self.environment = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+
+    def run(self):
+        os.environ.update({name: str(value) for name, value in self.environment.items()})
+        with open(self.log, "w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+            sys.argv = self.arguments
+            main()
+
+
+def start_ranks(world, arguments, logs):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [Rank(rank, world, port, arguments, logs / f"rank-{rank}.log") for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
 def harvest_arguments(model, photos, output, *more):
@@ -619,11 +633,10 @@ def test_bad_input_ends_in_one_line(model, photos, tmp_path, change, message):
 
 
 def test_ranks_share_the_work_and_give_the_same_rows(model, photos, whole, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = map(str, harvest_arguments(model, photos, tmp_path / "out"))
     done = subprocess.run(
-        command(*harvest_arguments(model, photos, tmp_path / "out"), ranks=2),
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [*torchrun, "-m", "saevlm_fast.cli", *words], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert digests(tmp_path / "out") == digests(whole)
@@ -635,31 +648,31 @@ def test_ranks_share_the_work_and_give_the_same_rows(model, photos, whole, tmp_p
 def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tmp_path):
     """Only rank 1 meets an image that cannot be used."""
     photos, _ = spoiled_photos
-    words = command(*harvest_arguments(model, photos, tmp_path / "out", "--limit", 4, "--images-per-shard", 2), ranks=2)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "error: max_skipped: 1 of 4 images could not be used" in done.stderr
-    assert "another rank has ended" in done.stderr
-    assert "RuntimeError" not in done.stderr
+    words = harvest_arguments(model, photos, tmp_path / "out", "--limit", 4, "--images-per-shard", 2)
+    ranks = start_ranks(2, words, tmp_path)
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [130, 2]
+    waiting, failing = (rank.log.read_text() for rank in ranks)
+    assert "error: max_skipped: 1 of 4 images could not be used" in failing
+    assert "another rank has ended" in waiting
+    assert "RuntimeError" not in waiting + failing
 
 
 def test_killed_ranks_are_resumed_by_one_process(tower, model, tmp_path):
     photos = save_photos(tmp_path / "photos", 400)
     run_harvest(tower, photos, tmp_path / "whole", small_units())
     output = tmp_path / "out"
-    process = subprocess.Popen(
-        command(*harvest_arguments(model, photos, output), ranks=2), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    ranks = start_ranks(2, harvest_arguments(model, photos, output), tmp_path)
     deadline = time.monotonic() + 120
     while len(list((output / "projection").glob("shard-*.safetensors"))) < 3:
-        assert process.poll() is None
+        assert all(rank.is_alive() for rank in ranks)
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, *map(int, ranks)):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.join()
     assert not read_index(output / "projection").complete
     summary = run_harvest(tower, photos, output, small_units(), resume=True)
     assert 0 < summary.n_done_here < 400

@@ -1,14 +1,14 @@
 """The paper's trainer in dense autograd, written independently of saevlm_fast: the oracle for whole training steps.
 
 Every matrix is dense [B, d_sae], gradients come from autograd, the optimiser is torch.optim.Adam. Matryoshka's
-reconstruction loss is divided by the number of groups once (recipe.md section 6).
+reconstruction loss is divided by the number of groups once (docs/recipe.md).
 """
 
 import torch
 
 
 class DenseTrainer:
-    """A step-by-step dense re-implementation of recipe.md sections 1 and 2."""
+    """A step-by-step dense re-implementation of docs/recipe.md."""
 
     def __init__(self, W_dec_SD, b_dec_D, *, architecture, k, group_ends, config, d_sae):
         leaf = lambda t: t.clone().requires_grad_()  # noqa: E731

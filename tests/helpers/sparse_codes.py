@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.kernels import reference
+from saevlm_fast.sparse_codes import SparseCodes
 
 
 def random_codes(n_rows: int, k: int, d_sae: int, layout: str, dtype: torch.dtype, seed: int = 0):
@@ -24,6 +25,11 @@ def random_codes(n_rows: int, k: int, d_sae: int, layout: str, dtype: torch.dtyp
     padding = int((~kept_BK).sum())
     acts_M = torch.nn.functional.pad(acts_BK[kept_BK], (0, padding), value=float("nan"))
     return acts_M.to(dtype), torch.nn.functional.pad(latents_BK[kept_BK], (0, padding)), row_offsets
+
+
+def random_sparse_codes(n_rows: int, k: int, d_sae: int, layout: str, dtype: torch.dtype, seed: int = 0) -> SparseCodes:
+    """The same as SparseCodes."""
+    return SparseCodes.from_flat(*random_codes(n_rows, k, d_sae, layout, dtype, seed), d_sae)
 
 
 def _ascending_latents(k: int, d_sae: int, generator: torch.Generator) -> Tensor:

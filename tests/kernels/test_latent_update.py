@@ -18,7 +18,6 @@ from saevlm_fast.kernels.latent_gradient import (
 )
 from saevlm_fast.kernels.latent_update import (
     AdamSettings,
-    _slotted,
     adam_,
     latent_update_,
     latent_update_op,
@@ -71,14 +70,13 @@ class RowKernels:
         return RowGradient(None, rows_CD, squared_norms_S.sum(), slots_S)
 
     @staticmethod
-    def latent_update_(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient, extra, clip, adam, unit_norm, copy_SD=None, low=None):
+    def latent_update_(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient, extra, clip, adam, unit_norm, low=None):
         from saevlm_fast.kernels.latent_update_triton import launch_latent_update
 
-        rows_CD, slots_S, *aux = _slotted([gradient, *extra], len(W_SD))
-        launch_latent_update(
-            W_SD, exp_avg_SD, exp_avg_sq_SD, rows_CD, slots_S, *(aux or (None, None)), clip, adam.schedule,
-            adam.betas, adam.eps, unit_norm, copy_SD,
-        )  # fmt: skip
+        rows = [tensor for g in (gradient, *extra) for tensor in (g.rows_AD, g.slots(len(W_SD)))]
+        rows += [None] * (4 - len(rows))
+        constants = clip, adam.schedule, adam.betas, adam.eps
+        launch_latent_update(W_SD, exp_avg_SD, exp_avg_sq_SD, *rows, *constants, unit_norm, low)
 
     @staticmethod
     def adam_(p, exp_avg, exp_avg_sq, gradient, clip, adam):

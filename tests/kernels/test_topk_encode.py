@@ -58,6 +58,25 @@ def float_inputs(shape, dtype=torch.float64, seed=0, device="cpu"):
     return tuple(tensor.to(device=device, dtype=dtype) for tensor in inputs)
 
 
+def midway(values, share=0.5):
+    """A threshold that no rounding can cross: in the middle of the widest gap near this share of the values."""
+    ascending = values.flatten().double().sort().values
+    n = int(share * len(ascending))
+    near = ascending[max(0, n - 10) : n + 10]
+    widest = int(near.diff().argmax())
+    return float(near[widest : widest + 2].mean())
+
+
+def assert_clear(pre_BS, k, margin=1e-5):
+    """What is selected does not hang on a rounding: the k-th value and the next lie apart, in rows and in the batch.
+
+    A property of the data (float64): where it holds, float32 in whatever order must select the same entries.
+    """
+    for values, n in ((pre_BS, k), (pre_BS.flatten()[None], k * len(pre_BS))):
+        last, following = values.topk(n + 1).values[:, -2:].unbind(1)
+        assert bool((last - following > margin).all()), "these data are ties in float32: choose others"
+
+
 def assert_codes(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)

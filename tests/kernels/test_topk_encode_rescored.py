@@ -12,6 +12,7 @@ from saevlm_fast.kernels.topk_encode_rescored import (
     n_candidates,
     topk_encode_rescored,
 )
+from test_topk_encode import assert_clear
 
 
 def draw(n_rows: int, d_in: int, d_sae: int, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -29,6 +30,7 @@ def dense(acts, latents, row_offsets, d_sae: int) -> torch.Tensor:
 
 def test_near_ties_that_bfloat16_reorders_are_put_right() -> None:
     x, W, b_enc, b_dec, low = draw(64, 48, 700)
+    assert_clear(reference.preactivations(*(tensor.double() for tensor in (x, W, b_enc, b_dec))), 20, margin=1e-4)
     truth = dense(*topk_encode(x, W, b_enc, b_dec, 20), None, 700)
     acts, latents = topk_encode_rescored(x, W, b_enc, b_dec, low, 20)
     torch.testing.assert_close(dense(acts, latents, None, 700), truth)
@@ -39,6 +41,7 @@ def test_near_ties_that_bfloat16_reorders_are_put_right() -> None:
 
 def test_batch_near_ties_are_put_right() -> None:
     x, W, b_enc, b_dec, low = draw(64, 48, 700)
+    assert_clear(reference.preactivations(*(tensor.double() for tensor in (x, W, b_enc, b_dec))), 20, margin=1e-4)
     expected = batch_topk_encode(x, W, b_enc, b_dec, 20)
     acts, latents, row_offsets = batch_topk_encode_rescored(x, W, b_enc, b_dec, low, 20)
     assert torch.equal(latents, expected[1])
@@ -69,7 +72,8 @@ def test_codes_are_the_float_choice_when_candidates_suffice(n_rows, d_in, d_sae,
 
 
 def test_exact_ties_go_to_the_lower_latent() -> None:
-    x, W, b_enc, b_dec, _ = draw(5, 8, 40)
+    """Small integers: equal columns of a float product need not have equal bits, at the edge of a BLAS's tile."""
+    x, W, b_enc, b_dec, _ = ((4 * tensor).round() for tensor in draw(5, 8, 40))
     W[:, 1::2] = W[:, ::2]
     b_enc[1::2] = b_enc[::2]
     _, latents = topk_encode_rescored(x, W, b_enc, b_dec, W.bfloat16(), 3)

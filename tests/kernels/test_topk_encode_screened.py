@@ -20,7 +20,7 @@ from saevlm_fast.kernels.topk_encode_screened import (
 )
 from saevlm_fast.kernels.topk_encode_screened import topk_encode_screened as topk_screened
 from test_step import make
-from test_topk_encode import assert_codes, float_inputs, integer_inputs
+from test_topk_encode import assert_clear, assert_codes, float_inputs, integer_inputs, midway
 
 SHAPES = [(1, 3, 1009), (33, 7, 1009), (7, 11, 4099), (64, 96, 2048), (70, 129, 6001)]
 KS = [1, 3, 8]
@@ -61,12 +61,13 @@ def test_equals_float64_by_screening_alone(shape, low):
     truth = [tensor.double() for tensor in inputs]
     close = dict(rtol=1e-5, atol=1e-5, check_dtype=False)
     for k in KS:
+        assert_clear(reference.preactivations(*truth), k)
         for found, expected in zip(topk_screened(*inputs, k, *rest), reference.topk_encode(*truth, k)):
             assert_close(found, expected, **close)
         found = batch_topk_encode_screened(*inputs, k, *rest)
         for part, expected in zip(found, reference.batch_topk_encode(*truth, k)):
             assert_close(part, expected, **close)
-    threshold = float(reference.topk_encode(*truth, 8)[0].median())
+    threshold = midway(reference.topk_encode(*truth, 8)[0])
     for found, expected in zip(
         threshold_encode_screened(*inputs, threshold, None), reference.threshold_encode(*truth, threshold)
     ):
@@ -133,6 +134,7 @@ def test_a_row_may_hold_most_of_a_batch():
     """BatchTopK: one row with far larger activations has entries in every group."""
     inputs = float_inputs((64, 96, 8192), torch.float32)
     inputs[0][5] *= 4
+    assert_clear(reference.preactivations(*(tensor.double() for tensor in inputs)), 8)
     assert_equal_in_float32(batch_topk_encode_screened(*inputs, 8), reference.batch_topk_encode(*inputs, 8))
 
 
@@ -197,10 +199,13 @@ def test_bounds_are_of_use():
 def test_values_without_bounds_are_left_to_float32(bad, where):
     inputs = [tensor.contiguous() for tensor in float_inputs((64, 16, 2048), torch.float32)]
     inputs[1] = inputs[1].t().contiguous().t()
+    threshold = midway(reference.preactivations(*(tensor.double() for tensor in inputs)), share=0.98)
     {"x": inputs[0][3], "W_enc": inputs[1].t()[700], "b_enc": inputs[2][900:901]}[where][0] = bad
     assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
     assert_equal_in_float32(batch_topk_encode_screened(*inputs, 5), reference.batch_topk_encode(*inputs, 5))
-    assert_equal_in_float32(threshold_encode_screened(*inputs, 2.0, None), reference.threshold_encode(*inputs, 2.0))
+    assert_equal_in_float32(
+        threshold_encode_screened(*inputs, threshold, None), reference.threshold_encode(*inputs, threshold)
+    )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
@@ -233,7 +238,10 @@ def test_one_latent_of_a_huge_norm_costs_a_group_only():
 def test_the_public_functions_take_this_path(monkeypatch):
     inputs = float_inputs((5, 16, 3000), torch.float32)
     assert not screens(*inputs[:2])  # few rows
-    expected = topk_encode(*inputs, 5), batch_topk_encode(*inputs, 5), threshold_encode(*inputs, 1.0)
+    pre_BS = reference.preactivations(*(tensor.double() for tensor in inputs))
+    assert_clear(pre_BS, 5)
+    threshold = midway(pre_BS, share=0.9)
+    expected = topk_encode(*inputs, 5), batch_topk_encode(*inputs, 5), threshold_encode(*inputs, threshold)
     calls = []
     monkeypatch.setattr(topk_encode_screened, "screens", lambda *_: True)
     for name in ("topk_encode_screened", "batch_topk_encode_screened", "threshold_encode_screened"):
@@ -241,14 +249,16 @@ def test_the_public_functions_take_this_path(monkeypatch):
         monkeypatch.setattr(
             topk_encode_screened, name, lambda *args, original=original: calls.append(1) or original(*args)
         )
-    found = topk_encode(*inputs, 5), batch_topk_encode(*inputs, 5), threshold_encode(*inputs, 1.0)
+    found = topk_encode(*inputs, 5), batch_topk_encode(*inputs, 5), threshold_encode(*inputs, threshold)
     for one, other in zip(found, expected):
         assert_equal_in_float32(one, other)
     assert len(calls) == 3
 
 
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX on this machine")
-def test_where_it_pays():
+def test_where_it_pays(monkeypatch):
+    """On any machine: whether this one has AMX is all that is pretended."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     x_BD, W_enc_DS, *_ = float_inputs((64, 16, 5120), torch.float32)
     W_enc_DS = W_enc_DS.t().contiguous().t()
     assert screens(x_BD, W_enc_DS, 20)
@@ -256,6 +266,8 @@ def test_where_it_pays():
     assert not screens(x_BD[:63], W_enc_DS, 20)
     assert not screens(x_BD, W_enc_DS.contiguous(), 20)
     assert not screens(x_BD.double(), W_enc_DS.double(), 20)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not screens(x_BD, W_enc_DS, 20)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
@@ -272,11 +284,12 @@ def test_whole_steps(monkeypatch, architecture):
     assert_close(stepper.sae.W_enc, plain.sae.W_enc, rtol=1e-3, atol=1e-3)  # Adam: small gradients' signs count
     fresh = LowWeights.empty(*stepper.sae.W_enc.T.shape)
     fresh.write_(0, stepper.sae.W_enc.detach().T)
-    assert plain.screen is None
-    for kept, expected in zip(stepper.screen, fresh):
+    low = LowWeights, step_module._empty_low_weights
+    assert plain.low is None
+    for kept, expected in zip(stepper.low, fresh):
         assert torch.equal(kept, expected)
     with torch.no_grad():
         stepper.sae.W_enc *= 2  # changed by others: seen
-    assert torch.equal(stepper._screening_weights().W_SD, stepper.sae.W_enc.T.bfloat16())
+    assert torch.equal(stepper._low_W_enc(*low).W_SD, stepper.sae.W_enc.T.bfloat16())
     plain.step(data[:61])  # had no low weights so far
-    assert torch.equal(plain._screening_weights().W_SD, plain.sae.W_enc.T.bfloat16())
+    assert torch.equal(plain._low_W_enc(*low).W_SD, plain.sae.W_enc.T.bfloat16())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from command import run
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
-from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.common import SIMILARITIES
@@ -25,6 +25,7 @@ from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedS
 from saevlm_fast.scoring.monosemanticity import score as score_stores
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.tables import check_scores_path, write_scores
+from saevlm_fast.sparse_codes import SparseCodes
 
 N_IMAGES, N_LATENTS, D_EMB = 90, 24, 11
 
@@ -57,7 +58,7 @@ def make_data(seed: int = 0):
 def to_csr(acts_NS):
     rows_M, latents_M = torch.nonzero(acts_NS).unbind(1)
     row_offsets = torch.nn.functional.pad((acts_NS != 0).sum(1).cumsum(0), (1, 0))
-    return acts_NS[rows_M, latents_M], latents_M, row_offsets
+    return SparseCodes(acts_NS[rows_M, latents_M], latents_M, row_offsets, acts_NS.shape)
 
 
 def score(acts_NS, emb_NE, similarity="cosine", sizes=(), dense=False, **options) -> MonosemanticityScores:
@@ -65,10 +66,8 @@ def score(acts_NS, emb_NE, similarity="cosine", sizes=(), dense=False, **options
     streamed = StreamedScore(acts_NS.shape[1], similarity, **options)
     bounds = [0, *torch.tensor(sizes, dtype=torch.int64).cumsum(0).tolist(), len(acts_NS)]
     for first, last in pairwise(bounds):
-        if dense:
-            streamed.update_dense(acts_NS[first:last], emb_NE[first:last])
-        else:
-            streamed.update(*to_csr(acts_NS[first:last]), emb_NE[first:last])
+        chunk_nS = acts_NS[first:last]
+        streamed.update(chunk_nS if dense else to_csr(chunk_nS), emb_NE[first:last])
     return streamed.result()
 
 
@@ -129,9 +128,9 @@ def test_fixed_k_codes_and_padding():
     latents_NK = torch.tensor([[1, 2], [1, 2], [0, 1]])
     emb_NE = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     fixed, ragged = StreamedScore(4), StreamedScore(4)
-    fixed.update(acts_NK, latents_NK, None, emb_NE)
+    fixed.update(SparseCodes(acts_NK, latents_NK, None, (3, 4)), emb_NE)
     padded = torch.tensor([2.0, 1.0, 3.0, 0.0, 0.0]), torch.tensor([1, 1, 2, 0, 0])
-    ragged.update(*padded, torch.tensor([0, 1, 3, 3]), emb_NE)
+    ragged.update(SparseCodes(*padded, torch.tensor([0, 1, 3, 3]), (3, 4)), emb_NE)
     for scores in (fixed.result(), ragged.result()):
         assert [STATUSES[code] for code in scores.status] == ["dead", "defined", "single", "dead"]
         torch.testing.assert_close(scores.ms[1], torch.cosine_similarity(*emb_NE[:2].double(), dim=0))
@@ -157,7 +156,7 @@ def test_result_may_be_asked_twice_and_added_to():
     for similarity in ("cosine", "rbf"):
         streamed = StreamedScore(N_LATENTS, similarity)
         for rows in (slice(0, 50), slice(50, None)):
-            streamed.update(*to_csr(acts_NS[rows]), emb_NE[rows])
+            streamed.update(to_csr(acts_NS[rows]), emb_NE[rows])
             first = streamed.result()
             assert torch.equal(first.status, streamed.result().status)
         assert_scores(first, reference.monosemanticity(acts_NS, emb_NE, similarity), 1e-12)
@@ -178,30 +177,44 @@ def change(tensor, row, value):
 def test_bad_rows_are_named_and_leave_the_sums():
     acts_NS, emb_NE = make_data()
     streamed = StreamedScore(N_LATENTS)
-    streamed.update(*to_csr(acts_NS[:50]), emb_NE[:50])
+    streamed.update(to_csr(acts_NS[:50]), emb_NE[:50])
     codes, emb_nE = to_csr(acts_NS[50:]), emb_NE[50:]
-    acts_M, latents_M, row_offsets = codes
-    at = int(row_offsets[4])  # the first entry of image 54
+    at = int(codes.row_offsets[4])  # the first entry of image 54
+    latent = int(codes.top_indices[at])
+
+    def with_act(value):
+        return codes._replace(top_acts=change(codes.top_acts, at, value))
+
+    def with_latent(value):
+        return codes._replace(top_indices=change(codes.top_indices, at, value))
+
     bad = [
-        ((*codes, change(emb_nE, 4, 0.0)), "image 54: embedding is zero"),
-        ((*codes, change(emb_nE, 4, float("nan"))), "image 54: embedding is NaN"),
-        ((*codes, change(emb_nE, 4, float("inf"))), "image 54: embedding is NaN, infinite"),
-        ((change(acts_M, at, float("nan")), latents_M, row_offsets, emb_nE), "image 54: sparse activation"),
-        ((change(acts_M, at, -1.0), latents_M, row_offsets, emb_nE), "image 54: sparse activation is negative"),
-        (
-            (acts_M, change(latents_M, at, N_LATENTS), row_offsets, emb_nE),
-            rf"image 54: latent is not in \[0, {N_LATENTS}",
-        ),
-        ((*codes, emb_nE[:-1]), r"emb_nE: shape \(39, 11\) is not \[40, E\]"),
-        ((*codes, emb_nE[:, :-1]), "emb_nE: width 10 differs from the 11"),
-        ((acts_M[:-1], latents_M, row_offsets, emb_nE), "acts, latents: shapes"),
+        (codes, change(emb_nE, 4, 0.0), "image 54: embedding is zero"),
+        (codes, change(emb_nE, 4, float("nan")), "image 54: embedding is NaN"),
+        (codes, change(emb_nE, 4, float("inf")), "image 54: embedding is NaN, infinite"),
+        (with_act(float("nan")), emb_nE, f"codes: row 54, latent {latent}: nan is not a finite activation of at least"),
+        (with_act(-1.0), emb_nE, f"codes: row 54, latent {latent}: -1 is not a finite activation of at least 0"),
+        (with_latent(N_LATENTS), emb_nE, f"codes: row 54, .* {N_LATENTS} is not a latent within 0 to {N_LATENTS - 1}"),
+        (with_latent(-1), emb_nE, "codes: row 54, latent -1: -1 is not a latent"),
+        (codes, emb_nE[:-1], r"emb_nE: shape \(39, 11\) is not \[40, E\]"),
+        (codes, emb_nE[:, :-1], "emb_nE: width 10 differs from the 11"),
+        (codes._replace(top_acts=codes.top_acts[:-1]), emb_nE, r"codes: top_acts .* are not codes \[40, 24\] in CSR"),
+        (codes._replace(shape=(40, 25)), emb_nE, "codes: of 25 latents, not 24"),
+        (acts_NS[50:], emb_nE, "not both"),
     ]
-    for arguments, message in bad:
+    for codes_or_acts, embeddings, message in bad:
         with pytest.raises(ValueError, match=message):
-            streamed.update(*arguments)
+            streamed.update(codes_or_acts, embeddings)
+    streamed.update(codes, emb_nE)
+    assert_scores(streamed.result(), reference.monosemanticity(acts_NS, emb_NE), 1e-12)
+
+
+def test_codes_are_refused_after_dense_activations():
+    acts_NS, emb_NE = make_data()
+    streamed = StreamedScore(N_LATENTS)
+    streamed.update(acts_NS, emb_NE)
     with pytest.raises(ValueError, match="not both"):
-        streamed.update_dense(acts_NS, emb_NE)
-    streamed.update(*codes, emb_nE)
+        streamed.update(to_csr(acts_NS), emb_NE)
     assert_scores(streamed.result(), reference.monosemanticity(acts_NS, emb_NE), 1e-12)
 
 
@@ -209,9 +222,9 @@ def test_bad_dense_rows_and_options():
     acts_NS, emb_NE = make_data()
     streamed = StreamedScore(N_LATENTS)
     with pytest.raises(ValueError, match="image 3: acts_nK holds NaN"):
-        streamed.update_dense(change(acts_NS, 3, float("nan")), emb_NE)
+        streamed.update(change(acts_NS, 3, float("nan")), emb_NE)
     with pytest.raises(ValueError, match=r"acts_nK: shape \(90, 23\)"):
-        streamed.update_dense(acts_NS[:, 1:], emb_NE)
+        streamed.update(acts_NS[:, 1:], emb_NE)
     with pytest.raises(ValueError, match="'l2' is not one of cosine, dot, rbf"):
         StreamedScore(3, "l2")
     with pytest.raises(ValueError, match="gamma: 0"):
@@ -334,6 +347,20 @@ def test_rounded_codes_move_a_score_by_little(stores, dtype, eps):
     assert torch.equal(rounded.status, exact.status)
     error_S = (rounded.ms - exact.ms).nan_to_num(0.0).abs()
     assert 0 < float(error_S.max()) < 4.1 * eps
+
+
+def test_scores_of_activations_in_memory(stores):
+    """The three lines of a notebook: nothing is written."""
+    x, e = open_activations(stores.path / "x"), open_activations(stores.path / "e")
+    x_ND = torch.cat([x_BD for _, x_BD in x.chunks(100)])
+    activations, embeddings = Activations.from_tensor(x_ND), Activations.from_tensor(stores.emb_NE.numpy())
+    table = score_stores(activations, embeddings, stores.sae).table()
+    assert table.equals(score_stores(x, e, stores.sae).table())
+    assert table.column_names == ["latent", "ms", "status", "n_active", "max_activation"]
+    raw = score_stores(activations, embeddings).table()
+    assert (raw.num_rows, set(raw["status"].to_pylist())) == (16, {"defined"})
+    with pytest.raises(ValueError, match=r"embeddings: 10 rows \(tensor \[10, 9\]\), but 300 activations"):
+        score_stores(activations, Activations.from_tensor(stores.emb_NE[:10]))
 
 
 def write_ids(path, images, tokens=None, rows_per_shard=3):

@@ -1,22 +1,17 @@
-"""Top images against brute force; directions against their definition; words of planted concepts."""
+"""Directions of latents against their definition; words of planted concepts."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
-from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.data.writing import ActivationWriter
-from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import accumulate
-from saevlm_fast.scoring.naming import latent_directions, nearest_words, read_words, scene_words
-from saevlm_fast.scoring.top_images import top_images
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.scoring.monosemanticity import streamed_score
+from saevlm_fast.scoring.naming import latent_directions, nearest_words, read_words
+from saevlm_fast.sparse_codes import SparseCodes
 
 SOURCE = {"model": "planted", "sae": "planted"}
 
@@ -32,82 +27,9 @@ def write_codes(path: Path, dense_NS: Tensor, shard_rows: int = 7):
             latents = torch.arange(part.shape[1]).expand(part.shape)
             names = [f"image {start + i}" for i in range(len(part))]
             items = {"image": names, "token": [0] * len(part), "label": [None] * len(part)}
-            writer.write_shard(shard, (part, latents.contiguous(), None), items)
+            codes = SparseCodes.from_flat(part, latents.contiguous(), None, part.shape[1])
+            writer.write_shard(shard, codes, items)
     return open_codes(path)
-
-
-def brute_force(column: Tensor, n: int, fires: bool) -> list[tuple[int, float]]:
-    pairs = [(i, float(a)) for i, a in enumerate(column) if a > 0 or not fires]
-    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:n]
-
-
-def as_pairs(top) -> list[tuple[int, float]]:
-    return list(zip(top.images.tolist(), top.acts.tolist()))
-
-
-# --- top images ---
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 40), st.integers(1, 6), st.integers(1, 9), st.integers(1, 45), st.booleans(), st.integers(0, 2**20)
-)
-def test_top_images_of_neurons_equal_brute_force_with_ties_and_any_chunks(n_rows, width, n, chunk, shuffle, seed):
-    generator = torch.Generator().manual_seed(seed)
-    acts_NS = torch.randint(-3, 4, (n_rows, width), generator=generator).float()  # few values: ties everywhere
-    latents = torch.randperm(width, generator=generator)[: max(1, width - 1)] if shuffle else torch.arange(width)
-    found = top_images(in_memory(acts_NS), latents, n, batch_rows=chunk)
-    assert [as_pairs(top) for top in found] == [brute_force(acts_NS[:, k], n, fires=False) for k in latents]
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_top_images_of_stored_codes_equal_brute_force(tmp_path, seed):
-    generator = torch.Generator().manual_seed(seed)
-    acts_NS = torch.randint(-4, 3, (50, 11), generator=generator).clamp(min=0).float()
-    acts_NS[:, 3] = 0.0  # dead
-    acts_NS[:, 4] = 1.0  # all equal: the first images
-    codes, latents = write_codes(tmp_path / "codes", acts_NS), [4, 10, 3, 0]
-    done: list[int] = []
-    found = top_images(codes, latents, 5, batch_rows=8, on_rows=done.append)
-    assert [as_pairs(top) for top in found] == [brute_force(acts_NS[:, k], 5, fires=True) for k in latents]
-    assert found[0].images.tolist() == [0, 1, 2, 3, 4]
-    assert len(found[2].images) == 0
-    assert done == [8, 16, 24, 32, 40, 48, 50]
-
-
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
-def test_top_images_of_an_sae_are_those_of_its_codes(architecture):
-    generator = torch.Generator().manual_seed(0)
-    x_ND = torch.randn(60, 8, generator=generator)
-    sae = SparseAutoencoder(SAEConfig(8, 24, 3, architecture)).train()
-    sae.threshold.fill_(0.5)
-    sae.b_enc.data.fill_(-1.2)  # topk rows are filled up with zeros, which are no activations
-    dense_NS = sae.eval().encode(x_ND).dense().detach()
-    sae.train()
-    found = top_images(in_memory(x_ND), torch.arange(24), 4, sae, batch_rows=60)
-    assert sae.training
-    assert [as_pairs(top) for top in found] == [brute_force(dense_NS[:, k], 4, fires=True) for k in range(24)]
-
-
-def test_top_images_refuses_in_one_line(tmp_path):
-    acts, sae = in_memory(torch.ones(3, 4)), SparseAutoencoder(SAEConfig(5, 8, 2))
-    for arguments, message in (
-        ((acts, [0], 0), "n: 0 must be at least 1"),
-        ((acts, [1, 4], 2), "latents: 4 is not within 0 to 3"),
-        ((acts, [-1], 2), "latents: -1 is not within 0 to 3"),
-        ((acts, [1, 2, 1], 2), "latents: 3 are listed, but only 2 differ"),
-        ((acts, [0], 2, sae), "sae: d_in is 5, but the activations have width 4"),
-        ((write_codes(tmp_path / "codes", torch.ones(2, 3)), [0], 2, sae), "sae: codes are encoded already"),
-    ):
-        with pytest.raises(ValueError, match="^" + message):
-            top_images(*arguments)
-
-
-def test_top_images_refuses_several_rows_of_an_image(tmp_path):
-    with ActivationWriter(tmp_path / "store", 4, torch.float32, SOURCE) as writer:
-        writer.write_shard(0, torch.ones(3, 4), {"image": ["a", "a", "b"], "token": [0, 1, 0], "label": [None] * 3})
-    with pytest.raises(ValueError, match="2 rows of image 'a'"):
-        top_images(open_activations(tmp_path / "store"), [0], 2)
 
 
 # --- directions ---
@@ -125,7 +47,7 @@ def definition(acts_NS: Tensor, emb_NE: Tensor) -> Tensor:
 def test_directions_of_neurons_are_covariances_whatever_the_offset(offset):
     generator = torch.Generator().manual_seed(1)
     acts_NS, emb_NE = torch.randn(200, 5, generator=generator) + offset, torch.randn(200, 7, generator=generator) + 1
-    directions_SE = latent_directions(accumulate(in_memory(acts_NS), in_memory(emb_NE), batch_rows=64))
+    directions_SE = latent_directions(streamed_score(in_memory(acts_NS), in_memory(emb_NE), batch_rows=64))
     torch.testing.assert_close(directions_SE, definition(acts_NS, emb_NE), rtol=1e-9, atol=1e-9)
 
 
@@ -133,19 +55,19 @@ def test_directions_of_codes_and_of_latents_without_one(tmp_path):
     generator = torch.Generator().manual_seed(2)
     acts_NS, emb_NE = torch.randn(40, 6, generator=generator).clamp(min=0), torch.randn(40, 7, generator=generator)
     acts_NS[:, 1], acts_NS[:, 2] = 0.0, 2.0  # dead, constant
-    directions_SE = latent_directions(accumulate(write_codes(tmp_path / "c", acts_NS), in_memory(emb_NE)))
+    directions_SE = latent_directions(streamed_score(write_codes(tmp_path / "c", acts_NS), in_memory(emb_NE)))
     pointing = [0, 3, 4, 5]
     torch.testing.assert_close(directions_SE[pointing], definition(acts_NS[:, pointing], emb_NE), rtol=1e-9, atol=1e-9)
     assert not directions_SE[[1, 2]].any()
 
 
 def test_directions_of_equal_embeddings_are_zero():
-    scores = accumulate(in_memory(torch.rand(9, 3)), in_memory(torch.full((9, 4), 0.3)))
+    scores = streamed_score(in_memory(torch.rand(9, 3)), in_memory(torch.full((9, 4), 0.3)))
     assert not latent_directions(scores).any()
 
 
 def test_directions_need_cosine_sums():
-    scores = accumulate(in_memory(torch.rand(9, 3)), in_memory(torch.rand(9, 4)), similarity="dot")
+    scores = streamed_score(in_memory(torch.rand(9, 3)), in_memory(torch.rand(9, 4)), similarity="dot")
     with pytest.raises(ValueError, match=r"^similarity: names need cosine sums, not dot"):
         latent_directions(scores)
 
@@ -164,7 +86,7 @@ def test_planted_concepts_get_their_words_across_the_modality_gap():
     texts_ME = concepts_CE + gaps_2E[1] + 0.3 * concepts_CE.sum(0)
     acts_NS = shown_NC * (0.5 + torch.rand(500, 12, generator=generator))
     names = nearest_words(
-        latent_directions(accumulate(in_memory(acts_NS), in_memory(emb_NE))), texts_ME, list("abcdefghijkl"), 2
+        latent_directions(streamed_score(in_memory(acts_NS), in_memory(emb_NE))), texts_ME, list("abcdefghijkl"), 2
     )
     assert "".join(best.word for best, _ in names) == "abcdefghijkl"
     assert all(best.score > 0.1 > abs(second.score) for best, second in names)
@@ -201,15 +123,6 @@ def test_nearest_words_refuses_in_one_line():
     ):
         with pytest.raises(ValueError, match="^" + message):
             nearest_words(*arguments)
-
-
-def test_scene_words_cover_every_value_of_every_factor_once():
-    words = scene_words()
-    assert len(words.words) == len(words.texts) == len(set(words.words)) == len(set(words.texts)) == 47
-    pairs = dict(zip(words.words, words.texts))
-    assert pairs["star"] == "a star"
-    assert pairs["red"] == "a red thing"
-    assert pairs["teal"] == "a scene on teal"
 
 
 def test_read_words(tmp_path):

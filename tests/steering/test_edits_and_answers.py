@@ -12,8 +12,9 @@ import torch
 from saevlm_fast.box_making.architecture import build_clip, build_llava, llava_processor
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.steering.answers import Row, SteeredAnswers
-from saevlm_fast.steering.edits import add, blocks_read, clamp, encode_tokens, scale, steer, steer_rows, zero
+from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
+from saevlm_fast.steering.edits import add, clamp, encode_tokens, scale, steer, steer_rows, zero
+from saevlm_fast.steering.site import blocks_read
 from saevlm_fast.towers.load import find_anatomy
 
 D, S, LAYER, ALPHA = 128, 96, 2, 40.0
@@ -194,10 +195,10 @@ def test_keep_changes_nothing_but_what_is_edited_also_with_an_sae_of_lower_preci
     before = residual(llava, partial(logits, llava, inputs))
     with steer(llava, sae, LAYER, [scale(3, 1.0)], error="keep"):
         assert torch.equal(residual(llava, partial(logits, llava, inputs)), before)
-    asking = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1, error="keep")
-    question = asking.ask(pictures[0], PROMPT)
-    rows = [Row(question, None), Row(question, ()), Row(question, (scale(3, 1.0),))]
-    untouched, identity, scaled = residual(llava, lambda: asking.answers(rows))
+    answerer = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1, error="keep")
+    question = answerer.ask(pictures[0], PROMPT)
+    rows = [SteeredRow(question, None), SteeredRow(question, ()), SteeredRow(question, (scale(3, 1.0),))]
+    untouched, identity, scaled = residual(llava, lambda: answerer.answers(rows))
     assert torch.equal(identity, untouched)
     assert torch.equal(scaled, untouched)
 
@@ -331,9 +332,9 @@ def test_blocks_compiled_one_by_one_are_steered(llava, inputs, pictures, warm):
     assert not torch.allclose(steered, logits(llava, inputs), atol=1e-2)
     after = logits(model, inputs)
     assert torch.equal(after, before) if warm else torch.allclose(after, logits(llava, inputs), atol=1e-4)
-    asking = SteeredAnswers(model, llava_processor(), random_sae(), last_read, max_new_tokens=5)
-    question = asking.ask(pictures[0], PROMPT)
-    answers = asking.answers([Row(question, None), Row(question, tuple(edits))])
+    answerer = SteeredAnswers(model, llava_processor(), random_sae(), last_read, max_new_tokens=5)
+    question = answerer.ask(pictures[0], PROMPT)
+    answers = answerer.answers([SteeredRow(question, None), SteeredRow(question, tuple(edits))])
     assert answers == [one_at_a_time(llava, pictures[0], row_edits, last_read) for row_edits in (None, edits)]
 
 
@@ -406,13 +407,17 @@ def test_an_edit_that_overflows_the_model_is_refused(llava, inputs, pictures, dt
     message = rf"^alpha: {re.escape(f'{alpha:g}')} of latent 5 overflows {name}, which the model computes in$"
     with pytest.raises(ValueError, match=message), steer(model, sae, LAYER, [zero(4), clamp(5, alpha)]):
         logits(model, inputs)
-    asking = SteeredAnswers(model, llava_processor(), sae, LAYER, max_new_tokens=1)
-    question = asking.ask(pictures[0], PROMPT)
-    rows = [Row(question, None), Row(question, (clamp(7, 1.0),)), Row(question, (clamp(5, alpha),))]
+    answerer = SteeredAnswers(model, llava_processor(), sae, LAYER, max_new_tokens=1)
+    question = answerer.ask(pictures[0], PROMPT)
+    rows = [
+        SteeredRow(question, None),
+        SteeredRow(question, (clamp(7, 1.0),)),
+        SteeredRow(question, (clamp(5, alpha),)),
+    ]
     with pytest.raises(ValueError, match=message):
-        asking.answers(rows)
-    masked = Row(question, (clamp(5, alpha),), mask=torch.zeros(37, dtype=torch.bool))
-    assert len(asking.answers([*rows[:2], masked])) == 3  # it reaches no token
+        answerer.answers(rows)
+    masked = SteeredRow(question, (clamp(5, alpha),), mask=torch.zeros(37, dtype=torch.bool))
+    assert len(answerer.answers([*rows[:2], masked])) == 3  # it reaches no token
 
 
 def test_an_edit_that_overflows_the_sae_is_refused(llava):
@@ -444,11 +449,11 @@ def test_only_with_rows_of_different_numbers_of_edits(llava, inputs):
 
 
 def test_a_block_that_is_not_called_is_an_error(llava, pictures, monkeypatch):
-    asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, max_new_tokens=1)
-    question = asking.ask(pictures[0], PROMPT)
+    answerer = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, max_new_tokens=1)
+    question = answerer.ask(pictures[0], PROMPT)
     monkeypatch.setattr(llava, "generate", lambda input_ids, **_: input_ids)
     with pytest.raises(ValueError, match=r"^layer: 2 of .* was not called, so that nothing is steered$"):
-        asking.answers([Row(question, ())])
+        answerer.answers([SteeredRow(question, ())])
 
 
 @pytest.mark.parametrize(("tiles", "message"), [([1], "1 numbers for 2 rows"), ([3, 0], r"\[3, 0\], each must be at")])
@@ -469,8 +474,8 @@ def test_rows_must_fit_the_batch(llava, inputs):
         steer_rows(llava, random_sae(), LAYER, []),
     ):
         logits(llava, inputs)
-    asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER)
-    assert asking.answers([]) == []
+    answerer = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER)
+    assert answerer.answers([]) == []
 
 
 # --- other models ----------------------------------------------------------------------------------------------------
@@ -672,12 +677,12 @@ def one_at_a_time(llava, picture, row_edits, layer, **options):
     ("layer", "options"), [(0, {}), (3, {}), (2, {"error": "keep", "tokens": "patches"}), (1, {"only": True})]
 )
 def test_answers_in_batches_are_those_of_one_at_a_time(llava, pictures, layer, options):
-    asking = SteeredAnswers(llava, llava_processor(), random_sae(), layer, batch_size=4, max_new_tokens=5, **options)
-    asked = [asking.ask(picture, PROMPT) for picture in pictures]
+    answerer = SteeredAnswers(llava, llava_processor(), random_sae(), layer, batch_size=4, max_new_tokens=5, **options)
+    asked = [answerer.ask(picture, PROMPT) for picture in pictures]
     edits = [None, (), (clamp(5, ALPHA),), (clamp(6, -ALPHA), scale(9, 2.0))]
-    rows = [Row(question, edit) for edit in edits for question in asked]
+    rows = [SteeredRow(question, edit) for edit in edits for question in asked]
     seen = []
-    answers = asking.answers(rows, on_rows=seen.append)
+    answers = answerer.answers(rows, on_rows=seen.append)
     assert answers == [one_at_a_time(llava, pictures[row.question], row.edits, layer, **options) for row in rows]
     assert seen == [4, 8, 12]
     assert len(set(answers)) > 3
@@ -704,33 +709,33 @@ def test_answers_about_images_of_several_tiles_are_those_of_one_at_a_time():
     noise = np.random.default_rng(0)
     pictures = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((28, 56), (56, 56), (56, 28), (56, 56))]
     prompt = f"user: {image_token} {PROMPT} assistant:"
-    asking = SteeredAnswers(model, processor, random_sae(32), 2, batch_size=5, max_new_tokens=5, tokens="patches")
-    asked = [asking.ask(picture, prompt) for picture in pictures]
+    answerer = SteeredAnswers(model, processor, random_sae(32), 2, batch_size=5, max_new_tokens=5, tokens="patches")
+    asked = [answerer.ask(picture, prompt) for picture in pictures]
     edits = [None, (), (clamp(5, ALPHA),), (clamp(9, -ALPHA), add(3, 8.0))]
-    rows = [Row(question, edit) for edit in edits for question in asked]
+    rows = [SteeredRow(question, edit) for edit in edits for question in asked]
     expected = []
     for row in rows:
         inputs = processor(text=[prompt], images=[pictures[row.question]], return_tensors="pt")
         with nullcontext() if row.edits is None else steer(model, random_sae(32), 2, row.edits, tokens="patches"):
             tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         expected.append(processor.batch_decode(tokens, skip_special_tokens=True)[0].strip())
-    assert asking.answers(rows) == expected
+    assert answerer.answers(rows) == expected
     assert len(set(expected)) > 4
 
 
 def test_the_mean_residual_is_of_the_chosen_tokens(llava, pictures):
-    asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, tokens="patches")
-    x_TD = asking._questions[asking.ask(pictures[0], PROMPT)].x_BTD[0]
-    torch.testing.assert_close(asking.mean_residual(pictures[0], PROMPT), x_TD[1:].mean(0))
+    answerer = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, tokens="patches")
+    x_TD = answerer._questions[answerer.ask(pictures[0], PROMPT)].x_BTD[0]
+    torch.testing.assert_close(answerer.mean_residual(pictures[0], PROMPT), x_TD[1:].mean(0))
 
 
 def test_a_direction_is_added_after_the_edits(llava, pictures):
     sae = random_sae()
-    asking = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1, tokens="patches")
-    question = asking.ask(pictures[0], PROMPT)
+    answerer = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1, tokens="patches")
+    question = answerer.ask(pictures[0], PROMPT)
     direction = ALPHA * sae.W_dec[5].detach()
-    rows = [Row(question, (), direction), Row(question, (add(5, ALPHA),)), Row(question, ())]
-    added, steered, plain = residual(llava, lambda: asking.answers(rows))
+    rows = [SteeredRow(question, (), direction), SteeredRow(question, (add(5, ALPHA),)), SteeredRow(question, ())]
+    added, steered, plain = residual(llava, lambda: answerer.answers(rows))
     torch.testing.assert_close(added, steered, rtol=1e-5, atol=1e-5)
     assert torch.equal(added[0], plain[0])  # CLS
     assert not torch.isclose(added[1:], plain[1:], atol=1e-2).all(1).any()
@@ -739,23 +744,23 @@ def test_a_direction_is_added_after_the_edits(llava, pictures):
 def test_a_row_may_have_a_mask_of_its_own(llava, pictures):
     sae, mask = random_sae(), torch.zeros(37, dtype=torch.bool)
     mask[3:7] = True
-    asking = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1)
-    question, edits = asking.ask(pictures[0], PROMPT), (clamp(5, ALPHA),)
-    rows = [Row(question, edits, mask=mask), Row(question, edits), Row(question, None)]
-    masked, everywhere, untouched = residual(llava, lambda: asking.answers(rows))
+    answerer = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1)
+    question, edits = answerer.ask(pictures[0], PROMPT), (clamp(5, ALPHA),)
+    rows = [SteeredRow(question, edits, mask=mask), SteeredRow(question, edits), SteeredRow(question, None)]
+    masked, everywhere, untouched = residual(llava, lambda: answerer.answers(rows))
     assert torch.equal(masked, torch.where(mask[:, None], everywhere, untouched))
     assert not torch.equal(everywhere[mask], untouched[mask])
     with pytest.raises(ValueError, match=r"^mask: \[5\], not 37 tokens$"):
-        asking.answers([Row(question, edits, mask=mask[:5])])
+        answerer.answers([SteeredRow(question, edits, mask=mask[:5])])
 
 
 def test_the_lower_tower_runs_once_for_each_image(llava, pictures):
     calls = []
     handle = find_anatomy(llava).blocks[1].register_forward_hook(lambda m, args, out: calls.append(args[0].shape[:2]))
     try:
-        asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, max_new_tokens=2, batch_size=8)
-        asked = [asking.ask(picture, PROMPT) for picture in pictures]
-        asking.answers([Row(question, (clamp(k, 9.0),)) for question in asked for k in range(8)])
+        answerer = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, max_new_tokens=2, batch_size=8)
+        asked = [answerer.ask(picture, PROMPT) for picture in pictures]
+        answerer.answers([SteeredRow(question, (clamp(k, 9.0),)) for question in asked for k in range(8)])
     finally:
         handle.remove()
     assert calls == [(1, 37)] * 3 + [(1, 1)] * 3
@@ -768,31 +773,31 @@ def test_several_read_layers_are_all_right(pictures):
     config = model.config
     config.vision_feature_layer = [1, -2]
     model = type(model)(config).eval()
-    asking = SteeredAnswers(model, llava_processor(), random_sae(), LAYER, max_new_tokens=5)
-    question = asking.ask(pictures[0], PROMPT)
-    answers = asking.answers([Row(question, edits) for edits in (None, (clamp(5, ALPHA),))])
+    answerer = SteeredAnswers(model, llava_processor(), random_sae(), LAYER, max_new_tokens=5)
+    question = answerer.ask(pictures[0], PROMPT)
+    answers = answerer.answers([SteeredRow(question, edits) for edits in (None, (clamp(5, ALPHA),))])
     assert answers == [one_at_a_time(model, pictures[0], e, LAYER) for e in (None, [clamp(5, ALPHA)])]
 
 
 def test_answers_refused_in_one_line(llava, pictures):
     with pytest.raises(ValueError, match=r"^model: CLIPVisionModel has no language model that answers$"):
         SteeredAnswers(build_clip().vision_model, llava_processor(), random_sae(), LAYER)
-    with pytest.raises(ValueError, match=r"^tokens: a mask must be \[T\] here; Row.mask is one of a row's own$"):
+    with pytest.raises(ValueError, match=r"^tokens: a mask must be \[T\] here; SteeredRow.mask is one of a row's own$"):
         SteeredAnswers(llava, llava_processor(), random_sae(), LAYER, tokens=torch.ones(2, 37, dtype=torch.bool))
-    asking = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER)
+    answerer = SteeredAnswers(llava, llava_processor(), random_sae(), LAYER)
     with pytest.raises(ValueError, match=r"^question: 0 of 0 asked$"):
-        asking.answers([Row(0, None)])
-    asking.ask(pictures[0], PROMPT)
+        answerer.answers([SteeredRow(0, None)])
+    answerer.ask(pictures[0], PROMPT)
     with pytest.raises(ValueError, match=r"^direction: needs edits"):
-        asking.answers([Row(0, None, torch.ones(D))])
+        answerer.answers([SteeredRow(0, None, torch.ones(D))])
     with pytest.raises(ValueError, match=r"^mask: needs edits"):
-        asking.answers([Row(0, None, mask=torch.ones(37, dtype=torch.bool))])
+        answerer.answers([SteeredRow(0, None, mask=torch.ones(37, dtype=torch.bool))])
     with pytest.raises(ValueError, match=r"^mask: torch.float32, must be bool$"):
-        asking.answers([Row(0, (), mask=torch.ones(37))])
+        answerer.answers([SteeredRow(0, (), mask=torch.ones(37))])
     with pytest.raises(ValueError, match=rf"^direction: \[5\], not \[{D}\]$"):
-        asking.answers([Row(0, (), torch.ones(5))])
+        answerer.answers([SteeredRow(0, (), torch.ones(5))])
     with pytest.raises(ValueError, match=r"^direction: of row 1 of the batch, is not finite$"):
-        asking.answers([Row(0, ()), Row(0, (), torch.full((D,), float("nan")))])
+        answerer.answers([SteeredRow(0, ()), SteeredRow(0, (), torch.full((D,), float("nan")))])
 
 
 @pytest.mark.gpu

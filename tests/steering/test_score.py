@@ -21,6 +21,7 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.files import output_lock
 from saevlm_fast.images.open import open_images
 from saevlm_fast.provenance import other_text_model, other_tower
 from saevlm_fast.sae import SparseAutoencoder
@@ -77,12 +78,12 @@ def box(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pieces(box):
-    """(asking, images, codes, embeddings, text encoder), as steering_score takes them."""
+    """(answerer, images, codes, embeddings, text encoder), as steering_score takes them."""
     model, processor = load_llava(f"hf:{box / 'llava'}")
     sae = SparseAutoencoder.from_pretrained(box / "sae")
-    asking = SteeredAnswers(model, processor, sae, LAYER, max_new_tokens=2)
+    answerer = SteeredAnswers(model, processor, sae, LAYER, max_new_tokens=2)
     sides = open_images(str(box / "photos")), open_codes(box / "codes"), open_activations(box / "embeddings")
-    return asking, *sides, load_text_encoder(f"hf:{box / 'clip'}")
+    return answerer, *sides, load_text_encoder(f"hf:{box / 'clip'}")
 
 
 def score_command(box, output, *more, code=0):
@@ -95,12 +96,7 @@ def score_command(box, output, *more, code=0):
 
 
 def dense_codes(codes):
-    dense = torch.zeros(codes.n_rows, codes.d_sae)
-    for start, acts, latents, offsets in codes.chunks(7):
-        for row in range(len(offsets) - 1):
-            entries = slice(int(offsets[row]), int(offsets[row + 1]))
-            dense[start + row, latents[entries]] = acts[entries]
-    return dense
+    return torch.cat([chunk.dense() for _, chunk in codes.chunks(7)])
 
 
 def test_latents_that_fire_anywhere(box):
@@ -113,8 +109,8 @@ def test_latents_that_fire_anywhere(box):
 @torch.no_grad()
 def plain_score(pieces, latent, edits, images):
     """One answer at a time, through the hooks, embedded and compared by hand; edits None: no SAE."""
-    asking, _, codes, embeddings, encoder = pieces
-    llava, processor, sae = asking.model, asking.processor, asking.sae
+    answerer, _, codes, embeddings, encoder = pieces
+    llava, processor, sae = answerer.model, answerer.processor, answerer.sae
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
     cosines = []
@@ -174,12 +170,12 @@ def test_the_command_writes_what_a_plain_loop_gives(box, pieces, tmp_path):
 def test_the_difference_of_means_is_what_its_definition_says(box, pieces, tmp_path):
     """The whole model with hooks of its own: mean residuals by hand, the direction added to the reconstruction."""
     latent, n_reference = 5, 6
-    asking, source, codes, embeddings, encoder = pieces
+    answerer, source, codes, embeddings, encoder = pieces
     config = ScoreConfig((latent,), ALPHA, ask=2, n_reference=n_reference)
     run_ = ScoreRun(tmp_path / "score.json", {})
-    table = steering_score(asking, source, codes, embeddings, encoder, config, run_).table
+    table = steering_score(answerer, source, codes, embeddings, encoder, config, run_).table
     llava, processor = load_llava(f"hf:{box / 'llava'}")
-    sae, block, caught = asking.sae, llava.model.vision_tower.encoder.layers[LAYER], []
+    sae, block, caught = answerer.sae, llava.model.vision_tower.encoder.layers[LAYER], []
     text = f"user: <image> {PROMPT} assistant:"
 
     def mean(rows):
@@ -234,12 +230,12 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_table(pieces, tmp_pat
 
 def test_a_run_is_resumed_with_the_same_models_and_stores_only(box, pieces, tmp_path):
     """The paths are the same in all cases, what lies there is not."""
-    asking, source, codes, embeddings, encoder = pieces
+    answerer, source, codes, embeddings, encoder = pieces
     config, output = ScoreConfig((5,), ALPHA, ask=1, n_reference=4), tmp_path / "score.json"
     again = ScoreRun(output, {"sae": "sae"}, resume=True)
-    asked = SteeredAnswers(asking.model, asking.processor, asking.sae, LAYER, max_new_tokens=2)
+    asked = SteeredAnswers(answerer.model, answerer.processor, answerer.sae, LAYER, max_new_tokens=2)
     write_unfinished(again, config, asked, codes, embeddings)
-    other_sae = deepcopy(asking.sae)
+    other_sae = deepcopy(answerer.sae)
     with torch.no_grad():
         other_sae.W_dec[0, 0] += 0.5
     other_store = deepcopy(codes)
@@ -247,7 +243,7 @@ def test_a_run_is_resumed_with_the_same_models_and_stores_only(box, pieces, tmp_
     shutil.copytree(codes.path, other_store.path)
     with open(other_store.path / "index.json", "a") as index:
         index.write("\n")
-    half = deepcopy(asking.model).to(torch.float16)
+    half = deepcopy(answerer.model).to(torch.float16)
     cases = {
         r"max_new_tokens is 3, but the run was started with 2": {"max_new_tokens": 3},
         r"dtype is float16, but the run was started with float32": {"model": half},
@@ -255,11 +251,13 @@ def test_a_run_is_resumed_with_the_same_models_and_stores_only(box, pieces, tmp_
         r"codes_sha256 is \w{64}, but the run was started with \w{64}": {"codes": other_store},
     }
     for message, other in cases.items():
-        now = {"model": asking.model, "sae": asking.sae, "max_new_tokens": 2, "codes": codes} | other
-        asked = SteeredAnswers(now["model"], asking.processor, now["sae"], LAYER, max_new_tokens=now["max_new_tokens"])
+        now = {"model": answerer.model, "sae": answerer.sae, "max_new_tokens": 2, "codes": codes} | other
+        asked = SteeredAnswers(
+            now["model"], answerer.processor, now["sae"], LAYER, max_new_tokens=now["max_new_tokens"]
+        )
         with pytest.raises(ValueError, match=f"^resume: {message}$"):
             steering_score(asked, source, now["codes"], embeddings, encoder, config, again)
-    asked = SteeredAnswers(asking.model, asking.processor, asking.sae, LAYER, max_new_tokens=2)
+    asked = SteeredAnswers(answerer.model, answerer.processor, answerer.sae, LAYER, max_new_tokens=2)
     steering_score(asked, source, codes, embeddings, encoder, config, again)
     assert not again.progress.exists()
 
@@ -285,10 +283,10 @@ def test_resume_and_force_exclude_each_other(tmp_path):
         ScoreRun(tmp_path / "score.json", {}, resume=True, force=True)
 
 
-def write_unfinished(run, config, asking, codes, embeddings):
+def write_unfinished(run, config, answerer, codes, embeddings):
     """A run that was stopped after its only block."""
     run.progress.mkdir()
-    settings = steering_score_settings(run, config, asking, codes, embeddings)
+    settings = steering_score_settings(run, config, answerer, codes, embeddings)
     (run.progress / "settings.json").write_text(json.dumps(settings))
     row = dict.fromkeys(("other_latent", "answer", "answer_share", *MEASURES)) | {"latent": 5, "n_top": 0}
     (run.progress / "block_000000.json").write_text(json.dumps([row]))
@@ -307,7 +305,7 @@ def test_empty_answers_are_counted(pieces, tmp_path, monkeypatch):
     assert np.isnan(dead["steered_empty"])
 
 
-def test_two_processes_do_not_write_one_table(pieces, tmp_path):
+def test_two_processes_do_not_write_one_table(pieces, tmp_path, monkeypatch):
     config, run_ = ScoreConfig((5,), ALPHA, ask=1, n_reference=4), ScoreRun(tmp_path / "score.json", {})
     run_.progress.mkdir()
     holder = subprocess.Popen(
@@ -315,6 +313,7 @@ def test_two_processes_do_not_write_one_table(pieces, tmp_path):
          "print('held', flush=True); time.sleep(60)", str(run_.progress / ".lock")], stdout=subprocess.PIPE,
     )  # fmt: skip
     holder.stdout.readline()
+    monkeypatch.setitem(output_lock.__wrapped__.__kwdefaults__, "patience", 0.1)
     with pytest.raises(ValueError, match=r"^output: another process is writing score\.json$"):
         steering_score(*pieces, config, run_)
     holder.kill()
@@ -441,9 +440,9 @@ def test_steer_refuses_in_one_line(box):
     assert "is not a file" in text
 
 
-def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
-    readme = (Path(ROOT) / "README.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "SteeredAnswers" in block)
+def test_the_example_of_the_documentation_runs_as_it_stands(tmp_path, monkeypatch):
+    page = (Path(ROOT) / "docs" / "how-to" / "steer.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "SteeredAnswers" in block)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (60, 50), "red").save("photo.png")
     SparseAutoencoder(SAEConfig(128, 32, 4, "topk")).save_pretrained("sae")

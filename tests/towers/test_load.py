@@ -171,6 +171,11 @@ def run_all(tower, pictures, points=ALL_POINTS, **options):
         return run(tower.preprocess(pictures))
 
 
+def assert_same(found, expected):
+    """One computation in two model objects. The last bits depend on the processor and on where the weights lie."""
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +189,7 @@ def test_residual_is_the_librarys_hidden_state(saved, name):
     with torch.inference_mode():
         states = vision_part(model)(**processed(processor, pictures), output_hidden_states=True).hidden_states
     for layer in range(N_BLOCKS - 1):  # some families put the final norm into the last one
-        assert torch.equal(acts[HookPoint("residual", layer)], states[layer + 1])
+        assert_same(acts[HookPoint("residual", layer)], states[layer + 1])
     n_tokens = 20 if name == "naflex" else PREFIX[name] + N_PATCHES
     assert acts[HookPoint("mlp", 0)].shape == (3, n_tokens, WIDTH)
 
@@ -210,8 +215,8 @@ def test_clip_projection_is_get_image_features(saved):
         pixels = processed(processor, noise())
         features = model.get_image_features(**pixels)
         pooled = model.vision_model(**pixels).pooler_output
-    assert torch.equal(acts[HookPoint("projection")], getattr(features, "pooler_output", features))
-    assert torch.equal(acts[HookPoint("pooled")], pooled)
+    assert_same(acts[HookPoint("projection")], getattr(features, "pooler_output", features))
+    assert_same(acts[HookPoint("pooled")], pooled)
 
 
 @pytest.mark.parametrize("name", ["siglip", "naflex"])
@@ -221,7 +226,7 @@ def test_siglip_pooled_is_get_image_features(saved, name):
     with torch.inference_mode():
         features = model.get_image_features(**processed(processor, noise()))
     for tensor in acts.values():
-        assert torch.equal(tensor, getattr(features, "pooler_output", features))
+        assert_same(tensor, getattr(features, "pooler_output", features))
 
 
 @pytest.mark.parametrize("name", ["clip_vision", "vit", "dinov2", "dinov2_registers", "dinov3", "llava"])
@@ -230,7 +235,7 @@ def test_pooled_is_the_librarys_pooler_output(saved, name):
     acts = run_all(load_tower(f"hf:{directory}"), noise(), [HookPoint("pooled")])
     with torch.inference_mode():
         expected = vision_part(model)(**processed(processor, noise())).pooler_output
-    assert torch.equal(acts[HookPoint("pooled")], expected)
+    assert_same(acts[HookPoint("pooled")], expected)
 
 
 def test_pooled_of_a_vit_without_pooler_is_the_normed_cls_token(saved):
@@ -238,7 +243,7 @@ def test_pooled_of_a_vit_without_pooler_is_the_normed_cls_token(saved):
     acts = run_all(load_tower(f"hf:{directory}"), noise(), [HookPoint("pooled")])
     with torch.inference_mode():
         expected = model.vit(**processed(processor, noise())).last_hidden_state[:, 0]
-    assert torch.equal(acts[HookPoint("pooled")], expected)
+    assert_same(acts[HookPoint("pooled")], expected)
 
 
 def test_only_the_tower_of_a_llava_is_loaded_and_all_of_it(saved):
@@ -352,14 +357,14 @@ def test_open_clip(tmp_path, name):
     with torch.inference_mode():
         features = model.encode_image(pixels)
         states = model.visual.forward_intermediates(pixels, output_fmt="NLC", output_extra_tokens=True)
-    assert torch.equal(acts[HookPoint("projection")], features)
+    assert_same(acts[HookPoint("projection")], features)
     pooled = acts[HookPoint("pooled")]
     with torch.inference_mode():
         projected = model.visual.head(pooled) if name == "timm" else pooled @ model.visual.proj
     torch.testing.assert_close(projected, features)
     for n in range(tower.n_blocks):
         prefix, patches = states["image_intermediates_prefix"][n], states["image_intermediates"][n]
-        assert torch.equal(acts[HookPoint("residual", n)], torch.cat([prefix, patches], 1))
+        assert_same(acts[HookPoint("residual", n)], torch.cat([prefix, patches], 1))
     block = tower.anatomy.blocks[1]
     scales = (block.ls_1, block.ls_2) if name == "layer_scale" else (torch.nn.Identity(), torch.nn.Identity())
     with torch.inference_mode():
@@ -375,7 +380,7 @@ def test_open_clip_coca_and_blocks_with_tokens_first(tmp_path):
     projection = run_all(tower, noise(), [HookPoint("projection")])[HookPoint("projection")]
     with torch.inference_mode():
         pixels = open_clip_pixels(SIZE)
-        assert torch.equal(projection, tower.model(pixels)[0])
+        assert_same(projection, tower.model(pixels)[0])
     with (
         pytest.raises(ValueError, match=r"pooled of open_clip.*take the projection"),
         tower.hooked([HookPoint("pooled")]),
@@ -469,14 +474,14 @@ def test_timm(name):
     transform = timm.data.create_transform(**settings, is_training=False)
     pixels = torch.stack([transform(picture) for picture in noise()])
     with torch.inference_mode():
-        assert torch.equal(acts[HookPoint("pooled")], model(pixels))
+        assert_same(acts[HookPoint("pooled")], model(pixels))
         states = model.forward_intermediates(
             pixels, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True, norm=False
         )
     for n, state in enumerate(states):
         patches, prefix = state if isinstance(state, (tuple, list)) else (state, state[:, :0])
         assert prefix.shape[1] == n_prefix
-        assert torch.equal(acts[HookPoint("residual", n)], torch.cat([prefix, patches], 1))
+        assert_same(acts[HookPoint("residual", n)], torch.cat([prefix, patches], 1))
     block = tower.anatomy.blocks[1]
     scale = getattr(block, "ls1", torch.nn.Identity()), getattr(block, "ls2", torch.nn.Identity())
     with torch.inference_mode():
@@ -818,12 +823,12 @@ def test_description_is_json_and_knows_the_weights(saved):
     assert first.description()["weights_sha256"] != description["weights_sha256"]
 
 
-def test_true_size_clip_large_336(tmp_path):
-    """About 10 s on one core: the paper's tower and layers, one image."""
+def test_true_size_clip_large_336():
+    """The paper's tower and layers, one image. The MLPs' inner width, which no point shows, is a sixteenth."""
     import transformers as t
 
     vision = t.CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        hidden_size=1024, intermediate_size=256, num_hidden_layers=24, num_attention_heads=16, image_size=336,
         patch_size=14, projection_dim=768,
     )  # fmt: skip
     with torch.device("meta"):
@@ -832,9 +837,7 @@ def test_true_size_clip_large_336(tmp_path):
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(1 << 20, generator=generator) * 0.02
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # random numbers repeated: making 304 million takes longer than the forward
+        for parameter in model.parameters():  # random numbers repeated: to draw them all takes longer than the forward
             parameter.copy_(block.repeat(-(-parameter.numel() // len(block)))[: parameter.numel()].view_as(parameter))
         model.vision_model.embeddings.position_ids.copy_(torch.arange(577)[None])
     processor = t.CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})

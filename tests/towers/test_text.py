@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saevlm_fast.scoring.naming import scene_words
+from saevlm_fast.demo.ground_truth import scene_words
 from saevlm_fast.towers.text import load_text_encoder
 
 

@@ -20,8 +20,7 @@ from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import checkpoints as checkpoints_module
-from saevlm_fast.training import run as train_module
-from saevlm_fast.training.checkpoints import Cadence, checkpoints
+from saevlm_fast.training.checkpoints import Cadence, RunDirectory, checkpoints
 from saevlm_fast.training.evaluate import evaluate
 from saevlm_fast.training.run import RunOptions, train
 
@@ -85,15 +84,15 @@ class FakeClock:
 def steps_with_checkpoints(matrix, output, monkeypatch, every, step_seconds, checkpoint_seconds, steps=60):
     """After which steps a run writes a checkpoint, if steps and checkpoints take that long."""
     clock, written = FakeClock(), []
-    checkpoint = train_module._Run.checkpoint
+    checkpoint = RunDirectory.checkpoint
 
-    def slow_checkpoint(run):
-        checkpoint(run)
-        written.append(run.stepper.n_steps)
+    def slow_checkpoint(directory, state):
+        checkpoint(directory, state)
+        written.append(state.stepper.n_steps)
         clock.advance(checkpoint_seconds)
 
     monkeypatch.setattr(checkpoints_module, "monotonic", clock)
-    monkeypatch.setattr(train_module._Run, "checkpoint", slow_checkpoint)
+    monkeypatch.setattr(RunDirectory, "checkpoint", slow_checkpoint)
     config = TrainConfig(steps=steps, batch_size=16)
     options = RunOptions(output, "cpu", checkpoint_every=every)
     train(open_activations(matrix), sae_config(), config, options, on_step=lambda step: clock.advance(step_seconds))

@@ -15,7 +15,8 @@ from saevlm_fast.kernels.latent_gradient import (
 from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import step as step_module
-from saevlm_fast.training.step import DeadLatents, Stepper, _auxiliary, geometric_median, may_be_dead, smallest_positive
+from saevlm_fast.training.state import geometric_median
+from saevlm_fast.training.step import DeadLatents, Stepper, _auxiliary, may_be_dead, smallest_positive
 
 GROUPS = {"topk": (), "batch_topk": (), "matryoshka": (5, 13, 30, 49)}
 
@@ -49,39 +50,33 @@ def blocks(request, monkeypatch):
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
-def test_same_losses_and_weights_as_dense_autograd(architecture, dead_after):
-    stepper, dense, data = make(architecture, dead_after=dead_after)
+@pytest.mark.parametrize(("dtype", "n_steps", "tolerance"), [(torch.float64, 30, 1e-9), (torch.float32, 8, 1e-5)])
+def test_same_losses_and_weights_as_dense_autograd(architecture, dead_after, dtype, n_steps, tolerance):
+    """Float64 over a run. Float32 over a few steps: sooner or later a rounding of its own turns a near tie."""
+    stepper, dense, data = make(architecture, dead_after=dead_after, dtype=dtype)
     n_dead = []
-    for start in range(0, 30 * 61, 61):
+    for start in range(0, n_steps * 61, 61):
         x = data[start : start + 61]
         output = stepper.step(x)
         expected = dense.step(x)
-        assert float(output.losses.overall) == pytest.approx(expected, rel=1e-5)
+        assert float(output.losses.overall) == pytest.approx(expected, rel=tolerance)
         assert output.n_dead == dense.n_dead
         n_dead.append(output.n_dead)
     assert (max(n_dead) > 0) == (dead_after == 150), "the auxiliary loss is meant to be active in one case only"
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        torch.testing.assert_close(getattr(stepper.sae, name), getattr(dense, name), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(getattr(stepper.sae, name), getattr(dense, name), atol=tolerance, rtol=tolerance)
     assert torch.equal(stepper.idle_S, dense.idle)
-    if architecture != "topk":
+    if architecture != "topk":  # kept in float32
         assert float(stepper.sae.threshold) == pytest.approx(dense.threshold, rel=1e-5)
 
 
 def test_auxiliary_keeps_only_half_d_in_dead_latents():
-    stepper, dense, data = make("batch_topk", d_sae=301, k=2, dead_after=61, auxk_alpha=0.5)
+    stepper, dense, data = make("batch_topk", d_sae=301, k=2, dead_after=61, auxk_alpha=0.5, dtype=torch.float64)
     for start in range(0, 12 * 61, 61):
         x = data[start : start + 61]
-        assert float(stepper.step(x).losses.overall) == pytest.approx(dense.step(x), rel=1e-5)
+        assert float(stepper.step(x).losses.overall) == pytest.approx(dense.step(x), rel=1e-9)
     assert dense.n_dead > x.shape[1], "more dead latents than take part"
-    torch.testing.assert_close(stepper.sae.W_dec, dense.W_dec, atol=1e-5, rtol=1e-5)
-
-
-def test_float64_step_is_the_dense_step_to_rounding():
-    stepper, dense, data = make("matryoshka", dtype=torch.float64, dead_after=150)
-    for start in range(0, 20 * 61, 61):
-        x = data[start : start + 61]
-        assert float(stepper.step(x).losses.overall) == pytest.approx(dense.step(x), rel=1e-11)
-    torch.testing.assert_close(stepper.sae.W_enc, dense.W_enc, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(stepper.sae.W_dec, dense.W_dec, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.gpu
@@ -148,7 +143,7 @@ def test_bfloat16_product_stays_near_the_float32_step(architecture):
     for start in range(0, 12 * 61, 61):
         x = data[start : start + 61]
         assert float(stepper.step(x).losses.overall) == pytest.approx(dense.step(x), rel=1e-4)
-    assert torch.equal(stepper.W_enc_low, stepper.sae.W_enc.T.bfloat16())
+    assert torch.equal(stepper.low, stepper.sae.W_enc.T.bfloat16())
 
 
 def test_the_low_copy_follows_a_change_from_outside():
@@ -156,7 +151,7 @@ def test_the_low_copy_follows_a_change_from_outside():
     stepper.step(data[:61])
     with torch.no_grad():
         stepper.sae.W_enc.mul_(3)
-    assert torch.equal(stepper._low_W_enc(), stepper.sae.W_enc.T.bfloat16())
+    assert torch.equal(stepper._low_W_enc(torch.Tensor, step_module._empty_bfloat16), stepper.sae.W_enc.T.bfloat16())
 
 
 @pytest.mark.parametrize("n_dead", [0, 1, 9, 60])

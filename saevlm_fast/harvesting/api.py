@@ -1,0 +1,136 @@
+"""Harvest by names, for Python: a model's and a data set's, to stores that are opened."""
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from saevlm_fast.config import keyword_settings
+from saevlm_fast.data.codes import StoredCodes, open_codes
+from saevlm_fast.data.rows import Activations, open_activations
+from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.run import harvest as run_harvest
+from saevlm_fast.harvesting.stores import check_output
+from saevlm_fast.images.open import open_images
+from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.runtime import resolve_device
+from saevlm_fast.towers.load import load_tower
+from saevlm_fast.towers.tokens import Tokens
+from saevlm_fast.towers.tower import HookPoint, Tower
+
+Location = str | os.PathLike[str]
+
+
+@overload
+def harvest(
+    model: str | Tower,
+    images: Location | ImageSource,
+    *,
+    layer: int | None = ...,
+    point: str = ...,
+    tokens: str = ...,
+    output: Location | None = ...,
+    sae: None = ...,
+    **settings: Any,
+) -> Activations: ...
+
+
+@overload
+def harvest(
+    model: str | Tower,
+    images: Location | ImageSource,
+    *,
+    layer: int | None = ...,
+    point: str = ...,
+    tokens: str = ...,
+    output: Location | None = ...,
+    sae: Location,
+    **settings: Any,
+) -> StoredCodes: ...
+
+
+@overload
+def harvest(
+    model: str | Tower,
+    images: Location | ImageSource,
+    *,
+    layer: int | Sequence[int] | None = ...,
+    point: str | Sequence[str] = ...,
+    tokens: str | Sequence[str] = ...,
+    output: Location | None = ...,
+    sae: None = ...,
+    **settings: Any,
+) -> dict[str, Activations]: ...
+
+
+def harvest(
+    model: str | Tower,
+    images: Location | ImageSource,
+    *,
+    layer: int | Sequence[int] | None = None,
+    point: str | Sequence[str] = "residual",
+    tokens: str | Sequence[str] = "cls",
+    output: Location | None = None,
+    sae: Location | None = None,
+    device: str = "auto",
+    on_images: Callable[[int, int, int], None] = lambda done, total, skipped: None,
+    **settings: Any,
+) -> Activations | StoredCodes | dict[str, Any]:
+    """Run images through a vision tower and open what it gives: activations, or an SAE's codes.
+
+        activations = harvest("hf:tiny-clip", "scenes:test:200", layer=3, output="store")
+        stores = harvest("hf:tiny-clip", "photos", layer=[1, 3], tokens=["cls", "patches"], output="stores")
+
+    Args:
+        model: a spec of `load_tower`, or a tower that is loaded already (which keeps its device).
+        images: a path of `open_images`, or what it has opened.
+        layer: block of the tower, from 0; none for the points projection and pooled.
+        point: residual, mlp, attention, projection or pooled.
+        tokens: cls, patches, all, mean, random:K or random:K:all.
+            A list of layers, points or tokens gives one store for every pair of point and tokens, in one pass.
+        output: directory of the store, or of the stores. None: a temporary one, deleted with what is returned.
+        sae: directory of an SAE; its codes are stored instead of activations.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        on_images: called after every batch with the images done, those to do, and skipped ones.
+        settings: fields of HarvestConfig and HarvestOptions by name, as limit=100, batch_size=32, resume=True.
+
+    Returns:
+        The opened store: N rows [N, d], d the width of the point; with an SAE, StoredCodes. If layer, point or tokens
+        is a list, a dict of them, by names such as residual-3-cls and projection.
+
+    Raises:
+        ValueError: a setting that does not exist or does not fit the tower, the images or the SAE; an output in use;
+            more unusable images than max_skipped. Interrupted: SIGINT or SIGTERM; with an output, resume=True goes on.
+    """
+    recipe, rest = keyword_settings("harvest", settings, HarvestConfig, HarvestOptions)
+    layers = [] if layer is None else [layer] if isinstance(layer, int) else list(layer)
+    config = HarvestConfig(
+        points=tuple(HookPoint.all_of(_listed(point), layers)),
+        tokens=tuple(Tokens.parse(text) for text in _listed(tokens)),
+        sae=None if sae is None else Path(sae),
+        **recipe,
+    )
+    temporary = tempfile.TemporaryDirectory(prefix="saevlm-fast-") if output is None else None
+    where = Path(temporary.name if temporary is not None else os.fspath(output or ""))
+    named = os.fspath(images) if isinstance(images, str | os.PathLike) else ""
+    options = HarvestOptions(where, named, **rest)
+    check_output(options)  # before a model is loaded
+    source = open_images(images) if isinstance(images, str | os.PathLike) else images
+    tower = model if isinstance(model, Tower) else load_tower(model, resolve_device(device))
+    paths = run_harvest(source, tower, config, options, on_images=on_images).stores
+    opened = [open_activations(path) if sae is None else open_codes(path) for path in paths]
+    for store in opened:
+        weakref.finalize(store, _let_go, temporary)  # the directory lives as long as a store in it
+    if isinstance(point, str) and isinstance(tokens, str) and (layer is None or isinstance(layer, int)):
+        return opened[0]
+    return dict(zip(config.store_names, opened))
+
+
+def _let_go(directory: tempfile.TemporaryDirectory[str] | None) -> None:
+    """Whoever forgets this call forgets the directory."""
+
+
+def _listed(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)

@@ -1,0 +1,98 @@
+"""Images on their way into the sums of the Monosemanticity Score: checked, and gathered where that is worth it."""
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.errors import require
+from saevlm_fast.scoring.sums import CodesRange, DenseRange, Embeddings, KeptPairs, ShiftedSums, row_sums
+from saevlm_fast.sparse_codes import SparseCodes
+
+_ONE_KIND = "activations: one StreamedScore takes sparse codes or dense activations, not both"
+
+
+def checked_embeddings(emb_nE: Tensor, n_rows: int, d_emb: int | None, similarity: str, first_image: int) -> Embeddings:
+    """Embeddings of n_rows images, of width d_emb if that is known, of which the similarity is defined.
+
+    Raises:
+        ValueError: another shape; NaN, infinity, under cosine a zero embedding, naming the image (the first is
+            first_image).
+    """
+    require(
+        emb_nE.dim() == 2 and len(emb_nE) == n_rows,
+        f"emb_nE: shape {tuple(emb_nE.shape)} is not [{n_rows}, E], one row for each image",
+    )
+    width = emb_nE.shape[1]
+    require(d_emb in (None, width), f"emb_nE: width {width} differs from the {d_emb} of the images before")
+    sqnorm_n = row_sums(emb_nE, squared=True)
+    _refuse_images(~sqnorm_n.isfinite(), first_image, "embedding is NaN, infinite or too large to square")
+    if similarity == "cosine":
+        _refuse_images(sqnorm_n == 0, first_image, "embedding is zero, where cosine is undefined")
+    return Embeddings(emb_nE, sqnorm_n)
+
+
+def _refuse_images(bad_n: Tensor, first_image: int, message: str) -> None:
+    if bool(bad_n.any()):
+        raise ValueError(f"image {first_image + int(bad_n.nonzero()[0])}: {message}")
+
+
+class CodesIntake:
+    """Sparse codes, gathered until block_rows images wait: a pass over the sums is then small beside what is added."""
+
+    def __init__(self, n_latents: int, block_rows: int, pairs: ShiftedSums | KeptPairs) -> None:
+        self.n_latents, self.block_rows, self.pairs = n_latents, block_rows, pairs
+        self.range = CodesRange(n_latents, pairs.device)
+        self._pending: list[tuple[SparseCodes, Embeddings]] = []
+
+    def add(self, activations: SparseCodes | Tensor, images: Embeddings, first_image: int) -> None:
+        """Codes of the next images, the first of which is number first_image.
+
+        Raises:
+            ValueError: no codes, codes of another number of latents, and what SparseCodes.check refuses.
+        """
+        if not isinstance(activations, SparseCodes):
+            raise ValueError(_ONE_KIND)
+        d_sae = activations.d_sae
+        require(d_sae == self.n_latents, f"codes: of {d_sae} latents, not {self.n_latents}")
+        codes = activations.to(self.pairs.device)
+        codes.check("codes", first_image)
+        self._pending.append((codes.compact(), images))
+        if sum(codes.n_rows for codes, _ in self._pending) >= self.block_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Adds what waits to the sums."""
+        pending, self._pending = self._pending, []
+        codes = SparseCodes.join([codes for codes, _ in pending], self.n_latents)
+        if codes.n_rows == 0:
+            return
+        grouped = codes.to(dtype=torch.float64).by_latent()
+        self.pairs.lower(self.range.observe(grouped, codes.n_rows))
+        self.pairs.add_codes(codes, grouped, self.range.low_S, [images for _, images in pending])
+
+
+class DenseIntake:
+    """Activations of every neuron: added as they come."""
+
+    def __init__(self, n_neurons: int, pairs: ShiftedSums | KeptPairs) -> None:
+        self.n_neurons, self.pairs = n_neurons, pairs
+        self.range = DenseRange(n_neurons, pairs.device)
+
+    def add(self, activations: SparseCodes | Tensor, images: Embeddings, first_image: int) -> None:
+        """Activations [n, K] of the next images, the first of which is number first_image.
+
+        Raises:
+            ValueError: codes, another shape, or NaN or infinity, naming the image.
+        """
+        if isinstance(activations, SparseCodes):
+            raise ValueError(_ONE_KIND)
+        fits = activations.dim() == 2 and activations.shape[1] == self.n_neurons
+        require(fits, f"acts_nK: shape {tuple(activations.shape)} is not [n, {self.n_neurons}]")
+        # A sum is not finite when a term is not; finite float32 terms cannot overflow a float64 sum.
+        _refuse_images(~row_sums(activations, squared=False).isfinite(), first_image, "acts_nK holds NaN or infinity")
+        if len(activations) > 0:
+            acts_nK = activations.to(self.pairs.device)
+            self.pairs.lower(self.range.observe(acts_nK))
+            self.pairs.add_dense(acts_nK, self.range.low_S, images)
+
+    def flush(self) -> None:
+        """Nothing waits."""

@@ -1,0 +1,155 @@
+"""Where a model is steered: the block, the tokens, and the hook.
+
+Nothing of a model is replaced: one hook, gone afterwards, also after an error. It comes before the library's own hooks,
+so hidden states that the model collects (LLaVA's vision_feature_layer) hold the edited stream. Of nested steerings of
+one block the inner acts first. Code compiled by torch.compile does not see new hooks, so it rests while a steering is
+on: everything runs eagerly, and the compiled code is used again, unchanged, afterwards.
+
+Shape suffixes: B rows of the block (images, or their tiles), T tokens, D width.
+"""
+
+import operator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saevlm_fast.errors import require
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.towers.load import find_anatomy
+from saevlm_fast.towers.tower import Anatomy
+
+ERRORS, TOKENS = ("drop", "keep"), ("all", "patches", "cls")
+
+
+class Site(NamedTuple):
+    """A block whose output is steered, and what is known of its tower. reads: see `blocks_read`."""
+
+    anatomy: Anatomy
+    layer: int
+    reads: frozenset[int] | None
+
+    @property
+    def block(self) -> nn.Module:
+        """If torch.compile wrapped it by itself, the inner one: from that the model collects hidden states."""
+        block = self.anatomy.blocks[self.layer]
+        return getattr(block, "_orig_mod", block)
+
+
+def find_site(
+    model: nn.Module, sae: SparseAutoencoder, layer: int, tokens: str | Tensor = "all", error: str = "drop"
+) -> Site:
+    """The block, after all checks that need no forward. Raises the ValueErrors of `steer`."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
+    anatomy, name = find_anatomy(model), type(model).__name__
+    last = len(anatomy.blocks) - 1
+    require(0 <= layer <= last, f"layer: {layer} of {name}, whose vision blocks are 0 to {last}")
+    require(
+        anatomy.width in (None, sae.config.d_in),
+        f"sae: d_in is {sae.config.d_in}, but the vision blocks of {name} have width {anatomy.width}",
+    )
+    layer = operator.index(layer)
+    require(error in ERRORS, f"error: {error!r} is not one of {', '.join(ERRORS)}")
+    mask = isinstance(tokens, Tensor) and tokens.dtype == torch.bool and tokens.ndim in (1, 2)
+    known = mask or (isinstance(tokens, str) and tokens in TOKENS)
+    require(known, f"tokens: {_shown(tokens)} is not one of {', '.join(TOKENS)}, or a bool mask [T] or [B, T]")
+    chosen = True if isinstance(tokens, str) else bool(tokens.any())
+    require(chosen, "tokens: the mask chooses none, so that steering changes nothing")
+    cls_only = tokens == "cls" if isinstance(tokens, str) else anatomy.has_cls and not bool(tokens[..., 1:].any())
+    require(anatomy.has_cls or not cls_only, f"tokens: cls, but the vision tower of {name} has no CLS token")
+    reads = blocks_read(model, len(anatomy.blocks))
+    if reads is not None:
+        _check_read(model.config, layer, reads, cls_only)
+    return Site(anatomy, layer, reads)
+
+
+def blocks_read(model: Any, n_blocks: int) -> frozenset[int] | None:
+    """The vision blocks whose output a LLaVA's projector is given (-1: the embeddings); None of a model without one.
+
+    vision_feature_layer counts hidden states, of which there is one more than blocks: -2 is the last block but one.
+    """
+    chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    if chosen is None:
+        return None
+    return frozenset(index % (n_blocks + 1) - 1 for index in ([chosen] if isinstance(chosen, int) else chosen))
+
+
+def _check_read(config: Any, layer: int, reads: frozenset[int], cls_only: bool) -> None:
+    last_read = max(reads)
+    what = f"(vision_feature_layer {config.vision_feature_layer})"
+    require(
+        layer <= last_read,
+        f"layer: {layer} changes nothing, the language model reads vision blocks up to {last_read} {what}",
+    )
+    drops_cls = getattr(config, "vision_feature_select_strategy", "full") == "default"
+    require(
+        not (cls_only and drops_cls and layer == last_read),
+        f"tokens: cls at layer {layer} changes nothing, the language model reads that block {what} without CLS",
+    )
+
+
+def _shown(tokens: object) -> str:
+    return f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
+
+
+@contextmanager
+def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The block's output x_BTD, in whatever form it comes, becomes change(x_BTD)."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        tokens = output[0] if isinstance(output, tuple) else output
+        x_BTD = tokens if site.anatomy.batch_first else tokens.transpose(0, 1)
+        changed = change(x_BTD)
+        changed = changed if site.anatomy.batch_first else changed.transpose(0, 1)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = site.block.register_forward_hook(hook, prepend=True)
+    try:
+        with _compiled_code_waits:
+            yield
+    finally:
+        handle.remove()
+
+
+class _ForcedEager:
+    """Compiled code, which would not see a hook, runs eagerly while there is one, in whatever order hooks come and go.
+
+    The stance of torch.compile is one for the whole process, so it is set by the first and put back by the last.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._number = threading.Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._number == 0:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._number += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._number -= 1
+            if self._number == 0:
+                self._stance.__exit__(None, None, None)
+
+
+_compiled_code_waits = _ForcedEager()
+
+
+def token_mask(tokens: str | Tensor, n_rows: int, n_tokens: int, anatomy: Anatomy) -> Tensor:
+    """bool [B, T], True for the chosen tokens. ValueError: a mask of another shape."""
+    if isinstance(tokens, Tensor):
+        fits = tokens.shape[-1] == n_tokens and (tokens.ndim == 1 or len(tokens) == n_rows)
+        require(fits, f"tokens: mask {list(tokens.shape)} for {n_rows} rows of {n_tokens} tokens")
+        return tokens.expand(n_rows, n_tokens)
+    mask_T = torch.ones(n_tokens, dtype=torch.bool)
+    if tokens == "patches":
+        mask_T[: anatomy.n_prefix] = False
+    elif tokens == "cls":
+        mask_T[1:] = False
+    return mask_T.expand(n_rows, n_tokens)

@@ -1,0 +1,165 @@
+"""A run between two of its steps: its data in order, its optimiser, its scale; and the SAE that it stands for.
+
+Shape suffixes: B rows of a batch, D d_in.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Generator
+from contextlib import closing
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.data.order import ShuffledRows, batches
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
+from saevlm_fast.sae import SparseAutoencoder, with_metadata
+from saevlm_fast.training.step import Stepper, smallest_positive
+
+_CALIBRATION_ROWS = 4096
+
+
+class TrainingState:
+    """Everything that the next step depends on.
+
+    Attributes:
+        activations: rows [N, d_in], in raw units.
+        config: the recipe.
+        device: where the steps are taken.
+        order: which rows make up which step.
+        stepper: the SAE in normalised units, and the optimiser's state.
+        norm_factor: activations are divided by it before they are trained on; known after `initialise` or `load`.
+    """
+
+    def __init__(self, activations: Activations, sae_config: SAEConfig, config: TrainConfig, device: torch.device):
+        self.activations, self.config, self.device = activations, config, device
+        self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
+        sae = SparseAutoencoder(sae_config, device=device)
+        sae.reset_parameters(config.seed)
+        self.stepper = Stepper(sae, config)
+        self.norm_factor = 1.0
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """norm_factor from the first batches, b_dec at the geometric median of the first one.
+
+        Raises:
+            ValueError: NaN or infinity in these rows, or nothing but zeros.
+        """
+        squared, n_rows, first = 0.0, 0, None
+        n_batches = min(self.config.norm_batches, self.order.batches_per_epoch)
+        for x_BD in self.batches(0, n_batches):
+            squared += float(x_BD.double().square().sum())
+            n_rows += len(x_BD)
+            first = x_BD if first is None else first
+        assert first is not None
+        self.norm_factor = math.sqrt(squared / n_rows)
+        require(self.norm_factor > 0, f"activations: every row of {self.activations.path} read so far is zero")
+        self.stepper.sae.b_dec.copy_(geometric_median(first / self.norm_factor))
+
+    def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
+        """Batches [B, d_in] in raw units on the device; reading them has checked them for NaN and inf."""
+        pin_memory = self.device.type == "cuda"
+        stream = batches(self.activations, self.order, start_step, n_steps, pin_memory, announce)
+        with closing(stream):
+            for _, x_BD in stream:
+                yield x_BD.to(self.device, non_blocking=True)
+
+    def check_loss(self, kept: Callable[[], str]) -> None:
+        """ValueError: the loss of a step so far was NaN or infinite. kept: says what is left of the run."""
+        bad = int(self.stepper.bad_step)
+        if bad >= 0:
+            raise diverged(f"loss: NaN or inf at step {bad + 1}", kept())
+
+    def export(self) -> SparseAutoencoder:
+        """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started)."""
+        sae = deepcopy(self.stepper.sae)
+        if sae.config.architecture != "topk" and float(sae.threshold) < 0:
+            sae.threshold.fill_(self._calibrated_threshold())
+        sae.scale_biases_(self.norm_factor)
+        return with_metadata(
+            sae,
+            norm_factor=self.norm_factor,
+            steps=self.stepper.n_steps,
+            n_training_samples=self.stepper.n_rows_seen,
+            source=self.activations.source or {"path": str(self.activations.path)},
+            training=json.loads(json.dumps(self.config.to_dict())),
+        ).eval()
+
+    @torch.no_grad()
+    def _calibrated_threshold(self) -> float:
+        """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average."""
+        n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
+        x_BD = torch.cat(list(self.batches(0, n_batches, announce=False)))
+        codes = self.stepper.sae.encode(x_BD / self.norm_factor, use_threshold=False)
+        return float(smallest_positive(codes.top_acts)) * (1 - 1e-6)  # ties at the cut are kept
+
+    # What a checkpoint holds, and what a resumed run must have in common with it -------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name, on the device, not copied; with the stepper's two counters it is all of it."""
+        stepper = self.stepper
+        tensors = {name: p.contiguous() for name, p in stepper.parameters().items()}
+        for name, (exp_avg, exp_avg_sq) in stepper.moments.items():
+            tensors |= {f"{name}.exp_avg": exp_avg, f"{name}.exp_avg_sq": exp_avg_sq}
+        tensors |= {"idle": stepper.idle_S, "threshold": stepper.sae.threshold}
+        return tensors | {"norm_factor": torch.tensor(self.norm_factor, dtype=torch.float64)}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], n_steps: int, n_rows_seen: int) -> None:
+        """Goes on from `tensors` as they were after step n_steps. KeyError, RuntimeError: they are of another SAE."""
+        stepper = self.stepper
+        for name, parameter in stepper.parameters().items():
+            parameter.copy_(tensors[name])
+            stepper.moments[name] = (tensors[f"{name}.exp_avg"], tensors[f"{name}.exp_avg_sq"])
+        stepper.idle_S = tensors["idle"]
+        stepper.sae.threshold.copy_(tensors["threshold"])
+        self.norm_factor = float(tensors["norm_factor"])
+        stepper.n_steps, stepper.n_rows_seen = n_steps, n_rows_seen
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What decides the run, section -> name -> value, for JSON. ActivationError: rows that are not finite."""
+        sae = self.stepper.sae.config
+        return {
+            "sae": {
+                "d_in": sae.d_in,
+                "d_sae": sae.d_sae,
+                "k": sae.k,
+                "architecture": sae.architecture,
+                "group_sizes": list(sae.group_sizes),
+            },
+            "train": json.loads(json.dumps(self.config.to_dict())),
+            "data": {
+                "rows": self.activations.n_rows,
+                "path": str(self.activations.path),
+                "fingerprint of the activations": self._fingerprint(),
+            },
+        }
+
+    def _fingerprint(self) -> str:
+        """Hash of 64 rows spread over the data."""
+        rows = torch.linspace(0, self.activations.n_rows - 1, 64, dtype=torch.float64).long()
+        return hashlib.sha256(self.activations.rows(rows).numpy().tobytes()).hexdigest()[:16]
+
+
+def diverged(what: str, kept: str) -> ValueError:
+    """What ends a run whose numbers are no longer finite."""
+    return ValueError(f"{what}; {kept}. Try a smaller lr")
+
+
+def geometric_median(points_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
+    """Weiszfeld's iteration from the mean, [D]: where b_dec starts. A point on the guess gets a large finite weight."""
+    guess_D = points_BD.mean(0)
+    for _ in range(max_iter):
+        previous_D = guess_D
+        weights_B = 1 / (points_BD - guess_D).norm(dim=1).clamp(min=torch.finfo(points_BD.dtype).tiny ** 0.5)
+        weights_B = weights_B / weights_B.sum()
+        guess_D = weights_B @ points_BD
+        if (guess_D - previous_D).norm() < tol:
+            break
+    return guess_D

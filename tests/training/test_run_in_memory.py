@@ -1,0 +1,125 @@
+"""Training without a directory: the same weights, nothing written, settings by name."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.data.rows import Activations, open_activations
+from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.errors import Interrupted
+from saevlm_fast.training.checkpoints import RUN_FILE
+from saevlm_fast.training.evaluate import evaluate
+from saevlm_fast.training.run import RunOptions, train
+
+SAE = SAEConfig.sized(16, expansion=4, k=4)
+FEW = {"steps": 40, "batch_size": 128, "lr": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def x_ND():
+    return torch.from_numpy(PlantedConcepts(16, 8, 30, seed=3).sample(1500)[0]).float()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_written_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_a_run_in_memory_is_the_run_on_disk(x_ND, tmp_path, architecture):
+    config = SAEConfig.sized(16, expansion=4, k=4, architecture=architecture)
+    sae, metrics = train(Activations.from_tensor(x_ND), config, **FEW)
+    assert not list(tmp_path.iterdir())
+    np.save(tmp_path / "x.npy", x_ND.numpy())
+    options = RunOptions(tmp_path / "run", checkpoint_every=7)
+    on_disk, metrics_on_disk = train(open_activations(tmp_path / "x.npy"), config, TrainConfig(**FEW), options)
+    for name, tensor in on_disk.state_dict().items():
+        torch.testing.assert_close(sae.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+    assert metrics == pytest.approx(metrics_on_disk, rel=1e-6)
+    assert metrics == pytest.approx(evaluate(sae, Activations.from_tensor(x_ND)))
+    assert not sae.training
+    assert sae.config.metadata["source"] == {"path": "tensor [1500, 16]"}
+    assert sae.config.metadata["training"]["steps"] == 40
+
+
+def test_a_matrix_in_memory_trains_into_a_directory_and_resumes(x_ND, tmp_path):
+    data = Activations.from_tensor(x_ND)
+    sae, _ = train(data, SAE, output=tmp_path / "run", **FEW)
+    assert json.loads((tmp_path / "run" / RUN_FILE).read_text())["data"]["path"] == "tensor [1500, 16]"
+    again, _ = train(Activations.from_tensor(x_ND.numpy()), SAE, output=str(tmp_path / "run"), resume=True, **FEW)
+    assert torch.equal(sae.W_dec, again.W_dec)
+    with pytest.raises(ValueError, match="resume: fingerprint of the activations is"):
+        train(Activations.from_tensor(x_ND * 2), SAE, output=tmp_path / "run", resume=True, **FEW)
+
+
+def test_validation_rows_are_the_ones_evaluated(x_ND):
+    _, metrics = train(Activations.from_tensor(x_ND), SAE, validation=Activations.from_tensor(x_ND[:77]), **FEW)
+    assert metrics["rows"] == 77
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step": 5}, "step: no setting of train; did you mean 'steps'?"),
+        ({"learning": 5}, "learning: no setting of train"),
+        ({"steps": 0}, "steps: 0 must be at least 1"),
+        ({"resume": True}, "resume: of a run without an output directory nothing is kept"),
+        ({"checkpoint_every": 5}, "checkpoint_every: of a run without an output"),
+        ({"steps": 5, "config": TrainConfig(steps=5)}, "steps: given beside config"),
+        ({"device": "cpu", "options": RunOptions()}, "device: given beside options"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_name(x_ND, settings, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        train(Activations.from_tensor(x_ND), SAE, **settings)
+
+
+def test_rows_that_are_not_finite_are_named(x_ND):
+    bad_ND = x_ND.clone()
+    bad_ND[123, 4] = torch.inf
+    with pytest.raises(ValueError, match=r"tensor \[1500, 16\]: row 123, column 4 is inf"):
+        train(Activations.from_tensor(bad_ND), SAE, **FEW)
+    with pytest.raises(ValueError, match=r"every row of tensor \[50, 16\] read so far is zero"):
+        train(Activations.from_tensor(torch.zeros(50, 16)), SAE, **FEW)
+
+
+def test_an_interrupt_says_that_nothing_was_saved(x_ND, tmp_path):
+    def press(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="interrupted after step 3; nothing was saved"):
+        train(Activations.from_tensor(x_ND), SAE, on_step=press, **FEW)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverging_loss_says_that_nothing_was_saved(x_ND):
+    with pytest.raises(ValueError, match=r"loss: NaN or inf at step \d+; nothing was saved. Try a smaller lr"):
+        train(Activations.from_tensor(x_ND), SAE, **FEW | {"lr": 1e38, "warmup_steps": 4})
+
+
+def test_progress_is_one_line_and_quiet_is_the_default(x_ND, capsys):
+    train(Activations.from_tensor(x_ND), SAE, **FEW)
+    assert capsys.readouterr() == ("", "")
+    logged = []
+    train(
+        Activations.from_tensor(x_ND),
+        SAE,
+        progress=True,
+        log_every=10,
+        on_log=lambda step, _: logged.append(step),
+        **FEW,
+    )
+    out, line = capsys.readouterr()
+    assert out == ""
+    assert line.endswith("\n")
+    assert line.count("\n") == 1
+    last = line.strip().split("\r")[-1]
+    assert last.startswith("step 40/40  ")
+    assert "it/s  0 s left  loss 0." in last
+    assert logged == [10, 20, 30, 40]
