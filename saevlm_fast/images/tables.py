@@ -49,7 +49,7 @@ class ParquetSource(Names):
             reason = f"damaged row group in {os.path.basename(group.file)}: {first_line(error)}"
             raise ImageError(reason) from error
         self._idle[:] = [rows]
-        return image_bytes(cell, os.path.dirname(group.file))
+        return image_bytes(cell, group.folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_idle": []}
@@ -59,6 +59,7 @@ class _Group(NamedTuple):
     """Row group `number` of a file: its rows, and what its image column takes unpacked."""
 
     file: str
+    folder: str
     number: int
     rows: int
     unpacked: int
@@ -146,11 +147,12 @@ def _add_file(table: pq.ParquetFile, file: str, short: str, column: str, groups:
     found = image_column(schema, lambda name: _first_values(table, name), file)
     same = column in ("", found)
     require(same, f"images: {file}: the image column is {found!r}, in the files before it {column!r}")
+    path = os.path.abspath(file)
     for number in range(table.num_row_groups):
         stored, unpacked = unpacked_bytes(table, [found], [number])
         bomb = f"row group {number} unpacks from {stored} bytes to {unpacked}, more than {MAX_RATIO} fold"
         require(unpacked <= max(GROUP_BYTES, MAX_RATIO * stored), f"images: {file}: {bomb}: these are no images")
-        groups.append(_Group(os.path.abspath(file), number, table.metadata.row_group(number).num_rows, unpacked))
+        groups.append(_Group(path, os.path.dirname(path), number, table.metadata.row_group(number).num_rows, unpacked))
     names.rows += [f"{short}/{row}" for row in range(n_rows)]
     names.paths += _stored_paths(table, schema.field(found))
     names.add_labels(schema, lambda name: _text_values(table, name), n_rows, file)
