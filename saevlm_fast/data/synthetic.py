@@ -28,9 +28,14 @@ class PlantedConcepts:
     """
 
     def __init__(
-        self, d_in: int = 128, d_embedding: int = 64, n_concepts: int = 400, concepts_per_image: float = 3.0,
-        noise: float = 0.02, seed: int = 0,
-    ):  # fmt: skip
+        self,
+        d_in: int = 128,
+        d_embedding: int = 64,
+        n_concepts: int = 400,
+        concepts_per_image: float = 3.0,
+        noise: float = 0.02,
+        seed: int = 0,
+    ):
         for name, value in (("d_in", d_in), ("d_embedding", d_embedding), ("n_concepts", n_concepts)):
             require(value >= 1, f"{name}: {value} must be at least 1")
         rng = np.random.default_rng([seed, 0])

@@ -155,8 +155,11 @@ def test_an_occupied_directory_is_refused_unless_forced(tmp_path):
     write_store(tmp_path / "s", rows_of(3), force=True)
     assert open_activations(tmp_path / "s").n_rows == 3
     assert sorted(os.listdir(tmp_path / "s")) == [
-        "index.json", "items-00000.parquet", "notes.txt", "shard-00000.safetensors"
-    ]  # fmt: skip
+        "index.json",
+        "items-00000.parquet",
+        "notes.txt",
+        "shard-00000.safetensors",
+    ]
     (tmp_path / "file").write_text("")
     with pytest.raises(ActivationError, match="not a directory"):
         write_store(tmp_path / "file", rows_of(3))
