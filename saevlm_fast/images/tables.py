@@ -38,10 +38,8 @@ class ParquetSource(Names):
     def read(self, i: int) -> bytes:
         number = int(np.searchsorted(self._start_G, i, side="right")) - 1
         group, row = self._groups[number], i - int(self._start_G[number])
-        rows = self._idle.pop() if self._idle else None
-        if rows is None or rows.group is not group or row < rows.first:
-            rows = _Rows(group, self._column)
         try:
+            rows = self._reader(group, row)
             cell = rows.cell(row)
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # Arrow's own about damage have no number
@@ -50,6 +48,14 @@ class ParquetSource(Names):
             raise ImageError(reason) from error
         self._idle[:] = [rows]
         return image_bytes(cell, group.folder)
+
+    def _reader(self, group: "_Group", row: int) -> "_Rows":
+        """The idle one where it stands at or before this row; another thread may have it."""
+        try:
+            rows = self._idle.pop()
+        except IndexError:
+            return _Rows(group, self._column)
+        return rows if rows.group is group and row >= rows.first else _Rows(group, self._column)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_idle": []}
@@ -84,7 +90,8 @@ class _Rows:
 
     def _all(self, column: str) -> Iterator[Any]:
         with self._file as file:
-            yield file.read_row_group(self.group.number, columns=[column], use_threads=False).column(0)
+            table = file.read_row_group(self.group.number, columns=[column], use_threads=False)
+        yield table.column(0)
 
     def _pieces(self, column: str) -> Iterator[Any]:
         rows = max(1, GROUP_BYTES * self.group.rows // self.group.unpacked)

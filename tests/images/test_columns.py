@@ -4,6 +4,7 @@ import io
 import json
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,13 @@ def test_a_large_row_group_passes_in_pieces(tmp_path: Path, monkeypatch: pytest.
     source = open_images(tmp_path / "x.parquet")
     assert [source.read(i) for i in range(50)] == rows
     assert [source.read(i) for i in (49, 3, 4, 30, 2)] == [rows[i] for i in (49, 3, 4, 30, 2)]
+
+
+def test_many_threads_read_one_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [bytes([i]) * 1000 for i in range(100)]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "x.parquet", row_group_size=20, compression="none")
+    monkeypatch.setattr(tables, "GROUP_BYTES", 5000)
+    source = open_images(tmp_path / "x.parquet")
+    order = np.random.default_rng(0).integers(0, 100, 400).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, order)) == [rows[i] for i in order]
