@@ -69,7 +69,7 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """A line beside the result, on stderr."""
-    err.print(text, highlight=False, soft_wrap=True)
+    err.print(text, emoji=False, highlight=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
