@@ -65,7 +65,7 @@ def _strict(value: Any) -> Any:
 
 
 def say(*lines: str) -> None:
-    """Lines of the result. Names and answers are other people's text: what would steer a terminal is shown, not sent."""
+    """Lines of the result. Names and answers are other people's text: a terminal escape in them is shown, not sent."""
     for line in lines:
         out.print(printable(line), highlight=False, soft_wrap=True)
 
