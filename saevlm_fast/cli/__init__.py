@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from saevlm_fast.cli.options import app
-from saevlm_fast.cli.terminal import err, out
-from saevlm_fast.errors import Interrupted
+from saevlm_fast.cli.terminal import err, out, refuse
+from saevlm_fast.errors import Interrupted, first_line, printable
 
 # Each makes itself a command of the app, in this order.
 for _name in ("synthetic", "harvest", "train", "demo", "ms_score", "steer", "steering_score", "inspect"):
@@ -28,13 +28,13 @@ def main() -> None:
     except RuntimeError as error:
         if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
             raise
-        err.print(f"error: {str(error).splitlines()[0]}", style="red", highlight=False, soft_wrap=True)
+        refuse(first_line(error))
         sys.exit(2)
     except (ValueError, OSError, MemoryError) as error:
-        err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        refuse(str(error) or type(error).__name__)  # a MemoryError has no words
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as error:
-        err.print(str(error) or "interrupted", style="yellow", highlight=False, soft_wrap=True)
+        err.print(printable(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
         sys.exit(130)
 
 

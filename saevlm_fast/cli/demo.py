@@ -117,9 +117,9 @@ def _print_scored(table: "list[Measured]") -> None:
     ]
     print_table(columns, rows, plain=True)
     say(
-        "Latents: those that fire on 50 test scenes or more, of all; the scores are theirs. MS: whether a latent's\n"
-        "images look alike to the model. Purity: whether they share a known factor, above its base rate. MS~purity:\n"
-        "rank correlation. EV: explained variance. All on scenes that no SAE was trained on."
+        "Latents: those that fire on 50 test scenes or more, of all; the scores are theirs. MS: whether a latent's",
+        "images look alike to the model. Purity: whether they share a known factor, above its base rate. MS~purity:",
+        "rank correlation. EV: explained variance. All on scenes that no SAE was trained on.",
     )
 
 
@@ -139,9 +139,9 @@ def _print_steered(latents: "list[ColourLatent]") -> None:
     names = ("latent", "purity", "clamped to", "as it is", "SAE alone", "random", "clamped")
     print_table(("colour", *names), rows, plain=True)
     say(
-        f'Answers that are the latent\'s colour, to "{QUESTION}" about objects of other colours: of tiny-llava as it\n'
-        "is, with the SAE in place, with a random latent clamped, with this one clamped. The strongest latent of each\n"
-        "colour; in the last line the mean of all that stand for a colour (summary.json has each)."
+        f'Answers that are the latent\'s colour, to "{QUESTION}" about objects of other colours: of tiny-llava as it',
+        "is, with the SAE in place, with a random latent clamped, with this one clamped. The strongest latent of each",
+        "colour; in the last line the mean of all that stand for a colour (summary.json has each).",
     )
 
 

@@ -144,10 +144,8 @@ def harvest(options: HarvestArguments) -> dict[str, Any] | None:
 
 
 def _tell_notes(source: "ImageSource") -> None:
-    from saevlm_fast.errors import printable
-
     for note in source.notes:
-        tell(printable(f"images: {note}"))
+        tell(f"images: {note}")
 
 
 def _warn_of_mismatch(config: "HarvestConfig", tower: "Tower") -> None:

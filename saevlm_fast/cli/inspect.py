@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from saevlm_fast.cli.options import Options, command
 from saevlm_fast.cli.terminal import Bar, out, print_pairs, say
+from saevlm_fast.errors import printable
 from saevlm_fast.settings import setting
 
 
@@ -44,5 +45,5 @@ def _print_contents(description: dict[str, Any]) -> None:
     name = Column("name", overflow="fold")
     contents = Table(name, "kind", shape, "dtype", size, "complete", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for item in contents_rows(description):
-        contents.add_row(*item)
+        contents.add_row(*map(printable, item))
     out.print(contents)

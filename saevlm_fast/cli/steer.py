@@ -45,11 +45,11 @@ class SteerArguments(AnswerArguments):
     def picture(self) -> "Image":
         """The image. ValueError: it is none, or there is nothing to ask about it."""
         from saevlm_fast.images.decode import decode
+        from saevlm_fast.images.sources import read_file
 
-        require(self.image.is_file(), f"image: {self.image} is not a file")
         require(self.prompt.strip() != "", "prompt: is empty")
         try:
-            return decode(self.image.read_bytes())
+            return decode(read_file(str(self.image)))
         except ImageError as reason:
             raise ValueError(f"image: {self.image}: {reason}") from reason
 

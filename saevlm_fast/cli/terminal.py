@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from saevlm_fast.errors import printable
+
 SECONDS_A_LINE = 5.0
 
 
@@ -33,9 +35,9 @@ class _Console(Console):
             os.dup2(nowhere.fileno(), self.file.fileno())  # else Python would fail on it again when it ends
 
 
-# No markup: a path may hold [brackets].
-out, err = _Console(markup=False), _Console(stderr=True, markup=False)
-_results = _Console(markup=False)
+# No markup and no emoji: a path may hold [brackets] and :tram:.
+out, err = _Console(markup=False, emoji=False), _Console(stderr=True, markup=False, emoji=False)
+_results = _Console(markup=False, emoji=False)
 
 
 @contextmanager
@@ -62,19 +64,25 @@ def _strict(value: Any) -> Any:
     return [_strict(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def say(text: str) -> None:
-    """A line of the result."""
-    out.print(text, highlight=False, soft_wrap=True)
+def say(*lines: str) -> None:
+    """Lines of the result. Names and answers are other people's text: a terminal escape in them is shown, not sent."""
+    for line in lines:
+        out.print(printable(line), highlight=False, soft_wrap=True)
 
 
 def tell(text: str) -> None:
     """A line beside the result, on stderr."""
-    err.print(text, emoji=False, highlight=False, soft_wrap=True)
+    err.print(printable(text), emoji=False, highlight=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """A warning, on stderr."""
-    err.print(f"warning: {text}", style="yellow", soft_wrap=True)
+    err.print(printable(f"warning: {text}"), style="yellow", highlight=False, soft_wrap=True)
+
+
+def refuse(text: str) -> None:
+    """Why a command did not do its work, on stderr."""
+    err.print(printable(f"error: {text}"), style="red", highlight=False, soft_wrap=True)
 
 
 def print_table(columns: Sequence[str | Column], rows: Iterable[Sequence[str]], plain: bool = False) -> None:
@@ -86,7 +94,7 @@ def print_table(columns: Sequence[str | Column], rows: Iterable[Sequence[str]], 
     made = [Column(each, justify="right") if isinstance(each, str) else each for each in others]
     table = Table(first, *made, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)) if plain else Table(first, *made)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     out.print(table)
 
 
@@ -96,7 +104,7 @@ def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     out.print(table)
 
 
@@ -156,11 +164,7 @@ class Bar:
         left = f"{((self.total or done) - done) / rate:.0f} s left" if rate > 0 and not last else ""
         of_all = "" if self.total is None else f"/{self.total:,}"
         counted = "" if self.unit in ("it", "B", "") else f" {self.unit}"
-        out.print(
-            "  ".join(filter(None, (f"{self.what} {done:,}{of_all}{counted}", shown, left, self.text))),
-            highlight=False,
-            soft_wrap=True,
-        )
+        say("  ".join(filter(None, (f"{self.what} {done:,}{of_all}{counted}", shown, left, self.text))))
         self.last_line = now
 
 
