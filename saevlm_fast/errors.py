@@ -59,3 +59,20 @@ def check_same_settings(path: Path, settings: Mapping[str, Mapping[str, Any]], f
             before = stored[section].get(name)
             same = {section, name} & set(free) or before == value
             require(bool(same), f"resume: {name} is {value}, but the run was started with {before}")
+
+
+def printable(text: str) -> str:
+    r"""The text as a terminal may have it, in one line: what is no printable character is written as \xNN or \uNNNN.
+
+    That is control characters (newlines and terminal escapes among them), marks that turn the direction of writing,
+    and the bytes of a file name that are not UTF-8 (os.fsdecode's surrogates: \xNN is then that byte). For printing
+    alone: names in stores stay as they are.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from saevlm_fast.data.matrix import SAFETENSORS_DTYPES, dtype_names, safetensors_header
+from saevlm_fast.data.parquet import read_small_table
 from saevlm_fast.errors import ActivationError, first_line, require
 from saevlm_fast.files import atomic_write, sha256_file
 
@@ -189,13 +189,13 @@ def _tensor_at(file: Path, name: str, data: Tensor, entry: Mapping[str, Any]) ->
 
 
 def read_items(file: Path, rows: int) -> pa.Table:
-    """The item table of a shard of so many rows."""
+    """The item table of a shard of so many rows. ActivationError: damaged, of other rows, or more than it can be."""
     try:
-        table = pq.read_table(file, schema=ITEM_SCHEMA)
-    except (OSError, pa.ArrowException) as error:
+        return read_small_table(file, ITEM_SCHEMA, rows)
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         raise ActivationError(f"{file}: damaged item table: {first_line(error)}") from error
-    require(len(table) == rows, f"{file}: {len(table)} rows; the store's index says {rows}", ActivationError)
-    return table
+    except ValueError as error:
+        raise ActivationError(f"{file}: {error}") from error
 
 
 def verify(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda done: None) -> StoreIndex:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from saevlm_fast import __version__
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.errors import ImageError, require
-from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.sae import SparseAutoencoder, sae_digest
 from saevlm_fast.towers.tokens import Tokens

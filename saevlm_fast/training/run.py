@@ -7,11 +7,9 @@ written.
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from saevlm_fast.config import SAEConfig, TrainConfig, keyword_settings
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
@@ -22,37 +20,6 @@ from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.state import TrainingState
 
 _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a run goes and how it is watched.
-
-    Attributes:
-        output: run directory; None writes nothing. device: torch device, or auto (a GPU if there is one).
-        log_every, checkpoint_every: steps; None is about 100 logs, and at most 20 checkpoints a run (see Cadence).
-        resume: continue the run in `output`. force: replace it.
-    """
-
-    output: Path | None = None
-    device: str = "auto"
-    log_every: int | None = None
-    checkpoint_every: int | None = None
-    resume: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}: {value} must be at least 1")
-        require(not (self.resume and self.force), "resume and force exclude each other")
-        if self.output is None:
-            given = [name for name in ("checkpoint_every", "resume", "force") if getattr(self, name)]
-            require(not given, f"{', '.join(given)}: of a run without an output directory nothing is kept")
-            return
-        object.__setattr__(self, "output", Path(self.output))
-        blocked = next((p for p in (Path(self.output), *Path(self.output).parents) if p.is_file()), None)
-        require(blocked is None, f"output: {self.output} cannot be a directory, {blocked} is a file")
 
 
 def train(

@@ -18,13 +18,13 @@ from PIL import Image
 
 from command import run
 from saevlm_fast.cli import main
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import HarvestOptions, SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import output_lock
-from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.harvesting.stores import HarvestStores

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from command import ROOT
-from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.runtime import resolve_device
@@ -22,7 +22,7 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import checkpoints as checkpoints_module
 from saevlm_fast.training.checkpoints import Cadence, RunDirectory, checkpoints
 from saevlm_fast.training.evaluate import evaluate
-from saevlm_fast.training.run import RunOptions, train
+from saevlm_fast.training.run import train
 
 D_IN, D_SAE, K = 32, 128, 6
 
