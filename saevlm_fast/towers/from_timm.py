@@ -35,7 +35,8 @@ def load_timm(name: str, spec: str, device: torch.device, on_message: Callable[[
     elif not architecture.startswith("local-dir:"):
         return wrap_timm(_released(architecture, spec, on_message), spec, device)
     model = timm.create_model(architecture, pretrained=True, num_classes=0)
-    options = released_options(architecture, model.pretrained_cfg)
+    record: Any = model.pretrained_cfg
+    options = released_options(architecture, record)
     if options:  # what is known of a repository only after its record has been read
         model = timm.create_model(architecture, pretrained=True, num_classes=0, **options)
     return wrap_timm(model, spec, device)
