@@ -1,8 +1,9 @@
 """What a latent stands for, by the labels of scenes: the truth that the Monosemanticity Score is checked against.
 
-The activation-weighted share of a concept, share_kc = sum_i r_ik p_ic / sum_i r_ik with r as in the score (docs/recipe.md
-section 3) and p_ic = 1 if image i shows concept c, is the weighted mean of a vector that every image has. The score's
-own sums hold it with p in the place of the embeddings, streamed, exact, for sparse codes and dense neurons alike.
+The activation-weighted share of a concept, share_kc = sum_i r_ik p_ic / sum_i r_ik with r as in the score
+(docs/recipe.md section 3) and p_ic = 1 if image i shows concept c, is the weighted mean of a vector that every image
+has. The score's own sums hold it with p in the place of the embeddings, streamed, exact, for sparse codes and dense
+neurons alike.
 
 Shape suffixes: N images, S latents, C concepts, O objects, F factors, K images of a latent.
 """

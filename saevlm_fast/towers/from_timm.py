@@ -65,7 +65,8 @@ def _from_file(architecture: str, file: str, spec: str) -> nn.Module:
 def wrap_timm(model: nn.Module, spec: str, device: torch.device | str = "cpu") -> Tower:
     """A tower of a timm model made with num_classes=0."""
     import timm
-    from timm.data import create_transform, resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
 
     anatomy = timm_anatomy(model, spec)
     settings = resolve_model_data_config(model)
