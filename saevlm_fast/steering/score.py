@@ -1,4 +1,4 @@
-"""The paper's steering score (recipe.md section 4), with the controls that it lacks.
+"""The paper's steering score (docs/recipe.md section 4), with the controls that it lacks.
 
 A latent's target is the mean embedding of its 16 most activating images. The model is asked about images drawn at
 random, the same for every latent (so some may be among its own top images), with the latent steered, and the score is
