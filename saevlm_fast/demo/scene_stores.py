@@ -54,7 +54,9 @@ def _users_cache() -> Path:
     try:
         from platformdirs import user_cache_path
     except ModuleNotFoundError as error:
-        what = f"{CACHE_VARIABLE}: not set, and the package platformdirs, which knows where caches lie, is not installed"
+        what = (
+            f"{CACHE_VARIABLE}: not set, and the package platformdirs, which knows where caches lie, is not installed"
+        )
         raise ValueError(what) from error
     return user_cache_path("saevlm-fast", appauthor=False)
 
