@@ -14,6 +14,9 @@ tokens come before the patches, and what `pooled` and `projection` are:
     open_clip timm towers       the trunk's output                        encode_image, not normalised
     timm                        pre-logits                                -
 
+Of other families of transformers pooled is their pooler_output; those without one (I-JEPA, ViT-MSN, ViT-MAE, InternViT)
+have no such point. XCiT's and CaiT's class token comes after the blocks, so at these they have patches alone.
+
 A LLaVA-NeXT or OneVision processor cuts an image into tiles; the tower is given the first, the whole image.
 """
 

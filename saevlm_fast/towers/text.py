@@ -109,8 +109,8 @@ class TextEncoder:
         for text in texts if refuse else ():
             self._check(text)
         parts = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
-        projected = [self.project(part).float().cpu() for part in parts]
-        return torch.nn.functional.normalize(torch.cat(projected), dim=1) if projected else torch.empty(0, self.d)
+        unit = [torch.nn.functional.normalize(self.project(part).float().cpu(), dim=1) for part in parts]
+        return torch.cat(unit) if unit else torch.empty(0, self.d)
 
     def _check(self, text: str) -> None:
         ids = self.token_ids(text)

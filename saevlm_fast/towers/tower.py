@@ -383,7 +383,8 @@ class HookedTower:
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm())
+    """Of what is finite: who stores the rows says which image has overflowed."""
+    return float(torch.nan_to_num(a - b, nan=0.0, posinf=0.0, neginf=0.0).norm())
 
 
 def _restore(module: nn.Module, forward: Any) -> None:

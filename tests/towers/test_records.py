@@ -1,4 +1,4 @@
-"""What the records of released weights say of how they run: every entry of open_clip's and timm's tables, no weights."""
+"""What the records of released weights say of how they run: all of open_clip's and timm's tables, no weights."""
 
 import json
 

@@ -56,10 +56,9 @@ def test_towers_that_pack_a_batch_into_one_sequence():
     square = t.ViTImageProcessor(size={"height": 64, "width": 64})
     message = r"hf:x: not a plain vision transformer: its blocks give \[1, \d+, 32\] for 2 images, not \[2, T, D\]"
     for each in (processor, square):
-        with pytest.raises(ValueError, match=message):
-            refusal_of = wrapped(t.PixtralVisionModel(config), each)
-            with refusal_of.hooked([RESIDUAL]):
-                pass
+        tower = wrapped(t.PixtralVisionModel(config), each)
+        with pytest.raises(ValueError, match=message), tower.hooked([RESIDUAL]):
+            pass
 
 
 def test_processors_that_take_a_list_for_one_sample():
@@ -111,6 +110,15 @@ def test_every_batch_has_the_shapes_of_set_up():
         tower.model.layers[0].register_forward_hook(lambda module, args, output: output[:, 1:])
         with pytest.raises(ValueError, match=r"point: residual-1 of hf:x is \[3, 16, 32\], not \[3, 17, 32\]"):
             run(inputs)
+
+
+def test_what_overflows_is_left_to_who_stores_it():
+    import transformers as t
+
+    tower = wrapped(t.ViTModel(t.ViTConfig(**SMALL)))
+    tower.model.layers[0].register_forward_hook(lambda module, args, output: output / 0)
+    with tower.hooked([RESIDUAL]) as run:
+        assert not run(tower.preprocess(pictures()))[RESIDUAL].isfinite().all()
 
 
 def test_set_up_costs_three_small_forwards():
@@ -171,9 +179,9 @@ def test_pooled_of_models_that_have_none():
 
     for model, n_tokens, instead in families(t):
         tower = wrapped(model)
-        with pytest.raises(ValueError, match=rf"point: pooled of hf:x: {type(model).__name__} gives none; .*{instead}"):
-            with tower.hooked([POOLED]):
-                pass
+        message = rf"point: pooled of hf:x: {type(model).__name__} gives none; .*{instead}"
+        with pytest.raises(ValueError, match=message), tower.hooked([POOLED]):
+            pass
         with tower.hooked([RESIDUAL]) as run:
             assert run.shapes[RESIDUAL] == (n_tokens, 32)
 
@@ -222,7 +230,7 @@ def test_weights_that_are_not_read_say_what_to_do(tmp_path, archive):
     else:
         torch.save(model, file)
     for spec in (f"open_clip:ViT-S-16/{file}", f"timm:{timm.list_models('test_vit')[0]}:{file}"):
-        with pytest.raises(ValueError, match="so it is not read; save the .*as .safetensors") as error:
+        with pytest.raises(ValueError, match=r"so it is not read; save the .*as \.safetensors") as error:
             load_tower(spec)
         assert "weights_only" not in str(error.value)
 
@@ -261,7 +269,33 @@ def test_without_open_clip_the_error_names_the_package(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "open_clip", None)
     for load in (load_tower, load_text_encoder):
-        with pytest.raises(ValueError, match="^open_clip:ViT-B-32/openai: needs the package open_clip_torch, which is"):
+        with pytest.raises(ValueError, match=r"^open_clip:.*: needs the package open_clip_torch, which is"):
             load("open_clip:ViT-B-32/openai")
     with pytest.raises(ValueError, match=r"open_clip or timm$"):
         find_anatomy(torch.nn.Linear(1, 1))
+
+
+def test_packages_that_not_every_tower_needs_are_imported_where_they_are_used(tmp_path, monkeypatch):
+    """open_clip, timm, platformdirs: at no module's head, so that a harvest of transformers' towers does without."""
+    import ast
+    from pathlib import Path
+
+    import saevlm_fast
+    from saevlm_fast.harvesting.api import harvest
+
+    for path in Path(saevlm_fast.__file__).parent.rglob("*.py"):
+        heads = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = [getattr(node, "module", None) or alias.name for node in heads for alias in node.names]
+        assert not {name.partition(".")[0] for name in names} & {"open_clip", "timm", "platformdirs"}, path
+    for package in ("open_clip", "timm", "platformdirs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert harvest("hf:tiny-clip", "scenes:test:2", layer=1, output=tmp_path / "rows", workers=0).n_rows == 2
+
+
+def test_the_cache_directory_names_the_package_it_needs(monkeypatch):
+    from saevlm_fast.demo.scene_stores import cache_directory
+
+    monkeypatch.delenv("SAEVLM_FAST_CACHE", raising=False)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    with pytest.raises(ValueError, match="SAEVLM_FAST_CACHE: not set, and the package platformdirs"):
+        cache_directory()

@@ -36,6 +36,13 @@ def test_embeddings_are_the_models_own_alone_and_in_batches(clip):
     assert encoder.embed([]).shape == (0, 128)
 
 
+def test_one_by_one_an_embedding_is_the_same_whatever_the_others_are(clip):
+    encoder, texts = load_text_encoder(f"hf:{clip[1]}"), scene_words().texts[:9]
+    together = encoder.embed(texts, batch_size=1)
+    assert torch.equal(encoder.embed(texts[::-1], batch_size=1).flip(0), together)
+    assert all(torch.equal(encoder.embed([text], batch_size=1)[0], row) for text, row in zip(texts, together))
+
+
 @torch.inference_mode()
 def test_siglip_reads_texts_padded_to_the_full_length(tmp_path):
     """Its state is the last token's, padding or not; no mask."""
