@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from command import run
+from saevlm_fast import outputs
 from saevlm_fast.cli import main
 from saevlm_fast.config import HarvestOptions, SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.errors import Interrupted
-from saevlm_fast.files import output_lock
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.harvesting.run import harvest
@@ -440,8 +440,8 @@ def test_two_harvests_do_not_share_an_output(photos, tower, tmp_path, monkeypatc
          "print('held', flush=True); time.sleep(60)", str(output / ".lock")], stdout=subprocess.PIPE,
     )  # fmt: skip
     holder.stdout.readline()
-    monkeypatch.setitem(output_lock.__wrapped__.__kwdefaults__, "patience", 0.1)
-    with pytest.raises(ValueError, match="another harvest is writing"):
+    monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"^output: .*out is in use: another process writes to it$"):
         run_harvest(tower, photos, output, small_units(), resume=True)
     holder.kill()
     holder.wait()
