@@ -179,12 +179,12 @@ def _lock(descriptor: int, exclusive: bool) -> None:
 
 
 def _this_process() -> dict[str, Any]:
-    words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]] if sys.argv else ["python"]
+    interpreter, *words = sys.orig_argv or ["python"]
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(words)[:_LONGEST_COMMAND],
+        "command": shlex.join([Path(interpreter).name, *words])[:_LONGEST_COMMAND],
     }
 
 

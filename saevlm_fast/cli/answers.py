@@ -43,7 +43,9 @@ def steered_answers(options: AnswerArguments, only: bool = False) -> "SteeredAns
 
     target = resolve_device(options.device)
     dictionary = SparseAutoencoder.from_pretrained(options.sae, device=target)
-    check_sae_of(dictionary, options.layer)  # before a large model is loaded
+    doubt = check_sae_of(dictionary, options.layer, options.tokens)  # before a large model is loaded
+    if doubt is not None:
+        warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
     llava, processor = load_llava(options.model, target, options.dtype, on_message=tell)
     as_saved = options.dtype == "auto" or str(llava.dtype) == "torch.float32"
     if as_saved and (trained_on := other_tower(dictionary, llava)) is not None:

@@ -71,6 +71,7 @@ def plan(options: HarvestArguments) -> Plan:
     tower = load_tower(options.model, resolve_device(options.device), on_message=tell)
     with tower.hooked(config.points) as run:
         planned = HarvestPlan(source, tower, run, config, engine)
+        _tell_notes(source)
         _warn_of_mismatch(config, tower)
         seconds = _seconds_an_image(source, tower, run, min(planned.n_images, config.batch_size))
     n, size = planned.n_images, config.torch_store_dtype.itemsize
@@ -142,8 +143,7 @@ def _harvest(options: HarvestArguments, ranks: "Ranks") -> dict[str, Any] | None
     tower = load_tower(options.model, resolve_device(ranks.device(options.device)), on_message=tell)
     if ranks.rank == 0:
         say(_sentence(options, source, tower))
-        for note in source.notes:
-            tell(f"images: {note}")
+        _tell_notes(source)
         _warn_of_mismatch(config, tower)
     with HarvestBar(ranks.rank, ranks.world) as bar:
         summary = run_harvest(source, tower, config, engine, ranks=ranks, on_images=bar.on_images)
@@ -152,6 +152,11 @@ def _harvest(options: HarvestArguments, ranks: "Ranks") -> dict[str, Any] | None
     Record("harvest", options, options.output, images=summary.n_images, ranks=ranks.world).write()
     _print_summary(summary)
     return _as_json(summary)
+
+
+def _tell_notes(source: "ImageSource") -> None:
+    for note in source.notes:
+        tell(f"images: {note}")
 
 
 def _warn_of_mismatch(config: "HarvestConfig", tower: "Tower") -> None:

@@ -10,7 +10,7 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import Enough, Stopwatch, check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
-from saevlm_fast.cli.terminal import Bar, print_table, say
+from saevlm_fast.cli.terminal import Bar, print_table, say, warn
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
 from saevlm_fast.settings import setting
@@ -149,12 +149,15 @@ class Opened:
         """ValueError: what is damaged, or not there."""
         from saevlm_fast.data.codes import open_codes
         from saevlm_fast.data.rows import open_activations
+        from saevlm_fast.provenance import check_rows_of
         from saevlm_fast.runtime import resolve_device
         from saevlm_fast.sae import SparseAutoencoder
 
         target = resolve_device(device)
         rows = open_codes(sources.rows) if sources.coded else open_activations(sources.rows)
         sae = None if sources.sae is None else SparseAutoencoder.from_pretrained(sources.sae, device=target)
+        if sae is not None and (doubt := check_rows_of(sae, rows)) is not None:
+            warn(f"{doubt}; its codes of {sources.rows} may mean little")
         return cls(rows, open_activations(sources.embeddings), sae, target)
 
     @property

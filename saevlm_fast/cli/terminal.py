@@ -72,7 +72,7 @@ def say(*lines: str) -> None:
 
 def tell(text: str) -> None:
     """A line beside the result, on stderr."""
-    err.print(printable(text), highlight=False, soft_wrap=True)
+    err.print(printable(text), emoji=False, highlight=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:

@@ -28,20 +28,25 @@ class Report(Protocol):
 
     def step(self, number: int, what: str) -> None:
         """A step of N_STEPS begins."""
+        ...
 
     def message(self, text: str) -> None:
         """Something beside it."""
+        ...
 
     def harvesting(self) -> AbstractContextManager[Callable[[int, int, int], None]]:
         """Called with images done, images in all, and skipped ones."""
+        ...
 
     def training(
         self, steps: int
     ) -> AbstractContextManager[tuple[Callable[[int, Metrics], None], Callable[[int], None]]]:
         """on_log and on_step of a training run."""
+        ...
 
     def counting(self, what: str, total: int | None = None) -> AbstractContextManager[Callable[..., None]]:
         """Called with the number done, and of all if it was not known before."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -52,15 +52,19 @@ class ImageSource(Protocol):
 
     def image_id(self, i: int) -> str:
         """The unique, stable name of image i."""
+        ...
 
     def label(self, i: int) -> str | None:
         """The class of image i, if it has one."""
+        ...
 
     def read(self, i: int) -> bytes:
         """The encoded image i. Raises ImageError (missing, empty, damaged) or OSError."""
+        ...
 
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of all ids and labels in order: the same again means the same images in that order."""
+        ...
 
 
 class Names:

@@ -1,4 +1,4 @@
-"""The paper's steering score (recipe.md section 4), with the controls that it lacks.
+"""The paper's steering score (docs/recipe.md section 4), with the controls that it lacks.
 
 A latent's target is the mean embedding of its 16 most activating images. The model is asked about images drawn at
 random, the same for every latent (so some may be among its own top images), with the latent steered, and the score is
@@ -359,8 +359,8 @@ class _Scorer:
     def _cosine(self, answers: Sequence[str], target_E: Tensor) -> float:
         """Mean over the images asked about."""
         new = sorted(set(answers) - set(self._words))
-        if new:
-            self._words.update(zip(new, self.encoder.embed(new, refuse=False)))  # answers are what they are
+        if new:  # answers are what they are; each by itself, so that a resumed run has the same to the last bit
+            self._words.update(zip(new, self.encoder.embed(new, batch_size=1, refuse=False)))
         return float(torch.stack([self._words[answer] for answer in answers]).double().mean(0) @ target_E.double())
 
 

@@ -44,8 +44,9 @@ def train(
     Args:
         activations: rows [N, d_in] in any units, never held whole unless they are in memory already.
         sae_config: what SAE; its d_in is the activations'.
-        config, options: the recipe, and where the run goes; or their fields by name, as steps=500, lr=1e-3,
-            output="run". Without an output nothing is written; with one, the run directory of checkpoints.py.
+        config: the recipe; or its fields by name, as steps=500, lr=1e-3.
+        options: where the run goes; or its fields by name, as output="run". Without an output nothing is written;
+            with one, the run directory of checkpoints.py.
         validation: rows [M, d_in] on which the finished SAE is evaluated; the training rows otherwise.
         progress: show a line with the step, the rate, the time left and the loss.
         on_log: called at every logged step with SAELens metric names. on_step: called after every step.
