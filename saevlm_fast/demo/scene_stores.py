@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import Interrupted, require
@@ -43,13 +41,24 @@ def cache_directory() -> Path:
     Raises:
         ValueError: it cannot be made, or is no directory.
     """
-    path = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("saevlm-fast", appauthor=False))
+    path = Path(os.environ.get(CACHE_VARIABLE) or _users_cache())
     try:
         path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise ValueError(f"{CACHE_VARIABLE}: {path} cannot be made: {error}") from error
     return path
+
+
+def _users_cache() -> Path:
+    try:
+        from platformdirs import user_cache_path
+    except ModuleNotFoundError as error:
+        what = (
+            f"{CACHE_VARIABLE}: not set, and the package platformdirs, which knows where caches lie, is not installed"
+        )
+        raise ValueError(what) from error
+    return user_cache_path("saevlm-fast", appauthor=False)
 
 
 @dataclass(frozen=True)

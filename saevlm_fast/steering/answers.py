@@ -227,7 +227,7 @@ class SteeredAnswers:
             calls.append(None)
             return x_BTD
 
-        with self._only_above_block(), hooked_block(self.site, given):
+        with one_line_errors(type(self.model).__name__), self._only_above_block(), hooked_block(self.site, given):
             tokens = self.model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens,

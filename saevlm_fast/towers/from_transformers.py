@@ -38,10 +38,11 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     vision = getattr(config, "vision_config", config)
     where = "local-dir" if Path(name).is_dir() else "hf-hub"
     require(config.model_type != "timm_wrapper", f"{spec}: a checkpoint of timm; give timm:{where}:{name}")
-    require(type(vision) in transformers.MODEL_MAPPING, f"{spec}: {type(vision).__name__} belongs to no vision model")
-    plain: Any = transformers.MODEL_MAPPING[type(vision)]
+    name_of_class = type(vision).__name__.removesuffix("Config") + "Model"
+    plain: Any = transformers.MODEL_MAPPING.get(type(vision), None) or getattr(transformers, name_of_class, None)
+    require(plain is not None, f"{spec}: {type(vision).__name__} belongs to no vision model")
     options: dict[str, bool] = {}
-    projecting = getattr(transformers, type(vision).__name__.removesuffix("Config") + "ModelWithProjection", None)
+    projecting = getattr(transformers, name_of_class + "WithProjection", None)
     model_class = plain
     if projecting is not None and hasattr(config, "projection_dim"):
         model_class, vision.projection_dim = projecting, config.projection_dim

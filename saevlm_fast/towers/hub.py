@@ -10,7 +10,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from saevlm_fast.box.models import MODELS, model_directory
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import Interrupted, first_line, require
 
 OFFLINE = {
     "hf": "hf:DIR, a directory with config.json, model.safetensors and preprocessor_config.json",
@@ -19,20 +19,6 @@ OFFLINE = {
     "timm": "timm:NAME:FILE.safetensors",
 }
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
-# What the libraries raise, besides ValueError, of a model, processor or template that is not as they expect.
-FOREIGN_ERRORS = (
-    OSError,
-    RuntimeError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 _PACKAGES = {"open_clip": "open_clip_torch"}
 _CONNECT_SECONDS = 5
 Loaded = TypeVar("Loaded")
@@ -46,12 +32,17 @@ def one_line_errors(spec: str) -> Iterator[None]:
     except ValueError as error:
         message = first_line(error, longest=1000)  # this package's own say what files would do instead
         raise ValueError(message if spec in message else f"{spec}: {message}") from error
-    except MemoryError:
-        raise
-    except FOREIGN_ERRORS as error:
-        if "out of memory" in str(error):
+    except Exception as error:  # of many kinds, some of the libraries' own
+        if not is_foreign(error):
             raise
         raise ValueError(f"{spec}: {foreign_message(error)}") from error
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether an error says that a library and a model, a processor or a template do not fit; not that memory ran out,
+    or that the user wants to stop."""
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    return not no_memory and not isinstance(error, Interrupted)
 
 
 def foreign_message(error: BaseException) -> str:

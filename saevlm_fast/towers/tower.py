@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import weights_sha256
-from saevlm_fast.towers.hub import FOREIGN_ERRORS, foreign_message
+from saevlm_fast.towers.hub import foreign_message, is_foreign
 from saevlm_fast.towers.preprocess import Normalisation, two_pictures
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
 
@@ -315,8 +315,8 @@ class HookedTower:
     def _first_forward(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
         try:
             return self(inputs)
-        except (ValueError, *FOREIGN_ERRORS) as error:
-            if isinstance(error, RuntimeError) and "memory" in str(error):
+        except Exception as error:
+            if not is_foreign(error):
                 raise
             said = first_line(error) if isinstance(error, (ValueError, AssertionError)) else foreign_message(error)
             raise ValueError(f"{self.tower.spec}: model and preprocessing do not fit: {said}") from error

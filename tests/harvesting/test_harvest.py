@@ -525,10 +525,10 @@ def test_running_out_of_memory_is_no_fault_of_the_images(tower, photos, tmp_path
 
 
 class Once:
-    """Preprocessing for the blank image that the tower is tried with, and another afterwards."""
+    """Preprocessing for the images that the tower is tried with, together and alone, and another afterwards."""
 
     def __init__(self, first, others):
-        self.calls = iter([first])
+        self.calls = iter([first] * 3)
         self.others = others
 
     def __call__(self, pictures):
