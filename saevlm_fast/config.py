@@ -275,7 +275,12 @@ class RunOptions(Settings):
         at_least=1,
     )
     resume: bool = setting(False, help="Continue the run in --output.", recorded=False, instead_of=("force",))
-    force: bool = setting(False, help="Replace the run in --output.", recorded=False, instead_of=("resume",))
+    force: bool = setting(
+        False,
+        help="Replace the run in --output, which stays until the new SAE is finished.",
+        recorded=False,
+        instead_of=("resume",),
+    )
 
     def check(self) -> None:
         super().check()
@@ -339,7 +344,12 @@ class HarvestOptions(Settings):
     )
     compile: bool = setting(False, help="torch.compile the tower's blocks.")
     resume: bool = setting(False, help="Continue the harvest in --output.", recorded=False, instead_of=("force",))
-    force: bool = setting(False, help="Replace the harvest in --output.", recorded=False, instead_of=("resume",))
+    force: bool = setting(
+        False,
+        help="Replace the harvest in --output, which stays until the new one is complete.",
+        recorded=False,
+        instead_of=("resume",),
+    )
 
     def check(self) -> None:
         super().check()
@@ -388,7 +398,9 @@ class ScoreRun(Settings):
     resume: bool = setting(
         False, help="Continue the unfinished run of --output.", recorded=False, instead_of=("force",)
     )
-    force: bool = setting(False, help="Replace --output.", recorded=False, instead_of=("resume",))
+    force: bool = setting(
+        False, help="Replace --output once the new table is whole.", recorded=False, instead_of=("resume",)
+    )
     latents_per_block: int = setting(
         16, help="Latents that are scored and saved together.", at_least=1, on_command_line=False
     )

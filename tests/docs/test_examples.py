@@ -138,7 +138,7 @@ def check_command(words: list[str]) -> None:
         name: list(value) if isinstance(value, tuple) else value for name, value in context.params.items()
     }
     shortened = "..." in words or not any(word.startswith("-") for word in words)  # `saevlm-fast train` in the text
-    if not shortened and (given["config"] is None or given["config"].exists()):
+    if not shortened and (given["config"] is None or Path(given["config"]).exists()):
         arguments(words[0], COMMANDS[words[0]].options, given)
 
 
