@@ -193,7 +193,8 @@ class TrainConfig(Settings):
     )
     auxk_alpha: float = setting(
         0.03,
-        help="Weight of the auxiliary loss on dead latents; 0 turns it off.",
+        help="Weight of the auxiliary loss on dead latents; 0 turns it off. The paper's code weighs it G times as much "
+        "for G Matryoshka groups (docs/decisions.md).",
         paper="0.03",
         at_least=0,
         below=math.inf,
