@@ -65,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--large",
         action="store_true",
-        help="also 65,536 latents, 50,000 and more images, and the references by themselves: 20 GiB and half an hour "
+        help="also 65,536 latents, 200,000 and more images, and the references by themselves: 20 GiB and half an hour "
         "on two cores (give --time-limit too)",
     )
 

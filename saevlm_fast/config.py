@@ -193,7 +193,8 @@ class TrainConfig(Settings):
     )
     auxk_alpha: float = setting(
         0.03,
-        help="Weight of the auxiliary loss on dead latents; 0 turns it off.",
+        help="Weight of the auxiliary loss on dead latents; 0 turns it off. The paper's code weighs it G times as much "
+        "for G Matryoshka groups (docs/decisions.md).",
         paper="0.03",
         at_least=0,
         below=math.inf,
@@ -275,7 +276,12 @@ class RunOptions(Settings):
         at_least=1,
     )
     resume: bool = setting(False, help="Continue the run in --output.", recorded=False, instead_of=("force",))
-    force: bool = setting(False, help="Replace the run in --output.", recorded=False, instead_of=("resume",))
+    force: bool = setting(
+        False,
+        help="Replace the run in --output, which stays until the new SAE is finished.",
+        recorded=False,
+        instead_of=("resume",),
+    )
 
     def check(self) -> None:
         super().check()
@@ -339,7 +345,12 @@ class HarvestOptions(Settings):
     )
     compile: bool = setting(False, help="torch.compile the tower's blocks.")
     resume: bool = setting(False, help="Continue the harvest in --output.", recorded=False, instead_of=("force",))
-    force: bool = setting(False, help="Replace the harvest in --output.", recorded=False, instead_of=("resume",))
+    force: bool = setting(
+        False,
+        help="Replace the harvest in --output, which stays until the new one is complete.",
+        recorded=False,
+        instead_of=("resume",),
+    )
 
     def check(self) -> None:
         super().check()
@@ -388,7 +399,9 @@ class ScoreRun(Settings):
     resume: bool = setting(
         False, help="Continue the unfinished run of --output.", recorded=False, instead_of=("force",)
     )
-    force: bool = setting(False, help="Replace --output.", recorded=False, instead_of=("resume",))
+    force: bool = setting(
+        False, help="Replace --output once the new table is whole.", recorded=False, instead_of=("resume",)
+    )
     latents_per_block: int = setting(
         16, help="Latents that are scored and saved together.", at_least=1, on_command_line=False
     )

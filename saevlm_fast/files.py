@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, atomic directories, checksums; and the lock of an output.
+"""Files that are either whole or absent: atomic writes, atomic directories, checksums.
 
 Everything is written under a temporary name beside its destination, flushed to the disk and renamed, so a reader, a
 crash, a full disk or Ctrl-C never meets half a file. What a `kill -9` leaves behind starts with TEMPORARY_PREFIX.
@@ -10,8 +10,7 @@ import json
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saevlm_fast.errors import require
-
 TEMPORARY_PREFIX = ".writing-"
-LOCK_FILE = ".lock"  # of an output that is a directory: it lies in it
-_POLL_SECONDS = 0.05
-LOCK_SECONDS = 3.0  # a process that was just killed may need a moment to be gone
 
 
 @contextmanager
@@ -126,52 +120,6 @@ def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     """Deletes the temporary files that killed writers left in a directory. Call it only while nobody else writes."""
     for file in Path(directory).glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
-
-
-@contextmanager
-def output_lock(
-    file: str | os.PathLike[str],
-    refusal: str,
-    *,
-    exclusive: bool = True,
-    patience: float = LOCK_SECONDS,
-    on_wait: Callable[[], None] = lambda: None,
-) -> Iterator[None]:
-    """One process at a time works on an output, or several that share it. Gone with the process, however it ends.
-
-    A record lock (POSIX lockf) of this process alone: unlike flock, worker processes that outlive a killed one do not
-    inherit it, and it does not keep threads of one process apart. On Windows there is none.
-
-    Args:
-        file: the lock file, made with its directory and left behind: OUTPUT / LOCK_FILE, or one beside an output that
-            is itself replaced.
-        refusal: the message, where other processes still hold the lock after `patience` seconds.
-        exclusive: False shares it with others that share it.
-        on_wait: called once, before the waiting begins.
-
-    Raises:
-        ValueError: refusal.
-    """
-    if os.name == "nt":  # no fcntl there
-        yield
-        return
-    import fcntl
-
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+") as opened:
-        deadline, waiting = time.monotonic() + patience, False
-        while True:
-            try:
-                fcntl.lockf(opened, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                require(time.monotonic() < deadline, refusal)
-            if not waiting:
-                on_wait()
-                waiting = True
-            time.sleep(_POLL_SECONDS)
-        yield
 
 
 def _temporary_sibling(path: Path) -> Path:

@@ -49,7 +49,8 @@ def inspect(path: str | Path) -> Description:
         return describe(path)
     if not path.is_dir():
         return _matrix(str(path))
-    contents = [child for child in sorted(path.iterdir()) if child.is_dir() and _describer(child)]
+    children = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    contents = [child for child in children if _describer(child)]
     require(len(contents) > 0, f"{path}: nothing to inspect in it; known are {KINDS}")
     described = [_sound_or_damaged(child) for child in contents]
     return {

@@ -9,10 +9,12 @@ a configuration file (saevlm_fast/cli/options.py), and the line in docs/settings
 Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class takes a field over with `same_as`.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from inspect import get_annotations
+from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -113,7 +115,9 @@ class Settings:
             value, choices = getattr(self, name), choices_of(cls, name)
             if value is None:
                 continue
-            if choices:
+            if kinds_of(cls)[name] is Path:
+                path_of(name, value)
+            elif choices:
                 require(value in choices, f"{name}: {value!r} is not one of {', '.join(map(str, choices))}")
             elif isinstance(value, int | float):
                 require(not isinstance(value, int) or value < 2**62, f"{name}: {value} must be below 2^62")
@@ -173,6 +177,14 @@ def default_of(cls: type, name: str) -> Any:
 
 
 # Text to values, as a command line or a file gives them ---------------------------------------------------------------
+
+
+def path_of(name: str, text: Any) -> Path:
+    """A path. ValueError: it is empty, which is not the working directory, or holds a NUL."""
+    path = os.fspath(text)
+    require(path != "", f"{name}: is empty; . is the working directory")
+    require("\0" not in path, f"{name}: {path!r} holds a NUL")
+    return Path(path)
 
 
 def integer(name: str, text: str) -> int:

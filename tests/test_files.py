@@ -3,10 +3,8 @@
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -14,11 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from saevlm_fast.files import (
-    LOCK_FILE,
     TEMPORARY_PREFIX,
     atomic_directory,
     atomic_write,
-    output_lock,
     remove_leftovers,
     save_safetensors_atomic,
     sha256_file,
@@ -168,53 +164,3 @@ def test_leftovers_of_killed_writers_go(tmp_path):
     (tmp_path / "keep").write_text("")
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["keep"]
-
-
-# The lock, which keeps processes apart: the other one is a child of this.
-
-
-def hold(file, exclusive, seconds, held):
-    with output_lock(file, "refused", exclusive=exclusive):
-        held.set()
-        time.sleep(seconds)
-
-
-@contextmanager
-def held_by_another(file, exclusive, seconds=60.0):
-    context = multiprocessing.get_context("fork")
-    held = context.Event()
-    other = context.Process(target=hold, args=(file, exclusive, seconds, held))
-    other.start()
-    assert held.wait(30)
-    try:
-        yield other
-    finally:
-        other.kill()
-        other.join()
-
-
-@pytest.mark.parametrize(("theirs", "ours"), [(True, True), (True, False), (False, True)])
-def test_a_lock_is_refused_while_another_process_holds_it(tmp_path, theirs, ours):
-    file, waits = tmp_path / "out" / LOCK_FILE, []
-    with held_by_another(file, theirs):
-        start = time.monotonic()
-        ours_too = output_lock(file, "out is taken", exclusive=ours, patience=0.2, on_wait=lambda: waits.append(1))
-        with pytest.raises(ValueError, match=r"^out is taken$"), ours_too:
-            pytest.fail("two work on it")
-        assert time.monotonic() - start >= 0.2
-    assert waits == [1]
-    with output_lock(file, "out is taken", exclusive=ours, patience=5.0):
-        pass  # gone with the process that was killed
-
-
-def test_a_lock_can_be_shared(tmp_path):
-    file = tmp_path / LOCK_FILE
-    with held_by_another(file, exclusive=False), output_lock(file, "taken", exclusive=False, patience=0.0):
-        pass
-
-
-def test_a_lock_is_waited_for(tmp_path):
-    file, waits = tmp_path / LOCK_FILE, []
-    ours = output_lock(file, "taken", patience=30.0, on_wait=lambda: waits.append(1))
-    with held_by_another(file, exclusive=True, seconds=0.3), ours:
-        assert waits == [1]

@@ -12,6 +12,7 @@ ORDER = (
     ("errors",),
     ("settings",),
     ("config", "files", "runtime"),
+    ("outputs",),
     ("kernels", "box"),
     ("sparse_codes",),
     ("sae",),

@@ -18,7 +18,7 @@ from saevlm_fast.cli.planning import (
     training_disk,
     training_memory,
 )
-from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scene_widths
 from saevlm_fast.cli.terminal import Bar, HarvestBar, TrainBar, out, print_table, say, tell
 from saevlm_fast.config import DemoOptions, SAEConfig, TrainConfig
@@ -62,12 +62,14 @@ class _Report:
 
 def plan(options: DemoArguments) -> Plan:
     """What would be made; the time of training from two steps, and nothing said of the rest."""
+    from saevlm_fast.demo.run import check_demo
     from saevlm_fast.demo.scene_stores import N_SCENES, RECIPE
     from saevlm_fast.demo.steering import N_PATCH_SCENES
     from saevlm_fast.runtime import resolve_device
 
     device = resolve_device(options.device)
     check_writable(options.output)
+    check_demo(options.part(DemoOptions), (SETTINGS_FILE,))
     sae = SAEConfig.sized(scene_widths()[0], expansion=RECIPE["expansion"], k=RECIPE["k"])
     config = TrainConfig(
         steps=RECIPE["steps"] * 5 // 2, batch_size=RECIPE["batch_size"], dead_after=RECIPE["dead_after"]
@@ -88,11 +90,14 @@ def plan(options: DemoArguments) -> Plan:
 @command("demo", plan=plan)
 def demo(options: DemoArguments) -> dict[str, Any]:
     """The whole way on what is in the box: scenes, SAEs, their scores against raw neurons and the truth, a picture."""
-    from saevlm_fast.demo.run import run_demo
+    from saevlm_fast.demo.run import check_demo, run_demo
+    from saevlm_fast.outputs import output_lock
 
     begun = time.monotonic()
-    found = run_demo(options.part(DemoOptions), _Report())
-    Record("demo", options, options.output).write()
+    with output_lock(options.output, directory=True):
+        check_demo(options.part(DemoOptions), (SETTINGS_FILE,))
+        found = run_demo(options.part(DemoOptions), _Report())
+        Record("demo", options, options.output).write()
     _print_scored(found.table)
     _print_steered(found.steered.latents)
     _print_files(options.output, found.steered.latents, time.monotonic() - begun)

@@ -1,13 +1,13 @@
 """saevlm-fast harvest: images through a vision tower to stores."""
 
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import MISSING, dataclass
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, HarvestOptions, HarvestSettings
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from saevlm_fast.harvesting.config import HarvestConfig
+    from saevlm_fast.harvesting.ranks import Ranks
     from saevlm_fast.harvesting.run import HarvestSummary
     from saevlm_fast.images.sources import ImageSource
     from saevlm_fast.towers.tower import Tower
@@ -86,6 +87,7 @@ def plan(options: HarvestArguments) -> Plan:
             "units_of_work": f"{planned.n_units:,} of {planned.images_per_unit:,} images",
             **memory_figures(tower.device, weights),
             **disk_figures(options.output, sum(map(mul, rows, row_bytes))),
+            **replaced_figures(options.output, options.force),
             **({} if seconds is None else {"an_image_seconds": seconds, "all_images_seconds": seconds * n}),
         },
     )
@@ -119,6 +121,15 @@ def _seconds(run: Any, inputs: dict[str, "torch.Tensor"], device: "torch.device"
 def harvest(options: HarvestArguments) -> dict[str, Any] | None:
     """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
     from saevlm_fast.harvesting.ranks import torchrun_ranks
+    from saevlm_fast.outputs import output_lock
+
+    with torchrun_ranks() as ranks, ExitStack() as locks:
+        if ranks.rank == 0:  # the others take theirs when it has prepared the output
+            locks.enter_context(output_lock(options.output, directory=True))
+        return _harvest(options, ranks)
+
+
+def _harvest(options: HarvestArguments, ranks: "Ranks") -> dict[str, Any] | None:
     from saevlm_fast.harvesting.run import harvest as run_harvest
     from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.images.open import open_images
@@ -126,21 +137,21 @@ def harvest(options: HarvestArguments) -> dict[str, Any] | None:
     from saevlm_fast.towers.load import load_tower
 
     config, engine = options.harvest_config(), options.part(HarvestOptions)
-    check_output(engine)  # before a model is loaded
+    if ranks.rank == 0:
+        check_output(engine)  # before a model is loaded
     source = open_images(options.images)
-    with torchrun_ranks() as ranks:
-        tower = load_tower(options.model, resolve_device(ranks.device(options.device)), on_message=tell)
-        if ranks.rank == 0:
-            say(_sentence(options, source, tower))
-            _tell_notes(source)
-            _warn_of_mismatch(config, tower)
-        with HarvestBar(ranks.rank, ranks.world) as bar:
-            summary = run_harvest(source, tower, config, engine, ranks=ranks, on_images=bar.on_images)
-        if ranks.rank != 0:
-            return None
-        Record("harvest", options, options.output, images=summary.n_images, ranks=ranks.world).write()
-        _print_summary(summary)
-        return _as_json(summary)
+    tower = load_tower(options.model, resolve_device(ranks.device(options.device)), on_message=tell)
+    if ranks.rank == 0:
+        say(_sentence(options, source, tower))
+        _tell_notes(source)
+        _warn_of_mismatch(config, tower)
+    with HarvestBar(ranks.rank, ranks.world) as bar:
+        summary = run_harvest(source, tower, config, engine, ranks=ranks, on_images=bar.on_images)
+    if ranks.rank != 0:
+        return None
+    Record("harvest", options, options.output, images=summary.n_images, ranks=ranks.world).write()
+    _print_summary(summary)
+    return _as_json(summary)
 
 
 def _tell_notes(source: "ImageSource") -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import Enough, Stopwatch, check_writable, disk_figures, memory_figures
-from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
 from saevlm_fast.cli.terminal import Bar, print_table, say, warn
 from saevlm_fast.config import DEVICE_HELP
@@ -55,6 +55,7 @@ class ScoreArguments(WorkOptions):
     similarity: Literal["cosine", "dot", "rbf"] = setting("cosine", help="Of two embeddings.", paper="cosine")
     gamma: float | None = setting(None, help="Of rbf, exp(-gamma |e_i - e_j|^2).", shown="1 / E")
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
+    force: bool = setting(False, help="Replace --output once the new table is whole.", recorded=False)
     device: str = setting("auto", help=DEVICE_HELP)
 
     def check(self) -> None:
@@ -97,15 +98,9 @@ class Sources:
     output: Path
 
     @classmethod
-    def of(cls, options: ScoreArguments) -> "Sources":
-        """The user's own rows, or the box's test scenes."""
-        from saevlm_fast.scoring.tables import check_scores_path
-
+    def of(cls, options: ScoreArguments, sae: Path | None, output: Path) -> "Sources":
+        """The user's own rows, or the box's test scenes. sae, output: of where_to()."""
         rows = options.codes or options.activations
-        sae = options.sae or (latest_run() if rows is None and not options.raw else None)
-        output = options.output or (None if sae is None else sae / "scores.parquet")
-        assert output is not None  # the options have seen to it
-        output = check_scores_path(output)
         if rows is not None and options.embeddings is not None:
             return cls(rows, options.embeddings, sae, options.codes is not None, output)
         if options.dry_run:  # which does not harvest
@@ -127,6 +122,17 @@ class Sources:
         rows = {"codes": str(self.rows)} if self.coded else {"activations": str(self.rows)}
         sae = {} if self.coded else {"sae": str(self.sae or "raw neurons")}
         return sae | rows | {"embeddings": str(self.embeddings)}
+
+
+def where_to(options: ScoreArguments) -> tuple[Path | None, Path]:
+    """The SAE, which may be that of the latest run, and where the scores go. ValueError: they cannot go there."""
+    from saevlm_fast.scoring.tables import check_scores_path
+
+    on_scenes = options.codes is None and options.activations is None and not options.raw
+    sae = options.sae or (latest_run() if on_scenes else None)
+    output = options.output or (None if sae is None else sae / "scores.parquet")
+    assert output is not None  # the options have seen to it
+    return sae, check_scores_path(output)
 
 
 @dataclass(frozen=True)
@@ -179,8 +185,12 @@ class Opened:
 
 def plan(options: ScoreArguments) -> Plan:
     """What would be scored; the time from the second batch of rows."""
-    sources = Sources.of(options)
-    check_writable(sources.output)
+    from saevlm_fast.outputs import check_absent
+
+    sae, output = where_to(options)
+    check_writable(output)
+    check_absent([output, settings_path(output)], options.force)
+    sources = Sources.of(options, sae, output)
     if sources.rows == _SCENES:
         return _plan_of_scenes(options, sources)
     opened = Opened.of(sources, options.device)
@@ -232,9 +242,17 @@ def ms_score(options: ScoreArguments) -> dict[str, Any]:
 
     Without arguments: of the latest run below runs/, on scenes of the box that it was not trained on.
     """
+    from saevlm_fast.outputs import check_absent, output_lock
+
+    sae, output = where_to(options)
+    with output_lock(output, directory=False):
+        check_absent([output, settings_path(output)], options.force)
+        return _ms_score(options, Sources.of(options, sae, output))
+
+
+def _ms_score(options: ScoreArguments, sources: Sources) -> dict[str, Any]:
     from saevlm_fast.scoring.tables import write_scores
 
-    sources = Sources.of(options)
     opened = Opened.of(sources, options.device)
     with Bar("score", opened.rows.n_rows, "images") as bar:
         scores = opened.score(options, bar.update)

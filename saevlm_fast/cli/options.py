@@ -31,6 +31,7 @@ from saevlm_fast.settings import (
     declared_by,
     default_of,
     kinds_of,
+    path_of,
     setting,
     settings_of,
     title_of,
@@ -196,7 +197,9 @@ def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
     brackets += [] if (default := default_text(cls, name, known)) is None else [f"default: {default}"]
     text = escape(known.help) + "".join(f"  \\[{each}]" for each in brackets)
     more: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": title_of(cls, name)}
-    if choices:
+    if kind is Path and not known.positional:
+        more |= {"metavar": "PATH"}
+    elif choices:
         more |= {"metavar": "|".join(choices), "autocompletion": lambda: list(choices)}
     elif get_origin(kind) is tuple:
         more |= {"metavar": "<a,b,...>"}
@@ -211,7 +214,7 @@ def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
 def _typer_kind(kind: Any, known: Setting, has_choices: bool) -> Any:
     if get_origin(kind) is tuple:
         return list[str] | None
-    if has_choices or known.parse is not None:
+    if has_choices or known.parse is not None or kind is Path:  # Typer's own paths take "" for the working directory
         return str | None
     return kind | None
 
@@ -223,7 +226,7 @@ def arguments(name: str, cls: Any, values: Mapping[str, Any]) -> Any:
         ValueError: what the file, a value or their combination are refused for; what is needed and was not given.
     """
     known = settings_of(cls)
-    given = {field: _from_text(field, known[field], value) for field, value in values.items() if _was_given(value)}
+    given = {field: _from_text(cls, field, value) for field, value in values.items() if _was_given(value)}
     from_file = read_config(given["config"], name, cls) if "config" in given else {}
     for field in given:
         for other in known[field].instead_of:
@@ -240,7 +243,12 @@ def _was_given(value: Any) -> bool:
     return value is not None and value != []
 
 
-def _from_text(name: str, known: Setting, value: Any) -> Any:
+def _from_text(cls: Any, name: str, value: Any) -> Any:
+    known = settings_of(cls)[name]
+    key = key_of(name, known)
+    if kinds_of(cls)[name] is Path:
+        return path_of(key, value)
+    require(value != "", f"{key}: is empty")
     if known.parse is None:
         return value
     return known.parse(name, ",".join(value) if isinstance(value, list) else value)
@@ -292,4 +300,5 @@ def _from_file(where: str, kind: Any, known: Setting, value: Any) -> Any:
     accepts = {bool: bool, int: int, float: int | float}.get(kind, str)
     fits = isinstance(value, accepts) and isinstance(value, bool) == (kind is bool)
     require(fits, f"{where} = {value!r} is not {names.get(kind, 'a text')}")
-    return kind(value) if kind in (float, Path) else value
+    require(value != "", f"{where}: is empty")
+    return path_of(where, value) if kind is Path else float(value) if kind is float else value

@@ -33,6 +33,12 @@ def disk_figures(output: Path, needed: int) -> dict[str, Any]:
     return figures | ({"disk_warning": "not enough is free"} if needed > free else {})
 
 
+def replaced_figures(output: Path, force: bool) -> dict[str, Any]:
+    """What --force replaces, if something is there: it takes space beside the new."""
+    there = force and output.is_dir() and any(output.iterdir())
+    return {"replaces": f"{output}, which stays until the new is whole"} if there else {}
+
+
 def free_memory(device: "torch.device") -> int | None:
     """Bytes that are free on the device, or in the host's memory; None if the system does not say."""
     import torch

@@ -23,8 +23,12 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "pyarrow", "transformers"
 
 
 def settings_path(result: Path) -> Path:
-    """Where the settings of a result stand: in a directory, or beside a file."""
-    return result / SETTINGS_FILE if result.is_dir() else result.with_name(f"{result.name}.{SETTINGS_FILE}")
+    """Where the settings of a result stand: in a directory (or what will replace its contents), or beside a file."""
+    from saevlm_fast.outputs import workplace
+
+    if result.is_dir():
+        return workplace(result) / SETTINGS_FILE
+    return result.with_name(f"{result.name}.{SETTINGS_FILE}")
 
 
 class Record:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from saevlm_fast.cli.answers import AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
 from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
-from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
 from saevlm_fast.config import ScoreConfig, ScoreRun
 from saevlm_fast.errors import require
@@ -100,12 +100,11 @@ def plan(options: SteeringScoreArguments) -> Plan:
     """What would be asked; the time from a batch of answers about a white image."""
     from PIL import Image
 
-    from saevlm_fast.steering.score import PER_LATENT, firing_latents
+    from saevlm_fast.steering.score import PER_LATENT, check_run, firing_latents
 
     inputs = open_inputs(options)
     check_writable(options.output)
-    there = options.output.exists() and not options.force
-    require(not there, f"output: {options.output} already exists; --force replaces it")
+    check_run(inputs.run)
     alive = set(firing_latents(inputs.codes).tolist())
     latents = inputs.config.latents or tuple(range(inputs.codes.d_sae))
     firing = sum(latent in alive for latent in latents)
@@ -134,6 +133,18 @@ def plan(options: SteeringScoreArguments) -> Plan:
 @command("steering-score", plan=plan)
 def steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
     """The paper's steering score of every latent, beside five controls. Interrupted, it goes on with --resume."""
+    from saevlm_fast.outputs import check_absent, output_lock
+    from saevlm_fast.scoring.tables import check_scores_path
+    from saevlm_fast.steering.score import check_run
+
+    check_scores_path(options.output)
+    with output_lock(options.output, directory=False):
+        check_run(options.part(ScoreRun, sources=options.sources))
+        check_absent([settings_path(options.output)], options.force or options.resume)
+        return _steering_score(options)
+
+
+def _steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.steering.score import steering_score as score
     from saevlm_fast.towers.text import load_text_encoder

@@ -7,7 +7,7 @@ from typing import Any
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures
-from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.terminal import say
 from saevlm_fast.settings import setting
 
@@ -22,6 +22,14 @@ class SyntheticArguments(WorkOptions):
     d_embedding: int = setting(64, help="Width of the image embeddings.", at_least=1)
     concepts: int = setting(400, help="Planted concepts.", at_least=1)
     seed: int = setting(0, help="Seed of the concepts and the images.", at_least=0)
+    force: bool = setting(False, help="Replace these files in OUTPUT once the new are whole.", recorded=False)
+
+    @property
+    def paths(self) -> list[Path]:
+        """What is written."""
+        from saevlm_fast.data.synthetic import ACTIVATIONS_FILE, EMBEDDINGS_FILE
+
+        return [self.output / name for name in (ACTIVATIONS_FILE, EMBEDDINGS_FILE, SETTINGS_FILE)]
 
     def source(self) -> Any:
         """The planted concepts."""
@@ -32,7 +40,10 @@ class SyntheticArguments(WorkOptions):
 
 def plan(options: SyntheticArguments) -> Plan:
     """What would be written, the time from a block of images."""
+    from saevlm_fast.outputs import check_absent
+
     check_writable(options.output)
+    check_absent(options.paths, options.force)
     source, n_block = options.source(), min(options.rows, 1024)
     source.block(0, n_block)  # warms up
     start = time.perf_counter()
@@ -55,9 +66,12 @@ def plan(options: SyntheticArguments) -> Plan:
 def synthetic(options: SyntheticArguments) -> dict[str, Any]:
     """Write activations with planted concepts and matching image embeddings: data to try everything on, no download."""
     from saevlm_fast.data.synthetic import write_synthetic
+    from saevlm_fast.outputs import check_absent, output_lock
 
-    paths = write_synthetic(options.output, options.rows, options.source())
+    with output_lock(options.output, directory=True):
+        check_absent(options.paths, options.force)
+        paths = write_synthetic(options.output, options.rows, options.source(), options.force)
+        Record("synthetic", options, options.output).write()
     for path in paths:
         say(f"wrote {path}")
-    Record("synthetic", options, options.output).write()
     return {"output": str(options.output), "files": [str(path) for path in paths], "rows": options.rows}

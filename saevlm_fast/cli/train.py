@@ -10,11 +10,12 @@ from saevlm_fast.cli.planning import (
     check_writable,
     disk_figures,
     memory_figures,
+    replaced_figures,
     time_figures,
     training_disk,
     training_memory,
 )
-from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say
 from saevlm_fast.config import EXPANSION, RunOptions, SAEConfig, SAESize, TrainConfig
@@ -116,15 +117,16 @@ def _planned(options: TrainArguments) -> Run:
 
 def plan(options: TrainArguments) -> Plan:
     """What would be trained; the time from two steps on random rows."""
+    from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.training.checkpoints import RunDirectory, latest_checkpoint
+    from saevlm_fast.training.checkpoints import latest_checkpoint
 
     device = resolve_device(options.device)
     check_writable(options.output)
-    RunDirectory(options.output, options.checkpoint_every, options.resume, options.force).used()
+    _check_output(options)
     run = _planned(options)
     sae, config, n_rows = run.sae, run.config, run.n_rows
-    checkpoint = latest_checkpoint(options.output) if options.resume else None
+    checkpoint = latest_checkpoint(workplace(options.output)) if options.resume else None
     figures = {
         "rows": n_rows,
         "steps": config.steps,
@@ -134,6 +136,7 @@ def plan(options: TrainArguments) -> Plan:
         "resumes_at": checkpoint.name if checkpoint else None,
         **memory_figures(device, training_memory(sae, run.batch_size)),
         **disk_figures(options.output, training_disk(sae)),
+        **replaced_figures(options.output, options.force),
         **time_figures(sae, config, n_rows, device),
     }
     return Plan(run.sentence, figures)
@@ -145,6 +148,24 @@ def train(options: TrainArguments) -> dict[str, Any]:
 
     Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache.
     """
+    from saevlm_fast.outputs import output_lock
+
+    with output_lock(options.output, directory=True):
+        _check_output(options)
+        return _train(options)
+
+
+def _check_output(options: TrainArguments) -> None:
+    """ValueError: something is there, and nothing says that it may be replaced or gone on with."""
+    from saevlm_fast.outputs import check_absent
+    from saevlm_fast.training.checkpoints import RunDirectory
+
+    if not RunDirectory(options.output, options.checkpoint_every, options.resume, options.force).used():
+        check_absent([options.output / SETTINGS_FILE], options.force)
+
+
+def _train(options: TrainArguments) -> dict[str, Any]:
+    from saevlm_fast.outputs import workplace
     from saevlm_fast.training.checkpoints import latest_checkpoint
     from saevlm_fast.training.run import train as run_training
 
@@ -153,7 +174,7 @@ def train(options: TrainArguments) -> dict[str, Any]:
     sae, config = run.sae, run.config
     say(run.sentence)
     if options.resume:
-        checkpoint = latest_checkpoint(output)
+        checkpoint = latest_checkpoint(workplace(output))
         what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
         say(f"resume: {output}: {what}")
     record = Record(

@@ -32,6 +32,7 @@ from saevlm_fast.data.matrix import SAFETENSORS_DTYPES, dtype_names, safetensors
 from saevlm_fast.data.parquet import read_small_table
 from saevlm_fast.errors import ActivationError, first_line, require
 from saevlm_fast.files import atomic_write, sha256_file
+from saevlm_fast.outputs import is_name
 
 ACTIVATIONS, CODES, VERSION = "saevlm-fast activations", "saevlm-fast codes", 1
 WIDTH_NAMES = {ACTIVATIONS: "d_in", CODES: "d_sae"}
@@ -112,7 +113,7 @@ def _read_index_file(file: Path) -> StoreIndex:
         index = StoreIndex(raw["format"], width, dtype, source, shards, bool(raw["complete"]))
         sound = index.n_rows == n_rows and all(shard.rows >= 0 for shard in shards)
         require(sound, f"shape says {n_rows} rows, the shards {index.n_rows}")
-        inside = all(Path(name).name == name for shard in shards for name in (shard.file, shard.items))
+        inside = all(is_name(name) for shard in shards for name in (shard.file, shard.items))
         require(inside, "a shard's file lies outside the store")
         numbers = [shard.number for shard in shards]
         require(numbers == sorted(set(numbers)), "shard numbers do not ascend")

@@ -11,6 +11,7 @@ import numpy as np
 
 from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write
+from saevlm_fast.outputs import check_absent, output_lock
 
 ACTIVATIONS_FILE, EMBEDDINGS_FILE = "activations.npy", "embeddings.npy"
 _BLOCK = 8192
@@ -67,19 +68,24 @@ class PlantedConcepts:
         return np.concatenate([x for x, _ in blocks]), np.concatenate([e for _, e in blocks])
 
 
-def write_synthetic(directory: str | Path, n_rows: int, source: PlantedConcepts) -> tuple[Path, Path]:
-    """Write activations.npy [n_rows, d_in] and embeddings.npy [n_rows, d_embedding], each atomically.
+def write_synthetic(
+    directory: str | Path, n_rows: int, source: PlantedConcepts, force: bool = False
+) -> tuple[Path, Path]:
+    """Write activations.npy [n_rows, d_in] and embeddings.npy [n_rows, d_embedding], both once both are whole.
 
     Raises:
-        ValueError: n_rows below 1.
+        ValueError: n_rows below 1; one of the files is there and not to be replaced (force); the directory is in use by
+            another process, or cannot be written.
     """
     require(n_rows >= 1, f"rows: {n_rows} must be at least 1")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     paths = directory / ACTIVATIONS_FILE, directory / EMBEDDINGS_FILE
-    for path, matrix in zip(paths, source.sample(n_rows)):
-        with atomic_write(path) as temporary:
-            np.save(temporary, matrix, allow_pickle=False)
+    with output_lock(directory, directory=True):
+        check_absent(paths, force)
+        x_ND, e_NE = source.sample(n_rows)
+        with atomic_write(paths[0]) as activations, atomic_write(paths[1]) as embeddings:
+            np.save(activations, x_ND, allow_pickle=False)
+            np.save(embeddings, e_NE, allow_pickle=False)
     return paths
 
 

@@ -115,8 +115,8 @@ class StoreWriter(ABC):
         file, items_file = self.path / f"shard-{number:05d}.safetensors", self.path / f"items-{number:05d}.parquet"
         n_rows, tensors = self._shard_tensors(rows, f"{file} as {dtype_names([self._index.dtype])}")
         table = _item_table(items, n_rows)
-        with atomic_write(items_file) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        with atomic_write(items_file) as temporary, open(temporary, "wb") as opened:
+            pq.write_table(table, opened, compression="zstd")  # a path with a colon it would take for a URI
         save_safetensors_atomic(file, tensors)
         record = Shard(number, n_rows, file.name, sha256_file(file), items_file.name, sha256_file(items_file))
         shards = sorted([*self._index.shards, record], key=lambda shard: shard.number)
@@ -291,7 +291,7 @@ def _claim_directory(path: Path, force: bool) -> None:
 def clear_store(path: str | Path) -> None:
     """Deletes the store in a directory, if there is one, and what killed writers left; other files stay."""
     # The index goes first: without it what is left is no store.
-    for pattern in ("index.json", part_name("*"), "shard-*.safetensors", "items-*.parquet"):
+    for pattern in ("index.json", part_name("[0-9]*"), "shard-[0-9]*.safetensors", "items-[0-9]*.parquet"):
         for file in Path(path).glob(pattern):
             file.unlink()
     remove_leftovers(path)

@@ -13,8 +13,10 @@ from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Measured, Scored, pictur
 from saevlm_fast.demo.steering import LLAVA, N_PATCH_SCENES, PATCHES, SteeringExample, steer_colours
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import write_json_atomic
+from saevlm_fast.outputs import check_absent, output_lock
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.tables import write_scores
+from saevlm_fast.training.checkpoints import RUN_FILE
 from saevlm_fast.training.evaluate import Metrics
 
 N_STEPS = 5
@@ -66,10 +68,28 @@ def run_demo(options: DemoOptions, report: Report) -> Demonstrated:
     """All of it, into options.output; what an earlier run has finished there is not done again, unless force.
 
     Raises:
-        ValueError: a directory that holds runs of other settings. Interrupted: the same call goes on where it stopped.
+        ValueError: a directory that holds runs of other settings, or files of these names that no demo has written.
+        Interrupted: the same call goes on where it stopped.
     """
+    with output_lock(options.output, directory=True):
+        check_demo(options)
+        return _run_demo(options, Path(options.output), report)
+
+
+def check_demo(options: DemoOptions, also: tuple[str, ...] = ()) -> None:
+    """ValueError: files of a demo's names (and others') are there, but no demo that could be gone on with, and no
+    force."""
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)  # before the work begins
+    begun = (output / ARCHITECTURES[0] / RUN_FILE).exists()
+    files = [path for name in (*FILES, "scene.png", *also) if not name.endswith("/") for path in _named(output, name)]
+    check_absent(files, options.force or begun)
+
+
+def _named(output: Path, name: str) -> list[Path]:
+    return list(output.glob(name)) if "*" in name else [output / name]
+
+
+def _run_demo(options: DemoOptions, output: Path, report: Report) -> Demonstrated:
     report.step(1, f"scenes through {TOWER} ({N_SCENES['train']:,} to train on, {N_SCENES['test']:,} to test on)")
     train_on, test_on = (_scenes(split, n, "cls", options, report) for split, n in N_SCENES.items())
     trained: dict[str, tuple[SparseAutoencoder | None, Metrics | None]] = {RAW: (None, None)}

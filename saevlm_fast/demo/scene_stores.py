@@ -15,11 +15,11 @@ from pathlib import Path
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.files import LOCK_FILE, output_lock
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import HarvestSummary, harvest
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.images.scenes import PREFIX, open_scenes
+from saevlm_fast.outputs import LOCK_FILE, output_lock
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import read_sae_header
 from saevlm_fast.towers.load import load_tower
@@ -99,10 +99,9 @@ def harvest_scenes(
     made_of = json.dumps([tower.description(), source.fingerprint(), asdict(config)], sort_keys=True, default=str)
     key = hashlib.sha256(made_of.encode()).hexdigest()[:12]  # another model or version is another directory
     output = cache_directory() / f"{split}-{n}-residual-{layer}-{choice.name}-{key}"
-    lock = output.with_name(f".{output.name}.lock")  # beside it: a damaged output is deleted
-    refusal = f"{output}: another process has been at work on it for an hour"
     waiting = lambda: on_message(f"{output}: another process is harvesting it, waiting")  # noqa: E731
-    with output_lock(lock, refusal, patience=_PATIENCE_SECONDS, on_wait=waiting):
+    # Beside the output, as a damaged one is deleted.
+    with output_lock(output, directory=False, patience=_PATIENCE_SECONDS, on_wait=waiting):
         options = HarvestOptions(output, scenes, resume=True)
         go_on = lambda: harvest(source, tower, config, options, on_images=on_images)  # noqa: E731
         try:

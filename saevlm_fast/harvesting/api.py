@@ -15,7 +15,9 @@ from saevlm_fast.harvesting.run import harvest as run_harvest
 from saevlm_fast.harvesting.stores import check_output
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import resolve_device
+from saevlm_fast.settings import path_of
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint, Tower
@@ -113,13 +115,14 @@ def harvest(
         **recipe,
     )
     temporary = tempfile.TemporaryDirectory(prefix="saevlm-fast-") if output is None else None
-    where = Path(temporary.name if temporary is not None else os.fspath(output or ""))
+    where = Path(temporary.name) if temporary is not None else path_of("output", output)
     named = os.fspath(images) if isinstance(images, str | os.PathLike) else ""
     options = HarvestOptions(where, named, **rest)
-    check_output(options)  # before a model is loaded
-    source = open_images(images) if isinstance(images, str | os.PathLike) else images
-    tower = model if isinstance(model, Tower) else load_tower(model, resolve_device(device))
-    paths = run_harvest(source, tower, config, options, on_images=on_images).stores
+    with output_lock(where, directory=True):
+        check_output(options)  # before a model is loaded
+        source = open_images(images) if isinstance(images, str | os.PathLike) else images
+        tower = model if isinstance(model, Tower) else load_tower(model, resolve_device(device))
+        paths = run_harvest(source, tower, config, options, on_images=on_images).stores
     opened = [open_activations(path) if sae is None else open_codes(path) for path in paths]
     for store in opened:
         weakref.finalize(store, _let_go, temporary)  # the directory lives as long as a store in it

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +26,14 @@ from torch import Tensor
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.codes import mean_pool_codes
 from saevlm_fast.data.prefetch import loader_threads
-from saevlm_fast.errors import Interrupted, check_same_settings
-from saevlm_fast.files import LOCK_FILE, output_lock
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
 from saevlm_fast.harvesting.ranks import ALONE, Ranks
-from saevlm_fast.harvesting.stores import HARVEST_FILE, BatchRows, HarvestStores, UnitPieces, check_output
+from saevlm_fast.harvesting.stores import BatchRows, HarvestStores, UnitPieces
 from saevlm_fast.images.batches import Batch, dead_workers_in_one_line, default_workers, image_batches
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import interruptible, tf32_products
 from saevlm_fast.sae import evaluating
 from saevlm_fast.sparse_codes import SparseCodes
@@ -41,7 +41,6 @@ from saevlm_fast.towers.tokens import POOLED
 from saevlm_fast.towers.tower import Tower
 
 _UNITS_IN_FLIGHT = 2
-_FREE_SETTINGS = ("versions", "path", "spec", "torch", "transformers", "open_clip", "timm")  # may differ on resume
 
 
 @dataclass
@@ -80,22 +79,23 @@ def harvest(
         OSError: a write failed. Interrupted: SIGINT or SIGTERM; finished units are on the disk.
     """
     autocast = COMPUTE_DTYPES[config.dtype]
-    with (
-        interruptible() as interrupted,
-        tf32_products(config.dtype == "tf32"),
-        tower.hooked(config.points, compile=options.compile, autocast=autocast) as run,
-    ):
-        plan = HarvestPlan(source, tower, run, config, options)
-        stores = HarvestStores(plan)
-        lock, refusal = plan.output / LOCK_FILE, f"output: another harvest is writing to {plan.output}"
+    with ExitStack() as locks:
         if ranks.rank == 0:
-            check_output(options)
-            if options.resume and (plan.output / HARVEST_FILE).exists():
-                check_same_settings(plan.output / HARVEST_FILE, plan.settings, free=_FREE_SETTINGS)
-            with output_lock(lock, refusal):
-                stores.open(options.force)
-        ranks.barrier()
-        with output_lock(lock, refusal, exclusive=False):  # the ranks of one harvest share it
+            lock = locks.enter_context(output_lock(options.output, directory=True))
+        with (
+            interruptible() as interrupted,
+            tf32_products(config.dtype == "tf32"),
+            tower.hooked(config.points, compile=options.compile, autocast=autocast) as run,
+        ):
+            plan = HarvestPlan(source, tower, run, config, options)
+            stores = HarvestStores(plan)
+            if ranks.rank == 0:
+                stores.open()
+                if ranks.world > 1:
+                    lock.share()  # with the other ranks
+            ranks.barrier()
+            if ranks.rank > 0:
+                locks.enter_context(output_lock(options.output, directory=True, exclusive=False))
             stores.resume(part=ranks.rank if ranks.world > 1 else None)
             loop = _Loop(plan, stores, ranks)
             with dead_workers_in_one_line():
@@ -103,8 +103,8 @@ def harvest(
             ranks.barrier()
             if ranks.rank == 0:
                 loop.summary.n_skipped = stores.finish()
-        ranks.barrier()
-        return loop.summary
+            ranks.barrier()
+            return loop.summary
 
 
 class _Loop:

@@ -2,7 +2,8 @@
 
 It holds `harvest.json` (the settings, checked by resume), `skipped.jsonl` (images that could not be used), and the
 stores: the directory itself if there is one, else a directory for each. While the harvest runs, a file
-skipped-NNNNN.jsonl holds the skipped images of a finished unit.
+skipped-NNNNN.jsonl holds the skipped images of a finished unit. A harvest that replaces another has all this in
+.replacement until it is complete (outputs.py).
 """
 
 import json
@@ -20,12 +21,22 @@ from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.store import joined_index
 from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store, merge_parts
-from saevlm_fast.errors import ActivationError, require
-from saevlm_fast.files import LOCK_FILE, atomic_write, remove_leftovers, write_json_atomic
+from saevlm_fast.errors import ActivationError, check_same_settings, require
+from saevlm_fast.files import atomic_write, remove_leftovers, write_json_atomic
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
+from saevlm_fast.outputs import (
+    LOCK_FILE,
+    begin_replacement,
+    is_being_swapped,
+    is_name,
+    publish,
+    settle,
+    workplace,
+)
 from saevlm_fast.sparse_codes import SparseCodes
 
 HARVEST_FILE, SKIPPED_FILE = "harvest.json", "skipped.jsonl"
+_FREE_SETTINGS = ("versions", "path", "spec", "torch", "transformers", "open_clip", "timm")  # may differ on resume
 
 
 class BatchRows(NamedTuple):
@@ -48,13 +59,15 @@ def check_output(options: HarvestOptions) -> None:
     """ValueError if a harvest may not use its output directory. Nothing is touched."""
     output = Path(options.output)
     require(output.is_dir() or not os.path.lexists(output), f"output: {output} is not a directory")
-    used = (output / HARVEST_FILE).exists()
+    used = (output / HARVEST_FILE).exists() or is_being_swapped(output)
     require(
         not used or options.resume or options.force,
         f"output: {output} already holds a harvest; use --resume to continue or --force to replace",
     )
     occupied = output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir())
     require(used or not occupied, f"output: {output} is not empty and holds no harvest")
+    if options.force and (output / HARVEST_FILE).exists():
+        _stores_of(output / HARVEST_FILE)  # of a damaged one nothing could be removed
 
 
 class HarvestStores:
@@ -66,33 +79,62 @@ class HarvestStores:
 
     def __init__(self, plan: HarvestPlan):
         self.plan, self.output = plan, plan.output
+        self.place = plan.output
         self.writers: list[StoreWriter] = []
         self.done: frozenset[int] = frozenset()
         self.skipped: list[str] = []
 
-    def open(self, force: bool) -> None:
-        """Rank 0: starts, replaces or resumes."""
-        remove_leftovers(self.output)
-        if force and (self.output / HARVEST_FILE).exists():
-            _remove_harvest(self.output)
-        if not (self.output / HARVEST_FILE).exists():
-            write_json_atomic(self.output / HARVEST_FILE, self.plan.settings)
-        there = [store for store in self.plan.stores if (store.path / "index.json").exists()]
-        shards = [{shard.number for shard in joined_index(store.path).shards} for store in there]
-        # A unit is done when every store has it, and is done anew in all of them otherwise: an image that could not be
-        # read then may be readable now.
+    def open(self) -> None:
+        """Rank 0, which has the lock: starts, resumes, or begins a replacement.
+
+        Raises:
+            ValueError: the output may not be used, or was begun with other settings.
+        """
+        options = self.plan.options
+        settle(self.output, _remove_harvest)
+        check_output(options)
+        if options.force and (self.output / HARVEST_FILE).exists():
+            self._check_room()
+            begin_replacement(self.output)
+        self.place = workplace(self.output)
+        if (self.place / HARVEST_FILE).exists():
+            check_same_settings(self.place / HARVEST_FILE, self.plan.settings, free=_FREE_SETTINGS)
+        remove_leftovers(self.place)
+        if not (self.place / HARVEST_FILE).exists():
+            write_json_atomic(self.place / HARVEST_FILE, self.plan.settings)
+        self._keep_whole_units()
+
+    def _keep_whole_units(self) -> None:
+        """A unit is done when every store has it, and is done anew in all of them otherwise: an image that could not be
+        read then may be readable now."""
+        there = [store for store in self.plan.stores if (self._path(store) / "index.json").exists()]
+        shards = [{shard.number for shard in joined_index(self._path(store)).shards} for store in there]
         done = set.intersection(*shards) if len(there) == len(self.plan.stores) else set()
         for store in there:
-            merge_parts(store.path, keep=done)
+            merge_parts(self._path(store), keep=done)
         for unit in set(range(self.plan.n_units)) - done:
             self._skipped_file(unit).unlink(missing_ok=True)
         for store in self.plan.stores:
             if store not in there:
                 self._new_store(store)
 
+    def _check_room(self) -> None:
+        """ValueError: where a store will go there is something that is not of the harvest that is replaced."""
+        ours = set(_stores_of(self.output / HARVEST_FILE))
+        for store in self.plan.stores:
+            name = store.path.relative_to(self.output).as_posix()
+            there = store.path / "index.json" if name == "." else store.path
+            free = name in ours or not os.path.lexists(there)
+            require(free, f"output: {there} is there and not of the harvest that --force replaces")
+
+    def _path(self, store: PlannedStore) -> Path:
+        """Where the store is now."""
+        return self.place / store.path.relative_to(self.output)
+
     def _new_store(self, store: PlannedStore) -> None:
         dtype, source = self.plan.config.torch_store_dtype, self.plan.source_of(store)
-        self._writer(store.path, store.width, dtype, source, force=True)  # harvest.json may be there, and no index is
+        # harvest.json may be there, and no index is
+        self._writer(self._path(store), store.width, dtype, source, force=True)
 
     @property
     def _writer(self) -> type[StoreWriter]:
@@ -100,7 +142,8 @@ class HarvestStores:
 
     def resume(self, part: int | None) -> None:
         """Every rank: opens the stores that rank 0 prepared, each rank with its own part of the index."""
-        self.writers = [self._writer.resume(store.path, part=part) for store in self.plan.stores]
+        self.place = workplace(self.output)
+        self.writers = [self._writer.resume(self._path(store), part=part) for store in self.plan.stores]
         self.done = frozenset(self.writers[0].done)  # rank 0 has seen to it that all have the same
         self.skipped = [line for unit in sorted(self.done) for line in _lines(self._skipped_file(unit))]
 
@@ -109,11 +152,11 @@ class HarvestStores:
         limit, n_images = self.plan.options.max_skipped, self.plan.n_images
         if len(self.skipped) <= limit * n_images:
             return
-        _write_lines(self.output / SKIPPED_FILE, self.skipped)
+        _write_lines(self.place / SKIPPED_FILE, self.skipped)
         last = json.loads(self.skipped[-1])
         raise ValueError(
             f"max_skipped: {len(self.skipped)} of {n_images} images could not be used, more than {limit:.2%}; listed "
-            f"in {self.output / SKIPPED_FILE}; the last one is {last['image']}: {last['reason']}"
+            f"in {self.place / SKIPPED_FILE}; the last one is {last['image']}: {last['reason']}"
         )
 
     def write_unit(self, unit: int, pieces: UnitPieces) -> None:
@@ -154,30 +197,35 @@ class HarvestStores:
         return pa.table({"image": ids.take(places), "token": tokens, "label": labels.take(places)})
 
     def finish(self) -> int:
-        """Rank 0, when every unit is on the disk: the skipped images are joined, the stores declared complete.
+        """Rank 0, when every unit is on the disk: the skipped images are joined, the stores declared complete, and what
+        they replace is removed.
 
         In this order, so that a kill in between leaves something that resume finishes. Returns the images skipped.
         """
         n_units = self.plan.n_units
         pieces = [path for unit in range(n_units) if (path := self._skipped_file(unit)).exists()]
-        indexes = [joined_index(store.path) for store in self.plan.stores]
-        for store, index in zip(self.plan.stores, indexes):
+        paths = [self._path(store) for store in self.plan.stores]
+        indexes = [joined_index(path) for path in paths]
+        for path, index in zip(paths, indexes):
             missing = set(range(n_units)) - {shard.number for shard in index.shards}
-            require(not missing, f"{store.path}: {len(missing)} of {n_units} shards are missing; use --resume")
-        skipped_file = self.output / SKIPPED_FILE
+            require(not missing, f"{path}: {len(missing)} of {n_units} shards are missing; use --resume")
+        skipped_file = self.place / SKIPPED_FILE
         if not all(index.complete for index in indexes):
             self.skipped = [line for piece in pieces for line in _lines(piece)]
             self.check_skipped()
             _write_lines(skipped_file, self.skipped)
         require(len(self.skipped) < self.plan.n_images, f"images: none could be used; see {skipped_file}")
-        for store in self.plan.stores:
-            merge_parts(store.path, complete=True)
+        for path in paths:
+            merge_parts(path, complete=True)
         for piece in pieces:
             piece.unlink()
-        return len(_lines(skipped_file))
+        n_skipped = len(_lines(skipped_file))
+        if self.place != self.output:
+            publish(self.output, _remove_harvest)
+        return n_skipped
 
     def _skipped_file(self, unit: int) -> Path:
-        return self.output / f"skipped-{unit:05d}.jsonl"
+        return self.place / f"skipped-{unit:05d}.jsonl"
 
 
 def _lines(path: Path) -> list[str]:
@@ -191,11 +239,18 @@ def _write_lines(path: Path, lines: Sequence[str]) -> None:
 
 def _remove_harvest(output: Path) -> None:
     """Deletes the stores that the harvest in `output` made, and its own files; what else lies there stays."""
+    if not (output / HARVEST_FILE).exists():
+        return
     for name in _stores_of(output / HARVEST_FILE):
-        clear_store(output / name)
-        if name != "." and (output / name).is_dir() and not any((output / name).iterdir()):
-            (output / name).rmdir()
-    for file in (*output.glob("skipped*.jsonl"), output / HARVEST_FILE):
+        store = output / name
+        if store.is_symlink():  # what it leads to is not ours
+            store.unlink()
+            continue
+        clear_store(store)
+        if name != "." and store.is_dir() and not any(store.iterdir()):
+            store.rmdir()
+    units = output.glob("skipped-[0-9]*.jsonl")
+    for file in (output / SKIPPED_FILE, *units, output / HARVEST_FILE):
         file.unlink(missing_ok=True)
 
 
@@ -207,5 +262,5 @@ def _stores_of(path: Path) -> list[str]:
         raise ValueError(
             f"{path}: damaged ({type(error).__name__}: {error}); delete {path.parent} to start anew"
         ) from None
-    require(all(Path(name).name == name or name == "." for name in names), f"{path}: a store lies outside the harvest")
+    require(all(is_name(name) or name == "." for name in names), f"{path}: a store lies outside the harvest")
     return names

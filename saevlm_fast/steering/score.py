@@ -16,11 +16,10 @@ else. Shape suffixes: L latents chosen, K top images, E embedding, D width, Q im
 """
 
 import json
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,9 +35,10 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import ImageError, Interrupted, check_same_settings, require
-from saevlm_fast.files import LOCK_FILE, output_lock, sha256_file, weights_sha256, write_json_atomic
+from saevlm_fast.files import sha256_file, weights_sha256, write_json_atomic
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.outputs import LOCK_FILE, check_absent, output_lock
 from saevlm_fast.runtime import interruptible
 from saevlm_fast.scoring.tables import check_scores_path, write_table
 from saevlm_fast.scoring.top_images import top_images
@@ -50,6 +50,7 @@ CONDITIONS = ("steered", "sae_attached", "unsteered", "random_latent", "sign_fli
 PER_LATENT = tuple(name for name in CONDITIONS if name not in ("sae_attached", "unsteered"))
 N_TOP = 16
 EMPTY = "_empty"
+_SETTINGS_FILE = "settings.json"
 MEASURES = (*CONDITIONS, *(name + EMPTY for name in CONDITIONS))
 
 
@@ -116,13 +117,14 @@ def steering_score(
     """
     check_scores_path(run.output)
     latents = config.latents or tuple(range(codes.d_sae))
-    _check_sides(answerer, codes, embeddings, encoder, latents)
-    pictures = _Pictures(source, codes)
-    there = run.output.exists() and not run.progress.exists()
-    require(run.force or not there, f"output: {run.output} already exists; --force replaces it")
-    with output_lock(run.progress / LOCK_FILE, f"output: another process is writing {run.output.name}"):
-        _start_run(run, _settings(run, config, answerer, codes, embeddings))
-        scorer = _Scorer(answerer, pictures, encoder, config, latents, codes, embeddings)
+    with output_lock(run.output, directory=False):
+        check_run(run)
+        _check_sides(answerer, codes, embeddings, encoder, latents)
+        settings = _settings(run, config, answerer, codes, embeddings)
+        if _blocks(run) and not run.force:
+            check_same_settings(run.progress / _SETTINGS_FILE, settings)
+        scorer = _Scorer(answerer, _Pictures(source, codes), encoder, config, latents, codes, embeddings)
+        _start_run(run, settings)  # what is there has been left alone until the inputs were known to be usable
         return _score_blocks(scorer, latents, run, on_rows)
 
 
@@ -146,7 +148,10 @@ def _score_blocks(
     write_table(scores.table, run.output)
     for path, _ in blocks:  # before the settings, without which nothing could be resumed
         path.unlink()
-    shutil.rmtree(run.progress)
+    for name in (_SETTINGS_FILE, LOCK_FILE):  # the lock of an older version
+        (run.progress / name).unlink(missing_ok=True)
+    with suppress(OSError):  # what else lies there stays
+        run.progress.rmdir()
     return scores
 
 
@@ -204,18 +209,29 @@ def _data_digest(path: Path) -> str:
     return sha256_file(path / "index.json" if path.is_dir() else path)
 
 
+def check_run(run: ScoreRun) -> None:
+    """ValueError: an output or an unfinished run is there, and neither resume nor force says what becomes of it."""
+    unfinished = bool(_blocks(run))
+    require(
+        not unfinished or run.resume or run.force,
+        f"output: an unfinished run is in {run.progress}; continue it with --resume, or --force",
+    )
+    check_absent([run.output], run.force or unfinished)  # a run that replaces it was begun with --force
+
+
+def _blocks(run: ScoreRun) -> list[Path]:
+    return sorted(run.progress.glob("block_[0-9]*.json"))
+
+
 def _start_run(run: ScoreRun, settings: dict[str, dict[str, Any]]) -> None:
     """A run that has finished no block yet leaves nothing to go on with."""
-    path, blocks = run.progress / "settings.json", list(run.progress.glob("block_*.json"))
+    blocks = _blocks(run)
     if blocks and not run.force:
-        require(run.resume, f"output: an unfinished run is in {run.progress}; continue it with --resume, or --force")
-        check_same_settings(path, settings)
         return
-    require(run.force or not run.output.exists(), f"output: {run.output} already exists; --force replaces it")
     for block in blocks:
         block.unlink()
     run.progress.mkdir(exist_ok=True)
-    write_json_atomic(path, settings)
+    write_json_atomic(run.progress / _SETTINGS_FILE, settings)
 
 
 class _Pictures:

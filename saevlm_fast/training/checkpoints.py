@@ -4,14 +4,16 @@ It holds `cfg.json` and `sae_weights.safetensors` (the SAE, SAELens v6 layout), 
 settings, checked by --resume) and `checkpoints/step_XXXXXXXX/` (the same SAE files as of that step, and
 `train_state.safetensors`). Everything is written under a temporary name and renamed; a checkpoint directory appears
 whole or not at all. The order of the rows is a function of (seed, step), so a run that was killed and resumed takes the
-same steps as one that was not: bit-identical weights on the CPU.
+same steps as one that was not: bit-identical weights on the CPU. A run that replaces another has all this in
+.replacement until its SAE is finished (outputs.py).
 """
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -28,6 +30,7 @@ from saevlm_fast.files import (
     save_safetensors_atomic,
     write_json_atomic,
 )
+from saevlm_fast.outputs import begin_replacement, is_being_swapped, output_lock, publish, settle, workplace
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
 from saevlm_fast.training.state import TrainingState, diverged
@@ -72,19 +75,42 @@ class RunDirectory:
     """What a run keeps on disk; methods in the order they happen.
 
     Args:
-        path: of the directory. checkpoint_every: as Cadence's `every`.
-        resume: continue the run in it. force: replace it.
+        output: the directory. checkpoint_every: as Cadence's `every`.
+        resume: continue the run in it. force: replace it, once the new SAE is finished.
+
+    Attributes:
+        path: where the run is: `output`, or its replacement while that is made.
     """
 
-    def __init__(self, path: Path, checkpoint_every: int | None, resume: bool, force: bool):
-        self.path, self.checkpoint_every, self.resume, self.force = path, checkpoint_every, resume, force
+    def __init__(self, output: Path, checkpoint_every: int | None, resume: bool, force: bool):
+        self.output, self.checkpoint_every, self.resume, self.force = output, checkpoint_every, resume, force
+        self.path = output
+
+    def locked(self) -> AbstractContextManager[object]:
+        """For this process alone. ValueError: another one has it, or it cannot be written."""
+        return output_lock(self.output, directory=True)
 
     def used(self) -> bool:
-        """Whether a run is there. ValueError: one is, and neither resume nor force says what becomes of it."""
-        used = any((self.path / name).exists() for name in (RUN_FILE, CONFIG_FILE, CHECKPOINTS, METRICS_FILE))
+        """Whether a run is there.
+
+        Raises:
+            ValueError: one is, and neither resume nor force says what becomes of it; or files of a run's names are
+                there that are of no run, which nothing says may be removed.
+        """
+        if is_being_swapped(self.output):
+            used = True
+        else:
+            used = _holds_run(self.output)
+            names = (RUN_FILE, CONFIG_FILE, WEIGHTS_FILE, CHECKPOINTS, METRICS_FILE)
+            foreign = [] if used else [name for name in names if os.path.lexists(self.output / name)]
+            require(
+                not foreign,
+                f"output: {self.output} holds {', '.join(foreign)}, but no run ({RUN_FILE} says what is one), and "
+                "nothing else is replaced; name another directory",
+            )
         require(
             not used or self.resume or self.force,
-            f"output: {self.path} already holds a run; use --resume to continue or --force to replace",
+            f"output: {self.output} already holds a run; use --resume to continue or --force to replace",
         )
         return used
 
@@ -92,12 +118,13 @@ class RunDirectory:
         """Start, replace or resume (a run killed before it wrote anything starts); refuses to touch a run untold.
 
         Raises:
-            ValueError: the directory holds a run, resume meets other settings, other data or a damaged checkpoint, or
-                the data is not finite.
+            ValueError: the directory is used otherwise, resume meets other settings, other data or a damaged
+                checkpoint, or the data is not finite.
         """
-        used, settings = self.used(), state.settings()
-        if self.resume and used:
-            require((self.path / RUN_FILE).is_file(), f"resume: {RUN_FILE} is missing from {self.path}")
+        settle(self.output, _remove_run)
+        replaces, settings = self.used() and self.force, state.settings()
+        self.path = self.output if replaces else workplace(self.output)
+        if self.resume and (self.path / RUN_FILE).exists():
             check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
             remove_leftovers(self.path)
             remove_leftovers(self.path / CHECKPOINTS)
@@ -108,19 +135,13 @@ class RunDirectory:
         else:
             state.initialise()
         # Only now that the data has been read is anything on disk touched: bad data must not cost an older run.
-        if self.force:
-            self._remove_run()
-        self.path.mkdir(parents=True, exist_ok=True)
+        if replaces:
+            self.path = begin_replacement(self.output)
         if not (self.path / RUN_FILE).exists():
             write_json_atomic(self.path / RUN_FILE, settings)
         if checkpoint is None:
             (self.path / METRICS_FILE).unlink(missing_ok=True)
         self.cadence = Cadence(self.checkpoint_every, state.config.steps, state.stepper.n_steps)
-
-    def _remove_run(self) -> None:
-        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
-        for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, RUN_FILE):
-            (self.path / name).unlink(missing_ok=True)
 
     def _truncate_metrics(self, n_steps: int) -> None:
         """Drop logged steps that the resumed run is about to repeat."""
@@ -161,7 +182,7 @@ class RunDirectory:
             with self.cadence.writing(step):
                 self.checkpoint(state)
         if interrupted:
-            raise Interrupted(f"interrupted after step {step}; continue with --resume --output {self.path}")
+            raise Interrupted(f"interrupted after step {step}; continue with --resume --output {self.output}")
 
     def checkpoint(self, state: TrainingState) -> None:
         """Write checkpoints/step_N whole, then drop all but the newest two."""
@@ -174,7 +195,7 @@ class RunDirectory:
         if bad:
             raise diverged(f"{', '.join(bad)}: NaN or inf after step {stepper.n_steps}", self.kept())
         header = {"n_steps": str(stepper.n_steps), "n_rows_seen": str(stepper.n_rows_seen)}
-        final.parent.mkdir(exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(final) as directory:
             state.export().save_pretrained(directory)
             save_safetensors_atomic(directory / STATE_FILE, {n: t.cpu() for n, t in tensors.items()}, metadata=header)
@@ -189,8 +210,37 @@ class RunDirectory:
         return f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
 
     def save(self, sae: SparseAutoencoder) -> None:
-        """The finished SAE."""
+        """The finished SAE; what the run replaces is removed."""
         sae.save_pretrained(self.path)
+        if self.path != self.output:
+            publish(self.output, _remove_run)
+            self.path = self.output
+
+    def saved(self) -> str:
+        """What has become of the finished SAE."""
+        return f"the SAE is finished and saved in {self.output}"
+
+
+def _holds_run(output: Path) -> bool:
+    """Whether a run of ours is there, finished or not: it wrote its settings before all else."""
+    try:
+        settings = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and {"sae", "train", "data"} <= settings.keys()
+
+
+def _remove_run(output: Path) -> None:
+    """What a run wrote, and nothing else that lies there."""
+    directory = output / CHECKPOINTS
+    if not directory.is_symlink():
+        remove_leftovers(directory)
+        for checkpoint in checkpoints(output):
+            checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
+        with suppress(OSError):  # not there, or not empty
+            directory.rmdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, RUN_FILE):
+        (output / name).unlink(missing_ok=True)
 
 
 def _load(checkpoint: Path, state: TrainingState) -> None:

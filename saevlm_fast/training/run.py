@@ -6,8 +6,10 @@ written.
 
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
+
+import torch
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
 from saevlm_fast.data.rows import Activations
@@ -20,6 +22,7 @@ from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.state import TrainingState
 
 _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
+_LOOKED_AT = 4096
 
 
 def train(
@@ -67,26 +70,61 @@ def train(
     line = ProgressLine(config.steps)
     if progress:
         on_log = _both(line.log, on_log)
-    state = TrainingState(activations, sae_config, config, resolve_device(options.device))
     kept = _kept(options)
-    kept.begin(state)
+    evaluated = validation or activations
     small = config.batch_size * sae_config.d_in * sae_config.d_sae < _SMALL_PRODUCT
-    with (
-        interruptible() as interrupted,
-        tf32_products(config.dtype == "tf32"),
-        one_thread(small),
-        closing(line),
-    ):
-        _steps(state, kept, options.log_every, on_log, on_step, interrupted)
-        sae = state.export()
-        kept.save(sae)
-    metrics = evaluate(sae, validation or activations)
-    kept.log(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
+    with kept.locked():
+        _look_at(evaluated, config, whole=options.output is None)
+        state = TrainingState(activations, sae_config, config, resolve_device(options.device))
+        kept.begin(state)
+        with (
+            interruptible() as interrupted,
+            tf32_products(config.dtype == "tf32"),
+            one_thread(small),
+            closing(line),
+        ):
+            _steps(state, kept, options.log_every, on_log, on_step, interrupted)
+            sae = state.export()
+            kept.save(sae)
+        metrics = _evaluated(sae, evaluated, kept)
+        kept.log(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
     return sae, metrics
+
+
+def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
+    """Rows of what the evaluation at the end reads, the first and the last among them, evenly spread: a hundredth of
+    those that are trained on, and at least 4096. All of them if `whole`: where nothing is kept, an evaluation that
+    fails loses the SAE.
+
+    Raises:
+        ActivationError: NaN or infinity, naming the row.
+    """
+    n_rows = evaluated.n_rows
+    n = n_rows if whole else min(n_rows, max(_LOOKED_AT, config.steps * config.batch_size // 100))
+    if n == n_rows:
+        with closing(evaluated.chunks(_LOOKED_AT)) as chunks:
+            for _ in chunks:
+                pass
+        return
+    for start in range(0, n, _LOOKED_AT):
+        places = torch.arange(start, min(start + _LOOKED_AT, n))
+        evaluated.rows(places * (n_rows - 1) // max(n - 1, 1))
+
+
+def _evaluated(sae: SparseAutoencoder, activations: Activations, kept: "RunDirectory | NothingKept") -> Metrics:
+    """evaluate(); of rows that cannot be used, the error says that the SAE has been saved, and where."""
+    try:
+        return evaluate(sae, activations)
+    except ValueError as error:
+        raise type(error)(f"{error}; that is of the evaluation alone: {kept.saved()}") from error
 
 
 class NothingKept:
     """A run in memory: what RunDirectory does, where there is no directory."""
+
+    def locked(self) -> AbstractContextManager[object]:
+        """Nobody else has it."""
+        return nullcontext()
 
     def begin(self, state: TrainingState) -> None:
         """Start."""
@@ -106,6 +144,10 @@ class NothingKept:
 
     def save(self, sae: SparseAutoencoder) -> None:
         """It is returned."""
+
+    def saved(self) -> str:
+        """What has become of the finished SAE."""
+        return self.kept()
 
 
 def _kept(options: RunOptions) -> RunDirectory | NothingKept:

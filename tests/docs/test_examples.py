@@ -42,7 +42,9 @@ class Block(NamedTuple):
 
 @functools.cache
 def blocks(page: Path) -> tuple[Block, ...]:
-    found, inside, mark = [], None, False
+    found: list[Block] = []
+    inside: list[str] | None = None
+    mark = False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         fence = re.match(r" *```(\w*)", line)
         if fence and inside is None:
@@ -74,7 +76,7 @@ WITH_PYTHON = [page for page in PAGES if blocks_of(page, "python")]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
-def test_python_names_are_there(page):
+def test_python_names_are_there(page: Path) -> None:
     for block in blocks_of(page, "python"):
         for node in ast.walk(ast.parse(block.text)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sf":
@@ -85,7 +87,7 @@ def test_python_names_are_there(page):
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
-def test_python_runs(page, tmp_path, monkeypatch):
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page one after the other, as a reader would in one session."""
     monkeypatch.chdir(tmp_path)
     session: dict[str, Any] = {"__name__": "__main__"}
@@ -95,7 +97,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
             exec(code, session)
 
 
-def test_every_page_of_the_list_shows_python():
+def test_every_page_of_the_list_shows_python() -> None:
     assert {named(page) for page in WITH_PYTHON} >= {"README.md", "docs/quickstart.md", "docs/how-to/python.md"}
 
 
@@ -132,14 +134,16 @@ def check_command(words: list[str]) -> None:
         return
     assert words[0] in COMMANDS, words
     context = group.commands[words[0]].make_context(words[0], [word for word in words[1:] if word != "..."])
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in context.params.items()}
+    given: dict[str, Any] = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in context.params.items()
+    }
     shortened = "..." in words or not any(word.startswith("-") for word in words)  # `saevlm-fast train` in the text
-    if not shortened and (given["config"] is None or given["config"].exists()):
+    if not shortened and (given["config"] is None or Path(given["config"]).exists()):
         arguments(words[0], COMMANDS[words[0]].options, given)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_commands_have_their_options(page, tmp_path, monkeypatch):
+def test_commands_have_their_options(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for block in blocks_of(page, "toml"):
         Path("run.toml").write_text(block.text)
@@ -148,7 +152,7 @@ def test_commands_have_their_options(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", SITE, ids=named)
-def test_options_in_the_text_exist(page):
+def test_options_in_the_text_exist(page: Path) -> None:
     """`--this` alone between backticks is an option of some command."""
     group: Any = typer.main.get_command(app)
     flags = {name for command in group.commands.values() for each in command.params for name in each.opts}
@@ -172,12 +176,12 @@ USAGE_ERROR: Any = typer.BadParameter.__base__  # which is click's, or that of t
         ("--versio", AssertionError),
     ],
 )
-def test_a_wrong_command_is_found(wrong, error):
+def test_a_wrong_command_is_found(wrong: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         check_command(wrong.split())
 
 
-def test_the_small_commands_of_the_quickstart_run(tmp_path, monkeypatch):
+def test_the_small_commands_of_the_quickstart_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs/quickstart.md"
     (block,) = (each for each in blocks_of(page, "bash") if "saevlm-fast synthetic" in each.text)
@@ -190,7 +194,7 @@ def test_the_small_commands_of_the_quickstart_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in SITE if blocks_of(page, "toml")], ids=named)
-def test_settings_files_are_read(page, tmp_path):
+def test_settings_files_are_read(page: Path, tmp_path: Path) -> None:
     for block in blocks_of(page, "toml"):
         assert tomllib.loads(block.text)
         file = tmp_path / "run.toml"
@@ -204,7 +208,7 @@ FOLDERS = ("saevlm_fast/", "kernels/", "bench/", "tests/", "docs/")
 
 
 @pytest.mark.parametrize("page", [*SITE, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=named)
-def test_files_and_modules_in_the_text_are_there(page):
+def test_files_and_modules_in_the_text_are_there(page: Path) -> None:
     for code in inline_code(page):
         if any(sign in code for sign in "<>{} "):
             continue
@@ -228,7 +232,7 @@ def lookup(dotted: str) -> Any:
     raise AssertionError(dotted)
 
 
-def test_functions_of_the_kernels_page_are_where_it_says():
+def test_functions_of_the_kernels_page_are_where_it_says() -> None:
     for line in (ROOT / "docs/kernels.md").read_text(encoding="utf-8").splitlines():
         if row := re.match(r"\| (?:\[\d\]\(.*?\)|) *\| `(\w+)` \| (.*) \|$", line):
             module = import_module(f"saevlm_fast.kernels.{row[1]}")
@@ -242,7 +246,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", ROOT_PAGES, ids=named)
-def test_links_of_the_pages_outside_the_site(page):
+def test_links_of_the_pages_outside_the_site(page: Path) -> None:
     """mkdocs sees to the others."""
     for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
         assert "://" in target or not target or (page.parent / target).exists(), target
@@ -253,17 +257,17 @@ def test_links_of_the_pages_outside_the_site(page):
 # The API pages --------------------------------------------------------------------------------------------------------
 
 
-def test_the_overview_has_every_public_name_and_its_page_has_its_module():
+def test_the_overview_has_every_public_name_and_its_page_has_its_module() -> None:
     text = (ROOT / "docs/api/index.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \[`(\w+)`\]\[(\S+)\] \| (.+?) \| \[.*\]\((\w+\.md)\) \|$", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| \[.*\]\((\w+\.md)#(\S+)\) \|$", text, flags=re.MULTILINE)
     assert [name for name, *_ in rows] == sorted(set(sf.__all__) - {"__version__"}, key=str.lower)
-    for name, dotted, line, page in rows:
+    for name, line, page, dotted in rows:
         assert lookup(dotted) is getattr(sf, name)
         assert len(line) < 90
         module = dotted.rpartition(".")[0]
         assert f"::: {module}\n" in (ROOT / "docs/api" / page).read_text(encoding="utf-8") + "\n", module
 
 
-def test_every_page_is_in_the_navigation():
+def test_every_page_is_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     assert {str(page.relative_to(ROOT / "docs")) for page in SITE} == set(re.findall(r"[\w/-]+\.md", nav))

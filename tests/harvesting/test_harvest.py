@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from command import run
+from saevlm_fast import outputs
 from saevlm_fast.cli import main
 from saevlm_fast.config import HarvestOptions, SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.errors import Interrupted
-from saevlm_fast.files import output_lock
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.harvesting.run import harvest
@@ -238,6 +238,63 @@ def test_force_replaces_the_stores_and_nothing_else(tower, photos, tmp_path):
     assert open_activations(output).n_rows == N_IMAGES
 
 
+def stop_at_third(done, total, skipped):
+    if done > 10:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_old_harvest_stays_until_the_new_is_complete(tower, photos, spoiled_photos, whole, tmp_path):
+    output = tmp_path / "out"
+    one = HarvestConfig((HookPoint("residual", 1),), batch_size=4)
+    run_harvest(tower, photos, output, one)
+    (output / "notes.txt").write_text("mine")
+    before = digests(output)
+    with pytest.raises(ValueError, match="max_skipped"):
+        run_harvest(tower, spoiled_photos[0], output, one, force=True)
+    source, options = open_images(str(photos)), HarvestOptions(output, workers=0, force=True)
+    with pytest.raises(Interrupted, match=f"--resume --output {output}$"):
+        harvest(source, tower, small_units(), options, on_images=stop_at_third)
+    assert [each for each in digests(output) if each[0] == "out"] == before
+    assert open_activations(output).n_rows == N_IMAGES
+    with pytest.raises(ValueError, match="already holds a harvest"):
+        run_harvest(tower, photos, output, small_units())
+    assert run_harvest(tower, photos, output, small_units(), resume=True).n_done_here < N_IMAGES
+    assert digests(output) == digests(whole)
+    names = {path.name for path in output.iterdir()}
+    stores = {path.name for path in whole.iterdir() if path.is_dir()}
+    assert names == stores | {"notes.txt", "harvest.json", "skipped.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["..", "../other", "/etc", "a/../../other", "", "a/"])
+def test_harvest_json_names_nothing_outside_the_harvest(tower, photos, tmp_path, name):
+    run_harvest(tower, photos, tmp_path, HarvestConfig((HookPoint("residual", 1),), batch_size=4))
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "harvest.json").write_text(json.dumps({"harvest": {"stores": [name]}}))
+    before = digests(tmp_path)
+    with pytest.raises(ValueError, match="a store lies outside the harvest"):
+        run_harvest(tower, photos, inner, small_units(), force=True)
+    assert digests(tmp_path) == before
+    assert [path.name for path in inner.iterdir()] == ["harvest.json"]
+
+
+def test_what_is_in_the_way_of_a_new_store_is_left_alone(tower, photos, tmp_path):
+    """A store of another hand, and a link that has taken the place of a store."""
+    output, one = tmp_path / "out", HarvestConfig((HookPoint("residual", 1),), batch_size=4)
+    run_harvest(tower, photos, output, one)
+    run_harvest(tower, photos, output / "projection", one)
+    with pytest.raises(ValueError, match=r"out/projection is there and not of the harvest that --force replaces"):
+        run_harvest(tower, photos, output, small_units(), force=True)
+    moved = tmp_path / "moved"
+    (output / "projection").rename(moved)
+    run_harvest(tower, photos, output, small_units(), force=True)
+    shutil.rmtree(output / "projection")
+    (output / "projection").symlink_to(moved)
+    run_harvest(tower, photos, output, small_units(), force=True)
+    assert not (output / "projection").is_symlink()
+    assert open_activations(moved).d == WIDTH
+
+
 @pytest.fixture
 def spoiled_photos(tmp_path):
     """Of 22 photos, three cannot be used: truncated, empty, and 3,000 times as wide as high."""
@@ -440,8 +497,8 @@ def test_two_harvests_do_not_share_an_output(photos, tower, tmp_path, monkeypatc
          "print('held', flush=True); time.sleep(60)", str(output / ".lock")], stdout=subprocess.PIPE,
     )  # fmt: skip
     holder.stdout.readline()
-    monkeypatch.setitem(output_lock.__wrapped__.__kwdefaults__, "patience", 0.1)
-    with pytest.raises(ValueError, match="another harvest is writing"):
+    monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"^output: .*out is in use: another process writes to it$"):
         run_harvest(tower, photos, output, small_units(), resume=True)
     holder.kill()
     holder.wait()

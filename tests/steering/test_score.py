@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from command import ROOT, files_below, run
+from saevlm_fast import outputs
 from saevlm_fast.box_making.architecture import build_clip, build_llava, clip_processor, llava_processor
 from saevlm_fast.config import PROMPT, SAEConfig, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.errors import Interrupted
-from saevlm_fast.files import output_lock
 from saevlm_fast.images.open import open_images
 from saevlm_fast.provenance import other_text_model, other_tower
 from saevlm_fast.sae import SparseAutoencoder
@@ -297,14 +297,13 @@ def test_empty_answers_are_counted(pieces, tmp_path, monkeypatch):
 
 def test_two_processes_do_not_write_one_table(pieces, tmp_path, monkeypatch):
     config, run_ = ScoreConfig((5,), ALPHA, ask=1, n_reference=4), ScoreRun(tmp_path / "score.json", {})
-    run_.progress.mkdir()
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); "
-         "print('held', flush=True); time.sleep(60)", str(run_.progress / ".lock")], stdout=subprocess.PIPE,
+         "print('held', flush=True); time.sleep(60)", str(tmp_path / ".score.json.lock")], stdout=subprocess.PIPE,
     )  # fmt: skip
     holder.stdout.readline()
-    monkeypatch.setitem(output_lock.__wrapped__.__kwdefaults__, "patience", 0.1)
-    with pytest.raises(ValueError, match=r"^output: another process is writing score\.json$"):
+    monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"^output: .*score\.json is in use: another process writes to it$"):
         steering_score(*pieces, config, run_)
     holder.kill()
     holder.wait()

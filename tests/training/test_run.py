@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from command import ROOT
+from command import run as run_command
+from saevlm_fast import outputs
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
@@ -255,6 +257,88 @@ def test_directory_in_use(matrix, tmp_path):
         run(matrix, tmp_path / "run", steps=5)
     run(matrix, tmp_path / "run", steps=7, options={"force": True})
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_00000007"]
+
+
+def test_a_second_process_is_refused_and_the_first_goes_on(matrix, tmp_path, monkeypatch):
+    """By the lock; a resumed run, and one that would replace it."""
+    output = tmp_path / "run"
+    first = start(matrix, output, "--steps", "100000", "--checkpoint-every", "100000")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.02)
+    monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
+    for more in ("--resume", "--force"):  # this process is the second
+        text = run_command(*COMMAND[3:], "--activations", matrix, "--output", output, more, code=2)
+        assert text.startswith(f"error: output: {output} is in use: process {first.pid} on ")
+        assert text.count("\n") == 1
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()[:-1]]
+    assert steps == list(range(5, 5 * len(steps) + 1, 5))
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step):
+    def on_step(now):
+        if now == step:
+            raise Stopped
+
+    return on_step
+
+
+def test_the_old_run_stays_until_the_new_sae_is_finished(matrix, tmp_path):
+    output = tmp_path / "run"
+    run(matrix, output, steps=5)
+    (output / "checkpoints" / "mine.txt").write_text("mine")
+    (output / "scores.parquet").write_text("mine")
+    before = weights(output)
+    config = TrainConfig(steps=60, batch_size=256, lr=3e-3, seed=1)
+    force = RunOptions(output, "cpu", log_every=20, checkpoint_every=25, force=True)
+    with pytest.raises(Stopped):
+        train(open_activations(matrix), sae_config(), config, force, on_step=stop_at(30))
+    assert weights(output) == before
+    assert [path.name for path in checkpoints(output)] == ["step_00000005"]
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(matrix, output)
+    begun = []
+    resume = RunOptions(output, "cpu", log_every=20, checkpoint_every=25, resume=True)
+    train(open_activations(matrix), sae_config(), config, resume, on_step=begun.append)
+    assert begun[0] == 26
+    run(matrix, tmp_path / "whole")
+    assert weights(output) == weights(tmp_path / "whole")
+    assert (output / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert [path.name for path in checkpoints(output)] == ["step_00000050", "step_00000060"]
+    assert (output / "checkpoints" / "mine.txt").read_text() == (output / "scores.parquet").read_text() == "mine"
+    assert not list(output.glob(".*"))
+
+
+@pytest.mark.parametrize("row", [0, 5999])
+def test_held_out_rows_are_looked_at_first(matrix, tmp_path, row):
+    held_out = np.ones((6000, D_IN), np.float32)
+    held_out[row, 3] = np.inf
+    np.save(tmp_path / "held.npy", held_out)
+    with pytest.raises(ValueError, match=f"row {row}"):
+        run(matrix, tmp_path / "run", validation=open_activations(tmp_path / "held.npy"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_fails_leaves_the_sae(matrix, tmp_path):
+    """A row that is not looked at first: in the evenly spread 4096 of 6000 rows, number 3 is not."""
+    held_out = np.ones((6000, D_IN), np.float32)
+    held_out[3, 3] = np.nan
+    np.save(tmp_path / "held.npy", held_out)
+    message = rf"row 3.*; that is of the evaluation alone: the SAE is finished and saved in {tmp_path / 'run'}$"
+    with pytest.raises(ValueError, match=message):
+        run(matrix, tmp_path / "run", validation=open_activations(tmp_path / "held.npy"))
+    run(matrix, tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"row 3"):  # nothing would be left of it: all rows are looked at
+        run(matrix, None, options={"checkpoint_every": None}, validation=open_activations(tmp_path / "held.npy"))
 
 
 def test_resume_needs_the_same_run(matrix, tmp_path):

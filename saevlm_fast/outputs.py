@@ -1,0 +1,263 @@
+"""An output: one process works on it, nothing in it is replaced unasked, and the old stays until the new is whole.
+
+    with output_lock(options.output, directory=True):
+        ...
+
+Every command that writes takes the lock first, before it checks or opens anything; taking it also shows whether the
+output can be written at all.
+
+A directory that is replaced (`--force`) keeps what it holds while the new is made in OUTPUT/.replacement, on the same
+disk. `publish` swaps them: the new is renamed to .replacement-whole, the old is removed, the new is renamed to
+.replacement-moving, and its files move up. A swap that is cut short at any point is finished by `settle`, which every
+command that writes calls first. A file is replaced in one rename (files.atomic_write).
+"""
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from saevlm_fast.errors import printable, require
+from saevlm_fast.files import TEMPORARY_PREFIX
+
+LOCK_FILE = ".lock"  # of an output that is a directory: it lies in it
+REPLACEMENT = ".replacement"
+_WHOLE, _MOVING = f"{REPLACEMENT}-whole", f"{REPLACEMENT}-moving"
+LOCK_SECONDS = 3.0  # a process that was just killed may need a moment to be gone
+_POLL_SECONDS = 0.05
+_LONGEST_COMMAND = 160
+
+_held: dict[tuple[int, str], "Lock"] = {}  # by process: a fork inherits the dictionary, not the locks
+
+
+def is_name(value: Any) -> bool:
+    """Whether a text is the name of a file or directory beside others: what a file of ours may call another by.
+
+    One component of a path, so neither absolute nor with a separator, and neither `.` nor `..`.
+    """
+    return isinstance(value, str) and Path(value).name == value and value not in ("", ".", "..") and "\0" not in value
+
+
+def check_absent(paths: Iterable[str | os.PathLike[str]], force: bool) -> None:
+    """ValueError: one of the paths exists (be it a link that leads nowhere), and force does not say to replace it."""
+    for path in paths:
+        there = os.path.lexists(path) and not force
+        require(not there, f"output: {os.fspath(path)} already exists; --force replaces it")
+
+
+# The lock -------------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """An output that is this process's own, or that of several processes that share it."""
+
+    def __init__(self, file: Path, descriptor: int | None, shared: bool):
+        self.file, self.shared, self._descriptor = file, shared, descriptor
+
+    def share(self) -> None:
+        """From now on with others that ask for a share; nobody comes in between."""
+        if self._descriptor is not None:
+            _lock(self._descriptor, exclusive=False)
+        self.shared = True
+
+    def release(self) -> None:
+        """The last one to leave removes the file."""
+        if self._descriptor is None:
+            return
+        with suppress(OSError):  # others hold a share of it; a directory that was made unwritable
+            if self.shared:
+                _lock(self._descriptor, exclusive=True)
+            self.file.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+@contextmanager
+def output_lock(
+    output: str | os.PathLike[str],
+    *,
+    directory: bool,
+    exclusive: bool = True,
+    patience: float | None = None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Iterator[Lock]:
+    """One process at a time works on an output, or several that share it. Gone with the process, however it ends.
+
+    A record lock (POSIX lockf) of this process alone: unlike flock, worker processes that outlive a killed one do not
+    inherit it, and it does not keep threads of one process apart, nor a call from another in it that has the lock
+    already. The lock file says who holds it; it is removed in the end, and a directory that was made for it, if nothing
+    else has come into it. On Windows there is no lock.
+
+    Args:
+        output: the file or directory that is written.
+        directory: the lock lies in it, and it is made if it is not there; otherwise beside it, in a directory that is.
+        exclusive: False shares it with others that share it.
+        patience: seconds to wait for others; LOCK_SECONDS if None.
+        on_wait: called once, before the waiting begins.
+
+    Raises:
+        ValueError: the output cannot be written, or others still hold the lock; who and since when.
+    """
+    output = Path(output)
+    folder = output if directory else output.parent
+    file = folder / LOCK_FILE if directory else output.with_name(f".{output.name}.lock")
+    key = os.getpid(), os.path.realpath(file)
+    if key in _held:
+        yield _held[key]
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()] if directory else []
+    try:
+        lock = _taken(output, file, directory, exclusive, LOCK_SECONDS if patience is None else patience, on_wait)
+        _held[key] = lock
+        try:
+            yield lock
+        finally:
+            del _held[key]
+            lock.release()
+    finally:
+        with suppress(OSError):  # what is not empty stays
+            for path in made:
+                path.rmdir()
+
+
+def _taken(
+    output: Path, file: Path, directory: bool, exclusive: bool, patience: float, on_wait: Callable[[], None]
+) -> Lock:
+    deadline, waiting = time.monotonic() + patience, False
+    while True:
+        try:
+            if directory:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = None if os.name == "nt" else _try(file, exclusive)
+            if descriptor is not None or os.name == "nt":
+                return _probed(Lock(file, descriptor, not exclusive))
+        except BlockingIOError as held:
+            if time.monotonic() >= deadline:
+                raise ValueError(f"output: {output} is in use: {held.strerror}") from None
+            if not waiting:
+                on_wait()
+            waiting = True
+            time.sleep(_POLL_SECONDS)
+        except OSError as error:
+            raise ValueError(f"output: {output} cannot be written: {error.strerror} ({error.filename})") from error
+
+
+def _try(file: Path, exclusive: bool) -> int | None:
+    """The locked file; None if it was removed meanwhile. BlockingIOError: who holds it."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, exclusive)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                if exclusive:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
+                return descriptor
+    except BlockingIOError as error:
+        holder = _holder(os.pread(descriptor, 1 << 12, 0))
+        os.close(descriptor)
+        raise BlockingIOError(error.errno, holder) from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _lock(descriptor: int, exclusive: bool) -> None:
+    import fcntl
+
+    fcntl.lockf(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+
+def _this_process() -> dict[str, Any]:
+    interpreter, *words = sys.orig_argv or ["python"]
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(interpreter).name, *words])[:_LONGEST_COMMAND],
+    }
+
+
+def _holder(data: bytes) -> str:
+    try:
+        said = {name: str(value) for name, value in json.loads(data).items()}
+        text = f"process {said['pid']} on {said['host']} writes to it since {said['since']} ({said['command']})"
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        return "another process writes to it"
+    return printable(text)
+
+
+def _probed(lock: Lock) -> Lock:
+    """OSError: no file can be made, written or removed beside the lock."""
+    file = lock.file.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-probe")
+    try:
+        file.write_bytes(bytes(1))
+        file.unlink()
+    except BaseException:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        lock.release()
+        raise
+    return lock
+
+
+# Replacing a directory ------------------------------------------------------------------------------------------------
+
+
+def workplace(output: Path) -> Path:
+    """Where the work on an output directory goes on: in its unfinished replacement, if there is one."""
+    replacement = output / REPLACEMENT
+    return replacement if replacement.is_dir() else output
+
+
+def is_being_swapped(output: Path) -> bool:
+    """Whether a swap was cut short."""
+    return (output / _WHOLE).is_dir() or (output / _MOVING).is_dir()
+
+
+def begin_replacement(output: Path) -> Path:
+    """An empty directory for what will replace the contents of `output`; an unfinished replacement is given up."""
+    replacement = output / REPLACEMENT
+    if replacement.is_dir():
+        shutil.rmtree(replacement)
+    replacement.mkdir()
+    return replacement
+
+
+def publish(output: Path, remove_old: Callable[[Path], None]) -> None:
+    """Puts a whole replacement in the place of the old.
+
+    remove_old: removes from `output` what an earlier run of ours wrote and nothing else; called again after a crash.
+    """
+    os.replace(output / REPLACEMENT, output / _WHOLE)
+    settle(output, remove_old)
+
+
+def settle(output: Path, remove_old: Callable[[Path], None]) -> None:
+    """Finishes a swap that was cut short."""
+    if (output / _WHOLE).is_dir():
+        remove_old(output)
+        os.replace(output / _WHOLE, output / _MOVING)
+    if (output / _MOVING).is_dir():
+        _move_up(output / _MOVING, output)
+
+
+def _move_up(source: Path, target: Path) -> None:
+    """Files take the place of files, directories are joined."""
+    for path in source.iterdir():
+        there = target / path.name
+        if path.is_dir() and there.is_dir() and not there.is_symlink():
+            _move_up(path, there)
+        else:
+            os.replace(path, there)
+    source.rmdir()

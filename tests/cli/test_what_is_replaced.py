@@ -1,0 +1,161 @@
+"""No command replaces anything unasked, nor works beside another; what is old stays until the new is whole."""
+
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import pytest
+
+from command import files_below, run, run_json
+from saevlm_fast import outputs
+from saevlm_fast.cli.options import COMMANDS, flag_of
+from saevlm_fast.outputs import output_lock
+from saevlm_fast.settings import kinds_of, settings_of
+
+
+def rows(data):
+    return "--activations", data / "activations.npy", "--embeddings", data / "embeddings.npy"
+
+
+def train_words(data, output, *more):
+    return (
+        "train", "--activations", data / "activations.npy", "--output", output, "--d-sae", 64, "--k", 4, "--steps", 5,
+        "--batch-size", 64, "--device", "cpu", *more,
+    )  # fmt: skip
+
+
+EVERY_PATH = [
+    (name, field)
+    for name, command in COMMANDS.items()
+    for field, kind in kinds_of(command.options).items()
+    if kind.__name__ == "Path" and settings_of(command.options)[field].on_command_line
+]
+
+
+@pytest.mark.parametrize(("name", "field"), EVERY_PATH)
+def test_an_empty_path_is_not_the_working_directory(name, field, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = settings_of(COMMANDS[name].options)[field]
+    words = [""] if known.positional else [flag_of(field, known), ""]
+    assert f"error: {field}: is empty" in run(name, *words, code=2)
+    if known.in_file:
+        (tmp_path / "s.toml").write_text(f"{field} = ''\n")
+        assert f"s.toml: {field}: is empty" in run(name, "--config", "s.toml", code=2)
+
+
+def test_there_are_paths_to_be_empty():
+    assert len(EVERY_PATH) > 15
+
+
+def test_scores_are_replaced_when_asked_and_once_the_new_are_whole(data, sae, tmp_path):
+    output = tmp_path / "s.json"
+    words = "ms-score", *rows(data), "--output", output
+    run(*words, "--sae", sae)
+    before = files_below(tmp_path)
+    for more in ((), ("--dry-run",)):
+        assert f"output: {output} already exists; --force replaces it" in run(*words, "--raw", *more, code=2)
+    assert files_below(tmp_path) == before
+    bad = np.load(data / "embeddings.npy")
+    bad[2000, 3] = np.nan
+    np.save(tmp_path / "bad.npy", bad)
+    assert "row 2000" in run(*words, "--raw", "--force", "--embeddings", tmp_path / "bad.npy", code=2)
+    assert files_below(tmp_path) == before | {tmp_path / "bad.npy": (tmp_path / "bad.npy").read_bytes()}
+    assert run_json(*words, "--raw", "--force")["sae"] == "raw neurons"
+    output.unlink()
+    assert "s.json.settings.toml already exists; --force replaces it" in run(*words, "--raw", code=2)
+    output.symlink_to(tmp_path / "nowhere.json")
+    assert "s.json already exists; --force replaces it" in run(*words, "--raw", code=2)
+    assert not (tmp_path / "nowhere.json").exists()
+
+
+@pytest.mark.parametrize("name", ["activations.npy", "embeddings.npy", "settings.toml"])
+def test_synthetic_data_replaces_nothing_unasked(name, tmp_path):
+    (tmp_path / name).symlink_to("of-mine")
+    for more in ((), ("--dry-run",)):
+        assert f"{name} already exists; --force replaces it" in run("synthetic", tmp_path, "--rows", 9, *more, code=2)
+    assert os.listdir(tmp_path) == [name]
+    run("synthetic", tmp_path, "--rows", 9, "--force")
+    assert not (tmp_path / name).is_symlink()
+
+
+def test_no_run_is_written_over_what_is_of_none(data, tmp_path):
+    output = tmp_path / "run"
+    for name in ("sae_weights.safetensors", "checkpoints/mine.txt", "cfg.json", "run.json"):
+        (output / name).parent.mkdir(parents=True)
+        (output / name).write_text("{}")
+        before = files_below(output)
+        for more in ((), ("--force",), ("--resume",), ("--dry-run", "--force")):
+            text = run(*train_words(data, output, *more), code=2)
+            assert f"output: {output} holds {name.split('/')[0]}, but no run" in text
+        assert files_below(output) == before
+        (output / name).unlink()
+        for path in (output / "checkpoints", output):
+            path.is_dir() and path.rmdir()
+    output.mkdir()
+    (output / "settings.toml").write_text("mine = 1\n")
+    assert "settings.toml already exists; --force replaces it" in run(*train_words(data, output), code=2)
+
+
+def test_a_demo_is_not_written_over_files_of_its_names(tmp_path):
+    (tmp_path / "scores-mine.parquet").touch()
+    for more in ((), ("--dry-run",)):
+        text = run("demo", "--output", tmp_path, *more, code=2)
+        assert "scores-mine.parquet already exists; --force replaces it" in text
+
+
+def hold(output, directory, held):
+    with output_lock(output, directory=directory):
+        held.set()
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("name", ["synthetic", "train", "ms-score", "harvest", "demo", "steering-score"])
+def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch):
+    """It is refused before anything is opened: the models and the images are not there."""
+    output = tmp_path / ("out.json" if name.endswith("score") else "out")
+    none = ("--model", "none", "--output", output, "--images", "none")
+    words = {
+        "synthetic": (output,),
+        "train": train_words(data, output, "--resume")[1:],
+        "ms-score": ("--raw", *rows(data), "--output", output),
+        "harvest": none,
+        "demo": ("--output", output),
+        "steering-score": (*none, "--sae", "n", "--layer", 1, "--codes", "n", "--embeddings", "n", "--text-model", "n"),
+    }[name]
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    other = context.Process(target=hold, args=(output, not name.endswith("score"), held))
+    other.start()
+    assert held.wait(30)
+    monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
+    before = files_below(tmp_path)
+    text = run(name, *words, code=2)
+    assert f"error: output: {output} is in use: process {other.pid} on " in text
+    assert text.count("\n") == 1
+    assert files_below(tmp_path) == before
+    other.kill()
+    other.join()
+
+
+@pytest.mark.parametrize("name", ["synthetic", "train", "ms-score", "harvest"])
+def test_an_output_that_cannot_be_written_is_refused_first(name, data, sae):
+    words = {
+        "synthetic": ("/proc/none",),
+        "train": train_words(data, "/proc/none")[1:],
+        "ms-score": ("--raw", *rows(data), "--output", "/proc/s.json"),
+        "harvest": ("--model", "none", "--images", "none", "--output", "/proc/none"),
+    }[name]
+    assert "cannot be written: " in run(name, *words, code=2)
+
+
+def test_a_colon_in_a_relative_output(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "--model", "hf:tiny-clip", "--images", "scenes:train:8", "--layer", 1, "--device", "cpu"
+    run("harvest", *words, "--output", "a:b", "--point", "residual,projection")
+    assert run_json("inspect", "a:b", "--verify")["verified"]
+    run("ms-score", "--raw", "--activations", "a:b/residual-1-cls", "--embeddings", "a:b/projection",
+        "--output", "c:d.parquet")  # fmt: skip
+    for suffix in ("csv", "json"):
+        run("ms-score", "--raw", *rows(data), "--output", f"c:d.{suffix}")
+    run("synthetic", "x:y", "--rows", 9)

@@ -1,0 +1,204 @@
+"""Outputs: their lock, which keeps processes apart (the other one is a child of this), and their replacement."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from saevlm_fast.outputs import (
+    LOCK_FILE,
+    REPLACEMENT,
+    begin_replacement,
+    check_absent,
+    is_name,
+    output_lock,
+    publish,
+    settle,
+    workplace,
+)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/etc", "a/b", "a/", "../a", "a/..", "a\0b", None, 3, ["a"]])
+def test_what_is_no_name(name):
+    assert not is_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "residual-3-cls", "...", ".a", "a b", "a:b", "a\\b", "caf\u00e9"])
+def test_what_is_a_name(name):
+    assert is_name(name)
+
+
+def hold(output, share, seconds, held):
+    with output_lock(output, directory=True) as lock:
+        if share:
+            lock.share()
+        held.set()
+        time.sleep(seconds)
+
+
+@contextmanager
+def held_by_another(output, share=False, seconds=60.0):
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    other = context.Process(target=hold, args=(output, share, seconds, held))
+    other.start()
+    assert held.wait(30)
+    try:
+        yield other
+    finally:
+        other.kill()
+        other.join()
+
+
+@pytest.mark.parametrize(("share", "exclusive"), [(False, True), (False, False), (True, True)])
+def test_a_lock_is_refused_while_another_process_holds_it_and_names_it(tmp_path, share, exclusive):
+    output, waits = tmp_path / "out", []
+    with held_by_another(output, share) as other:
+        start = time.monotonic()
+        ours = output_lock(output, directory=True, exclusive=exclusive, patience=0.2, on_wait=lambda: waits.append(1))
+        message = rf"^output: .*/out is in use: process {other.pid} on \S+ writes to it since 20\S+ \(.*pytest.*\)$"
+        with pytest.raises(ValueError, match=message), ours:
+            pytest.fail("two work on it")
+        assert time.monotonic() - start >= 0.2
+    assert waits == [1]
+    with output_lock(output, directory=True, exclusive=exclusive, patience=5.0):
+        pass  # gone with the process that was killed
+    assert os.listdir(output) == []
+
+
+def test_a_share_is_for_those_that_share(tmp_path):
+    share = {"directory": True, "exclusive": False, "patience": 0.0}
+    with held_by_another(tmp_path, share=True), output_lock(tmp_path, **share):
+        pass
+    assert (tmp_path / LOCK_FILE).exists()  # the other one was killed
+    with output_lock(tmp_path, **share):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_is_waited_for_though_its_file_is_removed(tmp_path):
+    waits = []
+    ours = output_lock(tmp_path / "out", directory=True, patience=30.0, on_wait=lambda: waits.append(1))
+    with held_by_another(tmp_path / "out", seconds=0.3), ours:
+        assert waits == [1]
+        holder = json.loads((tmp_path / "out" / LOCK_FILE).read_text())
+        assert holder["pid"] == os.getpid()
+
+
+def test_a_lock_is_had_once_by_a_process(tmp_path):
+    with output_lock(tmp_path, directory=True) as lock:
+        with output_lock(tmp_path, directory=True) as again:
+            assert again is lock
+        assert (tmp_path / LOCK_FILE).exists()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_lock_file_is_some_process(tmp_path):
+    with held_by_another(tmp_path):
+        (tmp_path / LOCK_FILE).write_bytes(b"\xff{")
+        with (
+            pytest.raises(ValueError, match=r"is in use: another process writes to it$"),
+            output_lock(tmp_path, directory=True, patience=0.0),
+        ):
+            pytest.fail("two work on it")
+
+
+def test_of_what_cannot_be_written_nothing_is_left(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "out", tmp_path / "file", "/proc/none"):
+        with (
+            pytest.raises(ValueError, match=r"^output: .* cannot be written: .*\(.*\)$"),
+            output_lock(output, directory=True),
+        ):
+            pytest.fail("it cannot be written")
+    monkeypatch.setattr(Path, "write_bytes", no_space)  # the lock can be had, and nothing else written
+    with (
+        pytest.raises(ValueError, match=r"^output: .*/a/b cannot be written: No space left on device"),
+        output_lock(tmp_path / "a" / "b", directory=True),
+    ):
+        pytest.fail("it cannot be written")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def no_space(path, data):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_a_file_is_locked_beside_it(tmp_path):
+    with output_lock(tmp_path / "s.json", directory=False):
+        assert os.listdir(tmp_path) == [".s.json.lock"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_there_is_not_replaced_unasked(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    check_absent([tmp_path / "a"], force=False)
+    check_absent([tmp_path / "link"], force=True)
+    with pytest.raises(ValueError, match=r"^output: .*/link already exists; --force replaces it$"):
+        check_absent([tmp_path / "a", tmp_path / "link"], force=False)
+
+
+OLD = {"a.txt": "old", "only-old": "old", "sub/x": "old", "sub/mine": "mine", "mine": "mine"}
+NEW = {"a.txt": "new", "sub/x": "new", "sub/y": "new", "new/z": "new"}
+AFTER = NEW | {"sub/mine": "mine", "mine": "mine"}
+
+
+def contents(directory):
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+def write(directory, files):
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+
+
+def remove_old(output):
+    for name, text in OLD.items():
+        if text == "old":
+            (output / name).unlink(missing_ok=True)
+
+
+def test_a_replacement_takes_the_place_of_the_old_wherever_the_swap_is_cut(tmp_path, monkeypatch):
+    """Every rename and removal is the last one in turn."""
+    for last in range(100):
+        output = tmp_path / str(last)
+        write(output, OLD)
+        begin_replacement(output).joinpath("given-up").touch()
+        write(begin_replacement(output), NEW)
+        assert {name: text for name, text in contents(output).items() if not name.startswith(REPLACEMENT)} == OLD
+        assert workplace(output) == output / REPLACEMENT
+        left = iter(range(last))
+        with monkeypatch.context() as patch:
+            for function in ("replace", "unlink", "rmdir"):
+                patch.setattr(os, function, counted(getattr(os, function), left))
+            try:
+                publish(output, remove_old)
+            except KeyboardInterrupt:
+                cut = True
+            else:
+                cut = False
+        if cut and (output / REPLACEMENT).is_dir():
+            publish(output, remove_old)
+        settle(output, remove_old)
+        assert contents(output) == AFTER
+        assert workplace(output) == output
+        shutil.rmtree(output)
+        if not cut:
+            break
+    assert last > 8
+
+
+def counted(function, left):
+    def call(*arguments, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return call
