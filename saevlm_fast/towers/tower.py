@@ -367,10 +367,10 @@ class HookedTower:
         for point, tensor in acts.items():
             kept = slice(None) if mask_BT is None or point.layer is None else mask_BT[i]
             together, other, found = tensor[i].float(), tensor[1 - i].float(), alone[point][0].float()
-            if _apart(together[kept], found[kept]) <= self._rounding(together, other):
+            if _norm(together[kept] - found[kept]) <= self._rounding(together, other):
                 continue
             again = self._first_forward(single)[point][0].float()
-            random = _apart(again[kept], found[kept]) > self._rounding(together, other)
+            random = _norm(again[kept] - found[kept]) > self._rounding(together, other)
             raise ValueError(
                 f"{self.tower.spec}: {point.name} of an image is "
                 + ("another one each time (a random choice in the model)" if random else "another one in a batch")
@@ -379,12 +379,12 @@ class HookedTower:
 
     def _rounding(self, together: Tensor, other: Tensor) -> float:
         relative = 1e-3 if self._autocast is None else 2e-2
-        return 0.1 * _apart(together, other) + relative * float(together.norm())
+        return 0.1 * _norm(together - other) + relative * _norm(together)
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def _norm(x: Tensor) -> float:
     """Of what is finite: who stores the rows says which image has overflowed."""
-    return float(torch.nan_to_num(a - b, nan=0.0, posinf=0.0, neginf=0.0).norm())
+    return float(torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).norm())
 
 
 def _restore(module: nn.Module, forward: Any) -> None:
