@@ -3,14 +3,21 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
 from saevlm_fast.errors import did_you_mean, require
 
+LARGEST = (1 << 31) - 1  # width of activations, number of latents: int32 indices hold them
 ARCHITECTURES = ("topk", "batch_topk", "matryoshka")
 DTYPES = ("float32", "tf32", "bfloat16")
 EXPANSION = 8.0  # the paper tries 1 to 64
 MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; recipe.md section 1
+
+
+def _is_whole(value: Any) -> bool:
+    """Of whatever library; true and false are not numbers."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def group_sizes_from_fractions(fractions: tuple[float, ...], d_sae: int) -> tuple[int, ...]:
@@ -52,8 +59,10 @@ class SAEConfig:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(self.d_in >= 1, f"d_in: {self.d_in} must be at least 1")
-        require(self.d_sae >= 1, f"d_sae: {self.d_sae} must be at least 1")
+        for name in ("d_in", "d_sae", "k"):
+            value = getattr(self, name)
+            require(_is_whole(value), f"{name}: {value!r} must be a whole number")
+            require(1 <= value <= LARGEST, f"{name}: {value} must be at least 1 and below 2^31")
         require(1 <= self.k <= self.d_sae, f"k: {self.k} must be between 1 and d_sae = {self.d_sae}")
         require(
             self.architecture in ARCHITECTURES,
@@ -62,6 +71,8 @@ class SAEConfig:
         if not self.group_sizes:
             require(self.architecture != "matryoshka", "group_sizes: a matryoshka SAE needs its group sizes")
             object.__setattr__(self, "group_sizes", (self.d_sae,))
+        for size in self.group_sizes:
+            require(_is_whole(size), f"group_sizes: {size!r} must be a whole number")
         object.__setattr__(self, "group_sizes", tuple(int(size) for size in self.group_sizes))
         require(min(self.group_sizes) >= 1, f"group_sizes: {self.group_sizes} must all be at least 1")
         require(
@@ -102,6 +113,7 @@ class SAEConfig:
             expansion = EXPANSION if expansion is None else expansion
             require(0 < expansion < 1e6, f"expansion: {expansion:g} must be positive and below 1e6")
             d_sae = round(expansion * d_in)
+        require(1 <= d_sae <= LARGEST, f"d_sae: {d_sae} must be at least 1 and below 2^31")
         sizes = group_sizes_from_fractions(tuple(groups), d_sae) if architecture == "matryoshka" else ()
         return cls(d_in, d_sae, k, architecture, sizes)
 
@@ -148,8 +160,9 @@ class TrainConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "dead_after", "norm_batches", "seed"):
-            require(getattr(self, name) < 2**62, f"{name}: {getattr(self, name)} must be below 2^62")
+        for name in ("steps", "batch_size", "dead_after", "norm_batches", "seed", "threshold_start", "warmup_steps"):
+            value = getattr(self, name)
+            require(value is None or value < 2**62, f"{name}: {value} must be below 2^62")
         for name in ("steps", "batch_size", "dead_after", "norm_batches"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} must be at least 1")
         for name in ("seed", "threshold_start", "auxk_alpha"):

@@ -11,6 +11,7 @@ PACKAGE = Path(saevlm_fast.__file__).parent
 ORDER = (
     ("errors",),
     ("config", "files", "runtime"),
+    ("records",),
     ("kernels", "box"),
     ("sparse_codes",),
     ("sae",),

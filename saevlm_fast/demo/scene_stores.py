@@ -6,17 +6,14 @@ is harvested again.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.files import LOCK_FILE, output_lock
+from saevlm_fast.files import LOCK_FILE, cache_directory, output_lock
 from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
 from saevlm_fast.harvesting.run import HarvestSummary, harvest
 from saevlm_fast.harvesting.stores import HARVEST_FILE
@@ -27,28 +24,12 @@ from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
 
-CACHE_VARIABLE = "SAEVLM_FAST_CACHE"
 TOWER = "tiny-clip"
 LAYER = 3  # the last but one block: what tiny-llava reads, as the paper's block 22 of CLIP-L's 24
 N_SCENES = {"train": 10_000, "test": 5_000}
 # Of SAEs on them: in place of the paper's 110,000 steps of 4096 rows of a million images.
 RECIPE = {"k": 10, "expansion": 4, "steps": 1200, "batch_size": 512, "dead_after": 100_000}
 _PATIENCE_SECONDS = 3600.0
-
-
-def cache_directory() -> Path:
-    """SAEVLM_FAST_CACHE, or the user's cache directory for this program.
-
-    Raises:
-        ValueError: it cannot be made, or is no directory.
-    """
-    path = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("saevlm-fast", appauthor=False))
-    try:
-        path = path.expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
-        raise ValueError(f"{CACHE_VARIABLE}: {path} cannot be made: {error}") from error
-    return path
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from saevlm_fast.data.codes import mean_pool_codes
 from saevlm_fast.data.prefetch import loader_threads
-from saevlm_fast.errors import Interrupted, check_same_settings
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import LOCK_FILE, output_lock
 from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig, HarvestOptions
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
@@ -33,6 +33,7 @@ from saevlm_fast.harvesting.ranks import ALONE, Ranks
 from saevlm_fast.harvesting.stores import HARVEST_FILE, BatchRows, HarvestStores, UnitPieces, check_output
 from saevlm_fast.images.batches import Batch, dead_workers_in_one_line, default_workers, image_batches
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.records import check_same_settings
 from saevlm_fast.runtime import interruptible, tf32_products
 from saevlm_fast.sae import evaluating
 from saevlm_fast.sparse_codes import SparseCodes

@@ -113,7 +113,7 @@ def train(
         sae = state.export()
         kept.save(sae)
     metrics = evaluate(sae, validation or activations)
-    kept.log(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
+    kept.finish(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
     return sae, metrics
 
 
@@ -138,6 +138,9 @@ class NothingKept:
 
     def save(self, sae: SparseAutoencoder) -> None:
         """It is returned."""
+
+    def finish(self, step: int, metrics: Metrics) -> None:
+        """They are returned."""
 
 
 def _kept(options: RunOptions) -> RunDirectory | NothingKept:
