@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from damage import DIGESTS, edit_record
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.kernels import reference
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating
@@ -163,9 +164,7 @@ def test_their_settings_are_folded_in_exactly(tmp_path):
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     tensors["W_dec"] *= torch.linspace(0.5, 2, 97, dtype=torch.float64)[:, None]
     save_file(tensors, tmp_path / WEIGHTS_FILE)
-    cfg = json.loads((tmp_path / CONFIG_FILE).read_text())
-    cfg |= {"rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": False}
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(cfg))
+    edit_record(tmp_path / CONFIG_FILE, rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False)
     x = torch.randn(6, 13, dtype=torch.float64)
     norm = tensors["W_dec"].norm(dim=1)
     acts = torch.relu((x @ tensors["W_enc"] + tensors["b_enc"]) * norm)
@@ -178,6 +177,7 @@ def test_their_settings_are_folded_in_exactly(tmp_path):
 def _edit(name):
     def change(directory):
         cfg = json.loads((directory / CONFIG_FILE).read_text())
+        cfg = {key: value for key, value in cfg.items() if key not in DIGESTS}
         tensors = load_file(directory / WEIGHTS_FILE)
         if name == "no config":
             return (directory / CONFIG_FILE).unlink()
@@ -208,9 +208,8 @@ def _edit(name):
             tensors["threshold"] = torch.zeros(98)
         if name == "many thresholds":
             tensors["threshold"][4] = 9.0
-        (directory / CONFIG_FILE).write_text(json.dumps(cfg))
         save_file(tensors, directory / WEIGHTS_FILE)
-        return None
+        return edit_record(directory / CONFIG_FILE, **cfg)
 
     return pytest.param(change, id=name)
 

@@ -18,6 +18,7 @@ from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
 from saevlm_fast.harvesting.run import HarvestSummary, harvest
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.images.scenes import PREFIX, open_scenes
+from saevlm_fast.records import RECORD, Fields, read_record
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import read_sae_header
 from saevlm_fast.towers.load import load_tower
@@ -131,7 +132,7 @@ def _damage(output: Path) -> str | None:
         return f"{output} is not a directory"
     try:
         if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
-            json.loads((output / HARVEST_FILE).read_text(encoding="utf-8"))
+            read_record(output / HARVEST_FILE, Fields({"harvest": RECORD}))
         for index in output.glob("*/index.json"):
             verify(index.parent)
     except (ValueError, OSError) as error:

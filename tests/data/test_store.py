@@ -1,5 +1,6 @@
 """Stores: written, read, killed while they are written, damaged."""
 
+import hashlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from damage import edit_record
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.data.writing import ActivationWriter, merge_parts
@@ -54,8 +56,8 @@ def test_a_store_returns_what_was_written(tmp_path_factory, n, d, dtype, rows_pe
 
 def test_items_of_some_rows_read_their_shards_only(tmp_path, monkeypatch):
     store = open_activations(write_store(tmp_path / "s", rows_of(45)))
-    read, original = [], pq.read_table
-    monkeypatch.setattr("saevlm_fast.data.store.pq.read_table", lambda f, **o: read.append(f) or original(f, **o))
+    read, original = [], pq.ParquetFile
+    monkeypatch.setattr("saevlm_fast.data.store.pq.ParquetFile", lambda f, **o: read.append(f) or original(f, **o))
     assert store.items(range(12)).to_pydict() == items_of(0, 12)
     assert [file.name for file in read] == ["items-00000.parquet", "items-00001.parquet"]
 
@@ -80,7 +82,9 @@ def test_rows_into_a_buffer_and_bad_indices(tmp_path):
 def test_the_index_is_as_documented(tmp_path):
     write_store(tmp_path / "s", rows_of(25, 4, torch.bfloat16))
     index = json.loads((tmp_path / "s" / "index.json").read_text())
-    shards = index.pop("shards")
+    shards, seal = index.pop("shards"), index.pop("sha256")
+    text = (tmp_path / "s" / "index.json").read_text()
+    assert hashlib.sha256(text.replace(seal, "0" * 64).encode()).hexdigest() == seal
     assert index == {
         "format": "saevlm-fast activations",
         "version": 1,
@@ -378,22 +382,32 @@ def test_several_damaged_files_are_listed(tmp_path):
         ({"format": "x"}, "format 'x'"),
         ({"dtype": "int8"}, "int8"),
         ({"shape": [31, 5]}, "shape says 31 rows, the shards 30"),
-        ({"shape": [30]}, "damaged index"),
-        ({"shards": [{"number": 0}]}, "damaged index"),
-        ({"source": None}, "damaged index"),
+        ({"shape": [30]}, r"shape is \[30\]; \[rows, d_in\] is needed"),
+        ({"shape": [30, 5.0]}, r"shape\[1\] is 5.0; a whole number"),
+        ({"shards": [{"number": 0}]}, r"shards\[0\].rows is missing"),
+        ({"source": None}, "source is None; an object is needed"),
+        ({"complete": 1}, "complete is 1; true or false is needed"),
+        ({"more": 1}, "'more' is not an entry"),
     ],
 )
 def test_a_damaged_index_is_named(tmp_path, change, message):
     file = write_store(tmp_path / "s", rows_of(30)) / "index.json"
+    sealed = file.read_text()
+    file.write_text(sealed.replace("30", "31", 1))
+    with pytest.raises(ActivationError, match=r"index\.json: altered, its sha256"):
+        open_activations(tmp_path / "s")
+    file.write_text(sealed)
+    edit_record(file)
     good = json.loads(file.read_text())
+    assert torch.equal(gathered(open_activations(tmp_path / "s")), rows_of(30)), "one without a seal opens"
     file.write_text(json.dumps(good | change))
     with pytest.raises(ActivationError, match=message) as caught:
         open_activations(tmp_path / "s")
     assert str(file) in str(caught.value)
     file.write_text(json.dumps(good)[:-20])
-    with pytest.raises(ActivationError, match="damaged index"):
+    with pytest.raises(ActivationError, match="not valid JSON"):
         open_activations(tmp_path / "s")
     good["shards"][1]["file"] = "../other.safetensors"
     file.write_text(json.dumps(good))
-    with pytest.raises(ActivationError, match="outside the store"):
+    with pytest.raises(ActivationError, match="the name of a file in the same directory"):
         open_activations(tmp_path / "s")

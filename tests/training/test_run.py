@@ -51,7 +51,14 @@ def test_run_directory_and_quality(matrix, tmp_path, architecture):
     assert metrics["explained_variance"] > 0.7
     assert metrics["l0"] == pytest.approx(K, rel=0.1), "inference L0 is near k although the run ended before step 1000"
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == ["cfg.json", "checkpoints", "metrics.jsonl", "run.json", "sae_weights.safetensors"]
+    assert names == [
+        "cfg.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "metrics.jsonl.sha256",
+        "run.json",
+        "sae_weights.safetensors",
+    ]
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_00000175", "step_00000200"]
     loaded = SparseAutoencoder.from_pretrained(tmp_path / "run")
     x = open_activations(matrix).rows(torch.arange(50))
@@ -309,13 +316,17 @@ def test_bad_data_touches_nothing_on_disk(matrix, tmp_path, damage):
 def test_resume_refuses_other_data_and_damaged_state(matrix, tmp_path):
     run(matrix, tmp_path / "run", steps=50)
     np.save(tmp_path / "other.npy", np.load(matrix) * 2)
-    with pytest.raises(ValueError, match="resume: fingerprint of the activations is"):
+    with pytest.raises(ValueError, match="resume: digest of the activations is"):
         run(tmp_path / "other.npy", tmp_path / "run", steps=50, options={"resume": True})
     newest = checkpoints(tmp_path / "run")[-1]
     state = newest / "train_state.safetensors"
-    state.write_bytes(state.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=f"resume: {newest} is damaged"):
-        run(matrix, tmp_path / "run", steps=50, options={"resume": True})
+    whole = state.read_bytes()
+    altered = bytearray(whole)
+    altered[-5] ^= 16  # a weight, still a number
+    for damaged in (whole[:5000], bytes(altered)):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"resume: {newest} is damaged.*train_state.safetensors: altered"):
+            run(matrix, tmp_path / "run", steps=50, options={"resume": True})
     before = weights(tmp_path / "run")
     shutil.rmtree(newest)
     run(matrix, tmp_path / "run", steps=50, options={"resume": True})
