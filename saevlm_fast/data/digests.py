@@ -26,6 +26,7 @@ from saevlm_fast.files import cache_directory, sha256_file
 _WEEK = 7 * 24 * 3600.0
 _WORTH_REMEMBERING = 8 << 20  # bytes; hashing less takes less time than looking it up
 _SETTLED = 2.0  # seconds after its last change, before which a file's time may not tell it from its next version
+_LOOKING = threading.Lock()
 _PIECE = 64 << 20  # bytes of a matrix that are hashed at a time, each by a thread
 
 
@@ -114,7 +115,8 @@ def remembered(file: Path, what: str, compute: Callable[[], str]) -> str:
     key = json.dumps([str(file), what, before.st_size, before.st_mtime_ns, before.st_ino])
     try:
         notes = cache_directory() / "digests" / f"{hashlib.sha256(os.fsencode(file.parent)).hexdigest()[:24]}.jsonl"
-        known = _known(notes)
+        with _LOOKING:  # threads that ask at once share what they find
+            known = _known(notes)
     except (OSError, ValueError):  # no place to remember anything in
         return compute()
     if key in known:

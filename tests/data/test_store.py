@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 
 from damage import edit_record
 from saevlm_fast.data.rows import open_activations
-from saevlm_fast.data.store import read_index, verify
+from saevlm_fast.data.store import read_index, read_items, verify
 from saevlm_fast.data.writing import ActivationWriter, merge_parts
 from saevlm_fast.errors import ActivationError
 from saevlm_fast.files import TEMPORARY_PREFIX
@@ -411,3 +412,20 @@ def test_a_damaged_index_is_named(tmp_path, change, message):
     file.write_text(json.dumps(good))
     with pytest.raises(ActivationError, match="the name of a file in the same directory"):
         open_activations(tmp_path / "s")
+
+
+def test_an_item_table_that_is_huge_in_memory_is_refused_before_it_is(tmp_path):
+    """Text that repeats takes next to nothing on disk: 300 kB here would be 9 GB."""
+    path = write_store(tmp_path / "s", rows_of(30), rows_per_shard=30)
+    rows, file = 30_000, path / "items-00000.parquet"
+    columns = {"image": ["x" * 300_000] * rows, "token": range(rows), "label": [None] * rows}
+    dictionary = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(columns["image"][:1]))
+    pq.write_table(pa.table({"image": dictionary, "token": pa.array(range(rows), pa.int32()),
+                             "label": pa.nulls(rows, pa.string())}), file)  # fmt: skip
+    assert file.stat().st_size < 1_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ActivationError, match=r"items-00000\.parquet: its text takes 9000000000 bytes; at most"):
+        read_items(file, rows)
+    with pytest.raises(ActivationError, match=r"items-00000\.parquet: 30000 rows; the store's index says 30"):
+        read_items(file, 30)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kB"
