@@ -5,7 +5,8 @@
                       offsets  = torch.searchsorted(latents.flatten()[order_M], torch.arange(d_sae + 1))
 
 with padding (reference.py) in row B and behind every latent. One grouping a step serves both weight gradients:
-`segment_sum(acts.flatten()[order], entry_rows(latents, row_offsets)[order], offsets, grad_BD)`. docs/kernels.md
+`segment_sum(acts.flatten()[order], entry_rows(latents, row_offsets)[order], offsets, grad_BD)`.
+docs/kernels.md section 2
 """
 
 import numpy as np

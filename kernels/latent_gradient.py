@@ -9,7 +9,7 @@ For a weight matrix W [S, D] whose row s belongs to latent s, with w_hat = W (de
 The CPU never holds g: an `EntryGradient` makes a block of rows when it is needed, a sparse product that is cheaper than
 writing it to memory and reading it again, and makes none for the norm where a bound shows that nothing is clipped. On a
 GPU the op `latent_gradient` keeps the rows of active latents, and their norms, without asking the device how many there
-are. latent_update.py walks W with them. docs/kernels.md, docs/recipe.md
+are. latent_update.py walks W with them. docs/kernels.md section 4, docs/recipe.md section 2
 """
 
 from collections.abc import Sequence
@@ -92,9 +92,12 @@ def entry_gradient(
     """The gradient of every latent: segment sums of entries, projected if the decoder is given.
 
     Args:
-        weights_M, ids_M, offsets_S1, source_RD: as segment_sum; segment s belongs to latent s.
+        weights_M: of entries, as segment_sum takes them; so are the next three.
+        ids_M: rows of source_RD.
+        offsets_S1: segment s belongs to latent s.
+        source_RD: the rows that are summed.
         unit_rows_SD: W_dec with unit rows: remove the component of every gradient row along its own row. The rows are
-            renormalised after every step, so that component could only be undone (docs/recipe.md).
+            renormalised after every step, so that component could only be undone (docs/recipe.md section 2).
         dots_M: with unit_rows, <source[ids], W_dec[latent]> of every entry: on a CPU the component is their weighted
             sum, and W_dec is not read.
 

@@ -7,7 +7,7 @@ Equals, for W [S, D] whose row s belongs to latent s, with g and clip from laten
 Adam moves every latent, so all of W is read and written: 24 bytes a parameter, the floor of a training step beside the
 encoder's GEMM. The CPU goes by blocks of rows that stay in cache, a block's gradient made on the way. On a GPU a
 program owns a row (latent_update_triton.py). What changes from step to step is read from the device there, and nothing
-is asked of it: the update can be captured in a CUDA graph. docs/kernels.md, docs/recipe.md
+is asked of it: the update can be captured in a CUDA graph. docs/kernels.md section 4, docs/recipe.md section 2
 """
 
 import math
@@ -60,7 +60,9 @@ def latent_update_(
     """Clip, Adam and (for the decoder) unit row norm over all S latents, in place.
 
     Args:
-        W_SD, exp_avg_SD, exp_avg_sq_SD: contiguous weights and Adam moments.
+        W_SD: contiguous weights.
+        exp_avg_SD: Adam's mean of the gradient, contiguous.
+        exp_avg_sq_SD: that of its squares.
         gradient: from `entry_gradient`.
         extra: at most one of `dense_gradient_rows` (the auxiliary loss), which is added to it.
         clip: 0-d factor from `clip_coefficient`.

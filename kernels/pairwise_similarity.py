@@ -1,4 +1,4 @@
-"""Pair sums behind the Monosemanticity Score, for any similarity (arXiv 2504.02821 section 3, docs/recipe.md).
+"""Pair sums behind the Monosemanticity Score, for any similarity (arXiv 2504.02821; docs/recipe.md section 3).
 
     num_k = sum_{i<j} r_ik s_ij r_jk        den_k = sum_{i<j} r_ik r_jk        score_k = num_k / den_k
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def preactivations(x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor) -> Tensor:
-    """relu((x - b_dec) @ W_enc + b_enc), NaN kept. docs/recipe.md."""
+    """relu((x - b_dec) @ W_enc + b_enc), NaN kept. docs/recipe.md section 1."""
     pre_BS = (x_BD - b_dec_D) @ W_enc_DS + b_enc_S
     return torch.where(pre_BS <= 0, torch.zeros_like(pre_BS), pre_BS)
 
@@ -187,7 +187,7 @@ def pairwise_sums(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float | 
 
 
 def monosemanticity(acts_NK: Tensor, emb_NE: Tensor, similarity: str = "cosine", gamma: float | None = None) -> Tensor:
-    """Monosemanticity Score of every column of dense activations, NaN where undefined. docs/recipe.md.
+    """Monosemanticity Score of every column of dense activations, NaN where undefined. docs/recipe.md section 3.
 
     Undefined: a column that is constant (dead is constant at zero), or has fewer than two images above its minimum.
     """

@@ -4,7 +4,7 @@
 
 equals, in plain torch, `torch.zeros(L, D).index_add(0, segment_of_p, weights[:, None] * source[ids])`. With rows as
 segments it is the decoder (ids are latents, source is W_dec); with entries grouped by latent it is a weight gradient
-(ids are rows, source is the gradient of x_hat for dW_dec and x - b_dec for dW_enc). docs/kernels.md
+(ids are rows, source is the gradient of x_hat for dW_dec and x - b_dec for dW_enc). docs/kernels.md section 2
 
 No atomics anywhere: a repeat run is bit-identical. Not differentiable by itself; sparse_decode registers its own.
 """

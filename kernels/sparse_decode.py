@@ -8,7 +8,7 @@
 equals, in plain torch, `densify(acts, latents, row_offsets, S) @ W_dec + b_dec` and its autograd. Matryoshka prefix g
 uses latents below group_ends[g] only. A row's entries ascend by latent, so each (row, group) is a contiguous bag of
 entries: one pass over the bags with a running sum gives every prefix, and an entry of group j receives the suffix sum
-over g >= j of the prefixes' gradients. The plain decoder is the case of one group. docs/kernels.md
+over g >= j of the prefixes' gradients. The plain decoder is the case of one group. docs/kernels.md section 3
 """
 
 from itertools import pairwise

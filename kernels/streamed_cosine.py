@@ -5,7 +5,7 @@ For s_ij = <u_i, u_j> (cosine: u_i = e_i / ||e_i||; dot: u_i = e_i) a latent's p
     num += a_t <u_t, S>      den += a_t A      S += a_t u_t      A += a_t          (image by image)
 
 This is the closed form (||S||^2 - sum a^2 ||u||^2) / 2 without its subtraction, which loses every digit when a latent
-fires on few images or one activation dominates (docs/recipe.md). States of disjoint sets of images merge by
+fires on few images or one activation dominates (docs/recipe.md section 3). States of disjoint sets of images merge by
 
     num = num_1 + num_2 + <S_1, S_2>      den = den_1 + den_2 + A_1 A_2      S = S_1 + S_2      A = A_1 + A_2
 

@@ -8,9 +8,9 @@ one row, all of them or only those listed. Selecting the n largest takes
    match the digits found so far, next_digit_kernel picks the digit where the count from above reaches n;
 2. count_kernel: per unit, how many keys are above it and how many equal; torch.cumsum over units;
 3. compact_kernel: every entry that is above, or equal and early enough, goes to its rank among the kept.
-For a batch this runs on the group maxima first, with n = B * k: by the lemma (docs/kernels.md) no other group can
-hold a winner. Then on the entries of those groups. Counts are integers: atomics on them keep the result deterministic.
-Keys of 0 (a zero activation) are never kept.
+For a batch this runs on the group maxima first, with n = B * k: by the lemma (docs/kernels.md, section 1) no other
+group can hold a winner. Then on the entries of those groups. Counts are integers: atomics on them keep the result
+deterministic. Keys of 0 (a zero activation) are never kept.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 Rows go in chunks. A chunk's pre-activations are made 2048 latents at a time in one buffer that this thread keeps and
 reuses (a first touch of fresh memory costs ten times the write), and the maximum of every 64 contiguous latents, a
-group, is taken while the panel is in cache. The lemma of docs/kernels.md then leaves few candidates: the k-th
+group, is taken while the panel is in cache. The lemma of docs/kernels.md section 1 then leaves few candidates: the k-th
 best group maximum bounds the k-th best value from below, so only entries at or above it, in the k best groups, compete.
 
 Comparisons that decide ties work on integer keys (`keys`): float bits of the ReLU'd value, monotone because nothing is

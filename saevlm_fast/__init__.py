@@ -20,14 +20,14 @@ Names are imported when they are first used, so that `import saevlm_fast` costs 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saevlm_fast.config import SAEConfig, TrainConfig
+    from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, TrainConfig
     from saevlm_fast.data.codes import CodesWriter, StoredCodes, open_codes
     from saevlm_fast.data.rows import Activations, open_activations
     from saevlm_fast.data.store import verify
     from saevlm_fast.data.writing import ActivationWriter
     from saevlm_fast.errors import ActivationError, ImageError, Interrupted
     from saevlm_fast.harvesting.api import harvest
-    from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+    from saevlm_fast.harvesting.config import HarvestConfig
     from saevlm_fast.images.open import open_images
     from saevlm_fast.inspection import inspect
     from saevlm_fast.sae import SparseAutoencoder
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from saevlm_fast.towers.text import load_llava, load_text_encoder
     from saevlm_fast.towers.tower import Tower
     from saevlm_fast.training.evaluate import evaluate
-    from saevlm_fast.training.run import RunOptions, train
+    from saevlm_fast.training.run import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -88,14 +88,14 @@ __all__ = [
 
 # Where each name is; the same as the imports above, which only type checkers and editors see (a test compares them).
 _HOMES = {
-    "config": ("SAEConfig", "TrainConfig"),
+    "config": ("HarvestOptions", "RunOptions", "SAEConfig", "TrainConfig"),
     "data.codes": ("CodesWriter", "StoredCodes", "open_codes"),
     "data.rows": ("Activations", "open_activations"),
     "data.store": ("verify",),
     "data.writing": ("ActivationWriter",),
     "errors": ("ActivationError", "ImageError", "Interrupted"),
     "harvesting.api": ("harvest",),
-    "harvesting.config": ("HarvestConfig", "HarvestOptions"),
+    "harvesting.config": ("HarvestConfig",),
     "images.open": ("open_images",),
     "inspection": ("inspect",),
     "sae": ("SparseAutoencoder",),
@@ -108,7 +108,7 @@ _HOMES = {
     "towers.text": ("load_llava", "load_text_encoder"),
     "towers.tower": ("Tower",),
     "training.evaluate": ("evaluate",),
-    "training.run": ("RunOptions", "train"),
+    "training.run": ("train",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

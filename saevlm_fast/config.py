@@ -1,18 +1,30 @@
-"""Frozen, validated settings: what an SAE is (SAEConfig) and how it is trained (TrainConfig)."""
+"""Every setting of the engine, declared once: what an SAE is, how it is trained, what is harvested and scored.
+
+Nothing here imports torch, so that the command line can show its help without it.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from saevlm_fast.errors import did_you_mean, require
+from saevlm_fast.settings import Settings, integer, number_or_auto, numbers, same_as, setting
 
+Architecture = Literal["topk", "batch_topk", "matryoshka"]
+TrainDtype = Literal["float32", "tf32", "bfloat16"]
+ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
+StoreDtype = Literal["float16", "bfloat16", "float32"]
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+DTYPES: tuple[TrainDtype, ...] = get_args(TrainDtype)
+EXPANSION = 8.0
+MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; docs/recipe.md section 1
+PROMPT = "What is shown in this image? Use exactly one word!"
+WHITE = "white"
 LARGEST = (1 << 31) - 1  # width of activations, number of latents: int32 indices hold them
-ARCHITECTURES = ("topk", "batch_topk", "matryoshka")
-DTYPES = ("float32", "tf32", "bfloat16")
-EXPANSION = 8.0  # the paper tries 1 to 64
-MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; recipe.md section 1
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 def _is_whole(value: Any) -> bool:
@@ -39,35 +51,81 @@ def group_sizes_from_fractions(fractions: tuple[float, ...], d_sae: int) -> tupl
 
 
 @dataclass(frozen=True)
-class SAEConfig:
+class SAESize(Settings):
+    """What a sparse autoencoder is to be, before the width of its activations is known; see `SAEConfig.sized`."""
+
+    title = "The SAE"
+    architecture: Architecture = setting(
+        "batch_topk",
+        help="batch_topk and topk are flat; matryoshka has nested groups of latents and selects as batch_topk does.",
+        paper="batch_topk, matryoshka",
+    )
+    expansion: float | None = setting(
+        None,
+        help="d_sae = expansion * d_in.",
+        shown="8",
+        paper="1 to 64",
+        above=0,
+        below=1e6,
+        must="positive and below 1e6",
+        spec="g",
+        instead_of=("d_sae",),
+    )
+    d_sae: int | None = setting(
+        None, help="Number of latents, instead of the expansion.", at_least=1, instead_of=("expansion",)
+    )
+    k: int = setting(
+        20, help="Latents kept per row (on average for batch_topk and matryoshka).", paper="20", at_least=1
+    )
+    groups: tuple[float, ...] = setting(
+        MATRYOSHKA_FRACTIONS,
+        help="Matryoshka group sizes as fractions of d_sae, the first group first.",
+        paper="0.0625,0.125,0.25,0.5625",
+        parse=numbers,
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(self.d_sae is None or self.expansion is None, "d_sae: give either d_sae or expansion, not both")
+
+    def config(self, d_in: int) -> "SAEConfig":
+        """The SAE of activations of width d_in. ValueError: as `SAEConfig.sized`."""
+        d_sae = self.d_sae
+        if d_sae is None:
+            d_sae = round((EXPANSION if self.expansion is None else self.expansion) * d_in)
+        matryoshka = self.architecture == "matryoshka"
+        sizes = group_sizes_from_fractions(tuple(self.groups), d_sae) if matryoshka else ()
+        return SAEConfig(d_in, d_sae, self.k, self.architecture, sizes)
+
+
+@dataclass(frozen=True)
+class SAEConfig(Settings):
     """What a sparse autoencoder is.
 
-    Attributes:
-        d_in: width of the activations, d.
-        d_sae: number of latents, F.
-        k: latents kept per row: exactly at most k for `topk`, k on average over a batch for the other two.
-        architecture: `topk`, `batch_topk`, or `matryoshka` (BatchTopK selection, nested groups of latents).
-        group_sizes: sizes of the Matryoshka groups, first group first; they sum to d_sae. One group otherwise.
-        metadata: anything JSON: where the activations came from, norm factor, seed. Kept by save and load.
+    Raises:
+        ValueError: a size below 1, k > d_sae, group sizes that do not sum to d_sae or do not fit the architecture.
     """
 
-    d_in: int
-    d_sae: int
-    k: int = 20
-    architecture: str = "batch_topk"
-    group_sizes: tuple[int, ...] = ()
-    metadata: dict[str, Any] = field(default_factory=dict)
+    title = "The SAE"
+    d_in: int = setting(help="Width of the activations, d.", at_least=1)
+    d_sae: int = setting(help="Number of latents, F.", at_least=1)
+    k: int = same_as(SAESize, "k", at_least=None)
+    architecture: Architecture = same_as(SAESize, "architecture")
+    group_sizes: tuple[int, ...] = setting(
+        (), help="Sizes of the Matryoshka groups, first group first; they sum to d_sae. One group otherwise."
+    )
+    metadata: dict[str, Any] = setting(
+        factory=dict,
+        help="Anything JSON: where the activations came from, norm factor, seed. Kept by save and load.",
+    )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("d_in", "d_sae", "k"):
             value = getattr(self, name)
             require(_is_whole(value), f"{name}: {value!r} must be a whole number")
-            require(1 <= value <= LARGEST, f"{name}: {value} must be at least 1 and below 2^31")
+            require(value <= LARGEST, f"{name}: {value} must be below 2^31")
+        super().check()
         require(1 <= self.k <= self.d_sae, f"k: {self.k} must be between 1 and d_sae = {self.d_sae}")
-        require(
-            self.architecture in ARCHITECTURES,
-            f"architecture: {self.architecture!r} is not one of {', '.join(ARCHITECTURES)}",
-        )
         if not self.group_sizes:
             require(self.architecture != "matryoshka", "group_sizes: a matryoshka SAE needs its group sizes")
             object.__setattr__(self, "group_sizes", (self.d_sae,))
@@ -89,33 +147,26 @@ class SAEConfig:
         cls,
         d_in: int,
         *,
-        expansion: float | None = None,
-        d_sae: int | None = None,
-        k: int = 20,
-        architecture: str = "batch_topk",
-        groups: Sequence[float] = MATRYOSHKA_FRACTIONS,
+        expansion: float | None = SAESize.expansion,
+        d_sae: int | None = SAESize.d_sae,
+        k: int = SAESize.k,
+        architecture: Architecture = SAESize.architecture,
+        groups: Sequence[float] = SAESize.groups,
     ) -> "SAEConfig":
-        """The SAE of activations of width d_in: the one place where the rules of sizing live.
+        """The SAE of activations of width d_in; the arguments are the settings of SAESize, where the rules are.
 
         Args:
             d_in: width of the activations, d.
             expansion: d_sae = expansion * d_in, rounded; 8 if neither it nor d_sae is given (the paper tries 1 to 64).
             d_sae: number of latents, instead of expansion.
             k: latents kept per row (paper: 20).
-            architecture: one of ARCHITECTURES.
+            architecture: topk, batch_topk or matryoshka.
             groups: sizes of the Matryoshka groups as fractions of d_sae (paper, section 4); used for `matryoshka` only.
 
         Raises:
             ValueError: both sizes given, an expansion that is not in (0, 1e6), groups that do not sum to 1, k > d_sae.
         """
-        require(d_sae is None or expansion is None, "d_sae: give either d_sae or expansion, not both")
-        if d_sae is None:
-            expansion = EXPANSION if expansion is None else expansion
-            require(0 < expansion < 1e6, f"expansion: {expansion:g} must be positive and below 1e6")
-            d_sae = round(expansion * d_in)
-        require(1 <= d_sae <= LARGEST, f"d_sae: {d_sae} must be at least 1 and below 2^31")
-        sizes = group_sizes_from_fractions(tuple(groups), d_sae) if architecture == "matryoshka" else ()
-        return cls(d_in, d_sae, k, architecture, sizes)
+        return SAESize(architecture, expansion, d_sae, k, tuple(groups)).config(d_in)
 
     @property
     def group_ends(self) -> list[int]:
@@ -124,71 +175,254 @@ class SAEConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How an SAE is trained: the paper's recipe (recipe.md section 2) is the default.
+class TrainConfig(Settings):
+    """How an SAE is trained: the paper's recipe (docs/recipe.md section 2) is the default."""
 
-    Attributes:
-        steps: optimiser steps.
-        batch_size: rows per step, B.
-        lr: peak learning rate; None is the paper's rule 2e-4 / sqrt(d_sae / 2^14).
-        warmup_steps: linear warm-up, lr * step / warmup_steps; None is min(1000, steps // 10).
-        auxk_alpha: weight of the auxiliary loss on dead latents; 0 turns it off.
-        dead_after: rows without firing after which a latent counts as dead.
-        threshold_start: first step (0-based, exclusive) from which the inference threshold follows the smallest kept
-            activation.
-        threshold_beta: decay of that moving average.
-        clip_norm: limit on the gradient's global norm.
-        betas, eps: Adam.
-        norm_batches: batches from which norm_factor = sqrt(mean ||x||^2) is estimated.
-        seed: of the initial weights and of the order of the rows.
-        dtype: of the encoder GEMM; weights, optimiser and losses stay float32.
-    """
-
-    steps: int = 110_000
-    batch_size: int = 4096
-    lr: float | None = None
-    warmup_steps: int | None = None
-    auxk_alpha: float = 0.03
-    dead_after: int = 10_000_000
-    threshold_start: int = 1000
-    threshold_beta: float = 0.999
-    clip_norm: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    norm_batches: int = 100
-    seed: int = 0
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "dead_after", "norm_batches", "seed", "threshold_start", "warmup_steps"):
-            value = getattr(self, name)
-            require(value is None or value < 2**62, f"{name}: {value} must be below 2^62")
-        for name in ("steps", "batch_size", "dead_after", "norm_batches"):
-            require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} must be at least 1")
-        for name in ("seed", "threshold_start", "auxk_alpha"):
-            require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} must not be negative")
-        require(self.lr is None or 0 < self.lr < math.inf, f"lr: {self.lr} must be a positive number, or auto")
-        require(
-            self.warmup_steps is None or self.warmup_steps >= 0,
-            f"warmup_steps: {self.warmup_steps} must not be negative",
-        )
-        require(self.clip_norm > 0, f"clip_norm: {self.clip_norm} must be positive")
-        require(0 <= self.threshold_beta < 1, f"threshold_beta: {self.threshold_beta} must be in [0, 1)")
-        require(math.isfinite(self.auxk_alpha), f"auxk_alpha: {self.auxk_alpha} must be finite")
-        require(self.dtype in DTYPES, f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+    title = "Training"
+    steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
+    batch_size: int = setting(
+        4096,
+        help="Rows per step, B; an epoch's last partial batch is dropped, fewer rows are one batch.",
+        paper="4096",
+        at_least=1,
+    )
+    lr: float | None = setting(
+        None,
+        help="Peak learning rate; auto is 2e-4 / sqrt(d_sae / 16384).",
+        shown="auto",
+        paper="auto",
+        above=0,
+        below=math.inf,
+        must="a positive number, or auto",
+        parse=number_or_auto,
+    )
+    warmup_steps: int | None = setting(
+        None,
+        help="Warm-up steps, in which the learning rate rises linearly.",
+        shown="min(1000, steps / 10)",
+        paper="1000",
+        at_least=0,
+        option="warmup",
+    )
+    auxk_alpha: float = setting(
+        0.03,
+        help="Weight of the auxiliary loss on dead latents; 0 turns it off.",
+        paper="0.03",
+        at_least=0,
+        below=math.inf,
+        must="finite and not negative",
+    )
+    dead_after: int = setting(
+        10_000_000, help="Rows without firing after which a latent is dead.", paper="10,000,000", at_least=1
+    )
+    threshold_start: int = setting(
+        1000,
+        help="First step (0-based, exclusive) from which the inference threshold follows the smallest kept activation.",
+        paper="1000",
+        at_least=0,
+        on_command_line=False,
+    )
+    threshold_beta: float = setting(
+        0.999,
+        help="Decay of that moving average.",
+        paper="0.999",
+        at_least=0,
+        below=1,
+        must="in [0, 1)",
+        on_command_line=False,
+    )
+    clip_norm: float = setting(
+        1.0, help="Limit on the gradient's global norm.", paper="1", above=0, on_command_line=False
+    )
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), help="Of Adam.", paper="0.9,0.999", parse=numbers, on_command_line=False
+    )
+    eps: float = setting(1e-8, help="Of Adam.", on_command_line=False)
+    norm_batches: int = setting(
+        100,
+        help="Batches from which norm_factor = sqrt(mean |x|^2) is estimated.",
+        paper="100",
+        at_least=1,
+        on_command_line=False,
+    )
+    seed: int = setting(0, help="Seed of the initial weights and of the order of the rows.", at_least=0)
+    dtype: TrainDtype = setting("float32", help="Of the encoder product; weights, optimiser, losses stay float32.")
 
     def peak_lr(self, d_sae: int) -> float:
         """The learning rate after warm-up."""
         return self.lr if self.lr is not None else 2e-4 / math.sqrt(d_sae / 2**14)
 
+    @property
+    def n_warmup(self) -> int:
+        """Warm-up steps: min(1000, steps // 10) unless they are given."""
+        return min(1000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+
     def lr_at(self, step: int, d_sae: int) -> float:
         """The learning rate of 0-based step: linear from 0 at step 0, constant after warm-up; no decay."""
-        warmup = min(1000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+        warmup = self.n_warmup
         return self.peak_lr(d_sae) * (step / warmup if step < warmup else 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON."""
         return asdict(self)
+
+
+DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda or cuda:N."
+
+
+@dataclass(frozen=True)
+class RunOptions(Settings):
+    """Where a training run goes and how it is watched."""
+
+    title = "The run"
+    output: Path | None = setting(None, help="Run directory.", shown="nothing is written")
+    device: str = setting("auto", help=DEVICE_HELP)
+    log_every: int | None = setting(
+        None, help="Steps between two logged lines.", shown="steps / 100, at most 100", at_least=1
+    )
+    checkpoint_every: int | None = setting(
+        None,
+        help="Steps between two checkpoints, obeyed exactly.",
+        shown="steps / 20, but none within 30 s of the last, or within 20 times what that took to write; the last step "
+        "and an interrupt always write one",
+        at_least=1,
+    )
+    resume: bool = setting(False, help="Continue the run in --output.", recorded=False, instead_of=("force",))
+    force: bool = setting(False, help="Replace the run in --output.", recorded=False, instead_of=("resume",))
+
+    def check(self) -> None:
+        super().check()
+        require(not (self.resume and self.force), "resume and force exclude each other")
+        if self.output is None:
+            given = [name for name in ("checkpoint_every", "resume", "force") if getattr(self, name)]
+            require(not given, f"{', '.join(given)}: of a run without an output directory nothing is kept")
+            return
+        object.__setattr__(self, "output", Path(self.output))
+        blocked = next((p for p in (Path(self.output), *Path(self.output).parents) if p.is_file()), None)
+        require(blocked is None, f"output: {self.output} cannot be a directory, {blocked} is a file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestSettings(Settings):
+    """What decides the rows of a harvest, beside the hook points and tokens: `harvesting.run.HarvestConfig` has all."""
+
+    title = "Rows"
+    seed: int = setting(0, help="Seed of the random tokens.", at_least=0)
+    limit: int | None = setting(None, help="Only the first so many images.", shown="all", at_least=1)
+    batch_size: int = setting(64, help="Images of a forward pass.", at_least=1)
+    dtype: ComputeDtype = setting(
+        "float32",
+        help="Of the forward: float32, tf32 (matrix products on a GPU), or bfloat16 or float16 (autocast).",
+    )
+    store_dtype: StoreDtype | None = setting(None, help="On disk.", shown="the forward's; codes float16")
+    images_per_shard: int | None = setting(
+        None,
+        help="Unit of work, of resuming, rounded up to whole batches: an interrupt costs the one at hand.",
+        shown="1024, fewer where a shard would have more than 65,536 rows",
+        at_least=1,
+    )
+    sae: Path | None = setting(None, help="Write this SAE's sparse codes instead of activations.")
+    pool: Literal["none", "mean"] = setting(
+        "none", help="Codes of every token (none) or averaged over an image's tokens (mean)."
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(self.pool == "none" or self.sae is not None, "pool: only codes are pooled, give --sae")
+
+
+@dataclass(frozen=True)
+class HarvestOptions(Settings):
+    """How a harvest is done: nothing here changes which rows there are (compile changes their last bits)."""
+
+    title = "The run"
+    output: Path = setting(help="Store; with several points or tokens, a directory of stores.")
+    images: str = setting(
+        "",
+        help="Folder, list .txt, tar shards (glob or {000..012}), Hugging Face dataset on disk, or scenes:SPLIT:N.",
+    )
+    workers: int | None = setting(
+        None,
+        help="Processes that decode and preprocess images, per rank.",
+        shown="1 beside a CPU, up to 8 beside a GPU",
+        at_least=0,
+    )
+    max_skipped: float = setting(
+        0.01, help="Share of unusable images above which the harvest fails.", at_least=0, at_most=1
+    )
+    compile: bool = setting(False, help="torch.compile the tower's blocks.")
+    resume: bool = setting(False, help="Continue the harvest in --output.", recorded=False, instead_of=("force",))
+    force: bool = setting(False, help="Replace the harvest in --output.", recorded=False, instead_of=("resume",))
+
+    def check(self) -> None:
+        super().check()
+        require(not (self.resume and self.force), "resume and force exclude each other")
+
+
+def _images_asked(name: str, text: str) -> int:
+    return 0 if text == WHITE else integer(name, text)
+
+
+@dataclass(frozen=True)
+class ScoreConfig(Settings):
+    """What the steering score measures (docs/recipe.md section 4)."""
+
+    title = "The score"
+    latents: tuple[int, ...] = setting((), help="Latents that are scored.", shown="all")
+    alpha: float = setting(100.0, help="Value that a latent is clamped at, in raw activation units.", paper="100")
+    ask: int = setting(
+        10,
+        help="Number of random images asked about, the same for every latent, or white: one white image (as is 0).",
+        paper="white, and images of ImageNet",
+        at_least=0,
+        parse=_images_asked,
+    )
+    prompt: str = setting(PROMPT, help="The question.", shown="the paper's", paper=PROMPT)
+    n_reference: int = setting(
+        256, help="Random images behind the difference of means.", at_least=1, on_command_line=False
+    )
+    seed: int = setting(0, help="Seed of the images asked about and the random latents.", at_least=0)
+
+    def check(self) -> None:
+        super().check()
+        fits = math.isfinite(self.alpha) and abs(self.alpha) <= _FLOAT32_MAX
+        require(fits, f"alpha: {self.alpha} is not finite in float32")
+        require(self.prompt.strip() != "", "prompt: is empty")
+        require(len(set(self.latents)) == len(self.latents), "latents: one is listed twice")
+
+
+@dataclass(frozen=True)
+class ScoreRun(Settings):
+    """Where the steering score is written and how far it has come."""
+
+    title = "The run"
+    output: Path = setting(help="Table: FILE.parquet, FILE.csv or FILE.json.")
+    sources: dict[str, str] = setting(help="Paths and names that must be the same when a run is resumed.")
+    resume: bool = setting(
+        False, help="Continue the unfinished run of --output.", recorded=False, instead_of=("force",)
+    )
+    force: bool = setting(False, help="Replace --output.", recorded=False, instead_of=("resume",))
+    latents_per_block: int = setting(
+        16, help="Latents that are scored and saved together.", at_least=1, on_command_line=False
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(not (self.resume and self.force), "resume: does not go with force, which starts anew")
+
+    @property
+    def progress(self) -> Path:
+        """A folder with the settings and a file for every finished block; gone when the output is written."""
+        return self.output.with_name(self.output.name + ".progress")
+
+
+@dataclass(frozen=True)
+class DemoOptions(Settings):
+    """Where the demo goes."""
+
+    output: Path = setting(Path("demo"), help="Directory for the SAEs, scores, table and picture.")
+    device: str = setting("auto", help=DEVICE_HELP)
+    force: bool = setting(False, help="Replace the demo in --output.", shown="go on with it", recorded=False)
 
 
 def keyword_settings(who: str, given: Mapping[str, Any], *kinds: Any) -> list[dict[str, Any]]:

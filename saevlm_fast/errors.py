@@ -36,3 +36,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def printable(text: str) -> str:
+    r"""The text as a terminal may have it, in one line: what is no printable character is written as \xNN or \uNNNN.
+
+    That is control characters (newlines and terminal escapes among them), marks that turn the direction of writing,
+    and the bytes of a file name that are not UTF-8 (os.fsdecode's surrogates: \xNN is then that byte). For printing
+    alone: names in stores stay as they are.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -140,13 +139,24 @@ def cache_directory() -> Path:
     Raises:
         ValueError: it cannot be made, or is no directory.
     """
-    path = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("saevlm-fast", appauthor=False))
+    path = Path(os.environ.get(CACHE_VARIABLE) or _users_cache())
     try:
         path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise ValueError(f"{CACHE_VARIABLE}: {path} cannot be made: {error}") from error
     return path
+
+
+def _users_cache() -> Path:
+    try:
+        from platformdirs import user_cache_path
+    except ModuleNotFoundError as error:
+        what = (
+            f"{CACHE_VARIABLE}: not set, and the package platformdirs, which knows where caches lie, is not installed"
+        )
+        raise ValueError(what) from error
+    return user_cache_path("saevlm-fast", appauthor=False)
 
 
 def remove_leftovers(directory: str | os.PathLike[str]) -> None:

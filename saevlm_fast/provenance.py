@@ -1,5 +1,7 @@
 """Whether an SAE, stores and models belong together, by what their files record. What is not recorded is not judged."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,101 @@ from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower
 
 
-def check_sae_of(sae: SparseAutoencoder, layer: int) -> None:
-    """ValueError: the SAE was trained on another layer, or on something else than the residual stream."""
-    trained_on = _residual_elsewhere(sae.config.metadata.get("source"), layer)
-    require(trained_on is None, f"layer: {layer}, but the SAE was trained on {trained_on}")
+def check_sae_of(sae: SparseAutoencoder, layer: int, tokens: str | None = None) -> str | None:
+    """What speaks against steering block `layer` with this SAE, for a warning; ValueError as of `misfit`.
+
+    tokens: all, patches or cls, those that are steered.
+    """
+    where = {"point": "residual", "layer": layer, "tokens": tokens}
+    return misfit(sae.config.metadata.get("source"), where, "the SAE", f"layer: {layer}")
 
 
 def sae_mismatch(sae_directory: Path, tower: Tower, point: HookPoint, tokens: Tokens | None) -> str | None:
-    """What an SAE was trained on, where its record of that differs from what it is to encode: None if nothing does."""
-    source = read_sae_header(sae_directory)[0].metadata.get("source")
-    if not isinstance(source, dict):  # free-form in SAEs and stores of other makers
+    """What speaks against encoding a tower's activations with this SAE, for a warning; ValueError as of `misfit`."""
+    trained_on = _dict(read_sae_header(sae_directory)[0].metadata.get("source"))
+    known = _dict(trained_on.get("model")).get("weights_sha256") is not None
+    where = {
+        "point": point.point,
+        "layer": point.layer,
+        "tokens": None if tokens is None else tokens.name,
+        "model": tower.description() if known else None,  # a hash over all weights
+    }
+    return misfit(trained_on, where, str(sae_directory), f"point: {point.name}")
+
+
+def check_rows_of(sae: SparseAutoencoder, rows: Activations | StoredCodes) -> str | None:
+    """What speaks against encoding these rows with this SAE, for a warning; ValueError as of `misfit`."""
+    what = f"activations: {rows.path} are of {_place(_dict(rows.source))}"
+    return misfit(sae.config.metadata.get("source"), rows.source, "the SAE", what)
+
+
+def misfit(trained_on: Any, rows: Any, sae: str, what: str) -> str | None:
+    """The one rule for rows that an SAE is to encode, by the records of both; what one does not say is not judged.
+
+    Another hook point or layer is another space: refused. Another model, or a kind of token that the SAE has not seen,
+    may be meant: what differs is returned, for a warning. All tokens of an image are mostly patches.
+
+    Args:
+        trained_on, rows: as the index of a store has them: point, layer, tokens, model. Free-form in those of other
+            makers.
+        sae, what: names for messages; what begins with the argument at fault.
+
+    Raises:
+        ValueError: the rows are of another hook point or layer.
+    """
+    trained_on, rows = _dict(trained_on), _dict(rows)
+    place = _elsewhere(trained_on, rows)
+    require(place is None, f"{what}, but {sae} was trained on {place}")
+    tokens, other_model = trained_on.get("tokens"), _differ(trained_on.get("model"), rows.get("model"))
+    seen, shown = _TOKENS_SEEN.get(_kind(tokens)), _TOKENS_SEEN.get(_kind(rows.get("tokens")))
+    unseen = seen is not None and shown is not None and shown[-1] not in seen
+    if not (unseen or other_model):
         return None
-    now = {"point": point.point, "layer": point.layer, "tokens": None if tokens is None else tokens.name}
-    before = {name: source.get(name, value) for name, value in now.items()}
-    model = source.get("model")
-    weights = model.get("weights_sha256") if isinstance(model, dict) else None
-    other_model = weights is not None and weights != tower.description()["weights_sha256"]
-    if before == now and not other_model:
-        return None
-    where = f"{before['point']} of layer {before['layer']}, tokens {before['tokens']}"
-    return f"{sae_directory} was trained on {where}{' of another model' if other_model else ''}"
+    at = f"{trained_on.get('point')} of layer {trained_on.get('layer')}, tokens {tokens}"
+    return f"{sae} was trained on {at}{' of another model' if other_model else ''}"
+
+
+# Kinds of token in a choice of tokens, the most frequent one last.
+_TOKENS_SEEN = {
+    "cls": ("cls",),
+    "mean": ("mean",),
+    "patches": ("patch",),
+    "random": ("patch",),
+    "all": ("cls", "patch"),
+    "random-all": ("cls", "patch"),
+}
+
+
+def _kind(tokens: Any) -> str:
+    """Of a name of tokens.Tokens: random2-all is random-all."""
+    return re.sub(r"[0-9]+", "", tokens) if isinstance(tokens, str) else ""
+
+
+def _elsewhere(trained_on: Mapping[str, Any], rows: Mapping[str, Any]) -> str | None:
+    """Where an SAE's training rows are from, if that is known to be another hook point or layer than these rows'."""
+    known = [name for name in ("point", "layer") if None not in (trained_on.get(name), rows.get(name))]
+    return _place(trained_on) if any(trained_on[name] != rows[name] for name in known) else None
+
+
+def _place(record: Mapping[str, Any]) -> str:
+    point, layer = record.get("point", "rows"), record.get("layer")
+    return str(point) if layer is None else f"{point} of layer {layer}"
+
+
+def _differ(trained_on: Any, now: Any) -> bool:
+    """Whether two towers are known to be different models.
+
+    The same weights may be loaded as one class with its projection and another without; between libraries, classes say
+    nothing.
+    """
+    trained_on, now = _dict(trained_on), _dict(now)
+    classes = [str(tower.get("class") or "") for tower in (trained_on, now)]
+    if classes[0] != classes[1] and all(classes):
+        libraries = [{"transformers", "open_clip", "timm"} & set(tower) for tower in (trained_on, now)]
+        bare = {name.removesuffix("WithProjection") for name in classes}
+        return libraries[0] == libraries[1] and len(bare) == 2
+    digests = [tower.get("weights_sha256") for tower in (trained_on, now)]
+    return None not in digests and digests[0] != digests[1]
 
 
 def other_tower(sae: SparseAutoencoder, model: nn.Module) -> str | None:
@@ -43,11 +120,11 @@ def other_tower(sae: SparseAutoencoder, model: nn.Module) -> str | None:
     Known where the SAE is of a tower of the same class (loaded as `load_tower` does): one of a CLIP with its projection
     says nothing of the same tower inside a LLaVA. The model's weights must be as the checkpoint has them.
     """
-    trained_on = _dict(_dict(sae.config.metadata.get("source")).get("model"))
-    tower, digest = vision_part(model), trained_on.get("weights_sha256")
-    if digest is None or trained_on.get("class") != type(tower).__name__:
-        return None
-    return None if digest == weights_sha256(tower, as_float32=True) else str(trained_on.get("spec"))
+    trained_on, tower = _dict(_dict(sae.config.metadata.get("source")).get("model")), vision_part(model)
+    now: dict[str, Any] = {"class": type(tower).__name__, "transformers": None}
+    if trained_on.get("weights_sha256") is not None and trained_on.get("class") == now["class"]:
+        now["weights_sha256"] = weights_sha256(tower, as_float32=True)
+    return str(trained_on.get("spec")) if _differ(trained_on, now) else None
 
 
 def check_codes_of(codes: StoredCodes, sae_directory: Path, layer: int) -> None:
@@ -55,7 +132,7 @@ def check_codes_of(codes: StoredCodes, sae_directory: Path, layer: int) -> None:
     made_by = _dict(_dict(codes.source).get("sae"))
     same = made_by.get("sha256") in (None, sae_digest(sae_directory))
     require(same, f"codes: {codes.path} are of another SAE ({made_by.get('path')}) than {sae_directory}")
-    harvested_at = _residual_elsewhere(codes.source, layer)
+    harvested_at = _elsewhere(_dict(codes.source), {"point": "residual", "layer": layer})
     require(harvested_at is None, f"codes: {codes.path} are of {harvested_at}, not of layer {layer}")
 
 
@@ -77,15 +154,6 @@ def other_text_model(embeddings: Activations, text_model: str) -> str | None:
     if _identity(spec) == _identity(text_model):
         return None
     return f"embeddings: {embeddings.path} are of {spec}, and the texts' are of {text_model}"
-
-
-def _residual_elsewhere(source: Any, layer: int) -> str | None:
-    """Where a store's or SAE's rows are from, unless that is the residual stream after block `layer`."""
-    source = _dict(source)
-    point, of_layer = source.get("point", "residual"), source.get("layer", layer)
-    if (point, of_layer) == ("residual", layer):
-        return None
-    return str(point) if of_layer is None else f"{point} of layer {of_layer}"
 
 
 def _identity(spec: str) -> str:

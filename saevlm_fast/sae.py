@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from saevlm_fast import __version__
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import Architecture, SAEConfig
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import save_safetensors_atomic, sha256_file
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
@@ -383,7 +383,7 @@ def _config_from_sae_lens(cfg: dict[str, Any], tensors: dict[str, Tensor], direc
             d_in=cfg["d_in"],
             d_sae=cfg["d_sae"],
             k=_latents_per_row([metadata.get("k"), cfg.get("k"), details.get("k")], directory),
-            architecture=str(architecture),
+            architecture=cast(Architecture, architecture),
             group_sizes=tuple(group_sizes or ()),
             metadata={key: value for key, value in metadata.items() if key not in ours},
         )

@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.inspection import inspect, verify_inspected
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.checkpoints import RunDirectory
-from saevlm_fast.training.run import RunOptions, train
+from saevlm_fast.training.run import train
 from saevlm_fast.training.state import TrainingState
 
 D_IN, D_SAE, N_ROWS, STEPS = 8, 24, 90, 6

@@ -10,6 +10,7 @@ PACKAGE = Path(saevlm_fast.__file__).parent
 # From the bottom to the top. Rooms of one line are neighbours that do not know each other.
 ORDER = (
     ("errors",),
+    ("settings",),
     ("config", "files", "runtime"),
     ("records",),
     ("kernels", "box"),

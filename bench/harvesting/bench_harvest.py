@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.rows import open_activations
-from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.open import open_images

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.ground_truth import (
     LatentConcepts,
@@ -33,7 +33,7 @@ from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.run import RunOptions, train
+from saevlm_fast.training.run import train
 
 # (architecture, expansion, k): width at k 10, k at expansion 4, and nested groups.
 GRID = (

@@ -29,12 +29,12 @@ from torch import Tensor
 from saevlm_fast.box.scenes import SCENE_FACTORS, SceneBatch, Scenes
 from saevlm_fast.box_making.architecture import PATCH_SIZE
 from saevlm_fast.box_making.language import questions
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.codes import StoredCodes, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo.ground_truth import CONCEPTS, FACTORS, concept_presence, shared_value
 from saevlm_fast.files import atomic_write, write_json_atomic
-from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
 from saevlm_fast.sae import SparseAutoencoder
@@ -47,7 +47,7 @@ from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.text import load_llava
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
-from saevlm_fast.training.run import RunOptions, train
+from saevlm_fast.training.run import train
 
 TOKEN_CHOICES, ERRORS = ("all", "object"), ("drop", "keep")
 LONGEST = 3  # tokens of an answer: "top left" and its end

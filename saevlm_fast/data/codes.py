@@ -28,7 +28,9 @@ __all__ = ["CodesWriter", "StoredCodes", "mean_pool_codes", "open_codes"]
 
 
 def mean_pool_codes(codes: SparseCodes, image_of_row: Tensor, n_images: int) -> SparseCodes:
-    """The mean over every image's tokens of the dense codes, as codes: recipe.md section 2, what picks the top images.
+    """The mean over every image's tokens of the dense codes, as codes: what picks the top images.
+
+    docs/recipe.md section 2.
 
     Args:
         codes: one row a token, on any device.

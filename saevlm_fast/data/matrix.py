@@ -24,6 +24,7 @@ from saevlm_fast.errors import ActivationError, first_line, require
 from saevlm_fast.records import TEXT, Each, Fields, check_record, parse_json, whole
 
 MATRIX_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ACCEPTED = "float16, bfloat16, float32 or float64"
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _TENSOR = Fields({"dtype": TEXT, "shape": Each(whole()), "data_offsets": Each(whole())})
 NUMPY_DTYPES = {torch.float16: "<f2", torch.bfloat16: "<i2", torch.float32: "<f4", torch.float64: "<f8"}
@@ -78,8 +79,8 @@ def host_matrix(x: Tensor | np.ndarray) -> Tensor:
         x_ND = _read_only_tensor(x if all(stride >= 0 for stride in x.strides) else x.copy())
     elif isinstance(x, Tensor):
         dense = x.dtype in MATRIX_DTYPES and x.layout == torch.strided
-        accepted = dtype_names(MATRIX_DTYPES)
-        require(dense, f"x: {x.dtype}, {x.layout}; accepted: dense {accepted}", ActivationError)
+        met = dtype_names([x.dtype])
+        require(dense, f"x: dtype {met}, layout {x.layout}; accepted: dense {_ACCEPTED}", ActivationError)
         x_ND = x.detach().cpu().resolve_neg()  # a lazy negative bit is nothing that is seen in memory
     else:
         raise ActivationError(f"x: {type(x).__name__}; a torch tensor or a NumPy array [rows, d_in] is needed")
@@ -98,9 +99,9 @@ def _map_npy(path: Path, key: str) -> Tensor:
 
 
 def _check_npy_dtype(array: np.ndarray, where: str | Path) -> None:
-    accepted = dtype_names(dtype for dtype in MATRIX_DTYPES if dtype != torch.bfloat16)
+    accepted = f"accepted: {_ACCEPTED}, little-endian; NumPy has no bfloat16: save that as .safetensors or .pt"
     fits = array.dtype.str in ("<f2", "<f4", "<f8")
-    require(fits, f"{where}: dtype is {array.dtype}; accepted: {accepted}, little-endian", ActivationError)
+    require(fits, f"{where}: dtype is {array.dtype}; {accepted}", ActivationError)
 
 
 def _map_safetensors(path: Path, key: str) -> Tensor:
@@ -108,7 +109,7 @@ def _map_safetensors(path: Path, key: str) -> Tensor:
     name = _choose(path, key, {name: entry["shape"] for name, entry in entries.items()})
     dtype, begin = entries[name]["dtype"], entries[name]["data_offsets"][0]
     if dtype not in SAFETENSORS_DTYPES:
-        raise ActivationError(f"{path}: tensor {name!r} has dtype {dtype}; accepted: {dtype_names(MATRIX_DTYPES)}")
+        raise ActivationError(f"{path}: tensor {name!r} has dtype {dtype}; accepted: {_ACCEPTED}")
     shape = tuple(entries[name]["shape"])
     _check_not_empty(shape, path)
     return _checked_matrix(_map_read_only(path, data_start + begin, SAFETENSORS_DTYPES[dtype], shape), path)
@@ -137,7 +138,8 @@ def _map_pt(path: Path, key: str) -> Tensor:
     tensors = {str(name): t for name, t in named.items() if isinstance(t, Tensor)}
     fake = tensors[_choose(path, key, {name: t.shape for name, t in tensors.items()})]
     if fake.dtype not in MATRIX_DTYPES or fake.layout != torch.strided:
-        raise ActivationError(f"{path}: {fake.dtype}, {fake.layout}; accepted: dense {dtype_names(MATRIX_DTYPES)}")
+        met = f"dtype {dtype_names([fake.dtype])}, layout {fake.layout}"
+        raise ActivationError(f"{path}: {met}; accepted: dense {_ACCEPTED}")
     bits = fake.is_neg() or fake.is_conj()  # torch.save keeps them, and the bytes in the file know nothing of them
     require(
         not bits,

@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from saevlm_fast.data.digests import check_digest
 from saevlm_fast.data.matrix import SAFETENSORS_DTYPES, dtype_names, safetensors_header
+from saevlm_fast.data.parquet import read_small_table
 from saevlm_fast.errors import ActivationError, first_line, require
 from saevlm_fast.files import atomic_write, sha256_file
 from saevlm_fast.records import (
@@ -77,8 +76,6 @@ _INDEX = Fields(
     },
     others=False,
 )
-# Of an item table as it is in memory: what text compresses to says nothing of that.
-_ITEM_BYTES, _ITEM_TABLE_BYTES = 8192, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -233,47 +230,18 @@ def read_items(file: Path, rows: int, digest: str | None = None) -> pa.Table:
     """The item table of a shard of so many rows; with `digest`, its SHA-256, once it is known to be as written.
 
     Raises:
-        ActivationError: damaged, altered, of other rows, or larger in memory than 8192 bytes a row and 64 MB: text that
-            repeats takes next to nothing on disk.
+        ActivationError: damaged, altered, of other rows, or more than it can be.
     """
     if digest is not None:
         check_digest(file, sha256_file(file), digest)
-    most = max(_ITEM_TABLE_BYTES, rows * _ITEM_BYTES)
     try:
-        # Read as dictionaries, equal texts are held once: what they take as plain text is known before they are it.
-        with pq.ParquetFile(file, read_dictionary=["image", "label"]) as parquet:
-            n_rows, on_disk = parquet.metadata.num_rows, _uncompressed_bytes(parquet.metadata)
-            require(n_rows == rows, f"{file}: {n_rows} rows; the store's index says {rows}", ActivationError)
-            _check_item_bytes(file, on_disk, most)
-            table = parquet.read()
-        for name in ("image", "label"):
-            _check_item_bytes(file, _text_bytes(table[name]), most)
-        table = table.select(ITEM_SCHEMA.names).cast(ITEM_SCHEMA)
+        table = read_small_table(file, ITEM_SCHEMA, rows)
         table.validate(full=True)
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         raise ActivationError(f"{file}: damaged item table: {first_line(error)}") from error
+    except ValueError as error:
+        raise ActivationError(f"{file}: {error}") from error
     return table
-
-
-def _uncompressed_bytes(metadata: Any) -> int:
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    return sum(group.column(i).total_uncompressed_size for group in groups for i in range(metadata.num_columns))
-
-
-def _check_item_bytes(file: Path, n_bytes: int, most: int) -> None:
-    require(n_bytes <= most, f"{file}: its text takes {n_bytes} bytes; at most {most} are read", ActivationError)
-
-
-def _text_bytes(column: pa.ChunkedArray) -> int:
-    """Bytes of a column of text when nothing is shared."""
-    total = 0
-    for chunk in column.chunks:
-        if pa.types.is_dictionary(chunk.type):
-            lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
-            total += pc.sum(pc.take(lengths, chunk.indices)).as_py() or 0
-        else:
-            total += chunk.nbytes
-    return total
 
 
 def verify(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda done: None) -> StoreIndex:

@@ -1,8 +1,9 @@
 """What a latent stands for, by the labels of scenes: the truth that the Monosemanticity Score is checked against.
 
-The activation-weighted share of a concept, share_kc = sum_i r_ik p_ic / sum_i r_ik with r as in the score (recipe.md
-section 3) and p_ic = 1 if image i shows concept c, is the weighted mean of a vector that every image has. The score's
-own sums hold it with p in the place of the embeddings, streamed, exact, for sparse codes and dense neurons alike.
+The activation-weighted share of a concept, share_kc = sum_i r_ik p_ic / sum_i r_ik with r as in the score
+(docs/recipe.md section 3) and p_ic = 1 if image i shows concept c, is the weighted mean of a vector that every image
+has. The score's own sums hold it with p in the place of the embeddings, streamed, exact, for sparse codes and dense
+neurons alike.
 
 Shape suffixes: N images, S latents, C concepts, O objects, F factors, K images of a latent.
 """
@@ -143,8 +144,8 @@ def best_concepts(share_SC: Tensor, base_C: Tensor) -> LatentConcepts:
 def common_depth(tops: Sequence[TopImages], objects_NOF: np.ndarray, setting_NF: np.ndarray) -> Tensor:
     """float64 [S, F]: how deep in each factor's taxonomy a latent's images meet, the mean over pairs of them.
 
-    The paper's mean depth of the lowest common ancestor (recipe.md section 4), of images with several objects: a pair
-    meets at the deepest node that both images show, 2 for a common value, 1 for a common group, 0 for neither.
+    The paper's mean depth of the lowest common ancestor (docs/recipe.md section 4), of images with several objects: a
+    pair meets at the deepest node that both images show, 2 for a common value, 1 for a common group, 0 for neither.
 
     Args:
         tops: of S latents, as top_images gives them (the paper takes 16). NaN for a latent with fewer than two.

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.files import LOCK_FILE, cache_directory, output_lock
-from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import HarvestSummary, harvest
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.images.scenes import PREFIX, open_scenes

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import Architecture, RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.contact_sheet import LatentRow, Section, draw_sheet
 from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, scene_words, spearman
@@ -24,12 +24,13 @@ from saevlm_fast.scoring.naming import latent_directions, nearest_words
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.towers.text import load_text_encoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.run import RunOptions, train
+from saevlm_fast.training.run import train
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-RAW, ARCHITECTURES = "raw neurons", ("batch_topk", "matryoshka")
+RAW = "raw neurons"
+ARCHITECTURES: tuple[Architecture, ...] = ("batch_topk", "matryoshka")
 _TITLES = {RAW: "Raw neurons", "batch_topk": "BatchTopK SAE", "matryoshka": "Matryoshka SAE"}
 _SHOWN = {RAW: 2, "batch_topk": 7, "matryoshka": 4}  # rows of the picture
 _IMAGES, _NAMES = 10, 2  # of a row
@@ -67,7 +68,7 @@ class Measured:
 
 
 def train_on_scenes(
-    architecture: str,
+    architecture: Architecture,
     train_on: SceneStores,
     test_on: SceneStores,
     steps: int,

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from saevlm_fast.config import keyword_settings
+from saevlm_fast.config import HarvestOptions, keyword_settings
 from saevlm_fast.data.codes import StoredCodes, open_codes
 from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import harvest as run_harvest
 from saevlm_fast.harvesting.stores import check_output
 from saevlm_fast.images.open import open_images

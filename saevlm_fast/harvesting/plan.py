@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 from saevlm_fast import __version__
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.errors import ImageError, require
-from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.provenance import misfit
 from saevlm_fast.sae import SparseAutoencoder, sae_digest
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
@@ -83,6 +85,8 @@ class HarvestPlan:
             sae.config.d_in == width,
             f"sae: d_in of {self.config.sae} is {sae.config.d_in}, but {point.name} of {self.tower.spec} has {width}",
         )
+        where = {"point": point.point, "layer": point.layer}
+        misfit(sae.config.metadata.get("source"), where, str(self.config.sae), f"point: {point.name}")
         return sae
 
     def _plan_stores(self) -> list[PlannedStore]:

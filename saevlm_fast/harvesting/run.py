@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.codes import mean_pool_codes
 from saevlm_fast.data.prefetch import loader_threads
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import LOCK_FILE, output_lock
-from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
 from saevlm_fast.harvesting.ranks import ALONE, Ranks
 from saevlm_fast.harvesting.stores import HARVEST_FILE, BatchRows, HarvestStores, UnitPieces, check_output

@@ -16,12 +16,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.store import joined_index
 from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store, merge_parts
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.files import LOCK_FILE, atomic_write, remove_leftovers
-from saevlm_fast.harvesting.config import HarvestOptions
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
 from saevlm_fast.records import FILE_NAME, Each, Fields, Kind, read_record, write_record
 from saevlm_fast.sparse_codes import SparseCodes

@@ -4,6 +4,7 @@ import functools
 import io
 import re
 import warnings
+import zlib
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,11 @@ def decode(data: bytes) -> Image.Image:
     its high byte (as Pillow itself does with 16-bit RGB), animations give their first frame, EXIF (or XMP) orientation
     is applied; unreadable EXIF counts as none, as in every viewer. Colour profiles are not applied. Refused: no pixels
     or more than MAX_PIXELS (by the header, before decoding), truncated files, samples without a fixed range (floating
-    point, signed, 32-bit). What a decoder itself cannot tell, such as flipped bits inside a JPEG's entropy-coded data,
-    goes through as that decoder shows it.
+    point, signed, 32-bit).
+
+    A PNG's chunks, up to its end mark, must fit their checksums. PNG alone has any over its pixels: JPEG, WebP, TIFF,
+    GIF, BMP, PPM, AVIF and JPEG 2000 have none, so a flipped bit in their coded data goes through as the decoder shows
+    it, where the decoder does not stumble.
 
     Safe in threads and processes. Pillow's warnings about a file's metadata are turned off for the process.
     """
@@ -73,12 +77,33 @@ def _decoded(data: bytes) -> Image.Image:
     require(width * height <= MAX_PIXELS, bomb, ImageError)
     # A JPEG 2000 file cut off right after its header is decoded without a complaint; only the end mark tells.
     require(image.format != "JPEG2000" or b"\xff\xd9" in data, "image file is truncated", ImageError)
+    if image.format == "PNG":
+        _check_png_chunks(data)
     if image.format == "TIFF":
         _refuse_what_pillow_misreads(image)
     image.load()
     turn = UPRIGHT.get(_orientation(image))
     rgb = _rgb(image, data)
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Every chunk's CRC (PNG specification, section 5.3); Pillow looks at none from the pixels on.
+
+    Ancillary chunks too: transparency, orientation and which frame is first hang on them. What is missing behind the
+    last whole chunk is left to the decoder, and what follows the end mark is no part of the picture.
+    """
+    position, view = 8, memoryview(data)
+    while position < len(data):
+        length = int.from_bytes(view[position : position + 4], "big")
+        end = position + 8 + length
+        require(end + 4 <= len(data), "image file is truncated, or the length of a PNG chunk is damaged", ImageError)
+        kind = bytes(view[position + 4 : position + 8])
+        fits = zlib.crc32(view[position + 4 : end]) == int.from_bytes(view[end : end + 4], "big")
+        require(fits, f"damaged: the checksum of PNG chunk {kind!r} does not fit", ImageError)
+        if kind == b"IEND":
+            return
+        position = end + 4
 
 
 def _refuse_what_pillow_misreads(image: Any) -> None:

@@ -5,11 +5,13 @@
     DIR                        folder of images, sorted by relative POSIX path; id = that path, label = its directory
     LIST.txt                   one path a line, optionally TAB and a label; id = the path as written
     X.tar, *.tar, {000..012}   webdataset shards, read in place; id = member, or shard.tar/member of several shards
+                               (images/samples.py: which members are images, which are labels)
     DIR, DIR::SPLIT            datasets.save_to_disk; id = the stored path if every row has its own, else the row
     DIR, DIR::SPLIT, *.parquet Hugging Face parquet shards; id = the stored path likewise, else file.parquet/row
     scenes:SPLIT:N[:SEED]      scenes of the box, drawn as they are read (SPLIT: train, test, novel)
 
-The sources themselves are in images/sources.py, images/tars.py, images/tables.py and images/scenes.py.
+Columns of images and labels follow one rule, images/columns.py. Bytes of a file name that are not UTF-8 are written as
+\\xNN in ids. The sources themselves are in images/sources.py, images/tars.py, images/tables.py and images/scenes.py.
 """
 
 import glob
@@ -25,10 +27,14 @@ from saevlm_fast.images.sources import (
     is_image,
     open_list,
     refuse_split,
+    require_regular,
     walk,
 )
-from saevlm_fast.images.tables import open_parquet, open_saved_dataset
-from saevlm_fast.images.tars import open_tars
+from saevlm_fast.images.tables import ParquetSource, open_parquet, open_saved_dataset
+from saevlm_fast.images.tars import TarSource, open_tars
+
+_KINDS = {".tar": "tars", ".parquet": "tables", ".tgz": "packed", ".zip": "packed"}
+_KINDS |= dict.fromkeys((".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4"), "packed")
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageSource:
@@ -36,6 +42,10 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
 
     In folders, names that begin with a dot (.ipynb_checkpoints, ._AppleDouble) are ignored, symbolic links are
     followed, loops are not. Memory and time: one pass over names, labels and offsets.
+
+    Nothing waits: named pipes, sockets and devices are refused where a list, an archive or a table should be, and are
+    unusable images in a folder or a list. Bounds, looked at before anything is read: sources.MAX_IMAGE_BYTES of an
+    image, tables.MAX_RATIO of a parquet row group, data.parquet.MAX_TEXT_BYTES of a file's names and labels.
 
     Raises:
         ValueError: in one line: anything that is no source; a truncated or otherwise damaged tar archive or parquet
@@ -48,6 +58,8 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     if os.path.isdir(name):
         return _open_directory(name, split)
     files = sorted(set(_expand(name)))
+    for file in files:
+        require_regular(file)
     if all(file.lower().endswith(".parquet") for file in files):
         return open_parquet(files, name, split)
     refuse_split(name, split)
@@ -67,36 +79,47 @@ def _split_of(path: str) -> tuple[str, str]:
 def _open_directory(folder: str, split: str) -> ImageSource:
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")) or os.path.isfile(os.path.join(folder, "state.json")):
         return open_saved_dataset(folder, split)
-    images, tars, tables, n_other = _scan(folder)
-    if images:
+    found = _scan(folder)
+    n_other = sum(map(len, found.values())) - len(found["images"])
+    used = next((kind for kind in ("images", "tars", "tables") if found[kind]), None)
+    if used is None:
+        raise ValueError(f"images: {folder}: no image among its {n_other} files; {_what_works(found['packed'])}")
+    if used != "tables":
         refuse_split(folder, split)
-        return FolderSource(folder, images, n_other + len(tars) + len(tables))
-    if tars:
-        refuse_split(folder, split)
-        return open_tars([os.path.join(folder, file) for file in sorted(tars)], folder)
-    if tables:
-        return open_parquet([os.path.join(folder, file) for file in sorted(tables)], folder, split)
-    raise ValueError(
-        f"images: {folder}: no image among its {n_other} files; looked for {' '.join(IMAGE_SUFFIXES)}, .tar, .parquet"
-    )
+    if used == "images":
+        source: FolderSource | TarSource | ParquetSource = FolderSource(folder, found["images"], n_other)
+    else:
+        shards = [os.path.join(folder, file) for file in sorted(found[used])]
+        for shard in shards:
+            require_regular(shard)
+        source = open_tars(shards, folder) if used == "tars" else open_parquet(shards, folder, split)
+    for kind, what in (("tars", ".tar"), ("tables", ".parquet"), ("packed", "compressed archives")):
+        if kind != used and found[kind]:
+            source.notes += (f"beside the {used} in {folder}, not used: {what} ({len(found[kind]):,})",)
+    return source
 
 
-def _scan(folder: str) -> tuple[list[str], list[str], list[str], int]:
-    """All files below a folder as relative POSIX paths: (images, .tar files, .parquet files, number of others)."""
-    images: list[str] = []
-    tars: list[str] = []
-    tables: list[str] = []
-    n_others = 0
+def _what_works(packed: list[str]) -> str:
+    if packed:
+        return f"{len(packed)} are compressed archives ({min(packed)}, ...): unpack them, or uncompress them to .tar"
+    return f"looked for {' '.join(IMAGE_SUFFIXES)}, .tar, .parquet"
+
+
+def _scan(folder: str) -> dict[str, list[str]]:
+    """All files below a folder as relative POSIX paths, by kind: images, tars, tables, packed (archives), others."""
+    found: dict[str, list[str]] = {"images": [], "tars": [], "tables": [], "packed": [], "others": []}
     for file in walk(folder, "", ()):
-        if is_image(file):
-            images.append(file)
-        elif file.lower().endswith(".tar"):
-            tars.append(file)
-        elif file.lower().endswith(".parquet"):
-            tables.append(file)
-        else:
-            n_others += 1
-    return images, tars, tables, n_others
+        found[_kind(file)].append(file)
+    return found
+
+
+def _kind(file: str) -> str:
+    name = file.rpartition("/")[2].lower()
+    if is_image(file):
+        return "images"
+    if name.startswith("."):
+        return "others"
+    return next((kind for ending, kind in _KINDS.items() if name.endswith(ending)), "others")
 
 
 def _expand(pattern: str) -> list[str]:

@@ -4,6 +4,7 @@ The id of an image says which scene it is, "test-0-0000042", and its label is th
 any row of any store is `scene_labels` of its ids.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -12,22 +13,45 @@ import numpy as np
 
 from saevlm_fast.box.scenes import IMAGE_SIZE, SPLITS, Scenes, describe
 from saevlm_fast.errors import require
-from saevlm_fast.images.sources import Names
 
 PREFIX = "scenes:"
 _AT_ONCE = 128  # drawn together: twenty times faster than one by one
 _ID = re.compile(rf"({'|'.join(SPLITS)})-(\d+)-(\d{{7,}})")
 
 
-class SceneSource(Names):
-    """The first N scenes of a split, drawn when they are read."""
+class SceneSource:
+    """The first N scenes of a split: drawn, named and described when they are asked for. An ImageSource."""
+
+    n_ignored = 0
+    notes: tuple[str, ...] = ()
 
     def __init__(self, split: str, n: int, seed: int = 0):
         self._scenes = Scenes(seed, split)
-        objects, setting = self._scenes.labels(0, n)
-        ids = [f"{split}-{seed}-{i:07d}" for i in range(n)]
-        super().__init__(f"{PREFIX}{split}:{n}:{seed}", ids, [describe(o, s) for o, s in zip(objects, setting)])
+        self.name, self._n = f"{PREFIX}{split}:{n}:{seed}", n
         self._drawn: tuple[int, np.ndarray] = (0, np.empty((0,)))
+        self._captions: tuple[int, list[str]] = (0, [])
+
+    def __len__(self) -> int:
+        return self._n
+
+    def image_id(self, i: int) -> str:
+        """The id from which scene_labels finds the truth."""
+        return f"{self._scenes.split}-{self._scenes.seed}-{range(self._n)[i]:07d}"
+
+    def label(self, i: int) -> str:
+        """The scene's caption. Those of neighbours are made at once."""
+        first, captions = self._captions
+        if not first <= i < first + len(captions):
+            first = range(self._n)[i] // _AT_ONCE * _AT_ONCE
+            objects, setting = self._scenes.labels(first, _AT_ONCE)
+            captions = [describe(o, s) for o, s in zip(objects, setting)]
+            self._captions = first, captions
+        return captions[i - first]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the name, which says all, and of the first captions, should the generator ever change."""
+        captions = [self.label(i) for i in range(min(self._n, _AT_ONCE))]
+        return hashlib.sha256("\n".join([self.name, *captions]).encode()).hexdigest()
 
     def read(self, i: int) -> bytes:
         """The scene as a PPM file. Scenes that are read in order are drawn many at once."""

@@ -6,6 +6,8 @@ their files lazily; they may be forked, pickled and read from several threads.
 
 import hashlib
 import os
+import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -27,32 +29,56 @@ _SUFFIXES = {
 }
 IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 
+# How a label is called, wherever it stands: an extension in a tar, a field of JSON, a column of a table. First wins.
+LABEL_NAMES = ("cls", "label", "labels", "class", "class_name", "class_label", "category", "target")
+# Of one encoded image, looked at before it is read: decode.MAX_PIXELS pixels of 16-bit RGB without compression.
+# The largest photos that people harvest are far below: a JPEG of 100 megapixels has 20 to 60 MiB.
+MAX_IMAGE_BYTES = 512 << 20
+MAX_LINE = 1 << 16  # characters of a list's line: a path has 4096 at most
+
 
 class ImageSource(Protocol):
-    """N numbered images. `n_ignored`: files or members that were met but are no images of this source."""
+    """N numbered images.
+
+    Attributes:
+        n_ignored: files or members that were met but are no images of this source.
+        notes: lines for the user, each about a choice that was made in reading names and labels.
+    """
 
     n_ignored: int
+    notes: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
     def image_id(self, i: int) -> str:
         """The unique, stable name of image i."""
+        ...
 
     def label(self, i: int) -> str | None:
         """The class of image i, if it has one."""
+        ...
 
     def read(self, i: int) -> bytes:
         """The encoded image i. Raises ImageError (missing, empty, damaged) or OSError."""
+        ...
 
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of all ids and labels in order: the same again means the same images in that order."""
+        ...
 
 
 class Names:
     """Ids and labels of N images, lean."""
 
-    def __init__(self, name: str, ids: Iterable[str], labels: Iterable[str | None], n_ignored: int = 0):
-        self.name, self.n_ignored = name, n_ignored
+    def __init__(
+        self,
+        name: str,
+        ids: Iterable[str],
+        labels: Iterable[str | None],
+        n_ignored: int = 0,
+        notes: Iterable[str] = (),
+    ):
+        self.name, self.n_ignored, self.notes = name, n_ignored, tuple(notes)
         self._ids = _strings(ids)
         self._labels = _strings(labels).dictionary_encode()
         require(len(self._ids) > 0, f"images: {name}: no images in it")
@@ -84,8 +110,18 @@ def _strings(values: Iterable[str | None]) -> pa.LargeStringArray:
     values = list(values) if not isinstance(values, list) else values
     try:
         return pa.array(values, pa.large_string())
-    except UnicodeEncodeError as error:
-        raise ValueError(f"images: a file name is not valid UTF-8: {error.object!r}; rename it") from error
+    except UnicodeEncodeError:
+        return pa.array([None if value is None else utf8(value) for value in values], pa.large_string())
+
+
+def utf8(name: str) -> str:
+    r"""A name as stores can hold it: bytes that are not UTF-8 (surrogates, for Python) are written as \xNN."""
+    return name if name.isascii() else re.sub("[\ud800-\udfff]", _escaped_surrogate, name)
+
+
+def _escaped_surrogate(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code - 0xDC00:02x}" if code >= 0xDC80 else f"\\u{code:04x}"
 
 
 def is_image(name: str) -> bool:
@@ -103,13 +139,45 @@ def not_empty(data: bytes) -> bytes:
 
 
 def read_file(path: str) -> bytes:
-    # Not is-it-there by trying: opening a named pipe would wait for ever.
-    require(os.path.isfile(path), "no such file, or not a regular one", ImageError)
+    """A file's bytes. It is looked at before it is opened: opening a named pipe would wait for ever.
+
+    Raises:
+        ImageError: missing, unreadable, empty, above MAX_IMAGE_BYTES, or not a regular file.
+        OSError: what is not this file's fault (too many open files, a lost network drive).
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        raise ImageError("no such file") from None
+    require(stat.S_ISREG(status.st_mode), f"{_kind(status.st_mode)}, not a regular file", ImageError)
+    check_size(status.st_size)
     try:
         with open(path, "rb") as file:
-            return not_empty(file.read())
-    except PermissionError as error:  # other errors (too many files, a lost network drive) are not this image's
+            return not_empty(file.read(status.st_size))
+    except PermissionError as error:
         raise ImageError(f"unreadable: {error.strerror or error}") from error
+
+
+def check_size(n_bytes: int) -> None:
+    """Raises ImageError for an image of more than MAX_IMAGE_BYTES, before they are read."""
+    if n_bytes > MAX_IMAGE_BYTES:
+        raise ImageError(f"{n_bytes} bytes; an image may have {MAX_IMAGE_BYTES} ({MAX_IMAGE_BYTES >> 20} MiB) at most")
+
+
+def require_regular(path: str) -> None:
+    """Refuses a named pipe, socket, device or folder where a list, an archive or a table should be.
+
+    Raises:
+        ValueError: naming what was met. OSError: nothing is there.
+    """
+    mode = os.stat(path).st_mode
+    needed = "a regular file is needed, for it is read more than once"
+    require(stat.S_ISREG(mode), f"images: {path}: {_kind(mode)}; {needed}")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def refuse_split(name: str, split: str) -> None:
@@ -128,10 +196,12 @@ class FolderSource(Names):
     def __init__(self, folder: str, files: list[str], n_ignored: int):
         self._folder = os.path.abspath(folder)
         files.sort()  # by code point, whatever the locale
+        # Ids are UTF-8; the few names that are not are kept beside them.
+        self._names = {i: file for i, file in enumerate(files) if utf8(file) != file}
         super().__init__(folder, files, [directory_of(file) for file in files], n_ignored)
 
     def read(self, i: int) -> bytes:
-        return read_file(os.path.join(self._folder, self.image_id(i)))
+        return read_file(os.path.join(self._folder, self._names.get(i) or self.image_id(i)))
 
 
 def walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
@@ -171,7 +241,10 @@ def open_list(file: str) -> ListSource:
     labels: list[str | None] = []
     try:
         with open(file, encoding="utf-8-sig") as lines:
-            for line in lines:
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), ""), 1):
+                require(
+                    len(line) < MAX_LINE, f"images: {file}: line {number} is no path: {MAX_LINE} characters or more"
+                )
                 path, _, label = (part.strip() for part in line.partition("\t"))
                 if path and not path.startswith("#"):
                     paths.append(path)

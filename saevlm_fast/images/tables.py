@@ -3,85 +3,198 @@
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from saevlm_fast.data.parquet import MAX_TEXT_BYTES, open_table, plain_schema, read_text_columns, unpacked_bytes
 from saevlm_fast.errors import ImageError, first_line, require
-from saevlm_fast.images.sources import Names, not_empty, read_file, refuse_split, relative_paths
+from saevlm_fast.images.columns import LabelColumn, image_bytes, image_column, is_text
+from saevlm_fast.images.sources import Names, refuse_split, relative_paths, require_regular
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class ParquetSource(Names):
-    """Rows of parquet files with one image column, read a row group at a time."""
+# A row group of at most this is unpacked at once and kept; a larger one passes through in pieces of about this size.
+GROUP_BYTES = 256 << 20
+# Above GROUP_BYTES, unpacked against stored. Images are compressed already: theirs is about 1, of plain bitmaps 10.
+MAX_RATIO = 100
 
-    def __init__(
-        self,
-        name: str,
-        files: list[str],
-        column: str,
-        groups: list[tuple[int, int, int]],
-        ids: list[str],
-        labels: list[str | None],
-    ):
-        self._files, self._column = [os.path.abspath(file) for file in files], column
-        # file, number within the file and first row (of all) of every row group
-        self._file_G, self._number_G, self._start_G = np.array(groups, np.int64).reshape(-1, 3).T
-        self._group: tuple[int, pa.ChunkedArray] | None = None
-        super().__init__(name, ids, labels)
+
+class ParquetSource(Names):
+    """Rows of parquet files with one image column, read a row group at a time, or a piece of a large one."""
+
+    def __init__(self, name: str, column: str, groups: list["_Group"], names: "_RowNames"):
+        self._column, self._groups = column, groups
+        self._start_G = np.cumsum([0, *(group.rows for group in groups)])[:-1]
+        self._idle: list[_Rows] = []  # what the last reader left; a thread takes it out while it reads
+        super().__init__(name, names.ids(), names.labels, notes=dict.fromkeys(names.notes))
 
     def read(self, i: int) -> bytes:
-        group = int(np.searchsorted(self._start_G, i, side="right")) - 1
-        loaded = self._group
-        if loaded is None or loaded[0] != group:
-            loaded = self._group = (group, self._load(group))
-        cell = loaded[1][i - int(self._start_G[group])].as_py()
-        data = cell["bytes"] if isinstance(cell, dict) else cell
-        require(data is not None, "no bytes are stored", ImageError)
-        return not_empty(data)
-
-    def _load(self, group: int) -> pa.ChunkedArray:
-        path = self._files[self._file_G[group]]
+        number = int(np.searchsorted(self._start_G, i, side="right")) - 1
+        group, row = self._groups[number], i - int(self._start_G[number])
         try:
-            # No threads, no read-ahead: in a forked process Arrow's threads are not there.
-            with pq.ParquetFile(path, pre_buffer=False) as file:
-                number = int(self._number_G[group])
-                return file.read_row_group(number, columns=[self._column], use_threads=False).column(0)
-        except pa.ArrowException as error:
-            raise ImageError(f"damaged row group in {os.path.basename(path)}: {first_line(error)}") from error
+            rows = self._reader(group, row)
+            cell = rows.cell(row)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # Arrow's own about damage have no number
+                raise
+            reason = f"damaged row group in {os.path.basename(group.file)}: {first_line(error)}"
+            raise ImageError(reason) from error
+        self._idle[:] = [rows]
+        return image_bytes(cell, group.folder)
+
+    def _reader(self, group: "_Group", row: int) -> "_Rows":
+        """The idle one where it stands at or before this row; another thread may have it."""
+        try:
+            rows = self._idle.pop()
+        except IndexError:
+            return _Rows(group, self._column)
+        return rows if rows.group is group and row >= rows.first else _Rows(group, self._column)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": None}
+        return {**self.__dict__, "_idle": []}
+
+
+class _Group(NamedTuple):
+    """Row group `number` of a file: its rows, and what its image column takes unpacked."""
+
+    file: str
+    folder: str
+    number: int
+    rows: int
+    unpacked: int
+
+
+class _Rows:
+    """The image cells of a row group, forwards: those that were read last, GROUP_BYTES of them."""
+
+    def __init__(self, group: _Group, column: str):
+        self.group, self.first = group, 0
+        self._file = open_table(group.file)
+        self._batches = self._all(column) if group.unpacked <= GROUP_BYTES else self._pieces(column)
+        self._cells: Any = ()
+
+    def cell(self, row: int) -> Any:
+        """The cell of a row; not before the first one that is kept."""
+        while row >= self.first + len(self._cells):
+            self.first += len(self._cells)
+            self._cells = next(self._batches, None)
+            require(self._cells is not None, f"{row} rows; the metadata says {self.group.rows}")
+        return self._cells[row - self.first].as_py()
+
+    def _all(self, column: str) -> Iterator[Any]:
+        with self._file as file:
+            table = file.read_row_group(self.group.number, columns=[column], use_threads=False)
+        yield table.column(0)
+
+    def _pieces(self, column: str) -> Iterator[Any]:
+        rows = max(1, GROUP_BYTES * self.group.rows // self.group.unpacked)
+        with self._file as file:
+            for batch in file.iter_batches(rows, [self.group.number], columns=[column], use_threads=False):
+                yield batch.column(0)
+
+
+class _RowNames:
+    """Ids and labels, collected file by file."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.paths: list[str | None] = []
+        self.labels: list[str | None] = []
+        self.notes: list[str] = []
+
+    def ids(self) -> list[str]:
+        """Stored paths say more and outlive a new sharding; they serve as ids only if every row has its own."""
+        own = [path for path in self.paths if path]
+        return own if len(own) == len(self.rows) == len(set(own)) else self.rows
+
+    def add_labels(self, schema: pa.Schema, values_of: Callable[[str], list[Any]], n_rows: int, where: str) -> None:
+        column = LabelColumn(schema, where)
+        if column.note is not None:
+            self.notes.append(column.note)
+        if column.name is None:
+            self.labels += [None] * n_rows
+        else:
+            self.labels += [column.text(value) for value in values_of(column.name)]
 
 
 def open_parquet(files: list[str], name: str, split: str) -> ParquetSource:
+    """The rows of parquet files, in the order of the files.
+
+    Raises:
+        ValueError: several splits, no image column, a damaged file, one that unpacks far beyond its size.
+    """
     relative = relative_paths(files)
-    chosen = _files_of_split(relative, name, split)
-    files, relative = [files[number] for number in chosen], [relative[number] for number in chosen]
     column = ""
-    groups: list[tuple[int, int, int]] = []
-    rows: list[str] = []
-    paths: list[str | None] = []
-    labels: list[str | None] = []
-    for number, (file, short) in enumerate(zip(files, relative)):
+    groups: list[_Group] = []
+    names = _RowNames()
+    for number in _files_of_split(relative, name, split):
+        file = files[number]
         try:
-            with pq.ParquetFile(file) as table:
-                column = _same(column, _image_column(table.schema_arrow, file), file)
-                first = len(rows)
-                rows += [f"{short}/{row}" for row in range(table.metadata.num_rows)]
-                for group in range(table.num_row_groups):
-                    groups.append((number, group, first))
-                    first += table.metadata.row_group(group).num_rows
-                paths += _stored_paths(table, column)
-                labels += _stored_labels(table, file)
-        except pa.ArrowException as error:
+            with open_table(file) as table:
+                column = _add_file(table, file, relative[number], column, groups, names)
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise ValueError(f"images: {file}: damaged parquet file: {first_line(error)}") from error
-    return ParquetSource(name, files, column, groups, _paths_or_rows(paths, rows), labels)
+        except ValueError as error:
+            raise ValueError(f"images: {file}: {first_line(error).removeprefix(f'images: {file}: ')}") from error
+    return ParquetSource(name, column, groups, names)
+
+
+def _add_file(table: pq.ParquetFile, file: str, short: str, column: str, groups: list[_Group], names: _RowNames) -> str:
+    """Adds a file's row groups and names; its image column, which has to be that of the files before, if there are."""
+    schema, n_rows = plain_schema(table), table.metadata.num_rows
+    found = image_column(schema, lambda name: _first_values(table, name), file)
+    same = column in ("", found)
+    require(same, f"images: {file}: the image column is {found!r}, in the files before it {column!r}")
+    path = os.path.abspath(file)
+    for number in range(table.num_row_groups):
+        stored, unpacked = unpacked_bytes(table, [found], [number])
+        bomb = f"row group {number} unpacks from {stored} bytes to {unpacked}, more than {MAX_RATIO} fold"
+        require(unpacked <= max(GROUP_BYTES, MAX_RATIO * stored), f"images: {file}: {bomb}: these are no images")
+        groups.append(_Group(path, os.path.dirname(path), number, table.metadata.row_group(number).num_rows, unpacked))
+    names.rows += [f"{short}/{row}" for row in range(n_rows)]
+    names.paths += _stored_paths(table, schema.field(found))
+    names.add_labels(schema, lambda name: _text_values(table, name), n_rows, file)
+    return found
+
+
+def _first_values(table: pq.ParquetFile, column: str) -> list[Any]:
+    if table.num_row_groups == 0 or unpacked_bytes(table, [column], [0])[1] > MAX_TEXT_BYTES:
+        return []
+    batches = table.iter_batches(10, [0], columns=[column], use_threads=False)
+    return next((batch.column(0).to_pylist() for batch in batches), [])
+
+
+def _text_values(table: pq.ParquetFile, column: str) -> list[Any]:
+    return _pylist(read_text_columns(table, [column]).column(0))
+
+
+def _pylist(column: pa.ChunkedArray) -> list[Any]:
+    """Values that repeat are one object."""
+    if not pa.types.is_dictionary(column.type):
+        return column.to_pylist()
+    values: list[Any] = []
+    for chunk in column.chunks:
+        known = chunk.dictionary.to_pylist()
+        values += [None if i is None else known[i] for i in chunk.indices.to_pylist()]
+    return values
+
+
+def _stored_paths(table: pq.ParquetFile, field: pa.Field) -> list[str | None]:
+    if pa.types.is_struct(field.type) and field.type.get_field_index("path") >= 0:
+        stored = read_text_columns(table, [f"{field.name}.path"]).column(0)
+        return _pylist(pc.struct_field(stored, "path"))
+    if is_text(field.type):
+        return _text_values(table, field.name)
+    return [None] * table.metadata.num_rows
 
 
 def _files_of_split(files: list[str], name: str, split: str) -> list[int]:
@@ -94,90 +207,23 @@ def _files_of_split(files: list[str], name: str, split: str) -> list[int]:
     return [number for number, match in enumerate(matches) if not split or (match and match[1] == split)]
 
 
-def _same(column: str, found: str, file: str) -> str:
-    same = column in ("", found)
-    require(same, f"images: {file}: the image column is {found!r}, in the files before it {column!r}")
-    return found
-
-
-def _image_column(schema: pa.Schema, file: str) -> str:
-    """The one column that stores images as datasets does, {"bytes", "path"}, or as plain binary."""
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    binary = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
-    return _only(structs or binary, ", ".join(schema.names), file)
-
-
-def _only(columns: list[str], existing: str, file: str) -> str:
-    what = f"several image columns ({', '.join(columns)})" if columns else f"no image column among {existing}"
-    clear = len(columns) == 1 or "image" in columns
-    require(clear, f"images: {file}: {what}; one is needed, or one called image")
-    return "image" if "image" in columns else columns[0]
-
-
-def _stored_paths(table: pq.ParquetFile, column: str) -> list[str | None]:
-    field = table.schema_arrow.field(column).type
-    if not pa.types.is_struct(field) or field.get_field_index("path") < 0:
-        return [None] * table.metadata.num_rows
-    stored = table.read(columns=[f"{column}.path"]).column(0)
-    return pc.struct_field(stored, "path").to_pylist()
-
-
-def _paths_or_rows(paths: list[str | None], rows: list[str]) -> list[str]:
-    """Stored paths say more and outlive a new sharding; they serve as ids only if every row has its own."""
-    own = [path for path in paths if path]
-    return own if len(own) == len(rows) == len(set(own)) else rows
-
-
-def _stored_labels(table: pq.ParquetFile, file: str) -> list[str | None]:
-    names = _class_names(table.schema_arrow, file)
-    column = "label" if "label" in table.schema_arrow.names else next(iter(names)) if len(names) == 1 else None
-    if column is None or not _can_be_label(table.schema_arrow.field(column).type):
-        return [None] * table.metadata.num_rows
-    return [_label_name(value, names.get(column)) for value in table.read(columns=[column]).column(0).to_pylist()]
-
-
-def _can_be_label(kind: pa.DataType) -> bool:
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_integer(values) or pa.types.is_string(values) or pa.types.is_large_string(values)
-
-
-def _class_names(schema: pa.Schema, file: str) -> dict[str, list[str]]:
-    """{column: names of its classes} from the features that datasets leaves in the schema."""
-    try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = info.get("info", {}).get("features", {}).items()
-        return {
-            column: [str(name) for name in feature["names"]]
-            for column, feature in features
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and column in schema.names
-        }
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"images: {file}: damaged Hugging Face metadata: {first_line(error)}") from error
-
-
-def _label_name(value: int | str | None, names: list[str] | None) -> str | None:
-    """The class's name; -1 is how a test split says that there is none."""
-    if value is None or not isinstance(value, int) or names is None:
-        return None if value is None or value == "" else str(value)
-    return names[value] if 0 <= value < len(names) else None
-
-
 class SavedDatasetSource(Names):
     """Rows of a datasets.Dataset that save_to_disk wrote."""
 
-    def __init__(self, name: str, dataset: "Dataset", column: str, ids: list[str], labels: list[str | None]):
-        self._dataset, self._column = dataset, column
-        super().__init__(name, ids, labels)
+    def __init__(self, name: str, rows: "Dataset", names: _RowNames):
+        self._rows, self._folder = rows, os.path.abspath(name)
+        super().__init__(name, names.ids(), names.labels, notes=names.notes)
 
     def read(self, i: int) -> bytes:
-        cell = self._dataset[i][self._column]
-        require(cell is not None, "no image is stored", ImageError)
-        if cell["bytes"] is None:
-            return read_file(cell["path"] or "")
-        return not_empty(cell["bytes"])
+        return image_bytes(self._rows[i].column(0)[0].as_py(), self._folder)
 
 
 def open_saved_dataset(folder: str, split: str) -> SavedDatasetSource:
+    """The rows of a data set, or of its split.
+
+    Raises:
+        ValueError: the package datasets is missing, a damaged data set, no such split, no image column.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -185,16 +231,26 @@ def open_saved_dataset(folder: str, split: str) -> SavedDatasetSource:
             f"images: {folder}: a saved Hugging Face dataset needs the package datasets: "
             "pip install 'saevlm-fast[datasets]'"
         ) from error
+    stored = _folder_of_split(folder, split)
+    for file in os.listdir(stored) if os.path.isdir(stored) else ():
+        if file.endswith((".arrow", ".json")):
+            require_regular(os.path.join(stored, file))
     try:
-        dataset = datasets.load_from_disk(_folder_of_split(folder, split))
+        dataset = datasets.load_from_disk(stored)
     except (ValueError, OSError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"images: {folder}: {first_line(error).removeprefix(f'images: {folder}: ')}") from error
-    images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    column = _only(images, ", ".join(dataset.column_names), folder)
-    labels = _dataset_labels(dataset, folder)
-    only_images = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    ids = _paths_or_rows(_dataset_paths(only_images, column), [str(row) for row in range(len(dataset))])
-    return SavedDatasetSource(folder, only_images, column, ids, labels)
+    schema, tables = dataset.features.arrow_schema, dataset.with_format("arrow")
+    column = image_column(schema, lambda name: tables.select_columns([name])[:10].column(0).to_pylist(), folder)
+    rows = tables.select_columns([column])
+    names = _RowNames()
+    names.rows = [str(row) for row in range(len(dataset))]
+    names.paths = _dataset_paths(rows, schema.field(column).type)
+    names.add_labels(schema, lambda name: _pylist(_chunked(tables[name])), len(dataset), folder)
+    return SavedDatasetSource(stored, rows, names)
+
+
+def _chunked(column: Any) -> pa.ChunkedArray:
+    return column[:] if not isinstance(column, (pa.ChunkedArray, pa.Array)) else column
 
 
 def _folder_of_split(folder: str, split: str) -> str:
@@ -212,16 +268,12 @@ def _folder_of_split(folder: str, split: str) -> str:
     return os.path.join(folder, split)
 
 
-def _dataset_paths(dataset: "Dataset", column: str) -> list[str | None]:
+def _dataset_paths(rows: "Dataset", kind: pa.DataType) -> list[str | None]:
+    struct = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+    if not struct and not is_text(kind):
+        return [None] * len(rows)
     paths: list[str | None] = []
-    for table in dataset.with_format("arrow").iter(batch_size=1000):  # columns stay mapped: the bytes are not touched
-        paths += pc.struct_field(table.column(column), "path").to_pylist()
+    for table in rows.iter(batch_size=1000):  # columns stay mapped: the bytes are not touched
+        column = table.column(0)
+        paths += (pc.struct_field(column, "path") if struct else column).to_pylist()
     return paths
-
-
-def _dataset_labels(dataset: "Dataset", folder: str) -> list[str | None]:
-    names = {name: f.names for name, f in dataset.features.items() if type(f).__name__ == "ClassLabel"}
-    column = "label" if "label" in dataset.column_names else next(iter(names)) if len(names) == 1 else None
-    if column is None or not _can_be_label(dataset.features.arrow_schema.field(column).type):
-        return [None] * len(dataset)
-    return [_label_name(value, names.get(column)) for value in dataset.with_format("arrow")[column].to_pylist()]

@@ -1,24 +1,40 @@
 """Webdataset shards: members of uncompressed tar archives, read in place."""
 
 import os
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from saevlm_fast.errors import ImageError, first_line, require
-from saevlm_fast.images.sources import Names, directory_of, is_image, not_empty, relative_paths
+from saevlm_fast.images.samples import Member, Sample, Samples
+from saevlm_fast.images.sources import LABEL_NAMES, Names, check_size, not_empty, relative_paths, utf8
 
-MAX_CLASS_BYTES = 1 << 16  # of a .cls member: a label, not a file
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
 TAR_BLOCK = 512
 
 
 class TarSource(Names):
     """Members of uncompressed tar archives, read in place by their offset."""
 
-    def __init__(self, name: str, shards: list[str], members: list["_Sample"], shard_M: np.ndarray, n_ignored: int):
+    def __init__(
+        self,
+        name: str,
+        shards: list[str],
+        members: list[Member],
+        labels: list[str | None],
+        shard_M: np.ndarray,
+        n_ignored: int,
+        notes: list[str],
+    ):
         self._shards = [os.path.abspath(shard) for shard in shards]
         self._shard_M = shard_M
         self._offset_M = np.array([member.offset for member in members], np.int64)
@@ -26,10 +42,11 @@ class TarSource(Names):
         self._open: tuple[int, _Descriptor] | None = None
         prefixes = [f"{shard}/" for shard in relative_paths(shards)] if len(shards) > 1 else [""]
         ids = [prefixes[shard] + member.name for shard, member in zip(shard_M.tolist(), members)]
-        super().__init__(name, ids, [member.label for member in members], n_ignored)
+        super().__init__(name, ids, labels, n_ignored, notes)
 
     def read(self, i: int) -> bytes:
         shard, size = int(self._shard_M[i]), int(self._size_M[i])
+        check_size(size)
         opened = self._open
         if opened is None or opened[0] != shard:
             # One at a time: thousands of shards must not mean thousands of open files.
@@ -53,60 +70,88 @@ class _Descriptor:
             os.close(self.number)
 
 
-class _Sample:
-    """What a webdataset key stands for."""
-
-    __slots__ = ("label", "name", "offset", "size")
-
-    def __init__(self) -> None:
-        self.name, self.offset, self.size = "", 0, 0
-        self.label: str | None = None
-
-
 def open_tars(shards: list[str], name: str) -> TarSource:
-    members: list[_Sample] = []
-    counts: list[int] = []
-    n_ignored = 0
-    for shard in shards:
-        samples, n_others = _index_tar(shard)
-        members += samples
-        counts.append(len(samples))
-        n_ignored += n_others
-    return TarSource(name, shards, members, np.repeat(np.arange(len(shards), dtype=np.int32), counts), n_ignored)
+    """The images of the archives, in their order (images/samples.py: which members are images, which are labels).
+
+    Raises:
+        ValueError: a compressed or damaged archive; archives that hold other archives and no image.
+    """
+    indexed = [_index_tar(shard) for shard in shards]
+    samples = [sample for of_shard, _ in indexed for sample in of_shard]
+    unused = sum((counted for _, counted in indexed), Counter[str]())
+    if not samples:
+        _refuse_tars_of_tars(name, unused)
+    classes = _class_labels(shards, [of_shard for of_shard, _ in indexed])
+    labels = classes or [sample.label for sample in samples]
+    shard_M = np.repeat(np.arange(len(shards), dtype=np.int32), [len(of_shard) for of_shard, _ in indexed])
+    notes = _notes(samples, labels, classes is not None, unused)
+    return TarSource(name, shards, [sample.image for sample in samples], labels, shard_M, unused.total(), notes)
 
 
-def _index_tar(shard: str) -> tuple[list[_Sample], int]:
-    """The samples of one archive in its order, and the number of members that are not in them."""
+def _index_tar(shard: str) -> tuple[list[Sample], Counter[str]]:
+    """The images of one archive in its order, and the members that are neither image nor label by extension."""
     _refuse_compressed(shard)
-    samples: dict[str, _Sample] = {}
-    n_ignored = 0
+    samples = Samples()
     with open(shard, "rb") as file:
         for member in _members(shard, file):
-            name = member.name.removeprefix("./")
-            directory, _, base = name.rpartition("/")
-            sample = samples.setdefault(f"{directory}/{base.partition('.')[0]}", _Sample())
-            if not member.isreg() or member.issparse():
-                n_ignored += 1
-            elif is_image(name) and not sample.name:
-                sample.name, sample.offset, sample.size = name, member.offset_data, member.size
-            elif base.endswith(".cls") and not base.startswith(".") and member.size <= MAX_CLASS_BYTES:
-                text = os.pread(file.fileno(), member.size, member.offset_data)
-                sample.label = text.decode(errors="backslashreplace").strip()
+            if member.isreg() and not member.issparse():
+                samples.add(Member(member.name.removeprefix("./"), member.offset_data, member.size))
             else:
-                n_ignored += 1
-    for sample in samples.values():
-        sample.label = directory_of(sample.name) if sample.label is None else sample.label or None
-    return [sample for sample in samples.values() if sample.name], n_ignored
+                samples.unused[""] += 1
+        return list(samples.resolve(lambda m: os.pread(file.fileno(), m.size, m.offset))), samples.unused
+
+
+def _class_labels(shards: list[str], samples: list[list[Sample]]) -> list[str | None] | None:
+    """The archives' names, where images have no other label and are named after their archive.
+
+    As ImageNet's are: n01440764.tar holds n01440764_10026.JPEG. Numbers alone (00012.tar) name shards, not classes.
+    """
+    if len(shards) < 2 or any(sample.label is not None for of_shard in samples for sample in of_shard):
+        return None
+    stems = [os.path.basename(shard).partition(".")[0] for shard in shards]
+    for stem, of_shard in zip(stems, samples):
+        named = (sample.image.name.rpartition("/")[2].partition(stem) for sample in of_shard)
+        if not stem or stem.isdigit() or any(before or not after or after[0].isalnum() for before, _, after in named):
+            return None
+    return [utf8(stem) for stem, of_shard in zip(stems, samples) for _ in of_shard]
+
+
+def _notes(samples: list[Sample], labels: list[str | None], classes: bool, unused: Counter[str]) -> list[str]:
+    """What was chosen, for the user: where labels come from, what was met and not used."""
+    used = Counter(f".{sample.used}" if sample.used else "directories" for sample in samples if sample.label)
+    if classes:
+        used = Counter({"the archives' names, as images are named after them": len(samples)})
+    missing = sum(label is None for label in labels)
+    looked_for = f"looked for .{', .'.join(LABEL_NAMES)}, .json with one of these, .txt, directories"
+    notes = []
+    if set(used) - {".cls", "directories"}:
+        notes.append(f"labels come from {_listing(used)}")
+    if missing:
+        notes.append(f"{missing:,} of {len(labels):,} images have no label ({looked_for})")
+    if not unused.total():
+        return notes
+    named = Counter({f".{extension}" if extension else "no extension": n for extension, n in unused.items()})
+    return [*notes, f"not used: {_listing(named)}"]
+
+
+def _listing(counted: Counter[str]) -> str:
+    common = counted.most_common(5)
+    more = f", {len(counted) - 5:,} other kinds" if len(counted) > 5 else ""
+    return ", ".join(f"{name} ({n:,})" for name, n in common) + more
+
+
+def _refuse_tars_of_tars(name: str, unused: Counter[str]) -> None:
+    inner = sum(n for extension, n in unused.items() if re.search(r"(^|\.)(tar|tgz)(\.|$)", extension))
+    advice = "unpack it first (mkdir DIR; tar -xf ARCHIVE -C DIR) and give DIR: archives in a folder are read in place"
+    require(inner == 0, f"images: {name}: no image, but {inner:,} archives inside the archive; {advice}")
 
 
 def _refuse_compressed(shard: str) -> None:
     with open(shard, "rb") as file:
         start = file.read(8)
-    for magic, method in COMPRESSED.items():
-        require(
-            not start.startswith(magic),
-            f"images: {shard}: compressed ({method}); uncompress it first: images are read from the middle of it",
-        )
+    for magic, (method, command) in COMPRESSED.items():
+        advice = f"uncompress it first ({command} {os.path.basename(shard)}): images are read from the middle of it"
+        require(not start.startswith(magic), f"images: {shard}: compressed ({method}); {advice}")
 
 
 def _members(shard: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:

@@ -33,6 +33,7 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import check_similarity
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
+from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
@@ -269,7 +270,7 @@ def score(
 
     Raises:
         ValueError: different numbers of rows, image ids (where both sides have them) that differ, several rows of one
-            image, an SAE of another width, and everything StreamedScore refuses.
+            image, an SAE of another width, hook point or layer, and everything StreamedScore refuses.
     """
     return streamed_score(
         activations,
@@ -296,6 +297,8 @@ def streamed_score(
 ) -> StreamedScore:
     """The sums behind `score`, with all images in them; arguments and errors are those of `score`."""
     check_sides(activations, embeddings)
+    if sae is not None:
+        check_rows_of(sae, activations)
     scores = StreamedScore(n_latents(activations, sae), similarity, gamma, device)
     ids = checked_ids(batch_rows, activations, embeddings)
     with (

@@ -127,6 +127,6 @@ def _names(directions_LE: Tensor, texts_ME: Tensor, words: Sequence[str], n: int
     pointing = directions_LE.any(dim=1).tolist()
     scores, order = scores_LM[:, :n].tolist(), order_LM[:, :n].tolist()
     return [
-        [Name(words[m], score) for m, score in zip(*pair)] if has_direction else []
-        for has_direction, *pair in zip(pointing, order, scores)
+        [Name(words[int(m)], score) for m, score in zip(order_n, scores_n)] if has_direction else []
+        for has_direction, order_n, scores_n in zip(pointing, order, scores)
     ]

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.errors import require
+from saevlm_fast.errors import first_line, require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
 from saevlm_fast.steering.site import find_site, hooked_block, token_mask
+from saevlm_fast.towers.hub import one_line_errors
 
 
 class _Enough(Exception):
@@ -145,16 +146,41 @@ class SteeredAnswers:
         return answers
 
     def _inputs(self, image: Any, prompt: str) -> dict[str, Tensor]:
-        if self.processor.image_token not in prompt:
-            parts = [{"type": "image"}, {"type": "text", "text": prompt}]
-            require(
-                getattr(self.processor, "chat_template", None) is not None,
-                f"prompt: the processor has no chat template, so {prompt!r} must hold {self.processor.image_token}",
-            )
-            conversation = [{"role": "user", "content": parts}]
-            prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        features = self.processor(images=[image], text=[prompt], return_tensors="pt")
-        return {name: tensor.to(self.model.device) for name, tensor in features.items()}
+        text = self._chat(prompt)
+        with one_line_errors(f"prompt: the processor of {type(self.model).__name__}"):
+            # What apply_chat_template(tokenize=True) does: a template that begins a text itself begins it alone.
+            bos = getattr(getattr(self.processor, "tokenizer", None), "bos_token", None)
+            options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+            features = self.processor(images=[image], text=[text], return_tensors="pt", **options)
+            return {name: tensor.to(self.model.device) for name, tensor in features.items()}
+
+    def _chat(self, prompt: str) -> str:
+        """The prompt in the processor's chat template; as it is, if it holds the image token itself.
+
+        Most templates take a list of an image and a text, some one string that holds the image token.
+        """
+        image_token, template = self.processor.image_token, getattr(self.processor, "chat_template", None)
+        if image_token in prompt:
+            return prompt
+        require(
+            template is not None,
+            f"prompt: the processor has no chat template, so {prompt!r} must hold {image_token}",
+        )
+        problem = "it renders no image token"
+        for content in ([{"type": "image"}, {"type": "text", "text": prompt}], f"{image_token}\n{prompt}"):
+            try:
+                text = self.processor.apply_chat_template(
+                    [{"role": "user", "content": content}], add_generation_prompt=True
+                )
+            except Exception as error:  # of jinja2, or whatever a template's own code ends in
+                problem = first_line(error)
+                continue
+            if text.count(image_token) == 1 and prompt.strip() in text:
+                return text
+        raise ValueError(
+            f"prompt: the processor's chat template cannot be used ({problem}); {prompt!r} may hold "
+            f"{image_token} itself, and is then taken as it is"
+        )
 
     @torch.inference_mode()
     def _residual(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -165,7 +191,7 @@ class SteeredAnswers:
             caught.append(x_BTD.detach())
             raise _Enough
 
-        with hooked_block(self.site, catch), suppress(_Enough):
+        with one_line_errors(type(self.model).__name__), hooked_block(self.site, catch), suppress(_Enough):
             self.model(**inputs)
         self._check_run(caught)
         return caught[0]
@@ -201,7 +227,7 @@ class SteeredAnswers:
             calls.append(None)
             return x_BTD
 
-        with self._only_above_block(), hooked_block(self.site, given):
+        with one_line_errors(type(self.model).__name__), self._only_above_block(), hooked_block(self.site, given):
             tokens = self.model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens,

@@ -5,7 +5,7 @@
 
 At the chosen tokens the output x of block `layer` becomes, with z = encode(x) and z' = z after the edits,
 
-    error="drop"    decode(z')                      the paper: what the SAE cannot reconstruct is lost (recipe.md 4)
+    error="drop"    decode(z')                      the paper: what the SAE cannot reconstruct is lost
     error="keep"    x + decode(z') - decode(z)      the change alone
 
 computed as decode(z) + sum_j (z'_j - z_j) W_dec[j], and as x + the same sum: a latent is only looked up, however many

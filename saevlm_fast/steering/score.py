@@ -1,4 +1,4 @@
-"""The paper's steering score (recipe.md section 4), with the controls that it lacks.
+"""The paper's steering score (docs/recipe.md section 4), with the controls that it lacks.
 
 A latent's target is the mean embedding of its 16 most activating images. The model is asked about images drawn at
 random, the same for every latent (so some may be among its own top images), with the latent steered, and the score is
@@ -21,7 +21,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from saevlm_fast.config import WHITE, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
@@ -46,61 +47,11 @@ from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import clamp
 from saevlm_fast.towers.text import TextEncoder
 
-PROMPT = "What is shown in this image? Use exactly one word!"
 CONDITIONS = ("steered", "sae_attached", "unsteered", "random_latent", "sign_flip", "difference_of_means")
 PER_LATENT = tuple(name for name in CONDITIONS if name not in ("sae_attached", "unsteered"))
 N_TOP = 16
-WHITE, EMPTY = "white", "_empty"
+EMPTY = "_empty"
 MEASURES = (*CONDITIONS, *(name + EMPTY for name in CONDITIONS))
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """What is measured.
-
-    Attributes:
-        latents: all if empty. alpha: in raw activation units.
-        ask: number of random images asked about, the same for every latent; 0 asks about one white image.
-        prompt: the question. n_reference: random images behind the difference of means. seed: of all choices.
-    """
-
-    latents: tuple[int, ...] = ()
-    alpha: float = 100.0
-    ask: int = 10
-    prompt: str = PROMPT
-    n_reference: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        fits = bool(np.isfinite(self.alpha)) and abs(self.alpha) <= torch.finfo(torch.float32).max
-        require(fits, f"alpha: {self.alpha} is not finite in float32")
-        require(self.seed >= 0, f"seed: {self.seed} must not be negative")
-        require(self.prompt.strip() != "", "prompt: is empty")
-        require(self.ask >= 0, f"ask: {self.ask} must not be negative")
-        require(self.n_reference >= 1, f"n_reference: {self.n_reference} must be at least 1")
-        require(len(set(self.latents)) == len(self.latents), "latents: one is listed twice")
-
-
-@dataclass(frozen=True)
-class ScoreRun:
-    """Where it is written and how far it has come. latents_per_block: scored and saved together.
-
-    sources: paths and names that must be the same when a run is resumed.
-    """
-
-    output: Path
-    sources: dict[str, str]
-    resume: bool = False
-    force: bool = False
-    latents_per_block: int = 16
-
-    def __post_init__(self) -> None:
-        require(not (self.resume and self.force), "resume: does not go with force, which starts anew")
-
-    @property
-    def progress(self) -> Path:
-        """A folder with the settings and a file for every finished block; gone when the output is written."""
-        return self.output.with_name(self.output.name + ".progress")
 
 
 def firing_latents(codes: StoredCodes, batch_rows: int = 65536) -> Tensor:
@@ -393,8 +344,8 @@ class _Scorer:
     def _cosine(self, answers: Sequence[str], target_E: Tensor) -> float:
         """Mean over the images asked about."""
         new = sorted(set(answers) - set(self._words))
-        if new:
-            self._words.update(zip(new, self.encoder.embed(new, refuse=False)))  # answers are what they are
+        if new:  # answers are what they are; each by itself, so that a resumed run has the same to the last bit
+            self._words.update(zip(new, self.encoder.embed(new, batch_size=1, refuse=False)))
         return float(torch.stack([self._words[answer] for answer in answers]).double().mean(0) @ target_E.double())
 
 

@@ -35,28 +35,73 @@ def open_clip_model(name: str, spec: str, on_message: Callable[[str], None]) -> 
     require(arch in open_clip.list_models(), f"{spec}: open_clip has no architecture {arch}")
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if pretrained in tags:
-        pretrained, preprocess = _released(arch, pretrained, spec, on_message)
+        settings = released_settings(arch, pretrained, spec, on_message)
+        pretrained = _released_file(arch, pretrained, spec, on_message)
     else:
         require(
             Path(pretrained).is_file() and Path(pretrained).suffix in WEIGHT_FILES,
             f"{spec}: {pretrained!r} is neither a file ({', '.join(WEIGHT_FILES)}) nor one of open_clip's weights for "
             f"{arch}: {', '.join(tags) or 'none'}",
         )
-        preprocess = preprocess_of_file(arch, tags, Path(pretrained), spec)
-    return open_clip.create_model(arch, pretrained, force_preprocess_cfg=preprocess, **options)
+        settings = {
+            "force_preprocess_cfg": preprocess_of_file(arch, tags, Path(pretrained), spec),
+            "force_quick_gelu": _quick_gelu_of_file(arch, Path(pretrained), spec, on_message),
+        }
+    return open_clip.create_model(arch, pretrained, **settings, **options)
 
 
-def _released(arch: str, tag: str, spec: str, on_message: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
-    """Released weights: their file if it is in the cache, else their tag, which open_clip downloads."""
+def released_settings(arch: str, tag: str, spec: str, on_message: Callable[[str], None]) -> dict[str, Any]:
+    """What the record of released weights says of how they run, as options of open_clip.create_model.
+
+    open_clip itself applies a record only where it downloads by the tag, and never its activation. A record that says
+    nothing of the activation leaves the architecture's own.
+
+    Raises:
+        ValueError: the record says what this architecture cannot be made to do.
+    """
     import open_clip
 
-    config = open_clip.get_pretrained_cfg(arch, tag)
-    repo, _, file = config.get("hf_hub", "").rpartition("/")
+    record = open_clip.get_pretrained_cfg(arch, tag)
+    config = _architecture(arch)
+    size = config["vision_cfg"].get("image_size", 224)
+    require(
+        record.get("size", size) == size,
+        f"{spec}: the record of {tag} says images of {record.get('size')}, and {arch} takes {size}",
+    )
+    quick_gelu = _checked_quick_gelu(arch, record.get("quick_gelu"), f"the record of {tag}", spec)
+    if quick_gelu and "quick_gelu" not in record:
+        on_message(f"{spec}: the record of {tag} says nothing of the activation; QuickGELU, as {arch} has it")
+    return {"force_preprocess_cfg": _preprocess_settings(record), "force_quick_gelu": quick_gelu}
+
+
+def _checked_quick_gelu(arch: str, said: bool | None, by: str, spec: str) -> bool:
+    """Whether the model runs with QuickGELU: as it is said, which may not be possible; else as the architecture."""
+    config = _architecture(arch)
+    own = bool(config.get("quick_gelu", False))
+    if said is None:
+        return own
+    require(said or not own, f"{spec}: {by} says GELU, and {arch} is made with QuickGELU")
+    timm_tower = said and config["vision_cfg"].get("timm_model_name")
+    require(not timm_tower, f"{spec}: {by} says QuickGELU, and open_clip runs towers of timm ({timm_tower}) with GELU")
+    return said
+
+
+def _architecture(arch: str) -> dict[str, Any]:
+    import open_clip
+
+    return open_clip.get_model_config(arch) or {}
+
+
+def _released_file(arch: str, tag: str, spec: str, on_message: Callable[[str], None]) -> str:
+    """The file of released weights if it is in the cache, else their tag, which open_clip downloads."""
+    import open_clip
+
+    repo, _, file = open_clip.get_pretrained_cfg(arch, tag).get("hf_hub", "").rpartition("/")
     names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     cached = cached_file(repo, names) if repo else None
     if cached is None:
         announce_download(spec, on_message)
-    return cached or tag, _preprocess_settings(config)
+    return cached or tag
 
 
 def preprocess_of_file(arch: str, tags: Sequence[str], file: Path, spec: str) -> dict[str, Any]:
@@ -76,6 +121,23 @@ def preprocess_of_file(arch: str, tags: Sequence[str], file: Path, spec: str) ->
         f"{spec}: the released weights of {arch} differ in preprocessing, so {beside} must say it",
     )
     return released[0]
+
+
+def _quick_gelu_of_file(arch: str, file: Path, spec: str, on_message: Callable[[str], None]) -> bool:
+    """A weights file does not say its activation: as open_clip_config.json beside it, else the architecture's, told."""
+    import open_clip
+
+    beside = file.parent / "open_clip_config.json"
+    model = json.loads(beside.read_text()).get("model_cfg") if beside.is_file() else None
+    if isinstance(model, dict):
+        return _checked_quick_gelu(arch, bool(model.get("quick_gelu", False)), str(beside), spec)
+    own, other = bool(_architecture(arch).get("quick_gelu", False)), f"{arch}-quickgelu"
+    if not own and other in open_clip.list_models():
+        on_message(
+            f"{spec}: {file.name} does not say its activation; GELU, as {arch} has it. Weights that were trained with "
+            f"QuickGELU (OpenAI's, MetaCLIP's, DFN's) need open_clip:{other}/FILE"
+        )
+    return own
 
 
 def _preprocess_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saevlm_fast.errors import require
 from saevlm_fast.towers.hub import local_or_hub
@@ -36,10 +36,13 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     import transformers
 
     vision = getattr(config, "vision_config", config)
-    require(type(vision) in transformers.MODEL_MAPPING, f"{spec}: {type(vision).__name__} belongs to no vision model")
-    plain: Any = transformers.MODEL_MAPPING[type(vision)]
+    where = "local-dir" if Path(name).is_dir() else "hf-hub"
+    require(config.model_type != "timm_wrapper", f"{spec}: a checkpoint of timm; give timm:{where}:{name}")
+    name_of_class = type(vision).__name__.removesuffix("Config") + "Model"
+    plain: Any = transformers.MODEL_MAPPING.get(type(vision), None) or getattr(transformers, name_of_class, None)
+    require(plain is not None, f"{spec}: {type(vision).__name__} belongs to no vision model")
     options: dict[str, bool] = {}
-    projecting = getattr(transformers, type(vision).__name__.removesuffix("Config") + "ModelWithProjection", None)
+    projecting = getattr(transformers, name_of_class + "WithProjection", None)
     model_class = plain
     if projecting is not None and hasattr(config, "projection_dim"):
         model_class, vision.projection_dim = projecting, config.projection_dim
@@ -99,12 +102,13 @@ def wrap_transformers(model: nn.Module, processor: Any, spec: str, device: torch
 
 def transformers_anatomy(model: Any, spec: str) -> Anatomy:
     config = model.config
-    n_registers = getattr(config, "num_register_tokens", 0)
-    has_cls = any(name.split(".")[-1] in ("cls_token", "class_embedding") for name, _ in model.named_parameters())
+    # A token of a pooling head (AIMv2's) bears the same name.
+    added = {name.split(".")[-1] for name, _ in model.named_parameters() if "embeddings" in name.split(".")}
+    has_cls = bool(added & {"cls_token", "class_embedding"})
     patch = getattr(config, "patch_size", None)
     return Anatomy(
         blocks=_blocks(model, spec),
-        n_prefix=has_cls + n_registers,
+        n_prefix=has_cls + ("distillation_token" in added) + getattr(config, "num_register_tokens", 0),
         has_cls=has_cls,
         image_points=_image_points(model, has_cls),
         absent={
@@ -127,19 +131,29 @@ def _blocks(model: Any, spec: str) -> Sequence[nn.Module]:
     raise ValueError(f"{spec}: {type(model).__name__} is not a vision transformer with a list of equal blocks")
 
 
-def _image_points(model: Any, has_cls: bool) -> dict[str, tuple[nn.Module, Callable[[Any], Tensor]]]:
-    """Taken from the models' own outputs, which every family names alike."""
-    points: dict[str, tuple[nn.Module, Callable[[Any], Tensor]]] = {}
+def _image_points(model: Any, has_cls: bool) -> dict[str, tuple[nn.Module, Callable[[Any], Any]]]:
+    """What the library itself calls the pooled output, which some models lack: set-up refuses it there.
+
+    Two families say it otherwise. A ViT or DeiT without a pooler gives its classifier the normed CLS token. The pooling
+    head of a SigLIP gives the space shared with text.
+    """
+    points: dict[str, tuple[nn.Module, Callable[[Any], Any]]] = {}
+    family = model.config.model_type
     if hasattr(model, "visual_projection"):
         points["projection"] = model, lambda output: output.image_embeds
-        points["pooled"] = model.vision_model, lambda output: output.pooler_output
-    elif hasattr(model, "head"):  # SigLIP: the pooling head's output is the shared space
-        points["projection"] = points["pooled"] = model, lambda output: output.pooler_output
-    elif getattr(model, "pooler", model) is None:  # ViT without pooler
+        points["pooled"] = model.vision_model, _pooler_output
+    elif family in ("siglip_vision_model", "siglip2_vision_model"):
+        if hasattr(model, "head"):
+            points["projection"] = points["pooled"] = model, _pooler_output
+    elif family in ("vit", "deit") and has_cls and getattr(model, "pooler", None) is None:
         points["pooled"] = model, lambda output: output.last_hidden_state[:, 0]
-    elif has_cls:
-        points["pooled"] = model, lambda output: output.pooler_output
+    else:
+        points["pooled"] = model, _pooler_output
     return points
+
+
+def _pooler_output(output: Any) -> Any:
+    return getattr(output, "pooler_output", None)
 
 
 def vision_part(model: Any) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from saevlm_fast.box.models import MODELS, model_directory
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import Interrupted, first_line, require
 
 OFFLINE = {
     "hf": "hf:DIR, a directory with config.json, model.safetensors and preprocessor_config.json",
@@ -19,6 +19,7 @@ OFFLINE = {
     "timm": "timm:NAME:FILE.safetensors",
 }
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
+_PACKAGES = {"open_clip": "open_clip_torch"}
 _CONNECT_SECONDS = 5
 Loaded = TypeVar("Loaded")
 
@@ -31,9 +32,40 @@ def one_line_errors(spec: str) -> Iterator[None]:
     except ValueError as error:
         message = first_line(error, longest=1000)  # this package's own say what files would do instead
         raise ValueError(message if spec in message else f"{spec}: {message}") from error
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch puts the reason second
-        raise ValueError(f"{spec}: {' '.join(lines[:2])[:300] or type(error).__name__}") from error
+    except Exception as error:  # of many kinds, some of the libraries' own
+        if not is_foreign(error):
+            raise
+        raise ValueError(f"{spec}: {foreign_message(error)}") from error
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether an error says that a library and a model, a processor or a template do not fit; not that memory ran out,
+    or that the user wants to stop."""
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    return not no_memory and not isinstance(error, Interrupted)
+
+
+def foreign_message(error: BaseException) -> str:
+    """What a library's error says, in one line, for a user who cannot change how the library is called."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        missing = error.name.partition(".")[0]
+        return f"needs the package {_PACKAGES.get(missing, missing)}, which is not installed"
+    if "weights_only" in str(error):  # torch's advice is an argument that this package never changes
+        return _UNREAD_ARCHIVE if "TorchScript" in str(error) else _UNREAD_PICKLE
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch puts the reason second
+    told = isinstance(error, (OSError, RuntimeError, SafetensorError, ImportError, pickle.UnpicklingError))
+    kind = "" if told and lines else type(error).__name__
+    return ": ".join(part for part in (kind, " ".join(lines[:2])[:300]) if part)
+
+
+_UNREAD_PICKLE = (
+    "its weights file pickles more than tensors, which could run any code, so it is not read; save the state_dict() "
+    "alone, as .safetensors"
+)
+_UNREAD_ARCHIVE = (
+    "its weights file is a TorchScript archive, which could run any code, so it is not read; save the model's "
+    "state_dict() as .safetensors"
+)
 
 
 def local_or_hub(
@@ -46,7 +78,9 @@ def local_or_hub(
     if name in MODELS:
         return load(str(model_directory(name)), True)
     if Path(name).is_dir():
-        require((Path(name) / "config.json").is_file(), f"{spec}: {Path(name) / 'config.json'} is missing")
+        of_open_clip = (Path(name) / "open_clip_config.json").is_file()
+        instead = f"; it is of open_clip, give open_clip:local-dir:{name}" if of_open_clip else ""
+        require((Path(name) / "config.json").is_file(), f"{spec}: {Path(name) / 'config.json'} is missing{instead}")
         return load(name, True)
     require(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None, f"{spec}: no directory {name}")
     try:

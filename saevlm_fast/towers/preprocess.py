@@ -45,6 +45,9 @@ class TransformersPreprocess:
     def __call__(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         features = self.processor(images=list(pictures), return_tensors="pt", **self.options)
         pixels = features["pixel_values"]
+        if len(pixels) != len(pictures):  # Idefics', for example, take a list for one sample
+            name, shape = type(self.processor).__name__, list(pixels.shape)
+            raise ValueError(f"{name} gives {shape} for {len(pictures)} images, not each its own")
         # Of tiles the first is the whole image; the others' memory must not travel with it.
         inputs = {"pixel_values": pixels[:, 0].contiguous() if pixels.ndim == 5 else pixels}
         for name in ("pixel_attention_mask", "spatial_shapes"):
@@ -99,10 +102,7 @@ def _checked_preprocess(full: Any, raw: Any, normalisation: Normalisation | None
 
     Otherwise `full` and None: processors that rescale otherwise, or pack patches (NaFlex).
     """
-    from PIL import Image
-
-    noise = np.random.default_rng(0)
-    pictures = [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((40, 56), (64, 48))]
+    pictures = two_pictures()
     try:
         expected = full(pictures)["pixel_values"]
     except (ValueError, RuntimeError) as error:
@@ -112,6 +112,14 @@ def _checked_preprocess(full: Any, raw: Any, normalisation: Normalisation | None
         if pixels.dtype == torch.uint8 and torch.equal(normalisation(pixels), expected):
             return raw, normalisation
     return full, None
+
+
+def two_pictures() -> list[Any]:
+    """Two RGB images that differ in every pixel, in shape and in which side is the longer."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0)
+    return [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((40, 56), (64, 48))]
 
 
 def described(library: str, version: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:

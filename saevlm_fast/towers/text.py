@@ -11,9 +11,15 @@ from saevlm_fast.errors import require
 from saevlm_fast.towers.from_open_clip import open_clip_model
 from saevlm_fast.towers.from_transformers import without_load_report
 from saevlm_fast.towers.hub import local_or_hub, one_line_errors
+from saevlm_fast.towers.load import find_anatomy
 
 # Of these families only the text half is loaded.
-_TEXT_HALVES = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
+_TEXT_HALVES = {
+    "clip": "CLIPTextModelWithProjection",
+    "metaclip_2": "MetaClip2TextModelWithProjection",
+    "siglip": "SiglipTextModel",
+    "siglip2": "Siglip2TextModel",
+}
 
 
 def load_llava(
@@ -37,11 +43,25 @@ def load_llava(
 
     def load(source: str, local: bool) -> tuple[Any, Any]:
         model = _loaded(AutoModelForImageTextToText, source, local, spec, dtype=dtype)
-        return model, AutoProcessor.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        _complete(processor, model)
+        return model, processor
 
     with one_line_errors(spec):
         model, processor = local_or_hub(name, spec, load, on_message)
     return model.to(device).eval().requires_grad_(False), processor
+
+
+def _complete(processor: Any, model: Any) -> None:
+    """What the processor of a LLaVA saved before transformers 4.46 does not say, as the model's configuration has it.
+
+    Without it the processor does not know how many tokens an image takes.
+    """
+    if getattr(processor, "patch_size", 0) is not None:
+        return
+    processor.patch_size = model.config.vision_config.patch_size
+    processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = find_anatomy(model).n_prefix
 
 
 def _loaded(model_class: Any, source: str, local: bool, spec: str, **options: Any) -> Any:
@@ -79,6 +99,7 @@ class TextEncoder:
         """Texts -> embeddings float32 [M, E] of unit length, on the host.
 
         Args:
+            batch_size: texts of a forward. With 1 an embedding is the same to the last bit whatever the others are.
             refuse: texts that the model would misread. False for what another model has answered, which nobody chose:
                 a text that is too long is cut, a word that is unknown is read as the tokenizer's token for such.
 
@@ -153,7 +174,7 @@ def _text_half(source: str, local: bool, spec: str) -> tuple[Any, Any]:
         f"{spec}: a {config.model_type} model has no text side known here; {', '.join(_TEXT_HALVES)} have",
     )
     text_config = config.text_config
-    if config.model_type == "clip":
+    if config.model_type in ("clip", "metaclip_2"):
         text_config.projection_dim = config.projection_dim
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     _check_vocabulary(len(tokenizer), text_config.vocab_size)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import weights_sha256
-from saevlm_fast.towers.preprocess import Normalisation
+from saevlm_fast.towers.hub import foreign_message, is_foreign
+from saevlm_fast.towers.preprocess import Normalisation, two_pictures
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
 
 BLOCK_POINTS, IMAGE_POINTS = ("residual", "mlp", "attention"), ("projection", "pooled")
@@ -75,7 +76,7 @@ class Anatomy:
         image_points: name -> (module, what makes [B, D] of the module's output).
         absent: why the other image points are missing.
         width: of the residual stream, if known.
-        patch_size: if known, the number of tokens is checked against it.
+        patch_size, n_patches: if known, the number of tokens is checked against them.
         batch_first: False if blocks hold [T, B, D].
         call: calls the model on its inputs.
         description: JSON for the store.
@@ -88,6 +89,7 @@ class Anatomy:
     absent: Mapping[str, str] = field(default_factory=dict)
     width: int | None = None
     patch_size: tuple[int, int] | None = None
+    n_patches: int | None = None
     batch_first: bool = True
     call: Callable[[nn.Module, dict[str, Tensor]], Any] = lambda model, inputs: model(inputs["pixel_values"])
     description: dict[str, Any] = field(default_factory=dict)
@@ -142,8 +144,10 @@ class Tower:
     ) -> Iterator["HookedTower"]:
         """Yields a callable: inputs on the device -> activations at `points`, in one forward.
 
-        One blank image goes through at once, to learn shapes and which point comes last; every wrong request is a
-        ValueError here. On the way out, also after an error, the hooks are gone and the model is as it was.
+        Set-up costs three small forwards: two different images of different shapes go through together, which teaches
+        shapes and which point comes last, and then each by itself. A tower that loses or mixes images of a batch, or
+        gives an image other values another time, is a ValueError here, as is every wrong request. On the way out, also
+        after an error, the hooks are gone and the model is as it was.
 
         Args:
             compile: torch.compile the blocks (one compiled code for all of them, made at the first batch); of a block
@@ -152,7 +156,7 @@ class Tower:
         """
         sites = {point: self._site(point) for point in points}
         require(len(sites) > 0, "point: at least one hook point is needed")
-        run = HookedTower(self, autocast)
+        run = HookedTower(self, sites, autocast)
         with ExitStack() as stack:
             for point, (module, extract) in sites.items():
                 stack.callback(module.register_forward_hook(run._hook(point, extract)).remove)
@@ -192,11 +196,9 @@ class Tower:
                 stack.callback(_restore, module, vars(module).get("forward"))
                 module.forward = torch.compile(module.forward)
 
-    def blank_inputs(self) -> dict[str, Tensor]:
-        """Preprocessed tensors of one black image, on the device."""
-        from PIL import Image
-
-        return {name: t.to(self.device) for name, t in self.preprocess([Image.new("RGB", (64, 48))]).items()}
+    def inputs_of(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
+        """Preprocessed tensors of RGB PIL images, on the device."""
+        return {name: tensor.to(self.device) for name, tensor in self.preprocess(pictures).items()}
 
     def description(self) -> dict[str, Any]:
         """JSON: what exactly this tower is, weights included (a hash over all of them; takes a second per gigabyte)."""
@@ -217,8 +219,8 @@ class HookedTower:
         shapes: of every point, (T, D), T None for points of the whole image. layout: of the tokens.
     """
 
-    def __init__(self, tower: Tower, autocast: torch.dtype | None):
-        self.tower = tower
+    def __init__(self, tower: Tower, points: Iterable[HookPoint], autocast: torch.dtype | None):
+        self.tower, self._points = tower, list(points)
         self.shapes: dict[HookPoint, tuple[int | None, int]] = {}
         self.layout = TokenLayout(0, tower.anatomy.n_prefix, tower.anatomy.has_cls)
         self._autocast = autocast
@@ -231,7 +233,11 @@ class HookedTower:
         self._closed = True
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
-        """Activations [B, T, D], or [B, D] at projection and pooled, as inference tensors."""
+        """Activations [B, T, D], or [B, D] at projection and pooled, as inference tensors.
+
+        Raises:
+            ValueError: this batch has given another shape than set-up has learned.
+        """
         if self._closed:
             raise RuntimeError("the tower's hooks are gone: call this inside `with tower.hooked(...)`")
         with torch.inference_mode(), torch.autocast(self.tower.device.type, self._autocast, self._autocast is not None):
@@ -241,6 +247,10 @@ class HookedTower:
                 pass
             finally:
                 acts, self._acts = self._acts, {}
+        for point, (n_tokens, width) in self.shapes.items():
+            expected = [len(inputs["pixel_values"]), *([] if n_tokens is None else [n_tokens]), width]
+            found = list(acts[point].shape)
+            require(found == expected, f"point: {point.name} of {self.tower.spec} is {found}, not {expected}")
         return acts
 
     def rows_per_image(self, point: HookPoint, tokens: Tokens | None) -> int:
@@ -278,41 +288,102 @@ class HookedTower:
         return hook
 
     def _probe(self) -> None:
-        """One whole forward of a blank image: learns shapes and which point comes last, checks the blocks."""
+        """Learns the shapes and which point comes last; checks that the tower is what this package takes it for."""
+        pictures = two_pictures()
+        inputs = self.tower.inputs_of(pictures)
         shapes: list[tuple[int, ...]] = []
-        inputs = self.tower.blank_inputs()
         with ExitStack() as stack:
             for block in self.tower.anatomy.blocks:
                 record = lambda module, args, output: shapes.append(tuple(self.tower._tokens(output).shape))  # noqa: E731
                 stack.callback(block.register_forward_hook(record).remove)
-            try:
-                acts = self(inputs)
-            except (ValueError, AssertionError) as error:
-                raise ValueError(
-                    f"{self.tower.spec}: model and preprocessing do not fit: {first_line(error)}"
-                ) from error
-        self._check_blocks(shapes, inputs["pixel_values"])
-        self.layout = TokenLayout(shapes[0][1], self.layout.n_prefix, self.layout.has_cls)
+            acts = self._first_forward(inputs)
+        n_tokens = self._check_blocks(shapes, inputs, len(pictures))
+        self.layout = TokenLayout(n_tokens, self.layout.n_prefix, self.layout.has_cls)
+        self._check_given(acts)
         for point, tensor in acts.items():
-            expected = shapes[0][:2] if point.layer is not None else (1,)
+            whole = point.layer is None
+            expected = (len(pictures),) if whole else (len(pictures), n_tokens)
             require(
                 tuple(tensor.shape[:-1]) == expected,
                 f"point: {point.name} of {self.tower.spec} is {list(tensor.shape)}, not one vector each",
             )
-            self.shapes[point] = (None if point.layer is None else tensor.shape[1]), tensor.shape[-1]
+            self.shapes[point] = (None if whole else n_tokens), tensor.shape[-1]
         self._last = list(acts)[-1]
+        for i, picture in enumerate(pictures):
+            self._check_alone(acts, inputs, i, picture)
 
-    def _check_blocks(self, shapes: list[tuple[int, ...]], pixels: Tensor) -> None:
-        anatomy, spec = self.tower.anatomy, self.tower.spec
+    def _first_forward(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
+        try:
+            return self(inputs)
+        except Exception as error:
+            if not is_foreign(error):
+                raise
+            said = first_line(error) if isinstance(error, (ValueError, AssertionError)) else foreign_message(error)
+            raise ValueError(f"{self.tower.spec}: model and preprocessing do not fit: {said}") from error
+
+    def _check_given(self, acts: Mapping[HookPoint, Any]) -> None:
+        tower = self.tower
+        instead = "mean or cls" if tower.anatomy.has_cls else "mean"
+        for point in self._points:
+            require(
+                isinstance(acts.get(point), Tensor),
+                f"point: {point.name} of {tower.spec}: {type(tower.model).__name__} gives none; take the residual of "
+                f"layer {tower.n_blocks - 1}, tokens {instead}",
+            )
+
+    def _check_blocks(self, shapes: list[tuple[int, ...]], inputs: Mapping[str, Tensor], n_images: int) -> int:
+        """The number of tokens, which all blocks give of every image: those before the patches, and the patches."""
+        anatomy, spec, pixels = self.tower.anatomy, self.tower.spec, inputs["pixel_values"]
         plain = len(shapes) == self.tower.n_blocks and len(set(shapes)) == 1 and len(shapes[0]) == 3
         require(plain, f"{spec}: not a plain vision transformer, whose blocks would all give the same [B, T, D]")
+        shape, n_tokens = list(shapes[0]), shapes[0][1]
+        require(
+            shape[0] == n_images,
+            f"{spec}: not a plain vision transformer: its blocks give {shape} for {n_images} images, not "
+            f"[{n_images}, T, D]",
+        )
+        grid = anatomy.n_patches
         if anatomy.patch_size is not None and pixels.ndim == 4:
-            (height, width), (patch_height, patch_width) = pixels.shape[2:], anatomy.patch_size
-            expected = anatomy.n_prefix + (height // patch_height) * (width // patch_width)
-            n_tokens = shapes[0][1]
-            require(
-                n_tokens == expected, f"{spec}: {n_tokens} tokens of an image of {height} x {width}, not {expected}"
+            grid = (pixels.shape[2] // anatomy.patch_size[0]) * (pixels.shape[3] // anatomy.patch_size[1])
+        require(
+            grid is None or n_tokens == anatomy.n_prefix + grid,
+            f"{spec}: {n_tokens} tokens of an image of {' x '.join(map(str, pixels.shape[2:]))}, not "
+            f"{anatomy.n_prefix} before the patches and {grid} patches",
+        )
+        mask_BT = self.tower.token_mask(inputs)
+        fits = mask_BT is None or tuple(mask_BT.shape) == (n_images, n_tokens)
+        require(fits, f"{spec}: a mask {list(getattr(mask_BT, 'shape', ()))} of {n_tokens} tokens")
+        return n_tokens
+
+    def _check_alone(
+        self, acts: Mapping[HookPoint, Tensor], inputs: Mapping[str, Tensor], i: int, picture: Any
+    ) -> None:
+        """Image i by itself has the tokens that it has beside the other.
+
+        Rounding differs with the size of a batch. It is told from a fault by how far the two images are apart.
+        """
+        mask_BT = self.tower.token_mask(inputs)
+        alone = self._first_forward(single := self.tower.inputs_of([picture]))
+        for point, tensor in acts.items():
+            kept = slice(None) if mask_BT is None or point.layer is None else mask_BT[i]
+            together, other, found = tensor[i].float(), tensor[1 - i].float(), alone[point][0].float()
+            if _apart(together[kept], found[kept]) <= self._rounding(together, other):
+                continue
+            again = self._first_forward(single)[point][0].float()
+            random = _apart(again[kept], found[kept]) > self._rounding(together, other)
+            raise ValueError(
+                f"{self.tower.spec}: {point.name} of an image is "
+                + ("another one each time (a random choice in the model)" if random else "another one in a batch")
+                + ", so that rows would not be the image's own"
             )
+
+    def _rounding(self, together: Tensor, other: Tensor) -> float:
+        relative = 1e-3 if self._autocast is None else 2e-2
+        return 0.1 * _apart(together, other) + relative * float(together.norm())
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm())
 
 
 def _restore(module: nn.Module, forward: Any) -> None:

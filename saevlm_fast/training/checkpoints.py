@@ -111,6 +111,15 @@ class RunDirectory:
     def __init__(self, path: Path, checkpoint_every: int | None, resume: bool, force: bool):
         self.path, self.checkpoint_every, self.resume, self.force = path, checkpoint_every, resume, force
 
+    def used(self) -> bool:
+        """Whether a run is there. ValueError: one is, and neither resume nor force says what becomes of it."""
+        used = any((self.path / name).exists() for name in (RUN_FILE, CONFIG_FILE, CHECKPOINTS, METRICS_FILE))
+        require(
+            not used or self.resume or self.force,
+            f"output: {self.path} already holds a run; use --resume to continue or --force to replace",
+        )
+        return used
+
     def begin(self, state: TrainingState) -> None:
         """Start, replace or resume (a run killed before it wrote anything starts); refuses to touch a run untold.
 
@@ -118,12 +127,7 @@ class RunDirectory:
             ValueError: the directory holds a run, resume meets other settings, other data or a damaged checkpoint, or
                 the data is not finite.
         """
-        used = any((self.path / name).exists() for name in (RUN_FILE, CONFIG_FILE, CHECKPOINTS, METRICS_FILE))
-        require(
-            not used or self.resume or self.force,
-            f"output: {self.path} already holds a run; use --resume to continue or --force to replace",
-        )
-        resumed = self.resume and used
+        resumed = self.used() and self.resume
         if resumed:
             require((self.path / RUN_FILE).is_file(), f"resume: {RUN_FILE} is missing from {self.path}")
         settings = state.settings(sampled=resumed and DATA_DIGEST not in read_settings(self.path)["data"])

@@ -7,11 +7,9 @@ written.
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from saevlm_fast.config import SAEConfig, TrainConfig, keyword_settings
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
@@ -22,37 +20,6 @@ from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.state import TrainingState
 
 _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a run goes and how it is watched.
-
-    Attributes:
-        output: run directory; None writes nothing. device: torch device, or auto (a GPU if there is one).
-        log_every, checkpoint_every: steps; None is about 100 logs, and at most 20 checkpoints a run (see Cadence).
-        resume: continue the run in `output`. force: replace it.
-    """
-
-    output: Path | None = None
-    device: str = "auto"
-    log_every: int | None = None
-    checkpoint_every: int | None = None
-    resume: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}: {value} must be at least 1")
-        require(not (self.resume and self.force), "resume and force exclude each other")
-        if self.output is None:
-            given = [name for name in ("checkpoint_every", "resume", "force") if getattr(self, name)]
-            require(not given, f"{', '.join(given)}: of a run without an output directory nothing is kept")
-            return
-        object.__setattr__(self, "output", Path(self.output))
-        blocked = next((p for p in (Path(self.output), *Path(self.output).parents) if p.is_file()), None)
-        require(blocked is None, f"output: {self.output} cannot be a directory, {blocked} is a file")
 
 
 def train(
@@ -74,8 +41,9 @@ def train(
     Args:
         activations: rows [N, d_in] in any units, never held whole unless they are in memory already.
         sae_config: what SAE; its d_in is the activations'.
-        config, options: the recipe, and where the run goes; or their fields by name, as steps=500, lr=1e-3,
-            output="run". Without an output nothing is written; with one, the run directory of checkpoints.py.
+        config: the recipe; or its fields by name, as steps=500, lr=1e-3.
+        options: where the run goes; or its fields by name, as output="run". Without an output nothing is written;
+            with one, the run directory of checkpoints.py.
         validation: rows [M, d_in] on which the finished SAE is evaluated; the training rows otherwise.
         progress: show a line with the step, the rate, the time left and the loss.
         on_log: called at every logged step with SAELens metric names. on_step: called after every step.

@@ -298,7 +298,7 @@ def smallest_positive(acts_M: Tensor) -> Tensor:
 def loss_and_gradients(
     sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, auxk_alpha: float
 ) -> tuple[Tensor, Losses, Gradients]:
-    """Losses of one batch and the gradient of every parameter, from sparse codes. recipe.md section 1.
+    """Losses of one batch and the gradient of every parameter, from sparse codes. docs/recipe.md section 1.
 
     mse = mean over Matryoshka prefixes (one prefix otherwise) of mean_b ||x - x_hat_g||^2: divided by the number of
     groups once; the paper's code divides twice.
@@ -397,7 +397,9 @@ def _latent_gradients(
 def _auxiliary(
     sae: SparseAutoencoder, x_BD: Tensor, x_hat_BD: Tensor, dead: DeadLatents, alpha: float, db_enc: Tensor
 ) -> tuple[Tensor, list[RowGradient], list[RowGradient]]:
-    """The auxiliary loss: dead latents reconstruct the residual x - x_hat, detached, without bias. recipe.md 1.
+    """The auxiliary loss: dead latents reconstruct the residual x - x_hat, detached, without bias.
+
+    docs/recipe.md section 1.
 
     ||residual - aux reconstruction||^2 over the residual's variance, both mean over the batch; the top d_in / 2 dead
     latents of each row take part. Gradients are scaled by alpha; db_enc is added to in place.

@@ -145,6 +145,8 @@ def test_matrices_of_the_wrong_shape_or_dtype(tmp_path, suffix, x, message):
 def test_other_unusable_matrices(tmp_path):
     np.save(tmp_path / "big.npy", np.zeros((2, 2), dtype=">f4"))
     refused(tmp_path / "big.npy", "little-endian")
+    np.save(tmp_path / "bfloat16.npy", np.zeros((2, 2), dtype="V2"))  # as ml_dtypes has it saved
+    refused(tmp_path / "bfloat16.npy", r"dtype is \|V2; accepted: float16, bfloat16, .*save that as .safetensors")
     np.save(tmp_path / "long.npy", np.zeros((2, 2), dtype=np.longdouble))
     refused(tmp_path / "long.npy", "dtype is float128|dtype is longdouble")
     torch.save(torch.eye(3).to_sparse(), tmp_path / "sparse.pt")
@@ -258,10 +260,13 @@ def test_a_read_only_array_is_read_without_a_warning():
         (np.zeros((2, 3, 4)), r"x: shape is \[2, 3, 4\]; a matrix"),
         (torch.zeros(0, 4), r"x: shape is \[0, 4\]; at least 1 row"),
         (np.zeros((4, 0)), r"x: shape is \[4, 0\]; at least 1 row and 1 column"),
-        (torch.zeros(2, 3, dtype=torch.int64), "x: torch.int64, .*; accepted: dense float16, bfloat16, float32"),
-        (np.zeros((2, 3), dtype=np.int32), "x: dtype is int32; accepted: float16, float32, float64"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            "x: dtype int64, .*: dense float16, bfloat16, float32 or float64$",
+        ),
+        (np.zeros((2, 3), dtype=np.int32), "x: dtype is int32; .*float32 or float64, .*NumPy has no bfloat16"),
         (np.zeros((2, 3), dtype=">f4"), "x: dtype is >f4; .*little-endian"),
-        (torch.eye(3).to_sparse(), "x: torch.float32, torch.sparse_coo; accepted: dense"),
+        (torch.eye(3).to_sparse(), "x: dtype float32, layout torch.sparse_coo; accepted: dense"),
         ([[1.0, 2.0]], r"x: list; a torch tensor or a NumPy array"),
     ],
 )

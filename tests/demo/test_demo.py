@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shutil
+import tomllib
 from itertools import pairwise
 
 import numpy as np
@@ -12,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from command import run
+from command import files_below, run, run_json
 from saevlm_fast.box.scenes import COLOURS, OBJECT_FACTORS, Scenes
 from saevlm_fast.box_making.architecture import PATCH_SIZE
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import RunOptions, SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo import scene_stores
 from saevlm_fast.demo import scores as demo
@@ -26,7 +27,6 @@ from saevlm_fast.files import CACHE_VARIABLE
 from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import score
-from saevlm_fast.training.run import RunOptions
 
 SMALL = {"train": 700, "test": 400}
 # The models of the box are the same every time: each is loaded once.
@@ -121,6 +121,40 @@ def test_demo(tmp_path):
     assert text.count("step 60/60") == 1
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
     assert (tmp_path / "demo" / "latents.png").is_file()
+
+
+def test_demo_dry_run_json_and_settings(tmp_path):
+    text = run("demo", "--dry-run")
+    for part in ("dry run: scenes, three SAEs", "3 of 128 -> 512, 150 steps together", "training all steps"):
+        assert part in text
+    assert files_below(tmp_path) == {}
+    found = run_json("demo")
+    assert found == json.loads((tmp_path / "demo" / "summary.json").read_text()) | {"output": "demo"}
+    settings = tomllib.loads((tmp_path / "demo" / "settings.toml").read_text())
+    assert settings["demo"] == {"output": str(tmp_path / "demo"), "device": "auto"}
+    assert "dry run: " in run("demo", "--config", tmp_path / "demo" / "settings.toml", "--dry-run")
+
+
+def test_a_dry_run_harvests_no_scenes(tmp_path, monkeypatch):
+    run("train", "--output", tmp_path / "sae", "--k", 5, "--steps", 2)
+    monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(tmp_path / "empty"))
+    before = files_below(tmp_path)
+    text = run("train", "--dry-run")
+    assert "batch_topk SAE 128 -> 512, k = 10, on 700 rows; 60 steps of 128" in text
+    text = run("ms-score", "--sae", tmp_path / "sae", "--dry-run")
+    assert "of 512 latents of" in text
+    assert "not estimated: the scenes may have to be harvested" in text
+    assert "output: needed with --raw" in run("ms-score", "--raw", "--dry-run", code=2)
+    run("demo", "--dry-run")
+    assert files_below(tmp_path) == before
+
+
+def test_a_run_on_the_box_is_repeated_from_its_settings(tmp_path):
+    assert "rows" in run("train", "--output", tmp_path / "first", "--dry-run")
+    run("train", "--output", tmp_path / "first")
+    run("train", "--config", tmp_path / "first" / "settings.toml", "--output", tmp_path / "again")
+    first, again = ((tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("first", "again"))
+    assert first == again
 
 
 def test_latents_that_point_to_a_colour_turn_the_answers_to_it():

@@ -19,13 +19,13 @@ from PIL import Image
 from command import run
 from damage import edit_record
 from saevlm_fast.cli import main
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import HarvestOptions, SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import output_lock
-from saevlm_fast.harvesting.config import HarvestConfig, HarvestOptions
+from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.harvesting.stores import HarvestStores
@@ -467,10 +467,10 @@ def test_running_out_of_memory_is_no_fault_of_the_images(tower, photos, tmp_path
 
 
 class Once:
-    """Preprocessing for the blank image that the tower is tried with, and another afterwards."""
+    """Preprocessing for the images that the tower is tried with, together and alone, and another afterwards."""
 
     def __init__(self, first, others):
-        self.calls = iter([first])
+        self.calls = iter([first] * 3)
         self.others = others
 
     def __call__(self, pictures):

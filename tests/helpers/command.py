@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -31,3 +32,22 @@ def run(*arguments, code=0):
     assert exit_code == code, text
     assert "Traceback" not in text
     return text
+
+
+def run_json(*arguments):
+    """What --json prints: one object on stdout, and nothing else there."""
+    stdout = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        patch.setattr(sys, "argv", ["saevlm-fast", *map(str, arguments), "--json"])
+        with contextlib.suppress(SystemExit):
+            main()
+    return json.loads(stdout.getvalue())
+
+
+def files_below(directory):
+    """Every file and directory, and the bytes of files: what a dry run must leave as it is."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(directory).rglob("*")}

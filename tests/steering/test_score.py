@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from command import ROOT, run
+from command import ROOT, files_below, run
 from damage import edit_record
 from saevlm_fast.box_making.architecture import build_clip, build_llava, clip_processor, llava_processor
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import PROMPT, SAEConfig, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.errors import Interrupted
@@ -28,17 +28,7 @@ from saevlm_fast.provenance import other_text_model, other_tower
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredAnswers
 from saevlm_fast.steering.edits import clamp, steer
-from saevlm_fast.steering.score import (
-    CONDITIONS,
-    MEASURES,
-    PROMPT,
-    ScoreConfig,
-    ScoreRun,
-    SteeringScores,
-    _Scorer,
-    firing_latents,
-    steering_score,
-)
+from saevlm_fast.steering.score import CONDITIONS, MEASURES, SteeringScores, _Scorer, firing_latents, steering_score
 from saevlm_fast.steering.score import _settings as steering_score_settings
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.text import load_llava, load_text_encoder
@@ -421,6 +411,35 @@ def test_steer_prints_controls_first(box):
                                "max_new_tokens": 3}  # fmt: skip
     assert list(parsed["controls"]) == ["unsteered", "sae_attached"]
     assert [(row["latent"], row["alpha"]) for row in parsed["steered"]] == [(3, 10), (3, 50), (4, 10), (4, 50)]
+
+
+def test_steer_dry_run(box):
+    before = files_below(box)
+    text = steer_command(box, "--latent", "3,4", "--alpha", 10, "--dry-run")
+    for part in ("dry run: 4 answers of hf:", "memory", " s "):
+        assert part in text
+    assert "latent: 99 of an SAE whose latents are 0 to 47" in steer_command(
+        box, "--latent", 99, "--alpha", 1, "--dry-run", code=2
+    )
+    assert files_below(box) == before
+
+
+def test_steering_score_dry_run_json_and_settings(box, tmp_path):
+    output = tmp_path / "score.json"
+    before = files_below(box)
+    text = score_command(box, output, "--latents", f"3,{DEAD}", "--dry-run")
+    for part in ("dry run: steering score of 2 latents", "latents that fire", "all answers"):
+        assert part in text
+    figures = json.loads(score_command(box, output, "--latents", f"3,{DEAD}", "--dry-run", "--json"))
+    assert (figures["latents"], figures["latents_that_fire"], figures["answers"]) == (2, 1, 12)
+    assert (files_below(box), files_below(tmp_path)) == (before, {})
+    found = json.loads(score_command(box, output, "--latents", f"3,{DEAD}", "--json"))
+    assert found["output"] == str(output)
+    assert set(found["conditions"]["steered"]) == {"mean", "std", "empty_answers"}
+    again = tmp_path / "again.json"
+    run("steering-score", "--config", tmp_path / "score.json.settings.toml", "--output", again)
+    assert json.loads(again.read_text())["latents"] == json.loads(output.read_text())["latents"]
+    assert "already exists; --force replaces it" in score_command(box, output, "--dry-run", code=2)
 
 
 def test_steer_refuses_in_one_line(box):

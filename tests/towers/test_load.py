@@ -520,7 +520,7 @@ def test_timm_weights_file(tmp_path):
     with pytest.raises(ValueError, match=r"1 weights of test_vit are missing, as blocks\.1\.mlp\.fc1\.weight"):
         load_tower(f"timm:test_vit:{tmp_path / 'weights.safetensors'}")
     torch.save({"state_dict": weights, "code": Exploit()}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights.pt: .*weights_only"):
+    with pytest.raises(ValueError, match=r"weights.pt: its weights file pickles more than tensors"):
         load_tower(f"timm:test_vit:{tmp_path / 'weights.pt'}")
     with pytest.raises(ValueError, match="no such weights file"):
         load_tower("timm:test_vit:/no/such.safetensors")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from command import ROOT
 from damage import edit_record
-from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.files import sha256_file
@@ -26,7 +26,7 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import checkpoints as checkpoints_module
 from saevlm_fast.training.checkpoints import Cadence, RunDirectory, checkpoints
 from saevlm_fast.training.evaluate import evaluate
-from saevlm_fast.training.run import RunOptions, train
+from saevlm_fast.training.run import train
 
 D_IN, D_SAE, K = 32, 128, 6
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.training.checkpoints import RUN_FILE
 from saevlm_fast.training.evaluate import evaluate
-from saevlm_fast.training.run import RunOptions, train
+from saevlm_fast.training.run import train
 
 SAE = SAEConfig.sized(16, expansion=4, k=4)
 FEW = {"steps": 40, "batch_size": 128, "lr": 3e-3}

@@ -1,45 +1,14 @@
-"""The commands as a user meets them: what they print, what they write, and how they refuse."""
+"""The program as a user meets it: version, help, start-up, and how it refuses."""
 
-import csv
-import json
 import os
 import subprocess
 import sys
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-import torch
 
 from command import ROOT, run
 from saevlm_fast import __version__
-from saevlm_fast.kernels import reference
-from saevlm_fast.sae import SparseAutoencoder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("data")
-    text = run("synthetic", directory, "--rows", 3000, "--d-in", 32, "--d-embedding", 16, "--concepts", 60)
-    assert "activations.npy" in text
-    assert "embeddings.npy" in text
-    return directory
-
-
-@pytest.fixture(scope="module")
-def sae(data, tmp_path_factory):
-    output = tmp_path_factory.mktemp("sae") / "run"
-    text = run("train", "--activations", data / "activations.npy", "--output", output, "--expansion", 4, "--k", 4,
-               "--steps", 300, "--batch-size", 256, "--lr", "3e-3")  # fmt: skip
-    for word in ("32 -> 128", "loss", "it/s", "ev", "l0", "dead", "explained_variance", f"wrote {output}"):
-        assert word in text
-    return output
-
-
-def score(data, *arguments):
-    return run(
-        "ms-score", "--activations", data / "activations.npy", "--embeddings", data / "embeddings.npy", *arguments
-    )
 
 
 def test_version_and_shim():
@@ -71,66 +40,11 @@ def test_help_shows_defaults_that_are_words(command, default, monkeypatch):
     assert default in run(command, "--help")
 
 
-def test_resuming_says_that_there_was_nothing_to_continue(data, tmp_path):
-    assert "no checkpoint yet: starting at step 0" in run(
-        "train", "--activations", data / "activations.npy", "--output", tmp_path / "run", "--resume",
-        "--steps", 3, "--batch-size", 8, "--expansion", 2, "--k", 2,
-    )  # fmt: skip
-
-
 def test_asking_for_help_does_not_cost_the_import_of_torch():
     command = [sys.executable, "-X", "importtime", "-m", "saevlm_fast.cli", "train", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert "| torch\n" not in done.stderr.replace("  ", "")
-
-
-def test_scores_of_an_sae_match_the_definition(data, sae, tmp_path):
-    text = score(data, "--sae", sae, "--output", tmp_path / "s.parquet")
-    for word in ("mean +- std", "best", "quantile", "dead", "worst latents"):
-        assert word in text
-    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
-    assert list(table) == ["latent", "ms", "status", "n_active", "max_activation"]
-    x, e = (torch.from_numpy(np.load(data / f"{name}.npy")) for name in ("activations", "embeddings"))
-    with torch.no_grad():
-        dense = SparseAutoencoder.from_pretrained(sae).encode(x).dense().double()
-    expected = reference.monosemanticity(dense, e.double())
-    torch.testing.assert_close(
-        torch.tensor(table["ms"], dtype=torch.float64), expected, equal_nan=True, atol=1e-9, rtol=0
-    )
-    assert table["n_active"] == (dense > 0).sum(0).tolist()
-
-
-def test_one_image_has_no_best_latents(tmp_path):
-    np.save(tmp_path / "one.npy", np.ones((1, 4), np.float32))
-    files = "--activations", tmp_path / "one.npy", "--embeddings", tmp_path / "one.npy"
-    text = run("ms-score", *files, "--raw", "--output", tmp_path / "s.csv")
-    assert "no latent has a defined score (1 images)" in text
-    assert "best latents" not in text
-
-
-def test_sae_latents_score_above_raw_neurons(data, sae, tmp_path):
-    score(data, "--sae", sae, "--output", tmp_path / "sae.csv")
-    score(data, "--raw", "--output", tmp_path / "raw.csv")
-    means = []
-    for name in ("sae.csv", "raw.csv"):
-        with open(tmp_path / name) as file:
-            means.append(np.mean([float(row["ms"]) for row in csv.DictReader(file) if row["status"] == "defined"]))
-    assert means[0] > means[1] + 0.1
-
-
-@pytest.mark.parametrize("similarity", ["dot", "rbf"])
-def test_other_similarities(data, sae, tmp_path, similarity):
-    score(data, "--sae", sae, "--output", tmp_path / "s.json", "--similarity", similarity)
-    document = json.loads((tmp_path / "s.json").read_text())
-    assert document["metadata"]["similarity"] == similarity
-    assert len(document["latents"]) == 128
-
-
-def test_matryoshka_with_groups(data, tmp_path):
-    run("train", "--activations", data / "activations.npy", "--output", tmp_path / "m", "--d-sae", 100, "--k", 4,
-        "--architecture", "matryoshka", "--groups", "0.1,0.4,0.5", "--steps", 5, "--batch-size", 64)  # fmt: skip
-    assert SparseAutoencoder.from_pretrained(tmp_path / "m").config.group_sizes == (10, 40, 50)
 
 
 def bad(name, arguments, message):

@@ -1,0 +1,179 @@
+"""saevlm-fast harvest: images through a vision tower to stores."""
+
+import time
+from contextlib import closing
+from dataclasses import MISSING, dataclass
+from operator import mul
+from typing import TYPE_CHECKING, Any
+
+from saevlm_fast.cli.options import Plan, WorkOptions, command
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
+from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
+from saevlm_fast.config import DEVICE_HELP, HarvestOptions, HarvestSettings
+from saevlm_fast.settings import integers, same_as, setting, texts
+
+if TYPE_CHECKING:
+    import torch
+
+    from saevlm_fast.harvesting.config import HarvestConfig
+    from saevlm_fast.harvesting.run import HarvestSummary
+    from saevlm_fast.images.sources import ImageSource
+    from saevlm_fast.towers.tower import Tower
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
+    """Options of `saevlm-fast harvest`."""
+
+    title = "Model and place in it"
+
+    model: str = setting(help="hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].")
+    images: str = same_as(HarvestOptions, "images", MISSING)
+    layer: tuple[int, ...] = setting((), help="Block, from 0; several: 5,8,11. One pass.", parse=integers)
+    point: tuple[str, ...] = setting(
+        ("residual",), help="residual, mlp, attention, projection, pooled; several: a,b.", parse=texts
+    )
+    tokens: tuple[str, ...] = setting(
+        ("cls",), help="cls, patches, all, mean, random:K, random:K:all; several: a,b.", parse=texts
+    )
+    device: str = setting("auto", help=DEVICE_HELP)
+
+    def harvest_config(self) -> "HarvestConfig":
+        """What is harvested, with hook points and tokens in place of their names."""
+        from saevlm_fast.harvesting.config import HarvestConfig
+        from saevlm_fast.towers.tokens import Tokens
+        from saevlm_fast.towers.tower import HookPoint
+
+        points = tuple(HookPoint.all_of(self.point, self.layer))
+        return self.part(HarvestConfig, points=points, tokens=tuple(Tokens.parse(text) for text in self.tokens))
+
+
+def _sentence(options: HarvestArguments, source: "ImageSource", tower: "Tower") -> str:
+    n_images = min(len(source), options.limit or len(source))
+    what = f"{options.model} on {tower.device}: {tower.n_blocks} blocks; {n_images:,} images of {options.images}"
+    return what + (f" ({source.n_ignored:,} other files ignored)" if source.n_ignored else "")
+
+
+def plan(options: HarvestArguments) -> Plan:
+    """What would be written; the time from two forward passes of the first batch."""
+    from saevlm_fast.harvesting.plan import HarvestPlan
+    from saevlm_fast.harvesting.stores import check_output
+    from saevlm_fast.images.open import open_images
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.towers.load import load_tower
+
+    config, engine = options.harvest_config(), options.part(HarvestOptions)
+    check_output(engine)
+    check_writable(options.output)
+    source = open_images(options.images)
+    tower = load_tower(options.model, resolve_device(options.device), on_message=tell)
+    with tower.hooked(config.points) as run:
+        planned = HarvestPlan(source, tower, run, config, engine)
+        _tell_notes(source)
+        _warn_of_mismatch(config, tower)
+        seconds = _seconds_an_image(source, tower, run, min(planned.n_images, config.batch_size))
+    n, size = planned.n_images, config.torch_store_dtype.itemsize
+    k = None if planned.sae is None else planned.sae.config.k  # codes: a value and an index each, and where rows begin
+    row_bytes = [store.width * size if k is None else k * (size + 4) + 8 for store in planned.stores]
+    rows = [n * store.rows_per_image for store in planned.stores]
+    weights = sum(p.numel() * p.element_size() for p in tower.model.parameters())
+    return Plan(
+        _sentence(options, source, tower),
+        {
+            "images": n,
+            "stores": [f"{store.path}: {rows:,} x {store.width:,}" for rows, store in zip(rows, planned.stores)],
+            "units_of_work": f"{planned.n_units:,} of {planned.images_per_unit:,} images",
+            **memory_figures(tower.device, weights),
+            **disk_figures(options.output, sum(map(mul, rows, row_bytes))),
+            **({} if seconds is None else {"an_image_seconds": seconds, "all_images_seconds": seconds * n}),
+        },
+    )
+
+
+def _seconds_an_image(source: "ImageSource", tower: "Tower", run: Any, n: int) -> float | None:
+    """Reading, decoding and a forward pass in this process; workers do the first two beside the third."""
+    from saevlm_fast.images.batches import image_batches
+
+    start = time.perf_counter()
+    with closing(image_batches(source, tower.preprocess, [range(n)], 0, False)) as batches:
+        batch = next(batches)
+    decoding = time.perf_counter() - start
+    if batch.inputs is None:
+        return None
+    inputs = {name: tensor.to(tower.device) for name, tensor in batch.inputs.items()}
+    return (decoding + min(_seconds(run, inputs, tower.device) for _ in range(2))) / n
+
+
+def _seconds(run: Any, inputs: dict[str, "torch.Tensor"], device: "torch.device") -> float:
+    import torch
+
+    start = time.perf_counter()
+    run(inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@command("harvest", plan=plan)
+def harvest(options: HarvestArguments) -> dict[str, Any] | None:
+    """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
+    from saevlm_fast.harvesting.ranks import torchrun_ranks
+    from saevlm_fast.harvesting.run import harvest as run_harvest
+    from saevlm_fast.harvesting.stores import check_output
+    from saevlm_fast.images.open import open_images
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.towers.load import load_tower
+
+    config, engine = options.harvest_config(), options.part(HarvestOptions)
+    check_output(engine)  # before a model is loaded
+    source = open_images(options.images)
+    with torchrun_ranks() as ranks:
+        tower = load_tower(options.model, resolve_device(ranks.device(options.device)), on_message=tell)
+        if ranks.rank == 0:
+            say(_sentence(options, source, tower))
+            _tell_notes(source)
+            _warn_of_mismatch(config, tower)
+        with HarvestBar(ranks.rank, ranks.world) as bar:
+            summary = run_harvest(source, tower, config, engine, ranks=ranks, on_images=bar.on_images)
+        if ranks.rank != 0:
+            return None
+        Record("harvest", options, options.output, images=summary.n_images, ranks=ranks.world).write()
+        _print_summary(summary)
+        return _as_json(summary)
+
+
+def _tell_notes(source: "ImageSource") -> None:
+    for note in source.notes:
+        tell(f"images: {note}")
+
+
+def _warn_of_mismatch(config: "HarvestConfig", tower: "Tower") -> None:
+    from saevlm_fast.provenance import sae_mismatch
+
+    if config.sae is not None and (what := sae_mismatch(config.sae, tower, *config.stores[0])) is not None:
+        warn(f"{what}; its codes of anything else mean little")
+
+
+def _print_summary(summary: "HarvestSummary") -> None:
+    seconds, n = max(summary.seconds, 1e-9), summary.n_done_here
+    say(
+        f"{summary.n_images:,} images, {summary.n_skipped:,} skipped; here {n:,} in {seconds:.0f} s, "
+        f"{n / seconds:.1f} images/s, {summary.waiting / seconds:.0%} of it waiting for decoded images"
+    )
+    if summary.n_skipped:
+        say(f"skipped images and why: {summary.output / 'skipped.jsonl'}")
+    for path in summary.stores:
+        say(f"wrote {path}")
+
+
+def _as_json(summary: "HarvestSummary") -> dict[str, Any]:
+    return {
+        "output": str(summary.output),
+        "stores": [str(path) for path in summary.stores],
+        "images": summary.n_images,
+        "skipped": summary.n_skipped,
+        "images_here": summary.n_done_here,
+        "seconds": summary.seconds,
+        "seconds_waiting": summary.waiting,
+    }

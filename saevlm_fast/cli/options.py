@@ -1,0 +1,295 @@
+"""Commands from dataclasses: one field is an option of the command line and a key of the file of --config.
+
+    @dataclass(frozen=True, kw_only=True)
+    class SyntheticArguments(WorkOptions):
+        rows: int = setting(20_000, help="Images, N.", at_least=1)
+
+    @command("synthetic", plan=plan)
+    def synthetic(options: SyntheticArguments) -> dict[str, Any]: ...
+
+What is given on the command line wins over the file, and the file over the default. Of what was given, `Arguments.of`
+makes the options; the command prints its tables and returns what --json prints.
+"""
+
+import inspect
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self, get_origin, get_type_hints
+
+import typer
+from rich.markup import escape
+
+from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
+from saevlm_fast.errors import did_you_mean, require
+from saevlm_fast.settings import (
+    Setting,
+    Settings,
+    choices_of,
+    declared_by,
+    default_of,
+    kinds_of,
+    setting,
+    settings_of,
+    title_of,
+)
+
+MADE = "made"  # the table of settings.toml that says how a result was made; nothing is read from it
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Sparse autoencoders for vision-language models on Triton kernels, and their Monosemanticity Score.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """What every command has."""
+
+    title = "Options of every command"
+    config: Path | None = setting(
+        None,
+        help="TOML file of settings: these names at the top, or in a table of the command's name. The command line "
+        "wins.",
+        in_file=False,
+        recorded=False,
+    )
+    json: bool = setting(False, help="Print one JSON object.", in_file=False, recorded=False)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The options, from the values that were given: the place for defaults that depend on others."""
+        return cls(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions(Options):
+    """What every command has that does work."""
+
+    title = "Options of every command"
+    dry_run: bool = setting(
+        False,
+        help="Check the inputs, print what would be done and how long it takes; write nothing.",
+        in_file=False,
+        recorded=False,
+    )
+
+
+class Plan(NamedTuple):
+    """What --dry-run prints: a sentence, and figures by name; a name in _bytes or _seconds says what the figure is."""
+
+    what: str
+    figures: dict[str, Any]
+
+
+class Command(NamedTuple):
+    """A command: its name, its options, what it says of itself."""
+
+    name: str
+    options: Any
+    help: str
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(
+    name: str, plan: Callable[[Any], Plan] | None = None
+) -> Callable[[Callable[[Any], dict[str, Any] | None]], Callable[[Any], dict[str, Any] | None]]:
+    """Makes a function of its options a command of `app`. plan: what --dry-run does instead."""
+
+    def add(function: Callable[[Any], dict[str, Any] | None]) -> Callable[[Any], dict[str, Any] | None]:
+        cls = get_type_hints(function)["options"]
+        COMMANDS[name] = Command(name, cls, inspect.getdoc(function) or "")
+
+        def from_command_line(**values: Any) -> None:
+            options = arguments(name, cls, values)
+            with for_a_program(options.json):
+                if plan is not None and options.dry_run:
+                    _print_plan(plan(options), options.json)
+                    return
+                result = function(options)
+            if options.json and result is not None:
+                print_json(result)
+
+        from_command_line.__doc__ = function.__doc__
+        parameters = [_parameter(cls, field, known) for field, known in ordered(cls) if known.on_command_line]
+        from_command_line.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        from_command_line.__annotations__ = {each.name: each.annotation for each in parameters}
+        app.command(name)(from_command_line)
+        return function
+
+    return add
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print_json({"dry_run": True, "what": plan.what, **plan.figures})
+        return
+    say(f"dry run: {plan.what}")
+    print_pairs((_label(name), _figure(name, value)) for name, value in plan.figures.items() if value is not None)
+    say("Memory and disk are by arithmetic; a time is from a short trial, where none is said to be arithmetic.")
+
+
+def _label(name: str) -> str:
+    return name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+
+
+def _figure(name: str, value: Any) -> str:
+    if name.endswith("_bytes"):
+        from saevlm_fast.inspection import human_bytes
+
+        return human_bytes(value)
+    if name.endswith("_seconds"):
+        minutes, hours = value / 60, value / 3600
+        return f"{value:.3g} s" if value < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
+    if isinstance(value, list):
+        return ", ".join(str(each) for each in value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def key_of(name: str, known: Setting) -> str:
+    """The name of a setting for users, in a file; with dashes it is that of the option."""
+    return known.option or name
+
+
+def flag_of(name: str, known: Setting) -> str:
+    """--checkpoint-every, or PATH of what is given by its place."""
+    key = key_of(name, known)
+    return key.upper() if known.positional else "--" + key.replace("_", "-")
+
+
+def default_text(cls: Any, name: str, known: Setting) -> str | None:
+    """The default for people; None if there is none, or it is the absence of a thing."""
+    default = default_of(cls, name)
+    if known.shown is not None:
+        return known.shown
+    if default is MISSING or default is None or default is False or default == ():
+        return None
+    if isinstance(default, tuple):
+        return ",".join(f"{each:g}" if isinstance(each, float) else str(each) for each in default)
+    return str(default)
+
+
+def ordered(cls: Any) -> list[tuple[str, Setting]]:
+    """The settings of a command as people read them: its own first, then those of its bases, one after the other."""
+    return sorted(settings_of(cls).items(), key=lambda item: cls.__mro__.index(declared_by(cls, item[0])))
+
+
+def is_needed(cls: Any, name: str, known: Setting) -> bool:
+    """Whether it must be given."""
+    return default_of(cls, name) is MISSING and known.shown is None
+
+
+def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
+    """What Typer is told of a field. Its default is None: only what was given comes through."""
+    kind, choices = kinds_of(cls)[name], choices_of(cls, name)
+    brackets = ["required"] if is_needed(cls, name, known) else []
+    brackets += [] if (default := default_text(cls, name, known)) is None else [f"default: {default}"]
+    text = escape(known.help) + "".join(f"  \\[{each}]" for each in brackets)
+    more: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": title_of(cls, name)}
+    if choices:
+        more |= {"metavar": "|".join(choices), "autocompletion": lambda: list(choices)}
+    elif get_origin(kind) is tuple:
+        more |= {"metavar": "<a,b,...>"}
+    if known.positional:
+        told = typer.Argument(None, **more)
+    else:
+        told = typer.Option(None, flag_of(name, known), **more)
+    kind = _typer_kind(kind, known, bool(choices))
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=told, annotation=kind)
+
+
+def _typer_kind(kind: Any, known: Setting, has_choices: bool) -> Any:
+    if get_origin(kind) is tuple:
+        return list[str] | None
+    if has_choices or known.parse is not None:
+        return str | None
+    return kind | None
+
+
+def arguments(name: str, cls: Any, values: Mapping[str, Any]) -> Any:
+    """The options of a command, from what Typer has read, and the file of --config if there is one.
+
+    Raises:
+        ValueError: what the file, a value or their combination are refused for; what is needed and was not given.
+    """
+    known = settings_of(cls)
+    given = {field: _from_text(field, known[field], value) for field, value in values.items() if _was_given(value)}
+    from_file = read_config(given["config"], name, cls) if "config" in given else {}
+    for field in given:
+        for other in known[field].instead_of:
+            from_file.pop(other, None)
+    given = from_file | given
+    for field, _ in ordered(cls):
+        if is_needed(cls, field, known[field]) and field not in given:
+            key, flag = key_of(field, known[field]), flag_of(field, known[field])
+            raise ValueError(f"{key}: needed; give {flag}, or {key} in the file of --config")
+    return cls.of(given)
+
+
+def _was_given(value: Any) -> bool:
+    return value is not None and value != []
+
+
+def _from_text(name: str, known: Setting, value: Any) -> Any:
+    if known.parse is None:
+        return value
+    return known.parse(name, ",".join(value) if isinstance(value, list) else value)
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
+    """The settings of a command in a TOML file: keys at the top, and those of its table, which win.
+
+    Raises:
+        ValueError: no TOML; a key that is no setting of the command, with the nearest that is; a value of another kind.
+        OSError: it cannot be read.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML ({error})") from None
+    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+    for table in tables:
+        near = did_you_mean(table, COMMANDS)
+        require(table.replace("_", "-") in COMMANDS or table == MADE, f"{path}: [{table}] is not a command{near}")
+    top = {key: value for key, value in document.items() if key not in tables}
+    own = next((tables[table] for table in tables if table.replace("_", "-") == name), {})
+    return _checked(top, path, name, cls) | _checked(own, path, name, cls)
+
+
+def _checked(table: Mapping[str, Any], path: Path, name: str, cls: Any) -> dict[str, Any]:
+    settings = {field: known for field, known in settings_of(cls).items() if known.in_file}
+    fields = {key_of(field, known): field for field, known in settings.items()} | {field: field for field in settings}
+    found = {}
+    for key, value in table.items():
+        field = fields.get(key.replace("-", "_"))
+        if field is None:
+            raise ValueError(f"{path}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}")
+        found[field] = _from_file(f"{path}: {key}", kinds_of(cls)[field], settings[field], value)
+    return found
+
+
+def _from_file(where: str, kind: Any, known: Setting, value: Any) -> Any:
+    """A TOML value as the field has it; lists may also be written as on the command line."""
+    if known.parse is not None:
+        if isinstance(value, list):
+            value = ",".join(str(each) for each in value)
+        require(isinstance(value, str | int | float) and not isinstance(value, bool), f"{where} = {value!r} is no text")
+        return known.parse(where, str(value))
+    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    accepts = {bool: bool, int: int, float: int | float}.get(kind, str)
+    fits = isinstance(value, accepts) and isinstance(value, bool) == (kind is bool)
+    require(fits, f"{where} = {value!r} is not {names.get(kind, 'a text')}")
+    return kind(value) if kind in (float, Path) else value

@@ -1,0 +1,126 @@
+"""What --dry-run needs: whether an output can be written, what there is of memory and disk, how long a step takes."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saevlm_fast.errors import require
+
+if TYPE_CHECKING:
+    import torch
+
+    from saevlm_fast.config import SAEConfig, TrainConfig
+
+_TIMED_STEPS = 2
+_CHEAP_STEP = 1e13  # multiplications of a step, above which it is not timed on a CPU
+_ARITHMETIC = "by arithmetic, not measured"
+
+
+def check_writable(output: Path) -> None:
+    """ValueError unless `output` could be written: the nearest directory above it that is there must allow it."""
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    require(there.is_dir() or there == output.absolute(), f"output: {output} cannot be written, {there} is a file")
+    require(os.access(there, os.W_OK), f"output: {output} cannot be written, {there} does not allow it")
+
+
+def disk_figures(output: Path, needed: int) -> dict[str, Any]:
+    """What it takes on disk and what is free; with a warning if that is less."""
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    figures = {"output": str(output), "disk_bytes": needed, "free_disk_bytes": free}
+    return figures | ({"disk_warning": "not enough is free"} if needed > free else {})
+
+
+def free_memory(device: "torch.device") -> int | None:
+    """Bytes that are free on the device, or in the host's memory; None if the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+
+
+def memory_figures(device: "torch.device", needed: int) -> dict[str, Any]:
+    """What it takes in memory, which is arithmetic, and what is free; with a warning if that is less."""
+    free = free_memory(device)
+    figures: dict[str, Any] = {"device": str(device), "memory_bytes": needed, "free_memory_bytes": free}
+    if free is None:
+        figures.pop("free_memory_bytes")
+    return figures | ({"memory_warning": "not enough is free"} if free is not None and needed > free else {})
+
+
+def training_memory(sae: "SAEConfig", batch_size: int) -> int:
+    """Weights, two moments and gradients in float32, and the batch with its reconstruction and pre-activations."""
+    return 4 * (4 * sae_numbers(sae) + batch_size * (4 * sae.d_in + sae.d_sae))
+
+
+def sae_numbers(sae: "SAEConfig") -> int:
+    """Weights and biases of an SAE."""
+    return 2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae
+
+
+def training_disk(sae: "SAEConfig") -> int:
+    """The SAE, and checkpoints with its weights, training weights and two moments: two, and one being written."""
+    return 4 * sae_numbers(sae) * (1 + 3 * 4)
+
+
+def time_figures(sae: "SAEConfig", config: "TrainConfig", n_rows: int, device: "torch.device") -> dict[str, Any]:
+    """How long a run takes, from a few steps on random rows, if one is cheap."""
+    batch_size = min(config.batch_size, n_rows)
+    multiplications = 6.0 * batch_size * sae.d_in * sae.d_sae
+    free = free_memory(device)
+    if free is not None and training_memory(sae, batch_size) > free:
+        return {"time": "not estimated: it does not fit into memory"}
+    if device.type == "cpu" and multiplications > _CHEAP_STEP:
+        return {"time": f"{multiplications * config.steps:.2g} multiplications ({_ARITHMETIC})"}
+    seconds = _seconds_a_step(sae, config, batch_size, device)
+    return {"a_step_seconds": seconds, "all_steps_seconds": seconds * config.steps}
+
+
+def _seconds_a_step(sae_config: "SAEConfig", config: "TrainConfig", batch_size: int, device: "torch.device") -> float:
+    import torch
+
+    from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.training.step import Stepper
+
+    sae = SparseAutoencoder(sae_config, device=device)
+    sae.reset_parameters(config.seed)
+    stepper = Stepper(sae, config)
+    x_BD = torch.randn(batch_size, sae_config.d_in, device=device)
+    stepper.step(x_BD)  # compiles, allocates
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    for _ in range(_TIMED_STEPS):
+        stepper.step(x_BD)
+    wait()
+    return (time.perf_counter() - start) / _TIMED_STEPS
+
+
+class Enough(Exception):
+    """Raised in a callback of work that is only timed."""
+
+
+class Stopwatch:
+    """A callback that times the second batch of a loop, and then stops it: what comes first is set-up."""
+
+    def __init__(self) -> None:
+        self.first: tuple[float, int] | None = None
+        self.seconds_each: float | None = None
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if self.first is not None:
+            self.seconds_each = (now - self.first[0]) / max(done - self.first[1], 1)
+            raise Enough
+        self.first = now, done

@@ -1,0 +1,116 @@
+"""settings.toml: the settings a result was made with, in a form that --config reads, and what it was made by.
+
+[train]         every setting that was not left open, as the command's options have it
+[made]          command line, working directory, time, host, device, commit; [made.versions]; [made.resolved]: what
+                followed from the settings and the data
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from saevlm_fast import __version__
+from saevlm_fast.cli.options import MADE, Options, key_of, ordered
+
+SETTINGS_FILE = "settings.toml"
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "pyarrow", "transformers", "open_clip_torch", "timm")
+
+
+def settings_path(result: Path) -> Path:
+    """Where the settings of a result stand: in a directory, or beside a file."""
+    return result / SETTINGS_FILE if result.is_dir() else result.with_name(f"{result.name}.{SETTINGS_FILE}")
+
+
+class Record:
+    """Writes the settings beside a result: once, as soon as there is a place for them."""
+
+    def __init__(self, command: str, options: Options, result: Path, **resolved: Any):
+        self.command, self.options, self.result, self.resolved = command, options, result, resolved
+        self.written = False
+
+    def write(self) -> None:
+        """Atomically. OSError: it cannot be written."""
+        if self.written:
+            return
+        import tomli_w
+
+        from saevlm_fast.files import atomic_write
+
+        made = made_by(self.options) | ({"resolved": self.resolved} if self.resolved else {})
+        document = {self.command: recorded(self.options), MADE: made}
+        path = settings_path(self.result)
+        note = f"# Repeat it: saevlm-fast {self.command} --config {path.name}, and another --output\n"
+        with atomic_write(path) as temporary:
+            temporary.write_text(note + tomli_w.dumps(document), encoding="utf-8")
+        self.written = True
+
+
+def recorded(options: Options) -> dict[str, Any]:
+    """The settings as TOML has them: paths are absolute, and what was left open is not there."""
+    values: dict[str, Any] = {}
+    cls: Any = type(options)
+    for name, known in ordered(cls):
+        value = getattr(options, name)
+        if not known.recorded or value is None:
+            continue
+        if isinstance(value, Path):
+            value = str(value.absolute())
+        values[key_of(name, known)] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def made_by(options: Options) -> dict[str, Any]:
+    """Command line, place, time, host, device, commit and versions."""
+    made = {
+        "command_line": shlex.join(["saevlm-fast", *sys.argv[1:]]),
+        "directory": os.getcwd(),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "device": _device(getattr(options, "device", "cpu")),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    return {name: value for name, value in made.items() if value is not None}
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python, and what it is built on, as far as it is installed."""
+    found = {"saevlm-fast": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout that the program runs from, with "+changes" where files differ from it; None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from saevlm_fast.runtime import resolve_device
+
+    device = resolve_device(name)
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    return f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

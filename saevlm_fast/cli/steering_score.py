@@ -1,0 +1,176 @@
+"""saevlm-fast steering-score: how far every latent steers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saevlm_fast.cli.answers import AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
+from saevlm_fast.cli.options import Plan, command
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
+from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
+from saevlm_fast.config import ScoreConfig, ScoreRun
+from saevlm_fast.errors import require
+from saevlm_fast.settings import integer, integers, same_as, setting
+
+if TYPE_CHECKING:
+    from saevlm_fast.data.codes import StoredCodes
+    from saevlm_fast.data.rows import Activations
+    from saevlm_fast.images.sources import ImageSource
+    from saevlm_fast.steering.score import SteeringScores
+
+_ROW_BYTES = 200  # of the table, about
+
+
+def _as_it_is(name: str, text: str) -> str:
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringScoreArguments(AnswerArguments):
+    """Options of `saevlm-fast steering-score`."""
+
+    images: str = setting(help="The images that codes and embeddings were harvested from.")
+    codes: Path = setting(help="Store of the SAE's codes, one row an image (harvest --pool mean).")
+    embeddings: Path = setting(help="Image embeddings of the text model's CLIP: store or matrix file.")
+    text_model: str = setting(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.")
+    output: Path = same_as(ScoreRun, "output")
+    latents: str | None = setting(None, help="0:1000, or 3,17,40.", shown="all", parse=_as_it_is)
+    alpha: float = same_as(ScoreConfig, "alpha")
+    ask: int = same_as(ScoreConfig, "ask")
+    prompt: str = same_as(ScoreConfig, "prompt")
+    n_reference: int = same_as(ScoreConfig, "n_reference")
+    seed: int = same_as(ScoreConfig, "seed")
+    max_new_tokens: int = same_as(AnswerArguments, "max_new_tokens", 8)
+    resume: bool = same_as(ScoreRun, "resume")
+    force: bool = same_as(ScoreRun, "force")
+    latents_per_block: int = same_as(ScoreRun, "latents_per_block")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """What a run is resumed with the same of."""
+        names = ("model", "sae", "images", "codes", "embeddings", "text_model")
+        return {name: str(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read, opened, and what is measured."""
+
+    codes: "StoredCodes"
+    embeddings: "Activations"
+    images: "ImageSource"
+    config: ScoreConfig
+    run: ScoreRun
+
+
+def open_inputs(options: SteeringScoreArguments) -> Inputs:
+    """Everything but the models. ValueError: sides that do not belong together."""
+    from saevlm_fast.data.codes import open_codes
+    from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.images.open import open_images
+    from saevlm_fast.provenance import check_codes_of, other_text_model
+    from saevlm_fast.scoring.tables import check_scores_path
+
+    check_scores_path(options.output)
+    codes, embeddings = open_codes(options.codes), open_activations(options.embeddings)
+    images = open_images(options.images)
+    config = options.part(ScoreConfig, latents=chosen_latents(options.latents, codes.d_sae))
+    run = options.part(ScoreRun, sources=options.sources)
+    check_codes_of(codes, options.sae, options.layer)
+    if (doubt := other_text_model(embeddings, options.text_model)) is not None:
+        warn(f"{doubt}; cosines between two models mean little")
+    return Inputs(codes, embeddings, images, config, run)
+
+
+def chosen_latents(text: str | None, d_sae: int) -> tuple[int, ...]:
+    """0:1000 as Python slices, or a list; () for all."""
+    if text is None:
+        return ()
+    if ":" not in text:
+        return integers("latents", text)
+    start, _, stop = text.partition(":")
+    require(integer("latents", stop or "0") <= d_sae, f"latents: {text!r} goes beyond the last of {d_sae}")
+    chosen = range(d_sae)[integer("latents", start or "0") : integer("latents", stop or str(d_sae))]
+    require(len(chosen) > 0, f"latents: {text!r} chooses none of {d_sae}")
+    return tuple(chosen)
+
+
+def plan(options: SteeringScoreArguments) -> Plan:
+    """What would be asked; the time from a batch of answers about a white image."""
+    from PIL import Image
+
+    from saevlm_fast.steering.score import PER_LATENT, firing_latents
+
+    inputs = open_inputs(options)
+    check_writable(options.output)
+    there = options.output.exists() and not options.force
+    require(not there, f"output: {options.output} already exists; --force replaces it")
+    alive = set(firing_latents(inputs.codes).tolist())
+    latents = inputs.config.latents or tuple(range(inputs.codes.d_sae))
+    firing = sum(latent in alive for latent in latents)
+    n_asked = max(1, inputs.config.ask)
+    n = firing * len(PER_LATENT) * n_asked + 2 * n_asked
+    answerer = steered_answers(options)
+    question = answerer.ask(Image.new("RGB", (336, 336), "white"), inputs.config.prompt)
+    seconds = seconds_an_answer(answerer, question, n)
+    return Plan(
+        f"steering score of {len(latents):,} latents of {options.sae} in {options.model}",
+        {
+            "images": inputs.codes.n_rows,
+            "latents": len(latents),
+            "latents_that_fire": firing,
+            "images_asked_about": n_asked,
+            "answers": n,
+            "most_tokens_each": options.max_new_tokens,
+            **memory_figures(answerer.sae.b_dec.device, weight_bytes(answerer)),
+            **disk_figures(options.output, _ROW_BYTES * len(latents)),
+            "an_answer_seconds": seconds,
+            "all_answers_seconds": seconds * n,
+        },
+    )
+
+
+@command("steering-score", plan=plan)
+def steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
+    """The paper's steering score of every latent, beside five controls. Interrupted, it goes on with --resume."""
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.steering.score import steering_score as score
+    from saevlm_fast.towers.text import load_text_encoder
+
+    inputs = open_inputs(options)
+    answerer = steered_answers(options)
+    encoder = load_text_encoder(options.text_model, resolve_device(options.device), on_message=tell)
+    with Bar("steer", unit="answers") as bar:
+        scores = score(
+            answerer, inputs.images, inputs.codes, inputs.embeddings, encoder, inputs.config, inputs.run, bar.update
+        )
+    Record("steering-score", options, options.output, latents=len(scores.table)).write()
+    _print_scores(scores)
+    say(f"wrote {options.output}")
+    return {"output": str(options.output), **options.sources, **_as_json(scores)}
+
+
+def _print_scores(scores: "SteeringScores") -> None:
+    n, n_all = scores.n_well_defined, len(scores.table)
+    if n == 0:
+        say(f"none of the {n_all:,} latents fires on 16 images or more, so there is no mean")
+        return
+    say(f"steering score of {n:,} of {n_all:,} latents (16 top images or more)")
+    empty = scores.empty_answers()
+    print_table(
+        ("condition", "mean +- std", "empty answers"),
+        ((name, f"{mean:.4f} +- {std:.4f}", f"{empty[name]:.1%}") for name, (mean, std) in scores.summary().items()),
+    )
+
+
+def _as_json(scores: "SteeringScores") -> dict[str, Any]:
+    empty = scores.empty_answers()
+    return {
+        "latents": len(scores.table),
+        "latents_with_16_top_images": scores.n_well_defined,
+        "conditions": {
+            name: {"mean": mean, "std": std, "empty_answers": empty[name]}
+            for name, (mean, std) in scores.summary().items()
+        },
+    }

@@ -1,0 +1,202 @@
+"""What a person sees: the consoles, one kind of progress bar, tables, and the JSON that a program reads instead."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+
+from saevlm_fast.errors import printable
+
+SECONDS_A_LINE = 5.0
+
+
+class _Console(Console):
+    """Keeps quiet, and lets the work go on, when who reads the output has gone (a pager, `head`)."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())  # else Python would fail on it again when it ends
+
+
+# No markup and no emoji: a path may hold [brackets] and :tram:.
+out, err = _Console(markup=False, emoji=False), _Console(stderr=True, markup=False, emoji=False)
+_results = _Console(markup=False, emoji=False)
+
+
+@contextmanager
+def for_a_program(wanted: bool) -> Iterator[None]:
+    """Nothing on stdout but what `print_json` prints. Progress is shown on stderr, if that is a terminal."""
+    out.quiet = wanted
+    try:
+        yield
+    finally:
+        out.quiet = False
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout; NaN and infinities are null."""
+    text = json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    _results.print(text, highlight=False, soft_wrap=True)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _strict(each) for key, each in value.items()}
+    return [_strict(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def say(*lines: str) -> None:
+    """Lines of the result. Names and answers are other people's text: a terminal escape in them is shown, not sent."""
+    for line in lines:
+        out.print(printable(line), highlight=False, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """A line beside the result, on stderr."""
+    err.print(printable(text), emoji=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """A warning, on stderr."""
+    err.print(printable(f"warning: {text}"), style="yellow", highlight=False, soft_wrap=True)
+
+
+def refuse(text: str) -> None:
+    """Why a command did not do its work, on stderr."""
+    err.print(printable(f"error: {text}"), style="red", highlight=False, soft_wrap=True)
+
+
+def print_table(columns: Sequence[str | Column], rows: Iterable[Sequence[str]], plain: bool = False) -> None:
+    """A table with a header. The first column is for names, numbers in the others stand on the right.
+
+    plain: without lines between the columns.
+    """
+    first, *others = columns
+    made = [Column(each, justify="right") if isinstance(each, str) else each for each in others]
+    table = Table(first, *made, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)) if plain else Table(first, *made)
+    for row in rows:
+        table.add_row(*map(printable, row))
+    out.print(table)
+
+
+def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
+    """Names and values, without a header; long values are folded."""
+    table = Table(show_header=False, box=box.SIMPLE)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    out.print(table)
+
+
+class Bar:
+    """A bar with rate, time left and a text on a terminal; elsewhere a line every few seconds, and one at the end.
+
+        with Bar("harvest", unit="images") as bar:
+            bar.update(done, total, "3 skipped")
+
+    The rate counts from the first update on: what comes before is set-up, or was done by an earlier process.
+    """
+
+    def __init__(self, what: str, total: int | None = None, unit: str = "", *, speaks: bool = True, lines: bool = True):
+        """unit: of what is counted, for the rate; B for bytes. speaks: whether to print anything at all. lines: whether
+        to print where there is no terminal."""
+        console = err if out.quiet and err.is_terminal else out
+        self.what, self.total, self.unit, self.lines = what, total, unit, speaks and lines and not out.quiet
+        self.live = speaks and console.is_terminal and not console.quiet
+        count: ProgressColumn = DownloadColumn() if unit == "B" else MofNCompleteColumn()
+        columns = (
+            TextColumn(what),
+            count,
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        self.progress = Progress(*columns, console=console, disable=not self.live)
+        self.task = self.progress.add_task(what, total=total, rate="", text="")
+        self.text = ""
+        self.first: tuple[float, int] | None = None
+        self.last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The bar stands still from now on."""
+        self.progress.stop()
+
+    def update(self, done: int, total: int | None = None, text: str | None = None, line: bool = True) -> None:
+        """done: of all so far. total: if it was not known before. line: whether this may print a line."""
+        now = time.monotonic()
+        self.total = self.total if total is None else total
+        self.text = self.text if text is None else text
+        self.first = self.first or (now, done)
+        rate = (done - self.first[1]) / max(now - self.first[0], 1e-9)
+        shown = f"{rate:.1f} {self.unit}/s" if self.unit and self.unit != "B" and rate > 0 else ""
+        self.progress.update(self.task, completed=done, total=self.total, rate=shown, text=self.text)
+        last = done == self.total
+        if self.live or not (self.lines and line) or not (last or now - self.last_line > SECONDS_A_LINE):
+            return
+        left = f"{((self.total or done) - done) / rate:.0f} s left" if rate > 0 and not last else ""
+        of_all = "" if self.total is None else f"/{self.total:,}"
+        counted = "" if self.unit in ("it", "B", "") else f" {self.unit}"
+        say("  ".join(filter(None, (f"{self.what} {done:,}{of_all}{counted}", shown, left, self.text))))
+        self.last_line = now
+
+
+class TrainBar(Bar):
+    """Of a training run: told of every step, and of the metrics of some."""
+
+    def __init__(self, n_steps: int):
+        super().__init__("step", n_steps, "it")
+
+    def on_step(self, step: int) -> None:
+        """Called after every step."""
+        self.update(step, line=False)
+
+    def on_log(self, step: int, metrics: dict[str, float]) -> None:
+        """Called after every logged step."""
+        text = (
+            f"loss {metrics['losses/overall_loss']:.4f}  ev {metrics['metrics/explained_variance']:.3f}  "
+            f"l0 {metrics['metrics/l0']:.1f}  dead {metrics['sparsity/dead_features']}"
+        )
+        self.update(step, text=text)
+        if step == self.total:
+            self.close()
+            say("saving, then evaluating over all rows ...")
+
+
+class HarvestBar(Bar):
+    """Of a harvest; of several ranks the first speaks."""
+
+    def __init__(self, rank: int = 0, world: int = 1):
+        what = "harvest" if world == 1 else f"rank 0 of {world}: harvest"
+        super().__init__(what, unit="images", speaks=rank == 0)
+
+    def on_images(self, done: int, total: int, n_skipped: int) -> None:
+        """Called after every batch with this process's images and all skipped ones."""
+        self.update(done, total, f"{n_skipped} skipped" if n_skipped else "")

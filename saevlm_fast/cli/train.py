@@ -1,0 +1,197 @@
+"""saevlm-fast train: activations to a sparse autoencoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from saevlm_fast.cli.options import Plan, WorkOptions, command
+from saevlm_fast.cli.planning import (
+    check_writable,
+    disk_figures,
+    memory_figures,
+    time_figures,
+    training_disk,
+    training_memory,
+)
+from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
+from saevlm_fast.cli.terminal import TrainBar, print_table, say
+from saevlm_fast.config import EXPANSION, RunOptions, SAEConfig, SAESize, TrainConfig
+from saevlm_fast.errors import require
+from saevlm_fast.settings import same_as, setting
+
+if TYPE_CHECKING:
+    from saevlm_fast.data.rows import Activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
+    """Options of `saevlm-fast train`."""
+
+    title = "Data"
+
+    activations: Path | None = setting(
+        None, help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", shown="the box's scenes"
+    )
+    validation: Path | None = setting(
+        None,
+        help="Held-out activations for the final evaluation.",
+        shown="none; on the box its test scenes",
+    )
+    output: Path = same_as(RunOptions, "output", shown="runs/DATE-TIME")
+    expansion: float | None = same_as(SAESize, "expansion", shown="8; on the box 4")
+    k: int = same_as(SAESize, "k", shown="20; on the box 10")
+    steps: int = same_as(TrainConfig, "steps", shown="110,000, as the paper; on the box 1,200")
+    batch_size: int = same_as(TrainConfig, "batch_size", shown="4096; on the box 512")
+    dead_after: int = same_as(TrainConfig, "dead_after", shown="10,000,000; on the box 100,000")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Without activations, what was not given is as the box's scenes need it."""
+        require("output" in given or not given.get("resume"), "output: --resume needs the directory of the run")
+        defaults: dict[str, Any] = {"output": new_run_directory(), "expansion": EXPANSION}
+        if "activations" not in given:
+            from saevlm_fast.demo.scene_stores import RECIPE
+
+            defaults |= RECIPE
+        if "d_sae" in given:
+            del defaults["expansion"]
+        return cls(**defaults | dict(given))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained on what: the SAE that fits activations [n_rows, d]."""
+
+    n_rows: int
+    path: Path
+    sae: SAEConfig
+    config: TrainConfig
+
+    @classmethod
+    def of(cls, options: TrainArguments, n_rows: int, d: int, path: Path) -> "Run":
+        """ValueError: the SAE's settings do not fit the width."""
+        return cls(n_rows, path, options.part(SAESize).config(d), options.part(TrainConfig))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a step."""
+        return min(self.config.batch_size, self.n_rows)
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        sae, config = self.sae, self.config
+        return (
+            f"{sae.architecture} SAE {sae.d_in} -> {sae.d_sae}, k = {sae.k}, on {self.n_rows:,} rows; {config.steps:,} "
+            f"steps of {self.batch_size:,}, lr {config.peak_lr(sae.d_sae):.3g}, {self.path}"
+        )
+
+
+def open_data(options: TrainArguments) -> "tuple[Activations, Activations | None]":
+    """The activations and those held out; the box's scenes are harvested, unless they are in the cache."""
+    from saevlm_fast.data.rows import open_activations
+
+    activations, validation = options.activations, options.validation
+    if activations is None:
+        activations = scenes("train", device=options.device).activations
+        validation = validation or scenes("test", device=options.device).activations
+    return open_activations(activations), None if validation is None else open_activations(validation)
+
+
+def _planned(options: TrainArguments) -> Run:
+    """Opens what is there; the box's scenes need not be harvested to know their number."""
+    if options.activations is None:
+        from saevlm_fast.demo.scene_stores import N_SCENES
+
+        return Run.of(options, N_SCENES["train"], scene_widths()[0], Path("the box's scenes"))
+    data, held_out = open_data(options)
+    require(
+        held_out is None or held_out.d == data.d,
+        f"validation: width {held_out.d if held_out else 0} differs from the activations' {data.d}",
+    )
+    return Run.of(options, data.n_rows, data.d, data.path)
+
+
+def plan(options: TrainArguments) -> Plan:
+    """What would be trained; the time from two steps on random rows."""
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.training.checkpoints import RunDirectory, latest_checkpoint
+
+    device = resolve_device(options.device)
+    check_writable(options.output)
+    RunDirectory(options.output, options.checkpoint_every, options.resume, options.force).used()
+    run = _planned(options)
+    sae, config, n_rows = run.sae, run.config, run.n_rows
+    checkpoint = latest_checkpoint(options.output) if options.resume else None
+    figures = {
+        "rows": n_rows,
+        "steps": config.steps,
+        "epochs": config.steps * run.batch_size / n_rows,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "resumes_at": checkpoint.name if checkpoint else None,
+        **memory_figures(device, training_memory(sae, run.batch_size)),
+        **disk_figures(options.output, training_disk(sae)),
+        **time_figures(sae, config, n_rows, device),
+    }
+    return Plan(run.sentence, figures)
+
+
+@command("train", plan=plan)
+def train(options: TrainArguments) -> dict[str, Any]:
+    """Train a sparse autoencoder on activations, by the recipe of arXiv 2504.02821.
+
+    Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache.
+    """
+    from saevlm_fast.training.checkpoints import latest_checkpoint
+    from saevlm_fast.training.run import train as run_training
+
+    data, held_out = open_data(options)
+    run, output = Run.of(options, data.n_rows, data.d, data.path), options.output
+    sae, config = run.sae, run.config
+    say(run.sentence)
+    if options.resume:
+        checkpoint = latest_checkpoint(output)
+        what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
+        say(f"resume: {output}: {what}")
+    record = Record(
+        "train",
+        options,
+        output,
+        rows=run.n_rows,
+        d_in=sae.d_in,
+        d_sae=sae.d_sae,
+        lr=config.peak_lr(sae.d_sae),
+        warmup=config.n_warmup,
+    )
+    with TrainBar(config.steps) as bar:
+
+        def on_step(step: int) -> None:
+            record.write()
+            bar.on_step(step)
+
+        _, metrics = run_training(
+            data,
+            sae,
+            config,
+            options.part(RunOptions),
+            validation=held_out,
+            on_log=bar.on_log,
+            on_step=on_step,
+        )
+    record.write()
+    rows, kind = metrics.pop("rows"), "validation" if held_out else "training"
+    say(f"evaluation on all {rows:,} {kind} rows")
+    print_table(("measure", "value"), ((name, f"{value:.4f}") for name, value in metrics.items()))
+    say(f"wrote {output}")
+    return {
+        "output": str(output),
+        "architecture": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "k": sae.k,
+        "steps": config.steps,
+        "evaluation": {"rows": rows, "of": kind, **metrics},
+    }

@@ -1,0 +1,211 @@
+"""One declaration of a setting: a dataclass field with its help text, its paper value and its limits.
+
+    @dataclass(frozen=True)
+    class TrainConfig(Settings):
+        steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
+
+From the field come the Python default, the check when an object is made, the option of the command line and the key of
+a configuration file (saevlm_fast/cli/options.py), and the line in docs/settings.md (saevlm_fast/cli/reference.py).
+Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class takes a field over with `same_as`.
+"""
+
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import cache
+from inspect import get_annotations
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from saevlm_fast.errors import require
+
+_KEY = "setting"
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a setting beside its name, kind and default.
+
+    Attributes:
+        help: what it means, in a sentence.
+        shown: the default in words, where it is none that can be printed.
+        paper: what arXiv 2504.02821 uses.
+        at_least, above, below, at_most: limits of a number. must: what it must be, where these are more than one limit.
+        spec: format of the number in messages.
+        parse: (name, text) -> value, of kinds that a command line cannot say by itself.
+        option: name on the command line and in a file, where that is not the field's.
+        positional: given by its place. on_command_line, in_file: where it can be given.
+        recorded: written into settings.toml. Not what says how a call is made, as resume.
+        instead_of: names of what it excludes; given on the command line, it replaces them in a file.
+    """
+
+    help: str
+    shown: str | None = None
+    paper: str | None = None
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    must: str | None = None
+    spec: str = ""
+    parse: Callable[[str, str], Any] | None = None
+    option: str | None = None
+    positional: bool = False
+    on_command_line: bool = True
+    in_file: bool = True
+    recorded: bool = True
+    instead_of: tuple[str, ...] = ()
+
+    def allows(self, value: float) -> bool:
+        """Whether a number is within the limits; NaN is within none."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    @property
+    def limits(self) -> str:
+        """What a number must be, in words: "at least 1"; "" if it may be any."""
+        if self.must is not None:
+            return self.must
+        if self.at_least is not None and self.at_most is not None:
+            return f"between {self.at_least:g} and {self.at_most:g}"
+        if self.at_least is not None:
+            return "not negative" if self.at_least == 0 else f"at least {self.at_least:g}"
+        if self.above is not None:
+            return "positive" if self.above == 0 else f"above {self.above:g}"
+        return ""
+
+
+def setting(default: Any = MISSING, *, help: str, factory: Any = None, **more: Any) -> Any:
+    """A dataclass field; more: attributes of Setting. Without a default (or its factory) it must be given."""
+    metadata = {_KEY: Setting(help, **more)}
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+def same_as(cls: type, name: str, default: Any = ..., **changes: Any) -> Any:
+    """The field of another class, its default and what is known of it; both may be changed."""
+    origin = _fields(cls)[name]
+    if default is ...:
+        default = origin.default
+    return field(default=default, metadata={_KEY: replace(origin.metadata[_KEY], **changes)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A class of settings: checked when an object is made.
+
+    Raises:
+        ValueError: "steps: 0 must be at least 1", with the field's name, its value and its limit.
+    """
+
+    title: ClassVar[str]  # of a class's own settings, where they are listed
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Every value alone. Classes whose values must also go together add that to it."""
+        cls: Any = type(self)
+        for name, known in settings_of(cls).items():
+            value, choices = getattr(self, name), choices_of(cls, name)
+            if value is None:
+                continue
+            if choices:
+                require(value in choices, f"{name}: {value!r} is not one of {', '.join(map(str, choices))}")
+            elif isinstance(value, int | float):
+                require(not isinstance(value, int) or value < 2**62, f"{name}: {value} must be below 2^62")
+                must = f"must be {known.limits}".replace("be not", "not be")
+                require(known.allows(value), f"{name}: {value:{known.spec}} {must}")
+
+    def part(self, cls: type[S], **more: Any) -> S:
+        """An object of a class whose fields these settings have; more: values of fields that they lack, or replace."""
+        mine: Any = type(self)
+        other: Any = cls
+        names = [name for name in settings_of(other) if name in settings_of(mine)]
+        return cls(**{name: getattr(self, name) for name in names} | more)
+
+
+@cache
+def _fields(cls: Any) -> dict[str, Field[Any]]:
+    return {each.name: each for each in fields(cls)}
+
+
+@cache
+def settings_of(cls: Any) -> dict[str, Setting]:
+    """What is known of every setting of a class, in the order of its fields."""
+    return {name: each.metadata[_KEY] for name, each in _fields(cls).items() if _KEY in each.metadata}
+
+
+@cache
+def kinds_of(cls: Any) -> dict[str, Any]:
+    """The annotation of every field, without `| None`."""
+    return {name: _without_none(kind) for name, kind in get_type_hints(cls).items() if name in _fields(cls)}
+
+
+def _without_none(kind: Any) -> Any:
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (each for each in get_args(kind) if each is not type(None))
+    return kind
+
+
+def choices_of(cls: type, name: str) -> tuple[Any, ...]:
+    """The values of a `Literal` annotation; () of any other."""
+    kind = kinds_of(cls)[name]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def declared_by(cls: Any, name: str) -> Any:
+    """The class that a setting comes from: the furthest base that has it."""
+    return [base for base in cls.__mro__ if name in get_annotations(base)][-1]
+
+
+def title_of(cls: Any, name: str) -> str:
+    """Under which a setting is listed: that of the class that it comes from."""
+    return str(vars(declared_by(cls, name)).get("title", "Options"))
+
+
+def default_of(cls: type, name: str) -> Any:
+    """The Python default; MISSING if there is none."""
+    return _fields(cls)[name].default
+
+
+# Text to values, as a command line or a file gives them ---------------------------------------------------------------
+
+
+def integer(name: str, text: str) -> int:
+    """A whole number. ValueError: "layer: 'x' is not a whole number"."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}: {text!r} is not a whole number") from None
+
+
+def number(name: str, text: str) -> float:
+    """A number. ValueError: "lr: 'x' is not a number"."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}: {text!r} is not a number") from None
+
+
+def texts(name: str, text: str) -> tuple[str, ...]:
+    """Texts separated by commas."""
+    return tuple(part.strip() for part in text.split(","))
+
+
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas."""
+    return tuple(integer(name, part) for part in texts(name, text))
+
+
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    return tuple(number(name, part) for part in texts(name, text))
+
+
+def number_or_auto(name: str, text: str) -> float | None:
+    """A number, or auto, which is None."""
+    return None if text == "auto" else number(name, text)

@@ -1,0 +1,122 @@
+"""--config, and the settings.toml that every result has beside it."""
+
+import tomllib
+
+import pytest
+import tomli_w
+
+from command import run, run_json
+from saevlm_fast.cli.options import COMMANDS, arguments
+from saevlm_fast.settings import settings_of
+
+TRAIN = {"k": 4, "steps": 20, "batch_size": 64, "lr": 3e-3, "device": "cpu"}
+
+
+def written(path, **tables):
+    path.write_text(tomli_w.dumps(tables))
+    return path
+
+
+def weights(directory):
+    return (directory / "sae_weights.safetensors").read_bytes()
+
+
+def test_a_file_is_the_options_it_holds(data, tmp_path):
+    sizes = {"architecture": "matryoshka", "d-sae": 100, "groups": [0.1, 0.4, 0.5], "warmup": 3}
+    settings = TRAIN | sizes | {"activations": str(data / "activations.npy"), "output": str(tmp_path / "file")}
+    run("train", "--config", written(tmp_path / "run.toml", train=settings))
+    run("train", "--activations", data / "activations.npy", "--output", tmp_path / "line", "--k", 4, "--steps", 20,
+        "--batch-size", 64, "--lr", "3e-3", "--architecture", "matryoshka", "--d-sae", 100, "--groups", "0.1,0.4,0.5",
+        "--warmup", 3, "--device", "cpu")  # fmt: skip
+    assert weights(tmp_path / "file") == weights(tmp_path / "line")
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_path):
+    options = COMMANDS["train"].options
+    file = written(tmp_path / "run.toml", steps=7, activations="x", expansion=2, train={"steps": 8, "k": 3})
+    made = arguments("train", options, {"config": file, "k": 5, "d_sae": 64})
+    assert (made.steps, made.k, made.batch_size, made.expansion, made.d_sae) == (8, 5, 4096, None, 64)
+    made = arguments("train", options, {"config": file})
+    assert (made.k, made.expansion, made.d_sae) == (3, 2.0, None)
+
+
+def test_a_table_of_another_command_is_left_alone(tmp_path):
+    file = written(tmp_path / "run.toml", train={"activations": "x", "steps": 7}, harvest={"layer": [5]}, made={"a": 1})
+    assert arguments("train", COMMANDS["train"].options, {"config": file}).steps == 7
+    made = arguments(
+        "harvest", COMMANDS["harvest"].options, {"config": file, "model": "m", "images": "i", "output": "o"}
+    )
+    assert made.layer == (5,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz = 4", "'stepz' is not a setting of train; did you mean 'steps'?"),
+        (
+            "[train]\ncheckpoint-evry = 4",
+            "not a setting of train; did you mean 'checkpoint_every'?",
+        ),
+        ("dry_run = true", "'dry_run' is not a setting of train"),
+        ("[trian]\nsteps = 4", "[trian] is not a command; did you mean 'train'?"),
+        ("steps = 'many'", "run.toml: steps = 'many' is not a whole number"),
+        ("steps = 1.5", "run.toml: steps = 1.5 is not a whole number"),
+        ("steps = true", "run.toml: steps = True is not a whole number"),
+        ("auxk_alpha = '1'", "run.toml: auxk_alpha = '1' is not a number"),
+        ("output = 3", "run.toml: output = 3 is not a text"),
+        ("resume = 1", "run.toml: resume = 1 is not true or false"),
+        ("groups = ['a', 'b']", "run.toml: groups: 'a' is not a number"),
+        ("lr = 'fast'", "run.toml: lr: 'fast' is not a number"),
+        ("steps = 0", "steps: 0 must be at least 1"),
+        ("architecture = 'gated'", "architecture: 'gated' is not one of"),
+        ("steps = ", "run.toml: not valid TOML"),
+    ],
+)
+def test_what_a_file_is_refused_for(text, message, data, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    arguments = "--config", file, "--activations", data / "activations.npy"
+    assert message in run("train", *arguments, code=2)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert "none.toml" in run("train", "--config", tmp_path / "none.toml", code=2)
+
+
+def test_what_is_needed_may_stand_in_the_file(tmp_path):
+    assert "model: needed; give --model, or model in the file of --config" in run("harvest", code=2)
+    assert "output: needed; give OUTPUT" in run("synthetic", code=2)
+    run("synthetic", "--config", written(tmp_path / "s.toml", output=str(tmp_path / "data"), rows=5))
+    assert (tmp_path / "data" / "activations.npy").is_file()
+
+
+def test_a_run_is_repeated_from_its_settings(data, sae, tmp_path):
+    run("train", "--config", sae / "settings.toml", "--output", tmp_path / "again")
+    assert weights(tmp_path / "again") == weights(sae)
+    first, again = (tomllib.loads((each / "settings.toml").read_text()) for each in (sae, tmp_path / "again"))
+    assert first["train"] | {"output": ""} == again["train"] | {"output": ""}
+    assert "already holds a run" in run("train", "--config", sae / "settings.toml", code=2)
+
+
+def test_settings_say_what_the_result_was_made_by(data, sae):
+    found = tomllib.loads((sae / "settings.toml").read_text())
+    known = settings_of(COMMANDS["train"].options)
+    open_ = {"d_sae", "warmup", "log_every", "checkpoint_every", "validation"}
+    keys = {each.option or name for name, each in known.items() if each.recorded}
+    assert set(found["train"]) == keys - open_
+    assert found["train"]["activations"] == str(data / "activations.npy")
+    made = found["made"]
+    assert made["command_line"].startswith("saevlm-fast train --activations")
+    assert {"directory", "at", "host", "platform", "device", "versions", "resolved"} <= set(made)
+    assert {"saevlm-fast", "python", "torch", "transformers"} <= set(made["versions"])
+    assert made["resolved"] == {"rows": 3000, "d_in": 32, "d_sae": 128, "lr": 3e-3, "warmup": 30}
+
+
+def test_scores_are_repeated_from_their_settings(data, sae, tmp_path):
+    files = "--activations", data / "activations.npy", "--embeddings", data / "embeddings.npy"
+    run("ms-score", *files, "--sae", sae, "--output", tmp_path / "s.json")
+    beside = tmp_path / "s.json.settings.toml"
+    run("ms-score", "--config", beside, "--output", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "s.json").read_bytes()
+    raw = run_json("ms-score", "--config", beside, "--raw", "--output", tmp_path / "raw.json")
+    assert raw["sae"] == "raw neurons"

@@ -1,0 +1,121 @@
+"""--dry-run checks, tells and writes nothing; --json prints one object."""
+
+import pytest
+import torch
+
+from command import files_below, run, run_json
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.sae import SparseAutoencoder
+from tiny_tower import WIDTH, save_clip, save_photos
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    save_clip(root / "clip")
+    save_photos(root / "photos", 10)
+    sae = SparseAutoencoder(SAEConfig(WIDTH, 24, 4, "topk"))
+    torch.manual_seed(0)
+    sae.reset_parameters(0)
+    sae.save_pretrained(root / "sae")
+    return root
+
+
+def commands(data, sae, pictures, output):
+    """What makes a result, with an output of its own."""
+    files = "--activations", data / "activations.npy", "--embeddings", data / "embeddings.npy"
+    size = "--d-sae", 64, "--k", 4, "--steps", 5, "--batch-size", 64
+    images = "--model", f"hf:{pictures / 'clip'}", "--images", pictures / "photos", "--layer", 1, "--device", "cpu"
+    pooled = "--pool", "mean", "--tokens", "all"
+    return {
+        "synthetic": ("synthetic", output, "--rows", 20),
+        "train": ("train", *files[:2], "--output", output, *size),
+        "ms-score": ("ms-score", *files, "--sae", sae, "--output", output.with_suffix(".json")),
+        "harvest": ("harvest", *images, "--output", output),
+        "codes": ("harvest", *images, "--output", output, "--sae", pictures / "sae", *pooled),
+    }
+
+
+NAMES = ("synthetic", "train", "ms-score", "harvest", "codes")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_writes_nothing_and_says_what_would_be_done(name, data, sae, pictures, tmp_path):
+    words = commands(data, sae, pictures, tmp_path / "out")[name]
+    before = files_below(tmp_path), files_below(sae), files_below(pictures)
+    text = run(*words, "--dry-run")
+    for part in ("dry run: ", "memory", "disk", "free disk", " s "):
+        assert part in text
+    figures = run_json(*words, "--dry-run")
+    assert figures["dry_run"] is True
+    assert figures["disk_bytes"] > 0
+    assert any(figures[key] >= 0 for key in figures if key.endswith("_seconds"))
+    assert (files_below(tmp_path), files_below(sae), files_below(pictures)) == before
+
+
+def test_the_figures_of_a_dry_run_are_those_of_the_work(data, sae, pictures, tmp_path):
+    words = commands(data, sae, pictures, tmp_path / "out")
+    figures = run_json(*words["train"], "--dry-run")
+    assert (figures["rows"], figures["d_in"], figures["d_sae"], figures["steps"]) == (3000, 32, 64, 5)
+    run(*words["train"])
+    size = sum(len(content or b"") for content in files_below(tmp_path / "out").values())
+    assert size / 3 < figures["disk_bytes"] < 3 * size
+    figures = run_json(*words["harvest"], "--dry-run", "--output", tmp_path / "store")
+    assert figures["images"] == 10
+    assert figures["stores"] == [f"{tmp_path / 'store'}: 10 x {WIDTH}"]
+    figures = run_json(*words["ms-score"], "--dry-run")
+    assert (figures["rows"], figures["latents"], figures["embedding_width"]) == (3000, 128, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("train", ("--k", 65), "k: 65 must be between 1 and d_sae = 64"),
+        ("train", ("--activations", "none.npy"), "none.npy: no such file"),
+        ("ms-score", ("--sae", "none"), "no such file"),
+        ("harvest", ("--images", "none"), "none"),
+        ("harvest", ("--layer", 3), "layer"),
+        ("harvest", ("--tokens", "random:99"), "tokens: 99 random ones"),
+        ("codes", ("--tokens", "cls"), "sae: an SAE reads one point and one choice of tokens"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_work_refuses(name, more, message, data, sae, pictures, tmp_path):
+    words = commands(data, sae, pictures, tmp_path / "out")[name]
+    assert message in run(*words, *more, "--dry-run", code=2)
+
+
+@pytest.mark.parametrize("name", ["train", "harvest"])
+def test_a_dry_run_refuses_an_output_in_use(name, data, sae, pictures, tmp_path):
+    words = commands(data, sae, pictures, tmp_path / "out")[name]
+    run(*words)
+    assert "already holds a" in run(*words, "--dry-run", code=2)
+    assert "dry run: " in run(*words, "--dry-run", "--force")
+    (tmp_path / "file").touch()
+    assert "file" in run(*words, "--dry-run", "--output", tmp_path / "file" / "below", code=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_is_one_object(name, data, sae, pictures, tmp_path):
+    words = commands(data, sae, pictures, tmp_path / "out")[name]
+    found = run_json(*words)
+    assert found["output"] == str(tmp_path / ("out.json" if name == "ms-score" else "out"))
+    if name == "train":
+        assert 0 < found["evaluation"]["explained_variance"] < 1
+        assert found["evaluation"]["rows"] == 3000
+    if name == "ms-score":
+        assert found["counts"]["defined"] > 0
+        assert found["best_latents"][0]["ms"] == found["best"]
+    if name in ("harvest", "codes"):
+        assert (found["images"], found["skipped"]) == (10, 0)
+        assert (tmp_path / "out" / "settings.toml").is_file()
+        assert run_json("inspect", tmp_path / "out", "--verify")["verified"] == "every shard is whole"
+
+
+def test_a_harvest_is_repeated_from_its_settings(data, sae, pictures, tmp_path):
+    run(*commands(data, sae, pictures, tmp_path / "out")["codes"])
+    run("harvest", "--config", tmp_path / "out" / "settings.toml", "--output", tmp_path / "again")
+    first, again = files_below(tmp_path / "out"), files_below(tmp_path / "again")
+    shards = [path.name for path in first if path.suffix == ".safetensors"]
+    assert shards
+    for name in shards:
+        assert first[tmp_path / "out" / name] == again[tmp_path / "again" / name]

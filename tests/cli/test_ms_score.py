@@ -1,0 +1,61 @@
+"""saevlm-fast ms-score."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from command import run
+from saevlm_fast.kernels import reference
+from saevlm_fast.sae import SparseAutoencoder
+
+
+def score(data, *arguments):
+    return run(
+        "ms-score", "--activations", data / "activations.npy", "--embeddings", data / "embeddings.npy", *arguments
+    )
+
+
+def test_scores_of_an_sae_match_the_definition(data, sae, tmp_path):
+    text = score(data, "--sae", sae, "--output", tmp_path / "s.parquet")
+    for word in ("mean +- std", "best", "quantile", "dead", "worst latents"):
+        assert word in text
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert list(table) == ["latent", "ms", "status", "n_active", "max_activation"]
+    x, e = (torch.from_numpy(np.load(data / f"{name}.npy")) for name in ("activations", "embeddings"))
+    with torch.no_grad():
+        dense = SparseAutoencoder.from_pretrained(sae).encode(x).dense().double()
+    expected = reference.monosemanticity(dense, e.double())
+    torch.testing.assert_close(
+        torch.tensor(table["ms"], dtype=torch.float64), expected, equal_nan=True, atol=1e-9, rtol=0
+    )
+    assert table["n_active"] == (dense > 0).sum(0).tolist()
+
+
+def test_one_image_has_no_best_latents(tmp_path):
+    np.save(tmp_path / "one.npy", np.ones((1, 4), np.float32))
+    files = "--activations", tmp_path / "one.npy", "--embeddings", tmp_path / "one.npy"
+    text = run("ms-score", *files, "--raw", "--output", tmp_path / "s.csv")
+    assert "no latent has a defined score (1 images)" in text
+    assert "best latents" not in text
+
+
+def test_sae_latents_score_above_raw_neurons(data, sae, tmp_path):
+    score(data, "--sae", sae, "--output", tmp_path / "sae.csv")
+    score(data, "--raw", "--output", tmp_path / "raw.csv")
+    means = []
+    for name in ("sae.csv", "raw.csv"):
+        with open(tmp_path / name) as file:
+            means.append(np.mean([float(row["ms"]) for row in csv.DictReader(file) if row["status"] == "defined"]))
+    assert means[0] > means[1] + 0.1
+
+
+@pytest.mark.parametrize("similarity", ["dot", "rbf"])
+def test_other_similarities(data, sae, tmp_path, similarity):
+    score(data, "--sae", sae, "--output", tmp_path / "s.json", "--similarity", similarity)
+    document = json.loads((tmp_path / "s.json").read_text())
+    assert document["metadata"]["similarity"] == similarity
+    assert len(document["latents"]) == 128
