@@ -70,8 +70,8 @@ def test_group_sizes_always_cover_d_sae(parts, d_sae):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SAEConfig(8, 2**63 - 1), "d_sae: 9223372036854775807 must be at least 1 and below 2"),
-        (lambda: SAEConfig.sized(8, d_sae=2**63), "d_sae: 9223372036854775808 must be"),
+        (lambda: SAEConfig(8, 2**63 - 1), "d_sae: 9223372036854775807 must be below 2"),
+        (lambda: SAEConfig.sized(8, d_sae=2**63), "d_sae: 9223372036854775808 must be below 2"),
         (lambda: SAEConfig.sized(8, d_sae=2**63, architecture="matryoshka"), "d_sae: 9223372036854775808 must be"),
         (lambda: SAEConfig.sized(2**31 - 1, expansion=9e5), "d_sae: "),
         (lambda: SAEConfig(8.0, 16), "d_in: 8.0 must be a whole number"),
