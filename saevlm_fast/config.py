@@ -6,6 +6,7 @@ Nothing here imports torch, so that the command line can show its help without i
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +23,13 @@ EXPANSION = 8.0
 MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; docs/recipe.md section 1
 PROMPT = "What is shown in this image? Use exactly one word!"
 WHITE = "white"
+LARGEST = (1 << 31) - 1  # width of activations, number of latents: int32 indices hold them
 _FLOAT32_MAX = 3.4028234663852886e38
+
+
+def _is_whole(value: Any) -> bool:
+    """Of whatever library; true and false are not numbers."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def group_sizes_from_fractions(fractions: tuple[float, ...], d_sae: int) -> tuple[int, ...]:
@@ -113,11 +120,17 @@ class SAEConfig(Settings):
     )
 
     def check(self) -> None:
+        for name in ("d_in", "d_sae", "k"):
+            value = getattr(self, name)
+            require(_is_whole(value), f"{name}: {value!r} must be a whole number")
+            require(value <= LARGEST, f"{name}: {value} must be below 2^31")
         super().check()
         require(1 <= self.k <= self.d_sae, f"k: {self.k} must be between 1 and d_sae = {self.d_sae}")
         if not self.group_sizes:
             require(self.architecture != "matryoshka", "group_sizes: a matryoshka SAE needs its group sizes")
             object.__setattr__(self, "group_sizes", (self.d_sae,))
+        for size in self.group_sizes:
+            require(_is_whole(size), f"group_sizes: {size!r} must be a whole number")
         object.__setattr__(self, "group_sizes", tuple(int(size) for size in self.group_sizes))
         require(min(self.group_sizes) >= 1, f"group_sizes: {self.group_sizes} must all be at least 1")
         require(

@@ -3,10 +3,7 @@
 Every message names the argument (or the file), its value and the limit, in one line.
 """
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 
 class ActivationError(ValueError):
@@ -39,26 +36,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def check_same_settings(path: Path, settings: Mapping[str, Mapping[str, Any]], free: tuple[str, ...] = ()) -> None:
-    """Whether the settings a run was started with (in the JSON file `path`, section -> name -> value) are these.
-
-    free: sections and names that may differ.
-
-    Raises:
-        ValueError: a damaged file, or the first setting that differs, with both values.
-    """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    for section, values in settings.items():
-        require(isinstance(stored, dict) and isinstance(stored.get(section), dict), f"{path}: {section!r} is missing")
-        for name, value in values.items():
-            before = stored[section].get(name)
-            same = {section, name} & set(free) or before == value
-            require(bool(same), f"resume: {name} is {value}, but the run was started with {before}")
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, atomic directories, checksums.
+"""Files that are whole or absent: atomic writes, atomic directories, checksums; the cache.
 
 Everything is written under a temporary name beside its destination, flushed to the disk and renamed, so a reader, a
 crash, a full disk or Ctrl-C never meets half a file. What a `kill -9` leaves behind starts with TEMPORARY_PREFIX.
@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,20 +22,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 TEMPORARY_PREFIX = ".writing-"
+CACHE_VARIABLE = "SAEVLM_FAST_CACHE"
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path in the same directory; what the body writes there becomes `path` when it ends well.
 
-    On any error, Ctrl-C included, the temporary file is removed and an existing `path` is left as it was. An OSError
-    of the write itself (full disk, missing directory) is raised again with `path` in its message.
+    The file has the permissions of any new file there, as the umask says, whoever writes it (safetensors makes its own
+    with 600). On any error, Ctrl-C included, the temporary file is removed and an existing `path` is left as it was. An
+    OSError of the write itself (full disk, missing directory) is raised again with `path` in its message.
     """
     path = Path(path)
     temporary = _temporary_sibling(path)
     try:
+        with open(temporary, "xb") as empty:
+            mode = stat.S_IMODE(os.fstat(empty.fileno()).st_mode)
         yield temporary
         _fsync_file(temporary)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -81,9 +87,14 @@ def save_safetensors_atomic(
     """safetensors' save_file, atomically. A failed write is an OSError (safetensors raises its own kind)."""
     with atomic_write(path) as temporary:
         try:
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
+            save_file({name: _plain(t) for name, t in tensors.items()}, temporary, dict(metadata or {}))
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous, and without the lazy negative or conjugate bit, which whoever reads the memory would not see."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
@@ -114,6 +125,32 @@ def weights_sha256(model: nn.Module, as_float32: bool = False) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def cache_directory() -> Path:
+    """SAEVLM_FAST_CACHE, or the user's cache directory for this program.
+
+    Raises:
+        ValueError: it cannot be made, or is no directory.
+    """
+    path = Path(os.environ.get(CACHE_VARIABLE) or _users_cache())
+    try:
+        path = path.expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        raise ValueError(f"{CACHE_VARIABLE}: {path} cannot be made: {error}") from error
+    return path
+
+
+def _users_cache() -> Path:
+    try:
+        from platformdirs import user_cache_path
+    except ModuleNotFoundError as error:
+        what = (
+            f"{CACHE_VARIABLE}: not set, and the package platformdirs, which knows where caches lie, is not installed"
+        )
+        raise ValueError(what) from error
+    return user_cache_path("saevlm-fast", appauthor=False)
 
 
 def remove_leftovers(directory: str | os.PathLike[str]) -> None:

@@ -4,7 +4,6 @@
 everything the dict speaks of; `summary_rows` turns it into the short table that the command prints.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,20 @@ from saevlm_fast.data.store import (
     verify,
 )
 from saevlm_fast.errors import ActivationError, require
+from saevlm_fast.harvesting.stores import HARVEST_FILE
+from saevlm_fast.records import Fields, check_record, read_record, whole
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, read_sae_header
-from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, checkpoints
+from saevlm_fast.training.checkpoints import (
+    CHECKPOINT_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    check_checkpoint,
+    check_metrics,
+    checkpoints,
+    read_settings,
+)
 
+_RUN = Fields({"train": Fields({"steps": whole(1)}), "sae": Fields({"d_in": whole(1), "d_sae": whole(1)})})
 KINDS = (
     "a store (index.json), an SAE (cfg.json), a training run (run.json), a folder holding some of these, or a matrix "
     "file (.npy, .safetensors, .pt)"
@@ -105,7 +115,7 @@ def _items(path: Path, index: StoreIndex) -> Description:
     """How many images there are, rows of each, and labels. Memory grows with the images, not with the rows."""
     counts, labels, unlabelled = [], [], 0
     for shard in index.shards:
-        table = read_items(path / shard.items, shard.rows)
+        table = read_items(path / shard.items, shard.rows, shard.items_sha256)
         counts.append(table.group_by("image").aggregate([("image", "count")]))
         labels.append(pc.unique(table["label"]))
         unlabelled += table["label"].null_count
@@ -133,7 +143,7 @@ def _size(files: Iterable[Path]) -> int:
 
 
 def _sae(path: Path) -> Description:
-    config, dtype, threshold = read_sae_header(path)
+    config, dtype, threshold, digest = read_sae_header(path)
     return {
         "path": str(path),
         "kind": "sae",
@@ -145,24 +155,22 @@ def _sae(path: Path) -> Description:
         "group_sizes": list(config.group_sizes),
         "threshold": threshold,
         "dtype": dtype,
+        "weights_sha256": digest,
         "metadata": config.metadata,
     }
 
 
 def _run(path: Path) -> Description:
     """A run whose SAE is there is complete; one that was stopped has checkpoints, or nothing yet."""
-    try:
-        settings = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-        steps = int(settings["train"]["steps"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / RUN_FILE}: damaged ({type(error).__name__}: {error})") from None
+    settings = read_settings(path)
+    check_record(settings, _RUN, path / RUN_FILE, ValueError)
     saved = [int(checkpoint.name.removeprefix("step_")) for checkpoint in checkpoints(path)]
     return {
         "path": str(path),
         "kind": "run",
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "complete": (path / CONFIG_FILE).is_file(),
-        "steps": steps,
+        "steps": settings["train"]["steps"],
         "checkpoints": saved,
         "logged": (path / METRICS_FILE).is_file(),
         "settings": settings,
@@ -194,17 +202,16 @@ def verify_inspected(description: Description, on_bytes: Callable[[int], None] =
         ValueError: what is missing, truncated, altered or not finite, by name.
     """
     path, kind = Path(description["path"]), description["kind"]
+    if (path / HARVEST_FILE).is_file():
+        read_record(path / HARVEST_FILE, Fields())
     if kind in ("activations", "codes"):
         verify(path, on_bytes)
         return "every shard is whole"
     if kind == "sae":
         SparseAutoencoder.from_pretrained(path)
-        return "weights complete and finite"
+        return _weights_text(description["weights_sha256"] is not None)
     if kind == "run":
-        saes = [path] if description["sae"] else checkpoints(path)
-        for directory in saes:
-            SparseAutoencoder.from_pretrained(directory)
-        return "weights complete and finite" if saes else "nothing saved yet"
+        return _verify_run(path, description)
     require(kind != "damaged", description.get("damage", ""))
     if kind == "matrix":
         return _verify_matrix(description, on_bytes)
@@ -214,6 +221,24 @@ def verify_inspected(description: Description, on_bytes: Callable[[int], None] =
         done += item["bytes"]
         on_bytes(done)
     return "everything is whole"
+
+
+def _weights_text(recorded: bool) -> str:
+    return "weights complete and finite" + (", as they were written (SHA-256)" if recorded else "; no digest recorded")
+
+
+def _verify_run(path: Path, description: Description) -> str:
+    """The SAE, every checkpoint and the metrics."""
+    saved = checkpoints(path)
+    for checkpoint in saved:
+        check_checkpoint(checkpoint)
+    saes = [*saved, path] if description["sae"] else saved
+    for directory in saes:
+        SparseAutoencoder.from_pretrained(directory)
+    check_metrics(path, saved[-1] if saved else None)
+    recorded = all(read_sae_header(directory).weights_sha256 for directory in saes)
+    recorded = recorded and all((checkpoint / CHECKPOINT_FILE).is_file() for checkpoint in saved)
+    return _weights_text(recorded) if saes else "nothing saved yet"
 
 
 def _after(before: int, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
@@ -334,6 +359,7 @@ def _sae_rows(description: Description) -> list[tuple[str, str]]:
         *([("groups", ", ".join(f"{size:,}" for size in groups))] if len(groups) > 1 else []),
         *([("threshold", f"{threshold:.6g}")] if threshold is not None else []),
         ("dtype", description["dtype"]),
+        ("SHA-256", description["weights_sha256"] or "no digest recorded"),
         *((f"metadata: {name}", value) for name, value in short_values(description["metadata"])),
     ]
 

@@ -39,14 +39,6 @@ _LONGEST_COMMAND = 160
 _held: dict[tuple[int, str], "Lock"] = {}  # by process: a fork inherits the dictionary, not the locks
 
 
-def is_name(value: Any) -> bool:
-    """Whether a text is the name of a file or directory beside others: what a file of ours may call another by.
-
-    One component of a path, so neither absolute nor with a separator, and neither `.` nor `..`.
-    """
-    return isinstance(value, str) and Path(value).name == value and value not in ("", ".", "..") and "\0" not in value
-
-
 def check_absent(paths: Iterable[str | os.PathLike[str]], force: bool) -> None:
     """ValueError: one of the paths exists (be it a link that leads nowhere), and force does not say to replace it."""
     for path in paths:

@@ -1,7 +1,11 @@
-"""The SAE module: encode to sparse codes, decode, save and load in the SAELens v6 layout."""
+"""The SAE module: encode to sparse codes, decode, save and load in the SAELens v6 layout.
+
+An SAE directory is that of SAELens: `sae_weights.safetensors`, and `cfg.json` with two entries more, which SAELens
+drops when it reads and writes one: "weights_sha256", the SHA-256 of the weights' file, and "sha256", the seal of
+cfg.json (records.py). Both are compared when an SAE is loaded; files of SAELens, and older ones of ours, have neither.
+"""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,14 +18,47 @@ from torch import Tensor, nn
 
 from saevlm_fast import __version__
 from saevlm_fast.config import Architecture, SAEConfig
-from saevlm_fast.errors import require
-from saevlm_fast.files import save_safetensors_atomic, sha256_file, write_json_atomic
+from saevlm_fast.errors import first_line, require
+from saevlm_fast.files import save_safetensors_atomic, sha256_file
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
+from saevlm_fast.records import (
+    DIGEST,
+    FLAG,
+    NUMBER,
+    RECORD,
+    TEXT,
+    Each,
+    Fields,
+    check_record,
+    optional,
+    read_record,
+    whole,
+    write_record,
+)
 from saevlm_fast.sparse_codes import SparseCodes
 
 WEIGHTS_FILE, CONFIG_FILE = "sae_weights.safetensors", "cfg.json"
 SAE_LENS_LAYOUT = "6.0.0"  # the SAELens release whose file layout is written; older versions are converted on load
+WEIGHTS_DIGEST = "weights_sha256"
+
+_SIZE = whole(1, (1 << 31) - 1)
+_CONFIG = Fields(
+    {"architecture": TEXT, "d_in": _SIZE, "d_sae": _SIZE},
+    {
+        "k": optional(NUMBER),
+        "metadata": optional(RECORD),
+        "apply_b_dec_to_input": FLAG,
+        "rescale_acts_by_decoder_norm": FLAG,
+        "normalize_activations": optional(TEXT),
+        "reshape_activations": optional(TEXT),
+        WEIGHTS_DIGEST: DIGEST,
+    },
+)
+# What their trainers leave in the metadata of a BatchTopK SAE, which is a jumprelu SAE once it is saved.
+_TRAINING_DETAILS = Fields({}, {"k": optional(NUMBER), "matryoshka_widths": Each(_SIZE)})
+_METADATA = Fields({}, {"architecture": TEXT, "k": optional(NUMBER), "group_sizes": Each(_SIZE)})
+_TRAINED_AS = {"topk": "topk", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
 
 
 class SparseAutoencoder(nn.Module):
@@ -30,7 +67,11 @@ class SparseAutoencoder(nn.Module):
     Section 3 of arXiv 2504.02821; docs/recipe.md section 1. x is in raw activation units once it is trained.
 
     Args:
-        config: its sizes and architecture. device, dtype: of the parameters, which are random (`reset_parameters`).
+        config: its sizes and architecture. device, dtype: of the parameters.
+        random: they are random (`reset_parameters`); False leaves them to be filled.
+
+    Raises:
+        ValueError: weights that do not fit in memory.
 
     Attributes:
         config: as given.
@@ -42,16 +83,24 @@ class SparseAutoencoder(nn.Module):
 
     threshold: Tensor
 
-    def __init__(self, config: SAEConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        config: SAEConfig,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        random: bool = True,
+    ):
         super().__init__()
         self.config = config
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in, **options).T)
+        self.W_enc = nn.Parameter(_empty(config, options).T)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae, **options))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in, **options))
+        self.W_dec = nn.Parameter(_empty(config, options))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in, **options))
         self.register_buffer("threshold", torch.tensor(-1.0, device=device, dtype=torch.float32))
-        self.reset_parameters()
+        if random:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
@@ -79,6 +128,7 @@ class SparseAutoencoder(nn.Module):
             x.dim() >= 1 and x.shape[-1] == self.config.d_in,
             f"x: last dimension of {tuple(x.shape)} must be d_in = {self.config.d_in}",
         )
+        x = x.resolve_neg()  # kernels read the memory, where a lazy negative bit is not seen
         weights = (x.reshape(-1, self.config.d_in), self.W_enc, self.b_enc, self.b_dec)
         shape = (*x.shape[:-1], self.config.d_sae)
         if self.config.architecture == "topk":
@@ -119,7 +169,8 @@ class SparseAutoencoder(nn.Module):
         """Write cfg.json and sae_weights.safetensors in the SAELens v6 layout, each atomically, the weights first.
 
         BatchTopK architectures become `jumprelu` with the scalar threshold repeated for every latent, as SAELens
-        itself exports them; k, groups and everything else needed to come back is in `metadata`.
+        itself exports them; k, groups and everything else needed to come back is in `metadata`. cfg.json holds the
+        weights' SHA-256 and its own.
 
         Raises:
             ValueError: a BatchTopK SAE whose threshold was never calibrated. OSError: it cannot be written.
@@ -131,7 +182,8 @@ class SparseAutoencoder(nn.Module):
             require(float(self.threshold) >= 0, "threshold: not calibrated; a BatchTopK SAE cannot be saved without it")
             tensors["threshold"] = self.threshold.detach().cpu().expand(self.config.d_sae).contiguous()
         save_safetensors_atomic(directory / WEIGHTS_FILE, tensors)
-        write_json_atomic(directory / CONFIG_FILE, _sae_lens_config(self))
+        digest = {WEIGHTS_DIGEST: sha256_file(directory / WEIGHTS_FILE)}
+        write_record(directory / CONFIG_FILE, _sae_lens_config(self) | digest)
 
     @classmethod
     def from_pretrained(
@@ -139,24 +191,22 @@ class SparseAutoencoder(nn.Module):
     ) -> "SparseAutoencoder":
         """Load an SAE in the SAELens v6 layout, ours or theirs, in eval mode.
 
-        Their `topk` SAEs, and `jumprelu` SAEs with a single threshold and k in their metadata, are accepted; settings
-        that are an exact change of weights (rescale_acts_by_decoder_norm, apply_b_dec_to_input = false) are folded in.
+        Their `topk` SAEs, and `jumprelu` SAEs with a single threshold and k in their metadata, or among the details of
+        their training there (BatchTopK and Matryoshka), are accepted; settings that are an exact change of weights
+        (rescale_acts_by_decoder_norm, apply_b_dec_to_input = false) are folded in.
 
         Args:
             directory: with cfg.json and sae_weights.safetensors. device, dtype: of the SAE; the file's dtype if None.
 
         Raises:
-            ValueError: a missing, damaged or inconsistent file, or an architecture this engine does not have.
+            ValueError: a missing, damaged, altered or inconsistent file, or an architecture this engine does not have.
         """
         directory = Path(directory)
         cfg = _read_config(directory / CONFIG_FILE)
-        tensors = _read_weights(directory / WEIGHTS_FILE)
-        try:
-            config = _config_from_sae_lens(cfg, tensors, directory)
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{directory / CONFIG_FILE}: a value is of the wrong kind ({error})") from None
+        tensors = _read_weights(directory / WEIGHTS_FILE, cfg.get(WEIGHTS_DIGEST))
+        config = _config_from_sae_lens(cfg, tensors, directory)
         _check_shapes(config, tensors, directory / WEIGHTS_FILE)
-        sae = cls(config, dtype=dtype or tensors["W_enc"].dtype)
+        sae = cls(config, dtype=dtype or tensors["W_enc"].dtype, random=False)
         sae.load_tensors_(_fold_settings(cfg, tensors, directory), directory)
         return sae.to(device).eval()
 
@@ -187,11 +237,15 @@ def _check_shapes(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> 
 
 
 class SAEHeader(NamedTuple):
-    """What an SAE directory says without its weights being read; threshold is None for `topk`."""
+    """What an SAE directory says without its weights being read; threshold is None for `topk`.
+
+    weights_sha256: what cfg.json says of the weights' file, if it says it.
+    """
 
     config: SAEConfig
     dtype: str
     threshold: float | None
+    weights_sha256: str | None
 
 
 def read_sae_header(directory: str | Path) -> SAEHeader:
@@ -202,13 +256,12 @@ def read_sae_header(directory: str | Path) -> SAEHeader:
     try:
         with safe_open(weights, framework="pt") as file:
             tensors: dict[str, Any] = dict.fromkeys(file.keys())
+            _check_names(set(tensors), weights)
             dtype = str(file.get_slice("W_enc")[:0].dtype).removeprefix("torch.")
             threshold = float(file.get_slice("threshold")[:1]) if "threshold" in tensors else None
-        return SAEHeader(_config_from_sae_lens(cfg, tensors, directory), dtype, threshold)
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: not a complete safetensors file ({error})") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{directory / CONFIG_FILE}: a value is of the wrong kind ({error})") from None
+    except _NOT_SAFETENSORS as error:
+        raise ValueError(f"{weights}: not a complete safetensors file ({first_line(error)})") from None
+    return SAEHeader(_config_from_sae_lens(cfg, tensors, directory), dtype, threshold, cfg.get(WEIGHTS_DIGEST))
 
 
 def sae_digest(directory: Path) -> str:
@@ -255,36 +308,60 @@ def _sae_lens_config(sae: SparseAutoencoder) -> dict[str, Any]:
     return cfg
 
 
+def _empty(config: SAEConfig, options: dict[str, Any]) -> Tensor:
+    """Of the decoder's shape."""
+    try:
+        return torch.empty(config.d_sae, config.d_in, **options)
+    except (RuntimeError, MemoryError):  # torch's kinds of it; the sizes themselves are sound
+        n_bytes = config.d_sae * config.d_in * options["dtype"].itemsize
+        message = f"d_sae: an SAE of {config.d_in} x {config.d_sae} has twice {n_bytes / 1e9:.1f} GB of weights"
+        raise ValueError(f"{message}, which do not fit in memory") from None
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     require(path.is_file(), f"{path}: no such file; an SAE directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        cfg = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    require(isinstance(cfg, dict), f"{path}: a JSON object is expected")
-    for key, kind in (("architecture", str), ("d_in", int), ("d_sae", int)):
-        require(isinstance(cfg.get(key), kind), f"{path}: {key!r} is {cfg.get(key)!r}, not {kind.__name__}")
+    cfg = read_record(path, _CONFIG, beside_seal=WEIGHTS_DIGEST)
+    check_record(cfg.get("metadata") or {}, _METADATA, f"{path}: metadata", ValueError)
     return cfg
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+_NOT_SAFETENSORS = (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
+
+
+def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
     require(path.is_file(), f"{path}: no such file; an SAE directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    require(
+        digest is None or sha256_file(path) == digest,
+        f"{path}: altered, its SHA-256 is not the {WEIGHTS_DIGEST} in {CONFIG_FILE}",
+    )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        require(name in tensors, f"{path}: tensor {name!r} is missing (found {', '.join(sorted(tensors))})")
-        require(tensors[name].is_floating_point(), f"{path}: {name} is {tensors[name].dtype}, not floating point")
+            names = set(file.keys())
+            _check_names(names, path)
+            tensors = {name: file.get_tensor(name) for name in _TENSORS if name in names}
+    except _NOT_SAFETENSORS as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({first_line(error)})") from None
     for name, tensor in tensors.items():
+        require(tensor.is_floating_point(), f"{path}: {name} is {tensor.dtype}, not floating point")
+        require(tensor.dtype.itemsize > 1, f"{path}: {name} is {tensor.dtype}; at least 16 bits are needed")
         require(bool(tensor.isfinite().all()), f"{path}: {name} holds NaN or inf")
     return tensors
 
 
+_TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+
+def _check_names(names: set[str], path: Path) -> None:
+    for name in _TENSORS[:4]:
+        require(name in names, f"{path}: tensor {name!r} is missing (found {', '.join(sorted(names))})")
+
+
 def _config_from_sae_lens(cfg: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -> SAEConfig:
     metadata = dict(cfg.get("metadata") or {})
-    architecture = metadata.get("architecture", {"topk": "topk", "jumprelu": "batch_topk"}.get(cfg["architecture"]))
+    details = metadata.get("training_architecture_details") or {}
+    check_record(details, _TRAINING_DETAILS, f"{directory / CONFIG_FILE}: training_architecture_details", ValueError)
+    architecture = metadata.get("architecture") or _TRAINED_AS.get(str(metadata.get("training_architecture")))
+    architecture = architecture or {"topk": "topk", "jumprelu": "batch_topk"}.get(cfg["architecture"])
     require(
         cfg["architecture"] in ("topk", "jumprelu") and architecture is not None,
         f"{directory}: architecture {cfg['architecture']!r} is not one of topk, jumprelu",
@@ -297,17 +374,35 @@ def _config_from_sae_lens(cfg: dict[str, Any], tensors: dict[str, Tensor], direc
         cfg["architecture"] == "topk" or "threshold" in tensors,
         f"{directory}: tensor 'threshold' is missing from a jumprelu SAE",
     )
-    k = metadata.get("k", cfg.get("k"))
-    require(isinstance(k, int), f"{directory}: neither cfg.json nor its metadata say k")
     ours = ("architecture", "k", "group_sizes", "sae_lens_version", "sae_lens_training_version", "saevlm_fast_version")
-    return SAEConfig(
-        d_in=cfg["d_in"],
-        d_sae=cfg["d_sae"],
-        k=int(k or 0),
-        architecture=cast(Architecture, architecture),  # checked where it is made
-        group_sizes=tuple(metadata.get("group_sizes") or ()),
-        metadata={key: value for key, value in metadata.items() if key not in ours},
-    )
+    group_sizes = metadata.get("group_sizes")
+    if group_sizes is None and architecture == "matryoshka":
+        group_sizes = _groups_of_widths(details.get("matryoshka_widths") or [], cfg["d_sae"])
+    try:
+        return SAEConfig(
+            d_in=cfg["d_in"],
+            d_sae=cfg["d_sae"],
+            k=_latents_per_row([metadata.get("k"), cfg.get("k"), details.get("k")], directory),
+            architecture=cast(Architecture, architecture),
+            group_sizes=tuple(group_sizes or ()),
+            metadata={key: value for key, value in metadata.items() if key not in ours},
+        )
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG_FILE}: {error}") from None
+
+
+def _latents_per_row(candidates: list[Any], directory: Path) -> int:
+    """The first k that is given: SAELens may have a fraction of a latent, on average, which nothing here has."""
+    k = next((value for value in candidates if value is not None), None)
+    require(k is not None, f"{directory}: neither cfg.json nor its metadata say k")
+    require(k == int(k or 0), f"{directory}: k is {k}; write a whole number to metadata.k in {CONFIG_FILE}")
+    return int(k or 0)
+
+
+def _groups_of_widths(widths: list[int], d_sae: int) -> list[int]:
+    """Sizes of groups from where SAELens says that they end; it adds the last end itself."""
+    ends = [*widths, d_sae] if not widths or widths[-1] < d_sae else widths
+    return [end - start for start, end in zip([0, *ends], ends)]
 
 
 def _fold_settings(cfg: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:

@@ -65,3 +65,23 @@ def test_group_sizes_always_cover_d_sae(parts, d_sae):
         return
     assert sum(sizes) == d_sae
     assert all(abs(size - f * d_sae) <= len(parts) for size, f in zip(sizes, fractions))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SAEConfig(8, 2**63 - 1), "d_sae: 9223372036854775807 must be below 2"),
+        (lambda: SAEConfig.sized(8, d_sae=2**63), "d_sae: 9223372036854775808 must be below 2"),
+        (lambda: SAEConfig.sized(8, d_sae=2**63, architecture="matryoshka"), "d_sae: 9223372036854775808 must be"),
+        (lambda: SAEConfig.sized(2**31 - 1, expansion=9e5), "d_sae: "),
+        (lambda: SAEConfig(8.0, 16), "d_in: 8.0 must be a whole number"),
+        (lambda: SAEConfig(8, True), "d_sae: True must be a whole number"),
+        (lambda: SAEConfig(8, 16, 2**70), "k: "),
+        (lambda: SAEConfig(8, 16, 2, "matryoshka", (8.5, 7.5)), "group_sizes: 8.5 must be a whole number"),
+        (lambda: TrainConfig(warmup_steps=2**64), "warmup_steps: 18446744073709551616 must be below"),
+        (lambda: TrainConfig(threshold_start=2**64), "threshold_start: "),
+    ],
+)
+def test_sizes_that_no_tensor_has_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -45,6 +45,28 @@ def test_a_file_appears_whole_with_usual_permissions(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "plain"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0, 0o666)])
+def test_files_have_the_permissions_that_the_umask_says(tmp_path, umask, mode):
+    """safetensors writes 600 whatever it says; a colleague is to read them."""
+    before = os.umask(umask)
+    try:
+        save_safetensors_atomic(tmp_path / "a.safetensors", {"x": torch.ones(3)})
+        write_json_atomic(tmp_path / "b.json", {})
+        with atomic_directory(tmp_path / "d") as directory:
+            save_safetensors_atomic(directory / "c.safetensors", {"x": torch.ones(3)})
+    finally:
+        os.umask(before)
+    for name in ("a.safetensors", "b.json", "d/c.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_lazy_negative_is_saved_as_what_it_is(tmp_path):
+    x = torch.randn(4, 3, dtype=torch.cfloat).conj().imag
+    save_safetensors_atomic(tmp_path / "a.safetensors", {"x": x})
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], x.resolve_neg())
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1)])
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "a.txt"

@@ -126,7 +126,7 @@ def test_a_run_with_and_without_its_sae(folder):
     assert inspect(folder / "run")["complete"] is False
     assert "INCOMPLETE" in run("inspect", folder / "run", "--verify")
     (folder / "run" / "run.json").write_text("{}")
-    assert "run.json: damaged" in run("inspect", folder / "run", code=2)
+    assert "run.json: sae is missing" in run("inspect", folder / "run", code=2)
 
 
 def test_a_matrix_file(folder):
@@ -181,7 +181,9 @@ def test_tables_fit_80_columns(folder, name, monkeypatch):
         (lambda f: os.truncate(f / "topk" / "sae_weights.safetensors", 900), "not a complete safetensors"),
         (lambda f: poison(f / "topk"), "W_dec holds NaN"),
         (lambda f: (f / "topk" / "cfg.json").write_text("["), "not valid JSON"),
-        (lambda f: (f / "acts" / "index.json").write_text("{}"), "damaged index"),
+        (lambda f: (f / "acts" / "index.json").write_text("{}"), "index.json: format is missing"),
+        (lambda f: flip(f / "topk" / "sae_weights.safetensors", -1), "sae_weights.safetensors: altered"),
+        (lambda f: flip(f / "topk" / "cfg.json", 30), "cfg.json"),
     ],
 )
 def test_damage_is_one_line_and_exit_code_2(folder, damage, message):
@@ -228,6 +230,6 @@ def test_a_damaged_one_among_several_is_named_and_the_others_are_shown(folder):
     }  # fmt: skip
     assert found["others"] == 1  # x.npy
     text = run("inspect", folder)
-    for word in ("DAMAGED: codes", "damaged index", "24 x 16", "1 other files"):
+    for word in ("DAMAGED: codes", "not valid JSON", "24 x 16", "1 other files"):
         assert word in text
-    assert "damaged index" in run("inspect", folder, "--verify", code=2)
+    assert "not valid JSON" in run("inspect", folder, "--verify", code=2)

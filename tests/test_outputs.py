@@ -16,12 +16,12 @@ from saevlm_fast.outputs import (
     REPLACEMENT,
     begin_replacement,
     check_absent,
-    is_name,
     output_lock,
     publish,
     settle,
     workplace,
 )
+from saevlm_fast.records import is_name
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "/etc", "a/b", "a/", "../a", "a/..", "a\0b", None, 3, ["a"]])

@@ -12,7 +12,7 @@ ORDER = (
     ("errors",),
     ("settings",),
     ("config", "files", "runtime"),
-    ("outputs",),
+    ("outputs", "records"),
     ("kernels", "box"),
     ("sparse_codes",),
     ("sae",),

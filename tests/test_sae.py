@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from damage import DIGESTS, edit_record
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.files import sha256_file
 from saevlm_fast.kernels import reference
-from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, read_sae_header
 
 ARCHITECTURES = {"topk": (), "batch_topk": (), "matryoshka": (7, 30, 60)}
 
@@ -163,9 +165,7 @@ def test_their_settings_are_folded_in_exactly(tmp_path):
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     tensors["W_dec"] *= torch.linspace(0.5, 2, 97, dtype=torch.float64)[:, None]
     save_file(tensors, tmp_path / WEIGHTS_FILE)
-    cfg = json.loads((tmp_path / CONFIG_FILE).read_text())
-    cfg |= {"rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": False}
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(cfg))
+    edit_record(tmp_path / CONFIG_FILE, rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False)
     x = torch.randn(6, 13, dtype=torch.float64)
     norm = tensors["W_dec"].norm(dim=1)
     acts = torch.relu((x @ tensors["W_enc"] + tensors["b_enc"]) * norm)
@@ -178,6 +178,7 @@ def test_their_settings_are_folded_in_exactly(tmp_path):
 def _edit(name):
     def change(directory):
         cfg = json.loads((directory / CONFIG_FILE).read_text())
+        cfg = {key: value for key, value in cfg.items() if key not in DIGESTS}
         tensors = load_file(directory / WEIGHTS_FILE)
         if name == "no config":
             return (directory / CONFIG_FILE).unlink()
@@ -208,9 +209,8 @@ def _edit(name):
             tensors["threshold"] = torch.zeros(98)
         if name == "many thresholds":
             tensors["threshold"][4] = 9.0
-        (directory / CONFIG_FILE).write_text(json.dumps(cfg))
         save_file(tensors, directory / WEIGHTS_FILE)
-        return None
+        return edit_record(directory / CONFIG_FILE, **cfg)
 
     return pytest.param(change, id=name)
 
@@ -239,3 +239,61 @@ def test_the_real_sae_lens_reconstructs_the_same(architecture, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs.encode(x), sae.encode(x).dense(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(theirs(x), sae(x), atol=1e-5, rtol=1e-5)
+
+
+# Digests, and what SAELens trains -----------------------------------------------------------------------------------
+
+
+def test_weights_that_were_altered_are_refused_and_files_without_digests_load(architecture, tmp_path):
+    sae = make(architecture)
+    sae.save_pretrained(tmp_path)
+    cfg, weights = tmp_path / CONFIG_FILE, tmp_path / WEIGHTS_FILE
+    recorded = json.loads(cfg.read_text())
+    assert recorded["weights_sha256"] == sha256_file(weights)
+    assert list(recorded)[-1] == "sha256"
+    good = weights.read_bytes()
+    altered = bytearray(good)
+    altered[-2] ^= 1
+    weights.write_bytes(altered)
+    with pytest.raises(ValueError, match=r"altered, its SHA-256 is not the weights_sha256 in cfg\.json"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+    weights.write_bytes(good)
+    for name in DIGESTS:
+        cfg.write_text(json.dumps({key: value for key, value in recorded.items() if key != name}, indent=2))
+        with pytest.raises(ValueError, match="altered"):
+            SparseAutoencoder.from_pretrained(tmp_path)
+    edit_record(cfg)
+    assert torch.equal(SparseAutoencoder.from_pretrained(tmp_path).W_enc, sae.W_enc)
+
+
+@pytest.mark.parametrize("widths", [[16, 32, 64], [16, 32]])
+def test_batch_topk_saes_of_sae_lens_load(tmp_path, widths):
+    """It saves them as jumprelu, and says k and the groups among the details of their training."""
+    details = {"k": 5.0, "rescale_acts_by_decoder_norm": True}
+    weights = {"W_enc": torch.randn(16, 64), "W_dec": torch.randn(64, 16), "b_enc": torch.randn(64) * 0.1}
+    weights |= {"b_dec": torch.randn(16) * 0.1, "threshold": torch.full((64,), 0.4)}
+    save_file(weights, tmp_path / WEIGHTS_FILE)
+    cfg = {"architecture": "jumprelu", "d_in": 16, "d_sae": 64, "dtype": "float32", "apply_b_dec_to_input": True}
+    cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
+    x = torch.randn(20, 16)
+    pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    expected = (pre * (pre > 0.4)) @ weights["W_dec"] + weights["b_dec"]
+    for theirs, more, ours, groups in (
+        ("batchtopk", {}, "batch_topk", (64,)),
+        ("matryoshka_batchtopk", {"matryoshka_widths": widths}, "matryoshka", (16, 16, 32)),
+    ):
+        metadata = {"training_architecture": theirs, "training_architecture_details": details | more}
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(cfg | {"metadata": metadata}))
+        sae = SparseAutoencoder.from_pretrained(tmp_path)
+        assert (sae.config.architecture, sae.config.k, sae.config.group_sizes) == (ours, 5, groups)
+        torch.testing.assert_close(sae(x), expected, atol=1e-4, rtol=1e-5)
+        assert read_sae_header(tmp_path).config == sae.config
+    metadata["training_architecture_details"]["k"] = 5.5
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(cfg | {"metadata": metadata}))
+    with pytest.raises(ValueError, match=r"k is 5\.5; write a whole number to metadata\.k"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_in_memory_are_one_error():
+    with pytest.raises(ValueError, match=r"d_sae: an SAE of 2147483647 x 2147483647 has twice .* GB of weights"):
+        SparseAutoencoder(SAEConfig(2**31 - 1, 2**31 - 1))

@@ -132,11 +132,10 @@ class StoredCodes(StoredRows):
     """
 
     def __init__(self, path: Path, index: StoreIndex, shards: list[dict[str, Tensor]]):
-        items, rows = [path / shard.items for shard in index.shards], [shard.rows for shard in index.shards]
-        super().__init__(path, rows, index.dtype, index.source, items)
+        super().__init__(path, [shard.rows for shard in index.shards], index.dtype, index.source, index.shards)
         self.d_sae = index.width
         self.n_entries = sum(len(shard["acts"]) for shard in shards)
-        self._shards, self._files = shards, [path / shard.file for shard in index.shards]
+        self._shards = shards
 
     def chunks(self, n: int) -> Generator[tuple[int, SparseCodes], None, None]:
         """Every row once, in order, <= n rows at a time, read ahead in the background.
@@ -158,7 +157,8 @@ class StoredCodes(StoredRows):
 
     def _read(self, shard: int, low: int, high: int) -> SparseCodes:
         """Rows low .. high - 1 of a shard, checked."""
-        tensors, where, first_row = self._shards[shard], str(self._files[shard]), int(self._starts[shard]) + low
+        self._check([shard])
+        tensors, where, first_row = self._shards[shard], str(self._files.files[shard]), int(self._starts[shard]) + low
         offsets, n_entries = tensors["row_offsets"], len(tensors["acts"])
         begin, end = int(offsets[low]), int(offsets[high])
         at_start, at_end = low > 0 or begin == 0, high < len(offsets) - 1 or end == n_entries

@@ -6,7 +6,6 @@ than memory (Linux refuses private writable maps of that size, and those are wha
 """
 
 import ctypes
-import json
 import math
 import mmap
 import os
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import ActivationError, first_line, require
+from saevlm_fast.records import TEXT, Each, Fields, check_record, parse_json, whole
 
 MATRIX_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ACCEPTED = "float16, bfloat16, float32 or float64"
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_TENSOR = Fields({"dtype": TEXT, "shape": Each(whole()), "data_offsets": Each(whole())})
 NUMPY_DTYPES = {torch.float16: "<f2", torch.bfloat16: "<i2", torch.float32: "<f4", torch.float64: "<f8"}
 
 
@@ -80,7 +81,7 @@ def host_matrix(x: Tensor | np.ndarray) -> Tensor:
         dense = x.dtype in MATRIX_DTYPES and x.layout == torch.strided
         met = dtype_names([x.dtype])
         require(dense, f"x: dtype {met}, layout {x.layout}; accepted: dense {_ACCEPTED}", ActivationError)
-        x_ND = x.detach().cpu()
+        x_ND = x.detach().cpu().resolve_neg()  # a lazy negative bit is nothing that is seen in memory
     else:
         raise ActivationError(f"x: {type(x).__name__}; a torch tensor or a NumPy array [rows, d_in] is needed")
     return _checked_matrix(x_ND, "x")
@@ -139,6 +140,12 @@ def _map_pt(path: Path, key: str) -> Tensor:
     if fake.dtype not in MATRIX_DTYPES or fake.layout != torch.strided:
         met = f"dtype {dtype_names([fake.dtype])}, layout {fake.layout}"
         raise ActivationError(f"{path}: {met}; accepted: dense {_ACCEPTED}")
+    bits = fake.is_neg() or fake.is_conj()  # torch.save keeps them, and the bytes in the file know nothing of them
+    require(
+        not bits,
+        f"{path}: the tensor is a lazy negative or conjugate of what is stored; save x.resolve_neg().resolve_conj()",
+        ActivationError,
+    )
     _check_not_empty(fake.shape, path)
     storage = fake.untyped_storage()
     offset = storage._checkpoint_offset
@@ -187,19 +194,26 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
             )
         header = file.read(header_bytes)
     try:
-        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        for entry in entries.values():
-            begin, end = entry["data_offsets"]
-            n_values = math.prod(int(length) for length in entry["shape"])
-            dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
-            if begin < 0 or (dtype is not None and end - begin != n_values * dtype.itemsize):
-                raise ValueError("a tensor's shape and its bytes disagree")
+        entries = _header_entries(header)
         promised = 8 + header_bytes + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ActivationError(f"{path}: damaged safetensors header: {first_line(error)}") from error
+    except ValueError as error:
+        raise ActivationError(f"{path}: damaged safetensors header: {first_line(error)}") from None
     if size != promised:
         raise ActivationError(f"{path}: {size} bytes, but its header promises {promised}: truncated or altered")
     return entries, 8 + header_bytes
+
+
+def _header_entries(header: bytes) -> dict[str, dict[str, Any]]:
+    entries = parse_json(header, "header")
+    require(isinstance(entries, dict), "it is no object")
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        check_record(entry, _TENSOR, f"tensor {name!r}", ValueError)
+        begin, end = entry["data_offsets"] if len(entry["data_offsets"]) == 2 else (1, 0)
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        fits = begin <= end and (dtype is None or end - begin == math.prod(entry["shape"]) * dtype.itemsize)
+        require(fits, f"shape {entry['shape']} and bytes {entry['data_offsets']} of tensor {name!r} disagree")
+    return entries
 
 
 def _map_read_only(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

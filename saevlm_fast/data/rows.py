@@ -2,11 +2,13 @@
 
 A store is a directory of shards (data/store.py), a matrix file one [N, d_in] tensor (data/matrix.py). Files are
 memory-mapped: opening reads headers only, and the data may be larger than memory. What leaves this module is float32
-and finite. Shape suffixes: N rows, B rows of a batch, D d_in.
+and finite, and of a store as it was written: a shard is compared with its SHA-256 before its first row is read. Shape
+suffixes: N rows, B rows of a batch, D d_in.
 """
 
+import hashlib
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,19 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.digests import CheckedFiles, matrix_digest, remembered
 from saevlm_fast.data.matrix import check_finite, host_matrix, map_matrix, read_randomly, will_need
 from saevlm_fast.data.prefetch import prefetch
-from saevlm_fast.data.store import ACTIVATIONS, ITEM_SCHEMA, StoreIndex, check_format, map_shard, read_index, read_items
+from saevlm_fast.data.store import (
+    ACTIVATIONS,
+    ITEM_SCHEMA,
+    Shard,
+    StoreIndex,
+    check_format,
+    map_shard,
+    read_index,
+    read_items,
+)
 from saevlm_fast.errors import ActivationError, require
 
 
@@ -38,12 +50,14 @@ class StoredRows:
         shard_rows: Sequence[int],
         dtype: torch.dtype,
         source: dict[str, Any] | None,
-        items: Sequence[Path],
+        shards: Sequence[Shard] = (),
     ):
+        """shards: of a store, what its index says of them."""
         self.path, self.dtype, self.source = path, dtype, source
-        self.has_items = bool(items)
+        self.has_items = bool(shards)
         self.n_rows = sum(shard_rows)
-        self._items = items
+        self._files = CheckedFiles([path / shard.file for shard in shards], [shard.sha256 for shard in shards])
+        self._items = CheckedFiles([path / shard.items for shard in shards], [shard.items_sha256 for shard in shards])
         self._starts = np.cumsum([0, *shard_rows])  # shard s owns rows starts[s]:starts[s + 1]
 
     def items(self, rows: Tensor | Sequence[int] | None = None) -> pa.Table:
@@ -77,9 +91,22 @@ class StoredRows:
         if len(waiting):
             yield waiting
 
+    def _check(self, shards: Iterable[int]) -> None:
+        if self.has_items:
+            self._files.check(shards)
+
     def _shard_items(self, shard: int) -> pa.Table:
         require(self.has_items, f"{self.path}: a matrix has no item ids; only a store does", ActivationError)
-        return read_items(self._items[shard], int(self._starts[shard + 1] - self._starts[shard]))
+        self._items.check([shard])
+        return read_items(self._items.files[shard], int(self._starts[shard + 1] - self._starts[shard]))
+
+    def check_whole(self) -> None:
+        """Compares every shard of a store with its SHA-256 now, in a few threads; otherwise each is when first read.
+
+        Raises:
+            ActivationError: a file that was altered since it was written.
+        """
+        self._files.check_all()
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(shard, low, high): where rows start .. stop - 1 lie, counted within the shard."""
@@ -96,10 +123,17 @@ class Activations(StoredRows):
     Attributes: those of StoredRows; d, the width d_in.
     """
 
-    def __init__(self, path: Path, tensors: list[Tensor], source: dict[str, Any] | None, items: list[Path]):
-        super().__init__(path, [len(t) for t in tensors], tensors[0].dtype, source, items)
+    def __init__(
+        self,
+        path: Path,
+        tensors: list[Tensor],
+        source: dict[str, Any] | None = None,
+        shards: Sequence[Shard] = (),
+        key: str | None = None,
+    ):
+        super().__init__(path, [len(t) for t in tensors], tensors[0].dtype, source, shards)
         self.d = tensors[0].shape[1]
-        self._tensors = tensors
+        self._tensors, self._shards, self._key = tensors, shards, key
 
     @classmethod
     def from_tensor(cls, x: Tensor | np.ndarray) -> "Activations":
@@ -113,12 +147,22 @@ class Activations(StoredRows):
             ActivationError: not a tensor or an array, another dtype, not 2-D, or without rows or columns.
         """
         x_ND = host_matrix(x)
-        return cls(Path(f"tensor {list(x_ND.shape)}"), [x_ND], source=None, items=[])
+        return cls(Path(f"tensor {list(x_ND.shape)}"), [x_ND])
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row on disk."""
         return self.d * self.dtype.itemsize
+
+    def digest(self) -> str:
+        """SHA-256 by which the rows are known again: of a store, of its shards' digests in order; of a matrix, of its
+        bytes (each file's is remembered: data/digests.py), the same in a file and in memory."""
+        if self._shards:
+            listed = "".join(f"{shard.rows} {shard.sha256}\n" for shard in self._shards)
+            return hashlib.sha256(listed.encode()).hexdigest()
+        if self._key is None:
+            return matrix_digest(self._tensors[0])
+        return remembered(self.path, f"::{self._key}", lambda: matrix_digest(self._tensors[0]))
 
     def rows(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
         """The rows at `indices` (int64 [B], any order, repeats allowed) as float32 [B, d_in], into `out` if given.
@@ -143,7 +187,9 @@ class Activations(StoredRows):
         """Ascending rows lie shard after shard, so each shard is one index_select into one slice."""
         rows_BD = out_BD if self.dtype == torch.float32 else torch.empty(out_BD.shape, dtype=self.dtype)
         bounds = np.searchsorted(ascending.numpy(), self._starts)
-        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+        shards = np.flatnonzero(np.diff(bounds)).tolist()
+        self._check(shards)
+        for shard in shards:
             begin, end = int(bounds[shard]), int(bounds[shard + 1])
             local = ascending[begin:end] - int(self._starts[shard])
             torch.index_select(self._tensors[shard], 0, local, out=rows_BD[begin:end])
@@ -169,6 +215,7 @@ class Activations(StoredRows):
         self.will_need(start, stop)
         out_BD, filled = torch.empty(stop - start, self.d), 0
         for shard, low, high in self._pieces(start, stop):
+            self._check([shard])
             out_BD[filled : filled + high - low].copy_(self._tensors[shard][low:high])
             filled += high - low
         check_finite(out_BD, range(start, stop), self.path)
@@ -186,16 +233,16 @@ def open_activations(path: str | os.PathLike[str]) -> Activations:
         ActivationError: everything that is not usable, an incomplete store included.
     """
     file, key = split_key(path)
-    source, items = None, []
     if file.is_dir():
         index = open_index(file, ACTIVATIONS)
         tensors = [map_shard(file, shard, index)["activations"] for shard in index.shards]
-        source, items = index.source, [file / shard.items for shard in index.shards]
+        opened = Activations(file, tensors, index.source, index.shards)
     else:
         tensors = [map_matrix(file, key)]
+        opened = Activations(file, tensors, key=key)
     for tensor in tensors:  # what is read in order is announced by will_need
         read_randomly(tensor)
-    return Activations(file, tensors, source, items)
+    return opened
 
 
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:

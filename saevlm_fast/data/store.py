@@ -2,7 +2,8 @@
 
 A store is a directory:
 
-    index.json               {"format", "version", "complete", "shape": [N, width], "dtype", "source": {...}, "shards"}
+    index.json               {"format", "version", "complete", "shape": [N, width], "dtype", "source": {...}, "shards",
+                             "sha256": the seal (records.py), which older indices lack}
                              one record a shard: {"number", "rows", "file", "sha256", "items", "items_sha256"}
     shard-00000.safetensors  of activations (width is d_in): "activations" [rows, d_in]
                              of codes (width is d_sae), CSR: "acts" [M], "latents" [M], uint16 up to d_sae 65536, then
@@ -28,11 +29,23 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.digests import check_digest
 from saevlm_fast.data.matrix import SAFETENSORS_DTYPES, dtype_names, safetensors_header
 from saevlm_fast.data.parquet import read_small_table
 from saevlm_fast.errors import ActivationError, first_line, require
 from saevlm_fast.files import atomic_write, sha256_file
-from saevlm_fast.outputs import is_name
+from saevlm_fast.records import (
+    DIGEST,
+    FILE_NAME,
+    FLAG,
+    RECORD,
+    TEXT,
+    Each,
+    Fields,
+    read_record,
+    sealed,
+    whole,
+)
 
 ACTIVATIONS, CODES, VERSION = "saevlm-fast activations", "saevlm-fast codes", 1
 WIDTH_NAMES = {ACTIVATIONS: "d_in", CODES: "d_sae"}
@@ -40,6 +53,29 @@ STORE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 ITEM_SCHEMA = pa.schema([("image", pa.string()), ("token", pa.int32()), ("label", pa.string())])
 
 _TENSOR_DTYPES = SAFETENSORS_DTYPES | {"U16": torch.uint16, "I32": torch.int32, "I64": torch.int64}
+_SHARD = Fields(
+    {
+        "number": whole(),
+        "rows": whole(),
+        "file": FILE_NAME,
+        "sha256": DIGEST,
+        "items": FILE_NAME,
+        "items_sha256": DIGEST,
+    },
+    others=False,
+)
+_INDEX = Fields(
+    {
+        "format": TEXT,
+        "version": whole(),
+        "complete": FLAG,
+        "shape": Each(whole()),
+        "dtype": TEXT,
+        "source": RECORD,
+        "shards": Each(_SHARD),
+    },
+    others=False,
+)
 
 
 @dataclass(frozen=True)
@@ -102,23 +138,23 @@ def read_index(path: str | os.PathLike[str]) -> StoreIndex:
 
 
 def _read_index_file(file: Path) -> StoreIndex:
+    raw = read_record(file, _INDEX, ActivationError)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
         format, version, known = raw["format"], raw["version"], " or ".join(map(repr, WIDTH_NAMES))
         readable = format in WIDTH_NAMES and version == VERSION
         require(readable, f"format {format!r} version {version!r}; needed {known} version {VERSION}")
+        require(len(raw["shape"]) == 2, f"shape is {raw['shape']}; [rows, {WIDTH_NAMES[format]}] is needed")
+        dtypes = ", ".join(STORE_DTYPES)
+        require(raw["dtype"] in STORE_DTYPES, f"dtype is {raw['dtype']!r}; one of {dtypes} is needed")
         shards = tuple(Shard(**record) for record in raw["shards"])
-        n_rows, width = (int(length) for length in raw["shape"])
-        dtype, source = STORE_DTYPES[raw["dtype"]], dict(raw["source"])
-        index = StoreIndex(raw["format"], width, dtype, source, shards, bool(raw["complete"]))
-        sound = index.n_rows == n_rows and all(shard.rows >= 0 for shard in shards)
-        require(sound, f"shape says {n_rows} rows, the shards {index.n_rows}")
-        inside = all(is_name(name) for shard in shards for name in (shard.file, shard.items))
-        require(inside, "a shard's file lies outside the store")
+        n_rows, width = raw["shape"]
+        index = StoreIndex(format, width, STORE_DTYPES[raw["dtype"]], raw["source"], shards, raw["complete"])
+        require(index.n_rows == n_rows, f"shape says {n_rows} rows, the shards {index.n_rows}")
+        require(n_rows < 1 << 62, f"shape says {n_rows} rows; fewer than 2^62 are needed")
         numbers = [shard.number for shard in shards]
         require(numbers == sorted(set(numbers)), "shard numbers do not ascend")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ActivationError(f"{file}: damaged index: {type(error).__name__}: {first_line(error)}") from error
+    except ValueError as error:
+        raise ActivationError(f"{file}: damaged index: {first_line(error)}") from None
     return index
 
 
@@ -134,8 +170,9 @@ def write_index_file(file: Path, index: StoreIndex) -> None:
     # A line for each shard: the file is written after every one of maybe ten thousand, and json's indentation is slow.
     lines = ",\n".join(json.dumps(vars(shard)) for shard in index.shards)
     head = json.dumps(value, indent=2, allow_nan=False).removesuffix("\n}")
+    text = sealed(f'{head},\n  "shards": [\n{lines}\n  ]\n}}')
     with atomic_write(file) as temporary:
-        temporary.write_text(f'{head},\n  "shards": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def check_format(path: str | os.PathLike[str], index: StoreIndex, format: str) -> None:
@@ -189,14 +226,22 @@ def _tensor_at(file: Path, name: str, data: Tensor, entry: Mapping[str, Any]) ->
     return data[begin:end].view(dtype).view(entry["shape"])
 
 
-def read_items(file: Path, rows: int) -> pa.Table:
-    """The item table of a shard of so many rows. ActivationError: damaged, of other rows, or more than it can be."""
+def read_items(file: Path, rows: int, digest: str | None = None) -> pa.Table:
+    """The item table of a shard of so many rows; with `digest`, its SHA-256, once it is known to be as written.
+
+    Raises:
+        ActivationError: damaged, altered, of other rows, or more than it can be.
+    """
+    if digest is not None:
+        check_digest(file, sha256_file(file), digest)
     try:
-        return read_small_table(file, ITEM_SCHEMA, rows)
+        table = read_small_table(file, ITEM_SCHEMA, rows)
+        table.validate(full=True)
     except (OSError, UnicodeError, pa.ArrowException) as error:
         raise ActivationError(f"{file}: damaged item table: {first_line(error)}") from error
     except ValueError as error:
         raise ActivationError(f"{file}: {error}") from error
+    return table
 
 
 def verify(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda done: None) -> StoreIndex:
@@ -228,10 +273,8 @@ def verify(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambd
 def _shard_damage(path: Path, shard: Shard, index: StoreIndex) -> str | None:
     try:
         map_shard(path, shard, index)
-        for name, digest in ((shard.file, shard.sha256), (shard.items, shard.items_sha256)):
-            if sha256_file(path / name) != digest:
-                return f"{path / name}: altered, its SHA-256 is not the one in the store's index"
-        read_items(path / shard.items, shard.rows)
+        check_digest(path / shard.file, sha256_file(path / shard.file), shard.sha256)
+        read_items(path / shard.items, shard.rows, shard.items_sha256)
     except ActivationError as error:
         return str(error)
     return None

@@ -6,7 +6,6 @@ is harvested again.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,50 +14,25 @@ from pathlib import Path
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import Interrupted, require
+from saevlm_fast.files import cache_directory
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import HarvestSummary, harvest
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.outputs import LOCK_FILE, output_lock
+from saevlm_fast.records import RECORD, Fields, read_record
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import read_sae_header
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
 
-CACHE_VARIABLE = "SAEVLM_FAST_CACHE"
 TOWER = "tiny-clip"
 LAYER = 3  # the last but one block: what tiny-llava reads, as the paper's block 22 of CLIP-L's 24
 N_SCENES = {"train": 10_000, "test": 5_000}
 # Of SAEs on them: in place of the paper's 110,000 steps of 4096 rows of a million images.
 RECIPE = {"k": 10, "expansion": 4, "steps": 1200, "batch_size": 512, "dead_after": 100_000}
 _PATIENCE_SECONDS = 3600.0
-
-
-def cache_directory() -> Path:
-    """SAEVLM_FAST_CACHE, or the user's cache directory for this program.
-
-    Raises:
-        ValueError: it cannot be made, or is no directory.
-    """
-    path = Path(os.environ.get(CACHE_VARIABLE) or _users_cache())
-    try:
-        path = path.expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
-        raise ValueError(f"{CACHE_VARIABLE}: {path} cannot be made: {error}") from error
-    return path
-
-
-def _users_cache() -> Path:
-    try:
-        from platformdirs import user_cache_path
-    except ModuleNotFoundError as error:
-        what = (
-            f"{CACHE_VARIABLE}: not set, and the package platformdirs, which knows where caches lie, is not installed"
-        )
-        raise ValueError(what) from error
-    return user_cache_path("saevlm-fast", appauthor=False)
 
 
 @dataclass(frozen=True)
@@ -159,7 +133,7 @@ def _damage(output: Path) -> str | None:
         return f"{output} is not a directory"
     try:
         if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
-            json.loads((output / HARVEST_FILE).read_text(encoding="utf-8"))
+            read_record(output / HARVEST_FILE, Fields({"harvest": RECORD}))
         for index in output.glob("*/index.json"):
             verify(index.parent)
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
 """The output directory of a harvest: started, replaced or resumed, filled unit by unit, declared complete.
 
-It holds `harvest.json` (the settings, checked by resume), `skipped.jsonl` (images that could not be used), and the
-stores: the directory itself if there is one, else a directory for each. While the harvest runs, a file
+It holds `harvest.json` (the settings, checked by resume; sealed: records.py), `skipped.jsonl` (images that could not be
+used), and the stores: the directory itself if there is one, else a directory for each. While the harvest runs, a file
 skipped-NNNNN.jsonl holds the skipped images of a finished unit. A harvest that replaces another has all this in
 .replacement until it is complete (outputs.py).
 """
@@ -21,22 +21,17 @@ from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.store import joined_index
 from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store, merge_parts
-from saevlm_fast.errors import ActivationError, check_same_settings, require
-from saevlm_fast.files import atomic_write, remove_leftovers, write_json_atomic
+from saevlm_fast.errors import ActivationError, require
+from saevlm_fast.files import atomic_write, remove_leftovers
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
-from saevlm_fast.outputs import (
-    LOCK_FILE,
-    begin_replacement,
-    is_being_swapped,
-    is_name,
-    publish,
-    settle,
-    workplace,
-)
+from saevlm_fast.outputs import LOCK_FILE, begin_replacement, is_being_swapped, publish, settle, workplace
+from saevlm_fast.records import FILE_NAME, Each, Fields, Kind, check_same_settings, read_record, write_record
 from saevlm_fast.sparse_codes import SparseCodes
 
 HARVEST_FILE, SKIPPED_FILE = "harvest.json", "skipped.jsonl"
 _FREE_SETTINGS = ("versions", "path", "spec", "torch", "transformers", "open_clip", "timm")  # may differ on resume
+_STORE_NAME = Kind("'.' or the name of a directory beside it", lambda name: name == "." or FILE_NAME.fits(name))
+_HARVEST = Fields({"harvest": Fields({"stores": Each(_STORE_NAME)})})
 
 
 class BatchRows(NamedTuple):
@@ -101,7 +96,7 @@ class HarvestStores:
             check_same_settings(self.place / HARVEST_FILE, self.plan.settings, free=_FREE_SETTINGS)
         remove_leftovers(self.place)
         if not (self.place / HARVEST_FILE).exists():
-            write_json_atomic(self.place / HARVEST_FILE, self.plan.settings)
+            write_record(self.place / HARVEST_FILE, self.plan.settings)
         self._keep_whole_units()
 
     def _keep_whole_units(self) -> None:
@@ -257,10 +252,6 @@ def _remove_harvest(output: Path) -> None:
 def _stores_of(path: Path) -> list[str]:
     """The directories of the stores that harvest.json names: `.` or plain names beside it."""
     try:
-        names = [str(name) for name in json.loads(path.read_text(encoding="utf-8"))["harvest"]["stores"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: damaged ({type(error).__name__}: {error}); delete {path.parent} to start anew"
-        ) from None
-    require(all(is_name(name) or name == "." for name in names), f"{path}: a store lies outside the harvest")
-    return names
+        return list(read_record(path, _HARVEST)["harvest"]["stores"])
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {path.parent} to start anew") from None

@@ -34,11 +34,12 @@ from saevlm_fast.config import WHITE, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import ImageError, Interrupted, check_same_settings, require
+from saevlm_fast.errors import ImageError, Interrupted, require
 from saevlm_fast.files import sha256_file, weights_sha256, write_json_atomic
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import LOCK_FILE, check_absent, output_lock
+from saevlm_fast.records import check_same_settings
 from saevlm_fast.runtime import interruptible
 from saevlm_fast.scoring.tables import check_scores_path, write_table
 from saevlm_fast.scoring.top_images import top_images

@@ -1,13 +1,20 @@
 """The directory of a run: begun, resumed or replaced, with checkpoints and metrics.
 
-It holds `cfg.json` and `sae_weights.safetensors` (the SAE, SAELens v6 layout), `metrics.jsonl`, `run.json` (the
-settings, checked by --resume) and `checkpoints/step_XXXXXXXX/` (the same SAE files as of that step, and
-`train_state.safetensors`). Everything is written under a temporary name and renamed; a checkpoint directory appears
-whole or not at all. The order of the rows is a function of (seed, step), so a run that was killed and resumed takes the
-same steps as one that was not: bit-identical weights on the CPU. A run that replaces another has all this in
-.replacement until its SAE is finished (outputs.py).
+    cfg.json, sae_weights.safetensors  the finished SAE, SAELens v6 layout
+    metrics.jsonl                      one line a logged step
+    metrics.jsonl.sha256               of a finished run, as sha256sum writes and checks it
+    run.json                           the settings, checked by --resume; sealed (records.py)
+    checkpoints/step_XXXXXXXX/         the same SAE files as of that step, train_state.safetensors, and
+        checkpoint.json                {"n_steps", "n_rows_seen", "files": {name: SHA-256 of each of the three},
+                                       "metrics": {"bytes", "sha256"} of metrics.jsonl as it was}; sealed
+
+Runs of before have neither checkpoint.json nor other digests, and are resumed without. Everything is written under a
+temporary name and renamed; a checkpoint directory appears whole or not at all. The order of the rows is a function of
+(seed, step), so a run that was killed and resumed takes the same steps as one that was not: bit-identical weights on
+the CPU. A run that replaces another has all this in .replacement until its SAE is finished (outputs.py).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -16,26 +23,50 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saevlm_fast.errors import Interrupted, check_same_settings, first_line, require
+from saevlm_fast.errors import Interrupted, first_line, require
 from saevlm_fast.files import (
     TEMPORARY_PREFIX,
     atomic_directory,
     atomic_write,
     remove_leftovers,
     save_safetensors_atomic,
-    write_json_atomic,
+    sha256_file,
 )
 from saevlm_fast.outputs import begin_replacement, is_being_swapped, output_lock, publish, settle, workplace
+from saevlm_fast.records import (
+    DIGEST,
+    RECORD,
+    Fields,
+    check_record,
+    check_same_settings,
+    parse_json,
+    read_record,
+    whole,
+    write_record,
+)
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.state import TrainingState, diverged
+from saevlm_fast.training.state import DATA_DIGEST, TrainingState, diverged
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
+CHECKPOINT_FILE, METRICS_DIGEST_FILE = "checkpoint.json", "metrics.jsonl.sha256"
+_LOGGED = Fields({"step": whole()})
+_RUN = Fields({"sae": RECORD, "train": RECORD, "data": RECORD}, others=False)
+_CHECKPOINT = Fields(
+    {
+        "n_steps": whole(),
+        "n_rows_seen": whole(),
+        "files": Fields({CONFIG_FILE: DIGEST, WEIGHTS_FILE: DIGEST, STATE_FILE: DIGEST}, others=False),
+        "metrics": Fields({"bytes": whole(), "sha256": DIGEST}, others=False),
+    },
+    others=False,
+)
 _KEPT_CHECKPOINTS = 2
 _CHECKPOINTS_A_RUN = 20
 _CHECKPOINT_PAUSE = 30.0  # seconds of work that may be lost rather than saved
@@ -122,15 +153,18 @@ class RunDirectory:
                 checkpoint, or the data is not finite.
         """
         settle(self.output, _remove_run)
-        replaces, settings = self.used() and self.force, state.settings()
+        replaces = self.used() and self.force
         self.path = self.output if replaces else workplace(self.output)
-        if self.resume and (self.path / RUN_FILE).exists():
+        resumed = self.resume and (self.path / RUN_FILE).exists()
+        settings = state.settings(sampled=resumed and DATA_DIGEST not in read_settings(self.path)["data"])
+        if resumed:
             check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
             remove_leftovers(self.path)
             remove_leftovers(self.path / CHECKPOINTS)
         checkpoint = latest_checkpoint(self.path) if self.resume else None
         if checkpoint is not None:
             _load(checkpoint, state)
+            check_metrics(self.path, checkpoint)
             self._truncate_metrics(state.stepper.n_steps)
         else:
             state.initialise()
@@ -138,9 +172,10 @@ class RunDirectory:
         if replaces:
             self.path = begin_replacement(self.output)
         if not (self.path / RUN_FILE).exists():
-            write_json_atomic(self.path / RUN_FILE, settings)
+            write_record(self.path / RUN_FILE, settings)
         if checkpoint is None:
             (self.path / METRICS_FILE).unlink(missing_ok=True)
+        (self.path / METRICS_DIGEST_FILE).unlink(missing_ok=True)
         self.cadence = Cadence(self.checkpoint_every, state.config.steps, state.stepper.n_steps)
 
     def _truncate_metrics(self, n_steps: int) -> None:
@@ -149,10 +184,11 @@ class RunDirectory:
         if not path.is_file():
             return
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = parse_json(line.encode(), path)
+                check_record(record, _LOGGED, path, ValueError)
+            except ValueError:
                 break  # the line that was being written when the run was killed
             if record.get("step", math.inf) <= n_steps and not any(key.startswith("eval/") for key in record):
                 kept.append(line + "\n")
@@ -199,6 +235,9 @@ class RunDirectory:
         with atomic_directory(final) as directory:
             state.export().save_pretrained(directory)
             save_safetensors_atomic(directory / STATE_FILE, {n: t.cpu() for n, t in tensors.items()}, metadata=header)
+            files = {name: sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)}
+            counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
+            write_record(directory / CHECKPOINT_FILE, counts | {"files": files, "metrics": self._metrics_so_far()})
         for old in checkpoints(self.path)[:-_KEPT_CHECKPOINTS]:
             doomed = old.with_name(TEMPORARY_PREFIX + old.name)  # a kill must not leave half a checkpoint by this name
             old.rename(doomed)
@@ -209,12 +248,22 @@ class RunDirectory:
         last = latest_checkpoint(self.path)
         return f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
 
+    def _metrics_so_far(self) -> dict[str, Any]:
+        logged = (self.path / METRICS_FILE).read_bytes() if (self.path / METRICS_FILE).is_file() else b""
+        return {"bytes": len(logged), "sha256": hashlib.sha256(logged).hexdigest()}
+
     def save(self, sae: SparseAutoencoder) -> None:
         """The finished SAE; what the run replaces is removed."""
         sae.save_pretrained(self.path)
         if self.path != self.output:
             publish(self.output, _remove_run)
             self.path = self.output
+
+    def finish(self, step: int, metrics: Metrics) -> None:
+        """Log the evaluation, after which nothing is logged any more."""
+        self.log(step, metrics)
+        with atomic_write(self.path / METRICS_DIGEST_FILE) as temporary:
+            temporary.write_text(f"{sha256_file(self.path / METRICS_FILE)}  {METRICS_FILE}\n", encoding="utf-8")
 
     def saved(self) -> str:
         """What has become of the finished SAE."""
@@ -239,20 +288,74 @@ def _remove_run(output: Path) -> None:
             checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
         with suppress(OSError):  # not there, or not empty
             directory.rmdir()
-    for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, RUN_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, METRICS_DIGEST_FILE, RUN_FILE):
         (output / name).unlink(missing_ok=True)
 
 
+def read_settings(output: Path) -> dict[str, Any]:
+    """The settings of a run. ValueError: run.json is missing, damaged or altered."""
+    return read_record(output / RUN_FILE, _RUN)
+
+
 def _load(checkpoint: Path, state: TrainingState) -> None:
-    path = checkpoint / STATE_FILE
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-        state.load(load_file(path, device=str(state.device)), int(header["n_steps"]), int(header["n_rows_seen"]))
-    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
+        n_steps, n_rows_seen = check_checkpoint(checkpoint)
+        tensors = load_file(checkpoint / STATE_FILE, device=str(state.device))
+        state.load(tensors, n_steps, n_rows_seen)
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"resume: {checkpoint} is damaged, delete it to resume from the one before ({first_line(error)})"
         ) from error
+
+
+def check_checkpoint(checkpoint: Path) -> tuple[int, int]:
+    """Steps and rows at a checkpoint, whose files are as they were written (of one of before, as far as can be told).
+
+    Raises:
+        ValueError: a file that is missing, damaged or altered.
+    """
+    record = _checkpoint_record(checkpoint)
+    for name, digest in (record["files"] if record else {}).items():
+        require((checkpoint / name).is_file(), f"{checkpoint / name}: no such file")
+        same = sha256_file(checkpoint / name) == digest
+        require(same, f"{checkpoint / name}: altered, its SHA-256 is not the one in {CHECKPOINT_FILE}")
+    try:
+        with safe_open(checkpoint / STATE_FILE, framework="pt") as file:
+            header = file.metadata()
+        counts = int(header["n_steps"]), int(header["n_rows_seen"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint / STATE_FILE}: not a complete state ({first_line(error)})") from None
+    require(
+        checkpoint.name == f"step_{counts[0]:08d}" and (record is None or record["n_steps"] == counts[0]),
+        f"{checkpoint / STATE_FILE}: it is of step {counts[0]}",
+    )
+    return counts
+
+
+def check_metrics(output: Path, checkpoint: Path | None) -> None:
+    """That metrics.jsonl begins as it did at that checkpoint and, of a finished run, ends as it did.
+
+    Raises:
+        ValueError: it was altered. One that is gone is not missed: it decides nothing.
+    """
+    path, digest_file = output / METRICS_FILE, output / METRICS_DIGEST_FILE
+    if not path.is_file():
+        return
+    logged, advice = path.read_bytes(), "move it away to go on without it"
+    record = _checkpoint_record(checkpoint) if checkpoint else None
+    if record is not None:
+        n_bytes, digest = record["metrics"]["bytes"], record["metrics"]["sha256"]
+        same = hashlib.sha256(logged[:n_bytes]).hexdigest() == digest
+        require(same, f"{path}: altered, its SHA-256 up to that step is not the one in {checkpoint}; {advice}")
+    if digest_file.is_file():
+        same = digest_file.read_bytes() == f"{hashlib.sha256(logged).hexdigest()}  {METRICS_FILE}\n".encode()
+        require(same, f"{path}: altered, its SHA-256 is not the one in {digest_file.name}; {advice}")
+
+
+def _checkpoint_record(checkpoint: Path) -> dict[str, Any] | None:
+    """What checkpoint.json says; None of a checkpoint of before it was written."""
+    path = checkpoint / CHECKPOINT_FILE
+    return read_record(path, _CHECKPOINT) if path.exists() else None
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -87,7 +87,7 @@ def train(
             sae = state.export()
             kept.save(sae)
         metrics = _evaluated(sae, evaluated, kept)
-        kept.log(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
+        kept.finish(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
     return sae, metrics
 
 
@@ -148,6 +148,9 @@ class NothingKept:
     def saved(self) -> str:
         """What has become of the finished SAE."""
         return self.kept()
+
+    def finish(self, step: int, metrics: Metrics) -> None:
+        """They are returned."""
 
 
 def _kept(options: RunOptions) -> RunDirectory | NothingKept:

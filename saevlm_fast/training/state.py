@@ -22,6 +22,7 @@ from saevlm_fast.sae import SparseAutoencoder, with_metadata
 from saevlm_fast.training.step import Stepper, smallest_positive
 
 _CALIBRATION_ROWS = 4096
+DATA_DIGEST, SAMPLED = "digest of the activations", "fingerprint of the activations"
 
 
 class TrainingState:
@@ -63,7 +64,11 @@ class TrainingState:
         self.stepper.sae.b_dec.copy_(geometric_median(first / self.norm_factor))
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
-        """Batches [B, d_in] in raw units on the device; reading them has checked them for NaN and inf."""
+        """Batches [B, d_in] in raw units on the device; reading them has checked them for NaN and inf.
+
+        A store is compared with its digests first: the rows are in random order, so the first batch is of every shard.
+        """
+        self.activations.check_whole()
         pin_memory = self.device.type == "cuda"
         stream = batches(self.activations, self.order, start_step, n_steps, pin_memory, announce)
         with closing(stream):
@@ -112,8 +117,21 @@ class TrainingState:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], n_steps: int, n_rows_seen: int) -> None:
-        """Goes on from `tensors` as they were after step n_steps. KeyError, RuntimeError: they are of another SAE."""
+        """Goes on from `tensors` as they were after step n_steps. ValueError: they cannot be of this run."""
         stepper = self.stepper
+        rows = min(self.config.batch_size, self.activations.n_rows)
+        sound = 0 <= n_steps <= self.config.steps and n_rows_seen == n_steps * rows
+        require(sound, f"it says {n_steps} steps and {n_rows_seen} rows, of {self.config.steps} steps of {rows} rows")
+        expected = self.tensors()
+        for name in sorted(expected.keys() | tensors.keys()):
+            there = name in expected and name in tensors
+            require(there, f"tensor {name!r} is {'missing' if name in expected else 'none of a run'}")
+            found, needed = tensors[name], expected[name]
+            same = (found.dtype, found.shape) == (needed.dtype, needed.shape)
+            described = f"{found.dtype} {list(found.shape)}; {needed.dtype} {list(needed.shape)} is needed"
+            require(same, f"tensor {name!r} is {described}")
+            require(bool(found.isfinite().all()), f"tensor {name!r} holds NaN or inf")
+        require(float(tensors["norm_factor"]) > 0, "norm_factor is not positive")
         for name, parameter in stepper.parameters().items():
             parameter.copy_(tensors[name])
             stepper.moments[name] = (tensors[f"{name}.exp_avg"], tensors[f"{name}.exp_avg_sq"])
@@ -122,8 +140,15 @@ class TrainingState:
         self.norm_factor = float(tensors["norm_factor"])
         stepper.n_steps, stepper.n_rows_seen = n_steps, n_rows_seen
 
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """What decides the run, section -> name -> value, for JSON. ActivationError: rows that are not finite."""
+    def settings(self, sampled: bool = False) -> dict[str, dict[str, Any]]:
+        """What decides the run, section -> name -> value, for JSON.
+
+        sampled: know the data by 64 of its rows, as runs of before did, instead of by its digest.
+
+        Raises:
+            ActivationError: sampled rows that are not finite.
+        """
+        known_by = (SAMPLED, self._fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
         sae = self.stepper.sae.config
         return {
             "sae": {
@@ -137,7 +162,7 @@ class TrainingState:
             "data": {
                 "rows": self.activations.n_rows,
                 "path": str(self.activations.path),
-                "fingerprint of the activations": self._fingerprint(),
+                known_by[0]: known_by[1],
             },
         }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from damage import redigest
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, mean_pool_codes, open_codes
 from saevlm_fast.data.rows import open_activations
@@ -228,10 +230,10 @@ def test_imagenet_fits_150_mb(tmp_path):
 
 
 def damaged(path, **changes):
-    """Writes the store's only shard anew with some tensors replaced; the index is left."""
+    """Writes the store's only shard anew with some tensors replaced, and its digest with it."""
     file = path / "shard-00000.safetensors"
     save_file({**load_file(file), **changes}, file)
-    return path
+    return redigest(path)
 
 
 def i32(*numbers):
@@ -268,8 +270,18 @@ def test_damaged_contents_are_named_by_file_and_row(tmp_path, changes, message, 
         read_dense(store, n)
     assert "shard-00000.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ActivationError, match="altered"):
-        verify(path)
+
+
+def test_an_altered_shard_is_named_before_its_first_row_is_read_and_by_verify(tmp_path):
+    path = write_codes(tmp_path / "s", [ragged([{1: 1.0}, {3: 1.0}]), ragged([{1: 2.0}])])
+    file = path / "shard-00001.safetensors"
+    save_file({**load_file(file), "acts": torch.tensor([3.0])}, file)
+    store = open_codes(path)
+    with closing(store.chunks(1)) as chunks:
+        next(chunks)  # the first shard is sound
+    for read in (lambda: read_dense(store, 1), store.check_whole, lambda: verify(path)):
+        with pytest.raises(ActivationError, match=r"shard-00001\.safetensors: altered, its SHA-256"):
+            read()
 
 
 @pytest.mark.parametrize(
@@ -298,6 +310,7 @@ def test_int64_offsets_are_read(tmp_path):
 def test_an_item_table_of_another_length_is_refused(tmp_path):
     path = write_codes(tmp_path / "s", [ragged([{1: 1.0}] * 3), ragged([{1: 1.0}] * 4)])
     (path / "items-00000.parquet").write_bytes((path / "items-00001.parquet").read_bytes())
+    redigest(path)
     with pytest.raises(ActivationError, match=r"items-00000.parquet: 4 rows; the store's index says 3"):
         open_codes(path).items()
 

@@ -1,7 +1,9 @@
 """Stores: written, read, killed while they are written, damaged."""
 
+import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from damage import edit_record
 from saevlm_fast.data.parquet import read_small_table
 from saevlm_fast.data.rows import open_activations
-from saevlm_fast.data.store import read_index, verify
+from saevlm_fast.data.store import read_index, read_items, verify
 from saevlm_fast.data.writing import ActivationWriter, merge_parts
 from saevlm_fast.errors import ActivationError
 from saevlm_fast.files import TEMPORARY_PREFIX
@@ -80,7 +84,9 @@ def test_rows_into_a_buffer_and_bad_indices(tmp_path):
 def test_the_index_is_as_documented(tmp_path):
     write_store(tmp_path / "s", rows_of(25, 4, torch.bfloat16))
     index = json.loads((tmp_path / "s" / "index.json").read_text())
-    shards = index.pop("shards")
+    shards, seal = index.pop("shards"), index.pop("sha256")
+    text = (tmp_path / "s" / "index.json").read_text()
+    assert hashlib.sha256(text.replace(seal, "0" * 64).encode()).hexdigest() == seal
     assert index == {
         "format": "saevlm-fast activations",
         "version": 1,
@@ -378,22 +384,49 @@ def test_several_damaged_files_are_listed(tmp_path):
         ({"format": "x"}, "format 'x'"),
         ({"dtype": "int8"}, "int8"),
         ({"shape": [31, 5]}, "shape says 31 rows, the shards 30"),
-        ({"shape": [30]}, "damaged index"),
-        ({"shards": [{"number": 0}]}, "damaged index"),
-        ({"source": None}, "damaged index"),
+        ({"shape": [30]}, r"shape is \[30\]; \[rows, d_in\] is needed"),
+        ({"shape": [30, 5.0]}, r"shape\[1\] is 5.0; a whole number"),
+        ({"shards": [{"number": 0}]}, r"shards\[0\].rows is missing"),
+        ({"source": None}, "source is None; an object is needed"),
+        ({"complete": 1}, "complete is 1; true or false is needed"),
+        ({"more": 1}, "'more' is not an entry"),
     ],
 )
 def test_a_damaged_index_is_named(tmp_path, change, message):
     file = write_store(tmp_path / "s", rows_of(30)) / "index.json"
+    sealed = file.read_text()
+    file.write_text(sealed.replace("30", "31", 1))
+    with pytest.raises(ActivationError, match=r"index\.json: altered, its sha256"):
+        open_activations(tmp_path / "s")
+    file.write_text(sealed)
+    edit_record(file)
     good = json.loads(file.read_text())
+    assert torch.equal(gathered(open_activations(tmp_path / "s")), rows_of(30)), "one without a seal opens"
     file.write_text(json.dumps(good | change))
     with pytest.raises(ActivationError, match=message) as caught:
         open_activations(tmp_path / "s")
     assert str(file) in str(caught.value)
     file.write_text(json.dumps(good)[:-20])
-    with pytest.raises(ActivationError, match="damaged index"):
+    with pytest.raises(ActivationError, match="not valid JSON"):
         open_activations(tmp_path / "s")
     good["shards"][1]["file"] = "../other.safetensors"
     file.write_text(json.dumps(good))
-    with pytest.raises(ActivationError, match="outside the store"):
+    with pytest.raises(ActivationError, match="the name of a file in the same directory"):
         open_activations(tmp_path / "s")
+
+
+def test_an_item_table_that_is_huge_in_memory_is_refused_before_it_is(tmp_path):
+    """Text that repeats takes next to nothing on disk: 300 kB here would be 9 GB."""
+    path = write_store(tmp_path / "s", rows_of(30), rows_per_shard=30)
+    rows, file = 30_000, path / "items-00000.parquet"
+    columns = {"image": ["x" * 300_000] * rows, "token": range(rows), "label": [None] * rows}
+    dictionary = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(columns["image"][:1]))
+    pq.write_table(pa.table({"image": dictionary, "token": pa.array(range(rows), pa.int32()),
+                             "label": pa.nulls(rows, pa.string())}), file)  # fmt: skip
+    assert file.stat().st_size < 1_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ActivationError, match=r"items-00000\.parquet: image unpacks to 9000000000 bytes"):
+        read_items(file, rows)
+    with pytest.raises(ActivationError, match=r"items-00000\.parquet: 30000 rows; the store's index says 30"):
+        read_items(file, 30)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kB"

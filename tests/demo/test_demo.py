@@ -23,6 +23,7 @@ from saevlm_fast.demo import scores as demo
 from saevlm_fast.demo import steering as demo_steering
 from saevlm_fast.demo.ground_truth import latent_concepts, spearman
 from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Scored, train_on_scenes
+from saevlm_fast.files import CACHE_VARIABLE
 from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import score
@@ -41,7 +42,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small(cache, tmp_path, monkeypatch):
-    monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(cache))
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache))
     for name, value in SMALL.items():
         monkeypatch.setitem(scene_stores.N_SCENES, name, value)
         monkeypatch.setitem(demo_steering.N_PATCH_SCENES, name, value)

@@ -12,7 +12,8 @@ import torch
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo import scene_stores
-from saevlm_fast.demo.scene_stores import SceneStores, cache_directory, harvest_scenes, scenes_of_sae
+from saevlm_fast.demo.scene_stores import SceneStores, harvest_scenes, scenes_of_sae
+from saevlm_fast.files import CACHE_VARIABLE, cache_directory
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
@@ -25,7 +26,7 @@ load_tower_once = functools.cache(load_tower)  # the box's is the same every tim
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(scene_stores, "load_tower", load_tower_once)
     return tmp_path / "cache"
 
@@ -152,10 +153,10 @@ def test_the_cache_directory_can_be_chosen(cache: Path, monkeypatch: pytest.Monk
     assert cache_directory() == cache
     assert cache.is_dir()
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"^SAEVLM_FAST_CACHE: .*file cannot be made"):
         cache_directory()
-    monkeypatch.delenv(scene_stores.CACHE_VARIABLE)
+    monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_directory() == tmp_path / "xdg" / "saevlm-fast"
 

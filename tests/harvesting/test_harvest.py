@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from command import run
+from damage import edit_record
 from saevlm_fast import outputs
 from saevlm_fast.cli import main
 from saevlm_fast.config import HarvestOptions, SAEConfig
@@ -189,8 +190,7 @@ def test_a_store_that_is_behind_catches_up(tower, photos, whole, tmp_path):
     run_harvest(tower, photos, output, small_units())
     index = output / "projection" / "index.json"
     value = json.loads(index.read_text())
-    value |= {"complete": False, "shards": value["shards"][:2], "shape": [8, PROJECTED]}
-    index.write_text(json.dumps(value))
+    edit_record(index, complete=False, shards=value["shards"][:2], shape=[8, PROJECTED])
     assert run_harvest(tower, photos, output, small_units(), resume=True).n_done_here == N_IMAGES - 8
     assert digests(output) == digests(whole)
 
@@ -435,7 +435,7 @@ def test_resume_refuses_another_sae(tower, photos, sae_directory, tmp_path):
     run_harvest(tower, photos, tmp_path / "out", config)
     settings = json.loads((directory / "cfg.json").read_text())
     settings["metadata"]["k"] = 7
-    (directory / "cfg.json").write_text(json.dumps(settings))
+    edit_record(directory / "cfg.json", metadata=settings["metadata"])
     with pytest.raises(ValueError, match="resume: sae is"):
         run_harvest(tower, photos, tmp_path / "out", config, resume=True)
 
@@ -457,15 +457,14 @@ def test_an_image_that_can_be_read_again_is_in_all_stores_or_none(tower, spoiled
     run_harvest(tower, photos, output, small_units(), max_skipped=0.2)
     index = output / "projection" / "index.json"
     value = json.loads(index.read_text())
-    value |= {"complete": False, "shards": value["shards"][1:], "shape": [value["shape"][0] - 3, PROJECTED]}
-    index.write_text(json.dumps(value))
+    edit_record(index, complete=False, shards=value["shards"][1:], shape=[value["shape"][0] - 3, PROJECTED])
     (output / "skipped.jsonl").rename(output / "skipped-00000.jsonl")  # as if the run had not ended
     with Image.open(photos / "class_1" / "photo_001.png") as good:
         good.save(photos / spoiled[0])
     harvest_file = output / "harvest.json"
     settings = json.loads(harvest_file.read_text())
     settings["images"]["content"] = sampled_digest(open_images(str(photos)), N_IMAGES)  # only a sample is compared
-    harvest_file.write_text(json.dumps(settings))
+    edit_record(harvest_file, images=settings["images"])
     run_harvest(tower, photos, output, small_units(), resume=True, max_skipped=0.2)
     for store in ("residual-0-cls", "projection"):
         assert spoiled[0] in rows_and_items(output / store)[1]["image"]

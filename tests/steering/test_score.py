@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from command import ROOT, files_below, run
+from damage import edit_record
 from saevlm_fast import outputs
 from saevlm_fast.box_making.architecture import build_clip, build_llava, clip_processor, llava_processor
 from saevlm_fast.config import PROMPT, SAEConfig, ScoreConfig, ScoreRun
@@ -231,8 +232,7 @@ def test_a_run_is_resumed_with_the_same_models_and_stores_only(box, pieces, tmp_
     other_store = deepcopy(codes)
     other_store.path = tmp_path / "codes"
     shutil.copytree(codes.path, other_store.path)
-    with open(other_store.path / "index.json", "a") as index:
-        index.write("\n")
+    edit_record(other_store.path / "index.json")
     half = deepcopy(answerer.model).to(torch.float16)
     cases = {
         r"max_new_tokens is 3, but the run was started with 2": {"max_new_tokens": 3},

@@ -293,7 +293,7 @@ def test_packages_that_not_every_tower_needs_are_imported_where_they_are_used(tm
 
 
 def test_the_cache_directory_names_the_package_it_needs(monkeypatch):
-    from saevlm_fast.demo.scene_stores import cache_directory
+    from saevlm_fast.files import cache_directory
 
     monkeypatch.delenv("SAEVLM_FAST_CACHE", raising=False)
     monkeypatch.setitem(sys.modules, "platformdirs", None)

@@ -1,5 +1,6 @@
 """Whole runs: what they write, what they refuse, and that being killed changes nothing."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,18 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from command import ROOT
 from command import run as run_command
+from damage import edit_record
 from saevlm_fast import outputs
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.files import sha256_file
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import checkpoints as checkpoints_module
@@ -53,7 +57,14 @@ def test_run_directory_and_quality(matrix, tmp_path, architecture):
     assert metrics["explained_variance"] > 0.7
     assert metrics["l0"] == pytest.approx(K, rel=0.1), "inference L0 is near k although the run ended before step 1000"
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == ["cfg.json", "checkpoints", "metrics.jsonl", "run.json", "sae_weights.safetensors"]
+    assert names == [
+        "cfg.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "metrics.jsonl.sha256",
+        "run.json",
+        "sae_weights.safetensors",
+    ]
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_00000175", "step_00000200"]
     loaded = SparseAutoencoder.from_pretrained(tmp_path / "run")
     x = open_activations(matrix).rows(torch.arange(50))
@@ -393,13 +404,17 @@ def test_bad_data_touches_nothing_on_disk(matrix, tmp_path, damage):
 def test_resume_refuses_other_data_and_damaged_state(matrix, tmp_path):
     run(matrix, tmp_path / "run", steps=50)
     np.save(tmp_path / "other.npy", np.load(matrix) * 2)
-    with pytest.raises(ValueError, match="resume: fingerprint of the activations is"):
+    with pytest.raises(ValueError, match="resume: digest of the activations is"):
         run(tmp_path / "other.npy", tmp_path / "run", steps=50, options={"resume": True})
     newest = checkpoints(tmp_path / "run")[-1]
     state = newest / "train_state.safetensors"
-    state.write_bytes(state.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=f"resume: {newest} is damaged"):
-        run(matrix, tmp_path / "run", steps=50, options={"resume": True})
+    whole = state.read_bytes()
+    altered = bytearray(whole)
+    altered[-5] ^= 16  # a weight, still a number
+    for damaged in (whole[:5000], bytes(altered)):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"resume: {newest} is damaged.*train_state.safetensors: altered"):
+            run(matrix, tmp_path / "run", steps=50, options={"resume": True})
     before = weights(tmp_path / "run")
     shutil.rmtree(newest)
     run(matrix, tmp_path / "run", steps=50, options={"resume": True})
@@ -454,3 +469,88 @@ def test_width_mismatch(matrix, tmp_path):
 def test_unknown_device(name):
     with pytest.raises(ValueError, match=f"device: '{name}'"):
         resolve_device(name)
+
+
+# Digests ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_and_a_finished_run_say_what_their_files_are(matrix, tmp_path):
+    run(matrix, tmp_path / "run", steps=5)
+    (checkpoint,) = checkpoints(tmp_path / "run")
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    names = ("cfg.json", "sae_weights.safetensors", "train_state.safetensors")
+    assert record["files"] == {name: sha256_file(checkpoint / name) for name in names}
+    assert (record["n_steps"], record["n_rows_seen"]) == (5, 5 * 256)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    logged = metrics.read_bytes()[: record["metrics"]["bytes"]]
+    assert record["metrics"]["sha256"] == hashlib.sha256(logged).hexdigest()
+    assert (tmp_path / "run" / "metrics.jsonl.sha256").read_text() == f"{sha256_file(metrics)}  metrics.jsonl\n"
+
+
+def test_resume_notices_any_row_that_was_replaced(matrix, tmp_path):
+    run(matrix, tmp_path / "run", steps=5)
+    x = np.load(matrix)
+    x[len(x) // 2 + 1, 3] *= 1.01  # none of the 64 rows that were compared once
+    np.save(tmp_path / "other.npy", x)
+    with pytest.raises(ValueError, match="resume: digest of the activations is"):
+        run(tmp_path / "other.npy", tmp_path / "run", steps=5, options={"resume": True})
+    moved = shutil.copy(matrix, tmp_path / "moved.npy")
+    run(Path(moved), tmp_path / "run", steps=5, options={"resume": True})
+
+
+def test_metrics_that_were_altered_are_named_and_may_be_moved_away(matrix, tmp_path):
+    run(matrix, tmp_path / "run", steps=5, options={"log_every": 1})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    good = metrics.read_text()
+    metrics.write_text(good.replace("2", "3", 1))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: altered, .*; move it away"):
+        run(matrix, tmp_path / "run", steps=5, options={"resume": True})
+    metrics.unlink()
+    run(matrix, tmp_path / "run", steps=5, options={"resume": True})
+
+
+def test_a_run_of_before_the_digests_resumes(matrix, tmp_path):
+    """It knows its data by 64 rows, and has neither seals nor checkpoint.json."""
+    run(matrix, tmp_path / "whole", steps=10, options={"checkpoint_every": 5})
+    run(matrix, tmp_path / "run", steps=10, options={"checkpoint_every": 5})
+    old = tmp_path / "run"
+    settings = json.loads((old / "run.json").read_text())
+    del settings["data"]["digest of the activations"]
+    rows = open_activations(matrix).rows(
+        torch.linspace(0, open_activations(matrix).n_rows - 1, 64, dtype=torch.float64).long()
+    )
+    fingerprint = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    edit_record(old / "run.json", data=settings["data"] | {"fingerprint of the activations": fingerprint})
+    for directory in (old, *checkpoints(old)):
+        edit_record(directory / "cfg.json")
+        (directory / "checkpoint.json").unlink(missing_ok=True)
+    (old / "metrics.jsonl.sha256").unlink()
+    shutil.rmtree(checkpoints(old)[-1])
+    run(matrix, old, steps=10, options={"resume": True, "checkpoint_every": 5})
+    assert weights(old) == weights(tmp_path / "whole")
+    np.save(tmp_path / "other.npy", np.load(matrix) * 2)
+    with pytest.raises(ValueError, match="resume: fingerprint of the activations is"):
+        run(tmp_path / "other.npy", old, steps=10, options={"resume": True})
+
+
+@pytest.mark.parametrize("damage", ["gone", "shape", "dtype", "nan", "more", "steps", "rows"])
+def test_a_state_that_cannot_be_of_the_run_is_refused(matrix, tmp_path, damage):
+    """Also one without a digest, of before."""
+    run(matrix, tmp_path / "run", steps=5)
+    (checkpoint,) = checkpoints(tmp_path / "run")
+    (checkpoint / "checkpoint.json").unlink()
+    file = checkpoint / "train_state.safetensors"
+    tensors, header = load_file(file), {"n_steps": "5", "n_rows_seen": "1280"}
+    if damage == "gone":
+        del tensors["b_dec.exp_avg"]
+    if damage in ("shape", "dtype", "nan"):
+        name, value = {"shape": ("W_dec.exp_avg", torch.zeros(3)), "dtype": ("idle", tensors["idle"].float()),
+                       "nan": ("b_dec", tensors["b_dec"] * torch.nan)}[damage]  # fmt: skip
+        tensors[name] = value
+    if damage == "more":
+        tensors["x"] = torch.zeros(2)
+    header |= {"steps": {"n_steps": "4"}, "rows": {"n_rows_seen": "1281"}}.get(damage, {})
+    save_file(tensors, file, header)
+    with pytest.raises(ValueError, match=f"resume: {checkpoint} is damaged, delete it") as caught:
+        run(matrix, tmp_path / "run", steps=5, options={"resume": True})
+    assert "\n" not in str(caught.value)

@@ -53,7 +53,7 @@ def test_a_matrix_in_memory_trains_into_a_directory_and_resumes(x_ND, tmp_path):
     assert json.loads((tmp_path / "run" / RUN_FILE).read_text())["data"]["path"] == "tensor [1500, 16]"
     again, _ = train(Activations.from_tensor(x_ND.numpy()), SAE, output=str(tmp_path / "run"), resume=True, **FEW)
     assert torch.equal(sae.W_dec, again.W_dec)
-    with pytest.raises(ValueError, match="resume: fingerprint of the activations is"):
+    with pytest.raises(ValueError, match="resume: digest of the activations is"):
         train(Activations.from_tensor(x_ND * 2), SAE, output=tmp_path / "run", resume=True, **FEW)
 
 

@@ -1,0 +1,231 @@
+"""Sealed records, and every JSON file of ours with something wrong in it: one line that says what, or what it meant."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from campaign import build
+from campaign import run as flip_bytes
+from command import run as command
+from damage import DIGESTS, edit_record
+from saevlm_fast.data.codes import open_codes
+from saevlm_fast.data.matrix import map_matrix
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.errors import ActivationError
+from saevlm_fast.inspection import inspect, summary_rows
+from saevlm_fast.records import DIGEST, FILE_NAME, TEXT, Each, Fields, read_record, whole, write_record
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.checkpoints import check_checkpoint
+
+SCHEMA = Fields({"a": whole(1, 9), "b": Each(Fields({"c": TEXT}))}, {"d": DIGEST, "e": FILE_NAME}, others=False)
+GOOD = {"a": 1, "b": [{"c": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": 0}, "a is 0; a whole number from 1 to 9 is needed"),
+        ({"a": True}, "a is True; a whole number"),
+        ({"a": 1.0}, "a is 1.0; a whole number"),
+        ({"b": {}}, "b is an object of 0 entries; a list is needed"),
+        ({"b": [{"c": "x"}, {"c": None}]}, "b[1].c is None; a string is needed"),
+        ({"b": [{}]}, "b[0].c is missing"),
+        ({"d": "x"}, "d is 'x'; a SHA-256 of 64 hexadecimal digits is needed"),
+        ({"e": "../x"}, "e is '../x'; the name of a file in the same directory is needed"),
+        ({"e": ".."}, "e is '..'"),
+        ({"f": 1}, "'f' is not an entry of it"),
+        ({"a": "\N{ESCAPE}[31m" + "9" * 100}, "a is '\\x1b[31m999"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, change, message):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(GOOD | change))
+    with pytest.raises(ActivationError) as caught:
+        read_record(path, SCHEMA, ActivationError)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert len(str(caught.value)) < 200 + len(str(path))
+
+
+NO_RECORDS = ["[" * 100_000, '{"a":' * 5000, '{"a": 1e400}', '{"a": NaN}', '{"a": ' + "9" * 5000 + "}", "", "[1]"]
+
+
+@pytest.mark.parametrize("text", [*NO_RECORDS, b"\xff\xfe{}"])
+def test_what_is_no_record_is_named(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"a\.json: (not valid JSON|nested more|it holds)") as caught:
+        read_record(path, Fields())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no such file"):
+        read_record(tmp_path, Fields())
+
+
+def test_every_altered_byte_of_a_sealed_record_is_an_error(tmp_path):
+    path = tmp_path / "a.json"
+    write_record(path, GOOD)
+    assert read_record(path, SCHEMA) == GOOD
+    sealed = path.read_bytes()
+    for position in range(len(sealed)):
+        for bit in range(8):
+            altered = bytearray(sealed)
+            altered[position] ^= 1 << bit
+            path.write_bytes(altered)
+            with pytest.raises(ValueError, match=r"a\.json: "):
+                read_record(path, SCHEMA)
+
+
+# Real files ----------------------------------------------------------------------------------------------------------
+
+WRONG = [None, True, -1, 0, 1.5, 10**30, "", "x", [], {}, [[]], "\ud800", "../../x", 1 << 63]
+RAW = ["1e400", "NaN", "-Infinity", "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 90 + "1" + "}" * 90]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    root = tmp_path_factory.mktemp("records")
+    build(root)
+    return root
+
+
+def paths_in(value, path=()):
+    """The way to every entry of a JSON value."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from paths_in(value[key], (*path, key))
+
+
+def mutations(text, seed):
+    """The text with one entry of another kind, gone, or not JSON at all; the digests of it are taken away."""
+    record = {name: value for name, value in json.loads(text).items() if name not in DIGESTS}
+    draw = random.Random(seed)
+    for path in list(paths_in(record))[1:]:
+        for wrong in [*draw.sample(WRONG, 5), "gone", "raw"]:
+            copy = json.loads(json.dumps(record))
+            inside = copy
+            for key in path[:-1]:
+                inside = inside[key]
+            if wrong == "gone":
+                del inside[path[-1]]
+            else:
+                inside[path[-1]] = "RAW" if wrong == "raw" else wrong
+            yield json.dumps(copy).replace('"RAW"', draw.choice(RAW)).encode()
+    for cut in range(0, len(text), max(1, len(text) // 20)):
+        yield text[:cut].encode()
+    yield text.encode("utf-16")
+    yield text.encode() + b"\x00"
+    yield b"\xff" + text.encode()
+
+
+def described(path):
+    return summary_rows(inspect(path))
+
+
+def refusal(read, path):
+    """What a reader says in one line that names the path; None if it reads. Errors of other kinds are not caught."""
+    try:
+        read(path)
+    except ValueError as error:
+        said = str(error)
+    else:
+        return None
+    assert "\n" not in said
+    assert str(path) in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("file", "readers"),
+    [
+        ("sae/cfg.json", [SparseAutoencoder.from_pretrained, described]),
+        ("store/index.json", [lambda path: open_activations(path).rows(torch.arange(5)), described]),
+        ("codes/index.json", [lambda path: list(open_codes(path).chunks(40)), described]),
+        ("run/run.json", [described]),
+        ("run/checkpoints/step_00000006/checkpoint.json", [check_checkpoint]),
+    ],
+)
+def test_a_record_with_anything_wrong_is_one_line_or_read(built, file, readers):
+    path = built / file
+    text = path.read_text()
+    refused = 0
+    try:
+        for damaged in mutations(text, file):
+            path.write_bytes(damaged)
+            refused += sum(refusal(read, path.parent) is not None for read in readers)
+    finally:
+        path.write_text(text)
+    assert refused > 30
+    assert not any(refusal(read, path.parent) for read in readers)
+
+
+def with_header(file, damaged):
+    """The bytes of a safetensors file with another header."""
+    size = int.from_bytes(file[:8], "little")
+    return len(damaged).to_bytes(8, "little") + damaged + file[8 + size :]
+
+
+def header_of(file):
+    return file[8 : 8 + int.from_bytes(file[:8], "little")].decode()
+
+
+def test_a_safetensors_header_with_anything_wrong_is_one_line_or_read(built, tmp_path):
+    matrix, path = (built / "store" / "shard-00000.safetensors").read_bytes(), tmp_path / "x.safetensors"
+    for damaged in mutations(header_of(matrix), 0):
+        path.write_bytes(with_header(matrix, damaged))
+        for read in (map_matrix, described):
+            refusal(read, path)
+    SparseAutoencoder.from_pretrained(built / "sae").save_pretrained(tmp_path / "sae")
+    edit_record(tmp_path / "sae" / "cfg.json")  # without the digest of the weights
+    weights = tmp_path / "sae" / "sae_weights.safetensors"
+    good = weights.read_bytes()
+    for damaged in mutations(header_of(good), 1):
+        weights.write_bytes(with_header(good, damaged))
+        for read in (SparseAutoencoder.from_pretrained, described):
+            refusal(read, tmp_path / "sae")
+
+
+def test_no_altered_byte_is_silent(tmp_path):
+    """A small part of tests/campaign.py, whose whole is docs/reliability.md."""
+    told = []
+    for target in build(tmp_path):
+        counts = flip_bytes(target, 40, told.append)
+        assert counts.total() == 40
+    assert not told
+
+
+def test_the_campaign_writes_its_page(tmp_path, monkeypatch, capsys):
+    import campaign
+
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{campaign.BEGIN}\nold\n{campaign.END}\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["campaign.py", "--sample", "2", "--page", str(page)])
+    assert campaign.main() == 0
+    assert "| SAE | 2 | " in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    assert "old" not in page.read_text()
+    real = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
+    assert campaign.BEGIN in real
+    assert campaign.END in real
+
+
+def test_altered_files_end_the_commands_by_name(built, tmp_path):
+    """train and ms-score read every shard."""
+    shard, store = built / "store" / "shard-00001.safetensors", built / "store"
+    good = shard.read_bytes()
+    altered = bytearray(good)
+    altered[-3] ^= 1  # still a number
+    shard.write_bytes(altered)
+    training = ("train", "--activations", store, "--d-sae", 16, "--k", 2, "--steps", 2, "--output", tmp_path / "run")
+    scoring = ("ms-score", "--raw", "--activations", store, "--embeddings", store, "--output", tmp_path / "m.parquet")
+    try:
+        for words in (training, scoring):
+            said = " ".join(command(*words, code=2).split())
+            assert "shard-00001.safetensors: altered, its SHA-256 is not the one in the store's index" in said
+        assert not (tmp_path / "m.parquet").exists()
+        assert not (tmp_path / "run").exists()
+    finally:
+        shard.write_bytes(good)
