@@ -132,7 +132,7 @@ class RunDirectory:
             used = True
         else:
             used = _holds_run(self.output)
-            names = (RUN_FILE, CONFIG_FILE, WEIGHTS_FILE, CHECKPOINTS, METRICS_FILE)
+            names = (RUN_FILE, CONFIG_FILE, WEIGHTS_FILE, CHECKPOINTS, METRICS_FILE, METRICS_DIGEST_FILE)
             foreign = [] if used else [name for name in names if os.path.lexists(self.output / name)]
             require(
                 not foreign,

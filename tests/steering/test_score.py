@@ -455,7 +455,7 @@ def test_steer_refuses_in_one_line(box):
     assert f"image: {box / 'damaged.png'}: not an image" in text
     text = run("steer", "--model", "timm:x", "--sae", box / "sae", "--layer", 1, "--image", box / "none.png",
                "--prompt", "?", "--latent", 1, "--alpha", 1, code=2)  # fmt: skip
-    assert "is not a file" in text
+    assert "no such file" in text
 
 
 def test_the_example_of_the_documentation_runs_as_it_stands(tmp_path, monkeypatch):
