@@ -45,6 +45,10 @@ class CheckedFiles:
         self._sound = [False] * len(files)
         self._locks = [threading.Lock() for _ in files]
 
+    def __reduce__(self) -> tuple[type["CheckedFiles"], tuple[Sequence[Path], Sequence[str]]]:
+        """A copy, in this process or another, compares anew: locks are not copied."""
+        return CheckedFiles, (self.files, self._digests)
+
     def check(self, numbers: Iterable[int]) -> None:
         """Compares those of these files that were not compared before. ActivationError: one that was altered."""
         waiting = [number for number in numbers if not self._sound[number]]

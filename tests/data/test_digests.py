@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -50,6 +51,13 @@ def test_threads_that_ask_at_once_read_each_file_once(tmp_path, hashed):
     assert sorted(hashed) == files
     checked.check_all()
     assert len(hashed) == 8
+
+
+def test_what_is_open_can_be_copied_and_is_compared_anew(tmp_path, hashed):
+    store = open_activations(write_store(tmp_path / "s", rows_of(20)))
+    store.check_whole()
+    assert torch.equal(deepcopy(store).rows(torch.arange(20)), rows_of(20))
+    assert len(hashed) == 4
 
 
 def test_only_shards_that_are_read_are_compared(tmp_path, hashed):
