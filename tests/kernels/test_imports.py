@@ -6,7 +6,7 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in (ROOT / "kernels").glob("*.py")}
 
 
