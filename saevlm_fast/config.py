@@ -238,7 +238,7 @@ class TrainConfig(Settings):
     betas: tuple[float, float] = setting(
         (0.9, 0.999), help="Of Adam.", paper="0.9,0.999", parse=numbers, on_command_line=False
     )
-    eps: float = setting(1e-8, help="Of Adam.", on_command_line=False)
+    eps: float = setting(1e-8, help="Of Adam.", above=0, below=math.inf, on_command_line=False)
     norm_batches: int = setting(
         100,
         help="Batches from which norm_factor = sqrt(mean |x|^2) is estimated.",
@@ -248,6 +248,11 @@ class TrainConfig(Settings):
     )
     seed: int = setting(0, help="Seed of the initial weights and of the order of the rows.", at_least=0)
     dtype: TrainDtype = setting("float32", help="Of the encoder product; weights, optimiser, losses stay float32.")
+
+    def check(self) -> None:
+        super().check()
+        two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(two, f"betas: {self.betas} must be two numbers in [0, 1)")
 
     def peak_lr(self, d_sae: int) -> float:
         """The learning rate after warm-up."""
@@ -310,7 +315,7 @@ class RunOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestSettings(Settings):
-    """What decides the rows of a harvest, beside the hook points and tokens: `harvesting.run.HarvestConfig` has all."""
+    """What decides the rows of a harvest, beside hook points and tokens: `harvesting.config.HarvestConfig` has all."""
 
     title = "Rows"
     seed: int = setting(0, help="Seed of the random tokens.", at_least=0)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from inspect import get_annotations
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -21,6 +22,11 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 from saevlm_fast.errors import require
 
 _KEY = "setting"
+NUMBERS: dict[Any, tuple[str, Any]] = {  # kind -> its name, what is accepted for it
+    bool: ("true or false", bool),
+    int: ("a whole number", Integral),
+    float: ("a number", Real),
+}
 S = TypeVar("S", bound="Settings")
 
 
@@ -115,9 +121,19 @@ class Settings:
             value, choices = getattr(self, name), choices_of(cls, name)
             if value is None:
                 continue
-            if kinds_of(cls)[name] is Path:
+            kind = kinds_of(cls)[name]
+            if kind is Path:
                 path_of(name, value)
-            elif choices:
+            elif kind in NUMBERS:
+                what, accepted = NUMBERS[kind]
+                fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+                require(fits, f"{name}: {value!r} is not {what}")
+                if not isinstance(value, int | float):  # NumPy's own
+                    value = kind(value)
+                    object.__setattr__(self, name, value)
+            if kind is Path or kind is bool:
+                continue
+            if choices:
                 require(value in choices, f"{name}: {value!r} is not one of {', '.join(map(str, choices))}")
             elif isinstance(value, int | float):
                 require(not isinstance(value, int) or value < 2**62, f"{name}: {value} must be below 2^62")

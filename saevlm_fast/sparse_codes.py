@@ -53,6 +53,8 @@ class SparseCodes(NamedTuple):
         nothing = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         parts = [piece.csr() for piece in pieces] or [nothing]
         ends = torch.stack([offsets[-1] for _, _, offsets in parts]).tolist()  # one wait for a device, not one a piece
+        if len(parts) == 1 and ends[0] == len(parts[0][0]):  # nothing to copy
+            return cls.from_flat(*parts[0], d_sae)
         starts = torch.tensor([0, *ends]).cumsum(0).tolist()
         offsets = [offsets[:-1] + start for (_, _, offsets), start in zip(parts, starts)]
         last = parts[-1][2][-1:] + starts[-2]

@@ -28,6 +28,7 @@ ORDER = (
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+OUTSIDE = ("tests", "bench", "kernels")
 ANYBODY = "saevlm_fast"  # the package itself: its version, which every room may read, and the public names, made lazily
 
 
@@ -81,6 +82,29 @@ def test_every_import_names_a_module():
         f"{name}:{line} imports {to}" for name, tos in arrows().items() for to, line in tos.items() if to not in known
     ]
     assert not lost
+
+
+def test_nothing_hides_an_arrow():
+    """The public names are for users: a room that took `sf.train` from the package, or a test, would import upward."""
+    hidden = []
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                bad = [alias.name for alias in node.names if alias.name.split(".")[0] in OUTSIDE]
+                bad += [alias.name for alias in node.names if alias.name == ANYBODY]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                bad = [node.module] if str(node.module).split(".")[0] in OUTSIDE else []
+                if node.module == ANYBODY:
+                    named = {alias.name for alias in node.names} - {"__version__"}
+                    bad += [each for each in named if f"{ANYBODY}.{each}" not in modules() and not is_room(each)]
+            else:
+                continue
+            hidden += [f"{name}:{node.lineno} imports {each}" for each in bad]
+    assert not hidden
+
+
+def is_room(name: str) -> bool:
+    return (PACKAGE / name).is_dir()
 
 
 def test_nothing_imports_upward():

@@ -25,6 +25,7 @@ from rich.markup import escape
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.settings import (
+    NUMBERS,
     Setting,
     Settings,
     choices_of,
@@ -206,7 +207,8 @@ def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
     if known.positional:
         told = typer.Argument(None, **more)
     else:
-        told = typer.Option(None, flag_of(name, known), **more)
+        flag = flag_of(name, known)  # what a file can turn on, the command line can turn off
+        told = typer.Option(None, f"{flag}/--no-{flag[2:]}" if kind is bool and known.in_file else flag, **more)
     kind = _typer_kind(kind, known, bool(choices))
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=told, annotation=kind)
 
@@ -274,7 +276,11 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
         require(table.replace("_", "-") in COMMANDS or table == MADE, f"{path}: [{table}] is not a command{near}")
     top = {key: value for key, value in document.items() if key not in tables}
     own = next((tables[table] for table in tables if table.replace("_", "-") == name), {})
-    return _checked(top, path, name, cls) | _checked(own, path, name, cls)
+    top, own = _checked(top, path, name, cls), _checked(own, path, name, cls)
+    for field in own:
+        for other in settings_of(cls)[field].instead_of:
+            top.pop(other, None)
+    return top | own
 
 
 def _checked(table: Mapping[str, Any], path: Path, name: str, cls: Any) -> dict[str, Any]:
@@ -296,9 +302,8 @@ def _from_file(where: str, kind: Any, known: Setting, value: Any) -> Any:
             value = ",".join(str(each) for each in value)
         require(isinstance(value, str | int | float) and not isinstance(value, bool), f"{where} = {value!r} is no text")
         return known.parse(where, str(value))
-    names = {bool: "true or false", int: "a whole number", float: "a number"}
-    accepts = {bool: bool, int: int, float: int | float}.get(kind, str)
-    fits = isinstance(value, accepts) and isinstance(value, bool) == (kind is bool)
-    require(fits, f"{where} = {value!r} is not {names.get(kind, 'a text')}")
+    what, accepted = NUMBERS.get(kind, ("a text", str))
+    fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+    require(fits, f"{where} = {value!r} is not {what}")
     require(value != "", f"{where}: is empty")
     return path_of(where, value) if kind is Path else float(value) if kind is float else value

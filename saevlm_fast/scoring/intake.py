@@ -63,7 +63,7 @@ class CodesIntake:
         """Adds what waits to the sums."""
         pending, self._pending = self._pending, []
         codes = SparseCodes.join([codes for codes, _ in pending], self.n_latents)
-        if codes.n_rows == 0:
+        if codes.n_rows == 0 or codes.d_sae == 0:
             return
         grouped = codes.to(dtype=torch.float64).by_latent()
         self.pairs.lower(self.range.observe(grouped, codes.n_rows))

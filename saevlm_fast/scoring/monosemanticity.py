@@ -169,8 +169,8 @@ class StreamedScore:
         change them.
 
         Args:
-            activations: codes of n rows, a latent at most once a row; or an activation of every neuron, [n, S] of any
-                sign. Always of one kind.
+            activations: codes of n rows, a latent at most once a row (not checked); or an activation of every neuron,
+                [n, S] of any sign. Always of one kind.
             emb_nE: embeddings [n, E], floating.
 
         Raises:

@@ -27,7 +27,6 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
 from saevlm_fast.errors import Interrupted, first_line, require
 from saevlm_fast.files import (
@@ -52,7 +51,7 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.state import DATA_DIGEST, TrainingState, diverged
+from saevlm_fast.training.state import DATA_DIGEST, TrainingState
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
 CHECKPOINT_FILE, METRICS_DIGEST_FILE = "checkpoint.json", "metrics.jsonl.sha256"
@@ -226,10 +225,7 @@ class RunDirectory:
         final = self.path / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
         if final.exists():
             return
-        tensors = state.tensors()
-        bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
-        if bad:
-            raise diverged(f"{', '.join(bad)}: NaN or inf after step {stepper.n_steps}", self.kept())
+        tensors = state.checked_tensors(self.kept)
         header = {"n_steps": str(stepper.n_steps), "n_rows_seen": str(stepper.n_rows_seen)}
         final.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(final) as directory:
@@ -356,11 +352,6 @@ def _checkpoint_record(checkpoint: Path) -> dict[str, Any] | None:
     """What checkpoint.json says; None of a checkpoint of before it was written."""
     path = checkpoint / CHECKPOINT_FILE
     return read_record(path, _CHECKPOINT) if path.exists() else None
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """One sum when all is well, an eighth of the time: it is finite only if every term is."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def checkpoints(output: Path) -> list[Path]:

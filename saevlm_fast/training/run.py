@@ -134,7 +134,9 @@ class NothingKept:
         """Nobody reads it later."""
 
     def after_step(self, state: TrainingState, interrupted: bool) -> None:
-        """Interrupted: if `interrupted`."""
+        """Interrupted: if `interrupted`. ValueError: after the last step, a weight that is not finite."""
+        if state.stepper.n_steps == state.config.steps:
+            state.checked_tensors(self.kept)
         if interrupted:
             raise Interrupted(f"interrupted after step {state.stepper.n_steps}; {self.kept()}: there is no output")
 

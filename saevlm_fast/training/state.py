@@ -115,6 +115,14 @@ class TrainingState:
         tensors |= {"idle": stepper.idle_S, "threshold": stepper.sae.threshold}
         return tensors | {"norm_factor": torch.tensor(self.norm_factor, dtype=torch.float64)}
 
+    def checked_tensors(self, kept: Callable[[], str]) -> dict[str, Tensor]:
+        """tensors(). ValueError: one of them is not finite; what is kept of the run is said."""
+        tensors = self.tensors()
+        bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+        if bad:
+            raise diverged(f"{', '.join(bad)}: NaN or inf after step {self.stepper.n_steps}", kept())
+        return tensors
+
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], n_steps: int, n_rows_seen: int) -> None:
         """Goes on from `tensors` as they were after step n_steps. ValueError: they cannot be of this run."""
@@ -170,6 +178,11 @@ class TrainingState:
         """Hash of 64 rows spread over the data."""
         rows = torch.linspace(0, self.activations.n_rows - 1, 64, dtype=torch.float64).long()
         return hashlib.sha256(self.activations.rows(rows).numpy().tobytes()).hexdigest()[:16]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """One sum when all is well, an eighth of the time: it is finite only if every term is."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def diverged(what: str, kept: str) -> ValueError:

@@ -823,7 +823,7 @@ def test_description_is_json_and_knows_the_weights(saved):
     assert first.description()["weights_sha256"] != description["weights_sha256"]
 
 
-def test_true_size_clip_large_336(monkeypatch):
+def test_clip_large_336_in_its_true_depth_and_width(monkeypatch):
     """The paper's tower and layers, one image. The MLPs' inner width, which no point shows, is a sixteenth; that images
     are alone what they are together is tried on small towers."""
     monkeypatch.setattr(HookedTower, "_check_alone", lambda *arguments: None)
