@@ -90,6 +90,7 @@ class SAESize(Settings):
 
     def config(self, d_in: int) -> "SAEConfig":
         """The SAE of activations of width d_in. ValueError: as `SAEConfig.sized`."""
+        require(_is_whole(d_in), f"d_in: {d_in!r} must be a whole number")
         d_sae = self.d_sae
         if d_sae is None:
             d_sae = round((EXPANSION if self.expansion is None else self.expansion) * d_in)
@@ -161,12 +162,12 @@ class SAEConfig(Settings):
             d_sae: number of latents, instead of expansion.
             k: latents kept per row (paper: 20).
             architecture: topk, batch_topk or matryoshka.
-            groups: sizes of the Matryoshka groups as fractions of d_sae (paper, section 4); used for `matryoshka` only.
+            groups: sizes of the Matryoshka groups as fractions of d_sae (paper, section 4); of others not looked at.
 
         Raises:
             ValueError: both sizes given, an expansion that is not in (0, 1e6), groups that do not sum to 1, k > d_sae.
         """
-        return SAESize(architecture, expansion, d_sae, k, tuple(groups)).config(d_in)
+        return SAESize(architecture, expansion, d_sae, k, groups).config(d_in)  # type: ignore[arg-type]
 
     @property
     def group_ends(self) -> list[int]:

@@ -113,6 +113,10 @@ class SparseAutoencoder(nn.Module):
         self.b_enc.zero_()
         self.b_dec.zero_()
 
+    def extra_repr(self) -> str:
+        config = self.config
+        return f"{config.architecture}, {config.d_in} -> {config.d_sae}, k = {config.k}"
+
     def encode(self, x: Tensor, use_threshold: bool | None = None) -> SparseCodes:
         """Sparse codes of x [..., d_in].
 
@@ -124,6 +128,8 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: a wrong last dimension, or a threshold that was never calibrated.
         """
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x: {type(x).__name__} is not a tensor [..., {self.config.d_in}]")
         require(
             x.dim() >= 1 and x.shape[-1] == self.config.d_in,
             f"x: last dimension of {tuple(x.shape)} must be d_in = {self.config.d_in}",

@@ -119,7 +119,11 @@ class Settings:
         cls: Any = type(self)
         for name, known in settings_of(cls).items():
             value, choices = getattr(self, name), choices_of(cls, name)
+            if isinstance(value, str) and known.parse is not None:  # as on the command line: lr="auto"
+                value = known.parse(name, value)
+                object.__setattr__(self, name, value)
             if value is None:
+                require(name in _optional(cls), f"{name}: is None; it needs a value")
                 continue
             kind = kinds_of(cls)[name]
             if kind is Path:
@@ -131,6 +135,8 @@ class Settings:
                 if not isinstance(value, int | float):  # NumPy's own
                     value = kind(value)
                     object.__setattr__(self, name, value)
+            elif get_origin(kind) is tuple:
+                require(isinstance(value, list | tuple), f"{name}: {value!r} is not several values")
             if kind is Path or kind is bool:
                 continue
             if choices:
@@ -163,6 +169,13 @@ def settings_of(cls: Any) -> dict[str, Setting]:
 def kinds_of(cls: Any) -> dict[str, Any]:
     """The annotation of every field, without `| None`."""
     return {name: _without_none(kind) for name, kind in get_type_hints(cls).items() if name in _fields(cls)}
+
+
+@cache
+def _optional(cls: Any) -> frozenset[str]:
+    """The fields that may be None."""
+    kinds = get_type_hints(cls).items()
+    return frozenset(name for name, kind in kinds if type(None) in get_args(kind) or kind is Any)
 
 
 def _without_none(kind: Any) -> Any:

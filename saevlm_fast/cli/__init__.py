@@ -24,7 +24,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        app(prog_name="saevlm-fast")
     except RuntimeError as error:
         if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
             raise

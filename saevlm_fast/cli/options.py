@@ -266,6 +266,7 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
         ValueError: no TOML; a key that is no setting of the command, with the nearest that is; a value of another kind.
         OSError: it cannot be read.
     """
+    require(path.is_file(), f"config: {path} is not a file")
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -276,6 +277,8 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
         require(table.replace("_", "-") in COMMANDS or table == MADE, f"{path}: [{table}] is not a command{near}")
     top = {key: value for key, value in document.items() if key not in tables}
     own = next((tables[table] for table in tables if table.replace("_", "-") == name), {})
+    others = ", ".join(f"[{table}]" for table in tables if table != MADE)
+    require(bool(top or own) or not others, f"{path}: says nothing of {name}, only of {others}")
     top, own = _checked(top, path, name, cls), _checked(own, path, name, cls)
     for field in own:
         for other in settings_of(cls)[field].instead_of:

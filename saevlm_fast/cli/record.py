@@ -17,6 +17,7 @@ from typing import Any
 
 from saevlm_fast import __version__
 from saevlm_fast.cli.options import MADE, Options, key_of, ordered
+from saevlm_fast.settings import settings_of
 
 SETTINGS_FILE = "settings.toml"
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pyarrow", "transformers", "open_clip_torch", "timm")
@@ -49,7 +50,11 @@ class Record:
         made = made_by(self.options) | ({"resolved": self.resolved} if self.resolved else {})
         document = {self.command: recorded(self.options), MADE: made}
         path = settings_path(self.result)
-        note = f"# Repeat it: saevlm-fast {self.command} --config {path.name}, and another --output\n"
+        kind: Any = type(self.options)
+        known = settings_of(kind).get("output")
+        other = "ANOTHER_OUTPUT " if known is not None and known.positional else ""
+        note = f"# Repeat it: saevlm-fast {self.command} {other}--config {path.name}"
+        note += "\n" if other else ", and another --output\n"
         with atomic_write(path) as temporary:
             temporary.write_text(note + tomli_w.dumps(document), encoding="utf-8")
         self.written = True

@@ -1,5 +1,6 @@
 """saevlm-fast train: activations to a sparse autoencoder."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say
 from saevlm_fast.config import EXPANSION, RunOptions, SAEConfig, SAESize, TrainConfig
-from saevlm_fast.errors import require
+from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.settings import same_as, setting
 
 if TYPE_CHECKING:
@@ -148,11 +149,19 @@ def train(options: TrainArguments) -> dict[str, Any]:
 
     Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache.
     """
-    from saevlm_fast.outputs import output_lock
+    from saevlm_fast.outputs import output_lock, workplace
 
     with output_lock(options.output, directory=True):
         _check_output(options)
-        return _train(options)
+        try:
+            return _train(options)
+        except Interrupted as error:
+            settings = workplace(options.output) / SETTINGS_FILE
+            if not settings.is_file():
+                raise
+            what = str(error).partition(";")[0]
+            again = f"saevlm-fast train --config {shlex.quote(str(settings))} --resume"
+            raise Interrupted(f"{what}; continue with: {again}") from None
 
 
 def _check_output(options: TrainArguments) -> None:

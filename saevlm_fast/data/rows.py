@@ -149,6 +149,9 @@ class Activations(StoredRows):
         x_ND = host_matrix(x)
         return cls(Path(f"tensor {list(x_ND.shape)}"), [x_ND])
 
+    def __repr__(self) -> str:
+        return f"Activations({self.n_rows:,} x {self.d:,}, {str(self.dtype).removeprefix('torch.')}, {self.path})"
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one row on disk."""
@@ -220,6 +223,22 @@ class Activations(StoredRows):
             filled += high - low
         check_finite(out_BD, range(start, stop), self.path)
         return out_BD
+
+
+Matrix = Activations | Tensor | np.ndarray
+
+
+def activations_of(x: Matrix, name: str) -> Activations:
+    """`x`, or `Activations.from_tensor(x)`: what is in memory needs no wrapping where activations are taken.
+
+    Raises:
+        ValueError: anything else, naming the argument.
+    """
+    if isinstance(x, Tensor | np.ndarray):
+        return Activations.from_tensor(x)
+    if not isinstance(x, Activations):
+        raise ValueError(f"{name}: {type(x).__name__} is not Activations, a tensor or an array [N, d]")
+    return x
 
 
 def open_activations(path: str | os.PathLike[str]) -> Activations:

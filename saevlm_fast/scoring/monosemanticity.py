@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 import torch
@@ -29,11 +30,12 @@ from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import check_sides, checked_ids
-from saevlm_fast.data.rows import Activations
+from saevlm_fast.data.rows import Matrix, activations_of
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import check_similarity
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
 from saevlm_fast.provenance import check_rows_of
+from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
@@ -239,12 +241,15 @@ class StreamedScore:
         return DenseIntake(self.n_latents, pairs)
 
 
+Similarity = Literal["cosine", "dot", "rbf"]
+
+
 def score(
-    activations: Activations | StoredCodes,
-    embeddings: Activations,
+    activations: Matrix | StoredCodes,
+    embeddings: Matrix,
     sae: SparseAutoencoder | None = None,
     *,
-    similarity: str = "cosine",
+    similarity: Similarity = "cosine",
     gamma: float | None = None,
     batch_rows: int = 4096,
     device: torch.device | str = "cpu",
@@ -262,7 +267,7 @@ def score(
             baseline, or codes.
         similarity: of embeddings: cosine (the paper's), dot or rbf. gamma: of rbf, 1 / width unless given.
         batch_rows: rows read and encoded at a time.
-        device: where the sums live.
+        device: where the sums live: a torch.device, auto, cpu, cuda or cuda:N.
         on_rows: called with the number of images done.
 
     Returns:
@@ -285,21 +290,27 @@ def score(
 
 
 def streamed_score(
-    activations: Activations | StoredCodes,
-    embeddings: Activations,
+    activations: Matrix | StoredCodes,
+    embeddings: Matrix,
     sae: SparseAutoencoder | None = None,
     *,
-    similarity: str = "cosine",
+    similarity: Similarity = "cosine",
     gamma: float | None = None,
     batch_rows: int = 4096,
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> StreamedScore:
     """The sums behind `score`, with all images in them; arguments and errors are those of `score`."""
+    if not isinstance(activations, StoredCodes):
+        activations = activations_of(activations, "activations")
+    embeddings = activations_of(embeddings, "embeddings")
+    if sae is not None and not isinstance(sae, SparseAutoencoder):
+        raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
     check_sides(activations, embeddings)
     if sae is not None:
         check_rows_of(sae, activations)
-    scores = StreamedScore(n_latents(activations, sae), similarity, gamma, device)
+    target = resolve_device(device) if isinstance(device, str) else device
+    scores = StreamedScore(n_latents(activations, sae), similarity, gamma, target)
     ids = checked_ids(batch_rows, activations, embeddings)
     with (
         closing(encoded_chunks(activations, sae, batch_rows)) as chunks,

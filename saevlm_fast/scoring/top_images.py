@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
-from saevlm_fast.data.rows import Activations
+from saevlm_fast.data.rows import Matrix, activations_of
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
@@ -27,7 +27,7 @@ class TopImages(NamedTuple):
 
 
 def top_images(
-    activations: Activations | StoredCodes,
+    activations: Matrix | StoredCodes,
     latents: Sequence[int] | Tensor,
     n: int,
     sae: SparseAutoencoder | None = None,
@@ -57,7 +57,12 @@ def top_images(
             rows of one image.
     """
     require(n >= 1, f"n: {n} must be at least 1")
-    latents_L = torch.as_tensor(latents, dtype=torch.int64)
+    if not isinstance(activations, StoredCodes):
+        activations = activations_of(activations, "activations")
+    latents_L = torch.as_tensor(latents)
+    whole = latents_L.ndim == 1 and not latents_L.is_floating_point() and not latents_L.is_complex()
+    require(whole, f"latents: {latents_L.dtype} {list(latents_L.shape)}, must be a list of whole numbers")
+    latents_L = latents_L.long()
     slot_of_latent_S = _slots(latents_L, n_latents(activations, sae))
     best, ids = _Best(len(latents_L), n), checked_ids(batch_rows, activations)
     with closing(encoded_chunks(activations, sae, batch_rows)) as chunks:

@@ -58,7 +58,7 @@ class Edit:
 
 
 def clamp(latent: int, alpha: float) -> Edit:
-    """The latent is alpha, wherever it fires or not; in raw activation units."""
+    """The latent is alpha, whether it fires or not; in raw activation units."""
     return Edit(latent, 0.0, alpha)
 
 

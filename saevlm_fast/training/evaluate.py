@@ -6,7 +6,7 @@ Shape suffixes: B rows of a batch, D d_in, S d_sae, M entries.
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.rows import Activations
+from saevlm_fast.data.rows import Matrix, activations_of
 from saevlm_fast.sae import SparseAutoencoder, evaluating
 from saevlm_fast.training.step import StepOutput, Stepper
 
@@ -37,7 +37,7 @@ def _variance(x_BD: Tensor) -> Tensor:
     return (x_BD - x_BD.mean(0)).square_().sum() / len(x_BD)
 
 
-def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int = 4096) -> Metrics:
+def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096) -> Metrics:
     """Explained variance, L0, L2 and dead share over all rows, at inference (threshold, not batch selection).
 
     Args:
@@ -54,6 +54,7 @@ def evaluate(sae: SparseAutoencoder, activations: Activations, batch_rows: int =
     Raises:
         ValueError: another width than the SAE's, rows that are not finite, a threshold that was never calibrated.
     """
+    activations = activations_of(activations, "activations")
     device, d_in = sae.b_dec.device, sae.config.d_in
     sums_4D = torch.zeros(4, d_in, dtype=torch.float64, device=device)
     fired_S = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)

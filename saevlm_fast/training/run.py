@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
-from saevlm_fast.data.rows import Activations
+from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
@@ -26,12 +26,12 @@ _LOOKED_AT = 4096
 
 
 def train(
-    activations: Activations,
+    activations: Matrix,
     sae_config: SAEConfig,
     config: TrainConfig | None = None,
     options: RunOptions | None = None,
     *,
-    validation: Activations | None = None,
+    validation: Matrix | None = None,
     progress: bool = False,
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
@@ -42,7 +42,8 @@ def train(
         sae, metrics = train(Activations.from_tensor(x_ND), SAEConfig.sized(1024), steps=500)
 
     Args:
-        activations: rows [N, d_in] in any units, never held whole unless they are in memory already.
+        activations: rows [N, d_in] in any units, never held whole unless they are in memory already; or a
+            tensor or an array.
         sae_config: what SAE; its d_in is the activations'.
         config: the recipe; or its fields by name, as steps=500, lr=1e-3.
         options: where the run goes; or its fields by name, as output="run". Without an output nothing is written;
@@ -59,6 +60,12 @@ def train(
         Interrupted: SIGINT or SIGTERM (Ctrl-C) arrived; a checkpoint has been written, if there is an output.
     """
     config, options = _with_settings(config, options, settings)
+    activations = activations_of(activations, "activations")
+    validation = None if validation is None else activations_of(validation, "validation")
+    what = type(sae_config).__name__
+    require(
+        isinstance(sae_config, SAEConfig), f"sae_config: {what} is not an SAEConfig; SAEConfig.sized(d_in) makes one"
+    )
     require(
         activations.d == sae_config.d_in,
         f"d_in: {sae_config.d_in} does not fit activations of width {activations.d} ({activations.path})",
@@ -199,6 +206,7 @@ def _with_settings(
 ) -> tuple[TrainConfig, RunOptions]:
     """config and options as given, or made of those of `settings` that are their fields."""
     recipe, where = keyword_settings("train", settings, TrainConfig, RunOptions)
-    for name, chosen, given in (("config", config, recipe), ("options", options, where)):
+    for name, chosen, kind, given in (("config", config, TrainConfig, recipe), ("options", options, RunOptions, where)):
+        require(chosen is None or isinstance(chosen, kind), f"{name}: {chosen!r} is not a {kind.__name__}")
         require(chosen is None or not given, f"{', '.join(given)}: given beside {name}, which has that already")
     return config or TrainConfig(**recipe), options or RunOptions(**where)
