@@ -137,7 +137,7 @@ def test_demo_dry_run_json_and_settings(tmp_path):
 
 def test_a_dry_run_harvests_no_scenes(tmp_path, monkeypatch):
     run("train", "--output", tmp_path / "sae", "--k", 5, "--steps", 2)
-    monkeypatch.setenv(scene_stores.CACHE_VARIABLE, str(tmp_path / "empty"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "empty"))
     before = files_below(tmp_path)
     text = run("train", "--dry-run")
     assert "batch_topk SAE 128 -> 512, k = 10, on 700 rows; 60 steps of 128" in text
