@@ -13,6 +13,7 @@ makes the options; the command prints its tables and returns what --json prints.
 
 import inspect
 import os
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
@@ -264,9 +265,13 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
         ValueError: no TOML; a key that is no setting of the command, with the nearest that is; a value of another kind.
         OSError: it cannot be read.
     """
+    mode = path.stat().st_mode
+    require(stat.S_ISREG(mode) or stat.S_ISDIR(mode), f"{path}: not a regular file")  # a named pipe would hang
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{path}: not valid TOML (nested too deeply)") from None
+    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise ValueError(f"{path}: not valid TOML ({error})") from None
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
     for table in tables:
