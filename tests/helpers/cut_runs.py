@@ -1,5 +1,6 @@
 """Commands in processes of their own: killed at random points and resumed, and two on one output."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -8,7 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,18 +46,24 @@ def _command(call: list[str], place: Path, log: Path, cut_at: int | None) -> Non
         sys.argv = ["saevlm-fast", *call]
         os.environ["COLUMNS"] = "200"
         outputs.LOCK_SECONDS = 0.1
-        if cut_at is not None:
-            _kill_at(cut_at)
-        main()
+        changes = _count_changes(cut_at)
+        try:
+            main()
+        finally:
+            _count_of(log).write_text(str(next(changes)), encoding="utf-8")
 
 
-def _kill_at(last: int) -> None:
-    """This process, in place of its change number `last` of what is on the disk."""
-    left = iter(range(last))
+def _count_of(log: Path) -> Path:
+    return log.with_name(f"{log.name}.changes")
+
+
+def _count_changes(cut_at: int | None) -> Iterator[int]:
+    """Of what is on the disk, by this process, which is killed in place of number `cut_at`."""
+    numbers = itertools.count()
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            if next(left, None) is None:
+            if next(numbers) == cut_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
 
@@ -64,6 +71,7 @@ def _kill_at(last: int) -> None:
 
     for name in CUT:
         setattr(os, name, counted(getattr(os, name)))
+    return numbers
 
 
 class Process:
@@ -119,7 +127,8 @@ def cut_runs(world: Path, name: str, n: int, seed: int = 0, tell: Callable[[str]
     ended = Process(KILLED[name], whole, world.with_name("log")).end()
     seconds = time.monotonic() - start
     assert ended.code == 0, ended.text
-    expected, n_changes = result(name, _output_only(whole)), _changes(world, name)
+    n_changes = int(_count_of(world.with_name("log")).read_text())
+    expected = result(name, _output_only(whole))
     draw = random.Random(f"{seed} {name}")
     counts: Counter[str] = Counter()
     for number in range(n):
@@ -162,19 +171,6 @@ def _output_only(place: Path) -> Path:
         if each.is_symlink():
             each.unlink()
     return place
-
-
-def _changes(world: Path, name: str) -> int:
-    """How often an unbroken run changes what is on the disk: the least number at which it is not killed, about."""
-    low, high = 0, 4096
-    while high - low > max(1, low // 50):
-        middle = (low + high) // 2
-        place = _fresh(world, f"{name}-count")
-        if Process(KILLED[name], place, world.with_name("log"), middle).end().code == 0:
-            high = middle
-        else:
-            low = middle
-    return high
 
 
 # Two on one output ----------------------------------------------------------------------------------------------------
