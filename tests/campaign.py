@@ -1,13 +1,15 @@
-"""Byte flips: every file that this program writes is altered, bit by bit, and read as the program reads it.
+"""What goes wrong from outside: altered bytes, calls that nobody meant, killed runs, two processes on one output.
 
-    python tests/campaign.py                  # every byte of a store, a store of codes, an SAE and a run, one bit each
-    python tests/campaign.py --sample 500     # so many bytes of each, drawn evenly (the tests do that with fewer)
-    python tests/campaign.py --page docs/reliability.md    # the table in that page is written anew
+    python tests/campaign.py                          # every part
+    python tests/campaign.py --part bytes             # every byte of a store, codes, an SAE and a run, one bit each
+    python tests/campaign.py --part bytes --sample 500     # so many of each: bytes, calls, killed runs, pairs
+    python tests/campaign.py --part calls --page docs/reliability.md    # its table in that page is written anew
 
-Seeded: the same bytes and bits every time. An outcome is one of: "named", an error of one line with the name of the
-file or of its directory; "harmless", what is read equals what was written; and what must not be: "unnamed" (an error
-that does not say where), "traceback" (an error of another kind than the program's own) and "silent" (something else is
-read).
+Seeded: the same bytes, bits and calls every time; the points of kills as far as a clock allows.
+A byte's outcome is one of: "named", an error of one line with the name of the file or of its directory; "harmless",
+what is read equals what was written; and what must not be: "unnamed" (an error that does not say where), "traceback"
+(an error of another kind than the program's own) and "silent" (something else is read). Those of calls are in
+helpers/fuzzed_calls.py, those of killed runs and pairs in helpers/cut_runs.py.
 """
 
 import argparse
@@ -24,6 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # as a script; pytest has it already
+
+from cut_runs import KILLED, OUTPUTS, cut_runs, paired_runs
+from fuzzed_calls import OUTCOMES as CALL_OUTCOMES
+from fuzzed_calls import fuzz_calls
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import open_activations
@@ -33,10 +40,12 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.run import train
 from saevlm_fast.training.state import TrainingState
+from small_world import build_world
 
 D_IN, D_SAE, N_ROWS, STEPS = 8, 24, 90, 6
 OUTCOMES = ("named", "harmless", "unnamed", "traceback", "silent")
-BEGIN, END = "<!-- campaign: begin -->", "<!-- campaign: end -->"
+GOOD = ("named", "harmless", "done", "refused", "kills", "the same", "one worked, one refused")
+BEGIN, END = "<!-- campaign {part}: begin -->", "<!-- campaign {part}: end -->"
 RECIPE = TrainConfig(steps=STEPS, batch_size=16, norm_batches=2)
 
 
@@ -179,30 +188,100 @@ def run(target: Target, sample: int | None, tell: Callable[[str], None] = print)
     return counts
 
 
-def table(results: dict[str, Counter[str]]) -> str:
+# The parts ------------------------------------------------------------------------------------------------------------
+
+Results = dict[str, Counter[str]]
+
+
+def bytes_part(root: Path, sample: int | None) -> Results:
+    """Every byte of everything, or a sample of each."""
+    return {target.name: run(target, sample) for target in build(root)}
+
+
+def calls_part(root: Path, sample: int | None) -> Results:
+    """1,500 calls over all commands."""
+    return fuzz_calls(build_world(root / "world"), sample or 1500)
+
+
+def kills_part(root: Path, sample: int | None) -> Results:
+    """20 runs of each command that resumes."""
+    world = build_world(root / "world")
+    return {name: cut_runs(world, name, sample or 20) for name in KILLED}
+
+
+def pairs_part(root: Path, sample: int | None) -> Results:
+    """Five pairs of each command that writes."""
+    return paired_runs(build_world(root / "world"), OUTPUTS, sample or 5)
+
+
+class Part(NamedTuple):
+    """A part of the campaign, and how its table is headed."""
+
+    make: Callable[[Path, int | None], Results]
+    first: str
+    count: str
+    columns: dict[str, str]
+
+
+PARTS = {
+    "bytes": Part(
+        bytes_part,
+        "altered",
+        "bytes",
+        dict(zip(OUTCOMES, ("named error", "harmless", "error without a name", "traceback", "silent"))),
+    ),
+    "calls": Part(calls_part, "command", "calls", {name: name for name in CALL_OUTCOMES}),
+    "kills": Part(
+        kills_part,
+        "command",
+        "runs",
+        {
+            "kills": "kills",
+            "the same": "the same as unbroken",
+            "another result": "another",
+            "not resumed": "not resumed",
+        },
+    ),
+    "pairs": Part(
+        pairs_part, "command", "pairs", {"one worked, one refused": "one worked, one refused", "other": "other"}
+    ),
+}
+
+
+def table(results: Results, part: str = "bytes") -> str:
     """In Markdown."""
-    lines = ["| altered | bytes | named error | harmless | error without a name | traceback | silent |"]
-    lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+    _, first, count, columns = PARTS[part]
+    lines = [f"| {first} | {count} | {' | '.join(columns.values())} |", f"|---|{'--:|' * (1 + len(columns))}"]
     for name, counts in results.items():
-        cells = [f"{counts[kind]:,}" for kind in OUTCOMES]
-        lines.append(f"| {name} | {counts.total():,} | {' | '.join(cells)} |")
+        cells = [f"{counts[kind]:,}" for kind in columns]
+        lines.append(f"| {name} | {counts.total() - counts['kills']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def write_table(page: Path, part: str, text: str) -> None:
+    """Between its marks in the page."""
+    begin, end = (mark.format(part=part) for mark in (BEGIN, END))
+    before, after = page.read_text().split(begin)[0], page.read_text().split(end)[1]
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--sample", type=int, help="bytes of each, instead of all")
-    options.add_argument("--page", type=Path, help="page whose table is written anew")
+    options.add_argument("--part", choices=PARTS, help="instead of all")
+    options.add_argument("--sample", type=int, help="so many of each, instead of all")
+    options.add_argument("--page", type=Path, help="page whose tables are written anew")
     given = options.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as directory:
-        results = {target.name: run(target, given.sample) for target in build(Path(directory))}
-    text = table(results)
-    print(text)
-    if given.page:
-        before, after = given.page.read_text().split(BEGIN)[0], given.page.read_text().split(END)[1]
-        given.page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-    return int(any(counts[kind] for counts in results.values() for kind in OUTCOMES[2:]))
+    faults = 0
+    for part in [given.part] if given.part else PARTS:
+        with tempfile.TemporaryDirectory() as directory:
+            results = PARTS[part].make(Path(directory), given.sample)
+        text = table(results, part)
+        print(text, flush=True)
+        if given.page:
+            write_table(given.page, part, text)
+        faults += sum(counts[kind] for counts in results.values() for kind in counts if kind not in GOOD)
+    return int(faults > 0)
 
 
 if __name__ == "__main__":

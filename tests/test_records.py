@@ -2,14 +2,11 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from campaign import build
-from campaign import run as flip_bytes
 from command import run as command
 from damage import DIGESTS, edit_record
 from saevlm_fast.data.codes import open_codes
@@ -185,31 +182,6 @@ def test_a_safetensors_header_with_anything_wrong_is_one_line_or_read(built, tmp
         weights.write_bytes(with_header(good, damaged))
         for read in (SparseAutoencoder.from_pretrained, described):
             refusal(read, tmp_path / "sae")
-
-
-def test_no_altered_byte_is_silent(tmp_path):
-    """A small part of tests/campaign.py, whose whole is docs/reliability.md."""
-    told = []
-    for target in build(tmp_path):
-        counts = flip_bytes(target, 40, told.append)
-        assert counts.total() == 40
-    assert not told
-
-
-def test_the_campaign_writes_its_page(tmp_path, monkeypatch, capsys):
-    import campaign
-
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{campaign.BEGIN}\nold\n{campaign.END}\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["campaign.py", "--sample", "2", "--page", str(page)])
-    assert campaign.main() == 0
-    assert "| SAE | 2 | " in page.read_text()
-    assert page.read_text().startswith("before\n")
-    assert page.read_text().endswith("after\n")
-    assert "old" not in page.read_text()
-    real = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
-    assert campaign.BEGIN in real
-    assert campaign.END in real
 
 
 def test_altered_files_end_the_commands_by_name(built, tmp_path):

@@ -269,7 +269,9 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
     require(path.is_file(), f"config: {path} is not a file")
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{path}: not valid TOML (nested too deeply)") from None
+    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise ValueError(f"{path}: not valid TOML ({error})") from None
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
     for table in tables:
@@ -277,7 +279,7 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
         require(table.replace("_", "-") in COMMANDS or table == MADE, f"{path}: [{table}] is not a command{near}")
     top = {key: value for key, value in document.items() if key not in tables}
     own = next((tables[table] for table in tables if table.replace("_", "-") == name), {})
-    others = ", ".join(f"[{table}]" for table in tables if table != MADE)
+    others = ", ".join(f"[{table}]" for table in tables if table not in (MADE, name, name.replace("-", "_")))
     require(bool(top or own) or not others, f"{path}: says nothing of {name}, only of {others}")
     top, own = _checked(top, path, name, cls), _checked(own, path, name, cls)
     for field in own:

@@ -22,7 +22,7 @@ from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.store import joined_index
 from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store, merge_parts
 from saevlm_fast.errors import ActivationError, require
-from saevlm_fast.files import atomic_write, remove_leftovers
+from saevlm_fast.files import TEMPORARY_PREFIX, atomic_write, remove_leftovers
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
 from saevlm_fast.outputs import LOCK_FILE, begin_replacement, is_being_swapped, publish, settle, workplace
 from saevlm_fast.records import FILE_NAME, Each, Fields, Kind, check_same_settings, read_record, write_record
@@ -59,7 +59,9 @@ def check_output(options: HarvestOptions) -> None:
         not used or options.resume or options.force,
         f"output: {output} already holds a harvest; use --resume to continue or --force to replace",
     )
-    occupied = output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir())
+    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    # A harvest that was killed before its first file left no more than these.
+    occupied = any(name != LOCK_FILE and not name.startswith(TEMPORARY_PREFIX) for name in names)
     require(used or not occupied, f"output: {output} is not empty and holds no harvest")
     if options.force and (output / HARVEST_FILE).exists():
         _stores_of(output / HARVEST_FILE)  # of a damaged one nothing could be removed

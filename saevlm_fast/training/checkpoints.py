@@ -224,6 +224,7 @@ class RunDirectory:
         stepper = state.stepper
         final = self.path / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
         if final.exists():
+            self._drop_old()  # a kill may have come before that
             return
         tensors = state.checked_tensors(self.kept)
         header = {"n_steps": str(stepper.n_steps), "n_rows_seen": str(stepper.n_rows_seen)}
@@ -234,6 +235,9 @@ class RunDirectory:
             files = {name: sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)}
             counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
             write_record(directory / CHECKPOINT_FILE, counts | {"files": files, "metrics": self._metrics_so_far()})
+        self._drop_old()
+
+    def _drop_old(self) -> None:
         for old in checkpoints(self.path)[:-_KEPT_CHECKPOINTS]:
             doomed = old.with_name(TEMPORARY_PREFIX + old.name)  # a kill must not leave half a checkpoint by this name
             old.rename(doomed)

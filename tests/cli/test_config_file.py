@@ -1,5 +1,6 @@
 """--config, and the settings.toml that every result has beside it."""
 
+import os
 import tomllib
 
 import pytest
@@ -70,6 +71,8 @@ def test_a_table_of_another_command_is_left_alone(tmp_path):
         ("steps = 0", "steps: 0 must be at least 1"),
         ("architecture = 'gated'", "architecture: 'gated' is not one of"),
         ("steps = ", "run.toml: not valid TOML"),
+        ("steps = " + 5000 * "[", "run.toml: not valid TOML (nested too deeply)"),
+        ("steps = " + 5000 * "1", "run.toml: not valid TOML (Exceeds the limit"),
     ],
 )
 def test_what_a_file_is_refused_for(text, message, data, tmp_path):
@@ -81,6 +84,12 @@ def test_what_a_file_is_refused_for(text, message, data, tmp_path):
 
 def test_a_file_that_is_not_there(tmp_path):
     assert "none.toml" in run("train", "--config", tmp_path / "none.toml", code=2)
+
+
+def test_a_file_that_is_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    assert "pipe.toml: not a regular file" in run("train", "--config", tmp_path / "pipe.toml", code=2)
+    assert f"Is a directory: '{tmp_path}'" in run("train", "--config", tmp_path, code=2)
 
 
 def test_what_is_needed_may_stand_in_the_file(tmp_path):
