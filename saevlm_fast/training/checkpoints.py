@@ -161,6 +161,7 @@ class RunDirectory:
             check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
             remove_leftovers(self.path)
             remove_leftovers(self.path / CHECKPOINTS)
+            self._drop_old()  # a kill may have come before that
         checkpoint = latest_checkpoint(self.path) if self.resume else None
         if checkpoint is not None:
             _load(checkpoint, state)
@@ -225,7 +226,6 @@ class RunDirectory:
         stepper = state.stepper
         final = self.path / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
         if final.exists():
-            self._drop_old()  # a kill may have come before that
             return
         tensors = state.tensors()
         bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
