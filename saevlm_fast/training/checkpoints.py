@@ -160,6 +160,7 @@ class RunDirectory:
             check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
             remove_leftovers(self.path)
             remove_leftovers(self.path / CHECKPOINTS)
+            self._drop_old()  # a kill may have come before that
         checkpoint = latest_checkpoint(self.path) if self.resume else None
         if checkpoint is not None:
             _load(checkpoint, state)
@@ -224,7 +225,6 @@ class RunDirectory:
         stepper = state.stepper
         final = self.path / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
         if final.exists():
-            self._drop_old()  # a kill may have come before that
             return
         tensors = state.checked_tensors(self.kept)
         header = {"n_steps": str(stepper.n_steps), "n_rows_seen": str(stepper.n_rows_seen)}
