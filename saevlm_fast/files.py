@@ -5,6 +5,7 @@ crash, a full disk or Ctrl-C never meets half a file. What a `kill -9` leaves be
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -157,6 +158,12 @@ def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     """Deletes the temporary files that killed writers left in a directory. Call it only while nobody else writes."""
     for file in Path(directory).glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+
+
+def remove_leftovers_of(path: str | os.PathLike[str]) -> None:
+    """Deletes what killed writers of this one file left beside it; the same warning."""
+    for file in Path(path).parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(Path(path).name)}"):
+        file.unlink(missing_ok=True)
 
 
 def _temporary_sibling(path: Path) -> Path:

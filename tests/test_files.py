@@ -16,6 +16,7 @@ from saevlm_fast.files import (
     atomic_directory,
     atomic_write,
     remove_leftovers,
+    remove_leftovers_of,
     save_safetensors_atomic,
     sha256_file,
     write_json_atomic,
@@ -186,3 +187,11 @@ def test_leftovers_of_killed_writers_go(tmp_path):
     (tmp_path / "keep").write_text("")
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["keep"]
+
+
+def test_what_a_killed_writer_left_beside_one_file_is_removed_and_nothing_else(tmp_path):
+    kept = [tmp_path / ".writing-0a0a-b[1].json", tmp_path / "a.json", tmp_path / "a[1].json"]
+    for file in (*kept, tmp_path / ".writing-0a0a-a[1].json"):
+        file.touch()
+    remove_leftovers_of(tmp_path / "a[1].json")
+    assert sorted(tmp_path.iterdir()) == sorted(kept)

@@ -35,7 +35,7 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import ImageError, Interrupted, require
-from saevlm_fast.files import sha256_file, weights_sha256, write_json_atomic
+from saevlm_fast.files import remove_leftovers, remove_leftovers_of, sha256_file, weights_sha256, write_json_atomic
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import LOCK_FILE, check_absent, output_lock
@@ -199,7 +199,8 @@ def _settings(
         "contents": {
             "sae_weights_sha256": weights_sha256(answerer.sae),
             "codes_sha256": _data_digest(codes.path),
-            "embeddings_sha256": _data_digest(embeddings.path),
+            # In memory there is no file to look at.
+            "embeddings_sha256": _data_digest(embeddings.path) if embeddings.path.exists() else embeddings.digest(),
         },
         "run": {"latents_per_block": run.latents_per_block},
     }
@@ -226,6 +227,8 @@ def _blocks(run: ScoreRun) -> list[Path]:
 
 def _start_run(run: ScoreRun, settings: dict[str, dict[str, Any]]) -> None:
     """A run that has finished no block yet leaves nothing to go on with."""
+    remove_leftovers(run.progress)
+    remove_leftovers_of(run.output)
     blocks = _blocks(run)
     if blocks and not run.force:
         return
