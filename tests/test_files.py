@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from saevlm_fast.files import (
     TEMPORARY_PREFIX,
     atomic_directory,
     atomic_write,
