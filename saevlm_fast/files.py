@@ -162,7 +162,7 @@ def remove_leftovers(directory: str | os.PathLike[str]) -> None:
 
 def remove_leftovers_of(path: str | os.PathLike[str]) -> None:
     """Deletes what killed writers of this one file left beside it; the same warning."""
-    for file in Path(path).parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(Path(path).name)}"):
+    for file in Path(path).parent.glob(f"{TEMPORARY_PREFIX}{'[0-9a-f]' * 8}-{glob.escape(Path(path).name)}"):
         file.unlink(missing_ok=True)
 
 

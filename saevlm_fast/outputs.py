@@ -248,6 +248,8 @@ def _move_up(source: Path, target: Path) -> None:
     """Files take the place of files, directories are joined."""
     for path in source.iterdir():
         there = target / path.name
+        if path.is_dir() and there.is_symlink():
+            there.unlink()  # a directory cannot take the place of a link
         if path.is_dir() and there.is_dir() and not there.is_symlink():
             _move_up(path, there)
         else:

@@ -130,7 +130,8 @@ def _check_seal(data: bytes, digest: Any, path: Path, error: type[ValueError]) -
     place = _SEALED.search(data)
     whole_file = b"" if place is None else data[: place.start(1)] + _ZEROS.encode() + data[place.end(1) :]
     same = place is not None and hashlib.sha256(whole_file).hexdigest() == digest
-    message = f"its {SEAL} is not that of what it holds (who changed it on purpose removes that line)"
+    advice = "who changed it on purpose removes that entry, the comma before it, and in cfg.json weights_sha256 too"
+    message = f"its {SEAL} is not that of what it holds ({advice})"
     require(same, f"{path}: altered, {message}", error)
 
 

@@ -10,7 +10,7 @@ Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class tak
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from inspect import get_annotations
@@ -127,7 +127,7 @@ class Settings:
                 continue
             kind = kinds_of(cls)[name]
             if kind is Path:
-                path_of(name, value)
+                object.__setattr__(self, name, path_of(name, value))
             elif kind in NUMBERS:
                 what, accepted = NUMBERS[kind]
                 fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
@@ -136,7 +136,9 @@ class Settings:
                     value = kind(value)
                     object.__setattr__(self, name, value)
             elif get_origin(kind) is tuple:
-                require(isinstance(value, list | tuple), f"{name}: {value!r} is not several values")
+                several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+                require(several, f"{name}: {value!r} is not several values")
+                object.__setattr__(self, name, _plain(name, tuple(value), get_args(kind)[0]))
             if kind is Path or kind is bool:
                 continue
             if choices:
@@ -178,6 +180,16 @@ def _optional(cls: Any) -> frozenset[str]:
     return frozenset(name for name, kind in kinds if type(None) in get_args(kind) or kind is Any)
 
 
+def _plain(name: str, values: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:
+    """Python's own numbers, where numbers are meant."""
+    if kind not in (int, float):
+        return values
+    what, accepted = NUMBERS[kind]
+    bad = [value for value in values if not isinstance(value, accepted) or isinstance(value, bool)]
+    require(not bad, f"{name}: {bad[0] if bad else None!r} is not {what}")
+    return tuple(value if isinstance(value, int | float) else kind(value) for value in values)
+
+
 def _without_none(kind: Any) -> Any:
     if get_origin(kind) in (Union, UnionType):
         (kind,) = (each for each in get_args(kind) if each is not type(None))
@@ -210,6 +222,7 @@ def default_of(cls: type, name: str) -> Any:
 
 def path_of(name: str, text: Any) -> Path:
     """A path. ValueError: it is empty, which is not the working directory, or holds a NUL."""
+    require(isinstance(text, str | os.PathLike), f"{name}: {text!r} is not a path")
     path = os.fspath(text)
     require(path != "", f"{name}: is empty; . is the working directory")
     require("\0" not in path, f"{name}: {path!r} holds a NUL")

@@ -77,7 +77,7 @@ def test_group_sizes_always_cover_d_sae(parts, d_sae):
         (lambda: SAEConfig(8.0, 16), "d_in: 8.0 must be a whole number"),
         (lambda: SAEConfig(8, True), "d_sae: True must be a whole number"),
         (lambda: SAEConfig(8, 16, 2**70), "k: "),
-        (lambda: SAEConfig(8, 16, 2, "matryoshka", (8.5, 7.5)), "group_sizes: 8.5 must be a whole number"),
+        (lambda: SAEConfig(8, 16, 2, "matryoshka", (8.5, 7.5)), "group_sizes: 8.5 is not a whole number"),
         (lambda: TrainConfig(warmup_steps=2**64), "warmup_steps: 18446744073709551616 must be below"),
         (lambda: TrainConfig(threshold_start=2**64), "threshold_start: "),
     ],

@@ -190,8 +190,8 @@ def test_leftovers_of_killed_writers_go(tmp_path):
 
 
 def test_what_a_killed_writer_left_beside_one_file_is_removed_and_nothing_else(tmp_path):
-    kept = [tmp_path / ".writing-0a0a-b[1].json", tmp_path / "a.json", tmp_path / "a[1].json"]
-    for file in (*kept, tmp_path / ".writing-0a0a-a[1].json"):
-        file.touch()
+    of_others = [".writing-0a0a0a0a-b[1].json", ".writing-0a0a0a0a-x-a[1].json", "a.json", "a[1].json"]
+    for name in (*of_others, ".writing-0a0a0a0a-a[1].json"):
+        (tmp_path / name).touch()
     remove_leftovers_of(tmp_path / "a[1].json")
-    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(of_others)

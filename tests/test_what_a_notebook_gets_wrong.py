@@ -1,5 +1,7 @@
 """Loose arguments from a notebook: tensors are taken as they are, what is wrong is named in one line."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -52,3 +54,12 @@ def test_tensors_and_arrays_are_activations(sae):
 def test_what_is_wrong_is_named(sae, call, message):
     with pytest.raises(ValueError, match=message):
         call(sae)
+
+
+def test_several_values_may_come_in_any_form():
+    config = sf.TrainConfig(betas=np.array([0.5, 0.9], dtype=np.float64))
+    assert config.betas == (0.5, 0.9)
+    assert json.loads(json.dumps(config.to_dict()))["betas"] == [0.5, 0.9]
+    with pytest.raises(ValueError, match="betas: 'a' is not a number"):
+        sf.TrainConfig(betas=("a", "b"))
+    assert sf.top_images(X, [], 3) == []

@@ -230,7 +230,7 @@ def arguments(name: str, cls: Any, values: Mapping[str, Any]) -> Any:
     known = settings_of(cls)
     given = {field: _from_text(cls, field, value) for field, value in values.items() if _was_given(value)}
     from_file = read_config(given["config"], name, cls) if "config" in given else {}
-    for field in given:
+    for field in _used(given):
         for other in known[field].instead_of:
             from_file.pop(other, None)
     given = from_file | given
@@ -282,10 +282,15 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
     others = ", ".join(f"[{table}]" for table in tables if table not in (MADE, name, name.replace("-", "_")))
     require(bool(top or own) or not others, f"{path}: says nothing of {name}, only of {others}")
     top, own = _checked(top, path, name, cls), _checked(own, path, name, cls)
-    for field in own:
+    for field in _used(own):
         for other in settings_of(cls)[field].instead_of:
             top.pop(other, None)
     return top | own
+
+
+def _used(given: Mapping[str, Any]) -> list[str]:
+    """What was given and excludes others: a flag that is off does not."""
+    return [field for field, value in given.items() if value is not False]
 
 
 def _checked(table: Mapping[str, Any], path: Path, name: str, cls: Any) -> dict[str, Any]:

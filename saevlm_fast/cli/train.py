@@ -157,7 +157,8 @@ def train(options: TrainArguments) -> dict[str, Any]:
             return _train(options)
         except Interrupted as error:
             settings = workplace(options.output) / SETTINGS_FILE
-            if not settings.is_file():
+            begun = not options.force or workplace(options.output) != options.output
+            if not settings.is_file() or not begun:  # what is there may be of the run that was to be replaced
                 raise
             what = str(error).partition(";")[0]
             again = f"saevlm-fast train --config {shlex.quote(str(settings))} --resume"

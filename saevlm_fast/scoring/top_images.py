@@ -59,7 +59,7 @@ def top_images(
     require(n >= 1, f"n: {n} must be at least 1")
     if not isinstance(activations, StoredCodes):
         activations = activations_of(activations, "activations")
-    latents_L = torch.as_tensor(latents)
+    latents_L = torch.as_tensor(latents) if len(latents) else torch.empty(0, dtype=torch.int64)
     whole = latents_L.ndim == 1 and not latents_L.is_floating_point() and not latents_L.is_complex()
     require(whole, f"latents: {latents_L.dtype} {list(latents_L.shape)}, must be a list of whole numbers")
     latents_L = latents_L.long()

@@ -25,6 +25,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -165,6 +166,7 @@ class RunDirectory:
         if checkpoint is not None:
             _load(checkpoint, state)
             check_metrics(self.path, checkpoint)
+            (self.path / METRICS_DIGEST_FILE).unlink(missing_ok=True)  # before the log that it is of is cut
             self._truncate_metrics(state.stepper.n_steps)
         else:
             state.initialise()
@@ -249,7 +251,12 @@ class RunDirectory:
         return f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
 
     def _metrics_so_far(self) -> dict[str, Any]:
-        logged = (self.path / METRICS_FILE).read_bytes() if (self.path / METRICS_FILE).is_file() else b""
+        """What the checkpoint remembers of the log, which must then be on the disk as well."""
+        logged = b""
+        if (self.path / METRICS_FILE).is_file():
+            with open(self.path / METRICS_FILE, "rb") as file:
+                logged = file.read()
+                os.fsync(file.fileno())
         return {"bytes": len(logged), "sha256": hashlib.sha256(logged).hexdigest()}
 
     def save(self, sae: SparseAutoencoder) -> None:
@@ -282,7 +289,9 @@ def _holds_run(output: Path) -> bool:
 def _remove_run(output: Path) -> None:
     """What a run wrote, and nothing else that lies there."""
     directory = output / CHECKPOINTS
-    if not directory.is_symlink():
+    if directory.is_symlink():
+        directory.unlink()  # never what it leads to
+    else:
         remove_leftovers(directory)
         for checkpoint in checkpoints(output):
             checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
@@ -302,6 +311,8 @@ def _load(checkpoint: Path, state: TrainingState) -> None:
         n_steps, n_rows_seen = check_checkpoint(checkpoint)
         tensors = load_file(checkpoint / STATE_FILE, device=str(state.device))
         state.load(tensors, n_steps, n_rows_seen)
+    except (torch.OutOfMemoryError, MemoryError, PermissionError):
+        raise  # no fault of the checkpoint
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"resume: {checkpoint} is damaged, delete it to resume from the one before ({first_line(error)})"

@@ -88,8 +88,8 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_a_file_that_is_none(tmp_path):
     os.mkfifo(tmp_path / "pipe.toml")
-    assert "pipe.toml: not a regular file" in run("train", "--config", tmp_path / "pipe.toml", code=2)
-    assert f"Is a directory: '{tmp_path}'" in run("train", "--config", tmp_path, code=2)
+    assert "pipe.toml is not a file" in run("train", "--config", tmp_path / "pipe.toml", code=2)
+    assert f"config: {tmp_path} is not a file" in run("train", "--config", tmp_path, code=2)
 
 
 def test_what_is_needed_may_stand_in_the_file(tmp_path):
@@ -129,3 +129,11 @@ def test_scores_are_repeated_from_their_settings(data, sae, tmp_path):
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "s.json").read_bytes()
     raw = run_json("ms-score", "--config", beside, "--raw", "--output", tmp_path / "raw.json")
     assert raw["sae"] == "raw neurons"
+
+
+def test_a_flag_that_is_off_excludes_nothing(tmp_path):
+    file = written(tmp_path / "ms.toml", sae="some-sae", activations="a.npy", embeddings="e.npy")
+    command = COMMANDS["ms-score"]
+    assert str(arguments("ms-score", command.options, {"config": file, "raw": False}).sae) == "some-sae"
+    file.write_text(file.read_text() + "[ms-score]\nraw = false\n")
+    assert str(arguments("ms-score", command.options, {"config": file}).sae) == "some-sae"

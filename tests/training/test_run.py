@@ -20,7 +20,7 @@ from command import run as run_command
 from damage import edit_record
 from saevlm_fast import outputs
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
-from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.files import sha256_file
 from saevlm_fast.runtime import resolve_device
@@ -554,3 +554,15 @@ def test_a_state_that_cannot_be_of_the_run_is_refused(matrix, tmp_path, damage):
     with pytest.raises(ValueError, match=f"resume: {checkpoint} is damaged, delete it") as caught:
         run(matrix, tmp_path / "run", steps=5, options={"resume": True})
     assert "\n" not in str(caught.value)
+
+
+def test_force_over_checkpoints_behind_a_link_unlinks_it_and_leaves_what_it_leads_to(tmp_path):
+    output, elsewhere = tmp_path / "run", tmp_path / "scratch"
+    activations, config = Activations.from_tensor(torch.randn(64, 8)), SAEConfig.sized(8, expansion=2, k=2)
+    train(activations, config, steps=3, batch_size=16, output=output)
+    (output / "checkpoints").rename(elsewhere)
+    (output / "checkpoints").symlink_to(elsewhere)
+    train(activations, config, steps=2, batch_size=16, output=output, force=True)
+    assert [path.name for path in elsewhere.iterdir()] == ["step_00000003"]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000002"]
+    assert not (output / "checkpoints").is_symlink()
