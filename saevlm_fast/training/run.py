@@ -60,25 +60,11 @@ def train(
         Interrupted: SIGINT or SIGTERM (Ctrl-C) arrived; a checkpoint has been written, if there is an output.
     """
     config, options = _with_settings(config, options, settings)
-    activations = activations_of(activations, "activations")
-    validation = None if validation is None else activations_of(validation, "validation")
-    what = type(sae_config).__name__
-    require(
-        isinstance(sae_config, SAEConfig), f"sae_config: {what} is not an SAEConfig; SAEConfig.sized(d_in) makes one"
-    )
-    require(
-        activations.d == sae_config.d_in,
-        f"d_in: {sae_config.d_in} does not fit activations of width {activations.d} ({activations.path})",
-    )
-    require(
-        validation is None or validation.d == activations.d,
-        f"validation: width {validation.d if validation else 0} differs from the activations' {activations.d}",
-    )
+    activations, evaluated = _fitting(activations, validation, sae_config)
     line = ProgressLine(config.steps)
     if progress:
         on_log = _both(line.log, on_log)
     kept = _kept(options)
-    evaluated = validation or activations
     small = config.batch_size * sae_config.d_in * sae_config.d_sae < _SMALL_PRODUCT
     with kept.locked():
         _look_at(evaluated, config, whole=options.output is None)
@@ -96,6 +82,24 @@ def train(
         metrics = _evaluated(sae, evaluated, kept)
         kept.finish(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
     return sae, metrics
+
+
+def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
+    """What is trained on, and what is evaluated on. ValueError: no activations, or of another width than the SAE."""
+    train_on = activations_of(activations, "activations")
+    held_out = train_on if validation is None else activations_of(validation, "validation")
+    what = type(sae_config).__name__
+    known = isinstance(sae_config, SAEConfig)
+    require(known, f"sae_config: {what} is not an SAEConfig; SAEConfig.sized(d_in) makes one")
+    require(
+        train_on.d == sae_config.d_in,
+        f"d_in: {sae_config.d_in} does not fit activations of width {train_on.d} ({train_on.path})",
+    )
+    require(
+        held_out.d == train_on.d,
+        f"validation: width {held_out.d} differs from the activations' {train_on.d}",
+    )
+    return train_on, held_out
 
 
 def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
