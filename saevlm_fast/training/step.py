@@ -149,6 +149,7 @@ class Stepper:
         self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
+        self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
@@ -177,6 +178,8 @@ class Stepper:
     @torch.no_grad()
     def device_step(self, x_BD: Tensor) -> StepOutput:
         """The step that was announced."""
+        if x_BD.is_cuda:
+            return self._gpu_step(x_BD)
         codes = self._encode(x_BD)
         self._track(codes, len(x_BD))
         dead = self._dead_latents(len(x_BD))
@@ -185,6 +188,46 @@ class Stepper:
         self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
         self._update(gradients)
         return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _gpu_step(self, x_BD: Tensor) -> StepOutput:
+        """The same on a GPU, in few kernels."""
+        from saevlm_fast.kernels.latent_update_triton import Low as LowCopy
+        from saevlm_fast.training import gpu_step
+
+        config = self.config
+        codes = self._codes(x_BD)
+        moves = self.sae.config.architecture != "topk"
+        threshold = (config.threshold_beta, config.threshold_start) if moves else None
+        recipe = gpu_step.Recipe(config.clip_norm, config.auxk_alpha, config.betas, config.eps, threshold)
+        low = LowCopy(self.low, None, None) if isinstance(self.low, Tensor) else None
+        trained = gpu_step.Trained(self.parameters(), self.moments, self.idle_S, low)
+        counters = gpu_step.Counters(self.step_index, self.bad_step, self.sae.threshold, self.adam_schedule)
+        n_dead: list[int | Tensor] = [0]
+
+        def auxiliary(x_hat_BD: Tensor) -> gpu_step.Auxiliary | None:
+            dead = self._dead_latents(len(x_BD))
+            n_dead[0] = dead.number
+            if len(dead.latents_A) == 0:
+                return None
+            db_enc_S = torch.zeros_like(self.sae.b_enc)
+            aux, (enc,), (dec,) = _auxiliary(self.sae, x_BD, x_hat_BD, dead, config.auxk_alpha, db_enc_S)
+            rows_A = dead.latents_A.clamp(max=len(db_enc_S) - 1)
+            db_enc_A = torch.where(dead.latents_A < len(db_enc_S), db_enc_S[rows_A], 0)
+            return gpu_step.Auxiliary(aux, dead.latents_A, enc.rows_AD, db_enc_A, dec.rows_AD)
+
+        with torch.cuda.device_of(x_BD):
+            x_hat_BD, losses = gpu_step.gpu_step(
+                trained, x_BD, codes.flat(), None, self.group_ends_G, recipe, counters, auxiliary
+            )
+        self._low_state = self._W_enc_state()
+        return StepOutput(Losses(*losses.unbind()), x_hat_BD, codes, n_dead[0])
+
+    def _codes(self, x_BD: Tensor) -> SparseCodes:
+        sae, k = self.sae, self.sae.config.k
+        inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
+        topk, batch_topk = self._encoders(x_BD)
+        encoded = (*topk(*inputs, k=k), None) if sae.config.architecture == "topk" else batch_topk(*inputs, k=k)
+        return SparseCodes.from_flat(*encoded, sae.config.d_sae)
 
     def _encode(self, x_BD: Tensor) -> SparseCodes:
         """In CSR form, in the dtype of the weights."""
