@@ -25,20 +25,24 @@ MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
 @triton.jit
-def entry_groups(latents, group_ends_ptr, n_groups):
-    """The Matryoshka group of every latent, int32."""
-    group = tl.zeros_like(latents).to(tl.int32)
-    for g in range(n_groups - 1):
-        group += (latents >= tl.load(group_ends_ptr + g)).to(tl.int32)
-    return group
+def group_size(latents_ptr, group_ends_ptr, start, end, g, BLOCK: tl.constexpr):
+    """How many entries of a row belong to the first g Matryoshka groups, int32: the first so many."""
+    first = tl.load(group_ends_ptr + g - 1, mask=g > 0, other=0)
+    size = 0
+    for p in range(start, end, BLOCK):
+        o = p + tl.arange(0, BLOCK)
+        latents = tl.load(latents_ptr + o, mask=o < end, other=0)
+        size += tl.sum(((o < end) & (latents < first)).to(tl.int32), axis=0)
+    return size
 
 
 @triton.jit
 def load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC: tl.constexpr):
     """(act, latent, row of W [P, D]) of the entries o."""
-    latents = tl.load(latents_ptr + o, mask=m, other=0)
+    latents = tl.load(latents_ptr + o, mask=m, other=0).to(tl.int32)  # every thread holds all of them
     acts = tl.load(acts_ptr + o, mask=m, other=0.0).to(ACC)
-    w = tl.load(W_ptr + latents[:, None] * d_in + o_d[None, :], mask=m[:, None] & m_d[None, :], other=0.0)
+    at = W_ptr + latents.to(tl.int64)[:, None] * d_in + o_d[None, :]
+    w = tl.load(at, mask=m[:, None] & m_d[None, :], other=0.0)
     return acts, latents, w.to(ACC)
 
 
@@ -108,28 +112,37 @@ def row_kernel(
 
     if HOLD:
         if end - start <= BLOCK_K:
-            o = start + tl.arange(0, BLOCK_K)
+            o_k = tl.arange(0, BLOCK_K)
+            o = start + o_k
             m = o < end
             acts, latents, w = load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC)
+            tl.store(smallest_ptr + row, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
             if PREFIXES:
-                group = entry_groups(latents, group_ends_ptr, n_groups)
                 x_hat = b
                 squared = tl.zeros([BLOCK_D], dtype=ACC)
+                low = 0
                 for g in range(n_groups):
-                    x_hat += tl.sum(tl.where(group == g, acts, 0.0)[:, None] * w, axis=0)
+                    high = group_size(latents_ptr, group_ends_ptr, start, end, g + 1, BLOCK_K)
+                    x_hat += tl.sum(tl.where((o_k >= low) & (o_k < high), acts, 0.0)[:, None] * w, axis=0)
+                    low = high
                     e = tl.where(m_d, x_hat - x, 0.0)
                     squared += e * e
                     tl.store(suffix_ptr + (bag + g) * d_in + o_d, e.to(suffix_ptr.dtype.element_ty), mask=m_d)
                 suffix = tl.zeros([BLOCK_D], dtype=ACC)
-                dacts = tl.zeros([BLOCK_K], dtype=ACC)
+                high = group_size(latents_ptr, group_ends_ptr, start, end, n_groups, BLOCK_K)
                 for i in range(n_groups):
                     g = n_groups - 1 - i
+                    low = group_size(latents_ptr, group_ends_ptr, start, end, g, BLOCK_K)
                     at = suffix_ptr + (bag + g) * d_in + o_d  # written above, by the same threads
                     suffix += scale * tl.load(at, mask=m_d, other=0.0).to(ACC)
                     tl.store(at, suffix.to(suffix_ptr.dtype.element_ty), mask=m_d)
                     tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
-                    dacts = tl.where(group == g, tl.sum(w * suffix[None, :], axis=1), dacts)
-                store_entries(dacts_ptr, bags_ptr, keys_ptr, o, m, dacts, acts, latents, bag + group, shift)
+                    dacts = tl.sum(w * suffix[None, :], axis=1)
+                    again = tl.load(latents_ptr + o, mask=m, other=0).to(tl.int32)  # fewer registers than to keep them
+                    a = tl.load(acts_ptr + o, mask=m, other=0.0).to(ACC)
+                    m_g = (o_k >= low) & (o_k < high)
+                    store_entries(dacts_ptr, bags_ptr, keys_ptr, o, m_g, dacts, a, again, bag + g + again * 0, shift)
+                    high = low
             else:
                 x_hat = b + tl.sum(acts[:, None] * w, axis=0)
                 e = tl.where(m_d, x_hat - x, 0.0)
@@ -139,9 +152,7 @@ def row_kernel(
                 tl.store(suffix_ptr + bag * d_in + o_d, suffix.to(suffix_ptr.dtype.element_ty), mask=m_d)
                 tl.store(norms_ptr + bag, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
                 store_entries(dacts_ptr, bags_ptr, keys_ptr, o, m, dacts, acts, latents, bag + latents * 0, shift)
-            smallest = tl.min(tl.where(acts > 0, acts, float("inf")), axis=0)
             tl.store(squared_ptr + row, tl.sum(squared, axis=0))
-            tl.store(smallest_ptr + row, smallest)
             tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
 
     if LONG:
@@ -149,35 +160,38 @@ def row_kernel(
             x_hat = b
             squared = tl.zeros([BLOCK_D], dtype=ACC)
             smallest = tl.full([STEP_K], float("inf"), ACC)
+            low, high = start, end
             for g in range(n_groups):
-                for p in range(start, end, STEP_K):
+                if PREFIXES:
+                    high = start + group_size(latents_ptr, group_ends_ptr, start, end, g + 1, 128)
+                for p in range(low, high, STEP_K):
                     o = p + tl.arange(0, STEP_K)
-                    m = o < end
-                    if PREFIXES:
-                        latents = tl.load(latents_ptr + o, mask=m, other=0)
-                        m = m & (entry_groups(latents, group_ends_ptr, n_groups) == g)
+                    m = o < high
                     acts, latents, w = load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC)
                     x_hat += tl.sum(acts[:, None] * w, axis=0)
                     smallest = tl.minimum(smallest, tl.where(acts > 0, acts, float("inf")))
                 e = tl.where(m_d, x_hat - x, 0.0)
                 squared += e * e
                 tl.store(suffix_ptr + (bag + g) * d_in + o_d, e.to(suffix_ptr.dtype.element_ty), mask=m_d)
+                low = high
             suffix = tl.zeros([BLOCK_D], dtype=ACC)
+            low, high = start, end
             for i in range(n_groups):
                 g = n_groups - 1 - i
                 at = suffix_ptr + (bag + g) * d_in + o_d
                 suffix += scale * tl.load(at, mask=m_d, other=0.0).to(ACC)
                 tl.store(at, suffix.to(suffix_ptr.dtype.element_ty), mask=m_d)
                 tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
-                for p in range(start, end, STEP_K):
+                if PREFIXES:
+                    low = start + group_size(latents_ptr, group_ends_ptr, start, end, g, 128)
+                for p in range(low, high, STEP_K):
                     o = p + tl.arange(0, STEP_K)
-                    m = o < end
-                    if PREFIXES:
-                        latents = tl.load(latents_ptr + o, mask=m, other=0)
-                        m = m & (entry_groups(latents, group_ends_ptr, n_groups) == g)
+                    m = o < high
                     acts, latents, w = load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC)
                     dacts = tl.sum(w * suffix[None, :], axis=1)
-                    store_entries(dacts_ptr, bags_ptr, keys_ptr, o, m, dacts, acts, latents, bag + g + latents * 0, shift)
+                    bags = bag + g + latents * 0
+                    store_entries(dacts_ptr, bags_ptr, keys_ptr, o, m, dacts, acts, latents, bags, shift)
+                high = low
             tl.store(squared_ptr + row, tl.sum(squared, axis=0))
             tl.store(smallest_ptr + row, tl.min(smallest, axis=0))
             tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
@@ -230,7 +244,8 @@ def row_tile(d_in: int, k: int | None) -> dict[str, int | bool]:
     block_k = triton.next_power_of_2(min(k or HELD_ENTRIES, HELD_ENTRIES))
     hold = block_k * block_d <= 2 * HELD_ELEMENTS
     warps = 4 if block_k * block_d < HELD_ELEMENTS // 2 else 8
-    warps = 16 if hold and block_k * block_d > HELD_ELEMENTS or not hold and block_d > 4096 else warps
+    if hold and block_k * block_d > HELD_ELEMENTS or not hold and block_d > 4096:
+        warps = 16
     return {
         "HOLD": hold,
         "LONG": k is None or k > block_k or not hold,
