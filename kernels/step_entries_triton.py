@@ -1,7 +1,8 @@
 """Triton kernels that bring a step's entries into latent order, and sum whole chunks of those of heavy latents.
 
-    sorted keys, order = torch.sort(keys)          stable: rows ascend within a latent
-    acts, dacts, bags, rows = those of the codes, in that order; offsets[s] = where latent s begins     ordered_kernel
+    keys, order = torch.sort(keys of the latents)    stable: rows ascend within a latent                 key_kernel
+    offsets[s] = where latent s begins                                                                  offset_kernel
+    acts, dacts, bags, rows = those of the codes, in that order                                         ordered_kernel
     partial[side, c] = sum over chunk c of act * suffix[bag] (decoder) or dact * centred[row] (encoder)   chunk_kernel
 
 Entry positions are cut into chunks of CHUNK; a chunk inside one latent's segment is summed here, so that a latent that
@@ -18,62 +19,88 @@ import triton.language as tl
 from torch import Tensor
 
 from .segment_sum_triton import CHUNK, accumulator
-from .step_rows_triton import Rows, key_type, whole_row_block
+from .step_rows_triton import Rows, whole_row_block
 
-BLOCK_M = 1024  # entries, or latents, of a program of ordered_kernel
+BLOCK_M = 1024  # entries of a program
+BLOCK_S = 256  # latents of a program of offset_kernel
 CHUNK_STEP = 4  # entries of a chunk whose row loads are in flight together
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_entries", "n_latents", "n_groups", "shift", "n_copies", "n_halvings"])
+@triton.jit(do_not_specialize=["n_rows", "n_entries", "n_latents", "shift"])
+def key_kernel(
+    latents_ptr,
+    row_offsets_ptr,
+    keys_ptr,
+    n_rows,
+    n_entries,
+    n_latents,
+    shift,
+    CSR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """keys = latents - shift; of padding those of the last latent, whose own entries come before it."""
+    o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = o < n_entries
+    latents = tl.load(latents_ptr + o, mask=m, other=0)
+    if CSR:
+        latents = tl.where(o < tl.load(row_offsets_ptr + n_rows), latents, n_latents - 1)
+    tl.store(keys_ptr + o, (latents - shift).to(keys_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_entries", "n_latents", "shift", "n_halvings"])
+def offset_kernel(
+    keys_ptr,
+    row_offsets_ptr,
+    offsets_ptr,
+    n_rows,
+    n_entries,
+    n_latents,
+    shift,
+    n_halvings,
+    CSR: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Where latents begin, by halving; behind the last latent's entries comes the padding."""
+    latent = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    low = tl.zeros([BLOCK_S], dtype=tl.int32)
+    high = low + n_entries
+    for _ in range(n_halvings):
+        middle = (low + high) // 2
+        unsure = low < high
+        below = unsure & (tl.load(keys_ptr + middle, mask=unsure, other=0).to(tl.int32) + shift < latent)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(unsure & (below == 0), middle, high)
+    if CSR:
+        low = tl.where(latent == n_latents, tl.load(row_offsets_ptr + n_rows).to(tl.int32), low)
+    tl.store(offsets_ptr + latent, low, mask=latent <= n_latents)
+
+
+@triton.jit(do_not_specialize=["n_entries", "n_groups"])
 def ordered_kernel(
     acts_ptr,
     dacts_ptr,
     bags_ptr,
     order_ptr,
-    keys_ptr,
-    row_offsets_ptr,
     ordered_acts_ptr,
     ordered_dacts_ptr,
     ordered_bags_ptr,
     ordered_rows_ptr,
-    offsets_ptr,
-    n_rows,
     n_entries,
-    n_latents,
     n_groups,
-    shift,
-    n_copies,
-    n_halvings,
-    CSR: tl.constexpr,
     PREFIXES: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The first n_copies programs bring entries into order; the others find where latents begin, by halving."""
-    program = tl.program_id(0)
-    if program < n_copies:
-        o = program * BLOCK_M + tl.arange(0, BLOCK_M)
-        m = o < n_entries
-        entry = tl.load(order_ptr + o, mask=m, other=0)
-        bags = tl.load(bags_ptr + entry, mask=m, other=0)
-        acts = tl.load(acts_ptr + entry, mask=m, other=0.0)
-        tl.store(ordered_acts_ptr + o, acts.to(ordered_acts_ptr.dtype.element_ty), mask=m)
-        tl.store(ordered_dacts_ptr + o, tl.load(dacts_ptr + entry, mask=m, other=0.0), mask=m)
-        tl.store(ordered_bags_ptr + o, bags, mask=m)
-        if PREFIXES:
-            tl.store(ordered_rows_ptr + o, bags // n_groups, mask=m)
-    else:
-        latent = (program - n_copies) * BLOCK_M + tl.arange(0, BLOCK_M)
-        low = tl.zeros([BLOCK_M], dtype=tl.int32)
-        high = low + n_entries
-        for _ in range(n_halvings):
-            middle = (low + high) // 2
-            open_ = low < high
-            below = open_ & (tl.load(keys_ptr + middle, mask=open_, other=0).to(tl.int32) + shift < latent)
-            low = tl.where(below, middle + 1, low)
-            high = tl.where(open_ & (below == 0), middle, high)
-        if CSR:  # behind the last latent's entries comes the padding
-            low = tl.where(latent == n_latents, tl.load(row_offsets_ptr + n_rows).to(tl.int32), low)
-        tl.store(offsets_ptr + latent, low, mask=latent <= n_latents)
+    """Entries in latent order: one dependent load less in every gather that follows."""
+    o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = o < n_entries
+    entry = tl.load(order_ptr + o, mask=m, other=0)
+    bags = tl.load(bags_ptr + entry, mask=m, other=0)
+    acts = tl.load(acts_ptr + entry, mask=m, other=0.0)
+    tl.store(ordered_acts_ptr + o, acts.to(ordered_acts_ptr.dtype.element_ty), mask=m)
+    tl.store(ordered_dacts_ptr + o, tl.load(dacts_ptr + entry, mask=m, other=0.0), mask=m)
+    tl.store(ordered_bags_ptr + o, bags, mask=m)
+    if PREFIXES:
+        tl.store(ordered_rows_ptr + o, bags // n_groups, mask=m)
 
 
 @triton.jit
@@ -176,44 +203,64 @@ class Entries(NamedTuple):
     partials: Tensor
 
 
-def launch_entries(
-    acts: Tensor, row_offsets: Tensor | None, rows: Rows, order_M: Tensor, keys_M: Tensor, n_latents: int, n_groups: int
-) -> Entries:
-    """Entries by latent, from what torch.sort(rows.keys_M, stable=True) says of their order, and chunks' sums."""
-    n_entries, (n_rows, d_in) = order_M.numel(), rows.centred_BD.shape
+class Order(NamedTuple):
+    """Flat entries by latent, rows ascending, padding last: sort keys and positions (int64); offsets as in Entries."""
+
+    keys_M: Tensor
+    order_M: Tensor
+    offsets_S1: Tensor
+
+
+def key_type(n_latents: int) -> tuple[torch.dtype, int]:
+    """(dtype, shift) of sort keys latent - shift: 16 bits take half the passes of 32."""
+    return (torch.int16, 1 << 15) if n_latents <= 1 << 16 else (torch.int32, 0)
+
+
+def launch_order(latents: Tensor, row_offsets: Tensor | None, n_latents: int) -> Order:
+    """The order of the entries of codes, which depends on their latents alone."""
+    n_entries, csr = latents.numel(), row_offsets is not None
+    n_rows = len(latents) if row_offsets is None else len(row_offsets) - 1
+    dtype, shift = key_type(n_latents)
+    keys_M = torch.empty(n_entries, dtype=dtype, device=latents.device)
+    numbers = n_rows, n_entries, n_latents, shift
+    offsets = latents if row_offsets is None else row_offsets
+    key_kernel[(triton.cdiv(n_entries, BLOCK_M),)](
+        latents.contiguous(), offsets, keys_M, *numbers, CSR=csr, BLOCK_M=BLOCK_M, num_warps=4
+    )
+    keys_M, order_M = torch.sort(keys_M, stable=True)
+    offsets_S1 = torch.empty(n_latents + 1, dtype=torch.int32, device=latents.device)
+    offset_kernel[(triton.cdiv(n_latents + 1, BLOCK_S),)](
+        keys_M, offsets, offsets_S1, *numbers, n_entries.bit_length(), CSR=csr, BLOCK_S=BLOCK_S, num_warps=4
+    )
+    return Order(keys_M, order_M, offsets_S1)
+
+
+def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
+    """Entries by latent, and the sums of heavy latents' chunks."""
+    n_entries, (n_rows, d_in) = acts.numel(), rows.centred_BD.shape
+    n_groups, n_latents = len(rows.suffix_RD) // n_rows, len(order.offsets_S1) - 1
     sum_dtype, ACC = accumulator(rows.dacts_M.dtype)
-    _, shift = key_type(n_latents)
-    new = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=order_M.device)  # noqa: E731
+    new = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=acts.device)  # noqa: E731
     bags_M = new(torch.int32, n_entries)
-    rows_M = new(torch.int32, n_entries) if n_groups > 1 else bags_M
     n_chunks = n_entries // CHUNK
     entries = Entries(
         acts_M=new(sum_dtype, n_entries),
         dacts_M=new(sum_dtype, n_entries),
         bags_M=bags_M,
-        rows_M=rows_M,
-        offsets_S1=new(torch.int32, n_latents + 1),
+        rows_M=new(torch.int32, n_entries) if n_groups > 1 else bags_M,
+        offsets_S1=order.offsets_S1,
         suffix_RD=rows.suffix_RD,
         centred_BD=rows.centred_BD,
         partials=new(sum_dtype, 2, max(n_chunks, 1), d_in),
     )
-    n_copies = triton.cdiv(n_entries, BLOCK_M)
-    ordered_kernel[(n_copies + triton.cdiv(n_latents + 1, BLOCK_M),)](
-        acts,
+    ordered_kernel[(triton.cdiv(n_entries, BLOCK_M),)](
+        acts.contiguous(),
         rows.dacts_M,
         rows.bags_M,
-        order_M,
-        keys_M,
-        order_M if row_offsets is None else row_offsets,
-        *entries[:5],
-        n_rows,
+        order.order_M,
+        *entries[:4],
         n_entries,
-        n_latents,
         n_groups,
-        shift,
-        n_copies,
-        n_entries.bit_length(),
-        CSR=row_offsets is not None,
         PREFIXES=n_groups > 1,
         BLOCK_M=BLOCK_M,
         num_warps=4,
@@ -222,13 +269,13 @@ def launch_entries(
         block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
         chunk_kernel[(n_chunks, 2)](
             *entries[:4],
-            keys_M,
-            entries.offsets_S1,
+            order.keys_M,
+            order.offsets_S1,
             rows.suffix_RD,
             rows.centred_BD,
             entries.partials,
             n_chunks,
-            shift,
+            key_type(n_latents)[1],
             d_in,
             CHUNK=CHUNK,
             BLOCK_P=CHUNK_STEP,

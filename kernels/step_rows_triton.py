@@ -6,8 +6,10 @@ For row b with entries (act a, latent s), Matryoshka group j of an entry, and pr
     suffix_g = 2 / (B G) * sum over h >= g of (x_hat_h - x)                           the gradient of mse for group g
     dact     = <suffix_j, W_dec[s]> where a > 0, else 0
 
-A program owns a row, and holds the rows of W_dec of up to BLOCK_K entries in registers. A longer row is gone through
-twice. The program also writes every entry's sort key and its bag b * G + j. docs/kernels.md section 4
+A program owns a row. It begins with all entries and takes the groups off from the last on, so that an entry is met
+twice: by the sum of its row, and by the suffix of its group. The rows of W_dec of the first BLOCK_K entries stay in
+registers in between; those of the others are read again. The program also writes every entry's bag, b * G + j.
+docs/kernels.md section 4
 """
 
 from typing import NamedTuple
@@ -19,8 +21,8 @@ from torch import Tensor
 
 from .segment_sum_triton import accumulator
 
-HELD_ENTRIES = 32  # of a row, whose rows of W_dec stay in registers
-HELD_ELEMENTS = 1 << 15  # of such a tile, with 8 warps: 128 registers a thread; twice that with 16 warps
+HELD_ENTRIES = 32  # of a row of fixed k, whose rows of W_dec stay in registers
+HELD_RAGGED, STEP_RAGGED = 16, 4  # of a row that may have more, and how many of the others at a time
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
@@ -38,23 +40,21 @@ def group_size(latents_ptr, group_ends_ptr, start, end, g, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC: tl.constexpr):
-    """(act, latent, row of W [P, D]) of the entries o."""
-    latents = tl.load(latents_ptr + o, mask=m, other=0).to(tl.int32)  # every thread holds all of them
+    """(act, row of W [P, D]) of the entries o."""
+    latents = tl.load(latents_ptr + o, mask=m, other=0)
     acts = tl.load(acts_ptr + o, mask=m, other=0.0).to(ACC)
-    at = W_ptr + latents.to(tl.int64)[:, None] * d_in + o_d[None, :]
-    w = tl.load(at, mask=m[:, None] & m_d[None, :], other=0.0)
-    return acts, latents, w.to(ACC)
+    at = W_ptr + latents[:, None] * d_in + o_d[None, :]
+    return acts, tl.load(at, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
-def store_entries(dacts_ptr, bags_ptr, keys_ptr, o, m, dacts, acts, latents, bags, shift):
+def store_entries(dacts_ptr, bags_ptr, o, m, acts, dacts, bags):
     """What is kept of the entries o."""
-    tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0).to(dacts_ptr.dtype.element_ty), mask=m)
-    tl.store(bags_ptr + o, bags.to(tl.int32), mask=m)
-    tl.store(keys_ptr + o, (latents - shift).to(keys_ptr.dtype.element_ty), mask=m)
+    tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=m)
+    tl.store(bags_ptr + o, bags, mask=m)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_entries", "n_groups", "k", "n_latents", "shift", "n_padding"])
+@triton.jit(do_not_specialize=["n_rows", "n_groups"])
 def row_kernel(
     x_ptr,
     acts_ptr,
@@ -65,140 +65,99 @@ def row_kernel(
     b_ptr,
     x_hat_ptr,
     suffix_ptr,
+    norms_ptr,
     centred_ptr,
+    x_norms_ptr,
     dacts_ptr,
     bags_ptr,
-    keys_ptr,
     squared_ptr,
-    norms_ptr,
-    x_norms_ptr,
     smallest_ptr,
     n_rows,
-    n_entries,
     n_groups,
-    k,
-    n_latents,
-    shift,
-    n_padding,
     d_in,
-    CSR: tl.constexpr,
+    K: tl.constexpr,
     PREFIXES: tl.constexpr,
     CENTRE: tl.constexpr,
-    HOLD: tl.constexpr,
     LONG: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEP_K: tl.constexpr,
-    BLOCK_PAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One row. HOLD: rows of up to BLOCK_K entries stay in registers. LONG: there may be others."""
+    """One row of K entries, or (K 0) of a ragged number. LONG: there may be more than the BLOCK_K that are held."""
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
-    if CSR:
+    if K == 0:
         start, end = tl.load(row_offsets_ptr + row), tl.load(row_offsets_ptr + row + 1)
-        # Padding sorts behind every entry: at the last latent, whose own entries come before it.
-        o_pad = tl.load(row_offsets_ptr + n_rows) + row * n_padding + tl.arange(0, BLOCK_PAD)
-        m_pad = (tl.arange(0, BLOCK_PAD) < n_padding) & (o_pad < n_entries)
-        last = tl.full([BLOCK_PAD], 0, tl.int32) + (n_latents - 1 - shift)
-        tl.store(keys_ptr + o_pad, last.to(keys_ptr.dtype.element_ty), mask=m_pad)
     else:
-        start, end = row * k, row * k + k
+        start, end = row * K, row * K + K
     x = tl.load(x_ptr + row * d_in + o_d, mask=m_d, other=0.0).to(ACC)
     b = tl.load(b_ptr + o_d, mask=m_d, other=0.0).to(ACC)
     scale = (tl.full([], 2.0, ACC) / n_rows) / n_groups
     bag = row * n_groups
 
-    if HOLD:
-        if end - start <= BLOCK_K:
-            o_k = tl.arange(0, BLOCK_K)
-            o = start + o_k
-            m = o < end
-            acts, latents, w = load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC)
-            tl.store(smallest_ptr + row, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
-            if PREFIXES:
-                x_hat = b
-                squared = tl.zeros([BLOCK_D], dtype=ACC)
-                low = 0
-                for g in range(n_groups):
-                    high = group_size(latents_ptr, group_ends_ptr, start, end, g + 1, BLOCK_K)
-                    x_hat += tl.sum(tl.where((o_k >= low) & (o_k < high), acts, 0.0)[:, None] * w, axis=0)
-                    low = high
-                    e = tl.where(m_d, x_hat - x, 0.0)
-                    squared += e * e
-                    tl.store(suffix_ptr + (bag + g) * d_in + o_d, e.to(suffix_ptr.dtype.element_ty), mask=m_d)
-                suffix = tl.zeros([BLOCK_D], dtype=ACC)
-                high = group_size(latents_ptr, group_ends_ptr, start, end, n_groups, BLOCK_K)
-                for i in range(n_groups):
-                    g = n_groups - 1 - i
-                    low = group_size(latents_ptr, group_ends_ptr, start, end, g, BLOCK_K)
-                    at = suffix_ptr + (bag + g) * d_in + o_d  # written above, by the same threads
-                    suffix += scale * tl.load(at, mask=m_d, other=0.0).to(ACC)
-                    tl.store(at, suffix.to(suffix_ptr.dtype.element_ty), mask=m_d)
-                    tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
-                    dacts = tl.sum(w * suffix[None, :], axis=1)
-                    again = tl.load(latents_ptr + o, mask=m, other=0).to(tl.int32)  # fewer registers than to keep them
-                    a = tl.load(acts_ptr + o, mask=m, other=0.0).to(ACC)
-                    m_g = (o_k >= low) & (o_k < high)
-                    store_entries(dacts_ptr, bags_ptr, keys_ptr, o, m_g, dacts, a, again, bag + g + again * 0, shift)
-                    high = low
-            else:
-                x_hat = b + tl.sum(acts[:, None] * w, axis=0)
-                e = tl.where(m_d, x_hat - x, 0.0)
-                squared = e * e
-                suffix = scale * e
-                dacts = tl.sum(w * suffix[None, :], axis=1)
-                tl.store(suffix_ptr + bag * d_in + o_d, suffix.to(suffix_ptr.dtype.element_ty), mask=m_d)
-                tl.store(norms_ptr + bag, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
-                store_entries(dacts_ptr, bags_ptr, keys_ptr, o, m, dacts, acts, latents, bag + latents * 0, shift)
-            tl.store(squared_ptr + row, tl.sum(squared, axis=0))
-            tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
-
+    o_k, o_l = tl.arange(0, BLOCK_K), tl.arange(0, STEP_K)
+    m = start + o_k < end
+    acts, w = load_entries(acts_ptr, latents_ptr, W_ptr, start + o_k, m, d_in, o_d, m_d, ACC)
+    x_hat = b + tl.sum(acts[:, None] * w, axis=0)
+    smallest = tl.full([STEP_K], float("inf"), ACC)
     if LONG:
-        if (end - start > BLOCK_K) | (HOLD == 0):
-            x_hat = b
-            squared = tl.zeros([BLOCK_D], dtype=ACC)
-            smallest = tl.full([STEP_K], float("inf"), ACC)
-            low, high = start, end
-            for g in range(n_groups):
-                if PREFIXES:
-                    high = start + group_size(latents_ptr, group_ends_ptr, start, end, g + 1, 128)
-                for p in range(low, high, STEP_K):
-                    o = p + tl.arange(0, STEP_K)
-                    m = o < high
-                    acts, latents, w = load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC)
-                    x_hat += tl.sum(acts[:, None] * w, axis=0)
-                    smallest = tl.minimum(smallest, tl.where(acts > 0, acts, float("inf")))
-                e = tl.where(m_d, x_hat - x, 0.0)
-                squared += e * e
-                tl.store(suffix_ptr + (bag + g) * d_in + o_d, e.to(suffix_ptr.dtype.element_ty), mask=m_d)
-                low = high
-            suffix = tl.zeros([BLOCK_D], dtype=ACC)
-            low, high = start, end
-            for i in range(n_groups):
-                g = n_groups - 1 - i
-                at = suffix_ptr + (bag + g) * d_in + o_d
-                suffix += scale * tl.load(at, mask=m_d, other=0.0).to(ACC)
-                tl.store(at, suffix.to(suffix_ptr.dtype.element_ty), mask=m_d)
-                tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
-                if PREFIXES:
-                    low = start + group_size(latents_ptr, group_ends_ptr, start, end, g, 128)
-                for p in range(low, high, STEP_K):
-                    o = p + tl.arange(0, STEP_K)
-                    m = o < high
-                    acts, latents, w = load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC)
-                    dacts = tl.sum(w * suffix[None, :], axis=1)
-                    bags = bag + g + latents * 0
-                    store_entries(dacts_ptr, bags_ptr, keys_ptr, o, m, dacts, acts, latents, bags, shift)
-                high = low
-            tl.store(squared_ptr + row, tl.sum(squared, axis=0))
-            tl.store(smallest_ptr + row, tl.min(smallest, axis=0))
-            tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
+        for p in range(start + BLOCK_K, end, STEP_K):
+            more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, p + o_l, p + o_l < end, d_in, o_d, m_d, ACC)
+            x_hat += tl.sum(more[:, None] * w_l, axis=0)
+            smallest = tl.minimum(smallest, tl.where(more > 0, more, float("inf")))
+    tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
+    e = tl.where(m_d, x_hat - x, 0.0)
 
+    if PREFIXES:
+        squared = tl.zeros([BLOCK_D], dtype=ACC)
+        suffix = tl.zeros([BLOCK_D], dtype=ACC)
+        high = (end - start).to(tl.int32)
+        for i in range(n_groups):
+            g = n_groups - 1 - i
+            squared += e * e
+            suffix += scale * e
+            tl.store(suffix_ptr + (bag + g) * d_in + o_d, suffix, mask=m_d)
+            tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
+            low = group_size(latents_ptr, group_ends_ptr, start, end, g, 32)
+            if LONG:
+                for p in range(start + tl.maximum(low, BLOCK_K), start + high, STEP_K):
+                    o = p + o_l
+                    m_l = o < start + high
+                    more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, o, m_l, d_in, o_d, m_d, ACC)
+                    e -= tl.sum(more[:, None] * w_l, axis=0)
+                    dacts_l = tl.sum(w_l * suffix[None, :], axis=1)
+                    store_entries(dacts_ptr, bags_ptr, o, m_l, more, dacts_l, (bag + g).to(tl.int32) + o_l * 0)
+            inside = (o_k >= low) & (o_k < high)
+            tl.store(bags_ptr + start + o_k, (bag + g).to(tl.int32) + o_k * 0, mask=inside)
+            e = tl.where(m_d, e - tl.sum(tl.where(inside, acts, 0.0)[:, None] * w, axis=0), 0.0)
+            w = tl.where(inside[:, None], w * suffix[None, :], w)  # not needed again as it was
+            high = low
+        dacts = tl.sum(w, axis=1)
+        tl.store(dacts_ptr + start + o_k, tl.where(acts > 0, dacts, 0.0), mask=m)
+        tl.store(squared_ptr + row, tl.sum(squared, axis=0))
+    else:
+        suffix = scale * e
+        dacts = tl.sum(w * suffix[None, :], axis=1)
+        store_entries(dacts_ptr, bags_ptr, start + o_k, m, acts, dacts, row.to(tl.int32) + o_k * 0)
+        if LONG:
+            for p in range(start + BLOCK_K, end, STEP_K):
+                o = p + o_l
+                more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, o, o < end, d_in, o_d, m_d, ACC)
+                dacts_l = tl.sum(w_l * suffix[None, :], axis=1)
+                store_entries(dacts_ptr, bags_ptr, o, o < end, more, dacts_l, row.to(tl.int32) + o_l * 0)
+        tl.store(suffix_ptr + row * d_in + o_d, suffix, mask=m_d)
+        squared = tl.sum(e * e, axis=0)
+        tl.store(squared_ptr + row, squared)
+        tl.store(norms_ptr + row, scale * tl.sqrt(squared))
+
+    if K == 0:
+        held = tl.min(tl.where(acts > 0, acts, float("inf")), axis=0)
+        tl.store(smallest_ptr + row, tl.minimum(held, tl.min(smallest, axis=0)))
     if CENTRE:
         c = tl.where(m_d, x - b, 0.0)
-        tl.store(centred_ptr + row * d_in + o_d, c.to(centred_ptr.dtype.element_ty), mask=m_d)
+        tl.store(centred_ptr + row * d_in + o_d, c, mask=m_d)
         tl.store(x_norms_ptr + row, tl.sqrt(tl.sum(c * c, axis=0)))
 
 
@@ -206,11 +165,11 @@ def row_kernel(
 
 
 class Rows(NamedTuple):
-    """What row_kernel leaves, in the sums' dtype but for x_hat (x's); flat entries as in the codes.
+    """What row_kernel leaves, in the sums' dtype but for x_hat (x's).
 
-    x_hat_BD of the last prefix; suffix_RD [B * G, D] and the norms of its rows; x - b_dec and the norms of its rows;
-    of every entry dact, bag (int32) and sort key (`key_type`); of every row the sum of the squared residuals, and the
-    smallest positive activation (infinity if there is none).
+    x_hat_BD of the last prefix; suffix_RD [B * G, D] and the norms of its rows; x - b_dec and the norms of its rows; of
+    every flat entry of the codes its dact and bag (int32); of every row the sum of the squared residuals, and of ragged
+    codes the smallest positive activation (infinity if there is none). Padding has undefined dacts and bags.
     """
 
     x_hat_BD: Tensor
@@ -220,14 +179,8 @@ class Rows(NamedTuple):
     x_norms_B: Tensor
     dacts_M: Tensor
     bags_M: Tensor
-    keys_M: Tensor
     squared_B: Tensor
     smallest_B: Tensor
-
-
-def key_type(n_latents: int) -> tuple[torch.dtype, int]:
-    """(dtype, shift) of sort keys latent - shift: 16 bits take half the passes of 32."""
-    return (torch.int16, 1 << 15) if n_latents <= 1 << 16 else (torch.int32, 0)
 
 
 def whole_row_block(d_in: int, elements_per_thread: int) -> tuple[int, int]:
@@ -238,21 +191,18 @@ def whole_row_block(d_in: int, elements_per_thread: int) -> tuple[int, int]:
     return block_d, max(1, min(16, block_d // (32 * elements_per_thread)))
 
 
-def row_tile(d_in: int, k: int | None) -> dict[str, int | bool]:
-    """Constants of row_kernel for rows of k entries (None: ragged)."""
+def row_tile(d_in: int, k: int) -> dict[str, int | bool]:
+    """Constants of row_kernel for rows of k entries (0: ragged)."""
     block_d, _ = whole_row_block(d_in, 4)
-    block_k = triton.next_power_of_2(min(k or HELD_ENTRIES, HELD_ENTRIES))
-    hold = block_k * block_d <= 2 * HELD_ELEMENTS
-    warps = 4 if block_k * block_d < HELD_ELEMENTS // 2 else 8
-    if hold and block_k * block_d > HELD_ELEMENTS or not hold and block_d > 4096:
-        warps = 16
+    ragged = not 0 < k <= HELD_ENTRIES
+    block_k = HELD_RAGGED if ragged else triton.next_power_of_2(k)
+    block_k = max(1, min(block_k, (1 << 15) // block_d))  # 128 registers a thread at most
     return {
-        "HOLD": hold,
-        "LONG": k is None or k > block_k or not hold,
+        "LONG": k == 0 or k > block_k,
         "BLOCK_K": block_k,
-        "STEP_K": 4 if block_d <= 2048 else 2,
+        "STEP_K": max(1, min(STEP_RAGGED, (1 << 14) // block_d)),
         "BLOCK_D": block_d,
-        "num_warps": warps,
+        "num_warps": 4 if block_k * block_d < 1 << 13 else 8 if block_d <= 2048 else 16,
     }
 
 
@@ -267,11 +217,9 @@ def launch_rows(
     centred: tuple[Tensor, Tensor] | None = None,
 ) -> Rows:
     """Codes as in reference.py: [B, K] without row_offsets, or [M] with. centred: (x - b_dec, its norms) if at hand."""
-    (n_rows, d_in), n_groups, n_latents = x_BD.shape, len(group_ends_G), len(W_dec_SD)
+    (n_rows, d_in), n_groups, n_entries = x_BD.shape, len(group_ends_G), latents.numel()
     sum_dtype, ACC = accumulator(W_dec_SD.dtype)
-    device, n_entries = x_BD.device, latents.numel()
-    key_dtype, shift = key_type(n_latents)
-    new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=device)  # noqa: E731
+    new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=x_BD.device)  # noqa: E731
     rows = Rows(
         x_hat_BD=torch.empty_like(x_BD),
         suffix_RD=new(n_rows * n_groups, d_in),
@@ -279,13 +227,11 @@ def launch_rows(
         centred_BD=new(n_rows, d_in) if centred is None else centred[0],
         x_norms_B=new(n_rows) if centred is None else centred[1],
         dacts_M=new(n_entries),
-        bags_M=torch.empty(n_entries, dtype=torch.int32, device=device),
-        keys_M=torch.empty(n_entries, dtype=key_dtype, device=device),
+        bags_M=torch.empty(n_entries, dtype=torch.int32, device=x_BD.device),
         squared_B=new(n_rows),
         smallest_B=new(n_rows),
     )
-    csr = row_offsets is not None
-    n_padding = triton.cdiv(n_entries, n_rows)
+    k = latents.shape[1] if row_offsets is None else 0
     row_kernel[(n_rows,)](
         x_BD.contiguous(),
         acts.contiguous(),
@@ -294,29 +240,14 @@ def launch_rows(
         group_ends_G,
         W_dec_SD,
         b_dec_D,
-        rows.x_hat_BD,
-        rows.suffix_RD,
-        rows.centred_BD,
-        rows.dacts_M,
-        rows.bags_M,
-        rows.keys_M,
-        rows.squared_B,
-        rows.norms_R,
-        rows.x_norms_B,
-        rows.smallest_B,
+        *rows,
         n_rows,
-        n_entries,
         n_groups,
-        0 if csr else latents.shape[1],
-        n_latents,
-        shift,
-        n_padding,
         d_in,
-        CSR=csr,
+        K=k,
         PREFIXES=n_groups > 1,
         CENTRE=centred is None,
-        BLOCK_PAD=triton.next_power_of_2(max(n_padding, 1)),
         ACC=ACC,
-        **row_tile(d_in, None if csr else latents.shape[1]),
+        **row_tile(d_in, k),
     )
     return rows

@@ -10,7 +10,8 @@ Imported for a GPU's tensors only: these modules load Triton. What changes from 
 that a captured CUDA graph can be replayed. docs/kernels.md section 4
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide, launch_totals
 from saevlm_fast.kernels.latent_update_triton import Low, Scalars, launch_update
-from saevlm_fast.kernels.step_entries_triton import launch_entries
+from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
 from saevlm_fast.kernels.step_rows_triton import launch_rows
 
 Moments = tuple[Tensor, Tensor]
+
+_side_streams: dict[int, torch.cuda.Stream] = {}  # of every device: one for all steps
 
 
 class Trained(NamedTuple):
@@ -90,11 +93,13 @@ def gpu_step(
     """
     acts, latents, row_offsets = codes
     n_latents, parameters = len(trained.idle_S), trained.parameters
-    rows = launch_rows(
-        x_BD, acts, latents, row_offsets, group_ends_G, parameters["W_dec"], parameters["b_dec"], centred
-    )
-    keys_M, order_M = torch.sort(rows.keys_M, stable=True)
-    entries = launch_entries(acts, row_offsets, rows, order_M, keys_M, n_latents, len(group_ends_G))
+    with _beside(x_BD) as side:
+        with side:
+            order = launch_order(latents, row_offsets, n_latents)
+        rows = launch_rows(
+            x_BD, acts, latents, row_offsets, group_ends_G, parameters["W_dec"], parameters["b_dec"], centred
+        )
+    entries = launch_entries(acts, rows, order)
     totals = launch_totals(entries, rows, parameters["W_enc"], trained.idle_S)
     aux = auxiliary(rows.x_hat_BD)
     aux_dec, aux_enc, aux_numbers, aux_db_D = _aux_inputs(aux, parameters["W_enc"], totals.db_enc_S)
@@ -114,6 +119,24 @@ def gpu_step(
     W_enc, b_enc = trained.state("W_enc"), trained.state("b_enc")
     launch_update(entries, totals.db_enc_S, scalars, W_enc, b_enc, aux_enc, trained.low)
     return rows.x_hat_BD, decision.losses
+
+
+@contextmanager
+def _beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
+    """A context whose kernels run beside those outside it: sorting keeps few of a GPU's processors busy.
+
+    Memory is safe without record_stream: either stream goes on only when the other is done with what it has been given.
+    """
+    if not x_BD.is_cuda:
+        yield nullcontext()
+        return
+    stream = torch.cuda.current_stream()
+    if x_BD.device.index not in _side_streams:
+        _side_streams[x_BD.device.index] = torch.cuda.Stream(x_BD.device)
+    side = _side_streams[x_BD.device.index]
+    side.wait_stream(stream)
+    yield torch.cuda.stream(side)
+    stream.wait_stream(side)
 
 
 def _settings(recipe: Recipe) -> dict[str, float]:
