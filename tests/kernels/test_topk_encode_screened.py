@@ -112,21 +112,22 @@ def test_bounds_hold(seed, d_in, scales, spread):
     assert bool(sound_B.all()) or float(slack_BS.max()) > 1e29
     error_BS = (z_BS - v_BS).abs() - ROUNDING * v_BS.abs()
     assert bool((error_BS <= slack_BS)[sound_B].all())
-    lower_BG = chunk.lower_RG().double()
-    z_BG = torch.nn.functional.pad(z_BS, (0, -130 % GROUP), value=-torch.inf).unflatten(1, (-1, GROUP)).amax(2)
-    assert bool((lower_BG <= z_BG)[sound_B].all())
 
 
 @pytest.mark.parametrize("rounded", ["x", "W_enc"])
 def test_bounds_are_reached(rounded):
-    """All roundings of a factor in one direction, and a sum near 0: the error is all that the slack allows for."""
+    """All roundings of a factor in one direction, and a sum near 0: the error is all that the slack allows for.
+
+    Of W_enc it allows for what bfloat16 can do at most, whether or not it does.
+    """
     d_in, error = 64, 0.99 * 2.0**-8
     ones_1D, hard_1D = torch.ones(1, d_in), torch.tensor([1 + error, -(1 + 2.0**-7 - error)]).repeat(1, d_in // 2)
     x_BD, W_SD = (hard_1D, ones_1D) if rounded == "x" else (ones_1D, hard_1D)
     (chunk,) = _chunks(x_BD, W_SD.t(), torch.zeros(1), torch.zeros(d_in), None)
     v = chunk.pre_RP.view(torch.bfloat16)[0, 0].double()
     found = float((x_BD.double() @ W_SD.double().t() - v).abs())
-    assert 0.95 * float(chunk.slack_RG) < found < float(chunk.slack_RG)
+    allowed = float(chunk.slack_RG) - (float(x_BD.norm() * W_SD.norm()) * 2.0**-8 if rounded == "x" else 0)
+    assert 0.95 * allowed < found < allowed
 
 
 @pytest.mark.usefixtures("only_screening")
@@ -143,9 +144,10 @@ def test_outputs_round_too():
     steps = 1 + torch.arange(128) / 128
     x_BD, W_SD = steps[:, None], steps[:, None]
     (chunk,) = _chunks(x_BD, W_SD.t(), torch.zeros(128), torch.zeros(1), None)
-    z_BG = (x_BD @ W_SD.t()).double().unflatten(1, (-1, GROUP)).amax(2)
-    assert bool((chunk.maxima_RG.view(torch.bfloat16) > z_BG).any())
-    assert bool((chunk.lower_RG() <= z_BG).all())
+    z_BS, v_BS = (x_BD @ W_SD.t()).double(), chunk.pre_RP.view(torch.bfloat16).double()
+    slack_BS = chunk.slack_RG.repeat_interleave(GROUP, 1)
+    assert bool(((z_BS - v_BS).abs() > 2.0**-9 * v_BS.abs()).any())
+    assert bool(((z_BS - v_BS).abs() <= slack_BS + ROUNDING * v_BS.abs()).all())
     bias = torch.tensor([1 + 0.99 * 2.0**-8])
     (chunk,) = _chunks(torch.ones(1, 1), -torch.ones(1, 1), bias, torch.zeros(1), None)
     v = float(chunk.pre_RP.view(torch.bfloat16)[0, 0])
