@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .common import GROUP, Workspace
 from .grouping import group_by_latent_cpu
+from .low_product_speed import low_products_pay
 from .sparse_decode import gather_dot_op
 from .topk_encode_cpu import (
     BUFFER_BYTES,
@@ -47,6 +48,7 @@ LOW = torch.bfloat16
 UNIT_ROUNDOFF = 2.0**-8  # of LOW
 ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: a library may round before it adds the bias, and again
 MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
+MIN_PRODUCT = 2**27  # multiplications, a few milliseconds in float32: below, there is little to win
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
 MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
 _CAST_ROWS = 256  # latents rounded at a time: they stay in cache
@@ -104,12 +106,12 @@ class Chunk(NamedTuple):
 
 
 def screens(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
-    """Whether the low product is the faster way here: float32, matrix units, W_enc in [d_sae, d_in] order in memory."""
-    # torch.cpu.get_capabilities() would be the public way, but torch 2.11 lacks it.
-    fast = torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()
+    """Whether the low product is the faster way here: float32, W_enc in [d_sae, d_in] order in memory, a large product
+    of many rows, low products that pay on this CPU (which the first such call may have to measure)."""
     float32 = x_BD.dtype == W_enc_DS.dtype == torch.float32 and W_enc_DS.t().is_contiguous()
-    large = len(x_BD) >= MIN_ROWS and W_enc_DS.shape[1] >= 4 * k * GROUP
-    return fast and x_BD.device.type == "cpu" and float32 and large
+    d_sae = W_enc_DS.shape[1]
+    large = len(x_BD) >= MIN_ROWS and d_sae >= 4 * k * GROUP and x_BD.numel() * d_sae >= MIN_PRODUCT
+    return x_BD.device.type == "cpu" and float32 and large and low_products_pay()
 
 
 def topk_encode_screened(
