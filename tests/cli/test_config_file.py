@@ -4,17 +4,17 @@ import os
 import tomllib
 
 import pytest
-import tomli_w
 
 from command import run, run_json
 from saevlm_fast.cli.options import COMMANDS, arguments
+from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.settings import settings_of
 
 TRAIN = {"k": 4, "steps": 20, "batch_size": 64, "lr": 3e-3, "device": "cpu"}
 
 
 def written(path, **tables):
-    path.write_text(tomli_w.dumps(tables))
+    path.write_text(toml_text(tables))
     return path
 
 
