@@ -48,9 +48,9 @@ class LowWeights(NamedTuple):
         """Rows from `start` on become those of W_CD, float32."""
         rows = self.rows(start, start + len(W_CD))
         if self.W_SD.dtype == CUDA_DTYPE:
-            from .topk_encode_screen_triton import launch_low_rows
+            from .topk_encode_screen_triton import launch_low_weights
 
-            launch_low_rows(W_CD, *rows)
+            launch_low_weights(W_CD, *rows)
         else:
             rows._write_cpu(W_CD)
 
