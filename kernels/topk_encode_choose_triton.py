@@ -336,7 +336,7 @@ def write_kept(
     POOL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row's kept values and their latents from slot on. POOL: latents are listed, else a value's place is its latent."""
+    """A row's kept values and latents from slot on. POOL: latents are listed, else a value's place is its latent."""
     for p in range(0, n_values, BLOCK):
         o = p + tl.arange(0, BLOCK)
         mask = o < n_values
@@ -386,7 +386,7 @@ def write_kernel(
 
 
 def launch_nth_key(screen: Screen, pool: Pool, n: int, histogram_4: Tensor, found_2: Tensor) -> None:
-    """Writes into found the n-th largest key of the chunk, 0 if fewer are positive, and how many equal ones are kept."""
+    """Writes into found the n-th largest key of the chunk (0: fewer are positive) and how many equal ones are kept."""
     for i, shift in enumerate(KEY_BITS):
         digit_kernel[(multiprocessors(found_2.device),)](
             pool.value_M,

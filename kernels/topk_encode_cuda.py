@@ -66,7 +66,7 @@ def topk_encode_screened_cuda(
     low: LowWeights | None = None,
     centred: Centred | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """topk_encode: (acts [B, K], latents [B, K] int64). low: those of W_enc, if at hand; centred is written if given."""
+    """topk_encode: (acts [B, K], latents [B, K] int64). low: those of W_enc, if at hand; centred is written."""
     from .topk_encode_choose_triton import launch_topk_of_pool
     from .topk_encode_list_triton import launch_list
     from .topk_encode_redo_triton import launch_redo_product, launch_redo_topk

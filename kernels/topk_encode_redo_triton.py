@@ -82,9 +82,9 @@ def redo_topk_kernel(
 ):
     """The codes of the rows that were done again."""
     n, whole = rows_to_redo(counters_ptr, capacity, n_rows, False)
-    for f in range(tl.program_id(0), n, tl.num_programs(0)):
-        row = f.to(tl.int64)
-        p_z = z_ptr + row * d_sae
+    for f in range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0)):  # int64: f * d_sae may pass 2^31
+        p_z = z_ptr + f * d_sae
+        row = f
         if whole == 0:
             row = tl.load(failed_ptr + f).to(tl.int64)
         topk_of_row(p_z, d_sae, k, acts_ptr + row * k, latents_ptr + row * k, BLOCK)

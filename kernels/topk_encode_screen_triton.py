@@ -96,7 +96,7 @@ def low_rows_kernel(
     width,
     BLOCK_D: tl.constexpr,
 ):
-    """x - b_dec of a row, its norm, the power of two below that, the float16 copy in its units and that copy's error."""
+    """x - b_dec of a row, its norm, the power of two below, the float16 copy in its units, its error."""
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros([BLOCK_D], dtype=tl.float32)
     for d in range(0, d_in, BLOCK_D):
@@ -190,7 +190,7 @@ def with_bias(
     BLOCK_S: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The tile with the bias in the rows' units, -inf from d_sae on; writes its group maxima. No ReLU: v > 0 is asked."""
+    """The tile with the bias in the rows' units, -inf from d_sae on; writes its group maxima. No ReLU."""
     o_b, o_s = first_b + tl.arange(0, BLOCK_B), first_s + tl.arange(0, BLOCK_S)
     inverse = tl.load(inverse_ptr + o_b, mask=o_b < n_rows, other=1.0)
     bias = tl.load(b_enc_ptr + o_s, mask=o_s < d_sae, other=-float("inf"))
