@@ -61,8 +61,8 @@ def assert_sums(actual, truth, tolerance: float) -> None:
 def test_cpu_against_reference(shape, similarity, monkeypatch):
     # Small blocks, so that these shapes meet several tiles, latent panels, batches and heavy segments.
     monkeypatch.setattr(pairwise_similarity, "_CPU_IMAGE_BLOCK", 50)
-    monkeypatch.setattr(pairwise_similarity, "_CPU_PAIR_BLOCK", 30)
-    monkeypatch.setattr(pairwise_similarity, "_CPU_LATENT_BLOCK", 7)
+    monkeypatch.setitem(pairwise_similarity._PAIR_BLOCK, "cpu", 30)
+    monkeypatch.setattr(pairwise_similarity, "_LATENT_BLOCK", 7)
     monkeypatch.setattr(pairwise_similarity, "_CPU_BATCH_ELEMENTS", 5000)
     monkeypatch.setattr(pairwise_similarity, "_CPU_SEGMENT_BLOCKS", (4, 12))
     monkeypatch.setattr(pairwise_similarity, "_CPU_RUN", 5)
@@ -88,7 +88,7 @@ def test_tiles_of_a_latent_on_many_images_stay_small(monkeypatch):
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_cpu_neurons_of_any_condition(similarity, monkeypatch):
     """Latents that one image dominates more and more: the closed form, beyond some point blocks, never a lost digit."""
-    monkeypatch.setattr(pairwise_similarity, "_CPU_PAIR_BLOCK", 7)
+    monkeypatch.setitem(pairwise_similarity._PAIR_BLOCK, "cpu", 7)
     generator = torch.Generator().manual_seed(3)
     r_NK = torch.rand(40, 36, generator=generator, dtype=torch.float64)
     r_NK[torch.arange(36), torch.arange(36)] = 10.0 ** torch.arange(36, dtype=torch.float64)
