@@ -53,7 +53,7 @@ def row_sums(x_nK: Tensor, squared: bool) -> Tensor:
     """Float64 sum (of squares) of every row, converted a few rows at a time."""
     blocks = (x_bK.to(torch.float64) for x_bK in x_nK.split(_BLOCK_ROWS[x_nK.device.type]))
     sums = [x_bK.square().sum(1) if squared else x_bK.sum(1) for x_bK in blocks]
-    return torch.cat(sums) if sums else x_nK.new_zeros(0, dtype=torch.float64)
+    return torch.cat(sums) if len(sums) > 1 else sums[0]
 
 
 # --- range ---
@@ -251,7 +251,7 @@ class KeptPairs:
         """num and den [S] of the score over all images."""
         if not self._images:
             return torch.zeros_like(low_S), torch.zeros_like(low_S)
-        emb_NE = torch.cat([images.emb_nE for images in self._images]).to(self.device)
+        emb_NE = Embeddings.join(self._images).emb_nE
         if self._dense:
             acts_NK = torch.cat([acts_nK.to(torch.float64) - low_S for acts_nK in self._dense])
             return pairwise_sums(acts_NK, emb_NE, self.similarity, self.gamma)
