@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saevlm_fast.kernels.latent_range import latent_range
 from saevlm_fast.kernels.pairwise_similarity import inner_product_sums, pairwise_gram_sums, pairwise_sums
 from saevlm_fast.kernels.streamed_cosine import (
     StreamedState,
@@ -108,16 +109,9 @@ class CodesRange(ActivationRange):
 
     def observe(self, grouped: GroupedCodes, n_rows: int) -> Tensor:
         """Takes n_rows >= 1 images in, activations float64; returns by how much every latent's minimum fell."""
-        counts_S = grouped.offsets_S1.diff()
-        always = torch.nonzero(counts_S == n_rows).squeeze(1)
-        acts_An = grouped.acts_M[grouped.offsets_S1[always, None] + torch.arange(n_rows, device=always.device)]
-        chunk_low_S = torch.zeros_like(self.low_S)
-        chunk_low_S[always] = acts_An.amin(1)
-        at_low_S = torch.zeros_like(self.n_low_S)
-        at_low_S[always] = (acts_An == chunk_low_S[always, None]).sum(1)
-        high_S = torch.zeros_like(self.high_S).scatter_reduce_(0, grouped.latents_M, grouped.acts_M, "amax")
-        self.n_active_S += counts_S
-        return self._merge(chunk_low_S, high_S, at_low_S, n_rows)
+        low_S, high_S, at_low_S = latent_range(grouped.acts_M, grouped.offsets_S1, n_rows)
+        self.n_active_S += grouped.offsets_S1.diff()
+        return self._merge(low_S, high_S, at_low_S, n_rows)
 
     def _n_above(self) -> Tensor:
         return torch.where(self.low_S > 0, self.n_images - self.n_low_S, self.n_active_S)
