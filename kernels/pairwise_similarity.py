@@ -135,7 +135,7 @@ def well_conditioned(total_K: Tensor, square_K: Tensor) -> Tensor:
     return total_K.square() - square_K > 2e-2 * total_K.square()
 
 
-# --- inner products, on any device --------------------------------------------------------------------------------------
+# --- inner products, on any device ------------------------------------------------------------------------------------
 
 
 class InnerProductSums(NamedTuple):
@@ -150,7 +150,7 @@ class InnerProductSums(NamedTuple):
 def inner_product_sums(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor) -> InnerProductSums:
     """num by the closed form, block by block for latents that one image (its activation by its norm) dominates.
 
-    r in any floating dtype and >= 0 for the accuracy told above, embeddings and their squared norms float64. A device is
+    r in any floating dtype, >= 0 for the accuracy told above; embeddings and their squared norms float64. A device is
     asked once, whether there are dominated latents.
     """
     r_NK, total_K, den_K, square_K, norm_K = _column_sums(r_NK, sqnorm_N)

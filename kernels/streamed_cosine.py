@@ -65,7 +65,7 @@ def streamed_cosine_update(
     Codes grouped by latent: latent s fires on images[offsets[s]:offsets[s + 1]] (int64, rows of emb_NE, not checked)
     with activations acts [M] (any float dtype); offsets [S + 1] int64 ascend from 0, entries at or after offsets[S] are
     ignored. The chunk's vectors u are scale [N] (float64, 1 by default) times the rows of emb [N, E] (any float dtype):
-    embeddings and 1 / their norms for cosine. Deterministic: no atomics. ValueError: shapes that do not match the state.
+    embeddings and 1 / their norms for cosine. Deterministic: no atomics. ValueError: shapes that do not match.
     """
     n_latents, d_emb = state.sums_SE.shape
     shapes = tuple(acts_M.shape), tuple(images_M.shape)

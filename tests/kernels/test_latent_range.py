@@ -8,7 +8,7 @@ from static_compile import TARGETS, Case, assert_no_spills
 
 
 def make_codes(n_images: int, n_latents: int):
-    """Grouped codes and dense activations; a latent that never fires, one always, one always with ties, the rest some."""
+    """Grouped codes and dense activations; latents that fire never, always, always with ties, now and then."""
     generator = torch.Generator().manual_seed(0)
     acts_NS = torch.rand(n_images, n_latents, generator=generator, dtype=torch.float64) + 0.1
     fires_NS = torch.rand(n_images, n_latents, generator=generator) < 0.4
