@@ -62,7 +62,7 @@ class Sizes(NamedTuple):
 
 
 SMALL = Sizes(n_rows=90, d_in=8, d_run=24, d_sae=24, k=3)  # some kilobytes each
-LARGE = Sizes(n_rows=3500, d_in=32, d_run=100, d_sae=960, k=16)  # a quarter of a megabyte each
+LARGE = Sizes(n_rows=3000, d_in=32, d_run=50, d_sae=1920, k=15)  # a megabyte together
 
 
 class Target(NamedTuple):
@@ -114,13 +114,13 @@ def read_store(path: Path) -> Any:
     """As training and the score read it."""
     store = open_activations(path)
     rows = store.rows(torch.arange(store.n_rows))
-    chunks = torch.cat([x for _, x in store.chunks(1024)])
+    chunks = torch.cat([x for _, x in store.chunks(1 << 16)])
     return digest(rows), digest(chunks), store.items().to_pydict(), store.source
 
 
 def read_codes(path: Path) -> Any:
     codes = open_codes(path)
-    parts = [digest(*each.csr()) for _, each in codes.chunks(1024)]
+    parts = [digest(*each.csr()) for _, each in codes.chunks(1 << 16)]
     return parts, codes.items().to_pydict(), codes.source, codes.d_sae
 
 
@@ -173,7 +173,7 @@ def outcome(target: Target, directory: Path, expected: Any, file: Path, position
     with open(altered, "r+b", buffering=0) as stream:
         whole = os.pread(stream.fileno(), 1, position)
         os.pwrite(stream.fileno(), bytes([whole[0] ^ 1 << bit]), position)
-    before = _signatures(directory) if target.writes else None
+    before = _signatures(directory) if target.writes else {}
     try:
         found = target.read(directory)
     except (ValueError, OSError) as error:
@@ -183,18 +183,30 @@ def outcome(target: Target, directory: Path, expected: Any, file: Path, position
     except Exception as error:
         return "traceback", f"{type(error).__name__}: {error}"
     finally:
-        if target.writes and _signatures(directory) != before:
-            _copy(target, directory)
+        if target.writes:
+            _restore(target, directory, before, altered)
         else:
             with open(altered, "r+b", buffering=0) as stream:
                 os.pwrite(stream.fileno(), whole, position)
     return ("harmless" if found == expected else "silent"), ""
 
 
-def _signatures(directory: Path) -> dict[str, tuple[int, int, int]]:
-    """What is there: all that a write, a rename or a removal changes."""
-    statuses = {str(path): path.lstat() for path in directory.rglob("*")}
-    return {name: (status.st_ino, status.st_size, status.st_mtime_ns) for name, status in statuses.items()}
+def _signatures(directory: Path) -> dict[Path, tuple[int, int]]:
+    """Every file there, and what a write, a rename or a removal changes of it."""
+    statuses = {path.relative_to(directory): path.stat() for path in directory.rglob("*") if path.is_file()}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in statuses.items()}
+
+
+def _restore(target: Target, directory: Path, before: dict[Path, tuple[int, int]], altered: Path) -> None:
+    """Undoes what a reader that writes has written since, and the alteration."""
+    after = _signatures(directory)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    for name in changed | {altered.relative_to(directory)}:
+        if name in before:
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(target.directory / name, directory / name)
+        else:
+            (directory / name).unlink()
 
 
 def _copy(target: Target, directory: Path) -> None:
@@ -210,7 +222,8 @@ def run(
     if target.writes:
         directory = target.root / "copy" / target.directory.name
         _copy(target, directory)
-        (directory.parent / "store").symlink_to(target.root / "store")
+        if not (directory.parent / "store").exists():
+            (directory.parent / "store").symlink_to(target.root / "store")
     expected = target.read(directory)
     if target.writes:
         _copy(target, directory)
