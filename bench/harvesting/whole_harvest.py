@@ -279,9 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=new_file, required=True)
     parser.add_argument("--directory", type=directory, help="where photos and stores go for the time being")
-    parser.add_argument(
-        "--tower", choices=TOWERS, default="large", help="CLIP ViT-L/14-336, or one for trying this out"
-    )
+    parser.add_argument("--tower", choices=TOWERS, default="large", help="CLIP ViT-L/14-336, or a small one")
     parser.add_argument("--images", type=positive, default=6144)
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="bfloat16")
