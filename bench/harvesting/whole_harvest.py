@@ -183,26 +183,19 @@ def photo_rates(tower: Tower, paths: list[Path], batch: int, processes: int, sec
 
 
 def timed_harvest(tower: Tower, photos: Path, config: HarvestConfig, output: Path, workers: int) -> dict[str, Any]:
-    """One harvest: its seconds in all, by part, waiting, and before its first batch."""
+    """One harvest: its seconds in all, by part, and those in which the tower had no batch."""
     source = open_images(str(photos))
-    times: list[float] = []
     with clocks(PARTS) as spans:
         start = time.perf_counter()
-        summary = run_module.harvest(
-            source,
-            tower,
-            config,
-            HarvestOptions(output, workers=workers),
-            on_images=lambda done, total, skipped: times.append(time.perf_counter()),
-        )
+        summary = run_module.harvest(source, tower, config, HarvestOptions(output, workers=workers))
         end = time.perf_counter()
-    loop_start = next(begin for name, begin, _ in spans if name == "loop")
+    loop_start = min(begin for name, begin, _ in spans if name == "loop")
+    first_batch = min(begin for name, begin, _ in spans if name == "of it, queueing forwards") - loop_start
     return {
         "images": summary.n_images,
         "seconds": end - start,
-        "first_batch_after": times[0] - loop_start,
-        "waiting": summary.waiting,
-        "waiting_after_first": summary.waiting - (times[0] - loop_start),
+        "waiting_for_the_first_batch": first_batch,
+        "waiting_for_the_others": max(0.0, summary.waiting - first_batch),
         "parts": seconds_of(spans),
     }
 
