@@ -1,6 +1,8 @@
 """Steps in CUDA graphs: the eager steps' bits, and eager steps wherever a replay would be wrong."""
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,3 +175,142 @@ def test_lengths_of_the_list_of_dead_latents_are_few_and_near():
         sizes = {bound: padded_size(bound, d_sae) for bound in range(d_sae + 1)}
         assert all(bound <= size <= d_sae and size - bound < max(256, bound / 8 + 1) for bound, size in sizes.items())
         assert len(set(sizes.values())) <= 50
+
+
+# Without a GPU: when steps are captured and when they are not ------------------------------------------------------
+
+
+class FakeGraph:
+    """Replays what was done while it was captured."""
+
+    def replay(self):
+        self.calls()
+
+
+class FakeCapture:
+    fails = False
+
+    def __init__(self, graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local", "loader threads go on meanwhile"
+        self.graph = graph
+
+    def __enter__(self):
+        if self.fails:
+            raise RuntimeError("operation not permitted\nwhile a stream is capturing")
+
+    def __exit__(self, *exception):
+        self.graph.calls = lambda: None
+
+
+class FakeStepper:
+    """On no device at all: notes how its steps were taken."""
+
+    def __init__(self):
+        self.W_dec = torch.zeros(5, 3)
+        self.sae = SimpleNamespace(W_dec=self.W_dec, threshold=torch.zeros(()))
+        self.idle_S = SimpleNamespace(is_cuda=True, device="cuda", data_ptr=lambda: 1)
+        self.bad_step, self.moments = torch.zeros(()), {}
+        self.n_listed, self.current, self.taken = 0, True, []
+
+    def parameters(self):
+        return {"W_dec": self.W_dec}
+
+    def announce(self, n_rows):
+        self.taken.append("announced")
+
+    def low_is_current(self):
+        return self.current
+
+    def device_step(self, x_BD):
+        self.taken[-1] = "eager" if self.taken[-1] == "announced" else "both"
+        return len(x_BD)
+
+    def was_replayed(self):
+        self.taken[-1] = "replayed"
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    monkeypatch.setattr(FakeCapture, "fails", False)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+
+
+def take(steps, n, n_rows=4, **changes):
+    """How n steps on n_rows rows were taken."""
+    for name, value in changes.items():
+        setattr(steps.stepper, name, value)
+    before = len(steps.stepper.taken)
+    outputs = [steps.step(torch.zeros(n_rows, 3)) for _ in range(n)]
+    assert outputs == [n_rows] * n
+    return " ".join(steps.stepper.taken[before:])
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_shapes_are_captured_once_after_two_eager_steps():
+    steps = CapturedSteps(FakeStepper())
+    assert take(steps, 4) == "eager eager replayed replayed"
+    assert take(steps, 3, n_listed=256) == "eager eager replayed"
+    assert take(steps, 2, n_listed=0) == "replayed replayed"
+    assert take(steps, 3, n_rows=2) == "eager eager replayed"
+    assert take(steps, 1, n_rows=4) == "replayed"
+    assert (steps.n_eager, steps.n_replayed, steps.n_captured) == (6, 7, 3)
+    assert steps.metrics() == {"details/eager_share": 6 / 13}
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_what_a_replay_would_not_see_is_stepped_eagerly_or_captured_anew():
+    steps = CapturedSteps(FakeStepper())
+    take(steps, 3)
+    assert take(steps, 1, current=False) == "eager"
+    assert take(steps, 1, current=True) == "replayed"
+    assert steps.n_captured == 1
+    assert take(steps, 1, bad_step=torch.zeros(())) == "replayed"
+    assert steps.n_captured == 2
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_few_graphs_are_kept():
+    steps = CapturedSteps(FakeStepper())
+    for n_listed in range(12):
+        take(steps, 3, n_listed=n_listed)
+    assert len(steps._graphs) == 8
+    assert steps.n_captured == 12
+    assert take(steps, 1, n_listed=11) == "replayed"
+    assert steps.n_captured == 12
+    take(steps, 1, n_listed=0)
+    assert steps.n_captured == 13
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_capture_that_fails_is_told_once_and_not_tried_again(monkeypatch):
+    steps = CapturedSteps(FakeStepper())
+    monkeypatch.setattr(FakeCapture, "fails", True)
+    take(steps, 2)
+    with pytest.warns(UserWarning, match="not captured in a CUDA graph: operation not permitted$"):
+        assert take(steps, 1) == "eager"
+    assert take(steps, 3) == "eager eager eager"
+    assert steps.n_captured == 0
+
+
+def test_a_cpus_steps_and_those_that_are_not_to_be_captured_are_eager():
+    stepper, _, data = make("topk")
+    steps = CapturedSteps(stepper)
+    for _ in range(4):
+        assert steps.input(61) is None
+        assert steps.step(data[:61]).x_hat_BD.shape == (61, 24)
+    assert (steps.n_eager, steps.n_replayed, steps.metrics()) == (4, 0, {})
+    fake = CapturedSteps(FakeStepper(), capture=False)
+    fake.stepper.idle_S = torch.zeros(5)
+    assert take(fake, 4) == "eager eager eager eager"
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_batch_that_does_not_fit_is_refused_before_anything_moves():
+    steps = CapturedSteps(FakeStepper())
+    with pytest.raises(ValueError, match=r"x_BD: shape is \[4, 2\]; \[4, 3\] is needed"):
+        steps.step(torch.zeros(4, 2))
+    assert steps.stepper.taken == []
