@@ -71,13 +71,15 @@ def _seconds_a_step(sae_config: "SAEConfig", config: "TrainConfig", batch_size: 
     import torch
 
     from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.training.capture import CapturedSteps
     from saevlm_fast.training.step import Stepper
 
     sae = SparseAutoencoder(sae_config, device=device)
     sae.reset_parameters(config.seed)
-    stepper = Stepper(sae, config)
+    stepper = CapturedSteps(Stepper(sae, config))
     x_BD = torch.randn(batch_size, sae_config.d_in, device=device)
-    stepper.step(x_BD)  # compiles, allocates
+    for _ in range(1 if device.type == "cpu" else 3):  # compiles, allocates; a GPU's third captures
+        stepper.step(x_BD)
 
     def wait() -> None:
         if device.type == "cuda":
