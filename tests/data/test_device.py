@@ -77,7 +77,7 @@ def test_uploaded_batches_are_the_hosts(dtype, device, tmp_path):
     order = ShuffledRows(data, 100, seed=4)
     for start, n_steps in ((0, 60), (7, 1), (5, 0)):
         expected = [x for _, x in batches(data, order, start, n_steps)]
-        found = [x.float() for x in uploaded_batches(data, order, start, n_steps, device)]
+        found = [x.float().clone() for x in uploaded_batches(data, order, start, n_steps, device)]
         assert len(found) == n_steps
         assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found))
 
