@@ -17,6 +17,7 @@ from typing import Any
 
 from saevlm_fast import __version__
 from saevlm_fast.cli.options import MADE, Options, key_of, ordered
+from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.settings import settings_of
 
 SETTINGS_FILE = "settings.toml"
@@ -43,8 +44,6 @@ class Record:
         """Atomically. OSError: it cannot be written."""
         if self.written:
             return
-        import tomli_w
-
         from saevlm_fast.files import atomic_write
 
         made = made_by(self.options) | ({"resolved": self.resolved} if self.resolved else {})
@@ -56,7 +55,7 @@ class Record:
         note = f"# Repeat it: saevlm-fast {self.command} {other}--config {path.name}"
         note += "\n" if other else ", and another --output\n"
         with atomic_write(path) as temporary:
-            temporary.write_text(note + tomli_w.dumps(document), encoding="utf-8")
+            temporary.write_text(note + toml_text(document), encoding="utf-8")
         self.written = True
 
 

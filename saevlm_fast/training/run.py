@@ -77,7 +77,7 @@ def train(
         kept.begin(state)
         with (
             interruptible() as interrupted,
-            tf32_products(config.dtype == "tf32"),
+            tf32_products(False),
             one_thread(small),
             closing(line),
         ):

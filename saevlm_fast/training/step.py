@@ -26,7 +26,6 @@ from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
-from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
 from saevlm_fast.kernels.topk_encode_screened import (
     LowWeights,
     batch_topk_encode_screened,
@@ -223,11 +222,6 @@ class Stepper:
         self, x_BD: Tensor
     ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
         """TopK and BatchTopK, with the low copy of W_enc that they work with."""
-        if self.config.dtype == "bfloat16":
-            W_low_DS = self._low_W_enc(Tensor, _empty_bfloat16).T
-            return partial(topk_encode_rescored, W_low_DS=W_low_DS), partial(
-                batch_topk_encode_rescored, W_low_DS=W_low_DS
-            )
         if screens(x_BD, self.sae.W_enc, self.sae.config.k):
             low = self._low_W_enc(LowWeights, _empty_low_weights)
             return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
@@ -302,10 +296,6 @@ class Stepper:
         """Adam's settings in the announced step, the n_steps-th."""
         lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
         return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
-
-
-def _empty_bfloat16(W_enc_SD: Tensor) -> Tensor:
-    return torch.empty_like(W_enc_SD, dtype=torch.bfloat16)
 
 
 def _empty_low_weights(W_enc_SD: Tensor) -> LowWeights:
