@@ -28,6 +28,9 @@ from torch import Tensor
 from .common import GROUP, Workspace
 from .grouping import group_by_latent_cpu
 from .low_product_speed import low_products_pay
+from .low_weights import CPU_DTYPE as LOW
+from .low_weights import CPU_ROUNDOFF as UNIT_ROUNDOFF
+from .low_weights import TINY, LowWeights
 from .sparse_decode import gather_dot_op
 from .topk_encode_cpu import (
     BUFFER_BYTES,
@@ -44,47 +47,13 @@ from .topk_encode_cpu import (
     workspace,
 )
 
-LOW = torch.bfloat16
-UNIT_ROUNDOFF = 2.0**-8  # of LOW
 ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: a library may round before it adds the bias, and again
 MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MIN_PRODUCT = 2**27  # multiplications, a few milliseconds in float32: below, there is little to win
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
 MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
-_CAST_ROWS = 256  # latents rounded at a time: they stay in cache
-_TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
+_TINY = TINY[LOW]
 _panel, _error, _centred = Workspace(), Workspace(), Workspace()
-
-
-class LowWeights(NamedTuple):
-    """Rows of W_enc in bfloat16, with upper bounds of |w| and |w - w~|: what a product needs of them besides b_enc."""
-
-    W_SD: Tensor
-    norm_S: Tensor
-    error_S: Tensor
-
-    @staticmethod
-    def empty(d_sae: int, d_in: int) -> "LowWeights":
-        return LowWeights(torch.empty(d_sae, d_in, dtype=LOW), *torch.empty(2, d_sae, dtype=torch.float32))
-
-    def rows(self, start: int, stop: int) -> "LowWeights":
-        return LowWeights(*(tensor[start:stop] for tensor in self))
-
-    def write_(self, start: int, W_CD: Tensor) -> None:
-        """Rows from `start` on become those of W_CD, float32, block by block while they are in cache."""
-        for o in range(0, len(W_CD), _CAST_ROWS):
-            w_CD = W_CD[o : o + _CAST_ROWS]
-            low_CD, norm_C, error_C = self.rows(start + o, start + o + len(w_CD))
-            low_CD.copy_(w_CD)
-            torch.linalg.vector_norm(w_CD, dim=1, out=norm_C).add_(_TINY)
-            torch.mul(norm_C, UNIT_ROUNDOFF, out=error_C)  # its own norm, 0.42 of that, would take three passes more
-
-    def slack_factors(self, b_enc_S: Tensor) -> Tensor:
-        """What a group adds to the slack [3, S / 64], rounded up to whole groups: factors of |x - x~|, |x| and 1."""
-        gamma = self.W_SD.shape[1] * 2.0**-24
-        bias_S = b_enc_S.abs() * ROUNDING + _TINY
-        factors_3S = torch.stack([self.norm_S + self.error_S, self.error_S + 2 * gamma * self.norm_S, bias_S])
-        return torch.nn.functional.pad(factors_3S, (0, -len(b_enc_S) % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
 
 
 class Chunk(NamedTuple):
@@ -211,6 +180,7 @@ def _chunks(
     n_rows, d_sae = len(x_BD), W_enc_DS.shape[1]
     width = -(-d_sae // GROUP) * GROUP
     chunk_rows = _chunk_rows(x_BD, W_enc_DS, buffer_bytes)
+    bounds_2S = torch.empty(2, d_sae, dtype=torch.float32) if low is None else (low.norm_S, low.error_S)
     for start in range(0, n_rows, chunk_rows):
         x_RD = x_BD[start : start + chunk_rows]
         x_RD = torch.sub(x_RD, b_dec_D, out=_centred.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape))
@@ -219,21 +189,28 @@ def _chunks(
         pre_bits_RP = pre_RP.view(torch.int16)
         pre_bits_RP[:, d_sae:] = torch.iinfo(torch.int16).min
         maxima_RG = torch.empty(len(x_RD), width // GROUP, dtype=torch.int16)
-        factors_3G = []
         for o in range(0, d_sae, PANEL):
             end = min(o + PANEL, d_sae)
-            panel = _low_panel(W_enc_DS.t()[o:end]) if low is None else low.rows(o, end)
+            panel = low.rows(o, end) if low is not None else _low_panel(W_enc_DS.t()[o:end], *bounds_2S[:, o:end])
             torch.addmm(b_enc_S[o:end].to(LOW), low_RD, panel.W_SD.t(), out=pre_RP[:, o:end])
             groups = pre_bits_RP[:, o : o + PANEL].unflatten(1, (-1, GROUP))
             torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
-            factors_3G.append(panel.slack_factors(b_enc_S[o:end]))
-        norm_R1 = torch.linalg.vector_norm(x_RD, dim=1, keepdim=True) + _TINY
-        error_RD = torch.sub(x_RD, low_RD, out=_error.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape))
-        error_R1 = torch.linalg.vector_norm(error_RD, dim=1, keepdim=True) + _TINY
-        by_error_G, by_norm_G, constant_G = torch.cat(factors_3G, dim=1)
-        slack_RG = error_R1 * by_error_G + norm_R1 * by_norm_G + constant_G  # not `@`, which autocast would round
-        slack_RG *= 1.001  # the roundings of the bounds themselves
-        yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, slack_RG)
+        yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, _slack(x_RD, low_RD, *bounds_2S, b_enc_S))
+
+
+def _slack(x_RD: Tensor, low_RD: Tensor, norm_S: Tensor, error_S: Tensor, b_enc_S: Tensor) -> Tensor:
+    """[R, S / 64]: the largest in every group, rounded up to whole groups."""
+    norm_R1 = torch.linalg.vector_norm(x_RD, dim=1, keepdim=True) + _TINY
+    error_RD = _error.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape).copy_(low_RD).sub_(x_RD)
+    error_R1 = torch.linalg.vector_norm(error_RD, dim=1, keepdim=True) + _TINY
+    of_latents_3S = torch.stack([norm_S, error_S, b_enc_S.abs()])
+    padded_3P = torch.nn.functional.pad(of_latents_3S, (0, -len(b_enc_S) % GROUP))
+    norm_G, error_G, bias_G = padded_3P.unflatten(1, (-1, GROUP)).amax(2)
+    gamma = x_RD.shape[1] * 2.0**-24
+    slack_RG = error_R1 * (norm_G + error_G)  # not `@`, which autocast would round
+    slack_RG += norm_R1 * (error_G + 2 * gamma * norm_G)
+    slack_RG += bias_G * ROUNDING + _TINY
+    return slack_RG.mul_(1.001)  # the roundings of the bounds themselves
 
 
 def _chunk_rows(x_BD: Tensor, W_enc_DS: Tensor, buffer_bytes: int | None) -> int:
@@ -243,9 +220,9 @@ def _chunk_rows(x_BD: Tensor, W_enc_DS: Tensor, buffer_bytes: int | None) -> int
     return max(1, -(-len(x_BD) // max(1, n_chunks)))
 
 
-def _low_panel(W_PD: Tensor) -> LowWeights:
-    """Rows rounded into memory that the next panel overwrites."""
-    panel = LowWeights(_panel.get(W_PD.numel(), LOW).view(W_PD.shape), *W_PD.new_empty(2, len(W_PD)))
+def _low_panel(W_PD: Tensor, norm_P: Tensor, error_P: Tensor) -> LowWeights:
+    """Rows rounded into memory that the next panel overwrites; their bounds go where they are to be kept."""
+    panel = LowWeights(_panel.get(W_PD.numel(), LOW).view(W_PD.shape), norm_P, error_P)
     panel.write_(0, W_PD)
     return panel
 
