@@ -25,6 +25,8 @@ from torch import Tensor
 
 from .common import GROUP, Workspace
 from .grouping import group_by_latent_cpu
+from .low_weights import CPU_DTYPE as LOW
+from .low_weights import TINY, LowWeights
 from .sparse_decode import gather_dot_op
 from .topk_encode_cpu import (
     BUFFER_BYTES,
@@ -41,47 +43,13 @@ from .topk_encode_cpu import (
     workspace,
 )
 
-LOW = torch.bfloat16
 UNIT_ROUNDOFF = 2.0**-8  # of LOW
 ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: a library may round before it adds the bias, and again
 MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
 MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
-_CAST_ROWS = 256  # latents rounded at a time: they stay in cache
-_TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
+_TINY = TINY[LOW]
 _panel, _error, _centred = Workspace(), Workspace(), Workspace()
-
-
-class LowWeights(NamedTuple):
-    """Rows of W_enc in bfloat16, with upper bounds of |w| and |w - w~|: what a product needs of them besides b_enc."""
-
-    W_SD: Tensor
-    norm_S: Tensor
-    error_S: Tensor
-
-    @staticmethod
-    def empty(d_sae: int, d_in: int) -> "LowWeights":
-        return LowWeights(torch.empty(d_sae, d_in, dtype=LOW), *torch.empty(2, d_sae, dtype=torch.float32))
-
-    def rows(self, start: int, stop: int) -> "LowWeights":
-        return LowWeights(*(tensor[start:stop] for tensor in self))
-
-    def write_(self, start: int, W_CD: Tensor) -> None:
-        """Rows from `start` on become those of W_CD, float32, block by block while they are in cache."""
-        for o in range(0, len(W_CD), _CAST_ROWS):
-            w_CD = W_CD[o : o + _CAST_ROWS]
-            low_CD, norm_C, error_C = self.rows(start + o, start + o + len(w_CD))
-            low_CD.copy_(w_CD)
-            torch.linalg.vector_norm(w_CD, dim=1, out=norm_C).add_(_TINY)
-            error_CD = _error.get(w_CD.numel(), torch.float32).view(w_CD.shape).copy_(low_CD).sub_(w_CD)
-            torch.linalg.vector_norm(error_CD, dim=1, out=error_C).add_(_TINY)
-
-    def slack_factors(self, b_enc_S: Tensor) -> Tensor:
-        """What a group adds to the slack [3, S / 64], rounded up to whole groups: factors of |x - x~|, |x| and 1."""
-        gamma = self.W_SD.shape[1] * 2.0**-24
-        bias_S = b_enc_S.abs() * ROUNDING + _TINY
-        factors_3S = torch.stack([self.norm_S + self.error_S, self.error_S + 2 * gamma * self.norm_S, bias_S])
-        return torch.nn.functional.pad(factors_3S, (0, -len(b_enc_S) % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
 
 
 class Chunk(NamedTuple):
@@ -225,7 +193,7 @@ def _chunks(
             torch.addmm(b_enc_S[o:end].to(LOW), low_RD, panel.W_SD.t(), out=pre_RP[:, o:end])
             groups = pre_bits_RP[:, o : o + PANEL].unflatten(1, (-1, GROUP))
             torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
-            factors_3G.append(panel.slack_factors(b_enc_S[o:end]))
+            factors_3G.append(_slack_factors(panel, b_enc_S[o:end]))
         norm_R1 = torch.linalg.vector_norm(x_RD, dim=1, keepdim=True) + _TINY
         error_RD = torch.sub(x_RD, low_RD, out=_error.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape))
         error_R1 = torch.linalg.vector_norm(error_RD, dim=1, keepdim=True) + _TINY
@@ -240,6 +208,14 @@ def _chunk_rows(x_BD: Tensor, W_enc_DS: Tensor, buffer_bytes: int | None) -> int
     n_bytes = len(x_BD) * max(W_enc_DS.shape[1] * LOW.itemsize, x_BD.shape[1] * x_BD.element_size())
     n_chunks = -(-n_bytes // (buffer_bytes or BUFFER_BYTES))
     return max(1, -(-len(x_BD) // max(1, n_chunks)))
+
+
+def _slack_factors(panel: LowWeights, b_enc_S: Tensor) -> Tensor:
+    """What a group adds to the slack [3, S / 64], rounded up to whole groups: factors of |x - x~|, |x| and 1."""
+    gamma = panel.W_SD.shape[1] * 2.0**-24
+    bias_S = b_enc_S.abs() * ROUNDING + _TINY
+    factors_3S = torch.stack([panel.norm_S + panel.error_S, panel.error_S + 2 * gamma * panel.norm_S, bias_S])
+    return torch.nn.functional.pad(factors_3S, (0, -len(b_enc_S) % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
 
 
 def _low_panel(W_PD: Tensor) -> LowWeights:

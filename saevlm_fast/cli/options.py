@@ -304,7 +304,7 @@ def _checked(table: Mapping[str, Any], path: Path, name: str, cls: Any) -> dict[
     settings = {field: known for field, known in settings_of(cls).items() if known.in_file}
     fields = {key_of(field, known): field for field, known in settings.items()} | {field: field for field in settings}
     found = {}
-    for key, value in table.items():
+    for key, value in cls.without_removed(table, path).items():
         field = fields.get(key.replace("-", "_"))
         if field is None:
             raise ValueError(f"{path}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}")

@@ -18,6 +18,7 @@ from typing import Any
 
 from saevlm_fast import __version__
 from saevlm_fast.cli.options import MADE, Options, key_of, ordered
+from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.errors import require
 from saevlm_fast.settings import settings_of
 
@@ -45,8 +46,6 @@ class Record:
         """Atomically. OSError: it cannot be written."""
         if self.written:
             return
-        import tomli_w
-
         from saevlm_fast.files import atomic_write, remove_leftovers_of
 
         made = made_by(self.options) | ({"resolved": self.resolved} if self.resolved else {})
@@ -59,7 +58,7 @@ class Record:
         note += "\n" if other else ", and another --output\n"
         remove_leftovers_of(path)  # of one that was killed at this: the output is locked
         with atomic_write(path) as temporary:
-            temporary.write_text(note + tomli_w.dumps(document), encoding="utf-8")
+            temporary.write_text(note + toml_text(document), encoding="utf-8")
         self.written = True
 
 
