@@ -182,15 +182,9 @@ def contents(sae: SparseAutoencoder, codes: StoredCodes, embeddings: Activations
     """Digests of what is scored: files of the same names may hold something else by now."""
     return {
         "sae_weights_sha256": weights_sha256(sae),
-        "codes_sha256": _data_digest(codes.path),
-        # In memory there is no file to look at.
-        "embeddings_sha256": _data_digest(embeddings.path) if embeddings.path.exists() else embeddings.digest(),
+        "codes_sha256": sha256_file(codes.path / "index.json"),  # which holds the digests of its shards
+        "embeddings_sha256": embeddings.digest(),
     }
-
-
-def _data_digest(path: Path) -> str:
-    """Of a matrix file, or of a store's index, which holds the checksums of its shards."""
-    return sha256_file(path / "index.json" if path.is_dir() else path)
 
 
 # What is on the disk: a run is unfinished from the first moment its settings are there until they are gone again. The
