@@ -220,3 +220,19 @@ def test_prefetch_stays_in_order_raises_in_the_consumer_and_closes(three_threads
     thread.start()
     thread.join()
     assert probe == [three_threads]
+
+
+def test_prefetch_begins_as_many_jobs_as_it_is_told():
+    started, begun = [], threading.Event()
+
+    def load(job):
+        started.append(job)
+        if len(started) == 7:
+            begun.set()
+        return job
+
+    stream = prefetch(load, range(100), 2, ahead=6)
+    assert next(stream) == 0
+    assert begun.wait(10)
+    assert sorted(started) == list(range(7))
+    assert list(stream) == list(range(1, 100))
