@@ -250,7 +250,7 @@ def integer(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{name}: {text!r} is not a whole number") from None
+        raise ValueError(f"{name}: {text!r:.60} is not a whole number") from None
 
 
 def number(name: str, text: str) -> float:
@@ -258,7 +258,7 @@ def number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{name}: {text!r} is not a number") from None
+        raise ValueError(f"{name}: {text!r:.60} is not a number") from None
 
 
 def texts(name: str, text: str) -> tuple[str, ...]:

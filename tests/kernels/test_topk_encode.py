@@ -316,8 +316,8 @@ def test_triton_preactivations(dtype, contiguous_W, device):
 def test_triton_refuses_what_it_cannot_select(device):
     from saevlm_fast.kernels.topk_encode_triton import launch_topk_encode
 
-    with pytest.raises(ValueError, match="k: 129 is above 128"):
-        launch_topk_encode(*float_inputs((2, 3, 2000), torch.float32, device=device), 129, None)
+    with pytest.raises(ValueError, match="k: 1025 is above 1024"):
+        launch_topk_encode(*float_inputs((2, 3, 2000), torch.float32, device=device), 1025, None)
 
 
 def kernel_cases(target: str) -> list[Case]:
