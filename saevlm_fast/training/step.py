@@ -200,7 +200,7 @@ class Stepper:
         """The step that was announced."""
         codes = self._encode(x_BD)
         self._track(codes, len(x_BD))
-        dead = self._dead_latents()
+        dead = self._dead_latents(len(x_BD))
         x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.config.auxk_alpha)
         first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
         self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
@@ -267,7 +267,7 @@ class Stepper:
     def _some_can_be_dead(self) -> bool:
         return self.config.auxk_alpha > 0 and self.n_rows_seen >= self.config.dead_after
 
-    def _dead_latents(self) -> DeadLatents:
+    def _dead_latents(self, n_rows: int) -> DeadLatents:
         """Latents that are dead after this batch; on a GPU as many places as were announced."""
         if not self._some_can_be_dead():
             return DeadLatents(self.idle_S.new_empty(0), 0)
