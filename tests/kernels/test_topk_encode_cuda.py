@@ -407,7 +407,7 @@ def test_gpu_equals_float64(n_rows, d_in, d_sae, k):
     assert_close(acts_M.double(), found_M, rtol=1e-5, atol=1e-5)
     assert_close(found_M.sort().values, pre_BS.flatten().topk(n_rows * k).values.sort().values, rtol=0, atol=1e-5)
     threshold = float(acts_M.min())
-    acts_T, latents_T, offsets_T = threshold_encode(*inputs, threshold)
+    acts_T, latents_T, _ = threshold_encode(*inputs, threshold)
     assert len(acts_T) == int((acts_M > threshold).sum())
     assert torch.equal(latents_T, latents_M[acts_M > threshold])
 
