@@ -123,13 +123,13 @@ def preactivation_kernel(
     tl.store(p_maxima + o_b[:, None] * n_groups + o_g[None, :], b_maxima, mask=m_bg)
 
 
-def gemm_config(dtype: torch.dtype, tf32: bool, hip: bool) -> dict[str, Any]:
+def gemm_config(dtype: torch.dtype, hip: bool) -> dict[str, Any]:
     """Tile and launch options of preactivation_kernel; none spills (tests/test_topk_encode.py), 128x256 tiles would."""
-    config = {"PRECISION": "tf32" if tf32 else "ieee", "BAND": 32, "BLOCK_B": 128, "BLOCK_S": 128, "num_warps": 8}
+    config = {"PRECISION": "ieee", "BAND": 32, "BLOCK_B": 128, "BLOCK_S": 128, "num_warps": 8}
     if dtype != torch.float32:
         config |= {"BLOCK_D": 64, "num_stages": 4}
     else:
-        config |= {"BLOCK_D": 32 if tf32 else 16, "num_stages": 3}
+        config |= {"BLOCK_D": 16, "num_stages": 3}
     if hip:  # 64 KiB of shared memory
         config |= {"num_stages": 2}
     return config
@@ -143,7 +143,7 @@ def launch_preactivations(x_RD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, pre_R
         raise ValueError(
             f"W_enc: width or stride {widest} is above {MAX_STRIDE}, the most that int32 tile offsets hold"
         )
-    config = gemm_config(x_RD.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32", torch.version.hip is not None)
+    config = gemm_config(x_RD.dtype, torch.version.hip is not None)
     n_tiles = triton.cdiv(n_rows, config["BLOCK_B"]) * triton.cdiv(d_sae, config["BLOCK_S"])
     preactivation_kernel[(n_tiles,)](
         x_RD,

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast.errors import printable, require
-from saevlm_fast.files import TEMPORARY_PREFIX
+from saevlm_fast.files import TEMPORARY_PREFIX, remove_leftovers_of
 
 LOCK_FILE = ".lock"  # of an output that is a directory: it lies in it
 REPLACEMENT = ".replacement"
@@ -191,10 +191,11 @@ def _holder(data: bytes) -> str:
 
 def _probed(lock: Lock) -> Lock:
     """OSError: no file can be made, written or removed beside the lock."""
-    file = lock.file.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-probe")
+    file = lock.file.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{lock.file.name}")
     try:
+        remove_leftovers_of(lock.file)  # of one that was killed at this
         file.write_bytes(bytes(1))
-        file.unlink()
+        file.unlink(missing_ok=True)  # who shares the lock may take it for a leftover
     except BaseException:
         with suppress(OSError):
             file.unlink(missing_ok=True)

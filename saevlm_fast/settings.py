@@ -110,6 +110,7 @@ class Settings:
     """
 
     title: ClassVar[str]  # of a class's own settings, where they are listed
+    removed: ClassVar[Mapping[str, Any]] = {}  # settings that older files have -> the only value that is left of each
 
     def __post_init__(self) -> None:
         self.check()
@@ -147,6 +148,21 @@ class Settings:
                 require(not isinstance(value, int) or value < 2**62, f"{name}: {value} must be below 2^62")
                 must = f"must be {known.limits}".replace("be not", "not be")
                 require(known.allows(value), f"{name}: {value:{known.spec}} {must}")
+
+    @classmethod
+    def without_removed(cls, values: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+        """`values` of a file of before, less the settings that are gone.
+
+        Raises:
+            ValueError: "FILE: dtype: 'tf32' is gone, 'float32' is all there is; ...".
+        """
+        for name in cls.removed.keys() & values.keys():
+            left = cls.removed[name]
+            require(
+                values[name] == left,
+                f"{where}: {name}: {values[name]!r} is gone, {left!r} is all there is; leave it out and start anew",
+            )
+        return {name: value for name, value in values.items() if name not in cls.removed}
 
     def part(self, cls: type[S], **more: Any) -> S:
         """An object of a class whose fields these settings have; more: values of fields that they lack, or replace."""
@@ -234,7 +250,7 @@ def integer(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{name}: {text!r} is not a whole number") from None
+        raise ValueError(f"{name}: {text!r:.60} is not a whole number") from None
 
 
 def number(name: str, text: str) -> float:
@@ -242,7 +258,7 @@ def number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{name}: {text!r} is not a number") from None
+        raise ValueError(f"{name}: {text!r:.60} is not a number") from None
 
 
 def texts(name: str, text: str) -> tuple[str, ...]:

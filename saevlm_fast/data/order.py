@@ -159,13 +159,11 @@ def batches(
     order: ShuffledRows,
     start_step: int,
     n_steps: int,
-    pin_memory: bool = False,
     announce: bool = True,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """(rows int64 [B], float32 [B, d_in]) of steps start_step .. start_step + n_steps - 1, read ahead in threads.
 
-    pin_memory: batches in page-locked memory, for asynchronous copies to a GPU. announce: have whole windows of blocks
-    read from the disk when they begin; not worth it for a few steps of one.
+    announce: have whole windows of blocks read from the disk when they begin; not worth it for a few steps of one.
 
     Raises:
         ValueError: an order over another number of rows. ActivationError: NaN or infinity, naming the row.
@@ -174,10 +172,15 @@ def batches(
     require(same, f"order is over {order.n_rows} rows; {activations.path} has {activations.n_rows}")
 
     def load(step: int) -> tuple[Tensor, Tensor]:
-        for start, stop in order.blocks_begun(step, anew=step == start_step) if announce else ():
-            activations.will_need(start, stop)
+        if announce:
+            announce_blocks(activations, order, step, anew=step == start_step)
         rows = order.batch(step)
-        out_BD = torch.empty(len(rows), activations.d, pin_memory=pin_memory)
-        return rows, activations.rows(rows, out=out_BD)
+        return rows, activations.rows(rows)
 
     return prefetch(load, range(start_step, start_step + n_steps), n_threads=4)  # each waits for its disk reads
+
+
+def announce_blocks(activations: Activations, order: ShuffledRows, step: int, anew: bool) -> None:
+    """Have the blocks of the windows that begin in a step read from the disk; anew: as blocks_begun."""
+    for start, stop in order.blocks_begun(step, anew):
+        activations.will_need(start, stop)

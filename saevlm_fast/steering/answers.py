@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from saevlm_fast.errors import first_line, require
+from saevlm_fast.runtime import tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
@@ -134,6 +135,7 @@ class SteeredAnswers:
         return x_BTD[mask_BT].mean(0, dtype=torch.float32).cpu()
 
     @torch.inference_mode()
+    @tf32_products(False)
     def answers(self, rows: Sequence[SteeredRow], on_rows: Callable[[int], None] = lambda done: None) -> list[str]:
         """The answer to every row, in order. on_rows: called after every batch with the number of rows done."""
         answers = [""] * len(rows)
@@ -183,6 +185,7 @@ class SteeredAnswers:
         )
 
     @torch.inference_mode()
+    @tf32_products(False)
     def _residual(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """[tiles, T, D]: the model's own forward, up to the steered block."""
         caught: list[Tensor] = []
