@@ -57,8 +57,8 @@ class Screen:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """2 in the interpreter, where programs run one after another."""
-    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    """1 in the interpreter, where programs run one after another."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # --- copies, norms, factors ------------------------------------------------------------------------------------------
