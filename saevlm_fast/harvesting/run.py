@@ -85,7 +85,7 @@ def harvest(
         with (
             interruptible() as interrupted,
             tf32_products(config.dtype == "tf32"),
-            tower.hooked(config.points, compile=options.compile, autocast=autocast) as run,
+            tower.hooked(config.points, options.compile, autocast, tf32=config.dtype == "tf32") as run,
         ):
             plan = HarvestPlan(source, tower, run, config, options)
             stores = HarvestStores(plan)

@@ -65,8 +65,7 @@ class _Batches(Dataset):
                 waiting, n_pixels = [], 0
         if waiting:
             self._preprocess(waiting, pieces, kept, skipped)
-        inputs = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]} if pieces else None
-        return Batch(inputs, kept, sorted(skipped))
+        return Batch(_joined(pieces), kept, sorted(skipped))
 
     def _preprocess(
         self,
@@ -87,6 +86,12 @@ class _Batches(Dataset):
                 return
             for numbered in pictures:
                 self._preprocess([numbered], pieces, kept, skipped)
+
+
+def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    if len(pieces) <= 1:
+        return pieces[0] if pieces else None
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _checked_picture(data: bytes) -> Any:
