@@ -63,7 +63,6 @@ def update_kernel(
     DECODER: tl.constexpr,
     HAS_AUX: tl.constexpr,
     HAS_LOW: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
@@ -111,10 +110,9 @@ def update_kernel(
                 if HAS_LOW:
                     low = w.to(tl.float32).to(low_ptr.dtype.element_ty)
                     tl.store(low_ptr + s * low_stride + o_d, low, mask=m_d)
-                    if HAS_NORMS:
-                        e = w - low.to(ACC)
-                        tl.store(low_norm_ptr + s, (tl.sqrt(tl.sum(w * w, axis=0)) + TINY).to(tl.float32))
-                        tl.store(low_error_ptr + s, (tl.sqrt(tl.sum(e * e, axis=0)) + TINY).to(tl.float32))
+                    e = w - low.to(ACC)
+                    tl.store(low_norm_ptr + s, (tl.sqrt(tl.sum(w * w, axis=0)) + TINY).to(tl.float32))
+                    tl.store(low_error_ptr + s, (tl.sqrt(tl.sum(e * e, axis=0)) + TINY).to(tl.float32))
             tl.store(W_ptr + o, w.to(W_ptr.dtype.element_ty), mask=m_d, eviction_policy="evict_first")
             tl.store(exp_avg_ptr + o, m.to(exp_avg_ptr.dtype.element_ty), mask=m_d, eviction_policy="evict_first")
             tl.store(exp_avg_sq_ptr + o, v.to(exp_avg_sq_ptr.dtype.element_ty), mask=m_d, eviction_policy="evict_first")
@@ -132,14 +130,6 @@ class Scalars(NamedTuple):
     eps: float
 
 
-class Low(NamedTuple):
-    """Where the encoder's low copy [S, D] goes, and upper bounds of |w| and |w - low| [S], if they are wanted."""
-
-    W_SD: Tensor
-    norm_S: Tensor | None
-    error_S: Tensor | None
-
-
 def launch_update(
     entries: Entries,
     totals_S: Tensor,
@@ -147,10 +137,13 @@ def launch_update(
     W: tuple[Tensor, Tensor, Tensor],
     b: tuple[Tensor, Tensor, Tensor] | None,
     aux: tuple[Tensor, Tensor] | None = None,
-    low: Low | None = None,
+    low: tuple[Tensor, Tensor, Tensor] | None = None,
     latents: int = LATENTS,
 ) -> None:
-    """W_dec (b None) or W_enc with b_enc, each with its moments, in place. aux: rows [A, D] and slots int32 [S]."""
+    """W_dec (b None) or W_enc with b_enc, each with its moments, in place. aux: rows [A, D] and slots int32 [S].
+
+    low: where the encoder's copy of W_enc goes, [S, at least D], and upper bounds of |w| and |w - low|, float32 [S].
+    """
     n_latents, d_in = W[0].shape
     _, ACC = accumulator(W[0].dtype)
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=4)
@@ -159,7 +152,6 @@ def launch_update(
     partials = entries.partials[0 if decoder else 1]
     weights = entries.acts_M if decoder else entries.dacts_M
     ids, source = (entries.bags_M, entries.suffix_RD) if decoder else (entries.rows_M, entries.centred_BD)
-    norms = (low.norm_S, low.error_S) if low is not None else (None, None)
     update_kernel[(triton.cdiv(n_latents, latents),)](
         weights,
         ids,
@@ -172,15 +164,13 @@ def launch_update(
         *(aux or (source, nothing)),
         *W,
         *(b or W),
-        W[0] if low is None else low.W_SD,
-        *(totals_S if norm is None else norm for norm in norms),
+        *(low or W),
         n_latents,
-        d_in if low is None else low.W_SD.stride(0),
+        d_in if low is None else low[0].stride(0),
         d_in,
         DECODER=decoder,
         HAS_AUX=aux is not None,
         HAS_LOW=low is not None,
-        HAS_NORMS=norms[0] is not None,
         BETA1=scalars.betas[0],
         BETA2=scalars.betas[1],
         EPS=scalars.eps,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide, launch_totals
-from saevlm_fast.kernels.latent_update_triton import Low, Scalars, launch_update
+from saevlm_fast.kernels.latent_update_triton import Scalars, launch_update
 from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
 from saevlm_fast.kernels.step_rows_triton import launch_rows
 
@@ -33,7 +33,7 @@ class Trained(NamedTuple):
     parameters: dict[str, Tensor]
     moments: dict[str, Moments]
     idle_S: Tensor
-    low: Low | None
+    low: tuple[Tensor, Tensor, Tensor] | None
 
     def state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A parameter with its moments."""
