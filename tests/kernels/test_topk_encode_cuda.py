@@ -350,14 +350,15 @@ def choice_cases(target: str) -> list[Case]:
     offsets = {"above_ptr": INTS, "equal_ptr": INTS, "found_ptr": INTS, "row_offsets_ptr": LONGS, "n_rows": SIZE}
     write = row | {"row_offsets_ptr": LONGS, "equal_before_ptr": INTS, "acts_ptr": FLOATS, "latents_ptr": LONGS}
     key = {"histogram_ptr": INTS, "found_ptr": INTS, "n": SIZE}
+    ranked = {"RANKED": target != "gfx942", "BLOCK": 256}
     return [
-        Case(CHOOSE, "topk_of_pool_kernel", target, topk, {"RANKED": True, "BLOCK": 256}, num_warps=1),
-        Case(CHOOSE, "topk_of_pool_kernel", target, topk, {"RANKED": False, "BLOCK": 1024}),
+        Case(CHOOSE, "topk_of_pool_kernel", target, topk, ranked, num_warps=1),
+        Case(CHOOSE, "topk_of_pool_kernel", target, topk, {"RANKED": False, "BLOCK": 2048}, num_warps=8),
         Case(CHOOSE, "bound_digit_kernel", target, bound, {"SECOND": True, "ROWS": 4, "BLOCK_G": 1024}),
         Case(CHOOSE, "key_kernel", target, key, {"DIGITS": 4}),
         Case(CHOOSE, "digit_kernel", target, digit, {"PASS": 2, "SHIFT": 7, "BLOCK": 1024}),
         Case(CHOOSE, "count_kernel", target, row | {"above_ptr": INTS, "equal_ptr": INTS}, {"BLOCK": 64}, num_warps=1),
-        Case(CHOOSE, "offsets_kernel", target, offsets, {"BLOCK_B": 4096}, num_warps=16),
+        Case(CHOOSE, "offsets_kernel", target, offsets, {"BLOCK_B": 2048}, num_warps=16),
         Case(CHOOSE, "write_kernel", target, write, {"BLOCK": 64}, num_warps=1),
     ]
 
@@ -372,7 +373,7 @@ def redo_cases(target: str) -> list[Case]:
     return [
         Case(REDO, "redo_product_kernel", target, product, blocks, num_stages=3),
         Case(REDO, "redo_topk_kernel", target, topk, {"BLOCK": 2048}, num_warps=8),
-        Case(ROWS, "topk_of_rows_kernel", target, codes | {"width": SIZE}, {"BLOCK": 2048}, num_warps=8),
+        Case(ROWS, "topk_of_rows_kernel", target, codes | {"width": SIZE}, {"BLOCK": 1024}, num_warps=8),
     ]
 
 
