@@ -21,6 +21,7 @@ from saevlm_fast.config import ARCHITECTURES, SAEConfig, TrainConfig
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.capture import CapturedSteps
 from saevlm_fast.training.step import Stepper
 
 N_BATCHES = 8
@@ -34,29 +35,6 @@ def planted_batches(rows: int, d_in: int) -> list[Tensor]:
     source = PlantedConcepts(d_in, 1, n_concepts=2 * d_in, concepts_per_image=8.0)
     x_ND = torch.from_numpy(source.sample(N_BATCHES * rows)[0]).cuda()
     return list((x_ND / x_ND.square().sum(1).mean().sqrt()).split(rows))
-
-
-class Captured:
-    """A Stepper, its step in a CUDA graph, and the input that the graph reads."""
-
-    def __init__(self, stepper: Stepper, x_BD: Tensor):
-        self.stepper, self.x_BD = stepper, x_BD.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # compiles, allocates
-                stepper.step(self.x_BD)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            stepper.device_step(self.x_BD)
-
-    def step(self, x_BD: Tensor | None = None) -> None:
-        """On a batch, or on the one before."""
-        if x_BD is not None:
-            self.x_BD.copy_(x_BD)
-        self.stepper.announce(len(self.x_BD))
-        self.graph.replay()
 
 
 def median_seconds(call: Callable[[], object]) -> list[float]:
@@ -97,8 +75,9 @@ def kernels(call: Callable[[], object]) -> list[dict]:
 
 def short_name(name: str) -> str:
     """A C++ kernel without its arguments and most of its templates; Triton's as they are."""
+    name = name.replace("(anonymous namespace)::", "").replace("<unnamed>::", "").removeprefix("void ")
     inner = re.search(r"(\w*(?:[Ff]unctor|_kernel_cuda|Op)\w*)", name.partition("<")[2])
-    outer = re.sub(r"^void |<.*|\(.*", "", name).split("::")[-1]
+    outer = re.sub(r"<.*|\(.*", "", name).split("::")[-1]
     return f"{outer} ({inner[1]})"[:80] if inner else outer[:80]
 
 
@@ -110,12 +89,15 @@ def profile(architecture: str, options: argparse.Namespace) -> list[dict]:
     batches = planted_batches(options.rows, options.d_in)
     sae.b_dec.data.copy_(batches[0].mean(0))
     stepper = Stepper(sae.to("cuda"), config)
-    captured = Captured(stepper, batches[0])
+    steps = CapturedSteps(stepper)
     for step in range(options.steps):
-        captured.step(batches[step % N_BATCHES])
+        steps.step(batches[step % N_BATCHES])
     stepper.config = dataclasses.replace(config, lr=NO_STEP)
-    found = kernels(captured.step)
-    timed = {"captured": median_seconds(captured.step), "eager": median_seconds(lambda: stepper.step(batches[0]))}
+    x_BD = steps.input(options.rows)
+    ways = {"captured": lambda: steps.step(x_BD), "eager": lambda: stepper.step(x_BD)}
+    found, n_eager = kernels(ways["captured"]), steps.n_eager
+    timed = {name: median_seconds(way) for name, way in ways.items()}
+    assert steps.n_eager == n_eager, "what is timed as captured was eager"
     return [result(architecture, impl, seconds, found, options) for impl, seconds in timed.items()]
 
 
