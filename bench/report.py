@@ -156,6 +156,8 @@ def run_table(runs: list[Run]) -> str:
         cache = "the whole file"
         if settings["page_cache"] != "None":
             cache = f"{int(settings['page_cache']) >> 20} of {run['file_bytes'] >> 20} MiB"
+        if settings.get("device") == "cuda":
+            cache += f"; data on {settings['data_on']}" + ("" if settings["capture"] == "True" else ", eager")
         rows.append([
             *(settings[name] for name in ("architecture", "d_in", "d_sae", "batch_size", "steps")), cache,
             f"{spent['loop']:,.0f} s", *(f"{100 * share / spent['loop']:.1f} %" for share in shares),

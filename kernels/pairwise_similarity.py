@@ -30,15 +30,16 @@ reference. Neither operator is differentiable: reference.py is.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .common import check, check_similarity, custom_op
 
+_LATENT_BLOCK = 4096
+_PAIR_BLOCK = {"cpu": 128, "cuda": 1024}
 _CPU_IMAGE_BLOCK = 256
-_CPU_PAIR_BLOCK = 128
-_CPU_LATENT_BLOCK = 4096
 _CPU_BATCH_ELEMENTS = 1 << 20
 _CPU_SEGMENT_BLOCKS = 128, 1024
 _CPU_RUN = 16
@@ -51,9 +52,9 @@ def pairwise_sums(
 ) -> tuple[Tensor, Tensor]:
     """num_K and den_K (float64) of dense activations r [N, K] over embeddings [N, E]; gamma: of rbf, 1 / E by default.
 
-    Cost N^2 (E + K) multiply-adds; on the CPU N E K, for rbf N^2 (E + K) / 2 with the E once per 4096 latents. Memory
-    O(N E) and, in float64, 4096 columns of r (those that one image dominates twice) beside the inputs. ValueError:
-    unknown similarity, shapes that do not match.
+    Cost N E K multiply-adds, for rbf N^2 (E + K) / 2 with the E once per 4096 latents. Memory O(N E) and, in float64,
+    4096 columns of r (those that one image dominates twice) beside the inputs; for rbf on a GPU also a panel of at most
+    2048 x 32768 similarities. ValueError: unknown similarity, shapes that do not match.
     """
     check_similarity(similarity)
     shapes = tuple(r_NK.shape), tuple(emb_NE.shape)
@@ -134,17 +135,78 @@ def well_conditioned(total_K: Tensor, square_K: Tensor) -> Tensor:
     return total_K.square() - square_K > 2e-2 * total_K.square()
 
 
+# --- inner products, on any device ------------------------------------------------------------------------------------
+
+
+class InnerProductSums(NamedTuple):
+    """Of activations r [N, K] over vectors e [N, E], float64: sum_i r_i e_i [K, E]; num and den; sum_i r_i."""
+
+    sums_KE: Tensor
+    num_K: Tensor
+    den_K: Tensor
+    total_K: Tensor
+
+
+def inner_product_sums(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor) -> InnerProductSums:
+    """num by the closed form, block by block for latents that one image (its activation by its norm) dominates.
+
+    r in any floating dtype, >= 0 for the accuracy told above; embeddings and their squared norms float64. A device is
+    asked once, whether there are dominated latents.
+    """
+    r_NK, total_K, den_K, square_K, norm_K = _column_sums(r_NK, sqnorm_N)
+    sums_KE = r_NK.T @ emb_NE
+    num_K = (torch.linalg.vector_norm(sums_KE, dim=1).square() - square_K) / 2
+    dominated_K = ~well_conditioned(norm_K, square_K) & (square_K > 0)
+    if bool(dominated_K.any()):
+        num_K[dominated_K] = _inner_product_blocks(r_NK[:, dominated_K], emb_NE)
+    return InnerProductSums(sums_KE, num_K, den_K, total_K)
+
+
+def _column_sums(r_NK: Tensor, sqnorm_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """r in float64, and sums over images of r, of r_i r_j (i < j), of r^2 |e|^2 and of r |e|."""
+    if r_NK.is_cuda:
+        from .pairwise_float64_triton import launch_column_sums
+
+        with torch.cuda.device_of(r_NK):
+            return launch_column_sums(r_NK, sqnorm_N)
+    r_NK = r_NK.to(torch.float64)
+    square_K = r_NK.new_zeros(r_NK.shape[1])
+    for r_nK, sqnorm_n in zip(r_NK.split(_PAIR_BLOCK["cpu"]), sqnorm_N.split(_PAIR_BLOCK["cpu"])):
+        square_K += sqnorm_n @ r_nK.square()
+    return r_NK, r_NK.sum(0), dense_pair_weights(r_NK), square_K, sqnorm_N.sqrt() @ r_NK
+
+
+def _inner_product_blocks(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
+    """num_K: pairs within a block of images by their similarities, pairs of blocks by their sums. No subtraction."""
+    before_KE, num_K = r_NK.new_zeros(r_NK.shape[1], emb_NE.shape[1]), r_NK.new_zeros(r_NK.shape[1])
+    block = _PAIR_BLOCK[r_NK.device.type]
+    for r_nK, emb_nE in zip(r_NK.split(block), emb_NE.split(block)):
+        sums_KE = r_nK.T @ emb_nE
+        num_K += (before_KE * sums_KE).sum(1) + (r_nK * ((emb_nE @ emb_nE.T).triu_(1) @ r_nK)).sum(0)
+        before_KE += sums_KE
+    return num_K
+
+
 # --- custom ops: CUDA ------------------------------------------------------------------------------------------------
 
 
 @custom_op("pairwise_sums")
 def pairwise_sums_op(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
-    from .pairwise_similarity_triton import launch_pairwise_num
+    from .pairwise_float64_triton import launch_column_sums, launch_panel_num
 
-    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float32)
+    emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
+    nums, dens = [], []
     with torch.cuda.device_of(r_NK):  # Triton launches on the current device
-        num_K = launch_pairwise_num(r_NK, emb_NE, sqnorm_N, similarity, gamma)
-    return num_K, dense_pair_weights(r_NK)
+        for r_Nk in r_NK.split(_LATENT_BLOCK, dim=1):
+            if similarity == "rbf":
+                of_columns = launch_column_sums(r_Nk, sqnorm_N)
+                nums.append(launch_panel_num(of_columns.wide_NK, emb_NE, sqnorm_N, similarity, gamma))
+                dens.append(of_columns.den_K)
+            else:
+                sums = inner_product_sums(r_Nk, emb_NE, sqnorm_N)
+                nums.append(sums.num_K)
+                dens.append(sums.den_K)
+    return torch.cat(nums), torch.cat(dens)
 
 
 @custom_op("pairwise_gram_sums")
@@ -176,40 +238,17 @@ def dense_pair_weights(r_NK: Tensor) -> Tensor:
 @pairwise_sums_op.register_kernel("cpu")
 def pairwise_sums_cpu(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float) -> tuple[Tensor, Tensor]:
     emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
-    panels = (r_Nk.to(torch.float64) for r_Nk in r_NK.split(_CPU_LATENT_BLOCK, dim=1))
-    if similarity == "rbf":
-        sums = [_rbf_sums(r_Nk, emb_NE, sqnorm_N, gamma) for r_Nk in panels]
-    else:
-        sums = [_inner_product_sums(r_Nk, emb_NE, sqnorm_N) for r_Nk in panels]
-    num_K, den_K = (torch.cat(parts) for parts in zip(*sums))
-    return num_K, den_K
-
-
-def _rbf_sums(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    num_1K = _tiled_num(r_NK[None], emb_NE[None], sqnorm_N[None], gamma, _CPU_IMAGE_BLOCK)
-    return num_1K[0], dense_pair_weights(r_NK)
-
-
-def _inner_product_sums(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor) -> tuple[Tensor, Tensor]:
-    """num by the closed form, block by block for latents that one image (its activation by its norm) dominates."""
-    square_K = r_NK.new_zeros(r_NK.shape[1])
-    for r_nK, sqnorm_n in zip(r_NK.split(_CPU_PAIR_BLOCK), sqnorm_N.split(_CPU_PAIR_BLOCK)):
-        square_K += sqnorm_n @ r_nK.square()
-    num_K = (torch.linalg.vector_norm(r_NK.T @ emb_NE, dim=1).square() - square_K) / 2
-    dominated_K = ~well_conditioned(sqnorm_N.sqrt() @ r_NK, square_K) & (square_K > 0)
-    if dominated_K.any():
-        num_K[dominated_K] = _inner_product_blocks(r_NK[:, dominated_K], emb_NE)
-    return num_K, dense_pair_weights(r_NK)
-
-
-def _inner_product_blocks(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
-    """num_K: pairs within a block of images by their similarities, pairs of blocks by their sums. No subtraction."""
-    before_KE, num_K = r_NK.new_zeros(r_NK.shape[1], emb_NE.shape[1]), r_NK.new_zeros(r_NK.shape[1])
-    for r_nK, emb_nE in zip(r_NK.split(_CPU_PAIR_BLOCK), emb_NE.split(_CPU_PAIR_BLOCK)):
-        sums_KE = r_nK.T @ emb_nE
-        num_K += (before_KE * sums_KE).sum(1) + (r_nK * ((emb_nE @ emb_nE.T).triu_(1) @ r_nK)).sum(0)
-        before_KE += sums_KE
-    return num_K
+    nums, dens = [], []
+    for r_Nk in r_NK.split(_LATENT_BLOCK, dim=1):
+        if similarity == "rbf":
+            r_Nk = r_Nk.to(torch.float64)
+            nums.append(_tiled_num(r_Nk[None], emb_NE[None], sqnorm_N[None], gamma, _CPU_IMAGE_BLOCK)[0])
+            dens.append(dense_pair_weights(r_Nk))
+        else:
+            sums = inner_product_sums(r_Nk, emb_NE, sqnorm_N)
+            nums.append(sums.num_K)
+            dens.append(sums.den_K)
+    return torch.cat(nums), torch.cat(dens)
 
 
 def _tiled_num(r_BNK: Tensor, emb_BNE: Tensor, sqnorm_BN: Tensor, gamma: float, block: int) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor
 from .common import check, custom_op
 from .pairwise_similarity import distinct_pair_products, well_conditioned
 
+_CPU_CACHED_ROWS = 256
 _CPU_PANEL_ELEMENTS = 1 << 19
 _CPU_FOLD_ELEMENTS = 1 << 22
 
@@ -52,23 +53,30 @@ def streamed_cosine_state(n_latents: int, d_emb: int, device: torch.device | str
 
 
 def streamed_cosine_update(
-    state: StreamedState, acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, unit_NE: Tensor
+    state: StreamedState,
+    acts_M: Tensor,
+    images_M: Tensor,
+    offsets_S1: Tensor,
+    emb_NE: Tensor,
+    scale_N: Tensor | None = None,
 ) -> None:
     """Folds one chunk of images into the state, in place.
 
-    Codes grouped by latent: latent s fires on images[offsets[s]:offsets[s + 1]] (int64, rows of unit_NE, not checked)
+    Codes grouped by latent: latent s fires on images[offsets[s]:offsets[s + 1]] (int64, rows of emb_NE, not checked)
     with activations acts [M] (any float dtype); offsets [S + 1] int64 ascend from 0, entries at or after offsets[S] are
-    ignored. unit_NE [N, E] holds the chunk's embeddings, divided by their norms for cosine; float64 keeps the score's
-    accuracy. Deterministic: no atomics. ValueError: shapes that do not match the state.
+    ignored. The chunk's vectors u are scale [N] (float64, 1 by default) times the rows of emb [N, E] (any float dtype):
+    embeddings and 1 / their norms for cosine. Deterministic: no atomics. ValueError: shapes that do not match.
     """
     n_latents, d_emb = state.sums_SE.shape
     shapes = tuple(acts_M.shape), tuple(images_M.shape)
     fits = acts_M.ndim == 1 and shapes[0] == shapes[1]
     check(fits, f"acts_M, images_M: shapes {shapes[0]} and {shapes[1]} are not [M] and [M]")
     check(offsets_S1.shape == (n_latents + 1,), f"offsets_S1: shape {tuple(offsets_S1.shape)} is not [{n_latents + 1}]")
-    fits = unit_NE.ndim == 2 and unit_NE.shape[1] == d_emb
-    check(fits, f"unit_NE: shape {tuple(unit_NE.shape)} is not [N, {d_emb}]")
-    streamed_cosine_update_op(*state, acts_M, images_M, offsets_S1, unit_NE)
+    fits = emb_NE.ndim == 2 and emb_NE.shape[1] == d_emb
+    check(fits, f"emb_NE: shape {tuple(emb_NE.shape)} is not [N, {d_emb}]")
+    fits = scale_N is None or (scale_N.shape == emb_NE.shape[:1] and scale_N.dtype == torch.float64)
+    check(fits, f"scale_N: must be float64 [{len(emb_NE)}], one for each row of emb_NE")
+    streamed_cosine_update_op(*state, acts_M, images_M, offsets_S1, emb_NE, scale_N)
 
 
 # --- custom ops: CUDA ------------------------------------------------------------------------------------------------
@@ -83,12 +91,15 @@ def streamed_cosine_update_op(
     acts_M: Tensor,
     images_M: Tensor,
     offsets_S1: Tensor,
-    unit_NE: Tensor,
+    emb_NE: Tensor,
+    scale_N: Tensor | None,
 ) -> None:
     from .streamed_cosine_triton import launch_streamed_update
 
+    if scale_N is None:
+        scale_N = num_S.new_ones(len(emb_NE))
     with torch.cuda.device_of(sums_SE):  # Triton launches on the current device
-        launch_streamed_update(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, unit_NE)
+        launch_streamed_update(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, emb_NE, scale_N)
 
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
@@ -103,9 +114,10 @@ def streamed_cosine_update_cpu(
     acts_M: Tensor,
     images_M: Tensor,
     offsets_S1: Tensor,
-    unit_NE: Tensor,
+    emb_NE: Tensor,
+    scale_N: Tensor | None,
 ) -> None:
-    acts_M, unit_NE = acts_M[: offsets_S1[-1]].to(torch.float64), unit_NE.to(torch.float64)
+    acts_M, unit_NE = acts_M[: offsets_S1[-1]].to(torch.float64), scaled_rows(emb_NE, scale_N)
     images_M = images_M[: offsets_S1[-1]]
     latents_M = torch.repeat_interleave(offsets_S1.diff())
     chunk = _chunk_weights(acts_M, images_M, latents_M, unit_NE, len(num_S))
@@ -119,6 +131,17 @@ def streamed_cosine_update_cpu(
     _add_folded(num_S, den_S, acts_M, images_M, offsets_S1, unit_NE, chunk.fold_S)
     den_S += torch.where(chunk.closed_S, chunk.den_S, 0.0) + chunk.total_S * total_S
     total_S += chunk.total_S
+
+
+def scaled_rows(emb_NE: Tensor, scale_N: Tensor | None) -> Tensor:
+    """scale * emb in float64; emb itself if it is that already."""
+    if scale_N is None:
+        return emb_NE.to(torch.float64)
+    unit_NE = torch.empty(emb_NE.shape, dtype=torch.float64, device=emb_NE.device)
+    rows = _CPU_CACHED_ROWS if emb_NE.device.type == "cpu" else max(1, len(emb_NE))
+    for unit_nE, emb_nE, scale_n in zip(unit_NE.split(rows), emb_NE.split(rows), scale_N.split(rows)):
+        torch.mul(emb_nE, scale_n[:, None], out=unit_nE)
+    return unit_NE
 
 
 class _ChunkWeights(NamedTuple):
@@ -192,6 +215,7 @@ def streamed_cosine_update_fake(
     acts_M: Tensor,
     images_M: Tensor,
     offsets_S1: Tensor,
-    unit_NE: Tensor,
+    emb_NE: Tensor,
+    scale_N: Tensor | None,
 ) -> None:
     return None

@@ -1,5 +1,8 @@
 """Triton kernels of streamed_cosine.py: the running form num += a_t <u_t, S>, S += a_t u_t, with S in registers.
 
+u_t = scale_t e_t is made there too: embeddings are read as they came, in half the bytes of float64 or fewer.
+
+
 The inner product is a sum over columns, so columns need not meet before the end: a program owns BLOCK_E of them and one
 latent, carries S and the products a_t u_t S column by column, and reduces once. Any E runs with one configuration; the
 column blocks' parts of num are added afterwards in a fixed order.
@@ -23,7 +26,8 @@ NUM_WARPS = 2
 def _run_entries(
     acts_ptr,
     images_ptr,
-    unit_ptr,
+    emb_ptr,
+    scale_ptr,
     begin,
     end,
     d_emb,
@@ -42,8 +46,9 @@ def _run_entries(
             act = tl.load(acts_ptr + t + i, mask=inside, other=0.0).to(tl.float64)
             image = tl.load(images_ptr + t + i, mask=inside, other=0).to(tl.int64)
             width = tl.where(inside, d_emb, 0)
-            b_unit = tl.load(unit_ptr + image * d_emb + o_e, mask=o_e < width, other=0.0).to(tl.float64)
-            b_term = act * b_unit
+            weight = act * tl.load(scale_ptr + image, mask=inside, other=0.0)
+            b_emb = tl.load(emb_ptr + image * d_emb + o_e, mask=o_e < width, other=0.0).to(tl.float64)
+            b_term = weight * b_emb
             b_num += b_term * b_sum
             b_sum += b_term
             den += act * total
@@ -51,7 +56,7 @@ def _run_entries(
     return b_sum, b_num, total, den
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pieces"])
 def streamed_update_kernel(
     sums_ptr,
     den_ptr,
@@ -64,7 +69,8 @@ def streamed_update_kernel(
     acts_ptr,
     images_ptr,
     offsets_ptr,
-    unit_ptr,
+    emb_ptr,
+    scale_ptr,
     piece_latents_ptr,
     piece_offsets_ptr,
     n_latents,
@@ -90,7 +96,7 @@ def streamed_update_kernel(
             total = tl.load(total_ptr + program, mask=keeps_scalars, other=0.0)
             den = tl.load(den_ptr + program, mask=keeps_scalars, other=0.0)
             b_sum, b_num, total, den = _run_entries(
-                acts_ptr, images_ptr, unit_ptr, begin, end, d_emb, o_e, b_sum, total, den, BLOCK_E, UNROLL
+                acts_ptr, images_ptr, emb_ptr, scale_ptr, begin, end, d_emb, o_e, b_sum, total, den, BLOCK_E, UNROLL
             )
             tl.store(sums_ptr + program * d_emb + o_e, b_sum, mask=m_e)
             tl.store(num_parts_ptr + block * n_latents + program, tl.sum(b_num, axis=0))
@@ -105,7 +111,7 @@ def streamed_update_kernel(
             b_sum = tl.zeros([BLOCK_E], dtype=tl.float64)
             total, den = tl.zeros([], dtype=tl.float64), tl.zeros([], dtype=tl.float64)
             b_sum, b_num, total, den = _run_entries(
-                acts_ptr, images_ptr, unit_ptr, begin, end, d_emb, o_e, b_sum, total, den, BLOCK_E, UNROLL
+                acts_ptr, images_ptr, emb_ptr, scale_ptr, begin, end, d_emb, o_e, b_sum, total, den, BLOCK_E, UNROLL
             )
             tl.store(piece_sums_ptr + piece * d_emb + o_e, b_sum, mask=m_e)
             tl.store(piece_num_parts_ptr + block * n_pieces + piece, tl.sum(b_num, axis=0))
@@ -113,7 +119,7 @@ def streamed_update_kernel(
             tl.store(piece_den_ptr + piece, den, mask=keeps_scalars)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pieces"])
 def merge_pieces_kernel(
     sums_ptr,
     den_ptr,
@@ -180,7 +186,8 @@ def launch_streamed_update(
     acts_M: Tensor,
     images_M: Tensor,
     offsets_S1: Tensor,
-    unit_NE: Tensor,
+    emb_NE: Tensor,
+    scale_N: Tensor,
     heavy: int = HEAVY,
     block_e: int = BLOCK_E,
 ) -> None:
@@ -190,8 +197,8 @@ def launch_streamed_update(
         raise ValueError("state: sums_SE, num_S, den_S and total_S must be contiguous float64")
     if n_latents == 0:
         return
-    acts_M, images_M, unit_NE = acts_M.contiguous(), images_M.contiguous(), unit_NE.contiguous()
-    offsets_S1 = offsets_S1.contiguous()
+    acts_M, images_M, offsets_S1 = acts_M.contiguous(), images_M.contiguous(), offsets_S1.contiguous()
+    emb_NE, scale_N = emb_NE.contiguous(), scale_N.contiguous()
     piece_latents, piece_offsets_S1 = piece_table(offsets_S1, len(acts_M), heavy)
     n_pieces, n_blocks = len(piece_latents), max(1, triton.cdiv(d_emb, block_e))
     num_parts = sums_SE.new_empty(n_blocks, n_latents)
@@ -199,7 +206,7 @@ def launch_streamed_update(
     piece_den, piece_total = sums_SE.new_empty(n_pieces), sums_SE.new_empty(n_pieces)
     state = sums_SE, den_S, total_S, num_parts
     pieces = piece_sums, piece_den, piece_total, piece_num_parts
-    codes = acts_M, images_M, offsets_S1, unit_NE, piece_latents, piece_offsets_S1
+    codes = acts_M, images_M, offsets_S1, emb_NE, scale_N, piece_latents, piece_offsets_S1
     sizes = n_latents, n_pieces, d_emb
     streamed_update_kernel[(n_latents + n_pieces, n_blocks)](
         *state, *pieces, *codes, *sizes, HEAVY=heavy, BLOCK_E=block_e, UNROLL=UNROLL, num_warps=NUM_WARPS

@@ -19,9 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import GROUP, MAX_K
+from .topk_encode_rows_triton import launch_topk_of_rows
 
 BUFFER_BYTES = 512 * 2**20
 MAX_STRIDE = 2**22
+BLOCK_K = 128 if torch.version.hip is None else 64  # k * 64 candidates in one program: more would spill
 NAN_KEY = tl.constexpr(0x7FC00000)
 
 
@@ -227,8 +229,11 @@ def candidate_warps(block: int) -> int:
 
 
 def launch_topk_rows(pre_RS: Tensor, maxima_RG: Tensor, acts_RK: Tensor, latents_RK: Tensor) -> None:
-    """Writes the codes of a chunk."""
+    """Writes the codes of a chunk: by its best groups, for a large k by whole rows."""
     (n_rows, d_sae), n_groups, k = pre_RS.shape, maxima_RG.shape[1], acts_RK.shape[1]
+    if k > BLOCK_K:
+        launch_topk_of_rows(pre_RS, acts_RK, latents_RK)
+        return
     n_chosen = min(k, n_groups)
     groups = torch.empty(n_rows, n_chosen, dtype=torch.int32, device=pre_RS.device)
     block = triton.next_power_of_2(n_groups)
@@ -252,7 +257,7 @@ def launch_topk_encode(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor]:
     if k > MAX_K:
-        raise ValueError(f"k: {k} is above {MAX_K}, the most that one program selects on a GPU")
+        raise ValueError(f"k: {k} is above {MAX_K}, the most of a row on a GPU")
     acts_BK = x_BD.new_empty(x_BD.shape[0], k)
     latents_BK = torch.empty(x_BD.shape[0], k, dtype=torch.int64, device=x_BD.device)
     for start, pre_RS, maxima_RG in preactivation_chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):

@@ -16,6 +16,7 @@ from saevlm_fast.settings import Settings, integer, number_or_auto, numbers, sam
 Architecture = Literal["topk", "batch_topk", "matryoshka"]
 ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
 StoreDtype = Literal["float16", "bfloat16", "float32"]
+DataOn = Literal["auto", "device", "host"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 EXPANSION = 8.0
 MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; docs/recipe.md section 1
@@ -282,6 +283,14 @@ class RunOptions(Settings):
     title = "The run"
     output: Path | None = setting(None, help="Run directory.", shown="nothing is written")
     device: str = setting("auto", help=DEVICE_HELP)
+    data_on: DataOn = setting(
+        "auto",
+        help="Where all rows are kept: in the device's memory (auto: a GPU's, if they fit beside training), or on the "
+        "host, read ahead. The run is the same.",
+    )
+    capture: bool = setting(
+        True, help="On a GPU, take steps by CUDA graphs; the same bits without.", on_command_line=False
+    )
     log_every: int | None = setting(
         None, help="Steps between two logged lines.", shown="steps / 100, at most 100", at_least=1
     )

@@ -159,6 +159,8 @@ class SparseCodes(NamedTuple):
         acts_M, latents_M, row_offsets = self.csr()
         end = self.n_entries
         acts_M, latents_M = acts_M[:end], latents_M[:end]
+        if not as_stored and self._in_range(acts_M, latents_M):
+            return
         sign_M, least = (acts_M > 0, "above 0") if as_stored else (acts_M >= 0, "of at least 0")
         rules = [
             (sign_M & (acts_M < float("inf")), acts_M, f"is not a finite activation {least}"),
@@ -169,12 +171,20 @@ class SparseCodes(NamedTuple):
             begins_M[row_offsets] = True
             ascends_M = pad(latents_M.diff() > 0, (1, 0), value=True)[:end] | begins_M[:-1]
             rules.append((ascends_M, latents_M, "comes after a latent that is not below it in its row"))
-        if all(torch.stack([good_M.all() for good_M, _, _ in rules]).tolist()):  # one wait for a device
+        if all(torch.stack([good_M.all() for good_M, _, _ in rules]).tolist()):
             return
         good_M, value_M, rule = next(each for each in rules if not bool(each[0].all()))
         entry = int((~good_M).nonzero()[0])
         row, latent = first_row + self.row_of(entry), int(latents_M[entry])
         raise ActivationError(f"{where}: row {row}, latent {latent}: {value_M[entry].item():g} {rule}")
+
+    def _in_range(self, acts_M: Tensor, latents_M: Tensor) -> bool:
+        """Whether all are, by their extremes, NaN among them: few launches and one wait for a device."""
+        if len(acts_M) == 0:
+            return True
+        extremes = [extreme.to(torch.float64) for extreme in (*acts_M.aminmax(), *latents_M.aminmax())]
+        low, high, first, last = torch.stack(extremes).tolist()
+        return low >= 0 and high < float("inf") and first >= 0 and last < self.d_sae
 
     def check_layout(self, where: str, first_row: int = 0, *, exact: bool = False) -> None:
         """That the tensors belong together, and that row_offsets ascend from 0 to at most (exact: to) their length.

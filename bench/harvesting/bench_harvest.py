@@ -65,7 +65,8 @@ def test_harvest(measure, setting, case, tmp_path, impl):
     ]
 
     def forward():
-        with torch.inference_mode(), tf32_products(False):  # as the harvest has it; torch's convolutions default to TF32
+        # As the harvest has it: torch's convolutions default to TF32.
+        with torch.inference_mode(), tf32_products(False):
             for inputs in ready:
                 tower.forward({name: tensor.to(tower.device) for name, tensor in inputs.items()})
 

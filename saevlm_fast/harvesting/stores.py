@@ -25,13 +25,25 @@ from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.files import TEMPORARY_PREFIX, atomic_write, remove_leftovers
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
 from saevlm_fast.outputs import LOCK_FILE, begin_replacement, is_being_swapped, publish, settle, workplace
-from saevlm_fast.records import FILE_NAME, Each, Fields, Kind, check_same_settings, read_record, write_record
+from saevlm_fast.records import (
+    FILE_NAME,
+    TEXT,
+    Each,
+    Fields,
+    Kind,
+    check_record,
+    check_same_settings,
+    parse_json,
+    read_record,
+    write_record,
+)
 from saevlm_fast.sparse_codes import SparseCodes
 
 HARVEST_FILE, SKIPPED_FILE = "harvest.json", "skipped.jsonl"
 _FREE_SETTINGS = ("versions", "path", "spec", "torch", "transformers", "open_clip", "timm")  # may differ on resume
 _STORE_NAME = Kind("'.' or the name of a directory beside it", lambda name: name == "." or FILE_NAME.fits(name))
 _HARVEST = Fields({"harvest": Fields({"stores": Each(_STORE_NAME)})})
+_SKIPPED = Fields({"image": TEXT, "reason": TEXT})
 
 
 class BatchRows(NamedTuple):
@@ -239,7 +251,12 @@ class HarvestStores:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    """Of a list of skipped images. ValueError: a line that is none of it."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        check_record(parse_json(line, where), _SKIPPED, where, ValueError)
+    return [line.decode("utf-8") for line in lines]
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:

@@ -10,8 +10,10 @@ from saevlm_fast.sparse_codes import SparseCodes
 _ONE_KIND = "activations: one StreamedScore takes sparse codes or dense activations, not both"
 
 
-def checked_embeddings(emb_nE: Tensor, n_rows: int, d_emb: int | None, similarity: str, first_image: int) -> Embeddings:
-    """Embeddings of n_rows images, of width d_emb if that is known, of which the similarity is defined.
+def checked_embeddings(
+    emb_nE: Tensor, n_rows: int, d_emb: int | None, similarity: str, first_image: int, device: torch.device
+) -> Embeddings:
+    """Embeddings of n_rows images, of width d_emb if that is known, of which the similarity is defined, on the device.
 
     Raises:
         ValueError: another shape; NaN, infinity, under cosine a zero embedding, naming the image (the first is
@@ -23,9 +25,11 @@ def checked_embeddings(emb_nE: Tensor, n_rows: int, d_emb: int | None, similarit
     )
     width = emb_nE.shape[1]
     require(d_emb in (None, width), f"emb_nE: width {width} differs from the {d_emb} of the images before")
+    emb_nE = emb_nE.to(device)
     sqnorm_n = row_sums(emb_nE, squared=True)
-    _refuse_images(~sqnorm_n.isfinite(), first_image, "embedding is NaN, infinite or too large to square")
-    if similarity == "cosine":
+    sound_n = (sqnorm_n < float("inf")) & ((sqnorm_n > 0) if similarity == "cosine" else (sqnorm_n >= 0))
+    if not bool(sound_n.all()):  # a device is waited for once
+        _refuse_images(~sqnorm_n.isfinite(), first_image, "embedding is NaN, infinite or too large to square")
         _refuse_images(sqnorm_n == 0, first_image, "embedding is zero, where cosine is undefined")
     return Embeddings(emb_nE, sqnorm_n)
 

@@ -181,7 +181,7 @@ class StreamedScore:
                 that do not match, both kinds of activations. The sums stay as they were.
         """
         n_rows = activations.n_rows if isinstance(activations, SparseCodes) else len(activations)
-        images = checked_embeddings(emb_nE, n_rows, self._d_emb, self.similarity, self.n_images)
+        images = checked_embeddings(emb_nE, n_rows, self._d_emb, self.similarity, self.n_images, self.device)
         intake = self._intake or self._new_intake(activations, emb_nE.shape[1])
         intake.add(activations, images, self.n_images)
         self._intake, self._d_emb = intake, emb_nE.shape[1]

@@ -4,50 +4,57 @@ The maths is told in monosemanticity.py. Shape suffixes: n images of a chunk, N 
 embedding, M entries grouped by latent, A latents that fire on every image.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saevlm_fast.kernels.pairwise_similarity import distinct_pair_products, pairwise_gram_sums, pairwise_sums
-from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
+from saevlm_fast.kernels.latent_range import latent_range
+from saevlm_fast.kernels.pairwise_similarity import inner_product_sums, pairwise_gram_sums, pairwise_sums
+from saevlm_fast.kernels.streamed_cosine import (
+    StreamedState,
+    scaled_rows,
+    streamed_cosine_state,
+    streamed_cosine_update,
+)
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 
 STATUSES = ("defined", "dead", "constant", "single")
-_BLOCK_ROWS = 256  # images whose float64 copies stay in cache
+_BLOCK_ROWS = {"cpu": 256, "cuda": 8192}
 
 
 # --- embeddings ---
 
 
 class Embeddings(NamedTuple):
-    """Embeddings of n images [n, E] as they came, and their squared norms, float64 [n]."""
+    """Embeddings of n images [n, E] as they came, and their squared norms, float64 [n]: on the device of the sums.
+
+    The vectors u whose inner product is the similarity are scale * emb, scale [n] of `scales`.
+    """
 
     emb_nE: Tensor
     sqnorm_n: Tensor
 
+    @classmethod
+    def join(cls, chunks: list["Embeddings"]) -> "Embeddings":
+        """All these images; of one chunk nothing is copied."""
+        return chunks[0] if len(chunks) == 1 else cls(*(torch.cat(parts) for parts in zip(*chunks)))
+
+    def scales(self, similarity: str) -> Tensor:
+        return self.sqnorm_n.rsqrt() if similarity == "cosine" else torch.ones_like(self.sqnorm_n)
+
+    def blocks(self) -> Iterator["Embeddings"]:
+        """A few rows at a time: a CPU keeps their float64 copies in its cache, a GPU has few launches to wait for."""
+        rows = _BLOCK_ROWS[self.emb_nE.device.type]
+        return (Embeddings(*parts) for parts in zip(self.emb_nE.split(rows), self.sqnorm_n.split(rows)))
+
 
 def row_sums(x_nK: Tensor, squared: bool) -> Tensor:
-    """Float64 sum (of squares) of every row, converted a few rows at a time so that the copy stays in cache."""
-    blocks = (x_bK.to(torch.float64) for x_bK in x_nK.split(_BLOCK_ROWS))
+    """Float64 sum (of squares) of every row, converted a few rows at a time."""
+    blocks = (x_bK.to(torch.float64) for x_bK in x_nK.split(_BLOCK_ROWS[x_nK.device.type]))
     sums = [x_bK.square().sum(1) if squared else x_bK.sum(1) for x_bK in blocks]
-    return torch.cat(sums) if sums else x_nK.new_zeros(0, dtype=torch.float64)
-
-
-def unit_embeddings(images: list[Embeddings], similarity: str, device: torch.device) -> Tensor:
-    """Float64 vectors whose inner product is the similarity, of all these images in one tensor [N, E]."""
-    n_rows, d_emb = sum(len(chunk.emb_nE) for chunk in images), images[0].emb_nE.shape[1]
-    unit_NE = torch.empty(n_rows, d_emb, dtype=torch.float64, device=device)
-    filled = 0
-    for emb_nE, sqnorm_n in images:
-        emb_nE, scale_n = emb_nE.to(device), sqnorm_n.rsqrt().to(device)
-        for emb_bE, scale_b in zip(emb_nE.split(_BLOCK_ROWS), scale_n.split(_BLOCK_ROWS)):
-            block_bE = unit_NE[filled : filled + len(emb_bE)]
-            block_bE.copy_(emb_bE)
-            if similarity == "cosine":
-                block_bE *= scale_b[:, None]
-            filled += len(emb_bE)
-    return unit_NE
+    return torch.cat(sums) if len(sums) > 1 else sums[0]
 
 
 # --- range ---
@@ -102,16 +109,9 @@ class CodesRange(ActivationRange):
 
     def observe(self, grouped: GroupedCodes, n_rows: int) -> Tensor:
         """Takes n_rows >= 1 images in, activations float64; returns by how much every latent's minimum fell."""
-        counts_S = grouped.offsets_S1.diff()
-        always = torch.nonzero(counts_S == n_rows).squeeze(1)
-        acts_An = grouped.acts_M[grouped.offsets_S1[always, None] + torch.arange(n_rows, device=always.device)]
-        chunk_low_S = torch.zeros_like(self.low_S)
-        chunk_low_S[always] = acts_An.amin(1)
-        at_low_S = torch.zeros_like(self.n_low_S)
-        at_low_S[always] = (acts_An == chunk_low_S[always, None]).sum(1)
-        high_S = torch.zeros_like(self.high_S).scatter_reduce_(0, grouped.latents_M, grouped.acts_M, "amax")
-        self.n_active_S += counts_S
-        return self._merge(chunk_low_S, high_S, at_low_S, n_rows)
+        low_S, high_S, at_low_S = latent_range(grouped.acts_M, grouped.offsets_S1, n_rows)
+        self.n_active_S += grouped.offsets_S1.diff()
+        return self._merge(low_S, high_S, at_low_S, n_rows)
 
     def _n_above(self) -> Tensor:
         return torch.where(self.low_S > 0, self.n_images - self.n_low_S, self.n_active_S)
@@ -147,6 +147,8 @@ class ShiftedSums:
 
     def lower(self, drop_S: Tensor) -> None:
         """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring."""
+        if self.n_images == 0:
+            return
         rows = torch.nonzero(drop_S).squeeze(1)
         if len(rows) == 0:
             return
@@ -164,48 +166,47 @@ class ShiftedSums:
 
         low_S is above 0 only for latents that fire on every image so far, this chunk's too.
         """
-        unit_nE = unit_embeddings(images, self.similarity, self.device)
-        acts_M, sqnorm_n = grouped.acts_M, row_sums(unit_nE, squared=True)
-        images_M = codes.entry_rows()[grouped.order_M]
+        joined = Embeddings.join(images)
+        scale_n = joined.scales(self.similarity)
+        acts_M, images_M = grouped.acts_M, codes.entry_rows()[grouped.order_M]
         always = torch.nonzero(low_S > 0).squeeze(1)
         if len(always) > 0:
             acts_M = acts_M - low_S[grouped.latents_M]
             positions_An = grouped.offsets_S1[always, None] + torch.arange(codes.n_rows, device=always.device)
-            sqnorm_An = sqnorm_n[images_M[positions_An]]
+            square_An = (joined.sqnorm_n * scale_n.square())[images_M[positions_An]]
             # Q_a is needed only where low may still fall, and there only.
-            self.self_S[always] += (acts_M[positions_An] * sqnorm_An).sum(1)
-        streamed_cosine_update(self.state, acts_M, images_M, grouped.offsets_S1, unit_nE)
-        self._add_images(unit_nE, sqnorm_n)
+            self.self_S[always] += (acts_M[positions_An] * square_An).sum(1)
+        streamed_cosine_update(self.state, acts_M, images_M, grouped.offsets_S1, joined.emb_nE, scale_n)
+        for block in joined.blocks():
+            scale_b = block.scales(self.similarity)
+            self._add_images(scale_b @ block.emb_nE.to(torch.float64), block.sqnorm_n * scale_b.square())
 
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
-        """Adds a chunk of activations, a few images at a time."""
-        for first in range(0, len(acts_nK), _BLOCK_ROWS):
-            block = slice(first, first + _BLOCK_ROWS)
-            of_block = Embeddings(images.emb_nE[block], images.sqnorm_n[block])
-            unit_bE = unit_embeddings([of_block], self.similarity, self.device)
-            self._add_block(acts_nK[block].to(torch.float64) - low_K, unit_bE)
-
-    def _add_block(self, acts_nK: Tensor, unit_nE: Tensor) -> None:
-        """Adds a block of shifted activations >= 0: pairs within it through their similarity matrix, and the merge."""
+        """Adds a chunk of activations of every neuron, a block at a time: pairs within it, and the merge."""
         sums_SE, num_S, den_S, total_S = self.state
-        block_KE, block_total_K = acts_nK.T @ unit_nE, acts_nK.sum(0)
-        within_nK = (unit_nE @ unit_nE.T).triu_(1) @ acts_nK
-        num_S += (acts_nK * within_nK).sum(0) + (block_KE * sums_SE).sum(1)
-        den_S += distinct_pair_products(acts_nK[None])[0] + block_total_K * total_S
-        sums_SE += block_KE
-        total_S += block_total_K
-        sqnorm_n = unit_nE.square().sum(1)
-        self.self_S += sqnorm_n @ acts_nK
-        self._add_images(unit_nE, sqnorm_n)
+        for acts_bK, block in zip(acts_nK.split(_BLOCK_ROWS[acts_nK.device.type]), images.blocks()):
+            scale_b = block.scales(self.similarity)
+            unit_bE, sqnorm_b = scaled_rows(block.emb_nE, scale_b), block.sqnorm_n * scale_b.square()
+            acts_bK = acts_bK.to(torch.float64) - low_K
+            added = inner_product_sums(acts_bK, unit_bE, sqnorm_b)
+            num_S += added.num_K + torch.linalg.vecdot(added.sums_KE, sums_SE)
+            den_S += added.den_K + added.total_K * total_S
+            sums_SE += added.sums_KE
+            total_S += added.total_K
+            self.self_S += sqnorm_b @ acts_bK
+            self._add_images(unit_bE.sum(0), sqnorm_b)
 
-    def _add_images(self, unit_nE: Tensor, sqnorm_n: Tensor) -> None:
-        """Sums of a neuron that is 1 on every image. Weights are equal, so the closed form is safe within the chunk."""
-        chunk_E, squares = unit_nE.sum(0), sqnorm_n.sum()
-        within = (chunk_E @ chunk_E - squares) / 2 if len(unit_nE) > 1 else torch.zeros_like(squares)
+    def _add_images(self, chunk_E: Tensor, sqnorm_n: Tensor) -> None:
+        """Sums of a neuron that is 1 on every image, from the sum of u and each |u|^2 of n images.
+
+        Weights are equal, so the closed form is safe within the chunk.
+        """
+        squares = sqnorm_n.sum()
+        within = (chunk_E @ chunk_E - squares) / 2 if len(sqnorm_n) > 1 else torch.zeros_like(squares)
         self.pair_sum += within + chunk_E @ self.unit_sum_E
         self.unit_sum_E += chunk_E
         self.square_sum += squares
-        self.n_images += len(unit_nE)
+        self.n_images += len(sqnorm_n)
 
     def pair_sums(self, low_S: Tensor) -> tuple[Tensor, Tensor]:
         """num and den [S] of the score, whose low_S these sums have already."""
@@ -244,7 +245,7 @@ class KeptPairs:
         """num and den [S] of the score over all images."""
         if not self._images:
             return torch.zeros_like(low_S), torch.zeros_like(low_S)
-        emb_NE = torch.cat([images.emb_nE for images in self._images]).to(self.device)
+        emb_NE = Embeddings.join(self._images).emb_nE
         if self._dense:
             acts_NK = torch.cat([acts_nK.to(torch.float64) - low_S for acts_nK in self._dense])
             return pairwise_sums(acts_NK, emb_NE, self.similarity, self.gamma)

@@ -61,8 +61,8 @@ def assert_sums(actual, truth, tolerance: float) -> None:
 def test_cpu_against_reference(shape, similarity, monkeypatch):
     # Small blocks, so that these shapes meet several tiles, latent panels, batches and heavy segments.
     monkeypatch.setattr(pairwise_similarity, "_CPU_IMAGE_BLOCK", 50)
-    monkeypatch.setattr(pairwise_similarity, "_CPU_PAIR_BLOCK", 30)
-    monkeypatch.setattr(pairwise_similarity, "_CPU_LATENT_BLOCK", 7)
+    monkeypatch.setitem(pairwise_similarity._PAIR_BLOCK, "cpu", 30)
+    monkeypatch.setattr(pairwise_similarity, "_LATENT_BLOCK", 7)
     monkeypatch.setattr(pairwise_similarity, "_CPU_BATCH_ELEMENTS", 5000)
     monkeypatch.setattr(pairwise_similarity, "_CPU_SEGMENT_BLOCKS", (4, 12))
     monkeypatch.setattr(pairwise_similarity, "_CPU_RUN", 5)
@@ -88,7 +88,7 @@ def test_tiles_of_a_latent_on_many_images_stay_small(monkeypatch):
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_cpu_neurons_of_any_condition(similarity, monkeypatch):
     """Latents that one image dominates more and more: the closed form, beyond some point blocks, never a lost digit."""
-    monkeypatch.setattr(pairwise_similarity, "_CPU_PAIR_BLOCK", 7)
+    monkeypatch.setitem(pairwise_similarity._PAIR_BLOCK, "cpu", 7)
     generator = torch.Generator().manual_seed(3)
     r_NK = torch.rand(40, 36, generator=generator, dtype=torch.float64)
     r_NK[torch.arange(36), torch.arange(36)] = 10.0 ** torch.arange(36, dtype=torch.float64)
@@ -135,6 +135,35 @@ def test_triton_against_reference(shape, similarity, device, poison):
     num, den = launch_gram_sums(*group_by_latent(r_NK), *prepared, similarity, gamma)
     assert_sums((num, den_truth), (num_truth, den_truth), 3e-6)
     torch.testing.assert_close(den, den_truth, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float64_panels_against_reference(shape, similarity, device, poison):
+    """Panels and stretches of columns small enough that these shapes meet several, and their remainders."""
+    from saevlm_fast.kernels.pairwise_float64_triton import launch_panel_num
+
+    r_NK, emb_NE = (t.to(device) for t in make_data(*shape))
+    truth = reference.pairwise_sums(r_NK, emb_NE, similarity, 0.3)
+    prepared = prepare_embeddings(emb_NE, similarity, torch.float64)
+    num = launch_panel_num(r_NK, *prepared, similarity, 0.3, images=50, columns=33)
+    assert_sums((num, truth[1]), truth, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_column_sums(shape, dtype, device, poison):
+    from saevlm_fast.kernels.pairwise_float64_triton import launch_column_sums
+
+    r_NK, emb_NE = (t.to(device) for t in make_data(*shape))
+    r_NK = r_NK.clamp_max(1e3).to(dtype)
+    wide_NK, sqnorm_N = r_NK.double(), emb_NE.square().sum(1)
+    actual = launch_column_sums(r_NK, sqnorm_N, rows=16)
+    assert torch.equal(actual.wide_NK, wide_NK)
+    den_K = distinct_pair_products(wide_NK[None])[0]
+    norm_NK = wide_NK * sqnorm_N.sqrt()[:, None]
+    for sums_K, truth_K in zip(actual[1:], (wide_NK.sum(0), den_K, norm_NK.square().sum(0), norm_NK.sum(0))):
+        torch.testing.assert_close(sums_K, truth_K, rtol=1e-13, atol=0)
 
 
 def test_triton_repeats_bit_for_bit(device):
@@ -235,6 +264,30 @@ def static_cases(target: str) -> list[Case]:
         Case(module, "gram_kernel", target, gram, tile, num_warps=4),
         Case(module, "gram_finish_kernel", target, finish, {"BLOCK": 32}, num_warps=4),
     ]
+
+
+def float64_static_cases(target: str) -> list[Case]:
+    module = "saevlm_fast.kernels.pairwise_float64_triton"
+    doubles = ("wide", "sqnorm", "parts", "s", "sqnorm_i", "sqnorm_j", "gamma", "weighted")
+    signature = {f"{name}_ptr": "*fp64" for name in doubles}
+    signature |= {name: "i32" for name in ("n_images", "n_parts", "n_i", "n_j", "first_j")} | {"n_latents": "i32:16"}
+    columns = {"WIDEN": True, "ROWS": 128, "BLOCK_K": 256, "UNROLL": 8}
+    panel = {"SIMILARITY": "rbf", "BLOCK_I": 8, "BLOCK_J": 256}
+    weigh = {"ROWS": 128, "BLOCK_I": 8, "BLOCK_K": 128}
+    return [
+        Case(module, "column_sums_kernel", target, signature | {"r_ptr": "*fp32"}, columns, num_warps=4),
+        Case(module, "panel_similarity_kernel", target, signature, panel, num_warps=4),
+        Case(module, "weigh_panel_kernel", target, signature | {"r_ptr": "*fp64"}, weigh, num_warps=4),
+    ]
+
+
+def test_float64_static_compile_without_spills():
+    from saevlm_fast.kernels import pairwise_float64_triton as kernels
+
+    assert (kernels.COLUMN_ROWS, kernels.COLUMN_BLOCK_K, kernels.COLUMN_UNROLL) == (128, 256, 8)
+    assert (kernels.PANEL_BLOCK_I, kernels.PANEL_BLOCK_J) == (8, 256)
+    assert (kernels.WEIGH_ROWS, kernels.WEIGH_BLOCK_I, kernels.WEIGH_BLOCK_K, kernels.NUM_WARPS) == (128, 8, 128, 4)
+    assert_no_spills([case for target in TARGETS for case in float64_static_cases(target)])
 
 
 def test_static_compile_without_spills():

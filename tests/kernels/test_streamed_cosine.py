@@ -43,15 +43,15 @@ def assert_state(state: StreamedState, r_NK, emb_NE, similarity: str) -> None:
     torch.testing.assert_close(state.total_S, r_NK.sum(0), rtol=1e-13, atol=0)
 
 
-def update_on_cpu(state, codes, unit_NE):
-    streamed_cosine_update(state, *codes, unit_NE)
+def update_on_cpu(state, codes, emb_NE, scale_N):
+    streamed_cosine_update(state, *codes, emb_NE, scale_N)
 
 
-def update_by_kernels(state, codes, unit_NE):
+def update_by_kernels(state, codes, emb_NE, scale_N):
     """Small pieces and blocks, so that these shapes meet heavy latents, many column blocks and their remainders."""
     from saevlm_fast.kernels.streamed_cosine_triton import launch_streamed_update
 
-    launch_streamed_update(*state, *codes, unit_NE, heavy=8, block_e=16)
+    launch_streamed_update(*state, *codes, emb_NE, scale_N, heavy=8, block_e=16)
 
 
 @pytest.mark.parametrize("update", [update_on_cpu, update_by_kernels])
@@ -62,13 +62,13 @@ def test_chunks_against_reference(shape, similarity, update, device, monkeypatch
     monkeypatch.setattr(streamed_cosine, "_CPU_FOLD_ELEMENTS", 60 * shape[2])
     where = device if update is update_by_kernels else torch.device("cpu")
     r_NK, emb_NE = (t.to(where) for t in make_data(*shape))
-    unit_NE = prepare_embeddings(emb_NE, similarity, torch.float64)[0]
+    scale_N = emb_NE.norm(dim=1).reciprocal() if similarity == "cosine" else torch.ones_like(emb_NE[:, 0])
     state = streamed_cosine_state(shape[1], shape[2], where)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
     try:
         for rows in (slice(0, 1), slice(1, 1), slice(1, 28), slice(28, None)):
             if len(r_NK[rows]) > 0:
-                update(state, group_by_latent(r_NK[rows]), unit_NE[rows])
+                update(state, group_by_latent(r_NK[rows]), emb_NE[rows], scale_N[rows])
     finally:
         torch.use_deterministic_algorithms(False)
     assert_state(state, r_NK, emb_NE, similarity)
@@ -113,7 +113,7 @@ def test_kernels_repeat_bit_for_bit(device):
     r_NK, emb_NE = (t.to(device) for t in make_data(60, 6, 20))
     states = [streamed_cosine_state(6, 20, device) for _ in range(2)]
     for state in states:
-        launch_streamed_update(*state, *group_by_latent(r_NK), emb_NE, heavy=8)
+        launch_streamed_update(*state, *group_by_latent(r_NK), emb_NE.float(), torch.ones_like(emb_NE[:, 0]), heavy=8)
     for first, second in zip(*states):
         assert torch.equal(first, second)
 
@@ -127,13 +127,14 @@ def test_nothing_fires(n_images, n_latents, device):
     streamed_cosine_update(state, *codes, torch.ones(n_images, 5))
     assert all((tensor == 0).all() for tensor in state)
     state = streamed_cosine_state(n_latents, 5, device)
-    launch_streamed_update(*state, *(t.to(device) for t in codes), torch.ones(n_images, 5, device=device))
+    ones = torch.ones(n_images, 5, device=device), torch.ones(n_images, device=device, dtype=torch.float64)
+    launch_streamed_update(*state, *(t.to(device) for t in codes), *ones)
     assert all((tensor == 0).all() for tensor in state)
 
 
 def test_opcheck():
     r_NK, emb_NE = make_data(25, 6, 4)
-    arguments = (*streamed_cosine_state(6, 4), *group_by_latent(r_NK), emb_NE)
+    arguments = (*streamed_cosine_state(6, 4), *group_by_latent(r_NK), emb_NE, None)
     torch.library.opcheck(torch.ops.saevlm_fast.streamed_cosine_update.default, arguments)
 
 
@@ -142,7 +143,8 @@ def test_opcheck():
     [
         ({"images_M": torch.zeros(3, dtype=torch.int64)}, r"images_M: shapes \(2,\) and \(3,\)"),
         ({"offsets_S1": torch.tensor([0, 2])}, r"offsets_S1: shape \(2,\) is not \[3\]"),
-        ({"unit_NE": torch.ones(4, 6)}, r"unit_NE: shape \(4, 6\) is not \[N, 5\]"),
+        ({"emb_NE": torch.ones(4, 6)}, r"emb_NE: shape \(4, 6\) is not \[N, 5\]"),
+        ({"scale_N": torch.ones(4)}, r"scale_N: must be float64 \[4\]"),
     ],
 )
 def test_errors(change, message):
@@ -150,7 +152,7 @@ def test_errors(change, message):
         "acts_M": torch.ones(2),
         "images_M": torch.zeros(2, dtype=torch.int64),
         "offsets_S1": torch.tensor([0, 1, 2]),
-        "unit_NE": torch.ones(4, 5),
+        "emb_NE": torch.ones(4, 5),
     }
     with pytest.raises(ValueError, match=message):
         streamed_cosine_update(streamed_cosine_state(2, 5), **(arguments | change))
@@ -160,8 +162,8 @@ def static_cases(target: str) -> list[Case]:
     module = "saevlm_fast.kernels.streamed_cosine_triton"
     doubles = ("sums", "den", "total", "num_parts", "piece_sums", "piece_den", "piece_total", "piece_num_parts")
     longs = ("images", "offsets", "piece_latents", "piece_offsets")
-    signature = {f"{name}_ptr": "*fp64" for name in (*doubles, "acts", "unit")} | {f"{n}_ptr": "*i64" for n in longs}
-    signature |= {"n_latents": "i32:16", "n_pieces": "i32", "d_emb": "i32:16"}
+    signature = {f"{name}_ptr": "*fp64" for name in (*doubles, "acts", "scale")} | {f"{n}_ptr": "*i64" for n in longs}
+    signature |= {"emb_ptr": "*fp32", "n_latents": "i32:16", "n_pieces": "i32", "d_emb": "i32:16"}
     update = {"HEAVY": 256, "BLOCK_E": 256, "UNROLL": 4}
     return [
         Case(module, "streamed_update_kernel", target, signature, update, num_warps=2),
