@@ -130,8 +130,8 @@ def topk_of_pool_kernel(
 def launch_topk_of_pool(pool: Pool, acts_RK: Tensor, latents_RK: Tensor) -> None:
     """Writes the codes of all rows that did not fail."""
     n_rows, k = acts_RK.shape
-    small = k <= RANKED
-    block = 256 if small else triton.next_power_of_2(k + k // 4)
+    small = k <= RANKED and torch.version.hip is None  # AMD's compiler spills masks there
+    block = 256 if small else max(256, triton.next_power_of_2(k + k // 4))
     topk_of_pool_kernel[(n_rows,)](
         **{name: value for name, value in pool.entry_args().items() if name != "capacity"},
         acts_ptr=acts_RK,
@@ -140,7 +140,7 @@ def launch_topk_of_pool(pool: Pool, acts_RK: Tensor, latents_RK: Tensor) -> None
         k=k,
         RANKED=small,
         BLOCK=block,
-        num_warps=1 if small else max(block // 256, 1),
+        num_warps=block // 256,
     )
 
 
@@ -416,7 +416,7 @@ def launch_row_offsets(screen: Screen, pool: Pool, found_2: Tensor) -> tuple[Ten
     above_R, equal_R = torch.empty(2, n_rows, dtype=torch.int32, device=found_2.device)
     row_offsets = torch.empty(n_rows + 1, dtype=torch.int64, device=found_2.device)
     count_kernel[(n_rows,)](**_row_args(screen, pool, found_2), above_ptr=above_R, equal_ptr=equal_R)
-    offsets_kernel[(1,)](above_R, equal_R, found_2, row_offsets, n_rows, BLOCK_B=4096, num_warps=16)
+    offsets_kernel[(1,)](above_R, equal_R, found_2, row_offsets, n_rows, BLOCK_B=2048, num_warps=16)
     return row_offsets, equal_R
 
 

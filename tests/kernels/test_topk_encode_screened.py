@@ -10,6 +10,7 @@ import saevlm_fast.training.step as step_module
 from saevlm_fast.kernels import reference, topk_encode_screened
 from saevlm_fast.kernels.common import GROUP
 from saevlm_fast.kernels.low_product_speed import VARIABLE
+from saevlm_fast.kernels.sparse_decode import gather_dot_op
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_screened import (
     ROUNDING,
@@ -89,6 +90,40 @@ def test_latents_that_bfloat16_cannot_tell_apart():
     acts, latents = topk_screened(x_BD, W_enc_SD.t(), *zeros, k)
     assert torch.equal(latents, alike[-k:].sort().values.expand(n_rows, k))
     assert_close(acts, (x_BD @ W_enc_SD.t()).gather(1, latents), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 2.0], ids=["even norms", "uneven norms", "wild norms"])
+@pytest.mark.parametrize("seed", range(8))
+def test_codes_are_bit_for_bit_the_best_of_all_float32_dots(monkeypatch, seed, spread):
+    """Near ties, exact ties and outliers included. But for rows left to the float32 product, which adds otherwise."""
+    n_rows, d_in, d_sae, k = 64, 48, 2100, 4
+    generator = torch.Generator().manual_seed(seed)
+    x_BD, b_dec_D = torch.randn(n_rows, d_in, generator=generator), torch.randn(d_in, generator=generator) / 10
+    W_SD = torch.randn(d_sae, d_in, generator=generator)
+    W_SD[::7] = W_SD[3] * (1 + 1e-4 * torch.randn(300, 1, generator=generator))  # bfloat16 hardly tells them apart
+    W_SD[5::50] = W_SD[3]
+    W_SD *= (spread * torch.randn(d_sae, 1, generator=generator)).exp()
+    b_enc_S = torch.randn(d_sae, generator=generator) / 10
+    centred_BD, every = x_BD - b_dec_D, torch.arange(n_rows * d_sae)
+    z_BS = gather_dot_op(centred_BD, every // d_sae, every % d_sae, W_SD).add_(b_enc_S[every % d_sae]).view(-1, d_sae)
+    inputs, left = (x_BD, W_SD.t(), b_enc_S, b_dec_D), []
+
+    def leave(x_RD, *_):
+        left.append(x_RD)
+        return x_RD.new_zeros(len(x_RD), k), torch.zeros(len(x_RD), k, dtype=torch.int64)
+
+    monkeypatch.setattr(topk_encode_screened, "MAX_SHARE", 1)  # as many candidates as it takes
+    monkeypatch.setattr(topk_encode_screened, "topk_encode_cpu", leave)
+    acts_BK, latents_BK = topk_screened(*inputs, k)
+    best_BK = z_BS.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    decided_B = ~torch.isin(x_BD[:, 0], torch.cat([x_BD.new_empty(0), *(x_RD[:, 0] for x_RD in left)]))
+    assert decided_B.any()
+    assert torch.equal(latents_BK[decided_B], best_BK[decided_B])
+    assert torch.equal(acts_BK[decided_B], z_BS.gather(1, best_BK)[decided_B])
+    acts_M, latents_M, offsets_B1 = batch_topk_encode_screened(*inputs, k)
+    best_M = z_BS.flatten().sort(descending=True, stable=True).indices[: n_rows * k].sort().values
+    assert torch.equal(torch.arange(n_rows).repeat_interleave(offsets_B1.diff()) * d_sae + latents_M, best_M)
+    assert torch.equal(acts_M, z_BS.flatten()[best_M])
 
 
 @settings(max_examples=60, deadline=None)
