@@ -8,7 +8,7 @@
 (kernels/reference.py has them in full, with the layout of the codes and the order of ties.) Method (docs/kernels.md,
 section 1): the GEMM's epilogue also leaves the maximum of every group of 64 contiguous latents; the k best groups
 contain the top k, so only k * 64 candidates are ever looked at again. Rows go in chunks, so that memory is bounded. On
-a CPU with matrix units a bfloat16 product proposes, with bounds, and float32 decides. NaN ranks above every number and
+a CPU where bfloat16 is fast its product proposes, with bounds, and float32 decides. NaN ranks above every number and
 is returned.
 
 Gradients flow to active latents only (act above zero, or NaN). With da [M] the gradient of their acts,

@@ -91,16 +91,17 @@ def topk_of_pool_kernel(
             tl.store(p_acts + slot, z, mask=kept)
             tl.store(p_latents + slot, s.to(tl.int64), mask=kept)
         else:
+            keys_0 = value_keys(tl.load(p_z + o_b, mask=o_b < n, other=0.0))  # nearly always all: kept in registers
             threshold = 0
             for step in range(31):
                 trial = threshold | (1 << (30 - step))
-                n_above = 0
-                for p in range(0, n, BLOCK):
+                n_above = tl.sum((keys_0 >= trial).to(tl.int32), axis=0)
+                for p in range(BLOCK, n, BLOCK):
                     z_b = tl.load(p_z + p + o_b, mask=p + o_b < n, other=0.0)
                     n_above += tl.sum((value_keys(z_b) >= trial).to(tl.int32), axis=0)
                 threshold = tl.where(n_above >= k, trial, threshold)
-            above = 0
-            for p in range(0, n, BLOCK):
+            above = tl.sum((keys_0 > threshold).to(tl.int32), axis=0)
+            for p in range(BLOCK, n, BLOCK):
                 z_b = tl.load(p_z + p + o_b, mask=p + o_b < n, other=0.0)
                 above += tl.sum((value_keys(z_b) > threshold).to(tl.int32), axis=0)
             wanted = tl.where(threshold > 0, k - above, 0)
@@ -129,7 +130,8 @@ def topk_of_pool_kernel(
 def launch_topk_of_pool(pool: Pool, acts_RK: Tensor, latents_RK: Tensor) -> None:
     """Writes the codes of all rows that did not fail."""
     n_rows, k = acts_RK.shape
-    small = k <= RANKED
+    small = k <= RANKED and torch.version.hip is None  # AMD's compiler spills masks there
+    block = 256 if small else max(256, triton.next_power_of_2(k + k // 4))
     topk_of_pool_kernel[(n_rows,)](
         **{name: value for name, value in pool.entry_args().items() if name != "capacity"},
         acts_ptr=acts_RK,
@@ -137,8 +139,8 @@ def launch_topk_of_pool(pool: Pool, acts_RK: Tensor, latents_RK: Tensor) -> None
         capacity=pool.capacity,
         k=k,
         RANKED=small,
-        BLOCK=256 if small else 1024,
-        num_warps=1 if small else 4,
+        BLOCK=block,
+        num_warps=block // 256,
     )
 
 
@@ -414,7 +416,7 @@ def launch_row_offsets(screen: Screen, pool: Pool, found_2: Tensor) -> tuple[Ten
     above_R, equal_R = torch.empty(2, n_rows, dtype=torch.int32, device=found_2.device)
     row_offsets = torch.empty(n_rows + 1, dtype=torch.int64, device=found_2.device)
     count_kernel[(n_rows,)](**_row_args(screen, pool, found_2), above_ptr=above_R, equal_ptr=equal_R)
-    offsets_kernel[(1,)](above_R, equal_R, found_2, row_offsets, n_rows, BLOCK_B=4096, num_warps=16)
+    offsets_kernel[(1,)](above_R, equal_R, found_2, row_offsets, n_rows, BLOCK_B=2048, num_warps=16)
     return row_offsets, equal_R
 
 

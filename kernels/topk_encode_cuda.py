@@ -200,7 +200,7 @@ class Screening:
         self.W_SD, self.b_enc_S, self.b_dec_D = W_enc_DS.t().contiguous(), b_enc_S.contiguous(), b_dec_D.contiguous()
         self.group = group
         if low is None:
-            low = LowWeights.empty(*self.W_SD.shape, self.W_SD.device, CUDA_DTYPE)
+            low = LowWeights.empty(len(self.W_SD), self.W_SD.shape[1], self.W_SD.device, CUDA_DTYPE)
             low.write_(0, self.W_SD)
         self.W_low_SP = low.W_SD
         self.factors_3G = launch_group_factors(low.norm_S, low.error_S, self.b_enc_S, self.W_low_SP.shape[1], group)

@@ -42,9 +42,9 @@ class Pool:
     def empty(capacity: int, n_rows: int, counters: Tensor) -> "Pool":
         """counters: zeros."""
         integers = torch.empty(2 * capacity + 3 * n_rows, dtype=torch.int32, device=counters.device)
-        row_M, latent_M, *rows = integers.split([capacity, capacity, n_rows, n_rows, n_rows])
+        row_M, latent_M, base_R, count_R, failed_R = integers.split([capacity, capacity, n_rows, n_rows, n_rows])
         value_M = torch.empty(capacity, dtype=torch.float32, device=counters.device)
-        return Pool(row_M, latent_M, value_M, *rows, counters)
+        return Pool(row_M, latent_M, value_M, base_R, count_R, failed_R, counters)
 
     @property
     def capacity(self) -> int:
@@ -60,6 +60,16 @@ class Pool:
             "counters_ptr": self.counters,
             "capacity": self.capacity,
         }
+
+
+@triton.jit
+def kth_largest(keys, k, BITS: tl.constexpr):
+    """The k-th largest of a 1-D block of keys of so many bits; 0 if fewer than k are positive."""
+    found = 0
+    for step in range(BITS):
+        trial = found | (1 << (BITS - 1 - step))
+        found = tl.where(tl.sum((keys >= trial).to(tl.int32), axis=0) >= k, trial, found)
+    return found
 
 
 @triton.jit
@@ -139,11 +149,7 @@ def list_kernel(
     else:
         lower = v - tl.abs(v) * ROUNDING - slack
         keys = tl.where(m_a & (lower > 0), lower.to(tl.int32, bitcast=True) >> 11, 0)
-        bound = 0  # of the 20 highest bits: the rest may lower the bound, and changes nothing (measured)
-        for step in range(20):
-            trial = bound | (1 << (19 - step))
-            bound = tl.where(tl.sum((keys >= trial).to(tl.int32), axis=0) >= k, trial, bound)
-        L = (bound << 11).to(tl.float32, bitcast=True)
+        L = (kth_largest(keys, k, 20) << 11).to(tl.float32, bitcast=True)  # cut to 20 bits: lower, if anything
     cut = L - slack
     chosen = m_a & (v + tl.abs(v) * ROUNDING >= cut)
     n_chosen = tl.sum(chosen.to(tl.int32), axis=0)

@@ -49,4 +49,4 @@ def topk_of_rows_kernel(z_ptr, acts_ptr, latents_ptr, width, k, BLOCK: tl.conste
 def launch_topk_of_rows(z_RS: Tensor, acts_RK: Tensor, latents_RK: Tensor) -> None:
     """Writes the codes of non-negative values of any floating dtype up to float32."""
     (n_rows, width), k = z_RS.shape, acts_RK.shape[1]
-    topk_of_rows_kernel[(n_rows,)](z_RS, acts_RK, latents_RK, width, k, BLOCK=2048, num_warps=8)
+    topk_of_rows_kernel[(n_rows,)](z_RS, acts_RK, latents_RK, width, k, BLOCK=1024, num_warps=8)

@@ -57,8 +57,8 @@ class Screen:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """2 in the interpreter, where programs run one after another."""
-    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    """1 in the interpreter, where programs run one after another."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # --- copies, norms, factors ------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def gamma(width_in: int) -> float:
 
     docs/kernels.md, section 1, argues for both.
     """
-    truncation = (1.25 if torch.version.hip is None else 2.0) * (-(-width_in // 16) * 16) * 2.0**-23
+    truncation = (1.26 if torch.version.hip is None else 2.0) * (-(-width_in // 16) * 16) * 2.0**-23
     return truncation + (64 + width_in / 512) * 2.0**-24
 
 

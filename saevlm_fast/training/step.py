@@ -6,7 +6,7 @@ over their entries. tests/helpers/dense_trainer.py is the same in dense autograd
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,18 @@ from saevlm_fast.kernels.latent_gradient import (
     dense_gradient_rows,
     entry_gradient,
 )
-from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_, write_low_
+from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
+from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
+from saevlm_fast.kernels.topk_encode_cuda import (
+    Centred,
+    batch_topk_encode_screened_cuda,
+    screens_cuda,
+    topk_encode_screened_cuda,
+)
 from saevlm_fast.kernels.topk_encode_screened import (
-    LowWeights,
     batch_topk_encode_screened,
     screens,
     topk_encode_screened,
@@ -41,8 +47,6 @@ _DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows by at least th
 _STEPS_A_COUNT = 8  # steps between two counts of what can be dead
 
 _residuals, _centred_rows = Workspace(), Workspace()
-
-Low = TypeVar("Low", bound=Tensor | LowWeights)
 
 
 class Losses(NamedTuple):
@@ -163,10 +167,11 @@ class Stepper:
         self.dead_bound = DeadBound()
         self.n_listed = 0
         # W_enc in bfloat16, latent-major; with the bounds of that rounding on a CPU whose encoder screens.
-        self.low: Tensor | LowWeights | None = None
+        self.low: LowWeights | None = None
         self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
+        self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
@@ -198,14 +203,62 @@ class Stepper:
     @torch.no_grad()
     def device_step(self, x_BD: Tensor) -> StepOutput:
         """The step that was announced."""
+        if x_BD.is_cuda:
+            return self._gpu_step(x_BD)
         codes = self._encode(x_BD)
         self._track(codes, len(x_BD))
-        dead = self._dead_latents()
+        dead = self._dead_latents(len(x_BD))
         x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.config.auxk_alpha)
         first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
         self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
         self._update(gradients)
         return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _gpu_step(self, x_BD: Tensor) -> StepOutput:
+        """The same on a GPU, in few kernels."""
+        from saevlm_fast.training import gpu_step
+
+        config = self.config
+        codes, centred = self._gpu_encode(x_BD)
+        moves = self.sae.config.architecture != "topk"
+        threshold = (config.threshold_beta, config.threshold_start) if moves else None
+        recipe = gpu_step.Recipe(config.clip_norm, config.auxk_alpha, config.betas, config.eps, threshold)
+        trained = gpu_step.Trained(self.parameters(), self.moments, self.idle_S, self.low)
+        counters = gpu_step.Counters(self.step_index, self.bad_step, self.sae.threshold, self.adam_schedule)
+        n_dead: list[int | Tensor] = [0]
+
+        def auxiliary(x_hat_BD: Tensor) -> gpu_step.Auxiliary | None:
+            dead = self._dead_latents(len(x_BD))
+            n_dead[0] = dead.number
+            if len(dead.latents_A) == 0:
+                return None
+            db_enc_S = torch.zeros_like(self.sae.b_enc)
+            aux, (enc,), (dec,) = _auxiliary(self.sae, x_BD, x_hat_BD, dead, config.auxk_alpha, db_enc_S)
+            rows_A = dead.latents_A.clamp(max=len(db_enc_S) - 1)
+            db_enc_A = torch.where(dead.latents_A < len(db_enc_S), db_enc_S[rows_A], 0)
+            return gpu_step.Auxiliary(aux, dead.latents_A, enc.rows_AD, db_enc_A, dec.rows_AD)
+
+        with torch.cuda.device_of(x_BD):
+            x_hat_BD, losses = gpu_step.gpu_step(
+                trained, x_BD, codes.flat(), centred, self.group_ends_G, recipe, counters, auxiliary
+            )
+        self.was_replayed()
+        return StepOutput(Losses(*losses.unbind()), x_hat_BD, codes, n_dead[0])
+
+    def _gpu_encode(self, x_BD: Tensor) -> tuple[SparseCodes, Centred | None]:
+        """The codes, and x - b_dec if the encoder left it."""
+        sae, k, topk = self.sae, self.sae.config.k, self.sae.config.architecture == "topk"
+        inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
+        if screens_cuda(x_BD, sae.W_enc, k):
+            centred = Centred.empty(*x_BD.shape, x_BD.device)
+            encode = topk_encode_screened_cuda if topk else batch_topk_encode_screened_cuda
+            encoded = encode(*inputs, k, low=self._low_W_enc(), centred=centred)
+        else:
+            centred, encode = None, topk_encode if topk else batch_topk_encode
+            encoded = encode(*inputs, k)
+        if topk:
+            encoded = (*encoded, None)
+        return SparseCodes.from_flat(*encoded, sae.config.d_sae), centred
 
     def _encode(self, x_BD: Tensor) -> SparseCodes:
         """In CSR form, in the dtype of the weights."""
@@ -223,30 +276,29 @@ class Stepper:
     ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
         """TopK and BatchTopK, with the low copy of W_enc that they work with."""
         if screens(x_BD, self.sae.W_enc, self.sae.config.k):
-            low = self._low_W_enc(LowWeights, _empty_low_weights)
+            low = self._low_W_enc()
             return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
         return topk_encode, batch_topk_encode
 
-    def _low_W_enc(self, kind: type[Low], empty: Callable[[Tensor], Low]) -> Low:
+    def _low_W_enc(self) -> LowWeights:
         """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
 
         A change through `.data` moves no version counter and is not seen.
         """
-        W_enc_SD, low = self.sae.W_enc.detach().T, self.low
-        if not isinstance(low, kind):
-            low = empty(W_enc_SD)
-            self.low, self._low_state = low, None
+        W_enc_SD = self.sae.W_enc.detach().T
+        if self.low is None:
+            self.low = LowWeights.empty(*W_enc_SD.shape, W_enc_SD.device)
         if self._low_state != self._W_enc_state():
-            write_low_(low, 0, W_enc_SD)
+            self.low.write_(0, W_enc_SD)
             self._low_state = self._W_enc_state()
-        return low
+        return self.low
 
     def low_is_current(self) -> bool:
         """Whether the next step finds the low copy of W_enc as the last one left it."""
         return self.low is None or self._low_state == self._W_enc_state()
 
     def was_replayed(self) -> None:
-        """The announced step was taken by a CUDA graph, which moves no version counter: moved here."""
+        """Kernels and CUDA graphs that write parameters move no version counter: moved here."""
         torch.autograd.graph.increment_version([*self.parameters().values(), self.sae.threshold])
         self._low_state = self._W_enc_state()
 
@@ -267,7 +319,7 @@ class Stepper:
     def _some_can_be_dead(self) -> bool:
         return self.config.auxk_alpha > 0 and self.n_rows_seen >= self.config.dead_after
 
-    def _dead_latents(self) -> DeadLatents:
+    def _dead_latents(self, n_rows: int) -> DeadLatents:
         """Latents that are dead after this batch; on a GPU as many places as were announced."""
         if not self._some_can_be_dead():
             return DeadLatents(self.idle_S.new_empty(0), 0)
@@ -296,10 +348,6 @@ class Stepper:
         """Adam's settings in the announced step, the n_steps-th."""
         lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
         return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
-
-
-def _empty_low_weights(W_enc_SD: Tensor) -> LowWeights:
-    return LowWeights.empty(*W_enc_SD.shape)
 
 
 def _check_unit_rows(W_dec_SD: Tensor) -> None:
