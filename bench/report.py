@@ -182,11 +182,88 @@ def score_cell(result: Result) -> str:
     return f"{seconds(result):.3g} s, {info['peak_bytes'] / 2**30:.2f} GiB"
 
 
+RUN_SETTINGS = ("architecture", "d_in", "d_sae", "batch_size", "steps")
+RUN_HEADER = (
+    "SAE,d_in,d_sae,batch,steps,page cache,loop,steps/s,eager,step,data,checkpoints,logs,step / whole run,memory,"
+    "load average,device,commit"
+).split(",")
+
+
 def run_table(runs: list[Run]) -> str:
     """Whole runs: shares of the training loop, the step's of all with start, export and evaluation, and memory that is
     not page cache."""
-    header = ["SAE", "d_in", "d_sae", "batch", "steps", "page cache", "loop", "step", "data", "checkpoints",
-              "logs", "step / whole run", "memory", "load average", "commit"]  # fmt: skip
+    return markdown_table(RUN_HEADER, [run_row(run) for run in runs])
+
+
+def run_row(run: Run) -> list[str]:
+    settings, spent = run["settings"], run["seconds"]
+    loop, steps = spent["loop"], int(settings["steps"])
+    shares = [spent["step"], spent["data"], spent["checkpoint"], spent["log"] + spent["metrics"]]
+    memory = [round(n_bytes / 2**20) for n_bytes in run["anonymous_bytes_at_step"].values()]
+    cache = "the whole file"
+    if settings["page_cache"] != "None":
+        cache = f"{int(settings['page_cache']) >> 20} of {run['file_bytes'] >> 20} MiB"
+    eager = f"{100 * run['eager_share']:.1f} %" if "eager_share" in run else ""
+    return [
+        *(settings[name] for name in RUN_SETTINGS),
+        *(cache, f"{loop:,.0f} s", f"{steps / loop:,.1f}", eager),
+        *(f"{100 * share / loop:.1f} %" for share in shares),
+        *(f"{100 * run['step_share_of_run']:.1f} %", f"{min(memory)} to {max(memory)} MiB"),
+        *(f"{run['load_average']:.1f}", run["device"], run.get("commit", "unknown")),
+    ]
+
+
+def is_harvest(run: Run) -> bool:
+    return "harvests" in run
+
+
+def harvest_table(runs: list[Run]) -> str:
+    """Whole harvests beside the forward alone, on batches that are ready in the device's memory."""
+    header = ["tower", "dtype", "batch", "workers", "images/s", "forward alone", "share", "device", "commit"]
+    rows = []
+    for run in runs:
+        settings = [run["settings"][name] for name in ("tower", "dtype", "batch_size")]
+        alone = next(iter(run["forward"]["images_per_second"].values()))
+        for one in run["harvests"]:
+            rate = one["images_per_second"]["long run"]
+            cells = [str(one["workers"]), f"{rate:,.0f}", f"{alone:,.0f}", f"{100 * rate / alone:.0f} %"]
+            rows.append([*settings, *cells, run["device"], run["commit"]])
+    return markdown_table(header, rows)
+
+
+def kernel_table(profile: Result) -> str:
+    """Where the time of one captured step goes, the longest kernels first."""
+    info = profile["extra_info"]
+    launches = sum(each["launches"] for each in info["kernels"])
+    title = (
+        f"{info['operation']}, {info['case']}: {1e3 * seconds(profile):.3f} ms a replayed step, of which "
+        f"{info['kernels_us'] / 1e3:.3f} ms in {launches:.0f} kernels."
+    )
+    rows = [[each["kernel"], f"{each['us']:.1f}", f"{each['launches']:g}"] for each in info["kernels"]]
+    return title + "\n\n" + markdown_table(["kernel", "us", "launches"], rows)
+
+
+def by_images(results: Iterable[Result]) -> dict[int, dict[str, Result]]:
+    """Number of images -> way -> result."""
+    table: dict[int, dict[str, Result]] = {}
+    for result in results:
+        info = result["extra_info"]
+        table.setdefault(info["shape"]["N"], {})[info["impl"]] = result
+    return table
+
+
+def score_cell(result: Result) -> str:
+    info = result["extra_info"]
+    if "seconds_of_all" in info:
+        return f"{float(f'{seconds(result):.2g}'):,.0f} s (extrapolated)"
+    return f"{seconds(result):.3g} s, {info['peak_bytes'] / 2**30:.2f} GiB"
+
+
+def run_table(runs: list[Run]) -> str:
+    """Whole runs: shares of the training loop, the step's of all with start, export and evaluation, and memory that is
+    not page cache."""
+    header = ["SAE", "d_in", "d_sae", "batch", "steps", "page cache", "loop", "steps/s", "eager", "step", "data", "checkpoints",
+              "logs", "step / whole run", "memory", "load average", "device", "commit"]  # fmt: skip
     rows = []
     for run in runs:
         settings, spent = run["settings"], run["seconds"]
@@ -199,9 +276,10 @@ def run_table(runs: list[Run]) -> str:
             cache += f"; data on {settings['data_on']}" + ("" if settings["capture"] == "True" else ", eager")
         rows.append([
             *(settings[name] for name in ("architecture", "d_in", "d_sae", "batch_size", "steps")), cache,
-            f"{spent['loop']:,.0f} s", *(f"{100 * share / spent['loop']:.1f} %" for share in shares),
+            f"{spent['loop']:,.0f} s", f"{int(settings['steps']) / spent['loop']:,.1f}",
+            f"{100 * run['eager_share']:.1f} %" if "eager_share" in run else "", *(f"{100 * share / spent['loop']:.1f} %" for share in shares),
             f"{100 * run['step_share_of_run']:.1f} %", f"{min(memory)} to {max(memory)} MiB",
-            f"{run['load_average']:.1f}", run.get("commit", "unknown"),
+            f"{run['load_average']:.1f}", run["device"], run.get("commit", "unknown"),
         ])  # fmt: skip
     return markdown_table(header, rows)
 
