@@ -395,13 +395,14 @@ def launch_decide(
     rows: Rows,
     totals: Totals,
     counters: tuple[Tensor, Tensor, Tensor],
-    settings: dict[str, float],
-    aux: Tensor | None = None,
-    aux_db_D: Tensor | None = None,
+    clip_norm: float,
+    auxk_alpha: float,
+    moving: tuple[float, int] | None = None,
+    aux: tuple[Tensor, Tensor] | None = None,
 ) -> Decision:
-    """counters: step_index and bad_step (int64), threshold (float32; moved if `settings` has its beta).
+    """counters: step_index and bad_step (int64), and threshold (float32), which moves with `moving`: (beta, start).
 
-    settings: clip_norm, auxk_alpha, and of a threshold threshold_beta and threshold_start.
+    aux: of the auxiliary loss (its value, squared norm of its gradients but for b_dec's) [2], and its W_enc^T db_enc.
     """
     n_rows, d_in = rows.centred_BD.shape
     n_groups = len(rows.suffix_RD) // n_rows
@@ -432,8 +433,7 @@ def launch_decide(
         totals.square_parts,
         rows.squared_B,
         rows.smallest_B,
-        sums if aux is None else aux,
-        sums if aux_db_D is None else aux_db_D,
+        *((sums, sums) if aux is None else aux),
         *decision,
         *counters,
         n_rows,
@@ -441,13 +441,13 @@ def launch_decide(
         n_first,
         n_second,
         len(totals.square_parts),
-        int(settings.get("threshold_start", 0)),
+        0 if moving is None else moving[1],
         d_in,
-        LIMIT=settings["clip_norm"],
-        ALPHA=settings["auxk_alpha"],
-        BETA=settings.get("threshold_beta", 0.0),
+        LIMIT=clip_norm,
+        ALPHA=auxk_alpha,
+        BETA=0.0 if moving is None else moving[0],
         HAS_AUX=aux is not None,
-        THRESHOLD="threshold_beta" in settings,
+        THRESHOLD=moving is not None,
         STEP=max(1, min(16, (1 << 14) // block_d)),
         BLOCK=1024,
         BLOCK_D=block_d,

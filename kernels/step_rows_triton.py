@@ -195,14 +195,14 @@ def row_tile(d_in: int, k: int) -> dict[str, int | bool]:
     """Constants of row_kernel for rows of k entries (0: ragged)."""
     block_d, _ = whole_row_block(d_in, 4)
     ragged = not 0 < k <= HELD_ENTRIES
-    block_k = HELD_RAGGED if ragged else triton.next_power_of_2(k)
-    block_k = max(1, min(block_k, (1 << 15) // block_d))  # 128 registers a thread at most
+    wide = block_d > 2048  # one program a processor, of as many warps as can be
+    block_k = min(HELD_RAGGED if ragged else triton.next_power_of_2(k), (1 << (14 if wide else 15)) // block_d)
     return {
         "LONG": k == 0 or k > block_k,
         "BLOCK_K": block_k,
-        "STEP_K": max(1, min(STEP_RAGGED, (1 << 14) // block_d)),
+        "STEP_K": min(STEP_RAGGED, (1 << 13) // block_d),
         "BLOCK_D": block_d,
-        "num_warps": 4 if block_k * block_d < 1 << 13 else 8 if block_d <= 2048 else 16,
+        "num_warps": 16 if wide else 8 if block_k * block_d >= 1 << 13 else 4,
     }
 
 

@@ -108,6 +108,9 @@ def batch_topk_encode_screened_cuda(
     group = _group(d_sae, k)
     with torch.cuda.device_of(x_BD):
         if 2 * n * group > _chunk_rows(n_rows, d_sae, buffer_bytes) * d_sae:
+            if centred is not None:
+                torch.sub(x_BD, b_dec_D, out=centred.x_BD)
+                torch.linalg.vector_norm(centred.x_BD, dim=1, out=centred.norm_B)
             return launch_batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
         encoder = Screening(W_enc_DS, b_enc_S, b_dec_D, group, low)
         codes = []
