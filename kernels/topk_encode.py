@@ -8,7 +8,7 @@
 (kernels/reference.py has them in full, with the layout of the codes and the order of ties.) Method (docs/kernels.md,
 section 1): the GEMM's epilogue also leaves the maximum of every group of 64 contiguous latents; the k best groups
 contain the top k, so only k * 64 candidates are ever looked at again. Rows go in chunks, so that memory is bounded. On
-a CPU with matrix units a bfloat16 product proposes, with bounds, and float32 decides. NaN ranks above every number and
+a CPU where bfloat16 is fast its product proposes, with bounds, and float32 decides. NaN ranks above every number and
 is returned.
 
 Gradients flow to active latents only (act above zero, or NaN). With da [M] the gradient of their acts,
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import topk_encode_cpu as plain
+from . import topk_encode_cuda as gpu
 from . import topk_encode_screened as screened
 from .common import check, check_same_kind, custom_op, fixed_row_offsets
 from .grouping import entry_rows, group_by_latent
@@ -45,10 +46,10 @@ def topk_encode(
 
     Latents ascend within a row. A row with fewer than k positive pre-activations is filled with zero activations at its
     lowest latents of value zero. One floating dtype and one device for all four tensors (float64 on CPU only); W_enc in
-    any strides, [d_sae, d_in] order in memory (a transposed view) being the fastest. Float32 runs in TF32 on a GPU if
-    torch.backends.cuda.matmul.fp32_precision is "tf32". buffer_bytes bounds the chunk of pre-activations held at a time
-    (default: 512 MiB on a GPU, 64 MiB on CPU), at least one row. ValueError: shapes, dtypes, k outside 1..d_sae (on a
-    GPU also above 128, 64 on AMD).
+    any strides, [d_sae, d_in] order in memory (a transposed view) being the fastest. Float32 is float32, also where
+    torch.backends lets torch's own products run in TF32. buffer_bytes bounds the chunk of pre-activations held at a
+    time (default: 512 MiB on a GPU, 64 MiB on CPU), at least one row. ValueError: shapes, dtypes, k outside 1..d_sae
+    (on a GPU also above 1024).
     """
     _check(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes)
     _check_k(k, W_enc_DS.shape[1])
@@ -116,6 +117,8 @@ def _check_k(k: int, d_sae: int) -> None:
 def topk_encode_op(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor]:
+    if gpu.screens_cuda(x_BD, W_enc_DS, k):
+        return gpu.topk_encode_screened_cuda(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
     from .topk_encode_triton import launch_topk_encode
 
     with torch.cuda.device_of(x_BD):  # Triton launches on the current device
@@ -126,6 +129,8 @@ def topk_encode_op(
 def batch_topk_encode_op(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if gpu.screens_cuda(x_BD, W_enc_DS, k):
+        return gpu.batch_topk_encode_screened_cuda(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
     from .topk_encode_batch_triton import launch_batch_topk_encode
 
     with torch.cuda.device_of(x_BD):
@@ -136,6 +141,8 @@ def batch_topk_encode_op(
 def threshold_encode_op(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if gpu.screens_cuda(x_BD, W_enc_DS):
+        return gpu.threshold_encode_screened_cuda(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
     from .topk_encode_batch_triton import launch_threshold_encode
 
     with torch.cuda.device_of(x_BD):

@@ -256,17 +256,22 @@ def launch_batch_topk_encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (n_rows, _), d_sae = x_BD.shape, W_enc_DS.shape[1]
     capacity = n_rows * k
-    acts, positions = [], []
+    acts, positions = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=x_BD.device)]
     for start, pre_RS, maxima_RG in preactivation_chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
         n = min(capacity, pre_RS.numel())
         groups = launch_largest(Source(maxima_RG.view(1, -1)), min(n, maxima_RG.numel()))
         found = launch_largest(Source(pre_RS, units=groups), n)
         acts.append(_values_at(pre_RS, found))
         positions.append(torch.where(found >= 0, found + start * d_sae, -1))
-    if len(acts) == 0:
-        return _csr(x_BD.new_empty(0), positions_M=x_BD.new_empty(0, dtype=torch.int64), n_rows=n_rows, d_sae=d_sae)
+    return launch_merge(acts, positions, n_rows, d_sae, capacity)
+
+
+def launch_merge(
+    acts: list[Tensor], positions: list[Tensor], n_rows: int, d_sae: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the `capacity` largest of what every chunk keeps: acts and flat positions, ascending, -1 for padding."""
     acts_M, positions_M = torch.cat(acts), torch.cat(positions)
-    if len(acts) > 1:
+    if len(acts) > 2:  # the first is empty
         kept = launch_largest(Source(acts_M.view(1, -1)), capacity)
         acts_M, positions_M = _values_at(acts_M, kept), torch.where(kept >= 0, positions_M[kept.clamp_min(0)], -1)
     return _csr(acts_M, positions_M, n_rows, d_sae)

@@ -19,9 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import GROUP, MAX_K
+from .topk_encode_rows_triton import launch_topk_of_rows
 
 BUFFER_BYTES = 512 * 2**20
 MAX_STRIDE = 2**22
+BLOCK_K = 128 if torch.version.hip is None else 64  # k * 64 candidates in one program: more would spill
 NAN_KEY = tl.constexpr(0x7FC00000)
 
 
@@ -121,13 +123,13 @@ def preactivation_kernel(
     tl.store(p_maxima + o_b[:, None] * n_groups + o_g[None, :], b_maxima, mask=m_bg)
 
 
-def gemm_config(dtype: torch.dtype, tf32: bool, hip: bool) -> dict[str, Any]:
+def gemm_config(dtype: torch.dtype, hip: bool) -> dict[str, Any]:
     """Tile and launch options of preactivation_kernel; none spills (tests/test_topk_encode.py), 128x256 tiles would."""
-    config = {"PRECISION": "tf32" if tf32 else "ieee", "BAND": 32, "BLOCK_B": 128, "BLOCK_S": 128, "num_warps": 8}
+    config = {"PRECISION": "ieee", "BAND": 32, "BLOCK_B": 128, "BLOCK_S": 128, "num_warps": 8}
     if dtype != torch.float32:
         config |= {"BLOCK_D": 64, "num_stages": 4}
     else:
-        config |= {"BLOCK_D": 32 if tf32 else 16, "num_stages": 3}
+        config |= {"BLOCK_D": 16, "num_stages": 3}
     if hip:  # 64 KiB of shared memory
         config |= {"num_stages": 2}
     return config
@@ -141,7 +143,7 @@ def launch_preactivations(x_RD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, pre_R
         raise ValueError(
             f"W_enc: width or stride {widest} is above {MAX_STRIDE}, the most that int32 tile offsets hold"
         )
-    config = gemm_config(x_RD.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32", torch.version.hip is not None)
+    config = gemm_config(x_RD.dtype, torch.version.hip is not None)
     n_tiles = triton.cdiv(n_rows, config["BLOCK_B"]) * triton.cdiv(d_sae, config["BLOCK_S"])
     preactivation_kernel[(n_tiles,)](
         x_RD,
@@ -227,8 +229,11 @@ def candidate_warps(block: int) -> int:
 
 
 def launch_topk_rows(pre_RS: Tensor, maxima_RG: Tensor, acts_RK: Tensor, latents_RK: Tensor) -> None:
-    """Writes the codes of a chunk."""
+    """Writes the codes of a chunk: by its best groups, for a large k by whole rows."""
     (n_rows, d_sae), n_groups, k = pre_RS.shape, maxima_RG.shape[1], acts_RK.shape[1]
+    if k > BLOCK_K:
+        launch_topk_of_rows(pre_RS, acts_RK, latents_RK)
+        return
     n_chosen = min(k, n_groups)
     groups = torch.empty(n_rows, n_chosen, dtype=torch.int32, device=pre_RS.device)
     block = triton.next_power_of_2(n_groups)
@@ -252,7 +257,7 @@ def launch_topk_encode(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, k: int, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor]:
     if k > MAX_K:
-        raise ValueError(f"k: {k} is above {MAX_K}, the most that one program selects on a GPU")
+        raise ValueError(f"k: {k} is above {MAX_K}, the most of a row on a GPU")
     acts_BK = x_BD.new_empty(x_BD.shape[0], k)
     latents_BK = torch.empty(x_BD.shape[0], k, dtype=torch.int64, device=x_BD.device)
     for start, pre_RS, maxima_RG in preactivation_chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):

@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.settings import Settings, integer, number_or_auto, numbers, same_as, setting
 
 Architecture = Literal["topk", "batch_topk", "matryoshka"]
-TrainDtype = Literal["float32", "tf32", "bfloat16"]
 ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
 StoreDtype = Literal["float16", "bfloat16", "float32"]
+DataOn = Literal["auto", "device", "host"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
-DTYPES: tuple[TrainDtype, ...] = get_args(TrainDtype)
 EXPANSION = 8.0
 MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; docs/recipe.md section 1
 PROMPT = "What is shown in this image? Use exactly one word!"
@@ -180,6 +179,7 @@ class TrainConfig(Settings):
     """How an SAE is trained: the paper's recipe (docs/recipe.md section 2) is the default."""
 
     title = "Training"
+    removed: ClassVar = {"dtype": "float32"}  # of the encoder product
     steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
     batch_size: int = setting(
         4096,
@@ -248,7 +248,6 @@ class TrainConfig(Settings):
         on_command_line=False,
     )
     seed: int = setting(0, help="Seed of the initial weights and of the order of the rows.", at_least=0)
-    dtype: TrainDtype = setting("float32", help="Of the encoder product; weights, optimiser, losses stay float32.")
 
     def check(self) -> None:
         super().check()
@@ -284,6 +283,14 @@ class RunOptions(Settings):
     title = "The run"
     output: Path | None = setting(None, help="Run directory.", shown="nothing is written")
     device: str = setting("auto", help=DEVICE_HELP)
+    data_on: DataOn = setting(
+        "auto",
+        help="Where all rows are kept: in the device's memory (auto: a GPU's, if they fit beside training), or on the "
+        "host, read ahead. The run is the same.",
+    )
+    capture: bool = setting(
+        True, help="On a GPU, take steps by CUDA graphs; the same bits without.", on_command_line=False
+    )
     log_every: int | None = setting(
         None, help="Steps between two logged lines.", shown="steps / 100, at most 100", at_least=1
     )

@@ -12,12 +12,14 @@ disk. `publish` swaps them: the new is renamed to .replacement-whole, the old is
 command that writes calls first. A file is replaced in one rename (files.atomic_write).
 """
 
+import errno
 import json
 import os
 import secrets
 import shlex
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast.errors import printable, require
-from saevlm_fast.files import TEMPORARY_PREFIX
+from saevlm_fast.files import TEMPORARY_PREFIX, remove_leftovers_of
 
 LOCK_FILE = ".lock"  # of an output that is a directory: it lies in it
 REPLACEMENT = ".replacement"
@@ -144,9 +146,11 @@ def _taken(
 
 def _try(file: Path, exclusive: bool) -> int | None:
     """The locked file; None if it was removed meanwhile. BlockingIOError: who holds it."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
         _lock(descriptor, exclusive)
+        if not _is_lock(descriptor):
+            raise FileExistsError(errno.EEXIST, "it is in the way, and holds no lock of ours", str(file))
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 if exclusive:
@@ -162,6 +166,14 @@ def _try(file: Path, exclusive: bool) -> int | None:
         raise
     os.close(descriptor)
     return None
+
+
+def _is_lock(descriptor: int) -> bool:
+    """Whether a file holds what we write into a lock, or what a crash leaves of that: nothing, or zeros."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return False
+    data = os.pread(descriptor, 1 << 12, 0)
+    return data.startswith(b'{"pid": ') or not data.strip(b"\0")
 
 
 def _lock(descriptor: int, exclusive: bool) -> None:
@@ -191,10 +203,11 @@ def _holder(data: bytes) -> str:
 
 def _probed(lock: Lock) -> Lock:
     """OSError: no file can be made, written or removed beside the lock."""
-    file = lock.file.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-probe")
+    file = lock.file.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{lock.file.name}")
     try:
+        remove_leftovers_of(lock.file)  # of one that was killed at this
         file.write_bytes(bytes(1))
-        file.unlink()
+        file.unlink(missing_ok=True)  # who shares the lock may take it for a leftover
     except BaseException:
         with suppress(OSError):
             file.unlink(missing_ok=True)
@@ -209,7 +222,7 @@ def _probed(lock: Lock) -> Lock:
 def workplace(output: Path) -> Path:
     """Where the work on an output directory goes on: in its unfinished replacement, if there is one."""
     replacement = output / REPLACEMENT
-    return replacement if replacement.is_dir() else output
+    return replacement if replacement.is_dir() and not replacement.is_symlink() else output
 
 
 def is_being_swapped(output: Path) -> bool:
@@ -220,7 +233,9 @@ def is_being_swapped(output: Path) -> bool:
 def begin_replacement(output: Path) -> Path:
     """An empty directory for what will replace the contents of `output`; an unfinished replacement is given up."""
     replacement = output / REPLACEMENT
-    if replacement.is_dir():
+    if replacement.is_symlink():
+        replacement.unlink()  # never what it leads to
+    elif replacement.is_dir():
         shutil.rmtree(replacement)
     replacement.mkdir()
     return replacement

@@ -35,7 +35,8 @@ def resolve_device(name: str) -> torch.device:
 def tf32_products(wanted: bool) -> Iterator[None]:
     """float32 matrix products on a GPU in TF32 (10-bit mantissa, much faster), or exactly, whatever was set before.
 
-    Convolutions too, of which a tower's patch embedding is one; torch's default for them is TF32.
+    Convolutions too, of which a tower's patch embedding is one; torch's default for them is TF32. A model that is run
+    outside of this is not a float32 model there. Also a decorator.
     """
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]

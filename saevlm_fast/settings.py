@@ -10,7 +10,7 @@ Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class tak
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from inspect import get_annotations
@@ -110,6 +110,7 @@ class Settings:
     """
 
     title: ClassVar[str]  # of a class's own settings, where they are listed
+    removed: ClassVar[Mapping[str, Any]] = {}  # settings that older files have -> the only value that is left of each
 
     def __post_init__(self) -> None:
         self.check()
@@ -136,9 +137,7 @@ class Settings:
                     value = kind(value)
                     object.__setattr__(self, name, value)
             elif get_origin(kind) is tuple:
-                several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-                require(several, f"{name}: {value!r} is not several values")
-                object.__setattr__(self, name, _plain(name, tuple(value), get_args(kind)[0]))
+                object.__setattr__(self, name, _plain(name, _several(name, value), get_args(kind)[0]))
             if kind is Path or kind is bool:
                 continue
             if choices:
@@ -147,6 +146,21 @@ class Settings:
                 require(not isinstance(value, int) or value < 2**62, f"{name}: {value} must be below 2^62")
                 must = f"must be {known.limits}".replace("be not", "not be")
                 require(known.allows(value), f"{name}: {value:{known.spec}} {must}")
+
+    @classmethod
+    def without_removed(cls, values: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+        """`values` of a file of before, less the settings that are gone.
+
+        Raises:
+            ValueError: "FILE: dtype: 'tf32' is gone, 'float32' is all there is; ...".
+        """
+        for name in cls.removed.keys() & values.keys():
+            left = cls.removed[name]
+            require(
+                values[name] == left,
+                f"{where}: {name}: {values[name]!r} is gone, {left!r} is all there is; leave it out and start anew",
+            )
+        return {name: value for name, value in values.items() if name not in cls.removed}
 
     def part(self, cls: type[S], **more: Any) -> S:
         """An object of a class whose fields these settings have; more: values of fields that they lack, or replace."""
@@ -178,6 +192,16 @@ def _optional(cls: Any) -> frozenset[str]:
     """The fields that may be None."""
     kinds = get_type_hints(cls).items()
     return frozenset(name for name, kind in kinds if type(None) in get_args(kind) or kind is Any)
+
+
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    """In an order that was meant: not those of a set."""
+    try:
+        values = None if isinstance(value, str | bytes | Mapping | Set) else tuple(value)
+    except TypeError:  # also of an array of no dimension, which says that it can be iterated
+        values = None
+    require(values is not None, f"{name}: {value!r} is not several values in an order")
+    return values or ()
 
 
 def _plain(name: str, values: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:
@@ -234,7 +258,7 @@ def integer(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{name}: {text!r} is not a whole number") from None
+        raise ValueError(f"{name}: {text!r:.60} is not a whole number") from None
 
 
 def number(name: str, text: str) -> float:
@@ -242,7 +266,7 @@ def number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{name}: {text!r} is not a number") from None
+        raise ValueError(f"{name}: {text!r:.60} is not a number") from None
 
 
 def texts(name: str, text: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What goes wrong from outside: altered bytes, calls that nobody meant, killed runs, two processes on one output.
 
     python tests/campaign.py                          # every part
-    python tests/campaign.py --part bytes             # every byte of a store, codes, an SAE and a run, one bit each
+    python tests/campaign.py --part bytes --every-byte   # of a megabyte: store, codes, SAE, run; one bit each
     python tests/campaign.py --part bytes --sample 500     # so many of each: bytes, calls, killed runs, pairs
     python tests/campaign.py --part calls --page docs/reliability.md    # its table in that page is written anew
 
@@ -14,6 +14,7 @@ helpers/fuzzed_calls.py, those of killed runs and pairs in helpers/cut_runs.py.
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,11 +44,25 @@ from saevlm_fast.training.run import train
 from saevlm_fast.training.state import TrainingState
 from small_world import build_world
 
-D_IN, D_SAE, N_ROWS, STEPS = 8, 24, 90, 6
+STEPS = 6
 OUTCOMES = ("named", "harmless", "unnamed", "traceback", "silent")
 GOOD = ("named", "harmless", "done", "refused", "kills", "the same", "one worked, one refused")
 BEGIN, END = "<!-- campaign {part}: begin -->", "<!-- campaign {part}: end -->"
 RECIPE = TrainConfig(steps=STEPS, batch_size=16, norm_batches=2)
+
+
+class Sizes(NamedTuple):
+    """Of the targets: rows and their width, latents of the run's SAE and of the other, which encodes k a row."""
+
+    n_rows: int
+    d_in: int
+    d_run: int
+    d_sae: int
+    k: int
+
+
+SMALL = Sizes(n_rows=90, d_in=8, d_run=24, d_sae=24, k=3)  # some kilobytes each
+LARGE = Sizes(n_rows=3000, d_in=32, d_run=50, d_sae=1920, k=15)  # a megabyte together
 
 
 class Target(NamedTuple):
@@ -59,22 +75,24 @@ class Target(NamedTuple):
     writes: bool = False
 
 
-def build(root: Path) -> list[Target]:
-    """One of everything, small."""
-    x_ND = torch.randn(N_ROWS, D_IN, generator=torch.Generator().manual_seed(0))
-    items = {"image": [f"{i // 2}.jpg" for i in range(N_ROWS)], "token": list(range(N_ROWS))}
-    items["label"] = [None if i % 3 else f"class {i % 5}" for i in range(N_ROWS)]
-    with ActivationWriter(root / "store", D_IN, torch.float16, {"layer": 3, "model": {"spec": "m"}}, 40) as writer:
+def build(root: Path, sizes: Sizes = SMALL) -> list[Target]:
+    """One of everything."""
+    n = sizes.n_rows
+    x_ND = torch.randn(n, sizes.d_in, generator=torch.Generator().manual_seed(0))
+    items = {"image": [f"{i // 2}.jpg" for i in range(n)], "token": list(range(n))}
+    items["label"] = [None if i % 3 else f"class {i % 5}" for i in range(n)]
+    source = {"layer": 3, "model": {"spec": "m"}}
+    with ActivationWriter(root / "store", sizes.d_in, torch.float16, source, n * 4 // 9) as writer:
         writer.append(x_ND, items)
-    config = SAEConfig(D_IN, D_SAE, 3, "matryoshka", (8, 16))
     acts = open_activations(root / "store")
-    train(acts, config, RECIPE, RunOptions(root / "run", "cpu", log_every=1, checkpoint_every=2))
-    sae = SparseAutoencoder.from_pretrained(root / "run")
+    train(acts, matryoshka(sizes.d_in, sizes.d_run, 3), RECIPE, _options(root / "run"))
+    sae = SparseAutoencoder(SAEConfig(sizes.d_in, sizes.d_sae, sizes.k, "topk"))
+    sae.reset_parameters(0)
     sae.save_pretrained(root / "sae")
-    with CodesWriter(root / "codes", D_SAE, torch.float16, {"layer": 3}) as writer, torch.no_grad():
-        for number, start in enumerate(range(0, N_ROWS, 45)):
-            part = {name: column[start : start + 45] for name, column in items.items()}
-            writer.write_shard(number, sae.encode(x_ND[start : start + 45]), part)
+    with CodesWriter(root / "codes", sizes.d_sae, torch.float16, {"layer": 3}) as writer, torch.no_grad():
+        for number, start in enumerate(range(0, n, n // 2)):
+            part = {name: column[start : start + n // 2] for name, column in items.items()}
+            writer.write_shard(number, sae.encode(x_ND[start : start + n // 2]), part)
     return [
         Target("store of activations", root, root / "store", read_store),
         Target("store of codes", root, root / "codes", read_codes),
@@ -84,17 +102,25 @@ def build(root: Path) -> list[Target]:
     ]
 
 
+def matryoshka(d_in: int, d_sae: int, k: int) -> SAEConfig:
+    return SAEConfig(d_in, d_sae, k, "matryoshka", (d_sae // 3, d_sae - d_sae // 3))
+
+
+def _options(output: Path) -> RunOptions:
+    return RunOptions(output, "cpu", log_every=1, checkpoint_every=2)
+
+
 def read_store(path: Path) -> Any:
     """As training and the score read it."""
     store = open_activations(path)
     rows = store.rows(torch.arange(store.n_rows))
-    chunks = torch.cat([x for _, x in store.chunks(32)])
+    chunks = torch.cat([x for _, x in store.chunks(1 << 16)])
     return digest(rows), digest(chunks), store.items().to_pydict(), store.source
 
 
 def read_codes(path: Path) -> Any:
     codes = open_codes(path)
-    parts = [digest(*each.csr()) for _, each in codes.chunks(32)]
+    parts = [digest(*each.csr()) for _, each in codes.chunks(1 << 16)]
     return parts, codes.items().to_pydict(), codes.source, codes.d_sae
 
 
@@ -106,7 +132,8 @@ def read_sae(path: Path) -> Any:
 def resume_run(path: Path) -> Any:
     """What the next step would start from, and what is logged so far."""
     store = open_activations(path.parent / "store")
-    state = TrainingState(store, SAEConfig(D_IN, D_SAE, 3, "matryoshka", (8, 16)), RECIPE, torch.device("cpu"))
+    d_run = {each.d_in: each.d_run for each in (SMALL, LARGE)}[store.d]
+    state = TrainingState(store, matryoshka(store.d, d_run, 3), RECIPE, torch.device("cpu"))
     RunDirectory(path, None, resume=True, force=False).begin(state)
     return digest(*state.tensors().values()), state.stepper.n_steps, (path / "metrics.jsonl").read_bytes()
 
@@ -140,22 +167,13 @@ def flips(target: Target, sample: int | None, seed: int = 0) -> Iterator[tuple[P
     return ((file, position, draw.randrange(8)) for file, position in chosen)
 
 
-def outcome(target: Target, expected: Any, file: Path, position: int, bit: int) -> tuple[str, str]:
-    """(one of OUTCOMES, what was said)."""
-    whole = file.read_bytes()
-    altered = bytearray(whole)
-    altered[position] ^= 1 << bit
-    if target.writes:
-        place = target.root / "copy"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        os.symlink(target.root / "store", place / "store")
-        shutil.copytree(target.directory, place / target.directory.name)
-        directory = place / target.directory.name
-    else:
-        directory = target.directory
-    place_of_file = directory / file.relative_to(target.directory)
-    place_of_file.write_bytes(altered)
+def outcome(target: Target, directory: Path, expected: Any, file: Path, position: int, bit: int) -> tuple[str, str]:
+    """(one of OUTCOMES, what was said) of a bit flipped in `directory`, which is as it was afterwards."""
+    altered = directory / file.relative_to(target.directory)
+    with open(altered, "r+b", buffering=0) as stream:
+        whole = os.pread(stream.fileno(), 1, position)
+        os.pwrite(stream.fileno(), bytes([whole[0] ^ 1 << bit]), position)
+    before = _signatures(directory) if target.writes else {}
     try:
         found = target.read(directory)
     except (ValueError, OSError) as error:
@@ -165,23 +183,53 @@ def outcome(target: Target, expected: Any, file: Path, position: int, bit: int) 
     except Exception as error:
         return "traceback", f"{type(error).__name__}: {error}"
     finally:
-        if not target.writes:
-            file.write_bytes(whole)
+        if target.writes:
+            _restore(target, directory, before, altered)
+        else:
+            with open(altered, "r+b", buffering=0) as stream:
+                os.pwrite(stream.fileno(), whole, position)
     return ("harmless" if found == expected else "silent"), ""
 
 
-def run(target: Target, sample: int | None, tell: Callable[[str], None] = print) -> Counter[str]:
-    """How often which outcome; what must not be is told."""
+def _signatures(directory: Path) -> dict[Path, tuple[int, int]]:
+    """Every file there, and what a write, a rename or a removal changes of it."""
+    statuses = {path.relative_to(directory): path.stat() for path in directory.rglob("*") if path.is_file()}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in statuses.items()}
+
+
+def _restore(target: Target, directory: Path, before: dict[Path, tuple[int, int]], altered: Path) -> None:
+    """Undoes what a reader that writes has written since, and the alteration."""
+    after = _signatures(directory)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    for name in changed | {altered.relative_to(directory)}:
+        if name in before:
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(target.directory / name, directory / name)
+        else:
+            (directory / name).unlink()
+
+
+def _copy(target: Target, directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(target.directory, directory)
+
+
+def run(
+    target: Target, sample: int | None, tell: Callable[[str], None] = print, share: tuple[int, int] = (0, 1)
+) -> Counter[str]:
+    """How often which outcome; what must not be is told. share: (which, of how many) parts of the flips."""
+    directory = target.directory
     if target.writes:
-        shutil.copytree(target.directory, target.root / "copy" / target.directory.name, dirs_exist_ok=True)
-        if not (target.root / "copy" / "store").exists():
-            os.symlink(target.root / "store", target.root / "copy" / "store")
-        expected = target.read(target.root / "copy" / target.directory.name)
-    else:
-        expected = target.read(target.directory)
+        directory = target.root / "copy" / target.directory.name
+        _copy(target, directory)
+        if not (directory.parent / "store").exists():
+            (directory.parent / "store").symlink_to(target.root / "store")
+    expected = target.read(directory)
+    if target.writes:
+        _copy(target, directory)
     counts: Counter[str] = Counter()
-    for file, position, bit in flips(target, sample):
-        kind, said = outcome(target, expected, file, position, bit)
+    for file, position, bit in islice(flips(target, sample), share[0], None, share[1]):
+        kind, said = outcome(target, directory, expected, file, position, bit)
         counts[kind] += 1
         if kind not in ("named", "harmless"):
             tell(f"{kind}: {target.name}: {file.name}, byte {position}, bit {bit}: {said}")
@@ -194,8 +242,27 @@ Results = dict[str, Counter[str]]
 
 
 def bytes_part(root: Path, sample: int | None) -> Results:
-    """Every byte of everything, or a sample of each."""
+    """Every byte of small files of every kind, or a sample of each."""
     return {target.name: run(target, sample) for target in build(root)}
+
+
+def every_byte(root: Path, processes: int) -> Results:
+    """Every byte of a megabyte, in several processes, each on files of its own."""
+    results: Results = {}
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        asked = [(root / str(number), (number, processes)) for number in range(processes)]
+        for counted in pool.starmap(_share_of_every_byte, asked, chunksize=1):
+            for name, counts in counted.items():
+                results[name] = results.get(name, Counter()) + counts
+    return results
+
+
+def _share_of_every_byte(root: Path, share: tuple[int, int]) -> Results:
+    results = {}
+    for target in build(root, LARGE):
+        results[target.name] = run(target, None, share=share)
+        print(f"{target.name}, share {share[0]}: {dict(results[target.name])}", file=sys.stderr, flush=True)
+    return results
 
 
 def calls_part(root: Path, sample: int | None) -> Results:
@@ -269,13 +336,18 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--part", choices=PARTS, help="instead of all")
     options.add_argument("--sample", type=int, help="so many of each, instead of all")
+    options.add_argument("--every-byte", action="store_true", help="part bytes: of a megabyte in place of small files")
+    options.add_argument("--processes", type=int, default=2, help="with --every-byte")
     options.add_argument("--page", type=Path, help="page whose tables are written anew")
     given = options.parse_args()
     torch.set_num_threads(1)
     faults = 0
     for part in [given.part] if given.part else PARTS:
         with tempfile.TemporaryDirectory() as directory:
-            results = PARTS[part].make(Path(directory), given.sample)
+            if part == "bytes" and given.every_byte:
+                results = every_byte(Path(directory), given.processes)
+            else:
+                results = PARTS[part].make(Path(directory), given.sample)
         text = table(results, part)
         print(text, flush=True)
         if given.page:

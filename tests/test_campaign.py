@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import campaign
-from cut_runs import OUTPUTS, cut_runs, paired_runs
+from cut_runs import KILLED, OUTPUTS, cut_runs, paired_runs
 from fuzzed_calls import Call, Said, fuzz_calls, judged, make
 from small_world import CALLS, build_world, words
 
@@ -43,7 +43,7 @@ def test_no_call_ends_in_a_traceback_or_hangs(world):
     assert sum(each["refused"] for each in counts.values()) > 10
 
 
-@pytest.mark.parametrize("name", ["train", "harvest"])  # steering-score has faults left: docs/reliability.md
+@pytest.mark.parametrize("name", KILLED)
 def test_killed_runs_give_the_same_when_resumed(name, world):
     told = []
     counts = cut_runs(world, name, 1, seed=1, tell=told.append)

@@ -27,7 +27,7 @@ def test_bad_sae_settings(settings, message):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup_steps": -1}, {"dtype": "float16"},
+    [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup_steps": -1},
      {"seed": -1}, {"auxk_alpha": -0.1}, {"dead_after": 0}, {"clip_norm": 0.0}, {"threshold_beta": 1.0}],
 )  # fmt: skip
 def test_bad_train_settings(settings):

@@ -11,6 +11,7 @@ from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.open import open_images
+from saevlm_fast.runtime import tf32_products
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
@@ -64,14 +65,15 @@ def test_harvest(measure, setting, case, tmp_path, impl):
     ]
 
     def forward():
-        with torch.inference_mode():
+        # As the harvest has it: torch's convolutions default to TF32.
+        with torch.inference_mode(), tf32_products(False):
             for inputs in ready:
                 tower.forward({name: tensor.to(tower.device) for name, tensor in inputs.items()})
 
     def check():
         whole()
         store = open_activations(tmp_path / "out" / "pooled")
-        with torch.inference_mode():
+        with torch.inference_mode(), tf32_products(False):
             expected = tower.forward({name: tensor.to(tower.device) for name, tensor in ready[0].items()})
         torch.testing.assert_close(store.rows(torch.arange(len(expected))), expected.cpu(), atol=1e-4, rtol=1e-4)
 

@@ -41,8 +41,9 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import Edit, clamp
-from saevlm_fast.steering.score import N_TOP, firing_latents
+from saevlm_fast.steering.score import firing_latents
 from saevlm_fast.steering.site import blocks_read
+from saevlm_fast.steering.table import N_TOP
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.text import load_llava
 from saevlm_fast.towers.tokens import Tokens

@@ -32,7 +32,6 @@ from bench.helpers.arguments import new_directory, new_file, positive
 from saevlm_fast import __version__
 from saevlm_fast.config import (
     ARCHITECTURES,
-    DTYPES,
     MATRYOSHKA_FRACTIONS,
     SAEConfig,
     TrainConfig,
@@ -46,6 +45,7 @@ N_BATCHES = 4
 FOREVER = 10**9  # steps or rows that a peer's schedule is told of
 DEAD_AFTER = 10_000_000  # rows: nobody has a dead latent, or an auxiliary loss to compute, while the bench runs
 AUXK_ALPHA = 1 / 32
+DTYPES = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,14 @@ Batches = Iterator[Tensor]
 
 def train_saevlm_fast(task: Task, batches: Batches) -> None:
     from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.training.capture import CapturedSteps
     from saevlm_fast.training.step import Stepper
 
-    config = TrainConfig(
-        warmup_steps=0, threshold_start=0, dead_after=DEAD_AFTER, auxk_alpha=AUXK_ALPHA, dtype=task.dtype
-    )
+    config = TrainConfig(warmup_steps=0, threshold_start=0, dead_after=DEAD_AFTER, auxk_alpha=AUXK_ALPHA)
     sae_config = SAEConfig(task.d_in, task.d_sae, task.k, task.architecture, task.group_sizes)
-    stepper = Stepper(SparseAutoencoder(sae_config, task.device), config)
+    steps = CapturedSteps(Stepper(SparseAutoencoder(sae_config, task.device), config))  # as `train` takes them
     for x_BD in batches:
-        stepper.step(x_BD)
+        steps.step(x_BD)
 
 
 def encoder_gemm(task: Task, batches: Batches) -> None:
@@ -447,8 +446,9 @@ def result(name: str, task: Task, seconds: tuple[float, ...] = (), **info: objec
     """One line of the JSON: pytest-benchmark's keys, so that report.py reads both."""
     operation, case = f"{task.architecture} training step", f"d_sae {task.d_sae}"
     stats = {"median": statistics.median(seconds), "rounds": len(seconds), "data": seconds} if seconds else None
+    dtype = "float32" if name == OURS else task.dtype
     info |= {
-        "operation": operation, "case": case, "impl": name, "dtype": task.dtype, "duties": PEERS[name].duties,
+        "operation": operation, "case": case, "impl": name, "dtype": dtype, "duties": PEERS[name].duties,
         "shape": {"B": task.rows, "d_in": task.d_in, "d_sae": task.d_sae, "k": task.k},
     }  # fmt: skip
     return {
@@ -485,7 +485,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--turn-seconds", type=float, default=0.5, help="of a turn; one step at least")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: autocast in the peers")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the peers (bfloat16: autocast), not of ours",
+    )
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--logs", type=new_directory, help="keep there what the libraries print")
     options = parser.parse_args()

@@ -3,11 +3,9 @@
 The dense step is tests/helpers/dense_trainer.py: the same recipe by [B, d_sae] matrices, autograd, torch.optim.Adam.
 """
 
-import contextlib
 from itertools import cycle
 
 import pytest
-import torch
 
 from dense_trainer import DenseTrainer
 from saevlm_fast.config import SAEConfig, TrainConfig
@@ -17,9 +15,9 @@ from saevlm_fast.training.step import Stepper
 GOAL = {"clip-l14-x16": 4.0}  # times the dense step's speed on CPU, B = 1024
 
 
-def make_steps(architecture, case, batches, device, precision):
+def make_steps(architecture, case, batches, device):
     """(our Stepper, a dense trainer with the same weights), their calls each going round the batches."""
-    config = TrainConfig(warmup_steps=0, threshold_start=0, dtype=precision)
+    config = TrainConfig(warmup_steps=0, threshold_start=0)
     sae = SparseAutoencoder(SAEConfig.sized(case.d_in, d_sae=case.d_sae, k=case.k, architecture=architecture), device)
     sae.b_dec.data.copy_(batches[0].mean(0))
     with device:
@@ -30,43 +28,39 @@ def make_steps(architecture, case, batches, device, precision):
     return Stepper(sae, config), dense
 
 
-def check_steps(stepper, dense, fast_step, dense_step, precision):
-    """The same losses over two steps; in float32 also the same change of the weights, but for near ties."""
+def check_steps(stepper, dense, fast_step, dense_step):
+    """The same losses over two steps, and the same change of the weights, but for near ties."""
     before = stepper.sae.W_dec.detach().clone()
     for _ in range(2):
         loss, expected = float(fast_step().losses.overall), dense_step()
-        assert loss == pytest.approx(expected, rel=1e-4 if precision == "float32" else 2e-2)
+        assert loss == pytest.approx(expected, rel=1e-4)
     change, expected = stepper.sae.W_dec.detach() - before, dense.W_dec.detach() - before
-    if precision == "float32":
-        assert (change - expected).norm() < 0.02 * expected.norm()
+    assert (change - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("impl", ["dense", "saevlm_fast"])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
-def test_step(measure, encoder_gemm, goal, request, case, batches, device, precision, architecture, impl):
+def test_step(measure, encoder_gemm, goal, request, case, batches, device, architecture, impl):
     if device.type == "cpu" and case.d_sae > 2**15 and architecture != "batch_topk":
         pytest.skip("ten seconds a dense step on a CPU: batch_topk stands for all three at this size")
-    stepper, dense = make_steps(architecture, case, batches, device, precision)
+    stepper, dense = make_steps(architecture, case, batches, device)
     fast_batches, dense_batches = cycle(batches), cycle(batches)
-    autocast = precision == "bfloat16"
 
     def fast_step():
         return stepper.step(next(fast_batches))
 
     def dense_step():
-        with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
-            return dense.step(next(dense_batches))
+        return dense.step(next(dense_batches))
 
-    dtype = torch.bfloat16 if autocast else torch.float32
     rows = {"rows/s": case.n_rows}
     ratios = measure(
         f"{architecture} training step",
         impl,
         {"saevlm_fast": (fast_step, rows), "dense": (dense_step, rows)},
-        check=lambda: check_steps(stepper, dense, fast_step, dense_step, precision),
+        check=lambda: check_steps(stepper, dense, fast_step, dense_step),
         shape=case.shape,
-        dtype=precision,
-        floor=encoder_gemm(batches[0].to(dtype), stepper.sae.W_enc.detach().to(dtype)),
+        dtype="float32",
+        floor=encoder_gemm(batches[0], stepper.sae.W_enc.detach()),
     )
     name = request.node.callspec.params["case"]
     if device.type == "cpu" and name in GOAL and "dense" in ratios:

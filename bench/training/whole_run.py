@@ -5,6 +5,8 @@ and says how much of the time is the step, and how much waiting for data, logs, 
 --page-cache BYTES stands for a store larger than memory: the file is dropped from the page cache before training and
 whenever that much of it has been read since. Reading alone is then timed too.
 Memory that is not page cache is noted along the way. GOMP_SPINCOUNT=1000 in the environment is what `saevlm-fast` sets.
+On a GPU the step's time is the device's own, from the start of each to its end: where steps are launched kernel by
+kernel that is also what the launches take.
 """
 
 import argparse
@@ -35,14 +37,14 @@ from saevlm_fast.files import write_json_atomic
 from saevlm_fast.training import checkpoints as checkpoints_module
 from saevlm_fast.training import run as train_module
 from saevlm_fast.training import state as state_module
-from saevlm_fast.training.step import Stepper
+from saevlm_fast.training.capture import CapturedSteps
 
 POOL_ROWS = 8192
 # What a run does, by the function that does it; waiting for batches is what is left of the loop.
 PARTS = {
     "start": (checkpoints_module.RunDirectory, "begin"),
     "loop": (train_module, "_steps"),
-    "step": (Stepper, "step"),
+    "step": (CapturedSteps, "step"),
     "log": (checkpoints_module.RunDirectory, "log"),
     "metrics": (train_module, "batch_metrics"),
     "checkpoint": (checkpoints_module.RunDirectory, "checkpoint"),
@@ -55,9 +57,10 @@ Spans = list[tuple[str, float, float]]
 
 
 @contextmanager
-def clocks() -> Iterator[Spans]:
-    """(name, start, end) of every call of PARTS while it is open."""
+def clocks(device: str) -> Iterator[Spans]:
+    """(name, start, end) of every call of PARTS while it is open; those of steps on a GPU are added at its end."""
     spans: Spans = []
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def timed(name: str, function: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
@@ -69,10 +72,27 @@ def clocks() -> Iterator[Spans]:
 
         return call
 
+    def timed_there(function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            events[-1][0].record()
+            output = function(*args, **kwargs)
+            events[-1][1].record()
+            return output
+
+        return call
+
     with ExitStack() as stack:
         for name, (owner, attribute) in PARTS.items():
-            stack.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+            function = getattr(owner, attribute)
+            there = name == "step" and device == "cuda"
+            stack.enter_context(
+                mock.patch.object(owner, attribute, timed_there(function) if there else timed(name, function))
+            )
         yield spans
+        for begin, end in events:
+            end.synchronize()
+            spans.append(("step", 0.0, begin.elapsed_time(end) / 1000))
 
 
 @contextmanager
@@ -103,10 +123,10 @@ def seconds_without(paused: list[tuple[float, float]], start: float, end: float)
     return end - start - sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in paused)
 
 
-def write_rows(path: Path, n_rows: int, d_in: int) -> None:
+def write_rows(path: Path, n_rows: int, d_in: int, dtype: str) -> None:
     """A .npy of planted concepts; rows repeat after POOL_ROWS, since making more would take longer than the run."""
     pool_ND = PlantedConcepts(d_in, 1, n_concepts=2 * d_in, concepts_per_image=8.0).sample(min(POOL_ROWS, n_rows))[0]
-    rows_ND = np.lib.format.open_memmap(path, "w+", np.float32, (n_rows, d_in))
+    rows_ND = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (n_rows, d_in))
     for start in range(0, n_rows, len(pool_ND)):
         rows_ND[start : start + len(pool_ND)] = pool_ND[: n_rows - start]
     rows_ND.flush()
@@ -172,12 +192,13 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     path = directory / "activations.npy"
     # The start reads norm_batches batches whatever the number of steps: in a short run fewer, as of a long one.
     config = TrainConfig(steps=options.steps, batch_size=options.batch_size, norm_batches=max(1, options.steps // 100))
-    sae_config = SAEConfig(options.d_in, options.d_sae, options.k, options.architecture)
-    run_options = train_module.RunOptions(directory / "run", device="cpu", checkpoint_every=options.checkpoint_every)
-    write_rows(path, options.n_rows, options.d_in)
+    sae_config = SAEConfig.sized(options.d_in, d_sae=options.d_sae, k=options.k, architecture=options.architecture)
+    where = {"device": options.device, "data_on": options.data_on, "capture": options.capture}
+    run_options = train_module.RunOptions(directory / "run", checkpoint_every=options.checkpoint_every, **where)
+    write_rows(path, options.n_rows, options.d_in, options.rows_dtype)
     activations = open_activations(path)
     held_out = activations if options.evaluate_all else _first_rows(path, directory)
-    _warm_up(activations, sae_config, directory)
+    first = _warm_up(activations, sae_config, config, where, directory)
     order = partial(ShuffledRows, exact_bytes=options.exact_bytes)
     with small_page_cache(path, options.page_cache):
         reading = rows_read_per_second(activations, order(activations, config.batch_size), min(options.steps, 100))
@@ -191,11 +212,20 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     with (
         small_page_cache(path, options.page_cache),
         mock.patch.object(state_module, "ShuffledRows", order),
-        clocks() as spans,
+        clocks(options.device) as spans,
         pauses() as paused,
     ):
         read_before, start = bytes_read(), time.perf_counter()
-        train_module.train(activations, sae_config, config, run_options, validation=held_out, on_step=on_step)
+        logged: list[dict[str, float]] = []
+        train_module.train(
+            activations,
+            sae_config,
+            config,
+            run_options,
+            validation=held_out,
+            on_step=on_step,
+            on_log=lambda step, metrics: logged.append(metrics),
+        )
         end = time.perf_counter()
         time.sleep(0.1)  # for the watcher of pauses
     seconds, calls = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0)
@@ -207,13 +237,16 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     n_rows = options.steps * options.batch_size
     return {
         "settings": {key: str(value) for key, value in vars(options).items()},
-        **machine.describe("cpu"),
+        **machine.describe(options.device),
+        "seconds_of_a_first_run": first,
         "norm_batches": config.norm_batches,
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
         "seconds": {"total": total, **seconds},
         "seconds_paused": end - start - total,
         "step_share_of_loop": seconds["step"] / seconds["loop"],
         "step_share_of_run": seconds["step"] / total,
+        "steps_per_second": options.steps / seconds["loop"],
+        "eager_share": logged[-1].get("details/eager_share", 1.0),
         "file_bytes": path.stat().st_size,
         "bytes_of_the_rows": n_rows * activations.row_bytes,
         "bytes_read_from_disk": bytes_read() - read_before,
@@ -223,13 +256,15 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     }  # fmt: skip
 
 
-def _warm_up(activations: Activations, sae_config: SAEConfig, directory: Path) -> None:
-    """What torch imports in its first step is the price of a process, not of a run."""
-    small, options = (
-        TrainConfig(steps=2, batch_size=64, norm_batches=2),
-        train_module.RunOptions(directory / "warm-up", device="cpu"),
-    )
+def _warm_up(
+    activations: Activations, sae_config: SAEConfig, config: TrainConfig, where: dict, directory: Path
+) -> float:
+    """What torch imports and compiles in its first steps is the price of a process, not of a run. Its seconds."""
+    small = TrainConfig(steps=8, batch_size=64 if where["device"] == "cpu" else config.batch_size, norm_batches=2)
+    options = train_module.RunOptions(directory / "warm-up", **where)
+    start = time.perf_counter()
     train_module.train(activations, sae_config, small, options, validation=_first_rows(activations.path, directory))
+    return time.perf_counter() - start
 
 
 def _first_rows(path: Path, directory: Path):
@@ -238,15 +273,19 @@ def _first_rows(path: Path, directory: Path):
     return open_activations(directory / "validation.npy")
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=new_file, required=True)
     parser.add_argument("--directory", type=directory, help="where the matrix file and the run go for the time being")
     parser.add_argument("--n-rows", type=positive, default=100_000, help="of the matrix file")
     parser.add_argument("--d-in", type=positive, default=256)
     parser.add_argument("--d-sae", type=positive, default=4096)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--data-on", choices=["auto", "device", "host"], default="auto")
+    parser.add_argument("--eager", dest="capture", action="store_false", help="no CUDA graph")
+    parser.add_argument("--rows-dtype", choices=["float16", "float32"], default="float32", help="of the matrix file")
     parser.add_argument("--k", type=positive, default=20)
-    parser.add_argument("--architecture", choices=["topk", "batch_topk"], default="batch_topk")
+    parser.add_argument("--architecture", choices=["topk", "batch_topk", "matryoshka"], default="batch_topk")
     parser.add_argument("--batch-size", type=positive, default=1024)
     parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--checkpoint-every", type=positive, help="steps; by default train decides")
@@ -255,6 +294,11 @@ def main() -> None:
         "--exact-bytes", type=not_negative, default=8 << 30, help="a larger file is shuffled in windows"
     )
     parser.add_argument("--evaluate-all", action="store_true", help="evaluate on all rows, not on 8192 of them")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
@@ -271,6 +315,8 @@ def show(measured: dict[str, Any]) -> None:
     for name, value in measured["seconds"].items():
         share = 100 * value / measured["seconds"]["total"]
         print(f"{name:12s} {value:9.2f} s {share:6.1f} % {measured['calls'].get(name, ''):>6}")
+    print(f"{measured['steps_per_second']:.1f} steps/s, {measured['eager_share']:.1%} of them eager; ", end="")
+    print(f"a first short run took {measured['seconds_of_a_first_run']:.1f} s")
     print(f"step: {measured['step_share_of_loop']:.3f} of the loop, {measured['step_share_of_run']:.3f} of the run")
     print(f"read from the disk: {measured['bytes_read_from_disk'] / 1e9:.2f} GB of {measured['file_bytes'] / 1e9:.2f}")
     print("rows/s:", {name: round(value) for name, value in measured["rows_per_second"].items()})

@@ -10,6 +10,7 @@ import typer
 
 from saevlm_fast.cli.options import app
 from saevlm_fast.cli.terminal import err, out, refuse
+from saevlm_fast.cli.usage import run_app
 from saevlm_fast.errors import Interrupted, first_line, printable
 
 # Each makes itself a command of the app, in this order.
@@ -24,7 +25,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        app(prog_name="saevlm-fast")
+        code = run_app(app, "saevlm-fast")
     except RuntimeError as error:
         if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
             raise
@@ -36,6 +37,7 @@ def main() -> None:
     except (Interrupted, KeyboardInterrupt) as error:
         err.print(printable(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
         sys.exit(130)
+    sys.exit(code)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -31,7 +31,9 @@ from saevlm_fast.settings import (
     choices_of,
     declared_by,
     default_of,
+    integer,
     kinds_of,
+    number,
     path_of,
     setting,
     settings_of,
@@ -155,6 +157,8 @@ def _figure(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+_NUMBERS: dict[Any, Callable[[str, str], Any]] = {int: integer, float: number}
+
 # The command line -----------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +208,8 @@ def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
         more |= {"metavar": "|".join(choices), "autocompletion": lambda: list(choices)}
     elif get_origin(kind) is tuple:
         more |= {"metavar": "<a,b,...>"}
+    elif kind in _NUMBERS and known.parse is None:
+        more |= {"metavar": f"<{kind.__name__}>"}
     if known.positional:
         told = typer.Argument(None, **more)
     else:
@@ -216,7 +222,8 @@ def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
 def _typer_kind(kind: Any, known: Setting, has_choices: bool) -> Any:
     if get_origin(kind) is tuple:
         return list[str] | None
-    if has_choices or known.parse is not None or kind is Path:  # Typer's own paths take "" for the working directory
+    # Typer takes "" for the working directory, and does not say which text is no number.
+    if has_choices or known.parse is not None or kind is Path or kind in _NUMBERS:
         return str | None
     return kind | None
 
@@ -252,7 +259,7 @@ def _from_text(cls: Any, name: str, value: Any) -> Any:
         return path_of(key, value)
     require(value != "", f"{key}: is empty")
     if known.parse is None:
-        return value
+        return _NUMBERS[kind](key, value) if (kind := kinds_of(cls)[name]) in _NUMBERS else value
     return known.parse(name, ",".join(value) if isinstance(value, list) else value)
 
 
@@ -297,7 +304,7 @@ def _checked(table: Mapping[str, Any], path: Path, name: str, cls: Any) -> dict[
     settings = {field: known for field, known in settings_of(cls).items() if known.in_file}
     fields = {key_of(field, known): field for field, known in settings.items()} | {field: field for field in settings}
     found = {}
-    for key, value in table.items():
+    for key, value in cls.without_removed(table, path).items():
         field = fields.get(key.replace("-", "_"))
         if field is None:
             raise ValueError(f"{path}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.errors import require
+from saevlm_fast.training.memory import free_memory, sae_numbers, training_memory
 
 if TYPE_CHECKING:
     import torch
@@ -39,19 +40,6 @@ def replaced_figures(output: Path, force: bool) -> dict[str, Any]:
     return {"replaces": f"{output}, which stays until the new is whole"} if there else {}
 
 
-def free_memory(device: "torch.device") -> int | None:
-    """Bytes that are free on the device, or in the host's memory; None if the system does not say."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-
-
 def memory_figures(device: "torch.device", needed: int) -> dict[str, Any]:
     """What it takes in memory, which is arithmetic, and what is free; with a warning if that is less."""
     free = free_memory(device)
@@ -59,16 +47,6 @@ def memory_figures(device: "torch.device", needed: int) -> dict[str, Any]:
     if free is None:
         figures.pop("free_memory_bytes")
     return figures | ({"memory_warning": "not enough is free"} if free is not None and needed > free else {})
-
-
-def training_memory(sae: "SAEConfig", batch_size: int) -> int:
-    """Weights, two moments and gradients in float32, and the batch with its reconstruction and pre-activations."""
-    return 4 * (4 * sae_numbers(sae) + batch_size * (4 * sae.d_in + sae.d_sae))
-
-
-def sae_numbers(sae: "SAEConfig") -> int:
-    """Weights and biases of an SAE."""
-    return 2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae
 
 
 def training_disk(sae: "SAEConfig") -> int:
@@ -93,13 +71,15 @@ def _seconds_a_step(sae_config: "SAEConfig", config: "TrainConfig", batch_size: 
     import torch
 
     from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.training.capture import CapturedSteps
     from saevlm_fast.training.step import Stepper
 
     sae = SparseAutoencoder(sae_config, device=device)
     sae.reset_parameters(config.seed)
-    stepper = Stepper(sae, config)
+    stepper = CapturedSteps(Stepper(sae, config))
     x_BD = torch.randn(batch_size, sae_config.d_in, device=device)
-    stepper.step(x_BD)  # compiles, allocates
+    for _ in range(1 if device.type == "cpu" else 3):  # compiles, allocates; a GPU's third captures
+        stepper.step(x_BD)
 
     def wait() -> None:
         if device.type == "cuda":

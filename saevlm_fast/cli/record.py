@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tomllib
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 from saevlm_fast import __version__
 from saevlm_fast.cli.options import MADE, Options, key_of, ordered
+from saevlm_fast.cli.toml import toml_text
+from saevlm_fast.errors import require
 from saevlm_fast.settings import settings_of
 
 SETTINGS_FILE = "settings.toml"
@@ -43,9 +46,7 @@ class Record:
         """Atomically. OSError: it cannot be written."""
         if self.written:
             return
-        import tomli_w
-
-        from saevlm_fast.files import atomic_write
+        from saevlm_fast.files import atomic_write, remove_leftovers_of
 
         made = made_by(self.options) | ({"resolved": self.resolved} if self.resolved else {})
         document = {self.command: recorded(self.options), MADE: made}
@@ -55,9 +56,34 @@ class Record:
         other = "ANOTHER_OUTPUT " if known is not None and known.positional else ""
         note = f"# Repeat it: saevlm-fast {self.command} {other}--config {path.name}"
         note += "\n" if other else ", and another --output\n"
+        remove_leftovers_of(path)  # of one that was killed at this: the output is locked
         with atomic_write(path) as temporary:
-            temporary.write_text(note + tomli_w.dumps(document), encoding="utf-8")
+            temporary.write_text(note + toml_text(document), encoding="utf-8")
         self.written = True
+
+
+def check_recorded(
+    command: str, options: Options, result: Path, resolved: dict[str, Any], free: tuple[str, ...] = ()
+) -> None:
+    """That a finished result was made with these settings, and the same followed from its inputs.
+
+    free: settings that may differ.
+
+    Raises:
+        ValueError: the first that differs, with both values; no settings beside it, or damaged ones.
+    """
+    path = settings_path(result)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        before = {**document[command], **document[MADE]["resolved"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        advice = "so what it was made of is not known; --force makes it anew"
+        raise ValueError(f"output: {result} already exists without sound settings ({path.name}), {advice}") from error
+    now = recorded(options) | resolved
+    for name in sorted((now.keys() | before.keys()) - set(free)):
+        was, asked = before.get(name), now.get(name)
+        message = f"resume: {name} is {asked}, but {result} was made with {was}; --force makes it anew"
+        require(was == asked, message)
 
 
 def recorded(options: Options) -> dict[str, Any]:

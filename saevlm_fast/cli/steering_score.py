@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from saevlm_fast.cli.answers import AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
 from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
-from saevlm_fast.cli.record import Record, settings_path
+from saevlm_fast.cli.record import Record, check_recorded, settings_path
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
 from saevlm_fast.config import ScoreConfig, ScoreRun
 from saevlm_fast.errors import require
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from saevlm_fast.data.codes import StoredCodes
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.images.sources import ImageSource
-    from saevlm_fast.steering.score import SteeringScores
+    from saevlm_fast.steering.table import SteeringScores
 
 _ROW_BYTES = 200  # of the table, about
 
@@ -100,10 +100,12 @@ def plan(options: SteeringScoreArguments) -> Plan:
     """What would be asked; the time from a batch of answers about a white image."""
     from PIL import Image
 
-    from saevlm_fast.steering.score import PER_LATENT, check_run, firing_latents
+    from saevlm_fast.steering.score import PER_LATENT, check_run, firing_latents, is_finished
 
     inputs = open_inputs(options)
     check_writable(options.output)
+    if options.resume and is_finished(inputs.run):
+        return Plan(f"nothing is left to do of {options.output}, if its settings are the same", {})
     check_run(inputs.run)
     alive = set(firing_latents(inputs.codes).tolist())
     latents = inputs.config.latents or tuple(range(inputs.codes.d_sae))
@@ -135,30 +137,65 @@ def steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
     """The paper's steering score of every latent, beside five controls. Interrupted, it goes on with --resume."""
     from saevlm_fast.outputs import check_absent, output_lock
     from saevlm_fast.scoring.tables import check_scores_path
-    from saevlm_fast.steering.score import check_run
+    from saevlm_fast.steering.score import check_run, is_finished
 
     check_scores_path(options.output)
     with output_lock(options.output, directory=False):
-        check_run(options.part(ScoreRun, sources=options.sources))
+        run = options.part(ScoreRun, sources=options.sources)
+        if options.resume and is_finished(run):
+            return _finished(options)
+        check_run(run)
         check_absent([settings_path(options.output)], options.force or options.resume)
         return _steering_score(options)
 
 
+def _finished(options: SteeringScoreArguments) -> dict[str, Any]:
+    """What there is to say of a table that is whole, if it is what these options ask for."""
+    from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.steering.score import contents, remove_progress
+    from saevlm_fast.steering.table import read_scores
+
+    inputs = open_inputs(options)
+    sae = SparseAutoencoder.from_pretrained(options.sae)
+    digests = contents(sae, inputs.codes, inputs.embeddings)
+    check_recorded("steering-score", options, options.output, digests, free=("batch_size", "device"))
+    scores = read_scores(options.output)
+    remove_progress(inputs.run)  # what a kill has left of it
+    say(f"resume: nothing left to do, {options.output} is finished")
+    return _told(options, scores)
+
+
 def _steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
     from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.steering.score import contents
     from saevlm_fast.steering.score import steering_score as score
     from saevlm_fast.towers.text import load_text_encoder
 
     inputs = open_inputs(options)
     answerer = steered_answers(options)
     encoder = load_text_encoder(options.text_model, resolve_device(options.device), on_message=tell)
+    record = Record(
+        "steering-score", options, options.output, **contents(answerer.sae, inputs.codes, inputs.embeddings)
+    )
     with Bar("steer", unit="answers") as bar:
         scores = score(
-            answerer, inputs.images, inputs.codes, inputs.embeddings, encoder, inputs.config, inputs.run, bar.update
+            answerer,
+            inputs.images,
+            inputs.codes,
+            inputs.embeddings,
+            encoder,
+            inputs.config,
+            inputs.run,
+            on_rows=bar.update,
+            on_written=record.write,
         )
-    Record("steering-score", options, options.output, latents=len(scores.table)).write()
-    _print_scores(scores)
+    said = _told(options, scores)
     say(f"wrote {options.output}")
+    return said
+
+
+def _told(options: SteeringScoreArguments, scores: "SteeringScores") -> dict[str, Any]:
+    _print_scores(scores)
     return {"output": str(options.output), **options.sources, **_as_json(scores)}
 
 

@@ -18,7 +18,7 @@ from saevlm_fast.cli.planning import (
 )
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
-from saevlm_fast.cli.terminal import TrainBar, print_table, say
+from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
 from saevlm_fast.config import EXPANSION, RunOptions, SAEConfig, SAESize, TrainConfig
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.settings import same_as, setting
@@ -211,6 +211,7 @@ def _train(options: TrainArguments) -> dict[str, Any]:
             validation=held_out,
             on_log=bar.on_log,
             on_step=on_step,
+            on_note=tell,
         )
     record.write()
     rows, kind = metrics.pop("rows"), "validation" if held_out else "training"

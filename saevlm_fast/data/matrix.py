@@ -33,9 +33,14 @@ NUMPY_DTYPES = {torch.float16: "<f2", torch.bfloat16: "<i2", torch.float32: "<f4
 def check_finite(batch_BD: Tensor, row_numbers: Sequence[int] | Tensor, path: str | os.PathLike[str]) -> None:
     """Raises ActivationError naming the first row (row_numbers[i] for row i of the batch) that holds NaN or infinity.
 
-    One sum when all is well: it is finite only if every term is (a sum that overflows only costs the second look).
+    One pass when all is well: a sum is finite only if every term is (one that overflows only costs the second look).
+    Half precision, of which torch makes a float32 copy first, has its extremes looked at instead.
     """
-    if math.isfinite(batch_BD.sum(dtype=torch.float32)):
+    if batch_BD.dtype in (torch.float16, torch.bfloat16):
+        extremes = torch.stack(batch_BD.aminmax()) if batch_BD.numel() else batch_BD
+        if bool(extremes.isfinite().all()):
+            return
+    elif math.isfinite(batch_BD.sum(dtype=torch.float32)):
         return
     bad_BD = ~torch.isfinite(batch_BD)
     if not bad_BD.any():

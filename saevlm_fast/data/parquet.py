@@ -68,17 +68,18 @@ def read_text_columns(file: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
     """
     _, unpacked = unpacked_bytes(file, columns, range(file.num_row_groups))
     listed = ", ".join(columns)
-    require(unpacked <= MAX_TEXT_BYTES, _too_large(listed, unpacked))
+    require(unpacked <= MAX_TEXT_BYTES, too_large(listed, unpacked))
     # One by one: Arrow does not join the dictionaries of row groups inside a struct.
     groups = [file.read_row_group(i, columns=list(columns), use_threads=False) for i in range(file.num_row_groups)]
     table = pa.concat_tables(groups) if groups else file.read(columns=list(columns))
     for name, column in zip(table.column_names, table.columns):
         size = written_out_bytes(column)
-        require(size <= MAX_TEXT_BYTES, _too_large(name, size))
+        require(size <= MAX_TEXT_BYTES, too_large(name, size))
     return table
 
 
-def _too_large(columns: str, size: int) -> str:
+def too_large(columns: str, size: int) -> str:
+    """What is wrong with text of that size."""
     return f"{columns} unpacks to {size} bytes; names and labels of a file may take {MAX_TEXT_BYTES}"
 
 

@@ -167,8 +167,14 @@ class Activations(StoredRows):
             return matrix_digest(self._tensors[0])
         return remembered(self.path, f"::{self._key}", lambda: matrix_digest(self._tensors[0]))
 
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """In which rows are kept for training: that on disk; float64 is rounded to float32."""
+        return torch.float32 if self.dtype == torch.float64 else self.dtype
+
     def rows(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
-        """The rows at `indices` (int64 [B], any order, repeats allowed) as float32 [B, d_in], into `out` if given.
+        """The rows at `indices` (int64 [B], any order, repeats allowed) as float32 [B, d_in], into `out` if given,
+        which may also be of kept_dtype.
 
         Raises:
             ValueError: indices or out of another dtype or shape, a row that is not there. ActivationError: NaN or
@@ -176,7 +182,8 @@ class Activations(StoredRows):
         """
         indices = _checked_rows(indices, self.n_rows, self.path)
         out_BD = torch.empty(len(indices), self.d) if out is None else out
-        fits = out_BD.shape == (len(indices), self.d) and out_BD.dtype == torch.float32 and out_BD.is_contiguous()
+        known = out_BD.dtype in (torch.float32, self.kept_dtype)
+        fits = out_BD.shape == (len(indices), self.d) and known and out_BD.is_contiguous()
         require(fits, f"out is {list(out_BD.shape)} {out_BD.dtype}; needs contiguous float32 {[len(indices), self.d]}")
         if bool((indices[1:] >= indices[:-1]).all()):
             self._gather(indices, out_BD)
@@ -188,7 +195,7 @@ class Activations(StoredRows):
 
     def _gather(self, ascending: Tensor, out_BD: Tensor) -> Tensor:
         """Ascending rows lie shard after shard, so each shard is one index_select into one slice."""
-        rows_BD = out_BD if self.dtype == torch.float32 else torch.empty(out_BD.shape, dtype=self.dtype)
+        rows_BD = out_BD if self.dtype == out_BD.dtype else torch.empty(out_BD.shape, dtype=self.dtype)
         bounds = np.searchsorted(ascending.numpy(), self._starts)
         shards = np.flatnonzero(np.diff(bounds)).tolist()
         self._check(shards)
@@ -215,14 +222,23 @@ class Activations(StoredRows):
         )
 
     def _slice(self, start: int, stop: int) -> Tensor:
+        out_BD = torch.empty(stop - start, self.d)
+        self.copy_rows(start, out_BD)
+        check_finite(out_BD, range(start, stop), self.path)
+        return out_BD
+
+    def copy_rows(self, start: int, out_BD: Tensor) -> None:
+        """The rows start .. start + len(out_BD) - 1 into out_BD, of any dtype. Nobody has checked that they are finite.
+
+        Raises:
+            ActivationError: a file that was altered since it was written.
+        """
+        stop, filled = start + len(out_BD), 0
         self.will_need(start, stop)
-        out_BD, filled = torch.empty(stop - start, self.d), 0
         for shard, low, high in self._pieces(start, stop):
             self._check([shard])
             out_BD[filled : filled + high - low].copy_(self._tensors[shard][low:high])
             filled += high - low
-        check_finite(out_BD, range(start, stop), self.path)
-        return out_BD
 
 
 Matrix = Activations | Tensor | np.ndarray

@@ -65,8 +65,7 @@ class _Batches(Dataset):
                 waiting, n_pixels = [], 0
         if waiting:
             self._preprocess(waiting, pieces, kept, skipped)
-        inputs = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]} if pieces else None
-        return Batch(inputs, kept, sorted(skipped))
+        return Batch(_joined(pieces), kept, sorted(skipped))
 
     def _preprocess(
         self,
@@ -89,6 +88,12 @@ class _Batches(Dataset):
                 self._preprocess([numbered], pieces, kept, skipped)
 
 
+def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    if len(pieces) <= 1:
+        return pieces[0] if pieces else None
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
 def _checked_picture(data: bytes) -> Any:
     picture = decode(data)
     require(
@@ -106,7 +111,11 @@ def image_batches(
     workers: int,
     on_gpu: bool,
 ) -> Generator[Batch, None, None]:
-    """The batch of every range in order. workers: processes, 0 for none. on_gpu: into page-locked memory.
+    """The batch of every range in order. The workers begin at once.
+
+    Args:
+        workers: processes, 0 for none.
+        on_gpu: into page-locked memory.
 
     Raises:
         OSError: a batch failed for a reason that is not one of its images.
@@ -119,7 +128,11 @@ def image_batches(
         worker_init_fn=_ignore_interrupts if on_gpu else _step_back,
         pin_memory=on_gpu,
     )
-    for batch in loader:
+    return _checked(iter(loader))
+
+
+def _checked(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    for batch in batches:
         if batch.failure is not None:
             raise OSError(f"images: {batch.failure}")
         yield batch

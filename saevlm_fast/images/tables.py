@@ -11,10 +11,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saevlm_fast.data.parquet import MAX_TEXT_BYTES, open_table, plain_schema, read_text_columns, unpacked_bytes
+from saevlm_fast.data.parquet import (
+    MAX_TEXT_BYTES,
+    open_table,
+    plain_schema,
+    read_text_columns,
+    unpacked_bytes,
+    written_out_bytes,
+)
 from saevlm_fast.errors import ImageError, first_line, require
+from saevlm_fast.images.arrow_files import check_arrow_file
 from saevlm_fast.images.columns import LabelColumn, image_bytes, image_column, is_text
 from saevlm_fast.images.sources import Names, refuse_split, relative_paths, require_regular
+from saevlm_fast.records import is_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 
 # A row group of at most this is unpacked at once and kept; a larger one passes through in pieces of about this size.
 GROUP_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20  # of what datasets writes beside its files
 # Above GROUP_BYTES, unpacked against stored. Images are compressed already: theirs is about 1, of plain bitmaps 10.
 MAX_RATIO = 100
 
@@ -232,9 +242,7 @@ def open_saved_dataset(folder: str, split: str) -> SavedDatasetSource:
             "pip install 'saevlm-fast[datasets]'"
         ) from error
     stored = _folder_of_split(folder, split)
-    for file in os.listdir(stored) if os.path.isdir(stored) else ():
-        if file.endswith((".arrow", ".json")):
-            require_regular(os.path.join(stored, file))
+    _check_files(stored)
     try:
         dataset = datasets.load_from_disk(stored)
     except (ValueError, OSError, KeyError, TypeError, pa.ArrowException) as error:
@@ -245,8 +253,37 @@ def open_saved_dataset(folder: str, split: str) -> SavedDatasetSource:
     names = _RowNames()
     names.rows = [str(row) for row in range(len(dataset))]
     names.paths = _dataset_paths(rows, schema.field(column).type)
-    names.add_labels(schema, lambda name: _pylist(_chunked(tables[name])), len(dataset), folder)
+    names.add_labels(schema, lambda name: _label_values(tables, name, folder), len(dataset), folder)
     return SavedDatasetSource(stored, rows, names)
+
+
+def _check_files(stored: str) -> None:
+    """ValueError: a pipe or a device, a description that is none, a file elsewhere, one that unpacks far beyond its
+    size. What else is wrong datasets says."""
+    for file in sorted(os.listdir(stored)) if os.path.isdir(stored) else ():
+        path = os.path.join(stored, file)
+        if file.endswith((".arrow", ".json")):
+            require_regular(path)
+        if file.endswith(".json"):
+            size = os.path.getsize(path)
+            require(size <= MAX_JSON_BYTES, f"images: {path}: {size} bytes; a description has at most {MAX_JSON_BYTES}")
+    for name in _data_files(os.path.join(stored, "state.json")):
+        path = os.path.join(stored, name)
+        require(is_name(name), f"images: {stored}: its state.json names {name!r}, which is not a file in it")
+        if os.path.lexists(path):
+            require_regular(path)
+            try:
+                check_arrow_file(path)
+            except ValueError as error:
+                raise ValueError(f"images: {error}") from error
+
+
+def _data_files(state: str) -> list[str]:
+    try:
+        with open(state, encoding="utf-8") as file:
+            return [str(each["filename"]) for each in json.load(file)["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def _chunked(column: Any) -> pa.ChunkedArray:
@@ -266,6 +303,15 @@ def _folder_of_split(folder: str, split: str) -> str:
     what = f"no split {split!r}" if split else "a dataset with splits"
     require(split in splits, f"images: {folder}: {what}; add ::SPLIT, one of: {', '.join(splits)}")
     return os.path.join(folder, split)
+
+
+def _label_values(tables: "Dataset", name: str, folder: str) -> list[Any]:
+    column = _chunked(tables[name])
+    size = written_out_bytes(column)
+    require(
+        size <= MAX_TEXT_BYTES, f"images: {folder}: {name} unpacks to {size} bytes; labels may take {MAX_TEXT_BYTES}"
+    )
+    return _pylist(column)
 
 
 def _dataset_paths(rows: "Dataset", kind: pa.DataType) -> list[str | None]:

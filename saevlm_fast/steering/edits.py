@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.sparse_decode import sparse_decode
+from saevlm_fast.runtime import tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.site import Site, find_site, hooked_block, token_mask
@@ -196,6 +197,7 @@ class Encoded(NamedTuple):
     x_hat_ND: Tensor
 
 
+@tf32_products(False)
 def encode_tokens(sae: SparseAutoencoder, x_ND: Tensor) -> Encoded:
     """Whatever the model's dtype, device and autocast are: of inference, in the SAE's own precision."""
     with torch.autocast(sae.W_dec.device.type, enabled=False):

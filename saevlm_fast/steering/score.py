@@ -15,7 +15,6 @@ The last one needs no SAE direction; it is added to the same base as the latent'
 else. Shape suffixes: L latents chosen, K top images, E embedding, D width, Q images asked about.
 """
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,10 +22,9 @@ from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -35,24 +33,32 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import ImageError, Interrupted, require
-from saevlm_fast.files import remove_leftovers, remove_leftovers_of, sha256_file, weights_sha256, write_json_atomic
+from saevlm_fast.files import remove_leftovers, sha256_file, weights_sha256
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import LOCK_FILE, check_absent, output_lock
-from saevlm_fast.records import check_same_settings
+from saevlm_fast.records import check_same_settings, write_record
 from saevlm_fast.runtime import interruptible
+from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.tables import check_scores_path, write_table
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import clamp
+from saevlm_fast.steering.table import (
+    CONDITIONS,
+    EMPTY,
+    MEASURES,
+    N_TOP,
+    Row,
+    SteeringScores,
+    read_block,
+    scores_of_rows,
+    write_block,
+)
 from saevlm_fast.towers.text import TextEncoder
 
-CONDITIONS = ("steered", "sae_attached", "unsteered", "random_latent", "sign_flip", "difference_of_means")
 PER_LATENT = tuple(name for name in CONDITIONS if name not in ("sae_attached", "unsteered"))
-N_TOP = 16
-EMPTY = "_empty"
 _SETTINGS_FILE = "settings.json"
-MEASURES = (*CONDITIONS, *(name + EMPTY for name in CONDITIONS))
 
 
 def firing_latents(codes: StoredCodes, batch_rows: int = 65536) -> Tensor:
@@ -64,35 +70,6 @@ def firing_latents(codes: StoredCodes, batch_rows: int = 65536) -> Tensor:
     return fires_S.nonzero().squeeze(1)
 
 
-class SteeringScores(NamedTuple):
-    """One row a latent: latent, n_top, other_latent, answer, answer_share, and two columns for every condition.
-
-    other_latent: the one of the condition random_latent. answer: the most frequent steered answer, answer_share: how
-    often. CONDITION: the score, CONDITION_empty: the share of answers that are empty, of which a score means nothing. A
-    latent that never fires has NaN.
-    """
-
-    table: pa.Table
-
-    def summary(self) -> dict[str, tuple[float, float]]:
-        """Condition -> mean and standard deviation over latents that fire on at least N_TOP images; NaN if none do."""
-        columns = {name: self._well_defined(name) for name in CONDITIONS}
-        nan = float("nan")
-        return {name: (float(x.mean()), float(x.std())) if len(x) else (nan, nan) for name, x in columns.items()}
-
-    def empty_answers(self) -> dict[str, float]:
-        """Condition -> share of empty answers, over the same latents."""
-        columns = {name: self._well_defined(name + EMPTY) for name in CONDITIONS}
-        return {name: float(x.mean()) if len(x) else float("nan") for name, x in columns.items()}
-
-    @property
-    def n_well_defined(self) -> int:
-        return len(self._well_defined("n_top"))
-
-    def _well_defined(self, name: str) -> np.ndarray:
-        return np.asarray(self.table[name])[np.asarray(self.table["n_top"]) >= N_TOP]
-
-
 def steering_score(
     answerer: SteeredAnswers,
     source: ImageSource,
@@ -102,6 +79,7 @@ def steering_score(
     config: ScoreConfig,
     run: ScoreRun,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
+    on_written: Callable[[], None] = lambda: None,
 ) -> SteeringScores:
     """Scores latents under all conditions and writes the table, resumably.
 
@@ -109,12 +87,13 @@ def steering_score(
         answerer: model, SAE, layer, tokens and error term. Its batch size bounds how much is answered at once.
         source: the images that codes and embeddings are of, found by id.
         codes: one row an image (harvest --sae DIR --pool mean). embeddings: the same rows, in the text's space.
-        on_rows: called with answers done and in all.
+        on_rows: called with answers done and in all. on_written: called once the table stands, while the run could
+            still be resumed: for what belongs beside it.
 
     Raises:
         ValueError: sides that do not fit; settings that are not those of the run to be resumed; a run that is there
-            with neither resume nor force; another process at work on it. Interrupted: SIGINT or SIGTERM; finished
-            blocks are on the disk.
+            with neither resume nor force; a table that is there already, without force; a block that was altered;
+            another process at work on it. Interrupted: SIGINT or SIGTERM; finished blocks are on the disk.
     """
     check_scores_path(run.output)
     latents = config.latents or tuple(range(codes.d_sae))
@@ -122,38 +101,36 @@ def steering_score(
         check_run(run)
         _check_sides(answerer, codes, embeddings, encoder, latents)
         settings = _settings(run, config, answerer, codes, embeddings)
-        if _blocks(run) and not run.force:
-            check_same_settings(run.progress / _SETTINGS_FILE, settings)
+        done = _finished_blocks(run, latents, settings)
         scorer = _Scorer(answerer, _Pictures(source, codes), encoder, config, latents, codes, embeddings)
         _start_run(run, settings)  # what is there has been left alone until the inputs were known to be usable
-        return _score_blocks(scorer, latents, run, on_rows)
+        scores = _score_blocks(scorer, latents, run, done, on_rows)
+        write_table(scores.table, run.output)
+        on_written()
+        remove_progress(run)
+        return scores
 
 
 def _score_blocks(
-    scorer: "_Scorer", latents: Sequence[int], run: ScoreRun, on_rows: Callable[[int, int], None]
+    scorer: "_Scorer",
+    latents: Sequence[int],
+    run: ScoreRun,
+    done: dict[int, list[Row]],
+    on_rows: Callable[[int, int], None],
 ) -> SteeringScores:
-    """The blocks that are not there yet, and then the whole table."""
+    """Those blocks that are not done yet, and of all of them the table."""
     starts = range(0, len(latents), run.latents_per_block)
-    blocks = [(run.progress / f"block_{start:06d}.json", start) for start in starts]
-    todo = [block for block in blocks if not block[0].exists()]
-    total = sum(scorer.n_rows(start, run.latents_per_block) for _, start in todo)
-    done = 0
+    todo = [start for start in starts if start not in done]
+    total = sum(scorer.n_rows(start, run.latents_per_block) for start in todo)
+    n_done, rows = 0, dict(done)
     with interruptible() as stop:
-        for path, start in todo:
+        for start in todo:
             _stop_if_asked(stop, run)
-            report = partial(_report, on_rows, done, total)
-            write_json_atomic(path, scorer.block(latents, start, run.latents_per_block, report))
-            done += scorer.n_rows(start, run.latents_per_block)
-    scores = SteeringScores(_table([row for path, _ in blocks for row in json.loads(path.read_text())]))
-    scores = SteeringScores(scores.table.replace_schema_metadata(run.sources | scorer.description()))
-    write_table(scores.table, run.output)
-    for path, _ in blocks:  # before the settings, without which nothing could be resumed
-        path.unlink()
-    for name in (_SETTINGS_FILE, LOCK_FILE):  # the lock of an older version
-        (run.progress / name).unlink(missing_ok=True)
-    with suppress(OSError):  # what else lies there stays
-        run.progress.rmdir()
-    return scores
+            report = partial(_report, on_rows, n_done, total)
+            rows[start] = scorer.block(latents, start, run.latents_per_block, report)
+            write_block(_block_file(run, start), rows[start])
+            n_done += scorer.n_rows(start, run.latents_per_block)
+    return scores_of_rows([row for start in starts for row in rows[start]], run.sources | scorer.description())
 
 
 def _report(on_rows: Callable[[int, int], None], before: int, total: int, done_here: int) -> None:
@@ -196,24 +173,27 @@ def _settings(
         "score": {**asdict(config), "latents": list(config.latents)},
         "steering": answerer.settings,
         "sources": run.sources,
-        "contents": {
-            "sae_weights_sha256": weights_sha256(answerer.sae),
-            "codes_sha256": _data_digest(codes.path),
-            # In memory there is no file to look at.
-            "embeddings_sha256": _data_digest(embeddings.path) if embeddings.path.exists() else embeddings.digest(),
-        },
+        "contents": contents(answerer.sae, codes, embeddings),
         "run": {"latents_per_block": run.latents_per_block},
     }
 
 
-def _data_digest(path: Path) -> str:
-    """Of a matrix file, or of a store's index, which holds the checksums of its shards."""
-    return sha256_file(path / "index.json" if path.is_dir() else path)
+def contents(sae: SparseAutoencoder, codes: StoredCodes, embeddings: Activations) -> dict[str, str]:
+    """Digests of what is scored: files of the same names may hold something else by now."""
+    return {
+        "sae_weights_sha256": weights_sha256(sae),
+        "codes_sha256": sha256_file(codes.path / "index.json"),  # which holds the digests of its shards
+        "embeddings_sha256": embeddings.digest(),
+    }
+
+
+# What is on the disk: a run is unfinished from the first moment its settings are there until they are gone again. The
+# table is written, and what belongs beside it, before they go; blocks without settings are nobody's.
 
 
 def check_run(run: ScoreRun) -> None:
     """ValueError: an output or an unfinished run is there, and neither resume nor force says what becomes of it."""
-    unfinished = bool(_blocks(run))
+    unfinished = is_unfinished(run)
     require(
         not unfinished or run.resume or run.force,
         f"output: an unfinished run is in {run.progress}; continue it with --resume, or --force",
@@ -221,21 +201,54 @@ def check_run(run: ScoreRun) -> None:
     check_absent([run.output], run.force or unfinished)  # a run that replaces it was begun with --force
 
 
+def is_unfinished(run: ScoreRun) -> bool:
+    """Whether there is a run to go on with."""
+    return (run.progress / _SETTINGS_FILE).is_file()
+
+
+def is_finished(run: ScoreRun) -> bool:
+    """Whether the table is there, and no run that would replace it."""
+    return run.output.is_file() and not is_unfinished(run)
+
+
+def remove_progress(run: ScoreRun) -> None:
+    """Of a run that has written its table; what a kill has left of that as well."""
+    (run.progress / _SETTINGS_FILE).unlink(missing_ok=True)  # before the blocks, or one would be scored again
+    for path in (*_blocks(run), run.progress / LOCK_FILE):  # the lock of an older version
+        path.unlink(missing_ok=True)
+    remove_leftovers(run.progress)
+    with suppress(OSError):  # what else lies there stays
+        run.progress.rmdir()
+
+
+def _block_file(run: ScoreRun, start: int) -> Path:
+    return run.progress / f"block_{start:06d}.json"
+
+
 def _blocks(run: ScoreRun) -> list[Path]:
     return sorted(run.progress.glob("block_[0-9]*.json"))
 
 
+def _finished_blocks(
+    run: ScoreRun, latents: Sequence[int], settings: dict[str, dict[str, Any]]
+) -> dict[int, list[Row]]:
+    """Rows by the place of their first latent, of a run that is resumed. ValueError: one of other settings; damage."""
+    if run.force or not is_unfinished(run):
+        return {}
+    check_same_settings(run.progress / _SETTINGS_FILE, settings)
+    n = run.latents_per_block
+    files = {start: _block_file(run, start) for start in range(0, len(latents), n)}
+    return {start: read_block(file, latents[start : start + n]) for start, file in files.items() if file.exists()}
+
+
 def _start_run(run: ScoreRun, settings: dict[str, dict[str, Any]]) -> None:
-    """A run that has finished no block yet leaves nothing to go on with."""
+    """Anew, unless it is gone on with."""
     remove_leftovers(run.progress)
-    remove_leftovers_of(run.output)
-    blocks = _blocks(run)
-    if blocks and not run.force:
+    if is_unfinished(run) and not run.force:
         return
-    for block in blocks:
-        block.unlink()
+    remove_progress(run)
     run.progress.mkdir(exist_ok=True)
-    write_json_atomic(run.progress / _SETTINGS_FILE, settings)
+    write_record(run.progress / _SETTINGS_FILE, settings)
 
 
 class _Pictures:
@@ -366,14 +379,3 @@ class _Scorer:
         if new:  # answers are what they are; each by itself, so that a resumed run has the same to the last bit
             self._words.update(zip(new, self.encoder.embed(new, batch_size=1, refuse=False)))
         return float(torch.stack([self._words[answer] for answer in answers]).double().mean(0) @ target_E.double())
-
-
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    kinds = {"latent": pa.int64(), "n_top": pa.int64(), "other_latent": pa.int64(), "answer": pa.string()}
-    columns = {}
-    for name in ("latent", "n_top", "other_latent", "answer", "answer_share", *MEASURES):
-        values = [row[name] for row in rows]
-        if name not in kinds:
-            values = [float("nan") if value is None else value for value in values]
-        columns[name] = pa.array(values, kinds.get(name, pa.float64()))
-    return pa.table(columns)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import require
+from saevlm_fast.runtime import tf32_products
 from saevlm_fast.towers.from_open_clip import open_clip_model
 from saevlm_fast.towers.from_transformers import without_load_report
 from saevlm_fast.towers.hub import local_or_hub, one_line_errors
@@ -95,6 +96,7 @@ class TextEncoder:
     project: Callable[[list[str]], Tensor]
 
     @torch.inference_mode()
+    @tf32_products(False)
     def embed(self, texts: Sequence[str], batch_size: int = 256, *, refuse: bool = True) -> Tensor:
         """Texts -> embeddings float32 [M, E] of unit length, on the host.
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import weights_sha256
+from saevlm_fast.runtime import tf32_products
 from saevlm_fast.towers.hub import foreign_message, is_foreign
 from saevlm_fast.towers.preprocess import Normalisation, two_pictures
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
@@ -126,12 +127,16 @@ class Tower:
     def n_blocks(self) -> int:
         return len(self.anatomy.blocks)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
-        """The whole model on `preprocess`'s tensors, moved to the device: what the library returns."""
+    def forward(self, inputs: Mapping[str, Tensor], tf32: bool = False) -> Any:
+        """The whole model on `preprocess`'s tensors, moved to the device: what the library returns.
+
+        tf32: products and convolutions of float32 in TF32 on a GPU; else exactly, whatever torch is set to.
+        """
         inputs = dict(inputs)
         if self._normalisation is not None:
             inputs["pixel_values"] = self._normalisation(inputs["pixel_values"])
-        return self.anatomy.call(self.model, inputs)
+        with tf32_products(tf32):
+            return self.anatomy.call(self.model, inputs)
 
     def token_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """bool [B, T], False for padding, of towers that pad (SigLIP 2 NaFlex); else None."""
@@ -140,7 +145,11 @@ class Tower:
 
     @contextmanager
     def hooked(
-        self, points: Iterable[HookPoint], compile: bool = False, autocast: torch.dtype | None = None
+        self,
+        points: Iterable[HookPoint],
+        compile: bool = False,
+        autocast: torch.dtype | None = None,
+        tf32: bool = False,
     ) -> Iterator["HookedTower"]:
         """Yields a callable: inputs on the device -> activations at `points`, in one forward.
 
@@ -153,10 +162,11 @@ class Tower:
             compile: torch.compile the blocks (one compiled code for all of them, made at the first batch); of a block
                 that has hooks inside, only its attention and MLP.
             autocast: dtype of matrix products; None is float32.
+            tf32: float32 in TF32, as of `forward`.
         """
         sites = {point: self._site(point) for point in points}
         require(len(sites) > 0, "point: at least one hook point is needed")
-        run = HookedTower(self, sites, autocast)
+        run = HookedTower(self, sites, autocast, tf32)
         with ExitStack() as stack:
             for point, (module, extract) in sites.items():
                 stack.callback(module.register_forward_hook(run._hook(point, extract)).remove)
@@ -219,11 +229,11 @@ class HookedTower:
         shapes: of every point, (T, D), T None for points of the whole image. layout: of the tokens.
     """
 
-    def __init__(self, tower: Tower, points: Iterable[HookPoint], autocast: torch.dtype | None):
+    def __init__(self, tower: Tower, points: Iterable[HookPoint], autocast: torch.dtype | None, tf32: bool):
         self.tower, self._points = tower, list(points)
         self.shapes: dict[HookPoint, tuple[int | None, int]] = {}
         self.layout = TokenLayout(0, tower.anatomy.n_prefix, tower.anatomy.has_cls)
-        self._autocast = autocast
+        self._autocast, self._tf32 = autocast, tf32
         self._acts: dict[HookPoint, Tensor] = {}
         self._last: HookPoint | None = None
         self._closed = False
@@ -242,7 +252,7 @@ class HookedTower:
             raise RuntimeError("the tower's hooks are gone: call this inside `with tower.hooked(...)`")
         with torch.inference_mode(), torch.autocast(self.tower.device.type, self._autocast, self._autocast is not None):
             try:
-                self.tower.forward(inputs)
+                self.tower.forward(inputs, self._tf32)
             except _Stop:
                 pass
             finally:

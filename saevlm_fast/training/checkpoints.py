@@ -158,6 +158,7 @@ class RunDirectory:
         resumed = self.resume and (self.path / RUN_FILE).exists()
         settings = state.settings(sampled=resumed and DATA_DIGEST not in read_settings(self.path)["data"])
         if resumed:
+            state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
             check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
             remove_leftovers(self.path)
             remove_leftovers(self.path / CHECKPOINTS)

@@ -23,6 +23,10 @@ class ProgressLine:
         print(f"\r{line:<{self.width}}", end="", file=sys.stderr, flush=True)
         self.width = len(line)
 
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        print(text, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Called when the run has ended, however it did."""
         if self.first is not None:

@@ -16,6 +16,7 @@ from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate
 from saevlm_fast.training.progress import ProgressLine
@@ -35,6 +36,7 @@ def train(
     progress: bool = False,
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
+    on_note: Callable[[str], None] = lambda text: None,
     **settings: Any,
 ) -> tuple[SparseAutoencoder, Metrics]:
     """Train an SAE by the paper's recipe (arXiv 2504.02821; docs/recipe.md, section 2).
@@ -50,7 +52,8 @@ def train(
             with one, the run directory of checkpoints.py.
         validation: rows [M, d_in] on which the finished SAE is evaluated; the training rows otherwise.
         progress: show a line with the step, the rate, the time left and the loss.
-        on_log: called at every logged step with SAELens metric names. on_step: called after every step.
+        on_log: called at every logged step with SAELens metric names. on_step: called after every step (a GPU is then
+            still at it). on_note: called with what else is worth a line: that kernels are being compiled.
 
     Returns:
         The SAE in raw activation units, in eval mode, and what `evaluate` says of it over all validation rows.
@@ -63,20 +66,22 @@ def train(
     activations, evaluated = _fitting(activations, validation, sae_config)
     line = ProgressLine(config.steps)
     if progress:
-        on_log = _both(line.log, on_log)
+        on_log, on_note = _both(line.log, on_log), _both(line.note, on_note)
     kept = _kept(options)
     small = config.batch_size * sae_config.d_in * sae_config.d_sae < _SMALL_PRODUCT
     with kept.locked():
         _look_at(evaluated, config, whole=options.output is None)
-        state = TrainingState(activations, sae_config, config, resolve_device(options.device))
+        device = resolve_device(options.device)
+        state = TrainingState(activations, sae_config, config, device, options.data_on)
         kept.begin(state)
         with (
             interruptible() as interrupted,
-            tf32_products(config.dtype == "tf32"),
+            tf32_products(False),
             one_thread(small),
             closing(line),
+            told_of_compiling(on_note),
         ):
-            _steps(state, kept, options.log_every, on_log, on_step, interrupted)
+            _steps(state, kept, options, on_log, on_step, interrupted)
             sae = state.export()
             kept.save(sae)
         metrics = _evaluated(sae, evaluated, kept)
@@ -175,32 +180,33 @@ def _kept(options: RunOptions) -> RunDirectory | NothingKept:
 def _steps(
     state: TrainingState,
     kept: RunDirectory | NothingKept,
-    log_every: int | None,
+    options: RunOptions,
     on_log: Callable[[int, Metrics], None],
     on_step: Callable[[int], None],
     interrupted: threading.Event,
 ) -> None:
-    """All remaining steps, with logs and checkpoints."""
+    """All remaining steps, with logs and checkpoints. A GPU is waited for at these alone."""
     stepper, n_steps = state.stepper, state.config.steps
-    log_every = log_every or max(1, min(100, n_steps // 100))
+    steps = CapturedSteps(stepper, options.capture)
+    log_every = options.log_every or max(1, min(100, n_steps // 100))
     with closing(state.batches(stepper.n_steps, n_steps - stepper.n_steps)) as remaining:
-        for x_BD in remaining:
-            x_BD = x_BD / state.norm_factor
-            output = stepper.step(x_BD)
+        for raw_BD in remaining:
+            x_BD = state.normalised(raw_BD, out=steps.input(len(raw_BD)))
+            output = steps.step(x_BD)
             step = stepper.n_steps
             on_step(step)
             if step % log_every == 0 or step == n_steps:
                 state.check_loss(kept.kept)
-                metrics = batch_metrics(stepper, x_BD, output)
+                metrics = batch_metrics(stepper, x_BD, output) | steps.metrics()
                 kept.log(step, metrics)
                 on_log(step, metrics)
             kept.after_step(state, interrupted.is_set())
 
 
-def _both(first: Callable[[int, Metrics], None], second: Callable[[int, Metrics], None]) -> Callable[..., None]:
-    def call(step: int, metrics: Metrics) -> None:
-        first(step, metrics)
-        second(step, metrics)
+def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        first(*args)
+        second(*args)
 
     return call
 

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
+from saevlm_fast.data.device import ResidentRows, uploaded_batches
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
+from saevlm_fast.training.memory import rows_go_to_device
 from saevlm_fast.training.step import Stepper, smallest_positive
 
 _CALIBRATION_ROWS = 4096
@@ -35,15 +37,27 @@ class TrainingState:
         order: which rows make up which step.
         stepper: the SAE in normalised units, and the optimiser's state.
         norm_factor: activations are divided by it before they are trained on; known after `initialise` or `load`.
+        on_device: whether all rows are kept there.
+
+    data_on: where they are to be; ValueError: on the device, where they do not fit.
     """
 
-    def __init__(self, activations: Activations, sae_config: SAEConfig, config: TrainConfig, device: torch.device):
+    def __init__(
+        self,
+        activations: Activations,
+        sae_config: SAEConfig,
+        config: TrainConfig,
+        device: torch.device,
+        data_on: DataOn = "auto",
+    ):
         self.activations, self.config, self.device = activations, config, device
         self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
         sae = SparseAutoencoder(sae_config, device=device)
         sae.reset_parameters(config.seed)
         self.stepper = Stepper(sae, config)
         self.norm_factor = 1.0
+        self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on)
+        self._resident: ResidentRows | None = None
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -57,23 +71,41 @@ class TrainingState:
         for x_BD in self.batches(0, n_batches):
             squared += float(x_BD.double().square().sum())
             n_rows += len(x_BD)
-            first = x_BD if first is None else first
+            first = x_BD.clone() if first is None else first
         assert first is not None
         self.norm_factor = math.sqrt(squared / n_rows)
         require(self.norm_factor > 0, f"activations: every row of {self.activations.path} read so far is zero")
-        self.stepper.sae.b_dec.copy_(geometric_median(first / self.norm_factor))
+        self.stepper.sae.b_dec.copy_(geometric_median(self.normalised(first)))
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
-        """Batches [B, d_in] in raw units on the device; reading them has checked them for NaN and inf.
+        """Batches [B, d_in] in raw units on the device, in the dtype that rows are kept in there; NaN and inf have been
+        looked for. On a GPU a batch is overwritten while later ones are asked for.
 
         A store is compared with its digests first: the rows are in random order, so the first batch is of every shard.
         """
         self.activations.check_whole()
-        pin_memory = self.device.type == "cuda"
-        stream = batches(self.activations, self.order, start_step, n_steps, pin_memory, announce)
-        with closing(stream):
+        if self.on_device:
+            if self._resident is None:
+                self._resident = ResidentRows(self.activations, self.device)
+            return self._resident.batches(self.order, start_step, n_steps)
+        if self.device.type == "cuda":
+            return uploaded_batches(self.activations, self.order, start_step, n_steps, self.device, announce)
+        return self._host_batches(start_step, n_steps, announce)
+
+    def _host_batches(self, start_step: int, n_steps: int, announce: bool) -> Generator[Tensor, None, None]:
+        with closing(batches(self.activations, self.order, start_step, n_steps, announce)) as stream:
             for _, x_BD in stream:
-                yield x_BD.to(self.device, non_blocking=True)
+                yield x_BD
+
+    def normalised(self, x_BD: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32 [B, d_in], a batch divided by norm_factor; into `out` if given, whose dtype it then is.
+
+        On a GPU widened and divided in one pass: a divisor of one dimension makes torch compute in float32.
+        """
+        if x_BD.is_cuda:
+            divisor = torch.full((1,), self.norm_factor, device=x_BD.device)
+            return torch.div(x_BD, divisor, out=out)
+        return torch.div(x_BD.float(), self.norm_factor, out=out)
 
     def check_loss(self, kept: Callable[[], str]) -> None:
         """ValueError: the loss of a step so far was NaN or infinite. kept: says what is left of the run."""
@@ -100,8 +132,8 @@ class TrainingState:
     def _calibrated_threshold(self) -> float:
         """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average."""
         n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
-        x_BD = torch.cat(list(self.batches(0, n_batches, announce=False)))
-        codes = self.stepper.sae.encode(x_BD / self.norm_factor, use_threshold=False)
+        x_BD = torch.cat([self.normalised(x_BD) for x_BD in self.batches(0, n_batches, announce=False)])
+        codes = self.stepper.sae.encode(x_BD, use_threshold=False)
         return float(smallest_positive(codes.top_acts)) * (1 - 1e-6)  # ties at the cut are kept
 
     # What a checkpoint holds, and what a resumed run must have in common with it -------------------------------------

@@ -6,7 +6,7 @@ over their entries. tests/helpers/dense_trainer.py is the same in dense autograd
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,18 @@ from saevlm_fast.kernels.latent_gradient import (
     dense_gradient_rows,
     entry_gradient,
 )
-from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_, write_low_
+from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
+from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
-from saevlm_fast.kernels.topk_encode_rescored import batch_topk_encode_rescored, topk_encode_rescored
+from saevlm_fast.kernels.topk_encode_cuda import (
+    Centred,
+    batch_topk_encode_screened_cuda,
+    screens_cuda,
+    topk_encode_screened_cuda,
+)
 from saevlm_fast.kernels.topk_encode_screened import (
-    LowWeights,
     batch_topk_encode_screened,
     screens,
     topk_encode_screened,
@@ -38,11 +43,10 @@ from saevlm_fast.sparse_codes import SparseCodes
 
 _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
 _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
-_DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows in these steps: few shapes
+_DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows by at least that
+_STEPS_A_COUNT = 8  # steps between two counts of what can be dead
 
 _residuals, _centred_rows = Workspace(), Workspace()
-
-Low = TypeVar("Low", bound=Tensor | LowWeights)
 
 
 class Losses(NamedTuple):
@@ -70,7 +74,7 @@ class Gradients(NamedTuple):
 class StepOutput(NamedTuple):
     """What a step measured: losses, reconstruction x_hat [B, d_in] (all groups), codes, number of dead latents.
 
-    n_dead is a 0-d tensor on a GPU, once some can be dead.
+    n_dead is a 0-d tensor on a GPU, where some can be dead.
     """
 
     losses: Losses
@@ -87,27 +91,43 @@ class DeadLatents(NamedTuple):
 
 
 class DeadBound:
-    """On a GPU: how many latents can be dead in this step, known from the one before. Nobody waits for this step.
+    """On a GPU: how many latents can be dead in a step, known before it begins. Nobody waits for a step.
 
-    A latent that is dead now had been idle long enough, but for this batch's rows, one step ago. Their number went to
-    the host behind that step's encoding, and the device has had the rest of that step and this encoding to do since.
+    Counted every few steps are the latents that can be dead within twice as many, whatever fires in between; the count
+    is used from the next time on, when it has long reached the host.
     """
 
     def __init__(self) -> None:
-        self._asked: tuple[Tensor, torch.cuda.Event, int] | None = None  # count on the host, its arrival, rows allowed
+        self._known = -1, 0  # rows seen up to which it holds, and the bound
+        self._asked: tuple[int, Tensor, torch.cuda.Event] | None = None  # the same, on its way: the count, its arrival
 
-    def latents(self, idle_S: Tensor, n_rows: int, dead_after: int) -> int:
-        """An upper bound on (idle_S >= dead_after).sum(); asks for that of the next step, of at most n_rows rows."""
-        if self._asked is None or n_rows > self._asked[2]:
-            bound = int((idle_S >= dead_after).sum())  # the first time there is nothing to go by: wait
-        else:
-            self._asked[1].synchronize()
-            bound = int(self._asked[0])
-        count, arrival = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
-        count.copy_(may_be_dead(idle_S, n_rows, dead_after).sum(), non_blocking=True)
-        arrival.record()
-        self._asked = count, arrival, n_rows
-        return bound
+    def latents(self, idle_S: Tensor, n_rows: int, n_rows_seen: int, dead_after: int) -> int:
+        """An upper bound on (idle_S >= dead_after).sum() after this step, of n_rows rows, the last of n_rows_seen.
+
+        idle_S is as it was before the step.
+        """
+        before, ahead = n_rows_seen - n_rows, 2 * _STEPS_A_COUNT * n_rows
+        if n_rows_seen > self._known[0] and self._asked is not None:
+            holds, count, arrival = self._asked
+            arrival.synchronize()
+            self._known, self._asked = (holds, int(count)), None
+        if n_rows_seen > self._known[0]:  # the first time, or rows come faster: there is nothing to go by, so wait
+            self._known = before + ahead, int(may_be_dead(idle_S, ahead, dead_after).sum())
+        if self._asked is None and n_rows_seen > self._known[0] - ahead // 2:
+            count, arrival = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+            count.copy_(may_be_dead(idle_S, ahead, dead_after).sum(), non_blocking=True)
+            arrival.record()
+            self._asked = before + ahead, count, arrival
+        return self._known[1]
+
+
+def padded_size(bound: int, d_sae: int) -> int:
+    """Length of a GPU's list of at most `bound` dead latents: few lengths, each at most an eighth (or 255) too long.
+
+    Every length is captured anew where the step is in a CUDA graph.
+    """
+    unit = max(_DEAD_ROUNDING, 1 << max(bound.bit_length() - 4, 0))
+    return min(d_sae, -(-bound // unit) * unit)
 
 
 def may_be_dead(idle_S: Tensor, n_rows: int, dead_after: int) -> Tensor:
@@ -125,10 +145,11 @@ class Stepper:
         moments: Adam's first and second moments by parameter name; W_enc's are latent-major [d_sae, d_in].
         idle_S: rows seen since each latent last fired, int64.
         n_steps: steps done. bad_step: first step with a non-finite loss, -1 if none (0-d, on the device).
+        n_listed: on a GPU, length of the announced step's padded list of dead latents.
 
     What changes from step to step reaches the device in `announce` alone, and `device_step` reads nothing else that
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
-    `announce`; but not once latents can be dead, when its shapes follow their number.
+    `announce`, as long as n_listed stays what it was; training/capture.py does so.
 
     Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
     """
@@ -144,11 +165,13 @@ class Stepper:
         self.n_steps = 0
         self.n_rows_seen = 0
         self.dead_bound = DeadBound()
+        self.n_listed = 0
         # W_enc in bfloat16, latent-major; with the bounds of that rounding on a CPU whose encoder screens.
-        self.low: Tensor | LowWeights | None = None
+        self.low: LowWeights | None = None
         self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
+        self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
@@ -173,10 +196,15 @@ class Stepper:
         self.n_rows_seen += n_rows
         for place, value in enumerate(self._adam().schedule_values()):
             self.adam_schedule[place].fill_(value)
+        if self.idle_S.is_cuda and self._some_can_be_dead():
+            bound = self.dead_bound.latents(self.idle_S, n_rows, self.n_rows_seen, self.config.dead_after)
+            self.n_listed = padded_size(bound, self.sae.config.d_sae)
 
     @torch.no_grad()
     def device_step(self, x_BD: Tensor) -> StepOutput:
         """The step that was announced."""
+        if x_BD.is_cuda:
+            return self._gpu_step(x_BD)
         codes = self._encode(x_BD)
         self._track(codes, len(x_BD))
         dead = self._dead_latents(len(x_BD))
@@ -185,6 +213,52 @@ class Stepper:
         self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
         self._update(gradients)
         return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _gpu_step(self, x_BD: Tensor) -> StepOutput:
+        """The same on a GPU, in few kernels."""
+        from saevlm_fast.training import gpu_step
+
+        config = self.config
+        codes, centred = self._gpu_encode(x_BD)
+        moves = self.sae.config.architecture != "topk"
+        threshold = (config.threshold_beta, config.threshold_start) if moves else None
+        recipe = gpu_step.Recipe(config.clip_norm, config.auxk_alpha, config.betas, config.eps, threshold)
+        trained = gpu_step.Trained(self.parameters(), self.moments, self.idle_S, self.low)
+        counters = gpu_step.Counters(self.step_index, self.bad_step, self.sae.threshold, self.adam_schedule)
+        n_dead: list[int | Tensor] = [0]
+
+        def auxiliary(x_hat_BD: Tensor) -> gpu_step.Auxiliary | None:
+            dead = self._dead_latents(len(x_BD))
+            n_dead[0] = dead.number
+            if len(dead.latents_A) == 0:
+                return None
+            db_enc_S = torch.zeros_like(self.sae.b_enc)
+            aux, (enc,), (dec,) = _auxiliary(self.sae, x_BD, x_hat_BD, dead, config.auxk_alpha, db_enc_S)
+            rows_A = dead.latents_A.clamp(max=len(db_enc_S) - 1)
+            db_enc_A = torch.where(dead.latents_A < len(db_enc_S), db_enc_S[rows_A], 0)
+            return gpu_step.Auxiliary(aux, dead.latents_A, enc.rows_AD, db_enc_A, dec.rows_AD)
+
+        with torch.cuda.device_of(x_BD):
+            x_hat_BD, losses = gpu_step.gpu_step(
+                trained, x_BD, codes.flat(), centred, self.group_ends_G, recipe, counters, auxiliary
+            )
+        self.was_replayed()
+        return StepOutput(Losses(*losses.unbind()), x_hat_BD, codes, n_dead[0])
+
+    def _gpu_encode(self, x_BD: Tensor) -> tuple[SparseCodes, Centred | None]:
+        """The codes, and x - b_dec if the encoder left it."""
+        sae, k, topk = self.sae, self.sae.config.k, self.sae.config.architecture == "topk"
+        inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
+        if screens_cuda(x_BD, sae.W_enc, k):
+            centred = Centred.empty(*x_BD.shape, x_BD.device)
+            encode = topk_encode_screened_cuda if topk else batch_topk_encode_screened_cuda
+            encoded = encode(*inputs, k, low=self._low_W_enc(), centred=centred)
+        else:
+            centred, encode = None, topk_encode if topk else batch_topk_encode
+            encoded = encode(*inputs, k)
+        if topk:
+            encoded = (*encoded, None)
+        return SparseCodes.from_flat(*encoded, sae.config.d_sae), centred
 
     def _encode(self, x_BD: Tensor) -> SparseCodes:
         """In CSR form, in the dtype of the weights."""
@@ -201,29 +275,32 @@ class Stepper:
         self, x_BD: Tensor
     ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
         """TopK and BatchTopK, with the low copy of W_enc that they work with."""
-        if self.config.dtype == "bfloat16":
-            W_low_DS = self._low_W_enc(Tensor, _empty_bfloat16).T
-            return partial(topk_encode_rescored, W_low_DS=W_low_DS), partial(
-                batch_topk_encode_rescored, W_low_DS=W_low_DS
-            )
         if screens(x_BD, self.sae.W_enc, self.sae.config.k):
-            low = self._low_W_enc(LowWeights, _empty_low_weights)
+            low = self._low_W_enc()
             return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
         return topk_encode, batch_topk_encode
 
-    def _low_W_enc(self, kind: type[Low], empty: Callable[[Tensor], Low]) -> Low:
+    def _low_W_enc(self) -> LowWeights:
         """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
 
         A change through `.data` moves no version counter and is not seen.
         """
-        W_enc_SD, low = self.sae.W_enc.detach().T, self.low
-        if not isinstance(low, kind):
-            low = empty(W_enc_SD)
-            self.low, self._low_state = low, None
+        W_enc_SD = self.sae.W_enc.detach().T
+        if self.low is None:
+            self.low = LowWeights.empty(*W_enc_SD.shape, W_enc_SD.device)
         if self._low_state != self._W_enc_state():
-            write_low_(low, 0, W_enc_SD)
+            self.low.write_(0, W_enc_SD)
             self._low_state = self._W_enc_state()
-        return low
+        return self.low
+
+    def low_is_current(self) -> bool:
+        """Whether the next step finds the low copy of W_enc as the last one left it."""
+        return self.low is None or self._low_state == self._W_enc_state()
+
+    def was_replayed(self) -> None:
+        """Kernels and CUDA graphs that write parameters move no version counter: moved here."""
+        torch.autograd.graph.increment_version([*self.parameters().values(), self.sae.threshold])
+        self._low_state = self._W_enc_state()
 
     def _W_enc_state(self) -> tuple[int, int]:
         """What moves when W_enc is replaced or written to."""
@@ -239,18 +316,21 @@ class Stepper:
             new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
             self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
 
+    def _some_can_be_dead(self) -> bool:
+        return self.config.auxk_alpha > 0 and self.n_rows_seen >= self.config.dead_after
+
     def _dead_latents(self, n_rows: int) -> DeadLatents:
-        """Latents that are dead after this batch of n_rows. A GPU is not waited for, but for the first time."""
-        dead_after, d_sae = self.config.dead_after, self.sae.config.d_sae
-        if self.config.auxk_alpha == 0 or self.n_rows_seen < dead_after:
+        """Latents that are dead after this batch; on a GPU as many places as were announced."""
+        if not self._some_can_be_dead():
             return DeadLatents(self.idle_S.new_empty(0), 0)
-        dead_S = self.idle_S >= dead_after
+        dead_S = self.idle_S >= self.config.dead_after
         if not dead_S.is_cuda:
             latents_A = torch.nonzero(dead_S).squeeze(1)
             return DeadLatents(latents_A, len(latents_A))
-        bound = self.dead_bound.latents(self.idle_S, n_rows, dead_after)
-        size = min(d_sae, -(-bound // _DEAD_ROUNDING) * _DEAD_ROUNDING)
-        return DeadLatents(torch.nonzero_static(dead_S, size=size, fill_value=d_sae).squeeze(1), dead_S.sum())
+        if self.n_listed == 0:
+            return DeadLatents(self.idle_S.new_empty(0), 0)
+        latents_A = torch.nonzero_static(dead_S, size=self.n_listed, fill_value=self.sae.config.d_sae).squeeze(1)
+        return DeadLatents(latents_A, dead_S.sum())
 
     def _update(self, gradients: Gradients) -> None:
         rows = {"W_enc": (gradients.W_enc, gradients.aux_enc), "W_dec": (gradients.W_dec, gradients.aux_dec)}
@@ -268,14 +348,6 @@ class Stepper:
         """Adam's settings in the announced step, the n_steps-th."""
         lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
         return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
-
-
-def _empty_bfloat16(W_enc_SD: Tensor) -> Tensor:
-    return torch.empty_like(W_enc_SD, dtype=torch.bfloat16)
-
-
-def _empty_low_weights(W_enc_SD: Tensor) -> LowWeights:
-    return LowWeights.empty(*W_enc_SD.shape)
 
 
 def _check_unit_rows(W_dec_SD: Tensor) -> None:

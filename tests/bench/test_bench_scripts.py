@@ -95,3 +95,20 @@ def test_whole_run_adds_up(tmp_path):
     assert 0 < seconds["step"] < seconds["loop"] < seconds["total"]
     assert seconds["data"] >= 0
     assert 0 < measured["step_share_of_run"] <= measured["step_share_of_loop"] <= 1
+
+
+def test_whole_harvest_adds_up(tmp_path):
+    run_script("harvesting.whole_harvest", "--output", tmp_path / "harvest.json", "--tower", "tiny", "--images", 24,
+               "--batch-size", 4, "--dtype", "float32", "--workers", 0, 1, "--processes", 1, "--ready-batches", 1,
+               "--seconds", 0.01)  # fmt: skip
+    measured = json.loads((tmp_path / "harvest.json").read_text())
+    assert measured["forward"]["images_per_second"].keys() == {
+        "forward on batches in the device's memory",
+        "forward on ready batches in the host's memory",
+    }
+    assert [harvest["workers"] for harvest in measured["harvests"]] == [0, 1]
+    for harvest in measured["harvests"]:
+        assert [run["images"] for run in harvest["runs"]] == [8, 24]
+        for run in harvest["runs"]:
+            assert 0 < run["parts"]["loop"] < run["seconds"]
+            assert 0 < run["waiting_for_the_first_batch"] + run["waiting_for_the_others"] < run["parts"]["loop"]

@@ -4,17 +4,17 @@ import os
 import tomllib
 
 import pytest
-import tomli_w
 
 from command import run, run_json
 from saevlm_fast.cli.options import COMMANDS, arguments
+from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.settings import settings_of
 
 TRAIN = {"k": 4, "steps": 20, "batch_size": 64, "lr": 3e-3, "device": "cpu"}
 
 
 def written(path, **tables):
-    path.write_text(tomli_w.dumps(tables))
+    path.write_text(toml_text(tables))
     return path
 
 
@@ -39,6 +39,14 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_p
     assert (made.steps, made.k, made.batch_size, made.expansion, made.d_sae) == (8, 5, 4096, None, 64)
     made = arguments("train", options, {"config": file})
     assert (made.k, made.expansion, made.d_sae) == (3, 2.0, None)
+
+
+def test_a_dtype_of_before_is_dropped_where_it_is_the_one_that_is_left(tmp_path):
+    options = COMMANDS["train"].options
+    file = written(tmp_path / "run.toml", dtype="float32", activations="x", train={"dtype": "float32", "k": 3})
+    assert arguments("train", options, {"config": file}) == options.of({"config": file, "activations": "x", "k": 3})
+    file = written(tmp_path / "run.toml", model="m", images="i", output="o", dtype="tf32", train={"dtype": "bfloat16"})
+    assert arguments("harvest", COMMANDS["harvest"].options, {"config": file}).dtype == "tf32", "another setting"
 
 
 def test_a_table_of_another_command_is_left_alone(tmp_path):
@@ -70,6 +78,8 @@ def test_a_table_of_another_command_is_left_alone(tmp_path):
         ("lr = 'fast'", "run.toml: lr: 'fast' is not a number"),
         ("steps = 0", "steps: 0 must be at least 1"),
         ("architecture = 'gated'", "architecture: 'gated' is not one of"),
+        ("dtype = 'tf32'", "run.toml: dtype: 'tf32' is gone, 'float32' is all there is; leave it out and start anew"),
+        ("[train]\ndtype = 'bfloat16'", "run.toml: dtype: 'bfloat16' is gone"),
         ("steps = ", "run.toml: not valid TOML"),
         ("steps = " + 5000 * "[", "run.toml: not valid TOML (nested too deeply)"),
         ("steps = " + 5000 * "1", "run.toml: not valid TOML (Exceeds the limit"),

@@ -115,8 +115,34 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, data, sae, tm
         assert sorted(p.name for p in tmp_path.iterdir()) == before, "nothing half written"
 
 
-def test_usage_errors_are_exit_code_2_too():
-    assert "No such option" in run("train", "--activation", "x", "--output", "y", code=2)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["train", "--activation", "x"],
+            "--activation: no such option; did you mean '--activations'? (saevlm-fast train --help lists all)",
+        ),
+        (["trian"], "no such command 'trian'; did you mean 'train'? (saevlm-fast --help lists all)"),
+        (["train", "--steps"], "option '--steps' requires an argument"),
+        (["train", "extra"], "got unexpected extra argument"),
+        (["train", "--resume=3"], "'--resume' does not take a value"),
+        (["train", "--steps", "x"], "steps: 'x' is not a whole number"),
+        (["train", "--steps", "1" * 5000], f"steps: '{'1' * 59} is not a whole number"),
+        (["train", "--lr", "1,5"], "lr: '1,5' is not a number"),
+        (["synthetic"], "output: needed; give OUTPUT, or output in the file of --config"),
+    ],
+)
+def test_what_is_no_command_line_is_one_line_and_exit_code_2(words, message):
+    text = run(*words, code=2)
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    assert message in text
+
+
+def test_without_words_the_commands_are_listed():
+    text = run(code=2)
+    assert "steering-score" in text
+    assert "error: " not in text
 
 
 def test_a_reader_that_has_gone_does_not_stop_the_work(tmp_path):

@@ -66,7 +66,7 @@ def test_train_and_ms_score_need_no_arguments():
     assert "(cosine, 400 images)" in text
     assert len(pq.read_table(f"{directory}/scores.parquet")) == 512
     again = run("train", "--layer", "1", code=2)  # no such option of train: told, not ignored
-    assert "No such option" in again
+    assert "no such option" in again
 
 
 def test_options_overrule_the_recipe_of_the_box(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from saevlm_fast.data.parquet import read_small_table
 from saevlm_fast.data.store import ITEM_SCHEMA, read_items
 from saevlm_fast.errors import ActivationError, ImageError
-from saevlm_fast.images import tables
+from saevlm_fast.images import arrow_files, tables
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.sources import MAX_IMAGE_BYTES, MAX_LINE
 
@@ -48,6 +48,67 @@ def test_pipes_in_a_saved_data_set(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "data-00000-of-00001.arrow")
     with pytest.raises(ValueError, match="arrow: a named pipe"):
         open_images(tmp_path)
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
+def test_arrow_files_that_unpack_far_beyond_their_size(
+    tmp_path: Path, compression: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": [{"bytes": bytes(100_000), "path": None}] * 20, "label": ["x"] * 20}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path))
+    (path,) = tmp_path.glob("*.arrow")
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_table(table)
+    assert len(open_images(tmp_path)) == 20
+    monkeypatch.setattr(arrow_files, "MAX_UNPACKED_BYTES", 1_000_000)
+    if compression is None:  # mapped, not unpacked
+        assert len(open_images(tmp_path)) == 20
+    else:
+        assert path.stat().st_size < 100_000
+        with pytest.raises(ValueError, match=r"compressed buffers unpack to 20\d+ in memory; at most 1000000 are"):
+            open_images(tmp_path)
+
+
+def test_arrow_files_of_more_rows_than_bits(tmp_path: Path) -> None:
+    nothing = pa.Array.from_buffers(pa.null(), 2**31 - 1, [None])
+    batch = pa.record_batch([nothing], ["x"])
+    with pa.ipc.new_stream(tmp_path / "x.arrow", batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(ValueError, match=r"x\.arrow: 2147483647 rows in \d+ bytes"):
+        arrow_files.check_arrow_file(tmp_path / "x.arrow")
+
+
+def refusal(path: Path) -> str:
+    try:
+        arrow_files.check_arrow_file(path)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_every_altered_byte_of_an_arrow_file_is_one_line_or_read(tmp_path: Path) -> None:
+    path, batch = tmp_path / "x.arrow", pa.record_batch([pa.array(["a", "b"]).dictionary_encode()], ["x"])
+    with pa.ipc.new_stream(path, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(batch)
+    whole, refused = path.read_bytes(), 0
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        said = refusal(path)
+        refused += said != ""
+        assert said == "" or (said.startswith(f"{path}: ") and "\n" not in said)
+    assert refused > 50
+
+
+def test_a_data_set_whose_files_lie_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "x.arrow")
+    (tmp_path / "in" / "state.json").write_text('{"_data_files": [{"filename": "../x.arrow"}]}')
+    with pytest.raises(ValueError, match=r"names '\.\./x\.arrow', which is not a file in it"):
+        open_images(tmp_path / "in")
 
 
 def test_pipes_and_devices_among_images_are_skipped(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from command import ROOT, files_below, run
+from command import ROOT, files_below, run, run_json
 from damage import edit_record
 from saevlm_fast import outputs
 from saevlm_fast.box_making.architecture import build_clip, build_llava, clip_processor, llava_processor
@@ -28,8 +28,9 @@ from saevlm_fast.provenance import other_text_model, other_tower
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredAnswers
 from saevlm_fast.steering.edits import clamp, steer
-from saevlm_fast.steering.score import CONDITIONS, MEASURES, SteeringScores, _Scorer, firing_latents, steering_score
+from saevlm_fast.steering.score import _Scorer, firing_latents, steering_score
 from saevlm_fast.steering.score import _settings as steering_score_settings
+from saevlm_fast.steering.table import CONDITIONS, MEASURES, SteeringScores, read_scores, write_block
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.text import load_llava, load_text_encoder
 from tiny_tower import save_photos
@@ -77,13 +78,16 @@ def pieces(box):
     return answerer, *sides, load_text_encoder(f"hf:{box / 'clip'}")
 
 
+def score_words(box, output, *more):
+    places = {"model": f"hf:{box / 'llava'}", "sae": box / "sae", "images": box / "photos", "codes": box / "codes"}
+    places |= {"embeddings": box / "embeddings", "text-model": f"hf:{box / 'clip'}", "output": output}
+    chosen = {"layer": LAYER, "alpha": ALPHA, "ask": 2, "max-new-tokens": 2, "device": "cpu"}
+    given = [word for name, value in (places | chosen).items() for word in (f"--{name}", value)]
+    return "steering-score", *given, *more
+
+
 def score_command(box, output, *more, code=0):
-    return run(
-        "steering-score", "--model", f"hf:{box / 'llava'}", "--sae", box / "sae", "--layer", LAYER,
-        "--images", box / "photos", "--codes", box / "codes", "--embeddings", box / "embeddings",
-        "--text-model", f"hf:{box / 'clip'}", "--alpha", ALPHA, "--ask", 2, "--max-new-tokens", 2, "--device", "cpu",
-        "--output", output, *more, code=code,
-    )  # fmt: skip
+    return run(*score_words(box, output, *more), code=code)
 
 
 def dense_codes(codes):
@@ -212,6 +216,14 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_table(pieces, tmp_pat
     with pytest.raises(ValueError, match=r"^resume: alpha is 31, but the run was started with 30\.0$"):
         steering_score(*arguments, ScoreConfig(tuple(range(6)), 31, ask=1, n_reference=4), again)
     done = []
+    (block,) = again.progress.glob("block_*.json")
+    whole_block = block.read_bytes()
+    block.write_bytes(whole_block.replace(b'"n_top": 1', b'"n_top": 9', 1))
+    with pytest.raises(
+        ValueError, match=r"^resume: .*block_000000\.json: altered, .*; delete that file and its latents"
+    ):
+        steering_score(*arguments, config, again)
+    block.write_bytes(whole_block)
     resumed = steering_score(*arguments, config, again, lambda *n: done.append(n)).table
     assert resumed.equals(whole)
     assert done[-1] == (16, 16)  # two of three blocks, two latents, four conditions, one image
@@ -252,6 +264,41 @@ def test_a_run_is_resumed_with_the_same_models_and_stores_only(box, pieces, tmp_
     assert not again.progress.exists()
 
 
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_a_finished_table_leaves_nothing_to_do(box, tmp_path, suffix):
+    """As a job that is queued again finds it, or one that was killed while it cleared up."""
+    output, some = tmp_path / f"score.{suffix}", f"{DEAD - 1}:{DEAD + 1}"
+    first = run_json(*score_words(box, output, "--latents", some))
+    whole, names = output.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    progress = tmp_path / f"score.{suffix}.progress"
+    progress.mkdir()
+    (progress / "block_000000.json").touch()
+    text = score_command(box, output, "--latents", some, "--resume")
+    assert "nothing left to do" in text
+    assert run_json(*score_words(box, output, "--latents", some, "--resume")) == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    text = score_command(box, output, "--latents", some, "--resume", "--alpha", 3, code=2)
+    assert re.search("resume: alpha is 3.0, but .* was made with .*; --force makes it anew", text)
+    assert "already exists; --force replaces it" in score_command(box, output, code=2)
+    (tmp_path / f"{output.name}.settings.toml").unlink()
+    text = score_command(box, output, "--latents", some, "--resume", code=2)
+    assert "already exists without sound settings" in text
+    assert output.read_bytes() == whole
+
+
+def test_a_table_is_read_as_it_was_written(pieces, tmp_path):
+    tables = []
+    for suffix in ("json", "csv", "parquet"):
+        config = ScoreConfig((5, DEAD), ALPHA, ask=1, n_reference=4)
+        tables.append(steering_score(*pieces, config, ScoreRun(tmp_path / f"score.{suffix}", {})).table)
+        read = read_scores(tmp_path / f"score.{suffix}").table
+        assert read.schema == tables[-1].schema
+        assert str(read.to_pylist()) == str(tables[-1].to_pylist())  # as text: nan is nan
+        (tmp_path / f"score.{suffix}").write_bytes(b"latent\n1\n")
+        with pytest.raises(ValueError, match=f"score.{suffix}: not a table of steering scores"):
+            read_scores(tmp_path / f"score.{suffix}")
+
+
 def test_the_random_latent_is_another_one():
     """Of two that fire it can only be the other, whatever the seed."""
     scorer = object.__new__(_Scorer)
@@ -279,7 +326,7 @@ def write_unfinished(run, config, answerer, codes, embeddings):
     settings = steering_score_settings(run, config, answerer, codes, embeddings)
     (run.progress / "settings.json").write_text(json.dumps(settings))
     row = dict.fromkeys(("other_latent", "answer", "answer_share", *MEASURES)) | {"latent": 5, "n_top": 0}
-    (run.progress / "block_000000.json").write_text(json.dumps([row]))
+    write_block(run.progress / "block_000000.json", [row])
 
 
 def test_empty_answers_are_counted(pieces, tmp_path, monkeypatch):

@@ -1,0 +1,249 @@
+"""Exact float32 encoders on a GPU: a float16 tensor-core product screens with a bound, float32 dots decide.
+
+    product      v = fp16(x~ w~ + b) in the row's units, and its maximum over every group of latents
+    candidates   latents whose upper bound reaches L, the k-th largest lower bound of a group (or 0): a pool of entries
+    dots         float32 dot products of the candidates: the values that decide and that are returned
+    choice       the top k of every row, the B k largest of the batch, or all above a threshold
+    redo         float32 FMA product for rows (TopK) or a batch without a usable bound; nothing to do as a rule
+
+The bound, the rule for the size of groups and why the codes are exact: docs/kernels.md, section 1. Nothing asks the
+host (threshold: the size of its result, once a chunk), so all of it can be captured in a CUDA graph.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import MAX_K
+from .low_weights import CUDA_DTYPE, LowWeights
+
+if TYPE_CHECKING:
+    from .topk_encode_list_triton import Pool
+    from .topk_encode_screen_triton import Screen
+
+BUFFER_BYTES = 2**30  # float32 pre-activations of 4096 rows and 65536 latents; the screened ones take half of it
+GROUPS = (64, 16)
+
+
+class Centred(NamedTuple):
+    """What the encoder makes of x beside the codes, for callers who need it too: memory to be written.
+
+    x_BD: float32 [B, D] contiguous, x - b_dec. norm_B: float32 [B], |x - b_dec| + 2^-40.
+    """
+
+    x_BD: Tensor
+    norm_B: Tensor
+
+    @staticmethod
+    def empty(n_rows: int, d_in: int, device: torch.device | str) -> "Centred":
+        return Centred(*(torch.empty(size, dtype=torch.float32, device=device) for size in ((n_rows, d_in), (n_rows,))))
+
+
+def group_size(d_sae: int, k: int) -> int | None:
+    """Latents a group: 64 where there are at least 2 k such groups, else 16 likewise, else None: the plain path.
+
+    With fewer the k-th best group maximum says little of the k-th best value, and candidates are many. Also None for
+    k above MAX_K.
+    """
+    return next((group for group in GROUPS if d_sae >= 2 * k * group and k <= MAX_K), None)
+
+
+def screens_cuda(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
+    """Whether the encoders below take these: float32 on a GPU, with a group_size. Otherwise topk_encode's ops do."""
+    float32 = x_BD.dtype == W_enc_DS.dtype == torch.float32
+    return float32 and x_BD.is_cuda and group_size(W_enc_DS.shape[1], k) is not None
+
+
+def topk_encode_screened_cuda(
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_enc_S: Tensor,
+    b_dec_D: Tensor,
+    k: int,
+    buffer_bytes: int | None = None,
+    low: LowWeights | None = None,
+    centred: Centred | None = None,
+) -> tuple[Tensor, Tensor]:
+    """topk_encode: (acts [B, K], latents [B, K] int64). low: those of W_enc, if at hand; centred is written."""
+    from .topk_encode_choose_triton import launch_topk_of_pool
+    from .topk_encode_list_triton import launch_list
+    from .topk_encode_redo_triton import launch_redo_product, launch_redo_topk
+
+    acts_BK = x_BD.new_empty(len(x_BD), k)
+    latents_BK = torch.empty(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
+    d_sae = W_enc_DS.shape[1]
+    most = min(max(16 * k, 1024), d_sae)
+    with torch.cuda.device_of(x_BD):
+        encoder = Screening(W_enc_DS, b_enc_S, b_dec_D, _group(d_sae, k), low)
+        for start, screen in encoder.chunks(x_BD, buffer_bytes, centred):
+            rows = slice(start, start + len(screen.x_RD))
+            pool, _ = _pool(len(screen.x_RD) * (4 * k + 64) + 4 * most, screen)
+            launch_list(screen, pool, k, most)
+            encoder.dots(screen, pool)
+            launch_topk_of_pool(pool, acts_BK[rows], latents_BK[rows])
+            launch_redo_product(screen, pool, encoder.W_SD, encoder.b_enc_S, batch=False)
+            launch_redo_topk(screen, pool, acts_BK[rows], latents_BK[rows])
+    return acts_BK, latents_BK
+
+
+def batch_topk_encode_screened_cuda(
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_enc_S: Tensor,
+    b_dec_D: Tensor,
+    k: int,
+    buffer_bytes: int | None = None,
+    low: LowWeights | None = None,
+    centred: Centred | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """batch_topk_encode: (acts [M], latents [M] int64, row_offsets [B + 1] int64), M = B k; else as above."""
+    from .topk_encode_batch_triton import launch_batch_topk_encode, launch_merge
+    from .topk_encode_choose_triton import launch_batch_bound, launch_nth_key, launch_row_offsets, launch_write
+    from .topk_encode_list_triton import launch_list
+    from .topk_encode_redo_triton import launch_redo_product
+
+    n_rows, d_sae, n = len(x_BD), W_enc_DS.shape[1], len(x_BD) * k
+    group = _group(d_sae, k)
+    with torch.cuda.device_of(x_BD):
+        if 2 * n * group > _chunk_rows(n_rows, d_sae, buffer_bytes) * d_sae:
+            return launch_batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
+        encoder = Screening(W_enc_DS, b_enc_S, b_dec_D, group, low)
+        codes = []
+        for start, screen in encoder.chunks(x_BD, buffer_bytes, centred):
+            chunk_rows = len(screen.x_RD)
+            capacity = 4 * n + 64 * chunk_rows
+            pool, integers = _pool(capacity, screen, n_integers=6 * 256 + 4)
+            histogram_2, histogram_4, bound, found = integers.split([512, 1024, 2, 2])
+            launch_batch_bound(screen, n, histogram_2, bound)
+            launch_list(screen, pool, k, capacity, bound)
+            encoder.dots(screen, pool)
+            launch_redo_product(screen, pool, encoder.W_SD, encoder.b_enc_S, batch=True)
+            launch_nth_key(screen, pool, n, histogram_4, found)
+            row_offsets, equal_before_R = launch_row_offsets(screen, pool, found)
+            acts_M, latents_M = x_BD.new_zeros(n), torch.zeros(n, dtype=torch.int64, device=x_BD.device)
+            launch_write(screen, pool, found, row_offsets, equal_before_R, acts_M, latents_M)
+            if chunk_rows == n_rows:
+                return acts_M, latents_M, row_offsets
+            codes.append((acts_M, _positions(start, latents_M, row_offsets, d_sae)))
+        acts, positions = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=x_BD.device)]
+        return launch_merge(acts + [a for a, _ in codes], positions + [p for _, p in codes], n_rows, d_sae, n)
+
+
+def _positions(start: int, latents_M: Tensor, row_offsets: Tensor, d_sae: int) -> Tensor:
+    """Flat positions in the batch of a chunk's entries, -1 for padding."""
+    places_M = torch.arange(len(latents_M), device=latents_M.device)
+    rows_M = torch.searchsorted(row_offsets[1:].contiguous(), places_M, right=True)
+    return torch.where(rows_M < len(row_offsets) - 1, (start + rows_M) * d_sae + latents_M, -1)
+
+
+def threshold_encode_screened_cuda(
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_enc_S: Tensor,
+    b_dec_D: Tensor,
+    threshold: float,
+    buffer_bytes: int | None = None,
+    low: LowWeights | None = None,
+    centred: Centred | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """threshold_encode; else as above. The host asks for the number of entries once a chunk."""
+    from .topk_encode_choose_triton import launch_row_offsets, launch_write
+    from .topk_encode_list_triton import launch_list
+    from .topk_encode_redo_triton import launch_redo_product
+
+    d_sae = W_enc_DS.shape[1]
+    key = int(torch.tensor(max(threshold, 0.0), dtype=torch.float32).view(torch.int32))
+    acts, latents, offsets = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=x_BD.device)], []
+    with torch.cuda.device_of(x_BD):
+        encoder = Screening(W_enc_DS, b_enc_S, b_dec_D, GROUPS[0], low)
+        for _, screen in encoder.chunks(x_BD, buffer_bytes, centred):
+            capacity = len(screen.x_RD) * max(256, d_sae // 64)
+            pool, found = _pool(capacity, screen, n_integers=2)
+            found[:1].fill_(key)  # not a copy from the host, which would wait
+            launch_list(screen, pool, 1, capacity, found)
+            encoder.dots(screen, pool)
+            launch_redo_product(screen, pool, encoder.W_SD, encoder.b_enc_S, batch=True)
+            row_offsets, equal_before_R = launch_row_offsets(screen, pool, found)
+            n = int(row_offsets[-1])
+            acts.append(x_BD.new_empty(n))
+            latents.append(torch.empty(n, dtype=torch.int64, device=x_BD.device))
+            launch_write(screen, pool, found, row_offsets, equal_before_R, acts[-1], latents[-1])
+            offsets.append(row_offsets[1:] + sum(map(len, acts[:-1])))
+    zero = torch.zeros(1, dtype=torch.int64, device=x_BD.device)
+    return torch.cat(acts), torch.cat(latents), torch.cat([zero, *offsets])
+
+
+def _group(d_sae: int, k: int) -> int:
+    return group_size(d_sae, k) or GROUPS[-1]
+
+
+def _padded(d_sae: int) -> int:
+    """Columns of the screened pre-activations: whole groups, and rows that begin where TMA asks."""
+    return -(-d_sae // GROUPS[0]) * GROUPS[0]
+
+
+def _chunk_rows(n_rows: int, d_sae: int, buffer_bytes: int | None) -> int:
+    """Rows of a chunk, nearly equal in all of them, 4 bytes a pre-activation; at least 1."""
+    most = max(1, (buffer_bytes or BUFFER_BYTES) // (4 * _padded(d_sae)))
+    n_chunks = -(-n_rows // most)
+    return max(1, -(-n_rows // max(n_chunks, 1)))
+
+
+class Screening:
+    """The weights' side of the screening product, and the chunks of rows it is made for."""
+
+    def __init__(self, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, group: int, low: LowWeights | None):
+        from .topk_encode_screen_triton import launch_group_factors
+
+        self.W_SD, self.b_enc_S, self.b_dec_D = W_enc_DS.t().contiguous(), b_enc_S.contiguous(), b_dec_D.contiguous()
+        self.group = group
+        if low is None:
+            low = LowWeights.empty(len(self.W_SD), self.W_SD.shape[1], self.W_SD.device, CUDA_DTYPE)
+            low.write_(0, self.W_SD)
+        self.W_low_SP = low.W_SD
+        self.factors_3G = launch_group_factors(low.norm_S, low.error_S, self.b_enc_S, self.W_low_SP.shape[1], group)
+
+    def chunks(self, x_BD: Tensor, buffer_bytes: int | None, centred: Centred | None) -> "Iterator[tuple[int, Screen]]":
+        """(first row, product) of every chunk of rows; the next one overwrites it."""
+        from .topk_encode_screen_triton import launch_centred_rows, launch_product
+
+        width = _padded(len(self.W_SD))
+        chunk_rows = _chunk_rows(len(x_BD), len(self.W_SD), buffer_bytes)
+        buffer = torch.empty(chunk_rows * width, dtype=torch.float32, device=x_BD.device)
+        x_BD = x_BD if x_BD.stride(1) == 1 else x_BD.contiguous()
+        for start in range(0, len(x_BD), chunk_rows):
+            x_RD = x_BD[start : start + chunk_rows]
+            screen = self._screen(buffer, start, len(x_RD), width, centred)
+            low_RP = launch_centred_rows(x_RD, self.b_dec_D, self.W_low_SP.shape[1], screen)
+            launch_product(low_RP, self.W_low_SP, self.b_enc_S, screen)
+            yield start, screen
+
+    def _screen(self, buffer: Tensor, start: int, n_rows: int, width: int, centred: Centred | None) -> "Screen":
+        from .topk_encode_screen_triton import Screen
+
+        d_sae, d_in = self.W_SD.shape
+        if centred is None:
+            x_RD, norm_R = Centred.empty(n_rows, d_in, buffer.device)
+        else:
+            x_RD, norm_R = (tensor[start : start + n_rows] for tensor in centred)
+        error_R, inverse_R = torch.empty(2, n_rows, dtype=torch.float32, device=buffer.device)
+        pre_RP = buffer.view(torch.float16)[: n_rows * width].view(n_rows, width)
+        n_groups = self.factors_3G.shape[1]
+        maxima_RG = torch.empty(n_rows, n_groups, dtype=torch.float16, device=buffer.device)
+        z_RS = buffer[: n_rows * d_sae].view(n_rows, d_sae)
+        return Screen(x_RD, norm_R, error_R, inverse_R, pre_RP, maxima_RG, self.factors_3G, self.group, d_sae, z_RS)
+
+    def dots(self, screen: "Screen", pool: "Pool") -> None:
+        from .topk_encode_list_triton import launch_dots
+
+        launch_dots(screen, pool, self.W_SD, self.b_enc_S)
+
+
+def _pool(capacity: int, screen: "Screen", n_integers: int = 0) -> "tuple[Pool, Tensor]":
+    """An empty pool, and so many int32 zeros: one clearing launch."""
+    from .topk_encode_list_triton import Pool
+
+    zeros = torch.zeros(4 + n_integers, dtype=torch.int32, device=screen.x_RD.device)
+    return Pool.empty(capacity, len(screen.x_RD), zeros[:4].view(torch.int64)), zeros[4:]

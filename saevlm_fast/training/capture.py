@@ -1,0 +1,175 @@
+"""Training steps in CUDA graphs: one launch where there were a hundred, the same bits.
+
+    steps = CapturedSteps(stepper)
+    for x_BD in batches:
+        output = steps.step(x_BD)                           # or written into steps.input(len(x_BD)) before
+
+A graph is of fixed shapes: so many rows, so long a list of dead latents. The first steps of such shapes are taken
+eagerly, which compiles kernels and lets libraries allocate; then one is captured and from there on replayed. Anything
+that a replay would not see (weights replaced or written to from outside) makes a step eager again. On a CPU, and where
+a capture fails, every step is.
+
+Shape suffixes: B rows of a batch, D d_in.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.errors import first_line, require
+from saevlm_fast.training.step import StepOutput, Stepper
+
+_EAGER_FIRST = 2  # steps of the same shapes before one is captured
+_KEPT = 8  # graphs: their number of dead latents may go up and down
+Shapes = tuple[int, int]  # rows, length of the list of dead latents
+
+
+class _Captured(NamedTuple):
+    """A graph, what it writes, and where the state was when it was captured."""
+
+    graph: torch.cuda.CUDAGraph
+    output: StepOutput
+    addresses: list[int]
+
+
+class CapturedSteps:
+    """Takes a Stepper's steps, by CUDA graphs where that can be.
+
+    Args:
+        stepper: whose steps. It may be asked anything between steps, and take steps of its own.
+        capture: False takes every step eagerly.
+
+    Attributes:
+        n_eager, n_replayed: steps taken here so far, by kind; n_captured: graphs made.
+    """
+
+    def __init__(self, stepper: Stepper, capture: bool = True):
+        self.stepper = stepper
+        self.capture = capture and stepper.idle_S.is_cuda
+        self.n_eager = self.n_replayed = self.n_captured = 0
+        self._inputs: dict[int, Tensor] = {}
+        self._seen: dict[Shapes, int] = {}
+        self._graphs: OrderedDict[Shapes, _Captured] = OrderedDict()
+        if self.capture:  # graphs take turns, and so share their memory
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(stepper.idle_S.device)
+
+    def input(self, n_rows: int) -> Tensor | None:
+        """Memory [n_rows, d_in] from which `step` takes a batch without copying it; None where it copies none."""
+        if not self.capture:
+            return None
+        if n_rows not in self._inputs:
+            weights = self.stepper.sae.W_dec
+            self._inputs[n_rows] = weights.new_empty(n_rows, weights.shape[1], requires_grad=False)
+        return self._inputs[n_rows]
+
+    def metrics(self) -> dict[str, float]:
+        """For the log, of a GPU: the share of the steps so far that were eager."""
+        if not self.stepper.idle_S.is_cuda:
+            return {}
+        return {"details/eager_share": self.n_eager / max(self.n_eager + self.n_replayed, 1)}
+
+    @torch.no_grad()
+    def step(self, x_BD: Tensor) -> StepOutput:
+        """One training step on a batch [B, d_in] in normalised units, as Stepper.step.
+
+        Where steps are captured, the next one overwrites what is returned, and x_BD is left alone unless it is the
+        memory of `input`, which stays as it is too.
+
+        Raises:
+            ValueError: a batch without rows, or of another width.
+        """
+        with torch.cuda.device_of(self.stepper.idle_S):
+            return self._step(self._in_place(x_BD))
+
+    def _step(self, x_BD: Tensor) -> StepOutput:
+        self.stepper.announce(len(x_BD))
+        shapes = len(x_BD), self.stepper.n_listed
+        captured = self._captured(shapes, x_BD)
+        if captured is None:
+            self._seen[shapes] = self._seen.get(shapes, 0) + 1
+            self.n_eager += 1
+            return self.stepper.device_step(x_BD)
+        captured.graph.replay()
+        self.stepper.was_replayed()
+        self.n_replayed += 1
+        return captured.output
+
+    def _in_place(self, x_BD: Tensor) -> Tensor:
+        """The batch where graphs read it."""
+        static_BD = self.input(len(x_BD)) if len(x_BD) else None  # announce refuses no rows
+        if static_BD is None or static_BD is x_BD:
+            return x_BD
+        fits = x_BD.shape == static_BD.shape
+        require(fits, f"x_BD: shape is {list(x_BD.shape)}; {list(static_BD.shape)} is needed")
+        return static_BD.copy_(x_BD)
+
+    def _captured(self, shapes: Shapes, x_BD: Tensor) -> _Captured | None:
+        """The graph of these shapes; None if this step is to be eager."""
+        if not self.capture or self._seen.get(shapes, 0) < _EAGER_FIRST or not self.stepper.low_is_current():
+            return None
+        captured = self._graphs.get(shapes)
+        if captured is None or captured.addresses != self._addresses():
+            captured = self._capture(x_BD)
+            if captured is None:
+                return None
+            self._graphs[shapes] = captured
+        self._graphs.move_to_end(shapes)
+        while len(self._graphs) > _KEPT:
+            self._graphs.popitem(last=False)
+        return captured
+
+    def _addresses(self) -> list[int]:
+        """Of all that a graph holds on to and somebody may replace."""
+        stepper = self.stepper
+        state = [*stepper.parameters().values(), *(t for pair in stepper.moments.values() for t in pair)]
+        return [t.data_ptr() for t in (*state, stepper.idle_S, stepper.sae.threshold, stepper.bad_step)]
+
+    def _capture(self, x_BD: Tensor) -> _Captured | None:
+        """The announced step, recorded and not taken. None, and no further attempt: it cannot be.
+
+        Only what this thread does is recorded: others read and copy the next batches meanwhile.
+        """
+        graph, addresses = torch.cuda.CUDAGraph(), self._addresses()
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                output = self.stepper.device_step(x_BD)
+        except RuntimeError as error:
+            self.capture = False
+            self._graphs.clear()
+            warnings.warn(f"steps are not captured in a CUDA graph: {first_line(error)}", stacklevel=2)
+            return None
+        self.n_captured += 1
+        return _Captured(graph, output, addresses)
+
+
+@contextmanager
+def told_of_compiling(on_note: Callable[[str], None]) -> Iterator[None]:
+    """While open: on_note is told, once, when Triton has compiled a kernel instead of finding it in its cache.
+
+    More will follow then, and the step at hand takes seconds.
+    """
+    try:
+        from triton import knobs
+    except ImportError:  # no Triton: nothing is compiled
+        yield
+        return
+    before, told = knobs.compilation.listener, False
+
+    def listen(*, cache_hit: bool, **compiled: Any) -> None:
+        nonlocal told
+        if not cache_hit and not told:
+            told = True
+            on_note("compiling kernels; they are kept for the next run")
+        if before is not None:
+            before(cache_hit=cache_hit, **compiled)
+
+    knobs.compilation.listener = listen
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before

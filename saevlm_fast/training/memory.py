@@ -1,0 +1,63 @@
+"""What training takes in memory, which is arithmetic, and whether the rows fit beside it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saevlm_fast.errors import require
+
+if TYPE_CHECKING:
+    import torch
+
+    from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
+    from saevlm_fast.data.rows import Activations
+
+
+def training_memory(sae: "SAEConfig", batch_size: int) -> int:
+    """Weights, two moments and gradients in float32, and the batch with its reconstruction and pre-activations."""
+    return 4 * (4 * sae_numbers(sae) + batch_size * (4 * sae.d_in + sae.d_sae))
+
+
+def sae_numbers(sae: "SAEConfig") -> int:
+    """Weights and biases of an SAE."""
+    return 2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae
+
+
+def free_memory(device: "torch.device") -> int | None:
+    """Bytes that are free on the device, or in the host's memory; None if the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+
+
+def rows_go_to_device(
+    activations: "Activations", sae: "SAEConfig", config: "TrainConfig", device: "torch.device", data_on: "DataOn"
+) -> bool:
+    """Whether all rows are kept where the steps are taken: a GPU's memory, or beside a CPU the host's.
+
+    auto: on a GPU if they fit; beside a CPU never, where files are mapped and what fits stays in the page cache. They
+    fit if the memory that is free holds them and, once more, all that training takes.
+
+    Raises:
+        ValueError: data_on is device, and they do not fit.
+    """
+    if data_on == "host" or (data_on == "auto" and device.type == "cpu"):
+        return False
+    rows = activations.n_rows * activations.d * activations.kept_dtype.itemsize
+    training, free = training_memory(sae, min(config.batch_size, activations.n_rows)), free_memory(device)
+    fits = free is None or rows + training <= free
+    require(
+        fits or data_on == "auto",
+        f"data_on: device, but the rows take {_gb(rows)} there and training {_gb(training)}, "
+        f"and {_gb(free or 0)} are free on {device}; host reads them from where they are",
+    )
+    return fits
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"
