@@ -25,9 +25,7 @@ def launched(case, centred=None):
     from saevlm_fast.kernels.step_rows_triton import launch_rows
 
     ends = torch.tensor(case.ends, device=case.x_BD.device)
-    return launch_rows(
-        case.x_BD, case.acts, case.latents, case.row_offsets, ends, case.W_dec_SD, case.b_dec_D, centred
-    )
+    return launch_rows(case.x_BD, case.acts, case.latents, case.row_offsets, ends, case.W_dec_SD, case.b_dec_D, centred)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
