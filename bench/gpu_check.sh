@@ -1,27 +1,17 @@
 #!/usr/bin/env bash
-# The checks that need a GPU, offline from a plain checkout, in under nine minutes:
-#   bench/gpu_check.sh                   results and logs in $OUT, or in bench/results
-# It runs the tests marked gpu, the kernel tests with compiled kernels (elsewhere they run in Triton's interpreter) and
-# the benches, and ends with a table. The exit status is 0 only if every step passed. PYTHON picks the interpreter.
+# What needs a GPU, offline from a plain checkout, in under nine minutes: the tests marked gpu, the kernel tests with
+# compiled kernels (elsewhere they run in Triton's interpreter), the demo, and then the benches, one after the other.
+#   bench/gpu_check.sh [STEP ...]        all steps, or some of those below; results in $OUT, or bench/results/DEVICE
+# It leaves bench.json, tables.md, speed.png, summary.txt and logs.tar.gz. The exit status is 0 only if every step
+# passed. PYTHON picks the interpreter. PEERS is a folder of wheels, or one where they are installed: other libraries
+# for the peers step, which without it is reported as not run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-out=${OUT:-bench/results}
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-failed=()
-
-# step NAME SECONDS COMMAND...: the command's output goes to NAME.log; its end is shown if it failed.
-step() {
-    local name=$1 seconds=$2 status=0 start=$SECONDS
-    shift 2
-    timeout --kill-after=5 "$seconds" "$@" >"$out/$name.log" 2>&1 || status=$?
-    if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then echo "the limit of $seconds s ended it" >>"$out/$name.log"; fi
-    if [ "$status" -ne 0 ]; then
-        failed+=("$name")
-        tail -n 40 "$out/$name.log"
-    fi
-    echo "$name: exit status $status after $((SECONDS - start)) s: $(tail -n 1 "$out/$name.log")"
-}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 SAEVLM_FAST_CACHE=${SAEVLM_FAST_CACHE:-$work/cache} HF_HUB_OFFLINE=1
+wanted=("$@")
 
 device=$("$python" - <<'PY'
 import re
@@ -31,25 +21,77 @@ import torch
 
 if not torch.cuda.is_available():
     sys.exit(f"gpu_check: torch {torch.__version__} sees no GPU on this machine; nothing was checked")
-print(re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-"))
+print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))
 PY
 ) || exit 2
-mkdir -p "$out"
-echo "gpu_check: $device, results in $out"
+out=${OUT:-bench/results/$device}
+mkdir -p "$out" "$work/logs" "$work/json"
+summary=$out/summary.txt
+echo "gpu_check: $device, $(date -u +%FT%TZ), results in $out" | tee "$summary"
+nvidia-smi >"$work/logs/environment.log" 2>&1
 
-nvidia-smi >"$out/environment.log" 2>&1
+# step NAME SECONDS COMMAND...: the output goes to NAME.log; its end is shown if it failed.
+step() {
+    local name=$1 seconds=$2 status=0 start=$SECONDS
+    shift 2
+    if [ "${#wanted[@]}" -gt 0 ] && [[ " ${wanted[*]} " != *" $name "* ]]; then return; fi
+    timeout --kill-after=5 "$seconds" "$@" >"$work/logs/$name.log" 2>&1 || status=$?
+    if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
+        echo "the limit of $seconds s ended it" >>"$work/logs/$name.log"
+    fi
+    if [ "$status" -ne 0 ]; then
+        touch "$work/failed.$name"
+        tail -n 40 "$work/logs/$name.log"
+    fi
+    echo "$name: exit status $status after $((SECONDS - start)) s: $(tail -n 1 "$work/logs/$name.log")" |
+        tee -a "$summary"
+}
+
+pytest=("$python" -m pytest -q -p no:cacheprovider)
 # Compiling is most of a kernel test's time: several processes where pytest-xdist is there.
-workers=()
-if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
-step gpu_tests 130 "$python" -m pytest tests -q -m gpu
-step kernel_tests 150 "$python" -m pytest -q "${workers[@]}" -m "not gpu" -k "not static_compile" \
-    tests/kernels
-step bench 250 "$python" -m pytest bench -q --benchmark-only --benchmark-columns=min,median,rounds \
-    --large --time-limit=220 --benchmark-json="$out/$device.json"
+if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 7); else workers=(); fi
+step gpu_tests 150 "${pytest[@]}" tests "${workers[@]}" -m gpu &
+step kernel_tests 150 "${pytest[@]}" tests/kernels "${workers[@]}" -m "not gpu" -k "not static_compile" &
+step demo 150 "$python" -m saevlm_fast.cli demo --device cuda --output "$work/demo" &
+wait
 
-if [ -s "$out/$device.json" ]; then "$python" bench/report.py "$out/$device.json"; fi
-if [ "${#failed[@]}" -gt 0 ]; then
-    echo "gpu_check: FAILED: ${failed[*]}"
-    exit 1
+# From here on one at a time: these are timed.
+json=$work/json
+for shape in "1024 65536" "1024 16384" "768 6144"; do
+    read -r d_in d_sae <<<"$shape"
+    step "profile_$d_sae" 45 "$python" -m bench.training.profile_step --d-in "$d_in" --d-sae "$d_sae" \
+        --output "$json/profile_$d_sae.json"
+done
+for way in captured eager; do
+    flag=()
+    if [ "$way" = eager ]; then flag=(--eager); fi
+    step "train_$way" 40 "$python" -m bench.training.whole_run --device cuda --architecture topk --d-in 1024 \
+        --d-sae 16384 --batch-size 4096 --n-rows 200000 --steps 4000 "${flag[@]}" --output "$json/train_$way.json"
+done
+step harvest 60 "$python" -m bench.harvesting.whole_harvest --images 4608 --workers 12 --output "$json/harvest.json"
+step bench 130 "${pytest[@]}" bench --benchmark-only --benchmark-columns=min,median,rounds --large --time-limit=105 \
+    --benchmark-json="$json/bench.json"
+if [ -n "${PEERS:-}" ]; then
+    site=$PEERS
+    if compgen -G "$PEERS/*.whl" >/dev/null; then
+        site=$work/site
+        "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$PEERS"/*.whl
+    fi
+    for shape in "1024 65536" "1024 16384" "768 6144"; do
+        read -r d_in d_sae <<<"$shape"
+        step "peers_$d_sae" 60 env PYTHONPATH="$PWD:$site" "$python" -m bench.training.bench_peers --device cuda \
+            --dtype bfloat16 --architectures topk --d-in "$d_in" --d-sae "$d_sae" --rows 4096 --rounds 3 \
+            --turn-seconds 0.5 --output "$json/peers_$d_sae.json"
+    done
+else
+    echo "peers: not run, PEERS names no folder of wheels" | tee -a "$summary"
 fi
-echo "gpu_check: passed"
+
+if compgen -G "$json/*.json" >/dev/null; then
+    "$python" bench/report.py "$json"/*.json --merge "$out/bench.json" --markdown "$out/tables.md" &&
+        "$python" bench/report.py "$out/bench.json" --plot "$out/speed.png" || touch "$work/failed.report"
+fi
+tar czf "$out/logs.tar.gz" -C "$work" logs
+failed=$(cd "$work" && ls failed.* 2>/dev/null | sed 's/failed.//' | tr '\n' ' ')
+if [ -n "$failed" ]; then echo "gpu_check: FAILED: $failed" | tee -a "$summary"; exit 1; fi
+echo "gpu_check: passed" | tee -a "$summary"

@@ -1,21 +1,28 @@
-"""Triton kernels of latent_update: one pass of Adam over all latents, and over the biases.
+"""Triton kernel of a training step's update: one pass of Adam over all latents, each row's gradient made on the way.
 
-    W[s], m[s], v[s]            = Adam(clip * rows[slot of s])   update_row_kernel, every latent, one read and one write
-    W[s]                       /= |W[s]| + eps                   in the same program, while the row is in registers
+    g = sum over latent s's entries of act * suffix[bag]  - parallel[s] * W[s]       decoder
+    g = sum over latent s's entries of dact * centred[row]                           encoder
+    W[s], m[s], v[s] = Adam(clip * (g + auxiliary row));  W[s] /= |W[s]| + eps       (unit norm: decoder)
+    low[s], |w|, |w - low|; b_enc[s] by Adam on clip * db_enc[s]                     (encoder)
 
-The torch lines they equal are in latent_update.py and reference.py. What changes from step to step (the clip factor,
-the learning rate with its bias correction) is read from the device: a captured CUDA graph can be replayed.
+No gradient row is written. What changes from step to step (the clip factor, the learning rate with its bias correction)
+is read from the device: a captured CUDA graph can be replayed. docs/kernels.md section 4
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .latent_gradient_triton import whole_row_block
-from .segment_sum_triton import accumulator
+from .segment_sum_triton import CHUNK, accumulator
+from .step_entries_triton import Entries, latent_row
+from .step_rows_triton import whole_row_block
 
-BLOCK_V = 1024  # elements of a vector that one program updates
+LATENTS = 2  # of a program
+UPDATE_STEP = 2  # entries whose row loads are in flight together
+TINY = 2.0**-40  # more than all that underflow can take from a norm
 
 
 @triton.jit
@@ -29,154 +36,150 @@ def adam(p, exp_avg, exp_avg_sq, g, schedule_ptr, BETA1: tl.constexpr, BETA2: tl
     return p, exp_avg, exp_avg_sq
 
 
-@triton.jit
-def update_row_kernel(
+@triton.jit(do_not_specialize=["n_latents"])
+def update_kernel(
+    weights_ptr,
+    ids_ptr,
+    offsets_ptr,
+    source_ptr,
+    partials_ptr,
+    totals_ptr,
+    clip_ptr,
+    schedule_ptr,
+    aux_rows_ptr,
+    aux_slots_ptr,
     W_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
-    rows_ptr,
-    slots_ptr,
-    aux_rows_ptr,
-    aux_slots_ptr,
-    clip_ptr,
-    schedule_ptr,
-    copy_ptr,
+    b_ptr,
+    b_exp_avg_ptr,
+    b_exp_avg_sq_ptr,
+    low_ptr,
+    low_norm_ptr,
+    low_error_ptr,
+    n_latents,
+    low_stride,
     d_in,
+    DECODER: tl.constexpr,
+    HAS_AUX: tl.constexpr,
+    HAS_LOW: tl.constexpr,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
-    UNIT_NORM: tl.constexpr,
-    HAS_AUX: tl.constexpr,
-    HAS_COPY: tl.constexpr,
+    TINY: tl.constexpr,
+    LATENTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One latent's row of W, exp_avg and exp_avg_sq in place; a latent without a slot has gradient zero."""
-    latent = tl.program_id(0).to(tl.int64)
+    """LATENTS latents of one side. totals: parallel (decoder) or db_enc (encoder)."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
-    o_row = latent * d_in + o_d
-    slot = tl.load(slots_ptr + latent).to(tl.int64)
-    g = tl.load(rows_ptr + slot * d_in + o_d, mask=o_d < tl.where(slot >= 0, d_in, 0), other=0.0).to(ACC)
-    if HAS_AUX:
-        aux_slot = tl.load(aux_slots_ptr + latent).to(tl.int64)
-        m_aux = o_d < tl.where(aux_slot >= 0, d_in, 0)
-        g += tl.load(aux_rows_ptr + aux_slot * d_in + o_d, mask=m_aux, other=0.0).to(ACC)
-    g *= tl.load(clip_ptr).to(ACC)  # a clip of NaN reaches every latent, as in the dense step
-    w = tl.load(W_ptr + o_row, mask=m_d, other=0.0).to(ACC)
-    exp_avg = tl.load(exp_avg_ptr + o_row, mask=m_d, other=0.0).to(ACC)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + o_row, mask=m_d, other=0.0).to(ACC)
-    w, exp_avg, exp_avg_sq = adam(w, exp_avg, exp_avg_sq, g, schedule_ptr, BETA1, BETA2, EPS)
-    if UNIT_NORM:
-        w = tl.where(m_d, w, 0.0)  # a NaN step size makes NaN of the lanes behind the row too
-        w *= 1.0 / (tl.sqrt(tl.sum(w * w, axis=0)) + NORM_EPS)
-    tl.store(W_ptr + o_row, w.to(W_ptr.dtype.element_ty), mask=m_d)
-    tl.store(exp_avg_ptr + o_row, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=m_d)
-    tl.store(exp_avg_sq_ptr + o_row, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=m_d)
-    if HAS_COPY:
-        tl.store(copy_ptr + o_row, w.to(tl.float32).to(copy_ptr.dtype.element_ty), mask=m_d)
+    clip = tl.load(clip_ptr)  # a clip of NaN reaches every latent, as in the dense step
+    for i in range(LATENTS):
+        s = tl.program_id(0).to(tl.int64) * LATENTS + i
+        if s < n_latents:
+            o = s * d_in + o_d
+            start, end = tl.load(offsets_ptr + s), tl.load(offsets_ptr + s + 1)
+            total = tl.load(totals_ptr + s)
+            w = tl.load(W_ptr + o, mask=m_d, other=0.0, eviction_policy="evict_first").to(ACC)
+            m = tl.load(exp_avg_ptr + o, mask=m_d, other=0.0, eviction_policy="evict_first").to(ACC)
+            v = tl.load(exp_avg_sq_ptr + o, mask=m_d, other=0.0, eviction_policy="evict_first").to(ACC)
+            g = latent_row(
+                weights_ptr, ids_ptr, source_ptr, partials_ptr, start, end, d_in, o_d, m_d, CHUNK, BLOCK_P, BLOCK_D, ACC
+            )
+            if DECODER:
+                g -= total * w
+            if HAS_AUX:
+                slot = tl.load(aux_slots_ptr + s).to(tl.int64)
+                m_aux = o_d < tl.where(slot >= 0, d_in, 0)
+                g += tl.load(aux_rows_ptr + slot * d_in + o_d, mask=m_aux, other=0.0).to(ACC)
+            w, m, v = adam(w, m, v, g * clip, schedule_ptr, BETA1, BETA2, EPS)
+            w = tl.where(m_d, w, 0.0)  # a NaN step size makes NaN of the lanes behind the row too
+            if DECODER:
+                w *= 1.0 / (tl.sqrt(tl.sum(w * w, axis=0)) + NORM_EPS)
+            else:
+                b = tl.load(b_ptr + s).to(ACC)
+                b_m, b_v = tl.load(b_exp_avg_ptr + s).to(ACC), tl.load(b_exp_avg_sq_ptr + s).to(ACC)
+                b, b_m, b_v = adam(b, b_m, b_v, total * clip, schedule_ptr, BETA1, BETA2, EPS)
+                tl.store(b_ptr + s, b.to(b_ptr.dtype.element_ty))
+                tl.store(b_exp_avg_ptr + s, b_m.to(b_exp_avg_ptr.dtype.element_ty))
+                tl.store(b_exp_avg_sq_ptr + s, b_v.to(b_exp_avg_sq_ptr.dtype.element_ty))
+                if HAS_LOW:
+                    low = w.to(tl.float32).to(low_ptr.dtype.element_ty)
+                    tl.store(low_ptr + s * low_stride + o_d, low, mask=m_d)
+                    e = w - low.to(ACC)
+                    tl.store(low_norm_ptr + s, (tl.sqrt(tl.sum(w * w, axis=0)) + TINY).to(tl.float32))
+                    tl.store(low_error_ptr + s, (tl.sqrt(tl.sum(e * e, axis=0)) + TINY).to(tl.float32))
+            tl.store(W_ptr + o, w.to(W_ptr.dtype.element_ty), mask=m_d, eviction_policy="evict_first")
+            tl.store(exp_avg_ptr + o, m.to(exp_avg_ptr.dtype.element_ty), mask=m_d, eviction_policy="evict_first")
+            tl.store(exp_avg_sq_ptr + o, v.to(exp_avg_sq_ptr.dtype.element_ty), mask=m_d, eviction_policy="evict_first")
 
 
-@triton.jit
-def update_vector_kernel(
-    p_ptr,
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    gradient_ptr,
-    clip_ptr,
-    schedule_ptr,
-    n,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """One block of a bias vector: clip and Adam in place."""
-    o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_v = o_v < n
-    g = tl.load(gradient_ptr + o_v, mask=m_v, other=0.0).to(ACC) * tl.load(clip_ptr).to(ACC)
-    p = tl.load(p_ptr + o_v, mask=m_v, other=0.0).to(ACC)
-    exp_avg = tl.load(exp_avg_ptr + o_v, mask=m_v, other=0.0).to(ACC)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + o_v, mask=m_v, other=0.0).to(ACC)
-    p, exp_avg, exp_avg_sq = adam(p, exp_avg, exp_avg_sq, g, schedule_ptr, BETA1, BETA2, EPS)
-    tl.store(p_ptr + o_v, p.to(p_ptr.dtype.element_ty), mask=m_v)
-    tl.store(exp_avg_ptr + o_v, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=m_v)
-    tl.store(exp_avg_sq_ptr + o_v, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=m_v)
+# --- launch wrapper --------------------------------------------------------------------------------------------------
 
 
-# --- launch wrappers -------------------------------------------------------------------------------------------------
+class Scalars(NamedTuple):
+    """clip [1] and Adam's schedule float64 [2] on the device; its constants."""
+
+    clip: Tensor
+    schedule: Tensor
+    betas: tuple[float, float]
+    eps: float
 
 
-def launch_latent_update(
-    W_SD: Tensor,
-    exp_avg_SD: Tensor,
-    exp_avg_sq_SD: Tensor,
-    rows_CD: Tensor,
-    slots_S: Tensor,
-    aux_rows_AD: Tensor | None,
-    aux_slots_S: Tensor | None,
-    clip: Tensor,
-    schedule: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    unit_norm: bool,
-    copy_SD: Tensor | None,
+def launch_update(
+    entries: Entries,
+    totals_S: Tensor,
+    scalars: Scalars,
+    W: tuple[Tensor, Tensor, Tensor],
+    b: tuple[Tensor, Tensor, Tensor] | None,
+    aux: tuple[Tensor, Tensor] | None = None,
+    low: tuple[Tensor, Tensor, Tensor] | None = None,
+    latents: int = LATENTS,
 ) -> None:
-    """Updates W, exp_avg and exp_avg_sq in place and writes the copy, if there is one."""
-    d_sae, d_in = W_SD.shape
-    _, ACC = accumulator(W_SD.dtype)
+    """W_dec (b None) or W_enc with b_enc, each with its moments, in place. aux: rows [A, D] and slots int32 [S].
+
+    low: where the encoder's copy of W_enc goes, [S, at least D], and upper bounds of |w| and |w - low|, float32 [S].
+    """
+    n_latents, d_in = W[0].shape
+    _, ACC = accumulator(W[0].dtype)
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=4)
-    update_row_kernel[(d_sae,)](
-        W_SD,
-        exp_avg_SD,
-        exp_avg_sq_SD,
-        rows_CD,
-        slots_S,
-        rows_CD if aux_rows_AD is None else aux_rows_AD,
-        slots_S if aux_slots_S is None else aux_slots_S,
-        clip,
-        schedule,
-        W_SD if copy_SD is None else copy_SD,
+    decoder = b is None
+    nothing = entries.offsets_S1
+    partials = entries.partials[0 if decoder else 1]
+    weights = entries.acts_M if decoder else entries.dacts_M
+    ids, source = (entries.bags_M, entries.suffix_RD) if decoder else (entries.rows_M, entries.centred_BD)
+    update_kernel[(triton.cdiv(n_latents, latents),)](
+        weights,
+        ids,
+        entries.offsets_S1,
+        source,
+        partials,
+        totals_S,
+        scalars.clip,
+        scalars.schedule,
+        *(aux or (source, nothing)),
+        *W,
+        *(b or W),
+        *(low or W),
+        n_latents,
+        d_in if low is None else low[0].stride(0),
         d_in,
-        BETA1=betas[0],
-        BETA2=betas[1],
-        EPS=eps,
-        NORM_EPS=torch.finfo(W_SD.dtype).eps,
-        UNIT_NORM=unit_norm,
-        HAS_AUX=aux_rows_AD is not None,
-        HAS_COPY=copy_SD is not None,
+        DECODER=decoder,
+        HAS_AUX=aux is not None,
+        HAS_LOW=low is not None,
+        BETA1=scalars.betas[0],
+        BETA2=scalars.betas[1],
+        EPS=scalars.eps,
+        NORM_EPS=torch.finfo(W[0].dtype).eps,
+        TINY=TINY,
+        LATENTS=latents,
+        CHUNK=CHUNK,
+        BLOCK_P=UPDATE_STEP,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
-    )
-
-
-def launch_vector_update(
-    p_N: Tensor,
-    exp_avg_N: Tensor,
-    exp_avg_sq_N: Tensor,
-    gradient_N: Tensor,
-    clip: Tensor,
-    schedule: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """Updates p, exp_avg and exp_avg_sq in place."""
-    _, ACC = accumulator(p_N.dtype)
-    update_vector_kernel[(triton.cdiv(p_N.numel(), BLOCK_V),)](
-        p_N,
-        exp_avg_N,
-        exp_avg_sq_N,
-        gradient_N.contiguous(),
-        clip,
-        schedule,
-        p_N.numel(),
-        BETA1=betas[0],
-        BETA2=betas[1],
-        EPS=eps,
-        BLOCK_V=BLOCK_V,
-        ACC=ACC,
-        num_warps=4,
     )

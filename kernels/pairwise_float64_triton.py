@@ -3,7 +3,8 @@
 A chip for computing centres multiplies float64 at 50 TFLOP/s and more, above what float32 without tensor cores gives,
 and its sums lose nothing, so a pair costs no more here than in float32.
 
-`launch_column_sums` reads the activations once: their float64 copy, den, and the sums that judge the closed form.
+`launch_column_sums` reads the activations once: their float64 copy, den, and the sums that judge the closed form, in
+parts that `launch_closed_form` adds up.
 `launch_panel_num` is for any similarity: panels of images i against all j from the panel's first image on,
 
     S = <e_i, e_j>            a product
@@ -14,8 +15,6 @@ and its sums lose nothing, so a pair costs no more here than in float32.
 so each pair is made once and no more of S is held than a panel. Embeddings arrive prepared, as for
 pairwise_similarity_triton.py, whose _similarity_tile is the formula here too.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -31,52 +30,110 @@ PANEL_BLOCK_J = 256
 WEIGH_ROWS = 128
 WEIGH_BLOCK_I = 8
 WEIGH_BLOCK_K = 128
-COLUMN_ROWS = 128
+COLUMN_ROWS = 64
+COLUMN_PARTS = 64
 COLUMN_BLOCK_K = 256
 COLUMN_UNROLL = 8
+CLOSED_BLOCK_K = 8
+CLOSED_BLOCK_E = 128
 NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["n_images", "n_parts"])
+@triton.jit(do_not_specialize=["n_images", "rows"])
 def column_sums_kernel(
     r_ptr,
+    low_ptr,
     wide_ptr,
     sqnorm_ptr,
     parts_ptr,
     n_images,
     n_latents,
-    n_parts,
+    rows,
+    SHIFTED: tl.constexpr,
     WIDEN: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """parts[:, program] = sums over ROWS images of r, r_i r_j (i < j), r^2 |e|^2 and r |e|; wide = r in float64."""
+    """parts[program] = sums over `rows` images of r, r_i r_j (i < j), r |e|^2, r^2 |e|^2 and r |e|; wide = r - low."""
     part = tl.program_id(0).to(tl.int64)
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    b_low = tl.zeros([BLOCK_K], dtype=tl.float64)
+    if SHIFTED:
+        b_low = tl.load(low_ptr + o_k, mask=o_k < n_latents, other=0.0)
     b_total = tl.zeros([BLOCK_K], dtype=tl.float64)
     b_den = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_self = tl.zeros([BLOCK_K], dtype=tl.float64)
     b_square = tl.zeros([BLOCK_K], dtype=tl.float64)
     b_norm = tl.zeros([BLOCK_K], dtype=tl.float64)
-    for first in range(0, ROWS, UNROLL):
+    end = tl.minimum((part + 1) * rows, n_images)
+    for first in range(part * rows, end, UNROLL):
         for i in tl.static_range(UNROLL):
-            row = part * ROWS + first + i
-            m_k = o_k < tl.where(row < n_images, n_latents, 0)
+            row = first + i
+            m_k = o_k < tl.where(row < end, n_latents, 0)
             b_r = tl.load(r_ptr + row * n_latents + o_k, mask=m_k, other=0.0).to(tl.float64)
+            if SHIFTED:
+                b_r = tl.where(m_k, b_r - b_low, 0.0)
             if WIDEN:
                 tl.store(wide_ptr + row * n_latents + o_k, b_r, mask=m_k)
-            sqnorm = tl.load(sqnorm_ptr + row, mask=row < n_images, other=0.0)
+            sqnorm = tl.load(sqnorm_ptr + row, mask=row < end, other=0.0)
             b_den += b_r * b_total
             b_total += b_r
+            b_self += b_r * sqnorm
             b_square += b_r * b_r * sqnorm
             b_norm += b_r * tl.sqrt(sqnorm)
-    o_part = part * n_latents + o_k
-    stride = n_parts.to(tl.int64) * n_latents
+    pointers = parts_ptr + part * 5 * n_latents + o_k
     m_k = o_k < n_latents
-    tl.store(parts_ptr + o_part, b_total, mask=m_k)
-    tl.store(parts_ptr + stride + o_part, b_den, mask=m_k)
-    tl.store(parts_ptr + 2 * stride + o_part, b_square, mask=m_k)
-    tl.store(parts_ptr + 3 * stride + o_part, b_norm, mask=m_k)
+    tl.store(pointers, b_total, mask=m_k)
+    tl.store(pointers + n_latents, b_den, mask=m_k)
+    tl.store(pointers + 2 * n_latents, b_self, mask=m_k)
+    tl.store(pointers + 3 * n_latents, b_square, mask=m_k)
+    tl.store(pointers + 4 * n_latents, b_norm, mask=m_k)
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def closed_form_kernel(
+    parts_ptr,
+    sums_ptr,
+    out_ptr,
+    dominated_ptr,
+    n_latents,
+    n_parts,
+    d_emb,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """out = total, den, self and num of each latent, from the parts in their order and sums = r^T e.
+
+    dominated: whether the closed form of num loses too many digits, as pairwise_similarity.well_conditioned has it.
+    """
+    o_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = o_k < n_latents
+    b_total = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_den = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_self = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_square = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_norm = tl.zeros([BLOCK_K], dtype=tl.float64)
+    pointers = parts_ptr + o_k
+    for _ in range(n_parts):
+        b_part = tl.load(pointers, mask=m_k, other=0.0)
+        b_den += tl.load(pointers + n_latents, mask=m_k, other=0.0) + b_part * b_total
+        b_total += b_part
+        b_self += tl.load(pointers + 2 * n_latents, mask=m_k, other=0.0)
+        b_square += tl.load(pointers + 3 * n_latents, mask=m_k, other=0.0)
+        b_norm += tl.load(pointers + 4 * n_latents, mask=m_k, other=0.0)
+        pointers += 5 * n_latents
+    b_all = tl.zeros([BLOCK_K, BLOCK_E], dtype=tl.float64)
+    for e in range(0, d_emb, BLOCK_E):
+        o_e = e + tl.arange(0, BLOCK_E)
+        mask = m_k[:, None] & (o_e < d_emb)[None, :]
+        b_sums = tl.load(sums_ptr + o_k[:, None] * d_emb + o_e[None, :], mask=mask, other=0.0)
+        b_all += b_sums * b_sums
+    conditioned = b_norm * b_norm - b_square > 2e-2 * b_norm * b_norm
+    tl.store(dominated_ptr + o_k, (conditioned == 0) & (b_square > 0), mask=m_k)
+    tl.store(out_ptr + o_k, b_total, mask=m_k)
+    tl.store(out_ptr + n_latents + o_k, b_den, mask=m_k)
+    tl.store(out_ptr + 2 * n_latents + o_k, b_self, mask=m_k)
+    tl.store(out_ptr + 3 * n_latents + o_k, (tl.sum(b_all, axis=1) - b_square) / 2, mask=m_k)
 
 
 @triton.jit(do_not_specialize=["n_i", "n_j", "first_j"])
@@ -127,43 +184,64 @@ def weigh_panel_kernel(
 # --- launch wrappers -------------------------------------------------------------------------------------------------
 
 
-class ColumnSums(NamedTuple):
-    """Of activations r [N, K], float64: the copy wide_NK, and over images sums of r, of r_i r_j (i < j), of r^2 |e|^2
-    and of r |e|."""
+def launch_column_sums(
+    r_NK: Tensor, sqnorm_N: Tensor, low_K: Tensor | None = None, least_rows: int = COLUMN_ROWS
+) -> tuple[Tensor, Tensor]:
+    """One pass over r: r - low in float64, and parts [P, 5, K] of the sums that closed_form_kernel adds up.
 
-    wide_NK: Tensor
-    total_K: Tensor
-    den_K: Tensor
-    square_K: Tensor
-    norm_K: Tensor
-
-
-def launch_column_sums(r_NK: Tensor, sqnorm_N: Tensor, rows: int = COLUMN_ROWS) -> ColumnSums:
-    """One pass over r; |e|^2 in float64. Nothing is subtracted: den keeps its digits where one image dominates."""
+    |e|^2 and low float64. Nothing but low is subtracted: den keeps its digits where one image dominates.
+    """
     n_images, n_latents = r_NK.shape
     r_NK, sqnorm_N = r_NK.contiguous(), sqnorm_N.contiguous()
-    widen = r_NK.dtype != torch.float64
+    widen = r_NK.dtype != torch.float64 or low_K is not None
     wide_NK = torch.empty_like(r_NK, dtype=torch.float64) if widen else r_NK
+    rows = max(least_rows, triton.cdiv(n_images, COLUMN_PARTS))
     n_parts = triton.cdiv(n_images, rows)
-    parts = wide_NK.new_zeros(4, max(n_parts, 1), n_latents)
+    parts = wide_NK.new_empty(n_parts, 5, n_latents)
     if r_NK.numel() > 0:
         column_sums_kernel[(n_parts, triton.cdiv(n_latents, COLUMN_BLOCK_K))](
             r_NK,
+            low_K,
             wide_NK,
             sqnorm_N,
             parts,
             n_images,
             n_latents,
-            n_parts,
+            rows,
+            SHIFTED=low_K is not None,
             WIDEN=widen,
-            ROWS=rows,
             BLOCK_K=COLUMN_BLOCK_K,
             UNROLL=COLUMN_UNROLL,
             num_warps=NUM_WARPS,
         )
-    total_K, den_K, square_K, norm_K = parts.sum(1)
-    den_K += (parts[0, 1:] * parts[0, :-1].cumsum(0)).sum(0)  # pairs of two parts
-    return ColumnSums(wide_NK, total_K, den_K, square_K, norm_K)
+    return wide_NK, parts
+
+
+def pair_weights(parts: Tensor) -> Tensor:
+    """den [K] of the parts: their own pairs, and pairs of two parts."""
+    total, den = parts[:, 0], parts[:, 1]
+    return den.sum(0) + (total[1:] * total[:-1].cumsum(0)).sum(0)
+
+
+def launch_closed_form(parts: Tensor, sums_KE: Tensor) -> tuple[Tensor, Tensor]:
+    """[4, K]: total, den, self and num by the closed form; and [K] whether one image dominates num."""
+    n_latents, d_emb = sums_KE.shape
+    out = sums_KE.new_empty(4, n_latents)
+    dominated_K = torch.empty(n_latents, dtype=torch.bool, device=sums_KE.device)
+    if n_latents > 0:
+        closed_form_kernel[(triton.cdiv(n_latents, CLOSED_BLOCK_K),)](
+            parts,
+            sums_KE.contiguous(),
+            out,
+            dominated_K,
+            n_latents,
+            len(parts),
+            d_emb,
+            BLOCK_K=CLOSED_BLOCK_K,
+            BLOCK_E=CLOSED_BLOCK_E,
+            num_warps=NUM_WARPS,
+        )
+    return out, dominated_K
 
 
 def launch_panel_num(

@@ -2,12 +2,15 @@
 
 Dense: one program per pair of image blocks (i-block <= j-block) makes its tile s [BLOCK_N, BLOCK_N] once, then walks
 the latents: part_k = sum_i r_ik (s @ r_j)_ik. Parts go to a buffer of at most PARTS_BYTES, added to num in
-float64 before the next group of tiles: no atomics, a fixed order, bounded memory.
+float64 before the next group of tiles: no atomics, a fixed order, bounded memory. Its factors come as two float16
+each, scaled by powers of two, so that three products on tensor cores are one of float32.
 
 Gram: one program per block of BLOCK_N entries of one latent walks that latent's later blocks; a second kernel adds a
 latent's blocks in order and makes den in float64. Embeddings arrive prepared (float32, normalised for cosine,
 centred for rbf).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,10 +19,10 @@ from torch import Tensor
 
 from .common import check_similarity
 
-BLOCK_N = 64
-BLOCK_K = 32
-BLOCK_E = 16
 DENSE_WARPS = 8
+BAND = 8
+GRAM_BLOCK_N = 64
+GRAM_BLOCK_E = 16
 GRAM_WARPS = 4
 NUM_STAGES = 2
 PARTS_BYTES = 256 << 20
@@ -50,9 +53,33 @@ def _inner_tile(
 
 
 @triton.jit
+def _split_dot(a_high, a_low, b_high, b_low):
+    """(a_high + a_low) @ (b_high + b_low) in float32, without low times low, into a sum of its own.
+
+    Tensor cores truncate: a long sum of positive terms comes out low, by 1e-6 after 256. So sums end with their tile.
+    """
+    product = tl.dot(a_high, b_low)
+    product = tl.dot(a_low, b_high, product)
+    return tl.dot(a_high, b_high, product)
+
+
+@triton.jit
+def _scaled_halves(x):
+    """x * scale as the sum of two float16, and scale: the power of two that brings the largest |x| to 2^8."""
+    largest = tl.max(tl.abs(x))
+    scale = tl.exp2(8.0 - tl.ceil(tl.log2(tl.where(largest > 1e-30, largest, 1.0))))
+    x = x * scale
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16), scale
+
+
+@triton.jit(do_not_specialize=["n_images", "first_tile"])
 def pairwise_num_kernel(
-    r_ptr,
-    emb_ptr,
+    r_high_ptr,
+    r_low_ptr,
+    emb_high_ptr,
+    emb_low_ptr,
+    unscale_ptr,
     sqnorm_ptr,
     tile_i_ptr,
     tile_j_ptr,
@@ -66,25 +93,40 @@ def pairwise_num_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """parts[program, k] = sum over i < j in the tile of r_ik s_ij r_jk."""
     program = tl.program_id(0).to(tl.int64)
     o_i = tl.load(tile_i_ptr + first_tile + program) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_j = tl.load(tile_j_ptr + first_tile + program) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_i, m_j = o_i < n_images, o_j < n_images
-    inner = _inner_tile(emb_ptr, o_i, o_j, m_i, m_j, d_emb, BLOCK_N, BLOCK_E, PRECISION)
+    inner = tl.zeros([BLOCK_N, BLOCK_N], dtype=tl.float32)
+    for e in range(0, d_emb, BLOCK_E):
+        o_e = e + tl.arange(0, BLOCK_E)
+        m_e = o_e < d_emb
+        i_offsets, i_mask = o_i[:, None] * d_emb + o_e[None, :], m_i[:, None] & m_e[None, :]
+        j_offsets, j_mask = o_j[None, :] * d_emb + o_e[:, None], m_j[None, :] & m_e[:, None]
+        i_high = tl.load(emb_high_ptr + i_offsets, mask=i_mask, other=0.0)
+        i_low = tl.load(emb_low_ptr + i_offsets, mask=i_mask, other=0.0)
+        j_high = tl.load(emb_high_ptr + j_offsets, mask=j_mask, other=0.0)
+        j_low = tl.load(emb_low_ptr + j_offsets, mask=j_mask, other=0.0)
+        inner += _split_dot(i_high, i_low, j_high, j_low)
+    inner *= tl.load(unscale_ptr + o_i, mask=m_i, other=0.0)[:, None]
+    inner *= tl.load(unscale_ptr + o_j, mask=m_j, other=0.0)[None, :]
     sqnorm_i = tl.load(sqnorm_ptr + o_i, mask=m_i, other=0.0)
     sqnorm_j = tl.load(sqnorm_ptr + o_j, mask=m_j, other=0.0)
     s = _similarity_tile(inner, sqnorm_i, sqnorm_j, gamma, SIMILARITY)
-    s = tl.where(o_i[:, None] < o_j[None, :], s, 0.0)
+    s_high, s_low, s_scale = _scaled_halves(tl.where(o_i[:, None] < o_j[None, :], s, 0.0))
     for k in range(0, n_latents, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         m_k = o_k < n_latents
-        b_r_j = tl.load(r_ptr + o_j[:, None] * n_latents + o_k[None, :], mask=m_j[:, None] & m_k[None, :], other=0.0)
-        weighted = tl.dot(s, b_r_j.to(tl.float32), input_precision=PRECISION)
-        b_r_i = tl.load(r_ptr + o_i[:, None] * n_latents + o_k[None, :], mask=m_i[:, None] & m_k[None, :], other=0.0)
-        tl.store(parts_ptr + program * n_latents + o_k, tl.sum(b_r_i.to(tl.float32) * weighted, axis=0), mask=m_k)
+        i_offsets, i_mask = o_i[:, None] * n_latents + o_k[None, :], m_i[:, None] & m_k[None, :]
+        j_offsets, j_mask = o_j[:, None] * n_latents + o_k[None, :], m_j[:, None] & m_k[None, :]
+        j_high = tl.load(r_high_ptr + j_offsets, mask=j_mask, other=0.0)
+        j_low = tl.load(r_low_ptr + j_offsets, mask=j_mask, other=0.0)
+        r_i = tl.load(r_high_ptr + i_offsets, mask=i_mask, other=0.0).to(tl.float32)
+        r_i += tl.load(r_low_ptr + i_offsets, mask=i_mask, other=0.0).to(tl.float32)
+        weighted = _split_dot(s_high, s_low, j_high, j_low)
+        tl.store(parts_ptr + program * n_latents + o_k, tl.sum(r_i * weighted, axis=0) / s_scale, mask=m_k)
 
 
 @triton.jit
@@ -163,26 +205,75 @@ def dot_precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
+class DenseTiles(NamedTuple):
+    """Block sizes and pipeline stages of pairwise_num_kernel."""
+
+    n: int
+    k: int
+    e: int
+    stages: int
+
+
+def dense_tiles() -> DenseTiles:
+    """What fits in the shared memory of the current device: 192 KiB on Hopper, 64 elsewhere; of no device, a few."""
+    if not torch.cuda.is_available():  # Triton's interpreter
+        return DenseTiles(32, 16, 16, 2)
+    hopper = not torch.version.hip and torch.cuda.get_device_capability()[0] == 9
+    return DenseTiles(128, 64, 64, 3) if hopper else DenseTiles(64, 32, 32, 2)
+
+
+def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x as (high + low) * unscale, two float16; unscale, along dim, is a power of two: the largest is 2^7 to 2^8.
+
+    To 2^-22 of x, or 2^-33 of the largest. Where all are 0, unscale is 1.
+    """
+    largest = x.abs().amax(dim, keepdim=True)
+    exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 8, 0)
+    x = torch.ldexp(x, -exponent)
+    high = x.to(torch.float16)
+    return high, (x - high).to(torch.float16), torch.ldexp(torch.ones_like(largest), exponent).squeeze(dim)
+
+
+def tiles_in_bands(n_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pairs of blocks i <= j, so that programs that run together share blocks of either side in the L2 cache."""
+    tile_i, tile_j = torch.triu_indices(n_blocks, n_blocks, device=device)
+    order = ((tile_i // BAND * n_blocks + tile_j) * BAND + tile_i % BAND).argsort()
+    return tile_i[order], tile_j[order]
+
+
 def launch_pairwise_num(
-    r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, similarity: str, gamma: float, parts_bytes: int = PARTS_BYTES
+    r_NK: Tensor,
+    emb_NE: Tensor,
+    sqnorm_N: Tensor,
+    similarity: str,
+    gamma: float,
+    tiles: DenseTiles | None = None,
+    parts_bytes: int = PARTS_BYTES,
 ) -> Tensor:
-    """num_K in float64 of dense activations; embeddings from pairwise_similarity.prepare_embeddings in float32."""
-    _check_launch(emb_NE, sqnorm_N, similarity)
+    """num_K of dense activations and prepared embeddings, all float64; products and sums as accurate as float32.
+
+    For latents that no image dominates: activations below 2^-11 of a latent's largest lose bits.
+    """
+    check_similarity(similarity)
     n_images, n_latents = r_NK.shape
-    num_K = r_NK.new_zeros(n_latents, dtype=torch.float64)
+    num_K = r_NK.new_zeros(n_latents)
     if n_images == 0 or n_latents == 0:
         return num_K
-    r_NK = r_NK.contiguous()
-    n_blocks = triton.cdiv(n_images, BLOCK_N)
-    tile_i, tile_j = torch.triu_indices(n_blocks, n_blocks, device=r_NK.device).contiguous()
+    tiles = tiles or dense_tiles()
+    r_high, r_low, r_unscale_K = halves(r_NK, 0)
+    emb_high, emb_low, emb_unscale_N = halves(emb_NE, 1)
+    tile_i, tile_j = tiles_in_bands(triton.cdiv(n_images, tiles.n), r_NK.device)
     group = min(len(tile_i), max(1, parts_bytes // (4 * n_latents)))
     parts = r_NK.new_empty(group, n_latents, dtype=torch.float32)
     for first_tile in range(0, len(tile_i), group):
         n_tiles = min(group, len(tile_i) - first_tile)
         pairwise_num_kernel[(n_tiles,)](
-            r_NK,
-            emb_NE,
-            sqnorm_N,
+            r_high,
+            r_low,
+            emb_high,
+            emb_low,
+            emb_unscale_N.float(),
+            sqnorm_N.float(),
             tile_i,
             tile_j,
             parts,
@@ -192,15 +283,14 @@ def launch_pairwise_num(
             first_tile,
             gamma,
             SIMILARITY=similarity,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            BLOCK_E=BLOCK_E,
-            PRECISION=dot_precision(),
+            BLOCK_N=tiles.n,
+            BLOCK_K=tiles.k,
+            BLOCK_E=tiles.e,
             num_warps=DENSE_WARPS,
-            num_stages=NUM_STAGES,
+            num_stages=tiles.stages,
         )
         num_K += parts[:n_tiles].sum(0, dtype=torch.float64)
-    return num_K
+    return num_K * r_unscale_K.square()
 
 
 def launch_gram_sums(
@@ -212,16 +302,18 @@ def launch_gram_sums(
     similarity: str,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    """num_S and den_S in float64 of sparse codes grouped by latent; embeddings prepared as for launch_pairwise_num."""
+    """num_S and den_S in float64 of sparse codes grouped by latent; embeddings prepared in float32."""
     _check_launch(emb_NE, sqnorm_N, similarity)
     n_latents, n_entries = len(offsets_S1) - 1, len(acts_M)
     num_S, den_S = (acts_M.new_empty(n_latents, dtype=torch.float64) for _ in range(2))
     if n_latents == 0:
         return num_S, den_S
     acts_M, images_M, offsets_S1 = acts_M.contiguous(), images_M.contiguous(), offsets_S1.contiguous()
-    block_offsets_S1 = torch.nn.functional.pad(((offsets_S1.diff() + BLOCK_N - 1) // BLOCK_N).cumsum(0), (1, 0))
-    # A latent of n entries has at most n / BLOCK_N + 1 blocks and at most n: as many as there can be.
-    n_blocks = n_entries // BLOCK_N + min(n_latents, n_entries)
+    block_offsets_S1 = torch.nn.functional.pad(
+        ((offsets_S1.diff() + GRAM_BLOCK_N - 1) // GRAM_BLOCK_N).cumsum(0), (1, 0)
+    )
+    # A latent of n entries has at most n / GRAM_BLOCK_N + 1 blocks and at most n: as many as there can be.
+    n_blocks = n_entries // GRAM_BLOCK_N + min(n_latents, n_entries)
     blocks = torch.arange(n_blocks, device=offsets_S1.device)
     block_latents = torch.searchsorted(block_offsets_S1[1:], blocks, right=True)
     num_parts = num_S.new_empty(n_blocks)
@@ -239,8 +331,8 @@ def launch_gram_sums(
             emb_NE.shape[1],
             gamma,
             SIMILARITY=similarity,
-            BLOCK_N=BLOCK_N,
-            BLOCK_E=BLOCK_E,
+            BLOCK_N=GRAM_BLOCK_N,
+            BLOCK_E=GRAM_BLOCK_E,
             PRECISION=dot_precision(),
             num_warps=GRAM_WARPS,
             num_stages=NUM_STAGES,

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from .common import check, custom_op
 from .pairwise_similarity import distinct_pair_products, well_conditioned
+from .scaled_rows import scaled_rows, squared_norms
 
-_CPU_CACHED_ROWS = 256
 _CPU_PANEL_ELEMENTS = 1 << 19
 _CPU_FOLD_ELEMENTS = 1 << 22
 
@@ -133,17 +133,6 @@ def streamed_cosine_update_cpu(
     total_S += chunk.total_S
 
 
-def scaled_rows(emb_NE: Tensor, scale_N: Tensor | None) -> Tensor:
-    """scale * emb in float64; emb itself if it is that already."""
-    if scale_N is None:
-        return emb_NE.to(torch.float64)
-    unit_NE = torch.empty(emb_NE.shape, dtype=torch.float64, device=emb_NE.device)
-    rows = _CPU_CACHED_ROWS if emb_NE.device.type == "cpu" else max(1, len(emb_NE))
-    for unit_nE, emb_nE, scale_n in zip(unit_NE.split(rows), emb_NE.split(rows), scale_N.split(rows)):
-        torch.mul(emb_nE, scale_n[:, None], out=unit_nE)
-    return unit_NE
-
-
 class _ChunkWeights(NamedTuple):
     """Sums of a chunk per latent, and how its pairs are to be evaluated: closed form, folding, or neither (no pair)."""
 
@@ -157,7 +146,7 @@ class _ChunkWeights(NamedTuple):
 def _chunk_weights(
     acts_M: Tensor, images_M: Tensor, latents_M: Tensor, unit_NE: Tensor, n_latents: int
 ) -> _ChunkWeights:
-    weights_M = acts_M * torch.cat([unit_nE.square().sum(1) for unit_nE in unit_NE.split(256)])[images_M].sqrt()
+    weights_M = acts_M * squared_norms(unit_NE)[images_M].sqrt()
     total_S, square_S, norm_S, self_S = (
         torch.bincount(latents_M, values_M, minlength=n_latents)
         for values_M in (acts_M, acts_M.square(), weights_M, weights_M.square())

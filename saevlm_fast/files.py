@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 TEMPORARY_PREFIX = ".writing-"
 CACHE_VARIABLE = "SAEVLM_FAST_CACHE"
+# Of a write, or of a checkpoint that was being removed.
+_LEFTOVER = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}([0-9a-f]{{8}}-.+|step_\d{{8}})", re.DOTALL)
 
 
 @contextmanager
@@ -155,15 +158,27 @@ def _users_cache() -> Path:
 
 
 def remove_leftovers(directory: str | os.PathLike[str]) -> None:
-    """Deletes the temporary files that killed writers left in a directory. Call it only while nobody else writes."""
+    """Deletes the temporary files that killed writers left in a directory, and no others whose names only begin alike.
+
+    Call it only while nobody else writes.
+    """
     for file in Path(directory).glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+        if _LEFTOVER.fullmatch(file.name) is not None:
+            _remove(file)
 
 
 def remove_leftovers_of(path: str | os.PathLike[str]) -> None:
     """Deletes what killed writers of this one file left beside it; the same warning."""
     for file in Path(path).parent.glob(f"{TEMPORARY_PREFIX}{'[0-9a-f]' * 8}-{glob.escape(Path(path).name)}"):
-        file.unlink(missing_ok=True)
+        _remove(file)
+
+
+def _remove(path: Path) -> None:
+    """Of a link the link, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _temporary_sibling(path: Path) -> Path:

@@ -12,12 +12,14 @@ disk. `publish` swaps them: the new is renamed to .replacement-whole, the old is
 command that writes calls first. A file is replaced in one rename (files.atomic_write).
 """
 
+import errno
 import json
 import os
 import secrets
 import shlex
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -86,7 +88,7 @@ def output_lock(
     A record lock (POSIX lockf) of this process alone: unlike flock, worker processes that outlive a killed one do not
     inherit it, and it does not keep threads of one process apart, nor a call from another in it that has the lock
     already. The lock file says who holds it; it is removed in the end, and a directory that was made for it, if nothing
-    else has come into it. On Windows there is no lock.
+    else has come into it. Beside a file, what killed writers of it left is removed first. On Windows there is no lock.
 
     Args:
         output: the file or directory that is written.
@@ -110,6 +112,8 @@ def output_lock(
         lock = _taken(output, file, directory, exclusive, LOCK_SECONDS if patience is None else patience, on_wait)
         _held[key] = lock
         try:
+            if not directory and exclusive:
+                remove_leftovers_of(output)
             yield lock
         finally:
             del _held[key]
@@ -144,9 +148,11 @@ def _taken(
 
 def _try(file: Path, exclusive: bool) -> int | None:
     """The locked file; None if it was removed meanwhile. BlockingIOError: who holds it."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
         _lock(descriptor, exclusive)
+        if not _is_lock(descriptor):
+            raise FileExistsError(errno.EEXIST, "it is in the way, and holds no lock of ours", str(file))
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 if exclusive:
@@ -162,6 +168,14 @@ def _try(file: Path, exclusive: bool) -> int | None:
         raise
     os.close(descriptor)
     return None
+
+
+def _is_lock(descriptor: int) -> bool:
+    """Whether a file holds what we write into a lock, or what a crash leaves of that: nothing, or zeros."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return False
+    data = os.pread(descriptor, 1 << 12, 0)
+    return data.startswith(b'{"pid": ') or not data.strip(b"\0")
 
 
 def _lock(descriptor: int, exclusive: bool) -> None:
@@ -210,7 +224,7 @@ def _probed(lock: Lock) -> Lock:
 def workplace(output: Path) -> Path:
     """Where the work on an output directory goes on: in its unfinished replacement, if there is one."""
     replacement = output / REPLACEMENT
-    return replacement if replacement.is_dir() else output
+    return replacement if replacement.is_dir() and not replacement.is_symlink() else output
 
 
 def is_being_swapped(output: Path) -> bool:
@@ -221,7 +235,9 @@ def is_being_swapped(output: Path) -> bool:
 def begin_replacement(output: Path) -> Path:
     """An empty directory for what will replace the contents of `output`; an unfinished replacement is given up."""
     replacement = output / REPLACEMENT
-    if replacement.is_dir():
+    if replacement.is_symlink():
+        replacement.unlink()  # never what it leads to
+    elif replacement.is_dir():
         shutil.rmtree(replacement)
     replacement.mkdir()
     return replacement

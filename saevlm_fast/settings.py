@@ -10,7 +10,7 @@ Choices are the annotation's: `Literal["topk", "batch_topk"]`. Another class tak
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from inspect import get_annotations
@@ -137,9 +137,7 @@ class Settings:
                     value = kind(value)
                     object.__setattr__(self, name, value)
             elif get_origin(kind) is tuple:
-                several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-                require(several, f"{name}: {value!r} is not several values")
-                object.__setattr__(self, name, _plain(name, tuple(value), get_args(kind)[0]))
+                object.__setattr__(self, name, _plain(name, _several(name, value), get_args(kind)[0]))
             if kind is Path or kind is bool:
                 continue
             if choices:
@@ -194,6 +192,16 @@ def _optional(cls: Any) -> frozenset[str]:
     """The fields that may be None."""
     kinds = get_type_hints(cls).items()
     return frozenset(name for name, kind in kinds if type(None) in get_args(kind) or kind is Any)
+
+
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    """In an order that was meant: not those of a set."""
+    try:
+        values = None if isinstance(value, str | bytes | Mapping | Set) else tuple(value)
+    except TypeError:  # also of an array of no dimension, which says that it can be iterated
+        values = None
+    require(values is not None, f"{name}: {value!r} is not several values in an order")
+    return values or ()
 
 
 def _plain(name: str, values: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:

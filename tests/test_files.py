@@ -182,11 +182,18 @@ def test_a_failed_publication_puts_the_old_directory_back(tmp_path, monkeypatch)
 
 
 def test_leftovers_of_killed_writers_go(tmp_path):
-    (tmp_path / f"{TEMPORARY_PREFIX}12-a").write_text("half")
-    (tmp_path / f"{TEMPORARY_PREFIX}12-dir").mkdir()
-    (tmp_path / "keep").write_text("")
+    (tmp_path / f"{TEMPORARY_PREFIX}12345678-a").write_text("half")
+    (tmp_path / f"{TEMPORARY_PREFIX}12345678-dir").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}step_00000007").mkdir()
+    kept = ["keep", f"{TEMPORARY_PREFIX}notes.txt", f"{TEMPORARY_PREFIX}12-a", "elsewhere"]
+    for name in kept[:-1]:
+        (tmp_path / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").touch()
+    (tmp_path / f"{TEMPORARY_PREFIX}12345678-link").symlink_to("elsewhere")
     remove_leftovers(tmp_path)
-    assert os.listdir(tmp_path) == ["keep"]
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+    assert (tmp_path / "elsewhere" / "file").exists()
 
 
 def test_what_a_killed_writer_left_beside_one_file_is_removed_and_nothing_else(tmp_path):

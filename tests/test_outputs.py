@@ -109,6 +109,37 @@ def test_a_damaged_lock_file_is_some_process(tmp_path):
             pytest.fail("two work on it")
 
 
+@pytest.mark.parametrize("there", ["link", "text", "dangling", "fifo", "directory"])
+def test_what_lies_where_a_lock_goes_is_left_alone(tmp_path, there):
+    other, lock = tmp_path / "other", tmp_path / ".s.json.lock"
+    other.write_text("precious")
+    if there == "text":
+        lock.write_text("precious")
+    elif there == "fifo":
+        os.mkfifo(lock)
+    elif there == "directory":
+        lock.mkdir()
+    else:
+        lock.symlink_to("other" if there == "link" else "nowhere")
+    with (
+        pytest.raises(ValueError, match=r"^output: .* cannot be written: .*\.s\.json\.lock\)$"),
+        output_lock(tmp_path / "s.json", directory=False),
+    ):
+        pytest.fail("it cannot be locked")
+    assert sorted(os.listdir(tmp_path)) == [".s.json.lock", "other"]
+    assert other.read_text() == "precious"
+    assert there != "text" or lock.read_text() == "precious"
+
+
+@pytest.mark.parametrize("left", [b"", bytes(100), b'{"pid": 1, "ho'])
+def test_what_a_crash_left_of_a_lock_is_no_obstacle(tmp_path, left):
+    (tmp_path / LOCK_FILE).write_bytes(left)
+    (tmp_path / f".writing-0123abcd-{LOCK_FILE}").touch()  # of the probe
+    with output_lock(tmp_path, directory=True):
+        assert os.listdir(tmp_path) == [LOCK_FILE]
+    assert os.listdir(tmp_path) == []
+
+
 def test_of_what_cannot_be_written_nothing_is_left(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file" / "out", tmp_path / "file", "/proc/none"):

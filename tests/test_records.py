@@ -1,14 +1,13 @@
 """Sealed records, and every JSON file of ours with something wrong in it: one line that says what, or what it meant."""
 
 import json
-import random
 
 import pytest
 import torch
 
 from campaign import build
 from command import run as command
-from damage import DIGESTS, edit_record
+from damage import edit_record, mutations, refusal
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.matrix import map_matrix
 from saevlm_fast.data.rows import open_activations
@@ -77,9 +76,6 @@ def test_every_altered_byte_of_a_sealed_record_is_an_error(tmp_path):
 
 # Real files ----------------------------------------------------------------------------------------------------------
 
-WRONG = [None, True, -1, 0, 1.5, 10**30, "", "x", [], {}, [[]], "\ud800", "../../x", 1 << 63]
-RAW = ["1e400", "NaN", "-Infinity", "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 90 + "1" + "}" * 90]
-
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
@@ -88,50 +84,8 @@ def built(tmp_path_factory):
     return root
 
 
-def paths_in(value, path=()):
-    """The way to every entry of a JSON value."""
-    yield path
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield from paths_in(value[key], (*path, key))
-
-
-def mutations(text, seed):
-    """The text with one entry of another kind, gone, or not JSON at all; the digests of it are taken away."""
-    record = {name: value for name, value in json.loads(text).items() if name not in DIGESTS}
-    draw = random.Random(seed)
-    for path in list(paths_in(record))[1:]:
-        for wrong in [*draw.sample(WRONG, 5), "gone", "raw"]:
-            copy = json.loads(json.dumps(record))
-            inside = copy
-            for key in path[:-1]:
-                inside = inside[key]
-            if wrong == "gone":
-                del inside[path[-1]]
-            else:
-                inside[path[-1]] = "RAW" if wrong == "raw" else wrong
-            yield json.dumps(copy).replace('"RAW"', draw.choice(RAW)).encode()
-    for cut in range(0, len(text), max(1, len(text) // 20)):
-        yield text[:cut].encode()
-    yield text.encode("utf-16")
-    yield text.encode() + b"\x00"
-    yield b"\xff" + text.encode()
-
-
 def described(path):
     return summary_rows(inspect(path))
-
-
-def refusal(read, path):
-    """What a reader says in one line that names the path; None if it reads. Errors of other kinds are not caught."""
-    try:
-        read(path)
-    except ValueError as error:
-        said = str(error)
-    else:
-        return None
-    assert "\n" not in said
-    assert str(path) in said
-    return said
 
 
 @pytest.mark.parametrize(

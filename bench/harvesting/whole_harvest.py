@@ -26,7 +26,6 @@ from bench.helpers.arguments import directory, new_file, not_negative, positive
 from bench.helpers.clocks import clocks, seconds_of
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.files import write_json_atomic
-from saevlm_fast.harvesting import plan as plan_module
 from saevlm_fast.harvesting import run as run_module
 from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig
 from saevlm_fast.harvesting.stores import HarvestStores
@@ -43,12 +42,11 @@ PHOTO_SIZE, N_DISTINCT = (500, 375), 512  # ImageNet's most frequent size; more 
 # What a harvest does, by the function that does it.
 PARTS = {
     "set-up of the tower": (HookedTower, "_probe"),
-    "plan": (run_module, "HarvestPlan"),
-    "of it, hash of weights": (Tower, "description"),
-    "of it, hash of photos": (plan_module, "sampled_digest"),
     "loop": (run_module._Loop, "units"),
-    "of it, queueing forwards": (run_module._Loop, "_forward"),
-    "writing, beside it": (HarvestStores, "write_unit"),
+    "forwards, as far as the host waits": (run_module._Loop, "_forward"),
+    "beside it, beginning the stores": (HarvestStores, "begin"),
+    "of that, hashing weights": (Tower, "description"),
+    "beside it, writing": (HarvestStores, "write_unit"),
     "finish": (HarvestStores, "finish"),
 }
 
@@ -190,7 +188,7 @@ def timed_harvest(tower: Tower, photos: Path, config: HarvestConfig, output: Pat
         summary = run_module.harvest(source, tower, config, HarvestOptions(output, workers=workers))
         end = time.perf_counter()
     loop_start = min(begin for name, begin, _ in spans if name == "loop")
-    first_batch = min(begin for name, begin, _ in spans if name == "of it, queueing forwards") - loop_start
+    first_batch = min(begin for name, begin, _ in spans if name == "forwards, as far as the host waits") - loop_start
     return {
         "images": summary.n_images,
         "seconds": end - start,

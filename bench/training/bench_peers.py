@@ -78,13 +78,14 @@ Batches = Iterator[Tensor]
 
 def train_saevlm_fast(task: Task, batches: Batches) -> None:
     from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.training.capture import CapturedSteps
     from saevlm_fast.training.step import Stepper
 
     config = TrainConfig(warmup_steps=0, threshold_start=0, dead_after=DEAD_AFTER, auxk_alpha=AUXK_ALPHA)
     sae_config = SAEConfig(task.d_in, task.d_sae, task.k, task.architecture, task.group_sizes)
-    stepper = Stepper(SparseAutoencoder(sae_config, task.device), config)
+    steps = CapturedSteps(Stepper(SparseAutoencoder(sae_config, task.device), config))  # as `train` takes them
     for x_BD in batches:
-        stepper.step(x_BD)
+        steps.step(x_BD)
 
 
 def encoder_gemm(task: Task, batches: Batches) -> None:

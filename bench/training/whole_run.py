@@ -192,7 +192,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     path = directory / "activations.npy"
     # The start reads norm_batches batches whatever the number of steps: in a short run fewer, as of a long one.
     config = TrainConfig(steps=options.steps, batch_size=options.batch_size, norm_batches=max(1, options.steps // 100))
-    sae_config = SAEConfig(options.d_in, options.d_sae, options.k, options.architecture)
+    sae_config = SAEConfig.sized(options.d_in, d_sae=options.d_sae, k=options.k, architecture=options.architecture)
     where = {"device": options.device, "data_on": options.data_on, "capture": options.capture}
     run_options = train_module.RunOptions(directory / "run", checkpoint_every=options.checkpoint_every, **where)
     write_rows(path, options.n_rows, options.d_in, options.rows_dtype)
@@ -273,7 +273,7 @@ def _first_rows(path: Path, directory: Path):
     return open_activations(directory / "validation.npy")
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=new_file, required=True)
     parser.add_argument("--directory", type=directory, help="where the matrix file and the run go for the time being")
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--eager", dest="capture", action="store_false", help="no CUDA graph")
     parser.add_argument("--rows-dtype", choices=["float16", "float32"], default="float32", help="of the matrix file")
     parser.add_argument("--k", type=positive, default=20)
-    parser.add_argument("--architecture", choices=["topk", "batch_topk"], default="batch_topk")
+    parser.add_argument("--architecture", choices=["topk", "batch_topk", "matryoshka"], default="batch_topk")
     parser.add_argument("--batch-size", type=positive, default=1024)
     parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--checkpoint-every", type=positive, help="steps; by default train decides")
@@ -294,6 +294,11 @@ def main() -> None:
         "--exact-bytes", type=not_negative, default=8 << 30, help="a larger file is shuffled in windows"
     )
     parser.add_argument("--evaluate-all", action="store_true", help="evaluate on all rows, not on 8192 of them")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:

@@ -21,6 +21,7 @@ from saevlm_fast.data.rows import Activations
 
 _LOADED_BYTES = 64 << 20  # rows that go to the device together
 _STEPS_A_PIECE = 64  # batches whose row numbers go to the device together
+_PINNED_BYTES = 256 << 20  # batches read ahead into page-locked memory: what hides that an epoch's order is being made
 _UPLOADED = 3  # batches on the device: one in use, one complete, one on its way
 
 
@@ -88,9 +89,10 @@ def uploaded_batches(
     Raises:
         ActivationError: NaN or infinity, naming the row.
     """
-    n_threads = loaders()
-    n_slots = n_threads + 3  # what prefetch reads ahead, what it hands over, what is being copied
     n_rows, dtype = len(order.batch(start_step)), activations.kept_dtype
+    n_threads = loaders()
+    ahead = max(n_threads + 1, min(64, n_steps, _PINNED_BYTES // (n_rows * activations.d * dtype.itemsize)))
+    n_slots = ahead + 2  # what prefetch hands over, what is being copied
     pinned = [torch.empty(n_rows, activations.d, dtype=dtype, pin_memory=True) for _ in range(n_slots)]
     there = [torch.empty(n_rows, activations.d, dtype=dtype, device=device) for _ in range(_UPLOADED)]
     copied = [torch.cuda.Event() for _ in range(n_slots)]
@@ -112,7 +114,7 @@ def uploaded_batches(
 
     waiting: deque[tuple[int, torch.cuda.Event]] = deque()
     try:
-        with closing(prefetch(load, range(start_step, start_step + n_steps), n_threads)) as slots:
+        with closing(prefetch(load, range(start_step, start_step + n_steps), n_threads, ahead)) as slots:
             for number, slot in enumerate(slots):
                 place = number % _UPLOADED
                 with torch.cuda.stream(upload):
@@ -131,5 +133,5 @@ def uploaded_batches(
 
 
 def loaders() -> int:
-    """Threads that read batches for a GPU: most of the processors, which have little else to do."""
-    return max(4, min(12, len(os.sched_getaffinity(0)) - 4 if hasattr(os, "sched_getaffinity") else 4))
+    """Threads that read batches for a GPU; more than 8 have been slower."""
+    return max(2, min(8, (os.cpu_count() or 1) // 2))

@@ -4,8 +4,9 @@ Shape suffixes: N rows, B rows of a batch, D d_in.
 """
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
-from functools import lru_cache, wraps
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,9 @@ from torch import Tensor
 from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
+
+_KEPT = 4  # permutations, and windows
+_SLOW = 1 << 17  # rows whose permutation takes longer than a few steps of a GPU: the next one is made meanwhile
 
 
 class Rows(Protocol):
@@ -94,6 +98,8 @@ class ShuffledRows:
         return epoch, start, min(start + self.batch_size, self.n_rows)
 
     def _exact_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        if self.n_rows >= _SLOW:
+            _permutation.begin(self.n_rows, self.seed, epoch + 1)
         return _permutation(self.n_rows, self.seed, epoch)[start:stop]
 
     def _windowed_slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
@@ -102,6 +108,10 @@ class ShuffledRows:
         for window, first in self._windows(epoch, start, stop):
             rows = _window(self.n_rows, self._block, self._per_window, self.seed, epoch, window)
             pieces.append(rows[max(start - first, 0) : max(stop - first, 0)])
+            if len(rows) >= _SLOW:
+                last = (window + 1) * self._per_window >= len(self._block_order(epoch))
+                after = (epoch + 1, 0) if last else (epoch, window + 1)
+                _window.begin(self.n_rows, self._block, self._per_window, self.seed, *after)
         return np.concatenate(pieces)
 
     def _block_order(self, epoch: int) -> np.ndarray:
@@ -120,19 +130,46 @@ class ShuffledRows:
             yield window, first
 
 
-def _made_once(make: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """The last few results are kept; who asks while one is made waits, so that several threads do not all make it."""
-    kept, asking = lru_cache(maxsize=4)(make), threading.Lock()
+class _MadeOnce:
+    """make(*args), of which the last few results are kept; who asks while one is made waits, whoever makes it."""
 
-    @wraps(make)
-    def ask(*args: int) -> np.ndarray:
-        with asking:
-            return kept(*args)
+    def __init__(self, make: Callable[..., np.ndarray]):
+        self._make = make
+        self._kept: OrderedDict[tuple[int, ...], Future[np.ndarray]] = OrderedDict()
+        self._asking = threading.Lock()
 
-    return ask
+    def __call__(self, *args: int) -> np.ndarray:
+        result, new = self._result(args)
+        if new:
+            self._fill(args, result)
+        return result.result()
+
+    def begin(self, *args: int) -> None:
+        """Have it made in the background, if nobody has."""
+        result, new = self._result(args)
+        if new:
+            threading.Thread(target=self._fill, args=(args, result), name="order", daemon=True).start()
+
+    def _result(self, args: tuple[int, ...]) -> "tuple[Future[np.ndarray], bool]":
+        """The result to be, and whether it is for the caller to fill it."""
+        with self._asking:
+            new = args not in self._kept
+            result = self._kept.setdefault(args, Future())
+            self._kept.move_to_end(args)
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return result, new
+
+    def _fill(self, args: tuple[int, ...], result: "Future[np.ndarray]") -> None:
+        try:
+            result.set_result(self._make(*args))
+        except BaseException as error:  # no memory, Ctrl-C: whoever asks next tries again
+            with self._asking:
+                self._kept.pop(args, None)
+            result.set_exception(error)
 
 
-@_made_once
+@_MadeOnce
 def _window(n_rows: int, block: int, per_window: int, seed: int, epoch: int, window: int) -> np.ndarray:
     """The rows of a window's blocks, permuted."""
     blocks = _permutation(-(-n_rows // block), seed, epoch)[window * per_window : (window + 1) * per_window]
@@ -141,7 +178,7 @@ def _window(n_rows: int, block: int, per_window: int, seed: int, epoch: int, win
     return rows[_permutation(len(rows), seed, epoch, window)]
 
 
-@_made_once
+@_MadeOnce
 def _permutation(n: int, *key: int) -> np.ndarray:
     """A random permutation of range(n) that depends on n and key alone, the same on every machine.
 

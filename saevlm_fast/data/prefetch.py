@@ -13,22 +13,24 @@ Loaded = TypeVar("Loaded")
 
 
 def prefetch(
-    load: Callable[[Job], Loaded], jobs: Iterable[Job], n_threads: int | None = None
+    load: Callable[[Job], Loaded], jobs: Iterable[Job], n_threads: int | None = None, ahead: int | None = None
 ) -> Generator[Loaded, None, None]:
     """load(job) for every job, in order, at least two ahead of the consumer, in background threads.
 
-    n_threads: by default a quarter of torch's, at most 4, for jobs that compute.
+    n_threads: by default a quarter of torch's, at most 4, for jobs that compute. ahead: jobs begun, or waiting for a
+    thread, before the consumer has asked for their results; by default one more than threads.
 
     An exception in load is raised where its result would have come. Closing the generator, or any exception while it
     waits (Ctrl-C), cancels what has not begun and waits for what has.
     """
     n_threads = n_threads or max(1, min(4, torch.get_num_threads() // 4))
+    ahead = n_threads + 1 if ahead is None else ahead
     pool = loader_threads(n_threads)
     pending: deque[Future[Loaded]] = deque()
     try:
         for job in jobs:
             pending.append(pool.submit(load, job))
-            if len(pending) > n_threads + 1:
+            if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

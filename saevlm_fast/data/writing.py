@@ -3,6 +3,7 @@
 The files are described in data/store.py; codes are written in data/codes.py.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping
 from dataclasses import replace
@@ -33,6 +34,8 @@ from saevlm_fast.errors import ActivationError, first_line, require
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
 
 Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
+# Files of a store beside its index; a checkpoint's shard-00001-of-00005.safetensors is none of them.
+_OURS = re.compile(r"shard-\d{5,}\.safetensors|items-\d{5,}\.parquet|index\.part-\d+\.json")
 
 Writer = TypeVar("Writer", bound="StoreWriter")
 
@@ -290,9 +293,9 @@ def _claim_directory(path: Path, force: bool) -> None:
 
 def clear_store(path: str | Path) -> None:
     """Deletes the store in a directory, if there is one, and what killed writers left; other files stay."""
-    # The index goes first: without it what is left is no store.
-    for pattern in ("index.json", part_name("[0-9]*"), "shard-[0-9]*.safetensors", "items-[0-9]*.parquet"):
-        for file in Path(path).glob(pattern):
+    (Path(path) / "index.json").unlink(missing_ok=True)  # first: without it what is left is no store
+    for file in Path(path).glob("*-[0-9]*.*"):
+        if _OURS.fullmatch(file.name):
             file.unlink()
     remove_leftovers(path)
 

@@ -1,5 +1,6 @@
 """What a harvest will write, known before its first image: stores, units of work, and the settings resume compares."""
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class HarvestPlan:
     Attributes:
         output: the directory. n_images: to harvest. sae: the encoder of codes, if there is one.
         stores: what will be written. images_per_unit, n_units: units of work.
-        settings: JSON, what harvest.json says.
+        settings: JSON, what harvest.json says. Made when first asked for: all weights are hashed.
 
     Raises:
         ValueError: settings that fit neither tower nor SAE.
@@ -51,7 +52,6 @@ class HarvestPlan:
         self.stores = self._plan_stores()
         self.images_per_unit = self._images_per_unit()
         self.n_units = -(-self.n_images // self.images_per_unit)
-        self.settings = self._settings()
 
     def batches_of(self, unit: int) -> list[range]:
         """The images of a unit's batches; batches never cross units."""
@@ -107,7 +107,8 @@ class HarvestPlan:
             wanted = min(1024, _ROWS_PER_SHARD // max(store.rows_per_image for store in self.stores))
         return max(1, -(-wanted // batch)) * batch
 
-    def _settings(self) -> dict[str, Any]:
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
         config = self.config
         return {
             "model": self.tower.description(),

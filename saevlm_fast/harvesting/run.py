@@ -14,9 +14,9 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,15 +91,19 @@ def harvest(
             stores = HarvestStores(plan)
             if ranks.rank == 0:
                 stores.open()
-                if ranks.world > 1:
-                    lock.share()  # with the other ranks
-            ranks.barrier()
-            if ranks.rank > 0:
-                locks.enter_context(output_lock(options.output, directory=True, exclusive=False))
-            stores.resume(part=ranks.rank if ranks.world > 1 else None)
+            anew = ranks.world == 1 and not options.resume
+            if not anew:
+                if ranks.rank == 0:
+                    stores.begin()
+                    if ranks.world > 1:
+                        lock.share()  # with the other ranks
+                ranks.barrier()
+                if ranks.rank > 0:
+                    locks.enter_context(output_lock(options.output, directory=True, exclusive=False))
+                stores.resume(part=ranks.rank if ranks.world > 1 else None)
             loop = _Loop(plan, stores, ranks)
             with dead_workers_in_one_line():
-                loop.units(on_images, interrupted)
+                loop.units(on_images, interrupted, anew)
             ranks.barrier()
             if ranks.rank == 0:
                 loop.summary.n_skipped = stores.finish()
@@ -115,8 +119,12 @@ class _Loop:
         self.source, self.run, self.device = plan.source, plan.run, plan.tower.device
         self.summary = HarvestSummary(plan.output, [store.path for store in plan.stores], plan.n_images)
 
-    def units(self, on_images: Callable[[int, int, int], None], interrupted: threading.Event) -> None:
-        """This rank's share of the units that are not done, the writing of one beside the forward of the next."""
+    def units(self, on_images: Callable[[int, int, int], None], interrupted: threading.Event, anew: bool) -> None:
+        """This rank's share of the units that are not done, the writing of one beside the forward of the next.
+
+        anew: none is done, and the stores are yet to be begun. That takes a second per gigabyte of weights, which are
+        hashed, so the thread that writes begins them beside the first forwards.
+        """
         missing = [unit for unit in range(self.plan.n_units) if unit not in self.stores.done]
         mine = missing[self.ranks.rank :: self.ranks.world]
         total = sum(len(images) for unit in mine for images in self.plan.batches_of(unit))
@@ -124,6 +132,8 @@ class _Loop:
         start = time.perf_counter()
         try:
             with closing(self._load(mine)) as batches:
+                if anew:  # after the workers have been forked
+                    writing.append(pool.submit(self._begin))
                 for unit in mine:
                     while len(writing) >= _UNITS_IN_FLIGHT:
                         writing.popleft().result()
@@ -131,25 +141,37 @@ class _Loop:
                     for _ in self.plan.batches_of(unit):
                         self._stop_if(interrupted)
                         self._forward(next(batches), pieces)
-                        self.stores.check_skipped()
+                        if self.stores.skips_too_many:
+                            _finish(writing)
+                            self.stores.check_skipped()
                         on_images(self.summary.n_done_here, total, len(self.stores.skipped))
                     writing.append(pool.submit(self.stores.write_unit, unit, pieces))
-            for written in writing:
-                written.result()
+            _finish(writing)
         finally:
             pool.shutdown(wait=True)  # what is computed is written, also when interrupted
             self.summary.seconds = time.perf_counter() - start
 
+    def _begin(self) -> None:
+        """In the writer thread. On a GPU the weights come by a stream of their own, not behind the queued forwards."""
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(self.device)) if on_gpu else nullcontext():
+            self.stores.begin()
+        self.stores.resume(part=None)
+
     def _load(self, units: list[int]) -> Generator[Batch, None, None]:
-        """Preprocessed batches of these units in order; counts the time that is spent waiting for them."""
+        """Preprocessed batches of these units in order; the workers begin at once."""
         ranges = [images for unit in units for images in self.plan.batches_of(unit)]
         on_gpu = self.device.type == "cuda"
         workers = self.plan.options.workers
         if workers is None:
             workers = default_workers(on_gpu, self.ranks.local_world)
-        with closing(image_batches(self.source, self.plan.tower.preprocess, ranges, workers, on_gpu)) as stream:
+        return self._timed(image_batches(self.source, self.plan.tower.preprocess, ranges, workers, on_gpu))
+
+    def _timed(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+        """Counts the time that is spent waiting for them."""
+        with closing(batches):
             start = time.perf_counter()
-            for batch in stream:
+            for batch in batches:
                 self.summary.waiting += time.perf_counter() - start
                 yield batch
                 start = time.perf_counter()
@@ -193,6 +215,11 @@ class _Loop:
                 image_of_row, positions = torch.arange(len(images)), torch.full((len(images),), POOLED)
             on_host = codes.map(_to_host)
         return BatchRows(on_host, torch.tensor(images)[image_of_row], positions)
+
+
+def _finish(writing: Iterable[Future[None]]) -> None:
+    for written in writing:
+        written.result()
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -25,13 +25,25 @@ from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.files import TEMPORARY_PREFIX, atomic_write, remove_leftovers
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
 from saevlm_fast.outputs import LOCK_FILE, begin_replacement, is_being_swapped, publish, settle, workplace
-from saevlm_fast.records import FILE_NAME, Each, Fields, Kind, check_same_settings, read_record, write_record
+from saevlm_fast.records import (
+    FILE_NAME,
+    TEXT,
+    Each,
+    Fields,
+    Kind,
+    check_record,
+    check_same_settings,
+    parse_json,
+    read_record,
+    write_record,
+)
 from saevlm_fast.sparse_codes import SparseCodes
 
 HARVEST_FILE, SKIPPED_FILE = "harvest.json", "skipped.jsonl"
 _FREE_SETTINGS = ("versions", "path", "spec", "torch", "transformers", "open_clip", "timm")  # may differ on resume
 _STORE_NAME = Kind("'.' or the name of a directory beside it", lambda name: name == "." or FILE_NAME.fits(name))
 _HARVEST = Fields({"harvest": Fields({"stores": Each(_STORE_NAME)})})
+_SKIPPED = Fields({"image": TEXT, "reason": TEXT})
 
 
 class BatchRows(NamedTuple):
@@ -82,10 +94,10 @@ class HarvestStores:
         self.skipped: list[str] = []
 
     def open(self) -> None:
-        """Rank 0, which has the lock: starts, resumes, or begins a replacement.
+        """Rank 0, which has the lock: finds the place for what will be written.
 
         Raises:
-            ValueError: the output may not be used, or was begun with other settings.
+            ValueError: the output may not be used.
         """
         options = self.plan.options
         settle(self.output, _remove_harvest)
@@ -94,6 +106,13 @@ class HarvestStores:
             self._check_room()
             begin_replacement(self.output)
         self.place = workplace(self.output)
+
+    def begin(self) -> None:
+        """Rank 0: harvest.json and empty stores, or those that are there, with whole units.
+
+        Raises:
+            ValueError: they were begun with other settings.
+        """
         if (self.place / HARVEST_FILE).exists():
             check_same_settings(self.place / HARVEST_FILE, self.plan.settings, free=_FREE_SETTINGS)
         remove_leftovers(self.place)
@@ -142,12 +161,18 @@ class HarvestStores:
         self.place = workplace(self.output)
         self.writers = [self._writer.resume(self._path(store), part=part) for store in self.plan.stores]
         self.done = frozenset(self.writers[0].done)  # rank 0 has seen to it that all have the same
-        self.skipped = [line for unit in sorted(self.done) for line in _lines(self._skipped_file(unit))]
+        # In front of what the loop has put there meanwhile, if the stores were begun beside it.
+        self.skipped[:0] = [line for unit in sorted(self.done) for line in _lines(self._skipped_file(unit))]
+
+    @property
+    def skips_too_many(self) -> bool:
+        """Whether more than max_skipped, a share of all images, could not be used."""
+        return len(self.skipped) > self.plan.options.max_skipped * self.plan.n_images
 
     def check_skipped(self) -> None:
-        """ValueError as soon as more than max_skipped, a share of all images, could not be used."""
+        """ValueError if too many images could not be used, which are then listed."""
         limit, n_images = self.plan.options.max_skipped, self.plan.n_images
-        if len(self.skipped) <= limit * n_images:
+        if not self.skips_too_many:
             return
         _write_lines(self.place / SKIPPED_FILE, self.skipped)
         last = json.loads(self.skipped[-1])
@@ -226,7 +251,12 @@ class HarvestStores:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    """Of a list of skipped images. ValueError: a line that is none of it."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        check_record(parse_json(line, where), _SKIPPED, where, ValueError)
+    return [line.decode("utf-8") for line in lines]
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:

@@ -111,7 +111,11 @@ def image_batches(
     workers: int,
     on_gpu: bool,
 ) -> Generator[Batch, None, None]:
-    """The batch of every range in order. workers: processes, 0 for none. on_gpu: into page-locked memory.
+    """The batch of every range in order. The workers begin at once.
+
+    Args:
+        workers: processes, 0 for none.
+        on_gpu: into page-locked memory.
 
     Raises:
         OSError: a batch failed for a reason that is not one of its images.
@@ -124,7 +128,11 @@ def image_batches(
         worker_init_fn=_ignore_interrupts if on_gpu else _step_back,
         pin_memory=on_gpu,
     )
-    for batch in loader:
+    return _checked(iter(loader))
+
+
+def _checked(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    for batch in batches:
         if batch.failure is not None:
             raise OSError(f"images: {batch.failure}")
         yield batch

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import require
-from saevlm_fast.scoring.sums import CodesRange, DenseRange, Embeddings, KeptPairs, ShiftedSums, row_sums
+from saevlm_fast.kernels.scaled_rows import squared_norms
+from saevlm_fast.scoring.sums import CodesRange, DenseRange, Embeddings, KeptPairs, ShiftedSums
 from saevlm_fast.sparse_codes import SparseCodes
 
 _ONE_KIND = "activations: one StreamedScore takes sparse codes or dense activations, not both"
@@ -26,11 +27,13 @@ def checked_embeddings(
     width = emb_nE.shape[1]
     require(d_emb in (None, width), f"emb_nE: width {width} differs from the {d_emb} of the images before")
     emb_nE = emb_nE.to(device)
-    sqnorm_n = row_sums(emb_nE, squared=True)
-    sound_n = (sqnorm_n < float("inf")) & ((sqnorm_n > 0) if similarity == "cosine" else (sqnorm_n >= 0))
-    if not bool(sound_n.all()):  # a device is waited for once
-        _refuse_images(~sqnorm_n.isfinite(), first_image, "embedding is NaN, infinite or too large to square")
-        _refuse_images(sqnorm_n == 0, first_image, "embedding is zero, where cosine is undefined")
+    sqnorm_n = squared_norms(emb_nE)
+    if n_rows > 0:
+        least, most = torch.stack(sqnorm_n.aminmax()).tolist()  # a device is waited for once; NaN is both
+        if not (least >= 0 and most < float("inf")):
+            _refuse_images(~sqnorm_n.isfinite(), first_image, "embedding is NaN, infinite or too large to square")
+        if least == 0 and similarity == "cosine":
+            _refuse_images(sqnorm_n == 0, first_image, "embedding is zero, where cosine is undefined")
     return Embeddings(emb_nE, sqnorm_n)
 
 
@@ -59,14 +62,14 @@ class CodesIntake:
         require(d_sae == self.n_latents, f"codes: of {d_sae} latents, not {self.n_latents}")
         codes = activations.to(self.pairs.device)
         codes.check("codes", first_image)
-        self._pending.append((codes.compact(), images))
+        self._pending.append((codes, images))
         if sum(codes.n_rows for codes, _ in self._pending) >= self.block_rows:
             self.flush()
 
     def flush(self) -> None:
         """Adds what waits to the sums."""
         pending, self._pending = self._pending, []
-        codes = SparseCodes.join([codes for codes, _ in pending], self.n_latents)
+        codes = SparseCodes.join([codes for codes, _ in pending], self.n_latents).compact()
         if codes.n_rows == 0 or codes.d_sae == 0:
             return
         grouped = codes.to(dtype=torch.float64).by_latent()
@@ -91,12 +94,16 @@ class DenseIntake:
             raise ValueError(_ONE_KIND)
         fits = activations.dim() == 2 and activations.shape[1] == self.n_neurons
         require(fits, f"acts_nK: shape {tuple(activations.shape)} is not [n, {self.n_neurons}]")
-        # A sum is not finite when a term is not; finite float32 terms cannot overflow a float64 sum.
-        _refuse_images(~row_sums(activations, squared=False).isfinite(), first_image, "acts_nK holds NaN or infinity")
-        if len(activations) > 0:
-            acts_nK = activations.to(self.pairs.device)
-            self.pairs.lower(self.range.observe(acts_nK))
-            self.pairs.add_dense(acts_nK, self.range.low_S, images)
+        if len(activations) == 0:
+            return
+        acts_nK = activations.to(self.pairs.device)
+        low_K, high_K = torch.aminmax(acts_nK, dim=0)  # NaN is both
+        spread = (high_K.to(torch.float64) - low_K.to(torch.float64)).sum()
+        if not bool(spread < float("inf")):  # a device is waited for once
+            bad_n = ~acts_nK.isfinite().all(1)
+            _refuse_images(bad_n, first_image, "acts_nK holds NaN or infinity")
+        self.pairs.lower(self.range.observe(acts_nK, low_K, high_K))
+        self.pairs.add_dense(acts_nK, self.range.low_S, images)
 
     def flush(self) -> None:
         """Nothing waits."""

@@ -39,7 +39,7 @@ from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
-from saevlm_fast.scoring.sums import STATUSES, ActivationRange, KeptPairs, ShiftedSums
+from saevlm_fast.scoring.sums import STATUSES, ActivationRange, KeptPairs, ShiftedSums, status_of
 from saevlm_fast.sparse_codes import SparseCodes
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -196,13 +196,15 @@ class StreamedScore:
             self._intake.flush()
             seen = self._intake.range
             num_S, den_S = self._intake.pairs.pair_sums(seen.low_S)
-        status_S = seen.status()
-        undefined_S = status_S != STATUSES.index("defined")
+        sums = num_S, den_S, seen.low_S, seen.high_S, seen.n_active_S, seen.n_above()
+        # One copy from a device; counts of images are exact in float64.
+        num_S, den_S, low_S, high_S, n_active_S, n_above_S = torch.stack([t.to(torch.float64) for t in sums]).cpu()
+        status_S = status_of(low_S, high_S, n_above_S)
         return MonosemanticityScores(
-            ms=(num_S / den_S).masked_fill_(undefined_S, float("nan")).cpu(),
-            status=status_S.cpu(),
-            n_active=seen.n_active_S.cpu().clone(),
-            max_activation=seen.max_activation().cpu(),
+            ms=(num_S / den_S).masked_fill_(status_S != STATUSES.index("defined"), float("nan")),
+            status=status_S,
+            n_active=n_active_S.to(torch.int64),
+            max_activation=high_S.clone(),
             n_images=self.n_images,
             similarity=self.similarity,
         )

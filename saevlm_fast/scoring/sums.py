@@ -4,7 +4,6 @@ The maths is told in monosemanticity.py. Shape suffixes: n images of a chunk, N 
 embedding, M entries grouped by latent, A latents that fire on every image.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,26 +11,20 @@ from torch import Tensor
 
 from saevlm_fast.kernels.latent_range import latent_range
 from saevlm_fast.kernels.pairwise_similarity import inner_product_sums, pairwise_gram_sums, pairwise_sums
-from saevlm_fast.kernels.streamed_cosine import (
-    StreamedState,
-    scaled_rows,
-    streamed_cosine_state,
-    streamed_cosine_update,
-)
+from saevlm_fast.kernels.scaled_rows import scaled_rows, scaled_sum
+from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 
 STATUSES = ("defined", "dead", "constant", "single")
-_BLOCK_ROWS = {"cpu": 256, "cuda": 8192}
+# Images of a block of raw neurons: a CPU keeps their float64 copies in its cache, a GPU waits for few launches.
+_BLOCK_ROWS = {"cpu": 256, "cuda": 16384}
 
 
 # --- embeddings ---
 
 
 class Embeddings(NamedTuple):
-    """Embeddings of n images [n, E] as they came, and their squared norms, float64 [n]: on the device of the sums.
-
-    The vectors u whose inner product is the similarity are scale * emb, scale [n] of `scales`.
-    """
+    """Embeddings of n images [n, E] as they came, and their squared norms, float64 [n]: on the device of the sums."""
 
     emb_nE: Tensor
     sqnorm_n: Tensor
@@ -41,23 +34,27 @@ class Embeddings(NamedTuple):
         """All these images; of one chunk nothing is copied."""
         return chunks[0] if len(chunks) == 1 else cls(*(torch.cat(parts) for parts in zip(*chunks)))
 
-    def scales(self, similarity: str) -> Tensor:
-        return self.sqnorm_n.rsqrt() if similarity == "cosine" else torch.ones_like(self.sqnorm_n)
-
-    def blocks(self) -> Iterator["Embeddings"]:
-        """A few rows at a time: a CPU keeps their float64 copies in its cache, a GPU has few launches to wait for."""
-        rows = _BLOCK_ROWS[self.emb_nE.device.type]
-        return (Embeddings(*parts) for parts in zip(self.emb_nE.split(rows), self.sqnorm_n.split(rows)))
-
-
-def row_sums(x_nK: Tensor, squared: bool) -> Tensor:
-    """Float64 sum (of squares) of every row, converted a few rows at a time."""
-    blocks = (x_bK.to(torch.float64) for x_bK in x_nK.split(_BLOCK_ROWS[x_nK.device.type]))
-    sums = [x_bK.square().sum(1) if squared else x_bK.sum(1) for x_bK in blocks]
-    return torch.cat(sums) if len(sums) > 1 else sums[0]
+    def scales(self, similarity: str) -> tuple[Tensor, Tensor]:
+        """scale [n] of the vectors u = scale * emb whose inner product is the similarity, and their |u|^2."""
+        if similarity != "cosine":
+            return torch.ones_like(self.sqnorm_n), self.sqnorm_n
+        scale_n = self.sqnorm_n.rsqrt()
+        return scale_n, self.sqnorm_n * scale_n.square()
 
 
 # --- range ---
+
+
+def status_of(low_S: Tensor, high_S: Tensor, n_above_S: Tensor) -> Tensor:
+    """Index into STATUSES, int8, of minimum, maximum and the number of images above the minimum.
+
+    Counted, never judged by the sums: images above the minimum carry the weight.
+    """
+    status_S = torch.zeros_like(n_above_S, dtype=torch.int8)
+    status_S[n_above_S == 1] = STATUSES.index("single")
+    status_S[n_above_S == 0] = STATUSES.index("constant")
+    status_S[(low_S == 0) & (high_S == 0)] = STATUSES.index("dead")
+    return status_S
 
 
 class ActivationRange:
@@ -67,33 +64,23 @@ class ActivationRange:
     """
 
     def __init__(self, n_latents: int, device: torch.device) -> None:
-        self.n_images = torch.zeros((), dtype=torch.int64, device=device)
+        self.n_images = 0
         self.low_S = torch.zeros(n_latents, dtype=torch.float64, device=device)
-        self.high_S = torch.full_like(self.low_S, -float("inf"))
+        self.high_S = torch.zeros_like(self.low_S)
         self.n_active_S = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self.n_low_S = torch.zeros_like(self.n_active_S)
 
-    def status(self) -> Tensor:
-        """Index into STATUSES, int8. Counted, never judged by the sums: images above the minimum carry the weight."""
-        n_above_S = self._n_above()
-        status_S = torch.zeros_like(n_above_S, dtype=torch.int8)
-        status_S[n_above_S == 1] = STATUSES.index("single")
-        status_S[n_above_S == 0] = STATUSES.index("constant")
-        none = self.n_images == 0
-        status_S[none | ((self.low_S == 0) & (self.high_S == 0))] = STATUSES.index("dead")
-        return status_S
-
-    def max_activation(self) -> Tensor:
-        """[S] float64; 0 without images."""
-        return torch.where(self.n_images > 0, self.high_S, 0.0)
-
-    def _n_above(self) -> Tensor:
+    def n_above(self) -> Tensor:
         """Images whose activation is above the minimum."""
         return self.n_images - self.n_low_S
 
     def _merge(self, low_S: Tensor, high_S: Tensor, at_low_S: Tensor, n_rows: int) -> Tensor:
         """Takes in the range of n_rows images; returns by how much every minimum fell (0 for the first images)."""
-        before_S = torch.where(self.n_images > 0, self.low_S, low_S)
+        if self.n_images == 0:
+            self.low_S, self.high_S, self.n_low_S = low_S, high_S, at_low_S
+            self.n_images = n_rows
+            return torch.zeros_like(low_S)
+        before_S = self.low_S
         self.n_low_S = torch.where(before_S <= low_S, self.n_low_S, 0) + torch.where(low_S <= before_S, at_low_S, 0)
         self.low_S = torch.minimum(before_S, low_S)
         self.high_S = torch.maximum(self.high_S, high_S)
@@ -113,18 +100,18 @@ class CodesRange(ActivationRange):
         self.n_active_S += grouped.offsets_S1.diff()
         return self._merge(low_S, high_S, at_low_S, n_rows)
 
-    def _n_above(self) -> Tensor:
+    def n_above(self) -> Tensor:
         return torch.where(self.low_S > 0, self.n_images - self.n_low_S, self.n_active_S)
 
 
 class DenseRange(ActivationRange):
     """The range of neurons with an activation, of any sign, on every image."""
 
-    def observe(self, acts_nK: Tensor) -> Tensor:
-        """Takes n >= 1 images in; returns by how much every neuron's minimum fell."""
-        low_K, high_K = (extreme_K.to(torch.float64) for extreme_K in torch.aminmax(acts_nK, dim=0))
+    def observe(self, acts_nK: Tensor, low_K: Tensor, high_K: Tensor) -> Tensor:
+        """Takes n >= 1 images and their extremes in; returns by how much every neuron's minimum fell."""
         self.n_active_S += (acts_nK > 0).sum(0)
-        return self._merge(low_K, high_K, (acts_nK == low_K.to(acts_nK.dtype)).sum(0), len(acts_nK))
+        at_low_K = (acts_nK == low_K).sum(0)
+        return self._merge(low_K.to(torch.float64), high_K.to(torch.float64), at_low_K, len(acts_nK))
 
 
 # --- sums over pairs ---
@@ -167,34 +154,36 @@ class ShiftedSums:
         low_S is above 0 only for latents that fire on every image so far, this chunk's too.
         """
         joined = Embeddings.join(images)
-        scale_n = joined.scales(self.similarity)
+        scale_n, square_n = joined.scales(self.similarity)
         acts_M, images_M = grouped.acts_M, codes.entry_rows()[grouped.order_M]
         always = torch.nonzero(low_S > 0).squeeze(1)
         if len(always) > 0:
             acts_M = acts_M - low_S[grouped.latents_M]
             positions_An = grouped.offsets_S1[always, None] + torch.arange(codes.n_rows, device=always.device)
-            square_An = (joined.sqnorm_n * scale_n.square())[images_M[positions_An]]
             # Q_a is needed only where low may still fall, and there only.
-            self.self_S[always] += (acts_M[positions_An] * square_An).sum(1)
+            self.self_S[always] += (acts_M[positions_An] * square_n[images_M[positions_An]]).sum(1)
         streamed_cosine_update(self.state, acts_M, images_M, grouped.offsets_S1, joined.emb_nE, scale_n)
-        for block in joined.blocks():
-            scale_b = block.scales(self.similarity)
-            self._add_images(scale_b @ block.emb_nE.to(torch.float64), block.sqnorm_n * scale_b.square())
+        self._add_images(scaled_sum(joined.emb_nE, scale_n), square_n)
 
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
         """Adds a chunk of activations of every neuron, a block at a time: pairs within it, and the merge."""
         sums_SE, num_S, den_S, total_S = self.state
-        for acts_bK, block in zip(acts_nK.split(_BLOCK_ROWS[acts_nK.device.type]), images.blocks()):
-            scale_b = block.scales(self.similarity)
-            unit_bE, sqnorm_b = scaled_rows(block.emb_nE, scale_b), block.sqnorm_n * scale_b.square()
-            acts_bK = acts_bK.to(torch.float64) - low_K
-            added = inner_product_sums(acts_bK, unit_bE, sqnorm_b)
-            num_S += added.num_K + torch.linalg.vecdot(added.sums_KE, sums_SE)
-            den_S += added.den_K + added.total_K * total_S
+        scale_n, square_n = images.scales(self.similarity)
+        rows = _BLOCK_ROWS[acts_nK.device.type]
+        for acts_bK, emb_bE, scale_b, square_b in zip(
+            *(t.split(rows) for t in (acts_nK, images.emb_nE, scale_n, square_n))
+        ):
+            unit_bE = scaled_rows(emb_bE, scale_b)
+            added = inner_product_sums(acts_bK, unit_bE, square_b, low_K)
+            if self.n_images > 0:
+                num_S += torch.linalg.vecdot(added.sums_KE, sums_SE)
+                den_S += added.total_K * total_S
+            num_S += added.num_K
+            den_S += added.den_K
             sums_SE += added.sums_KE
             total_S += added.total_K
-            self.self_S += sqnorm_b @ acts_bK
-            self._add_images(unit_bE.sum(0), sqnorm_b)
+            self.self_S += added.self_K
+            self._add_images(unit_bE.sum(0), square_b)
 
     def _add_images(self, chunk_E: Tensor, sqnorm_n: Tensor) -> None:
         """Sums of a neuron that is 1 on every image, from the sum of u and each |u|^2 of n images.
@@ -202,8 +191,10 @@ class ShiftedSums:
         Weights are equal, so the closed form is safe within the chunk.
         """
         squares = sqnorm_n.sum()
-        within = (chunk_E @ chunk_E - squares) / 2 if len(sqnorm_n) > 1 else torch.zeros_like(squares)
-        self.pair_sum += within + chunk_E @ self.unit_sum_E
+        if len(sqnorm_n) > 1:
+            self.pair_sum += (chunk_E @ chunk_E - squares) / 2
+        if self.n_images > 0:
+            self.pair_sum += chunk_E @ self.unit_sum_E
         self.unit_sum_E += chunk_E
         self.square_sum += squares
         self.n_images += len(sqnorm_n)

@@ -89,12 +89,16 @@ class SteeredAnswers:
         batch_size: int = 64,
         max_new_tokens: int = 16,
     ):
-        """ValueError: those of `steering.steer`; a mask per row; a model that does not answer; sizes below 1."""
+        """ValueError: those of `steering.steer`; a mask per row; a model that does not answer, or whose tower packs a
+        batch into one sequence; sizes below 1."""
         per_row = isinstance(tokens, Tensor) and tokens.ndim > 1
         require(not per_row, "tokens: a mask must be [T] here; SteeredRow.mask is one of a row's own")
         self.model, self.processor, self.sae = model, processor, sae
         self.site = find_site(model, sae, layer, tokens, error)
-        require(self.site.reads is not None, f"model: {type(model).__name__} has no language model that answers")
+        name, tower = type(model).__name__, getattr(getattr(model, "config", None), "vision_config", None)
+        require(self.site.reads is not None, f"model: {name} has no language model that answers")
+        packed = getattr(tower, "model_type", "") == "pixtral"
+        require(not packed, f"model: {name} packs all images of a batch into one sequence, so rows are not told apart")
         require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
         require(max_new_tokens >= 1, f"max_new_tokens: {max_new_tokens} must be at least 1")
         self.tokens, self.only, self.error = tokens, only, error

@@ -182,15 +182,9 @@ def contents(sae: SparseAutoencoder, codes: StoredCodes, embeddings: Activations
     """Digests of what is scored: files of the same names may hold something else by now."""
     return {
         "sae_weights_sha256": weights_sha256(sae),
-        "codes_sha256": _data_digest(codes.path),
-        # In memory there is no file to look at.
-        "embeddings_sha256": _data_digest(embeddings.path) if embeddings.path.exists() else embeddings.digest(),
+        "codes_sha256": sha256_file(codes.path / "index.json"),  # which holds the digests of its shards
+        "embeddings_sha256": embeddings.digest(),
     }
-
-
-def _data_digest(path: Path) -> str:
-    """Of a matrix file, or of a store's index, which holds the checksums of its shards."""
-    return sha256_file(path / "index.json" if path.is_dir() else path)
 
 
 # What is on the disk: a run is unfinished from the first moment its settings are there until they are gone again. The
@@ -297,6 +291,8 @@ class _Scorer:
         self.embeddings, self.alive = embeddings, firing_latents(codes)
         self.norm_S = answerer.sae.W_dec.detach().norm(dim=1)
         self.tops = [top.images for top in top_images(codes, latents, N_TOP)]
+        for top in self.tops:  # damage and NaN are found now, not after hours of answers
+            embeddings.rows(top)
         self._residuals: dict[int, Tensor] = {}
         self._words: dict[str, Tensor] = {}
         order = np.random.default_rng(config.seed).permutation(len(pictures))

@@ -14,7 +14,9 @@ Shape suffixes: B rows of a batch, D d_in.
 
 import warnings
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,3 +145,31 @@ class CapturedSteps:
             return None
         self.n_captured += 1
         return _Captured(graph, output, addresses)
+
+
+@contextmanager
+def told_of_compiling(on_note: Callable[[str], None]) -> Iterator[None]:
+    """While open: on_note is told, once, when Triton has compiled a kernel instead of finding it in its cache.
+
+    More will follow then, and the step at hand takes seconds.
+    """
+    try:
+        from triton import knobs
+    except ImportError:  # no Triton: nothing is compiled
+        yield
+        return
+    before, told = knobs.compilation.listener, False
+
+    def listen(*, cache_hit: bool, **compiled: Any) -> None:
+        nonlocal told
+        if not cache_hit and not told:
+            told = True
+            on_note("compiling kernels; they are kept for the next run")
+        if before is not None:
+            before(cache_hit=cache_hit, **compiled)
+
+    knobs.compilation.listener = listen
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before

@@ -5,9 +5,9 @@ written.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training.capture import CapturedSteps
+from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate
 from saevlm_fast.training.progress import ProgressLine
@@ -24,7 +24,6 @@ from saevlm_fast.training.state import TrainingState
 
 _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
 _LOOKED_AT = 4096
-_LONG_STEP = 3.0  # seconds that a first step with cached kernels does not take
 
 
 def train(
@@ -80,8 +79,9 @@ def train(
             tf32_products(False),
             one_thread(small),
             closing(line),
+            told_of_compiling(on_note),
         ):
-            _steps(state, kept, options, Listeners(on_log, on_step, on_note), interrupted)
+            _steps(state, kept, options, on_log, on_step, interrupted)
             sae = state.export()
             kept.save(sae)
         metrics = _evaluated(sae, evaluated, kept)
@@ -177,33 +177,12 @@ def _kept(options: RunOptions) -> RunDirectory | NothingKept:
     return RunDirectory(options.output, options.checkpoint_every, options.resume, options.force)
 
 
-class Listeners(NamedTuple):
-    """Who is told of a run: see train."""
-
-    on_log: Callable[[int, Metrics], None]
-    on_step: Callable[[int], None]
-    on_note: Callable[[str], None]
-
-    @contextmanager
-    def told_of_compiling(self, first: bool, device: torch.device) -> Iterator[None]:
-        """Around a step. A GPU's first one is waited for: if it takes long, nothing had cached its kernels."""
-        if not first or device.type != "cuda":
-            yield
-            return
-        timer = threading.Timer(_LONG_STEP, self.on_note, ["compiling kernels; the next run finds them"])
-        timer.start()
-        try:
-            yield
-            torch.cuda.synchronize(device)
-        finally:
-            timer.cancel()
-
-
 def _steps(
     state: TrainingState,
     kept: RunDirectory | NothingKept,
     options: RunOptions,
-    listeners: Listeners,
+    on_log: Callable[[int, Metrics], None],
+    on_step: Callable[[int], None],
     interrupted: threading.Event,
 ) -> None:
     """All remaining steps, with logs and checkpoints. A GPU is waited for at these alone."""
@@ -213,15 +192,14 @@ def _steps(
     with closing(state.batches(stepper.n_steps, n_steps - stepper.n_steps)) as remaining:
         for raw_BD in remaining:
             x_BD = state.normalised(raw_BD, out=steps.input(len(raw_BD)))
-            with listeners.told_of_compiling(first=steps.n_eager == 0, device=state.device):
-                output = steps.step(x_BD)
+            output = steps.step(x_BD)
             step = stepper.n_steps
-            listeners.on_step(step)
+            on_step(step)
             if step % log_every == 0 or step == n_steps:
                 state.check_loss(kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | steps.metrics()
                 kept.log(step, metrics)
-                listeners.on_log(step, metrics)
+                on_log(step, metrics)
             kept.after_step(state, interrupted.is_set())
 
 

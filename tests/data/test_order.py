@@ -75,7 +75,7 @@ def test_a_window_is_announced_wherever_in_it_batches_start(tmp_path, announced,
 def test_threads_that_ask_for_one_permutation_make_it_once():
     made, all_ask = [], threading.Barrier(4)
 
-    @order_module._made_once
+    @order_module._MadeOnce
     def slow(n):
         made.append(n)
         time.sleep(0.05)
@@ -88,6 +88,43 @@ def test_threads_that_ask_for_one_permutation_make_it_once():
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(4))) == [3] * 4
     assert made == [3]
+
+
+def test_a_permutation_is_begun_in_the_background_and_tried_again_where_it_failed():
+    made, may_end = [], threading.Event()
+
+    @order_module._MadeOnce
+    def slow(n):
+        made.append(n)
+        assert may_end.wait(10)
+        if len(made) == 1:
+            raise MemoryError
+        return np.arange(n)
+
+    slow.begin(3)
+    slow.begin(3)
+    may_end.set()
+    with pytest.raises(MemoryError):
+        slow(3)
+    assert len(slow(3)) == 3
+    assert made == [3, 3]
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_the_next_permutation_is_made_before_it_is_needed(monkeypatch, windowed):
+    monkeypatch.setattr(order_module, "_SLOW", 1)
+    asked = []
+    for name in ("_permutation", "_window"):
+        monkeypatch.setattr(getattr(order_module, name), "begin", lambda *args: asked.append(args))
+    order = order_of(40, 10, 5, windowed=windowed)  # windows of 5 blocks of 4 rows
+    for step in (0, 3):
+        order.batch(step)
+    if windowed:
+        assert asked == [(40, 4, 5, 5, 0, 1), (40, 4, 5, 5, 1, 0)]
+    else:
+        assert asked == [(40, 5, 1)] * 2
+    after = order_of(40, 10, 5, windowed=windowed).batch(4)
+    assert torch.equal(order.batch(4), after)
 
 
 def test_an_exact_permutation_announces_no_blocks():
@@ -220,3 +257,19 @@ def test_prefetch_stays_in_order_raises_in_the_consumer_and_closes(three_threads
     thread.start()
     thread.join()
     assert probe == [three_threads]
+
+
+def test_prefetch_begins_as_many_jobs_as_it_is_told():
+    started, begun = [], threading.Event()
+
+    def load(job):
+        started.append(job)
+        if len(started) == 7:
+            begun.set()
+        return job
+
+    stream = prefetch(load, range(100), 2, ahead=6)
+    assert next(stream) == 0
+    assert begun.wait(10)
+    assert sorted(started) == list(range(7))
+    assert list(stream) == list(range(1, 100))

@@ -154,7 +154,8 @@ def test_the_writer_refuses_bad_arguments(tmp_path):
 
 def test_an_occupied_directory_is_refused_unless_forced(tmp_path):
     write_store(tmp_path / "s", rows_of(30))
-    (tmp_path / "s" / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "shard-00001-of-00005.safetensors"):
+        (tmp_path / "s" / name).write_text("mine")
     with pytest.raises(ActivationError, match="not empty"):
         write_store(tmp_path / "s", rows_of(3))
     assert open_activations(tmp_path / "s").n_rows == 30
@@ -165,6 +166,7 @@ def test_an_occupied_directory_is_refused_unless_forced(tmp_path):
         "items-00000.parquet",
         "notes.txt",
         "shard-00000.safetensors",
+        "shard-00001-of-00005.safetensors",
     ]
     (tmp_path / "file").write_text("")
     with pytest.raises(ActivationError, match="not a directory"):
@@ -279,7 +281,9 @@ def test_kill_9_while_writing(tmp_path):
         process.wait()
     with pytest.raises(ActivationError, match="incomplete store"):
         open_activations(store)
-    (store / f"{TEMPORARY_PREFIX}00-shard-00009.safetensors").write_bytes(b"half")  # as a kill in a write leaves it
+    (store / f"{TEMPORARY_PREFIX}00000000-shard-00009.safetensors").write_bytes(
+        b"half"
+    )  # as a kill in a write leaves it
     with ActivationWriter.resume(store) as writer:
         done = writer.n_rows
         assert done >= 4 * 512

@@ -25,6 +25,7 @@ from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index, verify
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.harvesting import run as run_module
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.harvesting.run import harvest
@@ -213,6 +214,46 @@ def test_resume_refuses_other_settings(tower, photos, whole, tmp_path, change):
         photos = save_photos(tmp_path / "photos", N_IMAGES - 1)
     with pytest.raises(ValueError, match=r"resume: .* but the run was started with"):
         run_harvest(tower, photos, whole, config, resume=True)
+
+
+def test_resume_refuses_before_the_first_forward_and_a_new_harvest_does_not_wait(
+    tower, photos, whole, tmp_path, monkeypatch
+):
+    """Of a new one the weights are hashed beside the forwards; so slowly here that all of these come first."""
+    output, order = tmp_path / "out", []
+    forward, begin = run_module._Loop._forward, HarvestStores.begin
+
+    def noted(self, *args):
+        order.append("forward")
+        forward(self, *args)
+
+    def slow(self):
+        while "slowly" in order and order.count("forward") < 2:
+            time.sleep(0.01)
+        begin(self)
+        order.append("begun")
+
+    monkeypatch.setattr(run_module._Loop, "_forward", noted)
+    monkeypatch.setattr(HarvestStores, "begin", slow)
+    with pytest.raises(ValueError, match="but the run was started with"):
+        run_harvest(tower, photos, whole, replace(small_units(), seed=1), resume=True)
+    assert order == []
+    order.append("slowly")
+    run_harvest(tower, photos, output, small_units())
+    assert order.index("begun") >= 2
+    assert digests(output) == digests(whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stores_that_cannot_be_begun_end_the_harvest(tower, photos, tmp_path, monkeypatch, workers):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(HarvestStores, "begin", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_harvest(tower, photos, tmp_path / "out", small_units(), workers=workers)
+    assert not multiprocessing.active_children()
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_in_use_is_left_alone(tower, photos, whole, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from saevlm_fast.kernels import pairwise_similarity, reference
 from saevlm_fast.kernels.common import SIMILARITIES
 from saevlm_fast.kernels.pairwise_similarity import (
+    all_pairs_sums,
     distinct_pair_products,
     pairwise_gram_sums,
     pairwise_sums,
@@ -122,16 +123,43 @@ def test_embeddings_of_no_dimension_have_no_inner_product():
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_triton_against_reference(shape, similarity, device, poison):
-    from saevlm_fast.kernels.pairwise_similarity_triton import launch_gram_sums, launch_pairwise_num
+def test_blockwise_kernel_against_reference(shape, similarity, device, poison):
+    from saevlm_fast.kernels.pairwise_similarity_triton import DenseTiles, launch_pairwise_num
+
+    tiles = DenseTiles(32, 16, 16, 2)
+
+    r_NK, emb_NE = (t.to(device) for t in make_data(*shape))
+    gamma = 0.3
+    num_truth, den_truth = reference.pairwise_sums(r_NK, emb_NE, similarity, gamma)
+    prepared = prepare_embeddings(emb_NE, similarity, torch.float64)
+    # Latents that one image dominates are not for this kernel; a buffer for two tiles' parts, so that groups are met.
+    even = pairwise_similarity.well_conditioned(r_NK.sum(0), r_NK.square().sum(0)) | (den_truth == 0)
+    r_NK, num_truth, den_truth = r_NK[:, even], num_truth[even], den_truth[even]
+    num = launch_pairwise_num(r_NK, *prepared, similarity, gamma, tiles, parts_bytes=8 * shape[1])
+    assert_sums((num, den_truth), (num_truth, den_truth), 1e-5 if similarity == "dot" else 3e-6)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_fast_sums_of_any_condition(similarity, device, poison):
+    """A scale of 1e-30, latents of one image, dominated ones: by the panels where float16 would lose the others."""
+    r_NK, emb_NE = (t.to(device) for t in make_data(129, 6, 40))
+    r_NK *= 10.0 ** torch.arange(-30, 30, 10, device=device)
+    truth = reference.pairwise_sums(r_NK, emb_NE, similarity, 0.3)
+    prepared = prepare_embeddings(emb_NE, similarity, torch.float64)
+    sums = all_pairs_sums(r_NK, *prepared, similarity, 0.3, fast=True)
+    assert_sums((sums[0], truth[1]), truth, 1e-5 if similarity == "dot" else 3e-6)
+    torch.testing.assert_close(sums[1], truth[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gram_kernel_against_reference(shape, similarity, device, poison):
+    from saevlm_fast.kernels.pairwise_similarity_triton import launch_gram_sums
 
     r_NK, emb_NE = (t.to(device) for t in make_data(*shape))
     gamma = 0.3
     num_truth, den_truth = reference.pairwise_sums(r_NK, emb_NE, similarity, gamma)
     prepared = prepare_embeddings(emb_NE, similarity, torch.float32)
-    # A buffer for two tiles' parts, so that groups of tiles are met; activations float32.
-    num = launch_pairwise_num(r_NK.float(), *prepared, similarity, gamma, parts_bytes=8 * shape[1])
-    assert_sums((num, den_truth), (num_truth, den_truth), 3e-6)
     num, den = launch_gram_sums(*group_by_latent(r_NK), *prepared, similarity, gamma)
     assert_sums((num, den_truth), (num_truth, den_truth), 3e-6)
     torch.testing.assert_close(den, den_truth, rtol=1e-12, atol=0)
@@ -150,29 +178,40 @@ def test_float64_panels_against_reference(shape, similarity, device, poison):
     assert_sums((num, truth[1]), truth, 1e-12)
 
 
+@pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_column_sums(shape, dtype, device, poison):
-    from saevlm_fast.kernels.pairwise_float64_triton import launch_column_sums
+def test_column_sums_and_closed_form(shape, dtype, low, device, poison):
+    from saevlm_fast.kernels import pairwise_float64_triton as kernels
 
     r_NK, emb_NE = (t.to(device) for t in make_data(*shape))
-    r_NK = r_NK.clamp_max(1e3).to(dtype)
-    wide_NK, sqnorm_N = r_NK.double(), emb_NE.square().sum(1)
-    actual = launch_column_sums(r_NK, sqnorm_N, rows=16)
-    assert torch.equal(actual.wide_NK, wide_NK)
-    den_K = distinct_pair_products(wide_NK[None])[0]
-    norm_NK = wide_NK * sqnorm_N.sqrt()[:, None]
-    for sums_K, truth_K in zip(actual[1:], (wide_NK.sum(0), den_K, norm_NK.square().sum(0), norm_NK.sum(0))):
-        torch.testing.assert_close(sums_K, truth_K, rtol=1e-13, atol=0)
+    r_NK, sqnorm_N = r_NK.clamp_max(1e3).to(dtype), emb_NE.square().sum(1)
+    low_K = r_NK[-1].double() - 0.25 if low else None
+    wide_NK = r_NK.double() - low_K if low else r_NK.double()
+    actual_NK, parts = kernels.launch_column_sums(r_NK, sqnorm_N, low_K, least_rows=16)
+    assert torch.equal(actual_NK, wide_NK)
+    sums_KE = wide_NK.T @ emb_NE
+    (total_K, den_K, self_K, num_K), dominated_K = kernels.launch_closed_form(parts, sums_KE)
+    close = {"rtol": 1e-12, "atol": 1e-12 if low else 0}
+    torch.testing.assert_close(total_K, wide_NK.sum(0), **close)
+    torch.testing.assert_close(den_K, distinct_pair_products(wide_NK[None])[0], **close)
+    torch.testing.assert_close(kernels.pair_weights(parts), den_K, **close)
+    torch.testing.assert_close(self_K, sqnorm_N @ wide_NK, **close)
+    square_K = sqnorm_N @ wide_NK.square()
+    torch.testing.assert_close(num_K, (sums_KE.square().sum(1) - square_K) / 2, rtol=1e-9, atol=1e-9)
+    norm_K = sqnorm_N.sqrt() @ wide_NK
+    if not low:
+        assert torch.equal(dominated_K, ~pairwise_similarity.well_conditioned(norm_K, square_K) & (square_K > 0))
 
 
 def test_triton_repeats_bit_for_bit(device):
     from saevlm_fast.kernels.pairwise_similarity_triton import launch_gram_sums, launch_pairwise_num
 
     r_NK, emb_NE = (t.to(device) for t in make_data(140, 9, 24))
-    prepared = prepare_embeddings(emb_NE, "cosine", torch.float32)
+    prepared = prepare_embeddings(emb_NE, "cosine", torch.float64)
     runs = [launch_pairwise_num(r_NK, *prepared, "cosine", 1.0) for _ in range(2)]
     assert torch.equal(*runs)
+    prepared = prepare_embeddings(emb_NE, "cosine", torch.float32)
     runs = [launch_gram_sums(*group_by_latent(r_NK), *prepared, "cosine", 1.0) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
@@ -211,8 +250,12 @@ def test_empty(n_images, n_latents, device):
     nothing = torch.zeros(n_latents, dtype=torch.float64)
     for sums in (*pairwise_sums(r_NK, emb_NE), *pairwise_gram_sums(*group_by_latent(r_NK), emb_NE)):
         assert torch.equal(sums, nothing)
+    prepared = prepare_embeddings(emb_NE.to(device), "cosine", torch.float64)
+    assert torch.equal(launch_pairwise_num(r_NK.to(device).double(), *prepared, "cosine", 1.0).cpu(), nothing)
+    for fast in (False, True):
+        sums = all_pairs_sums(r_NK.to(device), *prepared, "cosine", 1.0, fast)
+        assert all(torch.equal(t.cpu(), nothing) for t in sums)
     prepared = prepare_embeddings(emb_NE.to(device), "cosine", torch.float32)
-    assert torch.equal(launch_pairwise_num(r_NK.to(device), *prepared, "cosine", 1.0).cpu(), nothing)
     num, den = launch_gram_sums(*(t.to(device) for t in group_by_latent(r_NK)), *prepared, "cosine", 1.0)
     assert torch.equal(num.cpu(), nothing)
     assert torch.equal(den.cpu(), nothing)
@@ -230,7 +273,7 @@ def test_zero_and_nan_rows_reach_the_sums():
 
 def test_opcheck():
     r_NK, emb_NE = make_data(9, 6, 4)
-    torch.library.opcheck(torch.ops.saevlm_fast.pairwise_sums.default, (r_NK, emb_NE, "cosine", 1.0))
+    torch.library.opcheck(torch.ops.saevlm_fast.pairwise_sums.default, (r_NK, emb_NE, "cosine", 1.0, False))
     arguments = (*group_by_latent(r_NK), emb_NE, "rbf", 0.5)
     torch.library.opcheck(torch.ops.saevlm_fast.pairwise_gram_sums.default, arguments)
 
@@ -252,30 +295,35 @@ def test_errors(change, message):
 def static_cases(target: str) -> list[Case]:
     module = "saevlm_fast.kernels.pairwise_similarity_triton"
     precision = "ieee" if target == "gfx942" else "tf32x3"
-    tile = {"SIMILARITY": "rbf", "BLOCK_N": 64, "BLOCK_E": 16, "PRECISION": precision}
+    gram_tile = {"SIMILARITY": "rbf", "BLOCK_N": 64, "BLOCK_E": 16, "PRECISION": precision}
+    n, k, e, stages = (128, 64, 64, 3) if target == "sm_90" else (64, 32, 32, 2)
+    tile = {"SIMILARITY": "rbf", "BLOCK_N": n, "BLOCK_K": k, "BLOCK_E": e}
     images = {"emb_ptr": "*fp32", "sqnorm_ptr": "*fp32", "d_emb": "i32:16", "gamma": "fp32"}
-    dense = {"r_ptr": "*fp32", "tile_i_ptr": "*i64", "tile_j_ptr": "*i64", "parts_ptr": "*fp32"} | images
+    dense = {f"{name}_ptr": "*fp16" for name in ("r_high", "r_low", "emb_high", "emb_low")} | images
+    dense |= {"unscale_ptr": "*fp32", "tile_i_ptr": "*i64", "tile_j_ptr": "*i64", "parts_ptr": "*fp32"}
     dense |= {"n_images": "i32", "n_latents": "i32:16", "first_tile": "i32"}
     codes = {"acts_ptr": "*fp64", "offsets_ptr": "*i64", "block_offsets_ptr": "*i64", "num_parts_ptr": "*fp64"}
     gram = codes | images | {"images_ptr": "*i64", "block_latents_ptr": "*i64", "n_latents": "i32:16"}
     finish = codes | {"num_ptr": "*fp64", "den_ptr": "*fp64"}
     return [
-        Case(module, "pairwise_num_kernel", target, dense, tile | {"BLOCK_K": 32}, num_warps=8),
-        Case(module, "gram_kernel", target, gram, tile, num_warps=4),
+        Case(module, "pairwise_num_kernel", target, dense, tile, num_warps=8, num_stages=stages),
+        Case(module, "gram_kernel", target, gram, gram_tile, num_warps=4),
         Case(module, "gram_finish_kernel", target, finish, {"BLOCK": 32}, num_warps=4),
     ]
 
 
 def float64_static_cases(target: str) -> list[Case]:
     module = "saevlm_fast.kernels.pairwise_float64_triton"
-    doubles = ("wide", "sqnorm", "parts", "s", "sqnorm_i", "sqnorm_j", "gamma", "weighted")
+    doubles = ("wide", "low", "sqnorm", "parts", "s", "sqnorm_i", "sqnorm_j", "gamma", "weighted", "sums", "out")
     signature = {f"{name}_ptr": "*fp64" for name in doubles}
-    signature |= {name: "i32" for name in ("n_images", "n_parts", "n_i", "n_j", "first_j")} | {"n_latents": "i32:16"}
-    columns = {"WIDEN": True, "ROWS": 128, "BLOCK_K": 256, "UNROLL": 8}
+    signature |= {name: "i32" for name in ("n_images", "n_parts", "rows", "n_i", "n_j", "first_j")}
+    signature |= {"n_latents": "i32:16", "d_emb": "i32:16", "dominated_ptr": "*i1"}
+    columns = {"SHIFTED": True, "WIDEN": True, "BLOCK_K": 256, "UNROLL": 8}
     panel = {"SIMILARITY": "rbf", "BLOCK_I": 8, "BLOCK_J": 256}
     weigh = {"ROWS": 128, "BLOCK_I": 8, "BLOCK_K": 128}
     return [
         Case(module, "column_sums_kernel", target, signature | {"r_ptr": "*fp32"}, columns, num_warps=4),
+        Case(module, "closed_form_kernel", target, signature, {"BLOCK_K": 8, "BLOCK_E": 128}, num_warps=4),
         Case(module, "panel_similarity_kernel", target, signature, panel, num_warps=4),
         Case(module, "weigh_panel_kernel", target, signature | {"r_ptr": "*fp64"}, weigh, num_warps=4),
     ]
@@ -284,7 +332,8 @@ def float64_static_cases(target: str) -> list[Case]:
 def test_float64_static_compile_without_spills():
     from saevlm_fast.kernels import pairwise_float64_triton as kernels
 
-    assert (kernels.COLUMN_ROWS, kernels.COLUMN_BLOCK_K, kernels.COLUMN_UNROLL) == (128, 256, 8)
+    assert (kernels.COLUMN_BLOCK_K, kernels.COLUMN_UNROLL) == (256, 8)
+    assert (kernels.CLOSED_BLOCK_K, kernels.CLOSED_BLOCK_E) == (8, 128)
     assert (kernels.PANEL_BLOCK_I, kernels.PANEL_BLOCK_J) == (8, 256)
     assert (kernels.WEIGH_ROWS, kernels.WEIGH_BLOCK_I, kernels.WEIGH_BLOCK_K, kernels.NUM_WARPS) == (128, 8, 128, 4)
     assert_no_spills([case for target in TARGETS for case in float64_static_cases(target)])
@@ -293,8 +342,8 @@ def test_float64_static_compile_without_spills():
 def test_static_compile_without_spills():
     from saevlm_fast.kernels import pairwise_similarity_triton as kernels
 
-    chosen = (kernels.BLOCK_N, kernels.BLOCK_K, kernels.BLOCK_E, kernels.FINISH_BLOCK)
-    assert (*chosen, kernels.DENSE_WARPS, kernels.GRAM_WARPS, kernels.NUM_STAGES) == (64, 32, 16, 32, 8, 4, 2)
+    chosen = (kernels.GRAM_BLOCK_N, kernels.GRAM_BLOCK_E, kernels.FINISH_BLOCK)
+    assert (*chosen, kernels.DENSE_WARPS, kernels.GRAM_WARPS, kernels.NUM_STAGES) == (64, 16, 32, 8, 4, 2)
     assert_no_spills([case for target in TARGETS for case in static_cases(target)])
 
 

@@ -69,6 +69,33 @@ def test_siglip_reads_texts_padded_to_the_full_length(tmp_path):
 
 
 @torch.inference_mode()
+def test_metaclip_2(tmp_path):
+    """Its tokenizers have an unknown word, and pad with another token than they end with."""
+    import transformers as t
+
+    from saevlm_fast.box_making.architecture import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(ends=True)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**shape, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 9}
+    vision = {**shape, "image_size": 28, "patch_size": 14}
+    model = t.MetaClip2Model(t.MetaClip2Config(text_config=text, vision_config=vision, projection_dim=24)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder, texts = load_text_encoder(f"hf:{tmp_path}"), ["a star", "a red thing", "red"]
+    expected = [model.get_text_features(**tokenizer(text, return_tensors="pt")).pooler_output for text in texts]
+    expected_ME = torch.nn.functional.normalize(torch.cat(expected), dim=1)
+    torch.testing.assert_close(encoder.embed(texts), expected_ME, rtol=1e-4, atol=1e-6)
+    assert (encoder.d, encoder.max_tokens) == (24, 9)
+    with pytest.raises(ValueError, match=r"^texts: 'a zebra' has a word that hf:.* does not know$"):
+        encoder.embed(["a zebra"])
+
+
+@torch.inference_mode()
 def test_open_clip(tmp_path, monkeypatch):
     import open_clip
     from safetensors.torch import save_file

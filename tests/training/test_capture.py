@@ -10,9 +10,10 @@ import torch
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
-from saevlm_fast.training.capture import CapturedSteps
+from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
+from saevlm_fast.training.dead_latents import padded_size
 from saevlm_fast.training.run import train
-from saevlm_fast.training.step import Stepper, padded_size
+from saevlm_fast.training.step import Stepper
 from test_step import make
 
 ARCHITECTURES = ["topk", "batch_topk", "matryoshka"]
@@ -314,3 +315,25 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_moves():
     with pytest.raises(ValueError, match=r"x_BD: shape is \[4, 2\]; \[4, 3\] is needed"):
         steps.step(torch.zeros(4, 2))
     assert steps.stepper.taken == []
+
+
+def test_the_first_kernel_that_is_compiled_is_told_of_once():
+    knobs = pytest.importorskip("triton").knobs
+    notes, heard, before = [], [], knobs.compilation.listener
+
+    def compiled(cache_hit):
+        knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=cache_hit)
+
+    knobs.compilation.listener = lambda **compiled: heard.append(compiled["cache_hit"])
+    try:
+        with told_of_compiling(notes.append):
+            compiled(True)
+            assert notes == []
+            compiled(False)
+            compiled(False)
+        assert notes == ["compiling kernels; they are kept for the next run"]
+        compiled(False)
+    finally:
+        knobs.compilation.listener = before
+    assert heard == [True, False, False, False], "who listened before still does"
+    assert len(notes) == 1

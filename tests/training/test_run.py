@@ -424,7 +424,7 @@ def test_calibration_does_not_depend_on_a_small_batch(matrix, tmp_path, batch_si
 
 def test_resume_clears_what_a_kill_left_behind(matrix, tmp_path):
     run(matrix, tmp_path / "run", steps=5)
-    left = tmp_path / "run" / "checkpoints" / ".writing-dead-step_00000003"
+    left = tmp_path / "run" / "checkpoints" / ".writing-deadbeef-step_00000003"
     left.mkdir()
     run(matrix, tmp_path / "run", steps=5, options={"resume": True})
     assert not left.exists()

@@ -1,0 +1,253 @@
+"""Triton kernel of a training step's rows: decoder, losses and what they pass back, from one gather of W_dec's rows.
+
+For row b with entries (act a, latent s), Matryoshka group j of an entry, and prefixes g of G (one otherwise):
+
+    x_hat_g  = b_dec + sum of a * W_dec[s] over the entries of groups up to g         squared[b] = sum_g |x_hat_g - x|^2
+    suffix_g = 2 / (B G) * sum over h >= g of (x_hat_h - x)                           the gradient of mse for group g
+    dact     = <suffix_j, W_dec[s]> where a > 0, else 0
+
+A program owns a row. It begins with all entries and takes the groups off from the last on, so that an entry is met
+twice: by the sum of its row, and by the suffix of its group. The rows of W_dec of the first BLOCK_K entries stay in
+registers in between; those of the others are read again. The program also writes every entry's bag, b * G + j.
+docs/kernels.md section 4
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .segment_sum_triton import accumulator
+
+HELD_ENTRIES = 32  # of a row of fixed k, whose rows of W_dec stay in registers
+HELD_RAGGED, STEP_RAGGED = 16, 4  # of a row that may have more, and how many of the others at a time
+MAX_WIDTH = 8192  # of a row that one program holds without spilling
+
+
+@triton.jit
+def group_size(latents_ptr, group_ends_ptr, start, end, g, BLOCK: tl.constexpr):
+    """How many entries of a row belong to the first g Matryoshka groups, int32: the first so many."""
+    first = tl.load(group_ends_ptr + g - 1, mask=g > 0, other=0)
+    size = 0
+    for p in range(start, end, BLOCK):
+        o = p + tl.arange(0, BLOCK)
+        latents = tl.load(latents_ptr + o, mask=o < end, other=0)
+        size += tl.sum(((o < end) & (latents < first)).to(tl.int32), axis=0)
+    return size
+
+
+@triton.jit
+def load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC: tl.constexpr):
+    """(act, row of W [P, D]) of the entries o."""
+    latents = tl.load(latents_ptr + o, mask=m, other=0)
+    acts = tl.load(acts_ptr + o, mask=m, other=0.0).to(ACC)
+    at = W_ptr + latents[:, None] * d_in + o_d[None, :]
+    return acts, tl.load(at, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def store_entries(dacts_ptr, bags_ptr, o, m, acts, dacts, bags):
+    """What is kept of the entries o."""
+    tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=m)
+    tl.store(bags_ptr + o, bags, mask=m)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_groups"])
+def row_kernel(
+    x_ptr,
+    acts_ptr,
+    latents_ptr,
+    row_offsets_ptr,
+    group_ends_ptr,
+    W_ptr,
+    b_ptr,
+    x_hat_ptr,
+    suffix_ptr,
+    norms_ptr,
+    centred_ptr,
+    x_norms_ptr,
+    dacts_ptr,
+    bags_ptr,
+    squared_ptr,
+    smallest_ptr,
+    n_rows,
+    n_groups,
+    d_in,
+    K: tl.constexpr,
+    PREFIXES: tl.constexpr,
+    CENTRE: tl.constexpr,
+    LONG: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One row of K entries, or (K 0) of a ragged number. LONG: there may be more than the BLOCK_K that are held."""
+    row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < d_in
+    if K == 0:
+        start, end = tl.load(row_offsets_ptr + row), tl.load(row_offsets_ptr + row + 1)
+    else:
+        start, end = row * K, row * K + K
+    x = tl.load(x_ptr + row * d_in + o_d, mask=m_d, other=0.0).to(ACC)
+    b = tl.load(b_ptr + o_d, mask=m_d, other=0.0).to(ACC)
+    scale = (tl.full([], 2.0, ACC) / n_rows) / n_groups
+    bag = row * n_groups
+
+    o_k, o_l = tl.arange(0, BLOCK_K), tl.arange(0, STEP_K)
+    m = start + o_k < end
+    acts, w = load_entries(acts_ptr, latents_ptr, W_ptr, start + o_k, m, d_in, o_d, m_d, ACC)
+    x_hat = b + tl.sum(acts[:, None] * w, axis=0)
+    smallest = tl.full([STEP_K], float("inf"), ACC)
+    if LONG:
+        for p in range(start + BLOCK_K, end, STEP_K):
+            more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, p + o_l, p + o_l < end, d_in, o_d, m_d, ACC)
+            x_hat += tl.sum(more[:, None] * w_l, axis=0)
+            smallest = tl.minimum(smallest, tl.where(more > 0, more, float("inf")))
+    tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
+    e = tl.where(m_d, x_hat - x, 0.0)
+
+    if PREFIXES:
+        squared = tl.zeros([BLOCK_D], dtype=ACC)
+        suffix = tl.zeros([BLOCK_D], dtype=ACC)
+        high = (end - start).to(tl.int32)
+        for i in range(n_groups):
+            g = n_groups - 1 - i
+            squared += e * e
+            suffix += scale * e
+            tl.store(suffix_ptr + (bag + g) * d_in + o_d, suffix, mask=m_d)
+            tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
+            low = group_size(latents_ptr, group_ends_ptr, start, end, g, 32)
+            if LONG:
+                for p in range(start + tl.maximum(low, BLOCK_K), start + high, STEP_K):
+                    o = p + o_l
+                    m_l = o < start + high
+                    more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, o, m_l, d_in, o_d, m_d, ACC)
+                    e -= tl.sum(more[:, None] * w_l, axis=0)
+                    dacts_l = tl.sum(w_l * suffix[None, :], axis=1)
+                    store_entries(dacts_ptr, bags_ptr, o, m_l, more, dacts_l, (bag + g).to(tl.int32) + o_l * 0)
+            inside = (o_k >= low) & (o_k < high)
+            tl.store(bags_ptr + start + o_k, (bag + g).to(tl.int32) + o_k * 0, mask=inside)
+            e = tl.where(m_d, e - tl.sum(tl.where(inside, acts, 0.0)[:, None] * w, axis=0), 0.0)
+            w = tl.where(inside[:, None], w * suffix[None, :], w)  # not needed again as it was
+            high = low
+        dacts = tl.sum(w, axis=1)
+        tl.store(dacts_ptr + start + o_k, tl.where(acts > 0, dacts, 0.0), mask=m)
+        tl.store(squared_ptr + row, tl.sum(squared, axis=0))
+    else:
+        suffix = scale * e
+        dacts = tl.sum(w * suffix[None, :], axis=1)
+        store_entries(dacts_ptr, bags_ptr, start + o_k, m, acts, dacts, row.to(tl.int32) + o_k * 0)
+        if LONG:
+            for p in range(start + BLOCK_K, end, STEP_K):
+                o = p + o_l
+                more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, o, o < end, d_in, o_d, m_d, ACC)
+                dacts_l = tl.sum(w_l * suffix[None, :], axis=1)
+                store_entries(dacts_ptr, bags_ptr, o, o < end, more, dacts_l, row.to(tl.int32) + o_l * 0)
+        tl.store(suffix_ptr + row * d_in + o_d, suffix, mask=m_d)
+        squared = tl.sum(e * e, axis=0)
+        tl.store(squared_ptr + row, squared)
+        tl.store(norms_ptr + row, scale * tl.sqrt(squared))
+
+    if K == 0:
+        held = tl.min(tl.where(acts > 0, acts, float("inf")), axis=0)
+        tl.store(smallest_ptr + row, tl.minimum(held, tl.min(smallest, axis=0)))
+    if CENTRE:
+        c = tl.where(m_d, x - b, 0.0)
+        tl.store(centred_ptr + row * d_in + o_d, c, mask=m_d)
+        tl.store(x_norms_ptr + row, tl.sqrt(tl.sum(c * c, axis=0)))
+
+
+# --- launch wrapper --------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """What row_kernel leaves, in the sums' dtype but for x_hat (x's).
+
+    x_hat_BD of the last prefix; suffix_RD [B * G, D] and the norms of its rows; x - b_dec and the norms of its rows; of
+    every flat entry of the codes its dact and bag (int32); of every row the sum of the squared residuals, and of ragged
+    codes the smallest positive activation (infinity if there is none). Padding has undefined dacts and bags.
+    """
+
+    x_hat_BD: Tensor
+    suffix_RD: Tensor
+    norms_R: Tensor
+    centred_BD: Tensor
+    x_norms_B: Tensor
+    dacts_M: Tensor
+    bags_M: Tensor
+    squared_B: Tensor
+    smallest_B: Tensor
+
+
+def whole_row_block(d_in: int, elements_per_thread: int) -> tuple[int, int]:
+    """(BLOCK_D, num_warps) of a kernel whose program owns a row."""
+    if d_in > MAX_WIDTH:
+        raise ValueError(f"d_in: {d_in} is above {MAX_WIDTH}, the widest row that the training step updates on a GPU")
+    block_d = triton.next_power_of_2(d_in)
+    return block_d, max(1, min(16, block_d // (32 * elements_per_thread)))
+
+
+def row_tile(d_in: int, k: int) -> dict[str, int | bool]:
+    """Constants of row_kernel for rows of k entries (0: ragged)."""
+    block_d, _ = whole_row_block(d_in, 4)
+    ragged = not 0 < k <= HELD_ENTRIES
+    wide = block_d > 2048  # one program a processor, of as many warps as can be
+    block_k = min(HELD_RAGGED if ragged else triton.next_power_of_2(k), (1 << (14 if wide else 15)) // block_d)
+    return {
+        "LONG": k == 0 or k > block_k,
+        "BLOCK_K": block_k,
+        "STEP_K": min(STEP_RAGGED, (1 << 13) // block_d),
+        "BLOCK_D": block_d,
+        "num_warps": 16 if wide else 8 if block_k * block_d >= 1 << 13 else 4,
+    }
+
+
+def launch_rows(
+    x_BD: Tensor,
+    acts: Tensor,
+    latents: Tensor,
+    row_offsets: Tensor | None,
+    group_ends_G: Tensor,
+    W_dec_SD: Tensor,
+    b_dec_D: Tensor,
+    centred: tuple[Tensor, Tensor] | None = None,
+) -> Rows:
+    """Codes as in reference.py: [B, K] without row_offsets, or [M] with. centred: (x - b_dec, its norms) if at hand."""
+    (n_rows, d_in), n_groups, n_entries = x_BD.shape, len(group_ends_G), latents.numel()
+    sum_dtype, ACC = accumulator(W_dec_SD.dtype)
+    new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=x_BD.device)  # noqa: E731
+    rows = Rows(
+        x_hat_BD=torch.empty_like(x_BD),
+        suffix_RD=new(n_rows * n_groups, d_in),
+        norms_R=new(n_rows * n_groups),
+        centred_BD=new(n_rows, d_in) if centred is None else centred[0],
+        x_norms_B=new(n_rows) if centred is None else centred[1],
+        dacts_M=new(n_entries),
+        bags_M=torch.empty(n_entries, dtype=torch.int32, device=x_BD.device),
+        squared_B=new(n_rows),
+        smallest_B=new(n_rows),
+    )
+    k = latents.shape[1] if row_offsets is None else 0
+    row_kernel[(n_rows,)](
+        x_BD.contiguous(),
+        acts.contiguous(),
+        latents.contiguous(),
+        latents if row_offsets is None else row_offsets,
+        group_ends_G,
+        W_dec_SD,
+        b_dec_D,
+        *rows,
+        n_rows,
+        n_groups,
+        d_in,
+        K=k,
+        PREFIXES=n_groups > 1,
+        CENTRE=centred is None,
+        ACC=ACC,
+        **row_tile(d_in, k),
+    )
+    return rows

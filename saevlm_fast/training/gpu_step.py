@@ -1,0 +1,154 @@
+"""The step after the encoder on a GPU: losses, clip factor and update in a dozen kernels, nothing asked of the device.
+
+    rows     decoder, losses, gradient of every prefix, dacts          kernels/step_rows_triton.py
+    entries  the codes' entries in latent order                        kernels/step_entries_triton.py
+    totals   db_enc, idle counters, bound of the norm                  kernels/gradient_norm_triton.py
+    clip     by the bound, or by the norm where the bound fails        the same; b_dec
+    update   Adam on W_dec, then on W_enc and b_enc                    kernels/latent_update_triton.py
+
+Imported for a GPU's tensors only: these modules load Triton. What changes from step to step is read from the device, so
+that a captured CUDA graph can be replayed. docs/kernels.md section 4
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import TrainConfig
+from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide, launch_totals
+from saevlm_fast.kernels.latent_gradient import RowGradient, latent_slots
+from saevlm_fast.kernels.latent_update_triton import Scalars, launch_update
+from saevlm_fast.kernels.low_weights import LowWeights
+from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
+from saevlm_fast.kernels.step_rows_triton import launch_rows
+from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
+from saevlm_fast.kernels.topk_encode_cuda import (
+    Centred,
+    batch_topk_encode_screened_cuda,
+    topk_encode_screened_cuda,
+)
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents, auxiliary
+
+_side_streams: dict[int, torch.cuda.Stream] = {}  # of every device: one for all steps
+
+
+class State(NamedTuple):
+    """What a step reads and moves on, on the device.
+
+    parameters and moments by name (W_enc latent-major [d_sae, d_in]), idle_S, step_index (read), bad_step, Adam's
+    schedule (read), ends of the Matryoshka groups (read), and the low copy of W_enc if the encoder works with one.
+    """
+
+    parameters: dict[str, Tensor]
+    moments: dict[str, tuple[Tensor, Tensor]]
+    idle_S: Tensor
+    step_index: Tensor
+    bad_step: Tensor
+    schedule: Tensor
+    group_ends_G: Tensor
+    low: LowWeights | None
+
+    def of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A parameter with its moments."""
+        return self.parameters[name], *self.moments[name]
+
+
+def gpu_encode(sae: SparseAutoencoder, x_BD: Tensor, low: LowWeights | None) -> tuple[SparseCodes, Centred | None]:
+    """The codes; and x - b_dec, which the encoder leaves where it works with a low copy of W_enc."""
+    k, d_sae, topk = sae.config.k, sae.config.d_sae, sae.config.architecture == "topk"
+    inputs = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach(), k
+    if low is None:
+        codes = (*topk_encode(*inputs), None) if topk else batch_topk_encode(*inputs)
+        return SparseCodes.from_flat(*codes, d_sae), None
+    centred = Centred.empty(*x_BD.shape, x_BD.device)
+    if topk:
+        codes = *topk_encode_screened_cuda(*inputs, low=low, centred=centred), None
+    else:
+        codes = batch_topk_encode_screened_cuda(*inputs, low=low, centred=centred)
+    return SparseCodes.from_flat(*codes, d_sae), centred
+
+
+def gpu_step(
+    sae: SparseAutoencoder,
+    config: TrainConfig,
+    state: State,
+    x_BD: Tensor,
+    codes: SparseCodes,
+    centred: Centred | None,
+    dead_latents: Callable[[], DeadLatents],
+) -> tuple[Tensor, Tensor, DeadLatents]:
+    """The step on a batch and its codes; `state` and the threshold are moved on in place.
+
+    Args:
+        sae: whose parameters `state` holds.
+        config: the recipe.
+        state: moved on.
+        x_BD: the batch.
+        codes: of the batch.
+        centred: x - b_dec with its norms, or None.
+        dead_latents: asked once state.idle_S has moved on.
+
+    Returns:
+        x_hat_BD of the last prefix, losses [3] (overall, mse, aux), dead latents.
+    """
+    (acts, latents, row_offsets), W, ends = codes.flat(), state.parameters, state.group_ends_G
+    with _beside(x_BD) as side:
+        with side:
+            order = launch_order(latents, row_offsets, codes.d_sae)
+        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred)
+    entries = launch_entries(acts, rows, order)
+    totals = launch_totals(entries, rows, W["W_enc"], state.idle_S)
+
+    dead = dead_latents()
+    aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha)
+    aux_numbers = None if aux is None else _add_auxiliary(aux, W["W_enc"], totals.db_enc_S)
+    moving = None if sae.config.architecture == "topk" else (config.threshold_beta, config.threshold_start)
+    counters = state.step_index, state.bad_step, sae.threshold
+    decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, aux_numbers)
+    constants = state.schedule, config.betas, config.eps
+    clip = launch_clip(entries, totals, decision, config.clip_norm, *constants, state.of("b_dec"))
+
+    scalars = Scalars(clip, *constants)
+    launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, _aux_rows(aux and aux.W_dec, sae))
+    biases, aux_rows = state.of("b_enc"), _aux_rows(aux and aux.W_enc, sae)
+    launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, aux_rows, state.low)
+    return rows.x_hat_BD, decision.losses, dead
+
+
+def _add_auxiliary(aux: Auxiliary, W_enc_SD: Tensor, db_enc_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, squared norm of W_enc's, W_dec's and b_enc's gradient) [2], and W_enc^T db_enc, of this loss alone.
+
+    Its db_enc is added to db_enc_S: a dead latent has no entry that fired.
+    """
+    dead_A = aux.W_enc.latents_A.clamp(max=len(db_enc_S) - 1)  # padding has zero gradients
+    db_enc_S.index_add_(0, dead_A, aux.b_enc_A.to(db_enc_S.dtype))
+    squares = aux.W_enc.squared_norm + aux.W_dec.squared_norm + aux.b_enc_A.square().sum()
+    return torch.stack([aux.loss, squares]), aux.b_enc_A @ W_enc_SD[dead_A]
+
+
+def _aux_rows(gradient: RowGradient | None, sae: SparseAutoencoder) -> tuple[Tensor, Tensor] | None:
+    """Rows of the auxiliary loss, and the slot of every latent among them."""
+    return None if gradient is None else (gradient.rows_AD, latent_slots(gradient.latents_A, sae.config.d_sae))
+
+
+@contextmanager
+def _beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
+    """A context whose kernels run beside those outside it: sorting keeps few of a GPU's processors busy.
+
+    Memory is safe without record_stream: either stream goes on only when the other is done with what it has been given.
+    """
+    if not x_BD.is_cuda:
+        yield nullcontext()
+        return
+    stream = torch.cuda.current_stream()
+    if x_BD.device.index not in _side_streams:
+        _side_streams[x_BD.device.index] = torch.cuda.Stream(x_BD.device)
+    side = _side_streams[x_BD.device.index]
+    side.wait_stream(stream)
+    yield torch.cuda.stream(side)
+    stream.wait_stream(side)
