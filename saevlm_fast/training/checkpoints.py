@@ -35,6 +35,7 @@ from saevlm_fast.files import (
     atomic_directory,
     atomic_write,
     remove_leftovers,
+    remove_leftovers_of,
     save_safetensors_atomic,
     sha256_file,
 )
@@ -56,6 +57,7 @@ from saevlm_fast.training.state import DATA_DIGEST, TrainingState
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
 CHECKPOINT_FILE, METRICS_DIGEST_FILE = "checkpoint.json", "metrics.jsonl.sha256"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, METRICS_DIGEST_FILE, RUN_FILE)  # of a run; the last says it is one
 _LOGGED = Fields({"step": whole()})
 _RUN = Fields({"sae": RECORD, "train": RECORD, "data": RECORD}, others=False)
 _CHECKPOINT = Fields(
@@ -132,8 +134,7 @@ class RunDirectory:
             used = True
         else:
             used = _holds_run(self.output)
-            names = (RUN_FILE, CONFIG_FILE, WEIGHTS_FILE, CHECKPOINTS, METRICS_FILE, METRICS_DIGEST_FILE)
-            foreign = [] if used else [name for name in names if os.path.lexists(self.output / name)]
+            foreign = [] if used else [name for name in (*FILES, CHECKPOINTS) if os.path.lexists(self.output / name)]
             require(
                 not foreign,
                 f"output: {self.output} holds {', '.join(foreign)}, but no run ({RUN_FILE} says what is one), and "
@@ -160,7 +161,8 @@ class RunDirectory:
         if resumed:
             state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
             check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
-            remove_leftovers(self.path)
+            for name in FILES:  # and no others': a score may be written beside them meanwhile
+                remove_leftovers_of(self.path / name)
             remove_leftovers(self.path / CHECKPOINTS)
             self._drop_old()  # a kill may have come before that
         checkpoint = latest_checkpoint(self.path) if self.resume else None
@@ -298,7 +300,7 @@ def _remove_run(output: Path) -> None:
             checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
         with suppress(OSError):  # not there, or not empty
             directory.rmdir()
-    for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, METRICS_DIGEST_FILE, RUN_FILE):
+    for name in FILES:
         (output / name).unlink(missing_ok=True)
 
 
