@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import closing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def ahead_on(
     def bring(chunk: tuple[int, Values]) -> tuple[int, Values]:
         start, values = chunk
         with torch.cuda.stream(copies):
-            there = values.to(device)
+            there: Any = values.to(device)
         copies.synchronize()
         for tensor in [there] if isinstance(there, Tensor) else there[:3]:
             if tensor is not None:

@@ -464,7 +464,7 @@ def test_gpu_equals_cpu(similarity):
 @pytest.mark.gpu
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_gpu_neurons_of_several_blocks(similarity):
-    """20,000 images are two blocks of a GPU; neurons that one image dominates, and constant ones; read from the host."""
+    """20,000 images are two blocks of a GPU, read from the host; dominated neurons among them, and constant ones."""
     generator = torch.Generator().manual_seed(0)
     acts_NK = torch.randn(20_000, 40, generator=generator)
     acts_NK[:, 0], acts_NK[:, 1], acts_NK[7, 1], acts_NK[17_000, 2] = 0.5, 0.0, 3.0, 1e6
