@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from plain_step import make_case, plain_step
+
 from static_compile import TARGETS, Case, assert_no_spills
 from test_segment_sum import poison  # noqa: F401
 
@@ -25,9 +25,7 @@ def launched(case, centred=None):
     from saevlm_fast.kernels.step_rows_triton import launch_rows
 
     ends = torch.tensor(case.ends, device=case.x_BD.device)
-    return launch_rows(
-        case.x_BD, case.acts, case.latents, case.row_offsets, ends, case.W_dec_SD, case.b_dec_D, centred
-    )
+    return launch_rows(case.x_BD, case.acts, case.latents, case.row_offsets, ends, case.W_dec_SD, case.b_dec_D, centred)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -87,7 +85,7 @@ def compile_case(d_in: int, k: int, prefixes: bool, target: str) -> Case:
     signature = {f"{name}_ptr": "*fp32" for name in floats}
     signature |= {f"{name}_ptr": "*i64" for name in ("latents", "row_offsets", "group_ends")}
     signature |= {"bags_ptr": "*i32", "n_rows": "i32", "n_groups": "i32", "d_in": "i32:16"}
-    tile = row_tile(d_in, k)
+    tile = row_tile(d_in, k, prefixes)
     num_warps = tile.pop("num_warps")
     constexprs = {"K": k, "PREFIXES": prefixes, "CENTRE": False, "ACC": "tl.float32"} | tile
     return Case("saevlm_fast.kernels.step_rows_triton", "row_kernel", target, signature, constexprs, num_warps)
