@@ -68,6 +68,7 @@ for way in captured eager; do
     step "train_$way" 40 "$python" -m bench.training.whole_run --device cuda --architecture topk --d-in 1024 \
         --d-sae 16384 --batch-size 4096 --n-rows 200000 --steps 4000 "${flag[@]}" --output "$json/train_$way.json"
 done
+step harvest 60 "$python" -m bench.harvesting.whole_harvest --images 4608 --workers 12 --output "$json/harvest.json"
 step bench 130 "${pytest[@]}" bench --benchmark-only --benchmark-columns=min,median,rounds --large --time-limit=105 \
     --benchmark-json="$json/bench.json"
 if [ -n "${PEERS:-}" ]; then
@@ -80,7 +81,7 @@ if [ -n "${PEERS:-}" ]; then
         read -r d_in d_sae <<<"$shape"
         step "peers_$d_sae" 60 env PYTHONPATH="$PWD:$site" "$python" -m bench.training.bench_peers --device cuda \
             --dtype bfloat16 --architectures topk --d-in "$d_in" --d-sae "$d_sae" --rows 4096 --rounds 3 \
-            --turn-seconds 0.5 --output "$json/peers_$d_sae.json"
+            --turn-seconds 0.3 --peers dictionary-learning sae-lens sparsify --output "$json/peers_$d_sae.json"
     done
 else
     echo "peers: not run, PEERS names no folder of wheels" | tee -a "$summary"

@@ -1,4 +1,5 @@
-"""Tables and plots from benchmark JSON, of pytest-benchmark, bench_peers.py, profile_step.py and whole_run.py.
+"""Tables and plots from benchmark JSON, of pytest-benchmark, bench_peers.py, profile_step.py, whole_run.py
+and whole_harvest.py.
 
     python bench/report.py FILE.json [...]                       every result as a text table
     python bench/report.py FILE.json [...] --markdown T.md       the tables that docs/speed.md shows, below its marker
@@ -24,7 +25,7 @@ OURS, FLOOR = "saevlm-fast", "encoder GEMM"
 MARKER = "<!-- bench/report.py writes what follows -->"
 
 Result = dict  # one of pytest-benchmark's "benchmarks"
-Run = dict  # what whole_run.py writes
+Run = dict  # what whole_run.py or whole_harvest.py writes
 
 
 def seconds(result: Result) -> float:
@@ -87,8 +88,9 @@ def tables(results: list[Result], runs: list[Run]) -> list[str]:
         parts += [environment(steps) + ".", peer_table(steps), duties_list(steps)]
     if scores:
         parts += [environment(scores) + ".", score_table(scores)]
-    if runs:
-        parts.append(run_table(runs))
+    trained, harvested = [run for run in runs if not is_harvest(run)], [run for run in runs if is_harvest(run)]
+    parts += [run_table(trained)] if trained else []
+    parts += [harvest_table(harvested)] if harvested else []
     parts += [kernel_table(profile) for profile in profiles]
     if others:
         parts += [environment(others) + ".", markdown_table(HEADER, sorted(table_row(result) for result in others))]
@@ -134,6 +136,24 @@ def score_table(results: list[Result]) -> str:
     return markdown_table(["images", *ways], rows)
 
 
+def is_harvest(run: Run) -> bool:
+    return "harvests" in run
+
+
+def harvest_table(runs: list[Run]) -> str:
+    """Whole harvests beside the forward alone, on batches that are ready in the device's memory."""
+    header = ["tower", "dtype", "batch", "workers", "images/s", "forward alone", "share", "device", "commit"]
+    rows = []
+    for run in runs:
+        settings = [run["settings"][name] for name in ("tower", "dtype", "batch_size")]
+        alone = next(iter(run["forward"]["images_per_second"].values()))
+        for one in run["harvests"]:
+            rate = one["images_per_second"]["long run"]
+            cells = [str(one["workers"]), f"{rate:,.0f}", f"{alone:,.0f}", f"{100 * rate / alone:.0f} %"]
+            rows.append([*settings, *cells, run["device"], run["commit"]])
+    return markdown_table(header, rows)
+
+
 def kernel_table(profile: Result) -> str:
     """Where the time of one captured step goes, the longest kernels first."""
     info = profile["extra_info"]
@@ -162,28 +182,35 @@ def score_cell(result: Result) -> str:
     return f"{seconds(result):.3g} s, {info['peak_bytes'] / 2**30:.2f} GiB"
 
 
+RUN_SETTINGS = ("architecture", "d_in", "d_sae", "batch_size", "steps")
+RUN_HEADER = (
+    "SAE,d_in,d_sae,batch,steps,page cache,loop,steps/s,eager,step,data,checkpoints,logs,step / whole run,memory,"
+    "load average,device,commit"
+).split(",")
+
+
 def run_table(runs: list[Run]) -> str:
     """Whole runs: shares of the training loop, the step's of all with start, export and evaluation, and memory that is
     not page cache."""
-    header = ["SAE", "d_in", "d_sae", "batch", "steps", "page cache", "loop", "step", "data", "checkpoints",
-              "logs", "step / whole run", "memory", "load average", "commit"]  # fmt: skip
-    rows = []
-    for run in runs:
-        settings, spent = run["settings"], run["seconds"]
-        shares = [spent["step"], spent["data"], spent["checkpoint"], spent["log"] + spent["metrics"]]
-        memory = [round(n_bytes / 2**20) for n_bytes in run["anonymous_bytes_at_step"].values()]
-        cache = "the whole file"
-        if settings["page_cache"] != "None":
-            cache = f"{int(settings['page_cache']) >> 20} of {run['file_bytes'] >> 20} MiB"
-        if settings.get("device") == "cuda":
-            cache += f"; data on {settings['data_on']}" + ("" if settings["capture"] == "True" else ", eager")
-        rows.append([
-            *(settings[name] for name in ("architecture", "d_in", "d_sae", "batch_size", "steps")), cache,
-            f"{spent['loop']:,.0f} s", *(f"{100 * share / spent['loop']:.1f} %" for share in shares),
-            f"{100 * run['step_share_of_run']:.1f} %", f"{min(memory)} to {max(memory)} MiB",
-            f"{run['load_average']:.1f}", run.get("commit", "unknown"),
-        ])  # fmt: skip
-    return markdown_table(header, rows)
+    return markdown_table(RUN_HEADER, [run_row(run) for run in runs])
+
+
+def run_row(run: Run) -> list[str]:
+    settings, spent = run["settings"], run["seconds"]
+    loop, steps = spent["loop"], int(settings["steps"])
+    shares = [spent["step"], spent["data"], spent["checkpoint"], spent["log"] + spent["metrics"]]
+    memory = [round(n_bytes / 2**20) for n_bytes in run["anonymous_bytes_at_step"].values()]
+    cache = "the whole file"
+    if settings["page_cache"] != "None":
+        cache = f"{int(settings['page_cache']) >> 20} of {run['file_bytes'] >> 20} MiB"
+    eager = f"{100 * run['eager_share']:.1f} %" if "eager_share" in run else ""
+    return [
+        *(settings[name] for name in RUN_SETTINGS),
+        *(cache, f"{loop:,.0f} s", f"{steps / loop:,.1f}", eager),
+        *(f"{100 * share / loop:.1f} %" for share in shares),
+        *(f"{100 * run['step_share_of_run']:.1f} %", f"{min(memory)} to {max(memory)} MiB"),
+        *(f"{run['load_average']:.1f}", run["device"], run.get("commit", "unknown")),
+    ]
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -264,8 +291,8 @@ def read(path: Path) -> tuple[list[Result], list[Run]]:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     try:
-        if "step_share_of_loop" in content:
-            run_table([content])
+        if "step_share_of_loop" in content or is_harvest(content):
+            tables([], [content])
             return [], [content]
         for result in content["benchmarks"]:
             table_row(result)
@@ -298,7 +325,7 @@ def report(options: argparse.Namespace) -> None:
     if not (options.markdown or options.plot or options.merge):
         for path, (of_file, _) in by_file.items():
             print_table(path, of_file)
-        print(run_table(runs) if runs else "")
+        print("\n\n".join(tables([], runs)))
 
 
 def main() -> None:

@@ -293,6 +293,39 @@ def test_pairs(measure, goal, request, case, planted_images, device, kind, simil
         goal(f"pairs of {kind}, {similarity}, over a loop over blocks", ratios["block_loop"], BLOCK_LOOP_GOAL)
 
 
+DENSE_PAIRS = {"N=10000, K=1024": Images(10_000, 0, 1024, 768), "N=20000, K=4096": Images(20_000, 0, 4096, 768)}
+
+
+@pytest.mark.skipif(not GPU, reason="hours of a CPU")
+@pytest.mark.parametrize("impl", ["block_loop", "pairwise"])
+@pytest.mark.parametrize("similarity", ["cosine", "rbf"])
+@pytest.mark.parametrize("case", DENSE_PAIRS)
+def test_dense_pairs(measure, device, case, similarity, impl):
+    """Every pair of many images by raw neurons: the sums alone, of activations that are ready."""
+    images = DENSE_PAIRS[case]
+    generator = torch.Generator(device).manual_seed(0)
+    acts_NK = torch.rand(images.n_images, images.n_neurons, device=device, generator=generator, dtype=torch.float64)
+    emb_NE = torch.randn(images.n_images, images.d_emb, device=device, generator=generator) + 0.5
+
+    def kernel():
+        num_K, den_K = pairwise_sums(acts_NK, emb_NE, similarity)
+        return num_K / den_K
+
+    def loop():
+        return block_loop(acts_NK, emb_NE, similarity, block=2048)
+
+    n_operations = images.n_images**2 * (images.d_emb + images.n_neurons)
+    measure(
+        f"pair sums of raw neurons, {similarity}",
+        impl,
+        {"pairwise": (kernel, work(images, n_operations)), "block_loop": (loop, work(images, n_operations))},
+        check=lambda: torch.testing.assert_close(kernel(), loop(), atol=1e-6, rtol=1e-6),
+        shape={"N": images.n_images, "K": images.n_neurons, "E": images.d_emb},
+        dtype="float64",
+        reference="block_loop",
+    )
+
+
 BY_N = {"smoke": 100, "N=2000": 2000, "N=10000": 10_000, "N=50000": 50_000, "N=200000": 200_000, "N=1281167": 1_281_167}
 POOL = 65_536  # different images; more are these again, so that making them takes no time and no memory
 MOST_IMAGES = {"double_loop": 50_000, "pairwise": 10_000, "streamed": 1_281_167}
@@ -310,7 +343,7 @@ def test_score_by_n(benchmark, environment, peak_memory, device, case, impl):
 
     def streamed_in_chunks():
         score = StreamedScore(images.d_sae, device=device)
-        chunks = itertools.cycle(zip(*(t.split(4096) for t in (acts_NK, latents_NK, emb_NE))))
+        chunks = itertools.cycle(zip(*(t.split(POOL if GPU else 4096) for t in (acts_NK, latents_NK, emb_NE))))
         while score.n_images < n_images:
             left = n_images - score.n_images
             acts_nK, latents_nK, emb_nE = (t[:left] for t in next(chunks))

@@ -10,6 +10,7 @@ import pytest
 from dense_trainer import DenseTrainer
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.capture import CapturedSteps
 from saevlm_fast.training.step import Stepper
 
 GOAL = {"clip-l14-x16": 4.0}  # times the dense step's speed on CPU, B = 1024
@@ -44,10 +45,11 @@ def test_step(measure, encoder_gemm, goal, request, case, batches, device, archi
     if device.type == "cpu" and case.d_sae > 2**15 and architecture != "batch_topk":
         pytest.skip("ten seconds a dense step on a CPU: batch_topk stands for all three at this size")
     stepper, dense = make_steps(architecture, case, batches, device)
+    steps = CapturedSteps(stepper)  # as `train` takes them
     fast_batches, dense_batches = cycle(batches), cycle(batches)
 
     def fast_step():
-        return stepper.step(next(fast_batches))
+        return steps.step(next(fast_batches))
 
     def dense_step():
         return dense.step(next(dense_batches))

@@ -73,6 +73,16 @@ def kernels(call: Callable[[], object]) -> list[dict]:
     ]
 
 
+def rates() -> dict[str, float]:
+    """What the chip reaches with plain torch: a large float16 product, and a copy (bytes read and written)."""
+    half = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    source = torch.empty(2**30, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    product = statistics.median(median_seconds(lambda: half @ half))
+    copy = statistics.median(median_seconds(lambda: target.copy_(source)))
+    return {"float16 TFLOP/s": 2e-12 * 8192**3 / product, "copied TB/s": 2e-12 * source.nbytes / copy}
+
+
 def short_name(name: str) -> str:
     """A C++ kernel without its arguments and most of its templates; Triton's as they are."""
     name = name.replace("(anonymous namespace)::", "").replace("<unnamed>::", "").removeprefix("void ")
@@ -81,7 +91,7 @@ def short_name(name: str) -> str:
     return f"{outer} ({inner[1]})"[:80] if inner else outer[:80]
 
 
-def profile(architecture: str, options: argparse.Namespace) -> list[dict]:
+def profile(architecture: str, chip: dict[str, float], options: argparse.Namespace) -> list[dict]:
     """Two results, eager and captured, as report.py reads them."""
     config = TrainConfig(steps=options.steps, dead_after=10**9, threshold_start=0)
     sae = SparseAutoencoder(SAEConfig.sized(options.d_in, d_sae=options.d_sae, k=options.k, architecture=architecture))
@@ -98,7 +108,10 @@ def profile(architecture: str, options: argparse.Namespace) -> list[dict]:
     found, n_eager = kernels(ways["captured"]), steps.n_eager
     timed = {name: median_seconds(way) for name, way in ways.items()}
     assert steps.n_eager == n_eager, "what is timed as captured was eager"
-    return [result(architecture, impl, seconds, found, options) for impl, seconds in timed.items()]
+    results = [result(architecture, impl, seconds, found, options) for impl, seconds in timed.items()]
+    for each in results:
+        each["extra_info"] |= chip
+    return results
 
 
 def result(architecture: str, impl: str, seconds: list[float], found: list[dict], options: argparse.Namespace) -> dict:
@@ -140,9 +153,10 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU here")
-    results = []
+    results, chip = [], rates()
+    print(", ".join(f"{value:.3g} {name}" for name, value in chip.items()), flush=True)
     for architecture in options.architectures:
-        results += profile(architecture, options)
+        results += profile(architecture, chip, options)
         write_json_atomic(options.output, {"benchmarks": results})
         print(progress(*results[-2:]), flush=True)
         torch.cuda.empty_cache()

@@ -63,6 +63,33 @@ def test_markdown_tables(peer_results, tmp_path):
     assert "sparsify: no clip" in text
 
 
+def test_what_is_merged_is_read_again(tmp_path):
+    kernels = [
+        {"kernel": "product_kernel", "us": 811.0, "launches": 1.0},
+        {"kernel": "fill", "us": 2.0, "launches": 3.0},
+    ]
+    files = {
+        "steps": {
+            "benchmarks": [result("captured", "topk training step", 8, 0.0022, kernels=kernels, kernels_us=813.0)]
+        },
+        "harvest": {
+            "settings": {"tower": "large", "dtype": "bfloat16", "batch_size": "64"},
+            "forward": {"images_per_second": {"in memory": 1000.0}},
+            "harvests": [{"workers": 8, "images_per_second": {"long run": 950.0}}],
+            "device": "H200",
+            "commit": "abc",
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    run_script("report", *(tmp_path / f"{name}.json" for name in files), "--merge", tmp_path / "all.json")
+    run_script("report", tmp_path / "all.json", "--markdown", tmp_path / "tables.md")
+    text = (tmp_path / "tables.md").read_text()
+    assert "topk training step, N=8: 2.200 ms a replayed step, of which 0.813 ms in 4 kernels." in text
+    assert "| product_kernel | 811.0 | 1 |" in text
+    assert "| large | bfloat16 | 64 | 8 | 950 | 1,000 | 95 % | H200 | abc |" in text
+
+
 @pytest.mark.parametrize(
     "content",
     ["no", "[1]", '{"benchmarks": 3}', '{"benchmarks": [{}]}', '{"step_share_of_loop": 1}', '{"benchmarks": []}'],
