@@ -81,7 +81,7 @@ if [ -n "${PEERS:-}" ]; then
         read -r d_in d_sae <<<"$shape"
         step "peers_$d_sae" 60 env PYTHONPATH="$PWD:$site" "$python" -m bench.training.bench_peers --device cuda \
             --dtype bfloat16 --architectures topk --d-in "$d_in" --d-sae "$d_sae" --rows 4096 --rounds 3 \
-            --turn-seconds 0.5 --output "$json/peers_$d_sae.json"
+            --turn-seconds 0.3 --peers dictionary-learning sae-lens sparsify --output "$json/peers_$d_sae.json"
     done
 else
     echo "peers: not run, PEERS names no folder of wheels" | tee -a "$summary"

@@ -177,7 +177,8 @@ class Stepper:
         """
         W_enc_SD = self.sae.W_enc.detach().T
         if self.low is None:
-            self.low = LowWeights.empty(*W_enc_SD.shape, W_enc_SD.device)
+            d_sae, d_in = W_enc_SD.shape
+            self.low, self._low_state = LowWeights.empty(d_sae, d_in, W_enc_SD.device), None
         if self._low_state != self._W_enc_state():
             self.low.write_(0, W_enc_SD)
             self._low_state = self._W_enc_state()

@@ -85,7 +85,7 @@ def compile_case(d_in: int, k: int, prefixes: bool, target: str) -> Case:
     signature = {f"{name}_ptr": "*fp32" for name in floats}
     signature |= {f"{name}_ptr": "*i64" for name in ("latents", "row_offsets", "group_ends")}
     signature |= {"bags_ptr": "*i32", "n_rows": "i32", "n_groups": "i32", "d_in": "i32:16"}
-    tile = row_tile(d_in, k)
+    tile = row_tile(d_in, k, prefixes)
     num_warps = tile.pop("num_warps")
     constexprs = {"K": k, "PREFIXES": prefixes, "CENTRE": False, "ACC": "tl.float32"} | tile
     return Case("saevlm_fast.kernels.step_rows_triton", "row_kernel", target, signature, constexprs, num_warps)
