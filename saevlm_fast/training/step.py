@@ -72,8 +72,8 @@ class Stepper:
     """An SAE with the state that training needs, and the step that advances it.
 
     Attributes:
-        sae: trained in place; sees activations already divided by the norm factor. W_enc is also kept in bfloat16 where
-            the encoder can use that: change it by torch's in-place methods or anew, not through `.data`.
+        sae: trained in place; sees activations already divided by the norm factor. On a GPU whose encoder screens,
+            W_enc is also kept in float16: change it by torch's in-place methods or anew, not through `.data`.
         config: the recipe.
         moments: Adam's first and second moments by parameter name; W_enc's are latent-major [d_sae, d_in].
         idle_S: rows seen since each latent last fired, int64.
