@@ -163,11 +163,13 @@ class Stepper:
     def _encode(self, x_BD: Tensor) -> SparseCodes:
         """In CSR form, in the dtype of the weights."""
         sae, k = self.sae, self.sae.config.k
-        inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
+        W_enc, b_enc, b_dec = sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
         if sae.config.architecture == "topk":
-            codes = SparseCodes.from_flat(*topk_encode(*inputs, k), None, sae.config.d_sae).rows()
+            topk = topk_encode(x_BD, W_enc, b_enc, b_dec, k)
+            codes = SparseCodes.from_flat(*topk, None, sae.config.d_sae).rows()
         else:
-            codes = SparseCodes.from_flat(*batch_topk_encode(*inputs, k), sae.config.d_sae)
+            batch_topk = batch_topk_encode(x_BD, W_enc, b_enc, b_dec, k)
+            codes = SparseCodes.from_flat(*batch_topk, sae.config.d_sae)
         return codes.to(dtype=sae.W_dec.dtype)
 
     def _low_W_enc(self) -> LowWeights:
