@@ -24,7 +24,7 @@ from .segment_sum_triton import CHUNK, accumulator
 from .step_entries_triton import Entries, latent_row
 from .step_rows_triton import Rows, whole_row_block
 
-LATENTS, LATENTS_MANY = 4, 16  # of a program of totals_kernel: few latents, or many
+LATENTS, LATENTS_MANY = 8, 16  # of a program of totals_kernel: few latents, or many
 MANY = 1 << 15
 TILE_E = 16  # entries of each of them in one load; a latent of more is gone through alone
 HEAVY_E = 1024

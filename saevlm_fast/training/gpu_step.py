@@ -101,7 +101,7 @@ def gpu_step(
     with _beside(x_BD) as side:
         with side:
             order = launch_order(latents, row_offsets, codes.d_sae)
-        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred)
+        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
     entries = launch_entries(acts, rows, order)
     totals = launch_totals(entries, rows, W["W_enc"], state.idle_S)
 
