@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import closing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,12 +59,12 @@ def ahead_on(
     def bring(chunk: tuple[int, Values]) -> tuple[int, Values]:
         start, values = chunk
         with torch.cuda.stream(copies):
-            values = values.to(device)
+            there: Any = values.to(device)
         copies.synchronize()
-        for tensor in [values] if isinstance(values, Tensor) else values[:3]:
+        for tensor in [there] if isinstance(there, Tensor) else there[:3]:
             if tensor is not None:
                 tensor.record_stream(consumer)  # its memory stays while the consumer's kernels may read it
-        return start, values
+        return start, there
 
     return prefetch(bring, chunks, n_threads=1)
 
