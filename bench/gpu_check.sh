@@ -88,8 +88,11 @@ else
 fi
 
 if compgen -G "$json/*.json" >/dev/null; then
-    "$python" bench/report.py "$json"/*.json --merge "$out/bench.json" --markdown "$out/tables.md" &&
-        "$python" bench/report.py "$out/bench.json" --plot "$out/speed.png" || touch "$work/failed.report"
+    "$python" bench/report.py "$json"/*.json --merge "$out/bench.json" --markdown "$out/tables.md" ||
+        touch "$work/failed.report"
+    if compgen -G "$json/peers*.json" >/dev/null || [ -e "$json/bench.json" ]; then
+        "$python" bench/report.py "$out/bench.json" --plot "$out/speed.png" || touch "$work/failed.plot"
+    fi
 fi
 tar czf "$out/logs.tar.gz" -C "$work" logs
 failed=$(cd "$work" && ls failed.* 2>/dev/null | sed 's/failed.//' | tr '\n' ' ')
