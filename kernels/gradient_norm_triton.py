@@ -24,12 +24,14 @@ from .segment_sum_triton import CHUNK, accumulator
 from .step_entries_triton import Entries, latent_row
 from .step_rows_triton import Rows, whole_row_block
 
-LATENTS = 16  # of a program of totals_kernel
+LATENTS, LATENTS_MANY = 4, 16  # of a program of totals_kernel: few latents, or many
+MANY = 1 << 15
 TILE_E = 16  # entries of each of them in one load; a latent of more is gone through alone
 HEAVY_E = 1024
 ROWS_W = 4  # rows of W_enc in flight
-COLUMN_ROWS, COLUMN_STEP, BLOCK_C = 128, 8, 256  # rows that a program of column_sum_kernel adds; columns
-NORM_PROGRAMS = 1024
+COLUMN_ROWS, COLUMN_STEP, BLOCK_C = 128, 32, 256  # rows that a program of column_sum_kernel adds; columns
+NORM_PROGRAMS, NORM_STEP = 1024, 2
+DECIDE_BLOCK, CLIP_BLOCK = 4096, 2048
 SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long parallel part would blow up
 
 
@@ -361,10 +363,11 @@ class Decision(NamedTuple):
     losses: Tensor
 
 
-def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor, latents: int = LATENTS) -> Totals:
+def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor) -> Totals:
     """Totals, and idle_S moved on in place."""
     n_latents, d_in = W_enc_SD.shape
     sum_dtype, ACC = accumulator(W_enc_SD.dtype)
+    latents = LATENTS_MANY if n_latents >= MANY else LATENTS
     n_programs = triton.cdiv(n_latents, latents)
     new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=W_enc_SD.device)  # noqa: E731
     totals = Totals(new(n_latents), new(n_latents), new(n_programs, d_in), new(n_programs, 2))
@@ -391,17 +394,23 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
     return totals
 
 
+def sum_step(block_d: int) -> int:
+    """Rows that decide_kernel adds at a time: 64 registers a thread."""
+    return min(32, (1 << 15) // block_d)
+
+
 def launch_decide(
     rows: Rows,
     totals: Totals,
     counters: tuple[Tensor, Tensor, Tensor],
-    settings: dict[str, float],
-    aux: Tensor | None = None,
-    aux_db_D: Tensor | None = None,
+    clip_norm: float,
+    auxk_alpha: float,
+    moving: tuple[float, int] | None = None,
+    aux: tuple[Tensor, Tensor] | None = None,
 ) -> Decision:
-    """counters: step_index and bad_step (int64), threshold (float32; moved if `settings` has its beta).
+    """counters: step_index and bad_step (int64), and threshold (float32), which moves with `moving`: (beta, start).
 
-    settings: clip_norm, auxk_alpha, and of a threshold threshold_beta and threshold_start.
+    aux: of the auxiliary loss (its value, squared norm of its gradients but for b_dec's) [2], and its W_enc^T db_enc.
     """
     n_rows, d_in = rows.centred_BD.shape
     n_groups = len(rows.suffix_RD) // n_rows
@@ -432,8 +441,7 @@ def launch_decide(
         totals.square_parts,
         rows.squared_B,
         rows.smallest_B,
-        sums if aux is None else aux,
-        sums if aux_db_D is None else aux_db_D,
+        *((sums, sums) if aux is None else aux),
         *decision,
         *counters,
         n_rows,
@@ -441,15 +449,15 @@ def launch_decide(
         n_first,
         n_second,
         len(totals.square_parts),
-        int(settings.get("threshold_start", 0)),
+        0 if moving is None else moving[1],
         d_in,
-        LIMIT=settings["clip_norm"],
-        ALPHA=settings["auxk_alpha"],
-        BETA=settings.get("threshold_beta", 0.0),
+        LIMIT=clip_norm,
+        ALPHA=auxk_alpha,
+        BETA=0.0 if moving is None else moving[0],
         HAS_AUX=aux is not None,
-        THRESHOLD="threshold_beta" in settings,
-        STEP=max(1, min(16, (1 << 14) // block_d)),
-        BLOCK=1024,
+        THRESHOLD=moving is not None,
+        STEP=sum_step(block_d),
+        BLOCK=DECIDE_BLOCK,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=16,
@@ -484,7 +492,7 @@ def launch_clip(
         n_programs,
         d_in,
         CHUNK=CHUNK,
-        BLOCK_P=2,
+        BLOCK_P=NORM_STEP,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
@@ -504,7 +512,7 @@ def launch_clip(
         BETA1=betas[0],
         BETA2=betas[1],
         EPS=eps,
-        BLOCK=1024,
+        BLOCK=CLIP_BLOCK,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=8,

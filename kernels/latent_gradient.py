@@ -6,10 +6,10 @@ For a weight matrix W [S, D] whose row s belongs to latent s, with w_hat = W (de
     g -= (g * w_hat).sum(1, keepdim=True) * w_hat                                    # decoder only
     clip = min(1, clip_norm / (global_norm + 1e-6))                                  # over all parameters
 
-The CPU never holds g: an `EntryGradient` makes a block of rows when it is needed, a sparse product that is cheaper than
-writing it to memory and reading it again, and makes none for the norm where a bound shows that nothing is clipped. On a
-GPU the op `latent_gradient` keeps the rows of active latents, and their norms, without asking the device how many there
-are. latent_update.py walks W with them. docs/kernels.md section 4, docs/recipe.md section 2
+g is never held: an `EntryGradient` makes a block of rows when it is needed, a sparse product that is cheaper than
+writing it to memory and reading it again, and makes none for the norm where a bound shows that nothing is clipped.
+latent_update.py walks W with them. This is the CPU's path; a GPU's is in step_entries_triton.py and
+gradient_norm_triton.py. docs/kernels.md section 4, docs/recipe.md section 2
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import Workspace, custom_op
+from .common import Workspace
 from .segment_sum import segment_sum_cpu, segment_sum_into
 
 _BLOCK_BYTES = 4 << 20  # of one block of rows on the CPU
@@ -31,22 +31,16 @@ block_rows = Workspace()  # fresh memory for every block would be 12,000 page fa
 class RowGradient(NamedTuple):
     """Compact gradient of a [S, D] matrix: rows_AD belong to the ascending, distinct latents_A.
 
-    On a GPU, where asking how many latents are active would stall the device, slots_S may stand for latents_A: the row
-    of every latent, int32, -1 for none. Rows that no slot names are undefined.
+    On a GPU, latents_A may end in padding: latents of S, with zero rows.
     """
 
-    latents_A: Tensor | None
+    latents_A: Tensor
     rows_AD: Tensor
     squared_norm: Tensor
-    slots_S: Tensor | None = None
-
-    def slots(self, n_latents: int) -> Tensor:
-        """slots_S, made from latents_A if it is not there."""
-        return latent_slots(self.latents_A, n_latents) if self.slots_S is None else self.slots_S
 
 
 class EntryGradient(NamedTuple):
-    """The same as the entries whose segment sums are its rows, on a CPU: segment s belongs to latent s.
+    """The same as the entries whose segment sums are its rows: segment s belongs to latent s.
 
     From row s the parallel_S[s]-fold of W's own row is still to be taken off (None: nothing), which the norms take into
     account.
@@ -86,32 +80,24 @@ def entry_gradient(
     ids_M: Tensor,
     offsets_S1: Tensor,
     source_RD: Tensor,
-    unit_rows_SD: Tensor | None = None,
     dots_M: Tensor | None = None,
-) -> RowGradient | EntryGradient:
-    """The gradient of every latent: segment sums of entries, projected if the decoder is given.
+) -> EntryGradient:
+    """The gradient of every latent, on a CPU: segment sums of entries, projected if dots are given.
 
     Args:
         weights_M: of entries, as segment_sum takes them; so are the next three.
         ids_M: rows of source_RD.
         offsets_S1: segment s belongs to latent s.
         source_RD: the rows that are summed.
-        unit_rows_SD: W_dec with unit rows: remove the component of every gradient row along its own row. The rows are
-            renormalised after every step, so that component could only be undone (docs/recipe.md section 2).
-        dots_M: with unit_rows, <source[ids], W_dec[latent]> of every entry: on a CPU the component is their weighted
-            sum, and W_dec is not read.
+        dots_M: <source[ids], W_dec[latent]> of every entry, rows of W_dec being unit: remove the component of every
+            gradient row along its own row. The rows are renormalised after every step, so that component could only be
+            undone (docs/recipe.md section 2). It is the weighted sum of the dots: W_dec is not read.
 
-    Nothing is checked but that a CPU has its dots_M, and on a GPU that d_in is at most 8192 (ValueError).
+    Nothing is checked.
     """
-    if source_RD.is_cuda:
-        rows_CD, slots_S, squared_norms_S = latent_gradient_op(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD)
-        return RowGradient(None, rows_CD, squared_norms_S.sum(), slots_S)
     end = int(offsets_S1[-1])  # padding lies behind
     weights_M, ids_M = weights_M[:end], ids_M[:end]
-    parallel_S = None
-    if unit_rows_SD is not None:
-        assert dots_M is not None, "a CPU projects by the dot products of the entries"
-        parallel_S = _segment_totals(weights_M * dots_M[:end], offsets_S1)
+    parallel_S = None if dots_M is None else _segment_totals(weights_M * dots_M[:end], offsets_S1)
     return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S)
 
 
@@ -128,54 +114,26 @@ def dense_gradient_rows(latents_A: Tensor, rows_AD: Tensor, unit_rows_SD: Tensor
 def clip_coefficient(
     gradients: Sequence[RowGradient | EntryGradient], vectors: Sequence[Tensor], clip_norm: float
 ) -> Tensor:
-    """min(1, clip_norm / (global norm + 1e-6)) of all of them, 0-d on the gradients' device (no host sync on a GPU).
+    """min(1, clip_norm / (global norm + 1e-6)) of all of them, 0-d.
 
-    On a CPU the norm is taken only where a bound of it does not show that the factor is 1 (docs/decisions.md).
+    The norm is taken only where a bound of it does not show that the factor is 1 (docs/decisions.md).
     """
     squares = [vector.square().sum() for vector in vectors]
     bounds = [g.squared_norm_bound() if isinstance(g, EntryGradient) else g.squared_norm for g in gradients]
-    if not bounds[0].is_cuda and torch.stack(bounds + squares).sum().sqrt() < 0.999 * clip_norm - 1e-6:
+    if torch.stack(bounds + squares).sum().sqrt() < 0.999 * clip_norm - 1e-6:
         return torch.ones_like(bounds[0])
     squares += [gradient.squared_norm for gradient in gradients]
     return (clip_norm / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
 
 
-def latent_slots(latents_A: Tensor | None, n_latents: int) -> Tensor:
+def latent_slots(latents_A: Tensor, n_latents: int) -> Tensor:
     """int32 [n_latents]: the position of every latent in latents_A, -1 if it is not there."""
-    assert latents_A is not None, "on a GPU, rows come with slots or latents"
     positions_A = torch.arange(len(latents_A), dtype=torch.int32, device=latents_A.device)
     slots_S1 = torch.full((n_latents + 1,), -1, dtype=torch.int32, device=latents_A.device)  # the last is for padding
     return slots_S1.scatter_(0, latents_A, positions_A)[:n_latents]
 
 
-# --- custom ops: CUDA ------------------------------------------------------------------------------------------------
-
-
-@custom_op("latent_gradient")
-def latent_gradient_op(
-    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows [min(S, M), D], slots int32 [S], squared norms [S]): see RowGradient. Segment s belongs to latent s."""
-    from .latent_gradient_triton import launch_latent_gradient
-
-    with torch.cuda.device_of(source_RD):  # Triton launches on the current device
-        return launch_latent_gradient(weights_M, ids_M, offsets_S1, source_RD, unit_rows_SD)
-
-
 # --- CPU -------------------------------------------------------------------------------------------------------------
-
-
-@latent_gradient_op.register_kernel("cpu")
-def latent_gradient_cpu(
-    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    g_SD = segment_sum_cpu(weights_M, ids_M, offsets_S1, source_RD)
-    if unit_rows_SD is not None:
-        _remove_parallel_(g_SD, unit_rows_SD)
-    active_A = torch.nonzero(offsets_S1.diff()).squeeze(1)
-    rows_CD = g_SD.new_zeros(min(len(g_SD), len(weights_M)), g_SD.shape[1])
-    rows_CD[: len(active_A)] = g_SD[active_A]
-    return rows_CD, latent_slots(active_A, len(g_SD)), torch.linalg.vecdot(g_SD, g_SD)
 
 
 def row_blocks(n_rows: int, like_RD: Tensor) -> list[tuple[int, int]]:
@@ -212,15 +170,3 @@ def _norms(weights_M: Tensor, ids_M: Tensor, offsets_A1: Tensor, source_RD: Tens
         segment_sum_into(rows_AD, weights_M, ids_M, offsets_A1[start : stop + 1], source_RD)
         torch.linalg.vector_norm(rows_AD, dim=1, out=norms_A[start:stop])
     return norms_A
-
-
-# --- fakes -----------------------------------------------------------------------------------------------------------
-
-
-@latent_gradient_op.register_fake
-def latent_gradient_fake(
-    weights_M: Tensor, ids_M: Tensor, offsets_S1: Tensor, source_RD: Tensor, unit_rows_SD: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_sae = offsets_S1.shape[0] - 1
-    rows_CD = source_RD.new_empty(min(d_sae, weights_M.shape[0]), source_RD.shape[1])
-    return rows_CD, offsets_S1.new_empty(d_sae, dtype=torch.int32), source_RD.new_empty(d_sae)

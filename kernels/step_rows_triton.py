@@ -22,19 +22,23 @@ from torch import Tensor
 from .segment_sum_triton import accumulator
 
 HELD_ENTRIES = 32  # of a row of fixed k, whose rows of W_dec stay in registers
-HELD_RAGGED, STEP_RAGGED = 16, 4  # of a row that may have more, and how many of the others at a time
+HELD_RAGGED, HELD_PREFIXES = 16, 8  # of a row that may have more; with Matryoshka groups
+STEP_RAGGED, STAGES = 4, 3  # of the others at a time, and how many times as many are on their way
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
 @triton.jit
-def group_size(latents_ptr, group_ends_ptr, start, end, g, BLOCK: tl.constexpr):
-    """How many entries of a row belong to the first g Matryoshka groups, int32: the first so many."""
-    first = tl.load(group_ends_ptr + g - 1, mask=g > 0, other=0)
-    size = 0
-    for p in range(start, end, BLOCK):
+def group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, BLOCK: tl.constexpr):
+    """How many entries of a row belong to the first g Matryoshka groups, int32: the first so many.
+
+    first_latents [BLOCK]: of the row's first entries; those behind its end are above every latent.
+    """
+    bound = tl.load(group_ends_ptr + g - 1, mask=g > 0, other=0)
+    size = tl.sum((first_latents < bound).to(tl.int32), axis=0)
+    for p in range(start + BLOCK, end, BLOCK):
         o = p + tl.arange(0, BLOCK)
         latents = tl.load(latents_ptr + o, mask=o < end, other=0)
-        size += tl.sum(((o < end) & (latents < first)).to(tl.int32), axis=0)
+        size += tl.sum(((o < end) & (latents < bound)).to(tl.int32), axis=0)
     return size
 
 
@@ -81,6 +85,7 @@ def row_kernel(
     LONG: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEP_K: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -103,7 +108,7 @@ def row_kernel(
     x_hat = b + tl.sum(acts[:, None] * w, axis=0)
     smallest = tl.full([STEP_K], float("inf"), ACC)
     if LONG:
-        for p in range(start + BLOCK_K, end, STEP_K):
+        for p in tl.range(start + BLOCK_K, end, STEP_K, num_stages=STAGES):
             more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, p + o_l, p + o_l < end, d_in, o_d, m_d, ACC)
             x_hat += tl.sum(more[:, None] * w_l, axis=0)
             smallest = tl.minimum(smallest, tl.where(more > 0, more, float("inf")))
@@ -114,13 +119,15 @@ def row_kernel(
         squared = tl.zeros([BLOCK_D], dtype=ACC)
         suffix = tl.zeros([BLOCK_D], dtype=ACC)
         high = (end - start).to(tl.int32)
+        o_f = start + tl.arange(0, 32)
+        first_latents = tl.load(latents_ptr + o_f, mask=o_f < end, other=1 << 31)
         for i in range(n_groups):
             g = n_groups - 1 - i
             squared += e * e
             suffix += scale * e
             tl.store(suffix_ptr + (bag + g) * d_in + o_d, suffix, mask=m_d)
             tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
-            low = group_size(latents_ptr, group_ends_ptr, start, end, g, 32)
+            low = group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, 32)
             if LONG:
                 for p in range(start + tl.maximum(low, BLOCK_K), start + high, STEP_K):
                     o = p + o_l
@@ -142,7 +149,7 @@ def row_kernel(
         dacts = tl.sum(w * suffix[None, :], axis=1)
         store_entries(dacts_ptr, bags_ptr, start + o_k, m, acts, dacts, row.to(tl.int32) + o_k * 0)
         if LONG:
-            for p in range(start + BLOCK_K, end, STEP_K):
+            for p in tl.range(start + BLOCK_K, end, STEP_K, num_stages=STAGES):
                 o = p + o_l
                 more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, o, o < end, d_in, o_d, m_d, ACC)
                 dacts_l = tl.sum(w_l * suffix[None, :], axis=1)
@@ -191,18 +198,20 @@ def whole_row_block(d_in: int, elements_per_thread: int) -> tuple[int, int]:
     return block_d, max(1, min(16, block_d // (32 * elements_per_thread)))
 
 
-def row_tile(d_in: int, k: int) -> dict[str, int | bool]:
+def row_tile(d_in: int, k: int, prefixes: bool) -> dict[str, int | bool]:
     """Constants of row_kernel for rows of k entries (0: ragged)."""
     block_d, _ = whole_row_block(d_in, 4)
     ragged = not 0 < k <= HELD_ENTRIES
-    block_k = HELD_RAGGED if ragged else triton.next_power_of_2(k)
-    block_k = max(1, min(block_k, (1 << 15) // block_d))  # 128 registers a thread at most
+    wide = block_d > 2048  # one program a processor, of as many warps as can be
+    held = (HELD_PREFIXES if prefixes else HELD_RAGGED) if ragged else triton.next_power_of_2(k)
+    block_k = min(held, (1 << (14 if wide else 15)) // block_d)
     return {
         "LONG": k == 0 or k > block_k,
         "BLOCK_K": block_k,
-        "STEP_K": max(1, min(STEP_RAGGED, (1 << 14) // block_d)),
+        "STEP_K": min(STEP_RAGGED, (1 << 13) // block_d),
+        "STAGES": STAGES,
         "BLOCK_D": block_d,
-        "num_warps": 4 if block_k * block_d < 1 << 13 else 8 if block_d <= 2048 else 16,
+        "num_warps": 16 if wide else 8 if block_k * block_d >= 1 << 13 else 4,
     }
 
 
@@ -248,6 +257,6 @@ def launch_rows(
         PREFIXES=n_groups > 1,
         CENTRE=centred is None,
         ACC=ACC,
-        **row_tile(d_in, k),
+        **row_tile(d_in, k, n_groups > 1),
     )
     return rows

@@ -7,9 +7,9 @@
 
 (kernels/reference.py has them in full, with the layout of the codes and the order of ties.) Method (docs/kernels.md,
 section 1): the GEMM's epilogue also leaves the maximum of every group of 64 contiguous latents; the k best groups
-contain the top k, so only k * 64 candidates are ever looked at again. Rows go in chunks, so that memory is bounded. On
-a CPU where bfloat16 is fast its product proposes, with bounds, and float32 decides. NaN ranks above every number and
-is returned.
+contain the top k, so only k * 64 candidates are ever looked at again. Rows go in chunks, so that memory is bounded. Of
+float32 inputs a 16-bit product proposes, with bounds, and float32 decides: float16 on a GPU, bfloat16 on a CPU where
+that is fast. NaN ranks above every number and is returned.
 
 Gradients flow to active latents only (act above zero, or NaN). With da [M] the gradient of their acts,
 
@@ -48,8 +48,8 @@ def topk_encode(
     lowest latents of value zero. One floating dtype and one device for all four tensors (float64 on CPU only); W_enc in
     any strides, [d_sae, d_in] order in memory (a transposed view) being the fastest. Float32 is float32, also where
     torch.backends lets torch's own products run in TF32. buffer_bytes bounds the chunk of pre-activations held at a
-    time (default: 512 MiB on a GPU, 64 MiB on CPU), at least one row. ValueError: shapes, dtypes, k outside 1..d_sae
-    (on a GPU also above 1024).
+    time (default: 64 MiB on CPU; on a GPU 1 GiB, or 512 MiB where nothing is screened), at least one row. ValueError:
+    shapes, dtypes, k outside 1..d_sae (on a GPU also above 1024).
     """
     _check(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes)
     _check_k(k, W_enc_DS.shape[1])

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .topk_encode_list_triton import Pool, group_warps
+from .topk_encode_list_triton import Pool
 from .topk_encode_screen_triton import ROUNDING, Screen, multiprocessors, slack_of
 
 RANKED = 64  # candidates that one block compares with one another
@@ -53,7 +53,7 @@ def redo_batch(counters_ptr, capacity):
 # --- top k of every row ----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "k"])
 def topk_of_pool_kernel(
     value_ptr,
     latent_ptr,
@@ -147,7 +147,7 @@ def launch_topk_of_pool(pool: Pool, acts_RK: Tensor, latents_RK: Tensor) -> None
 # --- the batch's bound -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_rows"])
 def bound_digit_kernel(
     maxima_ptr,
     factors_ptr,
@@ -183,7 +183,7 @@ def bound_digit_kernel(
     tl.atomic_add(p_histogram, counts, mask=counts > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def key_kernel(histogram_ptr, found_ptr, n, DIGITS: tl.constexpr):
     """found = (the n-th largest key, its first DIGITS digits; how many equal to it are taken, 0 if the key is 0)."""
     key, wanted = 0, n
@@ -198,7 +198,8 @@ def key_kernel(histogram_ptr, found_ptr, n, DIGITS: tl.constexpr):
 def launch_batch_bound(screen: Screen, n: int, histogram_2: Tensor, found_2: Tensor) -> None:
     """Writes into found a key of which at least n candidates of the chunk are at or above, or 0. histogram: zeros."""
     n_rows, n_groups = screen.maxima_RG.shape
-    rows = 4
+    block = triton.next_power_of_2(n_groups)
+    rows = min(max(4096 // block, 1), 16)
     for second in (False, True):
         bound_digit_kernel[(triton.cdiv(n_rows, rows),)](
             **screen.bound_args(),
@@ -208,8 +209,8 @@ def launch_batch_bound(screen: Screen, n: int, histogram_2: Tensor, found_2: Ten
             n_groups=n_groups,
             SECOND=second,
             ROWS=rows,
-            BLOCK_G=triton.next_power_of_2(n_groups),
-            num_warps=group_warps(n_groups),
+            BLOCK_G=block,
+            num_warps=min(max(block // 256, 4), 16),
         )
     key_kernel[(1,)](histogram_2, found_2, n, DIGITS=2)
 
@@ -233,7 +234,7 @@ def add_digits(values_ptr, n_values, prefix, counts, FIRST: tl.constexpr, SHIFT:
     return counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "n", "n_z"])
 def digit_kernel(
     value_ptr,
     z_ptr,
@@ -271,7 +272,7 @@ def count_of(values_ptr, n_values, key, BLOCK: tl.constexpr):
     return above, equal
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def count_kernel(
     value_ptr,
     latent_ptr,
@@ -297,7 +298,7 @@ def count_kernel(
     tl.store(equal_ptr + row, equal)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def offsets_kernel(
     above_ptr,
     equal_ptr,
@@ -356,7 +357,7 @@ def write_kept(
         slot += tl.sum(kept.to(tl.int32), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def write_kernel(
     value_ptr,
     latent_ptr,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .common import MAX_K
-from .low_weights import CUDA_DTYPE, LowWeights
+from .low_weights import CUDA_DTYPE, TINY, LowWeights
 
 if TYPE_CHECKING:
     from .topk_encode_list_triton import Pool
@@ -39,6 +39,10 @@ class Centred(NamedTuple):
     @staticmethod
     def empty(n_rows: int, d_in: int, device: torch.device | str) -> "Centred":
         return Centred(*(torch.empty(size, dtype=torch.float32, device=device) for size in ((n_rows, d_in), (n_rows,))))
+
+    def write_(self, x_BD: Tensor, b_dec_D: Tensor) -> None:
+        torch.sub(x_BD, b_dec_D, out=self.x_BD)
+        torch.linalg.vector_norm(self.x_BD, dim=1, out=self.norm_B).add_(TINY[CUDA_DTYPE])
 
 
 def group_size(d_sae: int, k: int) -> int | None:
@@ -98,7 +102,10 @@ def batch_topk_encode_screened_cuda(
     low: LowWeights | None = None,
     centred: Centred | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """batch_topk_encode: (acts [M], latents [M] int64, row_offsets [B + 1] int64), M = B k; else as above."""
+    """batch_topk_encode: (acts [M], latents [M] int64, row_offsets [B + 1] int64), M = B k; else as above.
+
+    A chunk has to have at least two groups for each of the B k entries, else the plain path is taken.
+    """
     from .topk_encode_batch_triton import launch_batch_topk_encode, launch_merge
     from .topk_encode_choose_triton import launch_batch_bound, launch_nth_key, launch_row_offsets, launch_write
     from .topk_encode_list_triton import launch_list
@@ -108,6 +115,8 @@ def batch_topk_encode_screened_cuda(
     group = _group(d_sae, k)
     with torch.cuda.device_of(x_BD):
         if 2 * n * group > _chunk_rows(n_rows, d_sae, buffer_bytes) * d_sae:
+            if centred is not None:
+                centred.write_(x_BD, b_dec_D)
             return launch_batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
         encoder = Screening(W_enc_DS, b_enc_S, b_dec_D, group, low)
         codes = []

@@ -26,7 +26,7 @@ def rows_to_redo(counters_ptr, capacity, n_rows, BATCH: tl.constexpr):
     return tl.where(whole, n_rows, n_failed).to(tl.int32), whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "n_rows"])
 def redo_product_kernel(
     x_ptr,
     W_ptr,
@@ -67,7 +67,7 @@ def redo_product_kernel(
         tl.store(p_z, acc, mask=m_f[:, None] & m_s[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "n_rows", "k"])
 def redo_topk_kernel(
     z_ptr,
     failed_ptr,

@@ -39,7 +39,7 @@ def topk_of_row(p_z, width, k, p_acts, p_latents, BLOCK: tl.constexpr):
         written += tl.sum(kept.to(tl.int32), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def topk_of_rows_kernel(z_ptr, acts_ptr, latents_ptr, width, k, BLOCK: tl.constexpr):
     """acts, latents [R, k] of z [R, width]."""
     row = tl.program_id(0).to(tl.int64)

@@ -202,7 +202,7 @@ def with_bias(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def product_kernel(
     x_desc,
     W_desc,
@@ -246,7 +246,7 @@ def product_kernel(
         pre_desc.store([first_b, first_s], acc.to(tl.float16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def tile_product_kernel(
     x_ptr,
     W_ptr,

@@ -180,7 +180,7 @@ def _chunks(
     n_rows, d_sae = len(x_BD), W_enc_DS.shape[1]
     width = -(-d_sae // GROUP) * GROUP
     chunk_rows = _chunk_rows(x_BD, W_enc_DS, buffer_bytes)
-    bounds_2S = torch.empty(2, d_sae, dtype=torch.float32) if low is None else (low.norm_S, low.error_S)
+    norm_S, error_S = torch.empty(2, d_sae, dtype=torch.float32) if low is None else (low.norm_S, low.error_S)
     for start in range(0, n_rows, chunk_rows):
         x_RD = x_BD[start : start + chunk_rows]
         x_RD = torch.sub(x_RD, b_dec_D, out=_centred.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape))
@@ -191,11 +191,14 @@ def _chunks(
         maxima_RG = torch.empty(len(x_RD), width // GROUP, dtype=torch.int16)
         for o in range(0, d_sae, PANEL):
             end = min(o + PANEL, d_sae)
-            panel = low.rows(o, end) if low is not None else _low_panel(W_enc_DS.t()[o:end], *bounds_2S[:, o:end])
+            if low is None:
+                panel = _low_panel(W_enc_DS.t()[o:end], norm_S[o:end], error_S[o:end])
+            else:
+                panel = low.rows(o, end)
             torch.addmm(b_enc_S[o:end].to(LOW), low_RD, panel.W_SD.t(), out=pre_RP[:, o:end])
             groups = pre_bits_RP[:, o : o + PANEL].unflatten(1, (-1, GROUP))
             torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
-        yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, _slack(x_RD, low_RD, *bounds_2S, b_enc_S))
+        yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, _slack(x_RD, low_RD, norm_S, error_S, b_enc_S))
 
 
 def _slack(x_RD: Tensor, low_RD: Tensor, norm_S: Tensor, error_S: Tensor, b_enc_S: Tensor) -> Tensor:
@@ -239,7 +242,7 @@ def _proposed(chunk: Chunk, maxima_RG: Tensor, n: int, W_enc_DS: Tensor, b_enc_S
     their values are not: the least of them is at most the n-th largest."""
     groups_U = nonzero(topk_mask(maxima_RG.int(), n))  # NumPy partitions int32 four times as fast as int16 (measured)
     values_UG = chunk.pre_RP.view(-1, GROUP).index_select(0, groups_U)
-    positions_U = groups_U * GROUP + torch.from_numpy(values_UG.numpy().argmax(1))
+    positions_U = groups_U * GROUP + values_UG.argmax(1)
     return Proposed(_exact(chunk, positions_U, W_enc_DS, b_enc_S), positions_U)
 
 
@@ -275,7 +278,8 @@ def _candidates(
     if proposed is None:
         return _exact(chunk, positions_M, W_enc_DS, b_enc_S), positions_M, sure_R
     known_U = sure_R[proposed.positions_U // width]
-    slots_U = torch.searchsorted(positions_M, proposed.positions_U[known_U])
+    # NumPy's goes on from where the last one was found.
+    slots_U = torch.from_numpy(np.searchsorted(positions_M.numpy(), proposed.positions_U[known_U].numpy()))
     values_M = torch.empty(len(positions_M), dtype=torch.float32)
     values_M[slots_U] = proposed.values_U[known_U]
     new_M = nonzero(torch.ones(len(positions_M), dtype=torch.bool).index_fill_(0, slots_U, False))

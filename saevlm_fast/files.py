@@ -163,18 +163,22 @@ def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     Call it only while nobody else writes.
     """
     for file in Path(directory).glob(f"{TEMPORARY_PREFIX}*"):
-        if _LEFTOVER.fullmatch(file.name) is None:
-            continue
-        if file.is_dir() and not file.is_symlink():
-            shutil.rmtree(file)
-        else:
-            file.unlink(missing_ok=True)
+        if _LEFTOVER.fullmatch(file.name) is not None:
+            _remove(file)
 
 
 def remove_leftovers_of(path: str | os.PathLike[str]) -> None:
     """Deletes what killed writers of this one file left beside it; the same warning."""
     for file in Path(path).parent.glob(f"{TEMPORARY_PREFIX}{'[0-9a-f]' * 8}-{glob.escape(Path(path).name)}"):
-        file.unlink(missing_ok=True)
+        _remove(file)
+
+
+def _remove(path: Path) -> None:
+    """Of a link the link, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _temporary_sibling(path: Path) -> Path:

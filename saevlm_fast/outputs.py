@@ -88,7 +88,7 @@ def output_lock(
     A record lock (POSIX lockf) of this process alone: unlike flock, worker processes that outlive a killed one do not
     inherit it, and it does not keep threads of one process apart, nor a call from another in it that has the lock
     already. The lock file says who holds it; it is removed in the end, and a directory that was made for it, if nothing
-    else has come into it. On Windows there is no lock.
+    else has come into it. Beside a file, what killed writers of it left is removed first. On Windows there is no lock.
 
     Args:
         output: the file or directory that is written.
@@ -112,6 +112,8 @@ def output_lock(
         lock = _taken(output, file, directory, exclusive, LOCK_SECONDS if patience is None else patience, on_wait)
         _held[key] = lock
         try:
+            if not directory and exclusive:
+                remove_leftovers_of(output)
             yield lock
         finally:
             del _held[key]

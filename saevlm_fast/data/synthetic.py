@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from saevlm_fast.errors import require
-from saevlm_fast.files import atomic_write
+from saevlm_fast.files import atomic_write, remove_leftovers_of
 from saevlm_fast.outputs import check_absent, output_lock
 
 ACTIVATIONS_FILE, EMBEDDINGS_FILE = "activations.npy", "embeddings.npy"
@@ -82,6 +82,8 @@ def write_synthetic(
     paths = directory / ACTIVATIONS_FILE, directory / EMBEDDINGS_FILE
     with output_lock(directory, directory=True):
         check_absent(paths, force)
+        for path in paths:
+            remove_leftovers_of(path)
         x_ND, e_NE = source.sample(n_rows)
         with atomic_write(paths[0]) as activations, atomic_write(paths[1]) as embeddings:
             np.save(activations, x_ND, allow_pickle=False)

@@ -12,7 +12,7 @@ from saevlm_fast.demo.scene_stores import N_SCENES, RECIPE, TOWER, SceneStores, 
 from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Measured, Scored, picture, train_on_scenes
 from saevlm_fast.demo.steering import LLAVA, N_PATCH_SCENES, PATCHES, SteeringExample, steer_colours
 from saevlm_fast.errors import Interrupted
-from saevlm_fast.files import write_json_atomic
+from saevlm_fast.files import remove_leftovers, write_json_atomic
 from saevlm_fast.outputs import check_absent, output_lock
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.tables import write_scores
@@ -73,6 +73,7 @@ def run_demo(options: DemoOptions, report: Report) -> Demonstrated:
     """
     with output_lock(options.output, directory=True):
         check_demo(options)
+        remove_leftovers(options.output)
         return _run_demo(options, Path(options.output), report)
 
 

@@ -291,6 +291,8 @@ class _Scorer:
         self.embeddings, self.alive = embeddings, firing_latents(codes)
         self.norm_S = answerer.sae.W_dec.detach().norm(dim=1)
         self.tops = [top.images for top in top_images(codes, latents, N_TOP)]
+        for top in self.tops:  # damage and NaN are found now, not after hours of answers
+            embeddings.rows(top)
         self._residuals: dict[int, Tensor] = {}
         self._words: dict[str, Tensor] = {}
         order = np.random.default_rng(config.seed).permutation(len(pictures))

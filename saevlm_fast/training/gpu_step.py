@@ -17,108 +17,123 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saevlm_fast.config import TrainConfig
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide, launch_totals
+from saevlm_fast.kernels.latent_gradient import RowGradient, latent_slots
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_update
+from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
 from saevlm_fast.kernels.step_rows_triton import launch_rows
-
-Moments = tuple[Tensor, Tensor]
+from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
+from saevlm_fast.kernels.topk_encode_cuda import (
+    Centred,
+    batch_topk_encode_screened_cuda,
+    topk_encode_screened_cuda,
+)
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents, auxiliary
 
 _side_streams: dict[int, torch.cuda.Stream] = {}  # of every device: one for all steps
 
 
-class Trained(NamedTuple):
-    """What a step changes in place: parameters (W_enc latent-major [d_sae, d_in]) and moments by name, idle_S, low."""
+class State(NamedTuple):
+    """What a step reads and moves on, on the device.
+
+    parameters and moments by name (W_enc latent-major [d_sae, d_in]), idle_S, step_index (read), bad_step, Adam's
+    schedule (read), ends of the Matryoshka groups (read), and the low copy of W_enc if the encoder works with one.
+    """
 
     parameters: dict[str, Tensor]
-    moments: dict[str, Moments]
+    moments: dict[str, tuple[Tensor, Tensor]]
     idle_S: Tensor
-    low: tuple[Tensor, Tensor, Tensor] | None
+    step_index: Tensor
+    bad_step: Tensor
+    schedule: Tensor
+    group_ends_G: Tensor
+    low: LowWeights | None
 
-    def state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A parameter with its moments."""
         return self.parameters[name], *self.moments[name]
 
 
-class Recipe(NamedTuple):
-    """Constants of a step; threshold: (beta, start) where one is moved."""
-
-    clip_norm: float
-    auxk_alpha: float
-    betas: tuple[float, float]
-    eps: float
-    threshold: tuple[float, int] | None
-
-
-class Counters(NamedTuple):
-    """0-d on the device: step_index is read, bad_step and threshold are moved on; Adam's schedule [2] is read."""
-
-    step_index: Tensor
-    bad_step: Tensor
-    threshold: Tensor
-    schedule: Tensor
-
-
-class Auxiliary(NamedTuple):
-    """The auxiliary loss and its gradients, those of W_dec projected: rows of latents_A (d_sae: padding, zero rows)."""
-
-    loss: Tensor
-    latents_A: Tensor
-    W_enc_AD: Tensor
-    b_enc_A: Tensor
-    W_dec_AD: Tensor
+def gpu_encode(sae: SparseAutoencoder, x_BD: Tensor, low: LowWeights | None) -> tuple[SparseCodes, Centred | None]:
+    """The codes; and x - b_dec, which the encoder leaves where it works with a low copy of W_enc."""
+    k, d_sae, topk = sae.config.k, sae.config.d_sae, sae.config.architecture == "topk"
+    inputs = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach(), k
+    if low is None:
+        codes = (*topk_encode(*inputs), None) if topk else batch_topk_encode(*inputs)
+        return SparseCodes.from_flat(*codes, d_sae), None
+    centred = Centred.empty(*x_BD.shape, x_BD.device)
+    if topk:
+        codes = *topk_encode_screened_cuda(*inputs, low=low, centred=centred), None
+    else:
+        codes = batch_topk_encode_screened_cuda(*inputs, low=low, centred=centred)
+    return SparseCodes.from_flat(*codes, d_sae), centred
 
 
 def gpu_step(
-    trained: Trained,
+    sae: SparseAutoencoder,
+    config: TrainConfig,
+    state: State,
     x_BD: Tensor,
-    codes: tuple[Tensor, Tensor, Tensor | None],
-    centred: tuple[Tensor, Tensor] | None,
-    group_ends_G: Tensor,
-    recipe: Recipe,
-    counters: Counters,
-    auxiliary: Callable[[Tensor], Auxiliary | None],
-) -> tuple[Tensor, Tensor]:
-    """x_hat_BD of the last prefix and the losses [3] (overall, mse, aux); `trained` and `counters` are moved on.
+    codes: SparseCodes,
+    centred: Centred | None,
+    dead_latents: Callable[[], DeadLatents],
+) -> tuple[Tensor, Tensor, DeadLatents]:
+    """The step on a batch and its codes; `state` and the threshold are moved on in place.
 
     Args:
-        trained: moved on in place.
+        sae: whose parameters `state` holds.
+        config: the recipe.
+        state: moved on.
         x_BD: the batch.
-        codes: acts, latents and row_offsets as kernels/reference.py has them.
-        centred: (x - b_dec, its norms [B]), if the encoder left them.
-        group_ends_G: of the Matryoshka groups, int64 on the device.
-        recipe: constants.
-        counters: what the device knows of the run.
-        auxiliary: the auxiliary loss given x_hat_BD; called once idle_S has moved on.
+        codes: of the batch.
+        centred: x - b_dec with its norms, or None.
+        dead_latents: asked once state.idle_S has moved on.
+
+    Returns:
+        x_hat_BD of the last prefix, losses [3] (overall, mse, aux), dead latents.
     """
-    acts, latents, row_offsets = codes
-    n_latents, parameters = len(trained.idle_S), trained.parameters
+    (acts, latents, row_offsets), W, ends = codes.flat(), state.parameters, state.group_ends_G
     with _beside(x_BD) as side:
         with side:
-            order = launch_order(latents, row_offsets, n_latents)
-        rows = launch_rows(
-            x_BD, acts, latents, row_offsets, group_ends_G, parameters["W_dec"], parameters["b_dec"], centred
-        )
+            order = launch_order(latents, row_offsets, codes.d_sae)
+        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred)
     entries = launch_entries(acts, rows, order)
-    totals = launch_totals(entries, rows, parameters["W_enc"], trained.idle_S)
-    aux = auxiliary(rows.x_hat_BD)
-    aux_dec, aux_enc, aux_numbers, aux_db_D = _aux_inputs(aux, parameters["W_enc"], totals.db_enc_S)
-    decision = launch_decide(rows, totals, counters[:3], _settings(recipe), aux_numbers, aux_db_D)
-    clip = launch_clip(
-        entries,
-        totals,
-        decision,
-        recipe.clip_norm,
-        counters.schedule,
-        recipe.betas,
-        recipe.eps,
-        trained.state("b_dec"),
-    )
-    scalars = Scalars(clip, counters.schedule, recipe.betas, recipe.eps)
-    launch_update(entries, totals.parallel_S, scalars, trained.state("W_dec"), None, aux_dec)
-    W_enc, b_enc = trained.state("W_enc"), trained.state("b_enc")
-    launch_update(entries, totals.db_enc_S, scalars, W_enc, b_enc, aux_enc, trained.low)
-    return rows.x_hat_BD, decision.losses
+    totals = launch_totals(entries, rows, W["W_enc"], state.idle_S)
+
+    dead = dead_latents()
+    aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha)
+    aux_numbers = None if aux is None else _add_auxiliary(aux, W["W_enc"], totals.db_enc_S)
+    moving = None if sae.config.architecture == "topk" else (config.threshold_beta, config.threshold_start)
+    counters = state.step_index, state.bad_step, sae.threshold
+    decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, aux_numbers)
+    constants = state.schedule, config.betas, config.eps
+    clip = launch_clip(entries, totals, decision, config.clip_norm, *constants, state.of("b_dec"))
+
+    scalars = Scalars(clip, *constants)
+    launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, _aux_rows(aux and aux.W_dec, sae))
+    biases, aux_rows = state.of("b_enc"), _aux_rows(aux and aux.W_enc, sae)
+    launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, aux_rows, state.low)
+    return rows.x_hat_BD, decision.losses, dead
+
+
+def _add_auxiliary(aux: Auxiliary, W_enc_SD: Tensor, db_enc_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, squared norm of W_enc's, W_dec's and b_enc's gradient) [2], and W_enc^T db_enc, of this loss alone.
+
+    Its db_enc is added to db_enc_S: a dead latent has no entry that fired.
+    """
+    dead_A = aux.W_enc.latents_A.clamp(max=len(db_enc_S) - 1)  # padding has zero gradients
+    db_enc_S.index_add_(0, dead_A, aux.b_enc_A.to(db_enc_S.dtype))
+    squares = aux.W_enc.squared_norm + aux.W_dec.squared_norm + aux.b_enc_A.square().sum()
+    return torch.stack([aux.loss, squares]), aux.b_enc_A @ W_enc_SD[dead_A]
+
+
+def _aux_rows(gradient: RowGradient | None, sae: SparseAutoencoder) -> tuple[Tensor, Tensor] | None:
+    """Rows of the auxiliary loss, and the slot of every latent among them."""
+    return None if gradient is None else (gradient.rows_AD, latent_slots(gradient.latents_A, sae.config.d_sae))
 
 
 @contextmanager
@@ -137,33 +152,3 @@ def _beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
     side.wait_stream(stream)
     yield torch.cuda.stream(side)
     stream.wait_stream(side)
-
-
-def _settings(recipe: Recipe) -> dict[str, float]:
-    settings = {"clip_norm": recipe.clip_norm, "auxk_alpha": recipe.auxk_alpha}
-    if recipe.threshold is not None:
-        settings |= {"threshold_beta": recipe.threshold[0], "threshold_start": recipe.threshold[1]}
-    return settings
-
-
-Rows = tuple[Tensor, Tensor]
-
-
-def _aux_inputs(
-    aux: Auxiliary | None, W_enc_SD: Tensor, db_enc_S: Tensor
-) -> tuple[Rows | None, Rows | None, Tensor | None, Tensor | None]:
-    """(rows, slots) of W_dec and of W_enc, (loss, squared norm), and W_enc^T db_enc of the auxiliary loss alone.
-
-    Its db_enc is added to db_enc_S: dead latents have no entry that fires.
-    """
-    if aux is None:
-        return None, None, None, None
-    n_latents, n_dead = len(db_enc_S), len(aux.latents_A)
-    rows_A = aux.latents_A.clamp(max=n_latents - 1)
-    slots_S1 = torch.full((n_latents + 1,), -1, dtype=torch.int32, device=db_enc_S.device)  # the last is for padding
-    slots_S1.scatter_(0, aux.latents_A, torch.arange(n_dead, dtype=torch.int32, device=db_enc_S.device))
-    db_enc_S.index_add_(0, rows_A, aux.b_enc_A.to(db_enc_S.dtype))
-    squares = [torch.linalg.vector_norm(g).square() for g in (aux.W_enc_AD, aux.W_dec_AD, aux.b_enc_A)]
-    numbers = torch.stack([aux.loss, torch.stack(squares).sum()])
-    slots_S = slots_S1[:n_latents]
-    return (aux.W_dec_AD, slots_S), (aux.W_enc_AD, slots_S), numbers, aux.b_enc_A @ W_enc_SD[rows_A]

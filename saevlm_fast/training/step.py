@@ -19,7 +19,6 @@ from saevlm_fast.kernels.latent_gradient import (
     EntryGradient,
     RowGradient,
     clip_coefficient,
-    dense_gradient_rows,
     entry_gradient,
 )
 from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
@@ -27,12 +26,7 @@ from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
-from saevlm_fast.kernels.topk_encode_cuda import (
-    Centred,
-    batch_topk_encode_screened_cuda,
-    screens_cuda,
-    topk_encode_screened_cuda,
-)
+from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
 from saevlm_fast.kernels.topk_encode_screened import (
     batch_topk_encode_screened,
     screens,
@@ -40,11 +34,9 @@ from saevlm_fast.kernels.topk_encode_screened import (
 )
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, auxiliary, padded_size
 
-_AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
 _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
-_DEAD_ROUNDING = 256  # a GPU's padded list of dead latents grows by at least that
-_STEPS_A_COUNT = 8  # steps between two counts of what can be dead
 
 _residuals, _centred_rows = Workspace(), Workspace()
 
@@ -63,10 +55,10 @@ class Gradients(NamedTuple):
     Those of the auxiliary loss, on dead latents alone, are to be added: a list of one or none.
     """
 
-    W_enc: RowGradient | EntryGradient
+    W_enc: EntryGradient
     aux_enc: list[RowGradient]
     b_enc: Tensor
-    W_dec: RowGradient | EntryGradient
+    W_dec: EntryGradient
     aux_dec: list[RowGradient]
     b_dec: Tensor
 
@@ -81,58 +73,6 @@ class StepOutput(NamedTuple):
     x_hat_BD: Tensor
     codes: SparseCodes
     n_dead: int | Tensor
-
-
-class DeadLatents(NamedTuple):
-    """Dead latents, ascending, and how many. On a GPU latents_A is longer: its end is padding, latents of d_sae."""
-
-    latents_A: Tensor
-    number: int | Tensor
-
-
-class DeadBound:
-    """On a GPU: how many latents can be dead in a step, known before it begins. Nobody waits for a step.
-
-    Counted every few steps are the latents that can be dead within twice as many, whatever fires in between; the count
-    is used from the next time on, when it has long reached the host.
-    """
-
-    def __init__(self) -> None:
-        self._known = -1, 0  # rows seen up to which it holds, and the bound
-        self._asked: tuple[int, Tensor, torch.cuda.Event] | None = None  # the same, on its way: the count, its arrival
-
-    def latents(self, idle_S: Tensor, n_rows: int, n_rows_seen: int, dead_after: int) -> int:
-        """An upper bound on (idle_S >= dead_after).sum() after this step, of n_rows rows, the last of n_rows_seen.
-
-        idle_S is as it was before the step.
-        """
-        before, ahead = n_rows_seen - n_rows, 2 * _STEPS_A_COUNT * n_rows
-        if n_rows_seen > self._known[0] and self._asked is not None:
-            holds, count, arrival = self._asked
-            arrival.synchronize()
-            self._known, self._asked = (holds, int(count)), None
-        if n_rows_seen > self._known[0]:  # the first time, or rows come faster: there is nothing to go by, so wait
-            self._known = before + ahead, int(may_be_dead(idle_S, ahead, dead_after).sum())
-        if self._asked is None and n_rows_seen > self._known[0] - ahead // 2:
-            count, arrival = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
-            count.copy_(may_be_dead(idle_S, ahead, dead_after).sum(), non_blocking=True)
-            arrival.record()
-            self._asked = before + ahead, count, arrival
-        return self._known[1]
-
-
-def padded_size(bound: int, d_sae: int) -> int:
-    """Length of a GPU's list of at most `bound` dead latents: few lengths, each at most an eighth (or 255) too long.
-
-    Every length is captured anew where the step is in a CUDA graph.
-    """
-    unit = max(_DEAD_ROUNDING, 1 << max(bound.bit_length() - 4, 0))
-    return min(d_sae, -(-bound // unit) * unit)
-
-
-def may_be_dead(idle_S: Tensor, n_rows: int, dead_after: int) -> Tensor:
-    """[d_sae] bool: latents that are dead after n_rows more rows, unless they fire in these."""
-    return idle_S + n_rows >= dead_after
 
 
 class Stepper:
@@ -207,7 +147,7 @@ class Stepper:
             return self._gpu_step(x_BD)
         codes = self._encode(x_BD)
         self._track(codes, len(x_BD))
-        dead = self._dead_latents(len(x_BD))
+        dead = self._dead_latents()
         x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.config.auxk_alpha)
         first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
         self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
@@ -215,50 +155,17 @@ class Stepper:
         return StepOutput(losses, x_hat_BD, codes, dead.number)
 
     def _gpu_step(self, x_BD: Tensor) -> StepOutput:
-        """The same on a GPU, in few kernels."""
-        from saevlm_fast.training import gpu_step
+        """The same on a GPU."""
+        from saevlm_fast.training.gpu_step import State, gpu_encode, gpu_step
 
-        config = self.config
-        codes, centred = self._gpu_encode(x_BD)
-        moves = self.sae.config.architecture != "topk"
-        threshold = (config.threshold_beta, config.threshold_start) if moves else None
-        recipe = gpu_step.Recipe(config.clip_norm, config.auxk_alpha, config.betas, config.eps, threshold)
-        trained = gpu_step.Trained(self.parameters(), self.moments, self.idle_S, self.low)
-        counters = gpu_step.Counters(self.step_index, self.bad_step, self.sae.threshold, self.adam_schedule)
-        n_dead: list[int | Tensor] = [0]
-
-        def auxiliary(x_hat_BD: Tensor) -> gpu_step.Auxiliary | None:
-            dead = self._dead_latents(len(x_BD))
-            n_dead[0] = dead.number
-            if len(dead.latents_A) == 0:
-                return None
-            db_enc_S = torch.zeros_like(self.sae.b_enc)
-            aux, (enc,), (dec,) = _auxiliary(self.sae, x_BD, x_hat_BD, dead, config.auxk_alpha, db_enc_S)
-            rows_A = dead.latents_A.clamp(max=len(db_enc_S) - 1)
-            db_enc_A = torch.where(dead.latents_A < len(db_enc_S), db_enc_S[rows_A], 0)
-            return gpu_step.Auxiliary(aux, dead.latents_A, enc.rows_AD, db_enc_A, dec.rows_AD)
-
+        low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.k) else None
+        counters = self.step_index, self.bad_step, self.adam_schedule
+        state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low)
         with torch.cuda.device_of(x_BD):
-            x_hat_BD, losses = gpu_step.gpu_step(
-                trained, x_BD, codes.flat(), centred, self.group_ends_G, recipe, counters, auxiliary
-            )
+            codes, centred = gpu_encode(self.sae, x_BD, low)
+            x_hat_BD, losses, dead = gpu_step(self.sae, self.config, state, x_BD, codes, centred, self._dead_latents)
         self.was_replayed()
-        return StepOutput(Losses(*losses.unbind()), x_hat_BD, codes, n_dead[0])
-
-    def _gpu_encode(self, x_BD: Tensor) -> tuple[SparseCodes, Centred | None]:
-        """The codes, and x - b_dec if the encoder left it."""
-        sae, k, topk = self.sae, self.sae.config.k, self.sae.config.architecture == "topk"
-        inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
-        if screens_cuda(x_BD, sae.W_enc, k):
-            centred = Centred.empty(*x_BD.shape, x_BD.device)
-            encode = topk_encode_screened_cuda if topk else batch_topk_encode_screened_cuda
-            encoded = encode(*inputs, k, low=self._low_W_enc(), centred=centred)
-        else:
-            centred, encode = None, topk_encode if topk else batch_topk_encode
-            encoded = encode(*inputs, k)
-        if topk:
-            encoded = (*encoded, None)
-        return SparseCodes.from_flat(*encoded, sae.config.d_sae), centred
+        return StepOutput(Losses(*losses), x_hat_BD, codes, dead.number)
 
     def _encode(self, x_BD: Tensor) -> SparseCodes:
         """In CSR form, in the dtype of the weights."""
@@ -287,7 +194,8 @@ class Stepper:
         """
         W_enc_SD = self.sae.W_enc.detach().T
         if self.low is None:
-            self.low = LowWeights.empty(*W_enc_SD.shape, W_enc_SD.device)
+            d_sae, d_in = W_enc_SD.shape
+            self.low, self._low_state = LowWeights.empty(d_sae, d_in, W_enc_SD.device), None
         if self._low_state != self._W_enc_state():
             self.low.write_(0, W_enc_SD)
             self._low_state = self._W_enc_state()
@@ -319,7 +227,7 @@ class Stepper:
     def _some_can_be_dead(self) -> bool:
         return self.config.auxk_alpha > 0 and self.n_rows_seen >= self.config.dead_after
 
-    def _dead_latents(self, n_rows: int) -> DeadLatents:
+    def _dead_latents(self) -> DeadLatents:
         """Latents that are dead after this batch; on a GPU as many places as were announced."""
         if not self._some_can_be_dead():
             return DeadLatents(self.idle_S.new_empty(0), 0)
@@ -347,7 +255,7 @@ class Stepper:
     def _adam(self) -> AdamSettings:
         """Adam's settings in the announced step, the n_steps-th."""
         lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
-        return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps, self.adam_schedule)
+        return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps)
 
 
 def _check_unit_rows(W_dec_SD: Tensor) -> None:
@@ -370,14 +278,14 @@ def smallest_positive(acts_M: Tensor) -> Tensor:
 def loss_and_gradients(
     sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, auxk_alpha: float
 ) -> tuple[Tensor, Losses, Gradients]:
-    """Losses of one batch and the gradient of every parameter, from sparse codes. docs/recipe.md section 1.
+    """Of one batch and its codes, on a CPU: losses, and the gradient of every parameter. docs/recipe.md section 1.
 
     mse = mean over Matryoshka prefixes (one prefix otherwise) of mean_b ||x - x_hat_g||^2: divided by the number of
     groups once; the paper's code divides twice.
 
     Returns:
-        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected). On a CPU the next call on this
-        thread overwrites what the gradients of the weights are made from.
+        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected). The next call on this thread
+        overwrites what the gradients of the weights are made from.
     """
     n_groups, b_dec = len(sae.config.group_ends), sae.b_dec.detach()
     bag_offsets = _bag_offsets(sae, codes)
@@ -387,16 +295,18 @@ def loss_and_gradients(
     centred_BD = _centred(x_BD, b_dec)
     dW_enc, dW_dec, db_enc = _latent_gradients(sae, codes, bag_offsets, centred_BD, suffix_BGD.flatten(0, 1))
 
-    aux, aux_enc, aux_dec = _auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, db_enc)
+    aux = auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha)
+    aux_loss, aux_enc, aux_dec = mse.new_zeros(()), [], []
+    if aux is not None:
+        aux_loss, aux_enc, aux_dec = aux.loss, [aux.W_enc], [aux.W_dec]
+        db_enc.index_add_(0, dead.latents_A, aux.b_enc_A)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
-    losses = Losses(mse + auxk_alpha * aux, mse, aux)
+    losses = Losses(mse + auxk_alpha * aux_loss, mse, aux_loss)
     return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec)
 
 
 def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
-    """x - b_dec; on a CPU in memory that the next call on this thread overwrites."""
-    if x_BD.device.type != "cpu":
-        return x_BD - b_dec
+    """x - b_dec, in memory that the next call on this thread overwrites."""
     return torch.sub(x_BD, b_dec, out=_centred_rows.get(x_BD.numel(), x_BD.dtype).view(x_BD.shape))
 
 
@@ -416,22 +326,19 @@ def _prefix_residuals(
     Returns:
         x_hat_BD of the last prefix; the sum of the squared residuals x_hat_g - x of all rows and prefixes (0-d); and
         the gradient of mse that the entries of every group receive [B, G, d_in]: an entry of group j is part of every
-        prefix g >= j, so theirs is the suffix sum. On a CPU the next call on this thread overwrites it.
+        prefix g >= j, so theirs is the suffix sum. The next call on this thread overwrites it.
     """
     (n_rows, d_in), n_groups = x_BD.shape, len(sae.config.group_ends)
     W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
     x_hat_BD, squared = torch.empty_like(x_BD), []
     acts_M, latents_M, _ = codes.csr()
-    if x_BD.is_cuda:
-        suffix_RD = segment_sum(acts_M, latents_M, bag_offsets, W_dec)
-    else:  # memory of this thread: a first touch of 20 MiB costs ten times the write
-        suffix_RD = _residuals.get(n_rows * n_groups * d_in, x_BD.dtype)
+    # Memory of this thread: a first touch of 20 MiB costs ten times the write.
+    suffix_RD = _residuals.get(n_rows * n_groups * d_in, x_BD.dtype)
     suffix_BGD = suffix_RD.view(n_rows, n_groups, d_in)
     for start, stop in _row_blocks(x_BD, n_groups):
         x_bD, sums_bGD = x_BD[start:stop], suffix_BGD[start:stop]
-        if not x_BD.is_cuda:
-            offsets = bag_offsets[start * n_groups : stop * n_groups + 1]
-            segment_sum_into(sums_bGD.flatten(0, 1), acts_M, latents_M, offsets, W_dec)
+        offsets = bag_offsets[start * n_groups : stop * n_groups + 1]
+        segment_sum_into(sums_bGD.flatten(0, 1), acts_M, latents_M, offsets, W_dec)
         sums_bGD[:, 0] += b_dec
         for g in range(1, n_groups):
             sums_bGD[:, g] += sums_bGD[:, g - 1]
@@ -446,72 +353,20 @@ def _prefix_residuals(
 
 def _row_blocks(x_BD: Tensor, n_groups: int) -> list[tuple[int, int]]:
     size = max(1, _BLOCK_BYTES // (n_groups * x_BD.shape[1] * x_BD.element_size()))
-    size = len(x_BD) if x_BD.is_cuda else size
     return [(start, min(start + size, len(x_BD))) for start in range(0, len(x_BD), size)]
 
 
 def _latent_gradients(
     sae: SparseAutoencoder, codes: SparseCodes, bag_offsets: Tensor, centred_BD: Tensor, suffix_RD: Tensor
-) -> tuple[RowGradient | EntryGradient, RowGradient | EntryGradient, Tensor]:
+) -> tuple[EntryGradient, EntryGradient, Tensor]:
     """dW_enc, dW_dec and db_enc [d_sae], from one sort of the entries by latent."""
     acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
     bags_M = entry_rows(codes.top_indices, bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
     rows_M, W_dec = bags_M // len(sae.config.group_ends), sae.W_dec.detach()
     dacts_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
     dacts_M = torch.where(acts_M > 0, dacts_M, 0)
-    dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, W_dec, dacts_M)
+    dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, dacts_M)
     dW_enc = entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
     one = dacts_M.new_ones(1, 1)
     db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
     return dW_enc, dW_dec, db_enc
-
-
-def _auxiliary(
-    sae: SparseAutoencoder, x_BD: Tensor, x_hat_BD: Tensor, dead: DeadLatents, alpha: float, db_enc: Tensor
-) -> tuple[Tensor, list[RowGradient], list[RowGradient]]:
-    """The auxiliary loss: dead latents reconstruct the residual x - x_hat, detached, without bias.
-
-    docs/recipe.md section 1.
-
-    ||residual - aux reconstruction||^2 over the residual's variance, both mean over the batch; the top d_in / 2 dead
-    latents of each row take part. Gradients are scaled by alpha; db_enc is added to in place.
-    """
-    n_rows, d_in = x_BD.shape
-    if len(dead.latents_A) == 0:
-        return x_BD.new_zeros(()), [], []
-    residual_BD, centred_BD = x_BD - x_hat_BD, x_BD - sae.b_dec.detach()
-    dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
-    variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows
-    W_enc_AD, W_dec_AD = sae.W_enc.detach().T[dead_A], sae.W_dec.detach()[dead_A]
-    b_enc_A = sae.b_enc.detach()[dead_A]
-    dW_enc_AD, dW_dec_AD, db_enc_A = torch.zeros_like(W_enc_AD), torch.zeros_like(W_dec_AD), torch.zeros_like(b_enc_A)
-    squared = residual_BD.new_zeros(())
-    defined = (variance > 0) & (dead.number > 0)
-    scale = torch.where(defined, 2 * alpha / (n_rows * variance), 0)
-    block = max(1, _AUX_ELEMENTS // len(dead_A))
-    for start in range(0, n_rows, block):
-        c_BD, r_BD = centred_BD[start : start + block], residual_BD[start : start + block]
-        acts_BA = torch.addmm(b_enc_A, c_BD, W_enc_AD.T).relu_()
-        if isinstance(dead.number, Tensor):  # padding is never active, and so has zero gradients
-            acts_BA.masked_fill_(dead.latents_A == sae.config.d_sae, 0)
-        acts_BA = _keep_largest_(acts_BA, d_in // 2)
-        error_BD = acts_BA @ W_dec_AD - r_BD
-        squared += error_BD.square().sum()
-        error_BD *= scale
-        dacts_BA = torch.where(acts_BA > 0, error_BD @ W_dec_AD.T, 0)
-        dW_dec_AD.addmm_(acts_BA.T, error_BD)
-        dW_enc_AD.addmm_(dacts_BA.T, c_BD)
-        db_enc_A += dacts_BA.sum(0)
-    db_enc.index_add_(0, dead_A, db_enc_A)
-    aux = torch.where(defined, squared / n_rows / variance, 0)
-    dW_enc = dense_gradient_rows(dead.latents_A, dW_enc_AD)
-    dW_dec = dense_gradient_rows(dead.latents_A, dW_dec_AD, sae.W_dec.detach())
-    return aux, [dW_enc], [dW_dec]
-
-
-def _keep_largest_(acts_BA: Tensor, k: int) -> Tensor:
-    """Zero all but the k largest of every row, in place."""
-    if k >= acts_BA.shape[1]:
-        return acts_BA
-    kept = torch.topk(acts_BA, k, dim=1, sorted=False)
-    return acts_BA.zero_().scatter_(1, kept.indices, kept.values)

@@ -331,12 +331,11 @@ def test_whole_steps(monkeypatch, architecture):
     assert_close(stepper.sae.W_enc, plain.sae.W_enc, rtol=1e-3, atol=1e-3)  # Adam: small gradients' signs count
     fresh = LowWeights.empty(*stepper.sae.W_enc.T.shape)
     fresh.write_(0, stepper.sae.W_enc.detach().T)
-    low = LowWeights, step_module._empty_low_weights
     assert plain.low is None
     for kept, expected in zip(stepper.low, fresh):
         assert torch.equal(kept, expected)
     with torch.no_grad():
         stepper.sae.W_enc *= 2  # changed by others: seen
-    assert torch.equal(stepper._low_W_enc(*low).W_SD, stepper.sae.W_enc.T.bfloat16())
+    assert torch.equal(stepper._low_W_enc().W_SD, stepper.sae.W_enc.T.bfloat16())
     plain.step(data[:61])  # had no low weights so far
-    assert torch.equal(plain._low_W_enc(*low).W_SD, plain.sae.W_enc.T.bfloat16())
+    assert torch.equal(plain._low_W_enc().W_SD, plain.sae.W_enc.T.bfloat16())

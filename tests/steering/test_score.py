@@ -21,7 +21,7 @@ from saevlm_fast import outputs
 from saevlm_fast.box_making.architecture import build_clip, build_llava, clip_processor, llava_processor
 from saevlm_fast.config import PROMPT, SAEConfig, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import open_codes
-from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images
 from saevlm_fast.provenance import other_text_model, other_tower
@@ -273,6 +273,7 @@ def test_a_finished_table_leaves_nothing_to_do(box, tmp_path, suffix):
     progress = tmp_path / f"score.{suffix}.progress"
     progress.mkdir()
     (progress / "block_000000.json").touch()
+    (tmp_path / f".writing-01234567-{output.name}").touch()
     text = score_command(box, output, "--latents", some, "--resume")
     assert "nothing left to do" in text
     assert run_json(*score_words(box, output, "--latents", some, "--resume")) == first
@@ -297,6 +298,17 @@ def test_a_table_is_read_as_it_was_written(pieces, tmp_path):
         (tmp_path / f"score.{suffix}").write_bytes(b"latent\n1\n")
         with pytest.raises(ValueError, match=f"score.{suffix}: not a table of steering scores"):
             read_scores(tmp_path / f"score.{suffix}")
+
+
+def test_damaged_embeddings_are_found_before_the_first_answer(pieces, tmp_path, monkeypatch):
+    answerer, source, codes, embeddings, encoder = pieces
+    monkeypatch.setattr(SteeredAnswers, "answers", lambda *_: pytest.fail("asked"))
+    x = embeddings.rows(torch.arange(embeddings.n_rows))
+    x[int(dense_codes(codes)[:, 5].argmax())] = torch.nan
+    score = ScoreConfig((DEAD, 5), ALPHA, ask=1, n_reference=4), ScoreRun(tmp_path / "score.json", {})
+    with pytest.raises(ValueError, match=r"tensor \[40, \d+\]: row \d+"):
+        steering_score(answerer, source, codes, Activations.from_tensor(x), encoder, *score)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_random_latent_is_another_one():

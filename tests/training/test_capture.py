@@ -11,8 +11,9 @@ from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
+from saevlm_fast.training.dead_latents import padded_size
 from saevlm_fast.training.run import train
-from saevlm_fast.training.step import Stepper, padded_size
+from saevlm_fast.training.step import Stepper
 from test_step import make
 
 ARCHITECTURES = ["topk", "batch_topk", "matryoshka"]

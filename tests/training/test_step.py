@@ -15,8 +15,9 @@ from saevlm_fast.kernels.latent_gradient import (
 from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import step as step_module
+from saevlm_fast.training.dead_latents import DeadLatents, auxiliary, may_be_dead
 from saevlm_fast.training.state import geometric_median
-from saevlm_fast.training.step import DeadLatents, Stepper, _auxiliary, may_be_dead, smallest_positive
+from saevlm_fast.training.step import Stepper, smallest_positive
 
 GROUPS = {"topk": (), "batch_topk": (), "matryoshka": (5, 13, 30, 49)}
 
@@ -144,16 +145,18 @@ def test_padded_dead_latents_change_nothing(n_dead):
     padded = torch.nn.functional.pad(latents, (0, 30), value=97)
     results = []
     for dead in (DeadLatents(latents, n_dead), DeadLatents(padded, torch.tensor(n_dead))):
-        db_enc = torch.zeros(97, dtype=torch.float64)
-        aux, enc, dec = _auxiliary(stepper.sae, x, residual, dead, 0.5, db_enc)
-        dense = []
-        for gradient in (*enc, *dec):
+        aux = auxiliary(stepper.sae, x, residual, dead, 0.5)
+        loss, db_enc, dense = torch.zeros((), dtype=torch.float64), torch.zeros(97, dtype=torch.float64), []
+        if aux is not None:
+            loss = aux.loss
+            db_enc.index_add_(0, dead.latents_A.clamp(max=96), aux.b_enc_A)
+        for gradient in [] if aux is None else [aux.W_enc, aux.W_dec]:
             slots = latent_slots(gradient.latents_A, 97)
             rows = torch.zeros(97, 24, dtype=torch.float64)
             rows[slots >= 0] = gradient.rows_AD[slots[slots >= 0].long()]
             torch.testing.assert_close(gradient.squared_norm, rows.square().sum())
             dense.append(rows)
-        results.append((aux, db_enc, dense or [torch.zeros(97, 24, dtype=torch.float64)] * 2))
+        results.append((loss, db_enc, dense or [torch.zeros(97, 24, dtype=torch.float64)] * 2))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
 
 
