@@ -5,10 +5,10 @@ import pytest
 from damage import mutations, refusal
 from saevlm_fast.steering.table import MEASURES, read_block, write_block
 
+NUMBERS = ("answer_share", *MEASURES)
 ROWS = [
-    {"latent": 5, "n_top": 16, "other_latent": 8, "answer": "a \u732b"} | dict.fromkeys(("answer_share", *MEASURES), 0.1),
-    | dict.fromkeys(MEASURES, 0.1),
-    {"latent": 7, "n_top": 0} | dict.fromkeys(("other_latent", "answer", "answer_share", *MEASURES)),
+    {"latent": 5, "n_top": 16, "other_latent": 8, "answer": "a \u732b"} | dict.fromkeys(NUMBERS, 0.1),
+    {"latent": 7, "n_top": 0} | dict.fromkeys(("other_latent", "answer", *NUMBERS)),
 ]
 
 
