@@ -30,7 +30,8 @@ TILE_E = 16  # entries of each of them in one load; a latent of more is gone thr
 HEAVY_E = 1024
 ROWS_W = 4  # rows of W_enc in flight
 COLUMN_ROWS, COLUMN_STEP, BLOCK_C = 128, 32, 256  # rows that a program of column_sum_kernel adds; columns
-NORM_PROGRAMS = 1024
+NORM_PROGRAMS, NORM_STEP = 1024, 2
+DECIDE_BLOCK, CLIP_BLOCK = 4096, 2048
 SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long parallel part would blow up
 
 
@@ -393,6 +394,11 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
     return totals
 
 
+def sum_step(block_d: int) -> int:
+    """Rows that decide_kernel adds at a time: 64 registers a thread."""
+    return min(32, (1 << 15) // block_d)
+
+
 def launch_decide(
     rows: Rows,
     totals: Totals,
@@ -450,8 +456,8 @@ def launch_decide(
         BETA=0.0 if moving is None else moving[0],
         HAS_AUX=aux is not None,
         THRESHOLD=moving is not None,
-        STEP=max(1, min(32, (1 << 15) // block_d)),
-        BLOCK=4096,
+        STEP=sum_step(block_d),
+        BLOCK=DECIDE_BLOCK,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=16,
@@ -486,7 +492,7 @@ def launch_clip(
         n_programs,
         d_in,
         CHUNK=CHUNK,
-        BLOCK_P=2,
+        BLOCK_P=NORM_STEP,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
@@ -506,7 +512,7 @@ def launch_clip(
         BETA1=betas[0],
         BETA2=betas[1],
         EPS=eps,
-        BLOCK=2048,
+        BLOCK=CLIP_BLOCK,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=8,

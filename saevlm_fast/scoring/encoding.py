@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import closing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,14 +59,17 @@ def ahead_on(
     def bring(chunk: tuple[int, Values]) -> tuple[int, Values]:
         start, values = chunk
         with torch.cuda.stream(copies):
-            values = values.to(device)
+            there: Any = values.to(device)
         copies.synchronize()
-        for tensor in [values] if isinstance(values, Tensor) else values[:3]:
-            if tensor is not None:
-                tensor.record_stream(consumer)  # its memory stays while the consumer's kernels may read it
-        return start, values
+        for tensor in _tensors(there):
+            tensor.record_stream(consumer)  # its memory stays while the consumer's kernels may read it
+        return start, there
 
     return prefetch(bring, chunks, n_threads=1)
+
+
+def _tensors(values: SparseCodes | Tensor) -> list[Tensor]:
+    return [values] if isinstance(values, Tensor) else [tensor for tensor in values[:3] if tensor is not None]
 
 
 def _encode(sae: SparseAutoencoder, x_BD: Tensor) -> SparseCodes:
