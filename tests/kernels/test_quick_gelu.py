@@ -15,7 +15,7 @@ def every_number(dtype, device="cpu"):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 def test_every_number_within_a_rounding(device, dtype):
-    """The interpreter rounds to bfloat16 in a way of its own; where the gate is nearly shut that is more than an ulp."""
+    """The interpreter rounds to bfloat16 in a way of its own, which shows where the gate is nearly shut."""
     from saevlm_fast.kernels.quick_gelu_triton import launch_quick_gelu
 
     half = torch.bfloat16 if dtype == torch.float32 else dtype
