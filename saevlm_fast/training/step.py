@@ -242,7 +242,9 @@ class Stepper:
 
     def _update(self, gradients: Gradients) -> None:
         rows = {"W_enc": (gradients.W_enc, gradients.aux_enc), "W_dec": (gradients.W_dec, gradients.aux_dec)}
-        parts = [part for gradient, aux in rows.values() for part in (gradient, *aux)]
+        parts: list[EntryGradient | RowGradient] = []
+        for gradient, aux in rows.values():
+            parts += [gradient, *aux]
         clip = clip_coefficient(parts, [gradients.b_enc, gradients.b_dec], self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
         for name, (gradient, aux) in rows.items():
