@@ -27,7 +27,7 @@ PANEL_IMAGES = 1280
 PANEL_COLUMNS = 1 << 15
 PANEL_BLOCK_I = 8
 PANEL_BLOCK_J = 256
-WEIGH_ROWS = 128
+WEIGH_ROWS = 32
 WEIGH_BLOCK_I = 8
 WEIGH_BLOCK_K = 128
 COLUMN_ROWS = 64
@@ -201,7 +201,7 @@ def launch_column_sums(
     wide_NK = torch.empty_like(r_NK, dtype=torch.float64) if widen else r_NK
     rows = max(least_rows, triton.cdiv(n_images, COLUMN_PARTS))
     n_parts = triton.cdiv(n_images, rows)
-    parts = wide_NK.new_empty(n_parts, 5, n_latents)
+    parts = sqnorm_N.new_empty(n_parts, 5, n_latents)
     if r_NK.numel() > 0:
         column_sums_kernel[(n_parts, triton.cdiv(n_latents, COLUMN_BLOCK_K))](
             r_NK,

@@ -244,11 +244,11 @@ class DenseTiles(NamedTuple):
 
 
 def dense_tiles() -> DenseTiles:
-    """What fits in the shared memory of the current device: 192 KiB on Hopper, 64 elsewhere; of no device, a few."""
+    """What fits in the shared memory of the current device: 160 KiB on Hopper, 64 elsewhere; of no device, a few."""
     if not torch.cuda.is_available():  # Triton's interpreter
         return DenseTiles(32, 16, 16, 2)
     hopper = not torch.version.hip and torch.cuda.get_device_capability()[0] == 9
-    return DenseTiles(128, 64, 64, 3) if hopper else DenseTiles(64, 32, 32, 2)
+    return DenseTiles(128, 128, 64, 2) if hopper else DenseTiles(64, 32, 32, 2)
 
 
 def halves(x_NC: Tensor, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,12 +61,15 @@ def ahead_on(
         with torch.cuda.stream(copies):
             there: Any = values.to(device)
         copies.synchronize()
-        for tensor in [there] if isinstance(there, Tensor) else there[:3]:
-            if tensor is not None:
-                tensor.record_stream(consumer)  # its memory stays while the consumer's kernels may read it
+        for tensor in _tensors(there):
+            tensor.record_stream(consumer)  # its memory stays while the consumer's kernels may read it
         return start, there
 
     return prefetch(bring, chunks, n_threads=1)
+
+
+def _tensors(values: SparseCodes | Tensor) -> list[Tensor]:
+    return [values] if isinstance(values, Tensor) else [tensor for tensor in values[:3] if tensor is not None]
 
 
 def _encode(sae: SparseAutoencoder, x_BD: Tensor) -> SparseCodes:
