@@ -125,8 +125,9 @@ def test_gpu_captured_steps_are_the_eager_steps(device, architecture: str, dead_
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("architecture", "most"), [("topk", 40), ("batch_topk", 48), ("matryoshka", 48)])
-def test_gpu_step_is_few_kernels(device, architecture: str, most: int) -> None:
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_gpu_step_is_at_most_40_kernels(device, architecture: str) -> None:
+    """Copies and fills of memory, which are no kernels, not counted."""
     from torch.profiler import ProfilerActivity, profile
 
     stepper, x = big(architecture, device, 768, 6144)
@@ -137,8 +138,9 @@ def test_gpu_step_is_few_kernels(device, architecture: str, most: int) -> None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         stepper.device_step(x)
         torch.cuda.synchronize()
-    n_kernels = sum(e.count for e in profiled.key_averages() if "cuda" in str(e.device_type).lower())
-    assert 0 < n_kernels <= most
+    events = [event for event in profiled.key_averages() if "cuda" in str(event.device_type).lower()]
+    counts = {event.key: event.count for event in events if not event.key.lower().startswith("mem")}
+    assert 0 < sum(counts.values()) <= 40, counts
 
 
 @pytest.mark.gpu
