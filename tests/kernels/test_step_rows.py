@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from plain_step import make_case, plain_step
 
+from plain_step import make_case, plain_step
 from static_compile import TARGETS, Case, assert_no_spills
 from test_segment_sum import poison  # noqa: F401
 
