@@ -278,7 +278,8 @@ def launch_rows(
         b_dec_D,
         *rows,
     )
-    for (shortest, longest, *tile), context in zip(launches, (nullcontext(), beside or nullcontext())):
+    contexts: tuple[AbstractContextManager[object], ...] = nullcontext(), beside or nullcontext()
+    for (shortest, longest, *tile), context in zip(launches, contexts):
         with context:
             row_kernel[(n_rows,)](
                 *pointers,
