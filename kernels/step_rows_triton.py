@@ -25,7 +25,7 @@ from .segment_sum_triton import accumulator
 
 HELD_ENTRIES = 32  # of a row of fixed k, whose rows of W_dec stay in registers
 HELD_SHORT = 16  # of ragged rows, those of at most so many entries: two programs a processor
-HELD_LONG, STEP_LONG = 8, 8  # of the others, and how many more at a time
+HELD_LONG, STEP_LONG = 8, 4  # of the others, and how many more at a time
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
