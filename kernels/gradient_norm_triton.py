@@ -24,12 +24,14 @@ from .segment_sum_triton import CHUNK, accumulator
 from .step_entries_triton import Entries, latent_row
 from .step_rows_triton import Rows, whole_row_block
 
-LATENTS = 16  # of a program of totals_kernel
+LATENTS, LATENTS_MANY = 8, 16  # of a program of totals_kernel: few latents, or many
+MANY = 1 << 15
 TILE_E = 16  # entries of each of them in one load; a latent of more is gone through alone
-HEAVY_E = 1024
+HEAVY_E = 512
 ROWS_W = 4  # rows of W_enc in flight
-COLUMN_ROWS, COLUMN_STEP, BLOCK_C = 128, 8, 256  # rows that a program of column_sum_kernel adds; columns
-NORM_PROGRAMS = 1024
+COLUMN_ROWS, COLUMN_STEP, BLOCK_C = 128, 32, 256  # rows that a program of column_sum_kernel adds; columns
+NORM_PROGRAMS, NORM_STEP = 1024, 2
+DECIDE_BLOCK, CLIP_BLOCK = 4096, 2048
 SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long parallel part would blow up
 
 
@@ -361,10 +363,11 @@ class Decision(NamedTuple):
     losses: Tensor
 
 
-def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor, latents: int = LATENTS) -> Totals:
+def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor) -> Totals:
     """Totals, and idle_S moved on in place."""
     n_latents, d_in = W_enc_SD.shape
     sum_dtype, ACC = accumulator(W_enc_SD.dtype)
+    latents = LATENTS_MANY if n_latents >= MANY else LATENTS
     n_programs = triton.cdiv(n_latents, latents)
     new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=W_enc_SD.device)  # noqa: E731
     totals = Totals(new(n_latents), new(n_latents), new(n_programs, d_in), new(n_programs, 2))
@@ -389,6 +392,11 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
         num_warps=max(2, num_warps),
     )
     return totals
+
+
+def sum_step(block_d: int) -> int:
+    """Rows that decide_kernel adds at a time: 64 registers a thread, or 32 of wide rows."""
+    return min(32, (1 << (15 if block_d <= 2048 else 14)) // block_d)
 
 
 def launch_decide(
@@ -448,8 +456,8 @@ def launch_decide(
         BETA=0.0 if moving is None else moving[0],
         HAS_AUX=aux is not None,
         THRESHOLD=moving is not None,
-        STEP=max(1, min(16, (1 << 14) // block_d)),
-        BLOCK=1024,
+        STEP=sum_step(block_d),
+        BLOCK=DECIDE_BLOCK,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=16,
@@ -484,7 +492,7 @@ def launch_clip(
         n_programs,
         d_in,
         CHUNK=CHUNK,
-        BLOCK_P=2,
+        BLOCK_P=NORM_STEP,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
@@ -504,7 +512,7 @@ def launch_clip(
         BETA1=betas[0],
         BETA2=betas[1],
         EPS=eps,
-        BLOCK=1024,
+        BLOCK=CLIP_BLOCK,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=8,

@@ -2,12 +2,13 @@
 
 Which processors have units for bfloat16 (AMX, AVX-512 BF16, ARM's BFMMLA, ...) and which of them this torch uses, where
 a hypervisor shows them at all, is more than a list of flags can know. So a product of either kind is timed, the first
-time that an encode is large enough for it to matter: a tenth of a second, half of one where bfloat16 is emulated.
+time that an encode is large enough for it to matter: a tenth of a second, half of one where bfloat16 is emulated. On
+one thread and by its own CPU time: with more, other work on a busy host decides who wins (measured).
 
 The answer changes speed and not codes: they are the exact float32 top k either way. But the two ways add in different
 orders, so activations differ in their last bits. That a resumed run is bit for bit the one it continues therefore needs
-the same answer again: a process keeps to its first one, and the times are kept for this machine (its processor, torch,
-number of threads) in the cache directory. SAEVLM_FAST_SCREENING=1 or 0 says yes or no without a measurement.
+the same answer again: a process keeps to its first one, and it is kept for this machine (its processor and torch) in
+the cache directory. SAEVLM_FAST_SCREENING=1 or 0 says yes or no without a measurement.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 
 from saevlm_fast.files import cache_directory, write_json_atomic
+from saevlm_fast.runtime import one_thread
 
 from .common import check
 
@@ -37,7 +39,7 @@ _decided: dict[str, float] = {}  # by machine: what this process goes by
 
 
 def low_products_pay() -> bool:
-    """Whether encoders screen with bfloat16 products on this CPU, with torch's present number of threads.
+    """Whether encoders screen with bfloat16 products on this CPU.
 
     ValueError: SAEVLM_FAST_SCREENING is set to something else than 0 or 1.
     """
@@ -65,14 +67,15 @@ def _ratio() -> float:
 
 def _measure() -> float:
     """The two products take turns, and the least time of either counts: a host that is busy disturbs both."""
-    calls = _product(torch.float32), _product(torch.bfloat16)
-    for call in calls:
-        _seconds(call)  # the first ones compile
-    float32, bfloat16 = math.inf, math.inf
-    for n in range(_ROUNDS):
-        float32, bfloat16 = (min(least, _seconds(call)) for least, call in zip((float32, bfloat16), calls))
-        if n >= 2 and bfloat16 > 2 * float32:
-            break  # emulated: that is slow, and clear after three rounds
+    with one_thread(True):
+        calls = _product(torch.float32), _product(torch.bfloat16)
+        for call in calls:
+            _seconds(call)  # the first ones compile
+        float32, bfloat16 = math.inf, math.inf
+        for n in range(_ROUNDS):
+            float32, bfloat16 = (min(least, _seconds(call)) for least, call in zip((float32, bfloat16), calls))
+            if n >= 2 and bfloat16 > 2 * float32:
+                break  # emulated: that is slow, and clear after three rounds
     return float32 / bfloat16
 
 
@@ -84,9 +87,9 @@ def _product(dtype: torch.dtype) -> Callable[[], object]:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     call()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 # --- kept for this machine -------------------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _machine() -> str:
     """A digest of all that the times depend on."""
-    what = _processor(), torch.__version__, torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())
+    what = _processor(), torch.__version__, torch.backends.cpu.get_cpu_capability()
     return hashlib.sha256("\n".join(what).encode()).hexdigest()[:24]
 
 
@@ -122,11 +125,7 @@ def _write(machine: str, ratio: float) -> None:
     try:
         file = _file(machine)
         file.parent.mkdir(exist_ok=True)
-        about = {
-            "processor": _processor().split("\n")[0].replace("\t", ""),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        }
+        about = {"processor": _processor().split("\n")[0].replace("\t", ""), "torch": torch.__version__}
         write_json_atomic(file, about | {"float32_over_bfloat16": ratio})
     except (OSError, ValueError):
         pass

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from .pairwise_similarity_triton import _similarity_tile
 
-PANEL_IMAGES = 2048
+PANEL_IMAGES = 1280
 PANEL_COLUMNS = 1 << 15
 PANEL_BLOCK_I = 8
 PANEL_BLOCK_J = 256
-WEIGH_ROWS = 128
+WEIGH_ROWS = 32
 WEIGH_BLOCK_I = 8
 WEIGH_BLOCK_K = 128
 COLUMN_ROWS = 64
@@ -185,19 +185,23 @@ def weigh_panel_kernel(
 
 
 def launch_column_sums(
-    r_NK: Tensor, sqnorm_N: Tensor, low_K: Tensor | None = None, least_rows: int = COLUMN_ROWS
+    r_NK: Tensor,
+    sqnorm_N: Tensor,
+    low_K: Tensor | None = None,
+    least_rows: int = COLUMN_ROWS,
+    widen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """One pass over r: r - low in float64, and parts [P, 5, K] of the sums that closed_form_kernel adds up.
+    """One pass over r: r - low in float64 (r itself without widen), and parts [P, 5, K] that closed_form_kernel adds.
 
     |e|^2 and low float64. Nothing but low is subtracted: den keeps its digits where one image dominates.
     """
     n_images, n_latents = r_NK.shape
     r_NK, sqnorm_N = r_NK.contiguous(), sqnorm_N.contiguous()
-    widen = r_NK.dtype != torch.float64 or low_K is not None
+    widen = widen and (r_NK.dtype != torch.float64 or low_K is not None)
     wide_NK = torch.empty_like(r_NK, dtype=torch.float64) if widen else r_NK
     rows = max(least_rows, triton.cdiv(n_images, COLUMN_PARTS))
     n_parts = triton.cdiv(n_images, rows)
-    parts = wide_NK.new_empty(n_parts, 5, n_latents)
+    parts = sqnorm_N.new_empty(n_parts, 5, n_latents)
     if r_NK.numel() > 0:
         column_sums_kernel[(n_parts, triton.cdiv(n_latents, COLUMN_BLOCK_K))](
             r_NK,

@@ -21,6 +21,7 @@ from .common import check_similarity
 
 DENSE_WARPS = 8
 BAND = 8
+HALVES_BLOCK = 8, 256
 GRAM_BLOCK_N = 64
 GRAM_BLOCK_E = 16
 GRAM_WARPS = 4
@@ -33,7 +34,8 @@ FINISH_BLOCK = 32
 def _similarity_tile(inner, sqnorm_i, sqnorm_j, gamma, SIMILARITY: tl.constexpr):
     """_rbf_tile of pairwise_similarity.py; cosine and dot are the inner product of prepared embeddings."""
     if SIMILARITY == "rbf":
-        return tl.exp(-gamma * tl.maximum(sqnorm_i[:, None] + sqnorm_j[None, :] - 2.0 * inner, 0.0))
+        distance = sqnorm_i[:, None] + sqnorm_j[None, :] - 2.0 * inner
+        return tl.exp(-gamma * tl.where(distance < 0.0, 0.0, distance))  # NaN stays; of tl.maximum it does not
     return inner
 
 
@@ -71,6 +73,33 @@ def _scaled_halves(x):
     x = x * scale
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16), scale
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def halves_kernel(
+    x_ptr,
+    scale_ptr,
+    high_ptr,
+    low_ptr,
+    n_rows,
+    n_columns,
+    BY_ROW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """high + low = x * scale, scale of each row or of each column."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_n, m_c = o_n < n_rows, o_c < n_columns
+    offsets, mask = o_n[:, None] * n_columns + o_c[None, :], m_n[:, None] & m_c[None, :]
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    if BY_ROW:
+        x = x.to(tl.float64) * tl.load(scale_ptr + o_n, mask=m_n, other=0.0)[:, None]
+    else:
+        x = x.to(tl.float64) * tl.load(scale_ptr + o_c, mask=m_c, other=0.0)[None, :]
+    high = x.to(tl.float16)
+    tl.store(high_ptr + offsets, high, mask=mask)
+    tl.store(low_ptr + offsets, (x - high.to(tl.float64)).to(tl.float16), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_images", "first_tile"])
@@ -215,23 +244,37 @@ class DenseTiles(NamedTuple):
 
 
 def dense_tiles() -> DenseTiles:
-    """What fits in the shared memory of the current device: 192 KiB on Hopper, 64 elsewhere; of no device, a few."""
+    """What fits in the shared memory of the current device: 160 KiB on Hopper, 64 elsewhere; of no device, a few."""
     if not torch.cuda.is_available():  # Triton's interpreter
         return DenseTiles(32, 16, 16, 2)
     hopper = not torch.version.hip and torch.cuda.get_device_capability()[0] == 9
-    return DenseTiles(128, 64, 64, 3) if hopper else DenseTiles(64, 32, 32, 2)
+    return DenseTiles(128, 128, 64, 2) if hopper else DenseTiles(64, 32, 32, 2)
 
 
-def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x as (high + low) * unscale, two float16; unscale, along dim, is a power of two: the largest is 2^7 to 2^8.
+def halves(x_NC: Tensor, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x of any floating dtype as (high + low) / scale, two float16, and scale, float64 [N] or [C], powers of two.
 
-    To 2^-22 of x, or 2^-33 of the largest. Where all are 0, unscale is 1.
+    The largest of a row, or of a column, becomes 2^7 to 2^8; high + low is good to 2^-22 of x, or 2^-33 of the largest.
     """
-    largest = x.abs().amax(dim, keepdim=True)
-    exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 8, 0)
-    x = torch.ldexp(x, -exponent)
-    high = x.to(torch.float16)
-    return high, (x - high).to(torch.float16), torch.ldexp(torch.ones_like(largest), exponent).squeeze(dim)
+    x_NC = x_NC.contiguous()
+    low, high = torch.aminmax(x_NC, dim=int(by_row))
+    largest = torch.maximum(-low, high).to(torch.float64)
+    exponent = torch.where(largest > 0, 8 - torch.frexp(largest).exponent, 0)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    halves = torch.empty((2, *x_NC.shape), dtype=torch.float16, device=x_NC.device)
+    grid = triton.cdiv(len(x_NC), HALVES_BLOCK[0]), triton.cdiv(x_NC.shape[1], HALVES_BLOCK[1])
+    halves_kernel[grid](
+        x_NC,
+        scale,
+        halves[0],
+        halves[1],
+        *x_NC.shape,
+        BY_ROW=by_row,
+        BLOCK_N=HALVES_BLOCK[0],
+        BLOCK=HALVES_BLOCK[1],
+        num_warps=GRAM_WARPS,
+    )
+    return halves[0], halves[1], scale
 
 
 def tiles_in_bands(n_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -250,18 +293,19 @@ def launch_pairwise_num(
     tiles: DenseTiles | None = None,
     parts_bytes: int = PARTS_BYTES,
 ) -> Tensor:
-    """num_K of dense activations and prepared embeddings, all float64; products and sums as accurate as float32.
+    """num_K in float64 of dense activations and of float64 prepared embeddings, as accurate as float32.
 
     For latents that no image dominates: activations below 2^-11 of a latent's largest lose bits.
     """
     check_similarity(similarity)
     n_images, n_latents = r_NK.shape
-    num_K = r_NK.new_zeros(n_latents)
+    num_K = r_NK.new_zeros(n_latents, dtype=torch.float64)
     if n_images == 0 or n_latents == 0:
         return num_K
     tiles = tiles or dense_tiles()
-    r_high, r_low, r_unscale_K = halves(r_NK, 0)
-    emb_high, emb_low, emb_unscale_N = halves(emb_NE, 1)
+    r_high, r_low, r_scale_K = halves(r_NK, by_row=False)
+    emb_high, emb_low, emb_scale_N = halves(emb_NE, by_row=True)
+    unscale_N, sqnorm_N = emb_scale_N.reciprocal().float(), sqnorm_N.float()
     tile_i, tile_j = tiles_in_bands(triton.cdiv(n_images, tiles.n), r_NK.device)
     group = min(len(tile_i), max(1, parts_bytes // (4 * n_latents)))
     parts = r_NK.new_empty(group, n_latents, dtype=torch.float32)
@@ -272,8 +316,8 @@ def launch_pairwise_num(
             r_low,
             emb_high,
             emb_low,
-            emb_unscale_N.float(),
-            sqnorm_N.float(),
+            unscale_N,
+            sqnorm_N,
             tile_i,
             tile_j,
             parts,
@@ -290,7 +334,7 @@ def launch_pairwise_num(
             num_stages=tiles.stages,
         )
         num_K += parts[:n_tiles].sum(0, dtype=torch.float64)
-    return num_K * r_unscale_K.square()
+    return num_K / r_scale_K.square()
 
 
 def launch_gram_sums(

@@ -48,7 +48,7 @@ class StreamedState(NamedTuple):
 
 def streamed_cosine_state(n_latents: int, d_emb: int, device: torch.device | str = "cpu") -> StreamedState:
     """The state before any image: zeros."""
-    num_S, den_S, total_S = (torch.zeros(n_latents, dtype=torch.float64, device=device) for _ in range(3))
+    num_S, den_S, total_S = torch.zeros(3, n_latents, dtype=torch.float64, device=device)
     return StreamedState(torch.zeros(n_latents, d_emb, dtype=torch.float64, device=device), num_S, den_S, total_S)
 
 

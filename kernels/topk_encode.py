@@ -8,8 +8,8 @@
 (kernels/reference.py has them in full, with the layout of the codes and the order of ties.) Method (docs/kernels.md,
 section 1): the GEMM's epilogue also leaves the maximum of every group of 64 contiguous latents; the k best groups
 contain the top k, so only k * 64 candidates are ever looked at again. Rows go in chunks, so that memory is bounded. Of
-float32 inputs a 16-bit product proposes, with bounds, and float32 decides: float16 on a GPU, bfloat16 on a CPU
-where that is fast. NaN ranks above every number and is returned.
+float32 inputs a 16-bit product proposes, with bounds, and float32 decides: float16 on a GPU, bfloat16 on a CPU where
+that is fast. NaN ranks above every number and is returned.
 
 Gradients flow to active latents only (act above zero, or NaN). With da [M] the gradient of their acts,
 

@@ -86,6 +86,8 @@ class SAESize(Settings):
     def check(self) -> None:
         super().check()
         require(self.d_sae is None or self.expansion is None, "d_sae: give either d_sae or expansion, not both")
+        used = self.architecture == "matryoshka" or tuple(self.groups) == MATRYOSHKA_FRACTIONS
+        require(used, f"groups: {list(self.groups)} are of matryoshka; the architecture is {self.architecture}")
 
     def config(self, d_in: int) -> "SAEConfig":
         """The SAE of activations of width d_in. ValueError: as `SAEConfig.sized`."""
@@ -161,10 +163,11 @@ class SAEConfig(Settings):
             d_sae: number of latents, instead of expansion.
             k: latents kept per row (paper: 20).
             architecture: topk, batch_topk or matryoshka.
-            groups: sizes of the Matryoshka groups as fractions of d_sae (paper, section 4); of others not looked at.
+            groups: sizes of the Matryoshka groups as fractions of d_sae (paper, section 4).
 
         Raises:
-            ValueError: both sizes given, an expansion that is not in (0, 1e6), groups that do not sum to 1, k > d_sae.
+            ValueError: both sizes given, an expansion that is not in (0, 1e6), groups that do not sum to 1 or are
+                given to another architecture, k > d_sae.
         """
         return SAESize(architecture, expansion, d_sae, k, groups).config(d_in)  # type: ignore[arg-type]
 

@@ -156,11 +156,11 @@ class SparseCodes(NamedTuple):
             ActivationError: naming the first bad row, its latent, the value and the rule. Waits for a device.
         """
         self.check_layout(where, first_row, exact=as_stored)
-        acts_M, latents_M, row_offsets = self.csr()
         end = self.n_entries
-        acts_M, latents_M = acts_M[:end], latents_M[:end]
+        acts_M, latents_M = self.top_acts.flatten()[:end], self.top_indices.flatten()[:end]
         if not as_stored and self._in_range(acts_M, latents_M):
             return
+        row_offsets = self.csr()[2]
         sign_M, least = (acts_M > 0, "above 0") if as_stored else (acts_M >= 0, "of at least 0")
         rules = [
             (sign_M & (acts_M < float("inf")), acts_M, f"is not a finite activation {least}"),

@@ -1,4 +1,4 @@
-"""What goes wrong from outside: altered bytes, calls that nobody meant, killed runs, two processes on one output.
+"""What goes wrong from outside: altered bytes, broken images, calls that nobody meant, killed runs, two on one output.
 
     python tests/campaign.py                          # every part
     python tests/campaign.py --part bytes --every-byte   # of a megabyte: store, codes, SAE, run; one bit each
@@ -9,7 +9,8 @@ Seeded: the same bytes, bits and calls every time; the points of kills as far as
 A byte's outcome is one of: "named", an error of one line with the name of the file or of its directory; "harmless",
 what is read equals what was written; and what must not be: "unnamed" (an error that does not say where), "traceback"
 (an error of another kind than the program's own) and "silent" (something else is read). Those of calls are in
-helpers/fuzzed_calls.py, those of killed runs and pairs in helpers/cut_runs.py.
+helpers/fuzzed_calls.py, those of images in helpers/broken_images.py, those of killed runs and pairs in
+helpers/cut_runs.py.
 """
 
 import argparse
@@ -30,6 +31,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # as a script; pytest has it already
 
+from broken_images import break_images
+
 from cut_runs import KILLED, OUTPUTS, cut_runs, paired_runs
 from fuzzed_calls import OUTCOMES as CALL_OUTCOMES
 from fuzzed_calls import fuzz_calls
@@ -47,6 +50,7 @@ from small_world import build_world
 STEPS = 6
 OUTCOMES = ("named", "harmless", "unnamed", "traceback", "silent")
 GOOD = ("named", "harmless", "done", "refused", "kills", "the same", "one worked, one refused")
+GOOD += ("as it was", "other pixels")
 BEGIN, END = "<!-- campaign {part}: begin -->", "<!-- campaign {part}: end -->"
 RECIPE = TrainConfig(steps=STEPS, batch_size=16, norm_batches=2)
 
@@ -281,6 +285,11 @@ def pairs_part(root: Path, sample: int | None) -> Results:
     return paired_runs(build_world(root / "world"), OUTPUTS, sample or 5)
 
 
+def images_part(root: Path, sample: int | None) -> Results:
+    """1,000 broken images of each format."""
+    return break_images(sample or 1000)
+
+
 class Part(NamedTuple):
     """A part of the campaign, and how its table is headed."""
 
@@ -307,6 +316,19 @@ PARTS = {
             "the same": "the same as unbroken",
             "another result": "another",
             "not resumed": "not resumed",
+        },
+    ),
+    "images": Part(
+        images_part,
+        "format",
+        "files",
+        {
+            "refused": "refused",
+            "as it was": "the same pixels",
+            "other pixels": "other pixels, no checksum",
+            "silent": "silent",
+            "traceback": "traceback",
+            "hang": "hang",
         },
     ),
     "pairs": Part(

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from broken_images import break_images
 
 import campaign
 from cut_runs import KILLED, OUTPUTS, cut_runs, paired_runs
@@ -25,6 +26,14 @@ def test_no_altered_byte_is_silent(tmp_path):
         counts = campaign.run(target, 40, told.append)
         assert counts.total() == 40
     assert not told
+
+
+def test_broken_images_are_refused_or_shown():
+    told = []
+    counts = break_images(30, seed=1, tell=told.append)
+    assert not told
+    assert len(counts) > 7
+    assert all(each["refused"] > 5 for each in counts.values())
 
 
 @pytest.mark.parametrize("name", CALLS)

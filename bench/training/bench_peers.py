@@ -352,7 +352,7 @@ class Worker:
     """The process of one peer, waiting for its turns."""
 
     def __init__(self, name: str, task: Task, log: Path) -> None:
-        self.name, self.peak_bytes = name, 0
+        self.name, self.device, self.peak_bytes = name, task.device, 0
         try:
             self.version = __version__ if name == OURS else version(PEERS[name].distribution)
         except PackageNotFoundError as error:
@@ -377,9 +377,9 @@ class Worker:
         return statistics.fmean(turn.seconds)
 
     def warm_up(self) -> None:
-        """Two steps: the first ones allocate, and compile."""
-        self.turn(0.0)
-        self.turn(0.0)
+        """The first steps allocate and compile; on a GPU ours is then recorded in a graph."""
+        for _ in range(5 if self.device == "cuda" else 2):
+            self.turn(0.0)
 
     def stop(self) -> None:
         self.connection.close()
@@ -396,18 +396,39 @@ def _quiet_work(name: str, task: Task, connection: Connection, log: Path) -> Non
     work(name, task, connection)
 
 
+def peers_of(names: list[str], task: Task, logs: Path) -> Iterator[tuple[str, Worker | Failed]]:
+    """Workers of those that have the architecture, warm. A GPU holds all at once: there they start side by side, since
+    starting takes longer than the rounds."""
+
+    def start(name: str) -> Worker | Failed:
+        try:
+            return Worker(name, task, logs / f"{name}.log")
+        except Failed as failure:
+            return failure
+
+    def warm(worker: Worker | Failed) -> Worker | Failed:
+        try:
+            if isinstance(worker, Worker):
+                worker.warm_up()
+            return worker
+        except Failed as failure:
+            return failure
+
+    at_once = list if task.device == "cuda" else iter
+    started = at_once((name, start(name)) for name in names if task.architecture in PEERS[name].architectures)
+    yield from at_once((name, warm(worker)) for name, worker in started)
+
+
 def compare(names: list[str], task: Task, rounds: int, turn_seconds: float, logs: Path) -> Iterator[dict]:
     """A result for every peer, in the form of pytest-benchmark's JSON; ours and the floor last."""
     workers = {name: Worker(name, task, logs / f"{name}.log") for name in (FLOOR, OURS)}
     for worker in workers.values():
         worker.warm_up()
     pairs: list[tuple[float, float]] = []  # of the floor and ours, in every round
-    for name in names:
-        if task.architecture not in PEERS[name].architectures:
-            continue
+    for name, peer in peers_of(names, task, logs):
         try:
-            peer = Worker(name, task, logs / f"{name}.log")
-            peer.warm_up()
+            if isinstance(peer, Failed):
+                raise peer
             turns, ticks = [], machine.cpu_ticks()
             for n in range(rounds):
                 turn = {worker: worker.turn(turn_seconds) for worker in [*workers.values(), peer][:: (1, -1)[n % 2]]}

@@ -65,10 +65,8 @@ class ActivationRange:
 
     def __init__(self, n_latents: int, device: torch.device) -> None:
         self.n_images = 0
-        self.low_S = torch.zeros(n_latents, dtype=torch.float64, device=device)
-        self.high_S = torch.zeros_like(self.low_S)
-        self.n_active_S = torch.zeros(n_latents, dtype=torch.int64, device=device)
-        self.n_low_S = torch.zeros_like(self.n_active_S)
+        self.low_S, self.high_S = torch.zeros(2, n_latents, dtype=torch.float64, device=device)
+        self.n_active_S, self.n_low_S = torch.zeros(2, n_latents, dtype=torch.int64, device=device)
 
     def n_above(self) -> Tensor:
         """Images whose activation is above the minimum."""
@@ -129,8 +127,7 @@ class ShiftedSums:
         self.self_S = torch.zeros_like(self.state.num_S)
         self.n_images = 0
         self.unit_sum_E = torch.zeros(d_emb, dtype=torch.float64, device=device)
-        self.pair_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.square_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.pair_sum, self.square_sum = torch.zeros(2, dtype=torch.float64, device=device)
 
     def lower(self, drop_S: Tensor) -> None:
         """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring."""

@@ -11,7 +11,8 @@
 Runs of before have neither checkpoint.json nor other digests, and are resumed without. Everything is written under a
 temporary name and renamed; a checkpoint directory appears whole or not at all. The order of the rows is a function of
 (seed, step), so a run that was killed and resumed takes the same steps as one that was not: bit-identical weights on
-the CPU. A run that replaces another has all this in .replacement until its SAE is finished (outputs.py).
+the CPU. A GPU's checkpoint is copied to the host and written beside the steps that follow. A run that replaces another
+has all this in .replacement until its SAE is finished (outputs.py).
 """
 
 import hashlib
@@ -20,7 +21,9 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -28,6 +31,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from saevlm_fast.errors import Interrupted, first_line, require
 from saevlm_fast.files import (
@@ -118,10 +122,16 @@ class RunDirectory:
     def __init__(self, output: Path, checkpoint_every: int | None, resume: bool, force: bool):
         self.output, self.checkpoint_every, self.resume, self.force = output, checkpoint_every, resume, force
         self.path = output
+        self._written: Future[None] | None = None  # the checkpoint that is being written beside the steps
 
-    def locked(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
         """For this process alone. ValueError: another one has it, or it cannot be written."""
-        return output_lock(self.output, directory=True)
+        with output_lock(self.output, directory=True):
+            try:
+                yield
+            finally:
+                self.wait()
 
     def used(self) -> bool:
         """Whether a run is there.
@@ -218,28 +228,61 @@ class RunDirectory:
             Interrupted: after the checkpoint, if `interrupted`.
         """
         step = state.stepper.n_steps
-        if self.cadence.due(step) or step == state.config.steps or interrupted:
+        last = step == state.config.steps
+        if self.cadence.due(step) or last or interrupted:
             state.check_loss(self.kept)
             with self.cadence.writing(step):
                 self.checkpoint(state)
+        if last or interrupted:
+            self.wait()
         if interrupted:
             raise Interrupted(f"interrupted after step {step}; continue with --resume --output {self.output}")
 
     def checkpoint(self, state: TrainingState) -> None:
-        """Write checkpoints/step_N whole, then drop all but the newest two."""
+        """Write checkpoints/step_N whole, then drop all but the newest two.
+
+        A GPU's is copied to the host and written beside the steps that follow: `wait` waits for it, and raises what
+        went wrong. One is written at a time.
+        """
+        self.wait()
         stepper = state.stepper
         final = self.path / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
         if final.exists():
             return
-        tensors = state.checked_tensors(self.kept)
-        header = {"n_steps": str(stepper.n_steps), "n_rows_seen": str(stepper.n_rows_seen)}
+        beside = written_beside_steps(state.device)
+        tensors = {name: t.to("cpu", copy=beside) for name, t in state.checked_tensors(self.kept).items()}
+        counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
+        write = partial(self._write, final, state.export().cpu(), tensors, counts, self._metrics_so_far())
+        if not beside:
+            write()
+            return
+        with_one_thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written = with_one_thread.submit(write)
+        with_one_thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Until no checkpoint is being written. OSError: it could not be."""
+        if self._written is not None:
+            try:
+                self._written.result()
+            finally:
+                self._written = None if self._written.done() else self._written  # Ctrl-C: it goes on
+
+    def _write(
+        self,
+        final: Path,
+        sae: SparseAutoencoder,
+        tensors: dict[str, Tensor],
+        counts: dict[str, int],
+        metrics: dict[str, Any],
+    ) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(final) as directory:
-            state.export().save_pretrained(directory)
-            save_safetensors_atomic(directory / STATE_FILE, {n: t.cpu() for n, t in tensors.items()}, metadata=header)
+            sae.save_pretrained(directory)
+            header = {name: str(count) for name, count in counts.items()}
+            save_safetensors_atomic(directory / STATE_FILE, tensors, metadata=header)
             files = {name: sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)}
-            counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
-            write_record(directory / CHECKPOINT_FILE, counts | {"files": files, "metrics": self._metrics_so_far()})
+            write_record(directory / CHECKPOINT_FILE, counts | {"files": files, "metrics": metrics})
         self._drop_old()
 
     def _drop_old(self) -> None:
@@ -250,6 +293,7 @@ class RunDirectory:
 
     def kept(self) -> str:
         """What is left of the run if it ends now."""
+        self.wait()
         last = latest_checkpoint(self.path)
         return f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
 
@@ -278,6 +322,11 @@ class RunDirectory:
     def saved(self) -> str:
         """What has become of the finished SAE."""
         return f"the SAE is finished and saved in {self.output}"
+
+
+def written_beside_steps(device: torch.device) -> bool:
+    """Whether writing a checkpoint takes nothing from the steps: a CPU has the steps to do."""
+    return device.type == "cuda"
 
 
 def _holds_run(output: Path) -> bool:

@@ -454,8 +454,22 @@ def test_the_command_refuses_other_combinations(stores, tmp_path, arguments, mes
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_gpu_equals_cpu(similarity):
     acts_NS, emb_NE = make_data()
-    tolerance = 1e-5 if similarity == "rbf" else 1e-12
     for dense in (False, True):
+        tolerance = 1e-5 if similarity == "rbf" and not dense else 1e-12
         truth_S = score(acts_NS, emb_NE, similarity).ms
         scores = score(acts_NS, emb_NE, similarity, sizes=(1, 20, 30), dense=dense, device="cuda", block_rows=30)
         assert_scores(scores, truth_S, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_gpu_neurons_of_several_blocks(similarity):
+    """20,000 images are two blocks of a GPU, read from the host; dominated neurons among them, and constant ones."""
+    generator = torch.Generator().manual_seed(0)
+    acts_NK = torch.randn(20_000, 40, generator=generator)
+    acts_NK[:, 0], acts_NK[:, 1], acts_NK[7, 1], acts_NK[17_000, 2] = 0.5, 0.0, 3.0, 1e6
+    emb_NE = torch.randn(20_000, 33, generator=generator) + 0.3
+    truth, scores = (score_stores(acts_NK, emb_NE, similarity=similarity, device=d) for d in ("cpu", "cuda"))
+    assert torch.equal(scores.status, truth.status)
+    assert torch.equal(scores.n_active, truth.n_active)
+    torch.testing.assert_close(scores.ms, truth.ms, rtol=0, atol=1e-11, equal_nan=True)
