@@ -321,7 +321,7 @@ def list_case(target: str, group: int, n_groups: int, bounded: bool) -> Case:
     pointers = ("bound", "groups", "pool_row", "pool_latent", "base", "count", "failed")
     signature |= {f"{name}_ptr": INTS for name in pointers}
     signature |= dict.fromkeys(("n_groups", "d_sae", "width_sae"), SIZE) | {"most": "i32", "capacity": "i32"}
-    blocks = list_config(n_groups, group)
+    blocks = list_config(n_groups, group, few=not bounded)
     warps = blocks.pop("num_warps")
     return Case(LIST, "list_kernel", target, signature, blocks | {"BOUNDED": bounded, "GROUP": group}, num_warps=warps)
 
@@ -338,7 +338,7 @@ def copy_cases(target: str) -> list[Case]:
         Case(SCREEN, "low_weights_kernel", target, weights, {"BLOCK_D": 1024}),
         Case(SCREEN, "low_rows_kernel", target, rows, {"BLOCK_D": 1024}),
         Case(SCREEN, "group_factors_kernel", target, factors, {"GROUP": 64, "BLOCK_G": 16}),
-        Case(LIST, "pool_dots_kernel", target, dots, {"BLOCK_P": 2, "BLOCK_D": 1024}, num_warps=1),
+        Case(LIST, "pool_dots_kernel", target, dots, {"BLOCK_P": 2, "BLOCK_D": 1024}, num_warps=2),
     ]
 
 
