@@ -282,7 +282,7 @@ def launch_threshold_encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_sae = W_enc_DS.shape[1]
     # The threshold as x's dtype holds it, which is what torch compares with; its float32 bits are its key.
-    bound = torch.tensor([max(threshold, 0.0)], dtype=x_BD.dtype).float().view(torch.int32)
+    bound = torch.tensor([max(0.0, threshold)], dtype=x_BD.dtype).float().view(torch.int32)
     found = torch.cat([bound, torch.zeros(1, dtype=torch.int32)]).to(x_BD.device)
     acts, positions = [x_BD.new_empty(0)], [x_BD.new_empty(0, dtype=torch.int64)]
     for start, pre_RS, maxima_RG in preactivation_chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):

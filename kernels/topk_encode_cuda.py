@@ -163,7 +163,8 @@ def threshold_encode_screened_cuda(
     from .topk_encode_redo_triton import launch_redo_product
 
     d_sae = W_enc_DS.shape[1]
-    key = int(torch.tensor(max(threshold, 0.0), dtype=torch.float32).view(torch.int32))
+    # In this order: max(-0.0, 0.0) is -0.0, whose bits are below every key.
+    key = int(torch.tensor(max(0.0, threshold), dtype=torch.float32).view(torch.int32))
     acts, latents, offsets = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=x_BD.device)], []
     with torch.cuda.device_of(x_BD):
         encoder = Screening(W_enc_DS, b_enc_S, b_dec_D, GROUPS[0], low)

@@ -14,6 +14,7 @@ from saevlm_fast.kernels import reference, topk_encode_cuda
 from saevlm_fast.kernels.common import MAX_K
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
+from saevlm_fast.kernels.topk_encode_batch_triton import launch_threshold_encode
 from saevlm_fast.kernels.topk_encode_cuda import (
     Centred,
     Screening,
@@ -153,6 +154,13 @@ def test_few_positives_are_filled_from_the_lowest_free_latents(device):
     acts, latents = topk_encode_screened_cuda(*inputs, 6, None, low_weights(inputs[1]))
     assert latents.tolist() == [[0, 1, 2, 3, 5, 299], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
     assert acts.tolist() == [[0, 0, 1, 0, 3, 2], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+
+
+def test_a_threshold_of_minus_zero_is_zero(device):
+    inputs = integer_inputs((4, 16, 256), torch.float32, device=device)
+    truth = reference.threshold_encode(*inputs, 0.0)
+    assert_codes(threshold_encode_screened_cuda(*inputs, -0.0), truth)
+    assert_codes(launch_threshold_encode(*inputs, -0.0, None), truth)
 
 
 def test_many_candidates_of_a_row(device):
