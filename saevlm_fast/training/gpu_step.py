@@ -34,7 +34,7 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents, auxiliary
 
-_side_streams: dict[int, torch.cuda.Stream] = {}  # of every device: one for all steps
+_side_streams: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # one for every stream that steps are launched on
 
 
 class State(NamedTuple):
@@ -147,9 +147,11 @@ def _beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
         yield nullcontext()
         return
     stream = torch.cuda.current_stream()
-    if x_BD.device.index not in _side_streams:
-        _side_streams[x_BD.device.index] = torch.cuda.Stream(x_BD.device)
-    side = _side_streams[x_BD.device.index]
+    if stream not in _side_streams:
+        _side_streams[stream] = torch.cuda.Stream(x_BD.device)
+    side = _side_streams[stream]
     side.wait_stream(stream)
-    yield torch.cuda.stream(side)
-    stream.wait_stream(side)
+    try:
+        yield torch.cuda.stream(side)
+    finally:
+        stream.wait_stream(side)
