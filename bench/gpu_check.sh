@@ -12,6 +12,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 SAEVLM_FAST_CACHE=${SAEVLM_FAST_CACHE:-$work/cache} HF_HUB_OFFLINE=1
 wanted=("$@")
+LIMIT=510 # seconds of all steps
 
 device=$("$python" - <<'PY'
 import re
@@ -30,11 +31,20 @@ summary=$out/summary.txt
 echo "gpu_check: $device, $(date -u +%FT%TZ), results in $out" | tee "$summary"
 nvidia-smi >"$work/logs/environment.log" 2>&1
 
+# left MOST: seconds that are left of all, but not more than MOST.
+left() { echo $((LIMIT - SECONDS < $1 ? LIMIT - SECONDS : $1)); }
+
 # step NAME SECONDS COMMAND...: the output goes to NAME.log; its end is shown if it failed.
 step() {
-    local name=$1 seconds=$2 status=0 start=$SECONDS
+    local name=$1 seconds status=0 start=$SECONDS
+    seconds=$(left "$2")
     shift 2
     if [ "${#wanted[@]}" -gt 0 ] && [[ " ${wanted[*]} " != *" $name "* ]]; then return; fi
+    if [ "$seconds" -lt 5 ]; then
+        touch "$work/failed.$name"
+        echo "$name: not run, no time is left" | tee -a "$summary"
+        return
+    fi
     timeout --kill-after=5 "$seconds" "$@" >"$work/logs/$name.log" 2>&1 || status=$?
     if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
         echo "the limit of $seconds s ended it" >>"$work/logs/$name.log"
@@ -68,9 +78,6 @@ for way in captured eager; do
     step "train_$way" 40 "$python" -m bench.training.whole_run --device cuda --architecture topk --d-in 1024 \
         --d-sae 16384 --batch-size 4096 --n-rows 200000 --steps 4000 "${flag[@]}" --output "$json/train_$way.json"
 done
-step harvest 60 "$python" -m bench.harvesting.whole_harvest --images 4608 --workers 12 --output "$json/harvest.json"
-step bench 130 "${pytest[@]}" bench --benchmark-only --benchmark-columns=min,median,rounds --large --time-limit=105 \
-    --benchmark-json="$json/bench.json"
 if [ -n "${PEERS:-}" ]; then
     site=$PEERS
     if compgen -G "$PEERS/*.whl" >/dev/null; then
@@ -86,10 +93,16 @@ if [ -n "${PEERS:-}" ]; then
 else
     echo "peers: not run, PEERS names no folder of wheels" | tee -a "$summary"
 fi
+step harvest 60 "$python" -m bench.harvesting.whole_harvest --images 4608 --workers 12 --output "$json/harvest.json"
+step bench 300 "${pytest[@]}" bench --benchmark-only --benchmark-columns=min,median,rounds --large \
+    --time-limit=$(($(left 300) - 40)) --benchmark-json="$json/bench.json"
 
 if compgen -G "$json/*.json" >/dev/null; then
-    "$python" bench/report.py "$json"/*.json --merge "$out/bench.json" --markdown "$out/tables.md" &&
-        "$python" bench/report.py "$out/bench.json" --plot "$out/speed.png" || touch "$work/failed.report"
+    "$python" bench/report.py "$json"/*.json --merge "$out/bench.json" --markdown "$out/tables.md" ||
+        touch "$work/failed.report"
+    if compgen -G "$json/peers*.json" >/dev/null || [ -e "$json/bench.json" ]; then
+        "$python" bench/report.py "$out/bench.json" --plot "$out/speed.png" || touch "$work/failed.plot"
+    fi
 fi
 tar czf "$out/logs.tar.gz" -C "$work" logs
 failed=$(cd "$work" && ls failed.* 2>/dev/null | sed 's/failed.//' | tr '\n' ' ')

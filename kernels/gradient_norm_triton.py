@@ -24,10 +24,10 @@ from .segment_sum_triton import CHUNK, accumulator
 from .step_entries_triton import Entries, latent_row
 from .step_rows_triton import Rows, whole_row_block
 
-LATENTS, LATENTS_MANY = 4, 16  # of a program of totals_kernel: few latents, or many
+LATENTS, LATENTS_MANY = 8, 16  # of a program of totals_kernel: few latents, or many
 MANY = 1 << 15
 TILE_E = 16  # entries of each of them in one load; a latent of more is gone through alone
-HEAVY_E = 1024
+HEAVY_E = 512
 ROWS_W = 4  # rows of W_enc in flight
 COLUMN_ROWS, COLUMN_STEP, BLOCK_C = 128, 32, 256  # rows that a program of column_sum_kernel adds; columns
 NORM_PROGRAMS, NORM_STEP = 1024, 2
@@ -395,8 +395,8 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
 
 
 def sum_step(block_d: int) -> int:
-    """Rows that decide_kernel adds at a time: 64 registers a thread."""
-    return min(32, (1 << 15) // block_d)
+    """Rows that decide_kernel adds at a time: 64 registers a thread, or 32 of wide rows."""
+    return min(32, (1 << (15 if block_d <= 2048 else 14)) // block_d)
 
 
 def launch_decide(

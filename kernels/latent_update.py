@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .latent_gradient import EntryGradient, RowGradient, block_rows, row_blocks
-from .low_weights import LowWeights
 from .segment_sum import segment_sum_into
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -44,7 +43,6 @@ def latent_update_(
     clip: Tensor,
     adam: AdamSettings,
     unit_norm: bool,
-    low: LowWeights | None = None,
 ) -> None:
     """Clip, Adam and (for the decoder) unit row norm over all S latents, in place.
 
@@ -57,7 +55,6 @@ def latent_update_(
         clip: 0-d factor from `clip_coefficient`.
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
-        low: the new W as a screening encoder takes it is written here in the same pass.
     """
     eps = torch.finfo(W_SD.dtype).eps
     blocks = row_blocks(len(W_SD), W_SD)
@@ -76,8 +73,6 @@ def latent_update_(
         if unit_norm:
             # Not vecdot, which writes the products out: 3 times the time (measured).
             w_SD.mul_((torch.linalg.vector_norm(w_SD, dim=1, keepdim=True) + eps).reciprocal_())
-        if low is not None:
-            low.write_(start, w_SD)
 
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:

@@ -8,10 +8,12 @@ For row b with entries (act a, latent s), Matryoshka group j of an entry, and pr
 
 A program owns a row. It begins with all entries and takes the groups off from the last on, so that an entry is met
 twice: by the sum of its row, and by the suffix of its group. The rows of W_dec of the first BLOCK_K entries stay in
-registers in between; those of the others are read again. The program also writes every entry's bag, b * G + j.
+registers in between; those of the others are read again. The program also writes every entry's bag, b * G + j. Ragged
+rows go in two launches: the few long ones of a BatchTopK batch would set the registers, and so the pace, of all.
 docs/kernels.md section 4
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,8 +24,8 @@ from torch import Tensor
 from .segment_sum_triton import accumulator
 
 HELD_ENTRIES = 32  # of a row of fixed k, whose rows of W_dec stay in registers
-HELD_RAGGED, HELD_PREFIXES = 16, 8  # of a row that may have more; with Matryoshka groups
-STEP_RAGGED, STAGES = 4, 3  # of the others at a time, and how many times as many are on their way
+HELD_SHORT = 16  # of ragged rows, those of at most so many entries: two programs a processor
+HELD_LONG, STEP_LONG = 16, 16  # of the others, and how many more at a time
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
@@ -43,12 +45,18 @@ def group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, BLOCK:
 
 
 @triton.jit
-def load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC: tl.constexpr):
-    """(act, row of W [P, D]) of the entries o."""
-    latents = tl.load(latents_ptr + o, mask=m, other=0)
+def load_rows(acts_ptr, latents, W_ptr, o, m, d_in, o_d, m_d, ACC: tl.constexpr):
+    """(act, row of W [P, D]) of the entries o, whose latents are known."""
     acts = tl.load(acts_ptr + o, mask=m, other=0.0).to(ACC)
     at = W_ptr + latents[:, None] * d_in + o_d[None, :]
     return acts, tl.load(at, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC: tl.constexpr):
+    """The same, of entries whose latents are not."""
+    latents = tl.load(latents_ptr + o, mask=m, other=0)
+    return load_rows(acts_ptr, latents, W_ptr, o, m, d_in, o_d, m_d, ACC)
 
 
 @triton.jit
@@ -58,7 +66,7 @@ def store_entries(dacts_ptr, bags_ptr, o, m, acts, dacts, bags):
     tl.store(bags_ptr + o, bags, mask=m)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_groups"])
+@triton.jit(do_not_specialize=["n_rows", "n_groups", "shortest", "longest"])
 def row_kernel(
     x_ptr,
     acts_ptr,
@@ -78,6 +86,8 @@ def row_kernel(
     smallest_ptr,
     n_rows,
     n_groups,
+    shortest,
+    longest,
     d_in,
     K: tl.constexpr,
     PREFIXES: tl.constexpr,
@@ -85,16 +95,20 @@ def row_kernel(
     LONG: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEP_K: tl.constexpr,
-    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One row of K entries, or (K 0) of a ragged number. LONG: there may be more than the BLOCK_K that are held."""
+    """One row of K entries; or (K 0) of a ragged number, nothing if that is not within shortest to longest.
+
+    LONG: there may be more than the BLOCK_K that are held.
+    """
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
     if K == 0:
         start, end = tl.load(row_offsets_ptr + row), tl.load(row_offsets_ptr + row + 1)
+        if (end - start < shortest) | (end - start > longest):
+            return
     else:
         start, end = row * K, row * K + K
     x = tl.load(x_ptr + row * d_in + o_d, mask=m_d, other=0.0).to(ACC)
@@ -108,8 +122,12 @@ def row_kernel(
     x_hat = b + tl.sum(acts[:, None] * w, axis=0)
     smallest = tl.full([STEP_K], float("inf"), ACC)
     if LONG:
-        for p in tl.range(start + BLOCK_K, end, STEP_K, num_stages=STAGES):
-            more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, p + o_l, p + o_l < end, d_in, o_d, m_d, ACC)
+        latents = tl.load(latents_ptr + start + BLOCK_K + o_l, mask=start + BLOCK_K + o_l < end, other=0)
+        for p in range(start + BLOCK_K, end, STEP_K):
+            o = p + o_l
+            following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
+            more, w_l = load_rows(acts_ptr, latents, W_ptr, o, o < end, d_in, o_d, m_d, ACC)
+            latents = following
             x_hat += tl.sum(more[:, None] * w_l, axis=0)
             smallest = tl.minimum(smallest, tl.where(more > 0, more, float("inf")))
     tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
@@ -149,9 +167,12 @@ def row_kernel(
         dacts = tl.sum(w * suffix[None, :], axis=1)
         store_entries(dacts_ptr, bags_ptr, start + o_k, m, acts, dacts, row.to(tl.int32) + o_k * 0)
         if LONG:
-            for p in tl.range(start + BLOCK_K, end, STEP_K, num_stages=STAGES):
+            latents = tl.load(latents_ptr + start + BLOCK_K + o_l, mask=start + BLOCK_K + o_l < end, other=0)
+            for p in range(start + BLOCK_K, end, STEP_K):
                 o = p + o_l
-                more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, o, o < end, d_in, o_d, m_d, ACC)
+                following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
+                more, w_l = load_rows(acts_ptr, latents, W_ptr, o, o < end, d_in, o_d, m_d, ACC)
+                latents = following
                 dacts_l = tl.sum(w_l * suffix[None, :], axis=1)
                 store_entries(dacts_ptr, bags_ptr, o, o < end, more, dacts_l, row.to(tl.int32) + o_l * 0)
         tl.store(suffix_ptr + row * d_in + o_d, suffix, mask=m_d)
@@ -198,18 +219,15 @@ def whole_row_block(d_in: int, elements_per_thread: int) -> tuple[int, int]:
     return block_d, max(1, min(16, block_d // (32 * elements_per_thread)))
 
 
-def row_tile(d_in: int, k: int, prefixes: bool) -> dict[str, int | bool]:
-    """Constants of row_kernel for rows of k entries (0: ragged)."""
+def row_tile(d_in: int, held: int, step: int = 0) -> dict[str, int | bool]:
+    """Constants of row_kernel: entries held, and of longer rows (step 0: there are none) so many more at a time."""
     block_d, _ = whole_row_block(d_in, 4)
-    ragged = not 0 < k <= HELD_ENTRIES
     wide = block_d > 2048  # one program a processor, of as many warps as can be
-    held = (HELD_PREFIXES if prefixes else HELD_RAGGED) if ragged else triton.next_power_of_2(k)
-    block_k = min(held, (1 << (14 if wide else 15)) // block_d)
+    block_k = min(triton.next_power_of_2(held), (1 << (14 if wide else 15)) // block_d)
     return {
-        "LONG": k == 0 or k > block_k,
+        "LONG": step > 0 or held > block_k,
         "BLOCK_K": block_k,
-        "STEP_K": min(STEP_RAGGED, (1 << 13) // block_d),
-        "STAGES": STAGES,
+        "STEP_K": min(step or 1, (1 << (13 if wide else 14)) // block_d),
         "BLOCK_D": block_d,
         "num_warps": 16 if wide else 8 if block_k * block_d >= 1 << 13 else 4,
     }
@@ -224,8 +242,13 @@ def launch_rows(
     W_dec_SD: Tensor,
     b_dec_D: Tensor,
     centred: tuple[Tensor, Tensor] | None = None,
+    beside: AbstractContextManager[object] | None = None,
 ) -> Rows:
-    """Codes as in reference.py: [B, K] without row_offsets, or [M] with. centred: (x - b_dec, its norms) if at hand."""
+    """Codes as in reference.py: [B, K] without row_offsets, or [M] with.
+
+    centred: (x - b_dec, its norms) if at hand. beside: a context, entered to launch what may run at the same time as
+    the rest.
+    """
     (n_rows, d_in), n_groups, n_entries = x_BD.shape, len(group_ends_G), latents.numel()
     sum_dtype, ACC = accumulator(W_dec_SD.dtype)
     new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=x_BD.device)  # noqa: E731
@@ -241,7 +264,11 @@ def launch_rows(
         smallest_B=new(n_rows),
     )
     k = latents.shape[1] if row_offsets is None else 0
-    row_kernel[(n_rows,)](
+    if k == 0:
+        launches = [(HELD_SHORT + 1, n_entries, HELD_LONG, STEP_LONG), (0, HELD_SHORT, HELD_SHORT, 0)]
+    else:
+        launches = [(k, k, k, 0) if k <= HELD_ENTRIES else (k, k, HELD_LONG, STEP_LONG)]
+    pointers = (
         x_BD.contiguous(),
         acts.contiguous(),
         latents.contiguous(),
@@ -250,13 +277,21 @@ def launch_rows(
         W_dec_SD,
         b_dec_D,
         *rows,
-        n_rows,
-        n_groups,
-        d_in,
-        K=k,
-        PREFIXES=n_groups > 1,
-        CENTRE=centred is None,
-        ACC=ACC,
-        **row_tile(d_in, k, n_groups > 1),
     )
+    contexts: tuple[AbstractContextManager[object], ...] = nullcontext(), beside or nullcontext()
+    for (shortest, longest, *tile), context in zip(launches, contexts):
+        with context:
+            row_kernel[(n_rows,)](
+                *pointers,
+                n_rows,
+                n_groups,
+                shortest,
+                longest,
+                d_in,
+                K=k,
+                PREFIXES=n_groups > 1,
+                CENTRE=centred is None,
+                ACC=ACC,
+                **row_tile(d_in, *tile),
+            )
     return rows

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .common import MAX_K
-from .low_weights import CUDA_DTYPE, TINY, LowWeights
+from .low_weights import TINY, LowWeights
 
 if TYPE_CHECKING:
     from .topk_encode_list_triton import Pool
@@ -42,7 +42,7 @@ class Centred(NamedTuple):
 
     def write_(self, x_BD: Tensor, b_dec_D: Tensor) -> None:
         torch.sub(x_BD, b_dec_D, out=self.x_BD)
-        torch.linalg.vector_norm(self.x_BD, dim=1, out=self.norm_B).add_(TINY[CUDA_DTYPE])
+        torch.linalg.vector_norm(self.x_BD, dim=1, out=self.norm_B).add_(TINY)
 
 
 def group_size(d_sae: int, k: int) -> int | None:
@@ -209,7 +209,7 @@ class Screening:
         self.W_SD, self.b_enc_S, self.b_dec_D = W_enc_DS.t().contiguous(), b_enc_S.contiguous(), b_dec_D.contiguous()
         self.group = group
         if low is None:
-            low = LowWeights.empty(len(self.W_SD), self.W_SD.shape[1], self.W_SD.device, CUDA_DTYPE)
+            low = LowWeights.empty(len(self.W_SD), self.W_SD.shape[1], self.W_SD.device)
             low.write_(0, self.W_SD)
         self.W_low_SP = low.W_SD
         self.factors_3G = launch_group_factors(low.norm_S, low.error_S, self.b_enc_S, self.W_low_SP.shape[1], group)

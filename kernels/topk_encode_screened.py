@@ -28,9 +28,6 @@ from torch import Tensor
 from .common import GROUP, Workspace
 from .grouping import group_by_latent_cpu
 from .low_product_speed import low_products_pay
-from .low_weights import CPU_DTYPE as LOW
-from .low_weights import CPU_ROUNDOFF as UNIT_ROUNDOFF
-from .low_weights import TINY, LowWeights
 from .sparse_decode import gather_dot_op
 from .topk_encode_cpu import (
     BUFFER_BYTES,
@@ -47,13 +44,16 @@ from .topk_encode_cpu import (
     workspace,
 )
 
+LOW = torch.bfloat16
+UNIT_ROUNDOFF = 2.0**-8  # of LOW
 ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: a library may round before it adds the bias, and again
 MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MIN_PRODUCT = 2**27  # multiplications, a few milliseconds in float32: below, there is little to win
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
 MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
-_TINY = TINY[LOW]
-_panel, _error, _centred = Workspace(), Workspace(), Workspace()
+_CAST_ROWS = 256  # latents rounded at a time: they stay in cache
+_TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
+_low, _error, _centred = Workspace(), Workspace(), Workspace()
 
 
 class Chunk(NamedTuple):
@@ -89,13 +89,11 @@ def topk_encode_screened(
     b_enc_S: Tensor,
     b_dec_D: Tensor,
     k: int,
-    buffer_bytes: int | None = None,
-    low: LowWeights | None = None,
+    buffer_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """topk_encode. low: those of W_enc, if they are at hand."""
     acts_BK, latents_BK = x_BD.new_empty(len(x_BD), k), torch.empty(len(x_BD), k, dtype=torch.int64)
     decided_B = torch.zeros(len(x_BD), dtype=torch.bool)
-    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
+    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
         proposed = _proposed(chunk, chunk.maxima_RG, k, W_enc_DS, b_enc_S)
         bound_R = proposed.values_U.view(-1, k).amin(1)
         values, positions, sure_R = _candidates(chunk, bound_R, W_enc_DS, b_enc_S, proposed, MAX_GROUPS)
@@ -118,19 +116,17 @@ def batch_topk_encode_screened(
     b_enc_S: Tensor,
     b_dec_D: Tensor,
     k: int,
-    buffer_bytes: int | None = None,
-    low: LowWeights | None = None,
+    buffer_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """batch_topk_encode. low: those of W_enc, if they are at hand.
+    """The first of several chunks proposes B * k entries by itself, so that there is a bound from then on.
 
-    The first of several chunks proposes B * k entries by itself, so that there is a bound from then on; a batch of so
-    many chunks that these are too many is left to float32.
+    A batch of so many chunks that these are too many is left to float32.
     """
     capacity = len(x_BD) * k
     if 4 * capacity > _chunk_rows(x_BD, W_enc_DS, buffer_bytes) * W_enc_DS.shape[1] * MAX_SHARE:
         return batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
     acts, positions = x_BD.new_empty(0), torch.empty(0, dtype=torch.int64)
-    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes, low):
+    for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
         bound, proposed = x_BD.new_zeros(()), None
         if len(acts) == capacity:
             bound = acts.amin()
@@ -174,13 +170,15 @@ def _chunks(
     b_enc_S: Tensor,
     b_dec_D: Tensor,
     buffer_bytes: int | None,
-    low: LowWeights | None = None,
 ) -> Iterator[Chunk]:
     """Chunks of rows, in memory that the next chunk overwrites; columns from d_sae on are the lowest integer."""
     n_rows, d_sae = len(x_BD), W_enc_DS.shape[1]
     width = -(-d_sae // GROUP) * GROUP
     chunk_rows = _chunk_rows(x_BD, W_enc_DS, buffer_bytes)
-    norm_S, error_S = torch.empty(2, d_sae, dtype=torch.float32) if low is None else (low.norm_S, low.error_S)
+    # W is rounded once: panel by panel in memory that stays in cache or, for several chunks, into memory for all of it.
+    several, norm_S = chunk_rows < n_rows, torch.empty(d_sae, dtype=torch.float32)
+    n_low = d_sae if several else min(PANEL, d_sae)
+    low_SD = _low.get(n_low * x_BD.shape[1], LOW).view(n_low, x_BD.shape[1])
     for start in range(0, n_rows, chunk_rows):
         x_RD = x_BD[start : start + chunk_rows]
         x_RD = torch.sub(x_RD, b_dec_D, out=_centred.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape))
@@ -191,27 +189,26 @@ def _chunks(
         maxima_RG = torch.empty(len(x_RD), width // GROUP, dtype=torch.int16)
         for o in range(0, d_sae, PANEL):
             end = min(o + PANEL, d_sae)
-            if low is None:
-                panel = _low_panel(W_enc_DS.t()[o:end], norm_S[o:end], error_S[o:end])
-            else:
-                panel = low.rows(o, end)
-            torch.addmm(b_enc_S[o:end].to(LOW), low_RD, panel.W_SD.t(), out=pre_RP[:, o:end])
+            low_PD = low_SD[o:end] if several else low_SD[: end - o]
+            if start == 0:
+                _round(W_enc_DS.t()[o:end], low_PD, norm_S[o:end])
+            torch.addmm(b_enc_S[o:end].to(LOW), low_RD, low_PD.t(), out=pre_RP[:, o:end])
             groups = pre_bits_RP[:, o : o + PANEL].unflatten(1, (-1, GROUP))
             torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
-        yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, _slack(x_RD, low_RD, norm_S, error_S, b_enc_S))
+        yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, _slack(x_RD, low_RD, norm_S, b_enc_S))
 
 
-def _slack(x_RD: Tensor, low_RD: Tensor, norm_S: Tensor, error_S: Tensor, b_enc_S: Tensor) -> Tensor:
+def _slack(x_RD: Tensor, low_RD: Tensor, norm_S: Tensor, b_enc_S: Tensor) -> Tensor:
     """[R, S / 64]: the largest in every group, rounded up to whole groups."""
     norm_R1 = torch.linalg.vector_norm(x_RD, dim=1, keepdim=True) + _TINY
     error_RD = _error.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape).copy_(low_RD).sub_(x_RD)
     error_R1 = torch.linalg.vector_norm(error_RD, dim=1, keepdim=True) + _TINY
-    of_latents_3S = torch.stack([norm_S, error_S, b_enc_S.abs()])
-    padded_3P = torch.nn.functional.pad(of_latents_3S, (0, -len(b_enc_S) % GROUP))
-    norm_G, error_G, bias_G = padded_3P.unflatten(1, (-1, GROUP)).amax(2)
+    padded_2P = torch.nn.functional.pad(torch.stack([norm_S, b_enc_S.abs()]), (0, -len(b_enc_S) % GROUP))
+    norm_G, bias_G = padded_2P.unflatten(1, (-1, GROUP)).amax(2)
     gamma = x_RD.shape[1] * 2.0**-24
-    slack_RG = error_R1 * (norm_G + error_G)  # not `@`, which autocast would round
-    slack_RG += norm_R1 * (error_G + 2 * gamma * norm_G)
+    # |w - w~| at most UNIT_ROUNDOFF |w|: to measure it would take three passes more over W.
+    factor_R1 = error_R1 * (1 + UNIT_ROUNDOFF) + norm_R1 * (UNIT_ROUNDOFF + 2 * gamma)
+    slack_RG = factor_R1 * norm_G  # not `@`, which autocast would round
     slack_RG += bias_G * ROUNDING + _TINY
     return slack_RG.mul_(1.001)  # the roundings of the bounds themselves
 
@@ -223,11 +220,15 @@ def _chunk_rows(x_BD: Tensor, W_enc_DS: Tensor, buffer_bytes: int | None) -> int
     return max(1, -(-len(x_BD) // max(1, n_chunks)))
 
 
-def _low_panel(W_PD: Tensor, norm_P: Tensor, error_P: Tensor) -> LowWeights:
-    """Rows rounded into memory that the next panel overwrites; their bounds go where they are to be kept."""
-    panel = LowWeights(_panel.get(W_PD.numel(), LOW).view(W_PD.shape), norm_P, error_P)
-    panel.write_(0, W_PD)
-    return panel
+def _round(W_PD: Tensor, low_PD: Tensor, norm_P: Tensor) -> None:
+    """Rows of W to low_PD, and upper bounds of their norms to norm_P, block by block while they are in cache.
+
+    Done in every encode: a rounded W_enc that is kept and written in the update takes as long, and memory (measured).
+    """
+    for o in range(0, len(W_PD), _CAST_ROWS):
+        rows = slice(o, o + _CAST_ROWS)
+        low_PD[rows].copy_(W_PD[rows])
+        torch.linalg.vector_norm(W_PD[rows], dim=1, out=norm_P[rows]).add_(_TINY)
 
 
 class Proposed(NamedTuple):

@@ -19,7 +19,8 @@ from saevlm_fast.towers.tower import HookPoint
 # timm architectures with random weights: pixels of the JPEGs, images, batch.
 TOWERS = {
     "smoke": ("test_vit", (64, 64), 8, 4),
-    "vit-tiny, 64 px": ("vit_tiny_patch16_224", (64, 64), 512, 64),  # the shapes of Tiny ImageNet
+    # The shapes of Tiny ImageNet.
+    "vit-tiny, 64 px": ("vit_tiny_patch16_224", (64, 64), 512 if torch.cuda.is_available() else 128, 64),
     "vit-base, 500 px": ("vit_base_patch16_224", (500, 375), 64, 16),  # those of ImageNet
 }
 

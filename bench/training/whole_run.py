@@ -28,6 +28,7 @@ import torch
 
 from bench.helpers import machine
 from bench.helpers.arguments import directory, new_file, not_negative, positive
+from bench.helpers.clocks import Spans, clocks
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations, open_activations
@@ -53,46 +54,30 @@ PARTS = {
 }
 
 
-Spans = list[tuple[str, float, float]]
-
-
 @contextmanager
-def clocks(device: str) -> Iterator[Spans]:
-    """(name, start, end) of every call of PARTS while it is open; those of steps on a GPU are added at its end."""
-    spans: Spans = []
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def timed(name: str, function: Callable) -> Callable:
-        def call(*args: object, **kwargs: object) -> object:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spans.append((name, start, time.perf_counter()))
-
-        return call
-
-    def timed_there(function: Callable) -> Callable:
-        def call(*args: object, **kwargs: object) -> object:
-            events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            events[-1][0].record()
-            output = function(*args, **kwargs)
-            events[-1][1].record()
-            return output
-
-        return call
-
+def clocks_there(device: str) -> Iterator[Spans]:
+    """helpers.clocks of PARTS; steps on a GPU are timed there, and added at the end."""
+    parts, events = dict(PARTS), list[tuple[torch.cuda.Event, torch.cuda.Event]]()
     with ExitStack() as stack:
-        for name, (owner, attribute) in PARTS.items():
-            function = getattr(owner, attribute)
-            there = name == "step" and device == "cuda"
-            stack.enter_context(
-                mock.patch.object(owner, attribute, timed_there(function) if there else timed(name, function))
-            )
+        if device == "cuda":
+            owner, attribute = parts.pop("step")
+            stack.enter_context(mock.patch.object(owner, attribute, _timed_there(getattr(owner, attribute), events)))
+        spans = stack.enter_context(clocks(parts))
         yield spans
         for begin, end in events:
             end.synchronize()
             spans.append(("step", 0.0, begin.elapsed_time(end) / 1000))
+
+
+def _timed_there(function: Callable, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> Callable:
+    def call(*args: object, **kwargs: object) -> object:
+        events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        events[-1][0].record()
+        output = function(*args, **kwargs)
+        events[-1][1].record()
+        return output
+
+    return call
 
 
 @contextmanager
@@ -212,7 +197,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     with (
         small_page_cache(path, options.page_cache),
         mock.patch.object(state_module, "ShuffledRows", order),
-        clocks(options.device) as spans,
+        clocks_there(options.device) as spans,
         pauses() as paused,
     ):
         read_before, start = bytes_read(), time.perf_counter()

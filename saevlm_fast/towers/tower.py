@@ -13,6 +13,7 @@ module (timm's post-norm blocks, open_clip's scale_attn) and the residual additi
 and such norms therefore add up: residual L = residual L-1 + attention L + mlp L.
 
 Nothing of a model's forward is copied: forward hooks read its own, and the last one needed stops it by an exception.
+(On a GPU one activation has a faster kernel where its results are the same bits: towers/forwards.py.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import weights_sha256
 from saevlm_fast.runtime import tf32_products
+from saevlm_fast.towers.forwards import fuse_quick_gelus, quick_gelu_kernel, replace_forward
 from saevlm_fast.towers.hub import foreign_message, is_foreign
 from saevlm_fast.towers.preprocess import Normalisation, two_pictures
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
@@ -170,6 +172,8 @@ class Tower:
         with ExitStack() as stack:
             for point, (module, extract) in sites.items():
                 stack.callback(module.register_forward_hook(run._hook(point, extract)).remove)
+            if autocast is not None and not compile and self.device.type == "cuda" and (kernel := quick_gelu_kernel()):
+                fuse_quick_gelus(stack, self.model, self.device, autocast, kernel)
             run._probe()
             if compile:
                 self._compile_blocks(sites, stack)
@@ -203,8 +207,7 @@ class Tower:
         inside = {point.layer for point in sites if point.point in _SUBLAYERS}
         for layer, block in enumerate(self.anatomy.blocks):
             for module in [self._sublayer(block, point) for point in _SUBLAYERS] if layer in inside else [block]:
-                stack.callback(_restore, module, vars(module).get("forward"))
-                module.forward = torch.compile(module.forward)
+                replace_forward(stack, module, torch.compile(module.forward))
 
     def inputs_of(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """Preprocessed tensors of RGB PIL images, on the device."""
@@ -395,10 +398,3 @@ class HookedTower:
 def _norm(x: Tensor) -> float:
     """Of what is finite: who stores the rows says which image has overflowed."""
     return float(torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).norm())
-
-
-def _restore(module: nn.Module, forward: Any) -> None:
-    """The forward that was set on the instance, if one was, else that of its class."""
-    del module.forward
-    if forward is not None:
-        module.forward = forward

@@ -11,7 +11,8 @@
 Runs of before have neither checkpoint.json nor other digests, and are resumed without. Everything is written under a
 temporary name and renamed; a checkpoint directory appears whole or not at all. The order of the rows is a function of
 (seed, step), so a run that was killed and resumed takes the same steps as one that was not: bit-identical weights on
-the CPU. A run that replaces another has all this in .replacement until its SAE is finished (outputs.py).
+the CPU. A GPU's checkpoint is copied to the host and written beside the steps that follow. A run that replaces another
+has all this in .replacement until its SAE is finished (outputs.py).
 """
 
 import hashlib

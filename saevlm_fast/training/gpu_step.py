@@ -63,14 +63,15 @@ def gpu_encode(sae: SparseAutoencoder, x_BD: Tensor, low: LowWeights | None) -> 
     k, d_sae, topk = sae.config.k, sae.config.d_sae, sae.config.architecture == "topk"
     inputs = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach(), k
     if low is None:
-        codes = (*topk_encode(*inputs), None) if topk else batch_topk_encode(*inputs)
-        return SparseCodes.from_flat(*codes, d_sae), None
-    centred = Centred.empty(*x_BD.shape, x_BD.device)
+        if topk:
+            return SparseCodes.from_flat(*topk_encode(*inputs), None, d_sae), None
+        return SparseCodes.from_flat(*batch_topk_encode(*inputs), d_sae), None
+    n_rows, d_in = x_BD.shape
+    centred = Centred.empty(n_rows, d_in, x_BD.device)
     if topk:
-        codes = *topk_encode_screened_cuda(*inputs, low=low, centred=centred), None
-    else:
-        codes = batch_topk_encode_screened_cuda(*inputs, low=low, centred=centred)
-    return SparseCodes.from_flat(*codes, d_sae), centred
+        codes = topk_encode_screened_cuda(*inputs, low=low, centred=centred)
+        return SparseCodes.from_flat(*codes, None, d_sae), centred
+    return SparseCodes.from_flat(*batch_topk_encode_screened_cuda(*inputs, low=low, centred=centred), d_sae), centred
 
 
 def gpu_step(
@@ -100,7 +101,7 @@ def gpu_step(
     with _beside(x_BD) as side:
         with side:
             order = launch_order(latents, row_offsets, codes.d_sae)
-        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred)
+        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
     entries = launch_entries(acts, rows, order)
     totals = launch_totals(entries, rows, W["W_enc"], state.idle_S)
 

@@ -4,8 +4,6 @@ The dense [B, d_sae] matrix of activations is never formed: encoding returns spa
 over their entries. tests/helpers/dense_trainer.py is the same in dense autograd; the two agree to 1e-5 over runs.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,11 +25,6 @@ from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
-from saevlm_fast.kernels.topk_encode_screened import (
-    batch_topk_encode_screened,
-    screens,
-    topk_encode_screened,
-)
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, auxiliary, padded_size
@@ -79,8 +72,8 @@ class Stepper:
     """An SAE with the state that training needs, and the step that advances it.
 
     Attributes:
-        sae: trained in place; sees activations already divided by the norm factor. W_enc is also kept in bfloat16 where
-            the encoder can use that: change it by torch's in-place methods or anew, not through `.data`.
+        sae: trained in place; sees activations already divided by the norm factor. On a GPU whose encoder screens,
+            W_enc is also kept in float16: change it by torch's in-place methods or anew, not through `.data`.
         config: the recipe.
         moments: Adam's first and second moments by parameter name; W_enc's are latent-major [d_sae, d_in].
         idle_S: rows seen since each latent last fired, int64.
@@ -106,7 +99,7 @@ class Stepper:
         self.n_rows_seen = 0
         self.dead_bound = DeadBound()
         self.n_listed = 0
-        # W_enc in bfloat16, latent-major; with the bounds of that rounding on a CPU whose encoder screens.
+        # W_enc in float16, latent-major, with the bounds of that rounding: on a GPU whose encoder screens.
         self.low: LowWeights | None = None
         self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
@@ -170,22 +163,14 @@ class Stepper:
     def _encode(self, x_BD: Tensor) -> SparseCodes:
         """In CSR form, in the dtype of the weights."""
         sae, k = self.sae, self.sae.config.k
-        inputs = [x_BD, *(t.detach() for t in (sae.W_enc, sae.b_enc, sae.b_dec))]
-        topk, batch_topk = self._encoders(x_BD)
+        W_enc, b_enc, b_dec = sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
         if sae.config.architecture == "topk":
-            codes = SparseCodes.from_flat(*topk(*inputs, k=k), None, sae.config.d_sae).rows()
+            topk = topk_encode(x_BD, W_enc, b_enc, b_dec, k)
+            codes = SparseCodes.from_flat(*topk, None, sae.config.d_sae).rows()
         else:
-            codes = SparseCodes.from_flat(*batch_topk(*inputs, k=k), sae.config.d_sae)
+            batch_topk = batch_topk_encode(x_BD, W_enc, b_enc, b_dec, k)
+            codes = SparseCodes.from_flat(*batch_topk, sae.config.d_sae)
         return codes.to(dtype=sae.W_dec.dtype)
-
-    def _encoders(
-        self, x_BD: Tensor
-    ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
-        """TopK and BatchTopK, with the low copy of W_enc that they work with."""
-        if screens(x_BD, self.sae.W_enc, self.sae.config.k):
-            low = self._low_W_enc()
-            return partial(topk_encode_screened, low=low), partial(batch_topk_encode_screened, low=low)
-        return topk_encode, batch_topk_encode
 
     def _low_W_enc(self) -> LowWeights:
         """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
@@ -242,13 +227,13 @@ class Stepper:
 
     def _update(self, gradients: Gradients) -> None:
         rows = {"W_enc": (gradients.W_enc, gradients.aux_enc), "W_dec": (gradients.W_dec, gradients.aux_dec)}
-        parts = [part for gradient, aux in rows.values() for part in (gradient, *aux)]
+        parts: list[EntryGradient | RowGradient] = []
+        for gradient, aux in rows.values():
+            parts += [gradient, *aux]
         clip = clip_coefficient(parts, [gradients.b_enc, gradients.b_dec], self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
         for name, (gradient, aux) in rows.items():
-            low = self.low if name == "W_enc" else None
-            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec", low)
-        self._low_state = self._W_enc_state()
+            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec")
         for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
 

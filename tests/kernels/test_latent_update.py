@@ -15,7 +15,6 @@ from saevlm_fast.kernels.latent_gradient import (
     entry_gradient,
 )
 from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
-from saevlm_fast.kernels.low_weights import LowWeights
 from sparse_codes import random_codes
 from test_step import blocks  # noqa: F401
 
@@ -133,18 +132,6 @@ def test_steps_equal_optim_adam_in_float64(shape, dtype) -> None:
         torch.testing.assert_close(p, expected, **close)
         torch.testing.assert_close(trained.moments[name][0], state["exp_avg"], **close)
         torch.testing.assert_close(trained.moments[name][1], state["exp_avg_sq"], **close)
-
-
-@pytest.mark.usefixtures("blocks")
-def test_the_update_writes_the_screening_copy_of_every_row() -> None:
-    inputs, W = inputs_of_step((37, 5, 29, 24), torch.float32, 1), torch.randn(29, 24)
-    gradient, low = gradient_of(*inputs), LowWeights.empty(29, 24)
-    moments = torch.zeros(2, 29, 24).unbind()
-    latent_update_(W, *moments, gradient, [], torch.tensor(0.5), settings(1), False, low=low)
-    expected = LowWeights.empty(29, 24)
-    expected.write_(0, W)
-    for written, whole in zip(low, expected):
-        assert torch.equal(written, whole)
 
 
 @pytest.mark.usefixtures("blocks")

@@ -78,23 +78,26 @@ def test_too_wide_a_row_is_named() -> None:
         whole_row_block(MAX_WIDTH + 1, 8)
 
 
-def compile_case(d_in: int, k: int, prefixes: bool, target: str) -> Case:
+def compile_case(d_in: int, k: int, prefixes: bool, target: str, *tile: int) -> Case:
     from saevlm_fast.kernels.step_rows_triton import row_tile
 
     floats = "x acts W b x_hat suffix norms centred x_norms dacts squared smallest".split()
     signature = {f"{name}_ptr": "*fp32" for name in floats}
     signature |= {f"{name}_ptr": "*i64" for name in ("latents", "row_offsets", "group_ends")}
-    signature |= {"bags_ptr": "*i32", "n_rows": "i32", "n_groups": "i32", "d_in": "i32:16"}
-    tile = row_tile(d_in, k, prefixes)
-    num_warps = tile.pop("num_warps")
-    constexprs = {"K": k, "PREFIXES": prefixes, "CENTRE": False, "ACC": "tl.float32"} | tile
+    signature |= dict.fromkeys(("n_rows", "n_groups", "shortest", "longest"), "i32")
+    signature |= {"bags_ptr": "*i32", "d_in": "i32:16"}
+    constants = row_tile(d_in, *tile)
+    num_warps = constants.pop("num_warps")
+    constexprs = {"K": k, "PREFIXES": prefixes, "CENTRE": False, "ACC": "tl.float32"} | constants
     return Case("saevlm_fast.kernels.step_rows_triton", "row_kernel", target, signature, constexprs, num_warps)
 
 
 def test_static_compile_without_spills() -> None:
-    from saevlm_fast.kernels.step_rows_triton import MAX_WIDTH
+    from saevlm_fast.kernels.step_rows_triton import HELD_LONG, HELD_SHORT, MAX_WIDTH, STEP_LONG
 
-    kinds = (20, False), (0, False), (0, True)  # Matryoshka codes are ragged
-    cases = [compile_case(1024, *kind, target) for kind in kinds for target in TARGETS]
-    wide = [compile_case(d_in, 0, True, "sm_90") for d_in in (2048, 4096, MAX_WIDTH)]
-    assert_no_spills([*cases, *wide, compile_case(1024, 64, False, "sm_90")])
+    long = HELD_LONG, STEP_LONG
+    kinds = [(20, False, 20), (64, False, *long)]  # Matryoshka codes are ragged
+    kinds += [(0, prefixes, *tile) for prefixes in (False, True) for tile in (long, (HELD_SHORT,))]
+    cases = [compile_case(1024, k, prefixes, t, *tile) for k, prefixes, *tile in kinds for t in TARGETS]
+    wide = [compile_case(d_in, 0, True, "sm_90", *long) for d_in in (2048, 4096, MAX_WIDTH)]
+    assert_no_spills([*cases, *wide])

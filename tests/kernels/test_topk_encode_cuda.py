@@ -29,7 +29,7 @@ from test_topk_encode import assert_clear, assert_codes, float_inputs, integer_i
 def low_weights(W_enc_DS):
     """LowWeights by torch: quick in the interpreter, and an oracle of the kernel."""
     W_SD = W_enc_DS.t()
-    low = LowWeights.empty(*W_SD.shape, W_SD.device, torch.float16)
+    low = LowWeights.empty(*W_SD.shape, W_SD.device)
     low.W_SD[:, : W_SD.shape[1]] = W_SD
     low.norm_S.copy_(W_SD.norm(dim=1) + 2.0**-40)
     low.error_S.copy_((W_SD - low.W_SD[:, : W_SD.shape[1]].float()).norm(dim=1) + 2.0**-40)
@@ -177,7 +177,7 @@ def test_centred_rows_are_handed_out(device):
 def test_low_weights_kernel(device):
     W_SD = torch.randn(7, 21, generator=torch.Generator().manual_seed(0)).to(device)
     W_SD[2, 3], W_SD[3] = 7e4, 0
-    low, expected = LowWeights.empty(7, 21, device, torch.float16), low_weights(W_SD.t())
+    low, expected = LowWeights.empty(7, 21, device), low_weights(W_SD.t())
     assert low.W_SD.shape == (7, 24)
     low.write_(0, W_SD)
     assert torch.equal(low.W_SD, expected.W_SD)

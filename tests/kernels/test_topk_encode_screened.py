@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import saevlm_fast.training.step as step_module
 from saevlm_fast.kernels import reference, topk_encode_screened
 from saevlm_fast.kernels.common import GROUP
 from saevlm_fast.kernels.low_product_speed import VARIABLE
@@ -14,7 +13,6 @@ from saevlm_fast.kernels.sparse_decode import gather_dot_op
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_screened import (
     ROUNDING,
-    LowWeights,
     _chunks,
     batch_topk_encode_screened,
     screens,
@@ -53,25 +51,22 @@ def test_equals_reference_with_ties(shape, kind, buffer_bytes):
 
 
 @pytest.mark.usefixtures("only_screening")
-@pytest.mark.parametrize("low", [False, True], ids=["rounds W", "given low W"])
+@pytest.mark.parametrize("buffer_bytes", [None, 2**17], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
-def test_equals_float64_by_screening_alone(shape, low):
+def test_equals_float64_by_screening_alone(shape, buffer_bytes):
     inputs = float_inputs(shape, torch.float32)
-    weights = LowWeights.empty(shape[2], shape[1])
-    weights.write_(0, inputs[1].t())
-    rest = (None, weights if low else None)
     truth = [tensor.double() for tensor in inputs]
     close = dict(rtol=1e-5, atol=1e-5, check_dtype=False)
     for k in KS:
         assert_clear(reference.preactivations(*truth), k)
-        for found, expected in zip(topk_screened(*inputs, k, *rest), reference.topk_encode(*truth, k)):
+        for found, expected in zip(topk_screened(*inputs, k, buffer_bytes), reference.topk_encode(*truth, k)):
             assert_close(found, expected, **close)
-        found = batch_topk_encode_screened(*inputs, k, *rest)
-        for part, expected in zip(found, reference.batch_topk_encode(*truth, k)):
-            assert_close(part, expected, **close)
+    found = batch_topk_encode_screened(*inputs, 1, buffer_bytes)
+    for part, expected in zip(found, reference.batch_topk_encode(*truth, 1)):
+        assert_close(part, expected, **close)
     threshold = midway(reference.topk_encode(*truth, 8)[0])
     for found, expected in zip(
-        threshold_encode_screened(*inputs, threshold, None), reference.threshold_encode(*truth, threshold)
+        threshold_encode_screened(*inputs, threshold, buffer_bytes), reference.threshold_encode(*truth, threshold)
     ):
         assert_close(found, expected, **close)
 
@@ -87,7 +82,7 @@ def test_latents_that_bfloat16_cannot_tell_apart():
     W_enc_SD[alike] = direction_D * (1 + 4e-6 * torch.arange(40))[:, None]
     x_BD = direction_D + torch.randn(n_rows, d_in, generator=generator) / 100
     zeros = torch.zeros(d_sae), torch.zeros(d_in)
-    acts, latents = topk_screened(x_BD, W_enc_SD.t(), *zeros, k)
+    acts, latents = topk_screened(x_BD, W_enc_SD.t(), *zeros, k, None)
     assert torch.equal(latents, alike[-k:].sort().values.expand(n_rows, k))
     assert_close(acts, (x_BD @ W_enc_SD.t()).gather(1, latents), rtol=1e-5, atol=0)
 
@@ -114,13 +109,13 @@ def test_codes_are_bit_for_bit_the_best_of_all_float32_dots(monkeypatch, seed, s
 
     monkeypatch.setattr(topk_encode_screened, "MAX_SHARE", 1)  # as many candidates as it takes
     monkeypatch.setattr(topk_encode_screened, "topk_encode_cpu", leave)
-    acts_BK, latents_BK = topk_screened(*inputs, k)
+    acts_BK, latents_BK = topk_screened(*inputs, k, None)
     best_BK = z_BS.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
     decided_B = ~torch.isin(x_BD[:, 0], torch.cat([x_BD.new_empty(0), *(x_RD[:, 0] for x_RD in left)]))
     assert decided_B.any()
     assert torch.equal(latents_BK[decided_B], best_BK[decided_B])
     assert torch.equal(acts_BK[decided_B], z_BS.gather(1, best_BK)[decided_B])
-    acts_M, latents_M, offsets_B1 = batch_topk_encode_screened(*inputs, k)
+    acts_M, latents_M, offsets_B1 = batch_topk_encode_screened(*inputs, k, None)
     best_M = z_BS.flatten().sort(descending=True, stable=True).indices[: n_rows * k].sort().values
     assert torch.equal(torch.arange(n_rows).repeat_interleave(offsets_B1.diff()) * d_sae + latents_M, best_M)
     assert torch.equal(acts_M, z_BS.flatten()[best_M])
@@ -172,7 +167,7 @@ def test_a_row_may_hold_most_of_a_batch():
     inputs = float_inputs((64, 96, 8192), torch.float32)
     inputs[0][5] *= 4
     assert_clear(reference.preactivations(*(tensor.double() for tensor in inputs)), 8)
-    assert_equal_in_float32(batch_topk_encode_screened(*inputs, 8), reference.batch_topk_encode(*inputs, 8))
+    assert_equal_in_float32(batch_topk_encode_screened(*inputs, 8, None), reference.batch_topk_encode(*inputs, 8))
 
 
 def test_outputs_round_too():
@@ -201,25 +196,24 @@ def test_vague_rows_alone_are_left_to_float32(monkeypatch):
         topk_encode_screened, "topk_encode_cpu", lambda x, *rest: left.append(len(x)) or original(x, *rest)
     )
     inputs = x_BD, W_enc_DS, b_enc_S, b_dec_D
-    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
+    assert_equal_in_float32(topk_screened(*inputs, 5, None), reference.topk_encode(*inputs, 5))
     assert left == [26]
 
 
 def test_neither_autocast_nor_the_default_dtype_touches_the_bounds():
     inputs = float_inputs((64, 96, 2048), torch.float32)
     (plain,) = _chunks(*inputs, None)
-    slack_RG, codes = plain.slack_RG.clone(), topk_screened(*inputs, 3)
+    slack_RG, codes = plain.slack_RG.clone(), topk_screened(*inputs, 3, None)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.autocast("cpu", torch.bfloat16):
             (chunk,) = _chunks(*inputs, None)
             assert torch.equal(chunk.slack_RG, slack_RG)
-            found = topk_screened(*inputs, 3), batch_topk_encode_screened(*inputs, 3)
-            assert LowWeights.empty(3, 2).norm_S.dtype == torch.float32
+            found = topk_screened(*inputs, 3, None), batch_topk_encode_screened(*inputs, 3, None)
     finally:
         torch.set_default_dtype(torch.float32)
     assert_codes(found[0], codes)
-    assert_codes(found[1], batch_topk_encode_screened(*inputs, 3))
+    assert_codes(found[1], batch_topk_encode_screened(*inputs, 3, None))
 
 
 def test_bounds_are_of_use():
@@ -239,8 +233,8 @@ def test_values_without_bounds_are_left_to_float32(bad, where):
     inputs[1] = inputs[1].t().contiguous().t()
     threshold = midway(reference.preactivations(*(tensor.double() for tensor in inputs)), share=0.98)
     {"x": inputs[0][3], "W_enc": inputs[1].t()[700], "b_enc": inputs[2][900:901]}[where][0] = bad
-    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
-    assert_equal_in_float32(batch_topk_encode_screened(*inputs, 5), reference.batch_topk_encode(*inputs, 5))
+    assert_equal_in_float32(topk_screened(*inputs, 5, None), reference.topk_encode(*inputs, 5))
+    assert_equal_in_float32(batch_topk_encode_screened(*inputs, 5, None), reference.batch_topk_encode(*inputs, 5))
     assert_equal_in_float32(
         threshold_encode_screened(*inputs, threshold, None), reference.threshold_encode(*inputs, threshold)
     )
@@ -257,7 +251,7 @@ def test_one_row_without_bounds_leaves_the_others_to_screening(monkeypatch, bad)
     )
     b_enc_S -= 0.5
     inputs = x_BD, W_enc_DS, b_enc_S, b_dec_D
-    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
+    assert_equal_in_float32(topk_screened(*inputs, 5, None), reference.topk_encode(*inputs, 5))
     assert 1 <= sum(left) <= 20
 
 
@@ -270,7 +264,7 @@ def assert_equal_in_float32(found, expected):
 def test_one_latent_of_a_huge_norm_costs_a_group_only():
     inputs = float_inputs((64, 16, 8200), torch.float32)
     inputs[1].t()[-1] *= 1e4  # of the last group, which is not full
-    assert_equal_in_float32(topk_screened(*inputs, 5), reference.topk_encode(*inputs, 5))
+    assert_equal_in_float32(topk_screened(*inputs, 5, None), reference.topk_encode(*inputs, 5))
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -319,23 +313,17 @@ def test_where_it_pays(monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
 def test_whole_steps(monkeypatch, architecture):
-    """Same losses and weights as by float32 products; the update keeps the low weights up to date."""
-    make_one = lambda: make(architecture, d_sae=1031, k=3, dead_after=10**6)  # noqa: E731
-    (plain, _, data), (stepper, _, _) = make_one(), make_one()
+    """Same losses and weights as by float32 products."""
+    monkeypatch.setattr(topk_encode_screened, "MIN_PRODUCT", 0)
+    monkeypatch.setattr(topk_encode_screened, "MIN_ROWS", 0)
+    (plain, _, data), (stepper, _, _) = (make(architecture, d_sae=1031, k=3, dead_after=10**6) for _ in range(2))
+    screened, original = [], topk_encode_screened._chunks
+    monkeypatch.setattr(topk_encode_screened, "_chunks", lambda *args: screened.append(1) or original(*args))
     for start in range(0, 5 * 61, 61):
         x_BD = data[start : start + 61]
+        monkeypatch.setenv(VARIABLE, "0")
         losses = plain.step(x_BD).losses
-        monkeypatch.setattr(step_module, "screens", lambda *_: True)
+        monkeypatch.setenv(VARIABLE, "1")
         assert_close(stepper.step(x_BD).losses, losses, rtol=1e-5, atol=1e-6)
-        monkeypatch.setattr(step_module, "screens", lambda *_: False)
+    assert len(screened) == 5
     assert_close(stepper.sae.W_enc, plain.sae.W_enc, rtol=1e-3, atol=1e-3)  # Adam: small gradients' signs count
-    fresh = LowWeights.empty(*stepper.sae.W_enc.T.shape)
-    fresh.write_(0, stepper.sae.W_enc.detach().T)
-    assert plain.low is None
-    for kept, expected in zip(stepper.low, fresh):
-        assert torch.equal(kept, expected)
-    with torch.no_grad():
-        stepper.sae.W_enc *= 2  # changed by others: seen
-    assert torch.equal(stepper._low_W_enc().W_SD, stepper.sae.W_enc.T.bfloat16())
-    plain.step(data[:61])  # had no low weights so far
-    assert torch.equal(plain._low_W_enc().W_SD, plain.sae.W_enc.T.bfloat16())
