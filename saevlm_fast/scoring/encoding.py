@@ -2,13 +2,10 @@
 
 from collections.abc import Generator
 from contextlib import closing
-from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes
-from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder, evaluating
@@ -36,40 +33,9 @@ def encoded_chunks(
 
     Codes of an SAE are those of inference, on its device and in its dtype; what is read is float32 on the host.
     """
-    device = torch.device("cpu") if sae is None else sae.b_dec.device
-    with closing(activations.chunks(batch_rows)) as read, closing(ahead_on(device, read)) as chunks:
+    with closing(activations.chunks(batch_rows)) as chunks:
         for start, values in chunks:
             yield start, values if sae is None or isinstance(values, SparseCodes) else _encode(sae, values)
-
-
-Values = TypeVar("Values", bound=SparseCodes | Tensor)
-
-
-def ahead_on(
-    device: torch.device, chunks: Generator[tuple[int, Values], None, None]
-) -> Generator[tuple[int, Values], None, None]:
-    """The same chunks with their values on the device, brought to a GPU by a thread while the chunk before is used.
-
-    Whoever closes this closes the chunks afterwards.
-    """
-    if device.type != "cuda":
-        return chunks
-    consumer, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-
-    def bring(chunk: tuple[int, Values]) -> tuple[int, Values]:
-        start, values = chunk
-        with torch.cuda.stream(copies):
-            there: Any = values.to(device)
-        copies.synchronize()
-        for tensor in _tensors(there):
-            tensor.record_stream(consumer)  # its memory stays while the consumer's kernels may read it
-        return start, there
-
-    return prefetch(bring, chunks, n_threads=1)
-
-
-def _tensors(values: SparseCodes | Tensor) -> list[Tensor]:
-    return [values] if isinstance(values, Tensor) else [tensor for tensor in values[:3] if tensor is not None]
 
 
 def _encode(sae: SparseAutoencoder, x_BD: Tensor) -> SparseCodes:

@@ -37,7 +37,7 @@ from saevlm_fast.kernels.pairwise_similarity import default_gamma
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.encoding import ahead_on, encoded_chunks, n_latents
+from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
 from saevlm_fast.scoring.sums import STATUSES, ActivationRange, KeptPairs, ShiftedSums, status_of
 from saevlm_fast.sparse_codes import SparseCodes
@@ -315,10 +315,8 @@ def streamed_score(
     scores = StreamedScore(n_latents(activations, sae), similarity, gamma, target)
     ids = checked_ids(batch_rows, activations, embeddings)
     with (
-        closing(encoded_chunks(activations, sae, batch_rows)) as encoded,
-        closing(ahead_on(target, encoded) if sae is None else encoded) as chunks,
-        closing(embeddings.chunks(batch_rows)) as read,
-        closing(ahead_on(target, read)) as images,
+        closing(encoded_chunks(activations, sae, batch_rows)) as chunks,
+        closing(embeddings.chunks(batch_rows)) as images,
     ):
         for (start, values), (_, emb_nE), _ in zip(chunks, images, ids):
             scores.update(values, emb_nE)
