@@ -59,10 +59,7 @@ def top_images(
     require(n >= 1, f"n: {n} must be at least 1")
     if not isinstance(activations, StoredCodes):
         activations = activations_of(activations, "activations")
-    latents_L = torch.as_tensor(latents) if len(latents) else torch.empty(0, dtype=torch.int64)
-    whole = latents_L.ndim == 1 and not latents_L.is_floating_point() and not latents_L.is_complex()
-    require(whole, f"latents: {latents_L.dtype} {list(latents_L.shape)}, must be a list of whole numbers")
-    latents_L = latents_L.long()
+    latents_L = _whole_numbers(latents)
     slot_of_latent_S = _slots(latents_L, n_latents(activations, sae))
     best, ids = _Best(len(latents_L), n), checked_ids(batch_rows, activations)
     with closing(encoded_chunks(activations, sae, batch_rows)) as chunks:
@@ -75,6 +72,20 @@ def top_images(
             best.add(acts_M, slots_M, images_M + start)
             on_rows(start + n_rows)
     return best.result()
+
+
+def _whole_numbers(latents: Sequence[int] | Tensor) -> Tensor:
+    """int64 [L]. A mask is refused: its True and False would be taken for latents 1 and 0."""
+    try:
+        latents_L = torch.as_tensor(latents)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"latents: {repr(latents)[:80]} must be a list of whole numbers") from None
+    if not latents_L.numel() and latents_L.ndim == 1:
+        return torch.empty(0, dtype=torch.int64)  # torch makes float32 of []
+    whole = latents_L.ndim == 1 and latents_L.dtype != torch.bool
+    whole = whole and not latents_L.is_floating_point() and not latents_L.is_complex()
+    require(whole, f"latents: {latents_L.dtype} {list(latents_L.shape)}, must be a list of whole numbers")
+    return latents_L.long()
 
 
 def _slots(latents_L: Tensor, n_latents: int) -> Tensor:

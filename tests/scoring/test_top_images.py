@@ -1,5 +1,6 @@
 """Top images against brute force."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -91,11 +92,17 @@ def test_top_images_refuses_in_one_line(tmp_path):
         ((acts, [0], 0), "n: 0 must be at least 1"),
         ((acts, [1, 4], 2), "latents: 4 is not within 0 to 3"),
         ((acts, [-1], 2), "latents: -1 is not within 0 to 3"),
+        ((acts, torch.tensor(3), 2), "latents: torch.int64 [], must be a list of whole numbers"),
+        ((acts, 3, 2), "latents: torch.int64 [], must be a list of whole numbers"),
+        ((acts, [True, False], 2), "latents: torch.bool [2], must be a list of whole numbers"),
+        ((acts, "3", 2), "latents: '3' must be a list of whole numbers"),
+        ((acts, None, 2), "latents: None must be a list of whole numbers"),
+        ((acts, [2**70], 2), "latents: [1180591620717411303424] must be a list of whole numbers"),
         ((acts, [1, 2, 1], 2), "latents: 3 are listed, but only 2 differ"),
         ((acts, [0], 2, sae), "sae: d_in is 5, but the activations have width 4"),
         ((write_codes(tmp_path / "codes", torch.ones(2, 3)), [0], 2, sae), "sae: codes are encoded already"),
     ):
-        with pytest.raises(ValueError, match="^" + message):
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
             top_images(*arguments)
 
 
