@@ -170,7 +170,7 @@ USAGE_ERROR: Any = typer.BadParameter.__base__  # which is click's, or that of t
     ("wrong", "error"),
     [
         ("train --stepz 3", USAGE_ERROR),
-        ("train --steps many", USAGE_ERROR),
+        ("train --steps many", ValueError),
         ("steer --model hf:tiny-llava", ValueError),
         ("tain --steps 3", AssertionError),
         ("--versio", AssertionError),
