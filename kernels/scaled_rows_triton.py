@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_N = 8
+BLOCK_N = 4
 BLOCK_E = 256
 SUM_ROWS = 256
 NUM_WARPS = 4

@@ -112,9 +112,10 @@ def batch_topk_encode_screened_cuda(
     from .topk_encode_redo_triton import launch_redo_product
 
     n_rows, d_sae, n = len(x_BD), W_enc_DS.shape[1], len(x_BD) * k
-    group = _group(d_sae, k)
+    chunk_values = _chunk_rows(n_rows, d_sae, buffer_bytes) * d_sae
+    group = next((size for size in GROUPS if k <= MAX_K and 2 * n * size <= chunk_values), None)
     with torch.cuda.device_of(x_BD):
-        if 2 * n * group > _chunk_rows(n_rows, d_sae, buffer_bytes) * d_sae:
+        if group is None:
             if centred is not None:
                 centred.write_(x_BD, b_dec_D)
             return launch_batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)

@@ -27,7 +27,7 @@ class Case(NamedTuple):
         else:
             rows = torch.arange(len(self.x_BD)).repeat_interleave(self.row_offsets.diff())
         acts, latents = self.acts.flatten()[: len(rows)], self.latents.flatten()[: len(rows)]
-        groups = torch.searchsorted(torch.tensor(self.ends), latents, right=True)
+        groups = torch.searchsorted(latents.new_tensor(self.ends), latents, right=True)
         return acts, latents, rows, groups
 
     def on(self, device, dtype: torch.dtype) -> "Case":

@@ -120,7 +120,7 @@ def test_gpu_low_copy_is_what_the_encoder_would_make(device, unit: bool) -> None
     again.write_(0, W)
     assert torch.equal(low.W_SD, again.W_SD)
     torch.testing.assert_close(low.norm_S, again.norm_S, rtol=1e-6, atol=0)
-    torch.testing.assert_close(low.error_S, again.error_S, rtol=1e-5, atol=0)
+    torch.testing.assert_close(low.error_S, again.error_S, rtol=2e-4, atol=0)  # the bound leaves 1e-3 for it
 
 
 def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:

@@ -63,7 +63,8 @@ def dense_step(parameters: dict[str, torch.Tensor], x_BD, codes, ends: list[int]
 
 def big(architecture: str, device, d_in: int, d_sae: int, **train) -> tuple[Stepper, torch.Tensor]:
     """A Stepper and a batch, half of whose rows are nearly one: latents of thousands of entries."""
-    sizes = (d_sae // 16, d_sae // 8, d_sae // 4, d_sae - 7 * (d_sae // 16)) if architecture == "matryoshka" else ()
+    first = d_sae // 16, d_sae // 8, d_sae // 4
+    sizes = (*first, d_sae - sum(first)) if architecture == "matryoshka" else ()
     sae = SparseAutoencoder(SAEConfig(d_in, d_sae, 20, architecture, sizes)).to(device)
     sae.reset_parameters(0)
     generator = torch.Generator(device=device).manual_seed(1)
