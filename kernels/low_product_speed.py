@@ -116,7 +116,7 @@ def _read(machine: str) -> float | None:
     try:
         ratio = json.loads(_file(machine).read_text(encoding="utf-8"))["float32_over_bfloat16"]
         return float(ratio) if 0 < ratio < math.inf else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -78,6 +78,8 @@ def host_matrix(x: Tensor | np.ndarray) -> Tensor:
     Raises:
         ActivationError: not a tensor or an array, another dtype than MATRIX_DTYPES, not 2-D, no rows or no columns.
     """
+    if isinstance(x, np.ma.MaskedArray):
+        raise ActivationError("x: a masked array, whose mask would be lost; drop its rows first, as x[~x.mask.any(1)]")
     if isinstance(x, np.ndarray):
         _check_npy_dtype(x, "x")
         # torch knows no negative strides.
@@ -86,6 +88,7 @@ def host_matrix(x: Tensor | np.ndarray) -> Tensor:
         dense = x.dtype in MATRIX_DTYPES and x.layout == torch.strided
         met = dtype_names([x.dtype])
         require(dense, f"x: dtype {met}, layout {x.layout}; accepted: dense {_ACCEPTED}", ActivationError)
+        require(x.device.type != "meta", "x: on the meta device, which holds no numbers", ActivationError)
         x_ND = x.detach().cpu().resolve_neg()  # a lazy negative bit is nothing that is seen in memory
     else:
         raise ActivationError(f"x: {type(x).__name__}; a torch tensor or a NumPy array [rows, d_in] is needed")

@@ -127,7 +127,8 @@ class CapturedSteps:
         """Of all that a graph holds on to and somebody may replace."""
         stepper = self.stepper
         state = [*stepper.parameters().values(), *(t for pair in stepper.moments.values() for t in pair)]
-        return [t.data_ptr() for t in (*state, stepper.idle_S, stepper.sae.threshold, stepper.bad_step)]
+        counters = stepper.idle_S, stepper.sae.threshold, stepper.bad_step, stepper.step_index, stepper.adam_schedule
+        return [t.data_ptr() for t in (*state, *counters, *(stepper.low or ()))]
 
     def _capture(self, x_BD: Tensor) -> _Captured | None:
         """The announced step, recorded and not taken. None, and no further attempt: it cannot be.

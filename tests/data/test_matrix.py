@@ -233,6 +233,14 @@ def test_a_matrix_in_memory_reads_like_a_file(tmp_path, kind, dtype):
         matrix.items()
 
 
+def test_a_mask_is_not_lost_and_a_tensor_without_numbers_is_named():
+    masked = np.ma.masked_array(rows_of(9, 4).numpy(), mask=np.eye(9, 4, dtype=bool))
+    with pytest.raises(ActivationError, match="x: a masked array, whose mask would be lost"):
+        Activations.from_tensor(masked)
+    with pytest.raises(ActivationError, match="x: on the meta device"):
+        Activations.from_tensor(torch.empty(9, 4, device="meta"))
+
+
 def test_a_matrix_in_memory_is_not_copied():
     x = rows_of(9, 4)
     array = x.numpy().copy()

@@ -93,7 +93,8 @@ def test_another_machine_is_measured_anew(monkeypatch, measured, what):
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "3", "null", "\x00" * 40, "{}", '{"float32_over_bfloat16": null}', '{"float32_over_bfloat16": "3"}']
-    + [f'{{"float32_over_bfloat16": {number}}}' for number in ("NaN", "Infinity", "0", "-3", "[3]", "1e999")],
+    + [f'{{"float32_over_bfloat16": {number}}}' for number in ("NaN", "Infinity", "0", "-3", "[3]", "1e999", "9" * 400)]
+    + ["[" * 100_000],
 )
 def test_a_damaged_cache_is_measured_anew_and_mended(monkeypatch, measured, tmp_path, text):
     measured[:] = [0.5, 3.0]

@@ -211,6 +211,7 @@ class FakeStepper:
         self.sae = SimpleNamespace(W_dec=self.W_dec, threshold=torch.zeros(()))
         self.idle_S = SimpleNamespace(is_cuda=True, device="cuda", data_ptr=lambda: 1)
         self.bad_step, self.moments = torch.zeros(()), {}
+        self.step_index, self.adam_schedule, self.low = torch.zeros(()), torch.zeros(2), None
         self.n_listed, self.current, self.taken = 0, True, []
 
     def parameters(self):
