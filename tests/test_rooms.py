@@ -14,7 +14,7 @@ ORDER = (
     ("config", "files", "runtime"),
     ("outputs", "records"),
     ("kernels", "box"),
-    ("sparse_codes",),
+    ("sparse_codes", "formats"),
     ("sae",),
     ("data",),
     ("images",),
