@@ -22,6 +22,7 @@ ORDER = (
     ("provenance",),
     ("harvesting",),
     ("training", "scoring"),
+    ("look",),
     ("steering",),
     ("demo", "box_making"),
     ("inspection",),
