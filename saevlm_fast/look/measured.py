@@ -19,7 +19,7 @@ KNOWN = {
     "mean": ("mean", "Its mean activation where it fires."),
     "ms": (
         "MS",
-        "Monosemanticity Score: how alike its images are to the encoder of the embeddings, weighted by activation.",
+        "Monosemanticity Score: how alike its images are to the encoder, weighted by activation.",
     ),
     "purity": ("purity", "Share of its activation that is on images of its best class."),
     "entropy": ("entropy", "Of its activation over the classes, in bits; 0 is one class alone."),

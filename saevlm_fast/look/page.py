@@ -92,6 +92,10 @@ def _sae(panel: Panel) -> dict[str, Any]:
     }
 
 
+def _column(measure: Measure) -> dict[str, str]:
+    return {"key": measure.key, "label": measure.label, "help": measure.help, "values": floats(measure.values)}
+
+
 def recipe_of(config: Any) -> list[list[str]]:
     """Rows of name and value: what the SAE is, and what its metadata say of data and training."""
     rows = [["architecture", str(config.architecture)], ["d_in", str(config.d_in)], ["d_sae", str(config.d_sae)]]

@@ -7,7 +7,6 @@ took longest, the codes, stays there when the work is interrupted: the same call
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -156,7 +155,7 @@ def make_report(settings: ReportSettings, watcher: Watcher, title: str | None = 
         check_report_output(settings)
         remove_leftovers(settings.output)
         inputs = open_inputs(settings, watcher.warn)
-        place = _workplace(settings, inputs)
+        place = _workplace(settings.output, settings, inputs)
         made = _make(settings, inputs, place, watcher, title)
         shutil.rmtree(place / "work")
         publish(settings.output, _remove_report)
@@ -170,20 +169,14 @@ def _single(settings: ReportSettings, watcher: Watcher, title: str | None) -> Ma
         check_report_output(settings)
         inputs = open_inputs(settings, watcher.warn)
         folder.mkdir(exist_ok=True)
-        made = _make(
-            replace(settings, output=folder),
-            inputs,
-            _workplace(replace(settings, output=folder), inputs),
-            watcher,
-            title,
-        )
+        made = _make(settings, inputs, _workplace(folder, settings, inputs), watcher, title)
         shutil.rmtree(folder)
         return made._replace(output=output, n_bytes=output.stat().st_size)
 
 
-def _workplace(settings: ReportSettings, inputs: Inputs) -> Path:
+def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
     """Where the new report is made: what an interrupted call of the same kind left, or an empty place."""
-    place = settings.output / REPLACEMENT
+    place = output / REPLACEMENT
     made_of = {
         "saes": [sae_digest(Path(subject.path)) for subject in inputs.subjects],
         "rows": [str(subject.rows.path.absolute()) for subject in inputs.subjects],
@@ -196,8 +189,7 @@ def _workplace(settings: ReportSettings, inputs: Inputs) -> Path:
     except (ValueError, OSError):
         same = False
     if not same:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        begin_replacement(settings.output)
+        begin_replacement(output)
         record.parent.mkdir()
         write_record(record, made_of)
     remove_leftovers(place)
@@ -221,21 +213,15 @@ def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watche
     n_latents = sum(panel.looked.size for panel in panels)
     with watcher.step("pages", None) as tell:
         if settings.single_file:
-            _write_one(_html_of(settings), title, panels, index, tiles, place)
+            _write_one(settings.output, title, panels, index, tiles, place)
         else:
             write_folder(place, title, data_scripts(index, panels, tiles))
-            write_record(
-                place / REPORT_FILE, {"format": FORMAT, "title": title, "latents": n_latents, "images": len(tiles)}
-            )
+            record = {"format": FORMAT, "title": title, "latents": n_latents, "images": len(tiles)}
+            write_record(place / REPORT_FILE, record)
         tell(1)
     n_bytes = sum(file.stat().st_size for name in PARTS for file in (place / name).rglob("*") if file.is_file())
     missing = len(images.missing) if images.wanted else 0
     return Made(place, n_bytes, len(tiles), missing, n_latents, images.problem if images.wanted else None)
-
-
-def _html_of(settings: ReportSettings) -> Path:
-    """The file, from the folder beside it in which it is made."""
-    return settings.output.with_name(f"{settings.output.name.removeprefix('.').removesuffix('.making')}.html")
 
 
 def _write_one(path: Path, title: str, panels: list[Panel], index: dict[str, Any], tiles: Tiles, place: Path) -> None:
@@ -292,7 +278,8 @@ def _ms(inputs: Inputs, i: int, codes: Spill, bars: "_Bars") -> np.ndarray | Non
 
 
 def _names(settings: ReportSettings, inputs: Inputs, subject: Subject, bars: "_Bars") -> pa.Table:
-    assert settings.text_model is not None and inputs.embeddings is not None
+    assert settings.text_model is not None
+    assert inputs.embeddings is not None
     encoder = load_text_encoder(settings.text_model, resolve_device(settings.device))
     words, _ = known_words(vocabulary(None, "a photo of {}"), encoder)
     rows = (subject.rows, subject.encoder, inputs.embeddings, settings.image_score)

@@ -45,7 +45,7 @@ class Spill:
         """Rows after those that are there; padding and zeros are dropped."""
         if not self._files:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._files = {name: open(self.path / name, "wb") for name in self._kinds}
+            self._files = {name: (self.path / name).open("wb") for name in self._kinds}
         acts_M, latents_M, offsets = codes.compact().csr()
         self._files["acts"].write(acts_M.numpy().astype(np.float32, copy=False).tobytes())
         self._files["latents"].write(latents_M.numpy().astype(self._kinds["latents"]).tobytes())
