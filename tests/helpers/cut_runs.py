@@ -28,6 +28,9 @@ OUTPUTS = {
     "train": "out",
     "demo": "out",
     "ms-score": "out.parquet",
+    "top-images": "out",
+    "name": "out.parquet",
+    "report": "out",
     "steering-score": "out.json",
 }
 

@@ -79,6 +79,11 @@ function el(tag, props, ...children) {
     else if (name in node && typeof value !== "string") node[name] = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
+  return add(node, ...children);
+}
+
+// Appends what is there: parts that have nothing to show are null.
+function add(node, ...children) {
   for (const child of children.flat()) {
     if (child !== null && child !== undefined) node.append(child);
   }

@@ -128,13 +128,13 @@ const Latent = (() => {
     const max = sae.column.max ? sae.column.max[latent] : NaN;
     if (!record.t) {
       root.append(el("p", { class: "problem", text: "It fires on none of the images." }));
-      root.append(el("div", { class: "columns" }, part("Measures", measures(sae, latent)),
+      add(root, el("div", { class: "columns" }, part("Measures", measures(sae, latent)),
         neighbours(app, sae, "Nearest by decoder", "Cosine of decoder directions.", record.d)));
       return;
     }
     root.append(part("Top images", heatTools(app, sae, root, max), pictures(app, sae, latent, record.t, 112)));
     const columns = el("div", { class: "columns" });
-    columns.append(part("Measures", measures(sae, latent)), histogramOf(record, sae, app.index.bins));
+    add(columns, part("Measures", measures(sae, latent)), histogramOf(record, sae, app.index.bins));
     if (record.w) {
       const best = Math.max(...record.w.map(([, score]) => score), 1e-9);
       const own = sae.names && sae.names[latent];

@@ -181,7 +181,7 @@
     document.body.append(dialog);
     dialog.showModal();
   } });
-  document.getElementById("top").append(el("h1", { text: index.title }), el("nav", { class: "tabs", "aria-label": "Views" }, tabs),
+  add(document.getElementById("top"), el("h1", { text: index.title }), el("nav", { class: "tabs", "aria-label": "Views" }, tabs),
     index.saes.length > 1 ? choose : null, el("span", { class: "spring" }), blind, keys, themeButton);
   const table = new LatentTable(document.getElementById("list"), app);
 
