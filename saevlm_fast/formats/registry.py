@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.files import sha256_file
-from saevlm_fast.formats import sae_lens, sparsify
+from saevlm_fast.formats import dictionary_learning, sae_lens, sparsify
 from saevlm_fast.formats.header import Header
 from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.source import Source
@@ -33,7 +33,8 @@ class Format(NamedTuple):
 # The first that fits. A name is that of a module of this room where the module has one format.
 FORMATS: tuple[Format, ...] = (
     Format(sae_lens.NAME, sae_lens.detect, sae_lens.read, sae_lens.FILES, sae_lens.header),
-    Format("sparsify", sparsify.detect, sparsify.read, sparsify.FILES),
+    Format(sparsify.NAME, sparsify.detect, sparsify.read, sparsify.FILES),
+    Format(dictionary_learning.NAME, dictionary_learning.detect, dictionary_learning.read, dictionary_learning.FILES),
 )
 
 
