@@ -8,6 +8,7 @@ known to be settings, and for names that the user trusts.
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def load_pickle(path: Path, trust: bool | Sequence[str] = False) -> Any:
     for _ in range(_MOST_NAMES):
         stubs: list[Any] = [(type(name.rpartition(".")[2], (Stub,), {}), name) for name in dict.fromkeys(allowed)]
         try:
-            with torch.serialization.safe_globals(stubs):
+            with torch.serialization.safe_globals(stubs), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of protocols that the reader "might not support"
                 return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             name = _name_in(error)
