@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.files import sha256_file
-from saevlm_fast.formats import dictionary_learning, sae_lens, sparsify
+from saevlm_fast.formats import dictionary_learning, plain_file, sae_lens, saev, sparsify
 from saevlm_fast.formats.header import Header
 from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.source import Source
@@ -35,7 +35,9 @@ _MOST_FOLDERS = 200  # in which SAEs are looked for, to name them
 FORMATS: tuple[Format, ...] = (
     Format(sae_lens.NAME, sae_lens.detect, sae_lens.read, sae_lens.FILES, sae_lens.header),
     Format(sparsify.NAME, sparsify.detect, sparsify.read, sparsify.FILES),
+    Format(plain_file.NAME, plain_file.detect, plain_file.read, plain_file.FILES),
     Format(dictionary_learning.NAME, dictionary_learning.detect, dictionary_learning.read, dictionary_learning.FILES),
+    Format(saev.NAME, saev.detect, saev.read, saev.FILES),
 )
 
 
