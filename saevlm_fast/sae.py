@@ -20,6 +20,7 @@ from saevlm_fast import __version__
 from saevlm_fast.config import Architecture, SAEConfig
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import save_safetensors_atomic, sha256_file
+from saevlm_fast.formats.hub import resolve
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
 from saevlm_fast.records import (
@@ -202,18 +203,23 @@ class SparseAutoencoder(nn.Module):
         (rescale_acts_by_decoder_norm, apply_b_dec_to_input = false) are folded in.
 
         Args:
-            directory: with cfg.json and sae_weights.safetensors. device, dtype: of the SAE; the file's dtype if None.
+            directory: with cfg.json and sae_weights.safetensors; or hf:user/repo[@revision][/sae_id] or
+                saelens:release/sae_id (formats/hub.py), whose repository and commit are then in metadata["hub"].
+            device, dtype: of the SAE; the file's dtype if None.
 
         Raises:
             ValueError: a missing, damaged, altered or inconsistent file, or an architecture this engine does not have.
         """
-        directory = Path(directory)
+        local = resolve(directory)
+        directory = local.path
         cfg = _read_config(directory / CONFIG_FILE)
         tensors = _read_weights(directory / WEIGHTS_FILE, cfg.get(WEIGHTS_DIGEST))
         config = _config_from_sae_lens(cfg, tensors, directory)
         _check_shapes(config, tensors, directory / WEIGHTS_FILE)
         sae = cls(config, dtype=dtype or tensors["W_enc"].dtype, random=False)
         sae.load_tensors_(_fold_settings(cfg, tensors, directory), directory)
+        if local.repo is not None:
+            with_metadata(sae, hub=local.record())
         return sae.to(device).eval()
 
     @torch.no_grad()
@@ -256,7 +262,7 @@ class SAEHeader(NamedTuple):
 
 def read_sae_header(directory: str | Path) -> SAEHeader:
     """The header of an SAE that from_pretrained loads. ValueError: files that are missing, damaged or inconsistent."""
-    directory = Path(directory)
+    directory = resolve(directory).path
     cfg, weights = _read_config(directory / CONFIG_FILE), directory / WEIGHTS_FILE
     require(weights.is_file(), f"{weights}: no such file; an SAE directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
@@ -270,8 +276,9 @@ def read_sae_header(directory: str | Path) -> SAEHeader:
     return SAEHeader(_config_from_sae_lens(cfg, tensors, directory), dtype, threshold, cfg.get(WEIGHTS_DIGEST))
 
 
-def sae_digest(directory: Path) -> str:
+def sae_digest(directory: str | Path) -> str:
     """SHA-256 of an SAE's files, as stores of its codes record it."""
+    directory = resolve(directory).path
     digests = [sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 

@@ -26,6 +26,9 @@ from saevlm_fast.errors import did_you_mean, first_line, require
 from saevlm_fast.files import atomic_write, sha256_file
 
 HUB, SAE_LENS = "hf:", "saelens:"
+SAE_HELP = (
+    "SAE directory (cfg.json, sae_weights.safetensors), hf:user/repo[@revision][/sae_id] or saelens:release/sae_id."
+)
 CARD_FILE = "README.md"
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SPEC = re.compile(
@@ -119,27 +122,54 @@ def resolve(
         ValueError: in one line: no such repository, revision or place; no access; several SAEs and none named, or none
             at all; no network and not in the cache, with the files to put where; bytes that are not the Hub's.
     """
+    if not is_remote(spec):
+        return LocalSAE(Path(spec))
     text = os.fspath(spec)
-    if text.startswith(SAE_LENS):
-        found, release = sae_lens_release(text)
-        return _from_hub(found, text, local_files_only, on_message)._replace(release=release)
-    if text.startswith(HUB):
-        return _from_hub(parse_spec(text), text, local_files_only, on_message)
-    return LocalSAE(Path(spec))
+    found = look_up(text, local_files_only=local_files_only, on_message=on_message)
+    wanted = found.wanted
+    if found.online:
+        _download(found, text, on_message)
+        _remember(wanted, found.sha)
+    moves = None if wanted.revision and _COMMIT.fullmatch(wanted.revision) else wanted.revision or "main"
+    release = text.removeprefix(SAE_LENS).partition("/")[0] if text.startswith(SAE_LENS) else None
+    return LocalSAE(
+        _snapshot(found.repo, found.sha) / found.sae_id, found.repo, found.sha, found.sae_id, moves, release
+    )
 
 
-def _from_hub(wanted: HubSpec, spec: str, local: bool, on_message: Callable[[str], None]) -> LocalSAE:
-    sha, offline = _commit_of(wanted, spec, local, on_message)
+class Found(NamedTuple):
+    """An SAE of the Hub before it is downloaded.
+
+    Attributes:
+        repo, sha, sae_id: as LocalSAE's. wanted: what was asked for. online: whether the Hub said so, or the cache.
+        listed: name -> what the Hub lists of a file (None of the cache), of the files that are needed.
+    """
+
+    repo: str
+    sha: str
+    sae_id: str
+    wanted: HubSpec
+    online: bool
+    listed: dict[str, Any]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file; 0 where only the cache was asked."""
+        return {name: getattr(file, "size", 0) for name, file in self.listed.items()}
+
+
+def look_up(
+    spec: str, *, local_files_only: bool = False, on_message: Callable[[str], None] = lambda text: None
+) -> Found:
+    """Which commit and which files a spec of the Hub names. ValueError: as resolve."""
+    require(is_remote(spec), f"spec: {spec!r} is not of the form hf:user/repo[@revision][/sae_id]")
+    wanted = sae_lens_release(spec)[0] if spec.startswith(SAE_LENS) else parse_spec(spec)
+    sha, offline = _commit_of(wanted, spec, local_files_only, on_message)
     files = cached_files(wanted.repo, sha) if offline else _listed(wanted, sha, spec)
     names = sorted(files)
     sae_id = _place(wanted, names, spec, sha, offline)
-    needed = files_of(sae_id, names)
-    if not offline:
-        _download(wanted, sha, {name: files[name] for name in needed}, spec, on_message)
-        _remember(wanted, sha)
-    path = _snapshot(wanted.repo, sha) / sae_id
-    moves = None if wanted.revision and _COMMIT.fullmatch(wanted.revision) else wanted.revision or "main"
-    return LocalSAE(path, wanted.repo, sha, sae_id, moves)
+    needed = {name: files[name] for name in files_of(sae_id, names)}
+    return Found(wanted.repo, sha, sae_id, wanted, not offline, needed)
 
 
 # What is in a repository, by names ------------------------------------------------------------------------------------
@@ -310,21 +340,21 @@ def _listed(wanted: HubSpec, sha: str, spec: str) -> dict[str, Any]:
     return {name: file for name, file in files.items() if ".." not in name.split("/") and not name.startswith("/")}
 
 
-def _download(wanted: HubSpec, sha: str, files: dict[str, Any], spec: str, on_message: Callable[[str], None]) -> None:
+def _download(found: Found, spec: str, on_message: Callable[[str], None]) -> None:
     """The files that the cache lacks, each compared with what the Hub lists."""
     from huggingface_hub import snapshot_download
 
-    snapshot = _snapshot(wanted.repo, sha)
-    new = [name for name in files if not (snapshot / name).is_file()]
+    snapshot = _snapshot(found.repo, found.sha)
+    new = [name for name in found.listed if not (snapshot / name).is_file()]
     if not new:
         return
-    n_bytes = sum(files[name].size for name in new)
+    n_bytes = sum(found.sizes[name] for name in new)
     on_message(f"{spec}: downloading {len(new)} files, {n_bytes / 1e6:.1f} MB, from {endpoint()}")
-    with hub_errors(spec, wanted.repo, wanted.revision):
+    with hub_errors(spec, found.repo, found.wanted.revision):
         patterns = [glob.escape(name) for name in new]  # a [ in a name is no pattern
-        snapshot_download(wanted.repo, revision=sha, allow_patterns=patterns, tqdm_class=quiet_progress())
+        snapshot_download(found.repo, revision=found.sha, allow_patterns=patterns, tqdm_class=quiet_progress())
     for name in new:
-        _check_bytes(snapshot / name, files[name], spec)
+        _check_bytes(snapshot / name, found.listed[name], spec)
 
 
 def _check_bytes(path: Path, listed: Any, spec: str) -> None:
@@ -406,8 +436,8 @@ def _not_here(wanted: HubSpec, spec: str, sha: str | None) -> str:
 def sae_lens_release(spec: str) -> tuple[HubSpec, str]:
     """Where saelens:release/sae_id lies on the Hub, and the release, by the list of the sae-lens that is installed.
 
-    The list is read from its file, and nothing of sae-lens is imported. It is not copied into this package: it has a
-    thousand entries a year, and a copy would name what is no longer there.
+    The list is read from its file, and nothing of sae-lens is imported. There is no copy of it in this package: it
+    changes with every release of sae-lens, and a copy would go stale unseen.
 
     Raises:
         ValueError: sae-lens is not installed, its list is of another form, or has no such release or SAE.

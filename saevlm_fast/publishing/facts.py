@@ -10,7 +10,7 @@ from typing import Any
 
 from saevlm_fast.errors import require
 from saevlm_fast.records import parse_json
-from saevlm_fast.sae import SAEHeader, read_sae_header
+from saevlm_fast.sae import WEIGHTS_FILE, SAEHeader, read_sae_header
 from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, read_settings
 
 SCORES_FILE = "scores.parquet"
@@ -64,7 +64,7 @@ class Facts:
             data=public(_dict(run.get("data"))),
             evaluation=_last_evaluation(directory / METRICS_FILE),
             held_out=_held_out(directory / _SETTINGS_FILE),
-            scores=_scores(directory / SCORES_FILE),
+            scores=_scores(directory / SCORES_FILE, directory / WEIGHTS_FILE),
             picture=next((directory / name for name in PICTURES if (directory / name).is_file()), None),
         )
 
@@ -128,9 +128,10 @@ def _held_out(path: Path) -> bool | None:
         return None
 
 
-def _scores(path: Path) -> dict[str, float]:
-    """Of the table of ms-score: defined ones, their mean and the best. {} where there is none."""
-    if not path.is_file():
+def _scores(path: Path, weights: Path) -> dict[str, float]:
+    """Of the table of ms-score: defined ones, their mean and the best. {} where there is none, or one of before these
+    weights, which a run that was replaced has left."""
+    if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
         return {}
     import pyarrow as pa
     import pyarrow.compute as pc

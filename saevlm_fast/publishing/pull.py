@@ -9,7 +9,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_directory
 from saevlm_fast.formats.hub import CARD_FILE, LocalSAE, is_remote, resolve
 from saevlm_fast.outputs import check_absent
-from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, with_metadata
 
 HELD = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)  # all that a pulled directory holds
 
@@ -48,7 +48,7 @@ def pull(
     output = Path(output)
     check_free(output, force)
     origin = resolve(spec, on_message=on_message)
-    sae = SparseAutoencoder.from_pretrained(spec)
+    sae = with_metadata(SparseAutoencoder.from_pretrained(origin.path), hub=origin.record())
     with atomic_directory(output, replace=force) as directory:
         sae.save_pretrained(directory)
         folder = origin.path if origin.path.is_dir() else origin.path.parent

@@ -127,6 +127,24 @@ def push(what: Push, on_message: Callable[[str], None] = lambda text: None) -> P
     )
 
 
+def planned(what: Push) -> tuple[dict[str, int], str | None]:
+    """What a push would upload, name -> bytes, and the commit it would be on top of; None of a new repository.
+
+    Raises:
+        ValueError: as push, of what can be known before.
+    """
+    facts = checked(what)
+    with staging(what, facts) as folder, hub_errors(f"{HUB}{what.repo}", what.repo, what.revision):
+        api = hub_api()
+        before = remote(api, what)
+        _check_free(api, what, before, facts)
+        _add_readme(api, what, before, facts, folder)
+        files = {
+            path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+        }
+    return files, before.head
+
+
 def checked(what: Push) -> Facts:
     """What is known of the SAE, whose weights have been read: they are those of its cfg.json, and finite."""
     facts = Facts.of(what.directory)

@@ -97,6 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         self.path, _, self.query = self.path.partition("?")
+        self.read: bytes | None = None
         self.hub.log.append((self.command, self.path))
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.hub.tokens |= {token} if token else set()
@@ -115,6 +116,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send(refused.status, {"error": refused.message}, **headers, X_Error_Message=refused.message)
 
     def body(self) -> bytes:
+        """What the request carries; a second time from memory."""
+        if self.read is None:
+            self.read = self.read_body()
+        return self.read
+
+    def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
             parts = []
             while n := int(self.rfile.readline(), 16):
