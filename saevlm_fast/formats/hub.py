@@ -248,15 +248,19 @@ def endpoint() -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-def quiet_progress() -> Any:
-    """The library's progress bar, for people alone: where stderr is no terminal, it would be lines of noise."""
-    from huggingface_hub.utils import tqdm
+@contextmanager
+def progress_for_people() -> Iterator[None]:
+    """The library's progress bars only where stderr is a terminal: elsewhere they would be lines of noise."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    class ForPeople(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **more: Any):
-            super().__init__(*args, **more | {"disable": not sys.stderr.isatty()})
-
-    return ForPeople
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @contextmanager
@@ -286,7 +290,7 @@ def hub_errors(what: str, repo: str, revision: str | None = None) -> Iterator[No
         raise ValueError(f"{what}: {repo!r} is no name of a repository ({first_line(error)})") from error
     except errors.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        raise ValueError(f"{what}: {repo}: {_of_status(status)}") from error
+        raise ValueError(f"{what}: {_of_status(status)}") from error
     except Exception as error:
         if not is_unreachable(error):
             raise
@@ -350,9 +354,9 @@ def _download(found: Found, spec: str, on_message: Callable[[str], None]) -> Non
         return
     n_bytes = sum(found.sizes[name] for name in new)
     on_message(f"{spec}: downloading {len(new)} files, {n_bytes / 1e6:.1f} MB, from {endpoint()}")
-    with hub_errors(spec, found.repo, found.wanted.revision):
-        patterns = [glob.escape(name) for name in new]  # a [ in a name is no pattern
-        snapshot_download(found.repo, revision=found.sha, allow_patterns=patterns, tqdm_class=quiet_progress())
+    patterns = [glob.escape(name) for name in new]  # a [ in a name is no pattern
+    with hub_errors(spec, found.repo, found.wanted.revision), progress_for_people():
+        snapshot_download(found.repo, revision=found.sha, allow_patterns=patterns)
     for name in new:
         _check_bytes(snapshot / name, found.listed[name], spec)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast.errors import first_line, require
-from saevlm_fast.formats.hub import CARD_FILE, HUB, endpoint, hub_api, hub_errors
+from saevlm_fast.formats.hub import CARD_FILE, HUB, endpoint, hub_api, hub_errors, progress_for_people
 from saevlm_fast.publishing.card import card, front, front_matter, is_ours, is_sealed, plain, sealed
 from saevlm_fast.publishing.facts import Facts, public
 from saevlm_fast.records import Fields, parse_json, read_record, write_record
@@ -113,7 +113,7 @@ def push(what: Push, on_message: Callable[[str], None] = lambda text: None) -> P
         _add_readme(api, what, before, facts, folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         on_message(f"uploading {what.place}, {size / 1e6:.1f} MB, to {endpoint()}/{what.repo}")
-        with _upload_errors(what):
+        with _upload_errors(what), progress_for_people():
             done = api.upload_folder(
                 repo_id=what.repo,
                 repo_type="model",
