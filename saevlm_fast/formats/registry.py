@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import did_you_mean, require
-from saevlm_fast.formats import sparsify
+from saevlm_fast.formats import (
+    gemma_scope,
+    llamascopium,
+    openai,
+    overcomplete,
+    prisma,
+    releases,
+    sparsify,
+    visaebench,
+    vision_releases,
+)
 from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.source import Source
 
@@ -24,7 +34,38 @@ class Format(NamedTuple):
 
 
 # The first that fits. A name is that of a module of this room where the module has one format.
-FORMATS: tuple[Format, ...] = (Format("sparsify", sparsify.detect, sparsify.read, sparsify.FILES),)
+FORMATS: tuple[Format, ...] = (
+    Format("sparsify", sparsify.detect, sparsify.read, sparsify.FILES),
+    Format("llamascopium", llamascopium.detect, llamascopium.read, llamascopium.FILES),
+    Format("lm_saes", llamascopium.detect_old, llamascopium.read_old, llamascopium.OLD_FILES),
+    Format("prisma", prisma.detect, prisma.read, prisma.FILES),
+    Format("gemma_scope", gemma_scope.detect, gemma_scope.read, gemma_scope.FILES),
+    Format("visaebench", visaebench.detect, visaebench.read, visaebench.FILES),
+    Format(
+        "clip_topk_sae",
+        vision_releases.detect_clip_topk,
+        vision_releases.read_clip_topk,
+        vision_releases.CLIP_TOPK_FILES,
+    ),
+    Format("openai", openai.detect, openai.read, openai.FILES),
+    Format("overcomplete", overcomplete.detect, overcomplete.read, overcomplete.FILES),
+    Format(
+        "clip_scope",
+        vision_releases.detect_clip_scope,
+        vision_releases.read_clip_scope,
+        vision_releases.CLIP_SCOPE_FILES,
+    ),
+    Format("msae", vision_releases.detect_msae, vision_releases.read_msae, vision_releases.MSAE_FILES),
+    Format(
+        "batch_topk_reference",
+        vision_releases.detect_reference,
+        vision_releases.read_reference,
+        vision_releases.REFERENCE_FILES,
+    ),
+    Format("goodfire", releases.detect_goodfire, releases.read_goodfire, releases.GOODFIRE_FILES),
+    Format("qwen_scope", releases.detect_qwen, releases.read_qwen, releases.QWEN_FILES),
+    Format("deepseek", releases.detect_deepseek, releases.read_deepseek, releases.DEEPSEEK_FILES),
+)
 
 
 def detect(source: Source) -> Format:
