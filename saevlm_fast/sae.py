@@ -20,6 +20,7 @@ from saevlm_fast import __version__
 from saevlm_fast.config import Architecture, SAEConfig
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import save_safetensors_atomic, sha256_file
+from saevlm_fast.formats.plain import Activation, PlainSAE
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
 from saevlm_fast.records import (
@@ -41,6 +42,7 @@ from saevlm_fast.sparse_codes import SparseCodes
 WEIGHTS_FILE, CONFIG_FILE = "sae_weights.safetensors", "cfg.json"
 SAE_LENS_LAYOUT = "6.0.0"  # the SAELens release whose file layout is written; older versions are converted on load
 WEIGHTS_DIGEST = "weights_sha256"
+FIRST_THRESHOLD = 0.001  # of jumprelu, in the units of training
 
 _SIZE = whole(1, (1 << 31) - 1)
 _CONFIG = Fields(
@@ -58,13 +60,27 @@ _CONFIG = Fields(
 # What their trainers leave in the metadata of a BatchTopK SAE, which is a jumprelu SAE once it is saved.
 _TRAINING_DETAILS = Fields({}, {"k": optional(NUMBER), "matryoshka_widths": Each(_SIZE)})
 _METADATA = Fields({}, {"architecture": TEXT, "k": optional(NUMBER), "group_sizes": Each(_SIZE)})
+_SAE_LENS_NAMES = {"topk": "topk", "relu": "standard"}
+_SAE_LENS_NORMS = {"none": "none", "layer_norm": "layer_norm", "token_norm": "constant_norm_rescale"}
 _TRAINED_AS = {"topk": "topk", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
 
 
-class SparseAutoencoder(nn.Module):
-    """x -> relu((x - b_dec) @ W_enc + b_enc), the largest kept -> codes @ W_dec + b_dec.
+class InputStatistics(NamedTuple):
+    """What normalising the input took from every row, of shape [..., 1]: n(x) = (x - mean) / divisor, and back by
+    n^-1(y) = y * scale + mean."""
 
-    Section 3 of arXiv 2504.02821; docs/recipe.md section 1. x is in raw activation units once it is trained.
+    mean: Tensor
+    divisor: Tensor
+    scale: Tensor
+
+
+class SparseAutoencoder(nn.Module):
+    """x -> relu((x - b_dec) @ W_enc + b_enc), what the architecture keeps of it -> codes @ W_dec + b_dec.
+
+    Section 3 of arXiv 2504.02821; docs/recipe.md section 1. x is in raw activation units once it is trained. What is
+    kept: the k largest of a row (topk), those above one threshold (batch_topk, matryoshka; in training the B * k
+    largest of a batch), above a threshold of each latent's own (jumprelu), or all above 0 (relu). An SAE whose input is
+    normalised (config.input_norm) encodes n(x) for x, and decodes to n^-1 of that.
 
     Args:
         config: its sizes and architecture. device, dtype: of the parameters.
@@ -78,7 +94,8 @@ class SparseAutoencoder(nn.Module):
         W_enc: [d_in, d_sae]. Held latent-major (its memory is [d_sae, d_in]): a latent's weights are contiguous, which
             is what gathers and per-latent updates read.
         b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows. b_dec: [d_in].
-        threshold: scalar; the inference cut of BatchTopK architectures; negative while it has not been calibrated.
+        threshold: scalar, the inference cut of BatchTopK architectures, negative while it has not been calibrated; 0 of
+            relu. [d_sae] of jumprelu, where negative ones act as 0.
     """
 
     threshold: Tensor
@@ -98,7 +115,7 @@ class SparseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae, **options))
         self.W_dec = nn.Parameter(_empty(config, options))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in, **options))
-        self.register_buffer("threshold", torch.tensor(-1.0, device=device, dtype=torch.float32))
+        self.register_buffer("threshold", _first_threshold(config, device, dtype))
         if random:
             self.reset_parameters()
 
@@ -113,12 +130,72 @@ class SparseAutoencoder(nn.Module):
         self.b_enc.zero_()
         self.b_dec.zero_()
 
+    @classmethod
+    @torch.no_grad()
+    def from_plain(
+        cls, plain: PlainSAE, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "SparseAutoencoder":
+        """The SAE of a plain form, in eval mode. What was assumed of it is in metadata["doubts"].
+
+        Args:
+            plain: of any library. A batch_topk without a threshold was never calibrated: `encode` says so.
+            device: of the SAE.
+            dtype: of the SAE; that of W_enc if None.
+
+        Raises:
+            ValueError: k of topk that is above d_sae, weights that do not fit in memory.
+        """
+        groups = plain.group_sizes if len(plain.group_sizes) > 1 else ()
+        nested = plain.activation == "batch_topk" and bool(groups)
+        metadata = dict(plain.metadata) | ({"doubts": list(plain.doubts)} if plain.doubts else {})
+        if groups and not nested:  # of training alone: all latents are used at once
+            metadata["trained_group_sizes"] = list(groups)
+        architecture: Architecture = "matryoshka" if nested else plain.activation
+        config = SAEConfig(
+            plain.d_in,
+            plain.d_sae,
+            plain.k,
+            architecture,
+            groups if nested else (),
+            metadata,
+            plain.input_norm,
+            plain.eps,
+        )
+        sae = cls(config, dtype=dtype or plain.W_enc.dtype, random=False)
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(getattr(plain, name))
+        if plain.threshold is not None and architecture != "relu":
+            sae.threshold.copy_(plain.threshold.clamp(min=0))
+        return sae.to(device).eval()
+
+    def to_plain(self) -> PlainSAE:
+        """The plain form, on the CPU and in the SAE's dtype. from_plain makes the same SAE of it."""
+        config = self.config
+        metadata = dict(config.metadata)
+        doubts, groups = metadata.pop("doubts", ()), metadata.pop("trained_group_sizes", ())
+        nested = config.architecture == "matryoshka"
+        calibrated = config.architecture in ("batch_topk", "matryoshka") and float(self.threshold) >= 0
+        has_threshold = config.architecture == "jumprelu" or calibrated
+        return PlainSAE(
+            **{name: parameter.detach().cpu() for name, parameter in self.named_parameters()},
+            activation=cast(Activation, "batch_topk" if nested else config.architecture),
+            k=config.k,
+            threshold=self.threshold.detach().cpu().clone() if has_threshold else None,
+            input_norm=config.input_norm,
+            eps=config.eps,
+            group_sizes=config.group_sizes if nested else tuple(groups),
+            metadata=metadata,
+            doubts=tuple(doubts),
+        )
+
     def extra_repr(self) -> str:
         config = self.config
-        return f"{config.architecture}, {config.d_in} -> {config.d_sae}, k = {config.k}"
+        k = "" if config.k is None else f", k = {config.k}"
+        norm = "" if config.input_norm == "none" else f", input_norm = {config.input_norm}"
+        return f"{config.architecture}, {config.d_in} -> {config.d_sae}{k}{norm}"
 
     def encode(self, x: Tensor, use_threshold: bool | None = None) -> SparseCodes:
-        """Sparse codes of x [..., d_in].
+        """Sparse codes of x [..., d_in]: [..., k] of topk, in CSR form of the others.
 
         Args:
             x: activations [..., d_in] in raw units, any leading dimensions.
@@ -126,47 +203,103 @@ class SparseAutoencoder(nn.Module):
                 (inference). False: keep the B * k largest of this batch (training). None: True in eval mode.
 
         Raises:
-            ValueError: a wrong last dimension, or a threshold that was never calibrated.
+            ValueError: a wrong last dimension, a threshold that was never calibrated, or a k that is not known.
         """
-        if not isinstance(x, Tensor):
-            raise ValueError(f"x: {type(x).__name__} is not a tensor [..., {self.config.d_in}]")
-        require(
-            x.dim() >= 1 and x.shape[-1] == self.config.d_in,
-            f"x: last dimension of {tuple(x.shape)} must be d_in = {self.config.d_in}",
-        )
-        x = x.resolve_neg()  # kernels read the memory, where a lazy negative bit is not seen
+        x = self._checked(x)
+        statistics = self._statistics(x)
+        if statistics is not None:
+            x = (x - statistics.mean) / statistics.divisor
         weights = (x.reshape(-1, self.config.d_in), self.W_enc, self.b_enc, self.b_dec)
         shape = (*x.shape[:-1], self.config.d_sae)
         if self.config.architecture == "topk":
-            acts_BK, latents_BK = topk_encode(*weights, self.config.k)
-            fixed = (*x.shape[:-1], self.config.k)
+            k = self.config.known_k
+            acts_BK, latents_BK = topk_encode(*weights, k)
+            fixed = (*x.shape[:-1], k)
             return SparseCodes(acts_BK.view(fixed), latents_BK.view(fixed), None, shape)
+        if self.config.architecture in ("relu", "jumprelu"):
+            cut = self.threshold if self.config.architecture == "jumprelu" else 0.0
+            return SparseCodes(*threshold_encode(*weights, cut), shape)
         if use_threshold is None:
             use_threshold = not self.training
         if not use_threshold:
-            acts_M, latents_M, row_offsets = batch_topk_encode(*weights, self.config.k)
+            acts_M, latents_M, row_offsets = batch_topk_encode(*weights, self.config.known_k)
             return SparseCodes(acts_M, latents_M, row_offsets, shape)
         threshold = float(self.threshold)
         require(threshold >= 0, "threshold: not calibrated; train the SAE, or encode with use_threshold=False")
         acts_M, latents_M, row_offsets = threshold_encode(*weights, threshold)
         return SparseCodes(acts_M, latents_M, row_offsets, shape)
 
-    def decode(self, codes: SparseCodes) -> Tensor:
-        """Reconstruction [..., d_in] of sparse codes, in raw activation units: codes @ W_dec + b_dec."""
-        return sparse_decode(*codes.flat(), self.W_dec, self.b_dec).view(*codes.shape[:-1], self.config.d_in)
+    def _checked(self, x: Tensor) -> Tensor:
+        """x as kernels take it. ValueError: it is no tensor [..., d_in]."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x: {type(x).__name__} is not a tensor [..., {self.config.d_in}]")
+        require(
+            x.dim() >= 1 and x.shape[-1] == self.config.d_in,
+            f"x: last dimension of {tuple(x.shape)} must be d_in = {self.config.d_in}",
+        )
+        return x.resolve_neg()  # kernels read the memory, where a lazy negative bit is not seen
 
-    def decode_prefixes(self, codes: SparseCodes) -> Tensor:
-        """Matryoshka reconstructions [G, ..., d_in]: the g-th from the first g + 1 groups of latents alone."""
+    def input_statistics(self, x: Tensor) -> InputStatistics | None:
+        """What `decode` needs to know of x [..., d_in], of an SAE whose input is normalised; None of others.
+
+        Raises:
+            ValueError: a wrong last dimension.
+        """
+        return self._statistics(self._checked(x))
+
+    def _statistics(self, x: Tensor) -> InputStatistics | None:
+        if self.config.input_norm == "none":
+            return None
+        if self.config.input_norm == "layer_norm":
+            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+            return InputStatistics(mean, std + self.config.eps, std)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / self.config.d_in**0.5
+        return InputStatistics(torch.zeros_like(norm), torch.where(norm == 0, 1, norm), norm)  # a row of zeros stays
+
+    def decode(self, codes: SparseCodes, statistics: InputStatistics | None = None) -> Tensor:
+        """Reconstruction [..., d_in] of sparse codes, in raw activation units: codes @ W_dec + b_dec.
+
+        Args:
+            codes: of `encode`.
+            statistics: `input_statistics` of what was encoded, where the SAE normalises its input; not used otherwise.
+
+        Raises:
+            ValueError: they are needed and missing.
+        """
+        x_hat = sparse_decode(*codes.flat(), self.W_dec, self.b_dec).view(*codes.shape[:-1], self.config.d_in)
+        return self._raw(x_hat, statistics)
+
+    def decode_prefixes(self, codes: SparseCodes, statistics: InputStatistics | None = None) -> Tensor:
+        """Matryoshka reconstructions [G, ..., d_in]: the g-th from the first g + 1 groups of latents alone.
+
+        Args and Raises: as `decode`.
+        """
         x_hat_GBD = matryoshka_decode(*codes.flat(), self.W_dec, self.b_dec, self.config.group_ends)
-        return x_hat_GBD.view(len(x_hat_GBD), *codes.shape[:-1], self.config.d_in)
+        return self._raw(x_hat_GBD.view(len(x_hat_GBD), *codes.shape[:-1], self.config.d_in), statistics)
+
+    def _raw(self, x_hat: Tensor, statistics: InputStatistics | None) -> Tensor:
+        """n^-1 of a reconstruction."""
+        if self.config.input_norm == "none":
+            return x_hat
+        require(
+            statistics is not None,
+            f"statistics: needed by an SAE whose input_norm is {self.config.input_norm}; input_statistics(x) has them",
+        )
+        assert statistics is not None
+        return x_hat * statistics.scale + statistics.mean
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction of x [..., d_in], decode(encode(x)), in the shape of x. ValueError: as `encode`."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), self.input_statistics(x))
 
     @torch.no_grad()
     def scale_biases_(self, factor: float) -> None:
-        """Move an SAE trained on x / factor to raw units: b_enc, b_dec and the threshold times factor."""
+        """Move an SAE trained on x / factor to raw units: b_enc, b_dec and the threshold times factor.
+
+        ValueError: the SAE normalises its input, whose units it does not see.
+        """
+        norm = self.config.input_norm
+        require(norm == "none", f"input_norm: {norm}; biases are scaled where the input is not normalised")
         self.b_enc.mul_(factor)
         self.b_dec.mul_(factor)
         self.threshold.copy_(torch.where(self.threshold < 0, self.threshold, self.threshold * factor))
@@ -184,7 +317,9 @@ class SparseAutoencoder(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.named_parameters()}
-        if self.config.architecture != "topk":
+        if self.config.architecture == "jumprelu":
+            tensors["threshold"] = self.threshold.detach().cpu().clamp(min=0)
+        elif self.config.architecture in ("batch_topk", "matryoshka"):
             require(float(self.threshold) >= 0, "threshold: not calibrated; a BatchTopK SAE cannot be saved without it")
             tensors["threshold"] = self.threshold.detach().cpu().expand(self.config.d_sae).contiguous()
         save_safetensors_atomic(directory / WEIGHTS_FILE, tensors)
@@ -221,7 +356,9 @@ class SparseAutoencoder(nn.Module):
         """Copy named tensors of the right shapes into the parameters and the threshold."""
         for name, parameter in self.named_parameters():
             parameter.copy_(tensors[name])
-        if self.config.architecture != "topk":
+        if self.config.architecture == "jumprelu":
+            self.threshold.copy_(tensors["threshold"])
+        elif self.config.architecture in ("batch_topk", "matryoshka"):
             values = tensors["threshold"].flatten()
             require(
                 bool((values == values[0]).all()),
@@ -235,7 +372,7 @@ def _check_shapes(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> 
     """Before anything of that size is allocated."""
     d_in, d_sae = config.d_in, config.d_sae
     expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    if config.architecture != "topk":
+    if config.architecture in ("batch_topk", "matryoshka", "jumprelu"):
         expected["threshold"] = (d_sae,)
     for name, shape in expected.items():
         found = tuple(tensors[name].shape)
@@ -299,19 +436,29 @@ def _sae_lens_config(sae: SparseAutoencoder) -> dict[str, Any]:
         "group_sizes": list(config.group_sizes),
     }
     cfg: dict[str, Any] = {
-        "architecture": "topk" if config.architecture == "topk" else "jumprelu",
+        "architecture": _SAE_LENS_NAMES.get(config.architecture, "jumprelu"),
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "normalize_activations": _SAE_LENS_NORMS[config.input_norm],
         "reshape_activations": "none",
         "metadata": {**config.metadata, **ours},
     }
+    if config.input_norm == "layer_norm":
+        cfg["metadata"]["eps"] = config.eps
     if config.architecture == "topk":
         cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     return cfg
+
+
+def _first_threshold(config: SAEConfig, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Where it starts: not calibrated, none, or that of every latent before training (dictionary_learning's)."""
+    if config.architecture != "jumprelu":
+        return torch.tensor(0.0 if config.architecture == "relu" else -1.0, device=device, dtype=torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.full((config.d_sae,), FIRST_THRESHOLD, device=device, dtype=wide)
 
 
 def _empty(config: SAEConfig, options: dict[str, Any]) -> Tensor:
@@ -367,20 +514,25 @@ def _config_from_sae_lens(cfg: dict[str, Any], tensors: dict[str, Tensor], direc
     details = metadata.get("training_architecture_details") or {}
     check_record(details, _TRAINING_DETAILS, f"{directory / CONFIG_FILE}: training_architecture_details", ValueError)
     architecture = metadata.get("architecture") or _TRAINED_AS.get(str(metadata.get("training_architecture")))
-    architecture = architecture or {"topk": "topk", "jumprelu": "batch_topk"}.get(cfg["architecture"])
+    architecture = architecture or {"topk": "topk", "jumprelu": "batch_topk", "standard": "relu"}.get(
+        cfg["architecture"]
+    )
     require(
-        cfg["architecture"] in ("topk", "jumprelu") and architecture is not None,
-        f"{directory}: architecture {cfg['architecture']!r} is not one of topk, jumprelu",
+        cfg["architecture"] in ("topk", "jumprelu", "standard") and architecture is not None,
+        f"{directory}: architecture {cfg['architecture']!r} is not one of topk, jumprelu, standard",
     )
     require(
         (cfg["architecture"] == "topk") == (architecture == "topk"),
         f"{directory}: architecture {cfg['architecture']!r} contradicts {architecture!r} in its metadata",
     )
     require(
-        cfg["architecture"] == "topk" or "threshold" in tensors,
+        cfg["architecture"] != "jumprelu" or "threshold" in tensors,
         f"{directory}: tensor 'threshold' is missing from a jumprelu SAE",
     )
     ours = ("architecture", "k", "group_sizes", "sae_lens_version", "sae_lens_training_version", "saevlm_fast_version")
+    k = metadata.get("k")
+    if k is not None or architecture not in ("relu", "jumprelu"):
+        k = _latents_per_row([k, cfg.get("k"), details.get("k")], directory)
     group_sizes = metadata.get("group_sizes")
     if group_sizes is None and architecture == "matryoshka":
         group_sizes = _groups_of_widths(details.get("matryoshka_widths") or [], cfg["d_sae"])
@@ -388,7 +540,7 @@ def _config_from_sae_lens(cfg: dict[str, Any], tensors: dict[str, Tensor], direc
         return SAEConfig(
             d_in=cfg["d_in"],
             d_sae=cfg["d_sae"],
-            k=_latents_per_row([metadata.get("k"), cfg.get("k"), details.get("k")], directory),
+            k=k,
             architecture=cast(Architecture, architecture),
             group_sizes=tuple(group_sizes or ()),
             metadata={key: value for key, value in metadata.items() if key not in ours},

@@ -1,5 +1,6 @@
 """All formats, in the order in which they are tried, and the one way in: detect(path), read(path)."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,62 +10,33 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import did_you_mean, require
-from saevlm_fast.formats import (
-    gemma_scope,
-    llamascopium,
-    openai,
-    overcomplete,
-    prisma,
-    releases,
-    sparsify,
-    visaebench,
-    vision_releases,
-)
+from saevlm_fast.files import sha256_file
+from saevlm_fast.formats import dictionary_learning, sae_lens, sparsify
+from saevlm_fast.formats.header import Header
+from saevlm_fast.formats.others import OTHERS
 from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.source import Source
 
 
 class Format(NamedTuple):
-    """A format: its name, whether files are of it, how they are read, and what its files are, in words."""
+    """A format: its name, whether files are of it, how they are read, and what its files are, in words.
+
+    header: what is known without the weights, where that is less work than to read them.
+    """
 
     name: str
     detect: Callable[[Source], bool]
     read: Callable[[Source], PlainSAE]
     files: str
+    header: Callable[[Source], Header] | None = None
 
 
 # The first that fits. A name is that of a module of this room where the module has one format.
 FORMATS: tuple[Format, ...] = (
-    Format("sparsify", sparsify.detect, sparsify.read, sparsify.FILES),
-    Format("llamascopium", llamascopium.detect, llamascopium.read, llamascopium.FILES),
-    Format("lm_saes", llamascopium.detect_old, llamascopium.read_old, llamascopium.OLD_FILES),
-    Format("prisma", prisma.detect, prisma.read, prisma.FILES),
-    Format("gemma_scope", gemma_scope.detect, gemma_scope.read, gemma_scope.FILES),
-    Format("visaebench", visaebench.detect, visaebench.read, visaebench.FILES),
-    Format(
-        "clip_topk_sae",
-        vision_releases.detect_clip_topk,
-        vision_releases.read_clip_topk,
-        vision_releases.CLIP_TOPK_FILES,
-    ),
-    Format("openai", openai.detect, openai.read, openai.FILES),
-    Format("overcomplete", overcomplete.detect, overcomplete.read, overcomplete.FILES),
-    Format(
-        "clip_scope",
-        vision_releases.detect_clip_scope,
-        vision_releases.read_clip_scope,
-        vision_releases.CLIP_SCOPE_FILES,
-    ),
-    Format("msae", vision_releases.detect_msae, vision_releases.read_msae, vision_releases.MSAE_FILES),
-    Format(
-        "batch_topk_reference",
-        vision_releases.detect_reference,
-        vision_releases.read_reference,
-        vision_releases.REFERENCE_FILES,
-    ),
-    Format("goodfire", releases.detect_goodfire, releases.read_goodfire, releases.GOODFIRE_FILES),
-    Format("qwen_scope", releases.detect_qwen, releases.read_qwen, releases.QWEN_FILES),
-    Format("deepseek", releases.detect_deepseek, releases.read_deepseek, releases.DEEPSEEK_FILES),
+    Format(sae_lens.NAME, sae_lens.detect, sae_lens.read, sae_lens.FILES, sae_lens.header),
+    Format(sparsify.NAME, sparsify.detect, sparsify.read, sparsify.FILES),
+    Format(dictionary_learning.NAME, dictionary_learning.detect, dictionary_learning.read, dictionary_learning.FILES),
+    *(Format(*each) for each in OTHERS),
 )
 
 
@@ -83,6 +55,8 @@ def detect(source: Source) -> Format:
     for each in FORMATS:
         if each.detect(source):
             return each
+    if {sae_lens.CONFIG_FILE, sae_lens.WEIGHTS_FILE} & set(source.names):  # half of it: its reader says what is missing
+        return FORMATS[0]
     raise ValueError(_nothing_matches(source))
 
 
@@ -109,6 +83,20 @@ def read(
     use = f"{found.name} files say it themselves, or have no use for it"
     require(not unused, f"assume: {', '.join(unused)}: {source.path}: {use}")
     return plain
+
+
+def read_header(source: Source) -> Header:
+    """What is known of the SAE in files, without its weights where the format allows that. ValueError: as `read`."""
+    found = detect(source)
+    return Header.of(read(source)) if found.header is None or source.assume else found.header(source)
+
+
+def digest(source: Source) -> str:
+    """SHA-256 of the files that make the SAE what it is. ValueError: as `read`."""
+    if not source.opened:
+        read_header(source)
+    digests = [sha256_file(source.folder / name) for name in sorted(source.opened)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _of_raw_input(plain: PlainSAE, source: Source) -> PlainSAE:

@@ -116,6 +116,16 @@ class Source:
         require(isinstance(state, dict), f"{self.at(name)}: holds a {type(state).__name__}, no dict of tensors")
         return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
 
+    def tensor(self, name: str, tensor: str) -> Tensor:
+        """One tensor of a safetensors file."""
+        self.opened.add(name)
+        return self._safetensors(name, lambda file, each: file.get_tensor(each), only=tensor)[tensor]
+
+    def dtype(self, name: str, tensor: str) -> str:
+        """Of one tensor of a safetensors file: "float32"."""
+        slices = self._safetensors(name, lambda file, each: file.get_slice(each)[:0].dtype, only=tensor)
+        return str(slices[tensor]).removeprefix("torch.")
+
     def load(self, name: str) -> Any:
         """What a file holds: name -> tensor of safetensors, anything of a .pt (by weights_only; see pickles.py)."""
         if name not in self._loaded:
@@ -126,15 +136,19 @@ class Source:
         self.opened.add(name)
         return self._loaded[name]
 
-    def _safetensors(self, name: str, read: Callable[[Any, str], T]) -> dict[str, T]:
+    def _safetensors(self, name: str, read: Callable[[Any, str], T], only: str | None = None) -> dict[str, T]:
         try:
             with safe_open(self.at(name), framework="pt") as file:
-                names = list(file.keys())
+                names = list(file.keys()) if only is None else [only]
                 return {each: read(file, each) for each in names}
         except NOT_SAFETENSORS as error:
             raise ValueError(f"{self.at(name)}: not a complete safetensors file ({first_line(error)})") from None
 
     # What the user says -----------------------------------------------------------------------------------------------
+
+    def says(self, *keys: str) -> bool:
+        """Whether the user says any of these, without using it."""
+        return any(key in self.assume for key in keys)
 
     def assumed(self, key: str) -> Any:
         """What the user says of a key of ASSUMPTIONS; None if nothing. It counts as used."""

@@ -7,7 +7,7 @@ from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import FLAG, NUMBER, TEXT, Fields, check_record, whole
 
-FILES = "cfg.json and sae.safetensors"
+NAME, FILES = "sparsify", "cfg.json and sae.safetensors"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _SIZE = whole(0, (1 << 31) - 1)
 _CONFIG = Fields(
