@@ -124,7 +124,7 @@ _MSAE_DEFAULTS: dict[str, float] = {"mean_center": 0.0, "scaling_factor": 1.0}
 def _numbers(value: Any, key: str, where: Path) -> Tensor:
     is_number = isinstance(value, int | float | Tensor)
     require(is_number, f"{where}: MSAE: {key} is a {type(value).__name__}, no number or tensor")
-    numbers = torch.as_tensor(value).double().flatten()
+    numbers = torch.as_tensor(value, dtype=torch.float64).flatten()
     require(bool(numbers.numel() and numbers.isfinite().all()), f"{where}: MSAE: {key} holds NaN, inf or nothing")
     return numbers
 
