@@ -1,4 +1,4 @@
-"""SAEs of language models in other libraries' files: Llamascopium, lm-saes, OpenAI, Gemma Scope, Goodfire, Qwen, DeepSeek."""
+"""SAEs of language models in files of Llamascopium, lm-saes, OpenAI, Gemma Scope, Goodfire, Qwen-Scope and DeepSeek."""
 
 from collections.abc import Callable
 from math import sqrt

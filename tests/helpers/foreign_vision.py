@@ -1,4 +1,4 @@
-"""Vision SAEs of other libraries: Prisma, PatchSAE, overcomplete, VISAEBench, CLIP-Scope, MSAE, clip-topk-sae, BatchTopK."""
+"""Vision SAEs in files of Prisma, PatchSAE, overcomplete, VISAEBench, CLIP-Scope, MSAE, clip-topk-sae and BatchTopK."""
 
 from collections.abc import Callable
 from typing import Any
