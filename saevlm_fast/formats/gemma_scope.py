@@ -1,5 +1,6 @@
 """Gemma Scope 1 (params.npz) and 2 (safetensors): jumprelu without pre-bias."""
 
+import tokenize
 import zipfile
 import zlib
 from typing import Any
@@ -31,7 +32,10 @@ _NOT_NPZ = (
     NotImplementedError,
     zipfile.BadZipFile,
     zlib.error,
+    tokenize.TokenError,
+    SyntaxError,
 )
+_MOST = 100  # times, that compressed weights, which hardly shrink, are larger than in the file
 _EMBEDDING = "in a folder `embedding`: taken as trained on x / sqrt(d_in), as SAELens does (b_dec stays as it is)"
 
 
@@ -79,7 +83,13 @@ def read(source: Source) -> PlainSAE:
 
 
 def _arrays(source: Source, name: str) -> dict[str, torch.Tensor]:
+    """The arrays of the file, none of which may be a pickle, nor much larger than the file."""
     try:
+        with zipfile.ZipFile(source.at(name)) as archive:
+            swollen = [
+                each.filename for each in archive.infolist() if each.file_size > _MOST * each.compress_size + 4096
+            ]
+        require(not swollen, f"{', '.join(swollen)} would be more than {_MOST} times as large as in the file")
         with np.load(source.at(name), allow_pickle=False) as file:
             arrays: dict[str, Any] = {key: file[key] for key in file.files}
             source.opened.add(name)

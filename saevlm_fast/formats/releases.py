@@ -6,6 +6,8 @@ None subtracts b_dec from inputs. Goodfire and DeepSeek: relu. Qwen-Scope: topk,
 import re
 from typing import Any, Literal
 
+from torch import Tensor
+
 from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.single_file import loaded, refuse, tensors_of, weights
 from saevlm_fast.formats.source import Source, floats
@@ -46,8 +48,8 @@ def read_deepseek(source: Source) -> PlainSAE:
     """
     name = weights(source) or ""
     found = tensors_of(loaded(source))
-    shape = tuple(found["encoder.weight"].shape)
-    square = len(shape) == 2 and shape[0] == shape[1]
+    weight = found["decoder.weight"]
+    square = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == weight.shape[1]
     why = (
         "decoder.weight is square: whether its rows are inputs (torch.nn.Linear) or latents (VISAEBench) cannot be told"
     )

@@ -266,7 +266,7 @@ def qwen_scope(dtype: torch.dtype, repository: str) -> Made:
 
     def forward(x_BD: Tensor) -> tuple[Tensor, Tensor]:
         W_enc, b_enc, W_dec, b_dec = w.doubles()
-        z_BS = topk(x_BD @ W_enc + b_enc, 5)
+        z_BS = topk(x_BD @ W_enc + b_enc, 5).relu()
         return z_BS, z_BS @ W_dec + b_dec
 
     name = f"{repository}layer12.sae.pt"
