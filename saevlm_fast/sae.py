@@ -1,68 +1,28 @@
-"""The SAE module: encode to sparse codes, decode, save and load in the SAELens v6 layout.
+"""The SAE module: encode to sparse codes, decode; save in the SAELens v6 layout, open any format."""
 
-An SAE directory is that of SAELens: `sae_weights.safetensors`, and `cfg.json` with two entries more, which SAELens
-drops when it reads and writes one: "weights_sha256", the SHA-256 of the weights' file, and "sha256", the seal of
-cfg.json (records.py). Both are compared when an SAE is loaded; files of SAELens, and older ones of ours, have neither.
-"""
-
-import hashlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from saevlm_fast import __version__
-from saevlm_fast.config import Architecture, SAEConfig
-from saevlm_fast.errors import first_line, require
-from saevlm_fast.files import save_safetensors_atomic, sha256_file
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.errors import Doubt, require
+from saevlm_fast.formats import registry, sae_lens
+from saevlm_fast.formats.header import Header
+from saevlm_fast.formats.hub import resolve
 from saevlm_fast.formats.plain import Activation, PlainSAE
+from saevlm_fast.formats.source import Source
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
-from saevlm_fast.records import (
-    DIGEST,
-    FLAG,
-    NUMBER,
-    RECORD,
-    TEXT,
-    Each,
-    Fields,
-    check_record,
-    optional,
-    read_record,
-    whole,
-    write_record,
-)
 from saevlm_fast.sparse_codes import SparseCodes
 
-WEIGHTS_FILE, CONFIG_FILE = "sae_weights.safetensors", "cfg.json"
-SAE_LENS_LAYOUT = "6.0.0"  # the SAELens release whose file layout is written; older versions are converted on load
-WEIGHTS_DIGEST = "weights_sha256"
+WEIGHTS_FILE, CONFIG_FILE = sae_lens.WEIGHTS_FILE, sae_lens.CONFIG_FILE
 FIRST_THRESHOLD = 0.001  # of jumprelu, in the units of training
-
-_SIZE = whole(1, (1 << 31) - 1)
-_CONFIG = Fields(
-    {"architecture": TEXT, "d_in": _SIZE, "d_sae": _SIZE},
-    {
-        "k": optional(NUMBER),
-        "metadata": optional(RECORD),
-        "apply_b_dec_to_input": FLAG,
-        "rescale_acts_by_decoder_norm": FLAG,
-        "normalize_activations": optional(TEXT),
-        "reshape_activations": optional(TEXT),
-        WEIGHTS_DIGEST: DIGEST,
-    },
-)
-# What their trainers leave in the metadata of a BatchTopK SAE, which is a jumprelu SAE once it is saved.
-_TRAINING_DETAILS = Fields({}, {"k": optional(NUMBER), "matryoshka_widths": Each(_SIZE)})
-_METADATA = Fields({}, {"architecture": TEXT, "k": optional(NUMBER), "group_sizes": Each(_SIZE)})
-_SAE_LENS_NAMES = {"topk": "topk", "relu": "standard"}
-_SAE_LENS_NORMS = {"none": "none", "layer_norm": "layer_norm", "token_norm": "constant_norm_rescale"}
-_TRAINED_AS = {"topk": "topk", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
 
 
 class InputStatistics(NamedTuple):
@@ -145,26 +105,11 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: k of topk that is above d_sae, weights that do not fit in memory.
         """
-        groups = plain.group_sizes if len(plain.group_sizes) > 1 else ()
-        nested = plain.activation == "batch_topk" and bool(groups)
-        metadata = dict(plain.metadata) | ({"doubts": list(plain.doubts)} if plain.doubts else {})
-        if groups and not nested:  # of training alone: all latents are used at once
-            metadata["trained_group_sizes"] = list(groups)
-        architecture: Architecture = "matryoshka" if nested else plain.activation
-        config = SAEConfig(
-            plain.d_in,
-            plain.d_sae,
-            plain.k,
-            architecture,
-            groups if nested else (),
-            metadata,
-            plain.input_norm,
-            plain.eps,
-        )
+        config = _config_of(plain)
         sae = cls(config, dtype=dtype or plain.W_enc.dtype, random=False)
         for name, parameter in sae.named_parameters():
             parameter.copy_(getattr(plain, name))
-        if plain.threshold is not None and architecture != "relu":
+        if plain.threshold is not None and config.architecture != "relu":
             sae.threshold.copy_(plain.threshold.clamp(min=0))
         return sae.to(device).eval()
 
@@ -312,105 +257,102 @@ class SparseAutoencoder(nn.Module):
         weights' SHA-256 and its own.
 
         Raises:
-            ValueError: a BatchTopK SAE whose threshold was never calibrated. OSError: it cannot be written.
+            ValueError: a BatchTopK SAE whose threshold was never calibrated, weights that are not finite. OSError: it
+                cannot be written.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.named_parameters()}
-        if self.config.architecture == "jumprelu":
-            tensors["threshold"] = self.threshold.detach().cpu().clamp(min=0)
-        elif self.config.architecture in ("batch_topk", "matryoshka"):
-            require(float(self.threshold) >= 0, "threshold: not calibrated; a BatchTopK SAE cannot be saved without it")
-            tensors["threshold"] = self.threshold.detach().cpu().expand(self.config.d_sae).contiguous()
-        save_safetensors_atomic(directory / WEIGHTS_FILE, tensors)
-        digest = {WEIGHTS_DIGEST: sha256_file(directory / WEIGHTS_FILE)}
-        write_record(directory / CONFIG_FILE, _sae_lens_config(self) | digest)
+        sae_lens.write(self.to_plain(), directory)
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        trust_pickle: bool | Sequence[str] = False,
+        assume: Mapping[str, Any] | None = None,
     ) -> "SparseAutoencoder":
-        """Load an SAE in the SAELens v6 layout, ours or theirs, in eval mode.
+        """Open an SAE of any known format (docs/formats.md), in eval mode.
 
-        Their `topk` SAEs, and `jumprelu` SAEs with a single threshold and k in their metadata, or among the details of
-        their training there (BatchTopK and Matryoshka), are accepted; settings that are an exact change of weights
-        (rescale_acts_by_decoder_norm, apply_b_dec_to_input = false) are folded in.
+        What other libraries do to inputs, latents and outputs is folded into the weights where that is exact, and is
+        kept as `config.input_norm` where it is not. What files do not say and was assumed is warned of (errors.Doubt),
+        and stands in metadata["doubts"].
 
         Args:
-            directory: with cfg.json and sae_weights.safetensors. device, dtype: of the SAE; the file's dtype if None.
+            path: a folder or a file, whose format is told from it; or hf:user/repo[@revision][/sae_id] or
+                saelens:release/sae_id (formats/hub.py), whose repository and commit are then in metadata["hub"].
+            device: of the SAE.
+            dtype: of the SAE; the file's if None.
+            trust_pickle: names of classes that a pickle may hold; they are read as data, nothing of them is run. True:
+                whatever it holds.
+            assume: what the files do not say: {"k": 32}, {"format": "openai"}, {"input_mean": "mean.npy", "input_std":
+                2.5}; keys are those of formats.source.ASSUMPTIONS.
 
         Raises:
-            ValueError: a missing, damaged, altered or inconsistent file, or an architecture this engine does not have.
+            ValueError: a missing, damaged, altered or inconsistent file, files of no known format, or an architecture
+                this engine does not have.
         """
-        directory = Path(directory)
-        cfg = _read_config(directory / CONFIG_FILE)
-        tensors = _read_weights(directory / WEIGHTS_FILE, cfg.get(WEIGHTS_DIGEST))
-        config = _config_from_sae_lens(cfg, tensors, directory)
-        _check_shapes(config, tensors, directory / WEIGHTS_FILE)
-        sae = cls(config, dtype=dtype or tensors["W_enc"].dtype, random=False)
-        sae.load_tensors_(_fold_settings(cfg, tensors, directory), directory)
-        return sae.to(device).eval()
-
-    @torch.no_grad()
-    def load_tensors_(self, tensors: dict[str, Tensor], origin: str | Path) -> None:
-        """Copy named tensors of the right shapes into the parameters and the threshold."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(tensors[name])
-        if self.config.architecture == "jumprelu":
-            self.threshold.copy_(tensors["threshold"])
-        elif self.config.architecture in ("batch_topk", "matryoshka"):
-            values = tensors["threshold"].flatten()
-            require(
-                bool((values == values[0]).all()),
-                f"{origin}: threshold differs between latents ({float(values.min()):g} to {float(values.max()):g}); "
-                "only a single threshold (BatchTopK) is supported",
-            )
-            self.threshold.copy_(values[0])
+        local = resolve(path)
+        plain = registry.read(local.path, trust_pickle=trust_pickle, assume=assume)
+        for doubt in plain.doubts:
+            warnings.warn(doubt, Doubt, stacklevel=2)
+        sae = cls.from_plain(plain, device, dtype)
+        return sae if local.repo is None else with_metadata(sae, hub=local.record())
 
 
-def _check_shapes(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> None:
-    """Before anything of that size is allocated."""
-    d_in, d_sae = config.d_in, config.d_sae
-    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    if config.architecture in ("batch_topk", "matryoshka", "jumprelu"):
-        expected["threshold"] = (d_sae,)
-    for name, shape in expected.items():
-        found = tuple(tensors[name].shape)
-        require(found == shape, f"{path}: {name} has shape {found}, expected {shape}")
+def _config_of(described: PlainSAE | Header) -> SAEConfig:
+    """What was assumed is in metadata["doubts"], sizes of groups of what is no Matryoshka SAE in another entry."""
+    groups = described.group_sizes
+    nested = described.activation == "batch_topk" and bool(groups)
+    metadata = dict(described.metadata) | ({"doubts": list(described.doubts)} if described.doubts else {})
+    if len(groups) > 1 and not nested:  # of training alone: all latents are used at once
+        metadata["trained_group_sizes"] = list(groups)
+    return SAEConfig(
+        described.d_in,
+        described.d_sae,
+        described.k,
+        "matryoshka" if nested else described.activation,
+        groups if nested else (),
+        metadata,
+        described.input_norm,
+        described.eps,
+    )
 
 
 class SAEHeader(NamedTuple):
-    """What an SAE directory says without its weights being read; threshold is None for `topk`.
+    """What the files of an SAE say without its weights being read, where their format allows that.
 
-    weights_sha256: what cfg.json says of the weights' file, if it says it.
+    Attributes:
+        config: as of the SAE. dtype: of W_enc, "float32".
+        threshold: one for all latents, or (lowest, highest); None where there is none.
+        weights_sha256: what cfg.json says of the weights' file, if it says it.
+        format: name of the format. files: that make the SAE what it is.
     """
 
     config: SAEConfig
     dtype: str
-    threshold: float | None
+    threshold: float | tuple[float, float] | None
     weights_sha256: str | None
+    format: str = sae_lens.NAME
+    files: tuple[Path, ...] = ()
 
 
-def read_sae_header(directory: str | Path) -> SAEHeader:
-    """The header of an SAE that from_pretrained loads. ValueError: files that are missing, damaged or inconsistent."""
-    directory = Path(directory)
-    cfg, weights = _read_config(directory / CONFIG_FILE), directory / WEIGHTS_FILE
-    require(weights.is_file(), f"{weights}: no such file; an SAE directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            tensors: dict[str, Any] = dict.fromkeys(file.keys())
-            _check_names(set(tensors), weights)
-            dtype = str(file.get_slice("W_enc")[:0].dtype).removeprefix("torch.")
-            threshold = float(file.get_slice("threshold")[:1]) if "threshold" in tensors else None
-    except _NOT_SAFETENSORS as error:
-        raise ValueError(f"{weights}: not a complete safetensors file ({first_line(error)})") from None
-    return SAEHeader(_config_from_sae_lens(cfg, tensors, directory), dtype, threshold, cfg.get(WEIGHTS_DIGEST))
+def read_sae_header(path: str | Path) -> SAEHeader:
+    """The header of an SAE that from_pretrained opens. ValueError: files that are missing, damaged or inconsistent."""
+    source = Source(resolve(path).path)
+    found = registry.detect(source)
+    header = registry.read_header(source)
+    low, high = header.thresholds or (None, None)
+    threshold = low if low is None or high is None or low == high else (low, high)
+    files = tuple(source.folder / name for name in sorted(source.opened))
+    return SAEHeader(_config_of(header), header.dtype, threshold, header.weights_sha256, found.name, files)
 
 
-def sae_digest(directory: Path) -> str:
-    """SHA-256 of an SAE's files, as stores of its codes record it."""
-    digests = [sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def sae_digest(path: str | Path) -> str:
+    """SHA-256 of the files that make an SAE, as stores of its codes record it. ValueError: as `read_sae_header`."""
+    return registry.digest(Source(resolve(path).path))
 
 
 @contextmanager
@@ -423,34 +365,6 @@ def evaluating(sae: SparseAutoencoder) -> Iterator[SparseAutoencoder]:
             yield sae
     finally:
         sae.train(was_training)
-
-
-def _sae_lens_config(sae: SparseAutoencoder) -> dict[str, Any]:
-    config = sae.config
-    ours = {
-        "sae_lens_version": SAE_LENS_LAYOUT,
-        "sae_lens_training_version": None,
-        "saevlm_fast_version": __version__,
-        "architecture": config.architecture,
-        "k": config.k,
-        "group_sizes": list(config.group_sizes),
-    }
-    cfg: dict[str, Any] = {
-        "architecture": _SAE_LENS_NAMES.get(config.architecture, "jumprelu"),
-        "d_in": config.d_in,
-        "d_sae": config.d_sae,
-        "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": _SAE_LENS_NORMS[config.input_norm],
-        "reshape_activations": "none",
-        "metadata": {**config.metadata, **ours},
-    }
-    if config.input_norm == "layer_norm":
-        cfg["metadata"]["eps"] = config.eps
-    if config.architecture == "topk":
-        cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-    return cfg
 
 
 def _first_threshold(config: SAEConfig, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -469,112 +383,6 @@ def _empty(config: SAEConfig, options: dict[str, Any]) -> Tensor:
         n_bytes = config.d_sae * config.d_in * options["dtype"].itemsize
         message = f"d_sae: an SAE of {config.d_in} x {config.d_sae} has twice {n_bytes / 1e9:.1f} GB of weights"
         raise ValueError(f"{message}, which do not fit in memory") from None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    require(path.is_file(), f"{path}: no such file; an SAE directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    cfg = read_record(path, _CONFIG, beside_seal=WEIGHTS_DIGEST)
-    check_record(cfg.get("metadata") or {}, _METADATA, f"{path}: metadata", ValueError)
-    return cfg
-
-
-_NOT_SAFETENSORS = (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
-
-
-def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
-    require(path.is_file(), f"{path}: no such file; an SAE directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    require(
-        digest is None or sha256_file(path) == digest,
-        f"{path}: altered, its SHA-256 is not the {WEIGHTS_DIGEST} in {CONFIG_FILE}",
-    )
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            _check_names(names, path)
-            tensors = {name: file.get_tensor(name) for name in _TENSORS if name in names}
-    except _NOT_SAFETENSORS as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({first_line(error)})") from None
-    for name, tensor in tensors.items():
-        require(tensor.is_floating_point(), f"{path}: {name} is {tensor.dtype}, not floating point")
-        require(tensor.dtype.itemsize > 1, f"{path}: {name} is {tensor.dtype}; at least 16 bits are needed")
-        require(bool(tensor.isfinite().all()), f"{path}: {name} holds NaN or inf")
-    return tensors
-
-
-_TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-
-
-def _check_names(names: set[str], path: Path) -> None:
-    for name in _TENSORS[:4]:
-        require(name in names, f"{path}: tensor {name!r} is missing (found {', '.join(sorted(names))})")
-
-
-def _config_from_sae_lens(cfg: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -> SAEConfig:
-    metadata = dict(cfg.get("metadata") or {})
-    details = metadata.get("training_architecture_details") or {}
-    check_record(details, _TRAINING_DETAILS, f"{directory / CONFIG_FILE}: training_architecture_details", ValueError)
-    architecture = metadata.get("architecture") or _TRAINED_AS.get(str(metadata.get("training_architecture")))
-    architecture = architecture or {"topk": "topk", "jumprelu": "batch_topk", "standard": "relu"}.get(
-        cfg["architecture"]
-    )
-    require(
-        cfg["architecture"] in ("topk", "jumprelu", "standard") and architecture is not None,
-        f"{directory}: architecture {cfg['architecture']!r} is not one of topk, jumprelu, standard",
-    )
-    require(
-        (cfg["architecture"] == "topk") == (architecture == "topk"),
-        f"{directory}: architecture {cfg['architecture']!r} contradicts {architecture!r} in its metadata",
-    )
-    require(
-        cfg["architecture"] != "jumprelu" or "threshold" in tensors,
-        f"{directory}: tensor 'threshold' is missing from a jumprelu SAE",
-    )
-    ours = ("architecture", "k", "group_sizes", "sae_lens_version", "sae_lens_training_version", "saevlm_fast_version")
-    k = metadata.get("k")
-    if k is not None or architecture not in ("relu", "jumprelu"):
-        k = _latents_per_row([k, cfg.get("k"), details.get("k")], directory)
-    group_sizes = metadata.get("group_sizes")
-    if group_sizes is None and architecture == "matryoshka":
-        group_sizes = _groups_of_widths(details.get("matryoshka_widths") or [], cfg["d_sae"])
-    try:
-        return SAEConfig(
-            d_in=cfg["d_in"],
-            d_sae=cfg["d_sae"],
-            k=k,
-            architecture=cast(Architecture, architecture),
-            group_sizes=tuple(group_sizes or ()),
-            metadata={key: value for key, value in metadata.items() if key not in ours},
-        )
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG_FILE}: {error}") from None
-
-
-def _latents_per_row(candidates: list[Any], directory: Path) -> int:
-    """The first k that is given: SAELens may have a fraction of a latent, on average, which nothing here has."""
-    k = next((value for value in candidates if value is not None), None)
-    require(k is not None, f"{directory}: neither cfg.json nor its metadata say k")
-    require(k == int(k or 0), f"{directory}: k is {k}; write a whole number to metadata.k in {CONFIG_FILE}")
-    return int(k or 0)
-
-
-def _groups_of_widths(widths: list[int], d_sae: int) -> list[int]:
-    """Sizes of groups from where SAELens says that they end; it adds the last end itself."""
-    ends = [*widths, d_sae] if not widths or widths[-1] < d_sae else widths
-    return [end - start for start, end in zip([0, *ends], ends)]
-
-
-def _fold_settings(cfg: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
-    """Settings of SAELens that are an exact change of weights, applied to the weights."""
-    for key in ("normalize_activations", "reshape_activations"):
-        require(cfg.get(key, "none") == "none", f"{directory}: {key} = {cfg.get(key)!r} is not supported, only 'none'")
-    tensors = dict(tensors)
-    if cfg["architecture"] == "topk" and cfg.get("rescale_acts_by_decoder_norm", False):
-        norm_S = tensors["W_dec"].norm(dim=1)
-        tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm_S, tensors["b_enc"] * norm_S
-        tensors["W_dec"] = tensors["W_dec"] / norm_S[:, None]
-    if not cfg.get("apply_b_dec_to_input", True):
-        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
-    return tensors
 
 
 def with_metadata(sae: SparseAutoencoder, **metadata: Any) -> SparseAutoencoder:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.files import sha256_file
-from saevlm_fast.formats import dictionary_learning, sae_lens, sparsify
+from saevlm_fast.formats import dictionary_learning, plain_file, sae_lens, saev, sparsify
 from saevlm_fast.formats.header import Header
 from saevlm_fast.formats.others import OTHERS
 from saevlm_fast.formats.plain import PlainSAE
@@ -31,11 +31,14 @@ class Format(NamedTuple):
     header: Callable[[Source], Header] | None = None
 
 
+_MOST_FOLDERS = 200  # in which SAEs are looked for, to name them
 # The first that fits. A name is that of a module of this room where the module has one format.
 FORMATS: tuple[Format, ...] = (
     Format(sae_lens.NAME, sae_lens.detect, sae_lens.read, sae_lens.FILES, sae_lens.header),
     Format(sparsify.NAME, sparsify.detect, sparsify.read, sparsify.FILES),
+    Format(plain_file.NAME, plain_file.detect, plain_file.read, plain_file.FILES),
     Format(dictionary_learning.NAME, dictionary_learning.detect, dictionary_learning.read, dictionary_learning.FILES),
+    Format(saev.NAME, saev.detect, saev.read, saev.FILES),
     *(Format(*each) for each in OTHERS),
 )
 
@@ -52,12 +55,17 @@ def detect(source: Source) -> Format:
         near = did_you_mean(str(named), names)
         require(named in names, f"assume: format {named!r} is not one of {', '.join(names)}{near}")
         return next(each for each in FORMATS if each.name == named)
-    for each in FORMATS:
-        if each.detect(source):
-            return each
+    found = find(source)
+    if found is not None:
+        return found
     if {sae_lens.CONFIG_FILE, sae_lens.WEIGHTS_FILE} & set(source.names):  # half of it: its reader says what is missing
         return FORMATS[0]
     raise ValueError(_nothing_matches(source))
+
+
+def find(source: Source) -> Format | None:
+    """The first format that files are of; None if there is none. ValueError: a damaged file."""
+    return next((each for each in FORMATS if each.detect(source)), None)
 
 
 def read(
@@ -132,7 +140,27 @@ def _mean(value: Any, d_in: int) -> Tensor | float:
 
 
 def _nothing_matches(source: Source) -> str:
+    below = _saes_below(source)
+    if below:
+        return f"{source.path}: no SAE itself, but there are some in it; name one: {', '.join(below)}"
     found = ", ".join(source.names[:20]) or "no files"
     more = f" and {len(source.names) - 20} more" if len(source.names) > 20 else ""
     known = "; ".join(f"{each.name}: {each.files}" for each in FORMATS)
     return f"{source.path}: no SAE of a known format; found {found}{more}; known are {known}"
+
+
+def _saes_below(source: Source, most: int = 10) -> list[str]:
+    """Places of SAEs in folders of a folder, two deep, as far as names and small files tell."""
+    if source.file is not None:
+        return []
+    found: list[str] = []
+    folders = [*source.folder.glob("*/"), *source.folder.glob("*/*/")]
+    for folder in sorted(folders)[:_MOST_FOLDERS]:
+        try:
+            if find(Source(folder)) is not None:
+                found.append(str(folder.relative_to(source.folder)))
+        except (ValueError, OSError):
+            continue
+        if len(found) == most:
+            return [*found, "..."]
+    return found

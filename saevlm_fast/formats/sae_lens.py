@@ -412,7 +412,7 @@ def _cfg(plain: PlainSAE) -> dict[str, Any]:
         "group_sizes": list(plain.group_sizes) or [plain.d_sae],
     }
     ours |= {"doubts": list(plain.doubts)} if plain.doubts else {}
-    ours |= {"eps": plain.eps} if plain.eps != 1e-5 else {}
+    ours |= {"eps": plain.eps} if plain.input_norm == "layer_norm" else {}
     norms = {ours: theirs for theirs, ours in _NORMS.items()}
     cfg: dict[str, Any] = {
         "architecture": _LAYOUT_OF[architecture],
