@@ -13,6 +13,7 @@ from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.files import sha256_file
 from saevlm_fast.formats import dictionary_learning, plain_file, sae_lens, saev, sparsify
 from saevlm_fast.formats.header import Header
+from saevlm_fast.formats.others import OTHERS
 from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.source import Source
 
@@ -38,6 +39,7 @@ FORMATS: tuple[Format, ...] = (
     Format(plain_file.NAME, plain_file.detect, plain_file.read, plain_file.FILES),
     Format(dictionary_learning.NAME, dictionary_learning.detect, dictionary_learning.read, dictionary_learning.FILES),
     Format(saev.NAME, saev.detect, saev.read, saev.FILES),
+    *(Format(*each) for each in OTHERS),
 )
 
 
