@@ -23,6 +23,7 @@ for _name in (
     "steer",
     "steering_score",
     "inspect",
+    "convert",
     "push",
     "pull",
 ):

@@ -19,6 +19,13 @@ class Writer(NamedTuple):
 WRITERS = {
     each.NAME: Writer(each.lost, each.write) for each in (sae_lens, sparsify, dictionary_learning, saev, plain_file)
 }
+# All that they write.
+FILES = sorted(
+    {
+        *(sae_lens.CONFIG_FILE, sae_lens.WEIGHTS_FILE, sparsify.CONFIG, sparsify.WEIGHTS, dictionary_learning.CONFIG),
+        *(dictionary_learning.WEIGHTS, saev.WEIGHTS, plain_file.WEIGHTS),
+    }
+)
 
 
 def check(plain: PlainSAE, to: str, lossy: bool = False) -> list[str]:
