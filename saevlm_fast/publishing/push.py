@@ -19,10 +19,11 @@ from typing import Any
 
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.formats.hub import CARD_FILE, HUB, endpoint, hub_api, hub_errors, progress_for_people
+from saevlm_fast.formats.sae_lens import CONFIG_FILE, WEIGHTS_DIGEST, WEIGHTS_FILE
 from saevlm_fast.publishing.card import card, front, front_matter, is_ours, is_sealed, plain, sealed
 from saevlm_fast.publishing.facts import Facts, public
 from saevlm_fast.records import Fields, parse_json, read_record, write_record
-from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_DIGEST, WEIGHTS_FILE, SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder
 
 MAIN = "main"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -148,6 +149,10 @@ def planned(what: Push) -> tuple[dict[str, int], str | None]:
 def checked(what: Push) -> Facts:
     """What is known of the SAE, whose weights have been read: they are those of its cfg.json, and finite."""
     facts = Facts.of(what.directory)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        there = (what.directory / name).is_file()
+        advice = "saevlm-fast convert writes it in SAELens' layout, which can be pushed"
+        require(there, f"run: {what.directory} has no {name}; {advice}")
     SparseAutoencoder.from_pretrained(what.directory)
     return facts
 
