@@ -295,7 +295,7 @@ class SparseAutoencoder(nn.Module):
                 this engine does not have.
         """
         local = resolve(path)
-        plain = registry.read(local.path, trust_pickle=trust_pickle, assume=assume)
+        plain = registry.read(local.path, trust_pickle=trust_pickle, assume={**local.assume, **(assume or {})})
         for doubt in plain.doubts:
             warnings.warn(doubt, Doubt, stacklevel=2)
         sae = cls.from_plain(plain, device, dtype)

@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from saevlm_fast import __version__
 from saevlm_fast.errors import did_you_mean, first_line, require
 from saevlm_fast.files import atomic_write, sha256_file
+from saevlm_fast.records import parse_json
 
 HUB, SAE_LENS = "hf:", "saelens:"
 SAE_HELP = (
@@ -65,7 +66,8 @@ class LocalSAE(NamedTuple):
         path: directory or file. Of the Hub's it lies in huggingface_hub's cache: to be read, never written.
         repo, sha, sae_id: repository, commit and place in it. sae_id is "" at its root.
         revision: branch or tag that was asked for; None if it was a commit, which cannot move.
-        release: name in SAELens' list, of saelens: alone.
+        release: name in SAELens' list, of saelens: alone. scaling: what that list says that inputs were multiplied by
+            before this SAE saw them, where its files leave that open.
     """
 
     path: Path
@@ -74,6 +76,12 @@ class LocalSAE(NamedTuple):
     sae_id: str | None = None
     revision: str | None = None
     release: str | None = None
+    scaling: float | None = None
+
+    @property
+    def assume(self) -> dict[str, Any]:
+        """For formats.registry.read: what SAELens' list says, and the files do not."""
+        return {} if self.scaling is None else {"input_std": 1 / self.scaling}
 
     def record(self) -> dict[str, str]:
         """For metadata: where it came from, so that the same bytes can be had again. {} of a plain path."""
@@ -131,10 +139,11 @@ def resolve(
         _download(found, text, on_message)
         _remember(wanted, found.sha)
     moves = None if wanted.revision and _COMMIT.fullmatch(wanted.revision) else wanted.revision or "main"
-    release = text.removeprefix(SAE_LENS).partition("/")[0] if text.startswith(SAE_LENS) else None
-    return LocalSAE(
-        _snapshot(found.repo, found.sha) / found.sae_id, found.repo, found.sha, found.sae_id, moves, release
-    )
+    path = _snapshot(found.repo, found.sha) / found.sae_id
+    local = LocalSAE(path, found.repo, found.sha, found.sae_id, moves)
+    if not text.startswith(SAE_LENS):
+        return local
+    return local._replace(release=text.removeprefix(SAE_LENS).partition("/")[0], scaling=_scaling(text, path))
 
 
 class Found(NamedTuple):
@@ -163,7 +172,7 @@ def look_up(
 ) -> Found:
     """Which commit and which files a spec of the Hub names. ValueError: as resolve."""
     require(is_remote(spec), f"spec: {spec!r} is not of the form hf:user/repo[@revision][/sae_id]")
-    wanted = sae_lens_release(spec)[0] if spec.startswith(SAE_LENS) else parse_spec(spec)
+    wanted = sae_lens_release(spec) if spec.startswith(SAE_LENS) else parse_spec(spec)
     sha, offline = _commit_of(wanted, spec, local_files_only, on_message)
     files = cached_files(wanted.repo, sha) if offline else _listed(wanted, sha, spec)
     names = sorted(files)
@@ -437,8 +446,8 @@ def _not_here(wanted: HubSpec, spec: str, sha: str | None) -> str:
 # SAELens' list --------------------------------------------------------------------------------------------------------
 
 
-def sae_lens_release(spec: str) -> tuple[HubSpec, str]:
-    """Where saelens:release/sae_id lies on the Hub, and the release, by the list of the sae-lens that is installed.
+def sae_lens_release(spec: str) -> HubSpec:
+    """Where saelens:release/sae_id lies on the Hub, by the list of the sae-lens that is installed.
 
     The list is read from its file, and nothing of sae-lens is imported. There is no copy of it in this package: it
     changes with every release of sae-lens, and a copy would go stale unseen.
@@ -446,16 +455,32 @@ def sae_lens_release(spec: str) -> tuple[HubSpec, str]:
     Raises:
         ValueError: sae-lens is not installed, its list is of another form, or has no such release or SAE.
     """
+    repo, entry = _sae_lens_entry(spec)
+    place = str(entry["path"]).strip("/")
+    return parse_spec(f"{HUB}{repo}/{'' if place == '.' else place}")
+
+
+def _scaling(spec: str, path: Path) -> float | None:
+    """SAELens' norm_scaling_factor of an SAE whose cfg.json says that it is still to be folded; as SAELens does."""
+    factor = _sae_lens_entry(spec)[1].get("norm_scaling_factor")
+    if not isinstance(factor, int | float) or not factor > 0 or not (path / "cfg.json").is_file():
+        return None
+    cfg = parse_json((path / "cfg.json").read_bytes(), path / "cfg.json")
+    said = cfg.get("normalize_activations") if isinstance(cfg, dict) else None
+    return float(factor) if said in ("expected_average_only_in", True) else None
+
+
+def _sae_lens_entry(spec: str) -> tuple[str, dict[str, Any]]:
+    """The repository, and what the list says of the SAE."""
     release, _, sae_id = spec.removeprefix(SAE_LENS).partition("/")
     require(bool(release and sae_id), f"{spec!r}: not of the form saelens:release/sae_id")
     path = _sae_lens_list(spec)
     entry = _release(path.read_text(encoding="utf-8"), release, path, spec)
-    places = {str(each["id"]): str(each["path"]) for each in entry["saes"]}
-    some = ", ".join(list(places)[:5])
-    near = did_you_mean(sae_id, places) or f"; it has {some}{', ...' if len(places) > 5 else ''}"
-    require(sae_id in places, f"{spec}: release {release} has no SAE {sae_id!r}{near}")
-    place = places[sae_id].strip("/")
-    return parse_spec(f"{HUB}{entry['repo_id']}/{'' if place == '.' else place}"), release
+    saes = {str(each["id"]): each for each in entry["saes"]}
+    some = ", ".join(list(saes)[:5])
+    near = did_you_mean(sae_id, saes) or f"; it has {some}{', ...' if len(saes) > 5 else ''}"
+    require(sae_id in saes, f"{spec}: release {release} has no SAE {sae_id!r}{near}")
+    return entry["repo_id"], saes[sae_id]
 
 
 def _sae_lens_list(spec: str) -> Path:

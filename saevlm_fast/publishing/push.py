@@ -274,13 +274,15 @@ def _joined(there: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """What was there wins; tags are joined, and so are base models."""
     head = new | there
     for name in ("tags", "base_model"):
-        both = [
-            each for part in (there.get(name), new.get(name)) for each in (part if isinstance(part, list) else [part])
-        ]
-        several = list(dict.fromkeys(each for each in both if each is not None))
-        if several:
-            head[name] = several[0] if len(several) == 1 and name not in there else several
+        old, added = _several(there.get(name)), _several(new.get(name))
+        if not set(added) <= set(old):
+            both = list(dict.fromkeys([*old, *added]))
+            head[name] = both if name == "tags" or len(both) > 1 else both[0]
     return head
+
+
+def _several(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else [] if value is None else [str(value)]
 
 
 def _with_row(text: str, what: Push, facts: Facts) -> str:
