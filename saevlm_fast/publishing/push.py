@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast.errors import first_line, require
-from saevlm_fast.formats.hub import CARD_FILE, HUB, endpoint, hub_api, hub_errors, progress_for_people
+from saevlm_fast.formats.hub import CARD_FILE, endpoint, hub_api, hub_errors, progress_for_people
+from saevlm_fast.formats.places import HUB
 from saevlm_fast.formats.sae_lens import CONFIG_FILE, WEIGHTS_DIGEST, WEIGHTS_FILE
 from saevlm_fast.publishing.card import card, front, front_matter, is_ours, is_sealed, plain, sealed
 from saevlm_fast.publishing.facts import Facts, public
