@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hub_server import TOKEN, hub_server
 
 from command import files_below, run, run_json
+from hub_server import TOKEN, hub_server
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.publishing.card import is_ours, is_sealed, plain, sealed, table, write_card
 from saevlm_fast.publishing.facts import Facts, public

@@ -1,10 +1,10 @@
-"""What push lays out on the Hub is loaded by the real sae-lens, by SAE.from_pretrained(repo, sae_id), from its cache."""
+"""The real sae-lens loads what push lays out on the Hub: SAE.from_pretrained(repo, sae_id), from its own cache."""
 
 import pytest
 import torch
-from hub_server import hub_server
 
 from command import run
+from hub_server import hub_server
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.formats.hub import resolve
 from saevlm_fast.sae import SparseAutoencoder
