@@ -13,7 +13,7 @@ from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
 from saevlm_fast.cli.terminal import Bar, print_table, say, warn
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
-from saevlm_fast.formats.hub import SAE_HELP, is_remote
+from saevlm_fast.formats.places import SAE_HELP, is_remote
 from saevlm_fast.settings import setting
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from saevlm_fast import __version__
 from saevlm_fast.cli.options import MADE, Options, key_of, ordered
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.errors import require
-from saevlm_fast.formats.hub import is_remote
+from saevlm_fast.formats.places import is_remote
 from saevlm_fast.settings import settings_of
 
 SETTINGS_FILE = "settings.toml"
