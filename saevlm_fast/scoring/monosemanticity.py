@@ -39,7 +39,7 @@ from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
-from saevlm_fast.scoring.sums import STATUSES, ActivationRange, KeptPairs, ShiftedSums, status_of
+from saevlm_fast.scoring.sums import STATUSES, ActivationRange, HalvedSums, KeptPairs, ShiftedSums, status_of
 from saevlm_fast.sparse_codes import SparseCodes
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -138,9 +138,10 @@ class StreamedScore:
         device: where sums live (S x E float64 for cosine and dot); chunks are moved there.
         block_rows: how many images of sparse codes are gathered before they are folded in, by default
             max(4096, n_latents). Scores do not depend on it, nor on the split into chunks, beyond rounding.
+        halves: keep the images of even and of odd number apart too, at twice the memory: what SecondPass takes over.
 
     Raises:
-        ValueError: another similarity, gamma not above 0, sizes below 0 and 1.
+        ValueError: another similarity, gamma not above 0, sizes below 0 and 1, halves of rbf.
     """
 
     def __init__(
@@ -150,8 +151,10 @@ class StreamedScore:
         gamma: float | None = None,
         device: torch.device | str = "cpu",
         block_rows: int | None = None,
+        halves: bool = False,
     ) -> None:
         check_similarity(similarity)
+        require(not (halves and similarity == "rbf"), "similarity: rbf keeps no sums that could be halved")
         block_rows = max(_SPARSE_BLOCK_ROWS, n_latents) if block_rows is None else block_rows
         require(
             n_latents >= 0 and block_rows >= 1,
@@ -159,7 +162,7 @@ class StreamedScore:
         )
         default_gamma(gamma, 1)
         self.n_latents, self.similarity, self.gamma = n_latents, similarity, gamma
-        self.device, self.block_rows = torch.device(device), block_rows
+        self.device, self.block_rows, self.halves = torch.device(device), block_rows, halves
         self.n_images = 0
         self._d_emb: int | None = None
         self._intake: CodesIntake | DenseIntake | None = None  # of the kind of the first chunk
@@ -224,20 +227,33 @@ class StreamedScore:
         """The plain mean of the images' e_i, [E] float64 on the CPU; e_i and errors as for mean_embedding."""
         return self._sums().mean_of_images().cpu()
 
+    def halved(self) -> tuple[ActivationRange, HalvedSums]:
+        """The range of all activations and the sums, with all images in them.
+
+        Raises:
+            ValueError: no halves were kept, or no images have come.
+        """
+        if self._intake is None or not isinstance(self._intake.pairs, HalvedSums):
+            raise ValueError("first: a StreamedScore with halves=True and images is needed")
+        self._intake.flush()
+        return self._intake.range, self._intake.pairs
+
     def _sums(self) -> ShiftedSums:
         """With all images in them."""
         require(self.similarity != "rbf", "similarity: rbf has no mean embedding, only cosine and dot")
+        require(not self.halves, "halves: their sums are for SecondPass")
         if self._intake is None or not isinstance(self._intake.pairs, ShiftedSums):
             raise ValueError("mean embedding: no images have come")
         self._intake.flush()
         return self._intake.pairs
 
     def _new_intake(self, activations: SparseCodes | Tensor, d_emb: int) -> CodesIntake | DenseIntake:
-        pairs: ShiftedSums | KeptPairs
+        pairs: ShiftedSums | HalvedSums | KeptPairs
         if self.similarity == "rbf":
             pairs = KeptPairs(self.n_latents, self.similarity, self.gamma, self.device)
         else:
-            pairs = ShiftedSums(self.n_latents, d_emb, self.similarity, self.device)
+            kind = HalvedSums if self.halves else ShiftedSums
+            pairs = kind(self.n_latents, d_emb, self.similarity, self.device)
         if isinstance(activations, SparseCodes):
             return CodesIntake(self.n_latents, self.block_rows, pairs)
         return DenseIntake(self.n_latents, pairs)
