@@ -21,7 +21,7 @@ pairwise_similarity.py. The sums are in sums.py, their checks in intake.py.
 import math
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
@@ -39,7 +39,7 @@ from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
-from saevlm_fast.scoring.sums import STATUSES, ActivationRange, HalvedSums, KeptPairs, ShiftedSums, status_of
+from saevlm_fast.scoring.sums import STATUSES, ActivationRange, HalvedSums, KeptPairs, Pairs, ShiftedSums, status_of
 from saevlm_fast.sparse_codes import SparseCodes
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -59,7 +59,7 @@ class MonosemanticityScores:
             single: exactly one is above the minimum; defined: two or more are.
         n_active: int64, images with a > 0 (also for raw neurons, whose minimum may be negative).
         max_activation: float64, in the units of the activations.
-        n_images: N. similarity: of embeddings.
+        n_images: N. similarity: of embeddings. variant: paper, or one of variants.py.
     """
 
     ms: Tensor
@@ -68,6 +68,7 @@ class MonosemanticityScores:
     max_activation: Tensor
     n_images: int
     similarity: str
+    variant: str = field(default="paper", kw_only=True)
 
     def table(self) -> pa.Table:
         """Columns latent, ms, status (string), n_active, max_activation; schema metadata similarity and n_images."""
@@ -79,6 +80,7 @@ class MonosemanticityScores:
             "max_activation": pa.array(self.max_activation.numpy()),
         }
         metadata = {"similarity": self.similarity, "n_images": str(self.n_images)}
+        metadata |= {} if self.variant == "paper" else {"variant": self.variant}
         return pa.table(columns).replace_schema_metadata(metadata)
 
     def summary(self, n_extreme: int = 10) -> "ScoreSummary":
@@ -166,6 +168,7 @@ class StreamedScore:
         self.n_images = 0
         self._d_emb: int | None = None
         self._intake: CodesIntake | DenseIntake | None = None  # of the kind of the first chunk
+        self._pairs: ShiftedSums | HalvedSums | KeptPairs | None = None
 
     def update(self, activations: SparseCodes | Tensor, emb_nE: Tensor) -> None:
         """Adds n images.
@@ -185,9 +188,10 @@ class StreamedScore:
         """
         n_rows = activations.n_rows if isinstance(activations, SparseCodes) else len(activations)
         images = checked_embeddings(emb_nE, n_rows, self._d_emb, self.similarity, self.n_images, self.device)
-        intake = self._intake or self._new_intake(activations, emb_nE.shape[1])
+        pairs = self._pairs or self._new_pairs(emb_nE.shape[1])
+        intake = self._intake or self._new_intake(activations, pairs)
         intake.add(activations, images, self.n_images)
-        self._intake, self._d_emb = intake, emb_nE.shape[1]
+        self._intake, self._pairs, self._d_emb = intake, pairs, emb_nE.shape[1]
         self.n_images += n_rows
 
     def result(self) -> MonosemanticityScores:
@@ -198,7 +202,8 @@ class StreamedScore:
         else:
             self._intake.flush()
             seen = self._intake.range
-            num_S, den_S = self._intake.pairs.pair_sums(seen.low_S)
+            assert self._pairs is not None
+            num_S, den_S = self._pairs.pair_sums(seen.low_S)
         sums = num_S, den_S, seen.low_S, seen.high_S, seen.n_active_S, seen.n_above()
         # One copy from a device; counts of images are exact in float64.
         num_S, den_S, low_S, high_S, n_active_S, n_above_S = torch.stack([t.to(torch.float64) for t in sums]).cpu()
@@ -233,27 +238,27 @@ class StreamedScore:
         Raises:
             ValueError: no halves were kept, or no images have come.
         """
-        if self._intake is None or not isinstance(self._intake.pairs, HalvedSums):
+        if self._intake is None or not isinstance(self._pairs, HalvedSums):
             raise ValueError("first: a StreamedScore with halves=True and images is needed")
         self._intake.flush()
-        return self._intake.range, self._intake.pairs
+        return self._intake.range, self._pairs
 
     def _sums(self) -> ShiftedSums:
         """With all images in them."""
         require(self.similarity != "rbf", "similarity: rbf has no mean embedding, only cosine and dot")
         require(not self.halves, "halves: their sums are for SecondPass")
-        if self._intake is None or not isinstance(self._intake.pairs, ShiftedSums):
+        if self._intake is None or not isinstance(self._pairs, ShiftedSums):
             raise ValueError("mean embedding: no images have come")
         self._intake.flush()
-        return self._intake.pairs
+        return self._pairs
 
-    def _new_intake(self, activations: SparseCodes | Tensor, d_emb: int) -> CodesIntake | DenseIntake:
-        pairs: ShiftedSums | HalvedSums | KeptPairs
+    def _new_pairs(self, d_emb: int) -> ShiftedSums | HalvedSums | KeptPairs:
         if self.similarity == "rbf":
-            pairs = KeptPairs(self.n_latents, self.similarity, self.gamma, self.device)
-        else:
-            kind = HalvedSums if self.halves else ShiftedSums
-            pairs = kind(self.n_latents, d_emb, self.similarity, self.device)
+            return KeptPairs(self.n_latents, self.similarity, self.gamma, self.device)
+        kind = HalvedSums if self.halves else ShiftedSums
+        return kind(self.n_latents, d_emb, self.similarity, self.device)
+
+    def _new_intake(self, activations: SparseCodes | Tensor, pairs: Pairs) -> CodesIntake | DenseIntake:
         if isinstance(activations, SparseCodes):
             return CodesIntake(self.n_latents, self.block_rows, pairs)
         return DenseIntake(self.n_latents, pairs)

@@ -154,13 +154,12 @@ class _Deviations:
         self.intervals, self.null, self.n_images = intervals, null, 0
         self.moments = SimilarityMoments(sums.unit_sum_E, sums.square_sum, scores.n_images)
         n, n_latents = scores.n_images, len(scores.ms)
-        float64 = {"dtype": torch.float64, "device": self.device}
-        self.powers_4S = torch.zeros(4, n_latents, **float64)
-        self.change_2S = torch.zeros(2, n_latents, **float64)  # sum of delta, and of its square
-        self.weights_SW = weights_SW.to(**float64)
-        self.changes_NW = torch.zeros(n, weights_SW.shape[1], **float64)
-        self.lost_3N = torch.zeros(3 if intervals else 0, n, **float64)  # of an image: sum delta, sum MS lost, number
-        self.similar_N = torch.zeros(n if intervals else 0, **float64)  # R
+        self.powers_4S = self.sums_SE.new_zeros(4, n_latents)
+        self.change_2S = self.sums_SE.new_zeros(2, n_latents)  # sum of delta, and of its square
+        self.weights_SW = weights_SW.to(self.sums_SE)
+        self.changes_NW = self.sums_SE.new_zeros(n, weights_SW.shape[1])
+        self.lost_3N = self.sums_SE.new_zeros(3 if intervals else 0, n)  # of an image: sum delta, MS lost, their number
+        self.similar_N = self.sums_SE.new_zeros(n if intervals else 0)  # R
         self.draws_RW = drawn_images(n, seed) if null else torch.zeros(0, 0, dtype=torch.int64)
         self.drawn_U = self.draws_RW.unique()
         self.drawn_UE: list[Tensor] = []

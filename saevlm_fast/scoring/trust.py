@@ -273,6 +273,7 @@ def trusted_scores(
     Raises:
         ValueError: as `trusted_score`; no embeddings.
     """
+    require(len(embeddings) > 0, "embeddings: at least one encoder's are needed")
     images = ScoredImages(activations, embeddings, sae, pool=pool, batch_rows=batch_rows)
     measured = TwoPasses(images, similarity, device, on_rows)
     return measured.second(intervals=intervals, null=null, seed=seed)
