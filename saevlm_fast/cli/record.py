@@ -96,7 +96,9 @@ def recorded(options: Options) -> dict[str, Any]:
             continue
         if isinstance(value, Path):
             value = str(value.absolute())
-        values[key_of(name, known)] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = [str(each.absolute()) if isinstance(each, Path) else each for each in value]
+        values[key_of(name, known)] = value
     return values
 
 

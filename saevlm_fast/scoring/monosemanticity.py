@@ -20,7 +20,6 @@ pairwise_similarity.py. The sums are in sums.py, their checks in intake.py.
 
 import math
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,16 +28,13 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes
-from saevlm_fast.data.pairing import check_sides, checked_ids
-from saevlm_fast.data.rows import Matrix, activations_of
+from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import check_similarity
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
-from saevlm_fast.provenance import check_rows_of
-from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
+from saevlm_fast.scoring.source import Pool, ScoredImages
 from saevlm_fast.scoring.sums import STATUSES, ActivationRange, HalvedSums, KeptPairs, Pairs, ShiftedSums, status_of
 from saevlm_fast.sparse_codes import SparseCodes
 
@@ -274,13 +270,15 @@ def score(
     *,
     similarity: Similarity = "cosine",
     gamma: float | None = None,
+    pool: Pool | None = None,
     batch_rows: int = 4096,
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> MonosemanticityScores:
     """Monosemanticity Score of an SAE's latents, or of raw neurons, in one pass (arXiv 2504.02821 section 3).
 
-    `score(activations, embeddings, sae).table()` is one row a latent. `streamed_score` also gives what names need.
+    `score(activations, embeddings, sae).table()` is one row a latent. `trust.trusted_score` also says how sure each is,
+    in two passes; `streamed_score` also gives what names need.
 
     Args:
         activations: N rows of width d_in, row i of image i, from a file, a store or memory; or stored codes, whose
@@ -289,6 +287,9 @@ def score(
         sae: encodes the activations at inference (threshold or row-wise top k); None scores raw neurons, the paper's
             baseline, or codes.
         similarity: of embeddings: cosine (the paper's), dot or rbf. gamma: of rbf, 1 / width unless given.
+        pool: None: one row an image. max or mean: a store has several rows of an image, neighbours of each other, whose
+            codes (or neurons) are pooled, a latent that does not fire counting as 0; embeddings have one row an image,
+            found by its id where they have ids, else in the order in which images appear.
         batch_rows: rows read and encoded at a time.
         device: where the sums live: a torch.device, auto, cpu, cuda or cuda:N.
         on_rows: called with the number of images done.
@@ -298,7 +299,8 @@ def score(
 
     Raises:
         ValueError: different numbers of rows, image ids (where both sides have them) that differ, several rows of one
-            image, an SAE of another width, hook point or layer, and everything StreamedScore refuses.
+            image without a pool, a pool of rows without ids, an image without an embedding, an SAE of another width,
+            hook point or layer, and everything StreamedScore refuses.
     """
     return streamed_score(
         activations,
@@ -306,6 +308,7 @@ def score(
         sae,
         similarity=similarity,
         gamma=gamma,
+        pool=pool,
         batch_rows=batch_rows,
         device=device,
         on_rows=on_rows,
@@ -319,27 +322,30 @@ def streamed_score(
     *,
     similarity: Similarity = "cosine",
     gamma: float | None = None,
+    pool: Pool | None = None,
     batch_rows: int = 4096,
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> StreamedScore:
     """The sums behind `score`, with all images in them; arguments and errors are those of `score`."""
-    if not isinstance(activations, StoredCodes):
-        activations = activations_of(activations, "activations")
-    embeddings = activations_of(embeddings, "embeddings")
-    if sae is not None and not isinstance(sae, SparseAutoencoder):
-        raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
-    check_sides(activations, embeddings)
-    if sae is not None:
-        check_rows_of(sae, activations)
-    target = resolve_device(device) if isinstance(device, str) else device
-    scores = StreamedScore(n_latents(activations, sae), similarity, gamma, target)
-    ids = checked_ids(batch_rows, activations, embeddings)
-    with (
-        closing(encoded_chunks(activations, sae, batch_rows)) as chunks,
-        closing(embeddings.chunks(batch_rows)) as images,
-    ):
-        for (start, values), (_, emb_nE), _ in zip(chunks, images, ids):
-            scores.update(values, emb_nE)
-            on_rows(start + len(emb_nE))
-    return scores
+    images = ScoredImages(activations, {"": embeddings}, sae, pool=pool, batch_rows=batch_rows, kept_bytes=0)
+    return stream(images, similarity, gamma, device=device, on_rows=on_rows)[""]
+
+
+def stream(
+    images: ScoredImages,
+    similarity: str = "cosine",
+    gamma: float | None = None,
+    *,
+    halves: bool = False,
+    device: torch.device | str = "cpu",
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> dict[str, StreamedScore]:
+    """One pass over images, by all their encoders: the sums of each. Arguments and errors as `score`."""
+    target = images.device_of(device)
+    sums = {name: StreamedScore(images.n_latents, similarity, gamma, target, halves=halves) for name in images.encoders}
+    for start, values, emb_nE in images.chunks():
+        for name, one in sums.items():
+            one.update(values, emb_nE[name])
+        on_rows(start + values.n_rows if isinstance(values, SparseCodes) else start + len(values))
+    return sums

@@ -20,8 +20,8 @@ from saevlm_fast.data.rows import Activations, Matrix, StoredRows, activations_o
 from saevlm_fast.errors import require
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.runtime import resolve_device
-from saevlm_fast.sae import SparseAutoencoder, evaluating
-from saevlm_fast.scoring.encoding import n_latents
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.encoding import encoded, n_latents
 from saevlm_fast.sparse_codes import SparseCodes
 
 Pool = Literal["max", "mean"]
@@ -102,8 +102,7 @@ class ScoredImages:
                     codes = self._kept[number]
                     yield start, codes._replace(top_indices=codes.top_indices.long())
                 else:
-                    with evaluating(self.sae):
-                        codes = self.sae.encode(values.to(self.sae.b_dec))
+                    codes = encoded(self.sae, values)
                     self._keep(codes, number)
                     yield start, codes
 

@@ -22,7 +22,7 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, ScoreSummary, StreamedScore
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, ScoreSummary, stream
 from saevlm_fast.scoring.ranks import found_at, spearman
 from saevlm_fast.scoring.second_pass import Certainty, SecondPass, change_error
 from saevlm_fast.scoring.source import Pool, ScoredImages
@@ -297,11 +297,8 @@ class TwoPasses:
         on_rows: Callable[[int], None] = lambda done: None,
     ) -> None:
         require(similarity != "rbf", "similarity: rbf has no intervals and no null; cosine and dot have")
-        self._images, self._on_rows, target = images, on_rows, images.device_of(device)
-        self._first = {
-            name: StreamedScore(images.n_latents, similarity, device=target, halves=True) for name in images.encoders
-        }
-        self._pass(self._first, 0)
+        self._images, self._on_rows = images, on_rows
+        self._first = stream(images, similarity, halves=True, device=device, on_rows=on_rows)
         self.scores = {name: first.result() for name, first in self._first.items()}
 
     def second(
@@ -313,15 +310,12 @@ class TwoPasses:
         passes = {
             name: SecondPass(one, weights_SW, intervals=intervals, null=null, seed=seed) for name, one in first.items()
         }
-        self._pass(passes, next(iter(self.scores.values())).n_images)
-        return {name: TrustedScores.of(second.result()) for name, second in passes.items()}
-
-    def _pass(self, sums: Mapping[str, StreamedScore | SecondPass], done: int) -> None:
+        done = next(iter(self.scores.values())).n_images
         for start, values, emb_nE in self._images.chunks():
-            for name, one in sums.items():
+            for name, one in passes.items():
                 one.update(values, emb_nE[name])
-            n_rows = len(next(iter(emb_nE.values())))
-            self._on_rows(done + start + n_rows)
+            self._on_rows(done + start + len(next(iter(emb_nE.values()))))
+        return {name: TrustedScores.of(second.result()) for name, second in passes.items()}
 
 
 def rank_agreement(scores: Mapping[str, MonosemanticityScores]) -> dict[tuple[str, str], float]:
