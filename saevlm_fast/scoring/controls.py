@@ -124,19 +124,32 @@ def compare_with_untrained(
     )
     saes = [sae] + [untrained_like(sae, activations, seed + 1 + c)[0] for c in range(n_controls)]
     passes: list[TwoPasses] = []
+    progress = _Progress(len(saes), on_rows)
     for each in saes:
-        done = sum(next(iter(before.scores.values())).n_images for before in passes)
         kept = _KEPT_BYTES // len(saes)
         images = ScoredImages(activations, embeddings, each, pool=pool, batch_rows=batch_rows, kept_bytes=kept)
-        passes.append(TwoPasses(images, similarity, device, _after(done, on_rows)))
+        passes.append(TwoPasses(images, similarity, device, progress.of(len(passes))))
+        progress.n_images = next(iter(passes[0].scores.values())).n_images
     first = [next(iter(each.scores.values())) for each in passes]  # statuses are the same by every encoder
     match = Match(first[0], first[1:])
     trusted = [each.second(weights_SW, seed=seed) for each, weights_SW in zip(passes, match.weights())]
     return {name: match.compare([each[name] for each in trusted]) for name in embeddings}
 
 
-def _after(done: int, on_rows: Callable[[int], None]) -> Callable[[int], None]:
-    return lambda n: on_rows(done + n)
+class _Progress:
+    """Images done in all passes: first those of every SAE, then the second ones. n_images: known after the first."""
+
+    def __init__(self, n_saes: int, on_rows: Callable[[int], None]) -> None:
+        self.n_saes, self.on_rows, self.n_images = n_saes, on_rows, 0
+
+    def of(self, sae: int) -> Callable[[int], None]:
+        """What the two passes of an SAE call with 1 .. 2 n_images."""
+
+        def tell(done: int) -> None:
+            in_second = self.n_images > 0 and done > self.n_images
+            self.on_rows(done + self.n_images * (sae + (self.n_saes - 1 if in_second else 0)))
+
+        return tell
 
 
 class Match:

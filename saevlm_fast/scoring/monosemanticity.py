@@ -165,6 +165,7 @@ class StreamedScore:
         self._d_emb: int | None = None
         self._intake: CodesIntake | DenseIntake | None = None  # of the kind of the first chunk
         self._pairs: ShiftedSums | HalvedSums | KeptPairs | None = None
+        self._sqnorms: list[Tensor] = []
 
     def update(self, activations: SparseCodes | Tensor, emb_nE: Tensor) -> None:
         """Adds n images.
@@ -188,6 +189,8 @@ class StreamedScore:
         intake = self._intake or self._new_intake(activations, pairs)
         intake.add(activations, images, self.n_images)
         self._intake, self._pairs, self._d_emb = intake, pairs, emb_nE.shape[1]
+        if self.halves:
+            self._sqnorms.append(images.sqnorm_n)
         self.n_images += n_rows
 
     def result(self) -> MonosemanticityScores:
@@ -228,8 +231,8 @@ class StreamedScore:
         """The plain mean of the images' e_i, [E] float64 on the CPU; e_i and errors as for mean_embedding."""
         return self._sums().mean_of_images().cpu()
 
-    def halved(self) -> tuple[ActivationRange, HalvedSums]:
-        """The range of all activations and the sums, with all images in them.
+    def halved(self) -> tuple[ActivationRange, HalvedSums, Tensor]:
+        """The range of all activations and the sums, with all images in them, and these's squared norms [N].
 
         Raises:
             ValueError: no halves were kept, or no images have come.
@@ -237,7 +240,7 @@ class StreamedScore:
         if self._intake is None or not isinstance(self._pairs, HalvedSums):
             raise ValueError("first: a StreamedScore with halves=True and images is needed")
         self._intake.flush()
-        return self._intake.range, self._pairs
+        return self._intake.range, self._pairs, torch.cat(self._sqnorms)
 
     def _sums(self) -> ShiftedSums:
         """With all images in them."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.scaled_rows import scaled_rows
 from saevlm_fast.kernels.sparse_decode import gather_dot_op
-from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
+from saevlm_fast.scoring.intake import CodesIntake, DenseIntake
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
 from saevlm_fast.scoring.null import (
     FEW_IMAGES,
@@ -106,10 +106,18 @@ class SecondPass:
         self._intake: CodesIntake | DenseIntake | None = None
 
     def update(self, activations: SparseCodes | Tensor, emb_nE: Tensor) -> None:
-        """The next n images; arguments and errors as StreamedScore.update."""
-        pairs, device = self._pairs, self._pairs.device
+        """The next n images, which the first pass has checked.
+
+        Raises:
+            ValueError: more images than the first pass had, embeddings of another shape, and what StreamedScore.update
+                says of activations.
+        """
+        pairs = self._pairs
         n_rows = activations.n_rows if isinstance(activations, SparseCodes) else len(activations)
-        images = checked_embeddings(emb_nE, n_rows, pairs.d_emb, pairs.similarity, self.n_images, device)
+        sqnorm_n = pairs.sqnorm_N[self.n_images : self.n_images + n_rows]
+        same = emb_nE.shape == (n_rows, pairs.d_emb) and len(sqnorm_n) == n_rows
+        require(same, f"emb_nE: shape {tuple(emb_nE.shape)} is not that of the first pass's images")
+        images = Embeddings(emb_nE.to(pairs.device), sqnorm_n)
         if self._intake is None:
             n_latents, block_rows = self._first.n_latents, self._first.block_rows
             sparse = isinstance(activations, SparseCodes)
@@ -143,7 +151,7 @@ class _Deviations:
         null: bool,
         seed: int,
     ) -> None:
-        seen, halves = first.halved()
+        seen, halves, self.sqnorm_N = first.halved()
         self.scores, self.similarity, self.device = scores, first.similarity, first.device
         self.half_ms_2S = halves.half_scores().cpu()
         sums = halves.merged()

@@ -157,7 +157,7 @@ def tms_score(
     on = SparseCodes.from_flat(
         acts_M[on_M], latents_M, pad(torch.bincount(rows_M, minlength=n_images).cumsum(0), (1, 0)), n_latents
     )
-    high_S = torch.zeros(n_latents, dtype=torch.float64).index_reduce_(0, codes.top_indices, acts_M, "amax")
+    high_S = torch.segment_reduce(codes.by_latent().acts_M.double(), "max", lengths=n_active_S, initial=0.0)
     n_on_S = torch.bincount(latents_M, minlength=n_latents)
     status_S = status_of(torch.where(n_on_S == 0, high_S, 0.0), high_S, n_on_S)
     return MonosemanticityScores(
@@ -296,4 +296,6 @@ def _add_patches(
     vectors_PE = sums_PE / acts_P[:, None]
     streamed_cosine_update(state, acts_P, torch.arange(len(acts_P), device=acts_P.device), offsets_S1, vectors_PE)
     seen_2S[0] += counts_S.cpu()
-    seen_2S[1].index_reduce_(0, grouped.latents_M.cpu(), grouped.acts_M.cpu(), "amax")
+    counts_S = grouped.offsets_S1.diff()
+    high_S = torch.segment_reduce(grouped.acts_M, "max", lengths=counts_S, initial=0.0)
+    seen_2S[1] = torch.maximum(seen_2S[1], high_S.cpu())
