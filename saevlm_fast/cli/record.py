@@ -96,9 +96,16 @@ def recorded(options: Options) -> dict[str, Any]:
         if not known.recorded or value is None:
             continue
         if isinstance(value, Path):
-            value = str(value if is_remote(value) else value.absolute())
-        values[key_of(name, known)] = list(value) if isinstance(value, tuple) else value
+            value = _said(value)
+        if isinstance(value, tuple):
+            value = [_said(each) if isinstance(each, Path) else each for each in value]
+        values[key_of(name, known)] = value
     return values
+
+
+def _said(path: Path) -> str:
+    """From anywhere the same."""
+    return str(path if is_remote(path) else path.absolute())
 
 
 def made_by(options: Options) -> dict[str, Any]:

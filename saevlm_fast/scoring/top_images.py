@@ -61,7 +61,7 @@ def top_images(
         activations = activations_of(activations, "activations")
     latents_L = _whole_numbers(latents)
     slot_of_latent_S = _slots(latents_L, n_latents(activations, sae))
-    best, ids = _Best(len(latents_L), n), checked_ids(batch_rows, activations)
+    best, ids = BestImages(len(latents_L), n), checked_ids(batch_rows, activations)
     with closing(encoded_chunks(activations, sae, batch_rows)) as chunks:
         for (start, values), _ in zip(chunks, ids):
             if isinstance(values, SparseCodes):
@@ -117,7 +117,7 @@ def _top_of_columns(acts_BL: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return acts_BL.flatten(), slots_BL.flatten(), rows_BL.flatten()
 
 
-class _Best:
+class BestImages:
     """The n largest activations of each of L slots so far, sorted by slot, activation descending, image ascending."""
 
     def __init__(self, n_slots: int, n: int):
