@@ -22,7 +22,7 @@ ORDER = (
     ("provenance",),
     ("harvesting",),
     ("training", "scoring"),
-    ("steering",),
+    ("steering", "measures"),
     ("demo", "box_making"),
     ("inspection",),
     ("cli",),
