@@ -134,11 +134,11 @@ def _by_level(depth_S: np.ndarray, level_S: np.ndarray, counts_S: np.ndarray) ->
     """Each level, beside levels shuffled and levels cut by firing rate (the most frequent first), of the same sizes."""
     from scipy.stats import rankdata
 
+    generator = np.random.default_rng(0)
     by_rate_S = np.empty_like(level_S)
-    by_rate_S[np.argsort(-counts_S, kind="stable")] = level_S
+    by_rate_S[np.lexsort((generator.random(len(counts_S)), -counts_S))] = level_S  # ties must not follow the levels
     defined = np.isfinite(depth_S)
     depth, level, by_rate = depth_S[defined], level_S[defined], by_rate_S[defined]
-    generator = np.random.default_rng(0)
     n_levels = int(level_S.max()) + 1
     level_ranks, depth_ranks = rankdata(level), rankdata(depth)
     drawn = np.empty((_SHUFFLES, n_levels))

@@ -50,7 +50,8 @@ class LabelScores(NamedTuple):
 
 def label_scores(codes: KeptCodes, labels: LabelSet) -> LabelScores:
     """Every latent and label of the same N images, of which all are taken to be known."""
-    parts = [_block(codes, labels, first, last) for first, last in _blocks(codes, labels)]
+    blocks_made = (_block(codes, labels, first, last) for first, last in _blocks(codes, labels))
+    parts = [part for part in blocks_made if part is not None]
     if not parts:
         return LabelScores(*(np.zeros(0, kind) for kind in (np.int32, np.int32, np.int64, float, float, float)))
     return LabelScores(*(np.concatenate(columns) for columns in zip(*parts)))
@@ -74,8 +75,8 @@ def _blocks(codes: KeptCodes, labels: LabelSet) -> Iterator[tuple[int, int]]:
     return iter(blocks(work_S, _BLOCK_ENTRIES)) if work_S.sum() else iter(())
 
 
-def _block(codes: KeptCodes, labels: LabelSet, first: int, last: int) -> LabelScores:
-    """The latents first .. last - 1."""
+def _block(codes: KeptCodes, labels: LabelSet, first: int, last: int) -> LabelScores | None:
+    """The latents first .. last - 1; None if they meet no label."""
     begin, end = int(codes.offsets_S1[first]), int(codes.offsets_S1[last])
     latent_M = codes.latents_M[begin:end].astype(np.int64)
     acts_M, images_M = codes.acts_M[begin:end], codes.images_M[begin:end]
@@ -87,6 +88,8 @@ def _block(codes: KeptCodes, labels: LabelSet, first: int, last: int) -> LabelSc
     entry_E = np.repeat(np.arange(len(acts_M)), lengths_M)
     within_E = np.arange(len(entry_E)) - np.repeat(lengths_M.cumsum() - lengths_M, lengths_M)
     label_E = labels.labels_M[labels.offsets_N1[images_M[entry_E]] + within_E]
+    if not len(entry_E):
+        return None
     order = np.lexsort((entry_E, label_E, latent_M[entry_E]))
     entry_E, label_E = entry_E[order], label_E[order]
     return _reduced(codes, labels, latent_M[entry_E], label_E, above_M[entry_E], through_M[entry_E])

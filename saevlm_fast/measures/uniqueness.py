@@ -58,7 +58,7 @@ def uniqueness(codes: KeptCodes, n_top: int = TOP, n_closest: int = 1000) -> Mea
         "distinct_images_share": float((listed_N > 0).sum() / (n_top * n_sets)) if n_sets else math.nan,
         "popularity": np.bincount(listed_N[listed_N > 0]).tolist() if n_sets else [],
     }
-    columns = {"top16_shared": shared_S, "top16_nearest": nearest_S, "top16_jaccard": jaccard_S}
+    columns: dict[str, np.ndarray] = {"top16_shared": shared_S, "top16_nearest": nearest_S, "top16_jaccard": jaccard_S}
     first, second, shared = found.closest
     pairs: dict[str, np.ndarray] = {
         "kind": np.full(len(shared), "jaccard"),
