@@ -183,6 +183,7 @@ def _remove_old(output: Path) -> None:
 @contextmanager
 def working_directory(options: EvaluateArguments) -> Iterator[Path]:
     """Where the work goes on: in the output, or, with --force, in what replaces it when it is whole."""
+    from saevlm_fast.files import remove_leftovers
     from saevlm_fast.outputs import begin_replacement, publish, settle, workplace
 
     output = options.output
@@ -190,6 +191,8 @@ def working_directory(options: EvaluateArguments) -> Iterator[Path]:
     if options.force and _is_evaluation(output):
         begin_replacement(output)
     place = workplace(output)
+    for folder in (place, *(place / name for name in (LATENTS, PAIRS)), *place.glob("parts/*")):
+        remove_leftovers(folder)  # of one that was killed
     yield place
     if place != output:
         publish(output, _remove_old)

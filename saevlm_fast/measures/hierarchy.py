@@ -22,7 +22,7 @@ from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.results import Figures, Measured, bootstrap_mean
 from saevlm_fast.measures.taxonomy import Taxonomy
 
-_SHUFFLES = 1000
+_SHUFFLES = 500
 _UNKNOWN = -1
 
 

@@ -91,9 +91,9 @@ def _balanced(has_N: np.ndarray, half_N: np.ndarray, draw_N: np.ndarray) -> np.n
 
 def _accuracy(fit: Any, fit_has: np.ndarray, test: Any, test_has: np.ndarray, latents: np.ndarray) -> float:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
 
     x_fit, x_test = (each[:, latents].toarray().astype(np.float64) for each in (fit, test))
-    scaler = StandardScaler().fit(x_fit)
-    probe = LogisticRegression(C=1.0, max_iter=1000).fit(scaler.transform(x_fit), fit_has)
-    return float(probe.score(scaler.transform(x_test), test_has))
+    mean, sd = x_fit.mean(0), x_fit.std(0)
+    x_fit, x_test = ((each - mean) / np.where(sd > 0, sd, 1) for each in (x_fit, x_test))
+    probe = LogisticRegression(C=1.0, max_iter=1000).fit(x_fit, fit_has)
+    return float((((x_test @ probe.coef_[0] + probe.intercept_[0]) > 0) == test_has).mean())

@@ -11,6 +11,7 @@ import torch
 from command import files_below, run, run_json
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.sae import SparseAutoencoder
 
 N, D = 240, 8
@@ -78,8 +79,11 @@ def test_everything_that_the_inputs_allow(whole):
         assert {"kind", "latent", "rank", "other", "value", "support"} == {
             *pq.read_table(output / found["files"][name]["pairs"]).column_names
         }
-    trained, untrained = (subjects[name]["measures"] for name in ("sae0", "untrained 1"))
-    assert untrained["reconstruction"]["l0"] == pytest.approx(trained["reconstruction"]["l0"], abs=0.02)
+    l0 = np.mean([subjects[f"sae{seed}"]["measures"]["reconstruction"]["l0"] for seed in range(3)])
+    for seed in range(1, 4):
+        untrained = subjects[f"untrained {seed}"]["measures"]["reconstruction"]
+        assert untrained["l0"] == pytest.approx(l0, abs=0.02)
+    trained = subjects["sae0"]["measures"]
     assert trained["labels"]["labels"]["selection"]["ap"] > 0.9
     assert "d'" in text
     assert "mutual nearest" in text
@@ -94,7 +98,10 @@ def test_the_table_says_what_separates(whole):
     verdicts = {(name, each["control"]): each["verdict"] for name, row in rows.items() for each in row["against"]}
     assert set(verdicts.values()) <= {"separates", "does not separate", "not judged", "not measured"}
     assert verdicts["L0", "raw"] == "not judged"
-    assert verdicts["AP of labels, labels", "untrained"] == "separates"
+    for name, row in rows.items():
+        for each in row["against"]:
+            if each["d_prime"] is not None:
+                assert (each["d_prime"] >= 2) == (verdicts[name, each["control"]] == "separates")
     assert "matched" in next(each for each in rows["MS, emb.npy"]["against"] if each["control"] == "untrained")
 
 
@@ -105,7 +112,7 @@ def test_the_same_numbers_as_the_training_evaluation(whole, there):
     sae = SparseAutoencoder.from_pretrained(there / "sae0")
     expected = evaluate(sae, open_activations(there / "store"))
     found = json.loads((whole[0] / "evaluation.json").read_text())["subjects"][0]["measures"]["reconstruction"]
-    assert found["explained_variance"] == pytest.approx(expected["explained_variance"], abs=1e-9)
+    assert found["explained_variance"] == pytest.approx(expected["explained_variance"], abs=1e-7)
     assert (found["l0"], found["dead_share"]) == (expected["l0"], expected["dead_fraction"])
     assert [each["latents"] for each in found["prefixes"]] == [4, 16]
 
@@ -153,7 +160,7 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
 
     def counting(self, name, subject, codes):
         if len(ran) == 3:
-            raise KeyboardInterrupt
+            raise Interrupted("interrupted")
         ran.append((subject.name, name))
         return original(self, name, subject, codes)
 
