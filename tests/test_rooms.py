@@ -22,6 +22,7 @@ ORDER = (
     ("provenance",),
     ("harvesting",),
     ("training", "scoring"),
+    ("publishing",),
     ("steering", "measures"),
     ("demo", "box_making"),
     ("inspection",),

@@ -20,6 +20,7 @@ from saevlm_fast import __version__
 from saevlm_fast.cli.options import MADE, Options, key_of, ordered
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.errors import require
+from saevlm_fast.formats.hub import is_remote
 from saevlm_fast.settings import settings_of
 
 SETTINGS_FILE = "settings.toml"
@@ -95,7 +96,7 @@ def recorded(options: Options) -> dict[str, Any]:
         if not known.recorded or value is None:
             continue
         if isinstance(value, Path):
-            value = str(value.absolute())
+            value = str(value if is_remote(value) else value.absolute())
         values[key_of(name, known)] = list(value) if isinstance(value, tuple) else value
     return values
 
