@@ -23,7 +23,7 @@ ORDER = (
     ("harvesting",),
     ("training", "scoring"),
     ("publishing",),
-    ("steering",),
+    ("steering", "measures"),
     ("demo", "box_making"),
     ("inspection",),
     ("cli",),

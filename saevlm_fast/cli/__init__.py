@@ -20,6 +20,7 @@ for _name in (
     "train",
     "demo",
     "ms_score",
+    "evaluate",
     "steer",
     "steering_score",
     "inspect",
