@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, hub_server
 
 from command import ROOT
+from hub_server import TOKEN, hub_server
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.formats import hub as module
 from saevlm_fast.formats import places
