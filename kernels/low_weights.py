@@ -12,7 +12,6 @@ from torch import Tensor
 
 CUDA_DTYPE = torch.float16
 ALIGNMENT = 8  # columns of a copy: its rows then begin at multiples of 16 bytes, as TMA asks
-TINY = 2.0**-40  # more than underflow and flushing to zero take from a norm
 # AMD's whose float16 matrix instructions keep subnormal factors and sums (CDNA 3 and 4). Those of MI200 (gfx90a) flush
 # them to zero, as AMD documents; of the others nothing is documented.
 AMD_KEEPING_SUBNORMALS = ("gfx942", "gfx950")

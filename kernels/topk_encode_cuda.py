@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .common import MAX_K
-from .low_weights import TINY, LowWeights, screening_is_sound
+from .common import MAX_K, TINY
+from .low_weights import LowWeights, screening_is_sound
 
 if TYPE_CHECKING:
     from .topk_encode_list_triton import Pool
