@@ -35,12 +35,12 @@ def counters(device, step: int = 5, threshold: float = -1.0) -> list[torch.Tenso
     return [value.to(device) for value in values]
 
 
-def clipped(case: Codes, clip_norm: float, aux=None):
-    """(decision, clip, b_dec and its moments after one step) of a case on its device."""
+def clipped(case: Codes, clip_norm: float, aux=None, made=None):
+    """(decision, clip, b_dec and its moments after one step) of a case on its device; made: totals_of it."""
     from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
 
     device = case.x_BD.device
-    rows, entries, totals = totals_of(case, torch.zeros(len(case.W_dec_SD), dtype=torch.int64, device=device))
+    rows, entries, totals = made or totals_of(case, torch.zeros(len(case.W_dec_SD), dtype=torch.int64, device=device))
     decision = launch_decide(rows, totals, tuple(counters(device)), clip_norm, 0.5, None, aux)
     schedule = torch.tensor([1e-2, 0.5], dtype=torch.float64, device=device)
     b_dec = case.b_dec_D.clone(), torch.zeros_like(case.b_dec_D), torch.zeros_like(case.b_dec_D)
@@ -79,9 +79,9 @@ def test_the_clip_factor_with_and_without_the_norm(device, shape, dtype) -> None
     truth, placed = plain_step(case), case.on(device, dtype)
     norm = float(truth.norm())
     close = dict(rtol=1e-11 if dtype == torch.float64 else 2e-5, atol=1e-7, check_dtype=False)
-    needed = []
+    needed, made = [], totals_of(placed, torch.zeros(shape[2], dtype=torch.int64, device=device))
     for limit in (norm * 100, norm * 1.002, norm * 0.3):
-        decision, clip, (b, exp_avg, _) = clipped(placed, limit)
+        decision, clip, (b, exp_avg, _) = clipped(placed, limit, made=made)
         expected = min(1.0, limit / (norm + 1e-6))
         torch.testing.assert_close(clip.cpu()[0], torch.tensor(expected, dtype=torch.float64), **close)
         torch.testing.assert_close(decision.db_dec_D.cpu(), truth.gradients["b_dec"], **close)
