@@ -13,12 +13,15 @@ from typing import Any, ClassVar, Literal, get_args
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.settings import Settings, integer, number_or_auto, numbers, same_as, setting
 
-Architecture = Literal["topk", "batch_topk", "matryoshka"]
+Architecture = Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu"]
+InputNorm = Literal["none", "layer_norm", "token_norm"]
 ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 DataOn = Literal["auto", "device", "host"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+SELECTING: tuple[Architecture, ...] = ("topk", "batch_topk", "matryoshka")  # by k, which the others have no use for
 EXPANSION = 8.0
+K = 20
 MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; docs/recipe.md section 1
 PROMPT = "What is shown in this image? Use exactly one word!"
 WHITE = "white"
@@ -56,7 +59,8 @@ class SAESize(Settings):
     title = "The SAE"
     architecture: Architecture = setting(
         "batch_topk",
-        help="batch_topk and topk are flat; matryoshka has nested groups of latents and selects as batch_topk does.",
+        help="batch_topk and topk are flat; matryoshka has nested groups of latents and selects as batch_topk does; "
+        "relu is trained with an L1 penalty, jumprelu with a threshold per latent and a target L0.",
         paper="batch_topk, matryoshka",
     )
     expansion: float | None = setting(
@@ -73,8 +77,12 @@ class SAESize(Settings):
     d_sae: int | None = setting(
         None, help="Number of latents, instead of the expansion.", at_least=1, instead_of=("expansion",)
     )
-    k: int = setting(
-        20, help="Latents kept per row (on average for batch_topk and matryoshka).", paper="20", at_least=1
+    k: int | None = setting(
+        None,
+        help="Latents kept per row (on average for batch_topk and matryoshka); relu and jumprelu have none.",
+        shown="20",
+        paper="20",
+        at_least=1,
     )
     groups: tuple[float, ...] = setting(
         MATRYOSHKA_FRACTIONS,
@@ -88,6 +96,8 @@ class SAESize(Settings):
         require(self.d_sae is None or self.expansion is None, "d_sae: give either d_sae or expansion, not both")
         used = self.architecture == "matryoshka" or tuple(self.groups) == MATRYOSHKA_FRACTIONS
         require(used, f"groups: {list(self.groups)} are of matryoshka; the architecture is {self.architecture}")
+        by_k = self.architecture in SELECTING
+        require(self.k is None or by_k, f"k: {self.k} is of {', '.join(SELECTING)}; a {self.architecture} SAE has none")
 
     def config(self, d_in: int) -> "SAEConfig":
         """The SAE of activations of width d_in. ValueError: as `SAEConfig.sized`."""
@@ -97,21 +107,26 @@ class SAESize(Settings):
             d_sae = round((EXPANSION if self.expansion is None else self.expansion) * d_in)
         matryoshka = self.architecture == "matryoshka"
         sizes = group_sizes_from_fractions(tuple(self.groups), d_sae) if matryoshka else ()
-        return SAEConfig(d_in, d_sae, self.k, self.architecture, sizes)
+        k = K if self.k is None and self.architecture in SELECTING else self.k
+        return SAEConfig(d_in, d_sae, k, self.architecture, sizes)
 
 
 @dataclass(frozen=True)
 class SAEConfig(Settings):
     """What a sparse autoencoder is.
 
+    k is None where a threshold decides and nothing is known of it: always allowed but for topk. Where it is known of
+    relu, jumprelu and thresholded BatchTopK, it says how they were trained.
+
     Raises:
-        ValueError: a size below 1, k > d_sae, group sizes that do not sum to d_sae or do not fit the architecture.
+        ValueError: a size below 1, k > d_sae, a topk without k, group sizes that do not sum to d_sae or do not fit the
+            architecture.
     """
 
     title = "The SAE"
     d_in: int = setting(help="Width of the activations, d.", at_least=1)
     d_sae: int = setting(help="Number of latents, F.", at_least=1)
-    k: int = same_as(SAESize, "k", at_least=None)
+    k: int | None = same_as(SAESize, "k", at_least=None, shown=None)
     architecture: Architecture = same_as(SAESize, "architecture")
     group_sizes: tuple[int, ...] = setting(
         (), help="Sizes of the Matryoshka groups, first group first; they sum to d_sae. One group otherwise."
@@ -120,14 +135,24 @@ class SAEConfig(Settings):
         factory=dict,
         help="Anything JSON: where the activations came from, norm factor, seed. Kept by save and load.",
     )
+    input_norm: InputNorm = setting(
+        "none",
+        help="What becomes of every row before it is encoded, and is undone after it is decoded: nothing, "
+        "layer_norm (x - mean) / (std + eps), or token_norm x sqrt(d_in) / |x|. SAEs of other libraries have it.",
+    )
+    eps: float = setting(1e-5, help="Of layer_norm.", at_least=0, below=math.inf, must="finite and not negative")
 
     def check(self) -> None:
         for name in ("d_in", "d_sae", "k"):
             value = getattr(self, name)
+            if name == "k" and value is None:
+                continue
             require(_is_whole(value), f"{name}: {value!r} must be a whole number")
             require(value <= LARGEST, f"{name}: {value} must be below 2^31")
         super().check()
-        require(1 <= self.k <= self.d_sae, f"k: {self.k} must be between 1 and d_sae = {self.d_sae}")
+        require(self.k is not None or self.architecture != "topk", "k: is None; a topk SAE needs it")
+        fits = self.k is None or 1 <= self.k <= self.d_sae
+        require(fits, f"k: {self.k} must be between 1 and d_sae = {self.d_sae}")
         if not self.group_sizes:
             require(self.architecture != "matryoshka", "group_sizes: a matryoshka SAE needs its group sizes")
             object.__setattr__(self, "group_sizes", (self.d_sae,))
@@ -151,7 +176,7 @@ class SAEConfig(Settings):
         *,
         expansion: float | None = SAESize.expansion,
         d_sae: int | None = SAESize.d_sae,
-        k: int = SAESize.k,
+        k: int | None = SAESize.k,
         architecture: Architecture = SAESize.architecture,
         groups: Sequence[float] = SAESize.groups,
     ) -> "SAEConfig":
@@ -161,15 +186,21 @@ class SAEConfig(Settings):
             d_in: width of the activations, d.
             expansion: d_sae = expansion * d_in, rounded; 8 if neither it nor d_sae is given (the paper tries 1 to 64).
             d_sae: number of latents, instead of expansion.
-            k: latents kept per row (paper: 20).
-            architecture: topk, batch_topk or matryoshka.
+            k: latents kept per row; 20 if it is not given, as in the paper. relu and jumprelu have none.
+            architecture: topk, batch_topk, matryoshka, relu or jumprelu.
             groups: sizes of the Matryoshka groups as fractions of d_sae (paper, section 4).
 
         Raises:
             ValueError: both sizes given, an expansion that is not in (0, 1e6), groups that do not sum to 1 or are
-                given to another architecture, k > d_sae.
+                given to another architecture, k > d_sae, or k given to an architecture without.
         """
         return SAESize(architecture, expansion, d_sae, k, groups).config(d_in)  # type: ignore[arg-type]
+
+    @property
+    def known_k(self) -> int:
+        """k. ValueError: it is not known, where a threshold decides."""
+        require(self.k is not None, f"k: not known of this {self.architecture} SAE, whose threshold decides")
+        return int(self.k or 0)
 
     @property
     def group_ends(self) -> list[int]:

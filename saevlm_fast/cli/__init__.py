@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from saevlm_fast.cli.options import app
-from saevlm_fast.cli.terminal import err, out, refuse
+from saevlm_fast.cli.terminal import doubts_once, err, out, refuse
 from saevlm_fast.cli.usage import run_app
 from saevlm_fast.errors import Interrupted, first_line, printable
 
@@ -25,7 +25,8 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        code = run_app(app, "saevlm-fast")
+        with doubts_once():
+            code = run_app(app, "saevlm-fast")
     except RuntimeError as error:
         if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
             raise

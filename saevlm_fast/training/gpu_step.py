@@ -61,7 +61,7 @@ class State(NamedTuple):
 
 def gpu_encode(sae: SparseAutoencoder, x_BD: Tensor, low: LowWeights | None) -> tuple[SparseCodes, Centred | None]:
     """The codes; and x - b_dec, which the encoder leaves where it works with a low copy of W_enc."""
-    k, d_sae, topk = sae.config.k, sae.config.d_sae, sae.config.architecture == "topk"
+    k, d_sae, topk = sae.config.known_k, sae.config.d_sae, sae.config.architecture == "topk"
     inputs = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach(), k
     if low is None:
         if topk:

@@ -151,7 +151,7 @@ class Stepper:
         """The same on a GPU."""
         from saevlm_fast.training.gpu_step import State, gpu_encode, gpu_step
 
-        low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.k) else None
+        low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.known_k) else None
         counters = self.step_index, self.bad_step, self.adam_schedule
         state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low)
         with torch.cuda.device_of(x_BD):
@@ -162,7 +162,7 @@ class Stepper:
 
     def _encode(self, x_BD: Tensor) -> SparseCodes:
         """In CSR form, in the dtype of the weights."""
-        sae, k = self.sae, self.sae.config.k
+        sae, k = self.sae, self.sae.config.known_k
         W_enc, b_enc, b_dec = sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
         if sae.config.architecture == "topk":
             topk = topk_encode(x_BD, W_enc, b_enc, b_dec, k)
