@@ -317,7 +317,7 @@ def _config_of(described: PlainSAE | Header) -> SAEConfig:
         groups if nested else (),
         metadata,
         described.input_norm,
-        described.eps,
+        described.eps if described.input_norm == "layer_norm" else SAEConfig.eps,
     )
 
 

@@ -76,7 +76,9 @@ class Run:
     @classmethod
     def of(cls, options: TrainArguments, n_rows: int, d: int, path: Path) -> "Run":
         """ValueError: the SAE's settings do not fit the width."""
-        return cls(n_rows, path, options.part(SAESize).config(d), options.part(TrainConfig))
+        sae, config = options.part(SAESize).config(d), options.part(TrainConfig)
+        config.check_fits(sae)
+        return cls(n_rows, path, sae, config)
 
     @property
     def batch_size(self) -> int:

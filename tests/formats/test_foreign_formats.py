@@ -4,6 +4,8 @@ Files and forwards are written from each library's code (tests/helpers/foreign_*
 libraries wrote is in tests/formats/interop.
 """
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +14,13 @@ from hypothesis import strategies as st
 import foreign_files
 import foreign_language
 import foreign_vision
-from foreign_files import assert_same
+from foreign_files import TOLERANCE, assert_close, assert_same, rows
 from foreign_language import ALL
+from saevlm_fast.errors import Doubt
 from saevlm_fast.formats.others import OTHERS
 from saevlm_fast.formats.registry import detect, read
 from saevlm_fast.formats.source import Source
+from saevlm_fast.sae import SparseAutoencoder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -29,6 +33,27 @@ def test_equal_to_its_librarys_own_forward(tmp_path, name, dtype):
     is_float32 = dtype is torch.float32 or made.format == "visaebench"
     assert plain.W_enc.dtype == (torch.float32 if is_float32 else torch.float64)
     assert_same(plain, made, torch.float32 if is_float32 else dtype)
+    assert plain.metadata["source_format"] in (made.format, "patch_sae")  # the latter is read as Prisma
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Doubt)
+        sae = SparseAutoencoder.from_pretrained(path, assume=made.assume)
+    assert_engine_same(sae, made)
+
+
+def assert_engine_same(sae, made):
+    """The module itself, in the file's dtype."""
+    x_BD = rows()
+    z_BS, x_hat_BD = made.forward(x_BD)
+    kept_B = (z_BS >= 0).all(dim=1)  # rows without the negative latents that some libraries keep
+    dtype = sae.W_enc.dtype
+    x = x_BD[kept_B].to(dtype)
+    with torch.no_grad():
+        codes = sae.encode(x)
+        ours_BS = codes.dense().double()
+        ours_BD = sae(x).double()
+    assert torch.equal(ours_BS != 0, z_BS[kept_B] != 0)
+    assert_close(ours_BS * made.factor, z_BS[kept_B], TOLERANCE[dtype])
+    assert_close(ours_BD, x_hat_BD[kept_B], TOLERANCE[dtype])
 
 
 def test_every_format_is_tried():
