@@ -21,6 +21,7 @@ from saevlm_fast.look.contact_sheet import LatentRow, Section, draw_sheet
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, streamed_score
 from saevlm_fast.scoring.naming import latent_directions, nearest_words
+from saevlm_fast.scoring.ranks import spearman
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.towers.text import load_text_encoder
 from saevlm_fast.training.evaluate import Metrics

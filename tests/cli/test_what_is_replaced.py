@@ -110,7 +110,18 @@ def hold(output, directory, held):
         time.sleep(60)
 
 
-WRITERS = ["synthetic", "train", "ms-score", "harvest", "demo", "steering-score", "top-images", "name", "report"]
+WRITERS = [
+    "synthetic",
+    "train",
+    "ms-score",
+    "evaluate",
+    "harvest",
+    "demo",
+    "steering-score",
+    "top-images",
+    "name",
+    "report",
+]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -123,6 +134,7 @@ def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch)
         "synthetic": (output,),
         "train": train_words(data, output, "--resume")[1:],
         "ms-score": ("--raw", *rows(data), "--output", output),
+        "evaluate": ("--sae", "none", "--activations", "none", "--output", output),
         "harvest": none,
         "demo": ("--output", output),
         "top-images": ("--sae", "none", "--activations", "none", "--output", output),
@@ -145,12 +157,13 @@ def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch)
     other.join()
 
 
-@pytest.mark.parametrize("name", ["synthetic", "train", "ms-score", "harvest"])
+@pytest.mark.parametrize("name", ["synthetic", "train", "ms-score", "evaluate", "harvest"])
 def test_an_output_that_cannot_be_written_is_refused_first(name, data, sae):
     words = {
         "synthetic": ("/proc/none",),
         "train": train_words(data, "/proc/none")[1:],
         "ms-score": ("--raw", *rows(data), "--output", "/proc/s.json"),
+        "evaluate": ("--sae", "none", "--activations", "none", "--output", "/proc/none"),
         "harvest": ("--model", "none", "--images", "none", "--output", "/proc/none"),
     }[name]
     assert "cannot be written: " in run(name, *words, code=2)

@@ -38,6 +38,14 @@ CALLS: dict[str, dict[str, str | None]] = {
         "--device": "cpu",
         "--output": "out.parquet",
     },
+    "evaluate": {
+        "--sae": "run",
+        "--activations": "store",
+        "--embeddings": "embeddings",
+        "--controls": "raw",
+        "--device": "cpu",
+        "--output": "out",
+    },
     "top-images": {
         "--sae": "run",
         "--activations": "tokens",
