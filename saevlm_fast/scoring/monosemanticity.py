@@ -311,7 +311,7 @@ def streamed_score(
     check_sides(activations, embeddings)
     if sae is not None:
         check_rows_of(sae, activations)
-    target = resolve_device(device) if isinstance(device, str) else device
+    target = device if isinstance(device, torch.device) else resolve_device(device)
     scores = StreamedScore(n_latents(activations, sae), similarity, gamma, target)
     ids = checked_ids(batch_rows, activations, embeddings)
     with (
