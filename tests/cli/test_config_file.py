@@ -80,7 +80,7 @@ def test_a_table_of_another_command_is_left_alone(tmp_path):
         ("architecture = 'gated'", "architecture: 'gated' is not one of"),
         (
             "dtype = 'tf32'",
-            "run.toml: dtype: 'tf32' is gone, 'float32' is all there is now; train anew, with another output or --force",
+            "run.toml: dtype: 'tf32' is gone, 'float32' is all there is; train anew (--force)",
         ),
         ("[train]\ndtype = 'bfloat16'", "run.toml: dtype: 'bfloat16' is gone"),
         ("steps = ", "run.toml: not valid TOML"),

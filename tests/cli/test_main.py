@@ -1,6 +1,7 @@
 """The program as a user meets it: version, help, start-up, and how it refuses."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -177,4 +178,4 @@ def test_the_package_is_the_command(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["saevlm_fast", "--version"])
     with pytest.raises(SystemExit):
         runpy.run_module("saevlm_fast", run_name="__main__")
-    assert capsys.readouterr().out.strip() == sf.__version__
+    assert capsys.readouterr().out.strip() == __version__
