@@ -19,6 +19,8 @@ ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 DataOn = Literal["auto", "device", "host"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+CALIBRATED: tuple[Architecture, ...] = ("batch_topk", "matryoshka")  # one threshold, which training finds
+PENALISED: tuple[Architecture, ...] = ("relu", "jumprelu")  # trained with a penalty instead of k
 SELECTING: tuple[Architecture, ...] = ("topk", "batch_topk", "matryoshka")  # by k, which the others have no use for
 EXPANSION = 8.0
 K = 20
@@ -156,6 +158,8 @@ class SAEConfig(Settings):
         if not self.group_sizes:
             require(self.architecture != "matryoshka", "group_sizes: a matryoshka SAE needs its group sizes")
             object.__setattr__(self, "group_sizes", (self.d_sae,))
+        several = self.input_norm != "layer_norm" or self.d_in > 1
+        require(several, "input_norm: layer_norm of one number, which has no standard deviation")
         for size in self.group_sizes:
             require(_is_whole(size), f"group_sizes: {size!r} must be a whole number")
         object.__setattr__(self, "group_sizes", tuple(int(size) for size in self.group_sizes))
@@ -251,6 +255,39 @@ class TrainConfig(Settings):
     dead_after: int = setting(
         10_000_000, help="Rows without firing after which a latent is dead.", paper="10,000,000", at_least=1
     )
+    l1: float | None = setting(
+        None,
+        help="Weight of a relu SAE's L1 penalty, in units of training, where mean |x|^2 is 1: less is denser. "
+        "dictionary_learning has 0.1 and tries 0.01 to 0.06.",
+        shown="0.1",
+        at_least=0,
+        below=math.inf,
+        must="finite and not negative",
+    )
+    target_l0: float | None = setting(
+        None,
+        help="Latents that fire on a row, on average, which a jumprelu SAE is trained for: its penalty is "
+        "(L0 / target - 1)^2, as dictionary_learning's.",
+        shown="20",
+        above=0,
+        below=math.inf,
+        must="finite and positive",
+    )
+    bandwidth: float | None = setting(
+        None,
+        help="Width of the window around a jumprelu SAE's thresholds in which they have a gradient, in units of "
+        "training. dictionary_learning has 0.001.",
+        shown="0.001",
+        above=0,
+        below=math.inf,
+        must="finite and positive",
+    )
+    sparsity_warmup: int | None = setting(
+        None,
+        help="Steps in which the penalty of relu and jumprelu rises linearly; dictionary_learning has 2000.",
+        shown="min(2000, steps / 5)",
+        at_least=0,
+    )
     threshold_start: int = setting(
         1000,
         help="First step (0-based, exclusive) from which the inference threshold follows the smallest kept activation.",
@@ -288,6 +325,41 @@ class TrainConfig(Settings):
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(two, f"betas: {self.betas} must be two numbers in [0, 1)")
 
+    def check_fits(self, sae: SAEConfig) -> None:
+        """Whether an SAE is trained by these settings.
+
+        Raises:
+            ValueError: a setting of another architecture's recipe, an SAE whose k is needed and not known, or one that
+                normalises its input.
+        """
+        of = {"l1": ("relu",), "target_l0": ("jumprelu",), "bandwidth": ("jumprelu",), "sparsity_warmup": PENALISED}
+        for name, architectures in of.items():
+            value, whose = getattr(self, name), " and ".join(architectures)
+            fits = value is None or sae.architecture in architectures
+            require(fits, f"{name}: {value} is of {whose}, not of {sae.architecture}")
+        require(sae.architecture not in SELECTING or sae.k is not None, f"k: needed to train a {sae.architecture} SAE")
+        require(sae.input_norm == "none", f"input_norm: {sae.input_norm} is of SAEs trained elsewhere, none is trained")
+
+    @property
+    def l1_weight(self) -> float:
+        """l1, 0.1 unless it is given."""
+        return 0.1 if self.l1 is None else self.l1
+
+    @property
+    def wanted_l0(self) -> float:
+        """target_l0, 20 unless it is given."""
+        return 20.0 if self.target_l0 is None else self.target_l0
+
+    @property
+    def ste_bandwidth(self) -> float:
+        """bandwidth, 0.001 unless it is given."""
+        return 0.001 if self.bandwidth is None else self.bandwidth
+
+    def sparsity_scale(self, step: int) -> float:
+        """Share of the penalty in 0-based step: linear from 0 at step 0, 1 after the warm-up."""
+        warmup = min(2000, self.steps // 5) if self.sparsity_warmup is None else self.sparsity_warmup
+        return min(step / warmup, 1.0) if warmup else 1.0
+
     def peak_lr(self, d_sae: int) -> float:
         """The learning rate after warm-up."""
         return self.lr if self.lr is not None else 2e-4 / math.sqrt(d_sae / 2**14)
@@ -303,8 +375,9 @@ class TrainConfig(Settings):
         return self.peak_lr(d_sae) * (step / warmup if step < warmup else 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON."""
-        return asdict(self)
+        """A plain dict for JSON; settings of one architecture alone are there if they were given."""
+        alone = ("l1", "target_l0", "bandwidth", "sparsity_warmup")
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in alone}
 
 
 DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda or cuda:N."

@@ -368,6 +368,19 @@ def kernel_cases(target: str) -> list[Case]:
         Case(batch, "next_digit_kernel", target, histogram | {"found_ptr": "*i32"}, digit, num_warps=8),
         Case(batch, "count_kernel", target, source | counts, common | {"SKIP": False}),
         Case(batch, "compact_kernel", target, source | until, common | {"SKIP": False}),
+        *latent_threshold_cases(target, {"GROUP": GROUP, "BLOCK_U": BLOCK_U}),
+    ]
+
+
+def latent_threshold_cases(target: str, constexprs: dict[str, int]) -> list[Case]:
+    """Of a threshold for every latent, whose tests are in test_threshold_encode.py."""
+    module = "saevlm_fast.kernels.topk_encode_latent_triton"
+    common = {"pre_ptr": "*fp32", "keys_ptr": "*i32"}
+    common |= dict.fromkeys(("n_units", "d_sae", "units_per_row"), "i32:16")
+    written = {"ends_ptr": "*i64", "acts_ptr": "*fp32", "latents_ptr": "*i64"}
+    return [
+        Case(module, "above_kernel", target, common | {"counts_ptr": "*i32"}, constexprs),
+        Case(module, "write_above_kernel", target, common | written, constexprs),
     ]
 
 
