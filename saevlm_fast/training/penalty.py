@@ -44,10 +44,14 @@ class Band(NamedTuple):
 
         dots_M: d loss / d z of every entry, in that order; whether it fires or not.
         """
+        return totals(self.terms(dots_M, latents_M, self.pre_M[order_M]), offsets_S1)
+
+    def terms(self, dots_M: Tensor, latents_M: Tensor, pre_M: Tensor) -> Tensor:
+        """What every one of some entries adds to the gradient of its latent's theta, in theta's dtype."""
         threshold_M = self.threshold_S[latents_M]
-        inside_M = self.pre_M[order_M] < threshold_M + self.bandwidth / 2  # all that is listed is above the lower end
+        inside_M = pre_M < threshold_M + self.bandwidth / 2  # all that is listed is above the lower end
         terms_M = torch.where(inside_M, -(threshold_M * dots_M + self.of_step) / self.bandwidth, 0)
-        return totals(terms_M.to(self.threshold_S.dtype), offsets_S1)
+        return terms_M.to(self.threshold_S.dtype)
 
 
 class Penalty(NamedTuple):
