@@ -6,7 +6,7 @@ Of h = (x - b_dec) W_enc + b_enc, z = h where it fires and 0 elsewhere, B rows, 
     jumprelu  fires: h > theta, h > 0   penalty = (L0 / target - 1)^2,   L0 = mean_b sum_s 1[fires]
 
 A step function has no gradient, so that theta is given the one of the step smoothed by a rectangle K of width eps, the
-bandwidth: K = 1 where |h - theta| < eps / 2 and h > 0 (arXiv 2407.14435, equations 11 and 12; docs/recipe.md section 6)
+bandwidth: K = 1 where |h - theta| < eps / 2 and h > 0 (arXiv 2407.14435, equations 11 and 12; docs/recipe.md section 7)
 
     dz/dh = 1[fires]    dz/dtheta = -(theta / eps) K    d1[fires]/dtheta = -(1 / eps) K
 
