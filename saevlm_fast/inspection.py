@@ -24,6 +24,7 @@ from saevlm_fast.data.store import (
 )
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.formats import registry
+from saevlm_fast.formats.hub import resolve
 from saevlm_fast.formats.source import Source
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.records import Fields, check_record, read_record, whole
@@ -47,7 +48,7 @@ Description = dict[str, Any]
 
 
 def inspect(path: str | Path) -> Description:
-    """Describes what is at `path`, without reading its numbers. Stores may be incomplete.
+    """Describes what is at `path` (or of the Hub, an SAE), without reading its numbers. Stores may be incomplete.
 
     Returns "path", "kind" (activations, codes, sae, run, matrix or folder), "bytes" on disk, and what belongs to the
     kind; a folder has "contents", descriptions of what lies directly in it.
@@ -55,7 +56,7 @@ def inspect(path: str | Path) -> Description:
     Raises:
         ValueError: nothing of a known kind, or damaged. OSError: not readable.
     """
-    path = Path(path)
+    path = resolve(path).path
     describe = _describer(path)
     if describe is not None:
         return describe(path)

@@ -14,6 +14,7 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import Doubt, require
 from saevlm_fast.formats import registry, sae_lens
 from saevlm_fast.formats.header import Header
+from saevlm_fast.formats.hub import resolve
 from saevlm_fast.formats.plain import Activation, PlainSAE
 from saevlm_fast.formats.source import Source
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
@@ -280,7 +281,8 @@ class SparseAutoencoder(nn.Module):
         and stands in metadata["doubts"].
 
         Args:
-            path: a folder or a file; the format is told from it.
+            path: a folder or a file; the format is told from it. Or hf:user/repo[@revision][/sae_id] or
+                saelens:release/sae_id (formats/hub.py), whose repository and commit are then in metadata["hub"].
             device: of the SAE.
             dtype: of the SAE; the file's if None.
             trust_pickle: names of classes that a pickle may hold; they are read as data, nothing of them is run. True:
@@ -292,10 +294,12 @@ class SparseAutoencoder(nn.Module):
             ValueError: a missing, damaged, altered or inconsistent file, files of no known format, or an architecture
                 this engine does not have.
         """
-        plain = registry.read(path, trust_pickle=trust_pickle, assume=assume)
+        local = resolve(path)
+        plain = registry.read(local.path, trust_pickle=trust_pickle, assume={**local.assume, **(assume or {})})
         for doubt in plain.doubts:
             warnings.warn(doubt, Doubt, stacklevel=2)
-        return cls.from_plain(plain, device, dtype)
+        sae = cls.from_plain(plain, device, dtype)
+        return sae if local.repo is None else with_metadata(sae, hub=local.record())
 
 
 def _config_of(described: PlainSAE | Header) -> SAEConfig:
@@ -337,7 +341,7 @@ class SAEHeader(NamedTuple):
 
 def read_sae_header(path: str | Path) -> SAEHeader:
     """The header of an SAE that from_pretrained opens. ValueError: files that are missing, damaged or inconsistent."""
-    source = Source(path)
+    source = Source(resolve(path).path)
     found = registry.detect(source)
     header = registry.read_header(source)
     low, high = header.thresholds or (None, None)
@@ -348,7 +352,7 @@ def read_sae_header(path: str | Path) -> SAEHeader:
 
 def sae_digest(path: str | Path) -> str:
     """SHA-256 of the files that make an SAE, as stores of its codes record it. ValueError: as `read_sae_header`."""
-    return registry.digest(Source(path))
+    return registry.digest(Source(resolve(path).path))
 
 
 @contextmanager

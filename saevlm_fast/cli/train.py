@@ -18,7 +18,7 @@ from saevlm_fast.cli.planning import (
 )
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
-from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
+from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
 from saevlm_fast.config import EXPANSION, SELECTING, K, RunOptions, SAEConfig, SAESize, TrainConfig
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.settings import same_as, setting
@@ -219,6 +219,7 @@ def _train(options: TrainArguments) -> dict[str, Any]:
             on_note=tell,
         )
     record.write()
+    _write_card(output)
     rows, kind = metrics.pop("rows"), "validation" if held_out else "training"
     say(f"evaluation on all {rows:,} {kind} rows")
     print_table(("measure", "value"), ((name, f"{value:.4f}") for name, value in metrics.items()))
@@ -232,3 +233,14 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         "steps": config.steps,
         "evaluation": {"rows": rows, "of": kind, **metrics},
     }
+
+
+def _write_card(output: Path) -> None:
+    """README.md beside the SAE. What speaks against it must not cost a finished run."""
+    from saevlm_fast.publishing.card import write_card
+
+    try:
+        if not write_card(output):
+            tell(f"{output / 'README.md'} was written or changed by hand: it stays as it is")
+    except ValueError as error:
+        warn(f"{error}; no model card was written")

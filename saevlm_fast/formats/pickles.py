@@ -6,6 +6,7 @@ what it is given: the settings can be read, and nothing of the library, nor of t
 known to be settings, and for names that the user trusts.
 """
 
+import io
 import pickle
 import re
 import warnings
@@ -40,25 +41,35 @@ class Stub:
         self.__dict__.update(named)
 
 
-def load_pickle(path: Path, trust: bool | Sequence[str] = False) -> Any:
+def load_pickle(path: Path, trust: bool | Sequence[str] = False, skip: int = 0) -> Any:
     """What a file of torch.save holds, its tensors on the CPU, mapped where the file allows it.
 
     Args:
+        path: of the file.
         trust: names of classes that are read as `Stub` beside SETTINGS_CLASSES; True: whatever names there are.
+        skip: bytes before it begins.
 
     Raises:
         ValueError: no file of torch.save, a truncated one, or one that needs names that are not trusted.
     """
-    zipped = zipfile.is_zipfile(path)
+    data = None
+    if skip:
+        with open(path, "rb") as file:
+            file.seek(skip)
+            data = io.BytesIO(file.read())
+    zipped = zipfile.is_zipfile(data or path)
     if zipped:
-        _check_stored(path)
+        _check_stored(data or path, path)
     allowed = [*SETTINGS_CLASSES, *([] if isinstance(trust, bool) else trust)]
     for _ in range(_MOST_NAMES):
         stubs: list[Any] = [(type(name.rpartition(".")[2], (Stub,), {}), name) for name in dict.fromkeys(allowed)]
         try:
             with torch.serialization.safe_globals(stubs), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of protocols that the reader "might not support"
-                return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+                if data is None:
+                    return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+                data.seek(0)
+                return torch.load(data, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             name = _name_in(error)
             require(name is not None, f"{path}: not a file of tensors ({first_line(error)})")
@@ -76,9 +87,9 @@ def _name_in(error: BaseException) -> str | None:
     return None if found is None else found[1]
 
 
-def _check_stored(path: Path) -> None:
+def _check_stored(file: Path | io.BytesIO, path: Path) -> None:
     """torch.save compresses nothing: what is compressed can be larger than any memory."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         packed = next((each for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED), None)
     name = None if packed is None else packed.filename
     require(packed is None, f"{path}: {name} is compressed; files of torch.save are not")

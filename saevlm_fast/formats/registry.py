@@ -11,8 +11,9 @@ from torch import Tensor
 
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.files import sha256_file
-from saevlm_fast.formats import dictionary_learning, sae_lens, sparsify
+from saevlm_fast.formats import dictionary_learning, plain_file, sae_lens, saev, sparsify
 from saevlm_fast.formats.header import Header
+from saevlm_fast.formats.others import OTHERS
 from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.source import Source
 
@@ -35,7 +36,10 @@ _MOST_FOLDERS = 200  # in which SAEs are looked for, to name them
 FORMATS: tuple[Format, ...] = (
     Format(sae_lens.NAME, sae_lens.detect, sae_lens.read, sae_lens.FILES, sae_lens.header),
     Format(sparsify.NAME, sparsify.detect, sparsify.read, sparsify.FILES),
+    Format(plain_file.NAME, plain_file.detect, plain_file.read, plain_file.FILES),
     Format(dictionary_learning.NAME, dictionary_learning.detect, dictionary_learning.read, dictionary_learning.FILES),
+    Format(saev.NAME, saev.detect, saev.read, saev.FILES),
+    *(Format(*each) for each in OTHERS),
 )
 
 
@@ -141,8 +145,9 @@ def _nothing_matches(source: Source) -> str:
         return f"{source.path}: no SAE itself, but there are some in it; name one: {', '.join(below)}"
     found = ", ".join(source.names[:20]) or "no files"
     more = f" and {len(source.names) - 20} more" if len(source.names) > 20 else ""
+    advice = "where names of files and tensors do not tell it, assume format=NAME (convert --assume format=NAME)"
     known = "; ".join(f"{each.name}: {each.files}" for each in FORMATS)
-    return f"{source.path}: no SAE of a known format; found {found}{more}; known are {known}"
+    return f"{source.path}: no SAE of a known format; found {found}{more}; {advice}; known are {known}"
 
 
 def _saes_below(source: Source, most: int = 10) -> list[str]:

@@ -126,13 +126,24 @@ class Source:
         slices = self._safetensors(name, lambda file, each: file.get_slice(each)[:0].dtype, only=tensor)
         return str(slices[tensor]).removeprefix("torch.")
 
-    def load(self, name: str) -> Any:
-        """What a file holds: name -> tensor of safetensors, anything of a .pt (by weights_only; see pickles.py)."""
+    def header_metadata(self, name: str) -> dict[str, str]:
+        """The text entries in the header of a safetensors file."""
+        try:
+            with safe_open(self.at(name), framework="pt") as file:
+                return dict(file.metadata() or {})
+        except NOT_SAFETENSORS as error:
+            raise ValueError(f"{self.at(name)}: not a complete safetensors file ({first_line(error)})") from None
+
+    def load(self, name: str, skip: int = 0) -> Any:
+        """What a file holds: name -> tensor of safetensors, anything of a .pt (by weights_only; see pickles.py).
+
+        skip: bytes before the .pt begins.
+        """
         if name not in self._loaded:
             if name.endswith(".safetensors"):
                 self._loaded[name] = self._safetensors(name, lambda file, each: file.get_tensor(each))
             else:
-                self._loaded[name] = load_pickle(self.at(name), self.trust_pickle)
+                self._loaded[name] = load_pickle(self.at(name), self.trust_pickle, skip)
         self.opened.add(name)
         return self._loaded[name]
 

@@ -1,11 +1,15 @@
 """EleutherAI's sparsify: RUN/HOOKPOINT/{cfg.json, sae.safetensors}."""
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 from saevlm_fast.errors import require
+from saevlm_fast.files import atomic_write, save_safetensors_atomic
 from saevlm_fast.formats.plain import PlainSAE
 from saevlm_fast.formats.source import Source, floats
-from saevlm_fast.records import FLAG, NUMBER, TEXT, Fields, check_record, whole
+from saevlm_fast.records import FLAG, NUMBER, RECORD, TEXT, Each, Fields, check_record, whole
 
 NAME, FILES = "sparsify", "cfg.json and sae.safetensors"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -21,6 +25,8 @@ _CONFIG = Fields(
         "transcode": FLAG,
         "signed": FLAG,
         "multi_topk": FLAG,
+        "metadata": RECORD,
+        "doubts": Each(TEXT),
     },
 )
 
@@ -68,5 +74,60 @@ def read(source: Source) -> PlainSAE:
         b_dec=tensors["b_dec"],
         activation="topk",
         k=cfg.get("k", 32),
-        metadata={"source_format": "sparsify", "hook": source.folder.resolve().name, "source_config": cfg},
+        metadata=cfg["metadata"] if "metadata" in cfg else _metadata(source, cfg),
+        doubts=tuple(cfg.get("doubts", ())),
     )
+
+
+def _metadata(source: Source, cfg: dict[str, Any]) -> dict[str, Any]:
+    hook = source.folder.resolve().name
+    layer = re.search(r"(?:layers?|blocks?|h)[._](\d+)", hook)
+    known = {} if layer is None else {"layer": int(layer[1])}
+    run = source.json("../config.json") or {}
+    source.opened.discard("../config.json")  # of the run: it says nothing of the weights
+    known |= {"model": run["model"]} if isinstance(run.get("model"), str) else {}
+    small = {name: value for name, value in cfg.items() if isinstance(value, int | float | str)}
+    return known | {"source_format": NAME, "hook": hook, "source_config": small}
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def lost(plain: PlainSAE) -> list[str]:
+    """What its own reader does not get from the files. ValueError: an SAE that the library cannot have."""
+    require(plain.input_norm == "none", f"sparsify: has no input_norm, and the SAE's is {plain.input_norm}")
+    has = plain.activation in ("topk", "batch_topk")
+    require(has, f"sparsify: its only activation is topk, and the SAE is a {plain.activation} one")
+    require(plain.k is not None, "k: not known, which a topk SAE needs")
+    found = []
+    if plain.activation == "batch_topk":
+        found.append(f"the threshold: the {plain.k} largest of each row are kept instead of those above it")
+    if len(plain.group_sizes) > 1:
+        found.append("sizes of groups")
+    return found
+
+
+def write(plain: PlainSAE, directory: Path) -> None:
+    """Writes cfg.json and sae.safetensors, each atomically, the weights first."""
+    tensors = {
+        "encoder.weight": plain.W_enc.T.contiguous(),
+        "encoder.bias": plain.b_enc.contiguous(),
+        "W_dec": plain.W_dec.contiguous(),
+        "b_dec": plain.b_dec.contiguous(),
+    }
+    save_safetensors_atomic(directory / WEIGHTS, tensors)
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": max(1, plain.d_sae // plain.d_in),
+        "normalize_decoder": False,
+        "num_latents": plain.d_sae,
+        "k": plain.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": plain.d_in,
+        "metadata": dict(plain.metadata),
+        "doubts": list(plain.doubts),
+    }
+    with atomic_write(directory / CONFIG) as temporary:
+        temporary.write_text(json.dumps(cfg, indent=2, allow_nan=False) + "\n", encoding="utf-8")
