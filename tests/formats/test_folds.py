@@ -1,4 +1,4 @@
-"""The exact changes of weights: whatever an SAE did before and after, it does the same when it sees rows as they are."""
+"""The exact changes of weights: whatever an SAE did before and after, it does the same on rows as they are."""
 
 from dataclasses import replace
 
