@@ -169,9 +169,8 @@ def _rest(
         rest["group_sizes"] = tuple(int(size) for size in groups.flatten())
         fits = min(rest["group_sizes"], default=0) >= 1 and sum(rest["group_sizes"]) == len(state["b_enc"])
         require(fits, f"{path}: group_sizes {rest['group_sizes']} do not sum to d_sae = {len(state['b_enc'])}")
-    if rest["k"] is None and (known.activation == "topk" or "threshold" not in state):
-        rest["k"] = source.assumed_whole("k", 1, 1 << 31)
     if known.activation == "topk":
+        rest["k"] = source.assumed_whole("k", 1, 1 << 31) if rest["k"] is None else rest["k"]
         require(rest["k"] is not None, f"{path}: dictionary_learning: neither it nor {CONFIG} says k; assume k=...")
         return rest
     threshold = _number(state, "threshold", path, like)
@@ -186,10 +185,10 @@ def _uncalibrated(rest: dict[str, Any], source: Source, path: Path) -> dict[str,
     if said is not None:
         require(said >= 0, f"assume: threshold is {said:g}; it must not be negative")
         return {"threshold": torch.tensor(said, dtype=torch.float32)}
-    k = rest["k"]
+    k = source.assumed_whole("k", 1, 1 << 31) if rest["k"] is None else rest["k"]
     require(k is not None, f"{path}: dictionary_learning: no threshold was measured, and k is not known; assume k=...")
     doubt = f"no threshold was measured in training; the {k} largest of each row are kept instead of those above one"
-    return {"activation": "topk", "doubts": (*rest["doubts"], f"{path}: {doubt}")}
+    return {"activation": "topk", "k": k, "doubts": (*rest["doubts"], f"{path}: {doubt}")}
 
 
 def _number(state: dict[str, Any], name: str, path: Path, like: Tensor) -> float | None:

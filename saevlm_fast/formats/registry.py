@@ -145,8 +145,9 @@ def _nothing_matches(source: Source) -> str:
         return f"{source.path}: no SAE itself, but there are some in it; name one: {', '.join(below)}"
     found = ", ".join(source.names[:20]) or "no files"
     more = f" and {len(source.names) - 20} more" if len(source.names) > 20 else ""
+    advice = "where names of files and tensors do not tell it, assume format=NAME (convert --assume format=NAME)"
     known = "; ".join(f"{each.name}: {each.files}" for each in FORMATS)
-    return f"{source.path}: no SAE of a known format; found {found}{more}; known are {known}"
+    return f"{source.path}: no SAE of a known format; found {found}{more}; {advice}; known are {known}"
 
 
 def _saes_below(source: Source, most: int = 10) -> list[str]:

@@ -177,6 +177,8 @@ def _settings(source: Source) -> Settings:
     details = metadata.get("training_architecture_details") or {}
     check_record(details, _TRAINING_DETAILS, f"{config}: training_architecture_details", ValueError)
     cfg, metadata = _modern(cfg, metadata, config)
+    if cfg["normalize_activations"] in _FOLDED_NORMS[1:]:
+        source.opened |= {name for name in (SCALER_FILE, WHITENING_FILE) if source.at(name).is_file()}
     settings = Settings(cfg, metadata, details, source.shapes(WEIGHTS_FILE), source.folder)
     _check(settings, weights)
     return settings

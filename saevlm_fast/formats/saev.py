@@ -13,6 +13,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write
 from saevlm_fast.formats.pickles import state_dict
 from saevlm_fast.formats.plain import Activation, PlainSAE
+from saevlm_fast.formats.single_file import NEGATIVES
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import RECORD, TEXT, Fields, check_record, optional, parse_json, whole
 
@@ -71,7 +72,7 @@ def read(source: Source) -> PlainSAE:
         k=k,
         threshold=threshold,
         metadata=_metadata(source, header, schema),
-        doubts=_doubts(source, header, schema, path),
+        doubts=_doubts(source, header, schema, path, activation),
     )
     return plain if pre_bias else plain.without_pre_bias()
 
@@ -101,7 +102,7 @@ def _activation(header: dict[str, Any], cfg: dict[str, Any], schema: int, path: 
     return activation, None if activation == "relu" else k or _DEFAULT_K
 
 
-def _doubts(source: Source, header: dict[str, Any], schema: int, path: Path) -> tuple[str, ...]:
+def _doubts(source: Source, header: dict[str, Any], schema: int, path: Path, activation: Activation) -> tuple[str, ...]:
     config, data = _training(source)
     doubts = []
     if schema == 2 and "atryoshka" in json.dumps([header, config]):
@@ -112,7 +113,8 @@ def _doubts(source: Source, header: dict[str, Any], schema: int, path: Path) -> 
             f"it was trained on (x - mean) / s ({', '.join(scaled)}), and its files do not have mean and s: raw inputs "
             "are assumed; s is the mean of |x - mean| / sqrt(d_in), give both by assume: input_mean, input_std"
         )
-    return tuple(f"{path}: {doubt}" for doubt in doubts)
+    told = tuple(f"{path}: {doubt}" for doubt in doubts)
+    return (*told, NEGATIVES) if activation == "topk" else told
 
 
 def _training(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:

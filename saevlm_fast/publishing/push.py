@@ -19,10 +19,11 @@ from typing import Any
 
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.formats.hub import CARD_FILE, HUB, endpoint, hub_api, hub_errors, progress_for_people
+from saevlm_fast.formats.sae_lens import WEIGHTS_DIGEST
 from saevlm_fast.publishing.card import card, front, front_matter, is_ours, is_sealed, plain, sealed
 from saevlm_fast.publishing.facts import Facts, public
 from saevlm_fast.records import Fields, parse_json, read_record, write_record
-from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_DIGEST, WEIGHTS_FILE, SparseAutoencoder
+from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 
 MAIN = "main"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
