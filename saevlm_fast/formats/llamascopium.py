@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import require
 from saevlm_fast.formats.plain import InputNorm, PlainSAE
-from saevlm_fast.formats.single_file import json_only, refuse, tensors_of
+from saevlm_fast.formats.single_file import HOW, json_only, refuse, tensors_of
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import FLAG, NUMBER, RECORD, TEXT, Fields, check_record, optional, whole
 
@@ -142,7 +142,7 @@ def _activated(linear: PlainSAE, threshold: Tensor | None, config: Mapping[str, 
         given = source.assumed_number("threshold")
         why = (
             "act_fn batchtopk keeps the k largest of a batch, and no threshold is stored: say threshold, as calibrated "
-            "there (of normalised inputs, times the norms of rows)"
+            f"there (of normalised inputs, times the norms of rows) {HOW}"
         )
         refuse(given is None, where, NAME, why)
         plain = replace(linear, activation="batch_topk", k=k, threshold=torch.tensor(given, dtype=linear.W_enc.dtype))

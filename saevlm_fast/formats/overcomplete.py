@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import require
 from saevlm_fast.formats.plain import PlainSAE
-from saevlm_fast.formats.single_file import loaded, refuse, tensors_of, weights
+from saevlm_fast.formats.single_file import HOW, loaded, refuse, tensors_of, weights
 from saevlm_fast.formats.source import Source, floats
 
 NAME = "overcomplete"
@@ -33,7 +33,7 @@ _ARCHETYPAL: Shapes = {
 _DELTA, _BATCH_NORM_EPS = 1.0, 1e-5  # constructor's defaults, which no file holds
 _SAID = (
     "a state dict does not say its activation: say k (TopK), threshold (BatchTopK: running_threshold) or "
-    "activation=relu (SAE)"
+    f"activation=relu (SAE) {HOW}"
 )
 
 

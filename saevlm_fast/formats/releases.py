@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from saevlm_fast.formats.plain import PlainSAE
-from saevlm_fast.formats.single_file import loaded, refuse, tensors_of, weights
+from saevlm_fast.formats.single_file import HOW, loaded, refuse, tensors_of, weights
 from saevlm_fast.formats.source import Source, floats
 
 GOODFIRE_FILES = "one .pt or .pth with encoder_linear.weight and decoder_linear.weight"
@@ -92,7 +92,7 @@ def read_qwen(source: Source) -> PlainSAE:
     where = source.at(name)
     repository = next((m for part in where.resolve().parts if (m := _QWEN_REPOSITORY.search(part))), None)
     k = source.assumed_whole("k", 1, 1 << 31) or (int(repository["k"]) if repository else None)
-    refuse(k is None, where, "Qwen-Scope", "its k stands only in the repository's name (L0_50): say k")
+    refuse(k is None, where, "Qwen-Scope", f"its k stands only in the repository's name (L0_50): say k {HOW}")
     names: dict[str, tuple[int | str, ...]] = {
         "W_enc": ("d_sae", "d_in"),
         "b_enc": ("d_sae",),

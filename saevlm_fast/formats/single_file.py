@@ -12,6 +12,7 @@ from saevlm_fast.formats.source import Source
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _INSIDE = ("model_state_dict", "state_dict", "model", "sae")
+HOW = "(assume= in Python; saevlm-fast convert SOURCE OUTPUT --assume KEY=VALUE)"  # to say what files do not
 NEGATIVES = (
     "the library keeps negative values among the k largest, here they are 0: rows differ that have fewer than k above 0"
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import require
 from saevlm_fast.formats.plain import PlainSAE
-from saevlm_fast.formats.single_file import NEGATIVES, json_only, loaded, refuse, tensors_of, weights
+from saevlm_fast.formats.single_file import HOW, NEGATIVES, json_only, loaded, refuse, tensors_of, weights
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import FLAG, TEXT, Fields, check_record, whole
 
@@ -217,7 +217,7 @@ def read_reference(source: Source) -> PlainSAE:
     refuse(k is not None and not (type(k) is int and k > 0), where, _REFERENCE, f"top_k is {k!r}, no number above 0")
     if kind == "batch_topk":
         given = source.assumed_number("threshold")
-        why = "the k largest of a batch are kept, and no threshold is stored: say threshold, as calibrated"
+        why = f"the k largest of a batch are kept, and no threshold is stored: say threshold, as calibrated {HOW}"
         refuse(given is None, where, _REFERENCE, why)
         threshold = torch.tensor(given, dtype=tensors["W_enc"].dtype)
     plain = PlainSAE(
