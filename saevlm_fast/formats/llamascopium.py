@@ -63,12 +63,12 @@ _WAS_FOLDED = (
 
 
 def detect(source: Source) -> bool:
-    """Settings with sae_type, beside sae_weights.*, of the current names of tensors."""
+    """Settings with sae_type, beside sae_weights.* without the older names of tensors."""
     config = source.json(CONFIG) or {}
     if "sae_type" not in config:
         return False
     name = _file(source, _WEIGHTS)
-    return (name is not None and "W_E" in _tensors(source, name)) or _sharded(source) is not None
+    return (name is not None and "encoder.weight" not in _tensors(source, name)) or _sharded(source) is not None
 
 
 def detect_old(source: Source) -> bool:
