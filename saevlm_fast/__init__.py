@@ -30,9 +30,13 @@ if TYPE_CHECKING:
     from saevlm_fast.harvesting.config import HarvestConfig
     from saevlm_fast.images.open import open_images
     from saevlm_fast.inspection import inspect
+    from saevlm_fast.measures.label_sets import LabelSet
+    from saevlm_fast.measures.measure import Evaluation, measure
+    from saevlm_fast.measures.taxonomy import Taxonomy
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
     from saevlm_fast.scoring.top_images import TopImages, top_images
+    from saevlm_fast.scoring.trust import TrustedScores, rank_agreement, trusted_score, trusted_scores
     from saevlm_fast.sparse_codes import SparseCodes
     from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
     from saevlm_fast.steering.edits import Edit, add, clamp, scale, steer, steer_rows, zero
@@ -49,10 +53,12 @@ __all__ = [
     "Activations",
     "CodesWriter",
     "Edit",
+    "Evaluation",
     "HarvestConfig",
     "HarvestOptions",
     "ImageError",
     "Interrupted",
+    "LabelSet",
     "MonosemanticityScores",
     "RunOptions",
     "SAEConfig",
@@ -61,9 +67,11 @@ __all__ = [
     "SteeredAnswers",
     "SteeredRow",
     "StoredCodes",
+    "Taxonomy",
     "TopImages",
     "Tower",
     "TrainConfig",
+    "TrustedScores",
     "__version__",
     "add",
     "clamp",
@@ -73,15 +81,19 @@ __all__ = [
     "load_llava",
     "load_text_encoder",
     "load_tower",
+    "measure",
     "open_activations",
     "open_codes",
     "open_images",
+    "rank_agreement",
     "scale",
     "score",
     "steer",
     "steer_rows",
     "top_images",
     "train",
+    "trusted_score",
+    "trusted_scores",
     "verify",
     "zero",
 ]
@@ -98,9 +110,13 @@ _HOMES = {
     "harvesting.config": ("HarvestConfig",),
     "images.open": ("open_images",),
     "inspection": ("inspect",),
+    "measures.label_sets": ("LabelSet",),
+    "measures.measure": ("Evaluation", "measure"),
+    "measures.taxonomy": ("Taxonomy",),
     "sae": ("SparseAutoencoder",),
     "scoring.monosemanticity": ("MonosemanticityScores", "score"),
     "scoring.top_images": ("TopImages", "top_images"),
+    "scoring.trust": ("TrustedScores", "rank_agreement", "trusted_score", "trusted_scores"),
     "sparse_codes": ("SparseCodes",),
     "steering.answers": ("SteeredAnswers", "SteeredRow"),
     "steering.edits": ("Edit", "add", "clamp", "scale", "steer", "steer_rows", "zero"),

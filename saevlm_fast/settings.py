@@ -284,6 +284,11 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
     return tuple(number(name, part) for part in texts(name, text))
 
 
+def paths(name: str, text: str) -> tuple[Path, ...]:
+    """Paths separated by commas; a text that is a path as it stands is one, commas and all."""
+    return tuple(path_of(name, part) for part in ([text] if os.path.exists(text) else text.split(",")))
+
+
 def number_or_auto(name: str, text: str) -> float | None:
     """A number, or auto, which is None."""
     return None if text == "auto" else number(name, text)

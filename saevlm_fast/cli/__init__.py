@@ -14,19 +14,8 @@ from saevlm_fast.cli.usage import run_app
 from saevlm_fast.errors import Interrupted, first_line, printable
 
 # Each makes itself a command of the app, in this order.
-for _name in (
-    "synthetic",
-    "harvest",
-    "train",
-    "demo",
-    "ms_score",
-    "steer",
-    "steering_score",
-    "inspect",
-    "convert",
-    "push",
-    "pull",
-):
+_COMMANDS = ("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report", "steer")
+for _name in (*_COMMANDS, "steering_score", "inspect", "convert", "push", "pull"):
     import_module(f"saevlm_fast.cli.{_name}")
 
 

@@ -35,9 +35,10 @@ def encoded_chunks(
     """
     with closing(activations.chunks(batch_rows)) as chunks:
         for start, values in chunks:
-            yield start, values if sae is None or isinstance(values, SparseCodes) else _encode(sae, values)
+            yield start, values if sae is None or isinstance(values, SparseCodes) else encoded(sae, values)
 
 
-def _encode(sae: SparseAutoencoder, x_BD: Tensor) -> SparseCodes:
+def encoded(sae: SparseAutoencoder, x_BD: Tensor) -> SparseCodes:
+    """Codes of inference, on the SAE's device."""
     with evaluating(sae):
         return sae.encode(x_BD.to(sae.b_dec))
