@@ -82,7 +82,7 @@ def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip
 
 def _fused_adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, adam: AdamSettings) -> None:
     """torch.optim.Adam(fused=True)."""
-    step = torch.full((), float(adam.step))
+    step = torch.full((), float(adam.step), device=p.device)
     torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [p],
         [gradient],

@@ -42,11 +42,11 @@ def batch_topk_select(pre_BS: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return _to_csr(flat[kept], kept, n_rows, d_sae, capacity=n_rows * k)
 
 
-def threshold_select(pre_BS: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Every activation above the threshold (and NaN): BatchTopK at inference. Nothing is padded."""
+def threshold_select(pre_BS: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every activation above the threshold, one or [d_sae], and above 0 (and NaN). Nothing is padded."""
     n_rows, d_sae = pre_BS.shape
     flat = pre_BS.flatten()
-    kept = torch.nonzero(((flat > threshold) & (flat > 0)) | flat.isnan()).squeeze(1)
+    kept = torch.nonzero((((pre_BS > threshold) & (pre_BS > 0)) | pre_BS.isnan()).flatten()).squeeze(1)
     return _to_csr(flat[kept], kept, n_rows, d_sae, capacity=len(kept))
 
 
@@ -77,9 +77,9 @@ def batch_topk_encode(
 
 
 def threshold_encode(
-    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (CSR, exact size) of x: every activation above the threshold."""
+    """Codes (CSR, exact size) of x: every activation above the threshold, one or [d_sae]."""
     return threshold_select(preactivations(x_BD, W_enc_DS, b_enc_S, b_dec_D), threshold)
 
 

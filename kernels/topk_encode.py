@@ -3,7 +3,7 @@
     pre = relu((x - b_dec) @ W_enc + b_enc)                       docs/recipe.md section 1
     acts, latents = pre.topk(k)                                   topk_encode
     acts, flat    = pre.flatten().topk(B * k), zeros dropped      batch_topk_encode
-    flat          = (pre.flatten() > threshold).nonzero()         threshold_encode
+    flat          = (pre > threshold).flatten().nonzero()         threshold_encode: one for all latents, or [d_sae]
 
 (kernels/reference.py has them in full, with the layout of the codes and the order of ties.) Method (docs/kernels.md,
 section 1): the GEMM's epilogue also leaves the maximum of every group of 64 contiguous latents; the k best groups
@@ -75,17 +75,33 @@ def threshold_encode(
     W_enc_DS: Tensor,
     b_enc_S: Tensor,
     b_dec_D: Tensor,
-    threshold: float,
+    threshold: float | Tensor,
     *,
     buffer_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(acts [M], latents [M] int64, row_offsets [B + 1] int64): every activation above max(threshold, 0), and NaN.
 
-    BatchTopK at inference. M is exact, for which a GPU is asked once per row chunk. Otherwise as topk_encode.
+    BatchTopK at inference; ReLU, whose threshold is 0; and JumpReLU, whose threshold is a tensor [d_sae] of any
+    floating dtype, compared with an activation as numbers are, nothing rounded (on a GPU at most float32). M is exact,
+    for which a GPU is asked once per row chunk. Otherwise as topk_encode. No gradient flows to the threshold.
     """
     _check(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes)
-    check(not math.isnan(threshold), "threshold: is NaN")
-    return threshold_encode_op(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+    if not isinstance(threshold, Tensor):
+        check(not math.isnan(threshold), "threshold: is NaN")
+        return threshold_encode_op(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+    _check_thresholds(threshold, x_BD, W_enc_DS.shape[1])
+    return latent_threshold_encode_op(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold.detach(), buffer_bytes)
+
+
+def _check_thresholds(threshold_S: Tensor, x_BD: Tensor, d_sae: int) -> None:
+    check(threshold_S.shape == (d_sae,), f"threshold: shape {tuple(threshold_S.shape)}, must be [{d_sae}], or a number")
+    check(threshold_S.is_floating_point(), f"threshold: dtype {threshold_S.dtype}, must be floating point")
+    check(threshold_S.device == x_BD.device, f"threshold: on {threshold_S.device}, but x is on {x_BD.device}")
+    wide = threshold_S.dtype == torch.float64 and x_BD.device.type != "cpu"
+    check(
+        not wide,
+        f"threshold: dtype {threshold_S.dtype} on {x_BD.device}, float64 is for cpu only",
+    )
 
 
 def _check(x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, buffer_bytes: int | None) -> None:
@@ -149,6 +165,17 @@ def threshold_encode_op(
         return launch_threshold_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
 
 
+@custom_op("latent_threshold_encode")
+def latent_threshold_encode_op(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold_S: Tensor, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """NaN as a threshold is none that anything is above, NaN apart."""
+    from .topk_encode_latent_triton import launch_latent_threshold_encode
+
+    with torch.cuda.device_of(x_BD):
+        return launch_latent_threshold_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold_S, buffer_bytes)
+
+
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
 
@@ -174,9 +201,16 @@ def batch_topk_encode_cpu(
 def threshold_encode_cpu(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if screened.screens(x_BD, W_enc_DS):
+    if threshold > 0 and screened.screens(x_BD, W_enc_DS):  # of a bound of 0 a screen cannot be sure
         return screened.threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
     return plain.threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
+
+
+@latent_threshold_encode_op.register_kernel("cpu")
+def latent_threshold_encode_cpu(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold_S: Tensor, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return plain.threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold_S, buffer_bytes)
 
 
 # --- fakes -----------------------------------------------------------------------------------------------------------
@@ -200,6 +234,13 @@ def batch_topk_encode_fake(
 @threshold_encode_op.register_fake
 def threshold_encode_fake(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_csr(x_BD, torch.library.get_ctx().new_dynamic_size())
+
+
+@latent_threshold_encode_op.register_fake
+def latent_threshold_encode_fake(
+    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold_S: Tensor, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_csr(x_BD, torch.library.get_ctx().new_dynamic_size())
 
@@ -275,5 +316,5 @@ def encode_gradients(
     return grad_x_BD, grad_W_DS, grad_b_enc_S if needed[2] else None, grad_b_dec_D
 
 
-for _op in (topk_encode_op, batch_topk_encode_op, threshold_encode_op):
+for _op in (topk_encode_op, batch_topk_encode_op, threshold_encode_op, latent_threshold_encode_op):
     _op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -10,6 +10,8 @@ negative, one key for every NaN, above infinity.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,17 +63,50 @@ def batch_topk_encode_cpu(
 
 
 def threshold_encode_cpu(
-    x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_enc_S: Tensor,
+    b_dec_D: Tensor,
+    threshold: float | Tensor,
+    buffer_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """threshold: one for all latents, or [d_sae]."""
     acts, latents, rows = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    bound = max(threshold, 0.0)
+    bounds = _bounds(threshold, W_enc_DS.shape[1])
     for start, pre_RP, maxima_RG in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
-        groups = nonzero(~(maxima_RG <= bound))
-        values, positions, _ = _entries(pre_RP, groups, lambda values: ~(values <= bound))
+        groups = nonzero(~(maxima_RG <= bounds.least()))
+        values, positions, _ = _entries(pre_RP, groups, partial(_above, bounds.of(groups)))
         acts.append(values)
         latents.append(positions % pre_RP.shape[1])
         rows.append(positions // pre_RP.shape[1] + start)
     return torch.cat(acts), torch.cat(latents), offsets_of_rows(torch.cat(rows), x_BD.shape[0])
+
+
+def _above(bound: float | Tensor, values: Tensor) -> Tensor:
+    """NaN counts as above."""
+    return ~(values <= bound)
+
+
+class _Bounds(NamedTuple):
+    """What a value must be above: one number, or one for every latent, group by group [G, 64]."""
+
+    one: float
+    each_GG: Tensor | None
+
+    def least(self) -> float | Tensor:
+        """Of every group [G]."""
+        return self.one if self.each_GG is None else self.each_GG.amin(1)
+
+    def of(self, groups_U: Tensor) -> float | Tensor:
+        """[U, 64] of groups of a chunk, flat."""
+        return self.one if self.each_GG is None else self.each_GG[groups_U % len(self.each_GG)]
+
+
+def _bounds(threshold: float | Tensor, d_sae: int) -> _Bounds:
+    if not isinstance(threshold, Tensor):
+        return _Bounds(max(threshold, 0.0), None)
+    bound_S = threshold.clamp(min=0).nan_to_num(torch.inf, torch.inf)
+    return _Bounds(0.0, torch.nn.functional.pad(bound_S, (0, -d_sae % GROUP), value=torch.inf).view(-1, GROUP))
 
 
 # --- pre-activations -------------------------------------------------------------------------------------------------

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from saevlm_fast.harvesting.config import HarvestConfig
     from saevlm_fast.images.open import open_images
     from saevlm_fast.inspection import inspect
+    from saevlm_fast.measures.label_sets import LabelSet
+    from saevlm_fast.measures.measure import Evaluation, measure
+    from saevlm_fast.measures.taxonomy import Taxonomy
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
     from saevlm_fast.scoring.top_images import TopImages, top_images
@@ -50,10 +53,12 @@ __all__ = [
     "Activations",
     "CodesWriter",
     "Edit",
+    "Evaluation",
     "HarvestConfig",
     "HarvestOptions",
     "ImageError",
     "Interrupted",
+    "LabelSet",
     "MonosemanticityScores",
     "RunOptions",
     "SAEConfig",
@@ -62,6 +67,7 @@ __all__ = [
     "SteeredAnswers",
     "SteeredRow",
     "StoredCodes",
+    "Taxonomy",
     "TopImages",
     "Tower",
     "TrainConfig",
@@ -75,6 +81,7 @@ __all__ = [
     "load_llava",
     "load_text_encoder",
     "load_tower",
+    "measure",
     "open_activations",
     "open_codes",
     "open_images",
@@ -103,6 +110,9 @@ _HOMES = {
     "harvesting.config": ("HarvestConfig",),
     "images.open": ("open_images",),
     "inspection": ("inspect",),
+    "measures.label_sets": ("LabelSet",),
+    "measures.measure": ("Evaluation", "measure"),
+    "measures.taxonomy": ("Taxonomy",),
     "sae": ("SparseAutoencoder",),
     "scoring.monosemanticity": ("MonosemanticityScores", "score"),
     "scoring.top_images": ("TopImages", "top_images"),

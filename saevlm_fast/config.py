@@ -13,12 +13,17 @@ from typing import Any, ClassVar, Literal, get_args
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.settings import Settings, integer, number_or_auto, numbers, same_as, setting
 
-Architecture = Literal["topk", "batch_topk", "matryoshka"]
+Architecture = Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu"]
+InputNorm = Literal["none", "layer_norm", "token_norm"]
 ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 DataOn = Literal["auto", "device", "host"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+CALIBRATED: tuple[Architecture, ...] = ("batch_topk", "matryoshka")  # one threshold, which training finds
+PENALISED: tuple[Architecture, ...] = ("relu", "jumprelu")  # trained with a penalty instead of k
+SELECTING: tuple[Architecture, ...] = ("topk", "batch_topk", "matryoshka")  # by k, which the others have no use for
 EXPANSION = 8.0
+K = 20
 MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; docs/recipe.md section 1
 PROMPT = "What is shown in this image? Use exactly one word!"
 WHITE = "white"
@@ -56,7 +61,8 @@ class SAESize(Settings):
     title = "The SAE"
     architecture: Architecture = setting(
         "batch_topk",
-        help="batch_topk and topk are flat; matryoshka has nested groups of latents and selects as batch_topk does.",
+        help="batch_topk and topk are flat; matryoshka has nested groups of latents and selects as batch_topk does; "
+        "relu is trained with an L1 penalty, jumprelu with a threshold per latent and a target L0.",
         paper="batch_topk, matryoshka",
     )
     expansion: float | None = setting(
@@ -73,8 +79,12 @@ class SAESize(Settings):
     d_sae: int | None = setting(
         None, help="Number of latents, instead of the expansion.", at_least=1, instead_of=("expansion",)
     )
-    k: int = setting(
-        20, help="Latents kept per row (on average for batch_topk and matryoshka).", paper="20", at_least=1
+    k: int | None = setting(
+        None,
+        help="Latents kept per row (on average for batch_topk and matryoshka); relu and jumprelu have none.",
+        shown="20",
+        paper="20",
+        at_least=1,
     )
     groups: tuple[float, ...] = setting(
         MATRYOSHKA_FRACTIONS,
@@ -88,6 +98,8 @@ class SAESize(Settings):
         require(self.d_sae is None or self.expansion is None, "d_sae: give either d_sae or expansion, not both")
         used = self.architecture == "matryoshka" or tuple(self.groups) == MATRYOSHKA_FRACTIONS
         require(used, f"groups: {list(self.groups)} are of matryoshka; the architecture is {self.architecture}")
+        by_k = self.architecture in SELECTING
+        require(self.k is None or by_k, f"k: {self.k} is of {', '.join(SELECTING)}; a {self.architecture} SAE has none")
 
     def config(self, d_in: int) -> "SAEConfig":
         """The SAE of activations of width d_in. ValueError: as `SAEConfig.sized`."""
@@ -97,21 +109,26 @@ class SAESize(Settings):
             d_sae = round((EXPANSION if self.expansion is None else self.expansion) * d_in)
         matryoshka = self.architecture == "matryoshka"
         sizes = group_sizes_from_fractions(tuple(self.groups), d_sae) if matryoshka else ()
-        return SAEConfig(d_in, d_sae, self.k, self.architecture, sizes)
+        k = K if self.k is None and self.architecture in SELECTING else self.k
+        return SAEConfig(d_in, d_sae, k, self.architecture, sizes)
 
 
 @dataclass(frozen=True)
 class SAEConfig(Settings):
     """What a sparse autoencoder is.
 
+    k is None where a threshold decides and nothing is known of it: always allowed but for topk. Where it is known of
+    relu, jumprelu and thresholded BatchTopK, it says how they were trained.
+
     Raises:
-        ValueError: a size below 1, k > d_sae, group sizes that do not sum to d_sae or do not fit the architecture.
+        ValueError: a size below 1, k > d_sae, a topk without k, group sizes that do not sum to d_sae or do not fit the
+            architecture.
     """
 
     title = "The SAE"
     d_in: int = setting(help="Width of the activations, d.", at_least=1)
     d_sae: int = setting(help="Number of latents, F.", at_least=1)
-    k: int = same_as(SAESize, "k", at_least=None)
+    k: int | None = same_as(SAESize, "k", at_least=None, shown=None)
     architecture: Architecture = same_as(SAESize, "architecture")
     group_sizes: tuple[int, ...] = setting(
         (), help="Sizes of the Matryoshka groups, first group first; they sum to d_sae. One group otherwise."
@@ -120,17 +137,29 @@ class SAEConfig(Settings):
         factory=dict,
         help="Anything JSON: where the activations came from, norm factor, seed. Kept by save and load.",
     )
+    input_norm: InputNorm = setting(
+        "none",
+        help="What becomes of every row before it is encoded, and is undone after it is decoded: nothing, "
+        "layer_norm (x - mean) / (std + eps), or token_norm x sqrt(d_in) / |x|. SAEs of other libraries have it.",
+    )
+    eps: float = setting(1e-5, help="Of layer_norm.", at_least=0, below=math.inf, must="finite and not negative")
 
     def check(self) -> None:
         for name in ("d_in", "d_sae", "k"):
             value = getattr(self, name)
+            if name == "k" and value is None:
+                continue
             require(_is_whole(value), f"{name}: {value!r} must be a whole number")
             require(value <= LARGEST, f"{name}: {value} must be below 2^31")
         super().check()
-        require(1 <= self.k <= self.d_sae, f"k: {self.k} must be between 1 and d_sae = {self.d_sae}")
+        require(self.k is not None or self.architecture != "topk", "k: is None; a topk SAE needs it")
+        fits = self.k is None or 1 <= self.k <= self.d_sae
+        require(fits, f"k: {self.k} must be between 1 and d_sae = {self.d_sae}")
         if not self.group_sizes:
             require(self.architecture != "matryoshka", "group_sizes: a matryoshka SAE needs its group sizes")
             object.__setattr__(self, "group_sizes", (self.d_sae,))
+        several = self.input_norm != "layer_norm" or self.d_in > 1
+        require(several, "input_norm: layer_norm of one number, which has no standard deviation")
         for size in self.group_sizes:
             require(_is_whole(size), f"group_sizes: {size!r} must be a whole number")
         object.__setattr__(self, "group_sizes", tuple(int(size) for size in self.group_sizes))
@@ -151,7 +180,7 @@ class SAEConfig(Settings):
         *,
         expansion: float | None = SAESize.expansion,
         d_sae: int | None = SAESize.d_sae,
-        k: int = SAESize.k,
+        k: int | None = SAESize.k,
         architecture: Architecture = SAESize.architecture,
         groups: Sequence[float] = SAESize.groups,
     ) -> "SAEConfig":
@@ -161,15 +190,21 @@ class SAEConfig(Settings):
             d_in: width of the activations, d.
             expansion: d_sae = expansion * d_in, rounded; 8 if neither it nor d_sae is given (the paper tries 1 to 64).
             d_sae: number of latents, instead of expansion.
-            k: latents kept per row (paper: 20).
-            architecture: topk, batch_topk or matryoshka.
+            k: latents kept per row; 20 if it is not given, as in the paper. relu and jumprelu have none.
+            architecture: topk, batch_topk, matryoshka, relu or jumprelu.
             groups: sizes of the Matryoshka groups as fractions of d_sae (paper, section 4).
 
         Raises:
             ValueError: both sizes given, an expansion that is not in (0, 1e6), groups that do not sum to 1 or are
-                given to another architecture, k > d_sae.
+                given to another architecture, k > d_sae, or k given to an architecture without.
         """
         return SAESize(architecture, expansion, d_sae, k, groups).config(d_in)  # type: ignore[arg-type]
+
+    @property
+    def known_k(self) -> int:
+        """k. ValueError: it is not known, where a threshold decides."""
+        require(self.k is not None, f"k: not known of this {self.architecture} SAE, whose threshold decides")
+        return int(self.k or 0)
 
     @property
     def group_ends(self) -> list[int]:
@@ -220,6 +255,39 @@ class TrainConfig(Settings):
     dead_after: int = setting(
         10_000_000, help="Rows without firing after which a latent is dead.", paper="10,000,000", at_least=1
     )
+    l1: float | None = setting(
+        None,
+        help="Weight of a relu SAE's L1 penalty, in units of training, where mean |x|^2 is 1: less is denser. "
+        "dictionary_learning has 0.1 and tries 0.01 to 0.06.",
+        shown="0.1",
+        at_least=0,
+        below=math.inf,
+        must="finite and not negative",
+    )
+    target_l0: float | None = setting(
+        None,
+        help="Latents that fire on a row, on average, which a jumprelu SAE is trained for: its penalty is "
+        "(L0 / target - 1)^2, as dictionary_learning's.",
+        shown="20",
+        above=0,
+        below=math.inf,
+        must="finite and positive",
+    )
+    bandwidth: float | None = setting(
+        None,
+        help="Width of the window around a jumprelu SAE's thresholds in which they have a gradient, in units of "
+        "training. dictionary_learning has 0.001.",
+        shown="0.001",
+        above=0,
+        below=math.inf,
+        must="finite and positive",
+    )
+    sparsity_warmup: int | None = setting(
+        None,
+        help="Steps in which the penalty of relu and jumprelu rises linearly; dictionary_learning has 2000.",
+        shown="min(2000, steps / 5)",
+        at_least=0,
+    )
     threshold_start: int = setting(
         1000,
         help="First step (0-based, exclusive) from which the inference threshold follows the smallest kept activation.",
@@ -257,6 +325,41 @@ class TrainConfig(Settings):
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(two, f"betas: {self.betas} must be two numbers in [0, 1)")
 
+    def check_fits(self, sae: SAEConfig) -> None:
+        """Whether an SAE is trained by these settings.
+
+        Raises:
+            ValueError: a setting of another architecture's recipe, an SAE whose k is needed and not known, or one that
+                normalises its input.
+        """
+        of = {"l1": ("relu",), "target_l0": ("jumprelu",), "bandwidth": ("jumprelu",), "sparsity_warmup": PENALISED}
+        for name, architectures in of.items():
+            value, whose = getattr(self, name), " and ".join(architectures)
+            fits = value is None or sae.architecture in architectures
+            require(fits, f"{name}: {value} is of {whose}, not of {sae.architecture}")
+        require(sae.architecture not in SELECTING or sae.k is not None, f"k: needed to train a {sae.architecture} SAE")
+        require(sae.input_norm == "none", f"input_norm: {sae.input_norm} is of SAEs trained elsewhere, none is trained")
+
+    @property
+    def l1_weight(self) -> float:
+        """l1, 0.1 unless it is given."""
+        return 0.1 if self.l1 is None else self.l1
+
+    @property
+    def wanted_l0(self) -> float:
+        """target_l0, 20 unless it is given."""
+        return 20.0 if self.target_l0 is None else self.target_l0
+
+    @property
+    def ste_bandwidth(self) -> float:
+        """bandwidth, 0.001 unless it is given."""
+        return 0.001 if self.bandwidth is None else self.bandwidth
+
+    def sparsity_scale(self, step: int) -> float:
+        """Share of the penalty in 0-based step: linear from 0 at step 0, 1 after the warm-up."""
+        warmup = min(2000, self.steps // 5) if self.sparsity_warmup is None else self.sparsity_warmup
+        return min(step / warmup, 1.0) if warmup else 1.0
+
     def peak_lr(self, d_sae: int) -> float:
         """The learning rate after warm-up."""
         return self.lr if self.lr is not None else 2e-4 / math.sqrt(d_sae / 2**14)
@@ -272,8 +375,9 @@ class TrainConfig(Settings):
         return self.peak_lr(d_sae) * (step / warmup if step < warmup else 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON."""
-        return asdict(self)
+        """A plain dict for JSON; settings of one architecture alone are there if they were given."""
+        alone = ("l1", "target_l0", "bandwidth", "sparsity_warmup")
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in alone}
 
 
 DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda or cuda:N."

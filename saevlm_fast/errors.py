@@ -14,6 +14,10 @@ class ImageError(ValueError):
     """An image that cannot be used. The message is the reason in one line, without the image's id."""
 
 
+class Doubt(UserWarning):
+    """What the files of an SAE do not say and was assumed; shown once."""
+
+
 class Interrupted(Exception):
     """Long work was asked to stop and did so at a point from which it can go on; the message says how."""
 

@@ -23,9 +23,12 @@ from saevlm_fast.data.store import (
     verify,
 )
 from saevlm_fast.errors import ActivationError, require
+from saevlm_fast.formats import registry
+from saevlm_fast.formats.hub import resolve
+from saevlm_fast.formats.source import Source
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.records import Fields, check_record, read_record, whole
-from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, read_sae_header
+from saevlm_fast.sae import CONFIG_FILE, SparseAutoencoder, read_sae_header
 from saevlm_fast.training.checkpoints import (
     CHECKPOINT_FILE,
     METRICS_FILE,
@@ -38,14 +41,14 @@ from saevlm_fast.training.checkpoints import (
 
 _RUN = Fields({"train": Fields({"steps": whole(1)}), "sae": Fields({"d_in": whole(1), "d_sae": whole(1)})})
 KINDS = (
-    "a store (index.json), an SAE (cfg.json), a training run (run.json), a folder holding some of these, or a matrix "
-    "file (.npy, .safetensors, .pt)"
+    "a store (index.json), an SAE (cfg.json, or files of other libraries: docs/formats.md), a training run (run.json), "
+    "a folder holding some of these, or a matrix file (.npy, .safetensors, .pt)"
 )
 Description = dict[str, Any]
 
 
 def inspect(path: str | Path) -> Description:
-    """Describes what is at `path`, without reading its numbers. Stores may be incomplete.
+    """Describes what is at `path` (or of the Hub, an SAE), without reading its numbers. Stores may be incomplete.
 
     Returns "path", "kind" (activations, codes, sae, run, matrix or folder), "bytes" on disk, and what belongs to the
     kind; a folder has "contents", descriptions of what lies directly in it.
@@ -53,7 +56,7 @@ def inspect(path: str | Path) -> Description:
     Raises:
         ValueError: nothing of a known kind, or damaged. OSError: not readable.
     """
-    path = Path(path)
+    path = resolve(path).path
     describe = _describer(path)
     if describe is not None:
         return describe(path)
@@ -84,7 +87,17 @@ def _describer(path: Path) -> Callable[[Path], Description] | None:
     for name, describe in (("index.json", _store), (RUN_FILE, _run), (CONFIG_FILE, _sae)):
         if (path / name).is_file():
             return describe
-    return None
+    return _sae if _is_sae(path) else None
+
+
+def _is_sae(path: Path) -> bool:
+    """Of another library, as names of files and tensors tell; what cannot be read is not one."""
+    if not path.exists() or path.suffix == ".npy":
+        return False
+    try:
+        return registry.find(Source(path)) is not None
+    except (ValueError, OSError):
+        return False
 
 
 # Stores --------------------------------------------------------------------------------------------------------------
@@ -143,20 +156,24 @@ def _size(files: Iterable[Path]) -> int:
 
 
 def _sae(path: Path) -> Description:
-    config, dtype, threshold, digest = read_sae_header(path)
+    header = read_sae_header(path)
+    config = header.config
     return {
         "path": str(path),
         "kind": "sae",
-        "bytes": sum((path / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)),
+        "bytes": sum(file.stat().st_size for file in header.files),
+        "format": header.format,
         "architecture": config.architecture,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "k": config.k,
         "group_sizes": list(config.group_sizes),
-        "threshold": threshold,
-        "dtype": dtype,
-        "weights_sha256": digest,
-        "metadata": config.metadata,
+        "threshold": header.threshold,
+        "input_norm": config.input_norm,
+        "dtype": header.dtype,
+        "weights_sha256": header.weights_sha256,
+        "metadata": {name: value for name, value in config.metadata.items() if name != "doubts"},
+        "doubts": config.metadata.get("doubts", []),
     }
 
 
@@ -351,16 +368,22 @@ def _labels_text(description: Description) -> str:
 
 
 def _sae_rows(description: Description) -> list[tuple[str, str]]:
-    threshold, groups = description["threshold"], description["group_sizes"]
+    threshold, groups, norm = description["threshold"], description["group_sizes"], description["input_norm"]
+    between = isinstance(threshold, tuple)
+    shown = f"{threshold[0]:.6g} to {threshold[1]:.6g}, one a latent" if between else f"{threshold or 0:.6g}"
+    k = description["k"]
     return [
+        ("format", description["format"]),
         ("architecture", description["architecture"]),
         ("d_in -> d_sae", shape_text(description)),
-        ("k", str(description["k"])),
+        ("k", "not known" if k is None else str(k)),
         *([("groups", ", ".join(f"{size:,}" for size in groups))] if len(groups) > 1 else []),
-        *([("threshold", f"{threshold:.6g}")] if threshold is not None else []),
+        *([("threshold", shown)] if threshold is not None else []),
+        *([("input", norm)] if norm != "none" else []),
         ("dtype", description["dtype"]),
         ("SHA-256", description["weights_sha256"] or "no digest recorded"),
         *((f"metadata: {name}", value) for name, value in short_values(description["metadata"])),
+        *(("DOUBT", doubt) for doubt in description["doubts"]),
     ]
 
 

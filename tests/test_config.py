@@ -13,7 +13,7 @@ from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fraction
         ({"d_in": 0, "d_sae": 8}, "d_in: 0"),
         ({"d_in": 4, "d_sae": 8, "k": 9}, "k: 9 must be between 1 and d_sae = 8"),
         ({"d_in": 4, "d_sae": 8, "k": 0}, "k: 0"),
-        ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "relu"}, "architecture: 'relu' is not one of"),
+        ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "gated"}, "architecture: 'gated' is not one of"),
         ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "matryoshka"}, "group_sizes: a matryoshka SAE needs"),
         ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "matryoshka", "group_sizes": (3, 4)}, "sum to 7, not to"),
         ({"d_in": 4, "d_sae": 8, "k": 2, "architecture": "matryoshka", "group_sizes": (8, 0)}, "at least 1"),

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from command import run
+from damage import edit_record
 from saevlm_fast import cli
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter
@@ -201,10 +203,10 @@ def flip(path, position):
 
 
 def poison(directory):
-    sae = SparseAutoencoder.from_pretrained(directory)
-    with torch.no_grad():
-        sae.W_dec[3, 4] = torch.nan
-    sae.save_pretrained(directory)
+    tensors = load_file(directory / "sae_weights.safetensors")
+    tensors["W_dec"][3, 4] = torch.nan
+    save_file(tensors, directory / "sae_weights.safetensors")
+    edit_record(directory / "cfg.json")
 
 
 def test_what_is_unknown(tmp_path):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from damage import DIGESTS, edit_record
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.errors import Doubt
 from saevlm_fast.files import sha256_file
 from saevlm_fast.kernels import reference
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, evaluating, read_sae_header
@@ -192,9 +193,10 @@ def _edit(name):
             cfg["architecture"] = "gated"
             cfg["metadata"] = {}
         if name == "normalised":
-            cfg["normalize_activations"] = "layer_norm"
-        if name == "no k":
-            cfg["metadata"] = {}
+            cfg["normalize_activations"] = "batch_norm"
+        if name == "no k":  # which a threshold would do without
+            cfg |= {"architecture": "topk", "metadata": {}}
+            del tensors["threshold"]
         if name == "shape":
             cfg["d_in"] = 14
         if name == "missing tensor":
@@ -290,8 +292,8 @@ def test_batch_topk_saes_of_sae_lens_load(tmp_path, widths):
         assert read_sae_header(tmp_path).config == sae.config
     metadata["training_architecture_details"]["k"] = 5.5
     (tmp_path / CONFIG_FILE).write_text(json.dumps(cfg | {"metadata": metadata}))
-    with pytest.raises(ValueError, match=r"k is 5\.5; write a whole number to metadata\.k"):
-        SparseAutoencoder.from_pretrained(tmp_path)
+    with pytest.warns(Doubt, match=r"k is 5\.5, not a whole number; it is left out"):
+        assert SparseAutoencoder.from_pretrained(tmp_path).config.k is None
 
 
 def test_weights_that_do_not_fit_in_memory_are_one_error():

@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from saevlm_fast.cli.options import app
-from saevlm_fast.cli.terminal import err, out, refuse
+from saevlm_fast.cli.terminal import doubts_once, err, out, refuse
 from saevlm_fast.cli.usage import run_app
 from saevlm_fast.errors import Interrupted, first_line, printable
 
 # Each makes itself a command of the app, in this order.
-for _name in ("synthetic", "harvest", "train", "demo", "ms_score", "steer", "steering_score", "inspect"):
+_COMMANDS = ("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report", "steer")
+for _name in (*_COMMANDS, "steering_score", "inspect", "convert", "push", "pull"):
     import_module(f"saevlm_fast.cli.{_name}")
 
 
@@ -25,7 +26,8 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        code = run_app(app, "saevlm-fast")
+        with doubts_once():
+            code = run_app(app, "saevlm-fast")
     except RuntimeError as error:
         if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
             raise

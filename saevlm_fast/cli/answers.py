@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.terminal import tell, warn
 from saevlm_fast.config import DEVICE_HELP
+from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.settings import setting
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class AnswerArguments(WorkOptions):
     title = "Model and SAE"
 
     model: str = setting(help="LLaVA: hf:NAME_OR_DIR.")
-    sae: Path = setting(help="SAE directory (cfg.json, sae_weights.safetensors).")
+    sae: Path = setting(help=SAE_HELP)
     layer: int = setting(help="Block of the vision tower, from 0, whose output the SAE is of.", paper="22")
     tokens: Literal["all", "patches", "cls"] = setting("all", help="Tokens that are steered.", paper="all")
     error: Literal["drop", "keep"] = setting(

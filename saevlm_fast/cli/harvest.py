@@ -10,15 +10,17 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
-from saevlm_fast.config import DEVICE_HELP, HarvestOptions, HarvestSettings
+from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings
 from saevlm_fast.settings import integers, same_as, setting, texts
 
 if TYPE_CHECKING:
     import torch
 
     from saevlm_fast.harvesting.config import HarvestConfig
+    from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
     from saevlm_fast.harvesting.ranks import Ranks
     from saevlm_fast.harvesting.run import HarvestSummary
+    from saevlm_fast.images.batches import Batch
     from saevlm_fast.images.sources import ImageSource
     from saevlm_fast.towers.tower import Tower
 
@@ -73,10 +75,10 @@ def plan(options: HarvestArguments) -> Plan:
         planned = HarvestPlan(source, tower, run, config, engine)
         _tell_notes(source)
         _warn_of_mismatch(config, tower)
-        seconds = _seconds_an_image(source, tower, run, min(planned.n_images, config.batch_size))
-    n, size = planned.n_images, config.torch_store_dtype.itemsize
-    k = None if planned.sae is None else planned.sae.config.k  # codes: a value and an index each, and where rows begin
-    row_bytes = [store.width * size if k is None else k * (size + 4) + 8 for store in planned.stores]
+        batch, decoding = _first_batch(source, tower, min(planned.n_images, config.batch_size))
+        seconds = _seconds_an_image(batch, decoding, tower, run)
+        row_bytes = [_row_bytes(planned, store, batch) for store in planned.stores]
+    n = planned.n_images
     rows = [n * store.rows_per_image for store in planned.stores]
     weights = sum(p.numel() * p.element_size() for p in tower.model.parameters())
     return Plan(
@@ -93,18 +95,51 @@ def plan(options: HarvestArguments) -> Plan:
     )
 
 
-def _seconds_an_image(source: "ImageSource", tower: "Tower", run: Any, n: int) -> float | None:
-    """Reading, decoding and a forward pass in this process; workers do the first two beside the third."""
+def _first_batch(source: "ImageSource", tower: "Tower", n: int) -> "tuple[Batch, float]":
+    """The first n images, and the seconds that reading and decoding them took in this process."""
     from saevlm_fast.images.batches import image_batches
 
     start = time.perf_counter()
     with closing(image_batches(source, tower.preprocess, [range(n)], 0, False)) as batches:
         batch = next(batches)
-    decoding = time.perf_counter() - start
+    return batch, time.perf_counter() - start
+
+
+def _seconds_an_image(batch: "Batch", decoding: float, tower: "Tower", run: Any) -> float | None:
+    """Reading, decoding and a forward pass in this process; workers do the first two beside the third."""
     if batch.inputs is None:
         return None
     inputs = {name: tensor.to(tower.device) for name, tensor in batch.inputs.items()}
+    n = len(batch.images) + len(batch.skipped)
     return (decoding + min(_seconds(run, inputs, tower.device) for _ in range(2))) / n
+
+
+def _row_bytes(planned: "HarvestPlan", store: "PlannedStore", batch: "Batch") -> int:
+    """What a row takes on disk: of codes a value and an index for each latent that fires, and where rows begin."""
+    size = planned.config.torch_store_dtype.itemsize
+    if planned.sae is None:
+        return store.width * size
+    k = planned.sae.config.k if planned.sae.config.architecture in SELECTING else None
+    return round((size + 4) * (_measured_l0(planned, store, batch) if k is None else k)) + 8
+
+
+def _measured_l0(planned: "HarvestPlan", store: "PlannedStore", batch: "Batch") -> float:
+    """Latents that fire on a row of the first batch, on average; 0, which is unknown, if no image of it is usable."""
+    from saevlm_fast.data.codes import mean_pool_codes
+    from saevlm_fast.sae import evaluating
+
+    sae = planned.sae
+    if batch.inputs is None or sae is None:
+        return 0.0
+    inputs = {name: tensor.to(planned.tower.device) for name, tensor in batch.inputs.items()}
+    ids = [planned.source.image_id(i) for i in batch.images]
+    acts = planned.run(inputs)[store.point]
+    chosen = planned.run.select(acts, store.tokens, ids, planned.config.seed, batch.inputs)
+    with evaluating(sae):
+        codes = sae.encode(chosen.rows_MD.to(sae.b_dec.dtype))
+    if planned.config.pool == "mean":
+        codes = mean_pool_codes(codes, chosen.image_of_row, len(batch.images))
+    return float(codes.l0().double().mean())
 
 
 def _seconds(run: Any, inputs: dict[str, "torch.Tensor"], device: "torch.device") -> float:

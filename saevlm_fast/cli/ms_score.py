@@ -14,6 +14,7 @@ from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
 from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
+from saevlm_fast.formats.places import SAE_HELP, is_remote
 from saevlm_fast.settings import paths, setting
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class ScoreArguments(WorkOptions):
     )
     sae: Path | None = setting(
         None,
-        help="SAE directory (cfg.json, sae_weights.safetensors).",
+        help=SAE_HELP,
         shown="the latest run below runs/",
         instead_of=("raw", "codes"),
     )
@@ -102,8 +103,9 @@ class ScoreArguments(WorkOptions):
             f"gamma: {self.gamma} is of rbf; the similarity is {self.similarity}",
         )
         self._check_variant()
-        must = self.output is not None or not (self.raw or self.codes is not None)
-        require(must, "output: needed with --raw and --codes")
+        elsewhere = self.sae is not None and is_remote(self.sae)
+        must = self.output is not None or not (self.raw or self.codes is not None or elsewhere)
+        require(must, "output: needed with --raw, --codes and an SAE of the Hub")
 
     def _check_variant(self) -> None:
         if self.variant != "paper":

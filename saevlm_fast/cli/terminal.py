@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -21,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from saevlm_fast.errors import printable
+from saevlm_fast.errors import Doubt, printable
 
 SECONDS_A_LINE = 5.0
 
@@ -78,6 +79,25 @@ def tell(text: str) -> None:
 def warn(text: str) -> None:
     """A warning, on stderr."""
     err.print(printable(f"warning: {text}"), style="yellow", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def doubts_once() -> Iterator[None]:
+    """What is assumed of an SAE (errors.Doubt) is a line of ours, each once; other warnings are as they are."""
+    seen: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Doubt)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, Doubt):
+                others(message, category, *where, **more)
+            elif str(message) not in seen:
+                seen.add(str(message))
+                warn(str(message))
+
+        warnings.showwarning = show
+        yield
 
 
 def refuse(text: str) -> None:

@@ -18,8 +18,8 @@ from saevlm_fast.cli.planning import (
 )
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
-from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
-from saevlm_fast.config import EXPANSION, RunOptions, SAEConfig, SAESize, TrainConfig
+from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
+from saevlm_fast.config import EXPANSION, SELECTING, K, RunOptions, SAEConfig, SAESize, TrainConfig
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.settings import same_as, setting
 
@@ -43,7 +43,7 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
     )
     output: Path = same_as(RunOptions, "output", shown="runs/DATE-TIME")
     expansion: float | None = same_as(SAESize, "expansion", shown="8; on the box 4")
-    k: int = same_as(SAESize, "k", shown="20; on the box 10")
+    k: int | None = same_as(SAESize, "k", shown="20; on the box 10")
     steps: int = same_as(TrainConfig, "steps", shown="110,000, as the paper; on the box 1,200")
     batch_size: int = same_as(TrainConfig, "batch_size", shown="4096; on the box 512")
     dead_after: int = same_as(TrainConfig, "dead_after", shown="10,000,000; on the box 100,000")
@@ -52,11 +52,13 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
     def of(cls, given: Mapping[str, Any]) -> Self:
         """Without activations, what was not given is as the box's scenes need it."""
         require("output" in given or not given.get("resume"), "output: --resume needs the directory of the run")
-        defaults: dict[str, Any] = {"output": new_run_directory(), "expansion": EXPANSION}
+        defaults: dict[str, Any] = {"output": new_run_directory(), "expansion": EXPANSION, "k": K}
         if "activations" not in given:
             from saevlm_fast.demo.scene_stores import RECIPE
 
             defaults |= RECIPE
+        if given.get("architecture", SAESize.architecture) not in SELECTING:
+            del defaults["k"]
         if "d_sae" in given:
             del defaults["expansion"]
         return cls(**defaults | dict(given))
@@ -74,7 +76,9 @@ class Run:
     @classmethod
     def of(cls, options: TrainArguments, n_rows: int, d: int, path: Path) -> "Run":
         """ValueError: the SAE's settings do not fit the width."""
-        return cls(n_rows, path, options.part(SAESize).config(d), options.part(TrainConfig))
+        sae, config = options.part(SAESize).config(d), options.part(TrainConfig)
+        config.check_fits(sae)
+        return cls(n_rows, path, sae, config)
 
     @property
     def batch_size(self) -> int:
@@ -85,8 +89,9 @@ class Run:
     def sentence(self) -> str:
         """For people."""
         sae, config = self.sae, self.config
+        k = "" if sae.k is None else f", k = {sae.k}"
         return (
-            f"{sae.architecture} SAE {sae.d_in} -> {sae.d_sae}, k = {sae.k}, on {self.n_rows:,} rows; {config.steps:,} "
+            f"{sae.architecture} SAE {sae.d_in} -> {sae.d_sae}{k}, on {self.n_rows:,} rows; {config.steps:,} "
             f"steps of {self.batch_size:,}, lr {config.peak_lr(sae.d_sae):.3g}, {self.path}"
         )
 
@@ -214,6 +219,7 @@ def _train(options: TrainArguments) -> dict[str, Any]:
             on_note=tell,
         )
     record.write()
+    _write_card(output)
     rows, kind = metrics.pop("rows"), "validation" if held_out else "training"
     say(f"evaluation on all {rows:,} {kind} rows")
     print_table(("measure", "value"), ((name, f"{value:.4f}") for name, value in metrics.items()))
@@ -227,3 +233,14 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         "steps": config.steps,
         "evaluation": {"rows": rows, "of": kind, **metrics},
     }
+
+
+def _write_card(output: Path) -> None:
+    """README.md beside the SAE. What speaks against it must not cost a finished run."""
+    from saevlm_fast.publishing.card import write_card
+
+    try:
+        if not write_card(output):
+            tell(f"{output / 'README.md'} was written or changed by hand: it stays as it is")
+    except ValueError as error:
+        warn(f"{error}; no model card was written")

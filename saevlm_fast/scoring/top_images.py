@@ -124,9 +124,12 @@ class BestImages:
         self.n_slots, self.n = n_slots, n
         self.acts_M, self.slots_M = torch.empty(0), torch.empty(0, dtype=torch.int64)
         self.images_M = torch.empty(0, dtype=torch.int64)
+        self._floor_L = torch.full((n_slots,), -torch.inf)  # what does not exceed it comes too late
 
     def add(self, acts_M: Tensor, slots_M: Tensor, images_M: Tensor) -> None:
         """Later images than any before; in one slot, equal activations in the order of their images."""
+        good_M = acts_M > self._floor_L[slots_M]
+        acts_M, slots_M, images_M = acts_M[good_M], slots_M[good_M], images_M[good_M]
         acts_M, slots_M = torch.cat([self.acts_M, acts_M]), torch.cat([self.slots_M, slots_M])
         images_M = torch.cat([self.images_M, images_M])
         # Two stable sorts: what is equal in slot and activation stays in the order of images.
@@ -138,6 +141,9 @@ class BestImages:
         kept_M = torch.arange(len(slots_M)) - starts_L[slots_M] < self.n
         self.slots_M, order_M = slots_M[kept_M], order_M[kept_M]
         self.acts_M, self.images_M = acts_M[order_M], images_M[order_M]
+        counts_L = torch.bincount(self.slots_M, minlength=self.n_slots)
+        full_L = counts_L == self.n
+        self._floor_L[full_L] = self.acts_M[counts_L.cumsum(0)[full_L] - 1]
 
     def result(self) -> list[TopImages]:
         counts = torch.bincount(self.slots_M, minlength=self.n_slots).tolist()

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.runtime import tf32_products
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
 from saevlm_fast.steering.site import find_site, hooked_block, token_mask
 from saevlm_fast.towers.hub import one_line_errors
@@ -263,12 +262,7 @@ class SteeredAnswers:
                 )
                 mask_BT[row_B == r] = row.mask.to(mask_BT.device)
         row_N = row_B.repeat_interleave(x_BTD.shape[1]).to(self.sae.W_dec.device)
-        pieces = [question.encoded for question in questions]
-        encoded = Encoded(
-            torch.cat([piece.x_ND for piece in pieces]),
-            SparseCodes.join([piece.codes for piece in pieces], self.sae.config.d_sae),
-            torch.cat([piece.x_hat_ND for piece in pieces]),
-        )
+        encoded = Encoded.join([question.encoded for question in questions], self.sae.config.d_sae)
         plan = EditPlan.of_rows([row.edits or () for row in rows], self.sae)
         edited_ND = edit_tokens(self.sae, encoded, plan, row_N, False, self.error)
         if self.only:

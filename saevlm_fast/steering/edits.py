@@ -8,7 +8,8 @@ At the chosen tokens the output x of block `layer` becomes, with z = encode(x) a
     error="drop"    decode(z')                      the paper: what the SAE cannot reconstruct is lost
     error="keep"    x + decode(z') - decode(z)      the change alone
 
-computed as decode(z) + sum_j (z'_j - z_j) W_dec[j], and as x + the same sum: a latent is only looked up, however many
+computed as decode(z) + sum_j (z'_j - z_j) W_dec[j], and as x + the same sum (times the token's own scale where the SAE
+normalises its input, whose latents have no units): a latent is only looked up, however many
 there are, and no edits at error="keep" leave x as it is to the last bit. Latents are in raw activation units, encoded
 as at inference (threshold or row-wise top k), in the SAE's dtype and on its device; the result returns to the model's.
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.sparse_decode import sparse_decode
 from saevlm_fast.runtime import tf32_products
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sae import InputStatistics, SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.site import Site, find_site, hooked_block, token_mask
 
@@ -190,11 +191,26 @@ def _check_edits(edits: Sequence[Edit], d_sae: int) -> None:
 
 
 class Encoded(NamedTuple):
-    """N tokens on the SAE's device: x_ND as the model has them; codes and reconstruction in the SAE's dtype."""
+    """N tokens on the SAE's device: x_ND as the model has them; codes and reconstruction in the SAE's dtype.
+
+    statistics: of an SAE that normalises its input, by which a change of the codes becomes one of x.
+    """
 
     x_ND: Tensor
     codes: SparseCodes
     x_hat_ND: Tensor
+    statistics: InputStatistics | None = None
+
+    @classmethod
+    def join(cls, pieces: Sequence["Encoded"], d_sae: int) -> "Encoded":
+        """The tokens of all pieces, at least one, in order."""
+        statistics = [piece.statistics for piece in pieces if piece.statistics is not None]
+        return cls(
+            torch.cat([piece.x_ND for piece in pieces]),
+            SparseCodes.join([piece.codes for piece in pieces], d_sae),
+            torch.cat([piece.x_hat_ND for piece in pieces]),
+            InputStatistics(*(torch.cat(tensors) for tensors in zip(*statistics))) if statistics else None,
+        )
 
 
 @tf32_products(False)
@@ -202,8 +218,9 @@ def encode_tokens(sae: SparseAutoencoder, x_ND: Tensor) -> Encoded:
     """Whatever the model's dtype, device and autocast are: of inference, in the SAE's own precision."""
     with torch.autocast(sae.W_dec.device.type, enabled=False):
         x_ND = x_ND.to(sae.W_dec.device)
-        codes = sae.encode(x_ND.to(sae.W_dec.dtype), use_threshold=True)
-        return Encoded(x_ND, codes, sae.decode(codes))
+        held_ND = x_ND.to(sae.W_dec.dtype)
+        codes, statistics = sae.encode(held_ND, use_threshold=True), sae.input_statistics(held_ND)
+        return Encoded(x_ND, codes, sae.decode(codes, statistics), statistics)
 
 
 def edit_tokens(
@@ -219,10 +236,13 @@ def edit_tokens(
     with torch.autocast(sae.W_dec.device.type, enabled=False):
         if only:
             z_hat_ND = _weighted_rows(sae, torch.where(real_NJ, edited_NJ, 0), latents_NJ, sae.b_dec)
+            if encoded.statistics is not None:
+                z_hat_ND = z_hat_ND * encoded.statistics.scale + encoded.statistics.mean
             return z_hat_ND if error == "drop" else encoded.x_ND + (z_hat_ND - encoded.x_hat_ND)
         change_NJ = torch.where(real_NJ, edited_NJ - z_NJ, 0)
         base_ND = encoded.x_hat_ND if error == "drop" else encoded.x_ND
-        return base_ND + _weighted_rows(sae, change_NJ, latents_NJ, torch.zeros_like(sae.b_dec))
+        shift_ND = _weighted_rows(sae, change_NJ, latents_NJ, torch.zeros_like(sae.b_dec))
+        return base_ND + (shift_ND if encoded.statistics is None else shift_ND * encoded.statistics.scale)
 
 
 def _weighted_rows(sae: SparseAutoencoder, weights_NJ: Tensor, latents_NJ: Tensor, bias_D: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from saevlm_fast.sae import SparseAutoencoder, evaluating
 from saevlm_fast.training.step import StepOutput, Stepper
 
 Metrics = dict[str, float]
+_PENALTIES = {"relu": "losses/l1_loss", "jumprelu": "losses/l0_loss"}
 
 
 @torch.no_grad()
@@ -19,16 +20,18 @@ def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics
     error, total = _variance(x_BD - output.x_hat_BD), _variance(x_BD)
     config = stepper.sae.config
     idle = stepper.idle_S >= stepper.config.dead_after
+    penalty = {} if output.losses.penalty is None else {_PENALTIES[config.architecture]: float(output.losses.penalty)}
     return {
         "losses/overall_loss": float(output.losses.overall),
         "losses/mse_loss": float(output.losses.mse),
         "losses/auxiliary_reconstruction_loss": float(output.losses.aux),
+        **penalty,
         "metrics/explained_variance": float(1 - error / total),
         "metrics/l0": float((output.codes.top_acts > 0).sum() / len(x_BD)),
         "sparsity/dead_features": int(idle.sum()),
         "details/current_learning_rate": stepper.config.lr_at(stepper.n_steps - 1, config.d_sae),
         "details/n_training_samples": stepper.n_rows_seen,
-        "details/threshold": float(stepper.sae.threshold),
+        "details/threshold": float(stepper.sae.threshold.mean()),
     }
 
 
@@ -63,7 +66,7 @@ def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096
         for _, x_BD in activations.chunks(batch_rows):
             x_BD = x_BD.to(device, sae.b_dec.dtype)
             codes = sae.encode(x_BD)
-            error_BD = (x_BD - sae.decode(codes)).double()
+            error_BD = (x_BD - sae.decode(codes, sae.input_statistics(x_BD))).double()
             centred_BD = (x_BD - sae.b_dec).double()
             sums_4D += torch.stack([error_BD, error_BD**2, centred_BD, centred_BD**2]).sum(1)
             fires_M = (codes.top_acts > 0).flatten().long()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
+from saevlm_fast.config import CALIBRATED, DataOn, SAEConfig, TrainConfig
 from saevlm_fast.data.device import ResidentRows, uploaded_batches
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations
@@ -116,7 +116,7 @@ class TrainingState:
     def export(self) -> SparseAutoencoder:
         """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started)."""
         sae = deepcopy(self.stepper.sae)
-        if sae.config.architecture != "topk" and float(sae.threshold) < 0:
+        if sae.config.architecture in CALIBRATED and float(sae.threshold) < 0:
             sae.threshold.fill_(self._calibrated_threshold())
         sae.scale_biases_(self.norm_factor)
         return with_metadata(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import TrainConfig
+from saevlm_fast.config import CALIBRATED, PENALISED, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Workspace
 from saevlm_fast.kernels.grouping import entry_rows
@@ -27,7 +27,9 @@ from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.any_device import update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, auxiliary, padded_size
+from saevlm_fast.training.penalty import Penalty, encode_penalised
 
 _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
 
@@ -35,11 +37,12 @@ _residuals, _centred_rows = Workspace(), Workspace()
 
 
 class Losses(NamedTuple):
-    """0-d tensors: overall = mse + auxk_alpha * aux."""
+    """0-d tensors: overall = mse + auxk_alpha * aux + penalty, which relu and jumprelu alone have."""
 
     overall: Tensor
     mse: Tensor
     aux: Tensor
+    penalty: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -54,6 +57,12 @@ class Gradients(NamedTuple):
     W_dec: EntryGradient
     aux_dec: list[RowGradient]
     b_dec: Tensor
+    threshold: Tensor | None = None
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Those of all that is no matrix."""
+        named = {"b_enc": self.b_enc, "b_dec": self.b_dec}
+        return named if self.threshold is None else named | {"threshold": self.threshold}
 
 
 class StepOutput(NamedTuple):
@@ -84,11 +93,19 @@ class Stepper:
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
     `announce`, as long as n_listed stays what it was; training/capture.py does so.
 
+    A relu or jumprelu SAE (penalised) is trained on a GPU by any_device.py, and not captured: how many latents fire has
+    to be asked.
+
     Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
+    Also if the recipe does not fit the SAE (TrainConfig.check_fits).
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig):
+        config.check_fits(sae.config)
         _check_unit_rows(sae.W_dec.detach())
+        self.penalised = sae.config.architecture in PENALISED
+        # A dead ReLU latent is below 0 on every row, where the auxiliary loss has no gradient.
+        self.auxk_alpha = 0.0 if sae.config.architecture == "relu" else config.auxk_alpha
         self.sae = sae
         self.config = config
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters().items()}
@@ -101,7 +118,7 @@ class Stepper:
         self.n_listed = 0
         # W_enc in float16, latent-major, with the bounds of that rounding: on a GPU whose encoder screens.
         self.low: LowWeights | None = None
-        self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
+        self._low_of: tuple[Tensor, int] | None = None  # sae.W_enc and its version, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
@@ -110,6 +127,8 @@ class Stepper:
         """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
         sae = self.sae
         named = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        if sae.config.architecture == "jumprelu":
+            named["threshold"] = sae.threshold
         return {name: parameter.detach() for name, parameter in named.items()}
 
     @torch.no_grad()
@@ -136,22 +155,41 @@ class Stepper:
     @torch.no_grad()
     def device_step(self, x_BD: Tensor) -> StepOutput:
         """The step that was announced."""
-        if x_BD.is_cuda:
+        if x_BD.is_cuda and not self.penalised:
             return self._gpu_step(x_BD)
-        codes = self._encode(x_BD)
+        codes, penalty = self._encode(x_BD)
         self._track(codes, len(x_BD))
         dead = self._dead_latents()
-        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.config.auxk_alpha)
-        first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
-        self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
+        if x_BD.is_cuda and penalty is not None:
+            return self._whole_step(x_BD, codes, dead, penalty)
+        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.auxk_alpha, penalty)
+        self._note_bad(losses)
         self._update(gradients)
         return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _note_bad(self, losses: Losses) -> None:
+        first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
+        self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
+
+    def _whole_step(self, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, penalty: Penalty) -> StepOutput:
+        """The same on any device, of a penalised SAE."""
+        x_hat_BD, numbers, gradients = whole_gradients(self.sae, x_BD, codes, dead, self.auxk_alpha, penalty)
+        losses = Losses(*numbers)
+        self._note_bad(losses)
+        update_(self.parameters(), self.moments, gradients, self.config.clip_norm, self._adam())
+        self._clamp_threshold()
+        return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _clamp_threshold(self) -> None:
+        """Below 0 a threshold acts as 0 and has no gradient: it stays where it has one."""
+        if self.sae.config.architecture == "jumprelu":
+            self.sae.threshold.clamp_(min=0)
 
     def _gpu_step(self, x_BD: Tensor) -> StepOutput:
         """The same on a GPU."""
         from saevlm_fast.training.gpu_step import State, gpu_encode, gpu_step
 
-        low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.k) else None
+        low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.known_k) else None
         counters = self.step_index, self.bad_step, self.adam_schedule
         state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low)
         with torch.cuda.device_of(x_BD):
@@ -160,9 +198,11 @@ class Stepper:
         self.was_replayed()
         return StepOutput(Losses(*losses), x_hat_BD, codes, dead.number)
 
-    def _encode(self, x_BD: Tensor) -> SparseCodes:
-        """In CSR form, in the dtype of the weights."""
-        sae, k = self.sae, self.sae.config.k
+    def _encode(self, x_BD: Tensor) -> tuple[SparseCodes, Penalty | None]:
+        """In CSR form, in the dtype of the weights; with the penalty of those that have one."""
+        if self.penalised:
+            return encode_penalised(self.sae, self.config, self.n_steps - 1, x_BD)
+        sae, k = self.sae, self.sae.config.known_k
         W_enc, b_enc, b_dec = sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
         if sae.config.architecture == "topk":
             topk = topk_encode(x_BD, W_enc, b_enc, b_dec, k)
@@ -170,7 +210,7 @@ class Stepper:
         else:
             batch_topk = batch_topk_encode(x_BD, W_enc, b_enc, b_dec, k)
             codes = SparseCodes.from_flat(*batch_topk, sae.config.d_sae)
-        return codes.to(dtype=sae.W_dec.dtype)
+        return codes.to(dtype=sae.W_dec.dtype), None
 
     def _low_W_enc(self) -> LowWeights:
         """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
@@ -180,37 +220,45 @@ class Stepper:
         W_enc_SD = self.sae.W_enc.detach().T
         if self.low is None:
             d_sae, d_in = W_enc_SD.shape
-            self.low, self._low_state = LowWeights.empty(d_sae, d_in, W_enc_SD.device), None
-        if self._low_state != self._W_enc_state():
+            self.low, self._low_of = LowWeights.empty(d_sae, d_in, W_enc_SD.device), None
+        if not self._low_is_of_W_enc():
             self.low.write_(0, W_enc_SD)
-            self._low_state = self._W_enc_state()
+            self._low_is_written()
         return self.low
 
     def low_is_current(self) -> bool:
         """Whether the next step finds the low copy of W_enc as the last one left it."""
-        return self.low is None or self._low_state == self._W_enc_state()
+        return self.low is None or self._low_is_of_W_enc()
 
     def was_replayed(self) -> None:
         """Kernels and CUDA graphs that write parameters move no version counter: moved here."""
         torch.autograd.graph.increment_version([*self.parameters().values(), self.sae.threshold])
-        self._low_state = self._W_enc_state()
+        self._low_is_written()
 
-    def _W_enc_state(self) -> tuple[int, int]:
-        """What moves when W_enc is replaced or written to."""
-        return self.sae.W_enc.data_ptr(), self.sae.W_enc._version
+    def _low_is_written(self) -> None:
+        """The tensor itself is kept: while it lives, no other one can have its address."""
+        W_enc = self.sae.W_enc.detach()
+        self._low_of = W_enc, W_enc._version
+
+    def _low_is_of_W_enc(self) -> bool:
+        """Whether W_enc was neither replaced nor written to since the copy was."""
+        if self._low_of is None:
+            return False
+        of, version = self._low_of
+        return of.data_ptr() == self.sae.W_enc.data_ptr() and self.sae.W_enc._version == version
 
     def _track(self, codes: SparseCodes, n_rows: int) -> None:
         """Dead-latent counters and the moving threshold, as upstream: before the losses."""
         fired_S = torch.zeros_like(self.idle_S).index_add_(0, codes.top_indices, (codes.top_acts > 0).long())
         self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
-        if self.sae.config.architecture != "topk":
+        if self.sae.config.architecture in CALIBRATED:
             smallest = smallest_positive(codes.top_acts).float()
             old, beta = self.sae.threshold, self.config.threshold_beta
             new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
             self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
 
     def _some_can_be_dead(self) -> bool:
-        return self.config.auxk_alpha > 0 and self.n_rows_seen >= self.config.dead_after
+        return self.auxk_alpha > 0 and self.n_rows_seen >= self.config.dead_after
 
     def _dead_latents(self) -> DeadLatents:
         """Latents that are dead after this batch; on a GPU as many places as were announced."""
@@ -230,12 +278,14 @@ class Stepper:
         parts: list[EntryGradient | RowGradient] = []
         for gradient, aux in rows.values():
             parts += [gradient, *aux]
-        clip = clip_coefficient(parts, [gradients.b_enc, gradients.b_dec], self.config.clip_norm)
+        vectors = gradients.vectors()
+        clip = clip_coefficient(parts, list(vectors.values()), self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
         for name, (gradient, aux) in rows.items():
             latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec")
-        for name, gradient_vector in (("b_enc", gradients.b_enc), ("b_dec", gradients.b_dec)):
+        for name, gradient_vector in vectors.items():
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
+        self._clamp_threshold()
 
     def _adam(self) -> AdamSettings:
         """Adam's settings in the announced step, the n_steps-th."""
@@ -261,7 +311,12 @@ def smallest_positive(acts_M: Tensor) -> Tensor:
 
 
 def loss_and_gradients(
-    sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, auxk_alpha: float
+    sae: SparseAutoencoder,
+    x_BD: Tensor,
+    codes: SparseCodes,
+    dead: DeadLatents,
+    auxk_alpha: float,
+    penalty: Penalty | None = None,
 ) -> tuple[Tensor, Losses, Gradients]:
     """Of one batch and its codes, on a CPU: losses, and the gradient of every parameter. docs/recipe.md section 1.
 
@@ -278,7 +333,8 @@ def loss_and_gradients(
     mse = squared / (len(x_BD) * n_groups)
 
     centred_BD = _centred(x_BD, b_dec)
-    dW_enc, dW_dec, db_enc = _latent_gradients(sae, codes, bag_offsets, centred_BD, suffix_BGD.flatten(0, 1))
+    suffix_RD = suffix_BGD.flatten(0, 1)
+    dW_enc, dW_dec, db_enc, dtheta = _latent_gradients(sae, codes, bag_offsets, centred_BD, suffix_RD, penalty)
 
     aux = auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha)
     aux_loss, aux_enc, aux_dec = mse.new_zeros(()), [], []
@@ -286,8 +342,11 @@ def loss_and_gradients(
         aux_loss, aux_enc, aux_dec = aux.loss, [aux.W_enc], [aux.W_dec]
         db_enc.index_add_(0, dead.latents_A, aux.b_enc_A)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
-    losses = Losses(mse + auxk_alpha * aux_loss, mse, aux_loss)
-    return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec)
+    overall = mse + auxk_alpha * aux_loss
+    losses = Losses(overall, mse, aux_loss)
+    if penalty is not None:
+        losses = Losses(overall + penalty.loss, mse, aux_loss, penalty.loss)
+    return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec, dtheta)
 
 
 def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
@@ -342,16 +401,25 @@ def _row_blocks(x_BD: Tensor, n_groups: int) -> list[tuple[int, int]]:
 
 
 def _latent_gradients(
-    sae: SparseAutoencoder, codes: SparseCodes, bag_offsets: Tensor, centred_BD: Tensor, suffix_RD: Tensor
-) -> tuple[EntryGradient, EntryGradient, Tensor]:
-    """dW_enc, dW_dec and db_enc [d_sae], from one sort of the entries by latent."""
+    sae: SparseAutoencoder,
+    codes: SparseCodes,
+    bag_offsets: Tensor,
+    centred_BD: Tensor,
+    suffix_RD: Tensor,
+    penalty: Penalty | None,
+) -> tuple[EntryGradient, EntryGradient, Tensor, Tensor | None]:
+    """dW_enc, dW_dec, db_enc [d_sae] and that of thresholds, from one sort of the entries by latent."""
     acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
     bags_M = entry_rows(codes.top_indices, bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
     rows_M, W_dec = bags_M // len(sae.config.group_ends), sae.W_dec.detach()
-    dacts_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
-    dacts_M = torch.where(acts_M > 0, dacts_M, 0)
+    dots_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
+    dacts_M = torch.where(acts_M > 0, dots_M, 0)
     dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, dacts_M)
+    dtheta = None
+    if penalty is not None:
+        dacts_M = penalty.of_acts(acts_M, dots_M)
+        dtheta = penalty.band and penalty.band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1)
     dW_enc = entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
     one = dacts_M.new_ones(1, 1)
     db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
-    return dW_enc, dW_dec, db_enc
+    return dW_enc, dW_dec, db_enc, dtheta

@@ -70,4 +70,4 @@ def test_completion_is_installed_and_completes(tmp_path):
         "COMP_CWORD": "3",
     }
     done = subprocess.run(command, cwd=ROOT, env=environment | words, capture_output=True, text=True)
-    assert done.stdout.split() == ["topk", "batch_topk", "matryoshka"], done.stderr
+    assert done.stdout.split() == ["topk", "batch_topk", "matryoshka", "relu", "jumprelu"], done.stderr

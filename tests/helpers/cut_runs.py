@@ -28,6 +28,10 @@ OUTPUTS = {
     "train": "out",
     "demo": "out",
     "ms-score": "out.parquet",
+    "evaluate": "out",
+    "top-images": "out",
+    "name": "out.parquet",
+    "report": "out",
     "steering-score": "out.json",
 }
 
@@ -100,6 +104,7 @@ KILLED = {
     "train": words("train", steps="40", checkpoint_every="7", log_every="3"),
     "harvest": words("harvest", limit="12", images_per_shard="1", batch_size="2", point="residual,projection"),
     "steering-score": words("steering-score", latents="0:16", config="blocks.toml"),
+    "evaluate": words("evaluate", controls="untrained,raw"),
 }
 
 
@@ -111,6 +116,9 @@ def result(name: str, place: Path) -> Any:
         return names, [sha256_file(output / file) for file in ("sae_weights.safetensors", "metrics.jsonl")]
     if name == "steering-score":
         return names, sha256_file(output)
+    if name == "evaluate":
+        files = [output / "evaluation.json", *sorted(output.rglob("*.parquet"))]
+        return names, [sha256_file(file) for file in files]
     stores = [open_activations(index.parent) for index in sorted(output.rglob("index.json"))]
     rows = [(store.n_rows, [x.tolist() for _, x in store.chunks(64)], store.items().to_pydict()) for store in stores]
     return names, rows

@@ -7,14 +7,49 @@ reconstruction loss is divided by the number of groups once (docs/recipe.md).
 import torch
 
 
+class Jump(torch.autograd.Function):
+    """h where it is above theta and 0; theta's gradient by a rectangle of width eps."""
+
+    @staticmethod
+    def forward(ctx, h, theta, eps):
+        ctx.save_for_backward(h, theta)
+        ctx.eps = eps
+        return torch.where((h > theta) & (h > 0), h, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, theta = ctx.saved_tensors
+        inside = ((h - theta).abs() < ctx.eps / 2) & (h > 0)
+        dtheta = -(theta / ctx.eps * inside * grad).sum(0)
+        return torch.where((h > theta) & (h > 0), grad, 0), dtheta, None
+
+
+class Step(torch.autograd.Function):
+    """1 where h is above theta and 0; the same rectangle."""
+
+    @staticmethod
+    def forward(ctx, h, theta, eps):
+        ctx.save_for_backward(h, theta)
+        ctx.eps = eps
+        return ((h > theta) & (h > 0)).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, theta = ctx.saved_tensors
+        inside = ((h - theta).abs() < ctx.eps / 2) & (h > 0)
+        return torch.zeros_like(h), -(inside / ctx.eps * grad).sum(0), None
+
+
 class DenseTrainer:
     """A step-by-step dense re-implementation of docs/recipe.md."""
 
-    def __init__(self, W_dec_SD, b_dec_D, *, architecture, k, group_ends, config, d_sae):
+    def __init__(self, W_dec_SD, b_dec_D, *, architecture, k, group_ends, config, d_sae, theta=0.001):
         leaf = lambda t: t.clone().requires_grad_()  # noqa: E731
         self.W_enc, self.b_enc = leaf(W_dec_SD.T.contiguous()), leaf(torch.zeros(d_sae, dtype=W_dec_SD.dtype))
         self.W_dec, self.b_dec = leaf(W_dec_SD), leaf(b_dec_D)
+        self.theta = leaf(torch.full((d_sae,), theta, dtype=W_dec_SD.dtype))
         self.parameters = [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
+        self.parameters += [self.theta] if architecture == "jumprelu" else []
         self.architecture, self.k, self.group_ends, self.config = architecture, k, group_ends, config
         lr = config.lr if config.lr is not None else 2e-4 / (d_sae / 2**14) ** 0.5
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, betas=config.betas, eps=config.eps)
@@ -46,10 +81,25 @@ class DenseTrainer:
         error = (residual - reconstruction).pow(2).sum(1).mean()
         return (error / (residual - residual.mean(0)).pow(2).sum(1).mean()).nan_to_num(0.0)
 
+    def penalised(self, h, x):
+        """acts and the penalty of relu and jumprelu."""
+        warmup = self.config.sparsity_warmup
+        scale = min(self.n_steps / warmup, 1.0) if warmup else 1.0
+        if self.architecture == "relu":
+            acts = torch.relu(h)
+            return acts, scale * self.config.l1 * acts.sum(1).mean()
+        acts = Jump.apply(h, self.theta, self.config.bandwidth)
+        l0 = Step.apply(h, self.theta, self.config.bandwidth).sum(1).mean()
+        return acts, scale * (l0 / self.config.target_l0 - 1).pow(2)
+
     def loss(self, x):
-        pre = torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
-        acts = self.select(pre)
-        if self.n_steps > self.config.threshold_start:
+        h = (x - self.b_dec) @ self.W_enc + self.b_enc
+        pre, penalty = torch.relu(h), 0.0
+        if self.architecture in ("relu", "jumprelu"):
+            acts, penalty = self.penalised(h, x)
+        else:
+            acts = self.select(pre)
+        if self.architecture not in ("relu", "jumprelu") and self.n_steps > self.config.threshold_start:
             smallest = acts[acts > 0].min().item() if (acts > 0).any() else 0.0
             beta = self.config.threshold_beta
             self.threshold = smallest if self.threshold < 0 else beta * self.threshold + (1 - beta) * smallest
@@ -57,7 +107,8 @@ class DenseTrainer:
         mse = torch.stack([(x - x_hat).pow(2).sum(1).mean() for x_hat in prefixes]).mean()
         self.idle += len(x)
         self.idle[(acts > 0).any(0)] = 0
-        return mse + self.config.auxk_alpha * self.auxiliary((x - prefixes[-1]).detach(), pre)
+        self.aux = self.config.auxk_alpha * self.auxiliary((x - prefixes[-1]).detach(), pre)
+        return mse + penalty + self.aux
 
     def step(self, x):
         loss = self.loss(x)
@@ -71,5 +122,6 @@ class DenseTrainer:
         self.scheduler.step()
         with torch.no_grad():
             self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+            self.theta.clamp_(min=0)
         self.n_steps += 1
         return loss.item()

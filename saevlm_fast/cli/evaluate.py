@@ -1,0 +1,373 @@
+"""saevlm-fast evaluate: how good SAEs are, beside what cannot have learned."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from saevlm_fast.cli.options import Plan, WorkOptions, command
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
+from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.terminal import Bar, print_table, say, warn
+from saevlm_fast.config import DEVICE_HELP
+from saevlm_fast.errors import require
+from saevlm_fast.settings import setting, texts
+
+if TYPE_CHECKING:
+    from saevlm_fast.measures.measure import Evaluation, Inputs
+    from saevlm_fast.measures.subjects import Subject
+    from saevlm_fast.sae import SparseAutoencoder
+
+EVALUATION, LATENTS, PAIRS, PICTURE = "evaluation.json", "latents", "pairs", "evaluation.png"
+CONTROLS = ("untrained", "rotation", "raw", "pca", "kmeans")  # those of measures/controls.py, which imports torch
+_OURS = (EVALUATION, LATENTS, PAIRS, "parts", PICTURE, SETTINGS_FILE)
+_LATENT_BYTES = 400  # of both tables, about
+_ENTRY_BYTES = 24
+_NO_LABELS, _FROM_STORE = "none", "store"
+
+
+def _controls(name: str, text: str) -> tuple[str, ...]:
+    """all, none, or a list."""
+    if text in ("all", "none"):
+        return CONTROLS if text == "all" else ()
+    named = texts(name, text)
+    for each in named:
+        require(each in CONTROLS, f"{name}: {each!r} is not one of all, none, {', '.join(CONTROLS)}")
+    return named
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(WorkOptions):
+    """Options of `saevlm-fast evaluate`."""
+
+    sae: tuple[str, ...] = setting(
+        help="SAE directories, separated by commas, or the option given again; seeds of one shape make a group.",
+        parse=texts,
+    )
+    activations: Path = setting(help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.")
+    output: Path = setting(help="Directory for evaluation.json, a table of latents for every SAE, and finished parts.")
+    embeddings: tuple[str, ...] = setting(
+        (), help="Image embeddings for the Monosemanticity Score, row i of image i; several, as --sae.", parse=texts
+    )
+    labels: str = setting(
+        _FROM_STORE,
+        help="Labels of images: FILE.csv or FILE.parquet (image, then a column a label set), store (its own), none.",
+    )
+    taxonomy: Path | None = setting(None, help="Path of every label from the root: FILE.json or FILE.csv.")
+    controls: tuple[str, ...] = setting(
+        (),
+        help=f"Measured beside, at the same L0: all, or of {', '.join(CONTROLS)}.",
+        parse=_controls,
+        shown="none",
+    )
+    compare: bool = setting(False, help="Match the first SAE's latents with those of each other.")
+    pool: Literal["max", "mean"] = setting("max", help="Of the rows of an image, where there are several.")
+    batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
+    resume: bool = setting(
+        False, help="Keep what is finished in --output and add to it.", recorded=False, instead_of=("force",)
+    )
+    force: bool = setting(False, help="Replace the evaluation in --output.", recorded=False, instead_of=("resume",))
+    device: str = setting("auto", help=DEVICE_HELP)
+
+    def check(self) -> None:
+        super().check()
+        require(not (self.resume and self.force), "resume and force exclude each other")
+        for each in (*self.sae, *self.embeddings):
+            require(bool(each) and "\0" not in each, f"sae, embeddings: {each!r} is not a path")
+        require(len(self.sae) > 0, "sae: none was given")
+        require(not self.compare or len(self.sae) > 1, "compare: needs at least two SAEs; give --sae again")
+        needs_labels = self.taxonomy is None or self.labels != _NO_LABELS
+        require(needs_labels, "taxonomy: it is about labels, and --labels none leaves them out")
+        path = Path(self.labels)
+        known = self.labels in (_FROM_STORE, _NO_LABELS) or path.suffix in (".csv", ".parquet")
+        require(known, f"labels: {self.labels!r} is not store, none, FILE.csv or FILE.parquet")
+
+
+# What goes in ---------------------------------------------------------------------------------------------------------
+
+
+def names_of(paths: tuple[str, ...]) -> list[str]:
+    """Short names of paths, each its own: the last parts that tell them apart."""
+    parts = [Path(each).absolute().parts[1:] or ("root",) for each in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-n:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"sae, embeddings: a path is given twice among {', '.join(paths)}")
+
+
+def open_subjects(options: EvaluateArguments) -> "tuple[list[Subject], dict[str, SparseAutoencoder]]":
+    """The SAEs, on the device. ValueError: what is damaged, one that is given twice."""
+    from saevlm_fast.measures.measure import subjects_of, weights_digest
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.sae import SparseAutoencoder
+
+    device = resolve_device(options.device)
+    saes = {
+        name: SparseAutoencoder.from_pretrained(path, device=device)
+        for name, path in zip(names_of(options.sae), options.sae)
+    }
+    subjects = subjects_of({name: (sae, weights_digest(sae)) for name, sae in saes.items()})
+    seen: dict[str, str] = {}
+    for subject in subjects:
+        twin = seen.setdefault(subject.digest, subject.name)
+        require(twin == subject.name, f"sae: {subject.name} is the same SAE as {twin}")
+    return subjects, saes
+
+
+def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencoder]") -> "Inputs":
+    """What they are measured on. ValueError: what is damaged, of other images, or of another layer than the SAEs'."""
+    from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.measures.label_sets import LabelSet, read_labels
+    from saevlm_fast.measures.measure import Inputs
+    from saevlm_fast.measures.taxonomy import read_taxonomy
+    from saevlm_fast.provenance import check_rows_of
+
+    activations = open_activations(options.activations)
+    for sae in saes.values():
+        require(
+            sae.config.d_in == activations.d,
+            f"sae: d_in is {sae.config.d_in}, but the activations have width {activations.d}",
+        )
+        if (doubt := check_rows_of(sae, activations)) is not None:
+            warn(f"{doubt}; its codes of {activations.path} may mean little")
+    embeddings = {
+        name: open_activations(path)
+        for name, path in zip(names_of(options.embeddings) if options.embeddings else (), options.embeddings)
+    }
+    taxonomy = None if options.taxonomy is None else read_taxonomy(options.taxonomy)
+    inputs = Inputs(activations, embeddings, (), taxonomy, options.pool, options.batch_size)
+    if options.labels == _FROM_STORE:
+        labels = inputs.rows.labels
+        sets = [LabelSet.of(labels)] if any(each is not None for each in labels) else []
+    else:
+        sets = [] if options.labels == _NO_LABELS else read_labels(options.labels, inputs.rows.ids)
+    inputs = replace(inputs, label_sets=tuple(sets))
+    inputs.check()
+    return inputs
+
+
+# Where it goes --------------------------------------------------------------------------------------------------------
+
+
+def check_output(options: EvaluateArguments) -> None:
+    """ValueError: there is an evaluation that nobody said to replace or to continue, or something else of its names."""
+    from saevlm_fast.outputs import check_absent, is_being_swapped
+
+    output = options.output
+    require(not output.exists() or output.is_dir(), f"output: {output} is a file; a directory is written")
+    used = _is_evaluation(output) or is_being_swapped(output) or (output / ".replacement").is_dir()
+    require(
+        not used or options.resume or options.force,
+        f"output: {output} already holds an evaluation; use --resume to add to it or --force to replace it",
+    )
+    if not used:
+        check_absent([output / name for name in _OURS], False)
+
+
+def _is_evaluation(output: Path) -> bool:
+    return (output / EVALUATION).is_file() or (output / "parts").is_dir()
+
+
+def _remove_old(output: Path) -> None:
+    for name in _OURS:
+        path = output / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def working_directory(options: EvaluateArguments) -> Iterator[Path]:
+    """Where the work goes on: in the output, or, with --force, in what replaces it when it is whole."""
+    from saevlm_fast.files import remove_leftovers
+    from saevlm_fast.outputs import begin_replacement, publish, settle, workplace
+
+    output = options.output
+    settle(output, _remove_old)
+    if options.force and _is_evaluation(output):
+        begin_replacement(output)
+    place = workplace(output)
+    for folder in (place, *(place / name for name in (LATENTS, PAIRS)), *place.glob("parts/*")):
+        remove_leftovers(folder)  # of one that was killed
+    yield place
+    if place != output:
+        publish(output, _remove_old)
+
+
+def plan(options: EvaluateArguments) -> Plan:
+    """What would be measured; the time of encoding, from a batch of rows."""
+    import time
+
+    from saevlm_fast.measures.measure import SparseAutoencoder
+
+    check_output(options)
+    check_writable(options.output)
+    subjects, saes = open_subjects(options)
+    inputs = open_inputs(options, saes)
+    n, n_latents = inputs.activations.n_rows, sum(each.n_latents for each in subjects)
+    sample = inputs.activations.rows(_first_rows(n, options.batch_size))
+    start, entries = time.perf_counter(), 0
+    for subject in subjects:
+        assert isinstance(subject.model, SparseAutoencoder)
+        model = subject.model
+        entries = max(entries, model.encode(sample.to(model.b_dec)).n_entries)
+    seconds = (time.perf_counter() - start) * n / len(sample)
+    device = saes[subjects[0].name].b_dec.device
+    left_out = [f"{name} ({why})" for name, why in inputs.left_out().items()]
+    return Plan(
+        f"evaluation of {len(subjects)} SAEs and {len(options.controls)} kinds of control",
+        {
+            "rows": n,
+            "images": len(inputs.rows.ids),
+            "latents": n_latents,
+            "label_sets": [each.name for each in inputs.label_sets],
+            "left_out": left_out,
+            **replaced_figures(options.output, options.force),
+            **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample)),
+            **disk_figures(options.output, _LATENT_BYTES * n_latents * (1 + len(options.controls))),
+            "encoding_seconds": seconds,
+        },
+    )
+
+
+def _first_rows(n: int, batch_size: int) -> Any:
+    import torch
+
+    return torch.arange(min(n, batch_size))
+
+
+@command("evaluate", plan=plan)
+def evaluate(options: EvaluateArguments) -> dict[str, Any]:
+    """Measures SAEs in every way that the inputs allow, beside controls that cannot have learned.
+
+    Reconstruction and sparsity, uniqueness, hierarchy, labels, probes, geometry; several SAEs side by side.
+    """
+    from saevlm_fast.outputs import output_lock
+
+    with output_lock(options.output, directory=True):
+        check_output(options)
+        subjects, saes = open_subjects(options)
+        inputs = open_inputs(options, saes)
+        with working_directory(options) as place:
+            evaluation = _evaluate(options, subjects, inputs, place)
+    _print(evaluation, inputs)
+    say(f"wrote {options.output}")
+    return {"output": str(options.output), **evaluation.as_json()}
+
+
+def _evaluate(options: EvaluateArguments, subjects: "list[Subject]", inputs: "Inputs", place: Path) -> "Evaluation":
+    from saevlm_fast.files import write_json_atomic
+    from saevlm_fast.measures.figures import draw
+    from saevlm_fast.measures.measure import evaluate_subjects
+    from saevlm_fast.measures.parts import Parts
+
+    bars: dict[str, Bar] = {}
+
+    def counted(name: str, done: int, total: int) -> None:
+        bar = bars.setdefault(name, Bar(f"encode {name}", total, "rows"))
+        bar.update(done)
+        if done == total:
+            bars.pop(name).close()
+
+    evaluation = evaluate_subjects(subjects, inputs, options.controls, options.compare, Parts(place), say, counted)
+    _write_tables(evaluation, place)
+    drawn = draw(evaluation, place / PICTURE)
+    if not drawn:
+        say(f"no {PICTURE}: matplotlib is not installed (saevlm-fast[notebook])")
+    labels = options.labels if options.labels in (_FROM_STORE, _NO_LABELS) else str(Path(options.labels).absolute())
+    as_done = replace(options, sae=_absolute(options.sae), embeddings=_absolute(options.embeddings), labels=labels)
+    Record("evaluate", as_done, options.output, rows=inputs.activations.n_rows).write()
+    write_json_atomic(place / EVALUATION, _document(options, inputs, evaluation))
+    return evaluation
+
+
+def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """As settings.toml has them."""
+    return tuple(str(Path(each).absolute()) for each in paths)
+
+
+def _document(options: EvaluateArguments, inputs: "Inputs", evaluation: "Evaluation") -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "sae": list(options.sae),
+        "activations": str(options.activations),
+        "embeddings": list(options.embeddings),
+        "labels": options.labels,
+        "label_sets": [{"name": each.name, "labels": len(each.names)} for each in inputs.label_sets],
+        "taxonomy": None if options.taxonomy is None else str(options.taxonomy),
+        "rows": inputs.activations.n_rows,
+        "images": len(inputs.rows.ids),
+        "pool": options.pool,
+        "source": inputs.activations.source,
+    }
+    files = {
+        each.subject.name: {"latents": _file(LATENTS, each.subject.name), "pairs": _file(PAIRS, each.subject.name)}
+        for each in evaluation.results
+    }
+    return evaluation.as_json() | {"inputs": given, "files": files}
+
+
+def _file(folder: str, name: str) -> str:
+    from saevlm_fast.measures.parts import file_name
+
+    return f"{folder}/{file_name(name)}.parquet"
+
+
+def _write_tables(evaluation: "Evaluation", place: Path) -> None:
+    """One table of latents and one of pairs a subject."""
+    from saevlm_fast.measures.parts import write_columns
+
+    for folder in (LATENTS, PAIRS):
+        (place / folder).mkdir(exist_ok=True)
+    for each in evaluation.results:
+        name = each.subject.name
+        write_columns(place / _file(LATENTS, name), each.latents, {"subject": name})
+        write_columns(place / _file(PAIRS, name), each.pairs, {"subject": name})
+
+
+# What is printed ------------------------------------------------------------------------------------------------------
+
+
+def _print(evaluation: "Evaluation", inputs: "Inputs") -> None:
+    names = [each.subject.name for each in evaluation.results]
+    rows = evaluation.table()
+    print_table(
+        ("measure", *names), [(row["measure"], *(_number(row["values"][name]) for name in names)) for row in rows]
+    )
+    _print_verdicts(rows)
+    for pair in evaluation.compared:
+        say(
+            f"{pair['first']} and {pair['other']}: {pair['shared_share']:.1%} of latents shared (cosine .7), "
+            f"{pair['mutual_nearest']:.1%} mutual nearest, mean largest cosine {pair['mmcs'][0]:.3f} "
+            f"(random directions {pair['random'][0]:.3f})"
+        )
+    for name, why in evaluation.left_out.items():
+        say(f"left out: {name}: {why}")
+
+
+def _print_verdicts(rows: list[dict[str, Any]]) -> None:
+    """What does not separate, in words, and d' where there are seeds."""
+    judged = [(row["measure"], each) for row in rows for each in row["against"] if each["verdict"] != "not judged"]
+    if not judged:
+        return
+    controls = list(dict.fromkeys((each["group"], each["control"]) for _, each in judged))
+    several = len({group for group, _ in controls}) > 1
+    cells: dict[str, dict[tuple[str, str], str]] = {}
+    for name, each in judged:
+        verdict = "-" if each["verdict"] == "not measured" else each["verdict"]
+        if each["d_prime"] is not None and abs(each["d_prime"]) >= 0:
+            verdict = f"d' {each['d_prime']:.1f}" + (" does not separate" if verdict != "separates" else "")
+        cells.setdefault(name, {})[each["group"], each["control"]] = verdict
+    heads = [f"{control} ({group})" if several else control for group, control in controls]
+    print_table(
+        ("against", *heads), [(name, *(found.get(each, "-") for each in controls)) for name, found in cells.items()]
+    )
+    if any("seeds missing" in each["verdict"] for _, each in judged):
+        say("seeds missing: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
+
+
+def _number(value: float) -> str:
+    return "-" if value != value else f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"

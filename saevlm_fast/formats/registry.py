@@ -1,0 +1,167 @@
+"""All formats, in the order in which they are tried, and the one way in: detect(path), read(path)."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saevlm_fast.errors import did_you_mean, require
+from saevlm_fast.files import sha256_file
+from saevlm_fast.formats import dictionary_learning, plain_file, sae_lens, saev, sparsify
+from saevlm_fast.formats.header import Header
+from saevlm_fast.formats.others import OTHERS
+from saevlm_fast.formats.plain import PlainSAE
+from saevlm_fast.formats.source import Source
+
+
+class Format(NamedTuple):
+    """A format: its name, whether files are of it, how they are read, and what its files are, in words.
+
+    header: what is known without the weights, where that is less work than to read them.
+    """
+
+    name: str
+    detect: Callable[[Source], bool]
+    read: Callable[[Source], PlainSAE]
+    files: str
+    header: Callable[[Source], Header] | None = None
+
+
+_MOST_FOLDERS = 200  # in which SAEs are looked for, to name them
+# The first that fits. A name is that of a module of this room where the module has one format.
+FORMATS: tuple[Format, ...] = (
+    Format(sae_lens.NAME, sae_lens.detect, sae_lens.read, sae_lens.FILES, sae_lens.header),
+    Format(sparsify.NAME, sparsify.detect, sparsify.read, sparsify.FILES),
+    Format(plain_file.NAME, plain_file.detect, plain_file.read, plain_file.FILES),
+    Format(dictionary_learning.NAME, dictionary_learning.detect, dictionary_learning.read, dictionary_learning.FILES),
+    Format(saev.NAME, saev.detect, saev.read, saev.FILES),
+    *(Format(*each) for each in OTHERS),
+)
+
+
+def detect(source: Source) -> Format:
+    """The format of files: what the user says (`assume`), or what the names of files and tensors tell.
+
+    Raises:
+        ValueError: files of none; it lists what was found, and what formats are made of.
+    """
+    named = source.assumed("format")
+    if named is not None:
+        names = [each.name for each in FORMATS]
+        near = did_you_mean(str(named), names)
+        require(named in names, f"assume: format {named!r} is not one of {', '.join(names)}{near}")
+        return next(each for each in FORMATS if each.name == named)
+    found = find(source)
+    if found is not None:
+        return found
+    if {sae_lens.CONFIG_FILE, sae_lens.WEIGHTS_FILE} & set(source.names):  # half of it: its reader says what is missing
+        return FORMATS[0]
+    raise ValueError(_nothing_matches(source))
+
+
+def find(source: Source) -> Format | None:
+    """The first format that files are of; None if there is none. ValueError: a damaged file."""
+    return next((each for each in FORMATS if each.detect(source)), None)
+
+
+def read(
+    path: str | Path | Source,
+    *,
+    trust_pickle: bool | Sequence[str] = False,
+    assume: Mapping[str, Any] | None = None,
+) -> PlainSAE:
+    """The SAE in files of any format, on the CPU, in the dtype of the file.
+
+    Args:
+        path: a folder, or a file.
+        trust_pickle: names of classes that pickles may hold (pickles.py). assume: by keys of source.ASSUMPTIONS.
+
+    Raises:
+        ValueError: files of no format, damaged ones, and those of a kind that no SAE of ours is: with the file's name,
+            the format's and the reason. OSError: they cannot be read.
+    """
+    source = path if isinstance(path, Source) else Source(path, trust_pickle, assume)
+    found = detect(source)
+    plain = _of_raw_input(found.read(source), source)
+    unused = source.unused()
+    use = f"{found.name} files say it themselves, or have no use for it"
+    require(not unused, f"assume: {', '.join(unused)}: {source.path}: {use}")
+    return plain
+
+
+def read_header(source: Source) -> Header:
+    """What is known of the SAE in files, without its weights where the format allows that. ValueError: as `read`."""
+    found = detect(source)
+    return Header.of(read(source)) if found.header is None or source.assume else found.header(source)
+
+
+def digest(source: Source) -> str:
+    """SHA-256 of the files that make the SAE what it is. ValueError: as `read`."""
+    if not source.opened:
+        read_header(source)
+    digests = [sha256_file(source.folder / name) for name in sorted(source.opened)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _of_raw_input(plain: PlainSAE, source: Source) -> PlainSAE:
+    """Where the user says how inputs were moved and scaled before the SAE saw them."""
+    mean, std = source.assumed("input_mean"), source.assumed_number("input_std")
+    if mean is None and std is None:
+        return plain
+    require(std is None or std > 0, f"assume: input_std is {std}, it must be positive")
+    return plain.of_raw_input(0.0 if mean is None else _mean(mean, plain.d_in), 1.0 if std is None else 1 / std)
+
+
+def _mean(value: Any, d_in: int) -> Tensor | float:
+    """input_mean: a number, a tensor or array [d_in], or a file that holds one."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        pass
+    path = Path(value) if isinstance(value, str | Path) else None
+    if path is not None:
+        require(path.is_file(), f"assume: input_mean: {path} is neither a number nor a file")
+        if path.suffix == ".npy":
+            value = np.load(path, allow_pickle=False)
+        else:
+            source = Source(path)
+            value = source.load(path.name)
+        if isinstance(value, dict):
+            require(len(value) == 1, f"assume: input_mean: {path} holds {len(value)} tensors; one is needed")
+            value = next(iter(value.values()))
+    mean_D = torch.as_tensor(value).double().flatten()
+    require(mean_D.shape == (d_in,), f"assume: input_mean has {len(mean_D)} numbers; the SAE's d_in is {d_in}")
+    require(bool(mean_D.isfinite().all()), "assume: input_mean holds NaN or inf")
+    return mean_D
+
+
+def _nothing_matches(source: Source) -> str:
+    below = _saes_below(source)
+    if below:
+        return f"{source.path}: no SAE itself, but there are some in it; name one: {', '.join(below)}"
+    found = ", ".join(source.names[:20]) or "no files"
+    more = f" and {len(source.names) - 20} more" if len(source.names) > 20 else ""
+    advice = "where names of files and tensors do not tell it, assume format=NAME (convert --assume format=NAME)"
+    known = "; ".join(f"{each.name}: {each.files}" for each in FORMATS)
+    return f"{source.path}: no SAE of a known format; found {found}{more}; {advice}; known are {known}"
+
+
+def _saes_below(source: Source, most: int = 10) -> list[str]:
+    """Places of SAEs in folders of a folder, two deep, as far as names and small files tell."""
+    if source.file is not None:
+        return []
+    found: list[str] = []
+    folders = [*source.folder.glob("*/"), *source.folder.glob("*/*/")]
+    for folder in sorted(folders)[:_MOST_FOLDERS]:
+        try:
+            if find(Source(folder)) is not None:
+                found.append(str(folder.relative_to(source.folder)))
+        except (ValueError, OSError):
+            continue
+        if len(found) == most:
+            return [*found, "..."]
+    return found

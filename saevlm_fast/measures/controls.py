@@ -1,0 +1,159 @@
+"""Things that cannot have learned what an SAE learns, asked in the same way, at the same L0, made on the fly.
+
+untrained   the recipe's random initialisation of the same size, its threshold set for the L0
+rotation    a random rotation of the space, both signs of each direction, the largest of each row
+raw         the tower's own dimensions around their mean, likewise
+pca         principal directions, likewise
+kmeans      clusters of the rows: one fires
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.measures.subjects import Centroids, Model, Subject
+from saevlm_fast.sae import SparseAutoencoder
+
+CONTROLS = ("untrained", "rotation", "raw", "pca", "kmeans")
+SEEDED = ("untrained", "rotation", "kmeans")  # the others have no chance in them
+FIRST_SEED = 1_000_003  # no seed that an SAE was likely trained from: the untrained one would be where that began
+_SAMPLE_ROWS = 4096
+_SAMPLE_NUMBERS = 1 << 26  # of the pre-activations by which a threshold is set
+_MOST_CLUSTERS = 2048
+_ROWS_A_CLUSTER = 10
+_FIT_ROWS = 50_000
+
+
+class Moments(NamedTuple):
+    """Of all rows: mean_D and covariance_DD, float64 on the CPU."""
+
+    mean_D: Tensor
+    covariance_DD: Tensor
+
+    @classmethod
+    def of(cls, activations: Activations, batch_rows: int = 4096) -> "Moments":
+        """One pass."""
+        sum_D = torch.zeros(activations.d, dtype=torch.float64)
+        for _, x_BD in activations.chunks(batch_rows):
+            sum_D += x_BD.double().sum(0)
+        mean_D = sum_D / activations.n_rows
+        product_DD = torch.zeros(activations.d, activations.d, dtype=torch.float64)
+        for _, x_BD in activations.chunks(batch_rows):
+            centred_BD = x_BD.double() - mean_D
+            product_DD += centred_BD.T @ centred_BD
+        return cls(mean_D, product_DD / activations.n_rows)
+
+
+class Wanted(NamedTuple):
+    """The SAE whose control is wanted: its size and levels, whether rows are cut by a threshold, its mean L0 on these
+    rows, and where it works."""
+
+    d_sae: int
+    group_sizes: tuple[int, ...]
+    has_threshold: bool
+    l0: float
+    device: torch.device
+
+    def k(self, most: int) -> int:
+        """The L0 as a whole number of latents."""
+        return min(max(round(self.l0), 1), most)
+
+
+def make_controls(
+    names: Sequence[str], group: str, wanted: Wanted, n_seeds: int, activations: Activations, moments: Moments
+) -> list[Subject]:
+    """The controls of a group of SAEs; those with chance in them from as many seeds as there are SAEs."""
+    found = []
+    for name in names:
+        for seed in range(n_seeds if name in SEEDED else 1):
+            model = _MAKERS[name](wanted, FIRST_SEED + seed, activations, moments)
+            record: dict[str, Any] = {"l0_wanted": wanted.l0, "latents": len(model.W_dec)}
+            text = f"{name} {seed} {wanted[:4]} {activations.digest()}"
+            label = f"{name} {seed + 1}" if name in SEEDED and n_seeds > 1 else name
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            where = model if isinstance(model, Centroids) else model.eval()
+            found.append(Subject(label, "control", where, group, digest, name, seed, record))
+    return found
+
+
+def untrained(wanted: Wanted, seed: int, activations: Activations, moments: Moments) -> Model:
+    """Of the SAE's size. A row's largest k fire, or what is above the threshold that gives the L0 on a sample."""
+    architecture = "topk" if not wanted.has_threshold else "matryoshka" if len(wanted.group_sizes) > 1 else "batch_topk"
+    sizes = wanted.group_sizes if len(wanted.group_sizes) > 1 else ()
+    config = SAEConfig(activations.d, wanted.d_sae, wanted.k(wanted.d_sae), architecture, sizes)  # type: ignore[arg-type]
+    sae = SparseAutoencoder(config)
+    sae.reset_parameters(seed)
+    with torch.no_grad():
+        sae.b_dec.copy_(moments.mean_D)
+        if wanted.has_threshold:
+            sae.threshold.fill_(threshold_for(sae, activations, wanted.l0))
+    return sae.to(wanted.device)
+
+
+def threshold_for(sae: SparseAutoencoder, activations: Activations, l0: float) -> float:
+    """The activation above which `l0` latents fire on average, on rows evenly spaced over all."""
+    n = min(activations.n_rows, _SAMPLE_ROWS, max(1, _SAMPLE_NUMBERS // sae.config.d_sae))
+    rows = torch.linspace(0, activations.n_rows - 1, n).long()
+    pre_M = torch.relu((activations.rows(rows) - sae.b_dec) @ sae.W_enc + sae.b_enc).flatten()
+    keep = min(max(round(l0 * n), 1), len(pre_M) - 1)
+    if keep < 1:
+        return 0.0
+    inside, outside = (float(pre_M.kthvalue(len(pre_M) - each).values) for each in (keep - 1, keep))
+    return (inside + outside) / 2
+
+
+def rotation(wanted: Wanted, seed: int, activations: Activations, moments: Moments) -> Model:
+    """A random orthogonal basis."""
+    generator = torch.Generator().manual_seed(seed)
+    basis_DD, upper_DD = torch.linalg.qr(torch.randn(activations.d, activations.d, generator=generator).double())
+    return signed_basis((basis_DD * upper_DD.diagonal().sign()).T, wanted, moments)
+
+
+def raw(wanted: Wanted, seed: int, activations: Activations, moments: Moments) -> Model:
+    """The dimensions themselves."""
+    return signed_basis(torch.eye(activations.d, dtype=torch.float64), wanted, moments)
+
+
+def pca(wanted: Wanted, seed: int, activations: Activations, moments: Moments) -> Model:
+    """Principal directions, the largest variance first."""
+    _, vectors_DD = torch.linalg.eigh(moments.covariance_DD)
+    return signed_basis(vectors_DD.flip(1).T, wanted, moments)
+
+
+def signed_basis(rows_RD: Tensor, wanted: Wanted, moments: Moments) -> Model:
+    """Orthonormal rows and their negatives as an SAE around the mean: of each row the L0 largest."""
+    d_in = rows_RD.shape[1]
+    both_SD = torch.cat([rows_RD, -rows_RD])
+    sae = SparseAutoencoder(SAEConfig(d_in, len(both_SD), wanted.k(len(rows_RD)), "topk"), random=False)
+    with torch.no_grad():
+        sae.W_dec.copy_(both_SD)
+        sae.W_enc.copy_(both_SD.T)
+        sae.b_dec.copy_(moments.mean_D)
+    return sae.to(wanted.device)
+
+
+def kmeans(wanted: Wanted, seed: int, activations: Activations, moments: Moments) -> Model:
+    """As many clusters as latents, at most 2,048 and a tenth of the rows."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    n_clusters = max(1, min(wanted.d_sae, _MOST_CLUSTERS, activations.n_rows // _ROWS_A_CLUSTER))
+    rows = torch.linspace(0, activations.n_rows - 1, min(activations.n_rows, _FIT_ROWS)).long()
+    x_ND = (activations.rows(rows) - moments.mean_D.float()).numpy()
+    fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1, batch_size=4096).fit(x_ND)
+    centers_SD = torch.from_numpy(fitted.cluster_centers_).float() + moments.mean_D.float()
+    mean_D = moments.mean_D.float()
+    return Centroids(centers_SD.to(wanted.device), float(fitted.inertia_) / len(x_ND), mean_D.to(wanted.device))
+
+
+_MAKERS: dict[str, Callable[[Wanted, int, Activations, Moments], Model]] = {
+    "untrained": untrained,
+    "rotation": rotation,
+    "raw": raw,
+    "pca": pca,
+    "kmeans": kmeans,
+}

@@ -1,0 +1,159 @@
+"""Labels of images: from the items of a store (its folders), from a column, from a CSV of ids and labels.
+
+An image of which nothing is known is left out; an image that is known to have no label counts as negative for all.
+Shape suffixes: N images, L labels, M (image, label) entries.
+"""
+
+import csv
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saevlm_fast.errors import first_line, require
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Labels of N images.
+
+    Attributes:
+        name: of the set. names: of the L labels, sorted.
+        labels_M: int32, ascending within an image. offsets_N1: int64, image i owns offsets_N1[i]:offsets_N1[i + 1].
+        known_N: whether anything is known of an image.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    labels_M: np.ndarray
+    offsets_N1: np.ndarray
+    known_N: np.ndarray
+
+    @classmethod
+    def of(cls, labels: Iterable[str | Iterable[str] | None], name: str = "labels") -> "LabelSet":
+        """One label an image, several, or None of an image of which nothing is known.
+
+        Raises:
+            ValueError: no image has a label.
+        """
+        per_image = [None if each is None else {each} if isinstance(each, str) else set(each) for each in labels]
+        names = tuple(sorted({label for each in per_image if each is not None for label in each}))
+        require(len(names) > 0, f"labels: {name}: no image has a label")
+        number = {label: i for i, label in enumerate(names)}
+        rows = [[] if each is None else sorted(number[label] for label in each) for each in per_image]
+        offsets_N1 = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        labels_M = np.array([label for row in rows for label in row], np.int32)
+        return cls(name, names, labels_M, offsets_N1, np.array([each is not None for each in per_image], bool))
+
+    @property
+    def n_images(self) -> int:
+        return len(self.known_N)
+
+    @property
+    def counts_L(self) -> np.ndarray:
+        """Images of each label."""
+        return np.bincount(self.labels_M, minlength=len(self.names))
+
+    @property
+    def images_M(self) -> np.ndarray:
+        """The image of every entry, int64."""
+        return np.repeat(np.arange(self.n_images), np.diff(self.offsets_N1))
+
+    def single(self) -> np.ndarray:
+        """int64 [N]: the label of each image, -1 of those without one. ValueError: an image has several."""
+        several = np.flatnonzero(np.diff(self.offsets_N1) > 1)
+        require(not len(several), f"labels: {self.name}: image {several[:1].tolist()} has several; one each is needed")
+        found = np.full(self.n_images, -1, np.int64)
+        found[self.images_M] = self.labels_M
+        return found
+
+    def matrix(self) -> Any:
+        """scipy's CSR matrix [N, L] of ones."""
+        from scipy.sparse import csr_array
+
+        ones = np.ones(len(self.labels_M), np.float64)
+        return csr_array((ones, self.labels_M, self.offsets_N1), shape=(self.n_images, len(self.names)))
+
+    def part(self, keep_N: np.ndarray) -> "LabelSet":
+        """Of some images, with the same labels."""
+        kept_M = keep_N[self.images_M]
+        offsets_N1 = np.concatenate([[0], np.diff(self.offsets_N1)[keep_N].cumsum()]).astype(np.int64)
+        return LabelSet(self.name, self.names, self.labels_M[kept_M], offsets_N1, self.known_N[keep_N])
+
+    def shuffled(self, generator: np.random.Generator) -> "LabelSet":
+        """The images' labels given to each other."""
+        order_N = generator.permutation(self.n_images)
+        lengths_N = np.diff(self.offsets_N1)
+        offsets_N1 = np.concatenate([[0], lengths_N[order_N].cumsum()]).astype(np.int64)
+        within_M = np.arange(len(self.labels_M)) - np.repeat(offsets_N1[:-1], lengths_N[order_N])
+        labels_M = self.labels_M[np.repeat(self.offsets_N1[:-1][order_N], lengths_N[order_N]) + within_M]
+        return LabelSet(self.name, self.names, labels_M, offsets_N1, self.known_N[order_N])
+
+
+def halves(ids: Sequence[str]) -> np.ndarray:
+    """bool [N]: the half for choosing; the other is for reporting. By the images' ids, so that no order matters."""
+    return np.array([zlib.crc32(f"half of {each}".encode()) & 1 for each in ids], bool)
+
+
+def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelSet]:
+    """Label sets in a file: .csv with a header, .parquet, each column after the first one a set.
+
+    The first column is the image's id, as the store has it, or the row's number where a matrix has no ids. An id may
+    stand in several lines: the image then has several labels. An empty cell is no label; an image that is in no line is
+    left out. Lines of images that are not there are passed over.
+
+    Raises:
+        ValueError: no such file, a damaged one, a column twice, none but the first, no line of any of the images.
+    """
+    path = Path(path)
+    require(path.suffix in (".csv", ".parquet"), f"labels: {path} does not end in .csv or .parquet")
+    require(path.is_file(), f"labels: {path} is not a file")
+    try:
+        header, lines = _csv_lines(path) if path.suffix == ".csv" else _parquet_lines(path)
+    except (ValueError, OSError, csv.Error) as error:
+        raise ValueError(f"labels: {path}: {first_line(error)}") from None
+    require(len(header) > 1, f"labels: {path}: columns {header}; an id and at least one column of labels are needed")
+    require(len(set(header)) == len(header), f"labels: {path}: a column stands twice in {header}")
+    number = {each: i for i, each in enumerate(ids)}
+    found: list[list[set[str] | None]] = [[None] * len(ids) for _ in header[1:]]
+    for identity, *cells in lines:
+        image = number.get(identity)
+        if image is None:
+            continue
+        for column, cell in zip(found, cells):
+            column[image] = (column[image] or set()) | ({cell} if cell else set())
+    there = any(each is not None for each in found[0])
+    example = f"such as {ids[0]!r}" if len(ids) else ""
+    require(there, f"labels: {path}: no line of any of the {len(ids)} images, {example}")
+    return [LabelSet.of(column, name) for name, column in zip(header[1:], found)]
+
+
+def _csv_lines(path: Path) -> tuple[list[str], list[list[str]]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *lines = [line for line in csv.reader(file, strict=True) if line] or [[]]
+    for number, line in enumerate(lines, 2):
+        require(len(line) == len(header), f"line {number}: {len(line)} cells; the header has {len(header)}")
+    return [cell.strip() for cell in header], [[cell.strip() for cell in line] for line in lines]
+
+
+def _parquet_lines(path: Path) -> tuple[list[str], list[list[str]]]:
+    import pyarrow as pa
+
+    from saevlm_fast.data.parquet import open_table, read_text_columns
+
+    try:
+        with open_table(path) as file:
+            names = list(file.schema_arrow.names)
+            table = read_text_columns(file, names)
+        columns = [[_text(cell) for cell in column.to_pylist()] for column in table.columns]
+    except pa.ArrowException as error:
+        raise ValueError(first_line(error)) from None
+    return names, [list(line) for line in zip(*columns)]
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell)

@@ -1,0 +1,439 @@
+"""Every measure of several SAEs and of their controls, beside each other: what `saevlm-fast evaluate` does.
+
+Each SAE is encoded once; its codes are kept sparse and given to all measures. A finished measure is kept as a part
+(parts.py), so that what was cut short goes on where it was.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saevlm_fast.data.rows import Activations, Matrix, activations_of
+from saevlm_fast.errors import require
+from saevlm_fast.measures.codes import KeptCodes, Pool
+from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, make_controls
+from saevlm_fast.measures.geometry import Side, compare, geometry
+from saevlm_fast.measures.hierarchy import hierarchy
+from saevlm_fast.measures.label_sets import LabelSet, halves
+from saevlm_fast.measures.labels import labels_of_latents
+from saevlm_fast.measures.monosemanticity import monosemanticity
+from saevlm_fast.measures.parts import Parts, key_of
+from saevlm_fast.measures.probing import sparse_probing
+from saevlm_fast.measures.results import MEASURES, VERSION, Figures, Measured, plain
+from saevlm_fast.measures.separation import Headline, figure_at, headlines, matched_mean, separation
+from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
+from saevlm_fast.measures.taxonomy import Taxonomy
+from saevlm_fast.measures.uniqueness import uniqueness
+from saevlm_fast.provenance import check_rows_of
+from saevlm_fast.sae import SparseAutoencoder
+
+Told = Callable[[str], None]
+Counted = Callable[[str, int, int], None]
+NEEDS = {
+    "monosemanticity": "no embeddings were given",
+    "hierarchy": "it needs labels and a taxonomy",
+    "labels": "there are no labels",
+    "probing": "there are no labels",
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What SAEs are measured on.
+
+    Attributes:
+        activations: rows. embeddings: name -> rows, row i of image i. label_sets, taxonomy: of the images, or none.
+        pool: how the rows of an image become one. batch_rows: read and encoded at a time.
+    """
+
+    activations: Activations
+    embeddings: Mapping[str, Activations] = field(default_factory=dict)
+    label_sets: tuple[LabelSet, ...] = ()
+    taxonomy: Taxonomy | None = None
+    pool: Pool = "max"
+    batch_rows: int = 4096
+
+    @cached_property
+    def rows(self) -> ImageRows:
+        return ImageRows.of(self.activations)
+
+    @cached_property
+    def half_N(self) -> np.ndarray:
+        return halves(self.rows.ids)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Of everything but the SAEs."""
+        labels = hashlib.sha256()
+        for each in self.label_sets:
+            labels.update(f"{each.name} {each.names}".encode())
+            for array in (each.labels_M, each.offsets_N1, each.known_N):
+                labels.update(array.tobytes())
+        ids = hashlib.sha256("\n".join(self.rows.ids).encode()).hexdigest() if self.activations.has_items else "rows"
+        paths = "" if self.taxonomy is None else str(sorted(self.taxonomy.paths.items()))
+        return {
+            "activations": self.activations.digest(),
+            "ids": ids,
+            "labels": labels.hexdigest(),
+            "taxonomy": hashlib.sha256(paths.encode()).hexdigest(),
+            "embeddings": str([(name, each.digest()) for name, each in self.embeddings.items()]),
+            "pool": self.pool,
+        }
+
+    def check(self) -> None:
+        """ValueError: embeddings or labels of other images than the activations'."""
+        n = len(self.rows.ids)
+        for name, embeddings in self.embeddings.items():
+            found = embeddings.n_rows
+            require(found == n, f"embeddings: {name} has {found} rows; there are {n} images in {self.activations.path}")
+            if embeddings.has_items and self.activations.has_items:
+                ids = ImageRows.of(embeddings).ids
+                other = next((i for i, pair in enumerate(zip(ids, self.rows.ids)) if pair[0] != pair[1]), None)
+                require(other is None, f"embeddings: {name}: row {other} is another image than in the activations")
+        for each in self.label_sets:
+            require(each.n_images == n, f"labels: {each.name} has {each.n_images} images, not {n}")
+
+    def left_out(self) -> dict[str, str]:
+        """Measures that these inputs do not allow, and why."""
+        there = {
+            "monosemanticity": bool(self.embeddings),
+            "hierarchy": bool(self.label_sets) and self.taxonomy is not None,
+            "labels": bool(self.label_sets),
+            "probing": bool(self.label_sets),
+        }
+        found = {name: NEEDS[name] for name, given in there.items() if not given}
+        if "hierarchy" not in found and self._of_taxonomy() is None:
+            found["hierarchy"] = "no label set has one label an image that the taxonomy knows"
+        return found
+
+    def _of_taxonomy(self) -> LabelSet | None:
+        """The first label set that it is about."""
+        known = set() if self.taxonomy is None else set(self.taxonomy.paths)
+        fits = (each for each in self.label_sets if known & set(each.names) and np.diff(each.offsets_N1).max() <= 1)
+        return next(fits, None)
+
+    def run(self, name: str, subject: Subject, codes: KeptCodes) -> Measured:
+        """One measure of one subject, but for reconstruction, which comes of the pass."""
+        if name == "uniqueness":
+            return uniqueness(codes)
+        if name == "geometry":
+            return geometry(codes, subject.model.W_dec, subject.model.W_enc)
+        if name == "hierarchy":
+            labels = self._of_taxonomy()
+            assert labels is not None  # left_out has seen to it
+            assert self.taxonomy is not None
+            return hierarchy(codes, labels, self.taxonomy, subject.group_sizes)
+        if name == "monosemanticity":
+            scored = {key: monosemanticity(codes, each, key, self.batch_rows) for key, each in self.embeddings.items()}
+            return _joined(scored)
+        if name == "labels":
+            return _joined({each.name: labels_of_latents(codes, each, self.half_N) for each in self.label_sets})
+        probed = {each.name: sparse_probing(codes, each, self.half_N, self.rows.ids) for each in self.label_sets}
+        return _joined(probed)
+
+
+def _joined(parts: Mapping[str, Measured]) -> Measured:
+    """Of several label sets or embeddings, figures below their names."""
+    columns: dict[str, np.ndarray] = {}
+    for each in parts.values():
+        columns |= each.latents
+    return Measured({name: each.figures for name, each in parts.items()}, columns)
+
+
+@dataclass(frozen=True)
+class Result:
+    """All measures of one subject.
+
+    Attributes:
+        subject: what was measured. figures: measure -> figures. latents: columns [S]. pairs: columns.
+    """
+
+    subject: Subject
+    figures: Figures
+    latents: dict[str, np.ndarray]
+    pairs: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `measure` gives.
+
+    Attributes:
+        results: of the SAEs, then of the controls. left_out: measure -> why. compared: of pairs of SAEs.
+        headlines: rows of the table.
+    """
+
+    results: list[Result]
+    left_out: dict[str, str]
+    compared: list[Figures]
+    headlines: list[Headline]
+
+    def table(self) -> list[Figures]:
+        """One row a headline: name, better, values by subject, and against each control of each group a verdict."""
+        rows = []
+        for headline in self.headlines:
+            values = {each.subject.name: figure_at(each.figures, headline.path) for each in self.results}
+            against = list(self._against(headline, values))
+            if any(np.isfinite(value) for value in values.values()):
+                rows.append({"measure": headline.name, "better": headline.better, "values": values, "against": against})
+        return rows
+
+    def _against(self, headline: Headline, values: Mapping[str, float]) -> Iterator[Figures]:
+        for group in dict.fromkeys(each.subject.group for each in self.results):
+            members = [each for each in self.results if each.subject.group == group]
+            saes = [each for each in members if each.subject.kind == "sae"]
+            for control in dict.fromkeys(each.subject.control for each in members if each.subject.control):
+                controls = [each for each in members if each.subject.control == control]
+                mine, theirs = ([values[each.subject.name] for each in side] for side in (saes, controls))
+                judged = separation(mine, theirs, headline.better)
+                yield {"group": group, "control": control, **judged, **_matched(headline, saes, controls)}
+
+    def as_json(self) -> Figures:
+        """evaluation.json; docs/how-to/evaluate.md has its schema."""
+        subjects = []
+        for each in self.results:
+            subject = each.subject
+            known: Figures = {
+                "name": subject.name,
+                "kind": subject.kind,
+                "control": subject.control,
+                "group": subject.group,
+            }
+            known |= {"seed": subject.seed, "latents": subject.n_latents, "k": subject.k}
+            known |= {"group_sizes": list(subject.group_sizes), "record": subject.record or {}}
+            subjects.append(known | {"measures": each.figures})
+        left_out = [{"measure": name, "why": why} for name, why in self.left_out.items()]
+        return plain(
+            {
+                "format": "saevlm-fast evaluation",
+                "version": VERSION,
+                "subjects": subjects,
+                "table": self.table(),
+                "compared": self.compared,
+                "left_out": left_out,
+            }
+        )
+
+
+def _matched(headline: Headline, saes: Sequence[Result], controls: Sequence[Result]) -> Figures:
+    """The first SAE and the first control at matched firing counts; nothing where there is no column."""
+    if headline.column is None or not saes or not controls:
+        return {}
+    first, second = saes[0].latents, controls[0].latents
+    if headline.column not in first or headline.column not in second:
+        return {}
+    column = headline.column
+    matched, own, covered = matched_mean(second[column], second["n_active"], first[column], first["n_active"])
+    return {"matched": {"control": matched, "sae": own, "covered": covered}}
+
+
+# The work -------------------------------------------------------------------------------------------------------------
+
+
+class Measuring:
+    """Measures subjects one after the other, from parts where they are finished."""
+
+    def __init__(self, inputs: Inputs, parts: Parts, tell: Told, counted: Counted) -> None:
+        self.inputs, self.parts, self.tell, self.counted = inputs, parts, tell, counted
+        self.left_out = inputs.left_out()
+
+    def key(self, subject: Subject, name: str) -> str:
+        """Of a part: only what the measure reads."""
+        reads = {
+            "monosemanticity": ("embeddings",),
+            "labels": ("labels", "ids"),
+            "probing": ("labels", "ids"),
+            "hierarchy": ("labels", "taxonomy"),
+        }
+        common = ("activations", "pool") + (() if self.inputs.rows.image_of_row is None else ("ids",))
+        digests = {each: self.inputs.digests[each] for each in (*common, *reads.get(name, ()))}
+        return key_of(subject=subject.digest, name=subject.name, measure=name, **digests)
+
+    def result(self, subject: Subject) -> tuple[Result, KeptCodes | None]:
+        """All measures; and the codes, if they had to be made."""
+        names = [name for name in MEASURES if name not in self.left_out]
+        found = {name: self.parts.read(subject.name, name, self.key(subject, name)) for name in names}
+        codes = None
+        if any(part is None for part in found.values()):
+            codes, reconstruction = self.encode(subject)
+            for name in names:
+                if found[name] is None:
+                    self.tell(f"{subject.name}: {name}")
+                    part = reconstruction if name == "reconstruction" else self.inputs.run(name, subject, codes)
+                    self.parts.write(subject.name, name, self.key(subject, name), part)
+                    found[name] = part
+        done = {name: part for name, part in found.items() if part is not None}
+        return _result(subject, done), codes
+
+    def encode(self, subject: Subject) -> tuple[KeptCodes, Measured]:
+        """The pass over the rows."""
+        inputs = self.inputs
+        sums, codes = encode_all(
+            subject,
+            inputs.activations,
+            inputs.rows,
+            inputs.pool,
+            inputs.batch_rows,
+            lambda done: self.counted(subject.name, done, inputs.activations.n_rows),
+        )
+        return codes, sums.result(subject.k, codes)
+
+
+def _result(subject: Subject, parts: Mapping[str, Measured]) -> Result:
+    latents: dict[str, np.ndarray] = {"latent": np.arange(subject.n_latents)}
+    for part in parts.values():
+        latents |= part.latents
+    tables = [part.pairs for part in parts.values() if part.pairs]
+    pairs = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]} if tables else {}
+    return Result(subject, {name: part.figures for name, part in parts.items()}, latents, pairs)
+
+
+def subjects_of(saes: Mapping[str, tuple[SparseAutoencoder, str]]) -> list[Subject]:
+    """name -> (SAE, digest of it), as subjects; those of one shape are a group."""
+    found = []
+    for name, (sae, digest) in saes.items():
+        config = sae.config
+        group = f"{config.architecture} {config.d_in} -> {config.d_sae}, k {getattr(config, 'k', None)}"
+        seed = config.metadata.get("seed")
+        record = {"architecture": config.architecture, "source": config.metadata.get("source")}
+        seed = seed if isinstance(seed, int) else None
+        found.append(Subject(name, "sae", sae.eval(), group, digest, None, seed, record))
+    return found
+
+
+def evaluate_subjects(
+    subjects: Sequence[Subject],
+    inputs: Inputs,
+    controls: Sequence[str] = (),
+    compared: bool = False,
+    parts: Parts | None = None,
+    tell: Told = lambda text: None,
+    counted: Counted = lambda name, done, total: None,
+) -> Evaluation:
+    """Measures SAEs, then their controls, group by group; and with `compared`, the first SAE against each other."""
+    inputs.check()
+    work = Measuring(inputs, parts or Parts(None), tell, counted)
+    results = [work.result(subject)[0] for subject in subjects]
+    found = list(results)
+    moments = Moments.of(inputs.activations, inputs.batch_rows) if controls else None
+    for group in dict.fromkeys(subject.group for subject in subjects) if moments is not None else ():
+        assert moments is not None
+        members = [each for each in results if each.subject.group == group]
+        wanted = _wanted(members)
+        made = make_controls(controls, group, wanted, len(members), inputs.activations, moments)
+        several = len({subject.group for subject in subjects}) > 1
+        for control in made:
+            named = f"{control.name} of {members[0].subject.name}" if several else control.name
+            found.append(work.result(_named(control, named))[0])
+    pairs = list(_compared(work, subjects)) if compared else []
+    sets = [each.name for each in inputs.label_sets]
+    return Evaluation(found, work.left_out, pairs, headlines(sets, list(inputs.embeddings)))
+
+
+def _named(subject: Subject, name: str) -> Subject:
+    known = dict(vars(subject))
+    return Subject(**known | {"name": name})
+
+
+def _wanted(members: Sequence[Result]) -> Wanted:
+    """Of a group of SAEs."""
+    subject = members[0].subject
+    sae = subject.model
+    assert isinstance(sae, SparseAutoencoder)
+    l0 = float(np.mean([each.figures["reconstruction"]["l0"] for each in members]))
+    has_threshold = sae.config.architecture != "topk"
+    return Wanted(subject.n_latents, subject.group_sizes, has_threshold, l0, sae.b_dec.device)
+
+
+def _compared(work: Measuring, subjects: Sequence[Subject]) -> Iterator[Figures]:
+    """The first SAE and each other of its width."""
+    first = subjects[0]
+    codes = None
+    for other in subjects[1:]:
+        key = key_of(first=first.digest, other=other.digest, **work.inputs.digests)
+        name = f"compared-with-{other.name}"
+        part = work.parts.read(first.name, name, key)
+        if part is None:
+            work.tell(f"{first.name} and {other.name} compared")
+            codes = work.encode(first)[0] if codes is None else codes
+            sides = [
+                Side(subject.model.W_dec, subject.model.W_enc, kept)
+                for subject, kept in ((first, codes), (other, work.encode(other)[0]))
+            ]
+            part = Measured(compare(*sides))
+            work.parts.write(first.name, name, key, part)
+        yield {"first": first.name, "other": other.name, **part.figures}
+
+
+def measure(
+    saes: SparseAutoencoder | Mapping[str, SparseAutoencoder],
+    activations: Matrix,
+    *,
+    embeddings: Matrix | None = None,
+    labels: Sequence[str | None] | LabelSet | None = None,
+    taxonomy: Taxonomy | Mapping[str, Sequence[str]] | None = None,
+    controls: Sequence[str] = (),
+    compare: bool = False,
+    pool: Pool = "max",
+    batch_rows: int = 4096,
+    output: Path | None = None,
+) -> Evaluation:
+    """Measures one SAE or several, and what cannot have learned, in every way that the inputs allow.
+
+    Args:
+        saes: an SAE, or several by name, as from_pretrained gives them; each on its device.
+        activations: rows of the SAEs' width. A store's rows of one image are pooled by `pool`, max or mean.
+        embeddings: row i of image i, for the Monosemanticity Score.
+        labels: one for each image, None where unknown, or a LabelSet. A store's own are taken if none are given.
+        taxonomy: label -> path from the root, or a Taxonomy.
+        controls: of untrained, rotation, raw, pca, kmeans.
+        compare: whether the first SAE is matched with each other.
+        batch_rows: rows read and encoded at a time.
+        output: directory for finished parts, which are not made again.
+
+    Returns:
+        An Evaluation: as_json(), table(), and results with figures and one column [S] for every number of a latent.
+
+    Raises:
+        ValueError: an SAE of another width, layer or hook point, embeddings or labels of other images, a control that
+            there is not, codes that do not fit into memory.
+    """
+    named = {"sae": saes} if isinstance(saes, SparseAutoencoder) else dict(saes)
+    require(len(named) > 0, "saes: none were given")
+    unknown = [each for each in controls if each not in CONTROLS]
+    require(not unknown, f"controls: {unknown[:1]} is not one of {', '.join(CONTROLS)}")
+    rows = activations_of(activations, "activations")
+    inputs = Inputs(
+        rows,
+        {} if embeddings is None else {"embeddings": activations_of(embeddings, "embeddings")},
+        _label_sets(labels, rows),
+        taxonomy if isinstance(taxonomy, Taxonomy) or taxonomy is None else Taxonomy.of(taxonomy),
+        pool,
+        batch_rows,
+    )
+    for sae in named.values():
+        check_rows_of(sae, rows)
+    subjects = subjects_of({name: (sae, weights_digest(sae)) for name, sae in named.items()})
+    return evaluate_subjects(subjects, inputs, controls, compare, Parts(output))
+
+
+def _label_sets(labels: Sequence[str | None] | LabelSet | None, rows: Activations) -> tuple[LabelSet, ...]:
+    if isinstance(labels, LabelSet):
+        return (labels,)
+    if labels is None:
+        labels = ImageRows.of(rows).labels
+        return (LabelSet.of(labels),) if any(each is not None for each in labels) else ()
+    return (LabelSet.of(labels),)
+
+
+def weights_digest(sae: SparseAutoencoder) -> str:
+    """SHA-256 of an SAE's parameters, threshold and shape."""
+    digest = hashlib.sha256(f"{sae.config}".encode())
+    for tensor in sae.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""Finished measures on disk: one SAE x measure a part, written atomically, known again by what went into it.
+
+parts/SUBJECT/MEASURE.json             {"version", "key", "figures"}; written last: where it is, the part is whole
+parts/SUBJECT/MEASURE.latents.parquet  columns of the measure, one row a latent, if it has any
+parts/SUBJECT/MEASURE.pairs.parquet    kind, latent, rank, other, value, support, if it has any
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saevlm_fast.errors import first_line
+from saevlm_fast.files import atomic_write, write_json_atomic
+from saevlm_fast.measures.results import VERSION, Measured, plain
+
+PARTS = "parts"
+_TABLES = ("latents", "pairs")
+
+
+def key_of(**made_of: Any) -> str:
+    """SHA-256 of everything that a part follows from."""
+    return hashlib.sha256(json.dumps({"version": VERSION, **made_of}, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_name(name: str) -> str:
+    """A subject's name as files have it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+
+
+class Parts:
+    """Finished measures below a directory; in memory without one."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+
+    def read(self, subject: str, measure: str, key: str) -> Measured | None:
+        """The part that was made of the same, None if there is none, or it is damaged: it is then made anew."""
+        if self.directory is None:
+            return None
+        stem = self._stem(subject, measure)
+        try:
+            document = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
+            if not isinstance(document, dict) or document.get("key") != key:
+                return None
+            tables = [_read_columns(stem.with_name(f"{stem.name}.{which}.parquet")) for which in _TABLES]
+            return Measured(_with_nan(document["figures"]), *tables)
+        except (OSError, ValueError, KeyError, RecursionError, pa.ArrowException):
+            return None
+
+    def write(self, subject: str, measure: str, key: str, measured: Measured) -> None:
+        """The tables first, then what makes them a part."""
+        if self.directory is None:
+            return
+        stem = self._stem(subject, measure)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        json_file = stem.with_name(f"{stem.name}.json")
+        json_file.unlink(missing_ok=True)
+        for which, columns in zip(_TABLES, (measured.latents, measured.pairs)):
+            path = stem.with_name(f"{stem.name}.{which}.parquet")
+            path.unlink(missing_ok=True)
+            if columns:
+                write_columns(path, columns)
+        write_json_atomic(json_file, {"version": VERSION, "key": key, "figures": plain(measured.figures)})
+
+    def _stem(self, subject: str, measure: str) -> Path:
+        assert self.directory is not None
+        return self.directory / PARTS / file_name(subject) / measure
+
+
+def write_columns(path: Path, columns: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """A parquet table, atomically."""
+    table = pa.table({name: pa.array(column) for name, column in columns.items()})
+    table = table.replace_schema_metadata(dict(metadata or {}))
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _read_columns(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        return {}
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+    except pa.ArrowException as error:
+        raise ValueError(first_line(error)) from None
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _with_nan(value: Any) -> Any:
+    """null of JSON is a number that is not defined, but for k, which may be none."""
+    if isinstance(value, dict):
+        return {key: None if key == "k" and each is None else _with_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(each) for each in value]
+    return math.nan if value is None else value

@@ -1,0 +1,129 @@
+"""One table, measures x SAEs and controls, and whether an SAE stands apart from what cannot have learned.
+
+d' = (mean of the SAEs - mean of the controls) / pooled standard deviation over seeds, of three seeds or more. Below 2
+the measure does not separate. With fewer seeds there is no d': that is said, and that a control is as good, if it is.
+Measures of single latents are also compared at matched firing counts: the control's latents are weighted so that their
+counts are distributed as the SAE's (a third of a decade a bin), since counts alone move most of these measures.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saevlm_fast.measures.results import Figures
+
+LEAST_SEEDS = 3
+SEPARATES = 2.0  # d' from which a measure tells them apart
+_LEAST_OF_BIN = 5  # latents of either side
+
+
+class Headline(NamedTuple):
+    """A row of the table: its name, where the figure is, which way is better (1, -1; 0: neither), and the column of
+    latents behind it, if it is a mean of one."""
+
+    name: str
+    path: tuple[str, ...]
+    better: int = 0
+    column: str | None = None
+
+
+def headlines(label_sets: Sequence[str], embeddings: Sequence[str]) -> list[Headline]:
+    """The rows, as the inputs have them."""
+    rows = [
+        Headline("explained variance", ("reconstruction", "explained_variance"), 1),
+        Headline("L0", ("reconstruction", "l0")),
+        Headline("norm ratio", ("reconstruction", "norm_ratio")),
+        Headline("dead share", ("reconstruction", "dead_share"), -1),
+        Headline("dense share (> 10 %)", ("reconstruction", "dense_0.1", "share"), -1),
+        Headline("effective latents", ("reconstruction", "effective_latents"), 1),
+    ]
+    for name in embeddings:
+        rows.append(Headline(f"MS, {name}", ("monosemanticity", name, "ms_10", "mean"), 1, f"ms:{name}"))
+    rows += [
+        Headline("J > 0 of top-16 sets", ("uniqueness", "share_above_0"), -1),
+        Headline("redundant (J > .5)", ("uniqueness", "redundant_share"), -1),
+        Headline("distinct top-16 images", ("uniqueness", "distinct_images_share"), 1),
+        Headline("LCA depth", ("hierarchy", "depth"), 1, "lca_depth"),
+        Headline("depth trend over levels", ("hierarchy", "trend"), 1),
+    ]
+    for name in label_sets:
+        at = ("labels", name)
+        rows += [
+            Headline(f"purity excess, {name}", (*at, "excess", "mean"), 1, f"purity_excess:{name}"),
+            Headline(f"AUROC of labels, {name}", (*at, "selection", "auroc"), 1),
+            Headline(f"AP of labels, {name}", (*at, "selection", "ap"), 1),
+            Headline(f"coverage at AP .3, {name}", (*at, "selection", "coverage"), 1),
+            Headline(f"purity of chosen, {name}", (*at, "selection", "purity"), 1),
+        ]
+        rows += [
+            Headline(f"probe of {k}, {name}", ("probing", name, "accuracy", str(k), "mean"), 1) for k in (1, 5, 20)
+        ]
+    rows += [
+        Headline("nearest decoder cosine", ("geometry", "nearest_cosine", "mean")),
+        Headline("best co-firing phi", ("geometry", "cofiring", "mean_best_phi")),
+    ]
+    return rows
+
+
+def figure_at(measures: Figures, path: tuple[str, ...]) -> float:
+    """The number at a path of nested figures; NaN where there is none."""
+    found: Any = measures
+    for name in path:
+        if not isinstance(found, dict) or name not in found:
+            return math.nan
+        found = found[name]
+    return float(found) if isinstance(found, int | float) else math.nan
+
+
+def separation(trained: Sequence[float], control: Sequence[float], better: int) -> Figures:
+    """Two sets of seeds of one measure.
+
+    Returns:
+        difference (trained - control, of means), d_prime (towards better; NaN without seeds), verdict: separates, does
+        not separate, not better, better; seeds missing, or not judged where neither way is better.
+    """
+    first, second = (np.array([each for each in values if math.isfinite(each)]) for values in (trained, control))
+    if not len(first) or not len(second):
+        return {"difference": math.nan, "d_prime": math.nan, "verdict": "not measured"}
+    difference = float(first.mean() - second.mean())
+    if better == 0:
+        return {"difference": difference, "d_prime": math.nan, "verdict": "not judged"}
+    if len(first) < LEAST_SEEDS:
+        verdict = "better; seeds missing" if better * difference > 0 else "does not separate (not better)"
+        return {"difference": difference, "d_prime": math.nan, "verdict": verdict}
+    squares = [((values - values.mean()) ** 2).sum() for values in (first, second)]
+    freedom = len(first) + len(second) - 2
+    sd = math.sqrt(float(sum(squares)) / freedom)
+    d_prime = (
+        better * difference / sd if sd > 0 else math.copysign(math.inf, better * difference) if difference else 0.0
+    )
+    verdict = "separates" if d_prime >= SEPARATES else "does not separate"
+    return {"difference": difference, "d_prime": d_prime, "verdict": verdict}
+
+
+def matched_mean(
+    values_S: np.ndarray, counts_S: np.ndarray, like_values_S: np.ndarray, like_counts_S: np.ndarray, least: int = 10
+) -> tuple[float, float, float]:
+    """(mean of the values reweighted to the other's firing counts, mean of the other's there, share of them covered).
+
+    Bins of a third of a decade, from `least` images on; those with fewer than 5 latents of either are left out.
+    """
+    mine, other = (
+        np.isfinite(values) & (counts >= least)
+        for values, counts in ((values_S, counts_S), (like_values_S, like_counts_S))
+    )
+    bins, like_bins = (
+        np.floor(3 * np.log10(counts) + 1e-9).astype(int) for counts in (counts_S[mine], like_counts_S[other])
+    )
+    n_bins = int(max(bins.max(initial=0), like_bins.max(initial=0))) + 1
+    n, n_like = np.bincount(bins, minlength=n_bins), np.bincount(like_bins, minlength=n_bins)
+    sums = np.bincount(bins, values_S[mine], minlength=n_bins)
+    like_sums = np.bincount(like_bins, like_values_S[other], minlength=n_bins)
+    both = (n >= _LEAST_OF_BIN) & (n_like >= _LEAST_OF_BIN)
+    covered = float(n_like[both].sum())
+    if not covered:
+        return math.nan, math.nan, 0.0
+    matched = float((sums[both] / n[both] * n_like[both]).sum() / covered)
+    return matched, float(like_sums[both].sum() / covered), covered / float(n_like.sum())

@@ -1,0 +1,95 @@
+"""What makes ReLU and JumpReLU SAEs sparse: penalties, their gradients entry by entry, and what the encoder lists.
+
+Of h = (x - b_dec) W_enc + b_enc, z = h where it fires and 0 elsewhere, B rows, decoder rows of norm 1:
+
+    relu      fires: h > 0              penalty = l1 * mean_b sum_s z
+    jumprelu  fires: h > theta, h > 0   penalty = (L0 / target - 1)^2,   L0 = mean_b sum_s 1[fires]
+
+A step function has no gradient, so that theta is given the one of the step smoothed by a rectangle K of width eps, the
+bandwidth: K = 1 where |h - theta| < eps / 2 and h > 0 (arXiv 2407.14435, equations 11 and 12; docs/recipe.md section 6)
+
+    dz/dh = 1[fires]    dz/dtheta = -(theta / eps) K    d1[fires]/dtheta = -(1 / eps) K
+
+so the encoder lists what is above theta - eps / 2, and all sums are over these entries. Theta is learned as it is, not
+as its logarithm, and kept at 0 or above: below, it would act as 0 and have no gradient that brings it back.
+
+Shape suffixes: B rows, S d_sae, M entries.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import TrainConfig
+from saevlm_fast.kernels.segment_sum import segment_sum
+from saevlm_fast.kernels.topk_encode import threshold_encode
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sparse_codes import SparseCodes
+
+
+class Band(NamedTuple):
+    """Where thresholds have a gradient.
+
+    pre_M: h of every entry of the codes. threshold_S: theta. bandwidth: eps. of_step: d loss / d 1[fires] (0-d).
+    """
+
+    pre_M: Tensor
+    threshold_S: Tensor
+    bandwidth: float
+    of_step: Tensor
+
+    def threshold_gradient(self, dots_M: Tensor, latents_M: Tensor, order_M: Tensor, offsets_S1: Tensor) -> Tensor:
+        """[S], in the dtype of theta, of entries latent by latent (`SparseCodes.by_latent`).
+
+        dots_M: d loss / d z of every entry, in that order; whether it fires or not.
+        """
+        threshold_M = self.threshold_S[latents_M]
+        inside_M = self.pre_M[order_M] < threshold_M + self.bandwidth / 2  # all that is listed is above the lower end
+        terms_M = torch.where(inside_M, -(threshold_M * dots_M + self.of_step) / self.bandwidth, 0)
+        return totals(terms_M.to(self.threshold_S.dtype), offsets_S1)
+
+
+class Penalty(NamedTuple):
+    """The penalty of one batch.
+
+    loss: 0-d, as it is a part of the overall loss. of_act: its gradient to every act that fires. band: of jumprelu.
+    """
+
+    loss: Tensor
+    of_act: float
+    band: Band | None
+
+    def of_acts(self, acts_M: Tensor, dots_M: Tensor) -> Tensor:
+        """d loss / d h of entries, of which dots_M have that of the reconstruction to z."""
+        return torch.where(acts_M > 0, dots_M + self.of_act if self.of_act else dots_M, 0)
+
+
+def totals(values_M: Tensor, offsets_S1: Tensor) -> Tensor:
+    """The sum of every segment [S]."""
+    ones = values_M.new_ones(1, 1)
+    return segment_sum(values_M, torch.zeros_like(values_M, dtype=torch.int64), offsets_S1, ones).squeeze(1)
+
+
+def encode_penalised(
+    sae: SparseAutoencoder, config: TrainConfig, step: int, x_BD: Tensor
+) -> tuple[SparseCodes, Penalty]:
+    """Codes of a batch in 0-based step `step`, and their penalty, of a relu or a jumprelu SAE.
+
+    Of jumprelu the codes also list entries within the band that do not fire: their act is 0. In the dtype of the
+    weights.
+    """
+    weights = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
+    n_rows, d_sae, scale = len(x_BD), sae.config.d_sae, config.sparsity_scale(step)
+    if sae.config.architecture == "relu":
+        codes = SparseCodes.from_flat(*threshold_encode(*weights, 0.0), d_sae)
+        l1 = scale * config.l1_weight
+        return codes, Penalty(l1 * codes.top_acts.sum() / n_rows, l1 / n_rows, None)
+    threshold_S, bandwidth, target = sae.threshold, config.ste_bandwidth, config.wanted_l0
+    pre_M, latents_M, row_offsets = threshold_encode(*weights, threshold_S - bandwidth / 2)
+    fires_M = ~(pre_M <= threshold_S[latents_M])  # NaN counts as firing: it reaches the loss, which is looked at
+    codes = SparseCodes.from_flat(torch.where(fires_M, pre_M, 0), latents_M, row_offsets, d_sae)
+    excess = fires_M.sum().to(threshold_S.dtype) / n_rows / target - 1
+    of_step = 2 * scale * excess / (target * n_rows)
+    loss = (scale * excess.square()).to(pre_M.dtype)
+    return codes, Penalty(loss, 0.0, Band(pre_M, threshold_S, bandwidth, of_step))

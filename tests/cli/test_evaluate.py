@@ -1,0 +1,342 @@
+"""saevlm-fast evaluate."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from command import files_below, run, run_json
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.data.writing import ActivationWriter
+from saevlm_fast.errors import Interrupted
+from saevlm_fast.sae import SparseAutoencoder
+
+N, D = 240, 8
+PATHS = {"cat": ["animal", "mammal", "cat"], "dog": ["animal", "mammal", "dog"], "oak": ["plant", "oak"]}
+CLASSES = sorted(PATHS)
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A store of labelled images, embeddings, three SAEs of one shape, labels and a taxonomy in files."""
+    root = tmp_path_factory.mktemp("evaluate")
+    generator = torch.Generator().manual_seed(0)
+    kind_N = torch.arange(N) % 3
+    centers = 3 * torch.randn(3, D, generator=generator)
+    x_ND = centers[kind_N] + torch.randn(N, D, generator=generator)
+    ids = [f"{CLASSES[kind]}/{i}.jpg" for i, kind in enumerate(kind_N)]
+    items = {"image": ids, "token": [0] * N, "label": [CLASSES[kind] for kind in kind_N]}
+    with ActivationWriter(root / "store", D, torch.float32, {"layer": 3, "point": "residual"}, 100) as writer:
+        writer.append(x_ND, items)
+    np.save(root / "emb.npy", (centers[kind_N] + 2 * torch.randn(N, D, generator=generator)).numpy())
+    for seed in range(3):
+        sae = SparseAutoencoder(SAEConfig(D, 16, 2, "matryoshka", (4, 12), {"seed": seed}))
+        sae.reset_parameters(seed)
+        with torch.no_grad():
+            rows = centers / centers.norm(dim=1, keepdim=True)
+            sae.W_dec[:3] = rows + 0.01 * seed
+            sae.W_enc[:, :3] = rows.T
+            sae.threshold.fill_(1.5)
+        sae.save_pretrained(root / f"sae{seed}")
+    with open(root / "labels.csv", "w", newline="") as file:
+        lines = [[identity, identity.split("/")[0], i % 2] for i, identity in enumerate(ids)]
+        csv.writer(file).writerows([["image", "kind", "parity"], *lines, [ids[0], "pet", ""], ["none.jpg", "x", "y"]])
+    (root / "paths.json").write_text(json.dumps(PATHS))
+    return root
+
+
+def words(there, output, *more, saes=1):
+    given = ("--sae", ",".join(str(there / f"sae{seed}") for seed in range(saes)))
+    return ("evaluate", *given, "--activations", there / "store", "--output", output, "--device", "cpu", *more)
+
+
+@pytest.fixture(scope="module")
+def whole(there, tmp_path_factory):
+    """An evaluation of everything, and what it printed."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    more = "--embeddings", there / "emb.npy", "--taxonomy", there / "paths.json", "--controls", "all", "--compare"
+    return output, run(*words(there, output, *more, saes=3))
+
+
+def test_everything_that_the_inputs_allow(whole):
+    output, text = whole
+    found = json.loads((output / "evaluation.json").read_text())
+    assert found["left_out"] == []
+    subjects = {each["name"]: each for each in found["subjects"]}
+    assert [*subjects][:3] == ["sae0", "sae1", "sae2"]
+    assert {each["control"] for each in found["subjects"]} == {None, "untrained", "rotation", "raw", "pca", "kmeans"}
+    assert sum(each["control"] == "untrained" for each in found["subjects"]) == 3
+    for name, each in subjects.items():
+        assert [*each["measures"]] == [
+            *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry")
+        ]
+        table = pq.read_table(output / found["files"][name]["latents"])
+        assert len(table) == each["latents"]
+        assert {"latent", "status", "n_active", "ms:emb.npy", "lca_depth", "purity_excess:labels"} <= {
+            *table.column_names
+        }
+        assert {"kind", "latent", "rank", "other", "value", "support"} == {
+            *pq.read_table(output / found["files"][name]["pairs"]).column_names
+        }
+    l0 = np.mean([subjects[f"sae{seed}"]["measures"]["reconstruction"]["l0"] for seed in range(3)])
+    for seed in range(1, 4):
+        untrained = subjects[f"untrained {seed}"]["measures"]["reconstruction"]
+        assert untrained["l0"] == pytest.approx(l0, abs=0.02)
+    trained = subjects["sae0"]["measures"]
+    assert trained["labels"]["labels"]["selection"]["ap"] > 0.9
+    assert "d'" in text
+    assert "mutual nearest" in text
+    assert [(each["first"], each["other"]) for each in found["compared"]] == [("sae0", "sae1"), ("sae0", "sae2")]
+    assert (output / "settings.toml").is_file()
+    assert (output / "evaluation.png").is_file()
+
+
+def test_the_table_says_what_separates(whole):
+    table = json.loads((whole[0] / "evaluation.json").read_text())["table"]
+    rows = {row["measure"]: row for row in table}
+    verdicts = {(name, each["control"]): each["verdict"] for name, row in rows.items() for each in row["against"]}
+    assert set(verdicts.values()) <= {"separates", "does not separate", "not judged", "not measured"}
+    assert verdicts["L0", "raw"] == "not judged"
+    for name, row in rows.items():
+        for each in row["against"]:
+            if each["d_prime"] is not None:
+                assert (each["d_prime"] >= 2) == (verdicts[name, each["control"]] == "separates")
+    assert "matched" in next(each for each in rows["MS, emb.npy"]["against"] if each["control"] == "untrained")
+
+
+def test_the_same_numbers_as_the_training_evaluation(whole, there):
+    from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.training.evaluate import evaluate
+
+    sae = SparseAutoencoder.from_pretrained(there / "sae0")
+    expected = evaluate(sae, open_activations(there / "store"))
+    found = json.loads((whole[0] / "evaluation.json").read_text())["subjects"][0]["measures"]["reconstruction"]
+    assert found["explained_variance"] == pytest.approx(expected["explained_variance"], abs=1e-7)
+    assert (found["l0"], found["dead_share"]) == (expected["l0"], expected["dead_fraction"])
+    assert [each["latents"] for each in found["prefixes"]] == [4, 16]
+
+
+def test_chunks_and_threads_do_not_matter(whole, there, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(*words(there, tmp_path / "out", "--embeddings", there / "emb.npy", "--batch-size", 7))
+    finally:
+        torch.set_num_threads(threads)
+    first, again = (pq.read_table(path / "latents" / "sae0.parquet") for path in (whole[0], tmp_path / "out"))
+    for name in again.column_names:
+        values = [table[name].to_numpy() for table in (first, again)]
+        if values[0].dtype == object:
+            assert (values[0] == values[1]).all(), name
+        else:
+            np.testing.assert_allclose(*values, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_one_sae_says_that_seeds_are_missing_and_what_is_left_out(there, tmp_path):
+    text = run(*words(there, tmp_path / "out", "--labels", "none", "--controls", "untrained,raw"))
+    assert "seeds missing" in text
+    for name in ("monosemanticity", "hierarchy", "labels", "probing"):
+        assert f"left out: {name}: " in text
+    assert "d' " not in text.replace("d' needs", "")
+
+
+def test_label_sets_of_a_file(there, tmp_path):
+    found = run_json(*words(there, tmp_path / "out", "--labels", there / "labels.csv"))
+    assert [each["name"] for each in found["inputs"]["label_sets"]] == ["kind", "parity"] if "inputs" in found else True
+    labels = found["subjects"][0]["measures"]["labels"]
+    assert labels["kind"]["labels"] == 4, "pet is a second label of the first image"
+    assert labels["parity"]["selection"]["coverage"] <= 1
+    assert abs(labels["parity"]["excess"]["mean"]) < 0.1
+    assert labels["kind"]["excess"]["mean"] > 0.1
+
+
+def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
+    from saevlm_fast.measures import measure
+
+    output = tmp_path / "out"
+    ran = []
+    original = measure.Inputs.run
+
+    def counting(self, name, subject, codes):
+        if len(ran) == 3:
+            raise Interrupted("interrupted")
+        ran.append((subject.name, name))
+        return original(self, name, subject, codes)
+
+    monkeypatch.setattr(measure.Inputs, "run", counting)
+    assert "interrupted" in run(*words(there, output, saes=2), code=130)
+    assert not (output / "evaluation.json").exists()
+    assert "already holds an evaluation; use --resume" in run(*words(there, output, saes=2), code=2)
+    monkeypatch.undo()
+    monkeypatch.setattr(measure.Inputs, "run", lambda *each: ran.append((each[2].name, each[1])) or original(*each))
+    run(*words(there, output, "--resume", saes=2))
+    assert len(ran) == len(set(ran)), "nothing is made twice"
+    ran.clear()
+    run(*words(there, output, "--resume", saes=3))
+    assert {name for name, _ in ran} == {"sae2"}, "an SAE more"
+    monkeypatch.undo()
+    run(*words(there, tmp_path / "unbroken", saes=3))
+    both = [json.loads((path / "evaluation.json").read_text()) for path in (output, tmp_path / "unbroken")]
+    assert both[0]["subjects"] == both[1]["subjects"]
+    assert both[0]["table"] == both[1]["table"]
+
+
+def test_a_damaged_part_is_made_anew(there, tmp_path):
+    output = tmp_path / "out"
+    run(*words(there, output))
+    (output / "mine.txt").write_text("mine")
+    before = json.loads((output / "evaluation.json").read_text())
+    parts = output / "parts" / "sae0"
+    (parts / "uniqueness.json").write_text("{")
+    (parts / "geometry.latents.parquet").write_bytes(b"PAR1")
+    run(*words(there, output, "--resume"))
+    assert json.loads((output / "evaluation.json").read_text()) == before
+    run(*words(there, output, "--force", "--labels", "none"))
+    assert "labels" not in json.loads((output / "evaluation.json").read_text())["subjects"][0]["measures"]
+    assert (output / "mine.txt").read_text() == "mine"
+    assert not (output / ".replacement").exists()
+
+
+def test_a_dry_run_writes_nothing(there, tmp_path):
+    before = files_below(tmp_path)
+    figures = run_json(*words(there, tmp_path / "out", "--dry-run"))
+    assert figures["images"] == figures["rows"] == N
+    assert figures["latents"] == 16
+    assert figures["label_sets"] == ["labels"]
+    assert len(figures["left_out"]) == 2
+    assert files_below(tmp_path) == before
+
+
+def test_several_rows_of_an_image_are_pooled(there, tmp_path):
+    """Twice the rows, each image's second one is zero: the maximum is that of the first, the mean half of it."""
+    x_ND = torch.randn(40, D, generator=torch.Generator().manual_seed(1))
+    rows = torch.stack([x_ND, torch.zeros_like(x_ND)], 1).reshape(80, D)
+    with ActivationWriter(tmp_path / "store", D, torch.float32, {}, 33) as writer:
+        writer.append(rows, {"image": [f"{i // 2}" for i in range(80)], "token": [0, 1] * 40, "label": [None] * 80})
+    sae = SparseAutoencoder.from_pretrained(there / "sae0")
+    with torch.no_grad():
+        dense = sae.encode(rows).dense().view(40, 2, 16)
+    for pool, expected in (("max", dense.amax(1)), ("mean", dense.mean(1))):
+        given = "--activations", tmp_path / "store", "--pool", pool, "--batch-size", 7
+        found = run_json(*words(there, tmp_path / pool, *given))
+        reconstruction = found["subjects"][0]["measures"]["reconstruction"]
+        assert reconstruction["rows"] == 80
+        table = pq.read_table(tmp_path / pool / "latents" / "sae0.parquet")
+        np.testing.assert_allclose(table["max_activation"].to_numpy(), expected.amax(0).numpy(), rtol=1e-6)
+        assert table["n_active"].to_pylist() == (expected > 0).sum(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--controls", "random"), "controls: 'random' is not one of all, none, untrained"),
+        (("--compare",), "compare: needs at least two SAEs"),
+        (("--taxonomy", "paths.json", "--labels", "none"), "taxonomy: it is about labels"),
+        (("--taxonomy", "none.json"), "none.json is not a file"),
+        (("--labels", "labels"), "labels: 'labels' is not store, none, FILE.csv or FILE.parquet"),
+        (("--labels", "none.csv"), "none.csv is not a file"),
+        (("--embeddings", "wide.npy"), "embeddings: wide.npy has 3 rows; there are 240 images"),
+        (("--activations", "wide.npy"), "sae: d_in is 8, but the activations have width 5"),
+        (("--sae", "sae0", "--sae", "copy"), "is the same SAE as"),
+        (("--sae", "sae0", "--sae", "sae0"), "a path is given twice"),
+        (("--resume", "--force"), "resume and force exclude each other"),
+        (("--output", "wide.npy"), "output: wide.npy "),
+    ],
+)
+def test_what_is_refused(more, message, there, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("sae0", "sae1"):
+        shutil.copytree(there / name, tmp_path / name)
+    shutil.copytree(there / "sae0", tmp_path / "copy")
+    shutil.copy(there / "paths.json", tmp_path)
+    np.save("wide.npy", np.ones((3, 5), np.float32))
+    given = {"--sae": "sae0", "--activations": there / "store", "--output": "out"}
+    given = {key: value for key, value in given.items() if key not in more}
+    assert message in run("evaluate", *(word for pair in given.items() for word in pair), *more, code=2)
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.json", "[1]", "no object of labels"),
+        ("t.json", '{"a": []}', "is not a path of nodes"),
+        ("t.json", '{"a": [1]}', "is not a text"),
+        ("t.json", '{"a": {"paths": 3}}', "is not a path"),
+        ("t.json", "{}", "no label in it"),
+        ("t.csv", "a\n", "line 1: a label and at least one node"),
+        ("t.csv", "a,b\na,c\n", "line 2: 'a' had another path"),
+        ("t.txt", "", "does not end in .json or .csv"),
+    ],
+)
+def test_broken_taxonomies(name, text, message, tmp_path):
+    from saevlm_fast.measures.taxonomy import read_taxonomy
+
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_taxonomy(tmp_path / name)
+    assert name in str(raised.value)
+
+
+def test_taxonomies_of_both_kinds(tmp_path):
+    from saevlm_fast.measures.taxonomy import read_taxonomy
+
+    (tmp_path / "t.csv").write_text("cat,animal,cat\n\noak,plant,tree,oak\n")
+    assert read_taxonomy(tmp_path / "t.csv").paths["oak"] == (("plant", "tree", "oak"),)
+    (tmp_path / "t.json").write_text('{"cat": [["n1", "animal"], ["n2", "cat"]], "x": {"paths": [["a"], ["b", "c"]]}}')
+    found = read_taxonomy(tmp_path / "t.json")
+    assert found.paths["cat"] == (("n1", "n2"),)
+    assert not found.is_tree
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.csv", "", "an id and at least one column"),
+        ("l.csv", "image,a\nx\n", "line 2: 1 cells"),
+        ("l.csv", "image,a,a\nx,1,2\n", "a column stands twice"),
+        ("l.csv", "image,a\nz,1\n", "no line of any of the 2 images, such as 'x'"),
+        ("l.csv", "image,a\nx,\n", "no image has a label"),
+        ("l.parquet", "PAR1", "l.parquet: "),
+    ],
+)
+def test_broken_labels(name, text, message, tmp_path):
+    from saevlm_fast.measures.label_sets import read_labels
+
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_labels(tmp_path / name, ["x", "y"])
+
+
+def test_labels_of_a_parquet_file(tmp_path):
+    import pyarrow as pa
+
+    from saevlm_fast.measures.label_sets import read_labels
+
+    pq.write_table(
+        pa.table({"image": ["x", "y", "x"], "kind": ["a", None, "b"], "n": [1, 2, 3]}), tmp_path / "l.parquet"
+    )
+    kind, number = read_labels(tmp_path / "l.parquet", ["x", "y", "z"])
+    assert (kind.names, kind.labels_M.tolist(), kind.known_N.tolist()) == (("a", "b"), [0, 1], [True, True, False])
+    assert number.names == ("1", "2", "3")
+
+
+def test_measure_from_python(there):
+    import saevlm_fast as sf
+
+    activations, sae = sf.open_activations(there / "store"), sf.SparseAutoencoder.from_pretrained(there / "sae0")
+    found = sf.measure({"mine": sae}, activations, taxonomy=PATHS, controls=("pca",))
+    assert found.left_out == {"monosemanticity": "no embeddings were given"}
+    (first, second) = found.results
+    assert (first.subject.name, second.subject.control) == ("mine", "pca")
+    assert len(first.latents["lca_depth"]) == 16
+    assert any(row["measure"] == "LCA depth" for row in found.table())
+    with pytest.raises(ValueError, match="controls: "):
+        sf.measure(sae, activations, controls=("none",))
+    with pytest.raises(ValueError, match="labels has 2 images"):
+        sf.measure(sae, activations, labels=["a", "b"])
