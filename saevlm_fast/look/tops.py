@@ -116,7 +116,7 @@ def tops_sheet(found: LatentTops, latents: Sequence[int], images: StoreImages, c
         rows.append(
             LatentRow(
                 latent=latent,
-                score=captions.scores.get(latent, float("nan")),
+                score=captions.scores.get(latent, float("nan")) if captions.scores else None,
                 n_active=int(found.n_active_S[latent]),
                 names=captions.names.get(latent, []),
                 images=shown(images, [found.table.name(i) for i in numbers], numbers),

@@ -74,7 +74,7 @@ class ScoredImages:
 
     def device_of(self, device: torch.device | str) -> torch.device:
         """Where sums live."""
-        return resolve_device(device) if isinstance(device, str) else device
+        return device if isinstance(device, torch.device) else resolve_device(device)
 
     def chunks(self) -> Iterator[tuple[int, SparseCodes | Tensor, dict[str, Tensor]]]:
         """(first image, codes or neurons [n, S], embeddings [n, E] by encoder) of every chunk, in order.

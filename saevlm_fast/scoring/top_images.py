@@ -13,7 +13,7 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Matrix, activations_of
-from saevlm_fast.errors import require
+from saevlm_fast.errors import require, whole_number
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.sparse_codes import SparseCodes
@@ -56,7 +56,7 @@ def top_images(
         ValueError: latents that are not there or listed twice, n below 1, an SAE of another width or for codes, several
             rows of one image.
     """
-    require(n >= 1, f"n: {n} must be at least 1")
+    n, batch_rows = whole_number("n", n), whole_number("batch_rows", batch_rows)
     if not isinstance(activations, StoredCodes):
         activations = activations_of(activations, "activations")
     latents_L = _whole_numbers(latents)
