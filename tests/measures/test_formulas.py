@@ -137,7 +137,9 @@ def brute_depth(first, second, taxonomy):
 
 def several_paths():
     paths = {label: (tuple(path.split()),) for label, path in PATHS.items()}
-    return Taxonomy(paths | {"carp": (("animal", "fish", "carp"), ("food", "sushi", "carp")), "oak": (("food", "oak"),)})
+    return Taxonomy(
+        paths | {"carp": (("animal", "fish", "carp"), ("food", "sushi", "carp")), "oak": (("food", "oak"),)}
+    )
 
 
 @pytest.mark.parametrize("taxonomy", [TREE, several_paths()], ids=["tree", "several paths"])
@@ -214,7 +216,9 @@ def test_auroc_ap_and_f1_of_every_pair(several, levels, most, monkeypatch):
 @given(st.integers(0, 10_000), st.integers(2, 25), st.integers(1, 3), st.sampled_from([1, 3, None]))
 def test_auroc_of_any_codes(seed, n, n_labels, levels):
     acts = random_codes(max(n, 10), 5, levels=levels, seed=seed)
-    labels = random_labels(len(acts), n_labels, seed, several=True) if n_labels > 1 else random_labels(len(acts), 2, seed)
+    labels = (
+        random_labels(len(acts), n_labels, seed, several=True) if n_labels > 1 else random_labels(len(acts), 2, seed)
+    )
     scores = label_scores(KeptCodes.of_dense(acts), labels)
     has = labels.matrix().toarray() > 0
     for latent, label, auroc, ap in zip(scores.latent, scores.label, scores.auroc, scores.ap):
@@ -405,8 +409,8 @@ def test_separation():
     assert separation(trained, control, -1)["verdict"] == "does not separate"
     assert separation(trained, [0.9], 1)["d_prime"] == pytest.approx(1.0)
     assert separation(trained, [0.9], 1)["verdict"] == "does not separate"
-    assert separation([0.5], [0.4], 1)["verdict"] == "better; seeds missing"
-    assert separation([0.5], [0.6], 1)["verdict"] == "does not separate (not better)"
+    assert separation([0.5], [0.4], 1)["verdict"] == "better, seeds missing"
+    assert separation([0.5], [0.6], 1)["verdict"] == "does not separate: not better"
     assert separation([0.5], [math.nan], 1)["verdict"] == "not measured"
     assert separation(trained, control, 0)["verdict"] == "not judged"
 
