@@ -12,6 +12,7 @@ from torch import Tensor
 
 GROUP = 64  # contiguous latents with one maximum: the encoders look only into groups that can hold a winner
 MAX_K = 1024  # of TopK on a GPU
+TINY = 2.0**-40  # added to norms on a GPU: more than underflow and flushing to zero take from them
 SIMILARITIES = ("cosine", "dot", "rbf")
 
 P = ParamSpec("P")

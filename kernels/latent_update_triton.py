@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import TINY
 from .segment_sum_triton import CHUNK, accumulator
 from .step_entries_triton import Entries, latent_row
 from .step_rows_triton import whole_row_block
 
 LATENTS = 2  # of a program
 UPDATE_STEP = 1  # entries whose row loads are in flight together
-TINY = 2.0**-40  # more than all that underflow can take from a norm
 
 
 @triton.jit

@@ -4,6 +4,7 @@ On a CPU, which screens in bfloat16, nothing is kept of W_enc from step to step 
 types run at one rate, and float16 rounds eight times finer.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,24 @@ from torch import Tensor
 
 CUDA_DTYPE = torch.float16
 ALIGNMENT = 8  # columns of a copy: its rows then begin at multiples of 16 bytes, as TMA asks
-TINY = 2.0**-40  # more than underflow and flushing to zero take from a norm
+# AMD's whose float16 matrix instructions keep subnormal factors and sums (CDNA 3 and 4). Those of MI200 (gfx90a) flush
+# them to zero, as AMD documents; of the others nothing is documented.
+AMD_KEEPING_SUBNORMALS = ("gfx942", "gfx950")
+
+
+def keeps_subnormals(amd_architecture: str | None) -> bool:
+    """Whether a chip's float16 products lose no subnormal number, which the bound of screening takes for granted.
+
+    amd_architecture: torch's gcnArchName, as gfx90a:sramecc+:xnack-; None: NVIDIA's, whose tensor cores keep them.
+    """
+    return amd_architecture is None or amd_architecture.split(":")[0] in AMD_KEEPING_SUBNORMALS
+
+
+@cache
+def screening_is_sound(device: torch.device) -> bool:
+    """Whether the bound of screening holds on this GPU."""
+    hip = torch.version.hip is not None
+    return keeps_subnormals(torch.cuda.get_device_properties(device).gcnArchName if hip else None)
 
 
 class LowWeights(NamedTuple):

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import check
 from .segment_sum_triton import accumulator
 
 HELD_ENTRIES = 32  # of a row of fixed k, whose rows of W_dec stay in registers
@@ -213,8 +214,7 @@ class Rows(NamedTuple):
 
 def whole_row_block(d_in: int, elements_per_thread: int) -> tuple[int, int]:
     """(BLOCK_D, num_warps) of a kernel whose program owns a row."""
-    if d_in > MAX_WIDTH:
-        raise ValueError(f"d_in: {d_in} is above {MAX_WIDTH}, the widest row that the training step updates on a GPU")
+    check(d_in <= MAX_WIDTH, f"d_in: {d_in} is above {MAX_WIDTH}, the widest row of a training step on a GPU")
     block_d = triton.next_power_of_2(d_in)
     return block_d, max(1, min(16, block_d // (32 * elements_per_thread)))
 

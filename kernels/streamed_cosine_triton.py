@@ -2,7 +2,6 @@
 
 u_t = scale_t e_t is made there too: embeddings are read as they came, in half the bytes of float64 or fewer.
 
-
 The inner product is a sum over columns, so columns need not meet before the end: a program owns BLOCK_E of them and one
 latent, carries S and the products a_t u_t S column by column, and reduces once. Any E runs with one configuration; the
 column blocks' parts of num are added afterwards in a fixed order.
@@ -15,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .common import check
 
 BLOCK_E = 256
 HEAVY = 256
@@ -193,8 +194,8 @@ def launch_streamed_update(
 ) -> None:
     """Folds a chunk into the float64 state, in place; shapes as in streamed_cosine.streamed_cosine_update."""
     n_latents, d_emb = sums_SE.shape
-    if not all(t.is_contiguous() and t.dtype == torch.float64 for t in (sums_SE, num_S, den_S, total_S)):
-        raise ValueError("state: sums_SE, num_S, den_S and total_S must be contiguous float64")
+    fits = all(t.is_contiguous() and t.dtype == torch.float64 for t in (sums_SE, num_S, den_S, total_S))
+    check(fits, "state: sums_SE, num_S, den_S and total_S must be contiguous float64")
     if n_latents == 0:
         return
     acts_M, images_M, offsets_S1 = acts_M.contiguous(), images_M.contiguous(), offsets_S1.contiguous()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .common import MAX_K
-from .low_weights import TINY, LowWeights
+from .common import MAX_K, TINY
+from .low_weights import LowWeights, screening_is_sound
 
 if TYPE_CHECKING:
     from .topk_encode_list_triton import Pool
@@ -55,9 +55,11 @@ def group_size(d_sae: int, k: int) -> int | None:
 
 
 def screens_cuda(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
-    """Whether the encoders below take these: float32 on a GPU, with a group_size. Otherwise topk_encode's ops do."""
+    """Whether the encoders below take these: float32 on a GPU whose float16 products the bound holds for, with a
+    group_size. Otherwise topk_encode's ops do."""
     float32 = x_BD.dtype == W_enc_DS.dtype == torch.float32
-    return float32 and x_BD.is_cuda and group_size(W_enc_DS.shape[1], k) is not None
+    fits = float32 and x_BD.is_cuda and group_size(W_enc_DS.shape[1], k) is not None
+    return fits and screening_is_sound(x_BD.device)
 
 
 def topk_encode_screened_cuda(
@@ -164,13 +166,16 @@ def threshold_encode_screened_cuda(
     from .topk_encode_redo_triton import launch_redo_product
 
     d_sae = W_enc_DS.shape[1]
+    per_row, width = min(d_sae, max(256, d_sae // 64)), _padded(d_sae)  # entries of the pool, pre-activations
+    if buffer_bytes is not None:  # 12 bytes an entry beside 4 a pre-activation
+        buffer_bytes = max(1, buffer_bytes * width // (width + 3 * per_row))
     # In this order: max(-0.0, 0.0) is -0.0, whose bits are below every key.
     key = int(torch.tensor(max(0.0, threshold), dtype=torch.float32).view(torch.int32))
     acts, latents, offsets = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=x_BD.device)], []
     with torch.cuda.device_of(x_BD):
         encoder = Screening(W_enc_DS, b_enc_S, b_dec_D, GROUPS[0], low)
         for _, screen in encoder.chunks(x_BD, buffer_bytes, centred):
-            capacity = len(screen.x_RD) * max(256, d_sae // 64)
+            capacity = len(screen.x_RD) * per_row
             pool, found = _pool(capacity, screen, n_integers=2)
             found[:1].fill_(key)  # not a copy from the host, which would wait
             launch_list(screen, pool, 1, capacity, found)

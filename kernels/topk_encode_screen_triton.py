@@ -20,7 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TINY = tl.constexpr(2.0**-40)  # more than underflow and flushing to zero take from a norm: low_weights.TINY
+from . import common
+
+TINY = tl.constexpr(common.TINY)
 ROUNDING = tl.constexpr(1.02 * 2.0**-11)  # of what is stored, and of the float32 sum with the bias
 LIMIT = tl.constexpr(3e4)  # of |v| + slack in the row's units: beyond it float16 may overflow
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
     from saevlm_fast.scoring.top_images import TopImages, top_images
+    from saevlm_fast.scoring.trust import TrustedScores, rank_agreement, trusted_score, trusted_scores
     from saevlm_fast.sparse_codes import SparseCodes
     from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
     from saevlm_fast.steering.edits import Edit, add, clamp, scale, steer, steer_rows, zero
@@ -70,6 +71,7 @@ __all__ = [
     "TopImages",
     "Tower",
     "TrainConfig",
+    "TrustedScores",
     "__version__",
     "add",
     "clamp",
@@ -83,12 +85,15 @@ __all__ = [
     "open_activations",
     "open_codes",
     "open_images",
+    "rank_agreement",
     "scale",
     "score",
     "steer",
     "steer_rows",
     "top_images",
     "train",
+    "trusted_score",
+    "trusted_scores",
     "verify",
     "zero",
 ]
@@ -111,6 +116,7 @@ _HOMES = {
     "sae": ("SparseAutoencoder",),
     "scoring.monosemanticity": ("MonosemanticityScores", "score"),
     "scoring.top_images": ("TopImages", "top_images"),
+    "scoring.trust": ("TrustedScores", "rank_agreement", "trusted_score", "trusted_scores"),
     "sparse_codes": ("SparseCodes",),
     "steering.answers": ("SteeredAnswers", "SteeredRow"),
     "steering.edits": ("Edit", "add", "clamp", "scale", "steer", "steer_rows", "zero"),

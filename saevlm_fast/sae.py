@@ -182,6 +182,8 @@ class SparseAutoencoder(nn.Module):
             x.dim() >= 1 and x.shape[-1] == self.config.d_in,
             f"x: last dimension of {tuple(x.shape)} must be d_in = {self.config.d_in}",
         )
+        given, ours = (str(t.dtype).removeprefix("torch.") for t in (x, self.b_dec))
+        require(given == ours, f"x: {given}, the SAE is {ours}; encode(x.to(sae.b_dec)) converts")
         return x.resolve_neg()  # kernels read the memory, where a lazy negative bit is not seen
 
     def input_statistics(self, x: Tensor) -> InputStatistics | None:
@@ -281,7 +283,7 @@ class SparseAutoencoder(nn.Module):
         and stands in metadata["doubts"].
 
         Args:
-            path: a folder or a file, whose format is told from it; or hf:user/repo[@revision][/sae_id] or
+            path: a folder or a file; the format is told from it. Or hf:user/repo[@revision][/sae_id] or
                 saelens:release/sae_id (formats/hub.py), whose repository and commit are then in metadata["hub"].
             device: of the SAE.
             dtype: of the SAE; the file's if None.
@@ -295,7 +297,7 @@ class SparseAutoencoder(nn.Module):
                 this engine does not have.
         """
         local = resolve(path)
-        plain = registry.read(local.path, trust_pickle=trust_pickle, assume=assume)
+        plain = registry.read(local.path, trust_pickle=trust_pickle, assume={**local.assume, **(assume or {})})
         for doubt in plain.doubts:
             warnings.warn(doubt, Doubt, stacklevel=2)
         sae = cls.from_plain(plain, device, dtype)

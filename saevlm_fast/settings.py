@@ -158,7 +158,7 @@ class Settings:
             left = cls.removed[name]
             require(
                 values[name] == left,
-                f"{where}: {name}: {values[name]!r} is gone, {left!r} is all there is; leave it out and start anew",
+                f"{where}: {name}: {values[name]!r} is gone, {left!r} is all there is; train anew (--force)",
             )
         return {name: value for name, value in values.items() if name not in cls.removed}
 
@@ -282,6 +282,11 @@ def integers(name: str, text: str) -> tuple[int, ...]:
 def numbers(name: str, text: str) -> tuple[float, ...]:
     """Numbers separated by commas."""
     return tuple(number(name, part) for part in texts(name, text))
+
+
+def paths(name: str, text: str) -> tuple[Path, ...]:
+    """Paths separated by commas; a text that is a path as it stands is one, commas and all."""
+    return tuple(path_of(name, part) for part in ([text] if os.path.exists(text) else text.split(",")))
 
 
 def number_or_auto(name: str, text: str) -> float | None:

@@ -1,11 +1,11 @@
 """Every architecture and every normalisation of the input through the module and all that uses its codes."""
 
-import plain_forward
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import plain_forward
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import Activations

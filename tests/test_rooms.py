@@ -22,7 +22,7 @@ ORDER = (
     ("provenance",),
     ("harvesting",),
     ("training", "scoring"),
-    ("publishing",),
+    ("publishing", "look"),
     ("steering", "measures"),
     ("demo", "box_making"),
     ("inspection",),

@@ -17,19 +17,13 @@ from torch import Tensor
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.demo.ground_truth import (
-    LatentConcepts,
-    best_factor_depth,
-    chance_depth,
-    common_depth,
-    latent_concepts,
-    spearman,
-)
+from saevlm_fast.demo.ground_truth import LatentConcepts, best_factor_depth, chance_depth, common_depth, latent_concepts
 from saevlm_fast.demo.scene_stores import harvest_scenes
 from saevlm_fast.files import atomic_write
 from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
+from saevlm_fast.scoring.ranks import spearman
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.training.evaluate import Metrics

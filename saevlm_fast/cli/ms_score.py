@@ -1,20 +1,21 @@
 """saevlm-fast ms-score: how monosemantic every latent is."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import Enough, Stopwatch, check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
-from saevlm_fast.cli.terminal import Bar, print_table, say, warn
+from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
-from saevlm_fast.formats.hub import SAE_HELP, is_remote
-from saevlm_fast.settings import setting
+from saevlm_fast.formats.places import SAE_HELP, is_remote
+from saevlm_fast.settings import paths, setting
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from saevlm_fast.data.codes import StoredCodes
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.sae import SparseAutoencoder
-    from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, ScoreSummary
+    from saevlm_fast.scoring.controls import Comparison
+    from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
 
-_ROW_BYTES = 40  # of a scores table, at most
+_ROW_BYTES = 160  # of a scores table, at most
 _SCENES = Path("the box's scenes")  # where a dry run does not harvest them
 
 
@@ -32,8 +34,11 @@ _SCENES = Path("the box's scenes")  # where a dry run does not harvest them
 class ScoreArguments(WorkOptions):
     """Options of `saevlm-fast ms-score`."""
 
-    embeddings: Path | None = setting(
-        None, help="Image embeddings, row i of image i: store or matrix file.", shown="the box's test scenes"
+    embeddings: tuple[Path, ...] = setting(
+        (),
+        help="Image embeddings, row i of image i: store or matrix file; several encoders: A,B, or the option again.",
+        shown="the box's test scenes",
+        parse=paths,
     )
     output: Path | None = setting(None, help="Scores: FILE.parquet, FILE.csv or FILE.json.", shown="SAE/scores.parquet")
     activations: Path | None = setting(
@@ -55,6 +60,24 @@ class ScoreArguments(WorkOptions):
     )
     similarity: Literal["cosine", "dot", "rbf"] = setting("cosine", help="Of two embeddings.", paper="cosine")
     gamma: float | None = setting(None, help="Of rbf, exp(-gamma |e_i - e_j|^2).", shown="1 / E")
+    variant: Literal["paper", "visaebench", "tms", "patch"] = setting(
+        "paper",
+        help="The paper's score; visaebench, of each latent's 16 most active images; tms, without an encoder; patch, "
+        "of rows that are patches. Only the paper's has intervals and a null.",
+        paper="paper",
+    )
+    pool: Literal["none", "max", "mean"] = setting(
+        "none", help="Rows of one image in a store are pooled; none: there is one row an image."
+    )
+    one_pass: bool = setting(False, help="Scores alone: no intervals, no null, half the memory, a third of the time.")
+    controls: int = setting(
+        0,
+        help="Untrained SAEs of the same L0, each of another seed, scored beside it and compared at the same number of "
+        "images a latent.",
+        at_least=0,
+        at_most=64,
+    )
+    seed: int = setting(0, help="Of what is drawn: images of the null, pairs of tms, untrained SAEs.", at_least=0)
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
     force: bool = setting(False, help="Replace --output once the new table is whole.", recorded=False)
     device: str = setting("auto", help=DEVICE_HELP)
@@ -68,7 +91,7 @@ class ScoreArguments(WorkOptions):
         require(self.activations is None or self.codes is None, "activations: excluded by --codes")
         own = self.activations is not None or self.codes is not None
         require(
-            own == (self.embeddings is not None),
+            own == bool(self.embeddings) or (own and self.variant == "tms"),
             "embeddings: needed with --activations or --codes, and only with these",
         )
         require(
@@ -79,9 +102,31 @@ class ScoreArguments(WorkOptions):
             self.gamma is None or self.similarity == "rbf",
             f"gamma: {self.gamma} is of rbf; the similarity is {self.similarity}",
         )
+        self._check_variant()
         elsewhere = self.sae is not None and is_remote(self.sae)
         must = self.output is not None or not (self.raw or self.codes is not None or elsewhere)
         require(must, "output: needed with --raw, --codes and an SAE of the Hub")
+
+    def _check_variant(self) -> None:
+        if self.variant != "paper":
+            require(self.similarity == "cosine", f"similarity: {self.similarity}; variant {self.variant} has its own")
+            most = {"visaebench": 1, "patch": 1, "tms": 0}[self.variant]
+            given = len(self.embeddings)
+            require(given <= max(most, 1), f"embeddings: {given} encoders; variant {self.variant} takes {most}")
+            require(self.variant == "visaebench" or not self.raw, f"raw: variant {self.variant} is of codes")
+        if self.controls:
+            require(
+                self.variant == "paper" and self.similarity != "rbf" and not self.one_pass,
+                "controls: go with the paper's score in two passes, by cosine or dot",
+            )
+            require(not self.raw and self.codes is None, "controls: an untrained SAE stands beside an SAE, --sae")
+        require(self.variant != "patch" or self.pool == "none", "pool: variant patch takes the patches themselves")
+        require(self.similarity != "rbf" or len(self.embeddings) < 2, "embeddings: one encoder at a time with rbf")
+
+    @property
+    def in_two_passes(self) -> bool:
+        """With intervals and null: rbf is no inner product, and the other variants have none."""
+        return not self.one_pass and self.similarity != "rbf" and self.variant == "paper"
 
 
 @dataclass(frozen=True)
@@ -89,12 +134,12 @@ class Sources:
     """What is scored, and where the scores go, once nothing is left open.
 
     Attributes:
-        rows: activations, or codes if `coded`. embeddings: of the same images.
+        rows: activations, or codes if `coded`. embeddings: of the same images, by each encoder.
         sae: that encodes the rows; None for raw neurons and for codes.
     """
 
     rows: Path
-    embeddings: Path
+    embeddings: tuple[Path, ...]
     sae: Path | None
     coded: bool
     output: Path
@@ -103,13 +148,13 @@ class Sources:
     def of(cls, options: ScoreArguments, sae: Path | None, output: Path) -> "Sources":
         """The user's own rows, or the box's test scenes. sae, output: of where_to()."""
         rows = options.codes or options.activations
-        if rows is not None and options.embeddings is not None:
+        if rows is not None:
             return cls(rows, options.embeddings, sae, options.codes is not None, output)
         if options.dry_run:  # which does not harvest
             scenes_of(sae)
-            return cls(_SCENES, _SCENES, sae, False, output)
+            return cls(_SCENES, (_SCENES,), sae, False, output)
         there = scenes("test", sae, options.device)
-        return cls(there.activations, there.embeddings, sae, False, output)
+        return cls(there.activations, (there.embeddings,), sae, False, output)
 
     @property
     def name(self) -> str:
@@ -123,7 +168,13 @@ class Sources:
         """For the table."""
         rows = {"codes": str(self.rows)} if self.coded else {"activations": str(self.rows)}
         sae = {} if self.coded else {"sae": str(self.sae or "raw neurons")}
-        return sae | rows | {"embeddings": str(self.embeddings)}
+        return sae | rows | {"embeddings": ", ".join(str(path) for path in self.embeddings)}
+
+    @property
+    def encoders(self) -> list[str]:
+        """A name for each of the embeddings: that of its file, numbered where two have the same."""
+        stems = [path.stem for path in self.embeddings]
+        return [stem if stems.count(stem) == 1 else f"{stem}_{i + 1}" for i, stem in enumerate(stems)]
 
 
 def where_to(options: ScoreArguments) -> tuple[Path | None, Path]:
@@ -142,7 +193,7 @@ class Opened:
     """The sources, opened on a device."""
 
     rows: "Activations | StoredCodes"
-    embeddings: "Activations"
+    embeddings: "dict[str, Activations]"
     sae: "SparseAutoencoder | None"
     device: "torch.device"
 
@@ -160,7 +211,8 @@ class Opened:
         sae = None if sources.sae is None else SparseAutoencoder.from_pretrained(sources.sae, device=target)
         if sae is not None and (doubt := check_rows_of(sae, rows)) is not None:
             warn(f"{doubt}; its codes of {sources.rows} may mean little")
-        return cls(rows, open_activations(sources.embeddings), sae, target)
+        embeddings = {name: open_activations(path) for name, path in zip(sources.encoders, sources.embeddings)}
+        return cls(rows, embeddings, sae, target)
 
     @property
     def n_latents(self) -> int:
@@ -169,20 +221,56 @@ class Opened:
             return self.sae.config.d_sae
         return getattr(self.rows, "d_sae", 0) or getattr(self.rows, "d", 0)
 
-    def score(self, options: ScoreArguments, on_rows: Any) -> "MonosemanticityScores":
-        """One pass over the rows."""
-        from saevlm_fast.scoring.monosemanticity import score
+    def score(self, options: ScoreArguments, on_rows: Callable[[int], None]) -> "Scored":
+        """One pass over the rows, or two; two for each control too."""
+        pool = None if options.pool == "none" else options.pool
+        common: dict[str, Any] = {"batch_rows": options.batch_size, "device": self.device, "on_rows": on_rows}
+        if options.controls:
+            from saevlm_fast.scoring.controls import compare_with_untrained
 
-        return score(
-            self.rows,
-            self.embeddings,
-            self.sae,
-            similarity=options.similarity,
-            gamma=options.gamma,
-            batch_rows=options.batch_size,
-            device=self.device,
-            on_rows=on_rows,
-        )
+            rows, sae, n = cast("Activations", self.rows), cast("SparseAutoencoder", self.sae), options.controls
+            more = common | {"pool": pool, "similarity": options.similarity, "seed": options.seed}
+            comparisons = compare_with_untrained(rows, self.embeddings, sae, n_controls=n, **more)
+            return Scored({name: each.trained for name, each in comparisons.items()}, comparisons)
+        if options.in_two_passes:
+            from saevlm_fast.scoring.trust import trusted_scores
+
+            more = common | {"pool": pool, "similarity": options.similarity, "seed": options.seed}
+            return Scored(dict(trusted_scores(self.rows, self.embeddings, self.sae, **more)))
+        return Scored(self._one_pass(options, pool, common))
+
+    def _one_pass(
+        self, options: ScoreArguments, pool: Any, common: dict[str, Any]
+    ) -> "dict[str, MonosemanticityScores]":
+        from saevlm_fast.scoring.monosemanticity import stream
+        from saevlm_fast.scoring.source import ScoredImages
+        from saevlm_fast.scoring.variants import patch_score, tms_score, visaebench_score
+
+        if options.variant == "tms":
+            common.pop("device")
+            return {"": tms_score(self.rows, self.sae, pool=pool, seed=options.seed, **common)}
+        if options.variant == "paper":
+            rows = common.pop("batch_rows")
+            images = ScoredImages(self.rows, self.embeddings, self.sae, pool=pool, batch_rows=rows, kept_bytes=0)
+            sums = stream(images, options.similarity, options.gamma, **common)
+            return {name: each.result() for name, each in sums.items()}
+        (name, embeddings), *_ = self.embeddings.items()
+        if options.variant == "patch":
+            return {name: patch_score(self.rows, embeddings, self.sae, **common)}
+        return {name: visaebench_score(self.rows, embeddings, self.sae, pool=pool, **common)}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores by each encoder, the first of which the table and the summary are about; with controls, comparisons."""
+
+    scores: "dict[str, MonosemanticityScores]"
+    comparisons: "dict[str, Comparison]" = field(default_factory=dict)
+
+    @property
+    def main(self) -> "MonosemanticityScores":
+        """By the first encoder."""
+        return next(iter(self.scores.values()))
 
 
 def plan(options: ScoreArguments) -> Plan:
@@ -196,14 +284,16 @@ def plan(options: ScoreArguments) -> Plan:
     if sources.rows == _SCENES:
         return _plan_of_scenes(options, sources)
     opened = Opened.of(sources, options.device)
-    n, n_latents, width = opened.rows.n_rows, opened.n_latents, opened.embeddings.d
+    n, n_latents, width = opened.rows.n_rows, opened.n_latents, sum(each.d for each in opened.embeddings.values())
     stopwatch, start = Stopwatch(), time.perf_counter()
     with suppress(Enough):
         opened.score(options, stopwatch)
     a_row = stopwatch.seconds_each
-    seconds = time.perf_counter() - start if a_row is None else a_row * n
+    # A second pass takes about as long as the first; what is stopped within a pass cannot say.
+    passes = 2 * (1 + options.controls) if options.in_two_passes else 1
+    seconds = passes * (time.perf_counter() - start if a_row is None else a_row * n)
     rbf = options.similarity == "rbf"  # gathers first; what follows, over pairs of images, is not timed
-    sums = 4 * n * width if rbf else 8 * n_latents * width
+    sums = 4 * n * width if rbf else 8 * n_latents * width * passes
     return Plan(
         f"Monosemanticity Score ({options.similarity}) of {n_latents:,} {sources.name}",
         {
@@ -253,36 +343,20 @@ def ms_score(options: ScoreArguments) -> dict[str, Any]:
 
 
 def _ms_score(options: ScoreArguments, sources: Sources) -> dict[str, Any]:
-    from saevlm_fast.scoring.tables import write_scores
+    from saevlm_fast.cli.score_report import figures_of, print_scores
+    from saevlm_fast.scoring.tables import scores_table, write_table
 
     opened = Opened.of(sources, options.device)
-    with Bar("score", opened.rows.n_rows, "images") as bar:
-        scores = opened.score(options, bar.update)
-    write_scores(scores, sources.output, sources.metadata)
+    passes = 2 * (1 + options.controls) if options.in_two_passes or options.variant == "visaebench" else 1
+    with Bar("score", passes * opened.rows.n_rows, "images") as bar:
+        scored = opened.score(options, bar.update)
+    write_table(scores_table(scored.scores, sources.metadata), sources.output)
     as_done = replace(options, sae=sources.sae, output=sources.output)
     Record("ms-score", as_done, sources.output, **sources.metadata, rows=opened.rows.n_rows).write()
-    summary = scores.summary()
-    _print_summary(summary, sources.name)
+    print_scores(scored.scores, scored.comparisons, sources.name)
     say(f"wrote {sources.output}")
-    return {"output": str(sources.output), **sources.metadata, **_as_json(summary)}
-
-
-def _as_json(summary: "ScoreSummary") -> dict[str, Any]:
-    figures = asdict(summary)
-    for name in ("best_latents", "worst_latents"):
-        figures[name] = [{"latent": latent, "ms": ms} for latent, ms in figures[name]]
-    return figures
-
-
-def _print_summary(summary: "ScoreSummary", what: str) -> None:
-    say(f"Monosemanticity Score ({summary.similarity}, {summary.n_images:,} images) of {what}")
-    rows = [("mean +- std", f"{summary.mean:.4f} +- {summary.std:.4f}"), ("best", f"{summary.best:.4f}")]
-    rows += [(f"quantile {q:g}", f"{value:.4f}") for q, value in summary.quantiles.items()]
-    rows += [(status, f"{count:,}") for status, count in summary.counts.items()]
-    print_table(("measure", "value"), rows)
-    if not summary.best_latents:
-        say(f"no latent has a defined score ({summary.n_images:,} images)")
-        return
-    for label, extremes in (("best", summary.best_latents), ("worst", summary.worst_latents)):
-        listed = "  ".join(f"{latent}: {value:.3f}" for latent, value in extremes)
-        say(f"{label} latents  {listed}")
+    return {
+        "output": str(sources.output),
+        **sources.metadata,
+        **figures_of(scored.scores, scored.comparisons),
+    }

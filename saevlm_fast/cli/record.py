@@ -20,7 +20,7 @@ from saevlm_fast import __version__
 from saevlm_fast.cli.options import MADE, Options, key_of, ordered
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.errors import require
-from saevlm_fast.formats.hub import is_remote
+from saevlm_fast.formats.places import is_remote
 from saevlm_fast.settings import settings_of
 
 SETTINGS_FILE = "settings.toml"
@@ -96,9 +96,16 @@ def recorded(options: Options) -> dict[str, Any]:
         if not known.recorded or value is None:
             continue
         if isinstance(value, Path):
-            value = str(value if is_remote(value) else value.absolute())
-        values[key_of(name, known)] = list(value) if isinstance(value, tuple) else value
+            value = _said(value)
+        if isinstance(value, tuple):
+            value = [_said(each) if isinstance(each, Path) else each for each in value]
+        values[key_of(name, known)] = value
     return values
+
+
+def _said(path: Path) -> str:
+    """From anywhere the same."""
+    return str(path if is_remote(path) else path.absolute())
 
 
 def made_by(options: Options) -> dict[str, Any]:

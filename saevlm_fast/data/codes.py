@@ -1,4 +1,4 @@
-"""Sparse codes: written to a store, read from one, averaged over the tokens of an image.
+"""Sparse codes: written to a store, read from one, pooled over the tokens of an image.
 
 A store of codes is a store (data/store.py) whose shards hold rows in CSR form: row b owns entries
 row_offsets[b]:row_offsets[b + 1] of acts (finite, above 0) and latents (ascending within a row, each at most once).
@@ -9,7 +9,7 @@ their item ids about a tenth of that. Shape suffixes: N rows or images, M entrie
 import os
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,24 +22,31 @@ from saevlm_fast.data.writing import StoreWriter
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.sparse_codes import SparseCodes
 
-__all__ = ["CodesWriter", "StoredCodes", "mean_pool_codes", "open_codes"]
+__all__ = ["CodesWriter", "StoredCodes", "mean_pool_codes", "open_codes", "pool_codes"]
 
-# Averages ------------------------------------------------------------------------------------------------------------
+# Pooling -------------------------------------------------------------------------------------------------------------
 
 
 def mean_pool_codes(codes: SparseCodes, image_of_row: Tensor, n_images: int) -> SparseCodes:
     """The mean over every image's tokens of the dense codes, as codes: what picks the top images.
 
-    docs/recipe.md section 2.
+    docs/recipe.md section 2. Arguments, result and errors are those of pool_codes.
+    """
+    return pool_codes(codes, image_of_row, n_images, "mean")
+
+
+def pool_codes(codes: SparseCodes, image_of_row: Tensor, n_images: int, pool: Literal["mean", "max"]) -> SparseCodes:
+    """The mean or the maximum over every image's tokens of the dense codes, as codes.
 
     Args:
         codes: one row a token, on any device.
         image_of_row: int64 [N tokens], the image of every row, in any order, each image any number of times.
         n_images: rows of the result; an image without tokens has none that fire.
+        pool: mean or max; a latent that does not fire on a token counts as 0 there.
 
     Returns:
-        Codes [n_images, d_sae] in CSR form. Sums are float64, rounded once to the dtype of top_acts; a latent that
-        fires on a token stays above 0.
+        Codes [n_images, d_sae] in CSR form. Sums of means are float64, rounded once to the dtype of top_acts; a latent
+        that fires on a token stays above 0.
 
     Raises:
         ValueError: image_of_row of another dtype or length, or outside 0 .. n_images - 1.
@@ -54,11 +61,15 @@ def mean_pool_codes(codes: SparseCodes, image_of_row: Tensor, n_images: int) -> 
         return SparseCodes.from_flat(acts_M, latents_M, row_offsets.new_zeros(n_images + 1), codes.d_sae)
     keys_M, order_M = (images_M * codes.d_sae + latents_M).sort(stable=True)
     keys_P, counts_P = torch.unique_consecutive(keys_M, return_counts=True)  # P pairs of image and latent
-    sums_P = torch.segment_reduce(acts_M[order_M].double(), "sum", lengths=counts_P)
     images_P = keys_P // codes.d_sae
-    means_P = sums_P / torch.bincount(image_of_row, minlength=n_images)[images_P]
+    if pool == "mean":
+        sums_P = torch.segment_reduce(acts_M[order_M].double(), "sum", lengths=counts_P)
+        means_P = sums_P / torch.bincount(image_of_row, minlength=n_images)[images_P]
+        pooled_P = _rounded(means_P, acts_M.dtype)
+    else:
+        pooled_P = torch.segment_reduce(acts_M[order_M], "max", lengths=counts_P)
     row_offsets = pad(torch.bincount(images_P, minlength=n_images).cumsum(0), (1, 0))
-    return SparseCodes.from_flat(_rounded(means_P, acts_M.dtype), keys_P % codes.d_sae, row_offsets, codes.d_sae)
+    return SparseCodes.from_flat(pooled_P, keys_P % codes.d_sae, row_offsets, codes.d_sae)
 
 
 def _check_images(image_of_row: Tensor, n_rows: int, n_images: int) -> None:

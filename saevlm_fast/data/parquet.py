@@ -20,18 +20,24 @@ from saevlm_fast.errors import require
 MAX_TEXT_BYTES = 1 << 30
 
 
-def open_table(path: str | os.PathLike[str]) -> pq.ParquetFile:
+def open_table(path: str | os.PathLike[str], rows: int | None = None) -> pq.ParquetFile:
     """The parquet file, opened by its bare name (whatever characters it has) for reading without threads.
 
+    rows: how many there must be, where that is known from elsewhere. Rows that repeat (the tokens of an image) may then
+    be more than the file has bits.
+
     Raises (messages without the file's name, here and below):
-        ValueError: not a regular file, or more rows than bits. OSError: missing. pa.ArrowException: damaged.
+        ValueError: not a regular file, another number of rows, or, of an unknown number, more rows than bits.
+        OSError: missing. pa.ArrowException: damaged.
     """
     status = os.stat(path)
     require(stat.S_ISREG(status.st_mode), "not a regular file")
     # No read-ahead: in a forked process Arrow's threads are not there.
     with pq.ParquetFile(_opened(path), pre_buffer=False) as file:
         metadata, columns = file.metadata, file.schema
-    require(metadata.num_rows <= 8 * status.st_size, f"{metadata.num_rows} rows in {status.st_size} bytes")
+    found = metadata.num_rows
+    require(rows is not None or found <= 8 * status.st_size, f"{found} rows in {status.st_size} bytes")
+    require(rows in (None, found), f"{found} rows; the store's index says {rows}")
     leaves = [columns.column(i) for i in range(len(columns))]
     text = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     return pq.ParquetFile(_opened(path), metadata=metadata, pre_buffer=False, read_dictionary=text)
@@ -103,9 +109,7 @@ def read_small_table(path: Path, schema: pa.Schema, rows: int) -> pa.Table:
         ValueError: another number of rows (seen before anything is read), above MAX_TEXT_BYTES, another type.
         OSError, pa.ArrowException: missing, damaged.
     """
-    with open_table(path) as file:
-        found = file.metadata.num_rows
-        require(found == rows, f"{found} rows; the store's index says {rows}")
+    with open_table(path, rows) as file:
         names = [name for name in schema.names if name in file.schema_arrow.names]
         table = read_text_columns(file, names)
     columns = [table.column(f.name).cast(f.type) if f.name in names else pa.nulls(rows, f.type) for f in schema]

@@ -20,7 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 from saevlm_fast.box.scenes import OBJECT_FACTORS, SCENE_FACTORS, TAXONOMY, VALUES, value_prompts
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import streamed_score
 from saevlm_fast.scoring.naming import Words
@@ -192,24 +191,3 @@ def best_factor_depth(depth_SF: Tensor, chance_F: Tensor) -> Tensor:
     """
     factor_S = (depth_SF - chance_F).argmax(1, keepdim=True)
     return depth_SF.gather(1, factor_S).squeeze(1)
-
-
-# Rank correlation ----------------------------------------------------------------------------------------------------
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation, ties with their average rank; NaN if a or b is constant.
-
-    Raises:
-        ValueError: not two equally long vectors of at least two numbers, or NaN in one.
-    """
-    require(a.ndim == 1 and a.shape == b.shape and len(a) >= 2, f"a, b: shapes {list(a.shape)} and {list(b.shape)}")
-    require(not bool((a.isnan() | b.isnan()).any()), "a, b: NaN has no rank")
-    x, y = _ranks(a), _ranks(b)
-    x, y = x - x.mean(), y - y.mean()
-    return float((x @ y) / (x @ x * (y @ y)).sqrt())
-
-
-def _ranks(a: Tensor) -> Tensor:
-    _, inverse, counts = a.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()

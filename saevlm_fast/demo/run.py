@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from saevlm_fast.config import Architecture, DemoOptions, RunOptions
-from saevlm_fast.demo.contact_sheet import save_sheet
 from saevlm_fast.demo.scene_stores import N_SCENES, RECIPE, TOWER, SceneStores, harvest_scenes
 from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Measured, Scored, picture, train_on_scenes
 from saevlm_fast.demo.steering import LLAVA, N_PATCH_SCENES, PATCHES, SteeringExample, steer_colours
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import remove_leftovers, write_json_atomic
+from saevlm_fast.look.contact_sheet import save_sheet
 from saevlm_fast.outputs import check_absent, output_lock
 from saevlm_fast.publishing.card import write_card
 from saevlm_fast.sae import SparseAutoencoder

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from saevlm_fast.config import Architecture, RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.demo.contact_sheet import LatentRow, Section, draw_sheet
-from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, scene_words, spearman
+from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, scene_words
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, RECIPE, TOWER, SceneStores
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
+from saevlm_fast.look.contact_sheet import LatentRow, Section, draw_sheet
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore, streamed_score
 from saevlm_fast.scoring.naming import latent_directions, nearest_words
+from saevlm_fast.scoring.ranks import spearman
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.towers.text import load_text_encoder
 from saevlm_fast.training.evaluate import Metrics

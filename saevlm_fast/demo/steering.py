@@ -16,10 +16,10 @@ from torch import Tensor
 from saevlm_fast.box.scenes import COLOURS, OBJECT_FACTORS, SCENE_FACTORS, Scenes
 from saevlm_fast.data.codes import mean_pool_codes
 from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.demo.contact_sheet import Captioned, Section
 from saevlm_fast.demo.ground_truth import latent_concepts, shared_value
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, SceneStores
 from saevlm_fast.images.scenes import scene_labels
+from saevlm_fast.look.contact_sheet import Captioned, Section
 from saevlm_fast.sae import SparseAutoencoder, evaluating
 from saevlm_fast.scoring.top_images import top_images
 from saevlm_fast.sparse_codes import SparseCodes

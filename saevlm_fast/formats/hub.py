@@ -1,7 +1,4 @@
-"""Where an SAE lies: a path, a repository of the Hub, a release in SAELens' list; and the local files of it.
-
-    hf:user/repo[@revision][/sae_id]     revision: branch, tag or commit; sae_id: folder or file in the repository
-    saelens:release/sae_id               looked up in the list of an installed sae-lens, which names an hf: of these
+"""The local files of an SAE that is named by its place (places.py): looked up, downloaded, checked, or in the cache.
 
 A revision is resolved to a commit first, and the files are those of that commit: a branch that moves meanwhile gives
 no mixture. What is downloaded is compared with the SHA-256 (of small files git's SHA-1) that the Hub lists. Endpoint,
@@ -16,24 +13,18 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from saevlm_fast import __version__
 from saevlm_fast.errors import did_you_mean, first_line, require
 from saevlm_fast.files import atomic_write, sha256_file
+from saevlm_fast.formats.places import SAE_LENS, HubSpec, is_remote, parse_spec, sae_lens_entry, sae_lens_release
+from saevlm_fast.records import parse_json
 
-HUB, SAE_LENS = "hf:", "saelens:"
-SAE_HELP = (
-    "SAE directory (cfg.json, sae_weights.safetensors), hf:user/repo[@revision][/sae_id] or saelens:release/sae_id."
-)
 CARD_FILE = "README.md"
 _COMMIT = re.compile("[0-9a-f]{40}")
-_SPEC = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<sae_id>.*))?", re.DOTALL
-)
 _SECONDS = 10.0  # to wait for the Hub's first word
 # Files that hold an SAE's weights, those beside them that say what it is, and what training leaves and nobody loads.
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
@@ -46,18 +37,6 @@ _NOT_WEIGHTS = re.compile(
 _MOST_LISTED = 12
 
 
-class HubSpec(NamedTuple):
-    """What hf:user/repo[@revision][/sae_id] names; None is what was left open."""
-
-    repo: str
-    revision: str | None
-    sae_id: str | None
-
-    def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision else ""
-        return f"{HUB}{self.repo}{at}{f'/{self.sae_id}' if self.sae_id else ''}"
-
-
 class LocalSAE(NamedTuple):
     """The files of an SAE on this machine; what follows the path is None of a plain path.
 
@@ -65,7 +44,8 @@ class LocalSAE(NamedTuple):
         path: directory or file. Of the Hub's it lies in huggingface_hub's cache: to be read, never written.
         repo, sha, sae_id: repository, commit and place in it. sae_id is "" at its root.
         revision: branch or tag that was asked for; None if it was a commit, which cannot move.
-        release: name in SAELens' list, of saelens: alone.
+        release: name in SAELens' list, of saelens: alone. scaling: what that list says that inputs were multiplied by
+            before this SAE saw them, where its files leave that open.
     """
 
     path: Path
@@ -74,35 +54,17 @@ class LocalSAE(NamedTuple):
     sae_id: str | None = None
     revision: str | None = None
     release: str | None = None
+    scaling: float | None = None
+
+    @property
+    def assume(self) -> dict[str, Any]:
+        """For formats.registry.read: what SAELens' list says, and the files do not."""
+        return {} if self.scaling is None else {"input_std": 1 / self.scaling}
 
     def record(self) -> dict[str, str]:
         """For metadata: where it came from, so that the same bytes can be had again. {} of a plain path."""
         values = {"repo": self.repo, "sha": self.sha, "path": self.sae_id, "release": self.release}
         return {name: value for name, value in values.items() if value is not None}
-
-
-def is_remote(spec: str | os.PathLike[str]) -> bool:
-    """Whether a text or path names something of the Hub; a directory of such a name is ./hf:..."""
-    return os.fspath(spec).startswith((HUB, SAE_LENS))
-
-
-def parse_spec(spec: str) -> HubSpec:
-    """The parts of hf:user/repo[@revision][/sae_id]; %2F in a revision is a slash.
-
-    Raises:
-        ValueError: it is none, or its place is outside of the repository.
-    """
-    found = _SPEC.fullmatch(spec.removeprefix(HUB))
-    if found is None:
-        raise ValueError(f"{spec!r}: not of the form hf:user/repo[@revision][/sae_id]")
-    revision, sae_id = found["revision"], (found["sae_id"] or "").strip("/")
-    inside = PurePosixPath(sae_id)
-    sound = ".." not in inside.parts and "\\" not in sae_id and sae_id.isprintable() and spec.isprintable()
-    require(sound, f"{spec!r}: {sae_id!r} is no place in a repository")
-    if revision is not None:
-        revision = unquote(revision)
-        require(".." not in revision and not revision.startswith("/"), f"{spec!r}: {revision!r} is no revision")
-    return HubSpec(found["repo"], revision, sae_id if inside.parts else None)
 
 
 def resolve(
@@ -131,10 +93,11 @@ def resolve(
         _download(found, text, on_message)
         _remember(wanted, found.sha)
     moves = None if wanted.revision and _COMMIT.fullmatch(wanted.revision) else wanted.revision or "main"
-    release = text.removeprefix(SAE_LENS).partition("/")[0] if text.startswith(SAE_LENS) else None
-    return LocalSAE(
-        _snapshot(found.repo, found.sha) / found.sae_id, found.repo, found.sha, found.sae_id, moves, release
-    )
+    path = _snapshot(found.repo, found.sha) / found.sae_id
+    local = LocalSAE(path, found.repo, found.sha, found.sae_id, moves)
+    if not text.startswith(SAE_LENS):
+        return local
+    return local._replace(release=text.removeprefix(SAE_LENS).partition("/")[0], scaling=_scaling(text, path))
 
 
 class Found(NamedTuple):
@@ -163,7 +126,7 @@ def look_up(
 ) -> Found:
     """Which commit and which files a spec of the Hub names. ValueError: as resolve."""
     require(is_remote(spec), f"spec: {spec!r} is not of the form hf:user/repo[@revision][/sae_id]")
-    wanted = sae_lens_release(spec)[0] if spec.startswith(SAE_LENS) else parse_spec(spec)
+    wanted = sae_lens_release(spec) if spec.startswith(SAE_LENS) else parse_spec(spec)
     sha, offline = _commit_of(wanted, spec, local_files_only, on_message)
     files = cached_files(wanted.repo, sha) if offline else _listed(wanted, sha, spec)
     names = sorted(files)
@@ -434,54 +397,11 @@ def _not_here(wanted: HubSpec, spec: str, sha: str | None) -> str:
     )
 
 
-# SAELens' list --------------------------------------------------------------------------------------------------------
-
-
-def sae_lens_release(spec: str) -> tuple[HubSpec, str]:
-    """Where saelens:release/sae_id lies on the Hub, and the release, by the list of the sae-lens that is installed.
-
-    The list is read from its file, and nothing of sae-lens is imported. There is no copy of it in this package: it
-    changes with every release of sae-lens, and a copy would go stale unseen.
-
-    Raises:
-        ValueError: sae-lens is not installed, its list is of another form, or has no such release or SAE.
-    """
-    release, _, sae_id = spec.removeprefix(SAE_LENS).partition("/")
-    require(bool(release and sae_id), f"{spec!r}: not of the form saelens:release/sae_id")
-    path = _sae_lens_list(spec)
-    entry = _release(path.read_text(encoding="utf-8"), release, path, spec)
-    places = {str(each["id"]): str(each["path"]) for each in entry["saes"]}
-    some = ", ".join(list(places)[:5])
-    near = did_you_mean(sae_id, places) or f"; it has {some}{', ...' if len(places) > 5 else ''}"
-    require(sae_id in places, f"{spec}: release {release} has no SAE {sae_id!r}{near}")
-    place = places[sae_id].strip("/")
-    return parse_spec(f"{HUB}{entry['repo_id']}/{'' if place == '.' else place}"), release
-
-
-def _sae_lens_list(spec: str) -> Path:
-    found = find_spec("sae_lens")
-    folders = list(found.submodule_search_locations or ()) if found else []
-    path = Path(folders[0]) / "pretrained_saes.yaml" if folders else None
-    if path is None or not path.is_file():
-        advice = "pip install sae-lens, or give hf:user/repo/sae_id, where the SAE lies"
-        raise ValueError(f"{spec}: the list of releases is part of sae-lens, which is not installed; {advice}")
-    return path
-
-
-def _release(text: str, release: str, path: Path, spec: str) -> dict[str, Any]:
-    """The release's part of the list alone is parsed: the whole takes seconds."""
-    import yaml
-
-    starts = {
-        found[1].strip("'\""): found.start() for found in re.finditer(r"^([^\s#:][^:\n]*):\s*$", text, re.MULTILINE)
-    }
-    require(release in starts, f"{spec}: {path} has no release {release!r}{did_you_mean(release, starts)}")
-    ends = sorted([*starts.values(), len(text)])
-    start = starts[release]
-    try:
-        (entry,) = yaml.safe_load(text[start : ends[ends.index(start) + 1]]).values()
-        sound = isinstance(entry["repo_id"], str) and all("id" in each and "path" in each for each in entry["saes"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
-        sound, entry = False, {}
-    require(sound, f"{spec}: {path} does not list {release} as it used to (repo_id; saes with id and path)")
-    return dict(entry)
+def _scaling(spec: str, path: Path) -> float | None:
+    """SAELens' norm_scaling_factor of an SAE whose cfg.json says that it is still to be folded; as SAELens does."""
+    factor = sae_lens_entry(spec)[1].get("norm_scaling_factor")
+    if not isinstance(factor, int | float) or not factor > 0 or not (path / "cfg.json").is_file():
+        return None
+    cfg = parse_json((path / "cfg.json").read_bytes(), path / "cfg.json")
+    said = cfg.get("normalize_activations") if isinstance(cfg, dict) else None
+    return float(factor) if said in ("expected_average_only_in", True) else None

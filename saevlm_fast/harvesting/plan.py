@@ -67,6 +67,7 @@ class HarvestPlan:
             "point": store.point.point,
             "layer": store.point.layer,
             "tokens": None if store.tokens is None else store.tokens.name,
+            "layout": None if self.run.shapes[store.point][0] is None else self.run.layout.description(),
             "seed": config.seed,
             "dtype": config.dtype,
             "images": settings["images"],

@@ -17,7 +17,7 @@ SCORES_FILE = "scores.parquet"
 PICTURES = ("picture.png", "latents.png", "top_images.png", "contact_sheet.png")  # the first that is there is shown
 _SETTINGS_FILE = "settings.toml"  # of cli/record.py, which stands above
 # An absolute path, or one of a home directory, also behind a prefix: hf:/home/me/clip.
-_PATH = re.compile(r"(^|(?<=:))(?!//)(?:[/~]|[A-Za-z]:\\)[^:]*[/\\]")
+_PATH = re.compile(r"(^|(?<=:))(?!//)(?:[/~]|[A-Za-z]:\\)(?:[^:]*[/\\])?")
 _HUB_MODEL = re.compile(r"hf:([\w.-]+/[\w.-]+)")
 _LONGEST_LOG = 1 << 28
 

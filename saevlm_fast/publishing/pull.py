@@ -7,7 +7,8 @@ from pathlib import Path
 
 from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_directory
-from saevlm_fast.formats.hub import CARD_FILE, LocalSAE, is_remote, resolve
+from saevlm_fast.formats.hub import CARD_FILE, LocalSAE, resolve
+from saevlm_fast.formats.places import is_remote
 from saevlm_fast.outputs import check_absent
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder, with_metadata
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast.errors import first_line, require
-from saevlm_fast.formats.hub import CARD_FILE, HUB, endpoint, hub_api, hub_errors, progress_for_people
-from saevlm_fast.formats.sae_lens import WEIGHTS_DIGEST
+from saevlm_fast.formats.hub import CARD_FILE, endpoint, hub_api, hub_errors, progress_for_people
+from saevlm_fast.formats.places import HUB
+from saevlm_fast.formats.sae_lens import CONFIG_FILE, WEIGHTS_DIGEST, WEIGHTS_FILE
 from saevlm_fast.publishing.card import card, front, front_matter, is_ours, is_sealed, plain, sealed
 from saevlm_fast.publishing.facts import Facts, public
 from saevlm_fast.records import Fields, parse_json, read_record, write_record
-from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder
 
 MAIN = "main"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -149,6 +150,10 @@ def planned(what: Push) -> tuple[dict[str, int], str | None]:
 def checked(what: Push) -> Facts:
     """What is known of the SAE, whose weights have been read: they are those of its cfg.json, and finite."""
     facts = Facts.of(what.directory)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        there = (what.directory / name).is_file()
+        advice = "saevlm-fast convert writes it in SAELens' layout, which can be pushed"
+        require(there, f"run: {what.directory} has no {name}; {advice}")
     SparseAutoencoder.from_pretrained(what.directory)
     return facts
 
@@ -270,13 +275,15 @@ def _joined(there: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """What was there wins; tags are joined, and so are base models."""
     head = new | there
     for name in ("tags", "base_model"):
-        both = [
-            each for part in (there.get(name), new.get(name)) for each in (part if isinstance(part, list) else [part])
-        ]
-        several = list(dict.fromkeys(each for each in both if each is not None))
-        if several:
-            head[name] = several[0] if len(several) == 1 and name not in there else several
+        old, added = _several(there.get(name)), _several(new.get(name))
+        if not set(added) <= set(old):
+            both = list(dict.fromkeys([*old, *added]))
+            head[name] = both if name == "tags" or len(both) > 1 else both[0]
     return head
+
+
+def _several(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else [] if value is None else [str(value)]
 
 
 def _with_row(text: str, what: Push, facts: Facts) -> str:

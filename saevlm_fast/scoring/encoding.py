@@ -18,6 +18,8 @@ def n_latents(activations: Activations | StoredCodes, sae: SparseAutoencoder | N
     Raises:
         ValueError: an SAE of another width, or for codes, which are encoded already.
     """
+    if sae is not None and not isinstance(sae, SparseAutoencoder):
+        raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
     if isinstance(activations, StoredCodes):
         require(sae is None, "sae: codes are encoded already; give activations or no SAE")
         return activations.d_sae
@@ -35,9 +37,10 @@ def encoded_chunks(
     """
     with closing(activations.chunks(batch_rows)) as chunks:
         for start, values in chunks:
-            yield start, values if sae is None or isinstance(values, SparseCodes) else _encode(sae, values)
+            yield start, values if sae is None or isinstance(values, SparseCodes) else encoded(sae, values)
 
 
-def _encode(sae: SparseAutoencoder, x_BD: Tensor) -> SparseCodes:
+def encoded(sae: SparseAutoencoder, x_BD: Tensor) -> SparseCodes:
+    """Codes of inference, on the SAE's device."""
     with evaluating(sae):
         return sae.encode(x_BD.to(sae.b_dec))

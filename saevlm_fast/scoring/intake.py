@@ -5,7 +5,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.scaled_rows import squared_norms
-from saevlm_fast.scoring.sums import CodesRange, DenseRange, Embeddings, KeptPairs, ShiftedSums
+from saevlm_fast.scoring.sums import CodesRange, DenseRange, Embeddings, Pairs
 from saevlm_fast.sparse_codes import SparseCodes
 
 _ONE_KIND = "activations: one StreamedScore takes sparse codes or dense activations, not both"
@@ -45,7 +45,7 @@ def _refuse_images(bad_n: Tensor, first_image: int, message: str) -> None:
 class CodesIntake:
     """Sparse codes, gathered until block_rows images wait: a pass over the sums is then small beside what is added."""
 
-    def __init__(self, n_latents: int, block_rows: int, pairs: ShiftedSums | KeptPairs) -> None:
+    def __init__(self, n_latents: int, block_rows: int, pairs: Pairs) -> None:
         self.n_latents, self.block_rows, self.pairs = n_latents, block_rows, pairs
         self.range = CodesRange(n_latents, pairs.device)
         self._pending: list[tuple[SparseCodes, Embeddings]] = []
@@ -80,7 +80,7 @@ class CodesIntake:
 class DenseIntake:
     """Activations of every neuron: added as they come."""
 
-    def __init__(self, n_neurons: int, pairs: ShiftedSums | KeptPairs) -> None:
+    def __init__(self, n_neurons: int, pairs: Pairs) -> None:
         self.n_neurons, self.pairs = n_neurons, pairs
         self.range = DenseRange(n_neurons, pairs.device)
 

@@ -20,8 +20,7 @@ pairwise_similarity.py. The sums are in sums.py, their checks in intake.py.
 
 import math
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
@@ -29,17 +28,14 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes
-from saevlm_fast.data.pairing import check_sides, checked_ids
-from saevlm_fast.data.rows import Matrix, activations_of
+from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import check_similarity
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
-from saevlm_fast.provenance import check_rows_of
-from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
-from saevlm_fast.scoring.sums import STATUSES, ActivationRange, KeptPairs, ShiftedSums, status_of
+from saevlm_fast.scoring.source import Pool, ScoredImages
+from saevlm_fast.scoring.sums import STATUSES, ActivationRange, HalvedSums, KeptPairs, Pairs, ShiftedSums, status_of
 from saevlm_fast.sparse_codes import SparseCodes
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -59,7 +55,7 @@ class MonosemanticityScores:
             single: exactly one is above the minimum; defined: two or more are.
         n_active: int64, images with a > 0 (also for raw neurons, whose minimum may be negative).
         max_activation: float64, in the units of the activations.
-        n_images: N. similarity: of embeddings.
+        n_images: N. similarity: of embeddings. variant: paper, or one of variants.py.
     """
 
     ms: Tensor
@@ -68,6 +64,7 @@ class MonosemanticityScores:
     max_activation: Tensor
     n_images: int
     similarity: str
+    variant: str = field(default="paper", kw_only=True)
 
     def table(self) -> pa.Table:
         """Columns latent, ms, status (string), n_active, max_activation; schema metadata similarity and n_images."""
@@ -79,6 +76,7 @@ class MonosemanticityScores:
             "max_activation": pa.array(self.max_activation.numpy()),
         }
         metadata = {"similarity": self.similarity, "n_images": str(self.n_images)}
+        metadata |= {} if self.variant == "paper" else {"variant": self.variant}
         return pa.table(columns).replace_schema_metadata(metadata)
 
     def summary(self, n_extreme: int = 10) -> "ScoreSummary":
@@ -138,9 +136,10 @@ class StreamedScore:
         device: where sums live (S x E float64 for cosine and dot); chunks are moved there.
         block_rows: how many images of sparse codes are gathered before they are folded in, by default
             max(4096, n_latents). Scores do not depend on it, nor on the split into chunks, beyond rounding.
+        halves: keep the images of even and of odd number apart too, at twice the memory: what SecondPass takes over.
 
     Raises:
-        ValueError: another similarity, gamma not above 0, sizes below 0 and 1.
+        ValueError: another similarity, gamma not above 0, sizes below 0 and 1, halves of rbf.
     """
 
     def __init__(
@@ -150,8 +149,10 @@ class StreamedScore:
         gamma: float | None = None,
         device: torch.device | str = "cpu",
         block_rows: int | None = None,
+        halves: bool = False,
     ) -> None:
         check_similarity(similarity)
+        require(not (halves and similarity == "rbf"), "similarity: rbf keeps no sums that could be halved")
         block_rows = max(_SPARSE_BLOCK_ROWS, n_latents) if block_rows is None else block_rows
         require(
             n_latents >= 0 and block_rows >= 1,
@@ -159,10 +160,12 @@ class StreamedScore:
         )
         default_gamma(gamma, 1)
         self.n_latents, self.similarity, self.gamma = n_latents, similarity, gamma
-        self.device, self.block_rows = torch.device(device), block_rows
+        self.device, self.block_rows, self.halves = torch.device(device), block_rows, halves
         self.n_images = 0
         self._d_emb: int | None = None
         self._intake: CodesIntake | DenseIntake | None = None  # of the kind of the first chunk
+        self._pairs: ShiftedSums | HalvedSums | KeptPairs | None = None
+        self._sqnorms: list[Tensor] = []
 
     def update(self, activations: SparseCodes | Tensor, emb_nE: Tensor) -> None:
         """Adds n images.
@@ -182,9 +185,12 @@ class StreamedScore:
         """
         n_rows = activations.n_rows if isinstance(activations, SparseCodes) else len(activations)
         images = checked_embeddings(emb_nE, n_rows, self._d_emb, self.similarity, self.n_images, self.device)
-        intake = self._intake or self._new_intake(activations, emb_nE.shape[1])
+        pairs = self._pairs or self._new_pairs(emb_nE.shape[1])
+        intake = self._intake or self._new_intake(activations, pairs)
         intake.add(activations, images, self.n_images)
-        self._intake, self._d_emb = intake, emb_nE.shape[1]
+        self._intake, self._pairs, self._d_emb = intake, pairs, emb_nE.shape[1]
+        if self.halves:
+            self._sqnorms.append(images.sqnorm_n)
         self.n_images += n_rows
 
     def result(self) -> MonosemanticityScores:
@@ -195,7 +201,8 @@ class StreamedScore:
         else:
             self._intake.flush()
             seen = self._intake.range
-            num_S, den_S = self._intake.pairs.pair_sums(seen.low_S)
+            assert self._pairs is not None
+            num_S, den_S = self._pairs.pair_sums(seen.low_S)
         sums = num_S, den_S, seen.low_S, seen.high_S, seen.n_active_S, seen.n_above()
         # One copy from a device; counts of images are exact in float64.
         num_S, den_S, low_S, high_S, n_active_S, n_above_S = torch.stack([t.to(torch.float64) for t in sums]).cpu()
@@ -224,20 +231,33 @@ class StreamedScore:
         """The plain mean of the images' e_i, [E] float64 on the CPU; e_i and errors as for mean_embedding."""
         return self._sums().mean_of_images().cpu()
 
+    def halved(self) -> tuple[ActivationRange, HalvedSums, Tensor]:
+        """The range of all activations and the sums, with all images in them, and these's squared norms [N].
+
+        Raises:
+            ValueError: no halves were kept, or no images have come.
+        """
+        if self._intake is None or not isinstance(self._pairs, HalvedSums):
+            raise ValueError("first: a StreamedScore with halves=True and images is needed")
+        self._intake.flush()
+        return self._intake.range, self._pairs, torch.cat(self._sqnorms)
+
     def _sums(self) -> ShiftedSums:
         """With all images in them."""
         require(self.similarity != "rbf", "similarity: rbf has no mean embedding, only cosine and dot")
-        if self._intake is None or not isinstance(self._intake.pairs, ShiftedSums):
+        require(not self.halves, "halves: their sums are for SecondPass")
+        if self._intake is None or not isinstance(self._pairs, ShiftedSums):
             raise ValueError("mean embedding: no images have come")
         self._intake.flush()
-        return self._intake.pairs
+        return self._pairs
 
-    def _new_intake(self, activations: SparseCodes | Tensor, d_emb: int) -> CodesIntake | DenseIntake:
-        pairs: ShiftedSums | KeptPairs
+    def _new_pairs(self, d_emb: int) -> ShiftedSums | HalvedSums | KeptPairs:
         if self.similarity == "rbf":
-            pairs = KeptPairs(self.n_latents, self.similarity, self.gamma, self.device)
-        else:
-            pairs = ShiftedSums(self.n_latents, d_emb, self.similarity, self.device)
+            return KeptPairs(self.n_latents, self.similarity, self.gamma, self.device)
+        kind = HalvedSums if self.halves else ShiftedSums
+        return kind(self.n_latents, d_emb, self.similarity, self.device)
+
+    def _new_intake(self, activations: SparseCodes | Tensor, pairs: Pairs) -> CodesIntake | DenseIntake:
         if isinstance(activations, SparseCodes):
             return CodesIntake(self.n_latents, self.block_rows, pairs)
         return DenseIntake(self.n_latents, pairs)
@@ -253,13 +273,15 @@ def score(
     *,
     similarity: Similarity = "cosine",
     gamma: float | None = None,
+    pool: Pool | None = None,
     batch_rows: int = 4096,
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> MonosemanticityScores:
     """Monosemanticity Score of an SAE's latents, or of raw neurons, in one pass (arXiv 2504.02821 section 3).
 
-    `score(activations, embeddings, sae).table()` is one row a latent. `streamed_score` also gives what names need.
+    `score(activations, embeddings, sae).table()` is one row a latent. `trust.trusted_score` also says how sure each is,
+    in two passes; `streamed_score` also gives what names need.
 
     Args:
         activations: N rows of width d_in, row i of image i, from a file, a store or memory; or stored codes, whose
@@ -268,6 +290,9 @@ def score(
         sae: encodes the activations at inference (threshold or row-wise top k); None scores raw neurons, the paper's
             baseline, or codes.
         similarity: of embeddings: cosine (the paper's), dot or rbf. gamma: of rbf, 1 / width unless given.
+        pool: None: one row an image. max or mean: a store has several rows of an image, neighbours of each other, whose
+            codes (or neurons) are pooled, a latent that does not fire counting as 0; embeddings have one row an image,
+            found by its id where they have ids, else in the order in which images appear.
         batch_rows: rows read and encoded at a time.
         device: where the sums live: a torch.device, auto, cpu, cuda or cuda:N.
         on_rows: called with the number of images done.
@@ -277,7 +302,8 @@ def score(
 
     Raises:
         ValueError: different numbers of rows, image ids (where both sides have them) that differ, several rows of one
-            image, an SAE of another width, hook point or layer, and everything StreamedScore refuses.
+            image without a pool, a pool of rows without ids, an image without an embedding, an SAE of another width,
+            hook point or layer, and everything StreamedScore refuses.
     """
     return streamed_score(
         activations,
@@ -285,6 +311,7 @@ def score(
         sae,
         similarity=similarity,
         gamma=gamma,
+        pool=pool,
         batch_rows=batch_rows,
         device=device,
         on_rows=on_rows,
@@ -298,27 +325,30 @@ def streamed_score(
     *,
     similarity: Similarity = "cosine",
     gamma: float | None = None,
+    pool: Pool | None = None,
     batch_rows: int = 4096,
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> StreamedScore:
     """The sums behind `score`, with all images in them; arguments and errors are those of `score`."""
-    if not isinstance(activations, StoredCodes):
-        activations = activations_of(activations, "activations")
-    embeddings = activations_of(embeddings, "embeddings")
-    if sae is not None and not isinstance(sae, SparseAutoencoder):
-        raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
-    check_sides(activations, embeddings)
-    if sae is not None:
-        check_rows_of(sae, activations)
-    target = resolve_device(device) if isinstance(device, str) else device
-    scores = StreamedScore(n_latents(activations, sae), similarity, gamma, target)
-    ids = checked_ids(batch_rows, activations, embeddings)
-    with (
-        closing(encoded_chunks(activations, sae, batch_rows)) as chunks,
-        closing(embeddings.chunks(batch_rows)) as images,
-    ):
-        for (start, values), (_, emb_nE), _ in zip(chunks, images, ids):
-            scores.update(values, emb_nE)
-            on_rows(start + len(emb_nE))
-    return scores
+    images = ScoredImages(activations, {"": embeddings}, sae, pool=pool, batch_rows=batch_rows, kept_bytes=0)
+    return stream(images, similarity, gamma, device=device, on_rows=on_rows)[""]
+
+
+def stream(
+    images: ScoredImages,
+    similarity: str = "cosine",
+    gamma: float | None = None,
+    *,
+    halves: bool = False,
+    device: torch.device | str = "cpu",
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> dict[str, StreamedScore]:
+    """One pass over images, by all their encoders: the sums of each. Arguments and errors as `score`."""
+    target = images.device_of(device)
+    sums = {name: StreamedScore(images.n_latents, similarity, gamma, target, halves=halves) for name in images.encoders}
+    for start, values, emb_nE in images.chunks():
+        for name, one in sums.items():
+            one.update(values, emb_nE[name])
+        on_rows(start + values.n_rows if isinstance(values, SparseCodes) else start + len(values))
+    return sums

@@ -4,7 +4,7 @@ The maths is told in monosemanticity.py. Shape suffixes: n images of a chunk, N 
 embedding, M entries grouped by latent, A latents that fire on every image.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -115,6 +115,21 @@ class DenseRange(ActivationRange):
 # --- sums over pairs ---
 
 
+class Pairs(Protocol):
+    """What takes checked images in, chunk by chunk (intake.py): activations as they come, and the minimum so far."""
+
+    device: torch.device
+
+    def lower(self, drop_S: Tensor) -> None:
+        """The minimum is lower by drop >= 0 than it was for the images so far."""
+
+    def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
+        """A chunk of codes, also grouped with float64 activations."""
+
+    def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
+        """A chunk of activations of every neuron."""
+
+
 class ShiftedSums:
     """Sums of a - low for an inner-product similarity, and those of the images alone that lowering low needs.
 
@@ -150,17 +165,22 @@ class ShiftedSums:
 
         low_S is above 0 only for latents that fire on every image so far, this chunk's too.
         """
-        joined = Embeddings.join(images)
-        scale_n, square_n = joined.scales(self.similarity)
-        acts_M, images_M = grouped.acts_M, codes.entry_rows()[grouped.order_M]
+        images_M = codes.entry_rows()[grouped.order_M]
+        self.add_entries(grouped.acts_M, images_M, grouped.offsets_S1, low_S, Embeddings.join(images))
+
+    def add_entries(
+        self, acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, low_S: Tensor, images: Embeddings
+    ) -> None:
+        """The same of entries latent by latent (float64), with the images (rows of `images`) that they are on."""
+        scale_n, square_n = images.scales(self.similarity)
         always = torch.nonzero(low_S > 0).squeeze(1)
         if len(always) > 0:
-            acts_M = acts_M - low_S[grouped.latents_M]
-            positions_An = grouped.offsets_S1[always, None] + torch.arange(codes.n_rows, device=always.device)
+            acts_M = acts_M - torch.repeat_interleave(low_S, offsets_S1.diff())
+            positions_An = offsets_S1[always, None] + torch.arange(len(square_n), device=always.device)
             # Q_a is needed only where low may still fall, and there only.
             self.self_S[always] += (acts_M[positions_An] * square_n[images_M[positions_An]]).sum(1)
-        streamed_cosine_update(self.state, acts_M, images_M, grouped.offsets_S1, joined.emb_nE, scale_n)
-        self._add_images(scaled_sum(joined.emb_nE, scale_n), square_n)
+        streamed_cosine_update(self.state, acts_M, images_M, offsets_S1, images.emb_nE, scale_n)
+        self._add_images(scaled_sum(images.emb_nE, scale_n), square_n)
 
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
         """Adds a chunk of activations of every neuron, a block at a time: pairs within it, and the merge."""
@@ -207,6 +227,75 @@ class ShiftedSums:
     def mean_of_images(self) -> Tensor:
         """[E]."""
         return self.unit_sum_E / self.n_images
+
+
+class HalvedSums:
+    """ShiftedSums of the images of even and of odd number apart: each half has scores of its own.
+
+    Memory: twice that of ShiftedSums, until `merged`.
+    """
+
+    def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device) -> None:
+        self.device, self.n_images = device, 0
+        self._pair_sums: tuple[Tensor, Tensor] | None = None  # of all images so far, once they were asked for
+        self.halves = [ShiftedSums(n_latents, d_emb, similarity, device) for _ in range(2)]
+
+    def lower(self, drop_S: Tensor) -> None:
+        self._pair_sums = None
+        for half in self.halves:
+            half.lower(drop_S)
+
+    def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
+        joined, n_latents = Embeddings.join(images), len(low_S)
+        acts_M, latents_M = grouped.acts_M, grouped.latents_M
+        images_M = codes.entry_rows()[grouped.order_M]
+        for half, rows, first in self._split(codes.n_rows):
+            chosen_M = (images_M & 1) == first
+            counts_S = torch.bincount(latents_M[chosen_M], minlength=n_latents)
+            offsets_S1 = torch.nn.functional.pad(counts_S.cumsum(0), (1, 0))
+            of_half = Embeddings(joined.emb_nE[rows], joined.sqnorm_n[rows])
+            half.add_entries(acts_M[chosen_M], images_M[chosen_M] >> 1, offsets_S1, low_S, of_half)
+
+    def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
+        for half, rows, _ in self._split(len(acts_nK)):
+            half.add_dense(acts_nK[rows], low_K, Embeddings(images.emb_nE[rows], images.sqnorm_n[rows]))
+
+    def _split(self, n_rows: int) -> list[tuple[ShiftedSums, slice, int]]:
+        """The halves with images among the next n_rows, those of them, and the first: even images are halves[0]'s."""
+        first = self.n_images % 2  # the row of this chunk that is the next even image
+        self.n_images += n_rows
+        return [(self.halves[h], slice(r, None, 2), r) for h, r in ((0, first), (1, 1 - first)) if r < n_rows]
+
+    def pair_sums(self, low_S: Tensor) -> tuple[Tensor, Tensor]:
+        """num and den [S] of all images."""
+        if self._pair_sums is None:
+            a, b = (half.state for half in self.halves)
+            num_S = a.num_S + b.num_S + torch.linalg.vecdot(a.sums_SE, b.sums_SE)
+            self._pair_sums = num_S, a.den_S + b.den_S + a.total_S * b.total_S
+        return self._pair_sums
+
+    def half_scores(self) -> Tensor:
+        """[2, S]: the scores over the even and over the odd images, NaN where fewer than two carry weight."""
+        num_2S, den_2S = (torch.stack([half.state[part] for half in self.halves]) for part in (1, 2))
+        return (num_2S / den_2S).masked_fill(den_2S <= 0, torch.nan)
+
+    def merged(self) -> ShiftedSums:
+        """The sums of all images, in the memory of one half; of these halves nothing is left."""
+        (a, b), pair_sums = self.halves, self.pair_sums(self.halves[0].state.num_S)
+        self.halves = []
+        if a.n_images and b.n_images:
+            a.pair_sum += b.pair_sum + a.unit_sum_E @ b.unit_sum_E
+        else:
+            a.pair_sum += b.pair_sum
+        for mine, others in ((a.state.sums_SE, b.state.sums_SE), (a.state.total_S, b.state.total_S)):
+            mine += others
+        a.state.num_S.copy_(pair_sums[0])
+        a.state.den_S.copy_(pair_sums[1])
+        a.self_S += b.self_S
+        a.unit_sum_E += b.unit_sum_E
+        a.square_sum += b.square_sum
+        a.n_images += b.n_images
+        return a
 
 
 class KeptPairs:

@@ -51,6 +51,18 @@ def write_scores(
     write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **(metadata or {})}), path)
 
 
+def scores_table(scores: Mapping[str, MonosemanticityScores], metadata: Mapping[str, str] | None = None) -> pa.Table:
+    """The table by the first encoder, and ms_NAME (corrected_NAME, se_NAME, p_NAME where it has them) by the others."""
+    (_, first), *others = scores.items()
+    table = first.table()
+    for name, each in others:
+        theirs = each.table()
+        for column in ("ms", "corrected", "se", "p"):
+            if column in theirs.column_names:
+                table = table.append_column(f"{column}_{name}", theirs[column])
+    return table.replace_schema_metadata({**(first.table().schema.metadata or {}), **(metadata or {})})
+
+
 def write_table(table: pa.Table, path: str | os.PathLike[str]) -> None:
     """Writes a table with schema metadata as write_scores does; a NaN of any column is null in JSON."""
     path = check_scores_path(path)

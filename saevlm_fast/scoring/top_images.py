@@ -13,7 +13,7 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Matrix, activations_of
-from saevlm_fast.errors import require
+from saevlm_fast.errors import require, whole_number
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.sparse_codes import SparseCodes
@@ -56,12 +56,12 @@ def top_images(
         ValueError: latents that are not there or listed twice, n below 1, an SAE of another width or for codes, several
             rows of one image.
     """
-    require(n >= 1, f"n: {n} must be at least 1")
+    n, batch_rows = whole_number("n", n), whole_number("batch_rows", batch_rows)
     if not isinstance(activations, StoredCodes):
         activations = activations_of(activations, "activations")
     latents_L = _whole_numbers(latents)
     slot_of_latent_S = _slots(latents_L, n_latents(activations, sae))
-    best, ids = _Best(len(latents_L), n), checked_ids(batch_rows, activations)
+    best, ids = BestImages(len(latents_L), n), checked_ids(batch_rows, activations)
     with closing(encoded_chunks(activations, sae, batch_rows)) as chunks:
         for (start, values), _ in zip(chunks, ids):
             if isinstance(values, SparseCodes):
@@ -117,16 +117,19 @@ def _top_of_columns(acts_BL: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return acts_BL.flatten(), slots_BL.flatten(), rows_BL.flatten()
 
 
-class _Best:
+class BestImages:
     """The n largest activations of each of L slots so far, sorted by slot, activation descending, image ascending."""
 
     def __init__(self, n_slots: int, n: int):
         self.n_slots, self.n = n_slots, n
         self.acts_M, self.slots_M = torch.empty(0), torch.empty(0, dtype=torch.int64)
         self.images_M = torch.empty(0, dtype=torch.int64)
+        self._floor_L = torch.full((n_slots,), -torch.inf)  # what does not exceed it comes too late
 
     def add(self, acts_M: Tensor, slots_M: Tensor, images_M: Tensor) -> None:
         """Later images than any before; in one slot, equal activations in the order of their images."""
+        good_M = acts_M > self._floor_L[slots_M]
+        acts_M, slots_M, images_M = acts_M[good_M], slots_M[good_M], images_M[good_M]
         acts_M, slots_M = torch.cat([self.acts_M, acts_M]), torch.cat([self.slots_M, slots_M])
         images_M = torch.cat([self.images_M, images_M])
         # Two stable sorts: what is equal in slot and activation stays in the order of images.
@@ -138,6 +141,9 @@ class _Best:
         kept_M = torch.arange(len(slots_M)) - starts_L[slots_M] < self.n
         self.slots_M, order_M = slots_M[kept_M], order_M[kept_M]
         self.acts_M, self.images_M = acts_M[order_M], images_M[order_M]
+        counts_L = torch.bincount(self.slots_M, minlength=self.n_slots)
+        full_L = counts_L == self.n
+        self._floor_L[full_L] = self.acts_M[counts_L.cumsum(0)[full_L] - 1]
 
     def result(self) -> list[TopImages]:
         counts = torch.bincount(self.slots_M, minlength=self.n_slots).tolist()

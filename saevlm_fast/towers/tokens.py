@@ -53,11 +53,20 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """An image's token sequence: n_prefix tokens (CLS first, if there is one, then registers), then the patches."""
+    """An image's token sequence: n_prefix tokens (CLS first, if there is one, then registers), then the patches.
+
+    grid: rows and columns of the patches, which lie row by row; None where images have grids of their own.
+    """
 
     n_tokens: int
     n_prefix: int
     has_cls: bool
+    grid: tuple[int, int] | None = None
+
+    def description(self) -> dict[str, Any]:
+        """JSON: for the store."""
+        grid = None if self.grid is None else list(self.grid)
+        return {"n_tokens": self.n_tokens, "n_prefix": self.n_prefix, "has_cls": self.has_cls, "grid": grid}
 
     def rows_per_image(self, tokens: Tokens) -> int:
         """Rows that an image gives (at most, where some of its tokens may be padding).

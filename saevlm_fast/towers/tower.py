@@ -16,6 +16,7 @@ Nothing of a model's forward is copied: forward hooks read its own, and the last
 (On a GPU one activation has a faster kernel where its results are the same bits: towers/forwards.py.)
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -311,7 +312,8 @@ class HookedTower:
                 stack.callback(block.register_forward_hook(record).remove)
             acts = self._first_forward(inputs)
         n_tokens = self._check_blocks(shapes, inputs, len(pictures))
-        self.layout = TokenLayout(n_tokens, self.layout.n_prefix, self.layout.has_cls)
+        grid = self._grid(inputs, n_tokens - self.layout.n_prefix)
+        self.layout = TokenLayout(n_tokens, self.layout.n_prefix, self.layout.has_cls, grid)
         self._check_given(acts)
         for point, tensor in acts.items():
             whole = point.layer is None
@@ -367,6 +369,16 @@ class HookedTower:
         fits = mask_BT is None or tuple(mask_BT.shape) == (n_images, n_tokens)
         require(fits, f"{spec}: a mask {list(getattr(mask_BT, 'shape', ()))} of {n_tokens} tokens")
         return n_tokens
+
+    def _grid(self, inputs: Mapping[str, Tensor], n_patches: int) -> tuple[int, int] | None:
+        """Rows and columns of the patches: by the size of a patch, else of a square image; None of padded ones."""
+        pixels, patch = inputs["pixel_values"], self.tower.anatomy.patch_size
+        if self.tower.token_mask(inputs) is not None or pixels.ndim != 4:
+            return None
+        if patch is not None:
+            return pixels.shape[2] // patch[0], pixels.shape[3] // patch[1]
+        side = math.isqrt(n_patches)
+        return (side, side) if side * side == n_patches and pixels.shape[2] == pixels.shape[3] else None
 
     def _check_alone(
         self, acts: Mapping[HookPoint, Tensor], inputs: Mapping[str, Tensor], i: int, picture: Any

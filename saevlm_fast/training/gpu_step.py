@@ -2,8 +2,8 @@
 
     rows     decoder, losses, gradient of every prefix, dacts          kernels/step_rows_triton.py
     entries  the codes' entries in latent order                        kernels/step_entries_triton.py
-    totals   db_enc, idle counters, bound of the norm                  kernels/gradient_norm_triton.py
-    clip     by the bound, or by the norm where the bound fails        the same; b_dec
+    totals   db_enc, idle counters, bound of the norm                  kernels/step_totals_triton.py
+    clip     by the bound, or by the norm where the bound fails; b_dec kernels/gradient_norm_triton.py
     update   Adam on W_dec, then on W_enc and b_enc                    kernels/latent_update_triton.py
 
 Imported for a GPU's tensors only: these modules load Triton. What changes from step to step is read from the device, so
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.config import TrainConfig
-from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide, launch_totals
+from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
 from saevlm_fast.kernels.latent_gradient import RowGradient, latent_slots
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_update
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
 from saevlm_fast.kernels.step_rows_triton import launch_rows
+from saevlm_fast.kernels.step_totals_triton import launch_totals
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import (
     Centred,

@@ -27,7 +27,7 @@ from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
-from saevlm_fast.training.any_device import update_, whole_gradients
+from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, auxiliary, padded_size
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 
@@ -93,8 +93,8 @@ class Stepper:
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
     `announce`, as long as n_listed stays what it was; training/capture.py does so.
 
-    A relu or jumprelu SAE (penalised) is trained on a GPU by any_device.py, and not captured: how many latents fire has
-    to be asked.
+    A relu or jumprelu SAE (penalised) is trained by any_device.py on a GPU, and not captured: how many latents fire has
+    to be asked. On a CPU too while a great part of them fires.
 
     Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
     Also if the recipe does not fit the SAE (TrainConfig.check_fits).
@@ -118,7 +118,7 @@ class Stepper:
         self.n_listed = 0
         # W_enc in float16, latent-major, with the bounds of that rounding: on a GPU whose encoder screens.
         self.low: LowWeights | None = None
-        self._low_state: tuple[int, int] | None = None  # of sae.W_enc, as the copy was written
+        self._low_of: tuple[Tensor, int] | None = None  # sae.W_enc and its version, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
@@ -160,7 +160,7 @@ class Stepper:
         codes, penalty = self._encode(x_BD)
         self._track(codes, len(x_BD))
         dead = self._dead_latents()
-        if x_BD.is_cuda and penalty is not None:
+        if penalty is not None and (x_BD.is_cuda or is_dense(codes)):
             return self._whole_step(x_BD, codes, dead, penalty)
         x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.auxk_alpha, penalty)
         self._note_bad(losses)
@@ -220,24 +220,32 @@ class Stepper:
         W_enc_SD = self.sae.W_enc.detach().T
         if self.low is None:
             d_sae, d_in = W_enc_SD.shape
-            self.low, self._low_state = LowWeights.empty(d_sae, d_in, W_enc_SD.device), None
-        if self._low_state != self._W_enc_state():
+            self.low, self._low_of = LowWeights.empty(d_sae, d_in, W_enc_SD.device), None
+        if not self._low_is_of_W_enc():
             self.low.write_(0, W_enc_SD)
-            self._low_state = self._W_enc_state()
+            self._low_is_written()
         return self.low
 
     def low_is_current(self) -> bool:
         """Whether the next step finds the low copy of W_enc as the last one left it."""
-        return self.low is None or self._low_state == self._W_enc_state()
+        return self.low is None or self._low_is_of_W_enc()
 
     def was_replayed(self) -> None:
         """Kernels and CUDA graphs that write parameters move no version counter: moved here."""
         torch.autograd.graph.increment_version([*self.parameters().values(), self.sae.threshold])
-        self._low_state = self._W_enc_state()
+        self._low_is_written()
 
-    def _W_enc_state(self) -> tuple[int, int]:
-        """What moves when W_enc is replaced or written to."""
-        return self.sae.W_enc.data_ptr(), self.sae.W_enc._version
+    def _low_is_written(self) -> None:
+        """The tensor itself is kept: while it lives, no other one can have its address."""
+        W_enc = self.sae.W_enc.detach()
+        self._low_of = W_enc, W_enc._version
+
+    def _low_is_of_W_enc(self) -> bool:
+        """Whether W_enc was neither replaced nor written to since the copy was."""
+        if self._low_of is None:
+            return False
+        of, version = self._low_of
+        return of.data_ptr() == self.sae.W_enc.data_ptr() and self.sae.W_enc._version == version
 
     def _track(self, codes: SparseCodes, n_rows: int) -> None:
         """Dead-latent counters and the moving threshold, as upstream: before the losses."""

@@ -78,7 +78,10 @@ def test_a_table_of_another_command_is_left_alone(tmp_path):
         ("lr = 'fast'", "run.toml: lr: 'fast' is not a number"),
         ("steps = 0", "steps: 0 must be at least 1"),
         ("architecture = 'gated'", "architecture: 'gated' is not one of"),
-        ("dtype = 'tf32'", "run.toml: dtype: 'tf32' is gone, 'float32' is all there is; leave it out and start anew"),
+        (
+            "dtype = 'tf32'",
+            "run.toml: dtype: 'tf32' is gone, 'float32' is all there is; train anew (--force)",
+        ),
         ("[train]\ndtype = 'bfloat16'", "run.toml: dtype: 'bfloat16' is gone"),
         ("steps = ", "run.toml: not valid TOML"),
         ("steps = " + 5000 * "[", "run.toml: not valid TOML (nested too deeply)"),

@@ -24,7 +24,13 @@ def test_scores_of_an_sae_match_the_definition(data, sae, tmp_path):
     for word in ("mean +- std", "best", "quantile", "dead", "worst latents"):
         assert word in text
     table = pq.read_table(tmp_path / "s.parquet").to_pydict()
-    assert list(table) == ["latent", "ms", "status", "n_active", "max_activation"]
+    plain = ["latent", "ms", "status", "n_active", "max_activation"]
+    more = ["corrected", "n_eff", "se", "ms_low", "ms_high", "null_sd", "z", "p", "above_null"]
+    assert list(table) == plain + more
+    score(data, "--sae", sae, "--output", tmp_path / "one.parquet", "--one-pass")
+    once = pq.read_table(tmp_path / "one.parquet").to_pydict()
+    assert list(once) == plain
+    np.testing.assert_allclose(once["ms"], table["ms"], rtol=0, atol=1e-12)
     x, e = (torch.from_numpy(np.load(data / f"{name}.npy")) for name in ("activations", "embeddings"))
     with torch.no_grad():
         dense = SparseAutoencoder.from_pretrained(sae).encode(x).dense().double()

@@ -110,10 +110,25 @@ def hold(output, directory, held):
         time.sleep(60)
 
 
-@pytest.mark.parametrize("name", ["synthetic", "train", "ms-score", "evaluate", "harvest", "demo", "steering-score"])
+WRITERS = [
+    "synthetic",
+    "train",
+    "ms-score",
+    "evaluate",
+    "harvest",
+    "demo",
+    "steering-score",
+    "top-images",
+    "name",
+    "report",
+]
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch):
     """It is refused before anything is opened: the models and the images are not there."""
-    output = tmp_path / ("out.json" if name.endswith("score") else "out")
+    is_file = name.endswith("score") or name == "name"
+    output = tmp_path / ("out.json" if is_file else "out")
     none = ("--model", "none", "--output", output, "--images", "none")
     words = {
         "synthetic": (output,),
@@ -122,11 +137,14 @@ def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch)
         "evaluate": ("--sae", "none", "--activations", "none", "--output", output),
         "harvest": none,
         "demo": ("--output", output),
+        "top-images": ("--sae", "none", "--activations", "none", "--output", output),
+        "name": ("--sae", "n", "--codes", "n", "--embeddings", "n", "--text-model", "n", "--output", output),
+        "report": ("--sae", "none", "--activations", "none", "--output", output),
         "steering-score": (*none, "--sae", "n", "--layer", 1, "--codes", "n", "--embeddings", "n", "--text-model", "n"),
     }[name]
     context = multiprocessing.get_context("fork")
     held = context.Event()
-    other = context.Process(target=hold, args=(output, not name.endswith("score"), held))
+    other = context.Process(target=hold, args=(output, not is_file, held))
     other.start()
     assert held.wait(30)
     monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)

@@ -77,7 +77,7 @@ def test_rows_into_a_buffer_and_bad_indices(tmp_path):
         store.rows(torch.ones(20, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"out is \[2, 4\]"):
         store.rows(torch.tensor([1]), out=torch.empty(2, 4))
-    with pytest.raises(ValueError, match="chunk size is 0"):
+    with pytest.raises(ValueError, match="batch_rows: 0 must be at least 1"):
         store.chunks(0)
 
 
@@ -434,3 +434,14 @@ def test_an_item_table_that_is_huge_in_memory_is_refused_before_it_is(tmp_path):
     with pytest.raises(ActivationError, match=r"items-00000\.parquet: 30000 rows; the store's index says 30"):
         read_items(file, 30)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kB"
+
+
+def test_many_tokens_an_image_are_more_rows_than_the_item_table_has_bits(tmp_path):
+    """392 images of 196 patches, one label: run lengths and dictionaries leave few bytes."""
+    n = 192 * 392
+    items = {"image": [f"{i // 196:04d}.jpg" for i in range(n)], "token": [0] * n, "label": ["a"] * n}
+    with ActivationWriter(tmp_path / "s", 1, torch.float16, {}, n) as writer:
+        writer.append(torch.ones(n, 1), items)
+    (file,) = (tmp_path / "s").glob("items-*")
+    assert 8 * file.stat().st_size < n
+    assert open_activations(tmp_path / "s").items()["image"][n - 1].as_py() == items["image"][-1]

@@ -21,12 +21,13 @@ from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo import scene_stores
 from saevlm_fast.demo import scores as demo
 from saevlm_fast.demo import steering as demo_steering
-from saevlm_fast.demo.ground_truth import latent_concepts, spearman
+from saevlm_fast.demo.ground_truth import latent_concepts
 from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Scored, train_on_scenes
 from saevlm_fast.files import CACHE_VARIABLE
 from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import score
+from saevlm_fast.scoring.ranks import spearman
 
 SMALL = {"train": 700, "test": 400}
 # The models of the box are the same every time: each is loaded once.

@@ -25,10 +25,10 @@ from saevlm_fast.demo.ground_truth import (
     latent_concepts,
     scene_words,
     shared_value,
-    spearman,
 )
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import score
+from saevlm_fast.scoring.ranks import spearman
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.top_images import TopImages, top_images
 

@@ -1,5 +1,6 @@
 """formats/hub.py: what a place on the Hub names, pinned to a commit, compared with what the Hub lists, or refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, hub_server
 
 from command import ROOT
+from hub_server import TOKEN, hub_server
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.formats import hub as module
-from saevlm_fast.formats.hub import HubSpec, candidates, files_of, is_remote, look_up, parse_spec, resolve
+from saevlm_fast.formats import places
+from saevlm_fast.formats.hub import candidates, files_of, look_up, resolve
+from saevlm_fast.formats.places import HubSpec, is_remote, parse_spec
 from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
 
 SAE_FILES = ("cfg.json", "sae_weights.safetensors")
@@ -269,6 +272,21 @@ def test_a_release_of_sae_lens_by_its_list(hub, files, sae_lens):
     assert SparseAutoencoder.from_pretrained("saelens:vision/layer/3").config.metadata["hub"] == found.record()
 
 
+def test_what_the_list_says_of_scaling_is_folded_where_the_files_leave_it_open(hub, files, sae_lens):
+    cfg = json.loads(files["cfg.json"])
+    open_cfg = {name: cfg[name] for name in cfg if "sha256" not in name}
+    open_cfg["normalize_activations"] = "expected_average_only_in"
+    plain = resolve_and_load(hub, files)
+    scaled = resolve_and_load(hub, {**files, "cfg.json": json.dumps(open_cfg).encode()})
+    torch.testing.assert_close(scaled.W_enc, plain.W_enc * 0.5)
+    torch.testing.assert_close(scaled.W_dec, plain.W_dec / 0.5)
+
+
+def resolve_and_load(hub, files):
+    hub.add("user/saes", below("a", files))
+    return SparseAutoencoder.from_pretrained("saelens:vision/layer/3")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -287,6 +305,6 @@ def test_no_release(sae_lens, spec, message):
 
 
 def test_sae_lens_is_not_installed(monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(places, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install sae-lens, or give hf:user/repo/sae_id"):
         resolve("saelens:vision/a")

@@ -730,16 +730,33 @@ def test_bad_input_ends_in_one_line(model, photos, tmp_path, change, message):
 
 
 def test_ranks_share_the_work_and_give_the_same_rows(model, photos, whole, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = map(str, harvest_arguments(model, photos, tmp_path / "out"))
-    done = subprocess.run(
-        [*torchrun, "-m", "saevlm_fast.cli", *words], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = start_ranks(2, harvest_arguments(model, photos, tmp_path / "out"), tmp_path)
+    for rank in ranks:
+        rank.join(120)
+    said = "".join(rank.log.read_text() for rank in ranks)
+    assert [rank.exitcode for rank in ranks] == [0, 0], said
     assert digests(tmp_path / "out") == digests(whole)
-    assert done.stdout.count("wrote") == 3  # one rank speaks
+    assert said.count("wrote") == 3  # one rank speaks
     for index in (tmp_path / "out").rglob("index.json"):
         verify(index.parent)
+
+
+def test_torchrun_gives_a_process_what_a_rank_has_here(tmp_path):
+    """Its environment, and the command as a module's words."""
+    (tmp_path / "told.py").write_text(
+        "import json, os, sys\n"
+        "names = [name for name in os.environ if 'RANK' in name or 'WORLD' in name or name.startswith('MASTER_')]\n"
+        "told = {name: os.environ[name] for name in names} | {'words': sys.argv[1:]}\n"
+        "open(os.environ['RANK'] + '.json', 'w').write(json.dumps(told))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, "-m", "told", "harvest", "--layer", "1"], cwd=tmp_path, timeout=300, check=True)
+    for number in range(2):
+        told = json.loads((tmp_path / f"{number}.json").read_text())
+        assert told.pop("words") == ["harvest", "--layer", "1"]
+        here = Rank(number, 2, int(told["MASTER_PORT"]), [], tmp_path / "log").environment
+        here |= {"MASTER_ADDR": told["MASTER_ADDR"]}  # a name of this machine
+        assert {name: told[name] for name in here} == {name: str(value) for name, value in here.items()}
 
 
 def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tmp_path):

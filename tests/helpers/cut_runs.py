@@ -29,6 +29,9 @@ OUTPUTS = {
     "demo": "out",
     "ms-score": "out.parquet",
     "evaluate": "out",
+    "top-images": "out",
+    "name": "out.parquet",
+    "report": "out",
     "steering-score": "out.json",
 }
 

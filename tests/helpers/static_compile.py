@@ -2,7 +2,8 @@
 
 Needs no GPU, no driver and no libcuda: triton.compile(ASTSource(...), GPUTarget(...)) and Triton's own cuobjdump.
 It runs in worker processes without TRITON_INTERPRET, because Triton reads that variable once, at import, and the test
-process has it set. One worker pays the imports once for all its cases; compiled kernels land in Triton's own cache.
+process has it set. A worker stays until the tests end, and pays its imports once; compiled kernels land in Triton's own
+cache.
 
     cases = [Case("saevlm_fast.kernels.sparse_decode_triton", "decode_kernel", target,
                   signature={"out_ptr": "*fp32", "n_rows": "i32", "d_in": "i32:16"},
@@ -15,11 +16,13 @@ divisible by 16; an integer is only when its type says so ("i32:16"). An integer
 the JIT: put it in constexprs. A constexpr string such as "tl.float32" stands for that object.
 """
 
+import atexit
 import json
 import os
 import re
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -59,13 +62,22 @@ class Resources:
 def compile_cases(cases: list[Case], processes: int = 2) -> list[Resources]:
     """Compiles every case; RuntimeError names the first that does not compile or does not fit in shared memory."""
     shares = [list(range(i, len(cases), processes)) for i in range(min(processes, len(cases)))]
-    workers = [_start_worker([cases[i] for i in share]) for share in shares]
-    answers = [worker.communicate() for worker in workers]
+    workers = [_worker(i) for i in range(len(shares))]
+    for share, worker in zip(shares, workers):
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps([asdict(cases[i]) for i in share]) + "\n")
+        worker.stdin.flush()
     results: dict[int, Resources] = {}
-    for share, worker, (out, err) in zip(shares, workers, answers):
-        if worker.returncode != 0:
-            raise RuntimeError(f"static compile worker failed:\n{err[-4000:]}")
-        results.update(zip(share, (Resources(**used) for used in json.loads(out.splitlines()[-1]))))
+    for number, (share, worker) in enumerate(zip(shares, workers)):
+        assert worker.stdout is not None
+        line = worker.stdout.readline()
+        if not line:
+            del _workers[number]
+            raise RuntimeError(f"static compile worker ended with exit code {worker.wait()}; stderr says why")
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            raise RuntimeError(f"static compile worker failed:\n{answer[-4000:]}")
+        results.update(zip(share, (Resources(**used) for used in answer)))
     for i, case in enumerate(cases):
         if results[i].shared_bytes > SHARED_LIMIT_BYTES[case.target]:
             raise RuntimeError(f"{case}: {results[i]} exceeds {SHARED_LIMIT_BYTES[case.target]} bytes of shared memory")
@@ -80,11 +92,25 @@ def assert_no_spills(cases: list[Case], processes: int = 2) -> list[Resources]:
     return used
 
 
-def _start_worker(cases: list[Case]) -> subprocess.Popen:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    command = [sys.executable, __file__, json.dumps([asdict(case) for case in cases])]
-    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+_workers: dict[int, subprocess.Popen[str]] = {}
+
+
+def _worker(number: int) -> subprocess.Popen[str]:
+    """It reads one line of cases after the other, and answers each with a line."""
+    if number not in _workers:
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+        command = [sys.executable, __file__]
+        pipe = subprocess.PIPE
+        _workers[number] = subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdin=pipe, stdout=pipe)
+    return _workers[number]
+
+
+@atexit.register
+def _end_workers() -> None:
+    for worker in _workers.values():
+        worker.kill()
+        worker.wait()
 
 
 def _compile(case: Case) -> Resources:
@@ -145,14 +171,20 @@ def _read_gfx(compiled) -> tuple[int, int]:
 
 
 def main() -> None:
-    used = []
-    for fields in json.loads(sys.argv[1]):
-        case = Case(**fields)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a compiler prints is no answer
+    for line in sys.stdin:
         try:
-            used.append(asdict(_compile(case)))
-        except Exception as error:
-            raise RuntimeError(f"{case} does not compile") from error
-    print(json.dumps(used))
+            answer: object = [_compiled(Case(**fields)) for fields in json.loads(line)]
+        except Exception:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _compiled(case: Case) -> dict[str, int]:
+    try:
+        return asdict(_compile(case))
+    except Exception as error:
+        raise RuntimeError(f"{case} does not compile") from error
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ CASES = {
 
 def totals_of(case: Codes, idle_S: torch.Tensor):
     """(rows, entries, totals) of a case on its device."""
-    from saevlm_fast.kernels.gradient_norm_triton import launch_totals
     from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
+    from saevlm_fast.kernels.step_totals_triton import launch_totals
 
     rows = launched(case)
     order = launch_order(case.latents, case.row_offsets, len(case.W_dec_SD))
@@ -35,12 +35,12 @@ def counters(device, step: int = 5, threshold: float = -1.0) -> list[torch.Tenso
     return [value.to(device) for value in values]
 
 
-def clipped(case: Codes, clip_norm: float, aux=None):
-    """(decision, clip, b_dec and its moments after one step) of a case on its device."""
+def clipped(case: Codes, clip_norm: float, aux=None, made=None):
+    """(decision, clip, b_dec and its moments after one step) of a case on its device; made: totals_of it."""
     from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
 
     device = case.x_BD.device
-    rows, entries, totals = totals_of(case, torch.zeros(len(case.W_dec_SD), dtype=torch.int64, device=device))
+    rows, entries, totals = made or totals_of(case, torch.zeros(len(case.W_dec_SD), dtype=torch.int64, device=device))
     decision = launch_decide(rows, totals, tuple(counters(device)), clip_norm, 0.5, None, aux)
     schedule = torch.tensor([1e-2, 0.5], dtype=torch.float64, device=device)
     b_dec = case.b_dec_D.clone(), torch.zeros_like(case.b_dec_D), torch.zeros_like(case.b_dec_D)
@@ -79,9 +79,9 @@ def test_the_clip_factor_with_and_without_the_norm(device, shape, dtype) -> None
     truth, placed = plain_step(case), case.on(device, dtype)
     norm = float(truth.norm())
     close = dict(rtol=1e-11 if dtype == torch.float64 else 2e-5, atol=1e-7, check_dtype=False)
-    needed = []
+    needed, made = [], totals_of(placed, torch.zeros(shape[2], dtype=torch.int64, device=device))
     for limit in (norm * 100, norm * 1.002, norm * 0.3):
-        decision, clip, (b, exp_avg, _) = clipped(placed, limit)
+        decision, clip, (b, exp_avg, _) = clipped(placed, limit, made=made)
         expected = min(1.0, limit / (norm + 1e-6))
         torch.testing.assert_close(clip.cpu()[0], torch.tensor(expected, dtype=torch.float64), **close)
         torch.testing.assert_close(decision.db_dec_D.cpu(), truth.gradients["b_dec"], **close)
@@ -180,6 +180,7 @@ def test_the_bound_holds_however_long_the_part_along_the_row(device, parallel: f
 
 def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     import saevlm_fast.kernels.gradient_norm_triton as module
+    import saevlm_fast.kernels.step_totals_triton as of_totals
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
     from saevlm_fast.kernels.step_rows_triton import whole_row_block
 
@@ -195,20 +196,21 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     block_d, warps_8 = whole_row_block(d_in, 8)
     row = {"BLOCK_D": block_d, "ACC": "tl.float32"}
     adam = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
-    totals = {name: getattr(module, name) for name in ("SLACK", "TILE_E", "HEAVY_E", "ROWS_W")} | row
+    totals = {name: getattr(of_totals, name) for name in ("SLACK", "TILE_E", "HEAVY_E", "ROWS_W")} | row
     column = {"ROWS": module.COLUMN_ROWS, "STEP": module.COLUMN_STEP, "BLOCK_C": module.BLOCK_C, "ACC": "tl.float32"}
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True}
     blocks = {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK}
     kernels = (
-        ("totals_kernel", totals | {"LATENTS": module.LATENTS_MANY}, max(2, warps_8)),
-        ("totals_kernel", totals | {"LATENTS": module.LATENTS}, max(2, warps_8)),
-        ("decide_kernel", decide | blocks | row, 16),
-        ("norm_kernel", {"CHUNK": CHUNK, "BLOCK_P": module.NORM_STEP} | row, whole_row_block(d_in, 4)[1]),
-        ("clip_kernel", {"LIMIT": 1.0, "BLOCK": module.CLIP_BLOCK} | adam | row, 8),
-        ("column_sum_kernel", column, 4),
+        (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS_MANY}, max(2, warps_8)),
+        (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS}, max(2, warps_8)),
+        (module, "decide_kernel", decide | blocks | row, 16),
+        (module, "norm_kernel", {"CHUNK": CHUNK, "BLOCK_P": module.NORM_STEP} | row, whole_row_block(d_in, 4)[1]),
+        (module, "clip_kernel", {"LIMIT": 1.0, "BLOCK": module.CLIP_BLOCK} | adam | row, 8),
+        (module, "column_sum_kernel", column, 4),
     )
-    path = "saevlm_fast.kernels.gradient_norm_triton"
-    return [Case(path, name, target, signature, *kernel) for target in targets for name, *kernel in kernels]
+    return [
+        Case(home.__name__, name, target, signature, *kernel) for target in targets for home, name, *kernel in kernels
+    ]
 
 
 def test_static_compile_without_spills() -> None:

@@ -2,11 +2,10 @@
 
 import json
 import math
+import multiprocessing
 import os
 import stat
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ import torch
 from saevlm_fast.files import CACHE_VARIABLE
 from saevlm_fast.kernels import low_product_speed
 from saevlm_fast.kernels.low_product_speed import NEEDED, NEEDED_BY_AMX, VARIABLE, low_products_pay
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -196,19 +193,29 @@ def test_a_processor_without_cpuinfo(monkeypatch, tmp_path):
     assert low_product_speed._processor.__wrapped__()
 
 
-def test_processes_agree(tmp_path):
+def _ratio_of_a_process(answers):
+    answers.put(low_product_speed._ratio())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_processes_agree(tmp_path, monkeypatch):
     """Several at once, the cache empty: whoever comes later goes by what is there."""
-    code = "from saevlm_fast.kernels import low_product_speed as l; l._SHAPE = 8, 8, 8; l._ratio(); print(l._ratio())"
-    environment = os.environ | {CACHE_VARIABLE: str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    running = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    assert all(float(process.communicate(timeout=200)[0]) > 0 for process in running)
+    monkeypatch.setattr(low_product_speed, "_SHAPE", (8, 8, 8))
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def start():
+        process = context.Process(target=_ratio_of_a_process, args=(answers,))
+        process.start()
+        return process
+
+    for process in [start(), start()]:
+        process.join(200)
+    assert answers.get() > 0
+    assert answers.get() > 0
     file = cache_file(tmp_path)  # one, and whole
-    kept = str(json.loads(file.read_text())["float32_over_bfloat16"])
-    last = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert last.stdout.strip() == kept
+    start().join(200)
+    assert answers.get() == json.loads(file.read_text())["float32_over_bfloat16"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -53,3 +53,11 @@ def test_every_bfloat16_on_a_gpu_has_the_same_bits():
 
     x = every_number(torch.bfloat16, "cuda")
     assert torch.equal(launch_quick_gelu(x).view(torch.int16), (x * torch.sigmoid(1.702 * x)).view(torch.int16))
+
+
+def test_a_kernel_that_does_not_compile_is_named() -> None:
+    """And the worker that met it goes on."""
+    module, signature = "saevlm_fast.kernels.quick_gelu_triton", {"x_ptr": "*fp32"}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"(?s)has no attribute 'none'.*none\{\} w4 s2 sm_80 does not compile"):
+            assert_no_spills([Case(module, "none", "sm_80", signature)])

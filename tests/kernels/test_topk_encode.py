@@ -91,7 +91,7 @@ def assert_codes(found, expected):
 def test_cpu_equals_reference_with_ties(dtype, kind, buffer_bytes):
     for shape in SHAPES:
         inputs = integer_inputs(shape, dtype, kind)
-        for k in (k for k in KS if k <= shape[2]):
+        for k in (k for k in (KS if dtype == torch.float32 else KS[::2]) if k <= shape[2]):
             assert_codes(topk_encode(*inputs, k, buffer_bytes=buffer_bytes), reference.topk_encode(*inputs, k))
             assert_codes(
                 batch_topk_encode(*inputs, k, buffer_bytes=buffer_bytes), reference.batch_topk_encode(*inputs, k)
@@ -274,7 +274,6 @@ TRITON_CASES = [  # shape, k, dtype, kind, buffer_bytes
     ((9, 40, 300), 20, torch.bfloat16, "sparse", 2 * 300 * 4),
     ((7, 11, 1009), 7, torch.float16, "nan", 3 * 1009 * 2),
     ((3, 5, 7), 5, torch.float16, "negative", None),
-    ((129, 3, 7), 2, torch.bfloat16, "ties", None),
     ((2, 3, 2100), 150, torch.float32, "sparse", None),
     ((2, 3, 300), 300, torch.bfloat16, "ties", None),
     ((0, 3, 70), 3, torch.float32, "ties", None),
@@ -292,6 +291,17 @@ def test_triton_equals_reference(shape, k, dtype, kind, buffer_bytes, device):
     assert_codes(
         launch_threshold_encode(*inputs, THRESHOLD, buffer_bytes), reference.threshold_encode(*inputs, THRESHOLD)
     )
+
+
+def test_triton_more_rows_than_a_tile(device):
+    from saevlm_fast.kernels.topk_encode_batch_triton import launch_batch_topk_encode, launch_threshold_encode
+    from saevlm_fast.kernels.topk_encode_triton import gemm_config
+
+    rows = gemm_config(torch.bfloat16, hip=False)["BLOCK_B"] + 1
+    inputs = integer_inputs((rows, 3, 7), torch.bfloat16, device=device)
+    assert torch.equal(preactivations_and_maxima(inputs)[0], reference.preactivations(*inputs))
+    assert_codes(launch_batch_topk_encode(*inputs, 2, None), reference.batch_topk_encode(*inputs, 2))
+    assert_codes(launch_threshold_encode(*inputs, THRESHOLD, None), reference.threshold_encode(*inputs, THRESHOLD))
 
 
 def preactivations_and_maxima(inputs):

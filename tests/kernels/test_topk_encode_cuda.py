@@ -3,6 +3,8 @@
 In Triton's interpreter where there is no GPU: few and small shapes.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from saevlm_fast.kernels import low_weights as low_weights_module
 from saevlm_fast.kernels import reference, topk_encode_cuda
 from saevlm_fast.kernels.common import MAX_K
-from saevlm_fast.kernels.low_weights import LowWeights
+from saevlm_fast.kernels.low_weights import LowWeights, keeps_subnormals
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_batch_triton import launch_threshold_encode
 from saevlm_fast.kernels.topk_encode_cuda import (
@@ -23,6 +26,7 @@ from saevlm_fast.kernels.topk_encode_cuda import (
     threshold_encode_screened_cuda,
     topk_encode_screened_cuda,
 )
+from saevlm_fast.kernels.topk_encode_list_triton import Pool
 from static_compile import TARGETS, Case, assert_no_spills
 from test_topk_encode import assert_clear, assert_codes, float_inputs, integer_inputs, midway
 
@@ -70,12 +74,12 @@ def tiny_pools(monkeypatch):
 
 CASES = [  # shape, k, kind, buffer_bytes
     ((1, 1, 1), 1, "ties", None),
-    ((5, 3, 65), 64, "ties", None),
-    ((4, 40, 300), 5, "ties", None),
-    ((3, 9, 130), 20, "sparse", None),
-    ((5, 11, 200), 3, "nan", 2 * 256 * 4),
-    ((3, 5, 70), 5, "negative", None),
-    ((5, 8, 128), 1, "ties", 2 * 128 * 4),
+    ((3, 3, 65), 64, "ties", None),
+    ((2, 40, 300), 5, "ties", None),
+    ((2, 9, 130), 20, "sparse", None),
+    ((3, 11, 200), 3, "nan", 2 * 256 * 4),
+    ((2, 5, 70), 5, "negative", None),
+    ((3, 8, 128), 1, "ties", 2 * 128 * 4),
     ((0, 3, 70), 3, "ties", None),
     ((2, 3, 700), 300, "ties", None),
 ]
@@ -157,7 +161,7 @@ def test_few_positives_are_filled_from_the_lowest_free_latents(device):
 
 
 def test_a_threshold_of_minus_zero_is_zero(device):
-    inputs = integer_inputs((4, 16, 256), torch.float32, device=device)
+    inputs = integer_inputs((2, 16, 256), torch.float32, device=device)
     truth = reference.threshold_encode(*inputs, 0.0)
     assert_codes(threshold_encode_screened_cuda(*inputs, -0.0), truth)
     assert_codes(launch_threshold_encode(*inputs, -0.0, None), truth)
@@ -166,7 +170,7 @@ def test_a_threshold_of_minus_zero_is_zero(device):
 def test_many_candidates_of_a_row(device):
     """More than one block ranks: bit by bit over the stretch, with ties at the last place."""
     values_S = torch.randint(1, 40, (700,), generator=torch.Generator().manual_seed(0)).float()
-    inputs = torch.ones(2, 1, device=device), values_S[None].to(device), torch.zeros(700), torch.zeros(1)
+    inputs = torch.ones(1, 1, device=device), values_S[None].to(device), torch.zeros(700), torch.zeros(1)
     inputs = inputs[0], inputs[1], inputs[2].to(device), inputs[3].to(device)
     for k in (20, 90):
         found = topk_encode_screened_cuda(*inputs, k, None, low_weights(inputs[1]))
@@ -174,8 +178,8 @@ def test_many_candidates_of_a_row(device):
 
 
 def test_centred_rows_are_handed_out(device):
-    inputs = float_inputs((5, 9, 130), torch.float32, device=device)
-    centred = Centred.empty(5, 9, device)
+    inputs = float_inputs((3, 9, 130), torch.float32, device=device)
+    centred = Centred.empty(3, 9, device)
     for encode, buffer_bytes in ((topk_encode_screened_cuda, 2 * 192 * 4), (batch_topk_encode_screened_cuda, None)):
         encode(*inputs, 1, buffer_bytes, low_weights(inputs[1]), centred)
         assert torch.equal(centred.x_BD, inputs[0] - inputs[3])
@@ -202,6 +206,44 @@ def test_the_rule_for_groups():
     assert group_size(2 * 20 * 64 - 1, 20) == 16
     assert group_size(2 * 20 * 16 - 1, 20) is None
     assert group_size(2**24, MAX_K + 1) is None
+
+
+@pytest.mark.parametrize("device_properties", ["gfx90a:sramecc+:xnack-", "gfx942:sramecc+:xnack-"])
+def test_a_chip_that_flushes_subnormals_does_not_screen(monkeypatch, device_properties):
+    """Half of a row's norm can lie in factors below 2^-14, far more than the bound allows for."""
+    low_weights_module.screening_is_sound.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    chip = SimpleNamespace(gcnArchName=device_properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: chip)
+    x, W = (
+        SimpleNamespace(dtype=torch.float32, is_cuda=True, shape=shape, device="cuda:0")
+        for shape in ((4, 8), (8, 65536))
+    )
+    assert topk_encode_cuda.screens_cuda(x, W, 20) == device_properties.startswith("gfx942")
+    low_weights_module.screening_is_sound.cache_clear()
+
+
+def test_the_chips_that_keep_subnormals():
+    assert keeps_subnormals(None)
+    assert keeps_subnormals("gfx950:sramecc+:xnack-")
+    assert not any(map(keeps_subnormals, ("gfx908", "gfx90a", "gfx1100", "gfx1201", "gfx9420", "")))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 128), (2, 4, 16_700)], ids=["narrow", "wide"])
+def test_a_thresholds_pool_is_within_the_buffer(device, monkeypatch, shape):
+    inputs, rows = integer_inputs(shape, torch.float32, device=device), []
+    width = -(-shape[2] // 64) * 64
+
+    def measured(capacity, n_rows, counters, make=Pool.empty):
+        assert 12 * capacity + 4 * width * n_rows <= limit
+        rows.append(n_rows)
+        return make(capacity, n_rows, counters)
+
+    monkeypatch.setattr(Pool, "empty", measured)
+    limit = (shape[0] - 1) * (4 * width + 12 * min(shape[2], max(256, shape[2] // 64)))
+    codes = threshold_encode_screened_cuda(*inputs, 9.5, limit, low_weights(inputs[1]))
+    assert rows == {3: [2, 1], 2: [1, 1]}[shape[0]]
+    assert_codes(codes, reference.threshold_encode(*inputs, 9.5))
 
 
 def test_products_agree(device):

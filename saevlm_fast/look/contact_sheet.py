@@ -40,14 +40,15 @@ class LatentRow:
     """One latent.
 
     Attributes:
-        latent: its number. score: MS, NaN where it is not defined. n_active: images on which it fires.
+        latent: its number. score: MS, NaN where it is not defined; None where nobody has measured it. n_active: images
+            on which it fires.
         names: its nearest words, the nearest first; none is fine.
         images: of any mode and size, the most active first. activations: one for each image.
         note: what else is known of the latent.
     """
 
     latent: int
-    score: float
+    score: float | None
     n_active: int
     names: Sequence[str]
     images: Sequence["Image"]
@@ -260,8 +261,10 @@ def _row_lines(row: LatentRow | Captioned, unit: str) -> list[_Line]:
     if isinstance(row, Captioned):
         notes = [line for note in row.notes for line in _clipped(note, _SMALL, _GREY)]
         return _clipped(row.title, _NAME, _INK) + notes
-    score = f"MS {row.score:.3f}" if math.isfinite(row.score) else "MS undefined"
-    numbers = [f"{unit} {row.latent}", score, f"active on {row.n_active:,} image{'' if row.n_active == 1 else 's'}"]
+    numbers = [f"{unit} {row.latent}"]
+    if row.score is not None:
+        numbers.append(f"MS {row.score:.3f}" if math.isfinite(row.score) else "MS undefined")
+    numbers += [f"active on {row.n_active:,} image{'' if row.n_active == 1 else 's'}"]
     lines = _clipped(row.names[0], _NAME, _INK) if row.names else []
     lines += _clipped(", ".join(row.names[1:]), _SMALL, _INK)
     return lines + [_Line(text, _SMALL, _GREY) for text in numbers] + _clipped(row.note, _SMALL, _GREY)

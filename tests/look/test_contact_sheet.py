@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saevlm_fast.demo.contact_sheet import Captioned, LatentRow, Section, draw_sheet, save_sheet
+from saevlm_fast.look.contact_sheet import Captioned, LatentRow, Section, draw_sheet, save_sheet
 
 COLOURS = [(200, 40 + 20 * i, 250 - 25 * i) for i in range(9)]  # none is a colour of the sheet's own
 BAR, TRACK = (47, 111, 181), (234, 238, 242)

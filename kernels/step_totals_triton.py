@@ -1,0 +1,164 @@
+"""Triton kernel that sums up every latent's entries: db_enc, its share along W_dec, and a bound of its gradient's norm.
+
+Of latent s, from its entries alone (docs/recipe.md section 2):
+
+    db_enc[s] = sum of dacts      parallel[s] = sum of act * dact: how much of W_dec[s] its decoder gradient holds
+    |dW_dec[s]| <= sum |act| |suffix[bag]|      |dW_enc[s]| <= sum |dact| |centred[row]|      equal for one entry
+    idle[s] = 0 if it fired, else as many rows more
+
+and, for db_dec, the sum of db_enc * W_enc, of which the rows of latents that fired are read. gradient_norm_triton.py
+decides by these. docs/kernels.md section 4
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .segment_sum_triton import accumulator
+from .step_entries_triton import Entries
+from .step_rows_triton import Rows, whole_row_block
+
+LATENTS, LATENTS_MANY = 8, 16  # of a program: few latents, or many
+MANY = 1 << 15
+TILE_E = 16  # entries of each of them in one load; a latent of more is gone through alone
+HEAVY_E = 512
+ROWS_W = 4  # rows of W_enc in flight
+SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long parallel part would blow up
+
+
+@triton.jit
+def entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr):
+    """Of entries o: dact, act * dact, |act| |suffix|, |dact| |centred|, whether it fired (int32)."""
+    a = tl.load(acts_ptr + o, mask=m, other=0.0)
+    d = tl.load(dacts_ptr + o, mask=m, other=0.0)
+    suffix = tl.load(norms_ptr + tl.load(bags_ptr + o, mask=m, other=0), mask=m, other=0.0)
+    centred = tl.load(x_norms_ptr + tl.load(rows_ptr + o, mask=m, other=0), mask=m, other=0.0)
+    return d, a * d, tl.abs(a) * suffix, tl.abs(d) * centred.to(d.dtype), (a > 0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["n_latents", "n_rows"])
+def totals_kernel(
+    acts_ptr,
+    dacts_ptr,
+    bags_ptr,
+    rows_ptr,
+    offsets_ptr,
+    norms_ptr,
+    x_norms_ptr,
+    W_enc_ptr,
+    idle_ptr,
+    db_enc_ptr,
+    parallel_ptr,
+    db_parts_ptr,
+    square_parts_ptr,
+    n_latents,
+    n_rows,
+    d_in,
+    SLACK: tl.constexpr,
+    LATENTS: tl.constexpr,
+    TILE_E: tl.constexpr,
+    HEAVY_E: tl.constexpr,
+    ROWS_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """LATENTS latents: totals of their entries, and db_parts[program] = sum of db_enc * W_enc over them.
+
+    square_parts[program] = (squares that are exact, bound of the others).
+    """
+    program = tl.program_id(0).to(tl.int64)
+    o_s = program * LATENTS + tl.arange(0, LATENTS)
+    m_s = o_s < n_latents
+    starts = tl.load(offsets_ptr + o_s, mask=m_s, other=0)
+    counts = tl.load(offsets_ptr + o_s + 1, mask=m_s, other=0) - starts
+    o_e = tl.arange(0, TILE_E)
+    m = (o_e[None, :] < counts[:, None]) & (counts <= TILE_E)[:, None]
+    o = starts[:, None] + o_e[None, :]
+    db, par, dec, enc, fires = entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr)
+    db, par, dec, enc = tl.sum(db, axis=1), tl.sum(par, axis=1), tl.sum(dec, axis=1), tl.sum(enc, axis=1)
+    fires = tl.sum(fires, axis=1)
+    if tl.max(counts, axis=0) > TILE_E:
+        o_h = tl.arange(0, HEAVY_E)
+        for i in range(LATENTS):
+            this = tl.arange(0, LATENTS) == i
+            start, count = tl.sum(tl.where(this, starts, 0), axis=0), tl.sum(tl.where(this, counts, 0), axis=0)
+            if count > TILE_E:
+                for p in range(start, start + count, HEAVY_E):
+                    m_h = p + o_h < start + count
+                    t0, t1, t2, t3, f = entry_terms(
+                        p + o_h, m_h, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr
+                    )
+                    db += tl.where(this, tl.sum(t0, axis=0), 0.0)
+                    par += tl.where(this, tl.sum(t1, axis=0), 0.0)
+                    dec += tl.where(this, tl.sum(t2, axis=0), 0.0)
+                    enc += tl.where(this, tl.sum(t3, axis=0), 0.0)
+                    fires += tl.where(this, tl.sum(f, axis=0), 0)
+    tl.store(db_enc_ptr + o_s, db, mask=m_s)
+    tl.store(parallel_ptr + o_s, par, mask=m_s)
+    idle = tl.load(idle_ptr + o_s, mask=m_s, other=0)
+    tl.store(idle_ptr + o_s, tl.where(fires > 0, 0, idle + n_rows), mask=m_s)
+
+    slack = tl.where(counts > 1, SLACK, 1.0).to(ACC)
+    across = dec * slack * dec * slack - par * par  # Pythagoras: rows of W_dec are unit
+    squares = tl.where(across < 0, 0.0, across) + enc * slack * enc * slack
+    exact = tl.where(counts > 1, 0.0, squares) + db * db
+    tl.store(square_parts_ptr + 2 * program, tl.sum(exact, axis=0))
+    tl.store(square_parts_ptr + 2 * program + 1, tl.sum(tl.where(counts > 1, squares, 0.0), axis=0))
+
+    tl.debug_barrier()  # read by other threads than wrote it
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < d_in
+    acc = tl.zeros([BLOCK_D], dtype=ACC)
+    for i in range(0, LATENTS, ROWS_W):
+        o_w = program * LATENTS + i + tl.arange(0, ROWS_W)
+        weight = tl.load(db_enc_ptr + o_w, mask=o_w < n_latents, other=0.0)
+        mask = (weight != 0)[:, None] & m_d[None, :]
+        w = tl.load(W_enc_ptr + o_w[:, None] * d_in + o_d[None, :], mask=mask, other=0.0).to(ACC)
+        acc += tl.sum(weight[:, None] * w, axis=0)
+    tl.store(db_parts_ptr + program * d_in + o_d, acc, mask=m_d)
+
+
+# --- launch wrapper --------------------------------------------------------------------------------------------------
+
+
+class Totals(NamedTuple):
+    """Of every latent db_enc [S] and parallel [S]; of every totals_kernel program db_parts [P, D], squares [P, 2]."""
+
+    db_enc_S: Tensor
+    parallel_S: Tensor
+    db_parts: Tensor
+    square_parts: Tensor
+
+
+def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor) -> Totals:
+    """Totals, and idle_S moved on in place."""
+    n_latents, d_in = W_enc_SD.shape
+    sum_dtype, ACC = accumulator(W_enc_SD.dtype)
+    latents = LATENTS_MANY if n_latents >= MANY else LATENTS
+    n_programs = triton.cdiv(n_latents, latents)
+    new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=W_enc_SD.device)  # noqa: E731
+    totals = Totals(new(n_latents), new(n_latents), new(n_programs, d_in), new(n_programs, 2))
+    block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
+    totals_kernel[(n_programs,)](
+        *entries[:5],
+        rows.norms_R,
+        rows.x_norms_B,
+        W_enc_SD,
+        idle_S,
+        *totals,
+        n_latents,
+        len(rows.x_norms_B),
+        d_in,
+        SLACK=SLACK,
+        LATENTS=latents,
+        TILE_E=TILE_E,
+        HEAVY_E=HEAVY_E,
+        ROWS_W=ROWS_W,
+        BLOCK_D=block_d,
+        ACC=ACC,
+        num_warps=max(2, num_warps),
+    )
+    return totals

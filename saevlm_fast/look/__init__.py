@@ -1,0 +1,1 @@
+"""What a latent sees: contact sheets, names, and pages that open offline."""

@@ -1,0 +1,177 @@
+"use strict";
+// Everything about one latent.
+const Latent = (() => {
+  function part(title, ...children) {
+    return el("section", { class: "part" }, el("h3", { text: title }), ...children);
+  }
+
+  function bars(rows, describe) {
+    return el("ul", { class: "bars" }, rows.map(([name, value, share, note]) => {
+      const bar = el("span", { class: "fill" });
+      bar.style.width = `${Math.max(1, Math.min(100, 100 * share))}%`;
+      return el("li", {}, el("span", { class: "label", text: name }), el("span", { class: "track", "aria-hidden": "true" }, bar),
+        el("span", { class: "value", text: describe(value) }), note ? el("span", { class: "note", text: note }) : null);
+    }));
+  }
+
+  function rankOf(column, value) {
+    let below = 0, known = 0;
+    for (const other of column) {
+      if (Number.isNaN(other)) continue;
+      known++;
+      if (other < value) below++;
+    }
+    return known > 1 ? below / (known - 1) : 0;
+  }
+
+  function measures(sae, latent) {
+    const rows = sae.measures.filter((m) => !/_(low|high|lower|upper|ci_low|ci_high)$/.test(m.key)).map((m) => {
+      const column = sae.column[m.key], value = column[latent];
+      const [low, high] = ["low", "high"].map((end) => interval(sae, m.key, end, latent));
+      const within = low !== null && high !== null ? ` (${digits(low)} to ${digits(high)})` : "";
+      const rank = Number.isNaN(value) ? null : rankOf(column, value);
+      const fill = el("span", { class: "fill" });
+      if (rank !== null) fill.style.width = `${100 * rank}%`;
+      return el("tr", { title: m.help }, el("th", { scope: "row", text: m.label }), el("td", { text: digits(value) + within }),
+        el("td", {}, rank === null ? "–" : el("span", { class: "track", "aria-hidden": "true" }, fill)),
+        el("td", { text: rank === null ? "" : `${Math.round(100 * rank)}` }));
+    });
+    return el("table", { class: "measures" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "measure" }), el("th", { scope: "col", text: "value" }),
+      el("th", { scope: "col", text: "place among all" }), el("th", { scope: "col", text: "percentile" }))), el("tbody", {}, rows));
+  }
+
+  function interval(sae, key, end, latent) {
+    const names = { low: [`${key}_low`, `${key}_lower`, `${key}_ci_low`], high: [`${key}_high`, `${key}_upper`, `${key}_ci_high`] }[end];
+    const found = names.find((name) => sae.column[name]);
+    return found ? sae.column[found][latent] : null;
+  }
+
+  function pictures(app, sae, latent, list, side) {
+    return el("div", { class: "pictures" }, list.map((picture) => Pictures.figure(picture, { grid: sae.grid, latent, side })));
+  }
+
+  function heatTools(app, sae, root, max) {
+    if (!sae.grid) return el("p", { class: "note", text: `No heat maps: ${sae.noGrid}.` });
+    const box = (id, label, key) => el("label", { class: "check" }, el("input", { type: "checkbox", checked: Pictures.look[key], "data-heat": key,
+      onchange: (event) => {
+        Pictures.look[key] = event.target.checked;
+        document.querySelectorAll(`input[data-heat="${key}"]`).forEach((other) => { other.checked = event.target.checked; });
+        Pictures.redrawAll(document);
+      } }), label);
+    const ramp = el("canvas", { width: 160, height: 12, class: "ramp", role: "img", "aria-label": `Colours of the heat map, from 0 to ${digits(max)}` });
+    const pen = ramp.getContext("2d");
+    for (let x = 0; x < 160; x++) {
+      pen.fillStyle = `rgba(${viridis(x / 159).join(",")},${0.2 + 0.8 * Math.sqrt(x / 159)})`;
+      pen.fillRect(x, 0, 1, 12);
+    }
+    return el("div", { class: "heat" }, box("heat", "heat maps", "heat"), box("smooth", "smooth", "smooth"), box("own", "each picture its own scale", "own"),
+      el("span", { class: "legend" }, "0", ramp, digits(max)),
+      el("span", { class: "note", text: "Where it fires, not why." }));
+  }
+
+  function histogramOf(record, sae, bins) {
+    if (!record.g) return null;
+    const [first, counts] = record.g;
+    const edge = (i) => 2 ** (bins.lowest + (first + i) / bins.octave);
+    const silent = sae.nImages - counts.reduce((a, b) => a + b, 0);
+    const chart = barChart({
+      counts, log: true, labels: [digits(edge(0)), "activation (log)", digits(edge(counts.length))],
+      title: `Images by activation, from ${digits(edge(0))} to ${digits(edge(counts.length))}; most in a bar: ${Math.max(...counts)}`,
+      describe: (i, count) => `${digits(edge(i))} to ${digits(edge(i + 1))}: ${count} images`,
+    });
+    return part("Activations", chart, el("p", { class: "note", text: `Heights are logarithmic. It is silent on ${silent.toLocaleString("en")} of ${sae.nImages.toLocaleString("en")} images.` }));
+  }
+
+  function bandsOf(app, sae, latent, record) {
+    const total = record.b.reduce((sum, [count]) => sum + count, 0);
+    const max = sae.column.max ? sae.column.max[latent] : NaN;
+    const rows = record.b.map(([count, list], band) => {
+      if (!count) return null;
+      const head = el("div", { class: "bandhead" }, el("b", { text: `${10 * band}–${10 * (band + 1)} %` }),
+        el("span", { text: `${digits((max * band) / 10)} to ${digits((max * (band + 1)) / 10)}` }),
+        el("span", { text: `${count.toLocaleString("en")} images, ${percent(count / total)}` }));
+      return el("div", { class: "band" }, head, pictures(app, sae, latent, list, 72));
+    });
+    return part("Over its range", el("p", { class: "note", text: "Images drawn at random from each tenth of its range up to the largest activation: the top images alone flatter a latent." }),
+      rows.reverse());
+  }
+
+  function neighbours(app, sae, title, note, list) {
+    if (!list || !list.length) return null;
+    return part(title, el("ul", { class: "links" }, list.map(([other, value]) => el("li", {},
+      el("button", { type: "button", class: "link", onclick: () => app.open(other) }, `${other}`),
+      el("span", { class: "value", text: digits(value) }), el("span", { class: "hideable", text: app.nameOf(sae, other) || "" })))),
+      el("p", { class: "note", text: note }));
+  }
+
+  function group(sae, latent) {
+    if (sae.groups.length < 2) return null;
+    let end = 0;
+    const at = sae.groups.findIndex((size) => latent < (end += size));
+    return el("span", { class: "chip", text: `group ${at + 1} of ${sae.groups.length}` });
+  }
+
+  async function show(app, root, number, latent, { pinned = false } = {}) {
+    const sae = app.index.saes[number];
+    const size = app.index.chunk;
+    root.dataset.asked = `${number}/${latent}`;
+    let chunk;
+    try {
+      chunk = await SAEVLM.load(`s${number}/chunk/${Math.floor(latent / size)}`);
+    } catch (error) {
+      root.replaceChildren(el("p", { class: "problem", text: String(error.message) }));
+      return;
+    }
+    if (root.dataset.asked !== `${number}/${latent}`) return;
+    const record = chunk[latent % size];
+    root.replaceChildren(heading(app, sae, number, latent, record, pinned));
+    const max = sae.column.max ? sae.column.max[latent] : NaN;
+    if (!record.t) {
+      root.append(el("p", { class: "problem", text: "It fires on none of the images." }));
+      add(root, el("div", { class: "columns" }, part("Measures", measures(sae, latent)),
+        neighbours(app, sae, "Nearest by decoder", "Cosine of decoder directions.", record.d)));
+      return;
+    }
+    root.append(part("Top images", heatTools(app, sae, root, max), pictures(app, sae, latent, record.t, 112)));
+    const columns = el("div", { class: "columns" });
+    add(columns, part("Measures", measures(sae, latent)), histogramOf(record, sae, app.index.bins));
+    if (record.w) {
+      const best = Math.max(...record.w.map(([, score]) => score), 1e-9);
+      const own = sae.names && sae.names[latent];
+      columns.append(el("div", { class: "hideable" }, part("Nearest words", bars(record.w.map(([word, score]) => [word, score, score / best]), digits),
+        el("p", { class: "note", text: own ? "Nearer than the words of chance directions." : "No name of its own: directions of chance have words as near." }))));
+    }
+    if (record.c && sae.classes) {
+      columns.append(el("div", { class: "hideable" }, part("Classes", bars(record.c.map(([c, share]) => [sae.classes.names[c], share, share, `${percent(sae.classes.shares[c])} of images`]), percent),
+        el("p", { class: "note", text: "Share of its activation, and of all images." }))));
+    }
+    for (const each of [
+      neighbours(app, sae, "Nearest by decoder", "Cosine of decoder directions.", record.d),
+      neighbours(app, sae, "Fires together with", `Jaccard index of the images, counted on ${sae.togetherImages.toLocaleString("en")}.`, record.f),
+    ]) if (each) columns.append(each);
+    root.append(columns, bandsOf(app, sae, latent, record));
+    if (record.s && record.s.length) root.append(part("Silent on", pictures(app, sae, latent, record.s.map((tile) => [tile]), 72)));
+  }
+
+  function heading(app, sae, number, latent, record, pinned) {
+    const name = app.nameOf(sae, latent);
+    const starred = app.favourites(number).has(latent);
+    const button = (text, label, action) => el("button", { type: "button", text, "aria-label": label, title: label, onclick: action });
+    const tools = pinned
+      ? [button("Unpin", "Unpin this latent", () => app.set({ pin: "" })), button("Go", "Open this latent", () => app.open(latent, number))]
+      : [
+          button("←", "Previous latent in the list (k)", () => app.step(-1)),
+          button("→", "Next latent in the list (j)", () => app.step(1)),
+          button(starred ? "★" : "☆", starred ? "Remove the star" : "Star this latent", () => app.star(latent)),
+          button("Pin", "Keep it here, beside the next", () => app.set({ pin: `${number}.${latent}` })),
+          button("Copy link", "Copy a link to this latent", () => app.copy(app.link(latent, number), "link")),
+          button("Copy steer command", "Copy the command that steers a model by this latent", () => app.copy(app.steer(sae, latent), "command")),
+        ];
+    const dead = !record.t ? el("span", { class: "chip warn", text: "never fires" }) : null;
+    const titles = el("div", { class: "titles" }, el("h2", {}, `Latent ${latent}`, name ? el("span", { class: "hideable own", text: name }) : null), dead, group(sae, latent),
+      app.index.saes.length > 1 ? el("span", { class: "chip", text: sae.name }) : null);
+    return el("div", { class: "heading" }, titles, el("div", { class: "buttons" }, tools));
+  }
+
+  return { show };
+})();

@@ -1,0 +1,207 @@
+"""One SAE of a report: its latents on the images, everything that a page shows of them, computed or read.
+
+Shape suffixes: S latents, N images, W pairs of latent and image that are shown.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from saevlm_fast.data.codes import StoredCodes
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
+from saevlm_fast.look.geometry import PatchGrid, patch_grid
+from saevlm_fast.look.heat import HeatMaps, heat_maps
+from saevlm_fast.look.image_rows import ImageTable, image_chunks
+from saevlm_fast.look.neighbours import Neighbours, co_firing, decoder_neighbours
+from saevlm_fast.look.spill import Spill
+from saevlm_fast.look.stats import LatentStats, latent_stats
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sparse_codes import SparseCodes
+
+N_NEIGHBOURS = 6
+MOST_CLASSES = 2000
+_DENSE = 1 << 24  # numbers of a dense block of images x latents
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE and its rows, opened: activations with the encoder, or codes without.
+
+    Attributes:
+        name: what pages call it. labels: class of every image, None for none; None where there are none at all.
+    """
+
+    name: str
+    path: str
+    sae: SparseAutoencoder
+    rows: Activations | StoredCodes
+    encoder: SparseAutoencoder | None
+    table: ImageTable
+    labels: pa.Array | None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names of the classes, the class of every image (-1 for none), and their share of the labelled images."""
+
+    names: list[str]
+    class_N: Tensor
+    share_C: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pairs of latent and image that a page shows: pair w is image images_W[w], acts_W its activation; of latent
+    k's top images and bands (low to high) the pairs are tops[k] and bands[k][band]."""
+
+    images_W: np.ndarray
+    latents_W: np.ndarray
+    acts_W: np.ndarray
+    tops: list[np.ndarray]
+    bands: list[list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """All that is known of one SAE's latents."""
+
+    subject: Subject
+    stats: LatentStats
+    row_density_S: np.ndarray
+    classes: Classes | None
+    shown: Shown
+    grid: PatchGrid | str
+    heat: HeatMaps | None
+    decoder: Neighbours
+    together: Neighbours
+    together_images: int
+
+    @property
+    def size(self) -> int:
+        return self.subject.sae.config.d_sae
+
+
+def look_at(
+    subject: Subject,
+    work: Path,
+    how: Any,
+    n_top: int,
+    n_band: int,
+    batch_rows: int,
+    on_step: Callable[[str], Callable[[int], None]],
+) -> tuple[Looked, Spill]:
+    """Everything about an SAE's latents; and its images' codes.
+
+    Args:
+        work: where codes are spilled; what is whole there is used again.
+        on_step: told what begins; gives what is told how many images are done.
+    """
+    size = subject.sae.config.d_sae
+    of_images, of_rows = _spilled(subject, work, how, batch_rows, on_step)
+    classes = _classes(subject.labels)
+    stats = latent_stats(
+        of_images,
+        n_top,
+        max(n_band, 1),
+        None if classes is None else classes.class_N,
+        0 if classes is None else len(classes.names),
+        on_step("count"),
+    )
+    shown = _shown(stats, of_images, size, n_band)
+    grid = patch_grid(subject.rows.source, subject.table)
+    heat = None
+    if isinstance(grid, PatchGrid):
+        chunks = _row_chunks(subject, of_rows, batch_rows, on_step("heat maps"))
+        heat = heat_maps(chunks, subject.table, grid, shown.images_W, shown.latents_W, stats.max_S)
+    decoder = decoder_neighbours(subject.sae.W_dec, N_NEIGHBOURS, on_step("decoder neighbours"))
+    together, counted = co_firing(of_images, N_NEIGHBOURS)
+    density_S = np.zeros(size)
+    for _, codes in of_rows.chunks() if of_rows is not None else subject.rows.chunks(batch_rows):
+        assert isinstance(codes, SparseCodes)
+        density_S += np.bincount(codes.csr()[1].numpy(), minlength=size)
+    density_S /= subject.rows.n_rows
+    return Looked(subject, stats, density_S, classes, shown, grid, heat, decoder, together, counted), of_images
+
+
+def _spilled(
+    subject: Subject, work: Path, how: Any, batch_rows: int, on_step: Callable[[str], Callable[[int], None]]
+) -> tuple[Spill, Spill | None]:
+    """Codes of the images; and of the rows, where these are several an image and had to be encoded."""
+    size, several = subject.sae.config.d_sae, subject.table.rows_per_image > 1
+    of_images, of_rows = Spill(work / "images", size), Spill(work / "rows", size)
+    encodes = subject.encoder is not None
+    if not (of_images.is_finished and (not (several and encodes) or of_rows.is_finished)):
+        of_images, of_rows = Spill(work / "images", size), Spill(work / "rows", size)
+        tell = on_step("encode" if encodes else "read codes")
+        for chunk in image_chunks(subject.rows, subject.encoder, subject.table, how, batch_rows):
+            of_images.append(chunk.codes)
+            if several and encodes:
+                of_rows.append(chunk.row_codes)
+            tell(chunk.first + chunk.codes.n_rows)
+        if several and encodes:
+            of_rows.finish()
+        of_images.finish()
+    return of_images, of_rows if several and encodes else None if several else of_images
+
+
+def _row_chunks(
+    subject: Subject, of_rows: Spill | None, batch_rows: int, tell: Callable[[int], None]
+) -> Iterator[tuple[int, SparseCodes]]:
+    rows: Any = subject.rows if of_rows is None else of_rows
+    starts = subject.table.offsets_N1
+    for start, codes in rows.chunks(batch_rows):
+        yield start, codes.to("cpu", torch.float32)
+        tell(int(np.searchsorted(starts, start + codes.n_rows, side="right")) - 1)
+
+
+def _classes(labels: pa.Array | None) -> Classes | None:
+    """Labels as classes, if they are: fewer than half as many as images, MOST_CLASSES at most (captions are not)."""
+    if labels is None or labels.null_count == len(labels):
+        return None
+    found = labels.dictionary_encode()
+    n_classes, n = len(found.dictionary), len(labels)
+    if n_classes > MOST_CLASSES or n_classes > n / 2:
+        return None
+    class_N = torch.from_numpy(found.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64))
+    counts = torch.bincount(class_N[class_N >= 0], minlength=n_classes).double().numpy()
+    return Classes(found.dictionary.to_pylist(), class_N, counts / counts.sum())
+
+
+def _shown(stats: LatentStats, codes: Spill, size: int, n_band: int) -> Shown:
+    """Top images and bands as pairs, sorted by image, each once, with their activations."""
+    lists = [top.images.numpy() for top in stats.tops]
+    per_band = [band.images.numpy()[:n_band] for band in stats.bands]
+    latents = np.repeat(np.arange(size), [len(each) for each in lists])
+    in_bands = np.repeat(np.arange(len(per_band)) // (len(per_band) // size), [len(each) for each in per_band])
+    nothing = np.empty(0, np.int64)
+    keys = np.concatenate([nothing, *lists, *per_band]) * size + np.concatenate([latents, in_bands]).astype(np.int64)
+    pairs, places = np.unique(keys, return_inverse=True)
+    images_W, latents_W = pairs // size, pairs % size
+    acts_W, first = np.zeros(len(pairs), np.float32), np.searchsorted(images_W, np.arange(codes.n_rows + 1))
+    for start, chunk in codes.chunks(max(1, _DENSE // size)):
+        acts_M, latents_M, _ = chunk.csr()
+        mine = slice(first[start], first[start + chunk.n_rows])
+        pair_of = np.full(chunk.n_rows * size, -1, np.int32)
+        pair_of[(images_W[mine] - start) * size + latents_W[mine]] = np.arange(mine.start, mine.stop)
+        found = pair_of[chunk.entry_rows().numpy() * size + latents_M.numpy()]
+        acts_W[found[found >= 0]] = acts_M.numpy()[found >= 0]
+    cuts = np.cumsum([len(each) for each in (*lists, *per_band)])[:-1]
+    parts = np.split(places, cuts)
+    n_bands = len(per_band) // size
+    bands = [parts[size + k * n_bands : size + (k + 1) * n_bands] for k in range(size)]
+    return Shown(images_W, latents_W, acts_W, parts[:size], bands)
+
+
+def checked_sizes(subject: Subject) -> None:
+    """ValueError: rows of another width than the SAE's."""
+    rows, config = subject.rows, subject.sae.config
+    width = rows.d_sae if isinstance(rows, StoredCodes) else rows.d
+    needed = config.d_sae if isinstance(rows, StoredCodes) else config.d_in
+    require(width == needed, f"sae: {subject.path} needs rows of width {needed}, but {rows.path} has {width}")

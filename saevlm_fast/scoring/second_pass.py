@@ -1,0 +1,328 @@
+"""How sure a score is, in one more pass over the same images: jackknife, permutation null, effective number of images.
+
+Per latent, with b = a - min a over the images, p_m = sum b^m, T = sum b u, t_i = <u_i, T>, q_i = |u_i|^2,
+Num = |T|^2 - sum b^2 q and Den = p1^2 - p2, the score is MS = Num / Den, and without image i
+
+    MS_(-i) = (Num - 2 b_i (t_i - b_i q_i)) / (Den - 2 b_i (p1 - b_i))
+
+so delta_i = MS_(-i) - MS takes one product <u_i, T> for each non-zero, O(nnz E), and an image on which the latent is
+silent changes nothing. The jackknife's variance is (N - 1) / N (sum delta^2 - (sum delta)^2 / N). It covers the images,
+not the seed of the SAE's training. The minimum is held: it is 0 for all latents but those that fire on every image.
+
+The same deltas give intervals of means over latents, by image (clustered: an image moves all latents that it is on):
+without image i the mean over defined latents, the mean that counts undefined ones as chance, and any weighted sum of
+scores are what they are, exactly, latents that are left with one image counted as undefined.
+
+docs/concepts/monosemanticity.md. Memory: T (S x E float64), E x E, 8 bytes an image and mean, the images that the null
+draws (at most 2000 x 29 x E float32), and the block of images at hand as in the first pass.
+
+Shape suffixes: n images of a chunk, N all images, S latents, K neurons, M entries grouped by latent, E embedding, W
+weighted sums, R draws, U drawn images.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.errors import require
+from saevlm_fast.kernels.scaled_rows import scaled_rows
+from saevlm_fast.kernels.sparse_decode import gather_dot_op
+from saevlm_fast.scoring.intake import CodesIntake, DenseIntake
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
+from saevlm_fast.scoring.null import (
+    FEW_IMAGES,
+    SimilarityMoments,
+    drawn_images,
+    drawn_pairs,
+    null_deviation,
+    sampled_tail,
+)
+from saevlm_fast.scoring.sums import STATUSES, Embeddings
+from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
+
+_DEFINED = STATUSES.index("defined")
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """What the second pass finds; tensors on the CPU, float64, NaN where undefined.
+
+    Attributes:
+        scores: of the first pass.
+        half_ms_2S: scores over the images of even and of odd number alone.
+        n_eff_S: p1^2 / p2, the number of images if all of them weighed the same.
+        mean_similarity: of two different images: the score of a latent that fires on all alike, and the null's mean.
+        se_S: jackknife standard error of the score; NaN below three images. None without intervals.
+        mean_changes_N, null_mean_changes_N: how the mean over defined latents, and the mean that counts undefined ones
+            as mean_similarity, change without image i. None without intervals.
+        weighted_NW: the same of the weighted sums of scores that were asked for.
+        null_sd_S, p_S: standard deviation of the null, and the share of it at or above the score. None without null.
+    """
+
+    scores: MonosemanticityScores
+    half_ms_2S: Tensor
+    n_eff_S: Tensor
+    mean_similarity: float
+    se_S: Tensor | None
+    mean_changes_N: Tensor | None
+    null_mean_changes_N: Tensor | None
+    weighted_NW: Tensor
+    null_sd_S: Tensor | None
+    p_S: Tensor | None
+
+
+class SecondPass:
+    """Takes the images of a finished StreamedScore once more, in the same order: `update`, then `result`.
+
+    Args:
+        first: with halves=True and all images in it. Its sums are taken over: it is of no use afterwards.
+        weights_SW: of weighted sums of scores whose jackknife is asked for, float64; latents on fewer than three images
+            are held.
+        intervals, null: what is computed beside n_eff and the scores of halves.
+        seed: of the images that the null draws.
+
+    Raises:
+        ValueError: a first pass without halves or images, weights of another number of latents.
+    """
+
+    def __init__(
+        self,
+        first: StreamedScore,
+        weights_SW: Tensor | None = None,
+        *,
+        intervals: bool = True,
+        null: bool = True,
+        seed: int = 0,
+    ) -> None:
+        scores = first.result()
+        weights_SW = torch.zeros(len(scores.ms), 0) if weights_SW is None else weights_SW
+        require(
+            weights_SW.ndim == 2 and len(weights_SW) == len(scores.ms),
+            f"weights_SW: shape {tuple(weights_SW.shape)} is not [{len(scores.ms)}, W]",
+        )
+        self._pairs = _Deviations(first, scores, weights_SW, intervals=intervals, null=null, seed=seed)
+        self._first, self.n_images = first, 0
+        self._intake: CodesIntake | DenseIntake | None = None
+
+    def update(self, activations: SparseCodes | Tensor, emb_nE: Tensor) -> None:
+        """The next n images, which the first pass has checked.
+
+        Raises:
+            ValueError: more images than the first pass had, embeddings of another shape, and what StreamedScore.update
+                says of activations.
+        """
+        pairs = self._pairs
+        n_rows = activations.n_rows if isinstance(activations, SparseCodes) else len(activations)
+        sqnorm_n = pairs.sqnorm_N[self.n_images : self.n_images + n_rows]
+        same = emb_nE.shape == (n_rows, pairs.d_emb) and len(sqnorm_n) == n_rows
+        require(same, f"emb_nE: shape {tuple(emb_nE.shape)} is not that of the first pass's images")
+        images = Embeddings(emb_nE.to(pairs.device), sqnorm_n)
+        if self._intake is None:
+            n_latents, block_rows = self._first.n_latents, self._first.block_rows
+            sparse = isinstance(activations, SparseCodes)
+            self._intake = CodesIntake(n_latents, block_rows, pairs) if sparse else DenseIntake(n_latents, pairs)
+        self._intake.add(activations, images, self.n_images)
+        self.n_images += n_rows
+
+    def result(self) -> Certainty:
+        """What was asked for.
+
+        Raises:
+            ValueError: other images than those of the first pass, as far as their number tells.
+        """
+        if self._intake is not None:
+            self._intake.flush()
+        n_images = self._pairs.scores.n_images
+        require(self.n_images == n_images, f"second pass: {self.n_images} images, but {n_images} in the first")
+        return self._pairs.result()
+
+
+class _Deviations:
+    """Takes checked images in (sums.Pairs): everything that needs T as it is in the end."""
+
+    def __init__(
+        self,
+        first: StreamedScore,
+        scores: MonosemanticityScores,
+        weights_SW: Tensor,
+        *,
+        intervals: bool,
+        null: bool,
+        seed: int,
+    ) -> None:
+        seen, halves, self.sqnorm_N = first.halved()
+        self.scores, self.similarity, self.device = scores, first.similarity, first.device
+        self.half_ms_2S = halves.half_scores().cpu()
+        sums = halves.merged()
+        self.sums_SE, self.total_S, self.d_emb = sums.state.sums_SE, sums.state.total_S, sums.state.sums_SE.shape[1]
+        self.den_S, self.low_S, self.n_above_S = 2 * sums.state.den_S, seen.low_S, seen.n_above()
+        self.ms_S = scores.ms.to(self.device)
+        self.shifted = bool((self.low_S != 0).any())
+        self.intervals, self.null, self.n_images = intervals, null, 0
+        self.moments = SimilarityMoments(sums.unit_sum_E, sums.square_sum, scores.n_images)
+        n, n_latents = scores.n_images, len(scores.ms)
+        self.powers_4S = self.sums_SE.new_zeros(4, n_latents)
+        self.change_2S = self.sums_SE.new_zeros(2, n_latents)  # sum of delta, and of its square
+        self.weights_SW = weights_SW.to(self.sums_SE)
+        self.changes_NW = self.sums_SE.new_zeros(n, weights_SW.shape[1])
+        self.lost_3N = self.sums_SE.new_zeros(3 if intervals else 0, n)  # of an image: sum delta, MS lost, their number
+        self.similar_N = self.sums_SE.new_zeros(n if intervals else 0)  # R
+        self.draws_RW = drawn_images(n, seed) if null else torch.zeros(0, 0, dtype=torch.int64)
+        self.drawn_U = self.draws_RW.unique()
+        self.drawn_UE: list[Tensor] = []
+        self.few_S = (self.n_above_S < FEW_IMAGES) & (self.n_above_S > 1) & ~self.ms_S.isnan()
+        self.few: list[tuple[Tensor, Tensor]] = []
+
+    def lower(self, drop_S: Tensor) -> None:
+        """The minimum is known."""
+
+    def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
+        joined, latents_M = Embeddings.join(images), grouped.latents_M
+        images_M = codes.entry_rows()[grouped.order_M]
+        unit_nE, square_n = self._unit(joined)
+        b_M = grouped.acts_M - self.low_S[latents_M] if self.shifted else grouped.acts_M
+        n_latents = len(self.total_S)
+        powers_M = b_M
+        for m in range(4 if self.null else 2):
+            self.powers_4S[m] += torch.bincount(latents_M, powers_M, minlength=n_latents)
+            powers_M = powers_M * b_M
+        if self.intervals:
+            t_M = gather_dot_op(self.sums_SE, latents_M, images_M, unit_nE)
+            rest_M = self.total_S[latents_M] - b_M
+            change_M = _change(b_M, t_M - b_M * square_n[images_M], rest_M, self.ms_S[latents_M], self.den_S[latents_M])
+            several_M = self.n_above_S[latents_M] > 2
+            change_M = change_M.masked_fill(~several_M, 0.0)
+            self.change_2S[0] += torch.bincount(latents_M, change_M, minlength=n_latents)
+            self.change_2S[1] += torch.bincount(latents_M, change_M.square(), minlength=n_latents)
+            two_M = (self.n_above_S[latents_M] == 2) & (b_M > 0)
+            self._add_lost(codes.n_rows, images_M, change_M.nan_to_num(0.0), two_M, latents_M)
+        if self.null:
+            few_M = self.few_S[latents_M] & (b_M > 0)
+            self.few.append((latents_M[few_M], b_M[few_M]))
+        self._add_images(unit_nE, square_n)
+
+    def _add_lost(self, n_rows: int, images_M: Tensor, change_M: Tensor, two_M: Tensor, latents_M: Tensor) -> None:
+        """What means over latents lose without each image."""
+        rows = slice(self.n_images, self.n_images + n_rows)
+        self.lost_3N[0, rows] += torch.bincount(images_M, change_M, minlength=n_rows)
+        images_T = images_M[two_M]
+        self.lost_3N[1, rows] += torch.bincount(images_T, self.ms_S[latents_M[two_M]], minlength=n_rows)
+        self.lost_3N[2, rows] += torch.bincount(images_T, minlength=n_rows)
+        for w, weights_S in enumerate(self.weights_SW.unbind(1)):
+            weighted_M = change_M * weights_S[latents_M]
+            self.changes_NW[rows, w] += torch.bincount(images_M, weighted_M, minlength=n_rows)
+
+    def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
+        unit_nE, square_n = self._unit(images)
+        b_nK = acts_nK.to(torch.float64) - self.low_S
+        powers_nK = b_nK
+        for m in range(4 if self.null else 2):
+            self.powers_4S[m] += powers_nK.sum(0)
+            powers_nK = powers_nK * b_nK
+        if self.intervals:
+            others_nK = unit_nE @ self.sums_SE.T - b_nK * square_n[:, None]
+            change_nK = _change(b_nK, others_nK, self.total_S - b_nK, self.ms_S, self.den_S)
+            change_nK = change_nK.masked_fill_(self.n_above_S <= 2, 0.0)
+            self.change_2S[0] += change_nK.sum(0)
+            self.change_2S[1] += change_nK.square().sum(0)
+            change_nK = change_nK.nan_to_num_(0.0)
+            two_nK = ((self.n_above_S == 2) & (b_nK > 0)).to(torch.float64)
+            rows = slice(self.n_images, self.n_images + len(acts_nK))
+            self.lost_3N[0, rows] += change_nK.sum(1)
+            self.lost_3N[1, rows] += two_nK @ self.ms_S.nan_to_num(0.0)
+            self.lost_3N[2, rows] += two_nK.sum(1)
+            self.changes_NW[rows] += change_nK @ self.weights_SW
+        if self.null:
+            latents_M, images_M = (self.few_S & (b_nK > 0)).T.nonzero(as_tuple=True)
+            self.few.append((latents_M, b_nK[images_M, latents_M]))
+        self._add_images(unit_nE, square_n)
+
+    def _unit(self, images: Embeddings) -> tuple[Tensor, Tensor]:
+        scale_n, square_n = images.scales(self.similarity)
+        return scaled_rows(images.emb_nE, scale_n), square_n
+
+    def _add_images(self, unit_nE: Tensor, square_n: Tensor) -> None:
+        rows = slice(self.n_images, self.n_images + len(unit_nE))
+        if self.null:
+            similar_n = self.moments.add(unit_nE, square_n)
+            first, last = torch.searchsorted(self.drawn_U, torch.tensor([rows.start, rows.stop])).tolist()
+            places_u = (self.drawn_U[first:last] - rows.start).to(self.device)
+            self.drawn_UE.append(unit_nE[places_u].to(torch.float32))
+        else:
+            similar_n = unit_nE @ self.moments.sum_E - square_n
+        if self.intervals:
+            self.similar_N[rows] = similar_n
+        self.n_images += len(unit_nE)
+
+    def result(self) -> Certainty:
+        n_eff_S = self.powers_4S[0].square() / self.powers_4S[1]
+        mean, null_mean = self._mean_changes() if self.intervals else (None, None)
+        deviation_S = null_deviation(self.powers_4S, self.moments) if self.null else None
+        return Certainty(
+            scores=self.scores,
+            half_ms_2S=self.half_ms_2S,
+            n_eff_S=n_eff_S.cpu(),
+            mean_similarity=self.moments.mean_similarity,
+            se_S=self._standard_errors() if self.intervals else None,
+            mean_changes_N=mean,
+            null_mean_changes_N=null_mean,
+            weighted_NW=self.changes_NW.cpu(),
+            null_sd_S=None if deviation_S is None else deviation_S.masked_fill(self.ms_S.isnan(), torch.nan).cpu(),
+            p_S=None if deviation_S is None else self._p_values(deviation_S).cpu(),
+        )
+
+    def _standard_errors(self) -> Tensor:
+        enough_S = (self.n_above_S > 2) & ~self.ms_S.isnan()
+        return jackknife_error(self.change_2S, self.scores.n_images).masked_fill(~enough_S, torch.nan).cpu()
+
+    def _mean_changes(self) -> tuple[Tensor, Tensor]:
+        """Of the mean over defined latents, and of the one that counts undefined ones as the mean similarity."""
+        n, defined_S = self.scores.n_images, ~self.ms_S.isnan()
+        n_latents, n_defined, total = len(self.ms_S), int(defined_S.sum()), self.ms_S[defined_S].sum()
+        changed_N, lost_N, gone_N = self.lost_3N
+        left_N = total + changed_N - lost_N
+        mean_N = left_N / (n_defined - gone_N) - total / n_defined
+        chance = self.moments.mean_similarity
+        pair_sum = float(self.moments.pair_sum)
+        chance_N = (pair_sum - 2 * self.similar_N) / max((n - 1) * (n - 2), 1)
+        with_null_N = left_N + (n_latents - n_defined + gone_N) * chance_N - total - (n_latents - n_defined) * chance
+        return mean_N.cpu(), (with_null_N / n_latents).cpu()
+
+    def _p_values(self, deviation_S: Tensor) -> Tensor:
+        """Of chance alone: by the normal law, and by drawn images for latents on few."""
+        z_S = (self.ms_S - self.moments.mean_similarity) / deviation_S
+        p_S = torch.special.erfc(z_S / 2**0.5) / 2
+        if not self.few or not bool(self.few_S.any()):
+            return p_S
+        drawn_UE = torch.cat(self.drawn_UE)
+        places_RW = torch.searchsorted(self.drawn_U, self.draws_RW.contiguous()).to(self.device)
+        pairs_PR = drawn_pairs(places_RW, drawn_UE)
+        latents_M, b_M = (torch.cat(parts) for parts in zip(*self.few))
+        latents_M, order_M = latents_M.sort(stable=True)
+        b_M = b_M[order_M]
+        starts_S = torch.searchsorted(latents_M, torch.arange(len(p_S), device=self.device))
+        for n in range(2, FEW_IMAGES):
+            (latents_L,) = (self.few_S & (self.n_above_S == n)).nonzero(as_tuple=True)
+            if len(latents_L):
+                b_Ln = b_M[starts_S[latents_L, None] + torch.arange(n, device=self.device)]
+                p_S[latents_L] = sampled_tail(b_Ln, self.ms_S[latents_L], pairs_PR)
+        return p_S
+
+
+def jackknife_error(change_2S: Tensor, n_images: int) -> Tensor:
+    """Standard error [S] from the sum of the changes without each image [0], and of their squares [1]."""
+    spread_S = change_2S[1] - change_2S[0].square() / max(n_images, 1)
+    return (spread_S.clamp(min=0) * ((n_images - 1) / max(n_images, 1))).sqrt()
+
+
+def change_error(changes_N: Tensor) -> float:
+    """Standard error of a number that changes by changes_N without image i."""
+    sums_2 = torch.stack([changes_N.sum(), changes_N.square().sum()])
+    return float(jackknife_error(sums_2[:, None], len(changes_N)))
+
+
+def _change(b: Tensor, others: Tensor, rest: Tensor, ms: Tensor, den: Tensor) -> Tensor:
+    """MS_(-i) - MS, of others = t - b q and rest = p1 - b; NaN where rounding leaves nothing of the denominator."""
+    left = den - 2 * b * rest
+    return torch.where(left > 1e-12 * den, -2 * b * (others - ms * rest) / left, torch.nan)

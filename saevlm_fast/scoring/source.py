@@ -1,0 +1,277 @@
+"""What is scored beside the embeddings of its images: read as often as asked, one row an image or several, pooled.
+
+Shape suffixes: n images of a chunk, B rows of a chunk, E embedding.
+"""
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
+from itertools import chain, repeat
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from saevlm_fast.data.codes import StoredCodes, pool_codes
+from saevlm_fast.data.pairing import check_sides, checked_ids
+from saevlm_fast.data.rows import Activations, Matrix, StoredRows, activations_of
+from saevlm_fast.errors import require
+from saevlm_fast.provenance import check_rows_of
+from saevlm_fast.runtime import resolve_device
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.encoding import encoded, n_latents
+from saevlm_fast.sparse_codes import SparseCodes
+
+Pool = Literal["max", "mean"]
+_KEPT_BYTES = 1 << 30
+
+
+class ScoredImages:
+    """Codes, or raw neurons, of images in order, each chunk with the embeddings of the same images by each encoder.
+
+    Args:
+        activations, embeddings, sae, pool, batch_rows: as trust.trusted_scores.
+        kept_bytes: codes of an SAE that are kept for the next reading; what does not fit is encoded again.
+
+    Raises:
+        ValueError: what monosemanticity.score refuses before it reads rows; a pool of rows without ids.
+    """
+
+    def __init__(
+        self,
+        activations: Matrix | StoredCodes,
+        embeddings: Mapping[str, Matrix],
+        sae: SparseAutoencoder | None = None,
+        *,
+        pool: Pool | None = None,
+        batch_rows: int = 4096,
+        kept_bytes: int = _KEPT_BYTES,
+    ) -> None:
+        if not isinstance(activations, StoredCodes):
+            activations = activations_of(activations, "activations")
+        if sae is not None and not isinstance(sae, SparseAutoencoder):
+            raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
+        require(pool in (None, "max", "mean"), f"pool: {pool!r} is not one of max, mean")
+        self.activations, self.sae, self.pool, self.batch_rows = activations, sae, pool, batch_rows
+        self.encoders = {name: activations_of(matrix, "embeddings") for name, matrix in embeddings.items()}
+        if pool is None:
+            for encoder in self.encoders.values():
+                check_sides(activations, encoder)
+        else:
+            require(
+                activations.has_items,
+                f"pool: {activations.path} has no image ids, so nobody knows which rows are of one image; a store has",
+            )
+        if sae is not None:
+            check_rows_of(sae, activations)
+        self.n_latents = n_latents(activations, sae)
+        self._kept: list[SparseCodes] = []
+        self._room = kept_bytes
+        self._places: dict[str, dict[str, int]] = {}
+
+    def device_of(self, device: torch.device | str) -> torch.device:
+        """Where sums live."""
+        return device if isinstance(device, torch.device) else resolve_device(device)
+
+    def chunks(self) -> Iterator[tuple[int, SparseCodes | Tensor, dict[str, Tensor]]]:
+        """(first image, codes or neurons [n, S], embeddings [n, E] by encoder) of every chunk, in order.
+
+        Raises:
+            ValueError: image ids that differ, several rows of an image without a pool, an image without embedding.
+        """
+        return self._one_row_each() if self.pool is None else self._pooled()
+
+    def _one_row_each(self) -> Iterator[tuple[int, SparseCodes | Tensor, dict[str, Tensor]]]:
+        sides: list[tuple[StoredRows, ...]] = [(self.activations, encoder) for encoder in self.encoders.values()]
+        ids = zip(*(checked_ids(self.batch_rows, *pair) for pair in sides or [(self.activations,)]))
+        with ExitStack() as stack:
+            images = [stack.enter_context(closing(e.chunks(self.batch_rows))) for e in self.encoders.values()]
+            for (start, values), *parts, _ in zip(self._encoded(), *images, ids):
+                yield start, values, dict(zip(self.encoders, (emb_nE for _, emb_nE in parts)))
+
+    def _encoded(self) -> Iterator[tuple[int, SparseCodes | Tensor]]:
+        """Chunks of rows as codes, those of an SAE kept as long as there is room."""
+        chunks: Generator[tuple[int, SparseCodes | Tensor]] = self.activations.chunks(self.batch_rows)
+        with closing(chunks):
+            for number, (start, values) in enumerate(chunks):
+                if self.sae is None or isinstance(values, SparseCodes):
+                    yield start, values
+                elif number < len(self._kept):
+                    codes = self._kept[number]
+                    yield start, codes._replace(top_indices=codes.top_indices.long())
+                else:
+                    codes = encoded(self.sae, values)
+                    self._keep(codes, number)
+                    yield start, codes
+
+    def _keep(self, codes: SparseCodes, number: int) -> None:
+        n_bytes = codes.top_acts.nbytes + codes.top_indices.nbytes // 2
+        if number == len(self._kept) and n_bytes <= self._room:
+            self._room -= n_bytes
+            self._kept.append(codes._replace(top_indices=codes.top_indices.int()))
+
+    # Several rows an image ---------------------------------------------------------------------------------------
+
+    def _pooled(self) -> Iterator[tuple[int, SparseCodes | Tensor, dict[str, Tensor]]]:
+        done = 0
+        for rows, starts, names, _ in self.whole_images():
+            yield done, self._pool(rows, starts), self._embeddings(names, done)
+            done += len(names)
+        for encoder in self.encoders.values():
+            require(
+                encoder.has_items or encoder.n_rows == done,
+                f"embeddings: {encoder.n_rows} rows ({encoder.path}), but {done} images in {self.activations.path}",
+            )
+
+    def whole_images(
+        self, beside: Activations | None = None
+    ) -> Iterator[tuple[SparseCodes | Tensor, np.ndarray, pa.Array, Tensor | None]]:
+        """(rows, where each of their n images begins and the last ends [n + 1], names of the images, beside's rows).
+
+        The last image of a chunk of rows may go on in the next, so its rows wait.
+
+        Args:
+            beside: rows of the same number.
+        """
+        items, waiting, names = self.activations.item_chunks(self.batch_rows), None, pa.array([], pa.string())
+        with ExitStack() as stack:
+            others: Iterator[tuple[int, Tensor | None]] = repeat((0, None))
+            if beside is not None:
+                others = stack.enter_context(closing(beside.chunks(self.batch_rows)))
+            for (_, rows), (_, other), table in zip(self._encoded(), others, items):
+                if waiting is not None:
+                    rows, other = joined(waiting[0], rows), _both(waiting[1], other)
+                names = pa.concat_arrays([names, *table["image"].chunks])
+                starts = image_starts(names)
+                last = int(starts[-1])
+                if len(starts) > 1:
+                    yield rows_between(rows, 0, last), starts, names.take(starts[:-1]), _rows(other, 0, last)
+                waiting = rows_between(rows, last, len(names)), _rows(other, last, len(names))
+                names = names[last:]
+        if waiting is not None:
+            yield waiting[0], np.array([0, len(names)]), names[:1], waiting[1]
+
+    def _pool(self, rows: SparseCodes | Tensor, starts: np.ndarray) -> SparseCodes | Tensor:
+        """One row an image, of rows whose images begin at starts[:-1]."""
+        lengths = torch.from_numpy(np.diff(starts))
+        assert self.pool is not None
+        if isinstance(rows, SparseCodes):
+            return pool_codes(rows, torch.repeat_interleave(lengths), len(lengths), self.pool)
+        return torch.segment_reduce(rows, self.pool, lengths=lengths, axis=0)
+
+    def _embeddings(self, names: pa.Array, first: int) -> dict[str, Tensor]:
+        return {name: self._embeddings_of(name, encoder, names, first) for name, encoder in self.encoders.items()}
+
+    def _embeddings_of(self, name: str, encoder: Activations, images: pa.Array, first: int) -> Tensor:
+        if not encoder.has_items:
+            require(
+                first + len(images) <= encoder.n_rows,
+                f"embeddings: {encoder.n_rows} rows ({encoder.path}), fewer than images in {self.activations.path}",
+            )
+            return encoder.rows(torch.arange(first, first + len(images)))
+        if name not in self._places:
+            ids = encoder.items()["image"].to_pylist()
+            self._places[name] = dict(zip(reversed(ids), reversed(range(len(ids)))))
+            require(
+                len(self._places[name]) == len(ids),
+                f"embeddings: {encoder.path} has several rows of an image; one row an image is needed",
+            )
+        places = [self._places[name].get(image) for image in images.to_pylist()]
+        if None in places:
+            missing = images[places.index(None)].as_py()
+            raise ValueError(f"embeddings: {encoder.path} has no row of image {missing!r} of {self.activations.path}")
+        return encoder.rows(torch.tensor(places))
+
+
+def image_starts(names: pa.Array) -> np.ndarray:
+    """Where the images of neighbouring rows begin: those rows whose name is not that of the row before."""
+    changes = pc.not_equal(names[1:], names[:-1]).fill_null(True).to_numpy(zero_copy_only=False)
+    return np.fromiter(chain([0], np.flatnonzero(changes) + 1), dtype=np.int64)
+
+
+def joined(a: SparseCodes | Tensor, b: SparseCodes | Tensor) -> SparseCodes | Tensor:
+    """The rows of both."""
+    if isinstance(a, SparseCodes) and isinstance(b, SparseCodes):
+        return SparseCodes.join([a, b], a.d_sae)
+    assert isinstance(a, Tensor)
+    assert isinstance(b, Tensor)
+    return torch.cat([a, b])
+
+
+def rows_between(rows: SparseCodes | Tensor, start: int, stop: int) -> SparseCodes | Tensor:
+    """Rows start .. stop - 1."""
+    if isinstance(rows, Tensor):
+        return rows[start:stop]
+    acts_M, latents_M, offsets = rows.csr()
+    low, high = int(offsets[start]), int(offsets[stop])
+    return SparseCodes.from_flat(acts_M[low:high], latents_M[low:high], offsets[start : stop + 1] - low, rows.d_sae)
+
+
+def _rows(rows: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if rows is None else rows[start:stop]
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else torch.cat([a, b])
+
+
+class ScoredPatches:
+    """Codes of all rows of whole images in order, each chunk with the rows' own embeddings.
+
+    Args:
+        activations, embeddings, sae, batch_rows: as variants.patch_score.
+
+    Raises:
+        ValueError: raw neurons, rows without ids, another number of rows; and what monosemanticity.score refuses.
+    """
+
+    def __init__(
+        self,
+        activations: Matrix | StoredCodes,
+        embeddings: Matrix,
+        sae: SparseAutoencoder | None = None,
+        *,
+        batch_rows: int = 4096,
+    ) -> None:
+        self._images = ScoredImages(activations, {}, sae, pool="max", batch_rows=batch_rows, kept_bytes=0)
+        self._embeddings = activations_of(embeddings, "embeddings")
+        self.n_latents, rows = self._images.n_latents, self._images.activations
+        sparse = sae is not None or isinstance(rows, StoredCodes)
+        require(sparse, "variant: patch takes codes, whose zeros carry no weight; give an SAE or codes")
+        require(
+            self._embeddings.n_rows == rows.n_rows,
+            f"embeddings: {self._embeddings.n_rows} rows ({self._embeddings.path}), but {rows.n_rows} in {rows.path}; "
+            "row i of both must be the same patch",
+        )
+
+    def device_of(self, device: torch.device | str) -> torch.device:
+        """Where sums live."""
+        return self._images.device_of(device)
+
+    def chunks(self) -> Iterator[tuple[SparseCodes, Tensor, list[int]]]:
+        """(codes of the rows, their embeddings, where each of the n images begins and the last ends [n + 1]).
+
+        Raises:
+            ValueError: rows of both sides, where both have ids, that are not the same patch.
+        """
+        for rows, starts, _, emb_BE in self._images.whole_images(self._embeddings):
+            assert isinstance(rows, SparseCodes)
+            assert emb_BE is not None
+            yield rows, emb_BE, starts.tolist()
+
+    def check_ids(self) -> None:
+        """That row i of both sides is the same image and token, where both have ids. Reads all ids."""
+        a, b = self._images.activations, self._embeddings
+        if not (a.has_items and b.has_items):
+            return
+        n = self._images.batch_rows
+        for start, (ours, theirs) in zip(range(0, a.n_rows, n), zip(a.item_chunks(n), b.item_chunks(n))):
+            for name in ("image", "token"):
+                row = pc.index(pc.equal(ours[name], theirs[name]).fill_null(False), False).as_py()
+                require(
+                    row < 0,
+                    f"embeddings: row {start + row} is not the same {name} in {b.path} as in {a.path}; row i of both "
+                    "must be the same patch",
+                )

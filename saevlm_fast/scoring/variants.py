@@ -1,0 +1,301 @@
+"""Other scores that go by the name of monosemanticity, under their own names (docs/concepts/monosemanticity.md).
+
+    visaebench   of each latent only the 16 images on which it is most active: the paper's formula over these, with the
+                 minimum over all images. Rows of an image are max-pooled. (Its wheel takes 1,000 random latents.)
+    tms          no encoder: a latent is on in the images where it is above its own mean over all images; the mean over
+                 pairs of its images of the Jaccard index of the sets of latents that are on (arXiv 2607.17770). All
+                 pairs up to 1,000 of them, else 1,000 drawn.
+    patch        rows are patches with embeddings of their own; pairs of patches of one image are left out.
+
+None of them has an interval or a null here: the 16 images are chosen, the pairs drawn, the patches not exchangeable.
+
+Shape suffixes: N images, n rows or images of a chunk, S latents, M entries grouped by latent, P pairs of a latent and
+an image (tms: of images), E embedding, L latents that are on.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from saevlm_fast.data.codes import StoredCodes
+from saevlm_fast.data.rows import Matrix
+from saevlm_fast.errors import require
+from saevlm_fast.kernels.scaled_rows import scaled_rows
+from saevlm_fast.kernels.segment_sum import segment_sum
+from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
+from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
+from saevlm_fast.scoring.source import Pool, ScoredImages, ScoredPatches, rows_between
+from saevlm_fast.scoring.sums import Embeddings, status_of
+from saevlm_fast.scoring.top_images import BestImages
+from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
+
+Variant = Literal["visaebench", "tms", "patch"]
+N_TOP = 16
+N_PAIRS = 1000
+_PATCH_ELEMENTS = 1 << 25  # float64 numbers of pooled patches at a time
+_SET_ELEMENTS = 1 << 24  # comparisons of latents at a time
+
+
+def visaebench_score(
+    activations: Matrix | StoredCodes,
+    embeddings: Matrix,
+    sae: SparseAutoencoder | None = None,
+    *,
+    pool: Pool | None = None,
+    n_top: int = N_TOP,
+    batch_rows: int = 4096,
+    device: torch.device | str = "cpu",
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> MonosemanticityScores:
+    """The score over each latent's n_top most active images alone; of equally active ones the earlier.
+
+    Arguments and errors as trust.trusted_score; status, n_active and maximum are those of all images. Two passes.
+    """
+    images = ScoredImages(activations, {"": embeddings}, sae, pool=pool, batch_rows=batch_rows)
+    target, tops = images.device_of(device), _Tops(images.n_latents, n_top)
+    intake: CodesIntake | DenseIntake | None = None
+    n_images = 0
+    for start, values, emb_nE in images.chunks():
+        checked = checked_embeddings(emb_nE[""], len(emb_nE[""]), None, "cosine", start, torch.device("cpu"))
+        if intake is None:
+            sparse = isinstance(values, SparseCodes)
+            intake = CodesIntake(images.n_latents, 1, tops) if sparse else DenseIntake(images.n_latents, tops)
+        intake.add(values.to("cpu"), checked, start)
+        n_images = start + len(emb_nE[""])
+        on_rows(n_images)
+    assert intake is not None  # there is at least one row
+    seen, score = intake.range, StreamedScore(images.n_latents, device=target)
+    acts_M, latents_M, images_M = tops.best.acts_M, tops.best.slots_M, tops.best.images_M
+    order_M = images_M.argsort(stable=True)
+    acts_M, latents_M, images_M = acts_M[order_M], latents_M[order_M], images_M[order_M]
+    above_M = acts_M.to(torch.float64) - seen.low_S[latents_M]
+    for start, _, emb_nE in images.chunks():
+        bounds = torch.arange(start, start + len(emb_nE[""]) + 1)
+        offsets = torch.searchsorted(images_M, bounds)
+        low, high = int(offsets[0]), int(offsets[-1])
+        codes = SparseCodes.from_flat(above_M[low:high], latents_M[low:high], offsets - low, images.n_latents)
+        score.update(codes, emb_nE[""])
+        on_rows(n_images + start + len(emb_nE[""]))
+    status_S = status_of(seen.low_S, seen.high_S, seen.n_above())
+    return replace(
+        score.result(),
+        ms=score.result().ms.masked_fill(status_S != 0, torch.nan),
+        status=status_S,
+        n_active=seen.n_active_S,
+        max_activation=seen.high_S,
+        variant="visaebench",
+    )
+
+
+class _Tops:
+    """Takes checked images in (sums.Pairs): the most active images of every latent."""
+
+    def __init__(self, n_latents: int, n_top: int) -> None:
+        self.device, self.n_images = torch.device("cpu"), 0
+        self.best, self.n_top = BestImages(n_latents, n_top), n_top
+
+    def lower(self, drop_S: Tensor) -> None:
+        """Nothing is above a minimum here."""
+
+    def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
+        images_M = codes.entry_rows()[grouped.order_M] + self.n_images
+        self.best.add(grouped.acts_M, grouped.latents_M, images_M)
+        self.n_images += codes.n_rows
+
+    def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
+        sorted_nK, rows_nK = acts_nK.to(torch.float64).sort(dim=0, descending=True, stable=True)
+        rows_nK = rows_nK[: self.n_top]
+        latents_nK = torch.arange(acts_nK.shape[1]).expand_as(rows_nK)
+        self.best.add(sorted_nK[: self.n_top].flatten(), latents_nK.flatten(), rows_nK.flatten() + self.n_images)
+        self.n_images += len(acts_nK)
+
+
+def tms_score(
+    activations: Matrix | StoredCodes,
+    sae: SparseAutoencoder | None = None,
+    *,
+    pool: Pool | None = None,
+    n_pairs: int = N_PAIRS,
+    seed: int = 0,
+    batch_rows: int = 4096,
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> MonosemanticityScores:
+    """Coherence of a latent's images without an encoder: see the module. It asks what fires together, not what is seen.
+
+    Memory: 16 bytes an entry of all codes. status is single where a latent is on in one image only, and `constant`
+    where it is on in none though it fires: its activations are all equal.
+
+    Raises:
+        ValueError: raw neurons, which are on in half of all images; and as trust.trusted_score.
+    """
+    images = ScoredImages(activations, {}, sae, pool=pool, batch_rows=batch_rows)
+    require(
+        sae is not None or isinstance(images.activations, StoredCodes),
+        "variant: tms compares sets of latents; raw neurons have no sets, give an SAE or codes",
+    )
+    pieces = []
+    for start, codes, _ in images.chunks():
+        assert isinstance(codes, SparseCodes)
+        pieces.append(codes.to("cpu").compact())
+        on_rows(start + codes.n_rows)
+    codes = SparseCodes.join(pieces, images.n_latents)
+    codes.check("codes")
+    acts_M, latents_M, n_latents = codes.top_acts.to(torch.float64), codes.top_indices, images.n_latents
+    rows_M, n_images = codes.entry_rows(), codes.n_rows
+    total_S = torch.bincount(latents_M, acts_M, minlength=n_latents)
+    n_active_S = torch.bincount(latents_M, minlength=n_latents)
+    # a > mean by products, not by a quotient: for equal activations on all images rounding must not decide.
+    on_M = acts_M * n_images > total_S[latents_M] * (1 + 1e-12)
+    rows_M, latents_M = rows_M[on_M], latents_M[on_M]
+    on = SparseCodes.from_flat(
+        acts_M[on_M], latents_M, pad(torch.bincount(rows_M, minlength=n_images).cumsum(0), (1, 0)), n_latents
+    )
+    high_S = torch.segment_reduce(codes.by_latent().acts_M.double(), "max", lengths=n_active_S, initial=0.0)
+    n_on_S = torch.bincount(latents_M, minlength=n_latents)
+    status_S = status_of(torch.where(n_on_S == 0, high_S, 0.0), high_S, n_on_S)
+    return MonosemanticityScores(
+        ms=_mean_jaccard(on, n_on_S, n_pairs, seed).masked_fill(status_S != 0, torch.nan),
+        status=status_S,
+        n_active=n_active_S,
+        max_activation=high_S,
+        n_images=n_images,
+        similarity="jaccard",
+        variant="tms",
+    )
+
+
+def _mean_jaccard(on: SparseCodes, n_on_S: Tensor, n_pairs: int, seed: int) -> Tensor:
+    """[S]: over pairs of the images that each latent is on in."""
+    grouped, images_M = on.by_latent(), on.entry_rows()
+    images_M, offsets_S1 = images_M[grouped.order_M], grouped.offsets_S1
+    offsets_N1 = on.csr()[2]
+    lengths_N, starts_N = offsets_N1.diff(), offsets_N1[:-1]
+    generator = torch.Generator().manual_seed(seed)
+    mean_S = torch.full((len(n_on_S),), torch.nan, dtype=torch.float64)
+    for latent in torch.nonzero(n_on_S > 1).flatten().tolist():
+        members_n = images_M[offsets_S1[latent] : offsets_S1[latent + 1]]
+        n = len(members_n)
+        if n * (n - 1) // 2 <= n_pairs:
+            a_P, b_P = torch.tril_indices(n, n, -1)
+        else:
+            a_P = torch.randint(n, (n_pairs,), generator=generator)
+            b_P = (a_P + torch.randint(1, n, (n_pairs,), generator=generator)) % n
+        mean_S[latent] = _jaccard(on.top_indices, starts_N, lengths_N, members_n[a_P], members_n[b_P]).mean()
+    return mean_S
+
+
+def _jaccard(latents_M: Tensor, starts_N: Tensor, lengths_N: Tensor, a_P: Tensor, b_P: Tensor) -> Tensor:
+    """Of the sets of latents of two images each, float64 [P]."""
+    width = int(torch.maximum(lengths_N[a_P].max(), lengths_N[b_P].max()))
+    step = max(1, _SET_ELEMENTS // (width * width))
+    parts = []
+    for a_p, b_p in zip(a_P.split(step), b_P.split(step)):
+        sets = []
+        for images_p, absent in ((a_p, -1), (b_p, -2)):
+            places_pL = starts_N[images_p, None] + torch.arange(width)
+            inside_pL = torch.arange(width) < lengths_N[images_p, None]
+            sets.append(torch.where(inside_pL, latents_M[places_pL.clamp_max(len(latents_M) - 1)], absent))
+        common_p = (sets[0][:, :, None] == sets[1][:, None, :]).sum((1, 2))
+        parts.append(common_p.double() / (lengths_N[a_p] + lengths_N[b_p] - common_p))
+    return torch.cat(parts)
+
+
+def patch_score(
+    activations: Matrix | StoredCodes,
+    embeddings: Matrix,
+    sae: SparseAutoencoder | None = None,
+    *,
+    batch_rows: int = 4096,
+    device: torch.device | str = "cpu",
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> MonosemanticityScores:
+    """The score over rows of a store with several an image, each with an embedding, without pairs within an image.
+
+    With w_I = sum over the rows of image I of a u, and A_I of a: MS = (|sum w_I|^2 - sum |w_I|^2) / ((sum A_I)^2 -
+    sum A_I^2), in one pass. n_active counts images. A latent that fires in one image only is single.
+
+    Args:
+        activations: a store of several rows an image, neighbours of each other. embeddings: as many rows, row i of the
+            same patch (the same image and token, where both sides have ids).
+
+    Raises:
+        ValueError: raw neurons; rows without ids; another number of rows or other ids; and as monosemanticity.score.
+    """
+    patches = ScoredPatches(activations, embeddings, sae, batch_rows=batch_rows)
+    patches.check_ids()
+    target, n_latents = patches.device_of(device), patches.n_latents
+    state: StreamedState | None = None
+    seen_2S = torch.zeros(2, n_latents, dtype=torch.float64)  # images on which a latent fires, maximum
+    n_images = 0
+    for codes, emb_nE, starts in patches.chunks():
+        state = state or streamed_cosine_state(n_latents, emb_nE.shape[1], target)
+        for first, last in _blocks(codes, starts, emb_nE.shape[1]):
+            low, high = starts[first], starts[last]
+            some = rows_between(codes, low, high)
+            assert isinstance(some, SparseCodes)
+            images = checked_embeddings(emb_nE[low:high], high - low, None, "cosine", 0, target)
+            lengths = torch.tensor([b - a for a, b in pairwise(starts[first : last + 1])])
+            _add_patches(state, some.to(target), images, lengths.to(target), seen_2S)
+        n_images += len(starts) - 1
+        on_rows(n_images)
+    assert state is not None  # there is at least one row
+    n_active_S, high_S = seen_2S
+    status_S = status_of(torch.zeros_like(high_S), high_S, n_active_S.long())
+    ms_S = (state.num_S / state.den_S).cpu()
+    return MonosemanticityScores(
+        ms=ms_S.masked_fill(status_S != 0, torch.nan),
+        status=status_S,
+        n_active=n_active_S.long(),
+        max_activation=high_S,
+        n_images=n_images,
+        similarity="cosine",
+        variant="patch",
+    )
+
+
+def _blocks(codes: SparseCodes, starts: list[int], d_emb: int) -> list[tuple[int, int]]:
+    """Runs of whole images (first, one past the last) whose entries, pooled, fit in memory."""
+    offsets, most = codes.csr()[2], max(1, _PATCH_ELEMENTS // max(d_emb, 1))
+    ends = offsets[torch.tensor(starts)].tolist()
+    runs, first = [], 0
+    for image in range(1, len(starts)):
+        if ends[image] - ends[first] > most and image - 1 > first:
+            runs.append((first, image - 1))
+            first = image - 1
+    return [*runs, (first, len(starts) - 1)]
+
+
+def _add_patches(
+    state: StreamedState, codes: SparseCodes, images: Embeddings, lengths: Tensor, seen_2S: Tensor
+) -> None:
+    """Pools each latent's rows of an image into one vector, and adds these as images of their own."""
+    codes = codes.compact()
+    codes.check("codes")
+    if codes.n_entries == 0:
+        return
+    grouped = codes.to(dtype=torch.float64).by_latent()
+    rows_M = codes.entry_rows()[grouped.order_M]
+    image_of_row = torch.repeat_interleave(lengths)
+    keys_M = grouped.latents_M * len(lengths) + image_of_row[rows_M]  # ascending: rows ascend within a latent
+    keys_P, counts_P = torch.unique_consecutive(keys_M, return_counts=True)
+    offsets_P1 = pad(counts_P.cumsum(0), (1, 0))
+    scale_n, _ = images.scales("cosine")
+    unit_nE = scaled_rows(images.emb_nE, scale_n)
+    sums_PE = segment_sum(grouped.acts_M, rows_M, offsets_P1, unit_nE)
+    acts_P = torch.segment_reduce(grouped.acts_M, "sum", lengths=counts_P)
+    latents_P = keys_P // len(lengths)
+    counts_S = torch.bincount(latents_P, minlength=codes.d_sae)
+    offsets_S1 = pad(counts_S.cumsum(0), (1, 0))
+    vectors_PE = sums_PE / acts_P[:, None]
+    streamed_cosine_update(state, acts_P, torch.arange(len(acts_P), device=acts_P.device), offsets_S1, vectors_PE)
+    seen_2S[0] += counts_S.cpu()
+    counts_S = grouped.offsets_S1.diff()
+    high_S = torch.segment_reduce(grouped.acts_M, "max", lengths=counts_S, initial=0.0)
+    seen_2S[1] = torch.maximum(seen_2S[1], high_S.cpu())
