@@ -154,9 +154,7 @@ def encode_all(
 
 
 def _prefixes(model: Model, x_BD: Tensor, codes: SparseCodes, n_groups: int) -> Tensor:
-    if not isinstance(model, SparseAutoencoder):
+    if isinstance(model, Centroids):
         return model.decode(codes)[None]
-    statistics = model.input_statistics(x_BD)  # of an SAE that normalises its input
-    if n_groups > 1:
-        return model.decode_prefixes(codes, statistics)
-    return model.decode(codes, statistics)[None]
+    statistics = model.input_statistics(x_BD)
+    return model.decode_prefixes(codes, statistics) if n_groups > 1 else model.decode(codes, statistics)[None]
