@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saevlm_fast.config import Architecture, RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, scene_words, spearman
+from saevlm_fast.demo.ground_truth import CONCEPTS, latent_concepts, scene_words
 from saevlm_fast.demo.scene_stores import LAYER, N_SCENES, RECIPE, TOWER, SceneStores
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.scenes import PREFIX, open_scenes, scene_labels
