@@ -162,7 +162,7 @@ def _pictures(panel: Panel, pairs: np.ndarray) -> list[list[Any]]:
     """[tile, activation, heat map] of each."""
     looked, found = panel.looked, []
     for w in pairs.tolist():
-        picture = [panel.tile_of(int(looked.shown.images_W[w])), short(float(looked.shown.acts_W[w]))]
+        picture: list[Any] = [panel.tile_of(int(looked.shown.images_W[w])), short(float(looked.shown.acts_W[w]))]
         if looked.heat is not None:
             picture.append(heat_text(*looked.heat.of(w)))
         found.append(picture)
