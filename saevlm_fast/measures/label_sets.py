@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import first_line, require, shown
+from saevlm_fast.settings import several
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LabelSet:
         Raises:
             ValueError: no image has a label.
         """
-        per_image = [None if each is None else {each} if isinstance(each, str) else set(each) for each in labels]
+        per_image = [_labels_of(each) for each in several("labels", labels)]
         names = tuple(sorted({label for each in per_image if each is not None for label in each}))
         require(len(names) > 0, f"labels: {name}: no image has a label")
         number = {label: i for i, label in enumerate(names)}
@@ -92,6 +93,15 @@ class LabelSet:
         within_M = np.arange(len(self.labels_M)) - np.repeat(offsets_N1[:-1], lengths_N[order_N])
         labels_M = self.labels_M[np.repeat(self.offsets_N1[:-1][order_N], lengths_N[order_N]) + within_M]
         return LabelSet(self.name, self.names, labels_M, offsets_N1, self.known_N[order_N])
+
+
+def _labels_of(image: str | Iterable[str] | None) -> set[str] | None:
+    if image is None or isinstance(image, str):
+        return None if image is None else {image}
+    known = isinstance(image, Iterable) and not isinstance(image, bytes)
+    found = set(image) if known else set()
+    require(known and all(isinstance(each, str) for each in found), f"labels: {shown(image)} is no text or texts")
+    return found
 
 
 def halves(ids: Sequence[str]) -> np.ndarray:
