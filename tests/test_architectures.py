@@ -228,7 +228,7 @@ def test_steering_changes_every_token_by_its_own_scale(activation, input_norm, o
     torch.testing.assert_close(found_ND, steered(form, x_ND, edits, only, error), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     activation=st.sampled_from(["relu", "jumprelu", "batch_topk", "matryoshka", "topk"]),
     input_norm=st.sampled_from(NORMS),

@@ -136,7 +136,8 @@ def _best(
     on_images: Callable[[int], None],
 ) -> tuple[list[int], Tensor, Tensor | None]:
     """Numbers and activations of the top images; and their maps, kept along the way."""
-    best, kept = BestImages(1, n), {}
+    best = BestImages(1, n)
+    kept: dict[int, Any] = {}
     for chunk in image_chunks(rows, sae, table, how, batch_rows):
         acts_M, latents_M, _ = chunk.codes.csr()
         mine_M = latents_M == latent

@@ -13,7 +13,7 @@ D, S, B = 5, 11, 9
 ACTIVATIONS = st.sampled_from(["relu", "topk", "jumprelu", "batch_topk"])
 SEEDS = st.integers(0, 10_000)
 SCALES = st.floats(1e-3, 1e3)
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 
 
 def randn(seed, *shape):

@@ -76,7 +76,7 @@ def test_cpu_is_the_definition(dtype, kind, buffer_bytes):
                 assert_close(ours, plain, equal_nan=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_preactivations_and_thresholds(data):
     """Pre-activations as they are (an identity encoder): signed zeros, ties, subnormals, NaN and infinity."""

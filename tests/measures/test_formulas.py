@@ -95,7 +95,7 @@ def test_shared_images_of_all_pairs(levels, most, monkeypatch):
     assert found.figures["distinct_images_share"] == pytest.approx(len(set.union(*sets.values())) / (8 * len(sets)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(2, 30), st.integers(1, 6))
 def test_the_identity_of_shared_images(seed, n_latents, n_top):
     """sum_c c hist(c) = sum_images C(L, 2)."""
@@ -212,7 +212,7 @@ def test_auroc_ap_and_f1_of_every_pair(several, levels, most, monkeypatch):
     assert 20 < met < 48
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(2, 25), st.integers(1, 3), st.sampled_from([1, 3, None]))
 def test_auroc_of_any_codes(seed, n, n_labels, levels):
     acts = random_codes(max(n, 10), 5, levels=levels, seed=seed)
