@@ -183,10 +183,8 @@ def _probed(split: ProbeSet, x_ND: Tensor, x_hat_ND: Tensor, codes_NS: Any) -> F
 def _voted(split: ProbeSet, n_labels: int, near: Tensor, found: dict[str, Tensor]) -> Figures:
     """Nearest-neighbour accuracy of the images with a label."""
     known_N, labels_N = split.y_N >= 0, torch.from_numpy(split.y_N)
-    right = {
-        name: (votes(each, labels_N, n_labels).numpy() == split.y_N)[known_N]
-        for name, each in {"x": near, **found}.items()
-    }
+    voted = {"x": near, **found}
+    right = {name: (votes(each, labels_N, n_labels).numpy() == split.y_N)[known_N] for name, each in voted.items()}
     chance = float(np.bincount(split.y_N[known_N]).max() / known_N.sum())
     return {
         "knn": {
