@@ -45,9 +45,7 @@ def check_point(tower: Tower, point: HookPoint) -> None:
     """ValueError: nothing can be put there."""
     after = output_point(tower)
     known = point.layer is not None or point == after
-    require(
-        known, f"model: an SAE of {point.name} cannot be spliced into {tower.spec}, which is judged by {after.name}"
-    )
+    require(known, f"model: {point.name} cannot be replaced in {tower.spec}, which is judged by its {after.name}")
     if point.layer is not None:
         tower.module(point)
 

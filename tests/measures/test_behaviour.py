@@ -53,10 +53,12 @@ def source(tmp_path_factory):
     return open_images(save_photos(tmp_path_factory.mktemp("photos"), N))
 
 
-def text_side():
-    """Three classes and a few words in the space of the images."""
+def text_side(anchors=None):
+    """A few words in the space of the images; or those of one, two and three letters at the anchors."""
 
     def project(texts):
+        if anchors is not None:
+            return torch.stack([anchors[len(text) % 3] for text in texts])
         return torch.stack([torch.randn(PROJECTED, generator=torch.Generator().manual_seed(len(t))) for t in texts])
 
     return TextEncoder("words", PROJECTED, 99, lambda text: [1] * 3, None, project, 20.0, 0.5)
@@ -72,15 +74,21 @@ PROMPTS = {"class_0": ["a"], "class_1": ["bb", "cccc"], "class_2": ["ddd"]}
 def behaviour(tower, source, point=HERE, tokens="cls", **more):
     chosen = chosen_images(source)
     more = {"label_sets": (label_set(source, chosen),), "prompts": PROMPTS, "batch_size": 7, "workers": 0} | more
-    return Behaviour(tower, source, chosen, point, tokens, text_side(), BehaviourOptions(**more))
+    encoder = more.pop("encoder", None) or text_side()
+    return Behaviour(tower, source, chosen, point, tokens, encoder, BehaviourOptions(**more))
 
 
-def named_by_the_tower(tower, source):
-    """Labels that the original gets right, so that every ablation costs something."""
-    chosen, encoder = chosen_images(source), text_side()
+def known_to_the_tower(tower, source):
+    """A text side and labels that the original gets right, so that every ablation costs something."""
+    chosen = chosen_images(source)
     found, _ = SplicedImages(tower, HERE, source, chosen, 7, 0).outputs(None, False)
-    classes = torch.stack([encoder.embed(PROMPTS[name]).mean(0) for name in sorted(PROMPTS)])
-    return LabelSet.of([sorted(PROMPTS)[i] for i in (found["", "original"] @ classes.T).argmax(1)], "folder")
+    out = found["", "original"]
+    encoder = text_side(out[[0, 9, 17]])
+    classes = encoder.embed(["a", "bb", "ddd"])
+    names = [f"class_{i}" for i in (torch.nn.functional.normalize(out, dim=1) @ classes.T).argmax(1).tolist()]
+    return {"encoder": encoder, "label_sets": (LabelSet.of(names, "folder"),)} | {
+        "prompts": {"class_0": ["a"], "class_1": ["bb"], "class_2": ["ddd"]}
+    }
 
 
 def small_sae(seed=0, k=4, d_in=WIDTH):
@@ -128,8 +136,7 @@ def test_a_splice_is_the_steering_hook_without_edits(tower, source, tokens):
 
 
 def test_what_is_missing_put_back_recovers_exactly_everything(tower, source):
-    label_sets = (named_by_the_tower(tower, source),)
-    figures = behaviour(tower, source, label_sets=label_sets).measure(small_sae()).figures
+    figures = behaviour(tower, source, **known_to_the_tower(tower, source)).measure(small_sae()).figures
     assert (figures["status"], figures["n"], figures["output"]) == ("defined", N, "projection")
     assert figures["main"]["tokens"] == "cls"
     for splice in figures["splices"].values():
