@@ -258,8 +258,8 @@ class TrainConfig(Settings):
     l1: float | None = setting(
         None,
         help="Weight of a relu SAE's L1 penalty, in units of training, where mean |x|^2 is 1: less is denser. "
-        "dictionary_learning has 0.1 and tries 0.01 to 0.06.",
-        shown="0.1",
+        "dictionary_learning has 0.1 and tries 0.012 to 0.06.",
+        shown="0.03",
         at_least=0,
         below=math.inf,
         must="finite and not negative",
@@ -342,8 +342,8 @@ class TrainConfig(Settings):
 
     @property
     def l1_weight(self) -> float:
-        """l1, 0.1 unless it is given."""
-        return 0.1 if self.l1 is None else self.l1
+        """l1, 0.03 unless it is given."""
+        return 0.03 if self.l1 is None else self.l1
 
     @property
     def wanted_l0(self) -> float:

@@ -4,6 +4,7 @@ Every message names the argument (or the file), its value and the limit, in one 
 """
 
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class ActivationError(ValueError):
@@ -26,6 +27,15 @@ def require(condition: bool, message: str, error: type[ValueError] = ValueError)
     """Raise error(message) unless the condition holds."""
     if not condition:
         raise error(message)
+
+
+def whole_number(name: str, value: object, at_least: int = 1) -> int:
+    """The value as Python's int. ValueError: another kind (true and false too), below the limit or 2^62 and more."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    require(whole, f"{name}: {value!r:.60} is not a whole number".replace("\n", " "))
+    number = int(value)  # type: ignore[call-overload]
+    require(at_least <= number < 2**62, f"{name}: {number} must be at least {at_least} and below 2^62")
+    return number
 
 
 def first_line(error: BaseException, longest: int = 200) -> str:

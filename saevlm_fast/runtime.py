@@ -11,12 +11,15 @@ import torch
 from saevlm_fast.errors import require
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """`auto` is a CUDA (or ROCm) device if there is one, else the CPU.
 
     Raises:
         ValueError: a device that torch does not know or that is not here.
     """
+    require(
+        isinstance(name, str | torch.device), f"device: {name!r:.60} is not a device; use auto, cpu, cuda or cuda:N"
+    )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -182,6 +182,8 @@ class SparseAutoencoder(nn.Module):
             x.dim() >= 1 and x.shape[-1] == self.config.d_in,
             f"x: last dimension of {tuple(x.shape)} must be d_in = {self.config.d_in}",
         )
+        given, ours = (str(t.dtype).removeprefix("torch.") for t in (x, self.b_dec))
+        require(given == ours, f"x: {given}, the SAE is {ours}; encode(x.to(sae.b_dec)) converts")
         return x.resolve_neg()  # kernels read the memory, where a lazy negative bit is not seen
 
     def input_statistics(self, x: Tensor) -> InputStatistics | None:

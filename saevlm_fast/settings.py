@@ -158,7 +158,7 @@ class Settings:
             left = cls.removed[name]
             require(
                 values[name] == left,
-                f"{where}: {name}: {values[name]!r} is gone, {left!r} is all there is; leave it out and start anew",
+                f"{where}: {name}: {values[name]!r} is gone, {left!r} is all there is; train anew (--force)",
             )
         return {name: value for name, value in values.items() if name not in cls.removed}
 

@@ -27,6 +27,7 @@ ORDER = (
     ("demo", "box_making"),
     ("inspection",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 OUTSIDE = ("tests", "bench", "kernels")

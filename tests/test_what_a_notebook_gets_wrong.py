@@ -49,6 +49,23 @@ def test_tensors_and_arrays_are_activations(sae):
         (lambda sae: sf.score(X, E, sae, device="gpu"), "device: 'gpu'"),
         (lambda sae: sf.top_images(X, [(1, 0.5)], 3, sae), "latents: torch.float32"),
         (lambda sae: sae.encode(X), "x: ndarray is not a tensor"),
+        (
+            lambda sae: sae.encode(torch.from_numpy(X).half()),
+            r"x: float16, the SAE is float32; encode\(x.to",
+        ),
+        *(
+            (lambda sae, n=n: sf.top_images(X, [1], n, sae), "n: .* is not a whole number")
+            for n in ("2", 2.5, True, None)
+        ),
+        (lambda sae: sf.top_images(X, [1], 0, sae), "n: 0 must be at least 1"),
+        (lambda sae: sf.top_images(X, [1], 10**30, sae), "n: 10+ must be at least 1 and below"),
+        (lambda sae: sf.top_images(X, [1], 2, sae, batch_rows="8"), "batch_rows: '8' is not a whole number"),
+        (lambda sae: sf.top_images(X, [1], 2, "sae"), "sae: str is not a SparseAutoencoder"),
+        (lambda sae: sf.top_images(X, [1], 2, []), "sae: list is not a SparseAutoencoder"),
+        (lambda sae: sf.score(X, E, sae, batch_rows=2.5), "batch_rows: 2.5 is not a whole number"),
+        (lambda sae: sf.score(X, E, sae, device=0), "device: 0 is not a device"),
+        (lambda sae: sf.evaluate("sae", X), "sae: str is not a SparseAutoencoder"),
+        (lambda sae: sf.evaluate(sae, X, batch_rows=0), "batch_rows: 0 must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_named(sae, call, message):

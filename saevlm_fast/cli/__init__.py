@@ -11,7 +11,7 @@ import typer
 from saevlm_fast.cli.options import app
 from saevlm_fast.cli.terminal import doubts_once, err, out, refuse
 from saevlm_fast.cli.usage import run_app
-from saevlm_fast.errors import Interrupted, first_line, printable
+from saevlm_fast.errors import Interrupted, first_line, printable, require
 
 # Each makes itself a command of the app, in this order.
 _COMMANDS = ("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report", "steer")
@@ -26,6 +26,8 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGINT, _interrupt)
     try:
+        screening = os.environ.get("SAEVLM_FAST_SCREENING", "")  # read by encoders, perhaps long after the start
+        require(screening in ("", "0", "1"), f"SAEVLM_FAST_SCREENING: {screening!r} is neither 0 nor 1")
         with doubts_once():
             code = run_app(app, "saevlm-fast")
     except RuntimeError as error:

@@ -25,6 +25,7 @@ CONTROLS = ("untrained", "rotation", "raw", "pca", "kmeans")  # those of measure
 _OURS = (EVALUATION, LATENTS, PAIRS, "parts", PICTURE, SETTINGS_FILE)
 _LATENT_BYTES = 400  # of both tables, about
 _ENTRY_BYTES = 24
+_SHORT = {"better, seeds missing": "better", "does not separate: not better": "NO", "not measured": "-"}
 _NO_LABELS, _FROM_STORE = "none", "store"
 
 
@@ -357,14 +358,15 @@ def _print_verdicts(rows: list[dict[str, Any]]) -> None:
     several = len({group for group, _ in controls}) > 1
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for name, each in judged:
-        verdict = "-" if each["verdict"] == "not measured" else each["verdict"]
-        if each["d_prime"] is not None and abs(each["d_prime"]) >= 0:
-            verdict = f"d' {each['d_prime']:.1f}" + (" does not separate" if verdict != "separates" else "")
+        verdict = _SHORT.get(each["verdict"], each["verdict"])
+        if each["d_prime"] == each["d_prime"]:
+            verdict = f"d' {each['d_prime']:.1f}" + ("" if verdict == "separates" else " NO")
         cells.setdefault(name, {})[each["group"], each["control"]] = verdict
     heads = [f"{control} ({group})" if several else control for group, control in controls]
     print_table(
         ("against", *heads), [(name, *(found.get(each, "-") for each in controls)) for name, found in cells.items()]
     )
+    say("NO: does not separate from what cannot have learned (d' below 2, or not better)")
     if any("seeds missing" in each["verdict"] for _, each in judged):
         say("seeds missing: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
 

@@ -181,17 +181,21 @@ def _check_output(options: TrainArguments) -> None:
 
 def _train(options: TrainArguments) -> dict[str, Any]:
     from saevlm_fast.outputs import workplace
+    from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
     from saevlm_fast.training.run import train as run_training
 
     data, held_out = open_data(options)
     run, output = Run.of(options, data.n_rows, data.d, data.path), options.output
     sae, config = run.sae, run.config
+    resolve_device(options.device)  # refused before anything is said
     say(run.sentence)
     if options.resume:
         checkpoint = latest_checkpoint(workplace(output))
         what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
         say(f"resume: {output}: {what}")
+        if checkpoint and checkpoint.name == f"step_{config.steps:08d}":
+            say("all steps are done: the SAE is evaluated again; for another run give another output, or --force")
     record = Record(
         "train",
         options,

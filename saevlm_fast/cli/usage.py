@@ -30,6 +30,10 @@ def usage_line(error: Any, name: str) -> str:
     if type(error).__name__ == "NoSuchOption":
         known = [flag for each in getattr(command, "params", ()) for flag in (*each.opts, *each.secondary_opts)]
         said = f"{option}: no such option{did_you_mean(str(option), known)}"
+        if option == "--dtype" and path.endswith(" train"):
+            said = (
+                "--dtype: is gone; steps are float32, which screening in 16 bits makes as fast as they were in bfloat16"
+            )
     else:
         said = " ".join(error.format_message().split()).removesuffix(".").replace(". Did you", "; did you")
         said = said[:1].lower() + said[1:]

@@ -30,7 +30,7 @@ from saevlm_fast.data.store import (
     read_index,
     read_items,
 )
-from saevlm_fast.errors import ActivationError, require
+from saevlm_fast.errors import ActivationError, require, whole_number
 
 
 class StoredRows:
@@ -303,7 +303,7 @@ def open_index(path: Path, format: str) -> StoreIndex:
 
 
 def check_chunk(n: int) -> None:
-    require(n >= 1, f"chunk size is {n}; at least 1 is needed")
+    whole_number("batch_rows", n)  # the name that callers give it
 
 
 def _checked_rows(indices: Tensor, n_rows: int, path: Path) -> Tensor:

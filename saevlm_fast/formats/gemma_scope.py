@@ -10,8 +10,8 @@ import torch
 
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.formats.plain import PlainSAE
-from saevlm_fast.formats.single_file import json_only, refuse
-from saevlm_fast.formats.source import Source, floats
+from saevlm_fast.formats.single_file import json_only, refuse, wide
+from saevlm_fast.formats.source import Source
 
 FILES = "params.npz; or safetensors with w_enc and threshold"
 NPZ, CONFIG = "params.npz", "config.json"
@@ -64,7 +64,7 @@ def read(source: Source) -> PlainSAE:
     refuse(is_transcoder, where, "Gemma Scope", "a transcoder, whose output is another site than its input")
     architecture = config.get("architecture", "jump_relu")
     refuse(architecture != "jump_relu", where, "Gemma Scope", f"architecture {architecture!r} is not 'jump_relu'")
-    tensors = floats(named, where, **_SHAPES)
+    tensors = wide(named, where, **_SHAPES)
     is_embedding = "embedding" in where.resolve().parts
     if is_embedding:
         root = tensors["b_dec"].shape[0] ** 0.5

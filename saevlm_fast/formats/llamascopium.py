@@ -18,8 +18,8 @@ from torch import Tensor
 
 from saevlm_fast.errors import require
 from saevlm_fast.formats.plain import InputNorm, PlainSAE
-from saevlm_fast.formats.single_file import json_only, refuse, tensors_of
-from saevlm_fast.formats.source import Source, floats
+from saevlm_fast.formats.single_file import HOW, json_only, refuse, tensors_of, wide
+from saevlm_fast.formats.source import Source
 from saevlm_fast.records import FLAG, NUMBER, RECORD, TEXT, Fields, check_record, optional, whole
 
 NAME, OLD_NAME = "Llamascopium", "lm-saes"
@@ -63,12 +63,12 @@ _WAS_FOLDED = (
 
 
 def detect(source: Source) -> bool:
-    """Settings with sae_type, beside sae_weights.*, of the current names of tensors."""
+    """Settings with sae_type, beside sae_weights.* without the older names of tensors."""
     config = source.json(CONFIG) or {}
     if "sae_type" not in config:
         return False
     name = _file(source, _WEIGHTS)
-    return (name is not None and "W_E" in _tensors(source, name)) or _sharded(source) is not None
+    return (name is not None and "encoder.weight" not in _tensors(source, name)) or _sharded(source) is not None
 
 
 def detect_old(source: Source) -> bool:
@@ -97,9 +97,9 @@ def read(source: Source) -> PlainSAE:
     d_in = config["d_model"]
     shapes: Shapes = {"W_E": (d_in, "d_sae"), "b_E": ("d_sae",), "W_D": ("d_sae", d_in)}
     has_bias = config.get("use_decoder_bias", True)
-    tensors = floats(found, where, **shapes, **({"b_D": (d_in,)} if has_bias else {}))
+    tensors = wide(found, where, **shapes, **({"b_D": (d_in,)} if has_bias else {}))
     log = f"activation_function.{_LOG}"
-    threshold = floats(found, where, **{log: ("d_sae",)})[log].exp() if config.get("act_fn") == "jumprelu" else None
+    threshold = wide(found, where, **{log: ("d_sae",)})[log].exp() if config.get("act_fn") == "jumprelu" else None
     linear = PlainSAE(
         W_enc=tensors["W_E"],
         b_enc=tensors["b_E"],
@@ -142,7 +142,7 @@ def _activated(linear: PlainSAE, threshold: Tensor | None, config: Mapping[str, 
         given = source.assumed_number("threshold")
         why = (
             "act_fn batchtopk keeps the k largest of a batch, and no threshold is stored: say threshold, as calibrated "
-            "there (of normalised inputs, times the norms of rows)"
+            f"there (of normalised inputs, times the norms of rows) {HOW}"
         )
         refuse(given is None, where, NAME, why)
         plain = replace(linear, activation="batch_topk", k=k, threshold=torch.tensor(given, dtype=linear.W_enc.dtype))
@@ -169,7 +169,7 @@ def read_old(source: Source) -> PlainSAE:
     linear = _old_linear(found, where, config)
     linear = replace(linear, metadata=_metadata(config, "lm_saes"))
     if _LOG in found:
-        return _read(linear, floats(found, where, **{_LOG: ("d_sae",)})[_LOG].exp(), found, config, source)
+        return _read(linear, wide(found, where, **{_LOG: ("d_sae",)})[_LOG].exp(), found, config, source)
     norm = config.get("norm_activation") or "inference"
     s_in = s_out = 1.0
     if norm == "dataset-wise":
@@ -214,7 +214,7 @@ def _old_linear(found: Mapping[str, Any], where: Path, config: Mapping[str, Any]
     decoder: Shapes = {"decoder": ("d_sae", d_in)} if is_bare else {"decoder.weight": (d_in, "d_sae")}
     bias: Shapes = {"decoder_bias" if is_bare else "decoder.bias": (d_in,)} if has_bias else {}
     extra: Shapes = {key: ("d_sae",) for key in ("feature_act_mask", "feature_act_scale") if key in found}
-    W_enc, b_enc, W_dec, *rest = floats(found, where, **encoder, **decoder, **bias, **extra).values()
+    W_enc, b_enc, W_dec, *rest = wide(found, where, **encoder, **decoder, **bias, **extra).values()
     W_enc, W_dec = (W_enc, W_dec) if is_bare else (W_enc.T, W_dec.T)
     b_dec = rest.pop(0) if has_bias else torch.zeros_like(W_dec[0])
     plain = PlainSAE(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, activation="relu")
@@ -257,7 +257,7 @@ def _norm(found: Mapping[str, Any], config: Mapping[str, Any], end: str, where: 
     hook = config.get(f"hook_point_{end}")
     key = f"{_NORM_KEY}{hook}"
     if key in found:
-        return floats(found, where, **{key: ()})[key].item()
+        return wide(found, where, **{key: ()})[key].item()
     norms = config.get("dataset_average_activation_norm") or {}
     value = norms.get(end, norms.get(hook))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

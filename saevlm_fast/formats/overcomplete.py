@@ -17,8 +17,8 @@ from torch import Tensor
 
 from saevlm_fast.errors import require
 from saevlm_fast.formats.plain import PlainSAE
-from saevlm_fast.formats.single_file import loaded, refuse, tensors_of, weights
-from saevlm_fast.formats.source import Source, floats
+from saevlm_fast.formats.single_file import HOW, loaded, refuse, tensors_of, weights, wide
+from saevlm_fast.formats.source import Source
 
 NAME = "overcomplete"
 FILES = "one .pt or .pth with dictionary._weights, or dictionary.C, W and Relax"
@@ -33,7 +33,7 @@ _ARCHETYPAL: Shapes = {
 _DELTA, _BATCH_NORM_EPS = 1.0, 1e-5  # constructor's defaults, which no file holds
 _SAID = (
     "a state dict does not say its activation: say k (TopK), threshold (BatchTopK: running_threshold) or "
-    "activation=relu (SAE)"
+    f"activation=relu (SAE) {HOW}"
 )
 
 
@@ -88,11 +88,11 @@ def _encoder(found: Mapping[str, Any], W_dec: Tensor, source: Source) -> PlainSA
     if name not in found:
         refuse(not others, where, NAME, "no encoder: tied to its dictionary, or matching pursuit; nothing tells which")
         W_enc = W_dec.T
-        b_enc = floats(found, where, **{"encoder.bias": (len(W_dec),)})["encoder.bias"]
+        b_enc = wide(found, where, **{"encoder.bias": (len(W_dec),)})["encoder.bias"]
     else:
-        W_enc = floats(found, where, **{name: tuple(W_dec.shape)})[name].T
+        W_enc = wide(found, where, **{name: tuple(W_dec.shape)})[name].T
         has_bias = bias in found
-        b_enc = floats(found, where, **{bias: (len(W_dec),)})[bias] if has_bias else torch.zeros_like(W_enc[0])
+        b_enc = wide(found, where, **{bias: (len(W_dec),)})[bias] if has_bias else torch.zeros_like(W_enc[0])
     dtype = torch.promote_types(W_enc.dtype, W_dec.dtype)
     plain = PlainSAE(
         W_enc=W_enc.to(dtype),
@@ -104,7 +104,7 @@ def _encoder(found: Mapping[str, Any], W_dec: Tensor, source: Source) -> PlainSA
     if _BATCH_NORM not in found:
         return plain
     parts = [f"encoder.final_block.1.{each}" for each in ("weight", "bias", "running_mean", "running_var")]
-    norm = floats(found, where, **{part: (len(W_dec),) for part in parts})
+    norm = wide(found, where, **{part: (len(W_dec),) for part in parts})
     negative = bool((norm[parts[3]] < 0).any())
     require(not negative, f"{where}: {parts[3]} holds a negative variance")
     weight_S, bias_S, mean_S, var_S = (norm[part] for part in parts)
@@ -115,7 +115,7 @@ def _activation(found: Mapping[str, Any], source: Source) -> tuple[Any, int | No
     """(activation, k, threshold, doubts): thresholds of the file are logarithms."""
     where = source.at(weights(source) or "")
     if "thresholds" in found:
-        log_S = floats(found, where, thresholds=("d_sae",))["thresholds"]
+        log_S = wide(found, where, thresholds=("d_sae",))["thresholds"]
         threshold_S = log_S.exp()
         return "jumprelu", None, threshold_S, ()
     threshold, k = source.assumed_number("threshold"), source.assumed_whole("k", 1, 1 << 31)
@@ -131,10 +131,10 @@ def _activation(found: Mapping[str, Any], source: Source) -> tuple[Any, int | No
 
 def dictionary(found: Mapping[str, Any], where: Path) -> tuple[Tensor, tuple[str, ...]]:
     """(W_dec [d_sae, d_in], doubts), as the library makes it when it goes over to evaluation."""
-    multiplier = floats(found, where, **{"dictionary.multiplier": ()})["dictionary.multiplier"].double().exp()
+    multiplier = wide(found, where, **{"dictionary.multiplier": ()})["dictionary.multiplier"].double().exp()
     if "dictionary.C" in found:
         return _archetypal(found, where, multiplier)
-    weights_SD = floats(found, where, **{"dictionary._weights": ("d_sae", "d_in")})["dictionary._weights"]
+    weights_SD = wide(found, where, **{"dictionary._weights": ("d_sae", "d_in")})["dictionary._weights"]
     norm_S = weights_SD.double().norm(dim=1, keepdim=True)
     W_dec = weights_SD.double() / (norm_S + 1e-8) * multiplier
     is_unit = bool(((norm_S - 1).abs() < 1e-4).all())
@@ -146,7 +146,7 @@ def dictionary(found: Mapping[str, Any], where: Path) -> tuple[Tensor, tuple[str
 
 
 def _archetypal(found: Mapping[str, Any], where: Path, multiplier: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    parts = floats(found, where, **_ARCHETYPAL)
+    parts = wide(found, where, **_ARCHETYPAL)
     dtype = parts["dictionary.W"].dtype
     C, W, relax = (parts[name].double() for name in _ARCHETYPAL)
     W = W.relu()

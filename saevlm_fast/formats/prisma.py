@@ -14,7 +14,7 @@ from torch import Tensor
 from saevlm_fast.errors import require
 from saevlm_fast.formats.pickles import Stub
 from saevlm_fast.formats.plain import InputNorm, PlainSAE, gated
-from saevlm_fast.formats.single_file import json_only, loaded, refuse, tensors_of, weights
+from saevlm_fast.formats.single_file import json_only, loaded, refuse, tensors_of, weights, wide
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import FLAG, RECORD, TEXT, Fields, check_record, optional, whole
 
@@ -110,7 +110,7 @@ def _gated(found: Mapping[str, Any], source: Source, d_in: int | str, shared: di
     """The unused b_enc of the file is left out."""
     shapes = {name: shape for name, shape in _shapes(d_in).items() if name != "b_enc"}
     gate: dict[str, tuple[int | str, ...]] = {name: ("d_sae",) for name in ("b_gate", "b_mag", "r_mag")}
-    tensors = floats(found, source.at(_file(source)), **shapes, **gate)
+    tensors = wide(found, source.at(_file(source)), **shapes, **gate)
     W_enc, b_enc, threshold = gated(tensors["W_enc"], tensors["b_gate"], tensors["b_mag"], tensors["r_mag"])
     return PlainSAE(
         W_enc=W_enc,

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from saevlm_fast.formats.plain import PlainSAE
-from saevlm_fast.formats.single_file import loaded, refuse, tensors_of, weights
-from saevlm_fast.formats.source import Source, floats
+from saevlm_fast.formats.single_file import HOW, loaded, refuse, tensors_of, weights, wide
+from saevlm_fast.formats.source import Source
 
 GOODFIRE_FILES = "one .pt or .pth with encoder_linear.weight and decoder_linear.weight"
 QWEN_FILES = "layerN.sae.pt with W_enc [d_sae, d_in] and W_dec [d_in, d_sae]"
@@ -71,7 +71,7 @@ def _linear(source: Source, encoder: str, decoder: str, metadata: dict[str, Any]
         f"{decoder}.bias": ("d_in",),
     }
     found = tensors_of(loaded(source))
-    W_enc, b_enc, W_dec, b_dec = floats(found, source.at(weights(source) or ""), **shapes).values()
+    W_enc, b_enc, W_dec, b_dec = wide(found, source.at(weights(source) or ""), **shapes).values()
     plain = PlainSAE(W_enc=W_enc.T, b_enc=b_enc, W_dec=W_dec.T, b_dec=b_dec, activation="relu", metadata=metadata)
     return plain.without_pre_bias()
 
@@ -92,14 +92,14 @@ def read_qwen(source: Source) -> PlainSAE:
     where = source.at(name)
     repository = next((m for part in where.resolve().parts if (m := _QWEN_REPOSITORY.search(part))), None)
     k = source.assumed_whole("k", 1, 1 << 31) or (int(repository["k"]) if repository else None)
-    refuse(k is None, where, "Qwen-Scope", "its k stands only in the repository's name (L0_50): say k")
+    refuse(k is None, where, "Qwen-Scope", f"its k stands only in the repository's name (L0_50): say k {HOW}")
     names: dict[str, tuple[int | str, ...]] = {
         "W_enc": ("d_sae", "d_in"),
         "b_enc": ("d_sae",),
         "W_dec": ("d_in", "d_sae"),
         "b_dec": ("d_in",),
     }
-    W_enc, b_enc, W_dec, b_dec = floats(tensors_of(loaded(source)), where, **names).values()
+    W_enc, b_enc, W_dec, b_dec = wide(tensors_of(loaded(source)), where, **names).values()
     layer = _QWEN_NAME.fullmatch(name)
     activation: Literal["topk"] = "topk"
     plain = PlainSAE(

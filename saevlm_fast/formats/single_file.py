@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saevlm_fast.errors import require
-from saevlm_fast.formats.source import Source
+from saevlm_fast.formats.source import Source, floats
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _INSIDE = ("model_state_dict", "state_dict", "model", "sae")
+HOW = "(assume= in Python; saevlm-fast convert SOURCE OUTPUT --assume KEY=VALUE)"  # to say what files do not
 NEGATIVES = (
     "the library keeps negative values among the k largest, here they are 0: rows differ that have fewer than k above 0"
 )
@@ -43,6 +45,12 @@ def tensors_of(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _has_tensors(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())
+
+
+def wide(tensors: Mapping[str, Any], where: Path, **shapes: tuple[int | str, ...]) -> dict[str, Tensor]:
+    """As source.floats, in float32 at least: for readers that change weights, which are then rounded once, to that."""
+    found = floats(tensors, where, **shapes)
+    return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in found.items()}
 
 
 def json_only(settings: Mapping[str, Any], depth: int = 2) -> dict[str, Any]:

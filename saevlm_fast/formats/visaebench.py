@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.formats.plain import PlainSAE
-from saevlm_fast.formats.single_file import json_only, refuse, tensors_of
+from saevlm_fast.formats.single_file import HOW, json_only, refuse, tensors_of
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import NUMBER, TEXT, Fields, check_record, optional, whole
 
@@ -41,7 +41,8 @@ _CONFIG = Fields(
 _MOST_YAML = 1 << 20  # bytes of a config.yaml
 _STATISTICS = (
     "inputs were standardised, (x - mean) / std, and the files do not hold mean and std: say input_mean (a file, or a "
-    "number) and input_std (a number), as measured on the model's activations, or 0 and 1 if yours are standardised"
+    "number) and input_std (a number), as measured on the model's activations, or 0 and 1 if yours are "
+    f"standardised {HOW}"
 )
 Activation = Literal["topk", "batch_topk", "jumprelu"]
 

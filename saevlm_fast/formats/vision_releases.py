@@ -14,8 +14,8 @@ from torch import Tensor
 
 from saevlm_fast.errors import require
 from saevlm_fast.formats.plain import PlainSAE
-from saevlm_fast.formats.single_file import NEGATIVES, json_only, loaded, refuse, tensors_of, weights
-from saevlm_fast.formats.source import Source, floats
+from saevlm_fast.formats.single_file import HOW, NEGATIVES, json_only, loaded, refuse, tensors_of, weights, wide
+from saevlm_fast.formats.source import Source
 from saevlm_fast.records import FLAG, TEXT, Fields, check_record, whole
 
 CLIP_SCOPE_FILES = "one .pt with k and model_state_dict of pre_b, enc, dec"
@@ -43,7 +43,7 @@ def read_clip_scope(source: Source) -> PlainSAE:
     """
     value, where = loaded(source), source.at(weights(source) or "")
     shapes: Shapes = {"pre_b": ("d_in",), "enc": ("d_in", "d_sae"), "dec": ("d_sae", "d_in")}
-    tensors = floats(tensors_of(value), where, **shapes)
+    tensors = wide(tensors_of(value), where, **shapes)
     k = source.assumed_whole("k", 1, 1 << 31) or value.get("k")
     is_k = type(k) is int and k > 0
     refuse(not is_k, where, "CLIP-Scope", f"k is {k!r}; a whole number above 0 is needed")
@@ -79,11 +79,11 @@ def read_msae(source: Source) -> PlainSAE:
     refuse(cap > 0, where, name, f"latents are capped, {cap:g} tanh(z / {cap:g}), which no activation here does")
     found = tensors_of(value)
     shapes: Shapes = {"encoder": ("d_in", "d_sae"), "latent_bias": ("d_sae",), "pre_bias": ("d_in",)}
-    tensors = floats(found, where, **shapes, **({} if tied else {"decoder": ("d_sae", "d_in")}))
+    tensors = wide(found, where, **shapes, **({} if tied else {"decoder": ("d_sae", "d_in")}))
     known = activation in ("ReLU", "JumpReLU", "TopK", "TopKReLU")
     refuse(not known, where, name, f"activation {activation!r} is none of ReLU, JumpReLU, TopK, TopKReLU")
     log = "activation.log_threshold"
-    threshold = floats(found, where, **{log: ("d_sae",)})[log].exp() if activation == "JumpReLU" else None
+    threshold = wide(found, where, **{log: ("d_sae",)})[log].exp() if activation == "JumpReLU" else None
     kind: Literal["topk", "relu", "jumprelu"] = (
         "topk" if "TopK" in activation else "jumprelu" if threshold is not None else "relu"
     )
@@ -174,7 +174,7 @@ def read_clip_topk(source: Source) -> PlainSAE:
     sizes = {"d_in": d_in, "d_sae": d_sae}
     shapes: Shapes = {name: tuple(sizes[str(size)] for size in shape) for name, shape in _SAE.items()}
     where = source.at("model.safetensors")
-    tensors: dict[str, Any] = floats(source.load("model.safetensors"), where, **shapes)
+    tensors: dict[str, Any] = wide(source.load("model.safetensors"), where, **shapes)
     if config.get("normalize_decoder", True):
         W_dec = tensors["W_dec"].double()
         tensors["W_dec"] = (W_dec / W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)).to(tensors["W_dec"].dtype)
@@ -207,17 +207,17 @@ def read_reference(source: Source) -> PlainSAE:
     config = _reference_config(value, source) or {}
     kind = _reference_kind(config, where)
     found = tensors_of(value)
-    tensors = floats(found, where, **{key: shape for key, shape in _SAE.items() if key in found or key != "b_enc"})
+    tensors = wide(found, where, **{key: shape for key, shape in _SAE.items() if key in found or key != "b_enc"})
     # The file holds b_enc whatever its kind, and these two do not add it, unless a later version says so.
     is_added = kind not in ("topk", "batch_topk") or config.get("use_encoder_bias") is True
     zero_S = torch.zeros_like(tensors["W_enc"][0])
     log = "jumprelu.log_threshold"
-    threshold = floats(found, where, **{log: ("d_sae",)})[log].exp() if kind == "jumprelu" else None
+    threshold = wide(found, where, **{log: ("d_sae",)})[log].exp() if kind == "jumprelu" else None
     k = config.get("top_k") if kind in ("topk", "batch_topk") else None
     refuse(k is not None and not (type(k) is int and k > 0), where, _REFERENCE, f"top_k is {k!r}, no number above 0")
     if kind == "batch_topk":
         given = source.assumed_number("threshold")
-        why = "the k largest of a batch are kept, and no threshold is stored: say threshold, as calibrated"
+        why = f"the k largest of a batch are kept, and no threshold is stored: say threshold, as calibrated {HOW}"
         refuse(given is None, where, _REFERENCE, why)
         threshold = torch.tensor(given, dtype=tensors["W_enc"].dtype)
     plain = PlainSAE(

@@ -1,12 +1,14 @@
 """Which latents: 0:100 as Python slices, a list, or the best so many."""
 
 import re
-
-import torch
-from torch import Tensor
+from math import inf
+from typing import TYPE_CHECKING
 
 from saevlm_fast.errors import require
 from saevlm_fast.settings import integer, integers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_latents(name: str, text: str) -> str:
@@ -20,7 +22,7 @@ def check_latents(name: str, text: str) -> str:
     return text
 
 
-def chosen_latents(text: str, ranks_S: Tensor) -> list[int]:
+def chosen_latents(text: str, ranks_S: "Tensor") -> list[int]:
     """The latents that a text names; ranks_S: [S] the larger the better, for top:N, -inf for never.
 
     Raises:
@@ -29,7 +31,7 @@ def chosen_latents(text: str, ranks_S: Tensor) -> list[int]:
     n_latents = len(ranks_S)
     if text.startswith("top:"):
         order = ranks_S.argsort(descending=True, stable=True)[: integer("latents", text.removeprefix("top:"))]
-        return order[ranks_S[order] > -torch.inf].tolist()
+        return order[ranks_S[order] > -inf].tolist()
     if ":" not in text:
         latents = list(integers("latents", text))
         outside = next((each for each in latents if each >= n_latents), None)

@@ -80,7 +80,8 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
     device, shared = resolve_device(settings.device), None
     if settings.activations is not None:
         shared = open_activations(settings.activations)
-    subjects, tables = [], {}
+    subjects: list[Subject] = []
+    tables: dict[str, Any] = {}
     for i, path in enumerate(settings.sae):
         sae = SparseAutoencoder.from_pretrained(path, device=device)
         rows: Activations | StoredCodes | None = open_codes(settings.codes[i]) if settings.codes else shared
@@ -97,8 +98,9 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
     small = n_latents <= MOST_IN_ONE_FILE or not settings.single_file
     require(small, f"single_file: {n_latents:,} latents, at most {MOST_IN_ONE_FILE:,}; give a directory for a folder")
     embeddings = None if settings.embeddings is None else open_activations(settings.embeddings)
-    for subject in subjects if embeddings is not None else ():
-        check_same_images(subject.table, embeddings, str(subject.rows.path))
+    if embeddings is not None:
+        for subject in subjects:
+            check_same_images(subject.table, embeddings, str(subject.rows.path))
     return Inputs(subjects, embeddings, _tables(settings.scores, subjects), _tables(settings.names, subjects))
 
 

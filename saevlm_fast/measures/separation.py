@@ -82,7 +82,7 @@ def separation(trained: Sequence[float], control: Sequence[float], better: int) 
 
     Returns:
         difference (trained - control, of means), d_prime (towards better; NaN without seeds), verdict: separates, does
-        not separate, not better, better; seeds missing, or not judged where neither way is better.
+        not separate, better, seeds missing, does not separate: not better, or not judged where neither way is better.
     """
     first, second = (np.array([each for each in values if math.isfinite(each)]) for values in (trained, control))
     if not len(first) or not len(second):
@@ -91,7 +91,7 @@ def separation(trained: Sequence[float], control: Sequence[float], better: int) 
     if better == 0:
         return {"difference": difference, "d_prime": math.nan, "verdict": "not judged"}
     if len(first) < LEAST_SEEDS:
-        verdict = "better; seeds missing" if better * difference > 0 else "does not separate (not better)"
+        verdict = "better, seeds missing" if better * difference > 0 else "does not separate: not better"
         return {"difference": difference, "d_prime": math.nan, "verdict": verdict}
     squares = [((values - values.mean()) ** 2).sum() for values in (first, second)]
     freedom = len(first) + len(second) - 2

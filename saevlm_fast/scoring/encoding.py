@@ -18,6 +18,8 @@ def n_latents(activations: Activations | StoredCodes, sae: SparseAutoencoder | N
     Raises:
         ValueError: an SAE of another width, or for codes, which are encoded already.
     """
+    if sae is not None and not isinstance(sae, SparseAutoencoder):
+        raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
     if isinstance(activations, StoredCodes):
         require(sae is None, "sae: codes are encoded already; give activations or no SAE")
         return activations.d_sae

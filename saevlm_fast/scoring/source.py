@@ -54,7 +54,8 @@ class ScoredImages:
         if sae is not None and not isinstance(sae, SparseAutoencoder):
             raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
         require(pool in (None, "max", "mean"), f"pool: {pool!r} is not one of max, mean")
-        self.activations, self.sae, self.pool, self.batch_rows = activations, sae, pool, batch_rows
+        self.activations, self.sae, self.batch_rows = activations, sae, batch_rows
+        self.pool: Pool | None = pool
         self.encoders = {name: activations_of(matrix, "embeddings") for name, matrix in embeddings.items()}
         if pool is None:
             for encoder in self.encoders.values():
@@ -73,7 +74,7 @@ class ScoredImages:
 
     def device_of(self, device: torch.device | str) -> torch.device:
         """Where sums live."""
-        return resolve_device(device) if isinstance(device, str) else device
+        return device if isinstance(device, torch.device) else resolve_device(device)
 
     def chunks(self) -> Iterator[tuple[int, SparseCodes | Tensor, dict[str, Tensor]]]:
         """(first image, codes or neurons [n, S], embeddings [n, E] by encoder) of every chunk, in order.

@@ -237,9 +237,11 @@ class HalvedSums:
 
     def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device) -> None:
         self.device, self.n_images = device, 0
+        self._pair_sums: tuple[Tensor, Tensor] | None = None  # of all images so far, once they were asked for
         self.halves = [ShiftedSums(n_latents, d_emb, similarity, device) for _ in range(2)]
 
     def lower(self, drop_S: Tensor) -> None:
+        self._pair_sums = None
         for half in self.halves:
             half.lower(drop_S)
 
@@ -266,9 +268,11 @@ class HalvedSums:
 
     def pair_sums(self, low_S: Tensor) -> tuple[Tensor, Tensor]:
         """num and den [S] of all images."""
-        a, b = (half.state for half in self.halves)
-        num_S = a.num_S + b.num_S + torch.linalg.vecdot(a.sums_SE, b.sums_SE)
-        return num_S, a.den_S + b.den_S + a.total_S * b.total_S
+        if self._pair_sums is None:
+            a, b = (half.state for half in self.halves)
+            num_S = a.num_S + b.num_S + torch.linalg.vecdot(a.sums_SE, b.sums_SE)
+            self._pair_sums = num_S, a.den_S + b.den_S + a.total_S * b.total_S
+        return self._pair_sums
 
     def half_scores(self) -> Tensor:
         """[2, S]: the scores over the even and over the odd images, NaN where fewer than two carry weight."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Matrix, activations_of
-from saevlm_fast.errors import require
+from saevlm_fast.errors import require, whole_number
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.sparse_codes import SparseCodes
@@ -56,7 +56,7 @@ def top_images(
         ValueError: latents that are not there or listed twice, n below 1, an SAE of another width or for codes, several
             rows of one image.
     """
-    require(n >= 1, f"n: {n} must be at least 1")
+    n, batch_rows = whole_number("n", n), whole_number("batch_rows", batch_rows)
     if not isinstance(activations, StoredCodes):
         activations = activations_of(activations, "activations")
     latents_L = _whole_numbers(latents)
@@ -120,11 +120,11 @@ def _top_of_columns(acts_BL: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
 class BestImages:
     """The n largest activations of each of L slots so far, sorted by slot, activation descending, image ascending."""
 
-    def __init__(self, n_slots: int, n: int):
+    def __init__(self, n_slots: int, n: int, dtype: torch.dtype = torch.float32):
         self.n_slots, self.n = n_slots, n
-        self.acts_M, self.slots_M = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        self.acts_M, self.slots_M = torch.empty(0, dtype=dtype), torch.empty(0, dtype=torch.int64)
         self.images_M = torch.empty(0, dtype=torch.int64)
-        self._floor_L = torch.full((n_slots,), -torch.inf)  # what does not exceed it comes too late
+        self._floor_L = torch.full((n_slots,), -torch.inf, dtype=dtype)  # what does not exceed it comes too late
 
     def add(self, acts_M: Tensor, slots_M: Tensor, images_M: Tensor) -> None:
         """Later images than any before; in one slot, equal activations in the order of their images."""

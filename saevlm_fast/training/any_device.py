@@ -1,14 +1,19 @@
 """A penalised step on any device: the sums of step.py by public operations, with whole gradients in memory.
 
-For ReLU and JumpReLU on a GPU, whose number of entries the host has to ask for: such a step is not captured. A CPU's
-path makes gradients block by block (step.py); the two agree (tests/training/test_penalised_step.py).
+For ReLU and JumpReLU on a GPU, whose number of entries the host has to ask for: such a step is not captured. And for
+codes that are hardly sparse, as at the start of a run, when half of the latents fire: then matrix products, a chunk of
+rows at a time, are 20 times as fast as sums over entries (measured). A CPU's path for sparse codes makes gradients
+block by block (step.py). All agree (tests/training/test_penalised_step.py).
 
-Shape suffixes: B rows, D d_in, S d_sae, M entries.
+Shape suffixes: B rows, R rows of a chunk, D d_in, S d_sae, M entries.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.latent_gradient import RowGradient
 from saevlm_fast.kernels.latent_update import AdamSettings, adam_
 from saevlm_fast.kernels.segment_sum import segment_sum
@@ -18,36 +23,111 @@ from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
 from saevlm_fast.training.penalty import Penalty, totals
 
+_DENSE_SHARE = 1 / 32  # of entries among all B * S, from which products are faster
+_CHUNK_BYTES = 64 << 20  # of one [R, S] matrix
+
+
+def is_dense(codes: SparseCodes) -> bool:
+    """Whether matrix products are the faster way."""
+    return len(codes.top_indices) > _DENSE_SHARE * codes.n_rows * codes.d_sae
+
+
+class _Sums(NamedTuple):
+    """x_hat_BD, the gradient of mse to it, the squared error (0-d), and gradients. parallel_S: how much of W_dec's
+    own rows its gradient holds, which is not yet taken off."""
+
+    x_hat_BD: Tensor
+    error_BD: Tensor
+    squared: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    parallel_S: Tensor
+    threshold: Tensor | None
+
 
 def whole_gradients(
     sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, auxk_alpha: float, penalty: Penalty
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]:
     """x_hat_BD; losses (0-d): overall, mse, aux, penalty; gradients by name, W_enc latent-major, W_dec projected."""
-    n_rows, W_dec, b_dec = len(x_BD), sae.W_dec.detach(), sae.b_dec.detach()
-    x_hat_BD = sparse_decode(*codes.flat(), W_dec, b_dec)
-    error_BD = x_hat_BD - x_BD
-    mse = error_BD.square().sum() / n_rows
-    error_BD *= 2 / n_rows
-    acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
-    rows_M = codes.entry_rows()[order_M]
-    dots_M = gather_dot_op(error_BD, rows_M, latents_M, W_dec)
-    dacts_M = penalty.of_acts(acts_M, dots_M)
-    gradients = {
-        "W_enc": segment_sum(dacts_M, rows_M, offsets_S1, x_BD - b_dec),
-        "b_enc": totals(dacts_M, offsets_S1),
-        "W_dec": segment_sum(acts_M, rows_M, offsets_S1, error_BD),
-    }
-    gradients["W_dec"].addcmul_(W_dec, totals(acts_M * dots_M, offsets_S1)[:, None], value=-1)
-    if penalty.band is not None:
-        gradients["threshold"] = penalty.band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1)
-    aux = auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha)
+    sums = (_sums_by_products if is_dense(codes) else _sums_of_entries)(sae, x_BD, codes, penalty)
+    mse = sums.squared / len(x_BD)
+    sums.W_dec.addcmul_(sae.W_dec.detach(), sums.parallel_S[:, None], value=-1)
+    gradients = {"W_enc": sums.W_enc, "b_enc": sums.b_enc, "W_dec": sums.W_dec}
+    if sums.threshold is not None:
+        gradients["threshold"] = sums.threshold
+    aux = auxiliary(sae, x_BD, sums.x_hat_BD, dead, auxk_alpha)
     aux_loss = mse.new_zeros(()) if aux is None else aux.loss
     if aux is not None:
         _add_rows_(gradients["W_enc"], aux.W_enc)
         _add_rows_(gradients["W_dec"], aux.W_dec)
         gradients["b_enc"].index_add_(0, dead.latents_A.clamp(max=sae.config.d_sae - 1), aux.b_enc_A)
-    gradients["b_dec"] = error_BD.sum(0) - sae.W_enc.detach() @ gradients["b_enc"]
-    return x_hat_BD, (mse + auxk_alpha * aux_loss + penalty.loss, mse, aux_loss, penalty.loss), gradients
+    gradients["b_dec"] = sums.error_BD.sum(0) - sae.W_enc.detach() @ gradients["b_enc"]
+    overall = mse + auxk_alpha * aux_loss + penalty.loss
+    return sums.x_hat_BD, (overall, mse, aux_loss, penalty.loss), gradients
+
+
+def _sums_of_entries(sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, penalty: Penalty) -> _Sums:
+    W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
+    x_hat_BD = sparse_decode(*codes.flat(), W_dec, b_dec)
+    error_BD = x_hat_BD - x_BD
+    squared = error_BD.square().sum()
+    error_BD *= 2 / len(x_BD)
+    acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
+    rows_M = codes.entry_rows()[order_M]
+    dots_M = gather_dot_op(error_BD, rows_M, latents_M, W_dec)
+    dacts_M = penalty.of_acts(acts_M, dots_M)
+    band = penalty.band
+    return _Sums(
+        x_hat_BD,
+        error_BD,
+        squared,
+        segment_sum(dacts_M, rows_M, offsets_S1, x_BD - b_dec),
+        totals(dacts_M, offsets_S1),
+        segment_sum(acts_M, rows_M, offsets_S1, error_BD),
+        totals(acts_M * dots_M, offsets_S1),
+        None if band is None else band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1),
+    )
+
+
+def _sums_by_products(sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, penalty: Penalty) -> _Sums:
+    """The same sums, chunk by chunk of rows: [R, S] matrices of codes and of their gradient are all that is dense."""
+    W_dec, b_dec, band, n_rows = sae.W_dec.detach(), sae.b_dec.detach(), penalty.band, len(x_BD)
+    acts_M, latents_M, row_offsets = codes.csr()
+    x_hat_BD, error_BD = torch.empty_like(x_BD), torch.empty_like(x_BD)
+    dW_enc, dW_dec, parallel_S = torch.zeros_like(W_dec), torch.zeros_like(W_dec), torch.zeros_like(sae.b_enc.detach())
+    db_enc, squared = torch.zeros_like(parallel_S), x_BD.new_zeros(())
+    dtheta_S = None if band is None else torch.zeros_like(band.threshold_S)
+    chunk = max(1, _CHUNK_BYTES // (codes.d_sae * x_BD.element_size()))
+    ends = [*row_offsets[::chunk].tolist(), len(latents_M)]  # a threshold leaves no padding
+    for number, start in enumerate(range(0, n_rows, chunk)):
+        entries, x_RD = slice(ends[number], ends[number + 1]), x_BD[start : start + chunk]
+        rows = slice(start, start + len(x_RD))
+        places_M = _places(row_offsets[start : start + len(x_RD) + 1], latents_M[entries], codes.d_sae)
+        z_RS = _placed(acts_M[entries], places_M, len(x_RD), codes.d_sae)
+        x_hat_BD[rows] = torch.addmm(b_dec, z_RS, W_dec)
+        error_RD = torch.sub(x_hat_BD[rows], x_RD, out=error_BD[rows])
+        squared += error_RD.square().sum()
+        error_RD *= 2 / n_rows
+        dz_RS = error_RD @ W_dec.T
+        dW_dec.addmm_(z_RS.T, error_RD)
+        parallel_S += (z_RS * dz_RS).sum(0)
+        if band is not None and dtheta_S is not None:
+            terms_M = band.terms(dz_RS.view(-1)[places_M], latents_M[entries], band.pre_M[entries])
+            dtheta_S += _placed(terms_M, places_M, len(x_RD), codes.d_sae).sum(0)
+        dh_RS = penalty.of_acts(z_RS, dz_RS)
+        dW_enc.addmm_(dh_RS.T, x_RD - b_dec)
+        db_enc += dh_RS.sum(0)
+    return _Sums(x_hat_BD, error_BD, squared, dW_enc, db_enc, dW_dec, parallel_S, dtheta_S)
+
+
+def _places(row_offsets_R1: Tensor, latents_M: Tensor, d_sae: int) -> Tensor:
+    """Where the entries of a chunk of rows stand in its flat [R, S] matrix: each in a place of its own."""
+    return entry_rows(latents_M, row_offsets_R1 - row_offsets_R1[0]) * d_sae + latents_M
+
+
+def _placed(values_M: Tensor, places_M: Tensor, n_rows: int, d_sae: int) -> Tensor:
+    return values_M.new_zeros(n_rows * d_sae).index_copy_(0, places_M, values_M).view(n_rows, d_sae)
 
 
 def _add_rows_(whole_SD: Tensor, gradient: RowGradient) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saevlm_fast.config import PENALISED
 from saevlm_fast.errors import require
 
 if TYPE_CHECKING:
@@ -13,8 +14,12 @@ if TYPE_CHECKING:
 
 
 def training_memory(sae: "SAEConfig", batch_size: int) -> int:
-    """Weights, two moments and gradients in float32, and the batch with its reconstruction and pre-activations."""
-    return 4 * (4 * sae_numbers(sae) + batch_size * (4 * sae.d_in + sae.d_sae))
+    """Weights, two moments and gradients in float32, and the batch with its reconstruction and pre-activations.
+
+    Half of the latents of a relu or jumprelu SAE fire at first: some 64 bytes for each of these entries (measured).
+    """
+    entries = 8 * sae.d_sae if sae.architecture in PENALISED else 0
+    return 4 * (4 * sae_numbers(sae) + batch_size * (4 * sae.d_in + sae.d_sae + entries))
 
 
 def sae_numbers(sae: "SAEConfig") -> int:

@@ -6,7 +6,7 @@ Of h = (x - b_dec) W_enc + b_enc, z = h where it fires and 0 elsewhere, B rows, 
     jumprelu  fires: h > theta, h > 0   penalty = (L0 / target - 1)^2,   L0 = mean_b sum_s 1[fires]
 
 A step function has no gradient, so that theta is given the one of the step smoothed by a rectangle K of width eps, the
-bandwidth: K = 1 where |h - theta| < eps / 2 and h > 0 (arXiv 2407.14435, equations 11 and 12; docs/recipe.md section 6)
+bandwidth: K = 1 where |h - theta| < eps / 2 and h > 0 (arXiv 2407.14435, equations 11 and 12; docs/recipe.md section 7)
 
     dz/dh = 1[fires]    dz/dtheta = -(theta / eps) K    d1[fires]/dtheta = -(1 / eps) K
 
@@ -44,10 +44,14 @@ class Band(NamedTuple):
 
         dots_M: d loss / d z of every entry, in that order; whether it fires or not.
         """
+        return totals(self.terms(dots_M, latents_M, self.pre_M[order_M]), offsets_S1)
+
+    def terms(self, dots_M: Tensor, latents_M: Tensor, pre_M: Tensor) -> Tensor:
+        """What every one of some entries adds to the gradient of its latent's theta, in theta's dtype."""
         threshold_M = self.threshold_S[latents_M]
-        inside_M = self.pre_M[order_M] < threshold_M + self.bandwidth / 2  # all that is listed is above the lower end
+        inside_M = pre_M < threshold_M + self.bandwidth / 2  # all that is listed is above the lower end
         terms_M = torch.where(inside_M, -(threshold_M * dots_M + self.of_step) / self.bandwidth, 0)
-        return totals(terms_M.to(self.threshold_S.dtype), offsets_S1)
+        return terms_M.to(self.threshold_S.dtype)
 
 
 class Penalty(NamedTuple):

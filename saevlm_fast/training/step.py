@@ -27,7 +27,7 @@ from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
-from saevlm_fast.training.any_device import update_, whole_gradients
+from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, auxiliary, padded_size
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 
@@ -93,8 +93,8 @@ class Stepper:
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
     `announce`, as long as n_listed stays what it was; training/capture.py does so.
 
-    A relu or jumprelu SAE (penalised) is trained on a GPU by any_device.py, and not captured: how many latents fire has
-    to be asked.
+    A relu or jumprelu SAE (penalised) is trained by any_device.py on a GPU, and not captured: how many latents fire has
+    to be asked. On a CPU too while a great part of them fires.
 
     Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
     Also if the recipe does not fit the SAE (TrainConfig.check_fits).
@@ -160,7 +160,7 @@ class Stepper:
         codes, penalty = self._encode(x_BD)
         self._track(codes, len(x_BD))
         dead = self._dead_latents()
-        if x_BD.is_cuda and penalty is not None:
+        if penalty is not None and (x_BD.is_cuda or is_dense(codes)):
             return self._whole_step(x_BD, codes, dead, penalty)
         x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.auxk_alpha, penalty)
         self._note_bad(losses)

@@ -78,7 +78,10 @@ def test_a_table_of_another_command_is_left_alone(tmp_path):
         ("lr = 'fast'", "run.toml: lr: 'fast' is not a number"),
         ("steps = 0", "steps: 0 must be at least 1"),
         ("architecture = 'gated'", "architecture: 'gated' is not one of"),
-        ("dtype = 'tf32'", "run.toml: dtype: 'tf32' is gone, 'float32' is all there is; leave it out and start anew"),
+        (
+            "dtype = 'tf32'",
+            "run.toml: dtype: 'tf32' is gone, 'float32' is all there is; train anew (--force)",
+        ),
         ("[train]\ndtype = 'bfloat16'", "run.toml: dtype: 'bfloat16' is gone"),
         ("steps = ", "run.toml: not valid TOML"),
         ("steps = " + 5000 * "[", "run.toml: not valid TOML (nested too deeply)"),
@@ -121,6 +124,7 @@ def test_settings_say_what_the_result_was_made_by(data, sae):
     found = tomllib.loads((sae / "settings.toml").read_text())
     known = settings_of(COMMANDS["train"].options)
     open_ = {"d_sae", "warmup", "log_every", "checkpoint_every", "validation"}
+    open_ |= {"l1", "target_l0", "bandwidth", "sparsity_warmup"}  # of relu and jumprelu
     keys = {each.option or name for name, each in known.items() if each.recorded}
     assert set(found["train"]) == keys - open_
     assert found["train"]["activations"] == str(data / "activations.npy")

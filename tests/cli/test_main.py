@@ -1,6 +1,7 @@
 """The program as a user meets it: version, help, start-up, and how it refuses."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -90,7 +91,7 @@ SCORE = ["ms-score", "--activations", "{data}/activations.npy", "--embeddings", 
         bad("suffix", [*SCORE, "--output", "{tmp}/s.xlsx", "--raw"], "output: "),
         bad("similarity", [*SCORE, "--output", "{tmp}/s.csv", "--raw", "--similarity", "l2"], "similarity: 'l2'"),
         bad("gamma", [*SCORE, "--output", "{tmp}/s.csv", "--raw", "--gamma", "1"], "gamma: 1.0 is of rbf"),
-        bad("no sae", [*SCORE, "--output", "{tmp}/s.csv", "--sae", "{tmp}"], "no such file"),
+        bad("no sae", [*SCORE, "--output", "{tmp}/s.csv", "--sae", "{tmp}/none"], "no such file"),
         bad("rows", [*SCORE[:3], "--embeddings", "{tmp}/few.npy", "--output", "{tmp}/s.csv", "--raw"], "2999"),
         bad("width", ["ms-score", "--activations", "{tmp}/wide.npy", *SCORE[3:], "--output", "{tmp}/s.csv", "--sae",
                       "{sae}"], "33"),
@@ -155,3 +156,26 @@ def test_a_reader_that_has_gone_does_not_stop_the_work(tmp_path):
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "data" / "embeddings.npy").is_file()
+
+
+def test_a_screening_that_is_none_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv("SAEVLM_FAST_SCREENING", "nonsense")
+    assert run("--version", code=2) == "error: SAEVLM_FAST_SCREENING: 'nonsense' is neither 0 nor 1\n"
+
+
+def test_the_dtype_of_training_is_said_to_be_gone():
+    assert "--dtype: is gone; steps are float32" in run("train", "--dtype", "bfloat16", code=2)
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    np.save(tmp_path / "x.npy", np.zeros((8, 4), np.float32))
+    text = run("train", "--activations", tmp_path / "x.npy", "--output", tmp_path / "run", "--device", "cuda", code=2)
+    assert text == "error: device: 'cuda' asked for, but torch sees no GPU\n"
+
+
+def test_the_package_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["saevlm_fast", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("saevlm_fast", run_name="__main__")
+    assert capsys.readouterr().out.strip() == __version__

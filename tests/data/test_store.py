@@ -77,7 +77,7 @@ def test_rows_into_a_buffer_and_bad_indices(tmp_path):
         store.rows(torch.ones(20, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"out is \[2, 4\]"):
         store.rows(torch.tensor([1]), out=torch.empty(2, 4))
-    with pytest.raises(ValueError, match="chunk size is 0"):
+    with pytest.raises(ValueError, match="batch_rows: 0 must be at least 1"):
         store.chunks(0)
 
 

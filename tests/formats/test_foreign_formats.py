@@ -56,6 +56,23 @@ def assert_engine_same(sae, made):
     assert_close(ours_BD, x_hat_BD[kept_B], TOLERANCE[dtype])
 
 
+NARROW = [
+    name
+    for name in ALL
+    if name.startswith(("llamascopium", "lm_saes", "goodfire", "deepseek", "qwen", "gemma", "over"))
+]
+NARROW += ["clip_topk_sae-True", "msae-TopKReLU-False-True", "prisma_gated-layer_norm"]
+
+
+@pytest.mark.parametrize("name", [name for name in NARROW if "jump" not in name and "npz" not in name])
+def test_what_is_folded_is_not_rounded_to_bfloat16(tmp_path, name):
+    """Half of Hub's large files are bfloat16: changed weights are float32, as exact as float32 files'."""
+    made = ALL[name](torch.bfloat16)
+    plain = made.read(tmp_path)
+    assert plain.W_enc.dtype == torch.float32
+    assert_same(plain, made, torch.float32)
+
+
 def test_every_format_is_tried():
     assert {make(torch.float32).format for make in ALL.values()} == {each[0] for each in OTHERS}
 

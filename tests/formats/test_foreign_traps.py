@@ -187,6 +187,14 @@ def test_llamascopium_refuses(tmp_path, more, why):
     refused(one, tmp_path, f"Llamascopium: .*{why}")
 
 
+def test_llamascopium_attention_is_told_by_its_settings(tmp_path):
+    """Its tensors have names of their own."""
+    one = made(JUMPING)
+    one.files["config.json"]["sae_type"] = "lorsa"
+    one.files[one.tensor_file] = {"W_Q": torch.zeros(2, D, 3), "W_K": torch.zeros(2, D, 3)}
+    refused(one, tmp_path, "Llamascopium: sae_type 'lorsa' is not 'sae'")
+
+
 def test_llamascopium_gates_and_shards(tmp_path):
     one = made(JUMPING)
     one.files[one.tensor_file]["W_E_glu"] = torch.zeros(D, S)

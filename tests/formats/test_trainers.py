@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from foreign_trainers import CLASSES, DICTIONARY_LEARNING, SAE_LENS, SAEV, TRAINERS, K, dictionary, sae_lens, sparsify
 from safetensors.torch import load_file, save_file
 
 import plain_forward
 from foreign_files import D, S, assert_close, assert_same, rows
+from foreign_trainers import CLASSES, DICTIONARY_LEARNING, SAE_LENS, SAEV, TRAINERS, K, dictionary, sae_lens, sparsify
 from saevlm_fast.errors import Doubt
 from saevlm_fast.formats import export
 from saevlm_fast.formats.registry import detect, digest, read, read_header

@@ -409,8 +409,8 @@ def test_separation():
     assert separation(trained, control, -1)["verdict"] == "does not separate"
     assert separation(trained, [0.9], 1)["d_prime"] == pytest.approx(1.0)
     assert separation(trained, [0.9], 1)["verdict"] == "does not separate"
-    assert separation([0.5], [0.4], 1)["verdict"] == "better; seeds missing"
-    assert separation([0.5], [0.6], 1)["verdict"] == "does not separate (not better)"
+    assert separation([0.5], [0.4], 1)["verdict"] == "better, seeds missing"
+    assert separation([0.5], [0.6], 1)["verdict"] == "does not separate: not better"
     assert separation([0.5], [math.nan], 1)["verdict"] == "not measured"
     assert separation(trained, control, 0)["verdict"] == "not judged"
 

@@ -11,7 +11,7 @@ from test_step import make
 SMALL = {"topk": {"d_sae": 17, "k": 1}, "batch_topk": {"d_sae": 17, "k": 1}, "matryoshka": {"k": 1}}
 
 
-@pytest.mark.parametrize("dead_after", [10_000_000, 60], ids=["no-dead", "auxk"])
+@pytest.mark.parametrize("dead_after", [10_000_000, 20], ids=["no-dead", "auxk"])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_steps_are_the_dense_steps(architecture: str, dead_after: int) -> None:
     """Float64 through the interpreter: losses, weights, idle counters and the threshold, with and without dead latents.
@@ -24,15 +24,15 @@ def test_steps_are_the_dense_steps(architecture: str, dead_after: int) -> None:
         architecture, d_in=10, dead_after=dead_after, dtype=torch.float64, **SMALL[architecture]
     )
     n_dead = []
-    for start in range(0, 3 * 31, 31):
-        x = data[start : start + 31]
-        stepper.announce(31)
+    for start in range(0, 3 * 11, 11):
+        x = data[start : start + 11]
+        stepper.announce(11)
         with torch.no_grad():
             output = stepper._gpu_step(x)
         assert float(output.losses.overall) == pytest.approx(dense.step(x), rel=1e-10)
         assert output.n_dead == dense.n_dead
         n_dead.append(dense.n_dead)
-    assert (max(n_dead) > 0) == (dead_after == 60)
+    assert (max(n_dead) > 0) == (dead_after == 20)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         torch.testing.assert_close(getattr(stepper.sae, name), getattr(dense, name), atol=1e-10, rtol=1e-10)
     assert torch.equal(stepper.idle_S, dense.idle)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dense_trainer import DenseTrainer, Jump, Step
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training import any_device
 from saevlm_fast.training.dead_latents import DeadLatents
 from saevlm_fast.training.penalty import encode_penalised
 from saevlm_fast.training.state import geometric_median
@@ -56,11 +57,30 @@ def whole_step(stepper, x_BD):
         return stepper._whole_step(x_BD, codes, stepper._dead_latents(), penalty)
 
 
-@pytest.mark.parametrize("path", [Stepper.step, whole_step], ids=["blocks", "any device"])
+def by_entries(monkeypatch):
+    """However many fire."""
+    monkeypatch.setattr(any_device, "_DENSE_SHARE", 2.0)
+
+
+def by_products(monkeypatch):
+    """However few fire, seven rows at a time."""
+    monkeypatch.setattr(any_device, "_DENSE_SHARE", -1.0)
+    monkeypatch.setattr(any_device, "_CHUNK_BYTES", 7 * 97 * 8)
+
+
+PATHS = {"blocks": (Stepper.step, by_entries), "entries": (whole_step, by_entries), "products": (None, by_products)}
+
+
+@pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
 @pytest.mark.parametrize("architecture", RECIPES)
 @pytest.mark.parametrize(("dtype", "n_steps", "tolerance"), [(torch.float64, 30, 1e-9), (torch.float32, 8, 1e-5)])
-def test_same_losses_and_weights_as_dense_autograd(architecture, dead_after, dtype, n_steps, tolerance, path):
+def test_same_losses_and_weights_as_dense_autograd(
+    architecture, dead_after, dtype, n_steps, tolerance, name, monkeypatch
+):
+    path, choose = PATHS[name]
+    path = path or Stepper.step
+    choose(monkeypatch)
     stepper, dense, data = make(architecture, dead_after=dead_after, dtype=dtype)
     if dead_after == 150:  # some never fire
         for never in (stepper.sae.threshold, dense.theta) if architecture == "jumprelu" else ():
@@ -73,7 +93,7 @@ def test_same_losses_and_weights_as_dense_autograd(architecture, dead_after, dty
         output = path(stepper, x)
         expected = dense.step(x)
         if architecture == "relu":  # its dead latents have no act, so that the auxiliary loss has no gradient
-            expected -= float(dense.aux)
+            expected -= float(dense.aux.detach())
         assert float(output.losses.overall) == pytest.approx(expected, rel=tolerance)
         n_dead = max(n_dead, dense.n_dead)
     assert (n_dead > 0) == (dead_after == 150)
@@ -159,23 +179,31 @@ def test_l1_is_a_constant_on_what_fires():
     high=st.sampled_from([0.0, 0.05, 0.4]),
     architecture=st.sampled_from(sorted(RECIPES)),
 )
-def test_both_paths_and_autograd_agree(seed, bandwidth, high, architecture):
+def test_all_paths_and_autograd_agree(seed, bandwidth, high, architecture):
     """Of any thresholds, zeros and some so high that nothing fires among them."""
     changed = {"bandwidth": bandwidth} if architecture == "jumprelu" else {}
     results = []
-    for path in (Stepper.step, whole_step):
-        stepper, dense, data = make(architecture, seed=seed, d_in=7, d_sae=19, **changed)
-        theta = high * torch.rand(19, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        theta[3] = 50.0
-        if architecture == "jumprelu":
-            stepper.sae.threshold.copy_(theta)
-            dense.theta.data.copy_(theta)
-        for start in (0, 5, 10):
-            loss = float(path(stepper, data[start : start + 5]).losses.overall)
-            assert loss == pytest.approx(dense.step(data[start : start + 5]) - float(dense.aux), rel=1e-9)
-        results.append([p.clone() for p in stepper.parameters().values()])
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+    for path, choose in PATHS.values():
+        with pytest.MonkeyPatch.context() as patch:
+            choose(patch)
+            results.append(three_steps(path or Stepper.step, architecture, seed, high, changed))
+    for others in results[1:]:
+        for one, other in zip(results[0], others):
+            torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+
+
+def three_steps(path, architecture, seed, high, changed):
+    """The parameters after them; losses are compared with autograd's."""
+    stepper, dense, data = make(architecture, seed=seed, d_in=7, d_sae=19, **changed)
+    theta = high * torch.rand(19, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    theta[3] = 50.0
+    if architecture == "jumprelu":
+        stepper.sae.threshold.copy_(theta)
+        dense.theta.data.copy_(theta)
+    for start in (0, 5, 10):
+        loss = float(path(stepper, data[start : start + 5]).losses.overall)
+        assert loss == pytest.approx(dense.step(data[start : start + 5]) - float(dense.aux.detach()), rel=1e-9)
+    return [p.clone() for p in stepper.parameters().values()]
 
 
 def test_a_threshold_never_leaves_what_has_a_gradient():
@@ -223,3 +251,14 @@ def test_losses_fall_and_rows_stay_unit(architecture, dtype):
 def test_a_recipe_of_another_architecture_is_refused(sae, recipe, message):
     with pytest.raises(ValueError, match=message):
         Stepper(SparseAutoencoder(sae), TrainConfig(**recipe))
+
+
+@pytest.mark.parametrize("architecture", RECIPES)
+def test_half_dense_codes_go_by_products_and_sparse_ones_by_entries(architecture):
+    stepper, _, data = make(architecture)
+    stepper.announce(ROWS)
+    codes, _ = stepper._encode(data[:ROWS])
+    assert any_device.is_dense(codes), "as at the start of every run"
+    with torch.no_grad():
+        stepper.sae.b_enc -= 1.0
+    assert not any_device.is_dense(stepper._encode(data[:ROWS])[0])

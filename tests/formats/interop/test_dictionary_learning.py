@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from foreign_trainers import K, Made, trainer
 
 from foreign_files import D, S, assert_same, rows
+from foreign_trainers import K, Made, trainer
 from saevlm_fast.formats import export
 from saevlm_fast.formats.registry import read
 

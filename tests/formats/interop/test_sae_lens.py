@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from foreign_trainers import K, Made
 
 from foreign_files import D, S, assert_same, rows
+from foreign_trainers import K, Made
 from saevlm_fast.formats import sae_lens as ours
 from saevlm_fast.formats.registry import read
 

@@ -6,9 +6,9 @@ PyPI has no later one: files of later schemas are written from its repository's 
 
 import pytest
 import torch
-from foreign_trainers import Made
 
 from foreign_files import D, assert_same, rows
+from foreign_trainers import Made
 from saevlm_fast.formats.registry import read
 
 nn = pytest.importorskip("saev.nn", reason="install saev 0.1.0, which is in no extra: it wants marimo and submitit")

@@ -12,9 +12,8 @@ import torch
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # read when it is imported
 sparsify = pytest.importorskip("sparsify", reason="install the extra [interop]")
 
-from foreign_trainers import K, Made  # noqa: E402
-
 from foreign_files import D, S, assert_same, rows  # noqa: E402
+from foreign_trainers import K, Made  # noqa: E402
 from saevlm_fast.formats import export  # noqa: E402
 from saevlm_fast.formats.registry import read  # noqa: E402
 
