@@ -47,6 +47,7 @@ class BehaviourOptions:
     Attributes:
         label_sets: of the images. captions: a text of each image, or none. prompts: a template with {}, or label ->
             texts. batch_size: images of a forward. workers: processes that read images, None as is best.
+        no_text: why there is no text side, where that is known.
     """
 
     label_sets: tuple[LabelSet, ...] = ()
@@ -54,6 +55,7 @@ class BehaviourOptions:
     prompts: str | Mapping[str, Sequence[str]] = TEMPLATE
     batch_size: int = 32
     workers: int | None = None
+    no_text: str | None = None
 
 
 def chosen_images(source: ImageSource, most: int = MOST_IMAGES) -> list[int]:
@@ -184,7 +186,7 @@ class Behaviour:
 
     def _no_text(self) -> str | None:
         if self.encoder is None:
-            return f"{self.tower.spec} has no text side"
+            return self.options.no_text or f"{self.tower.spec} has no text side"
         if self.encoder.logit_scale is None:
             return f"{self.tower.spec} has no logit scale in its file"
         return None

@@ -16,6 +16,9 @@ MEASURES = (
     "labels",
     "probing",
     "geometry",
+    "kept",
+    "behaviour",
+    "visaebench",
 )
 VERSION = 1  # of the parts and of evaluation.json
 
