@@ -113,9 +113,7 @@ def _label_sets(
     different = len({label for label in labels if label is not None})
     if captions == "images" or different > len(labels) // 2:
         if different:
-            say(
-                f"labels: {different:,} different ones of {len(labels):,} images shown are no classes; give --labels FILE"
-            )
+            say(f"labels: {different:,} different ones of {len(labels):,} images are no classes; give --labels FILE")
         return ()
     return (LabelSet.of(labels),) if different else ()
 

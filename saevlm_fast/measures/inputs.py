@@ -22,6 +22,7 @@ from saevlm_fast.measures.results import MEASURES, Measured
 from saevlm_fast.measures.subjects import ImageRows, Subject
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
+from saevlm_fast.measures.visaebench import visaebench_numbers
 
 NEEDS = {
     "monosemanticity": "no embeddings were given",
@@ -141,6 +142,10 @@ class Inputs:
         if name == "behaviour":
             assert self.behaviour is not None
             return self.behaviour.measure(subject.model)
+        if name == "visaebench":
+            return visaebench_numbers(
+                subject.model, self.activations, self.rows, self.label_sets, self.embeddings, self.taxonomy
+            )
         probed = {each.name: sparse_probing(codes, each, self.half_N, self.rows.ids) for each in self.label_sets}
         return _joined(probed)
 
