@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from saevlm_fast.cli.evaluate_model import SplicedArguments, open_behaviour, print_behaviour
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
@@ -16,7 +17,8 @@ from saevlm_fast.errors import require
 from saevlm_fast.settings import setting, texts
 
 if TYPE_CHECKING:
-    from saevlm_fast.measures.measure import Evaluation, Inputs
+    from saevlm_fast.measures.inputs import Inputs
+    from saevlm_fast.measures.measure import Evaluation
     from saevlm_fast.measures.subjects import Subject
     from saevlm_fast.sae import SparseAutoencoder
 
@@ -40,9 +42,10 @@ def _controls(name: str, text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments(WorkOptions):
+class EvaluateArguments(SplicedArguments, WorkOptions):
     """Options of `saevlm-fast evaluate`."""
 
+    title = "What is measured"
     sae: tuple[str, ...] = setting(
         help="SAE directories, separated by commas, or the option given again; seeds of one shape make a group.",
         parse=texts,
@@ -63,6 +66,7 @@ class EvaluateArguments(WorkOptions):
         parse=_controls,
         shown="none",
     )
+    compat: Literal["none", "visaebench"] = setting("none", help="Numbers as another benchmark computes them, as well.")
     compare: bool = setting(False, help="Match the first SAE's latents with those of each other.")
     pool: Literal["max", "mean"] = setting("max", help="Of the rows of an image, where there are several.")
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
@@ -81,6 +85,7 @@ class EvaluateArguments(WorkOptions):
         require(not self.compare or len(self.sae) > 1, "compare: needs at least two SAEs; give --sae again")
         needs_labels = self.taxonomy is None or self.labels != _NO_LABELS
         require(needs_labels, "taxonomy: it is about labels, and --labels none leaves them out")
+        require(self.compat == "none" or self.pool == "max", "compat: visaebench pools by the maximum; give --pool max")
         path = Path(self.labels)
         known = self.labels in (_FROM_STORE, _NO_LABELS) or path.suffix in (".csv", ".parquet")
         require(known, f"labels: {self.labels!r} is not store, none, FILE.csv or FILE.parquet")
@@ -121,8 +126,8 @@ def open_subjects(options: EvaluateArguments) -> "tuple[list[Subject], dict[str,
 def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencoder]") -> "Inputs":
     """What they are measured on. ValueError: what is damaged, of other images, or of another layer than the SAEs'."""
     from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.measures.inputs import Inputs
     from saevlm_fast.measures.label_sets import LabelSet, read_labels
-    from saevlm_fast.measures.measure import Inputs
     from saevlm_fast.measures.taxonomy import read_taxonomy
     from saevlm_fast.provenance import check_rows_of
 
@@ -145,8 +150,11 @@ def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencode
         sets = [LabelSet.of(labels)] if any(each is not None for each in labels) else []
     else:
         sets = [] if options.labels == _NO_LABELS else read_labels(options.labels, inputs.rows.ids)
-    inputs = replace(inputs, label_sets=tuple(sets))
+    inputs = replace(inputs, label_sets=tuple(sets), compat=options.compat == "visaebench")
     inputs.check()
+    if options.model is not None:
+        behaviour = open_behaviour(options, options.labels, options.device, activations, saes)
+        inputs = replace(inputs, behaviour=behaviour)
     return inputs
 
 
@@ -226,6 +234,7 @@ def plan(options: EvaluateArguments) -> Plan:
             "images": len(inputs.rows.ids),
             "latents": n_latents,
             "label_sets": [each.name for each in inputs.label_sets],
+            "images_shown": None if inputs.behaviour is None else len(inputs.behaviour.ids),
             "left_out": left_out,
             **replaced_figures(options.output, options.force),
             **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample)),
@@ -245,7 +254,7 @@ def _first_rows(n: int, batch_size: int) -> Any:
 def evaluate(options: EvaluateArguments) -> dict[str, Any]:
     """Measures SAEs in every way that the inputs allow, beside controls that cannot have learned.
 
-    Reconstruction and sparsity, uniqueness, hierarchy, labels, probes, geometry; several SAEs side by side.
+    Reconstruction and sparsity, uniqueness, hierarchy, labels, probes, geometry, behaviour; several SAEs side by side.
     """
     from saevlm_fast.outputs import output_lock
 
@@ -302,6 +311,8 @@ def _document(options: EvaluateArguments, inputs: "Inputs", evaluation: "Evaluat
         "rows": inputs.activations.n_rows,
         "images": len(inputs.rows.ids),
         "pool": options.pool,
+        "model": options.model,
+        "images_shown": None if inputs.behaviour is None else len(inputs.behaviour.ids),
         "source": inputs.activations.source,
     }
     files = {
@@ -345,6 +356,8 @@ def _print(evaluation: "Evaluation", inputs: "Inputs") -> None:
             f"{pair['mutual_nearest']:.1%} mutual nearest, mean largest cosine {pair['mmcs'][0]:.3f} "
             f"(random directions {pair['random'][0]:.3f})"
         )
+    if inputs.behaviour is not None:
+        print_behaviour(evaluation)
     for name, why in evaluation.left_out.items():
         say(f"left out: {name}: {why}")
 

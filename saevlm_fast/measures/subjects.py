@@ -52,6 +52,15 @@ class Centroids:
 Model = SparseAutoencoder | Centroids
 
 
+def reconstruct(model: Model, x_BD: Tensor) -> Tensor:
+    """decode(encode(x)) of inference, in the model's dtype and on its device."""
+    held_BD = x_BD.to(model.b_dec.device, model.b_dec.dtype)
+    codes = model.encode(held_BD)
+    if isinstance(model, Centroids):
+        return model.decode(codes)
+    return model.decode(codes, model.input_statistics(held_BD))
+
+
 @dataclass(frozen=True)
 class Subject:
     """An SAE, or a control of one.

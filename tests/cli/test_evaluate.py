@@ -64,14 +64,14 @@ def whole(there, tmp_path_factory):
 def test_everything_that_the_inputs_allow(whole):
     output, text = whole
     found = json.loads((output / "evaluation.json").read_text())
-    assert found["left_out"] == []
+    assert found["left_out"] == [{"measure": "behaviour", "why": "no model and images were given"}]
     subjects = {each["name"]: each for each in found["subjects"]}
     assert [*subjects][:3] == ["sae0", "sae1", "sae2"]
     assert {each["control"] for each in found["subjects"]} == {None, "untrained", "rotation", "raw", "pca", "kmeans"}
     assert sum(each["control"] == "untrained" for each in found["subjects"]) == 3
     for name, each in subjects.items():
         assert [*each["measures"]] == [
-            *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry")
+            *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry", "kept")
         ]
         table = pq.read_table(output / found["files"][name]["latents"])
         assert len(table) == each["latents"]
@@ -206,7 +206,7 @@ def test_a_dry_run_writes_nothing(there, tmp_path):
     assert figures["images"] == figures["rows"] == N
     assert figures["latents"] == 16
     assert figures["label_sets"] == ["labels"]
-    assert len(figures["left_out"]) == 2
+    assert len(figures["left_out"]) == 3
     assert files_below(tmp_path) == before
 
 
@@ -331,7 +331,10 @@ def test_measure_from_python(there):
 
     activations, sae = sf.open_activations(there / "store"), sf.SparseAutoencoder.from_pretrained(there / "sae0")
     found = sf.measure({"mine": sae}, activations, taxonomy=PATHS, controls=("pca",))
-    assert found.left_out == {"monosemanticity": "no embeddings were given"}
+    assert found.left_out == {
+        "monosemanticity": "no embeddings were given",
+        "behaviour": "no model and images were given",
+    }
     (first, second) = found.results
     assert (first.subject.name, second.subject.control) == ("mine", "pca")
     assert len(first.latents["lca_depth"]) == 16
