@@ -12,6 +12,7 @@ from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.files import atomic_write
 from saevlm_fast.formats.pickles import state_dict
 from saevlm_fast.formats.plain import Activation, PlainSAE, gated
+from saevlm_fast.formats.single_file import HOW
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import RECORD, TEXT, Each, Fields, Kind, check_record, optional, whole
 
@@ -80,9 +81,20 @@ def detect(source: Source) -> bool:
     return isinstance(trainer, dict) and "dict_class" in trainer and any(n.endswith(".pt") for n in source.names)
 
 
+def has_tensors(names: set[str]) -> bool:
+    """Whether a state dict without config.json has the names of one of their classes that its names tell."""
+    telling = {"group_sizes", "threshold"} & names or "encoder.weight" in names
+    return bool(telling) and any(known.tensors.keys() <= names for known in _CLASSES.values())
+
+
 def _config(source: Source) -> dict[str, Any] | None:
     own = source.json(CONFIG)
-    return own if own is not None else source.json(f"../{CONFIG}")
+    if own is not None:
+        return own
+    try:
+        return source.json(f"../{CONFIG}")
+    except ValueError:  # the folder's above, which may be any program's
+        return None
 
 
 def read(source: Source) -> PlainSAE:
@@ -138,7 +150,7 @@ def _class_of(state: dict[str, Any], path: Path, source: Source) -> str:
     if found is None and "encoder.weight" in names:
         said = source.assumed("activation")
         message = f"{path}: dictionary_learning: without {CONFIG} it is not known whether its k is of a row or a batch"
-        require(said in ("topk", "batch_topk"), f"{message}; assume activation=topk or activation=batch_topk")
+        require(said in ("topk", "batch_topk"), f"{message}: say activation, topk or batch_topk {HOW}")
         found = "AutoEncoderTopK" if said == "topk" else "BatchTopKSAE"
     message = f"{path}: dictionary_learning: no class of it has these tensors: {', '.join(sorted(map(str, names)))}"
     require(found is not None, message)
@@ -171,7 +183,7 @@ def _rest(
         require(fits, f"{path}: group_sizes {rest['group_sizes']} do not sum to d_sae = {len(state['b_enc'])}")
     if known.activation == "topk":
         rest["k"] = source.assumed_whole("k", 1, 1 << 31) if rest["k"] is None else rest["k"]
-        require(rest["k"] is not None, f"{path}: dictionary_learning: neither it nor {CONFIG} says k; assume k=...")
+        require(rest["k"] is not None, f"{path}: dictionary_learning: neither it nor {CONFIG} says k: say k {HOW}")
         return rest
     threshold = _number(state, "threshold", path, like)
     if threshold is None or threshold < 0:
@@ -186,7 +198,8 @@ def _uncalibrated(rest: dict[str, Any], source: Source, path: Path) -> dict[str,
         require(said >= 0, f"assume: threshold is {said:g}; it must not be negative")
         return {"threshold": torch.tensor(said, dtype=torch.float32)}
     k = source.assumed_whole("k", 1, 1 << 31) if rest["k"] is None else rest["k"]
-    require(k is not None, f"{path}: dictionary_learning: no threshold was measured, and k is not known; assume k=...")
+    message = f"{path}: dictionary_learning: no threshold was measured, and k is not known: say k {HOW}"
+    require(k is not None, message)
     doubt = f"no threshold was measured in training; the {k} largest of each row are kept instead of those above one"
     return {"activation": "topk", "k": k, "doubts": (*rest["doubts"], f"{path}: {doubt}")}
 
