@@ -82,7 +82,12 @@ def detect(source: Source) -> bool:
 
 def _config(source: Source) -> dict[str, Any] | None:
     own = source.json(CONFIG)
-    return own if own is not None else source.json(f"../{CONFIG}")
+    if own is not None:
+        return own
+    try:
+        return source.json(f"../{CONFIG}")
+    except ValueError:  # of something else
+        return None
 
 
 def read(source: Source) -> PlainSAE:
@@ -166,7 +171,9 @@ def _rest(
     rest["k"] = trainer.get("k") if k is None else int(k)
     groups = state.get("group_sizes")
     if isinstance(groups, Tensor):
-        rest["group_sizes"] = tuple(int(size) for size in groups.flatten())
+        whole = not groups.is_floating_point() and groups.dim() == 1 and len(groups) <= len(state["b_enc"])
+        require(whole, f"{path}: group_sizes of shape {tuple(groups.shape)} and {groups.dtype} are not sizes of groups")
+        rest["group_sizes"] = tuple(int(size) for size in groups)
         fits = min(rest["group_sizes"], default=0) >= 1 and sum(rest["group_sizes"]) == len(state["b_enc"])
         require(fits, f"{path}: group_sizes {rest['group_sizes']} do not sum to d_sae = {len(state['b_enc'])}")
     if known.activation == "topk":
