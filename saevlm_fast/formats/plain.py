@@ -88,7 +88,7 @@ class PlainSAE:
         tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         dtypes = {name: float32_at_least(tensor.dtype) for name, tensor in tensors.items()}
         new = tensors | exact
-        return replace(self, **{name: new[name].to(dtypes[name]) for name in tensors})  # type: ignore[arg-type, union-attr]
+        return replace(self, **{name: new[name].to(dtypes[name]) for name in tensors})
 
     def without_pre_bias(self) -> "PlainSAE":
         """Of files whose encoder sees n(x) itself, not n(x) - b_dec: b_enc += b_dec W_enc."""
