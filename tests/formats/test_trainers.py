@@ -67,6 +67,20 @@ def test_a_digest_is_of_what_makes_the_sae(tmp_path):
     assert sae_digest(path) != before
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"trainer": {}}'], ids=["object", "list", "another"])
+def test_a_config_json_in_the_folder_above_is_none_of_it(tmp_path, text):
+    """It is looked into, as dictionary_learning's may be; of others it is nobody's, sound or not."""
+    names = ("encoder_linear.weight", "encoder_linear.bias", "decoder_linear.weight", "decoder_linear.bias")
+    shapes = (9, 4), (9,), (4, 9), (4,)
+    (tmp_path / "sae").mkdir()
+    torch.save({name: torch.rand(shape) for name, shape in zip(names, shapes)}, tmp_path / "sae" / "x.pt")
+    before = sae_digest(tmp_path / "sae")
+    (tmp_path / "config.json").write_text(text)
+    source = Source(tmp_path / "sae")
+    assert detect(source).name == "goodfire"
+    assert digest(source) == sae_digest(tmp_path / "sae") == before
+
+
 # Exports --------------------------------------------------------------------------------------------------------------
 
 CAN = {
