@@ -398,6 +398,15 @@ def test_two_saes_matched():
         compare(first, Side(random[:, :8], None, first.codes))
 
 
+def test_constant_latents_have_no_correlation():
+    """Their variance is a difference of equal sums, which rounding leaves at 1e-13, of either sign."""
+    acts = np.full((60, 4), 0.1, np.float32)
+    acts[:, 1] = np.random.default_rng(0).random(60)
+    acts[:, 2], acts[:, 3] = 0.3, 0.7
+    side = Side(torch.eye(4), None, KeptCodes.of_dense(acts))
+    assert compare(side, side)["code_correlation"] == pytest.approx(1, abs=1e-12)
+
+
 # Separation -----------------------------------------------------------------------------------------------------------
 
 
