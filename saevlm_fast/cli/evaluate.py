@@ -11,7 +11,7 @@ from saevlm_fast.cli.evaluate_model import SplicedArguments, open_behaviour, pri
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
-from saevlm_fast.cli.terminal import Bar, print_table, say, warn
+from saevlm_fast.cli.terminal import Bar, print_table, print_wide_table, say, warn
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
 from saevlm_fast.settings import setting, texts
@@ -27,7 +27,7 @@ CONTROLS = ("untrained", "rotation", "raw", "pca", "kmeans")  # those of measure
 _OURS = (EVALUATION, LATENTS, PAIRS, "parts", PICTURE, SETTINGS_FILE)
 _LATENT_BYTES = 400  # of both tables, about
 _ENTRY_BYTES = 24
-_SHORT = {"better, seeds missing": "better", "does not separate: not better": "NO", "not measured": "-"}
+_SHORT = {"better, seeds missing": "better", "does not separate: not better": "NO"}
 _NO_LABELS, _FROM_STORE = "none", "store"
 
 
@@ -344,12 +344,19 @@ def _write_tables(evaluation: "Evaluation", place: Path) -> None:
 
 
 def _print(evaluation: "Evaluation", inputs: "Inputs") -> None:
-    names = [each.subject.name for each in evaluation.results]
     rows = evaluation.table()
-    print_table(
-        ("measure", *names), [(row["measure"], *(_number(row["values"][name]) for name in names)) for row in rows]
-    )
-    _print_verdicts(rows)
+    groups = list(dict.fromkeys(each.subject.group for each in evaluation.results))
+    for group in groups:
+        members = [each.subject for each in evaluation.results if each.subject.group == group]
+        if len(groups) > 1:
+            say(f"SAEs of one shape: {group}")
+        _print_values(members, rows)
+        _print_verdicts(group, rows)
+    judged = [each["verdict"] for row in rows for each in row["against"]]
+    if any(each.startswith("does not separate") for each in judged):
+        say("NO: does not separate from what cannot have learned (d' below 2, or not better)")
+    if any("seeds missing" in each for each in judged):
+        say("seeds missing: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
     for pair in evaluation.compared:
         say(
             f"{pair['first']} and {pair['other']}: {pair['shared_share']:.1%} of latents shared (cosine .7), "
@@ -362,26 +369,51 @@ def _print(evaluation: "Evaluation", inputs: "Inputs") -> None:
         say(f"left out: {name}: {why}")
 
 
-def _print_verdicts(rows: list[dict[str, Any]]) -> None:
+def _print_values(members: "list[Subject]", rows: list[dict[str, Any]]) -> None:
+    """A column an SAE, and one for each control, the mean of its seeds."""
+    columns = {each.name: [each.name] for each in members if each.control is None}
+    for each in members:
+        if each.control is not None:
+            columns.setdefault(each.control, []).append(each.name)
+    several = [name for name, names in columns.items() if len(names) > 1]
+    cells = [
+        (row["measure"], *(_number(_mean([row["values"][name] for name in names])) for names in columns.values()))
+        for row in rows
+    ]
+    print_wide_table(("measure", *columns), cells)
+    if several:
+        say(f"means of {max(map(len, columns.values()))} seeds: {', '.join(several)}")
+
+
+def _mean(values: list[float]) -> float:
+    """Of the numbers that are defined; NaN of none."""
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _print_verdicts(group: str, rows: list[dict[str, Any]]) -> None:
     """What does not separate, in words, and d' where there are seeds."""
-    judged = [(row["measure"], each) for row in rows for each in row["against"] if each["verdict"] != "not judged"]
-    if not judged:
-        return
-    controls = list(dict.fromkeys((each["group"], each["control"]) for _, each in judged))
-    several = len({group for group, _ in controls}) > 1
-    cells: dict[str, dict[tuple[str, str], str]] = {}
-    for name, each in judged:
-        verdict = _SHORT.get(each["verdict"], each["verdict"])
-        if each["d_prime"] == each["d_prime"]:
-            verdict = f"d' {each['d_prime']:.1f}" + ("" if verdict == "separates" else " NO")
-        cells.setdefault(name, {})[each["group"], each["control"]] = verdict
-    heads = [f"{control} ({group})" if several else control for group, control in controls]
-    print_table(
-        ("against", *heads), [(name, *(found.get(each, "-") for each in controls)) for name, found in cells.items()]
-    )
-    say("NO: does not separate from what cannot have learned (d' below 2, or not better)")
-    if any("seeds missing" in each["verdict"] for _, each in judged):
-        say("seeds missing: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for each in row["against"]:
+            if each["group"] != group or each["verdict"] in ("not judged", "not measured"):
+                continue
+            verdict = _SHORT.get(each["verdict"], each["verdict"])
+            if each["d_prime"] == each["d_prime"]:
+                verdict = f"d' {each['d_prime']:.1f}" + ("" if verdict == "separates" else " NO")
+            cells.setdefault(row["measure"], {})[each["control"]] = verdict
+    controls = list(dict.fromkeys(control for found in cells.values() for control in found))
+    if controls:
+        lines = [(name, *(found.get(control, "-") for control in controls)) for name, found in cells.items()]
+        print_wide_table(("against", *controls), lines)
+    at_matched = [
+        (row["measure"], _number(each["matched"]["sae"]), _number(each["matched"]["control"]))
+        for row in rows
+        for each in row["against"]
+        if each["group"] == group and each["control"] == "untrained" and each.get("matched", {}).get("covered")
+    ]
+    if at_matched:
+        print_table(("at matched firing counts", "first SAE", "first untrained"), at_matched)
 
 
 def _number(value: float) -> str:

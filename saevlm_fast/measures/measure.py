@@ -8,12 +8,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
-from saevlm_fast.errors import require
+from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.measures.behaviour import Behaviour
 from saevlm_fast.measures.codes import KeptCodes, Pool
 from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, make_controls
@@ -26,7 +27,8 @@ from saevlm_fast.measures.separation import Headline, figure_at, headlines, matc
 from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.provenance import check_rows_of
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder, check_sae
+from saevlm_fast.settings import path_of, several
 
 Told = Callable[[str], None]
 Counted = Callable[[str, int, int], None]
@@ -296,10 +298,20 @@ def measure(
         ValueError: an SAE of another width, layer or hook point, embeddings or labels of other images, a control that
             there is not, codes that do not fit into memory.
     """
+    check_kind("saes", saes, (SparseAutoencoder, Mapping), "a SparseAutoencoder, or a mapping of names to some")
     named = {"sae": saes} if isinstance(saes, SparseAutoencoder) else dict(saes)
     require(len(named) > 0, "saes: none were given")
+    for sae in named.values():
+        check_sae(sae, "saes")
+    controls, batch_rows = several("controls", controls), whole_number("batch_rows", batch_rows)
+    require(
+        isinstance(pool, str) and pool in get_args(Pool),
+        f"pool: {shown(pool)} is not one of {', '.join(get_args(Pool))}",
+    )
+    output = None if output is None else path_of("output", output)
     unknown = [each for each in controls if each not in CONTROLS]
-    require(not unknown, f"controls: {unknown[:1]} is not one of {', '.join(CONTROLS)}")
+    require(not unknown, f"controls: {shown(unknown[:1])} is not one of {', '.join(CONTROLS)}")
+    check_kind("taxonomy", taxonomy, (Taxonomy, Mapping, type(None)), "a Taxonomy, or a mapping of labels to paths")
     rows = activations_of(activations, "activations")
     inputs = Inputs(
         rows,

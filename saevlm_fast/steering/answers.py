@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import check_kind, first_line, require, shown, whole_number
 from saevlm_fast.runtime import tf32_products
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.settings import several
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
 from saevlm_fast.steering.site import find_site, hooked_block, one_token_into, token_mask
 from saevlm_fast.towers.hub import one_line_errors
@@ -92,14 +94,15 @@ class SteeredAnswers:
         batch into one sequence; sizes below 1."""
         per_row = isinstance(tokens, Tensor) and tokens.ndim > 1
         require(not per_row, "tokens: a mask must be [T] here; SteeredRow.mask is one of a row's own")
+        require(hasattr(processor, "tokenizer"), f"processor: {shown(processor)} is not the processor of a LLaVA")
         self.model, self.processor, self.sae = model, processor, sae
         self.site = find_site(model, sae, layer, tokens, error)
         name, tower = type(model).__name__, getattr(getattr(model, "config", None), "vision_config", None)
         require(self.site.reads is not None, f"model: {name} has no language model that answers")
         packed = getattr(tower, "model_type", "") == "pixtral"
         require(not packed, f"model: {name} packs all images of a batch into one sequence, so rows are not told apart")
-        require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
-        require(max_new_tokens >= 1, f"max_new_tokens: {max_new_tokens} must be at least 1")
+        batch_size = whole_number("batch_size", batch_size)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.tokens, self.only, self.error = tokens, only, error
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self._questions: list[_Question] = []
@@ -125,6 +128,8 @@ class SteeredAnswers:
 
         prompt: put into the processor's chat template, unless it holds the image token itself. ValueError: it is empty.
         """
+        check_kind("image", image, Image.Image, "an RGB image of PIL")
+        check_kind("prompt", prompt, str, "a text")
         require(prompt.strip() != "", "prompt: is empty")
         inputs = self._inputs(image, prompt)
         x_BTD = self._residual(inputs)
@@ -141,6 +146,9 @@ class SteeredAnswers:
     @tf32_products(False)
     def answers(self, rows: Sequence[SteeredRow], on_rows: Callable[[int], None] = lambda done: None) -> list[str]:
         """The answer to every row, in order. on_rows: called after every batch with the number of rows done."""
+        rows = several("rows", rows)
+        for row in rows:
+            check_kind("rows", row, SteeredRow, "a SteeredRow")
         answers = [""] * len(rows)
         done = 0
         for batch in self._batches(rows):

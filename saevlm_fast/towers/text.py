@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saevlm_fast.errors import require
-from saevlm_fast.runtime import tf32_products
+from saevlm_fast.errors import check_kind, require, shown
+from saevlm_fast.runtime import resolve_device, tf32_products
 from saevlm_fast.towers.from_open_clip import open_clip_model
 from saevlm_fast.towers.from_transformers import without_load_report
 from saevlm_fast.towers.hub import local_or_hub, one_line_errors
@@ -39,6 +39,10 @@ def load_llava(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    check_kind("spec", spec, str, "hf:NAME_OR_DIR of a LLaVA")
+    device = resolve_device(device)
+    known = isinstance(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype, torch.dtype)
+    require(dtype == "auto" or known, f"dtype: {shown(dtype)} is neither auto nor a torch.dtype")
     prefix, _, name = spec.partition(":")
     require(prefix == "hf" and name != "", f"model: {spec!r} is not hf:NAME_OR_DIR of a LLaVA")
 
@@ -138,13 +142,15 @@ def load_text_encoder(
     Raises:
         ValueError: in one line: a model without a text side, no tokenizer, and what load_tower refuses.
     """
+    check_kind("spec", spec, str, "hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED")
+    device = resolve_device(device)
     prefix, _, name = spec.partition(":")
     loaders = {"hf": _hf_text, "open_clip": _open_clip_text}
     require(
         prefix in loaders and name != "", f"text_model: {spec!r} is not hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED"
     )
     with one_line_errors(spec):
-        return loaders[prefix](name, spec, torch.device(device), on_message)
+        return loaders[prefix](name, spec, device, on_message)
 
 
 def _hf_text(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> TextEncoder:

@@ -301,6 +301,7 @@ def test_taxonomies_of_both_kinds(tmp_path):
         ("l.csv", "", "an id and at least one column"),
         ("l.csv", "image,a\nx\n", "line 2: 1 cells"),
         ("l.csv", "image,a,a\nx,1,2\n", "a column stands twice"),
+        ("l.csv", "x,cat\ny,dog\n", "the first line is of image 'x'; a header is needed"),
         ("l.csv", "image,a\nz,1\n", "no line of any of the 2 images, such as 'x'"),
         ("l.csv", "image,a\nx,\n", "no image has a label"),
         ("l.parquet", "PAR1", "l.parquet: "),

@@ -94,7 +94,7 @@ def test_the_latest_run_is_the_one_that_ended_last(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--raw"], ["--codes", "c", "--embeddings", "e"]])
 def test_scores_without_an_sae_need_an_output(arguments):
-    assert "output: needed with --raw and --codes" in run("ms-score", *arguments, code=2)
+    assert "output: needed with --raw, --codes and an SAE of the Hub" in run("ms-score", *arguments, code=2)
 
 
 def test_demo(tmp_path):

@@ -37,7 +37,7 @@ const Latent = (() => {
         el("td", { text: rank === null ? "" : `${Math.round(100 * rank)}` }));
     });
     return el("table", { class: "measures" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "measure" }), el("th", { scope: "col", text: "value" }),
-      el("th", { scope: "col", text: "place among all" }), el("th", { scope: "col", text: "percentile" }))), el("tbody", {}, rows));
+      el("th", { scope: "col", text: "among all" }), el("th", { scope: "col", text: "percentile" }))), el("tbody", {}, rows));
   }
 
   function interval(sae, key, end, latent) {
