@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "a photo of a {}"  # of measures/behaviour.py, which imports torch
 _ROWS = ("sae", "sae_and_error", "noise", "zero", "mean", "shuffled")
+_SAID = {"sae_and_error": "sae + error"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,16 +169,20 @@ def print_behaviour(evaluation: "Evaluation") -> None:
             continue
         sets = list(figures["sets"])
         name = next((s for s in sets if "ce" in figures["original"]["sets"].get(s, {})), None)
-        lines = [("", "original", *_cells(figures["original"], name), "-")]
+        lines = [("original", *_cells(figures["original"], name), "", "", "")]
         for tokens, splice in figures["splices"].items():
             for variant in _ROWS:
                 recovered = splice["recovered"].get(variant, {}).get(name, {}).get("ce", {})
-                cells = _cells(splice["variants"][variant], name)
-                lines.append((tokens, variant, *cells, _recovered(recovered)))
+                shown = (_recovered(recovered.get(ablation)) for ablation in _ROWS[3:])
+                lines.append(
+                    (f"{tokens}: {_SAID.get(variant, variant)}", *_cells(splice["variants"][variant], name), *shown)
+                )
         about = "" if name is None else f", classes of {name}"
-        say(f"{each.subject.name} in {figures['model']} at {figures['point']}, {figures['n']:,} images{about}")
-        heads = ("tokens", "in place", "cosine", "neighbours", "top-1", "CE", "KL", "recovered (zero, mean, shuffled)")
-        print_table(heads, lines)
+        say(
+            f"{each.subject.name} in {figures['model']} at {figures['point']}, {figures['n']:,} images{about}. Last: "
+            "cross-entropy recovered against each ablation, withheld (-) where that changes too little"
+        )
+        print_table(("in place", "cosine", "kNN", "top-1", "CE", "KL", *_ROWS[3:]), lines)
 
 
 def _cells(row: dict[str, Any], name: str | None) -> tuple[str, ...]:
@@ -186,8 +191,7 @@ def _cells(row: dict[str, Any], name: str | None) -> tuple[str, ...]:
     return tuple("-" if each is None else f"{each['value']:.3f}" for each in found)
 
 
-def _recovered(ratios: dict[str, Any]) -> str:
-    if not ratios:
-        return "-"
-    shown = (ratios[name] for name in ("zero", "mean", "shuffled"))
-    return " ".join(f"{each['value']:.1%}" if each["status"] == "defined" else each["status"] for each in shown)
+def _recovered(ratio: dict[str, Any] | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio['value']:.1%}" if ratio["status"] == "defined" else "-"

@@ -13,6 +13,7 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.sae import SparseAutoencoder
+from tiny_tower import save_photos
 
 N, D = 240, 8
 PATHS = {"cat": ["animal", "mammal", "cat"], "dog": ["animal", "mammal", "dog"], "oak": ["plant", "oak"]}
@@ -344,3 +345,65 @@ def test_measure_from_python(there):
         sf.measure(sae, activations, controls=("none",))
     with pytest.raises(ValueError, match="labels has 2 images"):
         sf.measure(sae, activations, labels=["a", "b"])
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Photos, a store of tiny-clip's tokens of them, and an SAE of it."""
+    root = tmp_path_factory.mktemp("clip")
+    save_photos(root / "photos", 24)
+    harvest = ("harvest", "--model", "hf:tiny-clip", "--images", root / "photos", "--workers", 0, "--device", "cpu")
+    run(*harvest, "--layer", 1, "--tokens", "patches", "--output", root / "store")
+    source = json.loads((root / "store" / "index.json").read_text())["source"]
+    sae = SparseAutoencoder(SAEConfig(128, 64, 4, "topk", metadata={"source": source}))
+    sae.reset_parameters(0)
+    sae.save_pretrained(root / "sae")
+    ids = [f"class_{i % 3}/photo_{i:03d}.png" for i in range(24)]
+    with open(root / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([[each, "a red circle" if i % 2 else "a blue star"] for i, each in enumerate(ids)])
+    (root / "prompts.json").write_text(json.dumps({"class_0": "red", "class_1": ["blue", "navy"], "class_2": "green"}))
+    return root
+
+
+def test_behaviour_of_the_model_with_the_sae_in_it(clip, tmp_path):
+    given = ("evaluate", "--sae", clip / "sae", "--activations", clip / "store", "--output", tmp_path / "out")
+    given += ("--model", "hf:tiny-clip", "--images", clip / "photos", "--device", "cpu", "--compat", "visaebench")
+    given += ("--class-prompts", clip / "prompts.json", "--captions", clip / "captions.csv")
+    assert run_json(*given, "--dry-run")["images_shown"] == 24
+    text = run(*given)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (found["inputs"]["model"], found["inputs"]["images_shown"]) == ("hf:tiny-clip", 24)
+    behaviour = found["subjects"][0]["measures"]["behaviour"]
+    assert (behaviour["point"], behaviour["trained_tokens"]) == ("residual-1", "patches")
+    assert [*behaviour["splices"]] == ["all", "patches", "cls"]
+    assert behaviour["main"]["tokens"] == "patches"
+    assert behaviour["sets"]["labels"]["zero_shot"] == "defined"
+    assert behaviour["splices"]["cls"]["variants"]["sae"]["retrieval"]["image_to_text"]["1"]["n"] == 24
+    assert "residual-1, 24 images, classes of labels" in text
+    assert any(row["measure"] == "spliced: neighbours kept" for row in found["table"])
+    visaebench = found["subjects"][0]["measures"]["visaebench"]
+    assert visaebench["M2"]["status"] == "defined"
+    assert visaebench["M6"]["status"] == "EuroSAT and DTD are not here"
+    again = run(*given, "--resume")
+    assert "sae: behaviour" not in again
+
+
+def test_behaviour_refused_in_one_line(clip, there, tmp_path):
+    given = ("evaluate", "--sae", clip / "sae", "--activations", clip / "store", "--output", tmp_path / "out")
+    model = ("--model", "hf:tiny-clip", "--images", clip / "photos", "--device", "cpu")
+    for more, message in (
+        (model[:2], "model, images: one of them needs the other"),
+        ((*model, "--class-prompts", "cats"), "class_prompts: 'cats'"),
+        ((*model, "--class-prompts", "a xylophone {}"), "has a word that hf:tiny-clip does not know"),
+        ((*model, "--captions", "all"), "captions: 'all' is not none, images or FILE.csv"),
+        ((*model, "--captions", there / "labels.csv"), "captions: "),
+        (("--compat", "visaebench", "--pool", "mean"), "compat: "),
+    ):
+        text = run(*given, *more, code=2)
+        assert message in text
+        assert text.count("error: ") == 1
+    np.save(tmp_path / "x.npy", np.zeros((9, 128), np.float32))
+    bare = SparseAutoencoder(SAEConfig(128, 64, 4, "topk"))
+    bare.save_pretrained(tmp_path / "sae")
+    words = ("evaluate", "--sae", tmp_path / "sae", "--activations", tmp_path / "x.npy", "--output", tmp_path / "o")
+    assert "record the point and layer" in run(*words, *model, code=2)

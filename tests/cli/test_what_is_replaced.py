@@ -122,13 +122,14 @@ WRITERS = [
     "top-images",
     "name",
     "report",
+    "human-agreement",
 ]
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch):
     """It is refused before anything is opened: the models and the images are not there."""
-    is_file = name.endswith("score") or name == "name"
+    is_file = name.endswith("score") or name in ("name", "human-agreement")
     output = tmp_path / ("out.json" if is_file else "out")
     none = ("--model", "none", "--output", output, "--images", "none")
     words = {
@@ -140,6 +141,7 @@ def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch)
         "demo": ("--output", output),
         "top-images": ("--sae", "none", "--activations", "none", "--output", output),
         "name": ("--sae", "n", "--codes", "n", "--embeddings", "n", "--text-model", "n", "--output", output),
+        "human-agreement": ("--benchmark", "none", "--output", output),
         "report": ("--sae", "none", "--activations", "none", "--output", output),
         "steering-score": (*none, "--sae", "n", "--layer", 1, "--codes", "n", "--embeddings", "n", "--text-model", "n"),
     }[name]

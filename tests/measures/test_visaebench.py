@@ -122,6 +122,7 @@ class Embedded:
         return torch.stack(images)[:, None]
 
 
+@pytest.mark.interop
 def test_the_numbers_are_those_of_its_wheel(made, numbers):
     pytest.importorskip("visaebench")
     from visaebench.metrics.concept_detection.monosemanticity import MonosemanticityScore
