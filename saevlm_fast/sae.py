@@ -343,7 +343,8 @@ class SAEHeader(NamedTuple):
 
 def read_sae_header(path: str | Path) -> SAEHeader:
     """The header of an SAE that from_pretrained opens. ValueError: files that are missing, damaged or inconsistent."""
-    source = Source(resolve(path).path)
+    local = resolve(path)
+    source = Source(local.path, assume=local.assume)
     found = registry.detect(source)
     header = registry.read_header(source)
     low, high = header.thresholds or (None, None)
