@@ -53,7 +53,7 @@ class SparseAutoencoder(nn.Module):
         config: as given.
         W_enc: [d_in, d_sae]. Held latent-major (its memory is [d_sae, d_in]): a latent's weights are contiguous, which
             is what gathers and per-latent updates read.
-        b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows. b_dec: [d_in].
+        b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows of those trained here. b_dec: [d_in].
         threshold: scalar, the inference cut of BatchTopK architectures, negative while it has not been calibrated; 0 of
             relu. [d_sae] of jumprelu, where negative ones act as 0. In float32 at least.
     """
