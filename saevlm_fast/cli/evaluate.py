@@ -155,7 +155,7 @@ def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencode
 
 def check_output(options: EvaluateArguments) -> None:
     """ValueError: there is an evaluation that nobody said to replace or to continue, or something else of its names."""
-    from saevlm_fast.outputs import check_absent, is_being_swapped
+    from saevlm_fast.outputs import is_being_swapped
 
     output = options.output
     require(not output.exists() or output.is_dir(), f"output: {output} is a file; a directory is written")
@@ -164,8 +164,12 @@ def check_output(options: EvaluateArguments) -> None:
         not used or options.resume or options.force,
         f"output: {output} already holds an evaluation; use --resume to add to it or --force to replace it",
     )
-    if not used:
-        check_absent([output / name for name in _OURS], False)
+    for name in () if used else _OURS:
+        there = output / name
+        require(
+            not (there.exists() or there.is_symlink()),
+            f"output: {there} exists, and {output} holds no evaluation; choose another directory",
+        )
 
 
 def _is_evaluation(output: Path) -> bool:
@@ -200,7 +204,7 @@ def working_directory(options: EvaluateArguments) -> Iterator[Path]:
 
 
 def plan(options: EvaluateArguments) -> Plan:
-    """What would be measured; the time of encoding, from a batch of rows."""
+    """What would be measured; the time of encoding, from a batch of rows, a control taken to be as slow as an SAE."""
     import time
 
     from saevlm_fast.measures.measure import SparseAutoencoder
@@ -216,7 +220,9 @@ def plan(options: EvaluateArguments) -> Plan:
         assert isinstance(subject.model, SparseAutoencoder)
         model = subject.model
         entries = max(entries, model.encode(sample.to(model.b_dec)).n_entries)
-    seconds = (time.perf_counter() - start) * n / len(sample)
+    seconds = (time.perf_counter() - start) * n / len(sample) * (1 + len(options.controls))
+    widest = max((each.d for each in inputs.embeddings.values()), default=0)
+    sums = 16 * max(each.n_latents for each in subjects) * widest  # of the score, of both halves of the images
     device = saes[subjects[0].name].b_dec.device
     left_out = [f"{name} ({why})" for name, why in inputs.left_out().items()]
     return Plan(
@@ -228,7 +234,7 @@ def plan(options: EvaluateArguments) -> Plan:
             "label_sets": [each.name for each in inputs.label_sets],
             "left_out": left_out,
             **replaced_figures(options.output, options.force),
-            **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample)),
+            **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample) + sums),
             **disk_figures(options.output, _LATENT_BYTES * n_latents * (1 + len(options.controls))),
             "encoding_seconds": seconds,
         },
