@@ -215,10 +215,11 @@ def plan(options: EvaluateArguments) -> Plan:
     inputs = open_inputs(options, saes)
     n, n_latents = inputs.activations.n_rows, sum(each.n_latents for each in subjects)
     sample = inputs.activations.rows(_first_rows(n, options.batch_size))
+    models = [subject.model for subject in subjects if isinstance(subject.model, SparseAutoencoder)]
+    for model in models:
+        model.encode(sample[:1].to(model.b_dec))  # a first call may compile
     start, entries = time.perf_counter(), 0
-    for subject in subjects:
-        assert isinstance(subject.model, SparseAutoencoder)
-        model = subject.model
+    for model in models:
         entries = max(entries, model.encode(sample.to(model.b_dec)).n_entries)
     seconds = (time.perf_counter() - start) * n / len(sample) * (1 + len(options.controls))
     widest = max((each.d for each in inputs.embeddings.values()), default=0)
