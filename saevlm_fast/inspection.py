@@ -61,10 +61,12 @@ def inspect(path: str | Path) -> Description:
     if describe is not None:
         return describe(path)
     if not path.is_dir():
-        return _matrix(str(path))
+        return _matrix_or_sae(path)
     children = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
     contents = [child for child in children if _describer(child)]
-    require(len(contents) > 0, f"{path}: nothing to inspect in it; known are {KINDS}")
+    if not contents:
+        nearly = registry.nearly(Source(path))
+        raise ValueError(f"{path}: nothing to inspect in it; {nearly or f'known are {KINDS}'}")
     described = [_sound_or_damaged(child) for child in contents]
     return {
         "path": str(path),
@@ -193,6 +195,15 @@ def _run(path: Path) -> Description:
         "settings": settings,
         "sae": _sae(path) if (path / CONFIG_FILE).is_file() else None,
     }
+
+
+def _matrix_or_sae(path: Path) -> Description:
+    """A matrix file; if it is none, what speaks for an SAE."""
+    try:
+        return _matrix(str(path))
+    except ActivationError as error:
+        nearly = registry.nearly(Source(path)) if path.is_file() and path.suffix != ".npy" else ""
+        raise ValueError(f"{path}: neither a matrix nor an SAE; {nearly}" if nearly else str(error)) from error
 
 
 def _matrix(path: str) -> Description:

@@ -57,7 +57,7 @@ class SparseAutoencoder(nn.Module):
             is what gathers and per-latent updates read.
         b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows. b_dec: [d_in].
         threshold: scalar, the inference cut of BatchTopK architectures, negative while it has not been calibrated; 0 of
-            relu. [d_sae] of jumprelu, where negative ones act as 0.
+            relu. [d_sae] of jumprelu, where negative ones act as 0. In float32 at least.
     """
 
     threshold: Tensor
@@ -386,9 +386,9 @@ def evaluating(sae: SparseAutoencoder) -> Iterator[SparseAutoencoder]:
 
 def _first_threshold(config: SAEConfig, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """Where it starts: not calibrated, none, or that of every latent before training (dictionary_learning's)."""
-    if config.architecture != "jumprelu":
-        return torch.tensor(0.0 if config.architecture == "relu" else -1.0, device=device, dtype=torch.float32)
     wide = torch.promote_types(dtype, torch.float32)
+    if config.architecture != "jumprelu":
+        return torch.tensor(0.0 if config.architecture == "relu" else -1.0, device=device, dtype=wide)
     return torch.full((config.d_sae,), FIRST_THRESHOLD, device=device, dtype=wide)
 
 

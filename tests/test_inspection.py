@@ -216,6 +216,26 @@ def test_what_is_unknown(tmp_path):
     assert "unknown suffix '.txt'" in run("inspect", tmp_path / "notes.txt", code=2)
 
 
+def test_what_is_nearly_an_sae(tmp_path):
+    """Half of one, a damaged one, several further below, and tensors without settings."""
+    state = {"encoder.weight": torch.ones(8, 4), "encoder.bias": torch.zeros(8)}
+    state |= {"decoder.weight": torch.ones(4, 8), "bias": torch.zeros(4)}
+    folders = {name: tmp_path / name for name in ("half", "damaged", "lone", "saes/a/trainer_0", "saes/b/trainer_0")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    save_file({"W_dec": torch.ones(8, 4)}, folders["half"] / "sae_weights.safetensors")
+    for name in ("damaged", "lone", "saes/a/trainer_0", "saes/b/trainer_0"):
+        torch.save(state, folders[name] / "ae.pt")
+    (folders["damaged"] / "config.json").write_text("{")
+    for name in ("saes/a/trainer_0", "saes/b/trainer_0"):
+        (folders[name] / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoder"}}')
+    assert "cfg.json: no such file; an SAE directory holds" in run("inspect", folders["half"], code=2)
+    assert "config.json: not valid JSON" in run("inspect", folders["damaged"], code=2)
+    assert "name one: a/trainer_0, b/trainer_0" in run("inspect", tmp_path / "saes", code=2)
+    for path in (folders["lone"], folders["lone"] / "ae.pt"):
+        assert "assume format=dictionary_learning" in run("inspect", path, code=2)
+
+
 def test_words_and_numbers():
     sizes = [human_bytes(n) for n in (0, 999, 1000, 1_234_567, 999_949_000_000, 5 * 10**15)]
     assert sizes == ["0 B", "999 B", "1.0 kB", "1.2 MB", "1.0 TB", "5000.0 TB"]

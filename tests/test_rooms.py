@@ -23,10 +23,12 @@ ORDER = (
     ("harvesting",),
     ("training", "scoring"),
     ("publishing", "look"),
-    ("steering", "measures"),
+    ("steering",),
+    ("measures",),
     ("demo", "box_making"),
     ("inspection",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 OUTSIDE = ("tests", "bench", "kernels")

@@ -255,7 +255,7 @@ def complaint(call, arguments, name, value):
 
 @pytest.mark.parametrize("public", sorted(set(sf.__all__) - RETURNED))
 def test_every_public_function_refuses_wrong_kinds_by_the_name_of_the_argument(calls, public, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # an output or path "x" is a good one
+    monkeypatch.chdir(tmp_path)  # some values are names of files
     mine = {name: call for name, call in calls.items() if name.partition(".")[0] == public}
     assert mine, f"{public} is new: give `calls` arguments that it takes"
     for where, (call, arguments, *signature) in mine.items():

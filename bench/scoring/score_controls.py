@@ -1,7 +1,9 @@
-"""Trained SAEs beside untrained ones at equal firing counts: `python -m bench.scoring.score_controls --output F.md`.
+"""Trained SAEs beside untrained ones at equal firing counts.
 
-On the box's scenes, by two encoders: tiny-clip's own projection, and the labels themselves (one number for each value of
-each factor, 1 where a scene shows it): the ideal encoder, which sees exactly what a scene is made of. For each k, as
+    python -m bench.scoring.score_controls --output FILE.md
+
+On the box's scenes, by two encoders: tiny-clip's own projection, and the labels themselves (one number for each value
+of each factor, 1 where a scene shows it): the ideal encoder, which sees exactly what a scene is made of. For each k, as
 many trained BatchTopK SAEs as seeds, each beside an untrained one of the same L0; latents are matched by the rule of
 saevlm_fast/scoring/controls.py. The interval is by image, of the mean difference over seeds; the seeds' own spread
 stands beside it. Purity, as bench/scoring/metric_vs_truth.py has it but divided by what is possible (1 - base), is
@@ -108,8 +110,8 @@ def one_seed(
     match = Match(*(one_or_list(p, i) for i, p in enumerate(passes)))
     weights = match.weights()
     scores = [each.second(weights_SW) for each, weights_SW in zip(passes, weights)]
-    return Seed(scores, [purity(test, labels, each) for each in saes], weights, octaves(match),
-                metrics["explained_variance"])  # fmt: skip
+    pure = [purity(test, labels, each) for each in saes]
+    return Seed(scores, pure, weights, octaves(match), metrics["explained_variance"])
 
 
 def one_or_list(passes: TwoPasses, i: int):
@@ -177,8 +179,8 @@ def row(k: int, where: str, encoder: str, counts: list[int], numbers: list[float
     """A line of the table; numbers: both scores, their difference, its error, its spread, both purities."""
     ms, control, d, error, spread, pure, control_pure = numbers
     interval = f"[{d - NORMAL_95 * error:+.3f}, {d + NORMAL_95 * error:+.3f}]"
-    cells = [k, where, encoder, f"{counts[0]}, {counts[1]}", f"{ms:.3f}", f"{control:.3f}", f"{d:+.3f}", interval,
-             f"{spread:.3f}", f"{pure:.3f}", f"{control_pure:.3f}"]  # fmt: skip
+    cells = [k, where, encoder, f"{counts[0]}, {counts[1]}", f"{ms:.3f}", f"{control:.3f}", f"{d:+.3f}", interval]
+    cells += [f"{value:.3f}" for value in (spread, pure, control_pure)]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -203,14 +205,24 @@ def ranks_of(encoder: str, seeds: list[Seed]) -> str:
         other = OWN if encoder == IDEAL else IDEAL
         halves = [trained.split_half(low, high) for low, high in ((2, 9), (10, 99), (100, None))]
         summary = trained.summary()
-        rows.append([spearman(ms_L, n_L), spearman(ms_L, seed.purity[0][many_S]),
-                     spearman(ms_L, seed.scores[0][other].ms[many_S]), *halves, trained.mean_cosine, summary.above_null,
-                     summary.guarded_best.chosen_at, summary.guarded_best.held_out, summary.best,
-                     seed.explained])  # fmt: skip
-    means = torch.tensor(rows, dtype=torch.float64).nanmean(0).tolist()
-    names = ("Spearman with n", "with purity", "with the other encoder", "split-half 2-9", "10-99", "100+", "mean cosine",
-             "above null", "best chosen at", "held out", "plain best", "explained variance")  # fmt: skip
-    return ", ".join(f"{name} {value:.3f}" for name, value in zip(names, means))
+        rows.append(
+            {
+                "Spearman with n": spearman(ms_L, n_L),
+                "with purity": spearman(ms_L, seed.purity[0][many_S]),
+                "with the other encoder": spearman(ms_L, seed.scores[0][other].ms[many_S]),
+                "split-half 2-9": halves[0],
+                "10-99": halves[1],
+                "100+": halves[2],
+                "mean cosine": trained.mean_cosine,
+                "above null": summary.above_null,
+                "best chosen at": summary.guarded_best.chosen_at,
+                "held out": summary.guarded_best.held_out,
+                "plain best": summary.best,
+                "explained variance": seed.explained,
+            }
+        )
+    means = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).nanmean(0).tolist()
+    return ", ".join(f"{name} {value:.3f}" for name, value in zip(rows[0], means))
 
 
 if __name__ == "__main__":

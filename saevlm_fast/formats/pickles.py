@@ -72,10 +72,11 @@ def load_pickle(path: Path, trust: bool | Sequence[str] = False, skip: int = 0) 
                 return torch.load(data, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             name = _name_in(error)
-            require(name is not None, f"{path}: not a file of tensors ({first_line(error)})")
-            trusted = trust is True and name not in allowed
+            require(name is not None, f"{path}: not a file of tensors ({_reason(error)}); {ADVICE}")
+            never = f"{path}: a pickle that needs {name}, which is read from no file, not even as data; {ADVICE}"
+            require(name not in allowed, never)
             message = f"{path}: a pickle that needs {name}, which is not read from untrusted files; {ADVICE}"
-            require(trusted, f"{message}; or name it: --trust-pickle {name} (it is read as data, not run)")
+            require(trust is True, f"{message}; or name it: --trust-pickle {name} (it is read as data, not run)")
             allowed.append(str(name))
         except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{path}: not a complete file of torch.save ({first_line(error)})") from None
@@ -85,6 +86,11 @@ def load_pickle(path: Path, trust: bool | Sequence[str] = False, skip: int = 0) 
 def _name_in(error: BaseException) -> str | None:
     found = _REFUSED_NAME.search(str(error))
     return None if found is None else found[1]
+
+
+def _reason(error: BaseException) -> str:
+    """What the reader of tensors says, without torch's advice to read the file as code."""
+    return first_line(ValueError(str(error).rpartition("WeightsUnpickler error:")[2]))
 
 
 def _check_stored(file: Path | io.BytesIO, path: Path) -> None:

@@ -1,6 +1,7 @@
 """All formats, in the order in which they are tried, and the one way in: detect(path), read(path)."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from saevlm_fast.formats import dictionary_learning, plain_file, sae_lens, saev,
 from saevlm_fast.formats.header import Header
 from saevlm_fast.formats.others import OTHERS
 from saevlm_fast.formats.plain import PlainSAE
+from saevlm_fast.formats.single_file import HOW
 from saevlm_fast.formats.source import Source
 
 
@@ -58,7 +60,7 @@ def detect(source: Source) -> Format:
     found = find(source)
     if found is not None:
         return found
-    if {sae_lens.CONFIG_FILE, sae_lens.WEIGHTS_FILE} & set(source.names):  # half of it: its reader says what is missing
+    if _half_of_sae_lens(source):  # its reader says what is missing
         return FORMATS[0]
     raise ValueError(_nothing_matches(source))
 
@@ -85,24 +87,32 @@ def read(
             the format's and the reason. OSError: they cannot be read.
     """
     source = path if isinstance(path, Source) else Source(path, trust_pickle, assume)
-    found = detect(source)
+    found = _begun(source)
     plain = _of_raw_input(found.read(source), source)
     unused = source.unused()
     use = f"{found.name} files say it themselves, or have no use for it"
     require(not unused, f"assume: {', '.join(unused)}: {source.path}: {use}")
+    fits = plain.k is None or 1 <= plain.k <= plain.d_sae
+    require(fits, f"{source.path}: {found.name}: k is {plain.k}; it must be between 1 and d_sae = {plain.d_sae}")
     return plain
 
 
 def read_header(source: Source) -> Header:
     """What is known of the SAE in files, without its weights where the format allows that. ValueError: as `read`."""
-    found = detect(source)
+    found = _begun(source)
     return Header.of(read(source)) if found.header is None or source.assume else found.header(source)
+
+
+def _begun(source: Source) -> Format:
+    """The format, with none of the files that were looked into to tell it among those that make the SAE."""
+    found = detect(source)
+    source.opened.clear()
+    return found
 
 
 def digest(source: Source) -> str:
     """SHA-256 of the files that make the SAE what it is. ValueError: as `read`."""
-    if not source.opened:
-        read_header(source)
+    read_header(source)
     digests = [sha256_file(source.folder / name) for name in sorted(source.opened)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -119,9 +129,12 @@ def _of_raw_input(plain: PlainSAE, source: Source) -> PlainSAE:
 def _mean(value: Any, d_in: int) -> Tensor | float:
     """input_mean: a number, a tensor or array [d_in], or a file that holds one."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         pass
+    else:
+        require(math.isfinite(number), f"assume: input_mean is {value}, not a finite number")
+        return number
     path = Path(value) if isinstance(value, str | Path) else None
     if path is not None:
         require(path.is_file(), f"assume: input_mean: {path} is neither a number nor a file")
@@ -139,10 +152,41 @@ def _mean(value: Any, d_in: int) -> Tensor | float:
     return mean_D
 
 
+def nearly(source: Source) -> str:
+    """What speaks for an SAE where no format fits: half of one, damage, SAEs below, names of tensors; "" if nothing."""
+    try:
+        if find(source) is not None:
+            return ""
+        if _half_of_sae_lens(source):
+            sae_lens.header(source)
+    except (ValueError, OSError) as error:
+        return str(error)
+    below = _saes_below(source)
+    return f"there are SAEs in it; name one: {', '.join(below)}" if below else _named_alike(source)
+
+
+def _half_of_sae_lens(source: Source) -> bool:
+    return bool({sae_lens.CONFIG_FILE, sae_lens.WEIGHTS_FILE} & set(source.names))
+
+
+def _named_alike(source: Source) -> str:
+    """Advice for a state dict without settings, which names of tensors alone do not tell from others'."""
+    name = source.only(".pt", ".pth", ".safetensors")
+    try:
+        alike = name is not None and dictionary_learning.has_tensors(set(source.shapes(name)))
+    except (ValueError, OSError):
+        return ""
+    named = f"{name} has tensors of the names that {dictionary_learning.NAME} gives them"
+    return f"{named}: assume format={dictionary_learning.NAME}, if it is of it {HOW}" if alike else ""
+
+
 def _nothing_matches(source: Source) -> str:
     below = _saes_below(source)
     if below:
         return f"{source.path}: no SAE itself, but there are some in it; name one: {', '.join(below)}"
+    alike = _named_alike(source)
+    if alike:
+        return f"{source.path}: no SAE of a known format; {alike}"
     found = ", ".join(source.names[:20]) or "no files"
     more = f" and {len(source.names) - 20} more" if len(source.names) > 20 else ""
     advice = "where names of files and tensors do not tell it, assume format=NAME (convert --assume format=NAME)"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saevlm_fast import __version__
@@ -131,11 +130,6 @@ def read(source: Source) -> PlainSAE:
     settings = _settings(source)
     tensors = _tensors(settings, source)
     cfg, norm = settings.cfg, settings.cfg["normalize_activations"]
-    folds = cfg["rescale_acts_by_decoder_norm"] or not cfg["apply_b_dec_to_input"] or norm in _FOLDED_NORMS[1:]
-    if folds or settings.architecture == "gated":  # the changes are rounded once, to no less than float32
-        tensors = {
-            name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()
-        }
     plain = _plain(settings, tensors)
     if not cfg["apply_b_dec_to_input"]:
         plain = plain.without_pre_bias()
@@ -156,10 +150,12 @@ def header(source: Source) -> Header:
     settings = _settings(source)
     name = _threshold_name(settings)
     threshold = None if name is None else _threshold(settings, {name: source.tensor(WEIGHTS_FILE, name)})
+    described = _described(settings, threshold)
+    described["doubts"] += _doubt_of_scale(settings.cfg["normalize_activations"], source)
     return Header(
         d_in=settings.cfg["d_in"],
         d_sae=settings.cfg["d_sae"],
-        **_described(settings, threshold),
+        **described,
         dtype=source.dtype(WEIGHTS_FILE, "W_enc"),
         thresholds=range_of(threshold),
         weights_sha256=settings.cfg.get(WEIGHTS_DIGEST),
@@ -356,9 +352,7 @@ def _of_scaled_input(plain: PlainSAE, norm: str, source: Source) -> PlainSAE:
     path, whitening = source.at(SCALER_FILE), source.at(WHITENING_FILE)
     scaler = source.json(SCALER_FILE)
     if scaler is None:
-        told = source.says("input_mean", "input_std")
-        doubt = f"normalize_activations is {norm}, and {SCALER_FILE}, which says by how much, is not there: raw inputs"
-        return plain if told else plain.assumed(f"{source.folder}: {doubt} are assumed")
+        return plain.assumed(*_doubt_of_scale(norm, source))
     check_record(scaler, _SCALER, path, ValueError)
     if whitening.is_file() and scaler.get("has_whitening", True):
         d, stored = plain.d_in, source.load(WHITENING_FILE)
@@ -369,6 +363,14 @@ def _of_scaled_input(plain: PlainSAE, norm: str, source: Source) -> PlainSAE:
     factor = scaler.get("scaling_factor")
     require(factor is None or factor > 0, f"{path}: scaling_factor is {factor}; it must be positive")
     return plain if factor is None else plain.of_raw_input(0.0, factor)
+
+
+def _doubt_of_scale(norm: str, source: Source) -> tuple[str, ...]:
+    """Where inputs were scaled, and nobody says by how much."""
+    if norm not in _FOLDED_NORMS[1:] or source.at(SCALER_FILE).is_file() or source.says("input_mean", "input_std"):
+        return ()
+    doubt = f"normalize_activations is {norm}, and {SCALER_FILE}, which says by how much, is not there: raw inputs"
+    return (f"{source.folder}: {doubt} are assumed",)
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from saevlm_fast.records import FLAG, NUMBER, RECORD, TEXT, Each, Fields, check_
 
 NAME, FILES = "sparsify", "cfg.json and sae.safetensors"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_RUN = "../config.json"
 _SIZE = whole(0, (1 << 31) - 1)
 _CONFIG = Fields(
     {"d_in": _SIZE},
@@ -51,6 +52,7 @@ def read(source: Source) -> PlainSAE:
         ("signed", "a top k by absolute value without relu, whose latents are negative too"),
     ):
         require(not cfg.get(key, False), f"{where}: sparsify: {key} is true: {why}; it is not an SAE this engine has")
+    _refuse_old_transcoder(source, cfg)
     activation = cfg.get("activation", "topk")
     require(activation == "topk", f"{where}: sparsify: activation {activation!r} is not supported, only 'topk'")
     # Shapes against the header, before the weights are read.
@@ -79,12 +81,31 @@ def read(source: Source) -> PlainSAE:
     )
 
 
+def _refuse_old_transcoder(source: Source, cfg: dict[str, Any]) -> None:
+    """Before February 2025 the run's config.json alone said so, under its root or under "sae"."""
+    run = _run(source)
+    inner = run.get("sae")
+    inside = inner.get("transcode") if isinstance(inner, dict) else None
+    old = "transcode" not in cfg and True in (run.get("transcode"), inside)
+    why = "transcode is true: a transcoder, whose output is another site than its input"
+    require(not old, f"{source.at(_RUN)}: sparsify: {why}; it is not an SAE this engine has")
+
+
+def _run(source: Source) -> dict[str, Any]:
+    """config.json of the run, a folder up; {} where there is none, or another program's."""
+    try:
+        run = source.json(_RUN) or {}
+    except ValueError:
+        return {}
+    source.opened.discard(_RUN)  # it says nothing of the weights
+    return run
+
+
 def _metadata(source: Source, cfg: dict[str, Any]) -> dict[str, Any]:
     hook = source.folder.resolve().name
     layer = re.search(r"(?:layers?|blocks?|h)[._](\d+)", hook)
     known = {} if layer is None else {"layer": int(layer[1])}
-    run = source.json("../config.json") or {}
-    source.opened.discard("../config.json")  # of the run: it says nothing of the weights
+    run = _run(source)
     known |= {"model": run["model"]} if isinstance(run.get("model"), str) else {}
     small = {name: value for name, value in cfg.items() if isinstance(value, int | float | str)}
     return known | {"source_format": NAME, "hook": hook, "source_config": small}

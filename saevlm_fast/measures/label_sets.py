@@ -129,6 +129,7 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     require(len(header) > 1, f"labels: {path}: columns {header}; an id and at least one column of labels are needed")
     require(len(set(header)) == len(header), f"labels: {path}: a column stands twice in {header}")
     number = {each: i for i, each in enumerate(ids)}
+    require(header[0] not in number, f"labels: {path}: the first line is of image {header[0]!r}; a header is needed")
     found: list[list[set[str] | None]] = [[None] * len(ids) for _ in header[1:]]
     for identity, *cells in lines:
         image = number.get(identity)

@@ -52,6 +52,15 @@ class Centroids:
 Model = SparseAutoencoder | Centroids
 
 
+def reconstruct(model: Model, x_BD: Tensor) -> Tensor:
+    """decode(encode(x)) of inference, in the model's dtype and on its device."""
+    held_BD = x_BD.to(model.b_dec.device, model.b_dec.dtype)
+    codes = model.encode(held_BD)
+    if isinstance(model, Centroids):
+        return model.decode(codes)
+    return model.decode(codes, model.input_statistics(held_BD))
+
+
 @dataclass(frozen=True)
 class Subject:
     """An SAE, or a control of one.
@@ -147,13 +156,14 @@ def encode_all(
         for start, x_BD in chunks:
             x_BD = x_BD.to(device, dtype)
             codes = model.encode(x_BD)
-            sums.add(x_BD, codes, _prefixes(model, codes, len(ends)))
+            sums.add(x_BD, codes, _prefixes(model, x_BD, codes, len(ends)))
             gathering.add(codes)
             on_rows(start + len(x_BD))
     return sums, gathering.result()
 
 
-def _prefixes(model: Model, codes: SparseCodes, n_groups: int) -> Tensor:
-    if isinstance(model, SparseAutoencoder) and n_groups > 1:
-        return model.decode_prefixes(codes)
-    return model.decode(codes)[None]
+def _prefixes(model: Model, x_BD: Tensor, codes: SparseCodes, n_groups: int) -> Tensor:
+    if isinstance(model, Centroids):
+        return model.decode(codes)[None]
+    statistics = model.input_statistics(x_BD)
+    return model.decode_prefixes(codes, statistics) if n_groups > 1 else model.decode(codes, statistics)[None]

@@ -57,7 +57,8 @@ class ScoredImages:
             pool is None or (isinstance(pool, str) and pool in ("max", "mean")),
             f"pool: {shown(pool)} is not one of max, mean",
         )
-        self.activations, self.sae, self.pool, self.batch_rows = activations, sae, pool, batch_rows
+        self.activations, self.sae, self.batch_rows = activations, sae, batch_rows
+        self.pool: Pool | None = pool
         self.encoders = {name: activations_of(matrix, "embeddings") for name, matrix in embeddings.items()}
         if pool is None:
             for encoder in self.encoders.values():

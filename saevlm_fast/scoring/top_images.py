@@ -106,11 +106,11 @@ def _top_of_columns(acts_BL: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
 class BestImages:
     """The n largest activations of each of L slots so far, sorted by slot, activation descending, image ascending."""
 
-    def __init__(self, n_slots: int, n: int):
+    def __init__(self, n_slots: int, n: int, dtype: torch.dtype = torch.float32):
         self.n_slots, self.n = n_slots, n
-        self.acts_M, self.slots_M = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        self.acts_M, self.slots_M = torch.empty(0, dtype=dtype), torch.empty(0, dtype=torch.int64)
         self.images_M = torch.empty(0, dtype=torch.int64)
-        self._floor_L = torch.full((n_slots,), -torch.inf)  # what does not exceed it comes too late
+        self._floor_L = torch.full((n_slots,), -torch.inf, dtype=dtype)  # what does not exceed it comes too late
 
     def add(self, acts_M: Tensor, slots_M: Tensor, images_M: Tensor) -> None:
         """Later images than any before; in one slot, equal activations in the order of their images."""

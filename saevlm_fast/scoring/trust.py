@@ -137,8 +137,10 @@ class TrustedScores(MonosemanticityScores):
 
     @property
     def z(self) -> Tensor | None:
-        """(ms - mean_cosine) / null_sd."""
-        return None if self.null_sd is None else (self.ms - self.mean_cosine) / self.null_sd
+        """(ms - mean_cosine) / null_sd; NaN where all images are equally alike."""
+        if self.null_sd is None:
+            return None
+        return ((self.ms - self.mean_cosine) / self.null_sd).masked_fill(self.null_sd == 0, torch.nan)
 
     @property
     def above_null(self) -> Tensor | None:

@@ -99,7 +99,7 @@ class _Tops:
 
     def __init__(self, n_latents: int, n_top: int) -> None:
         self.device, self.n_images = torch.device("cpu"), 0
-        self.best, self.n_top = BestImages(n_latents, n_top), n_top
+        self.best, self.n_top = BestImages(n_latents, n_top, torch.float64), n_top
 
     def lower(self, drop_S: Tensor) -> None:
         """Nothing is above a minimum here."""

@@ -10,7 +10,7 @@ Shape suffixes: R rows, T tokens, D width, N tokens of all rows.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from saevlm_fast.runtime import tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.settings import several
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
-from saevlm_fast.steering.site import find_site, hooked_block, token_mask
+from saevlm_fast.steering.site import find_site, hooked_block, one_token_into, token_mask
 from saevlm_fast.towers.hub import one_line_errors
 
 
@@ -288,23 +288,12 @@ class SteeredAnswers:
         changed_ND = as_the_model_holds(edited_ND[chosen_N], x_BTD, plan, row_N[chosen_N])
         return x_BTD.masked_scatter(mask_BT[:, :, None], changed_ND)
 
-    @contextmanager
-    def _only_above_block(self) -> Iterator[None]:
+    def _only_above_block(self) -> AbstractContextManager[None]:
         """Blocks whose output is replaced, or read by nobody, are given one token instead of all."""
         reads = self.site.reads or frozenset()
         blocks = self.site.anatomy.blocks
         first = [blocks[0]] if min(reads) >= self.site.layer else []  # else the projector reads a block below
-        after = list(blocks[max(reads) + 1 : max(reads) + 2])
-        with ExitStack() as stack:
-            for block in first + after:
-                stack.callback(block.register_forward_pre_hook(_one_token, with_kwargs=True).remove)
-            yield
-
-
-def _one_token(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    if args:
-        return (args[0][:1, :1], *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": kwargs["hidden_states"][:1, :1]}
+        return one_token_into([*first, *blocks[max(reads) + 1 : max(reads) + 2]])
 
 
 def _join_inputs(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

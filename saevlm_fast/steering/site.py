@@ -9,8 +9,8 @@ Shape suffixes: B rows of the block (images, or their tiles), T tokens, D width.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -96,23 +96,43 @@ def _shown(tokens: object) -> str:
     return f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else shown(tokens)
 
 
-@contextmanager
-def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """The block's output x_BTD, in whatever form it comes, becomes change(x_BTD)."""
+    return hooked_output(site.block, site.anatomy.batch_first, change)
+
+
+@contextmanager
+def hooked_output(module: nn.Module, batch_first: bool, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The output x_BTD of a block or of a sublayer of one, in whatever form it comes, becomes change(x_BTD)."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         tokens = output[0] if isinstance(output, tuple) else output
-        x_BTD = tokens if site.anatomy.batch_first else tokens.transpose(0, 1)
+        x_BTD = tokens if batch_first else tokens.transpose(0, 1)
         changed = change(x_BTD)
-        changed = changed if site.anatomy.batch_first else changed.transpose(0, 1)
+        changed = changed if batch_first else changed.transpose(0, 1)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = site.block.register_forward_hook(hook, prepend=True)
+    handle = module.register_forward_hook(hook, prepend=True)
     try:
         with _compiled_code_waits:
             yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def one_token_into(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Blocks whose output is replaced, or read by nobody, are given one token instead of all."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(_one_token, with_kwargs=True).remove)
+        yield
+
+
+def _one_token(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    if args:
+        return (args[0][:1, :1], *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"][:1, :1]}
 
 
 class _ForcedEager:

@@ -124,6 +124,7 @@ def test_settings_say_what_the_result_was_made_by(data, sae):
     found = tomllib.loads((sae / "settings.toml").read_text())
     known = settings_of(COMMANDS["train"].options)
     open_ = {"d_sae", "warmup", "log_every", "checkpoint_every", "validation"}
+    open_ |= {"l1", "target_l0", "bandwidth", "sparsity_warmup"}  # of relu and jumprelu
     keys = {each.option or name for name, each in known.items() if each.recorded}
     assert set(found["train"]) == keys - open_
     assert found["train"]["activations"] == str(data / "activations.npy")

@@ -64,14 +64,14 @@ def whole(there, tmp_path_factory):
 def test_everything_that_the_inputs_allow(whole):
     output, text = whole
     found = json.loads((output / "evaluation.json").read_text())
-    assert found["left_out"] == []
+    assert found["left_out"] == [{"measure": "behaviour", "why": "no model and images were given"}]
     subjects = {each["name"]: each for each in found["subjects"]}
     assert [*subjects][:3] == ["sae0", "sae1", "sae2"]
     assert {each["control"] for each in found["subjects"]} == {None, "untrained", "rotation", "raw", "pca", "kmeans"}
     assert sum(each["control"] == "untrained" for each in found["subjects"]) == 3
     for name, each in subjects.items():
         assert [*each["measures"]] == [
-            *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry")
+            *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry", "kept")
         ]
         table = pq.read_table(output / found["files"][name]["latents"])
         assert len(table) == each["latents"]
@@ -140,7 +140,7 @@ def test_one_sae_says_that_seeds_are_missing_and_what_is_left_out(there, tmp_pat
     assert "seeds missing" in text
     for name in ("monosemanticity", "hierarchy", "labels", "probing"):
         assert f"left out: {name}: " in text
-    assert "d' " not in text.replace("d' needs", "")
+    assert "NO: does not separate" in text
 
 
 def test_label_sets_of_a_file(there, tmp_path):
@@ -206,7 +206,7 @@ def test_a_dry_run_writes_nothing(there, tmp_path):
     assert figures["images"] == figures["rows"] == N
     assert figures["latents"] == 16
     assert figures["label_sets"] == ["labels"]
-    assert len(figures["left_out"]) == 2
+    assert len(figures["left_out"]) == 3
     assert files_below(tmp_path) == before
 
 
@@ -300,6 +300,7 @@ def test_taxonomies_of_both_kinds(tmp_path):
         ("l.csv", "", "an id and at least one column"),
         ("l.csv", "image,a\nx\n", "line 2: 1 cells"),
         ("l.csv", "image,a,a\nx,1,2\n", "a column stands twice"),
+        ("l.csv", "x,cat\ny,dog\n", "the first line is of image 'x'; a header is needed"),
         ("l.csv", "image,a\nz,1\n", "no line of any of the 2 images, such as 'x'"),
         ("l.csv", "image,a\nx,\n", "no image has a label"),
         ("l.parquet", "PAR1", "l.parquet: "),
@@ -331,7 +332,10 @@ def test_measure_from_python(there):
 
     activations, sae = sf.open_activations(there / "store"), sf.SparseAutoencoder.from_pretrained(there / "sae0")
     found = sf.measure({"mine": sae}, activations, taxonomy=PATHS, controls=("pca",))
-    assert found.left_out == {"monosemanticity": "no embeddings were given"}
+    assert found.left_out == {
+        "monosemanticity": "no embeddings were given",
+        "behaviour": "no model and images were given",
+    }
     (first, second) = found.results
     assert (first.subject.name, second.subject.control) == ("mine", "pca")
     assert len(first.latents["lca_depth"]) == 16

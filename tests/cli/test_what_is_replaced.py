@@ -37,7 +37,8 @@ EVERY_PATH = [
 def test_an_empty_path_is_not_the_working_directory(name, field, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     known = settings_of(COMMANDS[name].options)[field]
-    words = [""] if known.positional else [flag_of(field, known), ""]
+    positional = [each for each, about in settings_of(COMMANDS[name].options).items() if about.positional]
+    words = ["x"] * positional.index(field) + [""] if known.positional else [flag_of(field, known), ""]
     assert f"error: {field}: is empty" in run(name, *words, code=2)
     if known.in_file:
         (tmp_path / "s.toml").write_text(f"{field} = ''\n")

@@ -31,7 +31,7 @@ from stores import DTYPES, SOURCE, gathered, items_of, rows_of, write_store
 # Store ----------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     n=st.integers(1, 40),
     d=st.integers(1, 7),

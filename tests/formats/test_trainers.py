@@ -67,6 +67,20 @@ def test_a_digest_is_of_what_makes_the_sae(tmp_path):
     assert sae_digest(path) != before
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"trainer": {}}'], ids=["object", "list", "another"])
+def test_a_config_json_in_the_folder_above_is_none_of_it(tmp_path, text):
+    """It is looked into, as dictionary_learning's may be; of others it is nobody's, sound or not."""
+    names = ("encoder_linear.weight", "encoder_linear.bias", "decoder_linear.weight", "decoder_linear.bias")
+    shapes = (9, 4), (9,), (4, 9), (4,)
+    (tmp_path / "sae").mkdir()
+    torch.save({name: torch.rand(shape) for name, shape in zip(names, shapes)}, tmp_path / "sae" / "x.pt")
+    before = sae_digest(tmp_path / "sae")
+    (tmp_path / "config.json").write_text(text)
+    source = Source(tmp_path / "sae")
+    assert detect(source).name == "goodfire"
+    assert digest(source) == sae_digest(tmp_path / "sae") == before
+
+
 # Exports --------------------------------------------------------------------------------------------------------------
 
 CAN = {
@@ -160,7 +174,7 @@ def test_a_threshold_that_was_never_measured(tmp_path):
         SparseAutoencoder.from_pretrained(path)
     made.files["trainer_0/ae.pt"].pop("k")
     path = made.write(tmp_path)
-    with pytest.raises(ValueError, match=r"k is not known; assume k"):
+    with pytest.raises(ValueError, match="k is not known: say k"):
         read(path)
     assert read(path, assume={"k": "3"}).k == 3
 
@@ -174,11 +188,12 @@ def test_a_lone_ae_pt(tmp_path, name):
     if name == "AutoEncoderNew":  # its tensors are those of another format, which computes the same
         assert_same(read(path), made, torch.float32)
     else:
-        with pytest.raises(ValueError, match=r"ae\.pt: no SAE of a known format; found ae\.pt; .*assume format="):
+        wanted = r"no SAE of a known format; ae\.pt has tensors .*assume format=dictionary_learning"
+        with pytest.raises(ValueError, match=wanted):
             read(path)
     assume = {"format": "dictionary_learning"}
     if name in ("AutoEncoderTopK", "BatchTopKSAE"):
-        with pytest.raises(ValueError, match="assume activation=topk or activation=batch_topk"):
+        with pytest.raises(ValueError, match=r"say activation, topk or batch_topk \(assume= in Python"):
             read(path, assume=assume)
         assume["activation"] = "topk" if name == "AutoEncoderTopK" else "batch_topk"
     assert_same(read(path, assume=assume), made, torch.float32)
@@ -189,6 +204,38 @@ def test_a_run_of_several_saes_names_them(tmp_path):
         dictionary(torch.float32, where=f"run/trainer_{i}/{{}}").write(tmp_path)
     with pytest.raises(ValueError, match=r"no SAE itself, but there are some in it; name one: .*trainer_0.*trainer_1"):
         read(tmp_path / "run")
+
+
+@pytest.mark.parametrize("run", [{"transcode": True}, {"sae": {"transcode": True}}])
+def test_a_sparsify_transcoder_whose_run_alone_says_so(tmp_path, run):
+    """As before February 2025: cfg.json had no such entry, and the run's config.json had."""
+    path = sparsify(torch.float32).write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=r"\.\./config\.json: sparsify: transcode is true: a transcoder"):
+        read(path)
+    edit(path / "cfg.json", transcode=False)  # what stands beside the weights holds
+    read(path)
+
+
+@pytest.mark.parametrize("text", ["{broken", "[1]"])
+def test_settings_of_another_program_above_are_none_of_ours(tmp_path, text):
+    sparse, dictionaries = sparsify(torch.float32), dictionary(torch.float32, "AutoEncoderNew")
+    for made in (sparse, dictionaries):
+        path = made.write(tmp_path / made.format)
+        (path / "config.json").unlink(missing_ok=True)
+        (path.parent / "config.json").write_text(text)
+        assert_same(read(path), made, torch.float32)
+
+
+@pytest.mark.parametrize("made", [sparsify(torch.float32, k=S + 1), sparsify(torch.float32, k=0)])
+def test_no_more_latents_of_a_row_than_there_are(tmp_path, made):
+    with pytest.raises(ValueError, match=rf"layers\.7: sparsify: k is \d+; it must be between 1 and d_sae = {S}"):
+        read(made.write(tmp_path))
+
+
+def test_a_scale_that_is_not_known_is_a_doubt_before_weights_are_read(tmp_path):
+    path = sae_lens(torch.float32, norm="expected_average_only_in").write(tmp_path)
+    assert read_header(Source(path)).doubts == read(path).doubts != ()
 
 
 def test_model_and_layer_are_told(tmp_path):

@@ -58,8 +58,8 @@ def patches(tmp_path_factory):
     }
     dense_BS = codes.dense().double()
     sae.save_pretrained(path / "sae")
-    return {"path": path, "sae": sae, "image_of_row": image_of_row, "dense": dense_BS, "x_BD": x_BD,
-            "patch_BE": patch_BE.double(), "emb_NE": emb_NE.double(), **stores}  # fmt: skip
+    known = {"path": path, "sae": sae, "image_of_row": image_of_row, "dense": dense_BS, "x_BD": x_BD}
+    return {**known, "patch_BE": patch_BE.double(), "emb_NE": emb_NE.double(), **stores}
 
 
 def pooled(rows_BS, image_of_row, pool):
@@ -113,8 +113,8 @@ def test_what_a_pool_refuses(patches, tmp_path):
 
 @pytest.mark.parametrize("kept_bytes", [0, 300, 1 << 30])
 def test_codes_that_do_not_fit_are_encoded_again(patches, kept_bytes):
-    images = ScoredImages(patches["x_BD"], {"": patches["patch_BE"]}, patches["sae"], batch_rows=8,
-                          kept_bytes=kept_bytes)  # fmt: skip
+    options = {"batch_rows": 8, "kept_bytes": kept_bytes}
+    images = ScoredImages(patches["x_BD"], {"": patches["patch_BE"]}, patches["sae"], **options)
     for _ in range(2):
         read = [codes.dense() for _, codes, _ in images.chunks()]
         assert torch.equal(torch.cat(read).double(), patches["dense"])
