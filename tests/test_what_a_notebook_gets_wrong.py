@@ -113,7 +113,7 @@ RETURNED = {
 }
 # What messages call an argument, where that is another word: what the command line calls it.
 ALIASES = {"spec": "model|text_model", "directory": "path", "path": "images|output", "width": "d_sae"}
-NOT_TRIED = {"name", "origin", "out"}  # for messages; a buffer of a hot path
+NOT_TRIED = {"image", "name", "origin", "out"}  # of processors, that refuse arrays themselves; for messages; a buffer
 
 
 @pytest.fixture(scope="module")
@@ -255,13 +255,13 @@ def complaint(call, arguments, name, value):
 
 @pytest.mark.parametrize("public", sorted(set(sf.__all__) - RETURNED))
 def test_every_public_function_refuses_wrong_kinds_by_the_name_of_the_argument(calls, public, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # an output or path "x" is a good one
+    monkeypatch.chdir(tmp_path)  # some values are names of files
     mine = {name: call for name, call in calls.items() if name.partition(".")[0] == public}
     assert mine, f"{public} is new: give `calls` arguments that it takes"
     for where, (call, arguments, *signature) in mine.items():
         names = tried(signature[-1] if signature else call)
         is_settings = isinstance(call, type) and issubclass(call, Settings)
-        assert is_settings or names == set(arguments), where
+        assert is_settings or names <= set(arguments), where
         call(**arguments)
         answers = {(name, repr(value)): complaint(call, arguments, name, value) for name in names for value in WRONG}
         assert not {question: answer for question, answer in answers.items() if answer is not None}, where

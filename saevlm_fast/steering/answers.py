@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ class SteeredAnswers:
 
         prompt: put into the processor's chat template, unless it holds the image token itself. ValueError: it is empty.
         """
-        check_kind("image", image, Image.Image, "an RGB image of PIL")
+        check_kind("image", image, (Image.Image, np.ndarray, Tensor), "an RGB image")
         check_kind("prompt", prompt, str, "a text")
         require(prompt.strip() != "", "prompt: is empty")
         inputs = self._inputs(image, prompt)
