@@ -45,6 +45,7 @@ def read(source: Source) -> PlainSAE:
     """
     cfg: dict[str, Any] = source.json(CONFIG) or {}
     where = source.at(CONFIG)
+    require(source.has(CONFIG, WEIGHTS), f"{where}: sparsify: it, or {WEIGHTS} beside it, is not there")
     check_record(cfg, _CONFIG, where, ValueError)
     for key, why in (
         ("transcode", "a transcoder, whose output is another site than its input"),
@@ -84,8 +85,9 @@ def read(source: Source) -> PlainSAE:
 def _refuse_old_transcoder(source: Source, cfg: dict[str, Any]) -> None:
     """Before February 2025 the run's config.json alone said so, under its root or under "sae"."""
     run = _run(source)
-    sae = run.get("sae") if isinstance(run.get("sae"), dict) else {}
-    old = "transcode" not in cfg and True in (run.get("transcode"), sae.get("transcode"))
+    sae = run.get("sae")
+    told = (run, sae) if isinstance(sae, dict) else (run,)
+    old = "transcode" not in cfg and any(each.get("transcode") is True for each in told)
     why = "transcode is true: a transcoder, whose output is another site than its input"
     require(not old, f"{source.at(_RUN)}: sparsify: {why}; it is not an SAE this engine has")
 
