@@ -79,7 +79,8 @@ def check_codes(latents: Tensor, row_offsets: Tensor | None) -> None:
 
 def check_similarity(similarity: str) -> None:
     """ValueError unless the similarity is one of SIMILARITIES."""
-    check(similarity in SIMILARITIES, f"similarity: {similarity!r} is not one of {', '.join(SIMILARITIES)}")
+    known = isinstance(similarity, str) and similarity in SIMILARITIES
+    check(known, f"similarity: {' '.join(repr(similarity).split()):.60} is not one of {', '.join(SIMILARITIES)}")
 
 
 # --- sparse codes ----------------------------------------------------------------------------------------------------

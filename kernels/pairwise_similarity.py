@@ -30,6 +30,7 @@ under cosine gives NaN, as 0 / 0 does in the reference. Neither operator is diff
 """
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,8 @@ def default_gamma(gamma: float | None, d_emb: int) -> float:
     """gamma, or 1 / E as in scikit-learn's rbf_kernel. ValueError unless it is positive and finite."""
     if gamma is None:
         return 1.0 / max(d_emb, 1)
-    check(0.0 < gamma < float("inf"), f"gamma: {gamma} is not a positive finite number")
+    fits = isinstance(gamma, Real) and 0.0 < gamma < float("inf")
+    check(fits, f"gamma: {' '.join(repr(gamma).split()):.60} is not a positive finite number")
     return float(gamma)
 
 

@@ -46,7 +46,8 @@ def threshold_select(pre_BS: Tensor, threshold: float | Tensor) -> tuple[Tensor,
     """Every activation above the threshold, one or [d_sae], and above 0 (and NaN). Nothing is padded."""
     n_rows, d_sae = pre_BS.shape
     flat = pre_BS.flatten()
-    kept = torch.nonzero((((pre_BS > threshold) & (pre_BS > 0)) | pre_BS.isnan()).flatten()).squeeze(1)
+    above_BS = pre_BS.double() > threshold  # as numbers: torch would round one to the dtype of pre
+    kept = torch.nonzero(((above_BS & (pre_BS > 0)) | pre_BS.isnan()).flatten()).squeeze(1)
     return _to_csr(flat[kept], kept, n_rows, d_sae, capacity=len(kept))
 
 

@@ -82,8 +82,8 @@ def threshold_encode(
     """(acts [M], latents [M] int64, row_offsets [B + 1] int64): every activation above max(threshold, 0), and NaN.
 
     BatchTopK at inference; ReLU, whose threshold is 0; and JumpReLU, whose threshold is a tensor [d_sae] of any
-    floating dtype, compared with an activation as numbers are, nothing rounded (on a GPU at most float32). M is exact,
-    for which a GPU is asked once per row chunk. Otherwise as topk_encode. No gradient flows to the threshold.
+    floating dtype (on a GPU at most float32). It is compared with an activation as numbers are, nothing rounded. M is
+    exact, for which a GPU is asked once per row chunk. Otherwise as topk_encode. No gradient flows to the threshold.
     """
     _check(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes)
     if not isinstance(threshold, Tensor):
@@ -98,10 +98,18 @@ def _check_thresholds(threshold_S: Tensor, x_BD: Tensor, d_sae: int) -> None:
     check(threshold_S.is_floating_point(), f"threshold: dtype {threshold_S.dtype}, must be floating point")
     check(threshold_S.device == x_BD.device, f"threshold: on {threshold_S.device}, but x is on {x_BD.device}")
     wide = threshold_S.dtype == torch.float64 and x_BD.device.type != "cpu"
-    check(
-        not wide,
-        f"threshold: dtype {threshold_S.dtype} on {x_BD.device}, float64 is for cpu only",
-    )
+    check(not wide, f"threshold: dtype {threshold_S.dtype} on {x_BD.device}, float64 is for cpu only")
+
+
+def _rounded_down(threshold: float, dtype: torch.dtype) -> float:
+    """The largest number of that dtype that is not above a threshold: the same numbers of the dtype are above both."""
+    if not 0 < threshold < math.inf or dtype == torch.float64:
+        return threshold
+    info = torch.finfo(dtype)
+    if threshold >= info.max:
+        return info.max
+    spacing = max(math.ldexp(info.eps, math.frexp(threshold)[1] - 1), info.smallest_normal * info.eps)
+    return math.floor(threshold / spacing) * spacing
 
 
 def _check(x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, buffer_bytes: int | None) -> None:
@@ -157,6 +165,7 @@ def batch_topk_encode_op(
 def threshold_encode_op(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    threshold = _rounded_down(threshold, x_BD.dtype)
     if gpu.screens_cuda(x_BD, W_enc_DS):
         return gpu.threshold_encode_screened_cuda(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
     from .topk_encode_batch_triton import launch_threshold_encode
@@ -201,6 +210,7 @@ def batch_topk_encode_cpu(
 def threshold_encode_cpu(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    threshold = _rounded_down(threshold, x_BD.dtype)
     if threshold > 0 and screened.screens(x_BD, W_enc_DS):  # of a bound of 0 a screen cannot be sure
         return screened.threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
     return plain.threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)

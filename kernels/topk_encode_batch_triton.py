@@ -281,7 +281,7 @@ def launch_threshold_encode(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_sae = W_enc_DS.shape[1]
-    # The threshold as x's dtype holds it, which is what torch compares with; its float32 bits are its key.
+    # A number of x's dtype (topk_encode.py rounds it down); its float32 bits are its key.
     bound = torch.tensor([max(0.0, threshold)], dtype=x_BD.dtype).float().view(torch.int32)
     found = torch.cat([bound, torch.zeros(1, dtype=torch.int32)]).to(x_BD.device)
     acts, positions = [x_BD.new_empty(0)], [x_BD.new_empty(0, dtype=torch.int64)]

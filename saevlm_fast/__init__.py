@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from saevlm_fast.harvesting.config import HarvestConfig
     from saevlm_fast.images.open import open_images
     from saevlm_fast.inspection import inspect
+    from saevlm_fast.look.show import ShownLatent, show
     from saevlm_fast.measures.label_sets import LabelSet
     from saevlm_fast.measures.measure import Evaluation, measure
     from saevlm_fast.measures.taxonomy import Taxonomy
@@ -62,6 +63,7 @@ __all__ = [
     "MonosemanticityScores",
     "RunOptions",
     "SAEConfig",
+    "ShownLatent",
     "SparseAutoencoder",
     "SparseCodes",
     "SteeredAnswers",
@@ -88,6 +90,7 @@ __all__ = [
     "rank_agreement",
     "scale",
     "score",
+    "show",
     "steer",
     "steer_rows",
     "top_images",
@@ -113,6 +116,7 @@ _HOMES = {
     "measures.label_sets": ("LabelSet",),
     "measures.measure": ("Evaluation", "measure"),
     "measures.taxonomy": ("Taxonomy",),
+    "look.show": ("ShownLatent", "show"),
     "sae": ("SparseAutoencoder",),
     "scoring.monosemanticity": ("MonosemanticityScores", "score"),
     "scoring.top_images": ("TopImages", "top_images"),

@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from saevlm_fast.errors import did_you_mean, require
+from saevlm_fast.errors import check_kind, did_you_mean, require, shown
 from saevlm_fast.settings import Settings, integer, number_or_auto, numbers, same_as, setting
 
 Architecture = Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu"]
@@ -103,7 +103,7 @@ class SAESize(Settings):
 
     def config(self, d_in: int) -> "SAEConfig":
         """The SAE of activations of width d_in. ValueError: as `SAEConfig.sized`."""
-        require(_is_whole(d_in), f"d_in: {d_in!r} must be a whole number")
+        require(_is_whole(d_in), f"d_in: {shown(d_in)} must be a whole number")
         d_sae = self.d_sae
         if d_sae is None:
             d_sae = round((EXPANSION if self.expansion is None else self.expansion) * d_in)
@@ -149,9 +149,10 @@ class SAEConfig(Settings):
             value = getattr(self, name)
             if name == "k" and value is None:
                 continue
-            require(_is_whole(value), f"{name}: {value!r} must be a whole number")
+            require(_is_whole(value), f"{name}: {shown(value)} must be a whole number")
             require(value <= LARGEST, f"{name}: {value} must be below 2^31")
         super().check()
+        check_kind("metadata", self.metadata, Mapping, "a mapping")
         require(self.k is not None or self.architecture != "topk", "k: is None; a topk SAE needs it")
         fits = self.k is None or 1 <= self.k <= self.d_sae
         require(fits, f"k: {self.k} must be between 1 and d_sae = {self.d_sae}")
@@ -161,7 +162,7 @@ class SAEConfig(Settings):
         several = self.input_norm != "layer_norm" or self.d_in > 1
         require(several, "input_norm: layer_norm of one number, which has no standard deviation")
         for size in self.group_sizes:
-            require(_is_whole(size), f"group_sizes: {size!r} must be a whole number")
+            require(_is_whole(size), f"group_sizes: {shown(size)} must be a whole number")
         object.__setattr__(self, "group_sizes", tuple(int(size) for size in self.group_sizes))
         require(min(self.group_sizes) >= 1, f"group_sizes: {self.group_sizes} must all be at least 1")
         require(

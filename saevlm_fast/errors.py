@@ -4,7 +4,8 @@ Every message names the argument (or the file), its value and the limit, in one 
 """
 
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 
 class ActivationError(ValueError):
@@ -29,13 +30,37 @@ def require(condition: bool, message: str, error: type[ValueError] = ValueError)
         raise error(message)
 
 
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """ValueError: the value is of none of the kinds: "sae: 'x' is not a SparseAutoencoder". For public arguments."""
+    require(isinstance(value, kinds), f"{name}: {shown(value)} is not {wanted}")
+
+
+def shown(value: object) -> str:
+    """A value as messages have it: its repr in one line, 60 characters at most."""
+    return f"{' '.join(repr(value).split()):.60}"
+
+
 def whole_number(name: str, value: object, at_least: int = 1) -> int:
     """The value as Python's int. ValueError: another kind (true and false too), below the limit or 2^62 and more."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    require(whole, f"{name}: {value!r:.60} is not a whole number".replace("\n", " "))
+    require(whole, f"{name}: {shown(value)} is not a whole number")
     number = int(value)  # type: ignore[call-overload]
-    require(at_least <= number < 2**62, f"{name}: {number} must be at least {at_least} and below 2^62")
+    limit = "not be negative" if at_least == 0 else f"be at least {at_least}"
+    require(number >= at_least, f"{name}: {number} must {limit}")
+    require(number < 2**62, f"{name}: {number} must be below 2^62")
     return number
+
+
+def real_number(name: str, value: object) -> float:
+    """The value as Python's float: of a number, also NumPy's, or a tensor or array of one. ValueError: it is none."""
+    single: Any = value
+    if getattr(value, "shape", None) == ():
+        single = single.item()
+    require(isinstance(single, Real) and not isinstance(single, bool), f"{name}: {shown(value)} is not a number")
+    try:
+        return float(single)
+    except OverflowError:
+        raise ValueError(f"{name}: {shown(value)} is beyond float64") from None
 
 
 def first_line(error: BaseException, longest: int = 200) -> str:

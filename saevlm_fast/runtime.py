@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saevlm_fast.errors import require
+from saevlm_fast.errors import check_kind, require
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -17,9 +17,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
     Raises:
         ValueError: a device that torch does not know or that is not here.
     """
-    require(
-        isinstance(name, str | torch.device), f"device: {name!r:.60} is not a device; use auto, cpu, cuda or cuda:N"
-    )
+    check_kind("device", name, (str, torch.device), "a device; use auto, cpu, cuda or cuda:N")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saevlm_fast.config import SAEConfig
-from saevlm_fast.errors import Doubt, require
+from saevlm_fast.errors import Doubt, check_kind, require
 from saevlm_fast.formats import registry, sae_lens
 from saevlm_fast.formats.header import Header
 from saevlm_fast.formats.hub import resolve
@@ -19,6 +19,8 @@ from saevlm_fast.formats.plain import Activation, PlainSAE
 from saevlm_fast.formats.source import Source
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
+from saevlm_fast.runtime import resolve_device
+from saevlm_fast.settings import path_of
 from saevlm_fast.sparse_codes import SparseCodes
 
 WEIGHTS_FILE, CONFIG_FILE = sae_lens.WEIGHTS_FILE, sae_lens.CONFIG_FILE
@@ -53,9 +55,9 @@ class SparseAutoencoder(nn.Module):
         config: as given.
         W_enc: [d_in, d_sae]. Held latent-major (its memory is [d_sae, d_in]): a latent's weights are contiguous, which
             is what gathers and per-latent updates read.
-        b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows. b_dec: [d_in].
+        b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows of those trained here. b_dec: [d_in].
         threshold: scalar, the inference cut of BatchTopK architectures, negative while it has not been calibrated; 0 of
-            relu. [d_sae] of jumprelu, where negative ones act as 0.
+            relu. [d_sae] of jumprelu, where negative ones act as 0. In float32 at least.
     """
 
     threshold: Tensor
@@ -69,6 +71,9 @@ class SparseAutoencoder(nn.Module):
         random: bool = True,
     ):
         super().__init__()
+        check_kind("config", config, SAEConfig, "an SAEConfig; SAEConfig.sized(d_in) makes one")
+        check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
+        device = resolve_device(device)
         self.config = config
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.W_enc = nn.Parameter(_empty(config, options).T)
@@ -151,6 +156,7 @@ class SparseAutoencoder(nn.Module):
             ValueError: a wrong last dimension, a threshold that was never calibrated, or a k that is not known.
         """
         x = self._checked(x)
+        check_kind("use_threshold", use_threshold, (bool, type(None)), "true, false or None")
         statistics = self._statistics(x)
         if statistics is not None:
             x = (x - statistics.mean) / statistics.divisor
@@ -176,8 +182,7 @@ class SparseAutoencoder(nn.Module):
 
     def _checked(self, x: Tensor) -> Tensor:
         """x as kernels take it. ValueError: it is no tensor [..., d_in]."""
-        if not isinstance(x, Tensor):
-            raise ValueError(f"x: {type(x).__name__} is not a tensor [..., {self.config.d_in}]")
+        check_kind("x", x, Tensor, f"a tensor [..., {self.config.d_in}]")
         require(
             x.dim() >= 1 and x.shape[-1] == self.config.d_in,
             f"x: last dimension of {tuple(x.shape)} must be d_in = {self.config.d_in}",
@@ -213,6 +218,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: they are needed and missing.
         """
+        check_kind("codes", codes, SparseCodes, "SparseCodes; encode(x) gives them")
         x_hat = sparse_decode(*codes.flat(), self.W_dec, self.b_dec).view(*codes.shape[:-1], self.config.d_in)
         return self._raw(x_hat, statistics)
 
@@ -226,6 +232,7 @@ class SparseAutoencoder(nn.Module):
 
     def _raw(self, x_hat: Tensor, statistics: InputStatistics | None) -> Tensor:
         """n^-1 of a reconstruction."""
+        check_kind("statistics", statistics, (InputStatistics, type(None)), "what input_statistics gives")
         if self.config.input_norm == "none":
             return x_hat
         require(
@@ -262,7 +269,7 @@ class SparseAutoencoder(nn.Module):
             ValueError: a BatchTopK SAE whose threshold was never calibrated, weights that are not finite. OSError: it
                 cannot be written.
         """
-        directory = Path(directory)
+        directory = path_of("directory", directory)
         directory.mkdir(parents=True, exist_ok=True)
         sae_lens.write(self.to_plain(), directory)
 
@@ -296,6 +303,9 @@ class SparseAutoencoder(nn.Module):
             ValueError: a missing, damaged, altered or inconsistent file, files of no known format, or an architecture
                 this engine does not have.
         """
+        device = resolve_device(device)
+        check_kind("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype")
+        check_kind("assume", assume, (Mapping, type(None)), "a mapping")
         local = resolve(path)
         plain = registry.read(local.path, trust_pickle=trust_pickle, assume={**local.assume, **(assume or {})})
         for doubt in plain.doubts:
@@ -323,6 +333,11 @@ def _config_of(described: PlainSAE | Header) -> SAEConfig:
     )
 
 
+def check_sae(sae: object, name: str = "sae") -> None:
+    """ValueError: it is none."""
+    check_kind(name, sae, SparseAutoencoder, "a SparseAutoencoder; from_pretrained(DIR) opens one")
+
+
 class SAEHeader(NamedTuple):
     """What the files of an SAE say without its weights being read, where their format allows that.
 
@@ -343,7 +358,8 @@ class SAEHeader(NamedTuple):
 
 def read_sae_header(path: str | Path) -> SAEHeader:
     """The header of an SAE that from_pretrained opens. ValueError: files that are missing, damaged or inconsistent."""
-    source = Source(resolve(path).path)
+    local = resolve(path)
+    source = Source(local.path, assume=local.assume)
     found = registry.detect(source)
     header = registry.read_header(source)
     low, high = header.thresholds or (None, None)
@@ -371,9 +387,9 @@ def evaluating(sae: SparseAutoencoder) -> Iterator[SparseAutoencoder]:
 
 def _first_threshold(config: SAEConfig, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """Where it starts: not calibrated, none, or that of every latent before training (dictionary_learning's)."""
-    if config.architecture != "jumprelu":
-        return torch.tensor(0.0 if config.architecture == "relu" else -1.0, device=device, dtype=torch.float32)
     wide = torch.promote_types(dtype, torch.float32)
+    if config.architecture != "jumprelu":
+        return torch.tensor(0.0 if config.architecture == "relu" else -1.0, device=device, dtype=wide)
     return torch.full((config.d_sae,), FIRST_THRESHOLD, device=device, dtype=wide)
 
 

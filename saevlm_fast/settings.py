@@ -19,7 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from saevlm_fast.errors import require
+from saevlm_fast.errors import check_kind, require, shown
 
 _KEY = "setting"
 NUMBERS: dict[Any, tuple[str, Any]] = {  # kind -> its name, what is accepted for it
@@ -132,16 +132,23 @@ class Settings:
             elif kind in NUMBERS:
                 what, accepted = NUMBERS[kind]
                 fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
-                require(fits, f"{name}: {value!r} is not {what}")
+                require(fits, f"{name}: {shown(value)} is not {what}")
                 if not isinstance(value, int | float):  # NumPy's own
                     value = kind(value)
                     object.__setattr__(self, name, value)
+            elif kind is str:
+                if type(value).__name__ == "device":  # torch's, which is not imported for that
+                    value = str(value)
+                    object.__setattr__(self, name, value)
+                check_kind(name, value, str, "a text")
             elif get_origin(kind) is tuple:
-                object.__setattr__(self, name, _plain(name, _several(name, value), get_args(kind)[0]))
+                object.__setattr__(self, name, _plain(name, several(name, value), get_args(kind)[0]))
             if kind is Path or kind is bool:
                 continue
             if choices:
-                require(value in choices, f"{name}: {value!r} is not one of {', '.join(map(str, choices))}")
+                plain = isinstance(value, str | int)  # not what compares elementwise
+                listed = ", ".join(map(str, choices))
+                require(plain and value in choices, f"{name}: {shown(value)} is not one of {listed}")
             elif isinstance(value, int | float):
                 require(not isinstance(value, int) or value < 2**62, f"{name}: {value} must be below 2^62")
                 must = f"must be {known.limits}".replace("be not", "not be")
@@ -194,13 +201,13 @@ def _optional(cls: Any) -> frozenset[str]:
     return frozenset(name for name, kind in kinds if type(None) in get_args(kind) or kind is Any)
 
 
-def _several(name: str, value: Any) -> tuple[Any, ...]:
-    """In an order that was meant: not those of a set."""
+def several(name: str, value: Any) -> tuple[Any, ...]:
+    """The values of a list, tuple or array, in an order that was meant: not those of a set. ValueError: no such."""
     try:
         values = None if isinstance(value, str | bytes | Mapping | Set) else tuple(value)
     except TypeError:  # also of an array of no dimension, which says that it can be iterated
         values = None
-    require(values is not None, f"{name}: {value!r} is not several values in an order")
+    require(values is not None, f"{name}: {shown(value)} is not several values in an order")
     return values or ()
 
 
@@ -210,7 +217,7 @@ def _plain(name: str, values: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:
         return values
     what, accepted = NUMBERS[kind]
     bad = [value for value in values if not isinstance(value, accepted) or isinstance(value, bool)]
-    require(not bad, f"{name}: {bad[0] if bad else None!r} is not {what}")
+    require(not bad, f"{name}: {shown(bad[0]) if bad else None} is not {what}")
     return tuple(value if isinstance(value, int | float) else kind(value) for value in values)
 
 
@@ -246,7 +253,7 @@ def default_of(cls: type, name: str) -> Any:
 
 def path_of(name: str, text: Any) -> Path:
     """A path. ValueError: it is empty, which is not the working directory, or holds a NUL."""
-    require(isinstance(text, str | os.PathLike), f"{name}: {text!r} is not a path")
+    check_kind(name, text, (str, os.PathLike), "a path")
     path = os.fspath(text)
     require(path != "", f"{name}: is empty; . is the working directory")
     require("\0" not in path, f"{name}: {path!r} holds a NUL")

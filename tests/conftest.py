@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -15,6 +16,9 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 # Test shapes are tiny: a second thread only spins, and on a busy machine it makes the suite several times slower.
 torch.set_num_threads(1)
+# A machine may stand still for longer than any deadline of an example: what hangs is ended by pytest-timeout.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,17 @@ def test_a_batch_topk_without_threshold_was_never_calibrated():
         SAEConfig(8, 16, None, "topk")
 
 
+@pytest.mark.parametrize("activation", ["batch_topk", "matryoshka", "jumprelu"])
+def test_a_threshold_of_float64_is_not_rounded(activation, tmp_path):
+    form = plain(activation)
+    sae = SparseAutoencoder.from_plain(form)
+    assert torch.equal(sae.to_plain().threshold, form.threshold.clamp(min=0))
+    sae.save_pretrained(tmp_path)
+    loaded = SparseAutoencoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded.threshold, sae.threshold)
+    assert loaded.threshold.dtype == torch.float64
+
+
 def test_groups_of_a_jumprelu_sae_are_kept():
     form = plain("jumprelu", group_sizes=(20, S - 20))
     sae = SparseAutoencoder.from_plain(form)
@@ -228,7 +239,7 @@ def test_steering_changes_every_token_by_its_own_scale(activation, input_norm, o
     torch.testing.assert_close(found_ND, steered(form, x_ND, edits, only, error), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     activation=st.sampled_from(["relu", "jumprelu", "batch_topk", "matryoshka", "topk"]),
     input_norm=st.sampled_from(NORMS),

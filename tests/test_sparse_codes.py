@@ -16,7 +16,7 @@ def make(n_rows, k, d_sae, layout, seed=0):
     return random_sparse_codes(n_rows, k, d_sae, layout, torch.float32, seed)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 9), st.integers(0, 5), st.sampled_from([6, 70_000]), st.sampled_from(LAYOUTS), st.integers(0, 9))
 def test_every_form_is_the_same_dense_codes(n_rows, k, d_sae, layout, seed):
     codes = make(n_rows, k, d_sae, layout, seed)
@@ -37,7 +37,7 @@ def test_every_form_is_the_same_dense_codes(n_rows, k, d_sae, layout, seed):
     codes.compact().check("codes", as_stored=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 9), st.integers(0, 5), st.sampled_from([6, 70_000]), st.sampled_from(LAYOUTS), st.integers(0, 9))
 def test_by_latent_is_the_transposed_dense_codes(n_rows, k, d_sae, layout, seed):
     codes = make(n_rows, k, d_sae, layout, seed)

@@ -1,12 +1,19 @@
 """Loose arguments from a notebook: tensors are taken as they are, what is wrong is named in one line."""
 
+import inspect
+import itertools
 import json
+import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import saevlm_fast as sf
+from saevlm_fast.settings import Settings
+from saevlm_fast.towers.tower import HookPoint
 
 X, E = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32), torch.randn(300, 8)
 CONFIG = sf.SAEConfig.sized(16, k=3, expansion=4)
@@ -29,8 +36,8 @@ def test_tensors_and_arrays_are_activations(sae):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda sae: sf.train(3, CONFIG), "activations: int"),
-        (lambda sae: sf.train(X, 64), "sae_config: 64|sae_config: int"),
+        (lambda sae: sf.train(3, CONFIG), "activations: 3 is not Activations"),
+        (lambda sae: sf.train(X, 64), "sae_config: 64 is not an SAEConfig"),
         (lambda sae: sf.train(X, CONFIG, {"steps": 3}), "config: {'steps': 3} is not a TrainConfig"),
         (lambda sae: sf.train(X, CONFIG, steps=2.5), "steps: 2.5 is not a whole number"),
         (lambda sae: sf.train(X, CONFIG, steps=True), "steps: True is not a whole number"),
@@ -45,10 +52,10 @@ def test_tensors_and_arrays_are_activations(sae):
         (lambda sae: sf.SAEConfig.sized(64, k=2.5), "k: 2.5 is not a whole number"),
         (lambda sae: sf.SAEConfig.sized(64, architecture=None), "architecture: is None"),
         (lambda sae: sf.SAEConfig.sized(64, groups=0.5), "groups: 0.5 is not several values"),
-        (lambda sae: sf.score(X, E, "sae"), "sae: str is not a SparseAutoencoder"),
+        (lambda sae: sf.score(X, E, "sae"), "sae: 'sae' is not a SparseAutoencoder"),
         (lambda sae: sf.score(X, E, sae, device="gpu"), "device: 'gpu'"),
         (lambda sae: sf.top_images(X, [(1, 0.5)], 3, sae), "latents: torch.float32"),
-        (lambda sae: sae.encode(X), "x: ndarray is not a tensor"),
+        (lambda sae: sae.encode(X), r"x: array.* is not a tensor"),
         (
             lambda sae: sae.encode(torch.from_numpy(X).half()),
             r"x: float16, the SAE is float32; encode\(x.to",
@@ -60,11 +67,11 @@ def test_tensors_and_arrays_are_activations(sae):
         (lambda sae: sf.top_images(X, [1], 0, sae), "n: 0 must be at least 1"),
         (lambda sae: sf.top_images(X, [1], 10**30, sae), "n: 10+ must be at least 1 and below"),
         (lambda sae: sf.top_images(X, [1], 2, sae, batch_rows="8"), "batch_rows: '8' is not a whole number"),
-        (lambda sae: sf.top_images(X, [1], 2, "sae"), "sae: str is not a SparseAutoencoder"),
-        (lambda sae: sf.top_images(X, [1], 2, []), "sae: list is not a SparseAutoencoder"),
+        (lambda sae: sf.top_images(X, [1], 2, "sae"), "sae: 'sae' is not a SparseAutoencoder"),
+        (lambda sae: sf.top_images(X, [1], 2, []), r"sae: \[\] is not a SparseAutoencoder"),
         (lambda sae: sf.score(X, E, sae, batch_rows=2.5), "batch_rows: 2.5 is not a whole number"),
         (lambda sae: sf.score(X, E, sae, device=0), "device: 0 is not a device"),
-        (lambda sae: sf.evaluate("sae", X), "sae: str is not a SparseAutoencoder"),
+        (lambda sae: sf.evaluate("sae", X), "sae: 'sae' is not a SparseAutoencoder"),
         (lambda sae: sf.evaluate(sae, X, batch_rows=0), "batch_rows: 0 must be at least 1"),
     ],
 )
@@ -80,3 +87,181 @@ def test_several_values_may_come_in_any_form():
     with pytest.raises(ValueError, match="betas: 'a' is not a number"):
         sf.TrainConfig(betas=("a", "b"))
     assert sf.top_images(X, [], 3) == []
+
+
+# --- every public name with values of wrong kinds ---------------------------------------------------------------------
+
+SHOTS = sf.Activations.from_tensor(X)
+WRONG = (
+    object(),
+    "x",
+    2.5,
+    -1,
+    b"b",
+    ["a", None],
+    {},
+    None,
+    torch.randn(2, 2),
+    np.arange(3),
+    10**30,
+    len,
+)
+# Made by the functions below and not by hand, or a name for values that are checked where they are used.
+RETURNED = {
+    *("ActivationError", "ImageError", "Interrupted", "SteeredRow", "__version__"),
+    *("Evaluation", "MonosemanticityScores", "SparseCodes", "StoredCodes", "TopImages", "Tower", "TrustedScores"),
+}
+# What messages call an argument, where that is another word: what the command line calls it.
+ALIASES = {"spec": "model|text_model", "directory": "path", "path": "images|output", "width": "d_sae"}
+NOT_TRIED = {"name", "origin", "out"}  # for messages; a buffer of a hot path
+
+
+@pytest.fixture(scope="module")
+def calls(sae, tmp_path_factory):
+    """Every public function, class and method that takes arguments, with arguments that it takes."""
+    tmp = tmp_path_factory.mktemp("kinds")
+    sae.save_pretrained(tmp / "sae")
+    items = {"image": [str(i) for i in range(len(X))], "token": [0] * len(X)}
+    with sf.ActivationWriter(tmp / "store", 16, torch.float32, {}) as writer:
+        writer.append(torch.from_numpy(X), items)
+    with sf.CodesWriter(tmp / "codes", 64, torch.float32, {}) as codes_writer:
+        codes_writer.write_shard(0, sae.encode(torch.from_numpy(X)), items)
+    loaded_tower, scored, numbers = sf.load_tower("hf:tiny-clip"), sf.score(X, E, sae), itertools.count()
+    tower = loaded_tower.model
+
+    def new(start, path, *arguments, **more):
+        """A writer's directory is another one at each call."""
+        return start(tmp / f"new{next(numbers)}" if path == "new" else path, *arguments, **more)
+
+    def entered(context):
+        return lambda *arguments, **more: context(*arguments, **more).__enter__()
+
+    written = {"path": "new", "dtype": torch.float32, "source": {}}
+    scores = {"activations": X, "embeddings": E, "sae": sae, "similarity": "cosine", "pool": None}
+    scores |= {"batch_rows": 128, "device": "cpu"}
+    trusted = scores | {"seed": 0}
+    llava, processor = sf.load_llava("hf:tiny-llava")
+    answering = {"model": llava, "processor": processor, "sae": tower_sae(llava), "layer": 1, "tokens": "all"}
+    answering |= {"error": "drop", "batch_size": 2, "max_new_tokens": 1}
+    answerer = sf.SteeredAnswers(**answering)
+    picture = Image.new("RGB", (48, 48), "red")
+    asked = sf.SteeredRow(answerer.ask(picture, "What colour is the object?"), None)
+    site = {"model": tower, "sae": tower_sae(tower), "layer": 1, "tokens": "all", "error": "drop"}
+    loaded = {"spec": "hf:tiny-clip", "device": "cpu"}
+    config = sf.SAEConfig.sized(16, k=3, expansion=2)
+    harvested = {"model": loaded_tower, "images": "scenes:test:2", "layer": 1, "point": "residual", "tokens": "cls"}
+    harvested |= {"output": None, "sae": None, "device": "cpu"}
+    return {
+        "Activations.from_tensor": (sf.Activations.from_tensor, {"x": X}),
+        "Activations.chunks": (SHOTS.chunks, {"n": 100}),
+        "Activations.rows": (SHOTS.rows, {"indices": torch.tensor([1, 2])}),
+        "ActivationWriter": (
+            partial(new, sf.ActivationWriter),
+            written | {"d_in": 16, "rows_per_shard": 8},
+            sf.ActivationWriter,
+        ),
+        "CodesWriter": (partial(new, sf.CodesWriter), written | {"width": 64}, sf.CodesWriter),
+        "Edit": (sf.Edit, {"latent": 1, "factor": 1.0, "offset": 0.0}),
+        "HarvestConfig": (sf.HarvestConfig, {"points": (HookPoint("residual", 1),)}),
+        "HarvestOptions": (sf.HarvestOptions, {"output": tmp / "out"}),
+        "LabelSet.of": (sf.LabelSet.of, {"labels": ["a", "b"]}),
+        "RunOptions": (sf.RunOptions, {}),
+        "SAEConfig": (sf.SAEConfig, {"d_in": 16, "d_sae": 32, "k": 3}),
+        "SAEConfig.sized": (
+            sf.SAEConfig.sized,
+            {"d_in": 16, "expansion": None, "d_sae": 32, "k": 3, "architecture": "matryoshka", "groups": (0.5, 0.5)},
+        ),
+        "SparseAutoencoder": (
+            sf.SparseAutoencoder,
+            {"config": config, "device": "cpu", "dtype": torch.float32},
+        ),
+        "SparseAutoencoder.encode": (sae.encode, {"x": torch.from_numpy(X), "use_threshold": True}),
+        "SparseAutoencoder.decode": (sae.decode, {"codes": sae.encode(torch.from_numpy(X)), "statistics": None}),
+        "SparseAutoencoder.from_pretrained": (
+            sf.SparseAutoencoder.from_pretrained,
+            {"path": tmp / "sae", "device": "cpu", "dtype": None, "assume": None},
+        ),
+        "SparseAutoencoder.save_pretrained": (sae.save_pretrained, {"directory": tmp / "again"}),
+        "SteeredAnswers": (sf.SteeredAnswers, answering),
+        "SteeredAnswers.ask": (answerer.ask, {"image": picture, "prompt": "What colour is the object?"}),
+        "SteeredAnswers.answers": (answerer.answers, {"rows": [asked]}),
+        "Taxonomy.of": (sf.Taxonomy.of, {"paths": {"a": ["b", "c"]}}),
+        "TrainConfig": (sf.TrainConfig, {}),
+        "add": (sf.add, {"latent": 1, "alpha": 2.0}),
+        "clamp": (sf.clamp, {"latent": 1, "alpha": 2.0}),
+        "evaluate": (sf.evaluate, {"sae": sae, "activations": X, "batch_rows": 128}),
+        "harvest": (partial(sf.harvest, workers=0), harvested, sf.harvest),
+        "inspect": (sf.inspect, {"path": tmp / "store"}),
+        "load_llava": (sf.load_llava, {"spec": "hf:tiny-llava", "device": "cpu", "dtype": "auto"}),
+        "load_text_encoder": (sf.load_text_encoder, loaded),
+        "load_tower": (sf.load_tower, loaded),
+        "measure": (
+            sf.measure,
+            {"saes": sae, "activations": X, "embeddings": E, "labels": ["a", "b", "c"] * 100, "taxonomy": None}
+            | {"controls": (), "pool": "max", "batch_rows": 128, "output": None},
+        ),
+        "open_activations": (sf.open_activations, {"path": tmp / "store"}),
+        "open_activations.items": (sf.open_activations(tmp / "store").items, {"rows": [1, 2]}),
+        "open_codes": (sf.open_codes, {"path": tmp / "codes"}),
+        "open_images": (sf.open_images, {"path": "scenes:test:3"}),
+        "rank_agreement": (sf.rank_agreement, {"scores": {"a": scored, "b": scored}}),
+        "scale": (sf.scale, {"latent": 1, "factor": 2.0}),
+        "score": (sf.score, scores | {"gamma": None}),
+        "steer": (entered(sf.steer), site | {"edits": [sf.clamp(1, 2.0)]}, sf.steer),
+        "steer_rows": (entered(sf.steer_rows), site | {"rows": [[sf.clamp(1, 2.0)]], "tiles": [1]}, sf.steer_rows),
+        "top_images": (sf.top_images, {"activations": X, "latents": [1], "n": 2, "sae": sae, "batch_rows": 128}),
+        "train": (
+            partial(sf.train, steps=1, batch_size=64),
+            {"activations": X, "sae_config": CONFIG, "config": None, "options": None, "validation": None},
+            sf.train,
+        ),
+        "trusted_score": (sf.trusted_score, trusted),
+        "trusted_scores": (sf.trusted_scores, trusted | {"embeddings": {"e": E}}),
+        "verify": (sf.verify, {"path": tmp / "store"}),
+        "zero": (sf.zero, {"latent": 1}),
+    }
+
+
+def tower_sae(model):
+    vision = getattr(model.config, "vision_config", model.config)
+    return sf.SparseAutoencoder(sf.SAEConfig.sized(vision.hidden_size, k=3, d_sae=32, architecture="topk"))
+
+
+def tried(function):
+    """Parameters whose kind is looked at: not callbacks, flags (anything is true or false) and `NOT_TRIED`."""
+    return {
+        name
+        for name, each in inspect.signature(function).parameters.items()
+        if each.kind is not each.VAR_KEYWORD and not name.startswith("on_")
+        if not isinstance(each.default, bool) and name not in NOT_TRIED
+    }
+
+
+def complaint(call, arguments, name, value):
+    """What is wrong with the answer to a wrong value; None if it is taken, or refused in one line.
+
+    Of some values no argument is: these are refused by its name.
+    """
+    never_right = type(value) in (object, type(len))
+    try:
+        call(**arguments | {name: value})
+    except (ValueError, OSError) as error:
+        by_name = not never_right or re.search(f"{name}|{ALIASES.get(name, name)}", str(error))
+        return None if by_name and re.fullmatch(".+", str(error)) else str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "was taken" if never_right else None
+
+
+@pytest.mark.parametrize("public", sorted(set(sf.__all__) - RETURNED))
+def test_every_public_function_refuses_wrong_kinds_by_the_name_of_the_argument(calls, public, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an output or path "x" is a good one
+    mine = {name: call for name, call in calls.items() if name.partition(".")[0] == public}
+    assert mine, f"{public} is new: give `calls` arguments that it takes"
+    for where, (call, arguments, *signature) in mine.items():
+        names = tried(signature[-1] if signature else call)
+        is_settings = isinstance(call, type) and issubclass(call, Settings)
+        assert is_settings or names == set(arguments), where
+        call(**arguments)
+        answers = {(name, repr(value)): complaint(call, arguments, name, value) for name in names for value in WRONG}
+        assert not {question: answer for question, answer in answers.items() if answer is not None}, where

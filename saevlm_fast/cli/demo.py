@@ -160,7 +160,7 @@ def _print_files(output: Path, latents: "list[ColourLatent]", seconds: float) ->
     from saevlm_fast.demo.steering import LLAVA, QUESTION
 
     say(f"{seconds:.0f} s; wrote {', '.join(str(output / name) for name in FILES)}")
-    say("Look at the picture.")
+    say(f"Look at the picture, and open {output / 'report' / 'index.html'} in a browser.")
     for each in latents[:1]:
         say("Steer it yourself:")
         say(

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from saevlm_fast.cli.evaluate_model import SplicedArguments, open_behaviour, print_behaviour
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
-from saevlm_fast.cli.terminal import Bar, print_table, say, warn
+from saevlm_fast.cli.terminal import Bar, print_table, print_wide_table, say, warn
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
 from saevlm_fast.settings import setting, texts
 
 if TYPE_CHECKING:
-    from saevlm_fast.measures.measure import Evaluation, Inputs
+    from saevlm_fast.measures.inputs import Inputs
+    from saevlm_fast.measures.measure import Evaluation
     from saevlm_fast.measures.subjects import Subject
     from saevlm_fast.sae import SparseAutoencoder
 
@@ -25,6 +27,7 @@ CONTROLS = ("untrained", "rotation", "raw", "pca", "kmeans")  # those of measure
 _OURS = (EVALUATION, LATENTS, PAIRS, "parts", PICTURE, SETTINGS_FILE)
 _LATENT_BYTES = 400  # of both tables, about
 _ENTRY_BYTES = 24
+_SHORT = {"better, seeds missing": "better", "does not separate: not better": "NO"}
 _NO_LABELS, _FROM_STORE = "none", "store"
 
 
@@ -39,9 +42,10 @@ def _controls(name: str, text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments(WorkOptions):
+class EvaluateArguments(SplicedArguments, WorkOptions):
     """Options of `saevlm-fast evaluate`."""
 
+    title = "What is measured"
     sae: tuple[str, ...] = setting(
         help="SAE directories, separated by commas, or the option given again; seeds of one shape make a group.",
         parse=texts,
@@ -62,6 +66,7 @@ class EvaluateArguments(WorkOptions):
         parse=_controls,
         shown="none",
     )
+    compat: Literal["none", "visaebench"] = setting("none", help="Numbers as another benchmark computes them, as well.")
     compare: bool = setting(False, help="Match the first SAE's latents with those of each other.")
     pool: Literal["max", "mean"] = setting("max", help="Of the rows of an image, where there are several.")
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
@@ -80,6 +85,7 @@ class EvaluateArguments(WorkOptions):
         require(not self.compare or len(self.sae) > 1, "compare: needs at least two SAEs; give --sae again")
         needs_labels = self.taxonomy is None or self.labels != _NO_LABELS
         require(needs_labels, "taxonomy: it is about labels, and --labels none leaves them out")
+        require(self.compat == "none" or self.pool == "max", "compat: visaebench pools by the maximum; give --pool max")
         path = Path(self.labels)
         known = self.labels in (_FROM_STORE, _NO_LABELS) or path.suffix in (".csv", ".parquet")
         require(known, f"labels: {self.labels!r} is not store, none, FILE.csv or FILE.parquet")
@@ -120,8 +126,8 @@ def open_subjects(options: EvaluateArguments) -> "tuple[list[Subject], dict[str,
 def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencoder]") -> "Inputs":
     """What they are measured on. ValueError: what is damaged, of other images, or of another layer than the SAEs'."""
     from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.measures.inputs import Inputs
     from saevlm_fast.measures.label_sets import LabelSet, read_labels
-    from saevlm_fast.measures.measure import Inputs
     from saevlm_fast.measures.taxonomy import read_taxonomy
     from saevlm_fast.provenance import check_rows_of
 
@@ -144,8 +150,11 @@ def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencode
         sets = [LabelSet.of(labels)] if any(each is not None for each in labels) else []
     else:
         sets = [] if options.labels == _NO_LABELS else read_labels(options.labels, inputs.rows.ids)
-    inputs = replace(inputs, label_sets=tuple(sets))
+    inputs = replace(inputs, label_sets=tuple(sets), compat=options.compat == "visaebench")
     inputs.check()
+    if options.model is not None:
+        behaviour = open_behaviour(options, options.labels, options.device, activations, saes)
+        inputs = replace(inputs, behaviour=behaviour)
     return inputs
 
 
@@ -154,7 +163,7 @@ def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencode
 
 def check_output(options: EvaluateArguments) -> None:
     """ValueError: there is an evaluation that nobody said to replace or to continue, or something else of its names."""
-    from saevlm_fast.outputs import check_absent, is_being_swapped
+    from saevlm_fast.outputs import is_being_swapped
 
     output = options.output
     require(not output.exists() or output.is_dir(), f"output: {output} is a file; a directory is written")
@@ -163,8 +172,12 @@ def check_output(options: EvaluateArguments) -> None:
         not used or options.resume or options.force,
         f"output: {output} already holds an evaluation; use --resume to add to it or --force to replace it",
     )
-    if not used:
-        check_absent([output / name for name in _OURS], False)
+    for name in () if used else _OURS:
+        there = output / name
+        require(
+            not (there.exists() or there.is_symlink()),
+            f"output: {there} exists, and {output} holds no evaluation; choose another directory",
+        )
 
 
 def _is_evaluation(output: Path) -> bool:
@@ -199,7 +212,7 @@ def working_directory(options: EvaluateArguments) -> Iterator[Path]:
 
 
 def plan(options: EvaluateArguments) -> Plan:
-    """What would be measured; the time of encoding, from a batch of rows."""
+    """What would be measured; the time of encoding, from a batch of rows, a control taken to be as slow as an SAE."""
     import time
 
     from saevlm_fast.measures.measure import SparseAutoencoder
@@ -210,12 +223,15 @@ def plan(options: EvaluateArguments) -> Plan:
     inputs = open_inputs(options, saes)
     n, n_latents = inputs.activations.n_rows, sum(each.n_latents for each in subjects)
     sample = inputs.activations.rows(_first_rows(n, options.batch_size))
+    models = [subject.model for subject in subjects if isinstance(subject.model, SparseAutoencoder)]
+    for model in models:
+        model.encode(sample[:1].to(model.b_dec))  # a first call may compile
     start, entries = time.perf_counter(), 0
-    for subject in subjects:
-        assert isinstance(subject.model, SparseAutoencoder)
-        model = subject.model
+    for model in models:
         entries = max(entries, model.encode(sample.to(model.b_dec)).n_entries)
-    seconds = (time.perf_counter() - start) * n / len(sample)
+    seconds = (time.perf_counter() - start) * n / len(sample) * (1 + len(options.controls))
+    widest = max((each.d for each in inputs.embeddings.values()), default=0)
+    sums = 16 * max(each.n_latents for each in subjects) * widest  # of the score, of both halves of the images
     device = saes[subjects[0].name].b_dec.device
     left_out = [f"{name} ({why})" for name, why in inputs.left_out().items()]
     return Plan(
@@ -225,9 +241,10 @@ def plan(options: EvaluateArguments) -> Plan:
             "images": len(inputs.rows.ids),
             "latents": n_latents,
             "label_sets": [each.name for each in inputs.label_sets],
+            "images_shown": None if inputs.behaviour is None else len(inputs.behaviour.ids),
             "left_out": left_out,
             **replaced_figures(options.output, options.force),
-            **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample)),
+            **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample) + sums),
             **disk_figures(options.output, _LATENT_BYTES * n_latents * (1 + len(options.controls))),
             "encoding_seconds": seconds,
         },
@@ -244,7 +261,7 @@ def _first_rows(n: int, batch_size: int) -> Any:
 def evaluate(options: EvaluateArguments) -> dict[str, Any]:
     """Measures SAEs in every way that the inputs allow, beside controls that cannot have learned.
 
-    Reconstruction and sparsity, uniqueness, hierarchy, labels, probes, geometry; several SAEs side by side.
+    Reconstruction and sparsity, uniqueness, hierarchy, labels, probes, geometry, behaviour; several SAEs side by side.
     """
     from saevlm_fast.outputs import output_lock
 
@@ -301,6 +318,8 @@ def _document(options: EvaluateArguments, inputs: "Inputs", evaluation: "Evaluat
         "rows": inputs.activations.n_rows,
         "images": len(inputs.rows.ids),
         "pool": options.pool,
+        "model": options.model,
+        "images_shown": None if inputs.behaviour is None else len(inputs.behaviour.ids),
         "source": inputs.activations.source,
     }
     files = {
@@ -332,41 +351,76 @@ def _write_tables(evaluation: "Evaluation", place: Path) -> None:
 
 
 def _print(evaluation: "Evaluation", inputs: "Inputs") -> None:
-    names = [each.subject.name for each in evaluation.results]
     rows = evaluation.table()
-    print_table(
-        ("measure", *names), [(row["measure"], *(_number(row["values"][name]) for name in names)) for row in rows]
-    )
-    _print_verdicts(rows)
+    groups = list(dict.fromkeys(each.subject.group for each in evaluation.results))
+    for group in groups:
+        members = [each.subject for each in evaluation.results if each.subject.group == group]
+        if len(groups) > 1:
+            say(f"SAEs of one shape: {group}")
+        _print_values(members, rows)
+        _print_verdicts(group, rows)
+    judged = [each["verdict"] for row in rows for each in row["against"]]
+    if any(each.startswith("does not separate") for each in judged):
+        say("NO: does not separate from what cannot have learned (d' below 2, or not better)")
+    if any("seeds missing" in each for each in judged):
+        say("seeds missing: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
     for pair in evaluation.compared:
         say(
             f"{pair['first']} and {pair['other']}: {pair['shared_share']:.1%} of latents shared (cosine .7), "
             f"{pair['mutual_nearest']:.1%} mutual nearest, mean largest cosine {pair['mmcs'][0]:.3f} "
             f"(random directions {pair['random'][0]:.3f})"
         )
+    if inputs.behaviour is not None:
+        print_behaviour(evaluation)
     for name, why in evaluation.left_out.items():
         say(f"left out: {name}: {why}")
 
 
-def _print_verdicts(rows: list[dict[str, Any]]) -> None:
+def _print_values(members: "list[Subject]", rows: list[dict[str, Any]]) -> None:
+    """A column an SAE, and one for each control, the mean of its seeds."""
+    columns = {each.name: [each.name] for each in members if each.control is None}
+    for each in members:
+        if each.control is not None:
+            columns.setdefault(each.control, []).append(each.name)
+    several = [name for name, names in columns.items() if len(names) > 1]
+    cells = [
+        (row["measure"], *(_number(_mean([row["values"][name] for name in names])) for names in columns.values()))
+        for row in rows
+    ]
+    print_wide_table(("measure", *columns), cells)
+    if several:
+        say(f"means of {max(map(len, columns.values()))} seeds: {', '.join(several)}")
+
+
+def _mean(values: list[float]) -> float:
+    """Of the numbers that are defined; NaN of none."""
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _print_verdicts(group: str, rows: list[dict[str, Any]]) -> None:
     """What does not separate, in words, and d' where there are seeds."""
-    judged = [(row["measure"], each) for row in rows for each in row["against"] if each["verdict"] != "not judged"]
-    if not judged:
-        return
-    controls = list(dict.fromkeys((each["group"], each["control"]) for _, each in judged))
-    several = len({group for group, _ in controls}) > 1
-    cells: dict[str, dict[tuple[str, str], str]] = {}
-    for name, each in judged:
-        verdict = "-" if each["verdict"] == "not measured" else each["verdict"]
-        if each["d_prime"] is not None and abs(each["d_prime"]) >= 0:
-            verdict = f"d' {each['d_prime']:.1f}" + (" does not separate" if verdict != "separates" else "")
-        cells.setdefault(name, {})[each["group"], each["control"]] = verdict
-    heads = [f"{control} ({group})" if several else control for group, control in controls]
-    print_table(
-        ("against", *heads), [(name, *(found.get(each, "-") for each in controls)) for name, found in cells.items()]
-    )
-    if any("seeds missing" in each["verdict"] for _, each in judged):
-        say("seeds missing: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for each in row["against"]:
+            if each["group"] != group or each["verdict"] in ("not judged", "not measured"):
+                continue
+            verdict = _SHORT.get(each["verdict"], each["verdict"])
+            if each["d_prime"] == each["d_prime"]:
+                verdict = f"d' {each['d_prime']:.1f}" + ("" if verdict == "separates" else " NO")
+            cells.setdefault(row["measure"], {})[each["control"]] = verdict
+    controls = list(dict.fromkeys(control for found in cells.values() for control in found))
+    if controls:
+        lines = [(name, *(found.get(control, "-") for control in controls)) for name, found in cells.items()]
+        print_wide_table(("against", *controls), lines)
+    at_matched = [
+        (row["measure"], _number(each["matched"]["sae"]), _number(each["matched"]["control"]))
+        for row in rows
+        for each in row["against"]
+        if each["group"] == group and each["control"] == "untrained" and each.get("matched", {}).get("covered")
+    ]
+    if at_matched:
+        print_table(("at matched firing counts", "first SAE", "first untrained"), at_matched)
 
 
 def _number(value: float) -> str:

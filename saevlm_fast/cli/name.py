@@ -26,7 +26,7 @@ class NameArguments(LookArguments):
     embeddings: Path = setting(help="Image embeddings of the text model's CLIP, row i of image i: store or file.")
     text_model: str = setting(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.")
     output: Path = setting(help="Names: FILE.parquet, FILE.csv or FILE.json.")
-    words: Path | None = setting(None, help="Vocabulary, one word a line.", shown="1,482 concrete words, built in")
+    words: Path | None = setting(None, help="Vocabulary, one word a line.", shown="1,479 concrete words, built in")
     template: str = setting("a photo of {}", help="What the text model is told of a word.")
     n: int = setting(5, help="Words of each latent.", at_least=1)
     seed: int = setting(0, help="Of the control.", at_least=0)

@@ -118,6 +118,19 @@ def print_table(columns: Sequence[str | Column], rows: Iterable[Sequence[str]], 
     out.print(table)
 
 
+def print_wide_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of any number of columns: where the terminal is too narrow it goes on below, names first again."""
+    widths = [max(map(len, (head, *(row[i] for row in rows)))) + 3 for i, head in enumerate(columns)]
+    room, first = out.width - widths[0] - 1, 1
+    while first < len(columns):
+        last, left = first + 1, room - widths[first]
+        while last < len(columns) and widths[last] <= left:
+            left -= widths[last]
+            last += 1
+        print_table((columns[0], *columns[first:last]), [(row[0], *row[first:last]) for row in rows])
+        first = last
+
+
 def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
     """Names and values, without a header; long values are folded."""
     table = Table(show_header=False, box=box.SIMPLE)

@@ -20,6 +20,7 @@ from saevlm_fast.data.rows import StoredRows, check_chunk, open_index
 from saevlm_fast.data.store import CODES, StoreIndex, map_shard
 from saevlm_fast.data.writing import StoreWriter
 from saevlm_fast.errors import ActivationError, require
+from saevlm_fast.settings import path_of
 from saevlm_fast.sparse_codes import SparseCodes
 
 __all__ = ["CodesWriter", "StoredCodes", "mean_pool_codes", "open_codes", "pool_codes"]
@@ -191,5 +192,6 @@ def open_codes(path: str | os.PathLike[str]) -> StoredCodes:
     Raises:
         ActivationError: anything that is not usable: no store, one of activations, incomplete, damaged.
     """
-    index = open_index(Path(path), CODES)
-    return StoredCodes(Path(path), index, [map_shard(Path(path), shard, index) for shard in index.shards])
+    path = path_of("path", path)
+    index = open_index(path, CODES)
+    return StoredCodes(path, index, [map_shard(path, shard, index) for shard in index.shards])

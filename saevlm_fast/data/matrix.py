@@ -72,27 +72,28 @@ def map_matrix(path: Path, key: str = "") -> Tensor:
     return mappers[path.suffix](path, key)
 
 
-def host_matrix(x: Tensor | np.ndarray) -> Tensor:
-    """x as a tensor [N, d_in] on the host, in its own dtype, not copied where it is there already.
+def host_matrix(x: Tensor | np.ndarray, name: str = "x") -> Tensor:
+    """x as a tensor [N, d_in] on the host, in its own dtype, not copied where it is there already. name: for messages.
 
     Raises:
         ActivationError: not a tensor or an array, another dtype than MATRIX_DTYPES, not 2-D, no rows or no columns.
     """
     if isinstance(x, np.ma.MaskedArray):
-        raise ActivationError("x: a masked array, whose mask would be lost; drop its rows first, as x[~x.mask.any(1)]")
+        lost = "a masked array, whose mask would be lost; drop its rows first, as x[~x.mask.any(1)]"
+        raise ActivationError(f"{name}: {lost}")
     if isinstance(x, np.ndarray):
-        _check_npy_dtype(x, "x")
+        _check_npy_dtype(x, name)
         # torch knows no negative strides.
         x_ND = _read_only_tensor(x if all(stride >= 0 for stride in x.strides) else x.copy())
     elif isinstance(x, Tensor):
         dense = x.dtype in MATRIX_DTYPES and x.layout == torch.strided
         met = dtype_names([x.dtype])
-        require(dense, f"x: dtype {met}, layout {x.layout}; accepted: dense {_ACCEPTED}", ActivationError)
-        require(x.device.type != "meta", "x: on the meta device, which holds no numbers", ActivationError)
+        require(dense, f"{name}: dtype {met}, layout {x.layout}; accepted: dense {_ACCEPTED}", ActivationError)
+        require(x.device.type != "meta", f"{name}: on the meta device, which holds no numbers", ActivationError)
         x_ND = x.detach().cpu().resolve_neg()  # a lazy negative bit is nothing that is seen in memory
     else:
-        raise ActivationError(f"x: {type(x).__name__}; a torch tensor or a NumPy array [rows, d_in] is needed")
-    return _checked_matrix(x_ND, "x")
+        raise ActivationError(f"{name}: {type(x).__name__}; a torch tensor or a NumPy array [rows, d_in] is needed")
+    return _checked_matrix(x_ND, name)
 
 
 def _map_npy(path: Path, key: str) -> Tensor:

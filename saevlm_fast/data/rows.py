@@ -30,7 +30,8 @@ from saevlm_fast.data.store import (
     read_index,
     read_items,
 )
-from saevlm_fast.errors import ActivationError, require, whole_number
+from saevlm_fast.errors import ActivationError, check_kind, require, shown, whole_number
+from saevlm_fast.settings import path_of
 
 
 class StoredRows:
@@ -67,7 +68,7 @@ class StoredRows:
         """
         if rows is None:
             return pa.concat_tables(self.iter_items())
-        indices, places = _checked_rows(torch.as_tensor(rows, dtype=torch.int64), self.n_rows, self.path).sort()
+        indices, places = _checked_rows(whole_numbers("rows", rows), self.n_rows, self.path).sort()
         bounds = np.searchsorted(indices.numpy(), self._starts)
         tables = [ITEM_SCHEMA.empty_table()]
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
@@ -136,17 +137,17 @@ class Activations(StoredRows):
         self._tensors, self._shards, self._key = tensors, shards, key
 
     @classmethod
-    def from_tensor(cls, x: Tensor | np.ndarray) -> "Activations":
+    def from_tensor(cls, x: Tensor | np.ndarray, name: str = "x") -> "Activations":
         """Activations in memory: a torch tensor or a NumPy array [N, d_in], of which nothing is copied.
 
         float16, bfloat16, float32 or float64, strided in any way; it must not change while it is read. Copied to the
         host is a tensor on a GPU. As in a file, rows are checked when they are read: NaN or infinity is an
-        ActivationError there that names the row.
+        ActivationError there that names the row. name: what messages call it.
 
         Raises:
             ActivationError: not a tensor or an array, another dtype, not 2-D, or without rows or columns.
         """
-        x_ND = host_matrix(x)
+        x_ND = host_matrix(x, name)
         return cls(Path(f"tensor {list(x_ND.shape)}"), [x_ND])
 
     def __repr__(self) -> str:
@@ -180,6 +181,7 @@ class Activations(StoredRows):
             ValueError: indices or out of another dtype or shape, a row that is not there. ActivationError: NaN or
                 infinity, naming the row.
         """
+        check_kind("indices", indices, Tensor, "a tensor int64 [B]")
         indices = _checked_rows(indices, self.n_rows, self.path)
         out_BD = torch.empty(len(indices), self.d) if out is None else out
         known = out_BD.dtype in (torch.float32, self.kept_dtype)
@@ -251,9 +253,8 @@ def activations_of(x: Matrix, name: str) -> Activations:
         ValueError: anything else, naming the argument.
     """
     if isinstance(x, Tensor | np.ndarray):
-        return Activations.from_tensor(x)
-    if not isinstance(x, Activations):
-        raise ValueError(f"{name}: {type(x).__name__} is not Activations, a tensor or an array [N, d]")
+        return Activations.from_tensor(x, name)
+    check_kind(name, x, Activations, "Activations, a tensor or an array [N, d]")
     return x
 
 
@@ -282,7 +283,7 @@ def open_activations(path: str | os.PathLike[str]) -> Activations:
 
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
     """FILE and NAME of FILE::NAME. Names of files may hold :: too: of several ways to cut, the longest that exists."""
-    parts = str(path).split("::")
+    parts = str(path_of("path", path)).split("::")
     lengths = [n for n in range(len(parts), 0, -1) if Path("::".join(parts[:n])).exists()]
     n = lengths[0] if lengths else 1
     return Path("::".join(parts[:n])), "::".join(parts[n:])
@@ -300,6 +301,20 @@ def open_index(path: Path, format: str) -> StoreIndex:
     )
     require(index.n_rows > 0, f"{path}: shape is [0, {index.width}]; at least 1 row is needed", ActivationError)
     return index
+
+
+def whole_numbers(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    """int64 [L]. A mask is refused: its True and False would be taken for 1 and 0. ValueError: no such numbers."""
+    try:
+        numbers_L = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{name}: {shown(values)} must be a list of whole numbers") from None
+    if not numbers_L.numel() and numbers_L.ndim == 1:
+        return torch.empty(0, dtype=torch.int64)  # torch makes float32 of []
+    whole = numbers_L.ndim == 1 and numbers_L.dtype != torch.bool
+    whole = whole and not numbers_L.is_floating_point() and not numbers_L.is_complex()
+    require(whole, f"{name}: {numbers_L.dtype} {list(numbers_L.shape)}, must be a list of whole numbers")
+    return numbers_L.long()
 
 
 def check_chunk(n: int) -> None:

@@ -46,6 +46,7 @@ from saevlm_fast.records import (
     sealed,
     whole,
 )
+from saevlm_fast.settings import path_of
 
 ACTIVATIONS, CODES, VERSION = "saevlm-fast activations", "saevlm-fast codes", 1
 WIDTH_NAMES = {ACTIVATIONS: "d_in", CODES: "d_sae"}
@@ -255,7 +256,8 @@ def verify(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambd
     Raises:
         ActivationError: naming each missing, truncated or altered file, up to five of them.
     """
-    path, index = Path(path), joined_index(path)
+    path = path_of("path", path)
+    index = joined_index(path)
     damage, done = [], 0
     for shard in index.shards:
         problem = _shard_damage(path, shard, index)

@@ -20,6 +20,7 @@ from saevlm_fast.data.matrix import check_finite, dtype_names
 from saevlm_fast.data.store import (
     ACTIVATIONS,
     ITEM_SCHEMA,
+    WIDTH_NAMES,
     Shard,
     StoreIndex,
     check_format,
@@ -30,8 +31,9 @@ from saevlm_fast.data.store import (
     read_index,
     write_index_file,
 )
-from saevlm_fast.errors import ActivationError, first_line, require
+from saevlm_fast.errors import ActivationError, check_kind, first_line, require, whole_number
 from saevlm_fast.files import atomic_write, remove_leftovers, save_safetensors_atomic, sha256_file
+from saevlm_fast.settings import path_of
 
 Items = Mapping[str, Any]  # column name -> one value a row (a sequence or a tensor); a pyarrow table will do too
 # Files of a store beside its index; a checkpoint's shard-00001-of-00005.safetensors is none of them.
@@ -61,10 +63,14 @@ class StoreWriter(ABC):
         force: bool = False,
     ):
         """Starts an empty store. A directory that is not empty is refused; `force` deletes the store in it."""
+        path = path_of("path", path)
+        width = whole_number(WIDTH_NAMES[self.FORMAT], width)
+        check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
+        check_kind("source", source, Mapping, "a mapping")
         index = StoreIndex(self.FORMAT, width, dtype, dict(source))
-        _claim_directory(Path(path), force)
-        write_index_file(Path(path) / "index.json", index)
-        self._start(Path(path), index, part=None)
+        _claim_directory(path, force)
+        write_index_file(path / "index.json", index)
+        self._start(path, index, part=None)
 
     @classmethod
     def resume(cls: type[Writer], path: str | Path, *, part: int | None = None) -> Writer:
@@ -73,7 +79,7 @@ class StoreWriter(ABC):
         Alone (part None), it first merges the parts that ranks of an earlier run left. Ranks must not resume before
         rank 0 has called merge_parts.
         """
-        path = Path(path)
+        path = path_of("path", path)
         index = merge_parts(path) if part is None else read_index(path)
         check_format(path, index, cls.FORMAT)
         for shard in index.shards:
@@ -172,14 +178,14 @@ class ActivationWriter(StoreWriter):
         force: bool = False,
     ):
         """Starts an empty store, as StoreWriter does. rows_per_shard: of rows that are appended."""
-        _check_rows_per_shard(rows_per_shard)
+        whole_number("rows_per_shard", rows_per_shard)
         super().__init__(path, d_in, dtype, source, force=force)
         self.rows_per_shard = rows_per_shard
 
     @classmethod
     def resume(cls, path: str | Path, rows_per_shard: int = 65536, *, part: int | None = None) -> "ActivationWriter":
         """Continues a store, as StoreWriter.resume does."""
-        _check_rows_per_shard(rows_per_shard)
+        whole_number("rows_per_shard", rows_per_shard)
         writer = super().resume(path, part=part)
         writer.rows_per_shard = rows_per_shard
         return writer
@@ -238,10 +244,6 @@ class ActivationWriter(StoreWriter):
         if self._filled and not self.complete:
             self._flush()
         super().close()
-
-
-def _check_rows_per_shard(rows_per_shard: int) -> None:
-    require(rows_per_shard >= 1, f"rows_per_shard is {rows_per_shard}; at least 1 is needed")
 
 
 def merge_parts(path: str | Path, complete: bool = False, keep: Container[int] | None = None) -> StoreIndex:

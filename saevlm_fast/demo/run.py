@@ -1,4 +1,5 @@
-"""The demo's order: scenes, SAEs, scores of their latents against raw neurons and the truth, steering, a picture."""
+"""The demo's order: scenes, SAEs, scores of their latents against raw neurons and the truth, steering, a
+picture, pages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,8 @@ from saevlm_fast.demo.steering import LLAVA, N_PATCH_SCENES, PATCHES, SteeringEx
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import remove_leftovers, write_json_atomic
 from saevlm_fast.look.contact_sheet import save_sheet
+from saevlm_fast.look.report import make_report
+from saevlm_fast.look.settings import ReportSettings
 from saevlm_fast.outputs import check_absent, output_lock
 from saevlm_fast.publishing.card import write_card
 from saevlm_fast.sae import SparseAutoencoder
@@ -20,8 +23,8 @@ from saevlm_fast.scoring.tables import write_scores
 from saevlm_fast.training.checkpoints import RUN_FILE
 from saevlm_fast.training.evaluate import Metrics
 
-N_STEPS = 5
-FILES = ("latents.png", "summary.json", "scores-*.parquet", "batch_topk/", "matryoshka/", "patches/")
+N_STEPS = 6
+FILES = ("latents.png", "summary.json", "scores-*.parquet", "batch_topk/", "matryoshka/", "patches/", "report/")
 
 
 class Report(Protocol):
@@ -107,20 +110,53 @@ def _run_demo(options: DemoOptions, output: Path, report: Report) -> Demonstrate
             scored.append(Scored(name, test_on, sae, advance))
         write_scores(scored[-1].scores, output / f"scores-{name.replace(' ', '-')}.parquet")
     table = [each.measured(metrics) for each, (_, metrics) in zip(scored, trained.values())]
-    report.step(N_STEPS, f"an SAE of patches, and {LLAVA} steered by its latents")
-    found = Demonstrated(table, _steered(options, report))
+    report.step(5, f"an SAE of patches, and {LLAVA} steered by its latents")
+    steered, patches = _steered(options, report)
+    found = Demonstrated(table, steered)
     write_json_atomic(output / "summary.json", found.summary())
     save_sheet(picture(scored, found.steered.section()), output / "latents.png")
     for image in found.steered.images[:1]:
         save_sheet(image, output / "scene.png")
+    report.step(N_STEPS, "pages to look around in")
+    _look(options, patches, report)
     return found
 
 
-def _steered(options: DemoOptions, report: Report) -> SteeringExample:
+class _Watcher:
+    """Tells the demo's watcher of a report's steps."""
+
+    def __init__(self, report: Report):
+        self.report = report
+
+    def step(self, what: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+        return self.report.counting(what, total)
+
+    def warn(self, text: str) -> None:
+        self.report.message(text)
+
+
+def _look(options: DemoOptions, patches: SceneStores, report: Report) -> None:
+    """Pages about the SAE of patches, with heat maps, in place of those that an earlier demo made."""
+    output = Path(options.output)
+    settings = ReportSettings(
+        sae=(str(output / "patches"),),
+        output=output / "report",
+        activations=patches.activations,
+        embeddings=patches.embeddings,
+        text_model=f"hf:{TOWER}",
+        device=options.device,
+        force=True,
+    )
+    with _same_command():
+        make_report(settings, _Watcher(report), f"Latents of patches of scenes, {TOWER}")
+
+
+def _steered(options: DemoOptions, report: Report) -> tuple[SteeringExample, SceneStores]:
+    """What steering did, and the test scenes' patches."""
     train_on, test_on = (_scenes(split, n, PATCHES[split], options, report) for split, n in N_PATCH_SCENES.items())
     sae, _ = _trained("batch_topk", "patches", train_on, test_on, RECIPE["steps"] // 2, options, report)
     with report.counting("steer") as advance:
-        return steer_colours(sae, test_on, advance)
+        return steer_colours(sae, test_on, advance), test_on
 
 
 def _scenes(split: str, n: int, tokens: str, options: DemoOptions, report: Report) -> SceneStores:

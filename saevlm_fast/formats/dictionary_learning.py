@@ -11,7 +11,7 @@ from torch import Tensor
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.files import atomic_write
 from saevlm_fast.formats.pickles import state_dict
-from saevlm_fast.formats.plain import Activation, PlainSAE, gated
+from saevlm_fast.formats.plain import Activation, PlainSAE, float32_at_least, gated
 from saevlm_fast.formats.single_file import HOW
 from saevlm_fast.formats.source import Source, floats
 from saevlm_fast.records import RECORD, TEXT, Each, Fields, Kind, check_record, optional, whole
@@ -174,29 +174,31 @@ def _rest(
     }
     if known.activation not in ("topk", "batch_topk"):
         return rest
-    k = _number(state, "k", path, like)
+    k = _number(state, "k", path)
     rest["k"] = trainer.get("k") if k is None else int(k)
     groups = state.get("group_sizes")
     if isinstance(groups, Tensor):
-        rest["group_sizes"] = tuple(int(size) for size in groups.flatten())
+        whole = not groups.is_floating_point() and groups.dim() == 1 and len(groups) <= len(state["b_enc"])
+        require(whole, f"{path}: group_sizes of shape {tuple(groups.shape)} and {groups.dtype} are not sizes of groups")
+        rest["group_sizes"] = tuple(int(size) for size in groups)
         fits = min(rest["group_sizes"], default=0) >= 1 and sum(rest["group_sizes"]) == len(state["b_enc"])
         require(fits, f"{path}: group_sizes {rest['group_sizes']} do not sum to d_sae = {len(state['b_enc'])}")
     if known.activation == "topk":
         rest["k"] = source.assumed_whole("k", 1, 1 << 31) if rest["k"] is None else rest["k"]
         require(rest["k"] is not None, f"{path}: dictionary_learning: neither it nor {CONFIG} says k: say k {HOW}")
         return rest
-    threshold = _number(state, "threshold", path, like)
+    threshold = _number(state, "threshold", path)
     if threshold is None or threshold < 0:
-        return rest | _uncalibrated(rest, source, path)
-    return rest | {"threshold": torch.tensor(threshold, dtype=torch.float32)}
+        return rest | _uncalibrated(rest, like, source, path)
+    return rest | {"threshold": torch.tensor(threshold, dtype=float32_at_least(like.dtype))}
 
 
-def _uncalibrated(rest: dict[str, Any], source: Source, path: Path) -> dict[str, Any]:
+def _uncalibrated(rest: dict[str, Any], like: Tensor, source: Source, path: Path) -> dict[str, Any]:
     """A BatchTopK SAE of a checkpoint before thresholds were kept, or before one was measured (-1)."""
     said = source.assumed_number("threshold")
     if said is not None:
         require(said >= 0, f"assume: threshold is {said:g}; it must not be negative")
-        return {"threshold": torch.tensor(said, dtype=torch.float32)}
+        return {"threshold": torch.tensor(said, dtype=float32_at_least(like.dtype))}
     k = source.assumed_whole("k", 1, 1 << 31) if rest["k"] is None else rest["k"]
     message = f"{path}: dictionary_learning: no threshold was measured, and k is not known: say k {HOW}"
     require(k is not None, message)
@@ -204,7 +206,7 @@ def _uncalibrated(rest: dict[str, Any], source: Source, path: Path) -> dict[str,
     return {"activation": "topk", "k": k, "doubts": (*rest["doubts"], f"{path}: {doubt}")}
 
 
-def _number(state: dict[str, Any], name: str, path: Path, like: Tensor) -> float | None:
+def _number(state: dict[str, Any], name: str, path: Path) -> float | None:
     value = state.get(name)
     if value is None:
         return None

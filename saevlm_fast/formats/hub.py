@@ -22,6 +22,7 @@ from saevlm_fast.errors import did_you_mean, first_line, require
 from saevlm_fast.files import atomic_write, sha256_file
 from saevlm_fast.formats.places import SAE_LENS, HubSpec, is_remote, parse_spec, sae_lens_entry, sae_lens_release
 from saevlm_fast.records import parse_json
+from saevlm_fast.settings import path_of
 
 CARD_FILE = "README.md"
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -84,8 +85,9 @@ def resolve(
         ValueError: in one line: no such repository, revision or place; no access; several SAEs and none named, or none
             at all; no network and not in the cache, with the files to put where; bytes that are not the Hub's.
     """
+    path = path_of("path", spec)
     if not is_remote(spec):
-        return LocalSAE(Path(spec))
+        return LocalSAE(path)
     text = os.fspath(spec)
     found = look_up(text, local_files_only=local_files_only, on_message=on_message)
     wanted = found.wanted

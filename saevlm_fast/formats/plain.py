@@ -11,7 +11,8 @@
 
 n is nothing, or takes each row by itself: layer_norm (x - mean) / (std + eps) with the unbiased std, token_norm
 x sqrt(d_in) / |x|. All else that libraries do to an input, a latent or an output is a change of weights: the methods.
-Formulas of the methods are exact; they are evaluated in float64 and rounded once, to the dtype of the weights.
+Formulas of the methods are exact; they are evaluated in float64 and rounded once, to the dtype of the weights but no
+less than float32: what a 16-bit file holds is not rounded to 16 bits again.
 
 Shape suffixes: B rows, D d_in, S d_sae.
 """
@@ -82,17 +83,21 @@ class PlainSAE:
         return self.W_enc.shape[1]
 
     def _with(self, **exact: Tensor | None) -> "PlainSAE":
-        """With tensors made in float64, rounded to the dtypes of before."""
-        rounded = {name: None if new is None else new.to(getattr(self, name).dtype) for name, new in exact.items()}
-        return replace(self, **rounded)  # type: ignore[arg-type]
+        """In float32 at least, with tensors made in float64 rounded to that."""
+        names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        dtypes = {name: float32_at_least(tensor.dtype) for name, tensor in tensors.items()}
+        new = tensors | exact
+        return replace(self, **{name: new[name].to(dtypes[name]) for name in tensors})
 
     def without_pre_bias(self) -> "PlainSAE":
         """Of files whose encoder sees n(x) itself, not n(x) - b_dec: b_enc += b_dec W_enc."""
         return self._with(b_enc=self.b_enc.double() + self.b_dec.double() @ self.W_enc.double())
 
     def encoder_bias_without_pre_bias(self) -> Tensor:
-        """b_enc [d_sae] for files whose encoder sees n(x) itself."""
-        return (self.b_enc.double() - self.b_dec.double() @ self.W_enc.double()).to(self.b_enc.dtype)
+        """b_enc [d_sae] for files whose encoder sees n(x) itself, in float32 at least."""
+        exact_S = self.b_enc.double() - self.b_dec.double() @ self.W_enc.double()
+        return exact_S.to(float32_at_least(self.b_enc.dtype))
 
     def of_raw_input(self, shift_D: Tensor | float, scale: float, keep_latents: bool = True) -> "PlainSAE":
         """Of an SAE that saw (x - shift) scale and gave x_hat / scale + shift, when it sees x itself.
@@ -136,10 +141,9 @@ class PlainSAE:
         """Of an SAE that compares h |W_dec row| with its threshold, and returns h: threshold / norm of the row."""
         if self.threshold is None:
             return self
-        norm_S = self.W_dec.double().norm(dim=1)
-        return replace(
-            self, activation="jumprelu", threshold=(self.threshold.double() / norm_S).to(self.threshold.dtype)
-        )
+        threshold_S = self.threshold.double() / self.W_dec.double().norm(dim=1)
+        dtype = float32_at_least(self.threshold.dtype)
+        return replace(self, activation="jumprelu", threshold=threshold_S.to(dtype))
 
     def with_scaled_latents(self, factor_S: Tensor) -> "PlainSAE":
         """Of an SAE that decodes (z factor) W_dec: rows times the factor."""
@@ -167,11 +171,17 @@ class PlainSAE:
 def gated(
     W_enc: Tensor, gate_bias_S: Tensor, magnitude_bias_S: Tensor, log_scale_S: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(W_enc, b_enc, threshold) of the jumprelu SAE that a gated one is.
+    """(W_enc, b_enc, threshold) of the jumprelu SAE that a gated one is, in float32 at least.
 
     It fires where e + gate_bias > 0, e = (x - b_dec) W_enc, with relu(exp(log_scale) e + magnitude_bias): exactly where
     h = exp(log_scale) e + magnitude_bias is above magnitude_bias - exp(log_scale) gate_bias, and above 0.
     """
     scale_S = log_scale_S.double().exp()
     threshold_S = (magnitude_bias_S.double() - scale_S * gate_bias_S.double()).clamp(min=0)
-    return (W_enc.double() * scale_S).to(W_enc.dtype), magnitude_bias_S, threshold_S.to(W_enc.dtype)
+    dtype = float32_at_least(W_enc.dtype)
+    return (W_enc.double() * scale_S).to(dtype), magnitude_bias_S.to(dtype), threshold_S.to(dtype)
+
+
+def float32_at_least(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of changed weights."""
+    return torch.promote_types(dtype, torch.float32)

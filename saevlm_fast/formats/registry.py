@@ -87,7 +87,7 @@ def read(
             the format's and the reason. OSError: they cannot be read.
     """
     source = path if isinstance(path, Source) else Source(path, trust_pickle, assume)
-    found = detect(source)
+    found = _begun(source)
     plain = _of_raw_input(found.read(source), source)
     unused = source.unused()
     use = f"{found.name} files say it themselves, or have no use for it"
@@ -99,14 +99,20 @@ def read(
 
 def read_header(source: Source) -> Header:
     """What is known of the SAE in files, without its weights where the format allows that. ValueError: as `read`."""
-    found = detect(source)
+    found = _begun(source)
     return Header.of(read(source)) if found.header is None or source.assume else found.header(source)
+
+
+def _begun(source: Source) -> Format:
+    """The format, with none of the files that were looked into to tell it among those that make the SAE."""
+    found = detect(source)
+    source.opened.clear()
+    return found
 
 
 def digest(source: Source) -> str:
     """SHA-256 of the files that make the SAE what it is. ValueError: as `read`."""
-    if not source.opened:
-        read_header(source)
+    read_header(source)
     digests = [sha256_file(source.folder / name) for name in sorted(source.opened)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saevlm_fast import __version__
@@ -129,11 +128,6 @@ def read(source: Source) -> PlainSAE:
     settings = _settings(source)
     tensors = _tensors(settings, source)
     cfg, norm = settings.cfg, settings.cfg["normalize_activations"]
-    folds = cfg["rescale_acts_by_decoder_norm"] or not cfg["apply_b_dec_to_input"] or norm in _FOLDED_NORMS[1:]
-    if folds or settings.architecture == "gated":  # the changes are rounded once, to no less than float32
-        tensors = {
-            name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()
-        }
     plain = _plain(settings, tensors)
     if not cfg["apply_b_dec_to_input"]:
         plain = plain.without_pre_bias()

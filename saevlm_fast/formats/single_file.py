@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saevlm_fast.errors import require
+from saevlm_fast.formats.plain import float32_at_least
 from saevlm_fast.formats.source import Source, floats
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -50,7 +50,7 @@ def _has_tensors(value: Any) -> bool:
 def wide(tensors: Mapping[str, Any], where: Path, **shapes: tuple[int | str, ...]) -> dict[str, Tensor]:
     """As source.floats, in float32 at least: for readers that change weights, which are then rounded once, to that."""
     found = floats(tensors, where, **shapes)
-    return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in found.items()}
+    return {name: tensor.to(float32_at_least(tensor.dtype)) for name, tensor in found.items()}
 
 
 def json_only(settings: Mapping[str, Any], depth: int = 2) -> dict[str, Any]:

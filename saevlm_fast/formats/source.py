@@ -24,6 +24,7 @@ ASSUMPTIONS = {
     "input_std": "what inputs were divided by, after input_mean was subtracted: a number",
 }
 _SMALL = 1 << 26  # bytes of a JSON or YAML file
+_REPEATED = 1 << 24  # numbers of a tensor of which the file may hold fewer, as of one threshold expanded to all latents
 _JSON, _YAML = (".json",), (".yaml", ".yml")
 NOT_SAFETENSORS = (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
 T = TypeVar("T")
@@ -199,14 +200,16 @@ def floats(tensors: Mapping[str, Any], where: Path, **shapes: tuple[int | str, .
     **{"encoder.weight": ("d_sae", "d_in")}. Copies, so that a mapped file may change and tensors share no memory.
 
     Raises:
-        ValueError: a tensor that is missing, no floating-point tensor of at least 16 bits, of another shape, or that
-            holds NaN or inf; with its name and the file's.
+        ValueError: a tensor that is missing, no dense floating-point tensor of at least 16 bits, of another shape, that
+            holds NaN or inf, or far more numbers than the file; with its name and the file's.
     """
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         require(name in tensors, f"{where}: tensor {name!r} is missing (found {', '.join(sorted(map(str, tensors)))})")
         tensor = tensors[name]
         require(isinstance(tensor, Tensor), f"{where}: {name} is a {type(tensor).__name__}, no tensor")
+        is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        require(is_dense, f"{where}: {name} is sparse, nested or without numbers")
         found = tuple(tensor.shape)
         text = f"{where}: {name} has shape {found}, expected {_shape_text(shape, sizes)}"
         require(len(found) == len(shape), text)
@@ -215,8 +218,16 @@ def floats(tensors: Mapping[str, Any], where: Path, **shapes: tuple[int | str, .
             require(size == expected, text)
         require(tensor.is_floating_point(), f"{where}: {name} is {tensor.dtype}, not floating point")
         require(tensor.dtype.itemsize > 1, f"{where}: {name} is {tensor.dtype}; at least 16 bits are needed")
+        _check_stored(tensor, f"{where}: {name}")
         require(bool(tensor.isfinite().all()), f"{where}: {name} holds NaN or inf")
     return {name: tensors[name].detach().clone(memory_format=torch.contiguous_format) for name in shapes}
+
+
+def _check_stored(tensor: Tensor, what: str) -> None:
+    """ValueError: a file of a few bytes that asks for much memory, one number of which stands for many."""
+    stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+    fits = tensor.numel() <= max(stored, _REPEATED)
+    require(fits, f"{what} has {tensor.numel():,} numbers, of which the file holds {stored:,}")
 
 
 def _shape_text(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> str:

@@ -85,9 +85,9 @@ def read(source: Source) -> PlainSAE:
 def _refuse_old_transcoder(source: Source, cfg: dict[str, Any]) -> None:
     """Before February 2025 the run's config.json alone said so, under its root or under "sae"."""
     run = _run(source)
-    sae = run.get("sae")
-    told = (run, sae) if isinstance(sae, dict) else (run,)
-    old = "transcode" not in cfg and any(each.get("transcode") is True for each in told)
+    inner = run.get("sae")
+    inside = inner.get("transcode") if isinstance(inner, dict) else None
+    old = "transcode" not in cfg and True in (run.get("transcode"), inside)
     why = "transcode is true: a transcoder, whose output is another site than its input"
     require(not old, f"{source.at(_RUN)}: sparsify: {why}; it is not an SAE this engine has")
 

@@ -4,12 +4,14 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
 from saevlm_fast.config import HarvestOptions, keyword_settings
 from saevlm_fast.data.codes import StoredCodes, open_codes
 from saevlm_fast.data.rows import Activations, open_activations
+from saevlm_fast.errors import check_kind, require, whole_number
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import harvest as run_harvest
 from saevlm_fast.harvesting.stores import check_output
@@ -17,8 +19,8 @@ from saevlm_fast.images.open import open_images
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import resolve_device
-from saevlm_fast.settings import path_of
-from saevlm_fast.towers.load import load_tower
+from saevlm_fast.settings import path_of, several
+from saevlm_fast.towers.load import SPECS, load_tower
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint, Tower
 
@@ -106,27 +108,31 @@ def harvest(
         ValueError: a setting that does not exist or does not fit the tower, the images or the SAE; an output in use;
             more unusable images than max_skipped. Interrupted: SIGINT or SIGTERM; with an output, resume=True goes on.
     """
+    chosen_device = resolve_device(device)
     recipe, rest = keyword_settings("harvest", settings, HarvestConfig, HarvestOptions)
-    layers = [] if layer is None else [layer] if isinstance(layer, int) else list(layer)
+    one_layer = layer is None or isinstance(layer, Integral)
+    layers = [] if layer is None else [layer] if one_layer else several("layer", layer)
     config = HarvestConfig(
-        points=tuple(HookPoint.all_of(_listed(point), layers)),
-        tokens=tuple(Tokens.parse(text) for text in _listed(tokens)),
-        sae=None if sae is None else Path(sae),
+        points=tuple(HookPoint.all_of(_listed("point", point), [whole_number("layer", each, 0) for each in layers])),
+        tokens=tuple(Tokens.parse(text) for text in _listed("tokens", tokens)),
+        sae=None if sae is None else path_of("sae", sae),
         **recipe,
     )
     temporary = tempfile.TemporaryDirectory(prefix="saevlm-fast-") if output is None else None
     where = Path(temporary.name) if temporary is not None else path_of("output", output)
+    check_kind("images", images, (str, os.PathLike, ImageSource), "a path, or what open_images gives")
+    check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     named = os.fspath(images) if isinstance(images, str | os.PathLike) else ""
     options = HarvestOptions(where, named, **rest)
     with output_lock(where, directory=True):
         check_output(options)  # before a model is loaded
         source = open_images(images) if isinstance(images, str | os.PathLike) else images
-        tower = model if isinstance(model, Tower) else load_tower(model, resolve_device(device))
+        tower = model if isinstance(model, Tower) else load_tower(model, chosen_device)
         paths = run_harvest(source, tower, config, options, on_images=on_images).stores
     opened = [open_activations(path) if sae is None else open_codes(path) for path in paths]
     for store in opened:
         weakref.finalize(store, _let_go, temporary)  # the directory lives as long as a store in it
-    if isinstance(point, str) and isinstance(tokens, str) and (layer is None or isinstance(layer, int)):
+    if isinstance(point, str) and isinstance(tokens, str) and one_layer:
         return opened[0]
     return dict(zip(config.store_names, opened))
 
@@ -135,5 +141,9 @@ def _let_go(directory: tempfile.TemporaryDirectory[str] | None) -> None:
     """Whoever forgets this call forgets the directory."""
 
 
-def _listed(given: str | Sequence[str]) -> list[str]:
-    return [given] if isinstance(given, str) else list(given)
+def _listed(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    listed = (given,) if isinstance(given, str) else several(name, given)
+    require(len(listed) > 0, f"{name}: none is given")
+    for each in listed:
+        check_kind(name, each, str, "a text")
+    return listed

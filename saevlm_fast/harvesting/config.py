@@ -6,7 +6,7 @@ import torch
 
 from saevlm_fast.config import HarvestSettings
 from saevlm_fast.data.store import STORE_DTYPES
-from saevlm_fast.errors import require
+from saevlm_fast.errors import check_kind, require
 from saevlm_fast.settings import setting
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
@@ -31,6 +31,9 @@ class HarvestConfig(HarvestSettings):
 
     def check(self) -> None:
         super().check()
+        for name, kind in (("points", HookPoint), ("tokens", Tokens)):
+            for each in getattr(self, name):
+                check_kind(name, each, kind, f"a {kind.__name__}")
         require(len(self.points) > 0, "point: at least one hook point is needed")
         require(len(set(self.points)) == len(self.points), "point, layer: the same hook point is asked for twice")
         require(len(set(self.tokens)) == len(self.tokens), "tokens: the same choice is asked for twice")

@@ -31,9 +31,11 @@ class Batch(NamedTuple):
 
 
 class _Batches(Dataset):
-    """Batch j of a list of ranges of images, for a DataLoader's worker processes."""
+    """Batch j of a list of batches of images, for a DataLoader's worker processes."""
 
-    def __init__(self, source: ImageSource, preprocess: Callable[..., dict[str, Tensor]], ranges: Sequence[range]):
+    def __init__(
+        self, source: ImageSource, preprocess: Callable[..., dict[str, Tensor]], ranges: Sequence[Sequence[int]]
+    ):
         self.source, self.preprocess, self.ranges = source, preprocess, ranges
 
     def __len__(self) -> int:
@@ -46,7 +48,7 @@ class _Batches(Dataset):
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             return Batch(None, [], [], f"{type(error).__name__}: {first_line(error)}")
 
-    def _batch(self, images: range) -> Batch:
+    def _batch(self, images: Sequence[int]) -> Batch:
         pieces: list[dict[str, Tensor]] = []
         kept: list[int] = []
         skipped: list[tuple[int, str]] = []
@@ -107,7 +109,7 @@ def _checked_picture(data: bytes) -> Any:
 def image_batches(
     source: ImageSource,
     preprocess: Callable[..., dict[str, Tensor]],
-    ranges: Sequence[range],
+    ranges: Sequence[Sequence[int]],
     workers: int,
     on_gpu: bool,
 ) -> Generator[Batch, None, None]:

@@ -18,7 +18,7 @@ import glob
 import os
 import re
 
-from saevlm_fast.errors import require
+from saevlm_fast.errors import check_kind, require
 from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.images.sources import (
     IMAGE_SUFFIXES,
@@ -51,6 +51,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
         ValueError: in one line: anything that is no source; a truncated or otherwise damaged tar archive or parquet
             file, which is refused as a whole.
     """
+    check_kind("images", path, (str, os.PathLike), "a path")
     name, split = _split_of(os.fspath(path))
     if name.startswith(PREFIX) and not os.path.exists(name):
         refuse_split(name, split)

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,6 +37,7 @@ MAX_IMAGE_BYTES = 512 << 20
 MAX_LINE = 1 << 16  # characters of a list's line: a path has 4096 at most
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """N numbered images.
 

@@ -1,13 +1,12 @@
 """Which latents: 0:100 as Python slices, a list, or the best so many."""
 
 import re
-from math import inf
 from typing import TYPE_CHECKING
 
 from saevlm_fast.errors import require
 from saevlm_fast.settings import integer, integers
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line reads these texts before it needs torch
     from torch import Tensor
 
 
@@ -31,7 +30,7 @@ def chosen_latents(text: str, ranks_S: "Tensor") -> list[int]:
     n_latents = len(ranks_S)
     if text.startswith("top:"):
         order = ranks_S.argsort(descending=True, stable=True)[: integer("latents", text.removeprefix("top:"))]
-        return order[ranks_S[order] > -inf].tolist()
+        return order[ranks_S[order] > float("-inf")].tolist()
     if ":" not in text:
         latents = list(integers("latents", text))
         outside = next((each for each in latents if each >= n_latents), None)

@@ -25,6 +25,10 @@ KNOWN = {
     "entropy": ("entropy", "Of its activation over the classes, in bits; 0 is one class alone."),
     "decoder_cosine": ("nearest cos", "Cosine with the nearest other decoder direction; near 1 is a double."),
     "jaccard": ("co-firing", "Largest Jaccard index with another latent: images of both by images of either."),
+    "corrected": ("MS corrected", "The score freed of what images have in common and of how few there are."),
+    "n_eff": ("n eff", "As many images of equal weight would say as much."),
+    "z": ("z", "The score above that of random images, in standard deviations."),
+    "p": ("p", "How often random images score as high."),
     "name_score": ("name score", "By how much its best word is nearer than the average one."),
 }
 

@@ -50,12 +50,12 @@ def _read(path: Path) -> pa.Table:
 def spread(table: pa.Table, name: str, d_sae: int) -> np.ndarray:
     """A numeric column as float64 [d_sae]; NaN where the table has no row, or null."""
     values = np.full(d_sae, np.nan)
-    values[table["latent"].to_numpy()] = table[name].to_numpy().astype(np.float64)
+    values[table["latent"].to_numpy()] = table[name].cast(pa.float64()).to_numpy()
     return values
 
 
 def numeric_columns(table: pa.Table) -> list[str]:
-    """Names of the columns of numbers, without `latent`."""
+    """Names of the columns of numbers, and of what is true or false, without `latent`."""
     kinds = {field.name: field.type for field in table.schema}
-    numeric = [name for name, kind in kinds.items() if pa.types.is_integer(kind) or pa.types.is_floating(kind)]
-    return [name for name in numeric if name != "latent"]
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return [name for name, kind in kinds.items() if name != "latent" and any(test(kind) for test in tests)]

@@ -27,6 +27,7 @@ _SAMPLE_NUMBERS = 1 << 26  # of the pre-activations by which a threshold is set
 _MOST_CLUSTERS = 2048
 _ROWS_A_CLUSTER = 10
 _FIT_ROWS = 50_000
+_ITERATIONS = 10  # a hundred would cost more than all measures together
 
 
 class Moments(NamedTuple):
@@ -144,7 +145,7 @@ def kmeans(wanted: Wanted, seed: int, activations: Activations, moments: Moments
     n_clusters = max(1, min(wanted.d_sae, _MOST_CLUSTERS, activations.n_rows // _ROWS_A_CLUSTER))
     rows = torch.linspace(0, activations.n_rows - 1, min(activations.n_rows, _FIT_ROWS)).long()
     x_ND = (activations.rows(rows) - moments.mean_D.float()).numpy()
-    fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1, batch_size=4096).fit(x_ND)
+    fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1, batch_size=4096, max_iter=_ITERATIONS).fit(x_ND)
     centers_SD = torch.from_numpy(fitted.cluster_centers_).float() + moments.mean_D.float()
     mean_D = moments.mean_D.float()
     return Centroids(centers_SD.to(wanted.device), float(fitted.inertia_) / len(x_ND), mean_D.to(wanted.device))

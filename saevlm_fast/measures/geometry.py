@@ -23,6 +23,7 @@ SHARED = 0.7  # cosine from which two latents count as the same, the usual rule
 _BLOCK = 2048
 _BLOCK_PAIRS = 8_000_000
 _RANDOM_ROWS = 1024
+_ROUNDING = 1e-12
 
 
 def geometry(
@@ -250,6 +251,6 @@ def _code_correlation(first: KeptCodes, second: KeptCodes, rows: np.ndarray, col
     moments = [(np.asarray(m.sum(1)).reshape(-1), np.asarray(m.power(2).sum(1)).reshape(-1)) for m in (mine, other)]
     (sum_a, square_a), (sum_b, square_b) = moments
     variance = (n * square_a - sum_a**2) * (n * square_b - sum_b**2)
-    varies = variance > 0
+    varies = variance > _ROUNDING * n * n * square_a * square_b  # a constant latent's is rounding
     correlation = (n * product - sum_a * sum_b)[varies] / np.sqrt(variance[varies])
     return float(correlation.mean()) if len(correlation) else math.nan

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import first_line, require, shown
+from saevlm_fast.settings import several
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LabelSet:
         Raises:
             ValueError: no image has a label.
         """
-        per_image = [None if each is None else {each} if isinstance(each, str) else set(each) for each in labels]
+        per_image = [_labels_of(each) for each in several("labels", labels)]
         names = tuple(sorted({label for each in per_image if each is not None for label in each}))
         require(len(names) > 0, f"labels: {name}: no image has a label")
         number = {label: i for i, label in enumerate(names)}
@@ -94,6 +95,15 @@ class LabelSet:
         return LabelSet(self.name, self.names, labels_M, offsets_N1, self.known_N[order_N])
 
 
+def _labels_of(image: str | Iterable[str] | None) -> set[str] | None:
+    if image is None or isinstance(image, str):
+        return None if image is None else {image}
+    known = isinstance(image, Iterable) and not isinstance(image, bytes)
+    found = set(image) if known else set()
+    require(known and all(isinstance(each, str) for each in found), f"labels: {shown(image)} is no text or texts")
+    return found
+
+
 def halves(ids: Sequence[str]) -> np.ndarray:
     """bool [N]: the half for choosing; the other is for reporting. By the images' ids, so that no order matters."""
     return np.array([zlib.crc32(f"half of {each}".encode()) & 1 for each in ids], bool)
@@ -119,6 +129,7 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
     require(len(header) > 1, f"labels: {path}: columns {header}; an id and at least one column of labels are needed")
     require(len(set(header)) == len(header), f"labels: {path}: a column stands twice in {header}")
     number = {each: i for i, each in enumerate(ids)}
+    require(header[0] not in number, f"labels: {path}: the first line is of image {header[0]!r}; a header is needed")
     found: list[list[set[str] | None]] = [[None] * len(ids) for _ in header[1:]]
     for identity, *cells in lines:
         image = number.get(identity)

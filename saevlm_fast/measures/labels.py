@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saevlm_fast.errors import require
 from saevlm_fast.measures.codes import TOP, KeptCodes
 from saevlm_fast.measures.label_scores import LabelScores, label_scores, without_meeting
 from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.matching import TOP_CANDIDATES, row_of_entries, sparse_assignment, top_of_groups
 from saevlm_fast.measures.results import Figures, Measured, bootstrap_mean, mean_both_ways
 from saevlm_fast.scoring.sums import STATUSES
+from saevlm_fast.scoring.trust import NORMAL_95
 
 LEAST_IMAGES = 10  # of a latent, below which its purity says nothing
 COVERED = 0.3  # average precision from which a label counts as covered
@@ -69,8 +71,34 @@ class Purity(NamedTuple):
     top_S: np.ndarray
     entropy_S: np.ndarray
     label_S: np.ndarray  # the most frequent one, the first of several; -1 without
-    chance_S: np.ndarray
-    chance_sd_S: np.ndarray
+    chance: "Chance"
+
+
+class Chance(NamedTuple):
+    """Purity of random images, as many as each of S latents has: R draws for each of U numbers of images.
+
+    The draws are the same for all latents, so the error of their mean does not fall with the number of latents.
+    """
+
+    draws_RU: np.ndarray  # NaN of no images
+    place_S: np.ndarray  # which of the numbers a latent has
+
+    def mean(self) -> np.ndarray:
+        """[S]."""
+        return self._of(self.draws_RU.mean(0))
+
+    def sd(self) -> np.ndarray:
+        """[S]."""
+        return self._of(self.draws_RU.std(0))
+
+    def error_of_mean(self, some_S: np.ndarray) -> float:
+        """Standard error of the mean chance of some latents, of the draws alone."""
+        weights_U = np.bincount(self.place_S[some_S], minlength=self.draws_RU.shape[1]) / max(int(some_S.sum()), 1)
+        means_R = self.draws_RU[:, weights_U > 0] @ weights_U[weights_U > 0]
+        return float(means_R.std(ddof=1) / math.sqrt(len(means_R))) if len(means_R) > 1 else math.nan
+
+    def _of(self, each_U: np.ndarray) -> np.ndarray:
+        return each_U[self.place_S]
 
 
 def purity(codes: KeptCodes, labels: LabelSet, n_permutations: int = 200) -> Purity:
@@ -90,15 +118,13 @@ def purity(codes: KeptCodes, labels: LabelSet, n_permutations: int = 200) -> Pur
             shape=(len(latents_T), codes.n_images),
         )
         top_S[latents_T] = _row_max(tops @ label_NL)[0] / TOP
-    chance_S, sd_S = chance_purity(labels, n_S, n_permutations)
     return Purity(
         _share(most_S, n_S),
         _share(weight_S, mass_S),
         top_S,
         _entropy(counts, len(labels.names)),
         label_S,
-        chance_S,
-        sd_S,
+        chance_purity(labels, n_S, n_permutations),
     )
 
 
@@ -124,10 +150,9 @@ def _entropy(counts: Any, n_labels: int) -> np.ndarray:
     return np.where(totals > 0, np.abs(entropy_S) if n_labels > 1 else 0.0, np.nan)
 
 
-def chance_purity(
-    labels: LabelSet, n_S: np.ndarray, n_permutations: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, standard deviation) of the purity of n random images, for each n; NaN of 0."""
+def chance_purity(labels: LabelSet, n_S: np.ndarray, n_permutations: int, seed: int = 0) -> Chance:
+    """The purity of n random images, for each n. ValueError: no permutations."""
+    require(n_permutations >= 1, f"n_permutations: {n_permutations} must be at least 1")
     numbers, places = np.unique(n_S, return_inverse=True)
     purity_RU = np.full((n_permutations, len(numbers)), np.nan)
     generator = np.random.default_rng(seed)
@@ -135,8 +160,7 @@ def chance_purity(
     for row in purity_RU:
         most_N = _running_most(labels, generator.permutation(labels.n_images))
         row[above] = most_N[numbers[above] - 1] / numbers[above]
-    mean, sd = (purity_RU.mean(0), purity_RU.std(0)) if n_permutations else (np.full(len(numbers), np.nan),) * 2
-    return mean[places], sd[places]
+    return Chance(purity_RU, places)
 
 
 def _running_most(labels: LabelSet, order_N: np.ndarray) -> np.ndarray:
@@ -156,25 +180,27 @@ def _running_most(labels: LabelSet, order_N: np.ndarray) -> np.ndarray:
 def _purity_figures(pure: Purity, codes: KeptCodes, labels: LabelSet) -> tuple[Figures, dict[str, np.ndarray]]:
     alive_S = codes.status_S == STATUSES.index("defined")
     enough_S = alive_S & (codes.counts_S >= LEAST_IMAGES)
-    excess_S = pure.purity_S - pure.chance_S
-    z_S = np.divide(excess_S, pure.chance_sd_S, out=np.full(len(excess_S), np.nan), where=pure.chance_sd_S > 0)
+    chance_S, chance_sd_S = pure.chance.mean(), pure.chance.sd()
+    excess_S = pure.purity_S - chance_S
+    z_S = np.divide(excess_S, chance_sd_S, out=np.full(len(excess_S), np.nan), where=chance_sd_S > 0)
     base = float(labels.counts_L.max() / max(labels.n_images, 1))
     figures: Figures = {
         "purity": mean_both_ways(pure.purity_S, enough_S, base),
-        "chance": mean_both_ways(pure.chance_S, enough_S, base),
-        "excess": mean_both_ways(excess_S, enough_S, 0.0) | {"interval": bootstrap_mean(excess_S[enough_S])},
+        "chance": mean_both_ways(chance_S, enough_S, base),
+        "excess": mean_both_ways(excess_S, enough_S, 0.0)
+        | {"interval": _excess_interval(excess_S, enough_S, pure.chance)},
         "weighted_purity": mean_both_ways(pure.weighted_S, enough_S, base),
         "top16_purity": mean_both_ways(pure.top_S, np.isfinite(pure.top_S), base),
         "entropy": mean_both_ways(pure.entropy_S, enough_S & np.isfinite(pure.entropy_S), 1.0),
         "share_above_chance": float((z_S[enough_S] > 2.326).mean()) if enough_S.any() else math.nan,
-        "by_images": _by_images(pure, excess_S, enough_S, codes.counts_S),
+        "by_images": _by_images((pure.purity_S, chance_S, excess_S), enough_S, codes.counts_S),
         "status": {name: int((codes.status_S == i).sum()) for i, name in enumerate(STATUSES)}
         | {"too few": int((alive_S & ~enough_S).sum())},
     }
     names = np.array([*labels.names, _NO_LABEL])
     columns = {
         "purity": pure.purity_S,
-        "purity_chance": pure.chance_S,
+        "purity_chance": chance_S,
         "purity_excess": excess_S,
         "purity_z": z_S,
         "weighted_purity": pure.weighted_S,
@@ -185,14 +211,21 @@ def _purity_figures(pure: Purity, codes: KeptCodes, labels: LabelSet) -> tuple[F
     return figures, columns
 
 
-def _by_images(pure: Purity, excess_S: np.ndarray, enough_S: np.ndarray, counts_S: np.ndarray) -> list[Figures]:
+def _excess_interval(excess_S: np.ndarray, enough_S: np.ndarray, chance: Chance) -> list[float]:
+    """Of the mean: latents drawn with replacement, widened by the error of chance, which they share."""
+    low, high = bootstrap_mean(excess_S[enough_S])
+    mean, error = float(excess_S[enough_S].mean()) if enough_S.any() else math.nan, chance.error_of_mean(enough_S)
+    return [mean - math.hypot(mean - low, NORMAL_95 * error), mean + math.hypot(high - mean, NORMAL_95 * error)]
+
+
+def _by_images(columns: tuple[np.ndarray, ...], enough_S: np.ndarray, counts_S: np.ndarray) -> list[Figures]:
     """Purity, chance and excess of latents of like n_k."""
     found = []
     edges = [LEAST_IMAGES, 20, 50, 100, 200, 500, 1000, 5000, 1 << 62]
     for low, high in pairwise(edges):
         inside = enough_S & (counts_S >= low) & (counts_S < high)
         if inside.any():
-            means = [float(each[inside].mean()) for each in (pure.purity_S, pure.chance_S, excess_S)]
+            means = [float(each[inside].mean()) for each in columns]
             found.append(
                 {"from": low, "latents": int(inside.sum()), **dict(zip(("purity", "chance", "excess"), means))}
             )

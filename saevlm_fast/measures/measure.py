@@ -6,143 +6,32 @@ Each SAE is encoded once; its codes are kept sparse and given to all measures. A
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
-from saevlm_fast.errors import require
+from saevlm_fast.errors import check_kind, require, shown, whole_number
+from saevlm_fast.measures.behaviour import Behaviour
 from saevlm_fast.measures.codes import KeptCodes, Pool
 from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, make_controls
-from saevlm_fast.measures.geometry import Side, compare, geometry
-from saevlm_fast.measures.hierarchy import hierarchy
-from saevlm_fast.measures.label_sets import LabelSet, halves
-from saevlm_fast.measures.labels import labels_of_latents
-from saevlm_fast.measures.monosemanticity import monosemanticity
+from saevlm_fast.measures.geometry import Side, compare
+from saevlm_fast.measures.inputs import Inputs
+from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.parts import Parts, key_of
-from saevlm_fast.measures.probing import sparse_probing
-from saevlm_fast.measures.results import MEASURES, VERSION, Figures, Measured, plain
+from saevlm_fast.measures.results import VERSION, Figures, Measured, plain
 from saevlm_fast.measures.separation import Headline, figure_at, headlines, matched_mean, separation
 from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
 from saevlm_fast.measures.taxonomy import Taxonomy
-from saevlm_fast.measures.uniqueness import uniqueness
 from saevlm_fast.provenance import check_rows_of
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder, check_sae
+from saevlm_fast.settings import path_of, several
 
 Told = Callable[[str], None]
 Counted = Callable[[str, int, int], None]
-NEEDS = {
-    "monosemanticity": "no embeddings were given",
-    "hierarchy": "it needs labels and a taxonomy",
-    "labels": "there are no labels",
-    "probing": "there are no labels",
-}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What SAEs are measured on.
-
-    Attributes:
-        activations: rows. embeddings: name -> rows, row i of image i. label_sets, taxonomy: of the images, or none.
-        pool: how the rows of an image become one. batch_rows: read and encoded at a time.
-    """
-
-    activations: Activations
-    embeddings: Mapping[str, Activations] = field(default_factory=dict)
-    label_sets: tuple[LabelSet, ...] = ()
-    taxonomy: Taxonomy | None = None
-    pool: Pool = "max"
-    batch_rows: int = 4096
-
-    @cached_property
-    def rows(self) -> ImageRows:
-        return ImageRows.of(self.activations)
-
-    @cached_property
-    def half_N(self) -> np.ndarray:
-        return halves(self.rows.ids)
-
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        """Of everything but the SAEs."""
-        labels = hashlib.sha256()
-        for each in self.label_sets:
-            labels.update(f"{each.name} {each.names}".encode())
-            for array in (each.labels_M, each.offsets_N1, each.known_N):
-                labels.update(array.tobytes())
-        ids = hashlib.sha256("\n".join(self.rows.ids).encode()).hexdigest() if self.activations.has_items else "rows"
-        paths = "" if self.taxonomy is None else str(sorted(self.taxonomy.paths.items()))
-        return {
-            "activations": self.activations.digest(),
-            "ids": ids,
-            "labels": labels.hexdigest(),
-            "taxonomy": hashlib.sha256(paths.encode()).hexdigest(),
-            "embeddings": str([(name, each.digest()) for name, each in self.embeddings.items()]),
-            "pool": self.pool,
-        }
-
-    def check(self) -> None:
-        """ValueError: embeddings or labels of other images than the activations'."""
-        n = len(self.rows.ids)
-        for name, embeddings in self.embeddings.items():
-            found = embeddings.n_rows
-            require(found == n, f"embeddings: {name} has {found} rows; there are {n} images in {self.activations.path}")
-            if embeddings.has_items and self.activations.has_items:
-                ids = ImageRows.of(embeddings).ids
-                other = next((i for i, pair in enumerate(zip(ids, self.rows.ids)) if pair[0] != pair[1]), None)
-                require(other is None, f"embeddings: {name}: row {other} is another image than in the activations")
-        for each in self.label_sets:
-            require(each.n_images == n, f"labels: {each.name} has {each.n_images} images, not {n}")
-
-    def left_out(self) -> dict[str, str]:
-        """Measures that these inputs do not allow, and why."""
-        there = {
-            "monosemanticity": bool(self.embeddings),
-            "hierarchy": bool(self.label_sets) and self.taxonomy is not None,
-            "labels": bool(self.label_sets),
-            "probing": bool(self.label_sets),
-        }
-        found = {name: NEEDS[name] for name, given in there.items() if not given}
-        if "hierarchy" not in found and self._of_taxonomy() is None:
-            found["hierarchy"] = "no label set has one label an image that the taxonomy knows"
-        return found
-
-    def _of_taxonomy(self) -> LabelSet | None:
-        """The first label set that it is about."""
-        known = set() if self.taxonomy is None else set(self.taxonomy.paths)
-        fits = (each for each in self.label_sets if known & set(each.names) and np.diff(each.offsets_N1).max() <= 1)
-        return next(fits, None)
-
-    def run(self, name: str, subject: Subject, codes: KeptCodes) -> Measured:
-        """One measure of one subject, but for reconstruction, which comes of the pass."""
-        if name == "uniqueness":
-            return uniqueness(codes)
-        if name == "geometry":
-            return geometry(codes, subject.model.W_dec, subject.model.W_enc)
-        if name == "hierarchy":
-            labels = self._of_taxonomy()
-            assert labels is not None  # left_out has seen to it
-            assert self.taxonomy is not None
-            return hierarchy(codes, labels, self.taxonomy, subject.group_sizes)
-        if name == "monosemanticity":
-            scored = {key: monosemanticity(codes, each, key, self.batch_rows) for key, each in self.embeddings.items()}
-            return _joined(scored)
-        if name == "labels":
-            return _joined({each.name: labels_of_latents(codes, each, self.half_N) for each in self.label_sets})
-        probed = {each.name: sparse_probing(codes, each, self.half_N, self.rows.ids) for each in self.label_sets}
-        return _joined(probed)
-
-
-def _joined(parts: Mapping[str, Measured]) -> Measured:
-    """Of several label sets or embeddings, figures below their names."""
-    columns: dict[str, np.ndarray] = {}
-    for each in parts.values():
-        columns |= each.latents
-    return Measured({name: each.figures for name, each in parts.items()}, columns)
 
 
 @dataclass(frozen=True)
@@ -249,6 +138,9 @@ class Measuring:
             "labels": ("labels", "ids"),
             "probing": ("labels", "ids"),
             "hierarchy": ("labels", "taxonomy"),
+            "kept": ("labels", "ids"),
+            "behaviour": ("behaviour",),
+            "visaebench": ("labels", "taxonomy", "embeddings", "ids"),
         }
         common = ("activations", "pool") + (() if self.inputs.rows.image_of_row is None else ("ids",))
         digests = {each: self.inputs.digests[each] for each in (*common, *reads.get(name, ()))}
@@ -256,7 +148,7 @@ class Measuring:
 
     def result(self, subject: Subject) -> tuple[Result, KeptCodes | None]:
         """All measures; and the codes, if they had to be made."""
-        names = [name for name in MEASURES if name not in self.left_out]
+        names = self.inputs.names()
         found = {name: self.parts.read(subject.name, name, self.key(subject, name)) for name in names}
         codes = None
         if any(part is None for part in found.values()):
@@ -332,7 +224,8 @@ def evaluate_subjects(
             found.append(work.result(_named(control, named))[0])
     pairs = list(_compared(work, subjects)) if compared else []
     sets = [each.name for each in inputs.label_sets]
-    return Evaluation(found, work.left_out, pairs, headlines(sets, list(inputs.embeddings)))
+    spliced = [] if inputs.behaviour is None else list(inputs.behaviour.asked)
+    return Evaluation(found, work.left_out, pairs, headlines(sets, list(inputs.embeddings), spliced))
 
 
 def _named(subject: Subject, name: str) -> Subject:
@@ -381,6 +274,7 @@ def measure(
     compare: bool = False,
     pool: Pool = "max",
     batch_rows: int = 4096,
+    behaviour: Behaviour | None = None,
     output: Path | None = None,
 ) -> Evaluation:
     """Measures one SAE or several, and what cannot have learned, in every way that the inputs allow.
@@ -394,6 +288,7 @@ def measure(
         controls: of untrained, rotation, raw, pca, kmeans.
         compare: whether the first SAE is matched with each other.
         batch_rows: rows read and encoded at a time.
+        behaviour: a tower and images that they are spliced into.
         output: directory for finished parts, which are not made again.
 
     Returns:
@@ -403,10 +298,20 @@ def measure(
         ValueError: an SAE of another width, layer or hook point, embeddings or labels of other images, a control that
             there is not, codes that do not fit into memory.
     """
+    check_kind("saes", saes, (SparseAutoencoder, Mapping), "a SparseAutoencoder, or a mapping of names to some")
     named = {"sae": saes} if isinstance(saes, SparseAutoencoder) else dict(saes)
     require(len(named) > 0, "saes: none were given")
+    for sae in named.values():
+        check_sae(sae, "saes")
+    controls, batch_rows = several("controls", controls), whole_number("batch_rows", batch_rows)
+    require(
+        isinstance(pool, str) and pool in get_args(Pool),
+        f"pool: {shown(pool)} is not one of {', '.join(get_args(Pool))}",
+    )
+    output = None if output is None else path_of("output", output)
     unknown = [each for each in controls if each not in CONTROLS]
-    require(not unknown, f"controls: {unknown[:1]} is not one of {', '.join(CONTROLS)}")
+    require(not unknown, f"controls: {shown(unknown[:1])} is not one of {', '.join(CONTROLS)}")
+    check_kind("taxonomy", taxonomy, (Taxonomy, Mapping, type(None)), "a Taxonomy, or a mapping of labels to paths")
     rows = activations_of(activations, "activations")
     inputs = Inputs(
         rows,
@@ -415,6 +320,7 @@ def measure(
         taxonomy if isinstance(taxonomy, Taxonomy) or taxonomy is None else Taxonomy.of(taxonomy),
         pool,
         batch_rows,
+        behaviour,
     )
     for sae in named.values():
         check_rows_of(sae, rows)

@@ -2,62 +2,71 @@
 
 The level of the score is set by the embeddings: two images have the cosine s on average, and MS' = (MS - s) / (1 - s)
 is what compares across encoders. Means are over latents with a floor on their images: below it a score is noise.
+Intervals are by image (scoring/second_pass.py), chance is codes shuffled over images (scoring/null.py).
+Memory beside the codes: two sums of S x E float64, and what SecondPass says.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.codes import KeptCodes
-from saevlm_fast.measures.results import Figures, Measured, bootstrap_mean, mean_both_ways
+from saevlm_fast.measures.results import Figures, Measured, mean_both_ways
 from saevlm_fast.scoring.monosemanticity import StreamedScore
+from saevlm_fast.scoring.second_pass import SecondPass, change_error
+from saevlm_fast.scoring.source import rows_between
 from saevlm_fast.scoring.sums import STATUSES
+from saevlm_fast.scoring.trust import FEWEST_IMAGES, TrustedScores, interval
 from saevlm_fast.sparse_codes import SparseCodes
-
-LEAST_IMAGES = 10
 
 
 def monosemanticity(codes: KeptCodes, embeddings: Activations, name: str, batch_rows: int = 4096) -> Measured:
-    """The score of every latent, and its means.
+    """The score of every latent, and its means, in two passes over the embeddings.
 
     Args:
         codes: of N images. embeddings: N rows, row i of image i. name: of the embeddings.
 
     Returns:
-        figures: ms, ms_10 (over latents with at least 10 images), corrected, mean_cosine, deciles, status. latents: ms.
-            Names of columns end in the name of the embeddings.
+        figures: ms, ms_10 (over latents with at least 10 images; its interval covers the images, not the seed),
+            corrected, mean_cosine, above_null, above_99, guarded_best, split_half, deciles, status. latents: ms, ms_se,
+            ms_p, ms_above_null. Names of columns end in the name of the embeddings.
     """
-    by_image = codes.by_image()
-    scores = StreamedScore(codes.n_latents)
-    total_E = torch.zeros(embeddings.d, dtype=torch.float64)
-    for start, emb_BE in embeddings.chunks(batch_rows):
-        scores.update(rows_of(by_image, start, start + len(emb_BE)), emb_BE)
-        total_E += normalize(emb_BE.double(), dim=1).sum(0)
-    found = scores.result()
-    n = codes.n_images
-    cosine = (float(total_E @ total_E) - n) / (n * (n - 1)) if n > 1 else math.nan
-    ms_S = found.ms.numpy()
-    defined_S = found.status.numpy() == STATUSES.index("defined")
-    enough_S = defined_S & (codes.counts_S >= LEAST_IMAGES)
+    by_image, first = codes.by_image(), StreamedScore(codes.n_latents, halves=True)
+    _feed(first.update, by_image, embeddings, batch_rows)
+    status_S = first.result().status.numpy()
+    defined_S = status_S == STATUSES.index("defined")
+    enough_S = defined_S & (codes.counts_S >= FEWEST_IMAGES)
+    weights_SW = torch.from_numpy(enough_S / max(int(enough_S.sum()), 1))[:, None]
+    second = SecondPass(first, weights_SW)
+    _feed(second.update, by_image, embeddings, batch_rows)
+    found = TrustedScores.of(second.result())
+    summary, ms_S = found.summary(), found.ms.numpy()
+    mean = float(ms_S[enough_S].mean()) if enough_S.any() else math.nan
+    sure = interval(mean, change_error(found.weighted_NW[:, 0]))
     figures: Figures = {
-        "ms": mean_both_ways(ms_S, defined_S, cosine),
-        "ms_10": mean_both_ways(ms_S, enough_S, cosine) | {"interval": bootstrap_mean(ms_S[enough_S])},
-        "mean_cosine": cosine,
-        "corrected": (float(ms_S[enough_S].mean()) - cosine) / (1 - cosine) if enough_S.any() else math.nan,
+        "ms": mean_both_ways(ms_S, defined_S, found.mean_cosine) | {"interval": list(summary.mean_interval)},
+        "ms_10": mean_both_ways(ms_S, enough_S, found.mean_cosine) | {"interval": list(sure)},
+        "mean_cosine": found.mean_cosine,
+        "corrected": float(found.corrected.numpy()[enough_S].mean()) if enough_S.any() else math.nan,
+        "above_null": summary.above_null,
+        "above_99": summary.above_99,
+        "guarded_best": summary.guarded_best._asdict(),
+        "split_half": summary.split_half,
         "deciles": np.quantile(ms_S[enough_S], np.arange(11) / 10).tolist() if enough_S.any() else [],
-        "status": {status: int((found.status.numpy() == i).sum()) for i, status in enumerate(STATUSES)},
+        "status": {status: int((status_S == i).sum()) for i, status in enumerate(STATUSES)},
         "similarity": "cosine",
     }
-    return Measured(figures, {f"ms:{name}": ms_S})
+    assert found.se is not None
+    assert found.p is not None
+    assert found.above_null is not None
+    columns = {"ms": found.ms, "ms_se": found.se, "ms_p": found.p, "ms_above_null": found.above_null}
+    return Measured(figures, {f"{column}:{name}": values_S.numpy() for column, values_S in columns.items()})
 
 
-def rows_of(codes: SparseCodes, first: int, last: int) -> SparseCodes:
-    """Some neighbouring rows of codes in CSR form."""
-    acts_M, latents_M, offsets = codes.csr()
-    begin, end = int(offsets[first]), int(offsets[last])
-    return SparseCodes.from_flat(
-        acts_M[begin:end], latents_M[begin:end], offsets[first : last + 1] - begin, codes.d_sae
-    )
+def _feed(update: Callable[..., Any], codes: SparseCodes, embeddings: Activations, batch_rows: int) -> None:
+    for start, emb_BE in embeddings.chunks(batch_rows):
+        update(rows_between(codes, start, start + len(emb_BE)), emb_BE)

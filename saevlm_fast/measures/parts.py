@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from saevlm_fast.errors import first_line
 from saevlm_fast.files import atomic_write, write_json_atomic
-from saevlm_fast.measures.results import VERSION, Measured, plain
+from saevlm_fast.measures.results import PARTS_VERSION, Measured, plain
 
 PARTS = "parts"
 _TABLES = ("latents", "pairs")
@@ -27,7 +27,9 @@ _TABLES = ("latents", "pairs")
 
 def key_of(**made_of: Any) -> str:
     """SHA-256 of everything that a part follows from."""
-    return hashlib.sha256(json.dumps({"version": VERSION, **made_of}, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({"version": PARTS_VERSION, **made_of}, sort_keys=True, default=str).encode()
+    ).hexdigest()
 
 
 def file_name(name: str) -> str:
@@ -68,7 +70,7 @@ class Parts:
             path.unlink(missing_ok=True)
             if columns:
                 write_columns(path, columns)
-        write_json_atomic(json_file, {"version": VERSION, "key": key, "figures": plain(measured.figures)})
+        write_json_atomic(json_file, {"version": PARTS_VERSION, "key": key, "figures": plain(measured.figures)})
 
     def _stem(self, subject: str, measure: str) -> Path:
         assert self.directory is not None

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,12 @@ MEASURES = (
     "labels",
     "probing",
     "geometry",
+    "kept",
+    "behaviour",
+    "visaebench",
 )
-VERSION = 1  # of the parts and of evaluation.json
+VERSION = 1  # of evaluation.json
+PARTS_VERSION = 2  # of the parts: one more makes all of them anew
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,54 @@ def bootstrap_mean(values: np.ndarray, n: int = 1000, seed: int = 0) -> list[flo
         return [float(values.mean()) - half, float(values.mean()) + half]
     means = values[generator.integers(0, len(values), (n, len(values)))].mean(1)
     return [float(each) for each in np.quantile(means, [0.025, 0.975])]
+
+
+def share(true_N: np.ndarray) -> Figures:
+    """A share with Wilson's 95 % interval: value, n, status, interval."""
+    n = len(true_N)
+    if not n:
+        return {"value": math.nan, "n": 0, "status": "too few", "interval": [math.nan, math.nan]}
+    value = float(true_N.mean())
+    return {"value": value, "n": n, "status": "defined", "interval": wilson(value, n)}
+
+
+def wilson(value: float, n: int) -> list[float]:
+    """The 95 % interval of a share of n."""
+    z = 1.959964
+    middle, width = value + z * z / (2 * n), z * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return [max(0.0, (middle - width) / (1 + z * z / n)), min(1.0, (middle + width) / (1 + z * z / n))]
+
+
+def mean_figure(values_N: np.ndarray) -> Figures:
+    """A mean over images with its normal 95 % interval: value, n, status, interval."""
+    n = len(values_N)
+    if n < 2:
+        value = float(values_N[0]) if n else math.nan
+        return {"value": value, "n": n, "status": "too few", "interval": [math.nan, math.nan]}
+    value, half = float(values_N.mean()), 1.959964 * float(values_N.std(ddof=1)) / math.sqrt(n)
+    return {"value": value, "n": n, "status": "defined", "interval": [value - half, value + half]}
+
+
+def ratio(above_N: np.ndarray, below_N: np.ndarray, least: float) -> Figures:
+    """A ratio of two means over the same images; images drawn anew for the 95 % interval.
+
+    Returns:
+        value, n, status, interval, denominator. Where the denominator is below `least` the value is NaN and the status
+        `withheld`: such a ratio says nothing.
+    """
+    n, nothing = len(above_N), [math.nan, math.nan]
+    below = float(below_N.mean()) if n else math.nan
+    given: Figures = {"n": n, "denominator": below, "least_denominator": least}
+    if not n or not below >= least:
+        return {"value": math.nan, "status": "withheld" if n else "too few", "interval": nothing} | given
+    drawn_RN = _drawn(n)
+    above_R, below_R = drawn_RN @ above_N, drawn_RN @ below_N
+    ratios = np.divide(above_R, below_R, out=np.full(len(below_R), np.nan), where=below_R > 0)
+    interval = [float(each) for each in np.nanquantile(ratios, [0.025, 0.975])]
+    return {"value": float(above_N.mean()) / below, "status": "defined", "interval": interval} | given
+
+
+@lru_cache(maxsize=4)
+def _drawn(n: int, times: int = 500) -> np.ndarray:
+    """float64 [times, n]: how often each of n is drawn in n draws with replacement."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), times).astype(np.float64)

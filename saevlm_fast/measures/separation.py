@@ -29,8 +29,8 @@ class Headline(NamedTuple):
     column: str | None = None
 
 
-def headlines(label_sets: Sequence[str], embeddings: Sequence[str]) -> list[Headline]:
-    """The rows, as the inputs have them."""
+def headlines(label_sets: Sequence[str], embeddings: Sequence[str], spliced_sets: Sequence[str] = ()) -> list[Headline]:
+    """The rows, as the inputs have them. spliced_sets: label sets of the images that a tower is shown."""
     rows = [
         Headline("explained variance", ("reconstruction", "explained_variance"), 1),
         Headline("L0", ("reconstruction", "l0")),
@@ -63,7 +63,25 @@ def headlines(label_sets: Sequence[str], embeddings: Sequence[str]) -> list[Head
     rows += [
         Headline("nearest decoder cosine", ("geometry", "nearest_cosine", "mean")),
         Headline("best co-firing phi", ("geometry", "cofiring", "mean_best_phi")),
+        Headline("neighbours kept by x_hat", ("kept", "overlap", "x_hat", "value"), 1),
     ]
+    rows += [
+        Headline(f"probe kept by x_hat, {name}", ("kept", "sets", name, "probe", "kept", "x_hat", "value"), 1)
+        for name in label_sets
+    ]
+    rows += [
+        Headline("spliced: cosine of the output", ("behaviour", "main", "cosine", "value"), 1),
+        Headline("spliced: neighbours kept", ("behaviour", "main", "overlap", "value"), 1),
+    ]
+    for name in spliced_sets:
+        main, recovered = ("behaviour", "main", "sets", name), ("behaviour", "main", "recovered", name)
+        rows += [
+            Headline(f"spliced: CE recovered (zero), {name}", (*recovered, "ce", "zero", "value"), 1),
+            Headline(f"spliced: CE recovered (mean), {name}", (*recovered, "ce", "mean", "value"), 1),
+            Headline(f"spliced: KL, {name}", (*main, "kl", "value"), -1),
+            Headline(f"spliced: top-1 agreement, {name}", (*main, "agreement", "value"), 1),
+            Headline(f"spliced: probe kept, {name}", (*recovered, "probe", "value"), 1),
+        ]
     return rows
 
 
@@ -82,7 +100,7 @@ def separation(trained: Sequence[float], control: Sequence[float], better: int) 
 
     Returns:
         difference (trained - control, of means), d_prime (towards better; NaN without seeds), verdict: separates, does
-        not separate, not better, better; seeds missing, or not judged where neither way is better.
+        not separate, better, seeds missing, does not separate: not better, or not judged where neither way is better.
     """
     first, second = (np.array([each for each in values if math.isfinite(each)]) for values in (trained, control))
     if not len(first) or not len(second):
@@ -91,7 +109,7 @@ def separation(trained: Sequence[float], control: Sequence[float], better: int) 
     if better == 0:
         return {"difference": difference, "d_prime": math.nan, "verdict": "not judged"}
     if len(first) < LEAST_SEEDS:
-        verdict = "better; seeds missing" if better * difference > 0 else "does not separate (not better)"
+        verdict = "better, seeds missing" if better * difference > 0 else "does not separate: not better"
         return {"difference": difference, "d_prime": math.nan, "verdict": verdict}
     squares = [((values - values.mean()) ** 2).sum() for values in (first, second)]
     freedom = len(first) + len(second) - 2

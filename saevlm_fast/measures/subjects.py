@@ -52,6 +52,15 @@ class Centroids:
 Model = SparseAutoencoder | Centroids
 
 
+def reconstruct(model: Model, x_BD: Tensor) -> Tensor:
+    """decode(encode(x)) of inference, in the model's dtype and on its device."""
+    held_BD = x_BD.to(model.b_dec.device, model.b_dec.dtype)
+    codes = model.encode(held_BD)
+    if isinstance(model, Centroids):
+        return model.decode(codes)
+    return model.decode(codes, model.input_statistics(held_BD))
+
+
 @dataclass(frozen=True)
 class Subject:
     """An SAE, or a control of one.
@@ -154,9 +163,7 @@ def encode_all(
 
 
 def _prefixes(model: Model, x_BD: Tensor, codes: SparseCodes, n_groups: int) -> Tensor:
-    if not isinstance(model, SparseAutoencoder):
+    if isinstance(model, Centroids):
         return model.decode(codes)[None]
-    statistics = model.input_statistics(x_BD)  # of an SAE that normalises its input
-    if n_groups > 1:
-        return model.decode_prefixes(codes, statistics)
-    return model.decode(codes, statistics)[None]
+    statistics = model.input_statistics(x_BD)
+    return model.decode_prefixes(codes, statistics) if n_groups > 1 else model.decode(codes, statistics)[None]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import check_kind, first_line, require, shown
 
 _MOST_LABELS = 20_000  # with several paths, whose depths are a matrix
 
@@ -35,7 +35,10 @@ class Taxonomy:
     @classmethod
     def of(cls, paths: Mapping[str, Sequence[str]], origin: str = "paths") -> "Taxonomy":
         """One path a label. ValueError: a path that is empty."""
+        check_kind("paths", paths, Mapping, "a mapping of labels to paths")
         for label, path in paths.items():
+            nodes = isinstance(path, list | tuple) and all(isinstance(node, str) for node in path)
+            require(nodes, f"paths: {shown(path)} of {shown(label)} is not a sequence of texts")
             require(len(path) > 0, f"taxonomy: {origin}: the path of {label!r} is empty")
         return cls({label: (tuple(path),) for label, path in paths.items()}, origin)
 

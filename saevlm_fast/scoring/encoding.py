@@ -8,7 +8,7 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.sae import SparseAutoencoder, evaluating
+from saevlm_fast.sae import SparseAutoencoder, check_sae, evaluating
 from saevlm_fast.sparse_codes import SparseCodes
 
 
@@ -18,8 +18,8 @@ def n_latents(activations: Activations | StoredCodes, sae: SparseAutoencoder | N
     Raises:
         ValueError: an SAE of another width, or for codes, which are encoded already.
     """
-    if sae is not None and not isinstance(sae, SparseAutoencoder):
-        raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
+    if sae is not None:
+        check_sae(sae)
     if isinstance(activations, StoredCodes):
         require(sae is None, "sae: codes are encoded already; give activations or no SAE")
         return activations.d_sae

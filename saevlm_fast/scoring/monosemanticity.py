@@ -29,7 +29,7 @@ from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Matrix
-from saevlm_fast.errors import require
+from saevlm_fast.errors import real_number, require
 from saevlm_fast.kernels.common import check_similarity
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
 from saevlm_fast.sae import SparseAutoencoder
@@ -332,6 +332,7 @@ def streamed_score(
 ) -> StreamedScore:
     """The sums behind `score`, with all images in them; arguments and errors are those of `score`."""
     images = ScoredImages(activations, {"": embeddings}, sae, pool=pool, batch_rows=batch_rows, kept_bytes=0)
+    gamma = None if gamma is None else real_number("gamma", gamma)
     return stream(images, similarity, gamma, device=device, on_rows=on_rows)[""]
 
 

@@ -18,6 +18,8 @@ direction in activation space satisfies. The untrained SAE of controls.py is the
 Shape suffixes: n images of a chunk, N all images, S latents, M entries, E embedding, R draws, W images of a draw.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ N_DRAWS = 2000
 _GRAM_COLUMNS = 256  # G is symmetric: only blocks on and above its diagonal are made
 _DRAWS_AT_ONCE = 64
 _ELEMENTS_AT_ONCE = 1 << 21
+_ROUNDING = 1e-13  # of float64 sums of similarities, generously
 _TIE = 1e-6  # drawn scores from float32 embeddings that are this little below count as equal: few values have many ties
 
 
@@ -69,11 +72,17 @@ class SimilarityMoments:
             last = first + len(self._gram_EE[block])
             squares += self._gram_EE[block, block].square().sum() + 2 * self._gram_EE[block, last:].square().sum()
         pairs = float(squares - self._fourth) - float(self.pair_sum) ** 2 / max(n * (n - 1), 1)
-        return max(pairs, 0.0), float(self.spread)
+        # Where all pairs are equally alike both are rounding, of which no deviation must be made.
+        pairs = pairs if pairs > _ROUNDING * float(squares) else 0.0
+        spread = float(self.spread)
+        return pairs, spread if spread > n * (_ROUNDING * float(self._mean)) ** 2 else 0.0
 
 
 def null_deviation(powers_4S: Tensor, moments: SimilarityMoments) -> Tensor:
-    """Standard deviation [S] of the score under the null, from p1 .. p4; NaN below 4 images, or without a pair."""
+    """Standard deviation [S] of the score under the null, from p1 .. p4; NaN below 4 images, or without a pair.
+
+    0 where all pairs of images are equally alike.
+    """
     n = moments.n_images
     p1, p2, p3, p4 = powers_4S
     if n < 4:
@@ -88,8 +97,12 @@ def null_deviation(powers_4S: Tensor, moments: SimilarityMoments) -> Tensor:
     return (variance_S / a0.square()).clamp_(min=0).sqrt_()
 
 
+@lru_cache(maxsize=2)  # of the same images for every SAE, control and encoder
 def drawn_images(n_images: int, seed: int, n_draws: int = N_DRAWS) -> Tensor:
-    """int64 [R, W]: sets of W = min(FEW_IMAGES - 1, N) different images; the first n of a set are a set of n."""
+    """int64 [R, W]: sets of W = min(FEW_IMAGES - 1, N) different images; the first n of a set are a set of n.
+
+    Do not change it: who asks for the same is given the same tensor.
+    """
     width, generator = min(FEW_IMAGES - 1, n_images), torch.Generator().manual_seed(seed)
     if n_images <= 8 * FEW_IMAGES:
         return torch.rand(n_draws, n_images, generator=generator).argsort(1)[:, :width]

@@ -17,10 +17,10 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes, pool_codes
 from saevlm_fast.data.pairing import check_sides, checked_ids
 from saevlm_fast.data.rows import Activations, Matrix, StoredRows, activations_of
-from saevlm_fast.errors import require
+from saevlm_fast.errors import require, shown
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.runtime import resolve_device
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.encoding import encoded, n_latents
 from saevlm_fast.sparse_codes import SparseCodes
 
@@ -51,9 +51,12 @@ class ScoredImages:
     ) -> None:
         if not isinstance(activations, StoredCodes):
             activations = activations_of(activations, "activations")
-        if sae is not None and not isinstance(sae, SparseAutoencoder):
-            raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
-        require(pool in (None, "max", "mean"), f"pool: {pool!r} is not one of max, mean")
+        if sae is not None:
+            check_sae(sae)
+        require(
+            pool is None or (isinstance(pool, str) and pool in ("max", "mean")),
+            f"pool: {shown(pool)} is not one of max, mean",
+        )
         self.activations, self.sae, self.batch_rows = activations, sae, batch_rows
         self.pool: Pool | None = pool
         self.encoders = {name: activations_of(matrix, "embeddings") for name, matrix in embeddings.items()}

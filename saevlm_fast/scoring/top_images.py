@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
-from saevlm_fast.data.rows import Matrix, activations_of
+from saevlm_fast.data.rows import Matrix, activations_of, whole_numbers
 from saevlm_fast.errors import require, whole_number
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
@@ -59,7 +59,7 @@ def top_images(
     n, batch_rows = whole_number("n", n), whole_number("batch_rows", batch_rows)
     if not isinstance(activations, StoredCodes):
         activations = activations_of(activations, "activations")
-    latents_L = _whole_numbers(latents)
+    latents_L = whole_numbers("latents", latents)
     slot_of_latent_S = _slots(latents_L, n_latents(activations, sae))
     best, ids = BestImages(len(latents_L), n), checked_ids(batch_rows, activations)
     with closing(encoded_chunks(activations, sae, batch_rows)) as chunks:
@@ -72,20 +72,6 @@ def top_images(
             best.add(acts_M, slots_M, images_M + start)
             on_rows(start + n_rows)
     return best.result()
-
-
-def _whole_numbers(latents: Sequence[int] | Tensor) -> Tensor:
-    """int64 [L]. A mask is refused: its True and False would be taken for latents 1 and 0."""
-    try:
-        latents_L = torch.as_tensor(latents)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"latents: {repr(latents)[:80]} must be a list of whole numbers") from None
-    if not latents_L.numel() and latents_L.ndim == 1:
-        return torch.empty(0, dtype=torch.int64)  # torch makes float32 of []
-    whole = latents_L.ndim == 1 and latents_L.dtype != torch.bool
-    whole = whole and not latents_L.is_floating_point() and not latents_L.is_complex()
-    require(whole, f"latents: {latents_L.dtype} {list(latents_L.shape)}, must be a list of whole numbers")
-    return latents_L.long()
 
 
 def _slots(latents_L: Tensor, n_latents: int) -> Tensor:

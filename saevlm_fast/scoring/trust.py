@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Matrix
-from saevlm_fast.errors import require
+from saevlm_fast.errors import check_kind, require, whole_number
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, ScoreSummary, stream
 from saevlm_fast.scoring.ranks import found_at, spearman
@@ -137,8 +137,10 @@ class TrustedScores(MonosemanticityScores):
 
     @property
     def z(self) -> Tensor | None:
-        """(ms - mean_cosine) / null_sd."""
-        return None if self.null_sd is None else (self.ms - self.mean_cosine) / self.null_sd
+        """(ms - mean_cosine) / null_sd; NaN where all images are equally alike."""
+        if self.null_sd is None:
+            return None
+        return ((self.ms - self.mean_cosine) / self.null_sd).masked_fill(self.null_sd == 0, torch.nan)
 
     @property
     def above_null(self) -> Tensor | None:
@@ -273,6 +275,8 @@ def trusted_scores(
     Raises:
         ValueError: as `trusted_score`; no embeddings.
     """
+    check_kind("embeddings", embeddings, Mapping, "a mapping of encoders' names to embeddings")
+    seed = whole_number("seed", seed, 0)
     require(len(embeddings) > 0, "embeddings: at least one encoder's are needed")
     images = ScoredImages(activations, embeddings, sae, pool=pool, batch_rows=batch_rows)
     measured = TwoPasses(images, similarity, device, on_rows)
@@ -326,6 +330,9 @@ def rank_agreement(scores: Mapping[str, MonosemanticityScores]) -> dict[tuple[st
     Raises:
         ValueError: scores of different numbers of latents.
     """
+    check_kind("scores", scores, Mapping, "a mapping of names to scores")
+    for one in scores.values():
+        check_kind("scores", one, MonosemanticityScores, "MonosemanticityScores; score gives them")
     require(len({len(one.ms) for one in scores.values()}) <= 1, "scores: of different numbers of latents")
     names = list(scores)
     agreement = {}

@@ -10,18 +10,20 @@ Shape suffixes: R rows, T tokens, D width, N tokens of all rows.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import check_kind, first_line, require, shown, whole_number
 from saevlm_fast.runtime import tf32_products
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.settings import several
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
-from saevlm_fast.steering.site import find_site, hooked_block, token_mask
+from saevlm_fast.steering.site import find_site, hooked_block, one_token_into, token_mask
 from saevlm_fast.towers.hub import one_line_errors
 
 
@@ -37,7 +39,8 @@ class SteeredRow:
         question: a number that `SteeredAnswers.ask` gave.
         edits: as of `steering.steer`; () is the identity control, whatever `only` is; None leaves the model
             untouched, without the SAE.
-        direction: [D] added to the chosen tokens after the edits; needs edits.
+        direction: [D] added to the chosen tokens after the edits, in the units of decoder rows: times the token's own
+            scale where the SAE normalises its input. Needs edits.
         mask: bool [T], the tokens of this row that are steered, of every tile, instead of SteeredAnswers' choice; none
             is allowed. Needs edits.
     """
@@ -92,14 +95,15 @@ class SteeredAnswers:
         batch into one sequence; sizes below 1."""
         per_row = isinstance(tokens, Tensor) and tokens.ndim > 1
         require(not per_row, "tokens: a mask must be [T] here; SteeredRow.mask is one of a row's own")
+        require(hasattr(processor, "tokenizer"), f"processor: {shown(processor)} is not the processor of a LLaVA")
         self.model, self.processor, self.sae = model, processor, sae
         self.site = find_site(model, sae, layer, tokens, error)
         name, tower = type(model).__name__, getattr(getattr(model, "config", None), "vision_config", None)
         require(self.site.reads is not None, f"model: {name} has no language model that answers")
         packed = getattr(tower, "model_type", "") == "pixtral"
         require(not packed, f"model: {name} packs all images of a batch into one sequence, so rows are not told apart")
-        require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
-        require(max_new_tokens >= 1, f"max_new_tokens: {max_new_tokens} must be at least 1")
+        batch_size = whole_number("batch_size", batch_size)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.tokens, self.only, self.error = tokens, only, error
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self._questions: list[_Question] = []
@@ -125,6 +129,8 @@ class SteeredAnswers:
 
         prompt: put into the processor's chat template, unless it holds the image token itself. ValueError: it is empty.
         """
+        check_kind("image", image, Image.Image, "an RGB image of PIL")
+        check_kind("prompt", prompt, str, "a text")
         require(prompt.strip() != "", "prompt: is empty")
         inputs = self._inputs(image, prompt)
         x_BTD = self._residual(inputs)
@@ -141,6 +147,9 @@ class SteeredAnswers:
     @tf32_products(False)
     def answers(self, rows: Sequence[SteeredRow], on_rows: Callable[[int], None] = lambda done: None) -> list[str]:
         """The answer to every row, in order. on_rows: called after every batch with the number of rows done."""
+        rows = several("rows", rows)
+        for row in rows:
+            check_kind("rows", row, SteeredRow, "a SteeredRow")
         answers = [""] * len(rows)
         done = 0
         for batch in self._batches(rows):
@@ -274,28 +283,19 @@ class SteeredAnswers:
                 width = self.sae.config.d_in
                 require(row.direction.shape == (width,), f"direction: {list(row.direction.shape)}, not [{width}]")
                 require(bool(row.direction.isfinite().all()), f"direction: of row {r} of the batch, is not finite")
-                edited_ND[row_N == r] += row.direction.to(edited_ND)
+                shift_D, of_row_N = row.direction.to(edited_ND), row_N == r
+                scale = 1.0 if encoded.statistics is None else encoded.statistics.scale[of_row_N]
+                edited_ND[of_row_N] += (shift_D * scale).to(edited_ND)
         chosen_N = mask_BT.flatten().to(row_N.device)
         changed_ND = as_the_model_holds(edited_ND[chosen_N], x_BTD, plan, row_N[chosen_N])
         return x_BTD.masked_scatter(mask_BT[:, :, None], changed_ND)
 
-    @contextmanager
-    def _only_above_block(self) -> Iterator[None]:
+    def _only_above_block(self) -> AbstractContextManager[None]:
         """Blocks whose output is replaced, or read by nobody, are given one token instead of all."""
         reads = self.site.reads or frozenset()
         blocks = self.site.anatomy.blocks
         first = [blocks[0]] if min(reads) >= self.site.layer else []  # else the projector reads a block below
-        after = list(blocks[max(reads) + 1 : max(reads) + 2])
-        with ExitStack() as stack:
-            for block in first + after:
-                stack.callback(block.register_forward_pre_hook(_one_token, with_kwargs=True).remove)
-            yield
-
-
-def _one_token(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    if args:
-        return (args[0][:1, :1], *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": kwargs["hidden_states"][:1, :1]}
+        return one_token_into([*first, *blocks[max(reads) + 1 : max(reads) + 2]])
 
 
 def _join_inputs(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -22,16 +22,16 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.errors import require
+from saevlm_fast.errors import real_number, require, shown, whole_number
 from saevlm_fast.kernels.sparse_decode import sparse_decode
 from saevlm_fast.runtime import tf32_products
 from saevlm_fast.sae import InputStatistics, SparseAutoencoder
+from saevlm_fast.settings import several
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.steering.site import Site, find_site, hooked_block, token_mask
 
@@ -51,27 +51,27 @@ class Edit:
     offset: float
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.latent, Integral) and not isinstance(self.latent, bool)
-        require(whole, f"latent: {self.latent!r} is not a whole number")
-        require(self.latent >= 0, f"latent: {self.latent} must not be negative")
-        for value in (self.factor, self.offset):
+        object.__setattr__(self, "latent", whole_number("latent", self.latent, 0))
+        for name in ("factor", "offset"):
+            value = real_number(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             fits = math.isfinite(value) and abs(value) <= _LARGEST
             require(fits, f"alpha: {value} of latent {self.latent} is not finite in float32")
 
 
 def clamp(latent: int, alpha: float) -> Edit:
     """The latent is alpha, whether it fires or not; in raw activation units."""
-    return Edit(latent, 0.0, alpha)
+    return Edit(latent, 0.0, real_number("alpha", alpha))
 
 
 def add(latent: int, alpha: float) -> Edit:
     """alpha more, wherever the latent fires or not; in raw activation units."""
-    return Edit(latent, 1.0, alpha)
+    return Edit(latent, 1.0, real_number("alpha", alpha))
 
 
 def scale(latent: int, factor: float) -> Edit:
     """factor times as much, where the latent fires."""
-    return Edit(latent, factor, 0.0)
+    return Edit(latent, real_number("factor", factor), 0.0)
 
 
 def zero(latent: int) -> Edit:
@@ -136,9 +136,10 @@ def steer_rows(
         ValueError: as `steer`; at the forward, a batch of another size.
     """
     site = find_site(model, sae, layer, tokens, error)
-    n_tiles = torch.ones(len(rows), dtype=torch.int64) if tiles is None else torch.tensor([int(n) for n in tiles])
+    rows = several("rows", rows)
+    tiles = None if tiles is None else [whole_number("tiles", n) for n in several("tiles", tiles)]
+    n_tiles = torch.ones(len(rows), dtype=torch.int64) if tiles is None else torch.tensor(tiles)
     require(len(n_tiles) == len(rows), f"tiles: {len(n_tiles)} numbers for {len(rows)} rows")
-    require(not bool((n_tiles < 1).any()), f"tiles: {n_tiles.tolist()}, each must be at least 1")
     plan = EditPlan.of_rows(rows, sae)
     row_of_tile = torch.arange(len(rows)).repeat_interleave(n_tiles)
     with hooked_block(site, lambda x_BTD: _steered(x_BTD, sae, plan, site, only, tokens, error, row_of_tile)):
@@ -160,7 +161,7 @@ class EditPlan(NamedTuple):
     def of_rows(cls, rows: Sequence[Sequence[Edit]], sae: SparseAutoencoder) -> "EditPlan":
         """ValueError: a latent that the SAE does not have, or that a row edits twice; a value beyond its dtype."""
         for edits in rows:
-            require(isinstance(edits, Sequence), f"edits: {edits!r} is not a sequence of edits")
+            require(isinstance(edits, Sequence), f"edits: {shown(edits)} is not a sequence of edits")
         n_edits = max((len(edits) for edits in rows), default=0)
         weights = sae.W_dec
         latents = torch.zeros(len(rows), n_edits, dtype=torch.int64)
@@ -184,7 +185,7 @@ class EditPlan(NamedTuple):
 def _check_edits(edits: Sequence[Edit], d_sae: int) -> None:
     seen: set[int] = set()
     for edit in edits:
-        require(isinstance(edit, Edit), f"edits: {edit!r} is not made by clamp, add, scale or zero")
+        require(isinstance(edit, Edit), f"edits: {shown(edit)} is not made by clamp, add, scale or zero")
         require(edit.latent < d_sae, f"latent: {edit.latent} of an SAE whose latents are 0 to {d_sae - 1}")
         require(edit.latent not in seen, f"latent: {edit.latent} is edited twice")
         seen.add(edit.latent)

@@ -8,17 +8,16 @@ on: everything runs eagerly, and the compiled code is used again, unchanged, aft
 Shape suffixes: B rows of the block (images, or their tiles), T tokens, D width.
 """
 
-import operator
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.errors import require
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.errors import check_kind, require, shown, whole_number
+from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.towers.load import find_anatomy
 from saevlm_fast.towers.tower import Anatomy
 
@@ -43,6 +42,9 @@ def find_site(
     model: nn.Module, sae: SparseAutoencoder, layer: int, tokens: str | Tensor = "all", error: str = "drop"
 ) -> Site:
     """The block, after all checks that need no forward. Raises the ValueErrors of `steer`."""
+    check_kind("model", model, nn.Module, "a model with a vision tower")
+    check_sae(sae)
+    layer = whole_number("layer", layer, -(2**62))
     model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
     anatomy, name = find_anatomy(model), type(model).__name__
     last = len(anatomy.blocks) - 1
@@ -51,8 +53,7 @@ def find_site(
         anatomy.width in (None, sae.config.d_in),
         f"sae: d_in is {sae.config.d_in}, but the vision blocks of {name} have width {anatomy.width}",
     )
-    layer = operator.index(layer)
-    require(error in ERRORS, f"error: {error!r} is not one of {', '.join(ERRORS)}")
+    require(isinstance(error, str) and error in ERRORS, f"error: {shown(error)} is not one of {', '.join(ERRORS)}")
     mask = isinstance(tokens, Tensor) and tokens.dtype == torch.bool and tokens.ndim in (1, 2)
     known = mask or (isinstance(tokens, str) and tokens in TOKENS)
     require(known, f"tokens: {_shown(tokens)} is not one of {', '.join(TOKENS)}, or a bool mask [T] or [B, T]")
@@ -92,26 +93,46 @@ def _check_read(config: Any, layer: int, reads: frozenset[int], cls_only: bool) 
 
 
 def _shown(tokens: object) -> str:
-    return f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
+    return f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else shown(tokens)
+
+
+def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """The block's output x_BTD, in whatever form it comes, becomes change(x_BTD)."""
+    return hooked_output(site.block, site.anatomy.batch_first, change)
 
 
 @contextmanager
-def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The block's output x_BTD, in whatever form it comes, becomes change(x_BTD)."""
+def hooked_output(module: nn.Module, batch_first: bool, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The output x_BTD of a block or of a sublayer of one, in whatever form it comes, becomes change(x_BTD)."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         tokens = output[0] if isinstance(output, tuple) else output
-        x_BTD = tokens if site.anatomy.batch_first else tokens.transpose(0, 1)
+        x_BTD = tokens if batch_first else tokens.transpose(0, 1)
         changed = change(x_BTD)
-        changed = changed if site.anatomy.batch_first else changed.transpose(0, 1)
+        changed = changed if batch_first else changed.transpose(0, 1)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = site.block.register_forward_hook(hook, prepend=True)
+    handle = module.register_forward_hook(hook, prepend=True)
     try:
         with _compiled_code_waits:
             yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def one_token_into(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Blocks whose output is replaced, or read by nobody, are given one token instead of all."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(_one_token, with_kwargs=True).remove)
+        yield
+
+
+def _one_token(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    if args:
+        return (args[0][:1, :1], *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"][:1, :1]}
 
 
 class _ForcedEager:

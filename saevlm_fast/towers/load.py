@@ -25,7 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from saevlm_fast.errors import require
+from saevlm_fast.errors import check_kind, require
+from saevlm_fast.runtime import resolve_device
 from saevlm_fast.towers.from_open_clip import load_open_clip, open_clip_anatomy
 from saevlm_fast.towers.from_timm import load_timm, timm_anatomy
 from saevlm_fast.towers.from_transformers import load_transformers, transformers_anatomy, vision_part
@@ -47,11 +48,13 @@ def load_tower(spec: str, device: torch.device | str = "cpu", on_message: Callab
         ValueError: in one line: an unknown model, weights that are missing from the file, no preprocessing, no network
             (with the layout of files that works without), a model that is no plain vision transformer.
     """
+    check_kind("spec", spec, str, f"one of {SPECS}")
+    device = resolve_device(device)
     prefix, _, name = spec.partition(":")
     loaders = {"hf": load_transformers, "open_clip": load_open_clip, "timm": load_timm}
     require(prefix in loaders and name != "", f"model: {spec!r} is not one of {SPECS}")
     with one_line_errors(spec):
-        return loaders[prefix](name, spec, torch.device(device), on_message)
+        return loaders[prefix](name, spec, device, on_message)
 
 
 def find_anatomy(model: nn.Module) -> Anatomy:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saevlm_fast.errors import require
-from saevlm_fast.runtime import tf32_products
+from saevlm_fast.errors import check_kind, require, shown
+from saevlm_fast.runtime import resolve_device, tf32_products
 from saevlm_fast.towers.from_open_clip import open_clip_model
 from saevlm_fast.towers.from_transformers import without_load_report
 from saevlm_fast.towers.hub import local_or_hub, one_line_errors
@@ -39,6 +39,10 @@ def load_llava(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    check_kind("spec", spec, str, "hf:NAME_OR_DIR of a LLaVA")
+    device = resolve_device(device)
+    known = isinstance(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype, torch.dtype)
+    require(dtype == "auto" or known, f"dtype: {shown(dtype)} is neither auto nor a torch.dtype")
     prefix, _, name = spec.partition(":")
     require(prefix == "hf" and name != "", f"model: {spec!r} is not hf:NAME_OR_DIR of a LLaVA")
 
@@ -86,6 +90,8 @@ class TextEncoder:
         spec: what was loaded. d: width E of the space shared with images. max_tokens: of a text, special ones included.
         token_ids: of one text, uncut. unknown: the number of the token for unknown words; None where there is none.
         project: texts, cut to max_tokens -> [M, E].
+        logit_scale, logit_bias: by which a cosine with an image becomes a logit (about 100 of CLIP's); None where the
+            checkpoint has none.
     """
 
     spec: str
@@ -94,6 +100,8 @@ class TextEncoder:
     token_ids: Callable[[str], list[int]]
     unknown: int | None
     project: Callable[[list[str]], Tensor]
+    logit_scale: float | None = None
+    logit_bias: float = 0.0
 
     @torch.inference_mode()
     @tf32_products(False)
@@ -134,17 +142,22 @@ def load_text_encoder(
     Raises:
         ValueError: in one line: a model without a text side, no tokenizer, and what load_tower refuses.
     """
+    check_kind("spec", spec, str, "hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED")
+    device = resolve_device(device)
     prefix, _, name = spec.partition(":")
     loaders = {"hf": _hf_text, "open_clip": _open_clip_text}
     require(
         prefix in loaders and name != "", f"text_model: {spec!r} is not hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED"
     )
     with one_line_errors(spec):
-        return loaders[prefix](name, spec, torch.device(device), on_message)
+        return loaders[prefix](name, spec, device, on_message)
 
 
 def _hf_text(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> TextEncoder:
-    model, tokenizer = local_or_hub(name, spec, lambda source, local: _text_half(source, local, spec), on_message)
+    def load(source: str, local: bool) -> tuple[Any, Any, tuple[float | None, float]]:
+        return *_text_half(source, local, spec), _logit_numbers(source, local)
+
+    model, tokenizer, logit = local_or_hub(name, spec, load, on_message)
     model = model.to(device).eval().requires_grad_(False)
     length, siglip = model.config.max_position_embeddings, model.config.model_type.startswith("siglip")
     # SigLIP was trained on padded texts and has no mask; CLIP's state is read at <eos>, wherever that is.
@@ -158,7 +171,22 @@ def _hf_text(name: str, spec: str, device: torch.device, on_message: Callable[[s
 
     d = model.config.projection_size if siglip else model.config.projection_dim
     ids = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
-    return TextEncoder(spec, d, length, ids, _unknown(tokenizer), project)
+    return TextEncoder(spec, d, length, ids, _unknown(tokenizer), project, *logit)
+
+
+def _logit_numbers(source: str, local: bool) -> tuple[float | None, float]:
+    """Scale and bias of the logits, which belong to neither half; (None, 0) of a checkpoint in another layout."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    path = cached_file(source, "model.safetensors", local_files_only=local, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return None, 0.0
+    with safe_open(path, "pt") as file:
+        there = set(file.keys())
+        scale = float(file.get_tensor("logit_scale").float().exp()) if "logit_scale" in there else None
+        bias = float(file.get_tensor("logit_bias").float()) if "logit_bias" in there else 0.0
+    return scale, bias
 
 
 def _unknown(tokenizer: Any) -> int | None:
@@ -206,9 +234,11 @@ def _open_clip_text(name: str, spec: str, device: torch.device, on_message: Call
     tokenizer = open_clip.get_tokenizer(name if local else name.partition("/")[0])
     project = lambda texts: model.encode_text(tokenizer(texts).to(device))  # noqa: E731
     d = project(["a"]).shape[1]
+    logit = float(model.logit_scale.exp()), float(getattr(model, "logit_bias", None) or 0.0)
     inner = getattr(tokenizer, "tokenizer", None)  # of transformers, behind some models
     if inner is not None:
         ids = lambda text: inner(text)["input_ids"]  # noqa: E731
-        return TextEncoder(spec, d, tokenizer.context_length, ids, _unknown(inner), project)
+        return TextEncoder(spec, d, tokenizer.context_length, ids, _unknown(inner), project, *logit)
     special = [tokenizer.sot_token_id, tokenizer.eot_token_id]
-    return TextEncoder(spec, d, tokenizer.context_length, lambda text: special + tokenizer.encode(text), None, project)
+    ids = lambda text: special + tokenizer.encode(text)  # noqa: E731
+    return TextEncoder(spec, d, tokenizer.context_length, ids, None, project, *logit)

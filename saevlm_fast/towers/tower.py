@@ -181,6 +181,10 @@ class Tower:
             stack.callback(run.close)
             yield run
 
+    def module(self, point: HookPoint) -> nn.Module:
+        """Whose output holds the point. ValueError: the tower has no such point."""
+        return self._site(point)[0]
+
     def _site(self, point: HookPoint) -> tuple[nn.Module, Callable[[Any], Tensor]]:
         """The module whose output holds the point, and what takes it out."""
         if point.layer is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saevlm_fast.data.rows import Matrix, activations_of
 from saevlm_fast.errors import whole_number
-from saevlm_fast.sae import SparseAutoencoder, evaluating
+from saevlm_fast.sae import SparseAutoencoder, check_sae, evaluating
 from saevlm_fast.training.step import StepOutput, Stepper
 
 Metrics = dict[str, float]
@@ -59,8 +59,7 @@ def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096
         ValueError: another width than the SAE's, rows that are not finite, a threshold that was never calibrated.
     """
     activations = activations_of(activations, "activations")
-    if not isinstance(sae, SparseAutoencoder):
-        raise ValueError(f"sae: {type(sae).__name__} is not a SparseAutoencoder; from_pretrained(DIR) opens one")
+    check_sae(sae)
     whole_number("batch_rows", batch_rows)
     device, d_in = sae.b_dec.device, sae.config.d_in
     sums_4D = torch.zeros(4, d_in, dtype=torch.float64, device=device)

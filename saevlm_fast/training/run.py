@@ -13,7 +13,7 @@ import torch
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
-from saevlm_fast.errors import Interrupted, require
+from saevlm_fast.errors import Interrupted, check_kind, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
@@ -93,9 +93,7 @@ def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConf
     """What is trained on, and what is evaluated on. ValueError: no activations, or of another width than the SAE."""
     train_on = activations_of(activations, "activations")
     held_out = train_on if validation is None else activations_of(validation, "validation")
-    what = type(sae_config).__name__
-    known = isinstance(sae_config, SAEConfig)
-    require(known, f"sae_config: {what} is not an SAEConfig; SAEConfig.sized(d_in) makes one")
+    check_kind("sae_config", sae_config, SAEConfig, "an SAEConfig; SAEConfig.sized(d_in) makes one")
     require(
         train_on.d == sae_config.d_in,
         f"d_in: {sae_config.d_in} does not fit activations of width {train_on.d} ({train_on.path})",
@@ -217,6 +215,6 @@ def _with_settings(
     """config and options as given, or made of those of `settings` that are their fields."""
     recipe, where = keyword_settings("train", settings, TrainConfig, RunOptions)
     for name, chosen, kind, given in (("config", config, TrainConfig, recipe), ("options", options, RunOptions, where)):
-        require(chosen is None or isinstance(chosen, kind), f"{name}: {chosen!r} is not a {kind.__name__}")
+        check_kind(name, chosen, (kind, type(None)), f"a {kind.__name__}")
         require(chosen is None or not given, f"{', '.join(given)}: given beside {name}, which has that already")
     return config or TrainConfig(**recipe), options or RunOptions(**where)

@@ -13,6 +13,7 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.sae import SparseAutoencoder
+from tiny_tower import save_photos
 
 N, D = 240, 8
 PATHS = {"cat": ["animal", "mammal", "cat"], "dog": ["animal", "mammal", "dog"], "oak": ["plant", "oak"]}
@@ -64,14 +65,14 @@ def whole(there, tmp_path_factory):
 def test_everything_that_the_inputs_allow(whole):
     output, text = whole
     found = json.loads((output / "evaluation.json").read_text())
-    assert found["left_out"] == []
+    assert found["left_out"] == [{"measure": "behaviour", "why": "no model and images were given"}]
     subjects = {each["name"]: each for each in found["subjects"]}
     assert [*subjects][:3] == ["sae0", "sae1", "sae2"]
     assert {each["control"] for each in found["subjects"]} == {None, "untrained", "rotation", "raw", "pca", "kmeans"}
     assert sum(each["control"] == "untrained" for each in found["subjects"]) == 3
     for name, each in subjects.items():
         assert [*each["measures"]] == [
-            *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry")
+            *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry", "kept")
         ]
         table = pq.read_table(output / found["files"][name]["latents"])
         assert len(table) == each["latents"]
@@ -140,7 +141,33 @@ def test_one_sae_says_that_seeds_are_missing_and_what_is_left_out(there, tmp_pat
     assert "seeds missing" in text
     for name in ("monosemanticity", "hierarchy", "labels", "probing"):
         assert f"left out: {name}: " in text
-    assert "d' " not in text.replace("d' needs", "")
+    assert "NO: does not separate" in text
+
+
+def test_captions_are_no_labels(there, tmp_path):
+    """A label of its own for every image, as scenes have in their store, measures nothing."""
+    with open(tmp_path / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["image", "caption"], *([f"{CLASSES[i % 3]}/{i}.jpg", f"no {i}"] for i in range(N))]
+        )
+    text = run(*words(there, tmp_path / "out", "--labels", tmp_path / "captions.csv"))
+    for name in ("labels", "probing", "hierarchy"):
+        assert f"left out: {name}: no label is on two images" in text
+
+
+def test_tables_fit_into_the_terminal(there, tmp_path, monkeypatch):
+    """Of two shapes with controls: a table a shape, seeds of controls as one, no number cut."""
+    other = SparseAutoencoder(SAEConfig(D, 12, 2, "topk"))
+    other.reset_parameters(5)
+    other.save_pretrained(tmp_path / "other")
+    monkeypatch.setenv("COLUMNS", "60")
+    given = "--embeddings", there / "emb.npy", "--labels", "none"
+    more = "--sae", tmp_path / "other", "--controls", "untrained,rotation,raw", *given
+    text = run(*words(there, tmp_path / "out", *more, saes=2))
+    assert "…" not in text
+    assert text.count("SAEs of one shape: ") == 2
+    assert "means of 2 seeds: untrained, rotation" in text
+    assert "at matched firing counts" in text
 
 
 def test_label_sets_of_a_file(there, tmp_path):
@@ -206,7 +233,7 @@ def test_a_dry_run_writes_nothing(there, tmp_path):
     assert figures["images"] == figures["rows"] == N
     assert figures["latents"] == 16
     assert figures["label_sets"] == ["labels"]
-    assert len(figures["left_out"]) == 2
+    assert len(figures["left_out"]) == 3
     assert files_below(tmp_path) == before
 
 
@@ -244,6 +271,8 @@ def test_several_rows_of_an_image_are_pooled(there, tmp_path):
         (("--sae", "sae0", "--sae", "sae0"), "a path is given twice"),
         (("--resume", "--force"), "resume and force exclude each other"),
         (("--output", "wide.npy"), "output: wide.npy "),
+        (("--output", "mine"), "mine holds no evaluation; choose another directory"),
+        (("--output", "mine", "--force"), "mine holds no evaluation; choose another directory"),
     ],
 )
 def test_what_is_refused(more, message, there, tmp_path, monkeypatch):
@@ -255,6 +284,8 @@ def test_what_is_refused(more, message, there, tmp_path, monkeypatch):
     shutil.copytree(there / "sae0", tmp_path / "copy")
     shutil.copy(there / "paths.json", tmp_path)
     np.save("wide.npy", np.ones((3, 5), np.float32))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "settings.toml").touch()
     given = {"--sae": "sae0", "--activations": there / "store", "--output": "out"}
     given = {key: value for key, value in given.items() if key not in more}
     assert message in run("evaluate", *(word for pair in given.items() for word in pair), *more, code=2)
@@ -300,6 +331,7 @@ def test_taxonomies_of_both_kinds(tmp_path):
         ("l.csv", "", "an id and at least one column"),
         ("l.csv", "image,a\nx\n", "line 2: 1 cells"),
         ("l.csv", "image,a,a\nx,1,2\n", "a column stands twice"),
+        ("l.csv", "x,cat\ny,dog\n", "the first line is of image 'x'; a header is needed"),
         ("l.csv", "image,a\nz,1\n", "no line of any of the 2 images, such as 'x'"),
         ("l.csv", "image,a\nx,\n", "no image has a label"),
         ("l.parquet", "PAR1", "l.parquet: "),
@@ -331,7 +363,10 @@ def test_measure_from_python(there):
 
     activations, sae = sf.open_activations(there / "store"), sf.SparseAutoencoder.from_pretrained(there / "sae0")
     found = sf.measure({"mine": sae}, activations, taxonomy=PATHS, controls=("pca",))
-    assert found.left_out == {"monosemanticity": "no embeddings were given"}
+    assert found.left_out == {
+        "monosemanticity": "no embeddings were given",
+        "behaviour": "no model and images were given",
+    }
     (first, second) = found.results
     assert (first.subject.name, second.subject.control) == ("mine", "pca")
     assert len(first.latents["lca_depth"]) == 16
@@ -340,3 +375,65 @@ def test_measure_from_python(there):
         sf.measure(sae, activations, controls=("none",))
     with pytest.raises(ValueError, match="labels has 2 images"):
         sf.measure(sae, activations, labels=["a", "b"])
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Photos, a store of tiny-clip's tokens of them, and an SAE of it."""
+    root = tmp_path_factory.mktemp("clip")
+    save_photos(root / "photos", 24)
+    harvest = ("harvest", "--model", "hf:tiny-clip", "--images", root / "photos", "--workers", 0, "--device", "cpu")
+    run(*harvest, "--layer", 1, "--tokens", "patches", "--output", root / "store")
+    source = json.loads((root / "store" / "index.json").read_text())["source"]
+    sae = SparseAutoencoder(SAEConfig(128, 64, 4, "topk", metadata={"source": source}))
+    sae.reset_parameters(0)
+    sae.save_pretrained(root / "sae")
+    ids = [f"class_{i % 3}/photo_{i:03d}.png" for i in range(24)]
+    with open(root / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([[each, "a red circle" if i % 2 else "a blue star"] for i, each in enumerate(ids)])
+    (root / "prompts.json").write_text(json.dumps({"class_0": "red", "class_1": ["blue", "navy"], "class_2": "green"}))
+    return root
+
+
+def test_behaviour_of_the_model_with_the_sae_in_it(clip, tmp_path):
+    given = ("evaluate", "--sae", clip / "sae", "--activations", clip / "store", "--output", tmp_path / "out")
+    given += ("--model", "hf:tiny-clip", "--images", clip / "photos", "--device", "cpu", "--compat", "visaebench")
+    given += ("--class-prompts", clip / "prompts.json", "--captions", clip / "captions.csv")
+    assert run_json(*given, "--dry-run")["images_shown"] == 24
+    text = run(*given)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (found["inputs"]["model"], found["inputs"]["images_shown"]) == ("hf:tiny-clip", 24)
+    behaviour = found["subjects"][0]["measures"]["behaviour"]
+    assert (behaviour["point"], behaviour["trained_tokens"]) == ("residual-1", "patches")
+    assert [*behaviour["splices"]] == ["all", "patches", "cls"]
+    assert behaviour["main"]["tokens"] == "patches"
+    assert behaviour["sets"]["labels"]["zero_shot"] == "defined"
+    assert behaviour["splices"]["cls"]["variants"]["sae"]["retrieval"]["image_to_text"]["1"]["n"] == 24
+    assert "residual-1, 24 images, classes of labels" in text
+    assert any(row["measure"] == "spliced: neighbours kept" for row in found["table"])
+    visaebench = found["subjects"][0]["measures"]["visaebench"]
+    assert visaebench["M2"]["status"] == "defined"
+    assert visaebench["M6"]["status"] == "EuroSAT and DTD are not here"
+    again = run(*given, "--resume")
+    assert "sae: behaviour" not in again
+
+
+def test_behaviour_refused_in_one_line(clip, there, tmp_path):
+    given = ("evaluate", "--sae", clip / "sae", "--activations", clip / "store", "--output", tmp_path / "out")
+    model = ("--model", "hf:tiny-clip", "--images", clip / "photos", "--device", "cpu")
+    for more, message in (
+        (model[:2], "model, images: one of them needs the other"),
+        ((*model, "--class-prompts", "cats"), "class_prompts: 'cats'"),
+        ((*model, "--class-prompts", "a xylophone {}"), "has a word that hf:tiny-clip does not know"),
+        ((*model, "--captions", "all"), "captions: 'all' is not none, images or FILE.csv"),
+        ((*model, "--captions", there / "labels.csv"), "captions: "),
+        (("--compat", "visaebench", "--pool", "mean"), "compat: "),
+    ):
+        text = run(*given, *more, code=2)
+        assert message in text
+        assert text.count("error: ") == 1
+    np.save(tmp_path / "x.npy", np.zeros((9, 128), np.float32))
+    bare = SparseAutoencoder(SAEConfig(128, 64, 4, "topk"))
+    bare.save_pretrained(tmp_path / "sae")
+    words = ("evaluate", "--sae", tmp_path / "sae", "--activations", tmp_path / "x.npy", "--output", tmp_path / "o")
+    assert "record the point and layer" in run(*words, *model, code=2)

@@ -37,8 +37,8 @@ EVERY_PATH = [
 def test_an_empty_path_is_not_the_working_directory(name, field, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     known = settings_of(COMMANDS[name].options)[field]
-    placed = [other for other, each in settings_of(COMMANDS[name].options).items() if each.positional]
-    words = [*["x"] * placed.index(field), ""] if known.positional else [flag_of(field, known), ""]
+    positional = [each for each, about in settings_of(COMMANDS[name].options).items() if about.positional]
+    words = ["x"] * positional.index(field) + [""] if known.positional else [flag_of(field, known), ""]
     assert f"error: {field}: is empty" in run(name, *words, code=2)
     if known.in_file:
         (tmp_path / "s.toml").write_text(f"{field} = ''\n")
@@ -122,13 +122,14 @@ WRITERS = [
     "top-images",
     "name",
     "report",
+    "human-agreement",
 ]
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch):
     """It is refused before anything is opened: the models and the images are not there."""
-    is_file = name.endswith("score") or name == "name"
+    is_file = name.endswith("score") or name in ("name", "human-agreement")
     output = tmp_path / ("out.json" if is_file else "out")
     none = ("--model", "none", "--output", output, "--images", "none")
     words = {
@@ -140,6 +141,7 @@ def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch)
         "demo": ("--output", output),
         "top-images": ("--sae", "none", "--activations", "none", "--output", output),
         "name": ("--sae", "n", "--codes", "n", "--embeddings", "n", "--text-model", "n", "--output", output),
+        "human-agreement": ("--benchmark", "none", "--output", output),
         "report": ("--sae", "none", "--activations", "none", "--output", output),
         "steering-score": (*none, "--sae", "n", "--layer", 1, "--codes", "n", "--embeddings", "n", "--text-model", "n"),
     }[name]

@@ -71,7 +71,7 @@ def csr(acts, latents, *offsets):
 # Store -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(sum),
     k=st.integers(0, 6),
@@ -205,7 +205,7 @@ def test_stores_of_the_other_kind_are_refused(tmp_path):
     with pytest.raises(ActivationError, match="a store of activations; needed is one of codes"):
         open_codes(tmp_path / "acts")
     for width in (0, 1 << 31):
-        with pytest.raises(ActivationError, match=f"d_sae is {width}"):
+        with pytest.raises(ValueError, match=f"d_sae(:| is) {width}"):
             CodesWriter(tmp_path / "bad", width, torch.float32, {})
 
 
@@ -315,7 +315,7 @@ def test_an_item_table_of_another_length_is_refused(tmp_path):
         open_codes(path).items()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_altered_bytes_never_escape(tmp_path_factory, data):
     """Whatever the bytes of a shard, reading gives sound codes or an ActivationError."""
@@ -347,7 +347,7 @@ def test_the_map_holds_no_file_open_and_safetensors_reads_it(tmp_path):
 # Averages -------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     images=st.lists(st.integers(0, 6), max_size=25),
     k=st.integers(0, 8),

@@ -164,7 +164,7 @@ def test_other_unusable_matrices(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".pt"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_truncated_and_altered_headers_never_escape(tmp_path_factory, suffix, data):
     """Whatever the bytes, opening gives a matrix or an ActivationError."""

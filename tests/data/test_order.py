@@ -31,7 +31,7 @@ def epoch_rows(order, epoch):
     return [order.batch(first + b).tolist() for b in range(order.batches_per_epoch)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(n=st.integers(1, 150), batch_size=st.integers(1, 60), epoch=st.integers(0, 2))
 def test_blocks_begin_once_an_epoch_and_before_their_rows(n, batch_size, epoch):
     order = order_of(n, batch_size, windowed=True)
@@ -131,7 +131,7 @@ def test_an_exact_permutation_announces_no_blocks():
     assert order_of(100, 10).blocks_begun(0, anew=True) == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     n=st.integers(1, 150),
     batch_size=st.integers(1, 60),
@@ -151,7 +151,7 @@ def test_every_row_at_most_once_an_epoch(n, batch_size, seed, epoch, windowed):
 
 
 @pytest.mark.parametrize("windowed", [False, True])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(n=st.integers(1, 150), a=st.integers(1, 20), times=st.integers(1, 5), seed=st.integers(0, 9))
 def test_the_order_does_not_depend_on_the_batch_size(windowed, n, a, times, seed):
     small, large = order_of(n, a, seed, windowed), order_of(n, a * times, seed, windowed)

@@ -94,13 +94,13 @@ def test_the_latest_run_is_the_one_that_ended_last(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--raw"], ["--codes", "c", "--embeddings", "e"]])
 def test_scores_without_an_sae_need_an_output(arguments):
-    assert "output: needed with --raw and --codes" in run("ms-score", *arguments, code=2)
+    assert "output: needed with --raw, --codes and an SAE of the Hub" in run("ms-score", *arguments, code=2)
 
 
 def test_demo(tmp_path):
     text = run("demo")
-    for part in ("[1/5] scenes", "[2/5] training a batch_topk", "[3/5] training a matryoshka", "[4/5] scoring",
-                 "[5/5] an SAE of patches", "raw neurons", "MS~purity", "wrote demo/latents.png",
+    for part in ("[1/6] scenes", "[2/6] training a batch_topk", "[3/6] training a matryoshka", "[4/6] scoring",
+                 "[5/6] an SAE of patches", "[6/6] pages", "raw neurons", "MS~purity", "wrote demo/latents.png",
                  "saevlm-fast harvest --model"):  # fmt: skip
         assert part in text
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
@@ -114,6 +114,9 @@ def test_demo(tmp_path):
         assert len(pq.read_table(tmp_path / "demo" / f"scores-{name}.parquet")) == latents
 
     steered = re.search(r"Steer it yourself:\n  saevlm-fast (steer .*)\n", text)
+    page = (tmp_path / "demo" / "report" / "index.html").read_text()
+    assert "Latents of patches of scenes" in page
+    assert len(list((tmp_path / "demo" / "report" / "data" / "s0").iterdir())) == 2
     assert (steered is None) == (not summary["steering"]) == (not (tmp_path / "demo" / "scene.png").exists())
     # Again: nothing is trained anew, and what was lost is made again.
     (tmp_path / "demo" / "latents.png").unlink()

@@ -139,7 +139,7 @@ def assert_best(found: LatentConcepts) -> None:
         assert found.depth_S[s] == CONCEPTS[best].depth == CONCEPTS[int(found.concept_S[s])].depth
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(0, 10**6), st.integers(2, 80), st.integers(1, 90), st.sampled_from(["topk", "batch_topk"]))
 def test_sparse_codes_and_the_sae_agree_with_the_dense_codes(tmp_path_factory, seed, n, batch_rows, architecture):
     generator = torch.Generator().manual_seed(seed)
@@ -223,7 +223,7 @@ def test_spearman_of_known_numbers():
             spearman(a, bad)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=30))
 def test_spearman_is_pearson_of_average_ranks(pairs):
     a, b = torch.tensor(pairs).unbind(1)

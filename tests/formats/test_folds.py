@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ D, S, B = 5, 11, 9
 ACTIVATIONS = st.sampled_from(["relu", "topk", "jumprelu", "batch_topk"])
 SEEDS = st.integers(0, 10_000)
 SCALES = st.floats(1e-3, 1e3)
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 
 
 def randn(seed, *shape):
@@ -35,8 +36,8 @@ def sae(seed, activation):
 
 def act(plain, h_BS):
     """z of pre-activations."""
-    as_given = replace(plain, W_enc=torch.eye(S).double(), b_enc=torch.zeros(S).double(),
-                       W_dec=torch.eye(S).double(), b_dec=torch.zeros(S).double())  # fmt: skip
+    eye_SS, zero_S = torch.eye(S).double(), torch.zeros(S).double()
+    as_given = replace(plain, W_enc=eye_SS, b_enc=zero_S, W_dec=eye_SS, b_dec=zero_S)
     return plain_forward.encode(as_given, h_BS)
 
 
@@ -99,6 +100,7 @@ def test_gated(seed):
     e_BS = (x_BD - b_dec) @ W_enc
     z_BS = ((e_BS + b_gate) > 0) * (e_BS * r_mag.exp() + b_mag).relu()
     encoder = dict(zip(("W_enc", "b_enc", "threshold"), gated(W_enc, b_gate, b_mag, r_mag)))
+    assert bool((encoder["threshold"] >= 0).all())
     plain = PlainSAE(**encoder, W_dec=randn(seed + 2, S, D), b_dec=b_dec, activation="jumprelu")
     same(plain_forward.encode(plain, x_BD), z_BS)
 
@@ -110,12 +112,39 @@ def test_a_threshold_that_is_reached_counts_where_it_did(seed, dtype):
     theta_S = randn(seed, S).abs().to(dtype) + 0.1
     ends = [theta_S.nextafter(torch.full_like(theta_S, end)) for end in (-torch.inf, torch.inf)]
     h_BS = torch.stack([theta_S, *ends])
-    plain = PlainSAE(
-        W_enc=torch.eye(S, dtype=dtype), b_enc=torch.zeros(S, dtype=dtype), W_dec=torch.eye(S, dtype=dtype),
-        b_dec=torch.zeros(S, dtype=dtype), activation="jumprelu", threshold=theta_S,
-    )  # fmt: skip
+    eye_SS, zero_S = torch.eye(S, dtype=dtype), torch.zeros(S, dtype=dtype)
+    plain = PlainSAE(W_enc=eye_SS, b_enc=zero_S, W_dec=eye_SS, b_dec=zero_S, activation="jumprelu", threshold=theta_S)
     z_BS = plain_forward.encode(plain.with_inclusive_threshold(), h_BS)
     assert torch.equal(z_BS != 0, h_BS >= theta_S)
+
+
+CHANGES = {
+    "without_pre_bias": lambda plain: plain.without_pre_bias(),
+    "of_raw_input": lambda plain: plain.of_raw_input(0.3, 1.7),
+    "of_raw_input, latents too": lambda plain: plain.of_raw_input(0.3, 1.7, keep_latents=False),
+    "scaled_by_decoder_norms": lambda plain: plain.scaled_by_decoder_norms(),
+    "threshold_on_scaled_latents": lambda plain: plain.threshold_on_scaled_latents(),
+    "with_scaled_latents": lambda plain: plain.with_scaled_latents(torch.linspace(0.3, 3, S)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_16_bit_weights_are_not_rounded_to_16_bits_again(change, activation, dtype):
+    """The change of 16-bit weights is that of the same numbers in float32."""
+    names = [*("W_enc", "b_enc", "W_dec", "b_dec"), *(["threshold"] if activation == "jumprelu" else [])]
+    narrow = sae(5, activation)
+    narrow = replace(narrow, **{name: getattr(narrow, name).to(dtype) for name in names})
+    wide = replace(narrow, **{name: getattr(narrow, name).float() for name in names})
+    found, expected = change(narrow), change(wide)
+    for name in names:
+        torch.testing.assert_close(getattr(found, name).float(), getattr(expected, name), rtol=0, atol=0)
+    bias_S = narrow.encoder_bias_without_pre_bias()
+    assert torch.equal(bias_S, wide.encoder_bias_without_pre_bias())
+    gates = narrow.W_enc, narrow.b_enc, narrow.b_enc * 2, narrow.b_enc / 3
+    for one, other in zip(gated(*gates), gated(*(tensor.float() for tensor in gates))):
+        assert torch.equal(one, other)
 
 
 @given(SEEDS, ACTIVATIONS)

@@ -83,7 +83,7 @@ def folder(tmp_path_factory):
 
 
 @given(name=st.sampled_from(sorted(ALL)), d_in=st.integers(2, 12), d_sae=st.integers(9, 30))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_sizes_of_any_kind(folder, name, d_in, d_sae):
     """Narrower than wide, wider than narrow, and square, where a matrix says nothing of which side is which."""
     with pytest.MonkeyPatch.context() as patched:

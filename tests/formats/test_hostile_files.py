@@ -87,6 +87,38 @@ def test_what_is_no_tensor(tmp_path, name, value):
         either_way(made.write(tmp_path / str(n)), made)
 
 
+GOODFIRE = {
+    "encoder_linear.weight": ("d_sae", "d_in"),
+    "encoder_linear.bias": ("d_sae",),
+    "decoder_linear.weight": ("d_in", "d_sae"),
+    "decoder_linear.bias": ("d_in",),
+}
+
+
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path):
+    """2 KB, in which one number stands for 2^35."""
+    sizes = {"d_in": 4, "d_sae": 1 << 33}
+    huge = {key: torch.zeros(1).expand(*(sizes[size] for size in shape)) for key, shape in GOODFIRE.items()}
+    torch.save(huge, tmp_path / "huge.pt")
+    assert (tmp_path / "huge.pt").stat().st_size < 4096
+    message = "encoder_linear.weight has 34,359,738,368 numbers, of which the file holds 1"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "huge.pt")
+    torch.save({key: each[(slice(9),) * each.dim()] for key, each in huge.items()}, tmp_path / "small.pt")
+    assert read(tmp_path / "small.pt").d_sae == 9, "a few may be"
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "nested"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_of_other_layouts(tmp_path, kind):
+    tensors = {key: torch.rand([{"d_in": 4, "d_sae": 9}[size] for size in shape]) for key, shape in GOODFIRE.items()}
+    weight = tensors["encoder_linear.weight"]
+    made = {"sparse": weight.to_sparse(), "meta": weight.to("meta"), "nested": torch.nested.nested_tensor([weight])}
+    torch.save(tensors | {"encoder_linear.weight": made[kind]}, tmp_path / "sae.pt")
+    with pytest.raises(ValueError, match=r"encoder_linear\.weight is sparse, nested or without numbers"):
+        read(tmp_path / "sae.pt")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_of_every_wrong_kind(tmp_path, name):
     made = ALL[name](torch.float32)

@@ -67,6 +67,20 @@ def test_a_digest_is_of_what_makes_the_sae(tmp_path):
     assert sae_digest(path) != before
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"trainer": {}}'], ids=["object", "list", "another"])
+def test_a_config_json_in_the_folder_above_is_none_of_it(tmp_path, text):
+    """It is looked into, as dictionary_learning's may be; of others it is nobody's, sound or not."""
+    names = ("encoder_linear.weight", "encoder_linear.bias", "decoder_linear.weight", "decoder_linear.bias")
+    shapes = (9, 4), (9,), (4, 9), (4,)
+    (tmp_path / "sae").mkdir()
+    torch.save({name: torch.rand(shape) for name, shape in zip(names, shapes)}, tmp_path / "sae" / "x.pt")
+    before = sae_digest(tmp_path / "sae")
+    (tmp_path / "config.json").write_text(text)
+    source = Source(tmp_path / "sae")
+    assert detect(source).name == "goodfire"
+    assert digest(source) == sae_digest(tmp_path / "sae") == before
+
+
 # Exports --------------------------------------------------------------------------------------------------------------
 
 CAN = {
@@ -228,9 +242,7 @@ def test_model_and_layer_are_told(tmp_path):
         return read(make(torch.float32).write(tmp_path / name)).metadata
 
     paper = told(DICTIONARY_LEARNING["sae-for-vlm"], "a")
-    assert (paper["model"], paper["layer"], paper["hook"]) == (
-        "clip-vit-large-patch14-336", 22, "post_mlp_residual"
-    )  # fmt: skip
+    assert (paper["model"], paper["layer"], paper["hook"]) == ("clip-vit-large-patch14-336", 22, "post_mlp_residual")
     theirs = told(DICTIONARY_LEARNING["AutoEncoder"], "b")
     assert (theirs["model"], theirs["layer"], theirs["hook"]) == ("clip", 22, "resid_post_layer_22")
     lens = told(SAE_LENS["matryoshka exported"], "c")
@@ -289,14 +301,26 @@ REFUSED += [
     ("sparsify: topk", "layers.7/cfg.json", {"num_latents": 21}, r"encoder.weight has shape \(20, 6\), expected \(21"),
     ("sparsify: topk", "layers.7/cfg.json", {"k": -1}, "k is -1"),
     ("sparsify: topk", "layers.7/cfg.json", {"d_in": "gone"}, "d_in is missing"),
-    ("dictionary_learning: AutoEncoder", "trainer_0/config.json", {"trainer": {"dict_class": "CrossCoder"}},
-     "dict_class 'CrossCoder' is not an SAE this engine has; it has AutoEncoder"),
-    ("dictionary_learning: AutoEncoder", "trainer_0/config.json",
-     {"trainer": {"dict_class": "AutoEncoder", "dict_size": 21}}, "dict_size is 20, but .*config.json says 21"),
-    ("dictionary_learning: AutoEncoder", "trainer_0/config.json", {"trainer": {"dict_class": "BatchTopKSAE"}},
-     "tensor 'b_dec' is missing"),
+    (
+        "dictionary_learning: AutoEncoder",
+        "trainer_0/config.json",
+        {"trainer": {"dict_class": "CrossCoder"}},
+        "dict_class 'CrossCoder' is not an SAE this engine has; it has AutoEncoder",
+    ),
+    (
+        "dictionary_learning: AutoEncoder",
+        "trainer_0/config.json",
+        {"trainer": {"dict_class": "AutoEncoder", "dict_size": 21}},
+        "dict_size is 20, but .*config.json says 21",
+    ),
+    (
+        "dictionary_learning: AutoEncoder",
+        "trainer_0/config.json",
+        {"trainer": {"dict_class": "BatchTopKSAE"}},
+        "tensor 'b_dec' is missing",
+    ),
     ("dictionary_learning: AutoEncoder", "trainer_0/config.json", {"trainer": {"dict_class": 3}}, "dict_class is 3"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "file", "changes", "message"), REFUSED)

@@ -43,6 +43,8 @@ CALLS: dict[str, dict[str, str | None]] = {
         "--activations": "store",
         "--embeddings": "embeddings",
         "--controls": "raw",
+        "--model": "hf:tiny-clip",
+        "--images": "photos",
         "--device": "cpu",
         "--output": "out",
     },
@@ -94,6 +96,7 @@ CALLS: dict[str, dict[str, str | None]] = {
         "--device": "cpu",
         "--output": "out.json",
     },
+    "human-agreement": {"--benchmark": "benchmark", "--device": "cpu", "--output": "out.json"},
     "inspect": {"PATH": "store"},
 }
 
@@ -125,8 +128,18 @@ def build_world(root: Path, n_images: int = 12) -> Path:
     llava = (*harvest, "--model", "hf:tiny-llava", "--layer", LAYER, "--tokens", "all")
     run(*llava, "--sae", root / "run", "--pool", "mean", "--output", root / "codes")
     (root / "blocks.toml").write_text("latents_per_block = 2\n")
+    build_benchmark(root / "benchmark")
     np.save(root / "matrix.npy", np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))
     return root
+
+
+def build_benchmark(folder: Path) -> None:
+    """Choices of people between three neurons, in the released layout."""
+    folder.mkdir()
+    header = "k_x,k_y,R_user,MS_x_dino,MS_y_dino,MS_x_clip,MS_y_clip"
+    lines = ["1,2,1,.9,.5,.8,.6", "2,3,3,.5,.6,.6,.5", "1,3,1,.9,.6,.8,.5"]
+    (folder / "pairs.csv").write_text("\n".join([header, *lines]))
+    (folder / "activations.csv").write_text("k,a_1,a_2,a_3\n1,0,1,2\n2,3,0,1\n3,1,1,0\n")
 
 
 def spoil(root: Path) -> list[str]:

@@ -365,7 +365,7 @@ def test_every_changed_byte_of_a_png_is_refused(kind: str) -> None:
                 decode(broken)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_png_is_refused_or_the_same(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["png", "palette", "apng"]))
@@ -393,7 +393,7 @@ def outcome(data: bytes) -> tuple[str, str]:
         return "", str(error)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(sorted(SMALL_FILES)),
     changes=st.lists(st.tuples(st.integers(0, 2**14), st.integers(0, 255)), max_size=6),

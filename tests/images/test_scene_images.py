@@ -30,7 +30,7 @@ def test_label_is_the_caption_and_the_id_leads_to_the_truth() -> None:
     np.testing.assert_array_equal(setting, scenes.setting[chosen])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(start=st.integers(0, 500), n=st.integers(1, 200), seed=st.integers(0, 2**40))
 def test_labels_without_drawing_are_those_of_the_drawn(start: int, n: int, seed: int) -> None:
     objects, setting = Scenes(seed, "train").labels(start, n)

@@ -76,7 +76,7 @@ def test_cpu_is_the_definition(dtype, kind, buffer_bytes):
                 assert_close(ours, plain, equal_nan=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_preactivations_and_thresholds(data):
     """Pre-activations as they are (an identity encoder): signed zeros, ties, subnormals, NaN and infinity."""
@@ -105,6 +105,27 @@ def test_thresholds_are_compared_as_numbers_and_not_rounded():
     zero = torch.zeros(3, dtype=torch.bfloat16)
     threshold_S = torch.tensor([1.0, 1 + 2.0**-20, 1 - 2.0**-20])
     assert threshold_encode(x_BD, eye, zero, zero[:1], threshold_S)[1].tolist() == [2]
+    for threshold, n in zip(threshold_S.tolist(), (0, 0, 3)):
+        assert len(threshold_encode(x_BD, eye, zero, zero[:1], threshold)[1]) == n
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    threshold=st.floats(0, allow_nan=False) | st.sampled_from([65504.0, 65519.0, 2.0**-24, 2.0**-26, 1e-45, 3.4e38]),
+    dtype=st.sampled_from(DTYPES),
+    wide=st.booleans(),
+)
+def test_one_threshold_of_any_size_is_compared_as_numbers(threshold, dtype, wide):
+    """With the numbers around it, in every dtype: as if one a latent were given."""
+    near = torch.tensor(threshold, dtype=torch.float64).to(dtype).double()
+    steps = 1 + torch.tensor([-2, -1, 0, 1, 2]) * torch.finfo(dtype).eps
+    tiny = torch.tensor([-1, 1]) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    pre_S = torch.cat([near * steps.double(), near + tiny.double()]).nan_to_num(0.0, torch.inf).to(dtype)
+    if wide:
+        pre_S = pre_S.repeat(40)
+    inputs = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, len(pre_S), dtype=dtype), pre_S, torch.zeros(1, dtype=dtype)
+    assert_equal(threshold_encode(*inputs, threshold), inputs, threshold)
+    assert_equal(reference.threshold_encode(*inputs, threshold), inputs, threshold)
 
 
 def test_thirteen_hundred_of_65536_stay_exact_in_bounded_chunks():

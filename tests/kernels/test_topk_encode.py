@@ -121,7 +121,7 @@ def test_threshold_encode_at_any_threshold(threshold):
     assert_codes(threshold_encode(*inputs, threshold), reference.threshold_encode(*inputs, threshold))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_selection_properties(data):
     """Any pre-activations (an identity encoder), with ties, signed zeros, NaN and infinity in the bias."""

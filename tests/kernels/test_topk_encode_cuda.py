@@ -293,7 +293,7 @@ def bounds(x_BD, W_SD, b_S, device):
     return screen.pre_RP.double().cpu(), inverse_B1, 1.001 * slack_BG
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 2**31),
     d_in=st.integers(1, 130),

@@ -121,7 +121,7 @@ def test_codes_are_bit_for_bit_the_best_of_all_float32_dots(monkeypatch, seed, s
     assert torch.equal(acts_M, z_BS.flatten()[best_M])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     d_in=st.integers(1, 200),

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from saevlm_fast.data.rows import activations_of
+from saevlm_fast.kernels import reference
 from saevlm_fast.measures import geometry as geometry_module
 from saevlm_fast.measures import label_scores as label_scores_module
 from saevlm_fast.measures import uniqueness as uniqueness_module
@@ -21,11 +23,13 @@ from saevlm_fast.measures.label_scores import label_scores, without_meeting
 from saevlm_fast.measures.label_sets import LabelSet, halves
 from saevlm_fast.measures.labels import chance_purity, labels_of_latents, purity
 from saevlm_fast.measures.matching import sparse_assignment
+from saevlm_fast.measures.monosemanticity import monosemanticity
 from saevlm_fast.measures.probing import sparse_probing
 from saevlm_fast.measures.separation import matched_mean, separation
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
 from saevlm_fast.scoring.sums import STATUSES
+from saevlm_fast.scoring.trust import trusted_score
 
 N = 60
 
@@ -95,7 +99,7 @@ def test_shared_images_of_all_pairs(levels, most, monkeypatch):
     assert found.figures["distinct_images_share"] == pytest.approx(len(set.union(*sets.values())) / (8 * len(sets)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(2, 30), st.integers(1, 6))
 def test_the_identity_of_shared_images(seed, n_latents, n_top):
     """sum_c c hist(c) = sum_images C(L, 2)."""
@@ -212,7 +216,7 @@ def test_auroc_ap_and_f1_of_every_pair(several, levels, most, monkeypatch):
     assert 20 < met < 48
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(2, 25), st.integers(1, 3), st.sampled_from([1, 3, None]))
 def test_auroc_of_any_codes(seed, n, n_labels, levels):
     acts = random_codes(max(n, 10), 5, levels=levels, seed=seed)
@@ -257,7 +261,11 @@ def test_purity_and_entropy(several):
 def test_chance_of_purity(several):
     """The mean over random sets of n images, drawn here one by one."""
     labels = random_labels(several=several)
-    mean, sd = chance_purity(labels, np.array([0, 1, 7, 7, N]), 2000)
+    chance = chance_purity(labels, np.array([0, 1, 7, 7, N]), 2000)
+    mean, sd = chance.mean(), chance.sd()
+    assert chance.error_of_mean(np.array([False, False, True, True, False])) == pytest.approx(
+        sd[2] / 2000**0.5, rel=1e-3
+    )
     has = labels.matrix().toarray()
     generator = np.random.default_rng(5)
     drawn = [has[generator.choice(N, 7, replace=False)].sum(0).max() / 7 for _ in range(4000)]
@@ -279,6 +287,19 @@ def test_shuffled_labels_have_no_excess():
     assert low - 0.002 < 0 < high + 0.002
     assert figures["selection"]["ap"] == pytest.approx(figures["selection"]["null"]["ap"], abs=0.05)
     assert figures["share_above_chance"] < 0.05
+
+
+def test_the_interval_of_the_excess_has_the_error_of_chance_in_it():
+    """Thousands of latents share the draws of chance: without their error the interval is narrow about a wrong 0."""
+    generator, n = np.random.default_rng(0), 1000
+    labels = LabelSet.of([f"class {each}" for each in generator.integers(0, 100, n)])
+    acts = (generator.random((n, 2000)).argsort(0) < 15).astype(np.float32)
+    excess = labels_of_latents(KeptCodes.of_dense(acts), labels, halves([str(i) for i in range(n)]), 25, 0).figures[
+        "excess"
+    ]
+    low, high = excess["interval"]
+    assert low < 0 < high
+    assert high - low > 2 * 1.96 * 0.03 / 25**0.5, "of the draws alone"
 
 
 def latents_of_classes(n=400, n_labels=5):
@@ -332,6 +353,33 @@ def test_the_order_of_images_does_not_matter():
         for c, each, i in ((codes, labels, ids), (turned, LabelSet.of(names), ids_turned))
     ]
     assert probes[0] == pytest.approx(probes[1], abs=1e-9)
+
+
+# Monosemanticity ------------------------------------------------------------------------------------------------------
+
+
+def test_the_score_is_the_trusted_one_and_its_interval_is_by_image():
+    """Columns against trusted_score; the interval of the mean over latents on 10 images by leaving each image out."""
+    acts = random_codes()
+    emb = np.random.default_rng(3).normal(0.4, 1, (N, 5)).astype(np.float32)
+    codes = KeptCodes.of_dense(acts)
+    found = monosemanticity(codes, activations_of(emb, "embeddings"), "e", batch_rows=17)
+    expected = trusted_score(acts, emb)
+    for column, values in (("ms", expected.ms), ("ms_se", expected.se), ("ms_p", expected.p)):
+        np.testing.assert_allclose(found.latents[f"{column}:e"], values.numpy(), rtol=1e-6, atol=1e-9)
+    assert found.latents["ms_above_null:e"].tolist() == expected.above_null.tolist()
+    enough = (expected.status.numpy() == 0) & (codes.counts_S >= 10)
+    assert 4 < enough.sum() < 12
+    means = []
+    for i in range(N):
+        kept = [torch.tensor(np.delete(each, i, 0)).double() for each in (acts, emb)]
+        means.append(float(reference.monosemanticity(*kept)[enough].mean()))
+    error = math.sqrt((N - 1) * np.var(means))
+    figures = found.figures["ms_10"]
+    low, high = figures["interval"]
+    assert high - figures["mean"] == pytest.approx(1.959964 * error, rel=1e-5)
+    assert figures["mean"] - low == pytest.approx(1.959964 * error, rel=1e-5)
+    assert found.figures["guarded_best"] == pytest.approx(expected.summary().guarded_best._asdict(), rel=1e-12)
 
 
 # Geometry -------------------------------------------------------------------------------------------------------------
@@ -398,6 +446,15 @@ def test_two_saes_matched():
         compare(first, Side(random[:, :8], None, first.codes))
 
 
+def test_constant_latents_have_no_correlation():
+    """Their variance is a difference of equal sums, which rounding leaves at 1e-13, of either sign."""
+    acts = np.full((60, 4), 0.1, np.float32)
+    acts[:, 1] = np.random.default_rng(0).random(60)
+    acts[:, 2], acts[:, 3] = 0.3, 0.7
+    side = Side(torch.eye(4), None, KeptCodes.of_dense(acts))
+    assert compare(side, side)["code_correlation"] == pytest.approx(1, abs=1e-12)
+
+
 # Separation -----------------------------------------------------------------------------------------------------------
 
 
@@ -409,8 +466,8 @@ def test_separation():
     assert separation(trained, control, -1)["verdict"] == "does not separate"
     assert separation(trained, [0.9], 1)["d_prime"] == pytest.approx(1.0)
     assert separation(trained, [0.9], 1)["verdict"] == "does not separate"
-    assert separation([0.5], [0.4], 1)["verdict"] == "better; seeds missing"
-    assert separation([0.5], [0.6], 1)["verdict"] == "does not separate (not better)"
+    assert separation([0.5], [0.4], 1)["verdict"] == "better, seeds missing"
+    assert separation([0.5], [0.6], 1)["verdict"] == "does not separate: not better"
     assert separation([0.5], [math.nan], 1)["verdict"] == "not measured"
     assert separation(trained, control, 0)["verdict"] == "not judged"
 
@@ -451,8 +508,10 @@ def test_no_measure_fails_on_any_status(name):
     labels = LabelSet.of([sorted(PATHS)[i % 4] for i in range(n)])
     ids = [str(i) for i in range(n)]
     decoder = torch.randn(acts.shape[1], 3)
+    emb = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
     measured = [
         uniqueness(codes),
+        monosemanticity(codes, activations_of(emb, "embeddings"), "e"),
         hierarchy(codes, labels, TREE, (acts.shape[1],)),
         labels_of_latents(codes, labels, halves(ids), 5, 1),
         sparse_probing(codes, labels, halves(ids), ids),

@@ -92,7 +92,7 @@ def test_against_double_loop(similarity, sizes, dense):
     assert (scores.n_images, scores.similarity) == (N_IMAGES, similarity)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 25), max_size=6).filter(lambda sizes: sum(sizes) <= N_IMAGES),
     st.integers(1, 100),

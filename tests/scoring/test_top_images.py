@@ -45,7 +45,7 @@ def as_pairs(top) -> list[tuple[int, float]]:
     return list(zip(top.images.tolist(), top.acts.tolist()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 40), st.integers(1, 6), st.integers(1, 9), st.integers(1, 45), st.booleans(), st.integers(0, 2**20)
 )

@@ -118,8 +118,8 @@ def test_jackknife_against_leaving_each_image_out(similarity, dense):
         close(found.half_ms_2S[half], slow_scores(b_NS[half::2], emb_NE[half::2], similarity))
 
 
-def test_influences_of_one_latent_sum_to_almost_nothing():
-    """The jackknife agrees with the bootstrap's order of size: an independent check of what it estimates."""
+def test_jackknife_beside_a_bootstrap():
+    """An independent check of what the jackknife estimates: a Poisson bootstrap, pairs of copies left out."""
     acts_NS, emb_NE = make_data(5)
     found = two_passes(acts_NS, emb_NE)
     latent, generator = NAMES.index("some"), torch.Generator().manual_seed(0)
@@ -156,7 +156,7 @@ def test_null_against_shuffles():
         assert abs(float(found.p_S[latent]) - share) < 5 * error + skew
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(4, 6), st.integers(0, 5), st.lists(st.integers(0, 3), min_size=6, max_size=6))
 def test_null_variance_over_all_placements(n, seed, levels):
     """Exact for every placement of few images, with ties and zeros."""
@@ -178,7 +178,7 @@ def test_null_variance_over_all_placements(n, seed, levels):
     assert found == pytest.approx(float(drawn_B.var(correction=0)), abs=1e-12, rel=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12)
 @given(
     st.lists(st.integers(0, 25), max_size=5).filter(lambda sizes: sum(sizes) <= N_IMAGES),
     st.integers(1, 80),
@@ -212,10 +212,25 @@ def test_order_and_threads_do_not_matter():
     # The same 2,000 sets of positions are other images: two samples of one share.
     share_S = whole.p_S[few_S]
     allowed_S = 5 * (share_S * (1 - share_S) * 2 / 2000).sqrt() + 2e-3
-    assert ((moved.p_S[few_S] - share_S).abs() <= allowed_S).nan_to_num(1).all() or bool(share_S.isnan().any())
+    assert torch.equal(moved.p_S.isnan(), whole.p_S.isnan())
+    known_S = ~share_S.isnan()
+    assert int(known_S.sum()) >= 4
+    assert ((moved.p_S[few_S] - share_S).abs() <= allowed_S)[known_S].all()
 
 
-@settings(max_examples=30, deadline=None)
+def test_images_that_are_all_alike_are_no_discovery():
+    """What differs is the rounding of sums: a deviation of 1e-17 must not make p values of it."""
+    acts_NS = make_data()[0].repeat(4, 1)
+    emb_NE = torch.randn(1, D_EMB, generator=torch.Generator().manual_seed(4)).expand(len(acts_NS), -1).contiguous()
+    trusted = TrustedScores.of(two_passes(acts_NS, emb_NE))
+    defined_S = trusted.status == STATUSES.index("defined")
+    assert (trusted.p[defined_S] == 1).all()
+    assert (trusted.null_sd[defined_S] == 0).all()
+    assert trusted.z.isnan().all()
+    assert not trusted.above_null.any()
+
+
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=0, max_size=9), st.integers(0, 3))
 def test_small_codes_with_ties_and_zeros(levels, seed):
     acts_NS = torch.tensor(levels, dtype=torch.float64).reshape(-1, 3)

@@ -31,7 +31,7 @@ def cases(draw):
     return layout, ids, mask, draw(st.integers(0, 2**40))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=cases(), text=st.sampled_from(CHOICES))
 def test_against_plain_indexing(case, text):
     layout, ids, mask, seed = case
@@ -62,7 +62,7 @@ def test_against_plain_indexing(case, text):
         assert len(chosen.rows_MD) == len(ids) * layout.rows_per_image(tokens)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(ids=st.lists(st.text(max_size=5), min_size=1, max_size=8), seed=st.integers(0, 2**40), cut=st.integers(0, 8))
 def test_random_tokens_do_not_depend_on_the_batch(ids, seed, cut):
     layout, tokens = TokenLayout(17, 1, True), Tokens.parse("random:4")

@@ -172,7 +172,7 @@ def test_l1_is_a_constant_on_what_fires():
     assert float(losses.overall) == pytest.approx(float(losses.mse + losses.penalty), rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     bandwidth=st.sampled_from([1e-3, 0.05, 0.5]),

@@ -51,7 +51,7 @@ function histogram(values, { log = false, bins = 40, range = null } = {}) {
 }
 
 // Every latent a point. Clicking one takes the nearest; the table of latents has the same numbers for the keyboard.
-function scatter(canvas, { x, y, colour, logX, logY, onPick, ink, grid, chosen }) {
+function scatter(canvas, { x, y, colour, logX, logY, onPick, ink, grid, chosen, dark }) {
   const ratio = window.devicePixelRatio || 1;
   const width = canvas.clientWidth || 420, height = canvas.clientHeight || 300;
   canvas.width = width * ratio;
@@ -87,16 +87,17 @@ function scatter(canvas, { x, y, colour, logX, logY, onPick, ink, grid, chosen }
     pen.lineTo(width - right, gy);
     pen.stroke();
     pen.textAlign = i === 0 ? "left" : i === 4 ? "right" : "center";
-    pen.fillText(digits(logX ? 10 ** vx : vx), gx, height - 8);
+    pen.fillText(tick(logX ? 10 ** vx : vx), gx, height - 8);
     pen.textAlign = "right";
-    pen.fillText(digits(logY ? 10 ** vy : vy), left - 6, gy + 4);
+    pen.fillText(tick(logY ? 10 ** vy : vy), left - 6, gy + 4);
   }
-  const size = x.length > 20000 ? 1.5 : x.length > 4000 ? 2.5 : 4;
+  const shade = (share) => viridis(dark ? 0.25 + 0.75 * share : 0.92 * share); // ends that the ground would swallow are left out
+  const size = x.length > 20000 ? 2 : x.length > 2000 ? 3 : 4;
   pen.globalAlpha = x.length > 4000 ? 0.55 : 0.75;
   for (let i = 0; i < x.length; i++) {
     const gx = px(x[i]), gy = py(y[i]);
     if (!Number.isFinite(gx) || !Number.isFinite(gy)) continue;
-    pen.fillStyle = colour && Number.isFinite(colour[i]) ? `rgb(${viridis((colour[i] - c0) / (c1 - c0)).join(",")})` : "#7d8792";
+    pen.fillStyle = colour && Number.isFinite(colour[i]) ? `rgb(${shade((colour[i] - c0) / (c1 - c0)).join(",")})` : "#7d8792";
     pen.fillRect(gx - size / 2, gy - size / 2, size, size);
   }
   pen.globalAlpha = 1;

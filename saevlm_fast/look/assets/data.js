@@ -105,9 +105,12 @@ function digits(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (Number.isInteger(value) && size < 1e6) return value.toLocaleString("en");
+  if (Number.isInteger(value) && size < 1e10) return value.toLocaleString("en");
   if (size >= 1e5 || size < 1e-3) return value.toExponential(1);
   return size >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
 }
+
+// Of an axis: without zeros that say nothing.
+const tick = (value) => (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5 ? digits(value) : String(Number(value.toPrecision(3))));
 
 const percent = (share) => (share >= 0.0995 ? `${Math.round(100 * share)} %` : `${digits(100 * share)} %`);

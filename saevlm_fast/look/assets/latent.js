@@ -37,7 +37,7 @@ const Latent = (() => {
         el("td", { text: rank === null ? "" : `${Math.round(100 * rank)}` }));
     });
     return el("table", { class: "measures" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "measure" }), el("th", { scope: "col", text: "value" }),
-      el("th", { scope: "col", text: "place among all" }), el("th", { scope: "col", text: "percentile" }))), el("tbody", {}, rows));
+      el("th", { scope: "col", text: "among all" }), el("th", { scope: "col", text: "percentile" }))), el("tbody", {}, rows));
   }
 
   function interval(sae, key, end, latent) {
@@ -100,7 +100,7 @@ const Latent = (() => {
     if (!list || !list.length) return null;
     return part(title, el("ul", { class: "links" }, list.map(([other, value]) => el("li", {},
       el("button", { type: "button", class: "link", onclick: () => app.open(other) }, `${other}`),
-      el("span", { class: "value", text: digits(value) }), el("span", { class: "hideable", text: app.nameOf(sae, other) || "" })))),
+      el("span", { class: "value", text: digits(value) }), el("span", { class: "hideable", text: app.nameOf(sae, other) || app.classOf(sae, other) || "" })))),
       el("p", { class: "note", text: note }));
   }
 
@@ -156,7 +156,8 @@ const Latent = (() => {
   function heading(app, sae, number, latent, record, pinned) {
     const name = app.nameOf(sae, latent);
     const starred = app.favourites(number).has(latent);
-    const button = (text, label, action) => el("button", { type: "button", text, "aria-label": label, title: label, onclick: action });
+    // What a sign means is said; words say it themselves.
+    const button = (text, label, action) => el("button", { type: "button", text, "aria-label": /^[\w ]+$/.test(text) ? null : label, title: label, onclick: action });
     const tools = pinned
       ? [button("Unpin", "Unpin this latent", () => app.set({ pin: "" })), button("Go", "Open this latent", () => app.open(latent, number))]
       : [
@@ -168,7 +169,7 @@ const Latent = (() => {
           button("Copy steer command", "Copy the command that steers a model by this latent", () => app.copy(app.steer(sae, latent), "command")),
         ];
     const dead = !record.t ? el("span", { class: "chip warn", text: "never fires" }) : null;
-    const titles = el("div", { class: "titles" }, el("h2", {}, `Latent ${latent}`, name ? el("span", { class: "hideable own", text: name }) : null), dead, group(sae, latent),
+    const titles = el("div", { class: "titles" }, el("h2", {}, `Latent ${latent}`, name ? el("span", { class: "hideable own", text: name }) : null), dead, app.classOf(sae, latent) ? el("span", { class: "chip hideable", text: app.classOf(sae, latent) }) : null, group(sae, latent),
       app.index.saes.length > 1 ? el("span", { class: "chip", text: sae.name }) : null);
     return el("div", { class: "heading" }, titles, el("div", { class: "buttons" }, tools));
   }

@@ -25,8 +25,13 @@
     state: { ...start },
     nameOf(sae, latent) {
       if (sae.names && sae.names[latent]) return sae.names[latent];
-      if (!sae.names && sae.classes && sae.classes.best && sae.classes.best[latent] >= 0) return sae.classes.names[sae.classes.best[latent]];
       return null;
+    },
+    // The class of most of its activation, where that is a fair part of it.
+    classOf(sae, latent) {
+      const best = sae.classes && sae.classes.best ? sae.classes.best[latent] : -1;
+      const share = sae.column.purity ? sae.column.purity[latent] : NaN;
+      return best >= 0 && share >= 0.1 ? `${sae.classes.names[best]} ${percent(share)}` : null;
     },
     favourites: (number = app.state.sae) => new Set(stars[number] || []),
     star(latent) {
@@ -57,7 +62,7 @@
       if (next !== null) app.open(next);
     },
     sortBy(key) {
-      app.set({ sort: key, desc: app.state.sort === key ? !app.state.desc : key !== "latent" && key !== "name" });
+      app.set({ sort: key, desc: app.state.sort === key ? !app.state.desc : !["latent", "name", "class"].includes(key) });
     },
     link: (latent, number) => `${location.href.split("#")[0]}#${number ? `sae=${number}&` : ""}latent=${latent}`,
     steer(sae, latent) {
@@ -134,7 +139,7 @@
       .map(([key, min, max]) => ({ key, min: min === "" ? -Infinity : Number(min), max: max === "" ? Infinity : Number(max) }))
       .filter((f) => f.key in index.saes[sae].column);
     const sort = found.get("sort");
-    const known = sort === "latent" || sort === "name" || (sort && sort in index.saes[sae].column);
+    const known = sort === "latent" || sort === "name" || sort === "class" || (sort && sort in index.saes[sae].column);
     Object.assign(app.state, start, first, { sae, filters, pin, latent: there ? latent : null, q: found.get("q") || "", stars: found.get("stars") || "",
       view: found.get("view") === "overview" ? "overview" : "" });
     if (known) Object.assign(app.state, { sort, desc: found.get("desc") !== "0" });
@@ -192,8 +197,7 @@
     table.show(sae);
     const best = ["ms", "purity", "name_score", "max"].find((key) => sae.column[key]);
     if (best) Object.assign(first, { sort: best, desc: true });
-    if (!app.state.sort || !(app.state.sort in sae.column || app.state.sort === "latent" || app.state.sort === "name")) Object.assign(app.state, first);
-    if (!memory.read("hinted")) memory.write("hinted", true);
+    if (!app.state.sort || !(app.state.sort in sae.column || ["latent", "name", "class"].includes(app.state.sort))) Object.assign(app.state, first);
   }
 
   function first_latent() {

@@ -65,7 +65,7 @@ const Overview = (() => {
       const style = getComputedStyle(document.body);
       const [x, y] = [sae.column[chosen.x], sae.column[chosen.y]];
       if (x && y) scatter(plot, { x, y, colour: sae.column[chosen.colour], logX: isLog(chosen.x), logY: isLog(chosen.y), ink: style.getPropertyValue("--ink"), grid: style.getPropertyValue("--rule"),
-        chosen: app.state.sae === number ? app.state.latent : null, onPick: (latent) => app.open(latent, number) });
+        dark: document.documentElement.dataset.theme === "dark", chosen: app.state.sae === number ? app.state.latent : null, onPick: (latent) => app.open(latent, number) });
     };
     const density = sae.column.density;
     let dead = 0, dense = 0;

@@ -29,12 +29,12 @@ class LatentTable {
 
   show(sae) {
     this.sae = sae;
-    this.columns = ["latent", ...(sae.names || sae.classes ? ["name"] : []), ...sae.measures.map((m) => m.key)];
-    const wanted = ["latent", "name", "ms", "density", "max", "purity", "name_score", "decoder_cosine", "jaccard"];
+    this.columns = ["latent", ...(sae.names ? ["name"] : []), ...(sae.classes ? ["class"] : []), ...sae.measures.map((m) => m.key)];
+    const wanted = ["latent", "name", "class", "ms", "density", "max", "purity", "name_score", "decoder_cosine", "jaccard"];
     const seen = this.columns.filter((key) => wanted.includes(key));
     this.shown = seen.concat(this.columns.filter((key) => !wanted.includes(key))).slice(0, 7);
     this.shown.sort((a, b) => (wanted.indexOf(a) + 99) % 99 - ((wanted.indexOf(b) + 99) % 99));
-    this.grid.style.setProperty("--columns", this.shown.map((key) => (key === "name" ? "minmax(9rem, 1fr)" : key === "latent" ? "4.6rem" : "5.6rem")).join(" "));
+    this.grid.style.setProperty("--columns", this.shown.map((key) => (key === "name" || key === "class" ? "minmax(8rem, 1fr)" : key === "latent" ? "4.6rem" : "5.6rem")).join(" "));
     this.head.replaceChildren(...this.shown.map((key) => {
       const measure = sae.measures.find((m) => m.key === key);
       const cell = el("div", { role: "columnheader", "data-key": key }, el("button", {
@@ -62,8 +62,9 @@ class LatentTable {
       kept.push(i);
     }
     const values = sae.column[state.sort];
-    if (state.sort === "name") {
-      const names = kept.map((i) => [this.app.nameOf(sae, i) || "\uffff", i]);
+    if (state.sort === "name" || state.sort === "class") {
+      const of = state.sort === "name" ? this.app.nameOf : this.app.classOf;
+      const names = kept.map((i) => [of(sae, i) || "\uffff", i]);
       names.sort((a, b) => (a[0] < b[0] ? -1 : a[0] > b[0] ? 1 : a[1] - b[1]) * (state.desc ? -1 : 1));
       this.order = names.map(([, i]) => i);
     } else {
@@ -104,7 +105,7 @@ class LatentTable {
       const i = this.order[at];
       const row = el("div", { role: "row", class: i === chosen ? "row chosen" : "row", "aria-rowindex": String(at + 2), id: `row-${i}`,
         "aria-selected": i === chosen ? "true" : "false", onclick: () => this.app.open(i) },
-        this.shown.map((key) => el("div", { role: "gridcell", class: key === "name" ? "name" : "number", text: this.cell(key, i) })));
+        this.shown.map((key) => el("div", { role: "gridcell", class: key === "name" || key === "class" ? "name" : "number", text: this.cell(key, i) })));
       row.style.top = `${at * this.rowHeight}px`;
       this.body.append(row);
     }
@@ -115,6 +116,7 @@ class LatentTable {
   cell(key, i) {
     if (key === "latent") return (this.app.favourites().has(i) ? "★ " : "") + i;
     if (key === "name") return this.app.nameOf(this.sae, i) || "–";
+    if (key === "class") return this.app.classOf(this.sae, i) || "–";
     return digits(this.sae.column[key][i]);
   }
 

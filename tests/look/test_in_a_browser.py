@@ -1,0 +1,220 @@
+"""The pages in a real browser, from file://, without a network: headless Chromium by playwright.
+
+axe-core is third-party JavaScript that the project does not carry: AXE names its file (npm pack axe-core; axe.min.js),
+and without it accessibility is not tested.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planted_scenes import COLOUR, GRID, HOSTILE, N, browser_path, patch_shares
+
+from saevlm_fast.box.scenes import COLOURS, Scenes
+
+pytestmark = pytest.mark.browser
+playwright = pytest.importorskip("playwright.sync_api")
+if browser_path() is None:
+    pytest.skip("no browser on this machine", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, report):
+    """Opens a page; in the end nothing may have been said on the console, and nothing asked of anybody else."""
+    said, contexts = [], []
+
+    def open_page(hash="", page=None, **options):
+        context = browser.new_context(viewport={"width": 1300, "height": 900}, **options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        tab.on("request", lambda request: outside(request.url))
+        tab.goto(f"file://{page or report / 'index.html'}{hash}")
+        tab.wait_for_selector("body.ready")
+        return tab
+
+    def outside(url):
+        if not url.startswith((f"file://{report.parent}", "data:", "file:///tmp")):
+            said.append(url)
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not said
+
+
+def rows(tab, column=0):
+    """Texts of a column, from top to bottom."""
+    cells = tab.eval_on_selector_all(
+        ".rows .row", "(rows, i) => rows.map((row) => [row.offsetTop, row.children[i].textContent])", column
+    )
+    return [text for _, text in sorted(cells)]
+
+
+def test_it_sorts_filters_and_searches(visit):
+    tab = visit()
+    assert tab.inner_text(".count") == "16 of 16 latents"
+    for click, order in ((1, 1), (2, -1)):
+        del click
+        tab.click('[data-key="latent"] button')
+        assert rows(tab) == [str(i) for i in range(16)][::order]
+    tab.click('[data-key="density"] button')
+    density = [float(text) for text in rows(tab, [*headers(tab)].index("density"))]
+    assert density == sorted(density, reverse=True)
+    tab.click("text=+ Filter")
+    tab.select_option(".filter select", "density")
+    tab.fill('.filter input[placeholder="min"]', "0.001")
+    assert tab.inner_text(".count") == "12 of 16 latents"
+    tab.fill("#search", "nothing like it")
+    assert tab.inner_text(".count") == "0 of 16 latents"
+    tab.fill("#search", "5")
+    assert rows(tab) == ["5"]
+    tab.reload()
+    assert rows(tab) == ["5"], "the address holds search and filters"
+
+
+def headers(tab):
+    return tab.eval_on_selector_all("[role=columnheader]", "cells => cells.map((cell) => cell.dataset.key)")
+
+
+def test_a_link_leads_to_a_latent_and_keys_go_on(visit):
+    tab = visit("#latent=7&sort=latent&desc=0")
+    assert tab.inner_text("h2") == "Latent 7"
+    tab.keyboard.press("j")
+    assert "latent=8" in tab.url
+    tab.keyboard.press("k")
+    tab.keyboard.press("k")
+    assert tab.inner_text("h2") == "Latent 6"
+    tab.keyboard.press("s")
+    tab.check("#stars")
+    assert rows(tab) == ["★ 6"]
+    tab.keyboard.press("o")
+    assert tab.is_visible("#overview article")
+    tab.keyboard.press("/")
+    tab.evaluate("location.hash = '#latent=9'")
+    tab.wait_for_function("document.querySelector('h2').textContent === 'Latent 9'")
+    assert visit("#latent=99&sae=7&sort=x&f=a:b").inner_text(".count") == "16 of 16 latents"
+
+
+# The truth: which scenes have a red object, and where.
+def truth():
+    return patch_shares(Scenes(0, "test").batch(0, N))[..., COLOURS.index(COLOUR)]
+
+
+def shown_heat(tab):
+    """(image, [patches]) of the top images, as the page has decoded them."""
+    found = tab.evaluate(
+        """async (latent) => {
+            const chunk = await SAEVLM.load(`s0/chunk/0`);
+            const pictures = [];
+            for (const [tile, act, heat] of chunk[latent].t) {
+                const map = new Array(64).fill(0), packed = SAEVLM.bytes(heat);
+                for (let i = 0; i < packed.length; i += 3) map[packed[i] + 256 * packed[i + 1]] = packed[i + 2];
+                pictures.push([(await Pictures.tile(tile)).name, act, map]);
+            }
+            return pictures;
+        }""",
+        int(tab.url.split("latent=")[1].split("&")[0]),
+    )
+    return [(name, act, np.array(heat, float)) for name, act, heat in found]
+
+
+def test_a_planted_latent_shows_its_images_and_its_heat_lies_on_the_object(visit):
+    share = truth().numpy()
+
+    def mass_on_objects(latent):
+        pictures = shown_heat(visit(f"#latent={latent}"))
+        assert len(pictures) > 10
+        places = [N - 1 if HOSTILE in name else int(name[2:6]) for name, _, _ in pictures]
+        inside = [heat[share[i] > 0].sum() / heat.sum() for i, (_, _, heat) in zip(places, pictures)]
+        return places, float(np.mean(inside))
+
+    places, mass = mass_on_objects(3)
+    assert all(share[i].max() > 0 for i in places), "every top image has a red object"
+    strongest = np.sort(share.max(1))[::-1][: len(places)]
+    np.testing.assert_allclose(np.sort(share[places].max(1))[::-1], strongest, atol=1e-6)
+    assert mass == 1.0, "a latent that reads red objects lights up where they are and nowhere else"
+    _, control = mass_on_objects(5)
+    base = float((share > 0).mean())
+    assert control < 3 * base < 0.5, "one of noise lights up anywhere"
+
+
+def test_the_heat_is_drawn_on_the_picture_where_it_belongs(visit):
+    """The canvas itself: patches that light up differ from the picture without, the others do not."""
+    tab = visit("#latent=3")
+    tab.wait_for_selector(".picture canvas[data-image]")
+    tab.wait_for_timeout(300)
+    box = tab.locator(".picture").first.bounding_box()
+    clip = {key: round(box[key]) for key in ("x", "y", "width", "height")}
+    from io import BytesIO
+
+    from PIL import Image
+
+    def pixels():
+        return np.asarray(Image.open(BytesIO(tab.screenshot(clip=clip))).convert("RGB")).astype(int)
+
+    with_heat = pixels()
+    tab.uncheck('input[data-heat="heat"]')
+    tab.mouse.move(0, 0)
+    tab.wait_for_timeout(300)
+    differs = np.abs(with_heat - pixels()).max(2) > 12
+    name = tab.get_attribute(".picture canvas", "data-image")
+    share = truth()[int(name[2:6])].view(GRID, GRID).numpy()
+    side = differs.shape[0] // GRID
+    cells = differs[: side * GRID, : side * GRID].reshape(GRID, side, GRID, side)[:, 3:-3, :, 3:-3].mean((1, 3))
+    assert (share[cells > 0.5] > 0).all(), "only where the object is"
+    assert (cells[share > 0.3] > 0.5).all(), "everywhere where much of it is"
+
+
+def test_names_of_files_and_classes_stay_text(visit, report):
+    tab = visit("#latent=3")
+    found = tab.evaluate("""async () => {
+        const [last] = [await SAEVLM.load("tiles/0")];
+        return last.findIndex((tile) => tile[0].includes("onerror"));
+    }""")
+    assert found >= 0
+    tab.evaluate(
+        "(tile) => document.querySelector('.pictures').append(Pictures.figure([tile, 1], { grid: null, latent: 3 }))",
+        found,
+    )
+    tab.wait_for_function("document.querySelector('.pictures').lastChild.firstChild.title.includes('onerror')")
+    tab.locator(".pictures").first.locator(".picture").last.click()
+    assert HOSTILE in tab.inner_text("dialog p")
+    assert tab.locator("img").count() == 0
+    assert tab.locator("main b:not(.bandhead b)").count() == 0
+    assert "<b>odd</b>" in tab.inner_text("#detail")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("view", ["#latent=3", "#view=overview"])
+@pytest.mark.skipif("AXE" not in os.environ, reason="AXE names no axe.min.js")
+def test_no_serious_fault_of_accessibility(scheme, view, visit):
+    tab = visit(view, color_scheme=scheme, bypass_csp=True)
+    tab.wait_for_timeout(400)
+    tab.evaluate(Path(os.environ["AXE"]).read_text())
+    found = tab.evaluate("axe.run({ preload: false }).then((result) => result.violations)")
+    bad = [(each["id"], [node["html"][:120] for node in each["nodes"][:3]]) for each in found
+           if each["impact"] in ("serious", "critical")]  # fmt: skip
+    assert not bad
+
+
+def test_a_single_file_works_alone(visit, planted, tmp_path):
+    from command import run
+
+    words = ("--sae", planted / "sae", "--activations", planted / "store", "--device", "cpu")
+    run("report", *words, "--single-file", "--output", tmp_path / "one.html")
+    tab = visit("#latent=3", page=tmp_path / "one.html")
+    tab.wait_for_selector(".picture canvas[data-image]")
+    assert tab.inner_text("h2").startswith("Latent 3")
+    assert not tab.locator("canvas[data-missing]").count()

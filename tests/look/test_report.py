@@ -1,0 +1,191 @@
+"""The files of a report: what they hold, how they are replaced, gone on with, and kept apart from strangers'."""
+
+import json
+import re
+
+import pytest
+
+from command import files_below, run, run_json
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.errors import Interrupted
+from saevlm_fast.look import report as report_module
+from saevlm_fast.look.chunks import script
+from saevlm_fast.look.settings import ReportSettings
+from saevlm_fast.look.spill import Spill
+from saevlm_fast.look.store_images import StoreImages
+from saevlm_fast.sae import SparseAutoencoder
+
+
+def value_of(path):
+    """What a script of data defines."""
+    name, value = re.fullmatch(r'SAEVLM\.define\(("[^"]*"),(.*)\);\n', path.read_text()).groups()
+    return json.loads(name), json.loads(value)
+
+
+def words(planted, output, *more):
+    return (
+        *("report", "--sae", planted / "sae", "--activations", planted / "store"),
+        *("--device", "cpu", "--output", output, *more),
+    )
+
+
+def test_a_report_holds_what_a_page_shows(report):
+    _, index = value_of(report / "data" / "index.js")
+    (sae,) = index["saes"]
+    assert (sae["dSae"], sae["nImages"], sae["grid"]) == (16, 90, [8, 8])
+    keys = [measure["key"] for measure in sae["measures"]]
+    assert keys[:3] == ["density", "row_density", "ms"]
+    assert "purity" in keys
+    name, latents = value_of(report / "data" / "s0" / "chunk-0000.js")
+    assert name == "s0/chunk/0"
+    assert len(latents) == 16
+    assert "t" not in latents[0], "a dead latent has no images"
+    acts = [act for _, act, _ in latents[3]["t"]]
+    assert acts == sorted(acts, reverse=True)
+    assert sum(count for count, _ in latents[3]["b"]) == round(90 * density_of(sae, 3))
+    _, tiles = value_of(report / "data" / "tiles-0000.js")
+    assert index["images"]["shown"] == len(tiles)
+    assert all(width == height == 48 for _, _, width, height, *_ in tiles)
+    assert (report / "sprites" / "sheet-00000.webp").stat().st_size > 1000
+    assert "settings.toml" in {path.name for path in report.iterdir()}
+    assert not any(path.name.startswith(".") for path in report.iterdir())
+
+
+def density_of(sae, latent):
+    import base64
+    import struct
+
+    column = next(measure for measure in sae["measures"] if measure["key"] == "density")
+    return struct.unpack_from("<f", base64.b64decode(column["values"]), 4 * latent)[0]
+
+
+def test_nothing_in_a_script_is_markup(report):
+    hostile = script("a", ["</script><script>alert(1)</script>", "\u2028", "<!--", float("1.5")])
+    assert "<" not in hostile
+    assert "\u2028" not in hostile
+    assert json.loads(hostile.split(",", 1)[1].removesuffix(");\n"))[0].startswith("</script>")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        script("a", float("nan"))
+    for path in report.rglob("*.js"):
+        if "data" in path.parts:
+            assert "<" not in path.read_text()
+    assert "onerror" not in (report / "index.html").read_text()
+
+
+def test_a_report_is_replaced_when_asked_and_nothing_else_is(planted, tmp_path):
+    run(*words(planted, tmp_path / "r"))
+    before = files_below(tmp_path)
+    for more in ((), ("--dry-run",)):
+        assert "already holds a report; --force replaces it" in run(*words(planted, tmp_path / "r", *more), code=2)
+    assert files_below(tmp_path) == before
+    (tmp_path / "r" / "mine.txt").write_text("mine")
+    run(*words(planted, tmp_path / "r", "--force", "--images", "none"))
+    assert (tmp_path / "r" / "mine.txt").read_text() == "mine"
+    assert not list((tmp_path / "r" / "sprites").glob("*.webp"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a").touch()
+    assert "is not empty and holds no report" in run(*words(planted, tmp_path / "other", "--force"), code=2)
+
+
+def test_interrupted_it_goes_on_from_the_codes(planted, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise Interrupted("interrupted")
+
+    appended = []
+    append = Spill.append
+    monkeypatch.setattr(Spill, "append", lambda self, codes: (appended.append(self.path), append(self, codes))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(report_module, "write_sheets", stop)
+        text = run(*words(planted, tmp_path / "r"), code=130)
+    assert "interrupted; the same command goes on where it stopped" in text
+    n = len(appended)
+    assert n > 0
+    assert not (tmp_path / "r" / "index.html").exists()
+    run(*words(planted, tmp_path / "r"))
+    assert len(appended) == n, "nothing was encoded again"
+    assert (tmp_path / "r" / "index.html").exists()
+    assert not (tmp_path / "r" / ".replacement").exists()
+
+
+def test_one_file_holds_everything(planted, tmp_path):
+    said = run_json(*words(planted, tmp_path / "one.html", "--single-file"))
+    text = (tmp_path / "one.html").read_text()
+    assert said["bytes"] == len(text.encode())
+    assert "data:image/webp;base64," in text
+    assert not re.search(r"<script src|<link", text)
+    assert "script-src 'sha256-" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"one.html", "one.html.settings.toml"}
+    assert "already exists; --force replaces it" in run(*words(planted, tmp_path / "one.html", "--single-file"), code=2)
+    assert "ends in .html with --single-file" in run(*words(planted, tmp_path / "two.html"), code=2)
+    large = SparseAutoencoder(SAEConfig(12, 2001, 3, "topk"))
+    large.save_pretrained(tmp_path / "large")
+    said = run("report", "--sae", tmp_path / "large", "--activations", planted / "store", "--single-file", "--output",
+               tmp_path / "x.html", code=2)  # fmt: skip
+    assert "single_file: 2,001 latents, at most 2,000" in said
+
+
+def test_missing_images_are_counted(planted, tmp_path):
+    said = run_json(*words(planted, tmp_path / "r", "--images", tmp_path / "nowhere"))
+    assert said["missing"] == said["images"] > 0
+    assert "images are missing" in run(*words(planted, tmp_path / "r", "--images", tmp_path / "nowhere", "--force"))
+    _, tiles = value_of(tmp_path / "r" / "data" / "tiles-0000.js")
+    assert {tuple(tile[2:4]) for tile in tiles} == {(0, 0)}
+    assert StoreImages({"images": {"path": str(planted / "photos")}}).problem is None
+
+
+def test_several_saes_tables_and_labels(planted, tmp_path):
+    other = SparseAutoencoder(SAEConfig(12, 24, 2, "matryoshka", (8, 16)))
+    other.reset_parameters(1)
+    other.threshold.fill_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "a.csv").write_text("latent,ms,ms_low,ms_high,depth\n3,0.5,0.4,0.6,2\n")
+    (tmp_path / "b.csv").write_text("latent,ms\n23,0.25\n")
+    names = [{"latent": 3, "name": "red", "word_1": "red", "score_1": 0.5, "score": 0.5}]
+    (tmp_path / "n.json").write_text(json.dumps({"latents": names}))
+    (tmp_path / "m.json").write_text(json.dumps([{"latent": 0, "name": None}]))
+    (tmp_path / "labels.txt").write_text("".join(f"a/{i:04d}.png\tclass {i % 4}\n" for i in range(80)))
+    saes = ("--sae", planted / "sae", "--sae", tmp_path / "other")
+    tables = ("--scores", tmp_path / "a.csv", "--scores", tmp_path / "b.csv", "--names", tmp_path / "n.json")
+    rest = ("--names", tmp_path / "m.json", "--labels", tmp_path / "labels.txt", "--activations", planted / "store")
+    run("report", *saes, *tables, *rest, "--output", tmp_path / "r", "--device", "cpu")
+    _, index = value_of(tmp_path / "r" / "data" / "index.js")
+    first, second = index["saes"]
+    assert [first["name"], second["name"]] == ["sae", "other"]
+    assert second["groups"] == [8, 16]
+    assert {"ms", "ms_low", "ms_high", "depth"} <= {measure["key"] for measure in first["measures"]}
+    assert first["names"][3] == "red"
+    assert second["names"] is None
+    assert first["classes"]["names"] == ["class 0", "class 1", "class 2", "class 3"]
+    few = run("report", *saes, "--scores", tmp_path / "a.csv", "--activations", planted / "store", "--output",
+              tmp_path / "s", code=2)  # fmt: skip
+    assert "scores: 1 given for 2 SAEs; one each, or none" in few
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--scores", "{root}/none.csv"), "none.csv: no such file"),
+        (("--scores", "{root}/bad.csv"), "it has no column latent"),
+        (("--scores", "{root}/far.csv"), "latent 16 is not within 0 to 15"),
+        (("--labels", "{root}/bad.csv"), "line 1 is not IMAGE TAB CLASS"),
+        (("--embeddings", "{root}/few.npy"), "embeddings: 3 rows"),
+        (("--codes", "{root}"), "no index.json"),
+        (("--n", "0"), "n: 0 must be between 1 and 64"),
+    ],
+)
+def test_bad_inputs_are_one_line(more, message, planted, tmp_path):
+    import numpy as np
+
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "far.csv").write_text("latent,ms\n16,2\n")
+    np.save(tmp_path / "few.npy", np.ones((3, 4), np.float32))
+    text = run(*words(planted, tmp_path / "r", *(each.format(root=tmp_path) for each in more)), code=2)
+    assert message in text
+    assert not (tmp_path / "r").exists() or not any((tmp_path / "r").iterdir())
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="activations: give --activations, --codes or both"):
+        ReportSettings(sae=("a",), output="x")
+    with pytest.raises(ValueError, match="embeddings: needed with --text-model"):
+        ReportSettings(sae=("a",), output="x", activations="a", text_model="hf:x")
