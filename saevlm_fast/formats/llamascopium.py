@@ -88,7 +88,8 @@ def read(source: Source) -> PlainSAE:
     """
     config = source.json(CONFIG) or {}
     where = _checked(config, source, NAME, CONFIG)
-    refuse(config.get("sae_type", "sae") != "sae", where, NAME, f"sae_type {config['sae_type']!r} is not 'sae'")
+    kind = config.get("sae_type", "sae")
+    refuse(kind != "sae", where, NAME, f"sae_type {kind!r} is not 'sae'")
     name = _file(source, _WEIGHTS)
     refuse(name is None, where, NAME, f"none of {', '.join(_WEIGHTS)} is beside it")
     assert name is not None
@@ -229,6 +230,7 @@ def _old_linear(found: Mapping[str, Any], where: Path, config: Mapping[str, Any]
 def _checked(config: Mapping[str, Any], source: Source, name: str, settings: str) -> Path:
     """The settings' path, after checks of what both kinds refuse."""
     where = source.at(settings)
+    refuse(not source.has(settings), where, name, "no such file")
     check_record(dict(config), _CONFIG, where, ValueError)
     sharded = _sharded(source)
     only = sharded is not None and _file(source, _OLD_WEIGHTS) is None

@@ -43,7 +43,10 @@ def read(source: Source) -> PlainSAE:
     """As it was written. ValueError: a damaged file."""
     name = source.only(".safetensors") or WEIGHTS
     path = source.at(name)
-    rest: dict[str, Any] = parse_json(source.header_metadata(name)[KEY].encode(), path)
+    text = source.header_metadata(name).get(KEY)
+    require(text is not None, f"{path}: safetensors: its header has no entry {KEY}, which `convert` writes")
+    assert text is not None
+    rest: dict[str, Any] = parse_json(text.encode(), path)
     check_record(rest, _REST, path, ValueError)
     shapes: dict[str, tuple[int | str, ...]] = {
         "W_enc": ("d_in", "d_sae"),

@@ -55,6 +55,7 @@ def detect(source: Source) -> Format:
         names = [each.name for each in FORMATS]
         near = did_you_mean(str(named), names)
         require(named in names, f"assume: format {named!r} is not one of {', '.join(names)}{near}")
+        require(bool(source.names), f"{source.path}: there are no files in it")
         return next(each for each in FORMATS if each.name == named)
     found = find(source)
     if found is not None:

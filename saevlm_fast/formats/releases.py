@@ -48,7 +48,7 @@ def read_deepseek(source: Source) -> PlainSAE:
     """
     name = weights(source) or ""
     found = tensors_of(loaded(source))
-    weight = found["decoder.weight"]
+    weight = found.get("decoder.weight")
     square = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == weight.shape[1]
     why = (
         "decoder.weight is square: whether its rows are inputs (torch.nn.Linear) or latents (VISAEBench) cannot be told"

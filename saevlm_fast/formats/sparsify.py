@@ -45,6 +45,7 @@ def read(source: Source) -> PlainSAE:
     """
     cfg: dict[str, Any] = source.json(CONFIG) or {}
     where = source.at(CONFIG)
+    require(source.has(CONFIG, WEIGHTS), f"{where}: sparsify: it, or {WEIGHTS} beside it, is not there")
     check_record(cfg, _CONFIG, where, ValueError)
     for key, why in (
         ("transcode", "a transcoder, whose output is another site than its input"),

@@ -30,6 +30,7 @@ MAIN = "main"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _SAE_ID = re.compile(r"[\w=+-][\w.=+-]*(?:/[\w=+-][\w.=+-]*)*")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_BRANCH = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*")
 _BEGIN, _END = "<!-- saevlm-fast SAEs: begin -->", "<!-- saevlm-fast SAEs: end -->"
 _HEAD = "| SAE | of | where | size | k | L0 | explained variance |\n| --- | --- | --- | --- | --- | --- | --- |"
 
@@ -62,6 +63,8 @@ class Push:
         place = self.place
         advice = "letters, digits and ._=+-, in folders separated by /; give another with --sae-id"
         require(_SAE_ID.fullmatch(place) is not None and ".." not in place, f"sae_id: {place!r} is not of {advice}")
+        branch = _BRANCH.fullmatch(self.revision) is not None and ".." not in self.revision
+        require(branch, f"revision: {self.revision!r} is no name of a branch, of letters, digits and ._-/")
         licence = self.licence
         known = licence is None or _LICENCE.fullmatch(licence) is not None
         require(known, f"licence: {licence!r} is no name of the Hub's, as apache-2.0 or cc-by-4.0")

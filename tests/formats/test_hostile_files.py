@@ -12,8 +12,9 @@ from torch import Tensor
 
 from foreign_files import S, rows, save
 from foreign_language import ALL
+from foreign_trainers import TRAINERS
 from plain_forward import forward
-from saevlm_fast.formats.registry import read
+from saevlm_fast.formats.registry import FORMATS, read
 
 # One configuration of each format, and those with more files or tensors than it.
 NAMES = sorted({made.format: name for name, make in ALL.items() for made in [make(torch.float32)]}.values())
@@ -224,3 +225,26 @@ def test_npz(tmp_path, monkeypatch, kind):
         read(tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("named", [each.name for each in FORMATS])
+def test_files_of_another_format_than_the_one_that_is_named(tmp_path, named):
+    """Read, or refused in words: also a folder without files, and settings without weights."""
+    paths = [tmp_path / "empty", tmp_path / "settings"]
+    for path in paths:
+        path.mkdir()
+    (tmp_path / "settings" / "config.json").write_text('{"k": 3}')
+    (tmp_path / "settings" / "cfg.json").write_text('{"d_in": 3, "d_sae": 4, "architecture": "topk"}')
+    makers = [ALL[name] for name in NAMES] + list(
+        {name.split(":")[0]: make for name, make in TRAINERS.items()}.values()
+    )
+    paths += [make(torch.float32).write(tmp_path / str(i)) for i, make in enumerate(makers)]
+    refused: list[str] = []
+    for path in paths:
+        for more in ({}, {"k": 2, "activation": "topk"}):
+            try:
+                read(path, assume={"format": named, **more})
+            except (ValueError, OSError) as error:
+                refused.append(str(error))
+    assert len(refused) > len(paths)
+    assert all(str(tmp_path) in message for message in refused), refused

@@ -354,6 +354,7 @@ def test_no_network(hub, sae, tmp_path, monkeypatch):
         (("me/saes", "--sae-id", "../x"), "sae_id: '../x' is not of letters, digits"),
         (("me/saes", "--sae-id", "a b"), "sae_id: 'a b' is not of letters, digits"),
         (("me/saes", "--licence", "My Own"), "licence: 'My Own' is no name of the Hub's"),
+        (("me/saes", "--revision", "my branch"), "revision: 'my branch' is no name of a branch"),
     ],
 )
 def test_names_that_cannot_be(sae, more, message):
