@@ -359,6 +359,8 @@ def _print(evaluation: "Evaluation", inputs: "Inputs") -> None:
             f"{pair['mutual_nearest']:.1%} mutual nearest, mean largest cosine {pair['mmcs'][0]:.3f} "
             f"(random directions {pair['random'][0]:.3f})"
         )
+    if "hierarchy" not in evaluation.left_out and (gaps := inputs.beside_the_taxonomy()) is not None:
+        say(f"taxonomy: {gaps}")
     for name, why in evaluation.left_out.items():
         say(f"left out: {name}: {why}")
 
