@@ -372,6 +372,8 @@ def _print(evaluation: "Evaluation", inputs: "Inputs") -> None:
         )
     if inputs.behaviour is not None:
         print_behaviour(evaluation)
+    if "hierarchy" not in evaluation.left_out and (gaps := inputs.beside_the_taxonomy()) is not None:
+        say(f"taxonomy: {gaps}")
     for name, why in evaluation.left_out.items():
         say(f"left out: {name}: {why}")
 

@@ -18,10 +18,10 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.subjects import Centroids, Model, Subject
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.controls import FIRST_SEED
 
 CONTROLS = ("untrained", "rotation", "raw", "pca", "kmeans")
 SEEDED = ("untrained", "rotation", "kmeans")  # the others have no chance in them
-FIRST_SEED = 1_000_003  # no seed that an SAE was likely trained from: the untrained one would be where that began
 _SAMPLE_ROWS = 4096
 _SAMPLE_NUMBERS = 1 << 26  # of the pre-activations by which a threshold is set
 _MOST_CLUSTERS = 2048

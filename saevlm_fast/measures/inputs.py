@@ -121,6 +121,19 @@ class Inputs:
         left_out = self.left_out()
         return [name for name in MEASURES if name not in left_out and (name != "visaebench" or self.compat)]
 
+    def beside_the_taxonomy(self) -> str | None:
+        """Which labels it lacks, in words; None if it has all of the set that it is about, or there is no such set."""
+        labels = self._of_taxonomy()
+        if labels is None or self.taxonomy is None:
+            return None
+        lacking = [each for each in labels.names if each not in self.taxonomy.paths]
+        if not lacking:
+            return None
+        return (
+            f"{len(lacking)} of {len(labels.names)} labels of {labels.name} are not in {self.taxonomy.origin}, such as "
+            f"{lacking[0]!r}: depths are of the other images"
+        )
+
     def run(self, name: str, subject: Subject, codes: KeptCodes) -> Measured:
         """One measure of one subject, but for reconstruction, which comes of the pass."""
         if name == "uniqueness":

@@ -32,14 +32,18 @@ from saevlm_fast.scoring.source import Pool, ScoredImages
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.trust import FEWEST_IMAGES, Interval, TrustedScores, TwoPasses, interval
 
+FIRST_SEED = 1_000_003  # no seed that an SAE was likely trained from: the untrained one would be where that began
 _DRAWN_ELEMENTS = 1 << 25  # pre-activations from which the threshold is taken
 _KEPT_BYTES = 1 << 30
 
 
-def untrained_like(sae: SparseAutoencoder, activations: Matrix, seed: int = 1) -> tuple[SparseAutoencoder, float]:
+def untrained_like(
+    sae: SparseAutoencoder, activations: Matrix, seed: int = FIRST_SEED
+) -> tuple[SparseAutoencoder, float]:
     """An untrained BatchTopK SAE of the same size, whose threshold gives the L0 of `sae`; and that L0.
 
-    Random unit directions as every training here begins with (W_enc = W_dec^T, b_enc = 0), b_dec the mean of the rows.
+    Random unit directions as every training here begins with (W_enc = W_dec^T, b_enc = 0); b_dec is the mean of the
+    rows, where the recipe has their geometric median.
     The threshold and the L0 are those of up to 33 million pre-activations of rows drawn at random.
 
     Raises:
@@ -122,7 +126,7 @@ def compare_with_untrained(
         not isinstance(activations, StoredCodes) and isinstance(sae, SparseAutoencoder),
         "controls: an untrained SAE beside it needs an SAE and activations, not codes or raw neurons",
     )
-    saes = [sae] + [untrained_like(sae, activations, seed + 1 + c)[0] for c in range(n_controls)]
+    saes = [sae] + [untrained_like(sae, activations, FIRST_SEED + seed + c)[0] for c in range(n_controls)]
     passes: list[TwoPasses] = []
     progress = _Progress(len(saes), on_rows)
     for each in saes:

@@ -144,6 +144,13 @@ def test_one_sae_says_that_seeds_are_missing_and_what_is_left_out(there, tmp_pat
     assert "NO: does not separate" in text
 
 
+def test_gaps_of_a_taxonomy_are_told(there, tmp_path):
+    (tmp_path / "gaps.json").write_text(json.dumps({name: PATHS[name] for name in ("cat", "oak")}))
+    text = run(*words(there, tmp_path / "out", "--taxonomy", tmp_path / "gaps.json"))
+    assert "taxonomy: 1 of 3 labels of labels are not in" in text
+    assert "such as 'dog': depths are of the other images" in text
+
+
 def test_captions_are_no_labels(there, tmp_path):
     """A label of its own for every image, as scenes have in their store, measures nothing."""
     with open(tmp_path / "captions.csv", "w", newline="") as file:

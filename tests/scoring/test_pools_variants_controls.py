@@ -80,7 +80,7 @@ def test_rows_of_an_image_are_pooled(patches, pool, batch_rows):
         found = score(rows, patches["emb"], sae, **options)
         close(found.ms, expected, 1e-6)  # means are rounded to float32
         assert found.n_images == N_IMAGES
-        close(trusted_score(rows, patches["emb"], sae, **options).ms, found.ms, 1e-12)
+        close(trusted_score(rows, patches["emb"], sae, null=False, **options).ms, found.ms, 1e-12)
         by_order = score(rows, patches["emb_NE"], sae, **options)  # without ids, images in the order they appear
         close(by_order.ms, found.ms, 1e-6)
 
@@ -248,6 +248,20 @@ def test_untrained_has_the_same_l0(trained):
     again, _ = untrained_like(sae, x_ND, seed=4)
     assert torch.equal(again.W_enc, untrained.W_enc)
     assert not torch.equal(untrained_like(sae, x_ND, seed=5)[0].W_enc, untrained.W_enc)
+
+
+@pytest.mark.parametrize("n_controls", [1, 2])
+def test_a_control_is_not_where_the_sae_began(n_controls, monkeypatch):
+    """Training takes small seeds; an SAE that was made of seed 1 must not stand beside its own beginning."""
+    from saevlm_fast.scoring import controls
+
+    seeds, x_ND = [], torch.randn(60, D_IN, generator=torch.Generator().manual_seed(0))
+    made = controls.untrained_like
+    monkeypatch.setattr(controls, "untrained_like", lambda *given: seeds.append(given[2]) or made(*given))
+    sae = SparseAutoencoder(SAEConfig(D_IN, D_SAE, 3, "topk")).eval()
+    compare_with_untrained(x_ND, {"a": x_ND}, sae, n_controls=n_controls)
+    assert len(set(seeds)) == n_controls
+    assert min(seeds) > 10_000
 
 
 def test_matched_means_by_the_rule(trained):
