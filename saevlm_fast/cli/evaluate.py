@@ -407,7 +407,8 @@ def _print_verdicts(group: str, rows: list[dict[str, Any]]) -> None:
         for each in row["against"]:
             if each["group"] != group or each["verdict"] in ("not judged", "not measured"):
                 continue
-            verdict = _SHORT.get(each["verdict"], each["verdict"])
+            judged: str = each["verdict"]
+            verdict = _SHORT.get(judged, judged)
             if each["d_prime"] == each["d_prime"]:
                 verdict = f"d' {each['d_prime']:.1f}" + ("" if verdict == "separates" else " NO")
             cells.setdefault(row["measure"], {})[each["control"]] = verdict

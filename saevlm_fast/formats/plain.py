@@ -85,10 +85,13 @@ class PlainSAE:
     def _with(self, **exact: Tensor | None) -> "PlainSAE":
         """In float32 at least, with tensors made in float64 rounded to that."""
         names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        dtypes = {name: float32_at_least(tensor.dtype) for name, tensor in tensors.items()}
-        new = tensors | exact
-        return replace(self, **{name: new[name].to(dtypes[name]) for name in tensors})
+        new: dict[str, Tensor] = {}
+        for name in names:
+            old: Tensor | None = getattr(self, name)
+            if old is not None:
+                exact_one = exact.get(name)
+                new[name] = (old if exact_one is None else exact_one).to(float32_at_least(old.dtype))
+        return replace(self, **new)
 
     def without_pre_bias(self) -> "PlainSAE":
         """Of files whose encoder sees n(x) itself, not n(x) - b_dec: b_enc += b_dec W_enc."""

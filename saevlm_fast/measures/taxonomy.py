@@ -110,7 +110,7 @@ def _paths(label: str, value: Any) -> tuple[tuple[str, ...], ...]:
 
 def _path(label: str, value: Any) -> tuple[str, ...]:
     require(isinstance(value, list) and len(value) > 0, f"{label!r}: {value!r:.60} is not a path of nodes")
-    nodes = [node[0] if isinstance(node, list) and node else node for node in value]
+    nodes: list[Any] = [node[0] if isinstance(node, list) and node else node for node in value]
     require(all(isinstance(node, str) and node for node in nodes), f"{label!r}: a node of {value!r:.60} is not a text")
     return tuple(nodes)
 
