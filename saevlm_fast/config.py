@@ -338,6 +338,12 @@ class TrainConfig(Settings):
             value, whose = getattr(self, name), " and ".join(architectures)
             fits = value is None or sae.architecture in architectures
             require(fits, f"{name}: {value} is of {whose}, not of {sae.architecture}")
+        aux = sae.architecture != "relu" or self.auxk_alpha in (0, type(self).auxk_alpha)
+        require(aux, f"auxk_alpha: {self.auxk_alpha} is of no use: a relu SAE has no auxiliary loss")
+        require(
+            self.target_l0 is None or self.target_l0 <= sae.d_sae,
+            f"target_l0: {self.target_l0} must be at most d_sae = {sae.d_sae}",
+        )
         require(sae.architecture not in SELECTING or sae.k is not None, f"k: needed to train a {sae.architecture} SAE")
         require(sae.input_norm == "none", f"input_norm: {sae.input_norm} is of SAEs trained elsewhere, none is trained")
 
@@ -356,9 +362,14 @@ class TrainConfig(Settings):
         """bandwidth, 0.001 unless it is given."""
         return 0.001 if self.bandwidth is None else self.bandwidth
 
+    @property
+    def n_sparsity_warmup(self) -> int:
+        """Steps in which the penalty rises: min(2000, steps // 5) unless they are given."""
+        return min(2000, self.steps // 5) if self.sparsity_warmup is None else self.sparsity_warmup
+
     def sparsity_scale(self, step: int) -> float:
         """Share of the penalty in 0-based step: linear from 0 at step 0, 1 after the warm-up."""
-        warmup = min(2000, self.steps // 5) if self.sparsity_warmup is None else self.sparsity_warmup
+        warmup = self.n_sparsity_warmup
         return min(step / warmup, 1.0) if warmup else 1.0
 
     def peak_lr(self, d_sae: int) -> float:
@@ -374,6 +385,21 @@ class TrainConfig(Settings):
         """The learning rate of 0-based step: linear from 0 at step 0, constant after warm-up; no decay."""
         warmup = self.n_warmup
         return self.peak_lr(d_sae) * (step / warmup if step < warmup else 1.0)
+
+    def used(self, sae: SAEConfig) -> dict[str, Any]:
+        """The recipe of such an SAE, by name: values that were chosen by themselves, and none without a use."""
+        penalty: dict[str, dict[str, Any]] = {
+            "relu": {"l1": self.l1_weight},
+            "jumprelu": {"target_l0": self.wanted_l0, "bandwidth": self.ste_bandwidth},
+        }
+        found = asdict(self) | {"lr": self.peak_lr(sae.d_sae), "warmup_steps": self.n_warmup}
+        found |= penalty.get(sae.architecture, {})
+        if sae.architecture in PENALISED:
+            found["sparsity_warmup"] = self.n_sparsity_warmup
+        unused = {"relu": {"auxk_alpha"}}.get(sae.architecture, set())
+        if sae.architecture not in ("batch_topk", "matryoshka"):
+            unused |= {"threshold_start", "threshold_beta"}
+        return {name: value for name, value in found.items() if value is not None and name not in unused}
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON; settings of one architecture alone are there if they were given."""

@@ -45,7 +45,9 @@ def whole_number(name: str, value: object, at_least: int = 1) -> int:
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     require(whole, f"{name}: {shown(value)} is not a whole number")
     number = int(value)  # type: ignore[call-overload]
-    require(at_least <= number < 2**62, f"{name}: {number} must be at least {at_least} and below 2^62")
+    limit = "not be negative" if at_least == 0 else f"be at least {at_least}"
+    require(number >= at_least, f"{name}: {number} must {limit}")
+    require(number < 2**62, f"{name}: {number} must be below 2^62")
     return number
 
 

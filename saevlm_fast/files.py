@@ -82,7 +82,7 @@ def atomic_directory(path: str | os.PathLike[str], replace: bool = False) -> Ite
             os.replace(old, path)
         raise
     _fsync_directory(path.parent)
-    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
 
 
 def save_safetensors_atomic(

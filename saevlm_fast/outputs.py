@@ -82,6 +82,7 @@ def output_lock(
     exclusive: bool = True,
     patience: float | None = None,
     on_wait: Callable[[], None] = lambda: None,
+    parents: bool = False,
 ) -> Iterator[Lock]:
     """One process at a time works on an output, or several that share it. Gone with the process, however it ends.
 
@@ -96,6 +97,7 @@ def output_lock(
         exclusive: False shares it with others that share it.
         patience: seconds to wait for others; LOCK_SECONDS if None.
         on_wait: called once, before the waiting begins.
+        parents: a lock beside the output makes the directory that it lies in, too.
 
     Raises:
         ValueError: the output cannot be written, or others still hold the lock; who and since when.
@@ -107,9 +109,10 @@ def output_lock(
     if key in _held:
         yield _held[key]
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()] if directory else []
+    makes = directory or parents
+    made = [path for path in (folder, *folder.parents) if not path.exists()] if makes else []
     try:
-        lock = _taken(output, file, directory, exclusive, LOCK_SECONDS if patience is None else patience, on_wait)
+        lock = _taken(output, file, makes, exclusive, LOCK_SECONDS if patience is None else patience, on_wait)
         _held[key] = lock
         try:
             if not directory and exclusive:
@@ -125,12 +128,12 @@ def output_lock(
 
 
 def _taken(
-    output: Path, file: Path, directory: bool, exclusive: bool, patience: float, on_wait: Callable[[], None]
+    output: Path, file: Path, makes: bool, exclusive: bool, patience: float, on_wait: Callable[[], None]
 ) -> Lock:
     deadline, waiting = time.monotonic() + patience, False
     while True:
         try:
-            if directory:
+            if makes:
                 file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = None if os.name == "nt" else _try(file, exclusive)
             if descriptor is not None or os.name == "nt":

@@ -55,7 +55,7 @@ class SparseAutoencoder(nn.Module):
         config: as given.
         W_enc: [d_in, d_sae]. Held latent-major (its memory is [d_sae, d_in]): a latent's weights are contiguous, which
             is what gathers and per-latent updates read.
-        b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows. b_dec: [d_in].
+        b_enc: [d_sae]. W_dec: [d_sae, d_in], unit rows of those trained here. b_dec: [d_in].
         threshold: scalar, the inference cut of BatchTopK architectures, negative while it has not been calibrated; 0 of
             relu. [d_sae] of jumprelu, where negative ones act as 0. In float32 at least.
     """
@@ -358,7 +358,8 @@ class SAEHeader(NamedTuple):
 
 def read_sae_header(path: str | Path) -> SAEHeader:
     """The header of an SAE that from_pretrained opens. ValueError: files that are missing, damaged or inconsistent."""
-    source = Source(resolve(path).path)
+    local = resolve(path)
+    source = Source(local.path, assume=local.assume)
     found = registry.detect(source)
     header = registry.read_header(source)
     low, high = header.thresholds or (None, None)

@@ -45,6 +45,14 @@ def test_paper_learning_rate_and_warmup():
     assert TrainConfig(warmup_steps=0).lr_at(0, 2**14) == pytest.approx(2e-4)
 
 
+def test_the_penalty_rises_in_a_fifth_of_a_run_and_in_2000_steps_at_most():
+    long, short = TrainConfig(steps=50_000), TrainConfig(steps=100)
+    assert [long.sparsity_scale(step) for step in (0, 500, 2000, 49_999)] == pytest.approx([0, 0.25, 1, 1])
+    assert [short.sparsity_scale(step) for step in (0, 5, 20, 99)] == pytest.approx([0, 0.25, 1, 1])
+    assert TrainConfig(sparsity_warmup=0).sparsity_scale(0) == 1
+    assert (long.l1_weight, long.wanted_l0, long.ste_bandwidth) == (0.03, 20.0, 0.001)
+
+
 def test_group_sizes_of_the_paper():
     assert group_sizes_from_fractions((0.0625, 0.125, 0.25, 0.5625), 8192) == (512, 1024, 2048, 4608)
 

@@ -202,3 +202,14 @@ def test_what_a_killed_writer_left_beside_one_file_is_removed_and_nothing_else(t
         (tmp_path / name).touch()
     remove_leftovers_of(tmp_path / "a[1].json")
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(of_others)
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a").write_text("mine")
+    (tmp_path / "run").symlink_to(tmp_path / "kept")
+    with atomic_directory(tmp_path / "run", replace=True) as directory:
+        (directory / "b").write_text("new")
+    assert os.listdir(tmp_path / "run") == ["b"]
+    assert os.listdir(tmp_path / "kept") == ["a"]
+    assert sorted(os.listdir(tmp_path)) == ["kept", "run"]

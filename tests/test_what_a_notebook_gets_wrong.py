@@ -169,7 +169,7 @@ def calls(sae, tmp_path_factory):
         "SAEConfig": (sf.SAEConfig, {"d_in": 16, "d_sae": 32, "k": 3}),
         "SAEConfig.sized": (
             sf.SAEConfig.sized,
-            {"d_in": 16, "expansion": None, "d_sae": 32, "k": 3, "architecture": "topk", "groups": ()},
+            {"d_in": 16, "expansion": None, "d_sae": 32, "k": 3, "architecture": "matryoshka", "groups": (0.5, 0.5)},
         ),
         "SparseAutoencoder": (
             sf.SparseAutoencoder,
@@ -190,7 +190,7 @@ def calls(sae, tmp_path_factory):
         "add": (sf.add, {"latent": 1, "alpha": 2.0}),
         "clamp": (sf.clamp, {"latent": 1, "alpha": 2.0}),
         "evaluate": (sf.evaluate, {"sae": sae, "activations": X, "batch_rows": 128}),
-        "harvest": (sf.harvest, harvested),
+        "harvest": (partial(sf.harvest, workers=0), harvested, sf.harvest),
         "inspect": (sf.inspect, {"path": tmp / "store"}),
         "load_llava": (sf.load_llava, {"spec": "hf:tiny-llava", "device": "cpu", "dtype": "auto"}),
         "load_text_encoder": (sf.load_text_encoder, loaded),
@@ -211,14 +211,9 @@ def calls(sae, tmp_path_factory):
         "steer_rows": (entered(sf.steer_rows), site | {"rows": [[sf.clamp(1, 2.0)]], "tiles": [1]}, sf.steer_rows),
         "top_images": (sf.top_images, {"activations": X, "latents": [1], "n": 2, "sae": sae, "batch_rows": 128}),
         "train": (
+            partial(sf.train, steps=1, batch_size=64),
+            {"activations": X, "sae_config": CONFIG, "config": None, "options": None, "validation": None},
             sf.train,
-            {
-                "activations": X,
-                "sae_config": CONFIG,
-                "config": sf.TrainConfig(steps=1, batch_size=64),
-                "options": None,
-                "validation": None,
-            },
         ),
         "trusted_score": (sf.trusted_score, trusted),
         "trusted_scores": (sf.trusted_scores, trusted | {"embeddings": {"e": E}}),
@@ -228,11 +223,8 @@ def calls(sae, tmp_path_factory):
 
 
 def tower_sae(model):
-    return sf.SparseAutoencoder(
-        sf.SAEConfig.sized(
-            getattr(model.config, "vision_config", model.config).hidden_size, k=3, d_sae=32, architecture="topk"
-        )
-    )
+    vision = getattr(model.config, "vision_config", model.config)
+    return sf.SparseAutoencoder(sf.SAEConfig.sized(vision.hidden_size, k=3, d_sae=32, architecture="topk"))
 
 
 def tried(function):
@@ -263,7 +255,7 @@ def complaint(call, arguments, name, value):
 
 @pytest.mark.parametrize("public", sorted(set(sf.__all__) - RETURNED))
 def test_every_public_function_refuses_wrong_kinds_by_the_name_of_the_argument(calls, public, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # some values are names of files
+    monkeypatch.chdir(tmp_path)  # an output or path "x" is a good one
     mine = {name: call for name, call in calls.items() if name.partition(".")[0] == public}
     assert mine, f"{public} is new: give `calls` arguments that it takes"
     for where, (call, arguments, *signature) in mine.items():

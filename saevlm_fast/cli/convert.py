@@ -68,7 +68,7 @@ def _open(options: ConvertArguments) -> Opened:
     pairs = (pair.partition("=") for pair in options.assume)
     trust = "all" in options.trust_pickle or options.trust_pickle
     local = resolve(options.source)
-    source = Source(local.path, trust, {key: value for key, _, value in pairs})
+    source = Source(local.path, trust, local.assume | {key: value for key, _, value in pairs})
     inside = source.folder.resolve() == options.output.resolve()
     require(not inside, f"output: {options.output} is where {options.source} lies; its files would be mixed")
     found = registry.detect(source)

@@ -163,7 +163,7 @@ def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencode
 
 def check_output(options: EvaluateArguments) -> None:
     """ValueError: there is an evaluation that nobody said to replace or to continue, or something else of its names."""
-    from saevlm_fast.outputs import check_absent, is_being_swapped
+    from saevlm_fast.outputs import is_being_swapped
 
     output = options.output
     require(not output.exists() or output.is_dir(), f"output: {output} is a file; a directory is written")
@@ -172,8 +172,12 @@ def check_output(options: EvaluateArguments) -> None:
         not used or options.resume or options.force,
         f"output: {output} already holds an evaluation; use --resume to add to it or --force to replace it",
     )
-    if not used:
-        check_absent([output / name for name in _OURS], False)
+    for name in () if used else _OURS:
+        there = output / name
+        require(
+            not (there.exists() or there.is_symlink()),
+            f"output: {there} exists, and {output} holds no evaluation; choose another directory",
+        )
 
 
 def _is_evaluation(output: Path) -> bool:
@@ -208,7 +212,7 @@ def working_directory(options: EvaluateArguments) -> Iterator[Path]:
 
 
 def plan(options: EvaluateArguments) -> Plan:
-    """What would be measured; the time of encoding, from a batch of rows."""
+    """What would be measured; the time of encoding, from a batch of rows, a control taken to be as slow as an SAE."""
     import time
 
     from saevlm_fast.measures.measure import SparseAutoencoder
@@ -219,12 +223,15 @@ def plan(options: EvaluateArguments) -> Plan:
     inputs = open_inputs(options, saes)
     n, n_latents = inputs.activations.n_rows, sum(each.n_latents for each in subjects)
     sample = inputs.activations.rows(_first_rows(n, options.batch_size))
+    models = [subject.model for subject in subjects if isinstance(subject.model, SparseAutoencoder)]
+    for model in models:
+        model.encode(sample[:1].to(model.b_dec))  # a first call may compile
     start, entries = time.perf_counter(), 0
-    for subject in subjects:
-        assert isinstance(subject.model, SparseAutoencoder)
-        model = subject.model
+    for model in models:
         entries = max(entries, model.encode(sample.to(model.b_dec)).n_entries)
-    seconds = (time.perf_counter() - start) * n / len(sample)
+    seconds = (time.perf_counter() - start) * n / len(sample) * (1 + len(options.controls))
+    widest = max((each.d for each in inputs.embeddings.values()), default=0)
+    sums = 16 * max(each.n_latents for each in subjects) * widest  # of the score, of both halves of the images
     device = saes[subjects[0].name].b_dec.device
     left_out = [f"{name} ({why})" for name, why in inputs.left_out().items()]
     return Plan(
@@ -237,7 +244,7 @@ def plan(options: EvaluateArguments) -> Plan:
             "images_shown": None if inputs.behaviour is None else len(inputs.behaviour.ids),
             "left_out": left_out,
             **replaced_figures(options.output, options.force),
-            **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample)),
+            **memory_figures(device, _ENTRY_BYTES * entries * n // len(sample) + sums),
             **disk_figures(options.output, _LATENT_BYTES * n_latents * (1 + len(options.controls))),
             "encoding_seconds": seconds,
         },

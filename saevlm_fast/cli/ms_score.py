@@ -128,6 +128,11 @@ class ScoreArguments(WorkOptions):
         """With intervals and null: rbf is no inner product, and the other variants have none."""
         return not self.one_pass and self.similarity != "rbf" and self.variant == "paper"
 
+    @property
+    def second_pass(self) -> float:
+        """How long a second pass takes, in first ones: with intervals and null twice as long (docs/how-to/score.md)."""
+        return 2.0 if self.in_two_passes else float(self.variant == "visaebench")
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -289,11 +294,13 @@ def plan(options: ScoreArguments) -> Plan:
     with suppress(Enough):
         opened.score(options, stopwatch)
     a_row = stopwatch.seconds_each
-    # A second pass takes about as long as the first; what is stopped within a pass cannot say.
-    passes = 2 * (1 + options.controls) if options.in_two_passes else 1
-    seconds = passes * (time.perf_counter() - start if a_row is None else a_row * n)
+    # What is stopped within the first pass cannot say how long the second takes.
+    as_first_ones = (1 + options.second_pass) * (1 + options.controls)
+    seconds = as_first_ones * (time.perf_counter() - start if a_row is None else a_row * n)
     rbf = options.similarity == "rbf"  # gathers first; what follows, over pairs of images, is not timed
-    sums = 4 * n * width if rbf else 8 * n_latents * width * passes
+    sums = (
+        4 * n * width if rbf else 8 * n_latents * width * (2 * (1 + options.controls) if options.in_two_passes else 1)
+    )
     return Plan(
         f"Monosemanticity Score ({options.similarity}) of {n_latents:,} {sources.name}",
         {
@@ -330,7 +337,7 @@ def _plan_of_scenes(options: ScoreArguments, sources: Sources) -> Plan:
 
 @command("ms-score", plan=plan)
 def ms_score(options: ScoreArguments) -> dict[str, Any]:
-    """Monosemanticity Score of every latent (or raw neuron), in one pass over the images.
+    """Monosemanticity Score of every latent (or raw neuron), with its interval and chance, in two passes.
 
     Without arguments: of the latest run below runs/, on scenes of the box that it was not trained on.
     """
@@ -347,7 +354,7 @@ def _ms_score(options: ScoreArguments, sources: Sources) -> dict[str, Any]:
     from saevlm_fast.scoring.tables import scores_table, write_table
 
     opened = Opened.of(sources, options.device)
-    passes = 2 * (1 + options.controls) if options.in_two_passes or options.variant == "visaebench" else 1
+    passes = (1 + options.controls) * (2 if options.second_pass else 1)
     with Bar("score", passes * opened.rows.n_rows, "images") as bar:
         scored = opened.score(options, bar.update)
     write_table(scores_table(scored.scores, sources.metadata), sources.output)

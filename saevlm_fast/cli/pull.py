@@ -50,7 +50,7 @@ def pull(options: PullArguments) -> dict[str, Any]:
     from saevlm_fast.outputs import output_lock
     from saevlm_fast.publishing.pull import pull as run_pull
 
-    with output_lock(options.directory, directory=False):
+    with output_lock(options.directory, directory=False, parents=True):
         pulled = run_pull(options.spec, options.directory, options.force, tell)
     origin, config = pulled.origin, pulled.sae.config
     if origin.revision is not None:

@@ -16,7 +16,6 @@ from saevlm_fast.formats import dictionary_learning, plain_file, sae_lens, saev,
 from saevlm_fast.formats.header import Header
 from saevlm_fast.formats.others import OTHERS
 from saevlm_fast.formats.plain import PlainSAE
-from saevlm_fast.formats.single_file import HOW
 from saevlm_fast.formats.source import Source
 
 
@@ -176,8 +175,9 @@ def _named_alike(source: Source) -> str:
         alike = name is not None and dictionary_learning.has_tensors(set(source.shapes(name)))
     except (ValueError, OSError):
         return ""
-    named = f"{name} has tensors of the names that {dictionary_learning.NAME} gives them"
-    return f"{named}: assume format={dictionary_learning.NAME}, if it is of it {HOW}" if alike else ""
+    named = f"{name} has tensors of the names that {dictionary_learning.NAME} gives them; if it is of it"
+    command = f"saevlm-fast convert {source.path} OUTPUT --assume format={dictionary_learning.NAME}"
+    return f"{named}: {command} (assume= in Python)" if alike else ""
 
 
 def _nothing_matches(source: Source) -> str:

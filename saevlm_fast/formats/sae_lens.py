@@ -50,9 +50,7 @@ _CONFIG = Fields(
         "metadata": optional(RECORD),
         "apply_b_dec_to_input": FLAG,
         "rescale_acts_by_decoder_norm": FLAG,
-        "normalize_activations": Kind(
-            "a string, true, false or null", lambda v: v is None or isinstance(v, str | bool)
-        ),
+        "normalize_activations": _NORM,
         "reshape_activations": optional(TEXT),
         "activation_fn": TEXT,
         "activation_fn_str": TEXT,

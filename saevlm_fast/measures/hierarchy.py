@@ -140,13 +140,14 @@ def _by_level(depth_S: np.ndarray, level_S: np.ndarray, counts_S: np.ndarray) ->
     defined = np.isfinite(depth_S)
     depth, level, by_rate = depth_S[defined], level_S[defined], by_rate_S[defined]
     n_levels = int(level_S.max()) + 1
-    level_ranks, depth_ranks = rankdata(level), rankdata(depth)
+    trend, trend_by_rate = _spearman(level, depth), _spearman(by_rate, depth)
+    level_ranks, depth_ranks = (_unit(rankdata(each)) for each in (level, depth))
     drawn = np.empty((_SHUFFLES, n_levels))
     trends = np.empty(_SHUFFLES)
     for i in range(_SHUFFLES):
-        shuffled = generator.permutation(level)
-        drawn[i] = _means(depth, shuffled, n_levels)
-        trends[i] = _correlation(generator.permutation(level_ranks), depth_ranks)
+        order = generator.permutation(len(level))
+        drawn[i] = _means(depth, level[order], n_levels)
+        trends[i] = level_ranks[order] @ depth_ranks
     rounded, rate_means = np.rint(depth), _means(depth, by_rate, n_levels)
     levels = []
     for g in range(n_levels):
@@ -163,13 +164,12 @@ def _by_level(depth_S: np.ndarray, level_S: np.ndarray, counts_S: np.ndarray) ->
                 "by_rate": float(rate_means[g]),
             }
         )
-    trend = _spearman(level, depth)
     beaten = float((np.abs(trends) >= abs(trend) - 1e-12).sum() + 1) / (_SHUFFLES + 1)
     return {
         "levels": levels,
         "trend": trend,
         "trend_p": beaten if math.isfinite(trend) else math.nan,
-        "trend_by_rate": _spearman(by_rate, depth),
+        "trend_by_rate": trend_by_rate,
     }
 
 
@@ -177,6 +177,12 @@ def _means(values: np.ndarray, level: np.ndarray, n_levels: int) -> np.ndarray:
     counts = np.bincount(level, minlength=n_levels)
     sums = np.bincount(level, values, minlength=n_levels)
     return np.divide(sums, counts, out=np.full(n_levels, np.nan), where=counts > 0)
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    """Centred and of length 1: the product of two is their correlation. Zeros of what does not vary."""
+    centred = values - values.mean() if len(values) else values
+    return centred / max(float(np.linalg.norm(centred)), 1e-300)
 
 
 def _spearman(first: np.ndarray, second: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.records import parse_json
 from saevlm_fast.sae import WEIGHTS_FILE, SAEHeader, read_sae_header
@@ -60,7 +61,7 @@ class Facts:
             directory=directory,
             header=header,
             source=_dict(metadata.get("source")),
-            recipe=_dict(run.get("train") or metadata.get("training")),
+            recipe=_recipe(run, header.config) if run else _dict(metadata.get("training")),
             data=public(_dict(run.get("data"))),
             evaluation=_last_evaluation(directory / METRICS_FILE),
             held_out=_held_out(directory / _SETTINGS_FILE),
@@ -104,6 +105,15 @@ def public(value: Any) -> Any:
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}  # free-form in SAEs of other makers
+
+
+def _recipe(run: dict[str, Any], config: SAEConfig) -> dict[str, Any]:
+    """Of a run, the settings that it was made by, also those that were not given; as recorded by another release."""
+    recorded = _dict(run.get("train"))
+    try:
+        return TrainConfig(**{**recorded, "betas": tuple(recorded["betas"])}).used(config)
+    except (KeyError, TypeError, ValueError):
+        return recorded
 
 
 def _last_evaluation(path: Path) -> dict[str, float]:

@@ -49,7 +49,7 @@ def pull(
     output = Path(output)
     check_free(output, force)
     origin = resolve(spec, on_message=on_message)
-    sae = with_metadata(SparseAutoencoder.from_pretrained(origin.path), hub=origin.record())
+    sae = with_metadata(SparseAutoencoder.from_pretrained(origin.path, assume=origin.assume), hub=origin.record())
     with atomic_directory(output, replace=force) as directory:
         sae.save_pretrained(directory)
         folder = origin.path if origin.path.is_dir() else origin.path.parent

@@ -18,6 +18,8 @@ direction in activation space satisfies. The untrained SAE of controls.py is the
 Shape suffixes: n images of a chunk, N all images, S latents, M entries, E embedding, R draws, W images of a draw.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -95,8 +97,12 @@ def null_deviation(powers_4S: Tensor, moments: SimilarityMoments) -> Tensor:
     return (variance_S / a0.square()).clamp_(min=0).sqrt_()
 
 
+@lru_cache(maxsize=2)  # of the same images for every SAE, control and encoder
 def drawn_images(n_images: int, seed: int, n_draws: int = N_DRAWS) -> Tensor:
-    """int64 [R, W]: sets of W = min(FEW_IMAGES - 1, N) different images; the first n of a set are a set of n."""
+    """int64 [R, W]: sets of W = min(FEW_IMAGES - 1, N) different images; the first n of a set are a set of n.
+
+    Do not change it: who asks for the same is given the same tensor.
+    """
     width, generator = min(FEW_IMAGES - 1, n_images), torch.Generator().manual_seed(seed)
     if n_images <= 8 * FEW_IMAGES:
         return torch.rand(n_draws, n_images, generator=generator).argsort(1)[:, :width]

@@ -39,7 +39,8 @@ class SteeredRow:
         question: a number that `SteeredAnswers.ask` gave.
         edits: as of `steering.steer`; () is the identity control, whatever `only` is; None leaves the model
             untouched, without the SAE.
-        direction: [D] added to the chosen tokens after the edits; needs edits.
+        direction: [D] added to the chosen tokens after the edits, in the units of decoder rows: times the token's own
+            scale where the SAE normalises its input. Needs edits.
         mask: bool [T], the tokens of this row that are steered, of every tile, instead of SteeredAnswers' choice; none
             is allowed. Needs edits.
     """
@@ -282,7 +283,9 @@ class SteeredAnswers:
                 width = self.sae.config.d_in
                 require(row.direction.shape == (width,), f"direction: {list(row.direction.shape)}, not [{width}]")
                 require(bool(row.direction.isfinite().all()), f"direction: of row {r} of the batch, is not finite")
-                edited_ND[row_N == r] += row.direction.to(edited_ND)
+                shift_D, of_row_N = row.direction.to(edited_ND), row_N == r
+                scale = 1.0 if encoded.statistics is None else encoded.statistics.scale[of_row_N]
+                edited_ND[of_row_N] += (shift_D * scale).to(edited_ND)
         chosen_N = mask_BT.flatten().to(row_N.device)
         changed_ND = as_the_model_holds(edited_ND[chosen_N], x_BTD, plan, row_N[chosen_N])
         return x_BTD.masked_scatter(mask_BT[:, :, None], changed_ND)

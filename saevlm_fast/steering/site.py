@@ -44,7 +44,7 @@ def find_site(
     """The block, after all checks that need no forward. Raises the ValueErrors of `steer`."""
     check_kind("model", model, nn.Module, "a model with a vision tower")
     check_sae(sae)
-    layer = whole_number("layer", layer, 0)
+    layer = whole_number("layer", layer, -(2**62))
     model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
     anatomy, name = find_anatomy(model), type(model).__name__
     last = len(anatomy.blocks) - 1

@@ -67,6 +67,27 @@ def test_the_figures_of_a_dry_run_are_those_of_the_work(data, sae, pictures, tmp
     assert (figures["rows"], figures["latents"], figures["embedding_width"]) == (3000, 128, 16)
 
 
+def test_a_dry_run_counts_every_pass(data, sae, pictures, tmp_path, monkeypatch):
+    """Rates are held: what is left is the number of passes, a second one with intervals and null as two first ones."""
+    from saevlm_fast.cli import ms_score
+
+    class Steady(ms_score.Stopwatch):
+        def __call__(self, done):
+            self.seconds_each = 0.001
+            raise ms_score.Enough
+
+    monkeypatch.setattr(ms_score, "Stopwatch", Steady)
+    words = commands(data, sae, pictures, tmp_path / "out")["ms-score"]
+    for more, passes in (
+        (("--one-pass",), 1),
+        ((), 3),
+        (("--controls", 2), 9),
+        (("--variant", "visaebench"), 2),
+        (("--variant", "tms"), 1),
+    ):
+        assert run_json(*words, "--dry-run", *more)["time_seconds"] == pytest.approx(3.0 * passes), more
+
+
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [

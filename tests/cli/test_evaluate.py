@@ -144,6 +144,32 @@ def test_one_sae_says_that_seeds_are_missing_and_what_is_left_out(there, tmp_pat
     assert "NO: does not separate" in text
 
 
+def test_captions_are_no_labels(there, tmp_path):
+    """A label of its own for every image, as scenes have in their store, measures nothing."""
+    with open(tmp_path / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["image", "caption"], *([f"{CLASSES[i % 3]}/{i}.jpg", f"no {i}"] for i in range(N))]
+        )
+    text = run(*words(there, tmp_path / "out", "--labels", tmp_path / "captions.csv"))
+    for name in ("labels", "probing", "hierarchy"):
+        assert f"left out: {name}: no label is on two images" in text
+
+
+def test_tables_fit_into_the_terminal(there, tmp_path, monkeypatch):
+    """Of two shapes with controls: a table a shape, seeds of controls as one, no number cut."""
+    other = SparseAutoencoder(SAEConfig(D, 12, 2, "topk"))
+    other.reset_parameters(5)
+    other.save_pretrained(tmp_path / "other")
+    monkeypatch.setenv("COLUMNS", "60")
+    given = "--embeddings", there / "emb.npy", "--labels", "none"
+    more = "--sae", tmp_path / "other", "--controls", "untrained,rotation,raw", *given
+    text = run(*words(there, tmp_path / "out", *more, saes=2))
+    assert "…" not in text
+    assert text.count("SAEs of one shape: ") == 2
+    assert "means of 2 seeds: untrained, rotation" in text
+    assert "at matched firing counts" in text
+
+
 def test_label_sets_of_a_file(there, tmp_path):
     found = run_json(*words(there, tmp_path / "out", "--labels", there / "labels.csv"))
     assert [each["name"] for each in found["inputs"]["label_sets"]] == ["kind", "parity"] if "inputs" in found else True
@@ -245,6 +271,8 @@ def test_several_rows_of_an_image_are_pooled(there, tmp_path):
         (("--sae", "sae0", "--sae", "sae0"), "a path is given twice"),
         (("--resume", "--force"), "resume and force exclude each other"),
         (("--output", "wide.npy"), "output: wide.npy "),
+        (("--output", "mine"), "mine holds no evaluation; choose another directory"),
+        (("--output", "mine", "--force"), "mine holds no evaluation; choose another directory"),
     ],
 )
 def test_what_is_refused(more, message, there, tmp_path, monkeypatch):
@@ -256,6 +284,8 @@ def test_what_is_refused(more, message, there, tmp_path, monkeypatch):
     shutil.copytree(there / "sae0", tmp_path / "copy")
     shutil.copy(there / "paths.json", tmp_path)
     np.save("wide.npy", np.ones((3, 5), np.float32))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "settings.toml").touch()
     given = {"--sae": "sae0", "--activations": there / "store", "--output": "out"}
     given = {key: value for key, value in given.items() if key not in more}
     assert message in run("evaluate", *(word for pair in given.items() for word in pair), *more, code=2)

@@ -140,13 +140,11 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path, batch, items, message):
 
 
 def test_the_writer_refuses_bad_arguments(tmp_path):
-    for arguments, message in [
-        ((0, torch.float16), "d_in is 0"),
-        ((4, torch.float64), "dtype is torch.float64; a store holds float16, bfloat16, float32"),
-    ]:
-        with pytest.raises(ActivationError, match=message):
-            ActivationWriter(tmp_path / "s", *arguments, SOURCE)
-    with pytest.raises(ValueError, match="rows_per_shard is 0"):
+    with pytest.raises(ValueError, match="d_in: 0 must be at least 1"):
+        ActivationWriter(tmp_path / "s", 0, torch.float16, SOURCE)
+    with pytest.raises(ActivationError, match="dtype is torch.float64; a store holds float16, bfloat16, float32"):
+        ActivationWriter(tmp_path / "s", 4, torch.float64, SOURCE)
+    with pytest.raises(ValueError, match="rows_per_shard: 0 must be at least 1"):
         ActivationWriter(tmp_path / "s", 4, torch.float16, SOURCE, 0)
     with pytest.raises(ActivationError, match="no rows were written"):
         ActivationWriter(tmp_path / "t", 4, torch.float16, SOURCE).close()

@@ -100,6 +100,7 @@ def test_gated(seed):
     e_BS = (x_BD - b_dec) @ W_enc
     z_BS = ((e_BS + b_gate) > 0) * (e_BS * r_mag.exp() + b_mag).relu()
     encoder = dict(zip(("W_enc", "b_enc", "threshold"), gated(W_enc, b_gate, b_mag, r_mag)))
+    assert bool((encoder["threshold"] >= 0).all())
     plain = PlainSAE(**encoder, W_dec=randn(seed + 2, S, D), b_dec=b_dec, activation="jumprelu")
     same(plain_forward.encode(plain, x_BD), z_BS)
 

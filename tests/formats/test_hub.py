@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from command import ROOT
+from command import run as run_command
 from hub_server import TOKEN, hub_server
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.formats import hub as module
 from saevlm_fast.formats import places
 from saevlm_fast.formats.hub import candidates, files_of, look_up, resolve
 from saevlm_fast.formats.places import HubSpec, is_remote, parse_spec
+from saevlm_fast.publishing.pull import pull
 from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
 
 SAE_FILES = ("cfg.json", "sae_weights.safetensors")
@@ -272,7 +274,7 @@ def test_a_release_of_sae_lens_by_its_list(hub, files, sae_lens):
     assert SparseAutoencoder.from_pretrained("saelens:vision/layer/3").config.metadata["hub"] == found.record()
 
 
-def test_what_the_list_says_of_scaling_is_folded_where_the_files_leave_it_open(hub, files, sae_lens):
+def test_what_the_list_says_of_scaling_is_folded_where_the_files_leave_it_open(hub, files, sae_lens, tmp_path):
     cfg = json.loads(files["cfg.json"])
     open_cfg = {name: cfg[name] for name in cfg if "sha256" not in name}
     open_cfg["normalize_activations"] = "expected_average_only_in"
@@ -280,6 +282,14 @@ def test_what_the_list_says_of_scaling_is_folded_where_the_files_leave_it_open(h
     scaled = resolve_and_load(hub, {**files, "cfg.json": json.dumps(open_cfg).encode()})
     torch.testing.assert_close(scaled.W_enc, plain.W_enc * 0.5)
     torch.testing.assert_close(scaled.W_dec, plain.W_dec / 0.5)
+    spec = "saelens:vision/layer/3"
+    assert "doubts" not in read_sae_header(spec).config.metadata
+    pull(spec, tmp_path / "pulled")
+    run_command("convert", spec, tmp_path / "converted")
+    for output in ("pulled", "converted"):
+        kept = SparseAutoencoder.from_pretrained(tmp_path / output)
+        assert torch.equal(kept.W_enc, scaled.W_enc), output
+        assert kept.config.metadata["hub"]["release"] == "vision"
 
 
 def resolve_and_load(hub, files):

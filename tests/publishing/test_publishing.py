@@ -12,7 +12,7 @@ import yaml
 
 from command import files_below, run, run_json
 from hub_server import TOKEN, hub_server
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.publishing.card import is_ours, is_sealed, plain, sealed, table, write_card
 from saevlm_fast.publishing.facts import Facts, public
 from saevlm_fast.publishing.pull import default_output
@@ -71,6 +71,7 @@ def test_a_trained_sae_has_a_card(trained):
     for part in (
         "8 -> 16, k = 2",
         "| steps | 4 |",
+        "| lr | 0.0064 |",
         "| explained variance |",
         "rows (those it was trained on)",
         "x.npy",
@@ -81,6 +82,24 @@ def test_a_trained_sae_has_a_card(trained):
     assert front["library_name"] == "saelens"
     assert front["pipeline_tag"] == "image-feature-extraction"
     assert "base_model" not in front
+
+
+@pytest.mark.parametrize(
+    ("architecture", "has", "lacks"),
+    [
+        ("batch_topk", {"lr", "warmup_steps", "auxk_alpha", "threshold_start"}, {"l1", "sparsity_warmup"}),
+        ("topk", {"lr", "auxk_alpha"}, {"threshold_start", "target_l0"}),
+        ("relu", {"lr", "l1", "sparsity_warmup"}, {"auxk_alpha", "threshold_beta", "bandwidth"}),
+        ("jumprelu", {"target_l0", "bandwidth", "sparsity_warmup", "auxk_alpha"}, {"l1", "threshold_start"}),
+    ],
+)
+def test_the_recipe_is_what_the_run_used(architecture, has, lacks):
+    """With values that were not given, as the learning rate's, and none of other architectures."""
+    k = 2 if "topk" in architecture else None
+    used = TrainConfig(steps=50).used(SAEConfig(8, 1 << 14, k, architecture))
+    assert has <= used.keys()
+    assert not lacks & used.keys()
+    assert (used["lr"], used["warmup_steps"]) == (2e-4, 5)
 
 
 def test_a_card_is_the_same_of_the_same_run_and_what_people_wrote_stays(trained, tmp_path):
@@ -374,6 +393,14 @@ def test_a_pull_replaces_an_sae_and_nothing_else(hub, sae, tmp_path):
     assert "file already exists" in run(*words, "--force", "--output", tmp_path / "file", code=2)
     assert (tmp_path / "file").read_text() == "mine"
     assert "is none of the Hub" in run("pull", "layer_11", "--output", tmp_path / "y", code=2)
+
+
+def test_a_pull_makes_the_folders_above_its_directory(hub, sae, tmp_path):
+    run("push", sae, "me/saes")
+    run("pull", "hf:me/saes/layer_12", "--output", tmp_path / "a" / "b" / "x", code=2)
+    assert not (tmp_path / "a").exists()
+    run("pull", "hf:me/saes/layer_11", "--output", tmp_path / "a" / "b" / "x")
+    SparseAutoencoder.from_pretrained(tmp_path / "a" / "b" / "x")
 
 
 def test_sae_options_take_a_place_on_the_hub(hub, trained, tmp_path):

@@ -3,6 +3,7 @@
 import re
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -456,7 +457,7 @@ def test_a_block_that_is_not_called_is_an_error(llava, pictures, monkeypatch):
         answerer.answers([SteeredRow(question, ())])
 
 
-@pytest.mark.parametrize(("tiles", "message"), [([1], "1 numbers for 2 rows"), ([3, 0], r"\[3, 0\], each must be at")])
+@pytest.mark.parametrize(("tiles", "message"), [([1], "1 numbers for 2 rows"), ([3, 0], "tiles: 0 must be at least 1")])
 def test_tiles_are_counted(llava, tiles, message):
     steering = steer_rows(llava, random_sae(), LAYER, [[], []], tiles=tiles)
     with pytest.raises(ValueError, match=f"^tiles: {message}"), steering:
@@ -729,8 +730,11 @@ def test_the_mean_residual_is_of_the_chosen_tokens(llava, pictures):
     torch.testing.assert_close(answerer.mean_residual(pictures[0], PROMPT), x_TD[1:].mean(0))
 
 
-def test_a_direction_is_added_after_the_edits(llava, pictures):
+@pytest.mark.parametrize("input_norm", ["none", "layer_norm", "token_norm"])
+def test_a_direction_is_added_after_the_edits(llava, pictures, input_norm):
+    """A decoder row as direction is the edit of its latent, whatever the SAE does to its inputs."""
     sae = random_sae()
+    sae.config = replace(sae.config, input_norm=input_norm)
     answerer = SteeredAnswers(llava, llava_processor(), sae, LAYER, max_new_tokens=1, tokens="patches")
     question = answerer.ask(pictures[0], PROMPT)
     direction = ALPHA * sae.W_dec[5].detach()

@@ -16,20 +16,20 @@ from saevlm_fast.training.evaluate import evaluate
 from saevlm_fast.training.run import train
 from tiny_tower import WIDTH, save_clip, save_photos
 
-D_IN, D_SAE = 32, 128
+D_IN, D_SAE = 24, 64
 RECIPES = {"relu": {"l1": 0.02}, "jumprelu": {"target_l0": 8.0, "bandwidth": 0.01}}
 
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "x.npy"
-    np.save(path, PlantedConcepts(D_IN, 16, 60, seed=3).sample(3000)[0])
+    np.save(path, PlantedConcepts(D_IN, 12, 40, seed=3).sample(1500)[0])
     return path
 
 
 def run(matrix, output, architecture, *, on_step=lambda step: None, resume=False, **changed):
-    recipe = {"steps": 150, "batch_size": 256, "lr": 3e-3, "seed": 1, **RECIPES[architecture], **changed}
-    options = RunOptions(output, "cpu", log_every=20, checkpoint_every=50, resume=resume)
+    recipe = {"steps": 120, "batch_size": 128, "lr": 5e-3, "seed": 1, **RECIPES[architecture], **changed}
+    options = RunOptions(output, "cpu", log_every=40, checkpoint_every=40, resume=resume)
     sae = SAEConfig(D_IN, D_SAE, None, architecture)
     return train(open_activations(matrix), sae, TrainConfig(**recipe), options, on_step=on_step)
 
@@ -59,7 +59,7 @@ def test_a_run_is_good_and_one_that_was_killed_goes_on_to_the_same_bits(matrix, 
     assert set(RECIPES[architecture]) <= set(loaded.config.metadata["training"])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"relu": "losses/l1_loss", "jumprelu": "losses/l0_loss"}[architecture] in lines[0]
-    checkpoint = SparseAutoencoder.from_pretrained(tmp_path / "run" / "checkpoints" / "step_00000150")
+    checkpoint = SparseAutoencoder.from_pretrained(tmp_path / "run" / "checkpoints" / "step_00000120")
     assert evaluate(checkpoint, open_activations(matrix)) == metrics
     if architecture == "jumprelu":
         assert sae.threshold.shape == (D_SAE,)
@@ -67,10 +67,10 @@ def test_a_run_is_good_and_one_that_was_killed_goes_on_to_the_same_bits(matrix, 
         assert metrics["l0"] == pytest.approx(8, rel=0.4), "the target"
 
     with pytest.raises(Killed):
-        run(matrix, tmp_path / "again", architecture, on_step=killed_at(80))
+        run(matrix, tmp_path / "again", architecture, on_step=killed_at(60))
     begun: list[int] = []
     again, same = run(matrix, tmp_path / "again", architecture, resume=True, on_step=begun.append)
-    assert begun[0] == 51
+    assert begun[0] == 41
     assert same == metrics
     for name, parameter in sae.named_parameters():
         assert torch.equal(dict(again.named_parameters())[name], parameter), name

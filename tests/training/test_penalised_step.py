@@ -243,6 +243,8 @@ def test_losses_fall_and_rows_stay_unit(architecture, dtype):
         (SAEConfig(8, 16, 2, "topk"), {"l1": 0.1}, "l1: 0.1 is of relu, not of topk"),
         (SAEConfig(8, 16, 2), {"sparsity_warmup": 3}, "sparsity_warmup: 3 is of relu and jumprelu, not of batch_topk"),
         (SAEConfig(8, 16, None, "relu"), {"target_l0": 5}, "target_l0: 5 is of jumprelu, not of relu"),
+        (SAEConfig(8, 16, None, "jumprelu"), {"target_l0": 17}, "target_l0: 17 must be at most d_sae = 16"),
+        (SAEConfig(8, 16, None, "relu"), {"auxk_alpha": 0.1}, "auxk_alpha: 0.1 is of no use: a relu SAE has no aux"),
         (SAEConfig(8, 16, None, "jumprelu"), {"l1": 0.1}, "l1: 0.1 is of relu, not of jumprelu"),
         (SAEConfig(8, 16, None), {}, "k: needed to train a batch_topk SAE"),
         (SAEConfig(8, 16, 2, input_norm="layer_norm"), {}, "input_norm: layer_norm is of SAEs trained elsewhere"),

@@ -90,9 +90,15 @@ def test_a_run_of_its_trainer(tmp_path, trainer_class, normalize):
     config |= {"steps": 10, "threshold_start_step": 4, "device": "cpu", "warmup_steps": 1, "submodule_name": "resid"}
     config |= {"lr": 1e-3} if trainer_class is BatchTopKTrainer else {"lr": 1e-3, "group_fractions": [0.5, 0.5]}
     trainSAE(
-        data=data, trainer_configs=[config], steps=10, save_dir=str(tmp_path), save_steps=[0, 8],
-        normalize_activations=normalize, device="cpu", autocast_dtype=torch.float32,
-    )  # fmt: skip
+        data=data,
+        trainer_configs=[config],
+        steps=10,
+        save_dir=str(tmp_path),
+        save_steps=[0, 8],
+        normalize_activations=normalize,
+        device="cpu",
+        autocast_dtype=torch.float32,
+    )
     folder = tmp_path / "trainer_0"
     first = read(folder / "checkpoints" / "ae_0.pt")
     assert first.activation == "topk"
