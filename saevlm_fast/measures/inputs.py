@@ -104,6 +104,8 @@ class Inputs:
             "behaviour": self.behaviour is not None,
         }
         found = {name: NEEDS[name] for name, given in there.items() if not given}
+        if self.label_sets and all(each.counts_L.max() < 2 for each in self.label_sets):  # captions, say
+            found |= dict.fromkeys(("hierarchy", "labels", "probing"), "no label is on two images")
         if "hierarchy" not in found and self._of_taxonomy() is None:
             found["hierarchy"] = "no label set has one label an image that the taxonomy knows"
         return found
