@@ -142,7 +142,7 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path, batch, items, message):
 def test_the_writer_refuses_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="d_in: 0 must be at least 1"):
         ActivationWriter(tmp_path / "s", 0, torch.float16, SOURCE)
-    with pytest.raises(ActivationError, match="dtype is torch.float64; a store holds float16, bfloat16, float32"):
+    with pytest.raises(ActivationError, match=r"dtype is torch\.float64; a store holds float16, bfloat16, float32"):
         ActivationWriter(tmp_path / "s", 4, torch.float64, SOURCE)
     with pytest.raises(ValueError, match="rows_per_shard: 0 must be at least 1"):
         ActivationWriter(tmp_path / "s", 4, torch.float16, SOURCE, 0)

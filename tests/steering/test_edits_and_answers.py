@@ -457,7 +457,7 @@ def test_a_block_that_is_not_called_is_an_error(llava, pictures, monkeypatch):
         answerer.answers([SteeredRow(question, ())])
 
 
-@pytest.mark.parametrize(("tiles", "message"), [([1], "1 numbers for 2 rows"), ([3, 0], "tiles: 0 must be at least 1")])
+@pytest.mark.parametrize(("tiles", "message"), [([1], "1 numbers for 2 rows"), ([3, 0], "0 must be at least 1")])
 def test_tiles_are_counted(llava, tiles, message):
     steering = steer_rows(llava, random_sae(), LAYER, [[], []], tiles=tiles)
     with pytest.raises(ValueError, match=f"^tiles: {message}"), steering:
