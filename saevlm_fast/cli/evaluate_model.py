@@ -169,7 +169,7 @@ def print_behaviour(evaluation: "Evaluation") -> None:
             continue
         sets = list(figures["sets"])
         name = next((s for s in sets if "ce" in figures["original"]["sets"].get(s, {})), None)
-        lines = [("original", *_cells(figures["original"], name), "", "", "")]
+        lines: list[tuple[str, ...]] = [("original", *_cells(figures["original"], name), "", "", "")]
         for tokens, splice in figures["splices"].items():
             for variant in _ROWS:
                 recovered = splice["recovered"].get(variant, {}).get(name, {}).get("ce", {})

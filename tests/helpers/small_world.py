@@ -45,6 +45,7 @@ CALLS: dict[str, dict[str, str | None]] = {
         "--controls": "raw",
         "--model": "hf:tiny-clip",
         "--images": "photos",
+        "--class-prompts": "prompts.json",
         "--device": "cpu",
         "--output": "out",
     },
@@ -129,6 +130,7 @@ def build_world(root: Path, n_images: int = 12) -> Path:
     run(*llava, "--sae", root / "run", "--pool", "mean", "--output", root / "codes")
     (root / "blocks.toml").write_text("latents_per_block = 2\n")
     build_benchmark(root / "benchmark")
+    (root / "prompts.json").write_text('{"class_0": "red", "class_1": "blue", "class_2": ["green", "navy"]}')
     np.save(root / "matrix.npy", np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))
     return root
 
