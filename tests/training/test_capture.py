@@ -212,7 +212,7 @@ class FakeStepper:
         self.idle_S = SimpleNamespace(is_cuda=True, device="cuda", data_ptr=lambda: 1)
         self.bad_step, self.moments = torch.zeros(()), {}
         self.step_index, self.adam_schedule, self.low = torch.zeros(()), torch.zeros(2), None
-        self.n_listed, self.current, self.taken = 0, True, []
+        self.n_listed, self.current, self.taken, self.penalised = 0, True, [], False
 
     def parameters(self):
         return {"W_dec": self.W_dec}
