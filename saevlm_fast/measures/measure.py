@@ -125,12 +125,8 @@ class Inputs:
         if labels is None or self.taxonomy is None:
             return None
         lacking = [each for each in labels.names if each not in self.taxonomy.paths]
-        if not lacking:
-            return None
-        return (
-            f"{len(lacking)} of {len(labels.names)} labels of {labels.name} are not in {self.taxonomy.origin}, such as "
-            f"{lacking[0]!r}: depths are of the other images"
-        )
+        which = f"{len(lacking)} of {len(labels.names)} labels of {labels.name} are not in {self.taxonomy.origin}"
+        return f"{which}, such as {lacking[0]!r}: depths are of the other images" if lacking else None
 
     def run(self, name: str, subject: Subject, codes: KeptCodes) -> Measured:
         """One measure of one subject, but for reconstruction, which comes of the pass."""
