@@ -32,6 +32,129 @@ from saevlm_fast.settings import path_of, several
 
 Told = Callable[[str], None]
 Counted = Callable[[str, int, int], None]
+<<<<<<< HEAD
+=======
+NEEDS = {
+    "monosemanticity": "no embeddings were given",
+    "hierarchy": "it needs labels and a taxonomy",
+    "labels": "there are no labels",
+    "probing": "there are no labels",
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What SAEs are measured on.
+
+    Attributes:
+        activations: rows. embeddings: name -> rows, row i of image i. label_sets, taxonomy: of the images, or none.
+        pool: how the rows of an image become one. batch_rows: read and encoded at a time.
+    """
+
+    activations: Activations
+    embeddings: Mapping[str, Activations] = field(default_factory=dict)
+    label_sets: tuple[LabelSet, ...] = ()
+    taxonomy: Taxonomy | None = None
+    pool: Pool = "max"
+    batch_rows: int = 4096
+
+    @cached_property
+    def rows(self) -> ImageRows:
+        return ImageRows.of(self.activations)
+
+    @cached_property
+    def half_N(self) -> np.ndarray:
+        return halves(self.rows.ids)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Of everything but the SAEs."""
+        labels = hashlib.sha256()
+        for each in self.label_sets:
+            labels.update(f"{each.name} {each.names}".encode())
+            for array in (each.labels_M, each.offsets_N1, each.known_N):
+                labels.update(array.tobytes())
+        ids = hashlib.sha256("\n".join(self.rows.ids).encode()).hexdigest() if self.activations.has_items else "rows"
+        paths = "" if self.taxonomy is None else str(sorted(self.taxonomy.paths.items()))
+        return {
+            "activations": self.activations.digest(),
+            "ids": ids,
+            "labels": labels.hexdigest(),
+            "taxonomy": hashlib.sha256(paths.encode()).hexdigest(),
+            "embeddings": str([(name, each.digest()) for name, each in self.embeddings.items()]),
+            "pool": self.pool,
+        }
+
+    def check(self) -> None:
+        """ValueError: embeddings or labels of other images than the activations'."""
+        n = len(self.rows.ids)
+        for name, embeddings in self.embeddings.items():
+            found = embeddings.n_rows
+            require(found == n, f"embeddings: {name} has {found} rows; there are {n} images in {self.activations.path}")
+            if embeddings.has_items and self.activations.has_items:
+                ids = ImageRows.of(embeddings).ids
+                other = next((i for i, pair in enumerate(zip(ids, self.rows.ids)) if pair[0] != pair[1]), None)
+                require(other is None, f"embeddings: {name}: row {other} is another image than in the activations")
+        for each in self.label_sets:
+            require(each.n_images == n, f"labels: {each.name} has {each.n_images} images, not {n}")
+
+    def left_out(self) -> dict[str, str]:
+        """Measures that these inputs do not allow, and why."""
+        there = {
+            "monosemanticity": bool(self.embeddings),
+            "hierarchy": bool(self.label_sets) and self.taxonomy is not None,
+            "labels": bool(self.label_sets),
+            "probing": bool(self.label_sets),
+        }
+        found = {name: NEEDS[name] for name, given in there.items() if not given}
+        if self.label_sets and all(each.counts_L.max() < 2 for each in self.label_sets):  # captions, say
+            found |= dict.fromkeys(("hierarchy", "labels", "probing"), "no label is on two images")
+        if "hierarchy" not in found and self._of_taxonomy() is None:
+            found["hierarchy"] = "no label set has one label an image that the taxonomy knows"
+        return found
+
+    def _of_taxonomy(self) -> LabelSet | None:
+        """The first label set that it is about."""
+        known = set() if self.taxonomy is None else set(self.taxonomy.paths)
+        fits = (each for each in self.label_sets if known & set(each.names) and np.diff(each.offsets_N1).max() <= 1)
+        return next(fits, None)
+
+    def beside_the_taxonomy(self) -> str | None:
+        """Which labels it lacks, in words; None if it has all of the set that it is about, or there is no such set."""
+        labels = self._of_taxonomy()
+        if labels is None or self.taxonomy is None:
+            return None
+        lacking = [each for each in labels.names if each not in self.taxonomy.paths]
+        which = f"{len(lacking)} of {len(labels.names)} labels of {labels.name} are not in {self.taxonomy.origin}"
+        return f"{which}, such as {lacking[0]!r}: depths are of the other images" if lacking else None
+
+    def run(self, name: str, subject: Subject, codes: KeptCodes) -> Measured:
+        """One measure of one subject, but for reconstruction, which comes of the pass."""
+        if name == "uniqueness":
+            return uniqueness(codes)
+        if name == "geometry":
+            return geometry(codes, subject.model.W_dec, subject.model.W_enc)
+        if name == "hierarchy":
+            labels = self._of_taxonomy()
+            assert labels is not None  # left_out has seen to it
+            assert self.taxonomy is not None
+            return hierarchy(codes, labels, self.taxonomy, subject.group_sizes)
+        if name == "monosemanticity":
+            scored = {key: monosemanticity(codes, each, key, self.batch_rows) for key, each in self.embeddings.items()}
+            return _joined(scored)
+        if name == "labels":
+            return _joined({each.name: labels_of_latents(codes, each, self.half_N) for each in self.label_sets})
+        probed = {each.name: sparse_probing(codes, each, self.half_N, self.rows.ids) for each in self.label_sets}
+        return _joined(probed)
+
+
+def _joined(parts: Mapping[str, Measured]) -> Measured:
+    """Of several label sets or embeddings, figures below their names."""
+    columns: dict[str, np.ndarray] = {}
+    for each in parts.values():
+        columns |= each.latents
+    return Measured({name: each.figures for name, each in parts.items()}, columns)
+>>>>>>> rev19
 
 
 @dataclass(frozen=True)
