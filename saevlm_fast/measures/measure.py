@@ -6,7 +6,7 @@ Each SAE is encoded once; its codes are kept sparse and given to all measures. A
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -229,8 +229,7 @@ def evaluate_subjects(
 
 
 def _named(subject: Subject, name: str) -> Subject:
-    known = dict(vars(subject))
-    return Subject(**known | {"name": name})
+    return replace(subject, name=name)
 
 
 def _wanted(members: Sequence[Result]) -> Wanted:
