@@ -91,7 +91,7 @@ class PlainSAE:
             if old is not None:
                 exact_one = exact.get(name)
                 new[name] = (old if exact_one is None else exact_one).to(float32_at_least(old.dtype))
-        return replace(self, **new)
+        return replace(self, **new)  # type: ignore[arg-type]
 
     def without_pre_bias(self) -> "PlainSAE":
         """Of files whose encoder sees n(x) itself, not n(x) - b_dec: b_enc += b_dec W_enc."""
