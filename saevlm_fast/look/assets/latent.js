@@ -132,7 +132,7 @@ const Latent = (() => {
         neighbours(app, sae, "Nearest by decoder", "Cosine of decoder directions.", record.d)));
       return;
     }
-    root.append(part("Top images", heatTools(app, sae, root, max), pictures(app, sae, latent, record.t, 112)));
+    root.append(part("Top images", heatTools(app, sae, root, sae.heatMax ? sae.heatMax[latent] : max), pictures(app, sae, latent, record.t, 112)));
     const columns = el("div", { class: "columns" });
     add(columns, part("Measures", measures(sae, latent)), histogramOf(record, sae, app.index.bins));
     if (record.w) {
