@@ -97,6 +97,7 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
         encoder = None if isinstance(rows, StoredCodes) else sae
         subjects.append(Subject(_name_of(settings.sae, i), str(path), sae, rows, encoder, tables[key], labels))
         checked_sizes(subjects[-1])
+    _check_same_pictures(subjects, settings.images, warn)
     n_latents = sum(each.sae.config.d_sae for each in subjects)
     small = n_latents <= MOST_IN_ONE_FILE or not settings.single_file
     require(small, f"single_file: {n_latents:,} latents, at most {MOST_IN_ONE_FILE:,}; give a directory for a folder")
@@ -105,6 +106,22 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
         for subject in subjects:
             check_same_images(subject.table, embeddings, str(subject.rows.path))
     return Inputs(subjects, embeddings, _tables(settings.scores, subjects), _tables(settings.names, subjects))
+
+
+def _check_same_pictures(subjects: list[Subject], images: str | None, warn: Callable[[str], None]) -> None:
+    """A page has one picture of an id, and of each picture the part that the first SAE's tower sees.
+
+    ValueError: SAEs whose rows are of images of different places.
+    """
+    sources = [each.rows.source or {} for each in subjects]
+    places = [place.get("path") if isinstance(place := source.get("images"), dict) else None for source in sources]
+    crops = [model.get("preprocess") if isinstance(model := source.get("model"), dict) else None for source in sources]
+    for subject, place, crop in zip(subjects[1:], places[1:], crops[1:]):
+        same = images is not None or place is None or places[0] is None or place == places[0]
+        what = f"codes: {subject.rows.path} are of images in {place}, {subjects[0].rows.path} of {places[0]}"
+        require(same, f"{what}; make a report of each, or name the one place with --images")
+        if crop is not None and crops[0] is not None and crop != crops[0]:
+            warn(f"{subject.name}: its tower crops pictures in another way; its heat maps lie as {subjects[0].name}'s")
 
 
 def _name_of(paths: tuple[str, ...], i: int) -> str:

@@ -150,6 +150,19 @@ def test_codes_of_another_sae_are_refused(planted, tmp_path):
     assert "are of another SAE" in run("report", "--sae", tmp_path / "other", *more, code=2)
 
 
+def test_rows_of_pictures_of_two_places_are_no_one_report(planted, tmp_path):
+    """a/0001.png of one place is not that of the other."""
+    sae = SparseAutoencoder.from_pretrained(planted / "sae")
+    for name in ("one", "two"):
+        with CodesWriter(tmp_path / name, 16, torch.float32, {"images": {"path": name}}) as writer:
+            items = {"image": list("abcd"), "token": [-1] * 4, "label": [None] * 4}
+            writer.write_shard(0, sae.encode(torch.ones(4, 12)), items)
+    more = [word for name in ("one", "two") for word in ("--sae", planted / "sae", "--codes", tmp_path / name)]
+    more = ("report", *more, "--device", "cpu", "--output", tmp_path / "r")
+    assert "are of images in two" in run(*more, code=2)
+    run(*more, "--images", "none")
+
+
 @pytest.mark.parametrize("how", ["max", "mean"])
 def test_the_scale_of_the_heat_maps_ends_at_the_largest_patch(how, planted, tmp_path):
     """An image's mean is far below its largest patch: on its scale all patches would look alike."""
