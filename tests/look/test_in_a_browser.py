@@ -108,6 +108,15 @@ def test_any_measure_sorts_and_is_then_a_column(visit, planted, tmp_path):
     assert rows(tab) == ["5"], "words are found where they are no names"
 
 
+def test_a_neighbour_of_a_pinned_latent_is_of_its_own_sae(visit, planted, tmp_path):
+    shutil.copytree(planted / "sae", tmp_path / "other")
+    saes = ("--sae", planted / "sae", "--sae", tmp_path / "other")
+    run("report", *saes, "--activations", planted / "store", "--output", tmp_path / "r", "--device", "cpu")
+    tab = visit("#latent=3&pin=1.5", page=tmp_path / "r" / "index.html")
+    tab.click(".pinned .link >> nth=0")
+    assert "sae=1" in tab.url
+
+
 def test_the_copied_command_is_of_this_latent_wherever_the_sae_is(visit, planted, tmp_path):
     place = tmp_path / "LATENT of ALPHA"
     shutil.copytree(planted / "sae", place)
@@ -147,7 +156,7 @@ def test_a_link_leads_to_a_latent_and_keys_go_on(visit):
     assert tab.is_visible("#overview article")
     tab.keyboard.press("/")
     tab.evaluate("location.hash = '#latent=9'")
-    tab.wait_for_function("document.querySelector('h2').textContent === 'Latent 9'")
+    tab.wait_for_selector("h2:text-is('Latent 9')")
     assert visit("#latent=99&sae=7&sort=x&f=a:b").inner_text(".count") == "16 of 16 latents"
 
 
@@ -232,7 +241,7 @@ def test_names_of_files_and_classes_stay_text(visit, report):
         "(tile) => document.querySelector('.pictures').append(Pictures.figure([tile, 1], { grid: null, latent: 3 }))",
         found,
     )
-    tab.wait_for_function("document.querySelector('.pictures').lastChild.firstChild.title.includes('onerror')")
+    tab.wait_for_selector(".pictures .picture[title*='onerror']")
     tab.locator(".pictures").first.locator(".picture").last.click()
     assert HOSTILE in tab.inner_text("dialog p")
     assert tab.locator("img").count() == 0

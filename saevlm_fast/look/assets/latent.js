@@ -99,7 +99,7 @@ const Latent = (() => {
   function neighbours(app, sae, title, note, list) {
     if (!list || !list.length) return null;
     return part(title, el("ul", { class: "links" }, list.map(([other, value]) => el("li", {},
-      el("button", { type: "button", class: "link", onclick: () => app.open(other) }, `${other}`),
+      el("button", { type: "button", class: "link", onclick: () => app.open(other, app.index.saes.indexOf(sae)) }, `${other}`),
       el("span", { class: "value", text: digits(value) }), el("span", { class: "hideable", text: app.nameOf(sae, other) || app.classOf(sae, other) || "" })))),
       el("p", { class: "note", text: note }));
   }
