@@ -117,6 +117,13 @@ def test_a_neighbour_of_a_pinned_latent_is_of_its_own_sae(visit, planted, tmp_pa
     assert "sae=1" in tab.url
 
 
+def test_a_picture_that_fires_on_no_patch_says_so(visit):
+    """On CLS alone: its map is empty."""
+    figure = "(heat) => Pictures.figure([0, 1.5, heat], { grid: [8, 8], latent: 3 }).textContent"
+    tab = visit()
+    assert [tab.evaluate(figure, heat) for heat in ("", "AAD/")] == ["1.50 (no patch)", "1.50"]
+
+
 def test_the_copied_command_is_of_this_latent_wherever_the_sae_is(visit, planted, tmp_path):
     place = tmp_path / "LATENT of ALPHA"
     shutil.copytree(planted / "sae", place)
