@@ -3,7 +3,7 @@
 Shape suffixes: S latents, N images, W pairs of latent and image that are shown.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Looked:
-    """All that is known of one SAE's latents."""
+    """All that is known of one SAE's latents. row_max_S: largest activation on a row, 255 of the heat maps."""
 
     subject: Subject
     stats: LatentStats
     row_density_S: np.ndarray
+    row_max_S: Tensor
     classes: Classes | None
     shown: Shown
     grid: PatchGrid | str
@@ -115,19 +116,29 @@ def look_at(
         on_step("count"),
     )
     shown = _shown(stats, of_images, size, n_band)
+    density_S, row_max_S = _of_rows(of_rows.chunks() if of_rows is not None else subject.rows.chunks(batch_rows), size)
     grid = patch_grid(subject.rows.source, subject.table)
     heat = None
     if isinstance(grid, PatchGrid):
         chunks = _row_chunks(subject, of_rows, batch_rows, on_step("heat maps"))
-        heat = heat_maps(chunks, subject.table, grid, shown.images_W, shown.latents_W, stats.max_S)
+        heat = heat_maps(chunks, subject.table, grid, shown.images_W, shown.latents_W, row_max_S)
     decoder = decoder_neighbours(subject.sae.W_dec, N_NEIGHBOURS, on_step("decoder neighbours"))
     together, counted = co_firing(of_images, N_NEIGHBOURS)
-    density_S = np.zeros(size)
-    for _, codes in of_rows.chunks() if of_rows is not None else subject.rows.chunks(batch_rows):
+    return Looked(
+        subject, stats, density_S, row_max_S, classes, shown, grid, heat, decoder, together, counted
+    ), of_images
+
+
+def _of_rows(chunks: Iterable[tuple[int, Any]], size: int) -> tuple[np.ndarray, Tensor]:
+    """Of every latent, the share of the rows on which it fires and its largest activation on a row."""
+    n_active_S, max_S, n_rows = np.zeros(size), torch.zeros(size), 0
+    for _, codes in chunks:
         assert isinstance(codes, SparseCodes)
-        density_S += np.bincount(codes.csr()[1].numpy(), minlength=size)
-    density_S /= subject.rows.n_rows
-    return Looked(subject, stats, density_S, classes, shown, grid, heat, decoder, together, counted), of_images
+        acts_M, latents_M, _ = codes.to("cpu", torch.float32).csr()
+        n_active_S += np.bincount(latents_M.numpy(), minlength=size)
+        max_S.scatter_reduce_(0, latents_M, acts_M, "amax")
+        n_rows += codes.n_rows
+    return n_active_S / n_rows, max_S
 
 
 def _spilled(
