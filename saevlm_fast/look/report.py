@@ -183,7 +183,7 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
         "saes": [sae_digest(Path(subject.path)) for subject in inputs.subjects],
         "rows": [str(subject.rows.path.absolute()) for subject in inputs.subjects],
         "n_rows": [subject.rows.n_rows for subject in inputs.subjects],
-        "image_score": settings.image_score,
+        "pool": settings.pool,
     }
     record = place / "work" / "settings.json"
     try:
@@ -239,7 +239,7 @@ def _panel(settings: ReportSettings, inputs: Inputs, i: int, work: Path, tiles: 
     subject, bars = inputs.subjects[i], _Bars(watcher, inputs.subjects[i])
     try:
         looked, codes = look_at(
-            subject, work, settings.image_score, settings.n, settings.per_band, settings.batch_size, bars.begin
+            subject, work, settings.pool, settings.n, settings.per_band, settings.batch_size, bars.begin
         )
         ms_S, names = _ms(inputs, i, codes, bars), inputs.names[i]
         if names is None and settings.text_model is not None and inputs.embeddings is not None:
@@ -284,7 +284,7 @@ def _names(settings: ReportSettings, inputs: Inputs, subject: Subject, bars: "_B
     assert inputs.embeddings is not None
     encoder = load_text_encoder(settings.text_model, resolve_device(settings.device))
     words, _ = known_words(vocabulary(None, "a photo of {}"), encoder)
-    rows = (subject.rows, subject.encoder, inputs.embeddings, settings.image_score)
+    rows = (subject.rows, subject.encoder, inputs.embeddings, settings.pool)
     pointed = point(*rows, batch_rows=settings.batch_size, on_images=bars.begin("name"))
     return name_latents(pointed, encoder, words, 5).table(5)
 

@@ -33,7 +33,7 @@ class ReportSettings(Settings):
     images: str | None = setting(
         None, help="Where the images are, if not where the store says; none: do not show them.", shown="as stored"
     )
-    image_score: Literal["max", "mean"] = setting(
+    pool: Literal["max", "mean"] = setting(
         "max", help="Of an image with several rows (patches): that of its largest row, or the mean of its rows."
     )
     n: int = setting(16, help="Top images of a latent.", paper="16", at_least=1, at_most=64)
