@@ -13,6 +13,7 @@ from typing import get_args
 import numpy as np
 import torch
 
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.measures.behaviour import Behaviour
@@ -20,7 +21,6 @@ from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, make_controls
 from saevlm_fast.measures.geometry import Side, compare
 from saevlm_fast.measures.inputs import Inputs
-from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.parts import Parts, key_of
 from saevlm_fast.measures.results import VERSION, Figures, Measured, plain
 from saevlm_fast.measures.separation import Headline, figure_at, headlines, matched_mean, separation
