@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from saevlm_fast.data.codes import StoredCodes, open_codes
+from saevlm_fast.data.label_sets import read_labels
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write, remove_leftovers
 from saevlm_fast.look.geometry import covered
 from saevlm_fast.look.image_rows import ImageTable, image_table
-from saevlm_fast.look.labels import read_labels
 from saevlm_fast.look.looked import Looked, Subject, checked_sizes, look_at
 from saevlm_fast.look.measured import measures_of, names_of
 from saevlm_fast.look.names import check_same_images, known_words, name_latents, point, vocabulary
@@ -114,10 +114,14 @@ def _name_of(paths: tuple[str, ...], i: int) -> str:
 
 
 def _labels(path: Path | None, table: ImageTable) -> pa.Array | None:
+    """The class of each image: of the file's first column that has one label an image at most."""
     if path is None:
         return table.labels
-    given = read_labels(path)
-    return pa.array([given.get(table.name(i)) for i in range(table.n_images)], pa.string())
+    ids = [str(i) for i in range(table.n_images)] if table.ids is None else table.ids.to_pylist()
+    sets = [each for each in read_labels(path, ids) if np.diff(each.offsets_N1).max() <= 1]
+    require(len(sets) > 0, f"labels: {path}: an image has several in every column; a report shows one each")
+    names, label_N = sets[0].names, sets[0].single()
+    return pa.array([None if label < 0 else names[label] for label in label_N.tolist()], pa.string())
 
 
 def _tables(paths: tuple[str, ...], subjects: list[Subject]) -> list[pa.Table | None]:

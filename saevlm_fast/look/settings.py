@@ -28,7 +28,9 @@ class ReportSettings(Settings):
     names: tuple[str, ...] = setting((), help="Table of each SAE, of `saevlm-fast name`.", parse=texts)
     text_model: str | None = setting(None, help="Names by this CLIP's text tower, without --names.")
     labels: Path | None = setting(
-        None, help="Class of each image: lines of IMAGE TAB CLASS.", shown="those of the store"
+        None,
+        help="Class of each image: FILE.csv or FILE.parquet as for evaluate, its first column of one label an image.",
+        shown="those of the store",
     )
     images: str | None = setting(
         None, help="Where the images are, if not where the store says; none: do not show them.", shown="as stored"
