@@ -32,7 +32,7 @@ class LookArguments(WorkOptions):
     codes: Path | None = setting(
         None, help="Store of the SAE's codes, instead of --activations.", instead_of=("activations",)
     )
-    image_score: Literal["max", "mean"] = setting(
+    pool: Literal["max", "mean"] = setting(
         "max", help="Of an image with several rows (patches): that of its largest row, or the mean of its rows."
     )
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)

@@ -23,6 +23,7 @@ from saevlm_fast.look.neighbours import Neighbours, co_firing, decoder_neighbour
 from saevlm_fast.look.spill import Spill
 from saevlm_fast.look.stats import LatentStats, latent_stats
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
 
 N_NEIGHBOURS = 6
@@ -92,7 +93,7 @@ class Looked:
 def look_at(
     subject: Subject,
     work: Path,
-    how: Any,
+    pool: Pool,
     n_top: int,
     n_band: int,
     batch_rows: int,
@@ -105,7 +106,7 @@ def look_at(
         on_step: told what begins; gives what is told how many images are done.
     """
     size = subject.sae.config.d_sae
-    of_images, of_rows = _spilled(subject, work, how, batch_rows, on_step)
+    of_images, of_rows = _spilled(subject, work, pool, batch_rows, on_step)
     classes = _classes(subject.labels)
     stats = latent_stats(
         of_images,
@@ -142,7 +143,7 @@ def _of_rows(chunks: Iterable[tuple[int, Any]], size: int) -> tuple[np.ndarray, 
 
 
 def _spilled(
-    subject: Subject, work: Path, how: Any, batch_rows: int, on_step: Callable[[str], Callable[[int], None]]
+    subject: Subject, work: Path, pool: Pool, batch_rows: int, on_step: Callable[[str], Callable[[int], None]]
 ) -> tuple[Spill, Spill | None]:
     """Codes of the images; and of the rows, where these are several an image and had to be encoded."""
     size, several = subject.sae.config.d_sae, subject.table.rows_per_image > 1
@@ -151,7 +152,7 @@ def _spilled(
     if not (of_images.is_finished and (not (several and encodes) or of_rows.is_finished)):
         of_images, of_rows = Spill(work / "images", size), Spill(work / "rows", size)
         tell = on_step("encode" if encodes else "read codes")
-        for chunk in image_chunks(subject.rows, subject.encoder, subject.table, how, batch_rows):
+        for chunk in image_chunks(subject.rows, subject.encoder, subject.table, pool, batch_rows):
             of_images.append(chunk.codes)
             if several and encodes:
                 of_rows.append(chunk.row_codes)

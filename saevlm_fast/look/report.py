@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from saevlm_fast.data.codes import StoredCodes, open_codes
+from saevlm_fast.data.label_sets import read_labels
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write, remove_leftovers
 from saevlm_fast.look.geometry import covered
 from saevlm_fast.look.image_rows import ImageTable, image_table
-from saevlm_fast.look.labels import read_labels
 from saevlm_fast.look.looked import Looked, Subject, checked_sizes, look_at
 from saevlm_fast.look.measured import measures_of, names_of
 from saevlm_fast.look.names import check_same_images, known_words, name_latents, point, vocabulary
@@ -134,10 +134,14 @@ def _name_of(paths: tuple[str, ...], i: int) -> str:
 
 
 def _labels(path: Path | None, table: ImageTable) -> pa.Array | None:
+    """The class of each image: of the file's first column that has one label an image at most."""
     if path is None:
         return table.labels
-    given = read_labels(path)
-    return pa.array([given.get(table.name(i)) for i in range(table.n_images)], pa.string())
+    ids = [str(i) for i in range(table.n_images)] if table.ids is None else table.ids.to_pylist()
+    sets = [each for each in read_labels(path, ids) if np.diff(each.offsets_N1).max() <= 1]
+    require(len(sets) > 0, f"labels: {path}: an image has several in every column; a report shows one each")
+    names, label_N = sets[0].names, sets[0].single()
+    return pa.array([None if label < 0 else names[label] for label in label_N.tolist()], pa.string())
 
 
 def _tables(paths: tuple[str, ...], subjects: list[Subject]) -> list[pa.Table | None]:
@@ -203,7 +207,7 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
         "saes": [sae_digest(Path(subject.path)) for subject in inputs.subjects],
         "rows": [str(subject.rows.path.absolute()) for subject in inputs.subjects],
         "digests": [_digest(subject.rows) for subject in inputs.subjects],
-        "image_score": settings.image_score,
+        "pool": settings.pool,
     }
     record = place / "work" / "settings.json"
     try:
@@ -268,7 +272,7 @@ def _panel(settings: ReportSettings, inputs: Inputs, i: int, work: Path, tiles: 
     subject, bars = inputs.subjects[i], _Bars(watcher, inputs.subjects[i])
     try:
         looked, codes = look_at(
-            subject, work, settings.image_score, settings.n, settings.per_band, settings.batch_size, bars.begin
+            subject, work, settings.pool, settings.n, settings.per_band, settings.batch_size, bars.begin
         )
         ms_S, names = _ms(inputs, i, codes, bars), inputs.names[i]
         if names is None and settings.text_model is not None and inputs.embeddings is not None:
@@ -313,7 +317,7 @@ def _names(settings: ReportSettings, inputs: Inputs, subject: Subject, bars: "_B
     assert inputs.embeddings is not None
     encoder = load_text_encoder(settings.text_model, resolve_device(settings.device))
     words, _ = known_words(vocabulary(None, "a photo of {}"), encoder)
-    rows = (subject.rows, subject.encoder, inputs.embeddings, settings.image_score)
+    rows = (subject.rows, subject.encoder, inputs.embeddings, settings.pool)
     pointed = point(*rows, batch_rows=settings.batch_size, on_images=bars.begin("name"))
     return name_latents(pointed, encoder, words, 5).table(5)
 

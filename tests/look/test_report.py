@@ -214,10 +214,13 @@ def test_several_saes_tables_and_labels(planted, tmp_path):
     names = [{"latent": 3, "name": "red", "word_1": "red", "score_1": 0.5, "score": 0.5}]
     (tmp_path / "n.json").write_text(json.dumps({"latents": names}))
     (tmp_path / "m.json").write_text(json.dumps([{"latent": 0, "name": None}]))
-    (tmp_path / "labels.txt").write_text("".join(f"a/{i:04d}.png\tclass {i % 4}\n" for i in range(80)))
+    lines = [f"a/{i:04d}.png,x,class {i % 4}" for i in range(80)] + [
+        "a/0000.png,y,class 0"
+    ]  # an image with two kinds, and one class
+    (tmp_path / "labels.csv").write_text("\n".join(["image,kind,class", *lines]))
     saes = ("--sae", planted / "sae", "--sae", tmp_path / "other")
     tables = ("--scores", tmp_path / "a.csv", "--scores", tmp_path / "b.csv", "--names", tmp_path / "n.json")
-    rest = ("--names", tmp_path / "m.json", "--labels", tmp_path / "labels.txt", "--activations", planted / "store")
+    rest = ("--names", tmp_path / "m.json", "--labels", tmp_path / "labels.csv", "--activations", planted / "store")
     run("report", *saes, *tables, *rest, "--output", tmp_path / "r", "--device", "cpu")
     _, index = value_of(tmp_path / "r" / "data" / "index.js")
     first, second = index["saes"]
@@ -238,7 +241,9 @@ def test_several_saes_tables_and_labels(planted, tmp_path):
         (("--scores", "{root}/none.csv"), "none.csv: no such file"),
         (("--scores", "{root}/bad.csv"), "it has no column latent"),
         (("--scores", "{root}/far.csv"), "latent 16 is not within 0 to 15"),
-        (("--labels", "{root}/bad.csv"), "line 1 is not IMAGE TAB CLASS"),
+        (("--labels", "{root}/bad.csv"), "bad.csv: no line of any of the "),
+        (("--labels", "{root}/many.csv"), "many.csv: an image has several in every column; a report shows one each"),
+        (("--labels", "{root}/bad.txt"), "bad.txt does not end in .csv or .parquet"),
         (("--embeddings", "{root}/few.npy"), "embeddings: 3 rows"),
         (("--codes", "{root}"), "no index.json"),
         (("--n", "0"), "n: 0 must be between 1 and 64"),
@@ -248,6 +253,7 @@ def test_bad_inputs_are_one_line(more, message, planted, tmp_path):
     import numpy as np
 
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "many.csv").write_text("image,class\na/0000.png,x\na/0000.png,y\n")
     (tmp_path / "far.csv").write_text("latent,ms\n16,2\n")
     np.save(tmp_path / "few.npy", np.ones((3, 4), np.float32))
     text = run(*words(planted, tmp_path / "r", *(each.format(root=tmp_path) for each in more)), code=2)
