@@ -110,6 +110,7 @@ WRONG = (
 RETURNED = {
     *("ActivationError", "ImageError", "Interrupted", "SteeredRow", "__version__"),
     *("Evaluation", "MonosemanticityScores", "SparseCodes", "StoredCodes", "TopImages", "Tower", "TrustedScores"),
+    "ShownLatent",
 }
 # What messages call an argument, where that is another word: what the command line calls it.
 ALIASES = {"spec": "model|text_model", "directory": "path", "path": "images|output", "width": "d_sae"}
@@ -198,7 +199,12 @@ def calls(sae, tmp_path_factory):
         "measure": (
             sf.measure,
             {"saes": sae, "activations": X, "embeddings": E, "labels": ["a", "b", "c"] * 100, "taxonomy": None}
-            | {"controls": (), "pool": "max", "batch_rows": 128, "output": None},
+            | {"controls": (), "pool": "max", "batch_rows": 128, "behaviour": None, "output": None},
+        ),
+        "show": (
+            sf.show,
+            {"latent": 1, "rows": sf.open_codes(tmp / "codes"), "sae": None, "n": 2, "pool": "max", "images": None}
+            | {"side": 16, "batch_rows": 128},
         ),
         "open_activations": (sf.open_activations, {"path": tmp / "store"}),
         "open_activations.items": (sf.open_activations(tmp / "store").items, {"rows": [1, 2]}),

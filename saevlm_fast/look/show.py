@@ -13,12 +13,12 @@ from torch import Tensor
 
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import require
+from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.look.geometry import PatchGrid, covered, patch_grid
 from saevlm_fast.look.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.look.sprites import thumbnail
 from saevlm_fast.look.store_images import StoreImages, placeholder
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.encoding import n_latents
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.scoring.top_images import BestImages
@@ -106,9 +106,17 @@ def show(
     Raises:
         ValueError: a latent that is not there, n or side below 1, rows that do not fit the SAE.
     """
-    size = n_latents(rows, sae)
-    require(0 <= latent < size, f"latent: {latent} is not within 0 to {size - 1}")
-    require(n >= 1 and side >= 1, f"n, side: {n} and {side} must be at least 1")
+    check_kind(
+        "rows", rows, (Activations, StoredCodes), "activations or stored codes; open_activations(PATH) opens some"
+    )
+    if sae is not None:
+        check_sae(sae)
+    require(isinstance(pool, str) and pool in ("max", "mean"), f"pool: {shown(pool)} is not one of max, mean")
+    check_kind("images", images, (str, type(None)), "a text")
+    latent, n, side = whole_number("latent", latent, 0), whole_number("n", n), whole_number("side", side)
+    batch_rows, size = whole_number("batch_rows", batch_rows), n_latents(rows, sae)
+    require(latent < size, f"latent: {latent} is not within 0 to {size - 1}")
+    require(side <= 4096, f"side: {side} must be at most 4096")
     table = image_table(rows)
     grid = patch_grid(rows.source, table)
     numbers, acts, maps = _best(latent, rows, sae, table, grid, n, pool, batch_rows, on_images)

@@ -311,6 +311,7 @@ def measure(
     output = None if output is None else path_of("output", output)
     unknown = [each for each in controls if each not in CONTROLS]
     require(not unknown, f"controls: {shown(unknown[:1])} is not one of {', '.join(CONTROLS)}")
+    check_kind("behaviour", behaviour, (Behaviour, type(None)), "a Behaviour")
     check_kind("taxonomy", taxonomy, (Taxonomy, Mapping, type(None)), "a Taxonomy, or a mapping of labels to paths")
     rows = activations_of(activations, "activations")
     inputs = Inputs(

@@ -166,7 +166,7 @@ def test_rows_of_pictures_of_two_places_are_no_one_report(planted, tmp_path):
 @pytest.mark.parametrize("how", ["max", "mean"])
 def test_the_scale_of_the_heat_maps_ends_at_the_largest_patch(how, planted, tmp_path):
     """An image's mean is far below its largest patch: on its scale all patches would look alike."""
-    run(*words(planted, tmp_path / "r", "--image-score", how))
+    run(*words(planted, tmp_path / "r", "--pool", how))
     _, index = value_of(tmp_path / "r" / "data" / "index.js")
     _, latents = value_of(tmp_path / "r" / "data" / "s0" / "chunk-0000.js")
     heat_max = np.frombuffer(base64.b64decode(index["saes"][0]["heatMax"]), "<f4")[3]
