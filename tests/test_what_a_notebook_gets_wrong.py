@@ -198,7 +198,7 @@ def calls(sae, tmp_path_factory):
         "measure": (
             sf.measure,
             {"saes": sae, "activations": X, "embeddings": E, "labels": ["a", "b", "c"] * 100, "taxonomy": None}
-            | {"controls": (), "pool": "max", "batch_rows": 128, "output": None},
+            | {"controls": (), "pool": "max", "batch_rows": 128, "output": None, "behaviour": None},
         ),
         "open_activations": (sf.open_activations, {"path": tmp / "store"}),
         "open_activations.items": (sf.open_activations(tmp / "store").items, {"rows": [1, 2]}),

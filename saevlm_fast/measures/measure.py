@@ -209,6 +209,8 @@ def evaluate_subjects(
 ) -> Evaluation:
     """Measures SAEs, then their controls, group by group; and with `compared`, the first SAE against each other."""
     inputs.check()
+    named = [each.name for each in subjects if each.name in controls]
+    require(not named, f"saes: {shown(named[:1])} is the name of a control too; name the SAE otherwise")
     work = Measuring(inputs, parts or Parts(None), tell, counted)
     results = [work.result(subject)[0] for subject in subjects]
     found = list(results)
@@ -310,6 +312,7 @@ def measure(
     output = None if output is None else path_of("output", output)
     unknown = [each for each in controls if each not in CONTROLS]
     require(not unknown, f"controls: {shown(unknown[:1])} is not one of {', '.join(CONTROLS)}")
+    check_kind("behaviour", behaviour, (Behaviour, type(None)), "a Behaviour")
     check_kind("taxonomy", taxonomy, (Taxonomy, Mapping, type(None)), "a Taxonomy, or a mapping of labels to paths")
     rows = activations_of(activations, "activations")
     inputs = Inputs(
