@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, TrainConfig
     from saevlm_fast.data.codes import CodesWriter, StoredCodes, open_codes
+    from saevlm_fast.data.label_sets import LabelSet
     from saevlm_fast.data.rows import Activations, open_activations
     from saevlm_fast.data.store import verify
     from saevlm_fast.data.writing import ActivationWriter
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from saevlm_fast.images.open import open_images
     from saevlm_fast.inspection import inspect
     from saevlm_fast.look.show import ShownLatent, show
-    from saevlm_fast.measures.label_sets import LabelSet
     from saevlm_fast.measures.measure import Evaluation, measure
     from saevlm_fast.measures.taxonomy import Taxonomy
     from saevlm_fast.sae import SparseAutoencoder
@@ -105,6 +105,7 @@ __all__ = [
 _HOMES = {
     "config": ("HarvestOptions", "RunOptions", "SAEConfig", "TrainConfig"),
     "data.codes": ("CodesWriter", "StoredCodes", "open_codes"),
+    "data.label_sets": ("LabelSet",),
     "data.rows": ("Activations", "open_activations"),
     "data.store": ("verify",),
     "data.writing": ("ActivationWriter",),
@@ -113,7 +114,6 @@ _HOMES = {
     "harvesting.config": ("HarvestConfig",),
     "images.open": ("open_images",),
     "inspection": ("inspect",),
-    "measures.label_sets": ("LabelSet",),
     "measures.measure": ("Evaluation", "measure"),
     "measures.taxonomy": ("Taxonomy",),
     "look.show": ("ShownLatent", "show"),

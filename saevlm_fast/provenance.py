@@ -136,6 +136,15 @@ def check_codes_of(codes: StoredCodes, sae_directory: Path, layer: int) -> None:
     require(harvested_at is None, f"codes: {codes.path} are of {harvested_at}, not of layer {layer}")
 
 
+def check_same_sae(codes: StoredCodes, path: Path, sae: SparseAutoencoder) -> None:
+    """ValueError: codes of another width, or known to be of another SAE."""
+    d_sae = sae.config.d_sae
+    require(codes.d_sae == d_sae, f"codes: {codes.path} are of {codes.d_sae} latents, {path} has {d_sae}")
+    made_by = _dict(_dict(codes.source).get("sae"))
+    same = made_by.get("sha256") in (None, sae_digest(path))
+    require(same, f"codes: {codes.path} are of another SAE ({made_by.get('path')}) than {path}")
+
+
 def other_text_model(embeddings: Activations, text_model: str) -> str | None:
     """What speaks against comparing these embeddings with that model's texts; None if nothing does.
 

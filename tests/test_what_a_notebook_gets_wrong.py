@@ -65,7 +65,7 @@ def test_tensors_and_arrays_are_activations(sae):
             for n in ("2", 2.5, True, None)
         ),
         (lambda sae: sf.top_images(X, [1], 0, sae), "n: 0 must be at least 1"),
-        (lambda sae: sf.top_images(X, [1], 10**30, sae), "n: 10+ must be at least 1 and below"),
+        (lambda sae: sf.top_images(X, [1], 10**30, sae), r"n: 10+ must be below 2\^62"),
         (lambda sae: sf.top_images(X, [1], 2, sae, batch_rows="8"), "batch_rows: '8' is not a whole number"),
         (lambda sae: sf.top_images(X, [1], 2, "sae"), "sae: 'sae' is not a SparseAutoencoder"),
         (lambda sae: sf.top_images(X, [1], 2, []), r"sae: \[\] is not a SparseAutoencoder"),

@@ -125,9 +125,9 @@ def open_subjects(options: EvaluateArguments) -> "tuple[list[Subject], dict[str,
 
 def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencoder]") -> "Inputs":
     """What they are measured on. ValueError: what is damaged, of other images, or of another layer than the SAEs'."""
+    from saevlm_fast.data.label_sets import LabelSet, read_labels
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.measures.inputs import Inputs
-    from saevlm_fast.measures.label_sets import LabelSet, read_labels
     from saevlm_fast.measures.taxonomy import read_taxonomy
     from saevlm_fast.provenance import check_rows_of
 

@@ -11,10 +11,10 @@ from saevlm_fast.errors import first_line, require
 from saevlm_fast.settings import Settings, setting
 
 if TYPE_CHECKING:
+    from saevlm_fast.data.label_sets import LabelSet
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.images.sources import ImageSource
     from saevlm_fast.measures.behaviour import Behaviour
-    from saevlm_fast.measures.label_sets import LabelSet
     from saevlm_fast.measures.measure import Evaluation
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.towers.text import TextEncoder
@@ -104,7 +104,7 @@ def _label_sets(
     given: str, captions: str, source: "ImageSource", chosen: list[int], ids: list[str]
 ) -> "tuple[LabelSet, ...]":
     """Of the images that are shown, as --labels says."""
-    from saevlm_fast.measures.label_sets import LabelSet, read_labels
+    from saevlm_fast.data.label_sets import LabelSet, read_labels
 
     if given == "none":
         return ()

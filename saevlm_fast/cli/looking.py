@@ -32,7 +32,7 @@ class LookArguments(WorkOptions):
     codes: Path | None = setting(
         None, help="Store of the SAE's codes, instead of --activations.", instead_of=("activations",)
     )
-    image_score: Literal["max", "mean"] = setting(
+    pool: Literal["max", "mean"] = setting(
         "max", help="Of an image with several rows (patches): that of its largest row, or the mean of its rows."
     )
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
@@ -58,7 +58,7 @@ class Looked:
         """ValueError: what is damaged or not there; codes of another SAE."""
         from saevlm_fast.data.codes import open_codes
         from saevlm_fast.data.rows import open_activations
-        from saevlm_fast.provenance import check_rows_of
+        from saevlm_fast.provenance import check_rows_of, check_same_sae
         from saevlm_fast.runtime import resolve_device
         from saevlm_fast.sae import SparseAutoencoder
 
@@ -72,18 +72,6 @@ class Looked:
         if (doubt := check_rows_of(sae, rows)) is not None:
             warn(f"{doubt}; its codes of {options.activations} may mean little")
         return cls(rows, sae, sae)
-
-
-def check_same_sae(codes: "StoredCodes", path: Path, sae: "SparseAutoencoder") -> None:
-    """ValueError: codes of another width, or known to be of another SAE."""
-    from saevlm_fast.sae import sae_digest
-
-    d_sae = sae.config.d_sae
-    require(codes.d_sae == d_sae, f"codes: {codes.path} are of {codes.d_sae} latents, {path} has {d_sae}")
-    made_by = (codes.source or {}).get("sae")
-    made_by = made_by if isinstance(made_by, dict) else {}
-    same = made_by.get("sha256") in (None, sae_digest(path))
-    require(same, f"codes: {codes.path} are of another SAE ({made_by.get('path')}) than {path}")
 
 
 def timed(work: Callable[[Any], Any], n: int) -> float:

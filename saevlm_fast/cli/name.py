@@ -61,7 +61,7 @@ def plan(options: NameArguments) -> Plan:
     words = vocabulary(options.words, options.template)
     d_sae, n = looked.sae.config.d_sae, looked.rows.n_rows
     run = lambda on: point(  # noqa: E731
-        looked.rows, looked.encoder, embeddings, options.image_score, batch_rows=options.batch_size, on_images=on
+        looked.rows, looked.encoder, embeddings, options.pool, batch_rows=options.batch_size, on_images=on
     )
     sums = 8 * (d_sae + min(d_sae, N_CONTROL)) * embeddings.d
     return Plan(
@@ -104,7 +104,7 @@ def _name(options: NameArguments) -> dict[str, Any]:
             looked.rows,
             looked.encoder,
             embeddings,
-            options.image_score,
+            options.pool,
             batch_rows=options.batch_size,
             seed=options.seed,
             on_images=bar.update,

@@ -49,7 +49,7 @@ def plan(options: ReportArguments) -> Plan:
     n_images, pictures = subject.table.n_images, options.n + 10 * options.per_band
 
     def encode(on: Callable[[int], None]) -> None:
-        chunks = image_chunks(subject.rows, subject.encoder, subject.table, options.image_score, options.batch_size)
+        chunks = image_chunks(subject.rows, subject.encoder, subject.table, options.pool, options.batch_size)
         for chunk in chunks:
             on(chunk.first + chunk.codes.n_rows)
 

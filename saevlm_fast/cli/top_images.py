@@ -69,7 +69,7 @@ def plan(options: TopImagesArguments) -> Plan:
     looked = Looked.of(options)
     d_sae, n_rows = looked.sae.config.d_sae, looked.rows.n_rows
     run = lambda on: latent_tops(  # noqa: E731
-        looked.rows, looked.encoder, options.n, options.image_score, batch_rows=options.batch_size, on_images=on
+        looked.rows, looked.encoder, options.n, options.pool, batch_rows=options.batch_size, on_images=on
     )
     return Plan(
         f"the {options.n} top images of latents {options.latents} of {options.sae}",
@@ -104,7 +104,7 @@ def _top_images(options: TopImagesArguments) -> dict[str, Any]:
             looked.rows,
             looked.encoder,
             options.n,
-            options.image_score,
+            options.pool,
             batch_rows=options.batch_size,
             on_images=bar.update,
         )
@@ -178,6 +178,6 @@ def _captions(options: TopImagesArguments, found: "LatentTops", scores: dict[int
     from saevlm_fast.look.tops import Captions
 
     rows = options.codes or options.activations
-    several = "" if found.table.rows_per_image == 1 else f"; of an image's rows the {options.image_score}"
+    several = "" if found.table.rows_per_image == 1 else f"; of an image's rows the {options.pool}"
     caption = f"{options.sae} on {rows}: {found.table.n_images:,} images, the most active first{several}."
     return Captions(f"Latents {options.latents}", caption, scores, {})

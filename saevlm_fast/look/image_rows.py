@@ -7,7 +7,7 @@ the mean of its tokens), so that every image counts once. Shape suffixes: N imag
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +20,9 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
 
-ImageScore = Literal["max", "mean"]
 _DENSE = 1 << 25  # numbers of a dense block of images x latents
 
 
@@ -106,14 +106,14 @@ def image_chunks(
     rows: Activations | StoredCodes,
     sae: SparseAutoencoder | None,
     table: ImageTable,
-    how: ImageScore = "max",
+    pool: Pool = "max",
     batch_rows: int = 4096,
 ) -> Generator[ImageChunk, None, None]:
     """Codes of whole images, in order, about batch_rows rows at a time, on the host in float32.
 
     Args:
         rows: activations, with the SAE that encodes them; or codes, without.
-        how: an image's activation is its largest row's, or the mean of its rows'.
+        pool: an image's activation is its largest row's, or the mean of its rows'.
     """
     offsets, first, first_row, waiting = table.offsets_N1, 0, 0, None
     with closing(encoded_chunks(rows, sae, batch_rows)) as chunks:
@@ -129,7 +129,7 @@ def image_chunks(
             if until > first:
                 mine = rows_of(codes, 0, whole)
                 sizes = np.diff(offsets[first : until + 1])
-                yield ImageChunk(first, _pooled(mine, sizes, how), first_row, mine)
+                yield ImageChunk(first, _pooled(mine, sizes, pool), first_row, mine)
             waiting = rows_of(codes, whole, codes.n_rows) if whole < codes.n_rows else None
             first, first_row = until, int(offsets[until])
 
@@ -141,12 +141,12 @@ def rows_of(codes: SparseCodes, low: int, high: int) -> SparseCodes:
     return SparseCodes.from_flat(acts_M[begin:end], latents_M[begin:end], offsets[low : high + 1] - begin, codes.d_sae)
 
 
-def _pooled(codes: SparseCodes, sizes: np.ndarray, how: ImageScore) -> SparseCodes:
+def _pooled(codes: SparseCodes, sizes: np.ndarray, pool: Pool) -> SparseCodes:
     """Codes of images from those of their rows, of which image i has sizes[i]."""
     if len(sizes) == codes.n_rows and bool((sizes == 1).all()):
         return codes.compact()
     image_of_row = torch.arange(len(sizes)).repeat_interleave(torch.from_numpy(sizes))
-    if how == "mean":
+    if pool == "mean":
         return mean_pool_codes(codes, image_of_row, len(sizes)).compact()
     pieces, n_at_once = [], max(1, _DENSE // codes.d_sae)
     bounds = np.concatenate([[0], np.cumsum(sizes)])

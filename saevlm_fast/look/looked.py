@@ -3,7 +3,7 @@
 Shape suffixes: S latents, N images, W pairs of latent and image that are shown.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from saevlm_fast.look.neighbours import Neighbours, co_firing, decoder_neighbour
 from saevlm_fast.look.spill import Spill
 from saevlm_fast.look.stats import LatentStats, latent_stats
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
 
 N_NEIGHBOURS = 6
@@ -70,11 +71,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Looked:
-    """All that is known of one SAE's latents."""
+    """All that is known of one SAE's latents. row_max_S: largest activation on a row, 255 of the heat maps."""
 
     subject: Subject
     stats: LatentStats
     row_density_S: np.ndarray
+    row_max_S: Tensor
     classes: Classes | None
     shown: Shown
     grid: PatchGrid | str
@@ -91,7 +93,7 @@ class Looked:
 def look_at(
     subject: Subject,
     work: Path,
-    how: Any,
+    pool: Pool,
     n_top: int,
     n_band: int,
     batch_rows: int,
@@ -104,7 +106,7 @@ def look_at(
         on_step: told what begins; gives what is told how many images are done.
     """
     size = subject.sae.config.d_sae
-    of_images, of_rows = _spilled(subject, work, how, batch_rows, on_step)
+    of_images, of_rows = _spilled(subject, work, pool, batch_rows, on_step)
     classes = _classes(subject.labels)
     stats = latent_stats(
         of_images,
@@ -115,23 +117,33 @@ def look_at(
         on_step("count"),
     )
     shown = _shown(stats, of_images, size, n_band)
+    density_S, row_max_S = _of_rows(of_rows.chunks() if of_rows is not None else subject.rows.chunks(batch_rows), size)
     grid = patch_grid(subject.rows.source, subject.table)
     heat = None
     if isinstance(grid, PatchGrid):
         chunks = _row_chunks(subject, of_rows, batch_rows, on_step("heat maps"))
-        heat = heat_maps(chunks, subject.table, grid, shown.images_W, shown.latents_W, stats.max_S)
+        heat = heat_maps(chunks, subject.table, grid, shown.images_W, shown.latents_W, row_max_S)
     decoder = decoder_neighbours(subject.sae.W_dec, N_NEIGHBOURS, on_step("decoder neighbours"))
     together, counted = co_firing(of_images, N_NEIGHBOURS)
-    density_S = np.zeros(size)
-    for _, codes in of_rows.chunks() if of_rows is not None else subject.rows.chunks(batch_rows):
+    return Looked(
+        subject, stats, density_S, row_max_S, classes, shown, grid, heat, decoder, together, counted
+    ), of_images
+
+
+def _of_rows(chunks: Iterable[tuple[int, Any]], size: int) -> tuple[np.ndarray, Tensor]:
+    """Of every latent, the share of the rows on which it fires and its largest activation on a row."""
+    n_active_S, max_S, n_rows = np.zeros(size), torch.zeros(size), 0
+    for _, codes in chunks:
         assert isinstance(codes, SparseCodes)
-        density_S += np.bincount(codes.csr()[1].numpy(), minlength=size)
-    density_S /= subject.rows.n_rows
-    return Looked(subject, stats, density_S, classes, shown, grid, heat, decoder, together, counted), of_images
+        acts_M, latents_M, _ = codes.to("cpu", torch.float32).csr()
+        n_active_S += np.bincount(latents_M.numpy(), minlength=size)
+        max_S.scatter_reduce_(0, latents_M, acts_M, "amax")
+        n_rows += codes.n_rows
+    return n_active_S / n_rows, max_S
 
 
 def _spilled(
-    subject: Subject, work: Path, how: Any, batch_rows: int, on_step: Callable[[str], Callable[[int], None]]
+    subject: Subject, work: Path, pool: Pool, batch_rows: int, on_step: Callable[[str], Callable[[int], None]]
 ) -> tuple[Spill, Spill | None]:
     """Codes of the images; and of the rows, where these are several an image and had to be encoded."""
     size, several = subject.sae.config.d_sae, subject.table.rows_per_image > 1
@@ -140,7 +152,7 @@ def _spilled(
     if not (of_images.is_finished and (not (several and encodes) or of_rows.is_finished)):
         of_images, of_rows = Spill(work / "images", size), Spill(work / "rows", size)
         tell = on_step("encode" if encodes else "read codes")
-        for chunk in image_chunks(subject.rows, subject.encoder, subject.table, how, batch_rows):
+        for chunk in image_chunks(subject.rows, subject.encoder, subject.table, pool, batch_rows):
             of_images.append(chunk.codes)
             if several and encodes:
                 of_rows.append(chunk.row_codes)

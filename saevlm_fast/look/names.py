@@ -21,11 +21,12 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.look.image_rows import ImageScore, ImageTable, image_chunks, image_table
+from saevlm_fast.look.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import n_latents
 from saevlm_fast.scoring.monosemanticity import StreamedScore
 from saevlm_fast.scoring.naming import Name, Words, latent_directions, nearest_words, read_words
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.towers.text import TextEncoder
 
@@ -88,7 +89,7 @@ def point(
     rows: Activations | StoredCodes,
     sae: SparseAutoencoder | None,
     embeddings: Activations,
-    how: ImageScore = "max",
+    pool: Pool = "max",
     *,
     batch_rows: int = 4096,
     seed: int = 0,
@@ -97,7 +98,7 @@ def point(
     """Directions of all latents in the space of the embeddings, and of the control, in one pass.
 
     Args:
-        rows: activations with their SAE, or codes; several rows of an image are one image (`how`).
+        rows: activations with their SAE, or codes; several rows of an image are one image (`pool`).
         embeddings: one row an image, the same images in the same order.
         seed: of the control's order of images, and of the latents that it takes: at most N_CONTROL.
 
@@ -111,7 +112,7 @@ def point(
     control = torch.randperm(size, generator=random)[:N_CONTROL].sort().values
     sums, by_chance = StreamedScore(size), StreamedScore(len(control))
     n_active_S = torch.zeros(size, dtype=torch.int64)
-    with closing(image_chunks(rows, sae, table, how, batch_rows)) as chunks:
+    with closing(image_chunks(rows, sae, table, pool, batch_rows)) as chunks:
         for chunk in chunks:
             end = chunk.first + chunk.codes.n_rows
             sums.update(chunk.codes, embeddings.rows(torch.arange(chunk.first, end)))

@@ -83,10 +83,12 @@ def _sae(panel: Panel) -> dict[str, Any]:
             {"key": m.key, "label": m.label, "help": m.help, "values": floats(m.values)} for m in panel.measures
         ],
         "names": panel.own_names if any(panel.own_names) else None,
+        "words": [", ".join(word for word, _ in words) for words in panel.words] if any(panel.words) else None,
         "classes": None
         if classes is None
         else {"names": classes.names, "shares": shorts(classes.share_C), "best": best},
         "grid": [grid.rows, grid.columns] if isinstance(grid, PatchGrid) else None,
+        "heatMax": None if looked.heat is None else floats(looked.row_max_S.numpy()),
         "noGrid": None if isinstance(grid, PatchGrid) else grid,
         "togetherImages": looked.together_images,
     }

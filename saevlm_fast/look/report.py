@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from saevlm_fast.data.codes import StoredCodes, open_codes
+from saevlm_fast.data.label_sets import read_labels
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write, remove_leftovers
 from saevlm_fast.look.geometry import covered
 from saevlm_fast.look.image_rows import ImageTable, image_table
-from saevlm_fast.look.labels import read_labels
 from saevlm_fast.look.looked import Looked, Subject, checked_sizes, look_at
 from saevlm_fast.look.measured import measures_of, names_of
 from saevlm_fast.look.names import check_same_images, known_words, name_latents, point, vocabulary
@@ -31,7 +32,7 @@ from saevlm_fast.look.sprites import Tiles, write_sheets
 from saevlm_fast.look.store_images import StoreImages
 from saevlm_fast.look.tables import read_latents_table
 from saevlm_fast.outputs import REPLACEMENT, begin_replacement, output_lock, publish, settle
-from saevlm_fast.provenance import check_rows_of
+from saevlm_fast.provenance import check_rows_of, check_same_sae
 from saevlm_fast.records import TEXT, Fields, Kind, read_record, write_record
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder, sae_digest
@@ -86,6 +87,8 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
         sae = SparseAutoencoder.from_pretrained(path, device=device)
         rows: Activations | StoredCodes | None = open_codes(settings.codes[i]) if settings.codes else shared
         assert rows is not None  # the settings have seen to it
+        if isinstance(rows, StoredCodes):
+            check_same_sae(rows, Path(path), sae)
         if (doubt := check_rows_of(sae, rows)) is not None:
             warn(f"{doubt}; its codes of {rows.path} may mean little")
         key = str(rows.path)
@@ -94,6 +97,7 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
         encoder = None if isinstance(rows, StoredCodes) else sae
         subjects.append(Subject(_name_of(settings.sae, i), str(path), sae, rows, encoder, tables[key], labels))
         checked_sizes(subjects[-1])
+    _check_same_pictures(subjects, settings.images, warn)
     n_latents = sum(each.sae.config.d_sae for each in subjects)
     small = n_latents <= MOST_IN_ONE_FILE or not settings.single_file
     require(small, f"single_file: {n_latents:,} latents, at most {MOST_IN_ONE_FILE:,}; give a directory for a folder")
@@ -102,6 +106,22 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
         for subject in subjects:
             check_same_images(subject.table, embeddings, str(subject.rows.path))
     return Inputs(subjects, embeddings, _tables(settings.scores, subjects), _tables(settings.names, subjects))
+
+
+def _check_same_pictures(subjects: list[Subject], images: str | None, warn: Callable[[str], None]) -> None:
+    """A page has one picture of an id, and of each picture the part that the first SAE's tower sees.
+
+    ValueError: SAEs whose rows are of images of different places.
+    """
+    sources = [each.rows.source or {} for each in subjects]
+    places = [place.get("path") if isinstance(place := source.get("images"), dict) else None for source in sources]
+    crops = [model.get("preprocess") if isinstance(model := source.get("model"), dict) else None for source in sources]
+    for subject, place, crop in zip(subjects[1:], places[1:], crops[1:]):
+        same = images is not None or place is None or places[0] is None or place == places[0]
+        what = f"codes: {subject.rows.path} are of images in {place}, {subjects[0].rows.path} of {places[0]}"
+        require(same, f"{what}; make a report of each, or name the one place with --images")
+        if crop is not None and crops[0] is not None and crop != crops[0]:
+            warn(f"{subject.name}: its tower crops pictures in another way; its heat maps lie as {subjects[0].name}'s")
 
 
 def _name_of(paths: tuple[str, ...], i: int) -> str:
@@ -114,10 +134,14 @@ def _name_of(paths: tuple[str, ...], i: int) -> str:
 
 
 def _labels(path: Path | None, table: ImageTable) -> pa.Array | None:
+    """The class of each image: of the file's first column that has one label an image at most."""
     if path is None:
         return table.labels
-    given = read_labels(path)
-    return pa.array([given.get(table.name(i)) for i in range(table.n_images)], pa.string())
+    ids = [str(i) for i in range(table.n_images)] if table.ids is None else table.ids.to_pylist()
+    sets = [each for each in read_labels(path, ids) if np.diff(each.offsets_N1).max() <= 1]
+    require(len(sets) > 0, f"labels: {path}: an image has several in every column; a report shows one each")
+    names, label_N = sets[0].names, sets[0].single()
+    return pa.array([None if label < 0 else names[label] for label in label_N.tolist()], pa.string())
 
 
 def _tables(paths: tuple[str, ...], subjects: list[Subject]) -> list[pa.Table | None]:
@@ -182,8 +206,8 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
     made_of = {
         "saes": [sae_digest(Path(subject.path)) for subject in inputs.subjects],
         "rows": [str(subject.rows.path.absolute()) for subject in inputs.subjects],
-        "n_rows": [subject.rows.n_rows for subject in inputs.subjects],
-        "image_score": settings.image_score,
+        "digests": [_digest(subject.rows) for subject in inputs.subjects],
+        "pool": settings.pool,
     }
     record = place / "work" / "settings.json"
     try:
@@ -196,6 +220,15 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
         write_record(record, made_of)
     remove_leftovers(place)
     return place
+
+
+def _digest(rows: Activations | StoredCodes) -> str:
+    """Of what the rows are: a store's index names the digest of every shard; a matrix has its own."""
+    index = rows.path / "index.json"
+    if index.is_file():
+        return sha256(index.read_bytes()).hexdigest()
+    assert isinstance(rows, Activations)  # codes always have an index
+    return rows.digest()
 
 
 def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watcher, title: str | None) -> Made:
@@ -239,7 +272,7 @@ def _panel(settings: ReportSettings, inputs: Inputs, i: int, work: Path, tiles: 
     subject, bars = inputs.subjects[i], _Bars(watcher, inputs.subjects[i])
     try:
         looked, codes = look_at(
-            subject, work, settings.image_score, settings.n, settings.per_band, settings.batch_size, bars.begin
+            subject, work, settings.pool, settings.n, settings.per_band, settings.batch_size, bars.begin
         )
         ms_S, names = _ms(inputs, i, codes, bars), inputs.names[i]
         if names is None and settings.text_model is not None and inputs.embeddings is not None:
@@ -284,7 +317,7 @@ def _names(settings: ReportSettings, inputs: Inputs, subject: Subject, bars: "_B
     assert inputs.embeddings is not None
     encoder = load_text_encoder(settings.text_model, resolve_device(settings.device))
     words, _ = known_words(vocabulary(None, "a photo of {}"), encoder)
-    rows = (subject.rows, subject.encoder, inputs.embeddings, settings.image_score)
+    rows = (subject.rows, subject.encoder, inputs.embeddings, settings.pool)
     pointed = point(*rows, batch_rows=settings.batch_size, on_images=bars.begin("name"))
     return name_latents(pointed, encoder, words, 5).table(5)
 

@@ -28,12 +28,14 @@ class ReportSettings(Settings):
     names: tuple[str, ...] = setting((), help="Table of each SAE, of `saevlm-fast name`.", parse=texts)
     text_model: str | None = setting(None, help="Names by this CLIP's text tower, without --names.")
     labels: Path | None = setting(
-        None, help="Class of each image: lines of IMAGE TAB CLASS.", shown="those of the store"
+        None,
+        help="Class of each image: FILE.csv or FILE.parquet as for evaluate, its first column of one label an image.",
+        shown="those of the store",
     )
     images: str | None = setting(
         None, help="Where the images are, if not where the store says; none: do not show them.", shown="as stored"
     )
-    image_score: Literal["max", "mean"] = setting(
+    pool: Literal["max", "mean"] = setting(
         "max", help="Of an image with several rows (patches): that of its largest row, or the mean of its rows."
     )
     n: int = setting(16, help="Top images of a latent.", paper="16", at_least=1, at_most=64)

@@ -15,11 +15,12 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.look.geometry import PatchGrid, covered, patch_grid
-from saevlm_fast.look.image_rows import ImageScore, ImageTable, image_chunks, image_table
+from saevlm_fast.look.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.look.sprites import thumbnail
 from saevlm_fast.look.store_images import StoreImages, placeholder
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import n_latents
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.scoring.top_images import BestImages
 from saevlm_fast.sparse_codes import SparseCodes
 
@@ -84,7 +85,7 @@ def show(
     sae: SparseAutoencoder | None = None,
     *,
     n: int = 16,
-    image_score: ImageScore = "max",
+    pool: Pool = "max",
     images: str | None = None,
     side: int = 128,
     heat: bool = True,
@@ -98,7 +99,7 @@ def show(
     Args:
         latent: its number.
         rows: activations with the SAE that encodes them, or codes; of all patches of each image for heat maps.
-        n: images. image_score: of an image with several rows, its largest or their mean.
+        n: images. pool: of an image with several rows, its largest or their mean.
         images: where the pictures are, if not where the store says.
         side: of a picture, pixels; smaller ones are enlarged. heat: whether maps are drawn.
 
@@ -110,7 +111,7 @@ def show(
     require(n >= 1 and side >= 1, f"n, side: {n} and {side} must be at least 1")
     table = image_table(rows)
     grid = patch_grid(rows.source, table)
-    numbers, acts, maps = _best(latent, rows, sae, table, grid, n, image_score, batch_rows, on_images)
+    numbers, acts, maps = _best(latent, rows, sae, table, grid, n, pool, batch_rows, on_images)
     source = StoreImages(rows.source, images)
     ids = [table.name(i) for i in numbers]
     found = [source.read(image_id, number) for image_id, number in zip(ids, numbers)]
@@ -131,14 +132,14 @@ def _best(
     table: ImageTable,
     grid: PatchGrid | str,
     n: int,
-    how: ImageScore,
+    pool: Pool,
     batch_rows: int,
     on_images: Callable[[int], None],
 ) -> tuple[list[int], Tensor, Tensor | None]:
     """Numbers and activations of the top images; and their maps, kept along the way."""
     best = BestImages(1, n)
     kept: dict[int, Any] = {}
-    for chunk in image_chunks(rows, sae, table, how, batch_rows):
+    for chunk in image_chunks(rows, sae, table, pool, batch_rows):
         acts_M, latents_M, _ = chunk.codes.csr()
         mine_M = latents_M == latent
         images_M = chunk.codes.entry_rows()[mine_M] + chunk.first

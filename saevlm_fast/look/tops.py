@@ -14,10 +14,11 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.look.contact_sheet import LatentRow, Section, draw_sheet
-from saevlm_fast.look.image_rows import ImageScore, ImageTable, image_chunks, image_table
+from saevlm_fast.look.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.look.store_images import StoreImages, shown
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import n_latents
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.scoring.top_images import BestImages, TopImages
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def latent_tops(
     rows: Activations | StoredCodes,
     sae: SparseAutoencoder | None,
     n: int,
-    how: ImageScore = "max",
+    pool: Pool = "max",
     *,
     batch_rows: int = 4096,
     on_images: Callable[[int], None] = lambda done: None,
@@ -59,7 +60,7 @@ def latent_tops(
 
     Args:
         rows: activations, with the SAE that encodes them; or codes. Several rows of an image lie together.
-        how: an image's activation is its largest row's (max), or the mean of its rows'.
+        pool: an image's activation is its largest row's (max), or the mean of its rows'.
         on_images: called with the number of images done.
 
     Raises:
@@ -68,7 +69,7 @@ def latent_tops(
     require(n >= 1, f"n: {n} must be at least 1")
     size, table = n_latents(rows, sae), image_table(rows)
     best, n_active_S, max_S = BestImages(size, n), torch.zeros(size, dtype=torch.int64), torch.zeros(size)
-    with closing(image_chunks(rows, sae, table, how, batch_rows)) as chunks:
+    with closing(image_chunks(rows, sae, table, pool, batch_rows)) as chunks:
         for chunk in chunks:
             acts_M, latents_M, _ = chunk.codes.csr()
             best.add(acts_M, latents_M, chunk.codes.entry_rows() + chunk.first)

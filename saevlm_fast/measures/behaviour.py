@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.label_sets import LabelSet, halves
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.measures.behaviour_splice import ABLATIONS, OF_SAE, Outputs, SplicedImages, output_point
-from saevlm_fast.measures.label_sets import LabelSet, halves
 from saevlm_fast.measures.probes import Probe, ProbeSet, kept
 from saevlm_fast.measures.results import Figures, Measured, mean_figure, ratio, share
 from saevlm_fast.measures.retrieval import NEIGHBOURS, image_text_recall, nearest, overlap, queries_of, votes

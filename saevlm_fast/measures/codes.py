@@ -7,16 +7,16 @@ are sorted. Shape suffixes: N images, S latents, M entries, T latents with enoug
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from saevlm_fast.errors import require
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.sparse_codes import SparseCodes
 
-Pool = Literal["max", "mean"]
 TOP = 16  # images of a latent, as the paper takes them (section 4)
 
 

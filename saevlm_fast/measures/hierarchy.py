@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from saevlm_fast.config import MATRYOSHKA_FRACTIONS, group_sizes_from_fractions
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.errors import require
 from saevlm_fast.measures.codes import TOP, KeptCodes
-from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.results import Figures, Measured, bootstrap_mean
 from saevlm_fast.measures.taxonomy import Taxonomy
 

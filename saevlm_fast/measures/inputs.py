@@ -7,13 +7,13 @@ from functools import cached_property
 
 import numpy as np
 
+from saevlm_fast.data.label_sets import LabelSet, halves
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.measures.behaviour import Behaviour
-from saevlm_fast.measures.codes import KeptCodes, Pool
+from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.geometry import geometry
 from saevlm_fast.measures.hierarchy import hierarchy
-from saevlm_fast.measures.label_sets import LabelSet, halves
 from saevlm_fast.measures.labels import labels_of_latents
 from saevlm_fast.measures.monosemanticity import monosemanticity
 from saevlm_fast.measures.probes import representation_kept
@@ -23,6 +23,7 @@ from saevlm_fast.measures.subjects import ImageRows, Subject
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
 from saevlm_fast.measures.visaebench import visaebench_numbers
+from saevlm_fast.scoring.source import Pool
 
 NEEDS = {
     "monosemanticity": "no embeddings were given",

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.measures.codes import KeptCodes
-from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.uniqueness import blocks
 
 _BLOCK_ENTRIES = 4_000_000

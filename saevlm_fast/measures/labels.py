@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.errors import require
 from saevlm_fast.measures.codes import TOP, KeptCodes
 from saevlm_fast.measures.label_scores import LabelScores, label_scores, without_meeting
-from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.matching import TOP_CANDIDATES, row_of_entries, sparse_assignment, top_of_groups
 from saevlm_fast.measures.results import Figures, Measured, bootstrap_mean, mean_both_ways
 from saevlm_fast.scoring.sums import STATUSES

@@ -13,14 +13,14 @@ from typing import get_args
 import numpy as np
 import torch
 
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.measures.behaviour import Behaviour
-from saevlm_fast.measures.codes import KeptCodes, Pool
+from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, make_controls
 from saevlm_fast.measures.geometry import Side, compare
 from saevlm_fast.measures.inputs import Inputs
-from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.parts import Parts, key_of
 from saevlm_fast.measures.results import VERSION, Figures, Measured, plain
 from saevlm_fast.measures.separation import Headline, figure_at, headlines, matched_mean, separation
@@ -28,6 +28,7 @@ from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.sae import SparseAutoencoder, check_sae
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.settings import path_of, several
 
 Told = Callable[[str], None]

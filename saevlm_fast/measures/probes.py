@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.codes import KeptCodes
-from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.results import Figures, Measured, mean_figure, ratio, share
 from saevlm_fast.measures.retrieval import NEIGHBOURS, nearest, overlap, queries_of, votes
 from saevlm_fast.measures.subjects import ImageRows, Model, reconstruct

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.measures.codes import KeptCodes
-from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.results import Figures, Measured, bootstrap_mean
 
 KS = (1, 2, 5, 10, 20)

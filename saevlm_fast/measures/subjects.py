@@ -14,9 +14,10 @@ from torch import Tensor
 
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.measures.codes import CodesGathering, KeptCodes, Pool
+from saevlm_fast.measures.codes import CodesGathering, KeptCodes
 from saevlm_fast.measures.reconstruction import ReconstructionSums
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.memory import free_memory
 

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.results import Figures, Measured
 from saevlm_fast.measures.subjects import Centroids, ImageRows, Model
 from saevlm_fast.measures.taxonomy import Taxonomy

@@ -345,7 +345,7 @@ def test_taxonomies_of_both_kinds(tmp_path):
     ],
 )
 def test_broken_labels(name, text, message, tmp_path):
-    from saevlm_fast.measures.label_sets import read_labels
+    from saevlm_fast.data.label_sets import read_labels
 
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -355,7 +355,7 @@ def test_broken_labels(name, text, message, tmp_path):
 def test_labels_of_a_parquet_file(tmp_path):
     import pyarrow as pa
 
-    from saevlm_fast.measures.label_sets import read_labels
+    from saevlm_fast.data.label_sets import read_labels
 
     pq.write_table(
         pa.table({"image": ["x", "y", "x"], "kind": ["a", None, "b"], "n": [1, 2, 3]}), tmp_path / "l.parquet"

@@ -5,12 +5,17 @@ and without it accessibility is not tested.
 """
 
 import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from planted_scenes import COLOUR, GRID, HOSTILE, N, browser_path, patch_shares
 
+from command import run
 from saevlm_fast.box.scenes import COLOURS, Scenes
 
 pytestmark = pytest.mark.browser
@@ -84,6 +89,61 @@ def test_it_sorts_filters_and_searches(visit):
     assert rows(tab) == ["5"], "the address holds search and filters"
 
 
+def test_any_measure_sorts_and_is_then_a_column(visit, planted, tmp_path):
+    columns = {f"m{i}": [float((latent * 7) % 16 + i) for latent in range(16)] for i in range(9)}
+    table = {"latent": list(range(16)), "__proto__": [1.0] * 16} | columns
+    pq.write_table(pa.table(table), tmp_path / "scores.parquet")
+    words = pa.table({"latent": [3, 5], "name": ["red", None], "word_1": ["red", "sea"], "score_1": [0.4, 0.1]})
+    pq.write_table(words, tmp_path / "names.parquet")
+    more = ("--scores", tmp_path / "scores.parquet", "--names", tmp_path / "names.parquet", "--device", "cpu")
+    run("report", "--sae", planted / "sae", "--activations", planted / "store", "--output", tmp_path / "LATENT", *more)
+    tab = visit(page=tmp_path / "LATENT" / "index.html")
+    assert "m8" not in headers(tab)
+    tab.select_option('[aria-label="Sort by"]', "m8")
+    assert tab.get_attribute('[aria-sort="descending"]', "data-key") == "m8"
+    assert rows(tab)[:2] == ["9", "2"]
+    tab.select_option('[aria-label="Sort by"]', "latent")
+    assert "m8" not in headers(tab)
+    tab.fill("#search", "sea")
+    assert rows(tab) == ["5"], "words are found where they are no names"
+
+
+def test_a_neighbour_of_a_pinned_latent_is_of_its_own_sae(visit, planted, tmp_path):
+    shutil.copytree(planted / "sae", tmp_path / "other")
+    saes = ("--sae", planted / "sae", "--sae", tmp_path / "other")
+    run("report", *saes, "--activations", planted / "store", "--output", tmp_path / "r", "--device", "cpu")
+    tab = visit("#latent=3&pin=1.5", page=tmp_path / "r" / "index.html")
+    tab.click(".pinned .link >> nth=0")
+    assert "sae=1" in tab.url
+
+
+def test_a_picture_that_fires_on_no_patch_says_so(visit):
+    """On CLS alone: its map is empty."""
+    figure = "(heat) => Pictures.figure([0, 1.5, heat], { grid: [8, 8], latent: 3 }).textContent"
+    tab = visit()
+    assert [tab.evaluate(figure, heat) for heat in ("", "AAD/")] == ["1.50 (no patch)", "1.50"]
+
+
+def test_the_copied_command_is_of_this_latent_wherever_the_sae_is(visit, planted, tmp_path):
+    place = tmp_path / "LATENT of ALPHA"
+    shutil.copytree(planted / "sae", place)
+    run("report", "--sae", place, "--activations", planted / "store", "--output", tmp_path / "r", "--device", "cpu")
+    tab = visit("#latent=3", page=tmp_path / "r" / "index.html")
+    tab.click("text=Copy steer command")
+    text = tab.inner_text(".toast")
+    assert "LATENT of ALPHA' --layer" in text
+    assert re.search(r"--latent 3 --alpha [\d.]+$", text)
+
+
+@pytest.mark.parametrize("form", [(), ("--single-file",)])
+def test_pictures_that_are_left_out_are_asked_of_nobody(form, visit, planted, tmp_path):
+    page = tmp_path / ("one.html" if form else "r")
+    words = ("--sae", planted / "sae", "--activations", planted / "store", "--device", "cpu", "--images", "none")
+    run("report", *words, *form, "--output", page)
+    tab = visit("#latent=3", page=page if form else page / "index.html")
+    tab.wait_for_selector(".picture canvas[data-missing]")
+
+
 def headers(tab):
     return tab.eval_on_selector_all("[role=columnheader]", "cells => cells.map((cell) => cell.dataset.key)")
 
@@ -103,7 +163,7 @@ def test_a_link_leads_to_a_latent_and_keys_go_on(visit):
     assert tab.is_visible("#overview article")
     tab.keyboard.press("/")
     tab.evaluate("location.hash = '#latent=9'")
-    tab.wait_for_function("document.querySelector('h2').textContent === 'Latent 9'")
+    tab.wait_for_selector("h2:text-is('Latent 9')")
     assert visit("#latent=99&sae=7&sort=x&f=a:b").inner_text(".count") == "16 of 16 latents"
 
 
@@ -188,7 +248,7 @@ def test_names_of_files_and_classes_stay_text(visit, report):
         "(tile) => document.querySelector('.pictures').append(Pictures.figure([tile, 1], { grid: null, latent: 3 }))",
         found,
     )
-    tab.wait_for_function("document.querySelector('.pictures').lastChild.firstChild.title.includes('onerror')")
+    tab.wait_for_selector(".pictures .picture[title*='onerror']")
     tab.locator(".pictures").first.locator(".picture").last.click()
     assert HOSTILE in tab.inner_text("dialog p")
     assert tab.locator("img").count() == 0
@@ -210,8 +270,6 @@ def test_no_serious_fault_of_accessibility(scheme, view, visit):
 
 
 def test_a_single_file_works_alone(visit, planted, tmp_path):
-    from command import run
-
     words = ("--sae", planted / "sae", "--activations", planted / "store", "--device", "cpu")
     run("report", *words, "--single-file", "--output", tmp_path / "one.html")
     tab = visit("#latent=3", page=tmp_path / "one.html")

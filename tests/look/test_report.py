@@ -1,19 +1,27 @@
 """The files of a report: what they hold, how they are replaced, gone on with, and kept apart from strangers'."""
 
+import base64
 import json
 import re
+import shutil
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
 from command import files_below, run, run_json
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.data.codes import CodesWriter
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.look import report as report_module
 from saevlm_fast.look.chunks import script
 from saevlm_fast.look.settings import ReportSettings
 from saevlm_fast.look.spill import Spill
 from saevlm_fast.look.store_images import StoreImages
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder, sae_digest
 
 
 def value_of(path):
@@ -107,6 +115,69 @@ def test_interrupted_it_goes_on_from_the_codes(planted, tmp_path, monkeypatch):
     assert not (tmp_path / "r" / ".replacement").exists()
 
 
+def test_what_is_left_of_other_rows_is_not_gone_on_with(planted, tmp_path, monkeypatch):
+    """A store harvested anew at the same place, with as many rows, has other codes."""
+
+    def stop(*arguments):
+        raise Interrupted("interrupted")
+
+    shutil.copytree(planted / "store", tmp_path / "store")
+    command = (*words(planted, tmp_path / "r")[:3], "--activations", tmp_path / "store", "--device", "cpu")
+    command += ("--output", tmp_path / "r", "--images", "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(report_module, "write_sheets", stop)
+        run(*command, code=130)
+    rows = open_activations(planted / "store")
+    shutil.rmtree(tmp_path / "store")
+    items = pa.concat_tables(rows.iter_items()).to_pydict()
+    with ActivationWriter(tmp_path / "store", rows.d, torch.float32, rows.source, 1000) as writer:
+        writer.append(torch.zeros(rows.n_rows, rows.d), items)
+    run(*command)
+    _, latents = value_of(tmp_path / "r" / "data" / "s0" / "chunk-0000.js")
+    assert "t" not in latents[3], "it fires on none of the new rows"
+
+
+def test_codes_of_another_sae_are_refused(planted, tmp_path):
+    sae = SparseAutoencoder.from_pretrained(planted / "sae")
+    source = {"sae": {"path": "sae", "sha256": sae_digest(planted / "sae")}}
+    with CodesWriter(tmp_path / "codes", 16, torch.float32, source) as writer:
+        items = {"image": list("abcd"), "token": [-1] * 4, "label": [None] * 4}
+        writer.write_shard(0, sae.encode(torch.ones(4, 12)), items)
+    with torch.no_grad():
+        sae.W_enc.mul_(2)
+    sae.save_pretrained(tmp_path / "other")
+    more = ("--codes", tmp_path / "codes", "--output", tmp_path / "r", "--device", "cpu")
+    assert "are of another SAE" in run("report", "--sae", tmp_path / "other", *more, code=2)
+
+
+def test_rows_of_pictures_of_two_places_are_no_one_report(planted, tmp_path):
+    """a/0001.png of one place is not that of the other."""
+    sae = SparseAutoencoder.from_pretrained(planted / "sae")
+    for name in ("one", "two"):
+        with CodesWriter(tmp_path / name, 16, torch.float32, {"images": {"path": name}}) as writer:
+            items = {"image": list("abcd"), "token": [-1] * 4, "label": [None] * 4}
+            writer.write_shard(0, sae.encode(torch.ones(4, 12)), items)
+    more = [word for name in ("one", "two") for word in ("--sae", planted / "sae", "--codes", tmp_path / name)]
+    more = ("report", *more, "--device", "cpu", "--output", tmp_path / "r")
+    assert "are of images in two" in run(*more, code=2)
+    run(*more, "--images", "none")
+
+
+@pytest.mark.parametrize("how", ["max", "mean"])
+def test_the_scale_of_the_heat_maps_ends_at_the_largest_patch(how, planted, tmp_path):
+    """An image's mean is far below its largest patch: on its scale all patches would look alike."""
+    run(*words(planted, tmp_path / "r", "--image-score", how))
+    _, index = value_of(tmp_path / "r" / "data" / "index.js")
+    _, latents = value_of(tmp_path / "r" / "data" / "s0" / "chunk-0000.js")
+    heat_max = np.frombuffer(base64.b64decode(index["saes"][0]["heatMax"]), "<f4")[3]
+    rows = open_activations(planted / "store")
+    sae = SparseAutoencoder.from_pretrained(planted / "sae")
+    acts_R = torch.cat([sae.encode(x).dense().detach() for _, x in rows.chunks(1000)])[:, 3]
+    assert heat_max == pytest.approx(float(acts_R.max()))
+    full = sum((np.frombuffer(base64.b64decode(heat), np.uint8)[2::3] == 255).sum() for *_, heat in latents[3]["t"])
+    assert full <= int((acts_R > 0.997 * acts_R.max()).sum())
+
+
 def test_one_file_holds_everything(planted, tmp_path):
     said = run_json(*words(planted, tmp_path / "one.html", "--single-file"))
     text = (tmp_path / "one.html").read_text()
@@ -143,10 +214,13 @@ def test_several_saes_tables_and_labels(planted, tmp_path):
     names = [{"latent": 3, "name": "red", "word_1": "red", "score_1": 0.5, "score": 0.5}]
     (tmp_path / "n.json").write_text(json.dumps({"latents": names}))
     (tmp_path / "m.json").write_text(json.dumps([{"latent": 0, "name": None}]))
-    (tmp_path / "labels.txt").write_text("".join(f"a/{i:04d}.png\tclass {i % 4}\n" for i in range(80)))
+    lines = [f"a/{i:04d}.png,x,class {i % 4}" for i in range(80)] + [
+        "a/0000.png,y,class 0"
+    ]  # an image with two kinds, and one class
+    (tmp_path / "labels.csv").write_text("\n".join(["image,kind,class", *lines]))
     saes = ("--sae", planted / "sae", "--sae", tmp_path / "other")
     tables = ("--scores", tmp_path / "a.csv", "--scores", tmp_path / "b.csv", "--names", tmp_path / "n.json")
-    rest = ("--names", tmp_path / "m.json", "--labels", tmp_path / "labels.txt", "--activations", planted / "store")
+    rest = ("--names", tmp_path / "m.json", "--labels", tmp_path / "labels.csv", "--activations", planted / "store")
     run("report", *saes, *tables, *rest, "--output", tmp_path / "r", "--device", "cpu")
     _, index = value_of(tmp_path / "r" / "data" / "index.js")
     first, second = index["saes"]
@@ -167,7 +241,9 @@ def test_several_saes_tables_and_labels(planted, tmp_path):
         (("--scores", "{root}/none.csv"), "none.csv: no such file"),
         (("--scores", "{root}/bad.csv"), "it has no column latent"),
         (("--scores", "{root}/far.csv"), "latent 16 is not within 0 to 15"),
-        (("--labels", "{root}/bad.csv"), "line 1 is not IMAGE TAB CLASS"),
+        (("--labels", "{root}/bad.csv"), "bad.csv: no line of any of the "),
+        (("--labels", "{root}/many.csv"), "many.csv: an image has several in every column; a report shows one each"),
+        (("--labels", "{root}/bad.txt"), "bad.txt does not end in .csv or .parquet"),
         (("--embeddings", "{root}/few.npy"), "embeddings: 3 rows"),
         (("--codes", "{root}"), "no index.json"),
         (("--n", "0"), "n: 0 must be between 1 and 64"),
@@ -177,6 +253,7 @@ def test_bad_inputs_are_one_line(more, message, planted, tmp_path):
     import numpy as np
 
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "many.csv").write_text("image,class\na/0000.png,x\na/0000.png,y\n")
     (tmp_path / "far.csv").write_text("latent,ms\n16,2\n")
     np.save(tmp_path / "few.npy", np.ones((3, 4), np.float32))
     text = run(*words(planted, tmp_path / "r", *(each.format(root=tmp_path) for each in more)), code=2)

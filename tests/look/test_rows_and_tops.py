@@ -40,16 +40,16 @@ def world(tmp_path_factory):
     return root, sae, codes.dense().view(N, PATCHES, S)
 
 
-@pytest.mark.parametrize("how", ["max", "mean"])
+@pytest.mark.parametrize("pool", ["max", "mean"])
 @pytest.mark.parametrize("batch_rows", [3, 7, 100])
 @pytest.mark.parametrize("coded", [True, False])
-def test_images_have_their_largest_row_or_the_mean(how, batch_rows, coded, world):
+def test_images_have_their_largest_row_or_the_mean(pool, batch_rows, coded, world):
     root, sae, dense = world
     rows = open_codes(root / "codes") if coded else open_activations(root / "store")
     table = image_table(rows)
-    chunks = list(image_chunks(rows, None if coded else sae, table, how, batch_rows))
+    chunks = list(image_chunks(rows, None if coded else sae, table, pool, batch_rows))
     found = torch.cat([chunk.codes.dense() for chunk in chunks])
-    expected = dense.amax(1) if how == "max" else dense.mean(1)
+    expected = dense.amax(1) if pool == "max" else dense.mean(1)
     torch.testing.assert_close(found, expected)
     assert [chunk.first for chunk in chunks] == sorted({chunk.first for chunk in chunks})
     torch.testing.assert_close(torch.cat([chunk.row_codes.dense() for chunk in chunks]), dense.view(-1, S))

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.data.label_sets import LabelSet, halves
 from saevlm_fast.images.open import open_images
 from saevlm_fast.measures.behaviour import Behaviour, BehaviourOptions, chosen_images, read_prompts, texts_of
 from saevlm_fast.measures.behaviour_splice import SplicedImages
-from saevlm_fast.measures.label_sets import LabelSet, halves
 from saevlm_fast.measures.probes import Probe, ProbeSet, kept
 from saevlm_fast.measures.results import ratio
 from saevlm_fast.measures.retrieval import image_text_recall, nearest, overlap, votes

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from saevlm_fast.data.label_sets import LabelSet, halves
 from saevlm_fast.data.rows import activations_of
 from saevlm_fast.kernels import reference
 from saevlm_fast.measures import geometry as geometry_module
@@ -20,7 +21,6 @@ from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.geometry import Side, cofiring, compare, geometry, nearest, phi_of
 from saevlm_fast.measures.hierarchy import hierarchy, mean_depths, null_depth
 from saevlm_fast.measures.label_scores import label_scores, without_meeting
-from saevlm_fast.measures.label_sets import LabelSet, halves
 from saevlm_fast.measures.labels import chance_purity, labels_of_latents, purity
 from saevlm_fast.measures.matching import sparse_assignment
 from saevlm_fast.measures.monosemanticity import monosemanticity

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
-from saevlm_fast.measures.label_sets import LabelSet
 from saevlm_fast.measures.subjects import ImageRows
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.visaebench import Grid, _Moran, grid_of, sibling_groups, visaebench_numbers

@@ -99,7 +99,7 @@ const Latent = (() => {
   function neighbours(app, sae, title, note, list) {
     if (!list || !list.length) return null;
     return part(title, el("ul", { class: "links" }, list.map(([other, value]) => el("li", {},
-      el("button", { type: "button", class: "link", onclick: () => app.open(other) }, `${other}`),
+      el("button", { type: "button", class: "link", onclick: () => app.open(other, app.index.saes.indexOf(sae)) }, `${other}`),
       el("span", { class: "value", text: digits(value) }), el("span", { class: "hideable", text: app.nameOf(sae, other) || app.classOf(sae, other) || "" })))),
       el("p", { class: "note", text: note }));
   }
@@ -132,7 +132,7 @@ const Latent = (() => {
         neighbours(app, sae, "Nearest by decoder", "Cosine of decoder directions.", record.d)));
       return;
     }
-    root.append(part("Top images", heatTools(app, sae, root, max), pictures(app, sae, latent, record.t, 112)));
+    root.append(part("Top images", heatTools(app, sae, root, sae.heatMax ? sae.heatMax[latent] : max), pictures(app, sae, latent, record.t, 112)));
     const columns = el("div", { class: "columns" });
     add(columns, part("Measures", measures(sae, latent)), histogramOf(record, sae, app.index.bins));
     if (record.w) {

@@ -4,8 +4,9 @@
   const index = SAEVLM.get("index");
   SAEVLM.single = SAEVLM.has("s0/chunk/0");
   for (const sae of index.saes) {
-    sae.column = {};
+    sae.column = Object.create(null); // a table may call a column __proto__
     for (const measure of sae.measures) sae.column[measure.key] = SAEVLM.floats(measure.values);
+    if (sae.heatMax) sae.heatMax = SAEVLM.floats(sae.heatMax);
   }
 
   const memory = {
@@ -67,7 +68,7 @@
     link: (latent, number) => `${location.href.split("#")[0]}#${number ? `sae=${number}&` : ""}latent=${latent}`,
     steer(sae, latent) {
       const max = sae.column.max ? sae.column.max[latent] : NaN;
-      return sae.steer.replace("LATENT", String(latent)).replace("ALPHA", Number.isFinite(max) ? max.toPrecision(3) : "10");
+      return sae.steer.replace(/LATENT --alpha ALPHA$/, `${latent} --alpha ${Number.isFinite(max) ? max.toPrecision(3) : "10"}`);
     },
     async copy(text, what) {
       try {

@@ -60,7 +60,8 @@ const Pictures = (() => {
   }
 
   async function draw(canvas, [number, , heat], grid, side) {
-    const [about, image] = await Promise.all([tile(number), sheet(Math.floor(number / index().aSheet))]);
+    const about = await tile(number);
+    const image = about.width ? await sheet(Math.floor(number / index().aSheet)) : null; // a sheet of missing ones is none
     const ratio = window.devicePixelRatio || 1;
     const aspect = about.width && about.height ? about.width / about.height : 1;
     const width = aspect >= 1 ? side : side * aspect, height = aspect >= 1 ? side / aspect : side;
@@ -112,6 +113,9 @@ const Pictures = (() => {
     seen.observe(node);
   }
 
+  // A map without a mark: it fires on CLS or a register alone.
+  const elsewhere = (picture, grid) => (grid && picture[2] === "" ? " (no patch)" : "");
+
   function said(about, picture, latent) {
     const act = picture[1] === null || picture[1] === undefined ? "silent" : `activation ${digits(picture[1])}`;
     const label = about.label ? `, ${about.label}` : "";
@@ -126,7 +130,7 @@ const Pictures = (() => {
     const button = el("button", { class: "picture", type: "button", "aria-label": "Image", onclick: () => enlarge(picture, grid, latent) }, canvas);
     button.style.width = `${side}px`;
     button.style.height = `${side}px`;
-    const caption = el("span", { class: "act", text: note || (picture[1] === undefined ? "" : digits(picture[1])) });
+    const caption = el("span", { class: "act", text: note || (picture[1] === undefined ? "" : digits(picture[1]) + elsewhere(picture, grid)) });
     whenSeen(button, () => draw(canvas, picture, grid, side).then((about) => {
       button.setAttribute("aria-label", said(about, picture, latent));
       button.title = [about.name, about.label].filter(Boolean).join("\n");

@@ -18,22 +18,35 @@ class LatentTable {
     this.grid.addEventListener("scroll", () => this.draw(), { passive: true });
     this.grid.addEventListener("keydown", (event) => this.key(event));
     this.filters = el("div", { class: "filters" });
-    this.search = el("input", { type: "search", id: "search", placeholder: "Name, class or number", "aria-label": "Search names, classes and numbers",
+    this.search = el("input", { type: "search", id: "search", placeholder: "Name, word, class or number", "aria-label": "Search names, words, classes and numbers",
       oninput: () => this.app.set({ q: this.search.value }) });
     const more = el("button", { type: "button", class: "quiet", text: "+ Filter", onclick: () => this.addFilter() });
     this.stars = el("input", { type: "checkbox", id: "stars", onchange: () => this.app.set({ stars: this.stars.checked ? "1" : "" }) });
     const tools = el("div", { class: "tools" }, this.search, more, el("label", { class: "check" }, this.stars, "starred"));
-    this.root.append(tools, this.filters, this.count, this.grid);
+    this.sort = el("select", { "aria-label": "Sort by", onchange: () => this.app.sortBy(this.sort.value) });
+    const about = el("div", { class: "about" }, this.count, el("label", { class: "pick" }, "Sort by", this.sort));
+    this.root.append(tools, this.filters, about, this.grid);
     new ResizeObserver(() => this.draw()).observe(this.grid);
   }
 
   show(sae) {
     this.sae = sae;
+    const labels = new Map(sae.measures.map((m) => [m.key, m.label]));
     this.columns = ["latent", ...(sae.names ? ["name"] : []), ...(sae.classes ? ["class"] : []), ...sae.measures.map((m) => m.key)];
     const wanted = ["latent", "name", "class", "ms", "density", "max", "purity", "name_score", "decoder_cosine", "jaccard"];
     const seen = this.columns.filter((key) => wanted.includes(key));
     this.shown = seen.concat(this.columns.filter((key) => !wanted.includes(key))).slice(0, 7);
     this.shown.sort((a, b) => (wanted.indexOf(a) + 99) % 99 - ((wanted.indexOf(b) + 99) % 99));
+    this.usual = this.shown;
+    this.sort.replaceChildren(...this.columns.map((key) => el("option", { value: key, text: labels.get(key) || key })));
+    this.drawHead();
+  }
+
+  // The usual columns, and that by which the list is sorted.
+  drawHead() {
+    const sae = this.sae, sort = this.app.state.sort;
+    const hidden = this.columns.includes(sort) && !this.usual.includes(sort);
+    this.shown = hidden ? [...this.usual.slice(0, 2), sort, ...this.usual.slice(2)] : this.usual;
     this.grid.style.setProperty("--columns", this.shown.map((key) => (key === "name" || key === "class" ? "minmax(8rem, 1fr)" : key === "latent" ? "4.6rem" : "5.6rem")).join(" "));
     this.head.replaceChildren(...this.shown.map((key) => {
       const measure = sae.measures.find((m) => m.key === key);
@@ -61,6 +74,8 @@ class LatentTable {
       if (starred && !starred.has(i)) continue;
       kept.push(i);
     }
+    if (!this.usual.includes(state.sort) || this.shown !== this.usual) this.drawHead();
+    this.sort.value = state.sort;
     const values = sae.column[state.sort];
     if (state.sort === "name" || state.sort === "class") {
       const of = state.sort === "name" ? this.app.nameOf : this.app.classOf;
@@ -91,7 +106,7 @@ class LatentTable {
     if (String(i) === words.replace(/^#/, "")) return true;
     const sae = this.sae;
     const best = sae.classes && sae.classes.best && sae.classes.best[i] >= 0 ? sae.classes.names[sae.classes.best[i]] : "";
-    return [sae.names && sae.names[i], sae.search && sae.search[i], best].some((text) => text && text.toLowerCase().includes(words));
+    return [sae.names && sae.names[i], sae.words && sae.words[i], best].some((text) => text && text.toLowerCase().includes(words));
   }
 
   draw() {
