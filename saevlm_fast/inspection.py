@@ -56,8 +56,11 @@ def inspect(path: str | Path) -> Description:
     Raises:
         ValueError: nothing of a known kind, or damaged. OSError: not readable.
     """
-    path = resolve(path).path
+    local, spec = resolve(path), path
+    path = local.path
     describe = _describer(path)
+    if describe is _sae and local.assume:  # what a list says of it, and its files do not
+        return _sae(path, spec)
     if describe is not None:
         return describe(path)
     if not path.is_dir():
@@ -157,8 +160,8 @@ def _size(files: Iterable[Path]) -> int:
 # SAEs, runs, matrices ------------------------------------------------------------------------------------------------
 
 
-def _sae(path: Path) -> Description:
-    header = read_sae_header(path)
+def _sae(path: Path, spec: str | Path | None = None) -> Description:
+    header = read_sae_header(path if spec is None else spec)
     config = header.config
     return {
         "path": str(path),
@@ -203,7 +206,9 @@ def _matrix_or_sae(path: Path) -> Description:
         return _matrix(str(path))
     except ActivationError as error:
         nearly = registry.nearly(Source(path)) if path.is_file() and path.suffix != ".npy" else ""
-        raise ValueError(f"{path}: neither a matrix nor an SAE; {nearly}" if nearly else str(error)) from error
+        if not nearly:
+            raise
+        raise ValueError(f"{path}: neither a matrix nor an SAE; {nearly}") from error
 
 
 def _matrix(path: str) -> Description:

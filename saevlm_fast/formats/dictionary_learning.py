@@ -91,10 +91,15 @@ def _config(source: Source) -> dict[str, Any] | None:
     own = source.json(CONFIG)
     if own is not None:
         return own
+    above = f"../{CONFIG}"
     try:
-        return source.json(f"../{CONFIG}")
+        config = source.json(above)
     except ValueError:  # the folder's above, which may be any program's
         return None
+    if config is not None and "trainer" not in config:
+        source.opened.discard(above)
+        return None
+    return config
 
 
 def read(source: Source) -> PlainSAE:

@@ -210,6 +210,8 @@ def evaluate_subjects(
 ) -> Evaluation:
     """Measures SAEs, then their controls, group by group; and with `compared`, the first SAE against each other."""
     inputs.check()
+    taken = [each.name for each in subjects if each.name in controls]
+    require(not taken, f"saes: {shown(taken[:1])} is the name of a control too; name the SAE otherwise")
     work = Measuring(inputs, parts or Parts(None), tell, counted)
     results = [work.result(subject)[0] for subject in subjects]
     found = list(results)

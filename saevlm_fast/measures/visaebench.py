@@ -108,8 +108,9 @@ def visaebench_numbers(
     )
     passed = _pass(model, activations, len(rows.ids), grid)
     figures: Figures = {"status": "defined", "version": "0.1.0", "M1": passed.moran, "M2": passed.fvu}
-    labels = next((each for each in label_sets if np.diff(each.offsets_N1).max(initial=0) <= 1), None)
-    no_labels = "no label set has one label an image"
+    shared = (each for each in label_sets if each.counts_L.max(initial=0) > 1)  # captions are not
+    labels = next((each for each in shared if np.diff(each.offsets_N1).max(initial=0) <= 1), None)
+    no_labels = "no label set has one label an image, and a label on two images"
     figures["M3"] = _missing(no_labels) if labels is None else _probe_kept(passed, labels)
     figures["M4"] = _missing(no_labels) if labels is None else _sparse_probes(passed.codes_NF, labels)
     name = next(iter(embeddings), None) if embeddings else None

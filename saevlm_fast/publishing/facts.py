@@ -61,7 +61,7 @@ class Facts:
             directory=directory,
             header=header,
             source=_dict(metadata.get("source")),
-            recipe=_recipe(run, header.config) if run else _dict(metadata.get("training")),
+            recipe=_recipe(run, header.config) or _dict(metadata.get("training")),
             data=public(_dict(run.get("data"))),
             evaluation=_last_evaluation(directory / METRICS_FILE),
             held_out=_held_out(directory / _SETTINGS_FILE),

@@ -292,7 +292,7 @@ class _Deviations:
     def _p_values(self, deviation_S: Tensor) -> Tensor:
         """Of chance alone: by the normal law, and by drawn images for latents on few."""
         z_S = (self.ms_S - self.moments.mean_similarity) / deviation_S
-        p_S = (torch.special.erfc(z_S / 2**0.5) / 2).masked_fill(deviation_S == 0, 1.0)
+        p_S = (torch.special.erfc(z_S / 2**0.5) / 2).masked_fill((deviation_S == 0) & ~self.ms_S.isnan(), 1.0)
         if not self.few or not bool(self.few_S.any()):
             return p_S
         drawn_UE = torch.cat(self.drawn_UE)

@@ -380,6 +380,10 @@ def test_measure_from_python(there):
     assert any(row["measure"] == "LCA depth" for row in found.table())
     with pytest.raises(ValueError, match="controls: "):
         sf.measure(sae, activations, controls=("none",))
+    with pytest.raises(ValueError, match=r"saes: \['pca'\] is the name of a control too"):
+        sf.measure({"pca": sae}, activations, controls=("pca",))
+    with pytest.raises(ValueError, match="behaviour: 'all' is not a Behaviour"):
+        sf.measure(sae, activations, behaviour="all")
     with pytest.raises(ValueError, match="labels has 2 images"):
         sf.measure(sae, activations, labels=["a", "b"])
 

@@ -17,6 +17,7 @@ from saevlm_fast.formats import hub as module
 from saevlm_fast.formats import places
 from saevlm_fast.formats.hub import candidates, files_of, look_up, resolve
 from saevlm_fast.formats.places import HubSpec, is_remote, parse_spec
+from saevlm_fast.inspection import inspect
 from saevlm_fast.publishing.pull import pull
 from saevlm_fast.sae import SparseAutoencoder, read_sae_header, sae_digest
 
@@ -284,6 +285,7 @@ def test_what_the_list_says_of_scaling_is_folded_where_the_files_leave_it_open(h
     torch.testing.assert_close(scaled.W_dec, plain.W_dec / 0.5)
     spec = "saelens:vision/layer/3"
     assert "doubts" not in read_sae_header(spec).config.metadata
+    assert inspect(spec)["doubts"] == []
     pull(spec, tmp_path / "pulled")
     run_command("convert", spec, tmp_path / "converted")
     for output in ("pulled", "converted"):

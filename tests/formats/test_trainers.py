@@ -226,6 +226,18 @@ def test_settings_of_another_program_above_are_none_of_ours(tmp_path, text):
         assert_same(read(path), made, torch.float32)
 
 
+def test_sound_settings_of_another_program_above_are_none_of_a_lone_state_dict(tmp_path):
+    made = dictionary(torch.float32, "GatedAutoEncoder")
+    path = made.write(tmp_path) / "ae.pt"
+    (path.parent / "config.json").unlink()
+    source = Source(path, assume={"format": "dictionary_learning"})
+    before = digest(source)
+    (path.parent.parent / "config.json").write_text('{"model_type": "clip"}')
+    source = Source(path, assume={"format": "dictionary_learning"})
+    assert_same(read(source), made, torch.float32)
+    assert digest(source) == before
+
+
 @pytest.mark.parametrize("made", [sparsify(torch.float32, k=S + 1), sparsify(torch.float32, k=0)])
 def test_no_more_latents_of_a_row_than_there_are(tmp_path, made):
     with pytest.raises(ValueError, match=rf"layers\.7: sparsify: k is \d+; it must be between 1 and d_sae = {S}"):

@@ -95,6 +95,9 @@ def test_what_it_needs_is_said(made):
     assert visaebench_numbers(sae, matrix, ImageRows.of(matrix)).figures["status"].startswith("it needs a store")
     store = open_activations(root / "store")
     alone = visaebench_numbers(sae, store, ImageRows.of(store)).figures
+    rows = ImageRows.of(store)
+    captions = LabelSet.of([f"a photo of {each}" for each in rows.ids])
+    assert visaebench_numbers(sae, store, rows, [captions]).figures["M4"]["status"].endswith("a label on two images")
     assert alone["M1"]["status"] == alone["M2"]["status"] == "defined"
     assert {alone[each]["value"] != alone[each]["value"] for each in ("M3", "M4", "M5", "M6", "M7")} == {True}
     assert grid_of(store, ImageRows.of(store)) == Grid(SIDE, SIDE)
