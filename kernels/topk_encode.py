@@ -101,7 +101,7 @@ def _check_thresholds(threshold_S: Tensor, x_BD: Tensor, d_sae: int) -> None:
     check(not wide, f"threshold: dtype {threshold_S.dtype} on {x_BD.device}, float64 is for cpu only")
 
 
-def _rounded_down(threshold: float, dtype: torch.dtype) -> float:
+def rounded_down(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of that dtype that is not above a threshold: the same numbers of the dtype are above both."""
     if not 0 < threshold < math.inf or dtype == torch.float64:
         return threshold
@@ -165,7 +165,7 @@ def batch_topk_encode_op(
 def threshold_encode_op(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    threshold = _rounded_down(threshold, x_BD.dtype)
+    threshold = rounded_down(threshold, x_BD.dtype)
     if gpu.screens_cuda(x_BD, W_enc_DS):
         return gpu.threshold_encode_screened_cuda(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
     from .topk_encode_batch_triton import launch_threshold_encode
@@ -210,7 +210,7 @@ def batch_topk_encode_cpu(
 def threshold_encode_cpu(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    threshold = _rounded_down(threshold, x_BD.dtype)
+    threshold = rounded_down(threshold, x_BD.dtype)
     if threshold > 0 and screened.screens(x_BD, W_enc_DS):  # of a bound of 0 a screen cannot be sure
         return screened.threshold_encode_screened(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)
     return plain.threshold_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, threshold, buffer_bytes)

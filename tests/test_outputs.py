@@ -62,7 +62,7 @@ def test_a_lock_is_refused_while_another_process_holds_it_and_names_it(tmp_path,
     with held_by_another(output, share) as other:
         start = time.monotonic()
         ours = output_lock(output, directory=True, exclusive=exclusive, patience=0.2, on_wait=lambda: waits.append(1))
-        message = rf"^output: .*/out is in use: process {other.pid} on \S+ writes to it since 20\S+ \(.*pytest.*\)$"
+        message = rf"^output: .*/out is in use: process {other.pid} on \S+ writes to it since 20\S+ \(\S.*\)$"
         with pytest.raises(ValueError, match=message), ours:
             pytest.fail("two work on it")
         assert time.monotonic() - start >= 0.2

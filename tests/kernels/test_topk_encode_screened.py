@@ -10,7 +10,7 @@ from saevlm_fast.kernels import reference, topk_encode_screened
 from saevlm_fast.kernels.common import GROUP
 from saevlm_fast.kernels.low_product_speed import VARIABLE
 from saevlm_fast.kernels.sparse_decode import gather_dot_op
-from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
+from saevlm_fast.kernels.topk_encode import batch_topk_encode, rounded_down, threshold_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_screened import (
     ROUNDING,
     _chunks,
@@ -46,7 +46,7 @@ def test_equals_reference_with_ties(shape, kind, buffer_bytes):
         assert_codes(topk_screened(*inputs, k, buffer_bytes), reference.topk_encode(*inputs, k))
         assert_codes(batch_topk_encode_screened(*inputs, k, buffer_bytes), reference.batch_topk_encode(*inputs, k))
     for threshold in (0.0, 1.5, 9.0, 1e39, torch.inf):
-        found = threshold_encode_screened(*inputs, threshold, buffer_bytes)
+        found = threshold_encode_screened(*inputs, rounded_down(threshold, torch.float32), buffer_bytes)
         assert_codes(found, reference.threshold_encode(*inputs, threshold))
 
 
