@@ -196,7 +196,7 @@
     const sae = index.saes[app.state.sae];
     choose.value = String(app.state.sae);
     table.show(sae);
-    const best = ["ms", "purity", "name_score", "max"].find((key) => sae.column[key]);
+    const best = ["max", "ms"].find((key) => sae.column[key]);  // a score's best are latents of two or three images
     if (best) Object.assign(first, { sort: best, desc: true });
     if (!app.state.sort || !(app.state.sort in sae.column || ["latent", "name", "class"].includes(app.state.sort))) Object.assign(app.state, first);
   }
