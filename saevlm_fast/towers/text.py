@@ -177,7 +177,7 @@ def _hf_text(name: str, spec: str, device: torch.device, on_message: Callable[[s
 def _logit_numbers(source: str, local: bool) -> tuple[float | None, float]:
     """Scale and bias of the logits, which belong to neither half; (None, 0) of a checkpoint in another layout."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(source, "model.safetensors", local_files_only=local, _raise_exceptions_for_missing_entries=False)
     if path is None:
