@@ -1,0 +1,71 @@
+"""Which rows a harvest has, and how it is done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from saevlm_fast.config.common import ComputeDtype, StoreDtype
+from saevlm_fast.errors import require
+from saevlm_fast.settings import Settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestSettings(Settings):
+    """What decides the rows of a harvest, beside hook points and tokens: `harvesting.config.HarvestConfig` has all."""
+
+    title = "Rows"
+    seed: int = setting(0, help="Seed of the random tokens.", at_least=0)
+    limit: int | None = setting(None, help="Only the first so many images.", shown="all", at_least=1)
+    batch_size: int = setting(64, help="Images of a forward pass.", at_least=1)
+    dtype: ComputeDtype = setting(
+        "float32",
+        help="Of the forward: float32, tf32 (matrix products on a GPU), or bfloat16 or float16 (autocast).",
+    )
+    store_dtype: StoreDtype | None = setting(None, help="On disk.", shown="the forward's; codes float16")
+    images_per_shard: int | None = setting(
+        None,
+        help="Unit of work, of resuming, rounded up to whole batches: an interrupt costs the one at hand.",
+        shown="1024, fewer where a shard would have more than 65,536 rows",
+        at_least=1,
+    )
+    sae: Path | None = setting(None, help="Write this SAE's sparse codes instead of activations.")
+    pool: Literal["none", "mean"] = setting(
+        "none", help="Codes of every token (none) or averaged over an image's tokens (mean)."
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(self.pool == "none" or self.sae is not None, "pool: only codes are pooled, give --sae")
+
+
+@dataclass(frozen=True)
+class HarvestOptions(Settings):
+    """How a harvest is done: nothing here changes which rows there are (compile changes their last bits)."""
+
+    title = "The run"
+    output: Path = setting(help="Store; with several points or tokens, a directory of stores.")
+    images: str = setting(
+        "",
+        help="Folder, list .txt, tar shards (glob or {000..012}), Hugging Face dataset on disk, or scenes:SPLIT:N.",
+    )
+    workers: int | None = setting(
+        None,
+        help="Processes that decode and preprocess images, per rank.",
+        shown="1 beside a CPU, up to 8 beside a GPU",
+        at_least=0,
+    )
+    max_skipped: float = setting(
+        0.01, help="Share of unusable images above which the harvest fails.", at_least=0, at_most=1
+    )
+    compile: bool = setting(False, help="torch.compile the tower's blocks.")
+    resume: bool = setting(False, help="Continue the harvest in --output.", recorded=False, instead_of=("force",))
+    force: bool = setting(
+        False,
+        help="Replace the harvest in --output, which stays until the new one is complete.",
+        recorded=False,
+        instead_of=("resume",),
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(not (self.resume and self.force), "resume and force exclude each other")
