@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.sae import SparseAutoencoder, check_sae
+from saevlm_fast.towers.forms import Form
 from saevlm_fast.towers.load import find_anatomy
 from saevlm_fast.towers.tower import Anatomy
 
@@ -98,23 +99,21 @@ def _shown(tokens: object) -> str:
 
 def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """The block's output x_BTD, in whatever form it comes, becomes change(x_BTD)."""
-    return hooked_output(site.block, site.anatomy.batch_first, change)
+    return hooked_output(site.block, site.anatomy.form, change)
 
 
 @contextmanager
-def hooked_output(module: nn.Module, batch_first: bool, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def hooked_output(module: nn.Module, form: Form, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The output x_BTD of a block or of a sublayer of one, in whatever form it comes, becomes change(x_BTD)."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         tokens = output[0] if isinstance(output, tuple) else output
-        x_BTD = tokens if batch_first else tokens.transpose(0, 1)
-        changed = change(x_BTD)
-        changed = changed if batch_first else changed.transpose(0, 1)
+        changed = form.restore(change(form.tokens(tokens)), tokens)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = module.register_forward_hook(hook, prepend=True)
     try:
-        with _compiled_code_waits:
+        with _compiled_code_waits, form.watching():
             yield
     finally:
         handle.remove()

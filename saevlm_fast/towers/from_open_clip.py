@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from saevlm_fast.errors import require
+from saevlm_fast.towers.forms import Form, SequenceFirst
 from saevlm_fast.towers.from_timm import itself, timm_anatomy
 from saevlm_fast.towers.hub import WEIGHT_FILES, announce_download, cached_file
 from saevlm_fast.towers.preprocess import compose_preprocess, described
@@ -179,5 +180,5 @@ def open_clip_anatomy(visual: Any, spec: str) -> Anatomy:
         absent={"pooled": "its attention pool has no such output; take the projection"},
         width=visual.transformer.width,
         patch_size=tuple(visual.patch_size),
-        batch_first=getattr(visual.transformer, "batch_first", True),
+        form=Form() if getattr(visual.transformer, "batch_first", True) else SequenceFirst(),
     )

@@ -16,7 +16,7 @@ from saevlm_fast.towers.from_timm import wrap_timm
 from saevlm_fast.towers.from_transformers import wrap_transformers
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens
-from saevlm_fast.towers.tower import HookedTower, HookPoint
+from saevlm_fast.towers.tower import HookPoint
 
 N_BLOCKS, WIDTH, SIZE, PATCH = 3, 16, 32, 8
 N_PATCHES = (SIZE // PATCH) ** 2
@@ -826,7 +826,7 @@ def test_description_is_json_and_knows_the_weights(saved):
 def test_clip_large_336_in_its_true_depth_and_width(monkeypatch):
     """The paper's tower and layers, one image. The MLPs' inner width, which no point shows, is a sixteenth; that images
     are alone what they are together is tried on small towers."""
-    monkeypatch.setattr(HookedTower, "_check_alone", lambda *arguments: None)
+    monkeypatch.setattr("saevlm_fast.towers.tower.check_own_rows", lambda *arguments: None)
     import transformers as t
 
     vision = t.CLIPVisionConfig(

@@ -116,8 +116,11 @@ def test_a_random_order_of_patches():
         lambda x: x.flip(0),
         lambda x: x - x.mean(0, keepdim=True),
         lambda x: torch.cat([x[-1:], x[1:]]),
+        lambda x: x[x.flatten(1).sum(1).argsort()],
+        lambda x: x[x.flatten(1).sum(1).argsort(descending=True)],
+        lambda x: x - 0.1 * x.mean(0, keepdim=True),
     ],
-    ids=["first", "reversed", "mean", "last"],
+    ids=["first", "reversed", "mean", "last", "sorted", "sorted down", "a tenth"],
 )
 def test_images_of_a_batch_that_are_mixed(mix):
     import transformers as t
@@ -155,7 +158,7 @@ def test_set_up_costs_three_small_forwards():
     tower, seen = wrapped(t.ViTModel(t.ViTConfig(**SMALL))), []
     tower.model.register_forward_pre_hook(lambda m, a, kw: seen.append(len(kw["pixel_values"])), with_kwargs=True)
     with tower.hooked([RESIDUAL]):
-        assert seen == [2, 1, 1]
+        assert seen == [2, 2, 1]
 
 
 # --- tokens misnamed --------------------------------------------------------------------------------------------------
