@@ -2,7 +2,7 @@
 
     BatchFirst      [B, T, D], as almost all
     SequenceFirst   [T, B, D], open_clip's older towers
-    Leading         [B, T + padding, D]: Mllama pads a sequence to a multiple of 8
+    Tiles           [B, tiles * (T + padding), D]: Mllama pads the sequence of a tile to a multiple of 8
     Cells           [B, C, H, W]: stages of a convolutional tower; a cell of the feature map is a patch
     Packed          [sum of T, D] or [1, sum of T, D]: the patches of all images of a batch one after the other, each
                     image with a grid of its own (Qwen-VL, Pixtral). Some are not in the order of reading: Qwen-VL has
@@ -27,6 +27,7 @@ class Form:
     """BatchFirst, and what the others change."""
 
     packs = False
+    tile: int | None = None  # tokens of a tile, each with its own CLS, where an image's tiles are one sequence
 
     def tokens(self, x: Tensor) -> Tensor:
         """What a block gives, as [B, T, D]."""
@@ -37,8 +38,13 @@ class Form:
         return x_BTD
 
     def grids(self, inputs: Mapping[str, Tensor]) -> list[Grid] | None:
-        """Of every image, by the tower's inputs, where images have grids of their own; else None."""
+        """Of every image, by the tower's inputs, where a batch is packed; else None."""
         return None
+
+    def mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """bool [B, T], False for padding; None of towers that do not pad. (SigLIP 2 NaFlex says it itself.)"""
+        mask_BT = inputs.get("pixel_attention_mask")
+        return None if mask_BT is None else mask_BT.bool()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -54,21 +60,34 @@ class SequenceFirst(Form):
         return x_BTD.transpose(0, 1)
 
 
-class Leading(Form):
-    """n_tokens of an image, or of each of its tiles, and then padding up to a multiple.
+class Tiles(Form):
+    """Of each tile n_tokens, and then padding up to a multiple; tiles of an image one after the other.
 
-    An image of several tiles has the tokens of all of them, tile by tile.
+    How many tiles are in use is read from the model's own arguments while the form is watching; those that no image of
+    the batch uses are left out.
     """
 
-    def __init__(self, n_tokens: int, multiple: int):
-        self.n_tokens, self.padded = n_tokens, -(-n_tokens // multiple) * multiple
+    def __init__(self, model: nn.Module, n_tokens: int, multiple: int):
+        self.model, self.tile, self.padded = model, n_tokens, -(-n_tokens // multiple) * multiple
+        self._used: int | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._used = int(kwargs["aspect_ratio_mask"].sum(-1).max())
+
+        handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def tokens(self, x: Tensor) -> Tensor:
-        return self._tiles(x)[:, :, : self.n_tokens].flatten(1, 2)
+        return self._tiles(x)[:, : self._used, : self.tile].flatten(1, 2)
 
     def restore(self, x_BTD: Tensor, x: Tensor) -> Tensor:
         tiles = self._tiles(x).clone()
-        tiles[:, :, : self.n_tokens] = x_BTD.unflatten(1, (-1, self.n_tokens))
+        tiles[:, : self._used, : self.tile] = x_BTD.unflatten(1, (-1, self.tile))
         return tiles.flatten(1, 2)
 
     def _tiles(self, x: Tensor) -> Tensor:
@@ -128,6 +147,9 @@ class Packed(Form):
 
     def grids(self, inputs: Mapping[str, Tensor]) -> list[Grid]:
         return self.grids_of(inputs)
+
+    def mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return grid_mask(self.grids(inputs))
 
     def tokens(self, x: Tensor) -> Tensor:
         return self._sequence(x)[self._places()[0].to(x.device)]

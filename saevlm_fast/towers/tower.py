@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import weights_sha256
 from saevlm_fast.runtime import tf32_products
-from saevlm_fast.towers.forms import Cells, Form, Grid, grid_mask
+from saevlm_fast.towers.forms import Cells, Form, Grid
 from saevlm_fast.towers.forwards import fuse_quick_gelus, quick_gelu_kernel, replace_forward
 from saevlm_fast.towers.hub import foreign_message, is_foreign
 from saevlm_fast.towers.preprocess import Normalisation, two_pictures
@@ -82,10 +82,11 @@ class Anatomy:
         n_prefix, has_cls: tokens before the patches; whether the first is a CLS token.
         image_points: name -> (module, what makes [B, D] of the module's output).
         absent: why the other image points are missing.
-        width: of the residual stream, if known.
+        width: of the residual stream, if known and one for all blocks.
         patch_size, n_patches: if known, the number of tokens is checked against them.
         form: how blocks hold the tokens.
         most_tokens: of an image, where images have grids of their own and their preprocessing has a limit.
+        beside: names of what the model is given beside the pixels.
         call: calls the model on its inputs.
         description: JSON for the store.
     """
@@ -100,6 +101,7 @@ class Anatomy:
     n_patches: int | None = None
     form: Form = field(default_factory=Form)
     most_tokens: int | None = None
+    beside: Sequence[str] = ()
     call: Callable[[nn.Module, dict[str, Tensor]], Any] = lambda model, inputs: model(inputs["pixel_values"])
     description: dict[str, Any] = field(default_factory=dict)
 
@@ -149,11 +151,7 @@ class Tower:
     def token_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """bool [B, T], False for padding, of towers whose images differ in their number of tokens (SigLIP 2 NaFlex,
         Qwen-VL, Pixtral); else None."""
-        grids = self.anatomy.form.grids(inputs)
-        if grids is not None:
-            return grid_mask(grids)
-        mask = inputs.get("pixel_attention_mask")
-        return None if mask is None else mask.flatten(1).bool()
+        return self.anatomy.form.mask(inputs)
 
     def n_images(self, inputs: Mapping[str, Tensor]) -> int:
         grids = self.anatomy.form.grids(inputs)
@@ -363,12 +361,13 @@ class HookedTower:
         mask_BT = self.tower.token_mask(inputs)
         fits = mask_BT is None or mask_BT.shape[1] == n_tokens
         require(fits, f"{spec}: a mask {list(getattr(mask_BT, 'shape', ()))} of {n_tokens} tokens")
-        if grid is None and pixels.ndim == 4 and not anatomy.form.packs:
+        if grid is None and pixels.ndim >= 4 and not anatomy.form.packs:
+            height, width = pixels.shape[-2:]
             if anatomy.patch_size is not None:
-                grid = pixels.shape[2] // anatomy.patch_size[0], pixels.shape[3] // anatomy.patch_size[1]
+                grid = height // anatomy.patch_size[0], width // anatomy.patch_size[1]
             check_count(spec, n_tokens, anatomy.n_prefix, grid[0] * grid[1] if grid else anatomy.n_patches, pixels)
             side = math.isqrt(n_tokens - anatomy.n_prefix)
-            square = side * side == n_tokens - anatomy.n_prefix and pixels.shape[2] == pixels.shape[3]
+            square = side * side == n_tokens - anatomy.n_prefix and height == width
             grid = grid or ((side, side) if square else None)
         own_grids = anatomy.form.packs or (mask_BT is not None and not bool(mask_BT.all()))
         return TokenLayout(n_tokens, anatomy.n_prefix, anatomy.has_cls, None if own_grids else grid)

@@ -11,6 +11,7 @@ from PIL import Image
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredAnswers
+from saevlm_fast.towers.forms import Form
 from saevlm_fast.towers.from_timm import wrap_timm
 from saevlm_fast.towers.from_transformers import transformers_anatomy, wrap_transformers
 from saevlm_fast.towers.load import find_anatomy, load_tower
@@ -52,17 +53,33 @@ def pictures(n=3):
 # --- rows lost or mixed -----------------------------------------------------------------------------------------------
 
 
-def test_towers_that_pack_a_batch_into_one_sequence():
+def test_a_packing_tower_whose_images_cannot_be_told_apart():
+    """One block that loses a patch, and one that hands all of them on in another order for the second image."""
     import transformers as t
 
     config = t.PixtralVisionConfig(**SIZES, image_size=64, patch_size=16)
     processor = t.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 16, "width": 16})
-    square = t.ViTImageProcessor(size={"height": 64, "width": 64})
-    message = r"hf:x: not a plain vision transformer: its blocks give \[1, \d+, 32\] for 2 images, not \[2, T, D\]"
-    for each in (processor, square):
-        tower = wrapped(t.PixtralVisionModel(config), each)
+    changes = {
+        r"a block gives \[1, 23, 32\] for 24 patches of 2 images": lambda x: x[:, 1:],
+        "residual-1 of an image is another one in a batch": lambda x: x.flip(1),
+    }
+    for message, change in changes.items():
+        tower = wrapped(t.PixtralVisionModel(config), processor)
+        with tower.hooked([RESIDUAL]) as run:
+            assert run.layout.grid is None
+        tower.model.transformer.layers[0].register_forward_hook(lambda module, args, output, f=change: f(output))
         with pytest.raises(ValueError, match=message), tower.hooked([RESIDUAL]):
             pass
+
+
+def test_a_tower_that_packs_and_is_not_known_is_refused():
+    import transformers as t
+
+    tower = wrapped(t.PixtralVisionModel(t.PixtralVisionConfig(**SIZES, image_size=64, patch_size=16)))
+    tower.anatomy.form = Form()
+    message = r"hf:x: not a plain vision transformer: its blocks give \[1, \d+, 32\] for 2 images, not \[2, T, D\]"
+    with pytest.raises(ValueError, match=message), tower.hooked([RESIDUAL]):
+        pass
 
 
 def test_mistral3_packs_its_images(tmp_path):
@@ -89,24 +106,28 @@ def test_mistral3_packs_its_images(tmp_path):
         SteeredAnswers(llava, processor, sae, 0)
 
 
-def test_processors_that_take_a_list_for_one_sample():
+def test_processors_that_take_a_list_for_one_sample(monkeypatch):
     import transformers as t
 
-    for processor in (
-        t.SmolVLMImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32}),
-        t.Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32}),
-    ):
-        with pytest.raises(ValueError, match=rf"{type(processor).__name__} gives \[1, .*\] for 2 images, not each its"):
-            wrapped(t.ViTModel(t.ViTConfig(**SMALL)), processor)
+    from saevlm_fast.towers import preprocess
+
+    monkeypatch.setattr(preprocess, "_SAMPLES", ())
+    edge = {"longest_edge": 32}
+    processor = t.SmolVLMImageProcessor(size=edge, max_image_size=edge)
+    with pytest.raises(ValueError, match=r"SmolVLMImageProcessor gives \[1, .*\] for 2 images, not each its"):
+        wrapped(t.ViTModel(t.ViTConfig(**SMALL)), processor)
 
 
 def test_a_random_order_of_patches():
     import transformers as t
 
-    tower = wrapped(t.ViTMAEModel(t.ViTMAEConfig(**SMALL, mask_ratio=0.0)))
+    tower = wrapped(t.ViTMAEModel(t.ViTMAEConfig(**SMALL)))
+    with tower.hooked([RESIDUAL]) as run:
+        assert run.layout.grid == (4, 4)
+    tower.anatomy.call = lambda model, inputs: model(**inputs)
     assert "residual-1 of an image is another one each time (a random choice in the model)" in refusal(tower)
-    masked = wrapped(t.ViTMAEModel(t.ViTMAEConfig(**SMALL)))
-    assert "5 tokens of an image of 32 x 32, not 1 before the patches and 16 patches" in refusal(masked)
+    tower.model.config.mask_ratio = 0.75
+    assert "5 tokens of an image of 32 x 32, not 1 before the patches and 16 patches" in refusal(tower)
 
 
 @pytest.mark.parametrize(
