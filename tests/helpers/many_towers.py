@@ -4,6 +4,7 @@
 and tests/helpers/tower_table.py writes the table of docs/how-to/harvest.md from what was found.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +16,22 @@ from PIL import Image
 from saevlm_fast.towers.from_open_clip import wrap_open_clip
 from saevlm_fast.towers.from_timm import wrap_timm
 from saevlm_fast.towers.from_transformers import wrap_transformers
-from saevlm_fast.towers.tower import Tower
+from saevlm_fast.towers.tower import HookPoint, Tower
 
 WIDTH, SIZE, PATCH = 32, 32, 8
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = SIZES | {"image_size": SIZE, "patch_size": PATCH}
 
 
-def pictures(n: int = 3) -> list[Any]:
-    """Of three shapes, none of which is the square that most towers want."""
+def pictures(n: int = 5) -> list[Any]:
+    """Of three shapes, none of which is the square that most towers want; then a grey one, and that with another corner:
+    the upper right."""
     noise = np.random.default_rng(3)
-    shapes = [(48, 32), (32, 64), (40, 40)]
-    return [Image.fromarray(noise.integers(0, 256, (*shapes[i % 3], 3), dtype=np.uint8)) for i in range(n)]
+    found = [noise.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in ((48, 32), (32, 64), (40, 40))]
+    corner = np.full((SIZE, SIZE, 3), 128, np.uint8)
+    found.append(corner.copy())
+    corner[: SIZE // 4, -SIZE // 4 :] = found[2][: SIZE // 4, : SIZE // 4]
+    return [Image.fromarray(picture) for picture in [*found, corner][:n]]
 
 
 def randomised(model: Any) -> Any:
@@ -69,6 +74,10 @@ class Family:
     checked_by: str = "`output_hidden_states`"
     stages: bool = False
     adds_up: bool = True
+
+    def pooled(self, tower: Tower, inputs: Any) -> tuple[Any, Any]:
+        """(projection, pooled) as the library gives them."""
+        return (pooler_output if self.library == "transformers" else of_the_model)(tower, inputs)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -281,8 +290,23 @@ def cells(tower: Tower, inputs: Any) -> list[Any]:
     return [x.flatten(2).transpose(1, 2) for x in maps]
 
 
-def pooled_of(tower: Tower, inputs: Any) -> Any:
-    return getattr(tower.anatomy.call(tower.model, dict(inputs)), "pooler_output", None)
+def pooler_output(tower: Tower, inputs: Any) -> tuple[Any, Any]:
+    """As projection and as pooled: of a SigLIP they are one."""
+    found = getattr(tower.anatomy.call(tower.model, dict(inputs)), "pooler_output", None)
+    found = found.flatten(1) if found is not None else None
+    return found, found
+
+
+def of_the_model(tower: Tower, inputs: Any) -> tuple[Any, Any]:
+    """(projection, pooled) of timm and open_clip."""
+    visual, pixels = tower.model, inputs["pixel_values"]
+    found = visual(pixels)
+    if hasattr(visual, "trunk"):
+        return found, visual.trunk(pixels)
+    if hasattr(visual, "transformer"):  # of open_clip: a projection of what it has pooled
+        states = visual.forward_intermediates(pixels, output_fmt="NLC", output_extra_tokens=True)
+        return found, visual.ln_post(states["image_intermediates_prefix"][-1][:, 0])
+    return found, found
 
 
 # --- timm and open_clip -----------------------------------------------------------------------------------------------
@@ -390,3 +414,24 @@ FAMILIES = [
     Family("ConvNeXt", "open_clip", of_open_clip("test_convnext"), in_open_clip, grid=(5, 5), stages=True,
            checked_by=FORWARD),
 ]  # fmt: skip
+
+
+@functools.cache
+def harvested(number: int) -> tuple[Any, ...]:
+    """(family, tower, its points, run's shapes and layouts, activations of three pictures, mask of padding)."""
+    family = FAMILIES[number]
+    tower = family.make()
+    kinds = ("residual",) if family.stages else ("residual", "attention", "mlp")
+    points = [HookPoint(kind, layer) for layer in range(tower.n_blocks) for kind in kinds]
+    points += [HookPoint(name) for name in tower.anatomy.image_points if _given(family, tower, name)]
+    with tower.hooked(points) as run:
+        inputs = tower.preprocess(pictures())
+        return family, tower, points, run, run(inputs), tower.token_mask(inputs)
+
+
+def _given(family: Family, tower: Tower, name: str) -> bool:
+    """Whether the library gives the point: some outputs of transformers have no pooler_output."""
+    if family.library != "transformers":
+        return True
+    with torch.inference_mode():
+        return pooler_output(tower, prepared(tower, pictures(1)))[0] is not None

@@ -1,38 +1,14 @@
 """Every family of towers at every point: what its own library gives there, row by row, image by image."""
 
-import functools
-
-import numpy as np
 import pytest
 import torch
-from many_towers import FAMILIES, SIZE, pictures, pooled_of, prepared
-from PIL import Image
+from many_towers import FAMILIES, harvested, pictures, prepared
+from tower_table import PAGE, page_with, table
 
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
 
 IDS = [f"{family.library} {family.name}" for family in FAMILIES]
-
-
-@functools.cache
-def harvested(number):
-    """(family, tower, its points, run's shapes and layouts, activations of three pictures, mask of padding)."""
-    family = FAMILIES[number]
-    tower = family.make()
-    kinds = ("residual",) if family.stages else ("residual", "attention", "mlp")
-    points = [HookPoint(kind, layer) for layer in range(tower.n_blocks) for kind in kinds]
-    points += [HookPoint(name) for name in tower.anatomy.image_points if given(family, tower, name)]
-    with tower.hooked(points) as run:
-        inputs = tower.preprocess(pictures())
-        return family, tower, points, run, run(inputs), tower.token_mask(inputs)
-
-
-def given(family, tower, name):
-    """Whether the library gives the point: some outputs of transformers have no pooler_output."""
-    if family.library != "transformers":
-        return True
-    with torch.inference_mode():
-        return pooled_of(tower, prepared(tower, pictures(1))) is not None
 
 
 def own_tokens(acts, mask):
@@ -92,19 +68,30 @@ def test_tokens_and_grid(number):
 
 
 @pytest.mark.parametrize("number", range(len(FAMILIES)), ids=IDS)
-def test_a_bright_square_is_where_its_patches_are(number):
-    """The patch that changes most when one corner of a picture changes is the one in that corner: rows run across."""
-    _, tower, points, _, _, _ = harvested(number)
-    grey = np.full((SIZE, SIZE, 3), 128, np.uint8)
-    corner = grey.copy()
-    corner[: SIZE // 4, -SIZE // 4 :] = np.random.default_rng(0).integers(0, 256, (SIZE // 4, SIZE // 4, 3))
-    with tower.hooked(points[:1]) as run:
-        inputs = tower.preprocess([Image.fromarray(grey), Image.fromarray(corner)])
-        acts = run(inputs)[points[0]]
-        layout, grids = run.layouts[points[0]], tower.anatomy.form.grids(inputs)
-    grid = grids[0] if grids else layout.grid
-    if grid is None:  # NaFlex says its own
-        grid = tuple(inputs["spatial_shapes"][0].tolist())
-    change = (acts[1] - acts[0]).norm(dim=1)[layout.n_prefix :][: grid[0] * grid[1]].view(grid)
-    row, column = divmod(int(change.argmax()), grid[1])
-    assert (row < grid[0] / 2, column >= grid[1] / 2 or grid[1] == 1) == (True, True), change
+def test_a_corner_that_changes_is_where_its_patches_are(number):
+    """Of the patches of the last two pictures those in the upper right change most: rows run across."""
+    _, tower, points, run, acts, _ = harvested(number)
+    inputs, layout = tower.preprocess(pictures()[3:]), run.layouts[points[0]]
+    grids = tower.anatomy.form.grids(inputs) or [layout.grid or tuple(inputs["spatial_shapes"][0].tolist())]
+    height, width = grids[0]
+    before, after = (acts[points[0]][i, layout.n_prefix :][: height * width] for i in (3, 4))
+    row, column = divmod(int((after - before).norm(dim=1).argmax()), width)
+    assert row < max(1, height / 2)
+    assert column >= width / 2 or width == 1
+
+
+@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=IDS)
+def test_points_of_the_whole_image_are_what_the_library_gives(number):
+    family, tower, _, _, acts, _ = harvested(number)
+    if not {"pooled", "projection"} & {point.point for point in acts}:
+        pytest.skip("it has none")
+    with torch.inference_mode():
+        inputs = prepared(tower, pictures())
+        output = family.pooled(tower, inputs)
+    for name, expected in zip(("projection", "pooled"), output):
+        if HookPoint(name) in acts:
+            assert close([acts[HookPoint(name)]], [expected])
+
+
+def test_the_table_of_towers_is_what_is_found():
+    assert PAGE.read_text(encoding="utf-8") == page_with(table()), "run python tests/helpers/tower_table.py"
