@@ -37,6 +37,12 @@ def vision_class(config: Any) -> Any:
     return getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
 
 
+def tower_prefix(config: Any) -> str:
+    """What the tower is called in a checkpoint of the whole model; a pattern."""
+    inner = config.model_type in ("idefics3_vision", "smolvlm_vision", "mllama_vision_model")
+    return "vision_model" if inner else "vision_tower|visual"
+
+
 def special(model: Any) -> dict[str, Any]:
     """Fields of the Anatomy that are not as a plain ViT's; {} of one."""
     family = str(model.config.model_type)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from saevlm_fast.errors import require
-from saevlm_fast.towers.families import most_tokens, special, vision_class
+from saevlm_fast.towers.families import most_tokens, special, tower_prefix, vision_class
 from saevlm_fast.towers.hub import local_or_hub
 from saevlm_fast.towers.preprocess import described, transformers_preprocess
 from saevlm_fast.towers.tower import Anatomy, Tower
@@ -62,7 +62,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
                 local_files_only=local,
                 dtype=torch.float32,
                 weights_only=True,
-                key_mapping={r"^(?:model\.)?(?:vision_tower|visual)\.": ""},
+                key_mapping={rf"^(?:model\.)?(?:{tower_prefix(vision)})\.": ""},
                 output_loading_info=True,
                 **options,
             )

@@ -20,12 +20,13 @@ from saevlm_fast.towers.tower import HookPoint, Tower
 
 WIDTH, SIZE, PATCH = 32, 32, 8
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]  # of up to 4 tiles, in Mllama's order
 SMALL = SIZES | {"image_size": SIZE, "patch_size": PATCH}
 
 
 def pictures(n: int = 5) -> list[Any]:
-    """Of three shapes, none of which is the square that most towers want; then a grey one, and that with another corner:
-    the upper right."""
+    """Of three shapes, none of which is the square that most towers want; then a grey one, and that with another corner
+    in the upper right."""
     noise = np.random.default_rng(3)
     found = [noise.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in ((48, 32), (32, 64), (40, 40))]
     corner = np.full((SIZE, SIZE, 3), 128, np.uint8)
@@ -225,7 +226,7 @@ def mllama() -> Tower:
     config = MllamaVisionConfig(
         hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=2,
         image_size=SIZE, patch_size=PATCH, max_num_tiles=4, intermediate_layers_indices=[0, 1],
-        vision_output_dim=3 * WIDTH, supported_aspect_ratios=[[1, 1], [1, 2], [2, 1], [2, 2]],
+        vision_output_dim=3 * WIDTH, supported_aspect_ratios=RATIOS,
     )  # fmt: skip
     return hf(t.MllamaVisionModel(config), square(t, "MllamaImageProcessor", max_image_tiles=4))
 
