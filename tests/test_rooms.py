@@ -27,6 +27,7 @@ ORDER = (
     ("measures",),
     ("demo", "box_making"),
     ("inspection",),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )

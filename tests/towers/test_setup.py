@@ -8,14 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from saevlm_fast.config import SAEConfig
-from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.steering.answers import SteeredAnswers
 from saevlm_fast.towers.forms import Form
 from saevlm_fast.towers.from_timm import wrap_timm
 from saevlm_fast.towers.from_transformers import transformers_anatomy, wrap_transformers
 from saevlm_fast.towers.load import find_anatomy, load_tower
-from saevlm_fast.towers.text import load_llava
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
 
@@ -80,30 +76,6 @@ def test_a_tower_that_packs_and_is_not_known_is_refused():
     message = r"hf:x: not a plain vision transformer: its blocks give \[1, \d+, 32\] for 2 images, not \[2, T, D\]"
     with pytest.raises(ValueError, match=message), tower.hooked([RESIDUAL]):
         pass
-
-
-def test_mistral3_packs_its_images(tmp_path):
-    """Its tower is refused, and so are steered answers, whose batches have one row an image."""
-    import transformers as t
-
-    from saevlm_fast.box_making.architecture import build_tokenizer
-
-    tokenizer = build_tokenizer(ends=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
-    vision = SIZES | {"image_size": 64, "patch_size": 16, "head_dim": 8, "model_type": "pixtral"}
-    text = SIZES | {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "model_type": "mistral"}
-    image = {"image_token_index": tokenizer.convert_tokens_to_ids("[IMG]"), "spatial_merge_size": 2}
-    model = t.Mistral3ForConditionalGeneration(t.Mistral3Config(vision_config=vision, text_config=text, **image))
-    randomised(model).save_pretrained(tmp_path)
-    images = t.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 32, "width": 32})
-    t.PixtralProcessor(images, tokenizer, patch_size=16, spatial_merge_size=2).save_pretrained(tmp_path)
-    packed, tower = r"its blocks give \[1, \d+, 32\] for 2 images", load_tower(f"hf:{tmp_path}")
-    with pytest.raises(ValueError, match=packed), tower.hooked([RESIDUAL]):
-        pass
-    llava, processor = load_llava(f"hf:{tmp_path}")
-    sae = SparseAutoencoder(SAEConfig(32, 64, 4, "topk"))
-    with pytest.raises(ValueError, match=r"^model: Mistral3ForConditionalGeneration packs all images"):
-        SteeredAnswers(llava, processor, sae, 0)
 
 
 def test_processors_that_take_a_list_for_one_sample(monkeypatch):
