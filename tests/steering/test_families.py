@@ -74,7 +74,7 @@ def test_the_last_block_that_is_read_is_known(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_each_row_steered_alone(name):
-    """Without the SAE, and with it and no edits at error keep, they and the logits are the model's own to the last bit."""
+    """Without the SAE, and with it but no edits at error keep, they and the logits are the model's own, to the bit."""
     model, processor = answering(name)
     answerer = SteeredAnswers(model, processor, sae(), 0, max_new_tokens=2, error="keep")
     numbers = [answerer.ask(picture, prompt(name)) for picture in pictures(2)]
@@ -101,13 +101,15 @@ def own_answer(name, inputs):
     return processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
 
 
-# Of one family always; of all of them with the packages of others.
-OTHERS = [pytest.param(name, marks=[] if name == "Qwen2.5-VL" else pytest.mark.interop) for name in MODELS]
+# Of one family always; of all of them by `pytest -m families`.
+OTHERS = [pytest.param(name, marks=[] if name == "Qwen2.5-VL" else pytest.mark.families) for name in MODELS]
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_commands_steer_each_of_them(name, tmp_path):
+def test_the_commands_steer_each_of_them(name, tmp_path, request):
     """From files: codes and steering-score over photos, steer of one of them; a layer that is not read is one line."""
+    if name != "Qwen2.5-VL" and "families" not in request.config.getoption("markexpr"):
+        pytest.skip("takes longer: pytest -m families")
     model, processor = answering(name)
     processor.chat_template = processor.chat_template or TEMPLATE.replace("IMAGE", "<image>")
     model.save_pretrained(tmp_path / "model")
