@@ -31,6 +31,7 @@ from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.settings import path_of, several
 
+RANDOM_WEIGHTS = "random-weights"  # the control of SAEs that were trained on a tower of random weights
 Told = Callable[[str], None]
 Counted = Callable[[str, int, int], None]
 
@@ -187,16 +188,30 @@ def _result(subject: Subject, parts: Mapping[str, Measured]) -> Result:
 
 
 def subjects_of(saes: Mapping[str, tuple[SparseAutoencoder, str]]) -> list[Subject]:
-    """name -> (SAE, digest of it), as subjects; those of one shape are a group."""
+    """name -> (SAE, digest of it), as subjects; those of one shape are a group.
+
+    SAEs that were trained as controls, or on a tower of random weights, are controls of their group.
+    """
     found = []
     for name, (sae, digest) in saes.items():
-        config = sae.config
+        config, control = sae.config, control_of(sae)
         group = f"{config.architecture} {config.d_in} -> {config.d_sae}, k {getattr(config, 'k', None)}"
         seed = config.metadata.get("seed")
         record = {"architecture": config.architecture, "source": config.metadata.get("source")}
         seed = seed if isinstance(seed, int) else None
-        found.append(Subject(name, "sae", sae.eval(), group, digest, None, seed, record))
+        kind = "sae" if control is None else "control"
+        found.append(Subject(name, kind, sae.eval(), group, digest, control, seed, record))
     return found
+
+
+def control_of(sae: SparseAutoencoder) -> str | None:
+    """Which control an SAE was trained as, by its record; None if it is an SAE proper."""
+    control = sae.config.metadata.get("control")
+    if isinstance(control, str) and control not in ("", "none"):
+        return control
+    source = sae.config.metadata.get("source")
+    model = source.get("model") if isinstance(source, dict) else None
+    return RANDOM_WEIGHTS if isinstance(model, dict) and model.get("random_weights") else None
 
 
 def evaluate_subjects(
@@ -207,25 +222,43 @@ def evaluate_subjects(
     parts: Parts | None = None,
     tell: Told = lambda text: None,
     counted: Counted = lambda name, done, total: None,
+    random_inputs: Inputs | None = None,
 ) -> Evaluation:
-    """Measures SAEs, then their controls, group by group; and with `compared`, the first SAE against each other."""
+    """Measures SAEs, then their controls, group by group; and with `compared`, the first SAE against each other.
+
+    random_inputs: with activations of the tower of random weights, for the SAEs that were trained on it.
+    """
     inputs.check()
     taken = [each.name for each in subjects if each.name in controls]
     require(not taken, f"saes: {shown(taken[:1])} is the name of a control too; name the SAE otherwise")
-    work = Measuring(inputs, parts or Parts(None), tell, counted)
-    results = [work.result(subject)[0] for subject in subjects]
+    parts = parts or Parts(None)
+    work = Measuring(inputs, parts, tell, counted)
+    elsewhere = work if random_inputs is None else Measuring(random_inputs, parts, tell, counted)
+    if random_inputs is not None:
+        random_inputs.check()
+    proper = [each for each in subjects if each.kind == "sae"]
+    others = [each for each in subjects if each.kind != "sae"]
+    results = [work.result(subject)[0] for subject in proper]
     found = list(results)
+    for subject in others:
+        on_random = subject.control == RANDOM_WEIGHTS
+        require(
+            not on_random or random_inputs is not None,
+            f"sae: {subject.name} was trained on a tower of random weights; its activations are needed too "
+            "(--random-activations)",
+        )
+        found.append((elsewhere if on_random else work).result(subject)[0])
     moments = Moments.of(inputs.activations, inputs.batch_rows) if controls else None
-    for group in dict.fromkeys(subject.group for subject in subjects) if moments is not None else ():
+    for group in dict.fromkeys(subject.group for subject in proper) if moments is not None else ():
         assert moments is not None
         members = [each for each in results if each.subject.group == group]
         wanted = _wanted(members)
         made = make_controls(controls, group, wanted, len(members), inputs.activations, moments)
-        several = len({subject.group for subject in subjects}) > 1
+        several = len({subject.group for subject in proper}) > 1
         for control in made:
             named = f"{control.name} of {members[0].subject.name}" if several else control.name
             found.append(work.result(_named(control, named))[0])
-    pairs = list(_compared(work, subjects)) if compared else []
+    pairs = list(_compared(work, proper)) if compared and len(proper) > 1 else []
     sets = [each.name for each in inputs.label_sets]
     spliced = [] if inputs.behaviour is None else list(inputs.behaviour.asked)
     return Evaluation(found, work.left_out, pairs, headlines(sets, list(inputs.embeddings), spliced))

@@ -52,10 +52,15 @@ def headlines(label_sets: Sequence[str], embeddings: Sequence[str], spliced_sets
         at = ("labels", name)
         rows += [
             Headline(f"purity excess, {name}", (*at, "excess", "mean"), 1, f"purity_excess:{name}"),
+            Headline(
+                f"mutual information, {name}", (*at, "mutual_information", "mean"), 1, f"mutual_information:{name}"
+            ),
             Headline(f"AUROC of labels, {name}", (*at, "selection", "auroc"), 1),
             Headline(f"AP of labels, {name}", (*at, "selection", "ap"), 1),
             Headline(f"coverage at AP .3, {name}", (*at, "selection", "coverage"), 1),
             Headline(f"purity of chosen, {name}", (*at, "selection", "purity"), 1),
+            Headline(f"R of one latent, {name}", (*at, "selection", "R"), 1),
+            Headline(f"its top-16 purity, {name}", (*at, "selection", "top16_purity"), 1),
         ]
         rows += [
             Headline(f"probe of {k}, {name}", ("probing", name, "accuracy", str(k), "mean"), 1) for k in (1, 5, 20)

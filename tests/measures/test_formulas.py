@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from codes_and_labels import N, latents_of_classes, random_codes, random_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
@@ -30,29 +31,6 @@ from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.trust import trusted_score
-
-N = 60
-
-
-def random_codes(n=N, n_latents=12, share=0.4, levels=None, seed=0):
-    """Dense codes: latent 0 is dead, 1 constant, 2 fires once, 3 on two images; with few levels there are ties."""
-    generator = np.random.default_rng(seed)
-    acts = generator.random((n, n_latents)) if levels is None else generator.integers(1, levels + 1, (n, n_latents))
-    acts = (acts * (generator.random((n, n_latents)) < share)).astype(np.float32)
-    for latent, images in ((0, []), (2, [5]), (3, [5, 9])):
-        if latent < n_latents:
-            acts[:, latent] = 0
-            acts[images, latent] = 1.5
-    if n_latents > 1:
-        acts[:, 1] = 2.0
-    return acts
-
-
-def random_labels(n=N, n_labels=4, seed=0, several=False):
-    generator = np.random.default_rng(seed + 1)
-    if not several:
-        return LabelSet.of([f"class {each}" for each in generator.integers(0, n_labels, n)])
-    return LabelSet.of([{f"class {c}" for c in np.flatnonzero(generator.random(n_labels) < 0.4)} for _ in range(n)])
 
 
 def test_kept_codes_and_statuses():
@@ -300,15 +278,6 @@ def test_the_interval_of_the_excess_has_the_error_of_chance_in_it():
     low, high = excess["interval"]
     assert low < 0 < high
     assert high - low > 2 * 1.96 * 0.03 / 25**0.5, "of the draws alone"
-
-
-def latents_of_classes(n=400, n_labels=5):
-    """Latent c fires on class c alone, and 20 others anywhere."""
-    labels = [f"class {i % n_labels}" for i in range(n)]
-    acts = random_codes(n, 30, share=0.1)
-    for label in range(n_labels):
-        acts[:, 10 + label] = 3 * (np.arange(n) % n_labels == label)
-    return KeptCodes.of_dense(acts), LabelSet.of(labels)
 
 
 def test_the_latents_of_labels_are_found_and_reported_held_out():
