@@ -48,18 +48,21 @@ def labels_of_latents(
     """
     known_N = labels.known_N
     codes, labels, half_N = codes.part(known_N), labels.part(known_N), half_N[known_N]
-    pure = purity(codes, labels, n_permutations)
-    figures, columns = _purity_figures(pure, codes, labels)
-    chosen, best = _selection(codes, labels, half_N)
+    pure = purity(codes, labels, chance_purity(labels, codes.counts_S, n_permutations))
+    figures, columns = purity_figures(pure, codes, labels, codes.counts_S)
+    chosen, best = selection(codes, labels, half_N)
     generator = np.random.default_rng(0)
-    nulls = [_selection(codes, labels.shuffled(generator), half_N)[0] for _ in range(n_shuffles)]
-    figures["selection"] = chosen | {
-        "null": {name: float(np.mean([null[name] for null in nulls])) for name in _AVERAGED} if nulls else {},
-        "null_is": f"labels shuffled over images, the whole selection repeated {n_shuffles} times",
-    }
+    nulls = [selection(codes, labels.shuffled(generator), half_N)[0] for _ in range(n_shuffles)]
+    figures["selection"] = chosen | beside_null(nulls, "labels shuffled over images")
     figures |= {"labels": len(labels.names), "images": labels.n_images, "least_images": LEAST_IMAGES}
     named = {f"{name}:{labels.name}": column for name, column in (columns | best).items()}
     return Measured(figures, named)
+
+
+def beside_null(nulls: list[Figures], how: str) -> Figures:
+    """Means of the figures of repeated selections."""
+    means = {name: float(np.mean([null[name] for null in nulls])) for name in AVERAGED} if nulls else {}
+    return {"null": means, "null_is": f"{how}, the whole selection repeated {len(nulls)} times"}
 
 
 # Purity ---------------------------------------------------------------------------------------------------------------
@@ -104,8 +107,8 @@ class Chance(NamedTuple):
         return each_U[self.place_S]
 
 
-def purity(codes: KeptCodes, labels: LabelSet, n_permutations: int = 200) -> Purity:
-    """Of every latent: counted, weighted by activation, of its 16 images; the labels' entropy; chance at its n_k."""
+def purity(codes: KeptCodes, labels: LabelSet, chance: "Chance") -> Purity:
+    """Of every latent: counted, weighted by activation, of its 16 images; the labels' entropy; beside chance."""
     label_NL = labels.matrix()
     n_S = codes.counts_S
     counts = codes.matrix(np.ones(len(codes.acts_M))) @ label_NL
@@ -128,8 +131,13 @@ def purity(codes: KeptCodes, labels: LabelSet, n_permutations: int = 200) -> Pur
         _entropy(counts, len(labels.names)),
         mutual_information(codes, labels),
         label_S,
-        chance_purity(labels, n_S, n_permutations),
+        chance,
     )
+
+
+def counted_purity(codes: KeptCodes, labels: LabelSet) -> np.ndarray:
+    """[S]: the share of each latent's images with its most frequent label; NaN of dead ones."""
+    return _share(_row_max(codes.matrix(np.ones(len(codes.acts_M))) @ labels.matrix())[0], codes.counts_S)
 
 
 def _share(part_S: np.ndarray, whole_S: np.ndarray) -> np.ndarray:
@@ -181,9 +189,15 @@ def _running_most(labels: LabelSet, order_N: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(most_N)
 
 
-def _purity_figures(pure: Purity, codes: KeptCodes, labels: LabelSet) -> tuple[Figures, dict[str, np.ndarray]]:
+def purity_figures(
+    pure: Purity, codes: KeptCodes, labels: LabelSet, images_S: np.ndarray
+) -> tuple[Figures, dict[str, np.ndarray]]:
+    """Means over the latents that fire on LEAST_IMAGES images; and columns.
+
+    images_S: of each latent; where rows are patches, fewer than rows.
+    """
     alive_S = codes.status_S == STATUSES.index("defined")
-    enough_S = alive_S & (codes.counts_S >= LEAST_IMAGES)
+    enough_S = alive_S & (images_S >= LEAST_IMAGES)
     chance_S, chance_sd_S = pure.chance.mean(), pure.chance.sd()
     excess_S = pure.purity_S - chance_S
     z_S = np.divide(excess_S, chance_sd_S, out=np.full(len(excess_S), np.nan), where=chance_sd_S > 0)
@@ -240,14 +254,14 @@ def _by_images(columns: tuple[np.ndarray, ...], enough_S: np.ndarray, counts_S: 
 
 # The latents of labels ------------------------------------------------------------------------------------------------
 
-_AVERAGED = ("auroc", "ap", "f1", "coverage", "purity", "R", "top16_purity")
+AVERAGED = ("auroc", "ap", "f1", "coverage", "purity", "R", "top16_purity")
 
 
-def _selection(codes: KeptCodes, labels: LabelSet, half_N: np.ndarray) -> tuple[Figures, dict[str, np.ndarray]]:
+def selection(codes: KeptCodes, labels: LabelSet, half_N: np.ndarray) -> tuple[Figures, dict[str, np.ndarray]]:
     """Each label's latent, of the largest average precision on one half, as it does on the other; and the reverse."""
     halves = [(codes.part(half), labels.part(half)) for half in (half_N, ~half_N)]
     if min(part.n_images for part, _ in halves) == 0:
-        nothing = dict.fromkeys(_AVERAGED, math.nan) | {"status": "too few images", "labels": 0}
+        nothing = dict.fromkeys(AVERAGED, math.nan) | {"status": "too few images", "labels": 0}
         return nothing, {}
     choosing, reporting = (label_scores(*half) for half in halves)
     both_L = np.minimum(*(part.counts_L for _, part in halves)) > 0

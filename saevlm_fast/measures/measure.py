@@ -23,7 +23,7 @@ from saevlm_fast.measures.geometry import Side, compare
 from saevlm_fast.measures.inputs import Inputs
 from saevlm_fast.measures.parts import Parts, key_of
 from saevlm_fast.measures.results import VERSION, Figures, Measured, plain
-from saevlm_fast.measures.separation import Headline, figure_at, headlines, matched_mean, separation
+from saevlm_fast.measures.separation import Headline, figure_at, headlines, interval_at, matched_mean, separation
 from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.provenance import check_rows_of
@@ -65,13 +65,16 @@ class Evaluation:
     headlines: list[Headline]
 
     def table(self) -> list[Figures]:
-        """One row a headline: name, better, values by subject, and against each control of each group a verdict."""
+        """One row a headline: values and intervals by subject, and a verdict against each control of each group."""
         rows = []
         for headline in self.headlines:
             values = {each.subject.name: figure_at(each.figures, headline.path) for each in self.results}
             against = list(self._against(headline, values))
             if any(np.isfinite(value) for value in values.values()):
-                rows.append({"measure": headline.name, "better": headline.better, "values": values, "against": against})
+                row: Figures = {"measure": headline.name, "better": headline.better, "values": values}
+                ends = {each.subject.name: interval_at(each.figures, headline.path) for each in self.results}
+                row["intervals"] = {name: list(each) for name, each in ends.items() if each is not None}
+                rows.append(row | {"against": against})
         return rows
 
     def _against(self, headline: Headline, values: Mapping[str, float]) -> Iterator[Figures]:
@@ -138,6 +141,7 @@ class Measuring:
         reads = {
             "monosemanticity": ("embeddings",),
             "labels": ("labels", "ids"),
+            "patches": ("masks", "ids"),
             "probing": ("labels", "ids"),
             "hierarchy": ("labels", "taxonomy"),
             "kept": ("labels", "ids"),

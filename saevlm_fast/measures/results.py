@@ -14,6 +14,7 @@ MEASURES = (
     "uniqueness",
     "hierarchy",
     "labels",
+    "patches",
     "probing",
     "geometry",
     "kept",

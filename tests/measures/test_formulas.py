@@ -214,7 +214,8 @@ def test_auroc_of_any_codes(seed, n, n_labels, levels):
 @pytest.mark.parametrize("several", [False, True])
 def test_purity_and_entropy(several):
     acts, labels = random_codes(), random_labels(several=several)
-    found = purity(KeptCodes.of_dense(acts), labels, 5)
+    codes = KeptCodes.of_dense(acts)
+    found = purity(codes, labels, chance_purity(labels, codes.counts_S, 5))
     has = labels.matrix().toarray()
     for latent, column in enumerate(acts.T.astype(np.float64)):
         fires = column > 0
