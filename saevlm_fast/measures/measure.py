@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ def subjects_of(saes: Mapping[str, tuple[SparseAutoencoder, str]]) -> list[Subje
     for name, (sae, digest) in saes.items():
         config, control = sae.config, control_of(sae)
         group = f"{config.architecture} {config.d_in} -> {config.d_sae}, k {getattr(config, 'k', None)}"
-        seed = config.metadata.get("seed")
+        seed = config.metadata.get("seed", _recipe(sae).get("seed"))
         record = {"architecture": config.architecture, "source": config.metadata.get("source")}
         seed = seed if isinstance(seed, int) else None
         kind = "sae" if control is None else "control"
@@ -208,10 +208,16 @@ def subjects_of(saes: Mapping[str, tuple[SparseAutoencoder, str]]) -> list[Subje
     return found
 
 
+def _recipe(sae: SparseAutoencoder) -> dict[str, Any]:
+    """What its record says of its training."""
+    training = sae.config.metadata.get("training")
+    return training if isinstance(training, dict) else {}
+
+
 def control_of(sae: SparseAutoencoder) -> str | None:
     """Which control an SAE was trained as, by its record; None if it is an SAE proper."""
-    control = sae.config.metadata.get("control")
-    if isinstance(control, str) and control not in ("", "none"):
+    control = _recipe(sae).get("control")
+    if isinstance(control, str):
         return control
     source = sae.config.metadata.get("source")
     model = source.get("model") if isinstance(source, dict) else None

@@ -386,6 +386,7 @@ def test_measure_from_python(there):
     found = sf.measure({"mine": sae}, activations, taxonomy=PATHS, controls=("pca",))
     assert found.left_out == {
         "monosemanticity": "no embeddings were given",
+        "patches": "no masks were given",
         "behaviour": "no model and images were given",
     }
     (first, second) = found.results

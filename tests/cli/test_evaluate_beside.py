@@ -31,7 +31,8 @@ def there(tmp_path_factory):
         sources[name] = {"layer": 3, "point": "residual", "tokens": "patches", "layout": layout, "model": model}
         with ActivationWriter(root / name, D, torch.float32, sources[name], 100) as writer:
             writer.append(centers[kind] + torch.randn(N * P, D, generator=generator), items)
-    made = {"sae0": ("store", {}), "frozen": ("store", {"control": "frozen-decoder"}), "drawn": ("random", {})}
+    as_control = {"training": {"control": "frozen-decoder", "seed": 0}}
+    made = {"sae0": ("store", {}), "frozen": ("store", as_control), "drawn": ("random", {})}
     for seed, (name, (source, more)) in enumerate(made.items()):
         sae = SparseAutoencoder(SAEConfig(D, 12, 2, "topk", (), {"seed": 0, "source": sources[source], **more}))
         sae.reset_parameters(seed)
