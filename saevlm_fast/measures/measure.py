@@ -320,6 +320,8 @@ def measure(
     pool: Pool = "max",
     batch_rows: int = 4096,
     behaviour: Behaviour | None = None,
+    patch_labels: LabelSet | None = None,
+    random_activations: Matrix | None = None,
     output: Path | None = None,
 ) -> Evaluation:
     """Measures one SAE or several, and what cannot have learned, in every way that the inputs allow.
@@ -334,6 +336,8 @@ def measure(
         compare: whether the first SAE is matched with each other.
         batch_rows: rows read and encoded at a time.
         behaviour: a tower and images that they are spliced into.
+        patch_labels: of the rows of a store of all patches: masks.patch_labels gives them.
+        random_activations: of the same images through a tower of random weights, for SAEs that were trained on such.
         output: directory for finished parts, which are not made again.
 
     Returns:
@@ -357,6 +361,7 @@ def measure(
     unknown = [each for each in controls if each not in CONTROLS]
     require(not unknown, f"controls: {shown(unknown[:1])} is not one of {', '.join(CONTROLS)}")
     check_kind("behaviour", behaviour, (Behaviour, type(None)), "a Behaviour")
+    check_kind("patch_labels", patch_labels, (LabelSet, type(None)), "a LabelSet")
     check_kind("taxonomy", taxonomy, (Taxonomy, Mapping, type(None)), "a Taxonomy, or a mapping of labels to paths")
     rows = activations_of(activations, "activations")
     inputs = Inputs(
@@ -367,11 +372,17 @@ def measure(
         pool,
         batch_rows,
         behaviour,
+        patch_labels=patch_labels,
     )
+    on_random = None
+    if random_activations is not None:
+        drawn = activations_of(random_activations, "random_activations")
+        on_random = replace(inputs, activations=drawn, behaviour=None)
     for sae in named.values():
-        check_rows_of(sae, rows)
+        elsewhere = on_random is not None and control_of(sae) == RANDOM_WEIGHTS
+        check_rows_of(sae, drawn if elsewhere else rows)
     subjects = subjects_of({name: (sae, weights_digest(sae)) for name, sae in named.items()})
-    return evaluate_subjects(subjects, inputs, controls, compare, Parts(output))
+    return evaluate_subjects(subjects, inputs, controls, compare, Parts(output), random_inputs=on_random)
 
 
 def _label_sets(labels: Sequence[str | None] | LabelSet | None, rows: Activations) -> tuple[LabelSet, ...]:

@@ -31,10 +31,10 @@ from torch import Tensor
 FEW_IMAGES = 10
 N_DRAWS = 2000
 N_POWERS = 6  # p1 .. p6
-_MOST_OF_THIRD_ORDER = 2048
+_MOST_OF_THIRD_ORDER = 1024
 _LEAST_SKEWNESS = 1e-3  # below it the gamma law is the normal one
 _MOST_SKEWNESS = 20.0
-_GRAM_COLUMNS = 256  # G is symmetric: only blocks on and above its diagonal are made
+_GRAM_COLUMNS = 128  # G is symmetric: only blocks on and above its diagonal are made
 _DRAWS_AT_ONCE = 64
 _CPU_ROWS = 256  # whose float64 copies stay in cache
 _ELEMENTS_AT_ONCE = 1 << 21
@@ -212,7 +212,7 @@ class ThirdOrder(NamedTuple):
 
 
 def third_order(v_UE: Tensor, along_U: Tensor) -> ThirdOrder:
-    """Of at most 2,048 images, drawn at random and evenly spaced here. Float32 products, summed in float64."""
+    """Of at most 1,024 images, drawn at random and evenly spaced here. Float32 products, summed in float64."""
     n = min(len(v_UE), _MOST_OF_THIRD_ORDER)
     chosen = torch.linspace(0, max(len(v_UE) - 1, 0), n, dtype=torch.float64).round().long().to(v_UE.device)
     a_n, v_nE = along_U[chosen], v_UE[chosen]

@@ -47,6 +47,7 @@ from saevlm_fast.scoring.null import (
 from saevlm_fast.scoring.sums import STATUSES, Embeddings
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 
+_CPU_ROWS = 256
 _DEFINED = STATUSES.index("defined")
 
 
@@ -160,8 +161,10 @@ class _Deviations:
         seen, halves, self.sqnorm_N = first.halved()
         self.scores, self.similarity, self.device = scores, first.similarity, first.device
         self.half_ms_2S = halves.half_scores().cpu()
-        sums = halves.merged()
-        self.sums_SE, self.total_S, self.d_emb = sums.state.sums_SE, sums.state.total_S, sums.state.sums_SE.shape[1]
+        sums, other_SE = halves.merged()
+        self.half_sums: tuple[Tensor, ...] = (sums.state.sums_SE, other_SE)  # T is their sum
+        self.total_S, self.d_emb = sums.state.total_S, sums.state.sums_SE.shape[1]
+        self.level_S = torch.zeros_like(self.total_S)  # <mean u, T>
         self.centred_SE: Tensor | None = None
         self.den_S, self.low_S, self.n_above_S = 2 * sums.state.den_S, seen.low_S, seen.n_above()
         self.ms_S = scores.ms.to(self.device)
@@ -169,12 +172,12 @@ class _Deviations:
         self.intervals, self.null, self.n_images = intervals, null, 0
         self.moments = SimilarityMoments(sums.unit_sum_E, sums.square_sum, scores.n_images)
         n, n_latents = scores.n_images, len(scores.ms)
-        self.powers_PS = self.sums_SE.new_zeros(N_POWERS if null else 2, n_latents)
-        self.change_2S = self.sums_SE.new_zeros(2, n_latents)  # sum of delta, and of its square
-        self.weights_SW = weights_SW.to(self.sums_SE)
-        self.changes_NW = self.sums_SE.new_zeros(n, weights_SW.shape[1])
-        self.lost_3N = self.sums_SE.new_zeros(3 if intervals else 0, n)  # of an image: sum delta, MS lost, their number
-        self.similar_N = self.sums_SE.new_zeros(n if intervals else 0)  # R
+        self.powers_PS = self.total_S.new_zeros(N_POWERS if null else 2, n_latents)
+        self.change_2S = self.total_S.new_zeros(2, n_latents)  # sum of delta, and of its square
+        self.weights_SW = weights_SW.to(self.total_S)
+        self.changes_NW = self.total_S.new_zeros(n, weights_SW.shape[1])
+        self.lost_3N = self.total_S.new_zeros(3 if intervals else 0, n)  # of an image: sum delta, MS lost, their number
+        self.similar_N = self.total_S.new_zeros(n if intervals else 0)  # R
         self.draws_RW = drawn_images(n, seed) if null else torch.zeros(0, 0, dtype=torch.int64)
         self.drawn_U = self.draws_RW.unique()
         self.drawn: list[tuple[Tensor, Tensor]] = []  # v and <v, mean u> of the images of the draws
@@ -255,12 +258,17 @@ class _Deviations:
         return v_nE, along_n, square_n
 
     def _centred_sums(self, dtype: torch.dtype) -> Tensor:
-        """T - p1 mean u, in place of T; the first time also <mean u, T>."""
+        """T - p1 mean u, in place of T, and the first time <mean u, T>: a few latents at a time, which stay in cache."""
         if self.centred_SE is None:
-            self.level_S = self.sums_SE @ self.moments.mean_E
-            self.sums_SE.addr_(self.total_S, self.moments.mean_E, alpha=-1)
-            self.centred_SE = self.sums_SE.to(dtype)
-            self.sums_SE = self.sums_SE.new_zeros(0)
+            first_SE, second_SE = self.half_sums
+            self.centred_SE = torch.empty_like(first_SE, dtype=dtype)
+            rows = max(1, len(first_SE)) if first_SE.is_cuda else _CPU_ROWS
+            pieces = (first_SE, second_SE, self.total_S, self.level_S, self.centred_SE)
+            for a_sE, b_sE, total_s, level_s, centred_sE in zip(*(each.split(rows) for each in pieces)):
+                a_sE += b_sE
+                torch.mv(a_sE, self.moments.mean_E, out=level_s)
+                centred_sE.copy_(a_sE.addr_(total_s, self.moments.mean_E, alpha=-1))
+            self.half_sums = ()
         return self.centred_SE
 
     def _add_images(self, v_nE: Tensor, along_n: Tensor, square_n: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Every formula against brute force, on codes with ties, dead, constant and single latents."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import LabelSet, halves
 from saevlm_fast.data.rows import activations_of
 from saevlm_fast.kernels import reference
@@ -24,11 +26,14 @@ from saevlm_fast.measures.hierarchy import hierarchy, mean_depths, null_depth
 from saevlm_fast.measures.label_scores import label_scores, without_meeting
 from saevlm_fast.measures.labels import chance_purity, labels_of_latents, purity
 from saevlm_fast.measures.matching import sparse_assignment
+from saevlm_fast.measures.measure import measure
 from saevlm_fast.measures.monosemanticity import monosemanticity
+from saevlm_fast.measures.patches import labels_of_patches
 from saevlm_fast.measures.probing import sparse_probing
 from saevlm_fast.measures.separation import matched_mean, separation
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
+from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.trust import trusted_score
 
@@ -479,15 +484,56 @@ def test_no_measure_fails_on_any_status(name):
     ids = [str(i) for i in range(n)]
     decoder = torch.randn(acts.shape[1], 3)
     emb = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
+    half, image_of_row = halves(ids), np.arange(n)
     measured = [
         uniqueness(codes),
         monosemanticity(codes, activations_of(emb, "embeddings"), "e"),
         hierarchy(codes, labels, TREE, (acts.shape[1],)),
-        labels_of_latents(codes, labels, halves(ids), 5, 1),
-        sparse_probing(codes, labels, halves(ids), ids),
+        labels_of_latents(codes, labels, half, 5, 1),
+        labels_of_patches(codes, labels, image_of_row, half, 3, 1),
+        sparse_probing(codes, labels, half, ids),
         geometry(codes, decoder, decoder.T),
     ]
     for each in measured:
         assert all(len(column) == acts.shape[1] for column in each.latents.values())
     compare(Side(decoder, None, codes), Side(decoder, None, codes))
     assert measured[0].figures["status"] == "too few" or acts.shape[1] > 1
+    _, scored, _, labelled, patched, _, _ = measured
+    defined = codes.status_S == STATUSES.index("defined")
+    fires = codes.counts_S > 0
+    assert (np.isfinite(scored.latents["ms:e"]) == defined).all()
+    assert not np.isfinite(scored.latents["ms_p:e"][~defined]).any()
+    for each, name in ((labelled, "labels"), (patched, "labels")):
+        assert (np.isfinite(each.latents[f"purity:{name}"]) == fires).all(), "of those that fire at all"
+        assert (each.latents[f"mutual_information:{name}"][~fires] == 0).all(), "silence tells nothing"
+        always = codes.counts_S == n
+        assert (each.latents[f"mutual_information:{name}"][always] == 0).all()
+        counted = each.figures["status"]
+        assert sum(counted[status] for status in ("dead", "constant", "single", "too few")) <= acts.shape[1]
+        assert counted["dead"] == (~fires).sum()
+
+
+@pytest.mark.parametrize("kind", ["of one latent", "all dead", "constant"])
+def test_every_measure_of_an_sae_of_any_status(kind):
+    """The pass over the rows, what is kept of them, and controls beside: nothing fails, nothing is made up."""
+    generator, n, d_sae = torch.Generator().manual_seed(0), 60, 1 if kind == "of one latent" else 4
+    x_ND = torch.randn(n, 3, generator=generator)
+    sae = SparseAutoencoder(SAEConfig(3, d_sae, 1, "batch_topk"))
+    sae.reset_parameters(0)
+    with torch.no_grad():
+        sae.threshold.fill_(1e9 if kind == "all dead" else 0.0)
+        if kind == "constant":
+            sae.W_enc.zero_()
+            sae.b_enc.fill_(1.0)
+    labels = [sorted(PATHS)[i % 4] for i in range(n)]
+    embeddings = torch.randn(n, 5, generator=generator)
+    found = measure(sae, x_ND, embeddings=embeddings, labels=labels, taxonomy=TREE, controls=("untrained", "pca"))
+    first, *_ = found.results
+    assert set(first.figures) == {
+        *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry", "kept")
+    }
+    with torch.no_grad():
+        status = np.bincount(KeptCodes.of(sae.encode(x_ND)).status_S, minlength=4)
+    assert (first.latents["status"] == "dead").sum() == status[STATUSES.index("dead")]
+    assert first.figures["reconstruction"]["dead_share"] == (1.0 if kind == "all dead" else 0.0)
+    assert json.dumps(found.as_json(), allow_nan=False)
