@@ -258,17 +258,20 @@ def evaluate_subjects(
             "(--random-activations)",
         )
         found.append((elsewhere if on_random else work).result(subject)[0])
+    measured = list(found)
     moments = Moments.of(inputs.activations, inputs.batch_rows) if controls else None
-    for group in dict.fromkeys(subject.group for subject in proper) if moments is not None else ():
+    for group in dict.fromkeys(subject.group for subject in subjects) if moments is not None else ():
         assert moments is not None
-        members = [each for each in results if each.subject.group == group]
+        of_shape = [each for each in measured if each.subject.group == group]
+        members = [each for each in of_shape if each.subject.kind == "sae"] or of_shape
         wanted = _wanted(members)
         made = make_controls(controls, group, wanted, len(members), inputs.activations, moments)
-        several = len({subject.group for subject in proper}) > 1
+        several = len({subject.group for subject in subjects}) > 1
         for control in made:
             named = f"{control.name} of {members[0].subject.name}" if several else control.name
             found.append(work.result(_named(control, named))[0])
-    pairs = list(_compared(work, proper)) if compared and len(proper) > 1 else []
+    here = [*proper, *(each for each in others if each.control != RANDOM_WEIGHTS)]
+    pairs = list(_compared(work, here)) if compared and len(here) > 1 else []
     sets = [each.name for each in inputs.label_sets]
     spliced = [] if inputs.behaviour is None else list(inputs.behaviour.asked)
     return Evaluation(found, work.left_out, pairs, headlines(sets, list(inputs.embeddings), spliced))

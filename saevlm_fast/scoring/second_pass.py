@@ -258,7 +258,7 @@ class _Deviations:
         return v_nE, along_n, square_n
 
     def _centred_sums(self, dtype: torch.dtype) -> Tensor:
-        """T - p1 mean u, in place of T, and the first time <mean u, T>: a few latents at a time, which stay in cache."""
+        """T - p1 mean u, in place of T, and the first time <mean u, T>; in blocks of latents that stay in cache."""
         if self.centred_SE is None:
             first_SE, second_SE = self.half_sums
             self.centred_SE = torch.empty_like(first_SE, dtype=dtype)
