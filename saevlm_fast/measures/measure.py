@@ -187,15 +187,19 @@ def _result(subject: Subject, parts: Mapping[str, Measured]) -> Result:
 
 
 def subjects_of(saes: Mapping[str, tuple[SparseAutoencoder, str]]) -> list[Subject]:
-    """name -> (SAE, digest of it), as subjects; those of one shape are a group."""
+    """name -> (SAE, digest of it), as subjects; those of one shape are a group. One that was trained as a control
+    (its record says so) is a control of its group."""
     found = []
     for name, (sae, digest) in saes.items():
         config = sae.config
         group = f"{config.architecture} {config.d_in} -> {config.d_sae}, k {getattr(config, 'k', None)}"
-        seed = config.metadata.get("seed")
+        training = config.metadata.get("training")
+        recipe = training if isinstance(training, dict) else {}
+        seed = config.metadata.get("seed", recipe.get("seed"))
         record = {"architecture": config.architecture, "source": config.metadata.get("source")}
         seed = seed if isinstance(seed, int) else None
-        found.append(Subject(name, "sae", sae.eval(), group, digest, None, seed, record))
+        kind = "sae" if config.control is None else "control"
+        found.append(Subject(name, kind, sae.eval(), group, digest, config.control, seed, record))
     return found
 
 
@@ -218,7 +222,8 @@ def evaluate_subjects(
     moments = Moments.of(inputs.activations, inputs.batch_rows) if controls else None
     for group in dict.fromkeys(subject.group for subject in subjects) if moments is not None else ():
         assert moments is not None
-        members = [each for each in results if each.subject.group == group]
+        of_shape = [each for each in results if each.subject.group == group]
+        members = [each for each in of_shape if each.subject.kind == "sae"] or of_shape
         wanted = _wanted(members)
         made = make_controls(controls, group, wanted, len(members), inputs.activations, moments)
         several = len({subject.group for subject in subjects}) > 1

@@ -34,18 +34,23 @@ class Losses(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of every parameter; W_enc's are held per latent, [.., d_in] rows, like W_dec's.
+    """Gradients of every parameter, None of frozen weights; W_enc's are held per latent, [.., d_in] rows, like W_dec's.
 
     Those of the auxiliary loss, on dead latents alone, are to be added: a list of one or none.
     """
 
-    W_enc: EntryGradient
+    W_enc: EntryGradient | None
     aux_enc: list[RowGradient]
     b_enc: Tensor
-    W_dec: EntryGradient
+    W_dec: EntryGradient | None
     aux_dec: list[RowGradient]
     b_dec: Tensor
     threshold: Tensor | None = None
+
+    def rows(self) -> dict[str, tuple[EntryGradient, list[RowGradient]]]:
+        """Those of the matrices that learn."""
+        named = {"W_enc": (self.W_enc, self.aux_enc), "W_dec": (self.W_dec, self.aux_dec)}
+        return {name: (gradient, aux) for name, (gradient, aux) in named.items() if gradient is not None}
 
     def vectors(self) -> dict[str, Tensor]:
         """Those of all that is no matrix."""
@@ -60,11 +65,12 @@ def loss_and_gradients(
     dead: DeadLatents,
     auxk_alpha: float,
     penalty: Penalty | None = None,
+    frozen: str | None = None,
 ) -> tuple[Tensor, Losses, Gradients]:
     """Of one batch and its codes, on a CPU: losses, and the gradient of every parameter. docs/recipe.md section 1.
 
     mse = mean over Matryoshka prefixes (one prefix otherwise) of mean_b ||x - x_hat_g||^2: divided by the number of
-    groups once; the paper's code divides twice.
+    groups once; the paper's code divides twice. frozen: W_enc or W_dec, whose gradient is not made.
 
     Returns:
         x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected). The next call on this thread
@@ -77,12 +83,14 @@ def loss_and_gradients(
 
     centred_BD = _centred(x_BD, b_dec)
     suffix_RD = suffix_BGD.flatten(0, 1)
-    dW_enc, dW_dec, db_enc, dtheta = _latent_gradients(sae, codes, bag_offsets, centred_BD, suffix_RD, penalty)
+    entries = codes, bag_offsets, centred_BD, suffix_RD
+    dW_enc, dW_dec, db_enc, dtheta = _latent_gradients(sae, *entries, penalty, frozen)
 
-    aux = auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha)
-    aux_loss, aux_enc, aux_dec = mse.new_zeros(()), [], []
+    aux = auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, frozen)
+    aux_loss, aux_enc, aux_dec = mse.new_zeros(()), list[RowGradient](), list[RowGradient]()
     if aux is not None:
-        aux_loss, aux_enc, aux_dec = aux.loss, [aux.W_enc], [aux.W_dec]
+        aux_loss = aux.loss
+        aux_enc, aux_dec = ([] if rows is None else [rows] for rows in (aux.W_enc, aux.W_dec))
         db_enc.index_add_(0, dead.latents_A, aux.b_enc_A)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
     overall = mse + auxk_alpha * aux_loss
@@ -150,19 +158,21 @@ def _latent_gradients(
     centred_BD: Tensor,
     suffix_RD: Tensor,
     penalty: Penalty | None,
-) -> tuple[EntryGradient, EntryGradient, Tensor, Tensor | None]:
+    frozen: str | None,
+) -> tuple[EntryGradient | None, EntryGradient | None, Tensor, Tensor | None]:
     """dW_enc, dW_dec, db_enc [d_sae] and that of thresholds, from one sort of the entries by latent."""
     acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
     bags_M = entry_rows(codes.top_indices, bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
     rows_M, W_dec = bags_M // len(sae.config.group_ends), sae.W_dec.detach()
     dots_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
     dacts_M = torch.where(acts_M > 0, dots_M, 0)
-    dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, dacts_M)
+    projected = acts_M, bags_M, offsets_S1, suffix_RD, dacts_M
+    dW_dec = None if frozen == "W_dec" else entry_gradient(*projected)
     dtheta = None
     if penalty is not None:
         dacts_M = penalty.of_acts(acts_M, dots_M)
         dtheta = penalty.band and penalty.band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1)
-    dW_enc = entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
+    dW_enc = None if frozen == "W_enc" else entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
     one = dacts_M.new_ones(1, 1)
     db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
     return dW_enc, dW_dec, db_enc, dtheta

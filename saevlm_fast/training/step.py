@@ -16,11 +16,11 @@ from saevlm_fast.kernels.latent_gradient import (
     RowGradient,
     clip_coefficient,
 )
-from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
+from saevlm_fast.kernels.latent_update import AdamSettings, Cone, adam_, latent_update_
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder, first_rows
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
@@ -51,6 +51,7 @@ class Stepper:
         idle_S: rows seen since each latent last fired, int64.
         n_steps: steps done. bad_step: first step with a non-finite loss, -1 if none (0-d, on the device).
         n_listed: on a GPU, length of the announced step's padded list of dead latents.
+        cone: where the decoder's rows are held, of a soft-frozen control: around those that config.seed begins with.
 
     What changes from step to step reaches the device in `announce` alone, and `device_step` reads nothing else that
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
@@ -84,7 +85,15 @@ class Stepper:
         self._low_of: tuple[Tensor, int] | None = None  # sae.W_enc and its version, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
+        self.cone = self._cone()
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
+
+    def _cone(self) -> Cone | None:
+        """Kept beside the weights: to draw its rows anew takes a tenth to a third of a step (docs/decisions.md)."""
+        if self.config.control != "soft-frozen":
+            return None
+        rows_SD = first_rows(self.sae.config, self.config.seed)
+        return Cone(rows_SD.to(self.sae.W_dec.device, self.sae.W_dec.dtype), self.config.least_cosine)
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
@@ -125,7 +134,8 @@ class Stepper:
         dead = self._dead_latents()
         if penalty is not None and (x_BD.is_cuda or is_dense(codes)):
             return self._whole_step(x_BD, codes, dead, penalty)
-        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.auxk_alpha, penalty)
+        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen
+        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, *given)
         self._note_bad(losses)
         self._update(gradients)
         return StepOutput(losses, x_hat_BD, codes, dead.number)
@@ -136,10 +146,11 @@ class Stepper:
 
     def _whole_step(self, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, penalty: Penalty) -> StepOutput:
         """The same on any device, of a penalised SAE."""
-        x_hat_BD, numbers, gradients = whole_gradients(self.sae, x_BD, codes, dead, self.auxk_alpha, penalty)
+        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen
+        x_hat_BD, numbers, gradients = whole_gradients(self.sae, x_BD, *given)
         losses = Losses(*numbers)
         self._note_bad(losses)
-        update_(self.parameters(), self.moments, gradients, self.config.clip_norm, self._adam())
+        update_(self.parameters(), self.moments, gradients, self.config.clip_norm, self._adam(), self.cone)
         self._clamp_threshold()
         return StepOutput(losses, x_hat_BD, codes, dead.number)
 
@@ -154,7 +165,7 @@ class Stepper:
 
         low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.known_k) else None
         counters = self.step_index, self.bad_step, self.adam_schedule
-        state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low)
+        state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
         with torch.cuda.device_of(x_BD):
             codes, centred = gpu_encode(self.sae, x_BD, low)
             x_hat_BD, losses, dead = gpu_step(self.sae, self.config, state, x_BD, codes, centred, self._dead_latents)
@@ -237,7 +248,7 @@ class Stepper:
         return DeadLatents(latents_A, dead_S.sum())
 
     def _update(self, gradients: Gradients) -> None:
-        rows = {"W_enc": (gradients.W_enc, gradients.aux_enc), "W_dec": (gradients.W_dec, gradients.aux_dec)}
+        rows = gradients.rows()
         parts: list[EntryGradient | RowGradient] = []
         for gradient, aux in rows.values():
             parts += [gradient, *aux]
@@ -245,7 +256,9 @@ class Stepper:
         clip = clip_coefficient(parts, list(vectors.values()), self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
         for name, (gradient, aux) in rows.items():
-            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec")
+            decoder = name == "W_dec"
+            cone = self.cone if decoder else None
+            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, decoder, cone)
         for name, gradient_vector in vectors.items():
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
         self._clamp_threshold()
