@@ -69,7 +69,8 @@ def held_in_cone(w, first, COSINE: tl.constexpr, SINE: tl.constexpr):
     cosine = tl.sum(w * first, axis=0)
     across = w - cosine * first
     length = tl.sqrt(tl.sum(across * across, axis=0))
-    edge = tl.where(length == 0, first, COSINE * first + SINE * across / length)
+    edge = COSINE * first + SINE * across / tl.where(length == 0, 1.0, length)
+    edge = tl.where(length == 0, first, edge)
     return tl.where(cosine < COSINE, edge, w)
 
 

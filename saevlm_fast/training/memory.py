@@ -56,7 +56,10 @@ def rows_go_to_device(
     if data_on == "host" or (data_on == "auto" and device.type == "cpu"):
         return False
     rows = activations.n_rows * activations.d * activations.kept_dtype.itemsize
-    training, free = training_memory(sae, min(config.batch_size, activations.n_rows), config.control), free_memory(device)
+    training, free = (
+        training_memory(sae, min(config.batch_size, activations.n_rows), config.control),
+        free_memory(device),
+    )
     fits = free is None or rows + training <= free
     require(
         fits or data_on == "auto",

@@ -39,13 +39,15 @@ def gpu_step(stepper, x):
 
 
 def check_steps(step, stepper, dense, data, n_steps, tolerance=1e-9, rows=61):
-    first = {name: p.clone() for name, p in stepper.parameters().items()}
+    first, n_dead = {name: p.clone() for name, p in stepper.parameters().items()}, 0
     for start in range(0, n_steps * rows, rows):
         x = data[start : start + rows]
         loss, expected = float(step(stepper, x).losses.overall), dense.step(x)
         if stepper.sae.config.architecture == "relu":  # whose auxiliary loss has no gradient and is not counted
             expected -= float(dense.aux.detach())
         assert loss == pytest.approx(expected, rel=tolerance)
+        n_dead = max(n_dead, dense.n_dead)
+    assert n_dead > 0, "the auxiliary loss was not tried"
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         found, expected = getattr(stepper.sae, name), getattr(dense, name)
         torch.testing.assert_close(found.detach(), expected.detach(), atol=tolerance, rtol=tolerance)
@@ -53,7 +55,7 @@ def check_steps(step, stepper, dense, data, n_steps, tolerance=1e-9, rows=61):
     for name, parameter in stepper.parameters().items():
         assert torch.equal(parameter, first[name]) == (name == frozen), name
     if stepper.config.control == "soft-frozen":
-        cosine_S = (stepper.sae.W_dec * first["W_dec"]).sum(1)
+        cosine_S = (stepper.sae.W_dec.detach() * first["W_dec"]).sum(1)
         assert float(cosine_S.min()) >= COSINE - 1e-12
         assert float(cosine_S.min()) < COSINE + 1e-9, "no row came to the edge"
 
@@ -65,7 +67,6 @@ def test_steps_are_the_dense_steps(control, architecture, monkeypatch):
         monkeypatch.setattr(latent_gradient, "_BLOCK_BYTES", 500)
     stepper, dense, data = make(architecture, control, dead_after=150)
     check_steps(Stepper.step, stepper, dense, data, 30)
-    assert dense.n_dead > 0
 
 
 @pytest.mark.parametrize("path", penalised.PATHS)
@@ -79,8 +80,10 @@ def test_penalised_steps_are_the_dense_steps(control, architecture, path, monkey
     if architecture == "jumprelu":
         for never in (stepper.sae.threshold, dense.theta):
             never.data[::5] = 9.0
+    if architecture == "relu":
+        for never in (stepper.sae.b_enc, dense.b_enc):
+            never.data[::5] = -9.0
     check_steps(step or Stepper.step, stepper, dense, data, 30)
-    assert architecture == "relu" or dense.n_dead > 0
 
 
 @pytest.mark.parametrize(
