@@ -65,7 +65,7 @@ def moved(
 
 @triton.jit
 def held_in_cone(w, first, COSINE: tl.constexpr, SINE: tl.constexpr):
-    """A unit row, or the nearest one whose cosine with a first one is COSINE if its own is less (latent_update.Cone)."""
+    """A unit row; if its cosine with a first one is below COSINE, the nearest of that cosine (latent_update.Cone)."""
     cosine = tl.sum(w * first, axis=0)
     across = w - cosine * first
     length = tl.sqrt(tl.sum(across * across, axis=0))
