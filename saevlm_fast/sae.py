@@ -87,9 +87,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
         """Random unit decoder rows, W_enc = W_dec^T, zero biases. Drawn on the CPU: one seed, one SAE on any device."""
-        generator = torch.Generator().manual_seed(seed)
-        rows_SD = torch.randn(self.config.d_sae, self.config.d_in, generator=generator, dtype=torch.float64)
-        rows_SD /= rows_SD.norm(dim=1, keepdim=True)
+        rows_SD = first_rows(self.config, seed)
         self.W_dec.copy_(rows_SD)
         self.W_enc.copy_(rows_SD.T)
         self.b_enc.zero_()
@@ -331,6 +329,14 @@ def _config_of(described: PlainSAE | Header) -> SAEConfig:
         described.input_norm,
         described.eps if described.input_norm == "layer_norm" else SAEConfig.eps,
     )
+
+
+def first_rows(config: SAEConfig, seed: int) -> Tensor:
+    """The decoder rows that a seed begins with: random unit rows [d_sae, d_in], float64 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    rows_SD = torch.randn(config.d_sae, config.d_in, generator=generator, dtype=torch.float64)
+    rows_SD /= rows_SD.norm(dim=1, keepdim=True)
+    return rows_SD
 
 
 def check_sae(sae: object, name: str = "sae") -> None:

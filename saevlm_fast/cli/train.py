@@ -90,9 +90,10 @@ class Run:
         """For people."""
         sae, config = self.sae, self.config
         k = "" if sae.k is None else f", k = {sae.k}"
+        control = "" if config.control is None else f"control {config.control}: "
         return (
-            f"{sae.architecture} SAE {sae.d_in} -> {sae.d_sae}{k}, on {self.n_rows:,} rows; {config.steps:,} "
-            f"steps of {self.batch_size:,}, lr {config.peak_lr(sae.d_sae):.3g}, {self.path}"
+            f"{control}{sae.architecture} SAE {sae.d_in} -> {sae.d_sae}{k}, on {self.n_rows:,} rows; "
+            f"{config.n_steps:,} steps of {self.batch_size:,}, lr {config.peak_lr(sae.d_sae):.3g}, {self.path}"
         )
 
 
@@ -135,12 +136,12 @@ def plan(options: TrainArguments) -> Plan:
     checkpoint = latest_checkpoint(workplace(options.output)) if options.resume else None
     figures = {
         "rows": n_rows,
-        "steps": config.steps,
-        "epochs": config.steps * run.batch_size / n_rows,
+        "steps": config.n_steps,
+        "epochs": config.n_steps * run.batch_size / n_rows,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "resumes_at": checkpoint.name if checkpoint else None,
-        **memory_figures(device, training_memory(sae, run.batch_size)),
+        **memory_figures(device, training_memory(sae, run.batch_size, config.control)),
         **disk_figures(options.output, training_disk(sae)),
         **replaced_figures(options.output, options.force),
         **time_figures(sae, config, n_rows, device),
@@ -194,7 +195,7 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         checkpoint = latest_checkpoint(workplace(output))
         what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
         say(f"resume: {output}: {what}")
-        if checkpoint and checkpoint.name == f"step_{config.steps:08d}":
+        if checkpoint and checkpoint.name == f"step_{config.n_steps:08d}":
             say("all steps are done: the SAE is evaluated again; for another run give another output, or --force")
     record = Record(
         "train",
@@ -206,7 +207,7 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         lr=config.peak_lr(sae.d_sae),
         warmup=config.n_warmup,
     )
-    with TrainBar(config.steps) as bar:
+    with TrainBar(config.n_steps) as bar:
 
         def on_step(step: int) -> None:
             record.write()
@@ -234,7 +235,8 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "k": sae.k,
-        "steps": config.steps,
+        "steps": config.n_steps,
+        "control": config.control,
         "evaluation": {"rows": rows, "of": kind, **metrics},
     }
 

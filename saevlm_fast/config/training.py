@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from saevlm_fast.config.common import DEVICE_HELP, PENALISED, SELECTING, DataOn
+from saevlm_fast.config.common import DEVICE_HELP, PENALISED, SELECTING, Control, DataOn
 from saevlm_fast.config.sae import SAEConfig
 from saevlm_fast.errors import require
 from saevlm_fast.settings import Settings, number_or_auto, numbers, setting
@@ -17,6 +17,8 @@ class TrainConfig(Settings):
 
     title = "Training"
     removed: ClassVar = {"dtype": "float32"}  # of the encoder product
+    # Recorded where they were given alone: runs of before have none of them.
+    OPTIONAL: ClassVar = ("l1", "target_l0", "bandwidth", "sparsity_warmup", "control", "control_cosine")
     steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
     batch_size: int = setting(
         4096,
@@ -118,6 +120,21 @@ class TrainConfig(Settings):
         on_command_line=False,
     )
     seed: int = setting(0, help="Seed of the initial weights and of the order of the rows.", at_least=0)
+    control: Control | None = setting(
+        None,
+        help="Train a control instead, which cannot learn one thing: frozen-decoder (W_dec stays as it began), "
+        "soft-frozen (its rows stay near that), frozen-encoder (W_enc stays), untrained (no step is taken), shuffled "
+        "(every dimension from other rows). docs/how-to/controls.md.",
+        shown="none",
+    )
+    control_cosine: float | None = setting(
+        None,
+        help="Least cosine of a soft-frozen decoder's rows with those that they began as.",
+        shown="0.8",
+        at_least=0,
+        below=1,
+        must="in [0, 1)",
+    )
 
     def check(self) -> None:
         super().check()
@@ -142,8 +159,30 @@ class TrainConfig(Settings):
             self.target_l0 is None or self.target_l0 <= sae.d_sae,
             f"target_l0: {self.target_l0} must be at most d_sae = {sae.d_sae}",
         )
+        self._check_control(sae)
         require(sae.architecture not in SELECTING or sae.k is not None, f"k: needed to train a {sae.architecture} SAE")
         require(sae.input_norm == "none", f"input_norm: {sae.input_norm} is of SAEs trained elsewhere, none is trained")
+
+    def _check_control(self, sae: SAEConfig) -> None:
+        soft = self.control_cosine is None or self.control == "soft-frozen"
+        require(soft, f"control_cosine: {self.control_cosine} is of --control soft-frozen, not of {self.control}")
+        untrained = self.control == "untrained" and sae.architecture == "relu"
+        require(not untrained, "control: untrained has its threshold set for an L0, and a relu SAE has no threshold")
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that are taken: `steps`, or none of an untrained control."""
+        return 0 if self.control == "untrained" else self.steps
+
+    @property
+    def frozen(self) -> str | None:
+        """The weights that no step changes, by name."""
+        return {"frozen-decoder": "W_dec", "frozen-encoder": "W_enc"}.get(self.control or "")
+
+    @property
+    def least_cosine(self) -> float:
+        """control_cosine, 0.8 unless it is given."""
+        return 0.8 if self.control_cosine is None else self.control_cosine
 
     @property
     def l1_weight(self) -> float:
@@ -190,19 +229,20 @@ class TrainConfig(Settings):
             "relu": {"l1": self.l1_weight},
             "jumprelu": {"target_l0": self.wanted_l0, "bandwidth": self.ste_bandwidth},
         }
-        found = asdict(self) | {"lr": self.peak_lr(sae.d_sae), "warmup_steps": self.n_warmup}
+        found = asdict(self) | {"lr": self.peak_lr(sae.d_sae), "warmup_steps": self.n_warmup, "steps": self.n_steps}
         found |= penalty.get(sae.architecture, {})
         if sae.architecture in PENALISED:
             found["sparsity_warmup"] = self.n_sparsity_warmup
+        if self.control == "soft-frozen":
+            found["control_cosine"] = self.least_cosine
         unused = {"relu": {"auxk_alpha"}}.get(sae.architecture, set())
         if sae.architecture not in ("batch_topk", "matryoshka"):
             unused |= {"threshold_start", "threshold_beta"}
         return {name: value for name, value in found.items() if value is not None and name not in unused}
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON; settings of one architecture alone are there if they were given."""
-        alone = ("l1", "target_l0", "bandwidth", "sparsity_warmup")
-        return {name: value for name, value in asdict(self).items() if value is not None or name not in alone}
+        """A plain dict for JSON; settings of one architecture or of controls alone are there if they were given."""
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in self.OPTIONAL}
 
 
 @dataclass(frozen=True)

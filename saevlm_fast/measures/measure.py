@@ -216,9 +216,8 @@ def _recipe(sae: SparseAutoencoder) -> dict[str, Any]:
 
 def control_of(sae: SparseAutoencoder) -> str | None:
     """Which control an SAE was trained as, by its record; None if it is an SAE proper."""
-    control = _recipe(sae).get("control")
-    if isinstance(control, str):
-        return control
+    if sae.config.control is not None:
+        return sae.config.control
     source = sae.config.metadata.get("source")
     model = source.get("model") if isinstance(source, dict) else None
     return RANDOM_WEIGHTS if isinstance(model, dict) and model.get("random_weights") else None

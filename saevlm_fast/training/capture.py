@@ -128,7 +128,8 @@ class CapturedSteps:
         stepper = self.stepper
         state = [*stepper.parameters().values(), *(t for pair in stepper.moments.values() for t in pair)]
         counters = stepper.idle_S, stepper.sae.threshold, stepper.bad_step, stepper.step_index, stepper.adam_schedule
-        return [t.data_ptr() for t in (*state, *counters, *(stepper.low or ()))]
+        cone = [] if stepper.cone is None else [stepper.cone.rows_SD]
+        return [t.data_ptr() for t in (*state, *counters, *(stepper.low or ()), *cone)]
 
     def _capture(self, x_BD: Tensor) -> _Captured | None:
         """The announced step, recorded and not taken. None, and no further attempt: it cannot be.

@@ -170,7 +170,8 @@ class RunDirectory:
         settings = state.settings(sampled=resumed and DATA_DIGEST not in read_settings(self.path)["data"])
         if resumed:
             state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
-            check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
+            everything = settings | {"train": dict.fromkeys(state.config.OPTIONAL) | settings["train"]}
+            check_same_settings(self.path / RUN_FILE, everything, free=("path",))  # data may move
             for name in FILES:  # and no others': a score may be written beside them meanwhile
                 remove_leftovers_of(self.path / name)
             remove_leftovers(self.path / CHECKPOINTS)
@@ -191,7 +192,7 @@ class RunDirectory:
         if checkpoint is None:
             (self.path / METRICS_FILE).unlink(missing_ok=True)
         (self.path / METRICS_DIGEST_FILE).unlink(missing_ok=True)
-        self.cadence = Cadence(self.checkpoint_every, state.config.steps, state.stepper.n_steps)
+        self.cadence = Cadence(self.checkpoint_every, state.config.n_steps, state.stepper.n_steps)
 
     def _truncate_metrics(self, n_steps: int) -> None:
         """Drop logged steps that the resumed run is about to repeat."""
@@ -228,7 +229,7 @@ class RunDirectory:
             Interrupted: after the checkpoint, if `interrupted`.
         """
         step = state.stepper.n_steps
-        last = step == state.config.steps
+        last = step == state.config.n_steps
         if self.cadence.due(step) or last or interrupted:
             state.check_loss(self.kept)
             with self.cadence.writing(step):

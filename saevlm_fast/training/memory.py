@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
 
 
-def training_memory(sae: "SAEConfig", batch_size: int) -> int:
+def training_memory(sae: "SAEConfig", batch_size: int, control: str | None = None) -> int:
     """Weights, two moments and gradients in float32, and the batch with its reconstruction and pre-activations.
 
     Half of the latents of a relu or jumprelu SAE fire at first: some 64 bytes for each of these entries (measured).
+    A soft-frozen control keeps the decoder that it began with.
     """
     entries = 8 * sae.d_sae if sae.architecture in PENALISED else 0
-    return 4 * (4 * sae_numbers(sae) + batch_size * (4 * sae.d_in + sae.d_sae + entries))
+    first = sae.d_in * sae.d_sae if control == "soft-frozen" else 0
+    return 4 * (first + 4 * sae_numbers(sae) + batch_size * (4 * sae.d_in + sae.d_sae + entries))
 
 
 def sae_numbers(sae: "SAEConfig") -> int:
@@ -54,7 +56,10 @@ def rows_go_to_device(
     if data_on == "host" or (data_on == "auto" and device.type == "cpu"):
         return False
     rows = activations.n_rows * activations.d * activations.kept_dtype.itemsize
-    training, free = training_memory(sae, min(config.batch_size, activations.n_rows)), free_memory(device)
+    training, free = (
+        training_memory(sae, min(config.batch_size, activations.n_rows), config.control),
+        free_memory(device),
+    )
     fits = free is None or rows + training <= free
     require(
         fits or data_on == "auto",

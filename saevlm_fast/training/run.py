@@ -64,7 +64,7 @@ def train(
     """
     config, options = _with_settings(config, options, settings)
     activations, evaluated = _fitting(activations, validation, sae_config)
-    line = ProgressLine(config.steps)
+    line = ProgressLine(config.n_steps)
     if progress:
         on_log, on_note = _both(line.log, on_log), _both(line.note, on_note)
     kept = _kept(options)
@@ -85,7 +85,7 @@ def train(
             sae = state.export()
             kept.save(sae)
         metrics = _evaluated(sae, evaluated, kept)
-        kept.finish(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
+        kept.finish(config.n_steps, {f"eval/{name}": value for name, value in metrics.items()})
     return sae, metrics
 
 
@@ -149,7 +149,7 @@ class NothingKept:
 
     def after_step(self, state: TrainingState, interrupted: bool) -> None:
         """Interrupted: if `interrupted`. ValueError: after the last step, a weight that is not finite."""
-        if state.stepper.n_steps == state.config.steps:
+        if state.stepper.n_steps == state.config.n_steps:
             state.checked_tensors(self.kept)
         if interrupted:
             raise Interrupted(f"interrupted after step {state.stepper.n_steps}; {self.kept()}: there is no output")
@@ -184,7 +184,7 @@ def _steps(
     interrupted: threading.Event,
 ) -> None:
     """All remaining steps, with logs and checkpoints. A GPU is waited for at these alone."""
-    stepper, n_steps = state.stepper, state.config.steps
+    stepper, n_steps = state.stepper, state.config.n_steps
     steps = CapturedSteps(stepper, options.capture)
     log_every = options.log_every or max(1, min(100, n_steps // 100))
     with closing(state.batches(stepper.n_steps, n_steps - stepper.n_steps)) as remaining:

@@ -19,9 +19,11 @@ from saevlm_fast.data.device import ResidentRows, uploaded_batches
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
+from saevlm_fast.kernels.topk_encode import batch_topk_encode
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
+from saevlm_fast.training.control import shuffled
 from saevlm_fast.training.memory import rows_go_to_device
-from saevlm_fast.training.step import Stepper, smallest_positive
+from saevlm_fast.training.step import Stepper
 
 _CALIBRATION_ROWS = 4096
 DATA_DIGEST, SAMPLED = "digest of the activations", "fingerprint of the activations"
@@ -82,7 +84,17 @@ class TrainingState:
         looked for. On a GPU a batch is overwritten while later ones are asked for.
 
         A store is compared with its digests first: the rows are in random order, so the first batch is of every shard.
+        Of a shuffled control, every batch is shuffled (control.py).
         """
+        stream = self._stored_batches(start_step, n_steps, announce)
+        return self._shuffled(stream, start_step) if self.config.control == "shuffled" else stream
+
+    def _shuffled(self, stream: Generator[Tensor, None, None], start_step: int) -> Generator[Tensor, None, None]:
+        with closing(stream):
+            for step, x_BD in enumerate(stream, start_step):
+                yield shuffled(x_BD, self.config.seed, step)
+
+    def _stored_batches(self, start_step: int, n_steps: int, announce: bool) -> Generator[Tensor, None, None]:
         self.activations.check_whole()
         if self.on_device:
             if self._resident is None:
@@ -114,9 +126,11 @@ class TrainingState:
             raise diverged(f"loss: NaN or inf at step {bad + 1}", kept())
 
     def export(self) -> SparseAutoencoder:
-        """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started)."""
+        """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started, or if
+        no step moves those of jumprelu: an untrained control)."""
         sae = deepcopy(self.stepper.sae)
-        if sae.config.architecture in CALIBRATED and float(sae.threshold) < 0:
+        untrained = sae.config.architecture == "jumprelu" and self.config.control == "untrained"
+        if untrained or (sae.config.architecture in CALIBRATED and float(sae.threshold) < 0):
             sae.threshold.fill_(self._calibrated_threshold())
         sae.scale_biases_(self.norm_factor)
         return with_metadata(
@@ -130,11 +144,16 @@ class TrainingState:
 
     @torch.no_grad()
     def _calibrated_threshold(self) -> float:
-        """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average."""
+        """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average, or
+        the target L0 of a jumprelu SAE."""
         n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
         x_BD = torch.cat([self.normalised(x_BD) for x_BD in self.batches(0, n_batches, announce=False)])
-        codes = self.stepper.sae.encode(x_BD, use_threshold=False)
-        return float(smallest_positive(codes.top_acts)) * (1 - 1e-6)  # ties at the cut are kept
+        sae = self.stepper.sae
+        l0 = self.config.wanted_l0 if sae.config.k is None else sae.config.k
+        acts_M, _, _ = batch_topk_encode(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, math.ceil(l0))
+        kept = acts_M[acts_M > 0]
+        n_kept = min(round(l0 * len(x_BD)), len(kept))
+        return float(kept.topk(n_kept).values.min()) * (1 - 1e-6) if n_kept else 0.0  # ties at the cut are kept
 
     # What a checkpoint holds, and what a resumed run must have in common with it -------------------------------------
 
@@ -160,8 +179,8 @@ class TrainingState:
         """Goes on from `tensors` as they were after step n_steps. ValueError: they cannot be of this run."""
         stepper = self.stepper
         rows = min(self.config.batch_size, self.activations.n_rows)
-        sound = 0 <= n_steps <= self.config.steps and n_rows_seen == n_steps * rows
-        require(sound, f"it says {n_steps} steps and {n_rows_seen} rows, of {self.config.steps} steps of {rows} rows")
+        sound = 0 <= n_steps <= self.config.n_steps and n_rows_seen == n_steps * rows
+        require(sound, f"it says {n_steps} steps and {n_rows_seen} rows, of {self.config.n_steps} steps of {rows} rows")
         expected = self.tensors()
         for name in sorted(expected.keys() | tensors.keys()):
             there = name in expected and name in tensors

@@ -10,9 +10,10 @@ from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import any_device
 from saevlm_fast.training.dead_latents import DeadLatents
+from saevlm_fast.training.gradients import loss_and_gradients
 from saevlm_fast.training.penalty import encode_penalised
 from saevlm_fast.training.state import geometric_median
-from saevlm_fast.training.step import Stepper, loss_and_gradients
+from saevlm_fast.training.step import Stepper
 
 RECIPES = {
     "relu": {"l1": 0.05, "sparsity_warmup": 7},
