@@ -66,9 +66,25 @@
       app.set({ sort: key, desc: app.state.sort === key ? !app.state.desc : !["latent", "name", "class"].includes(key) });
     },
     link: (latent, number) => `${location.href.split("#")[0]}#${number ? `sae=${number}&` : ""}latent=${latent}`,
-    steer(sae, latent) {
+    steer(sae, latent, share = 1) {
       const max = sae.column.max ? sae.column.max[latent] : NaN;
-      return sae.steer.replace(/LATENT --alpha ALPHA$/, `${latent} --alpha ${Number.isFinite(max) ? max.toPrecision(3) : "10"}`);
+      const alpha = Number(((Number.isFinite(max) ? max : 10) * share).toPrecision(3));
+      return sae.steer.replace(/LATENT --alpha ALPHA$/, `${latent} --alpha ${alpha}`);
+    },
+    // A file of the stars, with what the page knows of their latents.
+    exportStars() {
+      const saes = index.saes.map((sae, number) => ({ name: sae.name, path: sae.path, latents: [...app.favourites(number)].map((latent) => ({
+        latent, name: app.nameOf(sae, latent), ...Object.fromEntries(sae.measures.map((m) => [m.key, sae.column[m.key][latent]]).filter(([, value]) => Number.isFinite(value))) })) }));
+      app.save("stars.json", { format: "saevlm-fast stars", title: index.title, saes });
+    },
+    save(name, value) {
+      const url = URL.createObjectURL(new Blob([JSON.stringify(value, null, 1)], { type: "application/json" }));
+      const link = el("a", { href: url, download: name });
+      document.body.append(link);
+      link.click();
+      link.remove();
+      setTimeout(() => URL.revokeObjectURL(url), 1000);
+      tell(`Saved ${name}`, true);
     },
     async copy(text, what) {
       try {
