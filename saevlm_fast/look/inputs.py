@@ -92,9 +92,9 @@ def _encodable(
         return None
     path, codes = str(activations.path), tables[key]
     tables[path] = tables.get(path) or image_table(activations)
-    same = tables[path].n_images == codes.n_images
-    if same and tables[path].ids is not None and codes.ids is not None:
-        same = tables[path].ids.equals(codes.ids)
+    same, ids = tables[path].n_images == codes.n_images, tables[path].ids
+    if same and ids is not None and codes.ids is not None:
+        same = ids.equals(codes.ids)
     require(same, f"codes: {key} are not of the images of {path}, in their order")
     return activations, tables[path]
 

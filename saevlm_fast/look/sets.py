@@ -62,6 +62,6 @@ def _kept(tops: list[TopImages], n_images: int) -> KeptCodes:
     images_TP = np.array([top.images[:TOP].numpy() for top in full], np.int32).reshape(-1, TOP)
     acts_TP = np.array([top.acts[:TOP].numpy() for top in full], np.float32).reshape(-1, TOP)
     order_TP = images_TP.argsort(axis=1)
-    images_TP, acts_TP = (np.take_along_axis(each, order_TP, axis=1) for each in (images_TP, acts_TP))
+    acts_TP, images_TP = np.take_along_axis(acts_TP, order_TP, axis=1), np.sort(images_TP, axis=1)
     offsets_S1 = np.concatenate([[0], counts_S.cumsum()]).astype(np.int64)
     return KeptCodes(acts_TP.reshape(-1), images_TP.reshape(-1), offsets_S1, n_images)
