@@ -23,6 +23,7 @@ from saevlm_fast.look.near import Near, look_near
 from saevlm_fast.look.neighbours import CoFiring, Neighbours, co_firing, decoder_neighbours
 from saevlm_fast.look.sets import TopSets, top_sets
 from saevlm_fast.look.settings import ReportSettings
+from saevlm_fast.look.shown import Shown, shown_pairs
 from saevlm_fast.look.spill import Spill
 from saevlm_fast.look.stats import LatentStats, latent_stats
 from saevlm_fast.measures.codes import TOP
@@ -33,7 +34,6 @@ from saevlm_fast.sparse_codes import SparseCodes
 
 N_NEIGHBOURS = 6
 MOST_CLASSES = 2000
-_DENSE = 1 << 24  # numbers of a dense block of images x latents
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,6 @@ class Classes:
     names: list[str]
     class_N: Tensor
     share_C: np.ndarray
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The pairs of latent and image that a page shows: pair w is image images_W[w], acts_W its activation; of latent
-    k's top images and bands (low to high) the pairs are tops[k] and bands[k][band]."""
-
-    images_W: np.ndarray
-    latents_W: np.ndarray
-    acts_W: np.ndarray
-    tops: list[np.ndarray]
-    bands: list[list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -137,7 +125,7 @@ def look_at(
     n_top, n_band = max(settings.n, TOP), max(settings.per_band, 1)
     stats = latent_stats(of_images, n_top, n_band, class_N, len(names), on_step("count"))
     sets = top_sets(stats.tops, stats.n_images, None if class_N is None else class_N.numpy(), names, taxonomy)
-    shown = _shown(stats, of_images, size, settings.n, settings.per_band)
+    shown = shown_pairs(stats.tops.first(settings.n), stats.bands.first(settings.per_band), of_images)
     density_S, row_max_S = _of_rows(of_rows.chunks() if of_rows is not None else subject.rows.chunks(batch_rows), size)
     grid = patch_grid(subject.rows.source, subject.table)
     heat = None
@@ -208,31 +196,6 @@ def _classes(labels: pa.Array | None) -> Classes | None:
     class_N = torch.from_numpy(found.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64))
     counts = torch.bincount(class_N[class_N >= 0], minlength=n_classes).double().numpy()
     return Classes(found.dictionary.to_pylist(), class_N, counts / counts.sum())
-
-
-def _shown(stats: LatentStats, codes: Spill, size: int, n_top: int, n_band: int) -> Shown:
-    """Top images and bands as pairs, sorted by image, each once, with their activations."""
-    lists = [top.images.numpy()[:n_top] for top in stats.tops]
-    per_band = [band.images.numpy()[:n_band] for band in stats.bands]
-    latents = np.repeat(np.arange(size), [len(each) for each in lists])
-    in_bands = np.repeat(np.arange(len(per_band)) // (len(per_band) // size), [len(each) for each in per_band])
-    nothing = np.empty(0, np.int64)
-    keys = np.concatenate([nothing, *lists, *per_band]) * size + np.concatenate([latents, in_bands]).astype(np.int64)
-    pairs, places = np.unique(keys, return_inverse=True)
-    images_W, latents_W = pairs // size, pairs % size
-    acts_W, first = np.zeros(len(pairs), np.float32), np.searchsorted(images_W, np.arange(codes.n_rows + 1))
-    for start, chunk in codes.chunks(max(1, _DENSE // size)):
-        acts_M, latents_M, _ = chunk.csr()
-        mine = slice(first[start], first[start + chunk.n_rows])
-        pair_of = np.full(chunk.n_rows * size, -1, np.int32)
-        pair_of[(images_W[mine] - start) * size + latents_W[mine]] = np.arange(mine.start, mine.stop)
-        found = pair_of[chunk.entry_rows().numpy() * size + latents_M.numpy()]
-        acts_W[found[found >= 0]] = acts_M.numpy()[found >= 0]
-    cuts = np.cumsum([len(each) for each in (*lists, *per_band)])[:-1]
-    parts = np.split(places, cuts)
-    n_bands = len(per_band) // size
-    bands = [parts[size + k * n_bands : size + (k + 1) * n_bands] for k in range(size)]
-    return Shown(images_W, latents_W, acts_W, parts[:size], bands)
 
 
 def checked_sizes(subject: Subject) -> None:

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ _N_CLASSES = 8
 class Panel(NamedTuple):
     """An SAE as a page has it: what was looked at, its measures, names and words, tiles of its images.
 
-    texts: of a table, by column and latent. steered: results of steering, by latent.
+    texts: of a table, by column and latent. steered: results of steering, by latent. tile_of_N: -1 for none.
     """
 
     looked: Looked
@@ -48,7 +48,11 @@ class Panel(NamedTuple):
     words: list[list[list[Any]]]
     texts: dict[str, dict[int, str]]
     steered: dict[int, dict[str, Any]]
-    tile_of: Callable[[int], int]
+    tile_of_N: np.ndarray
+
+    def tile_of(self, image: int) -> int:
+        """Of an image that is shown."""
+        return int(self.tile_of_N[image])
 
 
 def index_of(title: str, panels: list[Panel], tiles: Tiles, side: int, notes: dict[str, Any]) -> dict[str, Any]:
@@ -155,18 +159,18 @@ def chunk_of(panel: Panel, start: int) -> list[dict[str, Any]]:
 
 def _latent(panel: Panel, latent: int) -> dict[str, Any]:
     looked, stats = panel.looked, panel.looked.stats
-    found: dict[str, Any] = {"d": _beside(looked.decoder, latent)}
+    misses = [[panel.tile_of(i), short(value)] for i, value in zip(*looked.missed(latent))]
+    found: dict[str, Any] = {"d": _beside(looked.decoder, latent), "m": misses}
     if int(stats.n_active_S[latent]) == 0:
         return found
     counts = stats.band_counts[latent].tolist()
-    found |= {"t": _pictures(panel, looked.shown.tops[latent]), "s": [panel.tile_of(i) for i in stats.silent[latent]]}
-    found["b"] = [[counts[band], _pictures(panel, looked.shown.bands[latent][band])] for band in range(N_BANDS)]
+    found |= {"t": _pictures(panel, looked.shown.tops(latent)), "s": [panel.tile_of(i) for i in stats.silent[latent]]}
+    found["b"] = [[counts[band], _pictures(panel, looked.shown.band(latent, band))] for band in range(N_BANDS)]
     bins = stats.bins_SB[latent].numpy()
     filled = np.flatnonzero(bins)
     found["g"] = [int(filled[0]), bins[filled[0] : filled[-1] + 1].tolist()]
     found["f"] = _beside(looked.firing.together, latent)
     found["p"], found["k"] = _beside(looked.firing.parents, latent), _beside(looked.firing.children, latent)
-    found["m"] = [[panel.tile_of(i), short(value)] for i, value in zip(*looked.missed(latent))]
     if (nearest := int(looked.sets.nearest_S[latent])) >= 0:
         found["u"] = nearest
     if latent in panel.steered:

@@ -148,9 +148,8 @@ def _digest(rows: Activations | StoredCodes) -> str:
 def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watcher, title: str | None) -> Made:
     title = title or f"Latents of {', '.join(subject.name for subject in inputs.subjects)}"
     tiles, panels = Tiles(), []
-    for i, subject in enumerate(inputs.subjects):
+    for i in range(len(inputs.subjects)):
         panels.append(_panel(settings, inputs, i, place / "work" / f"s{i}", tiles, watcher))
-        _place_tiles(panels[-1].looked, subject, tiles)
     images = StoreImages(inputs.subjects[0].rows.source, settings.images)
     if images.problem is not None and images.wanted:
         watcher.warn(f"{images.problem}; pictures are placeholders")
@@ -199,24 +198,27 @@ def _panel(settings: ReportSettings, inputs: Inputs, i: int, work: Path, tiles: 
     finally:
         bars.close()
     own, words = names_of(names, looked.size)
-    place = lambda number: tiles.place(subject.table.name(number), number, _label(subject, number))  # noqa: E731
+    tile_of_N = _place_tiles(looked, subject, tiles)
     measures = measures_of(looked, found, scores, names, inputs.steering[i])
-    return Panel(looked, measures, own, words, texts_of(scores), steered_of(inputs.steering[i]), place)
+    return Panel(looked, measures, own, words, texts_of(scores), steered_of(inputs.steering[i]), tile_of_N)
 
 
 def _label(subject: Subject, number: int) -> str | None:
     return None if subject.labels is None else subject.labels[number].as_py()
 
 
-def _place_tiles(looked: Looked, subject: Subject, tiles: Tiles) -> None:
-    """Latent by latent: what a latent needs lies together."""
+def _place_tiles(looked: Looked, subject: Subject, tiles: Tiles) -> np.ndarray:
+    """The tile of every image, -1 for none. They lie latent by latent: what a latent needs lies together."""
+    numbers: list[np.ndarray] = [np.empty(0, np.int64)]
     for latent in range(looked.size):
-        pairs = [looked.shown.tops[latent], *reversed(looked.shown.bands[latent])]
-        numbers = [*looked.shown.images_W[np.concatenate(pairs)].tolist()]
-        if numbers:
-            numbers += looked.missed(latent)[0] + looked.stats.silent[latent]
-        for number in numbers:
-            tiles.place(subject.table.name(number), number, _label(subject, number))
+        own = looked.shown.images_W[looked.shown.all_of(latent)]
+        silent = looked.stats.silent[latent] if len(own) else []
+        numbers.append(np.concatenate([own, np.array([*looked.missed(latent)[0], *silent], np.int64)]))
+    found, first = np.unique(np.concatenate(numbers), return_index=True)
+    tile_of_N = np.full(subject.table.n_images, -1)
+    for number in found[first.argsort()].tolist():
+        tile_of_N[number] = tiles.place(subject.table.name(number), number, _label(subject, number))
+    return tile_of_N
 
 
 def _names(settings: ReportSettings, inputs: Inputs, subject: Subject, bars: "_Bars") -> pa.Table:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from saevlm_fast.errors import require
+from saevlm_fast.look.shown import Lists
 from saevlm_fast.measures.codes import TOP, KeptCodes
 from saevlm_fast.measures.hierarchy import mean_depths
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
-from saevlm_fast.scoring.top_images import TopImages
 
 
 class TopSets(NamedTuple):
@@ -31,7 +31,7 @@ class TopSets(NamedTuple):
 
 
 def top_sets(
-    tops: list[TopImages], n_images: int, class_N: np.ndarray | None, names: list[str], taxonomy: Taxonomy | None
+    tops: Lists, n_images: int, class_N: np.ndarray | None, names: list[str], taxonomy: Taxonomy | None
 ) -> TopSets:
     """From the TOP (16) first of each latent's most active images.
 
@@ -55,13 +55,12 @@ def top_sets(
     return TopSets(1 - columns["top16_jaccard"], columns["top16_nearest"], depth_S)
 
 
-def _kept(tops: list[TopImages], n_images: int) -> KeptCodes:
+def _kept(tops: Lists, n_images: int) -> KeptCodes:
     """Codes of the top images alone, of latents that have TOP."""
-    counts_S = np.array([TOP if len(top.images) >= TOP else 0 for top in tops])
-    full = [top for top in tops if len(top.images) >= TOP]
-    images_TP = np.array([top.images[:TOP].numpy() for top in full], np.int32).reshape(-1, TOP)
-    acts_TP = np.array([top.acts[:TOP].numpy() for top in full], np.float32).reshape(-1, TOP)
+    full_S = tops.counts_L >= TOP
+    places_TP = tops.offsets_L1[:-1][full_S, None] + np.arange(TOP)
+    images_TP, acts_TP = tops.images_M[places_TP].astype(np.int32), tops.acts_M[places_TP]
     order_TP = images_TP.argsort(axis=1)
     acts_TP, images_TP = np.take_along_axis(acts_TP, order_TP, axis=1), np.sort(images_TP, axis=1)
-    offsets_S1 = np.concatenate([[0], counts_S.cumsum()]).astype(np.int64)
+    offsets_S1 = np.concatenate([[0], (TOP * full_S).cumsum()]).astype(np.int64)
     return KeptCodes(acts_TP.reshape(-1), images_TP.reshape(-1), offsets_S1, n_images)

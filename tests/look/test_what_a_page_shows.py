@@ -82,7 +82,7 @@ def test_bands_are_tenths_of_the_range_and_samples_lie_in_them(dense, tmp_path):
         for band in range(N_BANDS):
             inside = ((tenth == band) & (acts > 0)).nonzero().flatten().tolist()
             assert stats.band_counts[latent, band] == len(inside)
-            found = stats.bands[latent * N_BANDS + band].images.tolist()
+            found = stats.bands[latent * N_BANDS + band].tolist()
             assert set(found) <= set(inside)
             assert len(found) == min(3, len(inside))
 
