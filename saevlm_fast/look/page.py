@@ -31,7 +31,7 @@ from saevlm_fast.sae import SparseAutoencoder
 
 CHUNK, TILES_A_CHUNK = 256, 1024
 ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("data.js", "charts.js", "pictures.js", "table.js", "latent.js", "overview.js", "main.js")
+SCRIPTS = ("data.js", "charts.js", "pictures.js", "table.js", "latent.js", "overview.js", "blind.js", "main.js")
 STYLE = "page.css"
 _N_CLASSES = 8
 
