@@ -15,7 +15,8 @@ from saevlm_fast.look.spill import Spill
 _BLOCK = 1024
 _WORK = 4e11  # multiplications that a table of co-firing may take
 _PAIRS = 1e8
-_WIDER, _SURE, _FEWEST_BOTH = 1.5, 0.5, 3  # a parent's images by its child's; how surely; on how many images both fire
+_WIDER, _SURE = 1.5, 0.5  # a parent's images by its child's; how surely it fires where the child does
+_Z = 1.959964
 
 
 class Neighbours(NamedTuple):
@@ -47,7 +48,7 @@ class CoFiring(NamedTuple):
     Attributes:
         together: by Jaccard index of the two sets of images.
         parents: that fire nearly wherever this one does, and on at least _WIDER times as many images; values: the share
-            of this one's images, less what chance would give, 1 for all.
+            of this one's images, at least (Wilson, 95 %), less what chance would give: 1 for all of very many.
         children: that fire nearly only where this one does: those of which it is a parent.
         counted: images on which it was counted.
     """
@@ -78,16 +79,19 @@ def _likeness(block: "_Block", counted: int) -> tuple[Tensor, Tensor, Tensor]:
     """Jaccard index; how surely the other fires where this one does, and this one where the other does."""
     both, mine, other = block.both, block.mine, block.other
     jaccard = both / (mine + other - both).clamp(min=1)
-    enough = both >= _FEWEST_BOTH
-    parent = _above_chance(both / mine.clamp(min=1), other / max(counted, 1))
-    child = _above_chance(both / other.clamp(min=1), mine / max(counted, 1))
-    parent = torch.where(enough & (other >= _WIDER * mine) & (parent >= _SURE), parent, 0)
-    child = torch.where(enough & (mine >= _WIDER * other) & (child >= _SURE), child, 0)
+    parent = _above_chance(both, mine, other / max(counted, 1))
+    child = _above_chance(both, other, mine / max(counted, 1))
+    parent = torch.where((other >= _WIDER * mine) & (parent >= _SURE), parent, 0)
+    child = torch.where((mine >= _WIDER * other) & (child >= _SURE), child, 0)
     return jaccard, parent, child
 
 
-def _above_chance(share: Tensor, chance: Tensor) -> Tensor:
-    return (share - chance) / (1 - chance).clamp(min=1e-6)
+def _above_chance(both: Tensor, n: Tensor, chance: Tensor) -> Tensor:
+    """The lower end of the interval of both / n, on a scale from chance, 0, to 1: three images say little."""
+    n = n.clamp(min=1)
+    share, z2 = both / n, _Z**2
+    least = (share + z2 / (2 * n) - _Z * (share * (1 - share) / n + z2 / (4 * n * n)).sqrt()) / (1 + z2 / n)
+    return (least - chance) / (1 - chance).clamp(min=1e-6)
 
 
 class _Block(NamedTuple):

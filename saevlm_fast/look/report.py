@@ -146,7 +146,7 @@ def _digest(rows: Activations | StoredCodes) -> str:
 
 
 def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watcher, title: str | None) -> Made:
-    title = title or f"Latents of {', '.join(subject.name for subject in inputs.subjects)}"
+    title = title or f"Latents of {', '.join(subject.name for subject in inputs.subjects[: len(settings.sae)])}"
     tiles, panels = Tiles(), []
     for i in range(len(inputs.subjects)):
         panels.append(_panel(settings, inputs, i, place / "work" / f"s{i}", tiles, watcher))

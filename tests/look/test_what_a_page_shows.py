@@ -17,6 +17,7 @@ from saevlm_fast.look.spill import Spill
 from saevlm_fast.look.stats import LOWEST_OCTAVE, N_BANDS, latent_stats
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.hierarchy import hierarchy
+from saevlm_fast.measures.results import wilson
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
 from saevlm_fast.sae import SparseAutoencoder
@@ -110,18 +111,18 @@ def test_neighbours(dense, tmp_path):
 
 
 def test_parents_fire_where_their_children_do(tmp_path):
-    """Latent 0 fires on half of the images, 1 on a third of these, 2 on as many images elsewhere, 3 everywhere."""
-    dense = torch.zeros(60, 5)
-    dense[:30, 0], dense[:10, 1], dense[35:45, 2], dense[:, 3] = 1, 1, 1, 1
-    dense[0:2, 4] = 1  # too few to say anything
+    """Latent 0 fires on a third of the images, 1 on half of these, 2 on as many images elsewhere, 3 everywhere."""
+    dense = torch.zeros(120, 5)
+    dense[:40, 0], dense[:20, 1], dense[80:100, 2], dense[:, 3] = 1, 1, 1, 1
+    dense[0:3, 4] = 1  # too few to say anything
     found = co_firing(spilled(tmp_path / "s", dense), 4)
     assert found.parents.latents[1].tolist() == [0, -1, -1, -1], "3 fires everywhere: that is chance"
-    assert found.parents.values[1, 0] == pytest.approx(1.0)
+    assert found.parents.values[1, 0] == pytest.approx((wilson(1, 20)[0] - 40 / 120) / (1 - 40 / 120), abs=1e-5)
     assert found.children.latents[0].tolist() == [1, -1, -1, -1]
     assert [found.parents.latents[k].max().item() for k in (0, 2, 3, 4)] == [-1] * 4
-    dense[10:14, 0], dense[8:10, 0] = 0, 0  # on 8 of the 10 images of latent 1, and on 24 in all
+    dense[18:20, 0] = 0  # on 18 of the 20 images of latent 1, and on 38 in all
     found = co_firing(spilled(tmp_path / "t", dense), 4)
-    assert found.parents.values[1, 0] == pytest.approx((0.8 - 24 / 60) / (1 - 24 / 60))
+    assert found.parents.values[1, 0] == pytest.approx((wilson(0.9, 20)[0] - 38 / 120) / (1 - 38 / 120), abs=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, 7])

@@ -30,19 +30,19 @@ const Latent = (() => {
     const rows = sae.measures.filter((m) => !/_(low|high|lower|upper|ci_low|ci_high)$/.test(m.key)).map((m) => {
       const column = sae.column[m.key], value = column[latent];
       const [low, high] = ["low", "high"].map((end) => interval(sae, m.key, end, latent));
-      const within = low !== null && high !== null ? ` (${digits(low)} to ${digits(high)})` : "";
+      const within = low !== null && high !== null ? `${digits(low)} to ${digits(high)}` : "";
       const rank = Number.isNaN(value) ? null : rankOf(column, value);
       const held = control && rank !== null && control.column[m.key] ? rankOf(control.column[m.key], value) : null;
       const fill = el("span", { class: "fill" });
       if (rank !== null) fill.style.width = `${100 * rank}%`;
-      return el("tr", { title: m.help }, el("th", { scope: "row", text: m.label }), el("td", { text: digits(value) + within }),
-        el("td", {}, rank === null ? "–" : el("span", { class: "track", "aria-hidden": "true" }, fill)),
+      return el("tr", { title: m.help }, el("th", { scope: "row", text: m.label }), el("td", {}, digits(value), within ? el("span", { class: "within", text: within }) : null),
+        el("td", { class: "place" }, rank === null ? "–" : el("span", { class: "track", "aria-hidden": "true" }, fill)),
         el("td", { text: rank === null ? "" : `${Math.round(100 * rank)}` }),
         control ? el("td", { text: held === null ? "–" : `${Math.round(100 * held)}` }) : null);
     });
     const head = ["measure", "value", "among all", "percentile", ...(control ? ["in control"] : [])];
-    return [el("table", { class: "measures" }, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col", text })))), el("tbody", {}, rows)),
-      app.index.encoder && sae.column.ms ? el("p", { class: "note", text: `MS by ${app.index.encoder}; in brackets its interval of 95 % over images.` }) : null,
+    return [el("table", { class: "measures" }, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col", text, class: text === "among all" ? "place" : null })))), el("tbody", {}, rows)),
+      app.index.encoder && sae.column.ms ? el("p", { class: "note", text: `MS by ${app.index.encoder}; below it its interval of 95 % over images.` }) : null,
       control ? el("p", { class: "note", text: `In control: its percentile among the latents of ${control.name}, which cannot have learned.` }) : null];
   }
 
@@ -197,8 +197,8 @@ const Latent = (() => {
     for (const each of [
       neighbours(app, sae, "Nearest by decoder", "Cosine of decoder directions.", record.d),
       neighbours(app, sae, "Fires together with", `Jaccard index of the images, ${counted}.`, record.f),
-      neighbours(app, sae, "Parents", `Wider latents that fire wherever it does: its share, less chance, ${counted}.`, record.p),
-      neighbours(app, sae, "Children", `Narrower latents that fire only where it does: their share, less chance, ${counted}.`, record.k),
+      neighbours(app, sae, "Parents", `Wider latents that fire wherever it does: share of its images, at least and less chance, ${counted}.`, record.p),
+      neighbours(app, sae, "Children", `Narrower latents that fire only where it does: share of their images, at least and less chance, ${counted}.`, record.k),
       neighbours(app, sae, "Same top images", "Jaccard index of the 16 most active images.", same),
       steering(app, sae, latent, record),
     ]) if (each) columns.append(each);
