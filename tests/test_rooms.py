@@ -27,6 +27,7 @@ ORDER = (
     ("look",),
     ("demo", "box_making"),
     ("inspection",),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )
