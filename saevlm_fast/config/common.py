@@ -12,6 +12,7 @@ InputNorm = Literal["none", "layer_norm", "token_norm"]
 ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 DataOn = Literal["auto", "device", "host"]
+LOGGER_NAMES = ("jsonl", "tensorboard", "trackio", "wandb")
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 CALIBRATED: tuple[Architecture, ...] = ("batch_topk", "matryoshka")  # one threshold, which training finds
 PENALISED: tuple[Architecture, ...] = ("relu", "jumprelu")  # trained with a penalty instead of k
