@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
@@ -78,7 +79,10 @@ class Watch:
         self._device = device
         run = Identity(self._identity(directory()), n_steps, {**config, "saevlm_fast": __version__}, directory)
         for name in self._names:
-            self._guarded(name, "start", lambda name=name: self._loggers.update({name: LOGGERS[name](run)}))
+            self._guarded(name, "start", partial(self._start, name, run))
+
+    def _start(self, name: str, run: Identity) -> None:
+        self._loggers[name] = LOGGERS[name](run)
 
     def _identity(self, directory: Path | None) -> str:
         """The name of the run, which is kept beside it."""
@@ -120,10 +124,10 @@ class Watch:
 
     def _each(self, act: Callable[[Logger], None], when: str = "the end") -> None:
         for name, logger in list(self._loggers.items()):
-            self._guarded(name, when, lambda logger=logger: act(logger))
+            self._guarded(name, when, partial(act, logger))
 
     def _guarded(self, name: str, when: str, act: Callable[[], None]) -> None:
-        """What goes wrong in somebody else's code must not cost the run. Nothing of it comes on stdout, which is JSON."""
+        """What goes wrong in somebody else's code must not cost the run. None of it comes on stdout, which is JSON."""
         try:
             with redirect_stdout(sys.stderr):
                 act()

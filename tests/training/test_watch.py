@@ -80,7 +80,9 @@ def test_a_logger_is_told_of_settings_metrics_the_machine_and_the_sheet(recorded
     assert steps == [4, 8, 12]
     last = made.told[3][2]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {name: last[name] for name in lines[2] if name != "step"} == {k: v for k, v in lines[2].items() if k != "step"}
+    assert {name: last[name] for name in lines[2] if name != "step"} == {
+        k: v for k, v in lines[2].items() if k != "step"
+    }
     assert last["system/memory_gib"] > 0.01
     assert last["system/rows_per_second"] == pytest.approx(64 * last["system/steps_per_second"])
     assert not any(name.startswith("system/") for line in lines for name in line)
@@ -164,8 +166,8 @@ def test_a_replaced_run_has_another_name_and_no_file_is_open_when_it_moves(recor
 
 def test_an_error_of_the_run_is_told_and_raised(recorded, tmp_path):
     bad = np.full((500, 16), 1e30, np.float32)
+    config = TrainConfig(steps=20, batch_size=64, lr=1e38, warmup_steps=0)
     with pytest.raises(ValueError, match="NaN or inf"):
-        config = TrainConfig(steps=20, batch_size=64, lr=1e38, warmup_steps=0)
         train(bad, SAE, config, RunOptions(None, "cpu", log_to=("wandb",)))
     assert recorded.made[0].told[-1] == ("close", True)
 
@@ -192,7 +194,10 @@ def test_a_package_that_is_missing_is_refused_before_anything_is_written(monkeyp
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"log_to": "wandbb"}, "log_to: 'wandbb' is not one of jsonl, tensorboard, trackio, wandb; did you mean 'wandb'"),
+        (
+            {"log_to": "wandbb"},
+            "log_to: 'wandbb' is not one of jsonl, tensorboard, trackio, wandb; did you mean 'wandb'",
+        ),
         ({"log_to": ("jsonl", 3)}, "log_to: 3 is not one of"),
         ({"log_to": "tensorboard"}, "log_to: tensorboard writes into the run's directory; give an output"),
     ],
