@@ -13,6 +13,7 @@ ORDER = (
     ("settings",),
     ("config", "files", "runtime"),
     ("outputs", "records"),
+    ("remote",),
     ("kernels", "box"),
     ("sparse_codes", "formats"),
     ("sae",),
