@@ -34,12 +34,16 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
     title = "Data"
 
     activations: Path | None = setting(
-        None, help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", shown="the box's scenes"
+        None,
+        help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.",
+        shown="the box's scenes",
+        remote=True,
     )
     validation: Path | None = setting(
         None,
         help="Held-out activations for the final evaluation.",
         shown="none; on the box its test scenes",
+        remote=True,
     )
     output: Path = same_as(RunOptions, "output", shown="runs/DATE-TIME")
     expansion: float | None = same_as(SAESize, "expansion", shown="8; on the box 4")

@@ -1,7 +1,8 @@
 """Files at URLs, in the user's cache directory: fetched once, bounded, shared by the processes of a machine.
 
     remote/KEY/NAME        the file, whole. KEY is of its URL and, where that is known, its SHA-256
-    remote/KEY/info.json   {"url", "size", "version", "sha256"}, without secrets; its time is that of the last use
+    remote/KEY/info.json   {"url", "size", "version", "sha256", "mtime_ns"}, without secrets; its time is that of the
+                           last use. A file that was changed since it was fetched is compared with its SHA-256 again
     remote/KEY/NAME.part   as far as it has come, with part.json; a later process goes on from there
     remote/users/...       one file a process: which keys it uses; locked as long as the process lives
 
@@ -27,7 +28,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write, cache_directory, sha256_file
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.remote.reading import Found, RemoteError, copy_whole, look_up, read_range
-from saevlm_fast.remote.urls import file_name, redacted
+from saevlm_fast.urls import file_name, redacted
 
 LIMIT_VARIABLE, DEFAULT_GIB = "SAEVLM_FAST_CACHE_GIB", 50.0
 PIECE = 32 << 20  # bytes of one request
@@ -109,7 +110,8 @@ def _is_there(path: Path, found: Found | None = None, sha256: str | None = None)
     if not path.is_file() or info.get("size") != path.stat().st_size:
         return False
     if sha256 is not None:
-        return bool(info.get("sha256") == sha256)
+        unchanged = info.get("mtime_ns") == path.stat().st_mtime_ns or sha256_file(path) == sha256
+        return info.get("sha256") == sha256 and unchanged
     return (
         found is not None and bool(found.version) and (info["size"], info.get("version")) == (found.size, found.version)
     )
@@ -148,7 +150,8 @@ def _fetch(url: str, path: Path, found: Found, sha256: str | None) -> None:
         os.fsync(file.fileno())
     (path.parent / _PART_INFO).unlink(missing_ok=True)
     os.replace(part, path)
-    _write(path.parent / _INFO, {"url": redacted(url), "size": size, "version": found.version, "sha256": sha256})
+    said = {"url": redacted(url), "size": size, "version": found.version, "sha256": sha256}
+    _write(path.parent / _INFO, said | {"mtime_ns": path.stat().st_mtime_ns})
 
 
 def _fetch_ranges(url: str, part: Path, found: Found) -> None:

@@ -27,8 +27,8 @@ class RemoteFiles(Generic[T]):
 
     Args:
         urls: of the files. digests: SHA-256 of each, None where it is not known.
-        opened: called with the local path and the number of a file, for what `self[number]` is. It must not keep the
-            path: when the file is let go, what was made of it is too.
+        opened: called with the local path and the number of a file, for what `self[number]` is. When the file is let
+            go, what was made of it is too: what is mapped stays while somebody has it, a path may be gone later.
     """
 
     def __init__(self, urls: Sequence[str], digests: Sequence[str | None], opened: Callable[[Path, int], T]):

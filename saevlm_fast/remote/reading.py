@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from saevlm_fast import __version__
 from saevlm_fast.errors import Interrupted, first_line
-from saevlm_fast.remote.urls import redacted, redacted_text
+from saevlm_fast.urls import redacted, redacted_text
 
 TRIES = 6
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds; each pause is twice the one before

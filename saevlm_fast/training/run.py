@@ -137,6 +137,10 @@ def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
         ActivationError: NaN or infinity, naming the row.
     """
     n_rows = evaluated.n_rows
+    if evaluated.block_rows is not None:  # elsewhere: its first and its last shard are fetched, not all of it
+        evaluated.rows(torch.arange(min(_LOOKED_AT, evaluated.block_rows, n_rows)))
+        evaluated.rows(torch.arange(n_rows - min(_LOOKED_AT, evaluated.block_rows, n_rows), n_rows))
+        return
     n = n_rows if whole else min(n_rows, max(_LOOKED_AT, config.steps * config.batch_size // 100))
     if n == n_rows:
         with closing(evaluated.chunks(_LOOKED_AT)) as chunks:

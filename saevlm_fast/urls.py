@@ -28,6 +28,12 @@ class RemotePath(type(Path())):  # type: ignore[misc]  # PosixPath or WindowsPat
     def __fspath__(self) -> str:
         return str(self)
 
+    def absolute(self) -> "RemotePath":
+        return self
+
+    def resolve(self, strict: bool = False) -> "RemotePath":
+        return self
+
 
 def is_url(path: Any) -> bool:
     """Whether a path or a text names something elsewhere, of a protocol of PROTOCOLS."""
