@@ -52,7 +52,7 @@ class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
         help="SAE directories, separated by commas, or the option given again; seeds of one shape make a group.",
         parse=texts,
     )
-    activations: Path = setting(help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.")
+    activations: Path = setting(help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", remote=True)
     output: Path = setting(help="Directory for evaluation.json, a table of latents for every SAE, and finished parts.")
     embeddings: tuple[str, ...] = setting(
         (), help="Image embeddings for the Monosemanticity Score, row i of image i; several, as --sae.", parse=texts

@@ -39,10 +39,14 @@ class ScoreArguments(WorkOptions):
         help="Image embeddings, row i of image i: store or matrix file; several encoders: A,B, or the option again.",
         shown="the box's test scenes",
         parse=paths,
+        remote=True,
     )
     output: Path | None = setting(None, help="Scores: FILE.parquet, FILE.csv or FILE.json.", shown="SAE/scores.parquet")
     activations: Path | None = setting(
-        None, help="Activations, row i of image i: store or matrix file; with --sae or --raw.", instead_of=("codes",)
+        None,
+        help="Activations, row i of image i: store or matrix file; with --sae or --raw.",
+        instead_of=("codes",),
+        remote=True,
     )
     sae: Path | None = setting(
         None,
@@ -57,6 +61,7 @@ class ScoreArguments(WorkOptions):
         None,
         help="Store of an SAE's codes, instead of --sae and --activations.",
         instead_of=("sae", "raw", "activations"),
+        remote=True,
     )
     similarity: Literal["cosine", "dot", "rbf"] = setting("cosine", help="Of two embeddings.", paper="cosine")
     gamma: float | None = setting(None, help="Of rbf, exp(-gamma |e_i - e_j|^2).", shown="1 / E")

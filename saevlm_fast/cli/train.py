@@ -34,12 +34,16 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
     title = "Data"
 
     activations: Path | None = setting(
-        None, help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", shown="the box's scenes"
+        None,
+        help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.",
+        shown="the box's scenes",
+        remote=True,
     )
     validation: Path | None = setting(
         None,
         help="Held-out activations for the final evaluation.",
         shown="none; on the box its test scenes",
+        remote=True,
     )
     output: Path = same_as(RunOptions, "output", shown="runs/DATE-TIME")
     expansion: float | None = same_as(SAESize, "expansion", shown="8; on the box 4")
@@ -127,9 +131,11 @@ def plan(options: TrainArguments) -> Plan:
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
+    from saevlm_fast.training.watch import Watch
 
     device = resolve_device(options.device)
     check_writable(options.output)
+    Watch(options.log_to)  # what is not installed is refused
     _check_output(options)
     run = _planned(options)
     sae, config, n_rows = run.sae, run.config, run.n_rows
@@ -181,6 +187,7 @@ def _check_output(options: TrainArguments) -> None:
 
 
 def _train(options: TrainArguments) -> dict[str, Any]:
+    from saevlm_fast.look.run_picture import run_picture
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
@@ -222,6 +229,7 @@ def _train(options: TrainArguments) -> dict[str, Any]:
             on_log=bar.on_log,
             on_step=on_step,
             on_note=tell,
+            on_picture=lambda sae: run_picture(held_out or data, sae, f"{output}, step {config.steps:,}"),
         )
     record.write()
     _write_card(output)

@@ -13,6 +13,7 @@ ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 DataOn = Literal["auto", "device", "host"]
 Control = Literal["frozen-decoder", "soft-frozen", "frozen-encoder", "untrained", "shuffled"]
+LOGGER_NAMES = ("jsonl", "tensorboard", "trackio", "wandb")
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 CALIBRATED: tuple[Architecture, ...] = ("batch_topk", "matryoshka")  # one threshold, which training finds
 PENALISED: tuple[Architecture, ...] = ("relu", "jumprelu")  # trained with a penalty instead of k

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from saevlm_fast.config.common import DEVICE_HELP, PENALISED, SELECTING, Control, DataOn
+from saevlm_fast.config.common import DEVICE_HELP, LOGGER_NAMES, PENALISED, SELECTING, Control, DataOn
 from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.errors import require
-from saevlm_fast.settings import Settings, number_or_auto, numbers, setting
+from saevlm_fast.errors import did_you_mean, require, shown
+from saevlm_fast.settings import Settings, number_or_auto, numbers, setting, texts
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,11 @@ class RunOptions(Settings):
     log_every: int | None = setting(
         None, help="Steps between two logged lines.", shown="steps / 100, at most 100", at_least=1
     )
+    log_to: tuple[str, ...] = setting(
+        ("jsonl",),
+        help="Where metrics go: jsonl (metrics.jsonl, always), tensorboard, trackio, wandb; several with commas.",
+        parse=texts,
+    )
     checkpoint_every: int | None = setting(
         None,
         help="Steps between two checkpoints, obeyed exactly.",
@@ -281,7 +286,12 @@ class RunOptions(Settings):
     def check(self) -> None:
         super().check()
         require(not (self.resume and self.force), "resume and force exclude each other")
+        unknown = next((name for name in self.log_to if name not in LOGGER_NAMES), None)
+        near = did_you_mean(str(unknown), LOGGER_NAMES)
+        require(unknown is None, f"log_to: {shown(unknown)} is not one of {', '.join(LOGGER_NAMES)}{near}")
         if self.output is None:
+            board = "tensorboard" in self.log_to
+            require(not board, "log_to: tensorboard writes into the run's directory; give an output")
             given = [name for name in ("checkpoint_every", "resume", "force") if getattr(self, name)]
             require(not given, f"{', '.join(given)}: of a run without an output directory nothing is kept")
             return

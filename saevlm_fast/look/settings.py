@@ -21,9 +21,11 @@ class ReportSettings(Settings):
     title: ClassVar = "The report"
     sae: tuple[str, ...] = setting(help="SAE directory; several: --sae A --sae B, shown side by side.", parse=texts)
     output: Path = setting(help="Directory of the report; with --single-file FILE.html.")
-    activations: Path | None = setting(None, help="Store of activations of all SAEs; patches give heat maps.")
+    activations: Path | None = setting(
+        None, help="Store of activations of all SAEs; patches give heat maps.", remote=True
+    )
     codes: tuple[str, ...] = setting((), help="Store of each SAE's codes, instead of encoding anew.", parse=texts)
-    embeddings: Path | None = setting(None, help="Image embeddings, row i of image i: for MS and names.")
+    embeddings: Path | None = setting(None, help="Image embeddings, row i of image i: for MS and names.", remote=True)
     control_sae: Path | None = setting(
         None, help="SAE that cannot have learned, as an untrained one: numbers are held against its latents'."
     )

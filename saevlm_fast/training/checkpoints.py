@@ -4,6 +4,7 @@
     metrics.jsonl                      one line a logged step
     metrics.jsonl.sha256               of a finished run, as sha256sum writes and checks it
     run.json                           the settings, checked by --resume; sealed (records.py)
+    watch.json, tensorboard/           of a run that other programs watch (watch.py)
     checkpoints/step_XXXXXXXX/         the same SAE files as of that step, train_state.safetensors, and
         checkpoint.json                {"n_steps", "n_rows_seen", "files": {name: SHA-256 of each of the three},
                                        "metrics": {"bytes", "sha256"} of metrics.jsonl as it was}; sealed
@@ -58,6 +59,7 @@ from saevlm_fast.records import (
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
 from saevlm_fast.training.state import DATA_DIGEST, TrainingState
+from saevlm_fast.training.watch import remove_watched
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
 CHECKPOINT_FILE, METRICS_DIGEST_FILE = "checkpoint.json", "metrics.jsonl.sha256"
@@ -350,6 +352,7 @@ def _remove_run(output: Path) -> None:
             checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
         with suppress(OSError):  # not there, or not empty
             directory.rmdir()
+    remove_watched(output)
     for name in FILES:
         (output / name).unlink(missing_ok=True)
 

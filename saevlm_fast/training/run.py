@@ -7,7 +7,8 @@ written.
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +22,10 @@ from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.state import TrainingState
+from saevlm_fast.training.watch import Watch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
 _LOOKED_AT = 4096
@@ -37,6 +42,7 @@ def train(
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
     on_note: Callable[[str], None] = lambda text: None,
+    on_picture: "Callable[[SparseAutoencoder], Image | None]" = lambda sae: None,
     **settings: Any,
 ) -> tuple[SparseAutoencoder, Metrics]:
     """Train an SAE by the paper's recipe (arXiv 2504.02821; docs/recipe.md, section 2).
@@ -53,13 +59,15 @@ def train(
         validation: rows [M, d_in] on which the finished SAE is evaluated; the training rows otherwise.
         progress: show a line with the step, the rate, the time left and the loss.
         on_log: called at every logged step with SAELens metric names. on_step: called after every step (a GPU is then
-            still at it). on_note: called with what else is worth a line: that kernels are being compiled.
+            still at it). on_note: called with what else is worth a line: that kernels are being compiled. on_picture:
+            called with the finished SAE where a logger of options.log_to shows images, for one (None: there is none).
 
     Returns:
         The SAE in raw activation units, in eval mode, and what `evaluate` says of it over all validation rows.
 
     Raises:
-        ValueError: settings that do not exist or do not fit the data, a run directory in use, non-finite data or loss.
+        ValueError: settings that do not exist or do not fit the data, a logger whose package is not installed, a run
+            directory in use, non-finite data or loss.
         Interrupted: SIGINT or SIGTERM (Ctrl-C) arrived; a checkpoint has been written, if there is an output.
     """
     config, options = _with_settings(config, options, settings)
@@ -69,11 +77,12 @@ def train(
         on_log, on_note = _both(line.log, on_log), _both(line.note, on_note)
     kept = _kept(options)
     small = config.batch_size * sae_config.d_in * sae_config.d_sae < _SMALL_PRODUCT
-    with kept.locked():
+    with kept.locked(), Watch(options.log_to) as watch:
         _look_at(evaluated, config, whole=options.output is None)
         device = resolve_device(options.device)
         state = TrainingState(activations, sae_config, config, device, options.data_on)
         kept.begin(state)
+        watch.begin(lambda: kept.path, state.stepper.n_steps, _watched(state, sae_config, options), device)
         with (
             interruptible() as interrupted,
             tf32_products(False),
@@ -81,12 +90,26 @@ def train(
             closing(line),
             told_of_compiling(on_note),
         ):
-            _steps(state, kept, options, on_log, on_step, interrupted)
+            _steps(state, kept, options, _both(watch.log, on_log), on_step, interrupted)
             sae = state.export()
+            watch.pause()
             kept.save(sae)
         metrics = _evaluated(sae, evaluated, kept)
-        kept.finish(config.n_steps, {f"eval/{name}": value for name, value in metrics.items()})
+        logged = {f"eval/{name}": value for name, value in metrics.items()}
+        kept.finish(config.n_steps, logged)
+        watch.finish(config.n_steps, logged, lambda: on_picture(sae))
     return sae, metrics
+
+
+def _watched(state: TrainingState, sae: SAEConfig, options: RunOptions) -> dict[str, Any]:
+    """What loggers are told of a run's settings."""
+    activations = state.activations
+    return {
+        "sae": asdict(sae),
+        "train": state.config.used(sae),
+        "data": {"rows": activations.n_rows, "path": str(activations.path)},
+        "output": str(options.output or ""),
+    }
 
 
 def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
@@ -114,6 +137,10 @@ def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
         ActivationError: NaN or infinity, naming the row.
     """
     n_rows = evaluated.n_rows
+    if evaluated.block_rows is not None:  # elsewhere: its first and its last shard are fetched, not all of it
+        evaluated.rows(torch.arange(min(_LOOKED_AT, evaluated.block_rows, n_rows)))
+        evaluated.rows(torch.arange(n_rows - min(_LOOKED_AT, evaluated.block_rows, n_rows), n_rows))
+        return
     n = n_rows if whole else min(n_rows, max(_LOOKED_AT, config.steps * config.batch_size // 100))
     if n == n_rows:
         with closing(evaluated.chunks(_LOOKED_AT)) as chunks:
@@ -135,6 +162,8 @@ def _evaluated(sae: SparseAutoencoder, activations: Activations, kept: "RunDirec
 
 class NothingKept:
     """A run in memory: what RunDirectory does, where there is no directory."""
+
+    path = None
 
     def locked(self) -> AbstractContextManager[object]:
         """Nobody else has it."""

@@ -208,7 +208,7 @@ class TrainingState:
             ActivationError: sampled rows that are not finite.
         """
         known_by = (SAMPLED, self._fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
-        sae = self.stepper.sae.config
+        sae, blocks = self.stepper.sae.config, self.activations.block_rows
         return {
             "sae": {
                 "d_in": sae.d_in,
@@ -222,6 +222,7 @@ class TrainingState:
                 "rows": self.activations.n_rows,
                 "path": str(self.activations.path),
                 known_by[0]: known_by[1],
+                "order": blocks and f"blocks of {blocks} rows, of a store that is elsewhere",
             },
         }
 
