@@ -117,6 +117,12 @@ class TrainConfig(Settings):
         at_least=1,
         on_command_line=False,
     )
+    center: bool = setting(
+        False,
+        help="Subtract the mean of the training rows, which the exported SAE has in its b_dec: a mean that is large "
+        "beside the spread collapses an SAE.",
+        paper="no",
+    )
     seed: int = setting(0, help="Seed of the initial weights and of the order of the rows.", at_least=0)
 
     def check(self) -> None:
@@ -200,9 +206,10 @@ class TrainConfig(Settings):
         return {name: value for name, value in found.items() if value is not None and name not in unused}
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON; settings of one architecture alone are there if they were given."""
-        alone = ("l1", "target_l0", "bandwidth", "sparsity_warmup")
-        return {name: value for name, value in asdict(self).items() if value is not None or name not in alone}
+        """A plain dict for JSON; settings of one architecture alone, and newer ones than the first release's, are there
+        if they were given: a run of before is resumed by the same settings."""
+        if_given = {"l1": None, "target_l0": None, "bandwidth": None, "sparsity_warmup": None, "center": False}
+        return {name: value for name, value in asdict(self).items() if name not in if_given or value != if_given[name]}
 
 
 @dataclass(frozen=True)
