@@ -140,7 +140,7 @@ def plan(options: TrainArguments) -> Plan:
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "resumes_at": checkpoint.name if checkpoint else None,
-        **memory_figures(device, training_memory(sae, run.batch_size)),
+        **memory_figures(device, training_memory(sae, run.batch_size, config.accumulate)),
         **disk_figures(options.output, training_disk(sae)),
         **replaced_figures(options.output, options.force),
         **time_figures(sae, config, n_rows, device),

@@ -117,6 +117,13 @@ class TrainConfig(Settings):
         at_least=1,
         on_command_line=False,
     )
+    accumulate: int = setting(
+        1,
+        help="Micro-batches that a step's rows are cut into, whose gradients are summed: less memory, the same step. "
+        "batch_topk and matryoshka then select within a micro-batch.",
+        paper="1",
+        at_least=1,
+    )
     center: bool = setting(
         False,
         help="Subtract the mean of the training rows, which the exported SAE has in its b_dec: a mean that is large "
@@ -129,6 +136,10 @@ class TrainConfig(Settings):
         super().check()
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(two, f"betas: {self.betas} must be two numbers in [0, 1)")
+        require(
+            self.accumulate <= self.batch_size,
+            f"accumulate: {self.accumulate} micro-batches must be at most batch_size = {self.batch_size} rows",
+        )
 
     def check_fits(self, sae: SAEConfig) -> None:
         """Whether an SAE is trained by these settings.
@@ -208,7 +219,8 @@ class TrainConfig(Settings):
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON; settings of one architecture alone, and newer ones than the first release's, are there
         if they were given: a run of before is resumed by the same settings."""
-        if_given = {"l1": None, "target_l0": None, "bandwidth": None, "sparsity_warmup": None, "center": False}
+        if_given: dict[str, Any] = {"l1": None, "target_l0": None, "bandwidth": None, "sparsity_warmup": None}
+        if_given |= {"center": False, "accumulate": 1}
         return {name: value for name, value in asdict(self).items() if name not in if_given or value != if_given[name]}
 
 

@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
 
 
-def training_memory(sae: "SAEConfig", batch_size: int) -> int:
-    """Weights, two moments and gradients in float32, and the batch with its reconstruction and pre-activations.
+def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1) -> int:
+    """Weights, two moments and gradients in float32, the batch with its reconstruction, and the pre-activations of one
+    of `accumulate` micro-batches.
 
     Half of the latents of a relu or jumprelu SAE fire at first: some 64 bytes for each of these entries (measured).
     """
     entries = 8 * sae.d_sae if sae.architecture in PENALISED else 0
-    return 4 * (4 * sae_numbers(sae) + batch_size * (4 * sae.d_in + sae.d_sae + entries))
+    micro = -(-batch_size // accumulate) * (sae.d_sae + entries)
+    return 4 * (4 * sae_numbers(sae) + 4 * batch_size * sae.d_in + micro)
+
+
+def _memory_of(sae: "SAEConfig", config: "TrainConfig", n_rows: int) -> int:
+    return training_memory(sae, min(config.batch_size, n_rows), config.accumulate)
 
 
 def sae_numbers(sae: "SAEConfig") -> int:
@@ -54,7 +60,7 @@ def rows_go_to_device(
     if data_on == "host" or (data_on == "auto" and device.type == "cpu"):
         return False
     rows = activations.n_rows * activations.d * activations.kept_dtype.itemsize
-    training, free = training_memory(sae, min(config.batch_size, activations.n_rows)), free_memory(device)
+    training, free = _memory_of(sae, config, activations.n_rows), free_memory(device)
     fits = free is None or rows + training <= free
     require(
         fits or data_on == "auto",
