@@ -92,7 +92,9 @@ def recorded(options: Options) -> dict[str, Any]:
     values: dict[str, Any] = {}
     cls: Any = type(options)
     for name, known in ordered(cls):
-        value = getattr(options, name)
+        value = options.said(name)
+        if known.tables and not value:
+            continue
         if not known.recorded or value is None:
             continue
         if isinstance(value, Path):

@@ -17,6 +17,8 @@ class TrainConfig(Settings):
 
     title = "Training"
     removed: ClassVar = {"dtype": "float32"}  # of the encoder product
+    # What decides the batches, and how many there are: the same for SAEs that are trained in one pass.
+    shared: ClassVar = ("steps", "batch_size", "seed", "norm_batches", "center")
     steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
     batch_size: int = setting(
         4096,
@@ -33,6 +35,7 @@ class TrainConfig(Settings):
         below=math.inf,
         must="a positive number, or auto",
         parse=number_or_auto,
+        swept=True,
     )
     warmup_steps: int | None = setting(
         None,
@@ -50,6 +53,7 @@ class TrainConfig(Settings):
         at_least=0,
         below=math.inf,
         must="finite and not negative",
+        swept=True,
     )
     dead_after: int = setting(
         10_000_000, help="Rows without firing after which a latent is dead.", paper="10,000,000", at_least=1
@@ -62,6 +66,7 @@ class TrainConfig(Settings):
         at_least=0,
         below=math.inf,
         must="finite and not negative",
+        swept=True,
     )
     target_l0: float | None = setting(
         None,
@@ -71,6 +76,7 @@ class TrainConfig(Settings):
         above=0,
         below=math.inf,
         must="finite and positive",
+        swept=True,
     )
     bandwidth: float | None = setting(
         None,

@@ -7,6 +7,8 @@ from saevlm_fast.config import PENALISED
 from saevlm_fast.errors import require
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
@@ -44,6 +46,21 @@ def free_memory(device: "torch.device") -> int | None:
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+
+
+def check_memory(device: "torch.device", needed: "Mapping[str, int]") -> None:
+    """That what is named fits together into the memory that is free: training_memory of SAEs, buffers of rows.
+
+    Raises:
+        ValueError: it does not, with the sum, what is free, and the largest part.
+    """
+    total, free = sum(needed.values()), free_memory(device)
+    largest = max(needed, key=lambda name: needed[name])
+    require(
+        free is None or total <= free,
+        f"memory: {len(needed)} together take {_gb(total)}, and {_gb(free or 0)} are free on {device}; the largest is "
+        f"{largest}, {_gb(needed[largest])}",
+    )
 
 
 def rows_go_to_device(

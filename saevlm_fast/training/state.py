@@ -59,18 +59,28 @@ class TrainingState:
         self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on)
         self._resident: ResidentRows | None = None
 
-    @torch.no_grad()
     def initialise(self) -> None:
-        """The scale by the first batches (the mean, if it is wanted, by all rows), b_dec at the first one's geometric
-        median.
+        """Before step 0. ValueError: as `beginning`."""
+        self.scale, b_dec = self.beginning()
+        with torch.no_grad():
+            self.stepper.sae.b_dec.copy_(b_dec)
+
+    @torch.no_grad()
+    def beginning(self) -> tuple[Scale, Tensor]:
+        """The scale by the first batches (the mean, if it is wanted, by all rows), and b_dec at the first one's
+        geometric median.
 
         Raises:
             ValueError: NaN or infinity in these rows, or nothing but zeros.
         """
-        mean_D = mean_of_rows(self.activations).to(self.device) if self.config.center else None
+        mean_D = self.mean().to(self.device) if self.config.center else None
         n_batches = min(self.config.norm_batches, self.order.batches_per_epoch)
-        self.scale, first_BD = scale_of(self.batches(0, n_batches), mean_D, self.activations.path)
-        self.stepper.sae.b_dec.copy_(geometric_median(self.normalised(first_BD)))
+        scale, first_BD = scale_of(self.batches(0, n_batches), mean_D, self.activations.path)
+        return scale, geometric_median(scale.normalised(first_BD))
+
+    def mean(self) -> Tensor:
+        """Of what is trained on, [d_in]."""
+        return mean_of_rows(self.activations)
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """Batches [B, d_in] in raw units on the device, in the dtype that rows are kept in there; NaN and inf have been
