@@ -398,11 +398,16 @@ def _sae_rows(description: Description) -> list[tuple[str, str]]:
         *([("groups", ", ".join(f"{size:,}" for size in groups))] if len(groups) > 1 else []),
         *([("threshold", shown)] if threshold is not None else []),
         *([("input", norm)] if norm != "none" else []),
+        *([("centred", _centred_text(description["metadata"]))] if "mean_norm" in description["metadata"] else []),
         ("dtype", description["dtype"]),
         ("SHA-256", description["weights_sha256"] or "no digest recorded"),
         *((f"metadata: {name}", value) for name, value in short_values(description["metadata"])),
         *(("DOUBT", doubt) for doubt in description["doubts"]),
     ]
+
+
+def _centred_text(metadata: dict[str, Any]) -> str:
+    return f"trained less the mean of its data, of norm {metadata['mean_norm']:.6g}, which b_dec holds"
 
 
 def _run_rows(description: Description) -> list[tuple[str, str]]:

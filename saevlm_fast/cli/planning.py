@@ -59,7 +59,7 @@ def time_figures(sae: "SAEConfig", config: "TrainConfig", n_rows: int, device: "
     batch_size = min(config.batch_size, n_rows)
     multiplications = 6.0 * batch_size * sae.d_in * sae.d_sae
     free = free_memory(device)
-    if free is not None and training_memory(sae, batch_size, config.control) > free:
+    if free is not None and training_memory(sae, batch_size, config.accumulate, config.control) > free:
         return {"time": "not estimated: it does not fit into memory"}
     if device.type == "cpu" and multiplications > _CHEAP_STEP:
         return {"time": f"{multiplications * config.n_steps:.2g} multiplications ({_ARITHMETIC})"}

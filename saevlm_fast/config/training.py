@@ -18,7 +18,11 @@ class TrainConfig(Settings):
     title = "Training"
     removed: ClassVar = {"dtype": "float32"}  # of the encoder product
     # Recorded where they were given alone: runs of before have none of them.
-    OPTIONAL: ClassVar = ("l1", "target_l0", "bandwidth", "sparsity_warmup", "control", "control_cosine")
+    if_given: ClassVar = dict.fromkeys(
+        ("l1", "target_l0", "bandwidth", "sparsity_warmup", "control", "control_cosine")
+    ) | {"center": False, "accumulate": 1}
+    # What decides the batches, and how many there are: the same for SAEs that are trained in one pass.
+    shared: ClassVar = ("steps", "batch_size", "seed", "norm_batches", "center")
     steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
     batch_size: int = setting(
         4096,
@@ -35,6 +39,7 @@ class TrainConfig(Settings):
         below=math.inf,
         must="a positive number, or auto",
         parse=number_or_auto,
+        swept=True,
     )
     warmup_steps: int | None = setting(
         None,
@@ -52,6 +57,7 @@ class TrainConfig(Settings):
         at_least=0,
         below=math.inf,
         must="finite and not negative",
+        swept=True,
     )
     dead_after: int = setting(
         10_000_000, help="Rows without firing after which a latent is dead.", paper="10,000,000", at_least=1
@@ -64,6 +70,7 @@ class TrainConfig(Settings):
         at_least=0,
         below=math.inf,
         must="finite and not negative",
+        swept=True,
     )
     target_l0: float | None = setting(
         None,
@@ -73,6 +80,7 @@ class TrainConfig(Settings):
         above=0,
         below=math.inf,
         must="finite and positive",
+        swept=True,
     )
     bandwidth: float | None = setting(
         None,
@@ -119,6 +127,19 @@ class TrainConfig(Settings):
         at_least=1,
         on_command_line=False,
     )
+    accumulate: int = setting(
+        1,
+        help="Micro-batches that a step's rows are cut into, whose gradients are summed: less memory, the same step. "
+        "batch_topk and matryoshka then select within a micro-batch.",
+        paper="1",
+        at_least=1,
+    )
+    center: bool = setting(
+        False,
+        help="Subtract the mean of the training rows, which the exported SAE has in its b_dec: a mean that is large "
+        "beside the spread collapses an SAE.",
+        paper="no",
+    )
     seed: int = setting(0, help="Seed of the initial weights and of the order of the rows.", at_least=0)
     control: Control | None = setting(
         None,
@@ -140,6 +161,10 @@ class TrainConfig(Settings):
         super().check()
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(two, f"betas: {self.betas} must be two numbers in [0, 1)")
+        require(
+            self.accumulate <= self.batch_size,
+            f"accumulate: {self.accumulate} micro-batches must be at most batch_size = {self.batch_size} rows",
+        )
 
     def check_fits(self, sae: SAEConfig) -> None:
         """Whether an SAE is trained by these settings.
@@ -241,8 +266,10 @@ class TrainConfig(Settings):
         return {name: value for name, value in found.items() if value is not None and name not in unused}
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON; settings of one architecture or of controls alone are there if they were given."""
-        return {name: value for name, value in asdict(self).items() if value is not None or name not in self.OPTIONAL}
+        """A plain dict for JSON; settings of one architecture or of controls alone, and newer ones than the first
+        release's, are there if they were given: a run of before is resumed by the same settings."""
+        found, if_given = asdict(self), self.if_given
+        return {name: value for name, value in found.items() if name not in if_given or value != if_given[name]}
 
 
 @dataclass(frozen=True)

@@ -181,9 +181,14 @@ def _recipe(facts: Facts) -> str:
     rows = [(name, compact(value)) for name, value in facts.recipe.items() if value is not None]
     if isinstance(metadata.get("norm_factor"), int | float):
         rows.append(("activations were divided by", compact(metadata["norm_factor"])))
+    if isinstance(metadata.get("mean_norm"), int | float):
+        rows.append(("norm of the mean that was subtracted", compact(metadata["mean_norm"])))
     if not rows:
         return ""
-    note = "The weights are in raw activation units: what the activations were divided by is folded into them."
+    note = (
+        "The weights are in raw activation units: what the activations were divided by, and a mean that was "
+        "subtracted, are folded into them."
+    )
     return f"## Recipe\n\n{table(('setting', 'value'), rows)}\n\n{note}"
 
 

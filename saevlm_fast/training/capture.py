@@ -7,7 +7,7 @@
 A graph is of fixed shapes: so many rows, so long a list of dead latents. The first steps of such shapes are taken
 eagerly, which compiles kernels and lets libraries allocate; then one is captured and from there on replayed. Anything
 that a replay would not see (weights replaced or written to from outside) makes a step eager again. On a CPU, of relu
-and jumprelu SAEs (how many latents fire has to be asked), and where a capture fails, every step is.
+and jumprelu SAEs (how many latents fire has to be asked), in micro-batches, and where a capture fails, every step is.
 
 Shape suffixes: B rows of a batch, D d_in.
 """
@@ -50,7 +50,8 @@ class CapturedSteps:
 
     def __init__(self, stepper: Stepper, capture: bool = True):
         self.stepper = stepper
-        self.capture = capture and stepper.idle_S.is_cuda and not stepper.penalised
+        whole = stepper.config.accumulate == 1
+        self.capture = capture and stepper.idle_S.is_cuda and not stepper.penalised and whole
         self.n_eager = self.n_replayed = self.n_captured = 0
         self._inputs: dict[int, Tensor] = {}
         self._seen: dict[Shapes, int] = {}

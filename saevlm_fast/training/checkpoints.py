@@ -171,9 +171,9 @@ class RunDirectory:
         resumed = self.resume and (self.path / RUN_FILE).exists()
         settings = state.settings(sampled=resumed and DATA_DIGEST not in read_settings(self.path)["data"])
         if resumed:
-            state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
-            everything = settings | {"train": dict.fromkeys(state.config.OPTIONAL) | settings["train"]}
-            check_same_settings(self.path / RUN_FILE, everything, free=("path",))  # data may move
+            before = state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
+            asked = settings | {"train": dict.fromkeys(before) | settings["train"]}  # also what is not given any more
+            check_same_settings(self.path / RUN_FILE, asked, free=("path",))  # data may move
             for name in FILES:  # and no others': a score may be written beside them meanwhile
                 remove_leftovers_of(self.path / name)
             remove_leftovers(self.path / CHECKPOINTS)

@@ -70,15 +70,14 @@ def train(
             directory in use, non-finite data or loss.
         Interrupted: SIGINT or SIGTERM (Ctrl-C) arrived; a checkpoint has been written, if there is an output.
     """
-    config, options = _with_settings(config, options, settings)
-    activations, evaluated = _fitting(activations, validation, sae_config)
+    config, options = with_settings("train", config, options, settings)
+    activations, evaluated = fitting(activations, validation, sae_config)
     line = ProgressLine(config.n_steps)
     if progress:
         on_log, on_note = _both(line.log, on_log), _both(line.note, on_note)
-    kept = _kept(options)
-    small = config.batch_size * sae_config.d_in * sae_config.d_sae < _SMALL_PRODUCT
+    kept = kept_of(options)
     with kept.locked(), Watch(options.log_to) as watch:
-        _look_at(evaluated, config, whole=options.output is None)
+        look_at(evaluated, config, whole=options.output is None)
         device = resolve_device(options.device)
         state = TrainingState(activations, sae_config, config, device, options.data_on)
         kept.begin(state)
@@ -86,7 +85,7 @@ def train(
         with (
             interruptible() as interrupted,
             tf32_products(False),
-            one_thread(small),
+            one_thread(is_small(sae_config, config)),
             closing(line),
             told_of_compiling(on_note),
         ):
@@ -112,7 +111,17 @@ def _watched(state: TrainingState, sae: SAEConfig, options: RunOptions) -> dict[
     }
 
 
-def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
+def is_small(sae: SAEConfig, config: TrainConfig) -> bool:
+    """Whether a step on a CPU is left to one thread."""
+    return config.batch_size * sae.d_in * sae.d_sae < _SMALL_PRODUCT
+
+
+def log_every(options: RunOptions, config: TrainConfig) -> int:
+    """Steps between two logged lines."""
+    return options.log_every or max(1, min(100, config.n_steps // 100))
+
+
+def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
     """What is trained on, and what is evaluated on. ValueError: no activations, or of another width than the SAE."""
     train_on = activations_of(activations, "activations")
     held_out = train_on if validation is None else activations_of(validation, "validation")
@@ -128,7 +137,7 @@ def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConf
     return train_on, held_out
 
 
-def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
+def look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
     """Rows of what the evaluation at the end reads, the first and the last among them, evenly spread: a hundredth of
     those that are trained on, and at least 4096. All of them if `whole`: where nothing is kept, an evaluation that
     fails loses the SAE.
@@ -198,7 +207,8 @@ class NothingKept:
         """They are returned."""
 
 
-def _kept(options: RunOptions) -> RunDirectory | NothingKept:
+def kept_of(options: RunOptions) -> RunDirectory | NothingKept:
+    """The run's directory, if it has one."""
     if options.output is None:
         return NothingKept()
     return RunDirectory(options.output, options.checkpoint_every, options.resume, options.force)
@@ -215,14 +225,14 @@ def _steps(
     """All remaining steps, with logs and checkpoints. A GPU is waited for at these alone."""
     stepper, n_steps = state.stepper, state.config.n_steps
     steps = CapturedSteps(stepper, options.capture)
-    log_every = options.log_every or max(1, min(100, n_steps // 100))
+    every = log_every(options, state.config)
     with closing(state.batches(stepper.n_steps, n_steps - stepper.n_steps)) as remaining:
         for raw_BD in remaining:
             x_BD = state.normalised(raw_BD, out=steps.input(len(raw_BD)))
             output = steps.step(x_BD)
             step = stepper.n_steps
             on_step(step)
-            if step % log_every == 0 or step == n_steps:
+            if step % every == 0 or step == n_steps:
                 state.check_loss(kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | steps.metrics()
                 kept.log(step, metrics)
@@ -238,11 +248,11 @@ def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[.
     return call
 
 
-def _with_settings(
-    config: TrainConfig | None, options: RunOptions | None, settings: dict[str, Any]
+def with_settings(
+    who: str, config: TrainConfig | None, options: RunOptions | None, settings: dict[str, Any]
 ) -> tuple[TrainConfig, RunOptions]:
-    """config and options as given, or made of those of `settings` that are their fields."""
-    recipe, where = keyword_settings("train", settings, TrainConfig, RunOptions)
+    """config and options as given, or made of those of `settings` that are their fields. who: takes them."""
+    recipe, where = keyword_settings(who, settings, TrainConfig, RunOptions)
     for name, chosen, kind, given in (("config", config, TrainConfig, recipe), ("options", options, RunOptions, where)):
         check_kind(name, chosen, (kind, type(None)), f"a {kind.__name__}")
         require(chosen is None or not given, f"{', '.join(given)}: given beside {name}, which has that already")

@@ -5,7 +5,6 @@ Shape suffixes: B rows of a batch, D d_in.
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from copy import deepcopy
@@ -23,6 +22,7 @@ from saevlm_fast.kernels.topk_encode import batch_topk_encode
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
 from saevlm_fast.training.control import shuffled
 from saevlm_fast.training.memory import rows_go_to_device
+from saevlm_fast.training.scale import Scale, mean_of_rows, scale_of
 from saevlm_fast.training.step import Stepper
 
 _CALIBRATION_ROWS = 4096
@@ -38,7 +38,7 @@ class TrainingState:
         device: where the steps are taken.
         order: which rows make up which step.
         stepper: the SAE in normalised units, and the optimiser's state.
-        norm_factor: activations are divided by it before they are trained on; known after `initialise` or `load`.
+        scale: the units that are trained in; known after `initialise` or `load`.
         on_device: whether all rows are kept there.
 
     data_on: where they are to be; ValueError: on the device, where they do not fit.
@@ -57,27 +57,32 @@ class TrainingState:
         sae = SparseAutoencoder(sae_config, device=device)
         sae.reset_parameters(config.seed)
         self.stepper = Stepper(sae, config)
-        self.norm_factor = 1.0
+        self.scale = Scale()
         self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on)
         self._resident: ResidentRows | None = None
 
-    @torch.no_grad()
     def initialise(self) -> None:
-        """norm_factor from the first batches, b_dec at the geometric median of the first one.
+        """Before step 0. ValueError: as `beginning`."""
+        self.scale, b_dec = self.beginning()
+        with torch.no_grad():
+            self.stepper.sae.b_dec.copy_(b_dec)
+
+    @torch.no_grad()
+    def beginning(self) -> tuple[Scale, Tensor]:
+        """The scale by the first batches (the mean, if it is wanted, by all rows), and b_dec at the first one's
+        geometric median.
 
         Raises:
             ValueError: NaN or infinity in these rows, or nothing but zeros.
         """
-        squared, n_rows, first = 0.0, 0, None
+        mean_D = self.mean().to(self.device) if self.config.center else None
         n_batches = min(self.config.norm_batches, self.order.batches_per_epoch)
-        for x_BD in self.batches(0, n_batches):
-            squared += float(x_BD.double().square().sum())
-            n_rows += len(x_BD)
-            first = x_BD.clone() if first is None else first
-        assert first is not None
-        self.norm_factor = math.sqrt(squared / n_rows)
-        require(self.norm_factor > 0, f"activations: every row of {self.activations.path} read so far is zero")
-        self.stepper.sae.b_dec.copy_(geometric_median(self.normalised(first)))
+        scale, first_BD = scale_of(self.batches(0, n_batches), mean_D, self.activations.path)
+        return scale, geometric_median(scale.normalised(first_BD))
+
+    def mean(self) -> Tensor:
+        """Of what is trained on, [d_in]."""
+        return mean_of_rows(self.activations)
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """Batches [B, d_in] in raw units on the device, in the dtype that rows are kept in there; NaN and inf have been
@@ -110,14 +115,8 @@ class TrainingState:
                 yield x_BD
 
     def normalised(self, x_BD: Tensor, out: Tensor | None = None) -> Tensor:
-        """float32 [B, d_in], a batch divided by norm_factor; into `out` if given, whose dtype it then is.
-
-        On a GPU widened and divided in one pass: a divisor of one dimension makes torch compute in float32.
-        """
-        if x_BD.is_cuda:
-            divisor = torch.full((1,), self.norm_factor, device=x_BD.device)
-            return torch.div(x_BD, divisor, out=out)
-        return torch.div(x_BD.float(), self.norm_factor, out=out)
+        """A batch in the units that are trained in: Scale.normalised."""
+        return self.scale.normalised(x_BD, out)
 
     def check_loss(self, kept: Callable[[], str]) -> None:
         """ValueError: the loss of a step so far was NaN or infinite. kept: says what is left of the run."""
@@ -132,10 +131,13 @@ class TrainingState:
         untrained = sae.config.architecture == "jumprelu" and self.config.control == "untrained"
         if untrained or (sae.config.architecture in CALIBRATED and float(sae.threshold) < 0):
             sae.threshold.fill_(self._calibrated_threshold())
-        sae.scale_biases_(self.norm_factor)
+        self.scale.to_raw_units_(sae)
+        mean_D = self.scale.mean_D
+        centred = {} if mean_D is None else {"mean_norm": float(torch.linalg.vector_norm(mean_D.double()))}
         return with_metadata(
             sae,
-            norm_factor=self.norm_factor,
+            norm_factor=self.scale.norm_factor,
+            **centred,
             steps=self.stepper.n_steps,
             n_training_samples=self.stepper.n_rows_seen,
             source=self.activations.source or {"path": str(self.activations.path)},
@@ -164,7 +166,10 @@ class TrainingState:
         for name, (exp_avg, exp_avg_sq) in stepper.moments.items():
             tensors |= {f"{name}.exp_avg": exp_avg, f"{name}.exp_avg_sq": exp_avg_sq}
         tensors |= {"idle": stepper.idle_S, "threshold": stepper.sae.threshold}
-        return tensors | {"norm_factor": torch.tensor(self.norm_factor, dtype=torch.float64)}
+        if self.config.center:
+            mean_D = self.scale.mean_D
+            tensors["mean"] = torch.zeros(self.activations.d, device=self.device) if mean_D is None else mean_D
+        return tensors | {"norm_factor": torch.tensor(self.scale.norm_factor, dtype=torch.float64)}
 
     def checked_tensors(self, kept: Callable[[], str]) -> dict[str, Tensor]:
         """tensors(). ValueError: one of them is not finite; what is kept of the run is said."""
@@ -196,7 +201,7 @@ class TrainingState:
             stepper.moments[name] = (tensors[f"{name}.exp_avg"], tensors[f"{name}.exp_avg_sq"])
         stepper.idle_S = tensors["idle"]
         stepper.sae.threshold.copy_(tensors["threshold"])
-        self.norm_factor = float(tensors["norm_factor"])
+        self.scale = Scale(float(tensors["norm_factor"]), tensors.get("mean"))
         stepper.n_steps, stepper.n_rows_seen = n_steps, n_rows_seen
 
     def settings(self, sampled: bool = False) -> dict[str, dict[str, Any]]:

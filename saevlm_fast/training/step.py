@@ -22,6 +22,7 @@ from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
 from saevlm_fast.sae import SparseAutoencoder, first_rows
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.accumulate import SummedGradients
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
 from saevlm_fast.training.gradients import Gradients, Losses, loss_and_gradients
@@ -58,7 +59,7 @@ class Stepper:
     `announce`, as long as n_listed stays what it was; training/capture.py does so.
 
     A relu or jumprelu SAE (penalised) is trained by any_device.py on a GPU, and not captured: how many latents fire has
-    to be asked. On a CPU too while a great part of them fires.
+    to be asked. On a CPU too while a great part of them fires. A step of micro-batches (accumulate.py) is not captured.
 
     Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
     Also if the recipe does not fit the SAE (TrainConfig.check_fits).
@@ -127,6 +128,8 @@ class Stepper:
     @torch.no_grad()
     def device_step(self, x_BD: Tensor) -> StepOutput:
         """The step that was announced."""
+        if self.config.accumulate > 1:
+            return self._accumulated_step(x_BD)
         if x_BD.is_cuda and not self.penalised:
             return self._gpu_step(x_BD)
         codes, penalty = self._encode(x_BD)
@@ -153,6 +156,23 @@ class Stepper:
         update_(self.parameters(), self.moments, gradients, self.config.clip_norm, self._adam(), self.cone)
         self._clamp_threshold()
         return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _accumulated_step(self, x_BD: Tensor) -> StepOutput:
+        """The same in micro-batches, on any device. The rows of the codes are theirs, one after the other."""
+        sums, several, smallest = SummedGradients(self.sae, x_BD, self.config.accumulate), [], []
+        for rows in sums.pieces():
+            codes, penalty = self._encode(x_BD[rows].contiguous())
+            sums.add(rows, codes, penalty)
+            several.append(codes)
+            smallest.append(smallest_positive(codes.top_acts).float())
+        codes = SparseCodes.join(several, self.sae.config.d_sae)
+        self._track(codes, len(x_BD), torch.stack(smallest).mean())
+        dead = self._dead_latents()
+        losses = Losses(*sums.finish(dead, self.auxk_alpha))
+        self._note_bad(losses)
+        update_(self.parameters(), self.moments, sums.gradients, self.config.clip_norm, self._adam())
+        self._clamp_threshold()
+        return StepOutput(losses, sums.x_hat_BD, codes, dead.number)
 
     def _clamp_threshold(self) -> None:
         """Below 0 a threshold acts as 0 and has no gradient: it stays where it has one."""
@@ -221,12 +241,15 @@ class Stepper:
         of, version = self._low_of
         return of.data_ptr() == self.sae.W_enc.data_ptr() and self.sae.W_enc._version == version
 
-    def _track(self, codes: SparseCodes, n_rows: int) -> None:
-        """Dead-latent counters and the moving threshold, as upstream: before the losses."""
+    def _track(self, codes: SparseCodes, n_rows: int, smallest: Tensor | None = None) -> None:
+        """Dead-latent counters and the moving threshold, as upstream: before the losses.
+
+        smallest: activation kept, if it is not that of all codes.
+        """
         fired_S = torch.zeros_like(self.idle_S).index_add_(0, codes.top_indices, (codes.top_acts > 0).long())
         self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
         if self.sae.config.architecture in CALIBRATED:
-            smallest = smallest_positive(codes.top_acts).float()
+            smallest = smallest_positive(codes.top_acts).float() if smallest is None else smallest
             old, beta = self.sae.threshold, self.config.threshold_beta
             new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
             self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
