@@ -93,8 +93,8 @@ def sentence_of(runs: "Mapping[str, Run]") -> str:
     """For people."""
     first = next(iter(runs.values()))
     return (
-        f"{len(runs)} SAEs of {first.sae.d_in} in one pass, on {first.n_rows:,} rows; {first.config.n_steps:,} steps of "
-        f"{first.batch_size:,}, {first.path}: {', '.join(runs)}"
+        f"{len(runs)} SAEs of {first.sae.d_in} in one pass, on {first.n_rows:,} rows; {first.config.n_steps:,} steps "
+        f"of {first.batch_size:,}, {first.path}: {', '.join(runs)}"
     )
 
 

@@ -5,6 +5,7 @@ Shape suffixes: B rows of a batch, D d_in.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from copy import deepcopy
