@@ -12,6 +12,7 @@ from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings
 from saevlm_fast.settings import integers, same_as, setting, texts
+from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,8 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
 
 def _sentence(options: HarvestArguments, source: "ImageSource", tower: "Tower") -> str:
     n_images = min(len(source), options.limit or len(source))
-    what = f"{options.model} on {tower.device}: {tower.n_blocks} blocks; {n_images:,} images of {options.images}"
+    place = redacted_text(options.images)
+    what = f"{options.model} on {tower.device}: {tower.n_blocks} blocks; {n_images:,} images of {place}"
     return what + (f" ({source.n_ignored:,} other files ignored)" if source.n_ignored else "")
 
 

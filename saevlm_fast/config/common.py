@@ -31,6 +31,7 @@ K = 20
 MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; docs/recipe.md section 1
 PROMPT = "What is shown in this image? Use exactly one word!"
 WHITE = "white"
+CACHE_GIB_VARIABLE, CACHE_GIB = "SAEVLM_FAST_CACHE_GIB", 50.0  # of files that are elsewhere
 LARGEST = (1 << 31) - 1  # width of activations, number of latents: int32 indices hold them
 FLOAT32_MAX = 3.4028234663852886e38
 

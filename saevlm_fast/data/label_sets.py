@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from saevlm_fast.errors import first_line, require, shown
+from saevlm_fast.remote.cache import fetched
 from saevlm_fast.settings import several
+from saevlm_fast.urls import is_url, url_of
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,9 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
 
     Raises:
         ValueError: no such file, a damaged one, a column twice, none but the first, no line of any of the images.
+        RemoteError: a URL that cannot be read.
     """
-    path = Path(path)
+    path = fetched(url_of(path)).path if is_url(path) else Path(path)
     require(path.suffix in (".csv", ".parquet"), f"labels: {path} does not end in .csv or .parquet")
     require(path.is_file(), f"labels: {path} is not a file")
     try:

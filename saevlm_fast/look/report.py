@@ -138,9 +138,8 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
 
 def _digest(rows: Activations | StoredCodes) -> str:
     """Of what the rows are: a store's index names the digest of every shard; a matrix has its own."""
-    index = rows.path / "index.json"
-    if index.is_file():
-        return sha256(index.read_bytes()).hexdigest()
+    if rows.index_file.is_file():
+        return sha256(rows.index_file.read_bytes()).hexdigest()
     assert isinstance(rows, Activations)  # codes always have an index
     return rows.digest()
 

@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write, cache_directory, sha256_file
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.remote.reading import Found, RemoteError, copy_whole, look_up, read_range
 from saevlm_fast.urls import file_name, redacted
 
-LIMIT_VARIABLE, DEFAULT_GIB = "SAEVLM_FAST_CACHE_GIB", 50.0
 PIECE = 32 << 20  # bytes of one request
 _PATIENCE = 3600.0  # seconds to wait for another process that fetches the same file
+_ADVICE = f"--cache-gib, {CACHE_GIB_VARIABLE}"
 _INFO, _PART_INFO = "info.json", "part.json"
 # Of a query, what changes with every signature while the file stays the same.
 _SIGNATURE = re.compile(
@@ -46,12 +47,12 @@ _threads_lock = threading.Lock()
 
 def limit_bytes() -> int:
     """How much the cache may hold. ValueError: SAEVLM_FAST_CACHE_GIB is no positive number."""
-    text = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_GIB)
+    text = os.environ.get(CACHE_GIB_VARIABLE) or str(CACHE_GIB)
     try:
         gib = float(text)
     except ValueError:
         gib = 0.0
-    require(0 < gib < 1 << 30, f"{LIMIT_VARIABLE}: {text!r} is not a positive number of GiB")
+    require(0 < gib < 1 << 30, f"{CACHE_GIB_VARIABLE}: {text!r} is not a positive number of GiB")
     return int(gib * (1 << 30))
 
 
@@ -185,7 +186,7 @@ def _fetch_whole(url: str, part: Path) -> None:
         def write(piece: bytes) -> None:
             file.write(piece)
             if file.tell() > limit_bytes():
-                raise RemoteError(f"{redacted(url)}: more than the cache may have ({LIMIT_VARIABLE}, --cache-gib)")
+                raise RemoteError(f"{redacted(url)}: more than the cache may have ({_ADVICE})")
 
         copy_whole(url, begin)
 
@@ -197,7 +198,7 @@ def _make_room(url: str, size: int, part: Path) -> None:
     """Removes what was used longest ago, until `size` more bytes fit. RemoteError: they do not."""
     limit = limit_bytes()
     if size > limit:
-        raise RemoteError(f"{redacted(url)}: {size} bytes; the cache may have {limit} ({LIMIT_VARIABLE}, --cache-gib)")
+        raise RemoteError(f"{redacted(url)}: {size} bytes; the cache may have {limit} ({_ADVICE})")
     with _owned("room", _PATIENCE):
         kept = sorted(_folders(), key=lambda each: each[1])
         used = sum(n_bytes for folder, _, n_bytes in kept if folder != part.parent)
@@ -210,7 +211,7 @@ def _make_room(url: str, size: int, part: Path) -> None:
         if used + size > limit:
             raise RemoteError(
                 f"{redacted(url)}: {size} bytes do not fit into the cache: of its {limit} bytes {used} are of files in "
-                f"use; give it more ({LIMIT_VARIABLE}, --cache-gib)"
+                f"use; give it more ({_ADVICE})"
             )
 
 
