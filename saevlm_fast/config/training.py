@@ -18,7 +18,7 @@ class TrainConfig(Settings):
     title = "Training"
     removed: ClassVar = {"dtype": "float32"}  # of the encoder product
     # Recorded where they were given alone: runs of before have none of them.
-    OPTIONAL: ClassVar = ("l1", "target_l0", "bandwidth", "sparsity_warmup", "control", "control_cosine")
+    OPTIONAL: ClassVar = ("l1", "target_l0", "bandwidth", "sparsity_warmup", "control", "control_cosine", "mono_weight")
     steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
     batch_size: int = setting(
         4096,
@@ -136,6 +136,16 @@ class TrainConfig(Settings):
         must="in [0, 1)",
     )
 
+    mono_weight: float | None = setting(
+        None,
+        help="Weight of MonoLoss, 1 - the batch's mean Monosemanticity Score with its own rows as embeddings. Judge by "
+        "another encoder (docs/concepts/monoloss.md).",
+        shown="none",
+        above=0,
+        below=math.inf,
+        must="finite and positive",
+    )
+
     def check(self) -> None:
         super().check()
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
@@ -168,6 +178,11 @@ class TrainConfig(Settings):
         require(soft, f"control_cosine: {self.control_cosine} is of --control soft-frozen, not of {self.control}")
         untrained = self.control == "untrained" and sae.architecture == "relu"
         require(not untrained, "control: untrained has its threshold set for an L0, and a relu SAE has no threshold")
+
+        require(
+            self.mono_weight is None or self.control != "untrained",
+            f"mono_weight: {self.mono_weight} is of no use to an untrained control",
+        )
 
     @property
     def n_steps(self) -> int:

@@ -25,6 +25,7 @@ from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
 from saevlm_fast.training.gradients import Gradients, Losses, loss_and_gradients
+from saevlm_fast.training.mono import Embeddings, MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 
 
@@ -134,11 +135,15 @@ class Stepper:
         dead = self._dead_latents()
         if penalty is not None and (x_BD.is_cuda or is_dense(codes)):
             return self._whole_step(x_BD, codes, dead, penalty)
-        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen
+        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen, self._mono(x_BD)
         x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, *given)
         self._note_bad(losses)
         self._update(gradients)
         return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _mono(self, x_BD: Tensor) -> MonoTerm | None:
+        weight = self.config.mono_weight
+        return None if weight is None else MonoTerm(Embeddings.of(x_BD), weight)
 
     def _note_bad(self, losses: Losses) -> None:
         first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
@@ -146,7 +151,7 @@ class Stepper:
 
     def _whole_step(self, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, penalty: Penalty) -> StepOutput:
         """The same on any device, of a penalised SAE."""
-        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen
+        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen, self._mono(x_BD)
         x_hat_BD, numbers, gradients = whole_gradients(self.sae, x_BD, *given)
         losses = Losses(*numbers)
         self._note_bad(losses)
@@ -168,9 +173,11 @@ class Stepper:
         state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
         with torch.cuda.device_of(x_BD):
             codes, centred = gpu_encode(self.sae, x_BD, low)
-            x_hat_BD, losses, dead = gpu_step(self.sae, self.config, state, x_BD, codes, centred, self._dead_latents)
+            x_hat_BD, losses, dead = gpu_step(
+                self.sae, self.config, state, x_BD, codes, centred, self._dead_latents, self._mono(x_BD)
+            )
         self.was_replayed()
-        return StepOutput(Losses(*losses), x_hat_BD, codes, dead.number)
+        return StepOutput(losses, x_hat_BD, codes, dead.number)
 
     def _encode(self, x_BD: Tensor) -> tuple[SparseCodes, Penalty | None]:
         """In CSR form, in the dtype of the weights; with the penalty of those that have one."""
