@@ -57,7 +57,7 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.state import DATA_DIGEST, TrainingState
+from saevlm_fast.training.state import DATA_DIGEST, MONO_DIGEST, TrainingState
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
 CHECKPOINT_FILE, METRICS_DIGEST_FILE = "checkpoint.json", "metrics.jsonl.sha256"
@@ -171,6 +171,7 @@ class RunDirectory:
         if resumed:
             state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
             everything = settings | {"train": dict.fromkeys(state.config.OPTIONAL) | settings["train"]}
+            everything["data"] = {MONO_DIGEST: None} | settings["data"]
             check_same_settings(self.path / RUN_FILE, everything, free=("path",))  # data may move
             for name in FILES:  # and no others': a score may be written beside them meanwhile
                 remove_leftovers_of(self.path / name)

@@ -70,7 +70,7 @@ class _Scores(NamedTuple):
         defined_S = (n_S >= 2) & (den_S > 64 * torch.finfo(p1_S.dtype).eps * p1_S.square())
         ms_S = torch.where(defined_S, num_S / torch.where(defined_S, den_S, 1), 0)
         n_defined = defined_S.sum()
-        some = n_defined.clamp(min=1)
+        some = n_defined.clamp(min=1).to(p1_S.dtype)
         loss = torch.where(n_defined > 0, weight * (1 - ms_S.sum() / some), 0)
         scale_S = torch.where(defined_S, -2 * weight / some / torch.where(defined_S, den_S, 1), 0)
         return cls(scale_S, ms_S, p1_S, loss.to(p1_S.dtype))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from copy import deepcopy
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from saevlm_fast.training.memory import rows_go_to_device
 from saevlm_fast.training.step import Stepper
 
 _CALIBRATION_ROWS = 4096
+MONO_DIGEST = "digest of the MonoLoss embeddings"
 DATA_DIGEST, SAMPLED = "digest of the activations", "fingerprint of the activations"
 
 
@@ -40,6 +42,7 @@ class TrainingState:
         stepper: the SAE in normalised units, and the optimiser's state.
         norm_factor: activations are divided by it before they are trained on; known after `initialise` or `load`.
         on_device: whether all rows are kept there.
+        embeddings: of the rows, for MonoLoss; None: it takes the rows themselves.
 
     data_on: where they are to be; ValueError: on the device, where they do not fit.
     """
@@ -51,7 +54,9 @@ class TrainingState:
         config: TrainConfig,
         device: torch.device,
         data_on: DataOn = "auto",
+        embeddings: Activations | None = None,
     ):
+        self.embeddings = embeddings
         self.activations, self.config, self.device = activations, config, device
         self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
         sae = SparseAutoencoder(sae_config, device=device)
@@ -88,6 +93,17 @@ class TrainingState:
         """
         stream = self._stored_batches(start_step, n_steps, announce)
         return self._shuffled(stream, start_step) if self.config.control == "shuffled" else stream
+
+    def embedding_batches(self, start_step: int, n_steps: int) -> Generator[Tensor | None, None, None]:
+        """The embeddings [B, E] of the rows of the same steps, on the device; None where there are none."""
+        if self.embeddings is None:
+            yield from repeat(None, n_steps)
+        elif self.device.type == "cuda":
+            yield from uploaded_batches(self.embeddings, self.order, start_step, n_steps, self.device)
+        else:
+            with closing(batches(self.embeddings, self.order, start_step, n_steps)) as stream:
+                for _, e_BE in stream:
+                    yield e_BE
 
     def _shuffled(self, stream: Generator[Tensor, None, None], start_step: int) -> Generator[Tensor, None, None]:
         with closing(stream):
@@ -209,6 +225,7 @@ class TrainingState:
         """
         known_by = (SAMPLED, self._fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
         sae = self.stepper.sae.config
+        of_mono = {} if self.embeddings is None else {MONO_DIGEST: self.embeddings.digest()}
         return {
             "sae": {
                 "d_in": sae.d_in,
@@ -222,6 +239,7 @@ class TrainingState:
                 "rows": self.activations.n_rows,
                 "path": str(self.activations.path),
                 known_by[0]: known_by[1],
+                **of_mono,
             },
         }
 

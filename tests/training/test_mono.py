@@ -9,6 +9,7 @@ from test_controls import gpu_step, rows
 
 import test_step as selecting
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.kernels import reference
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.mono import DenseMono, Embeddings, MonoTerm, mono_of_entries
@@ -16,6 +17,7 @@ from saevlm_fast.training.run import train
 from saevlm_fast.training.step import Stepper
 
 WEIGHT = 0.7
+SIZE = SAEConfig(12, 40, 4)
 
 
 def sparse(z_BS):
@@ -69,7 +71,7 @@ def case(seed, n=23, d_sae=11, width=5, density=0.2):
     return z_BS, e_BE
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), density=st.sampled_from([0.0, 0.05, 0.3, 1.0]))
 @pytest.mark.parametrize("way", [of_entries, of_products])
 def test_the_gradient_is_autograds(way, seed, density):
@@ -150,6 +152,55 @@ def test_gpu_steps_are_the_dense_steps():
     check_steps(gpu_step, stepper, dense, data, 2, n_rows=11)
 
 
+def test_embeddings_of_their_own():
+    """A batch of them in a step, and rows in a run: as they are paired, so it is trained; a run goes on to the bit."""
+    stepper, dense, data = selecting.make("batch_topk", dtype=torch.float64, mono_weight=WEIGHT, warmup_steps=0)
+    other = torch.randn(61, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    mono = dense.mono
+    dense.mono = lambda acts, x: mono(acts, other)
+    for start in (0, 61, 122):
+        x = data[start : start + 61]
+        assert float(stepper.step(x, other).losses.overall) == pytest.approx(dense.step(x), rel=1e-9)
+
+
+def test_runs_with_embeddings(tmp_path):
+    recipe = {"steps": 12, "batch_size": 64, "lr": 3e-3, "seed": 1, "mono_weight": 0.5}
+    other = torch.randn(500, 3, generator=torch.Generator().manual_seed(4))
+    own, _ = train(rows(), SIZE, **recipe)
+    same, _ = train(rows(), SIZE, **recipe, mono_embeddings=rows())
+    for name, value in own.state_dict().items():  # normalised twice in one of them
+        torch.testing.assert_close(same.state_dict()[name], value, atol=1e-4, rtol=1e-4)
+    whole, _ = train(rows(), SIZE, **recipe, mono_embeddings=other)
+    assert float((whole.W_enc - own.W_enc).detach().abs().max()) > 1e-3
+    cut = {"output": tmp_path / "run", "checkpoint_every": 5}
+
+    def stop(step):
+        if step == 8:
+            raise Interrupted("here")
+
+    with pytest.raises(Interrupted):
+        train(rows(), SIZE, **recipe, **cut, mono_embeddings=other, on_step=stop)
+    for wrong in (None, other + 1):
+        with pytest.raises(ValueError, match="resume: digest of the MonoLoss embeddings is"):
+            train(rows(), SIZE, **recipe, **cut, resume=True, mono_embeddings=wrong)
+    resumed, _ = train(rows(), SIZE, **recipe, **cut, resume=True, mono_embeddings=other)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "n", "message"),
+    [
+        ({}, 500, "mono_embeddings: of no use without mono_weight"),
+        ({"mono_weight": 0.1, "control": "shuffled"}, 500, "mono_embeddings: a shuffled row is of no image"),
+        ({"mono_weight": 0.1}, 499, "embeddings: 499 rows .*, but 500 activations"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused(settings, n, message):
+    with pytest.raises(ValueError, match=message):
+        train(rows(), SIZE, steps=2, **settings, mono_embeddings=torch.ones(n, 3))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_gpu_captured_steps_are_the_dense_steps(device, architecture):
@@ -165,10 +216,10 @@ def test_gpu_captured_steps_are_the_dense_steps(device, architecture):
 
 def test_a_run_logs_it_and_scores_higher():
     logged = []
-    plain, with_mono = SAEConfig(12, 40, 4), {"mono_weight": 1.0}
+    with_mono = {"mono_weight": 1.0}
     settings = {"steps": 60, "batch_size": 100, "lr": 3e-3, "seed": 1}
-    train(rows(), plain, **settings, **with_mono, on_log=lambda step, metrics: logged.append(metrics))
+    train(rows(), SIZE, **settings, **with_mono, on_log=lambda step, metrics: logged.append(metrics))
     assert logged[-1]["metrics/batch_ms"] > logged[0]["metrics/batch_ms"]
     assert logged[-1]["losses/mono_loss"] == pytest.approx(1 - logged[-1]["metrics/batch_ms"])
     with pytest.raises(ValueError, match=r"mono_weight: 1\.0 is of no use to an untrained control"):
-        train(rows(), plain, **settings, **with_mono, control="untrained")
+        train(rows(), SIZE, **settings, **with_mono, control="untrained")
