@@ -58,6 +58,11 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
         on_command_line=False,
         tables=True,
     )
+    mono_embeddings: Path | None = setting(
+        None,
+        help="Embeddings by which MonoLoss scores, row i of row i: a store or a matrix.",
+        shown="the rows themselves",
+    )
     output: Path = same_as(RunOptions, "output", shown="runs/DATE-TIME")
     expansion: float | None = same_as(SAESize, "expansion", shown="8; on the box 4")
     k: int | None = same_as(SAESize, "k", shown="20; on the box 10")
@@ -227,6 +232,7 @@ def _check_output(options: TrainArguments) -> None:
 
 
 def _train(options: TrainArguments) -> dict[str, Any]:
+    from saevlm_fast.data.rows import open_activations
     from saevlm_fast.look.run_picture import run_picture
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
@@ -266,6 +272,7 @@ def _train(options: TrainArguments) -> dict[str, Any]:
             config,
             options.part(RunOptions),
             validation=held_out,
+            mono_embeddings=None if options.mono_embeddings is None else open_activations(options.mono_embeddings),
             on_log=bar.on_log,
             on_step=on_step,
             on_note=tell,

@@ -19,7 +19,7 @@ class TrainConfig(Settings):
     removed: ClassVar = {"dtype": "float32"}  # of the encoder product
     # Recorded where they were given alone: runs of before have none of them.
     if_given: ClassVar = dict.fromkeys(
-        ("l1", "target_l0", "bandwidth", "sparsity_warmup", "control", "control_cosine")
+        ("l1", "target_l0", "bandwidth", "sparsity_warmup", "control", "control_cosine", "mono_weight")
     ) | {"center": False, "accumulate": 1}
     # What decides the batches, and how many there are: the same for SAEs that are trained in one pass.
     shared: ClassVar = ("steps", "batch_size", "seed", "norm_batches", "center")
@@ -157,6 +157,16 @@ class TrainConfig(Settings):
         must="in [0, 1)",
     )
 
+    mono_weight: float | None = setting(
+        None,
+        help="Weight of MonoLoss, 1 - the batch's mean Monosemanticity Score with its own rows as embeddings. Judge by "
+        "another encoder (docs/concepts/monoloss.md).",
+        shown="none",
+        above=0,
+        below=math.inf,
+        must="finite and positive",
+    )
+
     def check(self) -> None:
         super().check()
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
@@ -193,6 +203,14 @@ class TrainConfig(Settings):
         require(soft, f"control_cosine: {self.control_cosine} is of --control soft-frozen, not of {self.control}")
         untrained = self.control == "untrained" and sae.architecture == "relu"
         require(not untrained, "control: untrained has its threshold set for an L0, and a relu SAE has no threshold")
+        whole = self.accumulate == 1 or (self.mono_weight is None and self.control in (None, "untrained", "shuffled"))
+        other = "mono_weight" if self.mono_weight is not None else f"control {self.control}"
+        require(whole, f"accumulate: {self.accumulate} does not go with {other}, which takes a batch as a whole")
+
+        require(
+            self.mono_weight is None or self.control != "untrained",
+            f"mono_weight: {self.mono_weight} is of no use to an untrained control",
+        )
 
     @property
     def n_steps(self) -> int:

@@ -8,6 +8,7 @@ block by block (gradients.py). All agree (tests/training/test_penalised_step.py)
 Shape suffixes: B rows, R rows of a chunk, D d_in, S d_sae, M entries.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from saevlm_fast.kernels.sparse_decode import gather_dot_op, sparse_decode
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
+from saevlm_fast.training.mono import DenseMono, MonoTerm, mono_of_entries
 from saevlm_fast.training.penalty import Penalty, totals
 
 _DENSE_SHARE = 1 / 32  # of entries among all B * S, from which products are faster
@@ -34,7 +36,7 @@ def is_dense(codes: SparseCodes) -> bool:
 
 class _Sums(NamedTuple):
     """x_hat_BD, the gradient of mse to it, the squared error (0-d), and gradients; those of frozen weights are None.
-    W_dec's is projected."""
+    W_dec's is projected. mono: MonoLoss."""
 
     x_hat_BD: Tensor
     error_BD: Tensor
@@ -43,6 +45,7 @@ class _Sums(NamedTuple):
     b_enc: Tensor
     W_dec: Tensor | None
     threshold: Tensor | None
+    mono: Tensor | None
 
 
 def whole_gradients(
@@ -53,12 +56,13 @@ def whole_gradients(
     auxk_alpha: float,
     penalty: Penalty,
     frozen: str | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """x_hat_BD; losses (0-d): overall, mse, aux, penalty; gradients by name, W_enc latent-major, W_dec projected.
+    mono: MonoTerm | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], dict[str, Tensor]]:
+    """x_hat_BD; losses (0-d): overall, mse, aux, penalty, mono; gradients by name, W_enc latent-major, W_dec projected.
 
     frozen: W_enc or W_dec, of which none is made.
     """
-    sums = (_sums_by_products if is_dense(codes) else _sums_of_entries)(sae, x_BD, codes, penalty, frozen)
+    sums = (_sums_by_products if is_dense(codes) else _sums_of_entries)(sae, x_BD, codes, penalty, frozen, mono)
     mse = sums.squared / len(x_BD)
     named = {"W_enc": sums.W_enc, "b_enc": sums.b_enc, "W_dec": sums.W_dec, "threshold": sums.threshold}
     gradients = {name: gradient for name, gradient in named.items() if gradient is not None}
@@ -71,11 +75,17 @@ def whole_gradients(
         gradients["b_enc"].index_add_(0, dead.latents_A.clamp(max=sae.config.d_sae - 1), aux.b_enc_A)
     gradients["b_dec"] = sums.error_BD.sum(0) - sae.W_enc.detach() @ gradients["b_enc"]
     overall = mse + auxk_alpha * aux_loss + penalty.loss
-    return sums.x_hat_BD, (overall, mse, aux_loss, penalty.loss), gradients
+    overall = overall if sums.mono is None else overall + sums.mono
+    return sums.x_hat_BD, (overall, mse, aux_loss, penalty.loss, sums.mono), gradients
 
 
 def _sums_of_entries(
-    sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, penalty: Penalty, frozen: str | None
+    sae: SparseAutoencoder,
+    x_BD: Tensor,
+    codes: SparseCodes,
+    penalty: Penalty,
+    frozen: str | None,
+    mono: MonoTerm | None,
 ) -> _Sums:
     W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
     x_hat_BD = sparse_decode(*codes.flat(), W_dec, b_dec)
@@ -86,7 +96,10 @@ def _sums_of_entries(
     rows_M = codes.entry_rows()[order_M]
     dots_M = gather_dot_op(error_BD, rows_M, latents_M, W_dec)
     dacts_M = penalty.of_acts(acts_M, dots_M)
-    band, dW_dec = penalty.band, None
+    band, dW_dec, mono_loss = penalty.band, None, None
+    if mono is not None:
+        mono_loss, of_acts_M = mono_of_entries(acts_M, rows_M, latents_M, offsets_S1, mono)
+        dacts_M = dacts_M + of_acts_M
     if frozen != "W_dec":
         dW_dec = segment_sum(acts_M, rows_M, offsets_S1, error_BD)
         dW_dec.addcmul_(W_dec, totals(acts_M * dots_M, offsets_S1)[:, None], value=-1)
@@ -98,27 +111,33 @@ def _sums_of_entries(
         totals(dacts_M, offsets_S1),
         dW_dec,
         None if band is None else band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1),
+        mono_loss,
     )
 
 
 def _sums_by_products(
-    sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, penalty: Penalty, frozen: str | None
+    sae: SparseAutoencoder,
+    x_BD: Tensor,
+    codes: SparseCodes,
+    penalty: Penalty,
+    frozen: str | None,
+    mono: MonoTerm | None,
 ) -> _Sums:
     """The same sums, chunk by chunk of rows: [R, S] matrices of codes and of their gradient are all that is dense."""
     W_dec, b_dec, band, n_rows = sae.W_dec.detach(), sae.b_dec.detach(), penalty.band, len(x_BD)
-    acts_M, latents_M, row_offsets = codes.csr()
+    latents_M = codes.csr()[1]
     x_hat_BD, error_BD = torch.empty_like(x_BD), torch.empty_like(x_BD)
     dW_enc, dW_dec = (None if frozen == name else torch.zeros_like(W_dec) for name in ("W_enc", "W_dec"))
     db_enc, parallel_S = torch.zeros_like(sae.b_enc.detach()), torch.zeros_like(sae.b_enc.detach())
     squared = x_BD.new_zeros(())
     dtheta_S = None if band is None else torch.zeros_like(band.threshold_S)
-    chunk = max(1, _CHUNK_BYTES // (codes.d_sae * x_BD.element_size()))
-    ends = [*row_offsets[::chunk].tolist(), len(latents_M)]  # a threshold leaves no padding
-    for number, start in enumerate(range(0, n_rows, chunk)):
-        entries, x_RD = slice(ends[number], ends[number + 1]), x_BD[start : start + chunk]
-        rows = slice(start, start + len(x_RD))
-        places_M = _places(row_offsets[start : start + len(x_RD) + 1], latents_M[entries], codes.d_sae)
-        z_RS = _placed(acts_M[entries], places_M, len(x_RD), codes.d_sae)
+    dense_mono = None if mono is None else DenseMono(codes.d_sae, *mono)
+    if dense_mono is not None:
+        for rows, _, _, z_RS in _chunks(codes):
+            dense_mono.add(rows, z_RS)
+    scores = None if dense_mono is None else dense_mono.scores()
+    for rows, entries, places_M, z_RS in _chunks(codes):
+        x_RD = x_BD[rows]
         x_hat_BD[rows] = torch.addmm(b_dec, z_RS, W_dec)
         error_RD = torch.sub(x_hat_BD[rows], x_RD, out=error_BD[rows])
         squared += error_RD.square().sum()
@@ -131,12 +150,26 @@ def _sums_by_products(
             terms_M = band.terms(dz_RS.view(-1)[places_M], latents_M[entries], band.pre_M[entries])
             dtheta_S += _placed(terms_M, places_M, len(x_RD), codes.d_sae).sum(0)
         dh_RS = penalty.of_acts(z_RS, dz_RS)
+        if dense_mono is not None and scores is not None:
+            dh_RS = dh_RS + dense_mono.gradient(scores, rows, z_RS)
         if dW_enc is not None:
             dW_enc.addmm_(dh_RS.T, x_RD - b_dec)
         db_enc += dh_RS.sum(0)
     if dW_dec is not None:
         dW_dec.addcmul_(W_dec, parallel_S[:, None], value=-1)
-    return _Sums(x_hat_BD, error_BD, squared, dW_enc, db_enc, dW_dec, dtheta_S)
+    mono_loss = None if scores is None else scores.loss
+    return _Sums(x_hat_BD, error_BD, squared, dW_enc, db_enc, dW_dec, dtheta_S, mono_loss)
+
+
+def _chunks(codes: SparseCodes) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows, their entries, where these stand in the flat [R, S] matrix, and that matrix, chunk by chunk."""
+    acts_M, latents_M, row_offsets = codes.csr()
+    chunk = max(1, _CHUNK_BYTES // (codes.d_sae * acts_M.element_size()))
+    ends = [*row_offsets[::chunk].tolist(), len(latents_M)]  # a threshold leaves no padding
+    for number, start in enumerate(range(0, codes.n_rows, chunk)):
+        entries, rows = slice(ends[number], ends[number + 1]), slice(start, min(start + chunk, codes.n_rows))
+        places_M = _places(row_offsets[rows.start : rows.stop + 1], latents_M[entries], codes.d_sae)
+        yield rows, entries, places_M, _placed(acts_M[entries], places_M, rows.stop - rows.start, codes.d_sae)
 
 
 def _places(row_offsets_R1: Tensor, latents_M: Tensor, d_sae: int) -> Tensor:

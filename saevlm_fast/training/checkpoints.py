@@ -58,7 +58,7 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.state import DATA_DIGEST, TrainingState
+from saevlm_fast.training.state import DATA_DIGEST, MONO_DIGEST, TrainingState
 from saevlm_fast.training.watch import remove_watched
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
@@ -173,6 +173,7 @@ class RunDirectory:
         if resumed:
             before = state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
             asked = settings | {"train": dict.fromkeys(before) | settings["train"]}  # also what is not given any more
+            asked["data"] = {MONO_DIGEST: None} | settings["data"]
             check_same_settings(self.path / RUN_FILE, asked, free=("path",))  # data may move
             for name in FILES:  # and no others': a score may be written beside them meanwhile
                 remove_leftovers_of(self.path / name)

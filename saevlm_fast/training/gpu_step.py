@@ -23,8 +23,8 @@ from saevlm_fast.kernels.latent_gradient import RowGradient, latent_slots
 from saevlm_fast.kernels.latent_update import Cone
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
 from saevlm_fast.kernels.low_weights import LowWeights
-from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
-from saevlm_fast.kernels.step_rows_triton import launch_rows
+from saevlm_fast.kernels.step_entries_triton import Order, launch_entries, launch_order
+from saevlm_fast.kernels.step_rows_triton import Rows, launch_rows
 from saevlm_fast.kernels.step_totals_triton import launch_totals
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import (
@@ -35,6 +35,8 @@ from saevlm_fast.kernels.topk_encode_cuda import (
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents, auxiliary
+from saevlm_fast.training.gradients import Losses
+from saevlm_fast.training.mono import MonoTerm, mono_of_entries
 
 _side_streams: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # one for every stream that steps are launched on
 
@@ -86,7 +88,8 @@ def gpu_step(
     codes: SparseCodes,
     centred: Centred | None,
     dead_latents: Callable[[], DeadLatents],
-) -> tuple[Tensor, Tensor, DeadLatents]:
+    mono: MonoTerm | None = None,
+) -> tuple[Tensor, Losses, DeadLatents]:
     """The step on a batch and its codes; `state` and the threshold are moved on in place.
 
     Args:
@@ -97,15 +100,17 @@ def gpu_step(
         codes: of the batch.
         centred: x - b_dec with its norms, or None.
         dead_latents: asked once state.idle_S has moved on.
+        mono: of MonoLoss, or None.
 
     Returns:
-        x_hat_BD of the last prefix, losses [3] (overall, mse, aux), dead latents.
+        x_hat_BD of the last prefix, losses, dead latents.
     """
     (acts, latents, row_offsets), W, ends = codes.flat(), state.parameters, state.group_ends_G
     with _beside(x_BD) as side:
         with side:
             order = launch_order(latents, row_offsets, codes.d_sae)
         rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
+    mono_loss = None if mono is None else _add_mono(acts, rows, order, len(ends), mono)
     entries = launch_entries(acts, rows, order)
     frozen = config.frozen
     totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen)
@@ -129,7 +134,21 @@ def gpu_step(
     else:
         aux_rows = _aux_rows(aux and aux.W_enc, sae)
         launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, aux_rows, state.low)
-    return rows.x_hat_BD, decision.losses, dead
+    overall, mse, aux_loss = decision.losses
+    if mono_loss is not None:
+        overall.add_(mono_loss)
+    return rows.x_hat_BD, Losses(overall, mse, aux_loss, None, mono_loss), dead
+
+
+def _add_mono(acts: Tensor, rows: Rows, order: Order, n_groups: int, mono: MonoTerm) -> Tensor:
+    """MonoLoss; its gradient is added to rows.dacts_M. A decoder gradient's part along its rows stays (mono.py)."""
+    order_M, offsets_S1 = order.order_M, order.offsets_S1.long()
+    rows_M = rows.bags_M[order_M].long() // n_groups
+    positions_M = torch.arange(len(order_M), device=order_M.device)
+    latents_M = torch.searchsorted(offsets_S1[1:], positions_M, right=True)  # of padding too large, and not used
+    found = mono_of_entries(acts.flatten()[order_M].to(rows.dacts_M.dtype), rows_M, latents_M, offsets_S1, mono)
+    rows.dacts_M.view(-1).index_add_(0, order_M, found.of_acts_M.to(rows.dacts_M.dtype))  # each place once
+    return found.loss
 
 
 def _add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S: Tensor) -> tuple[Tensor, Tensor]:

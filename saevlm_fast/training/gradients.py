@@ -17,6 +17,7 @@ from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
+from saevlm_fast.training.mono import MonoTerm, mono_of_entries
 from saevlm_fast.training.penalty import Penalty
 
 _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
@@ -25,12 +26,13 @@ _residuals, _centred_rows = Workspace(), Workspace()
 
 
 class Losses(NamedTuple):
-    """0-d tensors: overall = mse + auxk_alpha * aux + penalty, which relu and jumprelu alone have."""
+    """0-d tensors: overall = mse + auxk_alpha * aux + penalty, which relu and jumprelu alone have, + mono."""
 
     overall: Tensor
     mse: Tensor
     aux: Tensor
     penalty: Tensor | None = None
+    mono: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -66,6 +68,7 @@ def loss_and_gradients(
     auxk_alpha: float,
     penalty: Penalty | None = None,
     frozen: str | None = None,
+    mono: MonoTerm | None = None,
 ) -> tuple[Tensor, Losses, Gradients]:
     """Of one batch and its codes, on a CPU: losses, and the gradient of every parameter. docs/recipe.md section 1.
 
@@ -84,7 +87,7 @@ def loss_and_gradients(
     centred_BD = _centred(x_BD, b_dec)
     suffix_RD = suffix_BGD.flatten(0, 1)
     entries = codes, bag_offsets, centred_BD, suffix_RD
-    dW_enc, dW_dec, db_enc, dtheta = _latent_gradients(sae, *entries, penalty, frozen)
+    dW_enc, dW_dec, db_enc, dtheta, mono_loss = _latent_gradients(sae, *entries, penalty, frozen, mono)
 
     aux = auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, frozen)
     aux_loss, aux_enc, aux_dec = mse.new_zeros(()), list[RowGradient](), list[RowGradient]()
@@ -94,9 +97,10 @@ def loss_and_gradients(
         db_enc.index_add_(0, dead.latents_A, aux.b_enc_A)
     db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
     overall = mse + auxk_alpha * aux_loss
-    losses = Losses(overall, mse, aux_loss)
-    if penalty is not None:
-        losses = Losses(overall + penalty.loss, mse, aux_loss, penalty.loss)
+    more = [None if penalty is None else penalty.loss, mono_loss]
+    for loss in more:
+        overall = overall if loss is None else overall + loss
+    losses = Losses(overall, mse, aux_loss, *more)
     return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec, dtheta)
 
 
@@ -159,8 +163,9 @@ def _latent_gradients(
     suffix_RD: Tensor,
     penalty: Penalty | None,
     frozen: str | None,
-) -> tuple[EntryGradient | None, EntryGradient | None, Tensor, Tensor | None]:
-    """dW_enc, dW_dec, db_enc [d_sae] and that of thresholds, from one sort of the entries by latent."""
+    mono: MonoTerm | None,
+) -> tuple[EntryGradient | None, EntryGradient | None, Tensor, Tensor | None, Tensor | None]:
+    """dW_enc, dW_dec, db_enc [d_sae], that of thresholds, and MonoLoss, from one sort of the entries by latent."""
     acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
     bags_M = entry_rows(codes.top_indices, bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
     rows_M, W_dec = bags_M // len(sae.config.group_ends), sae.W_dec.detach()
@@ -168,11 +173,14 @@ def _latent_gradients(
     dacts_M = torch.where(acts_M > 0, dots_M, 0)
     projected = acts_M, bags_M, offsets_S1, suffix_RD, dacts_M
     dW_dec = None if frozen == "W_dec" else entry_gradient(*projected)
-    dtheta = None
+    dtheta = mono_loss = None
     if penalty is not None:
         dacts_M = penalty.of_acts(acts_M, dots_M)
         dtheta = penalty.band and penalty.band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1)
+    if mono is not None:
+        mono_loss, of_acts_M = mono_of_entries(acts_M, rows_M, latents_M, offsets_S1, mono)
+        dacts_M = dacts_M + of_acts_M
     dW_enc = None if frozen == "W_enc" else entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
     one = dacts_M.new_ones(1, 1)
     db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
-    return dW_enc, dW_dec, db_enc, dtheta
+    return dW_enc, dW_dec, db_enc, dtheta, mono_loss

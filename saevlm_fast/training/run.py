@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
+from saevlm_fast.data.pairing import check_rows_of_same_images
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, check_kind, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
@@ -38,6 +39,7 @@ def train(
     options: RunOptions | None = None,
     *,
     validation: Matrix | None = None,
+    mono_embeddings: Matrix | None = None,
     progress: bool = False,
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
@@ -57,6 +59,7 @@ def train(
         options: where the run goes; or its fields by name, as output="run". Without an output nothing is written;
             with one, the run directory of checkpoints.py.
         validation: rows [M, d_in] on which the finished SAE is evaluated; the training rows otherwise.
+        mono_embeddings: of row i [N, E], by which MonoLoss (mono_weight) scores; the rows themselves otherwise.
         progress: show a line with the step, the rate, the time left and the loss.
         on_log: called at every logged step with SAELens metric names. on_step: called after every step (a GPU is then
             still at it). on_note: called with what else is worth a line: that kernels are being compiled. on_picture:
@@ -72,6 +75,7 @@ def train(
     """
     config, options = with_settings("train", config, options, settings)
     activations, evaluated = fitting(activations, validation, sae_config)
+    embeddings = _embeddings(mono_embeddings, activations, config)
     line = ProgressLine(config.n_steps)
     if progress:
         on_log, on_note = _both(line.log, on_log), _both(line.note, on_note)
@@ -79,7 +83,7 @@ def train(
     with kept.locked(), Watch(options.log_to) as watch:
         look_at(evaluated, config, whole=options.output is None)
         device = resolve_device(options.device)
-        state = TrainingState(activations, sae_config, config, device, options.data_on)
+        state = TrainingState(activations, sae_config, config, device, options.data_on, embeddings)
         kept.begin(state)
         watch.begin(lambda: kept.path, state.stepper.n_steps, _watched(state, sae_config, options), device)
         with (
@@ -135,6 +139,17 @@ def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfi
         f"validation: width {held_out.d} differs from the activations' {train_on.d}",
     )
     return train_on, held_out
+
+
+def _embeddings(given: Matrix | None, activations: Activations, config: TrainConfig) -> Activations | None:
+    """ValueError: embeddings that nothing needs, or of other images."""
+    if given is None:
+        return None
+    require(config.mono_weight is not None, "mono_embeddings: of no use without mono_weight")
+    require(config.control != "shuffled", "mono_embeddings: a shuffled row is of no image")
+    embeddings = activations_of(given, "mono_embeddings")
+    check_rows_of_same_images(activations, embeddings)
+    return embeddings
 
 
 def look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
@@ -226,10 +241,11 @@ def _steps(
     stepper, n_steps = state.stepper, state.config.n_steps
     steps = CapturedSteps(stepper, options.capture)
     every = log_every(options, state.config)
-    with closing(state.batches(stepper.n_steps, n_steps - stepper.n_steps)) as remaining:
-        for raw_BD in remaining:
+    span = stepper.n_steps, n_steps - stepper.n_steps
+    with closing(state.batches(*span)) as remaining, closing(state.embedding_batches(*span)) as embeddings:
+        for raw_BD, e_BE in zip(remaining, embeddings, strict=True):
             x_BD = state.normalised(raw_BD, out=steps.input(len(raw_BD)))
-            output = steps.step(x_BD)
+            output = steps.step(x_BD, e_BE)
             step = stepper.n_steps
             on_step(step)
             if step % every == 0 or step == n_steps:

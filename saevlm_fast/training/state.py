@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from copy import deepcopy
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from saevlm_fast.training.scale import Scale, mean_of_rows, scale_of
 from saevlm_fast.training.step import Stepper
 
 _CALIBRATION_ROWS = 4096
+MONO_DIGEST = "digest of the MonoLoss embeddings"
 DATA_DIGEST, SAMPLED = "digest of the activations", "fingerprint of the activations"
 
 
@@ -41,6 +43,7 @@ class TrainingState:
         stepper: the SAE in normalised units, and the optimiser's state.
         scale: the units that are trained in; known after `initialise` or `load`.
         on_device: whether all rows are kept there.
+        embeddings: of the rows, for MonoLoss; None: it takes the rows themselves.
 
     data_on: where they are to be; ValueError: on the device, where they do not fit.
     """
@@ -52,7 +55,9 @@ class TrainingState:
         config: TrainConfig,
         device: torch.device,
         data_on: DataOn = "auto",
+        embeddings: Activations | None = None,
     ):
+        self.embeddings = embeddings
         self.activations, self.config, self.device = activations, config, device
         self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
         sae = SparseAutoencoder(sae_config, device=device)
@@ -94,6 +99,17 @@ class TrainingState:
         """
         stream = self._stored_batches(start_step, n_steps, announce)
         return self._shuffled(stream, start_step) if self.config.control == "shuffled" else stream
+
+    def embedding_batches(self, start_step: int, n_steps: int) -> Generator[Tensor | None, None, None]:
+        """The embeddings [B, E] of the rows of the same steps, on the device; None where there are none."""
+        if self.embeddings is None:
+            yield from repeat(None, n_steps)
+        elif self.device.type == "cuda":
+            yield from uploaded_batches(self.embeddings, self.order, start_step, n_steps, self.device)
+        else:
+            with closing(batches(self.embeddings, self.order, start_step, n_steps)) as stream:
+                for _, e_BE in stream:
+                    yield e_BE
 
     def _shuffled(self, stream: Generator[Tensor, None, None], start_step: int) -> Generator[Tensor, None, None]:
         with closing(stream):
@@ -215,6 +231,7 @@ class TrainingState:
         """
         known_by = (SAMPLED, self._fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
         sae, blocks = self.stepper.sae.config, self.activations.block_rows
+        of_mono = {} if self.embeddings is None else {MONO_DIGEST: self.embeddings.digest()}
         return {
             "sae": {
                 "d_in": sae.d_in,
@@ -229,6 +246,7 @@ class TrainingState:
                 "path": str(self.activations.path),
                 known_by[0]: known_by[1],
                 "order": blocks and f"blocks of {blocks} rows, of a store that is elsewhere",
+                **of_mono,
             },
         }
 

@@ -26,6 +26,7 @@ from saevlm_fast.training.accumulate import SummedGradients
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
 from saevlm_fast.training.gradients import Gradients, Losses, loss_and_gradients
+from saevlm_fast.training.mono import Embeddings, MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 
 
@@ -105,10 +106,11 @@ class Stepper:
         return {name: parameter.detach() for name, parameter in named.items()}
 
     @torch.no_grad()
-    def step(self, x_BD: Tensor) -> StepOutput:
-        """One training step on a batch [B, d_in] in normalised units."""
+    def step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
+        """One training step on a batch [B, d_in] in normalised units. e_BE: embeddings of its rows for MonoLoss, which
+        takes the batch itself if they are None."""
         self.announce(len(x_BD))
-        return self.device_step(x_BD)
+        return self.device_step(x_BD, e_BE)
 
     def announce(self, n_rows: int) -> None:
         """Begin a step of n_rows rows: counters move on, and the device is told its number and Adam's schedule.
@@ -126,30 +128,37 @@ class Stepper:
             self.n_listed = padded_size(bound, self.sae.config.d_sae)
 
     @torch.no_grad()
-    def device_step(self, x_BD: Tensor) -> StepOutput:
+    def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """The step that was announced."""
         if self.config.accumulate > 1:
             return self._accumulated_step(x_BD)
+        mono = self._mono(x_BD if e_BE is None else e_BE)
         if x_BD.is_cuda and not self.penalised:
-            return self._gpu_step(x_BD)
+            return self._gpu_step(x_BD, mono)
         codes, penalty = self._encode(x_BD)
         self._track(codes, len(x_BD))
         dead = self._dead_latents()
         if penalty is not None and (x_BD.is_cuda or is_dense(codes)):
-            return self._whole_step(x_BD, codes, dead, penalty)
-        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen
+            return self._whole_step(x_BD, codes, dead, penalty, mono)
+        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen, mono
         x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, *given)
         self._note_bad(losses)
         self._update(gradients)
         return StepOutput(losses, x_hat_BD, codes, dead.number)
 
+    def _mono(self, e_BE: Tensor) -> MonoTerm | None:
+        weight = self.config.mono_weight
+        return None if weight is None else MonoTerm(Embeddings.of(e_BE.to(self.sae.W_dec.dtype)), weight)
+
     def _note_bad(self, losses: Losses) -> None:
         first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
         self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
 
-    def _whole_step(self, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, penalty: Penalty) -> StepOutput:
+    def _whole_step(
+        self, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, penalty: Penalty, mono: MonoTerm | None
+    ) -> StepOutput:
         """The same on any device, of a penalised SAE."""
-        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen
+        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen, mono
         x_hat_BD, numbers, gradients = whole_gradients(self.sae, x_BD, *given)
         losses = Losses(*numbers)
         self._note_bad(losses)
@@ -179,7 +188,7 @@ class Stepper:
         if self.sae.config.architecture == "jumprelu":
             self.sae.threshold.clamp_(min=0)
 
-    def _gpu_step(self, x_BD: Tensor) -> StepOutput:
+    def _gpu_step(self, x_BD: Tensor, mono: MonoTerm | None = None) -> StepOutput:
         """The same on a GPU."""
         from saevlm_fast.training.gpu_step import State, gpu_encode, gpu_step
 
@@ -188,9 +197,11 @@ class Stepper:
         state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
         with torch.cuda.device_of(x_BD):
             codes, centred = gpu_encode(self.sae, x_BD, low)
-            x_hat_BD, losses, dead = gpu_step(self.sae, self.config, state, x_BD, codes, centred, self._dead_latents)
+            x_hat_BD, losses, dead = gpu_step(
+                self.sae, self.config, state, x_BD, codes, centred, self._dead_latents, mono
+            )
         self.was_replayed()
-        return StepOutput(Losses(*losses), x_hat_BD, codes, dead.number)
+        return StepOutput(losses, x_hat_BD, codes, dead.number)
 
     def _encode(self, x_BD: Tensor) -> tuple[SparseCodes, Penalty | None]:
         """In CSR form, in the dtype of the weights; with the penalty of those that have one."""

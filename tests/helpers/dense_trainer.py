@@ -113,7 +113,19 @@ class DenseTrainer:
         self.idle += len(x)
         self.idle[(acts > 0).any(0)] = 0
         self.aux = self.config.auxk_alpha * self.auxiliary((x - prefixes[-1]).detach(), pre)
-        return mse + penalty + self.aux
+        return mse + penalty + self.aux + self.mono(torch.where(acts > 0, h, 0), x)
+
+    def mono(self, acts, x):
+        """MonoLoss pair by pair; what is kept has a gradient, thresholds have none."""
+        weight = self.config.mono_weight
+        if weight is None:
+            return 0.0
+        norm = x.norm(dim=1, keepdim=True)
+        u = torch.where(norm > 0, x / norm, 0)
+        pairs = (u @ u.T).fill_diagonal_(0)
+        several = (acts > 0).sum(0) > 1
+        self.ms = (acts * (pairs @ acts)).sum(0)[several] / (acts.sum(0).square() - acts.square().sum(0))[several]
+        return weight * (1 - self.ms.mean()) if several.any() else 0.0
 
     def held(self, w, first):
         """By angles: the rotation of a row towards where it began, as little as is needed."""

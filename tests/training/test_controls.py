@@ -35,7 +35,7 @@ def gpu_step(stepper, x):
     """Through the interpreter. Of k = 1 and a frozen decoder, W_enc's gradient would be rounding alone."""
     stepper.announce(len(x))
     with torch.no_grad():
-        return stepper._gpu_step(x)
+        return stepper._gpu_step(x, stepper._mono(x))
 
 
 def check_steps(step, stepper, dense, data, n_steps, tolerance=1e-9, rows=61):

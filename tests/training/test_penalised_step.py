@@ -55,7 +55,7 @@ def whole_step(stepper, x_BD):
     with torch.no_grad():
         codes, penalty = stepper._encode(x_BD)
         stepper._track(codes, len(x_BD))
-        return stepper._whole_step(x_BD, codes, stepper._dead_latents(), penalty)
+        return stepper._whole_step(x_BD, codes, stepper._dead_latents(), penalty, stepper._mono(x_BD))
 
 
 def by_entries(monkeypatch):
