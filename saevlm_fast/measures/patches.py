@@ -53,7 +53,9 @@ def labels_of_patches(
             draws.append(counted_purity(of_known, of_others))
         if time < n_shuffles:
             nulls.append(selection(of_known, of_others, half)[0])
-    chance = Chance(np.array(draws), np.arange(codes.n_latents))
+    # A latent on few patches may meet unknown ones alone: then it is worth what the most frequent label is.
+    base = float(theirs.counts_L.max()) / max(theirs.n_images, 1)
+    chance = Chance(np.nan_to_num(np.array(draws), nan=base), np.arange(codes.n_latents))
     images_S = images_of_latents(mine, image_of_row[known_R])
     figures, columns = purity_figures(purity(mine, theirs, chance), mine, theirs, images_S)
     chosen, best = selection(mine, theirs, half_R[known_R])

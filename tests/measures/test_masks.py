@@ -159,6 +159,7 @@ def test_patches_against_scikit_learn_and_exchanged_masks():
     assert images_of_latents(codes.part(known), image_of_row[known]).tolist() == expected
     assert found.latents["images:patches"].tolist() == expected
     assert found.figures["left_out"] == (~known).sum()
+    assert np.isfinite(found.latents["purity_chance:patches"]).all(), "one that meets unknown patches alone too"
     # Latents of whole images are purer than single patches would be, and no purer than exchanged masks make them.
     whole = found.latents["purity_excess:patches"][20:]
     assert abs(whole.mean()) < 4 * whole.std() / 20**0.5
