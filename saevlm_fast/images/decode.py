@@ -84,7 +84,7 @@ def _decoded(data: bytes, at_least: int | None) -> Image.Image:
     if image.format == "TIFF":
         _refuse_what_pillow_misreads(image)
     if at_least is not None and image.format == "JPEG":
-        image.draft(None, (at_least, at_least))  # type: ignore[arg-type]
+        image.draft(None, (at_least, at_least))
     image.load()
     turn = UPRIGHT.get(_orientation(image))
     rgb = _rgb(image, data)

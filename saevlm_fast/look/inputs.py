@@ -53,11 +53,20 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
         for subject in subjects:
             check_same_images(subject.table, embeddings, str(subject.rows.path))
     taxonomy = None if settings.taxonomy is None else read_taxonomy(settings.taxonomy)
-    has_classes = any(each.labels is not None and each.labels.null_count < len(each.labels) for each in subjects)
-    require(taxonomy is None or has_classes, "taxonomy: it is about classes, and no image has one; give --labels")
+    if taxonomy is not None:
+        _check_taxonomy(taxonomy, subjects)
     control = None if settings.control_sae is None else len(subjects) - 1
     tables = [_tables(each, subjects) for each in (settings.scores, settings.names, settings.steering)]
     return Inputs(subjects, control, embeddings, taxonomy, *tables)
+
+
+def _check_taxonomy(taxonomy: Taxonomy, subjects: list[Subject]) -> None:
+    """ValueError: it has none of the classes, or there are none."""
+    found = {name for each in subjects if each.labels is not None for name in each.labels.unique().to_pylist()}
+    classes = sorted(name for name in found if name is not None)
+    require(bool(classes), "taxonomy: it is about classes, and no image has one; give --labels")
+    known = any(name in taxonomy.paths for name in classes)
+    require(known, f"taxonomy: {taxonomy.origin} has none of the classes, as {classes[0]!r}")
 
 
 def _subjects(settings: ReportSettings, shared: Activations | None, warn: Callable[[str], None]) -> list[Subject]:

@@ -204,3 +204,6 @@ def checked_sizes(subject: Subject) -> None:
     width = rows.d_sae if isinstance(rows, StoredCodes) else rows.d
     needed = config.d_sae if isinstance(rows, StoredCodes) else config.d_in
     require(width == needed, f"sae: {subject.path} needs rows of width {needed}, but {rows.path} has {width}")
+    if subject.activations is not None:
+        beside, d_in = subject.activations[0], config.d_in
+        require(beside.d == d_in, f"sae: {subject.path} needs rows of width {d_in}, but {beside.path} has {beside.d}")

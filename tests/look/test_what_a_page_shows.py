@@ -1,12 +1,16 @@
 """Statistics, neighbours, heat maps and regions of a report: against the plain way."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import activations_of
+from saevlm_fast.images.decode import decode
 from saevlm_fast.look import near
 from saevlm_fast.look.geometry import PatchGrid, covered, patch_grid
 from saevlm_fast.look.heat import heat_map, heat_maps
@@ -14,6 +18,7 @@ from saevlm_fast.look.image_rows import ImageTable
 from saevlm_fast.look.neighbours import co_firing, decoder_neighbours
 from saevlm_fast.look.sets import top_sets
 from saevlm_fast.look.spill import Spill
+from saevlm_fast.look.sprites import thumbnail
 from saevlm_fast.look.stats import LOWEST_OCTAVE, N_BANDS, latent_stats
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.hierarchy import hierarchy
@@ -273,3 +278,18 @@ DINO = CLIP | {"size": {"shortest_edge": 256}}
 def test_the_part_of_a_picture_that_a_tower_sees(settings, size, expected):
     found = covered({"model": {"preprocess": {"name": "x", **settings}}}, *size)
     assert found == pytest.approx(expected)
+
+
+def test_a_thumbnail_from_a_reduced_picture_is_the_same_to_the_eye():
+    """At its own size by decode alone, and never below what is asked."""
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((800, 600), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=95)
+    whole, reduced = decode(buffer.getvalue()), decode(buffer.getvalue(), 128)
+    assert whole.size == (800, 600)
+    assert reduced.size < whole.size
+    assert min(reduced.size) >= 128
+    one, other = (np.asarray(thumbnail(each, 128), np.float32) for each in (whole, reduced))
+    assert one.shape == other.shape == (96, 128, 3)
+    assert np.abs(one - other).mean() < 3

@@ -89,8 +89,8 @@ const Overview = (() => {
 
   const label = (sae, key) => (sae.measures.find((m) => m.key === key) || { label: key }).label;
 
-  function table(head, rows) {
-    return el("table", { class: "plain" }, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col", text })))),
+  function table(head, rows, kind = "plain numbers") {
+    return el("table", { class: kind }, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col", text })))),
       el("tbody", {}, rows.map(([name, ...cells]) => el("tr", {}, el("th", { scope: "row", text: name }), cells.map((text) => el("td", { text }))))));
   }
 
@@ -115,7 +115,7 @@ const Overview = (() => {
   }
 
   function recipe(sae) {
-    return el("details", {}, el("summary", { text: "Recipe" }), table(["setting", "value"], sae.recipe));
+    return el("details", {}, el("summary", { text: "Recipe" }), table(["setting", "value"], sae.recipe, "plain"));
   }
 
   return { show };
