@@ -58,13 +58,14 @@ class _Checks:
     """The self-test on a device; without a torch that can be imported, one check, which says so."""
 
     def __init__(self, device: str):
+        self.broken: Exception | None = None
         try:
             from saevlm_fast.doctor.self_test import CHECKS
             from saevlm_fast.runtime import resolve_device
         except (ImportError, OSError) as error:  # OSError: a library of torch's own that the system does not load
             self.device, self.names, self.broken = "none", ["torch"], error
             return
-        self.device, self.names, self.broken = str(resolve_device(device)), list(CHECKS), None
+        self.device, self.names = str(resolve_device(device)), list(CHECKS)
 
     def run(self, on_check: Callable[[str], None]) -> list[dict[str, Any]]:
         """name, ok, said and seconds of each."""

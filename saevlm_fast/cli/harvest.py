@@ -88,6 +88,7 @@ def plan(options: HarvestArguments) -> Plan:
     check_writable(options.output)
     source = open_images(options.images)
     tower = _tower(options, options.device)
+    tower = tower if config.square is None else tower.squared(config.square)
     with tower.hooked(config.points) as run:
         planned = HarvestPlan(source, tower, run, config, engine)
         _tell_notes(source)

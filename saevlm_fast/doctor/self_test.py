@@ -107,9 +107,12 @@ def _threshold_encode(device: torch.device) -> str:
 
 
 def _same_codes(found: tuple[Any, ...], expected: tuple[Any, ...]) -> str:
-    on_host = [[each if each is None else each.cpu() for each in codes] for codes in (found, expected)]
-    first, second = (reference.densify(*codes, _S) for codes in on_host)
-    return _close(first, second)
+    return _close(_dense(*found), _dense(*expected))
+
+
+def _dense(acts: Tensor, latents: Tensor, row_offsets: Tensor | None) -> Tensor:
+    offsets = None if row_offsets is None else row_offsets.cpu()
+    return reference.densify(acts.cpu(), latents.cpu(), offsets, _S)
 
 
 def _codes(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,7 +261,7 @@ def _losses(device: torch.device) -> tuple[float, float]:
     from saevlm_fast.training.run import train
 
     losses: list[float] = []
-    settings = {"steps": _STEPS, "batch_size": 256, "lr": 3e-3, "log_every": 1, "device": str(device)}
+    settings: dict[str, Any] = {"steps": _STEPS, "batch_size": 256, "lr": 3e-3, "log_every": 1, "device": str(device)}
     on_log = lambda step, metrics: losses.append(float(metrics["losses/overall_loss"]))  # noqa: E731
     sae, _ = train(_rows(), SAEConfig(_D, 64, _K, "batch_topk"), on_log=on_log, **settings)
     require(all(bool(parameter.isfinite().all()) for parameter in sae.parameters()), "weights are not finite")

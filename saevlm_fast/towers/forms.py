@@ -68,7 +68,8 @@ class Tiles(Form):
     """
 
     def __init__(self, model: nn.Module, n_tokens: int, multiple: int):
-        self.model, self.tile, self.padded = model, n_tokens, -(-n_tokens // multiple) * multiple
+        self.model, self.n_tokens, self.padded = model, n_tokens, -(-n_tokens // multiple) * multiple
+        self.tile = n_tokens
         self._used: int | None = None
 
     @contextmanager
@@ -83,11 +84,11 @@ class Tiles(Form):
             handle.remove()
 
     def tokens(self, x: Tensor) -> Tensor:
-        return self._tiles(x)[:, : self._used, : self.tile].flatten(1, 2)
+        return self._tiles(x)[:, : self._used, : self.n_tokens].flatten(1, 2)
 
     def restore(self, x_BTD: Tensor, x: Tensor) -> Tensor:
         tiles = self._tiles(x).clone()
-        tiles[:, : self._used, : self.tile] = x_BTD.unflatten(1, (-1, self.tile))
+        tiles[:, : self._used, : self.n_tokens] = x_BTD.unflatten(1, (-1, self.n_tokens))
         return tiles.flatten(1, 2)
 
     def _tiles(self, x: Tensor) -> Tensor:

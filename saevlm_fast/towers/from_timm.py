@@ -166,7 +166,8 @@ def conv_stages(model: Any) -> list[nn.Module] | None:
     if isinstance(stages, (nn.Sequential, nn.ModuleList)) and type(model).__name__ == "ConvNeXt":
         return list(stages)
     layers = [getattr(model, f"layer{n}", None) for n in range(1, 5)]
-    return layers if all(isinstance(layer, nn.Module) for layer in layers) else None
+    modules = [layer for layer in layers if isinstance(layer, nn.Module)]
+    return modules if len(modules) == len(layers) else None
 
 
 def itself(output: Tensor) -> Tensor:

@@ -120,6 +120,19 @@ def transformers_preprocess(
     return _checked_preprocess(full, raw, normalisation, spec)
 
 
+class SquareFirst:
+    """A tower's preprocessing of images that have all been resized to one square, whatever their aspect."""
+
+    def __init__(self, preprocess: Any, side: int):
+        self.preprocess, self.side = preprocess, side
+
+    def __call__(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
+        from PIL import Image
+
+        sides = self.side, self.side
+        return self.preprocess([picture.resize(sides, Image.Resampling.BICUBIC) for picture in pictures])
+
+
 class ComposePreprocess:
     """A torchvision Compose, as a worker process calls it; raw: its head up to the tensor, which stays uint8."""
 

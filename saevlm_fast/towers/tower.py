@@ -16,6 +16,7 @@ Nothing of a model's forward is copied: forward hooks read its own, and the last
 (On a GPU one activation has a faster kernel where its results are the same bits: towers/forwards.py.)
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,7 @@ from saevlm_fast.runtime import tf32_products
 from saevlm_fast.towers.forms import Cells, Form, Grid
 from saevlm_fast.towers.forwards import fuse_quick_gelus, quick_gelu_kernel, replace_forward
 from saevlm_fast.towers.hub import foreign_message, is_foreign
-from saevlm_fast.towers.preprocess import Normalisation, two_pictures
+from saevlm_fast.towers.preprocess import Normalisation, SquareFirst, two_pictures
 from saevlm_fast.towers.set_up import BlockOutput, Forward, check_blocks, check_count, check_own_rows, check_point
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
 
@@ -86,6 +87,7 @@ class Anatomy:
         patch_size, n_patches: if known, the number of tokens is checked against them.
         form: how blocks hold the tokens.
         most_tokens: of an image, where images have grids of their own and their preprocessing has a limit.
+        one_grid: whether all images come as squares of one size, and so have one grid.
         beside: names of what the model is given beside the pixels.
         call: calls the model on its inputs.
         description: JSON for the store.
@@ -101,6 +103,7 @@ class Anatomy:
     n_patches: int | None = None
     form: Form = field(default_factory=Form)
     most_tokens: int | None = None
+    one_grid: bool = False
     beside: Sequence[str] = ()
     call: Callable[[nn.Module, dict[str, Tensor]], Any] = lambda model, inputs: model(inputs["pixel_values"])
     description: dict[str, Any] = field(default_factory=dict)
@@ -147,6 +150,14 @@ class Tower:
             inputs["pixel_values"] = self._normalisation(inputs["pixel_values"])
         with tf32_products(tf32):
             return self.anatomy.call(self.model, inputs)
+
+    def squared(self, side: int) -> "Tower":
+        """The same model, to which every image comes as a square of so many pixels on a side."""
+        made = copy.copy(self)
+        made.preprocess = SquareFirst(self.preprocess, side)
+        description = {**self.anatomy.description, "square": side}
+        made.anatomy = replace(self.anatomy, description=description, one_grid=True)
+        return made
 
     def token_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """bool [B, T], False for padding, of towers whose images differ in their number of tokens (SigLIP 2 NaFlex,
@@ -353,7 +364,7 @@ class HookedTower:
         self._last = list(acts)[-1]
         first = Forward(acts, self.tower.token_mask(inputs))
         check_own_rows(spec, first, self._forward, pictures, self._autocast is not None)
-        if anatomy.form.packs:
+        if anatomy.form.packs and not anatomy.one_grid:
             self._most_tokens()
 
     def _layout(self, inputs: Mapping[str, Tensor], n_tokens: int, grid: Grid | None) -> TokenLayout:
@@ -370,6 +381,10 @@ class HookedTower:
             square = side * side == n_tokens - anatomy.n_prefix and height == width
             grid = grid or ((side, side) if square else None)
         own_grids = anatomy.form.packs or (mask_BT is not None and not bool(mask_BT.all()))
+        if own_grids and anatomy.one_grid:
+            shapes = inputs.get("spatial_shapes")
+            grids = anatomy.form.grids(inputs) if shapes is None else [tuple(each) for each in shapes.tolist()]
+            own_grids, grid = len(set(grids or ())) != 1, (grids or [None])[0]
         return TokenLayout(n_tokens, anatomy.n_prefix, anatomy.has_cls, None if own_grids else grid)
 
     def _most_tokens(self) -> None:

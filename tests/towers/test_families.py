@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from many_towers import FAMILIES, harvested, pictures, prepared
+from many_towers import FAMILIES, SIZE, harvested, pictures, prepared
 from tower_table import PAGE, page_with, table
 
+from saevlm_fast.data.rows import open_activations
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
 
@@ -95,3 +96,44 @@ def test_points_of_the_whole_image_are_what_the_library_gives(number):
 
 def test_the_table_of_towers_is_what_is_found():
     assert PAGE.read_text(encoding="utf-8") == page_with(table()), "run python tests/helpers/tower_table.py"
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "SigLIP 2 NaFlex", "Pixtral, Mistral3", "CLIP"])
+def test_squares_have_one_grid_and_heat_maps(name, tmp_path):
+    """From harvest to the map of a picture: the corner that was changed is where the map says."""
+    from saevlm_fast.config import HarvestOptions
+    from saevlm_fast.harvesting.config import HarvestConfig
+    from saevlm_fast.harvesting.run import harvest
+    from saevlm_fast.images.open import open_images
+    from saevlm_fast.look.geometry import PatchGrid, covered, patch_grid
+    from saevlm_fast.look.image_rows import image_table
+
+    (family,) = [each for each in FAMILIES if (each.name, each.library) == (name, "transformers")]
+    (tmp_path / "photos").mkdir()
+    for i, picture in enumerate(pictures()):
+        picture.save(tmp_path / "photos" / f"{i}.png")
+    tower = family.make()
+    source, options = open_images(tmp_path / "photos"), HarvestOptions(output=tmp_path / "out", workers=0)
+    config = HarvestConfig(points=(HookPoint("residual", 1),), tokens=(Tokens("patches"),), square=SIZE, batch_size=3)
+    harvest(source, tower, config, options)
+    rows = open_activations(tmp_path / "out")
+    grid = patch_grid(rows.source, image_table(rows))
+    assert grid == PatchGrid(4, 4, family.prefix)
+    assert covered(rows.source, 640, 480) == (0, 0, 1, 1)
+    assert rows.source["model"]["square"] == SIZE
+    maps = rows.rows(torch.arange(rows.n_rows)).view(5, 16, -1)
+    row, column = divmod(int((maps[4] - maps[3]).norm(dim=1).argmax()), 4)
+    assert (row, column) == (0, 3)
+    assert tower.anatomy.one_grid is False  # of the tower that was given nothing has changed
+
+
+def test_the_part_of_a_picture_that_patches_are_of():
+    """Mllama fills a tile up to the right and below; a square is seen whole, or as its preprocessing crops it."""
+    from saevlm_fast.look.geometry import covered
+
+    mllama = {"preprocess": {"size": {"height": 32, "width": 32}, "max_image_tiles": 1}}
+    assert covered({"model": mllama}, 640, 480) == (0, 0, 1, pytest.approx(4 / 3))
+    crop = {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    whole = pytest.approx((0.1, 0.1, 0.9, 0.9))
+    assert covered({"model": {"preprocess": crop, "square": 64}}, 640, 480) == whole
+    assert covered({"model": {"preprocess": crop}}, 640, 480) != whole
