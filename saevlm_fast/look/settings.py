@@ -33,6 +33,7 @@ class ReportSettings(Settings):
         None,
         help="Class of each image: FILE.csv or FILE.parquet as for evaluate, its first column of one label an image.",
         shown="those of the store",
+        remote=True,
     )
     images: str | None = setting(
         None, help="Where the images are, if not where the store says; none: do not show them.", shown="as stored"
