@@ -16,7 +16,8 @@ from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
-from saevlm_fast.settings import setting, texts
+from saevlm_fast.settings import path_of, setting, texts
+from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
@@ -93,7 +94,7 @@ class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
         needs_labels = self.taxonomy is None or self.labels != _NO_LABELS
         require(needs_labels, "taxonomy: it is about labels, and --labels none leaves them out")
         require(self.compat == "none" or self.pool == "max", "compat: visaebench pools by the maximum; give --pool max")
-        path = Path(self.labels)
+        path = path_of("labels", self.labels)
         known = self.labels in (_FROM_STORE, _NO_LABELS) or path.suffix in (".csv", ".parquet")
         require(known, f"labels: {self.labels!r} is not store, none, FILE.csv or FILE.parquet")
 
@@ -103,12 +104,12 @@ class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
 
 def names_of(paths: tuple[str, ...]) -> list[str]:
     """Short names of paths, each its own: the last parts that tell them apart."""
-    parts = [Path(each).absolute().parts[1:] or ("root",) for each in paths]
+    parts = [path_of("path", each).absolute().parts[1:] or ("root",) for each in paths]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-n:]) for each in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"sae, embeddings: a path is given twice among {', '.join(paths)}")
+    raise ValueError(f"sae, embeddings: a path is given twice among {redacted_text(', '.join(paths))}")
 
 
 def open_subjects(options: EvaluateArguments) -> "tuple[list[Subject], dict[str, SparseAutoencoder]]":
@@ -348,7 +349,7 @@ def _evaluate(
     drawn = draw(evaluation, place / PICTURE)
     if not drawn:
         say(f"no {PICTURE}: matplotlib is not installed (saevlm-fast[notebook])")
-    labels = options.labels if options.labels in (_FROM_STORE, _NO_LABELS) else str(Path(options.labels).absolute())
+    labels = options.labels if options.labels in (_FROM_STORE, _NO_LABELS) else _placed(options.labels)
     as_done = replace(options, sae=_absolute(options.sae), embeddings=_absolute(options.embeddings), labels=labels)
     Record("evaluate", as_done, options.output, rows=inputs.activations.n_rows).write()
     write_json_atomic(place / EVALUATION, _document(options, inputs, evaluation))
@@ -357,15 +358,19 @@ def _evaluate(
 
 def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
     """As settings.toml has them."""
-    return tuple(str(Path(each).absolute()) for each in paths)
+    return tuple(_placed(each) for each in paths)
+
+
+def _placed(path: str) -> str:
+    return str(path_of("path", path).absolute())
 
 
 def _document(options: EvaluateArguments, inputs: "Inputs", evaluation: "Evaluation") -> dict[str, Any]:
     given: dict[str, Any] = {
         "sae": list(options.sae),
         "activations": str(options.activations),
-        "embeddings": list(options.embeddings),
-        "labels": options.labels,
+        "embeddings": list(map(redacted_text, options.embeddings)),
+        "labels": redacted_text(options.labels),
         "label_sets": [{"name": each.name, "labels": len(each.names)} for each in inputs.label_sets],
         "taxonomy": None if options.taxonomy is None else str(options.taxonomy),
         "rows": inputs.activations.n_rows,

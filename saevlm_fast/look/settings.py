@@ -37,6 +37,7 @@ class ReportSettings(Settings):
         None,
         help="Class of each image: FILE.csv or FILE.parquet as for evaluate, its first column of one label an image.",
         shown="those of the store",
+        remote=True,
     )
     taxonomy: Path | None = setting(
         None, help="Path of every class from the root, FILE.json or FILE.csv as for evaluate: for the depth."

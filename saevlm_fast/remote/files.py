@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from weakref import ref
 
 from saevlm_fast.remote.cache import Cached, fetched, limit_bytes, release
@@ -22,7 +22,7 @@ _STATE = ("urls", "_digests", "_opened", "_most")
 T = TypeVar("T")
 
 
-class RemoteFiles(Generic[T]):
+class RemoteFiles(Sequence[T]):
     """Files at URLs, and what is made of each once it is here: a path, tensors mapped from it.
 
     Several threads may ask; a copy in another process begins anew.
@@ -62,7 +62,7 @@ class RemoteFiles(Generic[T]):
     def __len__(self) -> int:
         return len(self.urls)
 
-    def __getitem__(self, number: int) -> T:
+    def __getitem__(self, number: int) -> T:  # type: ignore[override]  # no slices
         """What is made of a file, which is fetched now if it is not here. RemoteError: it cannot be read."""
         self._after_fork()
         if self._most is not None and number != self._last:

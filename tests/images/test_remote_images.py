@@ -153,7 +153,7 @@ def test_commands_take_urls_and_secrets_are_nowhere(server, tmp_path):
         ("ms-score", "--raw", "--activations", "URL/nowhere", "--embeddings", "URL/nowhere", "--output", "out.csv"),
         ("harvest", "--model", "hf:tiny-clip", "--images", "URL/nowhere.tar", "--layer", "1", "--output", "out"),
         ("inspect", "URL/nowhere"),
-        ("report", "--sae", "https://host/sae", "--activations", "x.npy", "--output", "out"),
+        ("report", "--sae", "https://host/sae", "--activations", "URL/nowhere", "--output", "out"),
         ("human-agreement", "--benchmark", "https://host/x", "--output", "out"),
     ],
 )
