@@ -11,7 +11,6 @@ from saevlm_fast.data.codes import StoredCodes, open_codes
 from saevlm_fast.data.label_sets import read_labels
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import require
-from saevlm_fast.look.image_rows import ImageTable, image_table
 from saevlm_fast.look.looked import Subject, checked_sizes
 from saevlm_fast.look.names import check_same_images
 from saevlm_fast.look.settings import MOST_IN_ONE_FILE, ReportSettings
@@ -20,6 +19,7 @@ from saevlm_fast.measures.taxonomy import Taxonomy, read_taxonomy
 from saevlm_fast.provenance import check_rows_of, check_same_sae
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.image_rows import ImageTable, image_table
 
 
 class Inputs(NamedTuple):

@@ -16,9 +16,7 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.look.geometry import PatchGrid, patch_grid
 from saevlm_fast.look.heat import HeatMaps, heat_maps
-from saevlm_fast.look.image_rows import ImageTable, image_chunks
 from saevlm_fast.look.near import Near, look_near
 from saevlm_fast.look.neighbours import CoFiring, Neighbours, co_firing, decoder_neighbours
 from saevlm_fast.look.sets import TopSets, top_sets
@@ -29,6 +27,8 @@ from saevlm_fast.look.stats import LatentStats, latent_stats
 from saevlm_fast.measures.codes import TOP
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.geometry import PatchGrid, patch_grid
+from saevlm_fast.scoring.image_rows import ImageTable, image_chunks
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
 

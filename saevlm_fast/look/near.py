@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.look.image_rows import ImageTable
 from saevlm_fast.measures.reconstruction import ReconstructionSums
 from saevlm_fast.sae import SparseAutoencoder, evaluating
+from saevlm_fast.scoring.image_rows import ImageTable
 
 N_MISSES = 5
 _WORK = 1.5e11  # multiplications: some seconds of one core

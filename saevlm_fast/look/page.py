@@ -22,12 +22,12 @@ import numpy as np
 from saevlm_fast import __version__
 from saevlm_fast.files import atomic_write
 from saevlm_fast.look.chunks import floats, heat_text, script, short, shorts
-from saevlm_fast.look.geometry import PatchGrid
 from saevlm_fast.look.looked import Looked
 from saevlm_fast.look.measured import Measure
 from saevlm_fast.look.sprites import SIDE, TILES, Tiles, sheet_name
 from saevlm_fast.look.stats import BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BANDS
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.geometry import PatchGrid
 
 CHUNK, TILES_A_CHUNK = 256, 1024
 ASSETS = Path(__file__).parent / "assets"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saevlm_fast.files import atomic_write
-from saevlm_fast.look.geometry import WHOLE, Region
 from saevlm_fast.look.store_images import StoreImages
+from saevlm_fast.scoring.geometry import WHOLE, Region
 
 if TYPE_CHECKING:
     from PIL.Image import Image

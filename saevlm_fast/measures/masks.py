@@ -21,8 +21,8 @@ import numpy as np
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import first_line, require
-from saevlm_fast.look.geometry import PatchGrid, Region, covered, patch_grid
-from saevlm_fast.look.image_rows import image_table
+from saevlm_fast.scoring.geometry import PatchGrid, Region, covered, patch_grid
+from saevlm_fast.scoring.image_rows import image_table
 
 POINTS = 16  # a side: the patches of a ViT/16 at its own resolution
 SET = "patches"  # the name of the label set

@@ -12,9 +12,7 @@ from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import activations_of
 from saevlm_fast.images.decode import decode
 from saevlm_fast.look import near
-from saevlm_fast.look.geometry import PatchGrid, covered, patch_grid
 from saevlm_fast.look.heat import heat_map, heat_maps
-from saevlm_fast.look.image_rows import ImageTable
 from saevlm_fast.look.neighbours import co_firing, decoder_neighbours
 from saevlm_fast.look.sets import top_sets
 from saevlm_fast.look.spill import Spill
@@ -26,6 +24,8 @@ from saevlm_fast.measures.results import wilson
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.geometry import PatchGrid, covered, patch_grid
+from saevlm_fast.scoring.image_rows import ImageTable
 from saevlm_fast.sparse_codes import SparseCodes
 
 N, S = 60, 12

@@ -10,11 +10,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
-from saevlm_fast.look.geometry import PatchGrid
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.label_scores import label_scores
 from saevlm_fast.measures.masks import MaskRule, patch_labels, read_names, values_of_patches
 from saevlm_fast.measures.patches import images_of_latents, labels_of_patches
+from saevlm_fast.scoring.geometry import PatchGrid
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 GRID = PatchGrid(2, 3, 1)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from towers.test_load import N_PATCHES, OPEN_CLIP, PREFIX, SIZE, TIMM, randomised, save_open_clip, saved
 
-from saevlm_fast.look.geometry import PatchGrid, covered, patch_grid
-from saevlm_fast.look.image_rows import ImageTable
+from saevlm_fast.scoring.geometry import PatchGrid, covered, patch_grid
+from saevlm_fast.scoring.image_rows import ImageTable
 from saevlm_fast.towers.from_timm import wrap_timm
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens, select_tokens
