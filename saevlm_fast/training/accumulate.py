@@ -55,7 +55,7 @@ class SummedGradients:
             self.x_hat_BD[rows], mse, gradients = _gradients(self.sae, x_BD, codes)
         else:
             nothing = DeadLatents(codes.top_indices.new_empty(0), 0)
-            self.x_hat_BD[rows], (_, mse, _, lost), gradients = whole_gradients(
+            self.x_hat_BD[rows], (_, mse, _, lost, _), gradients = whole_gradients(
                 self.sae, x_BD, codes, nothing, 0.0, penalty
             )
             self.penalty = lost * share if self.penalty is None else self.penalty + lost * share
