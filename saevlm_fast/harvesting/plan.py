@@ -16,6 +16,7 @@ from saevlm_fast.provenance import misfit
 from saevlm_fast.sae import SparseAutoencoder, sae_digest
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
+from saevlm_fast.urls import redacted_text
 
 _ROWS_PER_SHARD = 65536
 
@@ -117,7 +118,7 @@ class HarvestPlan:
         return {
             "model": self.tower.description(),
             "images": {
-                "path": self.options.images,
+                "path": redacted_text(self.options.images),
                 "images": self.n_images,
                 "fingerprint": self.source.fingerprint(),
                 "content": sampled_digest(self.source, self.n_images),

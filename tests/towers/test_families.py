@@ -105,8 +105,8 @@ def test_squares_have_one_grid_and_heat_maps(name, tmp_path):
     from saevlm_fast.harvesting.config import HarvestConfig
     from saevlm_fast.harvesting.run import harvest
     from saevlm_fast.images.open import open_images
-    from saevlm_fast.look.geometry import PatchGrid, covered, patch_grid
-    from saevlm_fast.look.image_rows import image_table
+    from saevlm_fast.scoring.geometry import PatchGrid, covered, patch_grid
+    from saevlm_fast.scoring.image_rows import image_table
 
     (family,) = [each for each in FAMILIES if (each.name, each.library) == (name, "transformers")]
     (tmp_path / "photos").mkdir()
@@ -129,7 +129,7 @@ def test_squares_have_one_grid_and_heat_maps(name, tmp_path):
 
 def test_the_part_of_a_picture_that_patches_are_of():
     """Mllama fills a tile up to the right and below; a square is seen whole, or as its preprocessing crops it."""
-    from saevlm_fast.look.geometry import covered
+    from saevlm_fast.scoring.geometry import covered
 
     mllama = {"preprocess": {"size": {"height": 32, "width": 32}, "max_image_tiles": 1}}
     assert covered({"model": mllama}, 640, 480) == (0, 0, 1, pytest.approx(4 / 3))

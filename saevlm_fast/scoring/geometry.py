@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saevlm_fast.look.image_rows import ImageTable
+from saevlm_fast.scoring.image_rows import ImageTable
 
 _MOST_PREFIX = 16  # CLS and registers, where a store does not say how many
 Region = tuple[float, float, float, float]  # left, top, right, bottom as shares of the picture; beyond 0 .. 1: padding
