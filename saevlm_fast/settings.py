@@ -45,6 +45,7 @@ class Setting:
         option: name on the command line and in a file, where that is not the field's.
         positional: given by its place. on_command_line, in_file: where it can be given.
         recorded: written into settings.toml. Not what says how a call is made, as resume.
+        swept: several values, separated by commas, make several results of one run. tables: of that, tables of a file.
         instead_of: names of what it excludes; given on the command line, it replaces them in a file.
         remote: a path that may be a URL (urls.py).
     """
@@ -64,6 +65,8 @@ class Setting:
     on_command_line: bool = True
     in_file: bool = True
     recorded: bool = True
+    swept: bool = False
+    tables: bool = False
     instead_of: tuple[str, ...] = ()
     remote: bool = False
 
@@ -88,6 +91,10 @@ class Setting:
         if self.above is not None:
             return "positive" if self.above == 0 else f"above {self.above:g}"
         return ""
+
+
+class Several(tuple[Any, ...]):
+    """Values of one setting, of a run that has several results."""
 
 
 def setting(default: Any = MISSING, *, help: str, factory: Any = None, **more: Any) -> Any:

@@ -14,7 +14,7 @@ makes the options; the command prints its tables and returns what --json prints.
 import inspect
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from saevlm_fast.settings import (
     NUMBERS,
     Setting,
     Settings,
+    Several,
     choices_of,
     declared_by,
     default_of,
@@ -69,6 +70,10 @@ class Options(Settings):
     def of(cls, given: Mapping[str, Any]) -> Self:
         """The options, from the values that were given: the place for defaults that depend on others."""
         return cls(**given)
+
+    def said(self, name: str) -> Any:
+        """What settings.toml says of a setting; None is left out."""
+        return getattr(self, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,15 +231,19 @@ def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
     brackets = ["required"] if is_needed(cls, name, known) else []
     brackets += [] if (default := default_text(cls, name, known)) is None else [f"default: {default}"]
     text = escape(known.help) + "".join(f"  \\[{each}]" for each in brackets)
+    several = ",..." if known.swept else ""
     more: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": title_of(cls, name)}
     if kind is Path and not known.positional:
         more |= {"metavar": "PATH"}
     elif choices:
-        more |= {"metavar": "|".join(choices), "autocompletion": lambda: list(choices)}
+        more |= {
+            "metavar": "|".join(choices) + (",..." if known.swept else ""),
+            "autocompletion": lambda: list(choices),
+        }
     elif get_origin(kind) is tuple:
         more |= {"metavar": "<a,b,...>"}
     elif kind in _NUMBERS and known.parse is None:
-        more |= {"metavar": f"<{kind.__name__}>"}
+        more |= {"metavar": f"<{kind.__name__}>{several}"}
     if known.positional:
         told = typer.Argument(None, **more)
     else:
@@ -283,9 +292,19 @@ def _from_text(cls: Any, name: str, value: Any) -> Any:
     if kinds_of(cls)[name] is Path:
         return path_of(key, value)
     require(value != "", f"{key}: is empty")
+    if known.swept and isinstance(value, str) and "," in value:
+        return several_of(key, value.split(","), lambda part: _from_text(cls, name, part.strip()))
     if known.parse is None:
         return _NUMBERS[kind](key, value) if (kind := kinds_of(cls)[name]) in _NUMBERS else value
     return known.parse(name, ",".join(value) if isinstance(value, list) else value)
+
+
+def several_of(key: str, parts: Sequence[Any], read: Callable[[Any], Any]) -> Several:
+    """The values of a list, each once. ValueError: one that is twice in it."""
+    values = Several(read(part) for part in parts)
+    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+    require(twice is None, f"{key}: {twice} is listed twice")
+    return values
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -333,12 +352,23 @@ def _checked(table: Mapping[str, Any], path: Path, name: str, cls: Any) -> dict[
         field = fields.get(key.replace("-", "_"))
         if field is None:
             raise ValueError(f"{path}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}")
+        if settings[field].tables:
+            listed = isinstance(value, list) and len(value) > 0 and all(isinstance(each, dict) for each in value)
+            require(listed, f"{path}: {key} is not a list of tables, [[{key}]]")
+            found[field] = tuple(_checked(each, path, name, cls) for each in value)
+            continue
         found[field] = _from_file(f"{path}: {key}", kinds_of(cls)[field], settings[field], value)
     return found
 
 
 def _from_file(where: str, kind: Any, known: Setting, value: Any) -> Any:
     """A TOML value as the field has it; lists may also be written as on the command line."""
+    if known.swept and isinstance(value, str) and "," in value:
+        value = [part.strip() for part in value.split(",")]
+        value = [_NUMBERS[kind](where, part) for part in value] if kind in _NUMBERS and not known.parse else value
+    if known.swept and isinstance(value, list):
+        require(len(value) > 0, f"{where}: is an empty list")
+        return several_of(where, value, lambda part: _from_file(where, kind, known, part))
     if known.parse is not None:
         if isinstance(value, list):
             value = ",".join(str(each) for each in value)

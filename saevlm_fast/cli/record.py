@@ -93,7 +93,9 @@ def recorded(options: Options) -> dict[str, Any]:
     values: dict[str, Any] = {}
     cls: Any = type(options)
     for name, known in ordered(cls):
-        value = getattr(options, name)
+        value = options.said(name)
+        if known.tables and not value:
+            continue
         if not known.recorded or value is None:
             continue
         value = [_said(each) for each in value] if isinstance(value, tuple) else _said(value)

@@ -12,10 +12,19 @@ InputNorm = Literal["none", "layer_norm", "token_norm"]
 ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 DataOn = Literal["auto", "device", "host"]
+Control = Literal["frozen-decoder", "soft-frozen", "frozen-encoder", "untrained", "shuffled"]
 LOGGER_NAMES = ("jsonl", "tensorboard", "trackio", "wandb")
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 CALIBRATED: tuple[Architecture, ...] = ("batch_topk", "matryoshka")  # one threshold, which training finds
 PENALISED: tuple[Architecture, ...] = ("relu", "jumprelu")  # trained with a penalty instead of k
+CONTROLS: tuple[Control, ...] = get_args(Control)
+CONTROL_WORDS: dict[Control, str] = {
+    "frozen-decoder": "its decoder was never changed",
+    "soft-frozen": "its decoder's rows were kept near those that it began with",
+    "frozen-encoder": "its encoder's weights were never changed",
+    "untrained": "no training step was taken",
+    "shuffled": "it was trained on activations whose dimensions came from different rows",
+}
 SELECTING: tuple[Architecture, ...] = ("topk", "batch_topk", "matryoshka")  # by k, which the others have no use for
 EXPANSION = 8.0
 K = 20

@@ -89,7 +89,10 @@ class LabelSet:
 
     def shuffled(self, generator: np.random.Generator) -> "LabelSet":
         """The images' labels given to each other."""
-        order_N = generator.permutation(self.n_images)
+        return self.taken(generator.permutation(self.n_images))
+
+    def taken(self, order_N: np.ndarray) -> "LabelSet":
+        """Image i has the labels of image order_N[i], a permutation."""
         lengths_N = np.diff(self.offsets_N1)
         offsets_N1 = np.concatenate([[0], lengths_N[order_N].cumsum()]).astype(np.int64)
         within_M = np.arange(len(self.labels_M)) - np.repeat(offsets_N1[:-1], lengths_N[order_N])

@@ -210,6 +210,11 @@ def _permutation(n: int, *key: int) -> np.ndarray:
     return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
+def permutation(n: int, *key: int) -> np.ndarray:
+    """A random permutation of range(n), int64, that depends on n and the key alone, the same on every machine."""
+    return _permutation(n, *key)
+
+
 def batches(
     activations: Activations,
     order: ShuffledRows,

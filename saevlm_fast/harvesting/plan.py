@@ -68,7 +68,7 @@ class HarvestPlan:
             "point": store.point.point,
             "layer": store.point.layer,
             "tokens": None if store.tokens is None else store.tokens.name,
-            "layout": None if self.run.shapes[store.point][0] is None else self.run.layout.description(),
+            "layout": self._layout_of(store.point),
             "seed": config.seed,
             "dtype": config.dtype,
             "images": settings["images"],
@@ -76,6 +76,9 @@ class HarvestPlan:
             "pool": config.pool,
             "versions": settings["versions"],
         }
+
+    def _layout_of(self, point: HookPoint) -> dict[str, Any] | None:
+        return None if self.run.shapes[point][0] is None else self.run.layouts[point].description()
 
     def _open_sae(self) -> SparseAutoencoder | None:
         if self.config.sae is None:

@@ -50,8 +50,11 @@ class StoreImages:
             except (ValueError, OSError) as error:
                 self.problem = first_line(error)
 
-    def read(self, image_id: str, number: int) -> "Image | None":
-        """The picture of an id, an upright RGB image; number: where it stood in the store, tried first."""
+    def read(self, image_id: str, number: int, at_least: int | None = None) -> "Image | None":
+        """The picture of an id, an upright RGB image; number: where it stood in the store, tried first.
+
+        at_least: a large one may come smaller, no side below that.
+        """
         if self._source is None:
             self.missing[image_id] = self.problem or ""
             return None
@@ -60,7 +63,7 @@ class StoreImages:
             self.missing[image_id] = f"no such image in {self.path}"
             return None
         try:
-            return decode(self._source.read(place))
+            return decode(self._source.read(place), at_least)
         except (ImageError, OSError, ValueError) as error:
             self.missing[image_id] = first_line(error)
             return None

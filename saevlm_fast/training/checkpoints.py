@@ -58,7 +58,7 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.state import DATA_DIGEST, TrainingState
+from saevlm_fast.training.state import DATA_DIGEST, MONO_DIGEST, TrainingState
 from saevlm_fast.training.watch import remove_watched
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
@@ -171,8 +171,10 @@ class RunDirectory:
         resumed = self.resume and (self.path / RUN_FILE).exists()
         settings = state.settings(sampled=resumed and DATA_DIGEST not in read_settings(self.path)["data"])
         if resumed:
-            state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
-            check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
+            before = state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
+            asked = settings | {"train": dict.fromkeys(before) | settings["train"]}  # also what is not given any more
+            asked["data"] = {MONO_DIGEST: None} | settings["data"]
+            check_same_settings(self.path / RUN_FILE, asked, free=("path",))  # data may move
             for name in FILES:  # and no others': a score may be written beside them meanwhile
                 remove_leftovers_of(self.path / name)
             remove_leftovers(self.path / CHECKPOINTS)
@@ -193,7 +195,7 @@ class RunDirectory:
         if checkpoint is None:
             (self.path / METRICS_FILE).unlink(missing_ok=True)
         (self.path / METRICS_DIGEST_FILE).unlink(missing_ok=True)
-        self.cadence = Cadence(self.checkpoint_every, state.config.steps, state.stepper.n_steps)
+        self.cadence = Cadence(self.checkpoint_every, state.config.n_steps, state.stepper.n_steps)
 
     def _truncate_metrics(self, n_steps: int) -> None:
         """Drop logged steps that the resumed run is about to repeat."""
@@ -230,7 +232,7 @@ class RunDirectory:
             Interrupted: after the checkpoint, if `interrupted`.
         """
         step = state.stepper.n_steps
-        last = step == state.config.steps
+        last = step == state.config.n_steps
         if self.cadence.due(step) or last or interrupted:
             state.check_loss(self.kept)
             with self.cadence.writing(step):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
+from saevlm_fast.data.pairing import check_rows_of_same_images
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, check_kind, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
@@ -38,6 +39,7 @@ def train(
     options: RunOptions | None = None,
     *,
     validation: Matrix | None = None,
+    mono_embeddings: Matrix | None = None,
     progress: bool = False,
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
@@ -57,6 +59,7 @@ def train(
         options: where the run goes; or its fields by name, as output="run". Without an output nothing is written;
             with one, the run directory of checkpoints.py.
         validation: rows [M, d_in] on which the finished SAE is evaluated; the training rows otherwise.
+        mono_embeddings: of row i [N, E], by which MonoLoss (mono_weight) scores; the rows themselves otherwise.
         progress: show a line with the step, the rate, the time left and the loss.
         on_log: called at every logged step with SAELens metric names. on_step: called after every step (a GPU is then
             still at it). on_note: called with what else is worth a line: that kernels are being compiled. on_picture:
@@ -70,23 +73,23 @@ def train(
             directory in use, non-finite data or loss.
         Interrupted: SIGINT or SIGTERM (Ctrl-C) arrived; a checkpoint has been written, if there is an output.
     """
-    config, options = _with_settings(config, options, settings)
-    activations, evaluated = _fitting(activations, validation, sae_config)
-    line = ProgressLine(config.steps)
+    config, options = with_settings("train", config, options, settings)
+    activations, evaluated = fitting(activations, validation, sae_config)
+    embeddings = _embeddings(mono_embeddings, activations, config)
+    line = ProgressLine(config.n_steps)
     if progress:
         on_log, on_note = _both(line.log, on_log), _both(line.note, on_note)
-    kept = _kept(options)
-    small = config.batch_size * sae_config.d_in * sae_config.d_sae < _SMALL_PRODUCT
+    kept = kept_of(options)
     with kept.locked(), Watch(options.log_to) as watch:
-        _look_at(evaluated, config, whole=options.output is None)
+        look_at(evaluated, config, whole=options.output is None)
         device = resolve_device(options.device)
-        state = TrainingState(activations, sae_config, config, device, options.data_on)
+        state = TrainingState(activations, sae_config, config, device, options.data_on, embeddings)
         kept.begin(state)
         watch.begin(lambda: kept.path, state.stepper.n_steps, _watched(state, sae_config, options), device)
         with (
             interruptible() as interrupted,
             tf32_products(False),
-            one_thread(small),
+            one_thread(is_small(sae_config, config)),
             closing(line),
             told_of_compiling(on_note),
         ):
@@ -96,8 +99,8 @@ def train(
             kept.save(sae)
         metrics = _evaluated(sae, evaluated, kept)
         logged = {f"eval/{name}": value for name, value in metrics.items()}
-        kept.finish(config.steps, logged)
-        watch.finish(config.steps, logged, lambda: on_picture(sae))
+        kept.finish(config.n_steps, logged)
+        watch.finish(config.n_steps, logged, lambda: on_picture(sae))
     return sae, metrics
 
 
@@ -112,7 +115,17 @@ def _watched(state: TrainingState, sae: SAEConfig, options: RunOptions) -> dict[
     }
 
 
-def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
+def is_small(sae: SAEConfig, config: TrainConfig) -> bool:
+    """Whether a step on a CPU is left to one thread."""
+    return config.batch_size * sae.d_in * sae.d_sae < _SMALL_PRODUCT
+
+
+def log_every(options: RunOptions, config: TrainConfig) -> int:
+    """Steps between two logged lines."""
+    return options.log_every or max(1, min(100, config.n_steps // 100))
+
+
+def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
     """What is trained on, and what is evaluated on. ValueError: no activations, or of another width than the SAE."""
     train_on = activations_of(activations, "activations")
     held_out = train_on if validation is None else activations_of(validation, "validation")
@@ -128,7 +141,18 @@ def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConf
     return train_on, held_out
 
 
-def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
+def _embeddings(given: Matrix | None, activations: Activations, config: TrainConfig) -> Activations | None:
+    """ValueError: embeddings that nothing needs, or of other images."""
+    if given is None:
+        return None
+    require(config.mono_weight is not None, "mono_embeddings: of no use without mono_weight")
+    require(config.control != "shuffled", "mono_embeddings: a shuffled row is of no image")
+    embeddings = activations_of(given, "mono_embeddings")
+    check_rows_of_same_images(activations, embeddings)
+    return embeddings
+
+
+def look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
     """Rows of what the evaluation at the end reads, the first and the last among them, evenly spread: a hundredth of
     those that are trained on, and at least 4096. All of them if `whole`: where nothing is kept, an evaluation that
     fails loses the SAE.
@@ -178,7 +202,7 @@ class NothingKept:
 
     def after_step(self, state: TrainingState, interrupted: bool) -> None:
         """Interrupted: if `interrupted`. ValueError: after the last step, a weight that is not finite."""
-        if state.stepper.n_steps == state.config.steps:
+        if state.stepper.n_steps == state.config.n_steps:
             state.checked_tensors(self.kept)
         if interrupted:
             raise Interrupted(f"interrupted after step {state.stepper.n_steps}; {self.kept()}: there is no output")
@@ -198,7 +222,8 @@ class NothingKept:
         """They are returned."""
 
 
-def _kept(options: RunOptions) -> RunDirectory | NothingKept:
+def kept_of(options: RunOptions) -> RunDirectory | NothingKept:
+    """The run's directory, if it has one."""
     if options.output is None:
         return NothingKept()
     return RunDirectory(options.output, options.checkpoint_every, options.resume, options.force)
@@ -213,16 +238,17 @@ def _steps(
     interrupted: threading.Event,
 ) -> None:
     """All remaining steps, with logs and checkpoints. A GPU is waited for at these alone."""
-    stepper, n_steps = state.stepper, state.config.steps
+    stepper, n_steps = state.stepper, state.config.n_steps
     steps = CapturedSteps(stepper, options.capture)
-    log_every = options.log_every or max(1, min(100, n_steps // 100))
-    with closing(state.batches(stepper.n_steps, n_steps - stepper.n_steps)) as remaining:
-        for raw_BD in remaining:
+    every = log_every(options, state.config)
+    span = stepper.n_steps, n_steps - stepper.n_steps
+    with closing(state.batches(*span)) as remaining, closing(state.embedding_batches(*span)) as embeddings:
+        for raw_BD, e_BE in zip(remaining, embeddings, strict=True):
             x_BD = state.normalised(raw_BD, out=steps.input(len(raw_BD)))
-            output = steps.step(x_BD)
+            output = steps.step(x_BD, e_BE)
             step = stepper.n_steps
             on_step(step)
-            if step % log_every == 0 or step == n_steps:
+            if step % every == 0 or step == n_steps:
                 state.check_loss(kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | steps.metrics()
                 kept.log(step, metrics)
@@ -238,11 +264,11 @@ def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[.
     return call
 
 
-def _with_settings(
-    config: TrainConfig | None, options: RunOptions | None, settings: dict[str, Any]
+def with_settings(
+    who: str, config: TrainConfig | None, options: RunOptions | None, settings: dict[str, Any]
 ) -> tuple[TrainConfig, RunOptions]:
-    """config and options as given, or made of those of `settings` that are their fields."""
-    recipe, where = keyword_settings("train", settings, TrainConfig, RunOptions)
+    """config and options as given, or made of those of `settings` that are their fields. who: takes them."""
+    recipe, where = keyword_settings(who, settings, TrainConfig, RunOptions)
     for name, chosen, kind, given in (("config", config, TrainConfig, recipe), ("options", options, RunOptions, where)):
         check_kind(name, chosen, (kind, type(None)), f"a {kind.__name__}")
         require(chosen is None or not given, f"{', '.join(given)}: given beside {name}, which has that already")
