@@ -50,7 +50,9 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
         remote=True,
     )
     embeddings: Path | None = setting(
-        None, help="With several SAEs: embeddings of the images that they are evaluated on, for the summary's MS."
+        None,
+        help="With several SAEs: embeddings of the images that they are evaluated on, for the summary's MS.",
+        remote=True,
     )
     sweep: tuple[Any, ...] = setting(
         (),
@@ -62,6 +64,7 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
         None,
         help="Embeddings by which MonoLoss scores, row i of row i: a store or a matrix.",
         shown="the rows themselves",
+        remote=True,
     )
     output: Path = same_as(RunOptions, "output", shown="runs/DATE-TIME")
     expansion: float | None = same_as(SAESize, "expansion", shown="8; on the box 4")

@@ -32,10 +32,12 @@ from saevlm_fast.training.run import (
     kept_of,
     log_every,
     look_at,
+    watched,
     with_settings,
 )
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.state import TrainingState
+from saevlm_fast.training.watch import Watch
 
 
 class Trained(NamedTuple):
@@ -88,6 +90,7 @@ class Member:
     ):
         self.name, self.state, self.on_log = name, state, on_log
         self.kept: RunDirectory | NothingKept = kept_of(options)
+        self.options, self.watch = options, Watch(options.log_to)
         self.steps = CapturedSteps(state.stepper, options.capture)
         self.small = is_small(state.stepper.sae.config, state.config)
         self.log_every = log_every(options, state.config)
@@ -100,6 +103,8 @@ class Member:
     def begin(self) -> None:
         """From step 0, or its newest checkpoint."""
         self.kept.begin(self.state)
+        config = watched(self.state, self.state.stepper.sae.config, self.options)
+        self.watch.begin(lambda: self.kept.path, self.n_steps, config, self.state.device)
 
     def take(self, x_BD: Tensor) -> None:
         """The next step, on a normalised batch."""
@@ -110,6 +115,7 @@ class Member:
                 self.state.check_loss(self.kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | self.steps.metrics()
                 self.kept.log(stepper.n_steps, metrics)
+                self.watch.log(stepper.n_steps, metrics)
                 self.on_log(self.name, stepper.n_steps, metrics)
             self.kept.after_step(self.state, interrupted=False)
 
@@ -122,6 +128,7 @@ class Member:
         """The SAE after its last step, saved."""
         with one_thread(self.small):
             sae = self.state.export()
+        self.watch.pause()
         self.kept.save(sae)
         return sae
 
@@ -183,6 +190,7 @@ def train_many(
             members.append(Member(name, state, own_options(options, name), logged))
         for member in members:
             stack.enter_context(member.kept.locked())
+            stack.enter_context(member.watch)
         look_at(evaluated, recipes[first], whole=options.output is None)
         for member in members:
             member.begin()
@@ -205,7 +213,9 @@ def evaluated_all(
     except ValueError as error:
         raise type(error)(f"{error}; that is of the evaluation alone: {members[0].kept.saved()}") from error
     for member, metrics in zip(members, measured):
-        member.kept.finish(member.state.config.n_steps, {f"eval/{name}": value for name, value in metrics.items()})
+        logged = {f"eval/{name}": value for name, value in metrics.items()}
+        member.kept.finish(member.state.config.n_steps, logged)
+        member.watch.finish(member.state.config.n_steps, logged, lambda: None)
     return {member.name: Trained(sae, metrics) for member, sae, metrics in zip(members, saes, measured)}
 
 

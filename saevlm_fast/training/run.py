@@ -85,7 +85,7 @@ def train(
         device = resolve_device(options.device)
         state = TrainingState(activations, sae_config, config, device, options.data_on, embeddings)
         kept.begin(state)
-        watch.begin(lambda: kept.path, state.stepper.n_steps, _watched(state, sae_config, options), device)
+        watch.begin(lambda: kept.path, state.stepper.n_steps, watched(state, sae_config, options), device)
         with (
             interruptible() as interrupted,
             tf32_products(False),
@@ -104,7 +104,7 @@ def train(
     return sae, metrics
 
 
-def _watched(state: TrainingState, sae: SAEConfig, options: RunOptions) -> dict[str, Any]:
+def watched(state: TrainingState, sae: SAEConfig, options: RunOptions) -> dict[str, Any]:
     """What loggers are told of a run's settings."""
     activations = state.activations
     return {
