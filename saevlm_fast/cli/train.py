@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from saevlm_fast.cli.one_pass import check_one_pass, plan_one_pass, run_one_pass
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import (
     check_writable,
@@ -21,9 +22,19 @@ from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
 from saevlm_fast.cli.sweep import expanded, names_of, one_of
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
 from saevlm_fast.cli.train_many import plan_many, runs_of, train_grid
-from saevlm_fast.config import EXPANSION, SELECTING, K, RunOptions, SAEConfig, SAESize, TrainConfig
+from saevlm_fast.config import (
+    EXPANSION,
+    SELECTING,
+    HarvestOptions,
+    K,
+    RunOptions,
+    SAEConfig,
+    SAESize,
+    StreamSettings,
+    TrainConfig,
+)
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.settings import same_as, setting
+from saevlm_fast.settings import same_as, setting, settings_of
 
 if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
@@ -32,7 +43,7 @@ Planned = TypeVar("Planned")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
+class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptions):
     """Options of `saevlm-fast train`."""
 
     title = "Data"
@@ -40,6 +51,12 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
     activations: Path | None = setting(
         None, help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", shown="the box's scenes"
     )
+    model: str | None = setting(
+        None,
+        help="Train on this tower's activations of --images, in one pass and without a store: hf:NAME_OR_DIR, "
+        "open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].",
+    )
+    images: str | None = same_as(HarvestOptions, "images", None)
     validation: Path | None = setting(
         None,
         help="Held-out activations for the final evaluation.",
@@ -72,10 +89,11 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
             first = cls.of(one_of(alone, tables[0]))
             given = base | {"output": first.output}
             return replace(first, sweep=tables, given=given, embeddings=base.get("embeddings"))
+        check_one_pass(base, StreamSettings())
         require("embeddings" not in base, "embeddings: of several SAEs; of one, ms-score makes the score")
         require("output" in given or not given.get("resume"), "output: --resume needs the directory of the run")
         defaults: dict[str, Any] = {"output": new_run_directory(), "expansion": EXPANSION, "k": K}
-        if "activations" not in given:
+        if "activations" not in given and "model" not in given:
             from saevlm_fast.demo.scene_stores import RECIPE
 
             defaults |= RECIPE
@@ -94,8 +112,12 @@ class TrainArguments(SAESize, TrainConfig, RunOptions, WorkOptions):
         }
 
     def said(self, name: str) -> Any:
-        """For settings.toml: what [[sweep]] says is not said twice."""
-        return self.given.get(name) if any(name in table for table in self.sweep) else super().said(name)
+        """For settings.toml: what [[sweep]] says is not said twice, and nothing of a stream where there is none."""
+        if any(name in table for table in self.sweep):
+            return self.given.get(name)
+        stream: Any = StreamSettings
+        value = super().said(name)
+        return None if name in settings_of(stream) and (self.model is None or value == ()) else value
 
 
 @dataclass(frozen=True)
@@ -161,6 +183,8 @@ def plan(options: TrainArguments) -> Plan:
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
 
+    if options.model is not None:
+        return plan_one_pass(options)
     if options.sweep:
         return plan_many(options, _planned(options, runs_of))
     device = resolve_device(options.device)
@@ -189,11 +213,14 @@ def train(options: TrainArguments) -> dict[str, Any]:
     """Train a sparse autoencoder on activations, by the recipe of arXiv 2504.02821.
 
     Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache. Lists of values
-    (--k 10,20 --expansion 4,16) train an SAE of every combination in one pass over the data.
+    (--k 10,20 --expansion 4,16) train an SAE of every combination in one pass over the data. With --model and --images
+    that pass is over the images, at one or several layers, and no activations are stored.
     """
     from saevlm_fast.outputs import output_lock, workplace
 
     with output_lock(options.output, directory=True):
+        if options.model is not None:
+            return run_one_pass(options)
         if options.sweep:
             data, held_out = open_data(options)
             return train_grid(options, data, held_out, runs_of(options, data.n_rows, data.d, data.path))

@@ -33,8 +33,8 @@ class StreamSettings(Settings):
         help="Rows that wait to be mixed, of every point: 200000, 512MiB, 4GiB, or so many steps' rows: 64 batches.",
     )
     buffer_on: Literal["device", "host"] = setting("device", help="Whose memory the buffers are in.")
-    validation_images: str = setting(
-        "", help="Held-out images, as --images, for the evaluation.", shown="the last rows that were trained on"
+    validation_images: str | None = setting(
+        None, help="Held-out images, as --images, for the evaluation.", shown="the last rows that were trained on"
     )
     keep_store: Path | None = setting(None, help="Also write the first epoch's rows here, as a harvest does.")
     workers: int | None = same_as(HarvestOptions, "workers")

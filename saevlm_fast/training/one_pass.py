@@ -60,6 +60,7 @@ def train_from_images(
     options: RunOptions | None = None,
     stream: StreamSettings | None = None,
     *,
+    images_path: str | None = None,
     progress: bool = False,
     on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
@@ -75,6 +76,7 @@ def train_from_images(
         saes: what SAEs, by names; each is trained at every point and choice of tokens.
         config, options: as of `train_many`; or their fields by name.
         stream: layers, points, tokens, the buffer and more; or its fields by name, as layer=[11, 17], buffer="4GiB".
+        images_path: what records call the images, where they are open already.
         progress: show a line. on_log: called with the name of every SAE at its logged steps. on_step: called with the
             steps done at all places, and those to do. on_note: called with what else is worth a line.
 
@@ -108,7 +110,7 @@ def train_from_images(
         stack.enter_context(closing(line))
         tf32 = harvest.dtype == "tf32"
         run = stack.enter_context(tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], tf32))
-        path = os.fspath(images) if isinstance(images, str | os.PathLike) else ""
+        path = os.fspath(images) if isinstance(images, str | os.PathLike) else images_path or ""
         one_pass = OnePass(source, path, tower, run, harvest, chosen, options, recipes)
         one_pass.add(saes, device, logged)
         one_pass.enter(stack)
@@ -175,7 +177,7 @@ class OnePass:
             for sae_name, sae in configs.items():
                 recipe = self.recipes[sae_name]
                 whole = f"{name}/{sae_name}".rstrip("/") if len(names) > 1 else sae_name
-                needed[f"the SAE {whole}"] = training_memory(sae, recipe.batch_size, recipe.accumulate)
+                needed[f"the SAE {whole}".strip()] = training_memory(sae, recipe.batch_size, recipe.accumulate)
         self.needed = needed
         check_memory(device, needed)
         for name, store, configs in sized:
@@ -260,7 +262,7 @@ class OnePass:
                 found += evaluate_chunks(own, (rows_RD[rows] for rows in _slices(len(rows_RD))))
             return found
         sums = [RowSums(sae) for sae in saes]
-        for rows in self.stream.in_order(held_out, self.chosen.validation_images):
+        for rows in self.stream.in_order(held_out, str(self.chosen.validation_images)):
             left = list(sums)
             for place, given in zip(self.places, rows):
                 own, left = left[: len(place.members)], left[len(place.members) :]

@@ -81,7 +81,7 @@ class StreamedState(TrainingState):
     def settings(self, sampled: bool = False) -> dict[str, dict[str, Any]]:
         """TrainingState's, and what decides the rows."""
         settings = super().settings(sampled=False)
-        settings["data"] |= self.place.rows.known_by
+        settings["data"] = self.place.rows.known_by | settings["data"]  # what differs is named before the digest of it
         return settings
 
     def tensors(self) -> dict[str, Tensor]:
