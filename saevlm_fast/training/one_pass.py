@@ -92,6 +92,7 @@ def train_from_images(
     """
     chosen, rest = _stream_settings(stream, settings)
     recipes, options = recipes_of("train_from_images", saes, SAESize, config, options, rest)
+    check_kind("images_path", images_path, (str, type(None)), "a text")
     check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     device = resolve_device(options.device)
     source = open_images(images) if isinstance(images, str | os.PathLike) else images
@@ -196,8 +197,11 @@ class OnePass:
         plan, dtype = self.stream.plan, self.stream.config.torch_store_dtype
         source = plan.source_of(store) | {"images": plan.settings["images"]}
         known_by = {
-            "model": {name: plan.settings["model"][name] for name in ("class", "blocks", "weights_sha256")},
-            "images": {name: plan.settings["images"][name] for name in ("images", "fingerprint", "content")},
+            "tower": plan.settings["model"]["class"],
+            "weights of the tower": plan.settings["model"]["weights_sha256"],
+            "images": plan.settings["images"]["images"],
+            "names of the images": plan.settings["images"]["fingerprint"],
+            "content of the images": plan.settings["images"]["content"],
             "point": store.point.name,
             "tokens": None if store.tokens is None else store.tokens.name,
             "image_batch": self.stream.config.batch_size,
