@@ -208,7 +208,8 @@ def calls(sae, tmp_path_factory):
         "measure": (
             sf.measure,
             {"saes": sae, "activations": X, "embeddings": E, "labels": ["a", "b", "c"] * 100, "taxonomy": None}
-            | {"controls": (), "pool": "max", "batch_rows": 128, "behaviour": None, "output": None},
+            | {"controls": (), "pool": "max", "batch_rows": 128, "behaviour": None, "output": None}
+            | {"patch_labels": None, "random_activations": None},
         ),
         "show": (
             sf.show,

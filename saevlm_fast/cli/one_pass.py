@@ -9,7 +9,6 @@ import shlex
 from contextlib import closing
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
@@ -21,7 +20,7 @@ from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.errors import Interrupted, require
 
 if TYPE_CHECKING:
-    from saevlm_fast.cli.train import TrainArguments
+    from saevlm_fast.cli.train_options import TrainArguments
 
 Sizes = tuple[dict[str, SAESize], dict[str, TrainConfig]]
 
@@ -203,26 +202,3 @@ class _Steps:
     def close(self) -> None:
         """When all steps are done, or none will be."""
         self.bar.close()
-
-
-def check_one_pass(given: dict[str, Any], defaults: StreamSettings) -> None:
-    """Whether what was given is of one pass, or of a run from a store, and not of both.
-
-    Raises:
-        ValueError: it is of both, or of one pass without its model or images.
-    """
-    one_pass = [name for name in ("model", "images") if name in given]
-    if not one_pass:
-        from saevlm_fast.settings import settings_of
-
-        cls: Any = StreamSettings
-        stray = [name for name in settings_of(cls) if name in given and given[name] != getattr(defaults, name)]
-        require(not stray, f"{', '.join(stray)}: of a run from images; give --model and --images")
-        return
-    for name in ("model", "images"):
-        require(name in given, f"{name}: needed with {one_pass[0]}")
-    for name in ("activations", "validation", "embeddings"):
-        advice = "give --validation-images" if name == "validation" else "a run from images has none"
-        require(name not in given, f"{name}: does not go with model; {advice}")
-    path = given.get("keep_store")
-    require(path is None or not Path(path).is_file(), f"keep_store: {path} is a file")

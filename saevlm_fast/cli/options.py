@@ -14,7 +14,8 @@ makes the options; the command prints its tables and returns what --json prints.
 import inspect
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, get_origin, get_type_hints
@@ -23,6 +24,7 @@ import typer
 from rich.markup import escape
 
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
+from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.settings import (
     NUMBERS,
@@ -85,6 +87,15 @@ class WorkOptions(Options):
         in_file=False,
         recorded=False,
     )
+    cache_gib: float | None = setting(
+        None,
+        help="Bound on what is kept here of files that are elsewhere (https://, s3://, hf:// ...).",
+        shown=f"{CACHE_GIB:g}",
+        above=0,
+        at_most=2**30,
+        must="positive",
+        recorded=False,
+    )
 
 
 class Plan(NamedTuple):
@@ -116,7 +127,7 @@ def command(
 
         def from_command_line(**values: Any) -> None:
             options = arguments(name, cls, values)
-            with for_a_program(options.json):
+            with for_a_program(options.json), _bounded_cache(options):
                 if plan is not None and options.dry_run:
                     _print_plan(plan(options), options.json)
                     return
@@ -132,6 +143,20 @@ def command(
         return function
 
     return add
+
+
+@contextmanager
+def _bounded_cache(options: Any) -> Iterator[None]:
+    """By the environment, which worker processes have too."""
+    before, given = os.environ.get(CACHE_GIB_VARIABLE), getattr(options, "cache_gib", None)
+    if given is not None:
+        os.environ[CACHE_GIB_VARIABLE] = f"{given:.17g}"
+    try:
+        yield
+    finally:
+        os.environ.pop(CACHE_GIB_VARIABLE, None)
+        if before is not None:
+            os.environ[CACHE_GIB_VARIABLE] = before
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:

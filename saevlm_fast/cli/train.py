@@ -1,13 +1,12 @@
 """saevlm-fast train: activations to a sparse autoencoder."""
 
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from saevlm_fast.cli.one_pass import check_one_pass, plan_one_pass, run_one_pass
-from saevlm_fast.cli.options import Plan, WorkOptions, command
+from saevlm_fast.cli.one_pass import plan_one_pass, run_one_pass
+from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import (
     check_writable,
     disk_figures,
@@ -18,138 +17,17 @@ from saevlm_fast.cli.planning import (
     training_memory,
 )
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
-from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
-from saevlm_fast.cli.sweep import expanded, names_of, one_of
+from saevlm_fast.cli.scenes import scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
 from saevlm_fast.cli.train_many import plan_many, runs_of, train_grid
-from saevlm_fast.config import (
-    EXPANSION,
-    SELECTING,
-    HarvestOptions,
-    K,
-    RunOptions,
-    SAEConfig,
-    SAESize,
-    StreamSettings,
-    TrainConfig,
-)
+from saevlm_fast.cli.train_options import Run, TrainArguments
+from saevlm_fast.config import RunOptions
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.settings import same_as, setting, settings_of
 
 if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
 
 Planned = TypeVar("Planned")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptions):
-    """Options of `saevlm-fast train`."""
-
-    title = "Data"
-
-    activations: Path | None = setting(
-        None, help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", shown="the box's scenes"
-    )
-    model: str | None = setting(
-        None,
-        help="Train on this tower's activations of --images, in one pass and without a store: hf:NAME_OR_DIR, "
-        "open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].",
-    )
-    images: str | None = same_as(HarvestOptions, "images", None)
-    validation: Path | None = setting(
-        None,
-        help="Held-out activations for the final evaluation.",
-        shown="none; on the box its test scenes",
-    )
-    embeddings: Path | None = setting(
-        None, help="With several SAEs: embeddings of the images that they are evaluated on, for the summary's MS."
-    )
-    sweep: tuple[Any, ...] = setting(
-        (),
-        help="[[sweep]] tables of settings, each an SAE; all see the same batches in one pass, as those of lists do.",
-        on_command_line=False,
-        tables=True,
-    )
-    output: Path = same_as(RunOptions, "output", shown="runs/DATE-TIME")
-    expansion: float | None = same_as(SAESize, "expansion", shown="8; on the box 4")
-    k: int | None = same_as(SAESize, "k", shown="20; on the box 10")
-    steps: int = same_as(TrainConfig, "steps", shown="110,000, as the paper; on the box 1,200")
-    batch_size: int = same_as(TrainConfig, "batch_size", shown="4096; on the box 512")
-    dead_after: int = same_as(TrainConfig, "dead_after", shown="10,000,000; on the box 100,000")
-    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of several SAEs, once for all
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """Without activations, what was not given is as the box's scenes need it. With several SAEs, the first."""
-        base, tables = expanded(given)
-        if tables:
-            names_of(tables)  # no two in one directory
-            alone = {name: value for name, value in base.items() if name != "embeddings"}
-            first = cls.of(one_of(alone, tables[0]))
-            given = base | {"output": first.output}
-            return replace(first, sweep=tables, given=given, embeddings=base.get("embeddings"))
-        check_one_pass(base, StreamSettings())
-        require("embeddings" not in base, "embeddings: of several SAEs; of one, ms-score makes the score")
-        require("output" in given or not given.get("resume"), "output: --resume needs the directory of the run")
-        defaults: dict[str, Any] = {"output": new_run_directory(), "expansion": EXPANSION, "k": K}
-        if "activations" not in given and "model" not in given:
-            from saevlm_fast.demo.scene_stores import RECIPE
-
-            defaults |= RECIPE
-        if given.get("architecture", SAESize.architecture) not in SELECTING:
-            del defaults["k"]
-        if "d_sae" in given:
-            del defaults["expansion"]
-        return cls(**defaults | dict(given))
-
-    def members(self) -> dict[str, Self]:
-        """The options of each of several SAEs, by name: those of a command that trains it alone."""
-        base = {name: value for name, value in self.given.items() if name != "embeddings"}
-        return {
-            name: self.of(one_of(base, table) | {"output": self.output / name})
-            for name, table in zip(names_of(self.sweep), self.sweep)
-        }
-
-    def said(self, name: str) -> Any:
-        """For settings.toml: what [[sweep]] says is not said twice, and nothing of a stream where there is none."""
-        if any(name in table for table in self.sweep):
-            return self.given.get(name)
-        stream: Any = StreamSettings
-        value = super().said(name)
-        return None if name in settings_of(stream) and (self.model is None or value == ()) else value
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is trained on what: the SAE that fits activations [n_rows, d]."""
-
-    n_rows: int
-    path: Path
-    sae: SAEConfig
-    config: TrainConfig
-
-    @classmethod
-    def of(cls, options: TrainArguments, n_rows: int, d: int, path: Path) -> "Run":
-        """ValueError: the SAE's settings do not fit the width."""
-        sae, config = options.part(SAESize).config(d), options.part(TrainConfig)
-        config.check_fits(sae)
-        return cls(n_rows, path, sae, config)
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of a step."""
-        return min(self.config.batch_size, self.n_rows)
-
-    @property
-    def sentence(self) -> str:
-        """For people."""
-        sae, config = self.sae, self.config
-        k = "" if sae.k is None else f", k = {sae.k}"
-        return (
-            f"{sae.architecture} SAE {sae.d_in} -> {sae.d_sae}{k}, on {self.n_rows:,} rows; {config.steps:,} "
-            f"steps of {self.batch_size:,}, lr {config.peak_lr(sae.d_sae):.3g}, {self.path}"
-        )
 
 
 def open_data(options: TrainArguments) -> "tuple[Activations, Activations | None]":
@@ -182,6 +60,7 @@ def plan(options: TrainArguments) -> Plan:
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
+    from saevlm_fast.training.watch import Watch
 
     if options.model is not None:
         return plan_one_pass(options)
@@ -189,18 +68,19 @@ def plan(options: TrainArguments) -> Plan:
         return plan_many(options, _planned(options, runs_of))
     device = resolve_device(options.device)
     check_writable(options.output)
+    Watch(options.log_to)  # what is not installed is refused
     _check_output(options)
     run = _planned(options, Run.of)
     sae, config, n_rows = run.sae, run.config, run.n_rows
     checkpoint = latest_checkpoint(workplace(options.output)) if options.resume else None
     figures = {
         "rows": n_rows,
-        "steps": config.steps,
-        "epochs": config.steps * run.batch_size / n_rows,
+        "steps": config.n_steps,
+        "epochs": config.n_steps * run.batch_size / n_rows,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "resumes_at": checkpoint.name if checkpoint else None,
-        **memory_figures(device, training_memory(sae, run.batch_size, config.accumulate)),
+        **memory_figures(device, training_memory(sae, run.batch_size, config.accumulate, config.control)),
         **disk_figures(options.output, training_disk(sae)),
         **replaced_figures(options.output, options.force),
         **time_figures(sae, config, n_rows, device),
@@ -247,6 +127,8 @@ def _check_output(options: TrainArguments) -> None:
 
 
 def _train(options: TrainArguments) -> dict[str, Any]:
+    from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.look.run_picture import run_picture
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
@@ -261,7 +143,7 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         checkpoint = latest_checkpoint(workplace(output))
         what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
         say(f"resume: {output}: {what}")
-        if checkpoint and checkpoint.name == f"step_{config.steps:08d}":
+        if checkpoint and checkpoint.name == f"step_{config.n_steps:08d}":
             say("all steps are done: the SAE is evaluated again; for another run give another output, or --force")
     record = Record(
         "train",
@@ -273,7 +155,7 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         lr=config.peak_lr(sae.d_sae),
         warmup=config.n_warmup,
     )
-    with TrainBar(config.steps) as bar:
+    with TrainBar(config.n_steps) as bar:
 
         def on_step(step: int) -> None:
             record.write()
@@ -285,9 +167,11 @@ def _train(options: TrainArguments) -> dict[str, Any]:
             config,
             options.part(RunOptions),
             validation=held_out,
+            mono_embeddings=None if options.mono_embeddings is None else open_activations(options.mono_embeddings),
             on_log=bar.on_log,
             on_step=on_step,
             on_note=tell,
+            on_picture=lambda sae: run_picture(held_out or data, sae, f"{output}, step {config.steps:,}"),
         )
     record.write()
     _write_card(output)
@@ -301,7 +185,8 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "k": sae.k,
-        "steps": config.steps,
+        "steps": config.n_steps,
+        "control": config.control,
         "evaluation": {"rows": rows, "of": kind, **metrics},
     }
 

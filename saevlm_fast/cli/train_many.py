@@ -22,7 +22,7 @@ from saevlm_fast.files import atomic_write, write_json_atomic
 from saevlm_fast.training.memory import training_memory
 
 if TYPE_CHECKING:
-    from saevlm_fast.cli.train import Run, TrainArguments
+    from saevlm_fast.cli.train_options import Run, TrainArguments
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.training.many import Trained
 
@@ -32,7 +32,7 @@ _NO_SCORES = "MS is left out: no embeddings were given (--embeddings)"
 
 def runs_of(options: "TrainArguments", n_rows: int, d: int, path: Path) -> "dict[str, Run]":
     """What is trained, by name, on activations [n_rows, d]. ValueError: settings that do not fit the width."""
-    from saevlm_fast.cli.train import Run
+    from saevlm_fast.cli.train_options import Run
 
     return {name: Run.of(member, n_rows, d, path) for name, member in options.members().items()}
 
@@ -55,7 +55,10 @@ def check_outputs(options: "TrainArguments") -> None:
 
 def memory_of(runs: "Mapping[str, Run]") -> dict[str, int]:
     """Bytes that each takes, by arithmetic; together they take the sum."""
-    return {name: training_memory(run.sae, run.batch_size, run.config.accumulate) for name, run in runs.items()}
+    return {
+        name: training_memory(run.sae, run.batch_size, run.config.accumulate, run.config.control)
+        for name, run in runs.items()
+    }
 
 
 def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
@@ -72,11 +75,11 @@ def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
     newest = [latest_checkpoint(workplace(member.output)) for member in members.values() if options.resume]
     times = [time_figures(run.sae, run.config, run.n_rows, device) for run in runs.values()]
     seconds = [each["a_step_seconds"] for each in times if "a_step_seconds" in each]
-    whole = {"a_step_seconds": sum(seconds), "all_steps_seconds": sum(seconds) * first.config.steps}
+    whole = {"a_step_seconds": sum(seconds), "all_steps_seconds": sum(seconds) * first.config.n_steps}
     figures = {
         "rows": first.n_rows,
-        "steps": first.config.steps,
-        "epochs": first.config.steps * first.batch_size / first.n_rows,
+        "steps": first.config.n_steps,
+        "epochs": first.config.n_steps * first.batch_size / first.n_rows,
         "d_in": first.sae.d_in,
         "saes": [f"{name}: d_sae {run.sae.d_sae:,}, {human_bytes(needed[name])}" for name, run in runs.items()],
         "resumes_at": [checkpoint.name if checkpoint else "step 0" for checkpoint in newest] or None,
@@ -91,8 +94,8 @@ def sentence_of(runs: "Mapping[str, Run]") -> str:
     """For people."""
     first = next(iter(runs.values()))
     return (
-        f"{len(runs)} SAEs of {first.sae.d_in} in one pass, on {first.n_rows:,} rows; {first.config.steps:,} steps of "
-        f"{first.batch_size:,}, {first.path}: {', '.join(runs)}"
+        f"{len(runs)} SAEs of {first.sae.d_in} in one pass, on {first.n_rows:,} rows; {first.config.n_steps:,} steps "
+        f"of {first.batch_size:,}, {first.path}: {', '.join(runs)}"
     )
 
 
@@ -110,7 +113,7 @@ def train_grid(
     members = options.members()
     records = [Record("train", member, member.output) for member in members.values()]
     records.append(Record("train", options, options.output, rows=data.n_rows, d_in=data.d))
-    steps = next(iter(runs.values())).config.steps
+    steps = next(iter(runs.values())).config.n_steps
     with TrainBar(steps) as bar, closing(_Log(bar, next(iter(runs)))) as log:
 
         def on_step(step: int) -> None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from saevlm_fast.config.common import (
+    CONTROLS,
     EXPANSION,
     LARGEST,
     MATRYOSHKA_FRACTIONS,
     SELECTING,
     Architecture,
+    Control,
     InputNorm,
     K,
     is_whole,
@@ -192,6 +194,13 @@ class SAEConfig(Settings):
         """k. ValueError: it is not known, where a threshold decides."""
         require(self.k is not None, f"k: not known of this {self.architecture} SAE, whose threshold decides")
         return int(self.k or 0)
+
+    @property
+    def control(self) -> Control | None:
+        """Which control it was trained as, as its record says; None of all others."""
+        training = self.metadata.get("training")
+        found = training.get("control") if isinstance(training, dict) else None
+        return next((control for control in CONTROLS if control == found), None)
 
     @property
     def group_ends(self) -> list[int]:

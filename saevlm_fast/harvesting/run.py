@@ -74,6 +74,7 @@ def harvest(
         OSError: a write failed. Interrupted: SIGINT or SIGTERM; finished units are on the disk.
     """
     autocast = COMPUTE_DTYPES[config.dtype]
+    tower = tower if config.square is None else tower.squared(config.square)
     with ExitStack() as locks:
         if ranks.rank == 0:
             lock = locks.enter_context(output_lock(options.output, directory=True))

@@ -55,7 +55,7 @@ class SummedGradients:
             self.x_hat_BD[rows], mse, gradients = _gradients(self.sae, x_BD, codes)
         else:
             nothing = DeadLatents(codes.top_indices.new_empty(0), 0)
-            self.x_hat_BD[rows], (_, mse, _, lost), gradients = whole_gradients(
+            self.x_hat_BD[rows], (_, mse, _, lost, _), gradients = whole_gradients(
                 self.sae, x_BD, codes, nothing, 0.0, penalty
             )
             self.penalty = lost * share if self.penalty is None else self.penalty + lost * share
@@ -74,7 +74,9 @@ class SummedGradients:
         else:
             overall, aux_loss = self.mse + auxk_alpha * aux.loss, aux.loss
             dead_A = dead.latents_A.clamp(max=self.sae.config.d_sae - 1)  # padding, of a GPU, has zero gradients
-            for name, rows_AD in (("W_enc", aux.W_enc.rows_AD), ("W_dec", aux.W_dec.rows_AD), ("b_enc", aux.b_enc_A)):
+            rows = {"W_enc": aux.W_enc, "W_dec": aux.W_dec}
+            added = {name: each.rows_AD for name, each in rows.items() if each is not None} | {"b_enc": aux.b_enc_A}
+            for name, rows_AD in added.items():
                 self.gradients[name].index_add_(0, dead_A, rows_AD)
             self.gradients["b_dec"] -= self.sae.W_enc.detach()[:, dead_A] @ aux.b_enc_A
         return overall if self.penalty is None else overall + self.penalty, self.mse, aux_loss, self.penalty

@@ -34,10 +34,12 @@ from saevlm_fast.training.run import (
     kept_of,
     log_every,
     look_at,
+    watched,
     with_settings,
 )
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.state import TrainingState
+from saevlm_fast.training.watch import Watch
 
 
 class Trained(NamedTuple):
@@ -89,6 +91,7 @@ class Member:
         on_log: Callable[[str, int, Metrics], None],
     ):
         self.name, self.state, self.on_log = name, state, on_log
+        self.options, self.watch = options, Watch(options.log_to)
         self.kept: RunDirectory | NothingKept = kept_of(options)
         self.steps = CapturedSteps(state.stepper, options.capture)
         self.small = is_small(state.stepper.sae.config, state.config)
@@ -108,7 +111,10 @@ class Member:
 
     def begin(self) -> None:
         """From step 0, or its newest checkpoint."""
-        self.kept.begin(self.state)
+        state = self.state
+        self.kept.begin(state)
+        config = watched(state, state.stepper.sae.config, self.options)
+        self.watch.begin(lambda: self.kept.path, self.n_steps, config, state.device)
         self.has_begun = True
 
     def take(self, x_BD: Tensor) -> None:
@@ -116,10 +122,11 @@ class Member:
         stepper = self.state.stepper
         with one_thread(self.small):
             output = self.steps.step(x_BD)
-            if stepper.n_steps % self.log_every == 0 or stepper.n_steps == self.state.config.steps:
+            if stepper.n_steps % self.log_every == 0 or stepper.n_steps == self.state.config.n_steps:
                 self.state.check_loss(self.kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | self.steps.metrics()
                 self.kept.log(stepper.n_steps, metrics)
+                self.watch.log(stepper.n_steps, metrics)
                 self.on_log(self.name, stepper.n_steps, metrics)
             self.kept.after_step(self.state, interrupted=False)
 
@@ -132,8 +139,15 @@ class Member:
         """The SAE after its last step, saved."""
         with one_thread(self.small):
             sae = self.state.export()
+        self.watch.pause()
         self.kept.save(sae)
         return sae
+
+    def measured(self, metrics: Metrics) -> None:
+        """Logs what was measured of it, after which nothing is logged any more."""
+        logged, n_steps = {f"eval/{name}": value for name, value in metrics.items()}, self.state.config.n_steps
+        self.kept.finish(n_steps, logged)
+        self.watch.finish(n_steps, logged, lambda: None)
 
 
 def train_many(
@@ -194,6 +208,7 @@ def train_many(
             members.append(Member(name, state, own_options(options, name), logged))
         for member in members:
             stack.enter_context(member.kept.locked())
+            stack.enter_context(member.watch)
         look_at(evaluated, recipes[first], whole=options.output is None)
         for member in members:
             member.begin()
@@ -216,7 +231,7 @@ def evaluated_all(
     except ValueError as error:
         raise type(error)(f"{error}; that is of the evaluation alone: {members[0].kept.saved()}") from error
     for member, metrics in zip(members, measured):
-        member.kept.finish(member.state.config.steps, {f"eval/{name}": value for name, value in metrics.items()})
+        member.measured(metrics)
     return {member.name: Trained(sae, metrics) for member, sae, metrics in zip(members, saes, measured)}
 
 
@@ -224,7 +239,7 @@ def _steps(lead: TrainingState, members: list[Member], on_step: Callable[[int], 
     """All remaining steps of all."""
     start = min(member.n_steps for member in members)
     scale = lead.scale  # of the same rows: every member's
-    with interruptible() as interrupted, closing(lead.batches(start, lead.config.steps - start)) as remaining:
+    with interruptible() as interrupted, closing(lead.batches(start, lead.config.n_steps - start)) as remaining:
         for step, raw_BD in enumerate(remaining, start):
             take_all(members, step, scale.normalised(raw_BD))
             on_step(step + 1)
@@ -283,6 +298,10 @@ def recipes_of(
         for shared in TrainConfig.shared:
             ours, theirs = getattr(recipe, shared), getattr(recipes[first], shared)
             require(ours == theirs, f"{shared}: {ours} of {name}, but {theirs} of {first}; all see the same batches")
+        ours, theirs = (each.control in ("shuffled", "untrained") for each in (recipe, recipes[first]))
+        alike = ours == theirs and (not ours or recipe.control == recipes[first].control)
+        controls = f"control: {recipe.control} of {name}, but {recipes[first].control} of {first}"
+        require(alike, f"{controls}; all see the same batches")
     return recipes, parts[first][1]
 
 

@@ -15,19 +15,21 @@ if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
 
 
-def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1) -> int:
+def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1, control: str | None = None) -> int:
     """Weights, two moments and gradients in float32, the batch with its reconstruction, and the pre-activations of one
     of `accumulate` micro-batches.
 
     Half of the latents of a relu or jumprelu SAE fire at first: some 64 bytes for each of these entries (measured).
+    A soft-frozen control keeps the decoder that it began with.
     """
     entries = 8 * sae.d_sae if sae.architecture in PENALISED else 0
+    first = sae.d_in * sae.d_sae if control == "soft-frozen" else 0
     micro = -(-batch_size // accumulate) * (sae.d_sae + entries)
-    return 4 * (4 * sae_numbers(sae) + 4 * batch_size * sae.d_in + micro)
+    return 4 * (first + 4 * sae_numbers(sae) + 4 * batch_size * sae.d_in + micro)
 
 
 def _memory_of(sae: "SAEConfig", config: "TrainConfig", n_rows: int) -> int:
-    return training_memory(sae, min(config.batch_size, n_rows), config.accumulate)
+    return training_memory(sae, min(config.batch_size, n_rows), config.accumulate, config.control)
 
 
 def sae_numbers(sae: "SAEConfig") -> int:

@@ -92,6 +92,9 @@ def train_from_images(
     """
     chosen, rest = _stream_settings(stream, settings)
     recipes, options = recipes_of("train_from_images", saes, SAESize, config, options, rest)
+    for recipe in recipes.values():
+        known = recipe.control not in ("shuffled", "untrained")
+        require(known, f"control: {recipe.control} is of a run from a store, whose batches are at hand")
     check_kind("images_path", images_path, (str, type(None)), "a text")
     check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     device = resolve_device(options.device)
@@ -222,6 +225,7 @@ class OnePass:
         """Locks the outputs, refuses those in use, and finds where the places go on."""
         for member in self.members:
             stack.enter_context(member.kept.locked())
+            stack.enter_context(member.watch)
             if isinstance(member.kept, RunDirectory):
                 member.kept.used()
         if self.chosen.keep_store is not None:

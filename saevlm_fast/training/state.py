@@ -5,9 +5,11 @@ Shape suffixes: B rows of a batch, D d_in.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from copy import deepcopy
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,12 +20,15 @@ from saevlm_fast.data.device import ResidentRows, uploaded_batches
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
+from saevlm_fast.kernels.topk_encode import batch_topk_encode
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
+from saevlm_fast.training.control import shuffled
 from saevlm_fast.training.memory import rows_go_to_device
 from saevlm_fast.training.scale import Scale, mean_of_rows, scale_of
-from saevlm_fast.training.step import Stepper, smallest_positive
+from saevlm_fast.training.step import Stepper
 
 _CALIBRATION_ROWS = 4096
+MONO_DIGEST = "digest of the MonoLoss embeddings"
 DATA_DIGEST, SAMPLED = "digest of the activations", "fingerprint of the activations"
 
 
@@ -38,6 +43,7 @@ class TrainingState:
         stepper: the SAE in normalised units, and the optimiser's state.
         scale: the units that are trained in; known after `initialise` or `load`.
         on_device: whether all rows are kept there.
+        embeddings: of the rows, for MonoLoss; None: it takes the rows themselves.
 
     data_on: where they are to be; ValueError: on the device, where they do not fit.
     """
@@ -49,7 +55,9 @@ class TrainingState:
         config: TrainConfig,
         device: torch.device,
         data_on: DataOn = "auto",
+        embeddings: Activations | None = None,
     ):
+        self.embeddings = embeddings
         self.activations, self.config, self.device = activations, config, device
         self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
         sae = SparseAutoencoder(sae_config, device=device)
@@ -87,7 +95,28 @@ class TrainingState:
         looked for. On a GPU a batch is overwritten while later ones are asked for.
 
         A store is compared with its digests first: the rows are in random order, so the first batch is of every shard.
+        Of a shuffled control, every batch is shuffled (control.py).
         """
+        stream = self._stored_batches(start_step, n_steps, announce)
+        return self._shuffled(stream, start_step) if self.config.control == "shuffled" else stream
+
+    def embedding_batches(self, start_step: int, n_steps: int) -> Generator[Tensor | None, None, None]:
+        """The embeddings [B, E] of the rows of the same steps, on the device; None where there are none."""
+        if self.embeddings is None:
+            yield from repeat(None, n_steps)
+        elif self.device.type == "cuda":
+            yield from uploaded_batches(self.embeddings, self.order, start_step, n_steps, self.device)
+        else:
+            with closing(batches(self.embeddings, self.order, start_step, n_steps)) as stream:
+                for _, e_BE in stream:
+                    yield e_BE
+
+    def _shuffled(self, stream: Generator[Tensor, None, None], start_step: int) -> Generator[Tensor, None, None]:
+        with closing(stream):
+            for step, x_BD in enumerate(stream, start_step):
+                yield shuffled(x_BD, self.config.seed, step)
+
+    def _stored_batches(self, start_step: int, n_steps: int, announce: bool) -> Generator[Tensor, None, None]:
         self.activations.check_whole()
         if self.on_device:
             if self._resident is None:
@@ -113,9 +142,11 @@ class TrainingState:
             raise diverged(f"loss: NaN or inf at step {bad + 1}", kept())
 
     def export(self) -> SparseAutoencoder:
-        """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started)."""
+        """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started, or if
+        no step moves those of jumprelu: an untrained control)."""
         sae = deepcopy(self.stepper.sae)
-        if sae.config.architecture in CALIBRATED and float(sae.threshold) < 0:
+        untrained = sae.config.architecture == "jumprelu" and self.config.control == "untrained"
+        if untrained or (sae.config.architecture in CALIBRATED and float(sae.threshold) < 0):
             sae.threshold.fill_(self._calibrated_threshold())
         self.scale.to_raw_units_(sae)
         mean_D = self.scale.mean_D
@@ -132,11 +163,16 @@ class TrainingState:
 
     @torch.no_grad()
     def _calibrated_threshold(self) -> float:
-        """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average."""
+        """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average, or
+        the target L0 of a jumprelu SAE."""
         n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
         x_BD = torch.cat([self.normalised(x_BD) for x_BD in self.batches(0, n_batches, announce=False)])
-        codes = self.stepper.sae.encode(x_BD, use_threshold=False)
-        return float(smallest_positive(codes.top_acts)) * (1 - 1e-6)  # ties at the cut are kept
+        sae = self.stepper.sae
+        l0 = self.config.wanted_l0 if sae.config.k is None else sae.config.k
+        acts_M, _, _ = batch_topk_encode(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, math.ceil(l0))
+        kept = acts_M[acts_M > 0]
+        n_kept = min(round(l0 * len(x_BD)), len(kept))
+        return float(kept.topk(n_kept).values.min()) * (1 - 1e-6) if n_kept else 0.0  # ties at the cut are kept
 
     # What a checkpoint holds, and what a resumed run must have in common with it -------------------------------------
 
@@ -165,8 +201,8 @@ class TrainingState:
         """Goes on from `tensors` as they were after step n_steps. ValueError: they cannot be of this run."""
         stepper = self.stepper
         rows = min(self.config.batch_size, self.activations.n_rows)
-        sound = 0 <= n_steps <= self.config.steps and n_rows_seen == n_steps * rows
-        require(sound, f"it says {n_steps} steps and {n_rows_seen} rows, of {self.config.steps} steps of {rows} rows")
+        sound = 0 <= n_steps <= self.config.n_steps and n_rows_seen == n_steps * rows
+        require(sound, f"it says {n_steps} steps and {n_rows_seen} rows, of {self.config.n_steps} steps of {rows} rows")
         expected = self.tensors()
         for name in sorted(expected.keys() | tensors.keys()):
             there = name in expected and name in tensors
@@ -194,7 +230,8 @@ class TrainingState:
             ActivationError: sampled rows that are not finite.
         """
         known_by = (SAMPLED, self._fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
-        sae = self.stepper.sae.config
+        sae, blocks = self.stepper.sae.config, self.activations.block_rows
+        of_mono = {} if self.embeddings is None else {MONO_DIGEST: self.embeddings.digest()}
         return {
             "sae": {
                 "d_in": sae.d_in,
@@ -208,6 +245,8 @@ class TrainingState:
                 "rows": self.activations.n_rows,
                 "path": str(self.activations.path),
                 known_by[0]: known_by[1],
+                "order": blocks and f"blocks of {blocks} rows, of a store that is elsewhere",
+                **of_mono,
             },
         }
 

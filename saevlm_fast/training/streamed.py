@@ -40,7 +40,7 @@ class StreamedRows(NamedTuple):
     """What a TrainingState asks of its data, of rows that come from a tower.
 
     n_rows: of an epoch, at most. row_bytes, d, kept_dtype: of a row. path: of the images. source: for the SAE's record.
-    known_by: what decides the rows and their order, by name; for JSON.
+    known_by: what decides the rows and their order, by name; for JSON. block_rows: None, they are in no blocks.
     """
 
     n_rows: int
@@ -50,6 +50,7 @@ class StreamedRows(NamedTuple):
     path: Path
     source: dict[str, Any]
     known_by: dict[str, Any]
+    block_rows: int | None = None
 
     def digest(self) -> str:
         """SHA-256 of what decides the rows and their order."""
