@@ -24,7 +24,7 @@ from saevlm_fast.training.one_pass import train_from_images
 IMAGES = "scenes:train:40"
 SAES = {"a": SAESize(k=3, d_sae=48), "b": SAESize(k=4, d_sae=32, architecture="topk")}
 KNOWN = {"steps": 9, "batch_size": 16, "lr": 5e-3, "device": "cpu", "threshold_start": 3, "dead_after": 100}
-STREAM = {"layer": 3, "tokens": ("cls", "random:3"), "buffer": "50", "workers": 0, "image_batch": 8}
+STREAM = {"layer": 3, "tokens": ("cls", "random:3"), "buffer": "50", "workers": 0, "image_batch": 7}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_place_has_every_sae_and_each_is_the_one_trained_alone(tower, whol
 
 @pytest.mark.parametrize("stops", [(3, 10), (17,)])
 def test_cut_anywhere_it_goes_on_to_the_bit(tower, whole, tmp_path, stops):
-    """Windows are of 3 steps, checkpoints are not: most cuts are within a window. The places go at their own pace."""
+    """Windows are of 3 steps, checkpoints and forwards are not. The places go at their own pace."""
     for stop in stops:
 
         def cut(done, total, stop=stop):
@@ -201,13 +201,14 @@ def test_what_is_refused(tower, tmp_path):
         ({"layer": 9}, "layer: 9 of hf:tiny-clip, whose blocks are 0 to 4"),
         ({"buffer": "15"}, "buffer: 15 are 15 rows, which must be at least batch_size = 16"),
         ({"buffer": "much"}, "buffer: 'much' is not a number of rows"),
-        ({"layer": ()}, "layer"),
+        ({"layer": ()}, "layer: residual needs a layer"),
+        ({"control": "shuffled"}, "control: shuffled is of a run from a store"),
         ({"layer": (3, 3)}, "point, layer: the same hook point is asked for twice"),
         ({"tokens": "some"}, "tokens: 'some' is not one of"),
         ({"saes": {"a": SAES["a"], "": SAES["b"]}}, "saes: '' is not the name of a directory"),
         ({"saes": {"a": SAESize(k=200, d_sae=48)}}, "k"),
-        ({"stepz": 3}, "stepz: no setting of train_from_images, did you mean 'steps'"),
-        ({"buffer": "400GiB", "steps": 10**9}, "memory: 2 together take"),
+        ({"stepz": 3}, "stepz: no setting of train_from_images; did you mean 'steps'"),
+        ({"buffer": "400GiB", "steps": 10**9}, "memory: 4 together take"),
     ):
         with pytest.raises(ValueError, match=message):
             run(tower, **{"saes": one} | more)
