@@ -13,6 +13,7 @@ import argparse
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def main() -> None:
     values = [c for c, concept in enumerate(CONCEPTS) if concept.depth == VALUE_DEPTH]
     ideal = Activations.from_tensor(torch.from_numpy(concept_presence(*labels)[:, values]).float())
     encoders = [test, open_activations(stores.embeddings), ideal]
-    ways: dict[str, dict[str, object]] = {"plain": {}}
+    ways: dict[str, dict[str, Any]] = {"plain": {}}
     ways |= {f"MonoLoss {weight:g}": {"mono_weight": weight} for weight in options.weights}
     ways |= {control: {"control": control} for control in options.controls}
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
@@ -81,7 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--least", type=int, default=50)
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.01, 0.1])
+    parser.add_argument("--weights", type=float, nargs="*", default=[0.1, 1.0])
     parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=CONTROLS)
     return parser.parse_args()
 

@@ -306,7 +306,7 @@ def _one_latent(
     inside = np.flatnonzero(both_L[choosing.label])
     kept = inside[top_of_groups(choosing.label[inside], choosing.ap[inside], CANDIDATES, choosing.latent[inside])]
     pairs = choosing.latent[kept].astype(np.int64), choosing.label[kept].astype(np.int64)
-    which, latents, found = told_by_one_latent(*halves, *pairs)
+    which, latents, found = told_by_one_latent(halves[0], halves[1], *pairs)
     _, ap, _ = _reported(reporting, *halves[1], latents, which)
     n = max(int(both_L.sum()), 1)
     found |= {

@@ -172,7 +172,9 @@ class TrainingState:
         acts_M, _, _ = batch_topk_encode(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, math.ceil(l0))
         kept = acts_M[acts_M > 0]
         n_kept = min(round(l0 * len(x_BD)), len(kept))
-        return float(kept.topk(n_kept).values.min()) * (1 - 1e-6) if n_kept else 0.0  # ties at the cut are kept
+        smallest = float(kept.topk(n_kept).values.min()) if n_kept else 0.0
+        # Ties at the cut are kept. A run that diverges is told of by its weights, not by this.
+        return smallest * (1 - 1e-6) if math.isfinite(smallest) else 0.0
 
     # What a checkpoint holds, and what a resumed run must have in common with it -------------------------------------
 

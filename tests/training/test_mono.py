@@ -144,10 +144,11 @@ def test_penalised_steps_are_the_dense_steps(architecture, path, monkeypatch):
         torch.testing.assert_close(stepper.sae.threshold, dense.theta.detach(), atol=1e-9, rtol=1e-9)
 
 
-def test_gpu_steps_are_the_dense_steps():
+def test_gpu_steps_are_the_dense_steps(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the tensors are on the CPU: only the interpreter takes them")
-    more = {"d_in": 6, "k": 2, "warmup_steps": 0, "mono_weight": WEIGHT, "dead_after": 20}
+    monkeypatch.setitem(selecting.GROUPS, "matryoshka", (3, 5, 9))
+    more = {"d_in": 6, "d_sae": 17, "k": 2, "warmup_steps": 0, "mono_weight": WEIGHT, "dead_after": 20}
     stepper, dense, data = selecting.make("matryoshka", dtype=torch.float64, **more)
     check_steps(gpu_step, stepper, dense, data, 2, n_rows=11)
 
