@@ -20,7 +20,7 @@ Names are imported when they are first used, so that `import saevlm_fast` costs 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, TrainConfig
+    from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, SAESize, StreamSettings, TrainConfig
     from saevlm_fast.data.codes import CodesWriter, StoredCodes, open_codes
     from saevlm_fast.data.label_sets import LabelSet
     from saevlm_fast.data.rows import Activations, open_activations
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from saevlm_fast.towers.text import load_llava, load_text_encoder
     from saevlm_fast.towers.tower import Tower
     from saevlm_fast.training.evaluate import evaluate
+    from saevlm_fast.training.many import Trained, train_many
+    from saevlm_fast.training.one_pass import train_from_images
     from saevlm_fast.training.run import train
 
 __version__ = "0.1.0"
@@ -63,16 +65,19 @@ __all__ = [
     "MonosemanticityScores",
     "RunOptions",
     "SAEConfig",
+    "SAESize",
     "ShownLatent",
     "SparseAutoencoder",
     "SparseCodes",
     "SteeredAnswers",
     "SteeredRow",
     "StoredCodes",
+    "StreamSettings",
     "Taxonomy",
     "TopImages",
     "Tower",
     "TrainConfig",
+    "Trained",
     "TrustedScores",
     "__version__",
     "add",
@@ -95,6 +100,8 @@ __all__ = [
     "steer_rows",
     "top_images",
     "train",
+    "train_from_images",
+    "train_many",
     "trusted_score",
     "trusted_scores",
     "verify",
@@ -103,7 +110,7 @@ __all__ = [
 
 # Where each name is; the same as the imports above, which only type checkers and editors see (a test compares them).
 _HOMES = {
-    "config": ("HarvestOptions", "RunOptions", "SAEConfig", "TrainConfig"),
+    "config": ("HarvestOptions", "RunOptions", "SAEConfig", "SAESize", "StreamSettings", "TrainConfig"),
     "data.codes": ("CodesWriter", "StoredCodes", "open_codes"),
     "data.label_sets": ("LabelSet",),
     "data.rows": ("Activations", "open_activations"),
@@ -128,6 +135,8 @@ _HOMES = {
     "towers.text": ("load_llava", "load_text_encoder"),
     "towers.tower": ("Tower",),
     "training.evaluate": ("evaluate",),
+    "training.many": ("Trained", "train_many"),
+    "training.one_pass": ("train_from_images",),
     "training.run": ("train",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -112,7 +112,16 @@ WRONG = (
 # Made by the functions below and not by hand, or a name for values that are checked where they are used.
 RETURNED = {
     *("ActivationError", "ImageError", "Interrupted", "SteeredRow", "__version__"),
-    *("Evaluation", "MonosemanticityScores", "SparseCodes", "StoredCodes", "TopImages", "Tower", "TrustedScores"),
+    *(
+        "Evaluation",
+        "MonosemanticityScores",
+        "SparseCodes",
+        "StoredCodes",
+        "TopImages",
+        "Tower",
+        "Trained",
+        "TrustedScores",
+    ),
     "ShownLatent",
 }
 # What messages call an argument, where that is another word: what the command line calls it.
@@ -224,6 +233,19 @@ def calls(sae, tmp_path_factory):
             partial(sf.train, steps=1, batch_size=64),
             {"activations": X, "sae_config": CONFIG, "config": None, "options": None, "validation": None},
             sf.train,
+        ),
+        "SAESize": (sf.SAESize, {}),
+        "StreamSettings": (sf.StreamSettings, {}),
+        "train_many": (
+            partial(sf.train_many, steps=1, batch_size=64),
+            {"activations": X, "saes": {"a": CONFIG}, "config": None, "options": None, "validation": None},
+            sf.train_many,
+        ),
+        "train_from_images": (
+            partial(sf.train_from_images, steps=1, batch_size=2, layer=1, workers=0),
+            {"model": loaded_tower, "images": "scenes:test:2", "saes": {"a": sf.SAESize(k=3)}, "config": None}
+            | {"options": None, "stream": None, "images_path": None},
+            sf.train_from_images,
         ),
         "trusted_score": (sf.trusted_score, trusted),
         "trusted_scores": (sf.trusted_scores, trusted | {"embeddings": {"e": E}}),

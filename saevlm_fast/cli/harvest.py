@@ -123,6 +123,11 @@ def _first_batch(source: "ImageSource", tower: "Tower", n: int) -> "tuple[Batch,
     return batch, time.perf_counter() - start
 
 
+def seconds_an_image(source: "ImageSource", tower: "Tower", run: Any, n: int) -> float | None:
+    """Of the first n images, in this process; None if none of them can be used."""
+    return _seconds_an_image(*_first_batch(source, tower, n), tower, run)
+
+
 def _seconds_an_image(batch: "Batch", decoding: float, tower: "Tower", run: Any) -> float | None:
     """Reading, decoding and a forward pass in this process; workers do the first two beside the third."""
     if batch.inputs is None:

@@ -86,14 +86,14 @@ def evaluate_all(saes: Sequence[SparseAutoencoder], activations: Matrix, batch_r
 @torch.no_grad()
 def evaluate_chunks(saes: Sequence[SparseAutoencoder], chunks: Iterable[Tensor]) -> list[Metrics]:
     """The same of rows that come as they may: [<= n, d_in] in raw units, on any device."""
-    sums = [_Sums(sae) for sae in saes]
+    sums = [RowSums(sae) for sae in saes]
     for x_BD in chunks:
         for each in sums:
             each.add(x_BD)
     return [each.metrics() for each in sums]
 
 
-class _Sums:
+class RowSums:
     """What is summed of one SAE, in float64 and around b_dec."""
 
     def __init__(self, sae: SparseAutoencoder):
