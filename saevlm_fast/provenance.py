@@ -77,7 +77,10 @@ _TOKENS_SEEN = {
     "mean": ("mean",),
     "patches": ("patch",),
     "random": ("patch",),
-    "all": ("cls", "patch"),
+    "all": ("cls", "last", "text", "image", "patch"),
+    "text": ("text",),
+    "image": ("image",),
+    "last": ("last",),
     "random-all": ("cls", "patch"),
 }
 

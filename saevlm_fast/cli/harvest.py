@@ -35,21 +35,25 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
     images: str = same_as(HarvestOptions, "images", MISSING)
     layer: tuple[int, ...] = setting((), help="Block, from 0; several: 5,8,11. One pass.", parse=integers)
     point: tuple[str, ...] = setting(
-        ("residual",), help="residual, mlp, attention, projection, pooled; several: a,b.", parse=texts
+        ("residual",), help="residual, mlp, attention, projection, pooled, language; several: a,b.", parse=texts
     )
     tokens: tuple[str, ...] = setting(
-        ("cls",), help="cls, patches, all, mean, random:K, random:K:all; several: a,b.", parse=texts
+        (),
+        help="cls, patches, all, mean, random:K, random:K:all; of language all, text, image, last; several: a,b.",
+        shown="cls; of language all",
+        parse=texts,
     )
     device: str = setting("auto", help=DEVICE_HELP)
 
     def harvest_config(self) -> "HarvestConfig":
         """What is harvested, with hook points and tokens in place of their names."""
-        from saevlm_fast.harvesting.config import HarvestConfig
+        from saevlm_fast.harvesting.config import HarvestConfig, default_tokens
         from saevlm_fast.towers.tokens import Tokens
         from saevlm_fast.towers.tower import HookPoint
 
         points = tuple(HookPoint.all_of(self.point, self.layer))
-        return self.part(HarvestConfig, points=points, tokens=tuple(Tokens.parse(text) for text in self.tokens))
+        chosen = self.tokens or (default_tokens(self.point),)
+        return self.part(HarvestConfig, points=points, tokens=tuple(Tokens.parse(text) for text in chosen))
 
 
 def _sentence(options: HarvestArguments, source: "ImageSource", tower: "Tower") -> str:
@@ -60,17 +64,16 @@ def _sentence(options: HarvestArguments, source: "ImageSource", tower: "Tower") 
 
 def plan(options: HarvestArguments) -> Plan:
     """What would be written; the time from two forward passes of the first batch."""
+    from saevlm_fast.harvesting.inputs import open_source, tower_for
     from saevlm_fast.harvesting.plan import HarvestPlan
     from saevlm_fast.harvesting.stores import check_output
-    from saevlm_fast.images.open import open_images
     from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.towers.load import load_tower
 
     config, engine = options.harvest_config(), options.part(HarvestOptions)
     check_output(engine)
     check_writable(options.output)
-    source = open_images(options.images)
-    tower = load_tower(options.model, resolve_device(options.device), on_message=tell)
+    source = open_source(options.images, config)
+    tower = tower_for(options.model, config, resolve_device(options.device), on_message=tell)
     with tower.hooked(config.points) as run:
         planned = HarvestPlan(source, tower, run, config, engine)
         _tell_notes(source)
@@ -154,7 +157,7 @@ def _seconds(run: Any, inputs: dict[str, "torch.Tensor"], device: "torch.device"
 
 @command("harvest", plan=plan)
 def harvest(options: HarvestArguments) -> dict[str, Any] | None:
-    """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
+    """Run images through a model's tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
     from saevlm_fast.harvesting.ranks import torchrun_ranks
     from saevlm_fast.outputs import output_lock
 
@@ -165,17 +168,16 @@ def harvest(options: HarvestArguments) -> dict[str, Any] | None:
 
 
 def _harvest(options: HarvestArguments, ranks: "Ranks") -> dict[str, Any] | None:
+    from saevlm_fast.harvesting.inputs import open_source, tower_for
     from saevlm_fast.harvesting.run import harvest as run_harvest
     from saevlm_fast.harvesting.stores import check_output
-    from saevlm_fast.images.open import open_images
     from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.towers.load import load_tower
 
     config, engine = options.harvest_config(), options.part(HarvestOptions)
     if ranks.rank == 0:
         check_output(engine)  # before a model is loaded
-    source = open_images(options.images)
-    tower = load_tower(options.model, resolve_device(ranks.device(options.device)), on_message=tell)
+    source = open_source(options.images, config)
+    tower = tower_for(options.model, config, resolve_device(ranks.device(options.device)), on_message=tell)
     if ranks.rank == 0:
         say(_sentence(options, source, tower))
         _tell_notes(source)

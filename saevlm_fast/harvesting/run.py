@@ -203,7 +203,7 @@ class _Loop:
         """The chosen tokens of one batch; with an SAE, their codes."""
         config, sae = self.plan.config, self.plan.sae
         chosen = self.run.select(acts, store.tokens, ids, config.seed, inputs)
-        image_of_row, positions = chosen.image_of_row, chosen.positions
+        image_of_row, positions, details = chosen.image_of_row, chosen.positions, chosen.details
         on_host: Tensor | SparseCodes
         if sae is None:
             on_host = _to_host(chosen.rows_MD.to(config.torch_store_dtype))
@@ -213,8 +213,9 @@ class _Loop:
             if config.pool == "mean":
                 codes = mean_pool_codes(codes, chosen.image_of_row, len(images))
                 image_of_row, positions = torch.arange(len(images)), torch.full((len(images),), POOLED)
+                details = None
             on_host = codes.map(_to_host)
-        return BatchRows(on_host, torch.tensor(images)[image_of_row], positions)
+        return BatchRows(on_host, torch.tensor(images)[image_of_row], positions, details)
 
 
 def _finish(writing: Iterable[Future[None]]) -> None:

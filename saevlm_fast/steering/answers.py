@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saevlm_fast.errors import check_kind, first_line, require, shown, whole_number
+from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.runtime import tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.settings import several
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
 from saevlm_fast.steering.site import find_site, hooked_block, one_token_into, token_mask
+from saevlm_fast.towers.chat import chat_text, read_one
 from saevlm_fast.towers.hub import one_line_errors
 
 
@@ -161,41 +162,10 @@ class SteeredAnswers:
         return answers
 
     def _inputs(self, image: Any, prompt: str) -> dict[str, Tensor]:
-        text = self._chat(prompt)
+        text = chat_text(self.processor, prompt)
         with one_line_errors(f"prompt: the processor of {type(self.model).__name__}"):
-            # What apply_chat_template(tokenize=True) does: a template that begins a text itself begins it alone.
-            bos = getattr(getattr(self.processor, "tokenizer", None), "bos_token", None)
-            options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-            features = self.processor(images=[image], text=[text], return_tensors="pt", **options)
+            features = read_one(self.processor, image, text)
             return {name: tensor.to(self.model.device) for name, tensor in features.items()}
-
-    def _chat(self, prompt: str) -> str:
-        """The prompt in the processor's chat template; as it is, if it holds the image token itself.
-
-        Most templates take a list of an image and a text, some one string that holds the image token.
-        """
-        image_token, template = self.processor.image_token, getattr(self.processor, "chat_template", None)
-        if image_token in prompt:
-            return prompt
-        require(
-            template is not None,
-            f"prompt: the processor has no chat template, so {prompt!r} must hold {image_token}",
-        )
-        problem = "it renders no image token"
-        for content in ([{"type": "image"}, {"type": "text", "text": prompt}], f"{image_token}\n{prompt}"):
-            try:
-                text = self.processor.apply_chat_template(
-                    [{"role": "user", "content": content}], add_generation_prompt=True
-                )
-            except Exception as error:  # of jinja2, or whatever a template's own code ends in
-                problem = first_line(error)
-                continue
-            if text.count(image_token) == 1 and prompt.strip() in text:
-                return text
-        raise ValueError(
-            f"prompt: the processor's chat template cannot be used ({problem}); {prompt!r} may hold "
-            f"{image_token} itself, and is then taken as it is"
-        )
 
     @torch.inference_mode()
     @tf32_products(False)
