@@ -157,7 +157,7 @@ def _seconds(run: Any, inputs: dict[str, "torch.Tensor"], device: "torch.device"
 
 @command("harvest", plan=plan)
 def harvest(options: HarvestArguments) -> dict[str, Any] | None:
-    """Run images through a model's tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
+    """Run images through a model; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
     from saevlm_fast.harvesting.ranks import torchrun_ranks
     from saevlm_fast.outputs import output_lock
 

@@ -268,7 +268,8 @@ class HookedLanguage(HookedTower):
         """The rows that `tokens` chooses, pair by pair, with their modality and token id; positions count from the
         prompt's first token. inputs: those of the batch."""
         require(inputs is not None, "inputs: needed, to tell text from image")
-        assert inputs is not None and tokens is not None
+        assert inputs is not None
+        assert tokens is not None
         modality_BT, ids_BT = inputs["modality"].cpu(), inputs["input_ids"].cpu()
         chosen_BT = chosen_tokens(modality_BT, tokens.kind)
         image_of_row, places = (index.contiguous() for index in chosen_BT.nonzero().unbind(1))

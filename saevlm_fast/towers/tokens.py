@@ -81,9 +81,7 @@ class TokenLayout:
         """
         start, stop = self.span(tokens)
         language = tokens.kind in LANGUAGE_TOKENS
-        require(
-            not language, f"tokens: {tokens.kind}, which is for --point language; a vision tower has no such tokens"
-        )
+        require(not language, f"tokens: {tokens.kind} is for --point language; a vision tower has no such tokens")
         require(
             tokens.kind != "cls" or self.has_cls,
             "tokens: cls, but this tower has no CLS token; use mean or patches, or the point pooled",
