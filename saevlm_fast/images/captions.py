@@ -30,7 +30,7 @@ def caption_text(value: Any) -> str | None:
 
 def caption_field(record: Mapping[str, Any]) -> str | None:
     """The caption in a JSON object or a row, by the name of its field."""
-    by_name = {name.lower(): value for name, value in reversed(record.items()) if isinstance(name, str)}
+    by_name = {name.lower(): value for name, value in reversed(list(record.items())) if isinstance(name, str)}
     found = (caption_text(by_name.get(name)) for name in CAPTION_NAMES)
     return next((text for text in found if text is not None), None)
 

@@ -1,6 +1,7 @@
 """Image-text pairs: any source of images that has captions (images/captions.py), and some of them made wrong."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ _LOOKED_AT = 64  # images, the first ones: a set without captions is refused bef
 
 def caption(source: ImageSource, i: int) -> str:
     """The caption of image i. ImageError: it has none."""
-    text = source.caption(i)  # type: ignore[attr-defined]
+    text = _captioned(source).caption(i)
     if text is None:
         raise ImageError("no caption")
     return text
@@ -22,10 +23,15 @@ def caption(source: ImageSource, i: int) -> str:
 def check_captions(source: ImageSource, named: str) -> None:
     """ValueError: a source that knows no captions, or that has none among its first images."""
     known = hasattr(source, "caption")
-    some = known and any(source.caption(i) is not None for i in range(min(len(source), _LOOKED_AT)))
+    some = known and any(_captioned(source).caption(i) is not None for i in range(min(len(source), _LOOKED_AT)))
     looked = f"looked for {', '.join(CAPTION_NAMES[:3])} and so on in columns and JSON, .txt beside images"
     what = f"none of the first {min(len(source), _LOOKED_AT)} images has a caption" if known else "has no captions"
     require(some, f"images: {named or source}: {what}; a language layer reads image-text pairs ({looked})")
+
+
+def _captioned(source: ImageSource) -> Any:
+    """The source, which has a method `caption` that not every ImageSource needs."""
+    return source
 
 
 class WrongCaptions:
@@ -39,7 +45,7 @@ class WrongCaptions:
     """
 
     def __init__(self, source: ImageSource, share: float, seed: int):
-        self._source, self.share, self.seed = source, share, seed
+        self._source, self.share, self.seed = _captioned(source), share, seed
         self.n_ignored = source.n_ignored
         self.notes = (*source.notes, f"{share:.0%} of the captions are wrong (seed {seed})")
         self._chosen = wrong_images(len(source), share, seed)
@@ -61,13 +67,13 @@ class WrongCaptions:
 
     def caption(self, i: int) -> str | None:
         """Another image's, if this one was drawn: the next of those drawn, so that shards are read in order."""
-        own = self._source.caption(i)  # type: ignore[attr-defined]
+        own = self._source.caption(i)
         if own is None or not self.wrong[i]:
             return own
         place = int(np.searchsorted(self._chosen, i))
         for step in range(1, len(self._chosen)):
             other = int(self._chosen[(place + step) % len(self._chosen)])
-            text = self._source.caption(other)  # type: ignore[attr-defined]
+            text = self._source.caption(other)
             if text not in (None, own):
                 return text
         return None

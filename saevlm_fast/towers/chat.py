@@ -10,7 +10,7 @@ from saevlm_fast.errors import first_line, require
 def placeholders(processor: Any) -> list[str]:
     """The texts that stand for an image in a prompt: one of most processors; Gemma 3's template has one of its own."""
     names = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
-    return [name for name in names if isinstance(name, str) and name]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str) and name))
 
 
 def chat_text(processor: Any, prompt: str, answer: str | None = None) -> str:
@@ -26,8 +26,12 @@ def chat_text(processor: Any, prompt: str, answer: str | None = None) -> str:
     require(template is not None, f"prompt: the processor has no chat template, so {prompt!r} must hold {image_token}")
     problem = "it renders no image token"
     parts = [{"type": "image"}, {"type": "text", "text": prompt}]
-    for content, said in ((parts, [{"type": "text", "text": answer}]), (f"{image_token}\n{prompt}", answer)):
-        messages = [{"role": "user", "content": content}]
+    forms: tuple[tuple[Any, Any], ...] = (
+        (parts, [{"type": "text", "text": answer}]),
+        (f"{image_token}\n{prompt}", answer),
+    )
+    for content, said in forms:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         messages += [] if answer is None else [{"role": "assistant", "content": said}]
         try:
             text = processor.apply_chat_template(messages, add_generation_prompt=answer is None)

@@ -57,7 +57,9 @@ class PairPreprocess:
 
     def __call__(self, pairs: Sequence[tuple[Any, str]]) -> dict[str, Tensor]:
         """ValueError: a pair that does not fit the model; its reason."""
-        return self.join([self._one(*pair) for pair in pairs])
+        joined = self.join([self._one(*pair) for pair in pairs])
+        assert joined is not None
+        return joined
 
     def text_of(self, caption: str) -> str:
         """The caption in its prompt."""
@@ -226,7 +228,7 @@ def _description(processor: Any, prompt: str | None) -> dict[str, Any]:
     import transformers
 
     template = str(getattr(processor, "chat_template", None))
-    images = getattr(processor, "image_processor", None)
+    images: Any = getattr(processor, "image_processor", None)
     settings = images.to_dict() if hasattr(images, "to_dict") else {}
     return {
         **described("transformers", transformers.__version__, type(processor).__name__, settings),
@@ -387,7 +389,8 @@ def language_blocks(model: Any) -> tuple[list[nn.Module], Any]:
     Raises:
         ValueError: a model without a language part beside its vision part.
     """
-    kind, config = type(model).__name__, getattr(model, "config", None)
+    kind = type(model).__name__
+    config: Any = getattr(model, "config", None)
     text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
     n_blocks = getattr(text_config, "num_hidden_layers", 0)
     if text_config is not None and text_config is not config:
