@@ -23,7 +23,7 @@ class AnswerArguments(WorkOptions):
 
     model: str = setting(help="LLaVA: hf:NAME_OR_DIR.")
     sae: Path = setting(help=SAE_HELP)
-    layer: int = setting(help="Block of the vision tower, from 0, whose output the SAE is of.", paper="22")
+    layer: int = setting(help="Block, from 0, whose output the SAE is of.", paper="22")
     tokens: Literal["all", "patches", "cls"] = setting("all", help="Tokens that are steered.", paper="all")
     error: Literal["drop", "keep"] = setting(
         "drop", help="drop (the paper) or keep what the SAE cannot reconstruct.", paper="drop"
@@ -34,27 +34,31 @@ class AnswerArguments(WorkOptions):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", help="Of the model.")
 
 
-def steered_answers(options: AnswerArguments, only: bool = False) -> "SteeredAnswers":
-    """Model and SAE on one device; the SAE in its own dtype. only: all other latents 0."""
+def steered_answers(options: AnswerArguments, only: bool = False, part: str = "vision") -> "SteeredAnswers":
+    """Model and SAE on one device; the SAE in its own dtype. only: all other latents 0. part: whose block."""
     from saevlm_fast.provenance import check_sae_of, other_tower
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.steering.answers import SteeredAnswers
+    from saevlm_fast.steering.language import LanguageAnswers
     from saevlm_fast.towers.text import load_llava
 
+    vision = part == "vision"
     target = resolve_device(options.device)
     dictionary = SparseAutoencoder.from_pretrained(options.sae, device=target)
-    doubt = check_sae_of(dictionary, options.layer, options.tokens)  # before a large model is loaded
+    point = "residual" if vision else "language"
+    doubt = check_sae_of(dictionary, options.layer, options.tokens, point)  # before a large model is loaded
     if doubt is not None:
         warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
     llava, processor = load_llava(options.model, target, options.dtype, on_message=tell)
     as_saved = options.dtype == "auto" or str(llava.dtype) == "torch.float32"
-    if as_saved and (trained_on := other_tower(dictionary, llava)) is not None:
+    if as_saved and (trained_on := other_tower(dictionary, llava, vision)) is not None:
         warn(
-            f"{options.sae} was trained on the vision tower of {trained_on}, whose weights are not those of "
+            f"{options.sae} was trained on the {part} {'tower' if vision else 'model'} of {trained_on}, whose weights are not those of "
             f"{options.model}"
         )
-    return SteeredAnswers(
+    kind: Any = SteeredAnswers if vision else LanguageAnswers
+    return kind(
         llava,
         processor,
         dictionary,

@@ -116,11 +116,11 @@ class HarvestPlan:
         return {
             "model": self.tower.description(),
             "images": {
+                **wrong,
                 "path": self.options.images,
                 "images": self.n_images,
                 "fingerprint": self.source.fingerprint(),
                 "content": sampled_digest(self.source, self.n_images, config.is_language),
-                **wrong,
             },
             "harvest": {
                 "stores": [store.path.relative_to(self.output).as_posix() for store in self.stores],

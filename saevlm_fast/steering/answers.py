@@ -53,8 +53,11 @@ class SteeredRow:
     mask: Tensor | None = None
 
 
-class _Question(NamedTuple):
-    """inputs: of the model, one row. x_BTD: output of the steered block for all tiles. encoded: the same tokens."""
+class Question(NamedTuple):
+    """What was asked.
+
+    inputs: of the model, one row. x_BTD: output of the steered block for all tiles. encoded: the same tokens.
+    """
 
     inputs: dict[str, Tensor]
     x_BTD: Tensor
@@ -108,7 +111,7 @@ class SteeredAnswers:
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.tokens, self.only, self.error = tokens, only, error
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self._questions: list[_Question] = []
+        self._questions: list[Question] = []
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -135,14 +138,22 @@ class SteeredAnswers:
         check_kind("prompt", prompt, str, "a text")
         require(prompt.strip() != "", "prompt: is empty")
         inputs = self._inputs(image, prompt)
-        x_BTD = self._residual(inputs)
-        self._questions.append(_Question(inputs, x_BTD, encode_tokens(self.sae, x_BTD.flatten(0, 1))))
+        self._questions.append(self._prepared(inputs))
         return len(self._questions) - 1
+
+    def _prepared(self, inputs: dict[str, Tensor]) -> Question:
+        x_BTD = self._residual(inputs)
+        return Question(inputs, x_BTD, encode_tokens(self.sae, x_BTD.flatten(0, 1)))
+
+    def _prompt_mask(self, x_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        """bool [B, T]: the chosen tokens of the steered block, where no row has a mask of its own."""
+        return token_mask(self.tokens, x_BTD.shape[0], x_BTD.shape[1], self.site.anatomy).to(x_BTD.device)
 
     def mean_residual(self, image: Any, prompt: str) -> Tensor:
         """float32 [D] on the host: the steered block's output, averaged over the chosen tokens of all tiles."""
-        x_BTD = self._residual(self._inputs(image, prompt))
-        mask_BT = token_mask(self.tokens, x_BTD.shape[0], x_BTD.shape[1], self.site.anatomy).to(x_BTD.device)
+        inputs = self._inputs(image, prompt)
+        x_BTD = self._residual(inputs)
+        mask_BT = self._prompt_mask(x_BTD, inputs["input_ids"])
         return x_BTD[mask_BT].mean(0, dtype=torch.float32).cpu()
 
     @torch.inference_mode()
@@ -205,7 +216,7 @@ class SteeredAnswers:
 
     def _answer_batch(self, rows: Sequence[SteeredRow]) -> list[str]:
         questions = [self._questions[row.question] for row in rows]
-        inputs = _join_inputs([question.inputs for question in questions])
+        inputs = join_inputs([question.inputs for question in questions])
         x_BTD = self._edited(rows, questions)
         calls: list[None] = []
 
@@ -214,20 +225,27 @@ class SteeredAnswers:
             return x_BTD
 
         with one_line_errors(type(self.model).__name__), self._only_above_block(), hooked_block(self.site, given):
-            tokens = self.model.generate(
-                **inputs,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )
+            tokens = self._generate(inputs)
         self._check_run(calls)
+        return self._said(tokens, inputs)
+
+    def _generate(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.model.generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+
+    def _said(self, tokens: Tensor, inputs: Mapping[str, Tensor]) -> list[str]:
+        """The answers, without the prompts."""
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _edited(self, rows: Sequence[SteeredRow], questions: Sequence[_Question]) -> Tensor:
+    def _edited(self, rows: Sequence[SteeredRow], questions: Sequence[Question]) -> Tensor:
         """The rows' residual streams after the steered block, tiles and all: [B, T, D], as the model holds them."""
         x_BTD = torch.cat([question.x_BTD for question in questions])
         n_tiles = torch.tensor([len(question.x_BTD) for question in questions])
@@ -244,6 +262,13 @@ class SteeredAnswers:
         row_N = row_B.repeat_interleave(x_BTD.shape[1]).to(self.sae.W_dec.device)
         encoded = Encoded.join([question.encoded for question in questions], self.sae.config.d_sae)
         plan = EditPlan.of_rows([row.edits or () for row in rows], self.sae)
+        edited_ND = self._new_tokens(rows, encoded, plan, row_N)
+        chosen_N = mask_BT.flatten().to(row_N.device)
+        changed_ND = as_the_model_holds(edited_ND[chosen_N], x_BTD, plan, row_N[chosen_N])
+        return x_BTD.masked_scatter(mask_BT[:, :, None], changed_ND)
+
+    def _new_tokens(self, rows: Sequence[SteeredRow], encoded: Encoded, plan: EditPlan, row_N: Tensor) -> Tensor:
+        """[N, D]: all tokens as their rows edit them, and with the rows' directions."""
         edited_ND = edit_tokens(self.sae, encoded, plan, row_N, False, self.error)
         if self.only:
             has_edits = torch.tensor([bool(row.edits) for row in rows], device=row_N.device)[row_N]
@@ -257,9 +282,7 @@ class SteeredAnswers:
                 shift_D, of_row_N = row.direction.to(edited_ND), row_N == r
                 scale = 1.0 if encoded.statistics is None else encoded.statistics.scale[of_row_N]
                 edited_ND[of_row_N] += (shift_D * scale).to(edited_ND)
-        chosen_N = mask_BT.flatten().to(row_N.device)
-        changed_ND = as_the_model_holds(edited_ND[chosen_N], x_BTD, plan, row_N[chosen_N])
-        return x_BTD.masked_scatter(mask_BT[:, :, None], changed_ND)
+        return edited_ND
 
     def _only_above_block(self) -> AbstractContextManager[None]:
         """Blocks whose output is replaced, or read by nobody, are given one token instead of all."""
@@ -269,7 +292,7 @@ class SteeredAnswers:
         return one_token_into([*first, *blocks[max(reads) + 1 : max(reads) + 2]])
 
 
-def _join_inputs(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def join_inputs(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Inputs of single rows as one batch; images with fewer tiles than others are filled up, as the processor does."""
     joined = {}
     for name in inputs[0]:

@@ -29,7 +29,7 @@ from saevlm_fast.towers.hub import foreign_message, is_foreign, one_line_errors
 from saevlm_fast.towers.preprocess import described, two_pictures
 from saevlm_fast.towers.text import load_llava
 from saevlm_fast.towers.tokens import LANGUAGE_TOKENS, Selected, Tokens
-from saevlm_fast.towers.tower import LANGUAGE_POINT, Anatomy, HookedTower, HookPoint, Tower
+from saevlm_fast.towers.tower import LANGUAGE_POINT, Anatomy, HookedTower, HookPoint, Stop, Tower
 
 MODALITIES = ("padding", "text", "image", "template")  # their numbers are those in the tensor `modality`
 _TEXT, _IMAGE, _TEMPLATE = 1, 2, 3
@@ -66,7 +66,8 @@ class PairPreprocess:
         held = [token for token in placeholders(self.processor) if token in caption]
         require(not held, f"the caption holds {' and '.join(held)}, which stands for an image")
         if getattr(self.processor, "chat_template", None) is None:
-            return placeholders(self.processor)[0] + " ".join([*([self.prompt] if self.prompt else []), caption])
+            image = placeholders(self.processor)[:1]  # without one the processor itself puts the image in front
+            return "".join([*image, " ".join([*([self.prompt] if self.prompt else []), caption])])
         return chat_text(self.processor, caption) if self.prompt is None else self._answered(caption)
 
     def _answered(self, caption: str) -> str:
@@ -244,12 +245,16 @@ class HookedLanguage(HookedTower):
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
         """Activations [B, T, D] of every token, filled-up ones included, as inference tensors."""
-        self.shapes, shapes = {}, self.shapes  # of what is checked there every batch has its own
-        try:
-            acts = super().__call__(inputs)
-        finally:
-            self.shapes = shapes
-        for point, (_, width) in shapes.items():
+        if self._closed:
+            raise RuntimeError("the tower's hooks are gone: call this inside `with tower.hooked(...)`")
+        with torch.inference_mode(), torch.autocast(self.tower.device.type, self._autocast, self._autocast is not None):
+            try:
+                self.tower.forward(inputs, self._tf32)
+            except Stop:
+                pass
+            finally:
+                acts, self._acts = self._acts, {}
+        for point, (_, width) in self.shapes.items():
             expected, found = [*inputs["input_ids"].shape, width], list(acts[point].shape)
             require(found == expected, f"point: {point.name} of {self.tower.spec} is {found}, not {expected}")
         return acts

@@ -159,9 +159,7 @@ def mistral3() -> tuple[Any, Any]:
         spatial_merge_size=2,
     )
     images = t.PixtralImageProcessor(size={"longest_edge": IMAGE}, patch_size={"height": 16, "width": 16})
-    processor = t.PixtralProcessor(
-        images, words, patch_size=8, spatial_merge_size=2, chat_template=template("[IMG]")
-    )
+    processor = t.PixtralProcessor(images, words, patch_size=8, spatial_merge_size=2, chat_template=template("[IMG]"))
     return t.Mistral3ForConditionalGeneration(config), processor
 
 
@@ -254,7 +252,9 @@ def gemma3() -> tuple[Any, Any]:
     words = tokenizer(**names)
     config = t.Gemma3Config(
         vision_config=vision_config("siglip_vision_model", vision_use_head=False),
-        text_config=text_config("gemma3_text", len(words), sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+        text_config=text_config(
+            "gemma3_text", len(words), sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+        ),
         image_token_index=4,
         boi_token_index=5,
         eoi_token_index=6,
@@ -321,6 +321,63 @@ def aya_vision() -> tuple[Any, Any]:
     return t.AyaVisionForConditionalGeneration(config), processor
 
 
+def mllama() -> tuple[Any, Any]:
+    """Its images reach the language model by cross-attention."""
+    import transformers as t
+
+    words = tokenizer("<|image|>", "<|python_tag|>", image_token="<|image|>")
+    vision = vision_config("mllama_vision_model", num_global_layers=1, attention_heads=2, max_num_tiles=1)
+    vision |= {"vision_output_dim": 32, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
+    text = text_config("mllama_text_model", len(words), num_hidden_layers=3, cross_attention_layers=[1])
+    config = t.MllamaConfig(vision_config=vision, text_config=text, image_token_index=4)
+    images = t.MllamaImageProcessor(size={"height": IMAGE, "width": IMAGE}, max_image_tiles=1)
+    processor = t.MllamaProcessor(images, words, chat_template=template("<|image|>"))
+    return t.MllamaForConditionalGeneration(config), processor
+
+
+def blip2() -> tuple[Any, Any]:
+    """Its images are a few query tokens."""
+    import transformers as t
+
+    words = tokenizer("<image>")
+    config = t.Blip2Config(
+        vision_config={
+            "hidden_size": WIDTH,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": IMAGE,
+            "patch_size": 8,
+        },
+        qformer_config={
+            "hidden_size": WIDTH,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "encoder_hidden_size": WIDTH,
+            "vocab_size": len(words),
+        },
+        text_config={
+            "model_type": "opt",
+            "vocab_size": len(words),
+            "hidden_size": WIDTH,
+            "ffn_dim": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 256,
+            "word_embed_proj_dim": WIDTH,
+            "pad_token_id": 0,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+        },
+        num_query_tokens=4,
+        image_token_index=4,
+    )
+    images = t.BlipImageProcessor(size={"height": IMAGE, "width": IMAGE})
+    processor = t.Blip2Processor(images, words, num_query_tokens=4)
+    return t.Blip2ForConditionalGeneration(config), processor
+
+
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
     "llava_next": llava_next,
@@ -336,13 +393,15 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "idefics3": idefics3,
     "smolvlm": lambda: idefics3("SmolVLM"),
     "aya_vision": aya_vision,
+    "blip2": blip2,
 }
+REFUSED = {"mllama": mllama}
 
 
 def tiny_vlm(family: str) -> tuple[Any, Any]:
     """The model of a family in eval mode, its weights strong enough for rows to differ."""
     torch.manual_seed(0)
-    model, processor = FAMILIES[family]()
+    model, processor = (FAMILIES | REFUSED)[family]()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return model.eval().requires_grad_(False), processor
