@@ -22,7 +22,7 @@ ORDER = (
     ("provenance",),
     ("harvesting",),
     ("training", "scoring"),
-    ("publishing", "look"),
+    ("publishing", "look", "crossmodal"),
     ("steering",),
     ("measures",),
     ("demo", "box_making"),

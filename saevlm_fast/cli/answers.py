@@ -53,10 +53,8 @@ def steered_answers(options: AnswerArguments, only: bool = False, part: str = "v
     llava, processor = load_llava(options.model, target, options.dtype, on_message=tell)
     as_saved = options.dtype == "auto" or str(llava.dtype) == "torch.float32"
     if as_saved and (trained_on := other_tower(dictionary, llava, vision)) is not None:
-        warn(
-            f"{options.sae} was trained on the {part} {'tower' if vision else 'model'} of {trained_on}, whose weights are not those of "
-            f"{options.model}"
-        )
+        whose = f"{part} {'tower' if vision else 'model'} of {trained_on}"
+        warn(f"{options.sae} was trained on the {whose}, whose weights are not those of {options.model}")
     kind: Any = SteeredAnswers if vision else LanguageAnswers
     return kind(
         llava,

@@ -35,9 +35,9 @@ def _captioned(source: ImageSource) -> Any:
 
 
 class WrongCaptions:
-    """A share of the images with the caption of another one: what a ranking of image-text pairs should find.
+    """About a share of the images with the caption of another one: what a ranking of image-text pairs should find.
 
-    The images are drawn by the seed; each gets the caption of the next one drawn that says something else. An
+    Which ones depends on their ids and the seed; each gets the caption of the next of them that says something else. An
     ImageSource with captions.
 
     Attributes:
@@ -47,11 +47,11 @@ class WrongCaptions:
     def __init__(self, source: ImageSource, share: float, seed: int):
         self._source, self.share, self.seed = _captioned(source), share, seed
         self.n_ignored = source.n_ignored
-        self.notes = (*source.notes, f"{share:.0%} of the captions are wrong (seed {seed})")
-        self._chosen = wrong_images(len(source), share, seed)
+        self.notes = (*source.notes, f"about {share:.0%} of the captions are wrong (seed {seed})")
+        ids = (source.image_id(i) for i in range(len(source)))
+        self.wrong = np.array([is_wrong(name, share, seed) for name in ids], bool)
+        self._chosen = np.flatnonzero(self.wrong)
         require(len(self._chosen) != 1, f"wrong_captions: {share} of {len(source)} images is one, which has no other")
-        self.wrong = np.zeros(len(source), bool)
-        self.wrong[self._chosen] = True
 
     def __len__(self) -> int:
         return len(self._source)
@@ -83,11 +83,7 @@ class WrongCaptions:
         return hashlib.sha256(told.encode()).hexdigest()
 
 
-def wrong_images(n_images: int, share: float, seed: int) -> np.ndarray:
-    """int64, ascending: which images of N a WrongCaptions of this share and seed gives another's caption.
-
-    By raw Philox words, which are promised never to change.
-    """
-    n_wrong = round(share * n_images)
-    words = np.random.Philox(seed).random_raw(n_images)
-    return np.sort(np.argsort(words, kind="stable")[:n_wrong])
+def is_wrong(image_id: str, share: float, seed: int) -> bool:
+    """Whether a WrongCaptions of this share and seed gives the image another's caption: by its id alone."""
+    digest = hashlib.sha256(f"wrong caption {seed} {image_id}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little") < share * 2.0**64
