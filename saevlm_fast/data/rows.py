@@ -68,6 +68,7 @@ class StoredRows:
 
         Reads the item tables of the shards that these rows are in, no others.
         """
+        check_kind("schema", schema, pa.Schema, "a pyarrow schema: ITEM_SCHEMA or TOKEN_SCHEMA")
         if rows is None:
             return pa.concat_tables(self.iter_items(schema))
         indices, places = _checked_rows(whole_numbers("rows", rows), self.n_rows, self.path).sort()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import check_kind, first_line, require, shown
 from saevlm_fast.towers.chat import chat_text, placeholders, read_one
 from saevlm_fast.towers.from_transformers import vision_part
 from saevlm_fast.towers.hub import foreign_message, is_foreign, one_line_errors
@@ -425,6 +425,9 @@ def load_language(
         ValueError: in one line: a model without a language part, or one whose images do not come in as tokens; what
             load_llava refuses.
     """
+    check_kind("spec", spec, str, "hf:NAME_OR_DIR of a LLaVA")
+    require(isinstance(dtype, torch.dtype), f"dtype: {shown(dtype)} is not a torch.dtype")
+    require(prompt is None or isinstance(prompt, str), f"prompt: {shown(prompt)} is not a text")
     require(spec.startswith("hf:"), f"model: {spec!r} has no language part; point language needs hf:NAME_OR_DIR")
     require(prompt is None or prompt.strip() != "", "prompt: is empty")
     model, processor = load_llava(spec, device, dtype, on_message)
