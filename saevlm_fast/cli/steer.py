@@ -30,19 +30,13 @@ class SteerArguments(AnswerArguments):
         help="Value in raw activation units; several: 0,50,100.", paper="100", parse=numbers
     )
     only: bool = setting(False, help="All other latents 0.")
-    part: Literal["vision", "language"] = setting(
-        "vision", help="Whose block --layer is: vision tower, language model."
-    )
-    tokens: Literal["all", "patches", "cls", "text", "image", "last"] = setting(
-        "all",
-        help="Tokens that are steered: of vision all, patches, cls; of language all, text, image, last.",
-        paper="all",
+    whose: Literal["vision", "language"] = setting(
+        "vision", help="Whose block --layer is: of the vision tower, or of the language model.", option="part"
     )
 
-    def check(self) -> None:
-        super().check()
-        known = ("all", "patches", "cls") if self.part == "vision" else ("all", "text", "image", "last")
-        require(self.tokens in known, f"tokens: {self.tokens} is not one of {', '.join(known)} (part {self.part})")
+    @property
+    def steered_part(self) -> str:
+        return self.whose
 
     @property
     def tried(self) -> list[tuple[int, float]]:
@@ -70,7 +64,7 @@ class SteerArguments(AnswerArguments):
 def plan(options: SteerArguments) -> Plan:
     """What would be asked; the time from a batch of answers without an edit."""
     edits, picture = options.edits(), options.picture()
-    answerer = steered_answers(options, options.only, options.part)
+    answerer = steered_answers(options, options.only)
     for edit in edits:
         require(
             0 <= edit.latent < answerer.sae.config.d_sae,
@@ -98,7 +92,7 @@ def steer(options: SteerArguments) -> dict[str, Any]:
     from saevlm_fast.steering.answers import SteeredRow
 
     edits, picture = options.edits(), options.picture()
-    answerer = steered_answers(options, options.only, options.part)
+    answerer = steered_answers(options, options.only)
     question = answerer.ask(picture, options.prompt)
     rows = [SteeredRow(question, None), SteeredRow(question, ()), *(SteeredRow(question, (edit,)) for edit in edits)]
     with Bar("steer", len(rows), "answers", lines=False) as bar:

@@ -73,7 +73,7 @@ class LanguageAnswers(SteeredAnswers):
         image_BT = ids_BT == self._image_id
         if self.tokens == "last":
             return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT) == ids_BT.shape[1] - 1
-        return {"all": torch.ones_like(image_BT), "text": ~image_BT, "image": image_BT}[self.tokens]
+        return {"all": torch.ones_like(image_BT), "text": ~image_BT, "image": image_BT}[str(self.tokens)]
 
     def _prepared(self, inputs: dict[str, Tensor]) -> Question:
         """Of what the tokens of a prompt are nothing is kept: it is computed anew with every answer."""

@@ -29,7 +29,7 @@ from saevlm_fast.towers.hub import foreign_message, is_foreign, one_line_errors
 from saevlm_fast.towers.preprocess import described, two_pictures
 from saevlm_fast.towers.text import load_llava
 from saevlm_fast.towers.tokens import LANGUAGE_TOKENS, Selected, Tokens
-from saevlm_fast.towers.tower import LANGUAGE_POINT, Anatomy, HookedTower, HookPoint, Stop, Tower
+from saevlm_fast.towers.tower import LANGUAGE_POINT, Anatomy, HookedTower, HookPoint, Tower, _Stop
 
 MODALITIES = ("padding", "text", "image", "template")  # their numbers are those in the tensor `modality`
 _TEXT, _IMAGE, _TEMPLATE = 1, 2, 3
@@ -250,7 +250,7 @@ class HookedLanguage(HookedTower):
         with torch.inference_mode(), torch.autocast(self.tower.device.type, self._autocast, self._autocast is not None):
             try:
                 self.tower.forward(inputs, self._tf32)
-            except Stop:
+            except _Stop:
                 pass
             finally:
                 acts, self._acts = self._acts, {}

@@ -100,7 +100,7 @@ class Anatomy:
     description: dict[str, Any] = field(default_factory=dict)
 
 
-class Stop(Exception):
+class _Stop(Exception):
     """Raised by the last hook that is needed: the rest of the forward is not."""
 
 
@@ -264,7 +264,7 @@ class HookedTower:
         with torch.inference_mode(), torch.autocast(self.tower.device.type, self._autocast, self._autocast is not None):
             try:
                 self.tower.forward(inputs, self._tf32)
-            except Stop:
+            except _Stop:
                 pass
             finally:
                 acts, self._acts = self._acts, {}
@@ -304,7 +304,7 @@ class HookedTower:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self._acts[point] = extract(output)
             if point == self._last:
-                raise Stop
+                raise _Stop
 
         return hook
 
