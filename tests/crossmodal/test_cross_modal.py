@@ -81,8 +81,9 @@ def brute_force(x, items, sae, k, threshold, template):
     return omega, found
 
 
-@pytest.mark.parametrize("batch_rows", [1, 5, 23, 1000])
-@pytest.mark.parametrize(("threshold", "template"), [(0.0, False), (0.4, False), (0.4, True)])
+@pytest.mark.parametrize(
+    ("batch_rows", "threshold", "template"), [(1, 0.4, False), (5, 0.0, False), (23, 0.4, True), (1000, 0.4, False)]
+)
 def test_omegas_and_scores_are_their_definitions(pairs, batch_rows, threshold, template):
     path, x, items, sae = pairs
     omega, expected = brute_force(x, items, sae, K, threshold, template)

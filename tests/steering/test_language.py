@@ -48,6 +48,12 @@ def test_answers_without_edits_are_the_models_own_beside_edited_rows(llava, laye
     for picture, (unsteered, kept, steered) in zip(PICTURES, (said[:3], said[3:])):
         assert unsteered == kept == own_answer(llava, picture)[0]
         assert steered != unsteered
+    # A random SAE's reconstruction spoils an answer; beside such rows an untouched one stays the model's own.
+    answers = LanguageAnswers(*llava, an_sae(), layer, max_new_tokens=8)
+    asked = [answers.ask(picture, QUESTION) for picture in PICTURES]
+    said = answers.answers([SteeredRow(q, edits) for q in asked for edits in (None, ())])
+    assert said[::2] == [own_answer(llava, picture)[0] for picture in PICTURES]
+    assert said[0] != said[1]
 
 
 @pytest.mark.parametrize("tokens", ["all", "text", "image", "last"])
