@@ -58,6 +58,7 @@ class HarvestConfig(HarvestSettings):
             return
         others = [point.name for point in self.points if point.point != LANGUAGE_POINT]
         require(not others, f"point: language and {', '.join(others)} are not of one tower; harvest them one by one")
+        require(self.square is None, f"square: {self.square} is of vision towers; the point is language")
         for tokens in self.tokens:
             check_language_tokens(tokens)
 

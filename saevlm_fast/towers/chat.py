@@ -54,4 +54,5 @@ def read_one(processor: Any, image: Any, text: str) -> dict[str, Tensor]:
     """
     bos = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-    return dict(processor(images=[image], text=[text], return_tensors="pt", **options))
+    features = processor(images=[image], text=[text], return_tensors="pt", **options)
+    return {name: value for name, value in features.items() if isinstance(value, Tensor)}

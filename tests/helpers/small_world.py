@@ -100,6 +100,7 @@ CALLS: dict[str, dict[str, str | None]] = {
     "cross-modal": {"--activations": "pairs", "--sae": "language", "--device": "cpu", "--output": "out"},
     "human-agreement": {"--benchmark": "benchmark", "--device": "cpu", "--output": "out.json"},
     "inspect": {"PATH": "store"},
+    "doctor": {"--facts-only": None, "--device": "cpu"},
 }
 
 

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from tiny_vlms import FAMILIES, tiny_vlm
 
-from saevlm_fast.towers.language import HookPoint, LanguageTower, language_blocks, load_language
+from saevlm_fast.towers.language import LanguageTower, language_blocks, load_language
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens
+from saevlm_fast.towers.tower import HookPoint
 
 POINTS = [HookPoint("language", 0), HookPoint("language", 1)]
 CAPTIONS = ["a red square", "two things and a blue circle on the red square", "a"]
