@@ -48,8 +48,11 @@ def test_answers_without_edits_are_the_models_own_beside_edited_rows(llava, laye
     for picture, (unsteered, kept, steered) in zip(PICTURES, (said[:3], said[3:])):
         assert unsteered == kept == own_answer(llava, picture)[0]
         assert steered != unsteered
-    # A random SAE's reconstruction spoils an answer; beside such rows an untouched one stays the model's own.
-    answers = LanguageAnswers(*llava, an_sae(), layer, max_new_tokens=8)
+    # An SAE that reconstructs nothing spoils an answer; beside such rows an untouched one stays the model's own.
+    nothing = an_sae()
+    with torch.no_grad():
+        nothing.W_dec.zero_()
+    answers = LanguageAnswers(*llava, nothing, layer, max_new_tokens=8)
     asked = [answers.ask(picture, QUESTION) for picture in PICTURES]
     said = answers.answers([SteeredRow(q, edits) for q in asked for edits in (None, ())])
     assert said[::2] == [own_answer(llava, picture)[0] for picture in PICTURES]
