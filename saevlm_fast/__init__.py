@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, SAESize, StreamSettings, TrainConfig
+    from saevlm_fast.crossmodal.measure import CrossModal, cross_modal
     from saevlm_fast.data.codes import CodesWriter, StoredCodes, open_codes
     from saevlm_fast.data.label_sets import LabelSet
     from saevlm_fast.data.rows import Activations, open_activations
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from saevlm_fast.sparse_codes import SparseCodes
     from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
     from saevlm_fast.steering.edits import Edit, add, clamp, scale, steer, steer_rows, zero
+    from saevlm_fast.steering.language import LanguageAnswers
+    from saevlm_fast.towers.language import LanguageTower, load_language
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.towers.text import load_llava, load_text_encoder
     from saevlm_fast.towers.tower import Tower
@@ -55,6 +58,7 @@ __all__ = [
     "ActivationWriter",
     "Activations",
     "CodesWriter",
+    "CrossModal",
     "Edit",
     "Evaluation",
     "HarvestConfig",
@@ -62,6 +66,8 @@ __all__ = [
     "ImageError",
     "Interrupted",
     "LabelSet",
+    "LanguageAnswers",
+    "LanguageTower",
     "MonosemanticityScores",
     "RunOptions",
     "SAEConfig",
@@ -82,9 +88,11 @@ __all__ = [
     "__version__",
     "add",
     "clamp",
+    "cross_modal",
     "evaluate",
     "harvest",
     "inspect",
+    "load_language",
     "load_llava",
     "load_text_encoder",
     "load_tower",
@@ -111,6 +119,7 @@ __all__ = [
 # Where each name is; the same as the imports above, which only type checkers and editors see (a test compares them).
 _HOMES = {
     "config": ("HarvestOptions", "RunOptions", "SAEConfig", "SAESize", "StreamSettings", "TrainConfig"),
+    "crossmodal.measure": ("CrossModal", "cross_modal"),
     "data.codes": ("CodesWriter", "StoredCodes", "open_codes"),
     "data.label_sets": ("LabelSet",),
     "data.rows": ("Activations", "open_activations"),
@@ -131,6 +140,8 @@ _HOMES = {
     "sparse_codes": ("SparseCodes",),
     "steering.answers": ("SteeredAnswers", "SteeredRow"),
     "steering.edits": ("Edit", "add", "clamp", "scale", "steer", "steer_rows", "zero"),
+    "steering.language": ("LanguageAnswers",),
+    "towers.language": ("LanguageTower", "load_language"),
     "towers.load": ("load_tower",),
     "towers.text": ("load_llava", "load_text_encoder"),
     "towers.tower": ("Tower",),

@@ -23,7 +23,7 @@ ORDER = (
     ("provenance",),
     ("harvesting",),
     ("training", "scoring"),
-    ("publishing", "steering"),
+    ("publishing", "steering", "crossmodal"),
     ("measures",),
     ("look",),
     ("demo", "box_making"),

@@ -15,7 +15,8 @@ from saevlm_fast.errors import Interrupted, first_line, require
 
 # Each makes itself a command of the app, in this order.
 _COMMANDS = ("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report", "steer")
-for _name in (*_COMMANDS, "steering_score", "human_agreement", "inspect", "doctor", "convert", "push", "pull"):
+_MORE = ("steering_score", "cross_modal", "human_agreement", "inspect", "doctor", "convert", "push", "pull")
+for _name in (*_COMMANDS, *_MORE):
     import_module(f"saevlm_fast.cli.{_name}")
 
 

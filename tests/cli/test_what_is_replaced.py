@@ -123,6 +123,7 @@ WRITERS = [
     "name",
     "report",
     "human-agreement",
+    "cross-modal",
 ]
 
 
@@ -140,6 +141,7 @@ def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch)
         "harvest": none,
         "demo": ("--output", output),
         "top-images": ("--sae", "none", "--activations", "none", "--output", output),
+        "cross-modal": ("--sae", "none", "--activations", "none", "--output", output),
         "name": ("--sae", "n", "--codes", "n", "--embeddings", "n", "--text-model", "n", "--output", output),
         "human-agreement": ("--benchmark", "none", "--output", output),
         "report": ("--sae", "none", "--activations", "none", "--output", output),

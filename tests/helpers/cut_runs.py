@@ -30,6 +30,7 @@ OUTPUTS = {
     "ms-score": "out.parquet",
     "evaluate": "out",
     "top-images": "out",
+    "cross-modal": "out",
     "name": "out.parquet",
     "report": "out",
     "steering-score": "out.json",
