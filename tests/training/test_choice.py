@@ -1,7 +1,10 @@
 """The choice of several ranks against that of one process, over all latents."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from thread_peers import together
 
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.grouping import entry_rows
@@ -29,7 +32,7 @@ def test_top_k_of_rows(n_ranks, d_sae, k, levels, nan):
     pre_BS = with_nan(preactivations(9, d_sae, 1, levels), nan)
     acts_BK, latents_BK = reference.topk_select(pre_BS, k)
     edges, offers = cuts(d_sae, n_ranks), []
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in pairwise(edges):
         acts, latents = reference.topk_select(pre_BS[:, start:stop], min(k, stop - start))
         missing = (0, k - acts.shape[1])
         offers.append((torch.nn.functional.pad(acts, missing, value=NOTHING), latents + start))
@@ -51,14 +54,14 @@ def test_top_k_of_a_batch(n_ranks, d_sae, k, levels, nan):
     pre_BS = with_nan(preactivations(n_rows, d_sae, 2, levels), nan)
     acts_M, latents_M, row_offsets = reference.batch_topk_select(pre_BS, k)
     edges, offers = cuts(d_sae, n_ranks), []
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in pairwise(edges):
         acts, latents, offsets = reference.batch_topk_select(pre_BS[:, start:stop], min(k, stop - start))
         missing = (0, n_rows * k - len(acts))
         offers.append((torch.nn.functional.pad(acts, missing), torch.nn.functional.pad(latents, missing), offsets))
     values_RM, offsets_RB1 = torch.stack([each[0] for each in offers]), torch.stack([each[2] for each in offers])
     wanted = reference.densify(acts_M, latents_M, row_offsets, d_sae) != 0
     positive = acts_M[acts_M > 0]
-    for rank, (acts, latents, offsets) in enumerate(offers):
+    for rank, (_, latents, offsets) in enumerate(offers):
         rows_M = entry_rows(latents, offsets)
         kept = keep_of_batch(values_RM, offsets_RB1, rows_M, rank, n_rows * k)
         places = torch.zeros(n_rows, edges[rank + 1] - edges[rank], dtype=torch.bool)
@@ -68,42 +71,15 @@ def test_top_k_of_a_batch(n_ranks, d_sae, k, levels, nan):
             assert float(kept.smallest) == (float(positive.min()) if len(positive) else 0)
 
 
-class Together:
-    """Ranks in one thread: what each of them gives to a round is known before anybody is asked."""
-
-    def __init__(self, pieces, k):
-        self.pieces, self.k = pieces, k
-
-    def run(self):
-        """By threads that meet at a barrier."""
-        import threading
-
-        n = len(self.pieces)
-        barrier, slots, found = threading.Barrier(n, timeout=30), [None] * n, [None] * n
-
-        def work(rank):
-            def gather(x):
-                slots[rank] = x
-                barrier.wait()
-                stacked = torch.stack(list(slots))
-                barrier.wait()
-                return stacked
-
-            found[rank] = keep_largest_of_all(
-                self.pieces[rank], self.k, lambda x: gather(x).sum(0, dtype=x.dtype), gather, rank
-            )
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(n)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-        return torch.cat(found, dim=1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("levels", "k"), [(3, 4), (100_000, 4), (2, 30), (100_000, 11), (5, 12)])
 def test_the_largest_of_all_by_digits(dtype, levels, k):
     values_BN = preactivations(6, 12, 3, levels).to(dtype) / 7
-    kept_BN = Together(list(values_BN.split((5, 0, 7), dim=1)), k).run()
+    pieces = values_BN.split((5, 0, 7), dim=1)
+    kept, _ = together(
+        3, lambda ranks: keep_largest_of_all(pieces[ranks.rank], k, ranks.add_up, ranks.gather, ranks.rank)
+    )
+    kept_BN = torch.cat(kept, dim=1)
     order = torch.sort(values_BN, dim=1, descending=True, stable=True).indices[:, :k]
     wanted_BN = torch.zeros_like(kept_BN).scatter_(1, order, True)
     assert torch.equal(kept_BN & (values_BN > 0), wanted_BN & (values_BN > 0))
