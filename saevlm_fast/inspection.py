@@ -29,15 +29,8 @@ from saevlm_fast.formats.source import Source
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.records import Fields, check_record, read_record, whole
 from saevlm_fast.sae import CONFIG_FILE, SparseAutoencoder, read_sae_header
-from saevlm_fast.training.checkpoints import (
-    CHECKPOINT_FILE,
-    METRICS_FILE,
-    RUN_FILE,
-    check_checkpoint,
-    check_metrics,
-    checkpoints,
-    read_settings,
-)
+from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, check_metrics, checkpoints, read_settings
+from saevlm_fast.training.saved_state import CHECKPOINT_FILE, check_checkpoint
 
 _RUN = Fields({"train": Fields({"steps": whole(1)}), "sae": Fields({"d_in": whole(1), "d_sae": whole(1)})})
 KINDS = (

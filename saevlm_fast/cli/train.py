@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +17,7 @@ from saevlm_fast.cli.planning import (
     training_disk,
     training_memory,
 )
+from saevlm_fast.cli.ranks import joined_ranks, leads, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
@@ -25,6 +27,7 @@ from saevlm_fast.settings import same_as, setting
 
 if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
+    from saevlm_fast.training.process_group import MeshPeers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,25 +151,28 @@ def plan(options: TrainArguments) -> Plan:
     return Plan(run.sentence, figures)
 
 
-@command("train", plan=plan)
-def train(options: TrainArguments) -> dict[str, Any]:
-    """Train a sparse autoencoder on activations, by the recipe of arXiv 2504.02821.
+@command("train", plan=plan, shared=True)
+def train(options: TrainArguments) -> dict[str, Any] | None:
+    """Train a sparse autoencoder on activations, by the recipe of arXiv 2504.02821. Under torchrun, ranks share it.
 
     Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache.
     """
     from saevlm_fast.outputs import output_lock, workplace
 
-    with output_lock(options.output, directory=True):
-        _check_output(options)
+    with joined_ranks(options.device, options.collective_timeout) as peers, ExitStack() as locks:
+        if leads(peers):
+            locks.enter_context(output_lock(options.output, directory=True))
+            _check_output(options)
         try:
-            return _train(options)
+            return _train(options, peers)
         except Interrupted as error:
             settings = workplace(options.output) / SETTINGS_FILE
             begun = not options.force or workplace(options.output) != options.output
             if not settings.is_file() or not begun:  # what is there may be of the run that was to be replaced
                 raise
             what = str(error).partition(";")[0]
-            again = f"saevlm-fast train --config {shlex.quote(str(settings))} --resume"
+            program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
+            again = f"{program} train --config {shlex.quote(str(settings))} --resume"
             raise Interrupted(f"{what}; continue with: {again}") from None
 
 
@@ -179,17 +185,17 @@ def _check_output(options: TrainArguments) -> None:
         check_absent([options.output / SETTINGS_FILE], options.force)
 
 
-def _train(options: TrainArguments) -> dict[str, Any]:
+def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any] | None:
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
-    from saevlm_fast.training.run import train as run_training
 
     data, held_out = open_data(options)
     run, output = Run.of(options, data.n_rows, data.d, data.path), options.output
     sae, config = run.sae, run.config
-    resolve_device(options.device)  # refused before anything is said
-    say(run.sentence)
+    where = ranks_options(options.part(RunOptions), peers)
+    resolve_device(where.device)  # refused before anything is said
+    say(run.sentence if peers is None else f"{peers.world} ranks: {run.sentence}")
     if options.resume:
         checkpoint = latest_checkpoint(workplace(output))
         what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
@@ -209,19 +215,14 @@ def _train(options: TrainArguments) -> dict[str, Any]:
     with TrainBar(config.steps) as bar:
 
         def on_step(step: int) -> None:
-            record.write()
+            if leads(peers):
+                record.write()
             bar.on_step(step)
 
-        _, metrics = run_training(
-            data,
-            sae,
-            config,
-            options.part(RunOptions),
-            validation=held_out,
-            on_log=bar.on_log,
-            on_step=on_step,
-            on_note=tell,
-        )
+        told = {"validation": held_out, "on_log": bar.on_log, "on_step": on_step, "on_note": tell}
+        metrics = _run(peers, data, sae, config, where, **told)
+    if not leads(peers):
+        return None
     record.write()
     _write_card(output)
     rows, kind = metrics.pop("rows"), "validation" if held_out else "training"
@@ -237,6 +238,17 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         "steps": config.steps,
         "evaluation": {"rows": rows, "of": kind, **metrics},
     }
+
+
+def _run(peers: "MeshPeers | None", *what: Any, **told: Any) -> dict[str, Any]:
+    """The training itself, by one process or by ranks."""
+    if peers is None:
+        from saevlm_fast.training.run import train as run_training
+
+        return run_training(*what, **told)[1]
+    from saevlm_fast.training.sharded_run import train_shared
+
+    return train_shared(peers, *what, **told)
 
 
 def _write_card(output: Path) -> None:

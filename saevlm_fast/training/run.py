@@ -5,8 +5,8 @@ written.
 """
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -63,33 +63,33 @@ def train(
         Interrupted: SIGINT or SIGTERM (Ctrl-C) arrived; a checkpoint has been written, if there is an output.
     """
     config, options = _with_settings(config, options, settings)
-    activations, evaluated = _fitting(activations, validation, sae_config)
+    activations, evaluated = fitting(activations, validation, sae_config)
     line = ProgressLine(config.steps)
     if progress:
         on_log, on_note = _both(line.log, on_log), _both(line.note, on_note)
     kept = _kept(options)
-    small = config.batch_size * sae_config.d_in * sae_config.d_sae < _SMALL_PRODUCT
     with kept.locked():
-        _look_at(evaluated, config, whole=options.output is None)
+        look_at(evaluated, config, whole=options.output is None)
         device = resolve_device(options.device)
         state = TrainingState(activations, sae_config, config, device, options.data_on)
         kept.begin(state)
         with (
             interruptible() as interrupted,
             tf32_products(False),
-            one_thread(small),
+            one_thread(is_small(sae_config, config)),
             closing(line),
             told_of_compiling(on_note),
         ):
-            _steps(state, kept, options, on_log, on_step, interrupted)
+            take_steps(state, kept, options, on_log, on_step, interrupted, options.capture)
             sae = state.export()
             kept.save(sae)
-        metrics = _evaluated(sae, evaluated, kept)
+        with telling_what_is_kept(kept):
+            metrics = evaluate(sae, evaluated)
         kept.finish(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
     return sae, metrics
 
 
-def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
+def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
     """What is trained on, and what is evaluated on. ValueError: no activations, or of another width than the SAE."""
     train_on = activations_of(activations, "activations")
     held_out = train_on if validation is None else activations_of(validation, "validation")
@@ -105,10 +105,15 @@ def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConf
     return train_on, held_out
 
 
-def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
+def is_small(sae: SAEConfig, config: TrainConfig) -> bool:
+    """Whether a step is left to one thread."""
+    return config.batch_size * sae.d_in * sae.d_sae < _SMALL_PRODUCT
+
+
+def look_at(evaluated: Activations, config: TrainConfig, whole: bool, rank: int = 0, world: int = 1) -> None:
     """Rows of what the evaluation at the end reads, the first and the last among them, evenly spread: a hundredth of
     those that are trained on, and at least 4096. All of them if `whole`: where nothing is kept, an evaluation that
-    fails loses the SAE.
+    fails loses the SAE. Of several ranks each looks at its part of these.
 
     Raises:
         ActivationError: NaN or infinity, naming the row.
@@ -120,15 +125,16 @@ def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
             for _ in chunks:
                 pass
         return
-    for start in range(0, n, _LOOKED_AT):
+    for start in range(rank * _LOOKED_AT, n, world * _LOOKED_AT):
         places = torch.arange(start, min(start + _LOOKED_AT, n))
         evaluated.rows(places * (n_rows - 1) // max(n - 1, 1))
 
 
-def _evaluated(sae: SparseAutoencoder, activations: Activations, kept: "RunDirectory | NothingKept") -> Metrics:
-    """evaluate(); of rows that cannot be used, the error says that the SAE has been saved, and where."""
+@contextmanager
+def telling_what_is_kept(kept: "RunDirectory | NothingKept") -> Iterator[None]:
+    """Around the evaluation: of rows that cannot be used, the error says that the SAE has been saved, and where."""
     try:
-        return evaluate(sae, activations)
+        yield
     except ValueError as error:
         raise type(error)(f"{error}; that is of the evaluation alone: {kept.saved()}") from error
 
@@ -175,17 +181,18 @@ def _kept(options: RunOptions) -> RunDirectory | NothingKept:
     return RunDirectory(options.output, options.checkpoint_every, options.resume, options.force)
 
 
-def _steps(
+def take_steps(
     state: TrainingState,
     kept: RunDirectory | NothingKept,
     options: RunOptions,
     on_log: Callable[[int, Metrics], None],
     on_step: Callable[[int], None],
     interrupted: threading.Event,
+    capture: bool,
 ) -> None:
     """All remaining steps, with logs and checkpoints. A GPU is waited for at these alone."""
     stepper, n_steps = state.stepper, state.config.steps
-    steps = CapturedSteps(stepper, options.capture)
+    steps = CapturedSteps(stepper, capture)
     log_every = options.log_every or max(1, min(100, n_steps // 100))
     with closing(state.batches(stepper.n_steps, n_steps - stepper.n_steps)) as remaining:
         for raw_BD in remaining:

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from saevlm_fast.config import CALIBRATED, TrainConfig
 from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.latent_gradient import EntryGradient, RowGradient, entry_gradient
-from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
+from saevlm_fast.kernels.latent_update import adam_, latent_update_
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
@@ -158,10 +158,15 @@ class ShardedStepper(Stepper):
         self.shard, self.peers = shard, peers
         self.by_blocks = not sae.W_dec.is_cuda
 
-    def _adam(self) -> AdamSettings:
-        """With the learning rate of the whole SAE."""
-        lr = self.config.lr_at(self.n_steps - 1, self.shard.whole.d_sae)
-        return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps)
+    def learning_rate(self) -> float:
+        """That of the whole SAE."""
+        return self.config.lr_at(self.n_steps - 1, self.shard.whole.d_sae)
+
+    def counted(self, output: StepOutput) -> tuple[int, int]:
+        """Of all ranks, which all must ask."""
+        counts = torch.tensor(super().counted(output), device=self.idle_S.device)
+        n_fired, n_dead = self.peers.add_up(counts).tolist()
+        return n_fired, n_dead
 
     @torch.no_grad()
     def device_step(self, x_BD: Tensor) -> StepOutput:

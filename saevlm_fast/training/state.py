@@ -36,11 +36,15 @@ class TrainingState:
         device: where the steps are taken.
         order: which rows make up which step.
         stepper: the SAE in normalised units, and the optimiser's state.
+        sae_config: what SAE is trained.
+        latents: which latents the stepper has, start and stop; stop is None: all.
         norm_factor: activations are divided by it before they are trained on; known after `initialise` or `load`.
         on_device: whether all rows are kept there.
 
     data_on: where they are to be; ValueError: on the device, where they do not fit.
     """
+
+    latents: tuple[int, int | None] = (0, None)
 
     def __init__(
         self,
@@ -52,12 +56,17 @@ class TrainingState:
     ):
         self.activations, self.config, self.device = activations, config, device
         self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
-        sae = SparseAutoencoder(sae_config, device=device)
-        sae.reset_parameters(config.seed)
-        self.stepper = Stepper(sae, config)
+        self.sae_config = sae_config
+        self.stepper = self.first_stepper()
         self.norm_factor = 1.0
         self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on)
         self._resident: ResidentRows | None = None
+
+    def first_stepper(self) -> Stepper:
+        """With random weights, before step 0."""
+        sae = SparseAutoencoder(self.sae_config, device=self.device)
+        sae.reset_parameters(self.config.seed)
+        return Stepper(sae, self.config)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -116,8 +125,16 @@ class TrainingState:
     def export(self) -> SparseAutoencoder:
         """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started)."""
         sae = deepcopy(self.stepper.sae)
-        if sae.config.architecture in CALIBRATED and float(sae.threshold) < 0:
-            sae.threshold.fill_(self._calibrated_threshold())
+        if self.needs_calibration():
+            sae.threshold.fill_(self.calibrated_threshold())
+        return self.in_raw_units(sae)
+
+    def needs_calibration(self) -> bool:
+        """Whether an exported SAE needs a threshold that training has not found yet."""
+        return self.sae_config.architecture in CALIBRATED and float(self.stepper.sae.threshold) < 0
+
+    def in_raw_units(self, sae: SparseAutoencoder) -> SparseAutoencoder:
+        """The finished SAE, of one in normalised units that has its threshold; changed in place."""
         sae.scale_biases_(self.norm_factor)
         return with_metadata(
             sae,
@@ -129,12 +146,16 @@ class TrainingState:
         ).eval()
 
     @torch.no_grad()
-    def _calibrated_threshold(self) -> float:
+    def calibrated_threshold(self) -> float:
         """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average."""
         n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
         x_BD = torch.cat([self.normalised(x_BD) for x_BD in self.batches(0, n_batches, announce=False)])
+        return self.smallest_kept(x_BD) * (1 - 1e-6)  # ties at the cut are kept
+
+    def smallest_kept(self, x_BD: Tensor) -> float:
+        """The smallest activation above 0 that BatchTopK keeps of some rows; 0 if there is none."""
         codes = self.stepper.sae.encode(x_BD, use_threshold=False)
-        return float(smallest_positive(codes.top_acts)) * (1 - 1e-6)  # ties at the cut are kept
+        return float(smallest_positive(codes.top_acts))
 
     # What a checkpoint holds, and what a resumed run must have in common with it -------------------------------------
 
@@ -188,8 +209,8 @@ class TrainingState:
         Raises:
             ActivationError: sampled rows that are not finite.
         """
-        known_by = (SAMPLED, self._fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
-        sae = self.stepper.sae.config
+        known_by = (SAMPLED, self.fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
+        sae = self.sae_config
         return {
             "sae": {
                 "d_in": sae.d_in,
@@ -206,7 +227,7 @@ class TrainingState:
             },
         }
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """Hash of 64 rows spread over the data."""
         rows = torch.linspace(0, self.activations.n_rows - 1, 64, dtype=torch.float64).long()
         return hashlib.sha256(self.activations.rows(rows).numpy().tobytes()).hexdigest()[:16]
