@@ -9,6 +9,8 @@ the first one speaks (`speaks`): a person reads one message, whoever failed.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -179,7 +181,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[MeshPeers]:
     try:
         yield MeshPeers(mesh.get_group(LATENTS), timeout)
     except BaseException:
-        _claim()  # before the others see that this rank is gone
+        if _claim() and threading.current_thread() is threading.main_thread():  # before the others see that it is gone
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, of another rank's end: the message comes first
         raise
     finally:
         with suppress(RuntimeError):

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import save_safetensors_atomic, sha256_file
-from saevlm_fast.records import DIGEST, FILE_NAME, Each, Fields, check_record, read_record, whole
+from saevlm_fast.records import DIGEST, FILE_NAME, Each, Fields, Schema, check_record, read_record, whole
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE
 
 STATE_FILE, CHECKPOINT_FILE = "train_state.safetensors", "checkpoint.json"
 _OF_LATENTS = ("W_enc", "b_enc", "W_dec", "idle", "threshold")  # and their moments; a threshold only if it has latents
 _METRICS = Fields({"bytes": whole(), "sha256": DIGEST}, others=False)
-_COUNTS = {"n_steps": whole(), "n_rows_seen": whole(), "metrics": _METRICS}
+_COUNTS: dict[str, Schema] = {"n_steps": whole(), "n_rows_seen": whole(), "metrics": _METRICS}
 _FILES = Fields({CONFIG_FILE: DIGEST, WEIGHTS_FILE: DIGEST, STATE_FILE: DIGEST}, others=False)
 _WHOLE = Fields(_COUNTS | {"files": _FILES}, others=False)
 _SHARD = Fields({"file": FILE_NAME, "start": whole(), "stop": whole(1), "sha256": DIGEST}, others=False)
@@ -32,7 +32,7 @@ _SHARDED = Fields(_COUNTS | {"shards": Each(_SHARD)}, others=False)
 
 
 class StateFile(NamedTuple):
-    """A file of a state: latents start .. stop - 1, or all if stop is None."""
+    """A file of a state: latents start .. stop - 1, or all if stop is None; its digest, of a rank's file."""
 
     path: Path
     start: int
@@ -64,6 +64,11 @@ def checkpoint_record(checkpoint: Path) -> dict[str, Any] | None:
     record = read_record(path, Fields())
     check_record(record, _SHARDED if "shards" in record else _WHOLE, path, ValueError)
     return record
+
+
+def holds_sae(checkpoint: Path) -> bool:
+    """Whether a checkpoint is an SAE that can be opened, which that of several ranks is not."""
+    return "shards" not in (checkpoint_record(checkpoint) or {})
 
 
 def check_checkpoint(checkpoint: Path, start: int = 0, stop: int | None = None) -> tuple[int, int]:
@@ -125,7 +130,7 @@ def _joined(name: str, pieces: list[Tensor]) -> Tensor:
 
 def _state_files(checkpoint: Path, record: dict[str, Any] | None) -> list[StateFile]:
     if record is None or "shards" not in record:
-        return [StateFile(checkpoint / STATE_FILE, 0, None, record and record["files"][STATE_FILE])]
+        return [StateFile(checkpoint / STATE_FILE, 0, None, None)]
     files = [StateFile(checkpoint / s["file"], s["start"], s["stop"], s["sha256"]) for s in record["shards"]]
     ends = [0, *(file.stop for file in files)]
     whole_of_it = len(files) > 0 and all(file.start == end for file, end in zip(files, ends))

@@ -8,7 +8,8 @@ needs that resumes. Rank 0 does everything else as one process does, so that any
 on with what any other has left. All ranks need the same disk.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ class SharedRunDirectory(RunDirectory):
         super().__init__(output, checkpoint_every, resume, force)
         self.peers, self.leads = peers, peers.rank == 0
 
-    def locked(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
         """By rank 0 for all."""
-        return super().locked() if self.leads else nullcontext()
+        with super().locked() if self.leads else nullcontext():
+            yield
 
     def begin(self, state: TrainingState) -> None:
         """As of one process. ValueError: also ranks that do not read the same data, or do not see the same disk."""
@@ -87,13 +90,15 @@ class SharedRunDirectory(RunDirectory):
         counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
         if not self.leads:
             self._write_part(self.peers.share(), tensors, counts, state)
-            return
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(final) as directory:
-            self.peers.share(directory)
-            shards = self._write_part(directory, tensors, counts, state)
-            write_record(directory / CHECKPOINT_FILE, counts | {"shards": shards, "metrics": self._metrics_so_far()})
-        self._drop_old()
+        else:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_directory(final) as directory:
+                self.peers.share(directory)
+                shards = self._write_part(directory, tensors, counts, state)
+                record = counts | {"shards": shards, "metrics": self._metrics_so_far()}
+                write_record(directory / CHECKPOINT_FILE, record)
+            self._drop_old()
+        self.peers.agree(True)  # nobody goes on, or ends, before it has its name
 
     def _write_part(
         self, directory: Path, tensors: dict[str, Any], counts: dict[str, int], state: TrainingState

@@ -38,7 +38,7 @@ class ShardedState(TrainingState):
     called by all ranks at once.
 
     Attributes:
-        peers: the ranks. shard: the latents of this one.
+        peers: the ranks. shard: the latents of this one. share: the rows that it reads.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ShardedState(TrainingState):
         self.peers, self.shard = peers, Shard(sae_config, peers.rank, peers.world)
         self.latents = self.shard.start, self.shard.stop
         super().__init__(activations, sae_config, config, device, "host")
-        self.order = ShareOfRows(activations, config, peers.rank, peers.world)
+        self.order = self.share = ShareOfRows(activations, config, peers.rank, peers.world)
 
     def first_stepper(self) -> ShardedStepper:
         sae = starting_sae(self.shard, self.config.seed, self.device)
@@ -71,7 +71,7 @@ class ShardedState(TrainingState):
         n_rows = min(self.config.batch_size, self.activations.n_rows)
         with closing(super().batches(start_step, n_steps, announce)) as own:
             for own_BD in own:
-                yield shared_by_rows(self.peers, own_BD, self.order.size, n_rows)
+                yield shared_by_rows(self.peers, own_BD, self.share.size, n_rows)
 
     def check_same_data(self) -> None:
         """ValueError: a rank reads other rows than rank 0, as far as 64 of them show it."""

@@ -179,7 +179,8 @@ class ShardedStepper(Stepper):
         x_hat_BD = x_BD + suffix_BGD[:, -1] * (suffix_BGD[:, 0, 0].numel() * suffix_BGD.shape[1] / 2)
         gradient = self._own_gradients(x_BD, codes, bags, suffix_BGD)
 
-        aux_loss, n_dead, aux_enc, aux_dec = residuals.squared.new_zeros(()), 0, [], []
+        aux_loss, aux_enc, aux_dec = residuals.squared.new_zeros(()), [], []
+        n_dead: int | Tensor = 0
         if self._some_can_be_dead():
             dead = self._dead_latents()
             aux, n_dead = shared_auxiliary(self.sae, self.peers, x_BD, x_hat_BD, dead, self.auxk_alpha)
@@ -228,7 +229,7 @@ class ShardedStepper(Stepper):
         """Clips by the norm over all ranks, and moves the rank's weights on. Returns the whole squared error."""
         of_b_dec_D = residuals.of_b_dec_D - self.sae.W_enc.detach() @ own.b_enc
         if self.by_blocks:
-            parts = [own.W_enc, *aux_enc, own.W_dec, *aux_dec]
+            parts: list[EntryGradient | RowGradient] = [own.W_enc, *aux_enc, own.W_dec, *aux_dec]
             bounds = [g.squared_norm_bound() if isinstance(g, EntryGradient) else g.squared_norm for g in parts]
             b_dec_D, squared, bound = self._over_ranks(of_b_dec_D, residuals.squared, _sum(bounds, own.b_enc))
             clip = torch.ones_like(bound)

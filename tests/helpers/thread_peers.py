@@ -1,6 +1,7 @@
 """Ranks that are threads of one process: training/process_group.py's Peers without torchrun."""
 
 import threading
+import time
 
 import torch
 
@@ -22,8 +23,24 @@ class Meeting:
 
 
 class ThreadPeers:
+    timeout = 60.0
+
     def __init__(self, meeting, rank):
         self.meeting, self.rank, self.world = meeting, rank, meeting.world
+
+    def share(self, value=None):
+        return self.meeting.all(self.rank, value)[0]
+
+    def collect(self, value):
+        return self.meeting.all(self.rank, value)
+
+    def agree(self, *flags):
+        return [any(each) for each in zip(*self.meeting.all(self.rank, flags))]
+
+    def to_first(self, x, shapes):
+        parts = self.meeting.all(self.rank, x.detach().clone())
+        assert [tuple(part.shape) for part in parts] == [tuple(shape) for shape in shapes]
+        return parts if self.rank == 0 else None
 
     def _count(self, kind, x, share=1):
         self.meeting.bytes[self.rank][kind] += int(x.numel() * x.element_size() * (self.world - 1) * share)
@@ -50,6 +67,7 @@ def together(world, work):
             found[rank] = work(ThreadPeers(meeting, rank))
         except BaseException as error:
             failed.append(error)
+            time.sleep(0.2)  # whom the barrier has just let go on does so
             meeting.barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
