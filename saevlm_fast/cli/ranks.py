@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from saevlm_fast.cli.terminal import err, out
-from saevlm_fast.config import RunOptions
+from saevlm_fast.config import RunOptions, SAEConfig
 from saevlm_fast.errors import require
 
 if TYPE_CHECKING:
@@ -62,6 +62,15 @@ def joined_ranks(device: str, timeout: float) -> "Iterator[MeshPeers | None]":
 def leads(peers: "MeshPeers | None") -> bool:
     """Whether this process writes and prints."""
     return peers is None or peers.rank == 0
+
+
+def part_of_a_rank(sae: SAEConfig) -> SAEConfig:
+    """The largest of what torchrun's processes each hold of an SAE; all of it without torchrun."""
+    if (world := n_processes()) == 1:
+        return sae
+    from saevlm_fast.training.shards import Shard
+
+    return Shard(sae, world - 1, world).config
 
 
 def ranks_options(options: RunOptions, peers: "MeshPeers | None") -> RunOptions:

@@ -17,7 +17,7 @@ from saevlm_fast.cli.planning import (
     training_disk,
     training_memory,
 )
-from saevlm_fast.cli.ranks import joined_ranks, leads, ranks_options
+from saevlm_fast.cli.ranks import joined_ranks, leads, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import new_run_directory, scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
@@ -125,7 +125,7 @@ def _planned(options: TrainArguments) -> Run:
 
 
 def plan(options: TrainArguments) -> Plan:
-    """What would be trained; the time from two steps on random rows."""
+    """What would be trained; the time from two steps on random rows, under torchrun of a rank's part alone."""
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
@@ -136,6 +136,7 @@ def plan(options: TrainArguments) -> Plan:
     run = _planned(options)
     sae, config, n_rows = run.sae, run.config, run.n_rows
     checkpoint = latest_checkpoint(workplace(options.output)) if options.resume else None
+    part = part_of_a_rank(sae)
     figures = {
         "rows": n_rows,
         "steps": config.steps,
@@ -143,10 +144,10 @@ def plan(options: TrainArguments) -> Plan:
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "resumes_at": checkpoint.name if checkpoint else None,
-        **memory_figures(device, training_memory(sae, run.batch_size)),
+        **memory_figures(device, training_memory(part, run.batch_size)),
         **disk_figures(options.output, training_disk(sae)),
         **replaced_figures(options.output, options.force),
-        **time_figures(sae, config, n_rows, device),
+        **time_figures(part, config, n_rows, device),
     }
     return Plan(run.sentence, figures)
 
