@@ -7,7 +7,7 @@ Shape suffixes: S d_sae, or the latents of one rank, D d_in.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 
 _BLOCK_NUMBERS = 1 << 22  # random numbers drawn at a time, 32 MiB of them
+# Settings of a recipe that a sharded step takes into account. Another one has to be looked at before it is added here.
+_KNOWN = frozenset(
+    ("steps", "batch_size", "lr", "warmup_steps", "auxk_alpha", "dead_after", "threshold_start", "threshold_beta")
+) | {"clip_norm", "betas", "eps", "norm_batches", "seed", "l1", "target_l0", "bandwidth", "sparsity_warmup"}
 _DRAWN_TOGETHER = 16  # numbers that torch's generator makes at once, of which a block holds a multiple
 
 
@@ -63,6 +67,10 @@ def check_shardable(sae: SAEConfig, config: TrainConfig, world: int) -> None:
         f"architecture: {sae.architecture} is trained by one process, and torchrun started {world}; topk, batch_topk "
         "and matryoshka are trained by several",
     )
+    for field in fields(config):
+        value = getattr(config, field.name)
+        known = field.name in _KNOWN or value == field.default
+        require(known, f"{field.name}: {value} is for one process, and torchrun started {world}")
     require(world <= sae.d_sae, f"d_sae: {sae.d_sae} latents for {world} ranks, of which each holds one at least")
     config.check_fits(sae)
 

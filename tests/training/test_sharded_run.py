@@ -175,6 +175,14 @@ def test_what_ranks_do_not_train_is_refused(matrix, tmp_path, sae, more, message
     assert not (tmp_path / "run").exists()
 
 
+def test_a_setting_that_the_sharded_step_does_not_know_is_refused(monkeypatch):
+    """What is added to the recipe of one process is not left out without a word."""
+    monkeypatch.setattr(shards, "_KNOWN", shards._KNOWN - {"clip_norm"})
+    shards.check_shardable(sae_config(), TrainConfig(), 2)
+    with pytest.raises(ValueError, match=r"clip_norm: 2.0 is for one process, and torchrun started 2"):
+        shards.check_shardable(sae_config(), TrainConfig(clip_norm=2.0), 2)
+
+
 def test_a_rank_with_other_rows_is_named(matrix, tmp_path):
     rows = torch.from_numpy(np.load(matrix))
 

@@ -112,6 +112,14 @@ def test_float32_and_a_shard_of_fewer_latents_than_k(architecture):
     check_state([stepper for _, stepper in ranks], alone, 1e-5)
 
 
+def test_the_learning_rate_is_that_of_the_whole_sae():
+    alone, _, data = make("topk", lr=None, d_sae=970, warmup_steps=0, dtype=torch.float64)
+    ranks, _ = run_sharded(deepcopy(alone.sae), alone.config, [data[:61]], 3)
+    alone.step(data[:61])
+    check_state([stepper for _, stepper in ranks], alone, 1e-10)
+    assert {stepper.learning_rate() for _, stepper in ranks} == {alone.learning_rate()}
+
+
 def test_a_run_is_the_same_bits_again():
     alone, _, data = make("matryoshka", dead_after=150)
     first, second = (run_sharded(alone.sae, alone.config, data[: 8 * 61].split(61), 3)[0] for _ in range(2))
