@@ -32,7 +32,7 @@ def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics
         "sparsity/dead_features": n_dead,
         "details/current_learning_rate": stepper.learning_rate(),
         "details/n_training_samples": stepper.n_rows_seen,
-        "details/threshold": float(stepper.sae.threshold.mean()),
+        "details/threshold": stepper.mean_threshold(),
     }
 
 

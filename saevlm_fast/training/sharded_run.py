@@ -58,8 +58,8 @@ def train_shared(
         What `evaluate` says of the SAE over all validation rows, on every rank.
 
     Raises:
-        ValueError: as `train`; an architecture that is trained by one process, data_on device, fewer latents than
-            ranks, ranks with other data or another disk.
+        ValueError: as `train`; a setting that is for one process, data_on device, fewer latents than ranks, ranks with
+            other data or another disk.
         Interrupted: SIGINT or SIGTERM arrived at any rank, and a checkpoint has been written; or a rank is gone.
     """
     check_shardable(sae_config, config, peers.world)
@@ -128,4 +128,5 @@ def _inference_codes(part: SparseAutoencoder, shard: Shard, peers: Peers, x_BD: 
     if shard.whole.architecture == "topk":
         return choose(part, shard, peers, x_BD).codes
     weights = x_BD, part.W_enc.detach(), part.b_enc.detach(), part.b_dec.detach()
-    return SparseCodes.from_flat(*threshold_encode(*weights, float(part.threshold)), shard.size)
+    threshold = part.threshold if part.threshold.ndim == 1 else float(part.threshold)
+    return SparseCodes.from_flat(*threshold_encode(*weights, threshold), shard.size)

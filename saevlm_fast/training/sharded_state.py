@@ -94,13 +94,13 @@ class ShardedState(TrainingState):
     @torch.no_grad()
     def export_whole(self) -> SparseAutoencoder | None:
         """On rank 0 the whole SAE, in raw units on the CPU, in memory of its size; None on the others."""
-        part = self.stepper.sae
-        threshold = float(part.threshold)
-        if self.needs_calibration():
-            threshold = self.calibrated_threshold()
+        part, names = self.stepper.sae, ["W_enc", "W_dec", "b_enc"]
+        threshold = self.calibrated_threshold() if self.needs_calibration() else None
+        if part.threshold.ndim == 1:
+            names.append("threshold")
         sizes = [self.shard.of_rank(rank).size for rank in range(self.peers.world)]
         whole = SparseAutoencoder(self.sae_config, random=False) if self.peers.rank == 0 else None
-        for name in ("W_enc", "W_dec", "b_enc"):
+        for name in names:
             own = self.stepper.parameters()[name]
             parts = self.peers.to_first(own, [(size, *own.shape[1:]) for size in sizes])
             if whole is not None and parts is not None:
@@ -109,5 +109,6 @@ class ShardedState(TrainingState):
         if whole is None:
             return None
         whole.b_dec.copy_(part.b_dec)
-        whole.threshold.fill_(threshold)
+        if part.threshold.ndim == 0:
+            whole.threshold.copy_(part.threshold if threshold is None else torch.tensor(threshold))
         return self.in_raw_units(whole)

@@ -7,8 +7,9 @@ Every rank sees the whole batch. A step of B rows over R ranks and G Matryoshka 
     residuals   of these rows, as the gradient that entries receive                                         gather
     numbers     [d_in + 2]: b_dec's gradient, the squared error, the gradient's squared norm                gather
 
-and, where latents are dead, digits of the choice among them (choice.py) and their reconstruction [B, d_in]. Nothing
-grows with d_sae. Weights, moments and counters of a latent stay where they are; b_dec, the moving threshold and the
+A relu or jumprelu SAE offers nothing: each rank knows what fires of its own, and tells one sum for the penalty. Where
+latents are dead, digits of the choice among them travel (choice.py) and their reconstruction [B, d_in]. Nothing grows
+with d_sae. Weights, moments and counters of a latent stay where they are; b_dec, the moving threshold and the
 losses come out the same on every rank, sums being added rank after rank.
 
 A GPU's step waits for nothing and has fixed shapes; its gradients of the rank's matrices are held whole. A CPU makes
@@ -33,7 +34,7 @@ from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.choice import NOTHING, keep_of_batch, keep_of_rows
-from saevlm_fast.training.penalty import totals
+from saevlm_fast.training.penalty import Penalty, encode_penalised, totals
 from saevlm_fast.training.process_group import Peers, in_order
 from saevlm_fast.training.sharded_dead import shared_auxiliary
 from saevlm_fast.training.shards import Shard
@@ -55,22 +56,23 @@ def choose(sae: SparseAutoencoder, shard: Shard, peers: Peers, x_BD: Tensor) -> 
         acts_BK, latents_BK = topk_encode(*weights)
         kept = keep_of_rows(peers.gather(pad(acts_BK, (0, k - own_k), value=NOTHING)), peers.rank, k)
         codes = SparseCodes.from_flat(acts_BK, latents_BK, None, shard.size).rows()
-        return Chosen(_kept_entries(codes, kept.mask[:, :own_k].flatten()), kept.smallest)
+        mask_M = kept.mask[:, :own_k].flatten()
+        return Chosen(kept_entries(codes, mask_M, x_BD.is_cuda), kept.smallest)
     acts_M, latents_M, row_offsets = batch_topk_encode(*weights)
     missing = (0, n_rows * k - len(acts_M))
     acts_M, latents_M = pad(acts_M, missing), pad(latents_M, missing)
     offers_RM, offsets_RB1 = peers.gather(acts_M), peers.gather(row_offsets.int()).long()
     kept = keep_of_batch(offers_RM, offsets_RB1, entry_rows(latents_M, row_offsets), peers.rank, n_rows * k)
     codes = SparseCodes.from_flat(acts_M, latents_M, row_offsets, shard.size)
-    return Chosen(_kept_entries(codes, kept.mask), kept.smallest)
+    return Chosen(kept_entries(codes, kept.mask, x_BD.is_cuda), kept.smallest)
 
 
-def _kept_entries(codes: SparseCodes, mask_M: Tensor) -> SparseCodes:
-    """The entries of a mask. On a GPU in as many places as before, with padding behind: it is not asked how many."""
+def kept_entries(codes: SparseCodes, mask_M: Tensor, fixed: bool) -> SparseCodes:
+    """The entries of a mask. fixed: in as many places as before, with padding behind: a GPU is not asked how many."""
     acts_M, latents_M, row_offsets = codes.csr()
     before_M1 = pad(mask_M.cumsum(0), (1, 0))
     offsets = before_M1[row_offsets]
-    if not acts_M.is_cuda:
+    if not fixed:
         return SparseCodes.from_flat(acts_M[mask_M], latents_M[mask_M], offsets, codes.d_sae)
     n_places = len(acts_M)
     places_M = torch.where(mask_M, before_M1[:-1], n_places)  # one more, for what is not kept
@@ -168,16 +170,23 @@ class ShardedStepper(Stepper):
         n_fired, n_dead = self.peers.add_up(counts).tolist()
         return n_fired, n_dead
 
+    def mean_threshold(self) -> float:
+        if self.sae.threshold.ndim == 0:
+            return super().mean_threshold()
+        return float(self._of_all(self.sae.threshold.sum())) / self.shard.whole.d_sae
+
+    def _of_all(self, number: Tensor) -> Tensor:
+        """The sum of a number over ranks."""
+        return in_order(self.peers.gather(number))
+
     @torch.no_grad()
     def device_step(self, x_BD: Tensor) -> StepOutput:
-        codes, smallest = choose(self.sae, self.shard, self.peers, x_BD)
-        codes = codes.to(dtype=self.sae.W_dec.dtype)
-        self._track_shard(codes, smallest, len(x_BD))
+        codes, penalty = self._codes(x_BD)
         bags = bag_offsets_of(self.shard, codes)
         residuals = shared_residuals(self.sae, self.peers, x_BD, codes, bags)
         suffix_BGD = residuals.suffix_BGD
         x_hat_BD = x_BD + suffix_BGD[:, -1] * (suffix_BGD[:, 0, 0].numel() * suffix_BGD.shape[1] / 2)
-        gradient = self._own_gradients(x_BD, codes, bags, suffix_BGD)
+        gradient = self._own_gradients(x_BD, codes, bags, suffix_BGD, penalty)
 
         aux_loss, aux_enc, aux_dec = residuals.squared.new_zeros(()), [], []
         n_dead: int | Tensor = 0
@@ -192,8 +201,21 @@ class ShardedStepper(Stepper):
         squared = self._update_shard(gradient, aux_enc, aux_dec, residuals)
         mse = squared / (len(x_BD) * suffix_BGD.shape[1])
         losses = Losses(mse + self.auxk_alpha * aux_loss, mse, aux_loss)
+        if penalty is not None:
+            losses = Losses(losses.overall + penalty.loss, mse, aux_loss, penalty.loss)
         self._note_bad(losses)
         return StepOutput(losses, x_hat_BD, codes, n_dead)
+
+    def _codes(self, x_BD: Tensor) -> tuple[SparseCodes, Penalty | None]:
+        """Of the rank's latents, after which counters and the moving threshold have moved on."""
+        if self.penalised:
+            codes, penalty = encode_penalised(self.sae, self.config, self.n_steps - 1, x_BD, self._of_all)
+            self._track_shard(codes, codes.top_acts.new_zeros(()), len(x_BD))
+            return codes, penalty
+        codes, smallest = choose(self.sae, self.shard, self.peers, x_BD)
+        codes = codes.to(dtype=self.sae.W_dec.dtype)
+        self._track_shard(codes, smallest, len(x_BD))
+        return codes, None
 
     def _track_shard(self, codes: SparseCodes, smallest: Tensor, n_rows: int) -> None:
         fired_S = torch.zeros_like(self.idle_S).index_add_(0, codes.top_indices, (codes.top_acts > 0).long())
@@ -203,25 +225,29 @@ class ShardedStepper(Stepper):
             new = torch.where(old < 0, smallest.float(), beta * old + (1 - beta) * smallest.float())
             self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
 
-    def _own_gradients(self, x_BD: Tensor, codes: SparseCodes, bags: Tensor, suffix_BGD: Tensor) -> "_OwnGradients":
+    def _own_gradients(
+        self, x_BD: Tensor, codes: SparseCodes, bags: Tensor, suffix_BGD: Tensor, penalty: Penalty | None
+    ) -> "_OwnGradients":
         """Of the rank's latents, from one sort of its entries."""
         acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
         suffix_RD, n_groups = suffix_BGD.flatten(0, 1), suffix_BGD.shape[1]
         bags_M = entry_rows(codes.top_indices, bags).clamp_(max=len(suffix_RD) - 1)[order_M]
         rows_M = bags_M // n_groups
         dots_M = gather_dot_op(suffix_RD, bags_M, latents_M, self.sae.W_dec.detach())
-        dacts_M = torch.where(acts_M > 0, dots_M, 0)
+        fired_M = torch.where(acts_M > 0, dots_M, 0)
+        dacts_M, dtheta_S = fired_M, None
+        if penalty is not None:
+            dacts_M = penalty.of_acts(acts_M, dots_M)
+            dtheta_S = penalty.band and penalty.band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1)
         centred_BD = x_BD - self.sae.b_dec.detach()
         db_enc = totals(dacts_M, offsets_S1)
         if self.by_blocks:
-            dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, dacts_M)
-            return _OwnGradients(entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD), db_enc, dW_dec)
-        parallel_S = totals(acts_M * dacts_M, offsets_S1)
-        return _OwnGradients(
-            EntryGradient(dacts_M, rows_M, offsets_S1, centred_BD, None),
-            db_enc,
-            EntryGradient(acts_M, bags_M, offsets_S1, suffix_RD, parallel_S),
-        )
+            dW_enc = entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
+            dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, fired_M)
+        else:
+            dW_enc = EntryGradient(dacts_M, rows_M, offsets_S1, centred_BD, None)
+            dW_dec = EntryGradient(acts_M, bags_M, offsets_S1, suffix_RD, totals(acts_M * fired_M, offsets_S1))
+        return _OwnGradients(dW_enc, db_enc, dW_dec, dtheta_S)
 
     def _update_shard(
         self, own: "_OwnGradients", aux_enc: list[RowGradient], aux_dec: list[RowGradient], residuals: Residuals
@@ -231,22 +257,23 @@ class ShardedStepper(Stepper):
         if self.by_blocks:
             parts: list[EntryGradient | RowGradient] = [own.W_enc, *aux_enc, own.W_dec, *aux_dec]
             bounds = [g.squared_norm_bound() if isinstance(g, EntryGradient) else g.squared_norm for g in parts]
-            b_dec_D, squared, bound = self._over_ranks(of_b_dec_D, residuals.squared, _sum(bounds, own.b_enc))
+            b_dec_D, squared, bound = self._over_ranks(of_b_dec_D, residuals.squared, _sum(bounds, own.vectors()))
             clip = torch.ones_like(bound)
             if bound.sqrt() >= 0.999 * self.config.clip_norm - 1e-6:
-                local = _sum([gradient.squared_norm for gradient in parts], own.b_enc)
+                local = _sum([gradient.squared_norm for gradient in parts], own.vectors())
                 clip = self._clip(in_order(self.peers.gather(local)) + b_dec_D.square().sum())
             self._update_by_blocks(own, aux_enc, aux_dec, clip)
         else:
             whole = {"W_enc": _rows(own.W_enc, aux_enc, None)}
             whole["W_dec"] = _rows(own.W_dec, aux_dec, self.sae.W_dec.detach())
-            norm = _sum([rows_SD.square().sum() for rows_SD in whole.values()], own.b_enc)
+            norm = _sum([rows_SD.square().sum() for rows_SD in whole.values()], own.vectors())
             b_dec_D, squared, norm = self._over_ranks(of_b_dec_D, residuals.squared, norm)
             clip = self._clip(norm)
             self._update_whole(whole, clip)
         parameters, adam = self.parameters(), self._adam()
-        for name, gradient_vector in (("b_enc", own.b_enc), ("b_dec", b_dec_D)):
+        for name, gradient_vector in (own.vectors() | {"b_dec": b_dec_D}).items():
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
+        self._clamp_threshold()
         return squared
 
     def _over_ranks(self, of_b_dec_D: Tensor, squared: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,10 +305,16 @@ class _OwnGradients(NamedTuple):
     W_enc: EntryGradient
     b_enc: Tensor
     W_dec: EntryGradient
+    threshold: Tensor | None
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Those of the rank's latents that are no matrix."""
+        return {"b_enc": self.b_enc} if self.threshold is None else {"b_enc": self.b_enc, "threshold": self.threshold}
 
 
-def _sum(squares: list[Tensor], vector: Tensor) -> Tensor:
-    return torch.stack([*squares, vector.square().sum()]).sum()
+def _sum(squares: list[Tensor], vectors: dict[str, Tensor]) -> Tensor:
+    wide = squares[0].dtype
+    return torch.stack([*squares, *(vector.square().sum().to(wide) for vector in vectors.values())]).sum()
 
 
 def _rows(gradient: EntryGradient, aux: list[RowGradient], unit_rows_SD: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import PENALISED, SAEConfig, TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 
@@ -62,11 +62,6 @@ class Shard:
 
 def check_shardable(sae: SAEConfig, config: TrainConfig, world: int) -> None:
     """ValueError: an SAE, or a recipe, that several ranks do not train."""
-    require(
-        sae.architecture not in PENALISED,
-        f"architecture: {sae.architecture} is trained by one process, and torchrun started {world}; topk, batch_topk "
-        "and matryoshka are trained by several",
-    )
     for field in fields(config):
         value = getattr(config, field.name)
         known = field.name in _KNOWN or value == field.default

@@ -291,6 +291,10 @@ class Stepper:
         """Of the announced step, the n_steps-th."""
         return self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
 
+    def mean_threshold(self) -> float:
+        """Of all latents, or the one that all have. A device is waited for."""
+        return float(self.sae.threshold.mean())
+
     def counted(self, output: StepOutput) -> tuple[int, int]:
         """Entries of a step's codes that fire, and latents that are dead after it. A device is waited for."""
         idle_S = self.idle_S >= self.config.dead_after

@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import pytest
+import test_penalised_step
 import torch
 from thread_peers import together
 
@@ -20,6 +21,7 @@ def part_of(whole, shard):
     part = SparseAutoencoder(shard.config, dtype=whole.W_dec.dtype, random=False)
     rows = slice(shard.start, shard.stop)
     with torch.no_grad():
+        part.threshold.copy_(whole.threshold[rows] if whole.threshold.ndim else whole.threshold)
         part.W_enc.T.copy_(whole.W_enc.T[rows])
         part.W_dec.copy_(whole.W_dec[rows])
         part.b_enc.copy_(whole.b_enc[rows])
@@ -39,7 +41,14 @@ def run_sharded(whole, config, batches, world, by_blocks=True):
             output = stepper.step(x)
             codes = output.codes.compact()
             kept = torch.stack([codes.entry_rows(), codes.top_indices + shard.start])
-            steps.append((torch.stack(output.losses[:3]), output.n_dead, kept, output.x_hat_BD))
+            steps.append(
+                (
+                    torch.stack([each for each in output.losses if each is not None]),
+                    output.n_dead,
+                    kept,
+                    output.x_hat_BD,
+                )
+            )
         return steps, stepper
 
     return together(world, work)
@@ -83,9 +92,32 @@ def check_state(steppers, alone, tolerance):
             whole = found[0] if name == "b_dec" else torch.cat(found)
             torch.testing.assert_close(whole, wanted, atol=tolerance, rtol=tolerance)
     assert torch.equal(torch.cat([each.idle_S for each in steppers]), alone.idle_S)
-    for each in steppers:
+    for each in steppers if alone.sae.threshold.ndim == 0 else []:
         torch.testing.assert_close(each.sae.threshold, alone.sae.threshold, atol=1e-6, rtol=1e-6)
         assert torch.equal(each.sae.threshold, steppers[0].sae.threshold)
+
+
+@pytest.mark.parametrize(("world", "by_blocks"), [(2, True), (3, False)], ids=["2", "3 whole"])
+@pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+def test_penalised_saes_are_those_of_one_process(architecture, dead_after, world, by_blocks):
+    """Half of the latents fire at first. Float64 over 12 steps; penalties, and thresholds that ranks share out."""
+    alone, _, data = test_penalised_step.make(architecture, dead_after=dead_after)
+    batches = data[: 12 * 61].split(61)
+    ranks, _ = run_sharded(deepcopy(alone.sae), alone.config, batches, world, by_blocks)
+    for number, x in enumerate(batches):
+        losses = alone.step(x).losses
+        for steps, _ in ranks:
+            torch.testing.assert_close(steps[number][0], torch.stack(losses), atol=1e-11, rtol=1e-11)
+    check_state([stepper for _, stepper in ranks], alone, 1e-10)
+    means, _ = together(world, lambda peers: told_by(ranks[peers.rank][1], peers).mean_threshold())
+    assert means == [pytest.approx(alone.mean_threshold(), rel=1e-6)] * world
+
+
+def told_by(stepper, peers):
+    """The stepper among other peers: those of its run have parted."""
+    stepper.peers = peers
+    return stepper
 
 
 def test_only_the_largest_dead_latents_of_all_ranks_take_part(monkeypatch):
