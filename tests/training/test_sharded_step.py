@@ -10,7 +10,9 @@ from thread_peers import together
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import sharded_dead
-from saevlm_fast.training.sharded_step import ShardedStepper
+from saevlm_fast.training.dead_latents import DeadLatents
+from saevlm_fast.training.sharded_dead import shared_auxiliary
+from saevlm_fast.training.sharded_step import ShardedStepper, kept_entries
 from saevlm_fast.training.shards import Shard
 from saevlm_fast.training.step import Stepper
 from test_step import make
@@ -41,14 +43,8 @@ def run_sharded(whole, config, batches, world, by_blocks=True):
             output = stepper.step(x)
             codes = output.codes.compact()
             kept = torch.stack([codes.entry_rows(), codes.top_indices + shard.start])
-            steps.append(
-                (
-                    torch.stack([each for each in output.losses if each is not None]),
-                    output.n_dead,
-                    kept,
-                    output.x_hat_BD,
-                )
-            )
+            losses = torch.stack([each for each in output.losses if each is not None])
+            steps.append((losses, output.n_dead, kept, output.x_hat_BD))
         return steps, stepper
 
     return together(world, work)
@@ -63,9 +59,9 @@ def kept_of(codes):
 @pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_same_choice_losses_and_weights_as_one_process(architecture, dead_after, world, by_blocks):
-    """97 latents, which neither 2 nor 3 divide; 61 rows; Matryoshka groups that are cut. Float64 over 12 steps."""
+    """97 latents, which neither 2 nor 3 divide; 61 rows; Matryoshka groups that are cut. Float64 over 9 steps."""
     alone, _, data = make(architecture, dead_after=dead_after, dtype=torch.float64)
-    start, batches, n_dead = deepcopy(alone.sae), data[: 12 * 61].split(61), []
+    start, batches, n_dead = deepcopy(alone.sae), data[: 9 * 61].split(61), []
     ranks, _ = run_sharded(start, alone.config, batches, world, by_blocks)
     for number, x in enumerate(batches):
         output = alone.step(x)
@@ -101,9 +97,9 @@ def check_state(steppers, alone, tolerance):
 @pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
 def test_penalised_saes_are_those_of_one_process(architecture, dead_after, world, by_blocks):
-    """Half of the latents fire at first. Float64 over 12 steps; penalties, and thresholds that ranks share out."""
+    """Half of the latents fire at first. Float64 over 9 steps; penalties, and thresholds that ranks share out."""
     alone, _, data = test_penalised_step.make(architecture, dead_after=dead_after)
-    batches = data[: 12 * 61].split(61)
+    batches = data[: 9 * 61].split(61)
     ranks, _ = run_sharded(deepcopy(alone.sae), alone.config, batches, world, by_blocks)
     for number, x in enumerate(batches):
         losses = alone.step(x).losses
@@ -124,7 +120,7 @@ def test_only_the_largest_dead_latents_of_all_ranks_take_part(monkeypatch):
     """More dead latents than d_in / 2, on three ranks, a few rows to a block; a learning rate that moves them."""
     monkeypatch.setattr(sharded_dead, "_BLOCK_ELEMENTS", 1000)
     alone, _, data = make("batch_topk", d_sae=301, k=2, dead_after=61, auxk_alpha=0.5, dtype=torch.float64)
-    batches = data[: 12 * 61].split(61)
+    batches = data[: 9 * 61].split(61)
     ranks, _ = run_sharded(deepcopy(alone.sae), alone.config, batches, 3)
     for x in batches:
         output = alone.step(x)
@@ -150,6 +146,41 @@ def test_the_learning_rate_is_that_of_the_whole_sae():
     alone.step(data[:61])
     check_state([stepper for _, stepper in ranks], alone, 1e-10)
     assert {stepper.learning_rate() for _, stepper in ranks} == {alone.learning_rate()}
+
+
+def test_entries_in_fixed_places_are_the_same():
+    """As a GPU has them: padding at the end, which belongs to no row."""
+    generator = torch.Generator().manual_seed(0)
+    x, sae = torch.randn(20, 24, generator=generator), make("batch_topk")[0].sae.train()
+    codes = sae.encode(x)
+    mask = torch.rand(len(codes.top_acts), generator=generator) < 0.4
+    plain, fixed = (kept_entries(codes, mask, fixed=fixed) for fixed in (False, True))
+    assert len(plain.top_acts) < len(fixed.top_acts) == len(codes.top_acts)
+    for one, other in zip(plain.csr(), fixed.compact().csr()):
+        assert torch.equal(one, other)
+
+
+def test_padded_dead_latents_change_nothing_on_any_rank():
+    """A GPU's list of dead latents ends in padding, and its number is on the device; of 3 ranks one has none."""
+    alone, _, data = make("topk", d_sae=90, dtype=torch.float64)
+    x, dead = data[:61], [torch.arange(1, 28, 2), torch.arange(0), torch.arange(30)]
+
+    def work(peers, padding):
+        shard = Shard(alone.sae.config, peers.rank, 3)
+        latents_A, number = dead[peers.rank], len(dead[peers.rank])
+        if padding:
+            latents_A, number = torch.cat([latents_A, torch.full((5,), 30)]), torch.tensor(number)
+        listed = DeadLatents(latents_A, number)
+        return shared_auxiliary(part_of(alone.sae, shard), peers, x, x * 0.3, listed, 0.5)[0]
+
+    plain, padded = (together(3, lambda peers, p=p: work(peers, p))[0] for p in (False, True))
+    for rank, (one, other) in enumerate(zip(plain, padded)):
+        n = len(dead[rank])
+        torch.testing.assert_close(one.loss, other.loss)
+        for first, second in ((one.W_enc, other.W_enc), (one.W_dec, other.W_dec)):
+            torch.testing.assert_close(second.rows_AD[:n], first.rows_AD)
+            assert not second.rows_AD[n:].any()
+    assert any(each.W_enc.rows_AD.any() for each in plain)
 
 
 def test_a_run_is_the_same_bits_again():
