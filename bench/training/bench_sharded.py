@@ -3,8 +3,8 @@
     python -m bench.training.bench_sharded --output FILE.json --plot FILE.png
 
 Each number of ranks is a torchrun of gloo processes on this machine (one is the plain Stepper in one process). On two
-cores that shows bytes, memory and that it works: cores are shared, so its times say nothing of speed elsewhere. Memory
-is what a process has after its steps beyond what it had with torch and the data alone; bytes are counted where the
+cores that shows bytes, memory and that it works: cores are shared, so its times say nothing of speed elsewhere, and CPU
+seconds of a rank say how much of the work it has. Memory is what a process has after its steps beyond what it had with torch and the data alone; bytes are counted where the
 collectives are called, as received from other ranks.
 """
 
@@ -84,15 +84,17 @@ def measure(arguments: argparse.Namespace, peers: MeshPeers | None) -> dict[str,
     for _ in range(WARM_UP):
         stepper.step(x_BD)
     received = dict(counting.received) if counting else {}
-    seconds = []
+    seconds, cpu = [], time.process_time()
     for _ in range(arguments.steps):
         start = time.perf_counter()
         output = stepper.step(x_BD)
         seconds.append(time.perf_counter() - start)
+    cpu = time.process_time() - cpu
     state = [*stepper.parameters().values(), *(t for pair in stepper.moments.values() for t in pair), stepper.idle_S]
     told = {} if counting is None else {kind: (counting.received[kind] - n) for kind, n in received.items()}
     return {
         "seconds": sorted(seconds)[len(seconds) // 2],
+        "cpu_seconds": cpu / arguments.steps,
         "received_bytes": sum(told.values()) / arguments.steps,
         "state_bytes": sum(t.numel() * t.element_size() for t in state),
         "memory_bytes": resident() - before,
@@ -124,6 +126,7 @@ def run_world(arguments: argparse.Namespace, architecture: str, d_sae: int, worl
         "d_sae": d_sae,
         "ranks": world,
         "seconds": max(each["seconds"] for each in found),
+        "cpu_seconds": max(each["cpu_seconds"] for each in found),
         "received_bytes": max(each["received_bytes"] for each in found),
         "received_bytes_by_formula": formula(arguments, architecture, world),
         "state_bytes": max(each["state_bytes"] for each in found),
@@ -141,7 +144,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     panels = (
-        ("seconds", 1, "seconds of a step"),
+        ("cpu_seconds", 1, "CPU seconds of a rank in a step"),
         ("memory_bytes", 1 / 2**20, "memory of a rank, MiB"),
         ("received_bytes", 1 / 2**20, "received by a rank in a step, MiB"),
     )

@@ -213,7 +213,8 @@ def _first_to_end() -> bool:
     run = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_VOICE_SECONDS))
+        patience = timedelta(seconds=_VOICE_SECONDS)
+        store = dist.TCPStore(address, port, is_master=False, timeout=patience)  # pyright: ignore[reportPrivateImportUsage]
         return bool(store.add(f"saevlm_fast/{run}/ended", 1) == 1)
     except (RuntimeError, KeyError, ValueError):
         return True
