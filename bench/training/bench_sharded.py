@@ -3,9 +3,9 @@
     python -m bench.training.bench_sharded --output FILE.json --plot FILE.png
 
 Each number of ranks is a torchrun of gloo processes on this machine (one is the plain Stepper in one process). On two
-cores that shows bytes, memory and that it works: cores are shared, so its times say nothing of speed elsewhere, and CPU
-seconds of a rank say how much of the work it has. Memory is what a process has after its steps beyond what it had with torch and the data alone; bytes are counted where the
-collectives are called, as received from other ranks.
+cores that shows bytes, memory and that it works: cores are shared, so its times say nothing of speed elsewhere. CPU
+seconds of a rank say how much of the work it has. Memory is what a process has after its steps beyond what it had with
+torch and the data alone. Bytes are counted where the collectives are called, as received from other ranks.
 """
 
 import argparse
