@@ -10,13 +10,13 @@ import typer
 
 from saevlm_fast.cli.options import app
 from saevlm_fast.cli.ranks import speaks
-from saevlm_fast.cli.terminal import doubts_once, err, out, refuse
+from saevlm_fast.cli.terminal import doubts_once, err, out, refuse, shown
 from saevlm_fast.cli.usage import run_app
-from saevlm_fast.errors import Interrupted, first_line, printable, require
+from saevlm_fast.errors import Interrupted, first_line, require
 
 # Each makes itself a command of the app, in this order.
 _COMMANDS = ("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report", "steer")
-for _name in (*_COMMANDS, "steering_score", "human_agreement", "inspect", "convert", "push", "pull"):
+for _name in (*_COMMANDS, "steering_score", "human_agreement", "inspect", "doctor", "convert", "push", "pull"):
     import_module(f"saevlm_fast.cli.{_name}")
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as error:
         if speaks():
-            err.print(printable(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
+            err.print(shown(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
         sys.exit(130)
     sys.exit(code)
 

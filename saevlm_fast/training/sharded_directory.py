@@ -53,7 +53,7 @@ class SharedRunDirectory(RunDirectory):
             self.prepared(state, replaces, checkpoint)
         self.path = self.peers.share(self.path)
         self._check_seen(self.path / RUN_FILE)
-        self.cadence = Cadence(self.checkpoint_every, state.config.steps, state.stepper.n_steps)
+        self.cadence = Cadence(self.checkpoint_every, state.config.n_steps, state.stepper.n_steps)
 
     def _check_seen(self, path: Path) -> None:
         seen = self.peers.collect(path.exists())
@@ -71,7 +71,7 @@ class SharedRunDirectory(RunDirectory):
             ValueError, Interrupted: as of one process.
         """
         step = state.stepper.n_steps
-        last = step == state.config.steps
+        last = step == state.config.n_steps
         interrupted, due = self.peers.agree(interrupted, self.leads and self.cadence.due(step))
         if due or last or interrupted:
             state.check_loss(self.kept)

@@ -9,6 +9,7 @@ Shape suffixes: B rows of a chunk, D d_in, S the rank's latents.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,11 +25,15 @@ from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.capture import told_of_compiling
 from saevlm_fast.training.evaluate import Metrics, metrics_of_sums, row_sums
 from saevlm_fast.training.process_group import MeshPeers, Peers, in_order
-from saevlm_fast.training.run import fitting, is_small, look_at, take_steps, telling_what_is_kept
+from saevlm_fast.training.run import both, fitting, is_small, look_at, take_steps, telling_what_is_kept, watched
 from saevlm_fast.training.sharded_directory import SharedRunDirectory
 from saevlm_fast.training.sharded_state import ShardedState
 from saevlm_fast.training.sharded_step import choose, shared_by_rows, summed_over_ranks
 from saevlm_fast.training.shards import Shard, check_shardable
+from saevlm_fast.training.watch import Watch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def train_shared(
@@ -42,6 +47,7 @@ def train_shared(
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
     on_note: Callable[[str], None] = lambda text: None,
+    on_picture: "Callable[[SparseAutoencoder], Image | None]" = lambda sae: None,
 ) -> Metrics:
     """Train one SAE on all ranks, which call this at once; it is written to options.output. `train` in several parts.
 
@@ -52,7 +58,7 @@ def train_shared(
         config: the recipe.
         options: where the run goes; output is needed. The device is the rank's own.
         validation: rows on which the finished SAE is evaluated; the training rows otherwise.
-        on_log: as of `train`; so are on_step and on_note.
+        on_log: as of `train`; so are on_step, on_note, and on_picture, which rank 0 calls.
 
     Returns:
         What `evaluate` says of the SAE over all validation rows, on every rank.
@@ -67,23 +73,27 @@ def train_shared(
     assert options.output is not None
     activations, evaluated = fitting(activations, validation, sae_config)
     kept = SharedRunDirectory(options.output, options.checkpoint_every, options.resume, options.force, peers)
-    with kept.locked():
+    with kept.locked(), Watch(options.log_to) as watch:
         look_at(evaluated, config, whole=False, rank=peers.rank, world=peers.world)
         device = resolve_device(options.device)
         state = ShardedState(activations, sae_config, config, device, peers)
         kept.begin(state)
+        watch.begin(lambda: kept.path, state.stepper.n_steps, watched(state, sae_config, options), device)
         with (
             interruptible(patient=True) as interrupted,
             tf32_products(False),
             one_thread(is_small(state.shard.config, config)),
             told_of_compiling(on_note),
         ):
-            take_steps(state, kept, options, on_log, on_step, interrupted, capture=False)
-            part = state.exported_part()
-            kept.save_whole(state.export_whole())
+            take_steps(state, kept, options, both(watch.log, on_log), on_step, interrupted, capture=False)
+            part, whole = state.exported_part(), state.export_whole()
+            watch.pause()
+            kept.save_whole(whole)
             with telling_what_is_kept(kept):
                 metrics = evaluate_shared(part, state.shard, peers, evaluated)
-        kept.finish(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
+        logged = {f"eval/{name}": value for name, value in metrics.items()}
+        kept.finish(config.n_steps, logged)
+        watch.finish(config.n_steps, logged, lambda: None if whole is None else on_picture(whole))
     return metrics
 
 

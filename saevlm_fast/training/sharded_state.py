@@ -64,7 +64,7 @@ class ShardedState(TrainingState):
         super().initialise()
         b_dec = self.stepper.sae.b_dec
         b_dec.copy_(self.peers.gather(b_dec)[0])
-        self.norm_factor = self.peers.share(self.norm_factor)
+        self.scale = self.peers.share(self.scale)
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """Whole batches [B, d_in]: each rank reads its share, and all share what they have read."""

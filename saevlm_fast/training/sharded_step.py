@@ -180,7 +180,8 @@ class ShardedStepper(Stepper):
         return in_order(self.peers.gather(number))
 
     @torch.no_grad()
-    def device_step(self, x_BD: Tensor) -> StepOutput:
+    def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
+        """The step that was announced. e_BE: of no use, MonoLoss is of one process."""
         codes, penalty = self._codes(x_BD)
         bags = bag_offsets_of(self.shard, codes)
         residuals = shared_residuals(self.sae, self.peers, x_BD, codes, bags)
@@ -194,7 +195,8 @@ class ShardedStepper(Stepper):
             dead = self._dead_latents()
             aux, n_dead = shared_auxiliary(self.sae, self.peers, x_BD, x_hat_BD, dead, self.auxk_alpha)
             if aux is not None:
-                aux_loss, aux_enc, aux_dec = aux.loss, [aux.W_enc], [aux.W_dec]
+                aux_loss = aux.loss
+                aux_enc, aux_dec = ([rows] if rows is not None else [] for rows in (aux.W_enc, aux.W_dec))
                 latents_A = dead.latents_A.clamp(max=self.shard.size - 1)  # a GPU's padding has zero gradients
                 gradient.b_enc.index_add_(0, latents_A, aux.b_enc_A)
 

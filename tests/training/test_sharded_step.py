@@ -104,7 +104,7 @@ def test_penalised_saes_are_those_of_one_process(architecture, dead_after, world
     for number, x in enumerate(batches):
         losses = alone.step(x).losses
         for steps, _ in ranks:
-            torch.testing.assert_close(steps[number][0], torch.stack(losses), atol=1e-11, rtol=1e-11)
+            torch.testing.assert_close(steps[number][0], torch.stack(losses[:4]), atol=1e-11, rtol=1e-11)
     check_state([stepper for _, stepper in ranks], alone, 1e-10)
     means, _ = together(world, lambda peers: told_by(ranks[peers.rank][1], peers).mean_threshold())
     assert means == [pytest.approx(alone.mean_threshold(), rel=1e-6)] * world
