@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from saevlm_fast.cli.options import app
+from saevlm_fast.cli.ranks import speaks
 from saevlm_fast.cli.terminal import doubts_once, err, out, refuse, shown
 from saevlm_fast.cli.usage import run_app
 from saevlm_fast.errors import Interrupted, first_line, require
@@ -34,15 +35,22 @@ def main() -> None:
     except RuntimeError as error:
         if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
             raise
-        refuse(first_line(error))
+        _refuse(first_line(error))
         sys.exit(2)
     except (ValueError, OSError, MemoryError) as error:
-        refuse(str(error) or type(error).__name__)  # a MemoryError has no words
+        _refuse(str(error) or type(error).__name__)  # a MemoryError has no words
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as error:
-        err.print(shown(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
+        if speaks():
+            err.print(shown(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
         sys.exit(130)
     sys.exit(code)
+
+
+def _refuse(text: str) -> None:
+    """One line, also of many processes."""
+    if speaks():
+        refuse(text)
 
 
 def _interrupt(number: int, frame: object) -> None:

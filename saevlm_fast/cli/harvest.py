@@ -182,7 +182,7 @@ def _seconds(run: Any, inputs: dict[str, "torch.Tensor"], device: "torch.device"
     return time.perf_counter() - start
 
 
-@command("harvest", plan=plan)
+@command("harvest", plan=plan, shared=True)
 def harvest(options: HarvestArguments) -> dict[str, Any] | None:
     """Run images through a model; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
     from saevlm_fast.harvesting.ranks import torchrun_ranks

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from saevlm_fast.cli.planning import (
     training_disk,
     training_memory,
 )
+from saevlm_fast.cli.ranks import joined_ranks, leads, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
@@ -26,6 +28,7 @@ from saevlm_fast.errors import Interrupted, require
 
 if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
+    from saevlm_fast.training.process_group import MeshPeers
 
 Planned = TypeVar("Planned")
 
@@ -56,7 +59,7 @@ def _planned(options: TrainArguments, make: Callable[[TrainArguments, int, int, 
 
 
 def plan(options: TrainArguments) -> Plan:
-    """What would be trained; the time from two steps on random rows."""
+    """What would be trained; the time from two steps on random rows, under torchrun of a rank's part alone."""
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
@@ -73,6 +76,7 @@ def plan(options: TrainArguments) -> Plan:
     run = _planned(options, Run.of)
     sae, config, n_rows = run.sae, run.config, run.n_rows
     checkpoint = latest_checkpoint(workplace(options.output)) if options.resume else None
+    part = part_of_a_rank(sae)
     figures = {
         "rows": n_rows,
         "steps": config.n_steps,
@@ -80,17 +84,17 @@ def plan(options: TrainArguments) -> Plan:
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "resumes_at": checkpoint.name if checkpoint else None,
-        **memory_figures(device, training_memory(sae, run.batch_size, config.accumulate, config.control)),
+        **memory_figures(device, training_memory(part, run.batch_size, config.accumulate, config.control)),
         **disk_figures(options.output, training_disk(sae)),
         **replaced_figures(options.output, options.force),
-        **time_figures(sae, config, n_rows, device),
+        **time_figures(part, config, n_rows, device),
     }
     return Plan(run.sentence, figures)
 
 
-@command("train", plan=plan)
-def train(options: TrainArguments) -> dict[str, Any]:
-    """Train a sparse autoencoder on activations, by the recipe of arXiv 2504.02821.
+@command("train", plan=plan, shared=True)
+def train(options: TrainArguments) -> dict[str, Any] | None:
+    """Train a sparse autoencoder on activations, by the recipe of arXiv 2504.02821. Under torchrun, ranks share it.
 
     Without --activations: on scenes of the box, which are harvested with tiny-clip and kept in a cache. Lists of values
     (--k 10,20 --expansion 4,16) train an SAE of every combination in one pass over the data. With --model and --images
@@ -98,22 +102,27 @@ def train(options: TrainArguments) -> dict[str, Any]:
     """
     from saevlm_fast.outputs import output_lock, workplace
 
-    with output_lock(options.output, directory=True):
+    with joined_ranks(options.device, options.collective_timeout) as peers, ExitStack() as locks:
+        _check_shared(options, peers)
+        if leads(peers):
+            locks.enter_context(output_lock(options.output, directory=True))
         if options.model is not None:
             return run_one_pass(options)
         if options.sweep:
             data, held_out = open_data(options)
             return train_grid(options, data, held_out, runs_of(options, data.n_rows, data.d, data.path))
-        _check_output(options)
+        if leads(peers):
+            _check_output(options)
         try:
-            return _train(options)
+            return _train(options, peers)
         except Interrupted as error:
             settings = workplace(options.output) / SETTINGS_FILE
             begun = not options.force or workplace(options.output) != options.output
             if not settings.is_file() or not begun:  # what is there may be of the run that was to be replaced
                 raise
             what = str(error).partition(";")[0]
-            again = f"saevlm-fast train --config {shlex.quote(str(settings))} --resume"
+            program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
+            again = f"{program} train --config {shlex.quote(str(settings))} --resume"
             raise Interrupted(f"{what}; continue with: {again}") from None
 
 
@@ -126,19 +135,32 @@ def _check_output(options: TrainArguments) -> None:
         check_absent([options.output / SETTINGS_FILE], options.force)
 
 
-def _train(options: TrainArguments) -> dict[str, Any]:
+def _check_shared(options: TrainArguments, peers: "MeshPeers | None") -> None:
+    """ValueError: what one process does and torchrun's ranks do not."""
+    if peers is None:
+        return
+    given = {
+        "sweep": bool(options.sweep),
+        "mono_embeddings": options.mono_embeddings is not None,
+        "model": options.model is not None,
+    }
+    for name, there in given.items():
+        require(not there, f"{name}: of one process, and torchrun started {peers.world}")
+
+
+def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any] | None:
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.look.run_picture import run_picture
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
-    from saevlm_fast.training.run import train as run_training
 
     data, held_out = open_data(options)
     run, output = Run.of(options, data.n_rows, data.d, data.path), options.output
     sae, config = run.sae, run.config
-    resolve_device(options.device)  # refused before anything is said
-    say(run.sentence)
+    where = ranks_options(options.part(RunOptions), peers)
+    resolve_device(where.device)  # refused before anything is said
+    say(run.sentence if peers is None else f"{peers.world} ranks: {run.sentence}")
     if options.resume:
         checkpoint = latest_checkpoint(workplace(output))
         what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
@@ -158,21 +180,17 @@ def _train(options: TrainArguments) -> dict[str, Any]:
     with TrainBar(config.n_steps) as bar:
 
         def on_step(step: int) -> None:
-            record.write()
+            if leads(peers):
+                record.write()
             bar.on_step(step)
 
-        _, metrics = run_training(
-            data,
-            sae,
-            config,
-            options.part(RunOptions),
-            validation=held_out,
-            mono_embeddings=None if options.mono_embeddings is None else open_activations(options.mono_embeddings),
-            on_log=bar.on_log,
-            on_step=on_step,
-            on_note=tell,
-            on_picture=lambda sae: run_picture(held_out or data, sae, f"{output}, step {config.steps:,}"),
-        )
+        told: dict[str, Any] = {"validation": held_out, "on_log": bar.on_log, "on_step": on_step, "on_note": tell}
+        told["on_picture"] = lambda sae: run_picture(held_out or data, sae, f"{output}, step {config.steps:,}")
+        if options.mono_embeddings is not None:
+            told["mono_embeddings"] = open_activations(options.mono_embeddings)
+        metrics = _run(peers, data, sae, config, where, **told)
+    if not leads(peers):
+        return None
     record.write()
     _write_card(output)
     rows, kind = metrics.pop("rows"), "validation" if held_out else "training"
@@ -189,6 +207,17 @@ def _train(options: TrainArguments) -> dict[str, Any]:
         "control": config.control,
         "evaluation": {"rows": rows, "of": kind, **metrics},
     }
+
+
+def _run(peers: "MeshPeers | None", *what: Any, **told: Any) -> dict[str, Any]:
+    """The training itself, by one process or by ranks."""
+    if peers is None:
+        from saevlm_fast.training.run import train as run_training
+
+        return run_training(*what, **told)[1]
+    from saevlm_fast.training.sharded_run import train_shared
+
+    return train_shared(peers, *what, **told)
 
 
 def _write_card(output: Path) -> None:
