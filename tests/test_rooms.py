@@ -25,6 +25,7 @@ ORDER = (
     ("publishing", "look"),
     ("steering",),
     ("measures",),
+    ("clip_steering",),
     ("demo", "box_making"),
     ("inspection",),
     ("cli",),
