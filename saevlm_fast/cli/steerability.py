@@ -30,9 +30,7 @@ _SHOWN = 8
 
 
 def _not_the_best(name: str, text: str) -> str:
-    require(
-        not text.startswith("top:"), f"{name}: {text!r}: there is no order yet; --screen N takes the most promising"
-    )
+    require(not text.startswith("top:"), f"{name}: {text!r}: no order yet; --screen N takes the most promising")
     return check_latents(name, text)
 
 
@@ -194,7 +192,7 @@ def plan(options: SteerabilityArguments) -> Plan:
 
 @command("steerability", plan=plan)
 def steerability(options: SteerabilityArguments) -> dict[str, Any]:
-    """Which latents and neurons change what a CLIP says of images, beside random directions. Interrupted, it goes on."""
+    """Which latents and neurons change what a CLIP says of images, beside controls. Interrupted, it goes on."""
     from saevlm_fast.outputs import output_lock
 
     with output_lock(options.output, directory=False):
@@ -256,7 +254,7 @@ def _print(found: "list[Steerable]") -> None:
     for each in found:
         if each.summary["steerable"]["n"] == 0:
             say(
-                f"{each.kind}s: {each.summary['random_directions']} random directions are too few to call one steerable;"
+                f"{each.kind}s: {each.summary['random_directions']} random directions are too few to call one so;"
                 " 100 are needed (--controls)"
             )
     best = sorted((row for row in found[0].table.to_pylist() if row["status"] == "defined"), key=lambda row: -row["s"])

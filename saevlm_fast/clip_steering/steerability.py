@@ -52,6 +52,7 @@ class ReferenceSums:
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._n_tokens = self._skip = 0
 
+    @torch.no_grad()
     def add(self, x_BTD: Tensor, mask_BT: Tensor) -> None:
         """The streams of B images, and which tokens are chosen."""
         x_ND = x_BTD[mask_BT]
@@ -139,7 +140,10 @@ class Steering:
         # Units that are moved together: as many rows as a batch of images has.
         self.at_once = max(1, stream.batch_size // max((len(batch) for batch in self.batches), default=1))
         self.n_images = sum(len(batch) for batch in self.batches)
+        with torch.no_grad():
+            self._tokens: list[Tokens] = [units.read(batch.x_BTD.flatten(0, 1)) for batch in self.batches]
 
+    @torch.no_grad()
     def changes(self, units_J: Tensor, target_J: Tensor) -> Changes:
         """Of some units. Results do not depend on which are asked together, but for rounding."""
         parts = [
@@ -154,9 +158,9 @@ class Steering:
         sums = [_Sums(len(units_J), len(self.vocabulary.words)) for _ in along]
         unrelated = _Sums(len(units_J), len(self.vocabulary.words))
         squares_J, n_tokens = torch.zeros(len(units_J), dtype=torch.float64), 0
-        for batch in self.batches:
+        for batch, tokens in zip(self.batches, self._tokens):
             mask_BT1 = self.stream.mask(batch.x_BTD)
-            change_JBT1 = self._change(batch, units_J, target_J, mask_BT1)
+            change_JBT1 = self._change(batch, tokens, units_J, target_J, mask_BT1)
             squares_J += change_JBT1.double().pow(2).sum((1, 2, 3)).cpu()
             n_tokens += int(mask_BT1.sum())
             before_BC = self.vocabulary.probabilities(batch.out_BE)
@@ -181,9 +185,8 @@ class Steering:
             np.stack([each.s(self.n_images) for each in random], 1),
         )
 
-    def _change(self, batch: ImageBatch, units_J: Tensor, target_J: Tensor, mask_BT1: Tensor) -> Tensor:
+    def _change(self, batch: ImageBatch, tokens: Tokens, units_J: Tensor, target_J: Tensor, mask_BT1: Tensor) -> Tensor:
         """[J, B, T, 1]: by how much each unit's value moves on each token, 0 on those that are left alone."""
-        tokens: Tokens = self.units.read(batch.x_BTD.flatten(0, 1))
         values_NJ = tokens.values(units_J.to(batch.x_BTD.device))
         change_NJ = target_J.to(values_NJ) - values_NJ
         if tokens.scale is not None:

@@ -75,14 +75,12 @@ class SteerabilityConfig(Settings):
 
     title = "What is asked"
     alpha: float = setting(
-        1.0, help="Value that a unit is moved to, in 99th percentiles of its values above 0.", above=0
+        1.0, help="Value that a unit is moved to, in 99th percentiles of its positive values.", above=0
     )
     tokens: Literal["patches", "all", "cls"] = setting("patches", help="Tokens on which it is moved.")
     ask: int = setting(64, help="Images asked about, evenly spaced.", at_least=1)
     n_reference: int = setting(512, help="Images behind the percentiles, evenly spaced.", at_least=1)
-    controls: int = setting(
-        1, help="Random directions a unit; 100 in all are needed to call one steerable.", at_least=1
-    )
+    controls: int = setting(1, help="Random directions a unit; 100 in all tell who is steerable.", at_least=1)
     screen: int | None = setting(
         None, help="Ask only about so many, the largest by one linear step.", shown="all", at_least=1
     )
