@@ -14,8 +14,12 @@ from saevlm_fast.cli.usage import run_app
 from saevlm_fast.errors import Interrupted, first_line, printable, require
 
 # Each makes itself a command of the app, in this order.
-_COMMANDS = ("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report", "steer")
-for _name in (*_COMMANDS, "steering_score", "steerability", "human_agreement", "inspect", "convert", "push", "pull"):
+_COMMANDS = (
+    *("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report"),
+    *("steer", "steering_score", "steerability", "erase", "human_agreement"),
+    *("inspect", "convert", "push", "pull"),
+)
+for _name in _COMMANDS:
     import_module(f"saevlm_fast.cli.{_name}")
 
 

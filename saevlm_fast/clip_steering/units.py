@@ -151,15 +151,18 @@ class LatentTokens:
 
     def positive(self) -> tuple[Tensor, Tensor]:
         """Activations, and of which latent."""
+        return self.entries()[:2]
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Activations above 0, their latents and their tokens, [M] each."""
         acts_M, latents_M, _ = self.codes.csr()
-        return acts_M[acts_M > 0].float(), latents_M[acts_M > 0]
+        above_M = acts_M > 0
+        return acts_M[above_M].float(), latents_M[above_M], self.codes.entry_rows()[above_M]
 
     def pulled(self, gradient_ND: Tensor, image_N: Tensor, n_images: int) -> Tensor:
         """[B, S], touching only what fires."""
-        acts_M, latents_M, _ = self.codes.csr()
-        inside_M = acts_M > 0
-        acts_M, latents_M, rows_M = acts_M[inside_M], latents_M[inside_M], self.codes.entry_rows()[inside_M]
-        dots_M = gather_dot_op(gradient_ND, rows_M, latents_M, self.W_SD) * acts_M.float()
+        acts_M, latents_M, rows_M = self.entries()
+        dots_M = gather_dot_op(gradient_ND, rows_M, latents_M, self.W_SD) * acts_M
         n_latents = len(self.W_SD)
         found = gradient_ND.new_zeros(n_images * n_latents)
         return found.index_add_(0, image_N[rows_M] * n_latents + latents_M, dots_M).view(n_images, n_latents)
