@@ -139,7 +139,7 @@ def wrong_words(classes: Sequence[str], y_N: np.ndarray, ids: Sequence[str], see
     """
     require(len(classes) >= 2, f"labels: {len(classes)} class; a wrong word needs another")
     found = np.full(len(y_N), -1)
-    for i in np.flatnonzero(y_N >= 0):
+    for i in np.flatnonzero(y_N >= 0).tolist():
         digest = hashlib.sha256(repr([seed, "word", ids[i]]).encode()).digest()
         step = 1 + int.from_bytes(digest[:8], "little") % (len(classes) - 1)
         found[i] = (y_N[i] + step) % len(classes)

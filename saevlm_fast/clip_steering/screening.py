@@ -44,8 +44,7 @@ def screened(
 
         mask_BT1 = stream.mask(batch.x_BTD)
         image_N = torch.arange(len(batch)).repeat_interleave(batch.x_BTD.shape[1]).to(batch.x_BTD.device)
-        with torch.no_grad():
-            tokens = units.read(batch.x_BTD.flatten(0, 1))
+        tokens = units.read(batch.x_BTD.flatten(0, 1))
         for g_BTD in stream.gradients(batch, readings):
             g_BTD = g_BTD * mask_BT1
             if tokens.scale is not None:

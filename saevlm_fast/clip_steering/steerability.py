@@ -52,7 +52,6 @@ class ReferenceSums:
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._n_tokens = self._skip = 0
 
-    @torch.no_grad()
     def add(self, x_BTD: Tensor, mask_BT: Tensor) -> None:
         """The streams of B images, and which tokens are chosen."""
         x_ND = x_BTD[mask_BT]
@@ -140,8 +139,7 @@ class Steering:
         # Units that are moved together: as many rows as a batch of images has.
         self.at_once = max(1, stream.batch_size // max((len(batch) for batch in self.batches), default=1))
         self.n_images = sum(len(batch) for batch in self.batches)
-        with torch.no_grad():
-            self._tokens: list[Tokens] = [units.read(batch.x_BTD.flatten(0, 1)) for batch in self.batches]
+        self._tokens: list[Tokens] = [units.read(batch.x_BTD.flatten(0, 1)) for batch in self.batches]
 
     @torch.no_grad()
     def changes(self, units_J: Tensor, target_J: Tensor) -> Changes:

@@ -120,6 +120,7 @@ class Latents:
         self.sae, self.n, self.width = sae, sae.config.d_sae, sae.config.d_in
         self.W_SD = sae.W_dec.detach().float()
 
+    @torch.no_grad()
     def read(self, x_ND: Tensor) -> "LatentTokens":
         """Codes of the tokens."""
         return LatentTokens(encode_tokens(self.sae, x_ND), self.W_SD)
