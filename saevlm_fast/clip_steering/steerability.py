@@ -1,4 +1,4 @@
-"""Which units, moved, change what a CLIP says of images (docs/recipe.md section 6; measures of arXiv 2504.08729).
+"""Which units, moved, change what a CLIP says of images (docs/papers/steering-clip.md; after arXiv 2504.08729).
 
 A unit f is moved to alpha times its 99th percentile (of its values above 0 on the tokens of the reference images) on
 all chosen tokens; what the SAE does not reconstruct is kept. With P_i(c) the softmax over C words of image i,

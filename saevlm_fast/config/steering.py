@@ -71,7 +71,7 @@ class ScoreRun(Settings):
 
 @dataclass(frozen=True)
 class SteerabilityConfig(Settings):
-    """What is asked of units; docs/recipe.md section 6."""
+    """What is asked of units; docs/papers/steering-clip.md."""
 
     title = "What is asked"
     alpha: float = setting(
