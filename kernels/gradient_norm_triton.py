@@ -187,14 +187,16 @@ def norm_kernel(
     n_latents,
     n_programs,
     d_in,
+    FIRST: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """squares[side, program]: of the gradient rows of latents with several entries. Nothing where it is not needed."""
+    """squares[side - FIRST, program]: of the gradient rows of latents with several entries. Nothing where it is not
+    needed. Sides: 0 of W_dec, 1 of W_enc."""
     if tl.load(needed_ptr) != 0:
-        program, side = tl.program_id(0), tl.program_id(1)
+        program, side = tl.program_id(0), tl.program_id(1) + FIRST
         o_d = tl.arange(0, BLOCK_D)
         m_d = o_d < d_in
         total = tl.full([], 0.0, ACC)
@@ -237,7 +239,7 @@ def norm_kernel(
                         ACC,
                     )
                     total += tl.sum(g * g, axis=0)
-        tl.store(squares_ptr + side * n_programs + program, total)
+        tl.store(squares_ptr + (side - FIRST) * n_programs + program, total)
 
 
 @triton.jit(do_not_specialize=["n_squares"])
@@ -375,14 +377,16 @@ def launch_clip(
     betas: tuple[float, float],
     eps: float,
     b_dec: tuple[Tensor, Tensor, Tensor],
+    frozen: str | None = None,
 ) -> Tensor:
-    """The clip factor [1]; and b_dec with its moments moved in place."""
+    """The clip factor [1]; and b_dec with its moments moved in place. frozen: as of launch_totals."""
     n_latents, d_in = len(totals.db_enc_S), entries.centred_BD.shape[1]
     sum_dtype, ACC = accumulator(entries.acts_M.dtype)
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=4)
     n_programs = min(NORM_PROGRAMS, n_latents)
-    squares = torch.empty(2 * n_programs, dtype=sum_dtype, device=entries.acts_M.device)
-    norm_kernel[(n_programs, 2)](
+    n_sides = 2 if frozen is None else 1
+    squares = torch.empty(n_sides * n_programs, dtype=sum_dtype, device=entries.acts_M.device)
+    norm_kernel[(n_programs, n_sides)](
         *entries[:7],
         entries.partials[0],
         entries.partials[1],
@@ -392,6 +396,7 @@ def launch_clip(
         n_latents,
         n_programs,
         d_in,
+        FIRST=1 if frozen == "W_dec" else 0,
         CHUNK=CHUNK,
         BLOCK_P=NORM_STEP,
         BLOCK_D=block_d,
@@ -407,7 +412,7 @@ def launch_clip(
         decision.db_dec_D,
         schedule,
         *b_dec,
-        2 * n_programs,
+        n_sides * n_programs,
         d_in,
         LIMIT=clip_norm,
         BETA1=betas[0],

@@ -3,6 +3,7 @@
 Equals, for W [S, D] whose row s belongs to latent s, with g and clip from latent_gradient.py,
 
     Adam(W, clip * g);  W /= W.norm(dim=1, keepdim=True)                             # unit norm: decoder only
+    W into the cone of its first rows                                                # a soft-frozen decoder only
 
 Adam moves every latent, so all of W is read and written: 24 bytes a parameter, the floor of a training step beside the
 encoder's GEMM. The CPU, whose path this is, goes by blocks of rows that stay in cache, a block's gradient made on the
@@ -34,6 +35,34 @@ class AdamSettings(NamedTuple):
         return self.lr / (1 - self.betas[0] ** self.step), math.sqrt(1 - self.betas[1] ** self.step)
 
 
+class Cone(NamedTuple):
+    """Where a soft-frozen decoder's unit rows may be: at a cosine of at least `cosine` with the unit rows_SD."""
+
+    rows_SD: Tensor
+    cosine: float
+
+    def hold_(self, W_SD: Tensor, start: int = 0) -> None:
+        """Moves rows start .. of unit rows, in place, to the nearest that are inside; the others keep their bits.
+
+        w -> tau w0 + sqrt(1 - tau^2) w_perp / |w_perp| with w_perp = w - (w . w0) w0. A row opposite to its first one,
+        which has no nearest, becomes that. A GPU is asked nothing.
+        """
+        w0_SD = self.rows_SD[start : start + len(W_SD)]
+        cosine_S1 = (W_SD * w0_SD).sum(1, keepdim=True)
+        if W_SD.is_cuda:
+            W_SD.copy_(torch.where(cosine_S1 < self.cosine, self._edge(W_SD, w0_SD, cosine_S1), W_SD))
+            return
+        outside = (cosine_S1 < self.cosine).squeeze(1).nonzero().squeeze(1)
+        if len(outside):
+            W_SD.index_copy_(0, outside, self._edge(W_SD[outside], w0_SD[outside], cosine_S1[outside]))
+
+    def _edge(self, W_SD: Tensor, w0_SD: Tensor, cosine_S1: Tensor) -> Tensor:
+        across_SD = W_SD - cosine_S1 * w0_SD
+        length_S1 = torch.linalg.vector_norm(across_SD, dim=1, keepdim=True)
+        edge_SD = self.cosine * w0_SD + math.sqrt(1 - self.cosine**2) * across_SD / length_S1
+        return torch.where(length_S1 == 0, w0_SD, edge_SD)
+
+
 def latent_update_(
     W_SD: Tensor,
     exp_avg_SD: Tensor,
@@ -43,6 +72,7 @@ def latent_update_(
     clip: Tensor,
     adam: AdamSettings,
     unit_norm: bool,
+    cone: Cone | None = None,
 ) -> None:
     """Clip, Adam and (for the decoder) unit row norm over all S latents, in place.
 
@@ -55,6 +85,7 @@ def latent_update_(
         clip: 0-d factor from `clip_coefficient`.
         adam: settings of this step.
         unit_norm: renormalise the rows of W afterwards.
+        cone: that they are then held in.
     """
     eps = torch.finfo(W_SD.dtype).eps
     blocks = row_blocks(len(W_SD), W_SD)
@@ -73,6 +104,8 @@ def latent_update_(
         if unit_norm:
             # Not vecdot, which writes the products out: 3 times the time (measured).
             w_SD.mul_((torch.linalg.vector_norm(w_SD, dim=1, keepdim=True) + eps).reciprocal_())
+        if cone is not None:
+            cone.hold_(w_SD, start)
 
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:

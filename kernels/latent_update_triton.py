@@ -4,11 +4,14 @@
     g = sum over latent s's entries of dact * centred[row]                           encoder
     W[s], m[s], v[s] = Adam(clip * (g + auxiliary row));  W[s] /= |W[s]| + eps       (unit norm: decoder)
     low[s], |w|, |w - low|; b_enc[s] by Adam on clip * db_enc[s]                     (encoder)
+    W[s] into the cone of its first row                                              (a soft-frozen decoder)
+    b_enc[s] alone                                                                   (a frozen encoder)
 
 No gradient row is written. What changes from step to step (the clip factor, the learning rate with its bias correction)
 is read from the device: a captured CUDA graph can be replayed. docs/kernels.md section 4
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,11 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import TINY
+from .latent_update import Cone
 from .segment_sum_triton import CHUNK, accumulator
 from .step_entries_triton import Entries, latent_row
 from .step_rows_triton import whole_row_block
 
 LATENTS = 2  # of a program
+BLOCK_S = 1024  # biases of a program
 UPDATE_STEP = 1  # entries whose row loads are in flight together
 
 
@@ -34,6 +39,60 @@ def adam(p, exp_avg, exp_avg_sq, g, schedule_ptr, BETA1: tl.constexpr, BETA2: tl
     exp_avg_sq = BETA2 * exp_avg_sq + (1 - BETA2) * g * g
     p -= step_size * exp_avg / (tl.sqrt(exp_avg_sq) / bias2_sqrt + EPS)
     return p, exp_avg, exp_avg_sq
+
+
+@triton.jit
+def moved(
+    p_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    o,
+    m,
+    g,
+    schedule_ptr,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """Adam on some numbers in place."""
+    p = tl.load(p_ptr + o, mask=m, other=0.0).to(g.dtype)
+    exp_avg, exp_avg_sq = tl.load(exp_avg_ptr + o, mask=m, other=0.0), tl.load(exp_avg_sq_ptr + o, mask=m, other=0.0)
+    p, exp_avg, exp_avg_sq = adam(p, exp_avg.to(g.dtype), exp_avg_sq.to(g.dtype), g, schedule_ptr, BETA1, BETA2, EPS)
+    tl.store(p_ptr + o, p.to(p_ptr.dtype.element_ty), mask=m)
+    tl.store(exp_avg_ptr + o, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=m)
+    tl.store(exp_avg_sq_ptr + o, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def held_in_cone(w, first, COSINE: tl.constexpr, SINE: tl.constexpr):
+    """A unit row; if its cosine with a first one is below COSINE, the nearest of that cosine (latent_update.Cone)."""
+    cosine = tl.sum(w * first, axis=0)
+    across = w - cosine * first
+    length = tl.sqrt(tl.sum(across * across, axis=0))
+    edge = COSINE * first + SINE * across / tl.where(length == 0, 1.0, length)
+    edge = tl.where(length == 0, first, edge)
+    return tl.where(cosine < COSINE, edge, w)
+
+
+@triton.jit(do_not_specialize=["n_latents"])
+def bias_kernel(
+    totals_ptr,
+    clip_ptr,
+    schedule_ptr,
+    b_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    n_latents,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """b_enc alone, of a frozen encoder."""
+    o = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    m = o < n_latents
+    g = tl.load(totals_ptr + o, mask=m, other=0.0) * tl.load(clip_ptr)
+    moved(b_ptr, exp_avg_ptr, exp_avg_sq_ptr, o, m, g, schedule_ptr, BETA1, BETA2, EPS)
 
 
 @triton.jit(do_not_specialize=["n_latents"])
@@ -57,10 +116,14 @@ def update_kernel(
     low_ptr,
     low_norm_ptr,
     low_error_ptr,
+    first_ptr,
     n_latents,
     low_stride,
     d_in,
     DECODER: tl.constexpr,
+    CONE: tl.constexpr,
+    COSINE: tl.constexpr,
+    SINE: tl.constexpr,
     HAS_AUX: tl.constexpr,
     HAS_LOW: tl.constexpr,
     BETA1: tl.constexpr,
@@ -100,13 +163,11 @@ def update_kernel(
             w = tl.where(m_d, w, 0.0)  # a NaN step size makes NaN of the lanes behind the row too
             if DECODER:
                 w *= 1.0 / (tl.sqrt(tl.sum(w * w, axis=0)) + NORM_EPS)
+                if CONE:
+                    first = tl.load(first_ptr + o, mask=m_d, other=0.0, eviction_policy="evict_first").to(ACC)
+                    w = held_in_cone(w, first, COSINE, SINE)
             else:
-                b = tl.load(b_ptr + s).to(ACC)
-                b_m, b_v = tl.load(b_exp_avg_ptr + s).to(ACC), tl.load(b_exp_avg_sq_ptr + s).to(ACC)
-                b, b_m, b_v = adam(b, b_m, b_v, total * clip, schedule_ptr, BETA1, BETA2, EPS)
-                tl.store(b_ptr + s, b.to(b_ptr.dtype.element_ty))
-                tl.store(b_exp_avg_ptr + s, b_m.to(b_exp_avg_ptr.dtype.element_ty))
-                tl.store(b_exp_avg_sq_ptr + s, b_v.to(b_exp_avg_sq_ptr.dtype.element_ty))
+                moved(b_ptr, b_exp_avg_ptr, b_exp_avg_sq_ptr, s, True, total * clip, schedule_ptr, BETA1, BETA2, EPS)
                 if HAS_LOW:
                     low = w.to(tl.float32).to(low_ptr.dtype.element_ty)
                     tl.store(low_ptr + s * low_stride + o_d, low, mask=m_d)
@@ -138,11 +199,13 @@ def launch_update(
     b: tuple[Tensor, Tensor, Tensor] | None,
     aux: tuple[Tensor, Tensor] | None = None,
     low: tuple[Tensor, Tensor, Tensor] | None = None,
+    cone: Cone | None = None,
     latents: int = LATENTS,
 ) -> None:
     """W_dec (b None) or W_enc with b_enc, each with its moments, in place. aux: rows [A, D] and slots int32 [S].
 
     low: where the encoder's copy of W_enc goes, [S, at least D], and upper bounds of |w| and |w - low|, float32 [S].
+    cone: that the rows of W_dec are held in.
     """
     n_latents, d_in = W[0].shape
     _, ACC = accumulator(W[0].dtype)
@@ -165,10 +228,14 @@ def launch_update(
         *W,
         *(b or W),
         *(low or W),
+        W[0] if cone is None else cone.rows_SD,
         n_latents,
         d_in if low is None else low[0].stride(0),
         d_in,
         DECODER=decoder,
+        CONE=cone is not None,
+        COSINE=0.0 if cone is None else cone.cosine,
+        SINE=0.0 if cone is None else math.sqrt(1 - cone.cosine**2),
         HAS_AUX=aux is not None,
         HAS_LOW=low is not None,
         BETA1=scalars.betas[0],
@@ -182,4 +249,20 @@ def launch_update(
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
+    )
+
+
+def launch_bias(totals_S: Tensor, scalars: Scalars, b: tuple[Tensor, Tensor, Tensor]) -> None:
+    """b_enc with its moments, in place, where W_enc does not learn."""
+    bias_kernel[(triton.cdiv(len(totals_S), BLOCK_S),)](
+        totals_S,
+        scalars.clip,
+        scalars.schedule,
+        *b,
+        len(totals_S),
+        BETA1=scalars.betas[0],
+        BETA2=scalars.betas[1],
+        EPS=scalars.eps,
+        BLOCK_S=BLOCK_S,
+        num_warps=4,
     )

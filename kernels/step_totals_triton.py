@@ -57,6 +57,8 @@ def totals_kernel(
     n_latents,
     n_rows,
     d_in,
+    DECODER: tl.constexpr,
+    ENCODER: tl.constexpr,
     SLACK: tl.constexpr,
     LATENTS: tl.constexpr,
     TILE_E: tl.constexpr,
@@ -67,7 +69,7 @@ def totals_kernel(
 ):
     """LATENTS latents: totals of their entries, and db_parts[program] = sum of db_enc * W_enc over them.
 
-    square_parts[program] = (squares that are exact, bound of the others).
+    square_parts[program] = (squares that are exact, bound of the others), of W_dec's gradient (DECODER) and W_enc's.
     """
     program = tl.program_id(0).to(tl.int64)
     o_s = program * LATENTS + tl.arange(0, LATENTS)
@@ -102,8 +104,12 @@ def totals_kernel(
     tl.store(idle_ptr + o_s, tl.where(fires > 0, 0, idle + n_rows), mask=m_s)
 
     slack = tl.where(counts > 1, SLACK, 1.0).to(ACC)
-    across = dec * slack * dec * slack - par * par  # Pythagoras: rows of W_dec are unit
-    squares = tl.where(across < 0, 0.0, across) + enc * slack * enc * slack
+    squares = tl.zeros_like(enc)
+    if DECODER:
+        across = dec * slack * dec * slack - par * par  # Pythagoras: rows of W_dec are unit
+        squares += tl.where(across < 0, 0.0, across)
+    if ENCODER:
+        squares += enc * slack * enc * slack
     exact = tl.where(counts > 1, 0.0, squares) + db * db
     tl.store(square_parts_ptr + 2 * program, tl.sum(exact, axis=0))
     tl.store(square_parts_ptr + 2 * program + 1, tl.sum(tl.where(counts > 1, squares, 0.0), axis=0))
@@ -133,8 +139,8 @@ class Totals(NamedTuple):
     square_parts: Tensor
 
 
-def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor) -> Totals:
-    """Totals, and idle_S moved on in place."""
+def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor, frozen: str | None = None) -> Totals:
+    """Totals, and idle_S moved on in place. frozen: W_enc or W_dec, whose gradient has no part in the norm."""
     n_latents, d_in = W_enc_SD.shape
     sum_dtype, ACC = accumulator(W_enc_SD.dtype)
     latents = LATENTS_MANY if n_latents >= MANY else LATENTS
@@ -152,6 +158,8 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
         n_latents,
         len(rows.x_norms_B),
         d_in,
+        DECODER=frozen != "W_dec",
+        ENCODER=frozen != "W_enc",
         SLACK=SLACK,
         LATENTS=latents,
         TILE_E=TILE_E,

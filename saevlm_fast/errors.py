@@ -17,7 +17,7 @@ class ImageError(ValueError):
 
 
 class Doubt(UserWarning):
-    """What the files of an SAE do not say and was assumed; shown once."""
+    """What stops nothing and is shown once: what files of an SAE do not say and was assumed, a logger that failed."""
 
 
 class Interrupted(Exception):

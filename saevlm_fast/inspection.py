@@ -172,6 +172,7 @@ def _sae(path: Path, spec: str | Path | None = None) -> Description:
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "k": config.k,
+        "control": config.control,
         "group_sizes": list(config.group_sizes),
         "threshold": header.threshold,
         "input_norm": config.input_norm,
@@ -387,20 +388,26 @@ def _sae_rows(description: Description) -> list[tuple[str, str]]:
     threshold, groups, norm = description["threshold"], description["group_sizes"], description["input_norm"]
     between = isinstance(threshold, tuple)
     shown = f"{threshold[0]:.6g} to {threshold[1]:.6g}, one a latent" if between else f"{threshold or 0:.6g}"
-    k = description["k"]
+    k, control = description["k"], description["control"]
     return [
         ("format", description["format"]),
         ("architecture", description["architecture"]),
+        *([("control", control)] if control is not None else []),
         ("d_in -> d_sae", shape_text(description)),
         ("k", "not known" if k is None else str(k)),
         *([("groups", ", ".join(f"{size:,}" for size in groups))] if len(groups) > 1 else []),
         *([("threshold", shown)] if threshold is not None else []),
         *([("input", norm)] if norm != "none" else []),
+        *([("centred", _centred_text(description["metadata"]))] if "mean_norm" in description["metadata"] else []),
         ("dtype", description["dtype"]),
         ("SHA-256", description["weights_sha256"] or "no digest recorded"),
         *((f"metadata: {name}", value) for name, value in short_values(description["metadata"])),
         *(("DOUBT", doubt) for doubt in description["doubts"]),
     ]
+
+
+def _centred_text(metadata: dict[str, Any]) -> str:
+    return f"trained less the mean of its data, of norm {metadata['mean_norm']:.6g}, which b_dec holds"
 
 
 def _run_rows(description: Description) -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ from typing import Any
 
 from saevlm_fast.errors import printable, require
 from saevlm_fast.files import TEMPORARY_PREFIX, remove_leftovers_of
+from saevlm_fast.urls import redacted_text
 
 LOCK_FILE = ".lock"  # of an output that is a directory: it lies in it
 REPLACEMENT = ".replacement"
@@ -193,7 +194,7 @@ def _this_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(interpreter).name, *words])[:_LONGEST_COMMAND],
+        "command": shlex.join([Path(interpreter).name, *map(redacted_text, words)])[:_LONGEST_COMMAND],
     }
 
 

@@ -87,9 +87,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
         """Random unit decoder rows, W_enc = W_dec^T, zero biases. Drawn on the CPU: one seed, one SAE on any device."""
-        generator = torch.Generator().manual_seed(seed)
-        rows_SD = torch.randn(self.config.d_sae, self.config.d_in, generator=generator, dtype=torch.float64)
-        rows_SD /= rows_SD.norm(dim=1, keepdim=True)
+        rows_SD = first_rows(self.config, seed)
         self.W_dec.copy_(rows_SD)
         self.W_enc.copy_(rows_SD.T)
         self.b_enc.zero_()
@@ -155,11 +153,8 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: a wrong last dimension, a threshold that was never calibrated, or a k that is not known.
         """
-        x = self._checked(x)
+        x = self._normalised(x)
         check_kind("use_threshold", use_threshold, (bool, type(None)), "true, false or None")
-        statistics = self._statistics(x)
-        if statistics is not None:
-            x = (x - statistics.mean) / statistics.divisor
         weights = (x.reshape(-1, self.config.d_in), self.W_enc, self.b_enc, self.b_dec)
         shape = (*x.shape[:-1], self.config.d_sae)
         if self.config.architecture == "topk":
@@ -179,6 +174,22 @@ class SparseAutoencoder(nn.Module):
         require(threshold >= 0, "threshold: not calibrated; train the SAE, or encode with use_threshold=False")
         acts_M, latents_M, row_offsets = threshold_encode(*weights, threshold)
         return SparseCodes(acts_M, latents_M, row_offsets, shape)
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """What `encode` cuts: (n(x) - b_dec) W_enc + b_enc of all latents, [..., d_sae].
+
+        n is the normalisation of the input, if the SAE has one. N * d_sae numbers: for small uses.
+
+        Raises:
+            ValueError: a wrong last dimension.
+        """
+        return (self._normalised(x) - self.b_dec) @ self.W_enc + self.b_enc
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """n(x). ValueError: it is no tensor [..., d_in]."""
+        x = self._checked(x)
+        statistics = self._statistics(x)
+        return x if statistics is None else (x - statistics.mean) / statistics.divisor
 
     def _checked(self, x: Tensor) -> Tensor:
         """x as kernels take it. ValueError: it is no tensor [..., d_in]."""
@@ -331,6 +342,14 @@ def _config_of(described: PlainSAE | Header) -> SAEConfig:
         described.input_norm,
         described.eps if described.input_norm == "layer_norm" else SAEConfig.eps,
     )
+
+
+def first_rows(config: SAEConfig, seed: int) -> Tensor:
+    """The decoder rows that a seed begins with: random unit rows [d_sae, d_in], float64 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    rows_SD = torch.randn(config.d_sae, config.d_in, generator=generator, dtype=torch.float64)
+    rows_SD /= rows_SD.norm(dim=1, keepdim=True)
+    return rows_SD
 
 
 def check_sae(sae: object, name: str = "sae") -> None:

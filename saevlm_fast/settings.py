@@ -20,6 +20,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from saevlm_fast.errors import check_kind, require, shown
+from saevlm_fast.urls import is_url, remote_path
 
 _KEY = "setting"
 NUMBERS: dict[Any, tuple[str, Any]] = {  # kind -> its name, what is accepted for it
@@ -44,7 +45,9 @@ class Setting:
         option: name on the command line and in a file, where that is not the field's.
         positional: given by its place. on_command_line, in_file: where it can be given.
         recorded: written into settings.toml. Not what says how a call is made, as resume.
+        swept: several values, separated by commas, make several results of one run. tables: of that, tables of a file.
         instead_of: names of what it excludes; given on the command line, it replaces them in a file.
+        remote: a path that may be a URL (urls.py).
     """
 
     help: str
@@ -62,7 +65,10 @@ class Setting:
     on_command_line: bool = True
     in_file: bool = True
     recorded: bool = True
+    swept: bool = False
+    tables: bool = False
     instead_of: tuple[str, ...] = ()
+    remote: bool = False
 
     def allows(self, value: float) -> bool:
         """Whether a number is within the limits; NaN is within none."""
@@ -85,6 +91,10 @@ class Setting:
         if self.above is not None:
             return "positive" if self.above == 0 else f"above {self.above:g}"
         return ""
+
+
+class Several(tuple[Any, ...]):
+    """Values of one setting, of a run that has several results."""
 
 
 def setting(default: Any = MISSING, *, help: str, factory: Any = None, **more: Any) -> Any:
@@ -128,7 +138,9 @@ class Settings:
                 continue
             kind = kinds_of(cls)[name]
             if kind is Path:
-                object.__setattr__(self, name, path_of(name, value))
+                value = path_of(name, value)
+                object.__setattr__(self, name, value)
+                _check_here(name, known, value)
             elif kind in NUMBERS:
                 what, accepted = NUMBERS[kind]
                 fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
@@ -143,6 +155,8 @@ class Settings:
                 check_kind(name, value, str, "a text")
             elif get_origin(kind) is tuple:
                 object.__setattr__(self, name, _plain(name, several(name, value), get_args(kind)[0]))
+                for each in getattr(self, name) if get_args(kind)[0] is Path else ():
+                    _check_here(name, known, each)
             if kind is Path or kind is bool:
                 continue
             if choices:
@@ -221,6 +235,12 @@ def _plain(name: str, values: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:
     return tuple(value if isinstance(value, int | float) else kind(value) for value in values)
 
 
+def _check_here(name: str, known: Setting, path: Any) -> None:
+    """ValueError: a URL where only a path on this machine will do."""
+    here = known.remote or not is_url(path)
+    require(here, f"{name}: {path} is elsewhere; a path on this machine is needed")
+
+
 def _without_none(kind: Any) -> Any:
     if get_origin(kind) in (Union, UnionType):
         (kind,) = (each for each in get_args(kind) if each is not type(None))
@@ -252,12 +272,12 @@ def default_of(cls: type, name: str) -> Any:
 
 
 def path_of(name: str, text: Any) -> Path:
-    """A path. ValueError: it is empty, which is not the working directory, or holds a NUL."""
+    """A path, or a URL as one. ValueError: it is empty, which is not the working directory, or holds a NUL."""
     check_kind(name, text, (str, os.PathLike), "a path")
     path = os.fspath(text)
     require(path != "", f"{name}: is empty; . is the working directory")
     require("\0" not in path, f"{name}: {path!r} holds a NUL")
-    return Path(path)
+    return remote_path(text) if is_url(text) else Path(path)
 
 
 def integer(name: str, text: str) -> int:

@@ -9,10 +9,11 @@ import saevlm_fast
 PACKAGE = Path(saevlm_fast.__file__).parent
 # From the bottom to the top. Rooms of one line are neighbours that do not know each other.
 ORDER = (
-    ("errors",),
+    ("errors", "urls"),
     ("settings",),
     ("config", "files", "runtime"),
     ("outputs", "records"),
+    ("remote",),
     ("kernels", "box"),
     ("sparse_codes", "formats"),
     ("sae",),
@@ -22,12 +23,13 @@ ORDER = (
     ("provenance",),
     ("harvesting",),
     ("training", "scoring"),
-    ("publishing", "look"),
-    ("steering",),
+    ("publishing", "steering"),
     ("measures",),
+    ("look",),
     ("clip_steering",),
     ("demo", "box_making"),
     ("inspection",),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )

@@ -39,6 +39,9 @@ def test_tensors_and_arrays_are_activations(sae):
         (lambda sae: sf.train(3, CONFIG), "activations: 3 is not Activations"),
         (lambda sae: sf.train(X, 64), "sae_config: 64 is not an SAEConfig"),
         (lambda sae: sf.train(X, CONFIG, {"steps": 3}), "config: {'steps': 3} is not a TrainConfig"),
+        (lambda sae: sf.train(X, CONFIG, mono_embeddings=3, mono_weight=0.1), "mono_embeddings: 3 is not Activations"),
+        (lambda sae: sf.train(X, CONFIG, mono_weight=-1), "mono_weight: -1 must be finite and positive"),
+        (lambda sae: sf.train(X, CONFIG, control="none"), "control: 'none' is not one of frozen-decoder"),
         (lambda sae: sf.train(X, CONFIG, steps=2.5), "steps: 2.5 is not a whole number"),
         (lambda sae: sf.train(X, CONFIG, steps=True), "steps: True is not a whole number"),
         (lambda sae: sf.train(X, CONFIG, steps="many"), "steps: 'many' is not a whole number"),
@@ -199,7 +202,8 @@ def calls(sae, tmp_path_factory):
         "measure": (
             sf.measure,
             {"saes": sae, "activations": X, "embeddings": E, "labels": ["a", "b", "c"] * 100, "taxonomy": None}
-            | {"controls": (), "pool": "max", "batch_rows": 128, "behaviour": None, "output": None},
+            | {"controls": (), "pool": "max", "batch_rows": 128, "behaviour": None, "output": None}
+            | {"patch_labels": None, "random_activations": None},
         ),
         "show": (
             sf.show,

@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 
 from saevlm_fast.cli.options import app
-from saevlm_fast.cli.terminal import doubts_once, err, out, refuse
+from saevlm_fast.cli.terminal import doubts_once, err, out, refuse, shown
 from saevlm_fast.cli.usage import run_app
-from saevlm_fast.errors import Interrupted, first_line, printable, require
+from saevlm_fast.errors import Interrupted, first_line, require
 
 # Each makes itself a command of the app, in this order.
 _COMMANDS = (
     *("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report"),
     *("steer", "steering_score", "steerability", "erase", "human_agreement"),
-    *("inspect", "convert", "push", "pull"),
+    *("inspect", "doctor", "convert", "push", "pull"),
 )
 for _name in _COMMANDS:
     import_module(f"saevlm_fast.cli.{_name}")
@@ -43,7 +43,7 @@ def main() -> None:
         refuse(str(error) or type(error).__name__)  # a MemoryError has no words
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as error:
-        err.print(printable(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
+        err.print(shown(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
         sys.exit(130)
     sys.exit(code)
 

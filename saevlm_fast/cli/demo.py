@@ -78,7 +78,7 @@ def plan(options: DemoArguments) -> Plan:
     n_scenes = sum(N_SCENES.values()) + sum(N_PATCH_SCENES.values())
     figures = {
         "scenes": n_scenes,
-        "SAEs": f"3 of {sae.d_in} -> {sae.d_sae}, {config.steps:,} steps together",
+        "SAEs": f"3 of {sae.d_in} -> {sae.d_sae}, {config.n_steps:,} steps together",
         **memory_figures(device, training_memory(sae, config.batch_size)),
         **disk_figures(options.output, 3 * training_disk(sae)),
         **{f"training_{name}": value for name, value in timed.items()},

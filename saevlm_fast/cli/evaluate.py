@@ -7,16 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saevlm_fast.cli.evaluate_model import SplicedArguments, open_behaviour, print_behaviour
+from saevlm_fast.cli.evaluate_masks import MaskArguments, open_masks
+from saevlm_fast.cli.evaluate_model import SplicedArguments, open_behaviour
+from saevlm_fast.cli.evaluate_print import print_evaluation
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
-from saevlm_fast.cli.terminal import Bar, print_table, print_wide_table, say, warn
+from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
-from saevlm_fast.settings import setting, texts
+from saevlm_fast.settings import path_of, setting, texts
+from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
+    from saevlm_fast.data.rows import Activations
     from saevlm_fast.measures.inputs import Inputs
     from saevlm_fast.measures.measure import Evaluation
     from saevlm_fast.measures.subjects import Subject
@@ -27,7 +31,6 @@ CONTROLS = ("untrained", "rotation", "raw", "pca", "kmeans")  # those of measure
 _OURS = (EVALUATION, LATENTS, PAIRS, "parts", PICTURE, SETTINGS_FILE)
 _LATENT_BYTES = 400  # of both tables, about
 _ENTRY_BYTES = 24
-_SHORT = {"better, seeds missing": "better", "does not separate: not better": "NO"}
 _NO_LABELS, _FROM_STORE = "none", "store"
 
 
@@ -42,7 +45,7 @@ def _controls(name: str, text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments(SplicedArguments, WorkOptions):
+class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
     """Options of `saevlm-fast evaluate`."""
 
     title = "What is measured"
@@ -50,7 +53,7 @@ class EvaluateArguments(SplicedArguments, WorkOptions):
         help="SAE directories, separated by commas, or the option given again; seeds of one shape make a group.",
         parse=texts,
     )
-    activations: Path = setting(help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.")
+    activations: Path = setting(help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", remote=True)
     output: Path = setting(help="Directory for evaluation.json, a table of latents for every SAE, and finished parts.")
     embeddings: tuple[str, ...] = setting(
         (), help="Image embeddings for the Monosemanticity Score, row i of image i; several, as --sae.", parse=texts
@@ -65,6 +68,11 @@ class EvaluateArguments(SplicedArguments, WorkOptions):
         help=f"Measured beside, at the same L0: all, or of {', '.join(CONTROLS)}.",
         parse=_controls,
         shown="none",
+    )
+    random_activations: Path | None = setting(
+        None,
+        help="Of the same images through the tower of random weights (harvest --random-weights), for the SAEs among "
+        "--sae that were trained on such: a control.",
     )
     compat: Literal["none", "visaebench"] = setting("none", help="Numbers as another benchmark computes them, as well.")
     compare: bool = setting(False, help="Match the first SAE's latents with those of each other.")
@@ -86,7 +94,7 @@ class EvaluateArguments(SplicedArguments, WorkOptions):
         needs_labels = self.taxonomy is None or self.labels != _NO_LABELS
         require(needs_labels, "taxonomy: it is about labels, and --labels none leaves them out")
         require(self.compat == "none" or self.pool == "max", "compat: visaebench pools by the maximum; give --pool max")
-        path = Path(self.labels)
+        path = path_of("labels", self.labels)
         known = self.labels in (_FROM_STORE, _NO_LABELS) or path.suffix in (".csv", ".parquet")
         require(known, f"labels: {self.labels!r} is not store, none, FILE.csv or FILE.parquet")
 
@@ -96,12 +104,12 @@ class EvaluateArguments(SplicedArguments, WorkOptions):
 
 def names_of(paths: tuple[str, ...]) -> list[str]:
     """Short names of paths, each its own: the last parts that tell them apart."""
-    parts = [Path(each).absolute().parts[1:] or ("root",) for each in paths]
+    parts = [path_of("path", each).absolute().parts[1:] or ("root",) for each in paths]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-n:]) for each in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"sae, embeddings: a path is given twice among {', '.join(paths)}")
+    raise ValueError(f"sae, embeddings: a path is given twice among {redacted_text(', '.join(paths))}")
 
 
 def open_subjects(options: EvaluateArguments) -> "tuple[list[Subject], dict[str, SparseAutoencoder]]":
@@ -128,17 +136,11 @@ def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencode
     from saevlm_fast.data.label_sets import LabelSet, read_labels
     from saevlm_fast.data.rows import open_activations
     from saevlm_fast.measures.inputs import Inputs
+    from saevlm_fast.measures.measure import RANDOM_WEIGHTS, control_of
     from saevlm_fast.measures.taxonomy import read_taxonomy
-    from saevlm_fast.provenance import check_rows_of
 
     activations = open_activations(options.activations)
-    for sae in saes.values():
-        require(
-            sae.config.d_in == activations.d,
-            f"sae: d_in is {sae.config.d_in}, but the activations have width {activations.d}",
-        )
-        if (doubt := check_rows_of(sae, activations)) is not None:
-            warn(f"{doubt}; its codes of {activations.path} may mean little")
+    _check_rows({name: sae for name, sae in saes.items() if control_of(sae) != RANDOM_WEIGHTS}, activations)
     embeddings = {
         name: open_activations(path)
         for name, path in zip(names_of(options.embeddings) if options.embeddings else (), options.embeddings)
@@ -150,12 +152,58 @@ def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencode
         sets = [LabelSet.of(labels)] if any(each is not None for each in labels) else []
     else:
         sets = [] if options.labels == _NO_LABELS else read_labels(options.labels, inputs.rows.ids)
-    inputs = replace(inputs, label_sets=tuple(sets), compat=options.compat == "visaebench")
+    inputs = replace(
+        inputs,
+        label_sets=tuple(sets),
+        compat=options.compat == "visaebench",
+        patch_labels=open_masks(options, activations),
+    )
     inputs.check()
     if options.model is not None:
         behaviour = open_behaviour(options, options.labels, options.device, activations, saes)
         inputs = replace(inputs, behaviour=behaviour)
     return inputs
+
+
+def _check_rows(saes: "Mapping[str, SparseAutoencoder]", activations: "Activations") -> None:
+    from saevlm_fast.provenance import check_rows_of
+
+    for name, sae in saes.items():
+        require(
+            sae.config.d_in == activations.d,
+            f"sae: d_in of {name} is {sae.config.d_in}, but the activations have width {activations.d}",
+        )
+        if (doubt := check_rows_of(sae, activations)) is not None:
+            warn(f"{doubt}; its codes of {activations.path} may mean little")
+
+
+def open_random_inputs(
+    options: EvaluateArguments, saes: "Mapping[str, SparseAutoencoder]", inputs: "Inputs"
+) -> "Inputs | None":
+    """The same with the activations of random weights; None without these. ValueError: of another tower or images."""
+    from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.measures.measure import RANDOM_WEIGHTS, control_of
+
+    mine = {name: sae for name, sae in saes.items() if control_of(sae) == RANDOM_WEIGHTS}
+    if options.random_activations is None:
+        require(
+            not mine,
+            f"sae: {', '.join(mine)}: trained on a tower of random weights; give its activations, --random-activations",
+        )
+        return None
+    require(bool(mine), "random_activations: no SAE among --sae was trained on a tower of random weights")
+    activations = open_activations(options.random_activations)
+    _check_rows(mine, activations)
+    there = replace(inputs, activations=activations, behaviour=None)
+    require(
+        there.rows.ids == inputs.rows.ids,
+        f"random_activations: {activations.path} is of other images, or in another order, than {options.activations}",
+    )
+    require(
+        inputs.patch_labels is None or activations.n_rows == inputs.activations.n_rows,
+        f"random_activations: {activations.n_rows} rows, not {inputs.activations.n_rows}; masks are of rows",
+    )
+    return there
 
 
 # Where it goes --------------------------------------------------------------------------------------------------------
@@ -221,6 +269,7 @@ def plan(options: EvaluateArguments) -> Plan:
     check_writable(options.output)
     subjects, saes = open_subjects(options)
     inputs = open_inputs(options, saes)
+    open_random_inputs(options, saes, inputs)
     n, n_latents = inputs.activations.n_rows, sum(each.n_latents for each in subjects)
     sample = inputs.activations.rows(_first_rows(n, options.batch_size))
     models = [subject.model for subject in subjects if isinstance(subject.model, SparseAutoencoder)]
@@ -269,14 +318,17 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any]:
         check_output(options)
         subjects, saes = open_subjects(options)
         inputs = open_inputs(options, saes)
+        on_random = open_random_inputs(options, saes, inputs)
         with working_directory(options) as place:
-            evaluation = _evaluate(options, subjects, inputs, place)
-    _print(evaluation, inputs)
+            evaluation = _evaluate(options, subjects, inputs, on_random, place)
+    print_evaluation(evaluation, inputs)
     say(f"wrote {options.output}")
     return {"output": str(options.output), **evaluation.as_json()}
 
 
-def _evaluate(options: EvaluateArguments, subjects: "list[Subject]", inputs: "Inputs", place: Path) -> "Evaluation":
+def _evaluate(
+    options: EvaluateArguments, subjects: "list[Subject]", inputs: "Inputs", on_random: "Inputs | None", place: Path
+) -> "Evaluation":
     from saevlm_fast.files import write_json_atomic
     from saevlm_fast.measures.figures import draw
     from saevlm_fast.measures.measure import evaluate_subjects
@@ -290,12 +342,14 @@ def _evaluate(options: EvaluateArguments, subjects: "list[Subject]", inputs: "In
         if done == total:
             bars.pop(name).close()
 
-    evaluation = evaluate_subjects(subjects, inputs, options.controls, options.compare, Parts(place), say, counted)
+    evaluation = evaluate_subjects(
+        subjects, inputs, options.controls, options.compare, Parts(place), say, counted, on_random
+    )
     _write_tables(evaluation, place)
     drawn = draw(evaluation, place / PICTURE)
     if not drawn:
         say(f"no {PICTURE}: matplotlib is not installed (saevlm-fast[notebook])")
-    labels = options.labels if options.labels in (_FROM_STORE, _NO_LABELS) else str(Path(options.labels).absolute())
+    labels = options.labels if options.labels in (_FROM_STORE, _NO_LABELS) else _placed(options.labels)
     as_done = replace(options, sae=_absolute(options.sae), embeddings=_absolute(options.embeddings), labels=labels)
     Record("evaluate", as_done, options.output, rows=inputs.activations.n_rows).write()
     write_json_atomic(place / EVALUATION, _document(options, inputs, evaluation))
@@ -304,19 +358,25 @@ def _evaluate(options: EvaluateArguments, subjects: "list[Subject]", inputs: "In
 
 def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
     """As settings.toml has them."""
-    return tuple(str(Path(each).absolute()) for each in paths)
+    return tuple(_placed(each) for each in paths)
+
+
+def _placed(path: str) -> str:
+    return str(path_of("path", path).absolute())
 
 
 def _document(options: EvaluateArguments, inputs: "Inputs", evaluation: "Evaluation") -> dict[str, Any]:
     given: dict[str, Any] = {
         "sae": list(options.sae),
         "activations": str(options.activations),
-        "embeddings": list(options.embeddings),
-        "labels": options.labels,
+        "embeddings": list(map(redacted_text, options.embeddings)),
+        "labels": redacted_text(options.labels),
         "label_sets": [{"name": each.name, "labels": len(each.names)} for each in inputs.label_sets],
         "taxonomy": None if options.taxonomy is None else str(options.taxonomy),
         "rows": inputs.activations.n_rows,
         "images": len(inputs.rows.ids),
+        "masks": None if options.masks is None else str(options.masks),
+        "random_activations": None if options.random_activations is None else str(options.random_activations),
         "pool": options.pool,
         "model": options.model,
         "images_shown": None if inputs.behaviour is None else len(inputs.behaviour.ids),
@@ -345,86 +405,3 @@ def _write_tables(evaluation: "Evaluation", place: Path) -> None:
         name = each.subject.name
         write_columns(place / _file(LATENTS, name), each.latents, {"subject": name})
         write_columns(place / _file(PAIRS, name), each.pairs, {"subject": name})
-
-
-# What is printed ------------------------------------------------------------------------------------------------------
-
-
-def _print(evaluation: "Evaluation", inputs: "Inputs") -> None:
-    rows = evaluation.table()
-    groups = list(dict.fromkeys(each.subject.group for each in evaluation.results))
-    for group in groups:
-        members = [each.subject for each in evaluation.results if each.subject.group == group]
-        if len(groups) > 1:
-            say(f"SAEs of one shape: {group}")
-        _print_values(members, rows)
-        _print_verdicts(group, rows)
-    judged = [each["verdict"] for row in rows for each in row["against"]]
-    if any(each.startswith("does not separate") for each in judged):
-        say("NO: does not separate from what cannot have learned (d' below 2, or not better)")
-    if any("seeds missing" in each for each in judged):
-        say("seeds missing: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
-    for pair in evaluation.compared:
-        say(
-            f"{pair['first']} and {pair['other']}: {pair['shared_share']:.1%} of latents shared (cosine .7), "
-            f"{pair['mutual_nearest']:.1%} mutual nearest, mean largest cosine {pair['mmcs'][0]:.3f} "
-            f"(random directions {pair['random'][0]:.3f})"
-        )
-    if inputs.behaviour is not None:
-        print_behaviour(evaluation)
-    if "hierarchy" not in evaluation.left_out and (gaps := inputs.beside_the_taxonomy()) is not None:
-        say(f"taxonomy: {gaps}")
-    for name, why in evaluation.left_out.items():
-        say(f"left out: {name}: {why}")
-
-
-def _print_values(members: "list[Subject]", rows: list[dict[str, Any]]) -> None:
-    """A column an SAE, and one for each control, the mean of its seeds."""
-    columns = {each.name: [each.name] for each in members if each.control is None}
-    for each in members:
-        if each.control is not None:
-            columns.setdefault(each.control, []).append(each.name)
-    several = [name for name, names in columns.items() if len(names) > 1]
-    cells = [
-        (row["measure"], *(_number(_mean([row["values"][name] for name in names])) for names in columns.values()))
-        for row in rows
-    ]
-    print_wide_table(("measure", *columns), cells)
-    if several:
-        say(f"means of {max(map(len, columns.values()))} seeds: {', '.join(several)}")
-
-
-def _mean(values: list[float]) -> float:
-    """Of the numbers that are defined; NaN of none."""
-    known = [value for value in values if value == value]
-    return sum(known) / len(known) if known else float("nan")
-
-
-def _print_verdicts(group: str, rows: list[dict[str, Any]]) -> None:
-    """What does not separate, in words, and d' where there are seeds."""
-    cells: dict[str, dict[str, str]] = {}
-    for row in rows:
-        for each in row["against"]:
-            if each["group"] != group or each["verdict"] in ("not judged", "not measured"):
-                continue
-            judged: str = each["verdict"]
-            verdict = _SHORT.get(judged, judged)
-            if each["d_prime"] == each["d_prime"]:
-                verdict = f"d' {each['d_prime']:.1f}" + ("" if verdict == "separates" else " NO")
-            cells.setdefault(row["measure"], {})[each["control"]] = verdict
-    controls = list(dict.fromkeys(control for found in cells.values() for control in found))
-    if controls:
-        lines = [(name, *(found.get(control, "-") for control in controls)) for name, found in cells.items()]
-        print_wide_table(("against", *controls), lines)
-    at_matched = [
-        (row["measure"], _number(each["matched"]["sae"]), _number(each["matched"]["control"]))
-        for row in rows
-        for each in row["against"]
-        if each["group"] == group and each["control"] == "untrained" and each.get("matched", {}).get("covered")
-    ]
-    if at_matched:
-        print_table(("at matched firing counts", "first SAE", "first untrained"), at_matched)
-
-
-def _number(value: float) -> str:
-    return "-" if value != value else f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -4,7 +4,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import MISSING, dataclass
 from operator import mul
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
@@ -12,6 +12,7 @@ from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings
 from saevlm_fast.settings import integers, same_as, setting, texts
+from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,11 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
     tokens: tuple[str, ...] = setting(
         ("cls",), help="cls, patches, all, mean, random:K, random:K:all; several: a,b.", parse=texts
     )
+    random_weights: Literal["none", "blocks", "all"] = setting(
+        "none",
+        help="Draw the model's weights anew, by --seed: blocks (embeddings of patches and positions stay) or all. A "
+        "control: what its images and architecture give alone.",
+    )
     device: str = setting("auto", help=DEVICE_HELP)
 
     def harvest_config(self) -> "HarvestConfig":
@@ -54,8 +60,21 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
 
 def _sentence(options: HarvestArguments, source: "ImageSource", tower: "Tower") -> str:
     n_images = min(len(source), options.limit or len(source))
-    what = f"{options.model} on {tower.device}: {tower.n_blocks} blocks; {n_images:,} images of {options.images}"
+    place = redacted_text(options.images)
+    what = f"{options.model} on {tower.device}: {tower.n_blocks} blocks; {n_images:,} images of {place}"
     return what + (f" ({source.n_ignored:,} other files ignored)" if source.n_ignored else "")
+
+
+def _tower(options: HarvestArguments, device: str) -> "Tower":
+    """The model, its weights drawn anew if that is asked for."""
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.towers.load import load_tower
+    from saevlm_fast.towers.random_weights import randomise
+
+    tower = load_tower(options.model, resolve_device(device), on_message=tell)
+    if options.random_weights != "none":
+        randomise(tower, options.random_weights, options.seed)
+    return tower
 
 
 def plan(options: HarvestArguments) -> Plan:
@@ -63,14 +82,13 @@ def plan(options: HarvestArguments) -> Plan:
     from saevlm_fast.harvesting.plan import HarvestPlan
     from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.images.open import open_images
-    from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.towers.load import load_tower
 
     config, engine = options.harvest_config(), options.part(HarvestOptions)
     check_output(engine)
     check_writable(options.output)
     source = open_images(options.images)
-    tower = load_tower(options.model, resolve_device(options.device), on_message=tell)
+    tower = _tower(options, options.device)
+    tower = tower if config.square is None else tower.squared(config.square)
     with tower.hooked(config.points) as run:
         planned = HarvestPlan(source, tower, run, config, engine)
         _tell_notes(source)
@@ -168,14 +186,12 @@ def _harvest(options: HarvestArguments, ranks: "Ranks") -> dict[str, Any] | None
     from saevlm_fast.harvesting.run import harvest as run_harvest
     from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.images.open import open_images
-    from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.towers.load import load_tower
 
     config, engine = options.harvest_config(), options.part(HarvestOptions)
     if ranks.rank == 0:
         check_output(engine)  # before a model is loaded
     source = open_images(options.images)
-    tower = load_tower(options.model, resolve_device(ranks.device(options.device)), on_message=tell)
+    tower = _tower(options, ranks.device(options.device))
     if ranks.rank == 0:
         say(_sentence(options, source, tower))
         _tell_notes(source)

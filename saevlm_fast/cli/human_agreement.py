@@ -36,7 +36,9 @@ class HumanAgreementArguments(WorkOptions):
     scores: tuple[str, ...] = setting(
         (), help="CSV files of columns k and score; several, as --embeddings.", parse=texts
     )
-    grid_embeddings: Path | None = setting(None, help="Of the training images, for the mean cosine of what people saw.")
+    grid_embeddings: Path | None = setting(
+        None, help="Of the training images, for the mean cosine of what people saw.", remote=True
+    )
     force: bool = setting(False, help="Replace an output that is there.", recorded=False)
     device: str = setting("auto", help=DEVICE_HELP)
 

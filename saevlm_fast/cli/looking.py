@@ -27,10 +27,13 @@ class LookArguments(WorkOptions):
     title = "What is looked at"
     sae: Path = setting(help="SAE directory (cfg.json, sae_weights.safetensors).")
     activations: Path | None = setting(
-        None, help="Store of activations, of one or several rows an image; or a matrix file.", instead_of=("codes",)
+        None,
+        help="Store of activations, of one or several rows an image; or a matrix file.",
+        instead_of=("codes",),
+        remote=True,
     )
     codes: Path | None = setting(
-        None, help="Store of the SAE's codes, instead of --activations.", instead_of=("activations",)
+        None, help="Store of the SAE's codes, instead of --activations.", instead_of=("activations",), remote=True
     )
     pool: Literal["max", "mean"] = setting(
         "max", help="Of an image with several rows (patches): that of its largest row, or the mean of its rows."

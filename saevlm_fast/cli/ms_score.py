@@ -39,10 +39,14 @@ class ScoreArguments(WorkOptions):
         help="Image embeddings, row i of image i: store or matrix file; several encoders: A,B, or the option again.",
         shown="the box's test scenes",
         parse=paths,
+        remote=True,
     )
     output: Path | None = setting(None, help="Scores: FILE.parquet, FILE.csv or FILE.json.", shown="SAE/scores.parquet")
     activations: Path | None = setting(
-        None, help="Activations, row i of image i: store or matrix file; with --sae or --raw.", instead_of=("codes",)
+        None,
+        help="Activations, row i of image i: store or matrix file; with --sae or --raw.",
+        instead_of=("codes",),
+        remote=True,
     )
     sae: Path | None = setting(
         None,
@@ -57,13 +61,14 @@ class ScoreArguments(WorkOptions):
         None,
         help="Store of an SAE's codes, instead of --sae and --activations.",
         instead_of=("sae", "raw", "activations"),
+        remote=True,
     )
     similarity: Literal["cosine", "dot", "rbf"] = setting("cosine", help="Of two embeddings.", paper="cosine")
     gamma: float | None = setting(None, help="Of rbf, exp(-gamma |e_i - e_j|^2).", shown="1 / E")
     variant: Literal["paper", "visaebench", "tms", "patch"] = setting(
         "paper",
         help="The paper's score; visaebench, of each latent's 16 most active images; tms, without an encoder; patch, "
-        "of rows that are patches. Only the paper's has intervals and a null.",
+        "of rows that are patches. Only the paper's has a null; it and patch have intervals.",
         paper="paper",
     )
     pool: Literal["none", "max", "mean"] = setting(
@@ -131,7 +136,8 @@ class ScoreArguments(WorkOptions):
     @property
     def second_pass(self) -> float:
         """How long a second pass takes, in first ones: with intervals and null twice as long (docs/how-to/score.md)."""
-        return 2.0 if self.in_two_passes else float(self.variant == "visaebench")
+        again = self.variant == "visaebench" or (self.variant == "patch" and not self.one_pass)
+        return 2.0 if self.in_two_passes else float(again)
 
 
 @dataclass(frozen=True)
@@ -248,8 +254,9 @@ class Opened:
         self, options: ScoreArguments, pool: Any, common: dict[str, Any]
     ) -> "dict[str, MonosemanticityScores]":
         from saevlm_fast.scoring.monosemanticity import stream
+        from saevlm_fast.scoring.patch_score import patch_score
         from saevlm_fast.scoring.source import ScoredImages
-        from saevlm_fast.scoring.variants import patch_score, tms_score, visaebench_score
+        from saevlm_fast.scoring.variants import tms_score, visaebench_score
 
         if options.variant == "tms":
             common.pop("device")
@@ -261,7 +268,7 @@ class Opened:
             return {name: each.result() for name, each in sums.items()}
         (name, embeddings), *_ = self.embeddings.items()
         if options.variant == "patch":
-            return {name: patch_score(self.rows, embeddings, self.sae, **common)}
+            return {name: patch_score(self.rows, embeddings, self.sae, intervals=not options.one_pass, **common)}
         return {name: visaebench_score(self.rows, embeddings, self.sae, pool=pool, **common)}
 
 

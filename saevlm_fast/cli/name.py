@@ -23,7 +23,9 @@ class NameArguments(LookArguments):
     """Options of `saevlm-fast name`."""
 
     title = "Names"
-    embeddings: Path = setting(help="Image embeddings of the text model's CLIP, row i of image i: store or file.")
+    embeddings: Path = setting(
+        help="Image embeddings of the text model's CLIP, row i of image i: store or file.", remote=True
+    )
     text_model: str = setting(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.")
     output: Path = setting(help="Names: FILE.parquet, FILE.csv or FILE.json.")
     words: Path | None = setting(None, help="Vocabulary, one word a line.", shown="1,479 concrete words, built in")

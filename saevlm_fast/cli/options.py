@@ -14,7 +14,8 @@ makes the options; the command prints its tables and returns what --json prints.
 import inspect
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, get_origin, get_type_hints
@@ -23,11 +24,13 @@ import typer
 from rich.markup import escape
 
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
+from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.errors import did_you_mean, require
 from saevlm_fast.settings import (
     NUMBERS,
     Setting,
     Settings,
+    Several,
     choices_of,
     declared_by,
     default_of,
@@ -68,6 +71,10 @@ class Options(Settings):
         """The options, from the values that were given: the place for defaults that depend on others."""
         return cls(**given)
 
+    def said(self, name: str) -> Any:
+        """What settings.toml says of a setting; None is left out."""
+        return getattr(self, name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOptions(Options):
@@ -78,6 +85,15 @@ class WorkOptions(Options):
         False,
         help="Check the inputs, print what would be done and how long it takes; write nothing.",
         in_file=False,
+        recorded=False,
+    )
+    cache_gib: float | None = setting(
+        None,
+        help="Bound on what is kept here of files that are elsewhere (https://, s3://, hf:// ...).",
+        shown=f"{CACHE_GIB:g}",
+        above=0,
+        at_most=2**30,
+        must="positive",
         recorded=False,
     )
 
@@ -111,7 +127,7 @@ def command(
 
         def from_command_line(**values: Any) -> None:
             options = arguments(name, cls, values)
-            with for_a_program(options.json):
+            with for_a_program(options.json), _bounded_cache(options):
                 if plan is not None and options.dry_run:
                     _print_plan(plan(options), options.json)
                     return
@@ -127,6 +143,20 @@ def command(
         return function
 
     return add
+
+
+@contextmanager
+def _bounded_cache(options: Any) -> Iterator[None]:
+    """By the environment, which worker processes have too."""
+    before, given = os.environ.get(CACHE_GIB_VARIABLE), getattr(options, "cache_gib", None)
+    if given is not None:
+        os.environ[CACHE_GIB_VARIABLE] = f"{given:.17g}"
+    try:
+        yield
+    finally:
+        os.environ.pop(CACHE_GIB_VARIABLE, None)
+        if before is not None:
+            os.environ[CACHE_GIB_VARIABLE] = before
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:
@@ -201,15 +231,19 @@ def _parameter(cls: Any, name: str, known: Setting) -> inspect.Parameter:
     brackets = ["required"] if is_needed(cls, name, known) else []
     brackets += [] if (default := default_text(cls, name, known)) is None else [f"default: {default}"]
     text = escape(known.help) + "".join(f"  \\[{each}]" for each in brackets)
+    several = ",..." if known.swept else ""
     more: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": title_of(cls, name)}
     if kind is Path and not known.positional:
         more |= {"metavar": "PATH"}
     elif choices:
-        more |= {"metavar": "|".join(choices), "autocompletion": lambda: list(choices)}
+        more |= {
+            "metavar": "|".join(choices) + (",..." if known.swept else ""),
+            "autocompletion": lambda: list(choices),
+        }
     elif get_origin(kind) is tuple:
         more |= {"metavar": "<a,b,...>"}
     elif kind in _NUMBERS and known.parse is None:
-        more |= {"metavar": f"<{kind.__name__}>"}
+        more |= {"metavar": f"<{kind.__name__}>{several}"}
     if known.positional:
         told = typer.Argument(None, **more)
     else:
@@ -258,9 +292,19 @@ def _from_text(cls: Any, name: str, value: Any) -> Any:
     if kinds_of(cls)[name] is Path:
         return path_of(key, value)
     require(value != "", f"{key}: is empty")
+    if known.swept and isinstance(value, str) and "," in value:
+        return several_of(key, value.split(","), lambda part: _from_text(cls, name, part.strip()))
     if known.parse is None:
         return _NUMBERS[kind](key, value) if (kind := kinds_of(cls)[name]) in _NUMBERS else value
     return known.parse(name, ",".join(value) if isinstance(value, list) else value)
+
+
+def several_of(key: str, parts: Sequence[Any], read: Callable[[Any], Any]) -> Several:
+    """The values of a list, each once. ValueError: one that is twice in it."""
+    values = Several(read(part) for part in parts)
+    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+    require(twice is None, f"{key}: {twice} is listed twice")
+    return values
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -308,12 +352,23 @@ def _checked(table: Mapping[str, Any], path: Path, name: str, cls: Any) -> dict[
         field = fields.get(key.replace("-", "_"))
         if field is None:
             raise ValueError(f"{path}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}")
+        if settings[field].tables:
+            listed = isinstance(value, list) and len(value) > 0 and all(isinstance(each, dict) for each in value)
+            require(listed, f"{path}: {key} is not a list of tables, [[{key}]]")
+            found[field] = tuple(_checked(each, path, name, cls) for each in value)
+            continue
         found[field] = _from_file(f"{path}: {key}", kinds_of(cls)[field], settings[field], value)
     return found
 
 
 def _from_file(where: str, kind: Any, known: Setting, value: Any) -> Any:
     """A TOML value as the field has it; lists may also be written as on the command line."""
+    if known.swept and isinstance(value, str) and "," in value:
+        value = [part.strip() for part in value.split(",")]
+        value = [_NUMBERS[kind](where, part) for part in value] if kind in _NUMBERS and not known.parse else value
+    if known.swept and isinstance(value, list):
+        require(len(value) > 0, f"{where}: is an empty list")
+        return several_of(where, value, lambda part: _from_file(where, kind, known, part))
     if known.parse is not None:
         if isinstance(value, list):
             value = ",".join(str(each) for each in value)

@@ -59,12 +59,12 @@ def time_figures(sae: "SAEConfig", config: "TrainConfig", n_rows: int, device: "
     batch_size = min(config.batch_size, n_rows)
     multiplications = 6.0 * batch_size * sae.d_in * sae.d_sae
     free = free_memory(device)
-    if free is not None and training_memory(sae, batch_size) > free:
+    if free is not None and training_memory(sae, batch_size, config.accumulate, config.control) > free:
         return {"time": "not estimated: it does not fit into memory"}
     if device.type == "cpu" and multiplications > _CHEAP_STEP:
-        return {"time": f"{multiplications * config.steps:.2g} multiplications ({_ARITHMETIC})"}
+        return {"time": f"{multiplications * config.n_steps:.2g} multiplications ({_ARITHMETIC})"}
     seconds = _seconds_a_step(sae, config, batch_size, device)
-    return {"a_step_seconds": seconds, "all_steps_seconds": seconds * config.steps}
+    return {"a_step_seconds": seconds, "all_steps_seconds": seconds * config.n_steps}
 
 
 def _seconds_a_step(sae_config: "SAEConfig", config: "TrainConfig", batch_size: int, device: "torch.device") -> float:

@@ -22,6 +22,7 @@ from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.errors import require
 from saevlm_fast.formats.places import is_remote
 from saevlm_fast.settings import settings_of
+from saevlm_fast.urls import redacted_text
 
 SETTINGS_FILE = "settings.toml"
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pyarrow", "transformers", "open_clip_torch", "timm")
@@ -92,26 +93,27 @@ def recorded(options: Options) -> dict[str, Any]:
     values: dict[str, Any] = {}
     cls: Any = type(options)
     for name, known in ordered(cls):
-        value = getattr(options, name)
+        value = options.said(name)
+        if known.tables and not value:
+            continue
         if not known.recorded or value is None:
             continue
-        if isinstance(value, Path):
-            value = _said(value)
-        if isinstance(value, tuple):
-            value = [_said(each) if isinstance(each, Path) else each for each in value]
+        value = [_said(each) for each in value] if isinstance(value, tuple) else _said(value)
         values[key_of(name, known)] = value
     return values
 
 
-def _said(path: Path) -> str:
-    """From anywhere the same."""
-    return str(path if is_remote(path) else path.absolute())
+def _said(value: Any) -> Any:
+    """Paths from anywhere the same, URLs without their secrets."""
+    if isinstance(value, Path):
+        return str(value if is_remote(value) else value.absolute())
+    return redacted_text(value) if isinstance(value, str) else value
 
 
 def made_by(options: Options) -> dict[str, Any]:
     """Command line, place, time, host, device, commit and versions."""
     made = {
-        "command_line": shlex.join(["saevlm-fast", *sys.argv[1:]]),
+        "command_line": shlex.join(["saevlm-fast", *map(redacted_text, sys.argv[1:])]),
         "directory": os.getcwd(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),

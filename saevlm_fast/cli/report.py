@@ -38,8 +38,8 @@ class BarWatcher:
 
 def plan(options: ReportArguments) -> Plan:
     """What would be shown; the time of encoding from the second batch of rows."""
-    from saevlm_fast.look.image_rows import image_chunks
     from saevlm_fast.look.report import check_report_output, open_inputs
+    from saevlm_fast.scoring.image_rows import image_chunks
 
     check_writable(options.output)
     check_report_output(options.part(ReportSettings))

@@ -19,7 +19,7 @@ def figures_of(
     """JSON: the summary by the first encoder; with several, that of each, and their rank agreement."""
     from saevlm_fast.scoring.trust import rank_agreement
 
-    found = {name: _summary_figures(each.summary()) for name, each in scores.items()}
+    found = {name: _summary_figures(each.summary()) | _interval_figures(each) for name, each in scores.items()}
     figures = dict(next(iter(found.values())))
     if len(found) > 1:
         figures["encoders"] = found
@@ -41,6 +41,13 @@ def _summary_figures(summary: "ScoreSummary") -> dict[str, Any]:
         for name in ("mean_with_null", "mean_cosine", "corrected_mean", "split_half", "above_null", "above_99"):
             figures[name] = _number(figures[name])
     return figures
+
+
+def _interval_figures(scores: "MonosemanticityScores") -> dict[str, Any]:
+    """Of scores over patches; others' are in their summary."""
+    from saevlm_fast.scoring.patch_score import PatchScores
+
+    return {"mean_interval": [_number(x) for x in scores.mean_interval]} if isinstance(scores, PatchScores) else {}
 
 
 def _comparison_figures(comparison: "Comparison") -> dict[str, Any]:
@@ -77,6 +84,7 @@ def print_scores(
 
 
 def _print_summary(scores: "MonosemanticityScores", what: str, by: str) -> None:
+    from saevlm_fast.scoring.patch_score import PatchScores
     from saevlm_fast.scoring.trust import TrustedScores
 
     summary = scores.summary()
@@ -85,6 +93,8 @@ def _print_summary(scores: "MonosemanticityScores", what: str, by: str) -> None:
     rows = [("mean +- std", f"{summary.mean:.4f} +- {summary.std:.4f}")]
     if isinstance(scores, TrustedScores):
         rows += _certainty_rows(scores.summary())
+    if isinstance(scores, PatchScores) and scores.se is not None:
+        rows += [("95 % interval of the mean", _interval(scores.mean_interval))]
     rows += [("best", f"{summary.best:.4f}")]
     rows += [(f"quantile {q:g}", f"{value:.4f}") for q, value in summary.quantiles.items()]
     rows += [(status, f"{count:,}") for status, count in summary.counts.items()]

@@ -31,8 +31,8 @@ class SteeringScoreArguments(AnswerArguments):
     """Options of `saevlm-fast steering-score`."""
 
     images: str = setting(help="The images that codes and embeddings were harvested from.")
-    codes: Path = setting(help="Store of the SAE's codes, one row an image (harvest --pool mean).")
-    embeddings: Path = setting(help="Image embeddings of the text model's CLIP: store or matrix file.")
+    codes: Path = setting(help="Store of the SAE's codes, one row an image (harvest --pool mean).", remote=True)
+    embeddings: Path = setting(help="Image embeddings of the text model's CLIP: store or matrix file.", remote=True)
     text_model: str = setting(help="hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED_OR_FILE.")
     output: Path = same_as(ScoreRun, "output")
     latents: str | None = setting(None, help="0:1000, or 3,17,40.", shown="all", parse=_as_it_is)

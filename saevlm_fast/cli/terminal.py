@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from saevlm_fast.errors import Doubt, printable
+from saevlm_fast.urls import redacted_text
 
 SECONDS_A_LINE = 5.0
 
@@ -57,28 +58,35 @@ def print_json(value: Any) -> None:
     _results.print(text, highlight=False, soft_wrap=True)
 
 
+def shown(text: str) -> str:
+    """A text as a person may have it: in characters that a terminal takes, and no secret of a URL in it."""
+    return printable(redacted_text(text))
+
+
 def _strict(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
         return {str(key): _strict(each) for key, each in value.items()}
-    return [_strict(each) for each in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return redacted_text(value) if isinstance(value, str) else value
 
 
 def say(*lines: str) -> None:
     """Lines of the result. Names and answers are other people's text: a terminal escape in them is shown, not sent."""
     for line in lines:
-        out.print(printable(line), highlight=False, soft_wrap=True)
+        out.print(shown(line), highlight=False, soft_wrap=True)
 
 
 def tell(text: str) -> None:
     """A line beside the result, on stderr."""
-    err.print(printable(text), emoji=False, highlight=False, soft_wrap=True)
+    err.print(shown(text), emoji=False, highlight=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """A warning, on stderr."""
-    err.print(printable(f"warning: {text}"), style="yellow", highlight=False, soft_wrap=True)
+    err.print(shown(f"warning: {text}"), style="yellow", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -102,7 +110,7 @@ def doubts_once() -> Iterator[None]:
 
 def refuse(text: str) -> None:
     """Why a command did not do its work, on stderr."""
-    err.print(printable(f"error: {text}"), style="red", highlight=False, soft_wrap=True)
+    err.print(shown(f"error: {text}"), style="red", highlight=False, soft_wrap=True)
 
 
 def print_table(columns: Sequence[str | Column], rows: Iterable[Sequence[str]], plain: bool = False) -> None:
@@ -114,7 +122,7 @@ def print_table(columns: Sequence[str | Column], rows: Iterable[Sequence[str]], 
     made = [Column(each, justify="right") if isinstance(each, str) else each for each in others]
     table = Table(first, *made, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)) if plain else Table(first, *made)
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*map(shown, row))
     out.print(table)
 
 
@@ -137,7 +145,7 @@ def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*map(shown, row))
     out.print(table)
 
 

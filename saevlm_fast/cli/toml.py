@@ -9,7 +9,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def toml_text(document: Mapping[str, Any]) -> str:
-    """Texts, numbers, true and false, lists of these, and tables within tables, in their order.
+    """Texts, numbers, true and false, lists of these, tables within tables, and lists of tables, in their order.
 
     Raises:
         TypeError: a value of another kind.
@@ -18,13 +18,21 @@ def toml_text(document: Mapping[str, Any]) -> str:
 
 
 def _table(values: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
-    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and not _are_tables(value)}
     lines = ["", f"[{'.'.join(map(_key, path))}]"] if path and (plain or not values) else []
     lines += [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
     for key, value in values.items():
-        if key not in plain:
+        if isinstance(value, Mapping):
             lines += _table(value, (*path, key))
+        elif key not in plain:
+            for each in value:
+                lines += ["", f"[[{'.'.join(map(_key, (*path, key)))}]]"]
+                lines += [f"{_key(name)} = {_value(one)}" for name, one in each.items()]
     return lines
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(each, Mapping) for each in value)
 
 
 def _key(name: str) -> str:

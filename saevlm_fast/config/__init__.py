@@ -6,6 +6,8 @@ Nothing here imports torch, so that the command line can show its help without i
 from saevlm_fast.config.common import (
     ARCHITECTURES,
     CALIBRATED,
+    CONTROL_WORDS,
+    CONTROLS,
     DEVICE_HELP,
     EXPANSION,
     MATRYOSHKA_FRACTIONS,
@@ -14,6 +16,7 @@ from saevlm_fast.config.common import (
     SELECTING,
     WHITE,
     Architecture,
+    Control,
     DataOn,
     K,
     keyword_settings,
@@ -27,6 +30,8 @@ from saevlm_fast.config.training import RunOptions, TrainConfig
 __all__ = [
     "ARCHITECTURES",
     "CALIBRATED",
+    "CONTROLS",
+    "CONTROL_WORDS",
     "DEVICE_HELP",
     "EXPANSION",
     "MATRYOSHKA_FRACTIONS",
@@ -35,6 +40,7 @@ __all__ = [
     "SELECTING",
     "WHITE",
     "Architecture",
+    "Control",
     "DataOn",
     "DemoOptions",
     "HarvestOptions",

@@ -12,15 +12,26 @@ InputNorm = Literal["none", "layer_norm", "token_norm"]
 ComputeDtype = Literal["float32", "tf32", "bfloat16", "float16"]
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 DataOn = Literal["auto", "device", "host"]
+Control = Literal["frozen-decoder", "soft-frozen", "frozen-encoder", "untrained", "shuffled"]
+LOGGER_NAMES = ("jsonl", "tensorboard", "trackio", "wandb")
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 CALIBRATED: tuple[Architecture, ...] = ("batch_topk", "matryoshka")  # one threshold, which training finds
 PENALISED: tuple[Architecture, ...] = ("relu", "jumprelu")  # trained with a penalty instead of k
+CONTROLS: tuple[Control, ...] = get_args(Control)
+CONTROL_WORDS: dict[Control, str] = {
+    "frozen-decoder": "its decoder was never changed",
+    "soft-frozen": "its decoder's rows were kept near those that it began with",
+    "frozen-encoder": "its encoder's weights were never changed",
+    "untrained": "no training step was taken",
+    "shuffled": "it was trained on activations whose dimensions came from different rows",
+}
 SELECTING: tuple[Architecture, ...] = ("topk", "batch_topk", "matryoshka")  # by k, which the others have no use for
 EXPANSION = 8.0
 K = 20
 MATRYOSHKA_FRACTIONS = (0.0625, 0.125, 0.25, 0.5625)  # paper, section 4; docs/recipe.md section 1
 PROMPT = "What is shown in this image? Use exactly one word!"
 WHITE = "white"
+CACHE_GIB_VARIABLE, CACHE_GIB = "SAEVLM_FAST_CACHE_GIB", 50.0  # of files that are elsewhere
 LARGEST = (1 << 31) - 1  # width of activations, number of latents: int32 indices hold them
 FLOAT32_MAX = 3.4028234663852886e38
 

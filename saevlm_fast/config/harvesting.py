@@ -17,6 +17,13 @@ class HarvestSettings(Settings):
     seed: int = setting(0, help="Seed of the random tokens.", at_least=0)
     limit: int | None = setting(None, help="Only the first so many images.", shown="all", at_least=1)
     batch_size: int = setting(64, help="Images of a forward pass.", at_least=1)
+    square: int | None = setting(
+        None,
+        help="First resize each image to so many pixels on a side: one grid of patches for all, in towers that take "
+        "images at their own aspect (Qwen-VL, Pixtral, NaFlex).",
+        shown="no",
+        at_least=1,
+    )
     dtype: ComputeDtype = setting(
         "float32",
         help="Of the forward: float32, tf32 (matrix products on a GPU), or bfloat16 or float16 (autocast).",

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from saevlm_fast.config.common import (
+    CONTROLS,
     EXPANSION,
     LARGEST,
     MATRYOSHKA_FRACTIONS,
     SELECTING,
     Architecture,
+    Control,
     InputNorm,
     K,
     is_whole,
@@ -47,6 +49,7 @@ class SAESize(Settings):
         help="batch_topk and topk are flat; matryoshka has nested groups of latents and selects as batch_topk does; "
         "relu is trained with an L1 penalty, jumprelu with a threshold per latent and a target L0.",
         paper="batch_topk, matryoshka",
+        swept=True,
     )
     expansion: float | None = setting(
         None,
@@ -57,10 +60,11 @@ class SAESize(Settings):
         below=1e6,
         must="positive and below 1e6",
         spec="g",
+        swept=True,
         instead_of=("d_sae",),
     )
     d_sae: int | None = setting(
-        None, help="Number of latents, instead of the expansion.", at_least=1, instead_of=("expansion",)
+        None, help="Number of latents, instead of the expansion.", at_least=1, swept=True, instead_of=("expansion",)
     )
     k: int | None = setting(
         None,
@@ -68,6 +72,7 @@ class SAESize(Settings):
         shown="20",
         paper="20",
         at_least=1,
+        swept=True,
     )
     groups: tuple[float, ...] = setting(
         MATRYOSHKA_FRACTIONS,
@@ -111,8 +116,8 @@ class SAEConfig(Settings):
     title = "The SAE"
     d_in: int = setting(help="Width of the activations, d.", at_least=1)
     d_sae: int = setting(help="Number of latents, F.", at_least=1)
-    k: int | None = same_as(SAESize, "k", at_least=None, shown=None)
-    architecture: Architecture = same_as(SAESize, "architecture")
+    k: int | None = same_as(SAESize, "k", at_least=None, shown=None, swept=False)
+    architecture: Architecture = same_as(SAESize, "architecture", swept=False)
     group_sizes: tuple[int, ...] = setting(
         (), help="Sizes of the Matryoshka groups, first group first; they sum to d_sae. One group otherwise."
     )
@@ -189,6 +194,13 @@ class SAEConfig(Settings):
         """k. ValueError: it is not known, where a threshold decides."""
         require(self.k is not None, f"k: not known of this {self.architecture} SAE, whose threshold decides")
         return int(self.k or 0)
+
+    @property
+    def control(self) -> Control | None:
+        """Which control it was trained as, as its record says; None of all others."""
+        training = self.metadata.get("training")
+        found = training.get("control") if isinstance(training, dict) else None
+        return next((control for control in CONTROLS if control == found), None)
 
     @property
     def group_ends(self) -> list[int]:

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from saevlm_fast.config.common import DEVICE_HELP, PENALISED, SELECTING, DataOn
+from saevlm_fast.config.common import DEVICE_HELP, LOGGER_NAMES, PENALISED, SELECTING, Control, DataOn
 from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.errors import require
-from saevlm_fast.settings import Settings, number_or_auto, numbers, setting
+from saevlm_fast.errors import did_you_mean, require, shown
+from saevlm_fast.settings import Settings, number_or_auto, numbers, setting, texts
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,12 @@ class TrainConfig(Settings):
 
     title = "Training"
     removed: ClassVar = {"dtype": "float32"}  # of the encoder product
+    # Recorded where they were given alone: runs of before have none of them.
+    if_given: ClassVar = dict.fromkeys(
+        ("l1", "target_l0", "bandwidth", "sparsity_warmup", "control", "control_cosine", "mono_weight")
+    ) | {"center": False, "accumulate": 1}
+    # What decides the batches, and how many there are: the same for SAEs that are trained in one pass.
+    shared: ClassVar = ("steps", "batch_size", "seed", "norm_batches", "center")
     steps: int = setting(110_000, help="Optimiser steps.", paper="110,000", at_least=1)
     batch_size: int = setting(
         4096,
@@ -33,6 +39,7 @@ class TrainConfig(Settings):
         below=math.inf,
         must="a positive number, or auto",
         parse=number_or_auto,
+        swept=True,
     )
     warmup_steps: int | None = setting(
         None,
@@ -50,6 +57,7 @@ class TrainConfig(Settings):
         at_least=0,
         below=math.inf,
         must="finite and not negative",
+        swept=True,
     )
     dead_after: int = setting(
         10_000_000, help="Rows without firing after which a latent is dead.", paper="10,000,000", at_least=1
@@ -62,6 +70,7 @@ class TrainConfig(Settings):
         at_least=0,
         below=math.inf,
         must="finite and not negative",
+        swept=True,
     )
     target_l0: float | None = setting(
         None,
@@ -71,6 +80,7 @@ class TrainConfig(Settings):
         above=0,
         below=math.inf,
         must="finite and positive",
+        swept=True,
     )
     bandwidth: float | None = setting(
         None,
@@ -117,12 +127,54 @@ class TrainConfig(Settings):
         at_least=1,
         on_command_line=False,
     )
+    accumulate: int = setting(
+        1,
+        help="Micro-batches that a step's rows are cut into, whose gradients are summed: less memory, the same step. "
+        "batch_topk and matryoshka then select within a micro-batch.",
+        paper="1",
+        at_least=1,
+    )
+    center: bool = setting(
+        False,
+        help="Subtract the mean of the training rows, which the exported SAE has in its b_dec: a mean that is large "
+        "beside the spread collapses an SAE.",
+        paper="no",
+    )
     seed: int = setting(0, help="Seed of the initial weights and of the order of the rows.", at_least=0)
+    control: Control | None = setting(
+        None,
+        help="Train a control instead, which cannot learn one thing: frozen-decoder (W_dec stays as it began), "
+        "soft-frozen (its rows stay near that), frozen-encoder (W_enc stays), untrained (no step is taken), shuffled "
+        "(every dimension from other rows). docs/how-to/controls.md.",
+        shown="none",
+    )
+    control_cosine: float | None = setting(
+        None,
+        help="Least cosine of a soft-frozen decoder's rows with those that they began as.",
+        shown="0.8",
+        at_least=0,
+        below=1,
+        must="in [0, 1)",
+    )
+
+    mono_weight: float | None = setting(
+        None,
+        help="Weight of MonoLoss, 1 - the batch's mean Monosemanticity Score with its own rows as embeddings. Judge by "
+        "another encoder (docs/concepts/monoloss.md).",
+        shown="none",
+        above=0,
+        below=math.inf,
+        must="finite and positive",
+    )
 
     def check(self) -> None:
         super().check()
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(two, f"betas: {self.betas} must be two numbers in [0, 1)")
+        require(
+            self.accumulate <= self.batch_size,
+            f"accumulate: {self.accumulate} micro-batches must be at most batch_size = {self.batch_size} rows",
+        )
 
     def check_fits(self, sae: SAEConfig) -> None:
         """Whether an SAE is trained by these settings.
@@ -142,8 +194,38 @@ class TrainConfig(Settings):
             self.target_l0 is None or self.target_l0 <= sae.d_sae,
             f"target_l0: {self.target_l0} must be at most d_sae = {sae.d_sae}",
         )
+        self._check_control(sae)
         require(sae.architecture not in SELECTING or sae.k is not None, f"k: needed to train a {sae.architecture} SAE")
         require(sae.input_norm == "none", f"input_norm: {sae.input_norm} is of SAEs trained elsewhere, none is trained")
+
+    def _check_control(self, sae: SAEConfig) -> None:
+        soft = self.control_cosine is None or self.control == "soft-frozen"
+        require(soft, f"control_cosine: {self.control_cosine} is of --control soft-frozen, not of {self.control}")
+        untrained = self.control == "untrained" and sae.architecture == "relu"
+        require(not untrained, "control: untrained has its threshold set for an L0, and a relu SAE has no threshold")
+        whole = self.accumulate == 1 or (self.mono_weight is None and self.control in (None, "untrained", "shuffled"))
+        other = "mono_weight" if self.mono_weight is not None else f"control {self.control}"
+        require(whole, f"accumulate: {self.accumulate} does not go with {other}, which takes a batch as a whole")
+
+        require(
+            self.mono_weight is None or self.control != "untrained",
+            f"mono_weight: {self.mono_weight} is of no use to an untrained control",
+        )
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that are taken: `steps`, or none of an untrained control."""
+        return 0 if self.control == "untrained" else self.steps
+
+    @property
+    def frozen(self) -> str | None:
+        """The weights that no step changes, by name."""
+        return {"frozen-decoder": "W_dec", "frozen-encoder": "W_enc"}.get(self.control or "")
+
+    @property
+    def least_cosine(self) -> float:
+        """control_cosine, 0.8 unless it is given."""
+        return 0.8 if self.control_cosine is None else self.control_cosine
 
     @property
     def l1_weight(self) -> float:
@@ -190,19 +272,22 @@ class TrainConfig(Settings):
             "relu": {"l1": self.l1_weight},
             "jumprelu": {"target_l0": self.wanted_l0, "bandwidth": self.ste_bandwidth},
         }
-        found = asdict(self) | {"lr": self.peak_lr(sae.d_sae), "warmup_steps": self.n_warmup}
+        found = asdict(self) | {"lr": self.peak_lr(sae.d_sae), "warmup_steps": self.n_warmup, "steps": self.n_steps}
         found |= penalty.get(sae.architecture, {})
         if sae.architecture in PENALISED:
             found["sparsity_warmup"] = self.n_sparsity_warmup
+        if self.control == "soft-frozen":
+            found["control_cosine"] = self.least_cosine
         unused = {"relu": {"auxk_alpha"}}.get(sae.architecture, set())
         if sae.architecture not in ("batch_topk", "matryoshka"):
             unused |= {"threshold_start", "threshold_beta"}
         return {name: value for name, value in found.items() if value is not None and name not in unused}
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON; settings of one architecture alone are there if they were given."""
-        alone = ("l1", "target_l0", "bandwidth", "sparsity_warmup")
-        return {name: value for name, value in asdict(self).items() if value is not None or name not in alone}
+        """A plain dict for JSON; settings of one architecture or of controls alone, and newer ones than the first
+        release's, are there if they were given: a run of before is resumed by the same settings."""
+        found, if_given = asdict(self), self.if_given
+        return {name: value for name, value in found.items() if name not in if_given or value != if_given[name]}
 
 
 @dataclass(frozen=True)
@@ -223,6 +308,11 @@ class RunOptions(Settings):
     log_every: int | None = setting(
         None, help="Steps between two logged lines.", shown="steps / 100, at most 100", at_least=1
     )
+    log_to: tuple[str, ...] = setting(
+        ("jsonl",),
+        help="Where metrics go: jsonl (metrics.jsonl, always), tensorboard, trackio, wandb; several with commas.",
+        parse=texts,
+    )
     checkpoint_every: int | None = setting(
         None,
         help="Steps between two checkpoints, obeyed exactly.",
@@ -241,7 +331,12 @@ class RunOptions(Settings):
     def check(self) -> None:
         super().check()
         require(not (self.resume and self.force), "resume and force exclude each other")
+        unknown = next((name for name in self.log_to if name not in LOGGER_NAMES), None)
+        near = did_you_mean(str(unknown), LOGGER_NAMES)
+        require(unknown is None, f"log_to: {shown(unknown)} is not one of {', '.join(LOGGER_NAMES)}{near}")
         if self.output is None:
+            board = "tensorboard" in self.log_to
+            require(not board, "log_to: tensorboard writes into the run's directory; give an output")
             given = [name for name in ("checkpoint_every", "resume", "force") if getattr(self, name)]
             require(not given, f"{', '.join(given)}: of a run without an output directory nothing is kept")
             return

@@ -7,7 +7,8 @@ their item ids about a tenth of that. Shape suffixes: N rows or images, M entrie
 """
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saevlm_fast.data.prefetch import prefetch
-from saevlm_fast.data.rows import StoredRows, check_chunk, open_index
+from saevlm_fast.data.remote_store import RemoteStore, open_remote_store
+from saevlm_fast.data.rows import StoredRows, check_chunk, check_usable, open_index
 from saevlm_fast.data.store import CODES, StoreIndex, map_shard
 from saevlm_fast.data.writing import StoreWriter
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.settings import path_of
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.urls import is_url
 
 __all__ = ["CodesWriter", "StoredCodes", "mean_pool_codes", "open_codes", "pool_codes"]
 
@@ -143,11 +146,17 @@ class StoredCodes(StoredRows):
     Attributes: those of StoredRows; d_sae; n_entries, latents that fire, summed over the rows.
     """
 
-    def __init__(self, path: Path, index: StoreIndex, shards: list[dict[str, Tensor]]):
-        super().__init__(path, [shard.rows for shard in index.shards], index.dtype, index.source, index.shards)
+    def __init__(
+        self, path: Path, index: StoreIndex, shards: Sequence[dict[str, Tensor]], remote: RemoteStore | None = None
+    ):
+        super().__init__(path, [shard.rows for shard in index.shards], index.dtype, index.source, index.shards, remote)
         self.d_sae = index.width
-        self.n_entries = sum(len(shard["acts"]) for shard in shards)
-        self._shards = shards
+        self._shards, self._names = shards, [shard.file for shard in index.shards]
+
+    @cached_property
+    def n_entries(self) -> int:
+        """Of a store elsewhere every shard is fetched for it."""
+        return sum(len(shard["acts"]) for shard in self._shards)
 
     def chunks(self, n: int) -> Generator[tuple[int, SparseCodes], None, None]:
         """Every row once, in order, <= n rows at a time, read ahead in the background.
@@ -165,12 +174,14 @@ class StoredCodes(StoredRows):
         )
 
     def _slice(self, start: int, stop: int) -> SparseCodes:
+        self._fetch_ahead(start, stop)
         return SparseCodes.join([self._read(*piece) for piece in self._pieces(start, stop)], self.d_sae)
 
     def _read(self, shard: int, low: int, high: int) -> SparseCodes:
         """Rows low .. high - 1 of a shard, checked."""
         self._check([shard])
-        tensors, where, first_row = self._shards[shard], str(self._files.files[shard]), int(self._starts[shard]) + low
+        tensors, where = self._shards[shard], str(self.path / self._names[shard])
+        first_row = int(self._starts[shard]) + low
         offsets, n_entries = tensors["row_offsets"], len(tensors["acts"])
         begin, end = int(offsets[low]), int(offsets[high])
         at_start, at_end = low > 0 or begin == 0, high < len(offsets) - 1 or end == n_entries
@@ -191,7 +202,12 @@ def open_codes(path: str | os.PathLike[str]) -> StoredCodes:
 
     Raises:
         ActivationError: anything that is not usable: no store, one of activations, incomplete, damaged.
+        RemoteError: what is elsewhere and cannot be read.
     """
     path = path_of("path", path)
+    if is_url(path):
+        remote = open_remote_store(path)
+        check_usable(path, remote.index, CODES)
+        return StoredCodes(path, remote.index, remote.shards, remote)
     index = open_index(path, CODES)
     return StoredCodes(path, index, [map_shard(path, shard, index) for shard in index.shards])

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from saevlm_fast.errors import first_line, require, shown
+from saevlm_fast.remote.cache import fetched
 from saevlm_fast.settings import several
+from saevlm_fast.urls import is_url, url_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,10 @@ class LabelSet:
 
     def shuffled(self, generator: np.random.Generator) -> "LabelSet":
         """The images' labels given to each other."""
-        order_N = generator.permutation(self.n_images)
+        return self.taken(generator.permutation(self.n_images))
+
+    def taken(self, order_N: np.ndarray) -> "LabelSet":
+        """Image i has the labels of image order_N[i], a permutation."""
         lengths_N = np.diff(self.offsets_N1)
         offsets_N1 = np.concatenate([[0], lengths_N[order_N].cumsum()]).astype(np.int64)
         within_M = np.arange(len(self.labels_M)) - np.repeat(offsets_N1[:-1], lengths_N[order_N])
@@ -118,8 +123,9 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
 
     Raises:
         ValueError: no such file, a damaged one, a column twice, none but the first, no line of any of the images.
+        RemoteError: a URL that cannot be read.
     """
-    path = Path(path)
+    path = fetched(url_of(path)).path if is_url(path) else Path(path)
     require(path.suffix in (".csv", ".parquet"), f"labels: {path} does not end in .csv or .parquet")
     require(path.is_file(), f"labels: {path} is not a file")
     try:

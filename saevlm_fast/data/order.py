@@ -17,12 +17,14 @@ from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 
+LEAST_MIXED = 8  # blocks of a window of rows that are elsewhere
 _KEPT = 4  # permutations, and windows
 _SLOW = 1 << 17  # rows whose permutation takes longer than a few steps of a GPU: the next one is made meanwhile
 
 
 class Rows(Protocol):
-    """What an order needs to know of the data; Activations is one."""
+    """What an order needs to know of the data; Activations is one. block_rows may be there as well: rows that are
+    fetched together, of a store that is elsewhere."""
 
     @property
     def n_rows(self) -> int: ...
@@ -45,6 +47,9 @@ class ShuffledRows:
     neighbouring rows, and then row by row within windows of window_bytes of such blocks: a window is read when it
     begins (`blocks_begun`) and stays in the page cache while it is used, so the disk is read a block at a time.
 
+    Rows that are elsewhere are permuted in blocks of block_rows, however few they are, and in windows of at least
+    LEAST_MIXED blocks: the first step waits for one window, not for all of the data.
+
     Random numbers are raw Philox words, which numpy promises never to change (its permutations it does not).
     """
 
@@ -64,7 +69,11 @@ class ShuffledRows:
         row_bytes = max(activations.row_bytes, 512)  # bounds the permutations' own memory when rows are tiny
         self._exact = self.n_rows * row_bytes <= exact_bytes
         self._block = max(1, block_bytes // row_bytes)  # rows in a block, blocks in a window
-        self._per_window = max(1, window_bytes // (self._block * row_bytes))
+        least = 1
+        block_rows = getattr(activations, "block_rows", None)
+        if block_rows is not None:
+            self._exact, self._block, least = False, min(block_rows, self.n_rows), LEAST_MIXED
+        self._per_window = max(least, window_bytes // (self._block * row_bytes))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -90,6 +99,16 @@ class ShuffledRows:
             np.concatenate([order[:0], *(order[window * size : (window + 1) * size] for window in windows)])
         )
         return [(first, min(first + self._block, self.n_rows)) for first in (blocks * self._block).tolist()]
+
+    def blocks_after(self, step: int) -> list[tuple[int, int]]:
+        """The blocks of the window after the last one that a step takes rows of."""
+        epoch, start, stop = self._span(step)
+        *_, (window, _) = self._windows(epoch, start, stop)
+        order, size = self._block_order(epoch), self._per_window
+        blocks = order[(window + 1) * size : (window + 2) * size]
+        if not len(blocks):
+            blocks = self._block_order(epoch + 1)[:size]
+        return [(first, min(first + self._block, self.n_rows)) for first in (np.sort(blocks) * self._block).tolist()]
 
     def _span(self, step: int) -> tuple[int, int, int]:
         """The step's epoch, and its first and last + 1 position in that."""
@@ -191,6 +210,11 @@ def _permutation(n: int, *key: int) -> np.ndarray:
     return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
+def permutation(n: int, *key: int) -> np.ndarray:
+    """A random permutation of range(n), int64, that depends on n and the key alone, the same on every machine."""
+    return _permutation(n, *key)
+
+
 def batches(
     activations: Activations,
     order: ShuffledRows,
@@ -218,6 +242,13 @@ def batches(
 
 
 def announce_blocks(activations: Activations, order: ShuffledRows, step: int, anew: bool) -> None:
-    """Have the blocks of the windows that begin in a step read from the disk; anew: as blocks_begun."""
-    for start, stop in order.blocks_begun(step, anew):
+    """Have the blocks of the windows that begin in a step read from the disk; anew: as blocks_begun.
+
+    Of what is elsewhere the window after these, too: it is fetched while the steps of this one are taken.
+    """
+    begun = order.blocks_begun(step, anew)
+    for start, stop in begun:
         activations.will_need(start, stop)
+    if begun and activations.block_rows is not None:
+        for start, stop in order.blocks_after(step):
+            activations.will_need(start, stop)

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations, StoredRows
 from saevlm_fast.data.store import ITEM_SCHEMA
+from saevlm_fast.errors import require
 
 
 def check_sides(activations: Activations | StoredCodes, embeddings: Activations) -> None:
@@ -27,6 +28,23 @@ def check_sides(activations: Activations | StoredCodes, embeddings: Activations)
         f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {activations.n_rows} {what} "
         f"({activations.path}); row i of both must be image i"
     )
+
+
+def check_rows_of_same_images(activations: StoredRows, embeddings: StoredRows, n: int = 65_536) -> None:
+    """That row i of both is of one image; sides without ids are taken as they are, and an image may have several rows.
+
+    Raises:
+        ValueError: another number of rows, or a row that is of two images, by its number.
+    """
+    sides = activations, embeddings
+    require(
+        activations.n_rows == embeddings.n_rows,
+        f"embeddings: {embeddings.n_rows} rows ({embeddings.path}), but {activations.n_rows} activations "
+        f"({activations.path}); row i of both must be of one image",
+    )
+    if all(side.has_items for side in sides):
+        for number, tables in enumerate(zip(*(side.item_chunks(n) for side in sides))):
+            _check_same_images(sides, [table["image"] for table in tables], number * n)
 
 
 def checked_ids(n: int, *sides: StoredRows) -> Iterator[None]:

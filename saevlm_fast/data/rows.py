@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.data.digests import CheckedFiles, matrix_digest, remembered
-from saevlm_fast.data.matrix import check_finite, host_matrix, map_matrix, read_randomly, will_need
+from saevlm_fast.data.matrix import SUFFIXES, check_finite, host_matrix, map_matrix, read_randomly, will_need
 from saevlm_fast.data.prefetch import prefetch
+from saevlm_fast.data.remote_store import AHEAD, RemoteStore, RemoteTensors, open_remote_store
 from saevlm_fast.data.store import (
     ACTIVATIONS,
     ITEM_SCHEMA,
@@ -31,7 +32,9 @@ from saevlm_fast.data.store import (
     read_items,
 )
 from saevlm_fast.errors import ActivationError, check_kind, require, shown, whole_number
+from saevlm_fast.remote.cache import fetched
 from saevlm_fast.settings import path_of
+from saevlm_fast.urls import is_url, remote_path, url_of
 
 
 class StoredRows:
@@ -52,14 +55,27 @@ class StoredRows:
         dtype: torch.dtype,
         source: dict[str, Any] | None,
         shards: Sequence[Shard] = (),
+        remote: RemoteStore | None = None,
     ):
-        """shards: of a store, what its index says of them."""
+        """shards: of a store, what its index says of them. remote: of a store that is elsewhere."""
         self.path, self.dtype, self.source = path, dtype, source
         self.has_items = bool(shards)
         self.n_rows = sum(shard_rows)
-        self._files = CheckedFiles([path / shard.file for shard in shards], [shard.sha256 for shard in shards])
-        self._items = CheckedFiles([path / shard.items for shard in shards], [shard.items_sha256 for shard in shards])
+        self._remote = remote
+        files, items = [path / shard.file for shard in shards], [path / shard.items for shard in shards]
+        self._files = remote.files if remote else CheckedFiles(files, [shard.sha256 for shard in shards])
+        self._items = remote.items if remote else CheckedFiles(items, [shard.items_sha256 for shard in shards])
         self._starts = np.cumsum([0, *shard_rows])  # shard s owns rows starts[s]:starts[s + 1]
+
+    @property
+    def block_rows(self) -> int | None:
+        """Rows that are fetched together, of a store elsewhere; None of one that is here."""
+        return int(np.diff(self._starts).max()) if self._remote else None
+
+    @property
+    def index_file(self) -> Path:
+        """The index of a store, on this machine."""
+        return self._remote.index_file if self._remote else self.path / "index.json"
 
     def items(self, rows: Tensor | Sequence[int] | None = None) -> pa.Table:
         """image, token and label of `rows` in their order; of all rows if None (iter_items is lighter on memory).
@@ -109,6 +125,12 @@ class StoredRows:
         """
         self._files.check_all()
 
+    def _fetch_ahead(self, start: int, stop: int) -> None:
+        """Of a store elsewhere: have the shards of these rows fetched in the background, and the few that follow."""
+        if self._remote:
+            shards = [shard for shard, _, _ in self._pieces(start, stop)]
+            self._remote.ahead(range(shards[0], min(shards[-1] + 1 + AHEAD, len(self._starts) - 1)))
+
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(shard, low, high): where rows start .. stop - 1 lie, counted within the shard."""
         for shard in range(int(np.searchsorted(self._starts, start, side="right")) - 1, len(self._starts) - 1):
@@ -127,14 +149,21 @@ class Activations(StoredRows):
     def __init__(
         self,
         path: Path,
-        tensors: list[Tensor],
+        tensors: Sequence[Tensor],
         source: dict[str, Any] | None = None,
         shards: Sequence[Shard] = (),
         key: str | None = None,
+        remote: RemoteStore | None = None,
+        file: Path | None = None,
     ):
-        super().__init__(path, [len(t) for t in tensors], tensors[0].dtype, source, shards)
-        self.d = tensors[0].shape[1]
-        self._tensors, self._shards, self._key = tensors, shards, key
+        """tensors: of each shard, or of the one file, whose tensor `key` it is. remote: instead of tensors. file: where
+        the matrix is on this machine, if path is a URL."""
+        index = remote.index if remote else None
+        rows = [shard.rows for shard in shards] if index else [len(t) for t in tensors]
+        super().__init__(path, rows, index.dtype if index else tensors[0].dtype, source, shards, remote)
+        self.d = index.width if index else tensors[0].shape[1]
+        self._tensors: Sequence[Tensor] = RemoteTensors(remote, "activations") if remote else tensors
+        self._shards, self._key, self._file = shards, key, file or path
 
     @classmethod
     def from_tensor(cls, x: Tensor | np.ndarray, name: str = "x") -> "Activations":
@@ -166,7 +195,7 @@ class Activations(StoredRows):
             return hashlib.sha256(listed.encode()).hexdigest()
         if self._key is None:
             return matrix_digest(self._tensors[0])
-        return remembered(self.path, f"::{self._key}", lambda: matrix_digest(self._tensors[0]))
+        return remembered(self._file, f"::{self._key}", lambda: matrix_digest(self._tensors[0]))
 
     @property
     def kept_dtype(self) -> torch.dtype:
@@ -201,6 +230,8 @@ class Activations(StoredRows):
         bounds = np.searchsorted(ascending.numpy(), self._starts)
         shards = np.flatnonzero(np.diff(bounds)).tolist()
         self._check(shards)
+        if self._remote:
+            self._remote.ahead(shards)
         for shard in shards:
             begin, end = int(bounds[shard]), int(bounds[shard + 1])
             local = ascending[begin:end] - int(self._starts[shard])
@@ -208,7 +239,10 @@ class Activations(StoredRows):
         return out_BD if rows_BD is out_BD else out_BD.copy_(rows_BD)
 
     def will_need(self, start: int, stop: int) -> None:
-        """Have the rows start .. stop - 1 read from the disk in the background."""
+        """Have the rows start .. stop - 1 read from the disk, or fetched from elsewhere, in the background."""
+        if self._remote:
+            self._remote.ahead(shard for shard, _, _ in self._pieces(start, stop))
+            return
         for shard, low, high in self._pieces(start, stop):
             will_need(self._tensors[shard][low:high])
 
@@ -236,6 +270,7 @@ class Activations(StoredRows):
             ActivationError: a file that was altered since it was written.
         """
         stop, filled = start + len(out_BD), 0
+        self._fetch_ahead(start, stop)
         self.will_need(start, stop)
         for shard, low, high in self._pieces(start, stop):
             self._check([shard])
@@ -261,14 +296,19 @@ def activations_of(x: Matrix, name: str) -> Activations:
 def open_activations(path: str | os.PathLike[str]) -> Activations:
     """Opens a store directory or a matrix file without reading its rows: [N, d_in] in .npy, .safetensors or .pt.
 
+    Either may be a URL (docs/how-to/remote.md): a store's shards are fetched as they are needed, a matrix's file now.
+
     Of several tensors in a .safetensors or .pt file FILE::NAME names one. float64 matrices are accepted and rounded to
     float32 batch by batch. A Fortran-ordered matrix is read correctly, but slowly: its rows are scattered over the
     file. Never unpickles anything but plain tensors.
 
     Raises:
         ActivationError: everything that is not usable, an incomplete store included.
+        RemoteError: what is elsewhere and cannot be read.
     """
     file, key = split_key(path)
+    if is_url(file):
+        return _open_remote(file, key)
     if file.is_dir():
         index = open_index(file, ACTIVATIONS)
         tensors = [map_shard(file, shard, index)["activations"] for shard in index.shards]
@@ -281,8 +321,22 @@ def open_activations(path: str | os.PathLike[str]) -> Activations:
     return opened
 
 
+def _open_remote(path: Path, key: str) -> Activations:
+    if path.suffix not in SUFFIXES:
+        remote = open_remote_store(path)
+        check_usable(path, remote.index, ACTIVATIONS)
+        return Activations(path, (), remote.index.source, remote.index.shards, remote=remote)
+    file = fetched(url_of(path)).path  # stays as long as this process
+    tensor_ND = map_matrix(file, key)
+    read_randomly(tensor_ND)
+    return Activations(path, [tensor_ND], key=key, file=file)
+
+
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
     """FILE and NAME of FILE::NAME. Names of files may hold :: too: of several ways to cut, the longest that exists."""
+    if is_url(path):
+        url, _, key = url_of(path).partition("::")
+        return remote_path(url), key
     parts = str(path_of("path", path)).split("::")
     lengths = [n for n in range(len(parts), 0, -1) if Path("::".join(parts[:n])).exists()]
     n = lengths[0] if lengths else 1
@@ -292,6 +346,12 @@ def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
 def open_index(path: Path, format: str) -> StoreIndex:
     """The index of a store of that format that can be read: complete, with at least 1 row. Else ActivationError."""
     index = read_index(path)
+    check_usable(path, index, format)
+    return index
+
+
+def check_usable(path: Path, index: StoreIndex, format: str) -> None:
+    """ActivationError: a store that cannot be read: see open_index."""
     check_format(path, index, format)
     require(
         index.complete,
@@ -300,7 +360,6 @@ def open_index(path: Path, format: str) -> StoreIndex:
         ActivationError,
     )
     require(index.n_rows > 0, f"{path}: shape is [0, {index.width}]; at least 1 row is needed", ActivationError)
-    return index
 
 
 def whole_numbers(name: str, values: Sequence[int] | Tensor) -> Tensor:

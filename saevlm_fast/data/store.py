@@ -47,6 +47,7 @@ from saevlm_fast.records import (
     whole,
 )
 from saevlm_fast.settings import path_of
+from saevlm_fast.urls import is_url
 
 ACTIVATIONS, CODES, VERSION = "saevlm-fast activations", "saevlm-fast codes", 1
 WIDTH_NAMES = {ACTIVATIONS: "d_in", CODES: "d_sae"}
@@ -135,10 +136,10 @@ def read_index(path: str | os.PathLike[str]) -> StoreIndex:
     """
     there = (Path(path) / "index.json").is_file()
     require(there, f"{path}: no index.json in it: not a store of activations or codes", ActivationError)
-    return _read_index_file(Path(path) / "index.json")
+    return read_index_file(Path(path) / "index.json")
 
 
-def _read_index_file(file: Path) -> StoreIndex:
+def read_index_file(file: Path) -> StoreIndex:
     raw = read_record(file, _INDEX, ActivationError)
     try:
         format, version, known = raw["format"], raw["version"], " or ".join(map(repr, WIDTH_NAMES))
@@ -185,7 +186,7 @@ def check_format(path: str | os.PathLike[str], index: StoreIndex, format: str) -
 def joined_index(path: str | os.PathLike[str]) -> StoreIndex:
     """The index together with what ranks have written and nobody has merged yet. Nothing on the disk changes."""
     index = read_index(path)
-    shards = {shard.number: shard for part in part_files(Path(path)) for shard in _read_index_file(part).shards}
+    shards = {shard.number: shard for part in part_files(Path(path)) for shard in read_index_file(part).shards}
     shards |= {shard.number: shard for shard in index.shards}
     return replace(index, shards=tuple(shards[number] for number in sorted(shards)))
 
@@ -197,7 +198,11 @@ def map_shard(path: Path, shard: Shard, index: StoreIndex) -> dict[str, Tensor]:
     """
     for file in (path / shard.file, path / shard.items):
         require(file.is_file(), f"{file}: missing, but the store's index lists it", ActivationError)
-    file = path / shard.file
+    return map_shard_file(path / shard.file, shard, index)
+
+
+def map_shard_file(file: Path, shard: Shard, index: StoreIndex) -> dict[str, Tensor]:
+    """The same of its file, wherever that is."""
     entries, data_start = safetensors_header(file)
     _check_layout(file, entries, shard, index)
     raw = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
@@ -257,6 +262,7 @@ def verify(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambd
         ActivationError: naming each missing, truncated or altered file, up to five of them.
     """
     path = path_of("path", path)
+    require(not is_url(path), f"path: {path} is elsewhere; a path on this machine is needed", ActivationError)
     index = joined_index(path)
     damage, done = [], 0
     for shard in index.shards:

@@ -23,6 +23,7 @@ from saevlm_fast.files import atomic_write, sha256_file
 from saevlm_fast.formats.places import SAE_LENS, HubSpec, is_remote, parse_spec, sae_lens_entry, sae_lens_release
 from saevlm_fast.records import parse_json
 from saevlm_fast.settings import path_of
+from saevlm_fast.urls import is_url
 
 CARD_FILE = "README.md"
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -86,6 +87,10 @@ def resolve(
             at all; no network and not in the cache, with the files to put where; bytes that are not the Hub's.
     """
     path = path_of("path", spec)
+    require(
+        not is_url(path),
+        f"path: {path} is elsewhere; give a path on this machine, or hf:user/repo[/sae_id]",
+    )
     if not is_remote(spec):
         return LocalSAE(path)
     text = os.fspath(spec)

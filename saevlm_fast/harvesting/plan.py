@@ -16,6 +16,7 @@ from saevlm_fast.provenance import misfit
 from saevlm_fast.sae import SparseAutoencoder, sae_digest
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
+from saevlm_fast.urls import redacted_text
 
 _ROWS_PER_SHARD = 65536
 
@@ -67,7 +68,7 @@ class HarvestPlan:
             "point": store.point.point,
             "layer": store.point.layer,
             "tokens": None if store.tokens is None else store.tokens.name,
-            "layout": None if self.run.shapes[store.point][0] is None else self.run.layout.description(),
+            "layout": self._layout_of(store.point),
             "seed": config.seed,
             "dtype": config.dtype,
             "images": settings["images"],
@@ -75,6 +76,9 @@ class HarvestPlan:
             "pool": config.pool,
             "versions": settings["versions"],
         }
+
+    def _layout_of(self, point: HookPoint) -> dict[str, Any] | None:
+        return None if self.run.shapes[point][0] is None else self.run.layouts[point].description()
 
     def _open_sae(self) -> SparseAutoencoder | None:
         if self.config.sae is None:
@@ -114,7 +118,7 @@ class HarvestPlan:
         return {
             "model": self.tower.description(),
             "images": {
-                "path": self.options.images,
+                "path": redacted_text(self.options.images),
                 "images": self.n_images,
                 "fingerprint": self.source.fingerprint(),
                 "content": sampled_digest(self.source, self.n_images),

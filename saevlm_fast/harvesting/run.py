@@ -10,34 +10,29 @@ images alone: batches never cross units, and random tokens are seeded per image.
 What is written is decided in harvesting/plan.py; harvesting/stores.py is the output directory.
 """
 
-import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from saevlm_fast.config import HarvestOptions
-from saevlm_fast.data.codes import mean_pool_codes
 from saevlm_fast.data.prefetch import loader_threads
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig
-from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
+from saevlm_fast.harvesting.forward import forward_rows, on_host
+from saevlm_fast.harvesting.plan import HarvestPlan
 from saevlm_fast.harvesting.ranks import ALONE, Ranks
-from saevlm_fast.harvesting.stores import BatchRows, HarvestStores, UnitPieces
+from saevlm_fast.harvesting.stores import HarvestStores, UnitPieces, skipped_lines
 from saevlm_fast.images.batches import Batch, dead_workers_in_one_line, default_workers, image_batches
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import interruptible, tf32_products
-from saevlm_fast.sae import evaluating
-from saevlm_fast.sparse_codes import SparseCodes
-from saevlm_fast.towers.tokens import POOLED
 from saevlm_fast.towers.tower import Tower
 
 _UNITS_IN_FLIGHT = 2
@@ -79,6 +74,7 @@ def harvest(
         OSError: a write failed. Interrupted: SIGINT or SIGTERM; finished units are on the disk.
     """
     autocast = COMPUTE_DTYPES[config.dtype]
+    tower = tower if config.square is None else tower.squared(config.square)
     with ExitStack() as locks:
         if ranks.rank == 0:
             lock = locks.enter_context(output_lock(options.output, directory=True))
@@ -116,7 +112,7 @@ class _Loop:
 
     def __init__(self, plan: HarvestPlan, stores: HarvestStores, ranks: Ranks):
         self.plan, self.stores, self.ranks = plan, stores, ranks
-        self.source, self.run, self.device = plan.source, plan.run, plan.tower.device
+        self.source, self.device = plan.source, plan.tower.device
         self.summary = HarvestSummary(plan.output, [store.path for store in plan.stores], plan.n_images)
 
     def units(self, on_images: Callable[[int, int, int], None], interrupted: threading.Event, anew: bool) -> None:
@@ -181,48 +177,17 @@ class _Loop:
             raise Interrupted(f"interrupted; continue with --resume --output {self.plan.output}")
 
     def _forward(self, batch: Batch, pieces: UnitPieces) -> None:
-        """Rows of every store, on their way to the host. The device is waited for only where the number of rows is its
-        own doing: codes above a threshold, and pooling."""
+        """Rows of every store, on their way to the host."""
         self.summary.n_done_here += len(batch.images) + len(batch.skipped)
-        lines = [json.dumps({"image": self.source.image_id(i), "reason": why}) + "\n" for i, why in batch.skipped]
+        lines = skipped_lines(self.source, batch)
         pieces.skipped.extend(lines)
         self.stores.skipped.extend(lines)
-        if batch.inputs is None:
-            return
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
-        ids = [self.source.image_id(i) for i in batch.images]
-        acts = self.run(inputs)
-        for store, rows in zip(self.plan.stores, pieces.rows):
-            rows.append(self._rows(store, acts[store.point], batch.inputs, ids, batch.images))
-        if self.device.type == "cuda":
+        for rows, found in zip(pieces.rows, forward_rows(self.plan, batch)):
+            rows.append(on_host(found))
+        if batch.inputs is not None and self.device.type == "cuda":
             pieces.copied.append(torch.cuda.current_stream(self.device).record_event())
-
-    def _rows(
-        self, store: PlannedStore, acts: Tensor, inputs: Mapping[str, Tensor], ids: list[str], images: list[int]
-    ) -> BatchRows:
-        """The chosen tokens of one batch; with an SAE, their codes."""
-        config, sae = self.plan.config, self.plan.sae
-        chosen = self.run.select(acts, store.tokens, ids, config.seed, inputs)
-        image_of_row, positions = chosen.image_of_row, chosen.positions
-        on_host: Tensor | SparseCodes
-        if sae is None:
-            on_host = _to_host(chosen.rows_MD.to(config.torch_store_dtype))
-        else:
-            with evaluating(sae):
-                codes = sae.encode(chosen.rows_MD.to(sae.b_dec.dtype))
-            if config.pool == "mean":
-                codes = mean_pool_codes(codes, chosen.image_of_row, len(images))
-                image_of_row, positions = torch.arange(len(images)), torch.full((len(images),), POOLED)
-            on_host = codes.map(_to_host)
-        return BatchRows(on_host, torch.tensor(images)[image_of_row], positions)
 
 
 def _finish(writing: Iterable[Future[None]]) -> None:
     for written in writing:
         written.result()
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host (a view would keep all tokens alive); from a GPU without waiting for it."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-    return host.copy_(tensor, non_blocking=True)

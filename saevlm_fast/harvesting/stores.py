@@ -24,6 +24,8 @@ from saevlm_fast.data.writing import ActivationWriter, StoreWriter, clear_store,
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.files import TEMPORARY_PREFIX, atomic_write, remove_leftovers
 from saevlm_fast.harvesting.plan import HarvestPlan, PlannedStore
+from saevlm_fast.images.batches import Batch
+from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import LOCK_FILE, begin_replacement, is_being_swapped, publish, settle, workplace
 from saevlm_fast.records import (
     FILE_NAME,
@@ -47,7 +49,7 @@ _SKIPPED = Fields({"image": TEXT, "reason": TEXT})
 
 
 class BatchRows(NamedTuple):
-    """Rows of one batch for one store on the host: activations [M, D] or codes; image numbers, token positions."""
+    """Rows of one batch for one store: activations [M, D] or codes; image numbers, token positions."""
 
     values: Tensor | SparseCodes
     image_of_row: Tensor
@@ -60,6 +62,11 @@ class UnitPieces(NamedTuple):
     rows: list[list[BatchRows]]
     skipped: list[str]
     copied: list[Any]
+
+
+def skipped_lines(source: ImageSource, batch: Batch) -> list[str]:
+    """What skipped.jsonl says of a batch."""
+    return [json.dumps({"image": source.image_id(i), "reason": why}) + "\n" for i, why in batch.skipped]
 
 
 def check_output(options: HarvestOptions) -> None:

@@ -93,7 +93,21 @@ class _Batches(Dataset):
 def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
     if len(pieces) <= 1:
         return pieces[0] if pieces else None
-    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    return {name: _cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    """One after the other. Pixels of pieces whose largest images differ are filled up with zeros, as the processor that
+    gives images their own sizes does within a piece (Pixtral's)."""
+    if tensors[0].ndim < 4 or len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return torch.cat(tensors)
+    sizes = [max(each) for each in zip(*(tensor.shape[1:] for tensor in tensors))]
+    filled = tensors[0].new_zeros(sum(len(tensor) for tensor in tensors), *sizes)
+    start = 0
+    for tensor in tensors:
+        filled[start : start + len(tensor)][(slice(None), *(slice(size) for size in tensor.shape[1:]))] = tensor
+        start += len(tensor)
+    return filled
 
 
 def _checked_picture(data: bytes) -> Any:

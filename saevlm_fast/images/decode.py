@@ -31,7 +31,7 @@ UPRIGHT = {
 SAMPLE_FORMAT_TAG, PHOTOMETRIC_TAG, BITS_PER_SAMPLE_TAG = 339, 262, 258  # TIFF 6.0
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, at_least: int | None = None) -> Image.Image:
     """An encoded image as an upright 8-bit RGB image. Right, or refused: ImageError with the reason in one line.
 
     The content decides the format, never a name. Transparency, of whatever kind, is laid on white. 16-bit gray keeps
@@ -44,11 +44,13 @@ def decode(data: bytes) -> Image.Image:
     GIF, BMP, PPM, AVIF and JPEG 2000 have none, so a flipped bit in their coded data goes through as the decoder shows
     it, where the decoder does not stumble.
 
+    With at_least, for thumbnails: a JPEG may come halved, once or more, as its decoder does it, no side below at_least.
+
     Safe in threads and processes. Pillow's warnings about a file's metadata are turned off for the process.
     """
     _silence_pillow()
     try:
-        return _decoded(not_empty(data))
+        return _decoded(not_empty(data), at_least)
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -70,7 +72,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _decoded(data: bytes) -> Image.Image:
+def _decoded(data: bytes, at_least: int | None) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
     width, height = image.size
     bomb = f"decompression bomb? {width} x {height} pixels; at most {MAX_PIXELS} are decoded"
@@ -81,6 +83,8 @@ def _decoded(data: bytes) -> Image.Image:
         _check_png_chunks(data)
     if image.format == "TIFF":
         _refuse_what_pillow_misreads(image)
+    if at_least is not None and image.format == "JPEG":
+        image.draft(None, (at_least, at_least))
     image.load()
     turn = UPRIGHT.get(_orientation(image))
     rgb = _rgb(image, data)

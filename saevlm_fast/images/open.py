@@ -9,6 +9,7 @@
     DIR, DIR::SPLIT            datasets.save_to_disk; id = the stored path if every row has its own, else the row
     DIR, DIR::SPLIT, *.parquet Hugging Face parquet shards; id = the stored path likewise, else file.parquet/row
     scenes:SPLIT:N[:SEED]      scenes of the box, drawn as they are read (SPLIT: train, test, novel)
+    s3://..., https://..., hf://datasets/USER/NAME   the same by URL, but save_to_disk (images/remote.py)
 
 Columns of images and labels follow one rule, images/columns.py. Bytes of a file name that are not UTF-8 are written as
 \\xNN in ids. The sources themselves are in images/sources.py, images/tars.py, images/tables.py and images/scenes.py.
@@ -19,6 +20,7 @@ import os
 import re
 
 from saevlm_fast.errors import check_kind, require
+from saevlm_fast.images.remote import open_remote_images
 from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.images.sources import (
     IMAGE_SUFFIXES,
@@ -32,6 +34,7 @@ from saevlm_fast.images.sources import (
 )
 from saevlm_fast.images.tables import ParquetSource, open_parquet, open_saved_dataset
 from saevlm_fast.images.tars import TarSource, open_tars
+from saevlm_fast.urls import is_url, url_of
 
 _KINDS = {".tar": "tars", ".parquet": "tables", ".tgz": "packed", ".zip": "packed"}
 _KINDS |= dict.fromkeys((".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4"), "packed")
@@ -49,9 +52,12 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
 
     Raises:
         ValueError: in one line: anything that is no source; a truncated or otherwise damaged tar archive or parquet
-            file, which is refused as a whole.
+            file, which is refused as a whole. RemoteError: what is elsewhere and cannot be read.
     """
     check_kind("images", path, (str, os.PathLike), "a path")
+    if is_url(path):
+        url, _, split = url_of(path).partition("::")
+        return open_remote_images(url, _expand_braces(url), split)
     name, split = _split_of(os.fspath(path))
     if name.startswith(PREFIX) and not os.path.exists(name):
         refuse_split(name, split)

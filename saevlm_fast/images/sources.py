@@ -5,16 +5,19 @@ their files lazily; they may be forked, pickled and read from several threads.
 """
 
 import hashlib
+import io
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from saevlm_fast.errors import ImageError, require
+from saevlm_fast.remote.reading import NotThere, read_whole
+from saevlm_fast.urls import is_url, redacted
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -159,6 +162,15 @@ def read_file(path: str) -> bytes:
         raise ImageError(f"unreadable: {error.strerror or error}") from error
 
 
+def read_image(url: str) -> bytes:
+    """The encoded image at a URL. ImageError: there is none, an empty one, or one that is too large. RemoteError:
+    what is not its fault."""
+    try:
+        return not_empty(read_whole(url, MAX_IMAGE_BYTES))
+    except NotThere as error:
+        raise ImageError(str(error)) from None
+
+
 def check_size(n_bytes: int) -> None:
     """Raises ImageError for an image of more than MAX_IMAGE_BYTES, before they are read."""
     if n_bytes > MAX_IMAGE_BYTES:
@@ -227,29 +239,38 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 class ListSource(Names):
-    """Files named by a text list; those that are missing are found out by read."""
+    """Files and URLs named by a text list; those that are missing are found out by read."""
 
     def __init__(self, file: str, paths: list[str], labels: list[str | None]):
         self._folder = os.path.dirname(os.path.abspath(file))
-        super().__init__(file, paths, labels)
+        self._urls = {i: path for i, path in enumerate(paths) if is_url(path)}
+        super().__init__(file, [redacted(path) for path in paths], labels)
 
     def read(self, i: int) -> bytes:
+        if i in self._urls:
+            return read_image(self._urls[i])
         return read_file(os.path.join(self._folder, self.image_id(i)))
 
 
 def open_list(file: str) -> ListSource:
+    with open(file, "rb") as data:
+        return ListSource(file, *list_lines(data, file))
+
+
+def list_lines(data: bytes | BinaryIO, name: str) -> tuple[list[str], list[str | None]]:
+    """The paths and the labels of a list. ValueError: no UTF-8, a line that is no path."""
+    stream = io.BytesIO(data) if isinstance(data, bytes) else data
     paths: list[str] = []
     labels: list[str | None] = []
     try:
-        with open(file, encoding="utf-8-sig") as lines:
+        with io.TextIOWrapper(stream, encoding="utf-8-sig") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), ""), 1):
-                require(
-                    len(line) < MAX_LINE, f"images: {file}: line {number} is no path: {MAX_LINE} characters or more"
-                )
+                fits = len(line) < MAX_LINE
+                require(fits, f"images: {name}: line {number} is no path: {MAX_LINE} characters or more")
                 path, _, label = (part.strip() for part in line.partition("\t"))
                 if path and not path.startswith("#"):
                     paths.append(path)
                     labels.append(label or None)
     except UnicodeDecodeError as error:
-        raise ValueError(f"images: {file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    return ListSource(file, paths, labels)
+        raise ValueError(f"images: {name}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    return paths, labels

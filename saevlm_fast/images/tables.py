@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,8 +39,8 @@ MAX_RATIO = 100
 class ParquetSource(Names):
     """Rows of parquet files with one image column, read a row group at a time, or a piece of a large one."""
 
-    def __init__(self, name: str, column: str, groups: list["_Group"], names: "_RowNames"):
-        self._column, self._groups = column, groups
+    def __init__(self, name: str, column: str, files: Sequence[str], groups: list["_Group"], names: "_RowNames"):
+        self._column, self._files, self._groups = column, files, groups
         self._start_G = np.cumsum([0, *(group.rows for group in groups)])[:-1]
         self._idle: list[_Rows] = []  # what the last reader left; a thread takes it out while it reads
         super().__init__(name, names.ids(), names.labels, notes=dict.fromkeys(names.notes))
@@ -54,28 +54,28 @@ class ParquetSource(Names):
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # Arrow's own about damage have no number
                 raise
-            reason = f"damaged row group in {os.path.basename(group.file)}: {first_line(error)}"
+            reason = f"damaged row group in {os.path.basename(self._files[group.file])}: {first_line(error)}"
             raise ImageError(reason) from error
         self._idle[:] = [rows]
-        return image_bytes(cell, group.folder)
+        return image_bytes(cell, os.path.dirname(self._files[group.file]))
 
     def _reader(self, group: "_Group", row: int) -> "_Rows":
         """The idle one where it stands at or before this row; another thread may have it."""
         try:
             rows = self._idle.pop()
         except IndexError:
-            return _Rows(group, self._column)
-        return rows if rows.group is group and row >= rows.first else _Rows(group, self._column)
+            rows = None
+        same = rows is not None and rows.group is group and row >= rows.first
+        return rows if rows is not None and same else _Rows(self._files[group.file], group, self._column)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_idle": []}
 
 
 class _Group(NamedTuple):
-    """Row group `number` of a file: its rows, and what its image column takes unpacked."""
+    """Row group `number` of file number `file`: its rows, and what its image column takes unpacked."""
 
-    file: str
-    folder: str
+    file: int
     number: int
     rows: int
     unpacked: int
@@ -84,9 +84,9 @@ class _Group(NamedTuple):
 class _Rows:
     """The image cells of a row group, forwards: those that were read last, GROUP_BYTES of them."""
 
-    def __init__(self, group: _Group, column: str):
+    def __init__(self, file: str, group: _Group, column: str):
         self.group, self.first = group, 0
-        self._file = open_table(group.file)
+        self._file = open_table(file)
         self._batches = self._all(column) if group.unpacked <= GROUP_BYTES else self._pieces(column)
         self._cells: Any = ()
 
@@ -134,13 +134,17 @@ class _RowNames:
             self.labels += [column.text(value) for value in values_of(column.name)]
 
 
-def open_parquet(files: list[str], name: str, split: str) -> ParquetSource:
+def open_parquet(files: Sequence[str], name: str, split: str, relative: list[str] | None = None) -> ParquetSource:
     """The rows of parquet files, in the order of the files.
+
+    files: their paths; of some that are elsewhere what fetches each when it is asked for. relative: what ids call
+    them; if None by their paths.
 
     Raises:
         ValueError: several splits, no image column, a damaged file, one that unpacks far beyond its size.
     """
-    relative = relative_paths(files)
+    here = relative is None
+    relative = relative_paths(files) if relative is None else relative
     column = ""
     groups: list[_Group] = []
     names = _RowNames()
@@ -148,28 +152,35 @@ def open_parquet(files: list[str], name: str, split: str) -> ParquetSource:
         file = files[number]
         try:
             with open_table(file) as table:
-                column = _add_file(table, file, relative[number], column, groups, names)
+                column = _add_file(table, file, number, relative[number], column, groups, names)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise ValueError(f"images: {file}: damaged parquet file: {first_line(error)}") from error
         except ValueError as error:
             raise ValueError(f"images: {file}: {first_line(error).removeprefix(f'images: {file}: ')}") from error
-    return ParquetSource(name, column, groups, names)
+    return ParquetSource(name, column, [os.path.abspath(file) for file in files] if here else files, groups, names)
 
 
-def _add_file(table: pq.ParquetFile, file: str, short: str, column: str, groups: list[_Group], names: _RowNames) -> str:
+def _add_file(
+    table: pq.ParquetFile,
+    file: str,
+    place: int,
+    short: str,
+    column: str,
+    groups: list[_Group],
+    names: _RowNames,
+) -> str:
     """Adds a file's row groups and names; its image column, which has to be that of the files before, if there are."""
     schema, n_rows = plain_schema(table), table.metadata.num_rows
     found = image_column(schema, lambda name: _first_values(table, name), file)
     same = column in ("", found)
     require(same, f"images: {file}: the image column is {found!r}, in the files before it {column!r}")
-    path = os.path.abspath(file)
     for number in range(table.num_row_groups):
         stored, unpacked = unpacked_bytes(table, [found], [number])
         bomb = f"row group {number} unpacks from {stored} bytes to {unpacked}, more than {MAX_RATIO} fold"
         require(unpacked <= max(GROUP_BYTES, MAX_RATIO * stored), f"images: {file}: {bomb}: these are no images")
-        groups.append(_Group(path, os.path.dirname(path), number, table.metadata.row_group(number).num_rows, unpacked))
+        groups.append(_Group(place, number, table.metadata.row_group(number).num_rows, unpacked))
     names.rows += [f"{short}/{row}" for row in range(n_rows)]
     names.paths += _stored_paths(table, schema.field(found))
     names.add_labels(schema, lambda name: _text_values(table, name), n_rows, file)

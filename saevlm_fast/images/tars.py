@@ -4,7 +4,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -28,19 +28,20 @@ class TarSource(Names):
     def __init__(
         self,
         name: str,
-        shards: list[str],
+        shards: Sequence[str],
+        relative: list[str],
         members: list[Member],
         labels: list[str | None],
         shard_M: np.ndarray,
         n_ignored: int,
         notes: list[str],
     ):
-        self._shards = [os.path.abspath(shard) for shard in shards]
+        self._shards = [os.path.abspath(shard) for shard in shards] if isinstance(shards, list) else shards
         self._shard_M = shard_M
         self._offset_M = np.array([member.offset for member in members], np.int64)
         self._size_M = np.array([member.size for member in members], np.int64)
         self._open: tuple[int, _Descriptor] | None = None
-        prefixes = [f"{shard}/" for shard in relative_paths(shards)] if len(shards) > 1 else [""]
+        prefixes = [f"{shard}/" for shard in relative] if len(shards) > 1 else [""]
         ids = [prefixes[shard] + member.name for shard, member in zip(shard_M.tolist(), members)]
         super().__init__(name, ids, labels, n_ignored, notes)
 
@@ -70,22 +71,27 @@ class _Descriptor:
             os.close(self.number)
 
 
-def open_tars(shards: list[str], name: str) -> TarSource:
+def open_tars(shards: Sequence[str], name: str, relative: list[str] | None = None) -> TarSource:
     """The images of the archives, in their order (images/samples.py: which members are images, which are labels).
+
+    shards: their paths; of some that are elsewhere what fetches each when it is asked for. relative: what ids call
+    them; if None by their paths.
 
     Raises:
         ValueError: a compressed or damaged archive; archives that hold other archives and no image.
     """
+    relative = relative_paths(shards) if relative is None else relative
     indexed = [_index_tar(shard) for shard in shards]
     samples = [sample for of_shard, _ in indexed for sample in of_shard]
     unused = sum((counted for _, counted in indexed), Counter[str]())
     if not samples:
         _refuse_tars_of_tars(name, unused)
-    classes = _class_labels(shards, [of_shard for of_shard, _ in indexed])
+    classes = _class_labels(relative, [of_shard for of_shard, _ in indexed])
     labels = classes or [sample.label for sample in samples]
     shard_M = np.repeat(np.arange(len(shards), dtype=np.int32), [len(of_shard) for of_shard, _ in indexed])
     notes = _notes(samples, labels, classes is not None, unused)
-    return TarSource(name, shards, [sample.image for sample in samples], labels, shard_M, unused.total(), notes)
+    members = [sample.image for sample in samples]
+    return TarSource(name, shards, relative, members, labels, shard_M, unused.total(), notes)
 
 
 def _index_tar(shard: str) -> tuple[list[Sample], Counter[str]]:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.look.geometry import PatchGrid
-from saevlm_fast.look.image_rows import ImageTable
+from saevlm_fast.scoring.geometry import PatchGrid
+from saevlm_fast.scoring.image_rows import ImageTable
 from saevlm_fast.sparse_codes import SparseCodes
 
 

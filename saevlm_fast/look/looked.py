@@ -16,19 +16,24 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.look.geometry import PatchGrid, patch_grid
 from saevlm_fast.look.heat import HeatMaps, heat_maps
-from saevlm_fast.look.image_rows import ImageTable, image_chunks
-from saevlm_fast.look.neighbours import Neighbours, co_firing, decoder_neighbours
+from saevlm_fast.look.near import Near, look_near
+from saevlm_fast.look.neighbours import CoFiring, Neighbours, co_firing, decoder_neighbours
+from saevlm_fast.look.sets import TopSets, top_sets
+from saevlm_fast.look.settings import ReportSettings
+from saevlm_fast.look.shown import Shown, shown_pairs
 from saevlm_fast.look.spill import Spill
 from saevlm_fast.look.stats import LatentStats, latent_stats
+from saevlm_fast.measures.codes import TOP
+from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.geometry import PatchGrid, patch_grid
+from saevlm_fast.scoring.image_rows import ImageTable, image_chunks
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
 
 N_NEIGHBOURS = 6
 MOST_CLASSES = 2000
-_DENSE = 1 << 24  # numbers of a dense block of images x latents
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Subject:
 
     Attributes:
         name: what pages call it. labels: class of every image, None for none; None where there are none at all.
+        activations: with codes, the activations that they are of and their images, if they are there.
     """
 
     name: str
@@ -46,6 +52,12 @@ class Subject:
     encoder: SparseAutoencoder | None
     table: ImageTable
     labels: pa.Array | None
+    activations: tuple[Activations, ImageTable] | None = None
+
+    @property
+    def encodable(self) -> tuple[Activations, ImageTable] | None:
+        """Rows that the SAE can be asked about again; None where there are codes alone."""
+        return (self.rows, self.table) if isinstance(self.rows, Activations) else self.activations
 
 
 @dataclass(frozen=True)
@@ -58,20 +70,11 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """The pairs of latent and image that a page shows: pair w is image images_W[w], acts_W its activation; of latent
-    k's top images and bands (low to high) the pairs are tops[k] and bands[k][band]."""
-
-    images_W: np.ndarray
-    latents_W: np.ndarray
-    acts_W: np.ndarray
-    tops: list[np.ndarray]
-    bands: list[list[np.ndarray]]
-
-
-@dataclass(frozen=True)
 class Looked:
-    """All that is known of one SAE's latents. row_max_S: largest activation on a row, 255 of the heat maps."""
+    """All that is known of one SAE's latents. row_max_S: largest activation on a row, 255 of the heat maps.
+
+    near: None where there are codes alone.
+    """
 
     subject: Subject
     stats: LatentStats
@@ -82,21 +85,28 @@ class Looked:
     grid: PatchGrid | str
     heat: HeatMaps | None
     decoder: Neighbours
-    together: Neighbours
-    together_images: int
+    firing: CoFiring
+    sets: TopSets
+    near: Near | None
 
     @property
     def size(self) -> int:
         return self.subject.sae.config.d_sae
 
+    def missed(self, latent: int) -> tuple[list[int], list[float]]:
+        """Near misses: images, the nearest first, and pre-activations."""
+        if self.near is None:
+            return [], []
+        numbers, values = self.near.images_S5[latent].tolist(), self.near.values_S5[latent].tolist()
+        there = sum(number >= 0 for number in numbers)
+        return numbers[:there], values[:there]
+
 
 def look_at(
     subject: Subject,
     work: Path,
-    pool: Pool,
-    n_top: int,
-    n_band: int,
-    batch_rows: int,
+    settings: ReportSettings,
+    taxonomy: Taxonomy | None,
     on_step: Callable[[str], Callable[[int], None]],
 ) -> tuple[Looked, Spill]:
     """Everything about an SAE's latents; and its images' codes.
@@ -104,29 +114,31 @@ def look_at(
     Args:
         work: where codes are spilled; what is whole there is used again.
         on_step: told what begins; gives what is told how many images are done.
+
+    Raises:
+        ValueError: a taxonomy that has none of the classes.
     """
-    size = subject.sae.config.d_sae
-    of_images, of_rows = _spilled(subject, work, pool, batch_rows, on_step)
+    size, batch_rows = subject.sae.config.d_sae, settings.batch_size
+    of_images, of_rows = _spilled(subject, work, settings.pool, batch_rows, on_step)
     classes = _classes(subject.labels)
-    stats = latent_stats(
-        of_images,
-        n_top,
-        max(n_band, 1),
-        None if classes is None else classes.class_N,
-        0 if classes is None else len(classes.names),
-        on_step("count"),
-    )
-    shown = _shown(stats, of_images, size, n_band)
+    class_N, names = (None, []) if classes is None else (classes.class_N, classes.names)
+    n_top, n_band = max(settings.n, TOP), max(settings.per_band, 1)
+    stats = latent_stats(of_images, n_top, n_band, class_N, len(names), on_step("count"))
+    sets = top_sets(stats.tops, stats.n_images, None if class_N is None else class_N.numpy(), names, taxonomy)
+    shown = shown_pairs(stats.tops.first(settings.n), stats.bands.first(settings.per_band), of_images)
     density_S, row_max_S = _of_rows(of_rows.chunks() if of_rows is not None else subject.rows.chunks(batch_rows), size)
     grid = patch_grid(subject.rows.source, subject.table)
     heat = None
     if isinstance(grid, PatchGrid):
         chunks = _row_chunks(subject, of_rows, batch_rows, on_step("heat maps"))
         heat = heat_maps(chunks, subject.table, grid, shown.images_W, shown.latents_W, row_max_S)
+    near = None
+    if subject.encodable is not None:
+        near = look_near(subject.encodable[0], subject.sae, subject.encodable[1], on_step("near misses"))
     decoder = decoder_neighbours(subject.sae.W_dec, N_NEIGHBOURS, on_step("decoder neighbours"))
-    together, counted = co_firing(of_images, N_NEIGHBOURS)
+    firing = co_firing(of_images, N_NEIGHBOURS)
     return Looked(
-        subject, stats, density_S, row_max_S, classes, shown, grid, heat, decoder, together, counted
+        subject, stats, density_S, row_max_S, classes, shown, grid, heat, decoder, firing, sets, near
     ), of_images
 
 
@@ -186,34 +198,12 @@ def _classes(labels: pa.Array | None) -> Classes | None:
     return Classes(found.dictionary.to_pylist(), class_N, counts / counts.sum())
 
 
-def _shown(stats: LatentStats, codes: Spill, size: int, n_band: int) -> Shown:
-    """Top images and bands as pairs, sorted by image, each once, with their activations."""
-    lists = [top.images.numpy() for top in stats.tops]
-    per_band = [band.images.numpy()[:n_band] for band in stats.bands]
-    latents = np.repeat(np.arange(size), [len(each) for each in lists])
-    in_bands = np.repeat(np.arange(len(per_band)) // (len(per_band) // size), [len(each) for each in per_band])
-    nothing = np.empty(0, np.int64)
-    keys = np.concatenate([nothing, *lists, *per_band]) * size + np.concatenate([latents, in_bands]).astype(np.int64)
-    pairs, places = np.unique(keys, return_inverse=True)
-    images_W, latents_W = pairs // size, pairs % size
-    acts_W, first = np.zeros(len(pairs), np.float32), np.searchsorted(images_W, np.arange(codes.n_rows + 1))
-    for start, chunk in codes.chunks(max(1, _DENSE // size)):
-        acts_M, latents_M, _ = chunk.csr()
-        mine = slice(first[start], first[start + chunk.n_rows])
-        pair_of = np.full(chunk.n_rows * size, -1, np.int32)
-        pair_of[(images_W[mine] - start) * size + latents_W[mine]] = np.arange(mine.start, mine.stop)
-        found = pair_of[chunk.entry_rows().numpy() * size + latents_M.numpy()]
-        acts_W[found[found >= 0]] = acts_M.numpy()[found >= 0]
-    cuts = np.cumsum([len(each) for each in (*lists, *per_band)])[:-1]
-    parts = np.split(places, cuts)
-    n_bands = len(per_band) // size
-    bands = [parts[size + k * n_bands : size + (k + 1) * n_bands] for k in range(size)]
-    return Shown(images_W, latents_W, acts_W, parts[:size], bands)
-
-
 def checked_sizes(subject: Subject) -> None:
     """ValueError: rows of another width than the SAE's."""
     rows, config = subject.rows, subject.sae.config
     width = rows.d_sae if isinstance(rows, StoredCodes) else rows.d
     needed = config.d_sae if isinstance(rows, StoredCodes) else config.d_in
     require(width == needed, f"sae: {subject.path} needs rows of width {needed}, but {rows.path} has {width}")
+    if subject.activations is not None:
+        beside, d_in = subject.activations[0], config.d_in
+        require(beside.d == d_in, f"sae: {subject.path} needs rows of width {d_in}, but {beside.path} has {beside.d}")

@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from saevlm_fast.look.chunks import short
 from saevlm_fast.look.looked import Looked
 from saevlm_fast.look.tables import numeric_columns, spread
+from saevlm_fast.steering.table import CONDITIONS, EMPTY
 
 _MOST = 40  # columns of a table that are taken over
+_MOST_TEXTS, _LONGEST_TEXT = 6, 300
 # What is known of columns by their names, wherever they come from: label, and a sentence.
 KNOWN = {
     "density": ("density", "Share of the images on which the latent fires."),
@@ -29,6 +32,14 @@ KNOWN = {
     "n_eff": ("n eff", "As many images of equal weight would say as much."),
     "z": ("z", "The score above that of random images, in standard deviations."),
     "p": ("p", "How often random images score as high."),
+    "ms_low": ("MS low", "Lower end of the score's interval of 95 %, over images."),
+    "ms_high": ("MS high", "Upper end of the score's interval of 95 %, over images."),
+    "uniqueness": (
+        "uniqueness",
+        "1 less the Jaccard index of its top 16 images with the nearest latent's.",
+    ),
+    "lca_depth": ("depth", "Mean depth of the lowest common ancestor of its top 16 images' classes."),
+    "steered": ("steered", "Steering score: how near the steered answers come to its images."),
     "name_score": ("name score", "By how much its best word is nearer than the average one."),
 }
 
@@ -48,7 +59,11 @@ class Measure:
 
 
 def measures_of(
-    looked: Looked, ms_S: np.ndarray | None, scores: pa.Table | None, names: pa.Table | None
+    looked: Looked,
+    image_scores: dict[str, np.ndarray],
+    scores: pa.Table | None,
+    names: pa.Table | None,
+    steering: pa.Table | None,
 ) -> list[Measure]:
     """All measures that are known of at least one latent; a table's column stands for the computed one of its name."""
     stats, size = looked.stats, looked.size
@@ -59,15 +74,21 @@ def measures_of(
     found: dict[str, np.ndarray] = {
         "density": n_active / stats.n_images,
         "row_density": looked.row_density_S if looked.subject.table.rows_per_image > 1 else nothing,
-        "ms": nothing if ms_S is None else ms_S,
+        **image_scores,
         "max": np.where(fires, stats.max_S.double().numpy(), np.nan),
         "mean": np.divide(stats.sum_S.numpy(), n_active, out=nothing.copy(), where=fires),
         "n_active": n_active,
         "purity": purity,
         "entropy": entropy,
         "decoder_cosine": looked.decoder.values[:, 0].double().numpy() if size > 1 else nothing,
-        "jaccard": np.where(fires, looked.together.values[:, 0].double().numpy(), np.nan) if size > 1 else nothing,
+        "jaccard": np.where(fires, looked.firing.together.values[:, 0].double().numpy(), np.nan)
+        if size > 1
+        else nothing,
+        "uniqueness": looked.sets.uniqueness_S,
+        "lca_depth": nothing if looked.sets.depth_S is None else looked.sets.depth_S,
     }
+    if steering is not None and "steered" in numeric_columns(steering):
+        found["steered"] = spread(steering, "steered", size)
     if scores is not None:
         for name in numeric_columns(scores)[:_MOST]:
             if name != "max_activation":
@@ -110,3 +131,35 @@ def names_of(table: pa.Table | None, size: int) -> tuple[list[str | None], list[
             [str(word), round(float(score), 4)] for word, score in pairs if word and score is not None
         ]
     return own, words
+
+
+def texts_of(table: pa.Table | None) -> dict[str, dict[int, str]]:
+    """Columns of texts of a table of scores, as an evaluation's best label: column -> latent -> text."""
+    if table is None:
+        return {}
+    kinds = [(field.name, field.type) for field in table.schema]
+    texts = [name for name, kind in kinds if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
+    latents = table["latent"].to_pylist()
+    return {
+        name: {latent: text[:_LONGEST_TEXT] for latent, text in zip(latents, table[name].to_pylist()) if text}
+        for name in texts[:_MOST_TEXTS]
+    }
+
+
+def steered_of(table: pa.Table | None) -> dict[int, dict[str, Any]]:
+    """Rows of `saevlm-fast steering-score`: latent -> answer, its share, and [condition, score, empty] of each."""
+    if table is None:
+        return {}
+    there = set(table.column_names)
+    conditions = [name for name in CONDITIONS if name in there]
+    found = {}
+    for row in table.to_pylist():
+        kept = [[name, row[name], row.get(name + EMPTY)] for name in conditions if row[name] is not None]
+        kept = [[name, *(short(float(each)) if each is not None else None for each in pair)] for name, *pair in kept]
+        answer, share = row.get("answer"), row.get("answer_share")
+        found[row["latent"]] = {
+            "answer": None if answer is None else str(answer)[:_LONGEST_TEXT],
+            "share": None if share is None else short(float(share)),
+            "rows": kept,
+        }
+    return found

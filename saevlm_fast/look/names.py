@@ -21,9 +21,9 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.look.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import n_latents
+from saevlm_fast.scoring.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.scoring.monosemanticity import StreamedScore
 from saevlm_fast.scoring.naming import Name, Words, latent_directions, nearest_words, read_words
 from saevlm_fast.scoring.source import Pool

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,27 +22,37 @@ import numpy as np
 from saevlm_fast import __version__
 from saevlm_fast.files import atomic_write
 from saevlm_fast.look.chunks import floats, heat_text, script, short, shorts
-from saevlm_fast.look.geometry import PatchGrid
 from saevlm_fast.look.looked import Looked
 from saevlm_fast.look.measured import Measure
 from saevlm_fast.look.sprites import SIDE, TILES, Tiles, sheet_name
 from saevlm_fast.look.stats import BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BANDS
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.geometry import PatchGrid
 
 CHUNK, TILES_A_CHUNK = 256, 1024
 ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("data.js", "charts.js", "pictures.js", "table.js", "latent.js", "overview.js", "main.js")
+SCRIPTS = ("data.js", "charts.js", "pictures.js", "table.js", "latent.js", "overview.js", "blind.js", "main.js")
 STYLE = "page.css"
 _N_CLASSES = 8
 
 
 class Panel(NamedTuple):
-    """An SAE as a page has it: what was looked at, its measures, names and words, tiles of its images."""
+    """An SAE as a page has it: what was looked at, its measures, names and words, tiles of its images.
+
+    texts: of a table, by column and latent. steered: results of steering, by latent. tile_of_N: -1 for none.
+    """
 
     looked: Looked
     measures: list[Measure]
     own_names: list[str | None]
     words: list[list[list[Any]]]
-    tile_of: Callable[[int], int]
+    texts: dict[str, dict[int, str]]
+    steered: dict[int, dict[str, Any]]
+    tile_of_N: np.ndarray
+
+    def tile_of(self, image: int) -> int:
+        """Of an image that is shown."""
+        return int(self.tile_of_N[image])
 
 
 def index_of(title: str, panels: list[Panel], tiles: Tiles, side: int, notes: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +89,7 @@ def _sae(panel: Panel) -> dict[str, Any]:
         "groups": list(config.group_sizes),
         "recipe": recipe_of(config),
         "steer": steer_command(subject.path, config.metadata),
-        "measures": [
-            {"key": m.key, "label": m.label, "help": m.help, "values": floats(m.values)} for m in panel.measures
-        ],
+        "measures": [_column(measure) for measure in panel.measures],
         "names": panel.own_names if any(panel.own_names) else None,
         "words": [", ".join(word for word, _ in words) for words in panel.words] if any(panel.words) else None,
         "classes": None
@@ -90,8 +98,24 @@ def _sae(panel: Panel) -> dict[str, Any]:
         "grid": [grid.rows, grid.columns] if isinstance(grid, PatchGrid) else None,
         "heatMax": None if looked.heat is None else floats(looked.row_max_S.numpy()),
         "noGrid": None if isinstance(grid, PatchGrid) else grid,
-        "togetherImages": looked.together_images,
+        "togetherImages": looked.firing.counted,
+        "near": None
+        if looked.near is None
+        else {
+            "images": looked.near.n_images,
+            "rows": looked.near.n_rows,
+            "explained": shorts(looked.near.explained),
+        },
+        "threshold": _threshold(subject.sae),
+        "pooled": subject.table.rows_per_image > 1,
     }
+
+
+def _threshold(sae: SparseAutoencoder) -> list[float | None] | None:
+    """What an activation must exceed: one number, or one a latent; None where there is none."""
+    if sae.config.architecture in ("topk", "relu"):
+        return None
+    return shorts(sae.threshold.detach().float().cpu().reshape(-1).tolist())
 
 
 def _column(measure: Measure) -> dict[str, str]:
@@ -135,16 +159,24 @@ def chunk_of(panel: Panel, start: int) -> list[dict[str, Any]]:
 
 def _latent(panel: Panel, latent: int) -> dict[str, Any]:
     looked, stats = panel.looked, panel.looked.stats
-    found: dict[str, Any] = {"d": _beside(looked.decoder, latent)}
+    misses = [[panel.tile_of(i), short(value)] for i, value in zip(*looked.missed(latent))]
+    found: dict[str, Any] = {"d": _beside(looked.decoder, latent), "m": misses}
     if int(stats.n_active_S[latent]) == 0:
         return found
     counts = stats.band_counts[latent].tolist()
-    found |= {"t": _pictures(panel, looked.shown.tops[latent]), "s": [panel.tile_of(i) for i in stats.silent[latent]]}
-    found["b"] = [[counts[band], _pictures(panel, looked.shown.bands[latent][band])] for band in range(N_BANDS)]
+    found |= {"t": _pictures(panel, looked.shown.tops(latent)), "s": [panel.tile_of(i) for i in stats.silent[latent]]}
+    found["b"] = [[counts[band], _pictures(panel, looked.shown.band(latent, band))] for band in range(N_BANDS)]
     bins = stats.bins_SB[latent].numpy()
     filled = np.flatnonzero(bins)
     found["g"] = [int(filled[0]), bins[filled[0] : filled[-1] + 1].tolist()]
-    found["f"] = _beside(looked.together, latent)
+    found["f"] = _beside(looked.firing.together, latent)
+    found["p"], found["k"] = _beside(looked.firing.parents, latent), _beside(looked.firing.children, latent)
+    if (nearest := int(looked.sets.nearest_S[latent])) >= 0:
+        found["u"] = nearest
+    if latent in panel.steered:
+        found["z"] = panel.steered[latent]
+    if texts := [[name, of[latent]] for name, of in panel.texts.items() if latent in of]:
+        found["n"] = texts
     if panel.words[latent]:
         found["w"] = panel.words[latent]
     if stats.classes_SC is not None:

@@ -15,30 +15,27 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from saevlm_fast.data.codes import StoredCodes, open_codes
-from saevlm_fast.data.label_sets import read_labels
-from saevlm_fast.data.rows import Activations, open_activations
+from saevlm_fast.data.codes import StoredCodes
+from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write, remove_leftovers
-from saevlm_fast.look.geometry import covered
-from saevlm_fast.look.image_rows import ImageTable, image_table
-from saevlm_fast.look.looked import Looked, Subject, checked_sizes, look_at
-from saevlm_fast.look.measured import measures_of, names_of
-from saevlm_fast.look.names import check_same_images, known_words, name_latents, point, vocabulary
+from saevlm_fast.look.inputs import Inputs, open_inputs
+from saevlm_fast.look.looked import Looked, Subject, look_at
+from saevlm_fast.look.measured import measures_of, names_of, steered_of, texts_of
+from saevlm_fast.look.names import known_words, name_latents, point, vocabulary
 from saevlm_fast.look.page import Panel, data_scripts, index_of, one_file, write_folder
-from saevlm_fast.look.settings import LARGEST_FILE, MOST_IN_ONE_FILE, ReportSettings
-from saevlm_fast.look.spill import Spill
+from saevlm_fast.look.scored import encoder_of, image_scores
+from saevlm_fast.look.settings import LARGEST_FILE, ReportSettings
 from saevlm_fast.look.sprites import Tiles, write_sheets
 from saevlm_fast.look.store_images import StoreImages
-from saevlm_fast.look.tables import read_latents_table
 from saevlm_fast.outputs import REPLACEMENT, begin_replacement, output_lock, publish, settle
-from saevlm_fast.provenance import check_rows_of, check_same_sae
 from saevlm_fast.records import TEXT, Fields, Kind, read_record, write_record
 from saevlm_fast.runtime import resolve_device
-from saevlm_fast.sae import SparseAutoencoder, sae_digest
-from saevlm_fast.scoring.monosemanticity import StreamedScore
+from saevlm_fast.sae import sae_digest
+from saevlm_fast.scoring.geometry import covered
 from saevlm_fast.towers.text import load_text_encoder
 
+_TWICE = ("count", "score")  # passes over the images
 REPORT_FILE, FORMAT = "report.json", "saevlm-fast report"
 PARTS = ("app", "data", "sprites")
 _REPORT = Fields({"format": Kind(f"{FORMAT!r}", lambda value: value == FORMAT), "title": TEXT})
@@ -56,15 +53,6 @@ class Watcher(Protocol):
         ...
 
 
-class Inputs(NamedTuple):
-    """Opened and checked: the SAEs with their rows; embeddings; tables of scores and names."""
-
-    subjects: list[Subject]
-    embeddings: Activations | None
-    scores: list[pa.Table | None]
-    names: list[pa.Table | None]
-
-
 class Made(NamedTuple):
     """What a report shows: its files' bytes, images shown and missing, latents."""
 
@@ -74,80 +62,6 @@ class Made(NamedTuple):
     n_missing: int
     n_latents: int
     problem: str | None
-
-
-def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs:
-    """Everything that is read. ValueError: what is damaged, not there, or does not belong together."""
-    device, shared = resolve_device(settings.device), None
-    if settings.activations is not None:
-        shared = open_activations(settings.activations)
-    subjects: list[Subject] = []
-    tables: dict[str, Any] = {}
-    for i, path in enumerate(settings.sae):
-        sae = SparseAutoencoder.from_pretrained(path, device=device)
-        rows: Activations | StoredCodes | None = open_codes(settings.codes[i]) if settings.codes else shared
-        assert rows is not None  # the settings have seen to it
-        if isinstance(rows, StoredCodes):
-            check_same_sae(rows, Path(path), sae)
-        if (doubt := check_rows_of(sae, rows)) is not None:
-            warn(f"{doubt}; its codes of {rows.path} may mean little")
-        key = str(rows.path)
-        tables[key] = tables.get(key) or image_table(rows)
-        labels = _labels(settings.labels, tables[key])
-        encoder = None if isinstance(rows, StoredCodes) else sae
-        subjects.append(Subject(_name_of(settings.sae, i), str(path), sae, rows, encoder, tables[key], labels))
-        checked_sizes(subjects[-1])
-    _check_same_pictures(subjects, settings.images, warn)
-    n_latents = sum(each.sae.config.d_sae for each in subjects)
-    small = n_latents <= MOST_IN_ONE_FILE or not settings.single_file
-    require(small, f"single_file: {n_latents:,} latents, at most {MOST_IN_ONE_FILE:,}; give a directory for a folder")
-    embeddings = None if settings.embeddings is None else open_activations(settings.embeddings)
-    if embeddings is not None:
-        for subject in subjects:
-            check_same_images(subject.table, embeddings, str(subject.rows.path))
-    return Inputs(subjects, embeddings, _tables(settings.scores, subjects), _tables(settings.names, subjects))
-
-
-def _check_same_pictures(subjects: list[Subject], images: str | None, warn: Callable[[str], None]) -> None:
-    """A page has one picture of an id, and of each picture the part that the first SAE's tower sees.
-
-    ValueError: SAEs whose rows are of images of different places.
-    """
-    sources = [each.rows.source or {} for each in subjects]
-    places = [place.get("path") if isinstance(place := source.get("images"), dict) else None for source in sources]
-    crops = [model.get("preprocess") if isinstance(model := source.get("model"), dict) else None for source in sources]
-    for subject, place, crop in zip(subjects[1:], places[1:], crops[1:]):
-        same = images is not None or place is None or places[0] is None or place == places[0]
-        what = f"codes: {subject.rows.path} are of images in {place}, {subjects[0].rows.path} of {places[0]}"
-        require(same, f"{what}; make a report of each, or name the one place with --images")
-        if crop is not None and crops[0] is not None and crop != crops[0]:
-            warn(f"{subject.name}: its tower crops pictures in another way; its heat maps lie as {subjects[0].name}'s")
-
-
-def _name_of(paths: tuple[str, ...], i: int) -> str:
-    """The last component of the path, or as much of it as tells it from the others."""
-    for n in range(1, 8):
-        names = ["/".join(Path(path).absolute().parts[-n:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names[i]
-    return f"{Path(paths[i]).name} ({i + 1})"
-
-
-def _labels(path: Path | None, table: ImageTable) -> pa.Array | None:
-    """The class of each image: of the file's first column that has one label an image at most."""
-    if path is None:
-        return table.labels
-    ids = [str(i) for i in range(table.n_images)] if table.ids is None else table.ids.to_pylist()
-    sets = [each for each in read_labels(path, ids) if np.diff(each.offsets_N1).max() <= 1]
-    require(len(sets) > 0, f"labels: {path}: an image has several in every column; a report shows one each")
-    names, label_N = sets[0].names, sets[0].single()
-    return pa.array([None if label < 0 else names[label] for label in label_N.tolist()], pa.string())
-
-
-def _tables(paths: tuple[str, ...], subjects: list[Subject]) -> list[pa.Table | None]:
-    if not paths:
-        return [None] * len(subjects)
-    return [read_latents_table(Path(path), each.sae.config.d_sae) for path, each in zip(paths, subjects)]
 
 
 def check_report_output(settings: ReportSettings) -> None:
@@ -224,19 +138,17 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
 
 def _digest(rows: Activations | StoredCodes) -> str:
     """Of what the rows are: a store's index names the digest of every shard; a matrix has its own."""
-    index = rows.path / "index.json"
-    if index.is_file():
-        return sha256(index.read_bytes()).hexdigest()
+    if rows.index_file.is_file():
+        return sha256(rows.index_file.read_bytes()).hexdigest()
     assert isinstance(rows, Activations)  # codes always have an index
     return rows.digest()
 
 
 def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watcher, title: str | None) -> Made:
-    title = title or f"Latents of {', '.join(subject.name for subject in inputs.subjects)}"
+    title = title or f"Latents of {', '.join(subject.name for subject in inputs.subjects[: len(settings.sae)])}"
     tiles, panels = Tiles(), []
-    for i, subject in enumerate(inputs.subjects):
+    for i in range(len(inputs.subjects)):
         panels.append(_panel(settings, inputs, i, place / "work" / f"s{i}", tiles, watcher))
-        _place_tiles(panels[-1].looked, subject, tiles)
     images = StoreImages(inputs.subjects[0].rows.source, settings.images)
     if images.problem is not None and images.wanted:
         watcher.warn(f"{images.problem}; pictures are placeholders")
@@ -244,7 +156,8 @@ def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watche
         region = partial(covered, inputs.subjects[0].rows.source)
         write_sheets(tiles, images, place / "sprites", settings.thumbnail, region, tell)
     notes = {"wanted": images.wanted, "problem": images.problem, "path": images.path}
-    index = index_of(title, panels, tiles, settings.thumbnail, notes)
+    encoder = None if inputs.embeddings is None else encoder_of(inputs.embeddings)
+    index = index_of(title, panels, tiles, settings.thumbnail, notes) | {"control": inputs.control, "encoder": encoder}
     n_latents = sum(panel.looked.size for panel in panels)
     with watcher.step("pages", None) as tell:
         if settings.single_file:
@@ -271,45 +184,40 @@ def _write_one(path: Path, title: str, panels: list[Panel], index: dict[str, Any
 def _panel(settings: ReportSettings, inputs: Inputs, i: int, work: Path, tiles: Tiles, watcher: Watcher) -> Panel:
     subject, bars = inputs.subjects[i], _Bars(watcher, inputs.subjects[i])
     try:
-        looked, codes = look_at(
-            subject, work, settings.pool, settings.n, settings.per_band, settings.batch_size, bars.begin
-        )
-        ms_S, names = _ms(inputs, i, codes, bars), inputs.names[i]
-        if names is None and settings.text_model is not None and inputs.embeddings is not None:
+        work_on = partial(look_at, subject, work, settings, inputs.taxonomy)
+        looked, codes = work_on(bars.begin)
+        scores, names = inputs.scores[i], inputs.names[i]
+        if scores is None or "ms" not in scores.column_names:
+            found = {} if inputs.embeddings is None else image_scores(codes, inputs.embeddings, bars.begin("score"))
+        else:
+            found = {}
+        named = settings.text_model is not None and inputs.embeddings is not None and i != inputs.control
+        if names is None and named:
             names = _names(settings, inputs, subject, bars)
     finally:
         bars.close()
     own, words = names_of(names, looked.size)
-    place = lambda number: tiles.place(subject.table.name(number), number, _label(subject, number))  # noqa: E731
-    return Panel(looked, measures_of(looked, ms_S, inputs.scores[i], names), own, words, place)
+    tile_of_N = _place_tiles(looked, subject, tiles)
+    measures = measures_of(looked, found, scores, names, inputs.steering[i])
+    return Panel(looked, measures, own, words, texts_of(scores), steered_of(inputs.steering[i]), tile_of_N)
 
 
 def _label(subject: Subject, number: int) -> str | None:
     return None if subject.labels is None else subject.labels[number].as_py()
 
 
-def _place_tiles(looked: Looked, subject: Subject, tiles: Tiles) -> None:
-    """Latent by latent: what a latent needs lies together."""
+def _place_tiles(looked: Looked, subject: Subject, tiles: Tiles) -> np.ndarray:
+    """The tile of every image, -1 for none. They lie latent by latent: what a latent needs lies together."""
+    numbers: list[np.ndarray] = [np.empty(0, np.int64)]
     for latent in range(looked.size):
-        pairs = [looked.shown.tops[latent], *reversed(looked.shown.bands[latent])]
-        numbers = [*looked.shown.images_W[np.concatenate(pairs)].tolist()]
-        if numbers:
-            numbers += looked.stats.silent[latent]
-        for number in numbers:
-            tiles.place(subject.table.name(number), number, _label(subject, number))
-
-
-def _ms(inputs: Inputs, i: int, codes: Spill, bars: "_Bars") -> np.ndarray | None:
-    """The score of every latent, unless a table has it or there are no embeddings."""
-    scores = inputs.scores[i]
-    if inputs.embeddings is None or (scores is not None and "ms" in scores.column_names):
-        return None
-    tell, sums = bars.begin("score"), StreamedScore(codes.d_sae)
-    chunks = zip(codes.chunks(4096), inputs.embeddings.chunks(4096))
-    for (start, chunk), (_, emb_nE) in chunks:
-        sums.update(chunk, emb_nE)
-        tell(start + chunk.n_rows)
-    return sums.result().ms.numpy()
+        own = looked.shown.images_W[looked.shown.all_of(latent)]
+        silent = looked.stats.silent[latent] if len(own) else []
+        numbers.append(np.concatenate([own, np.array([*looked.missed(latent)[0], *silent], np.int64)]))
+    found, first = np.unique(np.concatenate(numbers), return_index=True)
+    tile_of_N = np.full(subject.table.n_images, -1)
+    for number in found[first.argsort()].tolist():
+        tile_of_N[number] = tiles.place(subject.table.name(number), number, _label(subject, number))
+    return tile_of_N
 
 
 def _names(settings: ReportSettings, inputs: Inputs, subject: Subject, bars: "_Bars") -> pa.Table:
@@ -332,7 +240,7 @@ class _Bars:
     def begin(self, what: str) -> Callable[[int], None]:
         self.close()
         total = self.subject.sae.config.d_sae if "neighbours" in what else self.subject.table.n_images
-        self._open = self.watcher.step(f"{self.subject.name}: {what}", 2 * total if what == "count" else total)
+        self._open = self.watcher.step(f"{self.subject.name}: {what}", 2 * total if what in _TWICE else total)
         return self._open.__enter__()
 
     def close(self) -> None:

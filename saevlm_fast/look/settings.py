@@ -21,16 +21,26 @@ class ReportSettings(Settings):
     title: ClassVar = "The report"
     sae: tuple[str, ...] = setting(help="SAE directory; several: --sae A --sae B, shown side by side.", parse=texts)
     output: Path = setting(help="Directory of the report; with --single-file FILE.html.")
-    activations: Path | None = setting(None, help="Store of activations of all SAEs; patches give heat maps.")
+    activations: Path | None = setting(
+        None, help="Store of activations of all SAEs; patches give heat maps.", remote=True
+    )
     codes: tuple[str, ...] = setting((), help="Store of each SAE's codes, instead of encoding anew.", parse=texts)
-    embeddings: Path | None = setting(None, help="Image embeddings, row i of image i: for MS and names.")
+    embeddings: Path | None = setting(None, help="Image embeddings, row i of image i: for MS and names.", remote=True)
+    control_sae: Path | None = setting(
+        None, help="SAE that cannot have learned, as an untrained one: numbers are held against its latents'."
+    )
     scores: tuple[str, ...] = setting((), help="Table of each SAE: every number in it is a measure.", parse=texts)
     names: tuple[str, ...] = setting((), help="Table of each SAE, of `saevlm-fast name`.", parse=texts)
+    steering: tuple[str, ...] = setting((), help="Table of each SAE, of `saevlm-fast steering-score`.", parse=texts)
     text_model: str | None = setting(None, help="Names by this CLIP's text tower, without --names.")
     labels: Path | None = setting(
         None,
         help="Class of each image: FILE.csv or FILE.parquet as for evaluate, its first column of one label an image.",
         shown="those of the store",
+        remote=True,
+    )
+    taxonomy: Path | None = setting(
+        None, help="Path of every class from the root, FILE.json or FILE.csv as for evaluate: for the depth."
     )
     images: str | None = setting(
         None, help="Where the images are, if not where the store says; none: do not show them.", shown="as stored"
@@ -50,9 +60,11 @@ class ReportSettings(Settings):
         super().check()
         require(len(self.sae) >= 1, "sae: at least one is needed")
         require(self.activations is not None or bool(self.codes), "activations: give --activations, --codes or both")
-        for name in ("codes", "scores", "names"):
+        for name in ("codes", "scores", "names", "steering"):
             n = len(getattr(self, name))
             require(n in (0, len(self.sae)), f"{name}: {n} given for {len(self.sae)} SAEs; one each, or none")
+        controlled = self.control_sae is None or self.activations is not None
+        require(controlled, "activations: needed with --control-sae, whose codes are made from them")
         suffix = self.output.suffix == ".html"
         require(suffix == self.single_file, f"output: {self.output} ends in .html with --single-file, and only then")
         require(

@@ -14,12 +14,12 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import check_kind, require, shown, whole_number
-from saevlm_fast.look.geometry import PatchGrid, covered, patch_grid
-from saevlm_fast.look.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.look.sprites import thumbnail
 from saevlm_fast.look.store_images import StoreImages, placeholder
 from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.encoding import n_latents
+from saevlm_fast.scoring.geometry import PatchGrid, covered, patch_grid
+from saevlm_fast.scoring.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.scoring.top_images import BestImages
 from saevlm_fast.sparse_codes import SparseCodes

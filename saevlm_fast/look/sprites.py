@@ -1,18 +1,19 @@
 """Thumbnails of images, a sheet of many at a time: each distinct image once, at its own aspect, never enlarged.
 
 Sheets are WebP of TILES tiles, numbered in the order in which latents need them first, so that a latent's images lie on
-few sheets. Memory: one sheet.
+few sheets. Memory: two sheets.
 """
 
 import io
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saevlm_fast.files import atomic_write
-from saevlm_fast.look.geometry import WHOLE, Region
 from saevlm_fast.look.store_images import StoreImages
+from saevlm_fast.scoring.geometry import WHOLE, Region
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,27 +69,44 @@ def write_sheets(
     Args:
         covered: (width, height) of a picture -> what of it the tower saw.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(1) as pool:  # encodes a sheet while the next is drawn; Pillow lets both go on at once
+        waiting: Future[None] | None = None
+        for sheet in range(tiles.n_sheets):
+            page = _drawn(tiles, sheet, images, side, covered)
+            if waiting is not None:
+                waiting.result()
+            waiting = None if page is None else pool.submit(_save, page, folder / sheet_name(sheet))
+            on_images(min((sheet + 1) * TILES, len(tiles)))
+        if waiting is not None:
+            waiting.result()
+
+
+def _drawn(
+    tiles: Tiles, sheet: int, images: StoreImages, side: int, covered: Callable[[int, int], Region]
+) -> "Image | None":
+    """One sheet; None if all of its pictures are missing."""
     from PIL import Image
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for sheet in range(tiles.n_sheets):
-        page, any_there = Image.new("RGB", (SIDE * side, SIDE * side), "#808080"), False
-        for tile in range(sheet * TILES, min((sheet + 1) * TILES, len(tiles))):
-            picture = images.read(tiles.names[tile], tiles.numbers[tile])
-            if picture is None:
-                tiles.sizes.append((0, 0))
-                tiles.regions.append(WHOLE)
-                continue
-            tiles.regions.append(covered(*picture.size))
-            small = thumbnail(picture, side)
-            tiles.sizes.append(small.size)
-            row, column = divmod(tile % TILES, SIDE)
-            page.paste(small, (column * side, row * side))
-            any_there = True
-        if any_there:
-            with atomic_write(folder / sheet_name(sheet)) as temporary:
-                temporary.write_bytes(encoded(page))
-        on_images(min((sheet + 1) * TILES, len(tiles)))
+    page, any_there = Image.new("RGB", (SIDE * side, SIDE * side), "#808080"), False
+    for tile in range(sheet * TILES, min((sheet + 1) * TILES, len(tiles))):
+        picture = images.read(tiles.names[tile], tiles.numbers[tile], side)
+        if picture is None:
+            tiles.sizes.append((0, 0))
+            tiles.regions.append(WHOLE)
+            continue
+        tiles.regions.append(covered(*picture.size))
+        small = thumbnail(picture, side)
+        tiles.sizes.append(small.size)
+        row, column = divmod(tile % TILES, SIDE)
+        page.paste(small, (column * side, row * side))
+        any_there = True
+    return page if any_there else None
+
+
+def _save(page: "Image", path: Path) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(encoded(page))
 
 
 def thumbnail(picture: "Image", side: int) -> "Image":

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saevlm_fast.look.shown import Lists
 from saevlm_fast.look.spill import Spill
-from saevlm_fast.scoring.top_images import BestImages, TopImages
+from saevlm_fast.scoring.top_images import BestImages
 from saevlm_fast.sparse_codes import SparseCodes
 
 N_BANDS = 10
 BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BINS = 4, -24, 192  # of the histogram: from 2^-24 to 2^24
 _MOST_CLASS_SUMS = 1 << 27
+_FEWEST_ROWS, _ENTRIES = 1 << 12, 1 << 22  # read at a time: what is best so far is sorted with every chunk
 _PROBES = 64  # images among which a latent's silent ones are looked for
 _HASH = 0x9E3779B97F4A7C15  # of Fibonacci hashing
 
@@ -42,9 +44,9 @@ class LatentStats:
     max_S: Tensor
     sum_S: Tensor
     bins_SB: Tensor
-    tops: list[TopImages]
+    tops: Lists
     band_counts: Tensor
-    bands: list[TopImages]
+    bands: Lists
     silent: list[list[int]]
     classes_SC: Tensor | None
 
@@ -65,18 +67,19 @@ def latent_stats(
         on_images: called with images done, of both passes.
     """
     size, n = codes.d_sae, codes.n_rows
+    at_once = max(_FEWEST_ROWS, n * _ENTRIES // max(codes.n_entries, 1))
     first = _First(size, n, n_top, n_classes if class_N is not None else 0)
-    for start, chunk in codes.chunks():
+    for start, chunk in codes.chunks(at_once):
         first.add(start, chunk, None if class_N is None else class_N[start : start + chunk.n_rows])
         on_images(start + chunk.n_rows)
     band_counts, bands = torch.zeros(size * N_BANDS, dtype=torch.int64), BestImages(size * N_BANDS, n_band)
-    for start, chunk in codes.chunks():
+    for start, chunk in codes.chunks(at_once):
         acts_M, latents_M, _ = chunk.csr()
         images_M = chunk.entry_rows() + start
         tenth_M = (acts_M / first.max_S[latents_M] * N_BANDS).ceil().long().clamp_(1, N_BANDS) - 1
         slots_M = latents_M * N_BANDS + tenth_M
         band_counts += torch.bincount(slots_M, minlength=size * N_BANDS)
-        bands.add(-_hashed(images_M, latents_M), slots_M, images_M)
+        bands.add(-_hashed(images_M), slots_M, images_M)
         on_images(n + start + chunk.n_rows)
     return LatentStats(
         n,
@@ -84,17 +87,18 @@ def latent_stats(
         first.max_S,
         first.sum_S,
         first.bins_SB.view(size, N_BINS),
-        first.best.result(),
+        Lists.of(first.best),
         band_counts.view(size, N_BANDS),
-        bands.result(),
+        Lists.of(bands),
         first.silent(),
         first.classes_SC,
     )
 
 
-def _hashed(images_M: Tensor, latents_M: Tensor) -> Tensor:
-    """A number in [0, 1) for every pair, the same every time."""
-    mixed = images_M.numpy().astype(np.uint64) * np.uint64(_HASH) + latents_M.numpy().astype(np.uint64)
+def _hashed(images_M: Tensor) -> Tensor:
+    """A number in [0, 1) for every image, the same for all latents: so they have samples in common, and fewer pictures
+    are shown."""
+    mixed = images_M.numpy().astype(np.uint64) * np.uint64(_HASH)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
     return torch.from_numpy(((mixed ^ (mixed >> np.uint64(32))) >> np.uint64(40)).astype(np.float32) / (1 << 24))
 

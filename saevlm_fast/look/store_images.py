@@ -10,6 +10,7 @@ from saevlm_fast.errors import ImageError, first_line
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,23 +34,27 @@ class StoreImages:
         self.wanted = images != NONE
         recorded = (source or {}).get("images")
         stored = recorded.get("path") if isinstance(recorded, dict) else None
-        self.path = (images or stored) if self.wanted else None
+        place = (images or stored) if self.wanted else None
+        self.path = None if place is None else redacted_text(place)
         self.missing: dict[str, str] = {}
         self.problem: str | None = None
         self._source: ImageSource | None = None
         self._numbers: dict[str, int] | None = None
         if not self.wanted:
             self.problem = "images: none are wanted"
-        elif self.path is None:
+        elif place is None:
             self.problem = "images: the store does not say where they are; give --images"
         else:
             try:
-                self._source = open_images(self.path)
+                self._source = open_images(place)
             except (ValueError, OSError) as error:
                 self.problem = first_line(error)
 
-    def read(self, image_id: str, number: int) -> "Image | None":
-        """The picture of an id, an upright RGB image; number: where it stood in the store, tried first."""
+    def read(self, image_id: str, number: int, at_least: int | None = None) -> "Image | None":
+        """The picture of an id, an upright RGB image; number: where it stood in the store, tried first.
+
+        at_least: a large one may come smaller, no side below that.
+        """
         if self._source is None:
             self.missing[image_id] = self.problem or ""
             return None
@@ -58,7 +63,7 @@ class StoreImages:
             self.missing[image_id] = f"no such image in {self.path}"
             return None
         try:
-            return decode(self._source.read(place))
+            return decode(self._source.read(place), at_least)
         except (ImageError, OSError, ValueError) as error:
             self.missing[image_id] = first_line(error)
             return None

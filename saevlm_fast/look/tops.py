@@ -14,10 +14,10 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.look.contact_sheet import LatentRow, Section, draw_sheet
-from saevlm_fast.look.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.look.store_images import StoreImages, shown
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import n_latents
+from saevlm_fast.scoring.image_rows import ImageTable, image_chunks, image_table
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.scoring.top_images import BestImages, TopImages
 

@@ -93,7 +93,7 @@ class Splice:
     def _replaced(self, inputs: Mapping[str, Tensor], x_BTD: Tensor, shortened: bool) -> Tensor:
         module = self.run.tower.module(self.point)
         below = one_token_into(self.anatomy.blocks[:1]) if shortened else nullcontext()
-        with below, hooked_output(module, self.anatomy.batch_first, lambda _: x_BTD):
+        with below, hooked_output(module, self.anatomy.form, lambda _: x_BTD):
             return self.run(inputs)[self.after]
 
     def _can_be_shortened(self, inputs: Mapping[str, Tensor]) -> bool:

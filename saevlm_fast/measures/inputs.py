@@ -16,6 +16,7 @@ from saevlm_fast.measures.geometry import geometry
 from saevlm_fast.measures.hierarchy import hierarchy
 from saevlm_fast.measures.labels import labels_of_latents
 from saevlm_fast.measures.monosemanticity import monosemanticity
+from saevlm_fast.measures.patches import codes_of_rows, labels_of_patches
 from saevlm_fast.measures.probes import representation_kept
 from saevlm_fast.measures.probing import sparse_probing
 from saevlm_fast.measures.results import MEASURES, Measured
@@ -29,6 +30,7 @@ NEEDS = {
     "monosemanticity": "no embeddings were given",
     "hierarchy": "it needs labels and a taxonomy",
     "labels": "there are no labels",
+    "patches": "no masks were given",
     "probing": "there are no labels",
     "behaviour": "no model and images were given",
 }
@@ -42,7 +44,7 @@ class Inputs:
         activations: rows. embeddings: name -> rows, row i of image i. label_sets, taxonomy: of the images, or none.
         pool: how the rows of an image become one. batch_rows: read and encoded at a time.
         behaviour: the tower and images that SAEs are spliced into, or none. compat: whether visaebench's own numbers
-            are wanted too.
+            are wanted too. patch_labels: of the rows, from masks.
     """
 
     activations: Activations
@@ -53,6 +55,7 @@ class Inputs:
     batch_rows: int = 4096
     behaviour: Behaviour | None = None
     compat: bool = False
+    patch_labels: LabelSet | None = None
 
     @cached_property
     def rows(self) -> ImageRows:
@@ -65,17 +68,14 @@ class Inputs:
     @cached_property
     def digests(self) -> dict[str, str]:
         """Of everything but the SAEs."""
-        labels = hashlib.sha256()
-        for each in self.label_sets:
-            labels.update(f"{each.name} {each.names}".encode())
-            for array in (each.labels_M, each.offsets_N1, each.known_N):
-                labels.update(array.tobytes())
+        of_patches = () if self.patch_labels is None else (self.patch_labels,)
         ids = hashlib.sha256("\n".join(self.rows.ids).encode()).hexdigest() if self.activations.has_items else "rows"
         paths = "" if self.taxonomy is None else str(sorted(self.taxonomy.paths.items()))
         return {
             "activations": self.activations.digest(),
             "ids": ids,
-            "labels": labels.hexdigest(),
+            "labels": _digest(self.label_sets),
+            "masks": _digest(of_patches),
             "taxonomy": hashlib.sha256(paths.encode()).hexdigest(),
             "embeddings": str([(name, each.digest()) for name, each in self.embeddings.items()]),
             "pool": self.pool,
@@ -92,6 +92,11 @@ class Inputs:
                 ids = ImageRows.of(embeddings).ids
                 other = next((i for i, pair in enumerate(zip(ids, self.rows.ids)) if pair[0] != pair[1]), None)
                 require(other is None, f"embeddings: {name}: row {other} is another image than in the activations")
+        if self.patch_labels is not None:
+            name, found = self.patch_labels.name, self.patch_labels.n_images
+            require(found == self.activations.n_rows, f"masks: of {found} rows, not {self.activations.n_rows}")
+            taken = any(each.name == name for each in self.label_sets)
+            require(not taken, f"labels: {name!r} is the name of the masks' label set; name the column otherwise")
         for each in self.label_sets:
             require(each.n_images == n, f"labels: {each.name} has {each.n_images} images, not {n}")
 
@@ -101,6 +106,7 @@ class Inputs:
             "monosemanticity": bool(self.embeddings),
             "hierarchy": bool(self.label_sets) and self.taxonomy is not None,
             "labels": bool(self.label_sets),
+            "patches": self.patch_labels is not None,
             "probing": bool(self.label_sets),
             "behaviour": self.behaviour is not None,
         }
@@ -151,6 +157,11 @@ class Inputs:
             return _joined(scored)
         if name == "labels":
             return _joined({each.name: labels_of_latents(codes, each, self.half_N) for each in self.label_sets})
+        if name == "patches":
+            assert self.patch_labels is not None
+            assert self.rows.image_of_row is not None  # a store of all patches
+            rows = codes_of_rows(subject.model, self.activations, self.batch_rows)
+            return labels_of_patches(rows, self.patch_labels, self.rows.image_of_row, self.half_N)
         if name == "kept":
             return representation_kept(
                 subject.model, self.activations, self.rows, codes, self.label_sets, self.half_N, self.batch_rows
@@ -164,6 +175,15 @@ class Inputs:
             )
         probed = {each.name: sparse_probing(codes, each, self.half_N, self.rows.ids) for each in self.label_sets}
         return _joined(probed)
+
+
+def _digest(label_sets: tuple[LabelSet, ...]) -> str:
+    digest = hashlib.sha256()
+    for each in label_sets:
+        digest.update(f"{each.name} {each.names}".encode())
+        for array in (each.labels_M, each.offsets_N1, each.known_N):
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _joined(parts: Mapping[str, Measured]) -> Measured:

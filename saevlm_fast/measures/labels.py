@@ -16,8 +16,10 @@ import numpy as np
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.errors import require
 from saevlm_fast.measures.codes import TOP, KeptCodes
+from saevlm_fast.measures.information import mutual_information
 from saevlm_fast.measures.label_scores import LabelScores, label_scores, without_meeting
 from saevlm_fast.measures.matching import TOP_CANDIDATES, row_of_entries, sparse_assignment, top_of_groups
+from saevlm_fast.measures.one_latent import CANDIDATES, told_by_one_latent
 from saevlm_fast.measures.results import Figures, Measured, bootstrap_mean, mean_both_ways
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.trust import NORMAL_95
@@ -38,26 +40,29 @@ def labels_of_latents(
             shuffled, and the whole selection repeated.
 
     Returns:
-        figures: purity, weighted_purity, top16_purity, entropy (each over latents that are defined and with undefined
-            ones as chance), excess, selection {auroc, ap, f1, coverage, purity, one_to_one, null}. latents: purity,
-            purity_chance, purity_excess, purity_z, weighted_purity, top16_purity, label_entropy, purity_label, and,
-            held out, best_label (by F1 on the half for choosing), best_auroc, best_ap, best_f1. Names end in the name
-            of the set.
+        figures: purity, weighted_purity, top16_purity, entropy, mutual_information (each over latents that are defined
+            and with undefined ones as chance), excess, selection {auroc, ap, f1, coverage, purity, R, top16_purity,
+            one_to_one, one_latent, null}. latents: purity, purity_chance, purity_excess, purity_z, weighted_purity,
+            top16_purity, label_entropy, mutual_information, purity_label, and, held out, best_label (by F1 on the half
+            for choosing), best_auroc, best_ap, best_f1. Names end in the name of the set.
     """
     known_N = labels.known_N
     codes, labels, half_N = codes.part(known_N), labels.part(known_N), half_N[known_N]
-    pure = purity(codes, labels, n_permutations)
-    figures, columns = _purity_figures(pure, codes, labels)
-    chosen, best = _selection(codes, labels, half_N)
+    pure = purity(codes, labels, chance_purity(labels, codes.counts_S, n_permutations))
+    figures, columns = purity_figures(pure, codes, labels, codes.counts_S)
+    chosen, best = selection(codes, labels, half_N)
     generator = np.random.default_rng(0)
-    nulls = [_selection(codes, labels.shuffled(generator), half_N)[0] for _ in range(n_shuffles)]
-    figures["selection"] = chosen | {
-        "null": {name: float(np.mean([null[name] for null in nulls])) for name in _AVERAGED} if nulls else {},
-        "null_is": f"labels shuffled over images, the whole selection repeated {n_shuffles} times",
-    }
+    nulls = [selection(codes, labels.shuffled(generator), half_N)[0] for _ in range(n_shuffles)]
+    figures["selection"] = chosen | beside_null(nulls, "labels shuffled over images")
     figures |= {"labels": len(labels.names), "images": labels.n_images, "least_images": LEAST_IMAGES}
     named = {f"{name}:{labels.name}": column for name, column in (columns | best).items()}
     return Measured(figures, named)
+
+
+def beside_null(nulls: list[Figures], how: str) -> Figures:
+    """Means of the figures of repeated selections."""
+    means = {name: float(np.mean([null[name] for null in nulls])) for name in AVERAGED} if nulls else {}
+    return {"null": means, "null_is": f"{how}, the whole selection repeated {len(nulls)} times"}
 
 
 # Purity ---------------------------------------------------------------------------------------------------------------
@@ -70,6 +75,7 @@ class Purity(NamedTuple):
     weighted_S: np.ndarray
     top_S: np.ndarray
     entropy_S: np.ndarray
+    information_S: np.ndarray  # mutual information of firing and label, nats
     label_S: np.ndarray  # the most frequent one, the first of several; -1 without
     chance: "Chance"
 
@@ -101,8 +107,8 @@ class Chance(NamedTuple):
         return each_U[self.place_S]
 
 
-def purity(codes: KeptCodes, labels: LabelSet, n_permutations: int = 200) -> Purity:
-    """Of every latent: counted, weighted by activation, of its 16 images; the labels' entropy; chance at its n_k."""
+def purity(codes: KeptCodes, labels: LabelSet, chance: "Chance") -> Purity:
+    """Of every latent: counted, weighted by activation, of its 16 images; the labels' entropy; beside chance."""
     label_NL = labels.matrix()
     n_S = codes.counts_S
     counts = codes.matrix(np.ones(len(codes.acts_M))) @ label_NL
@@ -123,9 +129,15 @@ def purity(codes: KeptCodes, labels: LabelSet, n_permutations: int = 200) -> Pur
         _share(weight_S, mass_S),
         top_S,
         _entropy(counts, len(labels.names)),
+        mutual_information(codes, labels),
         label_S,
-        chance_purity(labels, n_S, n_permutations),
+        chance,
     )
+
+
+def counted_purity(codes: KeptCodes, labels: LabelSet) -> np.ndarray:
+    """[S]: the share of each latent's images with its most frequent label; NaN of dead ones."""
+    return _share(_row_max(codes.matrix(np.ones(len(codes.acts_M))) @ labels.matrix())[0], codes.counts_S)
 
 
 def _share(part_S: np.ndarray, whole_S: np.ndarray) -> np.ndarray:
@@ -177,9 +189,15 @@ def _running_most(labels: LabelSet, order_N: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(most_N)
 
 
-def _purity_figures(pure: Purity, codes: KeptCodes, labels: LabelSet) -> tuple[Figures, dict[str, np.ndarray]]:
+def purity_figures(
+    pure: Purity, codes: KeptCodes, labels: LabelSet, images_S: np.ndarray
+) -> tuple[Figures, dict[str, np.ndarray]]:
+    """Means over the latents that fire on LEAST_IMAGES images; and columns.
+
+    images_S: of each latent; where rows are patches, fewer than rows.
+    """
     alive_S = codes.status_S == STATUSES.index("defined")
-    enough_S = alive_S & (codes.counts_S >= LEAST_IMAGES)
+    enough_S = alive_S & (images_S >= LEAST_IMAGES)
     chance_S, chance_sd_S = pure.chance.mean(), pure.chance.sd()
     excess_S = pure.purity_S - chance_S
     z_S = np.divide(excess_S, chance_sd_S, out=np.full(len(excess_S), np.nan), where=chance_sd_S > 0)
@@ -192,6 +210,7 @@ def _purity_figures(pure: Purity, codes: KeptCodes, labels: LabelSet) -> tuple[F
         "weighted_purity": mean_both_ways(pure.weighted_S, enough_S, base),
         "top16_purity": mean_both_ways(pure.top_S, np.isfinite(pure.top_S), base),
         "entropy": mean_both_ways(pure.entropy_S, enough_S & np.isfinite(pure.entropy_S), 1.0),
+        "mutual_information": mean_both_ways(pure.information_S, enough_S, 0.0),
         "share_above_chance": float((z_S[enough_S] > 2.326).mean()) if enough_S.any() else math.nan,
         "by_images": _by_images((pure.purity_S, chance_S, excess_S), enough_S, codes.counts_S),
         "status": {name: int((codes.status_S == i).sum()) for i, name in enumerate(STATUSES)}
@@ -206,6 +225,7 @@ def _purity_figures(pure: Purity, codes: KeptCodes, labels: LabelSet) -> tuple[F
         "weighted_purity": pure.weighted_S,
         "top16_purity": pure.top_S,
         "label_entropy": pure.entropy_S,
+        "mutual_information": pure.information_S,
         "purity_label": names[pure.label_S],
     }
     return figures, columns
@@ -234,18 +254,19 @@ def _by_images(columns: tuple[np.ndarray, ...], enough_S: np.ndarray, counts_S: 
 
 # The latents of labels ------------------------------------------------------------------------------------------------
 
-_AVERAGED = ("auroc", "ap", "f1", "coverage", "purity")
+AVERAGED = ("auroc", "ap", "f1", "coverage", "purity", "R", "top16_purity")
 
 
-def _selection(codes: KeptCodes, labels: LabelSet, half_N: np.ndarray) -> tuple[Figures, dict[str, np.ndarray]]:
+def selection(codes: KeptCodes, labels: LabelSet, half_N: np.ndarray) -> tuple[Figures, dict[str, np.ndarray]]:
     """Each label's latent, of the largest average precision on one half, as it does on the other; and the reverse."""
     halves = [(codes.part(half), labels.part(half)) for half in (half_N, ~half_N)]
     if min(part.n_images for part, _ in halves) == 0:
-        nothing = dict.fromkeys(_AVERAGED, math.nan) | {"status": "too few images", "labels": 0}
+        nothing = dict.fromkeys(AVERAGED, math.nan) | {"status": "too few images", "labels": 0}
         return nothing, {}
     choosing, reporting = (label_scores(*half) for half in halves)
     both_L = np.minimum(*(part.counts_L for _, part in halves)) > 0
     figures = _best_latents(choosing, reporting, halves[1], both_L)
+    figures |= _one_latent(choosing, reporting, halves, both_L)
     return figures, _best_labels(choosing, reporting, halves[1])
 
 
@@ -276,6 +297,24 @@ def _best_latents(
         "latents_used": len(np.unique(latents)),
         "one_to_one": _one_to_one(choosing, reporting, held_out, both_L),
     }
+
+
+def _one_latent(
+    choosing: LabelScores, reporting: LabelScores, halves: list[tuple[KeptCodes, LabelSet]], both_L: np.ndarray
+) -> Figures:
+    """R and top16_purity of each label's latent of least logistic loss, and under one_latent what stands beside."""
+    inside = np.flatnonzero(both_L[choosing.label])
+    kept = inside[top_of_groups(choosing.label[inside], choosing.ap[inside], CANDIDATES, choosing.latent[inside])]
+    pairs = choosing.latent[kept].astype(np.int64), choosing.label[kept].astype(np.int64)
+    which, latents, found = told_by_one_latent(halves[0], halves[1], *pairs)
+    _, ap, _ = _reported(reporting, *halves[1], latents, which)
+    n = max(int(both_L.sum()), 1)
+    found |= {
+        "map": float(ap.mean()) if len(ap) else math.nan,
+        "coverage": float((ap >= COVERED).sum() / n),
+        "candidates": CANDIDATES,
+    }
+    return {"R": found["R"], "top16_purity": found["top16_purity"], "one_latent": found}
 
 
 def _reported(

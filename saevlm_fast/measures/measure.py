@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from saevlm_fast.measures.geometry import Side, compare
 from saevlm_fast.measures.inputs import Inputs
 from saevlm_fast.measures.parts import Parts, key_of
 from saevlm_fast.measures.results import VERSION, Figures, Measured, plain
-from saevlm_fast.measures.separation import Headline, figure_at, headlines, matched_mean, separation
+from saevlm_fast.measures.separation import Headline, figure_at, headlines, interval_at, matched_mean, separation
 from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.provenance import check_rows_of
@@ -31,6 +31,7 @@ from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.settings import path_of, several
 
+RANDOM_WEIGHTS = "random-weights"  # the control of SAEs that were trained on a tower of random weights
 Told = Callable[[str], None]
 Counted = Callable[[str, int, int], None]
 
@@ -64,13 +65,16 @@ class Evaluation:
     headlines: list[Headline]
 
     def table(self) -> list[Figures]:
-        """One row a headline: name, better, values by subject, and against each control of each group a verdict."""
+        """One row a headline: values and intervals by subject, and a verdict against each control of each group."""
         rows = []
         for headline in self.headlines:
             values = {each.subject.name: figure_at(each.figures, headline.path) for each in self.results}
             against = list(self._against(headline, values))
             if any(np.isfinite(value) for value in values.values()):
-                rows.append({"measure": headline.name, "better": headline.better, "values": values, "against": against})
+                row: Figures = {"measure": headline.name, "better": headline.better, "values": values}
+                ends = {each.subject.name: interval_at(each.figures, headline.path) for each in self.results}
+                row["intervals"] = {name: list(each) for name, each in ends.items() if each is not None}
+                rows.append(row | {"against": against})
         return rows
 
     def _against(self, headline: Headline, values: Mapping[str, float]) -> Iterator[Figures]:
@@ -137,6 +141,7 @@ class Measuring:
         reads = {
             "monosemanticity": ("embeddings",),
             "labels": ("labels", "ids"),
+            "patches": ("masks", "ids"),
             "probing": ("labels", "ids"),
             "hierarchy": ("labels", "taxonomy"),
             "kept": ("labels", "ids"),
@@ -187,16 +192,35 @@ def _result(subject: Subject, parts: Mapping[str, Measured]) -> Result:
 
 
 def subjects_of(saes: Mapping[str, tuple[SparseAutoencoder, str]]) -> list[Subject]:
-    """name -> (SAE, digest of it), as subjects; those of one shape are a group."""
+    """name -> (SAE, digest of it), as subjects; those of one shape are a group.
+
+    SAEs that were trained as controls, or on a tower of random weights, are controls of their group.
+    """
     found = []
     for name, (sae, digest) in saes.items():
-        config = sae.config
+        config, control = sae.config, control_of(sae)
         group = f"{config.architecture} {config.d_in} -> {config.d_sae}, k {getattr(config, 'k', None)}"
-        seed = config.metadata.get("seed")
+        seed = config.metadata.get("seed", _recipe(sae).get("seed"))
         record = {"architecture": config.architecture, "source": config.metadata.get("source")}
         seed = seed if isinstance(seed, int) else None
-        found.append(Subject(name, "sae", sae.eval(), group, digest, None, seed, record))
+        kind = "sae" if control is None else "control"
+        found.append(Subject(name, kind, sae.eval(), group, digest, control, seed, record))
     return found
+
+
+def _recipe(sae: SparseAutoencoder) -> dict[str, Any]:
+    """What its record says of its training."""
+    training = sae.config.metadata.get("training")
+    return training if isinstance(training, dict) else {}
+
+
+def control_of(sae: SparseAutoencoder) -> str | None:
+    """Which control an SAE was trained as, by its record; None if it is an SAE proper."""
+    if sae.config.control is not None:
+        return sae.config.control
+    source = sae.config.metadata.get("source")
+    model = source.get("model") if isinstance(source, dict) else None
+    return RANDOM_WEIGHTS if isinstance(model, dict) and model.get("random_weights") else None
 
 
 def evaluate_subjects(
@@ -207,25 +231,46 @@ def evaluate_subjects(
     parts: Parts | None = None,
     tell: Told = lambda text: None,
     counted: Counted = lambda name, done, total: None,
+    random_inputs: Inputs | None = None,
 ) -> Evaluation:
-    """Measures SAEs, then their controls, group by group; and with `compared`, the first SAE against each other."""
+    """Measures SAEs, then their controls, group by group; and with `compared`, the first SAE against each other.
+
+    random_inputs: with activations of the tower of random weights, for the SAEs that were trained on it.
+    """
     inputs.check()
     taken = [each.name for each in subjects if each.name in controls]
     require(not taken, f"saes: {shown(taken[:1])} is the name of a control too; name the SAE otherwise")
-    work = Measuring(inputs, parts or Parts(None), tell, counted)
-    results = [work.result(subject)[0] for subject in subjects]
+    parts = parts or Parts(None)
+    work = Measuring(inputs, parts, tell, counted)
+    elsewhere = work if random_inputs is None else Measuring(random_inputs, parts, tell, counted)
+    if random_inputs is not None:
+        random_inputs.check()
+    proper = [each for each in subjects if each.kind == "sae"]
+    others = [each for each in subjects if each.kind != "sae"]
+    results = [work.result(subject)[0] for subject in proper]
     found = list(results)
+    for subject in others:
+        on_random = subject.control == RANDOM_WEIGHTS
+        require(
+            not on_random or random_inputs is not None,
+            f"sae: {subject.name} was trained on a tower of random weights; its activations are needed too "
+            "(--random-activations)",
+        )
+        found.append((elsewhere if on_random else work).result(subject)[0])
+    measured = list(found)
     moments = Moments.of(inputs.activations, inputs.batch_rows) if controls else None
     for group in dict.fromkeys(subject.group for subject in subjects) if moments is not None else ():
         assert moments is not None
-        members = [each for each in results if each.subject.group == group]
+        of_shape = [each for each in measured if each.subject.group == group]
+        members = [each for each in of_shape if each.subject.kind == "sae"] or of_shape
         wanted = _wanted(members)
         made = make_controls(controls, group, wanted, len(members), inputs.activations, moments)
         several = len({subject.group for subject in subjects}) > 1
         for control in made:
             named = f"{control.name} of {members[0].subject.name}" if several else control.name
             found.append(work.result(_named(control, named))[0])
-    pairs = list(_compared(work, subjects)) if compared else []
+    here = [*proper, *(each for each in others if each.control != RANDOM_WEIGHTS)]
+    pairs = list(_compared(work, here)) if compared and len(here) > 1 else []
     sets = [each.name for each in inputs.label_sets]
     spliced = [] if inputs.behaviour is None else list(inputs.behaviour.asked)
     return Evaluation(found, work.left_out, pairs, headlines(sets, list(inputs.embeddings), spliced))
@@ -277,6 +322,8 @@ def measure(
     pool: Pool = "max",
     batch_rows: int = 4096,
     behaviour: Behaviour | None = None,
+    patch_labels: LabelSet | None = None,
+    random_activations: Matrix | None = None,
     output: Path | None = None,
 ) -> Evaluation:
     """Measures one SAE or several, and what cannot have learned, in every way that the inputs allow.
@@ -291,6 +338,8 @@ def measure(
         compare: whether the first SAE is matched with each other.
         batch_rows: rows read and encoded at a time.
         behaviour: a tower and images that they are spliced into.
+        patch_labels: of the rows of a store of all patches: masks.patch_labels gives them.
+        random_activations: of the same images through a tower of random weights, for SAEs that were trained on such.
         output: directory for finished parts, which are not made again.
 
     Returns:
@@ -314,6 +363,7 @@ def measure(
     unknown = [each for each in controls if each not in CONTROLS]
     require(not unknown, f"controls: {shown(unknown[:1])} is not one of {', '.join(CONTROLS)}")
     check_kind("behaviour", behaviour, (Behaviour, type(None)), "a Behaviour")
+    check_kind("patch_labels", patch_labels, (LabelSet, type(None)), "a LabelSet")
     check_kind("taxonomy", taxonomy, (Taxonomy, Mapping, type(None)), "a Taxonomy, or a mapping of labels to paths")
     rows = activations_of(activations, "activations")
     inputs = Inputs(
@@ -324,11 +374,17 @@ def measure(
         pool,
         batch_rows,
         behaviour,
+        patch_labels=patch_labels,
     )
+    on_random = None
+    if random_activations is not None:
+        drawn = activations_of(random_activations, "random_activations")
+        on_random = replace(inputs, activations=drawn, behaviour=None)
     for sae in named.values():
-        check_rows_of(sae, rows)
+        elsewhere = on_random is not None and control_of(sae) == RANDOM_WEIGHTS
+        check_rows_of(sae, drawn if elsewhere else rows)
     subjects = subjects_of({name: (sae, weights_digest(sae)) for name, sae in named.items()})
-    return evaluate_subjects(subjects, inputs, controls, compare, Parts(output))
+    return evaluate_subjects(subjects, inputs, controls, compare, Parts(output), random_inputs=on_random)
 
 
 def _label_sets(labels: Sequence[str | None] | LabelSet | None, rows: Activations) -> tuple[LabelSet, ...]:

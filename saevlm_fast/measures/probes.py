@@ -43,7 +43,9 @@ class Probe:
         """On vectors (an array, or a sparse one, which is not centred) and labels, numbers of two kinds at least."""
         dense = isinstance(x_ND, np.ndarray)
         mean_D = np.asarray(x_ND.mean(0)).reshape(-1)
-        sd_D = x_ND.std(0) if dense else np.sqrt(np.asarray((x_ND**2).mean(0)).reshape(-1) - mean_D**2)
+        squares_D = np.zeros(0) if dense else np.asarray((x_ND**2).mean(0)).reshape(-1)
+        # Of a constant column rounding may leave less than nothing.
+        sd_D = x_ND.std(0) if dense else np.sqrt(np.maximum(squares_D - mean_D**2, 0.0))
         sd_D = np.where(sd_D > 1e-8 * max(float(sd_D.max()), 1e-30), sd_D, 1.0)
         where = mean_D if dense else None
         z_ND = _standardised(x_ND, where, sd_D)

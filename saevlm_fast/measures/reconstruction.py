@@ -72,7 +72,7 @@ class ReconstructionSums:
     def result(self, k: int | None, images: KeptCodes) -> Measured:
         """The figures. k: that the SAE was trained for, if any. images: the same codes, pooled to images."""
         n = max(self.n_rows, 1)
-        ev_G, total = self._explained()
+        ev_G, total = self.explained()
         x, x_hat, x_hat_2, product, ratio = (self.lengths_5 / n).tolist()
         deciles = hist_quantiles(self.l0_hist, DECILES)
         l0 = float((self.l0_hist * np.arange(len(self.l0_hist))).sum() / n)
@@ -113,7 +113,8 @@ class ReconstructionSums:
             "max_activation": most_S,
         }
 
-    def _explained(self) -> tuple[list[float], float]:
+    def explained(self) -> tuple[list[float], float]:
+        """Explained variance of every prefix, and the variance of the rows; NaN of rows that are all the same."""
         n = max(self.n_rows, 1)
         x_2D, error_G2D = self.x_2D / n, self.error_G2D / n
         total = float((x_2D[1] - x_2D[0] ** 2).sum())

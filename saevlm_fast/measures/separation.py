@@ -48,14 +48,27 @@ def headlines(label_sets: Sequence[str], embeddings: Sequence[str], spliced_sets
         Headline("LCA depth", ("hierarchy", "depth"), 1, "lca_depth"),
         Headline("depth trend over levels", ("hierarchy", "trend"), 1),
     ]
+    at = ("patches",)
+    rows += [
+        Headline("purity excess of patches", (*at, "excess", "mean"), 1, "purity_excess:patches"),
+        Headline("AUROC of patch labels", (*at, "selection", "auroc"), 1),
+        Headline("AP of patch labels", (*at, "selection", "ap"), 1),
+        Headline("coverage of patch labels", (*at, "selection", "coverage"), 1),
+        Headline("R of one latent, patches", (*at, "selection", "R"), 1),
+    ]
     for name in label_sets:
-        at = ("labels", name)
+        of_set = ("labels", name)
         rows += [
-            Headline(f"purity excess, {name}", (*at, "excess", "mean"), 1, f"purity_excess:{name}"),
-            Headline(f"AUROC of labels, {name}", (*at, "selection", "auroc"), 1),
-            Headline(f"AP of labels, {name}", (*at, "selection", "ap"), 1),
-            Headline(f"coverage at AP .3, {name}", (*at, "selection", "coverage"), 1),
-            Headline(f"purity of chosen, {name}", (*at, "selection", "purity"), 1),
+            Headline(f"purity excess, {name}", (*of_set, "excess", "mean"), 1, f"purity_excess:{name}"),
+            Headline(
+                f"mutual information, {name}", (*of_set, "mutual_information", "mean"), 1, f"mutual_information:{name}"
+            ),
+            Headline(f"AUROC of labels, {name}", (*of_set, "selection", "auroc"), 1),
+            Headline(f"AP of labels, {name}", (*of_set, "selection", "ap"), 1),
+            Headline(f"coverage at AP .3, {name}", (*of_set, "selection", "coverage"), 1),
+            Headline(f"purity of chosen, {name}", (*of_set, "selection", "purity"), 1),
+            Headline(f"R of one latent, {name}", (*of_set, "selection", "R"), 1),
+            Headline(f"its top-16 purity, {name}", (*of_set, "selection", "top16_purity"), 1),
         ]
         rows += [
             Headline(f"probe of {k}, {name}", ("probing", name, "accuracy", str(k), "mean"), 1) for k in (1, 5, 20)
@@ -89,10 +102,21 @@ def figure_at(measures: Figures, path: tuple[str, ...]) -> float:
     """The number at a path of nested figures; NaN where there is none."""
     found: Any = measures
     for name in path:
-        if not isinstance(found, dict) or name not in found:
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        elif isinstance(found, dict) and name in found:
+            found = found[name]
+        else:
             return math.nan
-        found = found[name]
     return float(found) if isinstance(found, int | float) else math.nan
+
+
+def interval_at(measures: Figures, path: tuple[str, ...]) -> tuple[float, float] | None:
+    """The 95 % interval that stands beside the number at a path, if one does and is defined."""
+    if path[-1] not in ("mean", "value"):
+        return None
+    low, high = (figure_at(measures, (*path[:-1], "interval", end)) for end in ("0", "1"))
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
 def separation(trained: Sequence[float], control: Sequence[float], better: int) -> Figures:

@@ -150,9 +150,7 @@ def encode_all(
     require(d_in == activations.d, f"sae: d_in of {subject.name} is {d_in}; the activations have width {activations.d}")
     ends = tuple(int(end) for end in np.cumsum(subject.group_sizes))
     sums = ReconstructionSums(subject.n_latents, ends, model.b_dec)
-    free = free_memory(torch.device("cpu"))
-    most = 1 << 40 if free is None else free // (2 * _ENTRY_BYTES)
-    gathering = CodesGathering(rows.image_of_row, len(rows.ids), subject.n_latents, pool, most)
+    gathering = CodesGathering(rows.image_of_row, len(rows.ids), subject.n_latents, pool, most_entries())
     with torch.no_grad(), closing(activations.chunks(batch_rows)) as chunks:
         for start, x_BD in chunks:
             x_BD = x_BD.to(device, dtype)
@@ -161,6 +159,12 @@ def encode_all(
             gathering.add(codes)
             on_rows(start + len(x_BD))
     return sums, gathering.result()
+
+
+def most_entries() -> int:
+    """Of codes that are kept: at 24 bytes each while they are sorted, half the free memory."""
+    free = free_memory(torch.device("cpu"))
+    return 1 << 40 if free is None else free // (2 * _ENTRY_BYTES)
 
 
 def _prefixes(model: Model, x_BD: Tensor, codes: SparseCodes, n_groups: int) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast import __version__
+from saevlm_fast.config import CONTROL_WORDS
 from saevlm_fast.errors import printable
 from saevlm_fast.files import atomic_write, remove_leftovers_of
 from saevlm_fast.formats.hub import CARD_FILE
@@ -152,6 +153,11 @@ def _opening(facts: Facts, sae_id: str | None) -> str:
         f"A sparse autoencoder of {of}: {plain(config.architecture)}, {config.d_in:,} -> {config.d_sae:,}{k}.\n"
         f"It was made with saevlm-fast {__version__}, after [arXiv 2504.02821]({PAPER})."
     )
+    if config.control is not None:
+        text += (
+            f"\n\n**It is a control ({config.control}): {CONTROL_WORDS[config.control]}. It is there to be compared "
+            "with, not to be used.**"
+        )
     shown = "" if facts.picture is None else f"\n\n![Latents and the images they fire on most]({facts.picture.name})"
     return text + shown
 
@@ -175,9 +181,14 @@ def _recipe(facts: Facts) -> str:
     rows = [(name, compact(value)) for name, value in facts.recipe.items() if value is not None]
     if isinstance(metadata.get("norm_factor"), int | float):
         rows.append(("activations were divided by", compact(metadata["norm_factor"])))
+    if isinstance(metadata.get("mean_norm"), int | float):
+        rows.append(("norm of the mean that was subtracted", compact(metadata["mean_norm"])))
     if not rows:
         return ""
-    note = "The weights are in raw activation units: what the activations were divided by is folded into them."
+    note = (
+        "The weights are in raw activation units: what the activations were divided by, and a mean that was "
+        "subtracted, are folded into them."
+    )
     return f"## Recipe\n\n{table(('setting', 'value'), rows)}\n\n{note}"
 
 

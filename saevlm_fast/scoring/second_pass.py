@@ -6,15 +6,18 @@ Num = |T|^2 - sum b^2 q and Den = p1^2 - p2, the score is MS = Num / Den, and wi
     MS_(-i) = (Num - 2 b_i (t_i - b_i q_i)) / (Den - 2 b_i (p1 - b_i))
 
 so delta_i = MS_(-i) - MS takes one product <u_i, T> for each non-zero, O(nnz E), and an image on which the latent is
-silent changes nothing. The jackknife's variance is (N - 1) / N (sum delta^2 - (sum delta)^2 / N). It covers the images,
+silent changes nothing. The products are of centred vectors v = u - mean u, in float32 unless the embeddings are
+float64: <u_i, T> = <v_i, T - p1 mean u> + p1 <v_i, mean u> + <mean u, T>, of which only the first needs all dimensions.
+The jackknife's variance is (N - 1) / N (sum delta^2 - (sum delta)^2 / N). It covers the images,
 not the seed of the SAE's training. The minimum is held: it is 0 for all latents but those that fire on every image.
 
 The same deltas give intervals of means over latents, by image (clustered: an image moves all latents that it is on):
 without image i the mean over defined latents, the mean that counts undefined ones as chance, and any weighted sum of
 scores are what they are, exactly, latents that are left with one image counted as undefined.
 
-docs/concepts/monosemanticity.md. Memory: T (S x E float64), E x E, 8 bytes an image and mean, the images that the null
-draws (at most 2000 x 29 x E float32), and the block of images at hand as in the first pass.
+docs/concepts/monosemanticity.md. Memory: T (S x E float64; while it is centred also as float32), E x E, 8 bytes an
+image and mean, the images that the null draws (at most 2000 x 9 x E float32), and the block of images at hand as in
+the first pass.
 
 Shape suffixes: n images of a chunk, N all images, S latents, K neurons, M entries grouped by latent, E embedding, W
 weighted sums, R draws, U drawn images.
@@ -26,21 +29,25 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.scaled_rows import scaled_rows
 from saevlm_fast.kernels.sparse_decode import gather_dot_op
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
 from saevlm_fast.scoring.null import (
     FEW_IMAGES,
+    N_POWERS,
     SimilarityMoments,
     drawn_images,
     drawn_pairs,
     null_deviation,
+    null_skewness,
     sampled_tail,
+    skewed_tail,
+    third_order,
 )
 from saevlm_fast.scoring.sums import STATUSES, Embeddings
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 
+_CPU_ROWS = 256
 _DEFINED = STATUSES.index("defined")
 
 
@@ -154,23 +161,26 @@ class _Deviations:
         seen, halves, self.sqnorm_N = first.halved()
         self.scores, self.similarity, self.device = scores, first.similarity, first.device
         self.half_ms_2S = halves.half_scores().cpu()
-        sums = halves.merged()
-        self.sums_SE, self.total_S, self.d_emb = sums.state.sums_SE, sums.state.total_S, sums.state.sums_SE.shape[1]
+        sums, other_SE = halves.merged()
+        self.half_sums: tuple[Tensor, ...] = (sums.state.sums_SE, other_SE)  # T is their sum
+        self.total_S, self.d_emb = sums.state.total_S, sums.state.sums_SE.shape[1]
+        self.level_S = torch.zeros_like(self.total_S)  # <mean u, T>
+        self.centred_SE: Tensor | None = None
         self.den_S, self.low_S, self.n_above_S = 2 * sums.state.den_S, seen.low_S, seen.n_above()
         self.ms_S = scores.ms.to(self.device)
         self.shifted = bool((self.low_S != 0).any())
         self.intervals, self.null, self.n_images = intervals, null, 0
         self.moments = SimilarityMoments(sums.unit_sum_E, sums.square_sum, scores.n_images)
         n, n_latents = scores.n_images, len(scores.ms)
-        self.powers_4S = self.sums_SE.new_zeros(4, n_latents)
-        self.change_2S = self.sums_SE.new_zeros(2, n_latents)  # sum of delta, and of its square
-        self.weights_SW = weights_SW.to(self.sums_SE)
-        self.changes_NW = self.sums_SE.new_zeros(n, weights_SW.shape[1])
-        self.lost_3N = self.sums_SE.new_zeros(3 if intervals else 0, n)  # of an image: sum delta, MS lost, their number
-        self.similar_N = self.sums_SE.new_zeros(n if intervals else 0)  # R
+        self.powers_PS = self.total_S.new_zeros(N_POWERS if null else 2, n_latents)
+        self.change_2S = self.total_S.new_zeros(2, n_latents)  # sum of delta, and of its square
+        self.weights_SW = weights_SW.to(self.total_S)
+        self.changes_NW = self.total_S.new_zeros(n, weights_SW.shape[1])
+        self.lost_3N = self.total_S.new_zeros(3 if intervals else 0, n)  # of an image: sum delta, MS lost, their number
+        self.similar_N = self.total_S.new_zeros(n if intervals else 0)  # R
         self.draws_RW = drawn_images(n, seed) if null else torch.zeros(0, 0, dtype=torch.int64)
         self.drawn_U = self.draws_RW.unique()
-        self.drawn_UE: list[Tensor] = []
+        self.drawn: list[tuple[Tensor, Tensor]] = []  # v and <v, mean u> of the images of the draws
         self.few_S = (self.n_above_S < FEW_IMAGES) & (self.n_above_S > 1) & ~self.ms_S.isnan()
         self.few: list[tuple[Tensor, Tensor]] = []
 
@@ -180,16 +190,18 @@ class _Deviations:
     def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
         joined, latents_M = Embeddings.join(images), grouped.latents_M
         images_M = codes.entry_rows()[grouped.order_M]
-        unit_nE, square_n = self._unit(joined)
+        v_nE, along_n, square_n = self._centred(joined)
         b_M = grouped.acts_M - self.low_S[latents_M] if self.shifted else grouped.acts_M
         n_latents = len(self.total_S)
         powers_M = b_M
-        for m in range(4 if self.null else 2):
-            self.powers_4S[m] += torch.bincount(latents_M, powers_M, minlength=n_latents)
+        for power_S in self.powers_PS:
+            power_S += torch.bincount(latents_M, powers_M, minlength=n_latents)
             powers_M = powers_M * b_M
         if self.intervals:
-            t_M = gather_dot_op(self.sums_SE, latents_M, images_M, unit_nE)
-            rest_M = self.total_S[latents_M] - b_M
+            total_M = self.total_S[latents_M]
+            t_M = gather_dot_op(self._centred_sums(v_nE.dtype), latents_M, images_M, v_nE).to(torch.float64)
+            t_M += total_M * along_n[images_M] + self.level_S[latents_M]
+            rest_M = total_M - b_M
             change_M = _change(b_M, t_M - b_M * square_n[images_M], rest_M, self.ms_S[latents_M], self.den_S[latents_M])
             several_M = self.n_above_S[latents_M] > 2
             change_M = change_M.masked_fill(~several_M, 0.0)
@@ -200,7 +212,7 @@ class _Deviations:
         if self.null:
             few_M = self.few_S[latents_M] & (b_M > 0)
             self.few.append((latents_M[few_M], b_M[few_M]))
-        self._add_images(unit_nE, square_n)
+        self._add_images(v_nE, along_n, square_n)
 
     def _add_lost(self, n_rows: int, images_M: Tensor, change_M: Tensor, two_M: Tensor, latents_M: Tensor) -> None:
         """What means over latents lose without each image."""
@@ -214,14 +226,15 @@ class _Deviations:
             self.changes_NW[rows, w] += torch.bincount(images_M, weighted_M, minlength=n_rows)
 
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
-        unit_nE, square_n = self._unit(images)
+        v_nE, along_n, square_n = self._centred(images)
         b_nK = acts_nK.to(torch.float64) - self.low_S
         powers_nK = b_nK
-        for m in range(4 if self.null else 2):
-            self.powers_4S[m] += powers_nK.sum(0)
+        for power_S in self.powers_PS:
+            power_S += powers_nK.sum(0)
             powers_nK = powers_nK * b_nK
         if self.intervals:
-            others_nK = unit_nE @ self.sums_SE.T - b_nK * square_n[:, None]
+            others_nK = (v_nE @ self._centred_sums(v_nE.dtype).T).to(torch.float64)
+            others_nK += along_n[:, None] * self.total_S + self.level_S - b_nK * square_n[:, None]
             change_nK = _change(b_nK, others_nK, self.total_S - b_nK, self.ms_S, self.den_S)
             change_nK = change_nK.masked_fill_(self.n_above_S <= 2, 0.0)
             self.change_2S[0] += change_nK.sum(0)
@@ -236,29 +249,43 @@ class _Deviations:
         if self.null:
             latents_M, images_M = (self.few_S & (b_nK > 0)).T.nonzero(as_tuple=True)
             self.few.append((latents_M, b_nK[images_M, latents_M]))
-        self._add_images(unit_nE, square_n)
+        self._add_images(v_nE, along_n, square_n)
 
-    def _unit(self, images: Embeddings) -> tuple[Tensor, Tensor]:
+    def _centred(self, images: Embeddings) -> tuple[Tensor, Tensor, Tensor]:
+        """v [n, E], float32 unless the embeddings are float64; <v, mean u> and |u|^2 [n], float64."""
         scale_n, square_n = images.scales(self.similarity)
-        return scaled_rows(images.emb_nE, scale_n), square_n
+        v_nE, along_n = self.moments.centred_rows(images.emb_nE, scale_n)
+        return v_nE, along_n, square_n
 
-    def _add_images(self, unit_nE: Tensor, square_n: Tensor) -> None:
-        rows = slice(self.n_images, self.n_images + len(unit_nE))
+    def _centred_sums(self, dtype: torch.dtype) -> Tensor:
+        """T - p1 mean u, in place of T, and the first time <mean u, T>; in blocks of latents that stay in cache."""
+        if self.centred_SE is None:
+            first_SE, second_SE = self.half_sums
+            self.centred_SE = torch.empty_like(first_SE, dtype=dtype)
+            rows = max(1, len(first_SE)) if first_SE.is_cuda else _CPU_ROWS
+            pieces = (first_SE, second_SE, self.total_S, self.level_S, self.centred_SE)
+            for a_sE, b_sE, total_s, level_s, centred_sE in zip(*(each.split(rows) for each in pieces)):
+                a_sE += b_sE
+                torch.mv(a_sE, self.moments.mean_E, out=level_s)
+                centred_sE.copy_(a_sE.addr_(total_s, self.moments.mean_E, alpha=-1))
+            self.half_sums = ()
+        return self.centred_SE
+
+    def _add_images(self, v_nE: Tensor, along_n: Tensor, square_n: Tensor) -> None:
+        rows = slice(self.n_images, self.n_images + len(v_nE))
         if self.null:
-            similar_n = self.moments.add(unit_nE, square_n)
+            self.moments.add(v_nE, along_n, square_n)
             first, last = torch.searchsorted(self.drawn_U, torch.tensor([rows.start, rows.stop])).tolist()
             places_u = (self.drawn_U[first:last] - rows.start).to(self.device)
-            self.drawn_UE.append(unit_nE[places_u].to(torch.float32))
-        else:
-            similar_n = unit_nE @ self.moments.sum_E - square_n
+            self.drawn.append((v_nE[places_u].to(torch.float32), along_n[places_u]))
         if self.intervals:
-            self.similar_N[rows] = similar_n
-        self.n_images += len(unit_nE)
+            self.similar_N[rows] = self.moments.summed(along_n, square_n)
+        self.n_images += len(v_nE)
 
     def result(self) -> Certainty:
-        n_eff_S = self.powers_4S[0].square() / self.powers_4S[1]
+        n_eff_S = self.powers_PS[0].square() / self.powers_PS[1]
         mean, null_mean = self._mean_changes() if self.intervals else (None, None)
-        deviation_S = null_deviation(self.powers_4S, self.moments) if self.null else None
+        deviation_S = null_deviation(self.powers_PS[:4], self.moments) if self.null else None
         return Certainty(
             scores=self.scores,
             half_ms_2S=self.half_ms_2S,
@@ -290,14 +317,15 @@ class _Deviations:
         return mean_N.cpu(), (with_null_N / n_latents).cpu()
 
     def _p_values(self, deviation_S: Tensor) -> Tensor:
-        """Of chance alone: by the normal law, and by drawn images for latents on few."""
-        z_S = (self.ms_S - self.moments.mean_similarity) / deviation_S
-        p_S = (torch.special.erfc(z_S / 2**0.5) / 2).masked_fill((deviation_S == 0) & ~self.ms_S.isnan(), 1.0)
+        """Of chance alone: by a law of the null's deviation and skewness, and by drawn images for latents on few."""
+        z_S, mean = (self.ms_S - self.moments.mean_similarity) / deviation_S, self.moments.mean_similarity
+        drawn_UE, along_U = (torch.cat(parts) for parts in zip(*self.drawn))
+        skewness_S = null_skewness(self.powers_PS, third_order(drawn_UE, along_U), deviation_S, self.scores.n_images)
+        p_S = skewed_tail(z_S, skewness_S).masked_fill((deviation_S == 0) & ~self.ms_S.isnan(), 1.0)
         if not self.few or not bool(self.few_S.any()):
             return p_S
-        drawn_UE = torch.cat(self.drawn_UE)
         places_RW = torch.searchsorted(self.drawn_U, self.draws_RW.contiguous()).to(self.device)
-        pairs_PR = drawn_pairs(places_RW, drawn_UE)
+        pairs_PR = drawn_pairs(places_RW, drawn_UE, along_U, self.moments)
         latents_M, b_M = (torch.cat(parts) for parts in zip(*self.few))
         latents_M, order_M = latents_M.sort(stable=True)
         b_M = b_M[order_M]
@@ -306,7 +334,7 @@ class _Deviations:
             (latents_L,) = (self.few_S & (self.n_above_S == n)).nonzero(as_tuple=True)
             if len(latents_L):
                 b_Ln = b_M[starts_S[latents_L, None] + torch.arange(n, device=self.device)]
-                p_S[latents_L] = sampled_tail(b_Ln, self.ms_S[latents_L], pairs_PR)
+                p_S[latents_L] = sampled_tail(b_Ln, self.ms_S[latents_L] - mean, pairs_PR)
         return p_S
 
 

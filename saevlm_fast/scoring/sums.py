@@ -279,23 +279,22 @@ class HalvedSums:
         num_2S, den_2S = (torch.stack([half.state[part] for half in self.halves]) for part in (1, 2))
         return (num_2S / den_2S).masked_fill(den_2S <= 0, torch.nan)
 
-    def merged(self) -> ShiftedSums:
-        """The sums of all images, in the memory of one half; of these halves nothing is left."""
+    def merged(self) -> tuple[ShiftedSums, Tensor]:
+        """(the sums of all images but for S, of which it has a half's; S of the other half). The halves are gone."""
         (a, b), pair_sums = self.halves, self.pair_sums(self.halves[0].state.num_S)
         self.halves = []
         if a.n_images and b.n_images:
             a.pair_sum += b.pair_sum + a.unit_sum_E @ b.unit_sum_E
         else:
             a.pair_sum += b.pair_sum
-        for mine, others in ((a.state.sums_SE, b.state.sums_SE), (a.state.total_S, b.state.total_S)):
-            mine += others
+        a.state.total_S.add_(b.state.total_S)
         a.state.num_S.copy_(pair_sums[0])
         a.state.den_S.copy_(pair_sums[1])
         a.self_S += b.self_S
         a.unit_sum_E += b.unit_sum_E
         a.square_sum += b.square_sum
         a.n_images += b.n_images
-        return a
+        return a, b.state.sums_SE
 
 
 class KeptPairs:

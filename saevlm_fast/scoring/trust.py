@@ -94,8 +94,8 @@ class TrustedScores(MonosemanticityScores):
         mean_cosine: mean similarity of two different images.
         se: jackknife standard error over images; NaN below three images above the minimum. None without intervals.
         null_sd, p: of codes shuffled over the images: standard deviation of the score, and the chance of one as high;
-            below 30 images counted over 2,000 drawn sets (so at least 1 / 2001), else by the normal law. None without
-            null.
+            below 10 images counted over 2,000 drawn sets (so at least 1 / 2001), else by a law of the null's
+            deviation and skewness (null.py). None without null.
         mean_changes_N, null_mean_changes_N: how the two means change without each image; None without intervals. The
             difference of two SAEs on the same images has the error `change_error(a - b)`.
         weighted_NW: the same for the weights that were given.

@@ -5,9 +5,13 @@
     tms          no encoder: a latent is on in the images where it is above its own mean over all images; the mean over
                  pairs of its images of the Jaccard index of the sets of latents that are on (arXiv 2607.17770). All
                  pairs up to 1,000 of them, else 1,000 drawn.
-    patch        rows are patches with embeddings of their own; pairs of patches of one image are left out.
+    patch        rows are patches with embeddings of their own; pairs of patches of one image are left out
+                 (patch_score.py).
 
-None of them has an interval or a null here: the 16 images are chosen, the pairs drawn, the patches not exchangeable.
+The two here have neither interval nor null. visaebench's score is a function of the 16 largest activations of N:
+without one of these images the 17th takes its place, and how far that moves the score does not settle as N grows, so
+jackknife and bootstrap are inconsistent, as for a maximum. In tms an image stands in a latent's set, in the sets that
+are compared and in the mean that decides both, and pairs are drawn: there is no closed form without an image.
 
 Shape suffixes: N images, n rows or images of a chunk, S latents, M entries grouped by latent, P pairs of a latent and
 an image (tms: of images), E embedding, L latents that are on.
@@ -15,7 +19,6 @@ an image (tms: of images), E embedding, L latents that are on.
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -25,13 +28,10 @@ from torch.nn.functional import pad
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.scaled_rows import scaled_rows
-from saevlm_fast.kernels.segment_sum import segment_sum
-from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
-from saevlm_fast.scoring.source import Pool, ScoredImages, ScoredPatches, rows_between
+from saevlm_fast.scoring.source import Pool, ScoredImages
 from saevlm_fast.scoring.sums import Embeddings, status_of
 from saevlm_fast.scoring.top_images import BestImages
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
@@ -39,7 +39,6 @@ from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 Variant = Literal["visaebench", "tms", "patch"]
 N_TOP = 16
 N_PAIRS = 1000
-_PATCH_ELEMENTS = 1 << 25  # float64 numbers of pooled patches at a time
 _SET_ELEMENTS = 1 << 24  # comparisons of latents at a time
 
 
@@ -205,97 +204,3 @@ def _jaccard(latents_M: Tensor, starts_N: Tensor, lengths_N: Tensor, a_P: Tensor
         common_p = (sets[0][:, :, None] == sets[1][:, None, :]).sum((1, 2))
         parts.append(common_p.double() / (lengths_N[a_p] + lengths_N[b_p] - common_p))
     return torch.cat(parts)
-
-
-def patch_score(
-    activations: Matrix | StoredCodes,
-    embeddings: Matrix,
-    sae: SparseAutoencoder | None = None,
-    *,
-    batch_rows: int = 4096,
-    device: torch.device | str = "cpu",
-    on_rows: Callable[[int], None] = lambda done: None,
-) -> MonosemanticityScores:
-    """The score over rows of a store with several an image, each with an embedding, without pairs within an image.
-
-    With w_I = sum over the rows of image I of a u, and A_I of a: MS = (|sum w_I|^2 - sum |w_I|^2) / ((sum A_I)^2 -
-    sum A_I^2), in one pass. n_active counts images. A latent that fires in one image only is single.
-
-    Args:
-        activations: a store of several rows an image, neighbours of each other. embeddings: as many rows, row i of the
-            same patch (the same image and token, where both sides have ids).
-
-    Raises:
-        ValueError: raw neurons; rows without ids; another number of rows or other ids; and as monosemanticity.score.
-    """
-    patches = ScoredPatches(activations, embeddings, sae, batch_rows=batch_rows)
-    patches.check_ids()
-    target, n_latents = patches.device_of(device), patches.n_latents
-    state: StreamedState | None = None
-    seen_2S = torch.zeros(2, n_latents, dtype=torch.float64)  # images on which a latent fires, maximum
-    n_images = 0
-    for codes, emb_nE, starts in patches.chunks():
-        state = state or streamed_cosine_state(n_latents, emb_nE.shape[1], target)
-        for first, last in _blocks(codes, starts, emb_nE.shape[1]):
-            low, high = starts[first], starts[last]
-            some = rows_between(codes, low, high)
-            assert isinstance(some, SparseCodes)
-            images = checked_embeddings(emb_nE[low:high], high - low, None, "cosine", 0, target)
-            lengths = torch.tensor([b - a for a, b in pairwise(starts[first : last + 1])])
-            _add_patches(state, some.to(target), images, lengths.to(target), seen_2S)
-        n_images += len(starts) - 1
-        on_rows(n_images)
-    assert state is not None  # there is at least one row
-    n_active_S, high_S = seen_2S
-    status_S = status_of(torch.zeros_like(high_S), high_S, n_active_S.long())
-    ms_S = (state.num_S / state.den_S).cpu()
-    return MonosemanticityScores(
-        ms=ms_S.masked_fill(status_S != 0, torch.nan),
-        status=status_S,
-        n_active=n_active_S.long(),
-        max_activation=high_S,
-        n_images=n_images,
-        similarity="cosine",
-        variant="patch",
-    )
-
-
-def _blocks(codes: SparseCodes, starts: list[int], d_emb: int) -> list[tuple[int, int]]:
-    """Runs of whole images (first, one past the last) whose entries, pooled, fit in memory."""
-    offsets, most = codes.csr()[2], max(1, _PATCH_ELEMENTS // max(d_emb, 1))
-    ends = offsets[torch.tensor(starts)].tolist()
-    runs, first = [], 0
-    for image in range(1, len(starts)):
-        if ends[image] - ends[first] > most and image - 1 > first:
-            runs.append((first, image - 1))
-            first = image - 1
-    return [*runs, (first, len(starts) - 1)]
-
-
-def _add_patches(
-    state: StreamedState, codes: SparseCodes, images: Embeddings, lengths: Tensor, seen_2S: Tensor
-) -> None:
-    """Pools each latent's rows of an image into one vector, and adds these as images of their own."""
-    codes = codes.compact()
-    codes.check("codes")
-    if codes.n_entries == 0:
-        return
-    grouped = codes.to(dtype=torch.float64).by_latent()
-    rows_M = codes.entry_rows()[grouped.order_M]
-    image_of_row = torch.repeat_interleave(lengths)
-    keys_M = grouped.latents_M * len(lengths) + image_of_row[rows_M]  # ascending: rows ascend within a latent
-    keys_P, counts_P = torch.unique_consecutive(keys_M, return_counts=True)
-    offsets_P1 = pad(counts_P.cumsum(0), (1, 0))
-    scale_n, _ = images.scales("cosine")
-    unit_nE = scaled_rows(images.emb_nE, scale_n)
-    sums_PE = segment_sum(grouped.acts_M, rows_M, offsets_P1, unit_nE)
-    acts_P = torch.segment_reduce(grouped.acts_M, "sum", lengths=counts_P)
-    latents_P = keys_P // len(lengths)
-    counts_S = torch.bincount(latents_P, minlength=codes.d_sae)
-    offsets_S1 = pad(counts_S.cumsum(0), (1, 0))
-    vectors_PE = sums_PE / acts_P[:, None]
-    streamed_cosine_update(state, acts_P, torch.arange(len(acts_P), device=acts_P.device), offsets_S1, vectors_PE)
-    seen_2S[0] += counts_S.cpu()
-    counts_S = grouped.offsets_S1.diff()
-    high_S = torch.segment_reduce(grouped.acts_M, "max", lengths=counts_S, initial=0.0)
-    seen_2S[1] = torch.maximum(seen_2S[1], high_S.cpu())

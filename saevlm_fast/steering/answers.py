@@ -1,4 +1,4 @@
-"""Answers of a LLaVA to many questions with many different edits, a large batch at a time.
+"""Answers of a LLaVA, or of another model that answers, to many questions with many edits, a large batch at a time.
 
 The vision tower up to the steered block, and the SAE, run once for each image; what is tried on it, a row with edits of
 its own, costs the blocks above, the projector and the language model. Nothing of a forward is copied: while a batch
@@ -72,11 +72,12 @@ class SteeredAnswers:
         rows = [SteeredRow(dog, None), SteeredRow(dog, ()), *(SteeredRow(dog, (clamp(k, 100.0),)) for k in range(1000))]
         answerer.answers(rows)
 
-    Rows of a batch have inputs of the same length, so nothing is padded: which rows share a batch changes an answer no
-    more than the last bit of matrix products of another size does. A question holds its tokens in the model's dtype
-    and their reconstruction in the SAE's, 4 MB for CLIP-L/14-336 in float16 and float32. Blocks below are given one
-    token while rows are answered: an outer `steer` of one of them must take all tokens alike. One thread at a time:
-    what another one runs on the same model meanwhile is steered too.
+    Rows of a batch have inputs of the same length, and images of as many tokens, so nothing is padded: which rows share
+    a batch changes an answer no more than the last bit of matrix products of another size does. A question holds its
+    tokens in the model's dtype and their reconstruction in the SAE's, 4 MB for CLIP-L/14-336 in float16 and float32.
+    Blocks below are given one token while rows are answered, where they are given nothing else (Qwen-VL's, Pixtral's
+    and Mllama's are): an outer `steer` of one of them must take all tokens alike. One thread at a time: what another
+    one runs on the same model meanwhile is steered too.
     """
 
     def __init__(
@@ -92,17 +93,14 @@ class SteeredAnswers:
         batch_size: int = 64,
         max_new_tokens: int = 16,
     ):
-        """ValueError: those of `steering.steer`; a mask per row; a model that does not answer, or whose tower packs a
-        batch into one sequence; sizes below 1."""
+        """ValueError: those of `steering.steer`; a mask per row; a model that does not answer; sizes below 1."""
         per_row = isinstance(tokens, Tensor) and tokens.ndim > 1
         require(not per_row, "tokens: a mask must be [T] here; SteeredRow.mask is one of a row's own")
         require(hasattr(processor, "tokenizer"), f"processor: {shown(processor)} is not the processor of a LLaVA")
         self.model, self.processor, self.sae = model, processor, sae
         self.site = find_site(model, sae, layer, tokens, error)
-        name, tower = type(model).__name__, getattr(getattr(model, "config", None), "vision_config", None)
-        require(self.site.reads is not None, f"model: {name} has no language model that answers")
-        packed = getattr(tower, "model_type", "") == "pixtral"
-        require(not packed, f"model: {name} packs all images of a batch into one sequence, so rows are not told apart")
+        readable = self.site.reads is not None
+        require(readable, f"model: {type(model).__name__} has no language model that answers")
         batch_size = whole_number("batch_size", batch_size)
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.tokens, self.only, self.error = tokens, only, error
@@ -167,7 +165,8 @@ class SteeredAnswers:
             bos = getattr(getattr(self.processor, "tokenizer", None), "bos_token", None)
             options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
             features = self.processor(images=[image], text=[text], return_tensors="pt", **options)
-            return {name: tensor.to(self.model.device) for name, tensor in features.items()}
+            tensors = {name: value for name, value in features.items() if isinstance(value, Tensor)}
+            return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
 
     def _chat(self, prompt: str) -> str:
         """The prompt in the processor's chat template; as it is, if it holds the image token itself.
@@ -218,8 +217,8 @@ class SteeredAnswers:
         require(len(calls) > 0, f"layer: {self.site.layer} of {name} was not called, so that nothing is steered")
 
     def _batches(self, rows: Sequence[SteeredRow]) -> Iterator[list[int]]:
-        """Numbers of rows with inputs of one length, rows of one question side by side."""
-        of_length: dict[int, list[int]] = {}
+        """Numbers of rows with inputs, and images, of one length, rows of one question side by side."""
+        of_length: dict[tuple[int, int], list[int]] = {}
         for i, row in enumerate(rows):
             require(
                 0 <= row.question < len(self._questions), f"question: {row.question} of {len(self._questions)} asked"
@@ -228,7 +227,8 @@ class SteeredAnswers:
                 require(value is None or row.edits is not None, f"{name}: needs edits, () for none")
             boolean = row.mask is None or row.mask.dtype == torch.bool
             require(boolean, f"mask: {getattr(row.mask, 'dtype', None)}, must be bool")
-            of_length.setdefault(self._questions[row.question].length, []).append(i)
+            question = self._questions[row.question]
+            of_length.setdefault((question.length, question.x_BTD.shape[1]), []).append(i)
         for same in of_length.values():
             same.sort(key=lambda i: rows[i].question)
             yield from (same[start : start + self.batch_size] for start in range(0, len(same), self.batch_size))
@@ -300,12 +300,20 @@ class SteeredAnswers:
 
 
 def _join_inputs(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Inputs of single rows as one batch; images with fewer tiles than others are filled up, as the processor does."""
+    """Inputs of single rows as one batch.
+
+    Images with fewer tiles than others, or smaller ones, are filled up with zeros, as the processors do.
+    """
     joined = {}
     for name in inputs[0]:
         tensors = [row[name] for row in inputs]
-        if tensors[0].ndim == 5:
-            n_tiles = max(tensor.shape[1] for tensor in tensors)
-            tensors = [nn.functional.pad(t, (0, 0) * 3 + (0, n_tiles - t.shape[1])) for t in tensors]
+        if tensors[0].ndim >= 4:  # pixels of images or of their tiles, and masks of these
+            sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors))]
+            tensors = [_filled(tensor, sizes) for tensor in tensors]
         joined[name] = torch.cat(tensors)
     return joined
+
+
+def _filled(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    missing = [(0, size - have) for size, have in zip(sizes, tensor.shape[1:])]
+    return nn.functional.pad(tensor, [each for pair in reversed(missing) for each in pair])

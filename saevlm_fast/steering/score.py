@@ -182,7 +182,7 @@ def contents(sae: SparseAutoencoder, codes: StoredCodes, embeddings: Activations
     """Digests of what is scored: files of the same names may hold something else by now."""
     return {
         "sae_weights_sha256": weights_sha256(sae),
-        "codes_sha256": sha256_file(codes.path / "index.json"),  # which holds the digests of its shards
+        "codes_sha256": sha256_file(codes.index_file),  # which holds the digests of its shards
         "embeddings_sha256": embeddings.digest(),
     }
 

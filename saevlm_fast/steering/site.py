@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.sae import SparseAutoencoder, check_sae
+from saevlm_fast.towers.forms import Form
 from saevlm_fast.towers.load import find_anatomy
 from saevlm_fast.towers.tower import Anatomy
 
@@ -68,27 +69,39 @@ def find_site(
 
 
 def blocks_read(model: Any, n_blocks: int) -> frozenset[int] | None:
-    """The vision blocks whose output a LLaVA's projector is given (-1: the embeddings); None of a model without one.
+    """The vision blocks whose output the language model is given (-1: the embeddings); None where there is none.
 
-    vision_feature_layer counts hidden states, of which there is one more than blocks: -2 is the last block but one.
+    LLaVA's kind says which (vision_feature_layer, which counts hidden states, of which there is one more than blocks:
+    -2 is the last block but one). All others read the last one; Qwen3-VL's and Mllama's read some below it too.
     """
-    chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None)
-    if chosen is None:
+    config = getattr(model, "config", None)
+    chosen = getattr(config, "vision_feature_layer", None)
+    if chosen is not None:
+        return frozenset(index % (n_blocks + 1) - 1 for index in ([chosen] if isinstance(chosen, int) else chosen))
+    if not answers(model):
         return None
-    return frozenset(index % (n_blocks + 1) - 1 for index in ([chosen] if isinstance(chosen, int) else chosen))
+    vision = config.vision_config  # type: ignore[union-attr]
+    beside = [*getattr(vision, "deepstack_visual_indexes", ()), *getattr(vision, "intermediate_layers_indices", ())]
+    return frozenset([*beside, n_blocks - 1])
+
+
+def answers(model: Any) -> bool:
+    """Whether it is a model with a vision tower and a language model that answers."""
+    both = all(hasattr(getattr(model, "config", None), f"{part}_config") for part in ("vision", "text"))
+    return both and callable(getattr(model, "can_generate", None)) and bool(model.can_generate())
 
 
 def _check_read(config: Any, layer: int, reads: frozenset[int], cls_only: bool) -> None:
-    last_read = max(reads)
-    what = f"(vision_feature_layer {config.vision_feature_layer})"
+    last_read, chosen = max(reads), getattr(config, "vision_feature_layer", None)
+    what = "" if chosen is None else f" (vision_feature_layer {chosen})"
     require(
         layer <= last_read,
-        f"layer: {layer} changes nothing, the language model reads vision blocks up to {last_read} {what}",
+        f"layer: {layer} changes nothing, the language model reads vision blocks up to {last_read}{what}",
     )
-    drops_cls = getattr(config, "vision_feature_select_strategy", "full") == "default"
+    drops_cls = getattr(config, "vision_feature_select_strategy", None) == "default"
     require(
         not (cls_only and drops_cls and layer == last_read),
-        f"tokens: cls at layer {layer} changes nothing, the language model reads that block {what} without CLS",
+        f"tokens: cls at layer {layer} changes nothing, the language model reads that block{what} without CLS",
     )
 
 
@@ -98,23 +111,21 @@ def _shown(tokens: object) -> str:
 
 def hooked_block(site: Site, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """The block's output x_BTD, in whatever form it comes, becomes change(x_BTD)."""
-    return hooked_output(site.block, site.anatomy.batch_first, change)
+    return hooked_output(site.block, site.anatomy.form, change)
 
 
 @contextmanager
-def hooked_output(module: nn.Module, batch_first: bool, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def hooked_output(module: nn.Module, form: Form, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The output x_BTD of a block or of a sublayer of one, in whatever form it comes, becomes change(x_BTD)."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         tokens = output[0] if isinstance(output, tuple) else output
-        x_BTD = tokens if batch_first else tokens.transpose(0, 1)
-        changed = change(x_BTD)
-        changed = changed if batch_first else changed.transpose(0, 1)
+        changed = form.restore(change(form.tokens(tokens)), tokens)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = module.register_forward_hook(hook, prepend=True)
     try:
-        with _compiled_code_waits:
+        with _compiled_code_waits, form.watching():
             yield
     finally:
         handle.remove()
@@ -122,14 +133,23 @@ def hooked_output(module: nn.Module, batch_first: bool, change: Callable[[Tensor
 
 @contextmanager
 def one_token_into(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Blocks whose output is replaced, or read by nobody, are given one token instead of all."""
+    """Blocks whose output is replaced, or read by nobody, are given one token instead of all.
+
+    Those that are given more than tokens (a mask of them, their places) are left to run as they do.
+    """
     with ExitStack() as stack:
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(_one_token, with_kwargs=True).remove)
         yield
 
 
-def _one_token(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+def _one_token(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    names = ["hidden_states"] if not args else []
+    others = [*args[1:], *(value for name, value in kwargs.items() if name not in names)]
+    if any(isinstance(value, (Tensor, tuple, list)) for value in others):
+        return None
     if args:
         return (args[0][:1, :1], *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"][:1, :1]}
@@ -168,9 +188,10 @@ def token_mask(tokens: str | Tensor, n_rows: int, n_tokens: int, anatomy: Anatom
         fits = tokens.shape[-1] == n_tokens and (tokens.ndim == 1 or len(tokens) == n_rows)
         require(fits, f"tokens: mask {list(tokens.shape)} for {n_rows} rows of {n_tokens} tokens")
         return tokens.expand(n_rows, n_tokens)
+    place_T = torch.arange(n_tokens) % (anatomy.form.tile or n_tokens)
     mask_T = torch.ones(n_tokens, dtype=torch.bool)
     if tokens == "patches":
-        mask_T[: anatomy.n_prefix] = False
+        mask_T = place_T >= anatomy.n_prefix
     elif tokens == "cls":
-        mask_T[1:] = False
+        mask_T = place_T == 0
     return mask_T.expand(n_rows, n_tokens)

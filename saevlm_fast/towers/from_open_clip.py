@@ -1,4 +1,4 @@
-"""Towers of open_clip: its own vision transformers, and those it takes from timm."""
+"""Towers of open_clip: its own vision transformers and ResNets, and those it takes from timm."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from saevlm_fast.errors import require
-from saevlm_fast.towers.from_timm import itself, timm_anatomy
+from saevlm_fast.towers.forms import Cells, Form, SequenceFirst
+from saevlm_fast.towers.from_timm import conv_stages, itself, timm_anatomy
 from saevlm_fast.towers.hub import WEIGHT_FILES, announce_download, cached_file
 from saevlm_fast.towers.preprocess import compose_preprocess, described
 from saevlm_fast.towers.tower import Anatomy, Tower
@@ -166,7 +167,11 @@ def open_clip_anatomy(visual: Any, spec: str) -> Anatomy:
         anatomy.image_points = {"projection": projection, "pooled": (visual.trunk, itself)}
         return anatomy
     kind = type(visual).__name__
-    require(isinstance(visual, VisionTransformer), f"{spec}: {kind} is not a vision transformer")
+    pools = {"pooled": "its attention pool has no such output; take the projection"}
+    stages = conv_stages(visual)
+    if stages is not None:
+        return Anatomy(stages, 0, False, {"projection": projection}, pools, form=Cells())
+    require(isinstance(visual, VisionTransformer), f"{spec}: {kind} is neither a vision transformer nor a ResNet")
     image_points = {"projection": projection}
     if visual.attn_pool is None:
         pooled = itself if visual.final_ln_after_pool else lambda output: visual._global_pool(output)[0]
@@ -176,8 +181,8 @@ def open_clip_anatomy(visual: Any, spec: str) -> Anatomy:
         n_prefix=1,
         has_cls=True,
         image_points=image_points,
-        absent={"pooled": "its attention pool has no such output; take the projection"},
+        absent=pools,
         width=visual.transformer.width,
         patch_size=tuple(visual.patch_size),
-        batch_first=getattr(visual.transformer, "batch_first", True),
+        form=Form() if getattr(visual.transformer, "batch_first", True) else SequenceFirst(),
     )

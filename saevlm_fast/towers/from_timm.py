@@ -1,4 +1,4 @@
-"""Towers of timm: plain vision transformers, without their classifier."""
+"""Towers of timm: plain vision transformers, ResNets and ConvNeXts, without their classifier."""
 
 import re
 import sys
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saevlm_fast.errors import require
+from saevlm_fast.towers.forms import Cells
 from saevlm_fast.towers.hub import OFFLINE, WEIGHT_FILES, announce_download, cached_file
 from saevlm_fast.towers.preprocess import compose_preprocess, described
 from saevlm_fast.towers.tower import Anatomy, Tower
@@ -133,9 +134,19 @@ def wrap_timm(model: nn.Module, spec: str, device: torch.device | str = "cpu") -
 def timm_anatomy(model: Any, spec: str) -> Anatomy:
     blocks: Any = getattr(model, "blocks", None)
     kind = type(model).__name__
+    stages = conv_stages(model)
+    if stages is not None:
+        return Anatomy(
+            blocks=stages,
+            n_prefix=0,
+            has_cls=False,
+            image_points={"pooled": (model, itself)},
+            absent={"projection": "timm's models have no projection; pooled is their image vector"},
+            form=Cells(),
+        )
     require(
         isinstance(blocks, (nn.ModuleList, nn.Sequential)) and hasattr(model, "num_prefix_tokens"),
-        f"{spec}: {kind} is not a plain vision transformer",
+        f"{spec}: {kind} is not a plain vision transformer, ResNet or ConvNeXt",
     )
     cls_later = any(hasattr(model, name) for name in _CLASS_BLOCKS)
     return Anatomy(
@@ -147,6 +158,16 @@ def timm_anatomy(model: Any, spec: str) -> Anatomy:
         width=getattr(model, "embed_dim", None),
         n_patches=getattr(getattr(model, "patch_embed", None), "num_patches", None),
     )
+
+
+def conv_stages(model: Any) -> list[nn.Module] | None:
+    """Of a ResNet's or ConvNeXt's kind, of timm or open_clip: modules that give a feature map each; else None."""
+    stages = getattr(model, "stages", None)
+    if isinstance(stages, (nn.Sequential, nn.ModuleList)) and type(model).__name__ == "ConvNeXt":
+        return list(stages)
+    layers = [getattr(model, f"layer{n}", None) for n in range(1, 5)]
+    modules = [layer for layer in layers if isinstance(layer, nn.Module)]
+    return modules if len(modules) == len(layers) else None
 
 
 def itself(output: Tensor) -> Tensor:

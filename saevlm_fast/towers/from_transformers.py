@@ -1,5 +1,6 @@
 """Towers of transformers: CLIP, SigLIP(2), DINOv2 and 3, ViT, and the vision part of a LLaVA."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,16 @@ import torch
 from torch import nn
 
 from saevlm_fast.errors import require
+from saevlm_fast.towers.families import most_tokens, special, tower_prefix, vision_class
 from saevlm_fast.towers.hub import local_or_hub
 from saevlm_fast.towers.preprocess import described, transformers_preprocess
 from saevlm_fast.towers.tower import Anatomy, Tower
+
+# What processors say of images beside their pixels; a model is given what its forward has an argument for.
+_BESIDE = (
+    *("pixel_attention_mask", "spatial_shapes", "image_sizes", "image_grid_thw"),
+    *("aspect_ratio_ids", "aspect_ratio_mask"),
+)
 
 
 def load_transformers(name: str, spec: str, device: torch.device, on_message: Callable[[str], None]) -> Tower:
@@ -39,7 +47,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     where = "local-dir" if Path(name).is_dir() else "hf-hub"
     require(config.model_type != "timm_wrapper", f"{spec}: a checkpoint of timm; give timm:{where}:{name}")
     name_of_class = type(vision).__name__.removesuffix("Config") + "Model"
-    plain: Any = transformers.MODEL_MAPPING.get(type(vision), None) or getattr(transformers, name_of_class, None)
+    plain = vision_class(vision)
     require(plain is not None, f"{spec}: {type(vision).__name__} belongs to no vision model")
     options: dict[str, bool] = {}
     projecting = getattr(transformers, name_of_class + "WithProjection", None)
@@ -54,7 +62,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
                 local_files_only=local,
                 dtype=torch.float32,
                 weights_only=True,
-                key_mapping={r"^(?:model\.)?vision_tower\.": ""},
+                key_mapping={rf"^(?:model\.)?(?:{tower_prefix(vision)})\.": ""},
                 output_loading_info=True,
                 **options,
             )
@@ -92,8 +100,9 @@ def wrap_transformers(model: nn.Module, processor: Any, spec: str, device: torch
     """A tower of a transformers vision model (with or without projection) and its image processor."""
     import transformers
 
-    preprocess, normalisation = transformers_preprocess(processor, spec)
     anatomy = transformers_anatomy(model, spec)
+    anatomy.most_tokens = most_tokens(model, processor)
+    preprocess, normalisation = transformers_preprocess(processor, spec, anatomy.beside)
     anatomy.description = described(
         "transformers", transformers.__version__, type(processor).__name__, processor.to_dict()
     )
@@ -106,19 +115,21 @@ def transformers_anatomy(model: Any, spec: str) -> Anatomy:
     added = {name.split(".")[-1] for name, _ in model.named_parameters() if "embeddings" in name.split(".")}
     has_cls = bool(added & {"cls_token", "class_embedding"})
     patch = getattr(config, "patch_size", None)
-    return Anatomy(
-        blocks=_blocks(model, spec),
-        n_prefix=has_cls + ("distillation_token" in added) + getattr(config, "num_register_tokens", 0),
-        has_cls=has_cls,
-        image_points=_image_points(model, has_cls),
-        absent={
+    fields: dict[str, Any] = {
+        "n_prefix": has_cls + ("distillation_token" in added) + getattr(config, "num_register_tokens", 0),
+        "has_cls": has_cls,
+        "image_points": _image_points(model, has_cls),
+        "absent": {
             "projection": f"{type(model).__name__} has no projection",
             "pooled": "its checkpoint has no pooling head, and there is no CLS token",
         },
-        width=getattr(config, "hidden_size", None),
-        patch_size=(patch, patch) if isinstance(patch, int) else patch,
-        call=lambda model, inputs: model(**inputs),
-    )
+        "width": getattr(config, "hidden_size", None),
+        "patch_size": (patch, patch) if isinstance(patch, int) else patch,
+        "beside": [name for name in _BESIDE if name in inspect.signature(model.forward).parameters],
+        "call": lambda model, inputs: model(**inputs),
+    }
+    fields |= special(model)
+    return Anatomy(**{"blocks": () if "blocks" in fields else _blocks(model, spec), **fields})
 
 
 def _blocks(model: Any, spec: str) -> Sequence[nn.Module]:

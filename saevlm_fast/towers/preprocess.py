@@ -46,24 +46,38 @@ def stacked(pictures: Sequence[Tensor]) -> Tensor:
     return torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
 
 
-class TransformersPreprocess:
-    """A transformers image processor, as a worker process calls it; raw: without rescaling and normalising."""
+# Of processors that cut a large image into tiles, and give the whole of it beside them or not: the whole alone.
+_WHOLE = {"do_image_splitting": False, "crop_to_patches": False, "do_pan_and_scan": False, "max_image_tiles": 1}
+# Processors that take a list of images for one sample.
+_SAMPLES = ("Idefics3ImageProcessor", "SmolVLMImageProcessor", "MllamaImageProcessor")
 
-    def __init__(self, processor: Any, raw: bool):
-        self.processor = processor
+
+class TransformersPreprocess:
+    """A transformers image processor, as a worker process calls it; raw: without rescaling and normalising.
+
+    beside: names of what the tower is given beside the pixels.
+    """
+
+    def __init__(self, processor: Any, raw: bool, beside: Sequence[str] = ()):
+        self.processor, self.beside = processor, tuple(beside)
         self.options = {"do_rescale": False, "do_normalize": False} if raw else {}
+        self.samples = type(processor).__name__.removesuffix("Fast").removesuffix("Pil") in _SAMPLES
 
     def __call__(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
-        features = self.processor(images=list(pictures), return_tensors="pt", **self.options)
+        images = [[picture] for picture in pictures] if self.samples else list(pictures)
+        features = self.processor(images=images, return_tensors="pt", **self.options)
         pixels = features["pixel_values"]
-        if len(pixels) != len(pictures):  # Idefics', for example, take a list for one sample
+        packed = "image_grid_thw" in features and pixels.ndim == 2
+        n_images = len(features["image_grid_thw"] if packed else pixels)
+        if n_images != len(pictures):
             name, shape = type(self.processor).__name__, list(pixels.shape)
             raise ValueError(f"{name} gives {shape} for {len(pictures)} images, not each its own")
         # Of tiles the first is the whole image; the others' memory must not travel with it.
         inputs = {"pixel_values": pixels[:, 0].contiguous() if pixels.ndim == 5 else pixels}
-        for name in ("pixel_attention_mask", "spatial_shapes"):
+        for name in self.beside:
             if name in features:
-                inputs[name] = features[name]
+                of_tiles = name == "pixel_attention_mask" and features[name].ndim == 4
+                inputs[name] = features[name][:, 0].contiguous() if of_tiles else features[name]
         return inputs
 
 
@@ -84,21 +98,39 @@ def _as_it_lies(picture: Any, *args: Any, **options: Any) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def transformers_preprocess(processor: Any, spec: str) -> tuple[TransformersPreprocess, Normalisation | None]:
+def transformers_preprocess(
+    processor: Any, spec: str, beside: Sequence[str] = ()
+) -> tuple[TransformersPreprocess, Normalisation | None]:
     if hasattr(processor, "image_grid_pinpoints"):  # one tile beside the whole image instead of up to 36
         size = getattr(processor, "crop_size", None) or processor.size
         side = size["height"] or size["shortest_edge"]
         processor.image_grid_pinpoints = [[side, side]]
-    full = TransformersPreprocess(processor, raw=False)
-    raw: list[Any] = [TransformersPreprocess(processor, raw=True)]
+    for name, value in _WHOLE.items():
+        if hasattr(processor, name):
+            setattr(processor, name, value)
+    full = TransformersPreprocess(processor, False, beside)
+    raw: list[Any] = [TransformersPreprocess(processor, True, beside)]
     normalisation = None
     if getattr(processor, "do_rescale", False) and getattr(processor, "do_normalize", False):
         mean, std = (torch.tensor(value) for value in (processor.image_mean, processor.image_std))
         scale = 1.0 / processor.rescale_factor  # as the library folds it into mean and std
         normalisation = Normalisation((mean * scale)[:, None, None], (std * scale)[:, None, None])
-    if getattr(processor, "backend", None) == "torchvision":
+    if getattr(processor, "backend", None) == "torchvision" and not beside:
         raw.insert(0, ChannelsLastPreprocess(processor))
     return _checked_preprocess(full, raw, normalisation, spec)
+
+
+class SquareFirst:
+    """A tower's preprocessing of images that have all been resized to one square, whatever their aspect."""
+
+    def __init__(self, preprocess: Any, side: int):
+        self.preprocess, self.side = preprocess, side
+
+    def __call__(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
+        from PIL import Image
+
+        sides = self.side, self.side
+        return self.preprocess([picture.resize(sides, Image.Resampling.BICUBIC) for picture in pictures])
 
 
 class ComposePreprocess:

@@ -16,10 +16,11 @@ Nothing of a model's forward is copied: forward hooks read its own, and the last
 (On a GPU one activation has a faster kernel where its results are the same bits: towers/forwards.py.)
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,14 +29,16 @@ from torch import Tensor, nn
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import weights_sha256
 from saevlm_fast.runtime import tf32_products
+from saevlm_fast.towers.forms import Cells, Form, Grid
 from saevlm_fast.towers.forwards import fuse_quick_gelus, quick_gelu_kernel, replace_forward
 from saevlm_fast.towers.hub import foreign_message, is_foreign
-from saevlm_fast.towers.preprocess import Normalisation, two_pictures
+from saevlm_fast.towers.preprocess import Normalisation, SquareFirst, two_pictures
+from saevlm_fast.towers.set_up import BlockOutput, Forward, check_blocks, check_count, check_own_rows, check_point
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
 
 BLOCK_POINTS, IMAGE_POINTS = ("residual", "mlp", "attention"), ("projection", "pooled")
 # What the libraries call a block's modules. All return the plain output of the sublayer, alone or first in a tuple.
-_SUBLAYERS = {"mlp": ("mlp",), "attention": ("attn", "self_attn", "attention")}
+_SUBLAYERS = {"mlp": ("mlp", "feed_forward", "ffn"), "attention": ("attn", "self_attn", "attention")}
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,17 @@ class Anatomy:
     """What a library's loader knows of its model.
 
     Attributes:
-        blocks: the transformer blocks in order; each returns tokens [B, T, D], alone or first in a tuple.
+        blocks: the transformer blocks in order, or the stages of a convolutional tower; each returns its tokens, in the
+            form below, alone or first in a tuple.
         n_prefix, has_cls: tokens before the patches; whether the first is a CLS token.
         image_points: name -> (module, what makes [B, D] of the module's output).
         absent: why the other image points are missing.
-        width: of the residual stream, if known.
+        width: of the residual stream, if known and one for all blocks.
         patch_size, n_patches: if known, the number of tokens is checked against them.
-        batch_first: False if blocks hold [T, B, D].
+        form: how blocks hold the tokens.
+        most_tokens: of an image, where images have grids of their own and their preprocessing has a limit.
+        one_grid: whether all images come as squares of one size, and so have one grid.
+        beside: names of what the model is given beside the pixels.
         call: calls the model on its inputs.
         description: JSON for the store.
     """
@@ -94,7 +101,10 @@ class Anatomy:
     width: int | None = None
     patch_size: tuple[int, int] | None = None
     n_patches: int | None = None
-    batch_first: bool = True
+    form: Form = field(default_factory=Form)
+    most_tokens: int | None = None
+    one_grid: bool = False
+    beside: Sequence[str] = ()
     call: Callable[[nn.Module, dict[str, Tensor]], Any] = lambda model, inputs: model(inputs["pixel_values"])
     description: dict[str, Any] = field(default_factory=dict)
 
@@ -141,10 +151,22 @@ class Tower:
         with tf32_products(tf32):
             return self.anatomy.call(self.model, inputs)
 
+    def squared(self, side: int) -> "Tower":
+        """The same model, to which every image comes as a square of so many pixels on a side."""
+        made = copy.copy(self)
+        made.preprocess = SquareFirst(self.preprocess, side)
+        description = {**self.anatomy.description, "square": side}
+        made.anatomy = replace(self.anatomy, description=description, one_grid=True)
+        return made
+
     def token_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """bool [B, T], False for padding, of towers that pad (SigLIP 2 NaFlex); else None."""
-        mask_BT = inputs.get("pixel_attention_mask")
-        return None if mask_BT is None else mask_BT.bool()
+        """bool [B, T], False for padding, of towers whose images differ in their number of tokens (SigLIP 2 NaFlex,
+        Qwen-VL, Pixtral); else None."""
+        return self.anatomy.form.mask(inputs)
+
+    def n_images(self, inputs: Mapping[str, Tensor]) -> int:
+        grids = self.anatomy.form.grids(inputs)
+        return len(inputs["pixel_values"] if grids is None else grids)
 
     @contextmanager
     def hooked(
@@ -156,10 +178,11 @@ class Tower:
     ) -> Iterator["HookedTower"]:
         """Yields a callable: inputs on the device -> activations at `points`, in one forward.
 
-        Set-up costs three small forwards: two different images of different shapes go through together, which teaches
-        shapes and which point comes last, and then each by itself. A tower that loses or mixes images of a batch, or
-        gives an image other values another time, is a ValueError here, as is every wrong request. On the way out, also
-        after an error, the hooks are gone and the model is as it was.
+        Set-up costs three small forwards, of 5 images in all: two different images of different shapes go through
+        together, which teaches shapes and which point comes last, then in the other order, and one by itself. A tower
+        that loses or mixes images of a batch, or gives an image other values another time, is a ValueError here
+        (towers/set_up.py), as is every wrong request. On the way out, also after an error, the hooks are gone and the
+        model is as it was.
 
         Args:
             compile: torch.compile the blocks (one compiled code for all of them, made at the first batch); of a block
@@ -171,6 +194,7 @@ class Tower:
         require(len(sites) > 0, "point: at least one hook point is needed")
         run = HookedTower(self, sites, autocast, tf32)
         with ExitStack() as stack:
+            stack.enter_context(self.anatomy.form.watching())
             for point, (module, extract) in sites.items():
                 stack.callback(module.register_forward_hook(run._hook(point, extract)).remove)
             if autocast is not None and not compile and self.device.type == "cuda" and (kernel := quick_gelu_kernel()):
@@ -205,7 +229,7 @@ class Tower:
 
     def _tokens(self, output: Any) -> Tensor:
         tokens = output[0] if isinstance(output, tuple) else output
-        return tokens if self.anatomy.batch_first else tokens.transpose(0, 1)
+        return self.anatomy.form.tokens(tokens)
 
     def _compile_blocks(self, sites: Mapping[HookPoint, Any], stack: ExitStack) -> None:
         """Replaces forward, not the modules: hooks stay eager, and blocks share the code compiled for their class."""
@@ -234,17 +258,24 @@ class HookedTower:
     """A tower with its hooks in place: call it with inputs on the device. Made by `Tower.hooked`.
 
     Attributes:
-        shapes: of every point, (T, D), T None for points of the whole image. layout: of the tokens.
+        shapes: of every point, (T, D), T None for points of the whole image. Where images differ in their number of
+            tokens T is the most that one has. layouts: of the tokens, of every point that has such.
     """
 
     def __init__(self, tower: Tower, points: Iterable[HookPoint], autocast: torch.dtype | None, tf32: bool):
         self.tower, self._points = tower, list(points)
         self.shapes: dict[HookPoint, tuple[int | None, int]] = {}
-        self.layout = TokenLayout(0, tower.anatomy.n_prefix, tower.anatomy.has_cls)
+        self.layouts: dict[HookPoint, TokenLayout] = {}
         self._autocast, self._tf32 = autocast, tf32
         self._acts: dict[HookPoint, Tensor] = {}
         self._last: HookPoint | None = None
         self._closed = False
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Of the tokens of a point; which one does not matter in a transformer, whose blocks all have the same."""
+        anatomy = self.tower.anatomy
+        return next(iter(self.layouts.values()), TokenLayout(0, anatomy.n_prefix, anatomy.has_cls))
 
     def close(self) -> None:
         """From now on a call is an error, for the hooks are gone."""
@@ -265,14 +296,16 @@ class HookedTower:
                 pass
             finally:
                 acts, self._acts = self._acts, {}
+        packs = self.tower.anatomy.form.packs  # then the form has seen to the number of tokens
         for point, (n_tokens, width) in self.shapes.items():
-            expected = [len(inputs["pixel_values"]), *([] if n_tokens is None else [n_tokens]), width]
             found = list(acts[point].shape)
+            tokens = [] if n_tokens is None else [found[1] if packs and len(found) == 3 else n_tokens]
+            expected = [self.tower.n_images(inputs), *tokens, width]
             require(found == expected, f"point: {point.name} of {self.tower.spec} is {found}, not {expected}")
         return acts
 
     def rows_per_image(self, point: HookPoint, tokens: Tokens | None) -> int:
-        """Rows that an image gives at this point (at most, where padding is left out).
+        """Rows that an image gives at this point (at most, where images differ in their number of tokens).
 
         Raises:
             ValueError: the tower has no such tokens, or not so many.
@@ -281,7 +314,7 @@ class HookedTower:
             return 1
         require(tokens is not None, f"tokens: {point.name} needs a choice of tokens")
         try:
-            return self.layout.rows_per_image(tokens)  # type: ignore[arg-type]
+            return self.layouts[point].rows_per_image(tokens)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{error} ({self.tower.spec})") from None
 
@@ -293,9 +326,10 @@ class HookedTower:
         seed: int = 0,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Selected:
-        """tokens.select_tokens with this tower's layout, and the mask of padding that is in `inputs`, if one is."""
+        """tokens.select_tokens with this tower's layout, and the mask of padding that follows from `inputs`."""
         mask_BT = None if inputs is None else self.tower.token_mask(inputs)
-        return select_tokens(acts, tokens, self.layout, image_ids, seed, mask_BT)
+        layout = replace(self.layout, n_tokens=acts.shape[1]) if acts.ndim == 3 else self.layout
+        return select_tokens(acts, tokens, layout, image_ids, seed, mask_BT)
 
     def _hook(self, point: HookPoint, extract: Callable[[Any], Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -307,29 +341,62 @@ class HookedTower:
 
     def _probe(self) -> None:
         """Learns the shapes and which point comes last; checks that the tower is what this package takes it for."""
-        pictures = two_pictures()
+        pictures, anatomy, spec = two_pictures(), self.tower.anatomy, self.tower.spec
         inputs = self.tower.inputs_of(pictures)
-        shapes: list[tuple[int, ...]] = []
+        outputs: list[BlockOutput] = []
         with ExitStack() as stack:
-            for block in self.tower.anatomy.blocks:
-                record = lambda module, args, output: shapes.append(tuple(self.tower._tokens(output).shape))  # noqa: E731
+            for block in anatomy.blocks:
+                record = lambda module, args, output: outputs.append(BlockOutput.of(anatomy.form, output))  # noqa: E731
                 stack.callback(block.register_forward_hook(record).remove)
             acts = self._first_forward(inputs)
-        n_tokens = self._check_blocks(shapes, inputs, len(pictures))
-        grid = self._grid(inputs, n_tokens - self.layout.n_prefix)
-        self.layout = TokenLayout(n_tokens, self.layout.n_prefix, self.layout.has_cls, grid)
+        cells = isinstance(anatomy.form, Cells)
+        shapes = check_blocks(spec, outputs, self.tower.n_blocks, len(pictures), equal=not cells)
         self._check_given(acts)
         for point, tensor in acts.items():
-            whole = point.layer is None
-            expected = (len(pictures),) if whole else (len(pictures), n_tokens)
-            require(
-                tuple(tensor.shape[:-1]) == expected,
-                f"point: {point.name} of {self.tower.spec} is {list(tensor.shape)}, not one vector each",
-            )
-            self.shapes[point] = (None if whole else n_tokens), tensor.shape[-1]
+            if point.layer is not None:
+                n_tokens, grid = shapes[point.layer][1], outputs[point.layer].grid
+                self.layouts[point] = self._layout(inputs, n_tokens, grid)
+            layout = self.layouts.get(point)
+            n_tokens_or_none, width = check_point(spec, point, tensor, len(pictures), layout)
+            self.shapes[point] = n_tokens_or_none, width
+        if not cells:
+            self._layout(inputs, shapes[0][1], None)  # checked, also where only points of the whole image are asked for
         self._last = list(acts)[-1]
-        for i, picture in enumerate(pictures):
-            self._check_alone(acts, inputs, i, picture)
+        first = Forward(acts, self.tower.token_mask(inputs))
+        check_own_rows(spec, first, self._forward, pictures, self._autocast is not None)
+        if anatomy.form.packs and not anatomy.one_grid:
+            self._most_tokens()
+
+    def _layout(self, inputs: Mapping[str, Tensor], n_tokens: int, grid: Grid | None) -> TokenLayout:
+        anatomy, spec, pixels = self.tower.anatomy, self.tower.spec, inputs["pixel_values"]
+        mask_BT = self.tower.token_mask(inputs)
+        fits = mask_BT is None or mask_BT.shape[1] == n_tokens
+        require(fits, f"{spec}: a mask {list(getattr(mask_BT, 'shape', ()))} of {n_tokens} tokens")
+        if grid is None and pixels.ndim >= 4 and not anatomy.form.packs:
+            height, width = pixels.shape[-2:]
+            if anatomy.patch_size is not None:
+                grid = height // anatomy.patch_size[0], width // anatomy.patch_size[1]
+            check_count(spec, n_tokens, anatomy.n_prefix, grid[0] * grid[1] if grid else anatomy.n_patches, pixels)
+            side = math.isqrt(n_tokens - anatomy.n_prefix)
+            square = side * side == n_tokens - anatomy.n_prefix and height == width
+            grid = grid or ((side, side) if square else None)
+        own_grids = anatomy.form.packs or (mask_BT is not None and not bool(mask_BT.all()))
+        if own_grids and anatomy.one_grid:
+            shapes = inputs.get("spatial_shapes")
+            grids = anatomy.form.grids(inputs) if shapes is None else [tuple(each) for each in shapes.tolist()]
+            own_grids, grid = len(set(grids or ())) != 1, (grids or [None])[0]
+        return TokenLayout(n_tokens, anatomy.n_prefix, anatomy.has_cls, None if own_grids else grid)
+
+    def _most_tokens(self) -> None:
+        """Images of a packing tower have up to as many tokens as its preprocessing allows."""
+        most = self.tower.anatomy.most_tokens or 0
+        for point, layout in self.layouts.items():
+            self.layouts[point] = replace(layout, n_tokens=max(most, layout.n_tokens))
+            self.shapes[point] = self.layouts[point].n_tokens, self.shapes[point][1]
+
+    def _forward(self, pictures: Sequence[Any]) -> Forward:
+        inputs = self.tower.inputs_of(pictures)
+        return Forward(self._first_forward(inputs), self.tower.token_mask(inputs))
 
     def _first_forward(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
         try:
@@ -349,68 +416,3 @@ class HookedTower:
                 f"point: {point.name} of {tower.spec}: {type(tower.model).__name__} gives none; take the residual of "
                 f"layer {tower.n_blocks - 1}, tokens {instead}",
             )
-
-    def _check_blocks(self, shapes: list[tuple[int, ...]], inputs: Mapping[str, Tensor], n_images: int) -> int:
-        """The number of tokens, which all blocks give of every image: those before the patches, and the patches."""
-        anatomy, spec, pixels = self.tower.anatomy, self.tower.spec, inputs["pixel_values"]
-        plain = len(shapes) == self.tower.n_blocks and len(set(shapes)) == 1 and len(shapes[0]) == 3
-        require(plain, f"{spec}: not a plain vision transformer, whose blocks would all give the same [B, T, D]")
-        shape, n_tokens = list(shapes[0]), shapes[0][1]
-        require(
-            shape[0] == n_images,
-            f"{spec}: not a plain vision transformer: its blocks give {shape} for {n_images} images, not "
-            f"[{n_images}, T, D]",
-        )
-        grid = anatomy.n_patches
-        if anatomy.patch_size is not None and pixels.ndim == 4:
-            grid = (pixels.shape[2] // anatomy.patch_size[0]) * (pixels.shape[3] // anatomy.patch_size[1])
-        require(
-            grid is None or n_tokens == anatomy.n_prefix + grid,
-            f"{spec}: {n_tokens} tokens of an image of {' x '.join(map(str, pixels.shape[2:]))}, not "
-            f"{anatomy.n_prefix} before the patches and {grid} patches",
-        )
-        mask_BT = self.tower.token_mask(inputs)
-        fits = mask_BT is None or tuple(mask_BT.shape) == (n_images, n_tokens)
-        require(fits, f"{spec}: a mask {list(getattr(mask_BT, 'shape', ()))} of {n_tokens} tokens")
-        return n_tokens
-
-    def _grid(self, inputs: Mapping[str, Tensor], n_patches: int) -> tuple[int, int] | None:
-        """Rows and columns of the patches: by the size of a patch, else of a square image; None of padded ones."""
-        pixels, patch = inputs["pixel_values"], self.tower.anatomy.patch_size
-        if self.tower.token_mask(inputs) is not None or pixels.ndim != 4:
-            return None
-        if patch is not None:
-            return pixels.shape[2] // patch[0], pixels.shape[3] // patch[1]
-        side = math.isqrt(n_patches)
-        return (side, side) if side * side == n_patches and pixels.shape[2] == pixels.shape[3] else None
-
-    def _check_alone(
-        self, acts: Mapping[HookPoint, Tensor], inputs: Mapping[str, Tensor], i: int, picture: Any
-    ) -> None:
-        """Image i by itself has the tokens that it has beside the other.
-
-        Rounding differs with the size of a batch. It is told from a fault by how far the two images are apart.
-        """
-        mask_BT = self.tower.token_mask(inputs)
-        alone = self._first_forward(single := self.tower.inputs_of([picture]))
-        for point, tensor in acts.items():
-            kept = slice(None) if mask_BT is None or point.layer is None else mask_BT[i]
-            together, other, found = tensor[i].float(), tensor[1 - i].float(), alone[point][0].float()
-            if _norm(together[kept] - found[kept]) <= self._rounding(together, other):
-                continue
-            again = self._first_forward(single)[point][0].float()
-            random = _norm(again[kept] - found[kept]) > self._rounding(together, other)
-            raise ValueError(
-                f"{self.tower.spec}: {point.name} of an image is "
-                + ("another one each time (a random choice in the model)" if random else "another one in a batch")
-                + ", so that rows would not be the image's own"
-            )
-
-    def _rounding(self, together: Tensor, other: Tensor) -> float:
-        relative = 1e-3 if self._autocast is None else 2e-2
-        return 0.1 * _norm(together - other) + relative * _norm(together)
-
-
-def _norm(x: Tensor) -> float:
-    """Of what is finite: who stores the rows says which image has overflowed."""
-    return float(torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).norm())

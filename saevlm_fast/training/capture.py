@@ -7,7 +7,7 @@
 A graph is of fixed shapes: so many rows, so long a list of dead latents. The first steps of such shapes are taken
 eagerly, which compiles kernels and lets libraries allocate; then one is captured and from there on replayed. Anything
 that a replay would not see (weights replaced or written to from outside) makes a step eager again. On a CPU, of relu
-and jumprelu SAEs (how many latents fire has to be asked), and where a capture fails, every step is.
+and jumprelu SAEs (how many latents fire has to be asked), in micro-batches, and where a capture fails, every step is.
 
 Shape suffixes: B rows of a batch, D d_in.
 """
@@ -50,9 +50,11 @@ class CapturedSteps:
 
     def __init__(self, stepper: Stepper, capture: bool = True):
         self.stepper = stepper
-        self.capture = capture and stepper.idle_S.is_cuda and not stepper.penalised
+        whole = stepper.config.accumulate == 1
+        self.capture = capture and stepper.idle_S.is_cuda and not stepper.penalised and whole
         self.n_eager = self.n_replayed = self.n_captured = 0
         self._inputs: dict[int, Tensor] = {}
+        self._embeddings: dict[int, Tensor] = {}
         self._seen: dict[Shapes, int] = {}
         self._graphs: OrderedDict[Shapes, _Captured] = OrderedDict()
         if self.capture:  # graphs take turns, and so share their memory
@@ -74,8 +76,8 @@ class CapturedSteps:
         return {"details/eager_share": self.n_eager / max(self.n_eager + self.n_replayed, 1)}
 
     @torch.no_grad()
-    def step(self, x_BD: Tensor) -> StepOutput:
-        """One training step on a batch [B, d_in] in normalised units, as Stepper.step.
+    def step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
+        """One training step on a batch [B, d_in] in normalised units, as Stepper.step; all have embeddings, or none.
 
         Where steps are captured, the next one overwrites what is returned, and x_BD is left alone unless it is the
         memory of `input`, which stays as it is too.
@@ -84,16 +86,16 @@ class CapturedSteps:
             ValueError: a batch without rows, or of another width.
         """
         with torch.cuda.device_of(self.stepper.idle_S):
-            return self._step(self._in_place(x_BD))
+            return self._step(self._in_place(x_BD), self._held(e_BE))
 
-    def _step(self, x_BD: Tensor) -> StepOutput:
+    def _step(self, x_BD: Tensor, e_BE: Tensor | None) -> StepOutput:
         self.stepper.announce(len(x_BD))
         shapes = len(x_BD), self.stepper.n_listed
-        captured = self._captured(shapes, x_BD)
+        captured = self._captured(shapes, x_BD, e_BE)
         if captured is None:
             self._seen[shapes] = self._seen.get(shapes, 0) + 1
             self.n_eager += 1
-            return self.stepper.device_step(x_BD)
+            return self.stepper.device_step(x_BD, e_BE)
         captured.graph.replay()
         self.stepper.was_replayed()
         self.n_replayed += 1
@@ -108,13 +110,21 @@ class CapturedSteps:
         require(fits, f"x_BD: shape is {list(x_BD.shape)}; {list(static_BD.shape)} is needed")
         return static_BD.copy_(x_BD)
 
-    def _captured(self, shapes: Shapes, x_BD: Tensor) -> _Captured | None:
+    def _held(self, e_BE: Tensor | None) -> Tensor | None:
+        """Embeddings where graphs read them, in the dtype of the weights."""
+        if e_BE is None or not self.capture:
+            return e_BE
+        if len(e_BE) not in self._embeddings:
+            self._embeddings[len(e_BE)] = e_BE.to(self.stepper.sae.W_dec.dtype, copy=True)
+        return self._embeddings[len(e_BE)].copy_(e_BE)
+
+    def _captured(self, shapes: Shapes, x_BD: Tensor, e_BE: Tensor | None) -> _Captured | None:
         """The graph of these shapes; None if this step is to be eager."""
         if not self.capture or self._seen.get(shapes, 0) < _EAGER_FIRST or not self.stepper.low_is_current():
             return None
         captured = self._graphs.get(shapes)
         if captured is None or captured.addresses != self._addresses():
-            captured = self._capture(x_BD)
+            captured = self._capture(x_BD, e_BE)
             if captured is None:
                 return None
             self._graphs[shapes] = captured
@@ -128,9 +138,10 @@ class CapturedSteps:
         stepper = self.stepper
         state = [*stepper.parameters().values(), *(t for pair in stepper.moments.values() for t in pair)]
         counters = stepper.idle_S, stepper.sae.threshold, stepper.bad_step, stepper.step_index, stepper.adam_schedule
-        return [t.data_ptr() for t in (*state, *counters, *(stepper.low or ()))]
+        cone = [] if stepper.cone is None else [stepper.cone.rows_SD]
+        return [t.data_ptr() for t in (*state, *counters, *(stepper.low or ()), *cone)]
 
-    def _capture(self, x_BD: Tensor) -> _Captured | None:
+    def _capture(self, x_BD: Tensor, e_BE: Tensor | None) -> _Captured | None:
         """The announced step, recorded and not taken. None, and no further attempt: it cannot be.
 
         Only what this thread does is recorded: others read and copy the next batches meanwhile.
@@ -138,7 +149,7 @@ class CapturedSteps:
         graph, addresses = torch.cuda.CUDAGraph(), self._addresses()
         try:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                output = self.stepper.device_step(x_BD)
+                output = self.stepper.device_step(x_BD, e_BE)
         except RuntimeError as error:
             self.capture = False
             self._graphs.clear()

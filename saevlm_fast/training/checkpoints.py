@@ -4,6 +4,7 @@
     metrics.jsonl                      one line a logged step
     metrics.jsonl.sha256               of a finished run, as sha256sum writes and checks it
     run.json                           the settings, checked by --resume; sealed (records.py)
+    watch.json, tensorboard/           of a run that other programs watch (watch.py)
     checkpoints/step_XXXXXXXX/         the same SAE files as of that step, train_state.safetensors, and
         checkpoint.json                {"n_steps", "n_rows_seen", "files": {name: SHA-256 of each of the three},
                                        "metrics": {"bytes", "sha256"} of metrics.jsonl as it was}; sealed
@@ -57,7 +58,8 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
-from saevlm_fast.training.state import DATA_DIGEST, TrainingState
+from saevlm_fast.training.state import DATA_DIGEST, MONO_DIGEST, TrainingState
+from saevlm_fast.training.watch import remove_watched
 
 STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
 CHECKPOINT_FILE, METRICS_DIGEST_FILE = "checkpoint.json", "metrics.jsonl.sha256"
@@ -169,8 +171,10 @@ class RunDirectory:
         resumed = self.resume and (self.path / RUN_FILE).exists()
         settings = state.settings(sampled=resumed and DATA_DIGEST not in read_settings(self.path)["data"])
         if resumed:
-            state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
-            check_same_settings(self.path / RUN_FILE, settings, free=("path",))  # data may move
+            before = state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
+            asked = settings | {"train": dict.fromkeys(before) | settings["train"]}  # also what is not given any more
+            asked["data"] = {MONO_DIGEST: None} | settings["data"]
+            check_same_settings(self.path / RUN_FILE, asked, free=("path",))  # data may move
             for name in FILES:  # and no others': a score may be written beside them meanwhile
                 remove_leftovers_of(self.path / name)
             remove_leftovers(self.path / CHECKPOINTS)
@@ -191,7 +195,7 @@ class RunDirectory:
         if checkpoint is None:
             (self.path / METRICS_FILE).unlink(missing_ok=True)
         (self.path / METRICS_DIGEST_FILE).unlink(missing_ok=True)
-        self.cadence = Cadence(self.checkpoint_every, state.config.steps, state.stepper.n_steps)
+        self.cadence = Cadence(self.checkpoint_every, state.config.n_steps, state.stepper.n_steps)
 
     def _truncate_metrics(self, n_steps: int) -> None:
         """Drop logged steps that the resumed run is about to repeat."""
@@ -228,7 +232,7 @@ class RunDirectory:
             Interrupted: after the checkpoint, if `interrupted`.
         """
         step = state.stepper.n_steps
-        last = step == state.config.steps
+        last = step == state.config.n_steps
         if self.cadence.due(step) or last or interrupted:
             state.check_loss(self.kept)
             with self.cadence.writing(step):
@@ -349,6 +353,7 @@ def _remove_run(output: Path) -> None:
             checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
         with suppress(OSError):  # not there, or not empty
             directory.rmdir()
+    remove_watched(output)
     for name in FILES:
         (output / name).unlink(missing_ok=True)
 

@@ -69,21 +69,27 @@ def may_be_dead(idle_S: Tensor, n_rows: int, dead_after: int) -> Tensor:
 
 
 class Auxiliary(NamedTuple):
-    """The auxiliary loss (0-d), and its gradients times alpha: W_enc's and W_dec's of dead latents, b_enc's [A]."""
+    """The auxiliary loss (0-d), and its gradients times alpha: W_enc's and W_dec's of dead latents, b_enc's [A]. None
+    of frozen weights."""
 
     loss: Tensor
-    W_enc: RowGradient
-    W_dec: RowGradient
+    W_enc: RowGradient | None
+    W_dec: RowGradient | None
     b_enc_A: Tensor
 
 
 def auxiliary(
-    sae: SparseAutoencoder, x_BD: Tensor, x_hat_BD: Tensor, dead: DeadLatents, alpha: float
+    sae: SparseAutoencoder,
+    x_BD: Tensor,
+    x_hat_BD: Tensor,
+    dead: DeadLatents,
+    alpha: float,
+    frozen: str | None = None,
 ) -> Auxiliary | None:
     """The auxiliary loss: dead latents reconstruct the residual x - x_hat, detached, without bias. None if none is.
 
     ||residual - aux reconstruction||^2 over the residual's variance, both mean over the batch; the top d_in / 2 dead
-    latents of each row take part.
+    latents of each row take part. frozen: W_enc or W_dec, whose gradient is not made.
     """
     n_rows, d_in = x_BD.shape
     if len(dead.latents_A) == 0:
@@ -93,7 +99,8 @@ def auxiliary(
     variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows
     W_enc_AD, W_dec_AD = sae.W_enc.detach().T[dead_A], sae.W_dec.detach()[dead_A]
     b_enc_A = sae.b_enc.detach()[dead_A]
-    dW_enc_AD, dW_dec_AD, db_enc_A = torch.zeros_like(W_enc_AD), torch.zeros_like(W_dec_AD), torch.zeros_like(b_enc_A)
+    dW_enc_AD, dW_dec_AD = (None if frozen == name else torch.zeros_like(W_enc_AD) for name in ("W_enc", "W_dec"))
+    db_enc_A = torch.zeros_like(b_enc_A)
     squared = residual_BD.new_zeros(())
     defined = (variance > 0) & (dead.number > 0)
     scale = torch.where(defined, 2 * alpha / (n_rows * variance), 0)
@@ -108,12 +115,15 @@ def auxiliary(
         squared += error_BD.square().sum()
         error_BD *= scale
         dacts_BA = torch.where(acts_BA > 0, error_BD @ W_dec_AD.T, 0)
-        dW_dec_AD.addmm_(acts_BA.T, error_BD)
-        dW_enc_AD.addmm_(dacts_BA.T, c_BD)
+        if dW_dec_AD is not None:
+            dW_dec_AD.addmm_(acts_BA.T, error_BD)
+        if dW_enc_AD is not None:
+            dW_enc_AD.addmm_(dacts_BA.T, c_BD)
         db_enc_A += dacts_BA.sum(0)
     aux = torch.where(defined, squared / n_rows / variance, 0)
-    dW_enc = dense_gradient_rows(dead.latents_A, dW_enc_AD)
-    dW_dec = dense_gradient_rows(dead.latents_A, dW_dec_AD, sae.W_dec.detach())
+    dW_enc = dW_enc_AD if dW_enc_AD is None else dense_gradient_rows(dead.latents_A, dW_enc_AD)
+    W_dec = sae.W_dec.detach()
+    dW_dec = dW_dec_AD if dW_dec_AD is None else dense_gradient_rows(dead.latents_A, dW_dec_AD, W_dec)
     return Auxiliary(aux, dW_enc, dW_dec, db_enc_A)
 
 

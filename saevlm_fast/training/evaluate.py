@@ -3,6 +3,9 @@
 Shape suffixes: B rows of a batch, D d_in, S d_sae, M entries.
 """
 
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,9 @@ def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics
     config = stepper.sae.config
     idle = stepper.idle_S >= stepper.config.dead_after
     penalty = {} if output.losses.penalty is None else {_PENALTIES[config.architecture]: float(output.losses.penalty)}
+    mono, weight = output.losses.mono, stepper.config.mono_weight
+    if mono is not None and weight is not None:
+        penalty |= {"losses/mono_loss": float(mono), "metrics/batch_ms": 1 - float(mono) / weight}
     return {
         "losses/overall_loss": float(output.losses.overall),
         "losses/mse_loss": float(output.losses.mse),
@@ -58,30 +64,67 @@ def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096
     Raises:
         ValueError: another width than the SAE's, rows that are not finite, a threshold that was never calibrated.
     """
+    (metrics,) = evaluate_all([sae], activations, batch_rows)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_all(saes: Sequence[SparseAutoencoder], activations: Matrix, batch_rows: int = 4096) -> list[Metrics]:
+    """The same of several SAEs, for which the rows are read once.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
     activations = activations_of(activations, "activations")
-    check_sae(sae)
+    for sae in saes:
+        check_sae(sae)
     whole_number("batch_rows", batch_rows)
-    device, d_in = sae.b_dec.device, sae.config.d_in
-    sums_4D = torch.zeros(4, d_in, dtype=torch.float64, device=device)
-    fired_S = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
-    n_fired = 0
-    with evaluating(sae):
-        for _, x_BD in activations.chunks(batch_rows):
-            x_BD = x_BD.to(device, sae.b_dec.dtype)
+    with closing(activations.chunks(batch_rows)) as chunks:
+        return evaluate_chunks(saes, (x_BD for _, x_BD in chunks))
+
+
+@torch.no_grad()
+def evaluate_chunks(saes: Sequence[SparseAutoencoder], chunks: Iterable[Tensor]) -> list[Metrics]:
+    """The same of rows that come as they may: [<= n, d_in] in raw units, on any device."""
+    sums = [_Sums(sae) for sae in saes]
+    for x_BD in chunks:
+        for each in sums:
+            each.add(x_BD)
+    return [each.metrics() for each in sums]
+
+
+class _Sums:
+    """What is summed of one SAE, in float64 and around b_dec."""
+
+    def __init__(self, sae: SparseAutoencoder):
+        device, config = sae.b_dec.device, sae.config
+        self.sae = sae
+        self.sums_4D = torch.zeros(4, config.d_in, dtype=torch.float64, device=device)
+        self.fired_S = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+        self.n_fired = self.n_rows = 0
+
+    def add(self, x_BD: Tensor) -> None:
+        """Some rows."""
+        sae = self.sae
+        with evaluating(sae):
+            x_BD = x_BD.to(sae.b_dec.device, sae.b_dec.dtype)
             codes = sae.encode(x_BD)
             error_BD = (x_BD - sae.decode(codes, sae.input_statistics(x_BD))).double()
             centred_BD = (x_BD - sae.b_dec).double()
-            sums_4D += torch.stack([error_BD, error_BD**2, centred_BD, centred_BD**2]).sum(1)
-            fires_M = (codes.top_acts > 0).flatten().long()
-            fired_S.index_add_(0, codes.top_indices.flatten(), fires_M)
-            n_fired += int(fires_M.sum())
-    n_rows = activations.n_rows
-    means_4D = sums_4D / n_rows
-    error_var, total_var = means_4D[1] - means_4D[0] ** 2, means_4D[3] - means_4D[2] ** 2
-    return {
-        "explained_variance": float(1 - error_var.sum() / total_var.sum()),
-        "l0": n_fired / n_rows,
-        "l2": float(means_4D[1].sum()),
-        "dead_fraction": float((fired_S == 0).double().mean()),
-        "rows": n_rows,
-    }
+        self.sums_4D += torch.stack([error_BD, error_BD**2, centred_BD, centred_BD**2]).sum(1)
+        fires_M = (codes.top_acts > 0).flatten().long()
+        self.fired_S.index_add_(0, codes.top_indices.flatten(), fires_M)
+        self.n_fired += int(fires_M.sum())
+        self.n_rows += len(x_BD)
+
+    def metrics(self) -> Metrics:
+        """Of all rows so far."""
+        means_4D = self.sums_4D / self.n_rows
+        error_var, total_var = means_4D[1] - means_4D[0] ** 2, means_4D[3] - means_4D[2] ** 2
+        return {
+            "explained_variance": float(1 - error_var.sum() / total_var.sum()),
+            "l0": self.n_fired / self.n_rows,
+            "l2": float(means_4D[1].sum()),
+            "dead_fraction": float((self.fired_S == 0).double().mean()),
+            "rows": self.n_rows,
+        }

@@ -20,10 +20,11 @@ from torch import Tensor
 from saevlm_fast.config import TrainConfig
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
 from saevlm_fast.kernels.latent_gradient import RowGradient, latent_slots
-from saevlm_fast.kernels.latent_update_triton import Scalars, launch_update
+from saevlm_fast.kernels.latent_update import Cone
+from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
 from saevlm_fast.kernels.low_weights import LowWeights
-from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
-from saevlm_fast.kernels.step_rows_triton import launch_rows
+from saevlm_fast.kernels.step_entries_triton import Order, launch_entries, launch_order
+from saevlm_fast.kernels.step_rows_triton import Rows, launch_rows
 from saevlm_fast.kernels.step_totals_triton import launch_totals
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import (
@@ -34,6 +35,8 @@ from saevlm_fast.kernels.topk_encode_cuda import (
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents, auxiliary
+from saevlm_fast.training.gradients import Losses
+from saevlm_fast.training.mono import MonoTerm, mono_of_entries
 
 _side_streams: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # one for every stream that steps are launched on
 
@@ -42,7 +45,8 @@ class State(NamedTuple):
     """What a step reads and moves on, on the device.
 
     parameters and moments by name (W_enc latent-major [d_sae, d_in]), idle_S, step_index (read), bad_step, Adam's
-    schedule (read), ends of the Matryoshka groups (read), and the low copy of W_enc if the encoder works with one.
+    schedule (read), ends of the Matryoshka groups (read), the low copy of W_enc if the encoder works with one, and the
+    cone that the decoder's rows are held in, if they are (read).
     """
 
     parameters: dict[str, Tensor]
@@ -53,6 +57,7 @@ class State(NamedTuple):
     schedule: Tensor
     group_ends_G: Tensor
     low: LowWeights | None
+    cone: Cone | None = None
 
     def of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A parameter with its moments."""
@@ -83,7 +88,8 @@ def gpu_step(
     codes: SparseCodes,
     centred: Centred | None,
     dead_latents: Callable[[], DeadLatents],
-) -> tuple[Tensor, Tensor, DeadLatents]:
+    mono: MonoTerm | None = None,
+) -> tuple[Tensor, Losses, DeadLatents]:
     """The step on a batch and its codes; `state` and the threshold are moved on in place.
 
     Args:
@@ -94,42 +100,67 @@ def gpu_step(
         codes: of the batch.
         centred: x - b_dec with its norms, or None.
         dead_latents: asked once state.idle_S has moved on.
+        mono: of MonoLoss, or None.
 
     Returns:
-        x_hat_BD of the last prefix, losses [3] (overall, mse, aux), dead latents.
+        x_hat_BD of the last prefix, losses, dead latents.
     """
     (acts, latents, row_offsets), W, ends = codes.flat(), state.parameters, state.group_ends_G
     with _beside(x_BD) as side:
         with side:
             order = launch_order(latents, row_offsets, codes.d_sae)
         rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
+    mono_loss = None if mono is None else _add_mono(acts, rows, order, len(ends), mono)
     entries = launch_entries(acts, rows, order)
-    totals = launch_totals(entries, rows, W["W_enc"], state.idle_S)
+    frozen = config.frozen
+    totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen)
 
     dead = dead_latents()
-    aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha)
-    aux_numbers = None if aux is None else _add_auxiliary(aux, W["W_enc"], totals.db_enc_S)
+    aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
+    aux_numbers = None if aux is None else _add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
     moving = None if sae.config.architecture == "topk" else (config.threshold_beta, config.threshold_start)
     counters = state.step_index, state.bad_step, sae.threshold
     decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, aux_numbers)
     constants = state.schedule, config.betas, config.eps
-    clip = launch_clip(entries, totals, decision, config.clip_norm, *constants, state.of("b_dec"))
+    clip = launch_clip(entries, totals, decision, config.clip_norm, *constants, state.of("b_dec"), frozen)
 
     scalars = Scalars(clip, *constants)
-    launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, _aux_rows(aux and aux.W_dec, sae))
-    biases, aux_rows = state.of("b_enc"), _aux_rows(aux and aux.W_enc, sae)
-    launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, aux_rows, state.low)
-    return rows.x_hat_BD, decision.losses, dead
+    if frozen != "W_dec":
+        aux_rows = _aux_rows(aux and aux.W_dec, sae)
+        launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, aux_rows, cone=state.cone)
+    biases = state.of("b_enc")
+    if frozen == "W_enc":
+        launch_bias(totals.db_enc_S, scalars, biases)
+    else:
+        aux_rows = _aux_rows(aux and aux.W_enc, sae)
+        launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, aux_rows, state.low)
+    overall, mse, aux_loss = decision.losses
+    if mono_loss is not None:
+        overall.add_(mono_loss)
+    return rows.x_hat_BD, Losses(overall, mse, aux_loss, None, mono_loss), dead
 
 
-def _add_auxiliary(aux: Auxiliary, W_enc_SD: Tensor, db_enc_S: Tensor) -> tuple[Tensor, Tensor]:
+def _add_mono(acts: Tensor, rows: Rows, order: Order, n_groups: int, mono: MonoTerm) -> Tensor:
+    """MonoLoss; its gradient is added to rows.dacts_M. A decoder gradient's part along its rows stays (mono.py)."""
+    order_M, offsets_S1 = order.order_M, order.offsets_S1.long()
+    rows_M = rows.bags_M[order_M].long() // n_groups
+    positions_M = torch.arange(len(order_M), device=order_M.device)
+    latents_M = torch.searchsorted(offsets_S1[1:], positions_M, right=True)  # of padding too large, and not used
+    found = mono_of_entries(acts.flatten()[order_M].to(rows.dacts_M.dtype), rows_M, latents_M, offsets_S1, mono)
+    rows.dacts_M.view(-1).index_add_(0, order_M, found.of_acts_M.to(rows.dacts_M.dtype))  # each place once
+    return found.loss
+
+
+def _add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, squared norm of W_enc's, W_dec's and b_enc's gradient) [2], and W_enc^T db_enc, of this loss alone.
 
     Its db_enc is added to db_enc_S: a dead latent has no entry that fired.
     """
-    dead_A = aux.W_enc.latents_A.clamp(max=len(db_enc_S) - 1)  # padding has zero gradients
+    dead_A = latents_A.clamp(max=len(db_enc_S) - 1)  # padding has zero gradients
     db_enc_S.index_add_(0, dead_A, aux.b_enc_A.to(db_enc_S.dtype))
-    squares = aux.W_enc.squared_norm + aux.W_dec.squared_norm + aux.b_enc_A.square().sum()
+    squares = aux.b_enc_A.square().sum()
+    for rows in (aux.W_enc, aux.W_dec):
+        squares = squares if rows is None else squares + rows.squared_norm
     return torch.stack([aux.loss, squares]), aux.b_enc_A @ W_enc_SD[dead_A]
 
 

@@ -7,19 +7,29 @@ from saevlm_fast.config import PENALISED
 from saevlm_fast.errors import require
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
     from saevlm_fast.data.rows import Activations
 
 
-def training_memory(sae: "SAEConfig", batch_size: int) -> int:
-    """Weights, two moments and gradients in float32, and the batch with its reconstruction and pre-activations.
+def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1, control: str | None = None) -> int:
+    """Weights, two moments and gradients in float32, the batch with its reconstruction, and the pre-activations of one
+    of `accumulate` micro-batches.
 
     Half of the latents of a relu or jumprelu SAE fire at first: some 64 bytes for each of these entries (measured).
+    A soft-frozen control keeps the decoder that it began with.
     """
     entries = 8 * sae.d_sae if sae.architecture in PENALISED else 0
-    return 4 * (4 * sae_numbers(sae) + batch_size * (4 * sae.d_in + sae.d_sae + entries))
+    first = sae.d_in * sae.d_sae if control == "soft-frozen" else 0
+    micro = -(-batch_size // accumulate) * (sae.d_sae + entries)
+    return 4 * (first + 4 * sae_numbers(sae) + 4 * batch_size * sae.d_in + micro)
+
+
+def _memory_of(sae: "SAEConfig", config: "TrainConfig", n_rows: int) -> int:
+    return training_memory(sae, min(config.batch_size, n_rows), config.accumulate, config.control)
 
 
 def sae_numbers(sae: "SAEConfig") -> int:
@@ -40,6 +50,21 @@ def free_memory(device: "torch.device") -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
+def check_memory(device: "torch.device", needed: "Mapping[str, int]") -> None:
+    """That what is named fits together into the memory that is free: training_memory of SAEs, buffers of rows.
+
+    Raises:
+        ValueError: it does not, with the sum, what is free, and the largest part.
+    """
+    total, free = sum(needed.values()), free_memory(device)
+    largest = max(needed, key=lambda name: needed[name])
+    require(
+        free is None or total <= free,
+        f"memory: {len(needed)} together take {_gb(total)}, and {_gb(free or 0)} are free on {device}; the largest is "
+        f"{largest}, {_gb(needed[largest])}",
+    )
+
+
 def rows_go_to_device(
     activations: "Activations", sae: "SAEConfig", config: "TrainConfig", device: "torch.device", data_on: "DataOn"
 ) -> bool:
@@ -54,7 +79,7 @@ def rows_go_to_device(
     if data_on == "host" or (data_on == "auto" and device.type == "cpu"):
         return False
     rows = activations.n_rows * activations.d * activations.kept_dtype.itemsize
-    training, free = training_memory(sae, min(config.batch_size, activations.n_rows)), free_memory(device)
+    training, free = _memory_of(sae, config, activations.n_rows), free_memory(device)
     fits = free is None or rows + training <= free
     require(
         fits or data_on == "auto",

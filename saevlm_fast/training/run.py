@@ -7,11 +7,13 @@ written.
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
+from saevlm_fast.data.pairing import check_rows_of_same_images
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, check_kind, require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
@@ -21,6 +23,10 @@ from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.state import TrainingState
+from saevlm_fast.training.watch import Watch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step is left to one thread
 _LOOKED_AT = 4096
@@ -33,10 +39,12 @@ def train(
     options: RunOptions | None = None,
     *,
     validation: Matrix | None = None,
+    mono_embeddings: Matrix | None = None,
     progress: bool = False,
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
     on_note: Callable[[str], None] = lambda text: None,
+    on_picture: "Callable[[SparseAutoencoder], Image | None]" = lambda sae: None,
     **settings: Any,
 ) -> tuple[SparseAutoencoder, Metrics]:
     """Train an SAE by the paper's recipe (arXiv 2504.02821; docs/recipe.md, section 2).
@@ -51,45 +59,73 @@ def train(
         options: where the run goes; or its fields by name, as output="run". Without an output nothing is written;
             with one, the run directory of checkpoints.py.
         validation: rows [M, d_in] on which the finished SAE is evaluated; the training rows otherwise.
+        mono_embeddings: of row i [N, E], by which MonoLoss (mono_weight) scores; the rows themselves otherwise.
         progress: show a line with the step, the rate, the time left and the loss.
         on_log: called at every logged step with SAELens metric names. on_step: called after every step (a GPU is then
-            still at it). on_note: called with what else is worth a line: that kernels are being compiled.
+            still at it). on_note: called with what else is worth a line: that kernels are being compiled. on_picture:
+            called with the finished SAE where a logger of options.log_to shows images, for one (None: there is none).
 
     Returns:
         The SAE in raw activation units, in eval mode, and what `evaluate` says of it over all validation rows.
 
     Raises:
-        ValueError: settings that do not exist or do not fit the data, a run directory in use, non-finite data or loss.
+        ValueError: settings that do not exist or do not fit the data, a logger whose package is not installed, a run
+            directory in use, non-finite data or loss.
         Interrupted: SIGINT or SIGTERM (Ctrl-C) arrived; a checkpoint has been written, if there is an output.
     """
-    config, options = _with_settings(config, options, settings)
-    activations, evaluated = _fitting(activations, validation, sae_config)
-    line = ProgressLine(config.steps)
+    config, options = with_settings("train", config, options, settings)
+    activations, evaluated = fitting(activations, validation, sae_config)
+    embeddings = _embeddings(mono_embeddings, activations, config)
+    line = ProgressLine(config.n_steps)
     if progress:
         on_log, on_note = _both(line.log, on_log), _both(line.note, on_note)
-    kept = _kept(options)
-    small = config.batch_size * sae_config.d_in * sae_config.d_sae < _SMALL_PRODUCT
-    with kept.locked():
-        _look_at(evaluated, config, whole=options.output is None)
+    kept = kept_of(options)
+    with kept.locked(), Watch(options.log_to) as watch:
+        look_at(evaluated, config, whole=options.output is None)
         device = resolve_device(options.device)
-        state = TrainingState(activations, sae_config, config, device, options.data_on)
+        state = TrainingState(activations, sae_config, config, device, options.data_on, embeddings)
         kept.begin(state)
+        watch.begin(lambda: kept.path, state.stepper.n_steps, _watched(state, sae_config, options), device)
         with (
             interruptible() as interrupted,
             tf32_products(False),
-            one_thread(small),
+            one_thread(is_small(sae_config, config)),
             closing(line),
             told_of_compiling(on_note),
         ):
-            _steps(state, kept, options, on_log, on_step, interrupted)
+            _steps(state, kept, options, _both(watch.log, on_log), on_step, interrupted)
             sae = state.export()
+            watch.pause()
             kept.save(sae)
         metrics = _evaluated(sae, evaluated, kept)
-        kept.finish(config.steps, {f"eval/{name}": value for name, value in metrics.items()})
+        logged = {f"eval/{name}": value for name, value in metrics.items()}
+        kept.finish(config.n_steps, logged)
+        watch.finish(config.n_steps, logged, lambda: on_picture(sae))
     return sae, metrics
 
 
-def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
+def _watched(state: TrainingState, sae: SAEConfig, options: RunOptions) -> dict[str, Any]:
+    """What loggers are told of a run's settings."""
+    activations = state.activations
+    return {
+        "sae": asdict(sae),
+        "train": state.config.used(sae),
+        "data": {"rows": activations.n_rows, "path": str(activations.path)},
+        "output": str(options.output or ""),
+    }
+
+
+def is_small(sae: SAEConfig, config: TrainConfig) -> bool:
+    """Whether a step on a CPU is left to one thread."""
+    return config.batch_size * sae.d_in * sae.d_sae < _SMALL_PRODUCT
+
+
+def log_every(options: RunOptions, config: TrainConfig) -> int:
+    """Steps between two logged lines."""
+    return options.log_every or max(1, min(100, config.n_steps // 100))
+
+
+def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
     """What is trained on, and what is evaluated on. ValueError: no activations, or of another width than the SAE."""
     train_on = activations_of(activations, "activations")
     held_out = train_on if validation is None else activations_of(validation, "validation")
@@ -105,7 +141,18 @@ def _fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConf
     return train_on, held_out
 
 
-def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
+def _embeddings(given: Matrix | None, activations: Activations, config: TrainConfig) -> Activations | None:
+    """ValueError: embeddings that nothing needs, or of other images."""
+    if given is None:
+        return None
+    require(config.mono_weight is not None, "mono_embeddings: of no use without mono_weight")
+    require(config.control != "shuffled", "mono_embeddings: a shuffled row is of no image")
+    embeddings = activations_of(given, "mono_embeddings")
+    check_rows_of_same_images(activations, embeddings)
+    return embeddings
+
+
+def look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
     """Rows of what the evaluation at the end reads, the first and the last among them, evenly spread: a hundredth of
     those that are trained on, and at least 4096. All of them if `whole`: where nothing is kept, an evaluation that
     fails loses the SAE.
@@ -114,6 +161,10 @@ def _look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
         ActivationError: NaN or infinity, naming the row.
     """
     n_rows = evaluated.n_rows
+    if evaluated.block_rows is not None:  # elsewhere: its first and its last shard are fetched, not all of it
+        evaluated.rows(torch.arange(min(_LOOKED_AT, evaluated.block_rows, n_rows)))
+        evaluated.rows(torch.arange(n_rows - min(_LOOKED_AT, evaluated.block_rows, n_rows), n_rows))
+        return
     n = n_rows if whole else min(n_rows, max(_LOOKED_AT, config.steps * config.batch_size // 100))
     if n == n_rows:
         with closing(evaluated.chunks(_LOOKED_AT)) as chunks:
@@ -136,6 +187,8 @@ def _evaluated(sae: SparseAutoencoder, activations: Activations, kept: "RunDirec
 class NothingKept:
     """A run in memory: what RunDirectory does, where there is no directory."""
 
+    path = None
+
     def locked(self) -> AbstractContextManager[object]:
         """Nobody else has it."""
         return nullcontext()
@@ -149,7 +202,7 @@ class NothingKept:
 
     def after_step(self, state: TrainingState, interrupted: bool) -> None:
         """Interrupted: if `interrupted`. ValueError: after the last step, a weight that is not finite."""
-        if state.stepper.n_steps == state.config.steps:
+        if state.stepper.n_steps == state.config.n_steps:
             state.checked_tensors(self.kept)
         if interrupted:
             raise Interrupted(f"interrupted after step {state.stepper.n_steps}; {self.kept()}: there is no output")
@@ -169,7 +222,8 @@ class NothingKept:
         """They are returned."""
 
 
-def _kept(options: RunOptions) -> RunDirectory | NothingKept:
+def kept_of(options: RunOptions) -> RunDirectory | NothingKept:
+    """The run's directory, if it has one."""
     if options.output is None:
         return NothingKept()
     return RunDirectory(options.output, options.checkpoint_every, options.resume, options.force)
@@ -184,16 +238,17 @@ def _steps(
     interrupted: threading.Event,
 ) -> None:
     """All remaining steps, with logs and checkpoints. A GPU is waited for at these alone."""
-    stepper, n_steps = state.stepper, state.config.steps
+    stepper, n_steps = state.stepper, state.config.n_steps
     steps = CapturedSteps(stepper, options.capture)
-    log_every = options.log_every or max(1, min(100, n_steps // 100))
-    with closing(state.batches(stepper.n_steps, n_steps - stepper.n_steps)) as remaining:
-        for raw_BD in remaining:
+    every = log_every(options, state.config)
+    span = stepper.n_steps, n_steps - stepper.n_steps
+    with closing(state.batches(*span)) as remaining, closing(state.embedding_batches(*span)) as embeddings:
+        for raw_BD, e_BE in zip(remaining, embeddings, strict=True):
             x_BD = state.normalised(raw_BD, out=steps.input(len(raw_BD)))
-            output = steps.step(x_BD)
+            output = steps.step(x_BD, e_BE)
             step = stepper.n_steps
             on_step(step)
-            if step % log_every == 0 or step == n_steps:
+            if step % every == 0 or step == n_steps:
                 state.check_loss(kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | steps.metrics()
                 kept.log(step, metrics)
@@ -209,11 +264,11 @@ def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[.
     return call
 
 
-def _with_settings(
-    config: TrainConfig | None, options: RunOptions | None, settings: dict[str, Any]
+def with_settings(
+    who: str, config: TrainConfig | None, options: RunOptions | None, settings: dict[str, Any]
 ) -> tuple[TrainConfig, RunOptions]:
-    """config and options as given, or made of those of `settings` that are their fields."""
-    recipe, where = keyword_settings("train", settings, TrainConfig, RunOptions)
+    """config and options as given, or made of those of `settings` that are their fields. who: takes them."""
+    recipe, where = keyword_settings(who, settings, TrainConfig, RunOptions)
     for name, chosen, kind, given in (("config", config, TrainConfig, recipe), ("options", options, RunOptions, where)):
         check_kind(name, chosen, (kind, type(None)), f"a {kind.__name__}")
         require(chosen is None or not given, f"{', '.join(given)}: given beside {name}, which has that already")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from copy import deepcopy
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ from saevlm_fast.data.device import ResidentRows, uploaded_batches
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
+from saevlm_fast.kernels.topk_encode import batch_topk_encode
 from saevlm_fast.sae import SparseAutoencoder, with_metadata
+from saevlm_fast.training.control import shuffled
 from saevlm_fast.training.memory import rows_go_to_device
-from saevlm_fast.training.step import Stepper, smallest_positive
+from saevlm_fast.training.scale import Scale, mean_of_rows, scale_of
+from saevlm_fast.training.step import Stepper
 
 _CALIBRATION_ROWS = 4096
+MONO_DIGEST = "digest of the MonoLoss embeddings"
 DATA_DIGEST, SAMPLED = "digest of the activations", "fingerprint of the activations"
 
 
@@ -36,8 +41,9 @@ class TrainingState:
         device: where the steps are taken.
         order: which rows make up which step.
         stepper: the SAE in normalised units, and the optimiser's state.
-        norm_factor: activations are divided by it before they are trained on; known after `initialise` or `load`.
+        scale: the units that are trained in; known after `initialise` or `load`.
         on_device: whether all rows are kept there.
+        embeddings: of the rows, for MonoLoss; None: it takes the rows themselves.
 
     data_on: where they are to be; ValueError: on the device, where they do not fit.
     """
@@ -49,40 +55,68 @@ class TrainingState:
         config: TrainConfig,
         device: torch.device,
         data_on: DataOn = "auto",
+        embeddings: Activations | None = None,
     ):
+        self.embeddings = embeddings
         self.activations, self.config, self.device = activations, config, device
         self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
         sae = SparseAutoencoder(sae_config, device=device)
         sae.reset_parameters(config.seed)
         self.stepper = Stepper(sae, config)
-        self.norm_factor = 1.0
+        self.scale = Scale()
         self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on)
         self._resident: ResidentRows | None = None
 
-    @torch.no_grad()
     def initialise(self) -> None:
-        """norm_factor from the first batches, b_dec at the geometric median of the first one.
+        """Before step 0. ValueError: as `beginning`."""
+        self.scale, b_dec = self.beginning()
+        with torch.no_grad():
+            self.stepper.sae.b_dec.copy_(b_dec)
+
+    @torch.no_grad()
+    def beginning(self) -> tuple[Scale, Tensor]:
+        """The scale by the first batches (the mean, if it is wanted, by all rows), and b_dec at the first one's
+        geometric median.
 
         Raises:
             ValueError: NaN or infinity in these rows, or nothing but zeros.
         """
-        squared, n_rows, first = 0.0, 0, None
+        mean_D = self.mean().to(self.device) if self.config.center else None
         n_batches = min(self.config.norm_batches, self.order.batches_per_epoch)
-        for x_BD in self.batches(0, n_batches):
-            squared += float(x_BD.double().square().sum())
-            n_rows += len(x_BD)
-            first = x_BD.clone() if first is None else first
-        assert first is not None
-        self.norm_factor = math.sqrt(squared / n_rows)
-        require(self.norm_factor > 0, f"activations: every row of {self.activations.path} read so far is zero")
-        self.stepper.sae.b_dec.copy_(geometric_median(self.normalised(first)))
+        scale, first_BD = scale_of(self.batches(0, n_batches), mean_D, self.activations.path)
+        return scale, geometric_median(scale.normalised(first_BD))
+
+    def mean(self) -> Tensor:
+        """Of what is trained on, [d_in]."""
+        return mean_of_rows(self.activations)
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """Batches [B, d_in] in raw units on the device, in the dtype that rows are kept in there; NaN and inf have been
         looked for. On a GPU a batch is overwritten while later ones are asked for.
 
         A store is compared with its digests first: the rows are in random order, so the first batch is of every shard.
+        Of a shuffled control, every batch is shuffled (control.py).
         """
+        stream = self._stored_batches(start_step, n_steps, announce)
+        return self._shuffled(stream, start_step) if self.config.control == "shuffled" else stream
+
+    def embedding_batches(self, start_step: int, n_steps: int) -> Generator[Tensor | None, None, None]:
+        """The embeddings [B, E] of the rows of the same steps, on the device; None where there are none."""
+        if self.embeddings is None:
+            yield from repeat(None, n_steps)
+        elif self.device.type == "cuda":
+            yield from uploaded_batches(self.embeddings, self.order, start_step, n_steps, self.device)
+        else:
+            with closing(batches(self.embeddings, self.order, start_step, n_steps)) as stream:
+                for _, e_BE in stream:
+                    yield e_BE
+
+    def _shuffled(self, stream: Generator[Tensor, None, None], start_step: int) -> Generator[Tensor, None, None]:
+        with closing(stream):
+            for step, x_BD in enumerate(stream, start_step):
+                yield shuffled(x_BD, self.config.seed, step)
+
+    def _stored_batches(self, start_step: int, n_steps: int, announce: bool) -> Generator[Tensor, None, None]:
         self.activations.check_whole()
         if self.on_device:
             if self._resident is None:
@@ -98,14 +132,8 @@ class TrainingState:
                 yield x_BD
 
     def normalised(self, x_BD: Tensor, out: Tensor | None = None) -> Tensor:
-        """float32 [B, d_in], a batch divided by norm_factor; into `out` if given, whose dtype it then is.
-
-        On a GPU widened and divided in one pass: a divisor of one dimension makes torch compute in float32.
-        """
-        if x_BD.is_cuda:
-            divisor = torch.full((1,), self.norm_factor, device=x_BD.device)
-            return torch.div(x_BD, divisor, out=out)
-        return torch.div(x_BD.float(), self.norm_factor, out=out)
+        """A batch in the units that are trained in: Scale.normalised."""
+        return self.scale.normalised(x_BD, out)
 
     def check_loss(self, kept: Callable[[], str]) -> None:
         """ValueError: the loss of a step so far was NaN or infinite. kept: says what is left of the run."""
@@ -114,14 +142,19 @@ class TrainingState:
             raise diverged(f"loss: NaN or inf at step {bad + 1}", kept())
 
     def export(self) -> SparseAutoencoder:
-        """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started)."""
+        """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started, or if
+        no step moves those of jumprelu: an untrained control)."""
         sae = deepcopy(self.stepper.sae)
-        if sae.config.architecture in CALIBRATED and float(sae.threshold) < 0:
+        untrained = sae.config.architecture == "jumprelu" and self.config.control == "untrained"
+        if untrained or (sae.config.architecture in CALIBRATED and float(sae.threshold) < 0):
             sae.threshold.fill_(self._calibrated_threshold())
-        sae.scale_biases_(self.norm_factor)
+        self.scale.to_raw_units_(sae)
+        mean_D = self.scale.mean_D
+        centred = {} if mean_D is None else {"mean_norm": float(torch.linalg.vector_norm(mean_D.double()))}
         return with_metadata(
             sae,
-            norm_factor=self.norm_factor,
+            norm_factor=self.scale.norm_factor,
+            **centred,
             steps=self.stepper.n_steps,
             n_training_samples=self.stepper.n_rows_seen,
             source=self.activations.source or {"path": str(self.activations.path)},
@@ -130,11 +163,18 @@ class TrainingState:
 
     @torch.no_grad()
     def _calibrated_threshold(self) -> float:
-        """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average."""
+        """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average, or
+        the target L0 of a jumprelu SAE."""
         n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
         x_BD = torch.cat([self.normalised(x_BD) for x_BD in self.batches(0, n_batches, announce=False)])
-        codes = self.stepper.sae.encode(x_BD, use_threshold=False)
-        return float(smallest_positive(codes.top_acts)) * (1 - 1e-6)  # ties at the cut are kept
+        sae = self.stepper.sae
+        l0 = self.config.wanted_l0 if sae.config.k is None else sae.config.k
+        acts_M, _, _ = batch_topk_encode(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, math.ceil(l0))
+        kept = acts_M[acts_M > 0]
+        n_kept = min(round(l0 * len(x_BD)), len(kept))
+        smallest = float(kept.topk(n_kept).values.min()) if n_kept else 0.0
+        # Ties at the cut are kept. A run that diverges is told of by its weights, not by this.
+        return smallest * (1 - 1e-6) if math.isfinite(smallest) else 0.0
 
     # What a checkpoint holds, and what a resumed run must have in common with it -------------------------------------
 
@@ -145,7 +185,10 @@ class TrainingState:
         for name, (exp_avg, exp_avg_sq) in stepper.moments.items():
             tensors |= {f"{name}.exp_avg": exp_avg, f"{name}.exp_avg_sq": exp_avg_sq}
         tensors |= {"idle": stepper.idle_S, "threshold": stepper.sae.threshold}
-        return tensors | {"norm_factor": torch.tensor(self.norm_factor, dtype=torch.float64)}
+        if self.config.center:
+            mean_D = self.scale.mean_D
+            tensors["mean"] = torch.zeros(self.activations.d, device=self.device) if mean_D is None else mean_D
+        return tensors | {"norm_factor": torch.tensor(self.scale.norm_factor, dtype=torch.float64)}
 
     def checked_tensors(self, kept: Callable[[], str]) -> dict[str, Tensor]:
         """tensors(). ValueError: one of them is not finite; what is kept of the run is said."""
@@ -160,8 +203,8 @@ class TrainingState:
         """Goes on from `tensors` as they were after step n_steps. ValueError: they cannot be of this run."""
         stepper = self.stepper
         rows = min(self.config.batch_size, self.activations.n_rows)
-        sound = 0 <= n_steps <= self.config.steps and n_rows_seen == n_steps * rows
-        require(sound, f"it says {n_steps} steps and {n_rows_seen} rows, of {self.config.steps} steps of {rows} rows")
+        sound = 0 <= n_steps <= self.config.n_steps and n_rows_seen == n_steps * rows
+        require(sound, f"it says {n_steps} steps and {n_rows_seen} rows, of {self.config.n_steps} steps of {rows} rows")
         expected = self.tensors()
         for name in sorted(expected.keys() | tensors.keys()):
             there = name in expected and name in tensors
@@ -177,7 +220,7 @@ class TrainingState:
             stepper.moments[name] = (tensors[f"{name}.exp_avg"], tensors[f"{name}.exp_avg_sq"])
         stepper.idle_S = tensors["idle"]
         stepper.sae.threshold.copy_(tensors["threshold"])
-        self.norm_factor = float(tensors["norm_factor"])
+        self.scale = Scale(float(tensors["norm_factor"]), tensors.get("mean"))
         stepper.n_steps, stepper.n_rows_seen = n_steps, n_rows_seen
 
     def settings(self, sampled: bool = False) -> dict[str, dict[str, Any]]:
@@ -189,7 +232,8 @@ class TrainingState:
             ActivationError: sampled rows that are not finite.
         """
         known_by = (SAMPLED, self._fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
-        sae = self.stepper.sae.config
+        sae, blocks = self.stepper.sae.config, self.activations.block_rows
+        of_mono = {} if self.embeddings is None else {MONO_DIGEST: self.embeddings.digest()}
         return {
             "sae": {
                 "d_in": sae.d_in,
@@ -203,6 +247,8 @@ class TrainingState:
                 "rows": self.activations.n_rows,
                 "path": str(self.activations.path),
                 known_by[0]: known_by[1],
+                "order": blocks and f"blocks of {blocks} rows, of a store that is elsewhere",
+                **of_mono,
             },
         }
 

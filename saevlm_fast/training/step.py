@@ -11,58 +11,23 @@ from torch import Tensor
 
 from saevlm_fast.config import CALIBRATED, PENALISED, TrainConfig
 from saevlm_fast.errors import require
-from saevlm_fast.kernels.common import Workspace
-from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.latent_gradient import (
     EntryGradient,
     RowGradient,
     clip_coefficient,
-    entry_gradient,
 )
-from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
+from saevlm_fast.kernels.latent_update import AdamSettings, Cone, adam_, latent_update_
 from saevlm_fast.kernels.low_weights import LowWeights
-from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
-from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
-from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sae import SparseAutoencoder, first_rows
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.accumulate import SummedGradients
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
-from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, auxiliary, padded_size
+from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
+from saevlm_fast.training.gradients import Gradients, Losses, loss_and_gradients
+from saevlm_fast.training.mono import Embeddings, MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
-
-_BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
-
-_residuals, _centred_rows = Workspace(), Workspace()
-
-
-class Losses(NamedTuple):
-    """0-d tensors: overall = mse + auxk_alpha * aux + penalty, which relu and jumprelu alone have."""
-
-    overall: Tensor
-    mse: Tensor
-    aux: Tensor
-    penalty: Tensor | None = None
-
-
-class Gradients(NamedTuple):
-    """Gradients of every parameter; W_enc's are held per latent, [.., d_in] rows, like W_dec's.
-
-    Those of the auxiliary loss, on dead latents alone, are to be added: a list of one or none.
-    """
-
-    W_enc: EntryGradient
-    aux_enc: list[RowGradient]
-    b_enc: Tensor
-    W_dec: EntryGradient
-    aux_dec: list[RowGradient]
-    b_dec: Tensor
-    threshold: Tensor | None = None
-
-    def vectors(self) -> dict[str, Tensor]:
-        """Those of all that is no matrix."""
-        named = {"b_enc": self.b_enc, "b_dec": self.b_dec}
-        return named if self.threshold is None else named | {"threshold": self.threshold}
 
 
 class StepOutput(NamedTuple):
@@ -88,13 +53,14 @@ class Stepper:
         idle_S: rows seen since each latent last fired, int64.
         n_steps: steps done. bad_step: first step with a non-finite loss, -1 if none (0-d, on the device).
         n_listed: on a GPU, length of the announced step's padded list of dead latents.
+        cone: where the decoder's rows are held, of a soft-frozen control: around those that config.seed begins with.
 
     What changes from step to step reaches the device in `announce` alone, and `device_step` reads nothing else that
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
     `announce`, as long as n_listed stays what it was; training/capture.py does so.
 
     A relu or jumprelu SAE (penalised) is trained by any_device.py on a GPU, and not captured: how many latents fire has
-    to be asked. On a CPU too while a great part of them fires.
+    to be asked. On a CPU too while a great part of them fires. A step of micro-batches (accumulate.py) is not captured.
 
     Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
     Also if the recipe does not fit the SAE (TrainConfig.check_fits).
@@ -121,7 +87,15 @@ class Stepper:
         self._low_of: tuple[Tensor, int] | None = None  # sae.W_enc and its version, as the copy was written
         self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
         self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
+        self.cone = self._cone()
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
+
+    def _cone(self) -> Cone | None:
+        """Kept beside the weights: to draw its rows anew takes a tenth to a third of a step (docs/decisions.md)."""
+        if self.config.control != "soft-frozen":
+            return None
+        rows_SD = first_rows(self.sae.config, self.config.seed)
+        return Cone(rows_SD.to(self.sae.W_dec.device, self.sae.W_dec.dtype), self.config.least_cosine)
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by name, detached views; W_enc as its latent-major memory [d_sae, d_in]."""
@@ -132,10 +106,11 @@ class Stepper:
         return {name: parameter.detach() for name, parameter in named.items()}
 
     @torch.no_grad()
-    def step(self, x_BD: Tensor) -> StepOutput:
-        """One training step on a batch [B, d_in] in normalised units."""
+    def step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
+        """One training step on a batch [B, d_in] in normalised units. e_BE: embeddings of its rows for MonoLoss, which
+        takes the batch itself if they are None."""
         self.announce(len(x_BD))
-        return self.device_step(x_BD)
+        return self.device_step(x_BD, e_BE)
 
     def announce(self, n_rows: int) -> None:
         """Begin a step of n_rows rows: counters move on, and the device is told its number and Adam's schedule.
@@ -153,50 +128,80 @@ class Stepper:
             self.n_listed = padded_size(bound, self.sae.config.d_sae)
 
     @torch.no_grad()
-    def device_step(self, x_BD: Tensor) -> StepOutput:
+    def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """The step that was announced."""
+        if self.config.accumulate > 1:
+            return self._accumulated_step(x_BD)
+        mono = self._mono(x_BD if e_BE is None else e_BE)
         if x_BD.is_cuda and not self.penalised:
-            return self._gpu_step(x_BD)
+            return self._gpu_step(x_BD, mono)
         codes, penalty = self._encode(x_BD)
         self._track(codes, len(x_BD))
         dead = self._dead_latents()
         if penalty is not None and (x_BD.is_cuda or is_dense(codes)):
-            return self._whole_step(x_BD, codes, dead, penalty)
-        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, codes, dead, self.auxk_alpha, penalty)
+            return self._whole_step(x_BD, codes, dead, penalty, mono)
+        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen, mono
+        x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, *given)
         self._note_bad(losses)
         self._update(gradients)
         return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _mono(self, e_BE: Tensor) -> MonoTerm | None:
+        weight = self.config.mono_weight
+        return None if weight is None else MonoTerm(Embeddings.of(e_BE.to(self.sae.W_dec.dtype)), weight)
 
     def _note_bad(self, losses: Losses) -> None:
         first_bad = (self.bad_step < 0) & ~losses.overall.isfinite()
         self.bad_step.copy_(torch.where(first_bad, self.step_index, self.bad_step))
 
-    def _whole_step(self, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, penalty: Penalty) -> StepOutput:
+    def _whole_step(
+        self, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, penalty: Penalty, mono: MonoTerm | None
+    ) -> StepOutput:
         """The same on any device, of a penalised SAE."""
-        x_hat_BD, numbers, gradients = whole_gradients(self.sae, x_BD, codes, dead, self.auxk_alpha, penalty)
+        given = codes, dead, self.auxk_alpha, penalty, self.config.frozen, mono
+        x_hat_BD, numbers, gradients = whole_gradients(self.sae, x_BD, *given)
         losses = Losses(*numbers)
         self._note_bad(losses)
-        update_(self.parameters(), self.moments, gradients, self.config.clip_norm, self._adam())
+        update_(self.parameters(), self.moments, gradients, self.config.clip_norm, self._adam(), self.cone)
         self._clamp_threshold()
         return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _accumulated_step(self, x_BD: Tensor) -> StepOutput:
+        """The same in micro-batches, on any device. The rows of the codes are theirs, one after the other."""
+        sums, several, smallest = SummedGradients(self.sae, x_BD, self.config.accumulate), [], []
+        for rows in sums.pieces():
+            codes, penalty = self._encode(x_BD[rows].contiguous())
+            sums.add(rows, codes, penalty)
+            several.append(codes)
+            smallest.append(smallest_positive(codes.top_acts).float())
+        codes = SparseCodes.join(several, self.sae.config.d_sae)
+        self._track(codes, len(x_BD), torch.stack(smallest).mean())
+        dead = self._dead_latents()
+        losses = Losses(*sums.finish(dead, self.auxk_alpha))
+        self._note_bad(losses)
+        update_(self.parameters(), self.moments, sums.gradients, self.config.clip_norm, self._adam())
+        self._clamp_threshold()
+        return StepOutput(losses, sums.x_hat_BD, codes, dead.number)
 
     def _clamp_threshold(self) -> None:
         """Below 0 a threshold acts as 0 and has no gradient: it stays where it has one."""
         if self.sae.config.architecture == "jumprelu":
             self.sae.threshold.clamp_(min=0)
 
-    def _gpu_step(self, x_BD: Tensor) -> StepOutput:
+    def _gpu_step(self, x_BD: Tensor, mono: MonoTerm | None = None) -> StepOutput:
         """The same on a GPU."""
         from saevlm_fast.training.gpu_step import State, gpu_encode, gpu_step
 
         low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.known_k) else None
         counters = self.step_index, self.bad_step, self.adam_schedule
-        state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low)
+        state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
         with torch.cuda.device_of(x_BD):
             codes, centred = gpu_encode(self.sae, x_BD, low)
-            x_hat_BD, losses, dead = gpu_step(self.sae, self.config, state, x_BD, codes, centred, self._dead_latents)
+            x_hat_BD, losses, dead = gpu_step(
+                self.sae, self.config, state, x_BD, codes, centred, self._dead_latents, mono
+            )
         self.was_replayed()
-        return StepOutput(Losses(*losses), x_hat_BD, codes, dead.number)
+        return StepOutput(losses, x_hat_BD, codes, dead.number)
 
     def _encode(self, x_BD: Tensor) -> tuple[SparseCodes, Penalty | None]:
         """In CSR form, in the dtype of the weights; with the penalty of those that have one."""
@@ -247,12 +252,15 @@ class Stepper:
         of, version = self._low_of
         return of.data_ptr() == self.sae.W_enc.data_ptr() and self.sae.W_enc._version == version
 
-    def _track(self, codes: SparseCodes, n_rows: int) -> None:
-        """Dead-latent counters and the moving threshold, as upstream: before the losses."""
+    def _track(self, codes: SparseCodes, n_rows: int, smallest: Tensor | None = None) -> None:
+        """Dead-latent counters and the moving threshold, as upstream: before the losses.
+
+        smallest: activation kept, if it is not that of all codes.
+        """
         fired_S = torch.zeros_like(self.idle_S).index_add_(0, codes.top_indices, (codes.top_acts > 0).long())
         self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
         if self.sae.config.architecture in CALIBRATED:
-            smallest = smallest_positive(codes.top_acts).float()
+            smallest = smallest_positive(codes.top_acts).float() if smallest is None else smallest
             old, beta = self.sae.threshold, self.config.threshold_beta
             new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
             self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
@@ -274,7 +282,7 @@ class Stepper:
         return DeadLatents(latents_A, dead_S.sum())
 
     def _update(self, gradients: Gradients) -> None:
-        rows = {"W_enc": (gradients.W_enc, gradients.aux_enc), "W_dec": (gradients.W_dec, gradients.aux_dec)}
+        rows = gradients.rows()
         parts: list[EntryGradient | RowGradient] = []
         for gradient, aux in rows.values():
             parts += [gradient, *aux]
@@ -282,7 +290,9 @@ class Stepper:
         clip = clip_coefficient(parts, list(vectors.values()), self.config.clip_norm)
         adam, parameters = self._adam(), self.parameters()
         for name, (gradient, aux) in rows.items():
-            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, name == "W_dec")
+            decoder = name == "W_dec"
+            cone = self.cone if decoder else None
+            latent_update_(parameters[name], *self.moments[name], gradient, aux, clip, adam, decoder, cone)
         for name, gradient_vector in vectors.items():
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
         self._clamp_threshold()
@@ -308,118 +318,3 @@ def smallest_positive(acts_M: Tensor) -> Tensor:
         return acts_M.new_zeros(())
     smallest = torch.where(acts_M > 0, acts_M, torch.inf).min()
     return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
-
-
-def loss_and_gradients(
-    sae: SparseAutoencoder,
-    x_BD: Tensor,
-    codes: SparseCodes,
-    dead: DeadLatents,
-    auxk_alpha: float,
-    penalty: Penalty | None = None,
-) -> tuple[Tensor, Losses, Gradients]:
-    """Of one batch and its codes, on a CPU: losses, and the gradient of every parameter. docs/recipe.md section 1.
-
-    mse = mean over Matryoshka prefixes (one prefix otherwise) of mean_b ||x - x_hat_g||^2: divided by the number of
-    groups once; the paper's code divides twice.
-
-    Returns:
-        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected). The next call on this thread
-        overwrites what the gradients of the weights are made from.
-    """
-    n_groups, b_dec = len(sae.config.group_ends), sae.b_dec.detach()
-    bag_offsets = _bag_offsets(sae, codes)
-    x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, codes, bag_offsets)
-    mse = squared / (len(x_BD) * n_groups)
-
-    centred_BD = _centred(x_BD, b_dec)
-    suffix_RD = suffix_BGD.flatten(0, 1)
-    dW_enc, dW_dec, db_enc, dtheta = _latent_gradients(sae, codes, bag_offsets, centred_BD, suffix_RD, penalty)
-
-    aux = auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha)
-    aux_loss, aux_enc, aux_dec = mse.new_zeros(()), [], []
-    if aux is not None:
-        aux_loss, aux_enc, aux_dec = aux.loss, [aux.W_enc], [aux.W_dec]
-        db_enc.index_add_(0, dead.latents_A, aux.b_enc_A)
-    db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
-    overall = mse + auxk_alpha * aux_loss
-    losses = Losses(overall, mse, aux_loss)
-    if penalty is not None:
-        losses = Losses(overall + penalty.loss, mse, aux_loss, penalty.loss)
-    return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec, dtheta)
-
-
-def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
-    """x - b_dec, in memory that the next call on this thread overwrites."""
-    return torch.sub(x_BD, b_dec, out=_centred_rows.get(x_BD.numel(), x_BD.dtype).view(x_BD.shape))
-
-
-def _bag_offsets(sae: SparseAutoencoder, codes: SparseCodes) -> Tensor:
-    """Bag b * G + g is the run of row b's entries in Matryoshka group g: [B * G + 1]."""
-    _, latents_M, row_offsets = codes.csr()
-    if len(sae.config.group_ends) == 1:
-        return row_offsets
-    return group_bag_offsets(latents_M, row_offsets, sae.config.group_ends, sae.config.d_sae)
-
-
-def _prefix_residuals(
-    sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, bag_offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all Matryoshka prefixes, row block by row block: a block stays in cache through all that is done to it.
-
-    Returns:
-        x_hat_BD of the last prefix; the sum of the squared residuals x_hat_g - x of all rows and prefixes (0-d); and
-        the gradient of mse that the entries of every group receive [B, G, d_in]: an entry of group j is part of every
-        prefix g >= j, so theirs is the suffix sum. The next call on this thread overwrites it.
-    """
-    (n_rows, d_in), n_groups = x_BD.shape, len(sae.config.group_ends)
-    W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
-    x_hat_BD, squared = torch.empty_like(x_BD), []
-    acts_M, latents_M, _ = codes.csr()
-    # Memory of this thread: a first touch of 20 MiB costs ten times the write.
-    suffix_RD = _residuals.get(n_rows * n_groups * d_in, x_BD.dtype)
-    suffix_BGD = suffix_RD.view(n_rows, n_groups, d_in)
-    for start, stop in _row_blocks(x_BD, n_groups):
-        x_bD, sums_bGD = x_BD[start:stop], suffix_BGD[start:stop]
-        offsets = bag_offsets[start * n_groups : stop * n_groups + 1]
-        segment_sum_into(sums_bGD.flatten(0, 1), acts_M, latents_M, offsets, W_dec)
-        sums_bGD[:, 0] += b_dec
-        for g in range(1, n_groups):
-            sums_bGD[:, g] += sums_bGD[:, g - 1]
-        x_hat_BD[start:stop] = sums_bGD[:, -1]
-        sums_bGD -= x_bD[:, None]
-        squared.append(torch.linalg.vector_norm(sums_bGD, dim=2).square_().sum())
-        sums_bGD *= 2 / (n_rows * n_groups)
-        for g in reversed(range(n_groups - 1)):
-            sums_bGD[:, g] += sums_bGD[:, g + 1]
-    return x_hat_BD, torch.stack(squared).sum(), suffix_BGD
-
-
-def _row_blocks(x_BD: Tensor, n_groups: int) -> list[tuple[int, int]]:
-    size = max(1, _BLOCK_BYTES // (n_groups * x_BD.shape[1] * x_BD.element_size()))
-    return [(start, min(start + size, len(x_BD))) for start in range(0, len(x_BD), size)]
-
-
-def _latent_gradients(
-    sae: SparseAutoencoder,
-    codes: SparseCodes,
-    bag_offsets: Tensor,
-    centred_BD: Tensor,
-    suffix_RD: Tensor,
-    penalty: Penalty | None,
-) -> tuple[EntryGradient, EntryGradient, Tensor, Tensor | None]:
-    """dW_enc, dW_dec, db_enc [d_sae] and that of thresholds, from one sort of the entries by latent."""
-    acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
-    bags_M = entry_rows(codes.top_indices, bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
-    rows_M, W_dec = bags_M // len(sae.config.group_ends), sae.W_dec.detach()
-    dots_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
-    dacts_M = torch.where(acts_M > 0, dots_M, 0)
-    dW_dec = entry_gradient(acts_M, bags_M, offsets_S1, suffix_RD, dacts_M)
-    dtheta = None
-    if penalty is not None:
-        dacts_M = penalty.of_acts(acts_M, dots_M)
-        dtheta = penalty.band and penalty.band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1)
-    dW_enc = entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
-    one = dacts_M.new_ones(1, 1)
-    db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
-    return dW_enc, dW_dec, db_enc, dtheta

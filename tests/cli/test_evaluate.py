@@ -65,7 +65,10 @@ def whole(there, tmp_path_factory):
 def test_everything_that_the_inputs_allow(whole):
     output, text = whole
     found = json.loads((output / "evaluation.json").read_text())
-    assert found["left_out"] == [{"measure": "behaviour", "why": "no model and images were given"}]
+    assert found["left_out"] == [
+        {"measure": "patches", "why": "no masks were given"},
+        {"measure": "behaviour", "why": "no model and images were given"},
+    ]
     subjects = {each["name"]: each for each in found["subjects"]}
     assert [*subjects][:3] == ["sae0", "sae1", "sae2"]
     assert {each["control"] for each in found["subjects"]} == {None, "untrained", "rotation", "raw", "pca", "kmeans"}
@@ -89,10 +92,17 @@ def test_everything_that_the_inputs_allow(whole):
     trained = subjects["sae0"]["measures"]
     assert trained["labels"]["labels"]["selection"]["ap"] > 0.9
     assert "d'" in text
+    ms = trained["monosemanticity"]["emb.npy"]["ms_10"]["interval"]
+    assert f"{ms[0]:.3f} to {ms[1]:.3f}" in text
+    assert rows_of(found)["MS, emb.npy"]["intervals"]["sae0"] == ms
     assert "mutual nearest" in text
     assert [(each["first"], each["other"]) for each in found["compared"]] == [("sae0", "sae1"), ("sae0", "sae2")]
     assert (output / "settings.toml").is_file()
     assert (output / "evaluation.png").is_file()
+
+
+def rows_of(found):
+    return {row["measure"]: row for row in found["table"]}
 
 
 def test_the_table_says_what_separates(whole):
@@ -240,7 +250,7 @@ def test_a_dry_run_writes_nothing(there, tmp_path):
     assert figures["images"] == figures["rows"] == N
     assert figures["latents"] == 16
     assert figures["label_sets"] == ["labels"]
-    assert len(figures["left_out"]) == 3
+    assert len(figures["left_out"]) == 4
     assert files_below(tmp_path) == before
 
 
@@ -273,9 +283,13 @@ def test_several_rows_of_an_image_are_pooled(there, tmp_path):
         (("--labels", "labels"), "labels: 'labels' is not store, none, FILE.csv or FILE.parquet"),
         (("--labels", "none.csv"), "none.csv is not a file"),
         (("--embeddings", "wide.npy"), "embeddings: wide.npy has 3 rows; there are 240 images"),
-        (("--activations", "wide.npy"), "sae: d_in is 8, but the activations have width 5"),
+        (("--activations", "wide.npy"), "sae: d_in of sae0 is 8, but the activations have width 5"),
         (("--sae", "sae0", "--sae", "copy"), "is the same SAE as"),
         (("--sae", "sae0", "--sae", "sae0"), "a path is given twice"),
+        (("--mask-names", "labels.csv"), "mask_names: it is about --masks"),
+        (("--masks", "none"), "masks: none is not a directory"),
+        (("--masks", "mine"), "has one row an image"),
+        (("--random-activations", "wide.npy"), "no SAE among --sae was trained on a tower of random weights"),
         (("--resume", "--force"), "resume and force exclude each other"),
         (("--output", "wide.npy"), "output: wide.npy "),
         (("--output", "mine"), "mine holds no evaluation; choose another directory"),
@@ -372,6 +386,7 @@ def test_measure_from_python(there):
     found = sf.measure({"mine": sae}, activations, taxonomy=PATHS, controls=("pca",))
     assert found.left_out == {
         "monosemanticity": "no embeddings were given",
+        "patches": "no masks were given",
         "behaviour": "no model and images were given",
     }
     (first, second) = found.results

@@ -50,6 +50,11 @@ class DenseTrainer:
         self.theta = leaf(torch.full((d_sae,), theta, dtype=W_dec_SD.dtype))
         self.parameters = [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
         self.parameters += [self.theta] if architecture == "jumprelu" else []
+        self.first_SD = W_dec_SD.clone()
+        frozen = {"frozen-decoder": self.W_dec, "frozen-encoder": self.W_enc}.get(config.control)
+        if frozen is not None:
+            frozen.requires_grad_(False)
+            self.parameters = [p for p in self.parameters if p is not frozen]
         self.architecture, self.k, self.group_ends, self.config = architecture, k, group_ends, config
         lr = config.lr if config.lr is not None else 2e-4 / (d_sae / 2**14) ** 0.5
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, betas=config.betas, eps=config.eps)
@@ -108,20 +113,44 @@ class DenseTrainer:
         self.idle += len(x)
         self.idle[(acts > 0).any(0)] = 0
         self.aux = self.config.auxk_alpha * self.auxiliary((x - prefixes[-1]).detach(), pre)
-        return mse + penalty + self.aux
+        return mse + penalty + self.aux + self.mono(torch.where(acts > 0, h, 0), x)
+
+    def mono(self, acts, x):
+        """MonoLoss pair by pair; what is kept has a gradient, thresholds have none."""
+        weight = self.config.mono_weight
+        if weight is None:
+            return 0.0
+        norm = x.norm(dim=1, keepdim=True)
+        u = torch.where(norm > 0, x / norm, 0)
+        pairs = (u @ u.T).fill_diagonal_(0)
+        several = (acts > 0).sum(0) > 1
+        self.ms = (acts * (pairs @ acts)).sum(0)[several] / (acts.sum(0).square() - acts.square().sum(0))[several]
+        return weight * (1 - self.ms.mean()) if several.any() else 0.0
+
+    def held(self, w, first):
+        """By angles: the rotation of a row towards where it began, as little as is needed."""
+        tau = self.config.control_cosine
+        if float(w @ first) >= tau:
+            return w
+        across = w - (w @ first) * first
+        return tau * first + (1 - tau**2) ** 0.5 * across / across.norm()
 
     def step(self, x):
         loss = self.loss(x)
         self.optimizer.zero_grad()
         loss.backward()
-        with torch.no_grad():
-            unit = self.W_dec / self.W_dec.norm(dim=1, keepdim=True)
-            self.W_dec.grad -= (self.W_dec.grad * unit).sum(1, keepdim=True) * unit
+        if self.W_dec.requires_grad:
+            with torch.no_grad():
+                unit = self.W_dec / self.W_dec.norm(dim=1, keepdim=True)
+                self.W_dec.grad -= (self.W_dec.grad * unit).sum(1, keepdim=True) * unit
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
         self.scheduler.step()
         with torch.no_grad():
-            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+            if self.W_dec.requires_grad:
+                self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+            if self.config.control == "soft-frozen":
+                self.W_dec.copy_(torch.stack([self.held(*pair) for pair in zip(self.W_dec, self.first_SD)]))
             self.theta.clamp_(min=0)
         self.n_steps += 1
         return loss.item()

@@ -122,6 +122,7 @@ CALLS: dict[str, dict[str, str | None]] = {
     },
     "human-agreement": {"--benchmark": "benchmark", "--device": "cpu", "--output": "out.json"},
     "inspect": {"PATH": "store"},
+    "doctor": {"--facts-only": None, "--device": "cpu"},
 }
 
 

@@ -197,6 +197,7 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     row = {"BLOCK_D": block_d, "ACC": "tl.float32"}
     adam = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
     totals = {name: getattr(of_totals, name) for name in ("SLACK", "TILE_E", "HEAVY_E", "ROWS_W")} | row
+    totals |= {"DECODER": True, "ENCODER": True}
     column = {"ROWS": module.COLUMN_ROWS, "STEP": module.COLUMN_STEP, "BLOCK_C": module.BLOCK_C, "ACC": "tl.float32"}
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True}
     blocks = {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK}
@@ -204,7 +205,12 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
         (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS_MANY}, max(2, warps_8)),
         (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS}, max(2, warps_8)),
         (module, "decide_kernel", decide | blocks | row, 16),
-        (module, "norm_kernel", {"CHUNK": CHUNK, "BLOCK_P": module.NORM_STEP} | row, whole_row_block(d_in, 4)[1]),
+        (
+            module,
+            "norm_kernel",
+            {"FIRST": 0, "CHUNK": CHUNK, "BLOCK_P": module.NORM_STEP} | row,
+            whole_row_block(d_in, 4)[1],
+        ),
         (module, "clip_kernel", {"LIMIT": 1.0, "BLOCK": module.CLIP_BLOCK} | adam | row, 8),
         (module, "column_sum_kernel", column, 4),
     )

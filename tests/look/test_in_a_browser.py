@@ -4,6 +4,7 @@ axe-core is third-party JavaScript that the project does not carry: AXE names it
 and without it accessibility is not tested.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from planted_scenes import COLOUR, GRID, HOSTILE, N, browser_path, patch_shares
 
 from command import run
 from saevlm_fast.box.scenes import COLOURS, Scenes
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.sae import SparseAutoencoder
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api")
@@ -38,7 +41,7 @@ def visit(browser, report):
     said, contexts = [], []
 
     def open_page(hash="", page=None, **options):
-        context = browser.new_context(viewport={"width": 1300, "height": 900}, **options)
+        context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}} | options)
         contexts.append(context)
         tab = context.new_page()
         tab.on("console", lambda message: said.append(message.text))
@@ -142,6 +145,127 @@ def test_pictures_that_are_left_out_are_asked_of_nobody(form, visit, planted, tm
     run("report", *words, *form, "--output", page)
     tab = visit("#latent=3", page=page if form else page / "index.html")
     tab.wait_for_selector(".picture canvas[data-missing]")
+
+
+@pytest.fixture(scope="module")
+def controlled(planted, tmp_path_factory):
+    """A report with a control SAE, a taxonomy, a table of scores with a text, and results of steering."""
+    root = tmp_path_factory.mktemp("controlled")
+    control = SparseAutoencoder(SAEConfig(12, 16, 3, "topk"))
+    control.reset_parameters(1)
+    control.save_pretrained(root / "control")
+    (root / "taxonomy.json").write_text(json.dumps({"even": ["all", "even"], "<b>odd</b>": ["all", "odd"]}))
+    (root / "scores.csv").write_text("latent,best_label,best_f1\n3,<i>red</i>,0.5\n")
+    row = {"latent": [3], "answer": ["a <b>red</b> thing"], "answer_share": [0.25]}
+    row |= {"steered": [0.9], "sign_flip": [0.1], "steered_empty": [0.0], "sign_flip_empty": [0.5]}
+    pq.write_table(pa.table(row), root / "steering.parquet")
+    words = ("--sae", planted / "sae", "--control-sae", root / "control", "--activations", planted / "store")
+    more = ("--embeddings", planted / "embeddings", "--taxonomy", root / "taxonomy.json")
+    tables = ("--scores", root / "scores.csv", "--steering", root / "steering.parquet")
+    run("report", *words, *more, *tables, "--output", root / "r", "--device", "cpu")
+    return root / "r" / "index.html"
+
+
+def test_numbers_stand_beside_those_of_the_control(visit, controlled):
+    tab = visit("#latent=3", page=controlled)
+    tab.wait_for_selector(".measures td")
+    heads = tab.eval_on_selector_all(".measures thead th", "cells => cells.map((cell) => cell.textContent)")
+    assert heads == ["measure", "value", "among all", "percentile", "in control"]
+    cells = tab.eval_on_selector_all(
+        ".measures tbody tr", "rows => rows.map((row) => [...row.children].map((cell) => cell.textContent))"
+    )
+    held = {row[0]: row[4] for row in cells}
+    own = {row[0]: row[3] for row in cells}
+    expected = tab.evaluate(
+        """() => {
+            const { floats, get } = SAEVLM;
+            const of = (sae) => [...floats(get("index").saes[sae].measures.find((m) => m.key === "mean").values)];
+            const value = of(0)[3];
+            return [0, 1].map((sae) => {
+                const known = of(sae).filter((v) => !Number.isNaN(v));
+                return Math.round((100 * known.filter((v) => v < value).length) / (known.length - 1));
+            });
+        }"""
+    )
+    assert [own["mean"], held["mean"]] == [str(each) for each in expected]
+    assert held["MS"].isdigit()
+    assert "depth" in held
+    text = tab.inner_text("#detail")
+    assert "MS by projection; below it its interval" in text
+    assert re.search(r"MS\t[\d.]+\s+[\d.]+ to [\d.]+", text)
+    assert "<i>red</i>" in text
+    assert "a <b>red</b> thing" in text
+    assert re.search(r"sign flip\t0.100\t50 %", text)
+    assert "fire on the same" not in text
+    tab.goto(f"file://{controlled}#view=overview")
+    tab.wait_for_selector("article")
+    assert tab.locator("article").count() == 2
+    assert "control" in tab.inner_text("article >> nth=1")
+    assert re.search(r"explained variance, of 5,760 rows\s+\d", tab.inner_text("article >> nth=0"))
+
+
+def test_near_misses_and_what_a_threshold_is(visit, planted, tmp_path):
+    """Latent 3 reads red: it fires where a whole patch is, 4, and nearly where most of one is."""
+    sae = SparseAutoencoder(SAEConfig(12, 16, 3, "batch_topk"))
+    sae.load_state_dict(SparseAutoencoder.from_pretrained(planted / "sae").state_dict(), strict=False)
+    sae.threshold.fill_(3.9)
+    sae.save_pretrained(tmp_path / "sae")
+    words = ("--sae", tmp_path / "sae", "--activations", planted / "store", "--device", "cpu")
+    run("report", *words, "--output", tmp_path / "r")
+    tab = visit("#latent=3", page=tmp_path / "r" / "index.html")
+    tab.wait_for_selector("h3:text('Near misses')")
+    part = tab.locator(".part", has=tab.locator("h3:text('Near misses')"))
+    values = [float(text) for text in part.locator(".act").all_inner_texts()]
+    assert values == sorted(values, reverse=True)
+    assert 3 < values[0] <= 3.9
+    assert "It fires above 3.90, the line." in tab.inner_text("#detail")
+    assert tab.locator("line.cut").count() == 1
+
+
+def test_the_steer_command_follows_the_strength(visit, controlled):
+    tab = visit("#latent=3", page=controlled)
+    tab.wait_for_selector(".command")
+    once = float(tab.inner_text(".command").split("--alpha ")[1])
+    tab.select_option('[aria-label="Strength"]', "-1")
+    assert float(tab.inner_text(".command").split("--alpha ")[1]) == -once
+    tab.click("text=Copy >> nth=-1")
+    assert f"--latent 3 --alpha -{once:g}" in tab.inner_text(".toast")
+
+
+def test_stars_are_kept_and_exported(visit):
+    tab = visit("#latent=3")
+    tab.wait_for_selector("[aria-label='Star this latent']")
+    tab.keyboard.press("s")
+    tab.reload()
+    tab.wait_for_selector("body.ready")
+    tab.check("#stars")
+    assert rows(tab) == ["★ 3"]
+    with tab.expect_download() as caught:
+        tab.click("text=Export stars")
+    saved = json.loads(Path(caught.value.path()).read_text())
+    (latent,) = saved["saes"][0]["latents"]
+    assert latent["latent"] == 3
+    assert latent["density"] > 0
+
+
+def test_a_blind_check_mixes_both_and_counts_them_apart(visit, controlled):
+    tab = visit("#view=blind", page=controlled)
+    n_all = int(re.search(r"0 of (\d+) judged", tab.inner_text("#overview"))[1])
+    assert n_all >= 4
+    assert not re.search(r"Latent \d|control SAE|activation", tab.inner_html("#overview"))
+    for i in range(4):
+        tab.wait_for_selector(f"text={i} of {n_all} judged")
+        tab.wait_for_selector("#overview .picture canvas[data-image]")
+        tab.keyboard.press(str(1 + i % 2))
+    tab.wait_for_selector(f"text=4 of {n_all} judged")
+    tab.click("text=Count")
+    table = tab.eval_on_selector_all(".plain tbody tr", "rows => rows.map((row) => row.children[1].textContent)")
+    assert table == ["2", "2"]
+    with tab.expect_download() as caught:
+        tab.click("text=Save verdicts")
+    verdicts = json.loads(Path(caught.value.path()).read_text())["verdicts"]
+    assert sorted((each["control"], each["verdict"] in ("one", "several")) for each in verdicts) == [
+        *[(False, True)] * 2, *[(True, True)] * 2]  # fmt: skip
 
 
 def headers(tab):
@@ -257,16 +381,23 @@ def test_names_of_files_and_classes_stay_text(visit, report):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("view", ["#latent=3", "#view=overview"])
+@pytest.mark.parametrize("width", [1300, 420])
+@pytest.mark.parametrize("view", ["#latent=3", "#view=overview", "#view=blind"])
 @pytest.mark.skipif("AXE" not in os.environ, reason="AXE names no axe.min.js")
-def test_no_serious_fault_of_accessibility(scheme, view, visit):
-    tab = visit(view, color_scheme=scheme, bypass_csp=True)
+def test_no_serious_fault_of_accessibility(scheme, width, view, visit, controlled):
+    """Also after another measure was chosen to sort by, with a filter open."""
+    tab = visit(view, page=controlled, color_scheme=scheme, bypass_csp=True, viewport={"width": width, "height": 900})
+    if view == "#latent=3":
+        tab.select_option('[aria-label="Sort by"]', "mean")
+        tab.click("text=+ Filter")
     tab.wait_for_timeout(400)
     tab.evaluate(Path(os.environ["AXE"]).read_text())
     found = tab.evaluate("axe.run({ preload: false }).then((result) => result.violations)")
     bad = [(each["id"], [node["html"][:120] for node in each["nodes"][:3]]) for each in found
            if each["impact"] in ("serious", "critical")]  # fmt: skip
     assert not bad
+    wide = "(nodes) => nodes.filter((node) => node.scrollWidth > node.clientWidth + 1).map((node) => node.textContent)"
+    assert tab.eval_on_selector_all(".part, .card, #overview, #detail, html", wide) == [], "nothing hangs over the side"
 
 
 def test_a_single_file_works_alone(visit, planted, tmp_path):

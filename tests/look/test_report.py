@@ -23,6 +23,8 @@ from saevlm_fast.look.spill import Spill
 from saevlm_fast.look.store_images import StoreImages
 from saevlm_fast.sae import SparseAutoencoder, sae_digest
 
+CHUNK = "s0/chunk-0000.js"
+
 
 def value_of(path):
     """What a script of data defines."""
@@ -245,6 +247,10 @@ def test_several_saes_tables_and_labels(planted, tmp_path):
         (("--labels", "{root}/many.csv"), "many.csv: an image has several in every column; a report shows one each"),
         (("--labels", "{root}/bad.txt"), "bad.txt does not end in .csv or .parquet"),
         (("--embeddings", "{root}/few.npy"), "embeddings: 3 rows"),
+        (("--taxonomy", "{root}/bad.txt"), "does not end in .json or .csv"),
+        (("--taxonomy", "{root}/other.json"), "has none of the classes"),
+        (("--steering", "{root}/far.csv"), "latent 16 is not within 0 to 15"),
+        (("--control-sae", "{root}/none"), "none"),
         (("--codes", "{root}"), "no index.json"),
         (("--n", "0"), "n: 0 must be between 1 and 64"),
     ],
@@ -255,6 +261,7 @@ def test_bad_inputs_are_one_line(more, message, planted, tmp_path):
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     (tmp_path / "many.csv").write_text("image,class\na/0000.png,x\na/0000.png,y\n")
     (tmp_path / "far.csv").write_text("latent,ms\n16,2\n")
+    (tmp_path / "other.json").write_text('{"a label": ["root", "a label"]}')
     np.save(tmp_path / "few.npy", np.ones((3, 4), np.float32))
     text = run(*words(planted, tmp_path / "r", *(each.format(root=tmp_path) for each in more)), code=2)
     assert message in text
@@ -264,5 +271,35 @@ def test_bad_inputs_are_one_line(more, message, planted, tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="activations: give --activations, --codes or both"):
         ReportSettings(sae=("a",), output="x")
+    with pytest.raises(ValueError, match="activations: needed with --control-sae"):
+        ReportSettings(sae=("a",), output="x", codes=("c",), control_sae="b")
     with pytest.raises(ValueError, match="embeddings: needed with --text-model"):
         ReportSettings(sae=("a",), output="x", activations="a", text_model="hf:x")
+
+
+def test_codes_with_their_activations_say_what_activations_alone_say(planted, tmp_path):
+    """Near misses and explained variance need to ask the SAE, which codes alone cannot."""
+    sae = SparseAutoencoder.from_pretrained(planted / "sae").eval()
+    rows = open_activations(planted / "store")
+    items = {name: [] for name in ("image", "token", "label")}
+    for table in rows.iter_items():
+        for name, column in items.items():
+            column += table[name].to_pylist()
+    with CodesWriter(tmp_path / "codes", 16, torch.float32, rows.source) as writer, torch.no_grad():
+        writer.write_shard(0, sae.encode(torch.cat([x for _, x in rows.chunks(1000)])), items)
+    only = ("report", "--sae", planted / "sae", "--codes", tmp_path / "codes", "--device", "cpu")
+    run(*only, "--output", tmp_path / "alone")
+    run(*only, "--output", tmp_path / "both", "--activations", planted / "store")
+    run(*words(planted, tmp_path / "activations"))
+    found = {}
+    for name in ("alone", "both", "activations"):
+        (_, index), (_, latents) = (value_of(tmp_path / name / "data" / each) for each in ("index.js", CHUNK))
+        found[name] = index["saes"][0]["near"], [latent["m"] for latent in latents]
+    assert found["alone"] == (None, [[]] * 16)
+    assert found["both"] == found["activations"]
+    assert any(found["both"][1])
+    np.save(tmp_path / "few.npy", np.ones((3, 12), np.float32))
+    np.save(tmp_path / "narrow.npy", np.ones((90, 4), np.float32))
+    for name, message in (("few", "are not of the images of"), ("narrow", "needs rows of width 12, but")):
+        other = ("--activations", tmp_path / f"{name}.npy")
+        assert message in run(*only, "--output", tmp_path / name, *other, code=2)

@@ -10,10 +10,10 @@ from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.look.chosen import check_latents, chosen_latents
-from saevlm_fast.look.image_rows import image_chunks, image_table
 from saevlm_fast.look.store_images import StoreImages
 from saevlm_fast.look.tops import latent_tops
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.image_rows import image_chunks, image_table
 
 N, PATCHES, D, S = 11, 4, 6, 20
 

@@ -1,16 +1,19 @@
 """Every formula against brute force, on codes with ties, dead, constant and single latents."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from codes_and_labels import N, latents_of_classes, random_codes, random_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import LabelSet, halves
 from saevlm_fast.data.rows import activations_of
 from saevlm_fast.kernels import reference
@@ -23,36 +26,16 @@ from saevlm_fast.measures.hierarchy import hierarchy, mean_depths, null_depth
 from saevlm_fast.measures.label_scores import label_scores, without_meeting
 from saevlm_fast.measures.labels import chance_purity, labels_of_latents, purity
 from saevlm_fast.measures.matching import sparse_assignment
+from saevlm_fast.measures.measure import measure
 from saevlm_fast.measures.monosemanticity import monosemanticity
+from saevlm_fast.measures.patches import labels_of_patches
 from saevlm_fast.measures.probing import sparse_probing
 from saevlm_fast.measures.separation import matched_mean, separation
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
+from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.trust import trusted_score
-
-N = 60
-
-
-def random_codes(n=N, n_latents=12, share=0.4, levels=None, seed=0):
-    """Dense codes: latent 0 is dead, 1 constant, 2 fires once, 3 on two images; with few levels there are ties."""
-    generator = np.random.default_rng(seed)
-    acts = generator.random((n, n_latents)) if levels is None else generator.integers(1, levels + 1, (n, n_latents))
-    acts = (acts * (generator.random((n, n_latents)) < share)).astype(np.float32)
-    for latent, images in ((0, []), (2, [5]), (3, [5, 9])):
-        if latent < n_latents:
-            acts[:, latent] = 0
-            acts[images, latent] = 1.5
-    if n_latents > 1:
-        acts[:, 1] = 2.0
-    return acts
-
-
-def random_labels(n=N, n_labels=4, seed=0, several=False):
-    generator = np.random.default_rng(seed + 1)
-    if not several:
-        return LabelSet.of([f"class {each}" for each in generator.integers(0, n_labels, n)])
-    return LabelSet.of([{f"class {c}" for c in np.flatnonzero(generator.random(n_labels) < 0.4)} for _ in range(n)])
 
 
 def test_kept_codes_and_statuses():
@@ -236,7 +219,8 @@ def test_auroc_of_any_codes(seed, n, n_labels, levels):
 @pytest.mark.parametrize("several", [False, True])
 def test_purity_and_entropy(several):
     acts, labels = random_codes(), random_labels(several=several)
-    found = purity(KeptCodes.of_dense(acts), labels, 5)
+    codes = KeptCodes.of_dense(acts)
+    found = purity(codes, labels, chance_purity(labels, codes.counts_S, 5))
     has = labels.matrix().toarray()
     for latent, column in enumerate(acts.T.astype(np.float64)):
         fires = column > 0
@@ -300,15 +284,6 @@ def test_the_interval_of_the_excess_has_the_error_of_chance_in_it():
     low, high = excess["interval"]
     assert low < 0 < high
     assert high - low > 2 * 1.96 * 0.03 / 25**0.5, "of the draws alone"
-
-
-def latents_of_classes(n=400, n_labels=5):
-    """Latent c fires on class c alone, and 20 others anywhere."""
-    labels = [f"class {i % n_labels}" for i in range(n)]
-    acts = random_codes(n, 30, share=0.1)
-    for label in range(n_labels):
-        acts[:, 10 + label] = 3 * (np.arange(n) % n_labels == label)
-    return KeptCodes.of_dense(acts), LabelSet.of(labels)
 
 
 def test_the_latents_of_labels_are_found_and_reported_held_out():
@@ -509,15 +484,56 @@ def test_no_measure_fails_on_any_status(name):
     ids = [str(i) for i in range(n)]
     decoder = torch.randn(acts.shape[1], 3)
     emb = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
+    half, image_of_row = halves(ids), np.arange(n)
     measured = [
         uniqueness(codes),
         monosemanticity(codes, activations_of(emb, "embeddings"), "e"),
         hierarchy(codes, labels, TREE, (acts.shape[1],)),
-        labels_of_latents(codes, labels, halves(ids), 5, 1),
-        sparse_probing(codes, labels, halves(ids), ids),
+        labels_of_latents(codes, labels, half, 5, 1),
+        labels_of_patches(codes, labels, image_of_row, half, 3, 1),
+        sparse_probing(codes, labels, half, ids),
         geometry(codes, decoder, decoder.T),
     ]
     for each in measured:
         assert all(len(column) == acts.shape[1] for column in each.latents.values())
     compare(Side(decoder, None, codes), Side(decoder, None, codes))
     assert measured[0].figures["status"] == "too few" or acts.shape[1] > 1
+    _, scored, _, labelled, patched, _, _ = measured
+    defined = codes.status_S == STATUSES.index("defined")
+    fires = codes.counts_S > 0
+    assert (np.isfinite(scored.latents["ms:e"]) == defined).all()
+    assert not np.isfinite(scored.latents["ms_p:e"][~defined]).any()
+    for each, name in ((labelled, "labels"), (patched, "labels")):
+        assert (np.isfinite(each.latents[f"purity:{name}"]) == fires).all(), "of those that fire at all"
+        assert (each.latents[f"mutual_information:{name}"][~fires] == 0).all(), "silence tells nothing"
+        always = codes.counts_S == n
+        assert (each.latents[f"mutual_information:{name}"][always] == 0).all()
+        counted = each.figures["status"]
+        assert sum(counted[status] for status in ("dead", "constant", "single", "too few")) <= acts.shape[1]
+        assert counted["dead"] == (~fires).sum()
+
+
+@pytest.mark.parametrize("kind", ["of one latent", "all dead", "constant"])
+def test_every_measure_of_an_sae_of_any_status(kind):
+    """The pass over the rows, what is kept of them, and controls beside: nothing fails, nothing is made up."""
+    generator, n, d_sae = torch.Generator().manual_seed(0), 60, 1 if kind == "of one latent" else 4
+    x_ND = torch.randn(n, 3, generator=generator)
+    sae = SparseAutoencoder(SAEConfig(3, d_sae, 1, "batch_topk"))
+    sae.reset_parameters(0)
+    with torch.no_grad():
+        sae.threshold.fill_(1e9 if kind == "all dead" else 0.0)
+        if kind == "constant":
+            sae.W_enc.zero_()
+            sae.b_enc.fill_(1.0)
+    labels = [sorted(PATHS)[i % 4] for i in range(n)]
+    embeddings = torch.randn(n, 5, generator=generator)
+    found = measure(sae, x_ND, embeddings=embeddings, labels=labels, taxonomy=TREE, controls=("untrained", "pca"))
+    first, *_ = found.results
+    assert set(first.figures) == {
+        *("reconstruction", "monosemanticity", "uniqueness", "hierarchy", "labels", "probing", "geometry", "kept")
+    }
+    with torch.no_grad():
+        status = np.bincount(KeptCodes.of(sae.encode(x_ND)).status_S, minlength=4)
+    assert (first.latents["status"] == "dead").sum() == status[STATUSES.index("dead")]
+    assert first.figures["reconstruction"]["dead_share"] == (1.0 if kind == "all dead" else 0.0)
+    assert json.dumps(found.as_json(), allow_nan=False)

@@ -15,10 +15,11 @@ from saevlm_fast.kernels import reference
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.controls import Match, compare_with_untrained, untrained_like
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
+from saevlm_fast.scoring.patch_score import patch_score
 from saevlm_fast.scoring.source import ScoredImages
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.scoring.trust import trusted_score
-from saevlm_fast.scoring.variants import patch_score, tms_score, visaebench_score
+from saevlm_fast.scoring.variants import tms_score, visaebench_score
 from saevlm_fast.sparse_codes import SparseCodes
 
 N_IMAGES, D_IN, D_SAE, D_EMB = 40, 8, 24, 6
@@ -178,13 +179,30 @@ def slow_patches(dense_BS, patch_BE, image_of_row):
 
 @pytest.mark.parametrize("batch_rows", [2, 6, 1000])
 def test_patches_of_one_image_are_no_pair(patches, batch_rows, monkeypatch):
-    monkeypatch.setattr("saevlm_fast.scoring.variants._PATCH_ELEMENTS", 20 * D_EMB)
+    monkeypatch.setattr("saevlm_fast.scoring.patch_score._PATCH_ELEMENTS", 20 * D_EMB)
     found = patch_score(patches["x"], patches["patch"], patches["sae"], batch_rows=batch_rows)
     expected = slow_patches(patches["dense"], patches["patch_BE"], patches["image_of_row"])
     close(found.ms, expected, 1e-6)  # of other batches the SAE's last bits differ
     assert torch.equal(found.n_active, (pooled(patches["dense"], patches["image_of_row"], "max") > 0).sum(0))
     codes = open_codes(patches["path"] / "codes")
-    close(patch_score(codes, patches["patch"], batch_rows=batch_rows).ms, expected)
+    again = patch_score(codes, patches["patch"], batch_rows=batch_rows)
+    close(again.ms, expected)
+    images, dense = patches["image_of_row"], patches["dense"]
+    n, active_S = int(images.max()) + 1, again.n_active
+    without_NS = torch.stack(
+        [slow_patches(dense[images != i], patches["patch_BE"][images != i], images[images != i]) for i in range(n)]
+    )
+    changes_NS = without_NS - expected
+    expected_S = ((n - 1) / n * (changes_NS.square().sum(0) - changes_NS.sum(0).square() / n)).sqrt()
+    assert int((active_S > 2).sum()) > 3
+    close(again.se, expected_S.masked_fill(active_S < 3, math.nan))
+    mean_N = without_NS.nanmean(1) - expected.nanmean()
+    error = ((n - 1) / n * (mean_N.square().sum() - mean_N.sum().square() / n)).sqrt()
+    assert again.mean_interval[1] - float(expected.nanmean()) == pytest.approx(1.959964 * float(error), rel=1e-5)
+    assert again.table().column_names[-3:] == ["se", "ms_low", "ms_high"]
+    alone = patch_score(codes, patches["patch"], batch_rows=batch_rows, intervals=False)
+    assert alone.se is None
+    assert math.isnan(alone.mean_interval.low)
 
 
 def test_what_patches_refuse(patches, tmp_path):

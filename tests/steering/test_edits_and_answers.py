@@ -76,7 +76,7 @@ def residual(model, run, layer=LAYER):
         run()
     finally:
         handle.remove()
-    return caught[0] if anatomy.batch_first else caught[0].transpose(0, 1)
+    return anatomy.form.tokens(caught[0])
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from saevlm_fast.towers.from_open_clip import wrap_open_clip
+from saevlm_fast.towers.from_open_clip import open_clip_anatomy, wrap_open_clip
 from saevlm_fast.towers.from_timm import wrap_timm
 from saevlm_fast.towers.from_transformers import wrap_transformers
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens
-from saevlm_fast.towers.tower import HookedTower, HookPoint
+from saevlm_fast.towers.tower import HookPoint
 
 N_BLOCKS, WIDTH, SIZE, PATCH = 3, 16, 32, 8
 N_PATCHES = (SIZE // PATCH) ** 2
@@ -725,12 +725,6 @@ def test_models_that_are_no_plain_vision_transformer(tmp_path):
     import transformers as t
 
     processor = square(t.ViTImageProcessor)
-    convnext = t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1]))
-    with pytest.raises(ValueError, match="hf:c: ConvNextModel is not a vision transformer"):
-        wrap_transformers(convnext, processor, "hf:c")
-    resnet = t.ResNetModel(t.ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1]))
-    with pytest.raises(ValueError, match="hf:r: ResNetModel is not a vision transformer"):
-        wrap_transformers(resnet, processor, "hf:r")
     swin = t.SwinModel(
         t.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1], num_heads=[2, 2, 2], window_size=2)
     )
@@ -743,12 +737,11 @@ def test_models_that_are_no_plain_vision_transformer(tmp_path):
         stages.hooked([HookPoint("mlp", 0)]),
     ):
         pass
-    with pytest.raises(ValueError, match=r"timm:e: EfficientNet is not a plain vision transformer"):
+    with pytest.raises(ValueError, match=r"timm:e: EfficientNet is not a plain vision transformer, ResNet or ConvNeXt"):
         wrap_timm(timm.create_model("test_efficientnet", num_classes=0), "timm:e")
-    visual = open_clip.modified_resnet.ModifiedResNet([1, 1, 1, 1], 12, 8, 32, width=8)
-    visual.preprocess_cfg = {"size": 32}
-    with pytest.raises(ValueError, match="open_clip:r: ModifiedResNet is not a vision transformer"):
-        wrap_open_clip(visual, "open_clip:r")
+    text = open_clip.transformer.TextTransformer(8, 50, 16, 2, 1)
+    with pytest.raises(ValueError, match="open_clip:r: TextTransformer is neither a vision transformer nor a ResNet"):
+        open_clip_anatomy(text, "open_clip:r")
 
 
 def test_specs_and_directories_that_do_not_work(saved, tmp_path):
@@ -826,7 +819,7 @@ def test_description_is_json_and_knows_the_weights(saved):
 def test_clip_large_336_in_its_true_depth_and_width(monkeypatch):
     """The paper's tower and layers, one image. The MLPs' inner width, which no point shows, is a sixteenth; that images
     are alone what they are together is tried on small towers."""
-    monkeypatch.setattr(HookedTower, "_check_alone", lambda *arguments: None)
+    monkeypatch.setattr("saevlm_fast.towers.tower.check_own_rows", lambda *arguments: None)
     import transformers as t
 
     vision = t.CLIPVisionConfig(

@@ -8,13 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from saevlm_fast.config import SAEConfig
-from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.steering.answers import SteeredAnswers
+from saevlm_fast.towers.forms import Form
 from saevlm_fast.towers.from_timm import wrap_timm
 from saevlm_fast.towers.from_transformers import transformers_anatomy, wrap_transformers
 from saevlm_fast.towers.load import find_anatomy, load_tower
-from saevlm_fast.towers.text import load_llava
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint
 
@@ -52,61 +49,57 @@ def pictures(n=3):
 # --- rows lost or mixed -----------------------------------------------------------------------------------------------
 
 
-def test_towers_that_pack_a_batch_into_one_sequence():
+def test_a_packing_tower_whose_images_cannot_be_told_apart():
+    """One block that loses a patch, and one that hands all of them on in another order for the second image."""
     import transformers as t
 
     config = t.PixtralVisionConfig(**SIZES, image_size=64, patch_size=16)
     processor = t.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 16, "width": 16})
-    square = t.ViTImageProcessor(size={"height": 64, "width": 64})
-    message = r"hf:x: not a plain vision transformer: its blocks give \[1, \d+, 32\] for 2 images, not \[2, T, D\]"
-    for each in (processor, square):
-        tower = wrapped(t.PixtralVisionModel(config), each)
+    changes = {
+        r"a block gives \[1, 23, 32\] for 24 patches of 2 images": lambda x: x[:, 1:],
+        "residual-1 of an image is another one in a batch": lambda x: x.flip(1),
+    }
+    for message, change in changes.items():
+        tower = wrapped(t.PixtralVisionModel(config), processor)
+        with tower.hooked([RESIDUAL]) as run:
+            assert run.layout.grid is None
+        tower.model.transformer.layers[0].register_forward_hook(lambda module, args, output, f=change: f(output))
         with pytest.raises(ValueError, match=message), tower.hooked([RESIDUAL]):
             pass
 
 
-def test_mistral3_packs_its_images(tmp_path):
-    """Its tower is refused, and so are steered answers, whose batches have one row an image."""
+def test_a_tower_that_packs_and_is_not_known_is_refused():
     import transformers as t
 
-    from saevlm_fast.box_making.architecture import build_tokenizer
-
-    tokenizer = build_tokenizer(ends=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
-    vision = SIZES | {"image_size": 64, "patch_size": 16, "head_dim": 8, "model_type": "pixtral"}
-    text = SIZES | {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "model_type": "mistral"}
-    image = {"image_token_index": tokenizer.convert_tokens_to_ids("[IMG]"), "spatial_merge_size": 2}
-    model = t.Mistral3ForConditionalGeneration(t.Mistral3Config(vision_config=vision, text_config=text, **image))
-    randomised(model).save_pretrained(tmp_path)
-    images = t.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 32, "width": 32})
-    t.PixtralProcessor(images, tokenizer, patch_size=16, spatial_merge_size=2).save_pretrained(tmp_path)
-    packed, tower = r"its blocks give \[1, \d+, 32\] for 2 images", load_tower(f"hf:{tmp_path}")
-    with pytest.raises(ValueError, match=packed), tower.hooked([RESIDUAL]):
+    tower = wrapped(t.PixtralVisionModel(t.PixtralVisionConfig(**SIZES, image_size=64, patch_size=16)))
+    tower.anatomy.form = Form()
+    message = r"hf:x: not a plain vision transformer: its blocks give \[1, \d+, 32\] for 2 images, not \[2, T, D\]"
+    with pytest.raises(ValueError, match=message), tower.hooked([RESIDUAL]):
         pass
-    llava, processor = load_llava(f"hf:{tmp_path}")
-    sae = SparseAutoencoder(SAEConfig(32, 64, 4, "topk"))
-    with pytest.raises(ValueError, match=r"^model: Mistral3ForConditionalGeneration packs all images"):
-        SteeredAnswers(llava, processor, sae, 0)
 
 
-def test_processors_that_take_a_list_for_one_sample():
+def test_processors_that_take_a_list_for_one_sample(monkeypatch):
     import transformers as t
 
-    for processor in (
-        t.SmolVLMImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32}),
-        t.Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32}),
-    ):
-        with pytest.raises(ValueError, match=rf"{type(processor).__name__} gives \[1, .*\] for 2 images, not each its"):
-            wrapped(t.ViTModel(t.ViTConfig(**SMALL)), processor)
+    from saevlm_fast.towers import preprocess
+
+    monkeypatch.setattr(preprocess, "_SAMPLES", ())
+    edge = {"longest_edge": 32}
+    processor = t.SmolVLMImageProcessor(size=edge, max_image_size=edge)
+    with pytest.raises(ValueError, match=r"SmolVLMImageProcessor gives \[1, .*\] for 2 images, not each its"):
+        wrapped(t.ViTModel(t.ViTConfig(**SMALL)), processor)
 
 
 def test_a_random_order_of_patches():
     import transformers as t
 
-    tower = wrapped(t.ViTMAEModel(t.ViTMAEConfig(**SMALL, mask_ratio=0.0)))
+    tower = wrapped(t.ViTMAEModel(t.ViTMAEConfig(**SMALL)))
+    with tower.hooked([RESIDUAL]) as run:
+        assert run.layout.grid == (4, 4)
+    tower.anatomy.call = lambda model, inputs: model(**inputs)
     assert "residual-1 of an image is another one each time (a random choice in the model)" in refusal(tower)
-    masked = wrapped(t.ViTMAEModel(t.ViTMAEConfig(**SMALL)))
-    assert "5 tokens of an image of 32 x 32, not 1 before the patches and 16 patches" in refusal(masked)
+    tower.model.config.mask_ratio = 0.75
+    assert "5 tokens of an image of 32 x 32, not 1 before the patches and 16 patches" in refusal(tower)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +109,11 @@ def test_a_random_order_of_patches():
         lambda x: x.flip(0),
         lambda x: x - x.mean(0, keepdim=True),
         lambda x: torch.cat([x[-1:], x[1:]]),
+        lambda x: x[x.flatten(1).sum(1).argsort()],
+        lambda x: x[x.flatten(1).sum(1).argsort(descending=True)],
+        lambda x: x - 0.1 * x.mean(0, keepdim=True),
     ],
-    ids=["first", "reversed", "mean", "last"],
+    ids=["first", "reversed", "mean", "last", "sorted", "sorted down", "a tenth"],
 )
 def test_images_of_a_batch_that_are_mixed(mix):
     import transformers as t
@@ -155,7 +151,7 @@ def test_set_up_costs_three_small_forwards():
     tower, seen = wrapped(t.ViTModel(t.ViTConfig(**SMALL))), []
     tower.model.register_forward_pre_hook(lambda m, a, kw: seen.append(len(kw["pixel_values"])), with_kwargs=True)
     with tower.hooked([RESIDUAL]):
-        assert seen == [2, 1, 1]
+        assert seen == [2, 2, 1]
 
 
 # --- tokens misnamed --------------------------------------------------------------------------------------------------

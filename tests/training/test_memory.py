@@ -10,6 +10,7 @@ from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.training import memory
 from saevlm_fast.training.memory import rows_go_to_device, training_memory
 from saevlm_fast.training.run import train
+from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.state import TrainingState
 
 SAE = SAEConfig.sized(16, expansion=4, k=4)
@@ -91,7 +92,7 @@ def test_rows_that_are_not_finite_are_named_before_training(x_ND):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rows_are_widened_before_they_are_divided(x_ND, device, dtype):
     state = TrainingState(Activations.from_tensor(x_ND), SAE, TrainConfig(), device)
-    state.norm_factor = 3.7
+    state.scale = Scale(3.7)
     x_BD, divisor = x_ND[:64].to(device, dtype), torch.tensor(3.7, device=device)
     out = torch.empty(64, 16, device=device)
     assert state.normalised(x_BD, out=out) is out

@@ -10,9 +10,10 @@ from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import any_device
 from saevlm_fast.training.dead_latents import DeadLatents
+from saevlm_fast.training.gradients import loss_and_gradients
 from saevlm_fast.training.penalty import encode_penalised
 from saevlm_fast.training.state import geometric_median
-from saevlm_fast.training.step import Stepper, loss_and_gradients
+from saevlm_fast.training.step import Stepper
 
 RECIPES = {
     "relu": {"l1": 0.05, "sparsity_warmup": 7},
@@ -54,7 +55,7 @@ def whole_step(stepper, x_BD):
     with torch.no_grad():
         codes, penalty = stepper._encode(x_BD)
         stepper._track(codes, len(x_BD))
-        return stepper._whole_step(x_BD, codes, stepper._dead_latents(), penalty)
+        return stepper._whole_step(x_BD, codes, stepper._dead_latents(), penalty, stepper._mono(x_BD))
 
 
 def by_entries(monkeypatch):

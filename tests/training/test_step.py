@@ -14,7 +14,7 @@ from saevlm_fast.kernels.latent_gradient import (
 )
 from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training import step as step_module
+from saevlm_fast.training import gradients as gradients_module
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary, may_be_dead
 from saevlm_fast.training.state import geometric_median
 from saevlm_fast.training.step import Stepper, smallest_positive
@@ -44,7 +44,7 @@ def make(architecture, *, d_in=24, d_sae=97, k=4, seed=0, dtype=torch.float32, *
 def blocks(request, monkeypatch):
     """A CPU's step goes through its matrices in blocks of rows: all of these in one, or a few rows (or one) in each."""
     if request.param is not None:
-        monkeypatch.setattr(step_module, "_BLOCK_BYTES", request.param)
+        monkeypatch.setattr(gradients_module, "_BLOCK_BYTES", request.param)
         monkeypatch.setattr(latent_gradient_module, "_BLOCK_BYTES", request.param)
 
 

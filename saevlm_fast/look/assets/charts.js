@@ -13,7 +13,7 @@ function viridis(share) {
 }
 
 // Bars from left to right; labels: what stands below the first, the middle and the last.
-function barChart({ counts, labels, title, describe, log = false, mark = null, height = 110 }) {
+function barChart({ counts, labels, title, describe, log = false, mark = null, line = null, height = 110 }) {
   const width = 360, left = 8, bottom = 18, top = 6;
   const most = Math.max(1, ...counts);
   const scale = (count) => (log ? Math.log1p(count) / Math.log1p(most) : count / most);
@@ -31,7 +31,10 @@ function barChart({ counts, labels, title, describe, log = false, mark = null, h
   const places = [left, width / 2, width - left];
   const texts = labels.map((label, i) => svg("text", { x: places[i], y: height - 4, "text-anchor": anchors[i], text: label }));
   const base = svg("line", { x1: left, x2: width - left, y1: height - bottom + 0.5, y2: height - bottom + 0.5, class: "axis" });
-  return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title, class: "chart" }, bars, base, texts);
+  // A line at a place in bars, at the left edge if it is before the first.
+  const at = line === null ? null : left + Math.min(Math.max(line, 0), counts.length) * step;
+  const cut = at === null ? [] : [svg("line", { x1: at, x2: at, y1: 0, y2: height - bottom, class: "cut" })];
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title, class: "chart" }, bars, base, cut, texts);
 }
 
 // A number's place among all: bars of equal width over the range, on the log where that is how they lie.

@@ -24,20 +24,57 @@ const Latent = (() => {
     return known > 1 ? below / (known - 1) : 0;
   }
 
-  function measures(sae, latent) {
+  function measures(app, sae, latent) {
+    const other = app.index.saes[app.index.control];
+    const control = other && other !== sae ? other : null;
     const rows = sae.measures.filter((m) => !/_(low|high|lower|upper|ci_low|ci_high)$/.test(m.key)).map((m) => {
       const column = sae.column[m.key], value = column[latent];
       const [low, high] = ["low", "high"].map((end) => interval(sae, m.key, end, latent));
-      const within = low !== null && high !== null ? ` (${digits(low)} to ${digits(high)})` : "";
+      const within = low !== null && high !== null ? `${digits(low)} to ${digits(high)}` : "";
       const rank = Number.isNaN(value) ? null : rankOf(column, value);
+      const held = control && rank !== null && control.column[m.key] ? rankOf(control.column[m.key], value) : null;
       const fill = el("span", { class: "fill" });
       if (rank !== null) fill.style.width = `${100 * rank}%`;
-      return el("tr", { title: m.help }, el("th", { scope: "row", text: m.label }), el("td", { text: digits(value) + within }),
-        el("td", {}, rank === null ? "–" : el("span", { class: "track", "aria-hidden": "true" }, fill)),
-        el("td", { text: rank === null ? "" : `${Math.round(100 * rank)}` }));
+      return el("tr", { title: m.help }, el("th", { scope: "row", text: m.label }), el("td", {}, digits(value), within ? el("span", { class: "within", text: within }) : null),
+        el("td", { class: "place" }, rank === null ? "–" : el("span", { class: "track", "aria-hidden": "true" }, fill)),
+        el("td", { text: rank === null ? "" : `${Math.round(100 * rank)}` }),
+        control ? el("td", { text: held === null ? "–" : `${Math.round(100 * held)}` }) : null);
     });
-    return el("table", { class: "measures" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "measure" }), el("th", { scope: "col", text: "value" }),
-      el("th", { scope: "col", text: "among all" }), el("th", { scope: "col", text: "percentile" }))), el("tbody", {}, rows));
+    const head = ["measure", "value", "among all", "percentile", ...(control ? ["in control"] : [])];
+    return [el("table", { class: "measures" }, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col", text, class: text === "among all" ? "place" : null })))), el("tbody", {}, rows)),
+      app.index.encoder && sae.column.ms ? el("p", { class: "note", text: `MS by ${app.index.encoder}; below it its interval of 95 % over images.` }) : null,
+      control ? el("p", { class: "note", text: `In control: its percentile among the latents of ${control.name}, which cannot have learned.` }) : null];
+  }
+
+  // What a table of scores says of a latent in words.
+  function noted(record) {
+    if (!record.n) return null;
+    return el("div", { class: "hideable" }, part("From the table of scores", el("dl", { class: "facts" }, record.n.map(([name, text]) => el("div", {}, el("dt", { text: name }), el("dd", { text }))))));
+  }
+
+  const ALPHAS = [["half its largest", 0.5], ["its largest", 1], ["twice", 2], ["five times", 5], ["against it", -1]];
+
+  // The command at a strength; and what steering did, where that was measured.
+  function steering(app, sae, latent, record) {
+    const code = el("code", { class: "command", text: app.steer(sae, latent) });
+    const choose = el("select", { "aria-label": "Strength", onchange: () => { code.textContent = app.steer(sae, latent, Number(choose.value)); } },
+      ALPHAS.map(([text, share]) => el("option", { value: String(share), text, selected: share === 1 })));
+    const copy = el("button", { type: "button", text: "Copy", "aria-label": "Copy this command", onclick: () => app.copy(code.textContent, "command") });
+    const found = [el("div", { class: "tools" }, el("label", { class: "pick" }, "Strength", choose), copy), code];
+    if (record.z) {
+      const { answer, share, rows } = record.z;
+      if (answer !== null) found.push(el("p", { class: "hideable" }, "Most frequent answer: ", el("q", { text: answer }), share === null ? "" : `, ${percent(share)} of the answers`));
+      found.push(el("table", { class: "plain" }, el("thead", {}, el("tr", {}, ["condition", "score", "empty answers"].map((text) => el("th", { scope: "col", text })))),
+        el("tbody", {}, rows.map(([name, score, empty]) => el("tr", {}, el("th", { scope: "row", text: name.replace(/_/g, " ") }), el("td", { text: digits(score) }), el("td", { text: empty === null ? "–" : percent(empty) }))))),
+        el("p", { class: "note", text: "All but the first are controls: steering that does more than they do is the latent's." }));
+    }
+    return part("Steering", found);
+  }
+
+  function origin(app, sae) {
+    const rows = [["SAE", sae.path], ["rows", `${sae.rows} (${digits(sae.nRows)})`], ["images", digits(sae.nImages)], ["made", `${app.index.made}, saevlm-fast ${app.index.version}`]];
+    if (app.index.encoder) rows.push(["embeddings", app.index.encoder]);
+    return el("details", {}, el("summary", { text: "Where this is from" }), el("dl", { class: "facts" }, rows.map(([name, text]) => el("div", {}, el("dt", { text: name }), el("dd", { class: "path", text })))));
   }
 
   function interval(sae, key, end, latent) {
@@ -69,17 +106,19 @@ const Latent = (() => {
       el("span", { class: "note", text: "Where it fires, not why." }));
   }
 
-  function histogramOf(record, sae, bins) {
+  function histogramOf(record, sae, latent, bins) {
     if (!record.g) return null;
     const [first, counts] = record.g;
     const edge = (i) => 2 ** (bins.lowest + (first + i) / bins.octave);
     const silent = sae.nImages - counts.reduce((a, b) => a + b, 0);
+    const cut = !sae.threshold ? null : sae.threshold.length > 1 ? sae.threshold[latent] : sae.threshold[0];
+    const threshold = cut > 0 ? cut : null;
     const chart = barChart({
-      counts, log: true, labels: [digits(edge(0)), "activation (log)", digits(edge(counts.length))],
+      counts, log: true, line: threshold === null ? null : (Math.log2(threshold) - bins.lowest) * bins.octave - first, labels: [digits(edge(0)), "activation (log)", digits(edge(counts.length))],
       title: `Images by activation, from ${digits(edge(0))} to ${digits(edge(counts.length))}; most in a bar: ${Math.max(...counts)}`,
       describe: (i, count) => `${digits(edge(i))} to ${digits(edge(i + 1))}: ${count} images`,
     });
-    return part("Activations", chart, el("p", { class: "note", text: `Heights are logarithmic. It is silent on ${silent.toLocaleString("en")} of ${sae.nImages.toLocaleString("en")} images.` }));
+    return part("Activations", chart, el("p", { class: "note", text: `Heights are logarithmic.${threshold === null ? "" : ` It fires above ${digits(threshold)}, the line.`} It is silent on ${silent.toLocaleString("en")} of ${sae.nImages.toLocaleString("en")} images.` }));
   }
 
   function bandsOf(app, sae, latent, record) {
@@ -102,6 +141,13 @@ const Latent = (() => {
       el("button", { type: "button", class: "link", onclick: () => app.open(other, app.index.saes.indexOf(sae)) }, `${other}`),
       el("span", { class: "value", text: digits(value) }), el("span", { class: "hideable", text: app.nameOf(sae, other) || app.classOf(sae, other) || "" })))),
       el("p", { class: "note", text: note }));
+  }
+
+  function nearMisses(app, sae, latent, record) {
+    if (!record.m || !record.m.length) return null;
+    const what = sae.threshold ? "below the threshold" : "not among the largest of a row";
+    const figures = record.m.map(([tile, value]) => Pictures.figure([tile], { grid: null, latent, side: 72, note: digits(value) }));
+    return part("Near misses", el("p", { class: "note", text: `Silent images with the highest pre-activation, ${what}; of ${sae.near.images.toLocaleString("en")} images that were tried.` }), el("div", { class: "pictures" }, figures));
   }
 
   function group(sae, latent) {
@@ -128,13 +174,13 @@ const Latent = (() => {
     const max = sae.column.max ? sae.column.max[latent] : NaN;
     if (!record.t) {
       root.append(el("p", { class: "problem", text: "It fires on none of the images." }));
-      add(root, el("div", { class: "columns" }, part("Measures", measures(sae, latent)),
-        neighbours(app, sae, "Nearest by decoder", "Cosine of decoder directions.", record.d)));
+      add(root, el("div", { class: "columns" }, part("Measures", measures(app, sae, latent)), neighbours(app, sae, "Nearest by decoder", "Cosine of decoder directions.", record.d)),
+        nearMisses(app, sae, latent, record), origin(app, sae));
       return;
     }
     root.append(part("Top images", heatTools(app, sae, root, sae.heatMax ? sae.heatMax[latent] : max), pictures(app, sae, latent, record.t, 112)));
     const columns = el("div", { class: "columns" });
-    add(columns, part("Measures", measures(sae, latent)), histogramOf(record, sae, app.index.bins));
+    add(columns, part("Measures", measures(app, sae, latent)), histogramOf(record, sae, latent, app.index.bins));
     if (record.w) {
       const best = Math.max(...record.w.map(([, score]) => score), 1e-9);
       const own = sae.names && sae.names[latent];
@@ -145,12 +191,21 @@ const Latent = (() => {
       columns.append(el("div", { class: "hideable" }, part("Classes", bars(record.c.map(([c, share]) => [sae.classes.names[c], share, share, `${percent(sae.classes.shares[c])} of images`]), percent),
         el("p", { class: "note", text: "Share of its activation, and of all images." }))));
     }
+    add(columns, noted(record));
+    const counted = `counted on ${sae.togetherImages.toLocaleString("en")} images`;
+    const same = record.u === undefined ? [] : [[record.u, 1 - sae.column.uniqueness[latent]]];
     for (const each of [
       neighbours(app, sae, "Nearest by decoder", "Cosine of decoder directions.", record.d),
-      neighbours(app, sae, "Fires together with", `Jaccard index of the images, counted on ${sae.togetherImages.toLocaleString("en")}.`, record.f),
+      neighbours(app, sae, "Fires together with", `Jaccard index of the images, ${counted}.`, record.f),
+      neighbours(app, sae, "Parents", `Wider latents that fire wherever it does: share of its images, at least and less chance, ${counted}.`, record.p),
+      neighbours(app, sae, "Children", `Narrower latents that fire only where it does: share of their images, at least and less chance, ${counted}.`, record.k),
+      neighbours(app, sae, "Same top images", "Jaccard index of the 16 most active images.", same),
+      steering(app, sae, latent, record),
     ]) if (each) columns.append(each);
     root.append(columns, bandsOf(app, sae, latent, record));
-    if (record.s && record.s.length) root.append(part("Silent on", pictures(app, sae, latent, record.s.map((tile) => [tile]), 72)));
+    add(root, nearMisses(app, sae, latent, record));
+    if (record.s && record.s.length) root.append(part("Silent on", el("p", { class: "note", text: "Images drawn at random." }), pictures(app, sae, latent, record.s.map((tile) => [tile]), 72)));
+    root.append(origin(app, sae));
   }
 
   function heading(app, sae, number, latent, record, pinned) {

@@ -23,6 +23,7 @@
   const start = { sae: 0, latent: null, sort: "", desc: true, q: "", stars: "", view: "", pin: "", filters: [] };
   const app = {
     index,
+    memory,
     state: { ...start },
     nameOf(sae, latent) {
       if (sae.names && sae.names[latent]) return sae.names[latent];
@@ -66,9 +67,25 @@
       app.set({ sort: key, desc: app.state.sort === key ? !app.state.desc : !["latent", "name", "class"].includes(key) });
     },
     link: (latent, number) => `${location.href.split("#")[0]}#${number ? `sae=${number}&` : ""}latent=${latent}`,
-    steer(sae, latent) {
+    steer(sae, latent, share = 1) {
       const max = sae.column.max ? sae.column.max[latent] : NaN;
-      return sae.steer.replace(/LATENT --alpha ALPHA$/, `${latent} --alpha ${Number.isFinite(max) ? max.toPrecision(3) : "10"}`);
+      const alpha = Number(((Number.isFinite(max) ? max : 10) * share).toPrecision(3));
+      return sae.steer.replace(/LATENT --alpha ALPHA$/, `${latent} --alpha ${alpha}`);
+    },
+    // A file of the stars, with what the page knows of their latents.
+    exportStars() {
+      const saes = index.saes.map((sae, number) => ({ name: sae.name, path: sae.path, latents: [...app.favourites(number)].map((latent) => ({
+        latent, name: app.nameOf(sae, latent), ...Object.fromEntries(sae.measures.map((m) => [m.key, sae.column[m.key][latent]]).filter(([, value]) => Number.isFinite(value))) })) }));
+      app.save("stars.json", { format: "saevlm-fast stars", title: index.title, saes });
+    },
+    save(name, value) {
+      const url = URL.createObjectURL(new Blob([JSON.stringify(value, null, 1)], { type: "application/json" }));
+      const link = el("a", { href: url, download: name });
+      document.body.append(link);
+      link.click();
+      link.remove();
+      setTimeout(() => URL.revokeObjectURL(url), 1000);
+      tell(`Saved ${name}`, true);
     },
     async copy(text, what) {
       try {
@@ -85,13 +102,12 @@
     },
     update(redraw = false) {
       const { view, latent, sae, pin } = app.state;
-      const overview = view === "overview";
-      document.getElementById("list").hidden = overview;
-      detail.hidden = overview;
-      overviewRoot.hidden = !overview;
-      for (const tab of tabs) tab.setAttribute("aria-pressed", String(tab.dataset.view === (overview ? "overview" : "")));
-      if (overview) {
-        Overview.show(app, overviewRoot);
+      document.getElementById("list").hidden = Boolean(view);
+      detail.hidden = Boolean(view);
+      overviewRoot.hidden = !view;
+      for (const tab of tabs) tab.setAttribute("aria-pressed", String(tab.dataset.view === view));
+      if (view) {
+        (view === "blind" ? Blind : Overview).show(app, overviewRoot);
         return;
       }
       table.update(app.state);
@@ -142,7 +158,7 @@
     const sort = found.get("sort");
     const known = sort === "latent" || sort === "name" || sort === "class" || (sort && sort in index.saes[sae].column);
     Object.assign(app.state, start, first, { sae, filters, pin, latent: there ? latent : null, q: found.get("q") || "", stars: found.get("stars") || "",
-      view: found.get("view") === "overview" ? "overview" : "" });
+      view: views.includes(found.get("view")) ? found.get("view") : "" });
     if (known) Object.assign(app.state, { sort, desc: found.get("desc") !== "0" });
   }
 
@@ -170,7 +186,9 @@
   const detail = document.getElementById("detail"), overviewRoot = document.getElementById("overview");
   const main = el("div", { class: "pane" }), pinned = el("div", { class: "pane pinned", hidden: true });
   detail.append(main, pinned);
-  const tabs = [["", "Latents"], ["overview", index.saes.length > 1 ? "Overview of the SAEs" : "Overview"]].map(([view, text]) =>
+  const views = ["", "overview", ...(index.control === null ? [] : ["blind"])];
+  const titles = { "": "Latents", overview: index.saes.length > 1 ? "Overview of the SAEs" : "Overview", blind: "Blind check" };
+  const tabs = views.map((view) => [view, titles[view]]).map(([view, text]) =>
     el("button", { type: "button", class: "tab", "data-view": view, "aria-pressed": "false", text, onclick: () => app.set({ view }) }));
   const choose = el("select", { id: "sae", "aria-label": "SAE", onchange: () => { app.state.latent = null; app.state.sae = Number(choose.value); showSae(); app.set({}); first_latent(); } },
     index.saes.map((sae, i) => el("option", { value: String(i), text: sae.name })));
@@ -218,6 +236,8 @@
       h: () => { const box = document.querySelector('input[data-heat="heat"]'); if (box) box.click(); },
       s: () => app.state.latent !== null && app.star(app.state.latent),
     };
+    const verdict = app.state.view === "blind" && document.querySelector(`[data-verdict][data-key="${CSS.escape(event.key)}"]`);
+    if (verdict) verdict.click();
     if (event.key in actions) {
       event.preventDefault();
       actions[event.key]();

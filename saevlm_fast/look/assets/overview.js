@@ -75,8 +75,12 @@ const Overview = (() => {
     }
     const facts = [["latents", digits(sae.dSae)], ["never fire", `${digits(dead)} (${percent(dead / sae.dSae)})`], ["fire on more than 10 % of images", `${digits(dense)} (${percent(dense / sae.dSae)})`],
       ["images", digits(sae.nImages)], ["rows", digits(sae.nRows)], ["latents an image", digits((density || []).reduce((a, b) => a + b, 0))]];
+    if (sae.near) {
+      const explained = sae.near.explained[sae.near.explained.length - 1];
+      facts.push([`explained variance, of ${digits(sae.near.rows)} rows`, explained === null ? "–" : percent(explained)]);
+    }
     if (sae.names) facts.push(["with a name of their own", digits(sae.names.filter(Boolean).length)]);
-    return el("article", { class: "card" }, el("h3", { text: sae.name }), el("p", { class: "note path", text: `${sae.path} on ${sae.rows}` }),
+    return el("article", { class: "card" }, el("h3", {}, sae.name, number === app.index.control ? el("span", { class: "chip", text: "control" }) : null), el("p", { class: "note path", text: `${sae.path} on ${sae.rows}` }),
       el("dl", { class: "facts" }, facts.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value })))),
       distribution, plot,
       el("p", { class: "note", text: `Each point a latent: ${label(sae, chosen.x)} across, ${label(sae, chosen.y)} up${chosen.colour ? `, coloured by ${label(sae, chosen.colour)}` : ""}. Click one to open it.` }),
@@ -85,8 +89,8 @@ const Overview = (() => {
 
   const label = (sae, key) => (sae.measures.find((m) => m.key === key) || { label: key }).label;
 
-  function table(head, rows) {
-    return el("table", { class: "plain" }, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col", text })))),
+  function table(head, rows, kind = "plain numbers") {
+    return el("table", { class: kind }, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col", text })))),
       el("tbody", {}, rows.map(([name, ...cells]) => el("tr", {}, el("th", { scope: "row", text: name }), cells.map((text) => el("td", { text }))))));
   }
 
@@ -102,15 +106,16 @@ const Overview = (() => {
     const keys = ["density", "ms", "purity", "max"].filter((key) => sae.column[key]);
     let start = 0;
     const rows = sae.groups.map((size, i) => {
-      const row = [`group ${i + 1} (${size})`, ...keys.map((key) => digits(quantiles(sae.column[key].subarray(start, start + size))[1]))];
+      const explained = sae.near ? sae.near.explained[i] : undefined;
+      const row = [`group ${i + 1} (${size})`, ...(sae.near ? [explained === null ? "–" : percent(explained)] : []), ...keys.map((key) => digits(quantiles(sae.column[key].subarray(start, start + size))[1]))];
       start += size;
       return row;
     });
-    return el("div", {}, el("h4", { text: "Matryoshka groups, medians" }), table(["group", ...keys.map((key) => label(sae, key))], rows));
+    return el("div", {}, el("h4", { text: "Matryoshka groups" }), el("p", { class: "note", text: `${sae.near ? "Explained: variance of the rows by this group and those before it. " : ""}Of the measures, medians.` }), table(["group", ...(sae.near ? ["explained"] : []), ...keys.map((key) => label(sae, key))], rows));
   }
 
   function recipe(sae) {
-    return el("details", {}, el("summary", { text: "Recipe" }), table(["setting", "value"], sae.recipe));
+    return el("details", {}, el("summary", { text: "Recipe" }), table(["setting", "value"], sae.recipe, "plain"));
   }
 
   return { show };

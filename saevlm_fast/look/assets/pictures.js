@@ -120,6 +120,7 @@ const Pictures = (() => {
     const act = picture[1] === null || picture[1] === undefined ? "silent" : `activation ${digits(picture[1])}`;
     const label = about.label ? `, ${about.label}` : "";
     const missing = about.width ? "" : ", missing";
+    if (latent === null) return `Image ${about.name}${label}${missing}`;
     return `Image ${about.name}${label}, ${act} of latent ${latent}${missing}`;
   }
 

@@ -22,7 +22,8 @@ class LatentTable {
       oninput: () => this.app.set({ q: this.search.value }) });
     const more = el("button", { type: "button", class: "quiet", text: "+ Filter", onclick: () => this.addFilter() });
     this.stars = el("input", { type: "checkbox", id: "stars", onchange: () => this.app.set({ stars: this.stars.checked ? "1" : "" }) });
-    const tools = el("div", { class: "tools" }, this.search, more, el("label", { class: "check" }, this.stars, "starred"));
+    const tools = el("div", { class: "tools" }, this.search, more, el("label", { class: "check" }, this.stars, "starred"),
+      el("button", { type: "button", class: "quiet", text: "Export stars", title: "A JSON file of the starred latents", onclick: () => this.app.exportStars() }));
     this.sort = el("select", { "aria-label": "Sort by", onchange: () => this.app.sortBy(this.sort.value) });
     const about = el("div", { class: "about" }, this.count, el("label", { class: "pick" }, "Sort by", this.sort));
     this.root.append(tools, this.filters, about, this.grid);
@@ -33,7 +34,7 @@ class LatentTable {
     this.sae = sae;
     const labels = new Map(sae.measures.map((m) => [m.key, m.label]));
     this.columns = ["latent", ...(sae.names ? ["name"] : []), ...(sae.classes ? ["class"] : []), ...sae.measures.map((m) => m.key)];
-    const wanted = ["latent", "name", "class", "ms", "density", "max", "purity", "name_score", "decoder_cosine", "jaccard"];
+    const wanted = ["latent", "name", "class", "ms", "density", "max", "purity", "uniqueness", "lca_depth", "name_score", "decoder_cosine", "jaccard"];
     const seen = this.columns.filter((key) => wanted.includes(key));
     this.shown = seen.concat(this.columns.filter((key) => !wanted.includes(key))).slice(0, 7);
     this.shown.sort((a, b) => (wanted.indexOf(a) + 99) % 99 - ((wanted.indexOf(b) + 99) % 99));

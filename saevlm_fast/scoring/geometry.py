@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saevlm_fast.look.image_rows import ImageTable
+from saevlm_fast.scoring.image_rows import ImageTable
 
 _MOST_PREFIX = 16  # CLS and registers, where a store does not say how many
 Region = tuple[float, float, float, float]  # left, top, right, bottom as shares of the picture; beyond 0 .. 1: padding
@@ -69,6 +69,8 @@ def covered(source: Mapping[str, Any] | None, width: int, height: int) -> Region
     model = (source or {}).get("model")
     preprocess = model.get("preprocess") if isinstance(model, dict) else None
     settings = preprocess.get("settings", preprocess) if isinstance(preprocess, dict) else {}
+    if isinstance(model, dict) and model.get("square"):  # what is cropped then is cropped from a square
+        width = height = int(model["square"])
     try:
         return _covered(settings, width, height)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
@@ -88,6 +90,10 @@ def _covered(settings: Mapping[str, Any], width: int, height: int) -> Region:
     if settings.get("image_grid_pinpoints") is not None or settings.get("do_resize") is False:
         return WHOLE  # of tiles the first is the whole picture
     size = settings.get("size") or {}
+    if "max_image_tiles" in settings:  # Mllama's: in the upper left of a tile
+        tile = _pair(size)
+        height_, width_ = _resized("longest", tile, width, height)
+        return 0.0, 0.0, tile[1] / width_, tile[0] / height_
     if size.get("shortest_edge"):
         resized = _resized("shortest", (int(size["shortest_edge"]),) * 2, width, height)
     elif size.get("longest_edge"):

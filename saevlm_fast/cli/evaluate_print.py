@@ -1,0 +1,107 @@
+"""What `saevlm-fast evaluate` prints: figures with intervals, verdicts against controls, what was left out."""
+
+from typing import TYPE_CHECKING, Any
+
+from saevlm_fast.cli.evaluate_model import print_behaviour
+from saevlm_fast.cli.terminal import print_table, print_wide_table, say
+
+if TYPE_CHECKING:
+    from saevlm_fast.measures.inputs import Inputs
+    from saevlm_fast.measures.measure import Evaluation
+    from saevlm_fast.measures.subjects import Subject
+
+_SHORT = {"better, seeds missing": "better", "does not separate: not better": "NO"}
+
+
+def print_evaluation(evaluation: "Evaluation", inputs: "Inputs") -> None:
+    """To the terminal, a table for each shape of SAE."""
+    rows = evaluation.table()
+    groups = list(dict.fromkeys(each.subject.group for each in evaluation.results))
+    for group in groups:
+        members = [each.subject for each in evaluation.results if each.subject.group == group]
+        if len(groups) > 1:
+            say(f"SAEs of one shape: {group}")
+        _print_values(members, rows)
+        _print_intervals(members, rows)
+        _print_verdicts(group, rows)
+    judged = [each["verdict"] for row in rows for each in row["against"]]
+    if any(each.startswith("does not separate") for each in judged):
+        say("NO: does not separate from what cannot have learned (d' below 2, or not better)")
+    if any("seeds missing" in each for each in judged):
+        say("seeds missing: d' needs three SAEs or more that differ by their seed alone; a difference may be chance")
+    for pair in evaluation.compared:
+        say(
+            f"{pair['first']} and {pair['other']}: {pair['shared_share']:.1%} of latents shared (cosine .7), "
+            f"{pair['mutual_nearest']:.1%} mutual nearest, mean largest cosine {pair['mmcs'][0]:.3f} "
+            f"(random directions {pair['random'][0]:.3f})"
+        )
+    if inputs.behaviour is not None:
+        print_behaviour(evaluation)
+    if "hierarchy" not in evaluation.left_out and (gaps := inputs.beside_the_taxonomy()) is not None:
+        say(f"taxonomy: {gaps}")
+    for name, why in evaluation.left_out.items():
+        say(f"left out: {name}: {why}")
+
+
+def _print_values(members: "list[Subject]", rows: list[dict[str, Any]]) -> None:
+    """A column an SAE, and one for each control, the mean of its seeds."""
+    columns = {each.name: [each.name] for each in members if each.control is None}
+    for each in members:
+        if each.control is not None:
+            columns.setdefault(each.control, []).append(each.name)
+    several = [name for name, names in columns.items() if len(names) > 1]
+    cells = [
+        (row["measure"], *(_number(_mean([row["values"][name] for name in names])) for names in columns.values()))
+        for row in rows
+    ]
+    print_wide_table(("measure", *columns), cells)
+    if several:
+        say(f"means of {max(map(len, columns.values()))} seeds: {', '.join(several)}")
+
+
+def _print_intervals(members: "list[Subject]", rows: list[dict[str, Any]]) -> None:
+    """Of the SAEs, 95 %, where there are any: what each covers is in docs/how-to/evaluate.md."""
+    names = [each.name for each in members if each.control is None]
+    cells = []
+    for row in rows:
+        ends = [row["intervals"].get(name, (float("nan"),) * 2) for name in names]
+        if any(low == low for low, _ in ends):
+            cells.append((row["measure"], *(f"{_number(low)} to {_number(high)}" for low, high in ends)))
+    if cells:
+        print_wide_table(("95 % interval", *names), cells)
+
+
+def _mean(values: list[float]) -> float:
+    """Of the numbers that are defined; NaN of none."""
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _print_verdicts(group: str, rows: list[dict[str, Any]]) -> None:
+    """What does not separate, in words, and d' where there are seeds."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for each in row["against"]:
+            if each["group"] != group or each["verdict"] in ("not judged", "not measured"):
+                continue
+            judged: str = each["verdict"]
+            verdict = _SHORT.get(judged, judged)
+            if each["d_prime"] == each["d_prime"]:
+                verdict = f"d' {each['d_prime']:.1f}" + ("" if verdict == "separates" else " NO")
+            cells.setdefault(row["measure"], {})[each["control"]] = verdict
+    controls = list(dict.fromkeys(control for found in cells.values() for control in found))
+    if controls:
+        lines = [(name, *(found.get(control, "-") for control in controls)) for name, found in cells.items()]
+        print_wide_table(("against", *controls), lines)
+    at_matched = [
+        (row["measure"], _number(each["matched"]["sae"]), _number(each["matched"]["control"]))
+        for row in rows
+        for each in row["against"]
+        if each["group"] == group and each["control"] == "untrained" and each.get("matched", {}).get("covered")
+    ]
+    if at_matched:
+        print_table(("at matched firing counts", "first SAE", "first untrained"), at_matched)
+
+
+def _number(value: float) -> str:
+    return "-" if value != value else f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -1,0 +1,217 @@
+"""saevlm-fast train with several SAEs: comma lists and [[sweep]] tables, in one pass over the data.
+
+OUTPUT/NAME/...        each SAE's run, as if it were trained alone; NAME is what differs (sweep.py)
+OUTPUT/grid.json       the summary: of every SAE its settings and what was measured; grid.parquet the same table
+OUTPUT/grid.svg        explained variance against L0; MS against both, where embeddings are given
+OUTPUT/settings.toml   the command's settings
+"""
+
+import shlex
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saevlm_fast.cli.grid_picture import write_picture
+from saevlm_fast.cli.options import Plan
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_figures, training_disk
+from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
+from saevlm_fast.errors import Interrupted, require
+from saevlm_fast.files import atomic_write, write_json_atomic
+from saevlm_fast.training.memory import training_memory
+
+if TYPE_CHECKING:
+    from saevlm_fast.cli.train import Run, TrainArguments
+    from saevlm_fast.data.rows import Activations
+    from saevlm_fast.training.many import Trained
+
+TABLE_FILE, PARQUET_FILE, PICTURE_FILE = "grid.json", "grid.parquet", "grid.svg"
+
+
+def runs_of(options: "TrainArguments", n_rows: int, d: int, path: Path) -> "dict[str, Run]":
+    """What is trained, by name, on activations [n_rows, d]. ValueError: settings that do not fit the width."""
+    from saevlm_fast.cli.train import Run
+
+    return {name: Run.of(member, n_rows, d, path) for name, member in options.members().items()}
+
+
+def check_outputs(options: "TrainArguments") -> None:
+    """ValueError: something is there, and nothing says that it may be replaced or gone on with."""
+    from saevlm_fast.outputs import check_absent
+    from saevlm_fast.training.checkpoints import RUN_FILE, RunDirectory
+
+    alone = (options.output / RUN_FILE).exists()
+    require(not alone, f"output: {options.output} holds a run of one SAE; name another directory for several")
+    used = [
+        RunDirectory(member.output, member.checkpoint_every, member.resume, member.force).used()
+        for member in options.members().values()
+    ]
+    if not any(used) and not options.resume:
+        files = (SETTINGS_FILE, TABLE_FILE, PARQUET_FILE, PICTURE_FILE)
+        check_absent([options.output / file for file in files], options.force)
+
+
+def memory_of(runs: "Mapping[str, Run]") -> dict[str, int]:
+    """Bytes that each takes, by arithmetic; together they take the sum."""
+    return {
+        name: training_memory(run.sae, run.batch_size, run.config.accumulate, run.config.control)
+        for name, run in runs.items()
+    }
+
+
+def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
+    """The SAEs with their memory, and the time of all their steps, one after the other."""
+    from saevlm_fast.inspection import human_bytes
+    from saevlm_fast.outputs import workplace
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.training.checkpoints import latest_checkpoint
+
+    device, needed = resolve_device(options.device), memory_of(runs)
+    check_writable(options.output)
+    check_outputs(options)
+    first, members = next(iter(runs.values())), options.members()
+    newest = [latest_checkpoint(workplace(member.output)) for member in members.values() if options.resume]
+    times = [time_figures(run.sae, run.config, run.n_rows, device) for run in runs.values()]
+    seconds = [each["a_step_seconds"] for each in times if "a_step_seconds" in each]
+    whole = {"a_step_seconds": sum(seconds), "all_steps_seconds": sum(seconds) * first.config.n_steps}
+    figures = {
+        "rows": first.n_rows,
+        "steps": first.config.n_steps,
+        "epochs": first.config.n_steps * first.batch_size / first.n_rows,
+        "d_in": first.sae.d_in,
+        "saes": [f"{name}: d_sae {run.sae.d_sae:,}, {human_bytes(needed[name])}" for name, run in runs.items()],
+        "resumes_at": [checkpoint.name if checkpoint else "step 0" for checkpoint in newest] or None,
+        **memory_figures(device, sum(needed.values())),
+        **disk_figures(options.output, sum(training_disk(run.sae) for run in runs.values())),
+        **(whole if len(seconds) == len(times) else times[0]),
+    }
+    return Plan(sentence_of(runs), figures)
+
+
+def sentence_of(runs: "Mapping[str, Run]") -> str:
+    """For people."""
+    first = next(iter(runs.values()))
+    return (
+        f"{len(runs)} SAEs of {first.sae.d_in} in one pass, on {first.n_rows:,} rows; {first.config.n_steps:,} steps "
+        f"of {first.batch_size:,}, {first.path}: {', '.join(runs)}"
+    )
+
+
+def train_grid(
+    options: "TrainArguments", data: "Activations", held_out: "Activations | None", runs: "Mapping[str, Run]"
+) -> dict[str, Any]:
+    """Trains them, and writes the summary. The output is locked."""
+    from saevlm_fast.config import RunOptions
+    from saevlm_fast.inspection import human_bytes
+    from saevlm_fast.training.many import train_many
+
+    check_outputs(options)
+    embeddings = _embeddings(options, held_out or data)
+    say(sentence_of(runs), f"memory: {human_bytes(sum(memory_of(runs).values()))} of all together")
+    members = options.members()
+    records = [Record("train", member, member.output) for member in members.values()]
+    records.append(Record("train", options, options.output, rows=data.n_rows, d_in=data.d))
+    steps = next(iter(runs.values())).config.n_steps
+    with TrainBar(steps) as bar, closing(_Log(bar, next(iter(runs)))) as log:
+
+        def on_step(step: int) -> None:
+            for record in records:
+                record.write()
+            bar.on_step(step)
+
+        try:
+            trained = train_many(
+                data,
+                {name: run.sae for name, run in runs.items()},
+                {name: run.config for name, run in runs.items()},
+                options.part(RunOptions),
+                validation=held_out,
+                on_log=log.on_log,
+                on_step=on_step,
+                on_note=tell,
+            )
+        except Interrupted as error:
+            what, settings = str(error).partition(";")[0], shlex.quote(str(options.output / SETTINGS_FILE))
+            raise Interrupted(f"{what}; continue with: saevlm-fast train --config {settings} --resume") from None
+    for record in records:
+        record.write()
+    return summarise(options, trained, runs, _scores(trained, held_out or data, embeddings), held_out is not None)
+
+
+class _Log:
+    """The bar speaks of the first SAE, whose metrics are logged first."""
+
+    def __init__(self, bar: TrainBar, first: str):
+        self.bar, self.first = bar, first
+
+    def on_log(self, name: str, step: int, metrics: dict[str, float]) -> None:
+        """Called after every logged step of every SAE."""
+        if name == self.first and step < (self.bar.total or 0):
+            self.bar.on_log(step, metrics)
+
+    def close(self) -> None:
+        """When all steps are done, or none will be."""
+        self.bar.close()
+
+
+def _embeddings(options: "TrainArguments", evaluated: "Activations") -> "Activations | None":
+    from saevlm_fast.data.rows import open_activations
+
+    if options.embeddings is None:
+        return None
+    embeddings = open_activations(options.embeddings)
+    require(
+        embeddings.n_rows == evaluated.n_rows,
+        f"embeddings: {embeddings.n_rows:,} rows of {options.embeddings}, but {evaluated.n_rows:,} are evaluated; "
+        "row i of both is image i",
+    )
+    return embeddings
+
+
+def _scores(
+    trained: "Mapping[str, Trained]", evaluated: "Activations", embeddings: "Activations | None"
+) -> dict[str, float]:
+    """The mean Monosemanticity Score of each, if there are embeddings."""
+    from saevlm_fast.scoring.monosemanticity import score
+
+    if embeddings is None:
+        return {}
+    return {name: score(evaluated, embeddings, each.sae).summary().mean for name, each in trained.items()}
+
+
+def summarise(
+    options: "TrainArguments",
+    trained: "Mapping[str, Trained]",
+    runs: "Mapping[str, Run]",
+    scores: Mapping[str, float],
+    held_out: bool,
+) -> dict[str, Any]:
+    """Table, files and picture; what --json prints."""
+    rows = []
+    for name, each in trained.items():
+        sae, metrics = runs[name].sae, dict(each.metrics)
+        metrics.pop("rows")
+        row = {"name": name, "architecture": sae.architecture, "d_sae": sae.d_sae, "k": sae.k, **metrics}
+        rows.append(row | ({"ms_mean": scores[name]} if scores else {}))
+    n_rows, kind = next(iter(trained.values())).metrics["rows"], "validation" if held_out else "training"
+    say(f"evaluation on all {n_rows:,} {kind} rows")
+    print_wide_table(tuple(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+    note = "" if scores else "MS is left out: no embeddings were given (--embeddings)"
+    write_json_atomic(options.output / TABLE_FILE, {"rows": n_rows, "of": kind, "saes": rows, "note": note})
+    _write_parquet(options.output / PARQUET_FILE, rows)
+    write_picture(options.output / PICTURE_FILE, rows, note)
+    say(*([note] if note else []), f"wrote {options.output}")
+    return {"output": str(options.output), "evaluation": {"rows": n_rows, "of": kind}, "saes": rows}
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with atomic_write(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)

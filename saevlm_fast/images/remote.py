@@ -1,0 +1,124 @@
+"""Images that are elsewhere: the same sources as of this machine, of files that are fetched when they are needed.
+
+    s3://bucket/DIR                       folder of images, else of tars, else of parquet files
+    URL of LIST.txt                       each line relative to the list, or a URL
+    URL of a tar, {000..012}, *           an archive is fetched to be indexed, and again if the cache has let it go
+    URL of a parquet file, the same       row groups as of a file here
+    hf://datasets/USER/NAME[::SPLIT]      the parquet shards of a data set on the Hub, in its own order, one after the
+                                          other: what datasets calls streaming, but every row has its number
+
+A web server has no list of its files: folders and * are for stores of objects and the Hub.
+"""
+
+import os
+import posixpath
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from saevlm_fast.errors import require
+from saevlm_fast.images.sources import ImageSource, Names, directory_of, is_image, list_lines, read_image
+from saevlm_fast.images.tables import open_parquet
+from saevlm_fast.images.tars import open_tars
+from saevlm_fast.remote.files import RemoteFiles
+from saevlm_fast.remote.reading import listed, read_whole
+from saevlm_fast.urls import child, redacted, sibling
+
+MAX_LIST_BYTES = 1 << 30
+_HELD = 2  # archives that a process keeps: the one that is read, and the next
+
+
+class RemoteFolder(Names):
+    """Files below a folder of a store of objects."""
+
+    def __init__(self, url: str, names: list[str], n_ignored: int):
+        self._url = url
+        super().__init__(redacted(url), names, [directory_of(name) for name in names], n_ignored)
+
+    def read(self, i: int) -> bytes:
+        return read_image(child(self._url, self.image_id(i)))
+
+
+class RemoteList(Names):
+    """Files that a list names, which is elsewhere."""
+
+    def __init__(self, url: str, paths: list[str], labels: list[str | None]):
+        self._url, self._paths = url, paths
+        super().__init__(redacted(url), [redacted(path) for path in paths], labels)
+
+    def read(self, i: int) -> bytes:
+        return read_image(sibling(self._url, self._paths[i]))
+
+
+def open_remote_images(url: str, names: list[str], split: str) -> ImageSource:
+    """The images at a URL, without reading any; names: what its {000..012} stand for.
+
+    Raises:
+        ValueError: anything that is no source. RemoteError: it cannot be read.
+    """
+    shown = redacted(url)
+    urls = [each for name in names for each in _named(name)]
+    ending = _path(urls[0]).lower()
+    if len(urls) == 1 and ending.endswith(".txt"):
+        require(split == "", f"images: {shown}: has no splits, but {split!r} was asked for")
+        paths, labels = list_lines(read_whole(urls[0], MAX_LIST_BYTES), shown)
+        return RemoteList(urls[0], paths, labels)
+    if all(_path(each).lower().endswith((".tar", ".parquet")) for each in urls):
+        return _open_archives(urls, shown, split)
+    require(len(urls) == 1, f"images: {shown}: not lists (.txt), .tar or .parquet files, nor one folder")
+    return _open_folder(urls[0], split)
+
+
+def _named(url: str) -> list[str]:
+    """The files of a pattern; anything else is itself. The ? of the web begins a query."""
+    if url.startswith(("http://", "https://")) or not any(sign in url for sign in "*?["):
+        return [url]
+    found = listed(url)
+    require(len(found) > 0, f"images: {redacted(url)}: no such file")
+    return found
+
+
+def _open_folder(url: str, split: str) -> ImageSource:
+    found = [each.removeprefix(f"{url.rstrip('/')}/") for each in listed(url)]
+    kinds = {
+        "images": [name for name in found if is_image(name)],
+        ".tar": [name for name in found if name.lower().endswith(".tar")],
+        ".parquet": [name for name in found if name.lower().endswith(".parquet")],
+    }
+    used = next((kind for kind in kinds if kinds[kind]), None)
+    if used is None:
+        raise ValueError(f"images: {redacted(url)}: no image, .tar or .parquet among its {len(found)} files")
+    if used == "images":
+        require(split == "", f"images: {redacted(url)}: has no splits, but {split!r} was asked for")
+        return RemoteFolder(url, sorted(kinds[used]), len(found) - len(kinds[used]))
+    source = _open_archives([child(url, name) for name in sorted(kinds[used])], redacted(url), split)
+    others = Counter({kind: len(names) for kind, names in kinds.items() if kind != used and names})
+    source.notes += tuple(f"beside the {used}, not used: {kind} ({n:,})" for kind, n in others.items())
+    return source
+
+
+def _open_archives(urls: list[str], shown: str, split: str) -> ImageSource:
+    urls = sorted(set(urls))
+    relative = _relative(urls)
+    files = RemoteFiles(urls, [None] * len(urls), _local, most=_HELD)
+    if all(_path(each).lower().endswith(".parquet") for each in urls):
+        return open_parquet(files, shown, split, relative)
+    tars = all(_path(each).lower().endswith(".tar") for each in urls)
+    require(tars, f"images: {shown}: .tar and .parquet files; one kind is needed")
+    require(split == "", f"images: {shown}: has no splits, but {split!r} was asked for")
+    return open_tars(files, shown, relative)
+
+
+def _local(file: Path, number: int) -> str:
+    return os.fspath(file)
+
+
+def _path(url: str) -> str:
+    return unquote(urlsplit(url).path)
+
+
+def _relative(urls: list[str]) -> list[str]:
+    """Paths below the folder that they have in common, as sources.relative_paths."""
+    paths = [f"/{urlsplit(url).netloc.rpartition('@')[2]}{_path(url)}" for url in urls]
+    common = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+    return [posixpath.relpath(path, common) for path in paths]

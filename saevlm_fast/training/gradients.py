@@ -1,0 +1,186 @@
+"""Losses of a batch and the gradient of every parameter, on a CPU: sums over the entries of sparse codes.
+
+The dense [B, d_sae] matrix of activations is never formed, and a weight's gradient is made block by block where it is
+used (kernels/latent_gradient.py). docs/recipe.md section 1
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.kernels.common import Workspace
+from saevlm_fast.kernels.grouping import entry_rows
+from saevlm_fast.kernels.latent_gradient import EntryGradient, RowGradient, entry_gradient
+from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
+from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
+from saevlm_fast.training.mono import MonoTerm, mono_of_entries
+from saevlm_fast.training.penalty import Penalty
+
+_BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
+
+_residuals, _centred_rows = Workspace(), Workspace()
+
+
+class Losses(NamedTuple):
+    """0-d tensors: overall = mse + auxk_alpha * aux + penalty, which relu and jumprelu alone have, + mono."""
+
+    overall: Tensor
+    mse: Tensor
+    aux: Tensor
+    penalty: Tensor | None = None
+    mono: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """Gradients of every parameter, None of frozen weights; W_enc's are held per latent, [.., d_in] rows, like W_dec's.
+
+    Those of the auxiliary loss, on dead latents alone, are to be added: a list of one or none.
+    """
+
+    W_enc: EntryGradient | None
+    aux_enc: list[RowGradient]
+    b_enc: Tensor
+    W_dec: EntryGradient | None
+    aux_dec: list[RowGradient]
+    b_dec: Tensor
+    threshold: Tensor | None = None
+
+    def rows(self) -> dict[str, tuple[EntryGradient, list[RowGradient]]]:
+        """Those of the matrices that learn."""
+        named = {"W_enc": (self.W_enc, self.aux_enc), "W_dec": (self.W_dec, self.aux_dec)}
+        return {name: (gradient, aux) for name, (gradient, aux) in named.items() if gradient is not None}
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Those of all that is no matrix."""
+        named = {"b_enc": self.b_enc, "b_dec": self.b_dec}
+        return named if self.threshold is None else named | {"threshold": self.threshold}
+
+
+def loss_and_gradients(
+    sae: SparseAutoencoder,
+    x_BD: Tensor,
+    codes: SparseCodes,
+    dead: DeadLatents,
+    auxk_alpha: float,
+    penalty: Penalty | None = None,
+    frozen: str | None = None,
+    mono: MonoTerm | None = None,
+) -> tuple[Tensor, Losses, Gradients]:
+    """Of one batch and its codes, on a CPU: losses, and the gradient of every parameter. docs/recipe.md section 1.
+
+    mse = mean over Matryoshka prefixes (one prefix otherwise) of mean_b ||x - x_hat_g||^2: divided by the number of
+    groups once; the paper's code divides twice. frozen: W_enc or W_dec, whose gradient is not made.
+
+    Returns:
+        x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected). The next call on this thread
+        overwrites what the gradients of the weights are made from.
+    """
+    n_groups, b_dec = len(sae.config.group_ends), sae.b_dec.detach()
+    bag_offsets = _bag_offsets(sae, codes)
+    x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, codes, bag_offsets)
+    mse = squared / (len(x_BD) * n_groups)
+
+    centred_BD = _centred(x_BD, b_dec)
+    suffix_RD = suffix_BGD.flatten(0, 1)
+    entries = codes, bag_offsets, centred_BD, suffix_RD
+    dW_enc, dW_dec, db_enc, dtheta, mono_loss = _latent_gradients(sae, *entries, penalty, frozen, mono)
+
+    aux = auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, frozen)
+    aux_loss, aux_enc, aux_dec = mse.new_zeros(()), list[RowGradient](), list[RowGradient]()
+    if aux is not None:
+        aux_loss = aux.loss
+        aux_enc, aux_dec = ([] if rows is None else [rows] for rows in (aux.W_enc, aux.W_dec))
+        db_enc.index_add_(0, dead.latents_A, aux.b_enc_A)
+    db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
+    overall = mse + auxk_alpha * aux_loss
+    more = [None if penalty is None else penalty.loss, mono_loss]
+    for loss in more:
+        overall = overall if loss is None else overall + loss
+    losses = Losses(overall, mse, aux_loss, *more)
+    return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec, dtheta)
+
+
+def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
+    """x - b_dec, in memory that the next call on this thread overwrites."""
+    return torch.sub(x_BD, b_dec, out=_centred_rows.get(x_BD.numel(), x_BD.dtype).view(x_BD.shape))
+
+
+def _bag_offsets(sae: SparseAutoencoder, codes: SparseCodes) -> Tensor:
+    """Bag b * G + g is the run of row b's entries in Matryoshka group g: [B * G + 1]."""
+    _, latents_M, row_offsets = codes.csr()
+    if len(sae.config.group_ends) == 1:
+        return row_offsets
+    return group_bag_offsets(latents_M, row_offsets, sae.config.group_ends, sae.config.d_sae)
+
+
+def _prefix_residuals(
+    sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, bag_offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all Matryoshka prefixes, row block by row block: a block stays in cache through all that is done to it.
+
+    Returns:
+        x_hat_BD of the last prefix; the sum of the squared residuals x_hat_g - x of all rows and prefixes (0-d); and
+        the gradient of mse that the entries of every group receive [B, G, d_in]: an entry of group j is part of every
+        prefix g >= j, so theirs is the suffix sum. The next call on this thread overwrites it.
+    """
+    (n_rows, d_in), n_groups = x_BD.shape, len(sae.config.group_ends)
+    W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
+    x_hat_BD, squared = torch.empty_like(x_BD), []
+    acts_M, latents_M, _ = codes.csr()
+    # Memory of this thread: a first touch of 20 MiB costs ten times the write.
+    suffix_RD = _residuals.get(n_rows * n_groups * d_in, x_BD.dtype)
+    suffix_BGD = suffix_RD.view(n_rows, n_groups, d_in)
+    for start, stop in _row_blocks(x_BD, n_groups):
+        x_bD, sums_bGD = x_BD[start:stop], suffix_BGD[start:stop]
+        offsets = bag_offsets[start * n_groups : stop * n_groups + 1]
+        segment_sum_into(sums_bGD.flatten(0, 1), acts_M, latents_M, offsets, W_dec)
+        sums_bGD[:, 0] += b_dec
+        for g in range(1, n_groups):
+            sums_bGD[:, g] += sums_bGD[:, g - 1]
+        x_hat_BD[start:stop] = sums_bGD[:, -1]
+        sums_bGD -= x_bD[:, None]
+        squared.append(torch.linalg.vector_norm(sums_bGD, dim=2).square_().sum())
+        sums_bGD *= 2 / (n_rows * n_groups)
+        for g in reversed(range(n_groups - 1)):
+            sums_bGD[:, g] += sums_bGD[:, g + 1]
+    return x_hat_BD, torch.stack(squared).sum(), suffix_BGD
+
+
+def _row_blocks(x_BD: Tensor, n_groups: int) -> list[tuple[int, int]]:
+    size = max(1, _BLOCK_BYTES // (n_groups * x_BD.shape[1] * x_BD.element_size()))
+    return [(start, min(start + size, len(x_BD))) for start in range(0, len(x_BD), size)]
+
+
+def _latent_gradients(
+    sae: SparseAutoencoder,
+    codes: SparseCodes,
+    bag_offsets: Tensor,
+    centred_BD: Tensor,
+    suffix_RD: Tensor,
+    penalty: Penalty | None,
+    frozen: str | None,
+    mono: MonoTerm | None,
+) -> tuple[EntryGradient | None, EntryGradient | None, Tensor, Tensor | None, Tensor | None]:
+    """dW_enc, dW_dec, db_enc [d_sae], that of thresholds, and MonoLoss, from one sort of the entries by latent."""
+    acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
+    bags_M = entry_rows(codes.top_indices, bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
+    rows_M, W_dec = bags_M // len(sae.config.group_ends), sae.W_dec.detach()
+    dots_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
+    dacts_M = torch.where(acts_M > 0, dots_M, 0)
+    projected = acts_M, bags_M, offsets_S1, suffix_RD, dacts_M
+    dW_dec = None if frozen == "W_dec" else entry_gradient(*projected)
+    dtheta = mono_loss = None
+    if penalty is not None:
+        dacts_M = penalty.of_acts(acts_M, dots_M)
+        dtheta = penalty.band and penalty.band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1)
+    if mono is not None:
+        mono_loss, of_acts_M = mono_of_entries(acts_M, rows_M, latents_M, offsets_S1, mono)
+        dacts_M = dacts_M + of_acts_M
+    dW_enc = None if frozen == "W_enc" else entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
+    one = dacts_M.new_ones(1, 1)
+    db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
+    return dW_enc, dW_dec, db_enc, dtheta, mono_loss

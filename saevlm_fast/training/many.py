@@ -1,0 +1,280 @@
+"""Several SAEs trained while the data passes once: every batch is read and normalised once, and each takes its step.
+
+    trained = train_many(x_ND, {"k5": SAEConfig.sized(64, k=5), "k10": SAEConfig.sized(64, k=10)}, steps=500)
+
+What decides the batches is the same for all (TrainConfig.shared). Each SAE is, to the bit, the one that `train` makes
+alone, and so is its directory. A run that was killed goes on from the earliest of the newest checkpoints: an SAE whose
+own is later waits until the data has come that far.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
+from saevlm_fast.data.rows import Matrix
+from saevlm_fast.errors import Interrupted, check_kind, require
+from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
+from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_all
+from saevlm_fast.training.memory import check_memory, training_memory
+from saevlm_fast.training.progress import ProgressLine
+from saevlm_fast.training.run import (
+    NothingKept,
+    RunDirectory,
+    fitting,
+    is_small,
+    kept_of,
+    log_every,
+    look_at,
+    with_settings,
+)
+from saevlm_fast.training.scale import Scale
+from saevlm_fast.training.state import TrainingState
+
+
+class Trained(NamedTuple):
+    """A finished SAE in raw units, in eval mode, and what `evaluate` says of it."""
+
+    sae: SparseAutoencoder
+    metrics: Metrics
+
+
+class LeadState(TrainingState):
+    """The state whose data the others share: where they begin is found once."""
+
+    _begun: tuple[Scale, Tensor] | None = None
+
+    def beginning(self) -> tuple[Scale, Tensor]:
+        """TrainingState's."""
+        if self._begun is None:
+            self._begun = super().beginning()
+        return self._begun
+
+
+class SharedState(TrainingState):
+    """The state of an SAE whose data another one's state reads."""
+
+    def __init__(self, lead: TrainingState, sae_config: SAEConfig, config: TrainConfig):
+        super().__init__(lead.activations, sae_config, config, lead.device, "host")
+        self.lead = lead
+
+    def beginning(self) -> tuple[Scale, Tensor]:
+        """The lead's."""
+        return self.lead.beginning()
+
+    def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
+        """The lead's."""
+        return self.lead.batches(start_step, n_steps, announce)
+
+
+class Member:
+    """One of several SAEs: its state, how its steps are taken, what is kept of it.
+
+    on_log: called with its name, the step and SAELens' metrics.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        state: TrainingState,
+        options: RunOptions,
+        on_log: Callable[[str, int, Metrics], None],
+    ):
+        self.name, self.state, self.on_log = name, state, on_log
+        self.kept: RunDirectory | NothingKept = kept_of(options)
+        self.steps = CapturedSteps(state.stepper, options.capture)
+        self.small = is_small(state.stepper.sae.config, state.config)
+        self.log_every = log_every(options, state.config)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that it has taken."""
+        return self.state.stepper.n_steps
+
+    def begin(self) -> None:
+        """From step 0, or its newest checkpoint."""
+        self.kept.begin(self.state)
+
+    def take(self, x_BD: Tensor) -> None:
+        """The next step, on a normalised batch."""
+        stepper = self.state.stepper
+        with one_thread(self.small):
+            output = self.steps.step(x_BD)
+            if stepper.n_steps % self.log_every == 0 or stepper.n_steps == self.state.config.n_steps:
+                self.state.check_loss(self.kept.kept)
+                metrics = batch_metrics(stepper, x_BD, output) | self.steps.metrics()
+                self.kept.log(stepper.n_steps, metrics)
+                self.on_log(self.name, stepper.n_steps, metrics)
+            self.kept.after_step(self.state, interrupted=False)
+
+    def stop(self) -> None:
+        """A checkpoint, if there is a place for it."""
+        with suppress(Interrupted):
+            self.kept.after_step(self.state, interrupted=True)
+
+    def finished(self) -> SparseAutoencoder:
+        """The SAE after its last step, saved."""
+        with one_thread(self.small):
+            sae = self.state.export()
+        self.kept.save(sae)
+        return sae
+
+
+def train_many(
+    activations: Matrix,
+    saes: Mapping[str, SAEConfig],
+    config: TrainConfig | Mapping[str, TrainConfig] | None = None,
+    options: RunOptions | None = None,
+    *,
+    validation: Matrix | None = None,
+    progress: bool = False,
+    on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
+    on_step: Callable[[int], None] = lambda step: None,
+    on_note: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> dict[str, Trained]:
+    """Train several SAEs on the same batches, reading the data once; each is the one that `train` makes alone.
+
+        trained = train_many(x_ND, {f"k{k}": SAEConfig.sized(64, k=k) for k in (5, 10)}, steps=500, output="grid")
+
+    Args:
+        activations: rows [N, d_in] in any units, as `train` takes them.
+        saes: what SAEs, by names that are also those of their directories in options.output.
+        config: the recipe of all, or of each by its name; or its fields, as steps=500. Those of TrainConfig.shared
+            must agree.
+        options: where the run goes, as of `train`; output is the directory of their directories.
+        validation: rows [M, d_in] on which the finished SAEs are evaluated; the training rows otherwise.
+        progress: show a line with the step, the rate, the time left and the first SAE's loss.
+        on_log: called with the name at every logged step of every SAE. on_step: called with the steps that all have
+            taken. on_note: called with what else is worth a line.
+
+    Returns:
+        The SAEs in raw units and their metrics, by name.
+
+    Raises:
+        ValueError: as `train`; no SAE, a name that is no directory's, recipes that differ in what is shared; all
+            need more memory than is free. Interrupted: SIGINT or SIGTERM; checkpoints of all have been written.
+    """
+    recipes, options = _recipes(saes, config, options, settings)
+    first = next(iter(saes))
+    for sae_config in saes.values():
+        train_on, evaluated = fitting(activations, validation, sae_config)
+    device = resolve_device(options.device)
+    check_memory(device, {name: training_memory(sae, *_sizes(recipes[name])) for name, sae in saes.items()})
+    line = ProgressLine(recipes[first].steps)
+
+    def logged(name: str, step: int, metrics: Metrics) -> None:
+        if progress and name == first:
+            line.log(step, metrics)
+        on_log(name, step, metrics)
+
+    with ExitStack() as stack:
+        stack.enter_context(closing(line))
+        lead = LeadState(train_on, saes[first], recipes[first], device, options.data_on)
+        members = []
+        for name, sae_config in saes.items():
+            state = lead if name == first else SharedState(lead, sae_config, recipes[name])
+            members.append(Member(name, state, own_options(options, name), logged))
+        for member in members:
+            stack.enter_context(member.kept.locked())
+        look_at(evaluated, recipes[first], whole=options.output is None)
+        for member in members:
+            member.begin()
+        with tf32_products(False), told_of_compiling(line.note if progress else on_note):
+            _steps(lead, members, on_step)
+            finished = [member.finished() for member in members]
+        return evaluated_all(members, finished, lambda: evaluate_all(finished, evaluated))
+
+
+def evaluated_all(
+    members: list[Member], saes: list[SparseAutoencoder], evaluate: Callable[[], list[Metrics]]
+) -> dict[str, Trained]:
+    """Finished SAEs with what is measured of them, which is logged as well.
+
+    Raises:
+        ValueError: rows that cannot be used; it says that the SAEs have been saved.
+    """
+    try:
+        measured = evaluate()
+    except ValueError as error:
+        raise type(error)(f"{error}; that is of the evaluation alone: {members[0].kept.saved()}") from error
+    for member, metrics in zip(members, measured):
+        member.kept.finish(member.state.config.n_steps, {f"eval/{name}": value for name, value in metrics.items()})
+    return {member.name: Trained(sae, metrics) for member, sae, metrics in zip(members, saes, measured)}
+
+
+def _steps(lead: TrainingState, members: list[Member], on_step: Callable[[int], None]) -> None:
+    """All remaining steps of all."""
+    start = min(member.n_steps for member in members)
+    scale = lead.scale  # of the same rows: every member's
+    with interruptible() as interrupted, closing(lead.batches(start, lead.config.n_steps - start)) as remaining:
+        for step, raw_BD in enumerate(remaining, start):
+            take_all(members, step, scale.normalised(raw_BD))
+            on_step(step + 1)
+            if interrupted.is_set():
+                stop_all(members)
+
+
+def take_all(members: list[Member], step: int, x_BD: Tensor) -> None:
+    """A normalised batch, of 0-based step `step`, for every one of them that has not taken it yet."""
+    for member in members:
+        if member.n_steps == step:
+            member.take(x_BD)
+
+
+def stop_all(members: list[Member]) -> None:
+    """Checkpoints of all. Raises Interrupted."""
+    for member in members:
+        member.stop()
+    fewest = min(member.n_steps for member in members)
+    raise Interrupted(f"interrupted after step {fewest}; continue with --resume")
+
+
+def own_options(options: RunOptions, name: str) -> RunOptions:
+    """Of one of several: its directory is in theirs."""
+    return options if options.output is None else replace(options, output=options.output / name)
+
+
+def _sizes(config: TrainConfig) -> tuple[int, int]:
+    return config.batch_size, config.accumulate
+
+
+def _recipes(
+    saes: Mapping[str, SAEConfig],
+    config: TrainConfig | Mapping[str, TrainConfig] | None,
+    options: RunOptions | None,
+    settings: dict[str, Any],
+) -> tuple[dict[str, TrainConfig], RunOptions]:
+    check_kind("saes", saes, Mapping, "SAEConfigs by name")
+    require(len(saes) > 0, "saes: there is none")
+    for name, sae in saes.items():
+        check_name("saes", name)
+        check_kind(f"saes[{name!r}]", sae, SAEConfig, "an SAEConfig; SAEConfig.sized(d_in) makes one")
+    if isinstance(config, Mapping):
+        missing = sorted(saes.keys() ^ config.keys())
+        require(not missing, f"config: {', '.join(map(str, missing))} must be in both saes and config")
+        parts = {name: with_settings("train_many", each, options, settings) for name, each in config.items()}
+    else:
+        both = with_settings("train_many", config, options, settings)
+        parts = dict.fromkeys(saes, both)
+    recipes = {name: parts[name][0] for name in saes}
+    first = next(iter(recipes))
+    for name, recipe in recipes.items():
+        recipe.check_fits(saes[name])
+        for shared in TrainConfig.shared:
+            ours, theirs = getattr(recipe, shared), getattr(recipes[first], shared)
+            require(ours == theirs, f"{shared}: {ours} of {name}, but {theirs} of {first}; all see the same batches")
+    return recipes, parts[first][1]
+
+
+def check_name(argument: str, name: Any) -> None:
+    """ValueError: it is not one directory's name."""
+    check_kind(argument, name, str, "names of directories")
+    fits = Path(name).name == name and not name.startswith(".") and "\0" not in name
+    require(fits, f"{argument}: {name!r} is not the name of a directory")

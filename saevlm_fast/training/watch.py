@@ -1,0 +1,192 @@
+"""Watching a run from elsewhere: what it logs goes to other programs too (loggers.py), and none of them can stop it.
+
+A package that is not installed is refused before the run begins. Whatever goes wrong with a logger later is a warning,
+once: it is left out from then on, and the run goes on. metrics.jsonl is not of these: it is part of the run, the same
+to the byte whether that was interrupted or not, and so holds no rates and no memory.
+
+    watch.json  {"name"}: by which the loggers know the run again when it is resumed; sealed (records.py)
+"""
+
+import os
+import re
+import secrets
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from saevlm_fast import __version__
+from saevlm_fast.errors import Doubt, Interrupted, first_line
+from saevlm_fast.outputs import REPLACEMENT
+from saevlm_fast.records import TEXT, Fields, read_record, write_record
+from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.loggers import EVENTS, LOGGERS, TENSORBOARD_FOLDER, Identity, Logger, imported
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+WATCH_FILE, PICTURE = "watch.json", "contact_sheet"
+_LONGEST_NAME = 60
+_WATCH = Fields({"name": TEXT}, others=False)
+
+
+class Watch:
+    """The loggers of one run.
+
+    with Watch(options.log_to) as watch:
+        watch.begin(...)
+        watch.log(step, metrics)
+
+    Args:
+        names: of loggers; jsonl is none of them. Of several processes of a run the first alone logs.
+
+    Raises:
+        ValueError: a package is not installed, with what to install.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        first = os.environ.get("RANK", "0") == "0"
+        self._names = [name for name in names if name in LOGGERS and first]
+        for name in self._names:
+            imported(name)
+        self._loggers: dict[str, Logger] = {}
+        self._since: tuple[int, int, float] | None = None
+        self._device = torch.device("cpu")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None and not issubclass(kind, Interrupted)
+        self._each(lambda logger: logger.close(failed))
+        self._loggers.clear()
+
+    def begin(
+        self, directory: Callable[[], Path | None], n_steps: int, config: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """After n_steps steps (0 unless the run is resumed).
+
+        directory: where the run is now; it may move. config: its settings.
+        """
+        if not self._names:
+            return
+        self._device = device
+        run = Identity(self._identity(directory()), n_steps, {**config, "saevlm_fast": __version__}, directory)
+        for name in self._names:
+            self._guarded(name, "start", partial(self._start, name, run))
+
+    def _start(self, name: str, run: Identity) -> None:
+        self._loggers[name] = LOGGERS[name](run)
+
+    def _identity(self, directory: Path | None) -> str:
+        """The name of the run, which is kept beside it."""
+        if directory is not None and (directory / WATCH_FILE).exists():
+            try:
+                return str(read_record(directory / WATCH_FILE, _WATCH)["name"])
+            except (ValueError, OSError) as error:
+                _warn(f"log_to: {first_line(error)}; the run goes on under another name")
+        words = re.sub(r"[^A-Za-z0-9_.-]+", "-", _place(directory).name)[:_LONGEST_NAME] or "run"
+        name = f"{words}-{secrets.token_hex(4)}"
+        if directory is not None:
+            write_record(directory / WATCH_FILE, {"name": name})
+        return name
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """What was measured after a step, and how the machine does."""
+        if self._loggers:
+            values = metrics | self._system(step, int(metrics.get("details/n_training_samples", 0)))
+            self._each(lambda logger: logger.log(step, values), f"step {step}")
+
+    def pause(self) -> None:
+        """The run's directory is about to move."""
+        self._each(lambda logger: logger.pause())
+
+    def finish(self, step: int, metrics: Metrics, picture: "Callable[[], Image | None]") -> None:
+        """The evaluation of the finished SAE, and a picture of it, which is only made if somebody looks at it."""
+        self._each(lambda logger: logger.log(step, metrics), "the evaluation")
+        if not self._loggers:
+            return
+        try:
+            image = picture()
+        except Interrupted:
+            raise
+        except Exception as error:
+            _warn(f"log_to: no contact sheet could be made ({first_line(error)})")
+            return
+        if image is not None:
+            self._each(lambda logger: logger.picture(step, PICTURE, image), "the contact sheet")
+
+    def _each(self, act: Callable[[Logger], None], when: str = "the end") -> None:
+        for name, logger in list(self._loggers.items()):
+            self._guarded(name, when, partial(act, logger))
+
+    def _guarded(self, name: str, when: str, act: Callable[[], None]) -> None:
+        """What goes wrong in somebody else's code must not cost the run. None of it comes on stdout, which is JSON."""
+        try:
+            with redirect_stdout(sys.stderr):
+                act()
+        except Interrupted:
+            raise
+        except Exception as error:
+            self._loggers.pop(name, None)
+            what = f"{type(error).__name__}: {first_line(error)}"
+            _warn(f"log_to: {name} failed at {when} ({what}); the run goes on without it")
+
+    def _system(self, step: int, n_rows_seen: int) -> Metrics:
+        """Rates since the last call, memory of the process, and of the GPU if there is one."""
+        now, gib = monotonic(), 1 << 30
+        found = {"system/memory_gib": process_bytes() / gib}
+        if self._since is not None and now > (before := self._since)[2]:
+            found["system/steps_per_second"] = (step - before[0]) / (now - before[2])
+            found["system/rows_per_second"] = (n_rows_seen - before[1]) / (now - before[2])
+        self._since = step, n_rows_seen, now
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            found["system/gpu_memory_gib"] = (total - free) / gib
+            found["system/gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated(self._device) / gib
+            with suppress(Exception):  # needs nvidia-ml-py or amdsmi
+                found["system/gpu_utilisation_percent"] = float(torch.cuda.utilization(self._device))
+        return found
+
+
+def remove_watched(output: Path) -> None:
+    """What loggers wrote into the directory of a run, and nothing else that lies there."""
+    (output / WATCH_FILE).unlink(missing_ok=True)
+    folder = output / TENSORBOARD_FOLDER
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        for file in folder.glob(EVENTS):
+            file.unlink()
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def process_bytes() -> int:
+    """Memory of this process that is resident; of systems that do not say, the most that it has been."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        import resource  # not on Windows
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else 1024 * most
+
+
+def _place(directory: Path | None) -> Path:
+    """The directory that users know a run by: not its replacement in it."""
+    if directory is None:
+        return Path("run")
+    resolved = directory.absolute()
+    return resolved.parent if resolved.name == REPLACEMENT else resolved
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, Doubt, stacklevel=3)

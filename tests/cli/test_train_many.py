@@ -1,0 +1,150 @@
+"""saevlm-fast train with lists of values, and with [[sweep]] tables: several SAEs in one pass."""
+
+import json
+import tomllib
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from command import files_below, run, run_json
+from saevlm_fast.cli.sweep import expanded, names_of, one_of
+from saevlm_fast.cli.toml import toml_text
+from saevlm_fast.settings import Several
+
+
+@pytest.fixture(scope="module")
+def x(tmp_path_factory):
+    path = tmp_path_factory.mktemp("many") / "x.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32))
+    np.save(path.with_name("e.npy"), np.random.default_rng(1).normal(size=(200, 4)).astype(np.float32))
+    return path
+
+
+def words(x, output, *more):
+    return (
+        *("train", "--activations", x, "--device", "cpu", "--steps", 3, "--batch-size", 32, "--output", output),
+        *more,
+    )
+
+
+LISTS = ("--k", "2,3", "--expansion", "2,4")
+
+
+def weights(folder):
+    return (folder / "sae_weights.safetensors").read_bytes()
+
+
+def test_lists_make_an_sae_of_every_combination(x, tmp_path):
+    said = run(*words(x, tmp_path / "grid", *LISTS, "--embeddings", x.with_name("e.npy")))
+    names = ["x2-k2", "x2-k3", "x4-k2", "x4-k3"]
+    assert all(name in said for name in names)
+    files = {"grid.json", "grid.parquet", "grid.svg", "settings.toml"}
+    assert {path.name for path in (tmp_path / "grid").iterdir()} == {*names, *files}
+    table = json.loads((tmp_path / "grid" / "grid.json").read_text())
+    assert [row["name"] for row in table["saes"]] == names
+    assert [(row["d_sae"], row["k"]) for row in table["saes"]] == [(16, 2), (16, 3), (32, 2), (32, 3)]
+    assert pq.read_table(tmp_path / "grid" / "grid.parquet").to_pylist() == table["saes"]
+    picture = (tmp_path / "grid" / "grid.svg").read_text()
+    assert picture.count("<circle") == 1 + 3 * 4, "the legend, and three panels of four"
+    run(*words(x, tmp_path / "alone", "--k", 3, "--expansion", 4))
+    assert weights(tmp_path / "alone") == weights(tmp_path / "grid" / "x4-k3")
+    again = tmp_path / "again"
+    run("train", "--config", tmp_path / "grid" / "x4-k3" / "settings.toml", "--output", again)
+    assert weights(again) == weights(tmp_path / "alone")
+
+
+def test_the_settings_make_the_same_again_and_a_file_may_have_tables(x, tmp_path):
+    (tmp_path / "sweep.toml").write_text(
+        f'activations = "{x}"\nsteps = 3\nbatch_size = 32\nk = 2\nd_sae = 16\ndevice = "cpu"\n'
+        '[[sweep]]\narchitecture = "topk"\nlr = 1e-3\n[[sweep]]\narchitecture = "relu"\nl1 = 0.1\n'
+        '[[sweep]]\narchitecture = "topk"\nexpansion = 4.0\nk = 3\n'
+    )
+    run("train", "--config", tmp_path / "sweep.toml", "--output", tmp_path / "grid")
+    names = {"topk-lr0.001", "relu-l1_0.1", "topk-x4-k3"}
+    assert {path.name for path in (tmp_path / "grid").iterdir() if path.is_dir()} == names
+    document = tomllib.loads((tmp_path / "grid" / "settings.toml").read_text())
+    assert [table["architecture"] for table in document["train"]["sweep"]] == ["topk", "relu", "topk"]
+    run("train", "--config", tmp_path / "grid" / "settings.toml", "--output", tmp_path / "again")
+    for name in names:
+        assert weights(tmp_path / "again" / name) == weights(tmp_path / "grid" / name)
+    assert "MS is left out" in json.loads((tmp_path / "grid" / "grid.json").read_text())["note"]
+
+
+def test_dry_run_lists_them_with_memory_and_writes_nothing(x, tmp_path):
+    before = files_below(tmp_path)
+    found = run_json(*words(x, tmp_path / "grid", *LISTS, "--dry-run"))
+    assert [text.split(":")[0] for text in found["saes"]] == ["x2-k2", "x2-k3", "x4-k2", "x4-k3"]
+    assert all("kB" in text for text in found["saes"])
+    assert found["memory_bytes"] > 0
+    assert files_below(tmp_path) == before
+
+
+def test_resume_and_force(x, tmp_path):
+    run(*words(x, tmp_path / "grid", *LISTS))
+    before = weights(tmp_path / "grid" / "x4-k3")
+    assert "x2-k2 already holds a run" in run(*words(x, tmp_path / "grid", *LISTS), code=2)
+    run(*words(x, tmp_path / "grid", *LISTS, "--resume"))
+    run(*words(x, tmp_path / "grid", "--k", "2,3", "--expansion", "2,4", "--seed", 5, "--force"))
+    assert weights(tmp_path / "grid" / "x4-k3") != before
+    assert "seed is 0, but" in run(*words(x, tmp_path / "grid", *LISTS, "--resume"), code=2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--k", "2,x"), "k: 'x' is not a whole number"),
+        (("--k", "2,2"), "k: 2 is listed twice"),
+        (("--k", "2,0"), "k: 0 must be at least 1"),
+        (("--k", "2,99"), "k"),
+        (("--architecture", "topk,tpk"), "architecture: 'tpk' is not one of"),
+        (("--architecture", "topk,relu", "--k", "2,3"), "k: 2 is of"),
+        (("--expansion", "2,4", "--d-sae", "16"), "d_sae"),
+        (("--steps", "3,4"), "steps: '3,4' is not a whole number"),
+        (("--k", "2,3", "--embeddings", "x.npy"), "embeddings: 200 rows"),
+        (("--embeddings", "x.npy"), "embeddings: of several SAEs"),
+    ],
+)
+def test_bad_lists_are_refused(x, tmp_path, more, message):
+    more = tuple(str(x) if word == "x.npy" else word for word in more)
+    if message == "embeddings: 200 rows":
+        more = (*more, "--validation", str(tmp_path / "held.npy"))
+        np.save(tmp_path / "held.npy", np.zeros((20, 8), np.float32))
+    said = run(*words(x, tmp_path / "out", *more), code=2)
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sweep = 3", "sweep is not a list of tables"),
+        ("[[sweep]]\nsteps = 4", "sweep: steps is the same for all SAEs"),
+        ("[[sweep]]\nkk = 4", "'kk' is not a setting of train; did you mean"),
+        ("[[sweep]]\nk = 'x'", "k = 'x' is not a whole number"),
+        ("[[sweep]]\nk = 2\n[[sweep]]\nk = 2", "sweep: two SAEs would both be in the directory"),
+        ("k = [2, 3]\n[[sweep]]\nk = 4", "k: is a list and in [[sweep]]"),
+        ("[[sweep]]\nk = [2, 3]", "sweep: k of one table has several values"),
+    ],
+)
+def test_bad_tables_are_refused(x, tmp_path, text, message):
+    (tmp_path / "sweep.toml").write_text(text)
+    assert message in run(*words(x, tmp_path / "out", "--config", tmp_path / "sweep.toml"), code=2)
+
+
+def test_a_directory_of_one_run_is_not_that_of_several(x, tmp_path):
+    run(*words(x, tmp_path / "one", "--k", 2))
+    assert "holds a run of one SAE" in run(*words(x, tmp_path / "one", *LISTS, "--force"), code=2)
+
+
+def test_combinations_and_names():
+    base, tables = expanded({"steps": 3, "k": Several((1, 2)), "sweep": ({"lr": 0.1}, {"l1": 2.0})})
+    assert base == {"steps": 3}
+    assert tables == ({"lr": 0.1, "k": 1}, {"lr": 0.1, "k": 2}, {"l1": 2.0, "k": 1}, {"l1": 2.0, "k": 2})
+    assert names_of(tables) == ["lr0.1-k1", "lr0.1-k2", "k1-l1_2", "k2-l1_2"]
+    assert one_of({"expansion": 8.0, "k": 5}, {"d_sae": 4, "architecture": "relu"}) == {
+        "d_sae": 4,
+        "architecture": "relu",
+    }
+    text = toml_text({"train": {"a": 1, "sweep": [{"k": 1}, {"k": 2}]}, "made": {"b": 2}})
+    assert tomllib.loads(text) == {"train": {"a": 1, "sweep": [{"k": 1}, {"k": 2}]}, "made": {"b": 2}}

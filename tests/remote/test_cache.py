@@ -1,0 +1,305 @@
+"""Files at URLs in the cache: whole or absent, fetched once, bounded, whatever the network does."""
+
+import hashlib
+import multiprocessing
+import sys
+import threading
+import time
+from base64 import b64encode
+
+import fsspec.registry  # noqa: F401  # known by its name below
+import pytest
+
+from file_server import FileServer
+from saevlm_fast.remote import cache, reading
+from saevlm_fast.remote.cache import fetched, release
+from saevlm_fast.remote.files import RemoteFiles
+from saevlm_fast.remote.reading import NotThere, RemoteError, read_whole
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAEVLM_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAEVLM_FAST_CACHE_GIB", "0.001")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(reading, "TIMEOUT", 0.5)
+    monkeypatch.setattr(reading, "TRIES", 3)
+    monkeypatch.setattr(cache, "PIECE", 1000)
+    cache._users.forget()
+    (tmp_path / "files").mkdir()
+    with FileServer(tmp_path / "files") as made:
+        yield made
+
+
+def put(server, name, size=3500, seed=0):
+    data = (hashlib.sha256(bytes([seed])).digest() * (size // 32 + 1))[:size]
+    (server.folder / name).write_bytes(data)
+    return data
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_is_fetched_once_in_pieces_and_again_when_it_changes(server):
+    data = put(server, "a.bin")
+    got = fetched(f"{server.url}/a.bin")
+    assert got.path.name == "a.bin"
+    assert got.path.read_bytes() == data
+    assert server.asked["a.bin"] == 1 + 4
+    assert fetched(f"{server.url}/a.bin").path == got.path
+    assert server.asked["a.bin"] == 6, "whether it has changed"
+    newer = put(server, "a.bin", seed=1)
+    assert fetched(f"{server.url}/a.bin").path.read_bytes() == newer
+
+
+def test_what_is_known_by_its_digest_is_not_asked_about_again(server):
+    data = put(server, "a.bin")
+    fetched(f"{server.url}/a.bin", sha256(data))
+    before = server.asked.total()
+    assert fetched(f"{server.url}/a.bin", sha256(data)).path.read_bytes() == data
+    assert server.asked.total() == before
+
+
+def test_a_file_that_is_not_what_it_must_be_is_refused_and_not_kept(server):
+    put(server, "a.bin")
+    with pytest.raises(RemoteError, match=r"a.bin: altered, its SHA-256 is not the one"):
+        fetched(f"{server.url}/a.bin", sha256(b"another"))
+    assert not list(cache.remote_cache().rglob("a.bin*"))
+
+
+@pytest.mark.parametrize("failure", [503, 429, 500, "cut", "hang"])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_what_passes_is_tried_again(server, failure, ranges):
+    server.ranges = ranges
+    data = put(server, "a.bin")
+    server.fails["a.bin"] = [failure] if ranges else [None, failure]
+    assert fetched(f"{server.url}/a.bin").path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (404, r"a.bin: nothing is there \(status 404\)"),
+        (403, r"a.bin: you may not read it, or the signature of the URL is no longer good \(status 403\)"),
+        ("wrong", "it answers with another range than was asked for"),
+    ],
+)
+def test_what_does_not_pass_is_said_at_once(server, failure, message):
+    put(server, "a.bin")
+    server.fails["a.bin"] = [None, failure] if failure == "wrong" else [failure]
+    with pytest.raises(RemoteError, match=message):
+        fetched(f"{server.url}/a.bin")
+    assert not server.fails["a.bin"], "no second try"
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"), [(503, "status 503, 3 times"), ("cut", "bytes came of"), ("hang", "no answer")]
+)
+def test_what_never_passes_ends(server, failure, message):
+    put(server, "a.bin")
+    server.fails["*"] = [*([None] if failure == "cut" else []), *[failure] * 3]
+    with pytest.raises(RemoteError, match=message) as error:
+        fetched(f"{server.url}/a.bin")
+    assert "\n" not in str(error.value)
+    assert not server.fails["*"]
+
+
+def test_a_server_that_dies_midway_and_a_later_process_that_goes_on(server):
+    data = put(server, "a.bin")
+    server.fails["a.bin"] = [None, None, None, 503, 503, 503]
+    with pytest.raises(RemoteError, match="status 503"):
+        fetched(f"{server.url}/a.bin")
+    assert not (cache.remote_cache() / cache._key(f"{server.url}/a.bin", None) / "a.bin").exists()
+    before = server.asked["a.bin"]
+    assert fetched(f"{server.url}/a.bin").path.read_bytes() == data
+    assert server.asked["a.bin"] - before == 1 + 2, "two of four pieces were there"
+
+
+def test_a_part_of_another_version_is_not_gone_on_with(server):
+    put(server, "a.bin")
+    server.fails["a.bin"] = [None, None, None, 503, 503, 503]
+    with pytest.raises(RemoteError, match="status 503"):
+        fetched(f"{server.url}/a.bin")
+    time.sleep(0.01)
+    newer = put(server, "a.bin", seed=1)
+    assert fetched(f"{server.url}/a.bin").path.read_bytes() == newer
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(server, monkeypatch):
+    put(server, "a.bin")
+    read = reading._web_range
+
+    def replaced_then_read(url, start, *more):
+        if start == 2000:
+            time.sleep(0.01)
+            put(server, "a.bin", seed=1)
+        return read(url, start, *more)
+
+    monkeypatch.setattr(reading, "_web_range", replaced_then_read)
+    with pytest.raises(RemoteError, match="it was replaced while it was read"):
+        fetched(f"{server.url}/a.bin")
+
+
+def test_no_server_at_all(server):
+    server.stop()
+    with pytest.raises(RemoteError, match=r"a.bin: no answer \(.*refused\), 3 times"):
+        fetched(f"{server.url}/a.bin")
+
+
+def kib(n):
+    return n << 10
+
+
+def used_bytes():
+    return sum(path.stat().st_size for path in cache.remote_cache().rglob("*.bin"))
+
+
+def test_the_cache_is_bounded_and_what_is_in_use_stays(server, monkeypatch):
+    """1 MiB for files of 300 KiB: three fit."""
+    monkeypatch.setattr(cache, "PIECE", kib(200))
+    for name in "abcde":
+        put(server, f"{name}.bin", kib(300))
+    cached = {}
+    for name in "ab":
+        cached[name] = fetched(f"{server.url}/{name}.bin")
+    release(cached["b"].key)
+    for name in "cd":
+        cached[name] = fetched(f"{server.url}/{name}.bin")
+        assert used_bytes() <= 1 << 20
+    assert cached["a"].path.exists(), "used longest ago, but in use"
+    assert not cached["b"].path.exists()
+    with pytest.raises(RemoteError, match=r"do not fit into the cache: .* of files in use.*--cache-gib"):
+        fetched(f"{server.url}/e.bin")
+    release(cached["c"].key)
+    assert fetched(f"{server.url}/e.bin").path.exists()
+    put(server, "large.bin", kib(1100))
+    with pytest.raises(RemoteError, match=r"large.bin: 1126400 bytes; the cache may have 1073741"):
+        fetched(f"{server.url}/large.bin")
+
+
+def hold(url, ready, done):
+    fetched(url)
+    ready.set()
+    done.wait(60)
+
+
+def test_what_another_process_uses_stays_until_it_ends(server, monkeypatch):
+    monkeypatch.setattr(cache, "PIECE", kib(200))
+    for name in "abcd":
+        put(server, f"{name}.bin", kib(300))
+    fork = multiprocessing.get_context("fork")
+    ready, done = fork.Event(), fork.Event()
+    process = fork.Process(target=hold, args=(f"{server.url}/a.bin", ready, done))
+    process.start()
+    assert ready.wait(60)
+    for name in "bcd":
+        release(fetched(f"{server.url}/{name}.bin").key)
+    assert list(cache.remote_cache().rglob("a.bin"))
+    done.set()
+    process.join()
+    release(fetched(f"{server.url}/b.bin").key)
+    assert not list(cache.remote_cache().rglob("a.bin"))
+
+
+def fetch_and_read(url, results):
+    results.put(len(fetched(url).path.read_bytes()))
+
+
+def test_processes_and_threads_that_ask_at_once_fetch_once(server):
+    put(server, "a.bin", 20_000)
+    server.latency = 0.01
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    processes = [fork.Process(target=fetch_and_read, args=(f"{server.url}/a.bin", results)) for _ in range(3)]
+    threads = [threading.Thread(target=fetch_and_read, args=(f"{server.url}/a.bin", results)) for _ in range(3)]
+    for each in processes + threads:
+        each.start()
+    assert [results.get(timeout=60) for _ in range(6)] == [20_000] * 6
+    for each in processes + threads:
+        each.join()
+    assert server.asked["a.bin"] == 6 + 20, "each asks whether it has changed; one fetches"
+
+
+def test_a_killed_fetch_leaves_nothing_that_looks_whole(server):
+    data = put(server, "a.bin", 50_000)
+    server.latency = 0.02
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=fetch_and_read, args=(f"{server.url}/a.bin", fork.Queue()))
+    process.start()
+    while not list(cache.remote_cache().rglob("part.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not list(cache.remote_cache().rglob("a.bin"))
+    server.latency = 0
+    assert fetched(f"{server.url}/a.bin").path.read_bytes() == data
+
+
+def test_files_are_fetched_ahead_and_let_go(server, monkeypatch):
+    """Of 1 MiB a third is held: two files of 150 KiB."""
+    monkeypatch.setattr(cache, "PIECE", kib(200))
+    datas = [put(server, f"{i}.bin", kib(150), i) for i in range(9)]
+    urls = [f"{server.url}/{i}.bin" for i in range(9)]
+    files = RemoteFiles(urls, [sha256(data) for data in datas], lambda path, i: path.read_bytes())
+    files.ahead([0, 1])
+    deadline = time.monotonic() + 30
+    while len(files._held) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    before = server.asked.total()
+    assert files[0] == datas[0]
+    assert server.asked.total() == before, "it was here"
+    assert list(files) == datas
+    assert len(cache._users._counts) <= 3
+    assert used_bytes() <= 1 << 20
+    server.fails["*"] = [404]
+    files.ahead([2])
+    while 2 in files._coming:
+        time.sleep(0.005)
+    assert files[2] == datas[2], "what failed ahead is tried again when it is asked for"
+
+
+def test_a_login_is_sent_and_shown_nowhere(server, tmp_path):
+    data = put(server, "a.bin")
+    server.password = b64encode(b"me:se cret").decode()
+    url = f"{server.url.replace('://', '://me:se%20cret@')}/a.bin?X-Amz-Signature=hidden"
+    assert fetched(url).path.read_bytes() == data
+    assert fetched(url.replace("hidden", "other")).path == fetched(url).path, "another signature, the same file"
+    wrong = url.replace("cret@", "crat@")
+    with pytest.raises(NotThere, match="it asks for a login") as error:
+        fetched(wrong)
+    assert str(error.value).startswith(f"{server.url.replace('://', '://***@')}/a.bin?***: ")
+    for path in (tmp_path / "cache").rglob("*"):
+        text = path.read_bytes() if path.is_file() else b""
+        assert b"cret" not in text
+        assert b"hidden" not in text
+
+
+def test_small_files_are_read_without_the_cache(server):
+    data = put(server, "a.bin")
+    for server.ranges in (True, False):
+        assert read_whole(f"{server.url}/a.bin", 4000) == data
+        with pytest.raises(RemoteError, match="at most"):
+            read_whole(f"{server.url}/a.bin", 3000)
+
+
+def test_limits_are_checked(monkeypatch):
+    for text in ("0", "-1", "x", "nan"):
+        monkeypatch.setenv("SAEVLM_FAST_CACHE_GIB", text)
+        with pytest.raises(ValueError, match=f"SAEVLM_FAST_CACHE_GIB: '{text}' is not a positive number"):
+            cache.limit_bytes()
+
+
+def test_a_driver_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    advice = r"s3://bucket/x: s3:// needs the package s3fs .*pip install 'saevlm-fast\[remote\]'"
+    with pytest.raises(NotThere, match=advice):
+        read_whole("s3://bucket/x", 10)
+
+
+def test_an_empty_file(server):
+    put(server, "a.bin", 0)
+    assert fetched(f"{server.url}/a.bin").path.read_bytes() == b""

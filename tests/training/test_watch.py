@@ -1,0 +1,218 @@
+"""Loggers beside a run: told of everything, known again when it is resumed, and never in its way."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from command import run as run_command
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.errors import Doubt, Interrupted
+from saevlm_fast.training import loggers, watch
+from saevlm_fast.training.run import train
+
+X = PlantedConcepts(16, 8, 30, seed=1).sample(500)[0]
+ROWS = Activations.from_tensor(X)
+SAE = SAEConfig(16, 32, 3)
+SHEET = Image.new("RGB", (8, 8), "red")
+
+
+class Recorded:
+    """A logger that keeps what it is told, and breaks where it is asked to."""
+
+    made: list["Recorded"]
+    breaks = ""
+
+    def __init__(self, run):
+        self.run, self.told, self.directories = run, [], []
+        type(self).made.append(self)
+        self._do("start")
+
+    def _do(self, what, *said):
+        if what == self.breaks:
+            raise RuntimeError(f"no {what} today\nsecond line")
+        self.told.append((what, *said))
+        self.directories.append(self.run.directory())
+
+    def log(self, step, metrics):
+        self._do("eval" if "eval/l0" in metrics else "log", step, metrics)
+
+    def picture(self, step, name, image):
+        self._do("picture", step, name, image)
+
+    def pause(self):
+        self._do("pause")
+
+    def close(self, failed):
+        self._do("close", failed)
+
+
+class Other(Recorded):
+    """A second one, which works."""
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """wandb and trackio are these loggers."""
+    Recorded.made, Other.made = [], []
+    Recorded.breaks = Other.breaks = ""
+    monkeypatch.setattr(watch, "imported", lambda name: None)
+    monkeypatch.setattr(watch, "LOGGERS", {"wandb": Recorded, "trackio": Other})
+    return Recorded
+
+
+def run(output=None, *, log_to=("wandb", "trackio"), on_step=lambda step: None, **options):
+    options = RunOptions(output, "cpu", log_every=4, log_to=log_to, **options)
+    config = TrainConfig(steps=12, batch_size=64, lr=1e-3)
+    return train(ROWS, SAE, config, options, on_step=on_step, on_picture=lambda sae: SHEET)
+
+
+def test_a_logger_is_told_of_settings_metrics_the_machine_and_the_sheet(recorded, tmp_path):
+    _, metrics = run(tmp_path / "run")
+    (made,) = recorded.made
+    assert [what for what, *_ in made.told] == ["start", "log", "log", "log", "pause", "eval", "picture", "close"]
+    assert made.run.config["sae"]["d_sae"] == 32
+    assert made.run.config["train"]["steps"] == 12
+    steps = [told[1] for told in made.told if told[0] == "log"]
+    assert steps == [4, 8, 12]
+    last = made.told[3][2]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {name: last[name] for name in lines[2] if name != "step"} == {
+        k: v for k, v in lines[2].items() if k != "step"
+    }
+    assert last["system/memory_gib"] > 0.01
+    assert last["system/rows_per_second"] == pytest.approx(64 * last["system/steps_per_second"])
+    assert not any(name.startswith("system/") for line in lines for name in line)
+    assert made.told[5][1:] == (12, {f"eval/{name}": value for name, value in metrics.items()})
+    assert made.told[6][1:] == (12, "contact_sheet", SHEET)
+    assert made.told[7] == ("close", False)
+
+
+@pytest.mark.parametrize("breaks", ["start", "log", "pause", "eval", "picture", "close"])
+def test_a_logger_that_fails_warns_once_and_the_run_is_the_same(recorded, tmp_path, breaks):
+    plain, _ = run(tmp_path / "plain", log_to=("jsonl",))
+    recorded.breaks = breaks
+    with pytest.warns(Doubt) as warned:
+        sae, _ = run(tmp_path / "run")
+    (text,) = [str(each.message) for each in warned]
+    assert text.startswith("log_to: wandb failed at ")
+    assert f"RuntimeError: no {breaks} today)" in text
+    assert bool((sae.W_enc == plain.W_enc).all())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "plain" / "metrics.jsonl").read_bytes()
+    whole = ["start", "log", "log", "log", "pause", "eval", "picture", "close"]
+    assert [what for what, *_ in Other.made[0].told] == whole
+
+
+def test_a_sheet_that_fails_is_a_warning(recorded, tmp_path):
+    options = RunOptions(tmp_path / "run", "cpu", log_to=("wandb",))
+    with pytest.warns(Doubt, match="no contact sheet could be made"):
+        train(ROWS, SAE, TrainConfig(steps=2, batch_size=64), options, on_picture=lambda sae: 1 / 0)
+    assert "picture" not in [what for what, *_ in recorded.made[0].told]
+
+
+def test_no_sheet_is_made_that_nobody_sees(tmp_path):
+    options = RunOptions(tmp_path / "run", "cpu")
+    train(ROWS, SAE, TrainConfig(steps=2, batch_size=64), options, on_picture=lambda sae: 1 / 0)
+
+
+def stop_at(step):
+    def on_step(now):
+        if now == step:
+            raise Interrupted("enough")
+
+    return on_step
+
+
+def test_a_resumed_run_is_the_same_to_a_logger(recorded, tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", on_step=stop_at(8), checkpoint_every=6)
+    run(tmp_path / "run", resume=True, checkpoint_every=6)
+    first, second = recorded.made
+    assert first.told[-1] == ("close", False)
+    assert first.run.name == second.run.name
+    assert first.run.name.startswith("run-")
+    assert (first.run.n_steps, second.run.n_steps) == (0, 6)
+    run(tmp_path / "other" / "run")
+    assert recorded.made[2].run.name != first.run.name
+
+
+def test_a_damaged_name_costs_the_name_alone(recorded, tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", on_step=stop_at(8), checkpoint_every=6)
+    (tmp_path / "run" / "watch.json").write_text("{")
+    with pytest.warns(Doubt, match="goes on under another name"):
+        run(tmp_path / "run", resume=True, checkpoint_every=6)
+
+
+def test_a_replaced_run_has_another_name_and_no_file_is_open_when_it_moves(recorded, tmp_path):
+    output = tmp_path / "run"
+    run(output)
+    (output / "tensorboard").mkdir()
+    (output / "tensorboard" / "events.out.tfevents.1.host.2.0").touch()
+    (output / "notes.txt").touch()
+    run(output, force=True)
+    first, second = recorded.made
+    assert second.run.name.startswith("run-")
+    assert first.run.name != second.run.name
+    assert second.directories[4] == output / ".replacement", "paused while it is there"
+    assert second.directories[5] == output
+    assert json.loads((output / "watch.json").read_text())["name"] == second.run.name
+    assert not (output / "tensorboard").exists()
+    assert (output / "notes.txt").exists()
+
+
+def test_an_error_of_the_run_is_told_and_raised(recorded, tmp_path):
+    bad = np.full((500, 16), 1e30, np.float32)
+    config = TrainConfig(steps=20, batch_size=64, lr=1e38, warmup_steps=0)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        train(bad, SAE, config, RunOptions(None, "cpu", log_to=("wandb",)))
+    assert recorded.made[0].told[-1] == ("close", True)
+
+
+def test_other_processes_of_a_run_log_nothing(recorded, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run()
+    assert recorded.made == []
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_package_that_is_missing_is_refused_before_anything_is_written(monkeypatch, tmp_path, name):
+    np.save(tmp_path / "x.npy", np.ones((20, 8), np.float32))
+    monkeypatch.setitem(loggers._MODULES, name, "no_such_package")
+    for more in ((), ("--dry-run",)):
+        text = run_command(
+            "train", "--activations", tmp_path / "x.npy", "--output", tmp_path / "out", "--log-to", name, *more, code=2
+        )
+        assert f"log_to: {name} cannot be imported (No module named 'no_such_package')" in text
+        assert "pip install 'saevlm-fast[watch]'" in text
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"log_to": "wandbb"},
+            "log_to: 'wandbb' is not one of jsonl, tensorboard, trackio, wandb; did you mean 'wandb'",
+        ),
+        ({"log_to": ("jsonl", 3)}, "log_to: 3 is not one of"),
+        ({"log_to": "tensorboard"}, "log_to: tensorboard writes into the run's directory; give an output"),
+    ],
+)
+def test_what_is_no_logger_is_refused(given, message):
+    with pytest.raises(ValueError, match="log_to") as error:
+        RunOptions(**given)
+    assert message in str(error.value)
+
+
+def test_warnings_reach_the_terminal_in_one_line(recorded, tmp_path):
+    np.save(tmp_path / "x.npy", np.asarray(X))
+    recorded.breaks = "log"
+    arguments = {"--activations": tmp_path / "x.npy", "--output": tmp_path / "out", "--steps": 4, "--d-sae": 32}
+    arguments |= {"--k": 3, "--device": "cpu", "--log-to": "wandb", "--log-every": 1}
+    text = run_command("train", *(word for pair in arguments.items() for word in pair))
+    assert text.count("warning: log_to: wandb failed at step 1 (RuntimeError: no log today)") == 1
+    assert "second line" not in text

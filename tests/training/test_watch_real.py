@@ -1,0 +1,179 @@
+"""The loggers' real packages, offline: what they keep is what the run logged, and a resumed run goes on in it."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from command import ROOT
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.errors import Interrupted
+from saevlm_fast.training.run import train
+
+pytestmark = pytest.mark.interop
+X = PlantedConcepts(16, 8, 30, seed=1).sample(500)[0]
+SAE = SAEConfig(16, 32, 3)
+STEPS, CUT, CHECKPOINT = 12, 9, 6
+
+
+def run(output, log_to, *, cut=None, resume=False):
+    def on_step(step):
+        if step == cut:
+            raise Interrupted("enough")
+
+    options = RunOptions(output, "cpu", log_every=1, checkpoint_every=CHECKPOINT, log_to=(log_to,), resume=resume)
+    config = TrainConfig(steps=STEPS, batch_size=64, lr=1e-3)
+    sheet = Image.new("RGB", (12, 8), "red")
+    train(Activations.from_tensor(X), SAE, config, options, on_step=on_step, on_picture=lambda sae: sheet)
+
+
+def cut_and_resumed(output, log_to):
+    with pytest.raises(Interrupted):
+        run(output, log_to, cut=CUT)
+    run(output, log_to, resume=True)
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines):
+    return {line["step"]: line["losses/overall_loss"] for line in lines if "losses/overall_loss" in line}
+
+
+def test_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    lines = cut_and_resumed(tmp_path / "run", "tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("losses/overall_loss")]
+    assert [step for step, _ in found] == list(range(1, STEPS + 1)), "steps that are taken again are there once"
+    assert dict(found) == pytest.approx(losses(lines), rel=1e-6)
+    assert events.Scalars("eval/l0")[0].value == pytest.approx(lines[-1]["eval/l0"])
+    assert {"system/memory_gib", "system/rows_per_second", "metrics/l0"} <= set(events.Tags()["scalars"])
+    (picture,) = events.Images("contact_sheet")
+    assert (picture.width, picture.height, picture.step) == (12, 8, STEPS)
+    assert b'"d_sae": 32' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_tensorboard_of_a_run_that_replaces_another(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(tmp_path / "run", "tensorboard")
+    old = set((tmp_path / "run" / "tensorboard").iterdir())
+    options = RunOptions(tmp_path / "run", "cpu", log_every=1, log_to=("tensorboard",), force=True)
+    train(Activations.from_tensor(X), SAE, TrainConfig(steps=5, batch_size=64), options)
+    new = set((tmp_path / "run" / "tensorboard").iterdir())
+    assert new
+    assert not new & old
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("metrics/l0")] == list(range(1, 6))
+    assert len(events.Scalars("eval/l0")) == 1
+
+
+def test_trackio(tmp_path):
+    """In a process of its own: trackio reads where it keeps things when it is imported."""
+    pytest.importorskip("trackio")
+    code = f"""
+import json, sys
+sys.path[:0] = {[str(ROOT / "tests" / "training"), str(ROOT / "tests" / "helpers"), str(ROOT)]}
+from pathlib import Path
+import test_watch_real as t
+from trackio.sqlite_storage import SQLiteStorage
+lines = t.cut_and_resumed(Path({str(tmp_path)!r}) / "run", "trackio")
+(name,) = SQLiteStorage.get_runs("of a test")
+print(json.dumps([name, lines, SQLiteStorage.get_logs("of a test", name),
+                  SQLiteStorage.get_run_config("of a test", name)]), file=sys.__stderr__)
+"""
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "kept"), "TRACKIO_PROJECT": "of a test"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "", "trackio prints; stdout is the result's"
+    name, lines, logs, config = json.loads(done.stderr.splitlines()[-1])
+    assert name == json.loads((tmp_path / "run" / "watch.json").read_text())["name"]
+    assert config["sae"]["d_sae"] == 32
+    assert losses(logs) == pytest.approx(losses(lines))
+    assert sorted(log["step"] for log in logs if "losses/overall_loss" in log) == list(range(1, STEPS + 1))
+    assert [log["eval/l0"] for log in logs if "eval/l0" in log] == [lines[-1]["eval/l0"]]
+    assert [log["contact_sheet"]["_type"] for log in logs if "contact_sheet" in log] == ["trackio.image"]
+    assert all("system/memory_gib" in log for log in logs if "losses/overall_loss" in log)
+
+
+def wandb_records(directory):
+    """Every record of the offline runs in a directory, oldest first.
+
+    Its files are LevelDB's logs: seven bytes of a header; blocks of 32 KiB of pieces, each after its checksum, length
+    and kind (whole, first, middle, last).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for file in sorted(directory.rglob("run-*.wandb")):
+        data, place, whole = file.read_bytes(), 7, b""
+        while place + 7 <= len(data):
+            left = 32768 - place % 32768
+            if left < 7:
+                place += left
+                continue
+            length, kind = struct.unpack_from("<HB", data, place + 4)
+            whole += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):
+                yield Record.FromString(whole)
+                whole = b""
+
+
+def test_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_PROJECT", "of-a-test")
+    lines = cut_and_resumed(tmp_path / "run", "wandb")
+    name = json.loads((tmp_path / "run" / "watch.json").read_text())["name"]
+    logged, sheets, summary = {}, 0, {}
+    for record in wandb_records(tmp_path / "wandb"):
+        if record.HasField("run"):
+            assert (record.run.run_id, record.run.project) == (name, "of-a-test")
+        items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        if "losses/overall_loss" in items:
+            logged[items["_step"]] = items["losses/overall_loss"]
+            assert items["system/memory_gib"] > 0
+        sheets += any("contact_sheet" in "/".join(item.nested_key) + item.key for item in record.history.item)
+        for item in record.summary.update:
+            summary[item.key or "/".join(item.nested_key)] = item.value_json
+    assert logged == pytest.approx(losses(lines))
+    assert sheets >= 1
+    assert json.loads(summary["eval/l0"]) == lines[-1]["eval/l0"]
+
+
+def test_wandb_disabled_is_no_hindrance(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run(tmp_path / "run", "wandb")
+    assert (tmp_path / "run" / "cfg.json").is_file()
+
+
+@pytest.mark.parametrize("log_to", ["wandb"])
+def test_a_killed_run_goes_on_in_the_same_run(tmp_path, log_to):
+    """kill -9, not Ctrl-C: nothing of the logger was closed."""
+    pytest.importorskip(log_to)
+    np.save(tmp_path / "x.npy", np.asarray(X))
+    words = ["train", "--activations", "x.npy", "--output", "run", "--d-sae", "32", "--k", "3", "--device", "cpu"]
+    words += ["--steps", "400", "--batch-size", "64", "--log-to", log_to, "--log-every", "50"]
+    words += ["--checkpoint-every", "50"]
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-m", "saevlm_fast", *words]
+    with subprocess.Popen(call, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
+        while not list(tmp_path.glob("run/checkpoints/step_*")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    name = (tmp_path / "run" / "watch.json").read_bytes()
+    done = subprocess.run([*call, "--resume"], cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "watch.json").read_bytes() == name
