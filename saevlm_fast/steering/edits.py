@@ -95,8 +95,8 @@ def steer(
     In all threads that run this model; compiled code of the whole process runs eagerly meanwhile.
 
     Args:
-        model: transformers' LLaVA-1.5, -NeXT, -OneVision, CLIP or SigLIP, whole or the vision part alone; open_clip's
-            or timm's model. Its dtype and device are its own.
+        model: a model of transformers with a vision tower, whole (LLaVA, Qwen-VL, CLIP and their like) or the vision
+            part alone; open_clip's or timm's model. Its dtype and device are its own.
         sae: of the residual stream after that block.
         edits: no latent twice. None at all is the identity control: the SAE is attached, nothing is changed.
         only: every latent without an edit becomes 0 (scale(k, 1.0) leaves k alone as it is).

@@ -99,6 +99,7 @@ def _check_read(config: Any, layer: int, reads: frozenset[int], cls_only: bool) 
         f"layer: {layer} changes nothing, the language model reads vision blocks up to {last_read}{what}",
     )
     drops_cls = getattr(config, "vision_feature_select_strategy", None) == "default"
+    drops_cls = drops_cls or bool(getattr(config, "vision_use_cls_token", False))  # PerceptionLM takes it off
     require(
         not (cls_only and drops_cls and layer == last_read),
         f"tokens: cls at layer {layer} changes nothing, the language model reads that block{what} without CLS",
