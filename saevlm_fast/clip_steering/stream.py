@@ -111,7 +111,7 @@ class Stream:
             x_BTD = batch.x_BTD.clone().requires_grad_()
             inputs = {name: each.clone() for name, each in batch.inputs.items()}
             try:
-                with hooked_output(place, self.tower.anatomy.batch_first, lambda _: x_BTD), suppress(_Enough):
+                with hooked_output(place, self.tower.anatomy.form, lambda _: x_BTD), suppress(_Enough):
                     self.tower.forward(inputs)
             finally:
                 handle.remove()
