@@ -26,6 +26,7 @@ ORDER = (
     ("publishing", "steering", "crossmodal"),
     ("measures",),
     ("look",),
+    ("clip_steering",),
     ("demo", "box_making"),
     ("inspection",),
     ("doctor",),

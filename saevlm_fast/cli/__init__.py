@@ -15,9 +15,12 @@ from saevlm_fast.cli.usage import run_app
 from saevlm_fast.errors import Interrupted, first_line, require
 
 # Each makes itself a command of the app, in this order.
-_COMMANDS = ("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report", "steer")
-_MORE = ("steering_score", "cross_modal", "human_agreement", "inspect", "doctor", "convert", "push", "pull")
-for _name in (*_COMMANDS, *_MORE):
+_COMMANDS = (
+    *("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report"),
+    *("steer", "steering_score", "steerability", "erase", "cross_modal", "human_agreement"),
+    *("inspect", "doctor", "convert", "push", "pull"),
+)
+for _name in _COMMANDS:
     import_module(f"saevlm_fast.cli.{_name}")
 
 

@@ -124,13 +124,15 @@ WRITERS = [
     "report",
     "human-agreement",
     "cross-modal",
+    "steerability",
+    "erase",
 ]
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch):
     """It is refused before anything is opened: the models and the images are not there."""
-    is_file = name.endswith("score") or name in ("name", "human-agreement")
+    is_file = name.endswith("score") or name in ("name", "human-agreement", "steerability", "erase")
     output = tmp_path / ("out.json" if is_file else "out")
     none = ("--model", "none", "--output", output, "--images", "none")
     words = {
@@ -145,6 +147,8 @@ def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch)
         "name": ("--sae", "n", "--codes", "n", "--embeddings", "n", "--text-model", "n", "--output", output),
         "human-agreement": ("--benchmark", "none", "--output", output),
         "report": ("--sae", "none", "--activations", "none", "--output", output),
+        "steerability": (*none, "--sae", "n", "--layer", 1),
+        "erase": (*none, "--sae", "n", "--layer", 1),
         "steering-score": (*none, "--sae", "n", "--layer", 1, "--codes", "n", "--embeddings", "n", "--text-model", "n"),
     }[name]
     context = multiprocessing.get_context("fork")

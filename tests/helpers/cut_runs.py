@@ -34,6 +34,8 @@ OUTPUTS = {
     "name": "out.parquet",
     "report": "out",
     "steering-score": "out.json",
+    "steerability": "out.parquet",
+    "erase": "out.json",
 }
 
 

@@ -98,6 +98,29 @@ CALLS: dict[str, dict[str, str | None]] = {
         "--output": "out.json",
     },
     "cross-modal": {"--activations": "pairs", "--sae": "language", "--device": "cpu", "--output": "out"},
+    "steerability": {
+        "--model": "hf:tiny-clip",
+        "--sae": "run",
+        "--layer": str(LAYER),
+        "--images": "photos",
+        "--words": "words.txt",
+        "--ask": "2",
+        "--latents": "0:2",
+        "--no-neurons": None,
+        "--device": "cpu",
+        "--output": "out.parquet",
+    },
+    "erase": {
+        "--model": "hf:tiny-clip",
+        "--sae": "run",
+        "--layer": str(LAYER),
+        "--images": "scenes:test:60",
+        "--labels": "scene:backdrop",
+        "--k": "1",
+        "--limit": "10",
+        "--device": "cpu",
+        "--output": "out.json",
+    },
     "human-agreement": {"--benchmark": "benchmark", "--device": "cpu", "--output": "out.json"},
     "inspect": {"PATH": "store"},
     "doctor": {"--facts-only": None, "--device": "cpu"},
@@ -137,6 +160,7 @@ def build_world(root: Path, n_images: int = 12) -> Path:
     run("train", "--activations", root / "pairs", *few, "--output", root / "language")
     (root / "blocks.toml").write_text("latents_per_block = 2\n")
     build_benchmark(root / "benchmark")
+    (root / "words.txt").write_text("red\nblue\nstar\n")
     (root / "prompts.json").write_text('{"class_0": "red", "class_1": "blue", "class_2": ["green", "navy"]}')
     np.save(root / "matrix.npy", np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))
     return root
