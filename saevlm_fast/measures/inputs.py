@@ -95,6 +95,9 @@ class Inputs:
         if self.patch_labels is not None:
             name, found = self.patch_labels.name, self.patch_labels.n_images
             require(found == self.activations.n_rows, f"masks: of {found} rows, not {self.activations.n_rows}")
+            image_of_row = self.rows.image_of_row
+            whole = image_of_row is not None and np.array_equal(image_of_row, np.arange(found) // (found // n))
+            require(whole, f"masks: {self.activations.path} is no store of as many patches of every image")
             taken = any(each.name == name for each in self.label_sets)
             require(not taken, f"labels: {name!r} is the name of the masks' label set; name the column otherwise")
         for each in self.label_sets:

@@ -22,7 +22,7 @@ from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_all
-from saevlm_fast.training.memory import check_memory, training_memory
+from saevlm_fast.training.memory import check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.run import (
     NothingKept,
@@ -166,7 +166,8 @@ def train_many(
     for sae_config in saes.values():
         train_on, evaluated = fitting(activations, validation, sae_config)
     device = resolve_device(options.device)
-    check_memory(device, {name: training_memory(sae, *_sizes(recipes[name])) for name, sae in saes.items()})
+    needed = {name: memory_of(sae, recipes[name], train_on.n_rows) for name, sae in saes.items()}
+    check_memory(device, needed)
     line = ProgressLine(recipes[first].steps)
 
     def logged(name: str, step: int, metrics: Metrics) -> None:
@@ -176,7 +177,8 @@ def train_many(
 
     with ExitStack() as stack:
         stack.enter_context(closing(line))
-        lead = LeadState(train_on, saes[first], recipes[first], device, options.data_on)
+        others = sum(needed.values()) - needed[first]
+        lead = LeadState(train_on, saes[first], recipes[first], device, options.data_on, others=others)
         members = []
         for name, sae_config in saes.items():
             state = lead if name == first else SharedState(lead, sae_config, recipes[name])
@@ -239,10 +241,6 @@ def stop_all(members: list[Member]) -> None:
 def own_options(options: RunOptions, name: str) -> RunOptions:
     """Of one of several: its directory is in theirs."""
     return options if options.output is None else replace(options, output=options.output / name)
-
-
-def _sizes(config: TrainConfig) -> tuple[int, int]:
-    return config.batch_size, config.accumulate
 
 
 def _recipes(

@@ -45,7 +45,8 @@ class TrainingState:
         on_device: whether all rows are kept there.
         embeddings: of the rows, for MonoLoss; None: it takes the rows themselves.
 
-    data_on: where they are to be; ValueError: on the device, where they do not fit.
+    data_on: where they are to be; ValueError: on the device, where they do not fit. others: bytes that SAEs take which
+    are trained beside this one.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class TrainingState:
         device: torch.device,
         data_on: DataOn = "auto",
         embeddings: Activations | None = None,
+        others: int = 0,
     ):
         self.embeddings = embeddings
         self.activations, self.config, self.device = activations, config, device
@@ -64,7 +66,7 @@ class TrainingState:
         sae.reset_parameters(config.seed)
         self.stepper = Stepper(sae, config)
         self.scale = Scale()
-        self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on)
+        self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on, others)
         self._resident: ResidentRows | None = None
 
     def initialise(self) -> None:
