@@ -182,5 +182,5 @@ def test_labels_of_patches_need_a_store_of_patches():
     """Before anything is measured: exchanged masks would be cut at the wrong rows."""
     labels = LabelSet.of(["a", "b"] * 10, "patches")
     x_ND = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="masks: .* is no store of as many patches of every image"):
+    with pytest.raises(ValueError, match=r"masks: .* is no store of as many patches of every image"):
         measure(SparseAutoencoder(SAEConfig(6, 12, 2, "topk")), x_ND, patch_labels=labels)
