@@ -137,7 +137,8 @@ def patch_score(
 def _summed(
     patches: ScoredPatches, target: torch.device, on_rows: Callable[[int], None]
 ) -> tuple[StreamedState, Tensor, Tensor, int]:
-    """The first pass: sums over pairs of images; of each latent on how many it fires, and its maximum; how many images."""
+    """The first pass: sums over pairs of images; of each latent on how many it fires, and its maximum; all images'
+    number."""
     state: StreamedState | None = None
     n_active_S = torch.zeros(patches.n_latents, dtype=torch.int64)
     high_S, n_images = torch.zeros(patches.n_latents, dtype=torch.float64), 0
