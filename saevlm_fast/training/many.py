@@ -166,7 +166,7 @@ def train_many(
     for sae_config in saes.values():
         train_on, evaluated = fitting(activations, validation, sae_config)
     device = resolve_device(options.device)
-    needed = {name: memory_of(sae, recipes[name], train_on.n_rows) for name, sae in saes.items()}
+    needed = _needed(saes, recipes, train_on.n_rows)
     check_memory(device, needed)
     line = ProgressLine(recipes[first].steps)
 
@@ -241,6 +241,10 @@ def stop_all(members: list[Member]) -> None:
 def own_options(options: RunOptions, name: str) -> RunOptions:
     """Of one of several: its directory is in theirs."""
     return options if options.output is None else replace(options, output=options.output / name)
+
+
+def _needed(saes: Mapping[str, SAEConfig], recipes: Mapping[str, TrainConfig], n_rows: int) -> dict[str, int]:
+    return {name: memory_of(sae, recipes[name], n_rows) for name, sae in saes.items()}
 
 
 def _recipes(
