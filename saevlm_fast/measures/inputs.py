@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -81,6 +81,24 @@ class Inputs:
             "pool": self.pool,
             "behaviour": "" if self.behaviour is None else self.behaviour.digest(),
         }
+
+    def of_random_weights(self, activations: Activations) -> "Inputs":
+        """The same with what a tower of random weights gives of the same images; nothing is spliced into it.
+
+        Raises:
+            ValueError: of other images, or in another order: labels and embeddings would be other images'.
+        """
+        there = replace(self, activations=activations, behaviour=None)
+        mine = self.activations
+        require(
+            there.rows.ids == self.rows.ids,
+            f"random_activations: {activations.path} is of other images, or in another order, than {mine.path}",
+        )
+        require(
+            self.patch_labels is None or activations.n_rows == mine.n_rows,
+            f"random_activations: {activations.n_rows} rows, not {mine.n_rows}; masks are of rows",
+        )
+        return there
 
     def check(self) -> None:
         """ValueError: embeddings or labels of other images than the activations'."""
