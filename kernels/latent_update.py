@@ -41,11 +41,16 @@ class Cone(NamedTuple):
     rows_SD: Tensor
     cosine: float
 
+    @property
+    def rounding(self) -> float:
+        """Up to which w_perp may be as much along w0 as across it: the edge made of it would be no unit row."""
+        return torch.finfo(self.rows_SD.dtype).eps ** 0.5
+
     def hold_(self, W_SD: Tensor, start: int = 0) -> None:
         """Moves rows start .. of unit rows, in place, to the nearest that are inside; the others keep their bits.
 
-        w -> tau w0 + sqrt(1 - tau^2) w_perp / |w_perp| with w_perp = w - (w . w0) w0. A row opposite to its first one,
-        which has no nearest, becomes that. A GPU is asked nothing.
+        w -> tau w0 + sqrt(1 - tau^2) w_perp / |w_perp| with w_perp = w - (w . w0) w0. A row opposite to its first one
+        (|w_perp| at most `rounding`), which has no nearest, becomes that. A GPU is asked nothing.
         """
         w0_SD = self.rows_SD[start : start + len(W_SD)]
         cosine_S1 = (W_SD * w0_SD).sum(1, keepdim=True)
@@ -60,7 +65,7 @@ class Cone(NamedTuple):
         across_SD = W_SD - cosine_S1 * w0_SD
         length_S1 = torch.linalg.vector_norm(across_SD, dim=1, keepdim=True)
         edge_SD = self.cosine * w0_SD + math.sqrt(1 - self.cosine**2) * across_SD / length_S1
-        return torch.where(length_S1 == 0, w0_SD, edge_SD)
+        return torch.where(length_S1 <= self.rounding, w0_SD, edge_SD)
 
 
 def latent_update_(

@@ -64,13 +64,13 @@ def moved(
 
 
 @triton.jit
-def held_in_cone(w, first, COSINE: tl.constexpr, SINE: tl.constexpr):
+def held_in_cone(w, first, COSINE: tl.constexpr, SINE: tl.constexpr, ROUNDING: tl.constexpr):
     """A unit row; if its cosine with a first one is below COSINE, the nearest of that cosine (latent_update.Cone)."""
     cosine = tl.sum(w * first, axis=0)
     across = w - cosine * first
     length = tl.sqrt(tl.sum(across * across, axis=0))
     edge = COSINE * first + SINE * across / tl.where(length == 0, 1.0, length)
-    edge = tl.where(length == 0, first, edge)
+    edge = tl.where(length <= ROUNDING, first, edge)
     return tl.where(cosine < COSINE, edge, w)
 
 
@@ -124,6 +124,7 @@ def update_kernel(
     CONE: tl.constexpr,
     COSINE: tl.constexpr,
     SINE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     HAS_AUX: tl.constexpr,
     HAS_LOW: tl.constexpr,
     BETA1: tl.constexpr,
@@ -165,7 +166,7 @@ def update_kernel(
                 w *= 1.0 / (tl.sqrt(tl.sum(w * w, axis=0)) + NORM_EPS)
                 if CONE:
                     first = tl.load(first_ptr + o, mask=m_d, other=0.0, eviction_policy="evict_first").to(ACC)
-                    w = held_in_cone(w, first, COSINE, SINE)
+                    w = held_in_cone(w, first, COSINE, SINE, ROUNDING)
             else:
                 moved(b_ptr, b_exp_avg_ptr, b_exp_avg_sq_ptr, s, True, total * clip, schedule_ptr, BETA1, BETA2, EPS)
                 if HAS_LOW:
@@ -236,6 +237,7 @@ def launch_update(
         CONE=cone is not None,
         COSINE=0.0 if cone is None else cone.cosine,
         SINE=0.0 if cone is None else math.sqrt(1 - cone.cosine**2),
+        ROUNDING=0.0 if cone is None else cone.rounding,
         HAS_AUX=aux is not None,
         HAS_LOW=low is not None,
         BETA1=scalars.betas[0],

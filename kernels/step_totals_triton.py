@@ -39,6 +39,71 @@ def entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norm
     return d, a * d, tl.abs(a) * suffix, tl.abs(d) * centred.to(d.dtype), (a > 0).to(tl.int32)
 
 
+@triton.jit
+def entry_sums(
+    starts,
+    counts,
+    acts_ptr,
+    dacts_ptr,
+    bags_ptr,
+    rows_ptr,
+    norms_ptr,
+    x_norms_ptr,
+    LATENTS: tl.constexpr,
+    TILE_E: tl.constexpr,
+    HEAVY_E: tl.constexpr,
+):
+    """entry_terms summed over the entries of each of LATENTS latents: all at once, then through those of many alone."""
+    o_e = tl.arange(0, TILE_E)
+    m = (o_e[None, :] < counts[:, None]) & (counts <= TILE_E)[:, None]
+    o = starts[:, None] + o_e[None, :]
+    db, par, dec, enc, fires = entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr)
+    db, par, dec, enc = tl.sum(db, axis=1), tl.sum(par, axis=1), tl.sum(dec, axis=1), tl.sum(enc, axis=1)
+    fires = tl.sum(fires, axis=1)
+    if tl.max(counts, axis=0) > TILE_E:
+        o_h = tl.arange(0, HEAVY_E)
+        for i in range(LATENTS):
+            this = tl.arange(0, LATENTS) == i
+            start, count = tl.sum(tl.where(this, starts, 0), axis=0), tl.sum(tl.where(this, counts, 0), axis=0)
+            if count > TILE_E:
+                for p in range(start, start + count, HEAVY_E):
+                    m_h = p + o_h < start + count
+                    t0, t1, t2, t3, f = entry_terms(
+                        p + o_h, m_h, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr
+                    )
+                    db += tl.where(this, tl.sum(t0, axis=0), 0.0)
+                    par += tl.where(this, tl.sum(t1, axis=0), 0.0)
+                    dec += tl.where(this, tl.sum(t2, axis=0), 0.0)
+                    enc += tl.where(this, tl.sum(t3, axis=0), 0.0)
+                    fires += tl.where(this, tl.sum(f, axis=0), 0)
+    return db, par, dec, enc, fires
+
+
+@triton.jit
+def weighted_rows(
+    weights_ptr,
+    W_ptr,
+    first,
+    n_latents,
+    d_in,
+    o_d,
+    m_d,
+    LATENTS: tl.constexpr,
+    ROWS_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """[BLOCK_D] of the sum of weights * W over LATENTS rows from `first` on; rows of no weight are not read."""
+    acc = tl.zeros([BLOCK_D], dtype=ACC)
+    for i in range(0, LATENTS, ROWS_W):
+        o_w = first + i + tl.arange(0, ROWS_W)
+        weight = tl.load(weights_ptr + o_w, mask=o_w < n_latents, other=0.0)
+        mask = (weight != 0)[:, None] & m_d[None, :]
+        w = tl.load(W_ptr + o_w[:, None] * d_in + o_d[None, :], mask=mask, other=0.0).to(ACC)
+        acc += tl.sum(weight[:, None] * w, axis=0)
+    return acc
+
+
 @triton.jit(do_not_specialize=["n_latents", "n_rows"])
 def totals_kernel(
     acts_ptr,
@@ -76,28 +141,9 @@ def totals_kernel(
     m_s = o_s < n_latents
     starts = tl.load(offsets_ptr + o_s, mask=m_s, other=0)
     counts = tl.load(offsets_ptr + o_s + 1, mask=m_s, other=0) - starts
-    o_e = tl.arange(0, TILE_E)
-    m = (o_e[None, :] < counts[:, None]) & (counts <= TILE_E)[:, None]
-    o = starts[:, None] + o_e[None, :]
-    db, par, dec, enc, fires = entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr)
-    db, par, dec, enc = tl.sum(db, axis=1), tl.sum(par, axis=1), tl.sum(dec, axis=1), tl.sum(enc, axis=1)
-    fires = tl.sum(fires, axis=1)
-    if tl.max(counts, axis=0) > TILE_E:
-        o_h = tl.arange(0, HEAVY_E)
-        for i in range(LATENTS):
-            this = tl.arange(0, LATENTS) == i
-            start, count = tl.sum(tl.where(this, starts, 0), axis=0), tl.sum(tl.where(this, counts, 0), axis=0)
-            if count > TILE_E:
-                for p in range(start, start + count, HEAVY_E):
-                    m_h = p + o_h < start + count
-                    t0, t1, t2, t3, f = entry_terms(
-                        p + o_h, m_h, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr
-                    )
-                    db += tl.where(this, tl.sum(t0, axis=0), 0.0)
-                    par += tl.where(this, tl.sum(t1, axis=0), 0.0)
-                    dec += tl.where(this, tl.sum(t2, axis=0), 0.0)
-                    enc += tl.where(this, tl.sum(t3, axis=0), 0.0)
-                    fires += tl.where(this, tl.sum(f, axis=0), 0)
+    db, par, dec, enc, fires = entry_sums(
+        starts, counts, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, LATENTS, TILE_E, HEAVY_E
+    )
     tl.store(db_enc_ptr + o_s, db, mask=m_s)
     tl.store(parallel_ptr + o_s, par, mask=m_s)
     idle = tl.load(idle_ptr + o_s, mask=m_s, other=0)
@@ -117,13 +163,9 @@ def totals_kernel(
     tl.debug_barrier()  # read by other threads than wrote it
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
-    acc = tl.zeros([BLOCK_D], dtype=ACC)
-    for i in range(0, LATENTS, ROWS_W):
-        o_w = program * LATENTS + i + tl.arange(0, ROWS_W)
-        weight = tl.load(db_enc_ptr + o_w, mask=o_w < n_latents, other=0.0)
-        mask = (weight != 0)[:, None] & m_d[None, :]
-        w = tl.load(W_enc_ptr + o_w[:, None] * d_in + o_d[None, :], mask=mask, other=0.0).to(ACC)
-        acc += tl.sum(weight[:, None] * w, axis=0)
+    acc = weighted_rows(
+        db_enc_ptr, W_enc_ptr, program * LATENTS, n_latents, d_in, o_d, m_d, LATENTS, ROWS_W, BLOCK_D, ACC
+    )
     tl.store(db_parts_ptr + program * d_in + o_d, acc, mask=m_d)
 
 

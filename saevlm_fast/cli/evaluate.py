@@ -195,16 +195,7 @@ def open_random_inputs(
     require(bool(mine), "random_activations: no SAE among --sae was trained on a tower of random weights")
     activations = open_activations(options.random_activations)
     _check_rows(mine, activations)
-    there = replace(inputs, activations=activations, behaviour=None)
-    require(
-        there.rows.ids == inputs.rows.ids,
-        f"random_activations: {activations.path} is of other images, or in another order, than {options.activations}",
-    )
-    require(
-        inputs.patch_labels is None or activations.n_rows == inputs.activations.n_rows,
-        f"random_activations: {activations.n_rows} rows, not {inputs.activations.n_rows}; masks are of rows",
-    )
-    return there
+    return inputs.of_random_weights(activations)
 
 
 # Where it goes --------------------------------------------------------------------------------------------------------

@@ -156,7 +156,6 @@ class TrainConfig(Settings):
         below=1,
         must="in [0, 1)",
     )
-
     mono_weight: float | None = setting(
         None,
         help="Weight of MonoLoss, 1 - the batch's mean Monosemanticity Score with its own rows as embeddings. Judge by "
@@ -206,7 +205,6 @@ class TrainConfig(Settings):
         whole = self.accumulate == 1 or (self.mono_weight is None and self.control in (None, "untrained", "shuffled"))
         other = "mono_weight" if self.mono_weight is not None else f"control {self.control}"
         require(whole, f"accumulate: {self.accumulate} does not go with {other}, which takes a batch as a whole")
-
         require(
             self.mono_weight is None or self.control != "untrained",
             f"mono_weight: {self.mono_weight} is of no use to an untrained control",

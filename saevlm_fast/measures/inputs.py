@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -82,6 +82,24 @@ class Inputs:
             "behaviour": "" if self.behaviour is None else self.behaviour.digest(),
         }
 
+    def of_random_weights(self, activations: Activations) -> "Inputs":
+        """The same with what a tower of random weights gives of the same images; nothing is spliced into it.
+
+        Raises:
+            ValueError: of other images, or in another order: labels and embeddings would be other images'.
+        """
+        there = replace(self, activations=activations, behaviour=None)
+        mine = self.activations
+        require(
+            there.rows.ids == self.rows.ids,
+            f"random_activations: {activations.path} is of other images, or in another order, than {mine.path}",
+        )
+        require(
+            self.patch_labels is None or activations.n_rows == mine.n_rows,
+            f"random_activations: {activations.n_rows} rows, not {mine.n_rows}; masks are of rows",
+        )
+        return there
+
     def check(self) -> None:
         """ValueError: embeddings or labels of other images than the activations'."""
         n = len(self.rows.ids)
@@ -95,6 +113,9 @@ class Inputs:
         if self.patch_labels is not None:
             name, found = self.patch_labels.name, self.patch_labels.n_images
             require(found == self.activations.n_rows, f"masks: of {found} rows, not {self.activations.n_rows}")
+            image_of_row = self.rows.image_of_row
+            whole = image_of_row is not None and np.array_equal(image_of_row, np.arange(found) // (found // n))
+            require(whole, f"masks: {self.activations.path} is no store of as many patches of every image")
             taken = any(each.name == name for each in self.label_sets)
             require(not taken, f"labels: {name!r} is the name of the masks' label set; name the column otherwise")
         for each in self.label_sets:

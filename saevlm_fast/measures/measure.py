@@ -379,7 +379,7 @@ def measure(
     on_random = None
     if random_activations is not None:
         drawn = activations_of(random_activations, "random_activations")
-        on_random = replace(inputs, activations=drawn, behaviour=None)
+        on_random = inputs.of_random_weights(drawn)
     for sae in named.values():
         elsewhere = on_random is not None and control_of(sae) == RANDOM_WEIGHTS
         check_rows_of(sae, drawn if elsewhere else rows)

@@ -57,22 +57,7 @@ def headlines(label_sets: Sequence[str], embeddings: Sequence[str], spliced_sets
         Headline("R of one latent, patches", (*at, "selection", "R"), 1),
     ]
     for name in label_sets:
-        of_set = ("labels", name)
-        rows += [
-            Headline(f"purity excess, {name}", (*of_set, "excess", "mean"), 1, f"purity_excess:{name}"),
-            Headline(
-                f"mutual information, {name}", (*of_set, "mutual_information", "mean"), 1, f"mutual_information:{name}"
-            ),
-            Headline(f"AUROC of labels, {name}", (*of_set, "selection", "auroc"), 1),
-            Headline(f"AP of labels, {name}", (*of_set, "selection", "ap"), 1),
-            Headline(f"coverage at AP .3, {name}", (*of_set, "selection", "coverage"), 1),
-            Headline(f"purity of chosen, {name}", (*of_set, "selection", "purity"), 1),
-            Headline(f"R of one latent, {name}", (*of_set, "selection", "R"), 1),
-            Headline(f"its top-16 purity, {name}", (*of_set, "selection", "top16_purity"), 1),
-        ]
-        rows += [
-            Headline(f"probe of {k}, {name}", ("probing", name, "accuracy", str(k), "mean"), 1) for k in (1, 5, 20)
-        ]
+        rows += _of_labels(name)
     rows += [
         Headline("nearest decoder cosine", ("geometry", "nearest_cosine", "mean")),
         Headline("best co-firing phi", ("geometry", "cofiring", "mean_best_phi")),
@@ -96,6 +81,25 @@ def headlines(label_sets: Sequence[str], embeddings: Sequence[str], spliced_sets
             Headline(f"spliced: probe kept, {name}", (*recovered, "probe", "value"), 1),
         ]
     return rows
+
+
+def _of_labels(name: str) -> list[Headline]:
+    """The rows of a label set."""
+    of_set = ("labels", name)
+    chosen = (*of_set, "selection")
+    return [
+        Headline(f"purity excess, {name}", (*of_set, "excess", "mean"), 1, f"purity_excess:{name}"),
+        Headline(
+            f"mutual information, {name}", (*of_set, "mutual_information", "mean"), 1, f"mutual_information:{name}"
+        ),
+        Headline(f"AUROC of labels, {name}", (*chosen, "auroc"), 1),
+        Headline(f"AP of labels, {name}", (*chosen, "ap"), 1),
+        Headline(f"coverage at AP .3, {name}", (*chosen, "coverage"), 1),
+        Headline(f"purity of chosen, {name}", (*chosen, "purity"), 1),
+        Headline(f"R of one latent, {name}", (*chosen, "R"), 1),
+        Headline(f"its top-16 purity, {name}", (*chosen, "top16_purity"), 1),
+        *(Headline(f"probe of {k}, {name}", ("probing", name, "accuracy", str(k), "mean"), 1) for k in (1, 5, 20)),
+    ]
 
 
 def figure_at(measures: Figures, path: tuple[str, ...]) -> float:

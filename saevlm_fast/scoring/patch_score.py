@@ -108,22 +108,9 @@ def patch_score(
     """
     patches = ScoredPatches(activations, embeddings, sae, batch_rows=batch_rows)
     patches.check_ids()
-    target, n_latents = patches.device_of(device), patches.n_latents
-    state: StreamedState | None = None
-    n_active_S, high_S = torch.zeros(2, n_latents, dtype=torch.float64)
-    n_images = 0
-    for first, n, pairs in _runs(patches, target):
-        n_images = first + n
-        if pairs is not None:
-            state = state or streamed_cosine_state(n_latents, pairs.sums_PE.shape[1], target)
-            places_P = torch.arange(len(pairs.acts_P), device=target)
-            vectors_PE = pairs.sums_PE / pairs.acts_P[:, None]
-            streamed_cosine_update(state, pairs.acts_P, places_P, pairs.offsets_S1, vectors_PE)
-            n_active_S += pairs.offsets_S1.diff().cpu()
-            high_S = torch.maximum(high_S, pairs.high_S.cpu())
-        on_rows(n_images)
-    state = state or streamed_cosine_state(n_latents, 1, target)  # no latent fires
-    status_S = status_of(torch.zeros_like(high_S), high_S, n_active_S.long())
+    target = patches.device_of(device)
+    state, n_active_S, high_S, n_images = _summed(patches, target, on_rows)
+    status_S = status_of(torch.zeros_like(high_S), high_S, n_active_S)
     ms_S = (state.num_S / state.den_S).cpu().masked_fill(status_S != 0, torch.nan)
     se_S, mean_interval = None, interval(math.nan, math.nan)
     if intervals:
@@ -137,7 +124,7 @@ def patch_score(
     return PatchScores(
         ms=ms_S,
         status=status_S,
-        n_active=n_active_S.long(),
+        n_active=n_active_S,
         max_activation=high_S,
         n_images=n_images,
         similarity="cosine",
@@ -145,6 +132,28 @@ def patch_score(
         se=se_S,
         mean_interval=mean_interval,
     )
+
+
+def _summed(
+    patches: ScoredPatches, target: torch.device, on_rows: Callable[[int], None]
+) -> tuple[StreamedState, Tensor, Tensor, int]:
+    """The first pass: sums over pairs of images; of each latent on how many it fires, and its maximum; all images'
+    number."""
+    state: StreamedState | None = None
+    n_active_S = torch.zeros(patches.n_latents, dtype=torch.int64)
+    high_S, n_images = torch.zeros(patches.n_latents, dtype=torch.float64), 0
+    for first, n, pairs in _runs(patches, target):
+        n_images = first + n
+        if pairs is not None:
+            state = state or streamed_cosine_state(patches.n_latents, pairs.sums_PE.shape[1], target)
+            places_P = torch.arange(len(pairs.acts_P), device=target)
+            vectors_PE = pairs.sums_PE / pairs.acts_P[:, None]
+            streamed_cosine_update(state, pairs.acts_P, places_P, pairs.offsets_S1, vectors_PE)
+            n_active_S += pairs.offsets_S1.diff().cpu()
+            high_S = torch.maximum(high_S, pairs.high_S.cpu())
+        on_rows(n_images)
+    # Without a state no latent fires.
+    return state or streamed_cosine_state(patches.n_latents, 1, target), n_active_S, high_S, n_images
 
 
 class _Jackknife:

@@ -24,7 +24,7 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.checkpoints import latest_checkpoint
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_all
-from saevlm_fast.training.memory import check_memory, training_memory
+from saevlm_fast.training.memory import check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.run import (
     NothingKept,
@@ -191,7 +191,8 @@ def train_many(
         recipes[name].check_fits(sae_config)
         train_on, evaluated = fitting(activations, validation, sae_config)
     device = resolve_device(options.device)
-    check_memory(device, {name: training_memory(sae, *_sizes(recipes[name])) for name, sae in saes.items()})
+    needed = _needed(saes, recipes, train_on.n_rows)
+    check_memory(device, needed)
     line = ProgressLine(recipes[first].steps)
 
     def logged(name: str, step: int, metrics: Metrics) -> None:
@@ -201,7 +202,8 @@ def train_many(
 
     with ExitStack() as stack:
         stack.enter_context(closing(line))
-        lead = LeadState(train_on, saes[first], recipes[first], device, options.data_on)
+        others = sum(needed.values()) - needed[first]
+        lead = LeadState(train_on, saes[first], recipes[first], device, options.data_on, others=others)
         members = []
         for name, sae_config in saes.items():
             state = lead if name == first else SharedState(lead, sae_config, recipes[name])
@@ -268,8 +270,8 @@ def own_options(options: RunOptions, name: str) -> RunOptions:
     return options if options.output is None else replace(options, output=options.output / name)
 
 
-def _sizes(config: TrainConfig) -> tuple[int, int]:
-    return config.batch_size, config.accumulate
+def _needed(saes: Mapping[str, SAEConfig], recipes: Mapping[str, TrainConfig], n_rows: int) -> dict[str, int]:
+    return {name: memory_of(sae, recipes[name], n_rows) for name, sae in saes.items()}
 
 
 def recipes_of(

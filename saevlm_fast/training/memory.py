@@ -28,7 +28,8 @@ def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1, cont
     return 4 * (first + 4 * sae_numbers(sae) + 4 * batch_size * sae.d_in + micro)
 
 
-def _memory_of(sae: "SAEConfig", config: "TrainConfig", n_rows: int) -> int:
+def memory_of(sae: "SAEConfig", config: "TrainConfig", n_rows: int) -> int:
+    """training_memory of such a run on n_rows rows."""
     return training_memory(sae, min(config.batch_size, n_rows), config.accumulate, config.control)
 
 
@@ -66,12 +67,18 @@ def check_memory(device: "torch.device", needed: "Mapping[str, int]") -> None:
 
 
 def rows_go_to_device(
-    activations: "Activations", sae: "SAEConfig", config: "TrainConfig", device: "torch.device", data_on: "DataOn"
+    activations: "Activations",
+    sae: "SAEConfig",
+    config: "TrainConfig",
+    device: "torch.device",
+    data_on: "DataOn",
+    others: int = 0,
 ) -> bool:
     """Whether all rows are kept where the steps are taken: a GPU's memory, or beside a CPU the host's.
 
     auto: on a GPU if they fit; beside a CPU never, where files are mapped and what fits stays in the page cache. They
-    fit if the memory that is free holds them and, once more, all that training takes.
+    fit if the memory that is free holds them and, once more, all that training takes. others: bytes that SAEs take
+    which are trained beside this one.
 
     Raises:
         ValueError: data_on is device, and they do not fit.
@@ -79,7 +86,7 @@ def rows_go_to_device(
     if data_on == "host" or (data_on == "auto" and device.type == "cpu"):
         return False
     rows = activations.n_rows * activations.d * activations.kept_dtype.itemsize
-    training, free = _memory_of(sae, config, activations.n_rows), free_memory(device)
+    training, free = memory_of(sae, config, activations.n_rows) + others, free_memory(device)
     fits = free is None or rows + training <= free
     require(
         fits or data_on == "auto",

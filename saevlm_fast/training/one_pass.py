@@ -45,7 +45,7 @@ from saevlm_fast.training.capture import told_of_compiling
 from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.evaluate import Metrics, RowSums, evaluate_chunks
 from saevlm_fast.training.many import Member, Trained, evaluated_all, own_options, recipes_of, stop_all
-from saevlm_fast.training.memory import check_memory, training_memory
+from saevlm_fast.training.memory import check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.streamed import Place, StreamedRows
 
@@ -179,9 +179,8 @@ class OnePass:
             if self.chosen.buffer_on == "device" or device.type == "cpu":
                 needed[f"the buffer of {name}"] = capacity * rows.row_bytes
             for sae_name, sae in configs.items():
-                recipe = self.recipes[sae_name]
                 whole = f"{name}/{sae_name}".rstrip("/") if len(names) > 1 else sae_name
-                needed[f"the SAE {whole}".strip()] = training_memory(sae, recipe.batch_size, recipe.accumulate)
+                needed[f"the SAE {whole}".strip()] = memory_of(sae, self.recipes[sae_name], rows.n_rows)
         self.needed = needed
         check_memory(device, needed)
         for name, store, configs in sized:

@@ -47,7 +47,8 @@ class TrainingState:
         on_device: whether all rows are kept there.
         embeddings: of the rows, for MonoLoss; None: it takes the rows themselves.
 
-    data_on: where they are to be; ValueError: on the device, where they do not fit.
+    data_on: where they are to be; ValueError: on the device, where they do not fit. others: bytes that SAEs take which
+    are trained beside this one.
     """
 
     latents: tuple[int, int | None] = (0, None)
@@ -60,6 +61,7 @@ class TrainingState:
         device: torch.device,
         data_on: DataOn = "auto",
         embeddings: Activations | None = None,
+        others: int = 0,
     ):
         self.embeddings = embeddings
         self.activations, self.config, self.device = activations, config, device
@@ -67,7 +69,7 @@ class TrainingState:
         self.sae_config = sae_config
         self.stepper = self.first_stepper()
         self.scale = Scale()
-        self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on)
+        self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on, others)
         self._resident: ResidentRows | None = None
 
     def first_stepper(self) -> Stepper:

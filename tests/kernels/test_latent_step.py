@@ -135,7 +135,7 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     block_d, num_warps = whole_row_block(d_in, 4)
     constants = {"HAS_AUX": True, "BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8, "NORM_EPS": 1e-7, "TINY": TINY}
     constants |= {"LATENTS": LATENTS, "CHUNK": CHUNK, "BLOCK_P": UPDATE_STEP, "BLOCK_D": block_d, "ACC": "tl.float32"}
-    cone = {"COSINE": 0.8, "SINE": 0.6}
+    cone = {"COSINE": 0.8, "SINE": 0.6, "ROUNDING": 3e-4}
     sides = (
         {"DECODER": True, "HAS_LOW": False, "CONE": False},
         {"DECODER": True, "HAS_LOW": False, "CONE": True},

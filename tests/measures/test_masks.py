@@ -7,13 +7,16 @@ from codes_and_labels import random_codes
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.label_scores import label_scores
 from saevlm_fast.measures.masks import MaskRule, patch_labels, read_names, values_of_patches
+from saevlm_fast.measures.measure import measure
 from saevlm_fast.measures.patches import images_of_latents, labels_of_patches
+from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.geometry import PatchGrid
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -173,3 +176,11 @@ def test_latents_that_know_nothing_have_no_excess():
     low, high = figures["excess"]["interval"]
     assert low < 0.01
     assert high > -0.01
+
+
+def test_labels_of_patches_need_a_store_of_patches():
+    """Before anything is measured: exchanged masks would be cut at the wrong rows."""
+    labels = LabelSet.of(["a", "b"] * 10, "patches")
+    x_ND = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"masks: .* is no store of as many patches of every image"):
+        measure(SparseAutoencoder(SAEConfig(6, 12, 2, "topk")), x_ND, patch_labels=labels)

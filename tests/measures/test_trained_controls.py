@@ -1,10 +1,14 @@
 """SAEs that were trained as controls, beside the others: recognised by their records, each kind a column."""
 
+import pytest
 import torch
 from test_controls import rows
 
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.measures.measure import measure
+from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.run import train
 
 
@@ -23,3 +27,16 @@ def test_a_trained_control_stands_among_the_controls():
     assert [each["control"] for each in row["against"]] == ["frozen-decoder", "raw"]
     assert row["values"]["plain"] > max(row["values"]["first"], row["values"]["second"])
     assert row["against"][0]["verdict"] == "better, seeds missing"
+
+
+def test_activations_of_random_weights_are_of_the_same_images_in_the_same_order(tmp_path):
+    """Labels and embeddings are by place: another order would give every image another one's."""
+    stores = []
+    for name, order in (("trained", range(20)), ("random", reversed(range(20)))):
+        with ActivationWriter(tmp_path / name, 6, torch.float32, {"layer": 1, "point": "residual"}, 100) as writer:
+            items = {"image": [f"{i}.jpg" for i in order], "token": [0] * 20, "label": ["a", "b"] * 10}
+            writer.append(torch.randn(20, 6), items)
+        stores.append(open_activations(tmp_path / name))
+    sae = SparseAutoencoder(SAEConfig(6, 12, 2, "topk"))
+    with pytest.raises(ValueError, match=r"random_activations: .*random is of other images, or in another order"):
+        measure(sae, stores[0], random_activations=stores[1])

@@ -151,6 +151,20 @@ def test_a_row_goes_to_the_nearest_that_is_in_the_cone():
         torch.testing.assert_close(held[s], best, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_opposite_to_its_first_one_becomes_that(dtype):
+    """What is across is rounding then, as much along the first row: of 2000 rows half were 0.2 or 1.4 long."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.nn.functional.normalize(torch.randn(2000, 64, generator=generator, dtype=dtype), dim=1)
+    held = -first
+    Cone(first, 0.8).hold_(held)
+    assert torch.equal(held, first)
+    near = torch.nn.functional.normalize(1e-3 * torch.randn(2000, 64, generator=generator, dtype=dtype) - first, dim=1)
+    Cone(first, 0.8).hold_(near)
+    torch.testing.assert_close(near.norm(dim=1), torch.ones(2000, dtype=dtype), atol=1e-3, rtol=0)
+    torch.testing.assert_close((near * first).sum(1), torch.full((2000,), 0.8, dtype=dtype), atol=1e-3, rtol=0)
+
+
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 

@@ -131,3 +131,17 @@ def test_what_is_refused(x_ND, tmp_path, monkeypatch):
     monkeypatch.setattr(memory_module, "free_memory", lambda device: 1 << 20)
     with pytest.raises(ValueError, match=r"memory: 4 together take .* MB, and 1.0 MB are free on cpu; the largest is"):
         train_many(x_ND, SAES, steps=2, batch_size=4096, device="cpu")
+
+
+def test_rows_on_the_device_must_fit_beside_all_of_them(x_ND, monkeypatch):
+    saes, config = {name: SAES["topk-k2"] for name in "abcd"}, TrainConfig(steps=2, control="soft-frozen")
+    each, rows = memory_module.memory_of(SAES["topk-k2"], config, len(x_ND)), 4 * x_ND.numel()
+    assert each > rows
+    monkeypatch.setattr(memory_module, "free_memory", lambda device: 4 * each + rows)
+    train_many(x_ND, saes, config, device="cpu", data_on="device")
+    monkeypatch.setattr(memory_module, "free_memory", lambda device: 4 * each + rows - 1)
+    with pytest.raises(ValueError, match="data_on: device, but the rows take"):
+        train_many(x_ND, saes, config, device="cpu", data_on="device")
+    monkeypatch.setattr(memory_module, "free_memory", lambda device: 4 * each - 1)
+    with pytest.raises(ValueError, match="memory: 4 together take"):
+        train_many(x_ND, saes, config, device="cpu")
