@@ -1,5 +1,6 @@
 """What `saevlm-fast evaluate` prints: figures with intervals, verdicts against controls, what was left out."""
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def print_evaluation(evaluation: "Evaluation", inputs: "Inputs") -> None:
         if len(groups) > 1:
             say(f"SAEs of one shape: {group}")
         names = {row["measure"]: row["measure"] + _mark(row, group) for row in rows}
-        _print_values(members, rows, names)
+        _print_values(members, rows, names, _chances(evaluation, group))
         _print_intervals(members, rows, names)
         _print_verdicts(group, rows, names)
         _print_few_seeds(members)
@@ -70,8 +71,31 @@ def _print_few_seeds(members: "list[Subject]") -> None:
         say(f"one seed: {', '.join(once)}; d' against one rests on the spread of the SAEs alone")
 
 
-def _print_values(members: "list[Subject]", rows: list[dict[str, Any]], shown: dict[str, str]) -> None:
-    """A column an SAE, and one for each control, the mean of its seeds."""
+def _chances(evaluation: "Evaluation", group: str) -> dict[str, float]:
+    """measure -> what chance gives the first SAE of a group, where it is known; docs/how-to/evaluate.md says which."""
+    from saevlm_fast.measures.separation import figure_at
+
+    saes = [each for each in evaluation.results if each.subject.group == group and not each.subject.control]
+    first = saes[0] if saes else None
+    found = {}
+    for headline in evaluation.headlines if first is not None else ():
+        path = headline.path
+        beside = {"monosemanticity": (*path[:2], "mean_cosine"), "probing": (*path[:2], "chance")}.get(path[0])
+        if path == ("hierarchy", "depth"):
+            beside = ("hierarchy", "null")
+        elif path[:2] == ("kept", "overlap"):
+            beside = ("kept", "overlap_chance")
+        elif "selection" in path:
+            beside = (*path[:-1], "null", path[-1])
+        if beside is not None and first is not None:
+            found[headline.name] = figure_at(first.figures, beside)
+    return {name: value for name, value in found.items() if value == value}
+
+
+def _print_values(
+    members: "list[Subject]", rows: list[dict[str, Any]], shown: dict[str, str], chances: dict[str, float]
+) -> None:
+    """A column an SAE, and one for each control, the mean of its seeds; before them chance, where any is known."""
     columns = {each.name: [each.name] for each in members if each.control is None}
     for each in members:
         if each.control is not None:
@@ -84,7 +108,11 @@ def _print_values(members: "list[Subject]", rows: list[dict[str, Any]], shown: d
         )
         for row in rows
     ]
-    print_wide_table(("measure", *columns), cells)
+    if chances:
+        cells = [
+            (name, _number(chances.get(row["measure"], math.nan)), *rest) for (name, *rest), row in zip(cells, rows)
+        ]
+    print_wide_table(("measure", *(["chance"] if chances else []), *columns), cells)
     if several:
         say(f"means of {max(map(len, columns.values()))} seeds: {', '.join(several)}")
 

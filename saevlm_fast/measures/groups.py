@@ -30,7 +30,8 @@ def training_of(sae: SparseAutoencoder) -> dict[str, Any]:
 
 def groups_of(saes: Mapping[str, SparseAutoencoder]) -> dict[str, str]:
     """name -> group: the shape, and where SAEs of one shape were trained differently, that by which they differ."""
-    shapes, recipes = ({name: of(sae) for name, sae in saes.items()} for of in (_shape, _recipe))
+    shapes = {name: _shape(sae) for name, sae in saes.items()}
+    recipes = {name: _recipe(sae) for name, sae in saes.items()}
     found = {}
     for shape in dict.fromkeys(shapes.values()):
         members = [name for name in saes if shapes[name] == shape]
