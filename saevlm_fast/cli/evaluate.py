@@ -50,7 +50,8 @@ class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
 
     title = "What is measured"
     sae: tuple[str, ...] = setting(
-        help="SAE directories, separated by commas, or the option given again; seeds of one shape make a group.",
+        help="SAE directories, separated by commas, or the option given again; those that differ by their seed alone "
+        "make a group.",
         parse=texts,
     )
     activations: Path = setting(help="Activation store, or a matrix [N, d]: .npy, .safetensors, .pt.", remote=True)
@@ -136,8 +137,8 @@ def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencode
     """What they are measured on. ValueError: what is damaged, of other images, or of another layer than the SAEs'."""
     from saevlm_fast.data.label_sets import LabelSet, read_labels
     from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.measures.groups import RANDOM_WEIGHTS, control_of
     from saevlm_fast.measures.inputs import Inputs
-    from saevlm_fast.measures.measure import RANDOM_WEIGHTS, control_of
     from saevlm_fast.measures.taxonomy import read_taxonomy
 
     activations = open_activations(options.activations)
@@ -183,7 +184,7 @@ def open_random_inputs(
 ) -> "Inputs | None":
     """The same with the activations of random weights; None without these. ValueError: of another tower or images."""
     from saevlm_fast.data.rows import open_activations
-    from saevlm_fast.measures.measure import RANDOM_WEIGHTS, control_of
+    from saevlm_fast.measures.groups import RANDOM_WEIGHTS, control_of
 
     mine = {name: sae for name, sae in saes.items() if control_of(sae) == RANDOM_WEIGHTS}
     if options.random_activations is None:

@@ -136,7 +136,7 @@ def _captions(captions: str, source: "ImageSource", chosen: list[int], ids: list
 
 def _read_captions(path: Path) -> dict[str, str]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             lines = [line for line in csv.reader(file, strict=True) if line]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"captions: {path}: {first_line(error)}") from None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from saevlm_fast.cli.terminal import print_table, say
+from saevlm_fast.cli.terminal import print_table, print_wide_table, say
 
 if TYPE_CHECKING:
     from saevlm_fast.scoring.controls import Comparison, Stratum
@@ -79,6 +79,8 @@ def print_scores(
         _print_summary(each, what, f" by {name}" if len(scores) > 1 else "")
         if name in comparisons:
             _print_comparison(comparisons[name])
+    if not comparisons:
+        say("no untrained SAE beside it: a score alone does not tell what was learned (--controls, with an SAE)")
     for (a, b), rho in rank_agreement(scores).items():
         say(f"rank agreement of {a} and {b} (Spearman)  {rho:.3f}")
 
@@ -143,6 +145,18 @@ def _print_comparison(comparison: "Comparison") -> None:
         )
         for each in (*comparison.strata, comparison.matched)
     ]
-    print_table(("images", "latents", "untrained", "MS", "untrained MS", "difference", "95 % interval"), rows)
+    print_wide_table(("images", "latents", "untrained", "MS", "untrained MS", "difference", "95 % interval"), rows)
+    say(_verdict(comparison.matched))
+    say(f"untrained, by seed, matched: {', '.join(f'{each:.4f}' for each in comparison.by_seed)}")
     unmatched = ", ".join(f"{each.summary().mean:.4f}" for each in comparison.controls)
     say(f"means without matching: {comparison.trained.summary().mean:.4f}, untrained {unmatched}")
+
+
+def _verdict(matched: "Stratum") -> str:
+    """Of one SAE there is no spread of seeds, so it can be told that the score does not separate, not that it does."""
+    low, _ = matched.difference_interval
+    if math.isnan(matched.difference):
+        return "not compared: no number of images, 10 or more, that latents of both have"
+    if not low > 0:
+        return "NO: the score does not separate it from untrained SAEs (the interval is not above 0)"
+    return "above untrained SAEs, by these images; another training seed may differ by more: evaluate, of three SAEs"

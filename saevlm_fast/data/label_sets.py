@@ -150,7 +150,7 @@ def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelS
 
 
 def _csv_lines(path: Path) -> tuple[list[str], list[list[str]]]:
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         header, *lines = [line for line in csv.reader(file, strict=True) if line] or [[]]
     for number, line in enumerate(lines, 2):
         require(len(line) == len(header), f"line {number}: {len(line)} cells; the header has {len(header)}")

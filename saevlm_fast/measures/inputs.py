@@ -108,6 +108,9 @@ class Inputs:
             require(found == n, f"embeddings: {name} has {found} rows; there are {n} images in {self.activations.path}")
             if embeddings.has_items and self.activations.has_items:
                 ids = ImageRows.of(embeddings).ids
+                require(
+                    len(ids) == n, f"embeddings: {name} has {found} rows of {len(ids)} images; one row each is needed"
+                )
                 other = next((i for i, pair in enumerate(zip(ids, self.rows.ids)) if pair[0] != pair[1]), None)
                 require(other is None, f"embeddings: {name}: row {other} is another image than in the activations")
         if self.patch_labels is not None:

@@ -153,7 +153,7 @@ def read_names(path: Path) -> dict[int, str]:
     """Names of values: lines `value,name`, a header or none. ValueError: another file, a value twice."""
     require(path.is_file(), f"mask_names: {path} is not a file")
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             lines = [[cell.strip() for cell in line] for line in csv.reader(file, strict=True) if line]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"mask_names: {path}: {first_line(error)}") from None

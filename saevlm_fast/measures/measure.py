@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from saevlm_fast.measures.behaviour import Behaviour
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, make_controls
 from saevlm_fast.measures.geometry import Side, compare
+from saevlm_fast.measures.groups import RANDOM_WEIGHTS, control_of, groups_of, training_of
 from saevlm_fast.measures.inputs import Inputs
-from saevlm_fast.measures.parts import Parts, key_of
+from saevlm_fast.measures.parts import Parts, file_name, key_of
 from saevlm_fast.measures.results import VERSION, Figures, Measured, plain
 from saevlm_fast.measures.separation import Headline, figure_at, headlines, interval_at, matched_mean, separation
 from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
@@ -31,7 +32,6 @@ from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.settings import path_of, several
 
-RANDOM_WEIGHTS = "random-weights"  # the control of SAEs that were trained on a tower of random weights
 Told = Callable[[str], None]
 Counted = Callable[[str, int, int], None]
 
@@ -192,35 +192,19 @@ def _result(subject: Subject, parts: Mapping[str, Measured]) -> Result:
 
 
 def subjects_of(saes: Mapping[str, tuple[SparseAutoencoder, str]]) -> list[Subject]:
-    """name -> (SAE, digest of it), as subjects; those of one shape are a group.
+    """name -> (SAE, digest of it), as subjects; those that differ by their seed alone are a group.
 
     SAEs that were trained as controls, or on a tower of random weights, are controls of their group.
     """
-    found = []
+    found, groups = [], groups_of({name: sae for name, (sae, _) in saes.items()})
     for name, (sae, digest) in saes.items():
-        config, control = sae.config, control_of(sae)
-        group = f"{config.architecture} {config.d_in} -> {config.d_sae}, k {getattr(config, 'k', None)}"
-        seed = config.metadata.get("seed", _recipe(sae).get("seed"))
+        config, control, group = sae.config, control_of(sae), groups[name]
+        seed = config.metadata.get("seed", training_of(sae).get("seed"))
         record = {"architecture": config.architecture, "source": config.metadata.get("source")}
         seed = seed if isinstance(seed, int) else None
         kind = "sae" if control is None else "control"
         found.append(Subject(name, kind, sae.eval(), group, digest, control, seed, record))
     return found
-
-
-def _recipe(sae: SparseAutoencoder) -> dict[str, Any]:
-    """What its record says of its training."""
-    training = sae.config.metadata.get("training")
-    return training if isinstance(training, dict) else {}
-
-
-def control_of(sae: SparseAutoencoder) -> str | None:
-    """Which control an SAE was trained as, by its record; None if it is an SAE proper."""
-    if sae.config.control is not None:
-        return sae.config.control
-    source = sae.config.metadata.get("source")
-    model = source.get("model") if isinstance(source, dict) else None
-    return RANDOM_WEIGHTS if isinstance(model, dict) and model.get("random_weights") else None
 
 
 def evaluate_subjects(
@@ -238,8 +222,7 @@ def evaluate_subjects(
     random_inputs: with activations of the tower of random weights, for the SAEs that were trained on it.
     """
     inputs.check()
-    taken = [each.name for each in subjects if each.name in controls]
-    require(not taken, f"saes: {shown(taken[:1])} is the name of a control too; name the SAE otherwise")
+    _check_names(subjects, controls)
     parts = parts or Parts(None)
     work = Measuring(inputs, parts, tell, counted)
     elsewhere = work if random_inputs is None else Measuring(random_inputs, parts, tell, counted)
@@ -267,13 +250,25 @@ def evaluate_subjects(
         made = make_controls(controls, group, wanted, len(members), inputs.activations, moments)
         several = len({subject.group for subject in subjects}) > 1
         for control in made:
-            named = f"{control.name} of {members[0].subject.name}" if several else control.name
+            taken = any(control.name == each.name for each in subjects)  # by a control that was trained
+            named = f"{control.name} of {members[0].subject.name}" if several or taken else control.name
             found.append(work.result(_named(control, named))[0])
     here = [*proper, *(each for each in others if each.control != RANDOM_WEIGHTS)]
     pairs = list(_compared(work, here)) if compared and len(here) > 1 else []
     sets = [each.name for each in inputs.label_sets]
     spliced = [] if inputs.behaviour is None else list(inputs.behaviour.asked)
     return Evaluation(found, work.left_out, pairs, headlines(sets, list(inputs.embeddings), spliced))
+
+
+def _check_names(subjects: Sequence[Subject], controls: Sequence[str]) -> None:
+    """ValueError: an SAE is called as a kind of control, or two would have files of one name."""
+    kinds = {*controls, *(each.control for each in subjects)}
+    taken = [each.name for each in subjects if each.kind == "sae" and each.name in kinds]
+    require(not taken, f"saes: {shown(taken[:1])} is the name of a control too; name the SAE otherwise")
+    files: dict[str, str] = {}
+    for each in subjects:
+        other = files.setdefault(file_name(each.name), each.name)
+        require(other == each.name, f"saes: {shown([other, each.name])} would have files of one name; rename one")
 
 
 def _named(subject: Subject, name: str) -> Subject:

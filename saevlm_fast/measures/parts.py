@@ -33,8 +33,11 @@ def key_of(**made_of: Any) -> str:
 
 
 def file_name(name: str) -> str:
-    """A subject's name as files have it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+    """A subject's name as files have it; one of other letters than these is told apart by a digest."""
+    found = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+    if re.fullmatch(r"[A-Za-z0-9._ /-]+", name):
+        return found
+    return f"{found}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 class Parts:

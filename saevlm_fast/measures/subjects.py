@@ -68,7 +68,7 @@ class Subject:
 
     Attributes:
         name: short, of its own among all. kind: sae or control. control: which kind of control.
-        group: SAEs of one shape, that differ by their seeds, and their controls, have one.
+        group: SAEs that differ by their seeds alone, and their controls, have one.
         seed: of training or of the control; None where it is not known or there is none.
         digest: of what it is, by which finished parts are known again. record: what else is known, as JSON has it.
     """

@@ -88,7 +88,7 @@ def read_taxonomy(path: str | os.PathLike[str]) -> Taxonomy:
     require(path.suffix in (".json", ".csv"), f"taxonomy: {path} does not end in .json or .csv")
     require(path.is_file(), f"taxonomy: {path} is not a file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         found = _from_json(text) if path.suffix == ".json" else _from_csv(text)
     except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"taxonomy: {path}: {first_line(error)}") from None

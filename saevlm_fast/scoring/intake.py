@@ -39,7 +39,7 @@ def checked_embeddings(
 
 def _refuse_images(bad_n: Tensor, first_image: int, message: str) -> None:
     if bool(bad_n.any()):
-        raise ValueError(f"image {first_image + int(bad_n.nonzero()[0])}: {message}")
+        raise ValueError(f"embeddings: image {first_image + int(bad_n.nonzero()[0])}: {message}")
 
 
 class CodesIntake:

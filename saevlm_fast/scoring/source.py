@@ -239,6 +239,12 @@ class ScoredPatches:
         *,
         batch_rows: int = 4096,
     ) -> None:
+        if not isinstance(activations, StoredCodes):
+            activations = activations_of(activations, "activations")
+        require(
+            activations.has_items,
+            f"variant: patch: {activations.path} has no image ids, so nobody knows which rows are of one image",
+        )
         self._images = ScoredImages(activations, {}, sae, pool="max", batch_rows=batch_rows, kept_bytes=0)
         self._embeddings = activations_of(embeddings, "embeddings")
         self.n_latents, rows = self._images.n_latents, self._images.activations

@@ -94,11 +94,21 @@ def test_everything_that_the_inputs_allow(whole):
     assert "d'" in text
     ms = trained["monosemanticity"]["emb.npy"]["ms_10"]["interval"]
     assert f"{ms[0]:.3f} to {ms[1]:.3f}" in text
+    beside = {line.split("│")[1].strip().removesuffix("  NO"): line.split("│")[2].strip() for line in lines_of(text)}
+    assert beside["MS, emb.npy"] == f"{trained['monosemanticity']['emb.npy']['mean_cosine']:.3f}"
+    assert beside["AP of labels, labels"] == f"{trained['labels']['labels']['selection']['null']['ap']:.3f}"
+    assert (beside["probe of 1, labels"], beside["L0"]) == ("0.500", "-")
     assert rows_of(found)["MS, emb.npy"]["intervals"]["sae0"] == ms
     assert "mutual nearest" in text
     assert [(each["first"], each["other"]) for each in found["compared"]] == [("sae0", "sae1"), ("sae0", "sae2")]
     assert (output / "settings.toml").is_file()
     assert (output / "evaluation.png").is_file()
+
+
+def lines_of(text):
+    """Of the first table that is printed."""
+    table = text[text.index("┃ measure") :]
+    return [line for line in table[: table.index("└")].splitlines() if line.startswith("│")]
 
 
 def rows_of(found):

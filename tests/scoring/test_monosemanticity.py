@@ -189,9 +189,9 @@ def test_bad_rows_are_named_and_leave_the_sums():
         return codes._replace(top_indices=change(codes.top_indices, at, value))
 
     bad = [
-        (codes, change(emb_nE, 4, 0.0), "image 54: embedding is zero"),
-        (codes, change(emb_nE, 4, float("nan")), "image 54: embedding is NaN"),
-        (codes, change(emb_nE, 4, float("inf")), "image 54: embedding is NaN, infinite"),
+        (codes, change(emb_nE, 4, 0.0), "embeddings: image 54: embedding is zero"),
+        (codes, change(emb_nE, 4, float("nan")), "embeddings: image 54: embedding is NaN"),
+        (codes, change(emb_nE, 4, float("inf")), "embeddings: image 54: embedding is NaN, infinite"),
         (with_act(float("nan")), emb_nE, f"codes: row 54, latent {latent}: nan is not a finite activation of at least"),
         (with_act(-1.0), emb_nE, f"codes: row 54, latent {latent}: -1 is not a finite activation of at least 0"),
         (with_latent(N_LATENTS), emb_nE, f"codes: row 54, .* {N_LATENTS} is not a latent within 0 to {N_LATENTS - 1}"),
