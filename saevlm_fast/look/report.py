@@ -132,6 +132,7 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
         begin_replacement(output)
         record.parent.mkdir()
         write_record(record, made_of)
+    _remove_report(place)  # pages and pictures of an interrupted call may be more than this one's: with --images none
     remove_leftovers(place)
     return place
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -115,6 +116,26 @@ def test_interrupted_it_goes_on_from_the_codes(planted, tmp_path, monkeypatch):
     assert len(appended) == n, "nothing was encoded again"
     assert (tmp_path / "r" / "index.html").exists()
     assert not (tmp_path / "r" / ".replacement").exists()
+
+
+def test_pictures_of_an_interrupted_call_are_not_published_by_one_without(planted, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise Interrupted("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report_module, "write_folder", stop)
+        run(*words(planted, tmp_path / "r"), code=130)
+    assert list((tmp_path / "r" / ".replacement" / "sprites").iterdir())
+    run(*words(planted, tmp_path / "r", "--images", "none"))
+    assert not list((tmp_path / "r" / "sprites").iterdir())
+
+
+def test_texts_of_a_parquet_table_are_shown(planted, tmp_path):
+    """Texts of parquet are read as dictionaries."""
+    pq.write_table(pa.table({"latent": [3], "best_label": ["a red one"]}), tmp_path / "scores.parquet")
+    run(*words(planted, tmp_path / "r", "--scores", tmp_path / "scores.parquet"))
+    _, latents = value_of(tmp_path / "r" / "data" / "s0" / "chunk-0000.js")
+    assert latents[3]["n"] == [["best_label", "a red one"]]
 
 
 def test_what_is_left_of_other_rows_is_not_gone_on_with(planted, tmp_path, monkeypatch):

@@ -53,28 +53,32 @@ function histogram(values, { log = false, bins = 40, range = null } = {}) {
   return { counts, low, high, n: good.length, log };
 }
 
-// Every latent a point. Clicking one takes the nearest; the table of latents has the same numbers for the keyboard.
-function scatter(canvas, { x, y, colour, logX, logY, onPick, ink, grid, chosen, dark }) {
-  const ratio = window.devicePixelRatio || 1;
-  const width = canvas.clientWidth || 420, height = canvas.clientHeight || 300;
-  canvas.width = width * ratio;
-  canvas.height = height * ratio;
-  const pen = canvas.getContext("2d");
-  pen.scale(ratio, ratio);
-  const plain = (v, log) => (log ? (v > 0 ? Math.log10(v) : NaN) : v);
-  const bounds = (values, log) => {
-    let low = Infinity, high = -Infinity;
+const plain = (value, log) => (log ? (value > 0 ? Math.log10(value) : NaN) : value);
+
+// The ends of several columns together; on the log, the logarithms.
+function bounds(columns, log) {
+  let low = Infinity, high = -Infinity;
+  for (const values of columns) {
     for (const v of values) {
       const p = plain(v, log);
       if (!Number.isFinite(p)) continue;
       if (p < low) low = p;
       if (p > high) high = p;
     }
-    return low > high ? [0, 1] : low === high ? [low - 0.5, high + 0.5] : [low, high];
-  };
-  const [x0, x1] = bounds(x, logX), [y0, y1] = bounds(y, logY);
-  const [c0, c1] = colour ? bounds(colour, false) : [0, 1];
-  const left = 46, right = 10, top = 8, bottom = 26;
+  }
+  return low > high ? [0, 1] : low === high ? [low - 0.5, high + 0.5] : [low, high];
+}
+
+// Every latent a point. xs, ys, colours: the ends of the axes and of the colours, which are all SAEs'. Clicking one takes the nearest; the table of latents has the same numbers for the keyboard.
+function scatter(canvas, { x, y, colour, xs, ys, colours, logX, logY, onPick, ink, grid, chosen, dark }) {
+  const ratio = window.devicePixelRatio || 1;
+  const width = canvas.clientWidth || 420, height = canvas.clientHeight || 300;
+  canvas.width = width * ratio;
+  canvas.height = height * ratio;
+  const pen = canvas.getContext("2d");
+  pen.scale(ratio, ratio);
+  const [x0, x1] = xs, [y0, y1] = ys, [c0, c1] = colours;
+  const left = 58, right = 10, top = 8, bottom = 26;
   const px = (v) => left + ((plain(v, logX) - x0) / (x1 - x0)) * (width - left - right);
   const py = (v) => height - bottom - ((plain(v, logY) - y0) / (y1 - y0)) * (height - top - bottom);
   pen.font = "11px system-ui, sans-serif";

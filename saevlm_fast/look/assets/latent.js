@@ -14,14 +14,16 @@ const Latent = (() => {
     }));
   }
 
-  function rankOf(column, value) {
-    let below = 0, known = 0;
+  // The share of others that are below a value; of equal ones, half. others: without the value itself, if it is one.
+  function rankOf(column, value, isOne) {
+    let below = 0, equal = isOne ? -1 : 0, known = equal;
     for (const other of column) {
       if (Number.isNaN(other)) continue;
       known++;
       if (other < value) below++;
+      else if (other === value) equal++;
     }
-    return known > 1 ? below / (known - 1) : 0;
+    return known > 0 ? (below + equal / 2) / known : null;
   }
 
   function measures(app, sae, latent) {
@@ -31,8 +33,8 @@ const Latent = (() => {
       const column = sae.column[m.key], value = column[latent];
       const [low, high] = ["low", "high"].map((end) => interval(sae, m.key, end, latent));
       const within = low !== null && high !== null ? `${digits(low)} to ${digits(high)}` : "";
-      const rank = Number.isNaN(value) ? null : rankOf(column, value);
-      const held = control && rank !== null && control.column[m.key] ? rankOf(control.column[m.key], value) : null;
+      const rank = Number.isNaN(value) ? null : rankOf(column, value, true);
+      const held = control && !Number.isNaN(value) && control.column[m.key] ? rankOf(control.column[m.key], value, false) : null;
       const fill = el("span", { class: "fill" });
       if (rank !== null) fill.style.width = `${100 * rank}%`;
       return el("tr", { title: m.help }, el("th", { scope: "row", text: m.label }), el("td", {}, digits(value), within ? el("span", { class: "within", text: within }) : null),
@@ -94,15 +96,17 @@ const Latent = (() => {
         Pictures.look[key] = event.target.checked;
         document.querySelectorAll(`input[data-heat="${key}"]`).forEach((other) => { other.checked = event.target.checked; });
         Pictures.redrawAll(document);
+        document.querySelectorAll(".most").forEach((end) => { end.textContent = most(end.dataset.most); });
       } }), label);
+    const most = (text) => (Pictures.look.own ? "each one's largest" : text);
     const ramp = el("canvas", { width: 160, height: 12, class: "ramp", role: "img", "aria-label": `Colours of the heat map, from 0 to ${digits(max)}` });
     const pen = ramp.getContext("2d");
     for (let x = 0; x < 160; x++) {
-      pen.fillStyle = `rgba(${viridis(x / 159).join(",")},${0.2 + 0.8 * Math.sqrt(x / 159)})`;
+      pen.fillStyle = `rgba(${viridis(x / 159).join(",")},${0.75 * Math.sqrt(x / 159)})`;
       pen.fillRect(x, 0, 1, 12);
     }
-    return el("div", { class: "heat" }, box("heat", "heat maps", "heat"), box("smooth", "smooth", "smooth"), box("own", "each picture its own scale", "own"),
-      el("span", { class: "legend" }, "0", ramp, digits(max)),
+    return el("div", { class: "heat" }, box("heat", "heat maps", "heat"), box("smooth", "smooth", "smooth"), box("own", "each picture its own scale", "own"), box("edge", "contour", "edge"),
+      el("span", { class: "legend" }, "0", ramp, el("span", { class: "most", "data-most": digits(max), text: most(digits(max)) })),
       el("span", { class: "note", text: "Where it fires, not why." }));
   }
 
@@ -145,7 +149,7 @@ const Latent = (() => {
 
   function nearMisses(app, sae, latent, record) {
     if (!record.m || !record.m.length) return null;
-    const what = sae.threshold ? "below the threshold" : "not among the largest of a row";
+    const what = sae.threshold ? "below the threshold" : sae.architecture === "relu" ? "not above 0" : "not among the largest of a row";
     const figures = record.m.map(([tile, value]) => Pictures.figure([tile], { grid: null, latent, side: 72, note: digits(value) }));
     return part("Near misses", el("p", { class: "note", text: `Silent images with the highest pre-activation, ${what}; of ${sae.near.images.toLocaleString("en")} images that were tried.` }), el("div", { class: "pictures" }, figures));
   }
