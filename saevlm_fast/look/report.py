@@ -118,7 +118,7 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
     """Where the new report is made: what an interrupted call of the same kind left, or an empty place."""
     place = output / REPLACEMENT
     made_of = {
-        "saes": [sae_digest(Path(subject.path)) for subject in inputs.subjects],
+        "saes": [each.path if each.is_made else sae_digest(Path(each.path)) for each in inputs.subjects],
         "rows": [str(subject.rows.path.absolute()) for subject in inputs.subjects],
         "digests": [_digest(subject.rows) for subject in inputs.subjects],
         "pool": settings.pool,

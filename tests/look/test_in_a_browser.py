@@ -224,19 +224,16 @@ def test_percentiles_of_what_is_equal_and_of_very_few(visit, planted, tmp_path):
     tab = visit("#latent=3", page=tmp_path / "r" / "index.html")
     tab.wait_for_selector(".measures td")
     assert cells_of(tab, "same")[3] == "50"
-    held = tab.eval_on_selector_all(
-        ".measures tbody tr td:last-child", "cells => cells.map((cell) => cell.textContent)"
-    )
-    assert all(text == "–" or 0 <= int(text) <= 100 for text in held)
+    held = tab.locator(".measures tbody tr td:last-child").all_inner_texts()
+    assert all(0 <= int(text) <= 100 for text in held if text.isdigit())
     assert len(set(held)) > 1
 
 
 def test_a_class_written_from_right_to_left_leaves_numbers_alone(visit, planted, tmp_path):
     """What is drawn, not what is in the text: the digits of a percentage stand after the name, in their order."""
     ids = [f"a/{i:04d}.png" for i in range(N - 1)] + [f"a/{HOSTILE}"]
-    pq.write_table(
-        pa.table({"image": ids, "side": ["\u202eabc", "\u05e9\u05dc"] * (N // 2)}), tmp_path / "labels.parquet"
-    )
+    names = ["\u202eabc", "\u05e9\u05dc"] * (N // 2)
+    pq.write_table(pa.table({"image": ids, "side": names}), tmp_path / "labels.parquet")
     words = ("--sae", planted / "sae", "--activations", planted / "store", "--labels", tmp_path / "labels.parquet")
     run("report", *words, "--output", tmp_path / "r", "--device", "cpu")
     tab = visit("#latent=3", page=tmp_path / "r" / "index.html")
@@ -384,8 +381,8 @@ def truth():
 def shown_heat(tab):
     """(image, [patches]) of the top images, as the page has decoded them."""
     found = tab.evaluate(
-        """async (latent) => {
-            const chunk = await SAEVLM.load(`s0/chunk/0`);
+        """async ([sae, latent]) => {
+            const chunk = await SAEVLM.load(`s${sae}/chunk/0`);
             const pictures = [];
             for (const [tile, act, heat] of chunk[latent].t) {
                 const map = new Array(64).fill(0), packed = SAEVLM.bytes(heat);
@@ -394,7 +391,7 @@ def shown_heat(tab):
             }
             return pictures;
         }""",
-        int(tab.url.split("latent=")[1].split("&")[0]),
+        [int((re.search(rf"\b{name}=(\d+)", tab.url) or [0, 0])[1]) for name in ("sae", "latent")],
     )
     return [(name, act, np.array(heat, float)) for name, act, heat in found]
 
@@ -417,6 +414,28 @@ def test_a_planted_latent_shows_its_images_and_its_heat_lies_on_the_object(visit
     _, control = mass_on_objects(5)
     base = float((share > 0).mean())
     assert control < 3 * base < 0.5, "one of noise lights up anywhere"
+
+
+def test_heat_of_a_random_control_lies_anywhere(visit, planted, tmp_path):
+    """An SAE of random directions, made for the report: its latents' heat is not on red objects, as latent 3's is."""
+    words = ("--sae", planted / "sae", "--activations", planted / "store", "--control-sae", "untrained")
+    run("report", *words, "--output", tmp_path / "r", "--device", "cpu")
+    page, share = tmp_path / "r" / "index.html", truth().numpy()
+
+    def masses(hash):
+        pictures = shown_heat(visit(hash, page=page))
+        places = [N - 1 if HOSTILE in name else int(name[2:6]) for name, _, _ in pictures]
+        return [heat[share[i] > 0].sum() / heat.sum() for i, (_, _, heat) in zip(places, pictures) if heat.sum()]
+
+    assert np.mean(masses("#latent=3")) == 1.0
+    tab = visit("#sae=1&latent=0", page=page)
+    alive = tab.evaluate(
+        """() => [...SAEVLM.floats(SAEVLM.get("index").saes[1].measures.find((m) => m.key === "n_active").values)]"""
+    )
+    control = [np.mean(masses(f"#sae=1&latent={i}")) for i in np.argsort(alive)[-4:].tolist()]
+    assert np.mean(control) < 0.8
+    tab.wait_for_selector(".buttons")
+    assert "steer" not in tab.inner_text("#detail").lower(), "an SAE without a directory steers nothing"
 
 
 def test_the_heat_is_drawn_on_the_picture_where_it_belongs(visit):

@@ -31,8 +31,8 @@ function barChart({ counts, labels, title, describe, log = false, mark = null, l
   const places = [left, width / 2, width - left];
   const texts = labels.map((label, i) => svg("text", { x: places[i], y: height - 4, "text-anchor": anchors[i], text: label }));
   const base = svg("line", { x1: left, x2: width - left, y1: height - bottom + 0.5, y2: height - bottom + 0.5, class: "axis" });
-  // A line at a place in bars, at the left edge if it is before the first.
-  const at = line === null ? null : left + Math.min(Math.max(line, 0), counts.length) * step;
+  // A line at a place in bars.
+  const at = line === null ? null : left + Math.min(line, counts.length) * step;
   const cut = at === null ? [] : [svg("line", { x1: at, x2: at, y1: 0, y2: height - bottom, class: "cut" })];
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title, class: "chart" }, bars, base, cut, texts);
 }

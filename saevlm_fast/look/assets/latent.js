@@ -58,6 +58,7 @@ const Latent = (() => {
 
   // The command at a strength; and what steering did, where that was measured.
   function steering(app, sae, latent, record) {
+    if (!sae.steer) return null; // a control that is nowhere but here
     const code = el("code", { class: "command", text: app.steer(sae, latent) });
     const choose = el("select", { "aria-label": "Strength", onchange: () => { code.textContent = app.steer(sae, latent, Number(choose.value)); } },
       ALPHAS.map(([text, share]) => el("option", { value: String(share), text, selected: share === 1 })));
@@ -110,19 +111,27 @@ const Latent = (() => {
       el("span", { class: "note", text: "Where it fires, not why." }));
   }
 
+  const FARTHEST = 40; // bins
+
   function histogramOf(record, sae, latent, bins) {
     if (!record.g) return null;
-    const [first, counts] = record.g;
-    const edge = (i) => 2 ** (bins.lowest + (first + i) / bins.octave);
+    let [first, counts] = record.g;
     const silent = sae.nImages - counts.reduce((a, b) => a + b, 0);
     const cut = !sae.threshold ? null : sae.threshold.length > 1 ? sae.threshold[latent] : sae.threshold[0];
     const threshold = cut > 0 ? cut : null;
+    let line = threshold === null ? null : (Math.log2(threshold) - bins.lowest) * bins.octave - first;
+    if (line !== null && line < 0) { // empty bins, so that the line is at its place, unless that is very far
+      const more = Math.ceil(-line);
+      if (more > FARTHEST) line = null;
+      else [first, counts, line] = [first - more, [...new Array(more).fill(0), ...counts], line + more];
+    }
+    const edge = (i) => 2 ** (bins.lowest + (first + i) / bins.octave);
     const chart = barChart({
-      counts, log: true, line: threshold === null ? null : (Math.log2(threshold) - bins.lowest) * bins.octave - first, labels: [digits(edge(0)), "activation (log)", digits(edge(counts.length))],
+      counts, log: true, line, labels: [digits(edge(0)), "activation (log)", digits(edge(counts.length))],
       title: `Images by activation, from ${digits(edge(0))} to ${digits(edge(counts.length))}; most in a bar: ${Math.max(...counts)}`,
       describe: (i, count) => `${digits(edge(i))} to ${digits(edge(i + 1))}: ${count} images`,
     });
-    return part("Activations", chart, el("p", { class: "note", text: `Heights are logarithmic.${threshold === null ? "" : ` It fires above ${digits(threshold)}, the line.`} It is silent on ${silent.toLocaleString("en")} of ${sae.nImages.toLocaleString("en")} images.` }));
+    return part("Activations", chart, el("p", { class: "note", text: `Heights are logarithmic.${threshold === null ? "" : ` It fires above ${digits(threshold)}, ${line === null ? "left of the first bar" : "the line"}.`} It is silent on ${silent.toLocaleString("en")} of ${sae.nImages.toLocaleString("en")} images.` }));
   }
 
   function bandsOf(app, sae, latent, record) {
@@ -225,12 +234,12 @@ const Latent = (() => {
           button(starred ? "★" : "☆", starred ? "Remove the star" : "Star this latent", () => app.star(latent)),
           button("Pin", "Keep it here, beside the next", () => app.set({ pin: `${number}.${latent}` })),
           button("Copy link", "Copy a link to this latent", () => app.copy(app.link(latent, number), "link")),
-          button("Copy steer command", "Copy the command that steers a model by this latent", () => app.copy(app.steer(sae, latent), "command")),
+          sae.steer ? button("Copy steer command", "Copy the command that steers a model by this latent", () => app.copy(app.steer(sae, latent), "command")) : null,
         ];
     const dead = !record.t ? el("span", { class: "chip warn", text: "never fires" }) : null;
     const titles = el("div", { class: "titles" }, el("h2", {}, `Latent ${latent}`, name ? el("span", { class: "hideable own", text: name }) : null), dead, app.classOf(sae, latent) ? el("span", { class: "chip hideable", text: app.classOf(sae, latent) }) : null, group(sae, latent),
       app.index.saes.length > 1 ? el("span", { class: "chip", text: sae.name }) : null);
-    return el("div", { class: "heading" }, titles, el("div", { class: "buttons" }, tools));
+    return el("div", { class: "heading" }, titles, el("div", { class: "buttons" }, ...tools));
   }
 
   return { show };

@@ -48,7 +48,7 @@ class LatentTable {
     const sae = this.sae, sort = this.app.state.sort;
     const hidden = this.columns.includes(sort) && !this.usual.includes(sort);
     this.shown = hidden ? [...this.usual.slice(0, 2), sort, ...this.usual.slice(2)] : this.usual;
-    this.grid.style.setProperty("--columns", this.shown.map((key) => (key === "name" || key === "class" ? "minmax(7rem, 1fr)" : key === "latent" ? "4.2rem" : "5rem")).join(" "));
+    this.grid.style.setProperty("--columns", this.shown.map((key) => (key === "name" || key === "class" ? "minmax(8rem, 1fr)" : key === "latent" ? "4.2rem" : "5rem")).join(" "));
     this.head.replaceChildren(...this.shown.map((key) => {
       const measure = sae.measures.find((m) => m.key === key);
       const cell = el("div", { role: "columnheader", "data-key": key }, el("button", {
