@@ -158,7 +158,8 @@ def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watche
         write_sheets(tiles, images, place / "sprites", settings.thumbnail, region, tell)
     notes = {"wanted": images.wanted, "problem": images.problem, "path": images.path}
     encoder = None if inputs.embeddings is None else encoder_of(inputs.embeddings)
-    index = index_of(title, panels, tiles, settings.thumbnail, notes) | {"control": inputs.control, "encoder": encoder}
+    more = {"control": inputs.control, "encoder": encoder, "pool": settings.pool}
+    index = index_of(title, panels, tiles, settings.thumbnail, notes) | more
     n_latents = sum(panel.looked.size for panel in panels)
     with watcher.step("pages", None) as tell:
         if settings.single_file:

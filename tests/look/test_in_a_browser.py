@@ -297,6 +297,10 @@ def test_near_misses_and_what_a_threshold_is(visit, planted, tmp_path):
     assert 3 < values[0] <= 3.9
     assert "It fires above 3.90, the line." in tab.inner_text("#detail")
     assert tab.locator("line.cut").count() == 1
+    run("report", *words, "--output", tmp_path / "mean", "--pool", "mean")
+    tab = visit("#latent=3", page=tmp_path / "mean" / "index.html")
+    tab.wait_for_selector("h3:text('Activations')")
+    assert "It fires above" not in tab.inner_text("#detail"), "the mean of an image's rows may be below"
 
 
 def test_the_steer_command_follows_the_strength(visit, controlled):

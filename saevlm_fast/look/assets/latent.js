@@ -113,12 +113,12 @@ const Latent = (() => {
 
   const FARTHEST = 40; // bins
 
-  function histogramOf(record, sae, latent, bins) {
+  function histogramOf(record, sae, latent, { bins, pool }) {
     if (!record.g) return null;
     let [first, counts] = record.g;
     const silent = sae.nImages - counts.reduce((a, b) => a + b, 0);
     const cut = !sae.threshold ? null : sae.threshold.length > 1 ? sae.threshold[latent] : sae.threshold[0];
-    const threshold = cut > 0 ? cut : null;
+    const threshold = cut > 0 && !(sae.pooled && pool === "mean") ? cut : null; // a threshold is of rows, not of their mean
     let line = threshold === null ? null : (Math.log2(threshold) - bins.lowest) * bins.octave - first;
     if (line !== null && line < 0) { // empty bins, so that the line is at its place, unless that is very far
       const more = Math.ceil(-line);
@@ -193,7 +193,7 @@ const Latent = (() => {
     }
     root.append(part("Top images", heatTools(app, sae, root, sae.heatMax ? sae.heatMax[latent] : max), pictures(app, sae, latent, record.t, 112)));
     const columns = el("div", { class: "columns" });
-    add(columns, part("Measures", measures(app, sae, latent)), histogramOf(record, sae, latent, app.index.bins));
+    add(columns, part("Measures", measures(app, sae, latent)), histogramOf(record, sae, latent, app.index));
     if (record.w) {
       const best = Math.max(...record.w.map(([, score]) => score), 1e-9);
       const own = sae.names && sae.names[latent];
