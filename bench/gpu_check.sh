@@ -93,6 +93,12 @@ if [ -n "${PEERS:-}" ]; then
 else
     echo "peers: not run, PEERS names no folder of wheels" | tee -a "$summary"
 fi
+n_gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
+if [ "$n_gpus" -ge 2 ]; then
+    step two_gpus 90 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.training.ranks_on_gpus
+else
+    echo "two_gpus: skipped, there is one GPU" | tee -a "$summary"
+fi
 step harvest 60 "$python" -m bench.harvesting.whole_harvest --images 4608 --workers 12 --output "$json/harvest.json"
 step bench 300 "${pytest[@]}" bench --benchmark-only --benchmark-columns=min,median,rounds --large \
     --time-limit=$(($(left 300) - 40)) --benchmark-json="$json/bench.json"

@@ -20,7 +20,8 @@ Names are imported when they are first used, so that `import saevlm_fast` costs 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, TrainConfig
+    from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, SAESize, StreamSettings, TrainConfig
+    from saevlm_fast.crossmodal.measure import CrossModal, cross_modal
     from saevlm_fast.data.codes import CodesWriter, StoredCodes, open_codes
     from saevlm_fast.data.label_sets import LabelSet
     from saevlm_fast.data.rows import Activations, open_activations
@@ -41,10 +42,14 @@ if TYPE_CHECKING:
     from saevlm_fast.sparse_codes import SparseCodes
     from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
     from saevlm_fast.steering.edits import Edit, add, clamp, scale, steer, steer_rows, zero
+    from saevlm_fast.steering.language import LanguageAnswers
+    from saevlm_fast.towers.language import LanguageTower, load_language
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.towers.text import load_llava, load_text_encoder
     from saevlm_fast.towers.tower import Tower
     from saevlm_fast.training.evaluate import evaluate
+    from saevlm_fast.training.many import Trained, train_many
+    from saevlm_fast.training.one_pass import train_from_images
     from saevlm_fast.training.run import train
 
 __version__ = "0.1.0"
@@ -53,6 +58,7 @@ __all__ = [
     "ActivationWriter",
     "Activations",
     "CodesWriter",
+    "CrossModal",
     "Edit",
     "Evaluation",
     "HarvestConfig",
@@ -60,26 +66,33 @@ __all__ = [
     "ImageError",
     "Interrupted",
     "LabelSet",
+    "LanguageAnswers",
+    "LanguageTower",
     "MonosemanticityScores",
     "RunOptions",
     "SAEConfig",
+    "SAESize",
     "ShownLatent",
     "SparseAutoencoder",
     "SparseCodes",
     "SteeredAnswers",
     "SteeredRow",
     "StoredCodes",
+    "StreamSettings",
     "Taxonomy",
     "TopImages",
     "Tower",
     "TrainConfig",
+    "Trained",
     "TrustedScores",
     "__version__",
     "add",
     "clamp",
+    "cross_modal",
     "evaluate",
     "harvest",
     "inspect",
+    "load_language",
     "load_llava",
     "load_text_encoder",
     "load_tower",
@@ -95,6 +108,8 @@ __all__ = [
     "steer_rows",
     "top_images",
     "train",
+    "train_from_images",
+    "train_many",
     "trusted_score",
     "trusted_scores",
     "verify",
@@ -103,7 +118,8 @@ __all__ = [
 
 # Where each name is; the same as the imports above, which only type checkers and editors see (a test compares them).
 _HOMES = {
-    "config": ("HarvestOptions", "RunOptions", "SAEConfig", "TrainConfig"),
+    "config": ("HarvestOptions", "RunOptions", "SAEConfig", "SAESize", "StreamSettings", "TrainConfig"),
+    "crossmodal.measure": ("CrossModal", "cross_modal"),
     "data.codes": ("CodesWriter", "StoredCodes", "open_codes"),
     "data.label_sets": ("LabelSet",),
     "data.rows": ("Activations", "open_activations"),
@@ -124,10 +140,14 @@ _HOMES = {
     "sparse_codes": ("SparseCodes",),
     "steering.answers": ("SteeredAnswers", "SteeredRow"),
     "steering.edits": ("Edit", "add", "clamp", "scale", "steer", "steer_rows", "zero"),
+    "steering.language": ("LanguageAnswers",),
+    "towers.language": ("LanguageTower", "load_language"),
     "towers.load": ("load_tower",),
     "towers.text": ("load_llava", "load_text_encoder"),
     "towers.tower": ("Tower",),
     "training.evaluate": ("evaluate",),
+    "training.many": ("Trained", "train_many"),
+    "training.one_pass": ("train_from_images",),
     "training.run": ("train",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

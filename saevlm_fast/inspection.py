@@ -29,15 +29,8 @@ from saevlm_fast.formats.source import Source
 from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.records import Fields, check_record, read_record, whole
 from saevlm_fast.sae import CONFIG_FILE, SparseAutoencoder, read_sae_header
-from saevlm_fast.training.checkpoints import (
-    CHECKPOINT_FILE,
-    METRICS_FILE,
-    RUN_FILE,
-    check_checkpoint,
-    check_metrics,
-    checkpoints,
-    read_settings,
-)
+from saevlm_fast.training.checkpoints import METRICS_FILE, RUN_FILE, check_metrics, checkpoints, read_settings
+from saevlm_fast.training.saved_state import CHECKPOINT_FILE, check_checkpoint, holds_sae
 
 _RUN = Fields({"train": Fields({"steps": whole(1)}), "sae": Fields({"d_in": whole(1), "d_sae": whole(1)})})
 KINDS = (
@@ -266,13 +259,15 @@ def _verify_run(path: Path, description: Description) -> str:
     saved = checkpoints(path)
     for checkpoint in saved:
         check_checkpoint(checkpoint)
-    saes = [*saved, path] if description["sae"] else saved
+    saes = [checkpoint for checkpoint in saved if holds_sae(checkpoint)] + ([path] if description["sae"] else [])
     for directory in saes:
         SparseAutoencoder.from_pretrained(directory)
     check_metrics(path, saved[-1] if saved else None)
     recorded = all(read_sae_header(directory).weights_sha256 for directory in saes)
     recorded = recorded and all((checkpoint / CHECKPOINT_FILE).is_file() for checkpoint in saved)
-    return _weights_text(recorded) if saes else "nothing saved yet"
+    if not saes:
+        return "every checkpoint is whole" if saved else "nothing saved yet"
+    return _weights_text(recorded)
 
 
 def _after(before: int, on_bytes: Callable[[int], None]) -> Callable[[int], None]:

@@ -17,12 +17,12 @@ from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower
 
 
-def check_sae_of(sae: SparseAutoencoder, layer: int, tokens: str | None = None) -> str | None:
+def check_sae_of(sae: SparseAutoencoder, layer: int, tokens: str | None = None, point: str = "residual") -> str | None:
     """What speaks against steering block `layer` with this SAE, for a warning; ValueError as of `misfit`.
 
-    tokens: all, patches or cls, those that are steered.
+    tokens: all, patches or cls, those that are steered; of point language all, text, image or last.
     """
-    where = {"point": "residual", "layer": layer, "tokens": tokens}
+    where = {"point": point, "layer": layer, "tokens": tokens}
     return misfit(sae.config.metadata.get("source"), where, "the SAE", f"layer: {layer}")
 
 
@@ -77,7 +77,10 @@ _TOKENS_SEEN = {
     "mean": ("mean",),
     "patches": ("patch",),
     "random": ("patch",),
-    "all": ("cls", "patch"),
+    "all": ("cls", "last", "text", "image", "patch"),
+    "text": ("text",),
+    "image": ("image",),
+    "last": ("last",),
     "random-all": ("cls", "patch"),
 }
 
@@ -114,13 +117,15 @@ def _differ(trained_on: Any, now: Any) -> bool:
     return None not in digests and digests[0] != digests[1]
 
 
-def other_tower(sae: SparseAutoencoder, model: nn.Module) -> str | None:
-    """What the SAE was trained on, if that is known to be another vision tower than the model's, for a warning.
+def other_tower(sae: SparseAutoencoder, model: nn.Module, vision: bool = True) -> str | None:
+    """What the SAE was trained on, if that is known to be another vision tower than the model's, for a warning; with
+    vision=False another model, of whose language blocks it is.
 
     Known where the SAE is of a tower of the same class (loaded as `load_tower` does): one of a CLIP with its projection
     says nothing of the same tower inside a LLaVA. The model's weights must be as the checkpoint has them.
     """
-    trained_on, tower = _dict(_dict(sae.config.metadata.get("source")).get("model")), vision_part(model)
+    trained_on = _dict(_dict(sae.config.metadata.get("source")).get("model"))
+    tower = vision_part(model) if vision else model
     now: dict[str, Any] = {"class": type(tower).__name__, "transformers": None}
     if trained_on.get("weights_sha256") is not None and trained_on.get("class") == now["class"]:
         now["weights_sha256"] = weights_sha256(tower, as_float32=True)

@@ -63,8 +63,11 @@ def one_thread(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, so that a step is never cut in half. A second signal acts as usual."""
+def interruptible(patient: bool = False) -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, so that a step is never cut in half. A second signal acts as usual.
+
+    patient: it changes nothing; torchrun sends its processes a Ctrl-C that they have had already.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -73,7 +76,8 @@ def interruptible() -> Iterator[threading.Event]:
 
     def ask_to_stop(number: int, frame: Any) -> None:
         event.set()
-        signal.signal(number, old[signal.Signals(number)])
+        if not patient:
+            signal.signal(number, old[signal.Signals(number)])
 
     for number in old:
         signal.signal(number, ask_to_stop)

@@ -27,11 +27,14 @@ def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="no GPU on this machine")
+    minutes = pytest.mark.skip(reason="starts processes with torchrun, minutes long: pytest -m distributed")
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(skip)
+        if "distributed" in item.keywords and "distributed" not in config.option.markexpr:
+            item.add_marker(minutes)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -15,7 +15,7 @@ from saevlm_fast.errors import ActivationError
 from saevlm_fast.inspection import inspect, summary_rows
 from saevlm_fast.records import DIGEST, FILE_NAME, TEXT, Each, Fields, read_record, whole, write_record
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training.checkpoints import check_checkpoint
+from saevlm_fast.training.saved_state import check_checkpoint
 
 SCHEMA = Fields({"a": whole(1, 9), "b": Each(Fields({"c": TEXT}))}, {"d": DIGEST, "e": FILE_NAME}, others=False)
 GOOD = {"a": 1, "b": [{"c": "x"}]}

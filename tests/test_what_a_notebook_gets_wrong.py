@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import saevlm_fast as sf
+from saevlm_fast.data.store import TOKEN_SCHEMA
 from saevlm_fast.settings import Settings
 from saevlm_fast.towers.tower import HookPoint
 
@@ -112,8 +113,8 @@ WRONG = (
 # Made by the functions below and not by hand, or a name for values that are checked where they are used.
 RETURNED = {
     *("ActivationError", "ImageError", "Interrupted", "SteeredRow", "__version__"),
-    *("Evaluation", "MonosemanticityScores", "SparseCodes", "StoredCodes", "TopImages", "Tower", "TrustedScores"),
-    "ShownLatent",
+    *("Evaluation", "MonosemanticityScores", "SparseCodes", "StoredCodes", "TopImages", "Tower", "Trained"),
+    *("TrustedScores", "ShownLatent", "CrossModal", "LanguageTower"),
 }
 # What messages call an argument, where that is another word: what the command line calls it.
 ALIASES = {"spec": "model|text_model", "directory": "path", "path": "images|output", "width": "d_sae"}
@@ -128,6 +129,9 @@ def calls(sae, tmp_path_factory):
     items = {"image": [str(i) for i in range(len(X))], "token": [0] * len(X)}
     with sf.ActivationWriter(tmp / "store", 16, torch.float32, {}) as writer:
         writer.append(torch.from_numpy(X), items)
+    modality = {"modality": ["text", "image"] * (len(X) // 2)}
+    with sf.ActivationWriter(tmp / "pairs", 16, torch.float32, {}) as writer:
+        writer.append(torch.from_numpy(X), items | modality)
     with sf.CodesWriter(tmp / "codes", 64, torch.float32, {}) as codes_writer:
         codes_writer.write_shard(0, sae.encode(torch.from_numpy(X)), items)
     loaded_tower, scored, numbers = sf.load_tower("hf:tiny-clip"), sf.score(X, E, sae), itertools.count()
@@ -186,6 +190,7 @@ def calls(sae, tmp_path_factory):
             {"path": tmp / "sae", "device": "cpu", "dtype": None, "assume": None},
         ),
         "SparseAutoencoder.save_pretrained": (sae.save_pretrained, {"directory": tmp / "again"}),
+        "LanguageAnswers": (sf.LanguageAnswers, answering | {"layer": 0}),
         "SteeredAnswers": (sf.SteeredAnswers, answering),
         "SteeredAnswers.ask": (answerer.ask, {"image": picture, "prompt": "What colour is the object?"}),
         "SteeredAnswers.answers": (answerer.answers, {"rows": [asked]}),
@@ -193,10 +198,18 @@ def calls(sae, tmp_path_factory):
         "TrainConfig": (sf.TrainConfig, {}),
         "add": (sf.add, {"latent": 1, "alpha": 2.0}),
         "clamp": (sf.clamp, {"latent": 1, "alpha": 2.0}),
+        "cross_modal": (
+            sf.cross_modal,
+            {"activations": sf.open_activations(tmp / "pairs"), "sae": sae, "batch_rows": 128},
+        ),
         "evaluate": (sf.evaluate, {"sae": sae, "activations": X, "batch_rows": 128}),
         "harvest": (partial(sf.harvest, workers=0), harvested, sf.harvest),
         "inspect": (sf.inspect, {"path": tmp / "store"}),
         "load_llava": (sf.load_llava, {"spec": "hf:tiny-llava", "device": "cpu", "dtype": "auto"}),
+        "load_language": (
+            sf.load_language,
+            {"spec": "hf:tiny-llava", "device": "cpu", "dtype": torch.float32, "prompt": None},
+        ),
         "load_text_encoder": (sf.load_text_encoder, loaded),
         "load_tower": (sf.load_tower, loaded),
         "measure": (
@@ -211,19 +224,32 @@ def calls(sae, tmp_path_factory):
             | {"side": 16, "batch_rows": 128},
         ),
         "open_activations": (sf.open_activations, {"path": tmp / "store"}),
-        "open_activations.items": (sf.open_activations(tmp / "store").items, {"rows": [1, 2]}),
+        "open_activations.items": (sf.open_activations(tmp / "store").items, {"rows": [1, 2], "schema": TOKEN_SCHEMA}),
         "open_codes": (sf.open_codes, {"path": tmp / "codes"}),
         "open_images": (sf.open_images, {"path": "scenes:test:3"}),
         "rank_agreement": (sf.rank_agreement, {"scores": {"a": scored, "b": scored}}),
         "scale": (sf.scale, {"latent": 1, "factor": 2.0}),
         "score": (sf.score, scores | {"gamma": None}),
-        "steer": (entered(sf.steer), site | {"edits": [sf.clamp(1, 2.0)]}, sf.steer),
+        "steer": (entered(sf.steer), site | {"part": "vision", "edits": [sf.clamp(1, 2.0)]}, sf.steer),
         "steer_rows": (entered(sf.steer_rows), site | {"rows": [[sf.clamp(1, 2.0)]], "tiles": [1]}, sf.steer_rows),
         "top_images": (sf.top_images, {"activations": X, "latents": [1], "n": 2, "sae": sae, "batch_rows": 128}),
         "train": (
             partial(sf.train, steps=1, batch_size=64),
             {"activations": X, "sae_config": CONFIG, "config": None, "options": None, "validation": None},
             sf.train,
+        ),
+        "SAESize": (sf.SAESize, {}),
+        "StreamSettings": (sf.StreamSettings, {}),
+        "train_many": (
+            partial(sf.train_many, steps=1, batch_size=64),
+            {"activations": X, "saes": {"a": CONFIG}, "config": None, "options": None, "validation": None},
+            sf.train_many,
+        ),
+        "train_from_images": (
+            partial(sf.train_from_images, steps=1, batch_size=2, layer=1, workers=0),
+            {"model": loaded_tower, "images": "scenes:test:2", "saes": {"a": sf.SAESize(k=3)}, "config": None}
+            | {"options": None, "stream": None, "images_path": None},
+            sf.train_from_images,
         ),
         "trusted_score": (sf.trusted_score, trusted),
         "trusted_scores": (sf.trusted_scores, trusted | {"embeddings": {"e": E}}),

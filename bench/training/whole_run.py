@@ -44,7 +44,7 @@ POOL_ROWS = 8192
 # What a run does, by the function that does it; waiting for batches is what is left of the loop.
 PARTS = {
     "start": (checkpoints_module.RunDirectory, "begin"),
-    "loop": (train_module, "_steps"),
+    "loop": (train_module, "take_steps"),
     "step": (CapturedSteps, "step"),
     "log": (checkpoints_module.RunDirectory, "log"),
     "metrics": (train_module, "batch_metrics"),

@@ -9,13 +9,18 @@ from typing import Annotated
 import typer
 
 from saevlm_fast.cli.options import app
+from saevlm_fast.cli.ranks import speaks
 from saevlm_fast.cli.terminal import doubts_once, err, out, refuse, shown
 from saevlm_fast.cli.usage import run_app
 from saevlm_fast.errors import Interrupted, first_line, require
 
 # Each makes itself a command of the app, in this order.
-_COMMANDS = ("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report", "steer")
-for _name in (*_COMMANDS, "steering_score", "human_agreement", "inspect", "doctor", "convert", "push", "pull"):
+_COMMANDS = (
+    *("synthetic", "harvest", "train", "demo", "ms_score", "evaluate", "top_images", "name", "report"),
+    *("steer", "steering_score", "steerability", "erase", "cross_modal", "human_agreement"),
+    *("inspect", "doctor", "convert", "push", "pull"),
+)
+for _name in _COMMANDS:
     import_module(f"saevlm_fast.cli.{_name}")
 
 
@@ -33,15 +38,22 @@ def main() -> None:
     except RuntimeError as error:
         if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
             raise
-        refuse(first_line(error))
+        _refuse(first_line(error))
         sys.exit(2)
     except (ValueError, OSError, MemoryError) as error:
-        refuse(str(error) or type(error).__name__)  # a MemoryError has no words
+        _refuse(str(error) or type(error).__name__)  # a MemoryError has no words
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as error:
-        err.print(shown(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
+        if speaks():
+            err.print(shown(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
         sys.exit(130)
     sys.exit(code)
+
+
+def _refuse(text: str) -> None:
+    """One line, also of many processes."""
+    if speaks():
+        refuse(text)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.terminal import tell, warn
 from saevlm_fast.config import DEVICE_HELP
+from saevlm_fast.errors import require
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.settings import setting
 
@@ -23,8 +24,12 @@ class AnswerArguments(WorkOptions):
 
     model: str = setting(help="LLaVA: hf:NAME_OR_DIR.")
     sae: Path = setting(help=SAE_HELP)
-    layer: int = setting(help="Block of the vision tower, from 0, whose output the SAE is of.", paper="22")
-    tokens: Literal["all", "patches", "cls"] = setting("all", help="Tokens that are steered.", paper="all")
+    layer: int = setting(help="Block, from 0, whose output the SAE is of.", paper="22")
+    tokens: Literal["all", "patches", "cls", "text", "image", "last"] = setting(
+        "all",
+        help="Tokens that are steered: of vision all, patches, cls; of language all, text, image, last.",
+        paper="all",
+    )
     error: Literal["drop", "keep"] = setting(
         "drop", help="drop (the paper) or keep what the SAE cannot reconstruct.", paper="drop"
     )
@@ -33,6 +38,18 @@ class AnswerArguments(WorkOptions):
     device: str = setting("auto", help=DEVICE_HELP)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", help="Of the model.")
 
+    @property
+    def steered_part(self) -> str:
+        """Whose block is meant: vision or language."""
+        return "vision"
+
+    def check(self) -> None:
+        super().check()
+        known = {"vision": ("all", "patches", "cls"), "language": ("all", "text", "image", "last")}[self.steered_part]
+        require(
+            self.tokens in known, f"tokens: {self.tokens} is not one of {', '.join(known)} (part {self.steered_part})"
+        )
+
 
 def steered_answers(options: AnswerArguments, only: bool = False) -> "SteeredAnswers":
     """Model and SAE on one device; the SAE in its own dtype. only: all other latents 0."""
@@ -40,21 +57,24 @@ def steered_answers(options: AnswerArguments, only: bool = False) -> "SteeredAns
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.steering.answers import SteeredAnswers
+    from saevlm_fast.steering.language import LanguageAnswers
     from saevlm_fast.towers.text import load_llava
 
+    part = options.steered_part
+    vision = part == "vision"
     target = resolve_device(options.device)
     dictionary = SparseAutoencoder.from_pretrained(options.sae, device=target)
-    doubt = check_sae_of(dictionary, options.layer, options.tokens)  # before a large model is loaded
+    point = "residual" if vision else "language"
+    doubt = check_sae_of(dictionary, options.layer, options.tokens, point)  # before a large model is loaded
     if doubt is not None:
         warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
     llava, processor = load_llava(options.model, target, options.dtype, on_message=tell)
     as_saved = options.dtype == "auto" or str(llava.dtype) == "torch.float32"
-    if as_saved and (trained_on := other_tower(dictionary, llava)) is not None:
-        warn(
-            f"{options.sae} was trained on the vision tower of {trained_on}, whose weights are not those of "
-            f"{options.model}"
-        )
-    return SteeredAnswers(
+    if as_saved and (trained_on := other_tower(dictionary, llava, vision)) is not None:
+        whose = f"{part} {'tower' if vision else 'model'} of {trained_on}"
+        warn(f"{options.sae} was trained on the {whose}, whose weights are not those of {options.model}")
+    kind: Any = SteeredAnswers if vision else LanguageAnswers
+    return kind(
         llava,
         processor,
         dictionary,

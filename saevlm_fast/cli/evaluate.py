@@ -73,6 +73,7 @@ class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
         None,
         help="Of the same images through the tower of random weights (harvest --random-weights), for the SAEs among "
         "--sae that were trained on such: a control.",
+        remote=True,
     )
     compat: Literal["none", "visaebench"] = setting("none", help="Numbers as another benchmark computes them, as well.")
     compare: bool = setting(False, help="Match the first SAE's latents with those of each other.")

@@ -11,6 +11,7 @@ from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figure
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings
+from saevlm_fast.errors import require
 from saevlm_fast.settings import integers, same_as, setting, texts
 from saevlm_fast.urls import redacted_text
 
@@ -36,10 +37,13 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
     images: str = same_as(HarvestOptions, "images", MISSING)
     layer: tuple[int, ...] = setting((), help="Block, from 0; several: 5,8,11. One pass.", parse=integers)
     point: tuple[str, ...] = setting(
-        ("residual",), help="residual, mlp, attention, projection, pooled; several: a,b.", parse=texts
+        ("residual",), help="residual, mlp, attention, projection, pooled, language; several: a,b.", parse=texts
     )
     tokens: tuple[str, ...] = setting(
-        ("cls",), help="cls, patches, all, mean, random:K, random:K:all; several: a,b.", parse=texts
+        (),
+        help="cls, patches, all, mean, random:K, random:K:all; of language all, text, image, last; several: a,b.",
+        shown="cls; of language all",
+        parse=texts,
     )
     random_weights: Literal["none", "blocks", "all"] = setting(
         "none",
@@ -50,12 +54,13 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
 
     def harvest_config(self) -> "HarvestConfig":
         """What is harvested, with hook points and tokens in place of their names."""
-        from saevlm_fast.harvesting.config import HarvestConfig
+        from saevlm_fast.harvesting.config import HarvestConfig, default_tokens
         from saevlm_fast.towers.tokens import Tokens
         from saevlm_fast.towers.tower import HookPoint
 
         points = tuple(HookPoint.all_of(self.point, self.layer))
-        return self.part(HarvestConfig, points=points, tokens=tuple(Tokens.parse(text) for text in self.tokens))
+        chosen = self.tokens or (default_tokens(self.point),)
+        return self.part(HarvestConfig, points=points, tokens=tuple(Tokens.parse(text) for text in chosen))
 
 
 def _sentence(options: HarvestArguments, source: "ImageSource", tower: "Tower") -> str:
@@ -65,13 +70,15 @@ def _sentence(options: HarvestArguments, source: "ImageSource", tower: "Tower") 
     return what + (f" ({source.n_ignored:,} other files ignored)" if source.n_ignored else "")
 
 
-def _tower(options: HarvestArguments, device: str) -> "Tower":
+def _tower(options: HarvestArguments, config: "HarvestConfig", device: str) -> "Tower":
     """The model, its weights drawn anew if that is asked for."""
+    from saevlm_fast.harvesting.inputs import tower_for
     from saevlm_fast.runtime import resolve_device
-    from saevlm_fast.towers.load import load_tower
     from saevlm_fast.towers.random_weights import randomise
 
-    tower = load_tower(options.model, resolve_device(device), on_message=tell)
+    vision = options.random_weights == "none" or not config.is_language
+    require(vision, f"random_weights: {options.random_weights} is of vision towers; the point is language")
+    tower = tower_for(options.model, config, resolve_device(device), on_message=tell)
     if options.random_weights != "none":
         randomise(tower, options.random_weights, options.seed)
     return tower
@@ -79,15 +86,15 @@ def _tower(options: HarvestArguments, device: str) -> "Tower":
 
 def plan(options: HarvestArguments) -> Plan:
     """What would be written; the time from two forward passes of the first batch."""
+    from saevlm_fast.harvesting.inputs import open_source
     from saevlm_fast.harvesting.plan import HarvestPlan
     from saevlm_fast.harvesting.stores import check_output
-    from saevlm_fast.images.open import open_images
 
     config, engine = options.harvest_config(), options.part(HarvestOptions)
     check_output(engine)
     check_writable(options.output)
-    source = open_images(options.images)
-    tower = _tower(options, options.device)
+    source = open_source(options.images, config)
+    tower = _tower(options, config, options.device)
     tower = tower if config.square is None else tower.squared(config.square)
     with tower.hooked(config.points) as run:
         planned = HarvestPlan(source, tower, run, config, engine)
@@ -121,6 +128,11 @@ def _first_batch(source: "ImageSource", tower: "Tower", n: int) -> "tuple[Batch,
     with closing(image_batches(source, tower.preprocess, [range(n)], 0, False)) as batches:
         batch = next(batches)
     return batch, time.perf_counter() - start
+
+
+def seconds_an_image(source: "ImageSource", tower: "Tower", run: Any, n: int) -> float | None:
+    """Of the first n images, in this process; None if none of them can be used."""
+    return _seconds_an_image(*_first_batch(source, tower, n), tower, run)
 
 
 def _seconds_an_image(batch: "Batch", decoding: float, tower: "Tower", run: Any) -> float | None:
@@ -170,9 +182,9 @@ def _seconds(run: Any, inputs: dict[str, "torch.Tensor"], device: "torch.device"
     return time.perf_counter() - start
 
 
-@command("harvest", plan=plan)
+@command("harvest", plan=plan, shared=True)
 def harvest(options: HarvestArguments) -> dict[str, Any] | None:
-    """Run images through a vision tower; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
+    """Run images through a model; store activations, or an SAE's codes. Under torchrun, ranks share the work."""
     from saevlm_fast.harvesting.ranks import torchrun_ranks
     from saevlm_fast.outputs import output_lock
 
@@ -183,15 +195,15 @@ def harvest(options: HarvestArguments) -> dict[str, Any] | None:
 
 
 def _harvest(options: HarvestArguments, ranks: "Ranks") -> dict[str, Any] | None:
+    from saevlm_fast.harvesting.inputs import open_source
     from saevlm_fast.harvesting.run import harvest as run_harvest
     from saevlm_fast.harvesting.stores import check_output
-    from saevlm_fast.images.open import open_images
 
     config, engine = options.harvest_config(), options.part(HarvestOptions)
     if ranks.rank == 0:
         check_output(engine)  # before a model is loaded
-    source = open_images(options.images)
-    tower = _tower(options, ranks.device(options.device))
+    source = open_source(options.images, config)
+    tower = _tower(options, config, ranks.device(options.device))
     if ranks.rank == 0:
         say(_sentence(options, source, tower))
         _tell_notes(source)

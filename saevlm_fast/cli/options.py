@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Self, get_origin, get_type_hints
 import typer
 from rich.markup import escape
 
+from saevlm_fast.cli.ranks import check_shares
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.errors import did_you_mean, require
@@ -117,9 +118,10 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(
-    name: str, plan: Callable[[Any], Plan] | None = None
+    name: str, plan: Callable[[Any], Plan] | None = None, shared: bool = False
 ) -> Callable[[Callable[[Any], dict[str, Any] | None]], Callable[[Any], dict[str, Any] | None]]:
-    """Makes a function of its options a command of `app`. plan: what --dry-run does instead."""
+    """Makes a function of its options a command of `app`. plan: what --dry-run does instead. shared: torchrun's
+    processes share its work."""
 
     def add(function: Callable[[Any], dict[str, Any] | None]) -> Callable[[Any], dict[str, Any] | None]:
         cls = get_type_hints(function)["options"]
@@ -127,6 +129,7 @@ def command(
 
         def from_command_line(**values: Any) -> None:
             options = arguments(name, cls, values)
+            check_shares(name, shared)
             with for_a_program(options.json), _bounded_cache(options):
                 if plan is not None and options.dry_run:
                     _print_plan(plan(options), options.json)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Column
 
@@ -30,6 +30,13 @@ class SteerArguments(AnswerArguments):
         help="Value in raw activation units; several: 0,50,100.", paper="100", parse=numbers
     )
     only: bool = setting(False, help="All other latents 0.")
+    whose: Literal["vision", "language"] = setting(
+        "vision", help="Whose block --layer is: of the vision tower, or of the language model.", option="part"
+    )
+
+    @property
+    def steered_part(self) -> str:
+        return self.whose
 
     @property
     def tried(self) -> list[tuple[int, float]]:
@@ -80,7 +87,7 @@ def plan(options: SteerArguments) -> Plan:
 
 @command("steer", plan=plan)
 def steer(options: SteerArguments) -> dict[str, Any]:
-    """Clamp SAE latents in a LLaVA's vision tower and read how its answer changes."""
+    """Clamp SAE latents in a LLaVA's vision tower or language model and read how its answer changes."""
 
     from saevlm_fast.steering.answers import SteeredRow
 

@@ -22,16 +22,17 @@ from saevlm_fast.files import atomic_write, write_json_atomic
 from saevlm_fast.training.memory import training_memory
 
 if TYPE_CHECKING:
-    from saevlm_fast.cli.train import Run, TrainArguments
+    from saevlm_fast.cli.train_options import Run, TrainArguments
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.training.many import Trained
 
-TABLE_FILE, PARQUET_FILE, PICTURE_FILE = "grid.json", "grid.parquet", "grid.svg"
+TABLES = TABLE_FILE, PARQUET_FILE, PICTURE_FILE = "grid.json", "grid.parquet", "grid.svg"
+_NO_SCORES = "MS is left out: no embeddings were given (--embeddings)"
 
 
 def runs_of(options: "TrainArguments", n_rows: int, d: int, path: Path) -> "dict[str, Run]":
     """What is trained, by name, on activations [n_rows, d]. ValueError: settings that do not fit the width."""
-    from saevlm_fast.cli.train import Run
+    from saevlm_fast.cli.train_options import Run
 
     return {name: Run.of(member, n_rows, d, path) for name, member in options.members().items()}
 
@@ -48,7 +49,7 @@ def check_outputs(options: "TrainArguments") -> None:
         for member in options.members().values()
     ]
     if not any(used) and not options.resume:
-        files = (SETTINGS_FILE, TABLE_FILE, PARQUET_FILE, PICTURE_FILE)
+        files = (SETTINGS_FILE, *TABLES)
         check_absent([options.output / file for file in files], options.force)
 
 
@@ -136,7 +137,8 @@ def train_grid(
             raise Interrupted(f"{what}; continue with: saevlm-fast train --config {settings} --resume") from None
     for record in records:
         record.write()
-    return summarise(options, trained, runs, _scores(trained, held_out or data, embeddings), held_out is not None)
+    scores = _scores(trained, held_out or data, embeddings)
+    return summarise(options.output, trained, scores, "validation" if held_out else "training", _NO_SCORES)
 
 
 class _Log:
@@ -181,28 +183,24 @@ def _scores(
 
 
 def summarise(
-    options: "TrainArguments",
-    trained: "Mapping[str, Trained]",
-    runs: "Mapping[str, Run]",
-    scores: Mapping[str, float],
-    held_out: bool,
+    output: Path, trained: "Mapping[str, Trained]", scores: Mapping[str, float], kind: str, without_scores: str
 ) -> dict[str, Any]:
-    """Table, files and picture; what --json prints."""
+    """Table, files and picture; what --json prints. kind: of the rows that were evaluated."""
     rows = []
     for name, each in trained.items():
-        sae, metrics = runs[name].sae, dict(each.metrics)
+        sae, metrics = each.sae.config, dict(each.metrics)
         metrics.pop("rows")
         row = {"name": name, "architecture": sae.architecture, "d_sae": sae.d_sae, "k": sae.k, **metrics}
         rows.append(row | ({"ms_mean": scores[name]} if scores else {}))
-    n_rows, kind = next(iter(trained.values())).metrics["rows"], "validation" if held_out else "training"
-    say(f"evaluation on all {n_rows:,} {kind} rows")
+    n_rows = next(iter(trained.values())).metrics["rows"]
+    say(f"evaluation on {n_rows:,} {kind} rows")
     print_wide_table(tuple(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
-    note = "" if scores else "MS is left out: no embeddings were given (--embeddings)"
-    write_json_atomic(options.output / TABLE_FILE, {"rows": n_rows, "of": kind, "saes": rows, "note": note})
-    _write_parquet(options.output / PARQUET_FILE, rows)
-    write_picture(options.output / PICTURE_FILE, rows, note)
-    say(*([note] if note else []), f"wrote {options.output}")
-    return {"output": str(options.output), "evaluation": {"rows": n_rows, "of": kind}, "saes": rows}
+    note = "" if scores else without_scores
+    write_json_atomic(output / TABLE_FILE, {"rows": n_rows, "of": kind, "saes": rows, "note": note})
+    _write_parquet(output / PARQUET_FILE, rows)
+    write_picture(output / PICTURE_FILE, rows, note)
+    say(*([note] if note else []), f"wrote {output}")
+    return {"output": str(output), "evaluation": {"rows": n_rows, "of": kind}, "saes": rows}
 
 
 def _cell(value: Any) -> str:

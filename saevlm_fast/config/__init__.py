@@ -24,7 +24,8 @@ from saevlm_fast.config.common import (
 from saevlm_fast.config.demo import DemoOptions
 from saevlm_fast.config.harvesting import HarvestOptions, HarvestSettings
 from saevlm_fast.config.sae import SAEConfig, SAESize, group_sizes_from_fractions
-from saevlm_fast.config.steering import ScoreConfig, ScoreRun
+from saevlm_fast.config.steering import ScoreConfig, ScoreRun, SteerabilityConfig
+from saevlm_fast.config.streaming import StreamSettings
 from saevlm_fast.config.training import RunOptions, TrainConfig
 
 __all__ = [
@@ -51,6 +52,8 @@ __all__ = [
     "SAESize",
     "ScoreConfig",
     "ScoreRun",
+    "SteerabilityConfig",
+    "StreamSettings",
     "TrainConfig",
     "group_sizes_from_fractions",
     "keyword_settings",

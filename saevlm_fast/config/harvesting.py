@@ -40,8 +40,22 @@ class HarvestSettings(Settings):
         "none", help="Codes of every token (none) or averaged over an image's tokens (mean)."
     )
 
+    prompt: str | None = setting(
+        None,
+        help="With --point language: what the user asks, the caption being the answer.",
+        shown="the caption is what the user says",
+    )
+    wrong_captions: float = setting(
+        0.0,
+        help="With --point language: share of the images that get another one's caption, to see whether a ranking of "
+        "pairs finds them.",
+        at_least=0,
+        at_most=1,
+    )
+
     def check(self) -> None:
         super().check()
+        require(self.prompt is None or self.prompt.strip() != "", "prompt: is empty")
         require(self.pool == "none" or self.sae is not None, "pool: only codes are pooled, give --sae")
 
 
@@ -53,7 +67,8 @@ class HarvestOptions(Settings):
     output: Path = setting(help="Store; with several points or tokens, a directory of stores.")
     images: str = setting(
         "",
-        help="Folder, list .txt, tar shards (glob or {000..012}), Hugging Face dataset on disk, or scenes:SPLIT:N.",
+        help="Folder, list (.txt, .csv, .jsonl), tar shards (glob or {000..012}), Hugging Face dataset on disk, or "
+        "scenes:SPLIT:N.",
     )
     workers: int | None = setting(
         None,

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from saevlm_fast.config.common import FLOAT32_MAX, PROMPT, WHITE
 from saevlm_fast.errors import require
@@ -66,3 +67,21 @@ class ScoreRun(Settings):
     def progress(self) -> Path:
         """A folder with the settings and a file for every finished block; gone when the output is written."""
         return self.output.with_name(self.output.name + ".progress")
+
+
+@dataclass(frozen=True)
+class SteerabilityConfig(Settings):
+    """What is asked of units; docs/papers/steering-clip.md."""
+
+    title = "What is asked"
+    alpha: float = setting(
+        1.0, help="Value that a unit is moved to, in 99th percentiles of its positive values.", above=0
+    )
+    tokens: Literal["patches", "all", "cls"] = setting("patches", help="Tokens on which it is moved.")
+    ask: int = setting(64, help="Images asked about, evenly spaced.", at_least=1)
+    n_reference: int = setting(512, help="Images behind the percentiles, evenly spaced.", at_least=1)
+    controls: int = setting(1, help="Random directions a unit; 100 in all tell who is steerable.", at_least=1)
+    screen: int | None = setting(
+        None, help="Ask only about so many, the largest by one linear step.", shown="all", at_least=1
+    )
+    seed: int = setting(0, help="Of the random directions and the screening.", at_least=0)

@@ -320,6 +320,14 @@ class RunOptions(Settings):
         "and an interrupt always write one",
         at_least=1,
     )
+    collective_timeout: float = setting(
+        600.0,
+        help="Under torchrun: seconds that a rank waits for the others, after which the run ends.",
+        above=0,
+        below=1e9,
+        must="positive and below 1e9",
+        spec="g",
+    )
     resume: bool = setting(False, help="Continue the run in --output.", recorded=False, instead_of=("force",))
     force: bool = setting(
         False,

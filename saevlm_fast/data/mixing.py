@@ -87,20 +87,24 @@ class MixingBuffer:
     def feed(self, rows_MD: Tensor) -> Iterator[Tensor]:
         """Takes rows, as many as are wanted; batches [B, D] as their places are needed."""
         while len(rows_MD) and self.n_in < self.n_wanted:
-            free_P = self._free()
-            if len(free_P) == 0:
-                yield self._next()
-                continue
-            n = min(len(free_P), len(rows_MD))
-            self.rows_RD.index_copy_(0, free_P[:n], rows_MD[:n].to(self.rows_RD.device, self.rows_RD.dtype))
-            self.n_in += n
+            n = self.put(rows_MD)
             rows_MD = rows_MD[n:]
+            if n == 0:
+                yield self.take()
+
+    def put(self, rows_MD: Tensor) -> int:
+        """Takes as many of these rows as there are places for; how many they are. 0: a batch has to be taken first."""
+        free_P = self._free()
+        n = min(len(free_P), len(rows_MD))
+        self.rows_RD.index_copy_(0, free_P[:n], rows_MD[:n].to(self.rows_RD.device, self.rows_RD.dtype))
+        self.n_in += n
+        return n
 
     def drain(self) -> Iterator[Tensor]:
         """What is left. ValueError: not all rows that are wanted have been fed."""
         require(self.n_in == self.n_wanted, f"{self.n_wanted - self.n_in:,} rows have not been fed")
         while self.step < self.n_steps:
-            yield self._next()
+            yield self.take()
 
     def peek(self, step: int) -> Tensor:
         """The batch [B, D] of a step of the window that is in, before it comes out."""
@@ -133,7 +137,8 @@ class MixingBuffer:
         """Of the rows fed, those before a window."""
         return (self.first_step(window) - self.first_step(self._first)) * self.batch_size
 
-    def _next(self) -> Tensor:
+    def take(self) -> Tensor:
+        """The next batch [B, D], whose places are then free."""
         batch_BD = self.peek(self.step)
         self.step += 1
         if self.step == self.first_step(self._window + 1) and self._window + 1 < self.n_windows:

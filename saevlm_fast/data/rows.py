@@ -77,30 +77,36 @@ class StoredRows:
         """The index of a store, on this machine."""
         return self._remote.index_file if self._remote else self.path / "index.json"
 
-    def items(self, rows: Tensor | Sequence[int] | None = None) -> pa.Table:
+    def items(self, rows: Tensor | Sequence[int] | None = None, schema: pa.Schema = ITEM_SCHEMA) -> pa.Table:
         """image, token and label of `rows` in their order; of all rows if None (iter_items is lighter on memory).
+
+        schema: as of iter_items.
 
         Reads the item tables of the shards that these rows are in, no others.
         """
+        check_kind("schema", schema, pa.Schema, "a pyarrow schema: ITEM_SCHEMA or TOKEN_SCHEMA")
         if rows is None:
-            return pa.concat_tables(self.iter_items())
+            return pa.concat_tables(self.iter_items(schema))
         indices, places = _checked_rows(whole_numbers("rows", rows), self.n_rows, self.path).sort()
         bounds = np.searchsorted(indices.numpy(), self._starts)
-        tables = [ITEM_SCHEMA.empty_table()]
+        tables = [schema.empty_table()]
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
             local = indices[bounds[shard] : bounds[shard + 1]].numpy() - self._starts[shard]
-            tables.append(self._shard_items(shard).take(local))
+            tables.append(self._shard_items(shard, schema).take(local))
         return pa.concat_tables(tables).take(places.argsort().numpy())
 
-    def iter_items(self) -> Iterator[pa.Table]:
-        """The item table of each shard in turn; laid end to end they describe the rows 0 .. n_rows - 1."""
-        return (self._shard_items(shard) for shard in range(len(self._starts) - 1))
+    def iter_items(self, schema: pa.Schema = ITEM_SCHEMA) -> Iterator[pa.Table]:
+        """The item table of each shard in turn; laid end to end they describe the rows 0 .. n_rows - 1.
 
-    def item_chunks(self, n: int) -> Iterator[pa.Table]:
-        """The items of the rows of each of chunks(n), in turn."""
+        schema: the columns; store.TOKEN_SCHEMA adds what rows of a language model have, null in other stores.
+        """
+        return (self._shard_items(shard, schema) for shard in range(len(self._starts) - 1))
+
+    def item_chunks(self, n: int, schema: pa.Schema = ITEM_SCHEMA) -> Iterator[pa.Table]:
+        """The items of the rows of each of chunks(n), in turn; schema as of iter_items."""
         check_chunk(n)
-        waiting = ITEM_SCHEMA.empty_table()
-        for table in self.iter_items():
+        waiting = schema.empty_table()
+        for table in self.iter_items(schema):
             waiting = pa.concat_tables([waiting, table])
             while len(waiting) >= n:
                 yield waiting.slice(0, n)
@@ -112,10 +118,10 @@ class StoredRows:
         if self.has_items:
             self._files.check(shards)
 
-    def _shard_items(self, shard: int) -> pa.Table:
+    def _shard_items(self, shard: int, schema: pa.Schema = ITEM_SCHEMA) -> pa.Table:
         require(self.has_items, f"{self.path}: a matrix has no item ids; only a store does", ActivationError)
         self._items.check([shard])
-        return read_items(self._items.files[shard], int(self._starts[shard + 1] - self._starts[shard]))
+        return read_items(self._items.files[shard], int(self._starts[shard + 1] - self._starts[shard]), schema=schema)
 
     def check_whole(self) -> None:
         """Compares every shard of a store with its SHA-256 now, in a few threads; otherwise each is when first read.

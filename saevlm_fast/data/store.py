@@ -8,7 +8,8 @@ A store is a directory:
     shard-00000.safetensors  of activations (width is d_in): "activations" [rows, d_in]
                              of codes (width is d_sae), CSR: "acts" [M], "latents" [M], uint16 up to d_sae 65536, then
                              int32, and "row_offsets" [rows + 1], int32 unless M needs int64
-    items-00000.parquet      image (string), token (int32), label (string or null) of every row of the shard
+    items-00000.parquet      image (string), token (int32), label (string or null) of every row of the shard; of rows of
+                             a language model also modality (string), token_id (int32), text (string)
 
 Activations and acts are float16, bfloat16 or float32. Row i of the store is row i of its shards laid end to end in the
 order of their numbers. Every file is written atomically, and the index after every shard, so a writer killed at any
@@ -53,6 +54,9 @@ ACTIVATIONS, CODES, VERSION = "saevlm-fast activations", "saevlm-fast codes", 1
 WIDTH_NAMES = {ACTIVATIONS: "d_in", CODES: "d_sae"}
 STORE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ITEM_SCHEMA = pa.schema([("image", pa.string()), ("token", pa.int32()), ("label", pa.string())])
+# What rows of a language model have beside that: text, image or template; the token's number, and what it says.
+TOKEN_FIELDS = [("modality", pa.string()), ("token_id", pa.int32()), ("text", pa.string())]
+TOKEN_SCHEMA = pa.schema([*ITEM_SCHEMA, *map(pa.field, *zip(*TOKEN_FIELDS))])
 
 _TENSOR_DTYPES = SAFETENSORS_DTYPES | {"U16": torch.uint16, "I32": torch.int32, "I64": torch.int64}
 _SHARD = Fields(
@@ -232,8 +236,10 @@ def _tensor_at(file: Path, name: str, data: Tensor, entry: Mapping[str, Any]) ->
     return data[begin:end].view(dtype).view(entry["shape"])
 
 
-def read_items(file: Path, rows: int, digest: str | None = None) -> pa.Table:
+def read_items(file: Path, rows: int, digest: str | None = None, schema: pa.Schema = ITEM_SCHEMA) -> pa.Table:
     """The item table of a shard of so many rows; with `digest`, its SHA-256, once it is known to be as written.
+
+    schema: the columns wanted, TOKEN_SCHEMA for all; what a file lacks is null.
 
     Raises:
         ActivationError: damaged, altered, of other rows, or more than it can be.
@@ -241,7 +247,7 @@ def read_items(file: Path, rows: int, digest: str | None = None) -> pa.Table:
     if digest is not None:
         check_digest(file, sha256_file(file), digest)
     try:
-        table = read_small_table(file, ITEM_SCHEMA, rows)
+        table = read_small_table(file, schema, rows)
         table.validate(full=True)
     except (OSError, UnicodeError, pa.ArrowException) as error:
         raise ActivationError(f"{file}: damaged item table: {first_line(error)}") from error

@@ -20,6 +20,7 @@ from saevlm_fast.data.matrix import check_finite, dtype_names
 from saevlm_fast.data.store import (
     ACTIVATIONS,
     ITEM_SCHEMA,
+    TOKEN_SCHEMA,
     WIDTH_NAMES,
     Shard,
     StoreIndex,
@@ -112,7 +113,8 @@ class StoreWriter(ABC):
     def write_shard(self, number: int, rows: Any, items: Items) -> None:
         """Writes shard `number` (its place in the order of rows) durably; it may have any number of rows, even none.
 
-        rows: activations [rows, d_in], or codes, on any device. items: columns image, token and, if any, label.
+        rows: activations [rows, d_in], or codes, on any device. items: columns image, token and, if any, label; of a
+        language model modality, token_id and text too.
 
         Raises:
             ValueError: a number that is on the disk, rows or items that do not fit, a store that is complete.
@@ -305,15 +307,18 @@ def clear_store(path: str | Path) -> None:
 def _item_table(items: Items, n_rows: int) -> pa.Table:
     table: Any = items if isinstance(items, pa.Table) else None
     columns = dict(items) if table is None else dict(zip(table.column_names, table.columns))
-    known = {"image", "token"} <= set(columns) <= set(ITEM_SCHEMA.names)
+    schema = TOKEN_SCHEMA if "modality" in columns else ITEM_SCHEMA
+    known = {"image", "token"} <= set(columns) <= set(schema.names)
     require(known, f"items has columns {sorted(columns)}; needed: image, token and, if any, label")
+    for name in TOKEN_SCHEMA.names[len(ITEM_SCHEMA) :] if schema is TOKEN_SCHEMA else ():
+        columns.setdefault(name, [None] * n_rows)
     columns.setdefault("label", [None] * n_rows)
     columns = {name: c.tolist() if isinstance(c, Tensor) else c for name, c in columns.items()}
     lengths = {name: len(column) for name, column in columns.items()}
     same = set(lengths.values()) == {n_rows}
     require(same, f"items has columns of lengths {lengths}; the batch has {n_rows} rows")
     try:
-        return pa.table(columns, schema=ITEM_SCHEMA)
+        return pa.table(columns, schema=schema)
     except (pa.ArrowException, UnicodeEncodeError) as error:
         raise ValueError(
             f"items do not fit image (string), token (int32), label (string): {first_line(error)}"

@@ -6,7 +6,7 @@ work would be done on: on a GPU that is their Triton kernels.
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class Checked(NamedTuple):
 
 
 def self_test(
-    device: torch.device, checks: Sequence[str] | None = None, on_check: Callable[[str], None] = lambda name: None
+    device: torch.device, checks: Collection[str] | None = None, on_check: Callable[[str], None] = lambda name: None
 ) -> list[Checked]:
     """All checks, or those named, in their order. on_check: told before each."""
     results = []

@@ -12,15 +12,15 @@ from saevlm_fast.config import HarvestOptions, keyword_settings
 from saevlm_fast.data.codes import StoredCodes, open_codes
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import check_kind, require, whole_number
-from saevlm_fast.harvesting.config import HarvestConfig
+from saevlm_fast.harvesting.config import HarvestConfig, default_tokens
+from saevlm_fast.harvesting.inputs import open_source, tower_for
 from saevlm_fast.harvesting.run import harvest as run_harvest
 from saevlm_fast.harvesting.stores import check_output
-from saevlm_fast.images.open import open_images
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.settings import path_of, several
-from saevlm_fast.towers.load import SPECS, load_tower
+from saevlm_fast.towers.load import SPECS
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint, Tower
 
@@ -34,7 +34,7 @@ def harvest(
     *,
     layer: int | None = ...,
     point: str = ...,
-    tokens: str = ...,
+    tokens: str | None = ...,
     output: Location | None = ...,
     sae: None = ...,
     **settings: Any,
@@ -48,7 +48,7 @@ def harvest(
     *,
     layer: int | None = ...,
     point: str = ...,
-    tokens: str = ...,
+    tokens: str | None = ...,
     output: Location | None = ...,
     sae: Location,
     **settings: Any,
@@ -62,7 +62,7 @@ def harvest(
     *,
     layer: int | Sequence[int] | None = ...,
     point: str | Sequence[str] = ...,
-    tokens: str | Sequence[str] = ...,
+    tokens: str | Sequence[str] | None = ...,
     output: Location | None = ...,
     sae: None = ...,
     **settings: Any,
@@ -75,14 +75,15 @@ def harvest(
     *,
     layer: int | Sequence[int] | None = None,
     point: str | Sequence[str] = "residual",
-    tokens: str | Sequence[str] = "cls",
+    tokens: str | Sequence[str] | None = None,
     output: Location | None = None,
     sae: Location | None = None,
     device: str = "auto",
     on_images: Callable[[int, int, int], None] = lambda done, total, skipped: None,
     **settings: Any,
 ) -> Activations | StoredCodes | dict[str, Any]:
-    """Run images through a vision tower and open what it gives: activations, or an SAE's codes.
+    """Run images through a vision tower, or pairs through a LLaVA, and open what it gives: activations, or an SAE's
+    codes.
 
         activations = harvest("hf:tiny-clip", "scenes:test:200", layer=3, output="store")
         stores = harvest("hf:tiny-clip", "photos", layer=[1, 3], tokens=["cls", "patches"], output="stores")
@@ -91,8 +92,10 @@ def harvest(
         model: a spec of `load_tower`, or a tower that is loaded already (which keeps its device).
         images: a path of `open_images`, or what it has opened.
         layer: block of the tower, from 0; none for the points projection and pooled.
-        point: residual, mlp, attention, projection or pooled.
-        tokens: cls, patches, all, mean, random:K or random:K:all.
+        point: residual, mlp, attention, projection or pooled; language, of a LLaVA's language model, which reads pairs
+            of an image and a caption (docs/how-to/language.md).
+        tokens: cls (None is that), patches, all, mean, random:K or random:K:all; of language all (None is that), text,
+            image or last.
             A list of layers, points or tokens gives one store for every pair of point and tokens, in one pass.
         output: directory of the store, or of the stores. None: a temporary one, deleted with what is returned.
         sae: directory of an SAE; its codes are stored instead of activations.
@@ -110,6 +113,8 @@ def harvest(
     """
     chosen_device = resolve_device(device)
     recipe, rest = keyword_settings("harvest", settings, HarvestConfig, HarvestOptions)
+    if tokens is None:
+        tokens = default_tokens(_listed("point", point))
     one_layer = layer is None or isinstance(layer, Integral)
     layers = [] if layer is None else [layer] if one_layer else several("layer", layer)
     config = HarvestConfig(
@@ -126,8 +131,8 @@ def harvest(
     options = HarvestOptions(where, named, **rest)
     with output_lock(where, directory=True):
         check_output(options)  # before a model is loaded
-        source = open_images(images) if isinstance(images, str | os.PathLike) else images
-        tower = model if isinstance(model, Tower) else load_tower(model, chosen_device)
+        source = open_source(images, config)
+        tower = tower_for(model, config, chosen_device)
         paths = run_harvest(source, tower, config, options, on_images=on_images).stores
     opened = [open_activations(path) if sae is None else open_codes(path) for path in paths]
     for store in opened:

@@ -29,7 +29,7 @@ def forward_rows(plan: HarvestPlan, batch: Batch) -> list[BatchRows]:
 def _rows(plan: HarvestPlan, store: PlannedStore, acts: Tensor, batch: Batch, ids: list[str]) -> BatchRows:
     config, sae = plan.config, plan.sae
     chosen = plan.run.select(acts, store.tokens, ids, config.seed, batch.inputs)
-    image_of_row, positions = chosen.image_of_row, chosen.positions
+    image_of_row, positions, details = chosen.image_of_row, chosen.positions, chosen.details
     values: Tensor | SparseCodes
     if sae is None:
         values = chosen.rows_MD.to(config.torch_store_dtype)
@@ -39,7 +39,8 @@ def _rows(plan: HarvestPlan, store: PlannedStore, acts: Tensor, batch: Batch, id
         if config.pool == "mean":
             values = mean_pool_codes(values, chosen.image_of_row, len(batch.images))
             image_of_row, positions = torch.arange(len(batch.images)), torch.full((len(batch.images),), POOLED)
-    return BatchRows(values, torch.tensor(batch.images)[image_of_row], positions)
+            details = None
+    return BatchRows(values, torch.tensor(batch.images)[image_of_row], positions, details)
 
 
 def on_host(rows: BatchRows) -> BatchRows:

@@ -11,6 +11,7 @@ from saevlm_fast import __version__
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.errors import ImageError, require
 from saevlm_fast.harvesting.config import HarvestConfig
+from saevlm_fast.images.pairs import caption
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.provenance import misfit
 from saevlm_fast.sae import SparseAutoencoder, sae_digest
@@ -115,13 +116,15 @@ class HarvestPlan:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         config = self.config
+        wrong = {"wrong_captions": config.wrong_captions} if config.is_language else {}
         return {
             "model": self.tower.description(),
             "images": {
+                **wrong,
                 "path": redacted_text(self.options.images),
                 "images": self.n_images,
                 "fingerprint": self.source.fingerprint(),
-                "content": sampled_digest(self.source, self.n_images),
+                "content": sampled_digest(self.source, self.n_images, config.is_language),
             },
             "harvest": {
                 "stores": [store.path.relative_to(self.output).as_posix() for store in self.stores],
@@ -139,12 +142,14 @@ class HarvestPlan:
         }
 
 
-def sampled_digest(source: ImageSource, n_images: int) -> str:
-    """Fingerprint of what is in the images: hash of 64 of them, evenly spread."""
+def sampled_digest(source: ImageSource, n_images: int, captions: bool = False) -> str:
+    """Fingerprint of what is in the images: hash of 64 of them, evenly spread; with their captions if asked for."""
     digest = hashlib.sha256()
     for i in torch.linspace(0, n_images - 1, min(n_images, 64), dtype=torch.float64).round().long().tolist():
         try:
             digest.update(hashlib.sha256(source.read(i)).digest())
+            if captions:
+                digest.update(caption(source, i).encode("utf-8", "surrogatepass"))
         except ImageError as error:
             digest.update(str(error).encode())
     return digest.hexdigest()[:16]

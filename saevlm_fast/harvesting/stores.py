@@ -40,6 +40,7 @@ from saevlm_fast.records import (
     write_record,
 )
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.towers.language import MODALITIES, LanguageTower
 
 HARVEST_FILE, SKIPPED_FILE = "harvest.json", "skipped.jsonl"
 _FREE_SETTINGS = ("versions", "path", "spec", "torch", "transformers", "open_clip", "timm")  # may differ on resume
@@ -49,11 +50,13 @@ _SKIPPED = Fields({"image": TEXT, "reason": TEXT})
 
 
 class BatchRows(NamedTuple):
-    """Rows of one batch for one store: activations [M, D] or codes; image numbers, token positions."""
+    """Rows of one batch for one store: activations [M, D] or codes; image numbers, token positions; of language models
+    what Selected.details has."""
 
     values: Tensor | SparseCodes
     image_of_row: Tensor
     positions: Tensor
+    details: dict[str, Tensor] | None = None
 
 
 class UnitPieces(NamedTuple):
@@ -201,6 +204,9 @@ class HarvestStores:
         images = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.image_of_row for piece in rows)])
         positions = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.positions for piece in rows)])
         items = self._items(unit, images, positions)
+        told = [piece.details for piece in rows if piece.details is not None]
+        if told:
+            items = self._with_tokens(items, told)
         if self.plan.sae is not None:
             codes = [piece.values for piece in rows if isinstance(piece.values, SparseCodes)]
             writer.write_shard(unit, SparseCodes.join(codes, store.width), items)
@@ -224,6 +230,18 @@ class HarvestStores:
         labels = pa.array([source.label(i) for i in numbers], pa.string())
         tokens = pa.array(positions.numpy().astype(np.int32))
         return pa.table({"image": ids.take(places), "token": tokens, "label": labels.take(places)})
+
+    def _with_tokens(self, items: pa.Table, told: list[dict[str, Tensor]]) -> pa.Table:
+        """The modality, number and text of every token beside its image and place."""
+        modality, ids = (torch.cat([each[name] for each in told]).numpy() for name in ("modality", "token_id"))
+        known, places = np.unique(ids, return_inverse=True)
+        tower = self.plan.tower
+        assert isinstance(tower, LanguageTower)
+        pieces = pa.array(tower.pieces(known.tolist()), pa.string()).take(pa.array(places.reshape(-1)))
+        columns = (pa.array(MODALITIES).take(pa.array(modality)), pa.array(ids.astype(np.int32)), pieces)
+        for name, column in zip(("modality", "token_id", "text"), columns):
+            items = items.append_column(name, column)
+        return items
 
     def finish(self) -> int:
         """Rank 0, when every unit is on the disk: the skipped images are joined, the stores declared complete, and what

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from saevlm_fast.errors import ImageError, first_line, require
 from saevlm_fast.images.decode import decode
+from saevlm_fast.images.pairs import caption
 from saevlm_fast.images.sources import ImageSource
 
 MAX_ASPECT_RATIO = 100  # a 1 x 100,000 image, resized so that its short side is 336, would not fit in memory
@@ -37,6 +38,7 @@ class _Batches(Dataset):
         self, source: ImageSource, preprocess: Callable[..., dict[str, Tensor]], ranges: Sequence[Sequence[int]]
     ):
         self.source, self.preprocess, self.ranges = source, preprocess, ranges
+        self._reads_pairs = getattr(preprocess, "reads_pairs", False)  # towers.language.PairPreprocess
 
     def __len__(self) -> int:
         return len(self.ranges)
@@ -57,17 +59,18 @@ class _Batches(Dataset):
         for i in images:
             try:
                 picture = _checked_picture(self.source.read(i))
+                sample = (picture, caption(self.source, i)) if self._reads_pairs else picture
             except ImageError as error:
                 skipped.append((i, str(error)))
                 continue
-            waiting.append((i, picture))
+            waiting.append((i, sample))
             n_pixels += picture.width * picture.height
             if n_pixels > _PIXELS_AT_A_TIME:
                 self._preprocess(waiting, pieces, kept, skipped)
                 waiting, n_pixels = [], 0
         if waiting:
             self._preprocess(waiting, pieces, kept, skipped)
-        return Batch(_joined(pieces), kept, sorted(skipped))
+        return Batch(getattr(self.preprocess, "join", _joined)(pieces), kept, sorted(skipped))
 
     def _preprocess(
         self,

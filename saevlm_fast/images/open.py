@@ -4,6 +4,7 @@
 
     DIR                        folder of images, sorted by relative POSIX path; id = that path, label = its directory
     LIST.txt                   one path a line, optionally TAB and a label; id = the path as written
+    LIST.csv, LIST.jsonl       a record a line with fields of path, label and caption (images/listed.py)
     X.tar, *.tar, {000..012}   webdataset shards, read in place; id = member, or shard.tar/member of several shards
                                (images/samples.py: which members are images, which are labels)
     DIR, DIR::SPLIT            datasets.save_to_disk; id = the stored path if every row has its own, else the row
@@ -20,6 +21,7 @@ import os
 import re
 
 from saevlm_fast.errors import check_kind, require
+from saevlm_fast.images.listed import open_fields
 from saevlm_fast.images.remote import open_remote_images
 from saevlm_fast.images.scenes import PREFIX, open_scenes
 from saevlm_fast.images.sources import (
@@ -72,9 +74,11 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     refuse_split(name, split)
     if len(files) == 1 and name.lower().endswith(".txt"):
         return open_list(files[0])
+    if len(files) == 1 and name.lower().endswith((".csv", ".jsonl")):
+        return open_fields(files[0])
     if all(re.search(r"\.tar(\.\w+)?$|\.tgz$", file.lower()) for file in files):
         return open_tars(files, name)
-    raise ValueError(f"images: {path}: not a folder, a list (.txt), .tar or .parquet files")
+    raise ValueError(f"images: {path}: not a folder, a list (.txt, .csv, .jsonl), .tar or .parquet files")
 
 
 def _split_of(path: str) -> tuple[str, str]:

@@ -12,7 +12,6 @@ A web server has no list of its files: folders and * are for stores of objects a
 
 import os
 import posixpath
-from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -79,20 +78,21 @@ def _named(url: str) -> list[str]:
 
 
 def _open_folder(url: str, split: str) -> ImageSource:
-    found = [each.removeprefix(f"{url.rstrip('/')}/") for each in listed(url)]
+    found, below = listed(url), f"{url.rstrip('/')}/"
     kinds = {
-        "images": [name for name in found if is_image(name)],
-        ".tar": [name for name in found if name.lower().endswith(".tar")],
-        ".parquet": [name for name in found if name.lower().endswith(".parquet")],
+        "images": [each for each in found if is_image(each)],
+        ".tar": [each for each in found if each.lower().endswith(".tar")],
+        ".parquet": [each for each in found if each.lower().endswith(".parquet")],
     }
     used = next((kind for kind in kinds if kinds[kind]), None)
     if used is None:
         raise ValueError(f"images: {redacted(url)}: no image, .tar or .parquet among its {len(found)} files")
     if used == "images":
         require(split == "", f"images: {redacted(url)}: has no splits, but {split!r} was asked for")
-        return RemoteFolder(url, sorted(kinds[used]), len(found) - len(kinds[used]))
-    source = _open_archives([child(url, name) for name in sorted(kinds[used])], redacted(url), split)
-    others = Counter({kind: len(names) for kind, names in kinds.items() if kind != used and names})
+        names = sorted(each.removeprefix(below) for each in kinds[used])
+        return RemoteFolder(url, names, len(found) - len(names))
+    source = _open_archives(kinds[used], redacted(url), split)
+    others = {kind: len(files) for kind, files in kinds.items() if kind != used and files}
     source.notes += tuple(f"beside the {used}, not used: {kind} ({n:,})" for kind, n in others.items())
     return source
 

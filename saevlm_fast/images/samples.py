@@ -26,6 +26,7 @@ LABEL_EXTENSIONS = (
     *(f"{name}{kind}" for name in LABEL_NAMES for kind in ("", ".txt", ".json")),
     *("json", "txt"),
 )  # in the order in which they are looked for
+CAPTION_EXTENSIONS = ("txt", "caption", "json")  # likewise
 
 
 class Member(NamedTuple):
@@ -37,11 +38,15 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image and its label. used: extension of the member that gave the label, if one did."""
+    """An image and its label. used: extension of the member that gave the label, if one did.
+
+    caption: the member that holds the caption, or may (JSON), if there is one: it is read when it is asked for.
+    """
 
     image: Member
     label: str | None
     used: str | None
+    caption: Member | None = None
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -89,7 +94,8 @@ class Samples:
                     label = directory_of(members[extension].name)
                 else:
                     used.add(found)
-                yield Sample(members[extension], label, None if found is None else _kind(found))
+                kind = None if found is None else _kind(found)
+                yield Sample(members[extension], label, kind, _caption(members, extension))
             self.unused.update(e for e in members if e not in used)
 
     def _views(self) -> set[str]:
@@ -123,6 +129,16 @@ def _label(members: Mapping[str, Member], image: str, read: Callable[[Member], b
             if (label := _json_label(text, bare=known != "json")) is not None:
                 return label, extension
     return None, None
+
+
+def _caption(members: Mapping[str, Member], image: str) -> Member | None:
+    """The member with the caption of the image with this extension: its own first (00.txt), then the sample's."""
+    own = image.rpartition(".")[0]
+    for known in CAPTION_EXTENSIONS:
+        for extension in (f"{own}.{known}", known) if own else (known,):
+            if extension in members:
+                return members[extension]
+    return None
 
 
 def _json_label(text: str, bare: bool) -> str | None:

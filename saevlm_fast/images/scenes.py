@@ -48,6 +48,10 @@ class SceneSource:
             self._captions = first, captions
         return captions[i - first]
 
+    def caption(self, i: int) -> str:
+        """The scene in words, as its label."""
+        return self.label(i)
+
     def fingerprint(self) -> str:
         """SHA-256 of the name, which says all, and of the first captions, should the generator ever change."""
         captions = [self.label(i) for i in range(min(self._n, _AT_ONCE))]

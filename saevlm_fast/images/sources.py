@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saevlm_fast.errors import ImageError, require
+from saevlm_fast.images.captions import caption_beside
 from saevlm_fast.remote.reading import NotThere, read_whole
 from saevlm_fast.urls import is_url, redacted
 
@@ -214,7 +215,14 @@ class FolderSource(Names):
         super().__init__(folder, files, [directory_of(file) for file in files], n_ignored)
 
     def read(self, i: int) -> bytes:
-        return read_file(os.path.join(self._folder, self._names.get(i) or self.image_id(i)))
+        return read_file(self._path(i))
+
+    def caption(self, i: int) -> str | None:
+        """Of NAME.txt or NAME.json beside the image."""
+        return caption_beside(self._path(i))
+
+    def _path(self, i: int) -> str:
+        return os.path.join(self._folder, self._names.get(i) or self.image_id(i))
 
 
 def walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
@@ -241,10 +249,23 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 class ListSource(Names):
     """Files and URLs named by a text list; those that are missing are found out by read."""
 
-    def __init__(self, file: str, paths: list[str], labels: list[str | None]):
+    def __init__(
+        self,
+        file: str,
+        paths: list[str],
+        labels: list[str | None],
+        captions: list[str | None] | None = None,
+        notes: Iterable[str] = (),
+    ):
+        """captions: None where the labels are them."""
         self._folder = os.path.dirname(os.path.abspath(file))
         self._urls = {i: path for i, path in enumerate(paths) if is_url(path)}
-        super().__init__(file, [redacted(path) for path in paths], labels)
+        super().__init__(file, [redacted(path) for path in paths], labels, notes=notes)
+        self._captions = None if captions is None else _strings(captions)
+
+    def caption(self, i: int) -> str | None:
+        """What the list says of the image."""
+        return self.label(i) if self._captions is None else self._captions[i].as_py()
 
     def read(self, i: int) -> bytes:
         if i in self._urls:

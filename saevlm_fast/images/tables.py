@@ -16,11 +16,13 @@ from saevlm_fast.data.parquet import (
     open_table,
     plain_schema,
     read_text_columns,
+    too_large,
     unpacked_bytes,
     written_out_bytes,
 )
 from saevlm_fast.errors import ImageError, first_line, require
 from saevlm_fast.images.arrow_files import check_arrow_file
+from saevlm_fast.images.captions import caption_column, caption_text
 from saevlm_fast.images.columns import LabelColumn, image_bytes, image_column, is_text
 from saevlm_fast.images.sources import Names, refuse_split, relative_paths, require_regular
 from saevlm_fast.records import is_name
@@ -43,7 +45,18 @@ class ParquetSource(Names):
         self._column, self._files, self._groups = column, files, groups
         self._start_G = np.cumsum([0, *(group.rows for group in groups)])[:-1]
         self._idle: list[_Rows] = []  # what the last reader left; a thread takes it out while it reads
+        self._texts: tuple[int, Any] | None = None  # the captions of the row group that was asked last
         super().__init__(name, names.ids(), names.labels, notes=dict.fromkeys(names.notes))
+
+    def caption(self, i: int) -> str | None:
+        """Of the column that holds captions, if there is one."""
+        number = int(np.searchsorted(self._start_G, i, side="right")) - 1
+        group, texts = self._groups[number], self._texts
+        if group.captions is None:
+            return None
+        if texts is None or texts[0] != number:
+            texts = self._texts = number, _captions_of(self._files[group.file], group)
+        return caption_text(texts[1][i - int(self._start_G[number])].as_py())
 
     def read(self, i: int) -> bytes:
         number = int(np.searchsorted(self._start_G, i, side="right")) - 1
@@ -69,16 +82,29 @@ class ParquetSource(Names):
         return rows if rows is not None and same else _Rows(self._files[group.file], group, self._column)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_idle": []}
+        return {**self.__dict__, "_idle": [], "_texts": None}
 
 
 class _Group(NamedTuple):
-    """Row group `number` of file number `file`: its rows, and what its image column takes unpacked."""
+    """Row group `number` of file number `file`: its rows, what its images take unpacked, its column of captions."""
 
     file: int
     number: int
     rows: int
     unpacked: int
+    captions: str | None
+
+
+def _captions_of(file: str, group: _Group) -> pa.ChunkedArray:
+    """The captions of a row group. ValueError: more text than a file may have, damage."""
+    column = group.captions or ""
+    with open_table(file) as table:
+        _, unpacked = unpacked_bytes(table, [column], [group.number])
+        require(unpacked <= MAX_TEXT_BYTES, f"images: {file}: {too_large(column, unpacked)}")
+        try:
+            return table.read_row_group(group.number, columns=[column], use_threads=False).column(0)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"images: {file}: damaged column {column}: {first_line(error)}") from error
 
 
 class _Rows:
@@ -180,7 +206,8 @@ def _add_file(
         stored, unpacked = unpacked_bytes(table, [found], [number])
         bomb = f"row group {number} unpacks from {stored} bytes to {unpacked}, more than {MAX_RATIO} fold"
         require(unpacked <= max(GROUP_BYTES, MAX_RATIO * stored), f"images: {file}: {bomb}: these are no images")
-        groups.append(_Group(place, number, table.metadata.row_group(number).num_rows, unpacked))
+        rows = table.metadata.row_group(number).num_rows
+        groups.append(_Group(place, number, rows, unpacked, caption_column(schema)))
     names.rows += [f"{short}/{row}" for row in range(n_rows)]
     names.paths += _stored_paths(table, schema.field(found))
     names.add_labels(schema, lambda name: _text_values(table, name), n_rows, file)
@@ -231,9 +258,14 @@ def _files_of_split(files: list[str], name: str, split: str) -> list[int]:
 class SavedDatasetSource(Names):
     """Rows of a datasets.Dataset that save_to_disk wrote."""
 
-    def __init__(self, name: str, rows: "Dataset", names: _RowNames):
-        self._rows, self._folder = rows, os.path.abspath(name)
+    def __init__(self, name: str, rows: "Dataset", names: _RowNames, texts: "Dataset | None"):
+        """texts: the column of captions, if there is one."""
+        self._rows, self._folder, self._texts = rows, os.path.abspath(name), texts
         super().__init__(name, names.ids(), names.labels, notes=names.notes)
+
+    def caption(self, i: int) -> str | None:
+        """Of the column that holds captions, if there is one."""
+        return None if self._texts is None else caption_text(self._texts[i].column(0)[0].as_py())
 
     def read(self, i: int) -> bytes:
         return image_bytes(self._rows[i].column(0)[0].as_py(), self._folder)
@@ -265,7 +297,8 @@ def open_saved_dataset(folder: str, split: str) -> SavedDatasetSource:
     names.rows = [str(row) for row in range(len(dataset))]
     names.paths = _dataset_paths(rows, schema.field(column).type)
     names.add_labels(schema, lambda name: _label_values(tables, name, folder), len(dataset), folder)
-    return SavedDatasetSource(stored, rows, names)
+    captions = caption_column(schema)
+    return SavedDatasetSource(stored, rows, names, None if captions is None else tables.select_columns([captions]))
 
 
 def _check_files(stored: str) -> None:

@@ -5,11 +5,12 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from saevlm_fast.errors import ImageError, first_line, require
+from saevlm_fast.images.captions import MAX_CAPTION_BYTES, caption_of_file
 from saevlm_fast.images.samples import Member, Sample, Samples
 from saevlm_fast.images.sources import LABEL_NAMES, Names, check_size, not_empty, relative_paths, utf8
 
@@ -35,29 +36,60 @@ class TarSource(Names):
         shard_M: np.ndarray,
         n_ignored: int,
         notes: list[str],
+        captions: Sequence[Member | None] = (),
     ):
+        """captions: of every image, the member that holds its caption, if there is one."""
         self._shards = [os.path.abspath(shard) for shard in shards] if isinstance(shards, list) else shards
         self._shard_M = shard_M
         self._offset_M = np.array([member.offset for member in members], np.int64)
         self._size_M = np.array([member.size for member in members], np.int64)
+        self._captions = _Captions.of(captions)
         self._open: tuple[int, _Descriptor] | None = None
         prefixes = [f"{shard}/" for shard in relative] if len(shards) > 1 else [""]
         ids = [prefixes[shard] + member.name for shard, member in zip(shard_M.tolist(), members)]
         super().__init__(name, ids, labels, n_ignored, notes)
 
     def read(self, i: int) -> bytes:
-        shard, size = int(self._shard_M[i]), int(self._size_M[i])
+        size = int(self._size_M[i])
         check_size(size)
-        opened = self._open
+        return not_empty(self._bytes(i, size, int(self._offset_M[i])))
+
+    def caption(self, i: int) -> str | None:
+        """Of NAME.txt, NAME.caption, or a field of NAME.json."""
+        size = int(self._captions.size_M[i]) if len(self._captions.size_M) else -1
+        if not 0 <= size <= MAX_CAPTION_BYTES:
+            return None
+        data = self._bytes(i, size, int(self._captions.offset_M[i]))
+        return caption_of_file(data, bool(self._captions.json_M[i]))
+
+    def _bytes(self, i: int, size: int, offset: int) -> bytes:
+        """Of the shard that image i is in."""
+        shard, opened = int(self._shard_M[i]), self._open
         if opened is None or opened[0] != shard:
             # One at a time: thousands of shards must not mean thousands of open files.
             opened = self._open = (shard, _Descriptor(self._shards[shard]))
-        data = os.pread(opened[1].number, size, int(self._offset_M[i]))
+        data = os.pread(opened[1].number, size, offset)
         require(len(data) == size, "the archive has become shorter since it was indexed", ImageError)
-        return not_empty(data)
+        return data
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}
+
+
+class _Captions(NamedTuple):
+    """Where every image's caption lies in its archive, lean: size -1 for none; whether it is JSON."""
+
+    offset_M: np.ndarray
+    size_M: np.ndarray
+    json_M: np.ndarray
+
+    @classmethod
+    def of(cls, members: Sequence[Member | None]) -> "_Captions":
+        return cls(
+            np.array([0 if member is None else member.offset for member in members], np.int64),
+            np.array([-1 if member is None else member.size for member in members], np.int64),
+            np.array([member is not None and member.name.lower().endswith(".json") for member in members], bool),
+        )
 
 
 class _Descriptor:
@@ -90,8 +122,8 @@ def open_tars(shards: Sequence[str], name: str, relative: list[str] | None = Non
     labels = classes or [sample.label for sample in samples]
     shard_M = np.repeat(np.arange(len(shards), dtype=np.int32), [len(of_shard) for of_shard, _ in indexed])
     notes = _notes(samples, labels, classes is not None, unused)
-    members = [sample.image for sample in samples]
-    return TarSource(name, shards, relative, members, labels, shard_M, unused.total(), notes)
+    images, captions = [sample.image for sample in samples], [sample.caption for sample in samples]
+    return TarSource(name, shards, relative, images, labels, shard_M, unused.total(), notes, captions)
 
 
 def _index_tar(shard: str) -> tuple[list[Sample], Counter[str]]:

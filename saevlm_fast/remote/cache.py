@@ -257,12 +257,15 @@ class _Users:
     """Which keys the processes of this machine use. Where the system has no flock, nothing is known of others."""
 
     def __init__(self) -> None:
+        self._file: TextIO | None = None
         self.forget()
 
     def forget(self) -> None:
         """Of a process that was forked: it has used nothing yet; what it inherits keeps the parent's files."""
+        if self._file is not None:
+            self._file.close()
         self._counts: Counter[str] = Counter()
-        self._file: TextIO | None = None
+        self._file = None
         self._lock = threading.Lock()
 
     def use(self, key: str) -> None:

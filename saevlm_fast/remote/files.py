@@ -16,7 +16,7 @@ from weakref import ref
 
 from saevlm_fast.remote.cache import Cached, fetched, limit_bytes, release
 
-THREADS = 4  # that fetch ahead
+THREADS = 8  # that fetch ahead
 _LEAST_HELD = 2
 _STATE = ("urls", "_digests", "_opened", "_most")
 T = TypeVar("T")

@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saevlm_fast.errors import check_kind, first_line, require, shown, whole_number
+from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.runtime import tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.settings import several
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
 from saevlm_fast.steering.site import find_site, hooked_block, one_token_into, token_mask
+from saevlm_fast.towers.chat import chat_text, read_one
 from saevlm_fast.towers.hub import one_line_errors
 
 
@@ -52,8 +53,11 @@ class SteeredRow:
     mask: Tensor | None = None
 
 
-class _Question(NamedTuple):
-    """inputs: of the model, one row. x_BTD: output of the steered block for all tiles. encoded: the same tokens."""
+class Question(NamedTuple):
+    """What was asked.
+
+    inputs: of the model, one row. x_BTD: output of the steered block for all tiles. encoded: the same tokens.
+    """
 
     inputs: dict[str, Tensor]
     x_BTD: Tensor
@@ -105,7 +109,7 @@ class SteeredAnswers:
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.tokens, self.only, self.error = tokens, only, error
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self._questions: list[_Question] = []
+        self._questions: list[Question] = []
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,14 +136,22 @@ class SteeredAnswers:
         check_kind("prompt", prompt, str, "a text")
         require(prompt.strip() != "", "prompt: is empty")
         inputs = self._inputs(image, prompt)
-        x_BTD = self._residual(inputs)
-        self._questions.append(_Question(inputs, x_BTD, encode_tokens(self.sae, x_BTD.flatten(0, 1))))
+        self._questions.append(self._prepared(inputs))
         return len(self._questions) - 1
+
+    def _prepared(self, inputs: dict[str, Tensor]) -> Question:
+        x_BTD = self._residual(inputs)
+        return Question(inputs, x_BTD, encode_tokens(self.sae, x_BTD.flatten(0, 1)))
+
+    def _prompt_mask(self, x_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        """bool [B, T]: the chosen tokens of the steered block, where no row has a mask of its own."""
+        return token_mask(self.tokens, x_BTD.shape[0], x_BTD.shape[1], self.site.anatomy).to(x_BTD.device)
 
     def mean_residual(self, image: Any, prompt: str) -> Tensor:
         """float32 [D] on the host: the steered block's output, averaged over the chosen tokens of all tiles."""
-        x_BTD = self._residual(self._inputs(image, prompt))
-        mask_BT = token_mask(self.tokens, x_BTD.shape[0], x_BTD.shape[1], self.site.anatomy).to(x_BTD.device)
+        inputs = self._inputs(image, prompt)
+        x_BTD = self._residual(inputs)
+        mask_BT = self._prompt_mask(x_BTD, inputs["input_ids"])
         return x_BTD[mask_BT].mean(0, dtype=torch.float32).cpu()
 
     @torch.inference_mode()
@@ -159,42 +171,10 @@ class SteeredAnswers:
         return answers
 
     def _inputs(self, image: Any, prompt: str) -> dict[str, Tensor]:
-        text = self._chat(prompt)
+        text = chat_text(self.processor, prompt)
         with one_line_errors(f"prompt: the processor of {type(self.model).__name__}"):
-            # What apply_chat_template(tokenize=True) does: a template that begins a text itself begins it alone.
-            bos = getattr(getattr(self.processor, "tokenizer", None), "bos_token", None)
-            options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-            features = self.processor(images=[image], text=[text], return_tensors="pt", **options)
-            tensors = {name: value for name, value in features.items() if isinstance(value, Tensor)}
-            return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
-
-    def _chat(self, prompt: str) -> str:
-        """The prompt in the processor's chat template; as it is, if it holds the image token itself.
-
-        Most templates take a list of an image and a text, some one string that holds the image token.
-        """
-        image_token, template = self.processor.image_token, getattr(self.processor, "chat_template", None)
-        if image_token in prompt:
-            return prompt
-        require(
-            template is not None,
-            f"prompt: the processor has no chat template, so {prompt!r} must hold {image_token}",
-        )
-        problem = "it renders no image token"
-        for content in ([{"type": "image"}, {"type": "text", "text": prompt}], f"{image_token}\n{prompt}"):
-            try:
-                text = self.processor.apply_chat_template(
-                    [{"role": "user", "content": content}], add_generation_prompt=True
-                )
-            except Exception as error:  # of jinja2, or whatever a template's own code ends in
-                problem = first_line(error)
-                continue
-            if text.count(image_token) == 1 and prompt.strip() in text:
-                return text
-        raise ValueError(
-            f"prompt: the processor's chat template cannot be used ({problem}); {prompt!r} may hold "
-            f"{image_token} itself, and is then taken as it is"
-        )
+            features = read_one(self.processor, image, text)
+            return {name: tensor.to(self.model.device) for name, tensor in features.items()}
 
     @torch.inference_mode()
     @tf32_products(False)
@@ -235,7 +215,7 @@ class SteeredAnswers:
 
     def _answer_batch(self, rows: Sequence[SteeredRow]) -> list[str]:
         questions = [self._questions[row.question] for row in rows]
-        inputs = _join_inputs([question.inputs for question in questions])
+        inputs = join_inputs([question.inputs for question in questions])
         x_BTD = self._edited(rows, questions)
         calls: list[None] = []
 
@@ -244,20 +224,27 @@ class SteeredAnswers:
             return x_BTD
 
         with one_line_errors(type(self.model).__name__), self._only_above_block(), hooked_block(self.site, given):
-            tokens = self.model.generate(
-                **inputs,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )
+            tokens = self._generate(inputs)
         self._check_run(calls)
+        return self._said(tokens, inputs)
+
+    def _generate(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.model.generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+
+    def _said(self, tokens: Tensor, inputs: Mapping[str, Tensor]) -> list[str]:
+        """The answers, without the prompts."""
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _edited(self, rows: Sequence[SteeredRow], questions: Sequence[_Question]) -> Tensor:
+    def _edited(self, rows: Sequence[SteeredRow], questions: Sequence[Question]) -> Tensor:
         """The rows' residual streams after the steered block, tiles and all: [B, T, D], as the model holds them."""
         x_BTD = torch.cat([question.x_BTD for question in questions])
         n_tiles = torch.tensor([len(question.x_BTD) for question in questions])
@@ -274,6 +261,13 @@ class SteeredAnswers:
         row_N = row_B.repeat_interleave(x_BTD.shape[1]).to(self.sae.W_dec.device)
         encoded = Encoded.join([question.encoded for question in questions], self.sae.config.d_sae)
         plan = EditPlan.of_rows([row.edits or () for row in rows], self.sae)
+        edited_ND = self._new_tokens(rows, encoded, plan, row_N)
+        chosen_N = mask_BT.flatten().to(row_N.device)
+        changed_ND = as_the_model_holds(edited_ND[chosen_N], x_BTD, plan, row_N[chosen_N])
+        return x_BTD.masked_scatter(mask_BT[:, :, None], changed_ND)
+
+    def _new_tokens(self, rows: Sequence[SteeredRow], encoded: Encoded, plan: EditPlan, row_N: Tensor) -> Tensor:
+        """[N, D]: all tokens as their rows edit them, and with the rows' directions."""
         edited_ND = edit_tokens(self.sae, encoded, plan, row_N, False, self.error)
         if self.only:
             has_edits = torch.tensor([bool(row.edits) for row in rows], device=row_N.device)[row_N]
@@ -287,9 +281,7 @@ class SteeredAnswers:
                 shift_D, of_row_N = row.direction.to(edited_ND), row_N == r
                 scale = 1.0 if encoded.statistics is None else encoded.statistics.scale[of_row_N]
                 edited_ND[of_row_N] += (shift_D * scale).to(edited_ND)
-        chosen_N = mask_BT.flatten().to(row_N.device)
-        changed_ND = as_the_model_holds(edited_ND[chosen_N], x_BTD, plan, row_N[chosen_N])
-        return x_BTD.masked_scatter(mask_BT[:, :, None], changed_ND)
+        return edited_ND
 
     def _only_above_block(self) -> AbstractContextManager[None]:
         """Blocks whose output is replaced, or read by nobody, are given one token instead of all."""
@@ -299,7 +291,7 @@ class SteeredAnswers:
         return one_token_into([*first, *blocks[max(reads) + 1 : max(reads) + 2]])
 
 
-def _join_inputs(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def join_inputs(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Inputs of single rows as one batch.
 
     Images with fewer tiles than others, or smaller ones, are filled up with zeros, as the processors do.

@@ -89,26 +89,28 @@ def steer(
     only: bool = False,
     tokens: str | Tensor = "all",
     error: str = "drop",
+    part: str = "vision",
 ) -> Iterator[None]:
     """Inside `with`, the model's vision tower is steered after block `layer` (from 0), the same way in every row.
 
     In all threads that run this model; compiled code of the whole process runs eagerly meanwhile.
 
     Args:
-        model: transformers' LLaVA-1.5, -NeXT, -OneVision, CLIP or SigLIP, whole or the vision part alone; open_clip's
-            or timm's model. Its dtype and device are its own.
+        model: a model of transformers with a vision tower, whole (LLaVA, Qwen-VL, CLIP and their like) or the vision
+            part alone; open_clip's or timm's model. Its dtype and device are its own.
         sae: of the residual stream after that block.
         edits: no latent twice. None at all is the identity control: the SAE is attached, nothing is changed.
         only: every latent without an edit becomes 0 (scale(k, 1.0) leaves k alone as it is).
         tokens: all, patches, cls, or a bool mask [T] or [B, T] over the tower's token sequence, CLS first.
         error: drop or keep, see the module's docstring.
+        part: vision; or language, whose blocks are then meant: all tokens, those of answers too, filled-up ones too.
 
     Raises:
         ValueError: in one line: no such layer, one that the language model does not read (or whose CLS token it does
             not), a width that is not the SAE's, a latent that is not there or is edited twice, an unknown choice; at
             the forward, a mask that does not fit the tokens.
     """
-    site = find_site(model, sae, layer, tokens, error)
+    site = find_site(model, sae, layer, tokens, error, part)
     plan = EditPlan.of_rows([edits], sae)
     with hooked_block(site, lambda x_BTD: _steered(x_BTD, sae, plan, site, only, tokens, error, None)):
         yield

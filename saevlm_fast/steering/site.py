@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.towers.forms import Form
+from saevlm_fast.towers.language import language_blocks
 from saevlm_fast.towers.load import find_anatomy
 from saevlm_fast.towers.tower import Anatomy
 
 ERRORS, TOKENS = ("drop", "keep"), ("all", "patches", "cls")
+PARTS = ("vision", "language")
 
 
 class Site(NamedTuple):
@@ -40,9 +42,21 @@ class Site(NamedTuple):
 
 
 def find_site(
-    model: nn.Module, sae: SparseAutoencoder, layer: int, tokens: str | Tensor = "all", error: str = "drop"
+    model: nn.Module,
+    sae: SparseAutoencoder,
+    layer: int,
+    tokens: str | Tensor = "all",
+    error: str = "drop",
+    part: str = "vision",
 ) -> Site:
     """The block, after all checks that need no forward. Raises the ValueErrors of `steer`."""
+    require(isinstance(part, str) and part in PARTS, f"part: {shown(part)} is not one of {', '.join(PARTS)}")
+    if part == "language":
+        require(
+            isinstance(tokens, str) and tokens == "all",
+            f"tokens: {_shown(tokens)} of a language model, where only all is known here; LanguageAnswers has others",
+        )
+        return language_site(model, sae, layer, error)
     check_kind("model", model, nn.Module, "a model with a vision tower")
     check_sae(sae)
     layer = whole_number("layer", layer, -(2**62))
@@ -66,6 +80,27 @@ def find_site(
     if reads is not None:
         _check_read(model.config, layer, reads, cls_only)
     return Site(anatomy, layer, reads)
+
+
+def language_site(model: nn.Module, sae: SparseAutoencoder, layer: int, error: str = "drop") -> Site:
+    """A block of a LLaVA's language model, of which every one can be edited: its last is read by the head.
+
+    Raises:
+        ValueError: a model without a language part, no such block, another width than the SAE's.
+    """
+    check_kind("model", model, nn.Module, "a model with a language part")
+    check_sae(sae)
+    layer = whole_number("layer", layer, -(2**62))
+    model = getattr(model, "_orig_mod", model)
+    (blocks, config), name = language_blocks(model), type(model).__name__
+    last = len(blocks) - 1
+    require(0 <= layer <= last, f"layer: {layer} of {name}, whose language blocks are 0 to {last}")
+    require(
+        config.hidden_size == sae.config.d_in,
+        f"sae: d_in is {sae.config.d_in}, but the language blocks of {name} have width {config.hidden_size}",
+    )
+    require(isinstance(error, str) and error in ERRORS, f"error: {shown(error)} is not one of {', '.join(ERRORS)}")
+    return Site(Anatomy(blocks, n_prefix=0, has_cls=False, image_points={}, width=config.hidden_size), layer, None)
 
 
 def blocks_read(model: Any, n_blocks: int) -> frozenset[int] | None:
@@ -99,6 +134,7 @@ def _check_read(config: Any, layer: int, reads: frozenset[int], cls_only: bool) 
         f"layer: {layer} changes nothing, the language model reads vision blocks up to {last_read}{what}",
     )
     drops_cls = getattr(config, "vision_feature_select_strategy", None) == "default"
+    drops_cls = drops_cls or bool(getattr(config, "vision_use_cls_token", False))  # PerceptionLM takes it off
     require(
         not (cls_only and drops_cls and layer == last_read),
         f"tokens: cls at layer {layer} changes nothing, the language model reads that block{what} without CLS",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from saevlm_fast.towers.forms import Cells, Form, Grid, Packed, Tiles, merged_order
+from saevlm_fast.towers.from_timm import timm_anatomy
 
 # transformers maps most vision configurations to their model; these it does not know, or by another name.
 _CLASSES = {
@@ -54,6 +55,7 @@ def special(model: Any) -> dict[str, Any]:
         "smolvlm_vision": _patch_mask,
         "mllama_vision_model": _mllama,
         "vit_mae": _mae,
+        "timm_wrapper": _of_timm,
         "resnet": _stages,
         "convnext": _stages,
         "convnextv2": _stages,
@@ -147,6 +149,15 @@ def _mllama(model: Any) -> dict[str, Any]:
         "absent": dict.fromkeys(("projection", "pooled"), "every token goes to the language model"),
         "call": call,
     }
+
+
+def _of_timm(model: Any) -> dict[str, Any]:
+    """A model of timm inside one of transformers, as the Perception Encoder in a PerceptionLM."""
+    anatomy = timm_anatomy(model.timm_model, type(model).__name__)
+    fields = ("blocks", "n_prefix", "has_cls", "absent", "width", "n_patches", "form")
+    # What timm pools, as the wrapper gives it; a trunk that is made without a pool has none.
+    pooled = model, lambda output: getattr(output, "pooler_output", None)
+    return {name: getattr(anatomy, name) for name in fields} | {"image_points": {"pooled": pooled}, "patch_size": None}
 
 
 def _mae(model: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from saevlm_fast.errors import require
 
 POOLED = -1  # the token position of a row that is no single token
+LANGUAGE_TOKENS = ("text", "image", "last")  # kinds that language models alone have
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Tokens:
     """A choice of tokens; made by `parse`.
 
     Attributes:
-        kind: cls, patches (neither CLS nor registers), all, mean (over the patches) or random.
+        kind: cls, patches (neither CLS nor registers), all, mean (over the patches) or random; of language models text,
+            image, all or last.
         k: of random, tokens drawn from each image without replacement.
         from_all: of random, whether CLS and registers may be drawn too.
     """
@@ -36,12 +38,15 @@ class Tokens:
 
     @classmethod
     def parse(cls, text: str) -> "Tokens":
-        """From `cls`, `patches`, `all`, `mean`, `random:K` or `random:K:all`; ValueError for anything else."""
-        if text in ("cls", "patches", "all", "mean"):
+        """From `cls`, `patches`, `all`, `mean`, `random:K` or `random:K:all`, of language models `text`, `image`, `all`
+        or `last`; ValueError for anything else."""
+        if text in ("cls", "patches", "all", "mean", *LANGUAGE_TOKENS):
             return cls(text)
         match = re.fullmatch(r"random:([0-9]{1,9})(:all)?", text)
         if match is None:
-            raise ValueError(f"tokens: {text!r} is not one of cls, patches, all, mean, random:K, random:K:all")
+            raise ValueError(
+                f"tokens: {text!r} is not one of cls, patches, all, mean, random:K, random:K:all; text, image, last"
+            )
         require(int(match[1]) >= 1, f"tokens: K of {text!r} must be at least 1")
         return cls("random", int(match[1]), match[2] is not None)
 
@@ -75,6 +80,8 @@ class TokenLayout:
             ValueError: cls of a tower without one; more random tokens than there are.
         """
         start, stop = self.span(tokens)
+        language = tokens.kind in LANGUAGE_TOKENS
+        require(not language, f"tokens: {tokens.kind} is for --point language; a vision tower has no such tokens")
         require(
             tokens.kind != "cls" or self.has_cls,
             "tokens: cls, but this tower has no CLS token; use mean or patches, or the point pooled",
@@ -96,12 +103,14 @@ class Selected(NamedTuple):
     """Rows of the chosen tokens, image by image, positions ascending within an image.
 
     rows_MD: on the device. positions: int64 [M] on the host, index in the tower's token sequence, POOLED where a row is
-    no single token. image_of_row: int64 [M] on the host, index in the batch.
+    no single token. image_of_row: int64 [M] on the host, index in the batch. details: of language models, modality int8
+    [M] (numbers of language.MODALITIES) and token_id int64 [M], on the host.
     """
 
     rows_MD: Tensor
     positions: Tensor
     image_of_row: Tensor
+    details: dict[str, Tensor] | None = None
 
 
 def select_tokens(

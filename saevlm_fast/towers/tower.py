@@ -37,19 +37,20 @@ from saevlm_fast.towers.set_up import BlockOutput, Forward, check_blocks, check_
 from saevlm_fast.towers.tokens import Selected, TokenLayout, Tokens, select_tokens
 
 BLOCK_POINTS, IMAGE_POINTS = ("residual", "mlp", "attention"), ("projection", "pooled")
+LANGUAGE_POINT = "language"  # of towers/language.py
 # What the libraries call a block's modules. All return the plain output of the sublayer, alone or first in a tuple.
 _SUBLAYERS = {"mlp": ("mlp", "feed_forward", "ffn"), "attention": ("attn", "self_attn", "attention")}
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """Where in a tower: one of BLOCK_POINTS with the 0-based layer, or one of IMAGE_POINTS without."""
+    """Where in a tower: one of BLOCK_POINTS, or language, with the 0-based layer, or one of IMAGE_POINTS without."""
 
     point: str
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        known = BLOCK_POINTS + IMAGE_POINTS
+        known = (*BLOCK_POINTS, *IMAGE_POINTS, LANGUAGE_POINT)
         require(self.point in known, f"point: {self.point!r} is not one of {', '.join(known)}")
         if self.point in IMAGE_POINTS:
             require(self.layer is None, f"layer: {self.point} is one for the whole tower, not of layer {self.layer}")
@@ -215,6 +216,8 @@ class Tower:
             reason = self.anatomy.absent.get(point.point, "the model has none")
             require(point.point in self.anatomy.image_points, f"point: {point.point} of {self.spec}: {reason}")
             return self.anatomy.image_points[point.point]
+        language = point.point == LANGUAGE_POINT
+        require(not language, f"point: language of {self.spec}, which was loaded as a vision tower; see load_language")
         last = self.n_blocks - 1
         require(point.layer <= last, f"layer: {point.layer} of {self.spec}, whose blocks are 0 to {last}")
         block = self.anatomy.blocks[point.layer]

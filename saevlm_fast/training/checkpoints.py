@@ -30,8 +30,7 @@ from time import monotonic
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from saevlm_fast.errors import Interrupted, first_line, require
@@ -41,12 +40,10 @@ from saevlm_fast.files import (
     atomic_write,
     remove_leftovers,
     remove_leftovers_of,
-    save_safetensors_atomic,
     sha256_file,
 )
 from saevlm_fast.outputs import begin_replacement, is_being_swapped, output_lock, publish, settle, workplace
 from saevlm_fast.records import (
-    DIGEST,
     RECORD,
     Fields,
     check_record,
@@ -58,23 +55,26 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.saved_state import (
+    CHECKPOINT_FILE,
+    STATE_FILE,
+    check_checkpoint,
+    checkpoint_record,
+    read_state,
+    write_state,
+)
 from saevlm_fast.training.state import DATA_DIGEST, MONO_DIGEST, TrainingState
 from saevlm_fast.training.watch import remove_watched
 
-STATE_FILE, METRICS_FILE, RUN_FILE, CHECKPOINTS = "train_state.safetensors", "metrics.jsonl", "run.json", "checkpoints"
-CHECKPOINT_FILE, METRICS_DIGEST_FILE = "checkpoint.json", "metrics.jsonl.sha256"
+METRICS_FILE, METRICS_DIGEST_FILE, RUN_FILE, CHECKPOINTS = (
+    "metrics.jsonl",
+    "metrics.jsonl.sha256",
+    "run.json",
+    "checkpoints",
+)
 FILES = (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, METRICS_DIGEST_FILE, RUN_FILE)  # of a run; the last says it is one
 _LOGGED = Fields({"step": whole()})
 _RUN = Fields({"sae": RECORD, "train": RECORD, "data": RECORD}, others=False)
-_CHECKPOINT = Fields(
-    {
-        "n_steps": whole(),
-        "n_rows_seen": whole(),
-        "files": Fields({CONFIG_FILE: DIGEST, WEIGHTS_FILE: DIGEST, STATE_FILE: DIGEST}, others=False),
-        "metrics": Fields({"bytes": whole(), "sha256": DIGEST}, others=False),
-    },
-    others=False,
-)
 _KEPT_CHECKPOINTS = 2
 _CHECKPOINTS_A_RUN = 20
 _CHECKPOINT_PAUSE = 30.0  # seconds of work that may be lost rather than saved
@@ -165,37 +165,46 @@ class RunDirectory:
             ValueError: the directory is used otherwise, resume meets other settings, other data or a damaged
                 checkpoint, or the data is not finite.
         """
+        replaces, checkpoint = self.chosen(state)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, state)
+        else:
+            state.initialise()
+        # Only now that the data has been read is anything on disk touched: bad data must not cost an older run.
+        self.prepared(state, replaces, checkpoint)
+        self.cadence = Cadence(self.checkpoint_every, state.config.n_steps, state.stepper.n_steps)
+
+    def chosen(self, state: TrainingState) -> tuple[bool, Path | None]:
+        """Whether a run is replaced, and the checkpoint to go on from. ValueError: as `begin`, the data apart."""
         settle(self.output, _remove_run)
         replaces = self.used() and self.force
         self.path = self.output if replaces else workplace(self.output)
         resumed = self.resume and (self.path / RUN_FILE).exists()
-        settings = state.settings(sampled=resumed and DATA_DIGEST not in read_settings(self.path)["data"])
+        self._settings = state.settings(sampled=resumed and DATA_DIGEST not in read_settings(self.path)["data"])
         if resumed:
             before = state.config.without_removed(read_settings(self.path)["train"], self.path / RUN_FILE)
-            asked = settings | {"train": dict.fromkeys(before) | settings["train"]}  # also what is not given any more
-            asked["data"] = {MONO_DIGEST: None} | settings["data"]
+            train = dict.fromkeys(before) | self._settings["train"]  # also what is not given any more
+            asked = self._settings | {"train": train, "data": {MONO_DIGEST: None} | self._settings["data"]}
             check_same_settings(self.path / RUN_FILE, asked, free=("path",))  # data may move
             for name in FILES:  # and no others': a score may be written beside them meanwhile
                 remove_leftovers_of(self.path / name)
             remove_leftovers(self.path / CHECKPOINTS)
             self._drop_old()  # a kill may have come before that
-        checkpoint = latest_checkpoint(self.path) if self.resume else None
+        return replaces, latest_checkpoint(self.path) if self.resume else None
+
+    def prepared(self, state: TrainingState, replaces: bool, checkpoint: Path | None) -> None:
+        """Settings and metrics as the steps that follow need them. ValueError: metrics that were altered."""
         if checkpoint is not None:
-            _load(checkpoint, state)
             check_metrics(self.path, checkpoint)
             (self.path / METRICS_DIGEST_FILE).unlink(missing_ok=True)  # before the log that it is of is cut
             self._truncate_metrics(state.stepper.n_steps)
-        else:
-            state.initialise()
-        # Only now that the data has been read is anything on disk touched: bad data must not cost an older run.
         if replaces:
             self.path = begin_replacement(self.output)
         if not (self.path / RUN_FILE).exists():
-            write_record(self.path / RUN_FILE, settings)
+            write_record(self.path / RUN_FILE, self._settings)
         if checkpoint is None:
             (self.path / METRICS_FILE).unlink(missing_ok=True)
         (self.path / METRICS_DIGEST_FILE).unlink(missing_ok=True)
-        self.cadence = Cadence(self.checkpoint_every, state.config.n_steps, state.stepper.n_steps)
 
     def _truncate_metrics(self, n_steps: int) -> None:
         """Drop logged steps that the resumed run is about to repeat."""
@@ -283,9 +292,8 @@ class RunDirectory:
         final.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(final) as directory:
             sae.save_pretrained(directory)
-            header = {name: str(count) for name, count in counts.items()}
-            save_safetensors_atomic(directory / STATE_FILE, tensors, metadata=header)
-            files = {name: sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)}
+            files = {STATE_FILE: write_state(directory / STATE_FILE, tensors, counts)}
+            files |= {name: sha256_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
             write_record(directory / CHECKPOINT_FILE, counts | {"files": files, "metrics": metrics})
         self._drop_old()
 
@@ -363,41 +371,17 @@ def read_settings(output: Path) -> dict[str, Any]:
     return read_record(output / RUN_FILE, _RUN)
 
 
-def _load(checkpoint: Path, state: TrainingState) -> None:
+def load_checkpoint(checkpoint: Path, state: TrainingState) -> None:
+    """The state goes on from a checkpoint. ValueError: it is damaged, or cannot be of this run."""
     try:
-        n_steps, n_rows_seen = check_checkpoint(checkpoint)
-        tensors = load_file(checkpoint / STATE_FILE, device=str(state.device))
-        state.load(tensors, n_steps, n_rows_seen)
+        counts = check_checkpoint(checkpoint, *state.latents)
+        state.load(read_state(checkpoint, state.device, *state.latents), *counts)
     except (torch.OutOfMemoryError, MemoryError, PermissionError):
         raise  # no fault of the checkpoint
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"resume: {checkpoint} is damaged, delete it to resume from the one before ({first_line(error)})"
         ) from error
-
-
-def check_checkpoint(checkpoint: Path) -> tuple[int, int]:
-    """Steps and rows at a checkpoint, whose files are as they were written (of one of before, as far as can be told).
-
-    Raises:
-        ValueError: a file that is missing, damaged or altered.
-    """
-    record = _checkpoint_record(checkpoint)
-    for name, digest in (record["files"] if record else {}).items():
-        require((checkpoint / name).is_file(), f"{checkpoint / name}: no such file")
-        same = sha256_file(checkpoint / name) == digest
-        require(same, f"{checkpoint / name}: altered, its SHA-256 is not the one in {CHECKPOINT_FILE}")
-    try:
-        with safe_open(checkpoint / STATE_FILE, framework="pt") as file:
-            header = file.metadata()
-        counts = int(header["n_steps"]), int(header["n_rows_seen"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{checkpoint / STATE_FILE}: not a complete state ({first_line(error)})") from None
-    require(
-        checkpoint.name == f"step_{counts[0]:08d}" and (record is None or record["n_steps"] == counts[0]),
-        f"{checkpoint / STATE_FILE}: it is of step {counts[0]}",
-    )
-    return counts
 
 
 def check_metrics(output: Path, checkpoint: Path | None) -> None:
@@ -410,7 +394,7 @@ def check_metrics(output: Path, checkpoint: Path | None) -> None:
     if not path.is_file():
         return
     logged, advice = path.read_bytes(), "move it away to go on without it"
-    record = _checkpoint_record(checkpoint) if checkpoint else None
+    record = checkpoint_record(checkpoint) if checkpoint else None
     if record is not None:
         n_bytes, digest = record["metrics"]["bytes"], record["metrics"]["sha256"]
         same = hashlib.sha256(logged[:n_bytes]).hexdigest() == digest
@@ -418,12 +402,6 @@ def check_metrics(output: Path, checkpoint: Path | None) -> None:
     if digest_file.is_file():
         same = digest_file.read_bytes() == f"{hashlib.sha256(logged).hexdigest()}  {METRICS_FILE}\n".encode()
         require(same, f"{path}: altered, its SHA-256 is not the one in {digest_file.name}; {advice}")
-
-
-def _checkpoint_record(checkpoint: Path) -> dict[str, Any] | None:
-    """What checkpoint.json says; None of a checkpoint of before it was written."""
-    path = checkpoint / CHECKPOINT_FILE
-    return read_record(path, _CHECKPOINT) if path.exists() else None
 
 
 def checkpoints(output: Path) -> list[Path]:

@@ -23,7 +23,7 @@ def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics
     """What is logged of one batch, under SAELens' names. Explained variance is 1 - Var(x - x_hat) / Var(x)."""
     error, total = _variance(x_BD - output.x_hat_BD), _variance(x_BD)
     config = stepper.sae.config
-    idle = stepper.idle_S >= stepper.config.dead_after
+    n_fired, n_dead = stepper.counted(output)
     penalty = {} if output.losses.penalty is None else {_PENALTIES[config.architecture]: float(output.losses.penalty)}
     mono, weight = output.losses.mono, stepper.config.mono_weight
     if mono is not None and weight is not None:
@@ -34,11 +34,11 @@ def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics
         "losses/auxiliary_reconstruction_loss": float(output.losses.aux),
         **penalty,
         "metrics/explained_variance": float(1 - error / total),
-        "metrics/l0": float((output.codes.top_acts > 0).sum() / len(x_BD)),
-        "sparsity/dead_features": int(idle.sum()),
-        "details/current_learning_rate": stepper.config.lr_at(stepper.n_steps - 1, config.d_sae),
+        "metrics/l0": n_fired / len(x_BD),
+        "sparsity/dead_features": n_dead,
+        "details/current_learning_rate": stepper.learning_rate(),
         "details/n_training_samples": stepper.n_rows_seen,
-        "details/threshold": float(stepper.sae.threshold.mean()),
+        "details/threshold": stepper.mean_threshold(),
     }
 
 
@@ -86,14 +86,14 @@ def evaluate_all(saes: Sequence[SparseAutoencoder], activations: Matrix, batch_r
 @torch.no_grad()
 def evaluate_chunks(saes: Sequence[SparseAutoencoder], chunks: Iterable[Tensor]) -> list[Metrics]:
     """The same of rows that come as they may: [<= n, d_in] in raw units, on any device."""
-    sums = [_Sums(sae) for sae in saes]
+    sums = [RowSums(sae) for sae in saes]
     for x_BD in chunks:
         for each in sums:
             each.add(x_BD)
     return [each.metrics() for each in sums]
 
 
-class _Sums:
+class RowSums:
     """What is summed of one SAE, in float64 and around b_dec."""
 
     def __init__(self, sae: SparseAutoencoder):
@@ -109,9 +109,8 @@ class _Sums:
         with evaluating(sae):
             x_BD = x_BD.to(sae.b_dec.device, sae.b_dec.dtype)
             codes = sae.encode(x_BD)
-            error_BD = (x_BD - sae.decode(codes, sae.input_statistics(x_BD))).double()
-            centred_BD = (x_BD - sae.b_dec).double()
-        self.sums_4D += torch.stack([error_BD, error_BD**2, centred_BD, centred_BD**2]).sum(1)
+            x_hat_BD = sae.decode(codes, sae.input_statistics(x_BD))
+        self.sums_4D += row_sums(x_BD, x_hat_BD, sae.b_dec.detach())
         fires_M = (codes.top_acts > 0).flatten().long()
         self.fired_S.index_add_(0, codes.top_indices.flatten(), fires_M)
         self.n_fired += int(fires_M.sum())
@@ -119,12 +118,24 @@ class _Sums:
 
     def metrics(self) -> Metrics:
         """Of all rows so far."""
-        means_4D = self.sums_4D / self.n_rows
-        error_var, total_var = means_4D[1] - means_4D[0] ** 2, means_4D[3] - means_4D[2] ** 2
-        return {
-            "explained_variance": float(1 - error_var.sum() / total_var.sum()),
-            "l0": self.n_fired / self.n_rows,
-            "l2": float(means_4D[1].sum()),
-            "dead_fraction": float((self.fired_S == 0).double().mean()),
-            "rows": self.n_rows,
-        }
+        dead_fraction = float((self.fired_S == 0).double().mean())
+        return metrics_of_sums(self.sums_4D, self.n_fired, dead_fraction, self.n_rows)
+
+
+def row_sums(x_BD: Tensor, x_hat_BD: Tensor, b_dec_D: Tensor) -> Tensor:
+    """Of rows and their reconstructions: sums over rows of the error, x - b_dec, and their squares, float64 [4, D]."""
+    error_BD, centred_BD = (x_BD - x_hat_BD).double(), (x_BD - b_dec_D).double()
+    return torch.stack([error_BD, error_BD**2, centred_BD, centred_BD**2]).sum(1)
+
+
+def metrics_of_sums(sums_4D: Tensor, n_fired: int, dead_fraction: float, n_rows: int) -> Metrics:
+    """What `evaluate` returns, of `row_sums` over all rows."""
+    means_4D = sums_4D / n_rows
+    error_var, total_var = means_4D[1] - means_4D[0] ** 2, means_4D[3] - means_4D[2] ** 2
+    return {
+        "explained_variance": float(1 - error_var.sum() / total_var.sum()),
+        "l0": n_fired / n_rows,
+        "l2": float(means_4D[1].sum()),
+        "dead_fraction": dead_fraction,
+        "rows": n_rows,
+    }

@@ -18,9 +18,11 @@ from torch import Tensor
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import Interrupted, check_kind, require
+from saevlm_fast.outputs import workplace
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
+from saevlm_fast.training.checkpoints import latest_checkpoint
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_all
 from saevlm_fast.training.memory import check_memory, training_memory
 from saevlm_fast.training.progress import ProgressLine
@@ -32,10 +34,12 @@ from saevlm_fast.training.run import (
     kept_of,
     log_every,
     look_at,
+    watched,
     with_settings,
 )
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.state import TrainingState
+from saevlm_fast.training.watch import Watch
 
 
 class Trained(NamedTuple):
@@ -87,19 +91,31 @@ class Member:
         on_log: Callable[[str, int, Metrics], None],
     ):
         self.name, self.state, self.on_log = name, state, on_log
+        self.options, self.watch = options, Watch(options.log_to)
         self.kept: RunDirectory | NothingKept = kept_of(options)
         self.steps = CapturedSteps(state.stepper, options.capture)
         self.small = is_small(state.stepper.sae.config, state.config)
         self.log_every = log_every(options, state.config)
+        self.has_begun = False
 
     @property
     def n_steps(self) -> int:
         """Steps that it has taken."""
         return self.state.stepper.n_steps
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether it goes on from one."""
+        kept = self.kept
+        return isinstance(kept, RunDirectory) and kept.resume and latest_checkpoint(workplace(kept.output)) is not None
+
     def begin(self) -> None:
         """From step 0, or its newest checkpoint."""
-        self.kept.begin(self.state)
+        state = self.state
+        self.kept.begin(state)
+        config = watched(state, state.stepper.sae.config, self.options)
+        self.watch.begin(lambda: self.kept.path, self.n_steps, config, state.device)
+        self.has_begun = True
 
     def take(self, x_BD: Tensor) -> None:
         """The next step, on a normalised batch."""
@@ -110,6 +126,7 @@ class Member:
                 self.state.check_loss(self.kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | self.steps.metrics()
                 self.kept.log(stepper.n_steps, metrics)
+                self.watch.log(stepper.n_steps, metrics)
                 self.on_log(self.name, stepper.n_steps, metrics)
             self.kept.after_step(self.state, interrupted=False)
 
@@ -122,8 +139,15 @@ class Member:
         """The SAE after its last step, saved."""
         with one_thread(self.small):
             sae = self.state.export()
+        self.watch.pause()
         self.kept.save(sae)
         return sae
+
+    def measured(self, metrics: Metrics) -> None:
+        """Logs what was measured of it, after which nothing is logged any more."""
+        logged, n_steps = {f"eval/{name}": value for name, value in metrics.items()}, self.state.config.n_steps
+        self.kept.finish(n_steps, logged)
+        self.watch.finish(n_steps, logged, lambda: None)
 
 
 def train_many(
@@ -161,9 +185,10 @@ def train_many(
         ValueError: as `train`; no SAE, a name that is no directory's, recipes that differ in what is shared; all
             need more memory than is free. Interrupted: SIGINT or SIGTERM; checkpoints of all have been written.
     """
-    recipes, options = _recipes(saes, config, options, settings)
+    recipes, options = recipes_of("train_many", saes, SAEConfig, config, options, settings)
     first = next(iter(saes))
-    for sae_config in saes.values():
+    for name, sae_config in saes.items():
+        recipes[name].check_fits(sae_config)
         train_on, evaluated = fitting(activations, validation, sae_config)
     device = resolve_device(options.device)
     check_memory(device, {name: training_memory(sae, *_sizes(recipes[name])) for name, sae in saes.items()})
@@ -183,6 +208,7 @@ def train_many(
             members.append(Member(name, state, own_options(options, name), logged))
         for member in members:
             stack.enter_context(member.kept.locked())
+            stack.enter_context(member.watch)
         look_at(evaluated, recipes[first], whole=options.output is None)
         for member in members:
             member.begin()
@@ -205,7 +231,7 @@ def evaluated_all(
     except ValueError as error:
         raise type(error)(f"{error}; that is of the evaluation alone: {members[0].kept.saved()}") from error
     for member, metrics in zip(members, measured):
-        member.kept.finish(member.state.config.n_steps, {f"eval/{name}": value for name, value in metrics.items()})
+        member.measured(metrics)
     return {member.name: Trained(sae, metrics) for member, sae, metrics in zip(members, saes, measured)}
 
 
@@ -231,7 +257,8 @@ def take_all(members: list[Member], step: int, x_BD: Tensor) -> None:
 def stop_all(members: list[Member]) -> None:
     """Checkpoints of all. Raises Interrupted."""
     for member in members:
-        member.stop()
+        if member.has_begun:
+            member.stop()
     fewest = min(member.n_steps for member in members)
     raise Interrupted(f"interrupted after step {fewest}; continue with --resume")
 
@@ -245,36 +272,41 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
     return config.batch_size, config.accumulate
 
 
-def _recipes(
-    saes: Mapping[str, SAEConfig],
+def recipes_of(
+    who: str,
+    saes: Mapping[str, Any],
+    kind: type,
     config: TrainConfig | Mapping[str, TrainConfig] | None,
     options: RunOptions | None,
     settings: dict[str, Any],
 ) -> tuple[dict[str, TrainConfig], RunOptions]:
-    check_kind("saes", saes, Mapping, "SAEConfigs by name")
+    """The recipe of each by its name, and where the run goes. kind: of saes' values; who: takes all this."""
+    check_kind("saes", saes, Mapping, f"{kind.__name__}s by name")
     require(len(saes) > 0, "saes: there is none")
     for name, sae in saes.items():
-        check_name("saes", name)
-        check_kind(f"saes[{name!r}]", sae, SAEConfig, "an SAEConfig; SAEConfig.sized(d_in) makes one")
+        check_name("saes", name, alone=len(saes) == 1)
+        check_kind(f"saes[{name!r}]", sae, kind, f"an {kind.__name__}")
     if isinstance(config, Mapping):
         missing = sorted(saes.keys() ^ config.keys())
         require(not missing, f"config: {', '.join(map(str, missing))} must be in both saes and config")
-        parts = {name: with_settings("train_many", each, options, settings) for name, each in config.items()}
+        parts = {name: with_settings(who, each, options, settings) for name, each in config.items()}
     else:
-        both = with_settings("train_many", config, options, settings)
-        parts = dict.fromkeys(saes, both)
+        parts = dict.fromkeys(saes, with_settings(who, config, options, settings))
     recipes = {name: parts[name][0] for name in saes}
     first = next(iter(recipes))
     for name, recipe in recipes.items():
-        recipe.check_fits(saes[name])
         for shared in TrainConfig.shared:
             ours, theirs = getattr(recipe, shared), getattr(recipes[first], shared)
             require(ours == theirs, f"{shared}: {ours} of {name}, but {theirs} of {first}; all see the same batches")
+        ours, theirs = (each.control in ("shuffled", "untrained") for each in (recipe, recipes[first]))
+        alike = ours == theirs and (not ours or recipe.control == recipes[first].control)
+        controls = f"control: {recipe.control} of {name}, but {recipes[first].control} of {first}"
+        require(alike, f"{controls}; all see the same batches")
     return recipes, parts[first][1]
 
 
-def check_name(argument: str, name: Any) -> None:
-    """ValueError: it is not one directory's name."""
+def check_name(argument: str, name: Any, alone: bool = False) -> None:
+    """ValueError: it is not one directory's name; of one that is alone it may be empty."""
     check_kind(argument, name, str, "names of directories")
-    fits = Path(name).name == name and not name.startswith(".") and "\0" not in name
+    fits = Path(name).name == name and not name.startswith(".") and "\0" not in name and (name != "" or alone)
     require(fits, f"{argument}: {name!r} is not the name of a directory")

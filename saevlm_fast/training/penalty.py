@@ -16,6 +16,7 @@ as its logarithm, and kept at 0 or above: below, it would act as 0 and have no g
 Shape suffixes: B rows, S d_sae, M entries.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -76,9 +77,15 @@ def totals(values_M: Tensor, offsets_S1: Tensor) -> Tensor:
 
 
 def encode_penalised(
-    sae: SparseAutoencoder, config: TrainConfig, step: int, x_BD: Tensor
+    sae: SparseAutoencoder,
+    config: TrainConfig,
+    step: int,
+    x_BD: Tensor,
+    of_all: Callable[[Tensor], Tensor] = lambda number: number,
 ) -> tuple[SparseCodes, Penalty]:
     """Codes of a batch in 0-based step `step`, and their penalty, of a relu or a jumprelu SAE.
+
+    of_all: makes of a sum over the SAE's latents that over all, where others have some of them.
 
     Of jumprelu the codes also list entries within the band that do not fire: their act is 0. In the dtype of the
     weights.
@@ -88,12 +95,12 @@ def encode_penalised(
     if sae.config.architecture == "relu":
         codes = SparseCodes.from_flat(*threshold_encode(*weights, 0.0), d_sae)
         l1 = scale * config.l1_weight
-        return codes, Penalty(l1 * codes.top_acts.sum() / n_rows, l1 / n_rows, None)
+        return codes, Penalty(l1 * of_all(codes.top_acts.sum()) / n_rows, l1 / n_rows, None)
     threshold_S, bandwidth, target = sae.threshold, config.ste_bandwidth, config.wanted_l0
     pre_M, latents_M, row_offsets = threshold_encode(*weights, threshold_S - bandwidth / 2)
     fires_M = ~(pre_M <= threshold_S[latents_M])  # NaN counts as firing: it reaches the loss, which is looked at
     codes = SparseCodes.from_flat(torch.where(fires_M, pre_M, 0), latents_M, row_offsets, d_sae)
-    excess = fires_M.sum().to(threshold_S.dtype) / n_rows / target - 1
+    excess = of_all(fires_M.sum()).to(threshold_S.dtype) / n_rows / target - 1
     of_step = 2 * scale * excess / (target * n_rows)
     loss = (scale * excess.square()).to(pre_M.dtype)
     return codes, Penalty(loss, 0.0, Band(pre_M, threshold_S, bandwidth, of_step))

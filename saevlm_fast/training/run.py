@@ -5,8 +5,8 @@ written.
 """
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -78,14 +78,14 @@ def train(
     embeddings = _embeddings(mono_embeddings, activations, config)
     line = ProgressLine(config.n_steps)
     if progress:
-        on_log, on_note = _both(line.log, on_log), _both(line.note, on_note)
+        on_log, on_note = both(line.log, on_log), both(line.note, on_note)
     kept = kept_of(options)
     with kept.locked(), Watch(options.log_to) as watch:
         look_at(evaluated, config, whole=options.output is None)
         device = resolve_device(options.device)
         state = TrainingState(activations, sae_config, config, device, options.data_on, embeddings)
         kept.begin(state)
-        watch.begin(lambda: kept.path, state.stepper.n_steps, _watched(state, sae_config, options), device)
+        watch.begin(lambda: kept.path, state.stepper.n_steps, watched(state, sae_config, options), device)
         with (
             interruptible() as interrupted,
             tf32_products(False),
@@ -93,18 +93,19 @@ def train(
             closing(line),
             told_of_compiling(on_note),
         ):
-            _steps(state, kept, options, _both(watch.log, on_log), on_step, interrupted)
+            take_steps(state, kept, options, both(watch.log, on_log), on_step, interrupted, options.capture)
             sae = state.export()
             watch.pause()
             kept.save(sae)
-        metrics = _evaluated(sae, evaluated, kept)
+        with telling_what_is_kept(kept):
+            metrics = evaluate(sae, evaluated)
         logged = {f"eval/{name}": value for name, value in metrics.items()}
         kept.finish(config.n_steps, logged)
         watch.finish(config.n_steps, logged, lambda: on_picture(sae))
     return sae, metrics
 
 
-def _watched(state: TrainingState, sae: SAEConfig, options: RunOptions) -> dict[str, Any]:
+def watched(state: TrainingState, sae: SAEConfig, options: RunOptions) -> dict[str, Any]:
     """What loggers are told of a run's settings."""
     activations = state.activations
     return {
@@ -152,10 +153,10 @@ def _embeddings(given: Matrix | None, activations: Activations, config: TrainCon
     return embeddings
 
 
-def look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
+def look_at(evaluated: Activations, config: TrainConfig, whole: bool, rank: int = 0, world: int = 1) -> None:
     """Rows of what the evaluation at the end reads, the first and the last among them, evenly spread: a hundredth of
     those that are trained on, and at least 4096. All of them if `whole`: where nothing is kept, an evaluation that
-    fails loses the SAE.
+    fails loses the SAE. Of several ranks each looks at its part of these.
 
     Raises:
         ActivationError: NaN or infinity, naming the row.
@@ -171,15 +172,16 @@ def look_at(evaluated: Activations, config: TrainConfig, whole: bool) -> None:
             for _ in chunks:
                 pass
         return
-    for start in range(0, n, _LOOKED_AT):
+    for start in range(rank * _LOOKED_AT, n, world * _LOOKED_AT):
         places = torch.arange(start, min(start + _LOOKED_AT, n))
         evaluated.rows(places * (n_rows - 1) // max(n - 1, 1))
 
 
-def _evaluated(sae: SparseAutoencoder, activations: Activations, kept: "RunDirectory | NothingKept") -> Metrics:
-    """evaluate(); of rows that cannot be used, the error says that the SAE has been saved, and where."""
+@contextmanager
+def telling_what_is_kept(kept: "RunDirectory | NothingKept") -> Iterator[None]:
+    """Around the evaluation: of rows that cannot be used, the error says that the SAE has been saved, and where."""
     try:
-        return evaluate(sae, activations)
+        yield
     except ValueError as error:
         raise type(error)(f"{error}; that is of the evaluation alone: {kept.saved()}") from error
 
@@ -229,17 +231,18 @@ def kept_of(options: RunOptions) -> RunDirectory | NothingKept:
     return RunDirectory(options.output, options.checkpoint_every, options.resume, options.force)
 
 
-def _steps(
+def take_steps(
     state: TrainingState,
     kept: RunDirectory | NothingKept,
     options: RunOptions,
     on_log: Callable[[int, Metrics], None],
     on_step: Callable[[int], None],
     interrupted: threading.Event,
+    capture: bool,
 ) -> None:
     """All remaining steps, with logs and checkpoints. A GPU is waited for at these alone."""
     stepper, n_steps = state.stepper, state.config.n_steps
-    steps = CapturedSteps(stepper, options.capture)
+    steps = CapturedSteps(stepper, capture)
     every = log_every(options, state.config)
     span = stepper.n_steps, n_steps - stepper.n_steps
     with closing(state.batches(*span)) as remaining, closing(state.embedding_batches(*span)) as embeddings:
@@ -256,7 +259,9 @@ def _steps(
             kept.after_step(state, interrupted.is_set())
 
 
-def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
+def both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
+    """One after the other."""
+
     def call(*args: Any) -> None:
         first(*args)
         second(*args)

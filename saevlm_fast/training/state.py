@@ -41,12 +41,16 @@ class TrainingState:
         device: where the steps are taken.
         order: which rows make up which step.
         stepper: the SAE in normalised units, and the optimiser's state.
+        sae_config: what SAE is trained.
+        latents: which latents the stepper has, start and stop; stop is None: all.
         scale: the units that are trained in; known after `initialise` or `load`.
         on_device: whether all rows are kept there.
         embeddings: of the rows, for MonoLoss; None: it takes the rows themselves.
 
     data_on: where they are to be; ValueError: on the device, where they do not fit.
     """
+
+    latents: tuple[int, int | None] = (0, None)
 
     def __init__(
         self,
@@ -60,12 +64,17 @@ class TrainingState:
         self.embeddings = embeddings
         self.activations, self.config, self.device = activations, config, device
         self.order = ShuffledRows(activations, config.batch_size, seed=config.seed)
-        sae = SparseAutoencoder(sae_config, device=device)
-        sae.reset_parameters(config.seed)
-        self.stepper = Stepper(sae, config)
+        self.sae_config = sae_config
+        self.stepper = self.first_stepper()
         self.scale = Scale()
         self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on)
         self._resident: ResidentRows | None = None
+
+    def first_stepper(self) -> Stepper:
+        """With random weights, before step 0."""
+        sae = SparseAutoencoder(self.sae_config, device=self.device)
+        sae.reset_parameters(self.config.seed)
+        return Stepper(sae, self.config)
 
     def initialise(self) -> None:
         """Before step 0. ValueError: as `beginning`."""
@@ -145,9 +154,18 @@ class TrainingState:
         """A copy of the SAE in raw units, with a threshold (calibrated on data if the moving one has not started, or if
         no step moves those of jumprelu: an untrained control)."""
         sae = deepcopy(self.stepper.sae)
-        untrained = sae.config.architecture == "jumprelu" and self.config.control == "untrained"
-        if untrained or (sae.config.architecture in CALIBRATED and float(sae.threshold) < 0):
-            sae.threshold.fill_(self._calibrated_threshold())
+        if self.needs_calibration():
+            sae.threshold.fill_(self.calibrated_threshold())
+        return self.in_raw_units(sae)
+
+    def needs_calibration(self) -> bool:
+        """Whether an exported SAE needs a threshold that training has not found."""
+        architecture, threshold = self.sae_config.architecture, self.stepper.sae.threshold
+        untrained = architecture == "jumprelu" and self.config.control == "untrained"
+        return untrained or (architecture in CALIBRATED and float(threshold) < 0)
+
+    def in_raw_units(self, sae: SparseAutoencoder) -> SparseAutoencoder:
+        """The finished SAE, of one in normalised units that has its threshold; changed in place."""
         self.scale.to_raw_units_(sae)
         mean_D = self.scale.mean_D
         centred = {} if mean_D is None else {"mean_norm": float(torch.linalg.vector_norm(mean_D.double()))}
@@ -162,19 +180,23 @@ class TrainingState:
         ).eval()
 
     @torch.no_grad()
-    def _calibrated_threshold(self) -> float:
+    def calibrated_threshold(self) -> float:
         """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average, or
         the target L0 of a jumprelu SAE."""
         n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
         x_BD = torch.cat([self.normalised(x_BD) for x_BD in self.batches(0, n_batches, announce=False)])
+        smallest = self.smallest_kept(x_BD)
+        # Ties at the cut are kept. A run that diverges is told of by its weights, not by this.
+        return smallest * (1 - 1e-6) if math.isfinite(smallest) else 0.0
+
+    def smallest_kept(self, x_BD: Tensor) -> float:
+        """The smallest activation above 0 that BatchTopK keeps of some rows; 0 if there is none."""
         sae = self.stepper.sae
         l0 = self.config.wanted_l0 if sae.config.k is None else sae.config.k
         acts_M, _, _ = batch_topk_encode(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, math.ceil(l0))
         kept = acts_M[acts_M > 0]
         n_kept = min(round(l0 * len(x_BD)), len(kept))
-        smallest = float(kept.topk(n_kept).values.min()) if n_kept else 0.0
-        # Ties at the cut are kept. A run that diverges is told of by its weights, not by this.
-        return smallest * (1 - 1e-6) if math.isfinite(smallest) else 0.0
+        return float(kept.topk(n_kept).values.min()) if n_kept else 0.0
 
     # What a checkpoint holds, and what a resumed run must have in common with it -------------------------------------
 
@@ -231,8 +253,8 @@ class TrainingState:
         Raises:
             ActivationError: sampled rows that are not finite.
         """
-        known_by = (SAMPLED, self._fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
-        sae, blocks = self.stepper.sae.config, self.activations.block_rows
+        known_by = (SAMPLED, self.fingerprint()) if sampled else (DATA_DIGEST, self.activations.digest())
+        sae, blocks = self.sae_config, self.activations.block_rows
         of_mono = {} if self.embeddings is None else {MONO_DIGEST: self.embeddings.digest()}
         return {
             "sae": {
@@ -252,7 +274,7 @@ class TrainingState:
             },
         }
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """Hash of 64 rows spread over the data."""
         rows = torch.linspace(0, self.activations.n_rows - 1, 64, dtype=torch.float64).long()
         return hashlib.sha256(self.activations.rows(rows).numpy().tobytes()).hexdigest()[:16]

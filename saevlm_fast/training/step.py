@@ -297,10 +297,22 @@ class Stepper:
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
         self._clamp_threshold()
 
+    def learning_rate(self) -> float:
+        """Of the announced step, the n_steps-th."""
+        return self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
+
+    def mean_threshold(self) -> float:
+        """Of all latents, or the one that all have. A device is waited for."""
+        return float(self.sae.threshold.mean())
+
+    def counted(self, output: StepOutput) -> tuple[int, int]:
+        """Entries of a step's codes that fire, and latents that are dead after it. A device is waited for."""
+        idle_S = self.idle_S >= self.config.dead_after
+        return int((output.codes.top_acts > 0).sum()), int(idle_S.sum())
+
     def _adam(self) -> AdamSettings:
-        """Adam's settings in the announced step, the n_steps-th."""
-        lr = self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
-        return AdamSettings(lr, self.config.betas, self.config.eps, self.n_steps)
+        """Adam's settings in the announced step."""
+        return AdamSettings(self.learning_rate(), self.config.betas, self.config.eps, self.n_steps)
 
 
 def _check_unit_rows(W_dec_SD: Tensor) -> None:

@@ -148,3 +148,57 @@ def test_combinations_and_names():
     }
     text = toml_text({"train": {"a": 1, "sweep": [{"k": 1}, {"k": 2}]}, "made": {"b": 2}})
     assert tomllib.loads(text) == {"train": {"a": 1, "sweep": [{"k": 1}, {"k": 2}]}, "made": {"b": 2}}
+
+
+TOWER = ("train", "--model", "hf:tiny-clip", "--images", "scenes:train:40", "--device", "cpu", "--workers", 0)
+PASS = (*TOWER, "--steps", 4, "--batch-size", 16, "--image-batch", 8, "--d-sae", 32, "--buffer", 40)
+
+
+def test_one_pass_over_images_with_a_grid(tmp_path):
+    said = run(*PASS, "--layer", "1,3", "--k", "3,4", "--output", tmp_path / "out", "--keep-store", tmp_path / "kept")
+    names = ["residual-1-cls/k3", "residual-1-cls/k4", "residual-3-cls/k3", "residual-3-cls/k4"]
+    assert all(name in said for name in names)
+    table = json.loads((tmp_path / "out" / "grid.json").read_text())
+    assert [row["name"] for row in table["saes"]] == names
+    assert table["of"] == "last training"
+    assert {path.name for path in (tmp_path / "kept").iterdir() if path.is_dir()} == {
+        "residual-1-cls",
+        "residual-3-cls",
+    }
+    again = tmp_path / "again"
+    run("train", "--config", tmp_path / "out" / "residual-3-cls" / "k4" / "settings.toml", "--output", again)
+    assert weights(again) == weights(tmp_path / "out" / "residual-3-cls" / "k4")
+    run("train", "--config", tmp_path / "out" / "settings.toml", "--resume")
+    assert "already holds a run" in run("train", "--config", tmp_path / "out" / "settings.toml", code=2)
+
+
+def test_one_pass_dry_run_writes_nothing(tmp_path):
+    before = files_below(tmp_path)
+    found = run_json(*PASS, "--point", "projection", "--k", 3, "--output", tmp_path / "out", "--dry-run")
+    assert found["images_through_the_tower"] == 64
+    assert found["memory_bytes"] > 0
+    assert found["places"][0].startswith("projection: 40 x ")
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((*PASS, "--layer", 9), "layer: 9 of hf:tiny-clip"),
+        ((*PASS, "--layer", 3, "--buffer", 15), "buffer: 15 are 15 rows, which must be at least batch_size = 16"),
+        ((*PASS, "--layer", 3, "--buffer", "2 TB"), "buffer: '2 TB' is not a number of rows"),
+        ((*PASS, "--layer", 3, "--activations", "x.npy"), "activations: does not go with model"),
+        ((*PASS, "--layer", 3, "--validation", "x.npy"), "validation: does not go with model"),
+        ((*PASS, "--layer", 3, "--embeddings", "x.npy"), "embeddings: does not go with model"),
+        ((*PASS, "--layer", "3,3"), "asked for twice"),
+        ((*PASS, "--layer", 3, "--keep-store", "out"), "keep_store: out is the output"),
+        (("train", "--model", "hf:tiny-clip", "--layer", 3), "images: needed with model"),
+        (("train", "--images", "scenes:train:9"), "model: needed with images"),
+        (("train", "--layer", 3, "--steps", 3), "layer: of a run from images; give --model and --images"),
+    ],
+)
+def test_what_one_pass_refuses(tmp_path, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
+    said = run(*more, "--output", "out", code=2)
+    assert message in " ".join(said.split())
+    assert not (tmp_path / "out").exists()

@@ -123,13 +123,16 @@ WRITERS = [
     "name",
     "report",
     "human-agreement",
+    "cross-modal",
+    "steerability",
+    "erase",
 ]
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch):
     """It is refused before anything is opened: the models and the images are not there."""
-    is_file = name.endswith("score") or name in ("name", "human-agreement")
+    is_file = name.endswith("score") or name in ("name", "human-agreement", "steerability", "erase")
     output = tmp_path / ("out.json" if is_file else "out")
     none = ("--model", "none", "--output", output, "--images", "none")
     words = {
@@ -140,9 +143,12 @@ def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch)
         "harvest": none,
         "demo": ("--output", output),
         "top-images": ("--sae", "none", "--activations", "none", "--output", output),
+        "cross-modal": ("--sae", "none", "--activations", "none", "--output", output),
         "name": ("--sae", "n", "--codes", "n", "--embeddings", "n", "--text-model", "n", "--output", output),
         "human-agreement": ("--benchmark", "none", "--output", output),
         "report": ("--sae", "none", "--activations", "none", "--output", output),
+        "steerability": (*none, "--sae", "n", "--layer", 1),
+        "erase": (*none, "--sae", "n", "--layer", 1),
         "steering-score": (*none, "--sae", "n", "--layer", 1, "--codes", "n", "--embeddings", "n", "--text-model", "n"),
     }[name]
     context = multiprocessing.get_context("fork")

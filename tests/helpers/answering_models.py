@@ -186,6 +186,27 @@ def mllama(t: Any) -> tuple[Any, Any]:
     return t.MllamaForConditionalGeneration(config), t.MllamaProcessor(images, words)
 
 
+def perception_lm(t: Any) -> tuple[Any, Any]:
+    words = tokenizer(image_token="<|image|>", video_token="<|video|>")
+    trunk = {
+        "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "img_size": SIZE, "patch_size": PATCH, "global_pool": "",
+        "use_post_transformer_norm": False,
+    }  # fmt: skip
+    vision = t.TimmWrapperConfig(architecture="vit_pe_core_tiny_patch16_384", model_args=trunk, do_pooling=False)
+    vision.num_features = WIDTH
+    config = t.PerceptionLMConfig(
+        vision_config=vision, text_config=t.LlamaConfig(**text(words)), image_token_id=words.image_token_id,
+        video_token_id=words.video_token_id,
+    )  # fmt: skip
+    images = t.PerceptionLMImageProcessor(
+        tile_size=SIZE, max_num_tiles=1, vision_input_type="vanilla", size={"height": SIZE, "width": SIZE}
+    )
+    processor = t.PerceptionLMProcessor(
+        t.PerceptionLMVideoProcessor(), images, words, patch_size=PATCH, pooling_ratio=1
+    )
+    return t.PerceptionLMForConditionalGeneration(config), processor
+
+
 MODELS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "LLaVA-NeXT": llava_next,
     "LLaVA with Pixtral": pixtral,
@@ -203,6 +224,7 @@ MODELS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "Idefics3": idefics("Idefics3"),
     "SmolVLM": idefics("SmolVLM"),
     "Mllama": mllama,
+    "PerceptionLM": perception_lm,
 }
 
 

@@ -30,9 +30,12 @@ OUTPUTS = {
     "ms-score": "out.parquet",
     "evaluate": "out",
     "top-images": "out",
+    "cross-modal": "out",
     "name": "out.parquet",
     "report": "out",
     "steering-score": "out.json",
+    "steerability": "out.parquet",
+    "erase": "out.json",
 }
 
 

@@ -99,7 +99,9 @@ def _call(draw: random.Random, name: str, names: list[str]) -> Call:
     config = None
     if draw.random() < 0.2:
         given["--config"], config = "drawn.toml", _config(draw, cls, settings)
-    if name != "inspect" and _is_costly(name, given):
+    if name == "doctor":  # whose self-test may rightly take a while
+        given["--facts-only"] = None
+    elif name != "inspect" and _is_costly(name, given):
         given["--dry-run"] = None
     words = [name, *spelled(given)]
     if draw.random() < 0.05:

@@ -97,6 +97,30 @@ CALLS: dict[str, dict[str, str | None]] = {
         "--device": "cpu",
         "--output": "out.json",
     },
+    "cross-modal": {"--activations": "pairs", "--sae": "language", "--device": "cpu", "--output": "out"},
+    "steerability": {
+        "--model": "hf:tiny-clip",
+        "--sae": "run",
+        "--layer": str(LAYER),
+        "--images": "photos",
+        "--words": "words.txt",
+        "--ask": "2",
+        "--latents": "0:2",
+        "--no-neurons": None,
+        "--device": "cpu",
+        "--output": "out.parquet",
+    },
+    "erase": {
+        "--model": "hf:tiny-clip",
+        "--sae": "run",
+        "--layer": str(LAYER),
+        "--images": "scenes:test:60",
+        "--labels": "scene:backdrop",
+        "--k": "1",
+        "--limit": "10",
+        "--device": "cpu",
+        "--output": "out.json",
+    },
     "human-agreement": {"--benchmark": "benchmark", "--device": "cpu", "--output": "out.json"},
     "inspect": {"PATH": "store"},
     "doctor": {"--facts-only": None, "--device": "cpu"},
@@ -117,7 +141,8 @@ def spelled(given: dict[str, str | None]) -> list[str]:
 
 
 def build_world(root: Path, n_images: int = 12) -> Path:
-    """photos, store, embeddings, run (an SAE), codes, matrix.npy, blocks.toml: what CALLS name, and more."""
+    """photos, store, embeddings, run (an SAE), codes, pairs, language (their SAE), matrix.npy, blocks.toml: what CALLS
+    name, and more."""
     root.mkdir(parents=True, exist_ok=True)
     save_photos(root / "photos", n_images)
     harvest = ("harvest", "--images", root / "photos", "--workers", 0, "--device", "cpu")
@@ -129,8 +154,13 @@ def build_world(root: Path, n_images: int = 12) -> Path:
     run(*train, "--device", "cpu", "--output", root / "run")
     llava = (*harvest, "--model", "hf:tiny-llava", "--layer", LAYER, "--tokens", "all")
     run(*llava, "--sae", root / "run", "--pool", "mean", "--output", root / "codes")
+    pairs = ("--model", "hf:tiny-llava", "--point", "language", "--layer", LAYER, "--images", "scenes:test:6")
+    run("harvest", *pairs, "--workers", 0, "--device", "cpu", "--output", root / "pairs")
+    few = ("--d-sae", 16, "--k", 4, "--steps", 20, "--batch-size", 64, "--device", "cpu")
+    run("train", "--activations", root / "pairs", *few, "--output", root / "language")
     (root / "blocks.toml").write_text("latents_per_block = 2\n")
     build_benchmark(root / "benchmark")
+    (root / "words.txt").write_text("red\nblue\nstar\n")
     (root / "prompts.json").write_text('{"class_0": "red", "class_1": "blue", "class_2": ["green", "navy"]}')
     np.save(root / "matrix.npy", np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))
     return root

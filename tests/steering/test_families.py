@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from answering_models import MODELS, TEMPLATE, make
-from many_towers import pictures
+from many_towers import FAMILIES, pictures, prepared
 
 from command import run
 from saevlm_fast.config import SAEConfig
@@ -73,32 +73,43 @@ def test_the_last_block_that_is_read_is_known(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_without_steering_are_the_models_own_to_the_last_bit(name):
+def test_answers_are_those_of_each_row_steered_alone(name):
+    """Without the SAE, and with it but no edits at error keep, they and the logits are the model's own, to the bit."""
     model, processor = answering(name)
-    answerer = SteeredAnswers(model, processor, sae(), 0, max_new_tokens=3, error="keep", batch_size=2)
+    answerer = SteeredAnswers(model, processor, sae(), 0, max_new_tokens=2, error="keep")
     numbers = [answerer.ask(picture, prompt(name)) for picture in pictures(2)]
-    rows = [SteeredRow(n, edits) for n in numbers for edits in (None, (), (clamp(3, 80.0),))]
-    answers = answerer.answers(rows)
-    for n, inputs in enumerate(inputs_of(name)):
-        own = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        own = processor.batch_decode(own, skip_special_tokens=True)[0].strip()
-        assert answers[3 * n : 3 * n + 2] == [own, own]
+    edits = [(clamp(latent, 80.0),) for latent in (3, 5)]
+    answers = answerer.answers([SteeredRow(n, each) for n in numbers for each in (None, (), *edits)])
+    alone = []
+    for inputs in inputs_of(name):
+        alone += 2 * [own_answer(name, inputs)]
         before = logits(name, inputs)
-        for keep in ([], [scale(3, 1.0)]):
-            with steer(model, sae(), 0, keep, error="keep"):
-                assert torch.equal(logits(name, inputs), before)
-        with steer(model, sae(), 0, [clamp(3, 80.0)]):
+        with steer(model, sae(), 0, [scale(3, 1.0)], error="keep"):
+            assert torch.equal(logits(name, inputs), before)
+        for each in edits:
+            with steer(model, sae(), 0, each, error="keep"):
+                alone.append(own_answer(name, inputs))
+        with steer(model, sae(), 0, edits[0]):
             assert not torch.allclose(logits(name, inputs), before, atol=1e-2)
         assert torch.equal(logits(name, inputs), before)
+    assert answers == alone
 
 
-# Of two families always; of all of them with the packages of others.
-OTHERS = [pytest.param(name, marks=[] if name in ("Qwen2.5-VL", "Mllama") else pytest.mark.interop) for name in MODELS]
+def own_answer(name, inputs):
+    model, processor = answering(name)
+    tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+
+
+# Of one family always; of all of them by `pytest -m families`.
+OTHERS = [pytest.param(name, marks=[] if name == "Qwen2.5-VL" else pytest.mark.families) for name in MODELS]
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_commands_steer_each_of_them(name, tmp_path):
+def test_the_commands_steer_each_of_them(name, tmp_path, request):
     """From files: codes and steering-score over photos, steer of one of them; a layer that is not read is one line."""
+    if name != "Qwen2.5-VL" and "families" not in request.config.getoption("markexpr"):
+        pytest.skip("takes longer: pytest -m families")
     model, processor = answering(name)
     processor.chat_template = processor.chat_template or TEMPLATE.replace("IMAGE", "<image>")
     model.save_pretrained(tmp_path / "model")
@@ -122,23 +133,6 @@ def test_the_commands_steer_each_of_them(name, tmp_path):
     n_blocks = len(find_anatomy(model).blocks)
     if LAST_READ.get(name, 1) < n_blocks - 1:
         assert "changes nothing" in run("steer", *asked, "--layer", n_blocks - 1, *question, code=2)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_answers_of_a_batch_are_those_of_each_row_steered_alone(name):
-    model, processor = answering(name)
-    answerer = SteeredAnswers(model, processor, sae(), 0, max_new_tokens=3)
-    numbers = [answerer.ask(picture, prompt(name)) for picture in pictures(2)]
-    edits = [(clamp(latent, 80.0),) for latent in (3, 5, 9)]
-    answers = answerer.answers([SteeredRow(n, each) for n in numbers for each in edits])
-    alone = []
-    for inputs in inputs_of(name):
-        for each in edits:
-            with steer(model, sae(), 0, each):
-                tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-            new = tokens[:, inputs["input_ids"].shape[1] :]
-            alone.append(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
-    assert answers == alone
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA with Pixtral"])
@@ -178,3 +172,35 @@ def _states(tower, arguments):
     for i, each in enumerate(arguments):
         pixels[i, :, : each["pixel_values"].shape[2], : each["pixel_values"].shape[3]] = each["pixel_values"][0]
     return tower(pixels, image_sizes=torch.cat([each["image_sizes"] for each in arguments])).last_hidden_state[0]
+
+
+@pytest.mark.parametrize(("library", "name"), [("timm", "ConvNeXt"), ("open_clip", "ResNet"), ("timm", "ResNet")])
+@torch.no_grad()
+def test_stages_are_steered_cell_by_cell(library, name):
+    """A mask of cells: those alone change; without edits, and the error kept, nothing does."""
+    (family,) = [each for each in FAMILIES if (each.name, each.library) == (name, library)]
+    tower = family.make()
+    model, inputs, anatomy = tower.model, prepared(tower, pictures(2)), tower.anatomy
+    run_once = functools.partial(anatomy.call, model, dict(inputs))
+    caught = []
+    hook = anatomy.blocks[1].register_forward_hook(lambda module, args, output: caught.append(output))
+    run_once()
+    n_cells, width = anatomy.form.tokens(caught[0]).shape[1:]
+    torch.manual_seed(1)
+    stage_sae = SparseAutoencoder(SAEConfig(width, 16, 4, "topk")).eval()
+    mask = torch.zeros(n_cells, dtype=torch.bool)
+    mask[1] = True
+    before = run_once()
+    with steer(model, stage_sae, 1, error="keep"):
+        assert torch.equal(run_once(), before)
+    with steer(model, stage_sae, 1, [clamp(3, 80.0)], tokens=mask):
+        assert not torch.allclose(run_once(), before, atol=1e-3)
+    hook.remove()
+    plain, steered = caught[0].flatten(2), caught[-1].flatten(2)
+    assert torch.equal((plain != steered).any(1).any(0), mask)
+    assert torch.equal(run_once(), before)
+    with (
+        pytest.raises(ValueError, match="tokens: cls, but the vision tower of"),
+        steer(model, stage_sae, 1, tokens="cls"),
+    ):
+        pass

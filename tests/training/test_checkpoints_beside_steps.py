@@ -13,8 +13,9 @@ from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.training import checkpoints as checkpoints_module
 from saevlm_fast.training import run as run_module
-from saevlm_fast.training.checkpoints import RunDirectory, check_checkpoint, checkpoints
+from saevlm_fast.training.checkpoints import RunDirectory, checkpoints
 from saevlm_fast.training.run import train
+from saevlm_fast.training.saved_state import check_checkpoint
 from saevlm_fast.training.step import Stepper
 
 SAE = SAEConfig.sized(16, expansion=4, k=4)

@@ -12,6 +12,7 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Doubt, Interrupted
 from saevlm_fast.training import loggers, watch
+from saevlm_fast.training.many import train_many
 from saevlm_fast.training.run import train
 
 X = PlantedConcepts(16, 8, 30, seed=1).sample(500)[0]
@@ -216,3 +217,14 @@ def test_warnings_reach_the_terminal_in_one_line(recorded, tmp_path):
     text = run_command("train", *(word for pair in arguments.items() for word in pair))
     assert text.count("warning: log_to: wandb failed at step 1 (RuntimeError: no log today)") == 1
     assert "second line" not in text
+
+
+def test_each_of_several_saes_is_a_run_of_its_own(recorded, tmp_path):
+    options = RunOptions(tmp_path / "grid", "cpu", log_every=4, log_to=("wandb",))
+    config = TrainConfig(steps=8, batch_size=64, lr=1e-3)
+    trained = train_many(ROWS, {"a": SAE, "b": SAEConfig(16, 64, 3)}, config, options)
+    for made, name, d_sae in zip(recorded.made, "ab", (32, 64), strict=True):
+        assert [what for what, *_ in made.told] == ["start", "log", "log", "pause", "eval", "close"]
+        assert made.run.name.startswith(f"{name}-")
+        assert made.run.config["sae"]["d_sae"] == d_sae
+        assert made.told[4][2]["eval/l0"] == trained[name].metrics["l0"]

@@ -1,0 +1,142 @@
+"""saevlm-fast cross-modal: which latents join text and image, and which image-text pairs fit together (SAE-V)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saevlm_fast.cli.looking import timed
+from saevlm_fast.cli.options import Plan, WorkOptions, command
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
+from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
+from saevlm_fast.config import DEVICE_HELP
+from saevlm_fast.config.crossmodal import CrossModalSettings
+from saevlm_fast.formats.places import SAE_HELP
+from saevlm_fast.settings import setting
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from saevlm_fast.crossmodal.measure import CrossModal
+    from saevlm_fast.data.rows import Activations
+    from saevlm_fast.sae import SparseAutoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossModalArguments(CrossModalSettings, WorkOptions):
+    """Options of `saevlm-fast cross-modal`."""
+
+    title = "Rows and SAE"
+    activations: Path = setting(help="Store of harvest --point language --tokens all.")
+    sae: Path = setting(help=SAE_HELP)
+    output: Path = setting(help="Directory for tables of latents, pairs and image tokens, and the ids that are kept.")
+    clip: str | None = setting(None, help="CLIP whose image-text cosine is a control: hf:NAME_OR_DIR, open_clip:...")
+    images: str | None = setting(None, help="For --clip: the image-text pairs.", shown="where the store says")
+    batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
+    device: str = setting("auto", help=DEVICE_HELP)
+    force: bool = setting(False, help="Replace --output once the new results are whole.", recorded=False)
+
+
+def _opened(options: CrossModalArguments) -> "tuple[Activations, SparseAutoencoder]":
+    from saevlm_fast.crossmodal.tokens import check_language_store
+    from saevlm_fast.data.rows import open_activations
+    from saevlm_fast.provenance import check_rows_of
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.sae import SparseAutoencoder
+
+    activations = open_activations(options.activations)
+    check_language_store(activations)
+    sae = SparseAutoencoder.from_pretrained(options.sae, device=resolve_device(options.device))
+    if (doubt := check_rows_of(sae, activations)) is not None:
+        warn(f"{doubt}; its codes of {options.activations} may mean little")
+    return activations, sae
+
+
+def _found(
+    options: CrossModalArguments, activations: "Activations", sae: "SparseAutoencoder", **calls: Callable[[Any], None]
+) -> "CrossModal":
+    from saevlm_fast.config.crossmodal import CrossModalSettings
+    from saevlm_fast.crossmodal.measure import cross_modal as measure
+
+    settings = vars(options.part(CrossModalSettings))
+    return measure(activations, sae, batch_rows=options.batch_size, **settings, **calls)
+
+
+def plan(options: CrossModalArguments) -> Plan:
+    """What would be measured; the time from the second chunk of rows."""
+    from saevlm_fast.crossmodal.output import check_cross_modal_output
+
+    check_writable(options.output)
+    check_cross_modal_output(options.output, options.force)
+    activations, sae = _opened(options)
+    n, d_sae = activations.n_rows, sae.config.d_sae
+    return Plan(
+        f"omegas of {d_sae:,} latents of {options.sae} on {n:,} tokens of {options.activations}",
+        {
+            "rows": n,
+            "latents": d_sae,
+            **memory_figures(sae.b_dec.device, 32 * options.top * d_sae),
+            **disk_figures(options.output, 30 * n + 60 * options.top * d_sae),
+            **replaced_figures(options.output, options.force),
+            "time_seconds": timed(lambda on: _found(options, activations, sae, on_rows=on), 2 * n),
+        },
+    )
+
+
+@command("cross-modal", plan=plan)
+def cross_modal(options: CrossModalArguments) -> dict[str, Any]:
+    """SAE-V: how cross-modal latents are, and which image-text pairs fit together, are kept, and by which patches."""
+    from saevlm_fast.crossmodal.output import check_cross_modal_output
+    from saevlm_fast.outputs import output_lock
+
+    with output_lock(options.output, directory=True):
+        check_cross_modal_output(options.output, options.force)
+        return _cross_modal(options)
+
+
+def _cross_modal(options: CrossModalArguments) -> dict[str, Any]:
+    from saevlm_fast.crossmodal.output import new_results, patches_written, summary_of, write_results
+
+    activations, sae = _opened(options)
+    with new_results(options.output, options.force) as place:
+        with (
+            Bar("cross-modal", 2 * activations.n_rows, "rows") as bar,
+            patches_written(place, options.keep_patches) as on_patches,
+        ):
+            found = _found(options, activations, sae, on_rows=bar.update, on_patches=on_patches)
+        if options.clip is not None:
+            found = found.with_clip(_clip(options, activations, found.ids))
+        summary = summary_of(found, options.seed)
+        settings = {"activations": str(options.activations), "sae": str(options.sae), "clip": options.clip}
+        settings |= vars(options.part(CrossModalSettings))
+        write_results(place, found, activations, summary | {"settings": settings})
+        Record("cross-modal", options, options.output, pairs=len(found.ids), rows=activations.n_rows).write()
+    _tell(summary, options)
+    return {"output": str(options.output), **summary}
+
+
+def _clip(options: CrossModalArguments, activations: "Activations", ids: list[str]) -> "np.ndarray":
+    """CLIP's cosines of the pairs, with the wrong captions that the harvest had."""
+    from saevlm_fast.crossmodal.controls import clip_cosines, pairs_of
+    from saevlm_fast.runtime import resolve_device
+
+    source = pairs_of(activations, options.images)
+    with Bar("clip", len(ids), "images") as bar:
+        return clip_cosines(source, ids, options.clip or "", resolve_device(options.device), bar.update, tell)
+
+
+def _tell(summary: dict[str, Any], options: CrossModalArguments) -> None:
+    latents = summary["latents"]
+    say(
+        f"{latents['scored']:,} of {latents['all']:,} latents have an omega, {latents['text_only']:,} are of text "
+        f"alone, {latents['image_only']:,} of images alone, {latents['rare']:,} too rare"
+    )
+    if summary["detection"]:
+        rows = [
+            (name, f"{each['auroc']:.3f}", f"{each['low']:.3f} to {each['high']:.3f}")
+            for name, each in summary["detection"].items()
+        ]
+        say(f"{summary['wrong']:,} of {summary['pairs']:,} captions are wrong; right pairs above wrong ones:")
+        print_table(("score", "AUROC", "95 %"), rows)
+    say(f"kept {summary['kept']:,} of {summary['pairs']:,} pairs by {options.by}; wrote {options.output}")

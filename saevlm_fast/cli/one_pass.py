@@ -1,0 +1,204 @@
+"""saevlm-fast train --model ... --images ...: from images to SAEs in one pass, without a store.
+
+OUTPUT                   the run, of one place and one SAE
+OUTPUT/PLACE/NAME        the run of each; PLACE is residual-11-cls, NAME what differs between SAEs (sweep.py), either
+                         only where there are several; then also what train_many.py writes beside them
+"""
+
+import shlex
+from contextlib import closing
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from saevlm_fast.cli.options import Plan
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, training_disk
+from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
+from saevlm_fast.cli.train_many import TABLES, summarise
+from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
+from saevlm_fast.errors import Interrupted, require
+
+if TYPE_CHECKING:
+    from saevlm_fast.cli.train_options import TrainArguments
+
+Sizes = tuple[dict[str, SAESize], dict[str, TrainConfig]]
+
+
+def parts_of(options: "TrainArguments") -> "dict[str, TrainArguments]":
+    """The options of a command that trains each SAE alone, by the name that it has here; one alone is called ""."""
+    from saevlm_fast.training.one_pass import harvest_config
+
+    members = options.members() if options.sweep else {"": options}
+    places = harvest_config(options.part(StreamSettings), options.part(TrainConfig))
+    several, found = len(places.stores) > 1, {}
+    for (place, (point, tokens)), (name, member) in product(zip(places.store_names, places.stores), members.items()):
+        whole = "/".join(filter(None, (place if several else "", name)))
+        text = None if tokens is None else next(t for t in options.tokens if _name_of(t) == tokens.name)
+        found[whole] = replace(
+            member,
+            layer=() if point.layer is None else (point.layer,),
+            point=(point.point,),
+            tokens=options.tokens[:1] if text is None else (text,),
+            output=options.output / whole,
+            keep_store=None,
+        )
+    return found
+
+
+def _name_of(tokens: str) -> str:
+    from saevlm_fast.towers.tokens import Tokens
+
+    return Tokens.parse(tokens).name
+
+
+def sizes_of(options: "TrainArguments") -> Sizes:
+    """What is trained at every place, by name."""
+    members = options.members() if options.sweep else {"": options}
+    sizes = {name: member.part(SAESize) for name, member in members.items()}
+    return sizes, {name: member.part(TrainConfig) for name, member in members.items()}
+
+
+def check_outputs(options: "TrainArguments", parts: "dict[str, TrainArguments]") -> None:
+    """ValueError: something is there, and nothing says that it may be replaced or gone on with."""
+    from saevlm_fast.config import HarvestOptions
+    from saevlm_fast.harvesting.stores import check_output
+    from saevlm_fast.outputs import check_absent
+    from saevlm_fast.training.checkpoints import RUN_FILE, RunDirectory
+
+    alone = set(parts) == {""}
+    require(
+        alone or not (options.output / RUN_FILE).exists(),
+        f"output: {options.output} holds a run of one SAE; name another directory for several",
+    )
+    used = [RunDirectory(part.output, part.checkpoint_every, part.resume, part.force).used() for part in parts.values()]
+    if not any(used) and not options.resume:
+        files = (SETTINGS_FILE,) if alone else (SETTINGS_FILE, *TABLES)
+        check_absent([options.output / file for file in files], options.force)
+    if options.keep_store is not None:
+        inside = options.keep_store.absolute() == options.output.absolute()
+        require(not inside, f"keep_store: {options.keep_store} is the output; name another directory")
+        check_output(HarvestOptions(options.keep_store, resume=options.resume, force=options.force))
+
+
+def plan_one_pass(options: "TrainArguments") -> Plan:
+    """What would be trained on what; the time from a forward of the first images."""
+    from saevlm_fast.cli.harvest import seconds_an_image
+    from saevlm_fast.config import RunOptions
+    from saevlm_fast.harvesting.config import COMPUTE_DTYPES
+    from saevlm_fast.images.open import open_images
+    from saevlm_fast.inspection import human_bytes
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.towers.load import load_tower
+    from saevlm_fast.training.one_pass import OnePass, harvest_config
+
+    device, parts = resolve_device(options.device), parts_of(options)
+    check_writable(options.output)
+    check_outputs(options, parts)
+    sizes, recipes = sizes_of(options)
+    chosen, config = options.part(StreamSettings), options.part(TrainConfig)
+    source = open_images(str(options.images))
+    tower = load_tower(str(options.model), device, on_message=tell)
+    harvest = harvest_config(chosen, config)
+    with tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], harvest.dtype == "tf32") as run:
+        one_pass = OnePass(source, str(options.images), tower, run, harvest, chosen, options.part(RunOptions), recipes)
+        one_pass.add(sizes, device, lambda name, step, metrics: None)
+        n = one_pass.stream.n_images
+        seconds = seconds_an_image(source, tower, run, min(n, chosen.image_batch))
+    rows = {place.name: place.rows for place in one_pass.places}
+    images = {place.name: -(-config.steps * place.batch_size * n // place.rows.n_rows) for place in one_pass.places}
+    saes = [member.state.stepper.sae.config for member in one_pass.members]
+    figures = {
+        "images": n,
+        "steps": config.steps,
+        "places": [f"{name}: {each.n_rows:,} x {each.d:,} an epoch" for name, each in rows.items()],
+        "images_through_the_tower": max(images.values()),
+        "saes": [f"{name or options.output}" for name in parts],
+        "takes": [f"{name} {human_bytes(size)}" for name, size in one_pass.needed.items()],
+        **memory_figures(device, sum(one_pass.needed.values())),
+        **disk_figures(options.output, sum(map(training_disk, saes))),
+        **({} if seconds is None else {"all_images_seconds": seconds * max(images.values())}),
+    }
+    return Plan(_sentence(options, n, config), figures)
+
+
+def _sentence(options: "TrainArguments", n_images: int, config: TrainConfig) -> str:
+    n = len(parts_of(options))
+    kept = "no store" if options.keep_store is None else f"the first epoch's rows are kept in {options.keep_store}"
+    return (
+        f"{n} {'SAE' if n == 1 else 'SAEs'} on {options.model}, {n_images:,} images of {options.images} in one pass; "
+        f"{config.steps:,} steps of {config.batch_size:,}, {kept}"
+    )
+
+
+def run_one_pass(options: "TrainArguments") -> dict[str, Any]:
+    """Trains them. The output is locked."""
+    from saevlm_fast.config import RunOptions
+    from saevlm_fast.images.open import open_images
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.towers.load import load_tower
+    from saevlm_fast.training.one_pass import train_from_images
+
+    parts = parts_of(options)
+    check_outputs(options, parts)
+    device = resolve_device(options.device)
+    source = open_images(str(options.images))
+    sizes, recipes = sizes_of(options)
+    config = options.part(TrainConfig)
+    say(_sentence(options, min(len(source), options.limit or len(source)), config))
+    tower = load_tower(str(options.model), device, on_message=tell)
+    records = [Record("train", part, part.output) for part in parts.values()]
+    if set(parts) != {""}:
+        records.append(Record("train", options, options.output))
+    with TrainBar(config.steps) as bar, closing(_Steps(bar, records, next(iter(parts)))) as told:
+        try:
+            trained = train_from_images(
+                tower,
+                source,
+                sizes,
+                recipes,
+                options.part(RunOptions),
+                options.part(StreamSettings),
+                images_path=options.images,
+                on_log=told.on_log,
+                on_step=told.on_step,
+                on_note=tell,
+            )
+        except Interrupted as error:
+            what, settings = str(error).partition(";")[0], shlex.quote(str(options.output / SETTINGS_FILE))
+            raise Interrupted(f"{what}; continue with: saevlm-fast train --config {settings} --resume") from None
+    for record in records:
+        record.write()
+    kind = "validation" if options.validation_images else "last training"
+    if set(parts) != {""}:
+        return summarise(options.output, trained, {}, kind, "MS is left out: there is no store to score")
+    metrics = dict(trained[""].metrics)
+    rows = metrics.pop("rows")
+    say(f"evaluation on {rows:,} {kind} rows")
+    print_table(("measure", "value"), ((name, f"{value:.4f}") for name, value in metrics.items()))
+    say(f"wrote {options.output}")
+    return {"output": str(options.output), "steps": config.steps, "evaluation": {"rows": rows, "of": kind, **metrics}}
+
+
+class _Steps:
+    """The bar, and the settings beside every SAE as soon as there is a place for them."""
+
+    def __init__(self, bar: TrainBar, records: list[Record], first: str):
+        self.bar, self.records, self.first = bar, records, first
+
+    def on_log(self, name: str, step: int, metrics: dict[str, float]) -> None:
+        """Called after every logged step of every SAE; the bar speaks of the first."""
+        self.last = (name, metrics)
+        if name == self.first:
+            self.bar.text = f"loss {metrics['losses/overall_loss']:.4f}  ev {metrics['metrics/explained_variance']:.3f}"
+
+    def on_step(self, done: int, total: int) -> None:
+        """Called after every step of every place."""
+        for record in self.records:
+            if record.result.is_dir():
+                record.write()
+        self.bar.update(done, total)
+
+    def close(self) -> None:
+        """When all steps are done, or none will be."""
+        self.bar.close()

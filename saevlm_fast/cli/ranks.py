@@ -1,0 +1,82 @@
+"""Commands under torchrun: which of them share their work, and who speaks."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from saevlm_fast.cli.terminal import err, out
+from saevlm_fast.config import RunOptions, SAEConfig
+from saevlm_fast.errors import require
+
+if TYPE_CHECKING:
+    from saevlm_fast.training.process_group import MeshPeers
+
+
+def n_processes() -> int:
+    """How many torchrun started; 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    require(text.isdecimal() and int(text) > 0, f"WORLD_SIZE: {text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def check_shares(name: str, shared: bool) -> None:
+    """ValueError: torchrun started several processes of a command that is of one: all would write the same output."""
+    n = n_processes()
+    require(
+        shared or n == 1,
+        f"{name}: runs in one process, and torchrun started {n} (WORLD_SIZE); train and harvest share their work",
+    )
+
+
+def speaks() -> bool:
+    """Whether this process says why the work has ended: of torchrun's the first one does."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from saevlm_fast.training.process_group import speaks as first_to_end
+
+    return first_to_end()
+
+
+@contextmanager
+def joined_ranks(device: str, timeout: float) -> "Iterator[MeshPeers | None]":
+    """This process among torchrun's, of which rank 0 alone prints; None if it is the only one."""
+    if n_processes() == 1:
+        yield None
+        return
+    import torch
+
+    from saevlm_fast.training.process_group import joined, own_device
+
+    with joined(torch.device(own_device(device)), timeout) as peers:
+        quiet = out.quiet, err.quiet
+        try:
+            if not leads(peers):
+                out.quiet = err.quiet = True
+            yield peers
+        finally:
+            out.quiet, err.quiet = quiet
+
+
+def leads(peers: "MeshPeers | None") -> bool:
+    """Whether this process writes and prints."""
+    return peers is None or peers.rank == 0
+
+
+def part_of_a_rank(sae: SAEConfig) -> SAEConfig:
+    """The largest of what torchrun's processes each hold of an SAE; all of it without torchrun."""
+    if (world := n_processes()) == 1:
+        return sae
+    from saevlm_fast.training.shards import Shard
+
+    return Shard(sae, world - 1, world).config
+
+
+def ranks_options(options: RunOptions, peers: "MeshPeers | None") -> RunOptions:
+    """With the rank's own device."""
+    if peers is None:
+        return options
+    from saevlm_fast.training.process_group import own_device
+
+    return replace(options, device=own_device(options.device))

@@ -1,0 +1,275 @@
+"""saevlm-fast steerability: which latents, and which neurons, change what a CLIP says of images."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saevlm_fast.cli.options import Plan, WorkOptions, command
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
+from saevlm_fast.cli.record import Record, settings_path
+from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
+from saevlm_fast.config import DEVICE_HELP, SteerabilityConfig
+from saevlm_fast.errors import require
+from saevlm_fast.formats.places import SAE_HELP
+from saevlm_fast.look.chosen import check_latents
+from saevlm_fast.settings import same_as, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saevlm_fast.clip_steering.run import Steerable
+    from saevlm_fast.clip_steering.stream import Vocabulary
+    from saevlm_fast.clip_steering.units import Units
+    from saevlm_fast.images.sources import ImageSource
+    from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.towers.tower import Tower
+
+_ROW_BYTES = 160  # of the table
+_SHOWN = 8
+
+
+def _not_the_best(name: str, text: str) -> str:
+    require(not text.startswith("top:"), f"{name}: {text!r}: no order yet; --screen N takes the most promising")
+    return check_latents(name, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerabilityArguments(WorkOptions):
+    """Options of `saevlm-fast steerability`."""
+
+    title = "Model and SAE"
+    model: str = setting(help="Tower with a text side, as of harvest.")
+    sae: Path = setting(help=SAE_HELP)
+    layer: int = setting(help="Block of the tower, from 0, whose output the SAE is of.", at_least=0)
+    images: str = setting(help="Images, as of harvest.")
+    text_model: str | None = setting(None, help="Text side, as of name.", shown="the model's own")
+    words: Path | None = setting(None, help="Vocabulary, one word a line.", shown="1,479 concrete words, built in")
+    template: str = setting("a photo of {}", help="What the text side is told of a word.")
+    output: Path = setting(help="Table of latents: FILE.parquet, FILE.csv or FILE.json; neurons beside it.")
+    latents: str = setting(":", help="0:100, or 3,17,40.", shown="all", parse=_not_the_best)
+    neurons: bool = setting(True, help="Ask about the neurons of the residual stream as well.")
+    alpha: float = same_as(SteerabilityConfig, "alpha")
+    tokens: str = same_as(SteerabilityConfig, "tokens")
+    ask: int = same_as(SteerabilityConfig, "ask")
+    n_reference: int = same_as(SteerabilityConfig, "n_reference")
+    controls: int = same_as(SteerabilityConfig, "controls")
+    screen: int | None = same_as(SteerabilityConfig, "screen")
+    seed: int = same_as(SteerabilityConfig, "seed")
+    batch_size: int = setting(256, help="Changed images of a forward.", at_least=1)
+    force: bool = setting(False, help="Replace --output once the new tables are whole.", recorded=False)
+    device: str = setting("auto", help=DEVICE_HELP)
+
+    @property
+    def neurons_output(self) -> Path:
+        """Beside the table of latents."""
+        return self.output.with_name(f"{self.output.stem}.neurons{self.output.suffix}")
+
+    @property
+    def files(self) -> list[Path]:
+        """What must not be there without --force."""
+        return [self.output, settings_path(self.output), *([self.neurons_output] if self.neurons else [])]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is opened: tower, SAE, images, words."""
+
+    tower: "Tower"
+    sae: "SparseAutoencoder"
+    source: "ImageSource"
+    vocabulary: "Vocabulary"
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What finished blocks follow from, beside the settings."""
+        from saevlm_fast.files import weights_sha256
+
+        return {
+            "tower": self.tower.description(),
+            "sae": weights_sha256(self.sae),
+            "images": self.source.fingerprint(),
+            "words": self.vocabulary.words,
+            "texts": self.vocabulary.texts_CE.double().sum(0).tolist(),
+            "logit_scale": self.vocabulary.logit_scale,
+        }
+
+
+def check(options: SteerabilityArguments) -> None:
+    """ValueError: the output may not be written, or is there."""
+    from saevlm_fast.outputs import check_absent
+    from saevlm_fast.scoring.tables import check_scores_path
+
+    check_writable(options.output)
+    check_scores_path(options.output)
+    check_absent(options.files, options.force)
+
+
+def open_inputs(options: SteerabilityArguments) -> Inputs:
+    """Everything that is read. ValueError: a model without a text side, an SAE of another width or layer."""
+    from saevlm_fast.clip_steering.stream import Vocabulary
+    from saevlm_fast.images.open import open_images
+    from saevlm_fast.look.names import known_words, vocabulary
+    from saevlm_fast.provenance import check_sae_of
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.towers.load import load_tower
+    from saevlm_fast.towers.text import load_text_encoder
+
+    device = resolve_device(options.device)
+    words = vocabulary(options.words, options.template)
+    source = open_images(options.images)
+    sae = SparseAutoencoder.from_pretrained(options.sae, device=device)
+    if (doubt := check_sae_of(sae, options.layer, options.tokens)) is not None:
+        warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
+    tower = load_tower(options.model, device, on_message=tell)
+    require(
+        tower.anatomy.width in (None, sae.config.d_in),
+        f"sae: d_in is {sae.config.d_in}, but the blocks of {options.model} have width {tower.anatomy.width}",
+    )
+    encoder = load_text_encoder(options.text_model or options.model, device, on_message=tell)
+    require(
+        encoder.logit_scale is not None,
+        f"text_model: {encoder.spec} has no logit scale in its file, so that its cosines are no probabilities",
+    )
+    assert encoder.logit_scale is not None
+    words, n_unknown = known_words(words, encoder)
+    if n_unknown:
+        tell(f"words: {n_unknown:,} left out that {encoder.spec} does not know; {len(words.words):,} are left")
+    return Inputs(tower, sae, source, Vocabulary(tuple(words.words), encoder.embed(words.texts), encoder.logit_scale))
+
+
+def _kinds(options: SteerabilityArguments, inputs: Inputs) -> "list[tuple[Units, Tensor]]":
+    """Kinds of units, and which ones are asked about."""
+    import torch
+
+    from saevlm_fast.clip_steering.units import Latents, Neurons
+    from saevlm_fast.look.chosen import chosen_latents
+
+    sae = inputs.sae
+    chosen = torch.tensor(chosen_latents(options.latents, torch.zeros(sae.config.d_sae)))
+    kinds: list[tuple[Units, Tensor]] = [(Latents(sae), chosen)]
+    if options.neurons:
+        kinds.append((Neurons(sae.config.d_in), torch.arange(sae.config.d_in)))
+    return kinds
+
+
+def plan(options: SteerabilityArguments) -> Plan:
+    """What would be asked; the time from one block of units."""
+    import time
+
+    from saevlm_fast.clip_steering.run import Asking
+    from saevlm_fast.clip_steering.steerability import Steering
+    from saevlm_fast.clip_steering.stream import opened_stream
+
+    check(options)
+    inputs = open_inputs(options)
+    kinds = _kinds(options, inputs)
+    asked = [min(len(chosen), options.screen or len(chosen)) for _, chosen in kinds]
+    with opened_stream(inputs.tower, options.layer, options.tokens, options.batch_size) as stream:
+        asking = Asking(stream, inputs.source, inputs.vocabulary, options.part(SteerabilityConfig), {})
+        units, chosen = kinds[0]
+        steering = Steering(stream, asking.asked, units, inputs.vocabulary, options.controls)
+        few = chosen[: steering.at_once]
+        start = time.perf_counter()
+        steering.changes(few, few.float())
+        seconds = (time.perf_counter() - start) / len(few)
+        shape = asking.asked[0].x_BTD[0].numel()
+    return Plan(
+        f"steerability of {asked[0]:,} latents of {options.sae} in {options.model}",
+        {
+            "images_asked_about": asking.n_images,
+            "words": len(inputs.vocabulary.words),
+            "latents": asked[0],
+            "neurons": asked[1] if len(asked) > 1 else 0,
+            "passes_of_an_image": sum(asked) * (2 + options.controls) * asking.n_images,
+            **memory_figures(stream.tower.device, 8 * shape * (options.batch_size + asking.n_images)),
+            **disk_figures(options.output, _ROW_BYTES * sum(len(chosen) for _, chosen in kinds)),
+            "time_seconds": seconds * sum(asked),
+        },
+    )
+
+
+@command("steerability", plan=plan)
+def steerability(options: SteerabilityArguments) -> dict[str, Any]:
+    """Which latents and neurons change what a CLIP says of images, beside controls. Interrupted, it goes on."""
+    from saevlm_fast.outputs import output_lock
+
+    with output_lock(options.output, directory=False):
+        check(options)
+        found = _steerability(options)
+    _print(found)
+    say(f"wrote {options.output}" + (f" and {options.neurons_output}" if options.neurons else ""))
+    return {"output": str(options.output)} | {f"{each.kind}s": _as_json(each) for each in found}
+
+
+def _steerability(options: SteerabilityArguments) -> "list[Steerable]":
+    from saevlm_fast.clip_steering.run import Asking, progress_of
+    from saevlm_fast.clip_steering.stream import opened_stream
+    from saevlm_fast.files import remove_leftovers
+    from saevlm_fast.measures.parts import Parts
+    from saevlm_fast.runtime import interruptible
+    from saevlm_fast.scoring.tables import write_table
+
+    inputs = open_inputs(options)
+    config = options.part(SteerabilityConfig)
+    progress = progress_of(options.output)
+    made_of = inputs.made_of | {"layer": options.layer, "config": vars(config)}
+    found = []
+    with opened_stream(inputs.tower, options.layer, options.tokens, options.batch_size) as stream:
+        asking = Asking(stream, inputs.source, inputs.vocabulary, config, made_of)
+        kinds = _kinds(options, inputs)
+        known = asking.references([units for units, _ in kinds])
+        for (units, chosen), reference in zip(kinds, known):
+            alive = int((reference.density_S[chosen] > 0).sum())
+            total = min(alive, config.screen or alive)
+            with interruptible() as interrupted, Bar(f"{units.kind}s", total, f"{units.kind}s") as bar:
+                found.append(asking.measure(units, reference, chosen, Parts(progress), bar.update, interrupted))
+    for each, path in zip(found, (options.output, options.neurons_output)):
+        metadata = {"sae": str(options.sae), "model": options.model, "layer": str(options.layer)}
+        metadata |= {name: str(value) for name, value in vars(config).items()}
+        write_table(each.table.replace_schema_metadata(metadata), path)
+    skipped = len(stream.skipped)
+    if skipped:
+        warn(f"images: {skipped} of them are not usable and were left out")
+    Record("steerability", options, options.output, images=asking.n_images, words=len(inputs.vocabulary.words)).write()
+    remove_leftovers(progress)
+    shutil.rmtree(progress, ignore_errors=True)
+    return found
+
+
+def _as_json(found: "Steerable") -> dict[str, Any]:
+    from saevlm_fast.measures.results import plain
+
+    return plain(found.summary)
+
+
+def _print(found: "list[Steerable]") -> None:
+    names = ("asked", "dead", "steerable", "s", "s_random", "s_density", "s_reversed", "s_shuffled")
+    lines = [
+        (each.kind, *(_cell(each.summary[name]) for name in names), _cell(each.summary["specificity"]))
+        for each in found
+    ]
+    print_wide_table(("", *names, "specificity"), lines)
+    for each in found:
+        if each.summary["steerable"]["n"] == 0:
+            say(
+                f"{each.kind}s: {each.summary['random_directions']} random directions are too few to call one so;"
+                " 100 are needed (--controls)"
+            )
+    best = sorted((row for row in found[0].table.to_pylist() if row["status"] == "defined"), key=lambda row: -row["s"])
+    lines = [
+        (str(row["latent"]), f"{row['s']:.4f}", f"{row['chance']:.3f}", row["concept"], f"{row['concept_change']:+.3f}")
+        for row in best[:_SHOWN]
+    ]
+    print_wide_table(("latent", "S", "chance", "most changed word", "by"), lines)
+    say("steerable: at most 1 in 100 random directions of the same length, token by token, has an S as large.")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        low, high = value["interval"]
+        return "-" if value["n"] == 0 else f"{value['value']:.1%} [{low:.1%}, {high:.1%}]"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value != value else f"{value:.4f}"

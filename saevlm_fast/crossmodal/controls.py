@@ -1,0 +1,89 @@
+"""What SAE-V's scores of pairs have to beat: chance, exchanged omegas, the length of the text, and a CLIP.
+
+Shape suffixes: S latents, P pairs.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+import numpy as np
+import torch
+
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
+from saevlm_fast.images.batches import image_batches
+from saevlm_fast.images.open import open_images
+from saevlm_fast.images.pairs import WrongCaptions, caption, check_captions
+from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.towers.load import load_tower
+from saevlm_fast.towers.text import load_text_encoder
+from saevlm_fast.towers.tower import HookPoint
+
+_PROJECTION = HookPoint("projection")
+_AT_ONCE = 64
+
+
+def shuffled_omegas(omega_S: np.ndarray, seed: int) -> np.ndarray:
+    """The omegas of the scored latents in another order."""
+    shuffled, scored = omega_S.copy(), np.flatnonzero(~np.isnan(omega_S))
+    shuffled[scored] = np.random.default_rng(seed).permutation(omega_S[scored])
+    return shuffled
+
+
+def random_scores(n_pairs: int, seed: int) -> np.ndarray:
+    """By which a random subset is kept."""
+    return np.random.default_rng([seed, 1]).random(n_pairs)
+
+
+def pairs_of(activations: Activations, images: str | None) -> ImageSource:
+    """The image-text pairs that a store was harvested from, wrong captions included.
+
+    images: where they are, if not where the store says. ValueError: it does not say; no captions there.
+    """
+    source = activations.source or {}
+    record = source.get("images")
+    told = record if isinstance(record, dict) else {}
+    path = images or str(told.get("path") or "")
+    require(path != "", f"images: {activations.path} does not say where its pairs are; give --images")
+    pairs = open_images(path)
+    check_captions(pairs, path)
+    share = float(told.get("wrong_captions") or 0.0)
+    return WrongCaptions(pairs, share, int(source.get("seed") or 0)) if share else pairs
+
+
+def clip_cosines(
+    source: ImageSource,
+    ids: Sequence[str],
+    spec: str,
+    device: torch.device,
+    on_images: Callable[[int], None] = lambda done: None,
+    on_message: Callable[[str], None] = print,
+) -> np.ndarray:
+    """float64 [P]: the cosine of a CLIP's image and caption, of the pairs of these ids; NaN where the source has none.
+
+    Captions that are too long are cut, as they are no choice of the user's.
+
+    Raises:
+        ValueError: a CLIP or SigLIP of other kinds than load_tower and load_text_encoder know, or without projection.
+    """
+    place = {name: p for p, name in enumerate(ids)}
+    wanted = [i for i in range(len(source)) if source.image_id(i) in place]
+    cosines = np.full(len(ids), np.nan)
+    text = load_text_encoder(spec, device, on_message)
+    tower = load_tower(spec, device, on_message)
+    ranges = [wanted[start : start + _AT_ONCE] for start in range(0, len(wanted), _AT_ONCE)]
+    done = 0
+    with (
+        tower.hooked([_PROJECTION]) as run,
+        closing(image_batches(source, tower.preprocess, ranges, 0, False)) as batches,
+    ):
+        for batch in batches:
+            done += len(batch.images) + len(batch.skipped)
+            if batch.inputs is not None:
+                inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+                images = torch.nn.functional.normalize(run(inputs)[_PROJECTION].float().cpu(), dim=1)
+                said = text.embed([caption(source, i) for i in batch.images], refuse=False)
+                places = [place[source.image_id(i)] for i in batch.images]
+                cosines[places] = (images.double() * said.double()).sum(1).numpy()
+            on_images(done)
+    return cosines

@@ -1,0 +1,165 @@
+"""Scores of image-text pairs, and of the tokens of their images, pair by pair as the store is read.
+
+A latent is active in a pair's text, or image, if it is above the threshold in one of its tokens there.
+
+    cosine          sum of omega over the latents that are active in both (2502.17514 algorithm 1)
+    co_occurrence   how many these are, with or without an omega (algorithm 3)
+    count           how many latents are active in the pair at all (algorithm 2)
+    shuffled        cosine with the omegas of the scored latents exchanged at random: a control
+
+A token of the image carries the omegas of those latents of the pair's score that are active in it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from saevlm_fast.crossmodal.tokens import Chunk
+
+COUNTS = ("co_occurrence", "count", "n_text", "n_image")
+
+
+class _Entries(NamedTuple):
+    """Active latents above the threshold: numbers of pairs, latents and rows of the store, of one modality."""
+
+    sample: np.ndarray
+    latent: np.ndarray
+    row: np.ndarray
+
+    def where(self, chosen: np.ndarray) -> "_Entries":
+        return _Entries(*(column[chosen] for column in self))
+
+    def and_then(self, other: "_Entries") -> "_Entries":
+        return _Entries(*(np.concatenate(pair) for pair in zip(self, other)))
+
+
+class Patches(NamedTuple):
+    """Image tokens of whole pairs: pair, row in the store, place among the pair's image tokens, what they carry."""
+
+    sample: np.ndarray
+    row: np.ndarray
+    patch: np.ndarray
+    score: np.ndarray
+
+
+class PairScores:
+    """Scores of all pairs of a store. Memory: a few numbers a pair, and one pair more than a chunk.
+
+    Attributes:
+        ids: of the pairs. columns: after `finish`, name -> [pairs].
+    """
+
+    def __init__(
+        self,
+        omega_S: np.ndarray,
+        shuffled_S: np.ndarray,
+        threshold: float,
+        on_patches: Callable[[Patches], None] = lambda patches: None,
+    ):
+        self._omega_S, self._shuffled_S = np.nan_to_num(omega_S), np.nan_to_num(shuffled_S)
+        self._threshold, self._on_patches = threshold, on_patches
+        nothing = np.empty(0, np.int64)
+        self._text = self._image = _Entries(nothing, nothing, nothing)
+        self._tokens = nothing, nothing  # pair and row of image tokens that wait
+        self._n_done = 0
+        self.ids: list[str] = []
+        self._parts: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("cosine", "shuffled", "co_occurrence", "count")
+        }
+        self._lengths: dict[str, np.ndarray] = {name: nothing for name in ("n_text", "n_image")}
+        self.columns: dict[str, np.ndarray] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        """The next rows of the store; pairs that are whole are scored."""
+        self.ids += chunk.ids
+        active = chunk.act_M > self._threshold
+        latent, row = chunk.latent_M[active], chunk.row_M[active]
+        entries = _Entries(chunk.sample_N[row], latent, row + chunk.first)
+        self._text = self._text.and_then(entries.where(chunk.text_N[row]))
+        self._image = self._image.and_then(entries.where(chunk.image_N[row]))
+        image_rows = np.flatnonzero(chunk.image_N)
+        found = chunk.sample_N[image_rows], image_rows + chunk.first
+        self._tokens = tuple(np.concatenate(pair) for pair in zip(self._tokens, found))  # type: ignore[assignment]
+        for name, rows_N in (("n_text", chunk.text_N), ("n_image", chunk.image_N)):
+            grown = np.zeros(len(self.ids), np.int64)
+            grown[: len(self._lengths[name])] = self._lengths[name]
+            self._lengths[name] = grown + np.bincount(chunk.sample_N[rows_N], minlength=len(self.ids))
+        self._score(len(self.ids) - 1)
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """The last pair, and the columns of all."""
+        self._score(len(self.ids))
+        self.columns = {
+            name: np.concatenate([np.empty(0), *parts]) for name, parts in self._parts.items()
+        } | self._lengths
+        for name in COUNTS:
+            self.columns[name] = self.columns[name].astype(np.int64)
+        return self.columns
+
+    def _score(self, stop: int) -> None:
+        """Pairs self._n_done .. stop - 1, of which nothing more comes."""
+        if stop <= self._n_done:
+            return
+        start, self._n_done = self._n_done, stop
+        text, image = (entries.where(entries.sample < stop) for entries in (self._text, self._image))
+        self._text, self._image = (entries.where(entries.sample >= stop) for entries in (self._text, self._image))
+        s = len(self._omega_S)
+        text_keys, image_keys = (np.unique(entries.sample * s + entries.latent) for entries in (text, image))
+        both = np.intersect1d(text_keys, image_keys, assume_unique=True)
+        n, place, latent = stop - start, both // s - start, both % s
+        self._parts["cosine"].append(np.bincount(place, self._omega_S[latent], n))
+        self._parts["shuffled"].append(np.bincount(place, self._shuffled_S[latent], n))
+        self._parts["co_occurrence"].append(np.bincount(place, minlength=n))
+        self._parts["count"].append(np.bincount(np.union1d(text_keys, image_keys) // s - start, minlength=n))
+        self._patches(stop, image, both)
+
+    def _patches(self, stop: int, image: _Entries, both: np.ndarray) -> None:
+        sample, row = self._tokens
+        done = sample < stop
+        self._tokens = sample[~done], row[~done]
+        sample, row = sample[done], row[done]
+        keys = image.sample * len(self._omega_S) + image.latent
+        carried = image.where(np.isin(keys, both))
+        places = np.searchsorted(row, carried.row)
+        score = np.bincount(places, self._omega_S[carried.latent], len(row))
+        begins = np.flatnonzero(np.diff(sample, prepend=-1))
+        patch = np.arange(len(sample)) - np.repeat(begins, np.diff(begins, append=len(sample)))
+        self._on_patches(Patches(sample, row, patch, score))
+
+
+def kept_pairs(scores: np.ndarray, share: float) -> np.ndarray:
+    """bool: the best `share` of the pairs, rounded; of equal ones the earlier."""
+    kept = np.zeros(len(scores), bool)
+    kept[np.argsort(-scores, kind="stable")[: round(share * len(scores))]] = True
+    return kept
+
+
+def kept_patches(patches: Patches, share: float) -> np.ndarray:
+    """bool: of every pair the best `share` of its image tokens, rounded; of equal ones the earlier."""
+    order = np.lexsort((patches.patch, -patches.score, patches.sample))
+    _, sizes = np.unique(patches.sample, return_counts=True)
+    rank = np.concatenate([np.empty(0, np.int64), *(np.arange(size) for size in sizes)])
+    kept = np.zeros(len(order), bool)
+    kept[order] = rank < np.round(share * np.repeat(sizes, sizes))
+    return kept
+
+
+def auroc(scores: np.ndarray, wrong: np.ndarray) -> float:
+    """How often a right pair has a higher score than a wrong one, ties half. NaN without one of both."""
+    right, n_wrong = ~wrong, int(wrong.sum())
+    if n_wrong in (0, len(wrong)):
+        return float("nan")
+    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places.reshape(-1)]
+    n_right = int(right.sum())
+    return float((ranks[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+
+
+def auroc_interval(scores: np.ndarray, wrong: np.ndarray, seed: int, n: int = 1000) -> tuple[float, float]:
+    """2.5 % and 97.5 % points over pairs that are drawn anew."""
+    rng = np.random.default_rng(seed)
+    draws: Iterable[np.ndarray] = (rng.integers(0, len(scores), len(scores)) for _ in range(n))
+    values = [auroc(scores[draw], wrong[draw]) for draw in draws]
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)

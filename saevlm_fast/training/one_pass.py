@@ -1,0 +1,310 @@
+"""From images to SAEs in one pass: tower, shuffle buffers, steps. Nothing is stored unless it is asked for.
+
+    trained = train_from_images("hf:tiny-clip", "photos", {"k5": SAESize(k=5)}, layer=[1, 3], steps=500, output="saes")
+
+    forwards (harvesting/stream.py) -> a buffer for every place (data/mixing.py) -> steps of all SAEs of the place
+
+The images pass once for all places and SAEs, over as many epochs as the place needs that gets the fewest rows of an
+image; each SAE is, to the bit, the one that is trained alone. The order is a function of the seed and the images'
+number, so that a killed run goes on: the rows of the buffers go through the tower again.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import (
+    HarvestOptions,
+    RunOptions,
+    SAEConfig,
+    SAESize,
+    StreamSettings,
+    TrainConfig,
+    keyword_settings,
+)
+from saevlm_fast.errors import check_kind, require
+from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig
+from saevlm_fast.harvesting.plan import PlannedStore
+from saevlm_fast.harvesting.stores import BatchRows
+from saevlm_fast.harvesting.stream import Keeping, TowerStream
+from saevlm_fast.images.batches import dead_workers_in_one_line
+from saevlm_fast.images.open import open_images
+from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.outputs import output_lock
+from saevlm_fast.runtime import interruptible, resolve_device, tf32_products
+from saevlm_fast.settings import several
+from saevlm_fast.towers.load import SPECS, load_tower
+from saevlm_fast.towers.tokens import Tokens
+from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
+from saevlm_fast.training.capture import told_of_compiling
+from saevlm_fast.training.checkpoints import RunDirectory
+from saevlm_fast.training.evaluate import Metrics, RowSums, evaluate_chunks
+from saevlm_fast.training.many import Member, Trained, evaluated_all, own_options, recipes_of, stop_all
+from saevlm_fast.training.memory import check_memory, training_memory
+from saevlm_fast.training.progress import ProgressLine
+from saevlm_fast.training.streamed import Place, StreamedRows
+
+_EVALUATED_AT_A_TIME = 4096
+
+
+def train_from_images(
+    model: str | Tower,
+    images: str | os.PathLike[str] | ImageSource,
+    saes: Mapping[str, SAESize],
+    config: TrainConfig | Mapping[str, TrainConfig] | None = None,
+    options: RunOptions | None = None,
+    stream: StreamSettings | None = None,
+    *,
+    images_path: str | None = None,
+    progress: bool = False,
+    on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> dict[str, Trained]:
+    """Train SAEs on a tower's activations while the images pass through it; no activations are stored.
+
+        trained = train_from_images("hf:tiny-clip", "photos", {"": SAESize(k=5)}, layer=11, steps=500, output="sae")
+
+    Args:
+        model: a spec of `load_tower`, or a tower. images: a path of `open_images`, or what it has opened.
+        saes: what SAEs, by names; each is trained at every point and choice of tokens.
+        config, options: as of `train_many`; or their fields by name.
+        stream: layers, points, tokens, the buffer and more; or its fields by name, as layer=[11, 17], buffer="4GiB".
+        images_path: what records call the images, where they are open already.
+        progress: show a line. on_log: called with the name of every SAE at its logged steps. on_step: called with the
+            steps done at all places, and those to do. on_note: called with what else is worth a line.
+
+    Returns:
+        The SAEs in raw units, with what is measured of them on stream.validation_images, or else on the rows of the
+        last window of the buffer, which they were trained on. By the name of the SAE, of several places by
+        residual-11-cls/NAME; directories in options.output are called so too.
+
+    Raises:
+        ValueError: settings that fit neither the tower, the images nor each other, a buffer that is smaller than a
+            batch, outputs in use, more memory needed than is free, too many unusable images, non-finite losses.
+        Interrupted: SIGINT or SIGTERM; checkpoints have been written, if there is an output.
+    """
+    chosen, rest = _stream_settings(stream, settings)
+    recipes, options = recipes_of("train_from_images", saes, SAESize, config, options, rest)
+    for recipe in recipes.values():
+        known = recipe.control not in ("shuffled", "untrained")
+        require(known, f"control: {recipe.control} is of a run from a store, whose batches are at hand")
+    check_kind("images_path", images_path, (str, type(None)), "a text")
+    check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
+    device = resolve_device(options.device)
+    source = open_images(images) if isinstance(images, str | os.PathLike) else images
+    check_kind("images", source, ImageSource, "a path, or what open_images gives")
+    held_out = open_images(chosen.validation_images) if chosen.validation_images else None
+    tower = model if isinstance(model, Tower) else load_tower(model, device)
+    line = ProgressLine(next(iter(recipes.values())).steps)
+
+    def logged(name: str, step: int, metrics: Metrics) -> None:
+        if progress:
+            line.log(step, metrics)
+        on_log(name, step, metrics)
+
+    harvest = harvest_config(chosen, next(iter(recipes.values())))
+    with ExitStack() as stack:
+        stack.enter_context(closing(line))
+        tf32 = harvest.dtype == "tf32"
+        run = stack.enter_context(tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], tf32))
+        path = os.fspath(images) if isinstance(images, str | os.PathLike) else images_path or ""
+        one_pass = OnePass(source, path, tower, run, harvest, chosen, options, recipes)
+        one_pass.add(saes, device, logged)
+        one_pass.enter(stack)
+        with tf32_products(False), told_of_compiling(line.note if progress else on_note), dead_workers_in_one_line():
+            one_pass.steps(on_step, on_note)
+            return one_pass.finish(held_out)
+
+
+def harvest_config(stream: StreamSettings, config: TrainConfig) -> HarvestConfig:
+    """What a harvest of the same rows would be asked for."""
+    return HarvestConfig(
+        points=tuple(HookPoint.all_of(stream.point, stream.layer)),
+        tokens=tuple(Tokens.parse(text) for text in stream.tokens),
+        seed=config.seed,
+        limit=stream.limit,
+        batch_size=stream.image_batch,
+        dtype=stream.tower_dtype,
+    )
+
+
+class OnePass:
+    """The places, the stream that feeds them, and what is kept of it; methods in the order they happen."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        path: str,
+        tower: Tower,
+        run: HookedTower,
+        harvest: HarvestConfig,
+        chosen: StreamSettings,
+        options: RunOptions,
+        recipes: Mapping[str, TrainConfig],
+    ):
+        self.chosen, self.options, self.recipes, self.path = chosen, options, recipes, path
+        self.config = next(iter(recipes.values()))
+        output = chosen.keep_store or options.output or Path("store")
+        given = {"resume": options.resume, "force": options.force} if chosen.keep_store else {}
+        engine = HarvestOptions(output, path, workers=chosen.workers, max_skipped=chosen.max_skipped, **given)
+        self.stream = TowerStream(source, tower, run, harvest, engine)
+        self.places: list[Place] = []
+        self.keeping: Keeping | None = None
+
+    @property
+    def members(self) -> list[Member]:
+        """All SAEs, place by place."""
+        return [member for place in self.places for member in place.members]
+
+    def add(
+        self, saes: Mapping[str, SAESize], device: torch.device, on_log: Callable[[str, int, Metrics], None]
+    ) -> None:
+        """A place for every store that a harvest would write, with all SAEs. ValueError: what does not fit."""
+        plan = self.stream.plan
+        names = plan.config.store_names
+        needed: dict[str, int] = {}
+        sized = [(name, store, _sized(saes, self.recipes, store.width)) for name, store in zip(names, plan.stores)]
+        for name, store, configs in sized:
+            rows = self._rows(store)
+            capacity = self.chosen.buffer_rows(
+                min(self.config.batch_size, rows.n_rows), rows.row_bytes, self.config.steps * self.config.batch_size
+            )
+            if self.chosen.buffer_on == "device" or device.type == "cpu":
+                needed[f"the buffer of {name}"] = capacity * rows.row_bytes
+            for sae_name, sae in configs.items():
+                recipe = self.recipes[sae_name]
+                whole = f"{name}/{sae_name}".rstrip("/") if len(names) > 1 else sae_name
+                needed[f"the SAE {whole}".strip()] = training_memory(sae, recipe.batch_size, recipe.accumulate)
+        self.needed = needed
+        check_memory(device, needed)
+        for name, store, configs in sized:
+            rows = self._rows(store)
+            capacity = self.chosen.buffer_rows(
+                min(self.config.batch_size, rows.n_rows), rows.row_bytes, self.config.steps * self.config.batch_size
+            )
+            where = torch.device("cpu") if self.chosen.buffer_on == "host" else device
+            place = Place(name, rows, self.config, capacity, where, device)
+            for sae_name, sae in configs.items():
+                whole = f"{name}/{sae_name}".rstrip("/") if len(names) > 1 else sae_name
+                place.add(whole, sae, self.recipes[sae_name], own_options(self.options, whole), on_log)
+            self.places.append(place)
+
+    def _rows(self, store: PlannedStore) -> StreamedRows:
+        plan, dtype = self.stream.plan, self.stream.config.torch_store_dtype
+        source = plan.source_of(store) | {"images": plan.settings["images"]}
+        known_by = {
+            "tower": plan.settings["model"]["class"],
+            "weights of the tower": plan.settings["model"]["weights_sha256"],
+            "images": plan.settings["images"]["images"],
+            "names of the images": plan.settings["images"]["fingerprint"],
+            "content of the images": plan.settings["images"]["content"],
+            "point": store.point.name,
+            "tokens": None if store.tokens is None else store.tokens.name,
+            "image_batch": self.stream.config.batch_size,
+            "tower_dtype": self.stream.config.dtype,
+            "buffer": self.chosen.buffer,
+        }
+        return StreamedRows(
+            self.stream.n_images * store.rows_per_image,
+            store.width * dtype.itemsize,
+            store.width,
+            dtype,
+            Path(self.path or "images"),
+            source,
+            known_by,
+        )
+
+    def enter(self, stack: ExitStack) -> None:
+        """Locks the outputs, refuses those in use, and finds where the places go on."""
+        for member in self.members:
+            stack.enter_context(member.kept.locked())
+            stack.enter_context(member.watch)
+            if isinstance(member.kept, RunDirectory):
+                member.kept.used()
+        if self.chosen.keep_store is not None:
+            stack.enter_context(output_lock(self.chosen.keep_store, directory=True))
+            self.keeping = Keeping(self.stream)
+        for place in self.places:
+            place.resume()
+
+    def steps(self, on_step: Callable[[int, int], None], on_note: Callable[[str], None]) -> None:
+        """All remaining steps of all places, and the rest of the first epoch if it is kept."""
+        total = self.config.steps * len(self.places)
+        starts = [place.start.forward for place in self.places]
+        starts += [] if self.keeping is None or self.keeping.is_whole else [self.keeping.first_missing]
+        filling = ", ".join(f"{place.name} {len(place.buffer.rows_RD):,}" for place in self.places)
+        on_note(f"filling the buffers before the first step, rows: {filling}")
+        with (
+            interruptible() as interrupted,
+            closing(self.stream.forwards(min(starts), self.keeping)) as forwards,
+        ):
+            for forward in forwards:
+                for place, found in zip(self.places, forward.rows):
+                    for _ in place.feed(forward.number, _rows_of(found)):
+                        on_step(sum(each.buffer.step for each in self.places), total)
+                        if interrupted.is_set():
+                            stop_all(self.members)
+                if interrupted.is_set():
+                    stop_all(self.members)
+                if all(place.is_done for place in self.places) and (self.keeping is None or self.keeping.is_whole):
+                    return
+
+    def finish(self, held_out: ImageSource | None) -> dict[str, Trained]:
+        """Saves the SAEs and evaluates them."""
+        saes = [member.finished() for member in self.members]
+        return evaluated_all(self.members, saes, lambda: self._evaluated(saes, held_out))
+
+    def _evaluated(self, saes: Sequence[Any], held_out: ImageSource | None) -> list[Metrics]:
+        if held_out is None:
+            found, left = [], list(saes)
+            for place in self.places:
+                own, left = left[: len(place.members)], left[len(place.members) :]
+                rows_RD = place.buffer.last_rows()
+                found += evaluate_chunks(own, (rows_RD[rows] for rows in _slices(len(rows_RD))))
+            return found
+        sums = [RowSums(sae) for sae in saes]
+        for rows in self.stream.in_order(held_out, str(self.chosen.validation_images)):
+            left = list(sums)
+            for place, given in zip(self.places, rows):
+                own, left = left[: len(place.members)], left[len(place.members) :]
+                for each in own:
+                    each.add(_rows_of(given).clone())  # no tensor of inference mode
+        return [each.metrics() for each in sums]
+
+
+def _slices(n: int) -> Iterator[slice]:
+    return (slice(start, start + _EVALUATED_AT_A_TIME) for start in range(0, n, _EVALUATED_AT_A_TIME))
+
+
+def _rows_of(found: BatchRows) -> Tensor:
+    assert isinstance(found.values, Tensor)
+    return found.values
+
+
+def _sized(saes: Mapping[str, SAESize], recipes: Mapping[str, TrainConfig], d_in: int) -> dict[str, SAEConfig]:
+    found = {name: size.config(d_in) for name, size in saes.items()}
+    for name, sae in found.items():
+        recipes[name].check_fits(sae)
+    return found
+
+
+def _stream_settings(stream: StreamSettings | None, settings: dict[str, Any]) -> tuple[StreamSettings, dict[str, Any]]:
+    """What is the stream's of settings by name, and the rest."""
+    ours, *_ = keyword_settings("train_from_images", settings, StreamSettings, TrainConfig, RunOptions)
+    rest = {name: value for name, value in settings.items() if name not in ours}
+    check_kind("stream", stream, (StreamSettings, type(None)), "StreamSettings")
+    require(stream is None or not ours, f"{', '.join(ours)}: given beside stream, which has that already")
+    if stream is not None:
+        return stream, rest
+    for name in ("layer", "point", "tokens"):
+        if name in ours:
+            one = isinstance(ours[name], str | int)
+            ours[name] = (ours[name],) if one else several(name, ours[name])
+    return StreamSettings(**ours), rest

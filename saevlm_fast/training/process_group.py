@@ -1,0 +1,220 @@
+"""The processes of a torchrun that train one SAE together: how they meet, what they tell each other, who speaks.
+
+PyTorch's own engine carries everything: torchrun starts the ranks, c10d connects them (gloo between CPUs, NCCL between
+GPUs), a DeviceMesh of one dimension, "latents", has the group. What a training step needs of the others is `Peers`,
+three collectives; tests have threads for it.
+
+A rank that is gone, or does not answer within the timeout, ends the others in an `Interrupted`. Of all ranks that end,
+the first one speaks (`speaks`): a person reads one message, whoever failed.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from saevlm_fast.errors import Interrupted, first_line, require
+
+LATENTS = "latents"  # the dimension of the mesh
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
+_VOICE_SECONDS = 5.0  # to reach the store that says who speaks
+
+
+class Peers(Protocol):
+    """The ranks that share an SAE's latents, as a step sees them. All of them call the same methods in the same order.
+
+    Attributes:
+        rank: this one, from 0. world: how many there are.
+    """
+
+    rank: int
+    world: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[R, *x.shape]: every rank's x, in order. All have one shape."""
+        ...
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """x [R, ...], of which piece r goes to rank r: the pieces that this rank was sent, in order, [R, ...]."""
+        ...
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x, of whole numbers."""
+        ...
+
+
+def in_order(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, rank after rank: the same bits on every rank and in every run."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+class MeshPeers:
+    """The ranks of a DeviceMesh's group, by c10d's collectives.
+
+    Raises:
+        Interrupted: (of each method) a rank has ended, or has not answered within the timeout.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup", timeout: float):
+        self.group, self.timeout = group, timeout
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        parts = x.new_empty(self.world, *x.shape)
+        with self._together():
+            _all_gather(parts.view(-1), x.view(-1), group=self.group)
+        return parts
+
+    def exchange(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        with self._together():
+            dist.all_to_all_single(received, x, group=self.group)
+        return received
+
+    def add_up(self, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        with self._together():
+            dist.all_reduce(total, group=self.group)
+        return total
+
+    def share(self, value: Any = None) -> Any:
+        """Rank 0's value, on every rank: anything that pickles, of our own making."""
+        box = [value]
+        with self._together():
+            dist.broadcast_object_list(box, group=self.group, group_src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, in order; by way of the host."""
+        values: list[Any] = [None] * self.world
+        with self._together():
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def to_first(self, x: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor] | None:
+        """On rank 0 every rank's x, of these shapes, on the CPU; None on the others."""
+        x = x.detach().cpu().contiguous()
+        with self._together():
+            if self.rank > 0:
+                dist.send(x, group=self.group, group_dst=0)
+                return None
+            received = [x]
+            for rank in range(1, self.world):
+                received.append(x.new_empty(shapes[rank]))
+                dist.recv(received[-1], group=self.group, group_src=rank)
+            return received
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """Of each flag whether any rank has it. Between hosts: a GPU is not waited for."""
+        numbers = torch.tensor(flags, dtype=torch.int32)
+        with self._together():
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group)
+        return [bool(number) for number in numbers.tolist()]
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise Interrupted(
+                f"another of the {self.world} ranks has ended, or has not answered for {self.timeout:g} s "
+                f"(collective_timeout); rank {self.rank} met: {first_line(error)}"
+            ) from error
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(name: str) -> str:
+    """`auto` and `cuda` are this rank's own GPU.
+
+    Raises:
+        ValueError: a named GPU, which every rank would take; more ranks on a machine than it has GPUs.
+    """
+    if name == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    if name not in ("auto", "cuda"):
+        require(
+            not name.startswith("cuda:"), f"device: {name!r} is one GPU; under torchrun say cuda: each rank has one"
+        )
+        return name
+    local, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    require(local < max(n_gpus, 1), f"device: rank {local} of this machine has no GPU, of which it has {n_gpus}")
+    return f"cuda:{local}"
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float) -> Iterator[MeshPeers]:
+    """This process among those that torchrun started.
+
+    timeout: seconds that a rank waits for the others, when they meet and in every collective.
+
+    Raises:
+        Interrupted: they do not come.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=limit)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(LATENTS,))
+    except RuntimeError as error:
+        raise Interrupted(f"the {world_size()} ranks did not meet within {timeout:g} s: {first_line(error)}") from error
+    try:
+        yield MeshPeers(mesh.get_group(LATENTS), timeout)
+    except BaseException:
+        if _claim() and threading.current_thread() is threading.main_thread():  # before the others see that it is gone
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, of another rank's end: the message comes first
+        raise
+    finally:
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+# Who speaks ----------------------------------------------------------------------------------------------------------
+
+_claimed: bool | None = None
+
+
+def speaks() -> bool:
+    """Whether this process tells why the work has ended: the first of a torchrun's that asks does, and any other."""
+    return _claim()
+
+
+def _claim() -> bool:
+    global _claimed
+    if _claimed is None:
+        _claimed = _first_to_end()
+    return _claimed
+
+
+def _first_to_end() -> bool:
+    """By a counter in the store of torchrun's agent, which outlives the ranks. Without one everybody speaks."""
+    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    run = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=_VOICE_SECONDS)
+        store = dist.TCPStore(address, port, is_master=False, timeout=patience)  # pyright: ignore[reportPrivateImportUsage]
+        return bool(store.add(f"saevlm_fast/{run}/ended", 1) == 1)
+    except (RuntimeError, KeyError, ValueError):
+        return True

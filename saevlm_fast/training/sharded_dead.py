@@ -1,0 +1,109 @@
+"""The auxiliary loss (dead_latents.py) where the dead latents are spread over ranks. docs/recipe.md section 1.
+
+Of every row, the d_in / 2 largest of all ranks' dead latents take part. Each rank offers no values, only counts of them
+(choice.keep_largest_of_all), and its part of the reconstruction [B, d_in].
+
+Shape suffixes: B rows of a batch, D d_in, A the rank's dead latents, C candidates of a row.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from saevlm_fast.kernels.latent_gradient import dense_gradient_rows
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.choice import keep_largest_of_all
+from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents
+from saevlm_fast.training.process_group import Peers, in_order
+
+_BLOCK_ELEMENTS = 8 << 20  # of one [rows, dead] block
+
+
+def shared_auxiliary(
+    sae: SparseAutoencoder, peers: Peers, x_BD: Tensor, x_hat_BD: Tensor, dead: DeadLatents, alpha: float
+) -> tuple[Auxiliary | None, int | Tensor]:
+    """dead_latents.auxiliary of all ranks' dead latents: the loss, and the gradients of this rank's; None if none is
+    dead. And how many are, in all.
+
+    Args:
+        sae: the rank's part.
+        peers: the others; all ask at once, also those without a dead latent.
+        x_BD: the batch.
+        x_hat_BD: its reconstruction by all ranks.
+        dead: the rank's.
+        alpha: the loss' weight.
+    """
+    n_rows, d_in = x_BD.shape
+    n_dead = peers.add_up(torch.as_tensor(dead.number, device=x_BD.device).view(1))[0]
+    if not x_BD.is_cuda and int(n_dead) == 0:
+        return None, 0
+    residual_BD = x_BD - x_hat_BD
+    variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows
+    defined = (variance > 0) & (n_dead > 0)
+
+    dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
+    W_dec_AD = sae.W_dec.detach()[dead_A]
+    inputs = _Inputs(sae, dead, x_BD - sae.b_dec.detach())
+    acts_BC, places_BC = inputs.best(d_in // 2)
+    if d_in // 2 == 0:
+        acts_BC = torch.zeros_like(acts_BC)
+    elif x_BD.is_cuda or int(n_dead) > d_in // 2:
+        kept_BC = keep_largest_of_all(acts_BC, d_in // 2, peers.add_up, peers.gather, peers.rank)
+        acts_BC = torch.where(kept_BC, acts_BC, 0)
+
+    part_BD = torch.empty_like(x_BD)
+    for rows in inputs.blocks():
+        torch.mm(inputs.placed(acts_BC[rows], places_BC[rows]), W_dec_AD, out=part_BD[rows])
+    error_BD = _summed(peers, part_BD) - residual_BD
+    aux = torch.where(defined, error_BD.square().sum() / n_rows / variance, 0)
+    error_BD *= torch.where(defined, 2 * alpha / (n_rows * variance), 0)
+
+    dW_enc_AD, dW_dec_AD = torch.zeros_like(W_dec_AD), torch.zeros_like(W_dec_AD)
+    db_enc_A = x_BD.new_zeros(len(dead_A))
+    for rows in inputs.blocks():
+        acts_BA = inputs.placed(acts_BC[rows], places_BC[rows])
+        dacts_BA = torch.where(acts_BA > 0, error_BD[rows] @ W_dec_AD.T, 0)
+        dW_dec_AD.addmm_(acts_BA.T, error_BD[rows])
+        dW_enc_AD.addmm_(dacts_BA.T, inputs.centred_BD[rows])
+        db_enc_A += dacts_BA.sum(0)
+    dW_enc = dense_gradient_rows(dead.latents_A, dW_enc_AD)
+    dW_dec = dense_gradient_rows(dead.latents_A, dW_dec_AD, sae.W_dec.detach())
+    return Auxiliary(aux, dW_enc, dW_dec, db_enc_A), n_dead if x_BD.is_cuda else int(n_dead)
+
+
+class _Inputs:
+    """What the dead latents of a rank see, a block of rows at a time."""
+
+    def __init__(self, sae: SparseAutoencoder, dead: DeadLatents, centred_BD: Tensor):
+        self.dead, self.d_sae, self.centred_BD = dead, sae.config.d_sae, centred_BD
+        dead_A = dead.latents_A.clamp(max=self.d_sae - 1)
+        self.W_enc_AD, self.b_enc_A = sae.W_enc.detach().T[dead_A], sae.b_enc.detach()[dead_A]
+
+    def blocks(self) -> list[slice]:
+        n_rows = len(self.centred_BD)
+        size = max(1, _BLOCK_ELEMENTS // max(len(self.b_enc_A), 1))
+        return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+
+    def best(self, k: int) -> tuple[Tensor, Tensor]:
+        """(acts, places among the dead latents) [B, C] of the min(k, A) largest of every row."""
+        values, places = [], []
+        for rows in self.blocks():
+            acts_BA = torch.addmm(self.b_enc_A, self.centred_BD[rows], self.W_enc_AD.T).relu_()
+            if isinstance(self.dead.number, Tensor):  # a GPU's padding is never active
+                acts_BA.masked_fill_(self.dead.latents_A == self.d_sae, 0)
+            found = torch.topk(acts_BA, min(k, acts_BA.shape[1]), dim=1, sorted=False)
+            values.append(found.values)
+            places.append(found.indices)
+        return torch.cat(values), torch.cat(places)
+
+    def placed(self, acts_BC: Tensor, places_BC: Tensor) -> Tensor:
+        """[B, A] of these."""
+        return acts_BC.new_zeros(len(acts_BC), len(self.b_enc_A)).scatter_(1, places_BC, acts_BC)
+
+
+def _summed(peers: Peers, part_BD: Tensor) -> Tensor:
+    """The ranks' parts added up, on every rank: each adds up a share of the rows."""
+    n_rows, d_in = part_BD.shape
+    share = -(-n_rows // peers.world)
+    padded = pad(part_BD, (0, 0, 0, share * peers.world - n_rows)).view(peers.world, share, d_in)
+    return peers.gather(in_order(peers.exchange(padded))).view(-1, d_in)[:n_rows]

@@ -1,0 +1,101 @@
+"""Which latents of an SAE a rank holds, and what such a part of it starts with.
+
+Rank r of R holds latents r * d_sae // R to (r + 1) * d_sae // R - 1: shares differ by one latent at most. Its part is
+an SAE of its own, whose config has the local sizes; what the whole is stands beside it.
+
+Shape suffixes: S d_sae, or the latents of one rank, D d_in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.errors import require
+from saevlm_fast.sae import SparseAutoencoder
+
+_BLOCK_NUMBERS = 1 << 22  # random numbers drawn at a time, 32 MiB of them
+# Settings of a recipe that a sharded step takes into account. Another one has to be looked at before it is added here.
+_KNOWN = frozenset(
+    ("steps", "batch_size", "lr", "warmup_steps", "auxk_alpha", "dead_after", "threshold_start", "threshold_beta")
+) | {"clip_norm", "betas", "eps", "norm_batches", "seed", "l1", "target_l0", "bandwidth", "sparsity_warmup"}
+_DRAWN_TOGETHER = 16  # numbers that torch's generator makes at once, of which a block holds a multiple
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The latents of one rank, start .. stop - 1 of those of `whole`."""
+
+    whole: SAEConfig
+    rank: int
+    world: int
+
+    @property
+    def start(self) -> int:
+        return self.rank * self.whole.d_sae // self.world
+
+    @property
+    def stop(self) -> int:
+        return (self.rank + 1) * self.whole.d_sae // self.world
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def config(self) -> SAEConfig:
+        """Of the rank's part: its d_sae, one group of latents, k at most all of them."""
+        k = None if self.whole.k is None else min(self.whole.k, self.size)
+        return replace(self.whole, d_sae=self.size, k=k, group_sizes=(self.size,))
+
+    @property
+    def group_ends(self) -> list[int]:
+        """Where each Matryoshka prefix ends among the rank's own latents: 0 or all of them for those cut elsewhere."""
+        return [min(max(end - self.start, 0), self.size) for end in self.whole.group_ends]
+
+    def of_rank(self, rank: int) -> "Shard":
+        """That of another rank."""
+        return Shard(self.whole, rank, self.world)
+
+
+def check_shardable(sae: SAEConfig, config: TrainConfig, world: int) -> None:
+    """ValueError: an SAE, or a recipe, that several ranks do not train."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        known = field.name in _KNOWN or value == field.default
+        require(known, f"{field.name}: {value} is for one process, and torchrun started {world}")
+    require(world <= sae.d_sae, f"d_sae: {sae.d_sae} latents for {world} ranks, of which each holds one at least")
+    config.check_fits(sae)
+
+
+@torch.no_grad()
+def starting_sae(shard: Shard, seed: int, device: torch.device) -> SparseAutoencoder:
+    """The shard's part of the SAE that reset_parameters(seed) makes, whatever the number of ranks.
+
+    All numbers are drawn on every rank, 32 MiB at a time, and only the shard's are kept.
+    """
+    sae = SparseAutoencoder(shard.config, device=device, random=False)
+    for first, rows_SD in _random_rows(shard.whole, seed):
+        low, high = max(first, shard.start), min(first + len(rows_SD), shard.stop)
+        if low >= high:
+            continue
+        own_SD = rows_SD[low - first : high - first]
+        own_SD = own_SD / own_SD.norm(dim=1, keepdim=True)
+        place = slice(low - shard.start, high - shard.start)
+        sae.W_dec[place].copy_(own_SD)
+        sae.W_enc.T[place].copy_(own_SD)
+    return sae
+
+
+def _random_rows(whole: SAEConfig, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """(first latent, rows in float64) of torch.randn(d_sae, d_in), block by block."""
+    generator, d_in = torch.Generator().manual_seed(seed), whole.d_in
+    block = max(_DRAWN_TOGETHER, _BLOCK_NUMBERS // d_in // _DRAWN_TOGETHER * _DRAWN_TOGETHER)
+    first = 0
+    while first < whole.d_sae:
+        left = whole.d_sae - first
+        n_rows = left if left < 2 * block else block  # the end is drawn with a whole block: never less than 16 numbers
+        yield first, torch.randn(n_rows, d_in, generator=generator, dtype=torch.float64)
+        first += n_rows

@@ -1,0 +1,85 @@
+"""The choice of several ranks against that of one process, over all latents."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from thread_peers import together
+
+from saevlm_fast.kernels import reference
+from saevlm_fast.kernels.grouping import entry_rows
+from saevlm_fast.training.choice import NOTHING, keep_largest_of_all, keep_of_batch, keep_of_rows
+
+
+def preactivations(n_rows, d_sae, seed, levels):
+    """Many ties, among them at 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-levels, levels, (n_rows, d_sae), generator=generator).clamp(min=0).float()
+
+
+def cuts(d_sae, n_ranks):
+    return [rank * d_sae // n_ranks for rank in range(n_ranks + 1)]
+
+
+def with_nan(pre_BS, share):
+    return torch.where(torch.rand(pre_BS.shape, generator=torch.Generator().manual_seed(9)) < share, torch.nan, pre_BS)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize(("d_sae", "k", "levels"), [(7, 5, 2), (40, 6, 3), (40, 6, 1000), (11, 11, 2)])
+@pytest.mark.parametrize("nan", [0, 0.1])
+def test_top_k_of_rows(n_ranks, d_sae, k, levels, nan):
+    pre_BS = with_nan(preactivations(9, d_sae, 1, levels), nan)
+    acts_BK, latents_BK = reference.topk_select(pre_BS, k)
+    edges, offers = cuts(d_sae, n_ranks), []
+    for start, stop in pairwise(edges):
+        acts, latents = reference.topk_select(pre_BS[:, start:stop], min(k, stop - start))
+        missing = (0, k - acts.shape[1])
+        offers.append((torch.nn.functional.pad(acts, missing, value=NOTHING), latents + start))
+    values_RBK = torch.stack([acts for acts, _ in offers])
+    found = [keep_of_rows(values_RBK, rank, k) for rank in range(n_ranks)]
+    for row in range(9):
+        kept = [offers[r][1][row][found[r].mask[row, : offers[r][1].shape[1]]] for r in range(n_ranks)]
+        assert torch.equal(torch.cat(kept), latents_BK[row])
+    positive = acts_BK[acts_BK > 0]
+    for each in found:
+        assert float(each.smallest) == (float(positive.min()) if len(positive) else 0)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize(("d_sae", "k", "levels"), [(7, 5, 2), (40, 6, 3), (40, 6, 1000), (11, 11, 2), (30, 9, 1)])
+@pytest.mark.parametrize("nan", [0, 0.1])
+def test_top_k_of_a_batch(n_ranks, d_sae, k, levels, nan):
+    n_rows = 9
+    pre_BS = with_nan(preactivations(n_rows, d_sae, 2, levels), nan)
+    acts_M, latents_M, row_offsets = reference.batch_topk_select(pre_BS, k)
+    edges, offers = cuts(d_sae, n_ranks), []
+    for start, stop in pairwise(edges):
+        acts, latents, offsets = reference.batch_topk_select(pre_BS[:, start:stop], min(k, stop - start))
+        missing = (0, n_rows * k - len(acts))
+        offers.append((torch.nn.functional.pad(acts, missing), torch.nn.functional.pad(latents, missing), offsets))
+    values_RM, offsets_RB1 = torch.stack([each[0] for each in offers]), torch.stack([each[2] for each in offers])
+    wanted = reference.densify(acts_M, latents_M, row_offsets, d_sae) != 0
+    positive = acts_M[acts_M > 0]
+    for rank, (_, latents, offsets) in enumerate(offers):
+        rows_M = entry_rows(latents, offsets)
+        kept = keep_of_batch(values_RM, offsets_RB1, rows_M, rank, n_rows * k)
+        places = torch.zeros(n_rows, edges[rank + 1] - edges[rank], dtype=torch.bool)
+        places[rows_M[kept.mask], latents[kept.mask]] = True
+        assert torch.equal(places, wanted[:, edges[rank] : edges[rank + 1]])
+        if not nan:
+            assert float(kept.smallest) == (float(positive.min()) if len(positive) else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("levels", "k"), [(3, 4), (100_000, 4), (2, 30), (100_000, 11), (5, 12)])
+def test_the_largest_of_all_by_digits(dtype, levels, k):
+    values_BN = preactivations(6, 12, 3, levels).to(dtype) / 7
+    pieces = values_BN.split((5, 0, 7), dim=1)
+    kept, _ = together(
+        3, lambda ranks: keep_largest_of_all(pieces[ranks.rank], k, ranks.add_up, ranks.gather, ranks.rank)
+    )
+    kept_BN = torch.cat(kept, dim=1)
+    order = torch.sort(values_BN, dim=1, descending=True, stable=True).indices[:, :k]
+    wanted_BN = torch.zeros_like(kept_BN).scatter_(1, order, True)
+    assert torch.equal(kept_BN & (values_BN > 0), wanted_BN & (values_BN > 0))

@@ -1,0 +1,192 @@
+"""`torchrun -m saevlm_fast.cli train`: real processes over gloo, on one machine and as two nodes of it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_sharded_run import check_same_sae
+
+from command import ROOT
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.training.checkpoints import checkpoints
+from saevlm_fast.training.run import train
+
+pytestmark = pytest.mark.distributed
+SAE, RECIPE = SAEConfig(32, 129, 6, "batch_topk"), {"batch_size": 256, "lr": 3e-3, "seed": 1}
+OURS = "another of the 3 ranks has ended, or has not answered for"
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "x.npy"
+    np.save(path, PlantedConcepts(32, 16, 60, seed=3).sample(3000)[0])
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(matrix, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "run"
+    config = TrainConfig(steps=50, **RECIPE)
+    train(open_activations(matrix), SAE, config, RunOptions(output, "cpu", log_every=10))
+    return output
+
+
+def words(matrix, output, steps=50, *more):
+    return [
+        *("train", "--activations", matrix, "--output", output, "--d-sae", 129, "--k", 6, "--steps", steps),
+        *("--batch-size", 256, "--lr", 3e-3, "--seed", 1, "--device", "cpu", "--log-every", 10, *more),
+    ]
+
+
+class Torchrun:
+    """torchrun of the command line, in a process group of its own."""
+
+    def __init__(self, arguments, n_ranks, log, launch=("--standalone",)):
+        self.log = log
+        launcher = [sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc-per-node={n_ranks}"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                [*launcher, "-m", "saevlm_fast.cli", *map(str, arguments)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def ranks(self):
+        """Process ids of the ranks, by /proc."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, ValueError):  # it has ended meanwhile
+                parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                if int(parent) == self.process.pid:
+                    entries = (process / "environ").read_text().split("\0")
+                    found |= {int(entry[5:]): int(process.name) for entry in entries if entry.startswith("RANK=")}
+        return found
+
+    def wait_for(self, path, seconds=180):
+        end = time.monotonic() + seconds
+        while not list(path.glob("checkpoints/step_*")):
+            assert time.monotonic() < end, self.said()
+            assert self.process.poll() is None, self.said()
+            time.sleep(0.05)
+
+    def end(self, seconds=180):
+        code = self.process.wait(seconds)
+        return code, self.said()
+
+    def said(self):
+        return self.log.read_text()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            for pid in (*self.ranks().values(), self.process.pid):
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def messages(said):
+    """Lines of ours that say why the work ended; torchrun has a report of its own."""
+    return [line for line in said.splitlines() if line.startswith(("error:", "another of", "interrupted"))]
+
+
+@pytest.mark.parametrize("nodes", [1, 2], ids=["two ranks", "two nodes"])
+def test_the_run_of_one_process(alone, matrix, tmp_path, nodes):
+    arguments = words(matrix, tmp_path / "run")
+    if nodes == 1:
+        with Torchrun(arguments, 2, tmp_path / "log") as run:
+            code, said = run.end()
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        meet = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        first = Torchrun(arguments, 1, tmp_path / "log", (*meet, "--node-rank=0"))
+        second = Torchrun(arguments, 1, tmp_path / "log2", (*meet, "--node-rank=1"))
+        with first, second:
+            code, said = first.end()
+            assert second.end()[0] == 0, second.said()
+            assert "wrote" not in second.said()
+    assert code == 0, said
+    assert said.count("wrote") == 1  # one rank speaks
+    assert "2 ranks: batch_topk SAE 32 -> 129" in said
+    check_same_sae(tmp_path / "run", alone)
+    assert len(list(checkpoints(tmp_path / "run")[-1].glob("train_state_*_of_0002.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_all_and_the_run_goes_on(alone, matrix, tmp_path, rank):
+    """3 ranks, one of which is killed; 2 go on, and end where one process ends that was never killed."""
+    arguments = words(matrix, tmp_path / "run", 50, "--checkpoint-every", 2)
+    with Torchrun(arguments, 3, tmp_path / "log") as run:
+        run.wait_for(tmp_path / "run")
+        os.kill(run.ranks()[rank], signal.SIGKILL)
+        code, said = run.end()
+    assert code != 0
+    (message,) = messages(said)
+    assert message.startswith(OURS)
+    assert "--resume" in message
+    with Torchrun([*arguments, "--resume"], 2, tmp_path / "log") as run:
+        code, said = run.end()
+    assert code == 0, said
+    assert "resume: " in said
+    check_same_sae(tmp_path / "run", alone)
+
+
+def test_a_rank_that_hangs_is_an_error_within_the_timeout(matrix, tmp_path):
+    arguments = words(matrix, tmp_path / "run", 5000, "--checkpoint-every", 5, "--collective-timeout", 8)
+    with Torchrun(arguments, 3, tmp_path / "log") as run:
+        run.wait_for(tmp_path / "run")
+        os.kill(run.ranks()[1], signal.SIGSTOP)
+        end = time.monotonic() + 180
+        while not messages(run.said()):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        (message,) = messages(run.said())
+    assert message.startswith(f"{OURS} 8 s (collective_timeout)")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_ranks_after_the_same_step(matrix, tmp_path, number):
+    """Ctrl-C, which torchrun passes on to ranks that have had it already; and SIGTERM to torchrun."""
+    with Torchrun(words(matrix, tmp_path / "run", 5000, "--checkpoint-every", 10), 2, tmp_path / "log") as run:
+        run.wait_for(tmp_path / "run")
+        os.killpg(run.process.pid, number) if number == signal.SIGINT else os.kill(run.process.pid, number)
+        _, said = run.end()
+    (message,) = messages(said)
+    step = int(message.split()[3].rstrip(";"))
+    assert message.startswith(f"interrupted after step {step}; continue with: torchrun ... -m saevlm_fast.cli train")
+    assert checkpoints(tmp_path / "run")[-1].name == f"step_{step:08d}"
+
+
+def test_what_one_rank_alone_meets_is_one_message(matrix, tmp_path):
+    """A row that is not finite, in rank 1's share of some batch."""
+    rows = np.load(matrix)
+    rows[2999, 3] = np.nan  # rows of a batch ascend: the last rank reads it
+    np.save(tmp_path / "bad.npy", rows)
+    with Torchrun(words(tmp_path / "bad.npy", tmp_path / "run"), 2, tmp_path / "log") as run:
+        _, said = run.end()
+    (message,) = messages(said)
+    assert "row 2999" in message
+    assert "exitcode  : 2" in said
+
+
+def test_a_command_of_one_process_says_so_once(matrix, tmp_path):
+    words = ["ms-score", "--codes", tmp_path, "--embeddings", matrix, "--output", tmp_path / "scores.parquet"]
+    with Torchrun(words, 2, tmp_path / "log") as run:
+        _, said = run.end()
+    (message,) = messages(said)
+    assert message.startswith("error: ms-score: runs in one process, and torchrun started 2 (WORLD_SIZE)")

@@ -1,0 +1,237 @@
+"""Whole runs of several ranks, as threads, against those of one process: what they write, refuse, and go on with."""
+
+import json
+import shutil
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from thread_peers import together
+
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
+from saevlm_fast.data.rows import Activations, open_activations
+from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.errors import Interrupted
+from saevlm_fast.inspection import inspect, verify_inspected
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training import sharded_run, sharded_state, shards
+from saevlm_fast.training.checkpoints import checkpoints
+from saevlm_fast.training.run import train
+from saevlm_fast.training.saved_state import check_checkpoint, read_state
+from saevlm_fast.training.sharded_run import train_shared
+from saevlm_fast.training.shards import Shard, starting_sae
+
+CONFIG = TrainConfig(steps=30, batch_size=100, lr=3e-3, seed=1, dead_after=600, threshold_start=5)
+GROUPS = {"topk": (), "batch_topk": (), "matryoshka": (10, 30, 25), "jumprelu": ()}
+
+
+def sae_config(architecture="batch_topk"):
+    return SAEConfig(16, 65, None if architecture == "jumprelu" else 4, architecture, GROUPS[architecture])
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "x.npy"
+    np.save(path, PlantedConcepts(16, 8, 30, seed=3).sample(730)[0])
+    return path
+
+
+def options(output, **more):
+    return RunOptions(output, "cpu", **({"log_every": 10, "checkpoint_every": 20} | more))
+
+
+def run_ranks(world, matrix, output, architecture="batch_topk", config=CONFIG, on_log=None, **more):
+    """[metrics] of every rank."""
+
+    def work(peers):
+        data, where = open_activations(matrix), options(output, **more)
+        told = {} if on_log is None else {"on_log": on_log}
+        return train_shared(peers, data, sae_config(architecture), config, where, **told)
+
+    return together(world, work)[0]
+
+
+def check_same_sae(output, expected, tolerance=1e-5):
+    found, wanted = (SparseAutoencoder.from_pretrained(path) for path in (output, expected))
+    for name, parameter in wanted.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], parameter, atol=tolerance, rtol=tolerance)
+    assert replace(found.config, metadata={}) == replace(wanted.config, metadata={})
+    assert found.config.metadata.keys() == wanted.config.metadata.keys()
+
+
+def logged(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(matrix, tmp_path_factory):
+    """The run of one process, of each architecture."""
+    folder = tmp_path_factory.mktemp("alone")
+    for architecture in GROUPS:
+        train(open_activations(matrix), sae_config(architecture), CONFIG, options(folder / architecture))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("architecture", "world"), [("topk", 2), ("batch_topk", 3), ("matryoshka", 3), ("jumprelu", 2)]
+)
+def test_the_run_of_one_process(alone, matrix, tmp_path, architecture, world):
+    metrics = run_ranks(world, matrix, tmp_path / "run", architecture)
+    assert all(each == metrics[0] for each in metrics)
+    check_same_sae(tmp_path / "run", alone / architecture)
+    found, wanted = logged(tmp_path / "run"), logged(alone / architecture)
+    assert [line.keys() for line in found] == [line.keys() for line in wanted]
+    for line, expected in zip(found, wanted):
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    names = {path.name for path in (alone / architecture).iterdir()}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    verify_inspected(inspect(tmp_path / "run"))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000020", "step_00000030"]
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(alone, matrix, tmp_path):
+    """Three ranks begin, two go on, then one process; and ranks go on with what one process has left."""
+    output = tmp_path / "run"
+    stop = {"checkpoint_every": 5}
+    run_ranks(3, matrix, output, **stop)
+    keep_until(output, 25)  # a checkpoint before the last one
+    run_ranks(2, matrix, output, resume=True, checkpoint_every=1)
+    check_same_sae(output, alone / "batch_topk")
+    keep_until(output, 29)
+    train(open_activations(matrix), sae_config(), CONFIG, options(output, resume=True))
+    check_same_sae(output, alone / "batch_topk")
+
+    shutil.copytree(alone / "batch_topk", tmp_path / "other")
+    keep_until(tmp_path / "other", 20)
+    run_ranks(3, matrix, tmp_path / "other", resume=True)
+    check_same_sae(tmp_path / "other", alone / "batch_topk")
+    steps = [line["step"] for line in logged(tmp_path / "other")]
+    assert steps == [10, 20, 30, 30]
+
+
+def keep_until(output, step):
+    """As it was after that step's checkpoint."""
+    for path in checkpoints(output):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    assert checkpoints(output)[-1].name == f"step_{step:08d}"
+    for name in ("cfg.json", "sae_weights.safetensors", "metrics.jsonl.sha256"):
+        (output / name).unlink()
+
+
+def test_shards_are_the_whole_state(matrix, tmp_path):
+    run_ranks(3, matrix, tmp_path / "run")
+    newest = checkpoints(tmp_path / "run")[-1]
+    device = torch.device("cpu")
+    whole = read_state(newest, device)
+    assert len(whole["W_enc"]) == len(whole["idle"]) == 65
+    for start, stop in ((0, 65), (3, 4), (20, 50), (43, 65), (21, 43)):
+        part = read_state(newest, device, start, stop)
+        for name, tensor in whole.items():
+            expected = tensor[start:stop] if len(tensor.shape) and len(tensor) == 65 else tensor
+            assert torch.equal(part[name], expected), name
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing", "gap"])
+def test_a_damaged_shard_is_refused_by_who_needs_it(matrix, tmp_path, damage):
+    run_ranks(3, matrix, tmp_path / "run")
+    newest = checkpoints(tmp_path / "run")[-1]
+    last = newest / "train_state_0002_of_0003.safetensors"
+    if damage == "altered":
+        data = bytearray(last.read_bytes())
+        data[-5] ^= 1
+        last.write_bytes(data)
+    elif damage == "missing":
+        last.unlink()
+    else:
+        record = json.loads((newest / "checkpoint.json").read_text())
+        del record["shards"][1], record["sha256"]
+        (newest / "checkpoint.json").write_text(json.dumps(record))
+    if damage != "gap":
+        assert check_checkpoint(newest, 0, 43) == (30, 3000), "the other shards are whole"
+    with pytest.raises(ValueError, match=r"0002_of_0003|do not have all latents"):
+        check_checkpoint(newest)
+    with pytest.raises(ValueError, match="is damaged, delete it to resume from the one before"):
+        run_ranks(2, matrix, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("sae", "more", "message"),
+    [
+        (SAEConfig(16, 2, 1, "topk"), {}, "d_sae: 2 latents for 3 ranks"),
+        (sae_config(), {"data_on": "device"}, "data_on: device"),
+        (SAEConfig(15, 65, 4, "topk"), {}, "d_in: 15 does not fit"),
+    ],
+)
+def test_what_ranks_do_not_train_is_refused(matrix, tmp_path, sae, more, message):
+    data, where = open_activations(matrix), options(tmp_path / "run", **more)
+    config = TrainConfig(steps=5)
+    with pytest.raises(ValueError, match=message):
+        together(3, lambda peers: train_shared(peers, data, sae, config, where))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_that_the_sharded_step_does_not_know_is_refused(monkeypatch):
+    """What is added to the recipe of one process is not left out without a word."""
+    monkeypatch.setattr(shards, "_KNOWN", shards._KNOWN - {"clip_norm"})
+    shards.check_shardable(sae_config(), TrainConfig(), 2)
+    with pytest.raises(ValueError, match=r"clip_norm: 2.0 is for one process, and torchrun started 2"):
+        shards.check_shardable(sae_config(), TrainConfig(clip_norm=2.0), 2)
+
+
+def test_a_rank_with_other_rows_is_named(matrix, tmp_path):
+    rows = torch.from_numpy(np.load(matrix))
+
+    def work(peers):
+        data = Activations.from_tensor(rows if peers.rank != 1 else rows + 1)
+        return train_shared(peers, data, sae_config(), CONFIG, options(tmp_path / "run"))
+
+    with pytest.raises(ValueError, match="rank 1 reads 730 rows of width 16 that are not rank 0's"):
+        together(3, work)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_every_rank_stops_after_the_same_step(matrix, tmp_path, monkeypatch):
+    """A signal at one rank alone, during its seventh step."""
+    signalled = threading.local()
+
+    @contextmanager
+    def interruptible(patient):
+        assert patient
+        signalled.event = threading.Event()
+        yield signalled.event
+
+    def work(peers):
+        def on_step(step):
+            if (peers.rank, step) == (1, 7):
+                signalled.event.set()
+
+        data, where = open_activations(matrix), options(tmp_path / "run")
+        return train_shared(peers, data, sae_config(), CONFIG, where, on_step=on_step)
+
+    monkeypatch.setattr(sharded_run, "interruptible", interruptible)
+    with pytest.raises(Interrupted, match="interrupted after step 7"):
+        together(2, work)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000007"]
+
+
+def test_the_initial_weights_do_not_depend_on_the_ranks(monkeypatch):
+    monkeypatch.setattr(shards, "_BLOCK_NUMBERS", 300)
+    whole = SparseAutoencoder(sae_config())
+    whole.reset_parameters(5)
+    for world in (1, 2, 3):
+        parts = [starting_sae(Shard(sae_config(), rank, world), 5, torch.device("cpu")) for rank in range(world)]
+        torch.testing.assert_close(torch.cat([part.W_dec for part in parts]), whole.W_dec, atol=1e-7, rtol=0)
+        torch.testing.assert_close(torch.cat([part.W_enc for part in parts], 1), whole.W_enc, atol=1e-7, rtol=0)
+
+
+def test_shares_of_rows_are_the_batch(matrix):
+    data, config = open_activations(matrix), TrainConfig(batch_size=100)
+    for world in (1, 2, 3, 7):
+        shares = [sharded_state.ShareOfRows(data, config, rank, world) for rank in range(world)]
+        whole = super(sharded_state.ShareOfRows, shares[0]).batch(5)
+        assert torch.equal(torch.cat([share.batch(5) for share in shares]), whole)
