@@ -400,6 +400,16 @@ def shown_heat(tab):
     return [(name, act, np.array(heat, float)) for name, act, heat in found]
 
 
+@pytest.mark.parametrize("hash", ["#latent=16", "#latent=-1", "#latent=3&sae=7", "#latent=<b>"])
+def test_a_link_that_leads_nowhere_says_so_and_shows_no_other_latent(hash, visit):
+    tab = visit(hash)
+    assert "There is no latent" in tab.inner_text("#detail .problem")
+    assert tab.locator(".picture").count() == 0
+    tab.keyboard.press("j")
+    tab.wait_for_selector(".picture")
+    assert tab.locator(".problem").count() == 0
+
+
 def test_a_planted_latent_shows_its_images_and_its_heat_lies_on_the_object(visit):
     share = truth().numpy()
 

@@ -112,7 +112,10 @@
       }
       table.update(app.state);
       const key = `${sae}/${latent}`;
-      if (latent === null) main.replaceChildren(el("p", { class: "note", text: "Choose a latent." }));
+      if (latent === null) {
+        main.dataset.shown = main.dataset.asked = "";
+        main.replaceChildren(el("p", { class: wrong ? "problem" : "note", text: wrong || "Choose a latent." }));
+      }
       else if (redraw || main.dataset.shown !== key) {
         main.dataset.shown = key;
         Latent.show(app, main, sae, latent);
@@ -132,6 +135,7 @@
 
   function write() {
     const { sae, latent, sort, desc, q, stars: only, view, pin, filters } = app.state;
+    wrong = "";
     const parts = [];
     if (view) parts.push(`view=${view}`);
     if (sae) parts.push(`sae=${sae}`);
@@ -145,6 +149,8 @@
     try { history.replaceState(null, "", hash); } catch { location.hash = hash; }
   }
 
+  let wrong = ""; // what is said of an address that leads nowhere; another latent is not shown in its place
+
   const bound = (text, unset) => (text === "" || Number.isNaN(Number(text)) ? unset : Number(text));
 
   function read() {
@@ -152,7 +158,8 @@
     const number = Number(found.get("sae") || 0);
     const sae = Number.isInteger(number) && index.saes[number] ? number : 0;
     const latent = Number(found.get("latent"));
-    const there = found.has("latent") && Number.isInteger(latent) && latent >= 0 && latent < index.saes[sae].dSae;
+    const there = found.has("latent") && sae === number && Number.isInteger(latent) && latent >= 0 && latent < index.saes[sae].dSae;
+    wrong = found.has("latent") && !there ? `There is no latent ${apart(found.get("latent"))}${sae === number ? "" : ` of an SAE ${apart(found.get("sae"))}`} in this report.` : "";
     const [pinSae, pinLatent] = /^\d+\.\d+$/.test(found.get("pin") || "") ? found.get("pin").split(".").map(Number) : [];
     const pin = index.saes[pinSae] && pinLatent < index.saes[pinSae].dSae ? `${pinSae}.${pinLatent}` : "";
     const filters = found.getAll("f").map((text) => text.split(":")).filter((parts) => parts.length === 3)
@@ -223,7 +230,7 @@
   }
 
   function first_latent() {
-    if (app.state.latent === null && table.order.length && !app.state.view) {
+    if (app.state.latent === null && !wrong && table.order.length && !app.state.view) {
       app.state.latent = table.order[0];
       app.update();
     }
