@@ -193,7 +193,7 @@ const Latent = (() => {
     }
     root.append(part("Top images", heatTools(app, sae, root, sae.heatMax ? sae.heatMax[latent] : max), pictures(app, sae, latent, record.t, 112)));
     const columns = el("div", { class: "columns" });
-    add(columns, part("Measures", measures(app, sae, latent)), histogramOf(record, sae, latent, app.index));
+    add(columns, histogramOf(record, sae, latent, app.index), part("Measures", measures(app, sae, latent)));
     if (record.w) {
       const best = Math.max(...record.w.map(([, score]) => score), 1e-9);
       const own = sae.names && sae.names[latent];
