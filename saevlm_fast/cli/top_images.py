@@ -1,6 +1,7 @@
 """saevlm-fast top-images: the images on which latents are most active, as a table and as a picture."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,9 +87,11 @@ def plan(options: TopImagesArguments) -> Plan:
 @command("top-images", plan=plan)
 def top_images(options: TopImagesArguments) -> dict[str, Any]:
     """The images on which latents are most active: a contact sheet and a table."""
-    from saevlm_fast.outputs import output_lock
+    from saevlm_fast.outputs import output_lock, settle
 
     with output_lock(options.output, directory=options.is_directory):
+        if options.is_directory:
+            settle(options.output, _remove_old)
         check(options)
         return _top_images(options)
 
@@ -130,25 +133,34 @@ def _write(
 ) -> list[Path]:
     from saevlm_fast.look.contact_sheet import save_sheet
     from saevlm_fast.look.tops import ROWS_OF_A_SHEET, tops_sheet, tops_table
+    from saevlm_fast.outputs import begin_replacement, publish
     from saevlm_fast.scoring.tables import write_table
 
-    output, written = options.output, []
+    output = options.output
+    metadata = {"sae": str(options.sae), "rows": str(options.codes or options.activations)}
+    draw = partial(tops_sheet, found, images=images, captions=captions, n=options.n)
     if not options.is_directory and output.suffix.lower() == ".png":
         most = 4 * ROWS_OF_A_SHEET
         require(len(latents) <= most, f"latents: {len(latents)} do not fit one picture of {most}; give a directory")
-        save_sheet(tops_sheet(found, latents, images, captions, options.n), output)
+        save_sheet(draw(latents), output)
         return [output]
-    place = output / TABLE if options.is_directory else output
-    metadata = {"sae": str(options.sae), "rows": str(options.codes or options.activations)}
-    if options.is_directory:
-        for old in output.glob("latents-[0-9][0-9][0-9][0-9].png"):
-            old.unlink()
-        for number, start in enumerate(range(0, len(latents), ROWS_OF_A_SHEET)):
-            part = latents[start : start + ROWS_OF_A_SHEET]
-            written.append(output / SHEET.format(number))
-            save_sheet(tops_sheet(found, part, images, captions, options.n), written[-1])
-    write_table(tops_table(found, latents).replace_schema_metadata(metadata), place)
-    return [*written, place]
+    table = tops_table(found, latents).replace_schema_metadata(metadata)
+    if not options.is_directory:
+        write_table(table, output)
+        return [output]
+    place = begin_replacement(output)  # what was there stays until all of the new is whole
+    parts = [latents[start : start + ROWS_OF_A_SHEET] for start in range(0, len(latents), ROWS_OF_A_SHEET)]
+    for number, part in enumerate(parts):
+        save_sheet(draw(part), place / SHEET.format(number))
+    write_table(table, place / TABLE)
+    publish(output, _remove_old)
+    return [*(output / SHEET.format(number) for number in range(len(parts))), output / TABLE]
+
+
+def _remove_old(output: Path) -> None:
+    """Deletes what this command wrote into a directory, and nothing else."""
+    for old in (*output.glob("latents-[0-9][0-9][0-9][0-9].png"), output / TABLE, settings_path(output)):
+        old.unlink(missing_ok=True)
 
 
 def _scores(path: Path, d_sae: int) -> dict[int, float]:

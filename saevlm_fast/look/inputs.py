@@ -13,12 +13,13 @@ from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import require
 from saevlm_fast.look.looked import Subject, checked_sizes
 from saevlm_fast.look.names import check_same_images
-from saevlm_fast.look.settings import MOST_IN_ONE_FILE, ReportSettings
+from saevlm_fast.look.settings import MOST_IN_ONE_FILE, UNTRAINED, ReportSettings
 from saevlm_fast.look.tables import read_latents_table
 from saevlm_fast.measures.taxonomy import Taxonomy, read_taxonomy
 from saevlm_fast.provenance import check_rows_of, check_same_sae
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring.controls import untrained_like
 from saevlm_fast.scoring.image_rows import ImageTable, image_table
 
 
@@ -70,10 +71,11 @@ def _check_taxonomy(taxonomy: Taxonomy, subjects: list[Subject]) -> None:
 
 
 def _subjects(settings: ReportSettings, shared: Activations | None, warn: Callable[[str], None]) -> list[Subject]:
-    """The SAEs, and a control SAE after them."""
+    """The SAEs, and a control SAE after them: that of a path, or one that is made."""
     device, found = resolve_device(settings.device), list[Subject]()
     tables: dict[str, ImageTable] = {}
-    paths = settings.sae if settings.control_sae is None else (*settings.sae, str(settings.control_sae))
+    made = settings.control_sae == Path(UNTRAINED) and not Path(UNTRAINED).is_dir()
+    paths = settings.sae if settings.control_sae is None or made else (*settings.sae, str(settings.control_sae))
     for i, path in enumerate(paths):
         sae = SparseAutoencoder.from_pretrained(path, device=device)
         own = open_codes(settings.codes[i]) if i < len(settings.codes) else None
@@ -90,7 +92,19 @@ def _subjects(settings: ReportSettings, shared: Activations | None, warn: Callab
         name, again = _name_of(paths, i), None if own is None else shared
         found.append(Subject(name, str(path), sae, rows, encoder, tables[key], labels, _encodable(again, tables, key)))
         checked_sizes(found[-1])
+    if made:
+        assert shared is not None  # the settings have seen to it
+        found.append(_untrained(found[0].sae, shared, settings.labels, tables))
     return found
+
+
+def _untrained(
+    like: SparseAutoencoder, rows: Activations, labels: Path | None, tables: dict[str, ImageTable]
+) -> Subject:
+    """A control made here: random directions, the L0 of `like`; the same with every call."""
+    sae, _ = untrained_like(like, rows)
+    table = tables.get(str(rows.path)) or image_table(rows)
+    return Subject("untrained control", UNTRAINED, sae, rows, sae, table, _labels(labels, table), is_made=True)
 
 
 def _encodable(

@@ -43,6 +43,7 @@ class Subject:
     Attributes:
         name: what pages call it. labels: class of every image, None for none; None where there are none at all.
         activations: with codes, the activations that they are of and their images, if they are there.
+        is_made: a control that follows from the first SAE and the rows, and has no directory.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Subject:
     table: ImageTable
     labels: pa.Array | None
     activations: tuple[Activations, ImageTable] | None = None
+    is_made: bool = False
 
     @property
     def encodable(self) -> tuple[Activations, ImageTable] | None:

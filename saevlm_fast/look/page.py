@@ -88,7 +88,7 @@ def _sae(panel: Panel) -> dict[str, Any]:
         "architecture": config.architecture,
         "groups": list(config.group_sizes),
         "recipe": recipe_of(config),
-        "steer": steer_command(subject.path, config.metadata),
+        "steer": None if subject.is_made else steer_command(subject.path, config.metadata),
         "measures": [_column(measure) for measure in panel.measures],
         "names": panel.own_names if any(panel.own_names) else None,
         "words": [", ".join(word for word, _ in words) for words in panel.words] if any(panel.words) else None,

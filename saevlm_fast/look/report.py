@@ -118,7 +118,7 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
     """Where the new report is made: what an interrupted call of the same kind left, or an empty place."""
     place = output / REPLACEMENT
     made_of = {
-        "saes": [sae_digest(Path(subject.path)) for subject in inputs.subjects],
+        "saes": [each.path if each.is_made else sae_digest(Path(each.path)) for each in inputs.subjects],
         "rows": [str(subject.rows.path.absolute()) for subject in inputs.subjects],
         "digests": [_digest(subject.rows) for subject in inputs.subjects],
         "pool": settings.pool,
@@ -132,6 +132,7 @@ def _workplace(output: Path, settings: ReportSettings, inputs: Inputs) -> Path:
         begin_replacement(output)
         record.parent.mkdir()
         write_record(record, made_of)
+    _remove_report(place)  # pages and pictures of an interrupted call may be more than this one's: with --images none
     remove_leftovers(place)
     return place
 
@@ -157,7 +158,8 @@ def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watche
         write_sheets(tiles, images, place / "sprites", settings.thumbnail, region, tell)
     notes = {"wanted": images.wanted, "problem": images.problem, "path": images.path}
     encoder = None if inputs.embeddings is None else encoder_of(inputs.embeddings)
-    index = index_of(title, panels, tiles, settings.thumbnail, notes) | {"control": inputs.control, "encoder": encoder}
+    more = {"control": inputs.control, "encoder": encoder, "pool": settings.pool}
+    index = index_of(title, panels, tiles, settings.thumbnail, notes) | more
     n_latents = sum(panel.looked.size for panel in panels)
     with watcher.step("pages", None) as tell:
         if settings.single_file:

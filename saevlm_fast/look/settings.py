@@ -8,6 +8,7 @@ from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
 from saevlm_fast.settings import Settings, setting, texts
 
+UNTRAINED = "untrained"  # a control SAE that is made
 MOST_IN_ONE_FILE, LARGEST_FILE = 2000, 100 << 20  # latents, bytes
 
 
@@ -27,7 +28,9 @@ class ReportSettings(Settings):
     codes: tuple[str, ...] = setting((), help="Store of each SAE's codes, instead of encoding anew.", parse=texts)
     embeddings: Path | None = setting(None, help="Image embeddings, row i of image i: for MS and names.", remote=True)
     control_sae: Path | None = setting(
-        None, help="SAE that cannot have learned, as an untrained one: numbers are held against its latents'."
+        None,
+        help="SAE that cannot have learned: numbers are held against its latents'. untrained: made here, random "
+        "directions with the first SAE's L0 (where no directory is called so).",
     )
     scores: tuple[str, ...] = setting((), help="Table of each SAE: every number in it is a measure.", parse=texts)
     names: tuple[str, ...] = setting((), help="Table of each SAE, of `saevlm-fast name`.", parse=texts)

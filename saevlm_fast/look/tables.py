@@ -37,7 +37,7 @@ def read_latents_table(path: Path, d_sae: int) -> pa.Table:
 def _read(path: Path) -> pa.Table:
     if path.suffix == ".parquet":
         with open_table(str(path)) as file:
-            return file.read()
+            return _plain(file.read())
     size = path.stat().st_size
     require(size <= MAX_TEXT_BYTES, f"{size} bytes; a table has at most {MAX_TEXT_BYTES}")
     if path.suffix == ".csv":
@@ -45,6 +45,14 @@ def _read(path: Path) -> pa.Table:
     require(path.suffix == ".json", "its name ends in none of .parquet, .csv, .json")
     value = json.loads(path.read_text(encoding="utf-8"))
     return pa.Table.from_pylist(value["latents"] if isinstance(value, dict) else value)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Without dictionaries, which texts of parquet are read as."""
+    for i, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(i, field.name, table[field.name].cast(field.type.value_type))
+    return table
 
 
 def spread(table: pa.Table, name: str, d_sae: int) -> np.ndarray:

@@ -183,7 +183,9 @@ def test_numbers_stand_beside_those_of_the_control(visit, controlled):
             const value = of(0)[3];
             return [0, 1].map((sae) => {
                 const known = of(sae).filter((v) => !Number.isNaN(v));
-                return Math.round((100 * known.filter((v) => v < value).length) / (known.length - 1));
+                if (sae === 0) known.splice(known.indexOf(value), 1);
+                const below = known.filter((v) => v < value).length, equal = known.filter((v) => v === value).length;
+                return Math.round((100 * (below + equal / 2)) / known.length);
             });
         }"""
     )
@@ -204,6 +206,81 @@ def test_numbers_stand_beside_those_of_the_control(visit, controlled):
     assert re.search(r"explained variance, of 5,760 rows\s+\d", tab.inner_text("article >> nth=0"))
 
 
+def cells_of(tab, measure):
+    """Texts of a measure's row."""
+    rows = tab.eval_on_selector_all(
+        ".measures tbody tr", "rows => rows.map((row) => [...row.children].map((cell) => cell.textContent))"
+    )
+    return next(row for row in rows if row[0] == measure)
+
+
+def test_percentiles_of_what_is_equal_and_of_very_few(visit, planted, tmp_path):
+    """Equal numbers are in the middle, neither the best nor the worst; of two of a control nothing is above 100."""
+    few = SparseAutoencoder(SAEConfig(12, 2, 1, "topk"))
+    few.save_pretrained(tmp_path / "few")
+    pq.write_table(pa.table({"latent": range(16), "same": [1.0] * 16}), tmp_path / "scores.parquet")
+    words = ("--sae", planted / "sae", "--activations", planted / "store", "--control-sae", tmp_path / "few")
+    run("report", *words, "--scores", tmp_path / "scores.parquet", "--output", tmp_path / "r", "--device", "cpu")
+    tab = visit("#latent=3", page=tmp_path / "r" / "index.html")
+    tab.wait_for_selector(".measures td")
+    assert cells_of(tab, "same")[3] == "50"
+    held = tab.locator(".measures tbody tr td:last-child").all_inner_texts()
+    assert all(0 <= int(text) <= 100 for text in held if text.isdigit())
+    assert len(set(held)) > 1
+
+
+def test_a_class_written_from_right_to_left_leaves_numbers_alone(visit, planted, tmp_path):
+    """What is drawn, not what is in the text: the digits of a percentage stand after the name, in their order."""
+    ids = [f"a/{i:04d}.png" for i in range(N - 1)] + [f"a/{HOSTILE}"]
+    names = ["\u202eabc", "\u05e9\u05dc"] * (N // 2)
+    pq.write_table(pa.table({"image": ids, "side": names}), tmp_path / "labels.parquet")
+    words = ("--sae", planted / "sae", "--activations", planted / "store", "--labels", tmp_path / "labels.parquet")
+    run("report", *words, "--output", tmp_path / "r", "--device", "cpu")
+    tab = visit("#latent=3", page=tmp_path / "r" / "index.html")
+    tab.wait_for_selector(".titles .chip")
+    places = tab.evaluate(
+        """() => {
+            const text = document.querySelector(".titles .chip").firstChild, range = document.createRange();
+            return [...text.data].map((letter, i) => {
+                range.setStart(text, i);
+                range.setEnd(text, i + 1);
+                return [letter, range.getBoundingClientRect().left];
+            });
+        }"""
+    )
+    digits = [(letter, left) for letter, left in places if letter.isdigit() or letter == "%"]
+    assert len(digits) >= 3
+    assert [left for _, left in digits] == sorted(left for _, left in digits)
+    assert min(left for _, left in digits) > max(left for letter, left in places if letter.isalpha())
+
+
+def test_points_of_several_saes_lie_on_the_same_axes(visit, controlled):
+    tab = visit("#view=overview")
+    tab.goto(f"file://{controlled}#view=overview")
+    tab.wait_for_selector("article")
+    tab.evaluate(
+        """() => {
+            window.drawn = [];
+            const fill = CanvasRenderingContext2D.prototype.fillText;
+            CanvasRenderingContext2D.prototype.fillText = function (text, x) {
+                const wide = this.measureText(text).width;
+                const left = this.textAlign === "right" ? x - wide : this.textAlign === "center" ? x - wide / 2 : x;
+                window.drawn.push([this.canvas, text, left]);
+                fill.apply(this, arguments);
+            };
+        }"""
+    )
+    tab.select_option("label:has-text('Up') select", "mean")
+    axes = tab.evaluate(
+        """() => [...document.querySelectorAll("canvas.scatter")].map((canvas) =>
+            window.drawn.filter(([of]) => of === canvas).map(([, text]) => text))"""
+    )
+    assert len(axes) == 2
+    assert axes[0] == axes[1]
+    assert len(axes[0]) == 10
+    assert tab.evaluate("Math.min(...window.drawn.map(([, , left]) => left))") >= 0, "no sign is cut off"
+
+
 def test_near_misses_and_what_a_threshold_is(visit, planted, tmp_path):
     """Latent 3 reads red: it fires where a whole patch is, 4, and nearly where most of one is."""
     sae = SparseAutoencoder(SAEConfig(12, 16, 3, "batch_topk"))
@@ -220,6 +297,10 @@ def test_near_misses_and_what_a_threshold_is(visit, planted, tmp_path):
     assert 3 < values[0] <= 3.9
     assert "It fires above 3.90, the line." in tab.inner_text("#detail")
     assert tab.locator("line.cut").count() == 1
+    run("report", *words, "--output", tmp_path / "mean", "--pool", "mean")
+    tab = visit("#latent=3", page=tmp_path / "mean" / "index.html")
+    tab.wait_for_selector("h3:text('Activations')")
+    assert "It fires above" not in tab.inner_text("#detail"), "the mean of an image's rows may be below"
 
 
 def test_the_steer_command_follows_the_strength(visit, controlled):
@@ -258,6 +339,11 @@ def test_a_blind_check_mixes_both_and_counts_them_apart(visit, controlled):
         tab.wait_for_selector("#overview .picture canvas[data-image]")
         tab.keyboard.press(str(1 + i % 2))
     tab.wait_for_selector(f"text=4 of {n_all} judged")
+    tab.keyboard.press("j")
+    tab.keyboard.press("s")
+    assert "view=blind" in tab.url, "keys of the list are none of this view"
+    tab.click("text=Start anew")
+    tab.wait_for_selector("text=Forget all 4?")
     tab.click("text=Count")
     table = tab.eval_on_selector_all(".plain tbody tr", "rows => rows.map((row) => row.children[1].textContent)")
     assert table == ["2", "2"]
@@ -299,8 +385,8 @@ def truth():
 def shown_heat(tab):
     """(image, [patches]) of the top images, as the page has decoded them."""
     found = tab.evaluate(
-        """async (latent) => {
-            const chunk = await SAEVLM.load(`s0/chunk/0`);
+        """async ([sae, latent]) => {
+            const chunk = await SAEVLM.load(`s${sae}/chunk/0`);
             const pictures = [];
             for (const [tile, act, heat] of chunk[latent].t) {
                 const map = new Array(64).fill(0), packed = SAEVLM.bytes(heat);
@@ -309,9 +395,19 @@ def shown_heat(tab):
             }
             return pictures;
         }""",
-        int(tab.url.split("latent=")[1].split("&")[0]),
+        [int((re.search(rf"\b{name}=(\d+)", tab.url) or [0, 0])[1]) for name in ("sae", "latent")],
     )
     return [(name, act, np.array(heat, float)) for name, act, heat in found]
+
+
+@pytest.mark.parametrize("hash", ["#latent=16", "#latent=-1", "#latent=3&sae=7", "#latent=<b>"])
+def test_a_link_that_leads_nowhere_says_so_and_shows_no_other_latent(hash, visit):
+    tab = visit(hash)
+    assert "There is no latent" in tab.inner_text("#detail .problem")
+    assert tab.locator(".picture").count() == 0
+    tab.keyboard.press("j")
+    tab.wait_for_selector(".picture")
+    assert tab.locator(".problem").count() == 0
 
 
 def test_a_planted_latent_shows_its_images_and_its_heat_lies_on_the_object(visit):
@@ -334,6 +430,28 @@ def test_a_planted_latent_shows_its_images_and_its_heat_lies_on_the_object(visit
     assert control < 3 * base < 0.5, "one of noise lights up anywhere"
 
 
+def test_heat_of_a_random_control_lies_anywhere(visit, planted, tmp_path):
+    """An SAE of random directions, made for the report: its latents' heat is not on red objects, as latent 3's is."""
+    words = ("--sae", planted / "sae", "--activations", planted / "store", "--control-sae", "untrained")
+    run("report", *words, "--output", tmp_path / "r", "--device", "cpu")
+    page, share = tmp_path / "r" / "index.html", truth().numpy()
+
+    def masses(hash):
+        pictures = shown_heat(visit(hash, page=page))
+        places = [N - 1 if HOSTILE in name else int(name[2:6]) for name, _, _ in pictures]
+        return [heat[share[i] > 0].sum() / heat.sum() for i, (_, _, heat) in zip(places, pictures) if heat.sum()]
+
+    assert np.mean(masses("#latent=3")) == 1.0
+    tab = visit("#sae=1&latent=0", page=page)
+    alive = tab.evaluate(
+        """() => [...SAEVLM.floats(SAEVLM.get("index").saes[1].measures.find((m) => m.key === "n_active").values)]"""
+    )
+    control = [np.mean(masses(f"#sae=1&latent={i}")) for i in np.argsort(alive)[-4:].tolist()]
+    assert np.mean(control) < 0.8
+    tab.wait_for_selector(".buttons")
+    assert "steer" not in tab.inner_text("#detail").lower(), "an SAE without a directory steers nothing"
+
+
 def test_the_heat_is_drawn_on_the_picture_where_it_belongs(visit):
     """The canvas itself: patches that light up differ from the picture without, the others do not."""
     tab = visit("#latent=3")
@@ -352,13 +470,26 @@ def test_the_heat_is_drawn_on_the_picture_where_it_belongs(visit):
     tab.uncheck('input[data-heat="heat"]')
     tab.mouse.move(0, 0)
     tab.wait_for_timeout(300)
-    differs = np.abs(with_heat - pixels()).max(2) > 12
+    bare = pixels()
+    differs = np.abs(with_heat - bare).max(2) > 12
     name = tab.get_attribute(".picture canvas", "data-image")
     share = truth()[int(name[2:6])].view(GRID, GRID).numpy()
     side = differs.shape[0] // GRID
     cells = differs[: side * GRID, : side * GRID].reshape(GRID, side, GRID, side)[:, 3:-3, :, 3:-3].mean((1, 3))
     assert (share[cells > 0.5] > 0).all(), "only where the object is"
     assert (cells[share > 0.3] > 0.5).all(), "everywhere where much of it is"
+    tab.check('input[data-heat="edge"]')
+    tab.mouse.move(0, 0)
+    tab.wait_for_timeout(300)
+    changed = np.abs(pixels() - bare).max(2)[: side * GRID, : side * GRID] > 12
+    changed = changed.reshape(GRID, side, GRID, side).mean((1, 3))
+    near = np.pad(share >= 0.5 * share.max(), 1)
+    near = np.lib.stride_tricks.sliding_window_view(near, (3, 3)).any((2, 3))
+    assert changed.any()
+    assert changed.max() < 0.7, "a line"
+    assert near[changed > 0.02].all(), "around the object alone"
+    tab.check('input[data-heat="own"]')
+    assert "each one's largest" in tab.inner_text(".legend")
 
 
 def test_names_of_files_and_classes_stay_text(visit, report):

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -115,6 +116,46 @@ def test_interrupted_it_goes_on_from_the_codes(planted, tmp_path, monkeypatch):
     assert len(appended) == n, "nothing was encoded again"
     assert (tmp_path / "r" / "index.html").exists()
     assert not (tmp_path / "r" / ".replacement").exists()
+
+
+def test_pictures_of_an_interrupted_call_are_not_published_by_one_without(planted, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise Interrupted("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report_module, "write_folder", stop)
+        run(*words(planted, tmp_path / "r"), code=130)
+    assert list((tmp_path / "r" / ".replacement" / "sprites").iterdir())
+    run(*words(planted, tmp_path / "r", "--images", "none"))
+    assert not list((tmp_path / "r" / "sprites").iterdir())
+
+
+def test_an_untrained_control_is_made_with_the_l0_of_the_sae(planted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*words(planted, tmp_path / "r", "--control-sae", "untrained"))
+    _, index = value_of(tmp_path / "r" / "data" / "index.js")
+    own, control = index["saes"]
+    assert index["control"] == 1
+    assert [control["name"], control["dSae"], control["steer"]] == ["untrained control", 16, None]
+    assert own["steer"] is not None
+
+    def l0(sae):
+        (column,) = (each["values"] for each in sae["measures"] if each["key"] == "row_density")
+        return np.frombuffer(base64.b64decode(column), "<f4").sum()
+
+    assert l0(control) == pytest.approx(l0(own), rel=0.25)
+    shutil.copytree(planted / "sae", tmp_path / "untrained")
+    run(*words(planted, tmp_path / "r", "--control-sae", "untrained", "--force"))
+    _, index = value_of(tmp_path / "r" / "data" / "index.js")
+    assert index["saes"][1]["steer"] is not None, "a directory of that name is what is meant"
+
+
+def test_texts_of_a_parquet_table_are_shown(planted, tmp_path):
+    """Texts of parquet are read as dictionaries."""
+    pq.write_table(pa.table({"latent": [3], "best_label": ["a red one"]}), tmp_path / "scores.parquet")
+    run(*words(planted, tmp_path / "r", "--scores", tmp_path / "scores.parquet"))
+    _, latents = value_of(tmp_path / "r" / "data" / "s0" / "chunk-0000.js")
+    assert latents[3]["n"] == [["best_label", "a red one"]]
 
 
 def test_what_is_left_of_other_rows_is_not_gone_on_with(planted, tmp_path, monkeypatch):

@@ -9,10 +9,13 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
+from saevlm_fast.errors import Interrupted
+from saevlm_fast.look import tops as tops_module
 from saevlm_fast.look.chosen import check_latents, chosen_latents
 from saevlm_fast.look.store_images import StoreImages
 from saevlm_fast.look.tops import latent_tops
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.scoring import tables as tables_module
 from saevlm_fast.scoring.image_rows import image_chunks, image_table
 
 N, PATCHES, D, S = 11, 4, 6, 20
@@ -105,6 +108,25 @@ def test_missing_images_are_counted_and_shown_as_placeholders(world, tmp_path):
         run(*words, "--output", tmp_path / name)
         assert (tmp_path / name).stat().st_size > 100
         assert "already exists; --force replaces it" in run(*words, "--output", tmp_path / name, code=2)
+
+
+def test_old_sheets_stay_until_the_new_are_whole(world, tmp_path, monkeypatch):
+    root, out = world[0], tmp_path / "out"
+    words = ("top-images", "--sae", root / "sae", "--codes", root / "codes", "--n", 2, "--output", out)
+    monkeypatch.setattr(tops_module, "ROWS_OF_A_SHEET", 2)
+    run(*words, "--latents", "0:4")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(before) == ["latents-0000.png", "latents-0001.png", "settings.toml", "top_images.parquet"]
+
+    def stop(*arguments):
+        raise Interrupted("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables_module, "write_table", stop)
+        run(*words, "--latents", "0:1", "--force", code=130)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    run(*words, "--latents", "0:1", "--force")
+    assert sorted(path.name for path in out.iterdir()) == ["latents-0000.png", "settings.toml", "top_images.parquet"]
 
 
 def test_images_of_another_place(tmp_path):

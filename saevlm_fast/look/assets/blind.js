@@ -47,6 +47,20 @@ const Blind = (() => {
     app.save("verdicts.json", { format: "saevlm-fast verdicts", title: app.index.title, verdicts: rows });
   }
 
+  // Hours of judging are not lost by one wrong click.
+  function anew(app, done) {
+    const button = el("button", { type: "button", text: "Start anew", onclick: () => {
+      if (done && !button.dataset.sure) {
+        button.dataset.sure = "1";
+        button.textContent = `Forget all ${done}?`;
+        return;
+      }
+      app.memory.write("verdicts", {});
+      app.update(true);
+    } });
+    return button;
+  }
+
   async function show(app, root) {
     const verdicts = app.memory.read("verdicts") || {};
     const list = sequence(app), next = list.find((pair) => !(key(pair) in verdicts));
@@ -54,7 +68,7 @@ const Blind = (() => {
     const tools = el("div", { class: "tools" }, el("span", { class: "note", text: `${done} of ${list.length} judged.` }),
       el("button", { type: "button", text: "Save verdicts", onclick: () => save(app, verdicts) }),
       el("button", { type: "button", text: "Count", onclick: () => summary.replaceChildren(table(app, verdicts)) }),
-      el("button", { type: "button", text: "Start anew", onclick: () => { app.memory.write("verdicts", {}); app.update(true); } }));
+      anew(app, done));
     const summary = el("div", {});
     const about = el("p", { class: "note", text: "Latents of the SAE and of the control, mixed. What do the images have in common? Keys 1, 2, 3." });
     root.replaceChildren(el("h2", { text: "Blind check" }), about, tools, summary);

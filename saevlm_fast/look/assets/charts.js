@@ -31,8 +31,8 @@ function barChart({ counts, labels, title, describe, log = false, mark = null, l
   const places = [left, width / 2, width - left];
   const texts = labels.map((label, i) => svg("text", { x: places[i], y: height - 4, "text-anchor": anchors[i], text: label }));
   const base = svg("line", { x1: left, x2: width - left, y1: height - bottom + 0.5, y2: height - bottom + 0.5, class: "axis" });
-  // A line at a place in bars, at the left edge if it is before the first.
-  const at = line === null ? null : left + Math.min(Math.max(line, 0), counts.length) * step;
+  // A line at a place in bars.
+  const at = line === null ? null : left + Math.min(line, counts.length) * step;
   const cut = at === null ? [] : [svg("line", { x1: at, x2: at, y1: 0, y2: height - bottom, class: "cut" })];
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title, class: "chart" }, bars, base, cut, texts);
 }
@@ -53,28 +53,32 @@ function histogram(values, { log = false, bins = 40, range = null } = {}) {
   return { counts, low, high, n: good.length, log };
 }
 
-// Every latent a point. Clicking one takes the nearest; the table of latents has the same numbers for the keyboard.
-function scatter(canvas, { x, y, colour, logX, logY, onPick, ink, grid, chosen, dark }) {
-  const ratio = window.devicePixelRatio || 1;
-  const width = canvas.clientWidth || 420, height = canvas.clientHeight || 300;
-  canvas.width = width * ratio;
-  canvas.height = height * ratio;
-  const pen = canvas.getContext("2d");
-  pen.scale(ratio, ratio);
-  const plain = (v, log) => (log ? (v > 0 ? Math.log10(v) : NaN) : v);
-  const bounds = (values, log) => {
-    let low = Infinity, high = -Infinity;
+const plain = (value, log) => (log ? (value > 0 ? Math.log10(value) : NaN) : value);
+
+// The ends of several columns together; on the log, the logarithms.
+function bounds(columns, log) {
+  let low = Infinity, high = -Infinity;
+  for (const values of columns) {
     for (const v of values) {
       const p = plain(v, log);
       if (!Number.isFinite(p)) continue;
       if (p < low) low = p;
       if (p > high) high = p;
     }
-    return low > high ? [0, 1] : low === high ? [low - 0.5, high + 0.5] : [low, high];
-  };
-  const [x0, x1] = bounds(x, logX), [y0, y1] = bounds(y, logY);
-  const [c0, c1] = colour ? bounds(colour, false) : [0, 1];
-  const left = 46, right = 10, top = 8, bottom = 26;
+  }
+  return low > high ? [0, 1] : low === high ? [low - 0.5, high + 0.5] : [low, high];
+}
+
+// Every latent a point. xs, ys, colours: the ends of the axes and of the colours, which are all SAEs'. Clicking one takes the nearest; the table of latents has the same numbers for the keyboard.
+function scatter(canvas, { x, y, colour, xs, ys, colours, logX, logY, onPick, ink, grid, chosen, dark }) {
+  const ratio = window.devicePixelRatio || 1;
+  const width = canvas.clientWidth || 420, height = canvas.clientHeight || 300;
+  canvas.width = width * ratio;
+  canvas.height = height * ratio;
+  const pen = canvas.getContext("2d");
+  pen.scale(ratio, ratio);
+  const [x0, x1] = xs, [y0, y1] = ys, [c0, c1] = colours;
+  const left = 58, right = 10, top = 8, bottom = 26;
   const px = (v) => left + ((plain(v, logX) - x0) / (x1 - x0)) * (width - left - right);
   const py = (v) => height - bottom - ((plain(v, logY) - y0) / (y1 - y0)) * (height - top - bottom);
   pen.font = "11px system-ui, sans-serif";

@@ -82,6 +82,9 @@ function el(tag, props, ...children) {
   return add(node, ...children);
 }
 
+// A name in a sentence: however it is written, what stands around it keeps its order (a percentage its digits).
+const apart = (text) => `\u2068${text}\u2069`;
+
 // Appends what is there: parts that have nothing to show are null.
 function add(node, ...children) {
   for (const child of children.flat()) {

@@ -14,14 +14,16 @@ const Latent = (() => {
     }));
   }
 
-  function rankOf(column, value) {
-    let below = 0, known = 0;
+  // The share of others that are below a value; of equal ones, half. others: without the value itself, if it is one.
+  function rankOf(column, value, isOne) {
+    let below = 0, equal = isOne ? -1 : 0, known = equal;
     for (const other of column) {
       if (Number.isNaN(other)) continue;
       known++;
       if (other < value) below++;
+      else if (other === value) equal++;
     }
-    return known > 1 ? below / (known - 1) : 0;
+    return known > 0 ? (below + equal / 2) / known : null;
   }
 
   function measures(app, sae, latent) {
@@ -31,8 +33,8 @@ const Latent = (() => {
       const column = sae.column[m.key], value = column[latent];
       const [low, high] = ["low", "high"].map((end) => interval(sae, m.key, end, latent));
       const within = low !== null && high !== null ? `${digits(low)} to ${digits(high)}` : "";
-      const rank = Number.isNaN(value) ? null : rankOf(column, value);
-      const held = control && rank !== null && control.column[m.key] ? rankOf(control.column[m.key], value) : null;
+      const rank = Number.isNaN(value) ? null : rankOf(column, value, true);
+      const held = control && !Number.isNaN(value) && control.column[m.key] ? rankOf(control.column[m.key], value, false) : null;
       const fill = el("span", { class: "fill" });
       if (rank !== null) fill.style.width = `${100 * rank}%`;
       return el("tr", { title: m.help }, el("th", { scope: "row", text: m.label }), el("td", {}, digits(value), within ? el("span", { class: "within", text: within }) : null),
@@ -56,6 +58,7 @@ const Latent = (() => {
 
   // The command at a strength; and what steering did, where that was measured.
   function steering(app, sae, latent, record) {
+    if (!sae.steer) return null; // a control that is nowhere but here
     const code = el("code", { class: "command", text: app.steer(sae, latent) });
     const choose = el("select", { "aria-label": "Strength", onchange: () => { code.textContent = app.steer(sae, latent, Number(choose.value)); } },
       ALPHAS.map(([text, share]) => el("option", { value: String(share), text, selected: share === 1 })));
@@ -94,31 +97,41 @@ const Latent = (() => {
         Pictures.look[key] = event.target.checked;
         document.querySelectorAll(`input[data-heat="${key}"]`).forEach((other) => { other.checked = event.target.checked; });
         Pictures.redrawAll(document);
+        document.querySelectorAll(".most").forEach((end) => { end.textContent = most(end.dataset.most); });
       } }), label);
+    const most = (text) => (Pictures.look.own ? "each one's largest" : text);
     const ramp = el("canvas", { width: 160, height: 12, class: "ramp", role: "img", "aria-label": `Colours of the heat map, from 0 to ${digits(max)}` });
     const pen = ramp.getContext("2d");
     for (let x = 0; x < 160; x++) {
-      pen.fillStyle = `rgba(${viridis(x / 159).join(",")},${0.2 + 0.8 * Math.sqrt(x / 159)})`;
+      pen.fillStyle = `rgba(${viridis(x / 159).join(",")},${0.75 * Math.sqrt(x / 159)})`;
       pen.fillRect(x, 0, 1, 12);
     }
-    return el("div", { class: "heat" }, box("heat", "heat maps", "heat"), box("smooth", "smooth", "smooth"), box("own", "each picture its own scale", "own"),
-      el("span", { class: "legend" }, "0", ramp, digits(max)),
+    return el("div", { class: "heat" }, box("heat", "heat maps", "heat"), box("smooth", "smooth", "smooth"), box("own", "each picture its own scale", "own"), box("edge", "contour", "edge"),
+      el("span", { class: "legend" }, "0", ramp, el("span", { class: "most", "data-most": digits(max), text: most(digits(max)) })),
       el("span", { class: "note", text: "Where it fires, not why." }));
   }
 
-  function histogramOf(record, sae, latent, bins) {
+  const FARTHEST = 40; // bins
+
+  function histogramOf(record, sae, latent, { bins, pool }) {
     if (!record.g) return null;
-    const [first, counts] = record.g;
-    const edge = (i) => 2 ** (bins.lowest + (first + i) / bins.octave);
+    let [first, counts] = record.g;
     const silent = sae.nImages - counts.reduce((a, b) => a + b, 0);
     const cut = !sae.threshold ? null : sae.threshold.length > 1 ? sae.threshold[latent] : sae.threshold[0];
-    const threshold = cut > 0 ? cut : null;
+    const threshold = cut > 0 && !(sae.pooled && pool === "mean") ? cut : null; // a threshold is of rows, not of their mean
+    let line = threshold === null ? null : (Math.log2(threshold) - bins.lowest) * bins.octave - first;
+    if (line !== null && line < 0) { // empty bins, so that the line is at its place, unless that is very far
+      const more = Math.ceil(-line);
+      if (more > FARTHEST) line = null;
+      else [first, counts, line] = [first - more, [...new Array(more).fill(0), ...counts], line + more];
+    }
+    const edge = (i) => 2 ** (bins.lowest + (first + i) / bins.octave);
     const chart = barChart({
-      counts, log: true, line: threshold === null ? null : (Math.log2(threshold) - bins.lowest) * bins.octave - first, labels: [digits(edge(0)), "activation (log)", digits(edge(counts.length))],
+      counts, log: true, line, labels: [digits(edge(0)), "activation (log)", digits(edge(counts.length))],
       title: `Images by activation, from ${digits(edge(0))} to ${digits(edge(counts.length))}; most in a bar: ${Math.max(...counts)}`,
       describe: (i, count) => `${digits(edge(i))} to ${digits(edge(i + 1))}: ${count} images`,
     });
-    return part("Activations", chart, el("p", { class: "note", text: `Heights are logarithmic.${threshold === null ? "" : ` It fires above ${digits(threshold)}, the line.`} It is silent on ${silent.toLocaleString("en")} of ${sae.nImages.toLocaleString("en")} images.` }));
+    return part("Activations", chart, el("p", { class: "note", text: `Heights are logarithmic.${threshold === null ? "" : ` It fires above ${digits(threshold)}, ${line === null ? "left of the first bar" : "the line"}.`} It is silent on ${silent.toLocaleString("en")} of ${sae.nImages.toLocaleString("en")} images.` }));
   }
 
   function bandsOf(app, sae, latent, record) {
@@ -145,7 +158,7 @@ const Latent = (() => {
 
   function nearMisses(app, sae, latent, record) {
     if (!record.m || !record.m.length) return null;
-    const what = sae.threshold ? "below the threshold" : "not among the largest of a row";
+    const what = sae.threshold ? "below the threshold" : sae.architecture === "relu" ? "not above 0" : "not among the largest of a row";
     const figures = record.m.map(([tile, value]) => Pictures.figure([tile], { grid: null, latent, side: 72, note: digits(value) }));
     return part("Near misses", el("p", { class: "note", text: `Silent images with the highest pre-activation, ${what}; of ${sae.near.images.toLocaleString("en")} images that were tried.` }), el("div", { class: "pictures" }, figures));
   }
@@ -180,7 +193,7 @@ const Latent = (() => {
     }
     root.append(part("Top images", heatTools(app, sae, root, sae.heatMax ? sae.heatMax[latent] : max), pictures(app, sae, latent, record.t, 112)));
     const columns = el("div", { class: "columns" });
-    add(columns, part("Measures", measures(app, sae, latent)), histogramOf(record, sae, latent, app.index.bins));
+    add(columns, histogramOf(record, sae, latent, app.index), part("Measures", measures(app, sae, latent)));
     if (record.w) {
       const best = Math.max(...record.w.map(([, score]) => score), 1e-9);
       const own = sae.names && sae.names[latent];
@@ -221,12 +234,12 @@ const Latent = (() => {
           button(starred ? "★" : "☆", starred ? "Remove the star" : "Star this latent", () => app.star(latent)),
           button("Pin", "Keep it here, beside the next", () => app.set({ pin: `${number}.${latent}` })),
           button("Copy link", "Copy a link to this latent", () => app.copy(app.link(latent, number), "link")),
-          button("Copy steer command", "Copy the command that steers a model by this latent", () => app.copy(app.steer(sae, latent), "command")),
+          sae.steer ? button("Copy steer command", "Copy the command that steers a model by this latent", () => app.copy(app.steer(sae, latent), "command")) : null,
         ];
     const dead = !record.t ? el("span", { class: "chip warn", text: "never fires" }) : null;
     const titles = el("div", { class: "titles" }, el("h2", {}, `Latent ${latent}`, name ? el("span", { class: "hideable own", text: name }) : null), dead, app.classOf(sae, latent) ? el("span", { class: "chip hideable", text: app.classOf(sae, latent) }) : null, group(sae, latent),
       app.index.saes.length > 1 ? el("span", { class: "chip", text: sae.name }) : null);
-    return el("div", { class: "heading" }, titles, el("div", { class: "buttons" }, tools));
+    return el("div", { class: "heading" }, titles, el("div", { class: "buttons" }, ...tools));
   }
 
   return { show };

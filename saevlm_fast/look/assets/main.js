@@ -33,7 +33,7 @@
     classOf(sae, latent) {
       const best = sae.classes && sae.classes.best ? sae.classes.best[latent] : -1;
       const share = sae.column.purity ? sae.column.purity[latent] : NaN;
-      return best >= 0 && share >= 0.1 ? `${sae.classes.names[best]} ${percent(share)}` : null;
+      return best >= 0 && share >= 0.1 ? `${apart(sae.classes.names[best])} ${percent(share)}` : null;
     },
     favourites: (number = app.state.sae) => new Set(stars[number] || []),
     star(latent) {
@@ -112,7 +112,10 @@
       }
       table.update(app.state);
       const key = `${sae}/${latent}`;
-      if (latent === null) main.replaceChildren(el("p", { class: "note", text: "Choose a latent." }));
+      if (latent === null) {
+        main.dataset.shown = main.dataset.asked = "";
+        main.replaceChildren(el("p", { class: wrong ? "problem" : "note", text: wrong || "Choose a latent." }));
+      }
       else if (redraw || main.dataset.shown !== key) {
         main.dataset.shown = key;
         Latent.show(app, main, sae, latent);
@@ -121,7 +124,7 @@
       const [pinSae, pinLatent] = pin ? pin.split(".").map(Number) : [];
       pinned.hidden = !pin;
       detail.classList.toggle("two", Boolean(pin));
-      if (pin && pinned.dataset.shown !== pin && index.saes[pinSae] && pinLatent < index.saes[pinSae].dSae) {
+      if (pin && pinned.dataset.shown !== pin) {
         pinned.dataset.shown = pin;
         Latent.show(app, pinned, pinSae, pinLatent, { pinned: true });
       }
@@ -132,6 +135,7 @@
 
   function write() {
     const { sae, latent, sort, desc, q, stars: only, view, pin, filters } = app.state;
+    wrong = "";
     const parts = [];
     if (view) parts.push(`view=${view}`);
     if (sae) parts.push(`sae=${sae}`);
@@ -145,15 +149,21 @@
     try { history.replaceState(null, "", hash); } catch { location.hash = hash; }
   }
 
+  let wrong = ""; // what is said of an address that leads nowhere; another latent is not shown in its place
+
+  const bound = (text, unset) => (text === "" || Number.isNaN(Number(text)) ? unset : Number(text));
+
   function read() {
     const found = new URLSearchParams(location.hash.slice(1));
     const number = Number(found.get("sae") || 0);
     const sae = Number.isInteger(number) && index.saes[number] ? number : 0;
     const latent = Number(found.get("latent"));
-    const there = found.has("latent") && Number.isInteger(latent) && latent >= 0 && latent < index.saes[sae].dSae;
-    const pin = /^\d+\.\d+$/.test(found.get("pin") || "") ? found.get("pin") : "";
+    const there = found.has("latent") && sae === number && Number.isInteger(latent) && latent >= 0 && latent < index.saes[sae].dSae;
+    wrong = found.has("latent") && !there ? `There is no latent ${apart(found.get("latent"))}${sae === number ? "" : ` of an SAE ${apart(found.get("sae"))}`} in this report.` : "";
+    const [pinSae, pinLatent] = /^\d+\.\d+$/.test(found.get("pin") || "") ? found.get("pin").split(".").map(Number) : [];
+    const pin = index.saes[pinSae] && pinLatent < index.saes[pinSae].dSae ? `${pinSae}.${pinLatent}` : "";
     const filters = found.getAll("f").map((text) => text.split(":")).filter((parts) => parts.length === 3)
-      .map(([key, min, max]) => ({ key, min: min === "" ? -Infinity : Number(min), max: max === "" ? Infinity : Number(max) }))
+      .map(([key, min, max]) => ({ key, min: bound(min, -Infinity), max: bound(max, Infinity) }))
       .filter((f) => f.key in index.saes[sae].column);
     const sort = found.get("sort");
     const known = sort === "latent" || sort === "name" || sort === "class" || (sort && sort in index.saes[sae].column);
@@ -220,7 +230,7 @@
   }
 
   function first_latent() {
-    if (app.state.latent === null && table.order.length && !app.state.view) {
+    if (app.state.latent === null && !wrong && table.order.length && !app.state.view) {
       app.state.latent = table.order[0];
       app.update();
     }
@@ -230,11 +240,14 @@
     const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && event.target.type !== "checkbox";
     if (event.key === "Escape" && typing) event.target.blur();
     if (typing || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog")) return;
-    const actions = {
+    const list = app.state.view ? {} : {
       j: () => app.step(1), k: () => app.step(-1), "/": () => table.search.focus(),
+      s: () => app.state.latent !== null && app.star(app.state.latent),
+    };
+    const actions = {
+      ...list,
       o: () => app.set({ view: app.state.view ? "" : "overview" }),
       h: () => { const box = document.querySelector('input[data-heat="heat"]'); if (box) box.click(); },
-      s: () => app.state.latent !== null && app.star(app.state.latent),
     };
     const verdict = app.state.view === "blind" && document.querySelector(`[data-verdict][data-key="${CSS.escape(event.key)}"]`);
     if (verdict) verdict.click();

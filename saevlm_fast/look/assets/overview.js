@@ -25,15 +25,16 @@ const Overview = (() => {
     if (chosen.colour && !keys.includes(chosen.colour)) chosen.colour = sane(keys, chosen.colour, ["decoder_cosine", "max"]);
     const tools = el("div", { class: "tools" }, pick(app, "Distribution of", "measure", keys), pick(app, "Across", "x", keys), pick(app, "Up", "y", keys), pick(app, "Colour", "colour", keys, true));
     const range = shared(saes, chosen.measure);
+    const spans = Object.fromEntries(["x", "y", "colour"].map((key) => [key, bounds(saes.map((sae) => sae.column[chosen[key]]).filter(Boolean), key !== "colour" && isLog(chosen[key]))]));
     root.replaceChildren(el("h2", { text: saes.length > 1 ? `${saes.length} SAEs side by side` : "The SAE" }), about(app), tools,
-      el("div", { class: "cards" }, saes.map((sae, i) => card(app, sae, i, range))));
+      el("div", { class: "cards" }, saes.map((sae, i) => card(app, sae, i, range, spans))));
     root.querySelectorAll("canvas.scatter").forEach((canvas) => canvas.drawNow());
   }
 
   function about(app) {
     const { images } = app.index;
-    const missing = images.wanted ? (images.missing ? `; ${images.missing.toLocaleString("en")} are missing` : "") : "; pictures were left out";
-    return el("p", { class: "note", text: `${images.shown.toLocaleString("en")} images are shown${missing}${images.problem && images.wanted ? ` (${images.problem})` : ""}. Made ${app.index.made} by saevlm-fast ${app.index.version}.` });
+    const missing = images.wanted ? (images.missing ? `; ${images.missing.toLocaleString("en")} of them ${images.missing === 1 ? "is" : "are"} missing` : "") : "; pictures were left out";
+    return el("p", { class: "note", text: `${images.shown.toLocaleString("en")} image${images.shown === 1 ? " is" : "s are"} shown${missing}${images.problem && images.wanted ? ` (${images.problem})` : ""}. Made ${app.index.made} by saevlm-fast ${app.index.version}.` });
   }
 
   const isLog = (key) => ["density", "row_density", "n_active", "max", "mean"].includes(key);
@@ -50,7 +51,7 @@ const Overview = (() => {
     return [at(0.05), at(0.5), at(0.95), good.length];
   }
 
-  function card(app, sae, number, range) {
+  function card(app, sae, number, range, spans) {
     const column = sae.column[chosen.measure];
     const measure = sae.measures.find((m) => m.key === chosen.measure);
     const found = column ? histogram(column, { log: isLog(chosen.measure), range }) : { counts: [] };
@@ -59,12 +60,12 @@ const Overview = (() => {
       ? barChart({ counts: found.counts, labels: [digits(edge(0)), measure.label, digits(edge(found.counts.length))],
           title: `${measure.label} of ${found.n} latents, from ${digits(edge(0))} to ${digits(edge(found.counts.length))}`,
           describe: (i, count) => `${digits(edge(i))} to ${digits(edge(i + 1))}: ${count} latents` })
-      : el("p", { class: "note", text: "not measured of this SAE" });
+      : el("p", { class: "note", text: column ? `${measure.label}: none that is above 0, and the axis is logarithmic` : "not measured of this SAE" });
     const plot = el("canvas", { class: "scatter", role: "img", "aria-label": `${chosen.y} against ${chosen.x} of every latent; the list has the numbers` });
     plot.drawNow = () => {
       const style = getComputedStyle(document.body);
       const [x, y] = [sae.column[chosen.x], sae.column[chosen.y]];
-      if (x && y) scatter(plot, { x, y, colour: sae.column[chosen.colour], logX: isLog(chosen.x), logY: isLog(chosen.y), ink: style.getPropertyValue("--ink"), grid: style.getPropertyValue("--rule"),
+      if (x && y) scatter(plot, { x, y, colour: sae.column[chosen.colour], xs: spans.x, ys: spans.y, colours: spans.colour, logX: isLog(chosen.x), logY: isLog(chosen.y), ink: style.getPropertyValue("--ink"), grid: style.getPropertyValue("--rule"),
         dark: document.documentElement.dataset.theme === "dark", chosen: app.state.sae === number ? app.state.latent : null, onPick: (latent) => app.open(latent, number) });
     };
     const density = sae.column.density;
@@ -83,7 +84,7 @@ const Overview = (() => {
     return el("article", { class: "card" }, el("h3", {}, sae.name, number === app.index.control ? el("span", { class: "chip", text: "control" }) : null), el("p", { class: "note path", text: `${sae.path} on ${sae.rows}` }),
       el("dl", { class: "facts" }, facts.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value })))),
       distribution, plot,
-      el("p", { class: "note", text: `Each point a latent: ${label(sae, chosen.x)} across, ${label(sae, chosen.y)} up${chosen.colour ? `, coloured by ${label(sae, chosen.colour)}` : ""}. Click one to open it.` }),
+      el("p", { class: "note", text: `Each point a latent: ${label(sae, chosen.x)} across, ${label(sae, chosen.y)} up${chosen.colour ? `, coloured by ${label(sae, chosen.colour)} from ${digits(spans.colour[0])} (violet) to ${digits(spans.colour[1])} (yellow)` : ""}. Click one to open it.` }),
       groups(sae), summary(sae), recipe(sae));
   }
 

@@ -3,7 +3,8 @@
 const Pictures = (() => {
   const sheets = new Map(); // number -> promise of an Image; so many are kept decoded
   const KEPT = 24;
-  const look = { heat: true, smooth: false, own: false };
+  const look = { heat: true, smooth: false, own: false, edge: false };
+  const EDGE = 0.5; // of a picture's largest patch: what a contour goes around
   let seen = null;
 
   function index() {
@@ -59,6 +60,28 @@ const Pictures = (() => {
     return canvas;
   }
 
+  // A line around the patches at half of the picture's largest and above: a shape without colours.
+  function contour(pen, text, [rows, columns], [x, y, width, height], ratio) {
+    const packed = SAEVLM.bytes(text), value = new Uint8Array(rows * columns);
+    for (let i = 0; i < packed.length; i += 3) value[packed[i] + 256 * packed[i + 1]] = packed[i + 2];
+    const least = Math.max(1, EDGE * value.reduce((a, b) => Math.max(a, b), 0));
+    const inside = (row, column) => row >= 0 && column >= 0 && row < rows && column < columns && value[row * columns + column] >= least;
+    const sx = width / columns, sy = height / rows;
+    pen.beginPath();
+    for (let row = 0; row <= rows; row++) {
+      for (let column = 0; column <= columns; column++) {
+        const here = inside(row, column), px = x + column * sx, py = y + row * sy;
+        if (here !== inside(row, column - 1)) { pen.moveTo(px, py); pen.lineTo(px, py + sy); }
+        if (here !== inside(row - 1, column)) { pen.moveTo(px, py); pen.lineTo(px + sx, py); }
+      }
+    }
+    for (const [colour, size] of [["#000000", 4], ["#ffffff", 2]]) {
+      pen.strokeStyle = colour;
+      pen.lineWidth = size * ratio;
+      pen.stroke();
+    }
+  }
+
   async function draw(canvas, [number, , heat], grid, side) {
     const about = await tile(number);
     const image = about.width ? await sheet(Math.floor(number / index().aSheet)) : null; // a sheet of missing ones is none
@@ -89,10 +112,12 @@ const Pictures = (() => {
       pen.imageSmoothingEnabled = canvas.width < 3 * about.width || about.width > 64;
       pen.drawImage(image, (at % across) * cell, Math.floor(at / across) * cell, about.width, about.height, 0, 0, canvas.width, canvas.height);
     }
-    if (look.heat && heat !== undefined && grid) {
+    if (heat !== undefined && grid) {
       const [x0, y0, x1, y1] = about.region;
+      const box = [x0 * canvas.width, y0 * canvas.height, (x1 - x0) * canvas.width, (y1 - y0) * canvas.height];
       pen.imageSmoothingEnabled = look.smooth;
-      pen.drawImage(heatCanvas(heat, grid), x0 * canvas.width, y0 * canvas.height, (x1 - x0) * canvas.width, (y1 - y0) * canvas.height);
+      if (look.heat) pen.drawImage(heatCanvas(heat, grid), ...box);
+      if (look.edge) contour(pen, heat, grid, box, ratio);
     }
     canvas.dataset.image = about.name;
     return about;
@@ -118,10 +143,10 @@ const Pictures = (() => {
 
   function said(about, picture, latent) {
     const act = picture[1] === null || picture[1] === undefined ? "silent" : `activation ${digits(picture[1])}`;
-    const label = about.label ? `, ${about.label}` : "";
+    const name = apart(about.name), label = about.label ? `, ${apart(about.label)}` : "";
     const missing = about.width ? "" : ", missing";
-    if (latent === null) return `Image ${about.name}${label}${missing}`;
-    return `Image ${about.name}${label}, ${act} of latent ${latent}${missing}`;
+    if (latent === null) return `Image ${name}${label}${missing}`;
+    return `Image ${name}${label}, ${act} of latent ${latent}${missing}`;
   }
 
   // A picture with its activation below; a button that enlarges it.
@@ -134,7 +159,7 @@ const Pictures = (() => {
     const caption = el("span", { class: "act", text: note || (picture[1] === undefined ? "" : digits(picture[1]) + elsewhere(picture, grid)) });
     whenSeen(button, () => draw(canvas, picture, grid, side).then((about) => {
       button.setAttribute("aria-label", said(about, picture, latent));
-      button.title = [about.name, about.label].filter(Boolean).join("\n");
+      button.title = [about.name, about.label].filter(Boolean).map(apart).join("\n");
     }));
     button.redraw = () => draw(canvas, picture, grid, side);
     return el("span", { class: "figure" }, button, caption);

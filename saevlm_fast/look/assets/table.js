@@ -45,10 +45,10 @@ class LatentTable {
 
   // The usual columns, and that by which the list is sorted.
   drawHead() {
-    const sae = this.sae, sort = this.app.state.sort;
+    const sae = this.sae, sort = this.app.state.sort, labels = new Map(sae.measures.map((m) => [m.key, m.label]));
     const hidden = this.columns.includes(sort) && !this.usual.includes(sort);
     this.shown = hidden ? [...this.usual.slice(0, 2), sort, ...this.usual.slice(2)] : this.usual;
-    this.grid.style.setProperty("--columns", this.shown.map((key) => (key === "name" || key === "class" ? "minmax(8rem, 1fr)" : key === "latent" ? "4.6rem" : "5.6rem")).join(" "));
+    this.grid.style.setProperty("--columns", this.shown.map((key) => (key === "name" || key === "class" ? "minmax(8rem, 1fr)" : key === "latent" ? "4.2rem" : (labels.get(key) || "").length > 8 ? "6.6rem" : "5rem")).join(" "));
     this.head.replaceChildren(...this.shown.map((key) => {
       const measure = sae.measures.find((m) => m.key === key);
       const cell = el("div", { role: "columnheader", "data-key": key }, el("button", {
