@@ -231,7 +231,8 @@ def calls(sae, tmp_path_factory):
         "top_images": (sf.top_images, {"activations": X, "latents": [1], "n": 2, "sae": sae, "batch_rows": 128}),
         "train": (
             partial(sf.train, steps=1, batch_size=64),
-            {"activations": X, "sae_config": CONFIG, "config": None, "options": None, "validation": None},
+            {"activations": X, "sae_config": CONFIG, "config": None, "options": None, "validation": None}
+            | {"mono_embeddings": None},
             sf.train,
         ),
         "SAESize": (sf.SAESize, {}),
