@@ -3,9 +3,10 @@
 Imports nothing of kernels/ and registers no op.
 """
 
+import math
 import threading
 from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,3 +114,39 @@ class Workspace(threading.local):
             with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode later
                 self.bytes = torch.empty(n_bytes, dtype=torch.uint8)
         return self.bytes[:n_bytes].view(dtype)
+
+
+# --- a decoder that stays near its beginning ------------------------------------------------------------------------
+
+
+class Cone(NamedTuple):
+    """Where a soft-frozen decoder's unit rows may be: at a cosine of at least `cosine` with the unit rows_SD."""
+
+    rows_SD: Tensor
+    cosine: float
+
+    @property
+    def rounding(self) -> float:
+        """Up to which w_perp may be as much along w0 as across it: the edge made of it would be no unit row."""
+        return torch.finfo(self.rows_SD.dtype).eps ** 0.5
+
+    def hold_(self, W_SD: Tensor, start: int = 0) -> None:
+        """Moves rows start .. of unit rows, in place, to the nearest that are inside; the others keep their bits.
+
+        w -> tau w0 + sqrt(1 - tau^2) w_perp / |w_perp| with w_perp = w - (w . w0) w0. A row opposite to its first one
+        (|w_perp| at most `rounding`), which has no nearest, becomes that. A GPU is asked nothing.
+        """
+        w0_SD = self.rows_SD[start : start + len(W_SD)]
+        cosine_S1 = (W_SD * w0_SD).sum(1, keepdim=True)
+        if W_SD.is_cuda:
+            W_SD.copy_(torch.where(cosine_S1 < self.cosine, self._edge(W_SD, w0_SD, cosine_S1), W_SD))
+            return
+        outside = (cosine_S1 < self.cosine).squeeze(1).nonzero().squeeze(1)
+        if len(outside):
+            W_SD.index_copy_(0, outside, self._edge(W_SD[outside], w0_SD[outside], cosine_S1[outside]))
+
+    def _edge(self, W_SD: Tensor, w0_SD: Tensor, cosine_S1: Tensor) -> Tensor:
+        across_SD = W_SD - cosine_S1 * w0_SD
+        length_S1 = torch.linalg.vector_norm(across_SD, dim=1, keepdim=True)
+        edge_SD = self.cosine * w0_SD + math.sqrt(1 - self.cosine**2) * across_SD / length_S1
+        return torch.where(length_S1 <= self.rounding, w0_SD, edge_SD)

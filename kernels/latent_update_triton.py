@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TINY
-from .latent_update import Cone
+from .common import TINY, Cone
 from .segment_sum_triton import CHUNK, accumulator
 from .step_entries_triton import Entries, latent_row
 from .step_rows_triton import whole_row_block
@@ -65,7 +64,7 @@ def moved(
 
 @triton.jit
 def held_in_cone(w, first, COSINE: tl.constexpr, SINE: tl.constexpr, ROUNDING: tl.constexpr):
-    """A unit row; if its cosine with a first one is below COSINE, the nearest of that cosine (latent_update.Cone)."""
+    """A unit row; if its cosine with a first one is below COSINE, the nearest of that cosine (common.Cone)."""
     cosine = tl.sum(w * first, axis=0)
     across = w - cosine * first
     length = tl.sqrt(tl.sum(across * across, axis=0))

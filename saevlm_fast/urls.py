@@ -13,7 +13,8 @@ from urllib.parse import urlsplit, urlunsplit
 # Those of fsspec that name objects in a store, and the web, which is read by Python's own means (reading.py).
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "https", "http")
 _URL = re.compile(rf"({'|'.join(PROTOCOLS)}):/{{1,2}}(?=[^/])")  # pathlib makes one slash of two
-_IN_TEXT = re.compile(rf"\b(?:{'|'.join(PROTOCOLS)}):/{{1,2}}[^\s'\"<>]+")
+# hf:/home/me/model is a place on this machine.
+_IN_TEXT = re.compile(rf"\b(?:{'|'.join(PROTOCOLS)}):(?:(?<!hf:)/|//)/?(?=[^/])[^\s'\"<>]+")
 _HIDDEN = "***"
 
 

@@ -6,8 +6,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from saevlm_fast.files import atomic_write
-
 _SIZE, _LEFT, _TOP, _GAP = 300, 62, 34, 84
 _COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8a5a9e", "#c97b1a", "#3f3f46")
 _LABELS = {"l0": "L0", "explained_variance": "explained variance", "ms_mean": "mean Monosemanticity Score"}
@@ -34,6 +32,8 @@ def write_picture(path: Path, rows: Sequence[dict[str, Any]], note: str = "") ->
         ".middle{text-anchor:middle}</style>"
         f'<rect width="{width}" height="{height}" fill="white"/>{"".join(legend)}{"".join(parts)}{said}</svg>\n'
     )
+    from saevlm_fast.files import atomic_write
+
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

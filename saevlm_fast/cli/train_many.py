@@ -12,13 +12,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saevlm_fast.cli.grid_picture import write_picture
 from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_figures, training_disk
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.files import atomic_write, write_json_atomic
 from saevlm_fast.training.memory import training_memory
 
 if TYPE_CHECKING:
@@ -186,6 +184,9 @@ def summarise(
     output: Path, trained: "Mapping[str, Trained]", scores: Mapping[str, float], kind: str, without_scores: str
 ) -> dict[str, Any]:
     """Table, files and picture; what --json prints. kind: of the rows that were evaluated."""
+    from saevlm_fast.cli.grid_picture import write_picture
+    from saevlm_fast.files import write_json_atomic
+
     rows = []
     for name, each in trained.items():
         sae, metrics = each.sae.config, dict(each.metrics)
@@ -210,6 +211,8 @@ def _cell(value: Any) -> str:
 def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from saevlm_fast.files import atomic_write
 
     with atomic_write(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.latent_gradient import RowGradient
-from saevlm_fast.kernels.latent_update import AdamSettings, Cone, adam_
+from saevlm_fast.kernels.latent_update import AdamSettings, adam_
 from saevlm_fast.kernels.segment_sum import segment_sum
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, sparse_decode
 from saevlm_fast.sae import SparseAutoencoder

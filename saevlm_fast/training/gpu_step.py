@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.config import TrainConfig
+from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
 from saevlm_fast.kernels.latent_gradient import RowGradient, latent_slots
-from saevlm_fast.kernels.latent_update import Cone
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.step_entries_triton import Order, launch_entries, launch_order

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from saevlm_fast.config import CALIBRATED, PENALISED, TrainConfig
 from saevlm_fast.errors import require
+from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.latent_gradient import (
     EntryGradient,
     RowGradient,
     clip_coefficient,
 )
-from saevlm_fast.kernels.latent_update import AdamSettings, Cone, adam_, latent_update_
+from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import screens_cuda

@@ -8,6 +8,7 @@ import pytest
 from command import run, run_json
 from saevlm_fast.cli.options import COMMANDS, arguments
 from saevlm_fast.cli.toml import toml_text
+from saevlm_fast.config import StreamSettings
 from saevlm_fast.settings import settings_of
 
 TRAIN = {"k": 4, "steps": 20, "batch_size": 64, "lr": 3e-3, "device": "cpu"}
@@ -125,7 +126,14 @@ def test_settings_say_what_the_result_was_made_by(data, sae):
     known = settings_of(COMMANDS["train"].options)
     open_ = {"d_sae", "warmup", "log_every", "checkpoint_every", "validation"}
     open_ |= {"l1", "target_l0", "bandwidth", "sparsity_warmup"}  # of relu and jumprelu
+    open_ |= {"control", "control_cosine", "mono_weight", "mono_embeddings"}  # where they are given
     keys = {each.option or name for name, each in known.items() if each.recorded}
+    keys -= settings_of(StreamSettings).keys() | {
+        "model",
+        "images",
+        "embeddings",
+        "sweep",
+    }  # of images, of several SAEs
     assert set(found["train"]) == keys - open_
     assert found["train"]["activations"] == str(data / "activations.npy")
     made = found["made"]

@@ -211,6 +211,6 @@ def test_dead_latents_blocks_and_going_on(stream, vocabulary, source, tmp_path, 
     assert first.summary["dead"] == int((known.density_S[:20] == 0).sum())
     assert 0 <= first.summary["steerable"]["value"] <= 1
     other = Asking(stream, source, vocabulary, config, {"made": "of that"})
-    with pytest.raises(TypeError):  # `changes` is gone: what was made of something else is not taken
+    with pytest.raises(AttributeError):  # `changes` is gone: what was made of something else is not taken
         other.measure(units, known, chosen, parts)
     assert calls

@@ -66,8 +66,8 @@ def test_train_and_ms_score_need_no_arguments():
     assert f"latest run: {directory}\n" in text
     assert "(cosine, 400 images)" in text
     assert len(pq.read_table(f"{directory}/scores.parquet")) == 512
-    again = run("train", "--layer", "1", code=2)  # no such option of train: told, not ignored
-    assert "no such option" in again
+    again = run("train", "--layer", "1", code=2)  # of no use here: told, not ignored
+    assert "layer: of a run from images; give --model and --images" in again
 
 
 def test_options_overrule_the_recipe_of_the_box(tmp_path):

@@ -207,12 +207,12 @@ class FakeStepper:
     """On no device at all: notes how its steps were taken."""
 
     def __init__(self):
-        self.W_dec = torch.zeros(5, 3)
+        self.W_dec, self.config = torch.zeros(5, 3), SimpleNamespace(accumulate=1)
         self.sae = SimpleNamespace(W_dec=self.W_dec, threshold=torch.zeros(()))
         self.idle_S = SimpleNamespace(is_cuda=True, device="cuda", data_ptr=lambda: 1)
         self.bad_step, self.moments = torch.zeros(()), {}
         self.step_index, self.adam_schedule, self.low = torch.zeros(()), torch.zeros(2), None
-        self.n_listed, self.current, self.taken, self.penalised = 0, True, [], False
+        self.n_listed, self.current, self.taken, self.penalised, self.cone = 0, True, [], False, None
 
     def parameters(self):
         return {"W_dec": self.W_dec}
@@ -223,7 +223,7 @@ class FakeStepper:
     def low_is_current(self):
         return self.current
 
-    def device_step(self, x_BD):
+    def device_step(self, x_BD, e_BE=None):
         self.taken[-1] = "eager" if self.taken[-1] == "announced" else "both"
         return len(x_BD)
 

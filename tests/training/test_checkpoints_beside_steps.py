@@ -13,6 +13,7 @@ from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.training import checkpoints as checkpoints_module
 from saevlm_fast.training import run as run_module
+from saevlm_fast.training import saved_state
 from saevlm_fast.training.checkpoints import RunDirectory, checkpoints
 from saevlm_fast.training.run import train
 from saevlm_fast.training.saved_state import check_checkpoint
@@ -51,8 +52,8 @@ def run(data, output, on_step=lambda step: None, **options):
 
 
 def spoiled_from(step, device_step):
-    def spoiled(stepper, x_BD):
-        return device_step(stepper, x_BD * torch.nan if stepper.n_steps >= step else x_BD)
+    def spoiled(stepper, x_BD, e_BE=None):
+        return device_step(stepper, x_BD * torch.nan if stepper.n_steps >= step else x_BD, e_BE)
 
     return spoiled
 
@@ -104,7 +105,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(data, tmp_path, beside
     def full(path, *args, **kwargs):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoints_module, "save_safetensors_atomic", full)
+    monkeypatch.setattr(saved_state, "save_safetensors_atomic", full)
     steps = []
     with pytest.raises(OSError, match="No space left on device"):
         run(data, tmp_path / "run", on_step=steps.append)

@@ -12,7 +12,7 @@ from saevlm_fast.config import CONTROLS, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.kernels import latent_gradient
-from saevlm_fast.kernels.latent_update import Cone
+from saevlm_fast.kernels.common import Cone
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import checkpoints
 from saevlm_fast.training.control import shuffled
