@@ -82,16 +82,19 @@ def encode_penalised(
     step: int,
     x_BD: Tensor,
     of_all: Callable[[Tensor], Tensor] = lambda number: number,
+    n_rows: int | None = None,
 ) -> tuple[SparseCodes, Penalty]:
     """Codes of a batch in 0-based step `step`, and their penalty, of a relu or a jumprelu SAE.
 
-    of_all: makes of a sum over the SAE's latents that over all, where others have some of them.
+    of_all: makes of a sum over the SAE's latents and the batch's rows that over all, where others have some of them.
+    n_rows: of the whole batch, if x_BD are some of them.
 
     Of jumprelu the codes also list entries within the band that do not fire: their act is 0. In the dtype of the
     weights.
     """
     weights = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
-    n_rows, d_sae, scale = len(x_BD), sae.config.d_sae, config.sparsity_scale(step)
+    d_sae, scale = sae.config.d_sae, config.sparsity_scale(step)
+    n_rows = len(x_BD) if n_rows is None else n_rows
     if sae.config.architecture == "relu":
         codes = SparseCodes.from_flat(*threshold_encode(*weights, 0.0), d_sae)
         l1 = scale * config.l1_weight

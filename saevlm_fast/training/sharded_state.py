@@ -1,4 +1,5 @@
-"""A run of several ranks between two of its steps: each has its latents, reads its share of the rows, sees all of them.
+"""A run of several ranks between two of its steps: each has its latents, reads its share of the rows, and sees those of
+its replica, which are all if there is one.
 
 Shape suffixes: B rows of a batch, D d_in.
 """
@@ -14,23 +15,53 @@ from saevlm_fast.data.order import ShuffledRows
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training.process_group import MeshPeers
-from saevlm_fast.training.sharded_step import ShardedStepper, choose, shared_by_rows
-from saevlm_fast.training.shards import Shard, starting_sae
+from saevlm_fast.training.process_group import MeshPeers, Peers
+from saevlm_fast.training.sharded_step import ShardedStepper, choose
+from saevlm_fast.training.shards import Shard, cut, starting_sae
 from saevlm_fast.training.state import TrainingState
 
 
 class ShareOfRows(ShuffledRows):
-    """Of every batch the rows that a rank reads: the next ceil(B / R) of them, so that the shares of all ranks, one
-    after the other, are the batch in its order."""
+    """Of every batch the rows that a rank reads, so that the shares of all ranks, one after the other, are the batch in
+    its order: a replica's are neighbours.
 
-    def __init__(self, activations: Activations, config: TrainConfig, rank: int, world: int):
+    Attributes:
+        counts: rows of each rank's share. n_rows_of_replicas: of each replica.
+    """
+
+    def __init__(self, activations: Activations, config: TrainConfig, shard: Shard):
         super().__init__(activations, config.batch_size, seed=config.seed)
-        self.size = -(-min(config.batch_size, activations.n_rows) // world)
-        self.first = rank * self.size
+        replicas = cut(min(config.batch_size, activations.n_rows), shard.n_replicas)
+        self.n_rows_of_replicas = [each.stop - each.start for each in replicas]
+        self.counts = [each.stop - each.start for n in self.n_rows_of_replicas for each in cut(n, shard.world)]
+        self.place = shard.replica * shard.world + shard.rank
+        self.first, self.size = sum(self.counts[: self.place]), self.counts[self.place]
 
     def batch(self, step: int) -> Tensor:
         return super().batch(step)[self.first : self.first + self.size]
+
+    def blocks_begun(self, step: int, anew: bool = False) -> list[tuple[int, int]]:
+        """Those that the share lies in, about: rows of a batch ascend, and so do blocks."""
+        return self._nearby(super().blocks_begun(step, anew))
+
+    def blocks_after(self, step: int) -> list[tuple[int, int]]:
+        """The same."""
+        return self._nearby(super().blocks_after(step))
+
+    def _nearby(self, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        total = sum(self.counts)
+        first, stop = self.first * len(blocks) // total, -(-(self.first + self.size) * len(blocks) // total)
+        return blocks[max(first - 1, 0) : stop + 1]
+
+
+def gathered(peers: Peers, own_ND: Tensor, counts: list[int]) -> Tensor:
+    """The rows that all have, one after the other; counts: how many each has."""
+    missing = max(counts) - len(own_ND)
+    padded_ND = own_ND if missing == 0 else torch.cat([own_ND, own_ND.new_zeros(missing, own_ND.shape[1])])
+    parts = peers.gather(padded_ND)
+    if min(counts) == max(counts):
+        return parts.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
 class ShardedState(TrainingState):
@@ -49,14 +80,18 @@ class ShardedState(TrainingState):
         device: torch.device,
         peers: MeshPeers,
     ):
-        self.peers, self.shard = peers, Shard(sae_config, peers.rank, peers.world)
-        self.latents = self.shard.start, self.shard.stop
+        n_rows = min(config.batch_size, activations.n_rows)
+        n_replicas = peers.ranks.rows.world
+        require(n_rows >= n_replicas, f"data_parallel: {n_replicas} replicas of batches of {n_rows} rows")
+        self.peers, self.shard = peers, Shard.of(sae_config, peers.ranks)
+        self.latents = self.shard.owned
+        self.share = ShareOfRows(activations, config, self.shard)
         super().__init__(activations, sae_config, config, device, "host")
-        self.order = self.share = ShareOfRows(activations, config, peers.rank, peers.world)
+        self.order = self.share
 
     def first_stepper(self) -> ShardedStepper:
         sae = starting_sae(self.shard, self.config.seed, self.device)
-        return ShardedStepper(sae, self.config, self.shard, self.peers)
+        return ShardedStepper(sae, self.config, self.shard, self.peers.ranks, sum(self.share.counts))
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -67,11 +102,24 @@ class ShardedState(TrainingState):
         self.scale = self.peers.share(self.scale)
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
-        """Whole batches [B, d_in]: each rank reads its share, and all share what they have read."""
-        n_rows = min(self.config.batch_size, self.activations.n_rows)
+        """The replica's rows of every batch [B, d_in]: each rank reads its share, and all share what they have read."""
+        first = self.shard.replica * self.shard.world
+        counts = self.share.counts[first : first + self.shard.world]
         with closing(super().batches(start_step, n_steps, announce)) as own:
             for own_BD in own:
-                yield shared_by_rows(self.peers, own_BD, self.share.size, n_rows)
+                yield gathered(self.peers.ranks.latents, own_BD, counts)
+
+    def whole_batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
+        """All rows of every batch, on all ranks."""
+        with closing(super().batches(start_step, n_steps, announce)) as own:
+            for own_BD in own:
+                yield gathered(self.peers, own_BD, self.share.counts)
+
+    def loaded(self) -> None:
+        """Once all ranks have loaded their own: replicas tell each other."""
+        assert isinstance(self.stepper, ShardedStepper)
+        self.stepper.spread()
+        self.stepper.spread_counters()
 
     def check_same_data(self) -> None:
         """ValueError: a rank reads other rows than rank 0, as far as 64 of them show it."""
@@ -82,7 +130,9 @@ class ShardedState(TrainingState):
             require(same, f"activations: {what} ({self.activations.path}); every rank needs the same data")
 
     def smallest_kept(self, x_BD: Tensor) -> float:
-        return float(choose(self.stepper.sae, self.shard, self.peers, x_BD).smallest)
+        """x_BD: the same on all ranks, so each replica chooses for itself."""
+        ranks = self.peers.ranks.one_replica()
+        return float(choose(self.stepper.sae, self.shard, ranks, x_BD).smallest)
 
     @torch.no_grad()
     def exported_part(self) -> SparseAutoencoder:
@@ -98,14 +148,15 @@ class ShardedState(TrainingState):
         threshold = self.calibrated_threshold() if self.needs_calibration() else None
         if part.threshold.ndim == 1:
             names.append("threshold")
-        sizes = [self.shard.of_rank(rank).size for rank in range(self.peers.world)]
+        owned = [each.owned for each in self.shard.of_everyone()]
         whole = SparseAutoencoder(self.sae_config, random=False) if self.peers.rank == 0 else None
         for name in names:
             own = self.stepper.parameters()[name]
-            parts = self.peers.to_first(own, [(size, *own.shape[1:]) for size in sizes])
+            parts = self.peers.to_first(own, [(stop - start, *own.shape[1:]) for start, stop in owned])
             if whole is not None and parts is not None:
                 target = whole.W_enc.T if name == "W_enc" else getattr(whole, name)
-                torch.cat(parts, out=target.detach())
+                for (start, stop), values in zip(owned, parts):
+                    target.detach()[start:stop].copy_(values)
         if whole is None:
             return None
         whole.b_dec.copy_(part.b_dec)

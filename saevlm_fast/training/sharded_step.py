@@ -1,21 +1,25 @@
 """A training step of which every rank takes the part of its own latents: the step of one process, docs/recipe.md.
 
-Every rank sees the whole batch. A step of B rows over R ranks and G Matryoshka groups tells the others, in this order:
+Every rank sees the rows of its replica, the whole batch if there is one replica. A step of B rows over R = D * L ranks
+and G Matryoshka groups tells the others, in this order:
 
-    offers      [B, k] activations (TopK), or the B k best of the rank and where rows begin (BatchTopK)     gather
-    partial     reconstructions of the rank's latents [B, G, d_in]; each rank adds up B / R rows            exchange
+    offers      [B / D, k] activations (TopK), to the L ranks of the replica                                gather
+                counts of the B k best of every rank by size (BatchTopK), to all                            add up
+    partial     reconstructions of the rank's latents [B / D, G, d_in]; each rank adds up B / R rows        exchange
     residuals   of these rows, as the gradient that entries receive                                         gather
+    gradients   of the part's latents among its D replicas, if there are several (sharded_replicas.py)      exchange
     numbers     [d_in + 2]: b_dec's gradient, the squared error, the gradient's squared norm                gather
+    weights     of the part's latents among its D replicas                                                  gather
 
 A relu or jumprelu SAE offers nothing: each rank knows what fires of its own, and tells one sum for the penalty. Where
-latents are dead, digits of the choice among them travel (choice.py) and their reconstruction [B, d_in]. Nothing grows
-with d_sae. Weights, moments and counters of a latent stay where they are; b_dec, the moving threshold and the
+latents are dead, digits of the choice among them travel (choice.py) and their reconstruction. With one replica nothing
+grows with d_sae, and weights, moments and counters of a latent stay where they are; b_dec, the moving threshold and the
 losses come out the same on every rank, sums being added rank after rank.
 
 A GPU's step waits for nothing and has fixed shapes; its gradients of the rank's matrices are held whole. A CPU makes
-them block by block (kernels/latent_update.py).
+them block by block (kernels/latent_update.py), unless replicas need them.
 
-Shape suffixes: B rows of a batch, G groups, D d_in, S the rank's latents, M its entries, A its dead latents.
+Shape suffixes: B rows of a replica, G groups, D d_in, S the rank's latents, M its entries, A its dead latents.
 """
 
 from typing import NamedTuple
@@ -25,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saevlm_fast.config import CALIBRATED, TrainConfig
+from saevlm_fast.errors import require
 from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.latent_gradient import EntryGradient, RowGradient, entry_gradient
 from saevlm_fast.kernels.latent_update import adam_, latent_update_
@@ -35,8 +40,9 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.choice import NOTHING, keep_of_batch, keep_of_rows
 from saevlm_fast.training.penalty import Penalty, encode_penalised, totals
-from saevlm_fast.training.process_group import Peers, in_order
+from saevlm_fast.training.process_group import Peers, Ranks, in_order
 from saevlm_fast.training.sharded_dead import shared_auxiliary
+from saevlm_fast.training.sharded_replicas import spread_, summed_slice
 from saevlm_fast.training.shards import Shard
 from saevlm_fast.training.step import Losses, StepOutput, Stepper
 
@@ -48,21 +54,30 @@ class Chosen(NamedTuple):
     smallest: Tensor
 
 
-def choose(sae: SparseAutoencoder, shard: Shard, peers: Peers, x_BD: Tensor) -> Chosen:
-    """What training keeps of a batch [B, d_in], of topk, batch_topk and matryoshka. `sae` is the rank's part."""
-    k, own_k, n_rows = shard.whole.known_k, shard.config.known_k, len(x_BD)
-    weights = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach(), own_k
+def choose(
+    sae: SparseAutoencoder, shard: Shard, ranks: Ranks, x_BD: Tensor, n_kept: int | None = None
+) -> Chosen:
+    """What training keeps of a batch, of topk, batch_topk and matryoshka.
+
+    Args:
+        sae: the rank's part. shard: which latents that are.
+        ranks: all of them.
+        x_BD: the replica's rows of the batch [B, d_in].
+        n_kept: k times the rows of the whole batch; k times these if None.
+    """
+    k, n_rows = shard.whole.known_k, len(x_BD)
+    weights = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
     if shard.whole.architecture == "topk":
-        acts_BK, latents_BK = topk_encode(*weights)
-        kept = keep_of_rows(peers.gather(pad(acts_BK, (0, k - own_k), value=NOTHING)), peers.rank, k)
+        own_k = shard.config.known_k
+        acts_BK, latents_BK = topk_encode(*weights, own_k)
+        offers_RBK = ranks.latents.gather(pad(acts_BK, (0, k - own_k), value=NOTHING))
+        kept = keep_of_rows(offers_RBK, ranks.latents.rank, k)
         codes = SparseCodes.from_flat(acts_BK, latents_BK, None, shard.size).rows()
         mask_M = kept.mask[:, :own_k].flatten()
         return Chosen(kept_entries(codes, mask_M, x_BD.is_cuda), kept.smallest)
-    acts_M, latents_M, row_offsets = batch_topk_encode(*weights)
-    missing = (0, n_rows * k - len(acts_M))
-    acts_M, latents_M = pad(acts_M, missing), pad(latents_M, missing)
-    offers_RM, offsets_RB1 = peers.gather(acts_M), peers.gather(row_offsets.int()).long()
-    kept = keep_of_batch(offers_RM, offsets_RB1, entry_rows(latents_M, row_offsets), peers.rank, n_rows * k)
+    n_kept = n_rows * k if n_kept is None else n_kept
+    acts_M, latents_M, row_offsets = batch_topk_encode(*weights, min(-(-n_kept // n_rows), shard.size))
+    kept = keep_of_batch(acts_M, entry_rows(latents_M, row_offsets), n_rows, n_kept, ranks)
     codes = SparseCodes.from_flat(acts_M, latents_M, row_offsets, shard.size)
     return Chosen(kept_entries(codes, kept.mask, x_BD.is_cuda), kept.smallest)
 
@@ -117,8 +132,11 @@ class Residuals(NamedTuple):
     squared: Tensor
 
 
-def shared_residuals(sae: SparseAutoencoder, peers: Peers, x_BD: Tensor, codes: SparseCodes, bags: Tensor) -> Residuals:
-    """step.py's _prefix_residuals: the same sums, whose terms the ranks have between them."""
+def shared_residuals(
+    sae: SparseAutoencoder, peers: Peers, x_BD: Tensor, codes: SparseCodes, bags: Tensor, n_batch_rows: int
+) -> Residuals:
+    """step.py's _prefix_residuals: the same sums, whose terms a replica's ranks have between them. n_batch_rows: of all
+    replicas."""
     n_rows, d_in = x_BD.shape
     n_groups = (len(bags) - 1) // n_rows
     acts_M, latents_M, _ = codes.csr()
@@ -134,7 +152,7 @@ def shared_residuals(sae: SparseAutoencoder, peers: Peers, x_BD: Tensor, codes: 
     first = peers.rank * share
     own_BGD -= x_BD[first : first + share, None]
     squared = torch.linalg.vector_norm(own_BGD, dim=2).square_().sum()
-    own_BGD *= 2 / (n_rows * n_groups)
+    own_BGD *= 2 / (n_batch_rows * n_groups)
     for g in reversed(range(n_groups - 1)):
         own_BGD[:, g] += own_BGD[:, g + 1]
     return Residuals(shared_by_rows(peers, own_BGD, share, n_rows), own_BGD[:, 0].sum(0), squared)
@@ -147,18 +165,46 @@ class ShardedStepper(Stepper):
         sae: the latents of `shard`, in normalised units. Its k and groups are the part's own (Shard.config).
         config: the recipe of the whole SAE.
         shard: which latents.
-        peers: the ranks that have the others.
+        ranks: those that have the others, and other rows.
+        n_batch_rows: of all replicas, if there are several.
 
     Attributes:
         by_blocks: gradients of the matrices are made block by block as they are used; otherwise they are held whole.
 
-    Of a step's output, codes are of the rank's latents; losses, x_hat and n_dead are of all.
+    Of a step's input, x is of the replica's rows; of its output, codes are of the rank's latents and x_hat of these
+    rows; losses and n_dead are of all. Parameters and moments are those that the rank moves on: Shard.own.
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: TrainConfig, shard: Shard, peers: Peers):
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        config: TrainConfig,
+        shard: Shard,
+        ranks: Ranks,
+        n_batch_rows: int | None = None,
+    ):
+        self.shard, self.ranks, self._n_batch_rows = shard, ranks, n_batch_rows
+        assert n_batch_rows is not None or ranks.rows.world == 1
         super().__init__(sae, config)
-        self.shard, self.peers = shard, peers
-        self.by_blocks = not sae.W_dec.is_cuda
+        self.by_blocks = not sae.W_dec.is_cuda and ranks.rows.world == 1
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Those that the rank moves on, of its part's."""
+        named = super().parameters()
+        return {name: each if name == "b_dec" else each[self.shard.own] for name, each in named.items()}
+
+    def counters(self) -> dict[str, Tensor]:
+        """Of the latents that the rank moves on."""
+        return {name: each[self.shard.own] if each.ndim else each for name, each in super().counters().items()}
+
+    def batch_rows(self, x_BD: Tensor) -> int:
+        """Of all replicas."""
+        return len(x_BD) if self._n_batch_rows is None else self._n_batch_rows
+
+    def announce(self, n_rows: int) -> None:
+        """n_rows: of this replica."""
+        require(n_rows > 0, f"x_BD: {n_rows} rows; a step needs at least 1")
+        super().announce(self._n_batch_rows or n_rows)
 
     def learning_rate(self) -> float:
         """That of the whole SAE."""
@@ -166,34 +212,52 @@ class ShardedStepper(Stepper):
 
     def counted(self, output: StepOutput) -> tuple[int, int]:
         """Of all ranks, which all must ask."""
-        counts = torch.tensor(super().counted(output), device=self.idle_S.device)
-        n_fired, n_dead = self.peers.add_up(counts).tolist()
-        return n_fired, n_dead
+        n_fired, n_dead = torch.tensor(super().counted(output), device=self.idle_S.device)
+        return int(self.ranks.everyone.add_up(n_fired)), int(self.ranks.latents.add_up(n_dead))
+
+    def variance(self, x_BD: Tensor) -> Tensor:
+        """Of all replicas' rows."""
+        n_rows = self.batch_rows(x_BD)
+        mean_D = in_order(self.ranks.rows.gather(x_BD.sum(0))) / n_rows
+        return in_order(self.ranks.rows.gather((x_BD - mean_D).square_().sum())) / n_rows
 
     def mean_threshold(self) -> float:
         if self.sae.threshold.ndim == 0:
             return super().mean_threshold()
-        return float(self._of_all(self.sae.threshold.sum())) / self.shard.whole.d_sae
+        return float(in_order(self.ranks.latents.gather(self.sae.threshold.sum()))) / self.shard.whole.d_sae
+
+    def spread(self) -> None:
+        """Gives the replicas what this rank has moved on, and takes what they have."""
+        for name, whole_S in super().parameters().items():
+            if name != "b_dec":
+                spread_(self.ranks.rows, whole_S, self.shard.slices)
+
+    def spread_counters(self) -> None:
+        """The same of what all replicas count, after each has read its own."""
+        for whole_S in super().counters().values():
+            if whole_S.ndim:
+                spread_(self.ranks.rows, whole_S, self.shard.slices)
 
     def _of_all(self, number: Tensor) -> Tensor:
         """The sum of a number over ranks."""
-        return in_order(self.peers.gather(number))
+        return in_order(self.ranks.everyone.gather(number))
 
     @torch.no_grad()
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """The step that was announced. e_BE: of no use, MonoLoss is of one process."""
         codes, penalty = self._codes(x_BD)
+        n_rows = self.batch_rows(x_BD)
         bags = bag_offsets_of(self.shard, codes)
-        residuals = shared_residuals(self.sae, self.peers, x_BD, codes, bags)
+        residuals = shared_residuals(self.sae, self.ranks.latents, x_BD, codes, bags, n_rows)
         suffix_BGD = residuals.suffix_BGD
-        x_hat_BD = x_BD + suffix_BGD[:, -1] * (suffix_BGD[:, 0, 0].numel() * suffix_BGD.shape[1] / 2)
+        x_hat_BD = x_BD + suffix_BGD[:, -1] * (n_rows * suffix_BGD.shape[1] / 2)
         gradient = self._own_gradients(x_BD, codes, bags, suffix_BGD, penalty)
 
         aux_loss, aux_enc, aux_dec = residuals.squared.new_zeros(()), [], []
         n_dead: int | Tensor = 0
         if self._some_can_be_dead():
             dead = self._dead_latents()
-            aux, n_dead = shared_auxiliary(self.sae, self.peers, x_BD, x_hat_BD, dead, self.auxk_alpha)
+            aux, n_dead = shared_auxiliary(self.sae, self.ranks, x_BD, x_hat_BD, dead, self.auxk_alpha, n_rows)
             if aux is not None:
                 aux_loss = aux.loss
                 aux_enc, aux_dec = ([rows] if rows is not None else [] for rows in (aux.W_enc, aux.W_dec))
@@ -201,7 +265,7 @@ class ShardedStepper(Stepper):
                 gradient.b_enc.index_add_(0, latents_A, aux.b_enc_A)
 
         squared = self._update_shard(gradient, aux_enc, aux_dec, residuals)
-        mse = squared / (len(x_BD) * suffix_BGD.shape[1])
+        mse = squared / (n_rows * suffix_BGD.shape[1])
         losses = Losses(mse + self.auxk_alpha * aux_loss, mse, aux_loss)
         if penalty is not None:
             losses = Losses(losses.overall + penalty.loss, mse, aux_loss, penalty.loss)
@@ -211,16 +275,20 @@ class ShardedStepper(Stepper):
     def _codes(self, x_BD: Tensor) -> tuple[SparseCodes, Penalty | None]:
         """Of the rank's latents, after which counters and the moving threshold have moved on."""
         if self.penalised:
-            codes, penalty = encode_penalised(self.sae, self.config, self.n_steps - 1, x_BD, self._of_all)
-            self._track_shard(codes, codes.top_acts.new_zeros(()), len(x_BD))
+            n_rows = self.batch_rows(x_BD)
+            codes, penalty = encode_penalised(self.sae, self.config, self.n_steps - 1, x_BD, self._of_all, n_rows)
+            self._track_shard(codes, codes.top_acts.new_zeros(()), n_rows)
             return codes, penalty
-        codes, smallest = choose(self.sae, self.shard, self.peers, x_BD)
+        n_kept = self.shard.whole.known_k * self.batch_rows(x_BD)
+        codes, smallest = choose(self.sae, self.shard, self.ranks, x_BD, n_kept)
         codes = codes.to(dtype=self.sae.W_dec.dtype)
-        self._track_shard(codes, smallest, len(x_BD))
+        self._track_shard(codes, smallest, self.batch_rows(x_BD))
         return codes, None
 
     def _track_shard(self, codes: SparseCodes, smallest: Tensor, n_rows: int) -> None:
-        fired_S = torch.zeros_like(self.idle_S).index_add_(0, codes.top_indices, (codes.top_acts > 0).long())
+        fires_M = (codes.top_acts > 0).int()
+        fired_S = torch.zeros_like(self.idle_S, dtype=torch.int32).index_add_(0, codes.top_indices, fires_M)
+        fired_S = self.ranks.rows.add_up(fired_S)
         self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
         if self.shard.whole.architecture in CALIBRATED:
             old, beta = self.sae.threshold, self.config.threshold_beta
@@ -256,32 +324,39 @@ class ShardedStepper(Stepper):
     ) -> Tensor:
         """Clips by the norm over all ranks, and moves the rank's weights on. Returns the whole squared error."""
         of_b_dec_D = residuals.of_b_dec_D - self.sae.W_enc.detach() @ own.b_enc
+        vectors = own.vectors()
         if self.by_blocks:
             parts: list[EntryGradient | RowGradient] = [own.W_enc, *aux_enc, own.W_dec, *aux_dec]
             bounds = [g.squared_norm_bound() if isinstance(g, EntryGradient) else g.squared_norm for g in parts]
-            b_dec_D, squared, bound = self._over_ranks(of_b_dec_D, residuals.squared, _sum(bounds, own.vectors()))
+            b_dec_D, squared, bound = self._over_ranks(of_b_dec_D, residuals.squared, _sum(bounds, vectors))
             clip = torch.ones_like(bound)
             if bound.sqrt() >= 0.999 * self.config.clip_norm - 1e-6:
-                local = _sum([gradient.squared_norm for gradient in parts], own.vectors())
-                clip = self._clip(in_order(self.peers.gather(local)) + b_dec_D.square().sum())
+                local = _sum([gradient.squared_norm for gradient in parts], vectors)
+                clip = self._clip(in_order(self.ranks.everyone.gather(local)) + b_dec_D.square().sum())
             self._update_by_blocks(own, aux_enc, aux_dec, clip)
         else:
-            whole = {"W_enc": _rows(own.W_enc, aux_enc, None)}
-            whole["W_dec"] = _rows(own.W_dec, aux_dec, self.sae.W_dec.detach())
-            norm = _sum([rows_SD.square().sum() for rows_SD in whole.values()], own.vectors())
+            whole = {"W_enc": self._summed(_rows(own.W_enc, aux_enc, None))}
+            whole["W_dec"] = self._summed(_rows(own.W_dec, aux_dec, self.sae.W_dec.detach()))
+            vectors = {name: self._summed(gradient_S) for name, gradient_S in vectors.items()}
+            norm = _sum([rows_SD.square().sum() for rows_SD in whole.values()], vectors)
             b_dec_D, squared, norm = self._over_ranks(of_b_dec_D, residuals.squared, norm)
             clip = self._clip(norm)
             self._update_whole(whole, clip)
         parameters, adam = self.parameters(), self._adam()
-        for name, gradient_vector in (own.vectors() | {"b_dec": b_dec_D}).items():
+        for name, gradient_vector in (vectors | {"b_dec": b_dec_D}).items():
             adam_(parameters[name], *self.moments[name], gradient_vector, clip, adam)
         self._clamp_threshold()
+        self.spread()
         return squared
+
+    def _summed(self, gradient_S: Tensor) -> Tensor:
+        """Over replicas, of the latents that the rank moves on."""
+        return summed_slice(self.ranks.rows, gradient_S, self.shard.slices)
 
     def _over_ranks(self, of_b_dec_D: Tensor, squared: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """b_dec's gradient, the squared error, and the squared norm with that of b_dec's gradient: of all ranks."""
         d_in = len(of_b_dec_D)
-        numbers_V = in_order(self.peers.gather(torch.cat([of_b_dec_D, torch.stack([squared, norm])])))
+        numbers_V = in_order(self.ranks.everyone.gather(torch.cat([of_b_dec_D, torch.stack([squared, norm])])))
         b_dec_D = numbers_V[:d_in].clone()
         return b_dec_D, numbers_V[d_in], numbers_V[d_in + 1] + b_dec_D.square().sum()
 
