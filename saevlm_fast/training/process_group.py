@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from saevlm_fast.errors import Interrupted, first_line, require
 
@@ -108,11 +108,8 @@ class MeshPeers:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.ranks = Ranks.of(self)
         if mesh is not None and mesh.size(0) > 1:
-            along = [
-                MeshPeers(mesh.get_group(name), timeout) if mesh[name].size() > 1 else Alone()
-                for name in (LATENTS, ROWS)
-            ]
-            self.ranks = Ranks(self, *along)
+            of_latents = MeshPeers(mesh.get_group(LATENTS), timeout) if mesh.size(1) > 1 else Alone()
+            self.ranks = Ranks(self, of_latents, MeshPeers(mesh.get_group(ROWS), timeout))
 
     def gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -204,12 +201,6 @@ def own_device(name: str) -> str:
     return f"cuda:{local}"
 
 
-def check_replicas(n_replicas: int, world: int) -> None:
-    """ValueError: as many ranks do not make so many replicas."""
-    whole = world % n_replicas == 0
-    require(whole, f"data_parallel: {n_replicas} replicas of {world} ranks (torchrun): it must divide them")
-
-
 @contextmanager
 def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterator[MeshPeers]:
     """This process among those that torchrun started.
@@ -217,10 +208,10 @@ def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterato
     Args:
         device: its own.
         timeout: seconds that a rank waits for the others, when they meet and in every collective.
-        n_replicas: among which the rows of a batch are split; check_replicas has looked at it.
+        n_replicas: among which the rows of a batch are split.
 
     Raises:
-        Interrupted: they do not come.
+        Interrupted: they do not come. ValueError: n_replicas does not divide them.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -228,8 +219,9 @@ def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterato
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=limit)
-        shape = n_replicas, dist.get_world_size() // n_replicas
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=(ROWS, LATENTS))
+        world = dist.get_world_size()
+        require(world % n_replicas == 0, f"data_parallel: {n_replicas} replicas must divide the {world} ranks")
+        mesh = None if n_replicas == 1 else _mesh(device, n_replicas, limit)
     except RuntimeError as error:
         raise Interrupted(f"the {world_size()} ranks did not meet within {timeout:g} s: {first_line(error)}") from error
     try:
@@ -243,6 +235,13 @@ def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterato
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _mesh(device: torch.device, n_replicas: int, limit: timedelta) -> DeviceMesh:
+    """Of groups that have the timeout: those that init_device_mesh makes have torch's own."""
+    numbers_DL = torch.arange(dist.get_world_size()).view(n_replicas, -1)
+    groups = [dist.new_subgroups_by_enumeration(each.tolist(), limit)[0] for each in (numbers_DL.T, numbers_DL)]
+    return DeviceMesh.from_group(groups, device.type, numbers_DL, mesh_dim_names=(ROWS, LATENTS))
 
 
 # Who speaks ----------------------------------------------------------------------------------------------------------

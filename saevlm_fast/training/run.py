@@ -277,4 +277,7 @@ def with_settings(
     for name, chosen, kind, given in (("config", config, TrainConfig, recipe), ("options", options, RunOptions, where)):
         check_kind(name, chosen, (kind, type(None)), f"a {kind.__name__}")
         require(chosen is None or not given, f"{', '.join(given)}: given beside {name}, which has that already")
-    return config or TrainConfig(**recipe), options or RunOptions(**where)
+    options = options or RunOptions(**where)
+    n = options.data_parallel
+    require(n == 1, f"data_parallel: {n} replicas are of train_shared, by torchrun's ranks; {who} is one process")
+    return config or TrainConfig(**recipe), options

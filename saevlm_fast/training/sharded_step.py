@@ -54,9 +54,7 @@ class Chosen(NamedTuple):
     smallest: Tensor
 
 
-def choose(
-    sae: SparseAutoencoder, shard: Shard, ranks: Ranks, x_BD: Tensor, n_kept: int | None = None
-) -> Chosen:
+def choose(sae: SparseAutoencoder, shard: Shard, ranks: Ranks, x_BD: Tensor, n_kept: int | None = None) -> Chosen:
     """What training keeps of a batch, of topk, batch_topk and matryoshka.
 
     Args:
