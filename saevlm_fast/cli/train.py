@@ -140,11 +140,7 @@ def _check_shared(options: TrainArguments, peers: "MeshPeers | None") -> None:
     """ValueError: what one process does and torchrun's ranks do not."""
     if peers is None:
         return
-    given = {
-        "sweep": bool(options.sweep),
-        "mono_embeddings": options.mono_embeddings is not None,
-        "model": options.model is not None,
-    }
+    given = {"sweep": bool(options.sweep), "model": options.model is not None}
     for name, there in given.items():
         require(not there, f"{name}: of one process, and torchrun started {peers.world}")
 

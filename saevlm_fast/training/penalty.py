@@ -65,6 +65,11 @@ class Penalty(NamedTuple):
     of_act: float
     band: Band | None
 
+    def times(self, share: float) -> "Penalty":
+        """That share of it, as a part of a larger batch's."""
+        band = self.band and self.band._replace(of_step=self.band.of_step * share)
+        return self if share == 1 else Penalty(self.loss * share, self.of_act * share, band)
+
     def of_acts(self, acts_M: Tensor, dots_M: Tensor) -> Tensor:
         """d loss / d h of entries, of which dots_M have that of the reconstruction to z."""
         return torch.where(acts_M > 0, dots_M + self.of_act if self.of_act else dots_M, 0)

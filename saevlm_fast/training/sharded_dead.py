@@ -27,6 +27,7 @@ def shared_auxiliary(
     dead: DeadLatents,
     alpha: float,
     n_batch_rows: int,
+    frozen: str | None = None,
 ) -> tuple[Auxiliary | None, int | Tensor]:
     """dead_latents.auxiliary of all ranks' dead latents: the loss, and the gradients of this rank's; None if none is
     dead. And how many are, in all.
@@ -39,6 +40,7 @@ def shared_auxiliary(
         dead: the rank's.
         alpha: the loss' weight.
         n_batch_rows: of all replicas.
+        frozen: W_enc or W_dec, whose gradient is not made.
     """
     peers, n_rows, d_in = ranks.latents, n_batch_rows, x_BD.shape[1]
     n_dead = peers.add_up(torch.as_tensor(dead.number, device=x_BD.device).view(1))[0]
@@ -74,8 +76,9 @@ def shared_auxiliary(
         dW_dec_AD.addmm_(acts_BA.T, error_BD[rows])
         dW_enc_AD.addmm_(dacts_BA.T, inputs.centred_BD[rows])
         db_enc_A += dacts_BA.sum(0)
-    dW_enc = dense_gradient_rows(dead.latents_A, dW_enc_AD)
-    dW_dec = dense_gradient_rows(dead.latents_A, dW_dec_AD, sae.W_dec.detach())
+    unit_rows_SD = sae.W_dec.detach()
+    dW_enc = None if frozen == "W_enc" else dense_gradient_rows(dead.latents_A, dW_enc_AD)
+    dW_dec = None if frozen == "W_dec" else dense_gradient_rows(dead.latents_A, dW_dec_AD, unit_rows_SD)
     return Auxiliary(aux, dW_enc, dW_dec, db_enc_A), n_dead if x_BD.is_cuda else int(n_dead)
 
 

@@ -25,10 +25,19 @@ from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.capture import told_of_compiling
 from saevlm_fast.training.evaluate import Metrics, metrics_of_sums, row_sums
 from saevlm_fast.training.process_group import MeshPeers, Ranks, in_order
-from saevlm_fast.training.run import both, fitting, is_small, look_at, take_steps, telling_what_is_kept, watched
+from saevlm_fast.training.run import (
+    both,
+    fitting,
+    is_small,
+    look_at,
+    mono_embeddings_of,
+    take_steps,
+    telling_what_is_kept,
+    watched,
+)
 from saevlm_fast.training.sharded_directory import SharedRunDirectory
+from saevlm_fast.training.sharded_rows import choose, shared_by_rows, summed_over_ranks
 from saevlm_fast.training.sharded_state import ShardedState
-from saevlm_fast.training.sharded_step import choose, shared_by_rows, summed_over_ranks
 from saevlm_fast.training.shards import Shard, check_shardable, cut
 from saevlm_fast.training.watch import Watch
 
@@ -44,6 +53,7 @@ def train_shared(
     options: RunOptions,
     *,
     validation: Activations | None = None,
+    mono_embeddings: Activations | None = None,
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
     on_note: Callable[[str], None] = lambda text: None,
@@ -58,7 +68,7 @@ def train_shared(
         config: the recipe.
         options: where the run goes; output is needed. The device is the rank's own.
         validation: rows on which the finished SAE is evaluated; the training rows otherwise.
-        on_log: as of `train`; so are on_step, on_note, and on_picture, which rank 0 calls.
+        mono_embeddings: as of `train`; so are on_log, on_step, on_note, and on_picture, which rank 0 calls.
 
     Returns:
         What `evaluate` says of the SAE over all validation rows, on every rank.
@@ -72,11 +82,12 @@ def train_shared(
     require(options.data_on != "device", "data_on: device is of one process; several ranks read rows from the host")
     assert options.output is not None
     activations, evaluated = fitting(activations, validation, sae_config)
+    embeddings = mono_embeddings_of(mono_embeddings, activations, config)
     kept = SharedRunDirectory(options.output, options.checkpoint_every, options.resume, options.force, peers)
     with kept.locked(), Watch(options.log_to) as watch:
         look_at(evaluated, config, whole=False, rank=peers.rank, world=peers.world)
         device = resolve_device(options.device)
-        state = ShardedState(activations, sae_config, config, device, peers)
+        state = ShardedState(activations, sae_config, config, device, peers, embeddings)
         kept.begin(state)
         watch.begin(lambda: kept.path, state.stepper.n_steps, watched(state, sae_config, options), device)
         with (

@@ -15,10 +15,15 @@ from saevlm_fast.data.order import ShuffledRows
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training.process_group import MeshPeers, Peers
-from saevlm_fast.training.sharded_step import ShardedStepper, choose
+from saevlm_fast.training.control import shuffled
+from saevlm_fast.training.process_group import MeshPeers, Peers, in_order
+from saevlm_fast.training.scale import Scale
+from saevlm_fast.training.sharded_rows import choose
+from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard, cut, starting_sae
 from saevlm_fast.training.state import TrainingState
+
+_ROWS_AT_A_TIME = 4096
 
 
 class ShareOfRows(ShuffledRows):
@@ -26,16 +31,16 @@ class ShareOfRows(ShuffledRows):
     its order: a replica's are neighbours.
 
     Attributes:
-        counts: rows of each rank's share. n_rows_of_replicas: of each replica.
+        counts: rows of each rank's share. first, size: where this one's begins in a batch, and its rows.
     """
 
     def __init__(self, activations: Activations, config: TrainConfig, shard: Shard):
         super().__init__(activations, config.batch_size, seed=config.seed)
         replicas = cut(min(config.batch_size, activations.n_rows), shard.n_replicas)
-        self.n_rows_of_replicas = [each.stop - each.start for each in replicas]
-        self.counts = [each.stop - each.start for n in self.n_rows_of_replicas for each in cut(n, shard.world)]
-        self.place = shard.replica * shard.world + shard.rank
-        self.first, self.size = sum(self.counts[: self.place]), self.counts[self.place]
+        counts_of = [[rank.stop - rank.start for rank in cut(rows.stop - rows.start, shard.world)] for rows in replicas]
+        self.counts = [count for counts in counts_of for count in counts]
+        place = shard.replica * shard.world + shard.rank
+        self.first, self.size = sum(self.counts[:place]), self.counts[place]
 
     def batch(self, step: int) -> Tensor:
         return super().batch(step)[self.first : self.first + self.size]
@@ -79,14 +84,18 @@ class ShardedState(TrainingState):
         config: TrainConfig,
         device: torch.device,
         peers: MeshPeers,
+        embeddings: Activations | None = None,
     ):
         n_rows = min(config.batch_size, activations.n_rows)
-        n_replicas = peers.ranks.rows.world
-        require(n_rows >= n_replicas, f"data_parallel: {n_replicas} replicas of batches of {n_rows} rows")
+        n_replicas, pieces = peers.ranks.rows.world, min(config.accumulate, n_rows)
+        require(
+            n_replicas == 1 or n_rows // n_replicas >= pieces,
+            f"data_parallel: {n_replicas} replicas of {n_rows} rows in {pieces} micro-batches, of which each needs one",
+        )
         self.peers, self.shard = peers, Shard.of(sae_config, peers.ranks)
         self.latents = self.shard.owned
         self.share = ShareOfRows(activations, config, self.shard)
-        super().__init__(activations, sae_config, config, device, "host")
+        super().__init__(activations, sae_config, config, device, "host", embeddings)
         self.order = self.share
 
     def first_stepper(self) -> ShardedStepper:
@@ -99,21 +108,50 @@ class ShardedState(TrainingState):
         super().initialise()
         b_dec = self.stepper.sae.b_dec
         b_dec.copy_(self.peers.gather(b_dec)[0])
-        self.scale = self.peers.share(self.scale)
+        factor, mean_D = self.peers.share(self.scale.norm_factor), self.scale.mean_D
+        self.scale = Scale(factor, None if mean_D is None else self.peers.gather(mean_D)[0])
+
+    def mean(self) -> Tensor:
+        """Of all rows, of which each rank sums its own."""
+        own = cut(self.activations.n_rows, self.peers.world)[self.peers.rank]
+        total_D = torch.zeros(self.activations.d, dtype=torch.float64)
+        for start in range(own.start, own.stop, _ROWS_AT_A_TIME):
+            rows = torch.arange(start, min(start + _ROWS_AT_A_TIME, own.stop))
+            total_D += self.activations.rows(rows).double().sum(0)
+        sums_D = in_order(self.peers.gather(total_D.to(self.device)))
+        return (sums_D / self.activations.n_rows).float()
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """The replica's rows of every batch [B, d_in]: each rank reads its share, and all share what they have read."""
-        first = self.shard.replica * self.shard.world
-        counts = self.share.counts[first : first + self.shard.world]
-        with closing(super().batches(start_step, n_steps, announce)) as own:
+        if self.config.control == "shuffled":  # of the whole batch
+            first = self.shard.replica * self.shard.world
+            start = sum(self.share.counts[:first])
+            rows = slice(start, start + sum(self._counts_of_replica))
+            with closing(self.whole_batches(start_step, n_steps, announce)) as whole:
+                for x_BD in whole:
+                    yield x_BD[rows]
+            return
+        with closing(self._stored_batches(start_step, n_steps, announce)) as own:
             for own_BD in own:
-                yield gathered(self.peers.ranks.latents, own_BD, counts)
+                yield gathered(self.peers.ranks.latents, own_BD, self._counts_of_replica)
+
+    @property
+    def _counts_of_replica(self) -> list[int]:
+        first = self.shard.replica * self.shard.world
+        return self.share.counts[first : first + self.shard.world]
 
     def whole_batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """All rows of every batch, on all ranks."""
-        with closing(super().batches(start_step, n_steps, announce)) as own:
-            for own_BD in own:
-                yield gathered(self.peers, own_BD, self.share.counts)
+        with closing(self._stored_batches(start_step, n_steps, announce)) as own:
+            for step, own_BD in enumerate(own, start_step):
+                x_BD = gathered(self.peers, own_BD, self.share.counts)
+                yield shuffled(x_BD, self.config.seed, step) if self.config.control == "shuffled" else x_BD
+
+    def embedding_batches(self, start_step: int, n_steps: int) -> Generator[Tensor | None, None, None]:
+        """Those of all rows of a batch: MonoLoss is of one replica."""
+        with closing(super().embedding_batches(start_step, n_steps)) as own:
+            for own_BE in own:
+                yield None if own_BE is None else gathered(self.peers, own_BE, self.share.counts)
 
     def loaded(self) -> None:
         """Once all ranks have loaded their own: replicas tell each other."""
@@ -131,8 +169,9 @@ class ShardedState(TrainingState):
 
     def smallest_kept(self, x_BD: Tensor) -> float:
         """x_BD: the same on all ranks, so each replica chooses for itself."""
-        ranks = self.peers.ranks.one_replica()
-        return float(choose(self.stepper.sae, self.shard, ranks, x_BD).smallest)
+        sae, ranks = self.sae_config, self.peers.ranks.one_replica()
+        l0 = self.config.wanted_l0 if sae.k is None else sae.k
+        return float(choose(self.stepper.sae, self.shard, ranks, x_BD, round(l0 * len(x_BD))).smallest)
 
     @torch.no_grad()
     def exported_part(self) -> SparseAutoencoder:

@@ -24,7 +24,9 @@ _BLOCK_NUMBERS = 1 << 22  # random numbers drawn at a time, 32 MiB of them
 # Settings of a recipe that a sharded step takes into account. Another one has to be looked at before it is added here.
 _KNOWN = frozenset(
     ("steps", "batch_size", "lr", "warmup_steps", "auxk_alpha", "dead_after", "threshold_start", "threshold_beta")
-) | {"clip_norm", "betas", "eps", "norm_batches", "seed", "l1", "target_l0", "bandwidth", "sparsity_warmup"}
+    + ("clip_norm", "betas", "eps", "norm_batches", "seed", "l1", "target_l0", "bandwidth", "sparsity_warmup")
+    + ("accumulate", "center", "control", "control_cosine", "mono_weight")
+)
 _DRAWN_TOGETHER = 16  # numbers that torch's generator makes at once, of which a block holds a multiple
 
 
@@ -101,6 +103,8 @@ def check_shardable(sae: SAEConfig, config: TrainConfig, ranks: Ranks) -> None:
         value = getattr(config, field.name)
         known = field.name in _KNOWN or value == field.default
         require(known, f"{field.name}: {value} is for one process, and torchrun started {world}")
+    several = ranks.rows.world > 1 and config.mono_weight is not None
+    require(not several, f"mono_weight: {config.mono_weight} needs all rows of a latent: of no use with data_parallel")
     require(world <= sae.d_sae, f"d_sae: {sae.d_sae} latents for {world} ranks, of which each holds one at least")
     config.check_fits(sae)
 
@@ -112,16 +116,20 @@ def starting_sae(shard: Shard, seed: int, device: torch.device) -> SparseAutoenc
     All numbers are drawn on every rank, 32 MiB at a time, and only the shard's are kept.
     """
     sae = SparseAutoencoder(shard.config, device=device, random=False)
-    for first, rows_SD in _random_rows(shard.whole, seed):
-        low, high = max(first, shard.start), min(first + len(rows_SD), shard.stop)
-        if low >= high:
-            continue
-        own_SD = rows_SD[low - first : high - first]
-        own_SD = own_SD / own_SD.norm(dim=1, keepdim=True)
-        place = slice(low - shard.start, high - shard.start)
+    for place, own_SD in own_first_rows(shard, seed, shard.start, shard.stop):
         sae.W_dec[place].copy_(own_SD)
         sae.W_enc.T[place].copy_(own_SD)
     return sae
+
+
+def own_first_rows(shard: Shard, seed: int, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
+    """The unit rows, float64, that latents start .. stop - 1 of the whole SAE begin with, piece by piece; and where
+    each piece lies among these."""
+    for first, rows_SD in _random_rows(shard.whole, seed):
+        low, high = max(first, start), min(first + len(rows_SD), stop)
+        if low < high:
+            own_SD = rows_SD[low - first : high - first]
+            yield slice(low - start, high - start), own_SD / own_SD.norm(dim=1, keepdim=True)
 
 
 def _random_rows(whole: SAEConfig, seed: int) -> Iterator[tuple[int, Tensor]]:

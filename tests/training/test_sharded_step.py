@@ -12,7 +12,8 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import sharded_dead
 from saevlm_fast.training.dead_latents import DeadLatents
 from saevlm_fast.training.sharded_dead import shared_auxiliary
-from saevlm_fast.training.sharded_step import ShardedStepper, kept_entries
+from saevlm_fast.training.sharded_rows import kept_entries
+from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard, cut
 from saevlm_fast.training.step import Stepper
 from test_step import make
@@ -151,6 +152,44 @@ def test_float32_and_a_shard_of_fewer_latents_than_k(architecture):
     for x in data:
         alone.step(x)
     check_state([stepper for _, stepper in ranks], alone, 1e-5)
+
+
+SETTINGS = {
+    "micro-batches": ("matryoshka", {"accumulate": 4}),
+    "of topk": ("topk", {"accumulate": 3}),
+    "of jumprelu": ("jumprelu", {"accumulate": 3}),
+    "of relu": ("relu", {"accumulate": 2}),
+    "frozen decoder": ("batch_topk", {"control": "frozen-decoder"}),
+    "frozen encoder": ("topk", {"control": "frozen-encoder"}),
+    "soft-frozen": ("matryoshka", {"control": "soft-frozen", "control_cosine": 0.99, "lr": 0.05}),
+    "MonoLoss": ("batch_topk", {"mono_weight": 0.5}),
+    "MonoLoss of jumprelu": ("jumprelu", {"mono_weight": 0.5}),
+}
+
+
+@pytest.mark.parametrize(("world", "replicas"), [(3, 1), (4, 2)])
+@pytest.mark.parametrize(("architecture", "more"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings_of_one_process_are_those_of_ranks(architecture, more, world, replicas):
+    """Float64 over 6 steps, with dead latents from the third."""
+    if replicas > 1 and "mono_weight" in more:
+        pytest.skip("refused")
+    of = test_penalised_step.make if architecture in ("relu", "jumprelu") else make
+    dtype = {} if of is test_penalised_step.make else {"dtype": torch.float64}
+    alone, _, data = of(architecture, dead_after=150, **dtype, **more)
+    batches, start = data[: 6 * 61].split(61), deepcopy(alone.sae)
+    ranks, _ = run_sharded(start, alone.config, batches, world, replicas=replicas)
+    for number, x in enumerate(batches):
+        wanted = torch.stack([loss for loss in alone.step(x).losses if loss is not None])
+        for steps, _ in ranks:
+            torch.testing.assert_close(steps[number][0], wanted, atol=1e-11, rtol=1e-11)
+    steppers = [stepper for _, stepper in ranks]
+    check_state(steppers, alone, 1e-10)
+    for name in ("W_enc", "W_dec"):
+        moved = not torch.equal(getattr(alone.sae, name), getattr(start, name))
+        assert moved == (alone.config.frozen != name)
+    if alone.cone is not None:
+        cosines = (alone.cone.rows_SD * alone.sae.W_dec).sum(1)
+        assert (cosines < 0.9901).any(), "nothing was held"
 
 
 def test_the_learning_rate_is_that_of_the_whole_sae():
