@@ -199,6 +199,8 @@ class ShardedState(TrainingState):
         if whole is None:
             return None
         whole.b_dec.copy_(part.b_dec)
-        if part.threshold.ndim == 0:
-            whole.threshold.copy_(part.threshold if threshold is None else torch.tensor(threshold))
+        if threshold is not None:
+            whole.threshold.fill_(threshold)
+        elif part.threshold.ndim == 0:
+            whole.threshold.copy_(part.threshold)
         return self.in_raw_units(whole)

@@ -96,6 +96,35 @@ def test_the_run_of_one_process(alone, matrix, tmp_path, architecture, world, re
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000020", "step_00000030"]
 
 
+SETTINGS = {
+    "centred": ("topk", {"center": True}),
+    "micro-batches": ("batch_topk", {"accumulate": 3}),
+    "shuffled": ("matryoshka", {"control": "shuffled"}),
+    "untrained": ("batch_topk", {"control": "untrained"}),
+    "untrained jumprelu": ("jumprelu", {"control": "untrained", "target_l0": 3.3}),
+    "MonoLoss by other embeddings": ("batch_topk", {"mono_weight": 0.3}),
+}
+
+
+@pytest.mark.parametrize(("architecture", "more"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings_of_one_process_are_those_of_ranks(matrix, tmp_path, architecture, more):
+    """Rows far from 0, and a threshold that starts late: a centred run needs its mean, a short one calibrates."""
+    config = replace(CONFIG, steps=8, threshold_start=100, dead_after=300, **more)
+    data, sae = Activations.from_tensor(np.load(matrix) + 5), sae_config(architecture)
+    embeddings = torch.randn(730, 6, generator=torch.Generator().manual_seed(0))
+    told = {"mono_embeddings": Activations.from_tensor(embeddings)} if config.mono_weight else {}
+    wanted = train(data, sae, config, options(tmp_path / "alone"), **told)[1]
+
+    def work(peers):
+        return train_shared(peers, data, sae, config, options(tmp_path / "run"), **told)
+
+    found, _ = together(3, work) if told else together(4, work, 2)
+    assert all(metrics == pytest.approx(wanted, rel=1e-4) for metrics in found)
+    check_same_sae(tmp_path / "run", tmp_path / "alone")
+    for line, expected in zip(logged(tmp_path / "run"), logged(tmp_path / "alone"), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_a_run_goes_on_with_any_number_of_ranks(alone, matrix, tmp_path):
     """Three ranks begin, two go on, two replicas of two, one process; and three replicas with what one process left."""
     output = tmp_path / "run"
@@ -171,13 +200,18 @@ def test_a_damaged_shard_is_refused_by_who_needs_it(matrix, tmp_path, damage):
         (SAEConfig(16, 2, 1, "topk"), {}, "d_sae: 2 latents for 3 ranks"),
         (sae_config(), {"data_on": "device"}, "data_on: device"),
         (SAEConfig(15, 65, 4, "topk"), {}, "d_in: 15 does not fit"),
+        (sae_config(), {"mono_weight": 0.5}, "mono_weight: 0.5 needs all rows of a latent"),
+        (sae_config(), {"batch_size": 2}, "data_parallel: 3 replicas of 2 rows in 1 micro-batches"),
+        (sae_config(), {"batch_size": 8, "accumulate": 3}, "data_parallel: 3 replicas of 8 rows in 3 micro-batches"),
     ],
 )
 def test_what_ranks_do_not_train_is_refused(matrix, tmp_path, sae, more, message):
+    """Three ranks; replicas where it is about them."""
+    recipe = {name: more.pop(name) for name in ("mono_weight", "batch_size", "accumulate") if name in more}
     data, where = open_activations(matrix), options(tmp_path / "run", **more)
-    config = TrainConfig(steps=5)
+    config, replicas = TrainConfig(steps=5, **recipe), 3 if recipe else 1
     with pytest.raises(ValueError, match=message):
-        together(3, lambda peers: train_shared(peers, data, sae, config, where))
+        together(3, lambda peers: train_shared(peers, data, sae, config, where), replicas)
     assert not (tmp_path / "run").exists()
 
 
