@@ -85,6 +85,9 @@ def train_shared(
     embeddings = mono_embeddings_of(mono_embeddings, activations, config)
     kept = SharedRunDirectory(options.output, options.checkpoint_every, options.resume, options.force, peers)
     with kept.locked(), Watch(options.log_to) as watch:
+        for each in (activations, evaluated, embeddings):
+            if each is not None:
+                each.check_whole_shared(peers.rank, peers.collect)
         look_at(evaluated, config, whole=False, rank=peers.rank, world=peers.world)
         device = resolve_device(options.device)
         state = ShardedState(activations, sae_config, config, device, peers, embeddings)
