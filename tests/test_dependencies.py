@@ -72,7 +72,7 @@ def test_every_import_is_a_core_dependency_or_answered_when_its_extra_is_missing
     "source",
     [
         "import wandb",
-        "def f():\n    from sklearn import svm",
+        "def f():\n    from wandb import sdk",
         "try:\n    import unheard_of\nexcept ImportError:\n    pass",
     ],
 )
