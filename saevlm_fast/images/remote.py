@@ -20,7 +20,7 @@ from saevlm_fast.images.sources import ImageSource, Names, directory_of, is_imag
 from saevlm_fast.images.tables import open_parquet
 from saevlm_fast.images.tars import open_tars
 from saevlm_fast.remote.files import RemoteFiles
-from saevlm_fast.remote.reading import listed, read_whole
+from saevlm_fast.remote.reading import at_commits, listed, read_whole
 from saevlm_fast.urls import child, redacted, sibling
 
 MAX_LIST_BYTES = 1 << 30
@@ -56,7 +56,7 @@ def open_remote_images(url: str, names: list[str], split: str) -> ImageSource:
         ValueError: anything that is no source. RemoteError: it cannot be read.
     """
     shown = redacted(url)
-    urls = [each for name in names for each in _named(name)]
+    urls = at_commits([each for name in names for each in _named(name)])
     ending = _path(urls[0]).lower()
     if len(urls) == 1 and ending.endswith(".txt"):
         require(split == "", f"images: {shown}: has no splits, but {split!r} was asked for")

@@ -17,7 +17,7 @@ import saevlm_fast as sf
 from command import run
 from saevlm_fast.errors import ImageError
 from saevlm_fast.remote import cache, reading
-from saevlm_fast.remote.reading import NotThere, RemoteError
+from saevlm_fast.remote.answers import NotThere, RemoteError
 from tiny_tower import save_photos
 
 pytestmark = pytest.mark.interop
