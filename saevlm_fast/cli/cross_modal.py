@@ -11,7 +11,7 @@ from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figure
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP
-from saevlm_fast.config.crossmodal import CrossModalSettings
+from saevlm_fast.config.crossmodal import CrossModalSettings, PatchTestSettings
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.settings import setting
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     import numpy as np
 
     from saevlm_fast.crossmodal.measure import CrossModal
+    from saevlm_fast.crossmodal.patch_test import PatchTest
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.sae import SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossModalArguments(CrossModalSettings, WorkOptions):
+class CrossModalArguments(PatchTestSettings, CrossModalSettings, WorkOptions):
     """Options of `saevlm-fast cross-modal`."""
 
     title = "Rows and SAE"
@@ -32,7 +33,10 @@ class CrossModalArguments(CrossModalSettings, WorkOptions):
     sae: Path = setting(help=SAE_HELP)
     output: Path = setting(help="Directory for tables of latents, pairs and image tokens, and the ids that are kept.")
     clip: str | None = setting(None, help="CLIP whose image-text cosine is a control: hf:NAME_OR_DIR, open_clip:...")
-    images: str | None = setting(None, help="For --clip: the image-text pairs.", shown="where the store says")
+    images: str | None = setting(
+        None, help="For --clip and --patch-pairs: the image-text pairs.", shown="where the store says"
+    )
+    model: str | None = setting(None, help="For --patch-pairs: the store's model.", shown="as the store says")
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
     device: str = setting("auto", help=DEVICE_HELP)
     force: bool = setting(False, help="Replace --output once the new results are whole.", recorded=False)
@@ -96,20 +100,30 @@ def cross_modal(options: CrossModalArguments) -> dict[str, Any]:
 
 
 def _cross_modal(options: CrossModalArguments) -> dict[str, Any]:
-    from saevlm_fast.crossmodal.output import new_results, patches_written, summary_of, write_results
+    from saevlm_fast.crossmodal.output import (
+        new_results,
+        patches_written,
+        summary_of,
+        write_patch_test,
+        write_results,
+    )
 
     activations, sae = _opened(options)
     with new_results(options.output, options.force) as place:
         with (
             Bar("cross-modal", 2 * activations.n_rows, "rows") as bar,
-            patches_written(place, options.keep_patches) as on_patches,
+            patches_written(place, options.keep_patches, options.patches_by) as on_patches,
         ):
             found = _found(options, activations, sae, on_rows=bar.update, on_patches=on_patches)
         if options.clip is not None:
             found = found.with_clip(_clip(options, activations, found.ids))
         summary = summary_of(found, options.seed)
+        if options.patch_pairs > 0:
+            test = _patch_test(options, activations, found, place)
+            write_patch_test(place, test)
+            summary |= {"patch_test": test.summary(options.seed)}
         settings = {"activations": str(options.activations), "sae": str(options.sae), "clip": options.clip}
-        settings |= vars(options.part(CrossModalSettings))
+        settings |= vars(options.part(CrossModalSettings)) | vars(options.part(PatchTestSettings))
         write_results(place, found, activations, summary | {"settings": settings})
         Record("cross-modal", options, options.output, pairs=len(found.ids), rows=activations.n_rows).write()
     _tell(summary, options)
@@ -126,6 +140,23 @@ def _clip(options: CrossModalArguments, activations: "Activations", ids: list[st
         return clip_cosines(source, ids, options.clip or "", resolve_device(options.device), bar.update, tell)
 
 
+def _patch_test(
+    options: CrossModalArguments, activations: "Activations", found: "CrossModal", place: Path
+) -> "PatchTest":
+    """What the store's model says of some captions with the patches of each filter alone."""
+    from saevlm_fast.crossmodal.controls import pairs_of, tower_of
+    from saevlm_fast.crossmodal.output import read_patches
+    from saevlm_fast.crossmodal.patch_test import pairs_to_test, patch_test
+    from saevlm_fast.runtime import resolve_device
+
+    samples = pairs_to_test(found.columns, found.wrong_P, options.patch_pairs, options.seed)
+    source = pairs_of(activations, options.images)
+    tower = tower_of(activations, options.model, resolve_device(options.device), tell)
+    with Bar("patches", len(samples), "pairs") as bar:
+        patches = read_patches(place, samples)
+        return patch_test(activations, patches, found.ids, source, tower, options.patch_shares, bar.update)
+
+
 def _tell(summary: dict[str, Any], options: CrossModalArguments) -> None:
     latents = summary["latents"]
     say(
@@ -139,4 +170,25 @@ def _tell(summary: dict[str, Any], options: CrossModalArguments) -> None:
         ]
         say(f"{summary['wrong']:,} of {summary['pairs']:,} captions are wrong; right pairs above wrong ones:")
         print_table(("score", "AUROC", "95 %"), rows)
+    if "patch_test" in summary:
+        _tell_patches(summary["patch_test"])
     say(f"kept {summary['kept']:,} of {summary['pairs']:,} pairs by {options.by}; wrote {options.output}")
+
+
+def _tell_patches(test: dict[str, Any]) -> None:
+    """The test of the patch filters; intervals are over pairs."""
+    right = {name: test[name]["right"] for name in ("all", "none")}
+    say(
+        f"{test['pairs']:,} pairs: with all image tokens {right['all']:.1%} of a caption's tokens are right, with none "
+        f"{right['none']:.1%}, with some:"
+    )
+    rows = [
+        (
+            f"{each['filter']} {each['share']:.0%}",
+            f"{each['right'][0]:.1%}",
+            "{:.1%} ({:.1%} to {:.1%})".format(*each["recovered"]),
+            "" if each["filter"] == "random" else "{:+.3f} ({:+.3f} to {:+.3f})".format(*each["over_random"]),
+        )
+        for each in test["filters"]
+    ]
+    print_table(("kept by", "right", "recovered (95 %)", "above random (95 %)"), rows)

@@ -1,5 +1,7 @@
 """What SAE-V's scores of pairs have to beat: chance, exchanged omegas, the length of the text, and a CLIP.
 
+The pairs, and the model, of a store are opened anew for that.
+
 Shape suffixes: S latents, P pairs.
 """
 
@@ -11,10 +13,13 @@ import torch
 
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
+from saevlm_fast.files import weights_sha256
+from saevlm_fast.harvesting.config import COMPUTE_DTYPES
 from saevlm_fast.images.batches import image_batches
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.pairs import WrongCaptions, caption, check_captions
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.towers.language import LanguageTower, load_language
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.text import load_text_encoder
 from saevlm_fast.towers.tower import HookPoint
@@ -49,6 +54,27 @@ def pairs_of(activations: Activations, images: str | None) -> ImageSource:
     check_captions(pairs, path)
     share = float(told.get("wrong_captions") or 0.0)
     return WrongCaptions(pairs, share, int(source.get("seed") or 0)) if share else pairs
+
+
+def tower_of(
+    activations: Activations, model: str | None, device: torch.device, on_message: Callable[[str], None] = print
+) -> LanguageTower:
+    """The language model that a store was harvested from, with its prompt.
+
+    model: where it is, if not where the store says. ValueError: it does not say; another model; what load_language
+    refuses.
+    """
+    source = activations.source or {}
+    record = source.get("model")
+    told = record if isinstance(record, dict) else {}
+    spec = model or str(told.get("spec") or "")
+    require(spec != "", f"model: {activations.path} does not say what it was harvested from; give --model")
+    dtype = COMPUTE_DTYPES.get(str(source.get("dtype"))) or torch.float32
+    tower = load_language(spec, device, dtype, told.get("prompt"), on_message)
+    digest = told.get("weights_sha256")
+    same = digest is None or digest == weights_sha256(tower.model)
+    require(same, f"model: {spec} has other weights than the model that {activations.path} was harvested from")
+    return tower
 
 
 def clip_cosines(
