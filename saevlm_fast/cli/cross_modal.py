@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from saevlm_fast.crossmodal.measure import CrossModal
-    from saevlm_fast.crossmodal.patch_test import PatchTest
+    from saevlm_fast.crossmodal.patch_test import PartlySeen, PatchTest
     from saevlm_fast.data.rows import Activations
+    from saevlm_fast.images.sources import ImageSource
     from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.towers.text import TextEncoder
+    from saevlm_fast.towers.tower import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,50 @@ def _found(
     return measure(activations, sae, batch_rows=options.batch_size, **settings, **calls)
 
 
+@dataclass(frozen=True)
+class _Beside:
+    """What is opened beside store and SAE before any row is read: pairs, a CLIP, the store's model."""
+
+    source: "ImageSource | None"
+    clip: "tuple[Tower, TextEncoder] | None"
+    model: "PartlySeen | None"
+
+    @classmethod
+    def of(cls, options: CrossModalArguments, activations: "Activations") -> "_Beside":
+        from saevlm_fast.crossmodal.controls import load_clip, pairs_of, tower_of
+        from saevlm_fast.crossmodal.patch_test import PartlySeen
+        from saevlm_fast.runtime import resolve_device
+
+        device, tested = resolve_device(options.device), options.patch_pairs > 0
+        source = pairs_of(activations, options.images) if tested or options.clip is not None else None
+        clip = None if options.clip is None else load_clip(options.clip, device, tell)
+        model = PartlySeen(tower_of(activations, options.model, device, tell)) if tested else None
+        return cls(source, clip, model)
+
+    def clip_cosines(self, ids: list[str]) -> "np.ndarray":
+        """CLIP's cosines of the pairs, with the wrong captions that the harvest had."""
+        from saevlm_fast.crossmodal.controls import clip_cosines
+
+        assert self.source is not None
+        assert self.clip is not None
+        with Bar("clip", len(ids), "images") as bar:
+            return clip_cosines(self.source, ids, self.clip, bar.update)
+
+    def patch_test(
+        self, options: CrossModalArguments, activations: "Activations", found: "CrossModal", place: Path
+    ) -> "PatchTest":
+        """What the store's model says of some captions with the patches of each filter alone."""
+        from saevlm_fast.crossmodal.output import read_patches
+        from saevlm_fast.crossmodal.patch_test import pairs_to_test, patch_test
+
+        assert self.source is not None
+        assert self.model is not None
+        samples = pairs_to_test(found.columns, found.wrong_P, options.patch_pairs, options.seed)
+        patches, shares = read_patches(place, samples), options.patch_shares
+        with Bar("patches", len(samples), "pairs") as bar:
+            return patch_test(activations, patches, found.ids, self.source, self.model, shares, bar.update)
+
+
 def plan(options: CrossModalArguments) -> Plan:
     """What would be measured; the time from the second chunk of rows."""
     from saevlm_fast.crossmodal.output import check_cross_modal_output
@@ -74,6 +121,7 @@ def plan(options: CrossModalArguments) -> Plan:
     check_writable(options.output)
     check_cross_modal_output(options.output, options.force)
     activations, sae = _opened(options)
+    _Beside.of(options, activations)
     n, d_sae = activations.n_rows, sae.config.d_sae
     return Plan(
         f"omegas of {d_sae:,} latents of {options.sae} on {n:,} tokens of {options.activations}",
@@ -109,17 +157,18 @@ def _cross_modal(options: CrossModalArguments) -> dict[str, Any]:
     )
 
     activations, sae = _opened(options)
+    beside = _Beside.of(options, activations)
     with new_results(options.output, options.force) as place:
         with (
             Bar("cross-modal", 2 * activations.n_rows, "rows") as bar,
             patches_written(place, options.keep_patches, options.patches_by) as on_patches,
         ):
             found = _found(options, activations, sae, on_rows=bar.update, on_patches=on_patches)
-        if options.clip is not None:
-            found = found.with_clip(_clip(options, activations, found.ids))
+        if beside.clip is not None:
+            found = found.with_clip(beside.clip_cosines(found.ids))
         summary = summary_of(found, options.seed)
-        if options.patch_pairs > 0:
-            test = _patch_test(options, activations, found, place)
+        if beside.model is not None:
+            test = beside.patch_test(options, activations, found, place)
             write_patch_test(place, test)
             summary |= {"patch_test": test.summary(options.seed)}
         settings = {"activations": str(options.activations), "sae": str(options.sae), "clip": options.clip}
@@ -128,33 +177,6 @@ def _cross_modal(options: CrossModalArguments) -> dict[str, Any]:
         Record("cross-modal", options, options.output, pairs=len(found.ids), rows=activations.n_rows).write()
     _tell(summary, options)
     return {"output": str(options.output), **summary}
-
-
-def _clip(options: CrossModalArguments, activations: "Activations", ids: list[str]) -> "np.ndarray":
-    """CLIP's cosines of the pairs, with the wrong captions that the harvest had."""
-    from saevlm_fast.crossmodal.controls import clip_cosines, pairs_of
-    from saevlm_fast.runtime import resolve_device
-
-    source = pairs_of(activations, options.images)
-    with Bar("clip", len(ids), "images") as bar:
-        return clip_cosines(source, ids, options.clip or "", resolve_device(options.device), bar.update, tell)
-
-
-def _patch_test(
-    options: CrossModalArguments, activations: "Activations", found: "CrossModal", place: Path
-) -> "PatchTest":
-    """What the store's model says of some captions with the patches of each filter alone."""
-    from saevlm_fast.crossmodal.controls import pairs_of, tower_of
-    from saevlm_fast.crossmodal.output import read_patches
-    from saevlm_fast.crossmodal.patch_test import pairs_to_test, patch_test
-    from saevlm_fast.runtime import resolve_device
-
-    samples = pairs_to_test(found.columns, found.wrong_P, options.patch_pairs, options.seed)
-    source = pairs_of(activations, options.images)
-    tower = tower_of(activations, options.model, resolve_device(options.device), tell)
-    with Bar("patches", len(samples), "pairs") as bar:
-        patches = read_patches(place, samples)
-        return patch_test(activations, patches, found.ids, source, tower, options.patch_shares, bar.update)
 
 
 def _tell(summary: dict[str, Any], options: CrossModalArguments) -> None:

@@ -136,7 +136,7 @@ def patch_test(
     patches: Patches,
     ids: Sequence[str],
     source: ImageSource,
-    tower: LanguageTower,
+    model: "PartlySeen",
     shares: Sequence[float],
     on_pairs: Callable[[int], None] = lambda done: None,
 ) -> PatchTest:
@@ -145,12 +145,11 @@ def patch_test(
     Args:
         activations: the store that the patches are rows of.
         patches: of the pairs that are tested. ids: of all pairs of the store.
-        source: the image-text pairs. tower: the store's model, with its prompt.
+        source: the image-text pairs. model: the store's, with its prompt.
 
     Raises:
-        ValueError: a model that cannot be shown some image tokens alone; pairs that are not those of the store.
+        ValueError: pairs that are not those of the store.
     """
-    model = PartlySeen(tower)
     numbers = {source.image_id(i): i for i in range(len(source))}
     samples, sizes = np.unique(patches.sample, return_counts=True)
     kept_FQM = [[kept_patches(patches, share, *how) for share in shares] for how in FILTERS.values()]
@@ -160,7 +159,7 @@ def patch_test(
         start, stop = stop, stop + size
         name = ids[sample]
         require(name in numbers, f"images: {name} of {activations.path} is not there")
-        piece = tower.preprocess([(decode(source.read(numbers[name])), caption(source, numbers[name]))])
+        piece = model.tower.preprocess([(decode(source.read(numbers[name])), caption(source, numbers[name]))])
         _check_prompt(activations, patches.row[start:stop], piece, name)
         kept_RN = np.stack([kept_M[start:stop] for kept_QM in kept_FQM for kept_M in kept_QM])
         ends_2N = np.array([[True], [False]]).repeat(size, 1)
