@@ -14,11 +14,14 @@ from saevlm_fast.crossmodal.omega import TopTokens
 from saevlm_fast.crossmodal.patches import Patches, kept_patches
 from saevlm_fast.crossmodal.samples import auroc, auroc_interval, kept_pairs
 from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.store import TOKEN_SCHEMA
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.images.pairs import is_wrong
 from saevlm_fast.sae import SparseAutoencoder
 
 D, S, K = 12, 40, 3
+PAIRS = ("harvest", "--model", "hf:tiny-llava", "--point", "language", "--layer", 1, "--workers", 0, "--device", "cpu")
+PAIRS += ("--images", "scenes:test:24", "--wrong-captions", 0.5, "--prompt", "Describe the image.")
 LENGTHS = [(4, 5, 3), (0, 6, 2), (7, 1, 3), (2, 9, 3), (5, 5, 2), (3, 4, 0), (6, 8, 3), (1, 1, 1)]
 
 
@@ -219,9 +222,7 @@ def test_the_command(pairs, tmp_path):
 def box(tmp_path_factory):
     """24 scenes, of which some have a wrong caption, on the box's LLaVA; an SAE; options that read both."""
     path = tmp_path_factory.mktemp("box")
-    base = ("harvest", "--model", "hf:tiny-llava", "--point", "language", "--layer", 1, "--workers", 0)
-    base += ("--images", "scenes:test:24", "--wrong-captions", 0.5, "--prompt", "Describe the image.")
-    run(*base, "--device", "cpu", "--output", path / "store")
+    run(*PAIRS, "--output", path / "store")
     sae = SparseAutoencoder(SAEConfig(128, 64, 8, "topk"))
     sae.reset_parameters(0)
     sae.save_pretrained(path / "sae")
@@ -236,6 +237,28 @@ def test_clip_is_a_control_on_the_box(box, tmp_path):
     call = (*call, "--output", tmp_path / "no", "--images")
     assert "images: " in run(*call, tmp_path / "nowhere", code=2)
     assert not (tmp_path / "no" / "cross_modal.json").exists()
+
+
+def test_what_is_kept_is_harvested_and_trained_on(box, tmp_path):
+    run(*box, "--keep", 0.25, "--output", tmp_path / "out")
+    kept = (tmp_path / "out" / "kept.txt").read_text().split("\n")[:-1]
+    assert len(kept) == 6
+    run(*PAIRS, "--only", tmp_path / "out" / "kept.txt", "--output", tmp_path / "kept")
+    before, after = (
+        open_activations(path).items(schema=TOKEN_SCHEMA).to_pandas() for path in (box[2], tmp_path / "kept")
+    )
+    assert list(dict.fromkeys(after["image"])) == kept
+    columns = ["image", "token", "modality", "token_id"]  # the captions too, the wrong ones among them
+    same = before[before["image"].isin(kept)][columns].reset_index(drop=True)
+    assert same.equals(after[columns])
+    train = ("train", "--activations", tmp_path / "kept", "--d-sae", 32, "--k", 4, "--steps", 2, "--batch-size", 32)
+    run(*train, "--device", "cpu", "--output", tmp_path / "sae")
+    call = ("cross-modal", "--activations", tmp_path / "kept", "--sae", tmp_path / "sae", "--device", "cpu")
+    told = run_json(*call, "--clip", "hf:tiny-clip", "--output", tmp_path / "again")
+    assert told["pairs"] == 6
+    missing = tmp_path / "missing.txt"
+    missing.write_text("nobody\n")
+    assert "only: " in run(*PAIRS, "--only", missing, "--output", tmp_path / "no", code=2)
 
 
 def test_bad_input(pairs, tmp_path):
