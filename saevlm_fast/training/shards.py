@@ -23,9 +23,7 @@ from saevlm_fast.training.process_group import Ranks
 _BLOCK_NUMBERS = 1 << 22  # random numbers drawn at a time, 32 MiB of them
 # Settings of a recipe that a sharded step takes into account. Another one has to be looked at before it is added here.
 _KNOWN = frozenset(
-    ("steps", "batch_size", "lr", "warmup_steps", "auxk_alpha", "dead_after", "threshold_start", "threshold_beta")
-    + ("clip_norm", "betas", "eps", "norm_batches", "seed", "l1", "target_l0", "bandwidth", "sparsity_warmup")
-    + ("accumulate", "center", "control", "control_cosine", "mono_weight")
+    ("steps", "batch_size", "lr", "warmup_steps", "auxk_alpha", "dead_after", "threshold_start", "threshold_beta", "clip_norm", "betas", "eps", "norm_batches", "seed", "l1", "target_l0", "bandwidth", "sparsity_warmup", "accumulate", "center", "control", "control_cosine", "mono_weight")
 )
 _DRAWN_TOGETHER = 16  # numbers that torch's generator makes at once, of which a block holds a multiple
 
