@@ -13,9 +13,9 @@ from torch import Tensor
 
 from saevlm_fast.data.store import StoreIndex, map_shard_file, read_index_file
 from saevlm_fast.errors import ActivationError
+from saevlm_fast.remote.answers import NotThere
 from saevlm_fast.remote.cache import fetched
 from saevlm_fast.remote.files import RemoteFiles
-from saevlm_fast.remote.reading import NotThere
 from saevlm_fast.urls import child, url_of
 
 AHEAD = 3  # shards that are fetched ahead of a reader that goes through a store in its order

@@ -160,18 +160,20 @@ class _RowNames:
             self.labels += [column.text(value) for value in values_of(column.name)]
 
 
-def open_parquet(files: Sequence[str], name: str, split: str, relative: list[str] | None = None) -> ParquetSource:
+def open_parquet(
+    files: Sequence[str], name: str, split: str | None, relative: list[str] | None = None, column: str = ""
+) -> ParquetSource:
     """The rows of parquet files, in the order of the files.
 
-    files: their paths; of some that are elsewhere what fetches each when it is asked for. relative: what ids call
-    them; if None by their paths.
+    files: their paths; of some that are elsewhere what fetches each when it is asked for. split: None for all of them,
+    whatever they are called. relative: what ids call them; if None by their paths. column: that of the images, "" if
+    there is no doubt.
 
     Raises:
         ValueError: several splits, no image column, a damaged file, one that unpacks far beyond its size.
     """
     here = relative is None
     relative = relative_paths(files) if relative is None else relative
-    column = ""
     groups: list[_Group] = []
     names = _RowNames()
     for number in _files_of_split(relative, name, split):
@@ -199,9 +201,11 @@ def _add_file(
 ) -> str:
     """Adds a file's row groups and names; its image column, which has to be that of the files before, if there are."""
     schema, n_rows = plain_schema(table), table.metadata.num_rows
-    found = image_column(schema, lambda name: _first_values(table, name), file)
+    found = column if column in schema.names else image_column(schema, lambda name: _first_values(table, name), file)
     same = column in ("", found)
-    require(same, f"images: {file}: the image column is {found!r}, in the files before it {column!r}")
+    require(
+        same, f"images: {file}: the image column is {found!r}, not {column!r}, as asked for or in the files before it"
+    )
     for number in range(table.num_row_groups):
         stored, unpacked = unpacked_bytes(table, [found], [number])
         bomb = f"row group {number} unpacks from {stored} bytes to {unpacked}, more than {MAX_RATIO} fold"
@@ -245,8 +249,10 @@ def _stored_paths(table: pq.ParquetFile, field: pa.Field) -> list[str | None]:
     return [None] * table.metadata.num_rows
 
 
-def _files_of_split(files: list[str], name: str, split: str) -> list[int]:
+def _files_of_split(files: list[str], name: str, split: str | None) -> list[int]:
     """Numbers of the files called SPLIT-00000-of-00014.parquet, as on the hub; of all files if none is called so."""
+    if split is None:
+        return list(range(len(files)))
     matches = [re.fullmatch(r"(?:.*/)?([^/]+)-\d+-of-\d+\.parquet", file) for file in files]
     splits = sorted({match[1] for match in matches if match})
     what = f"no split {split!r}" if split else "holds several splits"

@@ -28,7 +28,9 @@ from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write, cache_directory, sha256_file
 from saevlm_fast.outputs import output_lock
-from saevlm_fast.remote.reading import Found, RemoteError, copy_whole, look_up, read_range
+from saevlm_fast.remote.answers import Found, RemoteError
+from saevlm_fast.remote.hub import is_hub, without_revision
+from saevlm_fast.remote.reading import at_commit, copy_whole, digest_of, look_up, read_range
 from saevlm_fast.urls import file_name, redacted
 
 PIECE = 32 << 20  # bytes of one request
@@ -79,15 +81,20 @@ def fetched(url: str, sha256: str | None = None) -> Cached:
     Raises:
         RemoteError: it cannot be read, is not what it must be, or does not fit into the cache.
     """
-    key = _key(url, sha256)
+    found = None
+    if sha256 is None and is_hub(url):  # where every version has an address of its own
+        found = look_up(url := at_commit(url))
+        sha256 = found.digest.removeprefix("sha256:") if found.digest.startswith("sha256:") else None
+    key = _key(url, sha256, found)
     with _owned(key, _PATIENCE) as owned:
         if not owned:
             raise RemoteError(f"{redacted(url)}: another process has been fetching it for {_PATIENCE:.0f} s")
         folder = remote_cache() / key
         path = folder / file_name(url)
-        found = None if sha256 is not None and _is_there(path, sha256=sha256) else look_up(url)
-        if found is not None and not _is_there(path, found=found, sha256=sha256):
-            _fetch(url, path, found, sha256)
+        if sha256 is None or not _is_there(path, sha256=sha256):
+            found = found or look_up(url := at_commit(url))
+            if not _is_there(path, found=found, sha256=sha256):
+                _fetch(url, path, found, sha256)
         os.utime(folder / _INFO)
         _users.use(key)
     return Cached(path, key)
@@ -98,7 +105,11 @@ def release(key: str) -> None:
     _users.release(key)
 
 
-def _key(url: str, sha256: str | None) -> str:
+def _key(url: str, sha256: str | None, found: Found | None = None) -> str:
+    """found: of the Hub, where a file that many commits have is one file."""
+    if is_hub(url):
+        plain = without_revision(url)
+        return hashlib.sha256(f"{plain}\n{sha256 or (found and found.version)}".encode()).hexdigest()[:32]
     parts = urlsplit(url)
     query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if not _SIGNATURE.fullmatch(name)])
     plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment=""))
@@ -144,15 +155,22 @@ def _fetch(url: str, path: Path, found: Found, sha256: str | None) -> None:
     else:
         _fetch_whole(url, part)
     size = part.stat().st_size
-    if sha256 is not None and sha256_file(part) != sha256:
-        part.unlink()
-        raise RemoteError(f"{redacted(url)}: altered, its SHA-256 is not the one in the store's index")
+    _compare(url, part, f"sha256:{sha256}" if sha256 is not None else found.digest)
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
     (path.parent / _PART_INFO).unlink(missing_ok=True)
     os.replace(part, path)
     said = {"url": redacted(url), "size": size, "version": found.version, "sha256": sha256}
     _write(path.parent / _INFO, said | {"mtime_ns": path.stat().st_mtime_ns})
+
+
+def _compare(url: str, part: Path, digest: str) -> None:
+    with open(part, "rb") as file:
+        same = digest_of(file, part.stat().st_size, digest) == digest
+    if not same:
+        part.unlink()
+        way = {"sha256": "SHA-256"}.get(digest.partition(":")[0], "checksum")
+        raise RemoteError(f"{redacted(url)}: altered, its {way} is not the one that is told of it")
 
 
 def _fetch_ranges(url: str, part: Path, found: Found) -> None:

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.training.process_group import Ranks
+from saevlm_fast.training.process_group import Peers, Ranks
 
 _DIGIT = 4  # bits of a key that one round settles, of every row
 _WIDE_DIGIT = 11  # of a whole batch
+_FEW_OFFERS = 256  # of a row by all ranks; a count of the digits of more is told in fewer bytes
 NOTHING = -1.0  # an offer where a rank has fewer latents than there are places: below every activation
 
 
@@ -30,16 +31,31 @@ class Kept(NamedTuple):
     smallest: Tensor
 
 
-def keep_of_rows(offers_RBK: Tensor, rank: int, k: int) -> Kept:
-    """TopK: the k largest of every row. offers_RBK: activations, latents ascending; NOTHING where there is none."""
+def keep_of_rows(acts_BC: Tensor, k: int, peers: Peers) -> Tensor:
+    """TopK: which of the rank's own offers are among the k largest of their row, [B, C] bool.
+
+    Ranks tell each other all offers, [B, k] each; or, of so many ranks that it is less, how large they are.
+
+    Args:
+        acts_BC: the rank's min(k, its latents) largest of every row, latents ascending.
+        k: at most the latents of all ranks.
+        peers: the ranks that have the other latents.
+    """
+    if peers.world * k > _FEW_OFFERS:
+        return keep_largest_of_all(_ranked(acts_BC), k, peers.add_up, peers.gather, peers.rank)
+    n = acts_BC.shape[1]
+    offers_RBK = peers.gather(torch.nn.functional.pad(acts_BC, (0, k - n), value=NOTHING))
+    return _keep_of_offers(offers_RBK, peers.rank, k)[:, :n]
+
+
+def _keep_of_offers(offers_RBK: Tensor, rank: int, k: int) -> Tensor:
     n_ranks, n_rows, places = offers_RBK.shape
     values_BN = _ranked(offers_RBK).transpose(0, 1).reshape(n_rows, n_ranks * places)
     cut_B1 = torch.topk(values_BN, k, dim=1, sorted=False).values.amin(1, keepdim=True)
     above_BN, equal_BN = values_BN > cut_B1, values_BN == cut_B1
     needed_B1 = k - above_BN.sum(1, keepdim=True)
     kept_BN = above_BN | (equal_BN & (equal_BN.cumsum(1) <= needed_B1))
-    smallest = _smallest(torch.where(kept_BN, values_BN, 0))
-    return Kept(kept_BN.view(n_rows, n_ranks, places)[:, rank], smallest)
+    return kept_BN.view(n_rows, n_ranks, places)[:, rank]
 
 
 def keep_of_batch(acts_M: Tensor, rows_M: Tensor, n_rows: int, n_kept: int, ranks: Ranks) -> Kept:
@@ -84,11 +100,6 @@ def _place_among_equals(equal_M: Tensor, rows_M: Tensor, n_rows: int, ranks: Ran
 def _ranked(offers: Tensor) -> Tensor:
     """NaN as infinity: above every number."""
     return torch.where(offers.isnan(), torch.inf, offers)
-
-
-def _smallest(values: Tensor) -> Tensor:
-    smallest = torch.where(values > 0, values, torch.inf).min()
-    return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
 
 
 def keep_largest_of_all(

@@ -15,16 +15,17 @@ from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
-from saevlm_fast.training.choice import NOTHING, keep_of_batch, keep_of_rows
+from saevlm_fast.training.choice import keep_of_batch, keep_of_rows
 from saevlm_fast.training.process_group import Peers, Ranks, in_order
 from saevlm_fast.training.shards import Shard
 
 
 class Chosen(NamedTuple):
-    """The rank's part of the one choice: its codes in CSR form, and the smallest activation that any rank keeps."""
+    """The rank's part of the one choice: its codes in CSR form, and the smallest activation that any rank keeps (None
+    of topk, which has no threshold)."""
 
     codes: SparseCodes
-    smallest: Tensor
+    smallest: Tensor | None
 
 
 def choose(sae: SparseAutoencoder, shard: Shard, ranks: Ranks, x_BD: Tensor, n_kept: int | None = None) -> Chosen:
@@ -41,11 +42,9 @@ def choose(sae: SparseAutoencoder, shard: Shard, ranks: Ranks, x_BD: Tensor, n_k
     if shard.whole.architecture == "topk":
         k, own_k = shard.whole.known_k, shard.config.known_k
         acts_BK, latents_BK = topk_encode(*weights, own_k)
-        offers_RBK = ranks.latents.gather(pad(acts_BK, (0, k - own_k), value=NOTHING))
-        kept = keep_of_rows(offers_RBK, ranks.latents.rank, k)
+        kept_BK = keep_of_rows(acts_BK, k, ranks.latents)
         codes = SparseCodes.from_flat(acts_BK, latents_BK, None, shard.size).rows()
-        mask_M = kept.mask[:, :own_k].flatten()
-        return Chosen(kept_entries(codes, mask_M, x_BD.is_cuda), kept.smallest)
+        return Chosen(kept_entries(codes, kept_BK.flatten(), x_BD.is_cuda), None)
     n_kept = n_rows * shard.whole.known_k if n_kept is None else n_kept
     acts_M, latents_M, row_offsets = batch_topk_encode(*weights, min(-(-n_kept // n_rows), shard.size))
     kept = keep_of_batch(acts_M, entry_rows(latents_M, row_offsets), n_rows, n_kept, ranks)

@@ -171,7 +171,9 @@ class ShardedState(TrainingState):
         """x_BD: the same on all ranks, so each replica chooses for itself."""
         sae, ranks = self.sae_config, self.peers.ranks.one_replica()
         l0 = self.config.wanted_l0 if sae.k is None else sae.k
-        return float(choose(self.stepper.sae, self.shard, ranks, x_BD, round(l0 * len(x_BD))).smallest)
+        smallest = choose(self.stepper.sae, self.shard, ranks, x_BD, round(l0 * len(x_BD))).smallest
+        assert smallest is not None  # a topk SAE needs no threshold
+        return float(smallest)
 
     @torch.no_grad()
     def exported_part(self) -> SparseAutoencoder:

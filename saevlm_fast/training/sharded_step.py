@@ -216,6 +216,7 @@ class ShardedStepper(Stepper):
             codes, penalty = encode_penalised(self.sae, self.config, self.n_steps - 1, x_BD, self._of_all, n_rows)
             return codes, penalty, codes.top_acts.new_zeros(())
         codes, smallest = choose(self.sae, self.shard, self.ranks, x_BD, self.shard.whole.known_k * n_rows)
+        smallest = codes.top_acts.new_zeros(()) if smallest is None else smallest
         return codes.to(dtype=self.sae.W_dec.dtype), None, smallest
 
     def _track_shard(self, codes: SparseCodes, smallest: Tensor, n_rows: int) -> None:

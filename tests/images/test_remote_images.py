@@ -14,7 +14,7 @@ from file_server import FileServer
 from saevlm_fast.data.label_sets import read_labels
 from saevlm_fast.errors import ImageError
 from saevlm_fast.remote import cache, reading
-from saevlm_fast.remote.reading import RemoteError
+from saevlm_fast.remote.answers import RemoteError
 from tiny_tower import save_photos
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from file_server import FileServer
 from saevlm_fast.remote import cache, reading
+from saevlm_fast.remote.answers import NotThere, RemoteError
 from saevlm_fast.remote.cache import fetched, release
 from saevlm_fast.remote.files import RemoteFiles
-from saevlm_fast.remote.reading import NotThere, RemoteError, read_whole
+from saevlm_fast.remote.reading import read_whole
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """The choice of several ranks against that of one process, over all latents."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from thread_peers import together
 
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.grouping import entry_rows
-from saevlm_fast.training.choice import NOTHING, keep_largest_of_all, keep_of_batch, keep_of_rows
+from saevlm_fast.training import choice
+from saevlm_fast.training.choice import keep_largest_of_all, keep_of_batch, keep_of_rows
 
 
 def preactivations(n_rows, d_sae, seed, levels):
@@ -25,25 +24,25 @@ def with_nan(pre_BS, share):
     return torch.where(torch.rand(pre_BS.shape, generator=torch.Generator().manual_seed(9)) < share, torch.nan, pre_BS)
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("few_offers", [0, 10_000], ids=["counts", "offers"])
+@pytest.mark.parametrize("n_ranks", [1, 2, 5])
 @pytest.mark.parametrize(("d_sae", "k", "levels"), [(7, 5, 2), (40, 6, 3), (40, 6, 1000), (11, 11, 2)])
 @pytest.mark.parametrize("nan", [0, 0.1])
-def test_top_k_of_rows(n_ranks, d_sae, k, levels, nan):
+def test_top_k_of_rows(monkeypatch, few_offers, n_ranks, d_sae, k, levels, nan):
+    monkeypatch.setattr(choice, "_FEW_OFFERS", few_offers)
     pre_BS = with_nan(preactivations(9, d_sae, 1, levels), nan)
-    acts_BK, latents_BK = reference.topk_select(pre_BS, k)
-    edges, offers = cuts(d_sae, n_ranks), []
-    for start, stop in pairwise(edges):
-        acts, latents = reference.topk_select(pre_BS[:, start:stop], min(k, stop - start))
-        missing = (0, k - acts.shape[1])
-        offers.append((torch.nn.functional.pad(acts, missing, value=NOTHING), latents + start))
-    values_RBK = torch.stack([acts for acts, _ in offers])
-    found = [keep_of_rows(values_RBK, rank, k) for rank in range(n_ranks)]
+    _, latents_BK = reference.topk_select(pre_BS, k)
+    edges = cuts(d_sae, n_ranks)
+
+    def work(peers):
+        start, stop = edges[peers.rank : peers.rank + 2]
+        acts_BC, own_BC = reference.topk_select(pre_BS[:, start:stop], min(k, stop - start))
+        kept_BC = keep_of_rows(acts_BC, k, peers)
+        return [own_BC[row][kept_BC[row]] + start for row in range(9)]
+
+    found, _ = together(n_ranks, work)
     for row in range(9):
-        kept = [offers[r][1][row][found[r].mask[row, : offers[r][1].shape[1]]] for r in range(n_ranks)]
-        assert torch.equal(torch.cat(kept), latents_BK[row])
-    positive = acts_BK[acts_BK > 0]
-    for each in found:
-        assert float(each.smallest) == (float(positive.min()) if len(positive) else 0)
+        assert torch.equal(torch.cat([kept[row] for kept in found]), latents_BK[row])
 
 
 @pytest.mark.parametrize(("n_ranks", "n_replicas"), [(1, 1), (2, 1), (5, 1), (1, 2), (3, 2), (2, 4)])
