@@ -111,7 +111,7 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
             return run_one_pass(options)
         if options.sweep:
             data, held_out = open_data(options)
-            return train_grid(options, data, held_out, runs_of(options, data.n_rows, data.d, data.path))
+            return train_grid(options, data, held_out, runs_of(options, data.n_rows, data.d, data.path), peers)
         if leads(peers):
             _check_output(options)
         try:
@@ -140,9 +140,8 @@ def _check_shared(options: TrainArguments, peers: "MeshPeers | None") -> None:
     """ValueError: what one process does and torchrun's ranks do not."""
     if peers is None:
         return
-    given = {"sweep": bool(options.sweep), "model": options.model is not None}
-    for name, there in given.items():
-        require(not there, f"{name}: of one process, and torchrun started {peers.world}")
+    one_pass = options.model is not None
+    require(not one_pass, f"model: one pass is of one process, and torchrun started {peers.world}; harvest first")
 
 
 def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any] | None:
