@@ -1,8 +1,8 @@
-"""The processes of a torchrun that train one SAE together: how they meet, what they tell each other, who speaks.
+"""The processes of a torchrun that share a piece of work: how they meet, what they tell each other, who speaks.
 
 PyTorch's own engine carries everything: torchrun starts the ranks, c10d connects them (gloo between CPUs, NCCL between
-GPUs), a DeviceMesh of one dimension, "latents", has the group. What a training step needs of the others is `Peers`,
-three collectives; tests have threads for it.
+GPUs), a DeviceMesh of one dimension, "latents", has the group. What work needs of the others is peers.Peers; tests have
+threads for it.
 
 A rank that is gone, or does not answer within the timeout, ends the others in an `Interrupted`. Of all ranks that end,
 the first one speaks (`speaks`): a person reads one message, whoever failed.
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,37 +26,6 @@ from saevlm_fast.errors import Interrupted, first_line, require
 LATENTS = "latents"  # the dimension of the mesh
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
 _VOICE_SECONDS = 5.0  # to reach the store that says who speaks
-
-
-class Peers(Protocol):
-    """The ranks that share an SAE's latents, as a step sees them. All of them call the same methods in the same order.
-
-    Attributes:
-        rank: this one, from 0. world: how many there are.
-    """
-
-    rank: int
-    world: int
-
-    def gather(self, x: Tensor) -> Tensor:
-        """[R, *x.shape]: every rank's x, in order. All have one shape."""
-        ...
-
-    def exchange(self, x: Tensor) -> Tensor:
-        """x [R, ...], of which piece r goes to rank r: the pieces that this rank was sent, in order, [R, ...]."""
-        ...
-
-    def add_up(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x, of whole numbers."""
-        ...
-
-
-def in_order(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, rank after rank: the same bits on every rank and in every run."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
 
 
 class MeshPeers:

@@ -31,11 +31,11 @@ from saevlm_fast.kernels.latent_update import adam_, latent_update_
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
+from saevlm_fast.peers import Peers, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.choice import NOTHING, keep_of_batch, keep_of_rows
 from saevlm_fast.training.penalty import Penalty, encode_penalised, totals
-from saevlm_fast.training.process_group import Peers, in_order
 from saevlm_fast.training.sharded_dead import shared_auxiliary
 from saevlm_fast.training.shards import Shard
 from saevlm_fast.training.step import Losses, StepOutput, Stepper
