@@ -4,7 +4,7 @@ training/process_group.py has the ranks of a torchrun; tests have threads. Every
 order, or all wait until the timeout.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -91,6 +91,15 @@ def rows_of_share(peers: Peers | None, n: int, batch_rows: int) -> range:
     """The rank's of n rows, in whole batches: those of one process, so that what is made of a batch is the same."""
     batches = share_of(peers, -(-n // batch_rows))
     return range(batches.start * batch_rows, min(batches.stop * batch_rows, n))
+
+
+def shared_chunks(
+    peers: Peers | None, chunks: Callable[[int, range], Iterator[Chunk]], n: int, batch_rows: int
+) -> Iterator[Chunk]:
+    """chunks(batch_rows, rows) of the rank's rows of n, in step with the others."""
+    n_batches = -(-n // batch_rows)
+    most = n_batches if peers is None else len(range(0, n_batches, peers.world))
+    return in_step(peers, chunks(batch_rows, rows_of_share(peers, n, batch_rows)), most)
 
 
 def in_step(peers: Peers | None, chunks: Iterator[Chunk], most: int) -> Iterator[Chunk]:

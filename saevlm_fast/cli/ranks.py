@@ -11,6 +11,7 @@ from saevlm_fast.config import RunOptions, SAEConfig
 from saevlm_fast.errors import require
 
 if TYPE_CHECKING:
+    from saevlm_fast.peers import Peers
     from saevlm_fast.training.process_group import MeshPeers
 
 _SHARING = "train, harvest, ms-score and evaluate"
@@ -61,7 +62,7 @@ def joined_ranks(device: str, timeout: float) -> "Iterator[MeshPeers | None]":
             out.quiet, err.quiet = quiet
 
 
-def leads(peers: "MeshPeers | None") -> bool:
+def leads(peers: "Peers | None") -> bool:
     """Whether this process writes and prints."""
     return peers is None or peers.rank == 0
 
@@ -75,7 +76,7 @@ def part_of_a_rank(sae: SAEConfig) -> SAEConfig:
     return Shard(sae, world - 1, world).config
 
 
-def first_rank_first(peers: "MeshPeers | None", work: "Callable[[], Made]") -> "Made":
+def first_rank_first(peers: "Peers | None", work: "Callable[[], Made]") -> "Made":
     """work() of every rank, after that of rank 0: what it leaves behind, or refuses, the others need not."""
     if peers is None:
         return work()
@@ -87,7 +88,7 @@ def first_rank_first(peers: "MeshPeers | None", work: "Callable[[], Made]") -> "
     return work()
 
 
-def device_of_rank(device: str, peers: "MeshPeers | None") -> str:
+def device_of_rank(device: str, peers: "Peers | None") -> str:
     """The rank's own GPU."""
     if peers is None:
         return device
