@@ -30,7 +30,7 @@ from saevlm_fast.files import atomic_write, cache_directory, sha256_file
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.remote.answers import Found, RemoteError
 from saevlm_fast.remote.hub import is_hub, without_revision
-from saevlm_fast.remote.reading import at_commit, copy_whole, digest_of, look_up, read_range
+from saevlm_fast.remote.reading import at_commit, copy_whole, digest_of, is_web, look_up, read_range
 from saevlm_fast.urls import file_name, redacted
 
 PIECE = 32 << 20  # bytes of one request
@@ -66,10 +66,11 @@ def remote_cache() -> Path:
 
 
 class Cached(NamedTuple):
-    """A file of a URL on this machine, which stays until `release(key)`."""
+    """A file of a URL on this machine, which stays until `release(key)`. version: "" where a digest was given."""
 
     path: Path
     key: str
+    version: str
 
 
 def fetched(url: str, sha256: str | None = None) -> Cached:
@@ -81,7 +82,7 @@ def fetched(url: str, sha256: str | None = None) -> Cached:
     Raises:
         RemoteError: it cannot be read, is not what it must be, or does not fit into the cache.
     """
-    found = None
+    found, digest = None, sha256
     if sha256 is None and is_hub(url):  # where every version has an address of its own
         found = look_up(url := at_commit(url))
         sha256 = found.digest.removeprefix("sha256:") if found.digest.startswith("sha256:") else None
@@ -97,7 +98,7 @@ def fetched(url: str, sha256: str | None = None) -> Cached:
                 _fetch(url, path, found, sha256)
         os.utime(folder / _INFO)
         _users.use(key)
-    return Cached(path, key)
+    return Cached(path, key, found.version if found is not None and digest is None else "")
 
 
 def release(key: str) -> None:
@@ -152,6 +153,10 @@ def _fetch(url: str, path: Path, found: Found, sha256: str | None) -> None:
     _make_room(url, found.size or 0, part)
     if found.size is not None and found.by_ranges:
         _fetch_ranges(url, part, found)
+        unknown = sha256 is None and not found.digest and not is_web(url)
+        if unknown and found.size > PIECE and look_up(url) != found:
+            part.unlink()
+            raise RemoteError(f"{redacted(url)}: it was replaced while it was read")
     else:
         _fetch_whole(url, part)
     size = part.stat().st_size

@@ -132,7 +132,7 @@ def test_the_column_is_named_where_there_are_several(hub):
         ("rows:huge::train", "datasets says: BuilderConfig 'huge' not found"),
         ("none", "nothing is there"),
         ("csv", r"its files \(.csv\) are not read, and the Hub has not converted the whole split"),
-        ("two::train#middle", "the image column is 'image', not 'middle'"),
+        ("two::train#middle", "no column 'middle' among image, label, left, right"),
         ("photos::train#image", "has no columns, but 'image' was asked for"),
         ("rows:a:b", r"not of the form hf-dataset:USER/NAME\[@REVISION\]"),
         ("rows/", "not of the form"),

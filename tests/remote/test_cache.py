@@ -304,3 +304,30 @@ def test_a_driver_that_is_missing_is_named(monkeypatch):
 def test_an_empty_file(server):
     put(server, "a.bin", 0)
     assert fetched(f"{server.url}/a.bin").path.read_bytes() == b""
+
+
+class Objects:
+    """A store of one object, which is replaced after so many ranges."""
+
+    def __init__(self, replaced_after):
+        self.data, self.left = b"a" * 3000, replaced_after
+
+    def invalidate_cache(self):
+        pass
+
+    def info(self, path):
+        return {"size": len(self.data), "ETag": self.data[:1].decode(), "type": "file"}
+
+    def cat_file(self, path, start, end):
+        if not self.left:
+            self.data = b"b" * 3000
+        self.left -= 1
+        return self.data[start:end]
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_refused(server, monkeypatch):
+    objects = Objects(replaced_after=2)
+    monkeypatch.setattr(reading, "_file_system", lambda url: (objects, "bucket/x"))
+    with pytest.raises(RemoteError, match=r"s3://bucket/x: it was replaced while it was read"):
+        fetched("s3://bucket/x")
+    assert fetched("s3://bucket/x").path.read_bytes() == b"b" * 3000
