@@ -15,6 +15,9 @@ class HarvestSettings(Settings):
 
     title = "Rows"
     seed: int = setting(0, help="Seed of the random tokens.", at_least=0)
+    only: Path | None = setting(
+        None, help="Text file of image ids, one a line (kept.txt of cross-modal): these images alone.", shown="all"
+    )
     limit: int | None = setting(None, help="Only the first so many images.", shown="all", at_least=1)
     batch_size: int = setting(64, help="Images of a forward pass.", at_least=1)
     square: int | None = setting(

@@ -19,7 +19,8 @@ from saevlm_fast.config import keyword_settings
 from saevlm_fast.config.crossmodal import CrossModalSettings
 from saevlm_fast.crossmodal.controls import random_scores, shuffled_omegas
 from saevlm_fast.crossmodal.omega import TopTokens, omegas
-from saevlm_fast.crossmodal.samples import PairScores, Patches, auroc, auroc_interval, kept_pairs
+from saevlm_fast.crossmodal.patches import Patches
+from saevlm_fast.crossmodal.samples import PairScores, auroc, auroc_interval, kept_pairs
 from saevlm_fast.crossmodal.tokens import check_language_store, token_chunks
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.store import TOKEN_SCHEMA
@@ -118,7 +119,7 @@ def cross_modal(
     Args:
         activations: a store of `harvest --point language --tokens all`.
         on_rows: called after every chunk with the rows done, of twice as many as there are.
-        on_patches: given the image tokens of whole pairs, and what they carry.
+        on_patches: given the image tokens of whole pairs, and their scores.
         settings: fields of CrossModalSettings by name, as top=5, threshold=1.0, template=True, by="count".
 
     Raises:
@@ -140,7 +141,7 @@ def cross_modal(
     for name, tops in (("text", text), ("image", image)):
         require(bool(tops.n_S.any()), f"activations: {activations.path}: no latent fires on a token of its {name}s")
     omega_S = omegas(activations, text, image)
-    scores = PairScores(omega_S, shuffled_omegas(omega_S, config.seed), config.threshold, on_patches)
+    scores = PairScores(omega_S, shuffled_omegas(omega_S, config.seed), config.threshold, on_patches, config.seed)
     for done, chunk in _counted(activations, sae, batch_rows, config.template):
         scores.add(chunk)
         on_rows(activations.n_rows + done)

@@ -4,7 +4,7 @@ A shard is compared with the SHA-256 that the index says when it arrives, so wha
 lies between. The cache may be smaller than the store.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -32,6 +32,9 @@ class ArrivedFiles:
 
     def check_all(self) -> None:
         """The same: nothing is fetched for it."""
+
+    def check_shared(self, rank: int, collect: Callable[[Any], list[Any]]) -> None:
+        """The same."""
 
 
 class RemoteStore:
