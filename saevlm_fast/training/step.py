@@ -205,6 +205,8 @@ class Stepper:
             x_hat_BD, losses, dead = gpu_step(
                 self.sae, self.config, state, x_BD, codes, centred, self._dead_latents, mono
             )
+            if mono is not None:  # whose loss comes after the kernel that looked at the others
+                self._note_bad(losses)
         self.was_replayed()
         return StepOutput(losses, x_hat_BD, codes, dead.number)
 
