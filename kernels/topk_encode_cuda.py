@@ -232,7 +232,7 @@ class Screening:
     def chunks(
         self, x_BD: Tensor, buffer_bytes: int | None, centred: Centred | None, n_integers: int = 0
     ) -> "Iterator[tuple[int, Screen]]":
-        """(first row, product) of every chunk of rows; the next one overwrites it. n_integers: zeros beside a pool's."""
+        """(first row, product) of every chunk of rows; the next one overwrites it. n_integers: zeros to ask for."""
         from .topk_encode_screen_triton import launch_centred_rows, launch_product
 
         width = _padded(len(self.W_SD))

@@ -149,7 +149,7 @@ def digit_kernel(
 
 @triton.jit
 def rows_of(base_ptr, count_ptr, n_rows, d_sae, redo, ROWS: tl.constexpr):
-    """(rows, whether they exist, where each one's values begin, how many) of a program; redo: of z, else of the pool."""
+    """(rows, whether they exist, where their values begin, how many) of a program; redo: of z, else of the pool."""
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < n_rows
     base, count = tl.load(base_ptr + o_r, mask=m_r, other=0), tl.load(count_ptr + o_r, mask=m_r, other=0)

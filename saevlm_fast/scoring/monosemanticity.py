@@ -136,7 +136,8 @@ class StreamedScore:
         gamma: of rbf, exp(-gamma ||e_i - e_j||^2) on the embeddings as they come; 1 / E unless given.
         device: where sums live (S x E float64 for cosine and dot); chunks are moved there.
         block_rows: how many images of sparse codes are gathered before they are folded in, by default
-            max(4096, n_latents), on a GPU max(65,536, n_latents). Scores do not depend on it, nor on the split into chunks, beyond rounding.
+            max(4096, n_latents), on a GPU max(65,536, n_latents). Scores do not depend on it, nor on the split into
+            chunks, beyond rounding.
         halves: keep the images of even and of odd number apart too, at twice the memory: what SecondPass takes over.
 
     Raises:
