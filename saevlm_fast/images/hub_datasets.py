@@ -16,6 +16,7 @@ from saevlm_fast.images.remote import open_files, unpinned_note
 from saevlm_fast.images.sources import ImageSource, is_image
 from saevlm_fast.remote.answers import NotThere
 from saevlm_fast.remote.reading import at_commit, listed
+from saevlm_fast.urls import redacted_text
 
 PREFIX = "hf-dataset:"
 _FORM = "hf-dataset:USER/NAME[@REVISION][:CONFIG][::SPLIT][#COLUMN]"
@@ -72,7 +73,9 @@ def _files(text: str, wanted: _Wanted, commit: str) -> tuple[str, dict[str, list
             str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()
         }
     except Exception as error:  # of datasets, huggingface_hub, the network: of any kind
-        raise ValueError(f"images: {text}: datasets says: {' '.join(str(error).split())[:400]}") from None
+        raise ValueError(
+            f"images: {text}: datasets says: {redacted_text(' '.join(str(error).split()))[:400]}"
+        ) from None
     require(len(files) > 0, f"images: {text}: datasets finds no files of data in it")
     return str(builder.config.name), files
 

@@ -3,7 +3,7 @@
     s3://bucket/DIR                       folder of images, else of tars, else of parquet files
     URL of LIST.txt                       each line relative to the list, or a URL
     URL of a tar, {000..012}, *           an archive is fetched to be indexed, and again if the cache has let it go
-    URL of a parquet file, the same       row groups as of a file here
+    URL of a parquet file, the same       names and labels are read when it is opened, all of it with its first image
     hf://datasets/USER/NAME[::SPLIT]      the parquet shards of a data set on the Hub, in its own order, one after the
                                           other: what datasets calls streaming, but every row has its number
 
@@ -15,16 +15,22 @@ import posixpath
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saevlm_fast.data.parquet import open_table, open_table_in
 from saevlm_fast.errors import require
 from saevlm_fast.images.sources import ImageSource, Names, directory_of, is_image, list_lines, read_image
 from saevlm_fast.images.tables import open_parquet
 from saevlm_fast.images.tars import open_tars
 from saevlm_fast.remote.files import RemoteFiles
 from saevlm_fast.remote.hub import is_hub, place_of
-from saevlm_fast.remote.reading import at_commits, listed, read_whole
+from saevlm_fast.remote.ranges import RangeFile
+from saevlm_fast.remote.reading import at_commits, listed, look_up, read_whole
 from saevlm_fast.urls import child, redacted, sibling
 
 MAX_LIST_BYTES = 1 << 30
+SMALL = 1 << 20  # bytes of a parquet file that is fetched as a whole to be indexed
 _HELD = 2  # archives that a process keeps: the one that is read, and the next
 
 
@@ -128,7 +134,7 @@ def _open_archives(urls: list[str], shown: str, split: str | None, column: str =
     relative = _relative(urls)
     files = RemoteFiles(urls, [None] * len(urls), _local, most=_HELD)
     if all(_path(each).lower().endswith(".parquet") for each in urls):
-        return open_parquet(files, shown, split, relative, column)
+        return open_parquet(files, shown, split, relative, column, lambda number: _table(files, number))
     tars = all(_path(each).lower().endswith(".tar") for each in urls)
     require(tars, f"images: {shown}: .tar and .parquet files; one kind is needed")
     require(
@@ -136,6 +142,16 @@ def _open_archives(urls: list[str], shown: str, split: str | None, column: str =
         f"images: {shown}: has no {'splits' if split else 'columns'}, but {split or column!r} was asked for",
     )
     return open_tars(files, shown, relative)
+
+
+def _table(files: RemoteFiles[str], number: int) -> pq.ParquetFile:
+    """A file for its names and labels: by ranges, where it is large and that is possible."""
+    url = files.urls[number]
+    found = look_up(url)
+    files.expect(number, found.version)
+    if not found.by_ranges or found.size is None or found.size < SMALL:
+        return open_table(files[number])
+    return open_table_in(lambda: pa.PythonFile(RangeFile(url, found), mode="r"), found.size)
 
 
 def _local(file: Path, number: int) -> str:

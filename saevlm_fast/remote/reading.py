@@ -8,6 +8,7 @@ Logins are the affair of the libraries (AWS_PROFILE, GOOGLE_APPLICATION_CREDENTI
 import hashlib
 import http.client
 import io
+import logging
 import netrc
 import random
 import re
@@ -18,7 +19,7 @@ import urllib.request
 from base64 import b64encode
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from saevlm_fast import __version__
 from saevlm_fast.errors import Interrupted, first_line
@@ -28,8 +29,10 @@ from saevlm_fast.urls import redacted, redacted_text
 
 TRIES = 6
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds; each pause is twice the one before
+_TRIES_OF_DRIVERS = 2  # each of which tries 3 to 6 times by itself
 LONGEST_ASKED = 300.0  # seconds of a pause that the server asks for: the Hub counts requests in windows of that length
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+_LOGGERS = ("s3fs", "botocore", "aiobotocore", "gcsfs", "google", "adlfs", "azure", "asyncio", "fsspec")
 T = TypeVar("T")
 
 
@@ -49,13 +52,13 @@ def at_commits(urls: list[str]) -> list[str]:
 
 def look_up(url: str) -> Found:
     """What is at a URL. RemoteError: nothing, or it cannot be read."""
-    read = _web_found if _is_web(url) else hub_found if is_hub(url) else _stored_found
+    read = _web_found if is_web(url) else hub_found if is_hub(url) else _stored_found
     return _retried(url, lambda: read(url))
 
 
 def read_range(url: str, start: int, stop: int, found: Found) -> bytes:
     """Bytes start .. stop - 1 of what was found there. RemoteError: it cannot be read, or is another by now."""
-    read = _web_range if _is_web(url) else hub_range if is_hub(url) else _stored_range
+    read = _web_range if is_web(url) else hub_range if is_hub(url) else _stored_range
     return _retried(url, lambda: read(url, start, stop, found))
 
 
@@ -114,7 +117,7 @@ def listed(url: str) -> list[str]:
     Raises:
         RemoteError: nothing is there, or the web, which has no lists of files.
     """
-    if _is_web(url):
+    if is_web(url):
         raise NotThere(f"{redacted(url)}: a web server has no list of files; name each, as {{000..012}} does")
     if is_hub(url):
         return _listed_on_the_hub(url)
@@ -154,19 +157,20 @@ def _glob_pattern(name: str) -> str:
     )
 
 
-def _is_web(url: str) -> bool:
+def is_web(url: str) -> bool:
+    """Whether every answer tells the version of what it is a part of."""
     return url.startswith(("http://", "https://"))
 
 
 def _retried(url: str, read: Callable[[], T]) -> T:
     """read(), a few times. RemoteError: what it failed at last, or at once where that is no use."""
-    pause = FIRST_PAUSE
-    for left in reversed(range(TRIES)):
+    pause, tries = FIRST_PAUSE, TRIES if is_web(url) or is_hub(url) else min(TRIES, _TRIES_OF_DRIVERS)
+    for left in reversed(range(tries)):
         try:
             return read()
         except Recoverable as error:
             if not left:
-                raise RemoteError(f"{redacted(url)}: {error}, {TRIES} times") from None
+                raise RemoteError(f"{redacted(url)}: {error}, {tries} times") from None
             own = min(LONGEST_PAUSE, pause * random.uniform(0.5, 1.0))
             time.sleep(max(own, min(LONGEST_ASKED, error.pause)))
             pause *= 2
@@ -230,7 +234,9 @@ def _received(read: Callable[[], bytes]) -> bytes:
 def _answer(url: str, headers: dict[str, str]) -> Any:
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
-    clean = urlunsplit(parts._replace(netloc=host, fragment=""))
+    # What is no URL strictly, but is meant: the names of a list, with blanks and letters of any language.
+    path, query = (quote(part, safe="%/:=&?~+!$,;'@()*[]") for part in (parts.path, parts.query))
+    clean = urlunsplit(parts._replace(netloc=host, path=path, query=query, fragment=""))
     request = urllib.request.Request(clean, headers={"User-Agent": f"saevlm-fast/{__version__}", **headers})
     if (login := _login(url)) is not None:
         # "unredirected": not sent on to where a server redirects.
@@ -289,6 +295,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
 
         with _making:
+            _quiet()
             files, path = url_to_fs(url)
         return files, str(path)
     except ImportError as error:
@@ -299,6 +306,14 @@ def _file_system(url: str) -> tuple[Any, str]:
         ) from None
     except (OSError, ValueError) as error:
         raise NotThere(f"{redacted(url)}: {redacted_text(first_line(error))}") from None
+
+
+def _quiet() -> None:
+    """The drivers log every try that fails, with its traceback and the whole request; who sets up logging sees it."""
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
 
 
 def _stored_found(url: str) -> Found:

@@ -1,6 +1,7 @@
 """SAE-V's measures against their definitions, pair by pair and latent by latent, in float64."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -147,6 +148,8 @@ def test_controls_and_what_is_kept(pairs):
     wrong = [is_wrong(name, 0.5, 5) for name in found.ids]
     assert found.wrong_P.tolist() == wrong
     assert set(found.detection()) == {"cosine", "co_occurrence", "count", "random", "shuffled", "n_text"}
+    for alike in (np.zeros(len(wrong), bool), np.ones(len(wrong), bool), None):
+        assert replace(found, wrong_P=alike).detection() == {}
 
 
 def test_auroc_with_ties_and_its_interval():
@@ -279,6 +282,8 @@ def test_bad_input(pairs, tmp_path):
         ({"--top": 0}, "top"),
         ({"--keep": 1.5}, "keep"),
         ({"--by": "x"}, "by"),
+        ({"--threshold": 1000}, "threshold: 1000 is above every activation"),
+        ({"--clip": "timm:x", "--images": "scenes:test:4"}, "clip: 'timm:x' is not hf:NAME_OR_DIR"),
         ({"--clip": "hf:tiny-clip"}, "does not say where its pairs are; give --images"),
     ):
         words = [str(word) for pair in (call | changes).items() for word in pair]

@@ -137,6 +137,8 @@ def test_intervals_are_over_pairs():
         assert low == pytest.approx(mean - half, abs=0.02)
         assert high == pytest.approx(mean + half, abs=0.02)
         assert row["recovered"][0] == pytest.approx((mean + 2) / 2)
+    blind = PatchTest(test.ids, (0.5,), log_prob, log_prob, ends[[1, 1]], ends)
+    assert {row["recovered"] for row in blind.summary()["filters"]} == {None}
 
 
 def test_which_pairs_are_tested():
