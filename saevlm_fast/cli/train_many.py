@@ -123,9 +123,9 @@ def train_grid(
     if first:
         check_outputs(options)
         looks = StoreLooks(options, held_out or data, _embeddings(options))
-    ranks = "" if peers is None else f"{peers.world} ranks: "
+    ranks, whose = ("", "all together") if peers is None else (f"{peers.world} ranks: ", "a rank's parts of all")
     needed = sum(memory_of(runs, options.data_parallel).values())
-    say(ranks + sentence_of(runs), f"memory: {human_bytes(needed)} of all together")
+    say(ranks + sentence_of(runs), f"memory: {human_bytes(needed)} of {whose}")
     records = _records(options, data) if first else []
     steps = next(iter(runs.values())).config.n_steps
     with TrainBar(steps) as bar, closing(_Log(bar, next(iter(runs)))) as log:
