@@ -58,6 +58,15 @@ class CountingPeers:
         self._note("add_up", x, 2 / self.world)
         return self.peers.add_up(x)
 
+    def share(self, value: Any = None) -> Any:
+        return self.peers.share(value)
+
+    def collect(self, value: Any) -> list[Any]:
+        return self.peers.collect(value)
+
+    def agree(self, *flags: bool) -> list[bool]:
+        return self.peers.agree(*flags)
+
 
 def resident() -> int:
     """Bytes of memory that this process has now."""

@@ -48,12 +48,13 @@ class OwnGradients:
 
     def rows(self, name: str, W_dec_SD: Tensor) -> Tensor:
         """All rows of a matrix's gradient [S, D], the decoder's projected. No device is waited for."""
-        rows_SD = self.matrices[name]
-        if not isinstance(rows_SD, Tensor):
-            entries = rows_SD
-            rows_SD = segment_sum(entries.weights_M, entries.ids_M, entries.offsets_S1, entries.source_RD)
-            if entries.parallel_S is not None:
-                rows_SD.addcmul_(W_dec_SD, entries.parallel_S[:, None], value=-1)
+        found = self.matrices[name]
+        if isinstance(found, Tensor):
+            rows_SD = found
+        else:
+            rows_SD = segment_sum(found.weights_M, found.ids_M, found.offsets_S1, found.source_RD)
+            if found.parallel_S is not None:
+                rows_SD.addcmul_(W_dec_SD, found.parallel_S[:, None], value=-1)
         for each in self.aux.get(name, []):
             rows_SD.index_add_(0, each.latents_A.clamp(max=len(rows_SD) - 1), each.rows_AD)
         return rows_SD

@@ -178,7 +178,7 @@ class ShardedStepper(Stepper):
         if n == 1:
             return self._piece(x_BD, n_rows, mono)
         first, x_hat_BD = cut(n_rows, self.ranks.rows.world)[self.ranks.rows.rank].start, torch.empty_like(x_BD)
-        pieces = []
+        pieces: list[_Piece] = []
         for number in range(n):
             rows = slice((number - first) % n, None, n)  # every n-th row of the whole batch
             of_piece, x_hat_BD[rows] = self._piece(x_BD[rows].contiguous(), len(range(number, n_rows, n)), mono)
