@@ -6,7 +6,7 @@ order, or all wait until the timeout.
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,48 @@ class Peers(Protocol):
     def agree(self, *flags: bool) -> list[bool]:
         """Of each flag whether any rank has it. A GPU is not waited for."""
         ...
+
+
+class Alone:
+    """Peers of which there is one: nothing is told."""
+
+    rank, world = 0, 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x[None]
+
+    def exchange(self, x: Tensor) -> Tensor:
+        return x
+
+    def add_up(self, x: Tensor) -> Tensor:
+        return x
+
+    def share(self, value: Any = None) -> Any:
+        return value
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value]
+
+    def agree(self, *flags: bool) -> list[bool]:
+        return list(flags)
+
+
+class Ranks(NamedTuple):
+    """The ranks as a step of training sees them: everyone; those that have the other latents of this one's rows; and
+    those that have the other rows for this one's latents."""
+
+    everyone: Peers
+    latents: Peers
+    rows: Peers
+
+    @classmethod
+    def of(cls, peers: Peers) -> "Ranks":
+        """One replica."""
+        return cls(peers, peers, Alone())
+
+    def one_replica(self) -> "Ranks":
+        """This one's, for itself."""
+        return Ranks.of(self.latents)
 
 
 def in_order(parts: Tensor) -> Tensor:

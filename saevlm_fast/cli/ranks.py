@@ -44,15 +44,19 @@ def speaks() -> bool:
 
 
 @contextmanager
-def joined_ranks(device: str, timeout: float) -> "Iterator[MeshPeers | None]":
-    """This process among torchrun's, of which rank 0 alone prints; None if it is the only one."""
+def joined_ranks(device: str, timeout: float, n_replicas: int = 1) -> "Iterator[MeshPeers | None]":
+    """This process among torchrun's, of which rank 0 alone prints; None if it is the only one.
+
+    ValueError: as many do not make so many replicas.
+    """
+    check_replicas(n_replicas)
     if n_processes() == 1:
         yield None
         return
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.process_group import joined, own_device
 
-    with joined(resolve_device(own_device(device)), timeout) as peers:
+    with joined(resolve_device(own_device(device)), timeout, n_replicas) as peers:
         quiet = out.quiet, err.quiet
         try:
             if not leads(peers):
@@ -67,9 +71,20 @@ def leads(peers: "Peers | None") -> bool:
     return peers is None or peers.rank == 0
 
 
-def part_of_a_rank(sae: SAEConfig) -> SAEConfig:
-    """The largest of what torchrun's processes each hold of an SAE; all of it without torchrun."""
-    if (world := n_processes()) == 1:
+def check_replicas(n_replicas: int) -> None:
+    """ValueError: torchrun's processes do not make so many replicas."""
+    n = n_processes()
+    require(
+        n % n_replicas == 0,
+        f"data_parallel: {n_replicas} replicas must divide the ranks that torchrun started, {n if n > 1 else 'none'}",
+    )
+
+
+def part_of_a_rank(sae: SAEConfig, n_replicas: int) -> SAEConfig:
+    """The largest of what torchrun's processes each hold of an SAE; all of it without torchrun. ValueError: as
+    `check_replicas`."""
+    check_replicas(n_replicas)
+    if (world := n_processes() // n_replicas) == 1:
         return sae
     from saevlm_fast.training.shards import Shard
 

@@ -8,7 +8,7 @@ suffixes: N rows, B rows of a batch, D d_in.
 
 import hashlib
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,10 @@ class StoredRows:
             ActivationError: a file that was altered since it was written.
         """
         self._files.check_all()
+
+    def check_whole_shared(self, rank: int, collect: Callable[[Any], list[Any]]) -> None:
+        """The same by several processes, each some of the shards (CheckedFiles.check_shared), of the same store."""
+        self._files.check_shared(rank, collect)
 
     def _fetch_ahead(self, start: int, stop: int) -> None:
         """Of a store elsewhere: have the shards of these rows fetched in the background, and the few that follow."""

@@ -67,6 +67,47 @@ def test_the_run_of_one_process(alone, matrix, tmp_path, nodes):
     assert len(list(checkpoints(tmp_path / "run")[-1].glob("train_state_*_of_0002.safetensors"))) == 2
 
 
+@pytest.mark.parametrize(("replicas", "parts"), [(2, 2), (2, 1)])
+def test_replicas_make_the_run_of_one_process(alone, matrix, tmp_path, replicas, parts):
+    arguments = words(matrix, tmp_path / "run", 50, "--data-parallel", replicas)
+    with Torchrun(arguments, replicas * parts, tmp_path / "log") as run:
+        code, said = run.end()
+    assert code == 0, said
+    assert f"{replicas * parts} ranks, {replicas} replicas: batch_topk SAE 32 -> 129" in said
+    check_same_sae(tmp_path / "run", alone)
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert sum(file.stat().st_size for file in newest.glob("train_state_*")) < 1.1 * 129 * 32 * 24, "written twice"
+
+
+def test_replicas_that_do_not_divide_the_ranks_are_refused_once(matrix, tmp_path):
+    with Torchrun(words(matrix, tmp_path / "run", 50, "--data-parallel", 2), 3, tmp_path / "log") as run:
+        code, said = run.end()
+    assert code != 0
+    assert messages(said) == ["error: data_parallel: 2 replicas must divide the ranks that torchrun started, 3"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_replica_that_is_gone_or_hangs_ends_all(alone, matrix, tmp_path, number):
+    """Of 2 replicas of 2 ranks the last one; the rest wait for it in different groups. Three ranks go on."""
+    more = "--checkpoint-every", 2, "--collective-timeout", 10
+    arguments = words(matrix, tmp_path / "run", 50, *more)
+    with Torchrun([*arguments, "--data-parallel", 2], 4, tmp_path / "log") as run:
+        run.wait_for(tmp_path / "run")
+        os.kill(run.ranks()[3], number)
+        end = time.monotonic() + 120
+        while not messages(run.said()):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        (message,) = messages(run.said())
+    assert message.startswith("another of the 4 ranks has ended, or has not answered for 10 s (collective_timeout)")
+    if number == signal.SIGKILL:
+        with Torchrun([*arguments, "--resume", "--data-parallel", 3], 3, tmp_path / "log") as run:
+            code, said = run.end()
+        assert code == 0, said
+        check_same_sae(tmp_path / "run", alone)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_all_and_the_run_goes_on(alone, matrix, tmp_path, rank):
     """3 ranks, one of which is killed; 2 go on, and end where one process ends that was never killed."""
