@@ -63,8 +63,7 @@ class StoreLooks:
         for name, sae in saes.items():
             metrics = {}
             if self.embeddings is not None:
-                pool = "max" if self.several_rows else None
-                scores = score(self.evaluated, self.embeddings, sae, pool=pool)
+                scores = score(self.evaluated, self.embeddings, sae, pool="max" if self.several_rows else None)
                 metrics = mean_of(scores)
                 self.note = f"MS on {scores.n_images:,} images, by {self.embeddings.path}"
             title = f"{self.options.output / name}, step {self.options.steps:,}"
