@@ -43,8 +43,9 @@ from saevlm_fast.sparse_codes import SparseCodes
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 # Sparse codes are folded in when as many images have come as there are latents, or this many: the pass over the state
-# (d_sae x E float64) is then small beside the sums, and the images waiting take no more memory than the state.
-_SPARSE_BLOCK_ROWS = 4096
+# (d_sae x E float64) is then small beside the sums, and the images waiting take no more memory than the state. On a GPU
+# some forty launches and waits a time come to more than that pass: 65,536 images wait, 0.3 GB of 1024 floats and k 20.
+_SPARSE_BLOCK_ROWS = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class StreamedScore:
         gamma: of rbf, exp(-gamma ||e_i - e_j||^2) on the embeddings as they come; 1 / E unless given.
         device: where sums live (S x E float64 for cosine and dot); chunks are moved there.
         block_rows: how many images of sparse codes are gathered before they are folded in, by default
-            max(4096, n_latents). Scores do not depend on it, nor on the split into chunks, beyond rounding.
+            max(4096, n_latents), on a GPU max(65,536, n_latents). Scores do not depend on it, nor on the split into
+            chunks, beyond rounding.
         halves: keep the images of even and of odd number apart too, at twice the memory: what SecondPass takes over.
         first_image: number of the first image; of several ranks each begins with its own.
 
@@ -157,14 +159,16 @@ class StreamedScore:
     ) -> None:
         check_similarity(similarity)
         require(not (halves and similarity == "rbf"), "similarity: rbf keeps no sums that could be halved")
-        block_rows = max(_SPARSE_BLOCK_ROWS, n_latents) if block_rows is None else block_rows
+        self.device = torch.device(device)
+        least = _SPARSE_BLOCK_ROWS["cuda" if self.device.type == "cuda" else "cpu"]
+        block_rows = max(least, n_latents) if block_rows is None else block_rows
         require(
             n_latents >= 0 and block_rows >= 1,
             f"n_latents, block_rows: {n_latents} and {block_rows} are not at least 0 and 1",
         )
         default_gamma(gamma, 1)
         self.n_latents, self.similarity, self.gamma = n_latents, similarity, gamma
-        self.device, self.block_rows, self.halves = torch.device(device), block_rows, halves
+        self.block_rows, self.halves = block_rows, halves
         self.n_images, self.first_image = 0, first_image
         self._d_emb: int | None = None
         self._intake: CodesIntake | DenseIntake | None = None  # of the kind of the first chunk
