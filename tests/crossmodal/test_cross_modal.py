@@ -12,7 +12,7 @@ from command import run, run_json
 from saevlm_fast import cross_modal
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.crossmodal.omega import TopTokens
-from saevlm_fast.crossmodal.patches import Patches, kept_patches
+from saevlm_fast.crossmodal.patches import PATCH_SCORES, Patches, kept_patches
 from saevlm_fast.crossmodal.samples import auroc, auroc_interval, kept_pairs
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import TOKEN_SCHEMA
@@ -106,8 +106,8 @@ def test_omegas_and_scores_are_their_definitions(pairs, batch_rows, threshold, t
     assert 3 <= int((~np.isnan(omega)).sum()) < S
     np.testing.assert_allclose(found.omega_S, omega, rtol=0, atol=1e-6)
     assert found.ids == list(dict.fromkeys(items["image"]))
-    patches = Patches(*(np.concatenate(columns) for columns in zip(*parts)))
-    for scores, values in ((found.columns, expected), (patches._asdict(), expected_patches)):
+    patches = Patches(*map(np.concatenate, zip(*(part.columns.values() for part in parts))))
+    for scores, values in ((found.columns, expected), (patches.columns, expected_patches)):
         for name, each in values.items():
             np.testing.assert_allclose(scores[name], each, rtol=0, atol=1e-6)
     assert np.abs(expected["cosine"]).max() > 0.05
@@ -169,7 +169,7 @@ def test_shares_that_are_kept():
 def test_patches_that_are_kept_image_by_image():
     rng = np.random.default_rng(0)
     sample = np.repeat([0, 2, 5], [7, 1, 10])
-    columns = {name: rng.integers(0, 3, 18).astype(float) for name in Patches._fields[3:]} | {"random": rng.random(18)}
+    columns = {name: rng.integers(0, 3, 18).astype(float) for name in PATCH_SCORES} | {"random": rng.random(18)}
     patches = Patches(sample, np.arange(18), np.arange(18), **columns)
     for by, share, least in (
         ("cosine", 0.5, False),
