@@ -70,8 +70,8 @@ class HarvestOptions(Settings):
     output: Path = setting(help="Store; with several points or tokens, a directory of stores.")
     images: str = setting(
         "",
-        help="Folder, list (.txt, .csv, .jsonl), tar shards (glob or {000..012}), Hugging Face dataset on disk, or "
-        "scenes:SPLIT:N.",
+        help="Folder, list (.txt, .csv, .jsonl), tar shards (glob or {000..012}), Hugging Face dataset on disk, "
+        "hf-dataset:USER/NAME:CONFIG::SPLIT, scenes:SPLIT:N, or a URL.",
     )
     workers: int | None = setting(
         None,
