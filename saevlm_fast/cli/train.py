@@ -76,7 +76,7 @@ def plan(options: TrainArguments) -> Plan:
     run = _planned(options, Run.of)
     sae, config, n_rows = run.sae, run.config, run.n_rows
     checkpoint = latest_checkpoint(workplace(options.output)) if options.resume else None
-    part = part_of_a_rank(sae)
+    part = part_of_a_rank(sae, options.data_parallel)
     figures = {
         "rows": n_rows,
         "steps": config.n_steps,
@@ -102,7 +102,8 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
     """
     from saevlm_fast.outputs import output_lock, workplace
 
-    with joined_ranks(options.device, options.collective_timeout) as peers, ExitStack() as locks:
+    ranks = options.device, options.collective_timeout, options.data_parallel
+    with joined_ranks(*ranks) as peers, ExitStack() as locks:
         _check_shared(options, peers)
         if leads(peers):
             locks.enter_context(output_lock(options.output, directory=True))
@@ -139,11 +140,7 @@ def _check_shared(options: TrainArguments, peers: "MeshPeers | None") -> None:
     """ValueError: what one process does and torchrun's ranks do not."""
     if peers is None:
         return
-    given = {
-        "sweep": bool(options.sweep),
-        "mono_embeddings": options.mono_embeddings is not None,
-        "model": options.model is not None,
-    }
+    given = {"sweep": bool(options.sweep), "model": options.model is not None}
     for name, there in given.items():
         require(not there, f"{name}: of one process, and torchrun started {peers.world}")
 
@@ -160,7 +157,7 @@ def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any]
     sae, config = run.sae, run.config
     where = ranks_options(options.part(RunOptions), peers)
     resolve_device(where.device)  # refused before anything is said
-    say(run.sentence if peers is None else f"{peers.world} ranks: {run.sentence}")
+    say(run.sentence if peers is None else f"{_told_of(peers)}: {run.sentence}")
     if options.resume:
         checkpoint = latest_checkpoint(workplace(output))
         what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
@@ -207,6 +204,11 @@ def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any]
         "control": config.control,
         "evaluation": {"rows": rows, "of": kind, **metrics},
     }
+
+
+def _told_of(peers: "MeshPeers") -> str:
+    n_replicas = peers.ranks.rows.world
+    return f"{peers.world} ranks" + (f", {n_replicas} replicas" if n_replicas > 1 else "")
 
 
 def _run(peers: "MeshPeers | None", *what: Any, **told: Any) -> dict[str, Any]:

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_figures, training_disk
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.scenes import scenes
+from saevlm_fast.cli.sweep import named
 from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
+from saevlm_fast.cli.train_looks import StoreLooks
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.training.memory import training_memory
 
@@ -25,14 +28,17 @@ if TYPE_CHECKING:
     from saevlm_fast.training.many import Trained
 
 TABLES = TABLE_FILE, PARQUET_FILE, PICTURE_FILE = "grid.json", "grid.parquet", "grid.svg"
-_NO_SCORES = "MS is left out: no embeddings were given (--embeddings)"
 
 
 def runs_of(options: "TrainArguments", n_rows: int, d: int, path: Path) -> "dict[str, Run]":
     """What is trained, by name, on activations [n_rows, d]. ValueError: settings that do not fit the width."""
     from saevlm_fast.cli.train_options import Run
 
-    return {name: Run.of(member, n_rows, d, path) for name, member in options.members().items()}
+    found = {}
+    for (name, member), table in zip(options.members().items(), options.sweep):
+        with named(name, table):
+            found[name] = Run.of(member, n_rows, d, path)
+    return found
 
 
 def check_outputs(options: "TrainArguments") -> None:
@@ -106,7 +112,7 @@ def train_grid(
     from saevlm_fast.training.many import train_many
 
     check_outputs(options)
-    embeddings = _embeddings(options, held_out or data)
+    looks = StoreLooks(options, held_out or data, _embeddings(options))
     say(sentence_of(runs), f"memory: {human_bytes(sum(memory_of(runs).values()))} of all together")
     members = options.members()
     records = [Record("train", member, member.output) for member in members.values()]
@@ -129,14 +135,14 @@ def train_grid(
                 on_log=log.on_log,
                 on_step=on_step,
                 on_note=tell,
+                on_finished=looks,
             )
         except Interrupted as error:
             what, settings = str(error).partition(";")[0], shlex.quote(str(options.output / SETTINGS_FILE))
             raise Interrupted(f"{what}; continue with: saevlm-fast train --config {settings} --resume") from None
     for record in records:
         record.write()
-    scores = _scores(trained, held_out or data, embeddings)
-    return summarise(options.output, trained, scores, "validation" if held_out else "training", _NO_SCORES)
+    return summarise(options.output, trained, "validation" if held_out else "training", looks.note)
 
 
 class _Log:
@@ -155,52 +161,35 @@ class _Log:
         self.bar.close()
 
 
-def _embeddings(options: "TrainArguments", evaluated: "Activations") -> "Activations | None":
+def _embeddings(options: "TrainArguments") -> "Activations | None":
+    """Those that are named; of the box's scenes those of the box."""
     from saevlm_fast.data.rows import open_activations
 
-    if options.embeddings is None:
-        return None
-    embeddings = open_activations(options.embeddings)
-    require(
-        embeddings.n_rows == evaluated.n_rows,
-        f"embeddings: {embeddings.n_rows:,} rows of {options.embeddings}, but {evaluated.n_rows:,} are evaluated; "
-        "row i of both is image i",
-    )
-    return embeddings
+    named = options.embeddings
+    if named is None and options.activations is None and options.validation is None:
+        named = scenes("test", device=options.device).embeddings
+    return None if named is None else open_activations(named)
 
 
-def _scores(
-    trained: "Mapping[str, Trained]", evaluated: "Activations", embeddings: "Activations | None"
-) -> dict[str, float]:
-    """The mean Monosemanticity Score of each, if there are embeddings."""
-    from saevlm_fast.scoring.monosemanticity import score
-
-    if embeddings is None:
-        return {}
-    return {name: score(evaluated, embeddings, each.sae).summary().mean for name, each in trained.items()}
-
-
-def summarise(
-    output: Path, trained: "Mapping[str, Trained]", scores: Mapping[str, float], kind: str, without_scores: str
-) -> dict[str, Any]:
-    """Table, files and picture; what --json prints. kind: of the rows that were evaluated."""
+def summarise(output: Path, trained: "Mapping[str, Trained]", kind: str, note: str) -> dict[str, Any]:
+    """Table, files and picture; what --json prints. kind: of the rows that were evaluated. note: of MS."""
     from saevlm_fast.cli.grid_picture import write_picture
     from saevlm_fast.files import write_json_atomic
 
     rows = []
+    scored = any("ms_mean" in each.metrics for each in trained.values())
     for name, each in trained.items():
         sae, metrics = each.sae.config, dict(each.metrics)
         metrics.pop("rows")
         row = {"name": name, "architecture": sae.architecture, "d_sae": sae.d_sae, "k": sae.k, **metrics}
-        rows.append(row | ({"ms_mean": scores[name]} if scores else {}))
+        rows.append(row | ({"ms_mean": metrics.get("ms_mean")} if scored else {}))
     n_rows = next(iter(trained.values())).metrics["rows"]
     say(f"evaluation on {n_rows:,} {kind} rows")
     print_wide_table(tuple(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
-    note = "" if scores else without_scores
     write_json_atomic(output / TABLE_FILE, {"rows": n_rows, "of": kind, "saes": rows, "note": note})
     _write_parquet(output / PARQUET_FILE, rows)
     write_picture(output / PICTURE_FILE, rows, note)
-    say(*([note] if note else []), f"wrote {output}")
+    say(note, f"wrote {output}")
     return {"output": str(output), "evaluation": {"rows": n_rows, "of": kind}, "saes": rows}
 
 

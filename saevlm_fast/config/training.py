@@ -326,6 +326,12 @@ class RunOptions(Settings):
         must="positive and below 1e9",
         spec="g",
     )
+    data_parallel: int = setting(
+        1,
+        help="Under torchrun: replicas, among which the rows of a batch are split; the ranks of a replica share its "
+        "latents. It divides the number of ranks.",
+        at_least=1,
+    )
     resume: bool = setting(False, help="Continue the run in --output.", recorded=False, instead_of=("force",))
     force: bool = setting(
         False,

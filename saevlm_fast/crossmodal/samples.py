@@ -7,7 +7,7 @@ A latent is active in a pair's text, or image, if it is above the threshold in o
     count           how many latents are active in the pair at all (algorithm 2)
     shuffled        cosine with the omegas of the scored latents exchanged at random: a control
 
-A token of the image carries the omegas of those latents of the pair's score that are active in it.
+The scores of an image's tokens are those of crossmodal/patches.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,32 +15,25 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saevlm_fast.crossmodal.patches import Patches, places_of
 from saevlm_fast.crossmodal.tokens import Chunk
 
 COUNTS = ("co_occurrence", "count", "n_text", "n_image")
 
 
 class _Entries(NamedTuple):
-    """Active latents above the threshold: numbers of pairs, latents and rows of the store, of one modality."""
+    """What is above the threshold in one modality: numbers of pairs, latents and rows of the store, activations."""
 
     sample: np.ndarray
     latent: np.ndarray
     row: np.ndarray
+    act: np.ndarray
 
     def where(self, chosen: np.ndarray) -> "_Entries":
         return _Entries(*(column[chosen] for column in self))
 
     def and_then(self, other: "_Entries") -> "_Entries":
         return _Entries(*(np.concatenate(pair) for pair in zip(self, other)))
-
-
-class Patches(NamedTuple):
-    """Image tokens of whole pairs: pair, row in the store, place among the pair's image tokens, what they carry."""
-
-    sample: np.ndarray
-    row: np.ndarray
-    patch: np.ndarray
-    score: np.ndarray
 
 
 class PairScores:
@@ -56,11 +49,14 @@ class PairScores:
         shuffled_S: np.ndarray,
         threshold: float,
         on_patches: Callable[[Patches], None] = lambda patches: None,
+        seed: int = 0,
     ):
+        """seed: of the patches' random scores."""
         self._omega_S, self._shuffled_S = np.nan_to_num(omega_S), np.nan_to_num(shuffled_S)
         self._threshold, self._on_patches = threshold, on_patches
         nothing = np.empty(0, np.int64)
-        self._text = self._image = _Entries(nothing, nothing, nothing)
+        self._text = self._image = _Entries(nothing, nothing, nothing, np.empty(0))
+        self._rng = np.random.default_rng([seed, 2])
         self._tokens = nothing, nothing  # pair and row of image tokens that wait
         self._n_done = 0
         self.ids: list[str] = []
@@ -75,7 +71,7 @@ class PairScores:
         self.ids += chunk.ids
         active = chunk.act_M > self._threshold
         latent, row = chunk.latent_M[active], chunk.row_M[active]
-        entries = _Entries(chunk.sample_N[row], latent, row + chunk.first)
+        entries = _Entries(chunk.sample_N[row], latent, row + chunk.first, chunk.act_M[active])
         self._text = self._text.and_then(entries.where(chunk.text_N[row]))
         self._image = self._image.and_then(entries.where(chunk.image_N[row]))
         image_rows = np.flatnonzero(chunk.image_N)
@@ -119,29 +115,26 @@ class PairScores:
         done = sample < stop
         self._tokens = sample[~done], row[~done]
         sample, row = sample[done], row[done]
-        keys = image.sample * len(self._omega_S) + image.latent
-        carried = image.where(np.isin(keys, both))
-        places = np.searchsorted(row, carried.row)
-        score = np.bincount(places, self._omega_S[carried.latent], len(row))
-        begins = np.flatnonzero(np.diff(sample, prepend=-1))
-        patch = np.arange(len(sample)) - np.repeat(begins, np.diff(begins, append=len(sample)))
-        self._on_patches(Patches(sample, row, patch, score))
+        n, places = len(row), np.searchsorted(row, image.row)
+        shared = np.isin(image.sample * len(self._omega_S) + image.latent, both)
+        self._on_patches(
+            Patches(
+                sample,
+                row,
+                places_of(np.unique(sample, return_counts=True)[1]),
+                cosine=np.bincount(places[shared], self._omega_S[image.latent[shared]], n),
+                co_occurrence=np.bincount(places[shared], minlength=n),
+                count=np.bincount(places, minlength=n),
+                activation=np.bincount(places, image.act, n),
+                random=self._rng.random(n),
+            )
+        )
 
 
 def kept_pairs(scores: np.ndarray, share: float) -> np.ndarray:
     """bool: the best `share` of the pairs, rounded; of equal ones the earlier."""
     kept = np.zeros(len(scores), bool)
     kept[np.argsort(-scores, kind="stable")[: round(share * len(scores))]] = True
-    return kept
-
-
-def kept_patches(patches: Patches, share: float) -> np.ndarray:
-    """bool: of every pair the best `share` of its image tokens, rounded; of equal ones the earlier."""
-    order = np.lexsort((patches.patch, -patches.score, patches.sample))
-    _, sizes = np.unique(patches.sample, return_counts=True)
-    rank = np.concatenate([np.empty(0, np.int64), *(np.arange(size) for size in sizes)])
-    kept = np.zeros(len(order), bool)
-    kept[order] = rank < np.round(share * np.repeat(sizes, sizes))
     return kept
 
 

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from saevlm_fast.errors import ImageError, require
 from saevlm_fast.images.captions import caption_beside
-from saevlm_fast.remote.reading import NotThere, read_whole
+from saevlm_fast.remote.answers import NotThere
+from saevlm_fast.remote.reading import read_whole
 from saevlm_fast.urls import is_url, redacted
 
 _SUFFIXES = {

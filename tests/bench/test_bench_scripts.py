@@ -1,8 +1,11 @@
 """The bench scripts that are not pytest benches: they run, report what is missing, and their JSON becomes tables."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,14 +14,32 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start_script(name, *arguments):
-    command = [sys.executable, "-m", f"bench.{name}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PATH": "/usr/bin:/bin"})
+    """In this process, since importing torch anew costs seconds: exit code, stdout, stderr."""
+    module, stdout, stderr = import_module(f"bench.{name}"), io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(name, code, stdout.getvalue(), stderr.getvalue())
 
 
 def run_script(name, *arguments):
     done = start_script(name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_script_is_a_module_to_run():
+    command = [sys.executable, "-m", "bench.report", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PATH": "/usr/bin:/bin"})
+    assert (done.returncode, "--markdown" in done.stdout) == (0, True), done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 
 class FileServer:
@@ -50,7 +51,7 @@ class FileServer:
         self._server.server_close()
 
     def answer(self, request):
-        path = request.path.partition("?")[0].lstrip("/")
+        path = unquote(request.path.partition("?")[0].lstrip("/"))
         self.asked[path] += 1
         time.sleep(self.latency)
         failing = self.fails.get(path) or self.fails.get("*")
