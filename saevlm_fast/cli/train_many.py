@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_figures, training_disk
+from saevlm_fast.cli.ranks import leads, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scenes
 from saevlm_fast.cli.sweep import named
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from saevlm_fast.cli.train_options import Run, TrainArguments
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.training.many import Trained
+    from saevlm_fast.training.process_group import MeshPeers
 
 TABLES = TABLE_FILE, PARQUET_FILE, PICTURE_FILE = "grid.json", "grid.parquet", "grid.svg"
 
@@ -57,10 +59,12 @@ def check_outputs(options: "TrainArguments") -> None:
         check_absent([options.output / file for file in files], options.force)
 
 
-def memory_of(runs: "Mapping[str, Run]") -> dict[str, int]:
-    """Bytes that each takes, by arithmetic; together they take the sum."""
+def memory_of(runs: "Mapping[str, Run]", n_replicas: int = 1) -> dict[str, int]:
+    """Bytes that each takes, by arithmetic, or a rank's part of it under torchrun; together they take the sum."""
     return {
-        name: training_memory(run.sae, run.batch_size, run.config.accumulate, run.config.control)
+        name: training_memory(
+            part_of_a_rank(run.sae, n_replicas), run.batch_size, run.config.accumulate, run.config.control
+        )
         for name, run in runs.items()
     }
 
@@ -72,12 +76,13 @@ def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
 
-    device, needed = resolve_device(options.device), memory_of(runs)
+    device, needed = resolve_device(options.device), memory_of(runs, options.data_parallel)
     check_writable(options.output)
     check_outputs(options)
     first, members = next(iter(runs.values())), options.members()
     newest = [latest_checkpoint(workplace(member.output)) for member in members.values() if options.resume]
-    times = [time_figures(run.sae, run.config, run.n_rows, device) for run in runs.values()]
+    parts = [part_of_a_rank(run.sae, options.data_parallel) for run in runs.values()]
+    times = [time_figures(part, run.config, run.n_rows, device) for part, run in zip(parts, runs.values())]
     seconds = [each["a_step_seconds"] for each in times if "a_step_seconds" in each]
     whole = {"a_step_seconds": sum(seconds), "all_steps_seconds": sum(seconds) * first.config.n_steps}
     figures = {
@@ -104,19 +109,24 @@ def sentence_of(runs: "Mapping[str, Run]") -> str:
 
 
 def train_grid(
-    options: "TrainArguments", data: "Activations", held_out: "Activations | None", runs: "Mapping[str, Run]"
-) -> dict[str, Any]:
-    """Trains them, and writes the summary. The output is locked."""
-    from saevlm_fast.config import RunOptions
+    options: "TrainArguments",
+    data: "Activations",
+    held_out: "Activations | None",
+    runs: "Mapping[str, Run]",
+    peers: "MeshPeers | None" = None,
+) -> dict[str, Any] | None:
+    """Trains them, and writes the summary, of ranks the first. The output is locked."""
     from saevlm_fast.inspection import human_bytes
-    from saevlm_fast.training.many import train_many
+    from saevlm_fast.training.many import nothing_more
 
-    check_outputs(options)
-    looks = StoreLooks(options, held_out or data, _embeddings(options))
-    say(sentence_of(runs), f"memory: {human_bytes(sum(memory_of(runs).values()))} of all together")
-    members = options.members()
-    records = [Record("train", member, member.output) for member in members.values()]
-    records.append(Record("train", options, options.output, rows=data.n_rows, d_in=data.d))
+    first, looks = leads(peers), None
+    if first:
+        check_outputs(options)
+        looks = StoreLooks(options, held_out or data, _embeddings(options))
+    ranks, whose = ("", "all together") if peers is None else (f"{peers.world} ranks: ", "a rank's parts of all")
+    needed = sum(memory_of(runs, options.data_parallel).values())
+    say(ranks + sentence_of(runs), f"memory: {human_bytes(needed)} of {whose}")
+    records = _records(options, data) if first else []
     steps = next(iter(runs.values())).config.n_steps
     with TrainBar(steps) as bar, closing(_Log(bar, next(iter(runs)))) as log:
 
@@ -125,24 +135,43 @@ def train_grid(
                 record.write()
             bar.on_step(step)
 
+        told: dict[str, Any] = {"validation": held_out, "on_log": log.on_log, "on_step": on_step, "on_note": tell}
         try:
-            trained = train_many(
-                data,
-                {name: run.sae for name, run in runs.items()},
-                {name: run.config for name, run in runs.items()},
-                options.part(RunOptions),
-                validation=held_out,
-                on_log=log.on_log,
-                on_step=on_step,
-                on_note=tell,
-                on_finished=looks,
-            )
+            trained = _trained(options, data, runs, peers, on_finished=looks or nothing_more, **told)
         except Interrupted as error:
             what, settings = str(error).partition(";")[0], shlex.quote(str(options.output / SETTINGS_FILE))
-            raise Interrupted(f"{what}; continue with: saevlm-fast train --config {settings} --resume") from None
+            program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
+            raise Interrupted(f"{what}; continue with: {program} train --config {settings} --resume") from None
     for record in records:
         record.write()
+    if looks is None:
+        return None
     return summarise(options.output, trained, "validation" if held_out else "training", looks.note)
+
+
+def _records(options: "TrainArguments", data: "Activations") -> list[Record]:
+    """Of each SAE's directory, and of all."""
+    alone = [Record("train", member, member.output) for member in options.members().values()]
+    return [*alone, Record("train", options, options.output, rows=data.n_rows, d_in=data.d)]
+
+
+def _trained(
+    options: "TrainArguments",
+    data: "Activations",
+    runs: "Mapping[str, Run]",
+    peers: "MeshPeers | None",
+    **told: Any,
+) -> "dict[str, Trained]":
+    """The training itself, by one process or by ranks."""
+    from saevlm_fast.config import RunOptions
+    from saevlm_fast.training.many import train_many
+    from saevlm_fast.training.sharded_many import train_many_shared
+
+    saes = {name: run.sae for name, run in runs.items()}
+    recipes, where = {name: run.config for name, run in runs.items()}, options.part(RunOptions)
+    if peers is None:
+        return train_many(data, saes, recipes, where, **told)
+    return train_many_shared(peers, data, saes, recipes, ranks_options(where, peers), **told)
 
 
 class _Log:

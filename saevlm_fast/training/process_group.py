@@ -177,7 +177,11 @@ def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterato
 def _mesh(device: torch.device, n_replicas: int, limit: timedelta) -> DeviceMesh:
     """Of groups that have the timeout: those that init_device_mesh makes have torch's own."""
     numbers_DL = torch.arange(dist.get_world_size()).view(n_replicas, -1)
-    groups = [dist.new_subgroups_by_enumeration(each.tolist(), limit)[0] for each in (numbers_DL.T, numbers_DL)]
+    groups: list[dist.ProcessGroup] = []
+    for each in (numbers_DL.T, numbers_DL):
+        group, _ = dist.new_subgroups_by_enumeration(each.tolist(), limit)
+        assert isinstance(group, dist.ProcessGroup)
+        groups.append(group)
     return DeviceMesh.from_group(groups, device.type, numbers_DL, mesh_dim_names=(ROWS, LATENTS))
 
 

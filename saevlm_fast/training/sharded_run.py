@@ -86,9 +86,7 @@ def train_shared(
     embeddings = mono_embeddings_of(mono_embeddings, activations, config)
     kept = SharedRunDirectory(options.output, options.checkpoint_every, options.resume, options.force, peers)
     with kept.locked(), Watch(options.log_to) as watch:
-        for each in (activations, evaluated, embeddings):
-            if each is not None:
-                each.check_whole_shared(peers.rank, peers.collect)
+        check_data(peers, activations, evaluated, embeddings)
         look_at(evaluated, config, whole=False, rank=peers.rank, world=peers.world)
         device = resolve_device(options.device)
         state = ShardedState(activations, sae_config, config, device, peers, embeddings)
@@ -110,6 +108,13 @@ def train_shared(
         kept.finish(config.n_steps, logged)
         watch.finish(config.n_steps, logged, lambda: None if whole is None else on_picture(whole))
     return metrics
+
+
+def check_data(peers: MeshPeers, *stores: Activations | None) -> None:
+    """Compares stores with their digests, of which each rank does a share. ActivationError: one was altered."""
+    for activations in stores:
+        if activations is not None:
+            activations.check_whole_shared(peers.rank, peers.collect)
 
 
 @torch.no_grad()

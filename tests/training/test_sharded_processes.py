@@ -1,5 +1,6 @@
 """`torchrun -m saevlm_fast.cli train`: real processes over gloo, on one machine and as two nodes of it."""
 
+import json
 import os
 import signal
 import socket
@@ -77,6 +78,28 @@ def test_replicas_make_the_run_of_one_process(alone, matrix, tmp_path, replicas,
     check_same_sae(tmp_path / "run", alone)
     newest = checkpoints(tmp_path / "run")[-1]
     assert sum(file.stat().st_size for file in newest.glob("train_state_*")) < 1.1 * 129 * 32 * 24, "written twice"
+
+
+def test_a_grid_of_two_ranks(alone, matrix, tmp_path):
+    """Its members are the SAEs that are trained alone; the summary is written once."""
+    arguments = [*words(matrix, tmp_path / "grid"), "--k", "6,3", "--embeddings", matrix]
+    with Torchrun(arguments, 2, tmp_path / "log") as run:
+        code, said = run.end()
+    assert code == 0, said
+    assert "2 ranks: 2 SAEs of 32 in one pass" in said
+    assert said.count("wrote") == 1
+    summary = json.loads((tmp_path / "grid" / "grid.json").read_text())
+    assert [sae["name"] for sae in summary["saes"]] == ["k6", "k3"]
+    assert all(0 < sae["ms_mean"] <= 1 for sae in summary["saes"])
+    check_same_sae(tmp_path / "grid" / "k6", alone)
+    assert {"cfg.json", "settings.toml", "run.json"} <= {path.name for path in (tmp_path / "grid" / "k3").iterdir()}
+
+
+def test_one_pass_is_refused_once(tmp_path):
+    arguments = ["train", "--model", "hf:x", "--images", tmp_path, "--layer", 1, "--output", tmp_path / "run"]
+    with Torchrun(arguments, 2, tmp_path / "log") as run:
+        _, said = run.end()
+    assert messages(said) == ["error: model: one pass is of one process, and torchrun started 2; harvest first"]
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_refused_once(matrix, tmp_path):

@@ -21,8 +21,10 @@ from saevlm_fast.peers import Ranks
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import sharded_run, sharded_state, shards
 from saevlm_fast.training.checkpoints import checkpoints
+from saevlm_fast.training.many import Look, train_many
 from saevlm_fast.training.run import train
 from saevlm_fast.training.saved_state import check_checkpoint, read_state
+from saevlm_fast.training.sharded_many import train_many_shared
 from saevlm_fast.training.sharded_run import train_shared
 from saevlm_fast.training.shards import Shard, starting_sae
 
@@ -156,6 +158,36 @@ def keep_until(output, step):
     assert checkpoints(output)[-1].name == f"step_{step:08d}"
     for name in ("cfg.json", "sae_weights.safetensors", "metrics.jsonl.sha256"):
         (output / name).unlink()
+
+
+def test_a_grid_of_ranks_is_that_of_one_process(matrix, tmp_path):
+    """Two replicas of two ranks, then three ranks from checkpoints of different steps; one threshold is calibrated."""
+    saes = {"a": sae_config(), "b": sae_config("topk"), "c": sae_config("matryoshka")}
+    recipes = {"a": CONFIG, "b": replace(CONFIG, lr=1e-3), "c": replace(CONFIG, threshold_start=100)}
+    data, looked_at = open_activations(matrix), []
+    wanted = train_many(data, saes, recipes, options(tmp_path / "alone"))
+
+    def look(finished):
+        looked_at.append([finished[name].config.d_sae for name in saes])
+        return {"b": Look({"ms_mean": 0.5})}
+
+    def work(peers, **more):
+        where = options(tmp_path / "run", **more)
+        return train_many_shared(peers, data, saes, recipes, where, on_finished=look)
+
+    ranks = [together(4, work, 2)[0]]
+    for name, step in (("a", 20), ("b", 20), ("c", 30)):
+        if step < 30:
+            keep_until(tmp_path / "run" / name, step)
+    ranks.append(together(3, lambda peers: work(peers, resume=True))[0])
+    assert looked_at == [[65, 65, 65]] * 2, "by rank 0 alone, of whole SAEs"
+    for found in ranks:
+        assert found[0]["b"].metrics["ms_mean"] == 0.5
+        for name, (_, metrics) in wanted.items():
+            check_same_sae(tmp_path / "run" / name, tmp_path / "alone" / name)
+            more = {"ms_mean": 0.5} if name == "b" else {}
+            assert found[0][name].metrics == pytest.approx(metrics | more, rel=1e-4)
+            assert found[1][name].metrics == pytest.approx(metrics, rel=1e-4)
 
 
 def test_shards_are_the_whole_state(matrix, tmp_path):
