@@ -76,7 +76,20 @@ def test_ranks_harvest_codes(world, tmp_path):
     """Shards are those of one process: units of images do not depend on who does them."""
     words = [
         *("harvest", "--model", "hf:tiny-clip", "--images", world / "photos", "--layer", 1, "--tokens", "all"),
-        *("--sae", world / "sae", "--pool", "mean", "--images-per-shard", 5, "--workers", 0, "--device", "cpu"),
+        *(
+            "--sae",
+            world / "sae",
+            "--pool",
+            "mean",
+            "--images-per-shard",
+            5,
+            "--batch-size",
+            5,
+            "--workers",
+            0,
+            "--device",
+            "cpu",
+        ),
     ]
     run(*words, "--output", tmp_path / "alone")
     with Torchrun([*words, "--output", tmp_path / "shared"], 2, tmp_path / "log") as ranks:
