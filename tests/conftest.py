@@ -10,10 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from quick_interpreter import quicken_interpreter
+
 GPU = torch.cuda.is_available()
 if not GPU:
     assert "triton" not in sys.modules, "triton was imported before conftest.py could choose the interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
+    quicken_interpreter()
 # Test shapes are tiny: a second thread only spins, and on a busy machine it makes the suite several times slower.
 torch.set_num_threads(1)
 # A machine may stand still for longer than any deadline of an example: what hangs is ended by pytest-timeout.
@@ -31,9 +34,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skip = pytest.mark.skip(reason="no GPU on this machine")
     minutes = pytest.mark.skip(reason="starts processes with torchrun, minutes long: pytest -m distributed")
     for item in items:
-        if "gpu" in item.keywords and not GPU:
+        if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(skip)
-        if "distributed" in item.keywords and "distributed" not in config.option.markexpr:
+        if item.get_closest_marker("distributed") and "distributed" not in config.option.markexpr:
             item.add_marker(minutes)
 
 

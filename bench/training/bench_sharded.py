@@ -25,8 +25,9 @@ from bench.helpers import machine
 from bench.helpers.arguments import new_file, positive
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.files import write_json_atomic
+from saevlm_fast.peers import Peers, Ranks
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training.process_group import MeshPeers, Peers, Ranks, joined
+from saevlm_fast.training.process_group import MeshPeers, joined
 from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard, cut, starting_sae
 from saevlm_fast.training.step import Stepper

@@ -208,7 +208,7 @@ def _tell_patches(test: dict[str, Any]) -> None:
         (
             f"{each['filter']} {each['share']:.0%}",
             f"{each['right'][0]:.1%}",
-            "{:.1%} ({:.1%} to {:.1%})".format(*each["recovered"]),
+            "-" if each["recovered"] is None else "{:.1%} ({:.1%} to {:.1%})".format(*each["recovered"]),
             "" if each["filter"] == "random" else "{:+.3f} ({:+.3f} to {:+.3f})".format(*each["over_random"]),
         )
         for each in test["filters"]

@@ -28,14 +28,9 @@ if TYPE_CHECKING:
 WORDS = "words"
 
 
-def _several_numbers(name: str, text: str) -> tuple[int, ...]:
+def _ks(name: str, text: str) -> tuple[int, ...]:
     found = integers(name, text)
     require(len(found) > 0 and len(set(found)) == len(found), f"{name}: {text!r} is not a list of different numbers")
-    return tuple(found)
-
-
-def _ks(name: str, text: str) -> tuple[int, ...]:
-    found = _several_numbers(name, text)
     require(min(found) >= 1, f"{name}: {text!r}: each must be at least 1")
     return tuple(sorted(found))
 
@@ -46,10 +41,8 @@ class EraseArguments(WorkOptions):
 
     title = "Model and SAEs"
     model: str = setting(help="Tower with a text side, as of harvest.")
-    sae: tuple[Path, ...] = setting(help="SAEs of several layers, separated by commas.", parse=paths)
-    layer: tuple[int, ...] = setting(
-        help="Block of the tower of each SAE, separated by commas.", parse=_several_numbers
-    )
+    sae: tuple[Path, ...] = setting(help="SAEs of several layers or seeds, separated by commas.", parse=paths)
+    layer: tuple[int, ...] = setting(help="Block of the tower of each SAE, separated by commas.", parse=integers)
     images: str = setting(help="Images, as of harvest. Half of them choose latents.")
     test_images: str | None = setting(None, help="Images that are asked about.", shown="the other half of --images")
     labels: str = setting(
@@ -93,6 +86,7 @@ class EraseArguments(WorkOptions):
             len(self.sae) == len(self.layer) > 0,
             f"layer: {len(self.layer)} layers for {len(self.sae)} SAEs; each SAE has one",
         )
+        require(len(set(self.sae)) == len(self.sae), f"sae: {', '.join(map(str, self.sae))} lists one twice")
         require(self.what != self.labels or self.what == WORDS, f"what: {self.what} is what --labels asks to be told")
         twice = [each for each in self.also if each in (self.what, self.labels) or self.also.count(each) > 1]
         require(not twice, f"also: {', '.join(twice)} is asked already")
@@ -145,6 +139,8 @@ def open_inputs(options: EraseArguments) -> Opened:
     asked = source if options.test_images is None else open_images(options.test_images)
     words = None if options.class_words is None else read_class_words(options.class_words)
     saes = [SparseAutoencoder.from_pretrained(path, device=device) for path in options.sae]
+    encoder = load_text_encoder(options.model, device, on_message=tell)
+    require(encoder.logit_scale is not None, f"model: {encoder.spec} has no logit scale in its file")
     tower = load_tower(options.model, device, on_message=tell)
     for path, layer, sae in zip(options.sae, options.layer, saes):
         if (doubt := check_sae_of(sae, layer, options.tokens)) is not None:
@@ -157,8 +153,6 @@ def open_inputs(options: EraseArguments) -> Opened:
         require(
             2 * most <= d_sae, f"k: {most}, and as many others as a control, are more than {path} has: d_sae is {d_sae}"
         )
-    encoder = load_text_encoder(options.model, device, on_message=tell)
-    require(encoder.logit_scale is not None, f"model: {encoder.spec} has no logit scale in its file")
     return Opened(tower, encoder, saes, words, *_halves(options, source, asked))
 
 

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 220, 130, 96, 62, 34
+_WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 220, 110, 96, 62, 42
 _LINES = {
     "latents": ("#1b6ca8", ""),
     "random": ("#8a8a93", ""),
@@ -46,16 +46,19 @@ def write_accuracies(path: Path, layers: Sequence[dict[str, Any]]) -> None:
 
 
 def write_accuracy_picture(path: Path, layers: Sequence[dict[str, Any]], title: str) -> None:
-    """One column of panels a layer, one row a question, as SVG."""
+    """One column of panels a layer (or SAE), one row a question, as SVG."""
     from saevlm_fast.files import atomic_write
 
     questions = _questions(layers)
     width = _LEFT + len(layers) * (_WIDTH + _GAP)
     height = _TOP + len(questions) * (_HEIGHT + _GAP) + 14
     parts = [f'<text x="{_LEFT}" y="18">{escape(title)}</text>', *_legend(layers)]
+    several = len({layer["layer"] for layer in layers}) < len(layers)
     for column, layer in enumerate(layers):
+        of_sae = f", {Path(layer['sae']).name[-_SHOWN_TO:]}" if several else ""
         left = _LEFT + column * (_WIDTH + _GAP)
-        parts.append(f'<text x="{left + _WIDTH / 2}" y="{_TOP - 8}" class="middle">layer {layer["layer"]}</text>')
+        above = f"layer {layer['layer']}{escape(of_sae)}"
+        parts.append(f'<text x="{left + _WIDTH / 2}" y="{_TOP - 8}" class="middle">{above}</text>')
         for line, question in enumerate(questions):
             top = _TOP + line * (_HEIGHT + _GAP)
             parts += _panel(left, top, layer["rows"], question)
@@ -109,7 +112,7 @@ def _panel(left: int, top: int, rows: Sequence[dict[str, Any]], question: str) -
             if row["removal"] == name and row[question]["value"] is not None
         ]
         if name in ("nothing", "probe"):
-            places = [(x, up) for _, up in said for x in (left, left + _WIDTH)]
+            places = [(x, up) for _, up in said for x in (float(left), float(left + _WIDTH))]
         else:
             places = [(across[k], up) for k, up in said]
             parts += [f'<circle cx="{x:.1f}" cy="{up:.1f}" r="3" fill="{colour}"/>' for x, up in places]

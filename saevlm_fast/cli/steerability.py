@@ -126,6 +126,12 @@ def open_inputs(options: SteerabilityArguments) -> Inputs:
     for sae in saes:
         if (doubt := check_sae_of(sae, options.layer, options.tokens)) is not None:
             warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
+    encoder = load_text_encoder(options.text_model or options.model, device, on_message=tell)
+    require(
+        encoder.logit_scale is not None,
+        f"text_model: {encoder.spec} has no logit scale in its file, so that its cosines are no probabilities",
+    )
+    assert encoder.logit_scale is not None
     tower = load_tower(options.model, device, on_message=tell)
     for path, sae in zip(options.sae, saes):
         require(
@@ -133,13 +139,11 @@ def open_inputs(options: SteerabilityArguments) -> Inputs:
             f"sae: d_in of {path} is {sae.config.d_in}, but the blocks of {options.model} have width "
             f"{tower.anatomy.width}",
         )
-    encoder = load_text_encoder(options.text_model or options.model, device, on_message=tell)
-    require(
-        encoder.logit_scale is not None,
-        f"text_model: {encoder.spec} has no logit scale in its file, so that its cosines are no probabilities",
-    )
-    assert encoder.logit_scale is not None
     words, n_unknown = known_words(words, encoder)
+    n_words, read = len(words.words), options.words or "those built in"
+    require(
+        n_words >= 2, f"words: {n_words} of {read} that {encoder.spec} knows; a softmax says something of 2 or more"
+    )
     if n_unknown:
         tell(f"words: {n_unknown:,} left out that {encoder.spec} does not know; {len(words.words):,} are left")
     return Inputs(tower, saes, source, Vocabulary(tuple(words.words), encoder.embed(words.texts), encoder.logit_scale))
@@ -226,7 +230,7 @@ def _steerability(options: SteerabilityArguments) -> "tuple[list[Steerable], int
     config = options.part(SteerabilityConfig)
     progress = progress_of(options.output)
     made_of = inputs.made_of | {"layer": options.layer, "config": vars(config)}
-    found = []
+    found: list[Steerable] = []
     with opened_stream(inputs.tower, options.layer, options.tokens, options.batch_size) as stream:
         asking = Asking(stream, inputs.source, inputs.vocabulary, config, made_of)
         kinds = _kinds(options, inputs)

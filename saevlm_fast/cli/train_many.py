@@ -16,6 +16,7 @@ from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_figures, training_disk
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scenes
+from saevlm_fast.cli.sweep import named
 from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
 from saevlm_fast.cli.train_looks import StoreLooks
 from saevlm_fast.errors import Interrupted, require
@@ -33,7 +34,11 @@ def runs_of(options: "TrainArguments", n_rows: int, d: int, path: Path) -> "dict
     """What is trained, by name, on activations [n_rows, d]. ValueError: settings that do not fit the width."""
     from saevlm_fast.cli.train_options import Run
 
-    return {name: Run.of(member, n_rows, d, path) for name, member in options.members().items()}
+    found = {}
+    for (name, member), table in zip(options.members().items(), options.sweep):
+        with named(name, table):
+            found[name] = Run.of(member, n_rows, d, path)
+    return found
 
 
 def check_outputs(options: "TrainArguments") -> None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.scenes import new_run_directory
-from saevlm_fast.cli.sweep import expanded, names_of, one_of
+from saevlm_fast.cli.sweep import expanded, named, names_of, one_of
 from saevlm_fast.config import (
     EXPANSION,
     SELECTING,
@@ -87,8 +87,9 @@ class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptio
         several = bool(tables) or "model" in base
         require(not several or "mono_embeddings" not in base, "mono_embeddings: of one SAE, trained from a store")
         if tables:
-            names_of(tables)  # no two in one directory
-            first = cls.of(one_of(_of_one(base), tables[0]))
+            names = names_of(tables)  # no two in one directory
+            with named(names[0], tables[0]):
+                first = cls.of(one_of(_of_one(base), tables[0]))
             given = base | {"output": first.output}
             return replace(first, sweep=tables, given=given, embeddings=base.get("embeddings"))
         check_one_pass(base, StreamSettings())
@@ -110,10 +111,11 @@ class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptio
 
     def members(self) -> dict[str, Self]:
         """The options of each of several SAEs, by name: those of a command that trains it alone."""
-        return {
-            name: self.of(one_of(_of_one(self.given), table) | {"output": self.output / name})
-            for name, table in zip(names_of(self.sweep), self.sweep)
-        }
+        found = {}
+        for name, table in zip(names_of(self.sweep), self.sweep):
+            with named(name, table):
+                found[name] = self.of(one_of(_of_one(self.given), table) | {"output": self.output / name})
+        return found
 
     def said(self, name: str) -> Any:
         """For settings.toml: what [[sweep]] says is not said twice, and nothing of a stream where there is none."""

@@ -34,7 +34,9 @@ class Vocabulary:
     logit_scale: float
 
     def probabilities(self, out_RE: Tensor) -> Tensor:
-        """[R, C] float64: of the C words, however well any of them fits."""
+        """[R, C] float64: of the C words, however well any of them fits. ValueError: images of another width."""
+        n, width = self.texts_CE.shape[1], out_RE.shape[1]
+        require(n == width, f"text_model: its texts have width {n}, the images of the model {width}: no shared space")
         unit_RE = torch.nn.functional.normalize(out_RE.double(), dim=1)
         return (self.logit_scale * unit_RE @ self.texts_CE.to(unit_RE).T).softmax(1)
 

@@ -83,6 +83,8 @@ def load_clip(spec: str, device: torch.device, on_message: Callable[[str], None]
     Raises:
         ValueError: of other kinds than load_tower and load_text_encoder know, or without projection.
     """
+    known = spec.startswith(("hf:", "open_clip:"))
+    require(known, f"clip: {spec!r} is not hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED")
     text, tower = load_text_encoder(spec, device, on_message), load_tower(spec, device, on_message)
     tower.module(_PROJECTION)
     return tower, text

@@ -58,15 +58,17 @@ class CrossModal:
     def detection(self, seed: int = 0) -> dict[str, dict[str, float]]:
         """How well each score tells right pairs from wrong ones: name -> auroc, low, high (bootstrap over pairs).
 
-        Empty without wrong captions. Pairs that a CLIP could not read are left out of its number.
+        Empty without wrong captions, or right ones. Pairs that a CLIP could not read are left out of its number.
         """
-        if self.wrong_P is None:
+        if self.wrong_P is None or self.wrong_P.all() or not self.wrong_P.any():
             return {}
         found = {}
         for name in (*SCORES, *CONTROLS):
             if name in self.columns:
                 there = ~np.isnan(self.columns[name].astype(float))
                 scores, wrong = self.columns[name][there].astype(float), self.wrong_P[there]
+                if wrong.all() or not wrong.any():
+                    continue
                 low, high = auroc_interval(scores, wrong, seed)
                 found[name] = {"auroc": auroc(scores, wrong), "low": low, "high": high}
         return found
@@ -140,6 +142,9 @@ def cross_modal(
         on_rows(done)
     for name, tops in (("text", text), ("image", image)):
         require(bool(tops.n_S.any()), f"activations: {activations.path}: no latent fires on a token of its {name}s")
+    most = max(float(tops.act_SK.max()) for tops in (text, image))
+    below = f"threshold: {config.threshold:g} is above every activation in {activations.path}, of which the largest is"
+    require(most > config.threshold, f"{below} {most:.4g}")
     omega_S = omegas(activations, text, image)
     scores = PairScores(omega_S, shuffled_omegas(omega_S, config.seed), config.threshold, on_patches, config.seed)
     for done, chunk in _counted(activations, sae, batch_rows, config.template):

@@ -67,7 +67,8 @@ class PatchTest:
         """JSON: of all, none and every filter and share the means over pairs, with 95 % intervals by bootstrap.
 
         recovered: the share of what the image adds to log_prob that is left, (filter - none) / (all - none) of the
-        means. over_random: log_prob more than with as many random tokens of the same images.
+        means; None where it adds nothing. over_random: log_prob more than with as many random tokens of the same
+        images.
         """
         draws = np.random.default_rng(seed).integers(0, len(self.ids), (1000, len(self.ids)))
         full, blind = self.log_prob_2P
@@ -114,8 +115,10 @@ class PatchTest:
         )
 
 
-def _figure(mean: Any, drawn: np.ndarray) -> list[float]:
-    """[mean, low, high]."""
+def _figure(mean: Any, drawn: np.ndarray) -> list[float] | None:
+    """[mean, low, high]; None where the image adds nothing, so that there is no share of it."""
+    if not np.isfinite(mean) or not np.isfinite(drawn).all():
+        return None
     return [float(mean), *(float(each) for each in np.percentile(drawn, [2.5, 97.5]))]
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.training.process_group import Peers, Ranks
+from saevlm_fast.peers import Peers, Ranks
 
 _DIGIT = 4  # bits of a key that one round settles, of every row
 _WIDE_DIGIT = 11  # of a whole batch

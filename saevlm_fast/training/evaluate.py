@@ -27,7 +27,9 @@ def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics
     penalty = {} if output.losses.penalty is None else {_PENALTIES[config.architecture]: float(output.losses.penalty)}
     mono, weight = output.losses.mono, stepper.config.mono_weight
     if mono is not None and weight is not None:
-        penalty |= {"losses/mono_loss": float(mono), "metrics/batch_ms": 1 - float(mono) / weight}
+        penalty["losses/mono_loss"] = float(mono)
+        if penalty["losses/mono_loss"] != 0:  # 0 where no latent of the batch has a score (mono.py)
+            penalty["metrics/batch_ms"] = 1 - penalty["losses/mono_loss"] / weight
     return {
         "losses/overall_loss": float(output.losses.overall),
         "losses/mse_loss": float(output.losses.mse),

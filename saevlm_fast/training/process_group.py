@@ -1,9 +1,9 @@
-"""The processes of a torchrun that train one SAE together: how they meet, what they tell each other, who speaks.
+"""The processes of a torchrun that share a piece of work: how they meet, what they tell each other, who speaks.
 
 PyTorch's own engine carries everything: torchrun starts the ranks, c10d connects them (gloo between CPUs, NCCL between
 GPUs), a DeviceMesh of D replicas ("rows") times L parts of an SAE ("latents") has the groups. Rank d * L + l has the
-rows of replica d and the latents of part l: neighbours share a replica. What a training step needs of the others is
-`Peers`, three collectives, of all of them and along either dimension (`Ranks`); tests have threads for it.
+rows of replica d and the latents of part l: neighbours share a replica. What work needs of the others is peers.Peers,
+of all of them and along either dimension (peers.Ranks); tests have threads for it.
 
 A rank that is gone, or does not answer within the timeout, ends the others in an `Interrupted`. Of all ranks that end,
 the first one speaks (`speaks`): a person reads one message, whoever failed.
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,74 +23,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from saevlm_fast.errors import Interrupted, first_line, require
+from saevlm_fast.peers import Alone, Ranks
 
 ROWS, LATENTS = "rows", "latents"  # the dimensions of the mesh
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
 _VOICE_SECONDS = 5.0  # to reach the store that says who speaks
-
-
-class Peers(Protocol):
-    """The ranks that share an SAE's latents, as a step sees them. All of them call the same methods in the same order.
-
-    Attributes:
-        rank: this one, from 0. world: how many there are.
-    """
-
-    rank: int
-    world: int
-
-    def gather(self, x: Tensor) -> Tensor:
-        """[R, *x.shape]: every rank's x, in order. All have one shape."""
-        ...
-
-    def exchange(self, x: Tensor) -> Tensor:
-        """x [R, ...], of which piece r goes to rank r: the pieces that this rank was sent, in order, [R, ...]."""
-        ...
-
-    def add_up(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x, of whole numbers."""
-        ...
-
-
-class Alone:
-    """Peers of which there is one: nothing is told."""
-
-    rank, world = 0, 1
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x[None]
-
-    def exchange(self, x: Tensor) -> Tensor:
-        return x
-
-    def add_up(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Ranks(NamedTuple):
-    """The ranks as a step sees them: everyone; those that have the other latents of this one's rows; and those that
-    have the other rows for this one's latents."""
-
-    everyone: Peers
-    latents: Peers
-    rows: Peers
-
-    @classmethod
-    def of(cls, peers: Peers) -> "Ranks":
-        """One replica."""
-        return cls(peers, peers, Alone())
-
-    def one_replica(self) -> "Ranks":
-        """This one's, for itself."""
-        return Ranks.of(self.latents)
-
-
-def in_order(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, rank after rank: the same bits on every rank and in every run."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
 
 
 class MeshPeers:

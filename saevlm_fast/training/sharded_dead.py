@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saevlm_fast.kernels.latent_gradient import dense_gradient_rows
+from saevlm_fast.peers import Peers, Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.choice import keep_largest_of_all
 from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents
-from saevlm_fast.training.process_group import Peers, Ranks, in_order
 
 _BLOCK_ELEMENTS = 8 << 20  # of one [rows, dead] block
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saevlm_fast.training.process_group import Peers, in_order
+from saevlm_fast.peers import Peers, in_order
 
 
 def summed_slice(rows: Peers, gradient_S: Tensor, slices: list[slice]) -> Tensor:

@@ -13,10 +13,10 @@ from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
 from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
+from saevlm_fast.peers import Peers, Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.choice import keep_of_batch, keep_of_rows
-from saevlm_fast.training.process_group import Peers, Ranks, in_order
 from saevlm_fast.training.shards import Shard
 
 

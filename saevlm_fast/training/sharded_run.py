@@ -19,12 +19,13 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.sparse_decode import sparse_decode
 from saevlm_fast.kernels.topk_encode import threshold_encode
+from saevlm_fast.peers import Ranks, in_order
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.capture import told_of_compiling
 from saevlm_fast.training.evaluate import Metrics, metrics_of_sums, row_sums
-from saevlm_fast.training.process_group import MeshPeers, Ranks, in_order
+from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.run import (
     both,
     fitting,

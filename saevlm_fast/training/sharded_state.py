@@ -14,9 +14,10 @@ from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
+from saevlm_fast.peers import Peers, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.control import shuffled
-from saevlm_fast.training.process_group import MeshPeers, Peers, in_order
+from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.sharded_rows import choose
 from saevlm_fast.training.sharded_step import ShardedStepper

@@ -32,11 +32,11 @@ from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.latent_gradient import EntryGradient
 from saevlm_fast.kernels.latent_update import adam_, latent_update_
+from saevlm_fast.peers import Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.mono import MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
-from saevlm_fast.training.process_group import Ranks, in_order
 from saevlm_fast.training.sharded_dead import shared_auxiliary
 from saevlm_fast.training.sharded_gradients import OwnGradients, own_gradients
 from saevlm_fast.training.sharded_replicas import spread_, summed_slice

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.errors import require
+from saevlm_fast.peers import Ranks
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training.process_group import Ranks
 
 _BLOCK_NUMBERS = 1 << 22  # random numbers drawn at a time, 32 MiB of them
 # Settings of a recipe that a sharded step takes into account. Another one has to be looked at before it is added here.

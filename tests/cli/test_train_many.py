@@ -99,7 +99,7 @@ def test_resume_and_force(x, tmp_path):
         (("--k", "2,x"), "k: 'x' is not a whole number"),
         (("--k", "2,2"), "k: 2 is listed twice"),
         (("--k", "2,0"), "k: 0 must be at least 1"),
-        (("--k", "2,99"), "k"),
+        (("--k", "2,99"), "k99: k: 99"),
         (("--architecture", "topk,tpk"), "architecture: 'tpk' is not one of"),
         (("--architecture", "topk,relu", "--k", "2,3"), "k: 2 is of"),
         (("--expansion", "2,4", "--d-sae", "16"), "d_sae"),
@@ -123,12 +123,14 @@ def test_bad_lists_are_refused(x, tmp_path, more, message):
     ("text", "message"),
     [
         ("sweep = 3", "sweep is not a list of tables"),
-        ("[[sweep]]\nsteps = 4", "sweep: steps is the same for all SAEs"),
-        ("[[sweep]]\nkk = 4", "'kk' is not a setting of train; did you mean"),
-        ("[[sweep]]\nk = 'x'", "k = 'x' is not a whole number"),
+        ("[[sweep]]\nk = 2\n[[sweep]]\nsteps = 4", "[[sweep]] 2: steps is the same for all SAEs"),
+        ("[[sweep]]\nkk = 4", "sweep.toml: [[sweep]] 1: 'kk' is not a setting of train; did you mean"),
+        ("[[sweep]]\nk = 2\n[[sweep]]\nk = 'x'", "sweep.toml: [[sweep]] 2: k = 'x' is not a whole number"),
+        ("[[sweep]]\nk = 2\n[[sweep]]\nk = 99", "k99: k: 99"),
+        ("[[sweep]]\nlr = -1.0\n[[sweep]]\nk = 2", "lr-1: lr: -1.0 must be a positive number"),
         ("[[sweep]]\nk = 2\n[[sweep]]\nk = 2", "sweep: two SAEs would both be in the directory"),
-        ("k = [2, 3]\n[[sweep]]\nk = 4", "k: is a list and in [[sweep]]"),
-        ("[[sweep]]\nk = [2, 3]", "sweep: k of one table has several values"),
+        ("k = [2, 3]\n[[sweep]]\nk = 4", "[[sweep]] 1: k is a list too"),
+        ("[[sweep]]\nk = [2, 3]", "[[sweep]] 1: k of one table has several values"),
     ],
 )
 def test_bad_tables_are_refused(x, tmp_path, text, message):

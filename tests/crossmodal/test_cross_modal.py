@@ -1,6 +1,7 @@
 """SAE-V's measures against their definitions, pair by pair and latent by latent, in float64."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from command import run, run_json
 from saevlm_fast import cross_modal
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.crossmodal.omega import TopTokens
-from saevlm_fast.crossmodal.patches import Patches, kept_patches
+from saevlm_fast.crossmodal.patches import PATCH_SCORES, Patches, kept_patches
 from saevlm_fast.crossmodal.samples import auroc, auroc_interval, kept_pairs
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import TOKEN_SCHEMA
@@ -20,8 +21,6 @@ from saevlm_fast.images.pairs import is_wrong
 from saevlm_fast.sae import SparseAutoencoder
 
 D, S, K = 12, 40, 3
-PAIRS = ("harvest", "--model", "hf:tiny-llava", "--point", "language", "--layer", 1, "--workers", 0, "--device", "cpu")
-PAIRS += ("--images", "scenes:test:24", "--wrong-captions", 0.5, "--prompt", "Describe the image.")
 LENGTHS = [(4, 5, 3), (0, 6, 2), (7, 1, 3), (2, 9, 3), (5, 5, 2), (3, 4, 0), (6, 8, 3), (1, 1, 1)]
 
 
@@ -107,8 +106,8 @@ def test_omegas_and_scores_are_their_definitions(pairs, batch_rows, threshold, t
     assert 3 <= int((~np.isnan(omega)).sum()) < S
     np.testing.assert_allclose(found.omega_S, omega, rtol=0, atol=1e-6)
     assert found.ids == list(dict.fromkeys(items["image"]))
-    patches = Patches(*(np.concatenate(columns) for columns in zip(*parts)))
-    for scores, values in ((found.columns, expected), (patches._asdict(), expected_patches)):
+    patches = Patches(*map(np.concatenate, zip(*(part.columns.values() for part in parts))))
+    for scores, values in ((found.columns, expected), (patches.columns, expected_patches)):
         for name, each in values.items():
             np.testing.assert_allclose(scores[name], each, rtol=0, atol=1e-6)
     assert np.abs(expected["cosine"]).max() > 0.05
@@ -147,6 +146,8 @@ def test_controls_and_what_is_kept(pairs):
     wrong = [is_wrong(name, 0.5, 5) for name in found.ids]
     assert found.wrong_P.tolist() == wrong
     assert set(found.detection()) == {"cosine", "co_occurrence", "count", "random", "shuffled", "n_text"}
+    for alike in (np.zeros(len(wrong), bool), np.ones(len(wrong), bool), None):
+        assert replace(found, wrong_P=alike).detection() == {}
 
 
 def test_auroc_with_ties_and_its_interval():
@@ -168,7 +169,7 @@ def test_shares_that_are_kept():
 def test_patches_that_are_kept_image_by_image():
     rng = np.random.default_rng(0)
     sample = np.repeat([0, 2, 5], [7, 1, 10])
-    columns = {name: rng.integers(0, 3, 18).astype(float) for name in Patches._fields[3:]} | {"random": rng.random(18)}
+    columns = {name: rng.integers(0, 3, 18).astype(float) for name in PATCH_SCORES} | {"random": rng.random(18)}
     patches = Patches(sample, np.arange(18), np.arange(18), **columns)
     for by, share, least in (
         ("cosine", 0.5, False),
@@ -218,17 +219,6 @@ def test_the_command(pairs, tmp_path):
     assert (tmp_path / "out" / "kept.txt").read_bytes() != before
 
 
-@pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    """24 scenes, of which some have a wrong caption, on the box's LLaVA; an SAE; options that read both."""
-    path = tmp_path_factory.mktemp("box")
-    run(*PAIRS, "--output", path / "store")
-    sae = SparseAutoencoder(SAEConfig(128, 64, 8, "topk"))
-    sae.reset_parameters(0)
-    sae.save_pretrained(path / "sae")
-    return ("cross-modal", "--activations", path / "store", "--sae", path / "sae", "--device", "cpu")
-
-
 def test_clip_is_a_control_on_the_box(box, tmp_path):
     call = (*box, "--clip", "hf:tiny-clip")
     told = run_json(*call, "--output", tmp_path / "out")
@@ -239,11 +229,11 @@ def test_clip_is_a_control_on_the_box(box, tmp_path):
     assert not (tmp_path / "no" / "cross_modal.json").exists()
 
 
-def test_what_is_kept_is_harvested_and_trained_on(box, tmp_path):
+def test_what_is_kept_is_harvested_and_trained_on(box, pairs_of_the_box, tmp_path):
     run(*box, "--keep", 0.25, "--output", tmp_path / "out")
     kept = (tmp_path / "out" / "kept.txt").read_text().split("\n")[:-1]
     assert len(kept) == 6
-    run(*PAIRS, "--only", tmp_path / "out" / "kept.txt", "--output", tmp_path / "kept")
+    run(*pairs_of_the_box, "--only", tmp_path / "out" / "kept.txt", "--output", tmp_path / "kept")
     before, after = (
         open_activations(path).items(schema=TOKEN_SCHEMA).to_pandas() for path in (box[2], tmp_path / "kept")
     )
@@ -258,7 +248,7 @@ def test_what_is_kept_is_harvested_and_trained_on(box, tmp_path):
     assert told["pairs"] == 6
     missing = tmp_path / "missing.txt"
     missing.write_text("nobody\n")
-    assert "only: " in run(*PAIRS, "--only", missing, "--output", tmp_path / "no", code=2)
+    assert "only: " in run(*pairs_of_the_box, "--only", missing, "--output", tmp_path / "no", code=2)
 
 
 def test_bad_input(pairs, tmp_path):
@@ -279,6 +269,8 @@ def test_bad_input(pairs, tmp_path):
         ({"--top": 0}, "top"),
         ({"--keep": 1.5}, "keep"),
         ({"--by": "x"}, "by"),
+        ({"--threshold": 1000}, "threshold: 1000 is above every activation"),
+        ({"--clip": "timm:x", "--images": "scenes:test:4"}, "clip: 'timm:x' is not hf:NAME_OR_DIR"),
         ({"--clip": "hf:tiny-clip"}, "does not say where its pairs are; give --images"),
     ):
         words = [str(word) for pair in (call | changes).items() for word in pair]

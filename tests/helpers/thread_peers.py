@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from saevlm_fast.training.process_group import Alone, Ranks
+from saevlm_fast.peers import Alone, Ranks
 
 
 class Meeting:

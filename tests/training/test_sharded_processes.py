@@ -3,17 +3,13 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
 from test_sharded_run import check_same_sae
+from torchrun import Torchrun, messages
 
-from command import ROOT
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
@@ -45,62 +41,6 @@ def words(matrix, output, steps=50, *more):
         *("train", "--activations", matrix, "--output", output, "--d-sae", 129, "--k", 6, "--steps", steps),
         *("--batch-size", 256, "--lr", 3e-3, "--seed", 1, "--device", "cpu", "--log-every", 10, *more),
     ]
-
-
-class Torchrun:
-    """torchrun of the command line, in a process group of its own."""
-
-    def __init__(self, arguments, n_ranks, log, launch=("--standalone",)):
-        self.log = log
-        launcher = [sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc-per-node={n_ranks}"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                [*launcher, "-m", "saevlm_fast.cli", *map(str, arguments)],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-
-    def ranks(self):
-        """Process ids of the ranks, by /proc."""
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, ValueError):  # it has ended meanwhile
-                parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
-                if int(parent) == self.process.pid:
-                    entries = (process / "environ").read_text().split("\0")
-                    found |= {int(entry[5:]): int(process.name) for entry in entries if entry.startswith("RANK=")}
-        return found
-
-    def wait_for(self, path, seconds=180):
-        end = time.monotonic() + seconds
-        while not list(path.glob("checkpoints/step_*")):
-            assert time.monotonic() < end, self.said()
-            assert self.process.poll() is None, self.said()
-            time.sleep(0.05)
-
-    def end(self, seconds=180):
-        code = self.process.wait(seconds)
-        return code, self.said()
-
-    def said(self):
-        return self.log.read_text()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            for pid in (*self.ranks().values(), self.process.pid):
-                os.kill(pid, signal.SIGKILL)
-            self.process.wait()
-
-
-def messages(said):
-    """Lines of ours that say why the work ended; torchrun has a report of its own."""
-    return [line for line in said.splitlines() if line.startswith(("error:", "another of", "interrupted"))]
 
 
 @pytest.mark.parametrize("nodes", [1, 2], ids=["two ranks", "two nodes"])
@@ -226,8 +166,8 @@ def test_what_one_rank_alone_meets_is_one_message(matrix, tmp_path):
 
 
 def test_a_command_of_one_process_says_so_once(matrix, tmp_path):
-    words = ["ms-score", "--codes", tmp_path, "--embeddings", matrix, "--output", tmp_path / "scores.parquet"]
+    words = ["top-images", "--raw", "--activations", matrix, "--latents", 1, "--output", tmp_path / "out"]
     with Torchrun(words, 2, tmp_path / "log") as run:
         _, said = run.end()
     (message,) = messages(said)
-    assert message.startswith("error: ms-score: runs in one process, and torchrun started 2 (WORLD_SIZE)")
+    assert message.startswith("error: top-images: runs in one process, and torchrun started 2 (WORLD_SIZE)")

@@ -17,10 +17,10 @@ from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.inspection import inspect, verify_inspected
+from saevlm_fast.peers import Ranks
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import sharded_run, sharded_state, shards
 from saevlm_fast.training.checkpoints import checkpoints
-from saevlm_fast.training.process_group import Ranks
 from saevlm_fast.training.run import train
 from saevlm_fast.training.saved_state import check_checkpoint, read_state
 from saevlm_fast.training.sharded_run import train_shared
