@@ -144,6 +144,8 @@ class LanguageTower(Tower):
     Attributes: those of Tower; prompt, as of PairPreprocess; processor.
     """
 
+    preprocess: PairPreprocess
+
     def __init__(self, spec: str, model: Any, processor: Any, prompt: str | None, device: torch.device | str = "cpu"):
         blocks, text_config = language_blocks(model)
         image_id = image_token_id(model.config)
