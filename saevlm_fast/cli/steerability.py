@@ -140,6 +140,10 @@ def open_inputs(options: SteerabilityArguments) -> Inputs:
             f"{tower.anatomy.width}",
         )
     words, n_unknown = known_words(words, encoder)
+    n_words, read = len(words.words), options.words or "those built in"
+    require(
+        n_words >= 2, f"words: {n_words} of {read} that {encoder.spec} knows; a softmax says something of 2 or more"
+    )
     if n_unknown:
         tell(f"words: {n_unknown:,} left out that {encoder.spec} does not know; {len(words.words):,} are left")
     return Inputs(tower, saes, source, Vocabulary(tuple(words.words), encoder.embed(words.texts), encoder.logit_scale))
