@@ -10,10 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from quick_interpreter import quicken_interpreter
+
 GPU = torch.cuda.is_available()
 if not GPU:
     assert "triton" not in sys.modules, "triton was imported before conftest.py could choose the interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
+    quicken_interpreter()
 # Test shapes are tiny: a second thread only spins, and on a busy machine it makes the suite several times slower.
 torch.set_num_threads(1)
 # A machine may stand still for longer than any deadline of an example: what hangs is ended by pytest-timeout.

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 220, 130, 96, 62, 34
+_WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 220, 110, 96, 62, 42
 _LINES = {
     "latents": ("#1b6ca8", ""),
     "random": ("#8a8a93", ""),

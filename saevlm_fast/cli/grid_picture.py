@@ -166,7 +166,7 @@ def _is_number(value: Any) -> bool:
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values, default=0.0), max(values, default=1.0)
-    margin = (high - low) * 0.08 or max(abs(high) * 0.08, 1e-3)
+    margin = (high - low) * 0.1 or max(abs(high) * 0.1, 1e-3)
     return low - margin, high + margin
 
 

@@ -63,8 +63,7 @@ class StoreLooks:
         for name, sae in saes.items():
             metrics = {}
             if self.embeddings is not None:
-                pool = "max" if self.several_rows else None
-                scores = score(self.evaluated, self.embeddings, sae, pool=pool)
+                scores = score(self.evaluated, self.embeddings, sae, pool="max" if self.several_rows else None)
                 metrics = mean_of(scores)
                 self.note = f"MS on {scores.n_images:,} images, by {self.embeddings.path}"
             title = f"{self.options.output / name}, step {self.options.steps:,}"
@@ -92,18 +91,21 @@ class TowerLooks:
         self.images: ImageSource
         if options.validation_images is not None:
             self.images, self.path = open_images(options.validation_images), options.validation_images
-            self.which = f"{len(self.images):,} held-out images"
+            self.which = "held-out images"
         else:
             n = min(len(source), options.limit or len(source))
             self.images = ShuffledImages(source, n, options.seed, 0).first(options.scored_images)
             self.path = str(options.images)
-            self.which = f"{len(self.images):,} of the images trained on"
-        self.by, how = self._embedder(source)
-        self.note = f"MS on {self.which}, by {how}"
+            self.which = "of the images trained on"
+        self.by, self.how = self._embedder(source)
+        self.note = self._note(len(self.images))
         if self.by is None:
             self.note = "MS is left out: the tower has neither a projection nor a pooled output (give --embeddings)"
         if not options.scored_images:
             self.note = "MS is left out: --scored-images is 0"
+
+    def _note(self, n_images: int) -> str:
+        return f"MS on {n_images:,} {self.which}, by {self.how}"
 
     def _embedder(self, source: "ImageSource") -> "tuple[HookPoint | Embedder | None, str]":
         """What gives embeddings, and how that is called."""
@@ -131,7 +133,7 @@ class TowerLooks:
         options, shows = self.options, shows_pictures(self.options)
         if not options.scored_images or (self.by is None and not shows):
             return {}
-        tell(f"looking at {self.which}")
+        tell(f"looking at {len(self.images):,} {self.which}")
         stores, whole = self.harvest.store_names, {}
         for name, sae in saes.items():
             whole[name] = stores[0] if len(stores) == 1 else name.partition("/")[0], sae
@@ -144,7 +146,7 @@ class TowerLooks:
             self.by,
             IMAGES_SHOWN if shows else 0,
             workers=options.workers,
-            max_skipped=options.max_skipped,
+            max_skipped=1.0,  # what is too much has been said while they were trained on, or evaluated
         )
         found = {}
         for name, (scores, tops) in seen.items():
@@ -154,6 +156,7 @@ class TowerLooks:
                 title = f"{Path(options.output) / name}, step {options.steps:,}"
                 picture = partial(strongest_sheet, tops, pictures, title, self.path)
             found[name] = Look({} if scores is None else mean_of(scores), picture)
+            self.note = self.note if scores is None else self._note(scores.n_images)
         return found
 
 

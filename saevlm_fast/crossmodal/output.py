@@ -68,7 +68,7 @@ def patches_written(place: Path, share: float, by: str) -> Iterator[Callable[[Pa
     with atomic_write(path) as temporary, open(temporary, "wb") as file, pq.ParquetWriter(file, _PATCHES) as writer:
 
         def write(patches: Patches) -> None:
-            columns = patches._asdict() | {"kept": kept_patches(patches, share, by)}
+            columns = patches.columns | {"kept": kept_patches(patches, share, by)}
             arrays = [pa.array(columns[field.name]).cast(field.type) for field in _PATCHES]
             writer.write_table(pa.Table.from_arrays(arrays, schema=_PATCHES))
 
@@ -78,7 +78,7 @@ def patches_written(place: Path, share: float, by: str) -> Iterator[Callable[[Pa
 def read_patches(place: Path, samples: np.ndarray) -> Patches:
     """What patches.parquet says of these pairs."""
     table = pq.read_table(place / _TABLES[2], filters=[("sample", "in", samples.tolist())])
-    return Patches(*(table[name].to_numpy() for name in Patches._fields))
+    return Patches(*(table[name].to_numpy() for name in _PATCHES.names[:-1]))
 
 
 def write_patch_test(place: Path, test: PatchTest) -> None:

@@ -160,7 +160,7 @@ def patch_test(
     stop = 0
     for done, (sample, size) in enumerate(zip(samples.tolist(), sizes.tolist()), 1):
         start, stop = stop, stop + size
-        name = ids[sample]
+        name = ids[int(sample)]
         require(name in numbers, f"images: {name} of {activations.path} is not there")
         piece = model.tower.preprocess([(decode(source.read(numbers[name])), caption(source, numbers[name]))])
         _check_prompt(activations, patches.row[start:stop], piece, name)

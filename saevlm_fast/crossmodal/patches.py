@@ -12,14 +12,15 @@ Many tokens of an image have equal scores. The random column decides between the
 image would be kept.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 PATCH_SCORES = ("cosine", "co_occurrence", "count", "activation", "random")
 
 
-class Patches(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Patches:
     """Image tokens of whole pairs, [tokens] each, pair by pair in the store's order.
 
     sample: number of the pair. row: of the store. patch: place among the pair's image tokens. The others: PATCH_SCORES.
@@ -33,6 +34,11 @@ class Patches(NamedTuple):
     count: np.ndarray
     activation: np.ndarray
     random: np.ndarray
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """By their names, in this order."""
+        return dict(vars(self))
 
     @property
     def sizes(self) -> np.ndarray:

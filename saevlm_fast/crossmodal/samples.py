@@ -10,7 +10,7 @@ A latent is active in a pair's text, or image, if it is above the threshold in o
 The scores of an image's tokens are those of crossmodal/patches.py.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from saevlm_fast.crossmodal.patches import Patches, places_of
 from saevlm_fast.crossmodal.tokens import Chunk
 
+_DRAWN_AT_ONCE = 1 << 20  # pairs of the bootstrap
 COUNTS = ("co_occurrence", "count", "n_text", "n_image")
 
 
@@ -140,19 +141,28 @@ def kept_pairs(scores: np.ndarray, share: float) -> np.ndarray:
 
 def auroc(scores: np.ndarray, wrong: np.ndarray) -> float:
     """How often a right pair has a higher score than a wrong one, ties half. NaN without one of both."""
-    right, n_wrong = ~wrong, int(wrong.sum())
-    if n_wrong in (0, len(wrong)):
-        return float("nan")
-    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places.reshape(-1)]
-    n_right = int(right.sum())
-    return float((ranks[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+    level = np.unique(scores, return_inverse=True)[1].reshape(-1)
+    return float(_aurocs(level[None], wrong[None])[0])
 
 
 def auroc_interval(scores: np.ndarray, wrong: np.ndarray, seed: int, n: int = 1000) -> tuple[float, float]:
-    """2.5 % and 97.5 % points over pairs that are drawn anew."""
-    rng = np.random.default_rng(seed)
-    draws: Iterable[np.ndarray] = (rng.integers(0, len(scores), len(scores)) for _ in range(n))
-    values = [auroc(scores[draw], wrong[draw]) for draw in draws]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    """2.5 % and 97.5 % points over pairs that are drawn anew; the draws without one of both are left out."""
+    rng, size = np.random.default_rng(seed), len(scores)
+    level = np.unique(scores, return_inverse=True)[1].reshape(-1)
+    values: list[np.ndarray] = []
+    for start in range(0, n, at_once := max(1, _DRAWN_AT_ONCE // max(1, size))):
+        draws = rng.integers(0, size, (min(at_once, n - start), size))
+        values.append(_aurocs(level[draws], wrong[draws]))
+    low, high = np.nanpercentile(np.concatenate(values), [2.5, 97.5])
     return float(low), float(high)
+
+
+def _aurocs(level_RP: np.ndarray, wrong_RP: np.ndarray) -> np.ndarray:
+    """[R]: AUROC of every row of P pairs, by the number of right and wrong pairs at each level of the score."""
+    n_rows, n_levels = len(level_RP), int(level_RP.max(initial=0)) + 1
+    keys = (np.arange(n_rows)[:, None] * 2 + wrong_RP) * n_levels + level_RP
+    counts = np.bincount(keys.reshape(-1), minlength=2 * n_rows * n_levels).reshape(n_rows, 2, n_levels)
+    right_RL, wrong_RL = counts[:, 0], counts[:, 1]
+    above_R = (right_RL * (np.cumsum(wrong_RL, 1) - wrong_RL / 2)).sum(1)
+    pairs_R = right_RL.sum(1) * wrong_RL.sum(1)
+    return np.divide(above_R, pairs_R, out=np.full(n_rows, np.nan), where=pairs_R > 0)

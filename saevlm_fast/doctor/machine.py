@@ -20,6 +20,7 @@ from saevlm_fast.errors import Interrupted
 TOWER_LIBRARIES = {"transformers": "hf:", "open_clip": "open_clip:", "timm": "timm:"}  # and what they load
 _EXTRAS = ("datasets", "remote", "watch")
 _CACHE_SECONDS = 3.0  # of looking at one cache
+_LITTLE_DISK = 2 * 10**9
 _VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "SAEVLM_FAST_SCREENING", "TRITON_INTERPRET"),
     *("TRANSFORMERS_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
@@ -271,4 +272,12 @@ def problems(found: dict[str, dict[str, Any]]) -> list[str]:
     device_ = found.get("device", {})
     if str(device_.get("triton", "")).startswith("does not load") and device_.get("gpus"):
         lines.append(f"triton {device_['triton']}, so the GPU's kernels do not run")
+    threads_ = found.get("threads", {})
+    cores, load = threads_.get("cores_allowed") or threads_.get("cores"), threads_.get("load")
+    if cores and load and load > 2 * cores:
+        lines.append(f"load {load} on {cores} cores: other programs are at work, so whatever is timed takes longer")
+    for name, free in found.get("disk", {}).items():
+        if isinstance(free, int) and free < _LITTLE_DISK:
+            place = name.removesuffix("_free_bytes").replace("_", " ")
+            lines.append(f"disk: {free / 1e9:.1f} GB free ({place}), too little for most stores and models")
     return lines

@@ -5,6 +5,19 @@ from typing import Any
 
 from saevlm_fast.inspection import human_bytes
 
+# Names that do not say by themselves what they are of.
+_LABELS = {
+    "saevlm_fast": "saevlm-fast",
+    "open_clip": "open_clip",
+    "here_free_bytes": "free in the working directory",
+    "temporary_files_free_bytes": "free for temporary files",
+    "saevlm-fast_free_bytes": "free for the cache of saevlm-fast",
+    "models_free_bytes": "free for the models of Hugging Face",
+    "triton_kernels_free_bytes": "free for compiled kernels",
+    "torch_weights_free_bytes": "free for the weights of torch",
+    "load": "load, the mean of the last minute",
+}
+
 
 def markdown(result: dict[str, Any]) -> Iterator[str]:
     """Lines, of what `doctor --json` prints."""
@@ -21,9 +34,11 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
         yield from (f"- {line}" for line in result["problems"])
     if result["self_test"] is not None:
         yield ""
-        yield f"**self-test** on {result['self_test']['device']}"
+        checks = result["self_test"]["checks"]
+        right = sum(check["ok"] for check in checks)
+        yield f"**self-test** on {result['self_test']['device']}: {right} of {len(checks)} right"
         yield ""
-        for check in result["self_test"]["checks"]:
+        for check in checks:
             mark = "ok" if check["ok"] else "FAILED"
             yield f"- {mark}: {check['name']} ({check['said']}; {check['seconds']:.1f} s)"
 
@@ -34,7 +49,7 @@ def _section(section: str, values: dict[str, Any]) -> Iterator[str]:
         return
     for name, value in values.items():
         if value is not None:
-            label = name.removesuffix("_bytes").replace("_", " ")
+            label = _LABELS.get(name, name.removesuffix("_bytes").replace("_", " "))
             yield f"- {label}: {_value(name, value)}"
 
 

@@ -102,6 +102,10 @@ class Names:
     def label(self, i: int) -> str | None:
         return self._labels[i].as_py()
 
+    def content(self) -> str:
+        """What tells whether the images' files have changed, where it is known without reading any; else ""."""
+        return ""
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for strings in (self._ids, self._labels.cast(pa.large_string())):

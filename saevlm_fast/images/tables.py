@@ -28,6 +28,7 @@ from saevlm_fast.images.columns import LabelColumn, image_bytes, image_column, i
 from saevlm_fast.images.sources import Names, refuse_split, relative_paths, require_regular
 from saevlm_fast.records import is_name
 from saevlm_fast.remote.answers import RemoteError
+from saevlm_fast.remote.files import RemoteFiles
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,6 +61,9 @@ class ParquetSource(Names):
         if texts is None or texts[0] != number:
             texts = self._texts = number, _captions_of(self._files[group.file], group)
         return caption_text(texts[1][i - int(self._start_G[number])].as_py())
+
+    def content(self) -> str:
+        return self._files.content() if isinstance(self._files, RemoteFiles) else ""
 
     def read(self, i: int) -> bytes:
         number = int(np.searchsorted(self._start_G, i, side="right")) - 1

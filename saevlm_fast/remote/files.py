@@ -4,6 +4,7 @@ Those that were asked for longest ago are given free for the cache to remove, on
 third of it: a store may be larger than the cache, and a process that reads it in order never stops for room.
 """
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -51,6 +52,11 @@ class RemoteFiles(Sequence[T]):
         """From now on a file has to be of this version; of each that is fetched this is so from then on."""
         if self._versions.setdefault(number, version) != version:
             raise RemoteError(f"{redacted(self.urls[number])}: it was replaced since it was opened")
+
+    def content(self) -> str:
+        """16 hexadecimal digits, others as soon as a file is of another version; "" if one has no known version."""
+        versions = [self._versions.get(number, "") for number in range(len(self))]
+        return hashlib.sha256(repr(versions).encode()).hexdigest()[:16] if all(versions) else ""
 
     def _begin(self) -> None:
         self._pid, self._last = os.getpid(), -1

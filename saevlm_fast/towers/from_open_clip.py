@@ -10,7 +10,7 @@ import torch
 
 from saevlm_fast.errors import require
 from saevlm_fast.towers.forms import Cells, Form, SequenceFirst
-from saevlm_fast.towers.from_timm import conv_stages, itself, timm_anatomy
+from saevlm_fast.towers.from_timm import itself, map_stages, timm_anatomy
 from saevlm_fast.towers.hub import WEIGHT_FILES, announce_download, cached_file
 from saevlm_fast.towers.preprocess import compose_preprocess, described
 from saevlm_fast.towers.tower import Anatomy, Tower
@@ -168,8 +168,8 @@ def open_clip_anatomy(visual: Any, spec: str) -> Anatomy:
         return anatomy
     kind = type(visual).__name__
     pools = {"pooled": "its attention pool has no such output; take the projection"}
-    stages = conv_stages(visual)
-    if stages is not None:
+    stages, _ = map_stages(visual)
+    if stages:
         return Anatomy(stages, 0, False, {"projection": projection}, pools, form=Cells())
     require(isinstance(visual, VisionTransformer), f"{spec}: {kind} is neither a vision transformer nor a ResNet")
     image_points = {"projection": projection}

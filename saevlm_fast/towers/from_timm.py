@@ -1,4 +1,4 @@
-"""Towers of timm: plain vision transformers, ResNets and ConvNeXts, without their classifier."""
+"""Towers of timm: plain vision transformers, Swin, ResNets, ConvNeXts and EfficientNets, without their classifier."""
 
 import re
 import sys
@@ -134,19 +134,19 @@ def wrap_timm(model: nn.Module, spec: str, device: torch.device | str = "cpu") -
 def timm_anatomy(model: Any, spec: str) -> Anatomy:
     blocks: Any = getattr(model, "blocks", None)
     kind = type(model).__name__
-    stages = conv_stages(model)
-    if stages is not None:
+    stages, last = map_stages(model)
+    if stages:
         return Anatomy(
             blocks=stages,
             n_prefix=0,
             has_cls=False,
             image_points={"pooled": (model, itself)},
             absent={"projection": "timm's models have no projection; pooled is their image vector"},
-            form=Cells(),
+            form=Cells(last),
         )
     require(
         isinstance(blocks, (nn.ModuleList, nn.Sequential)) and hasattr(model, "num_prefix_tokens"),
-        f"{spec}: {kind} is not a plain vision transformer, ResNet or ConvNeXt",
+        f"{spec}: {kind} is not a plain vision transformer, Swin, ResNet, ConvNeXt or EfficientNet",
     )
     cls_later = any(hasattr(model, name) for name in _CLASS_BLOCKS)
     return Anatomy(
@@ -160,14 +160,17 @@ def timm_anatomy(model: Any, spec: str) -> Anatomy:
     )
 
 
-def conv_stages(model: Any) -> list[nn.Module] | None:
-    """Of a ResNet's or ConvNeXt's kind, of timm or open_clip: modules that give a feature map each; else None."""
-    stages = getattr(model, "stages", None)
-    if isinstance(stages, (nn.Sequential, nn.ModuleList)) and type(model).__name__ == "ConvNeXt":
-        return list(stages)
+def map_stages(model: Any) -> tuple[list[nn.Module], bool]:
+    """Modules of a hierarchical model of timm or open_clip that give a feature map each, [] of any other; and whether
+    channels are last. A Swin's blocks have put their windows back in raster order by the end of a stage."""
+    kind, named = type(model).__name__, {"ConvNeXt": "stages", "EfficientNet": "blocks"}
+    if kind in ("SwinTransformer", "SwinTransformerV2"):
+        return list(model.layers), True
+    if kind in named:
+        return list(getattr(model, named[kind])), False
     layers = [getattr(model, f"layer{n}", None) for n in range(1, 5)]
     modules = [layer for layer in layers if isinstance(layer, nn.Module)]
-    return modules if len(modules) == len(layers) else None
+    return (modules if len(modules) == len(layers) else []), False
 
 
 def itself(output: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def world(tmp_path_factory):
     save_file(weights, root / "nan" / "sae_weights.safetensors")
     (root / "words.txt").write_text("red\nblue\nstar\n")
     (root / "none.txt").write_text("\n")
+    (root / "single.txt").write_text("red\nzebra\n")
     return root
 
 
@@ -92,6 +93,7 @@ def test_what_is_finished_is_taken_up(world, tmp_path, monkeypatch):
         (("--latents", "0:41"), "one", "latents: '0:41' goes beyond the last of 40"),
         (("--latents", "top:3"), "one", "latents: 'top:3': no order yet"),
         (("--words", "{world}/none.txt"), "one", "words: {world}/none.txt"),
+        (("--words", "{world}/single.txt"), "one", "words: hf:tiny-clip knows 1 of 2; at least 2 are needed"),
         (("--words", "{world}/missing.txt"), "one", "words: {world}/missing.txt"),
         (("--template", "no place"), "one", "template: 'no place'"),
         (("--images", "scenes:test:0"), "one", "images: "),

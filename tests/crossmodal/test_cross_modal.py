@@ -12,7 +12,7 @@ from command import run, run_json
 from saevlm_fast import cross_modal
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.crossmodal.omega import TopTokens
-from saevlm_fast.crossmodal.patches import Patches, kept_patches
+from saevlm_fast.crossmodal.patches import PATCH_SCORES, Patches, kept_patches
 from saevlm_fast.crossmodal.samples import auroc, auroc_interval, kept_pairs
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import TOKEN_SCHEMA
@@ -21,8 +21,6 @@ from saevlm_fast.images.pairs import is_wrong
 from saevlm_fast.sae import SparseAutoencoder
 
 D, S, K = 12, 40, 3
-PAIRS = ("harvest", "--model", "hf:tiny-llava", "--point", "language", "--layer", 1, "--workers", 0, "--device", "cpu")
-PAIRS += ("--images", "scenes:test:24", "--wrong-captions", 0.5, "--prompt", "Describe the image.")
 LENGTHS = [(4, 5, 3), (0, 6, 2), (7, 1, 3), (2, 9, 3), (5, 5, 2), (3, 4, 0), (6, 8, 3), (1, 1, 1)]
 
 
@@ -108,8 +106,8 @@ def test_omegas_and_scores_are_their_definitions(pairs, batch_rows, threshold, t
     assert 3 <= int((~np.isnan(omega)).sum()) < S
     np.testing.assert_allclose(found.omega_S, omega, rtol=0, atol=1e-6)
     assert found.ids == list(dict.fromkeys(items["image"]))
-    patches = Patches(*(np.concatenate(columns) for columns in zip(*parts)))
-    for scores, values in ((found.columns, expected), (patches._asdict(), expected_patches)):
+    patches = Patches(*map(np.concatenate, zip(*(part.columns.values() for part in parts))))
+    for scores, values in ((found.columns, expected), (patches.columns, expected_patches)):
         for name, each in values.items():
             np.testing.assert_allclose(scores[name], each, rtol=0, atol=1e-6)
     assert np.abs(expected["cosine"]).max() > 0.05
@@ -171,7 +169,7 @@ def test_shares_that_are_kept():
 def test_patches_that_are_kept_image_by_image():
     rng = np.random.default_rng(0)
     sample = np.repeat([0, 2, 5], [7, 1, 10])
-    columns = {name: rng.integers(0, 3, 18).astype(float) for name in Patches._fields[3:]} | {"random": rng.random(18)}
+    columns = {name: rng.integers(0, 3, 18).astype(float) for name in PATCH_SCORES} | {"random": rng.random(18)}
     patches = Patches(sample, np.arange(18), np.arange(18), **columns)
     for by, share, least in (
         ("cosine", 0.5, False),
@@ -221,17 +219,6 @@ def test_the_command(pairs, tmp_path):
     assert (tmp_path / "out" / "kept.txt").read_bytes() != before
 
 
-@pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    """24 scenes, of which some have a wrong caption, on the box's LLaVA; an SAE; options that read both."""
-    path = tmp_path_factory.mktemp("box")
-    run(*PAIRS, "--output", path / "store")
-    sae = SparseAutoencoder(SAEConfig(128, 64, 8, "topk"))
-    sae.reset_parameters(0)
-    sae.save_pretrained(path / "sae")
-    return ("cross-modal", "--activations", path / "store", "--sae", path / "sae", "--device", "cpu")
-
-
 def test_clip_is_a_control_on_the_box(box, tmp_path):
     call = (*box, "--clip", "hf:tiny-clip")
     told = run_json(*call, "--output", tmp_path / "out")
@@ -242,11 +229,11 @@ def test_clip_is_a_control_on_the_box(box, tmp_path):
     assert not (tmp_path / "no" / "cross_modal.json").exists()
 
 
-def test_what_is_kept_is_harvested_and_trained_on(box, tmp_path):
+def test_what_is_kept_is_harvested_and_trained_on(box, pairs_of_the_box, tmp_path):
     run(*box, "--keep", 0.25, "--output", tmp_path / "out")
     kept = (tmp_path / "out" / "kept.txt").read_text().split("\n")[:-1]
     assert len(kept) == 6
-    run(*PAIRS, "--only", tmp_path / "out" / "kept.txt", "--output", tmp_path / "kept")
+    run(*pairs_of_the_box, "--only", tmp_path / "out" / "kept.txt", "--output", tmp_path / "kept")
     before, after = (
         open_activations(path).items(schema=TOKEN_SCHEMA).to_pandas() for path in (box[2], tmp_path / "kept")
     )
@@ -261,7 +248,7 @@ def test_what_is_kept_is_harvested_and_trained_on(box, tmp_path):
     assert told["pairs"] == 6
     missing = tmp_path / "missing.txt"
     missing.write_text("nobody\n")
-    assert "only: " in run(*PAIRS, "--only", missing, "--output", tmp_path / "no", code=2)
+    assert "only: " in run(*pairs_of_the_box, "--only", missing, "--output", tmp_path / "no", code=2)
 
 
 def test_bad_input(pairs, tmp_path):

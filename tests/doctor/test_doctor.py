@@ -78,6 +78,8 @@ def test_exit_code_1_when_a_check_fails(only_quick_checks, monkeypatch):
     text = run("doctor", "--device", "cpu", code=1)
     assert "- FAILED: topk encode (RuntimeError: CUDA error: an illegal memory access" in text
     assert "- ok: screened encode" in text
+    assert "**self-test** on cpu: 1 of 2 right" in text
+    assert ("- saevlm-fast: " in text, "- free in the working directory: " in text) == (True, True)
     result = run_json("doctor", "--device", "cpu")
     assert (result["ok"], [check["ok"] for check in result["self_test"]["checks"]]) == (False, [False, True])
 
@@ -128,6 +130,14 @@ def test_versions_against_those_that_are_supported(monkeypatch):
     lines = machine.problems({"libraries": found})
     assert lines == [f"torch is {found['torch']['version']}; needed is >=999", "nothing-of-that-name is not installed; "
                      "needed is >=2"]  # fmt: skip
+
+
+def test_a_busy_machine_and_a_full_disk_are_in_the_way():
+    found = {"threads": {"cores": 8, "cores_allowed": 2, "load": 4.1}, "disk": {"temporary_files_free_bytes": 10**9}}
+    busy, full = machine.problems(found)
+    assert busy.startswith("load 4.1 on 2 cores: other programs are at work")
+    assert full.startswith("disk: 1.0 GB free (temporary files)")
+    assert machine.problems({"threads": {"cores": 8, "load": 4.1}, "disk": {"here_free_bytes": 10**10}}) == []
 
 
 def test_a_torch_that_cannot_be_imported(monkeypatch):

@@ -56,7 +56,8 @@ class Hub:
         cut_downloads: so many downloads end after half of what was asked for. cut_uploads: so many PUTs are not heard
             to their end. corrupt: names whose downloads have a bit flipped. before_commit: called, once, before a
             commit is looked at. down: every answer is 503. ranges: whether parts can be asked for. statuses: of the
-            next answers. log: (method, path) of every request. tokens: those seen.
+            next answers. large_files_at: the URL of a server that has them, as of the Hub's.
+            log: (method, path) of every request. tokens: those seen.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class Hub:
         self.before_commit: Any = None
         self.down, self.ranges = False, True
         self.statuses: list[int] = []
+        self.large_files_at = ""
         self.log: list[tuple[str, str]] = []
         self.tokens: set[str] = set()
         self.url = ""
@@ -201,6 +203,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
         if self.command == "HEAD":
             return self.send(200, data, **headers)
+        if self.hub.large_files_at and path.endswith(LFS_SUFFIXES):
+            return self.send(302, Location=f"{self.hub.large_files_at}/{path}", **headers)
         if path in self.hub.corrupt:
             data = bytes([data[0] ^ 1]) + data[1:]
         start, stop = self.wanted(len(data))

@@ -367,6 +367,7 @@ def in_open_clip(tower: Tower, inputs: Any) -> list[Any]:
 
 FORWARD, ALONE = "`forward_intermediates`", "every image by itself, and `output_hidden_states`"
 TIMM = {"embed_dim": WIDTH, "depth": 2, "num_heads": 2, "img_size": SIZE, "patch_size": PATCH}
+SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4, "img_size": SIZE, "patch_size": 4}
 
 
 def family(name: str, make: Callable[[], Tower], prefix: int = 0, cls: bool = False, **fields: Any) -> Family:
@@ -410,6 +411,9 @@ FAMILIES = [
     timm_family("SigLIP", of_timm("vit_base_patch16_siglip_224", **TIMM)),
     timm_family("ResNet", of_timm("test_resnet"), grid=(5, 5), stages=True),
     timm_family("ConvNeXt", of_timm("test_convnext"), grid=(5, 5), stages=True),
+    timm_family("EfficientNet", of_timm("test_efficientnet"), grid=(5, 5), stages=True),
+    timm_family("Swin", of_timm("swin_tiny_patch4_window7_224", **SWIN), stages=True),
+    timm_family("Swin V2", of_timm("swinv2_tiny_window8_256", **SWIN), stages=True),
     Family("ViT", "open_clip", of_open_clip("plain"), in_open_clip, 1, True, checked_by=FORWARD),
     Family("ResNet", "open_clip", of_open_clip("resnet"), in_open_clip, grid=(2, 2), stages=True, checked_by=FORWARD),
     Family("ConvNeXt", "open_clip", of_open_clip("test_convnext"), in_open_clip, grid=(5, 5), stages=True,

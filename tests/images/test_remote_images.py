@@ -16,6 +16,7 @@ from command import run, run_json
 from file_server import FileServer
 from saevlm_fast.data.label_sets import read_labels
 from saevlm_fast.errors import ImageError
+from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.images import remote
 from saevlm_fast.remote import cache, reading
 from saevlm_fast.remote.answers import RemoteError
@@ -135,6 +136,18 @@ def test_a_parquet_file_is_opened_without_its_images(server, large):
     assert there.fingerprint() == here.fingerprint()
     assert not list(cache.remote_cache().rglob("*.parquet"))
     assert [there.read(i) for i in (11, 0, 5)] == [here.read(i) for i in (11, 0, 5)]
+
+
+def test_whether_the_images_are_the_same_is_known_without_fetching_them(server, large):
+    told = sampled_digest(sf.open_images(large), 12)
+    assert told == sampled_digest(sf.open_images(large), 12)
+    assert not list(cache.remote_cache().rglob("*.parquet"))
+    time.sleep(0.01)
+    (server.folder / "large.parquet").write_bytes((server.folder / "large.parquet").read_bytes())
+    assert told != sampled_digest(sf.open_images(large), 12)
+    server.etags = False
+    here = sampled_digest(sf.open_images(server.folder / "large.parquet"), 12)
+    assert here == sampled_digest(sf.open_images(large), 12), "without versions the images are read"
 
 
 def test_a_file_that_is_replaced_after_it_was_opened_is_refused(server, large):

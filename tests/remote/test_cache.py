@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import urllib.request
 from base64 import b64encode
 
 import fsspec.registry  # noqa: F401  # known by its name below
@@ -355,3 +356,19 @@ def test_a_full_disk_is_one_line(server, monkeypatch):
         with pytest.raises(RemoteError, match=r"a.bin: cannot be written to the cache \(.*\): No space left on device"):
             fetched(f"{server.url}/a.bin")
     assert fetched(f"{server.url}/a.bin").path.read_bytes() == data
+
+
+def test_a_proxy_is_gone_through_and_its_password_is_shown_nowhere(server, monkeypatch):
+    monkeypatch.setattr(urllib.request, "_opener", None)  # which has read the environment
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", server.url.replace("://", "://me:pass-word@"))
+    (server.folder / "http:" / "host.example").mkdir(parents=True)
+    data = put(server, "http:/host.example/a.bin")
+    assert read_whole("http://host.example/a.bin", 9000) == data
+    server.fails["*"] = [502] * 3
+    with pytest.raises(RemoteError, match=r"^http://host.example/a.bin: status 502, 3 times$"):
+        read_whole("http://host.example/a.bin", 9000)
+    server.stop()
+    with pytest.raises(RemoteError, match=r"^http://host.example/a.bin: no answer") as error:
+        read_whole("http://host.example/a.bin", 9000)
+    assert "pass-word" not in str(error.value)

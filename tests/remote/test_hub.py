@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import saevlm_fast as sf
+from file_server import FileServer
 from hub_server import TOKEN, hub_server
 from saevlm_fast.errors import ImageError
 from saevlm_fast.remote import cache, reading
@@ -178,6 +179,17 @@ def test_a_command_in_a_process_of_its_own(hub, tmp_path):
     call = [sys.executable, "-c", code, f"{PHOTOS}/x.parquet"]
     done = subprocess.run(call, env=os.environ | {"HF_TOKEN": TOKEN}, capture_output=True, text=True, timeout=120)
     assert Path(done.stdout.strip()).read_bytes() == data, done.stderr
+
+
+def test_large_files_come_from_another_server_which_does_not_see_the_token(hub, tmp_path):
+    (tmp_path / "cdn").mkdir()
+    (tmp_path / "cdn" / "0.tar").write_bytes(b"a" * 5000)
+    hub.add("datasets/user/photos", {"0.tar": b"a" * 5000}, private=True)
+    with FileServer(tmp_path / "cdn") as other:
+        hub.large_files_at = other.url
+        assert fetched(f"{PHOTOS}/0.tar").path.read_bytes() == b"a" * 5000
+        assert (other.asked["0.tar"], other.logins) == (3, set())
+    assert hub.tokens == {TOKEN}
 
 
 def test_an_image_that_is_gone_is_skipped(hub, files):

@@ -737,8 +737,9 @@ def test_models_that_are_no_plain_vision_transformer(tmp_path):
         stages.hooked([HookPoint("mlp", 0)]),
     ):
         pass
-    with pytest.raises(ValueError, match=r"timm:e: EfficientNet is not a plain vision transformer, ResNet or ConvNeXt"):
-        wrap_timm(timm.create_model("test_efficientnet", num_classes=0), "timm:e")
+    kinds = "plain vision transformer, Swin, ResNet, ConvNeXt or EfficientNet"
+    with pytest.raises(ValueError, match=rf"timm:n: NormFreeNet is not a {kinds}"):
+        wrap_timm(timm.create_model("test_nfnet", num_classes=0), "timm:n")
     text = open_clip.transformer.TextTransformer(8, 50, 16, 2, 1)
     with pytest.raises(ValueError, match="open_clip:r: TextTransformer is neither a vision transformer nor a ResNet"):
         open_clip_anatomy(text, "open_clip:r")

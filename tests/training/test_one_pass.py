@@ -108,6 +108,15 @@ def test_where_the_buffer_is_and_how_its_size_is_told_change_nothing(run, whole,
     assert not same(in_bytes.sae, whole["residual-0-random3/a"].sae)
 
 
+@pytest.mark.gpu
+def test_gpu_a_buffer_on_the_host_gives_the_same_bits(tower, photos):
+    on_gpu = load_tower(tower.spec, resolve_device("cuda"))
+    known = KNOWN | STREAM | {"device": "cuda", "layer": 0, "point": "residual"}
+    one, other = (train_from_images(on_gpu, photos, ONE, **known, buffer_on=where)[""] for where in ("device", "host"))
+    assert same(one.sae, other.sae)
+    assert one.metrics == other.metrics
+
+
 @pytest.mark.parametrize("stops", [(6, 13), (17,)])
 def test_cut_anywhere_it_goes_on_to_the_bit(run, whole, tmp_path, stops):
     """Windows are of 3 steps, checkpoints and forwards are not. The places go at their own pace."""

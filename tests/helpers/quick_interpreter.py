@@ -1,0 +1,41 @@
+"""Triton's interpreter, quicker: what it looks up anew at every call of a @triton.jit function is looked up once."""
+
+import importlib.util
+import sys
+
+
+def quicken_interpreter() -> None:
+    """It searches triton.language for what it has to replace, a third of its time, and builds its table of dtypes anew.
+
+    What it replaces, and with what, stays its own.
+    """
+    assert "triton.language" not in sys.modules, "before anything is replaced in it"
+    if importlib.util.find_spec("triton") is None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    packages = tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base
+    builtins = {package: [n for n in dir(package) if tl.core.is_builtin(getattr(package, n))] for package in packages}
+    search = interpreter._patch_builtin
+
+    def look_up(package, builder, *scope):
+        if package not in builtins:
+            search(package, builder, *scope)
+            return
+        for name in builtins[package]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, *scope)
+
+    of_numpy, known = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype):
+        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        if isinstance(element, tl.pointer_type):
+            return of_numpy(element)
+        if element not in known:
+            known[element] = of_numpy(element)
+        return known[element]
+
+    interpreter._patch_builtin, interpreter._get_np_dtype = look_up, np_dtype
