@@ -19,6 +19,7 @@ from saevlm_fast.remote.answers import NotThere, RemoteError
 from saevlm_fast.remote.cache import fetched, release
 from saevlm_fast.remote.files import RemoteFiles
 from saevlm_fast.remote.reading import read_whole
+from saevlm_fast.urls import redacted
 
 
 @pytest.fixture
@@ -372,3 +373,15 @@ def test_a_proxy_is_gone_through_and_its_password_is_shown_nowhere(server, monke
     with pytest.raises(RemoteError, match=r"^http://host.example/a.bin: no answer") as error:
         read_whole("http://host.example/a.bin", 9000)
     assert "pass-word" not in str(error.value)
+
+
+def test_an_account_of_azure_is_no_secret_and_stays_in_what_is_listed(monkeypatch):
+    class Files:
+        def find(self, path):
+            return ["box/a/2.tar", "box/a/1.tar"]
+
+    url = "abfs://box@account.dfs.core.windows.net/a"
+    monkeypatch.setattr(reading, "_file_system", lambda url: (Files(), "box/a"))
+    assert redacted(url) == url
+    assert redacted("s3://key:word@bucket/a") == "s3://***@bucket/a"
+    assert reading.listed(url) == [f"{url}/1.tar", f"{url}/2.tar"]
