@@ -6,7 +6,6 @@ neuron the value is its coordinate and the direction its axis.
 Shape suffixes: N tokens, D width, S units, J chosen ones, B images, M values above 0.
 """
 
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -132,11 +131,13 @@ class Latents:
     def __init__(self, sae: SparseAutoencoder) -> None:
         self.sae, self.n, self.width = sae, sae.config.d_sae, sae.config.d_in
         self.W_SD = sae.W_dec.detach().float()
+        self._digest: str | None = None
 
-    @cached_property
+    @property
     def made_of(self) -> str:
         """Of its weights."""
-        return weights_sha256(self.sae)
+        self._digest = self._digest or weights_sha256(self.sae)
+        return self._digest
 
     @torch.no_grad()
     def read(self, x_ND: Tensor) -> "LatentTokens":
