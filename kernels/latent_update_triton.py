@@ -12,6 +12,7 @@ is read from the device: a captured CUDA graph can be replayed. docs/kernels.md 
 """
 
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,14 @@ def held_in_cone(w, first, COSINE: tl.constexpr, SINE: tl.constexpr, ROUNDING: t
     edge = COSINE * first + SINE * across / tl.where(length == 0, 1.0, length)
     edge = tl.where(length <= ROUNDING, first, edge)
     return tl.where(cosine < COSINE, edge, w)
+
+
+@triton.jit(do_not_specialize=["first", "second", "third"])
+def announce_kernel(numbers_ptr, first, second, third):
+    """Three int64 from the host, without a copy: numbers that come with the launch."""
+    tl.store(numbers_ptr, first.to(tl.int64))
+    tl.store(numbers_ptr + 1, second.to(tl.int64))
+    tl.store(numbers_ptr + 2, third.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["n_latents"])
@@ -180,6 +189,12 @@ def update_kernel(
 
 
 # --- launch wrapper --------------------------------------------------------------------------------------------------
+
+
+def launch_announce(numbers_3: Tensor, schedule: tuple[float, float], step: int) -> None:
+    """Writes the bits of Adam's schedule (float64) and the step's index into int64 [3]."""
+    bits = struct.unpack("2q", struct.pack("2d", *schedule))
+    announce_kernel[(1,)](numbers_3, *bits, step, num_warps=1)
 
 
 class Scalars(NamedTuple):

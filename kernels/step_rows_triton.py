@@ -27,6 +27,7 @@ from .segment_sum_triton import accumulator
 HELD_ENTRIES = 32  # of a row of fixed k, whose rows of W_dec stay in registers
 HELD_SHORT = 16  # of ragged rows, those of at most so many entries: two programs a processor
 HELD_LONG, STEP_LONG = 8, 4  # of the others, and how many more at a time
+REGISTERS = 128  # of a thread of eight warps, for two programs a processor
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
@@ -46,25 +47,134 @@ def group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, BLOCK:
 
 
 @triton.jit
-def load_rows(acts_ptr, latents, W_ptr, o, m, d_in, o_d, m_d, ACC: tl.constexpr):
+def load_rows(acts_ptr, latents, W_ptr, o, m, columns, ACC: tl.constexpr):
     """(act, row of W [P, D]) of the entries o, whose latents are known."""
+    d_in, o_d, m_d = columns
     acts = tl.load(acts_ptr + o, mask=m, other=0.0).to(ACC)
     at = W_ptr + latents[:, None] * d_in + o_d[None, :]
     return acts, tl.load(at, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
-def load_entries(acts_ptr, latents_ptr, W_ptr, o, m, d_in, o_d, m_d, ACC: tl.constexpr):
+def load_entries(codes, o, m, columns, ACC: tl.constexpr):
     """The same, of entries whose latents are not."""
-    latents = tl.load(latents_ptr + o, mask=m, other=0)
-    return load_rows(acts_ptr, latents, W_ptr, o, m, d_in, o_d, m_d, ACC)
+    acts_ptr, latents_ptr, W_ptr = codes
+    return load_rows(acts_ptr, tl.load(latents_ptr + o, mask=m, other=0), W_ptr, o, m, columns, ACC)
 
 
 @triton.jit
-def store_entries(dacts_ptr, bags_ptr, o, m, acts, dacts, bags):
+def store_entries(kept, o, m, acts, dacts, bags):
     """What is kept of the entries o."""
+    dacts_ptr, bags_ptr = kept
     tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=m)
     tl.store(bags_ptr + o, bags, mask=m)
+
+
+@triton.jit
+def add_others(x_hat, codes, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
+    """(x_hat with the entries from `first` on, which are not held; the smallest positive activations among them)."""
+    acts_ptr, latents_ptr, W_ptr = codes
+    o_l = tl.arange(0, STEP_K)
+    smallest = tl.full([STEP_K], float("inf"), ACC)
+    latents = tl.load(latents_ptr + first + o_l, mask=first + o_l < end, other=0)
+    for p in range(first, end, STEP_K):
+        o = p + o_l
+        following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
+        acts, w = load_rows(acts_ptr, latents, W_ptr, o, o < end, columns, ACC)
+        latents = following
+        x_hat += tl.sum(acts[:, None] * w, axis=0)
+        smallest = tl.minimum(smallest, tl.where(acts > 0, acts, float("inf")))
+    return x_hat, smallest
+
+
+@triton.jit
+def pass_to_others(suffix, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
+    """Stores dacts and bags of the entries from `first` on, which are not held."""
+    acts_ptr, latents_ptr, W_ptr = codes
+    o_l = tl.arange(0, STEP_K)
+    latents = tl.load(latents_ptr + first + o_l, mask=first + o_l < end, other=0)
+    for p in range(first, end, STEP_K):
+        o = p + o_l
+        following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
+        acts, w = load_rows(acts_ptr, latents, W_ptr, o, o < end, columns, ACC)
+        latents = following
+        store_entries(kept, o, o < end, acts, tl.sum(w * suffix[None, :], axis=1), bag + o_l * 0)
+
+
+@triton.jit
+def take_others_off(e, suffix, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
+    """e without the entries of a Matryoshka group from `first` on, which are not held; stores their dacts and bags."""
+    o_l = tl.arange(0, STEP_K)
+    for p in range(first, end, STEP_K):
+        o = p + o_l
+        acts, w = load_entries(codes, o, o < end, columns, ACC)
+        e -= tl.sum(acts[:, None] * w, axis=0)
+        store_entries(kept, o, o < end, acts, tl.sum(w * suffix[None, :], axis=1), bag + o_l * 0)
+    return e
+
+
+@triton.jit
+def take_held_off(e, acts, w, suffix, bags_ptr, bag, start, low, high, BLOCK_K: tl.constexpr):
+    """The same of held entries low:high: (e, w with their rows times suffix); stores their bags."""
+    o_k = tl.arange(0, BLOCK_K)
+    inside = (o_k >= low) & (o_k < high)
+    tl.store(bags_ptr + start + o_k, bag + o_k * 0, mask=inside)
+    e -= tl.sum(tl.where(inside, acts, 0.0)[:, None] * w, axis=0)
+    return e, tl.where(inside[:, None], w * suffix[None, :], w)  # a row is not needed again as it was
+
+
+@triton.jit
+def pass_back_prefixes(
+    e,
+    held,
+    scale,
+    codes,
+    kept,
+    outputs,
+    group_ends_ptr,
+    row,
+    columns,
+    LONG: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Sum over the prefixes of the squared residual; stores suffixes, their norms, and the entries' dacts and bags.
+
+    e: the last prefix's residual. held: acts and rows of W of the entries that are. row: its first bag, where its
+    entries begin and end, number of groups.
+    """
+    acts, w = held
+    suffix_ptr, norms_ptr = outputs
+    bag, start, end, n_groups = row
+    _, latents_ptr, _ = codes
+    d_in, o_d, m_d = columns
+    dacts_ptr, bags_ptr = kept
+    squared, suffix = tl.zeros_like(e), tl.zeros_like(e)
+    high = (end - start).to(tl.int32)
+    o_k = tl.arange(0, BLOCK_K)
+    o_f = start + tl.arange(0, 32)
+    first_latents = tl.load(latents_ptr + o_f, mask=o_f < end, other=1 << 31)
+    for i in range(n_groups):
+        g = n_groups - 1 - i
+        squared += e * e
+        suffix += scale * e
+        tl.store(suffix_ptr + (bag + g) * d_in + o_d, suffix, mask=m_d)
+        tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
+        low = group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, 32)
+        this = (bag + g).to(tl.int32)
+        if LONG:
+            first = start + tl.maximum(low, BLOCK_K)
+            e = take_others_off(e, suffix, codes, kept, this, first, start + high, columns, STEP_K, ACC)
+        if LONG:
+            if low < tl.minimum(high, BLOCK_K):  # else none of the group is held
+                e, w = take_held_off(e, acts, w, suffix, bags_ptr, this, start, low, high, BLOCK_K)
+        else:
+            e, w = take_held_off(e, acts, w, suffix, bags_ptr, this, start, low, high, BLOCK_K)
+        e = tl.where(m_d, e, 0.0)
+        high = low
+    tl.store(dacts_ptr + start + o_k, tl.where(acts > 0, tl.sum(w, axis=1), 0.0), mask=start + o_k < end)
+    return tl.sum(squared, axis=0)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_groups", "shortest", "longest"])
@@ -117,70 +227,32 @@ def row_kernel(
     scale = (tl.full([], 2.0, ACC) / n_rows) / n_groups
     bag = row * n_groups
 
-    o_k, o_l = tl.arange(0, BLOCK_K), tl.arange(0, STEP_K)
+    codes, kept, columns = (acts_ptr, latents_ptr, W_ptr), (dacts_ptr, bags_ptr), (d_in, o_d, m_d)
+    o_k = tl.arange(0, BLOCK_K)
     m = start + o_k < end
-    acts, w = load_entries(acts_ptr, latents_ptr, W_ptr, start + o_k, m, d_in, o_d, m_d, ACC)
+    others = start + BLOCK_K
+    acts, w = load_entries(codes, start + o_k, m, columns, ACC)
     x_hat = b + tl.sum(acts[:, None] * w, axis=0)
     smallest = tl.full([STEP_K], float("inf"), ACC)
     if LONG:
-        latents = tl.load(latents_ptr + start + BLOCK_K + o_l, mask=start + BLOCK_K + o_l < end, other=0)
-        for p in range(start + BLOCK_K, end, STEP_K):
-            o = p + o_l
-            following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
-            more, w_l = load_rows(acts_ptr, latents, W_ptr, o, o < end, d_in, o_d, m_d, ACC)
-            latents = following
-            x_hat += tl.sum(more[:, None] * w_l, axis=0)
-            smallest = tl.minimum(smallest, tl.where(more > 0, more, float("inf")))
+        x_hat, smallest = add_others(x_hat, codes, others, end, columns, STEP_K, ACC)
     tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
     e = tl.where(m_d, x_hat - x, 0.0)
-
     if PREFIXES:
-        squared = tl.zeros([BLOCK_D], dtype=ACC)
-        suffix = tl.zeros([BLOCK_D], dtype=ACC)
-        high = (end - start).to(tl.int32)
-        o_f = start + tl.arange(0, 32)
-        first_latents = tl.load(latents_ptr + o_f, mask=o_f < end, other=1 << 31)
-        for i in range(n_groups):
-            g = n_groups - 1 - i
-            squared += e * e
-            suffix += scale * e
-            tl.store(suffix_ptr + (bag + g) * d_in + o_d, suffix, mask=m_d)
-            tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
-            low = group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, 32)
-            if LONG:
-                for p in range(start + tl.maximum(low, BLOCK_K), start + high, STEP_K):
-                    o = p + o_l
-                    m_l = o < start + high
-                    more, w_l = load_entries(acts_ptr, latents_ptr, W_ptr, o, m_l, d_in, o_d, m_d, ACC)
-                    e -= tl.sum(more[:, None] * w_l, axis=0)
-                    dacts_l = tl.sum(w_l * suffix[None, :], axis=1)
-                    store_entries(dacts_ptr, bags_ptr, o, m_l, more, dacts_l, (bag + g).to(tl.int32) + o_l * 0)
-            inside = (o_k >= low) & (o_k < high)
-            tl.store(bags_ptr + start + o_k, (bag + g).to(tl.int32) + o_k * 0, mask=inside)
-            e = tl.where(m_d, e - tl.sum(tl.where(inside, acts, 0.0)[:, None] * w, axis=0), 0.0)
-            w = tl.where(inside[:, None], w * suffix[None, :], w)  # not needed again as it was
-            high = low
-        dacts = tl.sum(w, axis=1)
-        tl.store(dacts_ptr + start + o_k, tl.where(acts > 0, dacts, 0.0), mask=m)
-        tl.store(squared_ptr + row, tl.sum(squared, axis=0))
+        outputs, this = (suffix_ptr, norms_ptr), (bag, start, end, n_groups)
+        squared = pass_back_prefixes(
+            e, (acts, w), scale, codes, kept, outputs, group_ends_ptr, this, columns, LONG, BLOCK_K, STEP_K, ACC
+        )
     else:
         suffix = scale * e
-        dacts = tl.sum(w * suffix[None, :], axis=1)
-        store_entries(dacts_ptr, bags_ptr, start + o_k, m, acts, dacts, row.to(tl.int32) + o_k * 0)
+        bags = row.to(tl.int32)
+        store_entries(kept, start + o_k, m, acts, tl.sum(w * suffix[None, :], axis=1), bags + o_k * 0)
         if LONG:
-            latents = tl.load(latents_ptr + start + BLOCK_K + o_l, mask=start + BLOCK_K + o_l < end, other=0)
-            for p in range(start + BLOCK_K, end, STEP_K):
-                o = p + o_l
-                following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
-                more, w_l = load_rows(acts_ptr, latents, W_ptr, o, o < end, d_in, o_d, m_d, ACC)
-                latents = following
-                dacts_l = tl.sum(w_l * suffix[None, :], axis=1)
-                store_entries(dacts_ptr, bags_ptr, o, o < end, more, dacts_l, row.to(tl.int32) + o_l * 0)
+            pass_to_others(suffix, codes, kept, bags, others, end, columns, STEP_K, ACC)
         tl.store(suffix_ptr + row * d_in + o_d, suffix, mask=m_d)
         squared = tl.sum(e * e, axis=0)
-        tl.store(squared_ptr + row, squared)
         tl.store(norms_ptr + row, scale * tl.sqrt(squared))
-
+    tl.store(squared_ptr + row, squared)
     if K == 0:
         held = tl.min(tl.where(acts > 0, acts, float("inf")), axis=0)
         tl.store(smallest_ptr + row, tl.minimum(held, tl.min(smallest, axis=0)))
@@ -224,13 +296,16 @@ def row_tile(d_in: int, held: int, step: int = 0) -> dict[str, int | bool]:
     block_d, _ = whole_row_block(d_in, 4)
     wide = block_d > 2048  # one program a processor, of as many warps as can be
     block_k = min(triton.next_power_of_2(held), (1 << (14 if wide else 15)) // block_d)
-    return {
+    tile = {
         "LONG": step > 0 or held > block_k,
         "BLOCK_K": block_k,
         "STEP_K": min(step or 1, (1 << (13 if wide else 14)) // block_d),
         "BLOCK_D": block_d,
         "num_warps": 16 if wide else 8 if block_k * block_d >= 1 << 13 else 4,
     }
+    if not tile["LONG"] and tile["num_warps"] == 8 and block_k * block_d <= 1 << 14:
+        tile["maxnreg"] = REGISTERS  # Matryoshka groups would take 154 at 16 x 1024: one program, and idle warps
+    return tile
 
 
 def launch_rows(
@@ -264,34 +339,19 @@ def launch_rows(
         smallest_B=new(n_rows),
     )
     k = latents.shape[1] if row_offsets is None else 0
+    launches = [(k, k, k, 0) if k <= HELD_ENTRIES else (k, k, HELD_LONG, STEP_LONG)]
     if k == 0:
         launches = [(HELD_SHORT + 1, n_entries, HELD_LONG, STEP_LONG), (0, HELD_SHORT, HELD_SHORT, 0)]
-    else:
-        launches = [(k, k, k, 0) if k <= HELD_ENTRIES else (k, k, HELD_LONG, STEP_LONG)]
-    pointers = (
-        x_BD.contiguous(),
-        acts.contiguous(),
-        latents.contiguous(),
-        latents if row_offsets is None else row_offsets,
-        group_ends_G,
-        W_dec_SD,
-        b_dec_D,
-        *rows,
-    )
+    codes = acts.contiguous(), latents.contiguous(), latents if row_offsets is None else row_offsets
     contexts: tuple[AbstractContextManager[object], ...] = nullcontext(), beside or nullcontext()
-    for (shortest, longest, *tile), context in zip(launches, contexts):
+    for (shortest, longest, *sizes), context in zip(launches, contexts):
+        tile = row_tile(d_in, *sizes)
+        if torch.version.hip is not None or sum_dtype != torch.float32:  # AMD counts registers otherwise
+            tile.pop("maxnreg", None)
+        numbers = n_rows, n_groups, shortest, longest, d_in
+        kind = {"K": k, "PREFIXES": n_groups > 1, "CENTRE": centred is None, "ACC": ACC}
         with context:
             row_kernel[(n_rows,)](
-                *pointers,
-                n_rows,
-                n_groups,
-                shortest,
-                longest,
-                d_in,
-                K=k,
-                PREFIXES=n_groups > 1,
-                CENTRE=centred is None,
-                ACC=ACC,
-                **row_tile(d_in, *tile),
+                x_BD.contiguous(), *codes, group_ends_G, W_dec_SD, b_dec_D, *rows, *numbers, **kind, **tile
             )
     return rows

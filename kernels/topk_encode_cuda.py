@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 2**30  # float32 pre-activations of 4096 rows and 65536 latents; the screened ones take half of it
 GROUPS = (64, 16)
+POOL_COUNTERS = 4  # int32: two of int64
 
 
 class Centred(NamedTuple):
@@ -109,7 +110,14 @@ def batch_topk_encode_screened_cuda(
     A chunk has to have at least two groups for each of the B k entries, else the plain path is taken.
     """
     from .topk_encode_batch_triton import launch_batch_topk_encode, launch_merge
-    from .topk_encode_choose_triton import launch_batch_bound, launch_nth_key, launch_row_offsets, launch_write
+    from .topk_encode_largest_triton import (
+        N_INTEGERS,
+        launch_batch_bound,
+        launch_counts,
+        launch_nth_key,
+        launch_write,
+        split_integers,
+    )
     from .topk_encode_list_triton import launch_list
     from .topk_encode_redo_triton import launch_redo_product
 
@@ -123,19 +131,19 @@ def batch_topk_encode_screened_cuda(
             return launch_batch_topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
         encoder = Screening(W_enc_DS, b_enc_S, b_dec_D, group, low)
         codes = []
-        for start, screen in encoder.chunks(x_BD, buffer_bytes, centred):
+        for start, screen in encoder.chunks(x_BD, buffer_bytes, centred, N_INTEGERS):
             chunk_rows = len(screen.x_RD)
             capacity = 4 * n + 64 * chunk_rows
-            pool, integers = _pool(capacity, screen, n_integers=6 * 256 + 4)
-            histogram_2, histogram_4, bound, found = integers.split([512, 1024, 2, 2])
-            launch_batch_bound(screen, n, histogram_2, bound)
+            pool, integers = _pool(capacity, screen)
+            of_bound, of_key, bound, found = split_integers(integers)
+            launch_batch_bound(screen, n, of_bound, bound)
             launch_list(screen, pool, k, capacity, bound)
             encoder.dots(screen, pool)
             launch_redo_product(screen, pool, encoder.W_SD, encoder.b_enc_S, batch=True)
-            launch_nth_key(screen, pool, n, histogram_4, found)
-            row_offsets, equal_before_R = launch_row_offsets(screen, pool, found)
-            acts_M, latents_M = x_BD.new_zeros(n), torch.zeros(n, dtype=torch.int64, device=x_BD.device)
-            launch_write(screen, pool, found, row_offsets, equal_before_R, acts_M, latents_M)
+            launch_nth_key(screen, pool, n, of_key, found)
+            acts_M, latents_M = x_BD.new_empty(n), torch.empty(n, dtype=torch.int64, device=x_BD.device)
+            counts = launch_counts(screen, pool, found)
+            row_offsets = launch_write(screen, pool, found, counts, acts_M, latents_M)
             if chunk_rows == n_rows:
                 return acts_M, latents_M, row_offsets
             codes.append((acts_M, _positions(start, latents_M, row_offsets, d_sae)))
@@ -161,7 +169,7 @@ def threshold_encode_screened_cuda(
     centred: Centred | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """threshold_encode; else as above. The host asks for the number of entries once a chunk."""
-    from .topk_encode_choose_triton import launch_row_offsets, launch_write
+    from .topk_encode_largest_triton import launch_counts, launch_write
     from .topk_encode_list_triton import launch_list
     from .topk_encode_redo_triton import launch_redo_product
 
@@ -174,18 +182,18 @@ def threshold_encode_screened_cuda(
     acts, latents, offsets = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=x_BD.device)], []
     with torch.cuda.device_of(x_BD):
         encoder = Screening(W_enc_DS, b_enc_S, b_dec_D, GROUPS[0], low)
-        for _, screen in encoder.chunks(x_BD, buffer_bytes, centred):
+        for _, screen in encoder.chunks(x_BD, buffer_bytes, centred, n_integers=4):
             capacity = len(screen.x_RD) * per_row
-            pool, found = _pool(capacity, screen, n_integers=2)
+            pool, found = _pool(capacity, screen)
             found[:1].fill_(key)  # not a copy from the host, which would wait
             launch_list(screen, pool, 1, capacity, found)
             encoder.dots(screen, pool)
             launch_redo_product(screen, pool, encoder.W_SD, encoder.b_enc_S, batch=True)
-            row_offsets, equal_before_R = launch_row_offsets(screen, pool, found)
-            n = int(row_offsets[-1])
+            counts = launch_counts(screen, pool, found)
+            n = int(counts.parts_2P[0].sum())
             acts.append(x_BD.new_empty(n))
             latents.append(torch.empty(n, dtype=torch.int64, device=x_BD.device))
-            launch_write(screen, pool, found, row_offsets, equal_before_R, acts[-1], latents[-1])
+            row_offsets = launch_write(screen, pool, found, counts, acts[-1], latents[-1])
             offsets.append(row_offsets[1:] + sum(map(len, acts[:-1])))
     zero = torch.zeros(1, dtype=torch.int64, device=x_BD.device)
     return torch.cat(acts), torch.cat(latents), torch.cat([zero, *offsets])
@@ -221,8 +229,10 @@ class Screening:
         self.W_low_SP = low.W_SD
         self.factors_3G = launch_group_factors(low.norm_S, low.error_S, self.b_enc_S, self.W_low_SP.shape[1], group)
 
-    def chunks(self, x_BD: Tensor, buffer_bytes: int | None, centred: Centred | None) -> "Iterator[tuple[int, Screen]]":
-        """(first row, product) of every chunk of rows; the next one overwrites it."""
+    def chunks(
+        self, x_BD: Tensor, buffer_bytes: int | None, centred: Centred | None, n_integers: int = 0
+    ) -> "Iterator[tuple[int, Screen]]":
+        """(first row, product) of every chunk of rows; the next one overwrites it. n_integers: zeros to ask for."""
         from .topk_encode_screen_triton import launch_centred_rows, launch_product
 
         width = _padded(len(self.W_SD))
@@ -231,12 +241,15 @@ class Screening:
         x_BD = x_BD if x_BD.stride(1) == 1 else x_BD.contiguous()
         for start in range(0, len(x_BD), chunk_rows):
             x_RD = x_BD[start : start + chunk_rows]
-            screen = self._screen(buffer, start, len(x_RD), width, centred)
+            zeros = torch.empty(POOL_COUNTERS + n_integers, dtype=torch.int32, device=x_BD.device)
+            screen = self._screen(buffer, start, len(x_RD), width, centred, zeros)
             low_RP = launch_centred_rows(x_RD, self.b_dec_D, self.W_low_SP.shape[1], screen)
             launch_product(low_RP, self.W_low_SP, self.b_enc_S, screen)
             yield start, screen
 
-    def _screen(self, buffer: Tensor, start: int, n_rows: int, width: int, centred: Centred | None) -> "Screen":
+    def _screen(
+        self, buffer: Tensor, start: int, n_rows: int, width: int, centred: Centred | None, zeros: Tensor
+    ) -> "Screen":
         from .topk_encode_screen_triton import Screen
 
         d_sae, d_in = self.W_SD.shape
@@ -249,7 +262,8 @@ class Screening:
         n_groups = self.factors_3G.shape[1]
         maxima_RG = torch.empty(n_rows, n_groups, dtype=torch.float16, device=buffer.device)
         z_RS = buffer[: n_rows * d_sae].view(n_rows, d_sae)
-        return Screen(x_RD, norm_R, error_R, inverse_R, pre_RP, maxima_RG, self.factors_3G, self.group, d_sae, z_RS)
+        sizes = self.group, d_sae
+        return Screen(x_RD, norm_R, error_R, inverse_R, pre_RP, maxima_RG, self.factors_3G, *sizes, z_RS, zeros)
 
     def dots(self, screen: "Screen", pool: "Pool") -> None:
         from .topk_encode_list_triton import launch_dots
@@ -257,9 +271,9 @@ class Screening:
         launch_dots(screen, pool, self.W_SD, self.b_enc_S)
 
 
-def _pool(capacity: int, screen: "Screen", n_integers: int = 0) -> "tuple[Pool, Tensor]":
-    """An empty pool, and so many int32 zeros: one clearing launch."""
+def _pool(capacity: int, screen: "Screen") -> "tuple[Pool, Tensor]":
+    """An empty pool, and the int32 zeros asked for beside its own."""
     from .topk_encode_list_triton import Pool
 
-    zeros = torch.zeros(4 + n_integers, dtype=torch.int32, device=screen.x_RD.device)
-    return Pool.empty(capacity, len(screen.x_RD), zeros[:4].view(torch.int64)), zeros[4:]
+    counters, integers = screen.zeros[:POOL_COUNTERS].view(torch.int64), screen.zeros[POOL_COUNTERS:]
+    return Pool.empty(capacity, len(screen.x_RD), counters), integers

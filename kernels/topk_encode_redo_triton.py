@@ -4,7 +4,7 @@
     acts, latents = z.topk(k)  of those rows                                    redo_topk_kernel
 
 The whole chunk is done again if its pool overflowed; for BatchTopK and a threshold also if any row failed, and the
-batch's selection (topk_encode_choose_triton.py) then reads z. The grids are small and persistent: they leave at once.
+batch's selection (topk_encode_largest_triton.py) then reads z. The grids are small and persistent: they leave at once.
 """
 
 import triton

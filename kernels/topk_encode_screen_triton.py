@@ -32,7 +32,8 @@ class Screen:
     """The screening product of a chunk of rows [R], and all that bounds its error.
 
     inverse_R is 2^-e. pre_RP: P is d_sae rounded up to 64, columns from d_sae on are -inf. z_RS: the same memory as
-    pre_RP, of which it is the double: float32 pre-activations, where rows have to be done again.
+    pre_RP, of which it is the double: float32 pre-activations, where rows have to be done again. zeros: int32, for
+    whoever counts in this chunk.
     """
 
     x_RD: Tensor
@@ -45,6 +46,7 @@ class Screen:
     group: int
     d_sae: int
     z_RS: Tensor
+    zeros: Tensor
 
     def bound_args(self) -> dict[str, Any]:
         """What `slack_of` reads."""
@@ -84,7 +86,7 @@ def low_weights_kernel(W_ptr, low_ptr, norm_ptr, error_ptr, d_in, width, BLOCK_D
     tl.store(error_ptr + latent, tl.sqrt(tl.sum(errors, axis=0)) + TINY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_zeros"])
 def low_rows_kernel(
     x_ptr,
     b_dec_ptr,
@@ -93,13 +95,18 @@ def low_rows_kernel(
     norm_ptr,
     error_ptr,
     inverse_ptr,
+    zeros_ptr,
     stride_x,
     d_in,
     width,
+    n_zeros,
     BLOCK_D: tl.constexpr,
 ):
-    """x - b_dec of a row, its norm, the power of two below, the float16 copy in its units, its error."""
+    """x - b_dec of a row, its norm, the power of two below, the float16 copy in its units, its error; and zeros."""
     row = tl.program_id(0).to(tl.int64)
+    o_z = row * BLOCK_D + tl.arange(0, BLOCK_D)
+    for z in range(0, n_zeros, tl.num_programs(0) * BLOCK_D):
+        tl.store(zeros_ptr + z + o_z, tl.zeros([BLOCK_D], dtype=tl.int32), mask=z + o_z < n_zeros)
     squares = tl.zeros([BLOCK_D], dtype=tl.float32)
     for d in range(0, d_in, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
@@ -304,7 +311,7 @@ def launch_low_weights(W_SD: Tensor, low_SP: Tensor, norm_S: Tensor, error_S: Te
 
 
 def launch_centred_rows(x_RD: Tensor, b_dec_D: Tensor, width: int, screen: Screen) -> Tensor:
-    """Writes x, norm, error and inverse of the screen; returns the float16 copy [R, width]."""
+    """Writes x, norm, error, inverse and zeros of the screen; returns the float16 copy [R, width]."""
     n_rows, d_in = x_RD.shape
     low_RP = torch.empty(n_rows, width, dtype=torch.float16, device=x_RD.device)
     low_rows_kernel[(n_rows,)](
@@ -315,9 +322,11 @@ def launch_centred_rows(x_RD: Tensor, b_dec_D: Tensor, width: int, screen: Scree
         screen.norm_R,
         screen.error_R,
         screen.inverse_R,
+        screen.zeros,
         x_RD.stride(0),
         d_in,
         width,
+        len(screen.zeros),
         BLOCK_D=min(triton.next_power_of_2(width), 4096),
     )
     return low_RP

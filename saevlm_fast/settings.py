@@ -162,7 +162,7 @@ class Settings:
             if choices:
                 plain = isinstance(value, str | int)  # not what compares elementwise
                 listed = ", ".join(map(str, choices))
-                require(plain and value in choices, f"{name}: {shown(value)} is not one of {listed}")
+                require(plain and value in choices, f"{known.option or name}: {shown(value)} is not one of {listed}")
             elif isinstance(value, int | float):
                 require(not isinstance(value, int) or value < 2**62, f"{name}: {value} must be below 2^62")
                 must = f"must be {known.limits}".replace("be not", "not be")

@@ -155,11 +155,11 @@ class SparseCodes(NamedTuple):
         Raises:
             ActivationError: naming the first bad row, its latent, the value and the rule. Waits for a device.
         """
+        if not as_stored and self._sound_throughout():
+            return
         self.check_layout(where, first_row, exact=as_stored)
         end = self.n_entries
         acts_M, latents_M = self.top_acts.flatten()[:end], self.top_indices.flatten()[:end]
-        if not as_stored and self._in_range(acts_M, latents_M):
-            return
         row_offsets = self.csr()[2]
         sign_M, least = (acts_M > 0, "above 0") if as_stored else (acts_M >= 0, "of at least 0")
         rules = [
@@ -178,13 +178,21 @@ class SparseCodes(NamedTuple):
         row, latent = first_row + self.row_of(entry), int(latents_M[entry])
         raise ActivationError(f"{where}: row {row}, latent {latent}: {value_M[entry].item():g} {rule}")
 
-    def _in_range(self, acts_M: Tensor, latents_M: Tensor) -> bool:
-        """Whether all are, by their extremes, NaN among them: few launches and one wait for a device."""
-        if len(acts_M) == 0:
-            return True
-        extremes = [extreme.to(torch.float64) for extreme in (*acts_M.aminmax(), *latents_M.aminmax())]
-        low, high, first, last = torch.stack(extremes).tolist()
-        return low >= 0 and high < float("inf") and first >= 0 and last < self.d_sae
+    def _sound_throughout(self) -> bool:
+        """Whether layout, entries and padding are sound, by extremes (NaN among them): one wait for a device.
+
+        False also where that says too little: of no rows or entries, and of unsound padding, which is allowed.
+        """
+        if not self._fits_shape() or self.n_rows == 0 or self.top_acts.numel() == 0:
+            return False
+        whole = list(self.top_indices.aminmax())
+        if self.row_offsets is not None:
+            whole += [self.row_offsets[0], self.row_offsets[-1], self.row_offsets.diff().amin()]
+        numbers = torch.stack(self.top_acts.aminmax()), torch.stack(whole)
+        low, high, first, last, *offsets = torch.cat([each.to(torch.float64) for each in numbers]).tolist()
+        start, end, least = offsets or (0, 0, 0)
+        ascend = start == 0 and least >= 0 and end <= self.top_acts.numel()
+        return ascend and low >= 0 and high < float("inf") and first >= 0 and last < self.d_sae
 
     def check_layout(self, where: str, first_row: int = 0, *, exact: bool = False) -> None:
         """That the tensors belong together, and that row_offsets ascend from 0 to at most (exact: to) their length.

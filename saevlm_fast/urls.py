@@ -62,7 +62,8 @@ def redacted(text: str) -> str:
         return text
     parts = urlsplit(_whole(text))
     host = parts.netloc.rpartition("@")[2]
-    netloc = f"{_HIDDEN}@{host}" if "@" in parts.netloc else host
+    secret = "@" in parts.netloc and not parts.scheme.startswith("ab")  # abfs://container@account...
+    netloc = f"{_HIDDEN}@{host}" if secret else parts.netloc
     return urlunsplit(parts._replace(netloc=netloc, query=_HIDDEN if parts.query else "", fragment=""))
 
 

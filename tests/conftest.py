@@ -34,9 +34,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skip = pytest.mark.skip(reason="no GPU on this machine")
     minutes = pytest.mark.skip(reason="starts processes with torchrun, minutes long: pytest -m distributed")
     for item in items:
-        if "gpu" in item.keywords and not GPU:
+        if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(skip)
-        if "distributed" in item.keywords and "distributed" not in config.option.markexpr:
+        if item.get_closest_marker("distributed") and "distributed" not in config.option.markexpr:
             item.add_marker(minutes)
 
 

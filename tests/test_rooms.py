@@ -11,7 +11,7 @@ PACKAGE = Path(saevlm_fast.__file__).parent
 ORDER = (
     ("errors", "urls"),
     ("settings",),
-    ("config", "files", "runtime"),
+    ("config", "files", "runtime", "peers"),
     ("outputs", "records"),
     ("remote",),
     ("kernels", "box"),

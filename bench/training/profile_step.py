@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.helpers import machine
 from bench.helpers.arguments import new_file, positive
-from saevlm_fast.config import ARCHITECTURES, SAEConfig, TrainConfig
+from saevlm_fast.config import SELECTING, SAEConfig, TrainConfig
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.sae import SparseAutoencoder
@@ -30,10 +30,10 @@ SHOWN = 40
 NO_STEP = 1e-30  # a learning rate
 
 
-def planted_batches(rows: int, d_in: int) -> list[Tensor]:
+def planted_batches(rows: int, d_in: int, device: str = "cuda") -> list[Tensor]:
     """Batches [B, d_in] of planted concepts, divided by the norm factor."""
     source = PlantedConcepts(d_in, 1, n_concepts=2 * d_in, concepts_per_image=8.0)
-    x_ND = torch.from_numpy(source.sample(N_BATCHES * rows)[0]).cuda()
+    x_ND = torch.from_numpy(source.sample(N_BATCHES * rows)[0]).to(device)
     return list((x_ND / x_ND.square().sum(1).mean().sqrt()).split(rows))
 
 
@@ -144,7 +144,7 @@ def progress(captured: dict, eager: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=new_file, required=True, help="JSON file, rewritten after every result")
-    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--architectures", nargs="+", choices=SELECTING, default=list(SELECTING))
     parser.add_argument("--d-in", type=positive, default=1024)
     parser.add_argument("--d-sae", type=positive, default=65536)
     parser.add_argument("--rows", type=positive, default=4096, help="of a batch")

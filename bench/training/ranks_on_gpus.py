@@ -1,7 +1,7 @@
 """Whether ranks on GPUs take the step of one: `torchrun --nproc-per-node 2 -m bench.training.ranks_on_gpus`.
 
-Every rank also takes the steps of the whole SAE on its own GPU, and compares losses and its latents' weights. Nothing
-of it has run on a GPU where it was written.
+An argument after the module is the number of replicas (1). Every rank also takes the steps of the whole SAE on its own
+GPU, and compares losses and its latents' weights. Nothing of it has run on a GPU where it was written.
 """
 
 import sys
@@ -13,7 +13,7 @@ from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.process_group import MeshPeers, joined, own_device
 from saevlm_fast.training.sharded_step import ShardedStepper
-from saevlm_fast.training.shards import Shard, starting_sae
+from saevlm_fast.training.shards import Shard, cut, starting_sae
 from saevlm_fast.training.step import Stepper
 
 D_IN, D_SAE, K, ROWS, STEPS = 1024, 16384, 20, 4096, 20
@@ -24,8 +24,9 @@ def compare(architecture: str, device: torch.device, peers: MeshPeers) -> float:
     """The largest difference between this rank's decoder rows and those of a whole SAE, after some steps."""
     whole = SAEConfig.sized(D_IN, d_sae=D_SAE, k=K, architecture=architecture)  # type: ignore[arg-type]
     config = TrainConfig(steps=1000, batch_size=ROWS, lr=1e-4, warmup_steps=0, dead_after=ROWS * 5)
-    shard = Shard(whole, peers.rank, peers.world)
-    parts = ShardedStepper(starting_sae(shard, 0, device), config, shard, peers)
+    shard = Shard.of(whole, peers.ranks)
+    rows = cut(ROWS, shard.n_replicas)[shard.replica]
+    parts = ShardedStepper(starting_sae(shard, 0, device), config, shard, peers.ranks, ROWS)
     sae = SparseAutoencoder(whole, device=device)
     sae.reset_parameters(0)
     alone = Stepper(sae, config)
@@ -34,7 +35,7 @@ def compare(architecture: str, device: torch.device, peers: MeshPeers) -> float:
         x_BD = torch.randn(ROWS, D_IN, generator=generator).to(device)
         torch.cuda.synchronize(device)
         start = time.perf_counter()
-        output = parts.step(x_BD)
+        output = parts.step(x_BD[rows])
         torch.cuda.synchronize(device)
         seconds, expected = time.perf_counter() - start, alone.step(x_BD)
         losses = float(output.losses.overall), float(expected.losses.overall)
@@ -45,8 +46,8 @@ def compare(architecture: str, device: torch.device, peers: MeshPeers) -> float:
 
 
 def main() -> None:
-    device = torch.device(own_device("cuda"))
-    with joined(device, 60) as peers:
+    device, n_replicas = torch.device(own_device("cuda")), int((sys.argv[1:] or ["1"])[0])
+    with joined(device, 60, n_replicas) as peers:
         worst = {name: compare(name, device, peers) for name in ("topk", "batch_topk", "matryoshka")}
         (failed,) = peers.agree(any(value > TOLERANCE for value in worst.values()))
         if peers.rank == 0:

@@ -11,7 +11,7 @@ from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figure
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP
-from saevlm_fast.config.crossmodal import CrossModalSettings
+from saevlm_fast.config.crossmodal import CrossModalSettings, PatchTestSettings
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.settings import setting
 
@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     import numpy as np
 
     from saevlm_fast.crossmodal.measure import CrossModal
+    from saevlm_fast.crossmodal.patch_test import PartlySeen, PatchTest
     from saevlm_fast.data.rows import Activations
+    from saevlm_fast.images.sources import ImageSource
     from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.towers.text import TextEncoder
+    from saevlm_fast.towers.tower import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossModalArguments(CrossModalSettings, WorkOptions):
+class CrossModalArguments(PatchTestSettings, CrossModalSettings, WorkOptions):
     """Options of `saevlm-fast cross-modal`."""
 
     title = "Rows and SAE"
@@ -32,7 +36,10 @@ class CrossModalArguments(CrossModalSettings, WorkOptions):
     sae: Path = setting(help=SAE_HELP)
     output: Path = setting(help="Directory for tables of latents, pairs and image tokens, and the ids that are kept.")
     clip: str | None = setting(None, help="CLIP whose image-text cosine is a control: hf:NAME_OR_DIR, open_clip:...")
-    images: str | None = setting(None, help="For --clip: the image-text pairs.", shown="where the store says")
+    images: str | None = setting(
+        None, help="For --clip and --patch-pairs: the image-text pairs.", shown="where the store says"
+    )
+    model: str | None = setting(None, help="For --patch-pairs: the store's model.", shown="as the store says")
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
     device: str = setting("auto", help=DEVICE_HELP)
     force: bool = setting(False, help="Replace --output once the new results are whole.", recorded=False)
@@ -63,6 +70,50 @@ def _found(
     return measure(activations, sae, batch_rows=options.batch_size, **settings, **calls)
 
 
+@dataclass(frozen=True)
+class _Beside:
+    """What is opened beside store and SAE before any row is read: pairs, a CLIP, the store's model."""
+
+    source: "ImageSource | None"
+    clip: "tuple[Tower, TextEncoder] | None"
+    model: "PartlySeen | None"
+
+    @classmethod
+    def of(cls, options: CrossModalArguments, activations: "Activations") -> "_Beside":
+        from saevlm_fast.crossmodal.controls import load_clip, pairs_of, tower_of
+        from saevlm_fast.crossmodal.patch_test import PartlySeen
+        from saevlm_fast.runtime import resolve_device
+
+        device, tested = resolve_device(options.device), options.patch_pairs > 0
+        source = pairs_of(activations, options.images) if tested or options.clip is not None else None
+        clip = None if options.clip is None else load_clip(options.clip, device, tell)
+        model = PartlySeen(tower_of(activations, options.model, device, tell)) if tested else None
+        return cls(source, clip, model)
+
+    def clip_cosines(self, ids: list[str]) -> "np.ndarray":
+        """CLIP's cosines of the pairs, with the wrong captions that the harvest had."""
+        from saevlm_fast.crossmodal.controls import clip_cosines
+
+        assert self.source is not None
+        assert self.clip is not None
+        with Bar("clip", len(ids), "images") as bar:
+            return clip_cosines(self.source, ids, self.clip, bar.update)
+
+    def patch_test(
+        self, options: CrossModalArguments, activations: "Activations", found: "CrossModal", place: Path
+    ) -> "PatchTest":
+        """What the store's model says of some captions with the patches of each filter alone."""
+        from saevlm_fast.crossmodal.output import read_patches
+        from saevlm_fast.crossmodal.patch_test import pairs_to_test, patch_test
+
+        assert self.source is not None
+        assert self.model is not None
+        samples = pairs_to_test(found.columns, found.wrong_P, options.patch_pairs, options.seed)
+        patches, shares = read_patches(place, samples), options.patch_shares
+        with Bar("patches", len(samples), "pairs") as bar:
+            return patch_test(activations, patches, found.ids, self.source, self.model, shares, bar.update)
+
+
 def plan(options: CrossModalArguments) -> Plan:
     """What would be measured; the time from the second chunk of rows."""
     from saevlm_fast.crossmodal.output import check_cross_modal_output
@@ -70,6 +121,7 @@ def plan(options: CrossModalArguments) -> Plan:
     check_writable(options.output)
     check_cross_modal_output(options.output, options.force)
     activations, sae = _opened(options)
+    _Beside.of(options, activations)
     n, d_sae = activations.n_rows, sae.config.d_sae
     return Plan(
         f"omegas of {d_sae:,} latents of {options.sae} on {n:,} tokens of {options.activations}",
@@ -96,34 +148,35 @@ def cross_modal(options: CrossModalArguments) -> dict[str, Any]:
 
 
 def _cross_modal(options: CrossModalArguments) -> dict[str, Any]:
-    from saevlm_fast.crossmodal.output import new_results, patches_written, summary_of, write_results
+    from saevlm_fast.crossmodal.output import (
+        new_results,
+        patches_written,
+        summary_of,
+        write_patch_test,
+        write_results,
+    )
 
     activations, sae = _opened(options)
+    beside = _Beside.of(options, activations)
     with new_results(options.output, options.force) as place:
         with (
             Bar("cross-modal", 2 * activations.n_rows, "rows") as bar,
-            patches_written(place, options.keep_patches) as on_patches,
+            patches_written(place, options.keep_patches, options.patches_by) as on_patches,
         ):
             found = _found(options, activations, sae, on_rows=bar.update, on_patches=on_patches)
-        if options.clip is not None:
-            found = found.with_clip(_clip(options, activations, found.ids))
+        if beside.clip is not None:
+            found = found.with_clip(beside.clip_cosines(found.ids))
         summary = summary_of(found, options.seed)
+        if beside.model is not None:
+            test = beside.patch_test(options, activations, found, place)
+            write_patch_test(place, test)
+            summary |= {"patch_test": test.summary(options.seed)}
         settings = {"activations": str(options.activations), "sae": str(options.sae), "clip": options.clip}
-        settings |= vars(options.part(CrossModalSettings))
+        settings |= vars(options.part(CrossModalSettings)) | vars(options.part(PatchTestSettings))
         write_results(place, found, activations, summary | {"settings": settings})
         Record("cross-modal", options, options.output, pairs=len(found.ids), rows=activations.n_rows).write()
     _tell(summary, options)
     return {"output": str(options.output), **summary}
-
-
-def _clip(options: CrossModalArguments, activations: "Activations", ids: list[str]) -> "np.ndarray":
-    """CLIP's cosines of the pairs, with the wrong captions that the harvest had."""
-    from saevlm_fast.crossmodal.controls import clip_cosines, pairs_of
-    from saevlm_fast.runtime import resolve_device
-
-    source = pairs_of(activations, options.images)
-    with Bar("clip", len(ids), "images") as bar:
-        return clip_cosines(source, ids, options.clip or "", resolve_device(options.device), bar.update, tell)
 
 
 def _tell(summary: dict[str, Any], options: CrossModalArguments) -> None:
@@ -139,4 +192,25 @@ def _tell(summary: dict[str, Any], options: CrossModalArguments) -> None:
         ]
         say(f"{summary['wrong']:,} of {summary['pairs']:,} captions are wrong; right pairs above wrong ones:")
         print_table(("score", "AUROC", "95 %"), rows)
+    if "patch_test" in summary:
+        _tell_patches(summary["patch_test"])
     say(f"kept {summary['kept']:,} of {summary['pairs']:,} pairs by {options.by}; wrote {options.output}")
+
+
+def _tell_patches(test: dict[str, Any]) -> None:
+    """The test of the patch filters; intervals are over pairs."""
+    right = {name: test[name]["right"] for name in ("all", "none")}
+    say(
+        f"{test['pairs']:,} pairs: with all image tokens {right['all']:.1%} of a caption's tokens are right, with none "
+        f"{right['none']:.1%}, with some:"
+    )
+    rows = [
+        (
+            f"{each['filter']} {each['share']:.0%}",
+            f"{each['right'][0]:.1%}",
+            "-" if each["recovered"] is None else "{:.1%} ({:.1%} to {:.1%})".format(*each["recovered"]),
+            "" if each["filter"] == "random" else "{:+.3f} ({:+.3f} to {:+.3f})".format(*each["over_random"]),
+        )
+        for each in test["filters"]
+    ]
+    print_table(("kept by", "right", "recovered (95 %)", "above random (95 %)"), rows)

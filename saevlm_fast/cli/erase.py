@@ -1,40 +1,36 @@
 """saevlm-fast erase: latents taken out of a CLIP, so that it stops reading words on images, or telling a factor."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_class_words
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
-from saevlm_fast.settings import integers, setting, texts
+from saevlm_fast.settings import integers, paths, setting, texts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from saevlm_fast.cli.erase_labels import ClassWords
     from saevlm_fast.clip_steering.attacks import Style
-    from saevlm_fast.clip_steering.erasing import Told
+    from saevlm_fast.clip_steering.erasing import Question, Told, Writing
     from saevlm_fast.clip_steering.stream import Vocabulary
-    from saevlm_fast.data.label_sets import LabelSet
+    from saevlm_fast.clip_steering.units import Latents
     from saevlm_fast.images.sources import ImageSource
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.towers.text import TextEncoder
     from saevlm_fast.towers.tower import Tower
 
-WORDS, SCENE = "words", "scene:"
-
-
-def _several_numbers(name: str, text: str) -> tuple[int, ...]:
-    found = integers(name, text)
-    require(len(found) > 0 and len(set(found)) == len(found), f"{name}: {text!r} is not a list of different numbers")
-    return tuple(found)
+WORDS = "words"
 
 
 def _ks(name: str, text: str) -> tuple[int, ...]:
-    found = _several_numbers(name, text)
+    found = integers(name, text)
+    require(len(found) > 0 and len(set(found)) == len(found), f"{name}: {text!r} is not a list of different numbers")
     require(min(found) >= 1, f"{name}: {text!r}: each must be at least 1")
     return tuple(sorted(found))
 
@@ -45,10 +41,8 @@ class EraseArguments(WorkOptions):
 
     title = "Model and SAEs"
     model: str = setting(help="Tower with a text side, as of harvest.")
-    sae: tuple[str, ...] = setting(help="SAE directories of several layers, separated by commas.", parse=texts)
-    layer: tuple[int, ...] = setting(
-        help="Block of the tower of each SAE, separated by commas.", parse=_several_numbers
-    )
+    sae: tuple[Path, ...] = setting(help="SAEs of several layers or seeds, separated by commas.", parse=paths)
+    layer: tuple[int, ...] = setting(help="Block of the tower of each SAE, separated by commas.", parse=integers)
     images: str = setting(help="Images, as of harvest. Half of them choose latents.")
     test_images: str | None = setting(None, help="Images that are asked about.", shown="the other half of --images")
     labels: str = setting(
@@ -57,6 +51,17 @@ class EraseArguments(WorkOptions):
     what: str = setting(WORDS, help="What is erased: words (drawn on the images), or a label, as --labels has it.")
     class_prompts: str = setting(
         "a photo of a {}", help="Text of a class, with {} for the label. Scenes have texts of their own."
+    )
+    also: tuple[str, ...] = setting(
+        (), help="Labels that are told besides, of the clean images, separated by commas.", parse=texts, shown="none"
+    )
+    class_words: Path | None = setting(
+        None,
+        help="FILE.csv: for each label of --labels its text, its word for choosing, its test_word.",
+        shown="the labels themselves",
+    )
+    select: Literal["difference", "auroc"] = setting(
+        "difference", help="What latents are chosen by: the difference of means, or AUROC."
     )
     groups: str | None = setting(None, help="Label by which the worst group is found beside the class.", shown="none")
     k: tuple[int, ...] = setting((1, 5, 20), help="Latents that are taken out, separated by commas.", parse=_ks)
@@ -69,7 +74,7 @@ class EraseArguments(WorkOptions):
     )
     tokens: Literal["all", "patches", "cls"] = setting("all", help="Tokens from which latents are taken.")
     seed: int = setting(0, help="Of the words, their places, and the random latents.", at_least=0)
-    output: Path = setting(help="Accuracies: FILE.json.")
+    output: Path = setting(help="Accuracies: FILE.json; a table, .csv, and a picture, .svg, beside it.")
     batch_size: int = setting(64, help="Images of a forward.", at_least=1)
     force: bool = setting(False, help="Replace an output that is there.", recorded=False)
     device: str = setting("auto", help=DEVICE_HELP)
@@ -81,7 +86,20 @@ class EraseArguments(WorkOptions):
             len(self.sae) == len(self.layer) > 0,
             f"layer: {len(self.layer)} layers for {len(self.sae)} SAEs; each SAE has one",
         )
+        require(len(set(self.sae)) == len(self.sae), f"sae: {', '.join(map(str, self.sae))} lists one twice")
         require(self.what != self.labels or self.what == WORDS, f"what: {self.what} is what --labels asks to be told")
+        twice = [each for each in self.also if each in (self.what, self.labels) or self.also.count(each) > 1]
+        require(not twice, f"also: {', '.join(twice)} is asked already")
+
+    @property
+    def files(self) -> list[Path]:
+        """What must not be there without --force."""
+        return [self.output, settings_path(self.output), self.output.with_suffix(".csv"), self.picture]
+
+    @property
+    def picture(self) -> Path:
+        """Beside the accuracies."""
+        return self.output.with_suffix(".svg")
 
 
 def check(options: EraseArguments) -> None:
@@ -89,56 +107,7 @@ def check(options: EraseArguments) -> None:
     from saevlm_fast.outputs import check_absent
 
     check_writable(options.output)
-    check_absent([options.output, settings_path(options.output)], options.force)
-
-
-# Labels ---------------------------------------------------------------------------------------------------------------
-
-
-def labels_of(argument: str, spec: str, source: "ImageSource", numbers: "Sequence[int]") -> "LabelSet":
-    """One label of each image, or none of some. ValueError: no such labels, several of an image."""
-    from saevlm_fast.data.label_sets import LabelSet, read_labels
-
-    ids = [source.image_id(i) for i in numbers]
-    if spec == "images":
-        found = LabelSet.of([source.label(i) for i in numbers], "images")
-    elif spec.startswith(SCENE):
-        found = LabelSet.of(_of_scenes(argument, spec.removeprefix(SCENE), ids), spec)
-    else:
-        path, _, column = spec.rpartition(":")
-        require(path != "", f"{argument}: {spec!r} is not images, scene:FACTOR or FILE.csv:COLUMN")
-        sets = {each.name: each for each in read_labels(path, ids)}
-        require(column in sets, f"{argument}: {path} has no column {column!r}, but {', '.join(sets)}")
-        found = sets[column]
-    found.single()
-    return found
-
-
-def _of_scenes(argument: str, factor: str, ids: list[str]) -> "list[str | None]":
-    """Of factors of objects, the value of scenes with a single one."""
-    from saevlm_fast.box.scenes import OBJECT_FACTORS, SCENE_FACTORS, VALUES
-    from saevlm_fast.images.scenes import scene_labels
-
-    require(factor in VALUES, f"{argument}: {factor!r} is not one of {', '.join(VALUES)}")
-    objects_NOF, setting_N3 = scene_labels(ids)
-    names = VALUES[factor]
-    if factor in SCENE_FACTORS:
-        return [names[v] for v in setting_N3[:, SCENE_FACTORS.index(factor)]]
-    single_N = (objects_NOF[:, :, 0] >= 0).sum(1) == 1
-    values_N = objects_NOF[:, 0, OBJECT_FACTORS.index(factor)]
-    return [names[v] if one else None for v, one in zip(values_N, single_N)]
-
-
-def class_texts(spec: str, names: "Sequence[str]", template: str) -> list[str]:
-    """A text of each class."""
-    if not spec.startswith(SCENE):
-        require("{}" in template, f"class_prompts: {template!r} has no {{}} for the label")
-        return [template.replace("{}", name) for name in names]
-    from saevlm_fast.box.scenes import VALUES, value_prompts
-
-    factor = spec.removeprefix(SCENE)
-    said = dict(zip(VALUES[factor], value_prompts(factor)))
-    return [said[name] for name in names]
+    check_absent(options.files, options.force)
 
 
 # What goes in ---------------------------------------------------------------------------------------------------------
@@ -151,6 +120,7 @@ class Opened:
     tower: "Tower"
     encoder: "TextEncoder"
     saes: "list[SparseAutoencoder]"
+    words: "ClassWords | None"
     train: "tuple[ImageSource, list[int]]"
     test: "tuple[ImageSource, list[int]]"
 
@@ -167,18 +137,23 @@ def open_inputs(options: EraseArguments) -> Opened:
     device = resolve_device(options.device)
     source = open_images(options.images)
     asked = source if options.test_images is None else open_images(options.test_images)
+    words = None if options.class_words is None else read_class_words(options.class_words)
     saes = [SparseAutoencoder.from_pretrained(path, device=device) for path in options.sae]
+    encoder = load_text_encoder(options.model, device, on_message=tell)
+    require(encoder.logit_scale is not None, f"model: {encoder.spec} has no logit scale in its file")
     tower = load_tower(options.model, device, on_message=tell)
     for path, layer, sae in zip(options.sae, options.layer, saes):
         if (doubt := check_sae_of(sae, layer, options.tokens)) is not None:
             warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
-        width = tower.anatomy.width
+        width, d_sae = tower.anatomy.width, sae.config.d_sae
         require(
             width in (None, sae.config.d_in), f"sae: d_in of {path} is {sae.config.d_in}, the tower is {width} wide"
         )
-    encoder = load_text_encoder(options.model, device, on_message=tell)
-    require(encoder.logit_scale is not None, f"model: {encoder.spec} has no logit scale in its file")
-    return Opened(tower, encoder, saes, *_halves(options, source, asked))
+        most = max(options.k)
+        require(
+            2 * most <= d_sae, f"k: {most}, and as many others as a control, are more than {path} has: d_sae is {d_sae}"
+        )
+    return Opened(tower, encoder, saes, words, *_halves(options, source, asked))
 
 
 def _halves(
@@ -188,7 +163,7 @@ def _halves(
     from saevlm_fast.data.label_sets import halves
 
     labels = {WORDS: options.labels}.get(options.what, options.what)
-    train, test = _usable("images", labels, source), _usable("test_images", options.labels, asked)
+    train, test = _usable(options, labels, source), _usable(options, options.labels, asked)
     if asked is source:
         half = dict(zip(train, halves([source.image_id(i) for i in train])))
         train, test = [i for i in train if half[i]], [i for i in test if not half.get(i, False)]
@@ -197,9 +172,44 @@ def _halves(
     return (source, train[: options.limit]), (asked, test[: options.limit])
 
 
-def _usable(argument: str, labels: str, source: "ImageSource") -> list[int]:
-    found = labels_of(argument, labels, source, range(len(source)))
+def _argument(options: EraseArguments, labels: str) -> str:
+    """Of which option labels are."""
+    return {options.labels: "labels", options.what: "what"}.get(labels, "also")
+
+
+def _usable(options: EraseArguments, labels: str, source: "ImageSource") -> list[int]:
+    found = labels_of(_argument(options, labels), labels, source, range(len(source)))
     return [int(i) for i in (found.single() >= 0).nonzero()[0]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What latents are chosen on, what is asked about, how words are written; the same for every layer."""
+
+    train: "Told"
+    questions: "dict[str, Question]"
+    writing: "Writing"
+
+
+def asked_of(options: EraseArguments, opened: Opened) -> Asked:
+    """The labels and the texts. ValueError: of a single class, or of which the model does not know a word."""
+    from saevlm_fast.clip_steering.erasing import Question, Writing
+
+    spec = options.labels if options.what == WORDS else options.what
+    names: dict[str, list[str]] = {}
+    for each in dict.fromkeys((options.labels, *((options.what,) if options.what != WORDS else ()), *options.also)):
+        images = [opened.test, *([opened.train] if each == spec else [])]
+        argument = _argument(options, each)
+        names[each] = sorted({name for part in images for name in labels_of(argument, each, *part).names})
+        require(len(names[each]) >= 2, f"{argument}: {each} has a single class, {names[each][0]!r}")
+    questions = {
+        each: Question(_told(options, opened.test, each, known), _vocabulary(options, opened, each, known))
+        for each, known in names.items()
+    }
+    train_style, test_style = _styles(options)
+    words = [opened.words.of(column, names[options.labels]) if opened.words else None for column in COLUMNS[2:]]
+    writing = Writing(train_style, test_style, *(tuple(each or ()) for each in words))
+    return Asked(_told(options, opened.train, spec, names[spec]), questions, writing)
 
 
 def _told(options: EraseArguments, images: "tuple[ImageSource, list[int]]", labels: str, names: list[str]) -> "Told":
@@ -209,7 +219,7 @@ def _told(options: EraseArguments, images: "tuple[ImageSource, list[int]]", labe
     from saevlm_fast.clip_steering.erasing import Told
 
     source, numbers = images
-    found = labels_of("labels", labels, source, numbers)
+    found = labels_of(_argument(options, labels), labels, source, numbers)
     number = np.array([names.index(name) for name in found.names])
     y_N = np.append(number, -1)[found.single()]
     if options.groups is None:
@@ -221,16 +231,28 @@ def _told(options: EraseArguments, images: "tuple[ImageSource, list[int]]", labe
     return Told(source, numbers, y_N, groups, group_N)
 
 
-def _classes(
-    options: EraseArguments, opened: Opened, labels: str, *images: "tuple[ImageSource, list[int]]"
-) -> "Vocabulary":
+def _vocabulary(options: EraseArguments, opened: Opened, labels: str, names: list[str]) -> "Vocabulary":
     from saevlm_fast.clip_steering.stream import Vocabulary
 
-    names = sorted({name for each in images for name in labels_of("labels", labels, *each).names})
-    require(len(names) >= 2, f"labels: {labels} has a single class")
-    texts_CE = opened.encoder.embed(class_texts(labels, names, options.class_prompts))
-    assert opened.encoder.logit_scale is not None
-    return Vocabulary(tuple(names), texts_CE, opened.encoder.logit_scale)
+    said = opened.words.of("text", names) if opened.words is not None and labels == options.labels else None
+    encoder = opened.encoder
+    assert encoder.logit_scale is not None
+    texts_CE = encoder.embed(said or class_texts(labels, names, options.class_prompts))
+    return Vocabulary(tuple(names), texts_CE, encoder.logit_scale)
+
+
+def _styles(options: EraseArguments) -> "tuple[Style, Style]":
+    from dataclasses import replace
+
+    from saevlm_fast.clip_steering.attacks import TEST, TRAIN, check_fonts
+
+    train = replace(TRAIN, fonts=options.fonts) if options.fonts else TRAIN
+    test = replace(TEST, fonts=options.test_fonts) if options.test_fonts else TEST
+    both = set(train.fonts) & set(test.fonts)
+    require(not both, f"test_fonts: {', '.join(both)} chose the latents; words asked about need others")
+    for style in (train, test):
+        check_fonts(style.fonts)
+    return train, test
 
 
 # The work -------------------------------------------------------------------------------------------------------------
@@ -244,6 +266,7 @@ def plan(options: EraseArguments) -> Plan:
 
     check(options)
     opened = open_inputs(options)
+    asked_of(options, opened)
     n_train, n_test = len(opened.train[1]), len(opened.test[1])
     removals = 4 * len(options.k) + 1
     few = opened.test[1][: options.batch_size]
@@ -251,17 +274,17 @@ def plan(options: EraseArguments) -> Plan:
         start = time.perf_counter()
         batch = next(iter(stream.batches(opened.test[0], few)))
         seconds = (time.perf_counter() - start) / len(few)
-        shape = batch.x_BTD.numel()
-    conditions = 3 if options.what == WORDS else 2
-    passes = len(opened.saes) * (2 * n_train + conditions * n_test * (1 + removals))
-    widest = max(sae.config.d_sae for sae in opened.saes)
+        n_tokens, shape = batch.x_BTD.shape[1], batch.x_BTD.numel()
+    seen, conditions = (2, 3) if options.what == WORDS else (1, 1)
+    passes = len(opened.saes) * (seen * n_train + conditions * n_test * (1 + removals))
+    entries = max(min(sae.config.d_sae, n_tokens * (sae.config.k or sae.config.d_sae)) for sae in opened.saes)
     return Plan(
         f"{options.what} erased from {options.model} by {len(opened.saes)} SAEs",
         {
             "images_for_choosing": n_train,
             "images_asked_about": n_test,
             "passes_of_an_image": passes,
-            **memory_figures(opened.tower.device, 8 * n_train * widest + 16 * shape),
+            **memory_figures(opened.tower.device, 48 * seen * n_train * entries + 16 * shape),
             "time_seconds": passes * seconds,
         },
     )
@@ -269,29 +292,68 @@ def plan(options: EraseArguments) -> Plan:
 
 @command("erase", plan=plan)
 def erase(options: EraseArguments) -> dict[str, Any]:
-    """What a CLIP still tells when latents are taken out: of images with words on them, or without a factor."""
-    from saevlm_fast.files import write_json_atomic
-    from saevlm_fast.measures.results import plain
+    """What a CLIP still tells when latents are taken out: of images with words on them, or without a factor.
+    Interrupted, it goes on."""
+    from saevlm_fast.cli.erase_picture import write_accuracies, write_accuracy_picture
+    from saevlm_fast.files import remove_leftovers, write_json_atomic
     from saevlm_fast.outputs import output_lock
 
+    progress = options.output.with_name(f"{options.output.name}.progress")
     with output_lock(options.output, directory=False):
         check(options)
-        opened = open_inputs(options)
-        layers = []
-        for path, layer, sae in zip(options.sae, options.layer, opened.saes):
-            layers.append({"sae": path, "layer": layer, **_erase(options, opened, layer, sae)})
+        layers = _layers(options, progress)
         document = {"format": "saevlm-fast erase", "version": 1, "what": options.what, "layers": layers}
-        write_json_atomic(options.output, plain(document))
+        write_accuracies(options.output.with_suffix(".csv"), layers)
+        write_accuracy_picture(options.picture, layers, f"{options.what} taken out of {options.model}")
+        write_json_atomic(options.output, document)
         Record("erase", options, options.output, classes=len(layers)).write()
+        remove_leftovers(progress)
+        shutil.rmtree(progress, ignore_errors=True)
     _print(options, layers)
-    say(f"wrote {options.output}")
-    return plain({"output": str(options.output), **document})
+    say(f"wrote {options.output}, the table {options.output.with_suffix('.csv')}, the picture {options.picture}")
+    return {"output": str(options.output), **document}
 
 
-def _erase(options: EraseArguments, opened: Opened, layer: int, sae: "SparseAutoencoder") -> dict[str, Any]:
-    from saevlm_fast.clip_steering.erasing import erase_factor, erase_words
-    from saevlm_fast.clip_steering.stream import opened_stream
+def _layers(options: EraseArguments, progress: Path) -> list[dict[str, Any]]:
+    """Of every SAE what was found, as JSON has it; those that are finished already are taken from `progress`."""
     from saevlm_fast.clip_steering.units import Latents
+    from saevlm_fast.measures.parts import Parts, key_of
+    from saevlm_fast.measures.results import Measured, plain
+
+    opened = open_inputs(options)
+    asked, parts, layers = asked_of(options, opened), Parts(progress), []
+    made_of = _made_of(options, opened, asked)
+    for number, (path, layer, sae) in enumerate(zip(options.sae, options.layer, opened.saes)):
+        units = Latents(sae)
+        subject, key = f"layer-{number}", key_of(layer=layer, sae=units.made_of, **made_of)
+        done = parts.read(subject, "accuracies", key)
+        if done is None:
+            done = Measured(_erase(options, opened, asked, layer, units))
+            parts.write(subject, "accuracies", key, done)
+        layers.append(plain({"sae": str(path), "layer": layer, **done.figures}))
+    return layers
+
+
+def _made_of(options: EraseArguments, opened: Opened, asked: Asked) -> dict[str, Any]:
+    """What a finished layer follows from, beside the layer and its SAE."""
+    every = {"what": asked.train} | {name: question.told for name, question in asked.questions.items()}
+    return {
+        "version": 1,
+        "tower": opened.tower.description(),
+        "images": [opened.train[0].fingerprint(), opened.test[0].fingerprint(), opened.train[1], opened.test[1]],
+        "told": {name: [told.y_N.tolist(), told.group_N.tolist(), told.groups] for name, told in every.items()},
+        "texts": {
+            name: [each.classes.words, each.classes.texts_CE.double().tolist(), each.classes.logit_scale]
+            for name, each in asked.questions.items()
+        },
+        "writing": repr(asked.writing),
+        "choice": [options.what, options.k, options.select, options.tokens, options.seed],
+    }
+
+
+def _erase(options: EraseArguments, opened: Opened, asked: Asked, layer: int, units: "Latents") -> dict[str, Any]:
+    from saevlm_fast.clip_steering.erasing import Choice, erase_factor, erase_words
+    from saevlm_fast.clip_steering.stream import opened_stream
 
     bars: dict[str, Bar] = {}
 
@@ -301,34 +363,12 @@ def _erase(options: EraseArguments, opened: Opened, layer: int, sae: "SparseAuto
         if done == total:
             bars.pop(what).close()
 
-    units = Latents(sae)
+    choice, questions = Choice(options.k, options.select, options.seed), dict(asked.questions)
     with opened_stream(opened.tower, layer, options.tokens, options.batch_size) as stream:
-        if options.what == WORDS:
-            classes = _classes(options, opened, options.labels, opened.train, opened.test)
-            train, test = (
-                _told(options, each, options.labels, list(classes.words)) for each in (opened.train, opened.test)
-            )
-            return erase_words(stream, units, train, test, classes, options.k, _styles(options), options.seed, counted)
-        told = _classes(options, opened, options.labels, opened.test)
-        erased = _classes(options, opened, options.what, opened.train, opened.test)
-        train = _told(options, opened.train, options.what, list(erased.words))
-        tests = {
-            options.labels: (_told(options, opened.test, options.labels, list(told.words)), told),
-            options.what: (_told(options, opened.test, options.what, list(erased.words)), erased),
-        }
-        return erase_factor(stream, units, train, tests, options.k, options.seed, counted)
-
-
-def _styles(options: EraseArguments) -> "tuple[Style, Style]":
-    from dataclasses import replace
-
-    from saevlm_fast.clip_steering.attacks import TEST, TRAIN
-
-    train = replace(TRAIN, fonts=options.fonts) if options.fonts else TRAIN
-    test = replace(TEST, fonts=options.test_fonts) if options.test_fonts else TEST
-    both = set(train.fonts) & set(test.fonts)
-    require(not both, f"test_fonts: {', '.join(both)} chose the latents; words asked about need others")
-    return train, test
+        if options.what != WORDS:
+            return erase_factor(stream, units, asked.train, questions, choice, counted)
+        told = questions.pop(options.labels)
+        return erase_words(stream, units, asked.train, told, choice, asked.writing, questions, counted)
 
 
 def _print(options: EraseArguments, layers: list[dict[str, Any]]) -> None:
@@ -351,5 +391,7 @@ def _print(options: EraseArguments, layers: list[dict[str, Any]]) -> None:
 
 
 def _cell(figures: dict[str, Any]) -> str:
+    if figures["value"] is None:
+        return "-"
     worst = figures.get("worst")
     return f"{figures['value']:.1%}" + ("" if worst is None else f" ({worst['value']:.0%})")

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,11 +12,12 @@ from saevlm_fast.cli.evaluate_model import SplicedArguments, open_behaviour
 from saevlm_fast.cli.evaluate_print import print_evaluation
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
+from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.terminal import Bar, say, warn
-from saevlm_fast.config import DEVICE_HELP
+from saevlm_fast.config import DEVICE_HELP, RunOptions
 from saevlm_fast.errors import require
-from saevlm_fast.settings import path_of, setting, texts
+from saevlm_fast.settings import path_of, same_as, setting, texts
 from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from saevlm_fast.measures.inputs import Inputs
     from saevlm_fast.measures.measure import Evaluation
     from saevlm_fast.measures.subjects import Subject
+    from saevlm_fast.peers import Peers
     from saevlm_fast.sae import SparseAutoencoder
 
 EVALUATION, LATENTS, PAIRS, PICTURE = "evaluation.json", "latents", "pairs", "evaluation.png"
@@ -85,6 +87,7 @@ class EvaluateArguments(SplicedArguments, MaskArguments, WorkOptions):
     )
     force: bool = setting(False, help="Replace the evaluation in --output.", recorded=False, instead_of=("resume",))
     device: str = setting("auto", help=DEVICE_HELP)
+    collective_timeout: float = same_as(RunOptions, "collective_timeout", 3600.0, recorded=False)
 
     def check(self) -> None:
         super().check()
@@ -299,28 +302,54 @@ def _first_rows(n: int, batch_size: int) -> Any:
     return torch.arange(min(n, batch_size))
 
 
-@command("evaluate", plan=plan)
-def evaluate(options: EvaluateArguments) -> dict[str, Any]:
+@command("evaluate", plan=plan, shared=True)
+def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
     """Measures SAEs in every way that the inputs allow, beside controls that cannot have learned.
 
     Reconstruction and sparsity, uniqueness, hierarchy, labels, probes, geometry, behaviour; several SAEs side by side.
+    Under torchrun, ranks share the passes over images, and divide the measures.
     """
     from saevlm_fast.outputs import output_lock
 
-    with output_lock(options.output, directory=True):
-        check_output(options)
-        subjects, saes = open_subjects(options)
-        inputs = open_inputs(options, saes)
-        on_random = open_random_inputs(options, saes, inputs)
+    with joined_ranks(options.device, options.collective_timeout) as peers, ExitStack() as locks:
+        if leads(peers):
+            locks.enter_context(output_lock(options.output, directory=True))
+            check_output(options)
+        here = replace(options, device=device_of_rank(options.device, peers))
+        subjects, saes = first_rank_first(peers, lambda: open_subjects(here))
+        inputs = open_inputs(here, saes)
+        on_random = open_random_inputs(here, saes, inputs)
+        if peers is not None and not leads(peers):
+            _take_part(options, subjects, inputs, on_random, peers)
+            return None
         with working_directory(options) as place:
-            evaluation = _evaluate(options, subjects, inputs, on_random, place)
+            evaluation = _evaluate(options, subjects, inputs, on_random, place, peers)
     print_evaluation(evaluation, inputs)
     say(f"wrote {options.output}")
     return {"output": str(options.output), **evaluation.as_json()}
 
 
+def _take_part(
+    options: EvaluateArguments,
+    subjects: "list[Subject]",
+    inputs: "Inputs",
+    on_random: "Inputs | None",
+    peers: "Peers",
+) -> None:
+    """The work of a rank that writes nothing."""
+    from saevlm_fast.measures.measure import evaluate_subjects
+
+    what = options.controls, options.compare
+    evaluate_subjects(subjects, inputs, *what, random_inputs=on_random, peers=peers)
+
+
 def _evaluate(
-    options: EvaluateArguments, subjects: "list[Subject]", inputs: "Inputs", on_random: "Inputs | None", place: Path
+    options: EvaluateArguments,
+    subjects: "list[Subject]",
+    inputs: "Inputs",
+    on_random: "Inputs | None",
+    place: Path,
+    peers: "Peers | None",
 ) -> "Evaluation":
     from saevlm_fast.files import write_json_atomic
     from saevlm_fast.measures.figures import draw
@@ -336,7 +365,7 @@ def _evaluate(
             bars.pop(name).close()
 
     evaluation = evaluate_subjects(
-        subjects, inputs, options.controls, options.compare, Parts(place), say, counted, on_random
+        subjects, inputs, options.controls, options.compare, Parts(place), say, counted, on_random, peers
     )
     _write_tables(evaluation, place)
     drawn = draw(evaluation, place / PICTURE)

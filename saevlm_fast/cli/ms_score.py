@@ -2,26 +2,28 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import Enough, Stopwatch, check_writable, disk_figures, memory_figures
+from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads, n_processes
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
 from saevlm_fast.cli.terminal import Bar, say, warn
-from saevlm_fast.config import DEVICE_HELP
+from saevlm_fast.config import DEVICE_HELP, RunOptions
 from saevlm_fast.errors import require
 from saevlm_fast.formats.places import SAE_HELP, is_remote
-from saevlm_fast.settings import paths, setting
+from saevlm_fast.settings import paths, same_as, setting
 
 if TYPE_CHECKING:
     import torch
 
     from saevlm_fast.data.codes import StoredCodes
     from saevlm_fast.data.rows import Activations
+    from saevlm_fast.peers import Peers
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.scoring.controls import Comparison
     from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
@@ -86,6 +88,7 @@ class ScoreArguments(WorkOptions):
     batch_size: int = setting(4096, help="Rows read and encoded at a time.", at_least=1)
     force: bool = setting(False, help="Replace --output once the new table is whole.", recorded=False)
     device: str = setting("auto", help=DEVICE_HELP)
+    collective_timeout: float = same_as(RunOptions, "collective_timeout", recorded=False)
 
     def check(self) -> None:
         super().check()
@@ -232,10 +235,11 @@ class Opened:
             return self.sae.config.d_sae
         return getattr(self.rows, "d_sae", 0) or getattr(self.rows, "d", 0)
 
-    def score(self, options: ScoreArguments, on_rows: Callable[[int], None]) -> "Scored":
-        """One pass over the rows, or two; two for each control too."""
+    def score(self, options: ScoreArguments, on_rows: Callable[[int], None], peers: "Peers | None" = None) -> "Scored":
+        """One pass over the rows, or two; two for each control too. peers: the ranks that share the images."""
         pool = None if options.pool == "none" else options.pool
         common: dict[str, Any] = {"batch_rows": options.batch_size, "device": self.device, "on_rows": on_rows}
+        common["peers"] = peers
         if options.controls:
             from saevlm_fast.scoring.controls import compare_with_untrained
 
@@ -262,8 +266,8 @@ class Opened:
             common.pop("device")
             return {"": tms_score(self.rows, self.sae, pool=pool, seed=options.seed, **common)}
         if options.variant == "paper":
-            rows = common.pop("batch_rows")
-            images = ScoredImages(self.rows, self.embeddings, self.sae, pool=pool, batch_rows=rows, kept_bytes=0)
+            more: dict[str, Any] = {"batch_rows": common.pop("batch_rows"), "peers": common.pop("peers")}
+            images = ScoredImages(self.rows, self.embeddings, self.sae, pool=pool, kept_bytes=0, **more)
             sums = stream(images, options.similarity, options.gamma, **common)
             return {name: each.result() for name, each in sums.items()}
         (name, embeddings), *_ = self.embeddings.items()
@@ -303,7 +307,7 @@ def plan(options: ScoreArguments) -> Plan:
     a_row = stopwatch.seconds_each
     # What is stopped within the first pass cannot say how long the second takes.
     as_first_ones = (1 + options.second_pass) * (1 + options.controls)
-    seconds = as_first_ones * (time.perf_counter() - start if a_row is None else a_row * n)
+    seconds = as_first_ones * (time.perf_counter() - start if a_row is None else a_row * n) / n_processes()
     rbf = options.similarity == "rbf"  # gathers first; what follows, over pairs of images, is not timed
     sums = (
         4 * n * width if rbf else 8 * n_latents * width * (2 * (1 + options.controls) if options.in_two_passes else 1)
@@ -342,28 +346,34 @@ def _plan_of_scenes(options: ScoreArguments, sources: Sources) -> Plan:
     )
 
 
-@command("ms-score", plan=plan)
-def ms_score(options: ScoreArguments) -> dict[str, Any]:
+@command("ms-score", plan=plan, shared=True)
+def ms_score(options: ScoreArguments) -> dict[str, Any] | None:
     """Monosemanticity Score of every latent (or raw neuron), with its interval and chance, in two passes.
 
-    Without arguments: of the latest run below runs/, on scenes of the box that it was not trained on.
+    Without arguments: of the latest run below runs/, on scenes of the box that it was not trained on. Under torchrun,
+    ranks share the images.
     """
     from saevlm_fast.outputs import check_absent, output_lock
 
-    sae, output = where_to(options)
-    with output_lock(output, directory=False):
-        check_absent([output, settings_path(output)], options.force)
-        return _ms_score(options, Sources.of(options, sae, output))
+    with joined_ranks(options.device, options.collective_timeout) as peers, ExitStack() as locks:
+        sae, output = where_to(options)
+        if leads(peers):
+            locks.enter_context(output_lock(output, directory=False))
+            check_absent([output, settings_path(output)], options.force)
+        sources = first_rank_first(peers, lambda: Sources.of(options, sae, output))
+        return _ms_score(options, sources, peers)
 
 
-def _ms_score(options: ScoreArguments, sources: Sources) -> dict[str, Any]:
+def _ms_score(options: ScoreArguments, sources: Sources, peers: "Peers | None") -> dict[str, Any] | None:
     from saevlm_fast.cli.score_report import figures_of, print_scores
     from saevlm_fast.scoring.tables import scores_table, write_table
 
-    opened = Opened.of(sources, options.device)
+    opened = Opened.of(sources, device_of_rank(options.device, peers))
     passes = (1 + options.controls) * (2 if options.second_pass else 1)
     with Bar("score", passes * opened.rows.n_rows, "images") as bar:
-        scored = opened.score(options, bar.update)
+        scored = opened.score(options, bar.update, peers)
+    if not leads(peers):
+        return None
     write_table(scores_table(scored.scores, sources.metadata), sources.output)
     as_done = replace(options, sae=sources.sae, output=sources.output)
     Record("ms-score", as_done, sources.output, **sources.metadata, rows=opened.rows.n_rows).write()

@@ -15,6 +15,7 @@ from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, training_disk
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
+from saevlm_fast.cli.train_looks import TowerLooks
 from saevlm_fast.cli.train_many import TABLES, summarise
 from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.errors import Interrupted, require
@@ -104,6 +105,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         one_pass = OnePass(source, str(options.images), tower, run, harvest, chosen, options.part(RunOptions), recipes)
         one_pass.add(sizes, device, lambda name, step, metrics: None)
         n = one_pass.stream.n_images
+        looks = TowerLooks(options, tower, source)
         seconds = seconds_an_image(source, tower, run, min(n, chosen.image_batch))
     rows = {place.name: place.rows for place in one_pass.places}
     images = {place.name: -(-config.steps * place.batch_size * n // place.rows.n_rows) for place in one_pass.places}
@@ -114,6 +116,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         "places": [f"{name}: {each.n_rows:,} x {each.d:,} an epoch" for name, each in rows.items()],
         "images_through_the_tower": max(images.values()),
         "saes": [f"{name or options.output}" for name in parts],
+        "scores": looks.note,
         "takes": [f"{name} {human_bytes(size)}" for name, size in one_pass.needed.items()],
         **memory_figures(device, sum(one_pass.needed.values())),
         **disk_figures(options.output, sum(map(training_disk, saes))),
@@ -147,6 +150,7 @@ def run_one_pass(options: "TrainArguments") -> dict[str, Any]:
     config = options.part(TrainConfig)
     say(_sentence(options, min(len(source), options.limit or len(source)), config))
     tower = load_tower(str(options.model), device, on_message=tell)
+    looks = TowerLooks(options, tower, source)
     records = [Record("train", part, part.output) for part in parts.values()]
     if set(parts) != {""}:
         records.append(Record("train", options, options.output))
@@ -163,6 +167,7 @@ def run_one_pass(options: "TrainArguments") -> dict[str, Any]:
                 on_log=told.on_log,
                 on_step=told.on_step,
                 on_note=tell,
+                on_finished=looks,
             )
         except Interrupted as error:
             what, settings = str(error).partition(";")[0], shlex.quote(str(options.output / SETTINGS_FILE))
@@ -171,13 +176,18 @@ def run_one_pass(options: "TrainArguments") -> dict[str, Any]:
         record.write()
     kind = "validation" if options.validation_images else "last training"
     if set(parts) != {""}:
-        return summarise(options.output, trained, {}, kind, "MS is left out: there is no store to score")
+        return summarise(options.output, trained, kind, looks.note)
     metrics = dict(trained[""].metrics)
     rows = metrics.pop("rows")
     say(f"evaluation on {rows:,} {kind} rows")
     print_table(("measure", "value"), ((name, f"{value:.4f}") for name, value in metrics.items()))
-    say(f"wrote {options.output}")
-    return {"output": str(options.output), "steps": config.steps, "evaluation": {"rows": rows, "of": kind, **metrics}}
+    say(looks.note, f"wrote {options.output}")
+    return {
+        "output": str(options.output),
+        "steps": config.steps,
+        "evaluation": {"rows": rows, "of": kind, **metrics},
+        "note": looks.note,
+    }
 
 
 class _Steps:

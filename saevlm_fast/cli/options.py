@@ -335,7 +335,7 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
     own = next((tables[table] for table in tables if table.replace("_", "-") == name), {})
     others = ", ".join(f"[{table}]" for table in tables if table not in (MADE, name, name.replace("-", "_")))
     require(bool(top or own) or not others, f"{path}: says nothing of {name}, only of {others}")
-    top, own = _checked(top, path, name, cls), _checked(own, path, name, cls)
+    top, own = _checked(top, str(path), name, cls), _checked(own, str(path), name, cls)
     for field in _used(own):
         for other in settings_of(cls)[field].instead_of:
             top.pop(other, None)
@@ -347,20 +347,24 @@ def _used(given: Mapping[str, Any]) -> list[str]:
     return [field for field, value in given.items() if value is not False]
 
 
-def _checked(table: Mapping[str, Any], path: Path, name: str, cls: Any) -> dict[str, Any]:
+def _checked(table: Mapping[str, Any], where: str, name: str, cls: Any) -> dict[str, Any]:
+    """The settings of a table by the names of fields. where: it stands, for messages."""
     settings = {field: known for field, known in settings_of(cls).items() if known.in_file}
     fields = {key_of(field, known): field for field, known in settings.items()} | {field: field for field in settings}
     found = {}
-    for key, value in cls.without_removed(table, path).items():
+    for key, value in cls.without_removed(table, where).items():
         field = fields.get(key.replace("-", "_"))
         if field is None:
-            raise ValueError(f"{path}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}")
+            raise ValueError(
+                f"{where}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}"
+            )
         if settings[field].tables:
             listed = isinstance(value, list) and len(value) > 0 and all(isinstance(each, dict) for each in value)
-            require(listed, f"{path}: {key} is not a list of tables, [[{key}]]")
-            found[field] = tuple(_checked(each, path, name, cls) for each in value)
+            require(listed, f"{where}: {key} is not a list of tables, [[{key}]]")
+            tables = [(f"{where}: [[{key}]] {number}", each) for number, each in enumerate(value, 1)]
+            found[field] = tuple(_checked(each, where, name, cls) for where, each in tables)
             continue
-        found[field] = _from_file(f"{path}: {key}", kinds_of(cls)[field], settings[field], value)
+        found[field] = _from_file(f"{where}: {key}", kinds_of(cls)[field], settings[field], value)
     return found
 
 

@@ -13,7 +13,7 @@ from saevlm_fast.config import DEVICE_HELP, SteerabilityConfig
 from saevlm_fast.errors import require
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.look.chosen import check_latents
-from saevlm_fast.settings import same_as, setting
+from saevlm_fast.settings import paths, same_as, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,9 @@ class SteerabilityArguments(WorkOptions):
 
     title = "Model and SAE"
     model: str = setting(help="Tower with a text side, as of harvest.")
-    sae: Path = setting(help=SAE_HELP)
+    sae: tuple[Path, ...] = setting(
+        help=f"{SAE_HELP} Several of one layer, as of other seeds, separated by commas.", parse=paths
+    )
     layer: int = setting(help="Block of the tower, from 0, whose output the SAE is of.", at_least=0)
     images: str = setting(help="Images, as of harvest.")
     text_model: str | None = setting(None, help="Text side, as of name.", shown="the model's own")
@@ -70,24 +72,25 @@ class SteerabilityArguments(WorkOptions):
         """What must not be there without --force."""
         return [self.output, settings_path(self.output), *([self.neurons_output] if self.neurons else [])]
 
+    def check(self) -> None:
+        super().check()
+        require(len(set(self.sae)) == len(self.sae), f"sae: {', '.join(map(str, self.sae))} lists one twice")
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is opened: tower, SAE, images, words."""
+    """What is opened: tower, SAEs, images, words."""
 
     tower: "Tower"
-    sae: "SparseAutoencoder"
+    saes: "list[SparseAutoencoder]"
     source: "ImageSource"
     vocabulary: "Vocabulary"
 
     @property
     def made_of(self) -> dict[str, Any]:
-        """What finished blocks follow from, beside the settings."""
-        from saevlm_fast.files import weights_sha256
-
+        """What finished blocks follow from, beside the settings and the units."""
         return {
             "tower": self.tower.description(),
-            "sae": weights_sha256(self.sae),
             "images": self.source.fingerprint(),
             "words": self.vocabulary.words,
             "texts": self.vocabulary.texts_CE.double().sum(0).tolist(),
@@ -119,38 +122,43 @@ def open_inputs(options: SteerabilityArguments) -> Inputs:
     device = resolve_device(options.device)
     words = vocabulary(options.words, options.template)
     source = open_images(options.images)
-    sae = SparseAutoencoder.from_pretrained(options.sae, device=device)
-    if (doubt := check_sae_of(sae, options.layer, options.tokens)) is not None:
-        warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
-    tower = load_tower(options.model, device, on_message=tell)
-    require(
-        tower.anatomy.width in (None, sae.config.d_in),
-        f"sae: d_in is {sae.config.d_in}, but the blocks of {options.model} have width {tower.anatomy.width}",
-    )
+    saes = [SparseAutoencoder.from_pretrained(path, device=device) for path in options.sae]
+    for sae in saes:
+        if (doubt := check_sae_of(sae, options.layer, options.tokens)) is not None:
+            warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
     encoder = load_text_encoder(options.text_model or options.model, device, on_message=tell)
     require(
         encoder.logit_scale is not None,
         f"text_model: {encoder.spec} has no logit scale in its file, so that its cosines are no probabilities",
     )
     assert encoder.logit_scale is not None
+    tower = load_tower(options.model, device, on_message=tell)
+    for path, sae in zip(options.sae, saes):
+        require(
+            tower.anatomy.width in (None, sae.config.d_in),
+            f"sae: d_in of {path} is {sae.config.d_in}, but the blocks of {options.model} have width "
+            f"{tower.anatomy.width}",
+        )
     words, n_unknown = known_words(words, encoder)
     if n_unknown:
         tell(f"words: {n_unknown:,} left out that {encoder.spec} does not know; {len(words.words):,} are left")
-    return Inputs(tower, sae, source, Vocabulary(tuple(words.words), encoder.embed(words.texts), encoder.logit_scale))
+    return Inputs(tower, saes, source, Vocabulary(tuple(words.words), encoder.embed(words.texts), encoder.logit_scale))
 
 
 def _kinds(options: SteerabilityArguments, inputs: Inputs) -> "list[tuple[Units, Tensor]]":
-    """Kinds of units, and which ones are asked about."""
+    """Kinds of units, the latents of every SAE first, and which ones are asked about."""
     import torch
 
     from saevlm_fast.clip_steering.units import Latents, Neurons
     from saevlm_fast.look.chosen import chosen_latents
 
-    sae = inputs.sae
-    chosen = torch.tensor(chosen_latents(options.latents, torch.zeros(sae.config.d_sae)))
-    kinds: list[tuple[Units, Tensor]] = [(Latents(sae), chosen)]
+    kinds: list[tuple[Units, Tensor]] = []
+    for sae in inputs.saes:
+        chosen = torch.tensor(chosen_latents(options.latents, torch.zeros(sae.config.d_sae)))
+        kinds.append((Latents(sae), chosen))
     if options.neurons:
-        kinds.append((Neurons(sae.config.d_in), torch.arange(sae.config.d_in)))
+        width = inputs.saes[0].config.d_in
+        kinds.append((Neurons(width), torch.arange(width)))
     return kinds
 
 
@@ -165,7 +173,8 @@ def plan(options: SteerabilityArguments) -> Plan:
     check(options)
     inputs = open_inputs(options)
     kinds = _kinds(options, inputs)
-    asked = [min(len(chosen), options.screen or len(chosen)) for _, chosen in kinds]
+    asked, n_saes = [min(len(chosen), options.screen or len(chosen)) for _, chosen in kinds], len(inputs.saes)
+    passes = sum(asked) * (2 + options.controls) + sum(asked[:n_saes])
     with opened_stream(inputs.tower, options.layer, options.tokens, options.batch_size) as stream:
         asking = Asking(stream, inputs.source, inputs.vocabulary, options.part(SteerabilityConfig), {})
         units, chosen = kinds[0]
@@ -176,14 +185,14 @@ def plan(options: SteerabilityArguments) -> Plan:
         seconds = (time.perf_counter() - start) / len(few)
         shape = asking.asked[0].x_BTD[0].numel()
     return Plan(
-        f"steerability of {asked[0]:,} latents of {options.sae} in {options.model}",
+        f"steerability of {sum(asked[:n_saes]):,} latents of {', '.join(map(str, options.sae))} in {options.model}",
         {
             "images_asked_about": asking.n_images,
             "words": len(inputs.vocabulary.words),
-            "latents": asked[0],
-            "neurons": asked[1] if len(asked) > 1 else 0,
-            "passes_of_an_image": sum(asked) * (2 + options.controls) * asking.n_images,
-            **memory_figures(stream.tower.device, 8 * shape * (options.batch_size + asking.n_images)),
+            "latents": sum(asked[:n_saes]),
+            "neurons": sum(asked[n_saes:]),
+            "passes_of_an_image": passes * asking.n_images,
+            **memory_figures(stream.tower.device, 8 * shape * (options.batch_size + 2 * asking.n_images)),
             **disk_figures(options.output, _ROW_BYTES * sum(len(chosen) for _, chosen in kinds)),
             "time_seconds": seconds * sum(asked),
         },
@@ -197,13 +206,15 @@ def steerability(options: SteerabilityArguments) -> dict[str, Any]:
 
     with output_lock(options.output, directory=False):
         check(options)
-        found = _steerability(options)
-    _print(found)
+        found, n_words = _steerability(options)
+    figures = _figures(options, found, n_words)
+    _print(options, found[0], figures)
     say(f"wrote {options.output}" + (f" and {options.neurons_output}" if options.neurons else ""))
-    return {"output": str(options.output)} | {f"{each.kind}s": _as_json(each) for each in found}
+    return {"output": str(options.output), **figures}
 
 
-def _steerability(options: SteerabilityArguments) -> "list[Steerable]":
+def _steerability(options: SteerabilityArguments) -> "tuple[list[Steerable], int]":
+    """What was found of every SAE, and of neurons; and the number of words."""
     from saevlm_fast.clip_steering.run import Asking, progress_of
     from saevlm_fast.clip_steering.stream import opened_stream
     from saevlm_fast.files import remove_leftovers
@@ -215,7 +226,7 @@ def _steerability(options: SteerabilityArguments) -> "list[Steerable]":
     config = options.part(SteerabilityConfig)
     progress = progress_of(options.output)
     made_of = inputs.made_of | {"layer": options.layer, "config": vars(config)}
-    found = []
+    found: list[Steerable] = []
     with opened_stream(inputs.tower, options.layer, options.tokens, options.batch_size) as stream:
         asking = Asking(stream, inputs.source, inputs.vocabulary, config, made_of)
         kinds = _kinds(options, inputs)
@@ -224,40 +235,68 @@ def _steerability(options: SteerabilityArguments) -> "list[Steerable]":
             alive = int((reference.density_S[chosen] > 0).sum())
             total = min(alive, config.screen or alive)
             with interruptible() as interrupted, Bar(f"{units.kind}s", total, f"{units.kind}s") as bar:
-                found.append(asking.measure(units, reference, chosen, Parts(progress), bar.update, interrupted))
-    for each, path in zip(found, (options.output, options.neurons_output)):
-        metadata = {"sae": str(options.sae), "model": options.model, "layer": str(options.layer)}
-        metadata |= {name: str(value) for name, value in vars(config).items()}
-        write_table(each.table.replace_schema_metadata(metadata), path)
+                parts, subject = Parts(progress), f"{units.kind}-{len(found)}"
+                found.append(asking.measure(units, reference, chosen, parts, bar.update, interrupted, subject))
+    metadata = {"sae": ",".join(map(str, options.sae)), "model": options.model, "layer": str(options.layer)}
+    metadata |= {name: str(value) for name, value in vars(config).items()}
+    write_table(_latents_table(options, found).replace_schema_metadata(metadata), options.output)
+    if options.neurons:
+        write_table(found[-1].table.replace_schema_metadata(metadata), options.neurons_output)
     skipped = len(stream.skipped)
     if skipped:
         warn(f"images: {skipped} of them are not usable and were left out")
     Record("steerability", options, options.output, images=asking.n_images, words=len(inputs.vocabulary.words)).write()
     remove_leftovers(progress)
     shutil.rmtree(progress, ignore_errors=True)
-    return found
+    return found, len(inputs.vocabulary.words)
 
 
-def _as_json(found: "Steerable") -> dict[str, Any]:
+def _latents_table(options: SteerabilityArguments, found: "list[Steerable]") -> Any:
+    """Of the only SAE, or of all with a column that says of which one a latent is."""
+    import pyarrow as pa
+
+    tables = [each.table for each in found[: len(options.sae)]]
+    if len(tables) == 1:
+        return tables[0]
+    named = [
+        table.add_column(0, "sae", pa.array([str(path)] * len(table), pa.string()))
+        for path, table in zip(options.sae, tables)
+    ]
+    return pa.concat_tables(named, promote_options="default")
+
+
+def _figures(options: SteerabilityArguments, found: "list[Steerable]", n_words: int) -> dict[str, Any]:
+    """latents (over all SAEs), of several also those of each, and neurons."""
+    from saevlm_fast.clip_steering.seeds import over_seeds
     from saevlm_fast.measures.results import plain
 
-    return plain(found.summary)
+    latents, neurons = found[: len(options.sae)], found[len(options.sae) :]
+    figures: dict[str, Any] = {"latents": latents[0].summary}
+    if len(latents) > 1:
+        figures["latents"] = over_seeds(latents, n_words, options.seed)
+        figures["saes"] = [{"sae": str(path), **each.summary} for path, each in zip(options.sae, latents)]
+    return plain(figures | ({"neurons": neurons[0].summary} if neurons else {}))
 
 
-def _print(found: "list[Steerable]") -> None:
-    names = ("asked", "dead", "steerable", "s", "s_random", "s_density", "s_reversed", "s_shuffled")
-    lines = [
-        (each.kind, *(_cell(each.summary[name]) for name in names), _cell(each.summary["specificity"]))
-        for each in found
-    ]
+def _print(options: SteerabilityArguments, found: "Steerable", figures: dict[str, Any]) -> None:
+    """found: latents of the first SAE."""
+    names = ("asked", "dead", "steerable", "s", "s_random", "s_density", "s_reversed", "s_shuffled", "s_without_error")
+    rows = {"latents": figures["latents"]} | {each["sae"]: each for each in figures.get("saes", [])}
+    rows |= {"neurons": figures["neurons"]} if options.neurons else {}
+    lines = [(kind, *(_cell(row[name]) for name in (*names, "specificity"))) for kind, row in rows.items()]
     print_wide_table(("", *names, "specificity"), lines)
-    for each in found:
-        if each.summary["steerable"]["n"] == 0:
+    for kind, row in rows.items():
+        if row["steerable"]["value"] is None:
             say(
-                f"{each.kind}s: {each.summary['random_directions']} random directions are too few to call one so;"
-                " 100 are needed (--controls)"
+                f"{kind}: {row['random_directions']} random directions are too few to call one so; 100 are needed"
+                " (--controls)"
             )
-    best = sorted((row for row in found[0].table.to_pylist() if row["status"] == "defined"), key=lambda row: -row["s"])
+    if (shared := figures["latents"].get("shared")) is not None:
+        say(
+            f"words: {shared['by_every']} of {shared['words']} are changed most by a steerable latent of every SAE, "
+            f"{shared['by_every_chance']:.1f} by chance (p {shared['p']:.3f}); {shared['by_any']} by one of any"
+        )
+    best = sorted((row for row in found.table.to_pylist() if row["status"] == "defined"), key=lambda row: -row["s"])
     lines = [
         (str(row["latent"]), f"{row['s']:.4f}", f"{row['chance']:.3f}", row["concept"], f"{row['concept_change']:+.3f}")
         for row in best[:_SHOWN]
@@ -269,7 +308,9 @@ def _print(found: "list[Steerable]") -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         low, high = value["interval"]
-        return "-" if value["n"] == 0 else f"{value['value']:.1%} [{low:.1%}, {high:.1%}]"
+        if value["value"] is None:
+            return "-"
+        return f"{value['value']:.1%}" + ("" if low is None else f" [{low:.1%}, {high:.1%}]")
     if isinstance(value, int):
         return f"{value:,}"
-    return "-" if value != value else f"{value:.4f}"
+    return "-" if value is None else f"{value:.4f}"

@@ -1,6 +1,7 @@
 """Several SAEs of one command: comma lists and [[sweep]] tables become settings of each, and names of directories."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -27,11 +28,12 @@ def expanded(given: Mapping[str, Any]) -> tuple[Table, tuple[Table, ...]]:
     sizes: Any = SAESize
     recipe: Any = TrainConfig
     known = {*settings_of(sizes), *settings_of(recipe)} - set(TrainConfig.shared)
-    for table in tables:
+    for number, table in enumerate(tables, 1):
         for name, value in table.items():
-            require(name in known, f"sweep: {name} is the same for all SAEs; give it beside [[sweep]]")
-            require(not isinstance(value, Several), f"sweep: {name} of one table has several values")
-            require(name not in lists, f"{name}: is a list and in [[sweep]]")
+            where = f"[[sweep]] {number}: {name}"
+            require(name in known, f"{where} is the same for all SAEs; give it beside [[sweep]]")
+            require(not isinstance(value, Several), f"{where} of one table has several values")
+            require(name not in lists, f"{where} is a list too")
     combined = [dict(zip(lists, values)) for values in product(*lists.values())]
     return base, tuple(table | one for table in (tables or [{}]) for one in combined)
 
@@ -61,6 +63,17 @@ def names_of(tables: Sequence[Table]) -> list[str]:
     for i, name in enumerate(names):
         require(name not in names[:i], f"sweep: two SAEs would both be in the directory {name}")
     return names
+
+
+@contextmanager
+def named(name: str, table: Table) -> Iterator[None]:
+    """Around what is made of one SAE's settings: what is wrong with one of its table's says whose it is."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).partition(":")[0] not in table:
+            raise
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _part(key: str, value: Any) -> str:

@@ -17,7 +17,7 @@ from saevlm_fast.cli.planning import (
     training_disk,
     training_memory,
 )
-from saevlm_fast.cli.ranks import joined_ranks, leads, part_of_a_rank, ranks_options
+from saevlm_fast.cli.ranks import joined_ranks, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
@@ -65,6 +65,7 @@ def plan(options: TrainArguments) -> Plan:
     from saevlm_fast.training.checkpoints import latest_checkpoint
     from saevlm_fast.training.watch import Watch
 
+    _check_shared(options)
     if options.model is not None:
         return plan_one_pass(options)
     if options.sweep:
@@ -76,7 +77,7 @@ def plan(options: TrainArguments) -> Plan:
     run = _planned(options, Run.of)
     sae, config, n_rows = run.sae, run.config, run.n_rows
     checkpoint = latest_checkpoint(workplace(options.output)) if options.resume else None
-    part = part_of_a_rank(sae)
+    part = part_of_a_rank(sae, options.data_parallel)
     figures = {
         "rows": n_rows,
         "steps": config.n_steps,
@@ -102,15 +103,16 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
     """
     from saevlm_fast.outputs import output_lock, workplace
 
-    with joined_ranks(options.device, options.collective_timeout) as peers, ExitStack() as locks:
-        _check_shared(options, peers)
+    ranks = options.device, options.collective_timeout, options.data_parallel
+    with joined_ranks(*ranks) as peers, ExitStack() as locks:
+        _check_shared(options)
         if leads(peers):
             locks.enter_context(output_lock(options.output, directory=True))
         if options.model is not None:
             return run_one_pass(options)
         if options.sweep:
             data, held_out = open_data(options)
-            return train_grid(options, data, held_out, runs_of(options, data.n_rows, data.d, data.path))
+            return train_grid(options, data, held_out, runs_of(options, data.n_rows, data.d, data.path), peers)
         if leads(peers):
             _check_output(options)
         try:
@@ -135,17 +137,10 @@ def _check_output(options: TrainArguments) -> None:
         check_absent([options.output / SETTINGS_FILE], options.force)
 
 
-def _check_shared(options: TrainArguments, peers: "MeshPeers | None") -> None:
+def _check_shared(options: TrainArguments) -> None:
     """ValueError: what one process does and torchrun's ranks do not."""
-    if peers is None:
-        return
-    given = {
-        "sweep": bool(options.sweep),
-        "mono_embeddings": options.mono_embeddings is not None,
-        "model": options.model is not None,
-    }
-    for name, there in given.items():
-        require(not there, f"{name}: of one process, and torchrun started {peers.world}")
+    one_pass, n = options.model is not None, n_processes()
+    require(not one_pass or n == 1, f"model: one pass is of one process, and torchrun started {n}; harvest first")
 
 
 def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any] | None:
@@ -160,7 +155,7 @@ def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any]
     sae, config = run.sae, run.config
     where = ranks_options(options.part(RunOptions), peers)
     resolve_device(where.device)  # refused before anything is said
-    say(run.sentence if peers is None else f"{peers.world} ranks: {run.sentence}")
+    say(run.sentence if peers is None else f"{_told_of(peers)}: {run.sentence}")
     if options.resume:
         checkpoint = latest_checkpoint(workplace(output))
         what = f"newest checkpoint {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0"
@@ -207,6 +202,11 @@ def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any]
         "control": config.control,
         "evaluation": {"rows": rows, "of": kind, **metrics},
     }
+
+
+def _told_of(peers: "MeshPeers") -> str:
+    n_replicas = peers.ranks.rows.world
+    return f"{peers.world} ranks" + (f", {n_replicas} replicas" if n_replicas > 1 else "")
 
 
 def _run(peers: "MeshPeers | None", *what: Any, **told: Any) -> dict[str, Any]:

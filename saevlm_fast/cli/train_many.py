@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_figures, training_disk
+from saevlm_fast.cli.ranks import leads, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.scenes import scenes
+from saevlm_fast.cli.sweep import named
 from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
+from saevlm_fast.cli.train_looks import StoreLooks
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.training.memory import training_memory
 
@@ -23,16 +27,20 @@ if TYPE_CHECKING:
     from saevlm_fast.cli.train_options import Run, TrainArguments
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.training.many import Trained
+    from saevlm_fast.training.process_group import MeshPeers
 
 TABLES = TABLE_FILE, PARQUET_FILE, PICTURE_FILE = "grid.json", "grid.parquet", "grid.svg"
-_NO_SCORES = "MS is left out: no embeddings were given (--embeddings)"
 
 
 def runs_of(options: "TrainArguments", n_rows: int, d: int, path: Path) -> "dict[str, Run]":
     """What is trained, by name, on activations [n_rows, d]. ValueError: settings that do not fit the width."""
     from saevlm_fast.cli.train_options import Run
 
-    return {name: Run.of(member, n_rows, d, path) for name, member in options.members().items()}
+    found = {}
+    for (name, member), table in zip(options.members().items(), options.sweep):
+        with named(name, table):
+            found[name] = Run.of(member, n_rows, d, path)
+    return found
 
 
 def check_outputs(options: "TrainArguments") -> None:
@@ -51,10 +59,12 @@ def check_outputs(options: "TrainArguments") -> None:
         check_absent([options.output / file for file in files], options.force)
 
 
-def memory_of(runs: "Mapping[str, Run]") -> dict[str, int]:
-    """Bytes that each takes, by arithmetic; together they take the sum."""
+def memory_of(runs: "Mapping[str, Run]", n_replicas: int = 1) -> dict[str, int]:
+    """Bytes that each takes, by arithmetic, or a rank's part of it under torchrun; together they take the sum."""
     return {
-        name: training_memory(run.sae, run.batch_size, run.config.accumulate, run.config.control)
+        name: training_memory(
+            part_of_a_rank(run.sae, n_replicas), run.batch_size, run.config.accumulate, run.config.control
+        )
         for name, run in runs.items()
     }
 
@@ -66,12 +76,13 @@ def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
 
-    device, needed = resolve_device(options.device), memory_of(runs)
+    device, needed = resolve_device(options.device), memory_of(runs, options.data_parallel)
     check_writable(options.output)
     check_outputs(options)
     first, members = next(iter(runs.values())), options.members()
     newest = [latest_checkpoint(workplace(member.output)) for member in members.values() if options.resume]
-    times = [time_figures(run.sae, run.config, run.n_rows, device) for run in runs.values()]
+    parts = [part_of_a_rank(run.sae, options.data_parallel) for run in runs.values()]
+    times = [time_figures(part, run.config, run.n_rows, device) for part, run in zip(parts, runs.values())]
     seconds = [each["a_step_seconds"] for each in times if "a_step_seconds" in each]
     whole = {"a_step_seconds": sum(seconds), "all_steps_seconds": sum(seconds) * first.config.n_steps}
     figures = {
@@ -98,19 +109,24 @@ def sentence_of(runs: "Mapping[str, Run]") -> str:
 
 
 def train_grid(
-    options: "TrainArguments", data: "Activations", held_out: "Activations | None", runs: "Mapping[str, Run]"
-) -> dict[str, Any]:
-    """Trains them, and writes the summary. The output is locked."""
-    from saevlm_fast.config import RunOptions
+    options: "TrainArguments",
+    data: "Activations",
+    held_out: "Activations | None",
+    runs: "Mapping[str, Run]",
+    peers: "MeshPeers | None" = None,
+) -> dict[str, Any] | None:
+    """Trains them, and writes the summary, of ranks the first. The output is locked."""
     from saevlm_fast.inspection import human_bytes
-    from saevlm_fast.training.many import train_many
+    from saevlm_fast.training.many import nothing_more
 
-    check_outputs(options)
-    embeddings = _embeddings(options, held_out or data)
-    say(sentence_of(runs), f"memory: {human_bytes(sum(memory_of(runs).values()))} of all together")
-    members = options.members()
-    records = [Record("train", member, member.output) for member in members.values()]
-    records.append(Record("train", options, options.output, rows=data.n_rows, d_in=data.d))
+    first, looks = leads(peers), None
+    if first:
+        check_outputs(options)
+        looks = StoreLooks(options, held_out or data, _embeddings(options))
+    ranks, whose = ("", "all together") if peers is None else (f"{peers.world} ranks: ", "a rank's parts of all")
+    needed = sum(memory_of(runs, options.data_parallel).values())
+    say(ranks + sentence_of(runs), f"memory: {human_bytes(needed)} of {whose}")
+    records = _records(options, data) if first else []
     steps = next(iter(runs.values())).config.n_steps
     with TrainBar(steps) as bar, closing(_Log(bar, next(iter(runs)))) as log:
 
@@ -119,24 +135,43 @@ def train_grid(
                 record.write()
             bar.on_step(step)
 
+        told: dict[str, Any] = {"validation": held_out, "on_log": log.on_log, "on_step": on_step, "on_note": tell}
         try:
-            trained = train_many(
-                data,
-                {name: run.sae for name, run in runs.items()},
-                {name: run.config for name, run in runs.items()},
-                options.part(RunOptions),
-                validation=held_out,
-                on_log=log.on_log,
-                on_step=on_step,
-                on_note=tell,
-            )
+            trained = _trained(options, data, runs, peers, on_finished=looks or nothing_more, **told)
         except Interrupted as error:
             what, settings = str(error).partition(";")[0], shlex.quote(str(options.output / SETTINGS_FILE))
-            raise Interrupted(f"{what}; continue with: saevlm-fast train --config {settings} --resume") from None
+            program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
+            raise Interrupted(f"{what}; continue with: {program} train --config {settings} --resume") from None
     for record in records:
         record.write()
-    scores = _scores(trained, held_out or data, embeddings)
-    return summarise(options.output, trained, scores, "validation" if held_out else "training", _NO_SCORES)
+    if looks is None:
+        return None
+    return summarise(options.output, trained, "validation" if held_out else "training", looks.note)
+
+
+def _records(options: "TrainArguments", data: "Activations") -> list[Record]:
+    """Of each SAE's directory, and of all."""
+    alone = [Record("train", member, member.output) for member in options.members().values()]
+    return [*alone, Record("train", options, options.output, rows=data.n_rows, d_in=data.d)]
+
+
+def _trained(
+    options: "TrainArguments",
+    data: "Activations",
+    runs: "Mapping[str, Run]",
+    peers: "MeshPeers | None",
+    **told: Any,
+) -> "dict[str, Trained]":
+    """The training itself, by one process or by ranks."""
+    from saevlm_fast.config import RunOptions
+    from saevlm_fast.training.many import train_many
+    from saevlm_fast.training.sharded_many import train_many_shared
+
+    saes = {name: run.sae for name, run in runs.items()}
+    recipes, where = {name: run.config for name, run in runs.items()}, options.part(RunOptions)
+    if peers is None:
+        return train_many(data, saes, recipes, where, **told)
+    return train_many_shared(peers, data, saes, recipes, ranks_options(where, peers), **told)
 
 
 class _Log:
@@ -155,52 +190,35 @@ class _Log:
         self.bar.close()
 
 
-def _embeddings(options: "TrainArguments", evaluated: "Activations") -> "Activations | None":
+def _embeddings(options: "TrainArguments") -> "Activations | None":
+    """Those that are named; of the box's scenes those of the box."""
     from saevlm_fast.data.rows import open_activations
 
-    if options.embeddings is None:
-        return None
-    embeddings = open_activations(options.embeddings)
-    require(
-        embeddings.n_rows == evaluated.n_rows,
-        f"embeddings: {embeddings.n_rows:,} rows of {options.embeddings}, but {evaluated.n_rows:,} are evaluated; "
-        "row i of both is image i",
-    )
-    return embeddings
+    named = options.embeddings
+    if named is None and options.activations is None and options.validation is None:
+        named = scenes("test", device=options.device).embeddings
+    return None if named is None else open_activations(named)
 
 
-def _scores(
-    trained: "Mapping[str, Trained]", evaluated: "Activations", embeddings: "Activations | None"
-) -> dict[str, float]:
-    """The mean Monosemanticity Score of each, if there are embeddings."""
-    from saevlm_fast.scoring.monosemanticity import score
-
-    if embeddings is None:
-        return {}
-    return {name: score(evaluated, embeddings, each.sae).summary().mean for name, each in trained.items()}
-
-
-def summarise(
-    output: Path, trained: "Mapping[str, Trained]", scores: Mapping[str, float], kind: str, without_scores: str
-) -> dict[str, Any]:
-    """Table, files and picture; what --json prints. kind: of the rows that were evaluated."""
+def summarise(output: Path, trained: "Mapping[str, Trained]", kind: str, note: str) -> dict[str, Any]:
+    """Table, files and picture; what --json prints. kind: of the rows that were evaluated. note: of MS."""
     from saevlm_fast.cli.grid_picture import write_picture
     from saevlm_fast.files import write_json_atomic
 
     rows = []
+    scored = any("ms_mean" in each.metrics for each in trained.values())
     for name, each in trained.items():
         sae, metrics = each.sae.config, dict(each.metrics)
         metrics.pop("rows")
         row = {"name": name, "architecture": sae.architecture, "d_sae": sae.d_sae, "k": sae.k, **metrics}
-        rows.append(row | ({"ms_mean": scores[name]} if scores else {}))
+        rows.append(row | ({"ms_mean": metrics.get("ms_mean")} if scored else {}))
     n_rows = next(iter(trained.values())).metrics["rows"]
     say(f"evaluation on {n_rows:,} {kind} rows")
     print_wide_table(tuple(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
-    note = "" if scores else without_scores
     write_json_atomic(output / TABLE_FILE, {"rows": n_rows, "of": kind, "saes": rows, "note": note})
     _write_parquet(output / PARQUET_FILE, rows)
     write_picture(output / PICTURE_FILE, rows, note)
-    say(*([note] if note else []), f"wrote {output}")
+    say(note, f"wrote {output}")
     return {"output": str(output), "evaluation": {"rows": n_rows, "of": kind}, "saes": rows}
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.scenes import new_run_directory
-from saevlm_fast.cli.sweep import expanded, names_of, one_of
+from saevlm_fast.cli.sweep import expanded, named, names_of, one_of
 from saevlm_fast.config import (
     EXPANSION,
     SELECTING,
@@ -49,8 +49,16 @@ class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptio
     )
     embeddings: Path | None = setting(
         None,
-        help="With several SAEs: embeddings of the images that they are evaluated on, for the summary's MS.",
+        help="For MS in the summary of several SAEs, or of a run from images: embeddings of the images that are "
+        "evaluated; of --images where none are held out.",
+        shown="none; from images the tower's own projection or pooled output, on the box its scenes'",
         remote=True,
+    )
+    scored_images: int = setting(
+        2048,
+        help="From images, and without --validation-images: how many of those trained on MS and contact sheets are of; "
+        "0: there is neither.",
+        at_least=0,
     )
     sweep: tuple[Any, ...] = setting(
         (),
@@ -79,13 +87,16 @@ class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptio
         several = bool(tables) or "model" in base
         require(not several or "mono_embeddings" not in base, "mono_embeddings: of one SAE, trained from a store")
         if tables:
-            names_of(tables)  # no two in one directory
-            alone = {name: value for name, value in base.items() if name != "embeddings"}
-            first = cls.of(one_of(alone, tables[0]))
+            names = names_of(tables)  # no two in one directory
+            with named(names[0], tables[0]):
+                first = cls.of(one_of(_of_one(base), tables[0]))
             given = base | {"output": first.output}
             return replace(first, sweep=tables, given=given, embeddings=base.get("embeddings"))
         check_one_pass(base, StreamSettings())
-        require("embeddings" not in base, "embeddings: of several SAEs; of one, ms-score makes the score")
+        require(
+            "embeddings" not in base or "model" in base,
+            "embeddings: of several SAEs, or of a run from images; of one SAE ms-score makes the score",
+        )
         require("output" in given or not given.get("resume"), "output: --resume needs the directory of the run")
         defaults: dict[str, Any] = {"output": new_run_directory(), "expansion": EXPANSION, "k": K}
         if "activations" not in given and "model" not in given:
@@ -100,11 +111,11 @@ class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptio
 
     def members(self) -> dict[str, Self]:
         """The options of each of several SAEs, by name: those of a command that trains it alone."""
-        base = {name: value for name, value in self.given.items() if name != "embeddings"}
-        return {
-            name: self.of(one_of(base, table) | {"output": self.output / name})
-            for name, table in zip(names_of(self.sweep), self.sweep)
-        }
+        found = {}
+        for name, table in zip(names_of(self.sweep), self.sweep):
+            with named(name, table):
+                found[name] = self.of(one_of(_of_one(self.given), table) | {"output": self.output / name})
+        return found
 
     def said(self, name: str) -> Any:
         """For settings.toml: what [[sweep]] says is not said twice, and nothing of a stream where there is none."""
@@ -112,7 +123,8 @@ class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptio
             return self.given.get(name)
         stream: Any = StreamSettings
         value = super().said(name)
-        return None if name in settings_of(stream) and (self.model is None or value == ()) else value
+        streamed = name in settings_of(stream) or name == "scored_images"
+        return None if streamed and (self.model is None or value == ()) else value
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,11 @@ class Run:
         )
 
 
+def _of_one(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given for all of several SAEs, as a command that trains one alone takes it."""
+    return {name: value for name, value in given.items() if name != "embeddings" or "model" in given}
+
+
 def check_one_pass(given: dict[str, Any], defaults: StreamSettings) -> None:
     """Whether what was given is of one pass, or of a run from a store, and not of both.
 
@@ -158,11 +175,12 @@ def check_one_pass(given: dict[str, Any], defaults: StreamSettings) -> None:
     if not one_pass:
         cls: Any = StreamSettings
         stray = [name for name in settings_of(cls) if name in given and given[name] != getattr(defaults, name)]
+        stray += ["scored_images"] if "scored_images" in given else []
         require(not stray, f"{', '.join(stray)}: of a run from images; give --model and --images")
         return
     for name in ("model", "images"):
         require(name in given, f"{name}: needed with {one_pass[0]}")
-    for name in ("activations", "validation", "embeddings"):
+    for name in ("activations", "validation"):
         advice = "give --validation-images" if name == "validation" else "a run from images has none"
         require(name not in given, f"{name}: does not go with model; {advice}")
     path = given.get("keep_store")

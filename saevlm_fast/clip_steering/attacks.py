@@ -1,7 +1,7 @@
 """Words drawn on images, so that a CLIP reads them instead of looking: typographic attacks, and nonsense beside them.
 
 Each image is given the name of a class that it does not have, by its id and a seed. How it is written is drawn from a
-style; fonts and places of the style for training and of the one for testing are different. Nonsense has the same
+style; fonts, places and sizes of the style for training and of the one for testing are different. Nonsense has the same
 letters and fonts in another order: what it changes is covered pixels, not reading.
 """
 
@@ -35,11 +35,11 @@ class Style:
     name: str
     fonts: tuple[str, ...]
     places: tuple[tuple[float, float], ...]
-    heights: tuple[float, float] = (0.16, 0.3)
+    heights: tuple[float, float]
 
 
-TRAIN = Style("train", (BITMAP,), ((0.5, 0.12), (0.5, 0.88), (0.35, 0.3)))
-TEST = Style("test", (OUTLINE,), ((0.5, 0.5), (0.65, 0.7), (0.5, 0.25)))
+TRAIN = Style("train", (BITMAP,), ((0.5, 0.12), (0.5, 0.88), (0.35, 0.3)), (0.16, 0.22))
+TEST = Style("test", (OUTLINE,), ((0.5, 0.5), (0.65, 0.7), (0.5, 0.25)), (0.23, 0.3))
 
 
 class AttackedSource:
@@ -53,8 +53,7 @@ class AttackedSource:
         self, source: ImageSource, words: Sequence[str | None], style: Style, seed: int = 0, nonsense: bool = False
     ) -> None:
         require(len(words) == len(source), f"words: {len(words)} for {len(source)} images")
-        for font in style.fonts:
-            _font(font, 12)
+        check_fonts(style.fonts)
         self.source, self.words, self.style, self.seed, self.nonsense = source, list(words), style, seed, nonsense
         self.n_ignored, self.notes = source.n_ignored, source.notes
 
@@ -117,6 +116,12 @@ def _stamp(word: str, font: str, height: int, light: bool) -> Any:
     if font == BITMAP:  # has one size
         stamp = stamp.resize((max(1, round(stamp.width * height / stamp.height)), height))
     return stamp
+
+
+def check_fonts(fonts: Sequence[str]) -> None:
+    """ValueError: one of them is no such file, or no font."""
+    for font in fonts:
+        _font(font, 12)
 
 
 def _font(font: str, height: int) -> Any:

@@ -8,23 +8,24 @@ Every number stands beside the same for random latents of the same density, the 
 and a probe's direction. Shape suffixes: N images, C classes, D width, K latents.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from saevlm_fast.clip_steering.attacks import AttackedSource, Style, wrong_words
+from saevlm_fast.clip_steering.attacks import TEST, TRAIN, AttackedSource, Style, wrong_words
 from saevlm_fast.clip_steering.removal import (
     Features,
     Removal,
     features,
-    largest_differences,
+    gains,
+    most_gained,
     of_same_density,
     predictions,
     principal_directions,
-    probe_direction,
+    probe_directions,
 )
 from saevlm_fast.clip_steering.stream import Stream, Vocabulary
 from saevlm_fast.clip_steering.units import Latents
@@ -42,7 +43,7 @@ class Told:
     """Images and the class of each: numbers of the source, y_N (into classes), and groups for the worst of them.
 
     Attributes:
-        group_N: int64, or None to take the classes as groups. groups: their names.
+        y_N, group_N: int64, -1 of images without one. groups: their names.
     """
 
     source: ImageSource
@@ -57,156 +58,192 @@ class Told:
         return [self.source.image_id(i) for i in self.numbers]
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the images that are asked about: what they are, and the classes to choose from."""
+
+    told: Told
+    classes: Vocabulary
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How latents are chosen, and how many.
+
+    Attributes:
+        ks: numbers of latents, ascending. select: as of `removal.gains`. seed: of words and random latents.
+    """
+
+    ks: tuple[int, ...]
+    select: Literal["difference", "auroc"] = "difference"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How wrong words are written: for choosing, and where it is asked.
+
+    Attributes:
+        words, test_words: of each class; none is its name.
+    """
+
+    style: Style = TRAIN
+    test_style: Style = TEST
+    words: tuple[str, ...] = field(default=())
+    test_words: tuple[str, ...] = field(default=())
+
+
 def erase_words(
     stream: Stream,
     units: Latents,
     train: Told,
-    test: Told,
-    classes: Vocabulary,
-    ks: Sequence[int],
-    styles: tuple[Style, Style],
-    seed: int = 0,
+    asked: Question,
+    choice: Choice,
+    writing: Writing,
+    also: Mapping[str, Question],
     on_images: OnImages = lambda what, done, total: None,
 ) -> Figures:
     """Rows of (removal, k): accuracies clean, attacked, nonsense; `reads`: the share classed as the drawn word.
 
+    Args:
+        also: by name what else is asked of the same images, clean: what a removal costs besides.
+
     Raises:
         ValueError: unusable images, more latents asked for than fire on words.
     """
-    words = wrong_words(classes.words, train.y_N, train.ids, seed)
-    attacked = AttackedSource(train.source, _each_word(train, words, classes), styles[0], seed)
-    clean_seen = _features(stream, units, train.source, train, "train: clean", on_images)
+    names, test = asked.classes.words, asked.told
+    wrong_N = wrong_words(names, train.y_N, train.ids, choice.seed)
+    drawn = _each_word(train, wrong_N, writing.words or names)
+    attacked = AttackedSource(train.source, drawn, writing.style, choice.seed)
+    clean = _features(stream, units, train.source, train, "train: clean", on_images)
     seen = _features(stream, units, attacked, train, "train: attacked", on_images)
-    differences_ND = seen.stream_ND - clean_seen.stream_ND
-    removals = _removals(units, seen, clean_seen, differences_ND, ks, seed)
-    removals.append(_directions("probe", probe_direction(seen.stream_ND, clean_seen.stream_ND), clean_seen))
-    words = wrong_words(classes.words, test.y_N, test.ids, seed)
-    drawn = _each_word(test, words, classes)
-    shown: dict[str, ImageSource] = {"clean": test.source}
-    shown["attacked"] = AttackedSource(test.source, drawn, styles[1], seed)
-    shown["nonsense"] = AttackedSource(test.source, drawn, styles[1], seed, nonsense=True)
-    found = {
-        name: predictions(
-            stream, source, test.numbers, units, removals, classes, _told(f"test: {name}", len(test.y_N), on_images)
-        )
-        for name, source in shown.items()
+    both, label_N = Features.join([clean, seen]), np.repeat([0, 1], len(train.y_N))
+    directions = {
+        "pca": (principal_directions(seen.stream_ND - clean.stream_ND, max(choice.ks)), both),
+        "probe": (probe_directions(both.stream_ND, label_N), clean),
     }
-    rows = []
-    for r, (name, k) in enumerate([("nothing", 0), *((each.name, each.k) for each in removals)]):
-        row: Figures = {"removal": name, "k": k}
-        for condition, classes_RN in found.items():
-            row[condition] = _accuracy(classes_RN[r], test)
-        row["reads"] = share(found["attacked"][r] == words)
-        rows.append(row)
-    return {"latents": _chosen(removals), "images": {"train": len(train.y_N), "test": len(test.y_N)}, "rows": rows}
+    removals = _removals(units, both, gains(both, label_N, [1], units, choice.select), directions, choice)
+    wrong_N = wrong_words(names, test.y_N, test.ids, choice.seed)
+    drawn = _each_word(test, wrong_N, writing.test_words or names)
+    shown: dict[str, ImageSource] = {"clean": test.source}
+    shown["attacked"] = AttackedSource(test.source, drawn, writing.test_style, choice.seed)
+    shown["nonsense"] = AttackedSource(test.source, drawn, writing.test_style, choice.seed, nonsense=True)
+    found: dict[str, tuple[np.ndarray, Told]] = {}
+    for name, source in shown.items():
+        questions = {name: asked, **(also if name == "clean" else {})}
+        found |= _answers(stream, units, source, test, questions, removals, on_images)
+    figures = _figures(removals, found, len(train.y_N))
+    for row, classes_N in zip(figures["rows"], found["attacked"][0]):
+        row["reads"] = share(classes_N == wrong_N)
+    return figures
 
 
 def erase_factor(
     stream: Stream,
     units: Latents,
     train: Told,
-    tests: dict[str, tuple[Told, Vocabulary]],
-    ks: Sequence[int],
-    seed: int = 0,
+    questions: Mapping[str, Question],
+    choice: Choice,
     on_images: OnImages = lambda what, done, total: None,
 ) -> Figures:
-    """Rows of (removal, k): accuracies of every test by name; latents are chosen by train's classes.
+    """Rows of (removal, k): accuracies of every question by name, all of the same images.
 
-    A latent's gain is that of the class on which it fires most, beside the images of all other classes.
+    Latents are chosen by train's classes: a latent's gain is that of the class which it tells best from the others.
     """
     seen = _features(stream, units, train.source, train, "train", on_images)
-    values = [v for v in range(int(train.y_N.max()) + 1) if 0 < (train.y_N == v).sum() < len(train.y_N)]
+    values = np.unique(train.y_N).tolist()
     require(len(values) >= 2, "labels: what is erased has a single value on the images for choosing")
-    of_value = [torch.from_numpy(train.y_N == v) for v in values]
-    means_VD = torch.stack([seen.stream_ND[mask].mean(0) for mask in of_value]) - seen.stream_ND.mean(0)
-    best_S = torch.stack([seen.latents_NS[m].mean(0) - seen.latents_NS[~m].mean(0) for m in of_value]).amax(0)
-    # The same choice as of two kinds of images, of which one has this gain and the other nothing.
-    more, less = (
-        Features(best_S[None], seen.stream_ND[:1]),
-        Features(torch.zeros_like(best_S)[None], seen.stream_ND[:1]),
-    )
-    removals = _removals(units, more, less, means_VD, ks, seed, seen)
-    found = {
-        name: predictions(
-            stream,
-            told.source,
-            told.numbers,
-            units,
-            removals,
-            classes,
-            _told(f"test: {name}", len(told.y_N), on_images),
-        )
-        for name, (told, classes) in tests.items()
+    means_VD = torch.stack([seen.stream_ND[torch.from_numpy(train.y_N == v)].mean(0) for v in values])
+    directions = {
+        "pca": (principal_directions(means_VD - seen.stream_ND.mean(0), max(choice.ks)), seen),
+        "probe": (probe_directions(seen.stream_ND, train.y_N), seen),
     }
-    rows = []
-    for r, (removal, k) in enumerate([("nothing", 0), *((each.name, each.k) for each in removals)]):
-        row: Figures = {"removal": removal, "k": k}
-        for name, (told, _) in tests.items():
-            row[name] = _accuracy(found[name][r], told)
-        rows.append(row)
-    images = {name: len(told.y_N) for name, (told, _) in tests.items()}
-    return {"latents": _chosen(removals), "images": {"train": len(train.y_N), **images}, "rows": rows}
+    removals = _removals(units, seen, gains(seen, train.y_N, values, units, choice.select), directions, choice)
+    test = next(iter(questions.values())).told
+    found = _answers(stream, units, test.source, test, questions, removals, on_images)
+    return _figures(removals, found, len(train.y_N))
 
 
 def _removals(
     units: Latents,
-    more: Features,
-    less: Features,
-    differences_ND: Tensor,
-    ks: Sequence[int],
-    seed: int,
-    seen: Features | None = None,
+    seen: Features,
+    gain_S: np.ndarray,
+    directions: Mapping[str, tuple[torch.Tensor, Features]],
+    choice: Choice,
 ) -> list[Removal]:
-    """Of every k: the chosen latents, and the controls. seen: images of both kinds, for densities and sizes."""
-    if seen is None:
-        seen = Features(*(torch.cat(pair) for pair in zip(more, less)))
-    largest_S = seen.latents_NS.double().mean(0) * units.W_SD.norm(dim=1).cpu()
-    order_S = largest_S.argsort(descending=True, stable=True)
-    chosen = largest_differences(more, less, units, max(ks))
-    random = of_same_density(chosen, seen, seed)
-    directions_KD = principal_directions(differences_ND, min(max(ks), *differences_ND.shape))
+    """Of every k: the chosen latents, and the controls. seen: images of both kinds, for densities and sizes.
+
+    directions: orthonormal ones, and images whose mean they start from. The probe's are taken out together.
+    """
+    size_S = seen.mean_S() * units.W_SD.double().norm(dim=1).cpu().numpy()
+    order_S = torch.from_numpy(np.argsort(-size_S, kind="stable").copy())
+    chosen = most_gained(gain_S, max(choice.ks))
+    random = of_same_density(chosen, seen.density_S, choice.seed)
+    pca_KD, of_pca = directions["pca"]
     found = []
-    for k in ks:
+    for k in choice.ks:
         found.append(Removal("latents", k, chosen[:k]))
         found.append(Removal("random", k, random[:k]))
         found.append(Removal("magnitude", k, order_S[:k]))
-        if k <= len(directions_KD):
-            found.append(_directions("pca", directions_KD[:k], seen))
+        if k <= len(pca_KD):
+            found.append(Removal("pca", k, None, pca_KD[:k], of_pca.stream_ND.mean(0)))
+    probe_KD, of_probe = directions["probe"]
+    if len(probe_KD):
+        found.append(Removal("probe", len(probe_KD), None, probe_KD, of_probe.stream_ND.mean(0)))
     return found
 
 
-def _directions(name: str, directions_KD: Tensor, seen: Features) -> Removal:
-    return Removal(name, len(directions_KD), None, directions_KD, seen.stream_ND.mean(0))
+def _answers(
+    stream: Stream,
+    units: Latents,
+    source: ImageSource,
+    test: Told,
+    questions: Mapping[str, Question],
+    removals: Sequence[Removal],
+    on_images: OnImages,
+) -> dict[str, tuple[np.ndarray, Told]]:
+    """By question the classes [1 + R, N], and what is right."""
+    counted = _counted(f"test: {next(iter(questions))}", len(test.numbers), on_images)
+    vocabularies = [question.classes for question in questions.values()]
+    found = predictions(stream, source, test.numbers, units, removals, vocabularies, counted)
+    return {name: (each, questions[name].told) for name, each in zip(questions, found)}
 
 
-def _chosen(removals: Sequence[Removal]) -> list[int]:
-    """The latents of the largest k, the strongest first."""
+def _figures(removals: Sequence[Removal], found: Mapping[str, tuple[np.ndarray, Told]], n_train: int) -> Figures:
+    rows = []
+    for r, (removal, k) in enumerate([("nothing", 0), *((each.name, each.k) for each in removals)]):
+        row: Figures = {"removal": removal, "k": k}
+        rows.append(row | {name: _accuracy(classes_RN, r, told) for name, (classes_RN, told) in found.items()})
     latents = [each.latents_K for each in removals if each.name == "latents" and each.latents_K is not None]
-    return max(latents, key=len).tolist()
+    images = {"train": n_train, "test": max(len(told.numbers) for _, told in found.values())}
+    return {"latents": max(latents, key=len).tolist(), "images": images, "rows": rows}
 
 
-def _each_word(told: Told, words_N: np.ndarray, classes: Vocabulary) -> list[str | None]:
+def _each_word(told: Told, wrong_N: np.ndarray, words: Sequence[str]) -> list[str | None]:
     """By the number of the image in the source."""
     found: list[str | None] = [None] * len(told.source)
-    for number, word in zip(told.numbers, words_N):
-        found[number] = classes.words[int(word)] if word >= 0 else None
+    for number, wrong in zip(told.numbers, wrong_N):
+        found[number] = words[int(wrong)] if wrong >= 0 else None
     return found
 
 
 def _features(
     stream: Stream, units: Latents, source: ImageSource, told: Told, what: str, on_images: OnImages
 ) -> Features:
-    return features(stream, source, told.numbers, units, _told(what, len(told.numbers), on_images))
+    return features(stream, source, told.numbers, units, _counted(what, len(told.numbers), on_images))
 
 
-def _told(what: str, total: int, on_images: OnImages) -> Callable[[int], None]:
+def _counted(what: str, total: int, on_images: OnImages) -> Callable[[int], None]:
     return lambda done: on_images(what, done, total)
 
 
-def _accuracy(predicted_N: np.ndarray, told: Told) -> Figures:
-    """Share of right ones, and that of the worst group that has LEAST_OF_GROUP images."""
-    usable_N = predicted_N >= 0
-    right_N = predicted_N == told.y_N
+def _accuracy(classes_RN: np.ndarray, r: int, told: Told) -> Figures:
+    """Share of right ones, and that of the worst group that has LEAST_OF_GROUP images.
+
+    Of images with a class that the model as it is answers for; one that a removal leaves without an answer is wrong.
+    """
+    usable_N = (classes_RN[0] >= 0) & (told.y_N >= 0)
+    right_N = classes_RN[r] == told.y_N
     groups = [
         (name, share(right_N[mask]))
         for g, name in enumerate(told.groups)

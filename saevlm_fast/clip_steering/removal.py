@@ -3,8 +3,8 @@
     latents     x - sum over k latents of z_f W_dec[f]: zeroed, what the SAE does not reconstruct is kept
     directions  x - (x - mean) Q Q^T, Q [D, k] orthonormal
 
-on all tokens. Latents are chosen by how much more they fire on the images of one kind than of another (a train split),
-beside k random latents of the same density, the k that are largest, and directions found from the same images.
+on the chosen tokens. Latents are chosen by how much more they fire on the images of one kind than of another (a train
+split), beside k random latents of the same density, the k that are largest, and directions found from the same images.
 
 Shape suffixes: N images, T tokens, D width, S latents, K of them, C classes, R removals.
 """
@@ -19,10 +19,14 @@ from torch import Tensor
 
 from saevlm_fast.clip_steering.stream import ImageBatch, Stream, Vocabulary
 from saevlm_fast.clip_steering.units import Latents
+from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.errors import require
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.measures.codes import CodesGathering, KeptCodes
+from saevlm_fast.measures.label_scores import label_scores
+from saevlm_fast.sparse_codes import SparseCodes
 
-CONTROLS = ("random", "magnitude", "pca", "probe")
+_RANK = 1e-5  # a direction is one above this share of the largest: streams are of float32
 _RIDGE = 1e-2  # of the probe, times the mean variance
 
 
@@ -48,10 +52,28 @@ class Removal:
 
 
 class Features(NamedTuple):
-    """Of N images, means over their tokens: of latents [N, S], and of the stream [N, D]; float32 on the host."""
+    """Of N images, means over the chosen tokens: of latents, sparse, and of the stream [N, D] float32; on the host."""
 
-    latents_NS: Tensor
+    codes: KeptCodes
     stream_ND: Tensor
+
+    def mean_S(self, of_N: np.ndarray | None = None) -> np.ndarray:
+        """float64 [S]: means of the latents over all images, or over some (bool [N])."""
+        acts_M, n = self.codes.acts_M.astype(np.float64), len(self.stream_ND)
+        if of_N is not None:
+            acts_M, n = acts_M * of_N[self.codes.images_M], int(of_N.sum())
+        return np.bincount(self.codes.latents_M, acts_M, self.codes.n_latents) / max(n, 1)
+
+    @property
+    def density_S(self) -> np.ndarray:
+        """Share of images on which each latent fires."""
+        return self.codes.counts_S / max(len(self.stream_ND), 1)
+
+    @classmethod
+    def join(cls, pieces: "Sequence[Features]") -> "Features":
+        """The images of all pieces in order."""
+        codes = SparseCodes.join([piece.codes.by_image() for piece in pieces], pieces[0].codes.n_latents)
+        return cls(KeptCodes.of(codes), torch.cat([piece.stream_ND for piece in pieces]))
 
 
 @torch.no_grad()
@@ -63,64 +85,84 @@ def features(
     on_images: Callable[[int], None] = lambda done: None,
 ) -> Features:
     """Of the chosen images. ValueError: one of them is not usable."""
-    latents, means = [], []
+    gathering, means, done = None, [], 0
     for batch in stream.batches(source, chosen):
-        n, n_tokens, _ = batch.x_BTD.shape
-        image_N = torch.arange(n).repeat_interleave(n_tokens).to(batch.x_BTD.device)
-        values_M, units_M, rows_M = units.read(batch.x_BTD.flatten(0, 1)).entries()
-        sums = torch.zeros(n * units.n, device=values_M.device)
-        sums.index_add_(0, image_N[rows_M] * units.n + units_M, values_M)
-        latents.append((sums.view(n, units.n) / n_tokens).cpu())
-        means.append(batch.x_BTD.mean(1).float().cpu())
-        on_images(sum(map(len, latents)))
-    require(sum(map(len, latents)) == len(chosen), f"images: {len(stream.skipped)} are not usable; leave them out")
-    return Features(torch.cat(latents), torch.cat(means))
+        mask_BT = stream.mask(batch.x_BTD)[:, :, 0]
+        x_BTD = batch.x_BTD[mask_BT].view(len(batch), -1, batch.x_BTD.shape[2])
+        if gathering is None:
+            image_N = np.arange(len(chosen)).repeat(x_BTD.shape[1])
+            gathering = CodesGathering(image_N, len(chosen), units.n, "mean")
+        gathering.add(units.read(x_BTD.flatten(0, 1)).codes)
+        means.append(x_BTD.float().mean(1).cpu())
+        done += len(batch)
+        on_images(done)
+    require(done == len(chosen), f"images: {len(stream.skipped)} are not usable; leave them out")
+    assert gathering is not None
+    return Features(gathering.result(), torch.cat(means))
 
 
-def largest_differences(more: Features, less: Features, units: Latents, n: int) -> Tensor:
-    """int64 [n]: latents whose mean differs most, times the length of their direction.
+def gains(seen: Features, y_N: np.ndarray, values: Sequence[int], units: Latents, select: str) -> np.ndarray:
+    """float64 [S]: how much each latent tells a value of y_N from the others, that of the value it tells best.
 
-    Only those that fire more in `more`; of equal ones the lower. ValueError: fewer than n do.
+    Args:
+        select: difference, of the means with and without the value times the length of the direction; or auroc, of the
+            image's mean, less one half (measures/label_scores.py).
     """
-    length_S = units.W_SD.norm(dim=1).cpu()
-    gain_S = (more.latents_NS.double().mean(0) - less.latents_NS.double().mean(0)) * length_S
+    if select == "auroc":
+        found_S = np.full(units.n, -0.5)
+        labels = LabelSet.of([str(value) if value in values else "other" for value in y_N.tolist()])
+        scores = label_scores(seen.codes, labels)
+        asked_Q = np.isin(np.array(labels.names)[scores.label], [str(value) for value in values])
+        auroc_Q = np.nan_to_num(scores.auroc[asked_Q], nan=0.5)
+        np.maximum.at(found_S, scores.latent[asked_Q], auroc_Q - 0.5)
+        return found_S
+    differences = [seen.mean_S(y_N == value) - seen.mean_S(y_N != value) for value in values]
+    return np.max(differences, 0) * units.W_SD.double().norm(dim=1).cpu().numpy()
+
+
+def most_gained(gain_S: np.ndarray, n: int) -> Tensor:
+    """int64 [n]: the latents of the largest gains above 0; of equal ones the lower. ValueError: fewer than n."""
     n_more = int((gain_S > 0).sum())
     require(n_more >= n, f"k: {n} latents are asked for, but only {n_more} fire more on one kind of image")
-    return gain_S.argsort(descending=True, stable=True)[:n]
+    return torch.from_numpy(np.argsort(-gain_S, kind="stable")[:n].copy())
 
 
-def of_same_density(chosen_K: Tensor, seen: Features, seed: int = 0) -> Tensor:
+def of_same_density(chosen_K: Tensor, density_S: np.ndarray, seed: int = 0) -> Tensor:
     """int64 [K]: for each chosen latent another of the 10 nearest in density, none twice, none of the chosen."""
-    density_S = (seen.latents_NS > 0).double().mean(0)
-    log_S = density_S.clamp_min(1e-9).log()
+    log_S = np.log(np.maximum(density_S, 1e-9))
     random = np.random.default_rng(seed)
     free_S = density_S > 0
-    free_S[chosen_K] = False
-    require(int(free_S.sum()) >= len(chosen_K), f"k: {len(chosen_K)} others that fire are needed as a control")
+    free_S[chosen_K.numpy()] = False
+    n_free = int(free_S.sum())
+    require(n_free >= len(chosen_K), f"k: {len(chosen_K)} others that fire are needed as a control, {n_free} do")
     found = []
     for latent in chosen_K.tolist():
-        distance_S = torch.where(free_S, (log_S - log_S[latent]).abs(), torch.inf)
-        near = distance_S.argsort(stable=True)[: min(10, int(free_S.sum()))]
+        distance_S = np.where(free_S, np.abs(log_S - log_S[latent]), np.inf)
+        near = np.argsort(distance_S, kind="stable")[: min(10, int(free_S.sum()))]
         found.append(int(near[random.integers(len(near))]))
         free_S[found[-1]] = False
     return torch.tensor(found)
 
 
-def principal_directions(differences_ND: Tensor, n: int) -> Tensor:
-    """[n, D] orthonormal, of the largest uncentred variance. ValueError: there are not so many."""
-    rank = int(torch.linalg.matrix_rank(differences_ND.double()))
-    require(rank >= n, f"k: {n} directions are asked for, the differences of images have {rank}")
-    return torch.linalg.svd(differences_ND.double(), full_matrices=False).Vh[:n].float()
+def principal_directions(differences_ND: Tensor, at_most: int) -> Tensor:
+    """[n, D] orthonormal, of the largest uncentred variance: at most so many, and no more than the differences have."""
+    _, sizes, directions_ND = torch.linalg.svd(differences_ND.double(), full_matrices=False)
+    rank = int((sizes > _RANK * sizes[0]).sum()) if sizes[0] > 0 else 0
+    return directions_ND[: min(at_most, rank)].float()
 
 
-def probe_direction(more_ND: Tensor, less_ND: Tensor) -> Tensor:
-    """[1, D] of unit length: of the linear discriminant of the two kinds of images, its covariance a little rounder."""
-    more_ND, less_ND = more_ND.double(), less_ND.double()
-    centred_ND = torch.cat([more_ND - more_ND.mean(0), less_ND - less_ND.mean(0)])
+def probe_directions(x_ND: Tensor, y_N: np.ndarray) -> Tensor:
+    """[V - 1, D] orthonormal: what linear discriminants of V values read, their covariance a little rounder."""
+    x_ND, values_N = x_ND.double(), torch.from_numpy(y_N)
+    values = values_N.unique().tolist()
+    means_VD = torch.stack([x_ND[values_N == value].mean(0) for value in values])
+    centred_ND = x_ND - means_VD[torch.searchsorted(values_N.unique(), values_N)]
     covariance_DD = centred_ND.T @ centred_ND / len(centred_ND)
-    round_DD = torch.eye(len(covariance_DD), dtype=torch.float64) * (_RIDGE * covariance_DD.diagonal().mean())
-    direction_D = torch.linalg.solve(covariance_DD + round_DD, more_ND.mean(0) - less_ND.mean(0))
-    return torch.nn.functional.normalize(direction_D, dim=0)[None].float()
+    round_DD = torch.eye(len(covariance_DD), dtype=torch.float64) * (
+        _RIDGE * covariance_DD.diagonal().mean().clamp_min(1e-30)
+    )
+    read_VD = torch.linalg.solve(covariance_DD + round_DD, (means_VD - means_VD.mean(0)).T).T
+    return principal_directions(read_VD, len(values) - 1)
 
 
 @torch.no_grad()
@@ -130,19 +172,25 @@ def predictions(
     chosen: Sequence[int],
     units: Latents,
     removals: Sequence[Removal],
-    classes: Vocabulary,
+    vocabularies: Sequence[Vocabulary],
     on_images: Callable[[int], None] = lambda done: None,
-) -> np.ndarray:
-    """int64 [1 + R, N]: the class of each image, as the model is and after each removal; -1 of unusable images."""
-    found = np.full((1 + len(removals), len(chosen)), -1)
+) -> list[np.ndarray]:
+    """Of each vocabulary int64 [1 + R, N]: the class of each image, as the model is and after each removal.
+
+    -1 of images that are unusable, or where the model gives no number.
+    """
+    found = [np.full((1 + len(removals), len(chosen)), -1) for _ in vocabularies]
     place = {number: i for i, number in enumerate(chosen)}
     for done, batch in enumerate(stream.batches(source, chosen), 1):
         places = [place[number] for number in batch.numbers]
-        found[0, places] = _classes(classes, batch.out_BE)
         tokens = units.read(batch.x_BTD.flatten(0, 1))
-        for r, removal in enumerate(removals, 1):
-            x_ND = removal.apply(units, batch.x_BTD.flatten(0, 1).float(), tokens.values, tokens.scale)
-            found[r, places] = _classes(classes, _output(stream, batch, x_ND))
+        for r, removal in enumerate((None, *removals)):
+            out_BE = batch.out_BE
+            if removal is not None:
+                x_ND = removal.apply(units, batch.x_BTD.flatten(0, 1).float(), tokens.values, tokens.scale)
+                out_BE = _output(stream, batch, x_ND)
+            for each, classes in zip(found, vocabularies):
+                each[r, places] = _classes(classes, out_BE)
         on_images(min(done * stream.batch_size, len(chosen)))
     return found
 
@@ -153,4 +201,5 @@ def _output(stream: Stream, batch: ImageBatch, x_ND: Tensor) -> Tensor:
 
 
 def _classes(classes: Vocabulary, out_BE: Tensor) -> np.ndarray:
-    return classes.probabilities(out_BE).argmax(1).cpu().numpy()
+    p_BC = classes.probabilities(out_BE)
+    return torch.where(p_BC.isfinite().all(1), p_BC.argmax(1), -1).cpu().numpy()

@@ -32,11 +32,24 @@ from saevlm_fast.measures.parts import Parts, key_of
 from saevlm_fast.measures.results import Figures, Measured, share
 
 _BLOCK = 64  # units that are kept together
+_VERSION = 2  # of what a block has
 
 
 def spread(n: int, most: int) -> list[int]:
     """Numbers of at most `most` of n images, evenly spaced."""
     return [i * n // min(n, most) for i in range(min(n, most))]
+
+
+MEANS = (
+    "s",
+    "s_random",
+    "s_reversed",
+    "s_density",
+    "s_shuffled",
+    "s_without_error",
+    "specificity",
+    "consistency",
+)
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,13 @@ class Asking:
         parts: Parts,
         on_units: Callable[[int], None] = lambda done: None,
         interrupted: threading.Event | None = None,
+        subject: str | None = None,
     ) -> Steerable:
-        """Of the chosen units. Interrupted: after a block, which is kept."""
-        config = self.config
+        """Of the chosen units. Interrupted: after a block, which is kept.
+
+        subject: by which the parts of one SAE are told from those of another; None is the kind of the units.
+        """
+        config, subject = self.config, subject or units.kind
         target_S = config.alpha * known.q99_S.nan_to_num(0.0)
         alive_J = chosen_J[known.density_S[chosen_J] > 0]
         linear_S = None
@@ -99,12 +116,13 @@ class Asking:
         found: list[dict[str, np.ndarray]] = []
         for start in range(0, len(alive_J), _BLOCK):
             block_J = alive_J[start : start + _BLOCK]
-            key = key_of(units=block_J.tolist(), targets=target_S[block_J].tolist(), **self.made_of)
+            targets = target_S[block_J].tolist()
+            key = key_of(of=units.made_of, units=block_J.tolist(), targets=targets, version=_VERSION, **self.made_of)
             name = f"block_{start:06d}"
-            done = parts.read(units.kind, name, key)
+            done = parts.read(subject, name, key)
             if done is None:
                 done = Measured({}, steering.changes(block_J, target_S[block_J]).columns())
-                parts.write(units.kind, name, key, done)
+                parts.write(subject, name, key, done)
             found.append(done.latents)
             on_units(start + len(block_J))
             if interrupted is not None and interrupted.is_set():
@@ -139,7 +157,7 @@ class Asking:
             "random_directions": n_random,
             "steerable": steerable,
         }
-        for name in ("s", "s_random", "s_reversed", "s_density", "s_shuffled", "specificity", "consistency"):
+        for name in MEANS:
             values = columns.get(name, np.zeros(0))
             figures[name] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
         return Steerable(units.kind, table, figures)
@@ -182,6 +200,7 @@ _COLUMNS = (
     "s_reversed",
     "s_density",
     "s_shuffled",
+    "s_without_error",
     "specificity",
     "consistency",
     "length",

@@ -9,7 +9,8 @@ all chosen tokens; what the SAE does not reconstruct is kept. With P_i(c) the so
 
 beside controls of the same unit: its change on each token along a random direction of the same length (S_random); the
 change reversed (S_reversed); the unit nearest in density (S_density); texts that have nothing to do with images
-(S_shuffled). A unit is steerable where at most 1 in 100 random directions has an S as large, among those of the 199
+(S_shuffled); the same move where what the SAE does not reconstruct is dropped, before as after (S_without_error). A
+unit is steerable where at most 1 in 100 random directions has an S as large, among those of the 199
 controls whose change is nearest in length.
 
 Shape suffixes: B images of a batch, N tokens, T tokens of an image, D width, J units, S all units, C words, Q controls.
@@ -91,7 +92,7 @@ class Changes:
     """What moving J units does, one row a unit; S of `controls` random directions each, [J, Q].
 
     concept: number of the most changed word; concept_change: mean of P'_ic - P_ic of it. length: root of the mean over
-    chosen tokens of |dx|^2; lengths of the controls are the same.
+    chosen tokens of |dx|^2; lengths of the controls are the same. s_without_error: NaN of neurons, which have no error.
     """
 
     s: np.ndarray
@@ -101,6 +102,7 @@ class Changes:
     concept_change: np.ndarray
     s_reversed: np.ndarray
     s_shuffled: np.ndarray
+    s_without_error: np.ndarray
     length: np.ndarray
     s_random_JQ: np.ndarray
 
@@ -140,6 +142,9 @@ class Steering:
         self.at_once = max(1, stream.batch_size // max((len(batch) for batch in self.batches), default=1))
         self.n_images = sum(len(batch) for batch in self.batches)
         self._tokens: list[Tokens] = [units.read(batch.x_BTD.flatten(0, 1)) for batch in self.batches]
+        self._without_error: list[tuple[Tensor, Tensor] | None] = [
+            self._reconstructed(batch, tokens) for batch, tokens in zip(self.batches, self._tokens)
+        ]
 
     @torch.no_grad()
     def changes(self, units_J: Tensor, target_J: Tensor) -> Changes:
@@ -154,20 +159,22 @@ class Steering:
         directions_JD = self.units.directions(units_J.to(self.stream.tower.device))
         along = [directions_JD, -directions_JD, *self._random(units_J, directions_JD)]
         sums = [_Sums(len(units_J), len(self.vocabulary.words)) for _ in along]
-        unrelated = _Sums(len(units_J), len(self.vocabulary.words))
+        unrelated, without_error = (_Sums(len(units_J), len(self.vocabulary.words)) for _ in range(2))
         squares_J, n_tokens = torch.zeros(len(units_J), dtype=torch.float64), 0
-        for batch, tokens in zip(self.batches, self._tokens):
+        for batch, tokens, reconstructed in zip(self.batches, self._tokens, self._without_error):
             mask_BT1 = self.stream.mask(batch.x_BTD)
             change_JBT1 = self._change(batch, tokens, units_J, target_J, mask_BT1)
             squares_J += change_JBT1.double().pow(2).sum((1, 2, 3)).cpu()
             n_tokens += int(mask_BT1.sum())
             before_BC = self.vocabulary.probabilities(batch.out_BE)
             for found, direction_JD in zip(sums, along):
-                x_JBTD = batch.x_BTD + change_JBT1 * direction_JD[:, None, None, :]
-                out_RE = self.stream.output(batch, x_JBTD.flatten(0, 1).to(batch.x_BTD.dtype))
+                out_RE = self._moved(batch, batch.x_BTD, change_JBT1, direction_JD)
                 found.add(self.vocabulary.probabilities(out_RE), before_BC)
                 if found is sums[0]:
                     unrelated.add(self.unrelated.probabilities(out_RE), self.unrelated.probabilities(batch.out_BE))
+            if reconstructed is not None:
+                out_RE = self._moved(batch, reconstructed[0], change_JBT1, directions_JD)
+                without_error.add(self.vocabulary.probabilities(out_RE), reconstructed[1])
         own, reversed_, *random = sums
         length_J = (squares_J / n_tokens).sqrt() * directions_JD.norm(dim=1).cpu().double()
         specificity, consistency, concept, concept_change = own.concept(self.n_images)
@@ -179,9 +186,24 @@ class Steering:
             concept_change,
             reversed_.s(self.n_images),
             unrelated.s(self.n_images),
+            np.where(self._without_error[0] is None, np.nan, without_error.s(self.n_images)),
             length_J.numpy(),
             np.stack([each.s(self.n_images) for each in random], 1),
         )
+
+    @torch.no_grad()
+    def _reconstructed(self, batch: ImageBatch, tokens: Tokens) -> tuple[Tensor, Tensor] | None:
+        """The stream [B, T, D] without what the SAE does not reconstruct, and the probabilities [B, C] then."""
+        if tokens.reconstruction_ND is None:
+            return None
+        x_hat_BTD = tokens.reconstruction_ND.to(batch.x_BTD).view_as(batch.x_BTD)
+        x_BTD = torch.where(self.stream.mask(batch.x_BTD), x_hat_BTD, batch.x_BTD)
+        return x_BTD, self.vocabulary.probabilities(self.stream.output(batch, x_BTD))
+
+    def _moved(self, batch: ImageBatch, x_BTD: Tensor, change_JBT1: Tensor, direction_JD: Tensor) -> Tensor:
+        """[R, E], R = J * B: the output with each unit's change along its direction."""
+        x_JBTD = x_BTD + change_JBT1 * direction_JD[:, None, None, :]
+        return self.stream.output(batch, x_JBTD.flatten(0, 1).to(batch.x_BTD.dtype))
 
     def _change(self, batch: ImageBatch, tokens: Tokens, units_J: Tensor, target_J: Tensor, mask_BT1: Tensor) -> Tensor:
         """[J, B, T, 1]: by how much each unit's value moves on each token, 0 on those that are left alone."""
@@ -243,11 +265,18 @@ def chances(s_J: np.ndarray, length_J: np.ndarray, s_random_JQ: np.ndarray) -> n
     log_J = np.log(np.maximum(length_J, 1e-30))
     at_most = min(NEAREST, n_units * n_controls)
     n_near = -(-at_most // n_controls)
+    order_J = np.argsort(log_J, kind="stable")
+    sorted_J = log_J[order_J]
     found = np.empty(n_units)
-    for j in range(n_units):
-        near = np.argsort(np.abs(log_J - log_J[j]), kind="stable")[:n_near]
+    for place, j in enumerate(order_J):
+        beside = np.abs(sorted_J[max(0, place - n_near) : place + n_near + 1] - log_J[j])
+        furthest = np.partition(beside, n_near - 1)[n_near - 1] * (1 + 1e-9)
+        low, high = np.searchsorted(sorted_J, (log_J[j] - furthest, np.nextafter(log_J[j] + furthest, np.inf)))
+        near = np.sort(order_J[low:high])
+        near = near[np.argsort(np.abs(log_J[near] - log_J[j]), kind="stable")[:n_near]]
         controls = s_random_JQ[near].ravel()[:at_most]
-        found[j] = (1 + int((controls >= s_J[j]).sum())) / (1 + len(controls))
+        as_large = ~(controls < s_J[j])  # so is what is no number
+        found[j] = (1 + int(as_large.sum())) / (1 + len(controls))
     return found
 
 

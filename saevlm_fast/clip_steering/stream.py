@@ -34,7 +34,9 @@ class Vocabulary:
     logit_scale: float
 
     def probabilities(self, out_RE: Tensor) -> Tensor:
-        """[R, C] float64: of the C words, however well any of them fits."""
+        """[R, C] float64: of the C words, however well any of them fits. ValueError: images of another width."""
+        n, width = self.texts_CE.shape[1], out_RE.shape[1]
+        require(n == width, f"text_model: its texts have width {n}, the images of the model {width}: no shared space")
         unit_RE = torch.nn.functional.normalize(out_RE.double(), dim=1)
         return (self.logit_scale * unit_RE @ self.texts_CE.to(unit_RE).T).softmax(1)
 
@@ -74,7 +76,11 @@ class Stream:
         self.skipped: dict[int, str] = {}
 
     def batches(self, source: ImageSource, chosen: Sequence[int]) -> Iterator[ImageBatch]:
-        """Images of the source in order, at most batch_size at a time; unusable ones are left out and noted."""
+        """Images of the source in order, at most batch_size at a time; unusable ones are left out and noted.
+
+        Raises:
+            ValueError: the model gives no number for an image.
+        """
         parts = [list(chosen[i : i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
         device = self.tower.device
         loading = image_batches(source, self.tower.preprocess, parts, 0, device.type == "cuda")
@@ -83,7 +89,12 @@ class Stream:
                 self.skipped |= dict(batch.skipped)
                 if batch.inputs is not None:
                     inputs = {name: each.to(device) for name, each in batch.inputs.items()}
-                    yield ImageBatch(list(batch.images), inputs, *self.splice.original(inputs))
+                    x_BTD, out_BE = self.splice.original(inputs)
+                    sound_B = out_BE.isfinite().all(1).tolist()
+                    bad = next((number for number, sound in zip(batch.images, sound_B) if not sound), None)
+                    name = None if bad is None else source.image_id(bad)
+                    require(bad is None, f"model: {self.tower.spec} gives NaN or inf for the image {name}")
+                    yield ImageBatch(list(batch.images), inputs, x_BTD, out_BE)
 
     def mask(self, x_BTD: Tensor) -> Tensor:
         """bool [B, T, 1] of the tokens that are changed."""

@@ -6,11 +6,13 @@ neuron the value is its coordinate and the direction its axis.
 Shape suffixes: N tokens, D width, S units, J chosen ones, B images, M values above 0.
 """
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from saevlm_fast.files import weights_sha256
 from saevlm_fast.kernels.sparse_decode import gather_dot_op
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
@@ -31,6 +33,11 @@ class Tokens(Protocol):
         """[N, J] float32."""
         ...
 
+    @property
+    def reconstruction_ND(self) -> Tensor | None:
+        """What the units make of the tokens without their error; None of units that have none."""
+        ...
+
     def positive(self) -> tuple[Tensor, Tensor]:
         """Values above 0, and of which unit each is: [M], [M]."""
         ...
@@ -46,6 +53,11 @@ class Units(Protocol):
     kind: str
     n: int
     width: int
+
+    @property
+    def made_of(self) -> str:
+        """By which units are known again."""
+        ...
 
     def read(self, x_ND: Tensor) -> Tokens:
         """Their values on tokens."""
@@ -67,7 +79,7 @@ class Units(Protocol):
 class Neurons:
     """Every coordinate of the residual stream is a unit."""
 
-    kind = "neuron"
+    kind = made_of = "neuron"
 
     def __init__(self, width: int) -> None:
         self.n = self.width = width
@@ -93,6 +105,7 @@ class NeuronTokens:
     """N tokens as neurons see them."""
 
     scale: Tensor | None = None
+    reconstruction_ND: Tensor | None = None
 
     def __init__(self, x_ND: Tensor) -> None:
         self.x_ND = x_ND
@@ -120,6 +133,11 @@ class Latents:
         self.sae, self.n, self.width = sae, sae.config.d_sae, sae.config.d_in
         self.W_SD = sae.W_dec.detach().float()
 
+    @cached_property
+    def made_of(self) -> str:
+        """Of its weights."""
+        return weights_sha256(self.sae)
+
     @torch.no_grad()
     def read(self, x_ND: Tensor) -> "LatentTokens":
         """Codes of the tokens."""
@@ -143,6 +161,7 @@ class LatentTokens:
 
     def __init__(self, encoded: Encoded, W_SD: Tensor) -> None:
         self.codes: SparseCodes = encoded.codes
+        self.reconstruction_ND: Tensor | None = encoded.x_hat_ND
         self.scale = None if encoded.statistics is None else encoded.statistics.scale.float()
         self.W_SD = W_SD
 

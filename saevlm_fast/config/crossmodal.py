@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from saevlm_fast.settings import Settings, setting
+from saevlm_fast.errors import require
+from saevlm_fast.settings import Settings, numbers, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,31 @@ class CrossModalSettings(Settings):
     )
     by: Literal["cosine", "co_occurrence", "count"] = setting("cosine", help="By which pairs are kept.", paper="cosine")
     keep: float = setting(0.5, help="Share of the pairs that is kept.", paper="0.5", at_least=0, at_most=1)
+    patches_by: Literal["cosine", "co_occurrence", "count", "activation", "random"] = setting(
+        "cosine", help="By which an image's tokens are kept.", paper="cosine"
+    )
     keep_patches: float = setting(
         0.75, help="Share of each image's tokens that is marked as kept.", at_least=0, at_most=1
     )
     seed: int = setting(0, help="Seed of the controls: random scores, shuffled omegas, bootstrap.", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchTestSettings(Settings):
+    """On what the filters of patches are tested with the model (docs/how-to/cross-modal.md)."""
+
+    title = "Test of the patch filters"
+    patch_pairs: int = setting(
+        0, help="Pairs on which patch filters are tested with the store's model; 0 loads none.", at_least=0
+    )
+    patch_shares: tuple[float, ...] = setting(
+        (0.1, 0.25, 0.5, 0.75), help="Kept shares of an image's tokens that are tested.", parse=numbers
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(len(self.patch_shares) > 0, "patch_shares: at least one is needed")
+        for share in self.patch_shares:
+            require(0 < share < 1, f"patch_shares: {share:g} must be above 0 and below 1")
+        repeated = len(set(self.patch_shares)) < len(self.patch_shares)
+        require(not repeated, f"patch_shares: {self.patch_shares} has one twice")

@@ -15,6 +15,9 @@ class HarvestSettings(Settings):
 
     title = "Rows"
     seed: int = setting(0, help="Seed of the random tokens.", at_least=0)
+    only: Path | None = setting(
+        None, help="Text file of image ids, one a line (kept.txt of cross-modal): these images alone.", shown="all"
+    )
     limit: int | None = setting(None, help="Only the first so many images.", shown="all", at_least=1)
     batch_size: int = setting(64, help="Images of a forward pass.", at_least=1)
     square: int | None = setting(
@@ -68,8 +71,8 @@ class HarvestOptions(Settings):
     output: Path = setting(help="Store; with several points or tokens, a directory of stores.")
     images: str = setting(
         "",
-        help="Folder, list (.txt, .csv, .jsonl), tar shards (glob or {000..012}), Hugging Face dataset on disk, or "
-        "scenes:SPLIT:N.",
+        help="Folder, list (.txt, .csv, .jsonl), tar shards (glob or {000..012}), Hugging Face dataset on disk, "
+        "hf-dataset:USER/NAME:CONFIG::SPLIT, scenes:SPLIT:N, or a URL.",
     )
     workers: int | None = setting(
         None,

@@ -200,15 +200,14 @@ class TrainConfig(Settings):
     def _check_control(self, sae: SAEConfig) -> None:
         soft = self.control_cosine is None or self.control == "soft-frozen"
         require(soft, f"control_cosine: {self.control_cosine} is of --control soft-frozen, not of {self.control}")
-        untrained = self.control == "untrained" and sae.architecture == "relu"
-        require(not untrained, "control: untrained has its threshold set for an L0, and a relu SAE has no threshold")
+        if self.control == "untrained":
+            has = sae.architecture != "relu"
+            require(has, "control: untrained has its threshold set for an L0, and a relu SAE has no threshold")
+            useful = self.mono_weight is None
+            require(useful, f"mono_weight: {self.mono_weight} is of no use to an untrained control")
         whole = self.accumulate == 1 or (self.mono_weight is None and self.control in (None, "untrained", "shuffled"))
         other = "mono_weight" if self.mono_weight is not None else f"control {self.control}"
         require(whole, f"accumulate: {self.accumulate} does not go with {other}, which takes a batch as a whole")
-        require(
-            self.mono_weight is None or self.control != "untrained",
-            f"mono_weight: {self.mono_weight} is of no use to an untrained control",
-        )
 
     @property
     def n_steps(self) -> int:
@@ -325,6 +324,12 @@ class RunOptions(Settings):
         below=1e9,
         must="positive and below 1e9",
         spec="g",
+    )
+    data_parallel: int = setting(
+        1,
+        help="Under torchrun: replicas, among which the rows of a batch are split; the ranks of a replica share its "
+        "latents. It divides the number of ranks.",
+        at_least=1,
     )
     resume: bool = setting(False, help="Continue the run in --output.", recorded=False, instead_of=("force",))
     force: bool = setting(

@@ -19,7 +19,8 @@ from saevlm_fast.config import keyword_settings
 from saevlm_fast.config.crossmodal import CrossModalSettings
 from saevlm_fast.crossmodal.controls import random_scores, shuffled_omegas
 from saevlm_fast.crossmodal.omega import TopTokens, omegas
-from saevlm_fast.crossmodal.samples import PairScores, Patches, auroc, auroc_interval, kept_pairs
+from saevlm_fast.crossmodal.patches import Patches
+from saevlm_fast.crossmodal.samples import PairScores, auroc, auroc_interval, kept_pairs
 from saevlm_fast.crossmodal.tokens import check_language_store, token_chunks
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.store import TOKEN_SCHEMA
@@ -57,15 +58,17 @@ class CrossModal:
     def detection(self, seed: int = 0) -> dict[str, dict[str, float]]:
         """How well each score tells right pairs from wrong ones: name -> auroc, low, high (bootstrap over pairs).
 
-        Empty without wrong captions. Pairs that a CLIP could not read are left out of its number.
+        Empty without wrong captions, or right ones. Pairs that a CLIP could not read are left out of its number.
         """
-        if self.wrong_P is None:
+        if self.wrong_P is None or self.wrong_P.all() or not self.wrong_P.any():
             return {}
         found = {}
         for name in (*SCORES, *CONTROLS):
             if name in self.columns:
                 there = ~np.isnan(self.columns[name].astype(float))
                 scores, wrong = self.columns[name][there].astype(float), self.wrong_P[there]
+                if wrong.all() or not wrong.any():
+                    continue
                 low, high = auroc_interval(scores, wrong, seed)
                 found[name] = {"auroc": auroc(scores, wrong), "low": low, "high": high}
         return found
@@ -118,7 +121,7 @@ def cross_modal(
     Args:
         activations: a store of `harvest --point language --tokens all`.
         on_rows: called after every chunk with the rows done, of twice as many as there are.
-        on_patches: given the image tokens of whole pairs, and what they carry.
+        on_patches: given the image tokens of whole pairs, and their scores.
         settings: fields of CrossModalSettings by name, as top=5, threshold=1.0, template=True, by="count".
 
     Raises:
@@ -139,8 +142,11 @@ def cross_modal(
         on_rows(done)
     for name, tops in (("text", text), ("image", image)):
         require(bool(tops.n_S.any()), f"activations: {activations.path}: no latent fires on a token of its {name}s")
+    most = max(float(tops.act_SK.max()) for tops in (text, image))
+    below = f"threshold: {config.threshold:g} is above every activation in {activations.path}, of which the largest is"
+    require(most > config.threshold, f"{below} {most:.4g}")
     omega_S = omegas(activations, text, image)
-    scores = PairScores(omega_S, shuffled_omegas(omega_S, config.seed), config.threshold, on_patches)
+    scores = PairScores(omega_S, shuffled_omegas(omega_S, config.seed), config.threshold, on_patches, config.seed)
     for done, chunk in _counted(activations, sae, batch_rows, config.template):
         scores.add(chunk)
         on_rows(activations.n_rows + done)

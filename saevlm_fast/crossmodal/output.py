@@ -2,7 +2,8 @@
 
 latents.parquet     a row a latent: omega, rows on which it fires, its top tokens (texts, images, places)
 samples.parquet     a row a pair: scores, controls, whether it is kept, and is wrong, if that is known
-patches.parquet     a row an image token: pair, place in the prompt, place among the image's, what it carries, kept
+patches.parquet     a row an image token: pair, row of the store, place among the image's, scores, kept
+patch_test.parquet  a row a pair, filter and share: what the model says with the kept tokens alone (patch_test.py)
 kept.txt            ids of the pairs that are kept, in the store's order
 cross_modal.json    settings and summary; sealed (records.py)
 """
@@ -17,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saevlm_fast.crossmodal.measure import CrossModal
-from saevlm_fast.crossmodal.samples import Patches, kept_patches
+from saevlm_fast.crossmodal.patch_test import PatchTest
+from saevlm_fast.crossmodal.patches import PATCH_SCORES, Patches, kept_patches
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.files import atomic_write, remove_leftovers
@@ -26,9 +28,11 @@ from saevlm_fast.records import write_record
 from saevlm_fast.scoring.tables import write_table
 
 SUMMARY, KEPT = "cross_modal.json", "kept.txt"
-_TABLES = ("latents.parquet", "samples.parquet", "patches.parquet")
+_TABLES = ("latents.parquet", "samples.parquet", "patches.parquet", "patch_test.parquet")
 _PATCHES = pa.schema(
-    {"sample": pa.int64(), "row": pa.int64(), "patch": pa.int32(), "score": pa.float64(), "kept": pa.bool_()}
+    {"sample": pa.int64(), "row": pa.int64(), "patch": pa.int32()}
+    | dict.fromkeys(PATCH_SCORES, pa.float64())
+    | {"co_occurrence": pa.int32(), "count": pa.int32(), "kept": pa.bool_()}
 )
 
 
@@ -58,21 +62,32 @@ def _remove_results(output: Path) -> None:
 
 
 @contextmanager
-def patches_written(place: Path, share: float) -> Iterator[Callable[[Patches], None]]:
-    """What takes image tokens, pair by pair, into patches.parquet; share: kept of each pair's."""
+def patches_written(place: Path, share: float, by: str) -> Iterator[Callable[[Patches], None]]:
+    """What takes image tokens, pair by pair, into patches.parquet; share: kept of each pair's, by a score."""
     path = place / _TABLES[2]
     with atomic_write(path) as temporary, open(temporary, "wb") as file, pq.ParquetWriter(file, _PATCHES) as writer:
 
         def write(patches: Patches) -> None:
-            kept = kept_patches(patches, share)
-            columns = (patches.sample, patches.row, patches.patch.astype(np.int32), patches.score, kept)
-            writer.write_table(pa.table(dict(zip(_PATCHES.names, columns)), schema=_PATCHES))
+            columns = patches.columns | {"kept": kept_patches(patches, share, by)}
+            arrays = [pa.array(columns[field.name]).cast(field.type) for field in _PATCHES]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=_PATCHES))
 
         yield write
 
 
+def read_patches(place: Path, samples: np.ndarray) -> Patches:
+    """What patches.parquet says of these pairs."""
+    table = pq.read_table(place / _TABLES[2], filters=[("sample", "in", samples.tolist())])
+    return Patches(*(table[name].to_numpy() for name in _PATCHES.names[:-1]))
+
+
+def write_patch_test(place: Path, test: PatchTest) -> None:
+    """The table of the test of patch filters."""
+    write_table(test.table(), place / _TABLES[3])
+
+
 def write_results(place: Path, found: CrossModal, activations: Activations, summary: dict[str, Any]) -> None:
-    """All but the patches."""
+    """All but the patches, and the test of their filters."""
     write_table(found.latents_table(activations), place / _TABLES[0])
     write_table(found.samples_table(), place / _TABLES[1])
     kept = [name for name, keep in zip(found.ids, found.columns["kept"]) if keep]

@@ -7,40 +7,34 @@ A latent is active in a pair's text, or image, if it is above the threshold in o
     count           how many latents are active in the pair at all (algorithm 2)
     shuffled        cosine with the omegas of the scored latents exchanged at random: a control
 
-A token of the image carries the omegas of those latents of the pair's score that are active in it.
+The scores of an image's tokens are those of crossmodal/patches.py.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from saevlm_fast.crossmodal.patches import Patches, places_of
 from saevlm_fast.crossmodal.tokens import Chunk
 
+_DRAWN_AT_ONCE = 1 << 20  # pairs of the bootstrap
 COUNTS = ("co_occurrence", "count", "n_text", "n_image")
 
 
 class _Entries(NamedTuple):
-    """Active latents above the threshold: numbers of pairs, latents and rows of the store, of one modality."""
+    """What is above the threshold in one modality: numbers of pairs, latents and rows of the store, activations."""
 
     sample: np.ndarray
     latent: np.ndarray
     row: np.ndarray
+    act: np.ndarray
 
     def where(self, chosen: np.ndarray) -> "_Entries":
         return _Entries(*(column[chosen] for column in self))
 
     def and_then(self, other: "_Entries") -> "_Entries":
         return _Entries(*(np.concatenate(pair) for pair in zip(self, other)))
-
-
-class Patches(NamedTuple):
-    """Image tokens of whole pairs: pair, row in the store, place among the pair's image tokens, what they carry."""
-
-    sample: np.ndarray
-    row: np.ndarray
-    patch: np.ndarray
-    score: np.ndarray
 
 
 class PairScores:
@@ -56,11 +50,14 @@ class PairScores:
         shuffled_S: np.ndarray,
         threshold: float,
         on_patches: Callable[[Patches], None] = lambda patches: None,
+        seed: int = 0,
     ):
+        """seed: of the patches' random scores."""
         self._omega_S, self._shuffled_S = np.nan_to_num(omega_S), np.nan_to_num(shuffled_S)
         self._threshold, self._on_patches = threshold, on_patches
         nothing = np.empty(0, np.int64)
-        self._text = self._image = _Entries(nothing, nothing, nothing)
+        self._text = self._image = _Entries(nothing, nothing, nothing, np.empty(0))
+        self._rng = np.random.default_rng([seed, 2])
         self._tokens = nothing, nothing  # pair and row of image tokens that wait
         self._n_done = 0
         self.ids: list[str] = []
@@ -75,7 +72,7 @@ class PairScores:
         self.ids += chunk.ids
         active = chunk.act_M > self._threshold
         latent, row = chunk.latent_M[active], chunk.row_M[active]
-        entries = _Entries(chunk.sample_N[row], latent, row + chunk.first)
+        entries = _Entries(chunk.sample_N[row], latent, row + chunk.first, chunk.act_M[active])
         self._text = self._text.and_then(entries.where(chunk.text_N[row]))
         self._image = self._image.and_then(entries.where(chunk.image_N[row]))
         image_rows = np.flatnonzero(chunk.image_N)
@@ -119,13 +116,20 @@ class PairScores:
         done = sample < stop
         self._tokens = sample[~done], row[~done]
         sample, row = sample[done], row[done]
-        keys = image.sample * len(self._omega_S) + image.latent
-        carried = image.where(np.isin(keys, both))
-        places = np.searchsorted(row, carried.row)
-        score = np.bincount(places, self._omega_S[carried.latent], len(row))
-        begins = np.flatnonzero(np.diff(sample, prepend=-1))
-        patch = np.arange(len(sample)) - np.repeat(begins, np.diff(begins, append=len(sample)))
-        self._on_patches(Patches(sample, row, patch, score))
+        n, places = len(row), np.searchsorted(row, image.row)
+        shared = np.isin(image.sample * len(self._omega_S) + image.latent, both)
+        self._on_patches(
+            Patches(
+                sample,
+                row,
+                places_of(np.unique(sample, return_counts=True)[1]),
+                cosine=np.bincount(places[shared], self._omega_S[image.latent[shared]], n),
+                co_occurrence=np.bincount(places[shared], minlength=n),
+                count=np.bincount(places, minlength=n),
+                activation=np.bincount(places, image.act, n),
+                random=self._rng.random(n),
+            )
+        )
 
 
 def kept_pairs(scores: np.ndarray, share: float) -> np.ndarray:
@@ -135,31 +139,30 @@ def kept_pairs(scores: np.ndarray, share: float) -> np.ndarray:
     return kept
 
 
-def kept_patches(patches: Patches, share: float) -> np.ndarray:
-    """bool: of every pair the best `share` of its image tokens, rounded; of equal ones the earlier."""
-    order = np.lexsort((patches.patch, -patches.score, patches.sample))
-    _, sizes = np.unique(patches.sample, return_counts=True)
-    rank = np.concatenate([np.empty(0, np.int64), *(np.arange(size) for size in sizes)])
-    kept = np.zeros(len(order), bool)
-    kept[order] = rank < np.round(share * np.repeat(sizes, sizes))
-    return kept
-
-
 def auroc(scores: np.ndarray, wrong: np.ndarray) -> float:
     """How often a right pair has a higher score than a wrong one, ties half. NaN without one of both."""
-    right, n_wrong = ~wrong, int(wrong.sum())
-    if n_wrong in (0, len(wrong)):
-        return float("nan")
-    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places.reshape(-1)]
-    n_right = int(right.sum())
-    return float((ranks[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+    level = np.unique(scores, return_inverse=True)[1].reshape(-1)
+    return float(_aurocs(level[None], wrong[None])[0])
 
 
 def auroc_interval(scores: np.ndarray, wrong: np.ndarray, seed: int, n: int = 1000) -> tuple[float, float]:
-    """2.5 % and 97.5 % points over pairs that are drawn anew."""
-    rng = np.random.default_rng(seed)
-    draws: Iterable[np.ndarray] = (rng.integers(0, len(scores), len(scores)) for _ in range(n))
-    values = [auroc(scores[draw], wrong[draw]) for draw in draws]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    """2.5 % and 97.5 % points over pairs that are drawn anew; the draws without one of both are left out."""
+    rng, size = np.random.default_rng(seed), len(scores)
+    level = np.unique(scores, return_inverse=True)[1].reshape(-1)
+    values: list[np.ndarray] = []
+    for start in range(0, n, at_once := max(1, _DRAWN_AT_ONCE // max(1, size))):
+        draws = rng.integers(0, size, (min(at_once, n - start), size))
+        values.append(_aurocs(level[draws], wrong[draws]))
+    low, high = np.nanpercentile(np.concatenate(values), [2.5, 97.5])
     return float(low), float(high)
+
+
+def _aurocs(level_RP: np.ndarray, wrong_RP: np.ndarray) -> np.ndarray:
+    """[R]: AUROC of every row of P pairs, by the number of right and wrong pairs at each level of the score."""
+    n_rows, n_levels = len(level_RP), int(level_RP.max(initial=0)) + 1
+    keys = (np.arange(n_rows)[:, None] * 2 + wrong_RP) * n_levels + level_RP
+    counts = np.bincount(keys.reshape(-1), minlength=2 * n_rows * n_levels).reshape(n_rows, 2, n_levels)
+    right_RL, wrong_RL = counts[:, 0], counts[:, 1]
+    above_R = (right_RL * (np.cumsum(wrong_RL, 1) - wrong_RL / 2)).sum(1)
+    pairs_R = right_RL.sum(1) * wrong_RL.sum(1)
+    return np.divide(above_R, pairs_R, out=np.full(n_rows, np.nan), where=pairs_R > 0)

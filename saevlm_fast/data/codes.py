@@ -158,8 +158,8 @@ class StoredCodes(StoredRows):
         """Of a store elsewhere every shard is fetched for it."""
         return sum(len(shard["acts"]) for shard in self._shards)
 
-    def chunks(self, n: int) -> Generator[tuple[int, SparseCodes], None, None]:
-        """Every row once, in order, <= n rows at a time, read ahead in the background.
+    def chunks(self, n: int, rows: range | None = None) -> Generator[tuple[int, SparseCodes], None, None]:
+        """Every row once, in order, <= n rows at a time, read ahead in the background; of `rows` those alone.
 
         Yields:
             The number of the first row, and codes [<= n, d_sae] in CSR form, activations float32.
@@ -169,9 +169,8 @@ class StoredCodes(StoredRows):
             ValueError: n below 1.
         """
         check_chunk(n)
-        return prefetch(
-            lambda start: (start, self._slice(start, min(start + n, self.n_rows))), range(0, self.n_rows, n)
-        )
+        first, end = (0, self.n_rows) if rows is None else (rows.start, rows.stop)
+        return prefetch(lambda start: (start, self._slice(start, min(start + n, end))), range(first, end, n))
 
     def _slice(self, start: int, stop: int) -> SparseCodes:
         self._fetch_ahead(start, stop)

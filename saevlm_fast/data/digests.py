@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ _WEEK = 7 * 24 * 3600.0
 _WORTH_REMEMBERING = 8 << 20  # bytes; hashing less takes less time than looking it up
 _SETTLED = 2.0  # seconds after its last change, before which a file's time may not tell it from its next version
 _LOOKING = threading.Lock()
+_AT_ONCE = 4  # files that are compared at the same time
 _PIECE = 64 << 20  # bytes of a matrix that are hashed at a time, each by a thread
 
 
@@ -65,10 +67,32 @@ class CheckedFiles:
 
     def check_all(self) -> None:
         """Compares all of them, in a few threads. ActivationError: as `check`. Ctrl-C ends it after a file each."""
-        waiting = [number for number, sound in enumerate(self._sound) if not sound]
+        self._check_in_threads([number for number, sound in enumerate(self._sound) if not sound])
+
+    def check_shared(self, rank: int, collect: Callable[[Any], list[Any]]) -> None:
+        """The same by several processes that all ask: those that see the same files, by inode and time of last change,
+        each compare some of them. After every few files all wait for each other, so that none is thought to hang.
+
+        Args:
+            rank: this one.
+            collect: gives every process's value, in order.
+
+        Raises:
+            ActivationError: as `check`; in the process that finds it.
+        """
+        seen = collect([_identity(file) for file in self.files])
+        sharing = [number for number, files in enumerate(seen) if files == seen[rank]]
+        own = list(range(len(self.files)))[sharing.index(rank) :: len(sharing)]
+        most = max(-(-len(files) // seen.count(files)) for files in seen)
+        for start in range(0, most, _AT_ONCE):
+            self._check_in_threads(own[start : start + _AT_ONCE])
+            collect(None)
+        self._sound = [True] * len(self.files)
+
+    def _check_in_threads(self, waiting: Sequence[int]) -> None:
         if not waiting:
             return
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1, len(waiting)), "digests") as pool:
+        with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1, len(waiting)), "digests") as pool:
             compared = [pool.submit(self.check, [number]) for number in waiting]
             try:
                 for each in compared:
@@ -83,6 +107,12 @@ class CheckedFiles:
         found = remembered(file, "", lambda: sha256_file(file))
         check_digest(file, found, self._digests[number])
         self._sound[number] = True
+
+
+def _identity(file: Path) -> tuple[int, int, int]:
+    """What tells a file from a copy of it on another disk."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def check_digest(file: Path, found: str, recorded: str) -> None:

@@ -47,16 +47,17 @@ def check_rows_of_same_images(activations: StoredRows, embeddings: StoredRows, n
             _check_same_images(sides, [table["image"] for table in tables], number * n)
 
 
-def checked_ids(n: int, *sides: StoredRows) -> Iterator[None]:
+def checked_ids(n: int, *sides: StoredRows, rows: range | None = None) -> Iterator[None]:
     """Checks the image ids of the sides, one or two, along with their chunks of n rows: one item for each chunk.
 
-    Sides without ids (matrix files) are taken as they are.
+    Sides without ids (matrix files) are taken as they are. rows: of the chunks; the one before them is looked at too.
 
     Raises:
         ValueError: several rows of one image, or two sides whose images differ, naming the row and both images.
     """
-    start, last = 0, [ITEM_SCHEMA.empty_table()] * len(sides)
-    for tables in zip(*(side.item_chunks(n) if side.has_items else repeat(None) for side in sides)):
+    start = 0 if rows is None else rows.start
+    last = [side.items([start - 1]) if start and side.has_items else ITEM_SCHEMA.empty_table() for side in sides]
+    for tables in zip(*(side.item_chunks(n, rows=rows) if side.has_items else repeat(None) for side in sides)):
         for i, (side, table) in enumerate(zip(sides, tables)):
             if table is not None:
                 _check_one_row_per_image(side, pa.concat_tables([last[i], table]), start - len(last[i]))

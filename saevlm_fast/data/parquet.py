@@ -7,8 +7,9 @@ that is looked at first.
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,15 +33,20 @@ def open_table(path: str | os.PathLike[str], rows: int | None = None) -> pq.Parq
     """
     status = os.stat(path)
     require(stat.S_ISREG(status.st_mode), "not a regular file")
+    return open_table_in(lambda: _opened(path), status.st_size, rows)
+
+
+def open_table_in(opened: Callable[[], Any], size: int, rows: int | None = None) -> pq.ParquetFile:
+    """The same of a file that `opened` opens anew whenever it is called; size: in bytes."""
     # No read-ahead: in a forked process Arrow's threads are not there.
-    with pq.ParquetFile(_opened(path), pre_buffer=False) as file:
+    with pq.ParquetFile(opened(), pre_buffer=False) as file:
         metadata, columns = file.metadata, file.schema
     found = metadata.num_rows
-    require(rows is not None or found <= 8 * status.st_size, f"{found} rows in {status.st_size} bytes")
+    require(rows is not None or found <= 8 * size, f"{found} rows in {size} bytes")
     require(rows in (None, found), f"{found} rows; the store's index says {rows}")
     leaves = [columns.column(i) for i in range(len(columns))]
     text = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-    return pq.ParquetFile(_opened(path), metadata=metadata, pre_buffer=False, read_dictionary=text)
+    return pq.ParquetFile(opened(), metadata=metadata, pre_buffer=False, read_dictionary=text)
 
 
 def _opened(path: str | os.PathLike[str]) -> pa.NativeFile:

@@ -4,7 +4,7 @@ A shard is compared with the SHA-256 that the index says when it arrives, so wha
 lies between. The cache may be smaller than the store.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from saevlm_fast.data.store import StoreIndex, map_shard_file, read_index_file
 from saevlm_fast.errors import ActivationError
+from saevlm_fast.remote.answers import NotThere
 from saevlm_fast.remote.cache import fetched
 from saevlm_fast.remote.files import RemoteFiles
-from saevlm_fast.remote.reading import NotThere
 from saevlm_fast.urls import child, url_of
 
 AHEAD = 3  # shards that are fetched ahead of a reader that goes through a store in its order
@@ -32,6 +32,9 @@ class ArrivedFiles:
 
     def check_all(self) -> None:
         """The same: nothing is fetched for it."""
+
+    def check_shared(self, rank: int, collect: Callable[[Any], list[Any]]) -> None:
+        """The same."""
 
 
 class RemoteStore:

@@ -8,7 +8,7 @@ suffixes: N rows, B rows of a batch, D d_in.
 
 import hashlib
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,12 @@ class StoredRows:
         """
         return (self._shard_items(shard, schema) for shard in range(len(self._starts) - 1))
 
-    def item_chunks(self, n: int, schema: pa.Schema = ITEM_SCHEMA) -> Iterator[pa.Table]:
-        """The items of the rows of each of chunks(n), in turn; schema as of iter_items."""
+    def item_chunks(self, n: int, schema: pa.Schema = ITEM_SCHEMA, rows: range | None = None) -> Iterator[pa.Table]:
+        """The items of the rows of each of chunks(n, rows), in turn; schema as of iter_items."""
         check_chunk(n)
-        waiting = schema.empty_table()
-        for table in self.iter_items(schema):
-            waiting = pa.concat_tables([waiting, table])
+        waiting, rows = schema.empty_table(), range(self.n_rows) if rows is None else rows
+        for shard, low, high in self._pieces(rows.start, rows.stop):
+            waiting = pa.concat_tables([waiting, self._shard_items(shard, schema).slice(low, high - low)])
             while len(waiting) >= n:
                 yield waiting.slice(0, n)
                 waiting = waiting.slice(n)
@@ -130,6 +130,10 @@ class StoredRows:
             ActivationError: a file that was altered since it was written.
         """
         self._files.check_all()
+
+    def check_whole_shared(self, rank: int, collect: Callable[[Any], list[Any]]) -> None:
+        """The same by several processes, each some of the shards (CheckedFiles.check_shared), of the same store."""
+        self._files.check_shared(rank, collect)
 
     def _fetch_ahead(self, start: int, stop: int) -> None:
         """Of a store elsewhere: have the shards of these rows fetched in the background, and the few that follow."""
@@ -252,16 +256,17 @@ class Activations(StoredRows):
         for shard, low, high in self._pieces(start, stop):
             will_need(self._tensors[shard][low:high])
 
-    def chunks(self, n: int) -> Generator[tuple[int, Tensor], None, None]:
+    def chunks(self, n: int, rows: range | None = None) -> Generator[tuple[int, Tensor], None, None]:
         """Every row once, in order: (number of the first row, float32 [<= n, d_in]), read ahead in the background.
+
+        rows: those from start to stop alone; all if None.
 
         Raises:
             ValueError: n is below 1. ActivationError: NaN or infinity, naming the row.
         """
         check_chunk(n)
-        return prefetch(
-            lambda start: (start, self._slice(start, min(start + n, self.n_rows))), range(0, self.n_rows, n)
-        )
+        first, end = (0, self.n_rows) if rows is None else (rows.start, rows.stop)
+        return prefetch(lambda start: (start, self._slice(start, min(start + n, end))), range(first, end, n))
 
     def _slice(self, start: int, stop: int) -> Tensor:
         out_BD = torch.empty(stop - start, self.d)

@@ -18,7 +18,7 @@ from saevlm_fast.doctor.words import said
 from saevlm_fast.errors import Interrupted
 
 TOWER_LIBRARIES = {"transformers": "hf:", "open_clip": "open_clip:", "timm": "timm:"}  # and what they load
-_EXTRAS = ("measures", "datasets")
+_EXTRAS = ("datasets", "remote", "watch")
 _CACHE_SECONDS = 3.0  # of looking at one cache
 _LITTLE_DISK = 2 * 10**9
 _VARIABLES = (

@@ -7,6 +7,7 @@ import torch
 
 from saevlm_fast.errors import require
 from saevlm_fast.harvesting.config import HarvestConfig
+from saevlm_fast.images.chosen import chosen_images
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.pairs import WrongCaptions, check_captions
 from saevlm_fast.images.sources import ImageSource
@@ -16,13 +17,16 @@ from saevlm_fast.towers.tower import Tower
 
 
 def open_source(images: str | os.PathLike[str] | ImageSource, config: HarvestConfig) -> ImageSource:
-    """The images, or image-text pairs. ValueError: what open_images refuses; pairs without captions."""
+    """The images, or image-text pairs, of these those that `only` lists.
+
+    ValueError: what open_images and chosen_images refuse; pairs without captions.
+    """
     named = os.fspath(images) if isinstance(images, str | os.PathLike) else ""
     source = open_images(images) if isinstance(images, str | os.PathLike) else images
-    if not config.is_language:
-        return source
-    check_captions(source, named)
-    return WrongCaptions(source, config.wrong_captions, config.seed) if config.wrong_captions else source
+    if config.is_language:
+        check_captions(source, named)
+        source = WrongCaptions(source, config.wrong_captions, config.seed) if config.wrong_captions else source
+    return source if config.only is None else chosen_images(source, config.only)
 
 
 def tower_for(

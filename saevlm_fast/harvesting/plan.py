@@ -12,7 +12,7 @@ from saevlm_fast.config import HarvestOptions
 from saevlm_fast.errors import ImageError, require
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.images.pairs import caption
-from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.images.sources import ImageSource, Names
 from saevlm_fast.provenance import misfit
 from saevlm_fast.sae import SparseAutoencoder, sae_digest
 from saevlm_fast.towers.tokens import Tokens
@@ -143,7 +143,12 @@ class HarvestPlan:
 
 
 def sampled_digest(source: ImageSource, n_images: int, captions: bool = False) -> str:
-    """Fingerprint of what is in the images: hash of 64 of them, evenly spread; with their captions if asked for."""
+    """Fingerprint of what is in the images: hash of 64 of them, evenly spread; with their captions if asked for.
+
+    Of archives elsewhere, each of which would have to be fetched for that, the versions that their server tells.
+    """
+    if isinstance(source, Names) and (told := source.content()):
+        return told
     digest = hashlib.sha256()
     for i in torch.linspace(0, n_images - 1, min(n_images, 64), dtype=torch.float64).round().long().tolist():
         try:

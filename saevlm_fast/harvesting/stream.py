@@ -5,6 +5,7 @@ last one of an epoch may be smaller. Forwards are numbered through all epochs, s
 What is kept of it (`Keeping`) is the first epoch: a harvest of the images in that order.
 """
 
+import copy
 import hashlib
 from collections.abc import Generator
 from contextlib import closing
@@ -32,6 +33,17 @@ class ShuffledImages:
     def __init__(self, source: ImageSource, n_images: int, seed: int, epoch: int):
         self.source, self.n_ignored, self.notes = source, source.n_ignored, source.notes
         self._order, self._key = permutation(n_images, seed, _TAG, epoch), f"{n_images} {seed} {epoch}"
+
+    def first(self, n: int) -> "ShuffledImages":
+        """The first n of them, or all."""
+        some = copy.copy(self)
+        some._order, some._key = self._order[:n], f"{self._key} {n}"
+        return some
+
+    @property
+    def numbers(self) -> list[int]:
+        """Those of the images in the other source."""
+        return [int(number) for number in self._order]
 
     def __len__(self) -> int:
         return len(self._order)

@@ -11,6 +11,7 @@
     DIR, DIR::SPLIT, *.parquet Hugging Face parquet shards; id = the stored path likewise, else file.parquet/row
     scenes:SPLIT:N[:SEED]      scenes of the box, drawn as they are read (SPLIT: train, test, novel)
     s3://..., https://..., hf://datasets/USER/NAME   the same by URL, but save_to_disk (images/remote.py)
+    hf-dataset:USER/NAME:CONFIG::SPLIT   a data set on the Hub by its name (images/hub_datasets.py)
 
 Columns of images and labels follow one rule, images/columns.py. Bytes of a file name that are not UTF-8 are written as
 \\xNN in ids. The sources themselves are in images/sources.py, images/tars.py, images/tables.py and images/scenes.py.
@@ -21,6 +22,7 @@ import os
 import re
 
 from saevlm_fast.errors import check_kind, require
+from saevlm_fast.images import hub_datasets
 from saevlm_fast.images.listed import open_fields
 from saevlm_fast.images.remote import open_remote_images
 from saevlm_fast.images.scenes import PREFIX, open_scenes
@@ -60,6 +62,8 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     if is_url(path):
         url, _, split = url_of(path).partition("::")
         return open_remote_images(url, _expand_braces(url), split)
+    if os.fspath(path).startswith(hub_datasets.PREFIX) and not os.path.exists(path):
+        return hub_datasets.open_hub_dataset(os.fspath(path))
     name, split = _split_of(os.fspath(path))
     if name.startswith(PREFIX) and not os.path.exists(name):
         refuse_split(name, split)

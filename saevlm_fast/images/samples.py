@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from saevlm_fast.images.captions import caption_of_file
 from saevlm_fast.images.sources import IMAGE_SUFFIXES, LABEL_NAMES, directory_of
 
 MAX_LABEL_BYTES = 1 << 20  # of a member with a label: img2dataset's JSON has some thousand
@@ -94,8 +95,9 @@ class Samples:
                     label = directory_of(members[extension].name)
                 else:
                     used.add(found)
-                kind = None if found is None else _kind(found)
-                yield Sample(members[extension], label, kind, _caption(members, extension))
+                kind, caption = None if found is None else _kind(found), _caption(members, extension)
+                used.update(e for e, member in members.items() if member is caption and _says(e, member, read))
+                yield Sample(members[extension], label, kind, caption)
             self.unused.update(e for e in members if e not in used)
 
     def _views(self) -> set[str]:
@@ -139,6 +141,13 @@ def _caption(members: Mapping[str, Member], image: str) -> Member | None:
             if extension in members:
                 return members[extension]
     return None
+
+
+def _says(extension: str, member: Member, read: Callable[[Member], bytes]) -> bool:
+    """Whether the member that would hold a caption does; JSON may hold something else, and is not read if large."""
+    if not extension.endswith("json"):
+        return True
+    return member.size <= MAX_LABEL_BYTES and caption_of_file(read(member), is_json=True) is not None
 
 
 def _json_label(text: str, bare: bool) -> str | None:

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from saevlm_fast.errors import ImageError, require
 from saevlm_fast.images.captions import caption_beside
-from saevlm_fast.remote.reading import NotThere, read_whole
+from saevlm_fast.remote.answers import NotThere
+from saevlm_fast.remote.reading import read_whole
 from saevlm_fast.urls import is_url, redacted
 
 _SUFFIXES = {
@@ -100,6 +101,10 @@ class Names:
 
     def label(self, i: int) -> str | None:
         return self._labels[i].as_py()
+
+    def content(self) -> str:
+        """What tells whether the images' files have changed, where it is known without reading any; else ""."""
+        return ""
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ from saevlm_fast.images.captions import caption_column, caption_text
 from saevlm_fast.images.columns import LabelColumn, image_bytes, image_column, is_text
 from saevlm_fast.images.sources import Names, refuse_split, relative_paths, require_regular
 from saevlm_fast.records import is_name
+from saevlm_fast.remote.answers import RemoteError
+from saevlm_fast.remote.files import RemoteFiles
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +39,7 @@ GROUP_BYTES = 256 << 20
 MAX_JSON_BYTES = 64 << 20  # of what datasets writes beside its files
 # Above GROUP_BYTES, unpacked against stored. Images are compressed already: theirs is about 1, of plain bitmaps 10.
 MAX_RATIO = 100
+_AT_ONCE = 8  # files elsewhere that are indexed at the same time
 
 
 class ParquetSource(Names):
@@ -58,6 +62,9 @@ class ParquetSource(Names):
             texts = self._texts = number, _captions_of(self._files[group.file], group)
         return caption_text(texts[1][i - int(self._start_G[number])].as_py())
 
+    def content(self) -> str:
+        return self._files.content() if isinstance(self._files, RemoteFiles) else ""
+
     def read(self, i: int) -> bytes:
         number = int(np.searchsorted(self._start_G, i, side="right")) - 1
         group, row = self._groups[number], i - int(self._start_G[number])
@@ -65,7 +72,7 @@ class ParquetSource(Names):
             rows = self._reader(group, row)
             cell = rows.cell(row)
         except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # Arrow's own about damage have no number
+            if _of_the_system(error):
                 raise
             reason = f"damaged row group in {os.path.basename(self._files[group.file])}: {first_line(error)}"
             raise ImageError(reason) from error
@@ -145,6 +152,11 @@ class _RowNames:
         self.labels: list[str | None] = []
         self.notes: list[str] = []
 
+    def add(self, other: "_RowNames") -> None:
+        """Those of the next file."""
+        for mine, its in zip(vars(self).values(), vars(other).values()):
+            mine += its
+
     def ids(self) -> list[str]:
         """Stored paths say more and outlive a new sharding; they serve as ids only if every row has its own."""
         own = [path for path in self.paths if path]
@@ -160,48 +172,87 @@ class _RowNames:
             self.labels += [column.text(value) for value in values_of(column.name)]
 
 
-def open_parquet(files: Sequence[str], name: str, split: str, relative: list[str] | None = None) -> ParquetSource:
+def open_parquet(
+    files: Sequence[str],
+    name: str,
+    split: str | None,
+    relative: list[str] | None = None,
+    column: str = "",
+    opened: Callable[[int], pq.ParquetFile] | None = None,
+) -> ParquetSource:
     """The rows of parquet files, in the order of the files.
 
-    files: their paths; of some that are elsewhere what fetches each when it is asked for. relative: what ids call
-    them; if None by their paths.
+    files: their paths; of some that are elsewhere what fetches each when it is asked for. split: None for all of them,
+    whatever they are called. relative: what ids call them; if None by their paths. column: that of the images, "" if
+    there is no doubt. opened: a file by its number, for its names and labels, where that is less than all of it; some
+    are opened at once.
 
     Raises:
         ValueError: several splits, no image column, a damaged file, one that unpacks far beyond its size.
     """
     here = relative is None
-    relative = relative_paths(files) if relative is None else relative
-    column = ""
-    groups: list[_Group] = []
-    names = _RowNames()
-    for number in _files_of_split(relative, name, split):
-        file = files[number]
-        try:
-            with open_table(file) as table:
-                column = _add_file(table, file, number, relative[number], column, groups, names)
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise ValueError(f"images: {file}: damaged parquet file: {first_line(error)}") from error
-        except ValueError as error:
-            raise ValueError(f"images: {file}: {first_line(error).removeprefix(f'images: {file}: ')}") from error
+    short = relative_paths(files) if relative is None else relative
+    wanted, groups, names = column, list[_Group](), _RowNames()
+
+    def shown(number: int) -> str:
+        return files[number] if opened is None else f"{name}: {short[number]}"
+
+    def index(number: int) -> _Indexed:
+        return _indexed(opened or (lambda each: open_table(files[each])), shown(number), number, short[number], wanted)
+
+    for number, indexed in _all_indexed(index, _files_of_split(short, name, split), at_once=opened is not None):
+        same = column in ("", indexed.column)
+        require(
+            same, f"images: {shown(number)}: the image column is {indexed.column!r}, in the files before it {column!r}"
+        )
+        column = indexed.column
+        groups += indexed.groups
+        names.add(indexed.names)
     return ParquetSource(name, column, [os.path.abspath(file) for file in files] if here else files, groups, names)
 
 
-def _add_file(
-    table: pq.ParquetFile,
-    file: str,
-    place: int,
-    short: str,
-    column: str,
-    groups: list[_Group],
-    names: _RowNames,
-) -> str:
-    """Adds a file's row groups and names; its image column, which has to be that of the files before, if there are."""
+class _Indexed(NamedTuple):
+    """What is known of a file once its names and labels are read."""
+
+    column: str
+    groups: list[_Group]
+    names: _RowNames
+
+
+def _all_indexed(index: Callable[[int], _Indexed], numbers: list[int], at_once: bool) -> Iterator[tuple[int, _Indexed]]:
+    if not at_once:
+        yield from ((number, index(number)) for number in numbers)
+        return
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    try:
+        yield from zip(numbers, pool.map(index, numbers))
+    finally:
+        pool.shutdown(cancel_futures=True)  # of a file that is refused the others are not waited for
+
+
+def _indexed(opened: Callable[[int], pq.ParquetFile], file: str, number: int, short: str, column: str) -> _Indexed:
+    """A file's image column, which has to be `column` if that is given, its row groups and names."""
+    try:
+        with opened(number) as table:
+            return _index_of(table, file, number, short, column)
+    except (pa.ArrowException, OSError) as error:
+        if _of_the_system(error):
+            raise
+        raise ValueError(f"images: {file}: damaged parquet file: {first_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"images: {file}: {first_line(error).removeprefix(f'images: {file}: ')}") from error
+
+
+def _of_the_system(error: Exception) -> bool:
+    """No file's fault. Arrow's own errors about damage are OSErrors too, without a number."""
+    return isinstance(error, RemoteError) or (isinstance(error, OSError) and error.errno is not None)
+
+
+def _index_of(table: pq.ParquetFile, file: str, place: int, short: str, column: str) -> _Indexed:
     schema, n_rows = plain_schema(table), table.metadata.num_rows
-    found = image_column(schema, lambda name: _first_values(table, name), file)
-    same = column in ("", found)
-    require(same, f"images: {file}: the image column is {found!r}, in the files before it {column!r}")
+    require(column in ("", *schema.names), f"no column {column!r} among {', '.join(schema.names)}")
+    found = column or image_column(schema, lambda name: _first_values(table, name), file)
+    groups, names = [], _RowNames()
     for number in range(table.num_row_groups):
         stored, unpacked = unpacked_bytes(table, [found], [number])
         bomb = f"row group {number} unpacks from {stored} bytes to {unpacked}, more than {MAX_RATIO} fold"
@@ -211,7 +262,7 @@ def _add_file(
     names.rows += [f"{short}/{row}" for row in range(n_rows)]
     names.paths += _stored_paths(table, schema.field(found))
     names.add_labels(schema, lambda name: _text_values(table, name), n_rows, file)
-    return found
+    return _Indexed(found, groups, names)
 
 
 def _first_values(table: pq.ParquetFile, column: str) -> list[Any]:
@@ -245,8 +296,10 @@ def _stored_paths(table: pq.ParquetFile, field: pa.Field) -> list[str | None]:
     return [None] * table.metadata.num_rows
 
 
-def _files_of_split(files: list[str], name: str, split: str) -> list[int]:
+def _files_of_split(files: list[str], name: str, split: str | None) -> list[int]:
     """Numbers of the files called SPLIT-00000-of-00014.parquet, as on the hub; of all files if none is called so."""
+    if split is None:
+        return list(range(len(files)))
     matches = [re.fullmatch(r"(?:.*/)?([^/]+)-\d+-of-\d+\.parquet", file) for file in files]
     splits = sorted({match[1] for match in matches if match})
     what = f"no split {split!r}" if split else "holds several splits"

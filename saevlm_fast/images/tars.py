@@ -13,6 +13,7 @@ from saevlm_fast.errors import ImageError, first_line, require
 from saevlm_fast.images.captions import MAX_CAPTION_BYTES, caption_of_file
 from saevlm_fast.images.samples import Member, Sample, Samples
 from saevlm_fast.images.sources import LABEL_NAMES, Names, check_size, not_empty, relative_paths, utf8
+from saevlm_fast.remote.files import RemoteFiles
 
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -48,6 +49,9 @@ class TarSource(Names):
         prefixes = [f"{shard}/" for shard in relative] if len(shards) > 1 else [""]
         ids = [prefixes[shard] + member.name for shard, member in zip(shard_M.tolist(), members)]
         super().__init__(name, ids, labels, n_ignored, notes)
+
+    def content(self) -> str:
+        return self._shards.content() if isinstance(self._shards, RemoteFiles) else ""
 
     def read(self, i: int) -> bytes:
         size = int(self._size_M[i])

@@ -7,16 +7,16 @@ import torch
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.look.chosen import chosen_latents
 from saevlm_fast.look.store_images import StoreImages
-from saevlm_fast.look.tops import Captions, latent_tops, tops_sheet
+from saevlm_fast.look.tops import Captions, LatentTops, latent_tops, tops_sheet
 from saevlm_fast.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LATENTS_SHOWN, IMAGES_SHOWN = 24, 8
 
-def run_picture(
-    rows: Activations, sae: SparseAutoencoder, title: str, n_latents: int = 24, n_images: int = 8
-) -> "Image | None":
+
+def run_picture(rows: Activations, sae: SparseAutoencoder, title: str) -> "Image | None":
     """The latents of largest activation with their top images; None where no images are known. One pass over the rows.
 
     Raises:
@@ -25,8 +25,12 @@ def run_picture(
     images = StoreImages(rows.source)
     if images.problem is not None:
         return None
-    found = latent_tops(rows, sae, n_images)
+    return strongest_sheet(latent_tops(rows, sae, IMAGES_SHOWN), images, title, str(rows.path))
+
+
+def strongest_sheet(found: LatentTops, images: StoreImages, title: str, of: str) -> "Image":
+    """The same of what was found before. of: what images they are."""
     ranks_S = found.max_S.masked_fill(found.n_active_S == 0, -torch.inf)
-    latents = chosen_latents(f"top:{n_latents}", ranks_S)
-    caption = f"{found.table.n_images:,} images of {rows.path}, the most active first."
-    return tops_sheet(found, latents, images, Captions(title, caption, {}, {}), n_images)
+    latents = chosen_latents(f"top:{LATENTS_SHOWN}", ranks_S)
+    caption = f"{found.table.n_images:,} images of {of}, the most active first."
+    return tops_sheet(found, latents, images, Captions(title, caption, {}, {}), IMAGES_SHOWN)

@@ -30,6 +30,7 @@ from saevlm_fast.measures.probes import Probe, ProbeSet, kept
 from saevlm_fast.measures.results import Figures, Measured, mean_figure, ratio, share
 from saevlm_fast.measures.retrieval import NEIGHBOURS, image_text_recall, nearest, overlap, queries_of, votes
 from saevlm_fast.measures.subjects import Model
+from saevlm_fast.peers import Peers
 from saevlm_fast.towers.text import TextEncoder
 from saevlm_fast.towers.tower import HookPoint, Tower
 
@@ -205,9 +206,18 @@ class Behaviour:
 
     # The work -----------------------------------------------------------------------------------------------------
 
-    def measure(self, model: Model, on_images: Callable[[int], None] = lambda done: None) -> Measured:
-        """One SAE or control. ValueError: of another width than the tower."""
-        found, relative = self.images.outputs(model, not self._read, on_images)
+    def measure(
+        self,
+        model: Model,
+        on_images: Callable[[int], None] = lambda done: None,
+        peers: Peers | None = None,
+    ) -> Measured:
+        """One SAE or control. peers: ranks that share the images, each with a Behaviour of its own, and have this all.
+
+        Raises:
+            ValueError: of another width than the tower.
+        """
+        found, relative = self.images.outputs(model, not self._read, on_images, peers)
         if not self._read:
             self._begin(found)
         original = self._read["", "original"]

@@ -23,6 +23,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.images.batches import dead_workers_in_one_line, default_workers, image_batches
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.measures.subjects import Model, reconstruct
+from saevlm_fast.peers import Peers, in_order, in_step, laid_end_to_end, summed
 from saevlm_fast.steering.site import hooked_output, one_token_into, token_mask
 from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
 
@@ -143,12 +144,17 @@ class SplicedImages:
 
     @torch.inference_mode()
     def outputs(
-        self, model: Model | None, ablations: bool, on_images: Callable[[int], None] = lambda done: None
+        self,
+        model: Model | None,
+        ablations: bool,
+        on_images: Callable[[int], None] = lambda done: None,
+        peers: Peers | None = None,
     ) -> tuple[Outputs, dict[str, float]]:
         """One pass over the images, or two where means are wanted for the first time.
 
         Args:
             model: that is spliced in. ablations: whether zero, mean and shuffled are run too.
+            peers: the ranks that share the batches, all of which call this.
 
         Returns:
             (tokens, variant) -> float32 [N, E] on the host, in the order of `chosen`, NaN of unusable images, and
@@ -159,9 +165,9 @@ class SplicedImages:
         with self._opened() as splice:
             self._check_width(model)
             if ablations and self._mean_TD is None:
-                self._mean_TD = self._mean(splice)
-            done = 0
-            for numbers, inputs in self._loaded():
+                self._mean_TD = self._mean(splice, peers)
+            done: list[int] = []
+            for numbers, inputs in self._loaded(peers):
                 x_BTD, out_BE = splice.original(inputs)
                 keep(found, ("", "original"), numbers, out_BE, len(self.chosen))
                 x_hat_BTD = None if model is None else self._x_hat(model, x_BTD)
@@ -175,10 +181,27 @@ class SplicedImages:
                     for name, changed_BTD in variants.items():
                         spliced_BTD = torch.where(mask_BT1, changed_BTD, x_BTD)
                         keep(found, (tokens, name), numbers, splice.output(inputs, spliced_BTD), len(self.chosen))
-                done += len(numbers)
-                on_images(done)
+                done += numbers
+                on_images(len(done))
+        if peers is not None:
+            found, sums = self._of_all_ranks(peers, found, sums, done)
         require(len(found) > 0, f"images: none of the {len(self.chosen)} is usable")
         return found, {tokens: float((lost / max(all_of, 1e-300)).sqrt()) for tokens, (lost, all_of) in sums.items()}
+
+    def _of_all_ranks(
+        self, peers: Peers, found: Outputs, sums: Mapping[str, Tensor], done: list[int]
+    ) -> tuple[Outputs, dict[str, Tensor]]:
+        """Outputs and sums of all batches, and what was skipped in them."""
+        for skipped in peers.collect(self.skipped):
+            self.skipped |= skipped
+        keys = max(peers.collect(list(found)), key=len)  # a rank without a usable image has none
+        numbers = laid_end_to_end(peers, torch.tensor(done, dtype=torch.int64))
+        whole: Outputs = {}
+        for key in keys:
+            own = found[key][torch.tensor(done)] if found else torch.zeros(0, 1)
+            keep(whole, key, numbers.tolist(), laid_end_to_end(peers, own), len(self.chosen))
+        tokens = dict.fromkeys(tokens for tokens, name in keys if name == "sae")
+        return whole, {each: summed(peers, sums.get(each, torch.zeros(2).double())) for each in tokens}
 
     @contextmanager
     def _opened(self) -> Iterator[Splice]:
@@ -193,23 +216,30 @@ class SplicedImages:
             d_in, where = len(model.b_dec), f"{self.point.name} of {self.tower.spec}"
             require(d_in == self.width, f"model: {where} is {self.width} wide, and d_in is {d_in}")
 
-    def _loaded(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Places in `chosen` and inputs on the device, batch by batch."""
+    def _loaded(self, peers: Peers | None) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Places in `chosen` and inputs on the device, batch by batch of the rank's."""
+        own = self.batches if peers is None else self.batches[peers.rank :: peers.world]
+        return in_step(peers, self._batches(own), -(-len(self.batches) // (1 if peers is None else peers.world)))
+
+    def _batches(self, own: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         place = {number: i for i, number in enumerate(self.chosen)}
         device = self.tower.device
-        loading = image_batches(self.source, self.tower.preprocess, self.batches, self.workers, device.type == "cuda")
+        loading = image_batches(self.source, self.tower.preprocess, own, self.workers, device.type == "cuda")
         with dead_workers_in_one_line(), closing(loading) as batches:
             for batch in batches:
                 self.skipped |= dict(batch.skipped)
                 if batch.inputs is not None:
                     yield [place[i] for i in batch.images], {k: each.to(device) for k, each in batch.inputs.items()}
 
-    def _mean(self, splice: Splice) -> Tensor:
-        """[T, D] over the images."""
+    def _mean(self, splice: Splice, peers: Peers | None) -> Tensor:
+        """[T, D] over the images of all ranks."""
         total: Any = 0
         n = 0
-        for numbers, inputs in self._loaded():
+        for numbers, inputs in self._loaded(peers):
             total, n = total + splice.original(inputs)[0].double().sum(0), n + len(numbers)
+        if peers is not None:
+            n = sum(peers.collect(n))
+            total = in_order(laid_end_to_end(peers, total[None] if isinstance(total, Tensor) else torch.zeros(0, 1, 1)))
         require(n > 0, f"images: none of the {len(self.chosen)} is usable")
         return total / n
 

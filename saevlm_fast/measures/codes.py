@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from saevlm_fast.errors import require
+from saevlm_fast.peers import Peers, laid_end_to_end
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.sparse_codes import SparseCodes
@@ -130,15 +131,21 @@ class CodesGathering:
     Args:
         image_of_row: int64, the image of every row; None where each row is an image.
         n_images, n_latents: N, S. pool: max or mean over the rows of an image (those that are silent count as 0).
-        most_entries: ValueError above that many.
+        most_entries: ValueError above that many. first_row: number of the first that comes.
     """
 
     def __init__(
-        self, image_of_row: np.ndarray | None, n_images: int, n_latents: int, pool: Pool, most_entries: int = 1 << 40
+        self,
+        image_of_row: np.ndarray | None,
+        n_images: int,
+        n_latents: int,
+        pool: Pool,
+        most_entries: int = 1 << 40,
+        first_row: int = 0,
     ) -> None:
         self.image_of_row, self.n_images, self.n_latents = image_of_row, n_images, n_latents
         self.pool, self.most_entries = pool, most_entries
-        self.n_entries, self._first_row = 0, 0
+        self.n_entries, self._first_row = 0, first_row
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # images, latents, acts
 
     def add(self, codes: SparseCodes) -> None:
@@ -150,13 +157,23 @@ class CodesGathering:
         if self.image_of_row is not None:
             entries = self._pooled([(self.image_of_row[entries[0]], *entries[1:])])
         self._first_row += codes.n_rows
-        self.n_entries += len(entries[0])
+        self._count(len(entries[0]))
+        self._parts.append((entries[0].astype(np.int32), entries[1].astype(np.int32), entries[2]))
+
+    def _count(self, n: int) -> None:
+        self.n_entries += n
         require(
             self.n_entries <= self.most_entries,
             f"codes: more than {self.most_entries:,} entries above 0 do not fit into memory (about "
             f"{24 * self.most_entries / 1e9:.1f} GB); give fewer images, or an SAE of a smaller L0",
         )
-        self._parts.append((entries[0].astype(np.int32), entries[1].astype(np.int32), entries[2]))
+
+    def merge_ranks(self, peers: Peers) -> None:
+        """Takes in the other ranks' rows, those of the first rank first. ValueError: as add."""
+        counts = peers.collect(self.n_entries)
+        self._count(sum(counts) - self.n_entries)
+        told = [laid_end_to_end(peers, torch.from_numpy(column)).numpy() for column in _joined(self._parts)]
+        self._parts = [(told[0], told[1], told[2])]
 
     def result(self) -> KeptCodes:
         """All of them, latent by latent."""

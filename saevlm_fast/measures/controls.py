@@ -9,6 +9,7 @@ kmeans      clusters of the rows: one fires
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.subjects import Centroids, Model, Subject
+from saevlm_fast.peers import Peers, shared_chunks, summed
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.controls import FIRST_SEED
 
@@ -37,17 +39,18 @@ class Moments(NamedTuple):
     covariance_DD: Tensor
 
     @classmethod
-    def of(cls, activations: Activations, batch_rows: int = 4096) -> "Moments":
-        """One pass."""
+    def of(cls, activations: Activations, batch_rows: int = 4096, peers: Peers | None = None) -> "Moments":
+        """Two passes. peers: the ranks that share them."""
+        n = activations.n_rows
         sum_D = torch.zeros(activations.d, dtype=torch.float64)
-        for _, x_BD in activations.chunks(batch_rows):
+        for _, x_BD in shared_chunks(peers, activations.chunks, n, batch_rows):
             sum_D += x_BD.double().sum(0)
-        mean_D = sum_D / activations.n_rows
+        mean_D = (sum_D if peers is None else summed(peers, sum_D)) / n
         product_DD = torch.zeros(activations.d, activations.d, dtype=torch.float64)
-        for _, x_BD in activations.chunks(batch_rows):
+        for _, x_BD in shared_chunks(peers, activations.chunks, n, batch_rows):
             centred_BD = x_BD.double() - mean_D
             product_DD += centred_BD.T @ centred_BD
-        return cls(mean_D, product_DD / activations.n_rows)
+        return cls(mean_D, (product_DD if peers is None else summed(peers, product_DD)) / n)
 
 
 class Wanted(NamedTuple):
@@ -80,6 +83,24 @@ def make_controls(
             where = model if isinstance(model, Centroids) else model.eval()
             found.append(Subject(label, "control", where, group, digest, name, seed, record))
     return found
+
+
+def controls_of_ranks(
+    peers: Peers | None,
+    names: Sequence[str],
+    group: str,
+    wanted: Wanted,
+    n_seeds: int,
+    activations: Activations,
+    moments: Moments,
+) -> list[Subject]:
+    """make_controls of rank 0, the same numbers on every rank, each on its own device."""
+    if peers is None:
+        return make_controls(names, group, wanted, n_seeds, activations, moments)
+    made = None
+    if peers.rank == 0:
+        made = make_controls(names, group, wanted._replace(device=torch.device("cpu")), n_seeds, activations, moments)
+    return [replace(each, model=each.model.to(wanted.device)) for each in peers.share(made)]
 
 
 def untrained(wanted: Wanted, seed: int, activations: Activations, moments: Moments) -> Model:

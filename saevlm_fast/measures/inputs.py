@@ -1,9 +1,10 @@
 """What SAEs are measured on, and what these inputs allow."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from saevlm_fast.measures.subjects import ImageRows, Subject
 from saevlm_fast.measures.taxonomy import Taxonomy
 from saevlm_fast.measures.uniqueness import uniqueness
 from saevlm_fast.measures.visaebench import visaebench_numbers
+from saevlm_fast.peers import Peers
 from saevlm_fast.scoring.source import Pool
 
 NEEDS = {
@@ -165,8 +167,36 @@ class Inputs:
             f"{lacking[0]!r}: depths are of the other images"
         )
 
-    def run(self, name: str, subject: Subject, codes: KeptCodes) -> Measured:
-        """One measure of one subject, but for reconstruction, which comes of the pass."""
+    def work(self, name: str, subject: Subject, codes: KeptCodes, peers: Peers | None = None) -> Callable[[], Measured]:
+        """One measure of one subject, but for reconstruction, which comes of the pass.
+
+        What is a sum over images or rows is made now, shared by all ranks of peers; the rest is made by who calls what
+        is returned, of all codes, without the others.
+        """
+        if name == "monosemanticity":
+            n = self.batch_rows
+            scored = {key: monosemanticity(codes, each, key, n, peers) for key, each in self.embeddings.items()}
+            return lambda: _joined(scored)
+        if name == "patches":
+            rows = codes_of_rows(subject.model, self.activations, self.batch_rows, peers)
+            return lambda: self._patches(rows)
+        if name == "kept":
+            more: dict[str, Any] = {"batch_rows": self.batch_rows, "peers": peers}
+            return representation_kept(
+                subject.model, self.activations, self.rows, codes, self.label_sets, self.half_N, **more
+            )
+        if name == "behaviour":
+            assert self.behaviour is not None
+            measured = self.behaviour.measure(subject.model, peers=peers)
+            return lambda: measured
+        return lambda: self._of_codes(name, subject, codes)
+
+    def _patches(self, rows: KeptCodes) -> Measured:
+        assert self.patch_labels is not None
+        assert self.rows.image_of_row is not None  # a store of all patches
+        return labels_of_patches(rows, self.patch_labels, self.rows.image_of_row, self.half_N)
+
+    def _of_codes(self, name: str, subject: Subject, codes: KeptCodes) -> Measured:
         if name == "uniqueness":
             return uniqueness(codes)
         if name == "geometry":
@@ -176,23 +206,8 @@ class Inputs:
             assert labels is not None  # left_out has seen to it
             assert self.taxonomy is not None
             return hierarchy(codes, labels, self.taxonomy, subject.group_sizes)
-        if name == "monosemanticity":
-            scored = {key: monosemanticity(codes, each, key, self.batch_rows) for key, each in self.embeddings.items()}
-            return _joined(scored)
         if name == "labels":
             return _joined({each.name: labels_of_latents(codes, each, self.half_N) for each in self.label_sets})
-        if name == "patches":
-            assert self.patch_labels is not None
-            assert self.rows.image_of_row is not None  # a store of all patches
-            rows = codes_of_rows(subject.model, self.activations, self.batch_rows)
-            return labels_of_patches(rows, self.patch_labels, self.rows.image_of_row, self.half_N)
-        if name == "kept":
-            return representation_kept(
-                subject.model, self.activations, self.rows, codes, self.label_sets, self.half_N, self.batch_rows
-            )
-        if name == "behaviour":
-            assert self.behaviour is not None
-            return self.behaviour.measure(subject.model)
         if name == "visaebench":
             return visaebench_numbers(
                 subject.model, self.activations, self.rows, self.label_sets, self.embeddings, self.taxonomy

@@ -18,7 +18,7 @@ from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import check_kind, require, shown, whole_number
 from saevlm_fast.measures.behaviour import Behaviour
 from saevlm_fast.measures.codes import KeptCodes
-from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, make_controls
+from saevlm_fast.measures.controls import CONTROLS, Moments, Wanted, controls_of_ranks
 from saevlm_fast.measures.geometry import Side, compare
 from saevlm_fast.measures.groups import RANDOM_WEIGHTS, control_of, groups_of, training_of
 from saevlm_fast.measures.inputs import Inputs
@@ -27,6 +27,7 @@ from saevlm_fast.measures.results import VERSION, Figures, Measured, plain
 from saevlm_fast.measures.separation import Headline, figure_at, headlines, interval_at, matched_mean, separation
 from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
 from saevlm_fast.measures.taxonomy import Taxonomy
+from saevlm_fast.peers import Peers
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.source import Pool
@@ -34,6 +35,7 @@ from saevlm_fast.settings import path_of, several
 
 Told = Callable[[str], None]
 Counted = Callable[[str, int, int], None]
+Works = dict[str, Callable[[], Measured]]
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ def _matched(headline: Headline, saes: Sequence[Result], controls: Sequence[Resu
 class Measuring:
     """Measures subjects one after the other, from parts where they are finished."""
 
-    def __init__(self, inputs: Inputs, parts: Parts, tell: Told, counted: Counted) -> None:
-        self.inputs, self.parts, self.tell, self.counted = inputs, parts, tell, counted
+    def __init__(self, inputs: Inputs, parts: Parts, tell: Told, counted: Counted, peers: Peers | None = None) -> None:
+        self.inputs, self.parts, self.tell, self.counted, self.peers = inputs, parts, tell, counted, peers
         self.left_out = inputs.left_out()
 
     def key(self, subject: Subject, name: str) -> str:
@@ -155,18 +157,48 @@ class Measuring:
     def result(self, subject: Subject) -> tuple[Result, KeptCodes | None]:
         """All measures; and the codes, if they had to be made."""
         names = self.inputs.names()
-        found = {name: self.parts.read(subject.name, name, self.key(subject, name)) for name in names}
-        codes = None
-        if any(part is None for part in found.values()):
+        found = {name: self.read(subject.name, name, self.key(subject, name)) for name in names}
+        codes, missing = None, [name for name in names if found[name] is None]
+        if missing:
             codes, reconstruction = self.encode(subject)
-            for name in names:
-                if found[name] is None:
-                    self.tell(f"{subject.name}: {name}")
-                    part = reconstruction if name == "reconstruction" else self.inputs.run(name, subject, codes)
-                    self.parts.write(subject.name, name, self.key(subject, name), part)
-                    found[name] = part
-        done = {name: part for name, part in found.items() if part is not None}
-        return _result(subject, done), codes
+            works = {"reconstruction": lambda: reconstruction}
+            if self.peers is None:
+                found |= {name: self._made(name, subject, codes, works) for name in missing}
+            else:
+                found |= self._made_by_ranks(self.peers, missing, subject, codes, works)
+        done = {name: found[name] for name in names}
+        return _result(subject, {name: part for name, part in done.items() if part is not None}), codes
+
+    def read(self, subject: str, name: str, key: str) -> Measured | None:
+        """A finished part, as rank 0 finds it."""
+        if self.peers is None:
+            return self.parts.read(subject, name, key)
+        return self.peers.share(self.parts.read(subject, name, key) if self.peers.rank == 0 else None)
+
+    def write(self, subject: str, name: str, key: str, part: Measured) -> None:
+        """By rank 0."""
+        if self.peers is None or self.peers.rank == 0:
+            self.parts.write(subject, name, key, part)
+
+    def _made(self, name: str, subject: Subject, codes: KeptCodes, works: Works) -> Measured:
+        self.tell(f"{subject.name}: {name}")
+        part = (works.get(name) or self.inputs.work(name, subject, codes))()
+        self.write(subject.name, name, self.key(subject, name), part)
+        return part
+
+    def _made_by_ranks(
+        self, peers: Peers, names: list[str], subject: Subject, codes: KeptCodes, works: Works
+    ) -> dict[str, Measured]:
+        """Passes over images are shared; then every rank finishes some of the measures, each from all codes."""
+        for name in names:
+            self.tell(f"{subject.name}: {name}")
+            works |= {} if name in works else {name: self.inputs.work(name, subject, codes, peers)}
+        made: dict[str, Measured] = {}
+        for some in peers.collect({name: works[name]() for name in names[peers.rank :: peers.world]}):
+            made |= some
+        for name, part in made.items():
+            self.write(subject.name, name, self.key(subject, name), part)
+        return made
 
     def encode(self, subject: Subject) -> tuple[KeptCodes, Measured]:
         """The pass over the rows."""
@@ -178,6 +210,7 @@ class Measuring:
             inputs.pool,
             inputs.batch_rows,
             lambda done: self.counted(subject.name, done, inputs.activations.n_rows),
+            self.peers,
         )
         return codes, sums.result(subject.k, codes)
 
@@ -216,16 +249,18 @@ def evaluate_subjects(
     tell: Told = lambda text: None,
     counted: Counted = lambda name, done, total: None,
     random_inputs: Inputs | None = None,
+    peers: Peers | None = None,
 ) -> Evaluation:
     """Measures SAEs, then their controls, group by group; and with `compared`, the first SAE against each other.
 
-    random_inputs: with activations of the tower of random weights, for the SAEs that were trained on it.
+    random_inputs: with activations of the tower of random weights, for the SAEs that were trained on it. peers: the
+    ranks that share the work, all of which call this; parts are read and written by rank 0, and all have the whole.
     """
     inputs.check()
     _check_names(subjects, controls)
     parts = parts or Parts(None)
-    work = Measuring(inputs, parts, tell, counted)
-    elsewhere = work if random_inputs is None else Measuring(random_inputs, parts, tell, counted)
+    work = Measuring(inputs, parts, tell, counted, peers)
+    elsewhere = work if random_inputs is None else Measuring(random_inputs, parts, tell, counted, peers)
     if random_inputs is not None:
         random_inputs.check()
     proper = [each for each in subjects if each.kind == "sae"]
@@ -241,13 +276,13 @@ def evaluate_subjects(
         )
         found.append((elsewhere if on_random else work).result(subject)[0])
     measured = list(found)
-    moments = Moments.of(inputs.activations, inputs.batch_rows) if controls else None
+    moments = Moments.of(inputs.activations, inputs.batch_rows, peers) if controls else None
     for group in dict.fromkeys(subject.group for subject in subjects) if moments is not None else ():
         assert moments is not None
         of_shape = [each for each in measured if each.subject.group == group]
         members = [each for each in of_shape if each.subject.kind == "sae"] or of_shape
         wanted = _wanted(members)
-        made = make_controls(controls, group, wanted, len(members), inputs.activations, moments)
+        made = controls_of_ranks(peers, controls, group, wanted, len(members), inputs.activations, moments)
         several = len({subject.group for subject in subjects}) > 1
         for control in made:
             taken = any(control.name == each.name for each in subjects)  # by a control that was trained
@@ -292,7 +327,7 @@ def _compared(work: Measuring, subjects: Sequence[Subject]) -> Iterator[Figures]
     for other in subjects[1:]:
         key = key_of(first=first.digest, other=other.digest, **work.inputs.digests)
         name = f"compared-with-{other.name}"
-        part = work.parts.read(first.name, name, key)
+        part = work.read(first.name, name, key)
         if part is None:
             work.tell(f"{first.name} and {other.name} compared")
             codes = work.encode(first)[0] if codes is None else codes
@@ -300,8 +335,11 @@ def _compared(work: Measuring, subjects: Sequence[Subject]) -> Iterator[Figures]
                 Side(subject.model.W_dec, subject.model.W_enc, kept)
                 for subject, kept in ((first, codes), (other, work.encode(other)[0]))
             ]
-            part = Measured(compare(*sides))
-            work.parts.write(first.name, name, key, part)
+            peers = work.peers
+            part = Measured(compare(*sides)) if peers is None or peers.rank == 0 else None
+            part = part if peers is None else peers.share(part)
+            assert part is not None
+            work.write(first.name, name, key, part)
         yield {"first": first.name, "other": other.name, **part.figures}
 
 

@@ -16,6 +16,7 @@ import torch
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.results import Figures, Measured, mean_both_ways
+from saevlm_fast.peers import Peers, rows_of_share, shared_chunks
 from saevlm_fast.scoring.monosemanticity import StreamedScore
 from saevlm_fast.scoring.second_pass import SecondPass, change_error
 from saevlm_fast.scoring.source import rows_between
@@ -24,26 +25,32 @@ from saevlm_fast.scoring.trust import FEWEST_IMAGES, TrustedScores, interval
 from saevlm_fast.sparse_codes import SparseCodes
 
 
-def monosemanticity(codes: KeptCodes, embeddings: Activations, name: str, batch_rows: int = 4096) -> Measured:
+def monosemanticity(
+    codes: KeptCodes, embeddings: Activations, name: str, batch_rows: int = 4096, peers: Peers | None = None
+) -> Measured:
     """The score of every latent, and its means, in two passes over the embeddings.
 
     Args:
         codes: of N images. embeddings: N rows, row i of image i. name: of the embeddings.
+        peers: the ranks that share the images, all of which call this with all codes.
 
     Returns:
         figures: ms, ms_10 (over latents with at least 10 images; its interval covers the images, not the seed),
             corrected, mean_cosine, above_null, above_99, guarded_best, split_half, deciles, status. latents: ms, ms_se,
             ms_p, ms_above_null. Names of columns end in the name of the embeddings.
     """
-    by_image, first = codes.by_image(), StreamedScore(codes.n_latents, halves=True)
-    _feed(first.update, by_image, embeddings, batch_rows)
+    own = rows_of_share(peers, codes.n_images, batch_rows)
+    by_image, first = codes.by_image(), StreamedScore(codes.n_latents, halves=True, first_image=own.start)
+    _feed(first.update, by_image, embeddings, batch_rows, peers)
+    if peers is not None:
+        first.merge_ranks(peers, True, embeddings.d)
     status_S = first.result().status.numpy()
     defined_S = status_S == STATUSES.index("defined")
     enough_S = defined_S & (codes.counts_S >= FEWEST_IMAGES)
     weights_SW = torch.from_numpy(enough_S / max(int(enough_S.sum()), 1))[:, None]
     second = SecondPass(first, weights_SW)
-    _feed(second.update, by_image, embeddings, batch_rows)
-    found = TrustedScores.of(second.result())
+    _feed(second.update, by_image, embeddings, batch_rows, peers)
+    found = TrustedScores.of(second.result(peers))
     summary, ms_S = found.summary(), found.ms.numpy()
     mean = float(ms_S[enough_S].mean()) if enough_S.any() else math.nan
     sure = interval(mean, change_error(found.weighted_NW[:, 0]))
@@ -67,6 +74,8 @@ def monosemanticity(codes: KeptCodes, embeddings: Activations, name: str, batch_
     return Measured(figures, {f"{column}:{name}": values_S.numpy() for column, values_S in columns.items()})
 
 
-def _feed(update: Callable[..., Any], codes: SparseCodes, embeddings: Activations, batch_rows: int) -> None:
-    for start, emb_BE in embeddings.chunks(batch_rows):
+def _feed(
+    update: Callable[..., Any], codes: SparseCodes, embeddings: Activations, batch_rows: int, peers: Peers | None
+) -> None:
+    for start, emb_BE in shared_chunks(peers, embeddings.chunks, embeddings.n_rows, batch_rows):
         update(rows_between(codes, start, start + len(emb_BE)), emb_BE)

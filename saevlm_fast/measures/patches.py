@@ -7,7 +7,6 @@ Shape suffixes: R rows (patches), N images, S latents, T times.
 """
 
 from collections.abc import Iterator
-from contextlib import closing
 
 import numpy as np
 import torch
@@ -18,14 +17,20 @@ from saevlm_fast.measures.codes import CodesGathering, KeptCodes
 from saevlm_fast.measures.labels import Chance, beside_null, counted_purity, purity, purity_figures, selection
 from saevlm_fast.measures.results import Measured
 from saevlm_fast.measures.subjects import Model, most_entries
+from saevlm_fast.peers import Peers, rows_of_share, shared_chunks
 
 
-def codes_of_rows(model: Model, activations: Activations, batch_rows: int = 4096) -> KeptCodes:
-    """Of every row by itself. ValueError: they do not fit into memory."""
-    gathering = CodesGathering(None, activations.n_rows, len(model.W_dec), "max", most_entries())
-    with torch.no_grad(), closing(activations.chunks(batch_rows)) as chunks:
-        for _, x_BD in chunks:
+def codes_of_rows(
+    model: Model, activations: Activations, batch_rows: int = 4096, peers: Peers | None = None
+) -> KeptCodes:
+    """Of every row by itself. peers: the ranks that share them. ValueError: they do not fit into memory."""
+    n, first = activations.n_rows, rows_of_share(peers, activations.n_rows, batch_rows).start
+    gathering = CodesGathering(None, n, len(model.W_dec), "max", most_entries(), first)
+    with torch.no_grad():
+        for _, x_BD in shared_chunks(peers, activations.chunks, n, batch_rows):
             gathering.add(model.encode(x_BD.to(model.b_dec.device, model.b_dec.dtype)))
+    if peers is not None:
+        gathering.merge_ranks(peers)
     return gathering.result()
 
 

@@ -7,8 +7,7 @@ most frequent label. A probe that is fitted anew says what can still be read at 
 """
 
 import warnings
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.results import Figures, Measured, mean_figure, ratio, share
 from saevlm_fast.measures.retrieval import NEIGHBOURS, nearest, overlap, queries_of, votes
 from saevlm_fast.measures.subjects import ImageRows, Model, reconstruct
+from saevlm_fast.peers import Peers, shared_chunks, summed
 
 CS = (0.001, 0.01, 0.1, 1.0)
 LEAST_MARGIN = 0.05  # of the original's accuracy over chance, below which no ratio is given
@@ -131,17 +131,32 @@ def representation_kept(
     half_N: np.ndarray,
     batch_rows: int = 4096,
     most_images: int = MOST_IMAGES,
-) -> Measured:
+    peers: Peers | None = None,
+) -> Callable[[], Measured]:
     """Probe, neighbours and nearest-neighbour accuracy of x_hat (and of codes) in place of x.
+
+    The pass over the rows is done now, by all ranks of peers; what is returned makes the measure of it, on any of them.
 
     Both are averaged over the rows of an image; codes are those that were kept, pooled. Of at most most_images images,
     evenly spaced.
     """
     chosen = queries_of(len(rows.ids), most_images).numpy()
     if len(chosen) <= NEIGHBOURS:
-        return Measured({"status": "too few", "n": len(chosen)})
-    x_ND, x_hat_ND = _both(model, activations, rows, chosen, batch_rows)
-    keep_N = np.zeros(len(rows.ids), bool)
+        return lambda: Measured({"status": "too few", "n": len(chosen)})
+    both = _both(model, activations, rows, chosen, batch_rows, peers)
+    return lambda: _kept(*both, chosen, codes, label_sets, half_N)
+
+
+def _kept(
+    x_ND: Tensor,
+    x_hat_ND: Tensor,
+    chosen: np.ndarray,
+    codes: KeptCodes,
+    label_sets: Sequence[LabelSet],
+    half_N: np.ndarray,
+) -> Measured:
+    """Of the chosen images among those of the codes."""
+    keep_N = np.zeros(codes.n_images, bool)
     keep_N[chosen] = True
     codes = codes.part(keep_N)
     codes_NS = codes.matrix().T.tocsr()
@@ -198,7 +213,12 @@ def _voted(split: ProbeSet, n_labels: int, near: Tensor, found: dict[str, Tensor
 
 
 def _both(
-    model: Model, activations: Activations, rows: ImageRows, chosen: np.ndarray, batch_rows: int
+    model: Model,
+    activations: Activations,
+    rows: ImageRows,
+    chosen: np.ndarray,
+    batch_rows: int,
+    peers: Peers | None,
 ) -> tuple[Tensor, Tensor]:
     """float32 [n, D] twice: x and x_hat of the chosen images, means over their rows."""
     place_N = np.full(len(rows.ids), -1)
@@ -206,13 +226,14 @@ def _both(
     image_of_row = np.arange(activations.n_rows) if rows.image_of_row is None else rows.image_of_row
     place_of_row = torch.from_numpy(place_N[image_of_row])
     sums = torch.zeros(2, len(chosen), activations.d, dtype=torch.float64)
-    with torch.no_grad(), closing(activations.chunks(batch_rows)) as chunks:
-        for start, x_BD in chunks:
+    with torch.no_grad():
+        for start, x_BD in shared_chunks(peers, activations.chunks, activations.n_rows, batch_rows):
             places = place_of_row[start : start + len(x_BD)]
             x_BD, places = x_BD[places >= 0], places[places >= 0]
             if not len(x_BD):
                 continue
             sums[0].index_add_(0, places, x_BD.double())
             sums[1].index_add_(0, places, reconstruct(model, x_BD).to("cpu", torch.float64))
+    sums = sums if peers is None else summed(peers, sums)
     counts = torch.bincount(place_of_row[place_of_row >= 0], minlength=len(chosen))[:, None]
     return (sums[0] / counts).float(), (sums[1] / counts).float()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.measures.results import Figures, Measured
+from saevlm_fast.peers import Peers, summed
 from saevlm_fast.scoring.sums import STATUSES
 from saevlm_fast.sparse_codes import SparseCodes
 
@@ -68,6 +69,17 @@ class ReconstructionSums:
         self.l0_hist[: len(hist)] += hist
         ascending = latents_M.sort().values
         self.l0_G += torch.searchsorted(ascending, torch.tensor(self.group_ends)).numpy()
+
+    def merge_ranks(self, peers: Peers) -> None:
+        """Takes in the other ranks' rows, rank after rank."""
+        self.x_2D, self.error_G2D = summed(peers, self.x_2D), summed(peers, self.error_G2D)
+        self.lengths_5, self.mass_S = summed(peers, self.lengths_5), summed(peers, self.mass_S)
+        self.n_fired_S = summed(peers, self.n_fired_S)
+        known = peers.collect((self.n_rows, self.l0_hist, self.l0_G))
+        self.n_rows, self.l0_G = sum(n for n, _, _ in known), np.sum([each for _, _, each in known], axis=0)
+        self.l0_hist = np.zeros(max(len(each) for _, each, _ in known), np.int64)
+        for _, each, _ in known:
+            self.l0_hist[: len(each)] += each
 
     def result(self, k: int | None, images: KeptCodes) -> Measured:
         """The figures. k: that the SAE was trained for, if any. images: the same codes, pooled to images."""

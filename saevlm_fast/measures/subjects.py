@@ -4,7 +4,6 @@ Shape suffixes: B rows of a chunk, D d_in, S latents, N images.
 """
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.measures.codes import CodesGathering, KeptCodes
 from saevlm_fast.measures.reconstruction import ReconstructionSums
+from saevlm_fast.peers import Peers, rows_of_share, shared_chunks
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
@@ -44,6 +44,10 @@ class Centroids:
         distance_B = ((shifted_BD - shifted_SD[which_B]) ** 2).sum(1)
         acts_B = torch.exp(-distance_B / self.spread).clamp_min(1e-30)
         return SparseCodes(acts_B[:, None], which_B[:, None], None, (len(x_BD), len(self.centers_SD)))
+
+    def to(self, device: torch.device) -> "Centroids":
+        """The same on that device."""
+        return Centroids(self.centers_SD.to(device), self.spread, self.b_dec.to(device))
 
     def decode(self, codes: SparseCodes) -> Tensor:
         """The centers of codes that `encode` made."""
@@ -138,8 +142,11 @@ def encode_all(
     pool: Pool = "max",
     batch_rows: int = 4096,
     on_rows: Callable[[int], None] = lambda done: None,
+    peers: Peers | None = None,
 ) -> tuple[ReconstructionSums, KeptCodes]:
     """One pass over the rows: the sums of reconstruction, and the codes, pooled to images and kept.
+
+    peers: the ranks that share the rows, all of which call this; each is given all sums and codes.
 
     Raises:
         ValueError: another width, a threshold that was never calibrated, codes that do not fit into memory. Of codes of
@@ -150,14 +157,18 @@ def encode_all(
     require(d_in == activations.d, f"sae: d_in of {subject.name} is {d_in}; the activations have width {activations.d}")
     ends = tuple(int(end) for end in np.cumsum(subject.group_sizes))
     sums = ReconstructionSums(subject.n_latents, ends, model.b_dec)
-    gathering = CodesGathering(rows.image_of_row, len(rows.ids), subject.n_latents, pool, most_entries())
-    with torch.no_grad(), closing(activations.chunks(batch_rows)) as chunks:
-        for start, x_BD in chunks:
+    own = rows_of_share(peers, activations.n_rows, batch_rows)
+    gathering = CodesGathering(rows.image_of_row, len(rows.ids), subject.n_latents, pool, most_entries(), own.start)
+    with torch.no_grad():
+        for start, x_BD in shared_chunks(peers, activations.chunks, activations.n_rows, batch_rows):
             x_BD = x_BD.to(device, dtype)
             codes = model.encode(x_BD)
             sums.add(x_BD, codes, _prefixes(model, x_BD, codes, len(ends)))
             gathering.add(codes)
-            on_rows(start + len(x_BD))
+            on_rows(activations.n_rows * (start + len(x_BD) - own.start) // len(own))
+    if peers is not None:
+        sums.merge_ranks(peers)
+        gathering.merge_ranks(peers)
     return sums, gathering.result()
 
 

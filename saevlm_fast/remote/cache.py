@@ -1,6 +1,6 @@
 """Files at URLs, in the user's cache directory: fetched once, bounded, shared by the processes of a machine.
 
-    remote/KEY/NAME        the file, whole. KEY is of its URL and, where that is known, its SHA-256
+    remote/KEY/NAME        the file, whole. KEY is of its URL and its SHA-256, or else its version
     remote/KEY/info.json   {"url", "size", "version", "sha256", "mtime_ns"}, without secrets; its time is that of the
                            last use. A file that was changed since it was fetched is compared with its SHA-256 again
     remote/KEY/NAME.part   as far as it has come, with part.json; a later process goes on from there
@@ -25,10 +25,12 @@ from typing import Any, NamedTuple, TextIO
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
-from saevlm_fast.errors import require
+from saevlm_fast.errors import first_line, require
 from saevlm_fast.files import atomic_write, cache_directory, sha256_file
 from saevlm_fast.outputs import output_lock
-from saevlm_fast.remote.reading import Found, RemoteError, copy_whole, look_up, read_range
+from saevlm_fast.remote.answers import Found, RemoteError
+from saevlm_fast.remote.hub import is_hub, without_revision
+from saevlm_fast.remote.reading import at_commit, copy_whole, digest_of, is_web, look_up, read_range
 from saevlm_fast.urls import file_name, redacted
 
 PIECE = 32 << 20  # bytes of one request
@@ -64,10 +66,11 @@ def remote_cache() -> Path:
 
 
 class Cached(NamedTuple):
-    """A file of a URL on this machine, which stays until `release(key)`."""
+    """A file of a URL on this machine, which stays until `release(key)`. version: "" where a digest was given."""
 
     path: Path
     key: str
+    version: str
 
 
 def fetched(url: str, sha256: str | None = None) -> Cached:
@@ -79,18 +82,23 @@ def fetched(url: str, sha256: str | None = None) -> Cached:
     Raises:
         RemoteError: it cannot be read, is not what it must be, or does not fit into the cache.
     """
-    key = _key(url, sha256)
+    found, digest = None, sha256
+    if sha256 is None:
+        found = look_up(url := at_commit(url))
+        sha256 = found.digest.removeprefix("sha256:") if found.digest.startswith("sha256:") else None
+    key = _key(url, sha256 or (found.version if found is not None else ""))
     with _owned(key, _PATIENCE) as owned:
         if not owned:
             raise RemoteError(f"{redacted(url)}: another process has been fetching it for {_PATIENCE:.0f} s")
         folder = remote_cache() / key
         path = folder / file_name(url)
-        found = None if sha256 is not None and _is_there(path, sha256=sha256) else look_up(url)
-        if found is not None and not _is_there(path, found=found, sha256=sha256):
-            _fetch(url, path, found, sha256)
+        if sha256 is None or not _is_there(path, sha256=sha256):
+            found = found or look_up(url := at_commit(url))
+            if not _is_there(path, found=found, sha256=sha256):
+                _fetch_or_say(url, path, found, sha256)
         os.utime(folder / _INFO)
         _users.use(key)
-    return Cached(path, key)
+    return Cached(path, key, found.version if found is not None and digest is None else "")
 
 
 def release(key: str) -> None:
@@ -98,11 +106,14 @@ def release(key: str) -> None:
     _users.release(key)
 
 
-def _key(url: str, sha256: str | None) -> str:
+def _key(url: str, version: str) -> str:
+    """version: or SHA-256. Who has opened one version keeps it while others fetch the next."""
+    if is_hub(url):  # a file that many commits have is one file
+        return hashlib.sha256(f"{without_revision(url)}\n{version}".encode()).hexdigest()[:32]
     parts = urlsplit(url)
     query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if not _SIGNATURE.fullmatch(name)])
     plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment=""))
-    return hashlib.sha256(f"{plain}\n{sha256 or ''}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{plain}\n{version}".encode()).hexdigest()[:32]
 
 
 def _is_there(path: Path, found: Found | None = None, sha256: str | None = None) -> bool:
@@ -134,6 +145,17 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 # Fetching -------------------------------------------------------------------------------------------------------------
 
 
+def _fetch_or_say(url: str, path: Path, found: Found, sha256: str | None) -> None:
+    """RemoteError: it cannot be read, or the cache cannot be written (a full disk)."""
+    try:
+        _fetch(url, path, found, sha256)
+    except RemoteError:
+        raise
+    except OSError as error:
+        reason = f"cannot be written to the cache ({remote_cache()}): {error.strerror or first_line(error)}"
+        raise RemoteError(f"{redacted(url)}: {reason}") from error
+
+
 def _fetch(url: str, path: Path, found: Found, sha256: str | None) -> None:
     part = path.with_name(f"{path.name}.part")
     path.unlink(missing_ok=True)
@@ -141,18 +163,29 @@ def _fetch(url: str, path: Path, found: Found, sha256: str | None) -> None:
     _make_room(url, found.size or 0, part)
     if found.size is not None and found.by_ranges:
         _fetch_ranges(url, part, found)
+        unknown = sha256 is None and not found.digest and not is_web(url)
+        if unknown and found.size > PIECE and look_up(url) != found:
+            part.unlink()
+            raise RemoteError(f"{redacted(url)}: it was replaced while it was read")
     else:
         _fetch_whole(url, part)
     size = part.stat().st_size
-    if sha256 is not None and sha256_file(part) != sha256:
-        part.unlink()
-        raise RemoteError(f"{redacted(url)}: altered, its SHA-256 is not the one in the store's index")
+    _compare(url, part, f"sha256:{sha256}" if sha256 is not None else found.digest)
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
     (path.parent / _PART_INFO).unlink(missing_ok=True)
     os.replace(part, path)
     said = {"url": redacted(url), "size": size, "version": found.version, "sha256": sha256}
     _write(path.parent / _INFO, said | {"mtime_ns": path.stat().st_mtime_ns})
+
+
+def _compare(url: str, part: Path, digest: str) -> None:
+    with open(part, "rb") as file:
+        same = digest_of(file, part.stat().st_size, digest) == digest
+    if not same:
+        part.unlink()
+        way = {"sha256": "SHA-256"}.get(digest.partition(":")[0], "checksum")
+        raise RemoteError(f"{redacted(url)}: altered, its {way} is not the one that is told of it")
 
 
 def _fetch_ranges(url: str, part: Path, found: Found) -> None:

@@ -4,6 +4,7 @@ Those that were asked for longest ago are given free for the cache to remove, on
 third of it: a store may be larger than the cache, and a process that reads it in order never stops for room.
 """
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -14,11 +15,13 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 from weakref import ref
 
+from saevlm_fast.remote.answers import RemoteError
 from saevlm_fast.remote.cache import Cached, fetched, limit_bytes, release
+from saevlm_fast.urls import redacted
 
 THREADS = 8  # that fetch ahead
 _LEAST_HELD = 2
-_STATE = ("urls", "_digests", "_opened", "_most")
+_STATE = ("urls", "_digests", "_opened", "_most", "_versions")
 T = TypeVar("T")
 
 
@@ -42,7 +45,18 @@ class RemoteFiles(Sequence[T]):
         most: int | None = None,
     ):
         self.urls, self._digests, self._opened, self._most = urls, digests, opened, most
+        self._versions: dict[int, str] = {}
         self._begin()
+
+    def expect(self, number: int, version: str) -> None:
+        """From now on a file has to be of this version; of each that is fetched this is so from then on."""
+        if self._versions.setdefault(number, version) != version:
+            raise RemoteError(f"{redacted(self.urls[number])}: it was replaced since it was opened")
+
+    def content(self) -> str:
+        """16 hexadecimal digits, others as soon as a file is of another version; "" if one has no known version."""
+        versions = [self._versions.get(number, "") for number in range(len(self))]
+        return hashlib.sha256(repr(versions).encode()).hexdigest()[:16] if all(versions) else ""
 
     def _begin(self) -> None:
         self._pid, self._last = os.getpid(), -1
@@ -105,6 +119,7 @@ class RemoteFiles(Sequence[T]):
         cached = None
         try:
             cached = fetched(self.urls[number], self._digests[number])
+            self.expect(number, cached.version)
             made, size = self._opened(cached.path, number), cached.path.stat().st_size
         except BaseException as error:
             if cached is not None:

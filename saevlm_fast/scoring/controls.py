@@ -17,6 +17,7 @@ Shape suffixes: S latents, N images, W weighted sums (all, then octave by octave
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import require
+from saevlm_fast.peers import Peers
 from saevlm_fast.sae import SparseAutoencoder, evaluating
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
 from saevlm_fast.scoring.second_pass import change_error
@@ -112,6 +114,7 @@ def compare_with_untrained(
     device: torch.device | str = "cpu",
     seed: int = 0,
     on_rows: Callable[[int], None] = lambda done: None,
+    peers: Peers | None = None,
 ) -> dict[str, Comparison]:
     """Scores `sae` and n_controls untrained SAEs on the same images, and compares them; by encoder.
 
@@ -131,7 +134,8 @@ def compare_with_untrained(
     progress = _Progress(len(saes), on_rows)
     for each in saes:
         kept = _KEPT_BYTES // len(saes)
-        images = ScoredImages(activations, embeddings, each, pool=pool, batch_rows=batch_rows, kept_bytes=kept)
+        common: dict[str, Any] = {"pool": pool, "batch_rows": batch_rows, "kept_bytes": kept, "peers": peers}
+        images = ScoredImages(activations, embeddings, each, **common)
         passes.append(TwoPasses(images, similarity, device, progress.of(len(passes))))
         progress.n_images = next(iter(passes[0].scores.values())).n_images
     first = [next(iter(each.scores.values())) for each in passes]  # statuses are the same by every encoder

@@ -21,7 +21,7 @@ pairwise_similarity.py. The sums are in sums.py, their checks in intake.py.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -32,8 +32,10 @@ from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import real_number, require
 from saevlm_fast.kernels.common import check_similarity
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
+from saevlm_fast.peers import Peers
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
+from saevlm_fast.scoring.merging import merge_ranks
 from saevlm_fast.scoring.source import Pool, ScoredImages
 from saevlm_fast.scoring.sums import STATUSES, ActivationRange, HalvedSums, KeptPairs, Pairs, ShiftedSums, status_of
 from saevlm_fast.sparse_codes import SparseCodes
@@ -41,8 +43,9 @@ from saevlm_fast.sparse_codes import SparseCodes
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 # Sparse codes are folded in when as many images have come as there are latents, or this many: the pass over the state
-# (d_sae x E float64) is then small beside the sums, and the images waiting take no more memory than the state.
-_SPARSE_BLOCK_ROWS = 4096
+# (d_sae x E float64) is then small beside the sums, and the images waiting take no more memory than the state. On a GPU
+# some forty launches and waits a time come to more than that pass: 65,536 images wait, 0.3 GB of 1024 floats and k 20.
+_SPARSE_BLOCK_ROWS = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,10 @@ class StreamedScore:
         gamma: of rbf, exp(-gamma ||e_i - e_j||^2) on the embeddings as they come; 1 / E unless given.
         device: where sums live (S x E float64 for cosine and dot); chunks are moved there.
         block_rows: how many images of sparse codes are gathered before they are folded in, by default
-            max(4096, n_latents). Scores do not depend on it, nor on the split into chunks, beyond rounding.
+            max(4096, n_latents), on a GPU max(65,536, n_latents). Scores do not depend on it, nor on the split into
+            chunks, beyond rounding.
         halves: keep the images of even and of odd number apart too, at twice the memory: what SecondPass takes over.
+        first_image: number of the first image; of several ranks each begins with its own.
 
     Raises:
         ValueError: another similarity, gamma not above 0, sizes below 0 and 1, halves of rbf.
@@ -150,18 +155,21 @@ class StreamedScore:
         device: torch.device | str = "cpu",
         block_rows: int | None = None,
         halves: bool = False,
+        first_image: int = 0,
     ) -> None:
         check_similarity(similarity)
         require(not (halves and similarity == "rbf"), "similarity: rbf keeps no sums that could be halved")
-        block_rows = max(_SPARSE_BLOCK_ROWS, n_latents) if block_rows is None else block_rows
+        self.device = torch.device(device)
+        least = _SPARSE_BLOCK_ROWS["cuda" if self.device.type == "cuda" else "cpu"]
+        block_rows = max(least, n_latents) if block_rows is None else block_rows
         require(
             n_latents >= 0 and block_rows >= 1,
             f"n_latents, block_rows: {n_latents} and {block_rows} are not at least 0 and 1",
         )
         default_gamma(gamma, 1)
         self.n_latents, self.similarity, self.gamma = n_latents, similarity, gamma
-        self.device, self.block_rows, self.halves = torch.device(device), block_rows, halves
-        self.n_images = 0
+        self.block_rows, self.halves = block_rows, halves
+        self.n_images, self.first_image = 0, first_image
         self._d_emb: int | None = None
         self._intake: CodesIntake | DenseIntake | None = None  # of the kind of the first chunk
         self._pairs: ShiftedSums | HalvedSums | KeptPairs | None = None
@@ -184,14 +192,26 @@ class StreamedScore:
                 that do not match, both kinds of activations. The sums stay as they were.
         """
         n_rows = activations.n_rows if isinstance(activations, SparseCodes) else len(activations)
-        images = checked_embeddings(emb_nE, n_rows, self._d_emb, self.similarity, self.n_images, self.device)
+        first = self.first_image + self.n_images
+        images = checked_embeddings(emb_nE, n_rows, self._d_emb, self.similarity, first, self.device)
         pairs = self._pairs or self._new_pairs(emb_nE.shape[1])
-        intake = self._intake or self._new_intake(activations, pairs)
-        intake.add(activations, images, self.n_images)
+        intake = self._intake or self._new_intake(isinstance(activations, SparseCodes), pairs)
+        intake.add(activations, images, first)
         self._intake, self._pairs, self._d_emb = intake, pairs, emb_nE.shape[1]
         if self.halves:
             self._sqnorms.append(images.sqnorm_n)
         self.n_images += n_rows
+
+    def merge_ranks(self, peers: Peers, sparse: bool, d_emb: int) -> None:
+        """Takes in what the other ranks have, which call this too; no images may follow.
+
+        sparse: whether activations are codes. d_emb: E. A rank without images has been told neither.
+        """
+        pairs = self._pairs or self._new_pairs(d_emb)
+        intake = self._intake or self._new_intake(sparse, pairs)
+        intake.flush()
+        self.n_images = merge_ranks(intake.range, pairs, sparse, peers)
+        self._intake, self._pairs, self._d_emb = intake, pairs, d_emb
 
     def result(self) -> MonosemanticityScores:
         """Scores of the images so far; more may follow."""
@@ -232,7 +252,7 @@ class StreamedScore:
         return self._sums().mean_of_images().cpu()
 
     def halved(self) -> tuple[ActivationRange, HalvedSums, Tensor]:
-        """The range of all activations and the sums, with all images in them, and these's squared norms [N].
+        """The range of all activations and the sums, with all images in them; squared norms [N] of the rank's images.
 
         Raises:
             ValueError: no halves were kept, or no images have come.
@@ -240,7 +260,8 @@ class StreamedScore:
         if self._intake is None or not isinstance(self._pairs, HalvedSums):
             raise ValueError("first: a StreamedScore with halves=True and images is needed")
         self._intake.flush()
-        return self._intake.range, self._pairs, torch.cat(self._sqnorms)
+        none = self._intake.range.low_S.new_zeros(0)  # of a rank without images
+        return self._intake.range, self._pairs, torch.cat([none, *self._sqnorms])
 
     def _sums(self) -> ShiftedSums:
         """With all images in them."""
@@ -254,11 +275,12 @@ class StreamedScore:
     def _new_pairs(self, d_emb: int) -> ShiftedSums | HalvedSums | KeptPairs:
         if self.similarity == "rbf":
             return KeptPairs(self.n_latents, self.similarity, self.gamma, self.device)
-        kind = HalvedSums if self.halves else ShiftedSums
-        return kind(self.n_latents, d_emb, self.similarity, self.device)
+        if self.halves:
+            return HalvedSums(self.n_latents, d_emb, self.similarity, self.device, self.first_image)
+        return ShiftedSums(self.n_latents, d_emb, self.similarity, self.device)
 
-    def _new_intake(self, activations: SparseCodes | Tensor, pairs: Pairs) -> CodesIntake | DenseIntake:
-        if isinstance(activations, SparseCodes):
+    def _new_intake(self, sparse: bool, pairs: Pairs) -> CodesIntake | DenseIntake:
+        if sparse:
             return CodesIntake(self.n_latents, self.block_rows, pairs)
         return DenseIntake(self.n_latents, pairs)
 
@@ -345,11 +367,15 @@ def stream(
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> dict[str, StreamedScore]:
-    """One pass over images, by all their encoders: the sums of each. Arguments and errors as `score`."""
+    """One pass over images, by all their encoders: the sums of each, of all ranks. Arguments and errors as `score`."""
     target = images.device_of(device)
-    sums = {name: StreamedScore(images.n_latents, similarity, gamma, target, halves=halves) for name in images.encoders}
+    common: dict[str, Any] = {"device": target, "halves": halves, "first_image": images.first_image}
+    sums = {name: StreamedScore(images.n_latents, similarity, gamma, **common) for name in images.encoders}
     for start, values, emb_nE in images.chunks():
         for name, one in sums.items():
             one.update(values, emb_nE[name])
-        on_rows(start + values.n_rows if isinstance(values, SparseCodes) else start + len(values))
+        on_rows(images.done(start + (values.n_rows if isinstance(values, SparseCodes) else len(values))))
+    if images.peers is not None:
+        for name, one in sums.items():
+            one.merge_ranks(images.peers, images.sparse, images.encoders[name].d)
     return sums

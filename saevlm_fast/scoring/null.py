@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saevlm_fast.peers import Peers, summed
+
 FEW_IMAGES = 10
 N_DRAWS = 2000
 N_POWERS = 6  # p1 .. p6
@@ -92,6 +94,17 @@ class SimilarityMoments:
         for first in range(0, v_nE.shape[1], _GRAM_COLUMNS):
             block = slice(first, first + _GRAM_COLUMNS)
             self._products_EE[block, first:].addmm_(v_nE[:, block].T, v_nE[:, first:])
+
+    def merge_ranks(self, peers: Peers) -> None:
+        """Takes in the other ranks' images, which count from the same mean."""
+        self.spread, self._along, self._fourth = summed(peers, torch.stack([self.spread, self._along, self._fourth]))
+        known = peers.collect(None if self._products_EE is None else self._products_EE.dtype)
+        dtype = next(each for each in known if each is not None)  # there is at least one image
+        if self._products_EE is None:
+            d_emb = len(self.mean_E)
+            self._products_EE = self.mean_E.new_zeros(d_emb, d_emb, dtype=dtype)
+        self._rounding = _ROUNDING if dtype == torch.float64 else _ROUNDING_32
+        self._products_EE = summed(peers, self._products_EE)
 
     @property
     def mean_similarity(self) -> float:

@@ -31,8 +31,10 @@ from saevlm_fast.data.rows import Matrix
 from saevlm_fast.kernels.scaled_rows import scaled_rows
 from saevlm_fast.kernels.segment_sum import segment_sum
 from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
+from saevlm_fast.peers import Peers, laid_end_to_end, summed
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.intake import checked_embeddings
+from saevlm_fast.scoring.merging import merge_states
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores
 from saevlm_fast.scoring.second_pass import change_error, jackknife_error
 from saevlm_fast.scoring.source import ScoredPatches, rows_between
@@ -92,6 +94,7 @@ def patch_score(
     batch_rows: int = 4096,
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] = lambda done: None,
+    peers: Peers | None = None,
 ) -> PatchScores:
     """The score over rows of a store with several an image, each with an embedding, without pairs within an image.
 
@@ -102,11 +105,12 @@ def patch_score(
             same patch (the same image and token, where both sides have ids).
         intervals: a second pass, for the jackknife over images.
         on_rows: called with the number of images done, in both passes.
+        peers: the ranks that share the images, all of which call this; each is given the scores over all images.
 
     Raises:
         ValueError: raw neurons; rows without ids; another number of rows or other ids; and as monosemanticity.score.
     """
-    patches = ScoredPatches(activations, embeddings, sae, batch_rows=batch_rows)
+    patches = ScoredPatches(activations, embeddings, sae, batch_rows=batch_rows, peers=peers)
     patches.check_ids()
     target = patches.device_of(device)
     state, n_active_S, high_S, n_images = _summed(patches, target, on_rows)
@@ -114,11 +118,14 @@ def patch_score(
     ms_S = (state.num_S / state.den_S).cpu().masked_fill(status_S != 0, torch.nan)
     se_S, mean_interval = None, interval(math.nan, math.nan)
     if intervals:
-        jackknife = _Jackknife(state, ms_S.to(target), n_active_S.to(target), n_images)
+        n_own = n_images if peers is None else patches.images.n_own
+        jackknife = _Jackknife(state, ms_S.to(target), n_active_S.to(target), n_own)
         for first, n, pairs in _runs(patches, target):
             if pairs is not None:
-                jackknife.add(pairs, first, n)
-            on_rows(n_images + first + n)
+                jackknife.add(pairs, first - patches.images.first_image, n)
+            on_rows(n_images + patches.images.done(first + n))
+        if peers is not None:
+            jackknife.merge_ranks(peers)
         se_S = jackknife.standard_errors().cpu()
         mean_interval = interval(float(ms_S.nanmean()), change_error(jackknife.mean_changes()))
     return PatchScores(
@@ -139,21 +146,24 @@ def _summed(
 ) -> tuple[StreamedState, Tensor, Tensor, int]:
     """The first pass: sums over pairs of images; of each latent on how many it fires, and its maximum; all images'
     number."""
-    state: StreamedState | None = None
+    state = streamed_cosine_state(patches.n_latents, patches.d_emb, target)
     n_active_S = torch.zeros(patches.n_latents, dtype=torch.int64)
     high_S, n_images = torch.zeros(patches.n_latents, dtype=torch.float64), 0
     for first, n, pairs in _runs(patches, target):
         n_images = first + n
         if pairs is not None:
-            state = state or streamed_cosine_state(patches.n_latents, pairs.sums_PE.shape[1], target)
             places_P = torch.arange(len(pairs.acts_P), device=target)
             vectors_PE = pairs.sums_PE / pairs.acts_P[:, None]
             streamed_cosine_update(state, pairs.acts_P, places_P, pairs.offsets_S1, vectors_PE)
             n_active_S += pairs.offsets_S1.diff().cpu()
             high_S = torch.maximum(high_S, pairs.high_S.cpu())
-        on_rows(n_images)
-    # Without a state no latent fires.
-    return state or streamed_cosine_state(patches.n_latents, 1, target), n_active_S, high_S, n_images
+        on_rows(patches.images.done(n_images))
+    if patches.peers is not None:
+        merge_states(state, patches.peers)
+        parts_R2S = patches.peers.gather(torch.stack([n_active_S.double(), high_S]))  # counts are exact
+        n_active_S, high_S = parts_R2S[:, 0].sum(0).long(), parts_R2S[:, 1].amax(0)
+        n_images = patches.images.n_images
+    return state, n_active_S, high_S, n_images
 
 
 class _Jackknife:
@@ -181,6 +191,10 @@ class _Jackknife:
         self.lost_3N[1, images] += torch.bincount(images_T, self.ms_S[latents_P[two_P]], minlength=n)
         self.lost_3N[2, images] += torch.bincount(images_T, minlength=n)
 
+    def merge_ranks(self, peers: Peers) -> None:
+        """Takes in the other ranks' images."""
+        self.change_2S, self.lost_3N = summed(peers, self.change_2S), laid_end_to_end(peers, self.lost_3N.T).T
+
     def standard_errors(self) -> Tensor:
         """[S]; NaN below three images."""
         return jackknife_error(self.change_2S, self.lost_3N.shape[1]).masked_fill(self.n_active_S < 3, torch.nan)
@@ -194,7 +208,7 @@ class _Jackknife:
 
 def _runs(patches: ScoredPatches, target: torch.device) -> Iterator[tuple[int, int, _Pairs | None]]:
     """(first image, number of images, their pairs; None without any) of runs of images that fit in memory."""
-    done = 0
+    done = patches.images.first_image
     for codes, emb_nE, starts in patches.chunks():
         for first, last in _blocks(codes, starts, emb_nE.shape[1]):
             low, high = starts[first], starts[last]

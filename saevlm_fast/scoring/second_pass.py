@@ -30,6 +30,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.sparse_decode import gather_dot_op
+from saevlm_fast.peers import Peers, laid_end_to_end, summed
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
 from saevlm_fast.scoring.null import (
@@ -125,23 +126,26 @@ class SecondPass:
         same = emb_nE.shape == (n_rows, pairs.d_emb) and len(sqnorm_n) == n_rows
         require(same, f"emb_nE: shape {tuple(emb_nE.shape)} is not that of the first pass's images")
         images = Embeddings(emb_nE.to(pairs.device), sqnorm_n)
+        first = self._first.first_image + self.n_images
         if self._intake is None:
             n_latents, block_rows = self._first.n_latents, self._first.block_rows
             sparse = isinstance(activations, SparseCodes)
             self._intake = CodesIntake(n_latents, block_rows, pairs) if sparse else DenseIntake(n_latents, pairs)
-        self._intake.add(activations, images, self.n_images)
+        self._intake.add(activations, images, first)
         self.n_images += n_rows
 
-    def result(self) -> Certainty:
-        """What was asked for.
+    def result(self, peers: Peers | None = None) -> Certainty:
+        """What was asked for, by all ranks, each of which has taken the images of its first pass.
 
         Raises:
             ValueError: other images than those of the first pass, as far as their number tells.
         """
         if self._intake is not None:
             self._intake.flush()
-        n_images = self._pairs.scores.n_images
+        n_images = len(self._pairs.sqnorm_N)
         require(self.n_images == n_images, f"second pass: {self.n_images} images, but {n_images} in the first")
+        if peers is not None:
+            self._pairs.merge_ranks(peers)
         return self._pairs.result()
 
 
@@ -159,6 +163,7 @@ class _Deviations:
         seed: int,
     ) -> None:
         seen, halves, self.sqnorm_N = first.halved()
+        self.first_image, n_own = first.first_image, len(self.sqnorm_N)
         self.scores, self.similarity, self.device = scores, first.similarity, first.device
         self.half_ms_2S = halves.half_scores().cpu()
         sums, other_SE = halves.merged()
@@ -175,9 +180,10 @@ class _Deviations:
         self.powers_PS = self.total_S.new_zeros(N_POWERS if null else 2, n_latents)
         self.change_2S = self.total_S.new_zeros(2, n_latents)  # sum of delta, and of its square
         self.weights_SW = weights_SW.to(self.total_S)
-        self.changes_NW = self.total_S.new_zeros(n, weights_SW.shape[1])
-        self.lost_3N = self.total_S.new_zeros(3 if intervals else 0, n)  # of an image: sum delta, MS lost, their number
-        self.similar_N = self.total_S.new_zeros(n if intervals else 0)  # R
+        self.changes_NW = self.total_S.new_zeros(n_own, weights_SW.shape[1])
+        # Of an image: sum delta, MS lost, their number; and R.
+        self.lost_3N = self.total_S.new_zeros(3 if intervals else 0, n_own)
+        self.similar_N = self.total_S.new_zeros(n_own if intervals else 0)
         self.draws_RW = drawn_images(n, seed) if null else torch.zeros(0, 0, dtype=torch.int64)
         self.drawn_U = self.draws_RW.unique()
         self.drawn: list[tuple[Tensor, Tensor]] = []  # v and <v, mean u> of the images of the draws
@@ -275,12 +281,27 @@ class _Deviations:
         rows = slice(self.n_images, self.n_images + len(v_nE))
         if self.null:
             self.moments.add(v_nE, along_n, square_n)
-            first, last = torch.searchsorted(self.drawn_U, torch.tensor([rows.start, rows.stop])).tolist()
-            places_u = (self.drawn_U[first:last] - rows.start).to(self.device)
+            numbers = torch.tensor([rows.start, rows.stop]) + self.first_image
+            first, last = torch.searchsorted(self.drawn_U, numbers).tolist()
+            places_u = (self.drawn_U[first:last] - numbers[0]).to(self.device)
             self.drawn.append((v_nE[places_u].to(torch.float32), along_n[places_u]))
         if self.intervals:
             self.similar_N[rows] = self.moments.summed(along_n, square_n)
         self.n_images += len(v_nE)
+
+    def merge_ranks(self, peers: Peers) -> None:
+        """Takes in what the other ranks have found: sums rank after rank, images one after the other."""
+        self.powers_PS, self.change_2S = summed(peers, self.powers_PS), summed(peers, self.change_2S)
+        self.changes_NW = laid_end_to_end(peers, self.changes_NW)
+        if self.intervals:
+            self.lost_3N = laid_end_to_end(peers, self.lost_3N.T).T
+            self.similar_N = laid_end_to_end(peers, self.similar_N)
+        if self.null:
+            self.moments.merge_ranks(peers)
+            none = torch.zeros(0, self.d_emb, device=self.device), self.total_S.new_zeros(0)
+            self.drawn = [_told_of_all(peers, self.drawn, none)]
+            none = torch.zeros(0, dtype=torch.int64, device=self.device), self.total_S.new_zeros(0)
+            self.few = [_told_of_all(peers, self.few, none)]
 
     def result(self) -> Certainty:
         n_eff_S = self.powers_PS[0].square() / self.powers_PS[1]
@@ -336,6 +357,14 @@ class _Deviations:
                 b_Ln = b_M[starts_S[latents_L, None] + torch.arange(n, device=self.device)]
                 p_S[latents_L] = sampled_tail(b_Ln, self.ms_S[latents_L] - mean, pairs_PR)
         return p_S
+
+
+def _told_of_all(
+    peers: Peers, pieces: list[tuple[Tensor, Tensor]], none: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The pieces of all ranks, one after the other."""
+    first, second = (laid_end_to_end(peers, torch.cat(parts)) for parts in zip(none, *pieces))
+    return first, second
 
 
 def jackknife_error(change_2S: Tensor, n_images: int) -> Tensor:

@@ -18,6 +18,7 @@ from saevlm_fast.data.codes import StoredCodes, pool_codes
 from saevlm_fast.data.pairing import check_sides, checked_ids
 from saevlm_fast.data.rows import Activations, Matrix, StoredRows, activations_of
 from saevlm_fast.errors import require, shown
+from saevlm_fast.peers import Peers, in_step, rows_of_share
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder, check_sae
@@ -26,6 +27,7 @@ from saevlm_fast.sparse_codes import SparseCodes
 
 Pool = Literal["max", "mean"]
 _KEPT_BYTES = 1 << 30
+_IDS = 4096  # read at a time where images are counted
 
 
 class ScoredImages:
@@ -34,6 +36,11 @@ class ScoredImages:
     Args:
         activations, embeddings, sae, pool, batch_rows: as trust.trusted_scores.
         kept_bytes: codes of an SAE that are kept for the next reading; what does not fit is encoded again.
+        peers: the ranks among which the images are shared, each of which makes this with the same arguments.
+
+    Attributes:
+        rows: of the activations, the rank's. first_image: number of the first image there. n_own, n_images: how many
+            the rank and all ranks have; known of several ranks alone.
 
     Raises:
         ValueError: what monosemanticity.score refuses before it reads rows; a pool of rows without ids.
@@ -48,6 +55,7 @@ class ScoredImages:
         pool: Pool | None = None,
         batch_rows: int = 4096,
         kept_bytes: int = _KEPT_BYTES,
+        peers: Peers | None = None,
     ) -> None:
         if not isinstance(activations, StoredCodes):
             activations = activations_of(activations, "activations")
@@ -74,6 +82,30 @@ class ScoredImages:
         self._kept: list[SparseCodes] = []
         self._room = kept_bytes
         self._places: dict[str, dict[str, int]] = {}
+        self.peers, self.first_image, self.most_chunks = peers, 0, 0
+        self.n_own = self.n_images = 0
+        self.rows = rows_of_share(peers, activations.n_rows, batch_rows)
+        if peers is not None:
+            self._share(peers)
+
+    def _share(self, peers: Peers) -> None:
+        """Which rows are the rank's, and where these stand among all images."""
+        if self.pool is not None:
+            self.rows = range(*(first_of_image(self.activations, row) for row in (self.rows.start, self.rows.stop)))
+        self.n_own = len(self.rows) if self.pool is None else count_images(self.activations, self.rows)
+        known = peers.collect((len(self.rows), self.n_own))
+        self.first_image = sum(n for _, n in known[: peers.rank])
+        self.n_images = sum(n for _, n in known)
+        self.most_chunks = 1 + max(-(-n // self.batch_rows) for n, _ in known)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether chunks are codes, and not raw neurons."""
+        return self.sae is not None or isinstance(self.activations, StoredCodes)
+
+    def done(self, image: int) -> int:
+        """How many images are done once the rank's before that number are; of ranks, if all are as far as this one."""
+        return image if self.peers is None else self.n_images * (image - self.first_image) // max(self.n_own, 1)
 
     def device_of(self, device: torch.device | str) -> torch.device:
         """Where sums live."""
@@ -85,19 +117,22 @@ class ScoredImages:
         Raises:
             ValueError: image ids that differ, several rows of an image without a pool, an image without embedding.
         """
-        return self._one_row_each() if self.pool is None else self._pooled()
+        chunks = self._one_row_each() if self.pool is None else self._pooled()
+        return in_step(self.peers, chunks, self.most_chunks)
 
     def _one_row_each(self) -> Iterator[tuple[int, SparseCodes | Tensor, dict[str, Tensor]]]:
         sides: list[tuple[StoredRows, ...]] = [(self.activations, encoder) for encoder in self.encoders.values()]
-        ids = zip(*(checked_ids(self.batch_rows, *pair) for pair in sides or [(self.activations,)]))
+        pairs = sides or [(self.activations,)]
+        ids = zip(*(checked_ids(self.batch_rows, *pair, rows=self.rows) for pair in pairs))
         with ExitStack() as stack:
-            images = [stack.enter_context(closing(e.chunks(self.batch_rows))) for e in self.encoders.values()]
+            chunks = [encoder.chunks(self.batch_rows, self.rows) for encoder in self.encoders.values()]
+            images = [stack.enter_context(closing(each)) for each in chunks]
             for (start, values), *parts, _ in zip(self._encoded(), *images, ids):
                 yield start, values, dict(zip(self.encoders, (emb_nE for _, emb_nE in parts)))
 
     def _encoded(self) -> Iterator[tuple[int, SparseCodes | Tensor]]:
         """Chunks of rows as codes, those of an SAE kept as long as there is room."""
-        chunks: Generator[tuple[int, SparseCodes | Tensor]] = self.activations.chunks(self.batch_rows)
+        chunks: Generator[tuple[int, SparseCodes | Tensor]] = self.activations.chunks(self.batch_rows, self.rows)
         with closing(chunks):
             for number, (start, values) in enumerate(chunks):
                 if self.sae is None or isinstance(values, SparseCodes):
@@ -119,14 +154,15 @@ class ScoredImages:
     # Several rows an image ---------------------------------------------------------------------------------------
 
     def _pooled(self) -> Iterator[tuple[int, SparseCodes | Tensor, dict[str, Tensor]]]:
-        done = 0
+        done = self.first_image
         for rows, starts, names, _ in self.whole_images():
             yield done, self._pool(rows, starts), self._embeddings(names, done)
             done += len(names)
+        n_images = done if self.peers is None else self.n_images
         for encoder in self.encoders.values():
             require(
-                encoder.has_items or encoder.n_rows == done,
-                f"embeddings: {encoder.n_rows} rows ({encoder.path}), but {done} images in {self.activations.path}",
+                encoder.has_items or encoder.n_rows == n_images,
+                f"embeddings: {encoder.n_rows} rows ({encoder.path}), but {n_images} images in {self.activations.path}",
             )
 
     def whole_images(
@@ -139,11 +175,12 @@ class ScoredImages:
         Args:
             beside: rows of the same number.
         """
-        items, waiting, names = self.activations.item_chunks(self.batch_rows), None, pa.array([], pa.string())
+        items = self.activations.item_chunks(self.batch_rows, rows=self.rows)
+        waiting, names = None, pa.array([], pa.string())
         with ExitStack() as stack:
             others: Iterator[tuple[int, Tensor | None]] = repeat((0, None))
             if beside is not None:
-                others = stack.enter_context(closing(beside.chunks(self.batch_rows)))
+                others = stack.enter_context(closing(beside.chunks(self.batch_rows, self.rows)))
             for (_, rows), (_, other), table in zip(self._encoded(), others, items):
                 if waiting is not None:
                     rows, other = joined(waiting[0], rows), _both(waiting[1], other)
@@ -195,6 +232,27 @@ def image_starts(names: pa.Array) -> np.ndarray:
     return np.fromiter(chain([0], np.flatnonzero(changes) + 1), dtype=np.int64)
 
 
+def first_of_image(activations: StoredRows, row: int) -> int:
+    """The first row from `row` on with which an image begins; or the end."""
+    names = pa.array([], pa.string())
+    if row > 0:
+        for table in activations.item_chunks(_IDS, rows=range(row - 1, activations.n_rows)):
+            names = pa.concat_arrays([names, *table["image"].chunks])
+            starts = image_starts(names)
+            if len(starts) > 1:
+                return row - 1 + int(starts[1])
+    return activations.n_rows if row > 0 else 0
+
+
+def count_images(activations: StoredRows, rows: range) -> int:
+    """Of rows that begin with an image."""
+    n, names = 0, pa.array([], pa.string())
+    for table in activations.item_chunks(_IDS, rows=rows):
+        names = pa.concat_arrays([names[-1:], *table["image"].chunks])
+        n += len(image_starts(names)) - (n > 0)
+    return n
+
+
 def joined(a: SparseCodes | Tensor, b: SparseCodes | Tensor) -> SparseCodes | Tensor:
     """The rows of both."""
     if isinstance(a, SparseCodes) and isinstance(b, SparseCodes):
@@ -225,7 +283,7 @@ class ScoredPatches:
     """Codes of all rows of whole images in order, each chunk with the rows' own embeddings.
 
     Args:
-        activations, embeddings, sae, batch_rows: as variants.patch_score.
+        activations, embeddings, sae, batch_rows, peers: as patch_score.patch_score.
 
     Raises:
         ValueError: raw neurons, rows without ids, another number of rows; and what monosemanticity.score refuses.
@@ -238,6 +296,7 @@ class ScoredPatches:
         sae: SparseAutoencoder | None = None,
         *,
         batch_rows: int = 4096,
+        peers: Peers | None = None,
     ) -> None:
         if not isinstance(activations, StoredCodes):
             activations = activations_of(activations, "activations")
@@ -245,11 +304,12 @@ class ScoredPatches:
             activations.has_items,
             f"variant: patch: {activations.path} has no image ids, so nobody knows which rows are of one image",
         )
-        self._images = ScoredImages(activations, {}, sae, pool="max", batch_rows=batch_rows, kept_bytes=0)
         self._embeddings = activations_of(embeddings, "embeddings")
-        self.n_latents, rows = self._images.n_latents, self._images.activations
-        sparse = sae is not None or isinstance(rows, StoredCodes)
-        require(sparse, "variant: patch takes codes, whose zeros carry no weight; give an SAE or codes")
+        # How images are pooled is not asked: patches are taken as they are, by whole images.
+        images = ScoredImages(activations, {}, sae, pool="max", batch_rows=batch_rows, kept_bytes=0, peers=peers)
+        self.images, self.peers = images, peers
+        self.n_latents, rows = images.n_latents, images.activations
+        require(images.sparse, "variant: patch takes codes, whose zeros carry no weight; give an SAE or codes")
         require(
             self._embeddings.n_rows == rows.n_rows,
             f"embeddings: {self._embeddings.n_rows} rows ({self._embeddings.path}), but {rows.n_rows} in {rows.path}; "
@@ -258,7 +318,12 @@ class ScoredPatches:
 
     def device_of(self, device: torch.device | str) -> torch.device:
         """Where sums live."""
-        return self._images.device_of(device)
+        return self.images.device_of(device)
+
+    @property
+    def d_emb(self) -> int:
+        """E."""
+        return self._embeddings.d
 
     def chunks(self) -> Iterator[tuple[SparseCodes, Tensor, list[int]]]:
         """(codes of the rows, their embeddings, where each of the n images begins and the last ends [n + 1]).
@@ -266,18 +331,20 @@ class ScoredPatches:
         Raises:
             ValueError: rows of both sides, where both have ids, that are not the same patch.
         """
-        for rows, starts, _, emb_BE in self._images.whole_images(self._embeddings):
+        chunks = self.images.whole_images(self._embeddings)
+        for rows, starts, _, emb_BE in in_step(self.peers, chunks, self.images.most_chunks):
             assert isinstance(rows, SparseCodes)
             assert emb_BE is not None
             yield rows, emb_BE, starts.tolist()
 
     def check_ids(self) -> None:
         """That row i of both sides is the same image and token, where both have ids. Reads all ids."""
-        a, b = self._images.activations, self._embeddings
+        a, b = self.images.activations, self._embeddings
         if not (a.has_items and b.has_items):
             return
-        n = self._images.batch_rows
-        for start, (ours, theirs) in zip(range(0, a.n_rows, n), zip(a.item_chunks(n), b.item_chunks(n))):
+        n, rows = self.images.batch_rows, self.images.rows
+        tables = zip(a.item_chunks(n, rows=rows), b.item_chunks(n, rows=rows))
+        for start, (ours, theirs) in zip(range(rows.start, rows.stop, n), tables):
             for name in ("image", "token"):
                 row = pc.index(pc.equal(ours[name], theirs[name]).fill_null(False), False).as_py()
                 require(

@@ -232,11 +232,11 @@ class ShiftedSums:
 class HalvedSums:
     """ShiftedSums of the images of even and of odd number apart: each half has scores of its own.
 
-    Memory: twice that of ShiftedSums, until `merged`.
+    Memory: twice that of ShiftedSums, until `merged`. first_image: number of the first that comes.
     """
 
-    def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device) -> None:
-        self.device, self.n_images = device, 0
+    def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device, first_image: int = 0) -> None:
+        self.device, self._next = device, first_image
         self._pair_sums: tuple[Tensor, Tensor] | None = None  # of all images so far, once they were asked for
         self.halves = [ShiftedSums(n_latents, d_emb, similarity, device) for _ in range(2)]
 
@@ -262,8 +262,8 @@ class HalvedSums:
 
     def _split(self, n_rows: int) -> list[tuple[ShiftedSums, slice, int]]:
         """The halves with images among the next n_rows, those of them, and the first: even images are halves[0]'s."""
-        first = self.n_images % 2  # the row of this chunk that is the next even image
-        self.n_images += n_rows
+        first = self._next % 2  # the row of this chunk that is the next even image
+        self._next += n_rows
         return [(self.halves[h], slice(r, None, 2), r) for h, r in ((0, first), (1, 1 - first)) if r < n_rows]
 
     def pair_sums(self, low_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,35 +298,48 @@ class HalvedSums:
 
 
 class KeptPairs:
-    """For a similarity that is no inner product: activations and embeddings kept, all pairs evaluated at the end."""
+    """For a similarity that is no inner product: activations and embeddings kept, all pairs evaluated at the end.
+
+    Attributes:
+        codes, dense, images: of all chunks; codes or dense is empty. found: of all pairs, if somebody has it already.
+    """
 
     def __init__(self, n_latents: int, similarity: str, gamma: float | None, device: torch.device) -> None:
         self.n_latents, self.similarity, self.gamma, self.device = n_latents, similarity, gamma, device
-        self._codes: list[SparseCodes] = []
-        self._dense: list[Tensor] = []
-        self._images: list[Embeddings] = []
+        self.codes: list[SparseCodes] = []
+        self.dense: list[Tensor] = []
+        self.images: list[Embeddings] = []
+        self.found: tuple[Tensor, Tensor] | None = None
 
     def lower(self, drop_S: Tensor) -> None:
         """Nothing is shifted before the end."""
 
     def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
-        self._codes.append(codes)
-        self._images += images
+        self.codes.append(codes)
+        self.images += images
 
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
-        self._dense.append(acts_nK)
-        self._images.append(images)
+        self.dense.append(acts_nK)
+        self.images.append(images)
 
     def pair_sums(self, low_S: Tensor) -> tuple[Tensor, Tensor]:
         """num and den [S] of the score over all images."""
-        if not self._images:
-            return torch.zeros_like(low_S), torch.zeros_like(low_S)
-        emb_NE = Embeddings.join(self._images).emb_nE
-        if self._dense:
-            acts_NK = torch.cat([acts_nK.to(torch.float64) - low_S for acts_nK in self._dense])
+        return self.pair_sums_of(low_S, range(self.n_latents)) if self.found is None else self.found
+
+    def pair_sums_of(self, low_S: Tensor, latents: range) -> tuple[Tensor, Tensor]:
+        """The same of some neighbouring latents. low_S: of all of them."""
+        some = slice(latents.start, latents.stop)
+        low_L = low_S[some]
+        if not self.images or not len(latents):
+            return torch.zeros_like(low_L), torch.zeros_like(low_L)
+        emb_NE = Embeddings.join(self.images).emb_nE
+        if self.dense:
+            acts_NK = torch.cat([acts_nK[:, some].to(torch.float64) - low_L for acts_nK in self.dense])
             return pairwise_sums(acts_NK, emb_NE, self.similarity, self.gamma)
-        codes = SparseCodes.join(self._codes, self.n_latents)
+        codes = SparseCodes.join(self.codes, self.n_latents)
         grouped, rows_M = codes.by_latent(), codes.entry_rows()
-        shifted_M = grouped.acts_M.to(torch.float64) - low_S[grouped.latents_M]
-        images_M = rows_M[grouped.order_M]
-        return pairwise_gram_sums(shifted_M, images_M, grouped.offsets_S1, emb_NE, self.similarity, self.gamma)
+        offsets_L1 = grouped.offsets_S1[latents.start : latents.stop + 1]
+        own = slice(int(offsets_L1[0]), int(offsets_L1[-1]))
+        shifted_M = grouped.acts_M[own].to(torch.float64) - low_S[grouped.latents_M[own]]
+        images_M, offsets_L1 = rows_M[grouped.order_M[own]], offsets_L1 - offsets_L1[0]
+        return pairwise_gram_sums(shifted_M, images_M, offsets_L1, emb_NE, self.similarity, self.gamma)

@@ -21,6 +21,7 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import check_kind, require, whole_number
+from saevlm_fast.peers import Peers
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, ScoreSummary, stream
 from saevlm_fast.scoring.ranks import found_at, spearman
@@ -267,10 +268,13 @@ def trusted_scores(
     device: torch.device | str = "cpu",
     seed: int = 0,
     on_rows: Callable[[int], None] = lambda done: None,
+    peers: Peers | None = None,
 ) -> dict[str, TrustedScores]:
     """`trusted_score` by several encoders at once, encoding the activations once; `rank_agreement` compares them.
 
-    embeddings: of each encoder by its name. Memory: sums S x E of each. Everything else as `trusted_score`.
+    embeddings: of each encoder by its name. peers: the ranks that share the images, all of which call this, each with
+    its own device; each is given the scores over all images. Memory: sums S x E of each. Everything else as
+    `trusted_score`.
 
     Raises:
         ValueError: as `trusted_score`; no embeddings.
@@ -278,7 +282,7 @@ def trusted_scores(
     check_kind("embeddings", embeddings, Mapping, "a mapping of encoders' names to embeddings")
     seed = whole_number("seed", seed, 0)
     require(len(embeddings) > 0, "embeddings: at least one encoder's are needed")
-    images = ScoredImages(activations, embeddings, sae, pool=pool, batch_rows=batch_rows)
+    images = ScoredImages(activations, embeddings, sae, pool=pool, batch_rows=batch_rows, peers=peers)
     measured = TwoPasses(images, similarity, device, on_rows)
     return measured.second(intervals=intervals, null=null, seed=seed)
 
@@ -318,8 +322,8 @@ class TwoPasses:
         for start, values, emb_nE in self._images.chunks():
             for name, one in passes.items():
                 one.update(values, emb_nE[name])
-            self._on_rows(done + start + len(next(iter(emb_nE.values()))))
-        return {name: TrustedScores.of(second.result()) for name, second in passes.items()}
+            self._on_rows(done + self._images.done(start + len(next(iter(emb_nE.values())))))
+        return {name: TrustedScores.of(second.result(self._images.peers)) for name, second in passes.items()}
 
 
 def rank_agreement(scores: Mapping[str, MonosemanticityScores]) -> dict[tuple[str, str], float]:

@@ -28,8 +28,10 @@ from torch.nn.functional import pad
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import require
+from saevlm_fast.peers import Peers
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
+from saevlm_fast.scoring.merging import all_codes, merge_range
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, StreamedScore
 from saevlm_fast.scoring.source import Pool, ScoredImages
 from saevlm_fast.scoring.sums import Embeddings, status_of
@@ -52,24 +54,25 @@ def visaebench_score(
     batch_rows: int = 4096,
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] = lambda done: None,
+    peers: Peers | None = None,
 ) -> MonosemanticityScores:
     """The score over each latent's n_top most active images alone; of equally active ones the earlier.
 
     Arguments and errors as trust.trusted_score; status, n_active and maximum are those of all images. Two passes.
     """
-    images = ScoredImages(activations, {"": embeddings}, sae, pool=pool, batch_rows=batch_rows)
-    target, tops = images.device_of(device), _Tops(images.n_latents, n_top)
-    intake: CodesIntake | DenseIntake | None = None
+    images = ScoredImages(activations, {"": embeddings}, sae, pool=pool, batch_rows=batch_rows, peers=peers)
+    target, tops = images.device_of(device), _Tops(images.n_latents, n_top, images.first_image)
+    intake = CodesIntake(images.n_latents, 1, tops) if images.sparse else DenseIntake(images.n_latents, tops)
     n_images = 0
     for start, values, emb_nE in images.chunks():
         checked = checked_embeddings(emb_nE[""], len(emb_nE[""]), None, "cosine", start, torch.device("cpu"))
-        if intake is None:
-            sparse = isinstance(values, SparseCodes)
-            intake = CodesIntake(images.n_latents, 1, tops) if sparse else DenseIntake(images.n_latents, tops)
         intake.add(values.to("cpu"), checked, start)
         n_images = start + len(emb_nE[""])
-        on_rows(n_images)
-    assert intake is not None  # there is at least one row
+        on_rows(images.done(n_images))
+    if peers is not None:
+        merge_range(intake.range, peers)
+        tops.merge_ranks(peers)
+        n_images = images.n_images
     seen, score = intake.range, StreamedScore(images.n_latents, device=target)
     acts_M, latents_M, images_M = tops.best.acts_M, tops.best.slots_M, tops.best.images_M
     order_M = images_M.argsort(stable=True)
@@ -81,7 +84,9 @@ def visaebench_score(
         low, high = int(offsets[0]), int(offsets[-1])
         codes = SparseCodes.from_flat(above_M[low:high], latents_M[low:high], offsets - low, images.n_latents)
         score.update(codes, emb_nE[""])
-        on_rows(n_images + start + len(emb_nE[""]))
+        on_rows(n_images + images.done(start + len(emb_nE[""])))
+    if peers is not None:
+        score.merge_ranks(peers, True, images.encoders[""].d)
     status_S = status_of(seen.low_S, seen.high_S, seen.n_above())
     return replace(
         score.result(),
@@ -96,24 +101,31 @@ def visaebench_score(
 class _Tops:
     """Takes checked images in (sums.Pairs): the most active images of every latent."""
 
-    def __init__(self, n_latents: int, n_top: int) -> None:
-        self.device, self.n_images = torch.device("cpu"), 0
+    def __init__(self, n_latents: int, n_top: int, first_image: int) -> None:
+        self.device, self.next_image = torch.device("cpu"), first_image
         self.best, self.n_top = BestImages(n_latents, n_top, torch.float64), n_top
 
     def lower(self, drop_S: Tensor) -> None:
         """Nothing is above a minimum here."""
 
     def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
-        images_M = codes.entry_rows()[grouped.order_M] + self.n_images
+        images_M = codes.entry_rows()[grouped.order_M] + self.next_image
         self.best.add(grouped.acts_M, grouped.latents_M, images_M)
-        self.n_images += codes.n_rows
+        self.next_image += codes.n_rows
 
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
         sorted_nK, rows_nK = acts_nK.to(torch.float64).sort(dim=0, descending=True, stable=True)
         rows_nK = rows_nK[: self.n_top]
         latents_nK = torch.arange(acts_nK.shape[1]).expand_as(rows_nK)
-        self.best.add(sorted_nK[: self.n_top].flatten(), latents_nK.flatten(), rows_nK.flatten() + self.n_images)
-        self.n_images += len(acts_nK)
+        self.best.add(sorted_nK[: self.n_top].flatten(), latents_nK.flatten(), rows_nK.flatten() + self.next_image)
+        self.next_image += len(acts_nK)
+
+    def merge_ranks(self, peers: Peers) -> None:
+        """Takes in the other ranks' images, the first rank's first."""
+        parts = peers.collect((self.best.acts_M, self.best.slots_M, self.best.images_M))
+        self.best = BestImages(self.best.n_slots, self.n_top, torch.float64)
+        for part in parts:
+            self.best.add(*part)
 
 
 def tms_score(
@@ -125,6 +137,7 @@ def tms_score(
     seed: int = 0,
     batch_rows: int = 4096,
     on_rows: Callable[[int], None] = lambda done: None,
+    peers: Peers | None = None,
 ) -> MonosemanticityScores:
     """Coherence of a latent's images without an encoder: see the module. It asks what fires together, not what is seen.
 
@@ -134,18 +147,19 @@ def tms_score(
     Raises:
         ValueError: raw neurons, which are on in half of all images; and as trust.trusted_score.
     """
-    images = ScoredImages(activations, {}, sae, pool=pool, batch_rows=batch_rows)
+    images = ScoredImages(activations, {}, sae, pool=pool, batch_rows=batch_rows, peers=peers)
     require(
-        sae is not None or isinstance(images.activations, StoredCodes),
+        images.sparse,
         "variant: tms compares sets of latents; raw neurons have no sets, give an SAE or codes",
     )
     pieces = []
     for start, codes, _ in images.chunks():
         assert isinstance(codes, SparseCodes)
         pieces.append(codes.to("cpu").compact())
-        on_rows(start + codes.n_rows)
+        on_rows(images.done(start + codes.n_rows))
     codes = SparseCodes.join(pieces, images.n_latents)
-    codes.check("codes")
+    codes.check("codes", images.first_image)
+    codes = codes if peers is None else all_codes(codes, peers)
     acts_M, latents_M, n_latents = codes.top_acts.to(torch.float64), codes.top_indices, images.n_latents
     rows_M, n_images = codes.entry_rows(), codes.n_rows
     total_S = torch.bincount(latents_M, acts_M, minlength=n_latents)
@@ -160,7 +174,7 @@ def tms_score(
     n_on_S = torch.bincount(latents_M, minlength=n_latents)
     status_S = status_of(torch.where(n_on_S == 0, high_S, 0.0), high_S, n_on_S)
     return MonosemanticityScores(
-        ms=_mean_jaccard(on, n_on_S, n_pairs, seed).masked_fill(status_S != 0, torch.nan),
+        ms=_mean_jaccard(on, n_on_S, n_pairs, seed, peers).masked_fill(status_S != 0, torch.nan),
         status=status_S,
         n_active=n_active_S,
         max_activation=high_S,
@@ -170,8 +184,9 @@ def tms_score(
     )
 
 
-def _mean_jaccard(on: SparseCodes, n_on_S: Tensor, n_pairs: int, seed: int) -> Tensor:
-    """[S]: over pairs of the images that each latent is on in."""
+def _mean_jaccard(on: SparseCodes, n_on_S: Tensor, n_pairs: int, seed: int, peers: Peers | None) -> Tensor:
+    """[S]: over pairs of the images that each latent is on in. Every rank draws all pairs, and compares its share."""
+    rank, world = (0, 1) if peers is None else (peers.rank, peers.world)
     grouped, images_M = on.by_latent(), on.entry_rows()
     images_M, offsets_S1 = images_M[grouped.order_M], grouped.offsets_S1
     offsets_N1 = on.csr()[2]
@@ -186,7 +201,10 @@ def _mean_jaccard(on: SparseCodes, n_on_S: Tensor, n_pairs: int, seed: int) -> T
         else:
             a_P = torch.randint(n, (n_pairs,), generator=generator)
             b_P = (a_P + torch.randint(1, n, (n_pairs,), generator=generator)) % n
-        mean_S[latent] = _jaccard(on.top_indices, starts_N, lengths_N, members_n[a_P], members_n[b_P]).mean()
+        if latent % world == rank:
+            mean_S[latent] = _jaccard(on.top_indices, starts_N, lengths_N, members_n[a_P], members_n[b_P]).mean()
+    if peers is not None:
+        mean_S = peers.gather(mean_S)[torch.arange(len(mean_S)) % world, torch.arange(len(mean_S))]
     return mean_S
 
 

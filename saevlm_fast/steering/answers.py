@@ -174,6 +174,11 @@ class SteeredAnswers:
         text = chat_text(self.processor, prompt)
         with one_line_errors(f"prompt: the processor of {type(self.model).__name__}"):
             features = read_one(self.processor, image, text)
+        config = self.model.config.get_text_config(decoder=True)
+        n, window = features["input_ids"].shape[1], getattr(config, "max_position_embeddings", None)
+        fits = not isinstance(window, int) or n <= window
+        require(fits, f"prompt: with its image it has {n} tokens, the window of {type(self.model).__name__} {window}")
+        with one_line_errors(f"prompt: the processor of {type(self.model).__name__}"):
             return {name: tensor.to(self.model.device) for name, tensor in features.items()}
 
     @torch.inference_mode()

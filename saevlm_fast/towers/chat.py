@@ -42,8 +42,8 @@ def chat_text(processor: Any, prompt: str, answer: str | None = None) -> str:
         if one and prompt.strip() in text and (answer or "").strip() in text:
             return text
     raise ValueError(
-        f"prompt: the processor's chat template cannot be used ({problem}); {prompt!r} may hold "
-        f"{image_token} itself, and is then taken as it is"
+        f"prompt: the processor's chat template cannot be used ({problem}); a prompt may hold {image_token} itself, "
+        "and is then taken as it is"
     )
 
 

@@ -29,7 +29,7 @@ from saevlm_fast.towers.hub import foreign_message, is_foreign, one_line_errors
 from saevlm_fast.towers.preprocess import described, two_pictures
 from saevlm_fast.towers.text import load_llava
 from saevlm_fast.towers.tokens import LANGUAGE_TOKENS, Selected, Tokens
-from saevlm_fast.towers.tower import LANGUAGE_POINT, Anatomy, HookedTower, HookPoint, Tower, _Stop
+from saevlm_fast.towers.tower import LANGUAGE_POINT, Anatomy, HookedTower, HookPoint, Tower
 
 MODALITIES = ("padding", "text", "image", "template")  # their numbers are those in the tensor `modality`
 _TEXT, _IMAGE, _TEMPLATE = 1, 2, 3
@@ -144,6 +144,8 @@ class LanguageTower(Tower):
     Attributes: those of Tower; prompt, as of PairPreprocess; processor.
     """
 
+    preprocess: PairPreprocess
+
     def __init__(self, spec: str, model: Any, processor: Any, prompt: str | None, device: torch.device | str = "cpu"):
         blocks, text_config = language_blocks(model)
         image_id = image_token_id(model.config)
@@ -245,15 +247,7 @@ class HookedLanguage(HookedTower):
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
         """Activations [B, T, D] of every token, filled-up ones included, as inference tensors."""
-        if self._closed:
-            raise RuntimeError("the tower's hooks are gone: call this inside `with tower.hooked(...)`")
-        with torch.inference_mode(), torch.autocast(self.tower.device.type, self._autocast, self._autocast is not None):
-            try:
-                self.tower.forward(inputs, self._tf32)
-            except _Stop:
-                pass
-            finally:
-                acts, self._acts = self._acts, {}
+        acts = self._read_points(inputs)
         for point, (_, width) in self.shapes.items():
             expected, found = [*inputs["input_ids"].shape, width], list(acts[point].shape)
             require(found == expected, f"point: {point.name} of {self.tower.spec} is {found}, not {expected}")

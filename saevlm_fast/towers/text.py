@@ -1,5 +1,6 @@
 """Models with a text side: LLaVAs, which answer, and CLIPs' text encoders, which say what an answer means."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,12 @@ def load_llava(
     require(prefix == "hf" and name != "", f"model: {spec!r} is not hf:NAME_OR_DIR of a LLaVA")
 
     def load(source: str, local: bool) -> tuple[Any, Any]:
-        model = _loaded(AutoModelForImageTextToText, source, local, spec, dtype=dtype)
+        try:
+            model = _loaded(AutoModelForImageTextToText, source, local, spec, dtype=dtype)
+        except ValueError as error:
+            kind = re.search(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'>", str(error))
+            require(kind is None, f"{spec}: has a {kind and kind[1]}: no model that reads images and answers in text")
+            raise
         processor = AutoProcessor.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         _complete(processor, model)
         return model, processor

@@ -290,6 +290,17 @@ class HookedTower:
         Raises:
             ValueError: this batch has given another shape than set-up has learned.
         """
+        acts = self._read_points(inputs)
+        packs = self.tower.anatomy.form.packs  # then the form has seen to the number of tokens
+        for point, (n_tokens, width) in self.shapes.items():
+            found = list(acts[point].shape)
+            tokens = [] if n_tokens is None else [found[1] if packs and len(found) == 3 else n_tokens]
+            expected = [self.tower.n_images(inputs), *tokens, width]
+            require(found == expected, f"point: {point.name} of {self.tower.spec} is {found}, not {expected}")
+        return acts
+
+    def _read_points(self, inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
+        """What the hooks have read in one forward. RuntimeError: the hooks are gone."""
         if self._closed:
             raise RuntimeError("the tower's hooks are gone: call this inside `with tower.hooked(...)`")
         with torch.inference_mode(), torch.autocast(self.tower.device.type, self._autocast, self._autocast is not None):
@@ -299,12 +310,6 @@ class HookedTower:
                 pass
             finally:
                 acts, self._acts = self._acts, {}
-        packs = self.tower.anatomy.form.packs  # then the form has seen to the number of tokens
-        for point, (n_tokens, width) in self.shapes.items():
-            found = list(acts[point].shape)
-            tokens = [] if n_tokens is None else [found[1] if packs and len(found) == 3 else n_tokens]
-            expected = [self.tower.n_images(inputs), *tokens, width]
-            require(found == expected, f"point: {point.name} of {self.tower.spec} is {found}, not {expected}")
         return acts
 
     def rows_per_image(self, point: HookPoint, tokens: Tokens | None) -> int:

@@ -132,7 +132,7 @@ def _sums_by_products(
     db_enc, parallel_S = torch.zeros_like(sae.b_enc.detach()), torch.zeros_like(sae.b_enc.detach())
     squared = x_BD.new_zeros(())
     dtheta_S = None if band is None else torch.zeros_like(band.threshold_S)
-    dense_mono = None if mono is None else DenseMono(codes.d_sae, *mono)
+    dense_mono = None if mono is None else DenseMono(codes.d_sae, mono.embeddings, mono.weight)
     if dense_mono is not None:
         for rows, _, _, z_RS in _chunks(codes):
             dense_mono.add(rows, z_RS)

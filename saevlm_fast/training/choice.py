@@ -1,10 +1,10 @@
 """The one exact choice of latents among the candidates of several ranks, of which each holds some of the latents.
 
-A rank encodes its own latents and offers the best of them; whatever wins over all latents is among these. All ranks see
-the values that all of them offer, and find the same winners: the largest, ties to the lower latent (over a batch to the
-lower flat position), NaN before every number, as of one process (kernels/reference.py). Ranks hold latents in ascending
-order, and offer theirs in ascending order, so the place of a value says which of two latents is the lower: latents
-themselves need not travel.
+A rank encodes its own latents and offers the best of them; whatever wins over all latents is among these. Of a row all
+ranks see the values that all of them offer; of a batch they count how large they are. They find the same winners: the
+largest, ties to the lower latent (over a batch to the lower flat position), NaN before every number, as of one process
+(kernels/reference.py). Ranks hold latents in ascending order, and offer theirs in ascending order, so the place of a
+value says which of two latents is the lower: latents themselves need not travel.
 
 Shape suffixes: R ranks, B rows, K places for candidates of a row, M of a batch, C of a row among dead latents.
 """
@@ -15,7 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_DIGIT = 4  # bits of a key that one round settles
+from saevlm_fast.peers import Peers, Ranks
+
+_DIGIT = 4  # bits of a key that one round settles, of every row
+_WIDE_DIGIT = 11  # of a whole batch
+_FEW_OFFERS = 256  # of a row by all ranks; a count of the digits of more is told in fewer bytes
 NOTHING = -1.0  # an offer where a rank has fewer latents than there are places: below every activation
 
 
@@ -27,57 +31,75 @@ class Kept(NamedTuple):
     smallest: Tensor
 
 
-def keep_of_rows(offers_RBK: Tensor, rank: int, k: int) -> Kept:
-    """TopK: the k largest of every row. offers_RBK: activations, latents ascending; NOTHING where there is none."""
+def keep_of_rows(acts_BC: Tensor, k: int, peers: Peers) -> Tensor:
+    """TopK: which of the rank's own offers are among the k largest of their row, [B, C] bool.
+
+    Ranks tell each other all offers, [B, k] each; or, of so many ranks that it is less, how large they are.
+
+    Args:
+        acts_BC: the rank's min(k, its latents) largest of every row, latents ascending.
+        k: at most the latents of all ranks.
+        peers: the ranks that have the other latents.
+    """
+    if peers.world * k > _FEW_OFFERS:
+        return keep_largest_of_all(_ranked(acts_BC), k, peers.add_up, peers.gather, peers.rank)
+    n = acts_BC.shape[1]
+    offers_RBK = peers.gather(torch.nn.functional.pad(acts_BC, (0, k - n), value=NOTHING))
+    return _keep_of_offers(offers_RBK, peers.rank, k)[:, :n]
+
+
+def _keep_of_offers(offers_RBK: Tensor, rank: int, k: int) -> Tensor:
     n_ranks, n_rows, places = offers_RBK.shape
     values_BN = _ranked(offers_RBK).transpose(0, 1).reshape(n_rows, n_ranks * places)
     cut_B1 = torch.topk(values_BN, k, dim=1, sorted=False).values.amin(1, keepdim=True)
     above_BN, equal_BN = values_BN > cut_B1, values_BN == cut_B1
     needed_B1 = k - above_BN.sum(1, keepdim=True)
     kept_BN = above_BN | (equal_BN & (equal_BN.cumsum(1) <= needed_B1))
-    smallest = _smallest(torch.where(kept_BN, values_BN, 0))
-    return Kept(kept_BN.view(n_rows, n_ranks, places)[:, rank], smallest)
+    return kept_BN.view(n_rows, n_ranks, places)[:, rank]
 
 
-def keep_of_batch(offers_RM: Tensor, row_offsets_RB1: Tensor, rows_M: Tensor, rank: int, n_kept: int) -> Kept:
+def keep_of_batch(acts_M: Tensor, rows_M: Tensor, n_rows: int, n_kept: int, ranks: Ranks) -> Kept:
     """BatchTopK: the n_kept largest of the batch; zeros are never kept.
 
+    Nobody is told the offers: three counts of their digits (float32) say which value is the n_kept-th, and another one
+    of every row, if several are equal there, whose of these are kept (a GPU, which is not asked, counts always).
+
     Args:
-        offers_RM: activations in CSR form, row after row, latents ascending within a row; 0 from the last offset on.
-        row_offsets_RB1: where the rows of every rank's offers begin.
-        rows_M: the row of each of this rank's own (`entry_rows`).
-        rank: this rank.
-        n_kept: k times the rows of the batch.
+        acts_M: the rank's own offers in CSR form, row after row, latents ascending within a row; 0 behind the last row.
+        rows_M: the row of each, counted within the replica's rows (`entry_rows`).
+        n_rows: the replica's rows, which follow those of the replicas before it.
+        n_kept: k times the rows of the whole batch.
+        ranks: all of them.
     """
-    values_RM = _ranked(offers_RM)
-    n_ranks, n_offers = values_RM.shape
-    if n_offers * n_ranks > n_kept:
-        cut = torch.topk(values_RM.flatten(), n_kept, sorted=False).values.amin().clamp(min=0)
+    values_M = _ranked(acts_M)
+    keys_1M, bits = _keys(values_M[None])
+    cut = _cut(keys_1M, values_M[None] > 0, n_kept, bits, _WIDE_DIGIT, ranks.everyone.add_up)
+    key, n_needed = cut.key_B1.view(()), cut.n_needed_B1.view(())
+    mask_M, equal_M = (keys_1M[0] > key) & (values_M > 0), (keys_1M[0] == key) & (values_M > 0)
+    if mask_M.is_cuda or bool(cut.n_equal_B1 > n_needed):
+        mask_M |= equal_M & (_place_among_equals(equal_M, rows_M, n_rows, ranks) <= n_needed)
     else:
-        cut = values_RM.new_zeros(())
-    above_RM = values_RM > cut
-    equal_RM = (values_RM == cut) & (cut > 0)
-    needed = n_kept - above_RM.sum()
-    # Ties in flat order: by row, within a row by rank, within these by place.
-    before_RM1 = torch.nn.functional.pad(equal_RM.cumsum(1), (1, 0))
-    at_row_RB1 = before_RM1.gather(1, row_offsets_RB1)
-    of_row_BR = at_row_RB1.diff(dim=1).T
-    earlier_BR = (of_row_BR.flatten().cumsum(0) - of_row_BR.flatten()).view(of_row_BR.shape)
-    row_M = rows_M.clamp(max=len(of_row_BR) - 1)
-    number_M = earlier_BR[row_M, rank] + before_RM1[rank, 1:] - at_row_RB1[rank, row_M]
-    mask_M = above_RM[rank] | (equal_RM[rank] & (number_M <= needed))
-    smallest = _smallest(torch.where(values_RM >= cut, values_RM, 0))
+        mask_M |= equal_M
+    smallest = torch.where(cut.n_kept_B1.view(()) > 0, _value(key, bits, acts_M.dtype), 0)
     return Kept(mask_M, smallest)
+
+
+def _place_among_equals(equal_M: Tensor, rows_M: Tensor, n_rows: int, ranks: Ranks) -> Tensor:
+    """Of each offer its number, from 1, among all that equal the cut: by row, within a row by rank, then by place."""
+    row_M = rows_M.clamp(max=n_rows - 1)
+    own_B = torch.zeros(n_rows, dtype=torch.int32, device=equal_M.device).index_add_(0, row_M, equal_M.int())
+    of_ranks_RB = ranks.latents.gather(own_B).long()
+    of_rows_B = of_ranks_RB.sum(0)
+    before = ranks.rows.gather(of_rows_B.sum())[: ranks.rows.rank].sum()
+    before_B = before + of_rows_B.cumsum(0) - of_rows_B + of_ranks_RB[: ranks.latents.rank].sum(0)
+    within_M = equal_M.cumsum(0)
+    before_row_B = own_B.cumsum(0) - own_B  # of the rank's own, in the rows above
+    return before_B[row_M] + within_M - before_row_B[row_M]
 
 
 def _ranked(offers: Tensor) -> Tensor:
     """NaN as infinity: above every number."""
     return torch.where(offers.isnan(), torch.inf, offers)
-
-
-def _smallest(values: Tensor) -> Tensor:
-    smallest = torch.where(values > 0, values, torch.inf).min()
-    return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
 
 
 def keep_largest_of_all(
@@ -100,22 +122,45 @@ def keep_largest_of_all(
         rank: this rank; ties go to the lower.
     """
     keys_BC, bits = _keys(values_BC)
-    prefix_B1 = keys_BC.new_zeros(len(keys_BC), 1)
-    left_B1 = torch.full_like(prefix_B1, k)
-    for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        going_on_BC = (keys_BC >> (shift + _DIGIT)) == prefix_B1
-        digits_BC = (keys_BC >> shift) & ((1 << _DIGIT) - 1)
-        counts_BH = keys_BC.new_zeros(len(keys_BC), 1 << _DIGIT).scatter_add_(1, digits_BC, going_on_BC.long())
-        counts_BH = add_up(counts_BH.to(torch.int32)).long()
-        at_least_BH = counts_BH.flip(1).cumsum(1).flip(1)  # values whose digit is that one or a higher
-        digit_B1 = ((at_least_BH >= left_B1).sum(1, keepdim=True) - 1).clamp(min=0)  # fewer than k in all: down to 0
-        higher_B1 = torch.nn.functional.pad(at_least_BH, (0, 1)).gather(1, digit_B1 + 1)
-        left_B1 = left_B1 - higher_B1
-        prefix_B1 = (prefix_B1 << _DIGIT) | digit_B1
-    equal_BC = keys_BC == prefix_B1
+    cut = _cut(keys_BC, None, k, bits, _DIGIT, add_up)
+    equal_BC = keys_BC == cut.key_B1
     of_ranks_RB1 = gather(equal_BC.sum(1, keepdim=True))
     earlier_B1 = of_ranks_RB1[:rank].sum(0)
-    return (keys_BC > prefix_B1) | (equal_BC & (earlier_B1 + equal_BC.cumsum(1) <= left_B1))
+    return (keys_BC > cut.key_B1) | (equal_BC & (earlier_B1 + equal_BC.cumsum(1) <= cut.n_needed_B1))
+
+
+class _Cut(NamedTuple):
+    """Of every row the key of the k-th largest value of all ranks (of the smallest, of fewer than k), how many are
+    kept, how many equal it, and how many of these are kept."""
+
+    key_B1: Tensor
+    n_kept_B1: Tensor
+    n_equal_B1: Tensor
+    n_needed_B1: Tensor
+
+
+def _cut(
+    keys_BC: Tensor, counts_BC: Tensor | None, k: int, bits: int, digit_bits: int, add_up: Callable[[Tensor], Tensor]
+) -> _Cut:
+    """By the digits of that key, the highest first. counts_BC: which keys count; all if None."""
+    prefix_B1 = keys_BC.new_zeros(len(keys_BC), 1)
+    kept_B1 = left_B1 = equal_B1 = torch.full_like(prefix_B1, k)
+    for shift in reversed(range(0, bits, digit_bits)):
+        going_on_BC = (keys_BC >> (shift + digit_bits)) == prefix_B1 if shift + digit_bits < 64 else keys_BC >= 0
+        if counts_BC is not None:
+            going_on_BC &= counts_BC
+        digits_BC = (keys_BC >> shift) & ((1 << digit_bits) - 1)
+        counts_BH = keys_BC.new_zeros(len(keys_BC), 1 << digit_bits).scatter_add_(1, digits_BC, going_on_BC.long())
+        counts_BH = add_up(counts_BH.to(torch.int32)).long()
+        at_least_BH = counts_BH.flip(1).cumsum(1).flip(1)  # values whose digit is that one or a higher
+        if shift + digit_bits >= bits:
+            kept_B1 = left_B1 = at_least_BH[:, :1].clamp(max=k)
+        digit_B1 = ((at_least_BH >= left_B1).sum(1, keepdim=True) - 1).clamp(min=0)
+        higher_B1 = torch.nn.functional.pad(at_least_BH, (0, 1)).gather(1, digit_B1 + 1)
+        equal_B1 = counts_BH.gather(1, digit_B1)
+        left_B1 = left_B1 - higher_B1
+        prefix_B1 = (prefix_B1 << digit_bits) | digit_B1
+    return _Cut(prefix_B1, kept_B1, equal_B1, left_B1)
 
 
 def _keys(values_BC: Tensor) -> tuple[Tensor, int]:
@@ -123,3 +168,9 @@ def _keys(values_BC: Tensor) -> tuple[Tensor, int]:
     if values_BC.dtype == torch.float64:
         return values_BC.view(torch.int64), 64
     return values_BC.float().view(torch.int32).long(), 32
+
+
+def _value(key: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The value of a key."""
+    value = key.view(torch.float64) if bits == 64 else key.to(torch.int32).view(torch.float32)
+    return value.to(dtype)

@@ -21,30 +21,27 @@ _PENALTIES = {"relu": "losses/l1_loss", "jumprelu": "losses/l0_loss"}
 @torch.no_grad()
 def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics:
     """What is logged of one batch, under SAELens' names. Explained variance is 1 - Var(x - x_hat) / Var(x)."""
-    error, total = _variance(x_BD - output.x_hat_BD), _variance(x_BD)
+    error, total = stepper.variance(x_BD - output.x_hat_BD), stepper.variance(x_BD)
     config = stepper.sae.config
     n_fired, n_dead = stepper.counted(output)
     penalty = {} if output.losses.penalty is None else {_PENALTIES[config.architecture]: float(output.losses.penalty)}
     mono, weight = output.losses.mono, stepper.config.mono_weight
     if mono is not None and weight is not None:
-        penalty |= {"losses/mono_loss": float(mono), "metrics/batch_ms": 1 - float(mono) / weight}
+        penalty["losses/mono_loss"] = float(mono)
+        if penalty["losses/mono_loss"] != 0:  # 0 where no latent of the batch has a score (mono.py)
+            penalty["metrics/batch_ms"] = 1 - penalty["losses/mono_loss"] / weight
     return {
         "losses/overall_loss": float(output.losses.overall),
         "losses/mse_loss": float(output.losses.mse),
         "losses/auxiliary_reconstruction_loss": float(output.losses.aux),
         **penalty,
         "metrics/explained_variance": float(1 - error / total),
-        "metrics/l0": n_fired / len(x_BD),
+        "metrics/l0": n_fired / stepper.batch_rows(x_BD),
         "sparsity/dead_features": n_dead,
         "details/current_learning_rate": stepper.learning_rate(),
         "details/n_training_samples": stepper.n_rows_seen,
         "details/threshold": stepper.mean_threshold(),
     }
-
-
-def _variance(x_BD: Tensor) -> Tensor:
-    """x.var(0, correction=0).sum(), in half the time."""
-    return (x_BD - x_BD.mean(0)).square_().sum() / len(x_BD)
 
 
 def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096) -> Metrics:

@@ -47,10 +47,18 @@ class Identity:
     Attributes:
         name: also the id that Weights & Biases knows it by. n_steps: steps that are done already.
         config: its settings. directory: where it is now; None of one that is kept nowhere.
+        group: what the runs of one command have in common, if there are several.
     """
 
-    def __init__(self, name: str, n_steps: int, config: Mapping[str, Any], directory: Callable[[], Path | None]):
-        self.name, self.n_steps, self.config, self.directory = name, n_steps, config, directory
+    def __init__(
+        self,
+        name: str,
+        n_steps: int,
+        config: Mapping[str, Any],
+        directory: Callable[[], Path | None],
+        group: str | None = None,
+    ):
+        self.name, self.n_steps, self.config, self.directory, self.group = name, n_steps, config, directory, group
 
 
 def imported(name: str) -> Any:
@@ -108,6 +116,7 @@ class Trackio:
             self._trackio.init,
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=run.name,
+            group=run.group,
             resume="allow",
             config=json.loads(json.dumps(run.config, default=str)),
             embed=False,
@@ -137,6 +146,7 @@ class WandB:
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=run.name,
             name=run.name,
+            group=run.group,
             resume="allow",
             config=json.loads(json.dumps(run.config, default=str)),
             reinit="create_new",

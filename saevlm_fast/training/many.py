@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,12 +34,16 @@ from saevlm_fast.training.run import (
     kept_of,
     log_every,
     look_at,
+    telling_what_is_kept,
     watched,
     with_settings,
 )
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.state import TrainingState
-from saevlm_fast.training.watch import Watch
+from saevlm_fast.training.watch import Watch, group_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Trained(NamedTuple):
@@ -47,6 +51,22 @@ class Trained(NamedTuple):
 
     sae: SparseAutoencoder
     metrics: Metrics
+
+
+class Look(NamedTuple):
+    """What somebody else knows of a finished SAE: more metrics, and how a picture of it is made for loggers that show
+    one (None: there is none)."""
+
+    metrics: Metrics
+    picture: "Callable[[], Image | None]" = lambda: None
+
+
+OnFinished = Callable[[Mapping[str, SparseAutoencoder]], Mapping[str, Look]]
+
+
+def nothing_more(saes: Mapping[str, SparseAutoencoder]) -> dict[str, Look]:
+    """Of SAEs that are evaluated, and not looked at otherwise."""
+    return {}
 
 
 class LeadState(TrainingState):
@@ -80,7 +100,8 @@ class SharedState(TrainingState):
 class Member:
     """One of several SAEs: its state, how its steps are taken, what is kept of it.
 
-    on_log: called with its name, the step and SAELens' metrics.
+    options: of its own run. group: what loggers call all of them. on_log: called with its name, the step and SAELens'
+    metrics.
     """
 
     def __init__(
@@ -89,8 +110,9 @@ class Member:
         state: TrainingState,
         options: RunOptions,
         on_log: Callable[[str, int, Metrics], None],
+        group: str | None = None,
     ):
-        self.name, self.state, self.on_log = name, state, on_log
+        self.name, self.state, self.on_log, self.group = name, state, on_log, group
         self.options, self.watch = options, Watch(options.log_to)
         self.kept: RunDirectory | NothingKept = kept_of(options)
         self.steps = CapturedSteps(state.stepper, options.capture)
@@ -114,7 +136,7 @@ class Member:
         state = self.state
         self.kept.begin(state)
         config = watched(state, state.stepper.sae.config, self.options)
-        self.watch.begin(lambda: self.kept.path, self.n_steps, config, state.device)
+        self.watch.begin(lambda: self.kept.path, self.n_steps, config, state.device, self.name, self.group)
         self.has_begun = True
 
     def take(self, x_BD: Tensor) -> None:
@@ -143,11 +165,11 @@ class Member:
         self.kept.save(sae)
         return sae
 
-    def measured(self, metrics: Metrics) -> None:
+    def measured(self, metrics: Metrics, picture: "Callable[[], Image | None]") -> None:
         """Logs what was measured of it, after which nothing is logged any more."""
         logged, n_steps = {f"eval/{name}": value for name, value in metrics.items()}, self.state.config.n_steps
         self.kept.finish(n_steps, logged)
-        self.watch.finish(n_steps, logged, lambda: None)
+        self.watch.finish(n_steps, logged, picture)
 
 
 def train_many(
@@ -161,6 +183,7 @@ def train_many(
     on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
     on_step: Callable[[int], None] = lambda step: None,
     on_note: Callable[[str], None] = lambda text: None,
+    on_finished: OnFinished = nothing_more,
     **settings: Any,
 ) -> dict[str, Trained]:
     """Train several SAEs on the same batches, reading the data once; each is the one that `train` makes alone.
@@ -176,10 +199,11 @@ def train_many(
         validation: rows [M, d_in] on which the finished SAEs are evaluated; the training rows otherwise.
         progress: show a line with the step, the rate, the time left and the first SAE's loss.
         on_log: called with the name at every logged step of every SAE. on_step: called with the steps that all have
-            taken. on_note: called with what else is worth a line.
+            taken. on_note: called with what else is worth a line. on_finished: called with the finished SAEs by name,
+            once they are evaluated; gives a Look at each that has more to be logged, by name.
 
     Returns:
-        The SAEs in raw units and their metrics, by name.
+        The SAEs in raw units and their metrics, those of on_finished among them, by name.
 
     Raises:
         ValueError: as `train`; no SAE, a name that is no directory's, recipes that differ in what is shared; all
@@ -204,10 +228,10 @@ def train_many(
         stack.enter_context(closing(line))
         others = sum(needed.values()) - needed[first]
         lead = LeadState(train_on, saes[first], recipes[first], device, options.data_on, others=others)
-        members = []
+        members, group = [], group_of(options.output) if len(saes) > 1 else None
         for name, sae_config in saes.items():
             state = lead if name == first else SharedState(lead, sae_config, recipes[name])
-            members.append(Member(name, state, own_options(options, name), logged))
+            members.append(Member(name, state, own_options(options, name), logged, group))
         for member in members:
             stack.enter_context(member.kept.locked())
             stack.enter_context(member.watch)
@@ -217,24 +241,30 @@ def train_many(
         with tf32_products(False), told_of_compiling(line.note if progress else on_note):
             _steps(lead, members, on_step)
             finished = [member.finished() for member in members]
-        return evaluated_all(members, finished, lambda: evaluate_all(finished, evaluated))
+        return evaluated_all(members, finished, lambda: evaluate_all(finished, evaluated), on_finished)
 
 
 def evaluated_all(
-    members: list[Member], saes: list[SparseAutoencoder], evaluate: Callable[[], list[Metrics]]
+    members: list[Member],
+    saes: list[SparseAutoencoder],
+    evaluate: Callable[[], list[Metrics]],
+    on_finished: OnFinished,
 ) -> dict[str, Trained]:
     """Finished SAEs with what is measured of them, which is logged as well.
 
     Raises:
         ValueError: rows that cannot be used; it says that the SAEs have been saved.
     """
-    try:
+    finished = {member.name: sae for member, sae in zip(members, saes)}
+    with telling_what_is_kept(members[0].kept):
         measured = evaluate()
-    except ValueError as error:
-        raise type(error)(f"{error}; that is of the evaluation alone: {members[0].kept.saved()}") from error
+        looks = on_finished(finished)
+    found = {}
     for member, metrics in zip(members, measured):
-        member.measured(metrics)
-    return {member.name: Trained(sae, metrics) for member, sae, metrics in zip(members, saes, measured)}
+        look = looks.get(member.name, Look({}))
+        found[member.name] = Trained(finished[member.name], metrics | look.metrics)
+        member.measured(found[member.name].metrics, look.picture)
+    return found
 
 
 def _steps(lead: TrainingState, members: list[Member], on_step: Callable[[int], None]) -> None:

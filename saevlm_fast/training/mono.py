@@ -18,6 +18,7 @@ itself, with 1 / |x| in the weights.
 Shape suffixes: B rows, E embedding, S d_sae, M entries.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,11 +44,17 @@ class Embeddings(NamedTuple):
         return cls(rows_BE, torch.where(norm_B > 0, 1 / norm_B, 0))
 
 
+def _as_it_is(numbers: Tensor) -> Tensor:
+    return numbers
+
+
 class MonoTerm(NamedTuple):
-    """What a step needs for it: the batch's embeddings, and the loss's weight."""
+    """What a step needs for it: the batch's embeddings, the loss's weight; and what makes of sums over latents those
+    over all, where others have some of them."""
 
     embeddings: Embeddings
     weight: float
+    of_all: Callable[[Tensor], Tensor] = _as_it_is
 
 
 class Mono(NamedTuple):
@@ -66,12 +73,20 @@ class _Scores(NamedTuple):
     loss: Tensor
 
     @classmethod
-    def of(cls, p1_S: Tensor, den_S: Tensor, num_S: Tensor, n_S: Tensor, weight: float) -> "_Scores":
+    def of(
+        cls,
+        p1_S: Tensor,
+        den_S: Tensor,
+        num_S: Tensor,
+        n_S: Tensor,
+        weight: float,
+        of_all: Callable[[Tensor], Tensor] = _as_it_is,
+    ) -> "_Scores":
         defined_S = (n_S >= 2) & (den_S > 64 * torch.finfo(p1_S.dtype).eps * p1_S.square())
         ms_S = torch.where(defined_S, num_S / torch.where(defined_S, den_S, 1), 0)
-        n_defined = defined_S.sum()
-        some = n_defined.clamp(min=1).to(p1_S.dtype)
-        loss = torch.where(n_defined > 0, weight * (1 - ms_S.sum() / some), 0)
+        n_defined, total = of_all(torch.stack([defined_S.sum().to(ms_S.dtype), ms_S.sum()]))
+        some = n_defined.clamp(min=1)
+        loss = torch.where(n_defined > 0, weight * (1 - total / some), 0)
         scale_S = torch.where(defined_S, -2 * weight / some / torch.where(defined_S, den_S, 1), 0)
         return cls(scale_S, ms_S, p1_S, loss.to(p1_S.dtype))
 
@@ -84,7 +99,7 @@ class _Scores(NamedTuple):
 
 def mono_of_entries(acts_M: Tensor, rows_M: Tensor, latents_M: Tensor, offsets_S1: Tensor, term: MonoTerm) -> Mono:
     """Of entries latent by latent; those behind the last offset are padding, of no gradient. A GPU is asked nothing."""
-    (rows_BE, inverse_B), weight = term
+    (rows_BE, inverse_B), weight, of_all = term
     inside_M = torch.arange(len(acts_M), device=acts_M.device) < offsets_S1[-1]
     acts_M, rows_M = torch.where(inside_M, acts_M, 0), torch.where(inside_M, rows_M, 0)
     latents_M, inverse_M = torch.where(inside_M, latents_M, 0), inverse_B[rows_M]
@@ -95,7 +110,7 @@ def mono_of_entries(acts_M: Tensor, rows_M: Tensor, latents_M: Tensor, offsets_S
     p1_S = _totals(acts_M, offsets_S1)
     den_S = _totals(acts_M * (p1_S[latents_M] - acts_M), offsets_S1)
     fires_S = _totals((acts_M > 0).to(acts_M.dtype), offsets_S1)
-    scores = _Scores.of(p1_S, den_S, _totals(acts_M * c_M, offsets_S1), fires_S, weight)
+    scores = _Scores.of(p1_S, den_S, _totals(acts_M * c_M, offsets_S1), fires_S, weight, of_all)
     return Mono(scores.loss, scores.gradient(acts_M, c_M, latents_M))
 
 

@@ -44,10 +44,20 @@ from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
 from saevlm_fast.training.capture import told_of_compiling
 from saevlm_fast.training.checkpoints import RunDirectory
 from saevlm_fast.training.evaluate import Metrics, RowSums, evaluate_chunks
-from saevlm_fast.training.many import Member, Trained, evaluated_all, own_options, recipes_of, stop_all
+from saevlm_fast.training.many import (
+    Member,
+    OnFinished,
+    Trained,
+    evaluated_all,
+    nothing_more,
+    own_options,
+    recipes_of,
+    stop_all,
+)
 from saevlm_fast.training.memory import check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.streamed import Place, StreamedRows
+from saevlm_fast.training.watch import group_of
 
 _EVALUATED_AT_A_TIME = 4096
 
@@ -65,6 +75,7 @@ def train_from_images(
     on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
+    on_finished: OnFinished = nothing_more,
     **settings: Any,
 ) -> dict[str, Trained]:
     """Train SAEs on a tower's activations while the images pass through it; no activations are stored.
@@ -78,7 +89,8 @@ def train_from_images(
         stream: layers, points, tokens, the buffer and more; or its fields by name, as layer=[11, 17], buffer="4GiB".
         images_path: what records call the images, where they are open already.
         progress: show a line. on_log: called with the name of every SAE at its logged steps. on_step: called with the
-            steps done at all places, and those to do. on_note: called with what else is worth a line.
+            steps done at all places, and those to do. on_note: called with what else is worth a line. on_finished: as
+            of `train_many`; the tower has no hooks by then.
 
     Returns:
         The SAEs in raw units, with what is measured of them on stream.validation_images, or else on the rows of the
@@ -113,14 +125,15 @@ def train_from_images(
     with ExitStack() as stack:
         stack.enter_context(closing(line))
         tf32 = harvest.dtype == "tf32"
-        run = stack.enter_context(tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], tf32))
+        hooks = stack.enter_context(ExitStack())
+        run = hooks.enter_context(tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], tf32))
         path = os.fspath(images) if isinstance(images, str | os.PathLike) else images_path or ""
         one_pass = OnePass(source, path, tower, run, harvest, chosen, options, recipes)
         one_pass.add(saes, device, logged)
         one_pass.enter(stack)
         with tf32_products(False), told_of_compiling(line.note if progress else on_note), dead_workers_in_one_line():
             one_pass.steps(on_step, on_note)
-            return one_pass.finish(held_out)
+            return one_pass.finish(held_out, hooks, on_finished)
 
 
 def harvest_config(stream: StreamSettings, config: TrainConfig) -> HarvestConfig:
@@ -167,33 +180,40 @@ class OnePass:
         self, saes: Mapping[str, SAESize], device: torch.device, on_log: Callable[[str, int, Metrics], None]
     ) -> None:
         """A place for every store that a harvest would write, with all SAEs. ValueError: what does not fit."""
-        plan = self.stream.plan
-        names = plan.config.store_names
-        needed: dict[str, int] = {}
-        sized = [(name, store, _sized(saes, self.recipes, store.width)) for name, store in zip(names, plan.stores)]
-        for name, store, configs in sized:
-            rows = self._rows(store)
-            capacity = self.chosen.buffer_rows(
-                min(self.config.batch_size, rows.n_rows), rows.row_bytes, self.config.steps * self.config.batch_size
-            )
-            if self.chosen.buffer_on == "device" or device.type == "cpu":
-                needed[f"the buffer of {name}"] = capacity * rows.row_bytes
-            for sae_name, sae in configs.items():
-                whole = f"{name}/{sae_name}".rstrip("/") if len(names) > 1 else sae_name
-                needed[f"the SAE {whole}".strip()] = memory_of(sae, self.recipes[sae_name], rows.n_rows)
+        device_of_buffer = torch.device("cpu") if self.chosen.buffer_on == "host" else device
+        places, needed = self._sized_places(saes), {}
+        for name, rows, configs in places:
+            if device_of_buffer == device:
+                needed[f"the buffer of {name}"] = self._capacity(rows) * rows.row_bytes
+            for whole, (sae, recipe) in configs.items():
+                needed[f"the SAE {whole}".strip()] = memory_of(sae, recipe, rows.n_rows)
         self.needed = needed
         check_memory(device, needed)
-        for name, store, configs in sized:
-            rows = self._rows(store)
-            capacity = self.chosen.buffer_rows(
-                min(self.config.batch_size, rows.n_rows), rows.row_bytes, self.config.steps * self.config.batch_size
-            )
-            where = torch.device("cpu") if self.chosen.buffer_on == "host" else device
-            place = Place(name, rows, self.config, capacity, where, device)
-            for sae_name, sae in configs.items():
-                whole = f"{name}/{sae_name}".rstrip("/") if len(names) > 1 else sae_name
-                place.add(whole, sae, self.recipes[sae_name], own_options(self.options, whole), on_log)
+        group = group_of(self.options.output) if len(places) * len(saes) > 1 else None
+        for name, rows, configs in places:
+            place = Place(name, rows, self.config, self._capacity(rows), device_of_buffer, device)
+            for whole, (sae, recipe) in configs.items():
+                place.add(whole, sae, recipe, own_options(self.options, whole), on_log, group)
             self.places.append(place)
+
+    def _sized_places(
+        self, saes: Mapping[str, SAESize]
+    ) -> list[tuple[str, StreamedRows, dict[str, tuple[SAEConfig, TrainConfig]]]]:
+        """Of every place its name, its rows, and its SAEs by their whole names."""
+        plan, found = self.stream.plan, []
+        names = plan.config.store_names
+        for name, store in zip(names, plan.stores):
+            configs = {}
+            for sae_name, sae in _sized(saes, self.recipes, store.width).items():
+                whole = f"{name}/{sae_name}".rstrip("/") if len(names) > 1 else sae_name
+                configs[whole] = sae, self.recipes[sae_name]
+            found.append((name, self._rows(store), configs))
+        return found
+
+    def _capacity(self, rows: StreamedRows) -> int:
+        """Rows of a place's buffer."""
+        batch_size, n_rows = min(self.config.batch_size, rows.n_rows), self.config.steps * self.config.batch_size
+        return self.chosen.buffer_rows(batch_size, rows.row_bytes, n_rows)
 
     def _rows(self, store: PlannedStore) -> StreamedRows:
         plan, dtype = self.stream.plan, self.stream.config.torch_store_dtype
@@ -255,10 +275,15 @@ class OnePass:
                 if all(place.is_done for place in self.places) and (self.keeping is None or self.keeping.is_whole):
                     return
 
-    def finish(self, held_out: ImageSource | None) -> dict[str, Trained]:
-        """Saves the SAEs and evaluates them."""
+    def finish(self, held_out: ImageSource | None, hooks: ExitStack, on_finished: OnFinished) -> dict[str, Trained]:
+        """Saves the SAEs and evaluates them. hooks: of the tower, which are closed before on_finished."""
         saes = [member.finished() for member in self.members]
-        return evaluated_all(self.members, saes, lambda: self._evaluated(saes, held_out))
+
+        def evaluate() -> list[Metrics]:
+            with hooks:
+                return self._evaluated(saes, held_out)
+
+        return evaluated_all(self.members, saes, evaluate, on_finished)
 
     def _evaluated(self, saes: Sequence[Any], held_out: ImageSource | None) -> list[Metrics]:
         if held_out is None:

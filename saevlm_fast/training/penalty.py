@@ -65,6 +65,11 @@ class Penalty(NamedTuple):
     of_act: float
     band: Band | None
 
+    def times(self, share: float) -> "Penalty":
+        """That share of it, as a part of a larger batch's."""
+        band = self.band and self.band._replace(of_step=self.band.of_step * share)
+        return self if share == 1 else Penalty(self.loss * share, self.of_act * share, band)
+
     def of_acts(self, acts_M: Tensor, dots_M: Tensor) -> Tensor:
         """d loss / d h of entries, of which dots_M have that of the reconstruction to z."""
         return torch.where(acts_M > 0, dots_M + self.of_act if self.of_act else dots_M, 0)
@@ -82,16 +87,19 @@ def encode_penalised(
     step: int,
     x_BD: Tensor,
     of_all: Callable[[Tensor], Tensor] = lambda number: number,
+    n_rows: int | None = None,
 ) -> tuple[SparseCodes, Penalty]:
     """Codes of a batch in 0-based step `step`, and their penalty, of a relu or a jumprelu SAE.
 
-    of_all: makes of a sum over the SAE's latents that over all, where others have some of them.
+    of_all: makes of a sum over the SAE's latents and the batch's rows that over all, where others have some of them.
+    n_rows: of the whole batch, if x_BD are some of them.
 
     Of jumprelu the codes also list entries within the band that do not fire: their act is 0. In the dtype of the
     weights.
     """
     weights = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
-    n_rows, d_sae, scale = len(x_BD), sae.config.d_sae, config.sparsity_scale(step)
+    d_sae, scale = sae.config.d_sae, config.sparsity_scale(step)
+    n_rows = len(x_BD) if n_rows is None else n_rows
     if sae.config.architecture == "relu":
         codes = SparseCodes.from_flat(*threshold_encode(*weights, 0.0), d_sae)
         l1 = scale * config.l1_weight

@@ -1,8 +1,9 @@
-"""The processes of a torchrun that train one SAE together: how they meet, what they tell each other, who speaks.
+"""The processes of a torchrun that share a piece of work: how they meet, what they tell each other, who speaks.
 
 PyTorch's own engine carries everything: torchrun starts the ranks, c10d connects them (gloo between CPUs, NCCL between
-GPUs), a DeviceMesh of one dimension, "latents", has the group. What a training step needs of the others is `Peers`,
-three collectives; tests have threads for it.
+GPUs), a DeviceMesh of D replicas ("rows") times L parts of an SAE ("latents") has the groups. Rank d * L + l has the
+rows of replica d and the latents of part l: neighbours share a replica. What work needs of the others is peers.Peers,
+of all of them and along either dimension (peers.Ranks); tests have threads for it.
 
 A rank that is gone, or does not answer within the timeout, ends the others in an `Interrupted`. Of all ranks that end,
 the first one speaks (`speaks`): a person reads one message, whoever failed.
@@ -14,61 +15,38 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from saevlm_fast.errors import Interrupted, first_line, require
+from saevlm_fast.peers import Alone, Ranks
 
-LATENTS = "latents"  # the dimension of the mesh
+ROWS, LATENTS = "rows", "latents"  # the dimensions of the mesh
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
 _VOICE_SECONDS = 5.0  # to reach the store that says who speaks
 
 
-class Peers(Protocol):
-    """The ranks that share an SAE's latents, as a step sees them. All of them call the same methods in the same order.
+class MeshPeers:
+    """The ranks of a group, all or those along a dimension of the mesh, by c10d's collectives.
 
     Attributes:
-        rank: this one, from 0. world: how many there are.
-    """
-
-    rank: int
-    world: int
-
-    def gather(self, x: Tensor) -> Tensor:
-        """[R, *x.shape]: every rank's x, in order. All have one shape."""
-        ...
-
-    def exchange(self, x: Tensor) -> Tensor:
-        """x [R, ...], of which piece r goes to rank r: the pieces that this rank was sent, in order, [R, ...]."""
-        ...
-
-    def add_up(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x, of whole numbers."""
-        ...
-
-
-def in_order(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, rank after rank: the same bits on every rank and in every run."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
-
-
-class MeshPeers:
-    """The ranks of a DeviceMesh's group, by c10d's collectives.
+        ranks: of all of them, what a step needs.
 
     Raises:
         Interrupted: (of each method) a rank has ended, or has not answered within the timeout.
     """
 
-    def __init__(self, group: "dist.ProcessGroup", timeout: float):
+    def __init__(self, group: "dist.ProcessGroup", timeout: float, mesh: DeviceMesh | None = None):
         self.group, self.timeout = group, timeout
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.ranks = Ranks.of(self)
+        if mesh is not None and mesh.size(0) > 1:
+            of_latents = MeshPeers(mesh.get_group(LATENTS), timeout) if mesh.size(1) > 1 else Alone()
+            self.ranks = Ranks(self, of_latents, MeshPeers(mesh.get_group(ROWS), timeout))
 
     def gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -132,8 +110,8 @@ class MeshPeers:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise Interrupted(
-                f"another of the {self.world} ranks has ended, or has not answered for {self.timeout:g} s "
-                f"(collective_timeout); rank {self.rank} met: {first_line(error)}"
+                f"another of the {dist.get_world_size()} ranks has ended, or has not answered for {self.timeout:g} s "
+                f"(collective_timeout); rank {dist.get_rank()} met: {first_line(error)}"
             ) from error
 
 
@@ -161,13 +139,16 @@ def own_device(name: str) -> str:
 
 
 @contextmanager
-def joined(device: torch.device, timeout: float) -> Iterator[MeshPeers]:
+def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterator[MeshPeers]:
     """This process among those that torchrun started.
 
-    timeout: seconds that a rank waits for the others, when they meet and in every collective.
+    Args:
+        device: its own.
+        timeout: seconds that a rank waits for the others, when they meet and in every collective.
+        n_replicas: among which the rows of a batch are split.
 
     Raises:
-        Interrupted: they do not come.
+        Interrupted: they do not come. ValueError: n_replicas does not divide them.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -175,11 +156,15 @@ def joined(device: torch.device, timeout: float) -> Iterator[MeshPeers]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=limit)
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(LATENTS,))
+        world = dist.get_world_size()
+        require(world % n_replicas == 0, f"data_parallel: {n_replicas} replicas must divide the {world} ranks")
+        mesh = None if n_replicas == 1 else _mesh(device, n_replicas, limit)
     except RuntimeError as error:
         raise Interrupted(f"the {world_size()} ranks did not meet within {timeout:g} s: {first_line(error)}") from error
     try:
-        yield MeshPeers(mesh.get_group(LATENTS), timeout)
+        group = dist.group.WORLD
+        assert group is not None
+        yield MeshPeers(group, timeout, mesh)
     except BaseException:
         if _claim() and threading.current_thread() is threading.main_thread():  # before the others see that it is gone
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, of another rank's end: the message comes first
@@ -187,6 +172,17 @@ def joined(device: torch.device, timeout: float) -> Iterator[MeshPeers]:
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _mesh(device: torch.device, n_replicas: int, limit: timedelta) -> DeviceMesh:
+    """Of groups that have the timeout: those that init_device_mesh makes have torch's own."""
+    numbers_DL = torch.arange(dist.get_world_size()).view(n_replicas, -1)
+    groups: list[dist.ProcessGroup] = []
+    for each in (numbers_DL.T, numbers_DL):
+        group, _ = dist.new_subgroups_by_enumeration(each.tolist(), limit)
+        assert isinstance(group, dist.ProcessGroup)
+        groups.append(group)
+    return DeviceMesh.from_group(groups, device.type, numbers_DL, mesh_dim_names=(ROWS, LATENTS))
 
 
 # Who speaks ----------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def train(
     """
     config, options = with_settings("train", config, options, settings)
     activations, evaluated = fitting(activations, validation, sae_config)
-    embeddings = _embeddings(mono_embeddings, activations, config)
+    embeddings = mono_embeddings_of(mono_embeddings, activations, config)
     line = ProgressLine(config.n_steps)
     if progress:
         on_log, on_note = both(line.log, on_log), both(line.note, on_note)
@@ -142,8 +142,8 @@ def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfi
     return train_on, held_out
 
 
-def _embeddings(given: Matrix | None, activations: Activations, config: TrainConfig) -> Activations | None:
-    """ValueError: embeddings that nothing needs, or of other images."""
+def mono_embeddings_of(given: Matrix | None, activations: Activations, config: TrainConfig) -> Activations | None:
+    """By which MonoLoss scores. ValueError: embeddings that nothing needs, or of other images."""
     if given is None:
         return None
     require(config.mono_weight is not None, "mono_embeddings: of no use without mono_weight")
@@ -277,4 +277,7 @@ def with_settings(
     for name, chosen, kind, given in (("config", config, TrainConfig, recipe), ("options", options, RunOptions, where)):
         check_kind(name, chosen, (kind, type(None)), f"a {kind.__name__}")
         require(chosen is None or not given, f"{', '.join(given)}: given beside {name}, which has that already")
-    return config or TrainConfig(**recipe), options or RunOptions(**where)
+    options = options or RunOptions(**where)
+    n = options.data_parallel
+    require(n == 1, f"data_parallel: {n} replicas are of train_shared, by torchrun's ranks; {who} is one process")
+    return config or TrainConfig(**recipe), options

@@ -50,7 +50,7 @@ class Scale(NamedTuple):
         """An SAE that was trained on normalised rows, in place."""
         sae.scale_biases_(self.norm_factor)
         if self.mean_D is not None:
-            sae.b_dec.add_(self.mean_D)
+            sae.b_dec.add_(self.mean_D.to(sae.b_dec.device))
 
 
 def mean_of_rows(activations: Activations) -> Tensor:

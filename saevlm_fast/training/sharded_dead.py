@@ -11,34 +11,44 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saevlm_fast.kernels.latent_gradient import dense_gradient_rows
+from saevlm_fast.peers import Peers, Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.choice import keep_largest_of_all
 from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents
-from saevlm_fast.training.process_group import Peers, in_order
 
 _BLOCK_ELEMENTS = 8 << 20  # of one [rows, dead] block
 
 
 def shared_auxiliary(
-    sae: SparseAutoencoder, peers: Peers, x_BD: Tensor, x_hat_BD: Tensor, dead: DeadLatents, alpha: float
+    sae: SparseAutoencoder,
+    ranks: Ranks,
+    x_BD: Tensor,
+    x_hat_BD: Tensor,
+    dead: DeadLatents,
+    alpha: float,
+    n_batch_rows: int,
+    frozen: str | None = None,
 ) -> tuple[Auxiliary | None, int | Tensor]:
     """dead_latents.auxiliary of all ranks' dead latents: the loss, and the gradients of this rank's; None if none is
     dead. And how many are, in all.
 
     Args:
         sae: the rank's part.
-        peers: the others; all ask at once, also those without a dead latent.
-        x_BD: the batch.
-        x_hat_BD: its reconstruction by all ranks.
+        ranks: the others; all ask at once, also those without a dead latent.
+        x_BD: the replica's rows of the batch.
+        x_hat_BD: their reconstruction.
         dead: the rank's.
         alpha: the loss' weight.
+        n_batch_rows: of all replicas.
+        frozen: W_enc or W_dec, whose gradient is not made.
     """
-    n_rows, d_in = x_BD.shape
+    peers, n_rows, d_in = ranks.latents, n_batch_rows, x_BD.shape[1]
     n_dead = peers.add_up(torch.as_tensor(dead.number, device=x_BD.device).view(1))[0]
     if not x_BD.is_cuda and int(n_dead) == 0:
         return None, 0
     residual_BD = x_BD - x_hat_BD
-    variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows
+    mean_D = _over(ranks.rows, residual_BD.sum(0)) / n_rows
+    variance = _over(ranks.rows, (residual_BD - mean_D).square().sum()) / n_rows
     defined = (variance > 0) & (n_dead > 0)
 
     dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
@@ -55,7 +65,7 @@ def shared_auxiliary(
     for rows in inputs.blocks():
         torch.mm(inputs.placed(acts_BC[rows], places_BC[rows]), W_dec_AD, out=part_BD[rows])
     error_BD = _summed(peers, part_BD) - residual_BD
-    aux = torch.where(defined, error_BD.square().sum() / n_rows / variance, 0)
+    aux = torch.where(defined, _over(ranks.rows, error_BD.square().sum()) / n_rows / variance, 0)
     error_BD *= torch.where(defined, 2 * alpha / (n_rows * variance), 0)
 
     dW_enc_AD, dW_dec_AD = torch.zeros_like(W_dec_AD), torch.zeros_like(W_dec_AD)
@@ -66,8 +76,9 @@ def shared_auxiliary(
         dW_dec_AD.addmm_(acts_BA.T, error_BD[rows])
         dW_enc_AD.addmm_(dacts_BA.T, inputs.centred_BD[rows])
         db_enc_A += dacts_BA.sum(0)
-    dW_enc = dense_gradient_rows(dead.latents_A, dW_enc_AD)
-    dW_dec = dense_gradient_rows(dead.latents_A, dW_dec_AD, sae.W_dec.detach())
+    unit_rows_SD = sae.W_dec.detach()
+    dW_enc = None if frozen == "W_enc" else dense_gradient_rows(dead.latents_A, dW_enc_AD)
+    dW_dec = None if frozen == "W_dec" else dense_gradient_rows(dead.latents_A, dW_dec_AD, unit_rows_SD)
     return Auxiliary(aux, dW_enc, dW_dec, db_enc_A), n_dead if x_BD.is_cuda else int(n_dead)
 
 
@@ -99,6 +110,11 @@ class _Inputs:
     def placed(self, acts_BC: Tensor, places_BC: Tensor) -> Tensor:
         """[B, A] of these."""
         return acts_BC.new_zeros(len(acts_BC), len(self.b_enc_A)).scatter_(1, places_BC, acts_BC)
+
+
+def _over(rows: Peers, part: Tensor) -> Tensor:
+    """The sum of what the replicas' rows have."""
+    return in_order(rows.gather(part))
 
 
 def _summed(peers: Peers, part_BD: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class SharedRunDirectory(RunDirectory):
         if checkpoint is not None:
             self._check_seen(checkpoint)
             load_checkpoint(checkpoint, state)
+            state.loaded()
         else:
             state.initialise()
         self.peers.agree(True)  # nothing on disk is touched before every rank has read its data
@@ -107,7 +108,8 @@ class SharedRunDirectory(RunDirectory):
         file = shard_file(self.peers.rank, self.peers.world)
         digest = write_state(directory / file, {name: t.cpu() for name, t in tensors.items()}, counts)
         start, stop = state.latents
-        return self.peers.collect({"file": file, "start": start, "stop": stop, "sha256": digest})
+        shards = self.peers.collect({"file": file, "start": start, "stop": stop, "sha256": digest})
+        return sorted(shards, key=lambda shard: int(shard["start"]))  # replicas have theirs between those of others
 
     def save_whole(self, sae: SparseAutoencoder | None) -> None:
         """The finished SAE, which rank 0 has."""

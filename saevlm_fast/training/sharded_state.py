@@ -1,4 +1,5 @@
-"""A run of several ranks between two of its steps: each has its latents, reads its share of the rows, sees all of them.
+"""A run of several ranks between two of its steps: each has its latents, reads its share of the rows, and sees those of
+its replica, which are all if there is one.
 
 Shape suffixes: B rows of a batch, D d_in.
 """
@@ -13,24 +14,60 @@ from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
+from saevlm_fast.peers import Peers, in_order
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.control import shuffled
 from saevlm_fast.training.process_group import MeshPeers
-from saevlm_fast.training.sharded_step import ShardedStepper, choose, shared_by_rows
-from saevlm_fast.training.shards import Shard, starting_sae
+from saevlm_fast.training.scale import Scale
+from saevlm_fast.training.sharded_rows import choose
+from saevlm_fast.training.sharded_step import ShardedStepper
+from saevlm_fast.training.shards import Shard, cut, starting_sae
 from saevlm_fast.training.state import TrainingState
+
+_ROWS_AT_A_TIME = 4096
 
 
 class ShareOfRows(ShuffledRows):
-    """Of every batch the rows that a rank reads: the next ceil(B / R) of them, so that the shares of all ranks, one
-    after the other, are the batch in its order."""
+    """Of every batch the rows that a rank reads, so that the shares of all ranks, one after the other, are the batch in
+    its order: a replica's are neighbours.
 
-    def __init__(self, activations: Activations, config: TrainConfig, rank: int, world: int):
+    Attributes:
+        counts: rows of each rank's share. first, size: where this one's begins in a batch, and its rows.
+    """
+
+    def __init__(self, activations: Activations, config: TrainConfig, shard: Shard):
         super().__init__(activations, config.batch_size, seed=config.seed)
-        self.size = -(-min(config.batch_size, activations.n_rows) // world)
-        self.first = rank * self.size
+        replicas = cut(min(config.batch_size, activations.n_rows), shard.n_replicas)
+        counts_of = [[rank.stop - rank.start for rank in cut(rows.stop - rows.start, shard.world)] for rows in replicas]
+        self.counts = [count for counts in counts_of for count in counts]
+        place = shard.replica * shard.world + shard.rank
+        self.first, self.size = sum(self.counts[:place]), self.counts[place]
 
     def batch(self, step: int) -> Tensor:
         return super().batch(step)[self.first : self.first + self.size]
+
+    def blocks_begun(self, step: int, anew: bool = False) -> list[tuple[int, int]]:
+        """Those that the share lies in, about: rows of a batch ascend, and so do blocks."""
+        return self._nearby(super().blocks_begun(step, anew))
+
+    def blocks_after(self, step: int) -> list[tuple[int, int]]:
+        """The same."""
+        return self._nearby(super().blocks_after(step))
+
+    def _nearby(self, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        total = sum(self.counts)
+        first, stop = self.first * len(blocks) // total, -(-(self.first + self.size) * len(blocks) // total)
+        return blocks[max(first - 1, 0) : stop + 1]
+
+
+def gathered(peers: Peers, own_ND: Tensor, counts: list[int]) -> Tensor:
+    """The rows that all have, one after the other; counts: how many each has."""
+    missing = max(counts) - len(own_ND)
+    padded_ND = own_ND if missing == 0 else torch.cat([own_ND, own_ND.new_zeros(missing, own_ND.shape[1])])
+    parts = peers.gather(padded_ND)
+    if min(counts) == max(counts):
+        return parts.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
 class ShardedState(TrainingState):
@@ -48,15 +85,23 @@ class ShardedState(TrainingState):
         config: TrainConfig,
         device: torch.device,
         peers: MeshPeers,
+        embeddings: Activations | None = None,
     ):
-        self.peers, self.shard = peers, Shard(sae_config, peers.rank, peers.world)
-        self.latents = self.shard.start, self.shard.stop
-        super().__init__(activations, sae_config, config, device, "host")
-        self.order = self.share = ShareOfRows(activations, config, peers.rank, peers.world)
+        n_rows = min(config.batch_size, activations.n_rows)
+        n_replicas, pieces = peers.ranks.rows.world, min(config.accumulate, n_rows)
+        require(
+            n_replicas == 1 or n_rows // n_replicas >= pieces,
+            f"data_parallel: {n_replicas} replicas of {n_rows} rows in {pieces} micro-batches, of which each needs one",
+        )
+        self.peers, self.shard = peers, Shard.of(sae_config, peers.ranks)
+        self.latents = self.shard.owned
+        self.share = ShareOfRows(activations, config, self.shard)
+        super().__init__(activations, sae_config, config, device, "host", embeddings)
+        self.order = self.share
 
     def first_stepper(self) -> ShardedStepper:
         sae = starting_sae(self.shard, self.config.seed, self.device)
-        return ShardedStepper(sae, self.config, self.shard, self.peers)
+        return ShardedStepper(sae, self.config, self.shard, self.peers.ranks, sum(self.share.counts))
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -64,14 +109,56 @@ class ShardedState(TrainingState):
         super().initialise()
         b_dec = self.stepper.sae.b_dec
         b_dec.copy_(self.peers.gather(b_dec)[0])
-        self.scale = self.peers.share(self.scale)
+        factor, mean_D = self.peers.share(self.scale.norm_factor), self.scale.mean_D
+        self.scale = Scale(factor, None if mean_D is None else self.peers.gather(mean_D)[0])
+
+    def mean(self) -> Tensor:
+        """Of all rows, of which each rank sums its own."""
+        own = cut(self.activations.n_rows, self.peers.world)[self.peers.rank]
+        total_D = torch.zeros(self.activations.d, dtype=torch.float64)
+        for start in range(own.start, own.stop, _ROWS_AT_A_TIME):
+            rows = torch.arange(start, min(start + _ROWS_AT_A_TIME, own.stop))
+            total_D += self.activations.rows(rows).double().sum(0)
+        sums_D = in_order(self.peers.gather(total_D.to(self.device)))
+        return (sums_D / self.activations.n_rows).float()
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
-        """Whole batches [B, d_in]: each rank reads its share, and all share what they have read."""
-        n_rows = min(self.config.batch_size, self.activations.n_rows)
-        with closing(super().batches(start_step, n_steps, announce)) as own:
+        """The replica's rows of every batch [B, d_in]: each rank reads its share, and all share what they have read."""
+        if self.config.control == "shuffled":  # of the whole batch
+            first = self.shard.replica * self.shard.world
+            start = sum(self.share.counts[:first])
+            rows = slice(start, start + sum(self._counts_of_replica))
+            with closing(self.whole_batches(start_step, n_steps, announce)) as whole:
+                for x_BD in whole:
+                    yield x_BD[rows]
+            return
+        with closing(self._stored_batches(start_step, n_steps, announce)) as own:
             for own_BD in own:
-                yield shared_by_rows(self.peers, own_BD, self.share.size, n_rows)
+                yield gathered(self.peers.ranks.latents, own_BD, self._counts_of_replica)
+
+    @property
+    def _counts_of_replica(self) -> list[int]:
+        first = self.shard.replica * self.shard.world
+        return self.share.counts[first : first + self.shard.world]
+
+    def whole_batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
+        """All rows of every batch, on all ranks."""
+        with closing(self._stored_batches(start_step, n_steps, announce)) as own:
+            for step, own_BD in enumerate(own, start_step):
+                x_BD = gathered(self.peers, own_BD, self.share.counts)
+                yield shuffled(x_BD, self.config.seed, step) if self.config.control == "shuffled" else x_BD
+
+    def embedding_batches(self, start_step: int, n_steps: int) -> Generator[Tensor | None, None, None]:
+        """Those of all rows of a batch: MonoLoss is of one replica."""
+        with closing(super().embedding_batches(start_step, n_steps)) as own:
+            for own_BE in own:
+                yield None if own_BE is None else gathered(self.peers, own_BE, self.share.counts)
+
+    def loaded(self) -> None:
+        """Once all ranks have loaded their own: replicas tell each other."""
+        assert isinstance(self.stepper, ShardedStepper)
+        self.stepper.spread()
+        self.stepper.spread_counters()
 
     def check_same_data(self) -> None:
         """ValueError: a rank reads other rows than rank 0, as far as 64 of them show it."""
@@ -82,7 +169,12 @@ class ShardedState(TrainingState):
             require(same, f"activations: {what} ({self.activations.path}); every rank needs the same data")
 
     def smallest_kept(self, x_BD: Tensor) -> float:
-        return float(choose(self.stepper.sae, self.shard, self.peers, x_BD).smallest)
+        """x_BD: the same on all ranks, so each replica chooses for itself."""
+        sae, ranks = self.sae_config, self.peers.ranks.one_replica()
+        l0 = self.config.wanted_l0 if sae.k is None else sae.k
+        smallest = choose(self.stepper.sae, self.shard, ranks, x_BD, round(l0 * len(x_BD))).smallest
+        assert smallest is not None  # a topk SAE needs no threshold
+        return float(smallest)
 
     @torch.no_grad()
     def exported_part(self) -> SparseAutoencoder:
@@ -98,17 +190,20 @@ class ShardedState(TrainingState):
         threshold = self.calibrated_threshold() if self.needs_calibration() else None
         if part.threshold.ndim == 1:
             names.append("threshold")
-        sizes = [self.shard.of_rank(rank).size for rank in range(self.peers.world)]
+        owned = [each.owned for each in self.shard.of_everyone()]
         whole = SparseAutoencoder(self.sae_config, random=False) if self.peers.rank == 0 else None
         for name in names:
             own = self.stepper.parameters()[name]
-            parts = self.peers.to_first(own, [(size, *own.shape[1:]) for size in sizes])
+            parts = self.peers.to_first(own, [(stop - start, *own.shape[1:]) for start, stop in owned])
             if whole is not None and parts is not None:
                 target = whole.W_enc.T if name == "W_enc" else getattr(whole, name)
-                torch.cat(parts, out=target.detach())
+                for (start, stop), values in zip(owned, parts):
+                    target.detach()[start:stop].copy_(values)
         if whole is None:
             return None
         whole.b_dec.copy_(part.b_dec)
-        if part.threshold.ndim == 0:
-            whole.threshold.copy_(part.threshold if threshold is None else torch.tensor(threshold))
+        if threshold is not None:
+            whole.threshold.fill_(threshold)
+        elif part.threshold.ndim == 0:
+            whole.threshold.copy_(part.threshold)
         return self.in_raw_units(whole)

@@ -94,7 +94,7 @@ class TrainingState:
         """
         mean_D = self.mean().to(self.device) if self.config.center else None
         n_batches = min(self.config.norm_batches, self.order.batches_per_epoch)
-        scale, first_BD = scale_of(self.batches(0, n_batches), mean_D, self.activations.path)
+        scale, first_BD = scale_of(self.whole_batches(0, n_batches), mean_D, self.activations.path)
         return scale, geometric_median(scale.normalised(first_BD))
 
     def mean(self) -> Tensor:
@@ -110,6 +110,10 @@ class TrainingState:
         """
         stream = self._stored_batches(start_step, n_steps, announce)
         return self._shuffled(stream, start_step) if self.config.control == "shuffled" else stream
+
+    def whole_batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
+        """The same, of all rows of a batch wherever they go: replicas take steps on some of them."""
+        return self.batches(start_step, n_steps, announce)
 
     def embedding_batches(self, start_step: int, n_steps: int) -> Generator[Tensor | None, None, None]:
         """The embeddings [B, E] of the rows of the same steps, on the device; None where there are none."""
@@ -186,7 +190,7 @@ class TrainingState:
         """Just below the smallest activation that BatchTopK keeps of some thousand rows: k a row pass on average, or
         the target L0 of a jumprelu SAE."""
         n_batches = min(-(-_CALIBRATION_ROWS // self.config.batch_size), self.order.batches_per_epoch)
-        x_BD = torch.cat([self.normalised(x_BD) for x_BD in self.batches(0, n_batches, announce=False)])
+        x_BD = torch.cat([self.normalised(x_BD) for x_BD in self.whole_batches(0, n_batches, announce=False)])
         smallest = self.smallest_kept(x_BD)
         # Ties at the cut are kept. A run that diverges is told of by its weights, not by this.
         return smallest * (1 - 1e-6) if math.isfinite(smallest) else 0.0
@@ -208,7 +212,7 @@ class TrainingState:
         tensors = {name: p.contiguous() for name, p in stepper.parameters().items()}
         for name, (exp_avg, exp_avg_sq) in stepper.moments.items():
             tensors |= {f"{name}.exp_avg": exp_avg, f"{name}.exp_avg_sq": exp_avg_sq}
-        tensors |= {"idle": stepper.idle_S, "threshold": stepper.sae.threshold}
+        tensors |= stepper.counters()
         if self.config.center:
             mean_D = self.scale.mean_D
             tensors["mean"] = torch.zeros(self.activations.d, device=self.device) if mean_D is None else mean_D
@@ -242,8 +246,8 @@ class TrainingState:
         for name, parameter in stepper.parameters().items():
             parameter.copy_(tensors[name])
             stepper.moments[name] = (tensors[f"{name}.exp_avg"], tensors[f"{name}.exp_avg_sq"])
-        stepper.idle_S = tensors["idle"]
-        stepper.sae.threshold.copy_(tensors["threshold"])
+        for name, counter in stepper.counters().items():
+            counter.copy_(tensors[name])
         self.scale = Scale(float(tensors["norm_factor"]), tensors.get("mean"))
         stepper.n_steps, stepper.n_rows_seen = n_steps, n_rows_seen
 

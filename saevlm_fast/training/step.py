@@ -86,8 +86,9 @@ class Stepper:
         # W_enc in float16, latent-major, with the bounds of that rounding: on a GPU whose encoder screens.
         self.low: LowWeights | None = None
         self._low_of: tuple[Tensor, int] | None = None  # sae.W_enc and its version, as the copy was written
-        self.step_index = torch.zeros((), dtype=torch.int64, device=device)  # n_steps, as the device knows it
-        self.adam_schedule = torch.zeros(2, dtype=torch.float64, device=device)
+        # As the device knows them, in one piece of memory: Adam's schedule, and n_steps.
+        self._announced = torch.zeros(3, dtype=torch.int64, device=device)
+        self.adam_schedule, self.step_index = self._announced[:2].view(torch.float64), self._announced[2]
         self.cone = self._cone()
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
 
@@ -106,6 +107,10 @@ class Stepper:
             named["threshold"] = sae.threshold
         return {name: parameter.detach() for name, parameter in named.items()}
 
+    def counters(self) -> dict[str, Tensor]:
+        """What else there is of latents, by the names that checkpoints have for it."""
+        return {"idle": self.idle_S, "threshold": self.sae.threshold}
+
     @torch.no_grad()
     def step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """One training step on a batch [B, d_in] in normalised units. e_BE: embeddings of its rows for MonoLoss, which
@@ -119,14 +124,23 @@ class Stepper:
         ValueError: n_rows is 0, of which there is no mean loss.
         """
         require(n_rows > 0, f"x_BD: {n_rows} rows; a step needs at least 1")
-        self.step_index.fill_(self.n_steps)  # fill_ carries a number along with the launch: no copy, no waiting
         self.n_steps += 1
         self.n_rows_seen += n_rows
-        for place, value in enumerate(self._adam().schedule_values()):
-            self.adam_schedule[place].fill_(value)
+        self._tell_device(self._adam().schedule_values())
         if self.idle_S.is_cuda and self._some_can_be_dead():
             bound = self.dead_bound.latents(self.idle_S, n_rows, self.n_rows_seen, self.config.dead_after)
             self.n_listed = padded_size(bound, self.sae.config.d_sae)
+
+    def _tell_device(self, schedule: tuple[float, float]) -> None:
+        """The announced step's index, and Adam's schedule."""
+        if self._announced.is_cuda:
+            from saevlm_fast.kernels.latent_update_triton import launch_announce
+
+            with torch.cuda.device_of(self._announced):
+                launch_announce(self._announced, schedule, self.n_steps - 1)
+            return
+        self.step_index.fill_(self.n_steps - 1)
+        self.adam_schedule.copy_(torch.tensor(schedule, dtype=torch.float64))
 
     @torch.no_grad()
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
@@ -201,6 +215,8 @@ class Stepper:
             x_hat_BD, losses, dead = gpu_step(
                 self.sae, self.config, state, x_BD, codes, centred, self._dead_latents, mono
             )
+            if mono is not None:  # whose loss comes after the kernel that looked at the others
+                self._note_bad(losses)
         self.was_replayed()
         return StepOutput(losses, x_hat_BD, codes, dead.number)
 
@@ -310,6 +326,14 @@ class Stepper:
         """Entries of a step's codes that fire, and latents that are dead after it. A device is waited for."""
         idle_S = self.idle_S >= self.config.dead_after
         return int((output.codes.top_acts > 0).sum()), int(idle_S.sum())
+
+    def batch_rows(self, x_BD: Tensor) -> int:
+        """Rows of a step's batch."""
+        return len(x_BD)
+
+    def variance(self, x_BD: Tensor) -> Tensor:
+        """x.var(0, correction=0).sum() of a step's batch, in half the time."""
+        return (x_BD - x_BD.mean(0)).square_().sum() / len(x_BD)
 
     def _adam(self) -> AdamSettings:
         """Adam's settings in the announced step."""

@@ -153,9 +153,10 @@ class Place:
         config: TrainConfig,
         options: RunOptions,
         on_log: Callable[[str, int, Metrics], None],
+        group: str | None = None,
     ) -> None:
-        """One more SAE."""
-        self.members.append(Member(name, StreamedState(self, sae, config, self.device), options, on_log))
+        """One more SAE; the rest as of Member."""
+        self.members.append(Member(name, StreamedState(self, sae, config, self.device), options, on_log, group))
 
     def resume(self) -> None:
         """SAEs that have a checkpoint go on from it, and the rows from the earliest of these on."""

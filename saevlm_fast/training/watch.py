@@ -7,6 +7,7 @@ to the byte whether that was interrupted or not, and so holds no rates and no me
     watch.json  {"name"}: by which the loggers know the run again when it is resumed; sealed (records.py)
 """
 
+import hashlib
 import os
 import re
 import secrets
@@ -68,30 +69,38 @@ class Watch:
         self._loggers.clear()
 
     def begin(
-        self, directory: Callable[[], Path | None], n_steps: int, config: Mapping[str, Any], device: torch.device
+        self,
+        directory: Callable[[], Path | None],
+        n_steps: int,
+        config: Mapping[str, Any],
+        device: torch.device,
+        called: str = "",
+        group: str | None = None,
     ) -> None:
         """After n_steps steps (0 unless the run is resumed).
 
-        directory: where the run is now; it may move. config: its settings.
+        directory: where the run is now; it may move. config: its settings. called: what its name begins with, that of
+        the directory if it is empty. group: what several runs of one command have in common.
         """
         if not self._names:
             return
         self._device = device
-        run = Identity(self._identity(directory()), n_steps, {**config, "saevlm_fast": __version__}, directory)
+        said = {**config, "saevlm_fast": __version__, **({} if group is None else {"group": group})}
+        run = Identity(self._identity(directory(), called), n_steps, said, directory, group)
         for name in self._names:
             self._guarded(name, "start", partial(self._start, name, run))
 
     def _start(self, name: str, run: Identity) -> None:
         self._loggers[name] = LOGGERS[name](run)
 
-    def _identity(self, directory: Path | None) -> str:
+    def _identity(self, directory: Path | None, called: str) -> str:
         """The name of the run, which is kept beside it."""
         if directory is not None and (directory / WATCH_FILE).exists():
             try:
                 return str(read_record(directory / WATCH_FILE, _WATCH)["name"])
             except (ValueError, OSError) as error:
                 _warn(f"log_to: {first_line(error)}; the run goes on under another name")
-        words = re.sub(r"[^A-Za-z0-9_.-]+", "-", _place(directory).name)[:_LONGEST_NAME] or "run"
+        words = _words(called or _place(directory).name)
         name = f"{words}-{secrets.token_hex(4)}"
         if directory is not None:
             write_record(directory / WATCH_FILE, {"name": name})
@@ -178,6 +187,19 @@ def process_bytes() -> int:
 
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return most if sys.platform == "darwin" else 1024 * most
+
+
+def group_of(output: Path | None) -> str:
+    """What the runs below one directory have in common, the same when they are resumed."""
+    if output is None:
+        return f"grid-{secrets.token_hex(4)}"
+    digest = hashlib.sha256(os.fsencode(output.absolute())).hexdigest()
+    return f"{_words(output.absolute().name)}-{digest[:8]}"
+
+
+def _words(text: str) -> str:
+    """As it may stand in the name of a run."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:_LONGEST_NAME] or "run"
 
 
 def _place(directory: Path | None) -> Path:

@@ -132,6 +132,7 @@ def test_settings_say_what_the_result_was_made_by(data, sae):
         "model",
         "images",
         "embeddings",
+        "scored_images",
         "sweep",
     }  # of images, of several SAEs
     assert set(found["train"]) == keys - open_

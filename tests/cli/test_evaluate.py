@@ -212,7 +212,7 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
 
     output = tmp_path / "out"
     ran = []
-    original = measure.Inputs.run
+    original = measure.Inputs.work
 
     def counting(self, name, subject, codes):
         if len(ran) == 3:
@@ -220,12 +220,12 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
         ran.append((subject.name, name))
         return original(self, name, subject, codes)
 
-    monkeypatch.setattr(measure.Inputs, "run", counting)
+    monkeypatch.setattr(measure.Inputs, "work", counting)
     assert "interrupted" in run(*words(there, output, saes=2), code=130)
     assert not (output / "evaluation.json").exists()
     assert "already holds an evaluation; use --resume" in run(*words(there, output, saes=2), code=2)
     monkeypatch.undo()
-    monkeypatch.setattr(measure.Inputs, "run", lambda *each: ran.append((each[2].name, each[1])) or original(*each))
+    monkeypatch.setattr(measure.Inputs, "work", lambda *each: ran.append((each[2].name, each[1])) or original(*each))
     run(*words(there, output, "--resume", saes=2))
     assert len(ran) == len(set(ran)), "nothing is made twice"
     ran.clear()

@@ -10,7 +10,9 @@ import pytest
 from command import files_below, run, run_json
 from saevlm_fast.cli.sweep import expanded, names_of, one_of
 from saevlm_fast.cli.toml import toml_text
+from saevlm_fast.data.rows import open_activations
 from saevlm_fast.settings import Several
+from tiny_tower import save_clip, save_photos
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,8 @@ def test_lists_make_an_sae_of_every_combination(x, tmp_path):
     assert [(row["d_sae"], row["k"]) for row in table["saes"]] == [(16, 2), (16, 3), (32, 2), (32, 3)]
     assert pq.read_table(tmp_path / "grid" / "grid.parquet").to_pylist() == table["saes"]
     picture = (tmp_path / "grid" / "grid.svg").read_text()
-    assert picture.count("<circle") == 1 + 3 * 4, "the legend, and three panels of four"
+    assert picture.count('class="mark"') == 2 + 3 * 4, "the legend of two sizes, and three panels of four"
+    assert "MS on 200 images, by" in picture
     run(*words(x, tmp_path / "alone", "--k", 3, "--expansion", 4))
     assert weights(tmp_path / "alone") == weights(tmp_path / "grid" / "x4-k3")
     again = tmp_path / "again"
@@ -96,13 +99,14 @@ def test_resume_and_force(x, tmp_path):
         (("--k", "2,x"), "k: 'x' is not a whole number"),
         (("--k", "2,2"), "k: 2 is listed twice"),
         (("--k", "2,0"), "k: 0 must be at least 1"),
-        (("--k", "2,99"), "k"),
+        (("--k", "2,99"), "k99: k: 99"),
         (("--architecture", "topk,tpk"), "architecture: 'tpk' is not one of"),
         (("--architecture", "topk,relu", "--k", "2,3"), "k: 2 is of"),
         (("--expansion", "2,4", "--d-sae", "16"), "d_sae"),
         (("--steps", "3,4"), "steps: '3,4' is not a whole number"),
         (("--k", "2,3", "--embeddings", "x.npy"), "embeddings: 200 rows"),
         (("--embeddings", "x.npy"), "embeddings: of several SAEs"),
+        (("--k", "2,3", "--scored-images", "7"), "scored_images: of a run from images"),
     ],
 )
 def test_bad_lists_are_refused(x, tmp_path, more, message):
@@ -119,12 +123,14 @@ def test_bad_lists_are_refused(x, tmp_path, more, message):
     ("text", "message"),
     [
         ("sweep = 3", "sweep is not a list of tables"),
-        ("[[sweep]]\nsteps = 4", "sweep: steps is the same for all SAEs"),
-        ("[[sweep]]\nkk = 4", "'kk' is not a setting of train; did you mean"),
-        ("[[sweep]]\nk = 'x'", "k = 'x' is not a whole number"),
+        ("[[sweep]]\nk = 2\n[[sweep]]\nsteps = 4", "[[sweep]] 2: steps is the same for all SAEs"),
+        ("[[sweep]]\nkk = 4", "sweep.toml: [[sweep]] 1: 'kk' is not a setting of train; did you mean"),
+        ("[[sweep]]\nk = 2\n[[sweep]]\nk = 'x'", "sweep.toml: [[sweep]] 2: k = 'x' is not a whole number"),
+        ("[[sweep]]\nk = 2\n[[sweep]]\nk = 99", "k99: k: 99"),
+        ("[[sweep]]\nlr = -1.0\n[[sweep]]\nk = 2", "lr-1: lr: -1.0 must be a positive number"),
         ("[[sweep]]\nk = 2\n[[sweep]]\nk = 2", "sweep: two SAEs would both be in the directory"),
-        ("k = [2, 3]\n[[sweep]]\nk = 4", "k: is a list and in [[sweep]]"),
-        ("[[sweep]]\nk = [2, 3]", "sweep: k of one table has several values"),
+        ("k = [2, 3]\n[[sweep]]\nk = 4", "[[sweep]] 1: k is a list too"),
+        ("[[sweep]]\nk = [2, 3]", "[[sweep]] 1: k of one table has several values"),
     ],
 )
 def test_bad_tables_are_refused(x, tmp_path, text, message):
@@ -150,55 +156,108 @@ def test_combinations_and_names():
     assert tomllib.loads(text) == {"train": {"a": 1, "sweep": [{"k": 1}, {"k": 2}]}, "made": {"b": 2}}
 
 
-TOWER = ("train", "--model", "hf:tiny-clip", "--images", "scenes:train:40", "--device", "cpu", "--workers", 0)
-PASS = (*TOWER, "--steps", 4, "--batch-size", 16, "--image-batch", 8, "--d-sae", 32, "--buffer", 40)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Words of a run from 40 photos through a small tower, without layers and output; and embeddings of the photos."""
+    folder = tmp_path_factory.mktemp("small")
+    tower, photos = save_clip(folder / "clip"), save_photos(folder / "photos", 40)
+    np.save(folder / "e.npy", np.random.default_rng(1).normal(size=(40, 4)).astype(np.float32))
+    words = ("train", "--model", f"hf:{tower}", "--images", photos, "--device", "cpu", "--workers", 0, "--steps", 4)
+    return (*words, "--batch-size", 16, "--image-batch", 8, "--d-sae", 32, "--buffer", 40), folder
 
 
-def test_one_pass_over_images_with_a_grid(tmp_path):
-    said = run(*PASS, "--layer", "1,3", "--k", "3,4", "--output", tmp_path / "out", "--keep-store", tmp_path / "kept")
-    names = ["residual-1-cls/k3", "residual-1-cls/k4", "residual-3-cls/k3", "residual-3-cls/k4"]
+def scores_of(folder):
+    table = json.loads((folder / "grid.json").read_text())
+    return table["note"], [row["ms_mean"] for row in table["saes"]]
+
+
+def test_one_pass_over_images_with_a_grid(small, tmp_path):
+    words, _ = small
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    said = run(*words, "--layer", "0,2", "--k", "3,4", "--output", out, "--keep-store", kept, "--scored-images", 30)
+    names = ["residual-0-cls/k3", "residual-0-cls/k4", "residual-2-cls/k3", "residual-2-cls/k4"]
     assert all(name in said for name in names)
-    table = json.loads((tmp_path / "out" / "grid.json").read_text())
+    table = json.loads((out / "grid.json").read_text())
     assert [row["name"] for row in table["saes"]] == names
     assert table["of"] == "last training"
-    assert {path.name for path in (tmp_path / "kept").iterdir() if path.is_dir()} == {
-        "residual-1-cls",
-        "residual-3-cls",
-    }
+    assert table["note"] == "MS on 30 of the images trained on, by the tower's own projection"
+    assert {path.name for path in kept.iterdir() if path.is_dir()} == {"residual-0-cls", "residual-2-cls"}
+    assert '"eval/ms_mean"' in (out / names[0] / "metrics.jsonl").read_text()
     again = tmp_path / "again"
-    run("train", "--config", tmp_path / "out" / "residual-3-cls" / "k4" / "settings.toml", "--output", again)
-    assert weights(again) == weights(tmp_path / "out" / "residual-3-cls" / "k4")
-    run("train", "--config", tmp_path / "out" / "settings.toml", "--resume")
-    assert "already holds a run" in run("train", "--config", tmp_path / "out" / "settings.toml", code=2)
+    run("train", "--config", out / "residual-2-cls" / "k4" / "settings.toml", "--output", again)
+    assert weights(again) == weights(out / "residual-2-cls" / "k4")
+    run("train", "--config", out / "settings.toml", "--resume")
+    assert json.loads((out / "grid.json").read_text()) == table
+    assert "already holds a run" in run("train", "--config", out / "settings.toml", code=2)
 
 
-def test_one_pass_dry_run_writes_nothing(tmp_path):
+def test_the_score_of_one_pass_is_that_of_a_store(small, tmp_path):
+    """Of all images, patch by patch, by the file's embeddings: those of ms-score on what was kept."""
+    words, folder = small
+    embeddings = ("--embeddings", folder / "e.npy")
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    run(*words, "--layer", 2, "--tokens", "patches", "--k", "3,4", "--output", out, "--keep-store", kept, *embeddings)
+    note, (score, _) = scores_of(out)
+    assert note == f"MS on 40 of the images trained on, by {folder / 'e.npy'}"
+    order = [int(image[-7:-4]) for image in open_activations(kept).items()["image"].to_pylist()[::16]]
+    names = sorted(str(path.relative_to(folder / "photos")) for path in (folder / "photos").rglob("*.png"))
+    rows = np.load(folder / "e.npy")[[[int(name[-7:-4]) for name in names].index(number) for number in order]]
+    np.save(tmp_path / "in their order.npy", rows)
+    of = ("--sae", out / "k3", "--activations", kept, "--pool", "max", "--one-pass")
+    given = ("--embeddings", tmp_path / "in their order.npy", "--output", tmp_path / "scores.parquet")
+    assert run_json("ms-score", *of, *given)["mean"] == pytest.approx(score, rel=1e-4)
+    held_out = ("--validation-images", folder / "photos")
+    run(
+        *words, "--layer", 2, "--tokens", "patches", "--k", "3,4", "--output", tmp_path / "held", *held_out, *embeddings
+    )
+    note, (score, _) = scores_of(tmp_path / "held")
+    assert note == f"MS on 40 held-out images, by {folder / 'e.npy'}"
+    assert score == pytest.approx(scores_of(out)[1][0], rel=1e-4), "the same images"
+    store = ("train", "--activations", kept, "--device", "cpu", "--steps", 4, "--batch-size", 16, "--d-sae", 32)
+    run(*store, "--k", "3,4", "--embeddings", tmp_path / "in their order.npy", "--output", tmp_path / "from store")
+    assert scores_of(tmp_path / "from store")[0].startswith("MS on 40 images, by")
+
+
+def test_one_sae_in_one_pass_has_a_score_too_unless_none_is_wanted(small, tmp_path):
+    words, _ = small
+    found = run_json(*words, "--layer", 2, "--k", 3, "--output", tmp_path / "one")
+    assert -1 <= found["evaluation"]["ms_mean"] <= 1
+    found = run_json(*words, "--layer", 2, "--k", 3, "--output", tmp_path / "none", "--scored-images", 0)
+    assert "ms_mean" not in found["evaluation"]
+    assert found["note"] == "MS is left out: --scored-images is 0"
+
+
+def test_one_pass_dry_run_writes_nothing(small, tmp_path):
+    words, _ = small
     before = files_below(tmp_path)
-    found = run_json(*PASS, "--point", "projection", "--k", 3, "--output", tmp_path / "out", "--dry-run")
+    found = run_json(*words, "--point", "projection", "--k", 3, "--output", tmp_path / "out", "--dry-run")
     assert found["images_through_the_tower"] == 64
     assert found["memory_bytes"] > 0
     assert found["places"][0].startswith("projection: 40 x ")
+    assert found["scores"] == "MS on 40 of the images trained on, by the tower's own projection"
     assert files_below(tmp_path) == before
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((*PASS, "--layer", 9), "layer: 9 of hf:tiny-clip"),
-        ((*PASS, "--layer", 3, "--buffer", 15), "buffer: 15 are 15 rows, which must be at least batch_size = 16"),
-        ((*PASS, "--layer", 3, "--buffer", "2 TB"), "buffer: '2 TB' is not a number of rows"),
-        ((*PASS, "--layer", 3, "--activations", "x.npy"), "activations: does not go with model"),
-        ((*PASS, "--layer", 3, "--validation", "x.npy"), "validation: does not go with model"),
-        ((*PASS, "--layer", 3, "--embeddings", "x.npy"), "embeddings: does not go with model"),
-        ((*PASS, "--layer", "3,3"), "asked for twice"),
-        ((*PASS, "--layer", 3, "--keep-store", "out"), "keep_store: out is the output"),
+        (("--layer", 9), "layer: 9 of hf:"),
+        (("--layer", 2, "--buffer", 15), "buffer: 15 are 15 rows, which must be at least batch_size = 16"),
+        (("--layer", 2, "--buffer", "2 TB"), "buffer: '2 TB' is not a number of rows"),
+        (("--layer", 2, "--activations", "x.npy"), "activations: does not go with model"),
+        (("--layer", 2, "--validation", "x.npy"), "validation: does not go with model"),
+        (("--layer", 2, "--embeddings", "x.npy"), "embeddings: 200 rows of x.npy, but 40 images; row i is image i"),
+        (("--layer", "2,2"), "asked for twice"),
+        (("--layer", 2, "--keep-store", "out"), "keep_store: out is the output"),
         (("train", "--model", "hf:tiny-clip", "--layer", 3), "images: needed with model"),
         (("train", "--images", "scenes:train:9"), "model: needed with images"),
-        (("train", "--layer", 3, "--steps", 3), "layer: of a run from images; give --model and --images"),
+        (("train", "--layer", 2, "--steps", 3), "layer: of a run from images; give --model and --images"),
     ],
 )
-def test_what_one_pass_refuses(tmp_path, monkeypatch, more, message):
+def test_what_one_pass_refuses(small, x, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.npy").symlink_to(x)
+    more = more if more[0] == "train" else (*small[0], *more)
     said = run(*more, "--output", "out", code=2)
     assert message in " ".join(said.split())
     assert not (tmp_path / "out").exists()

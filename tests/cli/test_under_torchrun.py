@@ -6,11 +6,15 @@ from command import run
 from saevlm_fast.cli import ranks
 from saevlm_fast.training.process_group import own_device
 
+SHARING = {"train", "harvest", "ms-score", "evaluate"}
 
-def test_ms_score_under_torchrun_writes_nothing(tmp_path, monkeypatch):
+
+def test_a_command_of_one_process_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    text = run("ms-score", "--codes", tmp_path, "--embeddings", tmp_path, "--output", tmp_path / "s.parquet", code=2)
-    assert text.startswith("error: ms-score: runs in one process, and torchrun started 2 (WORLD_SIZE)")
+    text = run("synthetic", tmp_path / "out", code=2)
+    assert text.startswith("error: synthetic: runs in one process, and torchrun started 2 (WORLD_SIZE)")
+    named = text.rstrip().rpartition("; ")[2].removesuffix(" share their work")
+    assert set(named.replace(" and ", ", ").split(", ")) == SHARING
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,22 +10,24 @@ from PIL import Image
 from saevlm_fast.box.models import model_directory
 from saevlm_fast.box.scenes import value_prompts
 from saevlm_fast.clip_steering.attacks import BITMAP, OUTLINE, TEST, TRAIN, AttackedSource, Style, wrong_words
-from saevlm_fast.clip_steering.erasing import Told, erase_factor, erase_words
+from saevlm_fast.clip_steering.erasing import Choice, Question, Told, Writing, _accuracy, erase_factor, erase_words
 from saevlm_fast.clip_steering.removal import (
     Features,
     Removal,
     features,
-    largest_differences,
+    gains,
+    most_gained,
     of_same_density,
     predictions,
     principal_directions,
-    probe_direction,
+    probe_directions,
 )
 from saevlm_fast.clip_steering.stream import Vocabulary, opened_stream
 from saevlm_fast.clip_steering.units import Latents
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.open import open_images
+from saevlm_fast.measures.codes import KeptCodes
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.edits import steer, zero
 from saevlm_fast.towers.load import load_tower
@@ -59,7 +61,7 @@ def units():
 def test_zeroed_latents_are_the_hooks(tower, classes, source, units):
     taken = torch.tensor([4, 9, 33])
     with opened_stream(tower, LAYER, "all", 8) as stream:
-        found = predictions(stream, source, range(8), units, [Removal("latents", 3, taken)], classes)
+        found = predictions(stream, source, range(8), units, [Removal("latents", 3, taken)], [classes])[0]
         batch = next(iter(stream.batches(source, range(8))))
         tokens = units.read(batch.x_BTD.flatten(0, 1))
         removal = Removal("latents", 3, taken)
@@ -89,36 +91,90 @@ def test_features_are_means_over_tokens(tower, source, units):
         batches = list(stream.batches(source, range(7)))
     x = torch.cat([batch.x_BTD for batch in batches])
     dense = units.read(x.flatten(0, 1)).values(torch.arange(64)).view(7, -1, 64)
-    assert torch.allclose(found.latents_NS, dense.mean(1), atol=1e-5)
+    assert np.allclose(found.codes.matrix().toarray().T, dense.mean(1), atol=1e-5)
     assert torch.allclose(found.stream_ND, x.mean(1), atol=1e-5)
+    assert np.allclose(found.mean_S(np.arange(7) < 3), dense[:3].mean((0, 1)), atol=1e-5)
+    both = Features.join([found, Features(found.codes, found.stream_ND + 1)])
+    assert np.allclose(both.density_S, (dense.mean(1) > 0).double().mean(0))
+    assert np.allclose(both.mean_S(np.arange(14) >= 7), found.mean_S())
 
 
-def test_the_choice_of_latents_and_its_controls(units):
+def test_features_of_one_token(tower, source, units):
+    """The mean is over the tokens from which latents are taken, not over all."""
+    with opened_stream(tower, LAYER, "cls", 4) as stream:
+        found = features(stream, source, range(4), units)
+        [batch] = stream.batches(source, range(4))
+    assert torch.equal(found.stream_ND, batch.x_BTD[:, 0])
+    dense = units.read(batch.x_BTD[:, 0]).values(torch.arange(64))
+    assert np.allclose(found.codes.matrix().toarray().T, dense, atol=1e-5)
+
+
+def planted():
+    """Images 40 to 79 are of the other kind: latents 7 and 12 fire more there, 12 by a little and always."""
     generator = torch.Generator().manual_seed(0)
     less = torch.rand(40, 64, generator=generator) * (torch.rand(40, 64, generator=generator) < 0.5)
     more = less.clone()
-    more[:, 7] += 3
+    more[:20, 7] += 9
     more[:, 12] += 2
-    seen = Features(more, torch.zeros(40, 128)), Features(less, torch.zeros(40, 128))
-    assert largest_differences(*seen, units, 2).tolist() == [7, 12]
+    codes = KeptCodes.of_dense(torch.cat([less, more]).numpy())
+    return Features(codes, torch.zeros(80, 128)), np.repeat([0, 1], 40)
+
+
+def test_the_choice_of_latents_and_its_controls(units):
+    seen, kind = planted()
+    gain = gains(seen, kind, [1], units, "difference")
+    assert most_gained(gain, 2).tolist() == [7, 12]
+    length = units.W_SD.double().norm(dim=1).numpy()
+    assert gain[[7, 12]] == pytest.approx(np.array([4.5, 2.0]) * length[[7, 12]], rel=1e-5)
     with pytest.raises(ValueError, match="k: 3 latents are asked for, but only 2 fire more"):
-        largest_differences(*seen, units, 3)
-    other = of_same_density(torch.tensor([7, 12]), seen[1])
+        most_gained(gain, 3)
+    chosen = torch.tensor([7, 12])
+    other = of_same_density(chosen, seen.density_S)
     assert len(set(other.tolist()) | {7, 12}) == 4
-    density = (less > 0).float().mean(0)
-    assert (density[other] - density[[7, 12]]).abs().max() < 0.2
+    assert np.abs(seen.density_S[other] - seen.density_S[chosen]).max() < 0.3
+    with pytest.raises(ValueError, match="k: 40 others that fire are needed as a control, 24 do"):
+        of_same_density(torch.arange(40), seen.density_S)
+
+
+def test_latents_chosen_by_auroc(units):
+    """One that always fires tells more than one that fires a lot on half of the images."""
+    seen, kind = planted()
+    gain = gains(seen, kind, [1], units, "auroc")
+    assert most_gained(gain, 2).tolist() == [12, 7]
+    acts = seen.codes.matrix().toarray()
+    for latent in (7, 12, 30):
+        assert gain[latent] == pytest.approx(auroc(acts[latent, 40:], acts[latent, :40]) - 0.5)
+    quarter = np.arange(80) // 20
+    of_any = gains(seen, quarter, [0, 2], units, "auroc")
+    assert of_any[7] == pytest.approx(auroc(acts[7, quarter == 2], acts[7, quarter != 2]) - 0.5)
+
+
+def auroc(positive, negative):
+    """By all pairs."""
+    return np.mean([(p > negative) + 0.5 * (p == negative) for p in positive])
 
 
 def test_directions_of_words():
     generator = torch.Generator().manual_seed(0)
-    less = torch.randn(200, 10, generator=generator)
-    more = torch.randn(200, 10, generator=generator)
-    more[:, 3] += 2
-    assert probe_direction(more, less)[0, 3] > 0.9
+    x = torch.randn(400, 10, generator=generator)
+    x[200:, 3] += 2
+    assert abs(float(probe_directions(x, np.repeat([0, 1], 200))[0, 3])) > 0.9
     axis = principal_directions(torch.randn(50, 1, generator=generator) * torch.eye(10)[3:4], 1)
     assert abs(float(axis[0, 3])) == pytest.approx(1, abs=1e-5)
-    with pytest.raises(ValueError, match="k: 2 directions are asked for"):
-        principal_directions(torch.ones(5, 1) * torch.eye(10)[:1], 2)
+    assert principal_directions(torch.ones(5, 1) * torch.eye(10)[:1], 2).shape == (1, 10)
+    assert principal_directions(torch.zeros(5, 10), 2).shape == (0, 10)
+
+
+def test_directions_of_several_values():
+    """After the probe's directions are taken out, the means of the values are the same."""
+    generator = torch.Generator().manual_seed(0)
+    y = np.arange(300) % 4
+    x = torch.randn(300, 10, generator=generator) + 3 * torch.randn(4, 10, generator=generator)[y]
+    directions = probe_directions(x, y)
+    assert directions.shape == (3, 10)
+    assert torch.allclose(directions @ directions.T, torch.eye(3), atol=1e-5)
+    same = probe_directions(torch.ones(6, 10), np.array([0, 1] * 3))
+    assert same.shape == (0, 10)
 
 
 def test_words_are_drawn_the_same_each_time(source):
@@ -140,11 +196,14 @@ def test_words_are_drawn_the_same_each_time(source):
 def test_fonts_and_places_of_the_test_are_held_out(source):
     assert not set(TRAIN.fonts) & set(TEST.fonts)
     assert not set(TRAIN.places) & set(TEST.places)
+    assert max(TRAIN.heights) < min(TEST.heights)
     with pytest.raises(ValueError, match=r"fonts: /none\.ttf cannot be used"):
-        AttackedSource(source, ["a"] * N, Style("own", ("/none.ttf",), TEST.places))
+        AttackedSource(source, ["a"] * N, Style("own", ("/none.ttf",), TEST.places, TEST.heights))
     for font in (BITMAP, OUTLINE):
         long = AttackedSource(
-            source, ["a very long word that is wider than the image"] * N, Style("own", (font,), TEST.places)
+            source,
+            ["a very long word that is wider than the image"] * N,
+            Style("own", (font,), TEST.places, TEST.heights),
         )
         assert decode(long.read(0)).size == decode(source.read(0)).size
 
@@ -165,31 +224,75 @@ def told(source, numbers, seed=0):
 
 
 def test_words_erased(tower, classes, source, units):
+    colours = Vocabulary(("red", "blue"), classes.texts_CE[:2], classes.logit_scale)
     with opened_stream(tower, LAYER, "all", 8) as stream:
         train, test = told(source, range(12)), told(source, range(12, N), 1)
-        found = erase_words(stream, units, train, test, classes, (1, 3), (TRAIN, TEST))
+        some = Told(source, test.numbers, np.where(test.y_N == 2, -1, test.y_N), ("red", "blue"), test.y_N)
+        found = erase_words(
+            stream,
+            units,
+            train,
+            Question(test, classes),
+            Choice((1, 3)),
+            Writing(),
+            {"colour": Question(some, colours)},
+        )
         rows = {(row["removal"], row["k"]): row for row in found["rows"]}
-        expected = predictions(stream, source, range(12, N), units, [], classes)[0]
+        expected = predictions(stream, source, range(12, N), units, [], [classes, colours])
     names = {"latents", "random", "magnitude", "pca"}
     assert set(rows) == {("nothing", 0), ("probe", 1)} | {(name, k) for name in names for k in (1, 3)}
-    clean = rows["nothing", 0]["clean"]
-    assert clean["value"] == pytest.approx((expected == test.y_N).mean())
+    clean, colour = rows["nothing", 0]["clean"], rows["nothing", 0]["colour"]
+    assert clean["value"] == pytest.approx((expected[0][0] == test.y_N).mean())
+    known = some.y_N >= 0
+    assert colour["value"] == pytest.approx((expected[1][0] == some.y_N)[known].mean())
+    assert colour["n"] == known.sum()
     low, high = clean["interval"]
     assert low <= clean["value"] <= high
     assert len(found["latents"]) == 3
     assert found["images"] == {"train": 12, "test": 12}
+    assert list(rows["nothing", 0]) == ["removal", "k", "clean", "colour", "attacked", "nonsense", "reads"]
 
 
-def test_a_factor_erased(tower, classes, source, units):
-    """A latent that is planted to fire on one class alone is the one that is chosen."""
+def test_words_of_another_language_are_drawn_where_it_is_asked(tower, classes, source, units):
+    writing = Writing(words=("one", "two", "three"), test_words=("eins", "zwei", "drei"))
+    drawn = []
+
+    class Seen(AttackedSource):
+        def __init__(self, source, words, *more, **options):
+            drawn.append({word for word in words if word is not None})
+            super().__init__(source, words, *more, **options)
+
+    with opened_stream(tower, LAYER, "all", 8) as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saevlm_fast.clip_steering.erasing.AttackedSource", Seen)
+        train, test = told(source, range(12)), told(source, range(12, N), 1)
+        found = erase_words(stream, units, train, Question(test, classes), Choice((1,)), writing, {})
+    assert drawn[0] <= set(writing.words)
+    assert drawn[1] == drawn[2] <= set(writing.test_words)
+    assert len(found["rows"]) == 6
+
+
+@pytest.mark.parametrize("select", ["difference", "auroc"])
+def test_a_factor_erased(tower, classes, source, units, select):
+    """The latents that are taken out are those of the largest gain; the probe has a direction less than values."""
     with opened_stream(tower, LAYER, "all", 8) as stream:
         train = told(source, range(12))
         seen = features(stream, source, range(12), units)
-        gain = torch.stack(
-            [seen.latents_NS[train.y_N == v].mean(0) - seen.latents_NS[train.y_N != v].mean(0) for v in range(3)]
-        ).amax(0) * units.W_SD.norm(dim=1)
-        tests = {"shape": (told(source, range(12, N), 1), classes)}
-        found = erase_factor(stream, units, train, tests, (2,))
-    assert found["latents"] == gain.argsort(descending=True, stable=True)[:2].tolist()
-    assert [row["removal"] for row in found["rows"]] == ["nothing", "latents", "random", "magnitude", "pca"]
+        gain = gains(seen, train.y_N, [0, 1, 2], units, select)
+        questions = {"shape": Question(told(source, range(12, N), 1), classes)}
+        found = erase_factor(stream, units, train, questions, Choice((2,), select))
+    assert found["latents"] == most_gained(gain, 2).tolist()
+    names = [(row["removal"], row["k"]) for row in found["rows"]]
+    assert names == [(name, 2 if name != "nothing" else 0) for name in NAMES]
     assert value_prompts("shape")[0] == "a circle"
+
+
+NAMES = ("nothing", "latents", "random", "magnitude", "pca", "probe")
+
+
+def test_an_image_without_an_answer_is_wrong(source):
+    """Of a model as it is: left out. After a removal: a mistake."""
+    asked = Told(source, [0, 1, 2, 3], np.array([0, 0, 1, -1]), SHAPES, np.array([0, 0, 1, -1]))
+    answers = np.array([[0, 0, -1, 1], [-1, 0, 1, 1]])
+    assert _accuracy(answers, 0, asked)["value"] == 1
+    assert _accuracy(answers, 1, asked)["value"] == 0.5
+    assert _accuracy(answers, 1, asked)["n"] == 2

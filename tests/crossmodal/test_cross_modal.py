@@ -1,6 +1,7 @@
 """SAE-V's measures against their definitions, pair by pair and latent by latent, in float64."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,8 +12,10 @@ from command import run, run_json
 from saevlm_fast import cross_modal
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.crossmodal.omega import TopTokens
-from saevlm_fast.crossmodal.samples import Patches, auroc, auroc_interval, kept_pairs, kept_patches
+from saevlm_fast.crossmodal.patches import PATCH_SCORES, Patches, kept_patches
+from saevlm_fast.crossmodal.samples import auroc, auroc_interval, kept_pairs
 from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.store import TOKEN_SCHEMA
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.images.pairs import is_wrong
 from saevlm_fast.sae import SparseAutoencoder
@@ -66,7 +69,8 @@ def brute_force(x, items, sae, k, threshold, template):
         if min(map(len, tops)) == k:
             cosines = [x[a] @ x[b] / np.linalg.norm(x[a]) / np.linalg.norm(x[b]) for a in tops[0] for b in tops[1]]
             omega[latent] = np.mean(cosines)
-    found = {"cosine": [], "co_occurrence": [], "count": [], "n_text": [], "n_image": [], "patches": []}
+    found = {"cosine": [], "co_occurrence": [], "count": [], "n_text": [], "n_image": []}
+    patches = {"cosine": [], "co_occurrence": [], "count": [], "activation": []}
     for name in dict.fromkeys(items["image"]):
         mine = image == name
         text = (z[mine & is_text] > threshold).any(0)
@@ -77,8 +81,16 @@ def brute_force(x, items, sae, k, threshold, template):
         found["n_text"].append((mine & is_text).sum())
         found["n_image"].append((mine & is_image).sum())
         for row in np.flatnonzero(mine & is_image):
-            found["patches"].append(np.nansum(omega[(z[row] > threshold) & text & seen]))
-    return omega, found
+            scores = dict.fromkeys(patches, 0.0)
+            for latent in np.flatnonzero(z[row] > threshold):
+                scores["count"] += 1
+                scores["activation"] += z[row, latent]
+                if text[latent]:
+                    scores["co_occurrence"] += 1
+                    scores["cosine"] += np.nan_to_num(omega[latent])
+            for score, value in scores.items():
+                patches[score].append(value)
+    return omega, found, patches
 
 
 @pytest.mark.parametrize(
@@ -86,24 +98,24 @@ def brute_force(x, items, sae, k, threshold, template):
 )
 def test_omegas_and_scores_are_their_definitions(pairs, batch_rows, threshold, template):
     path, x, items, sae = pairs
-    omega, expected = brute_force(x, items, sae, K, threshold, template)
-    patches = []
+    omega, expected, expected_patches = brute_force(x, items, sae, K, threshold, template)
+    parts = []
     store = open_activations(path / "store")
     settings = {"top": K, "threshold": threshold, "template": template}
-    found = cross_modal(store, sae, batch_rows=batch_rows, on_patches=patches.append, **settings)
+    found = cross_modal(store, sae, batch_rows=batch_rows, on_patches=parts.append, **settings)
     assert 3 <= int((~np.isnan(omega)).sum()) < S
     np.testing.assert_allclose(found.omega_S, omega, rtol=0, atol=1e-6)
     assert found.ids == list(dict.fromkeys(items["image"]))
-    for name, values in expected.items():
-        if name == "patches":
-            carried = np.concatenate([each.score for each in patches])
-            np.testing.assert_allclose(carried, values, rtol=0, atol=1e-6)
-        else:
-            np.testing.assert_allclose(found.columns[name], values, rtol=0, atol=1e-6)
+    patches = Patches(*map(np.concatenate, zip(*(part.columns.values() for part in parts))))
+    for scores, values in ((found.columns, expected), (patches.columns, expected_patches)):
+        for name, each in values.items():
+            np.testing.assert_allclose(scores[name], each, rtol=0, atol=1e-6)
     assert np.abs(expected["cosine"]).max() > 0.05
-    rows = np.concatenate([each.row for each in patches])
-    assert rows.tolist() == np.flatnonzero(np.array(items["modality"]) == "image").tolist()
-    assert np.concatenate([each.patch for each in patches]).tolist() == [i for _, n, _ in LENGTHS for i in range(n)]
+    assert patches.row.tolist() == np.flatnonzero(np.array(items["modality"]) == "image").tolist()
+    assert patches.patch.tolist() == [i for _, n, _ in LENGTHS for i in range(n)]
+    whole = []  # the random column does not depend on how rows come
+    cross_modal(store, sae, on_patches=whole.append, **settings)
+    assert np.array_equal(np.concatenate([each.random for each in whole]), patches.random)
 
 
 def test_top_tokens_however_rows_come_and_ties_go_to_the_earlier():
@@ -134,6 +146,8 @@ def test_controls_and_what_is_kept(pairs):
     wrong = [is_wrong(name, 0.5, 5) for name in found.ids]
     assert found.wrong_P.tolist() == wrong
     assert set(found.detection()) == {"cosine", "co_occurrence", "count", "random", "shuffled", "n_text"}
+    for alike in (np.zeros(len(wrong), bool), np.ones(len(wrong), bool), None):
+        assert replace(found, wrong_P=alike).detection() == {}
 
 
 def test_auroc_with_ties_and_its_interval():
@@ -150,9 +164,25 @@ def test_auroc_with_ties_and_its_interval():
 def test_shares_that_are_kept():
     assert kept_pairs(np.array([1.0, 3.0, 3.0, 2.0]), 0.5).tolist() == [False, True, True, False]
     assert kept_pairs(np.array([1.0, 1.0, 1.0]), 1 / 3).tolist() == [True, False, False]
-    sample = np.array([0, 0, 0, 0, 1, 1])
-    patches = Patches(sample, np.arange(6), np.array([0, 1, 2, 3, 0, 1]), np.array([1.0, 4, 4, 0, 2, 9]))
-    assert kept_patches(patches, 0.5).tolist() == [False, True, True, False, False, True]
+
+
+def test_patches_that_are_kept_image_by_image():
+    rng = np.random.default_rng(0)
+    sample = np.repeat([0, 2, 5], [7, 1, 10])
+    columns = {name: rng.integers(0, 3, 18).astype(float) for name in PATCH_SCORES} | {"random": rng.random(18)}
+    patches = Patches(sample, np.arange(18), np.arange(18), **columns)
+    for by, share, least in (
+        ("cosine", 0.5, False),
+        ("activation", 0.3, True),
+        ("random", 0.25, False),
+        ("count", 1, False),
+    ):
+        kept = kept_patches(patches, share, by, least)
+        for image in (0, 2, 5):
+            mine = np.flatnonzero(sample == image).tolist()
+            value = getattr(patches, by) * (1 if least else -1)
+            best = sorted(mine, key=lambda i: (value[i], -patches.random[i]))[: round(share * len(mine))]
+            assert sorted(best) == [i for i in mine if kept[i]]
 
 
 def test_the_command(pairs, tmp_path):
@@ -163,7 +193,7 @@ def test_the_command(pairs, tmp_path):
     assert planned["rows"] == len(x)
     assert not (tmp_path / "out").exists()
     told = run_json(*call)
-    omega, expected = brute_force(x, items, sae, K, 0.4, False)
+    omega, expected, _ = brute_force(x, items, sae, K, 0.4, False)
     latents = pq.read_table(tmp_path / "out" / "latents.parquet").to_pydict()
     assert [value is None for value in latents["omega"]] == np.isnan(omega).tolist()
     samples = pq.read_table(tmp_path / "out" / "samples.parquet").to_pydict()
@@ -176,6 +206,9 @@ def test_the_command(pairs, tmp_path):
     assert summary["settings"]["top"] == K
     patches = pq.read_table(tmp_path / "out" / "patches.parquet")
     assert len(patches) == sum(n for _, n, _ in LENGTHS)
+    shares = {n: round(0.75 * n) for _, n, _ in LENGTHS}
+    kept_rows = patches.group_by("sample").aggregate([("kept", "sum")]).to_pydict()
+    assert [kept_rows["kept_sum"][i] for i in np.argsort(kept_rows["sample"])] == [shares[n] for _, n, _ in LENGTHS]
     scored = int(np.flatnonzero(~np.isnan(omega))[0])
     assert all(word.startswith("text") for word in latents["text"][scored])
     assert len(latents["image_tokens"][scored]) == K
@@ -186,20 +219,36 @@ def test_the_command(pairs, tmp_path):
     assert (tmp_path / "out" / "kept.txt").read_bytes() != before
 
 
-def test_clip_is_a_control_on_the_box(tmp_path):
-    base = ("harvest", "--model", "hf:tiny-llava", "--point", "language", "--layer", 1, "--workers", 0)
-    base += ("--images", "scenes:test:24", "--wrong-captions", 0.5, "--prompt", "Describe the image.")
-    run(*base, "--device", "cpu", "--output", tmp_path / "store")
-    sae = SparseAutoencoder(SAEConfig(128, 64, 8, "topk"))
-    sae.reset_parameters(0)
-    sae.save_pretrained(tmp_path / "sae")
-    call = ("cross-modal", "--activations", tmp_path / "store", "--sae", tmp_path / "sae", "--clip", "hf:tiny-clip")
-    told = run_json(*call, "--device", "cpu", "--output", tmp_path / "out")
+def test_clip_is_a_control_on_the_box(box, tmp_path):
+    call = (*box, "--clip", "hf:tiny-clip")
+    told = run_json(*call, "--output", tmp_path / "out")
     assert told["detection"]["clip"]["auroc"] > 0.8  # the box's CLIP knows its scenes
     assert 4 <= told["wrong"] <= 20
-    call = (*call, "--device", "cpu", "--output", tmp_path / "no", "--images")
+    call = (*call, "--output", tmp_path / "no", "--images")
     assert "images: " in run(*call, tmp_path / "nowhere", code=2)
     assert not (tmp_path / "no" / "cross_modal.json").exists()
+
+
+def test_what_is_kept_is_harvested_and_trained_on(box, pairs_of_the_box, tmp_path):
+    run(*box, "--keep", 0.25, "--output", tmp_path / "out")
+    kept = (tmp_path / "out" / "kept.txt").read_text().split("\n")[:-1]
+    assert len(kept) == 6
+    run(*pairs_of_the_box, "--only", tmp_path / "out" / "kept.txt", "--output", tmp_path / "kept")
+    before, after = (
+        open_activations(path).items(schema=TOKEN_SCHEMA).to_pandas() for path in (box[2], tmp_path / "kept")
+    )
+    assert list(dict.fromkeys(after["image"])) == kept
+    columns = ["image", "token", "modality", "token_id"]  # the captions too, the wrong ones among them
+    same = before[before["image"].isin(kept)][columns].reset_index(drop=True)
+    assert same.equals(after[columns])
+    train = ("train", "--activations", tmp_path / "kept", "--d-sae", 32, "--k", 4, "--steps", 2, "--batch-size", 32)
+    run(*train, "--device", "cpu", "--output", tmp_path / "sae")
+    call = ("cross-modal", "--activations", tmp_path / "kept", "--sae", tmp_path / "sae", "--device", "cpu")
+    told = run_json(*call, "--clip", "hf:tiny-clip", "--output", tmp_path / "again")
+    assert told["pairs"] == 6
+    missing = tmp_path / "missing.txt"
+    missing.write_text("nobody\n")
+    assert "only: " in run(*pairs_of_the_box, "--only", missing, "--output", tmp_path / "no", code=2)
 
 
 def test_bad_input(pairs, tmp_path):
@@ -220,6 +269,8 @@ def test_bad_input(pairs, tmp_path):
         ({"--top": 0}, "top"),
         ({"--keep": 1.5}, "keep"),
         ({"--by": "x"}, "by"),
+        ({"--threshold": 1000}, "threshold: 1000 is above every activation"),
+        ({"--clip": "timm:x", "--images": "scenes:test:4"}, "clip: 'timm:x' is not hf:NAME_OR_DIR"),
         ({"--clip": "hf:tiny-clip"}, "does not say where its pairs are; give --images"),
     ):
         words = [str(word) for pair in (call | changes).items() for word in pair]

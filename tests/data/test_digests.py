@@ -1,6 +1,7 @@
 """Shards are compared with their digests once, before they are used; what was computed is remembered."""
 
 import os
+import shutil
 import threading
 import time
 from copy import deepcopy
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from thread_peers import together
 
 from saevlm_fast.data import digests
 from saevlm_fast.data.digests import CheckedFiles, matrix_digest, remembered
@@ -51,6 +53,33 @@ def test_threads_that_ask_at_once_read_each_file_once(tmp_path, hashed):
     assert sorted(hashed) == files
     checked.check_all()
     assert len(hashed) == 8
+
+
+def test_processes_share_the_files_that_they_all_see(tmp_path, hashed):
+    """Two of three see the same files, the third a copy, as on another machine's disk."""
+    store = write_store(tmp_path / "s", rows_of(80))
+    shutil.copytree(store, tmp_path / "copy")
+
+    def work(peers):
+        activations = open_activations(store if peers.rank < 2 else tmp_path / "copy")
+        activations.check_whole_shared(peers.rank, peers.collect)
+        before = len(hashed)
+        activations.rows(torch.arange(80))
+        return len(hashed) - before
+
+    assert together(3, work)[0] == [0, 0, 0], "compared again"
+    files = sorted([*store.glob("shard-*"), *(tmp_path / "copy").glob("shard-*")])
+    assert sorted(hashed) == [file for file in files if file.suffix == ".safetensors"]
+
+
+def test_a_file_that_another_process_compares_may_not_be_altered(tmp_path):
+    store = write_store(tmp_path / "s", rows_of(80))
+    damaged = sorted(store.glob("shard-*.safetensors"))[3]
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(ActivationError, match=f"{damaged.name}: altered"):
+        together(3, lambda peers: open_activations(store).check_whole_shared(peers.rank, peers.collect))
 
 
 def test_what_is_open_can_be_copied_and_is_compared_anew(tmp_path, hashed):

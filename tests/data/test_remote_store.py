@@ -14,7 +14,7 @@ from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.errors import ActivationError
 from saevlm_fast.remote import cache, reading
-from saevlm_fast.remote.reading import RemoteError
+from saevlm_fast.remote.answers import RemoteError
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.run import train
 

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 
 class FileServer:
@@ -14,13 +15,14 @@ class FileServer:
         url: of the folder. asked: how often each path was. ranges: whether parts can be asked for. etags: whether
             versions are told. latency: seconds before every answer. fails: path -> list of what happens to its next
             requests: a status, "cut" (half of what was promised), "hang" (no answer), "wrong" (bytes of another range).
-        password: of user `me`, if one is asked for.
+        password: of user `me`, if one is asked for. logins: all that came.
     """
 
     def __init__(self, folder):
         self.folder, self.asked, self.bytes_sent = Path(folder), Counter(), 0
         self.ranges = self.etags = True
         self.latency, self.password = 0.0, None
+        self.logins = set()
         self.fails = {}
         owner = self
 
@@ -50,8 +52,9 @@ class FileServer:
         self._server.server_close()
 
     def answer(self, request):
-        path = request.path.partition("?")[0].lstrip("/")
+        path = unquote(request.path.partition("?")[0].lstrip("/"))
         self.asked[path] += 1
+        self.logins |= {request.headers["Authorization"]} - {None}
         time.sleep(self.latency)
         failing = self.fails.get(path) or self.fails.get("*")
         what = failing.pop(0) if failing else None

@@ -2,6 +2,7 @@
 
     with hub_server() as hub:            # HF_ENDPOINT and an empty cache are set for this process
         hub.add("user/repo", {"sae/cfg.json": b"{}"})
+        hub.add("datasets/user/photos", {"0.tar": ...})
 
 Repositories, their commits and branches are kept in memory. Files of `lfs_suffixes` are uploaded by LFS (batch, PUT,
 verify), others inside the commit. Xet is off (HF_HUB_DISABLE_XET): its protocol is a compiled client's own.
@@ -15,14 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
 TOKEN = "hf_" + "s3cret" * 5
-LFS_SUFFIXES = (".safetensors", ".pt", ".npz", ".png")
+LFS_SUFFIXES = (".safetensors", ".pt", ".npz", ".png", ".parquet", ".tar")
 
 
 @dataclass
@@ -54,7 +55,9 @@ class Hub:
     Attributes:
         cut_downloads: so many downloads end after half of what was asked for. cut_uploads: so many PUTs are not heard
             to their end. corrupt: names whose downloads have a bit flipped. before_commit: called, once, before a
-            commit is looked at. down: every answer is 503. log: (method, path) of every request. tokens: those seen.
+            commit is looked at. down: every answer is 503. ranges: whether parts can be asked for. statuses: of the
+            next answers. large_files_at: the URL of a server that has them, as of the Hub's.
+            log: (method, path) of every request. tokens: those seen.
     """
 
     def __init__(self) -> None:
@@ -63,7 +66,9 @@ class Hub:
         self.cut_downloads = self.cut_uploads = 0
         self.corrupt: set[str] = set()
         self.before_commit: Any = None
-        self.down = False
+        self.down, self.ranges = False, True
+        self.statuses: list[int] = []
+        self.large_files_at = ""
         self.log: list[tuple[str, str]] = []
         self.tokens: set[str] = set()
         self.url = ""
@@ -103,8 +108,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.tokens |= {token} if token else set()
         self.writer = token == TOKEN
         try:
-            if self.hub.down:
-                raise Refused(503)
+            if self.hub.down or self.hub.statuses:
+                raise Refused(self.hub.statuses.pop(0) if self.hub.statuses else 503)
             for method, pattern, call in ROUTES:
                 found = re.fullmatch(pattern, self.path)
                 if found and self.command in method:
@@ -173,9 +178,19 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in repo.files(sha)]
         self.send(200, {"id": name, "sha": sha, "private": repo.private, "tags": [], "siblings": siblings})
 
-    def tree(self, name: str, revision: str) -> None:
-        files = self.repo(name).files(self.sha(name, revision))
-        self.send(200, [listed(path, data) for path, data in files.items()])
+    def tree(self, name: str, revision: str, folder: str = "") -> None:
+        entries = everything(self.repo(name).files(self.sha(name, revision)))
+        if folder and entries.get(folder, {}).get("type") != "directory":
+            raise Refused(404, "EntryNotFound", f"{folder} does not exist")
+        below = f"{folder}/" if folder else ""
+        deep = "recursive=true" in self.query.lower()
+        wanted = [path for path in entries if path.startswith(below) and (deep or "/" not in path[len(below) :])]
+        self.send(200, [entries[path] for path in wanted])
+
+    def paths_info(self, name: str, revision: str) -> None:
+        asked = parse_qs(self.body().decode())
+        entries = everything(self.repo(name).files(self.sha(name, revision)))
+        self.send(200, [entries[path] for path in asked["paths"] if path in entries])
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repo, sha = self.repo(name), self.sha(name, revision)
@@ -188,20 +203,28 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
         if self.command == "HEAD":
             return self.send(200, data, **headers)
+        if self.hub.large_files_at and path.endswith(LFS_SUFFIXES):
+            return self.send(302, Location=f"{self.hub.large_files_at}/{path}", **headers)
         if path in self.hub.corrupt:
             data = bytes([data[0] ^ 1]) + data[1:]
-        start = int((re.findall(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0])[0])
-        if start:
-            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        start, stop = self.wanted(len(data))
+        ranged = "Range" in self.headers and self.hub.ranges
+        if ranged:
+            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
         if self.hub.cut_downloads:
             self.hub.cut_downloads -= 1
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(data) - start))
+            self.send_response(206 if ranged else 200)
+            self.send_header("Content-Length", str(stop - start))
             self.end_headers()
-            self.wfile.write(data[start : start + (len(data) - start) // 2])
+            self.wfile.write(data[start : start + (stop - start) // 2])
             self.close_connection = True
             return None
-        return self.send(206 if start else 200, data[start:], **headers)
+        return self.send(206 if ranged else 200, data[start:stop], **headers)
+
+    def wanted(self, size: int) -> tuple[int, int]:
+        """The part of a file that is asked for."""
+        first, last = (re.findall(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) or [("0", "")])[0]
+        return (int(first), min(int(last) + 1, size) if last else size) if self.hub.ranges else (0, size)
 
     def preupload(self, name: str, revision: str) -> None:
         self.repo(name, write=True)
@@ -279,16 +302,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"errors": [], "warnings": []})
 
 
-_NAME, _PART = r"([^/]+/[^/]+)", r"([^/]+)"
+_NAME, _PART = r"((?:datasets/)?[^/]+/[^/]+)", r"([^/]+)"
+_API = r"/api/(?:models/)?" + _NAME  # the repository of a model is user/name, of a data set datasets/user/name
 ROUTES = (
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.yaml),
-    ("GET", rf"/api/models/{_NAME}", Handler.info),
-    ("GET", rf"/api/models/{_NAME}/revision/{_PART}", Handler.info),
-    ("GET", rf"/api/models/{_NAME}/tree/{_PART}", Handler.tree),
-    ("POST", rf"/api/models/{_NAME}/preupload/{_PART}", Handler.preupload),
-    ("POST", rf"/api/models/{_NAME}/commit/{_PART}", Handler.commit),
-    ("POST", rf"/api/models/{_NAME}/branch/{_PART}", Handler.branch),
+    ("GET", rf"{_API}", Handler.info),
+    ("GET", rf"{_API}/revision/{_PART}", Handler.info),
+    ("GET", rf"{_API}/tree/{_PART}", Handler.tree),
+    ("GET", rf"{_API}/tree/{_PART}/(.+)", Handler.tree),
+    ("POST", rf"{_API}/paths-info/{_PART}", Handler.paths_info),
+    ("POST", rf"{_API}/preupload/{_PART}", Handler.preupload),
+    ("POST", rf"{_API}/commit/{_PART}", Handler.commit),
+    ("POST", rf"{_API}/branch/{_PART}", Handler.branch),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", r"/lfs/upload/(\w+)", Handler.upload),
     ("POST", r"/lfs/verify/(\w+)", Handler.verify),
@@ -298,6 +324,15 @@ ROUTES = (
 
 def git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def everything(files: dict[str, bytes]) -> dict[str, dict[str, Any]]:
+    """Files and folders of a commit, sorted, as a listing has them."""
+    found = {path: listed(path, data) for path, data in files.items()}
+    for path in files:
+        for folder in map(str, list(PurePosixPath(path).parents)[:-1]):
+            found[folder] = {"type": "directory", "path": folder, "size": 0, "oid": git_sha1(folder.encode())}
+    return dict(sorted(found.items()))
 
 
 def listed(path: str, data: bytes) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Case:
     constexprs: dict[str, int | float | bool | str | None] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None
 
     def __str__(self) -> str:
         return f"{self.function}{self.constexprs} w{self.num_warps} s{self.num_stages} {self.target}"
@@ -131,10 +132,13 @@ def _compile(case: Case) -> Resources:
         if signature[name].startswith("*") or divisor == "16":
             attrs[(i,)] = [["tt.divisibility", 16]]
     constexprs = {(kernel.arg_names.index(name),): _resolve(value) for name, value in case.constexprs.items()}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.maxnreg is not None and target.backend == "cuda":
+        options["maxnreg"] = case.maxnreg
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attrs),
         target=target,
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options=options,
     )
     registers, spill_bytes = _read_gfx(compiled) if case.target == "gfx942" else _read_cubin(compiled)
     return Resources(registers, spill_bytes, compiled.metadata.shared)

@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from saevlm_fast.peers import Alone, Ranks
+
 
 class Meeting:
     """What `world` threads tell each other. bytes: what each rank received from others, by kind of collective."""
@@ -13,6 +15,12 @@ class Meeting:
         self.world, self.slots = world, [None] * world
         self.barrier = threading.Barrier(world, timeout=60)
         self.bytes = [{"gather": 0, "exchange": 0, "add_up": 0} for _ in range(world)]
+
+    def along(self, ranks):
+        """Some of the ranks among themselves; what they tell each other is counted here."""
+        among = Meeting(len(ranks))
+        among.bytes = [self.bytes[rank] for rank in ranks]
+        return among
 
     def all(self, rank, x):
         self.slots[rank] = x
@@ -27,6 +35,7 @@ class ThreadPeers:
 
     def __init__(self, meeting, rank):
         self.meeting, self.rank, self.world = meeting, rank, meeting.world
+        self.ranks = Ranks.of(self)
 
     def share(self, value=None):
         return self.meeting.all(self.rank, value)[0]
@@ -58,17 +67,24 @@ class ThreadPeers:
         return torch.stack(self.meeting.all(self.rank, x.clone())).sum(0, dtype=x.dtype)
 
 
-def together(world, work):
-    """[work(peers) of every rank], each in a thread. The first failure is raised."""
-    meeting, found, failed = Meeting(world), [None] * world, []
+def together(world, work, replicas=1):
+    """[work(peers) of every rank], each in a thread. The first failure is raised. peers.ranks: the mesh."""
+    meeting, found, failed, parts = Meeting(world), [None] * world, [], world // replicas
+    of_latents = [meeting.along(range(d * parts, (d + 1) * parts)) for d in range(replicas)]
+    of_rows = [meeting.along(range(part, world, parts)) for part in range(parts)]
 
     def run(rank):
         try:
-            found[rank] = work(ThreadPeers(meeting, rank))
+            peers, (replica, part) = ThreadPeers(meeting, rank), divmod(rank, parts)
+            if replicas > 1:
+                latents = ThreadPeers(of_latents[replica], part) if parts > 1 else Alone()
+                peers.ranks = Ranks(peers, latents, ThreadPeers(of_rows[part], replica))
+            found[rank] = work(peers)
         except BaseException as error:
             failed.append(error)
             time.sleep(0.2)  # whom the barrier has just let go on does so
-            meeting.barrier.abort()
+            for each in (meeting, *of_latents, *of_rows):
+                each.barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:

@@ -2,7 +2,10 @@
 
 import io
 import json
+import pickle
+import random
 import tarfile
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +16,10 @@ from command import run, run_json
 from file_server import FileServer
 from saevlm_fast.data.label_sets import read_labels
 from saevlm_fast.errors import ImageError
+from saevlm_fast.harvesting.plan import sampled_digest
+from saevlm_fast.images import remote
 from saevlm_fast.remote import cache, reading
-from saevlm_fast.remote.reading import RemoteError
+from saevlm_fast.remote.answers import RemoteError
 from tiny_tower import save_photos
 
 
@@ -110,6 +115,61 @@ def test_an_image_that_is_missing_is_skipped_and_a_lost_network_is_not(server):
     server.fails["*"] = [503] * 3
     with pytest.raises(RemoteError, match="status 503, 3 times"):
         source.read(0)
+
+
+@pytest.fixture
+def large(server, monkeypatch):
+    """A parquet file of 12 images of 50 kB, which is indexed by ranges."""
+    monkeypatch.setattr(remote, "SMALL", 0)
+    rows = [
+        {"image": {"bytes": bytes([i]) * 10 + random.Random(i).randbytes(50_000), "path": None}, "label": f"{i % 3}"}
+        for i in range(12)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), server.folder / "large.parquet", row_group_size=4)
+    return f"{server.url}/large.parquet"
+
+
+def test_a_parquet_file_is_opened_without_its_images(server, large):
+    there, here = sf.open_images(large), sf.open_images(server.folder / "large.parquet")
+    size = (server.folder / "large.parquet").stat().st_size
+    assert server.bytes_sent < 6 * (64 << 10) < 0.7 * size, "the end and two columns"
+    assert there.fingerprint() == here.fingerprint()
+    assert not list(cache.remote_cache().rglob("*.parquet"))
+    assert [there.read(i) for i in (11, 0, 5)] == [here.read(i) for i in (11, 0, 5)]
+
+
+def test_whether_the_images_are_the_same_is_known_without_fetching_them(server, large):
+    told = sampled_digest(sf.open_images(large), 12)
+    assert told == sampled_digest(sf.open_images(large), 12)
+    assert not list(cache.remote_cache().rglob("*.parquet"))
+    time.sleep(0.01)
+    (server.folder / "large.parquet").write_bytes((server.folder / "large.parquet").read_bytes())
+    assert told != sampled_digest(sf.open_images(large), 12)
+    server.etags = False
+    here = sampled_digest(sf.open_images(server.folder / "large.parquet"), 12)
+    assert here == sampled_digest(sf.open_images(large), 12), "without versions the images are read"
+
+
+def test_a_file_that_is_replaced_after_it_was_opened_is_refused(server, large):
+    source, data = sf.open_images(large), bytearray((server.folder / "large.parquet").read_bytes())
+    time.sleep(0.01)
+    (server.folder / "large.parquet").write_bytes(data)
+    with pytest.raises(RemoteError, match=r"large.parquet: it was replaced since it was opened"):
+        pickle.loads(pickle.dumps(source)).read(3)
+
+
+def test_a_lost_network_is_not_taken_for_a_damaged_image(server, large):
+    source = sf.open_images(large)
+    server.fails["*"] = [503] * 3
+    with pytest.raises(RemoteError, match="status 503, 3 times"):
+        source.read(0)
+
+
+def test_names_of_any_language(server, tmp_path):
+    name = "ein Bild & m\u00e4r #1.png"
+    (server.folder / name).write_bytes(b"data")
+    (server.folder / "names.txt").write_text(f"{name.replace('#', '%23')}\n", encoding="utf-8")
+    assert sf.open_images(f"{server.url}/names.txt").read(0) == b"data"
 
 
 HARVEST = ("harvest", "--model", "hf:tiny-clip", "--layer", "1", "--workers", "1", "--device", "cpu")

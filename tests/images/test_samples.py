@@ -138,6 +138,10 @@ def test_what_is_not_used_is_told(tmp_path: Path) -> None:
     assert missing.startswith("2 of 3 images have no label (looked for .cls, .label, ")
     assert unused == "not used: .depth.png (3), .npy (3)"
     assert source.n_ignored == 6
+    said = {"0.json": b'{"caption": "a red square"}', "1.caption": b"a blue circle", "2.json": b'{"width": 3}'}
+    source = open_images(write_tar(tmp_path / "b.tar", {f"{i}.jpg": b"x" for i in range(3)} | said))
+    assert [source.caption(i) for i in range(3)] == ["a red square", "a blue circle", None]
+    assert source.notes[-1] == "not used: .json (1)"
     plain = open_images(write_tar(tmp_path / "b.tar", {"0.jpg": b"x", "0.cls": b"1", "c/1.jpg": b"x"}))
     assert plain.notes == ()
 

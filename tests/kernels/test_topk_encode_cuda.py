@@ -333,8 +333,8 @@ def test_bounds_are_reached(device):
 
 # --- compiling -------------------------------------------------------------------------------------------------------
 
-SCREEN, LIST, CHOOSE, REDO, ROWS = (
-    f"saevlm_fast.kernels.topk_encode_{name}_triton" for name in ("screen", "list", "choose", "redo", "rows")
+SCREEN, LIST, CHOOSE, LARGEST, REDO, ROWS = (
+    f"saevlm_fast.kernels.topk_encode_{name}_triton" for name in ("screen", "list", "choose", "largest", "redo", "rows")
 )
 FLOATS, HALVES, INTS, LONGS, SIZE = "*fp32", "*fp16", "*i32", "*i64", "i32:16"
 BOUND = {"maxima_ptr": HALVES} | dict.fromkeys(("factors_ptr", "norm_ptr", "error_ptr", "inverse_ptr"), FLOATS)
@@ -379,7 +379,7 @@ def list_case(target: str, group: int, n_groups: int, bounded: bool) -> Case:
 def copy_cases(target: str) -> list[Case]:
     weights = {"W_ptr": FLOATS, "low_ptr": HALVES, "norm_ptr": FLOATS, "error_ptr": FLOATS, "d_in": SIZE, "width": SIZE}
     rows = dict.fromkeys(("x_ptr", "b_dec_ptr", "centred_ptr", "norm_ptr", "error_ptr", "inverse_ptr"), FLOATS)
-    rows |= {"low_ptr": HALVES, "stride_x": SIZE, "d_in": SIZE, "width": SIZE}
+    rows |= {"low_ptr": HALVES, "zeros_ptr": INTS, "stride_x": SIZE, "d_in": SIZE, "width": SIZE, "n_zeros": "i32"}
     factors = dict.fromkeys(("norm_ptr", "error_ptr", "b_enc_ptr", "factors_ptr"), FLOATS)
     factors |= {"d_sae": SIZE, "n_groups": SIZE, "gamma": "fp32"}
     dots = dict.fromkeys(("x_ptr", "W_ptr", "b_enc_ptr", "value_ptr"), FLOATS) | {"counters_ptr": LONGS}
@@ -394,23 +394,23 @@ def copy_cases(target: str) -> list[Case]:
 
 def choice_cases(target: str) -> list[Case]:
     topk = POOL | {"acts_ptr": FLOATS, "latents_ptr": LONGS, "k": "i32"}
-    bound = BOUND | {"histogram_ptr": INTS, "n": "i32", "n_rows": "i32", "n_groups": SIZE}
-    digit = {"value_ptr": FLOATS, "z_ptr": FLOATS, "counters_ptr": LONGS, "histogram_ptr": INTS}
-    digit |= {"capacity": "i32", "n": "i32", "n_z": "i32"}
-    row = POOL | {"z_ptr": FLOATS, "d_sae": SIZE, "found_ptr": INTS}
-    offsets = {"above_ptr": INTS, "equal_ptr": INTS, "found_ptr": INTS, "row_offsets_ptr": LONGS, "n_rows": "i32"}
-    write = row | {"row_offsets_ptr": LONGS, "equal_before_ptr": INTS, "acts_ptr": FLOATS, "latents_ptr": LONGS}
-    key = {"histogram_ptr": INTS, "found_ptr": INTS, "n": "i32"}
+    found = {"histogram_ptr": INTS, "found_ptr": INTS, "n": "i32"}
+    bound = BOUND | found | {"n_rows": "i32", "n_groups": SIZE}
+    digit = found | {"value_ptr": FLOATS, "z_ptr": FLOATS, "counters_ptr": LONGS, "capacity": "i32", "n_z": "i32"}
+    count = POOL | {"z_ptr": FLOATS, "d_sae": SIZE, "n_rows": "i32"}
+    count |= dict.fromkeys(("found_ptr", "above_ptr", "equal_ptr", "parts_ptr"), INTS)
+    write = count | {"row_offsets_ptr": LONGS, "acts_ptr": FLOATS, "latents_ptr": LONGS, "n_places": "i32"}
+    rows = {"ROWS": 8, "BLOCK": 64}
+    digits = {"FIRST": False}
     ranked = {"RANKED": target != "gfx942", "BLOCK": 256}
     return [
         Case(CHOOSE, "topk_of_pool_kernel", target, topk, ranked, num_warps=1),
         Case(CHOOSE, "topk_of_pool_kernel", target, topk, {"RANKED": False, "BLOCK": 2048}, num_warps=8),
-        Case(CHOOSE, "bound_digit_kernel", target, bound, {"SECOND": True, "ROWS": 4, "BLOCK_G": 1024}),
-        Case(CHOOSE, "key_kernel", target, key, {"DIGITS": 4}),
-        Case(CHOOSE, "digit_kernel", target, digit, {"PASS": 2, "SHIFT": 7, "BLOCK": 1024}),
-        Case(CHOOSE, "count_kernel", target, row | {"above_ptr": INTS, "equal_ptr": INTS}, {"BLOCK": 64}, num_warps=1),
-        Case(CHOOSE, "offsets_kernel", target, offsets, {"BLOCK_B": 2048}, num_warps=16),
-        Case(CHOOSE, "write_kernel", target, write, {"BLOCK": 64}, num_warps=1),
+        Case(LARGEST, "bound_digit_kernel", target, bound, digits | {"SHIFT": 15, "ROWS": 4, "BLOCK_G": 1024}),
+        Case(LARGEST, "digit_kernel", target, digit, digits | {"SHIFT": 7, "BITS": 8, "BLOCK": 1024}),
+        Case(LARGEST, "digit_kernel", target, digit, digits | {"SHIFT": 0, "BITS": 7, "BLOCK": 1024}),
+        Case(LARGEST, "count_kernel", target, count, rows, num_warps=2),
+        Case(LARGEST, "write_kernel", target, write, rows | {"PARTS": 256}, num_warps=2),
     ]
 
 

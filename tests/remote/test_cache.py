@@ -1,10 +1,13 @@
 """Files at URLs in the cache: whole or absent, fetched once, bounded, whatever the network does."""
 
+import errno
 import hashlib
 import multiprocessing
+import os
 import sys
 import threading
 import time
+import urllib.request
 from base64 import b64encode
 
 import fsspec.registry  # noqa: F401  # known by its name below
@@ -12,9 +15,10 @@ import pytest
 
 from file_server import FileServer
 from saevlm_fast.remote import cache, reading
+from saevlm_fast.remote.answers import NotThere, RemoteError
 from saevlm_fast.remote.cache import fetched, release
 from saevlm_fast.remote.files import RemoteFiles
-from saevlm_fast.remote.reading import NotThere, RemoteError, read_whole
+from saevlm_fast.remote.reading import read_whole
 
 
 @pytest.fixture
@@ -111,7 +115,7 @@ def test_a_server_that_dies_midway_and_a_later_process_that_goes_on(server):
     server.fails["a.bin"] = [None, None, None, 503, 503, 503]
     with pytest.raises(RemoteError, match="status 503"):
         fetched(f"{server.url}/a.bin")
-    assert not (cache.remote_cache() / cache._key(f"{server.url}/a.bin", None) / "a.bin").exists()
+    assert not list(cache.remote_cache().rglob("a.bin"))
     before = server.asked["a.bin"]
     assert fetched(f"{server.url}/a.bin").path.read_bytes() == data
     assert server.asked["a.bin"] - before == 1 + 2, "two of four pieces were there"
@@ -303,3 +307,68 @@ def test_a_driver_that_is_missing_is_named(monkeypatch):
 def test_an_empty_file(server):
     put(server, "a.bin", 0)
     assert fetched(f"{server.url}/a.bin").path.read_bytes() == b""
+
+
+class Objects:
+    """A store of one object, which is replaced after so many ranges."""
+
+    def __init__(self, replaced_after):
+        self.data, self.left = b"a" * 3000, replaced_after
+
+    def invalidate_cache(self):
+        pass
+
+    def info(self, path):
+        return {"size": len(self.data), "ETag": self.data[:1].decode(), "type": "file"}
+
+    def cat_file(self, path, start, end):
+        if not self.left:
+            self.data = b"b" * 3000
+        self.left -= 1
+        return self.data[start:end]
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_refused(server, monkeypatch):
+    objects = Objects(replaced_after=2)
+    monkeypatch.setattr(reading, "_file_system", lambda url: (objects, "bucket/x"))
+    with pytest.raises(RemoteError, match=r"s3://bucket/x: it was replaced while it was read"):
+        fetched("s3://bucket/x")
+    assert fetched("s3://bucket/x").path.read_bytes() == b"b" * 3000
+
+
+def test_who_has_opened_one_version_keeps_it(server):
+    data = put(server, "a.bin")
+    old = fetched(f"{server.url}/a.bin")
+    time.sleep(0.01)
+    newer = put(server, "a.bin", seed=1)
+    assert fetched(f"{server.url}/a.bin").path.read_bytes() == newer
+    assert old.path.read_bytes() == data
+
+
+def test_a_full_disk_is_one_line(server, monkeypatch):
+    data = put(server, "a.bin")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.os, "fsync", full)
+        with pytest.raises(RemoteError, match=r"a.bin: cannot be written to the cache \(.*\): No space left on device"):
+            fetched(f"{server.url}/a.bin")
+    assert fetched(f"{server.url}/a.bin").path.read_bytes() == data
+
+
+def test_a_proxy_is_gone_through_and_its_password_is_shown_nowhere(server, monkeypatch):
+    monkeypatch.setattr(urllib.request, "_opener", None)  # which has read the environment
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", server.url.replace("://", "://me:pass-word@"))
+    (server.folder / "http:" / "host.example").mkdir(parents=True)
+    data = put(server, "http:/host.example/a.bin")
+    assert read_whole("http://host.example/a.bin", 9000) == data
+    server.fails["*"] = [502] * 3
+    with pytest.raises(RemoteError, match=r"^http://host.example/a.bin: status 502, 3 times$"):
+        read_whole("http://host.example/a.bin", 9000)
+    server.stop()
+    with pytest.raises(RemoteError, match=r"^http://host.example/a.bin: no answer") as error:
+        read_whole("http://host.example/a.bin", 9000)
+    assert "pass-word" not in str(error.value)

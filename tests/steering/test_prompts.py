@@ -80,6 +80,11 @@ def test_templates_that_cannot_be_used_are_one_line(directory, template, why):
     assert "may hold <image> itself" in str(error.value)
 
 
+def test_prompts_longer_than_the_window_are_refused(directory):
+    with pytest.raises(ValueError, match=r"^prompt: with its image it has \d+ tokens, the window of Llava.* 256$"):
+        asked(directory, prompt="what " * 240)
+
+
 def test_processors_saved_before_they_knew_the_patch_size(directory):
     """They are as the model's configuration says: the same ids and answers."""
     answers, ids, _ = asked(directory)

@@ -1,14 +1,13 @@
 """The choice of several ranks against that of one process, over all latents."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from thread_peers import together
 
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.grouping import entry_rows
-from saevlm_fast.training.choice import NOTHING, keep_largest_of_all, keep_of_batch, keep_of_rows
+from saevlm_fast.training import choice
+from saevlm_fast.training.choice import keep_largest_of_all, keep_of_batch, keep_of_rows
 
 
 def preactivations(n_rows, d_sae, seed, levels):
@@ -25,50 +24,53 @@ def with_nan(pre_BS, share):
     return torch.where(torch.rand(pre_BS.shape, generator=torch.Generator().manual_seed(9)) < share, torch.nan, pre_BS)
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("few_offers", [0, 10_000], ids=["counts", "offers"])
+@pytest.mark.parametrize("n_ranks", [1, 2, 5])
 @pytest.mark.parametrize(("d_sae", "k", "levels"), [(7, 5, 2), (40, 6, 3), (40, 6, 1000), (11, 11, 2)])
 @pytest.mark.parametrize("nan", [0, 0.1])
-def test_top_k_of_rows(n_ranks, d_sae, k, levels, nan):
+def test_top_k_of_rows(monkeypatch, few_offers, n_ranks, d_sae, k, levels, nan):
+    monkeypatch.setattr(choice, "_FEW_OFFERS", few_offers)
     pre_BS = with_nan(preactivations(9, d_sae, 1, levels), nan)
-    acts_BK, latents_BK = reference.topk_select(pre_BS, k)
-    edges, offers = cuts(d_sae, n_ranks), []
-    for start, stop in pairwise(edges):
-        acts, latents = reference.topk_select(pre_BS[:, start:stop], min(k, stop - start))
-        missing = (0, k - acts.shape[1])
-        offers.append((torch.nn.functional.pad(acts, missing, value=NOTHING), latents + start))
-    values_RBK = torch.stack([acts for acts, _ in offers])
-    found = [keep_of_rows(values_RBK, rank, k) for rank in range(n_ranks)]
+    _, latents_BK = reference.topk_select(pre_BS, k)
+    edges = cuts(d_sae, n_ranks)
+
+    def work(peers):
+        start, stop = edges[peers.rank : peers.rank + 2]
+        acts_BC, own_BC = reference.topk_select(pre_BS[:, start:stop], min(k, stop - start))
+        kept_BC = keep_of_rows(acts_BC, k, peers)
+        return [own_BC[row][kept_BC[row]] + start for row in range(9)]
+
+    found, _ = together(n_ranks, work)
     for row in range(9):
-        kept = [offers[r][1][row][found[r].mask[row, : offers[r][1].shape[1]]] for r in range(n_ranks)]
-        assert torch.equal(torch.cat(kept), latents_BK[row])
-    positive = acts_BK[acts_BK > 0]
-    for each in found:
-        assert float(each.smallest) == (float(positive.min()) if len(positive) else 0)
+        assert torch.equal(torch.cat([kept[row] for kept in found]), latents_BK[row])
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize(("n_ranks", "n_replicas"), [(1, 1), (2, 1), (5, 1), (1, 2), (3, 2), (2, 4)])
 @pytest.mark.parametrize(("d_sae", "k", "levels"), [(7, 5, 2), (40, 6, 3), (40, 6, 1000), (11, 11, 2), (30, 9, 1)])
 @pytest.mark.parametrize("nan", [0, 0.1])
-def test_top_k_of_a_batch(n_ranks, d_sae, k, levels, nan):
+def test_top_k_of_a_batch(n_ranks, n_replicas, d_sae, k, levels, nan):
     n_rows = 9
     pre_BS = with_nan(preactivations(n_rows, d_sae, 2, levels), nan)
     acts_M, latents_M, row_offsets = reference.batch_topk_select(pre_BS, k)
-    edges, offers = cuts(d_sae, n_ranks), []
-    for start, stop in pairwise(edges):
-        acts, latents, offsets = reference.batch_topk_select(pre_BS[:, start:stop], min(k, stop - start))
-        missing = (0, n_rows * k - len(acts))
-        offers.append((torch.nn.functional.pad(acts, missing), torch.nn.functional.pad(latents, missing), offsets))
-    values_RM, offsets_RB1 = torch.stack([each[0] for each in offers]), torch.stack([each[2] for each in offers])
+    edges, lines = cuts(d_sae, n_ranks), cuts(n_rows, n_replicas)
     wanted = reference.densify(acts_M, latents_M, row_offsets, d_sae) != 0
     positive = acts_M[acts_M > 0]
-    for rank, (_, latents, offsets) in enumerate(offers):
-        rows_M = entry_rows(latents, offsets)
-        kept = keep_of_batch(values_RM, offsets_RB1, rows_M, rank, n_rows * k)
-        places = torch.zeros(n_rows, edges[rank + 1] - edges[rank], dtype=torch.bool)
-        places[rows_M[kept.mask], latents[kept.mask]] = True
-        assert torch.equal(places, wanted[:, edges[rank] : edges[rank + 1]])
+
+    def work(peers):
+        part, replica = peers.ranks.latents.rank, peers.ranks.rows.rank
+        rows, latents = slice(*lines[replica : replica + 2]), slice(*edges[part : part + 2])
+        own_BS = pre_BS[rows, latents]
+        own_k = min(-(-n_rows * k // len(own_BS)), own_BS.shape[1])
+        acts, latents_M, offsets = reference.batch_topk_select(own_BS, own_k)
+        rows_M = entry_rows(latents_M, offsets)
+        kept = keep_of_batch(acts, rows_M, len(own_BS), n_rows * k, peers.ranks)
+        places = torch.zeros(own_BS.shape, dtype=torch.bool)
+        places[rows_M[kept.mask], latents_M[kept.mask]] = True
+        assert torch.equal(places, wanted[rows, latents])
         if not nan:
             assert float(kept.smallest) == (float(positive.min()) if len(positive) else 0)
+
+    together(n_ranks * n_replicas, work, n_replicas)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -202,6 +202,23 @@ def test_embeddings_that_do_not_fit_are_refused(settings, n, message):
         train(rows(), SIZE, steps=2, **settings, mono_embeddings=torch.ones(n, 3))
 
 
+def test_a_loss_that_is_not_finite_is_noted_at_its_step(device):
+    stepper, _, data = selecting.make("topk", mono_weight=WEIGHT)
+    stepper = Stepper(stepper.sae.to(device), stepper.config)
+    x = data[:61].to(device)
+    stepper.step(x)
+    assert int(stepper.bad_step) == -1
+    stepper.step(x, torch.full_like(x, float("nan")))
+    assert int(stepper.bad_step) == 1
+
+
+def test_a_batch_without_a_score_logs_none():
+    logged = []
+    train(rows(), SIZE, steps=2, batch_size=1, mono_weight=1.0, on_log=lambda step, metrics: logged.append(metrics))
+    assert [metrics["losses/mono_loss"] for metrics in logged] == [0, 0]
+    assert all("metrics/batch_ms" not in metrics for metrics in logged)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_gpu_captured_steps_are_the_dense_steps(device, architecture):

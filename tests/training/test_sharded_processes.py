@@ -1,19 +1,16 @@
 """`torchrun -m saevlm_fast.cli train`: real processes over gloo, on one machine and as two nodes of it."""
 
+import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
 from test_sharded_run import check_same_sae
+from torchrun import Torchrun, messages
 
-from command import ROOT
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
@@ -47,62 +44,6 @@ def words(matrix, output, steps=50, *more):
     ]
 
 
-class Torchrun:
-    """torchrun of the command line, in a process group of its own."""
-
-    def __init__(self, arguments, n_ranks, log, launch=("--standalone",)):
-        self.log = log
-        launcher = [sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc-per-node={n_ranks}"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                [*launcher, "-m", "saevlm_fast.cli", *map(str, arguments)],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-
-    def ranks(self):
-        """Process ids of the ranks, by /proc."""
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, ValueError):  # it has ended meanwhile
-                parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
-                if int(parent) == self.process.pid:
-                    entries = (process / "environ").read_text().split("\0")
-                    found |= {int(entry[5:]): int(process.name) for entry in entries if entry.startswith("RANK=")}
-        return found
-
-    def wait_for(self, path, seconds=180):
-        end = time.monotonic() + seconds
-        while not list(path.glob("checkpoints/step_*")):
-            assert time.monotonic() < end, self.said()
-            assert self.process.poll() is None, self.said()
-            time.sleep(0.05)
-
-    def end(self, seconds=180):
-        code = self.process.wait(seconds)
-        return code, self.said()
-
-    def said(self):
-        return self.log.read_text()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            for pid in (*self.ranks().values(), self.process.pid):
-                os.kill(pid, signal.SIGKILL)
-            self.process.wait()
-
-
-def messages(said):
-    """Lines of ours that say why the work ended; torchrun has a report of its own."""
-    return [line for line in said.splitlines() if line.startswith(("error:", "another of", "interrupted"))]
-
-
 @pytest.mark.parametrize("nodes", [1, 2], ids=["two ranks", "two nodes"])
 def test_the_run_of_one_process(alone, matrix, tmp_path, nodes):
     arguments = words(matrix, tmp_path / "run")
@@ -125,6 +66,69 @@ def test_the_run_of_one_process(alone, matrix, tmp_path, nodes):
     assert "2 ranks: batch_topk SAE 32 -> 129" in said
     check_same_sae(tmp_path / "run", alone)
     assert len(list(checkpoints(tmp_path / "run")[-1].glob("train_state_*_of_0002.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(("replicas", "parts"), [(2, 2), (2, 1)])
+def test_replicas_make_the_run_of_one_process(alone, matrix, tmp_path, replicas, parts):
+    arguments = words(matrix, tmp_path / "run", 50, "--data-parallel", replicas)
+    with Torchrun(arguments, replicas * parts, tmp_path / "log") as run:
+        code, said = run.end()
+    assert code == 0, said
+    assert f"{replicas * parts} ranks, {replicas} replicas: batch_topk SAE 32 -> 129" in said
+    check_same_sae(tmp_path / "run", alone)
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert sum(file.stat().st_size for file in newest.glob("train_state_*")) < 1.1 * 129 * 32 * 24, "written twice"
+
+
+def test_a_grid_of_two_ranks(alone, matrix, tmp_path):
+    """Its members are the SAEs that are trained alone; the summary is written once."""
+    arguments = [*words(matrix, tmp_path / "grid"), "--k", "6,3", "--embeddings", matrix]
+    with Torchrun(arguments, 2, tmp_path / "log") as run:
+        code, said = run.end()
+    assert code == 0, said
+    assert "2 ranks: 2 SAEs of 32 in one pass" in said
+    assert said.count("wrote") == 1
+    summary = json.loads((tmp_path / "grid" / "grid.json").read_text())
+    assert [sae["name"] for sae in summary["saes"]] == ["k6", "k3"]
+    assert all(0 < sae["ms_mean"] <= 1 for sae in summary["saes"])
+    check_same_sae(tmp_path / "grid" / "k6", alone)
+    assert {"cfg.json", "settings.toml", "run.json"} <= {path.name for path in (tmp_path / "grid" / "k3").iterdir()}
+
+
+def test_one_pass_is_refused_once(tmp_path):
+    arguments = ["train", "--model", "hf:x", "--images", tmp_path, "--layer", 1, "--output", tmp_path / "run"]
+    with Torchrun(arguments, 2, tmp_path / "log") as run:
+        _, said = run.end()
+    assert messages(said) == ["error: model: one pass is of one process, and torchrun started 2; harvest first"]
+
+
+def test_replicas_that_do_not_divide_the_ranks_are_refused_once(matrix, tmp_path):
+    with Torchrun(words(matrix, tmp_path / "run", 50, "--data-parallel", 2), 3, tmp_path / "log") as run:
+        code, said = run.end()
+    assert code != 0
+    assert messages(said) == ["error: data_parallel: 2 replicas must divide the ranks that torchrun started, 3"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_replica_that_is_gone_or_hangs_ends_all(alone, matrix, tmp_path, number):
+    """Of 2 replicas of 2 ranks the last one; the rest wait for it in different groups. Three ranks go on."""
+    more = "--checkpoint-every", 2, "--collective-timeout", 10
+    arguments = words(matrix, tmp_path / "run", 50, *more)
+    with Torchrun([*arguments, "--data-parallel", 2], 4, tmp_path / "log") as run:
+        run.wait_for(tmp_path / "run")
+        os.kill(run.ranks()[3], number)
+        end = time.monotonic() + 120
+        while not messages(run.said()):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        (message,) = messages(run.said())
+    assert message.startswith("another of the 4 ranks has ended, or has not answered for 10 s (collective_timeout)")
+    if number == signal.SIGKILL:
+        with Torchrun([*arguments, "--resume", "--data-parallel", 3], 3, tmp_path / "log") as run:
+            code, said = run.end()
+        assert code == 0, said
+        check_same_sae(tmp_path / "run", alone)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -185,8 +189,8 @@ def test_what_one_rank_alone_meets_is_one_message(matrix, tmp_path):
 
 
 def test_a_command_of_one_process_says_so_once(matrix, tmp_path):
-    words = ["ms-score", "--codes", tmp_path, "--embeddings", matrix, "--output", tmp_path / "scores.parquet"]
+    words = ["top-images", "--raw", "--activations", matrix, "--latents", 1, "--output", tmp_path / "out"]
     with Torchrun(words, 2, tmp_path / "log") as run:
         _, said = run.end()
     (message,) = messages(said)
-    assert message.startswith("error: ms-score: runs in one process, and torchrun started 2 (WORLD_SIZE)")
+    assert message.startswith("error: top-images: runs in one process, and torchrun started 2 (WORLD_SIZE)")

@@ -5,6 +5,7 @@ import shutil
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.inspection import inspect, verify_inspected
+from saevlm_fast.peers import Ranks
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import sharded_run, sharded_state, shards
 from saevlm_fast.training.checkpoints import checkpoints
+from saevlm_fast.training.many import Look, train_many
 from saevlm_fast.training.run import train
 from saevlm_fast.training.saved_state import check_checkpoint, read_state
+from saevlm_fast.training.sharded_many import train_many_shared
 from saevlm_fast.training.sharded_run import train_shared
 from saevlm_fast.training.shards import Shard, starting_sae
 
@@ -43,7 +47,7 @@ def options(output, **more):
     return RunOptions(output, "cpu", **({"log_every": 10, "checkpoint_every": 20} | more))
 
 
-def run_ranks(world, matrix, output, architecture="batch_topk", config=CONFIG, on_log=None, **more):
+def run_ranks(world, matrix, output, architecture="batch_topk", config=CONFIG, on_log=None, replicas=1, **more):
     """[metrics] of every rank."""
 
     def work(peers):
@@ -51,7 +55,7 @@ def run_ranks(world, matrix, output, architecture="batch_topk", config=CONFIG, o
         told = {} if on_log is None else {"on_log": on_log}
         return train_shared(peers, data, sae_config(architecture), config, where, **told)
 
-    return together(world, work)[0]
+    return together(world, work, replicas)[0]
 
 
 def check_same_sae(output, expected, tolerance=1e-5):
@@ -76,10 +80,11 @@ def alone(matrix, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "world"), [("topk", 2), ("batch_topk", 3), ("matryoshka", 3), ("jumprelu", 2)]
+    ("architecture", "world", "replicas"),
+    [("topk", 2, 1), ("batch_topk", 3, 1), ("matryoshka", 4, 2), ("jumprelu", 2, 2), ("topk", 6, 3)],
 )
-def test_the_run_of_one_process(alone, matrix, tmp_path, architecture, world):
-    metrics = run_ranks(world, matrix, tmp_path / "run", architecture)
+def test_the_run_of_one_process(alone, matrix, tmp_path, architecture, world, replicas):
+    metrics = run_ranks(world, matrix, tmp_path / "run", architecture, replicas=replicas)
     assert all(each == metrics[0] for each in metrics)
     check_same_sae(tmp_path / "run", alone / architecture)
     found, wanted = logged(tmp_path / "run"), logged(alone / architecture)
@@ -93,13 +98,45 @@ def test_the_run_of_one_process(alone, matrix, tmp_path, architecture, world):
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000020", "step_00000030"]
 
 
+SETTINGS = {
+    "centred": ("topk", {"center": True}),
+    "micro-batches": ("batch_topk", {"accumulate": 3}),
+    "shuffled": ("matryoshka", {"control": "shuffled"}),
+    "untrained": ("batch_topk", {"control": "untrained"}),
+    "untrained jumprelu": ("jumprelu", {"control": "untrained", "target_l0": 3.3}),
+    "MonoLoss by other embeddings": ("batch_topk", {"mono_weight": 0.3}),
+}
+
+
+@pytest.mark.parametrize(("architecture", "more"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings_of_one_process_are_those_of_ranks(matrix, tmp_path, architecture, more):
+    """Rows far from 0, and a threshold that starts late: a centred run needs its mean, a short one calibrates."""
+    config = replace(CONFIG, steps=8, threshold_start=100, dead_after=300, **more)
+    data, sae = Activations.from_tensor(np.load(matrix) + 5), sae_config(architecture)
+    embeddings = torch.randn(730, 6, generator=torch.Generator().manual_seed(0))
+    told = {"mono_embeddings": Activations.from_tensor(embeddings)} if config.mono_weight else {}
+    wanted = train(data, sae, config, options(tmp_path / "alone"), **told)[1]
+
+    def work(peers):
+        return train_shared(peers, data, sae, config, options(tmp_path / "run"), **told)
+
+    found, _ = together(3, work) if told else together(4, work, 2)
+    assert all(metrics == pytest.approx(wanted, rel=1e-4) for metrics in found)
+    check_same_sae(tmp_path / "run", tmp_path / "alone")
+    for line, expected in zip(logged(tmp_path / "run"), logged(tmp_path / "alone"), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_a_run_goes_on_with_any_number_of_ranks(alone, matrix, tmp_path):
-    """Three ranks begin, two go on, then one process; and ranks go on with what one process has left."""
+    """Three ranks begin, two go on, two replicas of two, one process; and three replicas with what one process left."""
     output = tmp_path / "run"
     stop = {"checkpoint_every": 5}
     run_ranks(3, matrix, output, **stop)
     keep_until(output, 25)  # a checkpoint before the last one
-    run_ranks(2, matrix, output, resume=True, checkpoint_every=1)
+    run_ranks(2, matrix, output, resume=True, checkpoint_every=3)
+    check_same_sae(output, alone / "batch_topk")
+    keep_until(output, 27)
+    run_ranks(4, matrix, output, resume=True, replicas=2, checkpoint_every=1)
     check_same_sae(output, alone / "batch_topk")
     keep_until(output, 29)
     train(open_activations(matrix), sae_config(), CONFIG, options(output, resume=True))
@@ -107,7 +144,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(alone, matrix, tmp_path):
 
     shutil.copytree(alone / "batch_topk", tmp_path / "other")
     keep_until(tmp_path / "other", 20)
-    run_ranks(3, matrix, tmp_path / "other", resume=True)
+    run_ranks(3, matrix, tmp_path / "other", resume=True, replicas=3)
     check_same_sae(tmp_path / "other", alone / "batch_topk")
     steps = [line["step"] for line in logged(tmp_path / "other")]
     assert steps == [10, 20, 30, 30]
@@ -123,8 +160,38 @@ def keep_until(output, step):
         (output / name).unlink()
 
 
+def test_a_grid_of_ranks_is_that_of_one_process(matrix, tmp_path):
+    """Two replicas of two ranks, then three ranks from checkpoints of different steps; one threshold is calibrated."""
+    saes = {"a": sae_config(), "b": sae_config("topk"), "c": sae_config("matryoshka")}
+    recipes = {"a": CONFIG, "b": replace(CONFIG, lr=1e-3), "c": replace(CONFIG, threshold_start=100)}
+    data, looked_at = open_activations(matrix), []
+    wanted = train_many(data, saes, recipes, options(tmp_path / "alone"))
+
+    def look(finished):
+        looked_at.append([finished[name].config.d_sae for name in saes])
+        return {"b": Look({"ms_mean": 0.5})}
+
+    def work(peers, **more):
+        where = options(tmp_path / "run", **more)
+        return train_many_shared(peers, data, saes, recipes, where, on_finished=look)
+
+    ranks = [together(4, work, 2)[0]]
+    for name, step in (("a", 20), ("b", 20), ("c", 30)):
+        if step < 30:
+            keep_until(tmp_path / "run" / name, step)
+    ranks.append(together(3, lambda peers: work(peers, resume=True))[0])
+    assert looked_at == [[65, 65, 65]] * 2, "by rank 0 alone, of whole SAEs"
+    for found in ranks:
+        assert found[0]["b"].metrics["ms_mean"] == 0.5
+        for name, (_, metrics) in wanted.items():
+            check_same_sae(tmp_path / "run" / name, tmp_path / "alone" / name)
+            more = {"ms_mean": 0.5} if name == "b" else {}
+            assert found[0][name].metrics == pytest.approx(metrics | more, rel=1e-4)
+            assert found[1][name].metrics == pytest.approx(metrics, rel=1e-4)
+
+
 def test_shards_are_the_whole_state(matrix, tmp_path):
-    run_ranks(3, matrix, tmp_path / "run")
+    run_ranks(4, matrix, tmp_path / "run", replicas=2)
     newest = checkpoints(tmp_path / "run")[-1]
     device = torch.device("cpu")
     whole = read_state(newest, device)
@@ -165,22 +232,28 @@ def test_a_damaged_shard_is_refused_by_who_needs_it(matrix, tmp_path, damage):
         (SAEConfig(16, 2, 1, "topk"), {}, "d_sae: 2 latents for 3 ranks"),
         (sae_config(), {"data_on": "device"}, "data_on: device"),
         (SAEConfig(15, 65, 4, "topk"), {}, "d_in: 15 does not fit"),
+        (sae_config(), {"mono_weight": 0.5}, "mono_weight: 0.5 needs all rows of a latent"),
+        (sae_config(), {"batch_size": 2}, "data_parallel: 3 replicas of 2 rows in 1 micro-batches"),
+        (sae_config(), {"batch_size": 8, "accumulate": 3}, "data_parallel: 3 replicas of 8 rows in 3 micro-batches"),
     ],
 )
 def test_what_ranks_do_not_train_is_refused(matrix, tmp_path, sae, more, message):
+    """Three ranks; replicas where it is about them."""
+    recipe = {name: more.pop(name) for name in ("mono_weight", "batch_size", "accumulate") if name in more}
     data, where = open_activations(matrix), options(tmp_path / "run", **more)
-    config = TrainConfig(steps=5)
+    config, replicas = TrainConfig(steps=5, **recipe), 3 if recipe else 1
     with pytest.raises(ValueError, match=message):
-        together(3, lambda peers: train_shared(peers, data, sae, config, where))
+        together(3, lambda peers: train_shared(peers, data, sae, config, where), replicas)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_setting_that_the_sharded_step_does_not_know_is_refused(monkeypatch):
     """What is added to the recipe of one process is not left out without a word."""
     monkeypatch.setattr(shards, "_KNOWN", shards._KNOWN - {"clip_norm"})
-    shards.check_shardable(sae_config(), TrainConfig(), 2)
+    ranks = Ranks.of(SimpleNamespace(world=2))
+    shards.check_shardable(sae_config(), TrainConfig(), ranks)
     with pytest.raises(ValueError, match=r"clip_norm: 2.0 is for one process, and torchrun started 2"):
-        shards.check_shardable(sae_config(), TrainConfig(clip_norm=2.0), 2)
+        shards.check_shardable(sae_config(), TrainConfig(clip_norm=2.0), ranks)
 
 
 def test_a_rank_with_other_rows_is_named(matrix, tmp_path):
@@ -229,9 +302,21 @@ def test_the_initial_weights_do_not_depend_on_the_ranks(monkeypatch):
         torch.testing.assert_close(torch.cat([part.W_enc for part in parts], 1), whole.W_enc, atol=1e-7, rtol=0)
 
 
-def test_shares_of_rows_are_the_batch(matrix):
+@pytest.mark.parametrize(("parts", "replicas"), [(1, 1), (2, 1), (7, 1), (1, 3), (3, 2), (2, 7)])
+def test_shares_of_rows_are_the_batch(matrix, parts, replicas):
     data, config = open_activations(matrix), TrainConfig(batch_size=100)
-    for world in (1, 2, 3, 7):
-        shares = [sharded_state.ShareOfRows(data, config, rank, world) for rank in range(world)]
-        whole = super(sharded_state.ShareOfRows, shares[0]).batch(5)
-        assert torch.equal(torch.cat([share.batch(5) for share in shares]), whole)
+    first = Shard(sae_config(), 0, parts, 0, replicas)
+    shares = [sharded_state.ShareOfRows(data, config, shard) for shard in first.of_everyone()]
+    whole = super(sharded_state.ShareOfRows, shares[0]).batch(5)
+    assert torch.equal(torch.cat([share.batch(5) for share in shares]), whole)
+    assert [len(share.batch(5)) for share in shares] == shares[0].counts
+
+
+def test_a_rank_has_its_part_of_the_blocks_read():
+    """Of a store that is permuted in blocks: all blocks are somebody's, and few are everybody's."""
+    data = SimpleNamespace(n_rows=64_000, row_bytes=512, block_rows=100)
+    config, first = TrainConfig(batch_size=1000), Shard(sae_config(), 0, 2, 0, 2)
+    shares = [sharded_state.ShareOfRows(data, config, shard) for shard in first.of_everyone()]
+    whole, parts = super(sharded_state.ShareOfRows, shares[0]).blocks_begun(0), [s.blocks_begun(0) for s in shares]
+    assert {block for part in parts for block in part} == set(whole)
+    assert all(len(part) <= len(whole) / 4 + 3 for part in parts)

@@ -12,8 +12,9 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import sharded_dead
 from saevlm_fast.training.dead_latents import DeadLatents
 from saevlm_fast.training.sharded_dead import shared_auxiliary
-from saevlm_fast.training.sharded_step import ShardedStepper, kept_entries
-from saevlm_fast.training.shards import Shard
+from saevlm_fast.training.sharded_rows import kept_entries
+from saevlm_fast.training.sharded_step import ShardedStepper
+from saevlm_fast.training.shards import Shard, cut
 from saevlm_fast.training.step import Stepper
 from test_step import make
 
@@ -31,23 +32,24 @@ def part_of(whole, shard):
     return part
 
 
-def run_sharded(whole, config, batches, world, by_blocks=True):
-    """[(losses, dead latents, latents kept) of every step, stepper] of every rank; and what was told."""
+def run_sharded(whole, config, batches, world, by_blocks=None, replicas=1):
+    """[(losses, dead latents, latents kept, x_hat) of every step, stepper] of every rank; and what was told."""
 
     def work(peers):
-        shard = Shard(whole.config, peers.rank, world)
-        stepper = ShardedStepper(part_of(whole, shard), config, shard, peers)
-        stepper.by_blocks = by_blocks
+        shard = Shard.of(whole.config, peers.ranks)
+        stepper = ShardedStepper(part_of(whole, shard), config, shard, peers.ranks, len(batches[0]))
+        stepper.by_blocks = stepper.by_blocks if by_blocks is None else by_blocks
         steps = []
         for x in batches:
-            output = stepper.step(x)
+            rows = cut(len(x), replicas)[shard.replica]
+            output = stepper.step(x[rows])
             codes = output.codes.compact()
-            kept = torch.stack([codes.entry_rows(), codes.top_indices + shard.start])
+            kept = torch.stack([codes.entry_rows() + rows.start, codes.top_indices + shard.start])
             losses = torch.stack([each for each in output.losses if each is not None])
             steps.append((losses, output.n_dead, kept, output.x_hat_BD))
         return steps, stepper
 
-    return together(world, work)
+    return together(world, work, replicas)
 
 
 def kept_of(codes):
@@ -55,21 +57,34 @@ def kept_of(codes):
     return torch.stack([codes.entry_rows(), codes.top_indices])
 
 
-@pytest.mark.parametrize(("world", "by_blocks"), [(2, True), (3, True), (3, False)], ids=["2", "3", "3 whole"])
-@pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
+NEVER = 10_000_000
+# ranks, whether gradients are made block by block, replicas; and after how many rows a latent is dead
+SHAPES = {
+    "2, no dead": (2, None, 1, NEVER),
+    "2": (2, None, 1, 150),
+    "3": (3, None, 1, 150),
+    "3 whole": (3, False, 1, 150),
+    "2 replicas": (2, None, 2, 150),
+    "2 replicas of 2, no dead": (4, None, 2, NEVER),
+    "3 replicas of 2": (6, None, 3, 150),
+}
+
+
+@pytest.mark.parametrize(("world", "by_blocks", "replicas", "dead_after"), SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
-def test_same_choice_losses_and_weights_as_one_process(architecture, dead_after, world, by_blocks):
-    """97 latents, which neither 2 nor 3 divide; 61 rows; Matryoshka groups that are cut. Float64 over 9 steps."""
+def test_same_choice_losses_and_weights_as_one_process(architecture, world, by_blocks, replicas, dead_after):
+    """97 latents and 61 rows, which neither 2 nor 3 divide; Matryoshka groups that are cut. Float64 over 9 steps."""
     alone, _, data = make(architecture, dead_after=dead_after, dtype=torch.float64)
     start, batches, n_dead = deepcopy(alone.sae), data[: 9 * 61].split(61), []
-    ranks, _ = run_sharded(start, alone.config, batches, world, by_blocks)
+    ranks, _ = run_sharded(start, alone.config, batches, world, by_blocks, replicas)
     for number, x in enumerate(batches):
         output = alone.step(x)
         for steps, _ in ranks:
-            losses, dead, _, x_hat = steps[number]
+            losses, dead, _, _ = steps[number]
             torch.testing.assert_close(losses, torch.stack(output.losses[:3]), atol=1e-11, rtol=1e-11)
-            torch.testing.assert_close(x_hat, output.x_hat_BD, atol=1e-11, rtol=1e-11)
             assert dead == output.n_dead
+        x_hat = torch.cat([steps[number][3] for steps, _ in ranks[:: world // replicas]])
+        torch.testing.assert_close(x_hat, output.x_hat_BD, atol=1e-11, rtol=1e-11)
         kept = torch.cat([steps[number][2] for steps, _ in ranks], dim=1)
         order = (kept[0] * 1000 + kept[1]).argsort()
         assert torch.equal(kept[:, order], kept_of(output.codes))
@@ -79,49 +94,56 @@ def test_same_choice_losses_and_weights_as_one_process(architecture, dead_after,
 
 
 def check_state(steppers, alone, tolerance):
+    """Weights, moments and counters of all ranks are those of one process; replicas have the same bits."""
+    by_latents = sorted(steppers, key=lambda each: each.shard.owned)
     for name, parameter in alone.parameters().items():
         for index in range(3):
-            found = [(each.parameters()[name], *each.moments[name])[index] for each in steppers]
+            found = [(each.parameters()[name], *each.moments[name])[index] for each in by_latents]
             wanted = (parameter, *alone.moments[name])[index]
             if name == "b_dec":
-                assert all(torch.equal(each, found[0]) for each in found), "replicas differ"
+                assert all(torch.equal(each, found[0]) for each in found), "ranks differ"
             whole = found[0] if name == "b_dec" else torch.cat(found)
             torch.testing.assert_close(whole, wanted, atol=tolerance, rtol=tolerance)
-    assert torch.equal(torch.cat([each.idle_S for each in steppers]), alone.idle_S)
+    n_parts = steppers[0].shard.world
+    for each, other in zip(steppers[n_parts:], steppers):
+        found, wanted = ({"idle": one.idle_S, **one.sae.state_dict()} for one in (each, other))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), "replicas differ"
+    assert torch.equal(torch.cat([each.idle_S for each in steppers[:n_parts]]), alone.idle_S)
     for each in steppers if alone.sae.threshold.ndim == 0 else []:
         torch.testing.assert_close(each.sae.threshold, alone.sae.threshold, atol=1e-6, rtol=1e-6)
         assert torch.equal(each.sae.threshold, steppers[0].sae.threshold)
 
 
-@pytest.mark.parametrize(("world", "by_blocks"), [(2, True), (3, False)], ids=["2", "3 whole"])
+@pytest.mark.parametrize(("world", "by_blocks", "replicas"), [(2, None, 1), (4, None, 2)])
 @pytest.mark.parametrize("dead_after", [10_000_000, 150], ids=["no-dead", "auxk"])
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
-def test_penalised_saes_are_those_of_one_process(architecture, dead_after, world, by_blocks):
+def test_penalised_saes_are_those_of_one_process(architecture, dead_after, world, by_blocks, replicas):
     """Half of the latents fire at first. Float64 over 9 steps; penalties, and thresholds that ranks share out."""
     alone, _, data = test_penalised_step.make(architecture, dead_after=dead_after)
     batches = data[: 9 * 61].split(61)
-    ranks, _ = run_sharded(deepcopy(alone.sae), alone.config, batches, world, by_blocks)
+    ranks, _ = run_sharded(deepcopy(alone.sae), alone.config, batches, world, by_blocks, replicas)
     for number, x in enumerate(batches):
         losses = alone.step(x).losses
         for steps, _ in ranks:
             torch.testing.assert_close(steps[number][0], torch.stack(losses[:4]), atol=1e-11, rtol=1e-11)
     check_state([stepper for _, stepper in ranks], alone, 1e-10)
-    means, _ = together(world, lambda peers: told_by(ranks[peers.rank][1], peers).mean_threshold())
+    means, _ = together(world, lambda peers: told_by(ranks[peers.rank][1], peers).mean_threshold(), replicas)
     assert means == [pytest.approx(alone.mean_threshold(), rel=1e-6)] * world
 
 
 def told_by(stepper, peers):
     """The stepper among other peers: those of its run have parted."""
-    stepper.peers = peers
+    stepper.ranks = peers.ranks
     return stepper
 
 
-def test_only_the_largest_dead_latents_of_all_ranks_take_part(monkeypatch):
-    """More dead latents than d_in / 2, on three ranks, a few rows to a block; a learning rate that moves them."""
+@pytest.mark.parametrize(("world", "replicas"), [(3, 1), (4, 2)])
+def test_only_the_largest_dead_latents_of_all_ranks_take_part(monkeypatch, world, replicas):
+    """More dead latents than d_in / 2, on some ranks, a few rows to a block; a learning rate that moves them."""
     monkeypatch.setattr(sharded_dead, "_BLOCK_ELEMENTS", 1000)
     alone, _, data = make("batch_topk", d_sae=301, k=2, dead_after=61, auxk_alpha=0.5, dtype=torch.float64)
     batches = data[: 9 * 61].split(61)
-    ranks, _ = run_sharded(deepcopy(alone.sae), alone.config, batches, 3)
+    ranks, _ = run_sharded(deepcopy(alone.sae), alone.config, batches, world, replicas=replicas)
     for x in batches:
         output = alone.step(x)
     assert output.n_dead > x.shape[1]
@@ -138,6 +160,43 @@ def test_float32_and_a_shard_of_fewer_latents_than_k(architecture):
     for x in data:
         alone.step(x)
     check_state([stepper for _, stepper in ranks], alone, 1e-5)
+
+
+SETTINGS = {
+    "micro-batches": ("matryoshka", {"accumulate": 4}, 4, 2),
+    "of topk": ("topk", {"accumulate": 3}, 3, 1),
+    "of jumprelu": ("jumprelu", {"accumulate": 3}, 4, 2),
+    "of relu": ("relu", {"accumulate": 2}, 3, 1),
+    "frozen decoder": ("batch_topk", {"control": "frozen-decoder"}, 3, 1),
+    "frozen encoder": ("topk", {"control": "frozen-encoder"}, 3, 1),
+    "frozen decoder, replicas": ("batch_topk", {"control": "frozen-decoder"}, 4, 2),
+    "soft-frozen": ("matryoshka", {"control": "soft-frozen", "control_cosine": 0.99, "lr": 0.05}, 3, 1),
+    "soft-frozen, replicas": ("topk", {"control": "soft-frozen", "control_cosine": 0.99, "lr": 0.05}, 4, 2),
+    "MonoLoss": ("batch_topk", {"mono_weight": 0.5}, 3, 1),
+    "MonoLoss of jumprelu": ("jumprelu", {"mono_weight": 0.5}, 2, 1),
+}
+
+
+@pytest.mark.parametrize(("architecture", "more", "world", "replicas"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings_of_one_process_are_those_of_ranks(architecture, more, world, replicas):
+    """Float64 over 5 steps, with dead latents from the third."""
+    of = test_penalised_step.make if architecture in ("relu", "jumprelu") else make
+    dtype = {} if of is test_penalised_step.make else {"dtype": torch.float64}
+    alone, _, data = of(architecture, dead_after=150, **dtype, **more)
+    batches, start = data[: 5 * 61].split(61), deepcopy(alone.sae)
+    ranks, _ = run_sharded(start, alone.config, batches, world, replicas=replicas)
+    for number, x in enumerate(batches):
+        wanted = torch.stack([loss for loss in alone.step(x).losses if loss is not None])
+        for steps, _ in ranks:
+            torch.testing.assert_close(steps[number][0], wanted, atol=1e-11, rtol=1e-11)
+    steppers = [stepper for _, stepper in ranks]
+    check_state(steppers, alone, 1e-10)
+    for name in ("W_enc", "W_dec"):
+        moved = not torch.equal(getattr(alone.sae, name), getattr(start, name))
+        assert moved == (alone.config.frozen != name)
+    if alone.cone is not None:
+        cosines = (alone.cone.rows_SD * alone.sae.W_dec).sum(1)
+        assert (cosines < 0.9901).any(), "nothing was held"
 
 
 def test_the_learning_rate_is_that_of_the_whole_sae():
@@ -171,7 +230,7 @@ def test_padded_dead_latents_change_nothing_on_any_rank():
         if padding:
             latents_A, number = torch.cat([latents_A, torch.full((5,), 30)]), torch.tensor(number)
         listed = DeadLatents(latents_A, number)
-        return shared_auxiliary(part_of(alone.sae, shard), peers, x, x * 0.3, listed, 0.5)[0]
+        return shared_auxiliary(part_of(alone.sae, shard), peers.ranks, x, x * 0.3, listed, 0.5, len(x))[0]
 
     plain, padded = (together(3, lambda peers, p=p: work(peers, p))[0] for p in (False, True))
     for rank, (one, other) in enumerate(zip(plain, padded)):
@@ -197,20 +256,33 @@ def test_nan_names_the_first_bad_step_on_every_rank():
     assert [int(stepper.bad_step) for _, stepper in ranks] == [2, 2]
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
-def test_what_is_told_does_not_grow_with_d_sae(architecture):
-    """Bytes a rank receives in a step: the formula of docs/how-to/many-gpus.md, for any number of latents."""
-    n_rows, d_in, k, world, n_steps = 32, 24, 4, 2, 2
-    told = []
+def test_what_is_told_is_what_the_formula_says(architecture, replicas):
+    """Bytes a rank receives in a step, by docs/how-to/many-gpus.md. Of one replica they do not grow with d_sae."""
+    n_rows, d_in, k, parts, n_steps = 32, 24, 4, 2, 2
+    world, own_rows, told = parts * replicas, n_rows // replicas, []
     for d_sae in (64, 1024):
         groups = (d_sae // 8, d_sae // 8, d_sae * 3 // 4) if architecture == "matryoshka" else ()
         sae = SparseAutoencoder(SAEConfig(d_in, d_sae, k, architecture, groups))
         data = torch.randn(n_steps, n_rows, d_in, generator=torch.Generator().manual_seed(0))
-        _, meeting = run_sharded(sae, TrainConfig(steps=10, clip_norm=1e6), data, world)
-        told.append(meeting.bytes)
-    assert told[0] == told[1]
-    offers = n_rows * k * 4 + (0 if architecture == "topk" else (n_rows + 1) * 4)
-    residuals = n_rows * d_in * (3 if architecture == "matryoshka" else 1) * 4
-    expected = (world - 1) * (offers + 2 * residuals / world + (d_in + 2) * 4)
-    for of_rank in told[0]:
-        assert sum(of_rank.values()) == n_steps * expected
+        _, meeting = run_sharded(sae, TrainConfig(steps=10, clip_norm=1e6), data, world, replicas=replicas)
+        offers = (parts - 1) * own_rows * k * 4
+        if architecture != "topk":
+            offers = 3 * 2 * (world - 1) / world * 2048 * 4
+        residuals = (parts - 1) / parts * own_rows * d_in * (3 if architecture == "matryoshka" else 1) * 4
+        expected = offers + 2 * residuals + (world - 1) * (d_in + 2) * 4
+        others, part = (replicas - 1) / replicas, d_sae / parts
+        expected += 2 * others * part * (2 * d_in + 1) * 4 + 2 * others * part * 4
+        told.append(sum(meeting.bytes[0].values()))
+        for of_rank in meeting.bytes:
+            assert sum(of_rank.values()) == n_steps * expected
+    assert (told[0] == told[1]) == (replicas == 1)
+
+
+def test_a_replica_keeps_moments_of_its_slice_alone():
+    alone, _, data = make("topk")
+    ranks, _ = run_sharded(deepcopy(alone.sae), alone.config, [data[:61]], 4, replicas=2)
+    sizes = [len(stepper.moments["W_enc"][0]) for _, stepper in ranks]
+    assert sizes == [24, 24, 24, 25]
+    assert [len(stepper.sae.W_dec) for _, stepper in ranks] == [48, 49, 48, 49]

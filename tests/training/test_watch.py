@@ -12,8 +12,9 @@ from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Doubt, Interrupted
 from saevlm_fast.training import loggers, watch
-from saevlm_fast.training.many import train_many
+from saevlm_fast.training.many import Look, train_many
 from saevlm_fast.training.run import train
+from tiny_tower import save_clip, save_photos
 
 X = PlantedConcepts(16, 8, 30, seed=1).sample(500)[0]
 ROWS = Activations.from_tensor(X)
@@ -219,12 +220,65 @@ def test_warnings_reach_the_terminal_in_one_line(recorded, tmp_path):
     assert "second line" not in text
 
 
-def test_each_of_several_saes_is_a_run_of_its_own(recorded, tmp_path):
+def test_each_of_several_saes_is_a_run_of_its_own_in_one_group(recorded, tmp_path):
     options = RunOptions(tmp_path / "grid", "cpu", log_every=4, log_to=("wandb",))
-    config = TrainConfig(steps=8, batch_size=64, lr=1e-3)
-    trained = train_many(ROWS, {"a": SAE, "b": SAEConfig(16, 64, 3)}, config, options)
+    config, saes = TrainConfig(steps=8, batch_size=64, lr=1e-3), {"a": SAE, "b": SAEConfig(16, 64, 3)}
+    looks = {"b": Look({"ms_mean": 0.25}, lambda: SHEET)}
+    trained = train_many(ROWS, saes, config, options, on_finished=lambda saes: looks)
     for made, name, d_sae in zip(recorded.made, "ab", (32, 64), strict=True):
-        assert [what for what, *_ in made.told] == ["start", "log", "log", "pause", "eval", "close"]
+        picture = ["picture"] if name == "b" else []
+        assert [what for what, *_ in made.told] == ["start", "log", "log", "pause", "eval", *picture, "close"]
         assert made.run.name.startswith(f"{name}-")
         assert made.run.config["sae"]["d_sae"] == d_sae
         assert made.told[4][2]["eval/l0"] == trained[name].metrics["l0"]
+    assert trained["b"].metrics["ms_mean"] == recorded.made[1].told[4][2]["eval/ms_mean"] == 0.25
+    groups = {made.run.group for made in recorded.made} | {made.run.config["group"] for made in recorded.made}
+    assert len(groups) == 1
+    assert next(iter(groups)).startswith("grid-")
+    train_many(ROWS, saes, config, RunOptions(tmp_path / "grid", "cpu", log_to=("wandb",), resume=True))
+    assert [made.run.name for made in recorded.made[2:]] == [made.run.name for made in recorded.made[:2]]
+    assert {made.run.group for made in recorded.made} <= groups
+    train_many(ROWS, {"a": SAE}, config, RunOptions(tmp_path / "one", "cpu", log_to=("wandb",)))
+    assert recorded.made[-1].run.group is None
+
+
+@pytest.fixture(scope="module")
+def from_photos(tmp_path_factory):
+    """Words of a run from photos through a small tower, by two SAEs at two places."""
+    folder = tmp_path_factory.mktemp("small")
+    tower, photos = save_clip(folder / "clip"), save_photos(folder / "photos", 20)
+    words = ("train", "--model", f"hf:{tower}", "--images", photos, "--device", "cpu", "--workers", 0, "--steps", 4)
+    words += ("--batch-size", 8, "--image-batch", 8, "--d-sae", 32, "--k", "3,4", "--log-every", 2)
+    return words
+
+
+def test_one_pass_shows_images_and_is_the_same_with_a_logger_that_fails(recorded, from_photos, tmp_path):
+    words = (*from_photos, "--layer", 2, "--tokens", "cls,patches")
+    run_command(*words, "--output", tmp_path / "plain")
+    recorded.breaks = "log"
+    text = run_command(*words, "--output", tmp_path / "run", "--log-to", "wandb,trackio")
+    assert text.count("warning: log_to: wandb failed at step 2 (RuntimeError: no log today)") == 1, "once for all"
+    names = [f"residual-2-{tokens}/k{k}" for tokens in ("cls", "patches") for k in (3, 4)]
+    assert len(Other.made) == len(names)
+    for made in Other.made:
+        whole = ["start", "log", "log", "pause", "eval", "picture", "close"]
+        assert [what for what, *_ in made.told] == whole
+        assert "eval/ms_mean" in made.told[4][2]
+        step, name, image = made.told[5][1:]
+        assert (step, name) == (4, "contact_sheet")
+        assert len(image.getcolors(1 << 20)) > 100, "photos are in it"
+    assert len({made.run.group for made in Other.made}) == 1
+    for name in names:
+        made = [made for made in Other.made if made.run.name.startswith(name.replace("/", "-"))]
+        assert len(made) == 1
+        for file in ("sae_weights.safetensors", "metrics.jsonl"):
+            assert (tmp_path / "run" / name / file).read_bytes() == (tmp_path / "plain" / name / file).read_bytes()
+
+
+def test_a_grid_from_a_store_shows_the_store_s_images(recorded, from_photos, tmp_path):
+    run_command(*from_photos, "--layer", 2, "--output", tmp_path / "run", "--keep-store", tmp_path / "kept")
+    words = ("train", "--activations", tmp_path / "kept", "--device", "cpu", "--steps", 2, "--batch-size", 8)
+    run_command(*words, "--d-sae", 32, "--k", "3,4", "--output", tmp_path / "grid", "--log-to", "wandb")
+    for made in recorded.made:
+        (picture,) = [told[3] for told in made.told if told[0] == "picture"]
+        assert len(picture.getcolors(1 << 20)) > 100

@@ -16,6 +16,7 @@ from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.training.many import Look, train_many
 from saevlm_fast.training.run import train
 
 pytestmark = pytest.mark.interop
@@ -150,6 +151,96 @@ def test_wandb(tmp_path, monkeypatch):
     assert logged == pytest.approx(losses(lines))
     assert sheets >= 1
     assert json.loads(summary["eval/l0"]) == lines[-1]["eval/l0"]
+
+
+GRID = {"k2": SAEConfig(16, 32, 2), "k3": SAEConfig(16, 32, 3)}
+
+
+def cut_and_resumed_grid(output, log_to):
+    """Two SAEs at once, each with a sheet of its own; the lines of both."""
+
+    def cut(step):
+        if step == CUT:
+            raise Interrupted("enough")
+
+    def looks(saes):
+        return {name: Look({"ms_mean": 0.5}, lambda: Image.new("RGB", (12, 8), "red")) for name in saes}
+
+    known = {"log_every": 1, "checkpoint_every": CHECKPOINT, "log_to": log_to, "device": "cpu", "output": output}
+    known |= {"steps": STEPS, "batch_size": 64, "lr": 1e-3, "on_finished": looks}
+    with pytest.raises(Interrupted):
+        train_many(Activations.from_tensor(X), GRID, on_step=cut, **known)
+    train_many(Activations.from_tensor(X), GRID, resume=True, **known)
+    files = {name: (output / name / "metrics.jsonl").read_text().splitlines() for name in GRID}
+    return {name: [json.loads(line) for line in lines] for name, lines in files.items()}
+
+
+def named(output):
+    return {json.loads((output / name / "watch.json").read_text())["name"]: name for name in GRID}
+
+
+def test_tensorboard_of_a_grid(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for name, lines in cut_and_resumed_grid(tmp_path / "grid", "tensorboard").items():
+        events = accumulator.EventAccumulator(str(tmp_path / "grid" / name / "tensorboard"))
+        events.Reload()
+        found = [(event.step, event.value) for event in events.Scalars("losses/overall_loss")]
+        assert [step for step, _ in found] == list(range(1, STEPS + 1))
+        assert dict(found) == pytest.approx(losses(lines), rel=1e-6)
+        assert events.Scalars("eval/ms_mean")[0].value == 0.5
+        assert len(events.Images("contact_sheet")) == 1
+        assert b'"group": "grid-' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_wandb_of_a_grid(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    lines = cut_and_resumed_grid(tmp_path / "grid", "wandb")
+    names, groups, logged, sheets = named(tmp_path / "grid"), set(), {}, dict.fromkeys(GRID, 0)
+    for file in sorted((tmp_path / "wandb").rglob("run-*.wandb")):
+        records = list(wandb_records(file.parent))
+        (run,) = {record.run.run_id for record in records if record.HasField("run")}
+        groups |= {record.run.run_group for record in records if record.HasField("run")}
+        for record in records:
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            if "losses/overall_loss" in items:
+                logged.setdefault(names[run], {})[items["_step"]] = items["losses/overall_loss"]
+            keys = ["/".join(item.nested_key) + item.key for item in record.history.item]
+            sheets[names[run]] += any("contact_sheet" in key for key in keys)
+    assert len(groups) == 1
+    assert next(iter(groups)).startswith("grid-")
+    for name in GRID:
+        assert logged[name] == pytest.approx(losses(lines[name]))
+        assert sheets[name] >= 1
+
+
+def test_trackio_of_a_grid(tmp_path):
+    pytest.importorskip("trackio")
+    code = f"""
+import json, sys
+sys.path[:0] = {[str(ROOT / "tests" / "training"), str(ROOT / "tests" / "helpers"), str(ROOT)]}
+from pathlib import Path
+import test_watch_real as t
+from trackio.sqlite_storage import SQLiteStorage
+lines = t.cut_and_resumed_grid(Path({str(tmp_path)!r}) / "grid", "trackio")
+found = {{name: [SQLiteStorage.get_logs("of a test", name), SQLiteStorage.get_run_config("of a test", name)]
+         for name in SQLiteStorage.get_runs("of a test")}}
+print(json.dumps([lines, found]), file=sys.__stderr__)
+"""
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "kept"), "TRACKIO_PROJECT": "of a test"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines, found = json.loads(done.stderr.splitlines()[-1])
+    names = named(tmp_path / "grid")
+    assert found.keys() == names.keys()
+    for run, (logs, _) in found.items():
+        assert losses(logs) == pytest.approx(losses(lines[names[run]]))
+        assert [log["eval/ms_mean"] for log in logs if "eval/ms_mean" in log] == [0.5]
+        assert len([log for log in logs if "contact_sheet" in log]) == 1
+    assert len({config["group"] for _, config in found.values()}) == 1
 
 
 def test_wandb_disabled_is_no_hindrance(tmp_path, monkeypatch):

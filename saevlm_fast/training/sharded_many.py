@@ -1,0 +1,177 @@
+"""Several SAEs trained by ranks while the data passes once: many.py's, each with its latents shared among the ranks.
+
+    with joined(device, timeout) as peers:
+        trained = train_many_shared(peers, activations, saes, recipes, options)
+
+Every rank has a part of every SAE. A batch is read, told and normalised once; then each SAE takes its step in turn.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import require
+from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
+from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.many import (
+    Member,
+    OnFinished,
+    Trained,
+    evaluated_all,
+    nothing_more,
+    own_options,
+    recipes_of,
+    stop_all,
+    take_all,
+)
+from saevlm_fast.training.process_group import MeshPeers
+from saevlm_fast.training.run import fitting, look_at
+from saevlm_fast.training.scale import Scale
+from saevlm_fast.training.sharded_directory import SharedRunDirectory
+from saevlm_fast.training.sharded_run import check_data, evaluate_shared
+from saevlm_fast.training.sharded_state import ShardedState
+from saevlm_fast.training.shards import check_shardable
+from saevlm_fast.training.watch import group_of
+
+
+class _MemberState(ShardedState):
+    """The state of an SAE whose data the first one's state reads, for all of them; where they begin is found once.
+
+    lead: that first one's; None of itself.
+    """
+
+    def __init__(
+        self,
+        lead: "_MemberState | None",
+        activations: Activations,
+        sae_config: SAEConfig,
+        config: TrainConfig,
+        device: torch.device,
+        peers: MeshPeers,
+    ):
+        super().__init__(activations, sae_config, config, device, peers)
+        self.lead, self._begun = lead, None
+
+    _begun: tuple[Scale, Tensor] | None
+
+    def beginning(self) -> tuple[Scale, Tensor]:
+        """The lead's."""
+        if self.lead is not None:
+            return self.lead.beginning()
+        if self._begun is None:
+            self._begun = super().beginning()
+        return self._begun
+
+    def whole_batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
+        """The lead's."""
+        if self.lead is not None:
+            return self.lead.whole_batches(start_step, n_steps, announce)
+        return super().whole_batches(start_step, n_steps, announce)
+
+
+class _SharedMember(Member):
+    """A Member of which each rank has a part."""
+
+    def __init__(
+        self,
+        name: str,
+        state: _MemberState,
+        options: RunOptions,
+        on_log: Callable[[str, int, Metrics], None],
+        group: str | None,
+    ):
+        super().__init__(name, state, options, on_log, group)
+        assert options.output is not None
+        given = options.output, options.checkpoint_every, options.resume, options.force
+        self.shared, self.directory = state, SharedRunDirectory(*given, state.peers)
+        self.kept = self.directory
+        self.steps = CapturedSteps(state.stepper, False)
+
+    def finish(self) -> tuple[SparseAutoencoder, SparseAutoencoder | None]:
+        """The rank's part after its last step, and on rank 0 the whole SAE, which it has saved."""
+        with one_thread(self.small):
+            part, whole = self.shared.exported_part(), self.shared.export_whole()
+        self.watch.pause()
+        self.directory.save_whole(whole)
+        return part, whole
+
+
+def train_many_shared(
+    peers: MeshPeers,
+    activations: Activations,
+    saes: Mapping[str, SAEConfig],
+    config: Mapping[str, TrainConfig],
+    options: RunOptions,
+    *,
+    validation: Activations | None = None,
+    on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
+    on_step: Callable[[int], None] = lambda step: None,
+    on_note: Callable[[str], None] = lambda text: None,
+    on_finished: OnFinished = nothing_more,
+) -> dict[str, Trained]:
+    """`train_many` by all ranks, which call this at once.
+
+    Args:
+        peers: the ranks.
+        activations: rows [N, d_in], the same for every rank.
+        saes, config: what SAEs, and the recipe of each, by names that are also those of their directories.
+        options: where the run goes; output is needed. The device is the rank's own.
+        validation: as of `train_many`; so are on_log, on_step, on_note, and on_finished, which rank 0 calls.
+
+    Returns:
+        As `train_many`: of the SAEs rank 0 has all of each, another rank its part.
+
+    Raises:
+        ValueError: as `train_many` and `train_shared`. Interrupted: as `train_shared`.
+    """
+    require(options.data_on != "device", "data_on: device is of one process; several ranks read rows from the host")
+    recipes, _ = recipes_of("train_many_shared", saes, SAEConfig, config, replace(options, data_parallel=1), {})
+    first = next(iter(saes))
+    for name, sae_config in saes.items():
+        check_shardable(sae_config, recipes[name], peers.ranks)
+        activations, evaluated = fitting(activations, validation, sae_config)
+    device, group = resolve_device(options.device), group_of(options.output) if len(saes) > 1 else None
+    with ExitStack() as stack:
+        members: list[_SharedMember] = []
+        for name, sae_config in saes.items():
+            lead = members[0].shared if members else None
+            state = _MemberState(lead, activations, sae_config, recipes[name], device, peers)
+            members.append(_SharedMember(name, state, own_options(options, name), on_log, group))
+        for member in members:
+            stack.enter_context(member.kept.locked())
+            stack.enter_context(member.watch)
+        check_data(peers, activations, evaluated)
+        look_at(evaluated, recipes[first], whole=False, rank=peers.rank, world=peers.world)
+        for member in members:
+            member.begin()
+        with tf32_products(False), told_of_compiling(on_note):
+            _steps(peers, members, on_step)
+            parts = [member.finish() for member in members]
+
+        def evaluate() -> list[Metrics]:
+            own = [(part, member.shared.shard) for member, (part, _) in zip(members, parts)]
+            return [evaluate_shared(part, shard, peers.ranks, evaluated) for part, shard in own]
+
+        finished = [part if whole is None else whole for part, whole in parts]
+        looks = on_finished if peers.rank == 0 else nothing_more
+        return evaluated_all([*members], finished, evaluate, looks)
+
+
+def _steps(peers: MeshPeers, members: list[_SharedMember], on_step: Callable[[int], None]) -> None:
+    """All remaining steps of all, and none after one in which any rank was interrupted."""
+    lead = members[0].shared
+    start = min(member.n_steps for member in members)
+    remaining = lead.batches(start, lead.config.n_steps - start)
+    with interruptible(patient=True) as interrupted, closing(remaining):
+        for step, raw_BD in enumerate(remaining, start):
+            take_all([*members], step, lead.normalised(raw_BD))
+            on_step(step + 1)
+            if peers.agree(interrupted.is_set())[0]:
+                stop_all([*members])

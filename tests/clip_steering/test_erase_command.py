@@ -1,0 +1,162 @@
+"""`saevlm-fast erase` from the command line: labels of folders and files, outputs, going on, what is refused."""
+
+import csv
+import json
+import shutil
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from command import run, run_json
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.sae import SparseAutoencoder
+
+COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two SAEs of tiny-clip's width; folders of pictures by colour, with a place of each in a table."""
+    root = tmp_path_factory.mktemp("world")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        SparseAutoencoder(SAEConfig(128, 64, 8, "topk")).save_pretrained(root / name)
+    random, lines = np.random.default_rng(0), []
+    for name, colour in COLOURS.items():
+        for i in range(26):
+            pixels = np.clip(np.array(colour) + random.normal(0, 20, (48, 48, 3)), 0, 255).astype(np.uint8)
+            file = root / "photos" / name / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+            lines.append((f"{name}/{i}.png", "teal" if i % 2 else "navy", "same"))
+    with open(root / "places.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "place", "only"), *lines])
+    (root / "words.csv").write_text(
+        "label,text,word,test_word\nred,a red thing,rot,rouge\nblue,a blue thing,blau,bleu\n"
+    )
+    (root / "half.csv").write_text("label,text\nred,a red thing\n")
+    (root / "odd.csv").write_text("label,name\nred,a\n")
+    shutil.copytree(root / "photos" / "red", root / "single" / "red")
+    return root
+
+
+def call(world, output, *more, sae="one", layer="2", **given):
+    """Options by name are in the place of what a call has without them."""
+    options = {
+        "model": "hf:tiny-clip",
+        "sae": ",".join(str(world / name) for name in sae.split(",")),
+        "layer": layer,
+        "images": world / "photos",
+        "k": "1,3",
+        "class_words": world / "words.csv",
+        "device": "cpu",
+        "output": output,
+    } | given
+    return "erase", *(word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)), *more
+
+
+def test_words_on_a_folder_of_pictures(world, tmp_path):
+    output, places = tmp_path / "w.json", f"{world}/places.csv:place"
+    more = ("--limit", 26, "--groups", places, "--also", places)
+    prompts = ("--class-prompts", "a scene on {}")
+    found = run_json(*call(world, output, *more, *prompts, "--select", "auroc", sae="one,two", layer="2,3", k="1"))
+    document = json.loads(output.read_text())
+    assert found == {"output": str(output), **document}
+    assert [each["layer"] for each in document["layers"]] == [2, 3]
+    rows = document["layers"][1]["rows"]
+    each_k = [(name, 1) for name in ("latents", "random", "magnitude", "pca", "probe")]
+    assert [(row["removal"], row["k"]) for row in rows] == [("nothing", 0), *each_k]
+    assert list(rows[0]) == ["removal", "k", "clean", places, "attacked", "nonsense", "reads"]
+    assert rows[0]["clean"]["worst"]["group"] in {f"{a}, {b}" for a in COLOURS for b in ("teal", "navy")}
+    with open(tmp_path / "w.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 2 * len(rows) * 5
+    line = next(each for each in table if each["removal"] == "probe" and each["layer"] == "3")
+    assert float(line["accuracy"]) == pytest.approx(rows[-1]["clean"]["value"])
+    picture = ElementTree.parse(tmp_path / "w.svg")
+    texts = [each.text for each in picture.iter("{http://www.w3.org/2000/svg}text")]
+    shown = {"layer 2", "layer 3", "clean", "attacked", "nonsense", "latents", "probe", "nothing", "1"}
+    assert shown <= set(texts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.csv", "w.json", "w.json.settings.toml", "w.svg"]
+
+
+def test_a_label_is_erased_and_the_worst_group_beside_it(world, tmp_path):
+    places = f"{world}/places.csv:place"
+    more = ("--what", places, "--class-prompts", "a scene on {}", "--groups", places, "--limit", 20)
+    [layer] = run_json(*call(world, tmp_path / "p.json", *more))["layers"]
+    assert list(layer["rows"][0]) == ["removal", "k", "images", places]
+    assert [row["k"] for row in layer["rows"] if row["removal"] == "pca"] == [1]  # two values differ in one direction
+    assert layer["rows"][0]["images"]["worst"] is not None
+
+
+def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
+    from saevlm_fast.clip_steering import erasing
+
+    output, done, work = tmp_path / "w.json", [], erasing.erase_words
+
+    def stops(*given, **more):
+        done.append(1)
+        if len(done) == 2:
+            raise ValueError("sae: the light went out")
+        return work(*given, **more)
+
+    monkeypatch.setattr(erasing, "erase_words", stops)
+    both = call(world, output, "--limit", 10, sae="one,two", layer="2,3")
+    assert "the light went out" in run(*both, code=2)
+    assert not output.exists()
+    monkeypatch.setattr(erasing, "erase_words", lambda *given, **more: done.append(1) or work(*given, **more))
+    run(*both)
+    assert len(done) == 3
+    assert [path.name for path in tmp_path.iterdir() if "progress" in path.name] == []
+    assert f"output: {output} already exists; --force replaces it" in run(*both, code=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": "1,33"}, "k: 33, and as many others as a control, are more than {world}/one has: d_sae is 64"),
+        ({"k": "0"}, "k: '0': each must be at least 1"),
+        ({"layer": "1,2"}, "layer: 2 layers for 1 SAEs"),
+        ({"layer": "7"}, "layer"),
+        ({"images": "{world}/single"}, "labels: images has a single class, 'red'"),
+        ({"labels": "{world}/places.csv:only"}, "labels: {world}/places.csv:only has a single class, 'same'"),
+        ({"labels": "{world}/places.csv:none"}, "labels: {world}/places.csv has no column 'none', but place, only"),
+        ({"labels": "colour"}, "labels: 'colour' is not images, scene:FACTOR or FILE.csv:COLUMN"),
+        ({"labels": "scene:shape"}, "images: 'blue/0.png' is not the id of a scene"),
+        ({"also": "images"}, "also: images is asked already"),
+        ({"groups": "{world}/none.csv:place"}, "labels: {world}/none.csv is not a file"),
+        ({"class_words": "{world}/half.csv"}, "class_words: {world}/half.csv has no line of the label ['blue']"),
+        ({"class_words": "{world}/odd.csv"}, "class_words: {world}/odd.csv has the columns label, name; label and"),
+        ({"class_words": "{world}/none.csv"}, "class_words: {world}/none.csv is not a file"),
+        ({"fonts": "{world}/words.csv"}, "fonts: {world}/words.csv cannot be used"),
+        ({"select": "largest"}, "select: 'largest' is not one of"),
+        ({"limit": "9"}, "limit"),
+        ({"model": "hf:tiny-llava"}, "hf:tiny-llava: a llava model has no text side"),
+        ({"output": "{tmp}/w.csv"}, "output: {tmp}/w.csv does not end in .json"),
+    ],
+)
+def test_what_is_wrong_is_one_line(world, tmp_path, given, message):
+    given = {"limit": "12"} | {key: each.format(world=world, tmp=tmp_path) for key, each in given.items()}
+    output = given.pop("output", tmp_path / "w.json")
+    text = run(*call(world, output, "--dry-run", **given), code=2)
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message.format(world=world, tmp=tmp_path) in last
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_gives_no_numbers_is_named(world, tmp_path, monkeypatch):
+    from saevlm_fast.measures.behaviour_splice import Splice
+
+    original = Splice.original
+
+    def broken(self, inputs):
+        x_BTD, out_BE = original(self, inputs)
+        return x_BTD, torch.full_like(out_BE, torch.nan)
+
+    monkeypatch.setattr(Splice, "original", broken)
+    text = run(*call(world, tmp_path / "w.json", "--limit", 12), code=2)
+    assert "error: model: hf:tiny-clip gives NaN or inf for the image blue/" in text

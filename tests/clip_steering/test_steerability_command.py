@@ -1,0 +1,123 @@
+"""`saevlm-fast steerability` from the command line: its tables, several SAEs, going on, and what it refuses."""
+
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from command import run, run_json
+from saevlm_fast.cli.steerability import SteerabilityArguments
+from saevlm_fast.clip_steering.steerability import Steering
+from saevlm_fast.config import SAEConfig
+from saevlm_fast.sae import SparseAutoencoder
+
+D_SAE = 40
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two SAEs of tiny-clip's width, one of another width, one that is damaged, and words."""
+    root = tmp_path_factory.mktemp("world")
+    for name, d_in, seed in (("one", 128, 0), ("two", 128, 1), ("narrow", 64, 2)):
+        torch.manual_seed(seed)
+        SparseAutoencoder(SAEConfig(d_in, D_SAE, 6, "topk")).save_pretrained(root / name)
+    shutil.copytree(root / "one", root / "nan")
+    weights = load_file(root / "nan" / "sae_weights.safetensors")
+    weights["W_enc"][3, 3] = float("nan")
+    save_file(weights, root / "nan" / "sae_weights.safetensors")
+    (root / "words.txt").write_text("red\nblue\nstar\n")
+    (root / "none.txt").write_text("\n")
+    (root / "single.txt").write_text("red\nzebra\n")
+    return root
+
+
+def call(world, output, *more, sae="one"):
+    saes = ",".join(str(world / name) for name in sae.split(","))
+    words = ("--images", "scenes:test:5", "--words", world / "words.txt", "--template", "a {} thing", "--ask", 2)
+    return ("steerability", "--model", "hf:tiny-clip", "--sae", saes, "--layer", 2, *words, "--device", "cpu",
+            "--output", output, *more)  # fmt: skip
+
+
+def test_several_saes_are_one_table(world, tmp_path):
+    output, few = tmp_path / "s.parquet", ("--controls", 3, "--no-neurons", "--latents", "0:36")
+    found = run_json(*call(world, output, *few, sae="one,two"))
+    table = pq.read_table(output)
+    assert table["sae"].to_pylist() == [str(world / name) for name in ("one", "two") for _ in range(36)]
+    alone = run_json(*call(world, tmp_path / "two.json", *few, sae="two"))
+    assert "sae" not in json.loads((tmp_path / "two.json").read_text())["latents"][0]
+    assert found["saes"][1] == {"sae": str(world / "two"), **alone["latents"]}
+    shares = [each["steerable"]["value"] for each in found["saes"]]
+    assert found["latents"]["steerable"]["value"] == pytest.approx(sum(shares) / 2)
+    assert found["latents"]["shared"]["words"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "s.parquet", "s.parquet.settings.toml", "two.json", "two.json.settings.toml",
+    ]  # fmt: skip
+
+
+def test_what_is_finished_is_taken_up(world, tmp_path, monkeypatch):
+    """Interrupted at the second SAE, the first one's blocks are not asked about again."""
+    output, done = tmp_path / "s.parquet", []
+    changes = Steering.changes
+
+    def stops(self, units_J, target_J):
+        if len(done) == 1:
+            raise ValueError("sae: the light went out")
+        done.append(len(units_J))
+        return changes(self, units_J, target_J)
+
+    monkeypatch.setattr(Steering, "changes", stops)
+    more = ("--no-neurons", "--latents", "0:8")
+    assert "the light went out" in run(*call(world, output, *more, sae="one,two"), code=2)
+    assert not output.exists()
+    monkeypatch.setattr(Steering, "changes", lambda *given: done.append(1) or changes(*given))
+    run(*call(world, output, *more, sae="one,two"))
+    assert len(done) == 2  # one block before, one after
+    assert len(pq.read_table(output)) == 16
+    assert "exists" in run(*call(world, output, *more), code=2)
+    run(*call(world, output, *more, "--force"))
+    assert len(pq.read_table(output)) == 8
+
+
+@pytest.mark.parametrize(
+    ("more", "sae", "message"),
+    [
+        ((), "narrow", "d_in of {world}/narrow is 64, but the blocks of hf:tiny-clip have width 128"),
+        ((), "one,one", "sae: {world}/one, {world}/one lists one twice"),
+        ((), "nan", "error: {world}/nan"),
+        (("--layer", 5), "one", "layer"),
+        (("--alpha", 0), "one", "alpha: 0.0 must be positive"),
+        (("--tokens", "mean"), "one", "tokens: 'mean' is not one of"),
+        (("--latents", "0:41"), "one", "latents: '0:41' goes beyond the last of 40"),
+        (("--latents", "top:3"), "one", "latents: 'top:3': no order yet"),
+        (("--words", "{world}/none.txt"), "one", "words: {world}/none.txt"),
+        (("--words", "{world}/single.txt"), "one", "words: hf:tiny-clip knows 1 of 2; at least 2 are needed"),
+        (("--words", "{world}/missing.txt"), "one", "words: {world}/missing.txt"),
+        (("--template", "no place"), "one", "template: 'no place'"),
+        (("--images", "scenes:test:0"), "one", "images: "),
+        (("--model", "hf:tiny-llava"), "one", "hf:tiny-llava: a llava model has no text side"),
+    ],
+)
+def test_what_is_wrong_is_one_line(world, tmp_path, more, sae, message):
+    more = [str(each).format(world=world) for each in more]
+    text = run(*call(world, tmp_path / "s.parquet", *more, sae=sae), code=2)
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message.format(world=world) in last
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_by_a_dry_run(world, tmp_path):
+    text = run(*call(world, tmp_path / "s.parquet", "--dry-run", sae="one,two"))
+    assert "latents              80" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_neurons_lie_beside_the_latents(world, tmp_path):
+    options = SteerabilityArguments(
+        model="hf:tiny-clip", sae=(world / "one",), layer=2, images="scenes:test:2", output=tmp_path / "a.csv"
+    )
+    assert options.neurons_output == tmp_path / "a.neurons.csv"
+    shutil.rmtree(tmp_path)
