@@ -26,6 +26,7 @@ class HarvestSettings(Settings):
         "images at their own aspect (Qwen-VL, Pixtral, NaFlex).",
         shown="no",
         at_least=1,
+        at_most=8192,  # 67 million pixels; no more than 89 million are decoded either
     )
     dtype: ComputeDtype = setting(
         "float32",

@@ -64,8 +64,10 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
                 weights_only=True,
                 key_mapping={rf"^(?:model\.)?(?:{tower_prefix(vision)})\.": ""},
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are refused here, by name
                 **options,
             )
+        check_sizes(info, spec)
         missing = sorted(info["missing_keys"])
         if not missing:
             return model
@@ -78,6 +80,15 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
             vision.vision_use_head = False
         else:
             raise ValueError(f"{spec}: {len(missing)} weights of {model_class.__name__} are missing, as {missing[0]}")
+
+
+def check_sizes(info: Any, spec: str) -> None:
+    """Of a loading that ignores them: weights of the file that have another shape than the configuration says."""
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{spec}: {name} is {list(found)} in the weights file, but {list(expected)} by config.json"
+            f" ({len(info['mismatched_keys'])} of another shape)"
+        )
 
 
 @contextmanager

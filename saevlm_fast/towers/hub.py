@@ -52,8 +52,10 @@ def foreign_message(error: BaseException) -> str:
         return f"needs the package {_PACKAGES.get(missing, missing)}, which is not installed"
     if "weights_only" in str(error):  # torch's advice is an argument that this package never changes
         return _UNREAD_ARCHIVE if "TorchScript" in str(error) else _UNREAD_PICKLE
+    if isinstance(error, SafetensorError):
+        return f"its weights file is cut off, damaged or no safetensors file ({first_line(error)})"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch puts the reason second
-    told = isinstance(error, (OSError, RuntimeError, SafetensorError, ImportError, pickle.UnpicklingError))
+    told = isinstance(error, (OSError, RuntimeError, ImportError, pickle.UnpicklingError))
     kind = "" if told and lines else type(error).__name__
     return ": ".join(part for part in (kind, " ".join(lines[:2])[:300]) if part)
 

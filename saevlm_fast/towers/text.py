@@ -11,7 +11,7 @@ from torch import Tensor
 from saevlm_fast.errors import check_kind, require, shown
 from saevlm_fast.runtime import resolve_device, tf32_products
 from saevlm_fast.towers.from_open_clip import open_clip_model
-from saevlm_fast.towers.from_transformers import without_load_report
+from saevlm_fast.towers.from_transformers import check_sizes, without_load_report
 from saevlm_fast.towers.hub import local_or_hub, one_line_errors
 from saevlm_fast.towers.load import find_anatomy
 
@@ -78,8 +78,9 @@ def _complete(processor: Any, model: Any) -> None:
 def _loaded(model_class: Any, source: str, local: bool, spec: str, **options: Any) -> Any:
     """Every weight from the files."""
     with without_load_report():
-        options |= {"local_files_only": local, "trust_remote_code": False}
+        options |= {"local_files_only": local, "trust_remote_code": False, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(source, weights_only=True, output_loading_info=True, **options)
+    check_sizes(info, spec)
     missing = sorted(info["missing_keys"])
     require(not missing, f"{spec}: {len(missing)} weights are missing, as {(missing or [''])[0]}")
     return model

@@ -78,6 +78,7 @@ def test_without_an_output_the_stores_go_with_what_was_returned(tmp_path, tower,
         ({"layer": 99}, "layer"),
         ({"layer": 3, "tokens": "heads"}, "heads"),
         ({"layer": 3, "limit": 0}, "limit: 0 must be at least 1"),
+        ({"layer": 3, "square": 999_999}, "square: 999999 must be between 1 and 8192"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, tower, monkeypatch, more, message):

@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import re
 import shutil
 import time
 
@@ -262,9 +263,17 @@ def test_missing_weights_are_refused(saved, tmp_path, name):
     weights = load_file(directory / "model.safetensors")
     vision = [key for key in weights if "text" not in key and "language" not in key]
     lost = next(key for key in vision if "mlp.fc1.weight" in key or "intermediate.dense.weight" in key)
+    shape = list(weights[lost].shape)
+    cut = [shape[0] - 1, shape[1]]
+    save_file(weights | {lost: weights[lost][:-1]}, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"fc1.weight is {re.escape(f'{cut} in the weights file, but {shape} by')}"):
+        load_tower(f"hf:{directory}")
     del weights[lost]
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"1 weights of \w+ are missing, as .*fc1"):
+        load_tower(f"hf:{directory}")
+    (directory / "model.safetensors").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"model: its weights file is cut off, damaged or no safetensors file"):
         load_tower(f"hf:{directory}")
 
 
