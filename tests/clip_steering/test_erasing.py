@@ -208,6 +208,32 @@ def test_fonts_and_places_of_the_test_are_held_out(source):
         assert decode(long.read(0)).size == decode(source.read(0)).size
 
 
+def test_nonsense_is_never_the_word(monkeypatch):
+    """A permutation leaves a word of three letters as it is one time in six."""
+    drawn = []
+    monkeypatch.setattr(
+        "saevlm_fast.clip_steering.attacks._written", lambda image, letters, *how: drawn.append(letters) or image
+    )
+    scenes = open_images("scenes:test:60")
+    nonsense = AttackedSource(scenes, ["red"] * 59 + ["oo"], TEST, nonsense=True)
+    for i in range(60):
+        nonsense.read(i)
+    assert len(drawn) == 60
+    assert {"".join(sorted(each)) for each in drawn[:-1]} == {"der"}
+    assert "red" not in drawn
+    assert len(set(drawn[:-1])) == 5
+    assert drawn[-1] == "oo"
+
+
+def test_letters_that_a_font_does_not_have_are_named(source):
+    """They would be drawn as boxes, all alike."""
+    for style, word, letters in ((TRAIN, "rot \u0440\u043e\u0442", "\u043e\u0440\u0442"), (TEST, "\u7ea2", "\u7ea2")):
+        with pytest.raises(ValueError, match=f"has no '{letters}'"):
+            AttackedSource(source, [word] * N, style)
+    for style, word in ((TRAIN, "gr\u00fcn"), (TEST, "blue-ish & 7")):
+        AttackedSource(source, [word] * N, style)
+
+
 def test_a_wrong_word_is_never_the_right_one():
     y = np.array([0, 1, 2, -1, 2, 1])
     found = wrong_words(("a", "b", "c"), y, [str(i) for i in range(6)])
