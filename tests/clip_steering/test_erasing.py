@@ -166,13 +166,20 @@ def test_directions_of_words():
 
 
 def test_directions_of_several_values():
-    """After the probe's directions are taken out, the means of the values are the same."""
+    """They span what sklearn's discriminant reads, whatever directions the values' means are apart in."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     generator = torch.Generator().manual_seed(0)
-    y = np.arange(300) % 4
-    x = torch.randn(300, 10, generator=generator) + 3 * torch.randn(4, 10, generator=generator)[y]
+    y = np.arange(600) % 4
+    x = torch.randn(600, 10, generator=generator) * torch.logspace(-1, 0.5, 10)
+    x += 0.5 * torch.randn(4, 10, generator=generator)[y]
     directions = probe_directions(x, y)
     assert directions.shape == (3, 10)
     assert torch.allclose(directions @ directions.T, torch.eye(3), atol=1e-5)
+    read = LinearDiscriminantAnalysis(solver="eigen").fit(x.double().numpy(), y).scalings_[:, :3]
+    read /= np.linalg.norm(read, axis=0)
+    inside = np.linalg.norm(directions.double().numpy() @ read, axis=0)
+    assert inside.min() > 0.97  # they are a little rounder
     same = probe_directions(torch.ones(6, 10), np.array([0, 1] * 3))
     assert same.shape == (0, 10)
 
