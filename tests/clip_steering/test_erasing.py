@@ -94,8 +94,9 @@ def test_features_are_means_over_tokens(tower, source, units):
     assert np.allclose(found.codes.matrix().toarray().T, dense.mean(1), atol=1e-5)
     assert torch.allclose(found.stream_ND, x.mean(1), atol=1e-5)
     assert np.allclose(found.mean_S(np.arange(7) < 3), dense[:3].mean((0, 1)), atol=1e-5)
-    both = Features.join([found, Features(found.codes, found.stream_ND + 1)])
-    assert np.allclose(both.density_S, (dense.mean(1) > 0).double().mean(0))
+    assert np.allclose(found.density_S, (dense > 0).double().mean((0, 1)))
+    both = Features.join([found, Features(found.codes, found.stream_ND + 1, 0.5 * found.density_S)])
+    assert np.allclose(both.density_S, 0.75 * found.density_S)
     assert np.allclose(both.mean_S(np.arange(14) >= 7), found.mean_S())
 
 
@@ -109,6 +110,21 @@ def test_features_of_one_token(tower, source, units):
     assert np.allclose(found.codes.matrix().toarray().T, dense, atol=1e-5)
 
 
+def test_tokens_that_nothing_reads_are_named(tower, source):
+    """Of a CLIP's last block the class token alone is read, so that patches may be whatever they like."""
+    last = tower.n_blocks - 1
+    with (
+        opened_stream(tower, last, "patches", 4) as stream,
+        pytest.raises(
+            ValueError, match=f"layer: {last} of hf:.*: its projection does not depend on the tokens patches"
+        ),
+    ):
+        next(stream.batches(source, range(4)))
+    for layer, tokens in ((last, "all"), (last, "cls"), (last - 1, "patches")):
+        with opened_stream(tower, layer, tokens, 4) as stream:
+            assert len(next(stream.batches(source, range(4)))) == 4
+
+
 def planted():
     """Images 40 to 79 are of the other kind: latents 7 and 12 fire more there, 12 by a little and always."""
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +133,7 @@ def planted():
     more[:20, 7] += 9
     more[:, 12] += 2
     codes = KeptCodes.of_dense(torch.cat([less, more]).numpy())
-    return Features(codes, torch.zeros(80, 128)), np.repeat([0, 1], 40)
+    return Features(codes, torch.zeros(80, 128), codes.counts_S / 80), np.repeat([0, 1], 40)
 
 
 def test_the_choice_of_latents_and_its_controls(units):
