@@ -345,3 +345,26 @@ def test_an_image_without_an_answer_is_wrong(source):
     assert _accuracy(answers, 0, asked)["value"] == 1
     assert _accuracy(answers, 1, asked)["value"] == 0.5
     assert _accuracy(answers, 1, asked)["n"] == 2
+
+
+def test_the_worst_group_is_the_lowest_of_those_with_enough_images(source):
+    """By counting: groups of 4 images are too small, images without an answer or a class count nowhere."""
+    random = np.random.default_rng(0)
+    y, group = random.integers(-1, 3, 200), random.integers(0, 4, 200)
+    group[group == 3] = np.where(np.arange((group == 3).sum()) < 4, 3, -1)
+    answers = np.where(random.random((2, 200)) < 0.6, y, random.integers(-1, 3, (2, 200)))
+    answers[1, group == 3] = -1  # all wrong, and left out for there are four
+    names = ("a", "b", "c", "d")
+    found = _accuracy(answers, 1, Told(source, list(range(200)), y, names, group))
+    shares, right, n = {}, 0, 0
+    for i in range(200):
+        if y[i] >= 0 and answers[0, i] >= 0:
+            n, right = n + 1, right + (answers[1, i] == y[i])
+            if group[i] >= 0:
+                shares.setdefault(names[group[i]], []).append(answers[1, i] == y[i])
+    assert (found["n"], found["value"]) == (n, pytest.approx(right / n))
+    assert len(shares.pop("d")) <= 4
+    lowest = min(shares, key=lambda name: np.mean(shares[name]))
+    assert found["worst"]["group"] == lowest
+    assert found["worst"]["value"] == pytest.approx(np.mean(shares[lowest]))
+    assert found["worst"]["n"] == len(shares[lowest])
