@@ -117,9 +117,7 @@ class TowerStream:
                     keeping.add(forward.number, forward.rows, lines)
                 yield forward
 
-    def passes(
-        self, first: int, every: int = 1, processes: int = 1
-    ) -> Generator[tuple[Forward, list[str]], None, None]:
+    def passes(self, first: int, every: int = 1, n_local: int = 1) -> Generator[tuple[Forward, list[str]], None, None]:
         """Every `every`-th of the forwards from the first-th on, and what skipped.jsonl says of each.
 
         n_local: processes of this machine, which have their own; its cores are shared among their workers.

@@ -188,7 +188,8 @@ class SharedOnePass(OnePass):
 
     def __init__(self, peers: MeshPeers, *given: Any):
         self.peers, self.place_of = peers, partial(SharedPlace, peers)
-        super().__init__(*given, part_of=self._largest_part)
+        super().__init__(*given)
+        self.part_of = self._largest_part
 
     def _largest_part(self, sae: SAEConfig) -> SAEConfig:
         world = self.peers.ranks.latents.world
