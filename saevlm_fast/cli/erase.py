@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from saevlm_fast.towers.tower import Tower
 
 WORDS = "words"
+_COMPARED = 8  # images of equal ids
 
 
 def _ks(name: str, text: str) -> tuple[int, ...]:
@@ -65,7 +66,7 @@ class EraseArguments(WorkOptions):
     )
     groups: str | None = setting(None, help="Label by which the worst group is found beside the class.", shown="none")
     k: tuple[int, ...] = setting((1, 5, 20), help="Latents that are taken out, separated by commas.", parse=_ks)
-    limit: int = setting(500, help="Images for choosing, and images asked about, at most.", at_least=10)
+    limit: int = setting(500, help="Images for choosing, and images asked about, drawn at most.", at_least=10)
     fonts: tuple[str, ...] = setting(
         (), help="Font files of the words for choosing.", parse=texts, shown="Pillow's bitmap font"
     )
@@ -73,7 +74,7 @@ class EraseArguments(WorkOptions):
         (), help="Font files of the words asked about.", parse=texts, shown="Pillow's outline font"
     )
     tokens: Literal["all", "patches", "cls"] = setting("all", help="Tokens from which latents are taken.")
-    seed: int = setting(0, help="Of the words, their places, and the random latents.", at_least=0)
+    seed: int = setting(0, help="Of the images drawn, the words, their places, and the random latents.", at_least=0)
     output: Path = setting(help="Accuracies: FILE.json; a table, .csv, and a picture, .svg, beside it.")
     batch_size: int = setting(64, help="Images of a forward.", at_least=1)
     force: bool = setting(False, help="Replace an output that is there.", recorded=False)
@@ -169,7 +170,40 @@ def _halves(
         train, test = [i for i in train if half[i]], [i for i in test if not half.get(i, False)]
     for name, numbers in (("images", train), ("test_images", test)):
         require(len(numbers) >= 10, f"{name}: {len(numbers)} with a label; 10 at least are needed")
-    return (source, train[: options.limit]), (asked, test[: options.limit])
+    train, test = (_drawn(numbers, options) for numbers in (train, test))
+    if asked is not source:
+        _check_apart(source, train, asked, test)
+    return (source, train), (asked, test)
+
+
+def _drawn(numbers: list[int], options: EraseArguments) -> list[int]:
+    """At most --limit of them by chance, in order: folders are sorted by class, so that the first are of few."""
+    import numpy as np
+
+    order = np.random.default_rng([options.seed, 4]).permutation(len(numbers))[: options.limit]
+    return [numbers[i] for i in sorted(order.tolist())]
+
+
+def _check_apart(source: "ImageSource", train: list[int], asked: "ImageSource", test: list[int]) -> None:
+    """ValueError: images that chose latents are asked about. Ids that are the same may be of other folders' images."""
+    number = {source.image_id(i): i for i in train}
+    both = [(number[name], i) for i in test if (name := asked.image_id(i)) in number]
+    same = sum(_read(source, i) == _read(asked, j) is not None for i, j in both[:_COMPARED])
+    require(
+        same == 0,
+        f"test_images: {same} of {min(len(both), _COMPARED)} looked at are images that choose latents; without "
+        "--test-images the half of --images is asked about that does not choose",
+    )
+
+
+def _read(source: "ImageSource", i: int) -> bytes | None:
+    """None of one that cannot be read."""
+    from saevlm_fast.errors import ImageError
+
+    try:
+        return source.read(i)
+    except ImageError:
+        return None
 
 
 def _argument(options: EraseArguments, labels: str) -> str:
@@ -193,6 +227,7 @@ class Asked:
 
 def asked_of(options: EraseArguments, opened: Opened) -> Asked:
     """The labels and the texts. ValueError: of a single class, or of which the model does not know a word."""
+    from saevlm_fast.clip_steering.attacks import check_letters
     from saevlm_fast.clip_steering.erasing import Question, Writing
 
     spec = options.labels if options.what == WORDS else options.what
@@ -209,6 +244,9 @@ def asked_of(options: EraseArguments, opened: Opened) -> Asked:
     train_style, test_style = _styles(options)
     words = [opened.words.of(column, names[options.labels]) if opened.words else None for column in COLUMNS[2:]]
     writing = Writing(train_style, test_style, *(tuple(each or ()) for each in words))
+    if options.what == WORDS:
+        for style, each in zip((train_style, test_style), words):
+            check_letters(style.fonts, each or names[options.labels])
     return Asked(_told(options, opened.train, spec, names[spec]), questions, writing)
 
 
