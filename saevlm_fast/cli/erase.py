@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_class_words
+from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_class_words, renamed
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
@@ -136,7 +136,10 @@ def open_inputs(options: EraseArguments) -> Opened:
 
     device = resolve_device(options.device)
     source = open_images(options.images)
-    asked = source if options.test_images is None else open_images(options.test_images)
+    asked = source
+    if options.test_images is not None:
+        with renamed("images", "test_images"):
+            asked = open_images(options.test_images)
     words = None if options.class_words is None else read_class_words(options.class_words)
     saes = [SparseAutoencoder.from_pretrained(path, device=device) for path in options.sae]
     encoder = load_text_encoder(options.model, device, on_message=tell)
@@ -156,6 +159,26 @@ def open_inputs(options: EraseArguments) -> Opened:
     return Opened(tower, encoder, saes, words, *_halves(options, source, asked))
 
 
+def _readable(source: "ImageSource", numbers: list[int], at_most: int) -> list[int]:
+    """The first of them that can be decoded: one damaged file must not end a run. How many cannot is said."""
+    from saevlm_fast.errors import ImageError
+    from saevlm_fast.images.decode import decode
+
+    found: list[int] = []
+    damaged: list[str] = []
+    for number in numbers:
+        if len(found) == at_most:
+            break
+        try:
+            decode(source.read(number))
+            found.append(number)
+        except ImageError as error:
+            damaged.append(f"{source.image_id(number)}: {error}")
+    if damaged:
+        warn(f"images: {len(damaged)} for choosing are not usable and were left out, the first is {damaged[0]}")
+    return found
+
+
 def _halves(
     options: EraseArguments, source: "ImageSource", asked: "ImageSource"
 ) -> "tuple[tuple[ImageSource, list[int]], tuple[ImageSource, list[int]]]":
@@ -167,9 +190,11 @@ def _halves(
     if asked is source:
         half = dict(zip(train, halves([source.image_id(i) for i in train])))
         train, test = [i for i in train if half[i]], [i for i in test if not half.get(i, False)]
-    for name, numbers in (("images", train), ("test_images", test)):
-        require(len(numbers) >= 10, f"{name}: {len(numbers)} with a label; 10 at least are needed")
-    return (source, train[: options.limit]), (asked, test[: options.limit])
+    train = _readable(source, train, options.limit)
+    uses = (("images", "for choosing", labels, train), ("test_images", "to ask about", options.labels, test))
+    for name, use, told, numbers in uses:
+        require(len(numbers) >= 10, f"{name}: {len(numbers)} {use} have a label of {told}; 10 at least are needed")
+    return (source, train), (asked, test[: options.limit])
 
 
 def _argument(options: EraseArguments, labels: str) -> str:
@@ -363,15 +388,26 @@ def _erase(options: EraseArguments, opened: Opened, asked: Asked, layer: int, un
         if done == total:
             bars.pop(what).close()
 
+    n_test = len(opened.test[1])
     choice, questions = Choice(options.k, options.select, options.seed), dict(asked.questions)
     with opened_stream(opened.tower, layer, options.tokens, options.batch_size) as stream:
         if options.what != WORDS:
-            return erase_factor(stream, units, asked.train, questions, choice, counted)
-        told = questions.pop(options.labels)
-        return erase_words(stream, units, asked.train, told, choice, asked.writing, questions, counted)
+            found = erase_factor(stream, units, asked.train, questions, choice, counted)
+        else:
+            told = questions.pop(options.labels)
+            found = erase_words(stream, units, asked.train, told, choice, asked.writing, questions, counted)
+        if stream.skipped:
+            number, why = next(iter(stream.skipped.items()))
+            warn(
+                f"test_images: {len(stream.skipped)} of {n_test} are not usable and were left out, the first is "
+                f"{opened.test[0].image_id(number)}: {why}"
+            )
+        return found
 
 
 def _print(options: EraseArguments, layers: list[dict[str, Any]]) -> None:
+    from saevlm_fast.clip_steering.erasing import LEAST_OF_GROUP
+
     for each in layers:
         rows = each["rows"]
         columns = [name for name in rows[0] if name not in ("removal", "k")]
@@ -381,13 +417,14 @@ def _print(options: EraseArguments, layers: list[dict[str, Any]]) -> None:
         ]
         print_wide_table(("taken out", *columns), cells)
     if options.what == WORDS:
-        clean, attacked, nonsense = (layers[0]["rows"][0][name]["value"] for name in ("clean", "attacked", "nonsense"))
-        if not attacked < nonsense:
+        clean, attacked, nonsense = (layers[0]["rows"][0][name] for name in ("clean", "attacked", "nonsense"))
+        if not attacked["value"] < nonsense["interval"][0]:
             say(
-                f"{options.model} does not read these words: nonsense in their place costs as much ({nonsense:.1%} "
-                f"right, words {attacked:.1%}, nothing {clean:.1%}), so that there is nothing to defend."
+                f"{options.model} is not shown to read these words: nonsense in their place costs about as much "
+                f"({nonsense['value']:.1%} right, words {attacked['value']:.1%}, nothing {clean['value']:.1%})."
             )
-    say("In brackets: of the worst group.")
+        say("reads: the share that is told as the drawn word.")
+    say(f"In brackets: of the worst group that has {LEAST_OF_GROUP} images.")
 
 
 def _cell(figures: dict[str, Any]) -> str:

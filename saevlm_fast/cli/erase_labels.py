@@ -1,7 +1,8 @@
 """What `erase` asks of images: a label of each, the texts of the classes, the words that are drawn."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,15 @@ SCENE = "scene:"
 COLUMNS = ("label", "text", "word", "test_word")
 
 
+@contextmanager
+def renamed(name: str, argument: str) -> Iterator[None]:
+    """What is said of an argument `name` is said of `argument`, by which the user gave it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {str(error).removeprefix(f'{name}: ')}") from None
+
+
 def labels_of(argument: str, spec: str, source: "ImageSource", numbers: Sequence[int]) -> "LabelSet":
     """One label of each image, or none of some. ValueError: no such labels, several of an image."""
     from saevlm_fast.data.label_sets import LabelSet, read_labels
@@ -28,7 +38,8 @@ def labels_of(argument: str, spec: str, source: "ImageSource", numbers: Sequence
     else:
         path, _, column = spec.rpartition(":")
         require(path != "", f"{argument}: {spec!r} is not images, scene:FACTOR or FILE.csv:COLUMN")
-        sets = {each.name: each for each in read_labels(path, ids)}
+        with renamed("labels", argument):
+            sets = {each.name: each for each in read_labels(path, ids)}
         require(column in sets, f"{argument}: {path} has no column {column!r}, but {', '.join(sets)}")
         found = sets[column]
     found.single()
@@ -91,6 +102,7 @@ def read_class_words(path: Path) -> ClassWords:
             header, *lines = [[cell.strip() for cell in line] for line in csv.reader(file, strict=True) if line] or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"class_words: {path}: {first_line(error)}") from None
+    require(header != [], f"class_words: {path} is empty; its columns are label and some of text, word, test_word")
     known = "label" in header and len(header) > 1 and set(header) <= set(COLUMNS) and len(set(header)) == len(header)
     require(known, f"class_words: {path} has the columns {', '.join(header)}; label and some of text, word, test_word")
     columns: dict[str, dict[str, str]] = {name: {} for name in header if name != "label"}

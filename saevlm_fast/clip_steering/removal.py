@@ -96,7 +96,8 @@ def features(
         means.append(x_BTD.float().mean(1).cpu())
         done += len(batch)
         on_images(done)
-    require(done == len(chosen), f"images: {len(stream.skipped)} are not usable; leave them out")
+    bad = next((f"{source.image_id(number)}: {why}" for number, why in stream.skipped.items()), "")
+    require(done == len(chosen), f"images: {len(chosen) - done} are not usable; leave them out, the first is {bad}")
     assert gathering is not None
     return Features(gathering.result(), torch.cat(means))
 
