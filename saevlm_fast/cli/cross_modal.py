@@ -121,7 +121,7 @@ def plan(options: CrossModalArguments) -> Plan:
     check_writable(options.output)
     check_cross_modal_output(options.output, options.force)
     activations, sae = _opened(options)
-    beside = _Beside.of(options, activations)
+    _Beside.of(options, activations)
     n, d_sae = activations.n_rows, sae.config.d_sae
     return Plan(
         f"omegas of {d_sae:,} latents of {options.sae} on {n:,} tokens of {options.activations}",

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_class_words, renamed
+from saevlm_fast.cli.erase_labels import (
+    COLUMNS,
+    check_apart,
+    class_texts,
+    labels_of,
+    read_class_words,
+    readable,
+    renamed,
+)
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
@@ -65,7 +73,7 @@ class EraseArguments(WorkOptions):
     )
     groups: str | None = setting(None, help="Label by which the worst group is found beside the class.", shown="none")
     k: tuple[int, ...] = setting((1, 5, 20), help="Latents that are taken out, separated by commas.", parse=_ks)
-    limit: int = setting(500, help="Images for choosing, and images asked about, at most.", at_least=10)
+    limit: int = setting(500, help="Images for choosing, and images asked about, drawn at most.", at_least=10)
     fonts: tuple[str, ...] = setting(
         (), help="Font files of the words for choosing.", parse=texts, shown="Pillow's bitmap font"
     )
@@ -73,7 +81,7 @@ class EraseArguments(WorkOptions):
         (), help="Font files of the words asked about.", parse=texts, shown="Pillow's outline font"
     )
     tokens: Literal["all", "patches", "cls"] = setting("all", help="Tokens from which latents are taken.")
-    seed: int = setting(0, help="Of the words, their places, and the random latents.", at_least=0)
+    seed: int = setting(0, help="Of the images drawn, the words, their places, and the random latents.", at_least=0)
     output: Path = setting(help="Accuracies: FILE.json; a table, .csv, and a picture, .svg, beside it.")
     batch_size: int = setting(64, help="Images of a forward.", at_least=1)
     force: bool = setting(False, help="Replace an output that is there.", recorded=False)
@@ -159,26 +167,6 @@ def open_inputs(options: EraseArguments) -> Opened:
     return Opened(tower, encoder, saes, words, *_halves(options, source, asked))
 
 
-def _readable(source: "ImageSource", numbers: list[int], at_most: int) -> list[int]:
-    """The first of them that can be decoded: one damaged file must not end a run. How many cannot is said."""
-    from saevlm_fast.errors import ImageError
-    from saevlm_fast.images.decode import decode
-
-    found: list[int] = []
-    damaged: list[str] = []
-    for number in numbers:
-        if len(found) == at_most:
-            break
-        try:
-            decode(source.read(number))
-            found.append(number)
-        except ImageError as error:
-            damaged.append(f"{source.image_id(number)}: {error}")
-    if damaged:
-        warn(f"images: {len(damaged)} for choosing are not usable and were left out, the first is {damaged[0]}")
-    return found
-
-
 def _halves(
     options: EraseArguments, source: "ImageSource", asked: "ImageSource"
 ) -> "tuple[tuple[ImageSource, list[int]], tuple[ImageSource, list[int]]]":
@@ -190,11 +178,22 @@ def _halves(
     if asked is source:
         half = dict(zip(train, halves([source.image_id(i) for i in train])))
         train, test = [i for i in train if half[i]], [i for i in test if not half.get(i, False)]
-    train = _readable(source, train, options.limit)
+    train = sorted(readable(source, _shuffled(train, options), options.limit))
+    test = sorted(_shuffled(test, options)[: options.limit])
     uses = (("images", "for choosing", labels, train), ("test_images", "to ask about", options.labels, test))
     for name, use, told, numbers in uses:
         require(len(numbers) >= 10, f"{name}: {len(numbers)} {use} have a label of {told}; 10 at least are needed")
-    return (source, train), (asked, test[: options.limit])
+    if asked is not source:
+        check_apart(source, train, asked, test)
+    return (source, train), (asked, test)
+
+
+def _shuffled(numbers: list[int], options: EraseArguments) -> list[int]:
+    """In an order by chance: folders are sorted by class, so that the first are of few."""
+    import numpy as np
+
+    order = np.random.default_rng([options.seed, 4]).permutation(len(numbers))
+    return [numbers[i] for i in order.tolist()]
 
 
 def _argument(options: EraseArguments, labels: str) -> str:
@@ -218,6 +217,7 @@ class Asked:
 
 def asked_of(options: EraseArguments, opened: Opened) -> Asked:
     """The labels and the texts. ValueError: of a single class, or of which the model does not know a word."""
+    from saevlm_fast.clip_steering.attacks import check_letters
     from saevlm_fast.clip_steering.erasing import Question, Writing
 
     spec = options.labels if options.what == WORDS else options.what
@@ -234,6 +234,9 @@ def asked_of(options: EraseArguments, opened: Opened) -> Asked:
     train_style, test_style = _styles(options)
     words = [opened.words.of(column, names[options.labels]) if opened.words else None for column in COLUMNS[2:]]
     writing = Writing(train_style, test_style, *(tuple(each or ()) for each in words))
+    if options.what == WORDS:
+        for style, each in zip((train_style, test_style), words):
+            check_letters(style.fonts, each or names[options.labels])
     return Asked(_told(options, opened.train, spec, names[spec]), questions, writing)
 
 

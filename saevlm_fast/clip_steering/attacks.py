@@ -21,6 +21,7 @@ from saevlm_fast.images.sources import ImageSource
 
 BITMAP, OUTLINE = "Pillow's bitmap font", "Pillow's outline font"
 _LEAST_HEIGHT = 7  # pixels of a line
+_NO_LETTER = "\U0010ffff"  # drawn as any letter that a font does not have
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ class AttackedSource:
 
     Args:
         words: of every image, by its number; None leaves it as it is. nonsense: the letters in another order.
+
+    Raises:
+        ValueError: not a word for each image; a font that cannot be used, or lacks a letter.
     """
 
     def __init__(
         self, source: ImageSource, words: Sequence[str | None], style: Style, seed: int = 0, nonsense: bool = False
     ) -> None:
         require(len(words) == len(source), f"words: {len(words)} for {len(source)} images")
-        check_fonts(style.fonts)
+        check_letters(style.fonts, [word for word in words if word is not None])
         self.source, self.words, self.style, self.seed, self.nonsense = source, list(words), style, seed, nonsense
         self.n_ignored, self.notes = source.n_ignored, source.notes
 
@@ -90,8 +94,16 @@ class AttackedSource:
         place = self.style.places[int(random.integers(len(self.style.places)))]
         height = max(_LEAST_HEIGHT, round(image.height * random.uniform(*self.style.heights)))
         light = bool(random.integers(2))
-        letters = "".join(random.permutation(list(word)).tolist()) if self.nonsense else word
+        letters = _in_another_order(word, random) if self.nonsense else word
         return _written(image, letters, font, place, height, light)
+
+
+def _in_another_order(word: str, random: np.random.Generator) -> str:
+    """Its letters so that the word does not stand there; only a word of one letter, again and again, has no other."""
+    while True:
+        letters = "".join(random.permutation(list(word)).tolist())
+        if letters != word or len(set(word)) < 2:
+            return letters
 
 
 def _written(image: Any, word: str, font: str, place: tuple[float, float], height: int, light: bool) -> Any:
@@ -122,6 +134,25 @@ def check_fonts(fonts: Sequence[str]) -> None:
     """ValueError: one of them is no such file, or no font."""
     for font in fonts:
         _font(font, 12)
+
+
+def check_letters(fonts: Sequence[str], words: Sequence[str]) -> None:
+    """ValueError: a font that cannot be used, or that has no shape for a letter of the words and would draw a box."""
+    letters = sorted({letter for word in words for letter in word if not letter.isspace()})
+    for font in fonts:
+        chosen = _font(font, 12)
+        missing = [letter for letter in letters if not _has(chosen, letter)]
+        shown = "".join(missing[:8])
+        require(not missing, f"fonts: {font} has no {shown!r}, of which words to draw are made; give fonts that have")
+
+
+def _has(font: Any, letter: str) -> bool:
+    if isinstance(font, ImageFont.FreeTypeFont):
+        return bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))
+    try:
+        return font.getmask(letter).getbbox() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _font(font: str, height: int) -> Any:

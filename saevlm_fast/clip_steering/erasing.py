@@ -133,8 +133,10 @@ def erase_words(
         questions = {name: asked, **(also if name == "clean" else {})}
         found |= _answers(stream, units, source, test, questions, removals, on_images)
     figures = _figures(removals, found, len(train.y_N))
-    for row, classes_N in zip(figures["rows"], found["attacked"][0]):
-        row["reads"] = share(classes_N == wrong_N)
+    attacked_RN = found["attacked"][0]
+    answered_N = (attacked_RN[0] >= 0) & (wrong_N >= 0)
+    for row, classes_N in zip(figures["rows"], attacked_RN):
+        row["reads"] = share((classes_N == wrong_N)[answered_N])
     return figures
 
 

@@ -152,7 +152,7 @@ def cross_modal(
         on_rows(activations.n_rows + done)
     columns = scores.finish()
     columns["random"] = random_scores(len(scores.ids), config.seed)
-    columns["kept"] = kept_pairs(columns[config.by], config.keep)
+    columns["kept"] = kept_pairs(columns[config.by], config.keep, columns["random"])
     return CrossModal(omega_S, text, image, scores.ids, columns, _wrong(activations, scores.ids))
 
 

@@ -132,10 +132,13 @@ class PairScores:
         )
 
 
-def kept_pairs(scores: np.ndarray, share: float) -> np.ndarray:
-    """bool: the best `share` of the pairs, rounded; of equal ones the earlier."""
+def kept_pairs(scores: np.ndarray, share: float, random: np.ndarray) -> np.ndarray:
+    """bool: the best `share` of the pairs, rounded; of equal ones those that `random` puts first.
+
+    Counts of latents are equal for many pairs. By their places one part of a set would be kept, as its first shards.
+    """
     kept = np.zeros(len(scores), bool)
-    kept[np.argsort(-scores, kind="stable")[: round(share * len(scores))]] = True
+    kept[np.lexsort((-random, -scores))[: round(share * len(scores))]] = True
     return kept
 
 

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from command import run, run_json
+from saevlm_fast.cli.erase import EraseArguments, _halves
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder
 
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200)}
@@ -37,6 +39,7 @@ def world(tmp_path_factory):
     (root / "words.csv").write_text(
         "label,text,word,test_word\nred,a red thing,rot,rouge\nblue,a blue thing,blau,bleu\n"
     )
+    (root / "cyrillic.csv").write_text("label,word\nred,\u0440\u043e\u0442\nblue,blau\n", encoding="utf-8")
     (root / "half.csv").write_text("label,text\nred,a red thing\n")
     (root / "empty.csv").touch()
     (root / "few.csv").write_text("image,place\nred/0.png,a\nred/1.png,b\nblue/1.png,b\n")
@@ -110,6 +113,35 @@ def test_damaged_files_are_left_out_and_named(world, tmp_path):
     assert of_layer["rows"][0]["clean"]["n"] == 26 - of_layer["images"]["train"]
 
 
+def test_images_are_drawn_from_all_of_a_sorted_folder(world):
+    """Folders are in the order of their classes: the first 10 are of one."""
+    photos = open_images(str(world / "photos"))
+    labels = {}
+    for seed in (0, 1):
+        options = EraseArguments(
+            model="hf:tiny-clip", sae=(world / "one",), layer=(2,), images=str(world / "photos"), limit=10, seed=seed,
+            output=world / "w.json",
+        )  # fmt: skip
+        (_, train), (_, test) = _halves(options, photos, photos)
+        assert len(train) == len(test) == 10
+        assert train == sorted(set(train))
+        assert not set(train) & set(test)
+        labels[seed] = [{photos.label(i) for i in half} for half in (train, test)]
+        assert labels[seed] == [{"red", "blue"}] * 2
+        assert _halves(options, photos, photos) == ((photos, train), (photos, test))
+
+
+def test_images_that_choose_are_not_asked_about(world, tmp_path):
+    """Told by what they are, not by their names, which are the same in the folders of many sets."""
+    said = "test_images: 8 of 8 looked at are images that choose latents"
+    assert said in run(*call(world, tmp_path / "w.json", "--test-images", world / "photos", "--dry-run"), code=2)
+    for path in (world / "photos").rglob("*.png"):
+        other = tmp_path / "others" / path.relative_to(world / "photos")
+        other.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(other)
+    run(*call(world, tmp_path / "w.json", "--test-images", tmp_path / "others", "--limit", 20, "--dry-run"))
+
+
 def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
     from saevlm_fast.clip_steering import erasing
 
@@ -153,6 +185,7 @@ def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
         ({"class_words": "{world}/empty.csv"}, "class_words: {world}/empty.csv is empty"),
         ({"test_images": "{world}/none"}, "test_images: {world}/none"),
         ({"labels": "{world}/few.csv:place"}, "images: 1 for choosing have a label of {world}/few.csv:place; 10 at"),
+        ({"class_words": "{world}/cyrillic.csv"}, "fonts: Pillow's bitmap font has no"),
         ({"select": "largest"}, "select: 'largest' is not one of"),
         ({"limit": "9"}, "limit"),
         ({"model": "hf:tiny-llava"}, "hf:tiny-llava: a llava model has no text side"),

@@ -166,13 +166,20 @@ def test_directions_of_words():
 
 
 def test_directions_of_several_values():
-    """After the probe's directions are taken out, the means of the values are the same."""
+    """They span what sklearn's discriminant reads, whatever directions the values' means are apart in."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     generator = torch.Generator().manual_seed(0)
-    y = np.arange(300) % 4
-    x = torch.randn(300, 10, generator=generator) + 3 * torch.randn(4, 10, generator=generator)[y]
+    y = np.arange(600) % 4
+    x = torch.randn(600, 10, generator=generator) * torch.logspace(-1, 0.5, 10)
+    x += 0.5 * torch.randn(4, 10, generator=generator)[y]
     directions = probe_directions(x, y)
     assert directions.shape == (3, 10)
     assert torch.allclose(directions @ directions.T, torch.eye(3), atol=1e-5)
+    read = LinearDiscriminantAnalysis(solver="eigen").fit(x.double().numpy(), y).scalings_[:, :3]
+    read /= np.linalg.norm(read, axis=0)
+    inside = np.linalg.norm(directions.double().numpy() @ read, axis=0)
+    assert inside.min() > 0.97  # they are a little rounder
     same = probe_directions(torch.ones(6, 10), np.array([0, 1] * 3))
     assert same.shape == (0, 10)
 
@@ -206,6 +213,32 @@ def test_fonts_and_places_of_the_test_are_held_out(source):
             Style("own", (font,), TEST.places, TEST.heights),
         )
         assert decode(long.read(0)).size == decode(source.read(0)).size
+
+
+def test_nonsense_is_never_the_word(monkeypatch):
+    """A permutation leaves a word of three letters as it is one time in six."""
+    drawn = []
+    monkeypatch.setattr(
+        "saevlm_fast.clip_steering.attacks._written", lambda image, letters, *how: drawn.append(letters) or image
+    )
+    scenes = open_images("scenes:test:60")
+    nonsense = AttackedSource(scenes, ["red"] * 59 + ["oo"], TEST, nonsense=True)
+    for i in range(60):
+        nonsense.read(i)
+    assert len(drawn) == 60
+    assert {"".join(sorted(each)) for each in drawn[:-1]} == {"der"}
+    assert "red" not in drawn
+    assert len(set(drawn[:-1])) == 5
+    assert drawn[-1] == "oo"
+
+
+def test_letters_that_a_font_does_not_have_are_named(source):
+    """They would be drawn as boxes, all alike."""
+    for style, word, letters in ((TRAIN, "rot \u0440\u043e\u0442", "\u043e\u0440\u0442"), (TEST, "\u7ea2", "\u7ea2")):
+        with pytest.raises(ValueError, match=f"has no '{letters}'"):
+            AttackedSource(source, [word] * N, style)
+    for style, word in ((TRAIN, "gr\u00fcn"), (TEST, "blue-ish & 7")):
+        AttackedSource(source, [word] * N, style)
 
 
 def test_a_wrong_word_is_never_the_right_one():

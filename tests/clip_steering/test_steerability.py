@@ -123,6 +123,44 @@ def test_neurons_as_a_plain_hook_moves_them(tower, vocabulary, source):
     assert found.s[0] == pytest.approx(float((after - before).pow(2).sum(1).mean()), rel=1e-3)
 
 
+@torch.no_grad()
+def test_controls_are_the_same_change_along_other_directions(tower, vocabulary, source):
+    """Reversed, random ones of the same length, and unrelated texts; each with a plain hook."""
+    sae, latent, target, seed = random_sae(), 17, 2.5, 4
+    with opened_stream(tower, LAYER, "patches", 3) as stream:
+        batches = list(stream.batches(source, range(N)))
+        steering = Steering(stream, batches, Latents(sae), vocabulary, controls=2, seed=seed)
+        found = steering.changes(torch.tensor([latent]), torch.tensor([target]))
+        x_NTD = torch.cat([batch.x_BTD for batch in batches])
+    W_D = sae.W_dec[latent].double()
+    change_NT = target - sae.encode(x_NTD.flatten(0, 1)).dense()[:, latent].double().view(x_NTD.shape[:2])
+    change_NT[:, 0] = 0  # the class token
+    assert found.length[0] == pytest.approx(float(change_NT[:, 1:].square().mean().sqrt() * W_D.norm()), rel=1e-4)
+    drawn = [np.random.default_rng((seed, latent, q)).standard_normal(128) for q in range(2)]
+    random = [torch.from_numpy(each / np.linalg.norm(each)) * W_D.norm() for each in drawn]
+    assert abs(float(torch.nn.functional.cosine_similarity(random[0], random[1], dim=0))) < 0.5
+
+    def steerability(words, direction_D):
+        before, after = ([probabilities(tower, source, words, i) for i in range(N)] for _ in range(2))
+        for i in range(N):
+            moved = (change_NT[i][:, None] * direction_D).float()[None]
+            handle = tower.anatomy.blocks[LAYER].register_forward_hook(
+                lambda module, args, x, moved=moved: (x[0] + moved, *x[1:]) if isinstance(x, tuple) else x + moved
+            )
+            after[i] = probabilities(tower, source, words, i)
+            handle.remove()
+        return float((torch.stack(after) - torch.stack(before)).square().sum(1).mean())
+
+    assert found.s[0] == pytest.approx(steerability(vocabulary, W_D), rel=1e-3)
+    assert found.s_reversed[0] == pytest.approx(steerability(vocabulary, -W_D), rel=1e-3)
+    for q in range(2):
+        assert found.s_random_JQ[0, q] == pytest.approx(steerability(vocabulary, random[q]), rel=1e-3)
+    order = torch.randperm(vocabulary.texts_CE.shape[1], generator=torch.Generator().manual_seed(seed))
+    unrelated = Vocabulary(vocabulary.words, vocabulary.texts_CE[:, order], vocabulary.logit_scale)
+    assert found.s_shuffled[0] == pytest.approx(steerability(unrelated, W_D), rel=1e-3)
+    assert len({round(each, 6) for each in (found.s[0], found.s_reversed[0], *found.s_random_JQ[0])}) == 4
+
+
 def test_units_asked_together_or_alone_are_the_same(stream, vocabulary, source):
     steering = Steering(stream, list(stream.batches(source, range(N))), Neurons(128), vocabulary, controls=2)
     units, target = torch.tensor([1, 2, 9, 40]), torch.tensor([1.0, 2.0, 3.0, 0.5])

@@ -162,8 +162,15 @@ def test_auroc_with_ties_and_its_interval():
 
 
 def test_shares_that_are_kept():
-    assert kept_pairs(np.array([1.0, 3.0, 3.0, 2.0]), 0.5).tolist() == [False, True, True, False]
-    assert kept_pairs(np.array([1.0, 1.0, 1.0]), 1 / 3).tolist() == [True, False, False]
+    random = np.random.default_rng(0).random(40)
+    assert kept_pairs(np.array([1.0, 3.0, 3.0, 2.0]), 0.5, random[:4]).tolist() == [False, True, True, False]
+    assert kept_pairs(np.array([1.0, 1.0, 1.0]), 1 / 3, np.array([0.2, 0.1, 0.9])).tolist() == [False, False, True]
+    scores = np.repeat([0.0, 5.0, 1.0, 5.0], 10)  # of the twenty best, equal ones, ten are kept
+    kept = kept_pairs(scores, 0.25, random)
+    best = np.flatnonzero(scores == 5)
+    assert np.flatnonzero(kept).tolist() == sorted(best[np.argsort(-random[best])[:10]])
+    assert kept[10:20].any()
+    assert kept[30:].any()
 
 
 def test_patches_that_are_kept_image_by_image():

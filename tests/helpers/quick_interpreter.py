@@ -1,13 +1,15 @@
 """Triton's interpreter, quicker: what it looks up anew at every call of a @triton.jit function is looked up once."""
 
 import importlib.util
+import inspect
 import sys
 
 
 def quicken_interpreter() -> None:
     """It searches triton.language for what it has to replace, a third of its time, and builds its table of dtypes anew.
 
-    What it replaces, and with what, stays its own.
+    What it replaces, and with what, stays its own. These are private functions: a Triton that has others is left as it
+    is, and only slower.
     """
     assert "triton.language" not in sys.modules, "before anything is replaced in it"
     if importlib.util.find_spec("triton") is None:
@@ -15,9 +17,16 @@ def quicken_interpreter() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    packages = tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base
+    try:
+        packages = tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base
+        search, patch, of_numpy = interpreter._patch_builtin, interpreter._patch_attr, interpreter._get_np_dtype
+        parameters = list(inspect.signature(patch).parameters)
+    except AttributeError:
+        return
+    if parameters[:4] != ["obj", "name", "member", "builder"]:
+        return
     builtins = {package: [n for n in dir(package) if tl.core.is_builtin(getattr(package, n))] for package in packages}
-    search = interpreter._patch_builtin
+    known = {}
 
     def look_up(package, builder, *scope):
         if package not in builtins:
@@ -26,9 +35,7 @@ def quicken_interpreter() -> None:
         for name in builtins[package]:
             member = getattr(package, name)
             if tl.core.is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, *scope)
-
-    of_numpy, known = interpreter._get_np_dtype, {}
+                patch(package, name, member, builder, *scope)
 
     def np_dtype(dtype):
         element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
