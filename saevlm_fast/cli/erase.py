@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_class_words
+from saevlm_fast.cli.erase_labels import (
+    COLUMNS,
+    check_apart,
+    class_texts,
+    labels_of,
+    read_class_words,
+    readable,
+    renamed,
+)
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
@@ -26,7 +34,6 @@ if TYPE_CHECKING:
     from saevlm_fast.towers.tower import Tower
 
 WORDS = "words"
-_COMPARED = 8  # images of equal ids
 
 
 def _ks(name: str, text: str) -> tuple[int, ...]:
@@ -137,7 +144,10 @@ def open_inputs(options: EraseArguments) -> Opened:
 
     device = resolve_device(options.device)
     source = open_images(options.images)
-    asked = source if options.test_images is None else open_images(options.test_images)
+    asked = source
+    if options.test_images is not None:
+        with renamed("images", "test_images"):
+            asked = open_images(options.test_images)
     words = None if options.class_words is None else read_class_words(options.class_words)
     saes = [SparseAutoencoder.from_pretrained(path, device=device) for path in options.sae]
     encoder = load_text_encoder(options.model, device, on_message=tell)
@@ -168,42 +178,22 @@ def _halves(
     if asked is source:
         half = dict(zip(train, halves([source.image_id(i) for i in train])))
         train, test = [i for i in train if half[i]], [i for i in test if not half.get(i, False)]
-    for name, numbers in (("images", train), ("test_images", test)):
-        require(len(numbers) >= 10, f"{name}: {len(numbers)} with a label; 10 at least are needed")
-    train, test = (_drawn(numbers, options) for numbers in (train, test))
+    train = sorted(readable(source, _shuffled(train, options), options.limit))
+    test = sorted(_shuffled(test, options)[: options.limit])
+    uses = (("images", "for choosing", labels, train), ("test_images", "to ask about", options.labels, test))
+    for name, use, told, numbers in uses:
+        require(len(numbers) >= 10, f"{name}: {len(numbers)} {use} have a label of {told}; 10 at least are needed")
     if asked is not source:
-        _check_apart(source, train, asked, test)
+        check_apart(source, train, asked, test)
     return (source, train), (asked, test)
 
 
-def _drawn(numbers: list[int], options: EraseArguments) -> list[int]:
-    """At most --limit of them by chance, in order: folders are sorted by class, so that the first are of few."""
+def _shuffled(numbers: list[int], options: EraseArguments) -> list[int]:
+    """In an order by chance: folders are sorted by class, so that the first are of few."""
     import numpy as np
 
-    order = np.random.default_rng([options.seed, 4]).permutation(len(numbers))[: options.limit]
-    return [numbers[i] for i in sorted(order.tolist())]
-
-
-def _check_apart(source: "ImageSource", train: list[int], asked: "ImageSource", test: list[int]) -> None:
-    """ValueError: images that chose latents are asked about. Ids that are the same may be of other folders' images."""
-    number = {source.image_id(i): i for i in train}
-    both = [(number[name], i) for i in test if (name := asked.image_id(i)) in number]
-    same = sum(_read(source, i) == _read(asked, j) is not None for i, j in both[:_COMPARED])
-    require(
-        same == 0,
-        f"test_images: {same} of {min(len(both), _COMPARED)} looked at are images that choose latents; without "
-        "--test-images the half of --images is asked about that does not choose",
-    )
-
-
-def _read(source: "ImageSource", i: int) -> bytes | None:
-    """None of one that cannot be read."""
-    from saevlm_fast.errors import ImageError
-
-    try:
-        return source.read(i)
-    except ImageError:
-        return None
+    order = np.random.default_rng([options.seed, 4]).permutation(len(numbers))
+    return [numbers[i] for i in order.tolist()]
 
 
 def _argument(options: EraseArguments, labels: str) -> str:
@@ -402,15 +392,26 @@ def _erase(options: EraseArguments, opened: Opened, asked: Asked, layer: int, un
         if done == total:
             bars.pop(what).close()
 
+    n_test = len(opened.test[1])
     choice, questions = Choice(options.k, options.select, options.seed), dict(asked.questions)
     with opened_stream(opened.tower, layer, options.tokens, options.batch_size) as stream:
         if options.what != WORDS:
-            return erase_factor(stream, units, asked.train, questions, choice, counted)
-        told = questions.pop(options.labels)
-        return erase_words(stream, units, asked.train, told, choice, asked.writing, questions, counted)
+            found = erase_factor(stream, units, asked.train, questions, choice, counted)
+        else:
+            told = questions.pop(options.labels)
+            found = erase_words(stream, units, asked.train, told, choice, asked.writing, questions, counted)
+        if stream.skipped:
+            number, why = next(iter(stream.skipped.items()))
+            warn(
+                f"test_images: {len(stream.skipped)} of {n_test} are not usable and were left out, the first is "
+                f"{opened.test[0].image_id(number)}: {why}"
+            )
+        return found
 
 
 def _print(options: EraseArguments, layers: list[dict[str, Any]]) -> None:
+    from saevlm_fast.clip_steering.erasing import LEAST_OF_GROUP
+
     for each in layers:
         rows = each["rows"]
         columns = [name for name in rows[0] if name not in ("removal", "k")]
@@ -420,13 +421,14 @@ def _print(options: EraseArguments, layers: list[dict[str, Any]]) -> None:
         ]
         print_wide_table(("taken out", *columns), cells)
     if options.what == WORDS:
-        clean, attacked, nonsense = (layers[0]["rows"][0][name]["value"] for name in ("clean", "attacked", "nonsense"))
-        if not attacked < nonsense:
+        clean, attacked, nonsense = (layers[0]["rows"][0][name] for name in ("clean", "attacked", "nonsense"))
+        if not attacked["value"] < nonsense["interval"][0]:
             say(
-                f"{options.model} does not read these words: nonsense in their place costs as much ({nonsense:.1%} "
-                f"right, words {attacked:.1%}, nothing {clean:.1%}), so that there is nothing to defend."
+                f"{options.model} is not shown to read these words: nonsense in their place costs about as much "
+                f"({nonsense['value']:.1%} right, words {attacked['value']:.1%}, nothing {clean['value']:.1%})."
             )
-    say("In brackets: of the worst group.")
+        say("reads: the share that is told as the drawn word.")
+    say(f"In brackets: of the worst group that has {LEAST_OF_GROUP} images.")
 
 
 def _cell(figures: dict[str, Any]) -> str:

@@ -291,7 +291,8 @@ def _print(options: SteerabilityArguments, found: "Steerable", figures: dict[str
                 f"{kind}: {row['random_directions']} random directions are too few to call one so; 100 are needed"
                 " (--controls)"
             )
-    if (shared := figures["latents"].get("shared")) is not None:
+    callable_ones = figures["latents"]["steerable"]["value"] is not None
+    if callable_ones and (shared := figures["latents"].get("shared")) is not None:
         say(
             f"words: {shared['by_every']} of {shared['words']} are changed most by a steerable latent of every SAE, "
             f"{shared['by_every_chance']:.1f} by chance (p {shared['p']:.3f}); {shared['by_any']} by one of any"

@@ -18,12 +18,14 @@ class CrossModalSettings(Settings):
         False, help="The chat template's tokens count as text, as in the paper's code; else only the caption's."
     )
     by: Literal["cosine", "co_occurrence", "count"] = setting("cosine", help="By which pairs are kept.", paper="cosine")
-    keep: float = setting(0.5, help="Share of the pairs that is kept.", paper="0.5", at_least=0, at_most=1)
+    keep: float = setting(
+        0.5, help="Share of the pairs that is kept.", paper="0.5", above=0, at_most=1, must="above 0, at most 1"
+    )
     patches_by: Literal["cosine", "co_occurrence", "count", "activation", "random"] = setting(
         "cosine", help="By which an image's tokens are kept.", paper="cosine"
     )
     keep_patches: float = setting(
-        0.75, help="Share of each image's tokens that is marked as kept.", at_least=0, at_most=1
+        0.75, help="Share of each image's tokens that is marked as kept.", above=0, at_most=1, must="above 0, at most 1"
     )
     seed: int = setting(0, help="Seed of the controls: random scores, shuffled omegas, bootstrap.", at_least=0)
 

@@ -41,6 +41,8 @@ def world(tmp_path_factory):
     )
     (root / "cyrillic.csv").write_text("label,word\nred,\u0440\u043e\u0442\nblue,blau\n", encoding="utf-8")
     (root / "half.csv").write_text("label,text\nred,a red thing\n")
+    (root / "empty.csv").touch()
+    (root / "few.csv").write_text("image,place\nred/0.png,a\nred/1.png,b\nblue/1.png,b\n")
     (root / "odd.csv").write_text("label,name\nred,a\n")
     shutil.copytree(root / "photos" / "red", root / "single" / "red")
     return root
@@ -93,6 +95,22 @@ def test_a_label_is_erased_and_the_worst_group_beside_it(world, tmp_path):
     assert list(layer["rows"][0]) == ["removal", "k", "images", places]
     assert [row["k"] for row in layer["rows"] if row["removal"] == "pca"] == [1]  # two values differ in one direction
     assert layer["rows"][0]["images"]["worst"] is not None
+
+
+def test_damaged_files_are_left_out_and_named(world, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(world / "photos", photos)
+    for name in COLOURS:
+        for i in range(13):
+            (photos / name / f"{i}.png").write_bytes(b"no picture")
+    output = tmp_path / "w.json"
+    text = run(*call(world, output, images=photos, k=1))
+    assert "warning: images: " in text
+    assert "for choosing are not usable and were left out, the first is " in text
+    assert "warning: test_images: " in text
+    of_layer = json.loads(output.read_text())["layers"][0]
+    assert of_layer["images"]["train"] < 26
+    assert of_layer["rows"][0]["clean"]["n"] == 26 - of_layer["images"]["train"]
 
 
 def test_images_are_drawn_from_all_of_a_sorted_folder(world):
@@ -167,11 +185,14 @@ def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
         ({"labels": "colour"}, "labels: 'colour' is not images, scene:FACTOR or FILE.csv:COLUMN"),
         ({"labels": "scene:shape"}, "images: 'blue/0.png' is not the id of a scene"),
         ({"also": "images"}, "also: images is asked already"),
-        ({"groups": "{world}/none.csv:place"}, "labels: {world}/none.csv is not a file"),
+        ({"groups": "{world}/none.csv:place"}, "groups: {world}/none.csv is not a file"),
         ({"class_words": "{world}/half.csv"}, "class_words: {world}/half.csv has no line of the label ['blue']"),
         ({"class_words": "{world}/odd.csv"}, "class_words: {world}/odd.csv has the columns label, name; label and"),
         ({"class_words": "{world}/none.csv"}, "class_words: {world}/none.csv is not a file"),
         ({"fonts": "{world}/words.csv"}, "fonts: {world}/words.csv cannot be used"),
+        ({"class_words": "{world}/empty.csv"}, "class_words: {world}/empty.csv is empty"),
+        ({"test_images": "{world}/none"}, "test_images: {world}/none"),
+        ({"labels": "{world}/few.csv:place"}, "images: 1 for choosing have a label of {world}/few.csv:place; 10 at"),
         ({"class_words": "{world}/cyrillic.csv"}, "fonts: Pillow's bitmap font has no"),
         ({"select": "largest"}, "select: 'largest' is not one of"),
         ({"limit": "9"}, "limit"),
