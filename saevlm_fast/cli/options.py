@@ -296,7 +296,9 @@ def _from_text(cls: Any, name: str, value: Any) -> Any:
         return path_of(key, value)
     require(value != "", f"{key}: is empty")
     if known.swept and isinstance(value, str) and "," in value:
-        return several_of(key, value.split(","), lambda part: _from_text(cls, name, part.strip()))
+        parts = [part.strip() for part in value.split(",")]
+        require("" not in parts, f"{key}: {value!r} has a value that is empty")
+        return several_of(key, parts, lambda part: _from_text(cls, name, part))
     if known.parse is None:
         return _NUMBERS[kind](key, value) if (kind := kinds_of(cls)[name]) in _NUMBERS else value
     return known.parse(name, ",".join(value) if isinstance(value, list) else value)

@@ -18,6 +18,7 @@ from typing import Any
 
 from saevlm_fast import __version__
 from saevlm_fast.cli.options import MADE, Options, key_of, ordered
+from saevlm_fast.cli.ranks import n_processes
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.errors import require
 from saevlm_fast.formats.places import is_remote
@@ -114,6 +115,7 @@ def made_by(options: Options) -> dict[str, Any]:
     """Command line, place, time, host, device, commit and versions."""
     made = {
         "command_line": shlex.join(["saevlm-fast", *map(redacted_text, sys.argv[1:])]),
+        "ranks": n if (n := n_processes()) > 1 else None,  # of torchrun, which started that many of this command
         "directory": os.getcwd(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),

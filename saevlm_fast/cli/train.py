@@ -65,13 +65,13 @@ def plan(options: TrainArguments) -> Plan:
     from saevlm_fast.training.checkpoints import latest_checkpoint
     from saevlm_fast.training.watch import Watch
 
+    Watch(options.log_to)  # what is not installed is refused
     if options.model is not None:
         return plan_one_pass(options)
     if options.sweep:
         return plan_many(options, _planned(options, runs_of))
     device = resolve_device(options.device)
     check_writable(options.output)
-    Watch(options.log_to)  # what is not installed is refused
     _check_output(options)
     run = _planned(options, Run.of)
     sae, config, n_rows = run.sae, run.config, run.n_rows
@@ -101,11 +101,14 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
     that pass is over the images, at one or several layers, and no activations are stored.
     """
     from saevlm_fast.outputs import output_lock, workplace
+    from saevlm_fast.training.checkpoints import RUN_FILE
+    from saevlm_fast.training.watch import Watch
 
     ranks = options.device, options.collective_timeout, options.data_parallel
     with joined_ranks(*ranks) as peers, ExitStack() as locks:
         if leads(peers):
             locks.enter_context(output_lock(options.output, directory=True))
+        Watch(options.log_to)  # what is not installed is refused before anything is opened
         if options.model is not None:
             return run_one_pass(options, peers)
         if options.sweep:
@@ -118,9 +121,11 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
         except Interrupted as error:
             settings = workplace(options.output) / SETTINGS_FILE
             begun = not options.force or workplace(options.output) != options.output
-            if not settings.is_file() or not begun:  # what is there may be of the run that was to be replaced
-                raise
+            if not begun or not settings.with_name(RUN_FILE).is_file():
+                raise  # what is there may be of the run that was to be replaced
             what = str(error).partition(";")[0]
+            if not settings.is_file():  # no step was taken
+                raise Interrupted(f"{what}; continue with the same command and --resume") from None
             program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
             again = f"{program} train --config {shlex.quote(str(settings))} --resume"
             raise Interrupted(f"{what}; continue with: {again}") from None
