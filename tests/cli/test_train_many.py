@@ -98,6 +98,7 @@ def test_resume_and_force(x, tmp_path):
     [
         (("--k", "2,x"), "k: 'x' is not a whole number"),
         (("--k", "2,2"), "k: 2 is listed twice"),
+        (("--k", "2,"), "k: '2,' has a value that is empty"),
         (("--k", "2,0"), "k: 0 must be at least 1"),
         (("--k", "2,99"), "k99: k: 99"),
         (("--architecture", "topk,tpk"), "architecture: 'tpk' is not one of"),

@@ -184,10 +184,11 @@ def test_other_processes_of_a_run_log_nothing(recorded, tmp_path, monkeypatch):
 def test_a_package_that_is_missing_is_refused_before_anything_is_written(monkeypatch, tmp_path, name):
     np.save(tmp_path / "x.npy", np.ones((20, 8), np.float32))
     monkeypatch.setitem(loggers._MODULES, name, "no_such_package")
-    for more in ((), ("--dry-run",)):
-        text = run_command(
-            "train", "--activations", tmp_path / "x.npy", "--output", tmp_path / "out", "--log-to", name, *more, code=2
-        )
+    one = ("--activations", tmp_path / "x.npy")
+    several = (*one, "--k", "2,3")
+    images = ("--model", "hf:no/such-model", "--images", tmp_path / "none", "--layer", 2)  # refused before both
+    for more in (one, (*one, "--dry-run"), several, (*several, "--dry-run"), images, (*images, "--dry-run")):
+        text = run_command("train", *more, "--output", tmp_path / "out", "--log-to", name, code=2)
         assert f"log_to: {name} cannot be imported (No module named 'no_such_package')" in text
         assert "pip install 'saevlm-fast[watch]'" in text
         assert not (tmp_path / "out").exists()
