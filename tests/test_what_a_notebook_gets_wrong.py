@@ -118,7 +118,8 @@ RETURNED = {
 }
 # What messages call an argument, where that is another word: what the command line calls it.
 ALIASES = {"spec": "model|text_model", "directory": "path", "path": "images|output", "width": "d_sae"}
-NOT_TRIED = {"image", "name", "origin", "out"}  # of processors, that refuse arrays themselves; for messages; a buffer
+# Of processors, that refuse arrays themselves; for messages; a buffer; what torchrun's commands make.
+NOT_TRIED = {"image", "name", "origin", "out", "peers"}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def calls(sae, tmp_path_factory):
     harvested |= {"output": None, "sae": None, "device": "cpu"}
     return {
         "Activations.from_tensor": (sf.Activations.from_tensor, {"x": X}),
-        "Activations.chunks": (SHOTS.chunks, {"n": 100}),
+        "Activations.chunks": (SHOTS.chunks, {"n": 100, "rows": range(2)}),
         "Activations.rows": (SHOTS.rows, {"indices": torch.tensor([1, 2])}),
         "ActivationWriter": (
             partial(new, sf.ActivationWriter),

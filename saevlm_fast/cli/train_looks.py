@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from saevlm_fast.cli.terminal import tell
 from saevlm_fast.config import StreamSettings, TrainConfig
 from saevlm_fast.errors import require
+from saevlm_fast.urls import redacted_text
 
 if TYPE_CHECKING:
     from saevlm_fast.cli.train_options import TrainArguments
@@ -154,7 +155,7 @@ class TowerLooks:
             if tops is not None:
                 pictures = StoreImages({"images": {"path": self.path}})
                 title = f"{Path(options.output) / name}, step {options.steps:,}"
-                picture = partial(strongest_sheet, tops, pictures, title, self.path)
+                picture = partial(strongest_sheet, tops, pictures, title, redacted_text(self.path))
             found[name] = Look({} if scores is None else mean_of(scores), picture)
             self.note = self.note if scores is None else self._note(scores.n_images)
         return found

@@ -148,7 +148,8 @@ def check_letters(fonts: Sequence[str], words: Sequence[str]) -> None:
 
 def _has(font: Any, letter: str) -> bool:
     if isinstance(font, ImageFont.FreeTypeFont):
-        return bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))
+        drawn: list[Any] = [font.getmask(each) for each in (letter, _NO_LETTER)]
+        return bytes(drawn[0]) != bytes(drawn[1])
     try:
         return font.getmask(letter).getbbox() is not None
     except UnicodeEncodeError:

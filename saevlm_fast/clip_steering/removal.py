@@ -52,10 +52,15 @@ class Removal:
 
 
 class Features(NamedTuple):
-    """Of N images, means over the chosen tokens: of latents, sparse, and of the stream [N, D] float32; on the host."""
+    """Of N images, means over the chosen tokens: of latents, sparse, and of the stream [N, D] float32; on the host.
+
+    density_S: float64, share of all their chosen tokens on which each latent fires. (Of images nearly every one has a
+    token of a common latent, so that they tell such latents from no others.)
+    """
 
     codes: KeptCodes
     stream_ND: Tensor
+    density_S: np.ndarray
 
     def mean_S(self, of_N: np.ndarray | None = None) -> np.ndarray:
         """float64 [S]: means of the latents over all images, or over some (bool [N])."""
@@ -64,16 +69,13 @@ class Features(NamedTuple):
             acts_M, n = acts_M * of_N[self.codes.images_M], int(of_N.sum())
         return np.bincount(self.codes.latents_M, acts_M, self.codes.n_latents) / max(n, 1)
 
-    @property
-    def density_S(self) -> np.ndarray:
-        """Share of images on which each latent fires."""
-        return self.codes.counts_S / max(len(self.stream_ND), 1)
-
     @classmethod
     def join(cls, pieces: "Sequence[Features]") -> "Features":
         """The images of all pieces in order."""
         codes = SparseCodes.join([piece.codes.by_image() for piece in pieces], pieces[0].codes.n_latents)
-        return cls(KeptCodes.of(codes), torch.cat([piece.stream_ND for piece in pieces]))
+        stream_ND = torch.cat([piece.stream_ND for piece in pieces])
+        density_S = sum(len(piece.stream_ND) * piece.density_S for piece in pieces) / max(len(stream_ND), 1)
+        return cls(KeptCodes.of(codes), stream_ND, np.asarray(density_S))
 
 
 @torch.no_grad()
@@ -86,20 +88,26 @@ def features(
 ) -> Features:
     """Of the chosen images. ValueError: one of them is not usable."""
     gathering, means, done = None, [], 0
+    fires_S, n_tokens = torch.zeros(units.n, dtype=torch.int64), 0
     for batch in stream.batches(source, chosen):
         mask_BT = stream.mask(batch.x_BTD)[:, :, 0]
         x_BTD = batch.x_BTD[mask_BT].view(len(batch), -1, batch.x_BTD.shape[2])
         if gathering is None:
             image_N = np.arange(len(chosen)).repeat(x_BTD.shape[1])
             gathering = CodesGathering(image_N, len(chosen), units.n, "mean")
-        gathering.add(units.read(x_BTD.flatten(0, 1)).codes)
+        tokens = units.read(x_BTD.flatten(0, 1))
+        gathering.add(tokens.codes)
+        fires_S += torch.bincount(tokens.positive()[1], minlength=units.n).cpu()
+        n_tokens += tokens.codes.n_rows
         means.append(x_BTD.float().mean(1).cpu())
         done += len(batch)
         on_images(done)
-    bad = next((f"{source.image_id(number)}: {why}" for number, why in stream.skipped.items()), "")
-    require(done == len(chosen), f"images: {len(chosen) - done} are not usable; leave them out, the first is {bad}")
+    left_out = stream.skipped.keys() & set(chosen)
+    name, why = next(((source.image_id(i), stream.skipped[i]) for i in sorted(left_out)), ("", ""))
+    message = f"images: {len(left_out)} of those that choose are not usable, as {name} ({why}); remove them"
+    require(done == len(chosen), message)
     assert gathering is not None
-    return Features(gathering.result(), torch.cat(means))
+    return Features(gathering.result(), torch.cat(means), fires_S.numpy() / n_tokens)
 
 
 def gains(seen: Features, y_N: np.ndarray, values: Sequence[int], units: Latents, select: str) -> np.ndarray:

@@ -33,15 +33,9 @@ from saevlm_fast.measures.results import Figures, Measured, share
 
 _BLOCK = 64  # units that are kept together
 _VERSION = 2  # of what a block has
-
-
-def spread(n: int, most: int) -> list[int]:
-    """Numbers of at most `most` of n images, evenly spaced."""
-    return [i * n // min(n, most) for i in range(min(n, most))]
-
-
-MEANS = (
+_COLUMNS = (
     "s",
+    "chance",
     "s_random",
     "s_reversed",
     "s_density",
@@ -49,7 +43,15 @@ MEANS = (
     "s_without_error",
     "specificity",
     "consistency",
+    "length",
+    "concept_change",
 )
+MEANS = tuple(name for name in _COLUMNS if name not in ("chance", "length", "concept_change"))  # over units
+
+
+def spread(n: int, most: int) -> list[int]:
+    """Numbers of at most `most` of n images, evenly spaced."""
+    return [i * n // min(n, most) for i in range(min(n, most))]
 
 
 @dataclass(frozen=True)
@@ -191,21 +193,6 @@ class Asking:
         words = np.full(len(chosen_J), None, object)
         words[rows] = [self.vocabulary.words[c] for c in columns.get("concept", np.zeros(0, np.int64))]
         return pa.table(made | {"concept": pa.array(words.tolist(), pa.string())})
-
-
-_COLUMNS = (
-    "s",
-    "chance",
-    "s_random",
-    "s_reversed",
-    "s_density",
-    "s_shuffled",
-    "s_without_error",
-    "specificity",
-    "consistency",
-    "length",
-    "concept_change",
-)
 
 
 def progress_of(output: Path) -> Path:

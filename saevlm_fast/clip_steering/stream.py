@@ -74,12 +74,13 @@ class Stream:
         self.splice, self.tokens, self.batch_size = splice, tokens, batch_size
         self.tower = splice.run.tower
         self.skipped: dict[int, str] = {}
+        self._is_read = False
 
     def batches(self, source: ImageSource, chosen: Sequence[int]) -> Iterator[ImageBatch]:
         """Images of the source in order, at most batch_size at a time; unusable ones are left out and noted.
 
         Raises:
-            ValueError: the model gives no number for an image.
+            ValueError: the model gives no number for an image, or the same whatever the chosen tokens are.
         """
         parts = [list(chosen[i : i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
         device = self.tower.device
@@ -94,7 +95,25 @@ class Stream:
                     bad = next((number for number, sound in zip(batch.images, sound_B) if not sound), None)
                     name = None if bad is None else source.image_id(bad)
                     require(bad is None, f"model: {self.tower.spec} gives NaN or inf for the image {name}")
-                    yield ImageBatch(list(batch.images), inputs, x_BTD, out_BE)
+                    made = ImageBatch(list(batch.images), inputs, x_BTD, out_BE)
+                    if not self._is_read:
+                        self._check_read(made)
+                    yield made
+
+    def _check_read(self, batch: ImageBatch) -> None:
+        """ValueError: what is changed is not read above, as patches behind the last block of a CLIP are not."""
+        x_BTD = batch.x_BTD
+        there = self.output(batch, x_BTD)
+        gone = self.output(batch, torch.where(self.mask(x_BTD), 0, x_BTD))
+        point, tower = self.splice.point, self.tower
+        same = torch.allclose(there, gone, rtol=1e-5, atol=1e-6 * float(there.abs().max()))
+        require(
+            not same,
+            f"layer: {point.layer} of {tower.spec}: its {self.splice.after.name} does not depend on the tokens "
+            f"{self.tokens} there, so that nothing that is done to them changes it; the blocks are 0 to "
+            f"{tower.n_blocks - 1}",
+        )
+        self._is_read = True
 
     def mask(self, x_BTD: Tensor) -> Tensor:
         """bool [B, T, 1] of the tokens that are changed."""

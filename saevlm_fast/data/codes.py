@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.data.remote_store import RemoteStore, open_remote_store
-from saevlm_fast.data.rows import StoredRows, check_chunk, check_usable, open_index
+from saevlm_fast.data.rows import StoredRows, bounds_of, check_chunk, check_usable, open_index
 from saevlm_fast.data.store import CODES, StoreIndex, map_shard
 from saevlm_fast.data.writing import StoreWriter
 from saevlm_fast.errors import ActivationError, require
@@ -166,10 +166,10 @@ class StoredCodes(StoredRows):
 
         Raises:
             ActivationError: a damaged shard, naming its file and the row.
-            ValueError: n below 1.
+            ValueError: n below 1, rows that are not there.
         """
         check_chunk(n)
-        first, end = (0, self.n_rows) if rows is None else (rows.start, rows.stop)
+        first, end = bounds_of(rows, self.n_rows)
         return prefetch(lambda start: (start, self._slice(start, min(start + n, end))), range(first, end, n))
 
     def _slice(self, start: int, stop: int) -> SparseCodes:

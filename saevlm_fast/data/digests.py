@@ -1,9 +1,10 @@
 """Whether data on disk is what was written: files compared with their digests before they are used, and the digest of
 a matrix by which a resumed run knows its data.
 
-A digest that was computed is remembered in the user's cache directory for a week, by the file's path, size, time of
-last change and inode, so that runs on the same store read it once. What changes a file through the file system is thus
-noticed at once, and what does not (a disk that forgets) within a week.
+A digest that was computed is remembered in the user's cache directory for a week, by the file's path, size, inode and
+times of last change, so that runs on the same store read it once. One of these times is the file system's own, which
+nobody sets back: what changes a file through the file system is noticed at once, and what does not (a disk that
+forgets) within a week.
 """
 
 import hashlib
@@ -70,8 +71,11 @@ class CheckedFiles:
         self._check_in_threads([number for number, sound in enumerate(self._sound) if not sound])
 
     def check_shared(self, rank: int, collect: Callable[[Any], list[Any]]) -> None:
-        """The same by several processes that all ask: those that see the same files, by inode and time of last change,
+        """The same by several processes that all ask: those that see the same files, by inode and times of last change,
         each compare some of them. After every few files all wait for each other, so that none is thought to hang.
+
+        Copies on several disks have other times, unless the disks are clones, block by block: of such each file is
+        compared on one of them.
 
         Args:
             rank: this one.
@@ -80,7 +84,7 @@ class CheckedFiles:
         Raises:
             ActivationError: as `check`; in the process that finds it.
         """
-        seen = collect([_identity(file) for file in self.files])
+        seen = collect([_identity(file.stat()) for file in self.files])
         sharing = [number for number, files in enumerate(seen) if files == seen[rank]]
         own = list(range(len(self.files)))[sharing.index(rank) :: len(sharing)]
         most = max(-(-len(files) // seen.count(files)) for files in seen)
@@ -109,10 +113,9 @@ class CheckedFiles:
         self._sound[number] = True
 
 
-def _identity(file: Path) -> tuple[int, int, int]:
-    """What tells a file from a copy of it on another disk."""
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
+    """What tells a file from its next version, and from a copy of it on another disk, also one with the same mtime."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def check_digest(file: Path, found: str, recorded: str) -> None:
@@ -146,7 +149,7 @@ def remembered(file: Path, what: str, compute: Callable[[], str]) -> str:
     before = file.stat()
     if before.st_size < _WORTH_REMEMBERING:
         return compute()
-    key = json.dumps([str(file), what, before.st_size, before.st_mtime_ns, before.st_ino])
+    key = json.dumps([str(file), what, *_identity(before)])
     try:
         notes = cache_directory() / "digests" / f"{hashlib.sha256(os.fsencode(file.parent)).hexdigest()[:24]}.jsonl"
         with _LOOKING:  # threads that ask at once share what they find
@@ -156,9 +159,8 @@ def remembered(file: Path, what: str, compute: Callable[[], str]) -> str:
     if key in known:
         return known[key]
     digest = compute()
-    after = file.stat()
-    same = (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
-    if same and time.time() - before.st_mtime > _SETTLED:
+    same = _identity(before) == _identity(file.stat())
+    if same and time.time() - max(before.st_mtime, before.st_ctime) > _SETTLED:
         known[key] = digest
         _note(notes, key, digest)
     return digest

@@ -262,10 +262,11 @@ class Activations(StoredRows):
         rows: those from start to stop alone; all if None.
 
         Raises:
-            ValueError: n is below 1. ActivationError: NaN or infinity, naming the row.
+            ValueError: n is below 1, rows is no range of rows that are there. ActivationError: NaN or infinity, naming
+                the row.
         """
         check_chunk(n)
-        first, end = (0, self.n_rows) if rows is None else (rows.start, rows.stop)
+        first, end = bounds_of(rows, self.n_rows)
         return prefetch(lambda start: (start, self._slice(start, min(start + n, end))), range(first, end, n))
 
     def _slice(self, start: int, stop: int) -> Tensor:
@@ -389,6 +390,15 @@ def whole_numbers(name: str, values: Sequence[int] | Tensor) -> Tensor:
 
 def check_chunk(n: int) -> None:
     whole_number("batch_rows", n)  # the name that callers give it
+
+
+def bounds_of(rows: range | None, n_rows: int) -> tuple[int, int]:
+    """The first of these rows and the one behind the last; of all if None. ValueError: some are not there."""
+    if rows is None:
+        return 0, n_rows
+    require(isinstance(rows, range) and rows.step == 1, f"rows: {shown(rows)} is not a range of rows in order")
+    require(rows.start >= 0 and rows.stop <= n_rows, f"rows: {rows} is beyond the {n_rows} rows that there are")
+    return rows.start, rows.stop
 
 
 def _checked_rows(indices: Tensor, n_rows: int, path: Path) -> Tensor:

@@ -235,11 +235,10 @@ def _make_room(url: str, size: int, part: Path) -> None:
     with _owned("room", _PATIENCE):
         kept = sorted(_folders(), key=lambda each: each[1])
         used = sum(n_bytes for folder, _, n_bytes in kept if folder != part.parent)
-        in_use = _users.everybodys()
         for folder, _, n_bytes in kept:
             if used + size <= limit:
                 break
-            if folder != part.parent and folder.name not in in_use and _removed(folder):
+            if folder != part.parent and _removed(folder):
                 used -= n_bytes
         if used + size > limit:
             raise RemoteError(
@@ -260,11 +259,12 @@ def _folders() -> Iterator[tuple[Path, float, int]]:
 
 
 def _removed(folder: Path) -> bool:
-    """Whether it could be: nobody is at it."""
+    """Whether it could be: nobody is at it, or uses it. Who uses it is asked once nobody else can begin to."""
     with _owned(folder.name, 0.0) as owned:
-        if owned:
+        free = owned and folder.name not in _users.everybodys()
+        if free:
             shutil.rmtree(folder, ignore_errors=True)
-        return owned and not folder.exists()
+        return free and not folder.exists()
 
 
 @contextmanager

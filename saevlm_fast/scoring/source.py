@@ -17,7 +17,7 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes, pool_codes
 from saevlm_fast.data.pairing import check_sides, checked_ids
 from saevlm_fast.data.rows import Activations, Matrix, StoredRows, activations_of
-from saevlm_fast.errors import require, shown
+from saevlm_fast.errors import require, shown, whole_number
 from saevlm_fast.peers import Peers, in_step, rows_of_share
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.runtime import resolve_device
@@ -61,6 +61,7 @@ class ScoredImages:
             activations = activations_of(activations, "activations")
         if sae is not None:
             check_sae(sae)
+        batch_rows = whole_number("batch_rows", batch_rows)
         require(
             pool is None or (isinstance(pool, str) and pool in ("max", "mean")),
             f"pool: {shown(pool)} is not one of max, mean",

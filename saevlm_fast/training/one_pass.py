@@ -58,6 +58,7 @@ from saevlm_fast.training.memory import check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.streamed import Place, StreamedRows
 from saevlm_fast.training.watch import group_of
+from saevlm_fast.urls import redacted_text
 
 _EVALUATED_AT_A_TIME = 4096
 
@@ -235,7 +236,7 @@ class OnePass:
             store.width * dtype.itemsize,
             store.width,
             dtype,
-            Path(self.path or "images"),
+            Path(redacted_text(self.path) or "images"),
             source,
             known_by,
         )

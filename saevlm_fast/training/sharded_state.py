@@ -14,7 +14,7 @@ from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.peers import Peers, in_order
+from saevlm_fast.peers import Peers, shared_chunks, summed
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.control import shuffled
 from saevlm_fast.training.process_group import MeshPeers
@@ -114,13 +114,10 @@ class ShardedState(TrainingState):
 
     def mean(self) -> Tensor:
         """Of all rows, of which each rank sums its own."""
-        own = cut(self.activations.n_rows, self.peers.world)[self.peers.rank]
-        total_D = torch.zeros(self.activations.d, dtype=torch.float64)
-        for start in range(own.start, own.stop, _ROWS_AT_A_TIME):
-            rows = torch.arange(start, min(start + _ROWS_AT_A_TIME, own.stop))
-            total_D += self.activations.rows(rows).double().sum(0)
-        sums_D = in_order(self.peers.gather(total_D.to(self.device)))
-        return (sums_D / self.activations.n_rows).float()
+        n_rows, total_D = self.activations.n_rows, torch.zeros(self.activations.d, dtype=torch.float64)
+        for _, x_BD in shared_chunks(self.peers, self.activations.chunks, n_rows, _ROWS_AT_A_TIME):
+            total_D += x_BD.double().sum(0)
+        return (summed(self.peers, total_D.to(self.device)) / n_rows).float()
 
     def batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """The replica's rows of every batch [B, d_in]: each rank reads its share, and all share what they have read."""

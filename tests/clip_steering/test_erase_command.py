@@ -142,6 +142,14 @@ def test_images_that_choose_are_not_asked_about(world, tmp_path):
     run(*call(world, tmp_path / "w.json", "--test-images", tmp_path / "others", "--limit", 20, "--dry-run"))
 
 
+def test_an_image_that_cannot_be_read_is_named(world, tmp_path):
+    shutil.copytree(world / "photos", tmp_path / "photos")
+    for file in (tmp_path / "photos" / "red").iterdir():
+        file.write_bytes(b"no picture")
+    said = run(*call(world, tmp_path / "w.json", "--limit", 40, images=tmp_path / "photos"), code=2)
+    assert "of those that choose are not usable, as red/" in said
+
+
 def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
     from saevlm_fast.clip_steering import erasing
 

@@ -94,8 +94,9 @@ def test_features_are_means_over_tokens(tower, source, units):
     assert np.allclose(found.codes.matrix().toarray().T, dense.mean(1), atol=1e-5)
     assert torch.allclose(found.stream_ND, x.mean(1), atol=1e-5)
     assert np.allclose(found.mean_S(np.arange(7) < 3), dense[:3].mean((0, 1)), atol=1e-5)
-    both = Features.join([found, Features(found.codes, found.stream_ND + 1)])
-    assert np.allclose(both.density_S, (dense.mean(1) > 0).double().mean(0))
+    assert np.allclose(found.density_S, (dense > 0).double().mean((0, 1)))
+    both = Features.join([found, Features(found.codes, found.stream_ND + 1, 0.5 * found.density_S)])
+    assert np.allclose(both.density_S, 0.75 * found.density_S)
     assert np.allclose(both.mean_S(np.arange(14) >= 7), found.mean_S())
 
 
@@ -109,6 +110,21 @@ def test_features_of_one_token(tower, source, units):
     assert np.allclose(found.codes.matrix().toarray().T, dense, atol=1e-5)
 
 
+def test_tokens_that_nothing_reads_are_named(tower, source):
+    """Of a CLIP's last block the class token alone is read, so that patches may be whatever they like."""
+    last = tower.n_blocks - 1
+    with (
+        opened_stream(tower, last, "patches", 4) as stream,
+        pytest.raises(
+            ValueError, match=f"layer: {last} of hf:.*: its projection does not depend on the tokens patches"
+        ),
+    ):
+        next(stream.batches(source, range(4)))
+    for layer, tokens in ((last, "all"), (last, "cls"), (last - 1, "patches")):
+        with opened_stream(tower, layer, tokens, 4) as stream:
+            assert len(next(stream.batches(source, range(4)))) == 4
+
+
 def planted():
     """Images 40 to 79 are of the other kind: latents 7 and 12 fire more there, 12 by a little and always."""
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +133,7 @@ def planted():
     more[:20, 7] += 9
     more[:, 12] += 2
     codes = KeptCodes.of_dense(torch.cat([less, more]).numpy())
-    return Features(codes, torch.zeros(80, 128)), np.repeat([0, 1], 40)
+    return Features(codes, torch.zeros(80, 128), codes.counts_S / 80), np.repeat([0, 1], 40)
 
 
 def test_the_choice_of_latents_and_its_controls(units):
@@ -329,3 +345,26 @@ def test_an_image_without_an_answer_is_wrong(source):
     assert _accuracy(answers, 0, asked)["value"] == 1
     assert _accuracy(answers, 1, asked)["value"] == 0.5
     assert _accuracy(answers, 1, asked)["n"] == 2
+
+
+def test_the_worst_group_is_the_lowest_of_those_with_enough_images(source):
+    """By counting: groups of 4 images are too small, images without an answer or a class count nowhere."""
+    random = np.random.default_rng(0)
+    y, group = random.integers(-1, 3, 200), random.integers(0, 4, 200)
+    group[group == 3] = np.where(np.arange((group == 3).sum()) < 4, 3, -1)
+    answers = np.where(random.random((2, 200)) < 0.6, y, random.integers(-1, 3, (2, 200)))
+    answers[1, group == 3] = -1  # all wrong, and left out for there are four
+    names = ("a", "b", "c", "d")
+    found = _accuracy(answers, 1, Told(source, list(range(200)), y, names, group))
+    shares, right, n = {}, 0, 0
+    for i in range(200):
+        if y[i] >= 0 and answers[0, i] >= 0:
+            n, right = n + 1, right + (answers[1, i] == y[i])
+            if group[i] >= 0:
+                shares.setdefault(names[group[i]], []).append(answers[1, i] == y[i])
+    assert (found["n"], found["value"]) == (n, pytest.approx(right / n))
+    assert len(shares.pop("d")) <= 4
+    lowest = min(shares, key=lambda name: np.mean(shares[name]))
+    assert found["worst"]["group"] == lowest
+    assert found["worst"]["value"] == pytest.approx(np.mean(shares[lowest]))
+    assert found["worst"]["n"] == len(shares[lowest])

@@ -178,6 +178,43 @@ def test_every_family_hides_patches(family, request):
     assert len(set(log_prob.round(9))) == min(3, n)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", pytest.param("qwen3_vl", marks=pytest.mark.families)])
+@torch.no_grad()
+def test_places_in_three_dimensions_stay(family, request):
+    """Against a forward in float64 without the dropped tokens, whose places are those of the whole prompt; Qwen3-VL
+    adds pixels behind its first blocks too."""
+    if family != "qwen2_vl" and "families" not in request.config.getoption("markexpr"):
+        pytest.skip("takes longer: pytest -m families")
+    tower = LanguageTower(family, *tiny_vlm(family), "describe the image .")
+    seen = PartlySeen(tower)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
+    piece = tower.preprocess([(picture, "a red square")])
+    ids, modality, caught = piece["input_ids"][0], piece["modality"][0], []
+    image = (modality == 2).nonzero().flatten()
+    kept = torch.arange(len(image)) % 2 == 0
+    found, _ = seen.said(piece, kept[None])
+    model = copy.deepcopy(tower.model).double()
+    reader = model.model.language_model
+    catch = reader.register_forward_pre_hook(lambda module, args, given: caught.append(given), with_kwargs=True)
+    model(**{name: x.double() if x.is_floating_point() else x for name, x in piece.items() if name != "modality"})
+    catch.remove()
+    (given,) = caught
+    left = [t for t in range(len(ids)) if t not in image[~kept].tolist()]
+    deep = {}
+    if (places := given.get("visual_pos_masks")) is not None:
+        deep = {"visual_pos_masks": places[:, left]}
+        deep["deepstack_visual_embeds"] = [each[kept] for each in given["deepstack_visual_embeds"]]
+    assert given["position_ids"].ndim == 3
+    states = reader(
+        inputs_embeds=given["inputs_embeds"][:, left], position_ids=given["position_ids"][..., left], **deep
+    ).last_hidden_state[0]
+    log_p = model.lm_head(states).log_softmax(-1)
+    text = [t for t in range(1, len(ids)) if modality[t] == 1 and modality[t - 1] != 2]
+    expected = np.mean([float(log_p[left.index(t) - 1, ids[t]]) for t in text])
+    assert found[0] == pytest.approx(expected, abs=1e-6)
+    assert found[0] != pytest.approx(float(seen.said(piece, torch.ones_like(kept)[None])[0][0]), abs=1e-5)
+
+
 def test_bad_input(tested, llava, tmp_path):
     path, call, _ = tested
     for words, said in (

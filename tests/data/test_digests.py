@@ -122,9 +122,8 @@ def test_altered_items_are_an_error(tmp_path):
 
 def test_a_digest_is_remembered_until_the_file_changes(tmp_path, hashed, monkeypatch, cache):
     monkeypatch.setattr(digests, "_WORTH_REMEMBERING", 1)
+    monkeypatch.setattr(digests, "_SETTLED", -1.0)
     store = write_store(tmp_path / "s", rows_of(20))
-    for file in store.iterdir():
-        os.utime(file, (time.time() - 60, time.time() - 60))
     open_activations(store).check_whole()
     assert len(hashed) == 2
     open_activations(store).check_whole()
@@ -146,6 +145,23 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path, hashed, monkeyp
     digests._known.cache_clear()
     open_activations(store).rows(torch.arange(10))
     assert len(hashed) == 4
+
+
+def test_a_file_whose_time_was_set_back_is_not_the_one_that_was_remembered(tmp_path, monkeypatch):
+    """As `dd conv=notrunc` and `touch -r` leave it: the same path, size, inode and mtime."""
+    monkeypatch.setattr(digests, "_WORTH_REMEMBERING", 1)
+    monkeypatch.setattr(digests, "_SETTLED", -1.0)
+    file = tmp_path / "x"
+    file.write_text("x")
+    before = file.stat()
+    assert remembered(file, "", lambda: "of x") == "of x"
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # a file system's clock is coarse
+        with open(file, "r+") as opened:
+            opened.write("y")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_ino, after.st_mtime_ns) == (before.st_size, before.st_ino, before.st_mtime_ns)
+    assert remembered(file, "", lambda: "of y") == "of y"
 
 
 def test_what_has_just_changed_is_not_remembered(tmp_path, monkeypatch):

@@ -208,6 +208,32 @@ def test_what_another_process_uses_stays_until_it_ends(server, monkeypatch):
     assert not list(cache.remote_cache().rglob("a.bin"))
 
 
+def test_what_somebody_begins_to_use_while_room_is_made_stays(server, monkeypatch):
+    """Another process opens a file that nobody used when room began to be made, just before its turn to be removed."""
+    monkeypatch.setattr(cache, "PIECE", kib(200))
+    for name in "abcd":
+        put(server, f"{name}.bin", kib(300))
+    for name in "abc":
+        release(fetched(f"{server.url}/{name}.bin").key)
+    fork = multiprocessing.get_context("fork")
+    ready, done = fork.Event(), fork.Event()
+    process = fork.Process(target=hold, args=(f"{server.url}/a.bin", ready, done))
+    removed = cache._removed
+
+    def late(folder):
+        if not ready.is_set():
+            process.start()
+            assert ready.wait(60)
+        return removed(folder)
+
+    monkeypatch.setattr(cache, "_removed", late)
+    fetched(f"{server.url}/d.bin")
+    assert list(cache.remote_cache().rglob("a.bin"))
+    assert not list(cache.remote_cache().rglob("b.bin"))
+    done.set()
+    process.join()
+
+
 def fetch_and_read(url, results):
     results.put(len(fetched(url).path.read_bytes()))
 

@@ -214,6 +214,14 @@ def test_held_out_images_are_what_is_evaluated(tower, run, whole, tmp_path):
     assert whole["projection/a"].metrics["rows"] == 48, "the last window, of three steps"
 
 
+def test_the_secrets_of_a_url_are_written_nowhere(run, photos, tmp_path):
+    url = "https://me:s3cret@example.org/photos.tar?X-Amz-Signature=5ecret"
+    run(ONE, open_images(photos), **HERE, images_path=url, output=tmp_path / "run", keep_store=tmp_path / "store")
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(b"example.org/photos.tar" in file.read_bytes() for file in files)
+    assert not [file for file in files if b"s3cret" in file.read_bytes() or b"5ecret" in file.read_bytes()]
+
+
 def test_center_and_micro_batches_go_with_it(run):
     centred = run(ONE, center=True, accumulate=2, **HERE)[""]
     assert centred.sae.config.metadata["mean_norm"] > 1
