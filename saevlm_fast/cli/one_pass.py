@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, training_disk
+from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
 from saevlm_fast.cli.train_looks import TowerLooks
@@ -22,6 +23,8 @@ from saevlm_fast.errors import Interrupted, require
 
 if TYPE_CHECKING:
     from saevlm_fast.cli.train_options import TrainArguments
+    from saevlm_fast.training.many import Trained
+    from saevlm_fast.training.process_group import MeshPeers
 
 Sizes = tuple[dict[str, SAESize], dict[str, TrainConfig]]
 
@@ -83,7 +86,7 @@ def check_outputs(options: "TrainArguments", parts: "dict[str, TrainArguments]")
 
 
 def plan_one_pass(options: "TrainArguments") -> Plan:
-    """What would be trained on what; the time from a forward of the first images."""
+    """What would be trained on what; the time from a forward of the first images, under torchrun of a rank's share."""
     from saevlm_fast.cli.harvest import seconds_an_image
     from saevlm_fast.config import RunOptions
     from saevlm_fast.harvesting.config import COMPUTE_DTYPES
@@ -92,8 +95,11 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.training.one_pass import OnePass, harvest_config
+    from saevlm_fast.training.sharded_one_pass import check_streams
 
-    device, parts = resolve_device(options.device), parts_of(options)
+    device, parts, n_ranks = resolve_device(options.device), parts_of(options), n_processes()
+    if n_ranks > 1:
+        check_streams(options.part(StreamSettings))
     check_writable(options.output)
     check_outputs(options, parts)
     sizes, recipes = sizes_of(options)
@@ -102,7 +108,8 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     tower = load_tower(str(options.model), device, on_message=tell)
     harvest = harvest_config(chosen, config)
     with tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], harvest.dtype == "tf32") as run:
-        one_pass = OnePass(source, str(options.images), tower, run, harvest, chosen, options.part(RunOptions), recipes)
+        given = chosen, options.part(RunOptions), recipes, lambda sae: part_of_a_rank(sae, options.data_parallel)
+        one_pass = OnePass(source, str(options.images), tower, run, harvest, *given)
         one_pass.add(sizes, device, lambda name, step, metrics: None)
         n = one_pass.stream.n_images
         looks = TowerLooks(options, tower, source)
@@ -120,7 +127,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         "takes": [f"{name} {human_bytes(size)}" for name, size in one_pass.needed.items()],
         **memory_figures(device, sum(one_pass.needed.values())),
         **disk_figures(options.output, sum(map(training_disk, saes))),
-        **({} if seconds is None else {"all_images_seconds": seconds * max(images.values())}),
+        **({} if seconds is None else {"all_images_seconds": seconds * max(images.values()) / n_ranks}),
     }
     return Plan(_sentence(options, n, config), figures)
 
@@ -134,59 +141,81 @@ def _sentence(options: "TrainArguments", n_images: int, config: TrainConfig) -> 
     )
 
 
-def run_one_pass(options: "TrainArguments") -> dict[str, Any]:
-    """Trains them. The output is locked."""
+def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) -> dict[str, Any] | None:
+    """Trains them, by ranks if there are peers. The output is locked."""
     from saevlm_fast.config import RunOptions
     from saevlm_fast.images.open import open_images
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
-    from saevlm_fast.training.one_pass import train_from_images
+    from saevlm_fast.training.many import nothing_more
 
-    parts = parts_of(options)
-    check_outputs(options, parts)
-    device = resolve_device(options.device)
+    parts, first = parts_of(options), leads(peers)
+    if first:
+        check_outputs(options, parts)
+    device = resolve_device(device_of_rank(options.device, peers))
     source = open_images(str(options.images))
     sizes, recipes = sizes_of(options)
     config = options.part(TrainConfig)
-    say(_sentence(options, min(len(source), options.limit or len(source)), config))
-    tower = load_tower(str(options.model), device, on_message=tell)
-    looks = TowerLooks(options, tower, source)
-    records = [Record("train", part, part.output) for part in parts.values()]
-    if set(parts) != {""}:
+    ranks = "" if peers is None else f"{peers.world} ranks: "
+    say(ranks + _sentence(options, min(len(source), options.limit or len(source)), config))
+    tower = first_rank_first(peers, lambda: load_tower(str(options.model), device, on_message=tell))
+    looks = TowerLooks(options, tower, source) if first else None
+    records = [Record("train", part, part.output) for part in parts.values()] if first else []
+    if first and set(parts) != {""}:
         records.append(Record("train", options, options.output))
     with TrainBar(config.steps) as bar, closing(_Steps(bar, records, next(iter(parts)))) as told:
         try:
-            trained = train_from_images(
+            trained = _trained(
+                peers,
                 tower,
                 source,
                 sizes,
                 recipes,
-                options.part(RunOptions),
+                ranks_options(options.part(RunOptions), peers),
                 options.part(StreamSettings),
-                images_path=options.images,
+                images_path=str(options.images),
                 on_log=told.on_log,
                 on_step=told.on_step,
                 on_note=tell,
-                on_finished=looks,
+                on_finished=looks or nothing_more,
             )
         except Interrupted as error:
             what, settings = str(error).partition(";")[0], shlex.quote(str(options.output / SETTINGS_FILE))
-            raise Interrupted(f"{what}; continue with: saevlm-fast train --config {settings} --resume") from None
+            program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
+            raise Interrupted(f"{what}; continue with: {program} train --config {settings} --resume") from None
     for record in records:
         record.write()
+    if looks is None:
+        return None
+    return _told(options, trained, looks.note)
+
+
+def _trained(peers: "MeshPeers | None", *what: Any, **told: Any) -> "dict[str, Trained]":
+    """The training itself, by one process or by ranks."""
+    if peers is None:
+        from saevlm_fast.training.one_pass import train_from_images
+
+        return train_from_images(*what, **told)
+    from saevlm_fast.training.sharded_one_pass import train_from_images_shared
+
+    return train_from_images_shared(peers, *what, **told)
+
+
+def _told(options: "TrainArguments", trained: "dict[str, Trained]", note: str) -> dict[str, Any]:
+    """What people read of the finished SAEs, and --json prints."""
     kind = "validation" if options.validation_images else "last training"
-    if set(parts) != {""}:
-        return summarise(options.output, trained, kind, looks.note)
+    if set(trained) != {""}:
+        return summarise(options.output, trained, kind, note)
     metrics = dict(trained[""].metrics)
     rows = metrics.pop("rows")
     say(f"evaluation on {rows:,} {kind} rows")
     print_table(("measure", "value"), ((name, f"{value:.4f}") for name, value in metrics.items()))
-    say(looks.note, f"wrote {options.output}")
+    say(note, f"wrote {options.output}")
     return {
         "output": str(options.output),
-        "steps": config.steps,
+        "steps": options.steps,
         "evaluation": {"rows": rows, "of": kind, **metrics},
-        "note": looks.note,
+        "note": note,
     }
 
 

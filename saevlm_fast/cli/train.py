@@ -17,7 +17,7 @@ from saevlm_fast.cli.planning import (
     training_disk,
     training_memory,
 )
-from saevlm_fast.cli.ranks import joined_ranks, leads, n_processes, part_of_a_rank, ranks_options
+from saevlm_fast.cli.ranks import joined_ranks, leads, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
@@ -65,7 +65,6 @@ def plan(options: TrainArguments) -> Plan:
     from saevlm_fast.training.checkpoints import latest_checkpoint
     from saevlm_fast.training.watch import Watch
 
-    _check_shared(options)
     if options.model is not None:
         return plan_one_pass(options)
     if options.sweep:
@@ -105,11 +104,10 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
 
     ranks = options.device, options.collective_timeout, options.data_parallel
     with joined_ranks(*ranks) as peers, ExitStack() as locks:
-        _check_shared(options)
         if leads(peers):
             locks.enter_context(output_lock(options.output, directory=True))
         if options.model is not None:
-            return run_one_pass(options)
+            return run_one_pass(options, peers)
         if options.sweep:
             data, held_out = open_data(options)
             return train_grid(options, data, held_out, runs_of(options, data.n_rows, data.d, data.path), peers)
@@ -135,12 +133,6 @@ def _check_output(options: TrainArguments) -> None:
 
     if not RunDirectory(options.output, options.checkpoint_every, options.resume, options.force).used():
         check_absent([options.output / SETTINGS_FILE], options.force)
-
-
-def _check_shared(options: TrainArguments) -> None:
-    """ValueError: what one process does and torchrun's ranks do not."""
-    one_pass, n = options.model is not None, n_processes()
-    require(not one_pass or n == 1, f"model: one pass is of one process, and torchrun started {n}; harvest first")
 
 
 def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any] | None:

@@ -102,10 +102,8 @@ def features(
         means.append(x_BTD.float().mean(1).cpu())
         done += len(batch)
         on_images(done)
-    left_out = stream.skipped.keys() & set(chosen)
-    name, why = next(((source.image_id(i), stream.skipped[i]) for i in sorted(left_out)), ("", ""))
-    message = f"images: {len(left_out)} of those that choose are not usable, as {name} ({why}); remove them"
-    require(done == len(chosen), message)
+    bad = next((f"{source.image_id(number)}: {why}" for number, why in stream.skipped.items()), "")
+    require(done == len(chosen), f"images: {len(chosen) - done} are not usable; leave them out, the first is {bad}")
     assert gathering is not None
     return Features(gathering.result(), torch.cat(means), fires_S.numpy() / n_tokens)
 

@@ -110,24 +110,34 @@ class TowerStream:
         Raises:
             ValueError: more unusable images than max_skipped. OSError: a batch failed for another reason.
         """
-        per_epoch = self.forwards_per_epoch
-        while True:
-            epoch, start = divmod(first, per_epoch)
-            plan = self.plan if epoch == 0 else self._plan(epoch)
-            ranges = [images for unit in range(plan.n_units) for images in plan.batches_of(unit)][start:]
-            on_gpu = self.tower.device.type == "cuda"
-            workers = default_workers(on_gpu, 1) if self.options.workers is None else self.options.workers
-            with closing(image_batches(plan.source, self.tower.preprocess, ranges, workers, on_gpu)) as batches:
-                for number, batch in enumerate(batches, first):
-                    lines = skipped_lines(plan.source, batch)
-                    self._note(lines)
-                    rows = forward_rows(plan, batch)
-                    if keeping is not None and epoch == 0:
-                        keeping.add(number, rows, lines)
-                    yield Forward(number, rows)
-            first = (epoch + 1) * per_epoch
+        with closing(self.passes(first)) as passes:
+            for forward, lines in passes:
+                self.note(lines)
+                if keeping is not None and forward.number < self.forwards_per_epoch:
+                    keeping.add(forward.number, forward.rows, lines)
+                yield forward
 
-    def _note(self, lines: list[str]) -> None:
+    def passes(self, first: int, every: int = 1, n_local: int = 1) -> Generator[tuple[Forward, list[str]], None, None]:
+        """Every `every`-th of the forwards from the first-th on, and what skipped.jsonl says of each.
+
+        n_local: processes of this machine, which have their own; its cores are shared among their workers.
+
+        Raises:
+            OSError: a batch failed for another reason than its images.
+        """
+        while True:
+            epoch, start = divmod(first, self.forwards_per_epoch)
+            plan = self.plan if epoch == 0 else self._plan(epoch)
+            ranges = [images for unit in range(plan.n_units) for images in plan.batches_of(unit)][start::every]
+            on_gpu = self.tower.device.type == "cuda"
+            workers = default_workers(on_gpu, n_local) if self.options.workers is None else self.options.workers
+            with closing(image_batches(plan.source, self.tower.preprocess, ranges, workers, on_gpu)) as batches:
+                for batch in batches:
+                    yield Forward(first, forward_rows(plan, batch)), skipped_lines(plan.source, batch)
+                    first += every
+
+    def note(self, lines: list[str]) -> None:
+        """Unusable images. ValueError: they are more than max_skipped."""
         self.skipped.update(lines)
         limit, n = self.options.max_skipped, len(self.skipped)
         require(

@@ -11,8 +11,9 @@ number, so that a killed run goes on: the rows of the buffers go through the tow
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -105,9 +106,7 @@ def train_from_images(
     """
     chosen, rest = _stream_settings(stream, settings)
     recipes, options = recipes_of("train_from_images", saes, SAESize, config, options, rest)
-    for recipe in recipes.values():
-        known = recipe.control not in ("shuffled", "untrained")
-        require(known, f"control: {recipe.control} is of a run from a store, whose batches are at hand")
+    check_controls(recipes)
     check_kind("images_path", images_path, (str, type(None)), "a text")
     check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     device = resolve_device(options.device)
@@ -122,19 +121,46 @@ def train_from_images(
             line.log(step, metrics)
         on_log(name, step, metrics)
 
-    harvest = harvest_config(chosen, next(iter(recipes.values())))
+    path = os.fspath(images) if isinstance(images, str | os.PathLike) else images_path or ""
+    with closing(line), told_of_compiling(line.note if progress else on_note):
+        told = logged, on_step, on_note, on_finished
+        return trained_by(OnePass, source, path, tower, chosen, options, recipes, saes, held_out, *told)
+
+
+def trained_by(
+    kind: "Callable[..., OnePass]",
+    source: ImageSource,
+    path: str,
+    tower: Tower,
+    chosen: StreamSettings,
+    options: RunOptions,
+    recipes: Mapping[str, TrainConfig],
+    saes: Mapping[str, SAESize],
+    held_out: ImageSource | None,
+    on_log: Callable[[str, int, Metrics], None],
+    on_step: Callable[[int, int], None],
+    on_note: Callable[[str], None],
+    on_finished: OnFinished,
+) -> dict[str, Trained]:
+    """A pass from its hooks to what is returned of it. kind: OnePass, or what ranks make of it."""
+    harvest, device = harvest_config(chosen, next(iter(recipes.values()))), resolve_device(options.device)
     with ExitStack() as stack:
-        stack.enter_context(closing(line))
-        tf32 = harvest.dtype == "tf32"
         hooks = stack.enter_context(ExitStack())
+        tf32 = harvest.dtype == "tf32"
         run = hooks.enter_context(tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], tf32))
-        path = os.fspath(images) if isinstance(images, str | os.PathLike) else images_path or ""
-        one_pass = OnePass(source, path, tower, run, harvest, chosen, options, recipes)
-        one_pass.add(saes, device, logged)
+        one_pass = kind(source, path, tower, run, harvest, chosen, options, recipes)
+        one_pass.add(saes, device, on_log)
         one_pass.enter(stack)
-        with tf32_products(False), told_of_compiling(line.note if progress else on_note), dead_workers_in_one_line():
+        with tf32_products(False), dead_workers_in_one_line():
             one_pass.steps(on_step, on_note)
             return one_pass.finish(held_out, hooks, on_finished)
+
+
+def check_controls(recipes: Mapping[str, TrainConfig]) -> None:
+    """ValueError: a control that needs what a pass does not have."""
+    for recipe in recipes.values():
+        known = recipe.control not in ("shuffled", "untrained")
+        require(known, f"control: {recipe.control} is of a run from a store, whose batches are at hand")
 
 
 def harvest_config(stream: StreamSettings, config: TrainConfig) -> HarvestConfig:
@@ -150,7 +176,12 @@ def harvest_config(stream: StreamSettings, config: TrainConfig) -> HarvestConfig
 
 
 class OnePass:
-    """The places, the stream that feeds them, and what is kept of it; methods in the order they happen."""
+    """The places, the stream that feeds them, and what is kept of it; methods in the order they happen.
+
+    part_of: what of an SAE this process holds.
+    """
+
+    place_of: Callable[..., Place] = Place
 
     def __init__(
         self,
@@ -162,15 +193,20 @@ class OnePass:
         chosen: StreamSettings,
         options: RunOptions,
         recipes: Mapping[str, TrainConfig],
+        part_of: Callable[[SAEConfig], SAEConfig] = lambda sae: sae,
     ):
+        self.part_of = part_of
         self.chosen, self.options, self.recipes, self.path = chosen, options, recipes, path
         self.config = next(iter(recipes.values()))
         output = chosen.keep_store or options.output or Path("store")
         given = {"resume": options.resume, "force": options.force} if chosen.keep_store else {}
         engine = HarvestOptions(output, path, workers=chosen.workers, max_skipped=chosen.max_skipped, **given)
-        self.stream = TowerStream(source, tower, run, harvest, engine)
+        self.stream = self._stream(source, tower, run, harvest, engine)
         self.places: list[Place] = []
         self.keeping: Keeping | None = None
+
+    def _stream(self, *given: Any) -> TowerStream:
+        return TowerStream(*given)
 
     @property
     def members(self) -> list[Member]:
@@ -187,12 +223,12 @@ class OnePass:
             if device_of_buffer == device:
                 needed[f"the buffer of {name}"] = self._capacity(rows) * rows.row_bytes
             for whole, (sae, recipe) in configs.items():
-                needed[f"the SAE {whole}".strip()] = memory_of(sae, recipe, rows.n_rows)
+                needed[f"the SAE {whole}".strip()] = memory_of(self.part_of(sae), recipe, rows.n_rows)
         self.needed = needed
         check_memory(device, needed)
         group = group_of(self.options.output) if len(places) * len(saes) > 1 else None
         for name, rows, configs in places:
-            place = Place(name, rows, self.config, self._capacity(rows), device_of_buffer, device)
+            place = self.place_of(name, rows, self.config, self._capacity(rows), device_of_buffer, device)
             for whole, (sae, recipe) in configs.items():
                 place.add(whole, sae, recipe, own_options(self.options, whole), on_log, group)
             self.places.append(place)
@@ -246,13 +282,24 @@ class OnePass:
         for member in self.members:
             stack.enter_context(member.kept.locked())
             stack.enter_context(member.watch)
-            if isinstance(member.kept, RunDirectory):
-                member.kept.used()
+        self._check_unused()
         if self.chosen.keep_store is not None:
             stack.enter_context(output_lock(self.chosen.keep_store, directory=True))
             self.keeping = Keeping(self.stream)
         for place in self.places:
             place.resume()
+
+    def _check_unused(self) -> None:
+        for member in self.members:
+            if isinstance(member.kept, RunDirectory):
+                member.kept.used()
+
+    def _interruptible(self) -> "AbstractContextManager[Event]":
+        return interruptible()
+
+    def _stops(self, interrupted: Event) -> bool:
+        """Whether nothing more is to be done."""
+        return interrupted.is_set()
 
     def steps(self, on_step: Callable[[int, int], None], on_note: Callable[[str], None]) -> None:
         """All remaining steps of all places, and the rest of the first epoch if it is kept."""
@@ -262,16 +309,16 @@ class OnePass:
         filling = ", ".join(f"{place.name} {len(place.buffer.rows_RD):,}" for place in self.places)
         on_note(f"filling the buffers before the first step, rows: {filling}")
         with (
-            interruptible() as interrupted,
+            self._interruptible() as interrupted,
             closing(self.stream.forwards(min(starts), self.keeping)) as forwards,
         ):
             for forward in forwards:
                 for place, found in zip(self.places, forward.rows):
-                    for _ in place.feed(forward.number, _rows_of(found)):
+                    for _ in place.feed(forward.number, rows_of(found)):
                         on_step(sum(each.buffer.step for each in self.places), total)
-                        if interrupted.is_set():
+                        if self._stops(interrupted):
                             stop_all(self.members)
-                if interrupted.is_set():
+                if self._stops(interrupted):
                     stop_all(self.members)
                 if all(place.is_done for place in self.places) and (self.keeping is None or self.keeping.is_whole):
                     return
@@ -300,7 +347,7 @@ class OnePass:
             for place, given in zip(self.places, rows):
                 own, left = left[: len(place.members)], left[len(place.members) :]
                 for each in own:
-                    each.add(_rows_of(given).clone())  # no tensor of inference mode
+                    each.add(rows_of(given).clone())  # no tensor of inference mode
         return [each.metrics() for each in sums]
 
 
@@ -308,7 +355,8 @@ def _slices(n: int) -> Iterator[slice]:
     return (slice(start, start + _EVALUATED_AT_A_TIME) for start in range(0, n, _EVALUATED_AT_A_TIME))
 
 
-def _rows_of(found: BatchRows) -> Tensor:
+def rows_of(found: BatchRows) -> Tensor:
+    """Those of activations, which are no codes."""
     assert isinstance(found.values, Tensor)
     return found.values
 

@@ -76,13 +76,13 @@ class _MemberState(ShardedState):
         return super().whole_batches(start_step, n_steps, announce)
 
 
-class _SharedMember(Member):
+class SharedMember(Member):
     """A Member of which each rank has a part."""
 
     def __init__(
         self,
         name: str,
-        state: _MemberState,
+        state: ShardedState,
         options: RunOptions,
         on_log: Callable[[str, int, Metrics], None],
         group: str | None,
@@ -139,11 +139,12 @@ def train_many_shared(
         activations, evaluated = fitting(activations, validation, sae_config)
     device, group = resolve_device(options.device), group_of(options.output) if len(saes) > 1 else None
     with ExitStack() as stack:
-        members: list[_SharedMember] = []
+        members: list[SharedMember] = []
+        lead: _MemberState | None = None
         for name, sae_config in saes.items():
-            lead = members[0].shared if members else None
             state = _MemberState(lead, activations, sae_config, recipes[name], device, peers)
-            members.append(_SharedMember(name, state, own_options(options, name), on_log, group))
+            lead = lead or state
+            members.append(SharedMember(name, state, own_options(options, name), on_log, group))
         for member in members:
             stack.enter_context(member.kept.locked())
             stack.enter_context(member.watch)
@@ -164,7 +165,7 @@ def train_many_shared(
         return evaluated_all([*members], finished, evaluate, looks)
 
 
-def _steps(peers: MeshPeers, members: list[_SharedMember], on_step: Callable[[int], None]) -> None:
+def _steps(peers: MeshPeers, members: list[SharedMember], on_step: Callable[[int], None]) -> None:
     """All remaining steps of all, and none after one in which any rank was interrupted."""
     lead = members[0].shared
     start = min(member.n_steps for member in members)

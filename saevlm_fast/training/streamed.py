@@ -156,7 +156,10 @@ class Place:
         group: str | None = None,
     ) -> None:
         """One more SAE; the rest as of Member."""
-        self.members.append(Member(name, StreamedState(self, sae, config, self.device), options, on_log, group))
+        self.members.append(self._member(name, sae, config, options, on_log, group))
+
+    def _member(self, name: str, sae: SAEConfig, config: TrainConfig, *rest: Any) -> Member:
+        return Member(name, StreamedState(self, sae, config, self.device), *rest)
 
     def resume(self) -> None:
         """SAEs that have a checkpoint go on from it, and the rows from the earliest of these on."""
@@ -206,8 +209,12 @@ class Place:
         """A step of every SAE that has not taken it."""
         step, raw_BD = self.buffer.step, self.buffer.take()
         if any(member.n_steps == step for member in self.members):
-            take_all(self.members, step, self.members[0].state.normalised(raw_BD.to(self.device)))
+            take_all(self.members, step, self.members[0].state.normalised(self._own(raw_BD).to(self.device)))
         return step
+
+    def _own(self, raw_BD: Tensor) -> Tensor:
+        """The rows of a batch that this process takes a step on."""
+        return raw_BD
 
     def begin(self) -> None:
         """The SAEs that have not begun do, from what is in the buffer, which is full."""

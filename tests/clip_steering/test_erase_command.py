@@ -142,12 +142,12 @@ def test_images_that_choose_are_not_asked_about(world, tmp_path):
     run(*call(world, tmp_path / "w.json", "--test-images", tmp_path / "others", "--limit", 20, "--dry-run"))
 
 
-def test_an_image_that_cannot_be_read_is_named(world, tmp_path):
+def test_images_of_which_none_can_be_read_are_refused(world, tmp_path):
     shutil.copytree(world / "photos", tmp_path / "photos")
-    for file in (tmp_path / "photos" / "red").iterdir():
+    for file in (tmp_path / "photos").rglob("*.png"):
         file.write_bytes(b"no picture")
     said = run(*call(world, tmp_path / "w.json", "--limit", 40, images=tmp_path / "photos"), code=2)
-    assert "of those that choose are not usable, as red/" in said
+    assert "error: images: 0 for choosing can be read and have a label of images; 10 at least are needed" in said
 
 
 def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
@@ -192,7 +192,10 @@ def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
         ({"fonts": "{world}/words.csv"}, "fonts: {world}/words.csv cannot be used"),
         ({"class_words": "{world}/empty.csv"}, "class_words: {world}/empty.csv is empty"),
         ({"test_images": "{world}/none"}, "test_images: {world}/none"),
-        ({"labels": "{world}/few.csv:place"}, "images: 1 for choosing have a label of {world}/few.csv:place; 10 at"),
+        (
+            {"labels": "{world}/few.csv:place"},
+            "images: 1 for choosing can be read and have a label of {world}/few.csv:place; 10",
+        ),
         ({"class_words": "{world}/cyrillic.csv"}, "fonts: Pillow's bitmap font has no"),
         ({"select": "largest"}, "select: 'largest' is not one of"),
         ({"limit": "9"}, "limit"),

@@ -182,7 +182,7 @@ def test_an_interrupt_leaves_checkpoints_of_all_that_have_begun(run, whole, tmp_
     event = Event()
 
     @contextmanager
-    def interruptible():
+    def interruptible(patient=False):
         yield event
 
     monkeypatch.setattr("saevlm_fast.training.one_pass.interruptible", interruptible)

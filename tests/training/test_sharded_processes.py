@@ -16,6 +16,7 @@ from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.training.checkpoints import checkpoints
 from saevlm_fast.training.run import train
+from tiny_tower import save_clip, save_photos
 
 pytestmark = pytest.mark.distributed
 SAE, RECIPE = SAEConfig(32, 129, 6, "batch_topk"), {"batch_size": 256, "lr": 3e-3, "seed": 1}
@@ -95,11 +96,35 @@ def test_a_grid_of_two_ranks(alone, matrix, tmp_path):
     assert {"cfg.json", "settings.toml", "run.json"} <= {path.name for path in (tmp_path / "grid" / "k3").iterdir()}
 
 
-def test_one_pass_is_refused_once(tmp_path):
-    arguments = ["train", "--model", "hf:x", "--images", tmp_path, "--layer", 1, "--output", tmp_path / "run"]
-    with Torchrun(arguments, 2, tmp_path / "log") as run:
+def test_one_pass_goes_on_after_a_kill(tmp_path):
+    """Two replicas of an SAE, trained while images pass: rank 1 is killed; both go on, and end as one process does."""
+    tower, photos = save_clip(tmp_path / "clip"), save_photos(tmp_path / "photos", 60)
+    arguments = [
+        *("train", "--model", f"hf:{tower}", "--images", photos, "--layer", 2, "--tokens", "random:3", "--workers", 0),
+        *("--d-sae", 65, "--k", 4, "--steps", 60, "--batch-size", 16, "--buffer", "90", "--image-batch", 7),
+        *("--lr", 3e-3, "--device", "cpu", "--checkpoint-every", 2, "--scored-images", 20),
+    ]
+    shared = [*arguments, "--output", tmp_path / "run", "--data-parallel", 2, "--collective-timeout", 60]
+    with Torchrun([*shared, "--keep-store", tmp_path / "kept"], 2, tmp_path / "log") as run:
         _, said = run.end()
-    assert messages(said) == ["error: model: one pass is of one process, and torchrun started 2; harvest first"]
+    (message,) = messages(said)
+    assert message.startswith(f"error: keep_store: {tmp_path / 'kept'} is written by one process")
+    with Torchrun(shared, 2, tmp_path / "log") as run:
+        run.wait_for(tmp_path / "run")
+        os.kill(run.ranks()[1], signal.SIGKILL)
+        code, said = run.end()
+    assert code != 0
+    (message,) = messages(said)
+    assert message.startswith("another of the 2 ranks has ended, or has not answered for")
+    with Torchrun([*shared, "--resume"], 2, tmp_path / "log") as run:
+        code, said = run.end()
+    assert code == 0, said
+    assert said.count("wrote") == 1
+    assert "2 ranks: 1 SAE on" in said
+    assert "MS on 20 of the images trained on" in said
+    with Torchrun([*arguments, "--output", tmp_path / "alone"], 1, tmp_path / "log") as run:
+        assert run.end()[0] == 0, run.said()
+    check_same_sae(tmp_path / "run", tmp_path / "alone")
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_refused_once(matrix, tmp_path):

@@ -1,0 +1,246 @@
+"""One pass over images by ranks: one_pass.py's, whose forwards are dealt among them, and whose SAEs are shared.
+
+    with joined(device, timeout) as peers:
+        trained = train_from_images_shared(peers, tower, source, saes, recipes, options, stream, images_path="photos")
+
+Forward n is that of one process, a whole batch of its images, and rank n mod R makes it. Every R forwards the ranks
+tell each other the rows of every place, in the order of the forwards: so all fill the same buffers with the rows of one
+process, and know the same batches, of which a replica takes its part. Each rank holds the buffers whole.
+
+Shape suffixes: B rows of a batch, R rows of a window, M of a forward, D d_in.
+"""
+
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from threading import Event
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saevlm_fast.config import RunOptions, SAEConfig, SAESize, StreamSettings, TrainConfig
+from saevlm_fast.errors import require
+from saevlm_fast.harvesting.stores import BatchRows
+from saevlm_fast.harvesting.stream import Forward, Keeping, TowerStream
+from saevlm_fast.images.open import open_images
+from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.runtime import interruptible
+from saevlm_fast.towers.tower import Tower
+from saevlm_fast.training.capture import told_of_compiling
+from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.many import Member, OnFinished, Trained, evaluated_all, nothing_more, recipes_of
+from saevlm_fast.training.one_pass import OnePass, check_controls, rows_of, trained_by
+from saevlm_fast.training.process_group import MeshPeers
+from saevlm_fast.training.sharded_many import SharedMember
+from saevlm_fast.training.sharded_run import evaluate_shared
+from saevlm_fast.training.sharded_state import ShardedState
+from saevlm_fast.training.shards import Shard, check_shardable, cut
+from saevlm_fast.training.streamed import Place, Position, StreamedState
+
+
+def train_from_images_shared(
+    peers: MeshPeers,
+    tower: Tower,
+    source: ImageSource,
+    saes: Mapping[str, SAESize],
+    config: Mapping[str, TrainConfig],
+    options: RunOptions,
+    stream: StreamSettings,
+    *,
+    images_path: str,
+    on_log: Callable[[str, int, Metrics], None] = lambda name, step, metrics: None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda text: None,
+    on_finished: OnFinished = nothing_more,
+) -> dict[str, Trained]:
+    """`train_from_images` by all ranks, which call this at once.
+
+    Args:
+        peers: the ranks.
+        tower: of this rank, on its device. source: the images, the same for every rank.
+        saes, config: what SAEs, and the recipe of each, by names.
+        options: where the run goes; output is needed. The device is the rank's own.
+        stream, images_path: as of `train_from_images`; so are on_log, on_step, on_note, and on_finished, which rank 0
+            calls.
+
+    Returns:
+        As `train_from_images`: of the SAEs rank 0 has all of each, another rank its part. What is measured on held-out
+        images rank 0 alone knows.
+
+    Raises:
+        ValueError: as `train_from_images` and `train_many_shared`; keep_store; ranks with other images or towers.
+        Interrupted: as `train_shared`.
+    """
+    check_streams(stream)
+    assert options.output is not None
+    recipes, _ = recipes_of("train_from_images_shared", saes, SAESize, config, replace(options, data_parallel=1), {})
+    check_controls(recipes)
+    held_out = open_images(stream.validation_images) if stream.validation_images else None
+    kind, told = partial(SharedOnePass, peers), (on_log, on_step, on_note, on_finished)
+    with told_of_compiling(on_note):
+        return trained_by(kind, source, images_path, tower, stream, options, recipes, saes, held_out, *told)
+
+
+def check_streams(stream: StreamSettings) -> None:
+    """ValueError: what one process does with its images, and ranks do not."""
+    kept = stream.keep_store
+    require(kept is None, f"keep_store: {kept} is written by one process; under torchrun harvest shares the images")
+
+
+class SharedTowerStream(TowerStream):
+    """Forwards of which each rank makes its own, and all have the rows of all. Attributes: peers: the ranks."""
+
+    def __init__(self, peers: MeshPeers, *given: Any):
+        super().__init__(*given)
+        self.peers = peers
+
+    def forwards(self, first: int, keeping: Keeping | None = None) -> Generator[Forward, None, None]:
+        """TowerStream's, of one process; keeping: None. ValueError: as there, on all ranks alike."""
+        rank, world = self.peers.rank, self.peers.world
+        n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        with closing(self.passes(first + rank, world, n_local)) as own:
+            for forward, lines in own:
+                for number, (rows, skipped) in enumerate(self._told(forward.rows, lines), first):
+                    self.note(skipped)
+                    yield Forward(number, rows)
+                first += world
+
+    def _told(self, own: list[BatchRows], lines: list[str]) -> list[tuple[list[BatchRows], list[str]]]:
+        """What every rank's forward gave, in their order."""
+        known = self.peers.collect(([len(rows_of(each)) for each in own], lines))
+        parts: list[list[BatchRows]] = [[] for _ in known]
+        none, dtype = torch.zeros(0, dtype=torch.int64), self.config.torch_store_dtype
+        for place, store in enumerate(self.plan.stores):
+            counts = [
+                counts_of[place] if counts_of else 0 for counts_of, _ in known
+            ]  # without any if no image could be used
+            padded_MD = torch.zeros(max(counts), store.width, dtype=dtype, device=self.tower.device)
+            if own:
+                padded_MD[: counts[self.peers.rank]] = rows_of(own[place])
+            # As bytes, which every backend carries whatever the dtype is.
+            told = self.peers.gather(padded_MD.view(torch.uint8)).view(dtype) if max(counts) else padded_MD[None]
+            for part, rows_MD, n in zip(parts, told.expand(len(parts), -1, -1), counts):
+                part.append(BatchRows(rows_MD[:n], none, none))
+        return [(part, skipped) for part, (_, skipped) in zip(parts, known)]
+
+
+class SharedStreamedState(StreamedState, ShardedState):
+    """The rank's part of an SAE that is trained on the rows of a place, which every rank has."""
+
+    def __init__(self, place: Place, sae: SAEConfig, config: TrainConfig, device: torch.device, peers: MeshPeers):
+        self.place, self.position = place, Position()
+        rows: Any = place.rows  # as of StreamedState
+        ShardedState.__init__(self, rows, sae, config, device, peers)
+
+    def whole_batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
+        """StreamedState's batches, which are whole."""
+        yield from self.place.first_batches(n_steps)
+
+    def check_same_data(self) -> None:
+        """SharedOnePass has, before the first forward."""
+
+
+class _StreamedMember(SharedMember):
+    """Whether it goes on, all ranks decide by what rank 0 sees."""
+
+    @property
+    def has_checkpoint(self) -> bool:
+        peers = self.shared.peers
+        return bool(peers.share(super().has_checkpoint if peers.rank == 0 else None))
+
+
+class SharedPlace(Place):
+    """A place whose buffer every rank holds, and whose SAEs they share."""
+
+    def __init__(self, peers: MeshPeers, *given: Any):
+        super().__init__(*given)
+        self.peers = peers
+
+    def _member(self, name: str, sae: SAEConfig, config: TrainConfig, *rest: Any) -> Member:
+        check_shardable(sae, config, self.peers.ranks)
+        return _StreamedMember(name, SharedStreamedState(self, sae, config, self.device, self.peers), *rest)
+
+    def _own(self, raw_BD: Tensor) -> Tensor:
+        """Those of this replica, neighbours in the batch."""
+        replicas = self.peers.ranks.rows
+        return raw_BD[cut(len(raw_BD), replicas.world)[replicas.rank]]
+
+
+class _Window(NamedTuple):
+    """What `evaluate_shared` asks of its data, of rows in memory [R, D]."""
+
+    rows_RD: Tensor
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.rows_RD)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Some of them."""
+        return self.rows_RD[numbers.to(self.rows_RD.device)]
+
+
+class SharedOnePass(OnePass):
+    """OnePass of all ranks, which call its methods at once."""
+
+    def __init__(self, peers: MeshPeers, *given: Any):
+        self.peers, self.place_of = peers, partial(SharedPlace, peers)
+        super().__init__(*given)
+        self.part_of = self._largest_part
+
+    def _largest_part(self, sae: SAEConfig) -> SAEConfig:
+        world = self.peers.ranks.latents.world
+        return Shard(sae, world - 1, world).config
+
+    def _stream(self, *given: Any) -> TowerStream:
+        return SharedTowerStream(self.peers, *given)
+
+    def enter(self, stack: ExitStack) -> None:
+        """OnePass's. ValueError: also ranks with other images, or another tower, than rank 0."""
+        first, *others = self.peers.collect([place.rows.known_by for place in self.places])
+        for rank, theirs in enumerate(others, 1):
+            for its, wanted in zip(theirs, first):
+                for name, value in wanted.items():
+                    what = f"{name} is {its[name]} for rank {rank}, but {value} for rank 0"
+                    require(its[name] == value, f"images: {what}; every rank needs the same images and tower")
+        super().enter(stack)
+
+    def _check_unused(self) -> None:
+        if self.peers.rank == 0:
+            super()._check_unused()
+        self.peers.agree(True)  # nobody goes on before rank 0 has all locks, and has refused what is there
+
+    def _interruptible(self) -> AbstractContextManager[Event]:
+        return interruptible(patient=True)
+
+    def _stops(self, interrupted: Event) -> bool:
+        """Whether any rank was interrupted: all stop after the same step."""
+        return self.peers.agree(interrupted.is_set())[0]
+
+    def finish(self, held_out: ImageSource | None, hooks: ExitStack, on_finished: OnFinished) -> dict[str, Trained]:
+        """Of all ranks: rank 0 puts the SAEs together and saves them, and evaluates them on held-out images."""
+        members = [member for member in self.members if isinstance(member, SharedMember)]
+        finished = [member.finish() for member in members]
+        first = self.peers.rank == 0
+
+        def evaluate() -> list[Metrics]:
+            with hooks:
+                if held_out is None:
+                    return self._evaluated_together([part for part, _ in finished])
+                return self._evaluated([whole for _, whole in finished], held_out) if first else [{} for _ in members]
+
+        saes = [part if whole is None else whole for part, whole in finished]
+        return evaluated_all([*members], saes, evaluate, on_finished if first else nothing_more)
+
+    def _evaluated_together(self, parts: list[Any]) -> list[Metrics]:
+        """On the last window of each place."""
+        found, left = [], list(parts)
+        for place in self.places:
+            window: Any = _Window(place.buffer.last_rows())
+            for member in place.members:
+                shard = Shard.of(member.state.sae_config, self.peers.ranks)
+                found.append(evaluate_shared(left.pop(0), shard, self.peers.ranks, window))
+        return found
