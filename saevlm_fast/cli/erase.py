@@ -180,7 +180,10 @@ def _halves(
         train, test = [i for i in train if half[i]], [i for i in test if not half.get(i, False)]
     train = sorted(readable(source, _shuffled(train, options), options.limit))
     test = sorted(_shuffled(test, options)[: options.limit])
-    uses = (("images", "for choosing", labels, train), ("test_images", "to ask about", options.labels, test))
+    uses = (
+        ("images", "for choosing can be read and", labels, train),
+        ("test_images", "to ask about", options.labels, test),
+    )
     for name, use, told, numbers in uses:
         require(len(numbers) >= 10, f"{name}: {len(numbers)} {use} have a label of {told}; 10 at least are needed")
     if asked is not source:

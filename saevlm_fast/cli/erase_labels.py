@@ -134,7 +134,8 @@ def readable(source: "ImageSource", numbers: list[int], at_most: int) -> list[in
         except ImageError as error:
             damaged.append(f"{source.image_id(number)}: {error}")
     if damaged:
-        warn(f"images: {len(damaged)} for choosing are not usable and were left out, the first is {damaged[0]}")
+        n = len(found) + len(damaged)
+        warn(f"images: {len(damaged)} of {n} for choosing are not usable and were left out, the first is {damaged[0]}")
     return found
 
 

@@ -142,6 +142,14 @@ def test_images_that_choose_are_not_asked_about(world, tmp_path):
     run(*call(world, tmp_path / "w.json", "--test-images", tmp_path / "others", "--limit", 20, "--dry-run"))
 
 
+def test_images_of_which_none_can_be_read_are_refused(world, tmp_path):
+    shutil.copytree(world / "photos", tmp_path / "photos")
+    for file in (tmp_path / "photos").rglob("*.png"):
+        file.write_bytes(b"no picture")
+    said = run(*call(world, tmp_path / "w.json", "--limit", 40, images=tmp_path / "photos"), code=2)
+    assert "error: images: 0 for choosing can be read and have a label of images; 10 at least are needed" in said
+
+
 def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
     from saevlm_fast.clip_steering import erasing
 
@@ -184,7 +192,10 @@ def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
         ({"fonts": "{world}/words.csv"}, "fonts: {world}/words.csv cannot be used"),
         ({"class_words": "{world}/empty.csv"}, "class_words: {world}/empty.csv is empty"),
         ({"test_images": "{world}/none"}, "test_images: {world}/none"),
-        ({"labels": "{world}/few.csv:place"}, "images: 1 for choosing have a label of {world}/few.csv:place; 10 at"),
+        (
+            {"labels": "{world}/few.csv:place"},
+            "images: 1 for choosing can be read and have a label of {world}/few.csv:place; 10",
+        ),
         ({"class_words": "{world}/cyrillic.csv"}, "fonts: Pillow's bitmap font has no"),
         ({"select": "largest"}, "select: 'largest' is not one of"),
         ({"limit": "9"}, "limit"),

@@ -275,7 +275,7 @@ def test_bad_input(pairs, tmp_path):
         ({"--sae": tmp_path / "wide"}, "sae: d_in is 13"),
         ({"--top": 0}, "top"),
         ({"--keep": 1.5}, "keep"),
-        ({"--keep": 0}, "keep: 0 must be above 0, at most 1"),
+        ({"--keep": 0}, "keep: 0.0 must be above 0, at most 1"),
         ({"--by": "x"}, "by"),
         ({"--threshold": 1000}, "threshold: 1000 is above every activation"),
         ({"--clip": "timm:x", "--images": "scenes:test:4"}, "clip: 'timm:x' is not hf:NAME_OR_DIR"),
