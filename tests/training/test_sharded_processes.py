@@ -213,9 +213,8 @@ def test_what_one_rank_alone_meets_is_one_message(matrix, tmp_path):
     assert "exitcode  : 2" in said
 
 
-def test_a_command_of_one_process_says_so_once(matrix, tmp_path):
-    words = ["top-images", "--raw", "--activations", matrix, "--latents", 1, "--output", tmp_path / "out"]
-    with Torchrun(words, 2, tmp_path / "log") as run:
+def test_a_command_of_one_process_says_so_once(tmp_path):
+    with Torchrun(["synthetic", tmp_path / "out"], 2, tmp_path / "log") as run:
         _, said = run.end()
     (message,) = messages(said)
-    assert message.startswith("error: top-images: runs in one process, and torchrun started 2 (WORLD_SIZE)")
+    assert message.startswith("error: synthetic: runs in one process, and torchrun started 2 (WORLD_SIZE)")
