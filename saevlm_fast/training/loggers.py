@@ -8,6 +8,7 @@ import contextvars
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -84,7 +85,9 @@ class TensorBoard:
         if self._writer is None:
             directory = self._run.directory()
             assert directory is not None  # RunOptions has seen to it
-            self._writer = self._writer_class(str(directory / TENSORBOARD_FOLDER), purge_step=purge_step, flush_secs=10)
+            folder = directory / TENSORBOARD_FOLDER
+            _wait_for_a_later_name(folder)
+            self._writer = self._writer_class(str(folder), purge_step=purge_step, flush_secs=10)
         return self._writer
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -104,6 +107,15 @@ class TensorBoard:
 
     def close(self, failed: bool) -> None:
         self.pause()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """A second at most: TensorBoard reads files by name, and hides steps that go back.
+
+    A name is the second of the file, and then a count: of two of one second, ".10" comes before ".9".
+    """
+    while any(folder.glob(EVENTS.replace("*", f"{int(time.time())}.*"))):
+        time.sleep(0.05)
 
 
 class Trackio:

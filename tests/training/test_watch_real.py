@@ -129,12 +129,21 @@ def wandb_records(directory):
                 whole = b""
 
 
-def test_wandb(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+@pytest.fixture
+def wandb_offline(tmp_path, monkeypatch):
+    """wandb keeps the environment of its first run in a process: it is shut down, so that each test has its own."""
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_PROJECT", "of-a-test")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("wandb_offline")
+def test_wandb(tmp_path):
     lines = cut_and_resumed(tmp_path / "run", "wandb")
     name = json.loads((tmp_path / "run" / "watch.json").read_text())["name"]
     logged, sheets, summary = {}, 0, {}
@@ -192,11 +201,8 @@ def test_tensorboard_of_a_grid(tmp_path):
         assert b'"group": "grid-' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_wandb_of_a_grid(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+@pytest.mark.usefixtures("wandb_offline")
+def test_wandb_of_a_grid(tmp_path):
     lines = cut_and_resumed_grid(tmp_path / "grid", "wandb")
     names, groups, logged, sheets = named(tmp_path / "grid"), set(), {}, dict.fromkeys(GRID, 0)
     for file in sorted((tmp_path / "wandb").rglob("run-*.wandb")):
