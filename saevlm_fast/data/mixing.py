@@ -111,9 +111,10 @@ class MixingBuffer:
         start = (step - self.first_step(self._window)) * self.batch_size
         return self.rows_RD[self._out_R[start : start + self.batch_size]]
 
-    def last_rows(self) -> Tensor:
-        """After the last step, the rows of the last window [R, D], which are still there."""
-        return self.rows_RD[self._places_R]
+    def last_rows(self, n: int) -> Iterator[Tensor]:
+        """After the last step, the rows of the last window, which are still there, n at a time."""
+        for places_n in self._places_R.split(n):
+            yield self.rows_RD[places_n]
 
     def _steps_of(self, window: int) -> int:
         return self.first_step(window + 1) - self.first_step(window)

@@ -129,12 +129,20 @@ class TowerStream:
             epoch, start = divmod(first, self.forwards_per_epoch)
             plan = self.plan if epoch == 0 else self._plan(epoch)
             ranges = [images for unit in range(plan.n_units) for images in plan.batches_of(unit)][start::every]
-            on_gpu = self.tower.device.type == "cuda"
-            workers = default_workers(on_gpu, n_local) if self.options.workers is None else self.options.workers
-            with closing(image_batches(plan.source, self.tower.preprocess, ranges, workers, on_gpu)) as batches:
-                for batch in batches:
-                    yield Forward(first, forward_rows(plan, batch)), skipped_lines(plan.source, batch)
+            with closing(self.through(plan, ranges, n_local)) as passed:
+                for rows, lines in passed:
+                    yield Forward(first, rows), lines
                     first += every
+
+    def through(
+        self, plan: HarvestPlan, ranges: list[range], n_local: int = 1
+    ) -> Generator[tuple[list[BatchRows], list[str]], None, None]:
+        """The rows of these batches of a plan's images, and what skipped.jsonl says of each; else as `passes`."""
+        on_gpu = self.tower.device.type == "cuda"
+        workers = default_workers(on_gpu, n_local) if self.options.workers is None else self.options.workers
+        with closing(image_batches(plan.source, self.tower.preprocess, ranges, workers, on_gpu)) as batches:
+            for batch in batches:
+                yield forward_rows(plan, batch), skipped_lines(plan.source, batch)
 
     def note(self, lines: list[str]) -> None:
         """Unusable images. ValueError: they are more than max_skipped."""
@@ -151,18 +159,22 @@ class TowerStream:
         n = len(source)
         plan = HarvestPlan(source, self.tower, self.run, self.config, self.options)
         ranges = [range(i, min(i + self.config.batch_size, n)) for i in range(0, n, self.config.batch_size)]
-        on_gpu = self.tower.device.type == "cuda"
-        workers = default_workers(on_gpu, 1) if self.options.workers is None else self.options.workers
         n_skipped = 0
-        with closing(image_batches(source, self.tower.preprocess, ranges, workers, on_gpu)) as batches:
-            for batch in batches:
-                n_skipped += len(batch.skipped)
+        with closing(self.each_once(plan, ranges)) as passed:
+            for rows, lines in passed:
+                n_skipped += len(lines)
                 require(
                     n_skipped <= self.options.max_skipped * n,
                     f"max_skipped: {n_skipped} of {n} images of {path} could not be used, more than "
                     f"{self.options.max_skipped:.2%}",
                 )
-                yield forward_rows(plan, batch)
+                yield rows
+
+    def each_once(
+        self, plan: HarvestPlan, ranges: list[range]
+    ) -> Generator[tuple[list[BatchRows], list[str]], None, None]:
+        """`through`, by whoever shares the stream."""
+        return self.through(plan, ranges)
 
 
 class Keeping:

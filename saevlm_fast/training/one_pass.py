@@ -12,9 +12,10 @@ number, so that a killed run goes on: the rows of the buffers go through the tow
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
+from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
 from saevlm_fast.training.capture import told_of_compiling
 from saevlm_fast.training.checkpoints import RunDirectory
-from saevlm_fast.training.evaluate import Metrics, RowSums, evaluate_chunks
+from saevlm_fast.training.evaluate import Metrics, RowSums
 from saevlm_fast.training.many import (
     Member,
     OnFinished,
@@ -60,6 +61,9 @@ from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.streamed import Place, StreamedRows
 from saevlm_fast.training.watch import group_of
 from saevlm_fast.urls import redacted_text
+
+if TYPE_CHECKING:
+    from saevlm_fast.training.sharded_evaluate import SharedRowSums
 
 _EVALUATED_AT_A_TIME = 4096
 
@@ -329,30 +333,31 @@ class OnePass:
 
         def evaluate() -> list[Metrics]:
             with hooks:
-                return self._evaluated(saes, held_out)
+                return self._evaluated([RowSums(sae) for sae in saes], held_out)
 
         return evaluated_all(self.members, saes, evaluate, on_finished)
 
-    def _evaluated(self, saes: Sequence[Any], held_out: ImageSource | None) -> list[Metrics]:
-        if held_out is None:
-            found, left = [], list(saes)
-            for place in self.places:
-                own, left = left[: len(place.members)], left[len(place.members) :]
-                rows_RD = place.buffer.last_rows()
-                found += evaluate_chunks(own, (rows_RD[rows] for rows in _slices(len(rows_RD))))
-            return found
-        sums = [RowSums(sae) for sae in saes]
-        for rows in self.stream.in_order(held_out, str(self.chosen.validation_images)):
-            left = list(sums)
-            for place, given in zip(self.places, rows):
-                own, left = left[: len(place.members)], left[len(place.members) :]
-                for each in own:
-                    each.add(rows_of(given).clone())  # no tensor of inference mode
+    @torch.no_grad()
+    def _evaluated(self, sums: "Sequence[RowSums | SharedRowSums]", held_out: ImageSource | None) -> list[Metrics]:
+        """sums: of all SAEs, place by place."""
+        left, of_places = iter(sums), dict[str, list[Any]]()
+        for place in self.places:
+            of_places[place.name] = list(islice(left, len(place.members)))
+        for place, x_BD in self._evaluated_rows(held_out):
+            for each in of_places[place.name]:
+                each.add(x_BD)
         return [each.metrics() for each in sums]
 
-
-def _slices(n: int) -> Iterator[slice]:
-    return (slice(start, start + _EVALUATED_AT_A_TIME) for start in range(0, n, _EVALUATED_AT_A_TIME))
+    def _evaluated_rows(self, held_out: ImageSource | None) -> Iterator[tuple[Place, Tensor]]:
+        """Some rows of held-out images at a time, or of the last window; and the place that they are of."""
+        if held_out is None:
+            for place in self.places:
+                for x_BD in place.buffer.last_rows(_EVALUATED_AT_A_TIME):
+                    yield place, x_BD
+            return
+        for rows in self.stream.in_order(held_out, str(self.chosen.validation_images)):
+            for place, given in zip(self.places, rows):
+                yield place, rows_of(given).clone()  # no tensor of inference mode
 
 
 def rows_of(found: BatchRows) -> Tensor:

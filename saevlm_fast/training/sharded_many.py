@@ -35,7 +35,8 @@ from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.run import fitting, look_at
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.sharded_directory import SharedRunDirectory
-from saevlm_fast.training.sharded_run import check_data, evaluate_shared
+from saevlm_fast.training.sharded_evaluate import evaluate_shared
+from saevlm_fast.training.sharded_run import check_data
 from saevlm_fast.training.sharded_state import ShardedState
 from saevlm_fast.training.shards import check_shardable
 from saevlm_fast.training.watch import group_of

@@ -16,13 +16,14 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saevlm_fast.config import RunOptions, SAEConfig, SAESize, StreamSettings, TrainConfig
 from saevlm_fast.errors import require
+from saevlm_fast.harvesting.plan import HarvestPlan
 from saevlm_fast.harvesting.stores import BatchRows
 from saevlm_fast.harvesting.stream import Forward, Keeping, TowerStream
 from saevlm_fast.images.open import open_images
@@ -34,8 +35,8 @@ from saevlm_fast.training.evaluate import Metrics
 from saevlm_fast.training.many import Member, OnFinished, Trained, evaluated_all, nothing_more, recipes_of
 from saevlm_fast.training.one_pass import OnePass, check_controls, rows_of, trained_by
 from saevlm_fast.training.process_group import MeshPeers
+from saevlm_fast.training.sharded_evaluate import SharedRowSums
 from saevlm_fast.training.sharded_many import SharedMember
-from saevlm_fast.training.sharded_run import evaluate_shared
 from saevlm_fast.training.sharded_state import ShardedState
 from saevlm_fast.training.shards import Shard, check_shardable, cut
 from saevlm_fast.training.streamed import Place, Position, StreamedState
@@ -67,8 +68,7 @@ def train_from_images_shared(
             calls.
 
     Returns:
-        As `train_from_images`: of the SAEs rank 0 has all of each, another rank its part. What is measured on held-out
-        images rank 0 alone knows.
+        As `train_from_images`: of the SAEs rank 0 has all of each, another rank its part.
 
     Raises:
         ValueError: as `train_from_images` and `train_many_shared`; keep_store; ranks with other images or towers.
@@ -100,13 +100,21 @@ class SharedTowerStream(TowerStream):
     def forwards(self, first: int, keeping: Keeping | None = None) -> Generator[Forward, None, None]:
         """TowerStream's, of one process; keeping: None. ValueError: as there, on all ranks alike."""
         rank, world = self.peers.rank, self.peers.world
-        n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        with closing(self.passes(first + rank, world, n_local)) as own:
+        with closing(self.passes(first + rank, world, _local_ranks())) as own:
             for forward, lines in own:
                 for number, (rows, skipped) in enumerate(self._told(forward.rows, lines), first):
                     self.note(skipped)
                     yield Forward(number, rows)
                 first += world
+
+    def each_once(
+        self, plan: HarvestPlan, ranges: list[range]
+    ) -> Generator[tuple[list[BatchRows], list[str]], None, None]:
+        """TowerStream's, of all ranks: each makes every R-th forward, and all have the rows of all."""
+        rank, world = self.peers.rank, self.peers.world
+        with closing(self.through(plan, ranges[rank::world], _local_ranks())) as own:
+            for first in range(0, len(ranges), world):
+                yield from self._told(*next(own, ([], [])))[: len(ranges) - first]
 
     def _told(self, own: list[BatchRows], lines: list[str]) -> list[tuple[list[BatchRows], list[str]]]:
         """What every rank's forward gave, in their order."""
@@ -125,6 +133,10 @@ class SharedTowerStream(TowerStream):
             for part, rows_MD, n in zip(parts, told.expand(len(parts), -1, -1), counts):
                 part.append(BatchRows(rows_MD[:n], none, none))
         return [(part, skipped) for part, (_, skipped) in zip(parts, known)]
+
+
+def _local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class SharedStreamedState(StreamedState, ShardedState):
@@ -169,20 +181,6 @@ class SharedPlace(Place):
         return raw_BD[cut(len(raw_BD), replicas.world)[replicas.rank]]
 
 
-class _Window(NamedTuple):
-    """What `evaluate_shared` asks of its data, of rows in memory [R, D]."""
-
-    rows_RD: Tensor
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.rows_RD)
-
-    def rows(self, numbers: Tensor) -> Tensor:
-        """Some of them."""
-        return self.rows_RD[numbers.to(self.rows_RD.device)]
-
-
 class SharedOnePass(OnePass):
     """OnePass of all ranks, which call its methods at once."""
 
@@ -221,26 +219,15 @@ class SharedOnePass(OnePass):
         return self.peers.agree(interrupted.is_set())[0]
 
     def finish(self, held_out: ImageSource | None, hooks: ExitStack, on_finished: OnFinished) -> dict[str, Trained]:
-        """Of all ranks: rank 0 puts the SAEs together and saves them, and evaluates them on held-out images."""
+        """Of all ranks, which evaluate the SAEs together; rank 0 puts them together and saves them."""
         members = [member for member in self.members if isinstance(member, SharedMember)]
         finished = [member.finish() for member in members]
-        first = self.peers.rank == 0
 
         def evaluate() -> list[Metrics]:
             with hooks:
-                if held_out is None:
-                    return self._evaluated_together([part for part, _ in finished])
-                return self._evaluated([whole for _, whole in finished], held_out) if first else [{} for _ in members]
+                parts = zip(members, finished)
+                sums = [SharedRowSums(part, member.shared.shard, self.peers.ranks) for member, (part, _) in parts]
+                return self._evaluated(sums, held_out)
 
         saes = [part if whole is None else whole for part, whole in finished]
-        return evaluated_all([*members], saes, evaluate, on_finished if first else nothing_more)
-
-    def _evaluated_together(self, parts: list[Any]) -> list[Metrics]:
-        """On the last window of each place."""
-        found, left = [], list(parts)
-        for place in self.places:
-            window: Any = _Window(place.buffer.last_rows())
-            for member in place.members:
-                shard = Shard.of(member.state.sae_config, self.peers.ranks)
-                found.append(evaluate_shared(left.pop(0), shard, self.peers.ranks, window))
-        return found
+        return evaluated_all([*members], saes, evaluate, on_finished if self.peers.rank == 0 else nothing_more)

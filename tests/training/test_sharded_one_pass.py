@@ -148,15 +148,25 @@ def test_a_signal_at_one_rank_stops_all_and_others_go_on(run, alone, spec, photo
     check_same(tmp_path / "run", alone)
 
 
-def test_held_out_images_are_evaluated_by_rank_0(run, spec, photos, tmp_path):
-    held_out = save_photos(tmp_path / "held out", 9)
+@pytest.mark.parametrize(("world", "replicas"), [(2, 1), (4, 2)])
+def test_held_out_images_are_shared_too(run, spec, photos, tmp_path, monkeypatch, world, replicas):
+    """Four forwards, of which one image cannot be used; the last is of two images, for four ranks."""
+    held_out, made = save_photos(tmp_path / "held out", 23), []
+    sorted(held_out.rglob("*.png"))[5].write_bytes(b"no image")
     stream, one = replace(STREAM, validation_images=str(held_out), point=("projection",), layer=()), {"": SAES["a"]}
-    ranks = run(2, saes=one, stream=stream)
     tower = load_tower(spec, resolve_device("cpu"))
     wanted = train_from_images(tower, photos, one, CONFIG, RunOptions(None, "cpu"), stream)[""].metrics
-    assert ranks[0][""].metrics == pytest.approx(wanted, rel=1e-4)
-    assert wanted["rows"] == 9
-    assert ranks[1][""].metrics == {}
+    through = SharedTowerStream.through
+
+    def counted(self, plan, ranges, n_local=1):
+        made.append((len(plan.source), self.peers.rank, len(ranges)))
+        return through(self, plan, ranges, n_local)
+
+    monkeypatch.setattr(SharedTowerStream, "through", counted)
+    for each in run(world, replicas, saes=one, stream=stream):
+        assert each[""].metrics == pytest.approx(wanted, rel=1e-4)
+    assert wanted["rows"] == 22
+    assert sorted(each[1:] for each in made if each[0] == 23) == [(rank, 4 // world) for rank in range(world)]
 
 
 def test_what_ranks_do_not_do_is_refused_on_all(run, photos, tmp_path):
