@@ -182,7 +182,7 @@ def harvest_config(stream: StreamSettings, config: TrainConfig) -> HarvestConfig
 class OnePass:
     """The places, the stream that feeds them, and what is kept of it; methods in the order they happen.
 
-    part_of: what of an SAE this process holds.
+    part_of: what of an SAE this process holds. n_ranks: processes that hold the buffers' rows between them.
     """
 
     place_of: Callable[..., Place] = Place
@@ -198,8 +198,9 @@ class OnePass:
         options: RunOptions,
         recipes: Mapping[str, TrainConfig],
         part_of: Callable[[SAEConfig], SAEConfig] = lambda sae: sae,
+        n_ranks: int = 1,
     ):
-        self.part_of = part_of
+        self.part_of, self.n_ranks = part_of, n_ranks
         self.chosen, self.options, self.recipes, self.path = chosen, options, recipes, path
         self.config = next(iter(recipes.values()))
         output = chosen.keep_store or options.output or Path("store")
@@ -225,7 +226,7 @@ class OnePass:
         places, needed = self._sized_places(saes), {}
         for name, rows, configs in places:
             if device_of_buffer == device:
-                needed[f"the buffer of {name}"] = self._capacity(rows) * rows.row_bytes
+                needed[f"the buffer of {name}"] = self._held(rows) * rows.row_bytes
             for whole, (sae, recipe) in configs.items():
                 needed[f"the SAE {whole}".strip()] = memory_of(self.part_of(sae), recipe, rows.n_rows)
         self.needed = needed
@@ -255,6 +256,11 @@ class OnePass:
         """Rows of a place's buffer."""
         batch_size, n_rows = min(self.config.batch_size, rows.n_rows), self.config.steps * self.config.batch_size
         return self.chosen.buffer_rows(batch_size, rows.row_bytes, n_rows)
+
+    def _held(self, rows: StreamedRows) -> int:
+        """Rows of it that this process holds; one of several up to a forward more than its share."""
+        capacity, forward = self._capacity(rows), self.stream.config.batch_size * rows.n_rows // self.stream.n_images
+        return capacity if self.n_ranks == 1 else min(capacity, -(-capacity // self.n_ranks) + forward)
 
     def _rows(self, store: PlannedStore) -> StreamedRows:
         plan, dtype = self.stream.plan, self.stream.config.torch_store_dtype
@@ -310,7 +316,7 @@ class OnePass:
         total = self.config.steps * len(self.places)
         starts = [place.start.forward for place in self.places]
         starts += [] if self.keeping is None or self.keeping.is_whole else [self.keeping.first_missing]
-        filling = ", ".join(f"{place.name} {len(place.buffer.rows_RD):,}" for place in self.places)
+        filling = ", ".join(f"{place.name} {place.buffer.n_places:,}" for place in self.places)
         on_note(f"filling the buffers before the first step, rows: {filling}")
         with (
             self._interruptible() as interrupted,

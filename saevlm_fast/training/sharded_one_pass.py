@@ -3,15 +3,15 @@
     with joined(device, timeout) as peers:
         trained = train_from_images_shared(peers, tower, source, saes, recipes, options, stream, images_path="photos")
 
-Forward n is that of one process, a whole batch of its images, and rank n mod R makes it. Every R forwards the ranks
-tell each other the rows of every place, in the order of the forwards: so all fill the same buffers with the rows of one
-process, and know the same batches, of which a replica takes its part. Each rank holds the buffers whole.
+Forward n is that of one process, a whole batch of its images, and rank n mod R makes it and holds its rows. Every R
+forwards the ranks tell each other how many rows they have: so all know what lies where in the buffers of one process,
+and put the same batches together (sharded_held.py).
 
 Shape suffixes: B rows of a batch, R rows of a window, M of a forward, D d_in.
 """
 
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.config import RunOptions, SAEConfig, SAESize, StreamSettings, TrainConfig
+from saevlm_fast.data.mixing import MixingBuffer
 from saevlm_fast.errors import require
 from saevlm_fast.harvesting.plan import HarvestPlan
 from saevlm_fast.harvesting.stores import BatchRows
@@ -36,10 +37,13 @@ from saevlm_fast.training.many import Member, OnFinished, Trained, evaluated_all
 from saevlm_fast.training.one_pass import OnePass, check_controls, rows_of, trained_by
 from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.sharded_evaluate import SharedRowSums
+from saevlm_fast.training.sharded_held import SharedMixingBuffer
 from saevlm_fast.training.sharded_many import SharedMember
 from saevlm_fast.training.sharded_state import ShardedState
-from saevlm_fast.training.shards import Shard, check_shardable, cut
+from saevlm_fast.training.shards import Shard, check_shardable
 from saevlm_fast.training.streamed import Place, Position, StreamedState
+
+_NONE = torch.zeros(0, dtype=torch.int64)  # what a BatchRows says of images, where nobody asks
 
 
 def train_from_images_shared(
@@ -91,20 +95,25 @@ def check_streams(stream: StreamSettings) -> None:
 
 
 class SharedTowerStream(TowerStream):
-    """Forwards of which each rank makes its own, and all have the rows of all. Attributes: peers: the ranks."""
+    """Forwards of which each rank makes its own. Attributes: peers: the ranks."""
 
     def __init__(self, peers: MeshPeers, *given: Any):
         super().__init__(*given)
         self.peers = peers
 
     def forwards(self, first: int, keeping: Keeping | None = None) -> Generator[Forward, None, None]:
-        """TowerStream's, of one process; keeping: None. ValueError: as there, on all ranks alike."""
+        """TowerStream's, of one process; of forwards that another rank has made, the number of rows: [M, 0].
+
+        ValueError: as there, on all ranks alike."""
         rank, world = self.peers.rank, self.peers.world
-        with closing(self.passes(first + rank, world, _local_ranks())) as own:
+        with closing(self.passes(first + (rank - first) % world, world, _local_ranks())) as own:
             for forward, lines in own:
-                for number, (rows, skipped) in enumerate(self._told(forward.rows, lines), first):
+                known = self.peers.collect(([len(rows_of(each)) for each in forward.rows], lines))
+                for number in range(first, first + world):
+                    counts, skipped = known[number % world]
                     self.note(skipped)
-                    yield Forward(number, rows)
+                    elsewhere = [BatchRows(torch.empty(n, 0), _NONE, _NONE) for n in counts]
+                    yield forward if number % world == rank else Forward(number, elsewhere)
                 first += world
 
     def each_once(
@@ -120,7 +129,7 @@ class SharedTowerStream(TowerStream):
         """What every rank's forward gave, in their order."""
         known = self.peers.collect(([len(rows_of(each)) for each in own], lines))
         parts: list[list[BatchRows]] = [[] for _ in known]
-        none, dtype = torch.zeros(0, dtype=torch.int64), self.config.torch_store_dtype
+        dtype = self.config.torch_store_dtype
         for place, store in enumerate(self.plan.stores):
             counts = [
                 counts_of[place] if counts_of else 0 for counts_of, _ in known
@@ -131,7 +140,7 @@ class SharedTowerStream(TowerStream):
             # As bytes, which every backend carries whatever the dtype is.
             told = self.peers.gather(padded_MD.view(torch.uint8)).view(dtype) if max(counts) else padded_MD[None]
             for part, rows_MD, n in zip(parts, told.expand(len(parts), -1, -1), counts):
-                part.append(BatchRows(rows_MD[:n], none, none))
+                part.append(BatchRows(rows_MD[:n], _NONE, _NONE))
         return [(part, skipped) for part, (_, skipped) in zip(parts, known)]
 
 
@@ -140,7 +149,7 @@ def _local_ranks() -> int:
 
 
 class SharedStreamedState(StreamedState, ShardedState):
-    """The rank's part of an SAE that is trained on the rows of a place, which every rank has."""
+    """The rank's part of an SAE that is trained on the rows of a place, which the ranks have between them."""
 
     def __init__(self, place: Place, sae: SAEConfig, config: TrainConfig, device: torch.device, peers: MeshPeers):
         self.place, self.position = place, Position()
@@ -165,20 +174,25 @@ class _StreamedMember(SharedMember):
 
 
 class SharedPlace(Place):
-    """A place whose buffer every rank holds, and whose SAEs they share."""
+    """A place whose rows the ranks hold between them, and whose SAEs they share."""
+
+    buffer: SharedMixingBuffer
 
     def __init__(self, peers: MeshPeers, *given: Any):
-        super().__init__(*given)
         self.peers = peers
+        super().__init__(*given)
+
+    def _mixing(self, *given: Any, **more: Any) -> MixingBuffer:
+        return SharedMixingBuffer(self.peers.ranks, self.device, *given, **more)
 
     def _member(self, name: str, sae: SAEConfig, config: TrainConfig, *rest: Any) -> Member:
         check_shardable(sae, config, self.peers.ranks)
         return _StreamedMember(name, SharedStreamedState(self, sae, config, self.device, self.peers), *rest)
 
-    def _own(self, raw_BD: Tensor) -> Tensor:
-        """Those of this replica, neighbours in the batch."""
-        replicas = self.peers.ranks.rows
-        return raw_BD[cut(len(raw_BD), replicas.world)[replicas.rank]]
+    def feed(self, forward: int, rows_MD: Tensor) -> Iterator[int]:
+        """Place's, of rows of the rank that makes this forward."""
+        self.buffer.maker = forward % self.peers.world
+        return super().feed(forward, rows_MD)
 
 
 class SharedOnePass(OnePass):
@@ -187,7 +201,7 @@ class SharedOnePass(OnePass):
     def __init__(self, peers: MeshPeers, *given: Any):
         self.peers, self.place_of = peers, partial(SharedPlace, peers)
         super().__init__(*given)
-        self.part_of = self._largest_part
+        self.part_of, self.n_ranks = self._largest_part, peers.world
 
     def _largest_part(self, sae: SAEConfig) -> SAEConfig:
         world = self.peers.ranks.latents.world
