@@ -95,11 +95,8 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.training.one_pass import OnePass, harvest_config
-    from saevlm_fast.training.sharded_one_pass import check_streams
 
     device, parts, n_ranks = resolve_device(options.device), parts_of(options), n_processes()
-    if n_ranks > 1:
-        check_streams(options.part(StreamSettings))
     check_writable(options.output)
     check_outputs(options, parts)
     sizes, recipes = sizes_of(options)

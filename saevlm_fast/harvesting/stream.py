@@ -190,12 +190,20 @@ class Keeping:
         self.per_unit = self.plan.images_per_unit // stream.config.batch_size
         self._pieces: dict[int, UnitPieces] = {}
         self._finished = False
-        self.stores.open()
-        self.stores.begin()
-        self.stores.resume(part=None)
+        self._open()
+        self.stores.resume(part=self._part)
         missing = [unit for unit in range(self.plan.n_units) if unit not in self.stores.done]
         self.first_missing = missing[0] * self.per_unit if missing else stream.forwards_per_epoch
         self._finish_if_whole()
+
+    def _open(self) -> None:
+        self.stores.open()
+        self.stores.begin()
+
+    @property
+    def _part(self) -> int | None:
+        """Of the stores' indexes that this process writes, if others write, too."""
+        return None
 
     def add(self, number: int, rows: list[BatchRows], skipped: list[str]) -> None:
         """A forward of the first epoch; a unit is written when its last one is there."""
@@ -209,19 +217,29 @@ class Keeping:
         pieces = self._pieces[unit]
         pieces.skipped.extend(skipped)
         self.stores.skipped.extend(skipped)
-        for held, found in zip(pieces.rows, rows):
-            held.append(on_host(found))
+        for held, found in zip(pieces.rows, self._held(number, rows)):
+            held.append(found)
         if rows and self.stream.tower.device.type == "cuda":
             pieces.copied.append(torch.cuda.current_stream(self.stream.tower.device).record_event())
         if place == len(self.plan.batches_of(unit)) - 1:
-            self.stores.write_unit(unit, self._pieces.pop(unit))
+            self._write(unit, self._pieces.pop(unit))
             self.stores.done |= {unit}
             self._finish_if_whole()
 
     def _finish_if_whole(self) -> None:
         if not self._finished and len(self.stores.done) == self.plan.n_units:
-            self.stores.finish()
+            self._finish()
             self._finished = True
+
+    def _held(self, number: int, rows: list[BatchRows]) -> list[BatchRows]:
+        """A forward's, as they are held until their unit is written."""
+        return [on_host(each) for each in rows]
+
+    def _write(self, unit: int, pieces: UnitPieces) -> None:
+        self.stores.write_unit(unit, pieces)
+
+    def _finish(self) -> None:
+        self.stores.finish()
 
     @property
     def is_whole(self) -> bool:

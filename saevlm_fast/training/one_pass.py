@@ -294,10 +294,14 @@ class OnePass:
             stack.enter_context(member.watch)
         self._check_unused()
         if self.chosen.keep_store is not None:
-            stack.enter_context(output_lock(self.chosen.keep_store, directory=True))
-            self.keeping = Keeping(self.stream)
+            self.keeping = self._keeping(self.chosen.keep_store, stack)
         for place in self.places:
             place.resume()
+
+    def _keeping(self, place: Path, stack: ExitStack) -> Keeping:
+        """What writes the first epoch there, locked."""
+        stack.enter_context(output_lock(place, directory=True))
+        return Keeping(self.stream)
 
     def _check_unused(self) -> None:
         for member in self.members:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -29,6 +30,7 @@ from saevlm_fast.harvesting.stores import BatchRows
 from saevlm_fast.harvesting.stream import Forward, Keeping, TowerStream
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import interruptible
 from saevlm_fast.towers.tower import Tower
 from saevlm_fast.training.capture import told_of_compiling
@@ -38,6 +40,7 @@ from saevlm_fast.training.one_pass import OnePass, check_controls, rows_of, trai
 from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.sharded_evaluate import SharedRowSums
 from saevlm_fast.training.sharded_held import SharedMixingBuffer
+from saevlm_fast.training.sharded_keeping import SharedKeeping
 from saevlm_fast.training.sharded_many import SharedMember
 from saevlm_fast.training.sharded_state import ShardedState
 from saevlm_fast.training.shards import Shard, check_shardable
@@ -75,10 +78,9 @@ def train_from_images_shared(
         As `train_from_images`: of the SAEs rank 0 has all of each, another rank its part.
 
     Raises:
-        ValueError: as `train_from_images` and `train_many_shared`; keep_store; ranks with other images or towers.
+        ValueError: as `train_from_images` and `train_many_shared`; ranks with other images or towers.
         Interrupted: as `train_shared`.
     """
-    check_streams(stream)
     assert options.output is not None
     recipes, _ = recipes_of("train_from_images_shared", saes, SAESize, config, replace(options, data_parallel=1), {})
     check_controls(recipes)
@@ -86,12 +88,6 @@ def train_from_images_shared(
     kind, told = partial(SharedOnePass, peers), (on_log, on_step, on_note, on_finished)
     with told_of_compiling(on_note):
         return trained_by(kind, source, images_path, tower, stream, options, recipes, saes, held_out, *told)
-
-
-def check_streams(stream: StreamSettings) -> None:
-    """ValueError: what one process does with its images, and ranks do not."""
-    kept = stream.keep_store
-    require(kept is None, f"keep_store: {kept} is written by one process; under torchrun harvest shares the images")
 
 
 class SharedTowerStream(TowerStream):
@@ -102,18 +98,24 @@ class SharedTowerStream(TowerStream):
         self.peers = peers
 
     def forwards(self, first: int, keeping: Keeping | None = None) -> Generator[Forward, None, None]:
-        """TowerStream's, of one process; of forwards that another rank has made, the number of rows: [M, 0].
+        """TowerStream's, of all ranks; of forwards that another one has made, the number of rows, [M, 0], and for
+        keeping what a store says of them.
 
-        ValueError: as there, on all ranks alike."""
+        ValueError: as there, on all ranks alike.
+        """
         rank, world = self.peers.rank, self.peers.world
         with closing(self.passes(first + (rank - first) % world, world, _local_ranks())) as own:
             for forward, lines in own:
-                known = self.peers.collect(([len(rows_of(each)) for each in forward.rows], lines))
+                kept = keeping if first < self.forwards_per_epoch else None
+                known = self.peers.collect((_told_of(forward.rows, kept is not None), lines))
                 for number in range(first, first + world):
-                    counts, skipped = known[number % world]
+                    told, skipped = known[number % world]
                     self.note(skipped)
-                    elsewhere = [BatchRows(torch.empty(n, 0), _NONE, _NONE) for n in counts]
-                    yield forward if number % world == rank else Forward(number, elsewhere)
+                    elsewhere = [BatchRows(torch.empty(n, 0), *more) for n, more in told]
+                    rows = forward.rows if number % world == rank else elsewhere
+                    if kept is not None and number < self.forwards_per_epoch:
+                        kept.add(number, rows, skipped)
+                    yield Forward(number, rows)
                 first += world
 
     def each_once(
@@ -142,6 +144,11 @@ class SharedTowerStream(TowerStream):
             for part, rows_MD, n in zip(parts, told.expand(len(parts), -1, -1), counts):
                 part.append(BatchRows(rows_MD[:n], _NONE, _NONE))
         return [(part, skipped) for part, (_, skipped) in zip(parts, known)]
+
+
+def _told_of(rows: list[BatchRows], kept: bool) -> list[tuple[int, tuple[Any, ...]]]:
+    """What the others need to know of a forward's rows: how many there are; and for stores the rest."""
+    return [(len(rows_of(each)), each[1:] if kept else (_NONE, _NONE)) for each in rows]
 
 
 def _local_ranks() -> int:
@@ -219,6 +226,11 @@ class SharedOnePass(OnePass):
                     what = f"{name} is {its[name]} for rank {rank}, but {value} for rank 0"
                     require(its[name] == value, f"images: {what}; every rank needs the same images and tower")
         super().enter(stack)
+
+    def _keeping(self, place: Path, stack: ExitStack) -> Keeping:
+        if self.peers.rank == 0:
+            stack.enter_context(output_lock(place, directory=True))
+        return SharedKeeping(self.stream, self.peers)
 
     def _check_unused(self) -> None:
         if self.peers.rank == 0:
