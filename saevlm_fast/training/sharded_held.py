@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saevlm_fast.data.device import ResidentRows
 from saevlm_fast.data.mixing import MixingBuffer
+from saevlm_fast.data.rows import Activations
 from saevlm_fast.peers import Ranks
 from saevlm_fast.training.shards import cut
+
+_BLOCK_BYTES, _LEAST_BLOCKS = 1 << 20, 64  # of neighbouring rows, that are read together; for each rank
 
 
 def put_together(
@@ -55,6 +59,25 @@ def put_together(
 def _at(numbers: Tensor, device: torch.device) -> Tensor:
     """On the device, which is not waited for."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
+class SharedResidentRows(ResidentRows):
+    """ResidentRows of which each rank has its share on its device: blocks of neighbours, dealt in turn, so that every
+    rank has some of every batch. Raises as ResidentRows, of the rank's own."""
+
+    def __init__(self, activations: Activations, device: torch.device, ranks: Ranks):
+        self.ranks, everyone = ranks, ranks.everyone
+        n = activations.n_rows
+        self.block = max(1, min(_BLOCK_BYTES // activations.row_bytes, n // (_LEAST_BLOCKS * everyone.world)))
+        starts = range(everyone.rank * self.block, n, everyone.world * self.block)
+        super().__init__(activations, device, [range(start, min(start + self.block, n)) for start in starts])
+
+    def batch(self, rows_B: Tensor, whole: bool) -> Tensor:
+        """These rows, or the replica's of them."""
+        block_B = rows_B // self.block
+        place_B = block_B // self.ranks.everyone.world * self.block + rows_B % self.block
+        owner_B = block_B % self.ranks.everyone.world
+        return put_together(self.ranks, self.rows_ND, owner_B, place_B, self.device, whole)
 
 
 class SharedMixingBuffer(MixingBuffer):

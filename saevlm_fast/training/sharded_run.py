@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import told_of_compiling
@@ -68,12 +67,11 @@ def train_shared(
         What `evaluate` says of the SAE over all validation rows, on every rank.
 
     Raises:
-        ValueError: as `train`; a setting that is for one process, data_on device, fewer latents than ranks, ranks with
+        ValueError: as `train`; a setting that is for one process, fewer latents than ranks, ranks with
             other data or another disk.
         Interrupted: SIGINT or SIGTERM arrived at any rank, and a checkpoint has been written; or a rank is gone.
     """
     check_shardable(sae_config, config, peers.ranks)
-    require(options.data_on != "device", "data_on: device is of one process; several ranks read rows from the host")
     assert options.output is not None
     activations, evaluated = fitting(activations, validation, sae_config)
     embeddings = mono_embeddings_of(mono_embeddings, activations, config)
@@ -82,7 +80,7 @@ def train_shared(
         check_data(peers, activations, evaluated, embeddings)
         look_at(evaluated, config, whole=False, rank=peers.rank, world=peers.world)
         device = resolve_device(options.device)
-        state = ShardedState(activations, sae_config, config, device, peers, embeddings)
+        state = ShardedState(activations, sae_config, config, device, peers, embeddings, options.data_on)
         kept.begin(state)
         watch.begin(lambda: kept.path, state.stepper.n_steps, watched(state, sae_config, options), device)
         with (

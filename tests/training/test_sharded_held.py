@@ -7,7 +7,9 @@ import torch
 from thread_peers import together
 
 from saevlm_fast.data.mixing import MixingBuffer
-from saevlm_fast.training.sharded_held import SharedMixingBuffer
+from saevlm_fast.data.rows import Activations
+from saevlm_fast.errors import ActivationError
+from saevlm_fast.training.sharded_held import SharedMixingBuffer, SharedResidentRows
 from saevlm_fast.training.shards import cut
 
 STEPS, BATCH, CAPACITY, WIDTH, FORWARD = 40, 30, 260, 3, 17
@@ -46,3 +48,28 @@ def test_batches_are_those_of_one_buffer_to_the_bit(world, replicas):
         assert torch.equal(last, torch.cat(list(alone.last_rows(50))))
         fair = alone.n_places / world
         assert most <= fair + FORWARD + 4 * math.sqrt(fair), "a rank holds its share, and a forward more"
+
+
+@pytest.mark.parametrize(("world", "replicas"), [(2, 1), (3, 1), (4, 2)])
+def test_rows_that_are_dealt_among_devices_are_the_batches_of_the_store(world, replicas):
+    x = torch.randn(1001, 5, generator=torch.Generator().manual_seed(0))
+    data, rows = Activations.from_tensor(x), torch.arange(0, 1001, 13)
+
+    def work(peers):
+        held = SharedResidentRows(data, torch.device("cpu"), peers.ranks)
+        return held.batch(rows, whole=False), held.batch(rows, whole=True), len(held.rows_ND)
+
+    found = together(world, work, replicas)[0]
+    for rank, (own, whole, _) in enumerate(found):
+        assert torch.equal(own, x[rows][cut(len(rows), replicas)[rank // (world // replicas)]])
+        assert torch.equal(whole, x[rows])
+    sizes = [n for _, _, n in found]
+    assert sum(sizes) == 1001
+    assert max(sizes) - min(sizes) < 20
+
+
+def test_a_row_that_is_not_finite_is_named_by_the_rank_that_holds_it():
+    x = torch.zeros(1001, 5)
+    x[778, 2] = torch.inf
+    with pytest.raises(ActivationError, match="row 778"):
+        together(3, lambda peers: SharedResidentRows(Activations.from_tensor(x), torch.device("cpu"), peers.ranks))
