@@ -11,6 +11,7 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import Enough, Stopwatch, check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads, n_processes
 from saevlm_fast.cli.record import Record, settings_path
+from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
 from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP, RunOptions
@@ -356,6 +357,7 @@ def ms_score(options: ScoreArguments) -> dict[str, Any] | None:
     from saevlm_fast.outputs import check_absent, output_lock
 
     with joined_ranks(options.device, options.collective_timeout) as peers, ExitStack() as locks:
+        check_same_call(peers, options)
         sae, output = where_to(options)
         if leads(peers):
             locks.enter_context(output_lock(output, directory=False))

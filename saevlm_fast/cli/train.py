@@ -19,6 +19,7 @@ from saevlm_fast.cli.planning import (
 )
 from saevlm_fast.cli.ranks import joined_ranks, leads, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.scenes import scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
 from saevlm_fast.cli.train_many import plan_many, runs_of, train_grid
@@ -106,6 +107,7 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
 
     ranks = options.device, options.collective_timeout, options.data_parallel
     with joined_ranks(*ranks) as peers, ExitStack() as locks:
+        check_same_call(peers, options)
         if leads(peers):
             locks.enter_context(output_lock(options.output, directory=True))
         Watch(options.log_to)  # what is not installed is refused before anything is opened
