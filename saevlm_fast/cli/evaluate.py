@@ -14,7 +14,7 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
-from saevlm_fast.cli.same_call import check_same_call
+from saevlm_fast.cli.same_call import check_same_call, check_same_data
 from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP, RunOptions
 from saevlm_fast.errors import require
@@ -321,6 +321,8 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
         subjects, saes = first_rank_first(peers, lambda: open_subjects(here))
         inputs = open_inputs(here, saes)
         on_random = open_random_inputs(here, saes, inputs)
+        if peers is not None:
+            check_same_data(peers, inputs.digests | {"sae": [each.digest for each in subjects]})
         if peers is not None and not leads(peers):
             _take_part(options, subjects, inputs, on_random, peers)
             return None

@@ -1,10 +1,11 @@
-"""That torchrun's processes were started alike: on two machines nothing else sees to it.
+"""That torchrun's processes were started alike, and read the same: on two machines nothing else sees to it.
 
-Each would go on by its own options, and where the shapes of what they tell each other agree, the result would be of
-neither.
+Each would go on by its own options and files, and where the shapes of what they tell each other agree, the result would
+be of neither.
 """
 
 import hashlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
@@ -15,6 +16,8 @@ from saevlm_fast.settings import kinds_of, settings_of
 
 if TYPE_CHECKING:
     from saevlm_fast.cli.options import Options
+    from saevlm_fast.data.codes import StoredCodes
+    from saevlm_fast.data.rows import Activations
 
 # A machine has its own cores, GPUs, disks, and file of --config; who reads the output has a terminal on one of them.
 _OF_THE_MACHINE = frozenset(("device", "workers", "cache_gib", "config", "json", "collective_timeout"))
@@ -32,14 +35,40 @@ def check_same_call(ranks: _Ranks | None, options: "Options") -> None:
     Raises:
         ValueError: (on all ranks) a rank runs another command or other code than rank 0, or has other options.
     """
-    if ranks is None:
-        return
-    first, *others = ranks.collect({"command": type(options).__name__, "code": _code(), **_said(options)})
-    for rank, call in enumerate(others, 1):
-        for name in first:  # another command has other options, and is told by its name
-            mine, its = first[name], call.get(name)
-            what = f"{name}: {shown(its)} for rank {rank}, but {shown(mine)} for rank 0"
-            require(mine == its, f"{what}; every rank needs the same command")
+    if ranks is not None:
+        said = {"command": type(options).__name__, "code": _code(), **_said(options)}
+        _check_alike(ranks, said, "every rank needs the same command")
+
+
+def check_same_data(ranks: _Ranks | None, digests: Mapping[str, Any]) -> None:
+    """All ranks call this at once, with digests of what each has read, by the names of its options.
+
+    Raises:
+        ValueError: (on all ranks) something is another for a rank than for rank 0.
+    """
+    if ranks is not None:
+        _check_alike(ranks, digests, "every rank needs the same data")
+
+
+def digest_of(rows: "Activations | StoredCodes") -> str:
+    """Of all rows of a store; of a matrix, 64 rows spread over it."""
+    if rows.has_items:
+        return hashlib.sha256(rows.index_file.read_bytes()).hexdigest()
+    import torch
+
+    from saevlm_fast.data.rows import Activations
+
+    assert isinstance(rows, Activations)  # codes are always of a store
+    picked = torch.linspace(0, rows.n_rows - 1, 64, dtype=torch.float64).long()
+    return f"{rows.n_rows} {hashlib.sha256(rows.rows(picked).numpy().tobytes()).hexdigest()}"
+
+
+def _check_alike(ranks: _Ranks, known: Mapping[str, Any], advice: str) -> None:
+    first, *others = ranks.collect(dict(known))
+    for rank, theirs in enumerate(others, 1):
+        for name, mine in first.items():  # another command has other options, and is told by its name
+            its = theirs.get(name)
+            require(mine == its, f"{name}: {shown(its)} for rank {rank}, but {shown(mine)} for rank 0; {advice}")
 
 
 def _said(options: "Options") -> dict[str, Any]:

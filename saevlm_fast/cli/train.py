@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -108,6 +109,8 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
     ranks = options.device, options.collective_timeout, options.data_parallel
     with joined_ranks(*ranks) as peers, ExitStack() as locks:
         check_same_call(peers, options)
+        if peers is not None:
+            options = replace(options, output=peers.share(options.output))  # the default has the second in it
         if leads(peers):
             locks.enter_context(output_lock(options.output, directory=True))
         Watch(options.log_to)  # what is not installed is refused before anything is opened
