@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 def _ks(name: str, text: str) -> tuple[int, ...]:
     found = integers(name, text)
-    require(len(found) > 0 and len(set(found)) == len(found), f"{name}: {text!r} is not a list of different numbers")
     require(min(found) >= 1, f"{name}: {text!r}: each must be at least 1")
     return tuple(sorted(found))
 
@@ -41,7 +40,9 @@ class EraseArguments(WorkOptions):
     title = "Model and SAEs"
     model: str = setting(help="Tower with a text side, as of harvest.")
     sae: tuple[Path, ...] = setting(help="SAEs of several layers or seeds, separated by commas.", parse=paths)
-    layer: tuple[int, ...] = setting(help="Block of the tower of each SAE, separated by commas.", parse=integers)
+    layer: tuple[int, ...] = setting(
+        help="Block of the tower of each SAE, separated by commas.", parse=integers, repeats=True
+    )
     images: str = setting(help="Images, as of harvest. Half of them choose latents.")
     test_images: str | None = setting(None, help="Images that are asked about.", shown="the other half of --images")
     labels: str = setting(
@@ -85,9 +86,8 @@ class EraseArguments(WorkOptions):
             len(self.sae) == len(self.layer) > 0,
             f"layer: {len(self.layer)} layers for {len(self.sae)} SAEs; each SAE has one",
         )
-        require(len(set(self.sae)) == len(self.sae), f"sae: {', '.join(map(str, self.sae))} lists one twice")
         require(self.what != self.labels or self.what == WORDS, f"what: {self.what} is what --labels asks to be told")
-        twice = [each for each in self.also if each in (self.what, self.labels) or self.also.count(each) > 1]
+        twice = [each for each in self.also if each in (self.what, self.labels)]
         require(not twice, f"also: {', '.join(twice)} is asked already")
 
     @property

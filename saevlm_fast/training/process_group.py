@@ -84,15 +84,23 @@ class MeshPeers:
 
     def to_first(self, x: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor] | None:
         """On rank 0 every rank's x, of these shapes, on the CPU; None on the others."""
-        x = x.detach().cpu().contiguous()
+        x = x.detach().cpu()
+        others = [self.hand_over(x, shapes[rank], x.dtype, rank, 0) for rank in range(1, self.world)]
+        received = [x, *(each for each in others if each is not None)]
+        return received if self.rank == 0 else None
+
+    def hand_over(
+        self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, source: int, target: int
+    ) -> Tensor | None:
+        """Rank source's x, which has this shape and dtype, for another rank, target, on the CPU; None for the others.
+        All may call it; the two wait for each other."""
         with self._together():
-            if self.rank > 0:
-                dist.send(x, group=self.group, group_dst=0)
+            if self.rank == source:
+                dist.send(x.detach().cpu().contiguous().flatten().view(torch.uint8), group=self.group, group_dst=target)
+            if self.rank != target:
                 return None
-            received = [x]
-            for rank in range(1, self.world):
-                received.append(x.new_empty(shapes[rank]))
-                dist.recv(received[-1], group=self.group, group_src=rank)
+            received = torch.empty(shape, dtype=dtype)
+            dist.recv(received.flatten().view(torch.uint8), group=self.group, group_src=source)
             return received
 
     def agree(self, *flags: bool) -> list[bool]:
