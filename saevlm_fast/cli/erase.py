@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from saevlm_fast.cli.erase_images import WORDS, argument_of, halves_of
-from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_class_words, renamed
+from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_class_words
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP
-from saevlm_fast.errors import require
+from saevlm_fast.errors import renamed, require
 from saevlm_fast.settings import integers, paths, setting, texts
 
 if TYPE_CHECKING:
@@ -137,11 +137,12 @@ def open_inputs(options: EraseArguments) -> Opened:
     source = open_images(options.images)
     asked = source
     if options.test_images is not None:
-        with renamed("images", "test_images"):
+        with renamed("test_images", "images"):
             asked = open_images(options.test_images)
     words = None if options.class_words is None else read_class_words(options.class_words)
     saes = [SparseAutoencoder.from_pretrained(path, device=device) for path in options.sae]
-    encoder = load_text_encoder(options.model, device, on_message=tell)
+    with renamed("model", "text_model"):
+        encoder = load_text_encoder(options.model, device, on_message=tell)
     require(encoder.logit_scale is not None, f"model: {encoder.spec} has no logit scale in its file")
     tower = load_tower(options.model, device, on_message=tell)
     for path, layer, sae in zip(options.sae, options.layer, saes):
@@ -187,8 +188,9 @@ def asked_of(options: EraseArguments, opened: Opened) -> Asked:
     words = [opened.words.of(column, names[options.labels]) if opened.words else None for column in COLUMNS[2:]]
     writing = Writing(train_style, test_style, *(tuple(each or ()) for each in words))
     if options.what == WORDS:
-        for style, each in zip((train_style, test_style), words):
-            check_letters(style.fonts, each or names[options.labels])
+        for argument, style, each in zip(("fonts", "test_fonts"), (train_style, test_style), words):
+            with renamed(argument, "fonts"):
+                check_letters(style.fonts, each or names[options.labels])
     return Asked(_told(options, opened.train, spec, names[spec]), questions, writing)
 
 
@@ -217,7 +219,9 @@ def _vocabulary(options: EraseArguments, opened: Opened, labels: str, names: lis
     said = opened.words.of("text", names) if opened.words is not None and labels == options.labels else None
     encoder = opened.encoder
     assert encoder.logit_scale is not None
-    texts_CE = encoder.embed(said or class_texts(labels, names, options.class_prompts))
+    told = said or class_texts(labels, names, options.class_prompts)
+    with renamed("class_words" if said else argument_of(options, labels), "texts"):
+        texts_CE = encoder.embed(told)
     return Vocabulary(tuple(names), texts_CE, encoder.logit_scale)
 
 
@@ -230,8 +234,9 @@ def _styles(options: EraseArguments) -> "tuple[Style, Style]":
     test = replace(TEST, fonts=options.test_fonts) if options.test_fonts else TEST
     both = set(train.fonts) & set(test.fonts)
     require(not both, f"test_fonts: {', '.join(both)} chose the latents; words asked about need others")
-    for style in (train, test):
-        check_fonts(style.fonts)
+    for argument, style in (("fonts", train), ("test_fonts", test)):
+        with renamed(argument, "fonts"):
+            check_fonts(style.fonts)
     return train, test
 
 
