@@ -5,15 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saevlm_fast.cli.erase_labels import (
-    COLUMNS,
-    check_apart,
-    class_texts,
-    labels_of,
-    read_class_words,
-    readable,
-    renamed,
-)
+from saevlm_fast.cli.erase_images import WORDS, argument_of, halves_of
+from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_class_words, renamed
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
@@ -33,12 +26,9 @@ if TYPE_CHECKING:
     from saevlm_fast.towers.text import TextEncoder
     from saevlm_fast.towers.tower import Tower
 
-WORDS = "words"
-
 
 def _ks(name: str, text: str) -> tuple[int, ...]:
     found = integers(name, text)
-    require(len(found) > 0 and len(set(found)) == len(found), f"{name}: {text!r} is not a list of different numbers")
     require(min(found) >= 1, f"{name}: {text!r}: each must be at least 1")
     return tuple(sorted(found))
 
@@ -50,7 +40,9 @@ class EraseArguments(WorkOptions):
     title = "Model and SAEs"
     model: str = setting(help="Tower with a text side, as of harvest.")
     sae: tuple[Path, ...] = setting(help="SAEs of several layers or seeds, separated by commas.", parse=paths)
-    layer: tuple[int, ...] = setting(help="Block of the tower of each SAE, separated by commas.", parse=integers)
+    layer: tuple[int, ...] = setting(
+        help="Block of the tower of each SAE, separated by commas.", parse=integers, repeats=True
+    )
     images: str = setting(help="Images, as of harvest. Half of them choose latents.")
     test_images: str | None = setting(None, help="Images that are asked about.", shown="the other half of --images")
     labels: str = setting(
@@ -94,9 +86,8 @@ class EraseArguments(WorkOptions):
             len(self.sae) == len(self.layer) > 0,
             f"layer: {len(self.layer)} layers for {len(self.sae)} SAEs; each SAE has one",
         )
-        require(len(set(self.sae)) == len(self.sae), f"sae: {', '.join(map(str, self.sae))} lists one twice")
         require(self.what != self.labels or self.what == WORDS, f"what: {self.what} is what --labels asks to be told")
-        twice = [each for each in self.also if each in (self.what, self.labels) or self.also.count(each) > 1]
+        twice = [each for each in self.also if each in (self.what, self.labels)]
         require(not twice, f"also: {', '.join(twice)} is asked already")
 
     @property
@@ -164,49 +155,7 @@ def open_inputs(options: EraseArguments) -> Opened:
         require(
             2 * most <= d_sae, f"k: {most}, and as many others as a control, are more than {path} has: d_sae is {d_sae}"
         )
-    return Opened(tower, encoder, saes, words, *_halves(options, source, asked))
-
-
-def _halves(
-    options: EraseArguments, source: "ImageSource", asked: "ImageSource"
-) -> "tuple[tuple[ImageSource, list[int]], tuple[ImageSource, list[int]]]":
-    """Images that are told apart by the labels, at most --limit for each use. ValueError: too few."""
-    from saevlm_fast.data.label_sets import halves
-
-    labels = {WORDS: options.labels}.get(options.what, options.what)
-    train, test = _usable(options, labels, source), _usable(options, options.labels, asked)
-    if asked is source:
-        half = dict(zip(train, halves([source.image_id(i) for i in train])))
-        train, test = [i for i in train if half[i]], [i for i in test if not half.get(i, False)]
-    train = sorted(readable(source, _shuffled(train, options), options.limit))
-    test = sorted(_shuffled(test, options)[: options.limit])
-    uses = (
-        ("images", "for choosing can be read and", labels, train),
-        ("test_images", "to ask about", options.labels, test),
-    )
-    for name, use, told, numbers in uses:
-        require(len(numbers) >= 10, f"{name}: {len(numbers)} {use} have a label of {told}; 10 at least are needed")
-    if asked is not source:
-        check_apart(source, train, asked, test)
-    return (source, train), (asked, test)
-
-
-def _shuffled(numbers: list[int], options: EraseArguments) -> list[int]:
-    """In an order by chance: folders are sorted by class, so that the first are of few."""
-    import numpy as np
-
-    order = np.random.default_rng([options.seed, 4]).permutation(len(numbers))
-    return [numbers[i] for i in order.tolist()]
-
-
-def _argument(options: EraseArguments, labels: str) -> str:
-    """Of which option labels are."""
-    return {options.labels: "labels", options.what: "what"}.get(labels, "also")
-
-
-def _usable(options: EraseArguments, labels: str, source: "ImageSource") -> list[int]:
-    found = labels_of(_argument(options, labels), labels, source, range(len(source)))
-    return [int(i) for i in (found.single() >= 0).nonzero()[0]]
+    return Opened(tower, encoder, saes, words, *halves_of(options, source, asked))
 
 
 @dataclass(frozen=True)
@@ -227,7 +176,7 @@ def asked_of(options: EraseArguments, opened: Opened) -> Asked:
     names: dict[str, list[str]] = {}
     for each in dict.fromkeys((options.labels, *((options.what,) if options.what != WORDS else ()), *options.also)):
         images = [opened.test, *([opened.train] if each == spec else [])]
-        argument = _argument(options, each)
+        argument = argument_of(options, each)
         names[each] = sorted({name for part in images for name in labels_of(argument, each, *part).names})
         require(len(names[each]) >= 2, f"{argument}: {each} has a single class, {names[each][0]!r}")
     questions = {
@@ -250,7 +199,7 @@ def _told(options: EraseArguments, images: "tuple[ImageSource, list[int]]", labe
     from saevlm_fast.clip_steering.erasing import Told
 
     source, numbers = images
-    found = labels_of(_argument(options, labels), labels, source, numbers)
+    found = labels_of(argument_of(options, labels), labels, source, numbers)
     number = np.array([names.index(name) for name in found.names])
     y_N = np.append(number, -1)[found.single()]
     if options.groups is None:

@@ -32,6 +32,7 @@ from saevlm_fast.settings import (
     Setting,
     Settings,
     Several,
+    check_once,
     choices_of,
     declared_by,
     default_of,
@@ -307,8 +308,7 @@ def _from_text(cls: Any, name: str, value: Any) -> Any:
 def several_of(key: str, parts: Sequence[Any], read: Callable[[Any], Any]) -> Several:
     """The values of a list, each once. ValueError: one that is twice in it."""
     values = Several(read(part) for part in parts)
-    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
-    require(twice is None, f"{key}: {twice} is listed twice")
+    check_once(key, values)
     return values
 
 

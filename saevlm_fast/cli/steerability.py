@@ -72,10 +72,6 @@ class SteerabilityArguments(WorkOptions):
         """What must not be there without --force."""
         return [self.output, settings_path(self.output), *([self.neurons_output] if self.neurons else [])]
 
-    def check(self) -> None:
-        super().check()
-        require(len(set(self.sae)) == len(self.sae), f"sae: {', '.join(map(str, self.sae))} lists one twice")
-
 
 @dataclass(frozen=True)
 class Inputs:

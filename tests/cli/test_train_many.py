@@ -248,7 +248,7 @@ def test_one_pass_dry_run_writes_nothing(small, tmp_path):
         (("--layer", 2, "--activations", "x.npy"), "activations: does not go with model"),
         (("--layer", 2, "--validation", "x.npy"), "validation: does not go with model"),
         (("--layer", 2, "--embeddings", "x.npy"), "embeddings: 200 rows of x.npy, but 40 images; row i is image i"),
-        (("--layer", "2,2"), "asked for twice"),
+        (("--layer", "2,2"), "layer: 2 is listed twice"),
         (("--layer", 2, "--keep-store", "out"), "keep_store: out is the output"),
         (("train", "--model", "hf:tiny-clip", "--layer", 3), "images: needed with model"),
         (("train", "--images", "scenes:train:9"), "model: needed with images"),
