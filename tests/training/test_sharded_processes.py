@@ -192,6 +192,23 @@ def test_a_rank_that_hangs_is_an_error_within_the_timeout(matrix, tmp_path):
     assert message.startswith(f"{OURS} 8 s (collective_timeout)")
 
 
+def test_a_rank_that_is_killed_before_the_first_step_is_one_sentence(matrix, tmp_path):
+    """While the first weights are drawn, which takes a while of so many latents."""
+    arguments = [*words(matrix, tmp_path / "run", 50), "--d-sae", 400_000]
+    with Torchrun(arguments, 2, tmp_path / "log") as run:
+        end = time.monotonic() + 120
+        while "2 ranks: " not in run.said():
+            assert time.monotonic() < end, run.said()
+            time.sleep(0.02)
+        os.kill(run.ranks()[1], signal.SIGKILL)
+        code, said = run.end()
+    assert code != 0
+    (message,) = messages(said)
+    assert message.startswith("another of the 2 ranks has ended, or has not answered for 600 s (collective_timeout)")
+    assert message.endswith("its connection to rank 0 is closed")
+    assert "pair.cc" not in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_ranks_after_the_same_step(matrix, tmp_path, number):
     """Ctrl-C, which torchrun passes on to ranks that have had it already; and SIGTERM to torchrun."""
