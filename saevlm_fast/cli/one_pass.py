@@ -97,11 +97,8 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.training.one_pass import OnePass, harvest_config
-    from saevlm_fast.training.sharded_one_pass import check_streams
 
     device, parts, n_ranks = resolve_device(options.device), parts_of(options), n_processes()
-    if n_ranks > 1:
-        check_streams(options.part(StreamSettings))
     check_writable(options.output)
     check_outputs(options, parts)
     sizes, recipes = sizes_of(options)
@@ -110,8 +107,9 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     tower = load_tower(str(options.model), device, on_message=tell)
     harvest = harvest_config(chosen, config)
     with tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], harvest.dtype == "tf32") as run:
-        given = chosen, options.part(RunOptions), recipes, lambda sae: part_of_a_rank(sae, options.data_parallel)
-        one_pass = OnePass(source, str(options.images), tower, run, harvest, *given)
+        given = chosen, options.part(RunOptions), recipes
+        held = {"part_of": lambda sae: part_of_a_rank(sae, options.data_parallel), "n_ranks": n_ranks}
+        one_pass = OnePass(source, str(options.images), tower, run, harvest, *given, **held)
         one_pass.add(sizes, device, lambda name, step, metrics: None)
         n = one_pass.stream.n_images
         looks = TowerLooks(options, tower, source)
