@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
-import saevlm_fast
+from saevlm_fast import __version__
 from saevlm_fast.errors import require, shown
 from saevlm_fast.settings import kinds_of, settings_of
 
@@ -88,8 +88,8 @@ def _said(options: "Options") -> dict[str, Any]:
 
 def _code() -> str:
     """Versions, and a digest of the package's modules: those of a checkout change without a version."""
-    package = Path(saevlm_fast.__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted({*package.rglob("*.py"), *(package / "kernels").glob("*.py")}):  # there by a link in a checkout
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    return f"{saevlm_fast.__version__} ({digest.hexdigest()[:8]}), torch {version('torch')}"
+    return f"{__version__} ({digest.hexdigest()[:8]}), torch {version('torch')}"

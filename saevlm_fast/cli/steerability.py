@@ -10,7 +10,7 @@ from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figure
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, SteerabilityConfig
-from saevlm_fast.errors import require
+from saevlm_fast.errors import renamed, require
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.look.chosen import check_latents
 from saevlm_fast.settings import paths, same_as, setting
@@ -72,10 +72,6 @@ class SteerabilityArguments(WorkOptions):
         """What must not be there without --force."""
         return [self.output, settings_path(self.output), *([self.neurons_output] if self.neurons else [])]
 
-    def check(self) -> None:
-        super().check()
-        require(len(set(self.sae)) == len(self.sae), f"sae: {', '.join(map(str, self.sae))} lists one twice")
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -126,11 +122,10 @@ def open_inputs(options: SteerabilityArguments) -> Inputs:
     for sae in saes:
         if (doubt := check_sae_of(sae, options.layer, options.tokens)) is not None:
             warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
-    encoder = load_text_encoder(options.text_model or options.model, device, on_message=tell)
-    require(
-        encoder.logit_scale is not None,
-        f"text_model: {encoder.spec} has no logit scale in its file, so that its cosines are no probabilities",
-    )
+    with renamed("model" if options.text_model is None else "text_model", "text_model"):
+        encoder = load_text_encoder(options.text_model or options.model, device, on_message=tell)
+        unscaled = f"{encoder.spec} has no logit scale in its file, so that its cosines are no probabilities"
+        require(encoder.logit_scale is not None, unscaled)
     assert encoder.logit_scale is not None
     tower = load_tower(options.model, device, on_message=tell)
     for path, sae in zip(options.sae, saes):
@@ -142,7 +137,9 @@ def open_inputs(options: SteerabilityArguments) -> Inputs:
     words, n_unknown = known_words(words, encoder)
     if n_unknown:
         tell(f"words: {n_unknown:,} left out that {encoder.spec} does not know; {len(words.words):,} are left")
-    return Inputs(tower, saes, source, Vocabulary(tuple(words.words), encoder.embed(words.texts), encoder.logit_scale))
+    with renamed("words", "texts"):
+        texts_CE = encoder.embed(words.texts)
+    return Inputs(tower, saes, source, Vocabulary(tuple(words.words), texts_CE, encoder.logit_scale))
 
 
 def _kinds(options: SteerabilityArguments, inputs: Inputs) -> "list[tuple[Units, Tensor]]":

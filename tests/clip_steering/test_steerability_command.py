@@ -85,8 +85,8 @@ def test_what_is_finished_is_taken_up(world, tmp_path, monkeypatch):
     ("more", "sae", "message"),
     [
         ((), "narrow", "d_in of {world}/narrow is 64, but the blocks of hf:tiny-clip have width 128"),
-        ((), "one,one", "sae: {world}/one, {world}/one lists one twice"),
-        ((), "nan", "error: {world}/nan"),
+        ((), "one,one", "sae: {world}/one is listed twice"),
+        ((), "nan", "error: sae: {world}/nan"),
         (("--layer", 5), "one", "layer"),
         (("--alpha", 0), "one", "alpha: 0.0 must be positive"),
         (("--tokens", "mean"), "one", "tokens: 'mean' is not one of"),

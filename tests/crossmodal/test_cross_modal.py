@@ -12,6 +12,7 @@ from command import run, run_json
 from saevlm_fast import cross_modal
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.crossmodal.omega import TopTokens
+from saevlm_fast.crossmodal.patch_test import first_pairs
 from saevlm_fast.crossmodal.patches import PATCH_SCORES, Patches, kept_patches
 from saevlm_fast.crossmodal.samples import auroc, auroc_interval, kept_pairs
 from saevlm_fast.data.rows import open_activations
@@ -224,6 +225,17 @@ def test_the_command(pairs, tmp_path):
     run(*call, "--force", "--keep", 0.25)
     assert len((tmp_path / "out" / "kept.txt").read_text().split()) == 2
     assert (tmp_path / "out" / "kept.txt").read_bytes() != before
+
+
+def test_pairs_that_a_dry_run_looks_at(tmp_path):
+    write_pairs(tmp_path / "whole", shard=1000)
+    write_pairs(tmp_path / "cut", shard=30)  # the third pair is cut
+    for name, expected in (("whole", [0, 2, 3]), ("cut", [0])):
+        ids, patches, n_pairs = first_pairs(open_activations(tmp_path / name), 0)
+        assert np.unique(patches.sample).tolist() == expected  # the second has no text
+        assert len(patches.row) == sum(LENGTHS[i][1] for i in expected)
+        assert ids[0] == "pair-0"
+        assert n_pairs == len(LENGTHS)
 
 
 def test_clip_is_a_control_on_the_box(box, tmp_path):
