@@ -145,14 +145,15 @@ class TowerStream:
                 yield forward_rows(plan, batch), skipped_lines(plan.source, batch)
 
     def note(self, lines: list[str]) -> None:
-        """Unusable images. ValueError: they are more than max_skipped."""
+        """Unusable images. ValueError: they are more than max_skipped, or all, of which no epoch has a row."""
         self.skipped.update(lines)
-        limit, n = self.options.max_skipped, len(self.skipped)
+        limit, n, last = self.options.max_skipped, len(self.skipped), "".join(lines[-1:]).strip()
         require(
             n <= limit * self.n_images,
-            f"max_skipped: {n} of {self.n_images} images could not be used, more than {limit:.2%}; the last one: "
-            f"{''.join(lines[-1:]).strip()}",
+            f"max_skipped: {n} of {self.n_images} images could not be used, more than {limit:.2%}; "
+            f"the last one: {last}",
         )
+        require(n < self.n_images, f"images: none of {n} images could be used; the last one: {last}")
 
     def in_order(self, source: ImageSource, path: str) -> Generator[list[BatchRows], None, None]:
         """The rows of other images, each once and in their order: those of an evaluation. path: as records name it."""
@@ -169,6 +170,7 @@ class TowerStream:
                     f"{self.options.max_skipped:.2%}",
                 )
                 yield rows
+        require(n_skipped < n, f"images: none of the {n} images of {path} could be used")
 
     def each_once(
         self, plan: HarvestPlan, ranges: list[range]

@@ -15,7 +15,7 @@ from torch import Tensor
 from saevlm_fast.kernels.dense_score_triton import Units, launch_range, launch_units, n_fault_rows
 from saevlm_fast.kernels.pairwise_float64_triton import launch_inner_products
 from saevlm_fast.kernels.pairwise_similarity import inner_product_blocks
-from saevlm_fast.scoring.intake import refuse_activations, refuse_embeddings
+from saevlm_fast.scoring.refusals import refuse_activations, refuse_embeddings
 from saevlm_fast.scoring.sums import DenseRange, Embeddings, HalvedSums, Pairs, ShiftedSums
 
 _BLOCK_ROWS = 16384  # images whose float64 copies are held

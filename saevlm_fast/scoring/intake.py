@@ -6,6 +6,7 @@ from torch import Tensor
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import on_gpu
 from saevlm_fast.kernels.scaled_rows import squared_norms
+from saevlm_fast.scoring.refusals import refuse_activations, refuse_embeddings
 from saevlm_fast.scoring.sums import CodesRange, DenseRange, Embeddings, Pairs
 from saevlm_fast.sparse_codes import SparseCodes
 
@@ -35,15 +36,6 @@ def check_embeddings(images: Embeddings, similarity: str, first_image: int) -> N
         refuse_embeddings(images, similarity, first_image, least == 0, not (least >= 0 and most < float("inf")))
 
 
-def refuse_embeddings(images: Embeddings, similarity: str, first_image: int, zero: bool, unfit: bool) -> None:
-    """check_embeddings, by somebody who knows whether there are zero ones, and any that are not finite."""
-    if unfit:
-        bad_n = ~images.sqnorm_n.isfinite()
-        refuse_images(bad_n, first_image, "embedding is NaN, infinite or too large to square")
-    if zero and similarity == "cosine":
-        refuse_images(images.sqnorm_n == 0, first_image, "embedding is zero, where cosine is undefined")
-
-
 def checked_embeddings(
     emb_nE: Tensor, n_rows: int, similarity: str, first_image: int, device: torch.device
 ) -> Embeddings:
@@ -51,17 +43,6 @@ def checked_embeddings(
     images = embeddings_on(emb_nE, n_rows, None, device)
     check_embeddings(images, similarity, first_image)
     return images
-
-
-def refuse_images(bad_n: Tensor, first_image: int, message: str) -> None:
-    """ValueError naming the first of the bad images, if there is one."""
-    if bool(bad_n.any()):
-        raise ValueError(f"embeddings: image {first_image + int(bad_n.nonzero()[0])}: {message}")
-
-
-def refuse_activations(acts_nK: Tensor, first_image: int) -> None:
-    """ValueError naming the first image with an activation that is not finite, if there is one."""
-    refuse_images(~acts_nK.isfinite().all(1), first_image, "acts_nK holds NaN or infinity")
 
 
 class CodesIntake:

@@ -14,14 +14,14 @@ from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.peers import Peers, shared_chunks, summed
+from saevlm_fast.peers import shared_chunks, summed
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.control import shuffled
 from saevlm_fast.training.memory import rows_go_to_device
 from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.sharded_held import SharedResidentRows
-from saevlm_fast.training.sharded_rows import choose
+from saevlm_fast.training.sharded_rows import choose, gathered
 from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard, cut, starting_sae
 from saevlm_fast.training.state import TrainingState
@@ -64,16 +64,6 @@ class ShareOfRows(ShuffledRows):
         total = sum(self.counts)
         first, stop = self.first * len(blocks) // total, -(-(self.first + self.size) * len(blocks) // total)
         return blocks[max(first - 1, 0) : stop + 1]
-
-
-def gathered(peers: Peers, own_ND: Tensor, counts: list[int]) -> Tensor:
-    """The rows that all have, one after the other; counts: how many each has."""
-    missing = max(counts) - len(own_ND)
-    padded_ND = own_ND if missing == 0 else torch.cat([own_ND, own_ND.new_zeros(missing, own_ND.shape[1])])
-    parts = peers.gather(padded_ND)
-    if min(counts) == max(counts):
-        return parts.flatten(0, 1)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
 class ShardedState(TrainingState):
@@ -179,7 +169,7 @@ class ShardedState(TrainingState):
                 yield gathered(self.peers, own_BD, self.share.counts)
 
     def embedding_batches(self, start_step: int, n_steps: int) -> Generator[Tensor | None, None, None]:
-        """Those of all rows of a batch: MonoLoss is of one replica."""
+        """Those of all rows of a batch, which MonoLoss needs whatever the replica."""
         with closing(super().embedding_batches(start_step, n_steps)) as own:
             for own_BE in own:
                 yield None if own_BE is None else gathered(self.peers, own_BE, self.share.counts)

@@ -1,47 +1,35 @@
 """The command, and its ranks in processes of their own."""
 
 import json
-import multiprocessing
-import os
 import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+from forked import Forked
 from small_harvests import digests, harvest_arguments, run_harvest, small_units
 
 from command import run
-from saevlm_fast.cli import main
 from saevlm_fast.data.store import read_index, verify
 from tiny_tower import save_photos
 
 
 # From here on: the command, in processes of its own.
-class Rank(multiprocessing.get_context("fork").Process):
-    """The command as one of torchrun's processes: torchrun's environment, without importing torch and all anew."""
-
-    def __init__(self, rank, world, port, arguments, log):
-        super().__init__()
-        self.arguments, self.log = ["saevlm-fast", *map(str, arguments)], log
-        self.environment = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-
-    def run(self):
-        os.environ.update({name: str(value) for name, value in self.environment.items()})
-        with open(self.log, "w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
-            sys.argv = self.arguments
-            main()
+def rank_of(rank, world, port, arguments, log):
+    """The command as one of torchrun's processes: torchrun's environment."""
+    environment = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    return Forked(arguments, log, environment)
 
 
 def start_ranks(world, arguments, logs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [Rank(rank, world, port, arguments, logs / f"rank-{rank}.log") for rank in range(world)]
+    ranks = [rank_of(rank, world, port, arguments, logs / f"rank-{rank}.log") for rank in range(world)]
     for rank in ranks:
         rank.start()
     return ranks
@@ -106,9 +94,9 @@ def test_torchrun_gives_a_process_what_a_rank_has_here(tmp_path):
     for number in range(2):
         told = json.loads((tmp_path / f"{number}.json").read_text())
         assert told.pop("words") == ["harvest", "--layer", "1"]
-        here = Rank(number, 2, int(told["MASTER_PORT"]), [], tmp_path / "log").environment
+        here = rank_of(number, 2, int(told["MASTER_PORT"]), [], tmp_path / "log").environment
         here |= {"MASTER_ADDR": told["MASTER_ADDR"]}  # a name of this machine
-        assert {name: told[name] for name in here} == {name: str(value) for name, value in here.items()}
+        assert {name: told[name] for name in here} == here
 
 
 def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tmp_path):

@@ -1,11 +1,9 @@
 """Small training runs, in this process and as a command of their own."""
 
-import os
-import subprocess
-import sys
 import time
 
-from command import ROOT
+from forked import Forked
+
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.training.checkpoints import checkpoints
@@ -25,26 +23,25 @@ def run(matrix, output, architecture="batch_topk", *, options=None, validation=N
     return train(open_activations(matrix), sae_config(architecture), config, options, validation=validation)
 
 
-COMMAND = [sys.executable, "-m", "saevlm_fast.cli", "train", "--device", "cpu", "--d-sae", "128", "--k", "6",
-           "--steps", "150", "--batch-size", "256", "--lr", "3e-3", "--checkpoint-every", "10", "--log-every", "5",
-           "--dead-after", "5000"]  # fmt: skip
+WORDS = ("train", "--device", "cpu", "--d-sae", 128, "--k", 6, "--steps", 150, "--batch-size", 256, "--lr", 3e-3,
+         "--checkpoint-every", 10, "--log-every", 5, "--dead-after", 5000)  # fmt: skip
 
 
 def start(matrix, output, *more):
-    command = [*COMMAND, "--activations", str(matrix), "--output", str(output), *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """The command, at work in a process of its own."""
+    words = (*WORDS, "--activations", matrix, "--output", output, *more)
+    process = Forked(words, output.with_name(f"{output.name}.log"))
+    process.start()
+    return process
 
 
 def wait_for_checkpoint(process, output, n_steps):
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if any(int(p.name[5:]) >= n_steps for p in checkpoints(output)):
             return
         time.sleep(0.005)
-    raise AssertionError(f"no checkpoint: {process.communicate()[0]}")
+    raise AssertionError(f"no checkpoint: {process.end(0)}")
 
 
 def weights(output):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import COMMAND, Stopped, run, sae_config, start, stop_at, wait_for_checkpoint, weights
+from small_runs import WORDS, Stopped, run, sae_config, start, stop_at, wait_for_checkpoint, weights
 
 from command import run as run_command
 from damage import edit_record
@@ -26,9 +26,8 @@ from saevlm_fast.training.run import train
 @pytest.fixture(scope="module")
 def uninterrupted(matrix, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
-    process = start(matrix, output)
-    text = process.communicate()[0]
-    assert process.returncode == 0, text
+    code, text = start(matrix, output).end()
+    assert code == 0, text
     return output
 
 
@@ -37,11 +36,10 @@ def test_killed_and_resumed_is_bit_identical(matrix, uninterrupted, tmp_path):
     for n_steps, more in ((30, ()), (100, ("--resume",))):  # killed twice, at whatever instant that happens to be
         process = start(matrix, output, *more)
         wait_for_checkpoint(process, output, n_steps)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = start(matrix, output, "--resume")
-    text = process.communicate()[0]
-    assert process.returncode == 0, text
+        process.kill()
+        assert process.end()[0] == -signal.SIGKILL
+    code, text = start(matrix, output, "--resume").end()
+    assert code == 0, text
     assert "newest checkpoint step_000" in text
     assert weights(output) == weights(uninterrupted)
     assert (output / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()
@@ -51,13 +49,13 @@ def test_interrupt_ends_with_a_checkpoint_and_a_hint(matrix, uninterrupted, tmp_
     output = tmp_path / "run"
     process = start(matrix, output)
     wait_for_checkpoint(process, output, 20)
-    process.send_signal(signal.SIGINT)
-    text = process.communicate()[0]
-    assert process.returncode == 130, text
+    process.interrupt()
+    code, text = process.end()
+    assert code == 130, text
     assert "--resume" in text
     assert "Traceback" not in text
-    process = start(matrix, output, "--resume")
-    assert process.wait() == 0
+    code, text = start(matrix, output, "--resume").end()
+    assert code == 0, text
     assert weights(output) == weights(uninterrupted)
 
 
@@ -79,19 +77,19 @@ def test_directory_in_use(matrix, tmp_path):
 def test_a_second_process_is_refused_and_the_first_goes_on(matrix, tmp_path, monkeypatch):
     """By the lock; a resumed run, and one that would replace it."""
     output = tmp_path / "run"
-    first = start(matrix, output, "--steps", "100000", "--checkpoint-every", "100000")
+    first = start(matrix, output, "--steps", 100_000, "--checkpoint-every", 100_000)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
-        assert first.poll() is None, first.communicate()[0]
+        assert first.is_alive(), first.end()
         time.sleep(0.02)
     monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
     for more in ("--resume", "--force"):  # this process is the second
-        text = run_command(*COMMAND[3:], "--activations", matrix, "--output", output, more, code=2)
+        text = run_command(*WORDS, "--activations", matrix, "--output", output, more, code=2)
         assert text.startswith(f"error: output: {output} is in use: process {first.pid} on ")
         assert text.count("\n") == 1
-    assert first.poll() is None
+    assert first.is_alive()
     first.kill()
-    first.wait()
+    first.join()
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()[:-1]]
     assert steps == list(range(5, 5 * len(steps) + 1, 5))
 

@@ -122,7 +122,7 @@ def test_settings_of_one_process_are_those_of_ranks(matrix, tmp_path, architectu
         data_on = "device" if config.control == "shuffled" else "auto"
         return train_shared(peers, data, sae, config, options(tmp_path / "run", data_on=data_on), **told)
 
-    found, _ = together(3, work) if told else together(4, work, 2)
+    found, _ = together(4, work, 2)
     assert all(metrics == pytest.approx(wanted, rel=1e-4) for metrics in found)
     check_same_sae(tmp_path / "run", tmp_path / "alone")
     for line, expected in zip(logged(tmp_path / "run"), logged(tmp_path / "alone"), strict=True):
@@ -233,14 +233,13 @@ def test_a_damaged_shard_is_refused_by_who_needs_it(matrix, tmp_path, damage):
     [
         (SAEConfig(16, 2, 1, "topk"), {}, "d_sae: 2 latents for 3 ranks"),
         (SAEConfig(15, 65, 4, "topk"), {}, "d_in: 15 does not fit"),
-        (sae_config(), {"mono_weight": 0.5}, "mono_weight: 0.5 needs all rows of a latent"),
         (sae_config(), {"batch_size": 2}, "data_parallel: 3 replicas of 2 rows in 1 micro-batches"),
         (sae_config(), {"batch_size": 8, "accumulate": 3}, "data_parallel: 3 replicas of 8 rows in 3 micro-batches"),
     ],
 )
 def test_what_ranks_do_not_train_is_refused(matrix, tmp_path, sae, more, message):
     """Three ranks; replicas where it is about them."""
-    recipe = {name: more.pop(name) for name in ("mono_weight", "batch_size", "accumulate") if name in more}
+    recipe = {name: more.pop(name) for name in ("batch_size", "accumulate") if name in more}
     data, where = open_activations(matrix), options(tmp_path / "run", **more)
     config, replicas = TrainConfig(steps=5, **recipe), 3 if recipe else 1
     with pytest.raises(ValueError, match=message):
