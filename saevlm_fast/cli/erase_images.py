@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from saevlm_fast.cli.erase_labels import labels_of
+from saevlm_fast.cli.erase_options import WORDS, EraseArguments
 from saevlm_fast.cli.terminal import warn
 from saevlm_fast.errors import ImageError, require
 
 if TYPE_CHECKING:
-    from saevlm_fast.cli.erase import EraseArguments
     from saevlm_fast.images.sources import ImageSource
 
-WORDS = "words"
 _LEAST = 10  # images of each use
 _COMPARED = 8  # images of equal ids
 
@@ -26,13 +25,13 @@ class _Use:
     labels: str
 
 
-def argument_of(options: "EraseArguments", labels: str) -> str:
+def argument_of(options: EraseArguments, labels: str) -> str:
     """Of which option labels are."""
     return {options.labels: "labels", options.what: "what"}.get(labels, "also")
 
 
 def halves_of(
-    options: "EraseArguments", source: "ImageSource", asked: "ImageSource"
+    options: EraseArguments, source: "ImageSource", asked: "ImageSource"
 ) -> "tuple[tuple[ImageSource, list[int]], tuple[ImageSource, list[int]]]":
     """Images that can be read and have a label, at most --limit for each use.
 
@@ -56,13 +55,13 @@ def halves_of(
     return (source, chosen), (asked, others)
 
 
-def _classes(options: "EraseArguments", labels: str, source: "ImageSource") -> dict[int, str]:
+def _classes(options: EraseArguments, labels: str, source: "ImageSource") -> dict[int, str]:
     """The class of every image that has one, by its number."""
     found = labels_of(argument_of(options, labels), labels, source, range(len(source)))
     return {i: found.names[label] for i, label in enumerate(found.single().tolist()) if label >= 0}
 
 
-def _check_split(options: "EraseArguments", use: _Use, whole: dict[int, str], part: dict[int, str]) -> None:
+def _check_split(options: EraseArguments, use: _Use, whole: dict[int, str], part: dict[int, str]) -> None:
     """ValueError: all images of a class are in the other half. Halves are by the images' ids."""
     if len(part) < _LEAST:
         return  # which is said later, with how many can be read
@@ -75,7 +74,7 @@ def _check_split(options: "EraseArguments", use: _Use, whole: dict[int, str], pa
     )
 
 
-def _drawn(options: "EraseArguments", use: _Use, source: "ImageSource", class_of: dict[int, str]) -> list[int]:
+def _drawn(options: EraseArguments, use: _Use, source: "ImageSource", class_of: dict[int, str]) -> list[int]:
     """Numbers of images that can be decoded, drawn by chance: one of each class, then others, at most --limit.
 
     One damaged file must not end a run; how many there are is said. ValueError: too few are left, or none of a class.
@@ -137,7 +136,7 @@ class _Reading:
         return found
 
 
-def _shuffled(numbers: list[int], options: "EraseArguments") -> list[int]:
+def _shuffled(numbers: list[int], options: EraseArguments) -> list[int]:
     """In an order by chance: folders are sorted by class, so that the first are of few."""
     import numpy as np
 

@@ -1,13 +1,12 @@
 """What `erase` asks of images: which are of use, a label of each, texts of the classes, words that are drawn."""
 
 import csv
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import first_line, renamed, require
 
 if TYPE_CHECKING:
     from saevlm_fast.data.label_sets import LabelSet
@@ -15,15 +14,6 @@ if TYPE_CHECKING:
 
 SCENE = "scene:"
 COLUMNS = ("label", "text", "word", "test_word")
-
-
-@contextmanager
-def renamed(name: str, argument: str) -> Iterator[None]:
-    """What is said of an argument `name` is said of `argument`, by which the user gave it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{argument}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def labels_of(argument: str, spec: str, source: "ImageSource", numbers: Sequence[int]) -> "LabelSet":
@@ -38,7 +28,7 @@ def labels_of(argument: str, spec: str, source: "ImageSource", numbers: Sequence
     else:
         path, _, column = spec.rpartition(":")
         require(path != "", f"{argument}: {spec!r} is not images, scene:FACTOR or FILE.csv:COLUMN")
-        with renamed("labels", argument):
+        with renamed(argument, "labels"):
             sets = {each.name: each for each in read_labels(path, ids)}
         require(column in sets, f"{argument}: {path} has no column {column!r}, but {', '.join(sets)}")
         found = sets[column]
@@ -87,7 +77,11 @@ class ClassWords:
             return None
         missing = [name for name in names if name not in found]
         require(not missing, f"class_words: {self.path} has no line of the label {missing[:1]}")
-        return [found[name] for name in names]
+        said = [found[name] for name in names]
+        twice = [each for each in said if said.count(each) > 1]
+        alike = f"class_words: {self.path}: the {column} {twice[:1]} is that of {len(twice)} labels"
+        require(not twice, f"{alike}; each needs its own")
+        return said
 
 
 def read_class_words(path: Path) -> ClassWords:

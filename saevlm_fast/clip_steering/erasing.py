@@ -154,7 +154,7 @@ def erase_factor(
     """
     seen = _features(stream, units, train.source, train, "train", on_images)
     values = np.unique(train.y_N).tolist()
-    require(len(values) >= 2, "labels: what is erased has a single value on the images for choosing")
+    require(len(values) >= 2, "what: the label that is erased has a single value on the images for choosing")
     means_VD = torch.stack([seen.stream_ND[torch.from_numpy(train.y_N == v)].mean(0) for v in values])
     directions = {
         "pca": (principal_directions(means_VD - seen.stream_ND.mean(0), max(choice.ks)), seen),

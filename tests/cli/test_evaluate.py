@@ -295,7 +295,7 @@ def test_several_rows_of_an_image_are_pooled(there, tmp_path):
         (("--embeddings", "wide.npy"), "embeddings: wide.npy has 3 rows; there are 240 images"),
         (("--activations", "wide.npy"), "sae: d_in of sae0 is 8, but the activations have width 5"),
         (("--sae", "sae0", "--sae", "copy"), "is the same SAE as"),
-        (("--sae", "sae0", "--sae", "sae0"), "a path is given twice"),
+        (("--sae", "sae0", "--sae", "sae0"), "sae: sae0 is listed twice"),
         (("--mask-names", "labels.csv"), "mask_names: it is about --masks"),
         (("--masks", "none"), "masks: none is not a directory"),
         (("--masks", "mine"), "has one row an image"),

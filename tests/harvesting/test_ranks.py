@@ -109,7 +109,7 @@ def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tm
     assert [rank.exitcode for rank in ranks] == [130, 2]
     waiting, failing = (rank.log.read_text() for rank in ranks)
     assert "error: max_skipped: 1 of 4 images could not be used" in failing
-    assert "another rank has ended" in waiting
+    assert "another of the 2 ranks has ended" in waiting
     assert "RuntimeError" not in waiting + failing
 
 

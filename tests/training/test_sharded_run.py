@@ -84,7 +84,8 @@ def alone(matrix, tmp_path_factory):
     [("topk", 2, 1), ("batch_topk", 3, 1), ("matryoshka", 4, 2), ("jumprelu", 2, 2), ("topk", 6, 3)],
 )
 def test_the_run_of_one_process(alone, matrix, tmp_path, architecture, world, replicas):
-    metrics = run_ranks(world, matrix, tmp_path / "run", architecture, replicas=replicas)
+    data_on = "device" if world in (3, 4) else "host"
+    metrics = run_ranks(world, matrix, tmp_path / "run", architecture, replicas=replicas, data_on=data_on)
     assert all(each == metrics[0] for each in metrics)
     check_same_sae(tmp_path / "run", alone / architecture)
     found, wanted = logged(tmp_path / "run"), logged(alone / architecture)
@@ -118,9 +119,10 @@ def test_settings_of_one_process_are_those_of_ranks(matrix, tmp_path, architectu
     wanted = train(data, sae, config, options(tmp_path / "alone"), **told)[1]
 
     def work(peers):
-        return train_shared(peers, data, sae, config, options(tmp_path / "run"), **told)
+        data_on = "device" if config.control == "shuffled" else "auto"
+        return train_shared(peers, data, sae, config, options(tmp_path / "run", data_on=data_on), **told)
 
-    found, _ = together(3, work) if told else together(4, work, 2)
+    found, _ = together(4, work, 2)
     assert all(metrics == pytest.approx(wanted, rel=1e-4) for metrics in found)
     check_same_sae(tmp_path / "run", tmp_path / "alone")
     for line, expected in zip(logged(tmp_path / "run"), logged(tmp_path / "alone"), strict=True):
@@ -179,7 +181,7 @@ def test_a_grid_of_ranks_is_that_of_one_process(matrix, tmp_path):
     for name, step in (("a", 20), ("b", 20), ("c", 30)):
         if step < 30:
             keep_until(tmp_path / "run" / name, step)
-    ranks.append(together(3, lambda peers: work(peers, resume=True))[0])
+    ranks.append(together(3, lambda peers: work(peers, resume=True, data_on="device"))[0])
     assert looked_at == [[65, 65, 65]] * 2, "by rank 0 alone, of whole SAEs"
     for found in ranks:
         assert found[0]["b"].metrics["ms_mean"] == 0.5
@@ -230,16 +232,14 @@ def test_a_damaged_shard_is_refused_by_who_needs_it(matrix, tmp_path, damage):
     ("sae", "more", "message"),
     [
         (SAEConfig(16, 2, 1, "topk"), {}, "d_sae: 2 latents for 3 ranks"),
-        (sae_config(), {"data_on": "device"}, "data_on: device"),
         (SAEConfig(15, 65, 4, "topk"), {}, "d_in: 15 does not fit"),
-        (sae_config(), {"mono_weight": 0.5}, "mono_weight: 0.5 needs all rows of a latent"),
         (sae_config(), {"batch_size": 2}, "data_parallel: 3 replicas of 2 rows in 1 micro-batches"),
         (sae_config(), {"batch_size": 8, "accumulate": 3}, "data_parallel: 3 replicas of 8 rows in 3 micro-batches"),
     ],
 )
 def test_what_ranks_do_not_train_is_refused(matrix, tmp_path, sae, more, message):
     """Three ranks; replicas where it is about them."""
-    recipe = {name: more.pop(name) for name in ("mono_weight", "batch_size", "accumulate") if name in more}
+    recipe = {name: more.pop(name) for name in ("batch_size", "accumulate") if name in more}
     data, where = open_activations(matrix), options(tmp_path / "run", **more)
     config, replicas = TrainConfig(steps=5, **recipe), 3 if recipe else 1
     with pytest.raises(ValueError, match=message):
