@@ -25,7 +25,7 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 # Of processes that share the suite: what takes longest is begun first, or the others wait for it in the end.
 LONGEST = (
-    "tests/test_campaign.py", "tests/demo/test_demo.py", "tests/test_types.py", "tests/training/test_resumed_runs.py",
+    "tests/test_campaign.py", "tests/demo/test_demo.py", "tests/training/test_resumed_runs.py",
     "tests/test_what_a_notebook_gets_wrong.py", "tests/docs/test_examples.py", "tests/cli/test_evaluate.py",
     "tests/training/test_gpu_step.py", "tests/look/test_in_a_browser.py", "tests/kernels/test_topk_encode_cuda.py",
     "tests/kernels/test_topk_encode_cuda_compiles.py", "tests/training/test_run.py",

@@ -121,10 +121,12 @@ def test_demo(tmp_path):
     # Again: nothing is trained anew, and what was lost is made again.
     (tmp_path / "demo" / "latents.png").unlink()
     shutil.rmtree(tmp_path / "demo" / "matryoshka")
-    kept = {path: path.stat() for name in ("batch_topk", "patches") for path in (tmp_path / "demo" / name).glob("*.*")}
+    kept = [tmp_path / "demo" / name / "checkpoints" for name in ("batch_topk", "patches")]
+    states = [state for each in kept for state in each.rglob("*.safetensors")]
+    before = [(state.stat().st_ino, state.stat().st_mtime_ns) for state in states]
+    assert len(before) >= 4  # of each the weights and the state of training
     assert run_json("demo") == summary | {"output": "demo"}
-    assert {"sae_weights.safetensors", "metrics.jsonl"} <= {path.name for path in kept}
-    assert all(path.stat()[:9] == before[:9] for path, before in kept.items())  # inode and time of writing
+    assert [(state.stat().st_ino, state.stat().st_mtime_ns) for state in states] == before
     assert (tmp_path / "demo" / "matryoshka" / "sae_weights.safetensors").is_file()
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
     assert (tmp_path / "demo" / "latents.png").is_file()
