@@ -117,7 +117,8 @@ class SharedRunDirectory(RunDirectory):
         start, stop = state.latents
         told = self.peers.collect(({"file": file, "start": start, "stop": stop, "sha256": digest}, said))
         for rank, (_, met) in enumerate(told):
-            require(not met, f"rank {rank}: {met}", OSError)
+            if met:
+                raise OSError(f"rank {rank}: {met}")
         shards = [shard for shard, _ in told]
         return sorted(shards, key=lambda shard: int(shard["start"]))  # replicas have theirs between those of others
 
