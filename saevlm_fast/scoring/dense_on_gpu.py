@@ -69,7 +69,6 @@ def add_on_gpu(
         refuse_embeddings(images, similarity, first_image, least == 0, unfit > 0)
     if bad > 0:
         refuse_activations(acts_nK, first_image)
-    seen.replace(low_K, high_K, *counts_2K, n_images=seen.n_images + len(acts_nK))
     pairs.lower(drop_K)
     if first is None:
         pairs.add_dense(acts_nK, low_K, images)
