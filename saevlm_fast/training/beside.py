@@ -91,4 +91,4 @@ class _OthersToStderr:
 
 def quiet_stdout() -> redirect_stdout[Any]:
     """While it lasts, what other threads than this one print goes to stderr."""
-    return redirect_stdout(_OthersToStderr())  # type: ignore[type-var]
+    return redirect_stdout(_OthersToStderr())
