@@ -97,7 +97,11 @@ class _Beside:
         assert self.source is not None
         assert self.clip is not None
         with Bar("clip", len(ids), "images") as bar:
-            return clip_cosines(self.source, ids, self.clip, bar.update)
+            cosines = clip_cosines(self.source, ids, self.clip, bar.update)
+        n_lost = int((cosines != cosines).sum())
+        if n_lost:
+            warn(f"images: {n_lost:,} of {len(ids):,} pairs are not there or not usable, and have no cosine of --clip")
+        return cosines
 
     def patch_test(
         self, options: CrossModalArguments, activations: "Activations", found: "CrossModal", place: Path

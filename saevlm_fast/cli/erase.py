@@ -1,6 +1,8 @@
 """saevlm-fast erase: latents taken out of a CLIP, so that it stops reading words on images, or telling a factor."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,13 +68,13 @@ def open_inputs(options: EraseArguments) -> Opened:
             asked = open_images(options.test_images)
     words = None if options.class_words is None else read_class_words(options.class_words)
     saes = [SparseAutoencoder.from_pretrained(path, device=device) for path in options.sae]
+    for path, layer, sae in zip(options.sae, options.layer, saes):
+        check_sae_of(sae, layer, name=str(path))  # before a model is loaded
     with renamed("model", "text_model"):
         encoder = load_text_encoder(options.model, device, on_message=tell)
     require(encoder.logit_scale is not None, f"model: {encoder.spec} has no logit scale in its file")
     tower = load_tower(options.model, device, on_message=tell)
     for path, layer, sae in zip(options.sae, options.layer, saes):
-        if (doubt := check_sae_of(sae, layer, options.tokens)) is not None:
-            warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
         width, d_sae = tower.anatomy.width, sae.config.d_sae
         require(
             width in (None, sae.config.d_in), f"sae: d_in of {path} is {sae.config.d_in}, the tower is {width} wide"
@@ -81,6 +83,8 @@ def open_inputs(options: EraseArguments) -> Opened:
         require(
             2 * most <= d_sae, f"k: {most}, and as many others as a control, are more than {path} has: d_sae is {d_sae}"
         )
+        if (doubt := check_sae_of(sae, layer, options.tokens, tower=tower, name=str(path))) is not None:
+            warn(f"sae: {doubt}; what it makes of {options.tokens} tokens may mean little")
     return Opened(tower, encoder, saes, words, *halves_of(options, source, asked))
 
 
@@ -239,10 +243,20 @@ def _layers(options: EraseArguments, progress: Path) -> list[dict[str, Any]]:
         subject, key = f"layer-{number}", key_of(layer=layer, sae=units.made_of, **made_of)
         done = parts.read(subject, "accuracies", key)
         if done is None:
-            done = Measured(_erase(options, opened, asked, layer, units))
+            with _of_which(f"layer {layer}, {path}"):
+                done = Measured(_erase(options, opened, asked, layer, units))
             parts.write(subject, "accuracies", key, done)
         layers.append(plain({"sae": str(path), "layer": layer, **done.figures}))
     return layers
+
+
+@contextmanager
+def _of_which(sae: str) -> Iterator[None]:
+    """Of which SAE it is said that it has too few latents."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} ({sae})" if str(error).startswith("k: ") else str(error)) from error
 
 
 def _made_of(options: EraseArguments, opened: Opened, asked: Asked) -> dict[str, Any]:

@@ -77,7 +77,11 @@ class ClassWords:
             return None
         missing = [name for name in names if name not in found]
         require(not missing, f"class_words: {self.path} has no line of the label {missing[:1]}")
-        return [found[name] for name in names]
+        said = [found[name] for name in names]
+        twice = [each for each in said if said.count(each) > 1]
+        alike = f"class_words: {self.path}: the {column} {twice[:1]} is that of {len(twice)} labels"
+        require(not twice, f"{alike}; each needs its own")
+        return said
 
 
 def read_class_words(path: Path) -> ClassWords:

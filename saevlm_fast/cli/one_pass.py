@@ -108,7 +108,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     harvest = harvest_config(chosen, config)
     with tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], harvest.dtype == "tf32") as run:
         given = chosen, options.part(RunOptions), recipes
-        held = {"part_of": lambda sae: part_of_a_rank(sae, options.data_parallel), "n_ranks": n_ranks}
+        held: dict[str, Any] = {"part_of": lambda sae: part_of_a_rank(sae, options.data_parallel), "n_ranks": n_ranks}
         one_pass = OnePass(source, str(options.images), tower, run, harvest, *given, **held)
         one_pass.add(sizes, device, lambda name, step, metrics: None)
         n = one_pass.stream.n_images

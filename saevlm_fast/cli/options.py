@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Self, get_origin, get_type_hints
 import typer
 from rich.markup import escape
 
-from saevlm_fast.cli.ranks import check_shares
+from saevlm_fast.cli.ranks import check_shares, one_voice
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.errors import did_you_mean, require
@@ -134,7 +134,9 @@ def command(
             check_shares(name, shared)
             with named_by_option(options), for_a_program(options.json), _bounded_cache(options):
                 if plan is not None and options.dry_run:
-                    _print_plan(plan(options), options.json)
+                    with one_voice():
+                        planned = plan(options)
+                    _print_plan(planned, options.json)
                     return
                 result = function(options)
             if options.json and result is not None:

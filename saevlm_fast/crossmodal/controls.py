@@ -43,7 +43,7 @@ def random_scores(n_pairs: int, seed: int) -> np.ndarray:
 def pairs_of(activations: Activations, images: str | None) -> ImageSource:
     """The image-text pairs that a store was harvested from, wrong captions included.
 
-    images: where they are, if not where the store says. ValueError: it does not say; no captions there.
+    images: where they are, if not where the store says. ValueError: it does not say; no captions there; other pairs.
     """
     source = activations.source or {}
     record = source.get("images")
@@ -52,6 +52,9 @@ def pairs_of(activations: Activations, images: str | None) -> ImageSource:
     require(path != "", f"images: {activations.path} does not say where its pairs are; give --images")
     pairs = open_images(path)
     check_captions(pairs, path)
+    known = next(iter(activations.iter_items()))["image"].unique().to_pylist()
+    there = not set(known).isdisjoint(pairs.image_id(i) for i in range(len(pairs)))
+    require(there, f"images: {path}: none of the pairs of {activations.path} is there, as {known[:1]}")
     share = float(told.get("wrong_captions") or 0.0)
     return WrongCaptions(pairs, share, int(source.get("seed") or 0)) if share else pairs
 

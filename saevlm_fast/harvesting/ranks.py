@@ -56,8 +56,8 @@ class Signs:
                 seen = known
             for rank, at in enumerate(since):
                 if now - at > self.timeout:
-                    said = f"has not answered for {self.timeout:g} s (collective_timeout)"
-                    raise Interrupted(f"rank {rank} of {len(seen)} {said}; harvest again with --resume")
+                    said = f"another of the {len(seen)} ranks has not answered for {self.timeout:g} s"
+                    raise Interrupted(f"{said} (collective_timeout): rank {rank}; continue with --resume")
             time.sleep(_POLL_SECONDS)
         work.wait(timedelta(seconds=self.timeout))
 
@@ -145,4 +145,5 @@ def _in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Interrupted(f"another rank has ended, or did not come: {first_line(error)}") from error
+        world = os.environ.get("WORLD_SIZE")
+        raise Interrupted(f"another of the {world} ranks has ended, or did not come: {first_line(error)}") from error

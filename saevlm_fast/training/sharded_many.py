@@ -144,8 +144,8 @@ def train_many_shared(
     with ExitStack() as stack:
         members: list[SharedMember] = []
         lead: _MemberState | None = None
-        parts = {name: Shard.of(sae_config, peers.ranks).config for name, sae_config in saes.items()}
-        needed = {name: memory_of(part, recipes[name], activations.n_rows) for name, part in parts.items()}
+        of_rank = {name: Shard.of(sae_config, peers.ranks).config for name, sae_config in saes.items()}
+        needed = {name: memory_of(part, recipes[name], activations.n_rows) for name, part in of_rank.items()}
         for name, sae_config in saes.items():
             given = activations, sae_config, recipes[name], device, peers, options.data_on
             state = _MemberState(lead, *given, sum(needed.values()) - needed[name])

@@ -1,17 +1,23 @@
 """What a command does that torchrun started several times, as far as one process shows it."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from command import run
 from saevlm_fast.cli import ranks
 from saevlm_fast.cli.evaluate import EvaluateArguments
 from saevlm_fast.cli.ms_score import ScoreArguments
-from saevlm_fast.cli.same_call import check_same_call
+from saevlm_fast.cli.same_call import check_same_call, check_same_data, digest_of
+from saevlm_fast.cli.terminal import tell
 from saevlm_fast.cli.train_options import TrainArguments
+from saevlm_fast.data.rows import open_activations
 from saevlm_fast.training.process_group import own_device
+from stores import write_store
 
 SHARING = {"train", "harvest", "ms-score", "evaluate"}
 
@@ -38,6 +44,26 @@ def test_one_process_shares_with_nobody(monkeypatch):
     with ranks.joined_ranks("cpu", 1) as peers:
         assert ranks.leads(peers)
     assert ranks.speaks()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dry_run_of_many_ranks_says_it_once(rank, tmp_path, monkeypatch):
+    """Its plan, and what it tells of."""
+    x_ND = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x_ND)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+
+    def opened(options):
+        tell("a note")
+        return open_activations(options.activations), None
+
+    monkeypatch.setattr("saevlm_fast.cli.train.open_data", opened)
+    words = ("train", "--activations", tmp_path / "x.npy", "--output", tmp_path / "out", "--dry-run")
+    said = run(*words, "--d-sae", 8, "--k", 2, "--device", "cpu", "--batch-size", 16)
+    assert ("a note" in said, "dry run" in said) == (rank == 0, rank == 0)
+    bad = run(*words, "--device", "tpu", code=2)
+    assert bad.startswith("error: device")  # of which rank, `speaks` decides
 
 
 def test_a_named_gpu_is_no_device_of_many_ranks():
@@ -101,3 +127,45 @@ def test_ranks_of_another_command_or_code_are_refused(monkeypatch):
     monkeypatch.setattr("saevlm_fast.cli.same_call._code", lambda: next(codes))
     with pytest.raises(ValueError, match=r"code: '0.1.0 \(aaaa\)' for rank 1, but '0.1.0 \(bbbb\)' for rank 0"):
         of_two_ranks(TRAIN, TRAIN)
+
+
+@pytest.mark.parametrize("name", sorted(SHARING))
+def test_every_command_that_shares_its_work_compares_the_ranks(name, tmp_path, monkeypatch):
+    def refused(ranks, options):
+        raise ValueError(f"compared: {type(options).__name__}")
+
+    monkeypatch.setattr(f"saevlm_fast.cli.{name.replace('-', '_')}.check_same_call", refused)
+    words = {
+        "train": ("--activations", tmp_path / "x.npy"),
+        "harvest": ("--model", "hf:tiny-clip", "--images", tmp_path),
+        "ms-score": ("--raw", "--activations", tmp_path / "x.npy", "--embeddings", tmp_path / "e.npy"),
+        "evaluate": ("--sae", tmp_path / "sae", "--activations", tmp_path / "x.npy"),
+    }
+    output = tmp_path / ("out.csv" if name == "ms-score" else "out")
+    assert run(name, *words[name], "--output", output, code=2).startswith("error: compared: ")
+    assert not output.exists()
+
+
+def test_ranks_that_read_other_rows_are_refused(tmp_path):
+    x_ND = torch.randn(200, 4)
+    write_store(tmp_path / "a", x_ND)
+    write_store(tmp_path / "b", x_ND + 1)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    for name, rows in (("x", x_ND), ("y", x_ND[:100]), ("z", -x_ND)):
+        np.save(tmp_path / f"{name}.npy", rows.numpy())
+    digests = {
+        each: digest_of(open_activations(tmp_path / each)) for each in ("a", "b", "copy", "x.npy", "y.npy", "z.npy")
+    }
+    assert digests["a"] == digests["copy"]
+    assert len(set(digests.values())) == 5
+
+    class Rank:
+        def collect(self, value):
+            return [value, {"activations": digests["b"]}]
+
+    check_same_data(None, {"activations": digests["a"]})
+    check_same_data(Rank(), {"activations": digests["b"]})
+    with pytest.raises(
+        ValueError, match=r"activations: .* for rank 1, but .* for rank 0; every rank needs the same data"
+    ):
+        check_same_data(Rank(), {"activations": digests["a"]})

@@ -43,6 +43,7 @@ def world(tmp_path_factory):
     )
     (root / "cyrillic.csv").write_text("label,word\nred,\u0440\u043e\u0442\nblue,blau\n", encoding="utf-8")
     (root / "half.csv").write_text("label,text\nred,a red thing\n")
+    (root / "same.csv").write_text("label,text,word\nred,a red thing,rot\nblue,a blue thing,rot\n")
     (root / "empty.csv").touch()
     (root / "few.csv").write_text("image,place\nred/0.png,a\nred/1.png,b\nblue/1.png,b\n")
     (root / "odd.csv").write_text("label,name\nred,a\n")
@@ -227,6 +228,7 @@ def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
         ({"groups": "{world}/none.csv:place"}, "groups: {world}/none.csv is not a file"),
         ({"class_words": "{world}/half.csv"}, "class_words: {world}/half.csv has no line of the label ['blue']"),
         ({"class_words": "{world}/odd.csv"}, "class_words: {world}/odd.csv has the columns label, name; label and"),
+        ({"class_words": "{world}/same.csv"}, "class_words: {world}/same.csv: the word ['rot'] is that of 2 labels"),
         ({"class_words": "{world}/none.csv"}, "class_words: {world}/none.csv is not a file"),
         ({"fonts": "{world}/words.csv"}, "fonts: {world}/words.csv cannot be used"),
         ({"class_words": "{world}/empty.csv"}, "class_words: {world}/empty.csv is empty"),

@@ -240,7 +240,7 @@ def test_bad_input(tested, llava, tmp_path):
         (("--patch-pairs", -1), "patch_pairs: -1"),
         (("--patches-by", "x"), "patches_by"),
         (("--model", "hf:tiny-clip"), "hf:tiny-clip"),
-        (("--images", "scenes:train:24"), "/store is not there"),
+        (("--images", "scenes:train:24"), "images: scenes:train:24: none of the pairs of"),
     ):
         assert said in run(*call, *words, "--output", tmp_path / "out", code=2)
         assert not (tmp_path / "out" / "cross_modal.json").exists()

@@ -1,6 +1,8 @@
 """The command, and its ranks in processes of their own."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,11 +27,13 @@ def rank_of(rank, world, port, arguments, log):
     return Forked(arguments, log, environment)
 
 
-def start_ranks(world, arguments, logs):
+def start_ranks(world, arguments, logs, of_the_last=()):
+    """of_the_last: what the last one is told besides."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [rank_of(rank, world, port, arguments, logs / f"rank-{rank}.log") for rank in range(world)]
+    told = [*[arguments] * (world - 1), [*arguments, *of_the_last]]
+    ranks = [rank_of(rank, world, port, told[rank], logs / f"rank-{rank}.log") for rank in range(world)]
     for rank in ranks:
         rank.start()
     return ranks
@@ -109,8 +113,45 @@ def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tm
     assert [rank.exitcode for rank in ranks] == [130, 2]
     waiting, failing = (rank.log.read_text() for rank in ranks)
     assert "error: max_skipped: 1 of 4 images could not be used" in failing
-    assert "another rank has ended" in waiting
+    assert "another of the 2 ranks has ended" in waiting
     assert "RuntimeError" not in waiting + failing
+
+
+@pytest.mark.parametrize(
+    ("of_the_last", "message"),
+    [
+        (("--layer", "1"), "layer: (0, 1) for rank 1, but (0,) for rank 0; every rank needs the same command"),
+        (("--output", "{}/elsewhere"), "elsewhere/harvest.json is not there for rank 1; all ranks need the same disk"),
+    ],
+)
+def test_ranks_that_were_started_apart_are_refused(model, photos, tmp_path, of_the_last, message):
+    apart = [word.format(tmp_path) for word in of_the_last]
+    ranks = start_ranks(2, harvest_arguments(model, photos, tmp_path / "out"), tmp_path, apart)
+    for rank in ranks:
+        rank.join(120)
+    assert ranks[1].exitcode == 2
+    assert message in ranks[1].log.read_text()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_ends_the_others_within_the_timeout(model, tmp_path):
+    photos = save_photos(tmp_path / "photos", 200)
+    words = harvest_arguments(model, photos, tmp_path / "out", "--collective-timeout", 5)
+    ranks = start_ranks(2, words, tmp_path)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out" / "projection").glob("shard-*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    try:
+        ranks[0].join(120)
+        said = ranks[0].log.read_text()
+        assert ranks[0].exitcode == 130, said
+        assert "another of the 2 ranks has not answered for 5 s (collective_timeout): rank 1; continue with" in said
+    finally:
+        ranks[1].kill()
+        ranks[1].join()
 
 
 def test_killed_ranks_are_resumed_by_one_process(tower, model, tmp_path):

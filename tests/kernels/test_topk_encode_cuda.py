@@ -217,8 +217,9 @@ def test_the_chips_that_keep_subnormals():
     assert not any(map(keeps_subnormals, ("gfx908", "gfx90a", "gfx1100", "gfx1201", "gfx9420", "")))
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 128), (2, 4, 16_700)], ids=["narrow", "wide"])
-def test_a_thresholds_pool_is_within_the_buffer(device, monkeypatch, shape):
+@pytest.mark.parametrize(("shape", "least"), [((3, 4, 128), 256), ((2, 4, 300), 2)], ids=["narrow", "wide"])
+def test_a_thresholds_pool_is_within_the_buffer(device, monkeypatch, shape, least):
+    monkeypatch.setattr(topk_encode_cuda, "_POOL_ENTRIES", least)  # as of 16,448 latents and more, where it is 256
     inputs, rows = integer_inputs(shape, torch.float32, device=device), []
     width = -(-shape[2] // 64) * 64
 
@@ -228,7 +229,7 @@ def test_a_thresholds_pool_is_within_the_buffer(device, monkeypatch, shape):
         return make(capacity, n_rows, counters)
 
     monkeypatch.setattr(Pool, "empty", measured)
-    limit = (shape[0] - 1) * (4 * width + 12 * min(shape[2], max(256, shape[2] // 64)))
+    limit = (shape[0] - 1) * (4 * width + 12 * min(shape[2], max(least, shape[2] // 64)))
     codes = threshold_encode_screened_cuda(*inputs, 9.5, limit, low_weights(inputs[1]))
     assert rows == {3: [2, 1], 2: [1, 1]}[shape[0]]
     assert_codes(codes, reference.threshold_encode(*inputs, 9.5))

@@ -70,11 +70,9 @@ def test_models_that_are_no_plain_vision_transformer(tmp_path):
     import transformers as t
 
     processor = square(t.ViTImageProcessor)
-    swin = t.SwinModel(
-        t.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1], num_heads=[2, 2, 2], window_size=2)
-    )
-    with pytest.raises(ValueError, match="hf:s: SwinModel is not a vision transformer"):
-        wrap_transformers(swin, processor, "hf:s")
+    pooling = t.PoolFormerModel(t.PoolFormerConfig(hidden_sizes=[8] * 4, depths=[1] * 4))
+    with pytest.raises(ValueError, match="hf:s: PoolFormerModel is not a vision transformer"):
+        wrap_transformers(pooling, processor, "hf:s")
     stages = wrap_timm(timm.create_model("test_vit", num_classes=0), "timm:t")
     stages.anatomy.blocks[1].register_forward_hook(lambda module, args, output: output[:, ::2])
     with (

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from saevlm_fast.errors import Interrupted
 from saevlm_fast.inspection import inspect, verify_inspected
 from saevlm_fast.peers import Ranks
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training import sharded_run, sharded_state, shards
+from saevlm_fast.training import sharded_directory, sharded_run, sharded_state, shards
 from saevlm_fast.training.checkpoints import checkpoints
 from saevlm_fast.training.many import Look, train_many
 from saevlm_fast.training.run import train
@@ -266,6 +267,29 @@ def test_a_rank_with_other_rows_is_named(matrix, tmp_path):
     with pytest.raises(ValueError, match="rank 1 reads 730 rows of width 16 that are not rank 0's"):
         together(3, work)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_rank_without_room_is_what_all_ranks_tell_of(matrix, tmp_path, monkeypatch):
+    """Nobody removes the checkpoint that others still write to, who would tell of that."""
+    write, removed = sharded_directory.write_state, []
+
+    def written(file, tensors, counts):
+        if "0000_of" in file.name:
+            raise OSError(28, "No space left on device", str(file))
+        time.sleep(0.2)
+        removed.append(not file.parent.is_dir())
+        return write(file, tensors, counts)
+
+    monkeypatch.setattr(sharded_directory, "write_state", written)
+
+    def work(peers):
+        with pytest.raises(OSError, match=r"^rank 0: \[Errno 28\] No space left on device"):
+            train_shared(peers, open_activations(matrix), sae_config(), CONFIG, options(tmp_path / "run"))
+
+    together(2, work)
+    assert removed == [False]
+    assert not checkpoints(tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_every_rank_stops_after_the_same_step(matrix, tmp_path, monkeypatch):

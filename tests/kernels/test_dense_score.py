@@ -175,3 +175,17 @@ def test_static_compile_without_spills():
     assert (kernels.SUM_BLOCK_K, kernels.SUM_BLOCK_E, kernels.IMAGES_BLOCK_E) == (8, 128, 64)
     assert (kernels.NUM_WARPS, kernels.IMAGES_WARPS) == (4, 8)
     assert_no_spills([case for target in TARGETS for case in static_cases(target)])
+
+
+@pytest.mark.gpu
+def test_gpu_a_chunk_is_at_most_25_launches(device):
+    """With the empty sums and the result, copies and fills counted; cuBLAS may take more than one for a product."""
+    from torch.profiler import ProfilerActivity, profile
+
+    acts_NK, emb_NE = (torch.rand(5000, 768, device=device) for _ in range(2))
+    score(acts_NK, emb_NE, device=device).result()  # compiles
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        score(acts_NK, emb_NE, device=device).result()
+    events = [event for event in profiled.key_averages() if "cuda" in str(event.device_type).lower()]
+    counts = {event.key: event.count for event in events}
+    assert 0 < sum(counts.values()) <= 25, counts
