@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # What needs a GPU, offline from a plain checkout, in under nine minutes: the tests marked gpu, the kernel tests with
-# compiled kernels (elsewhere they run in Triton's interpreter), the demo, and then the benches, one after the other:
-# steps by their kernels, steps of every other kind, scores, ranks, whole runs, a harvest, single operations, peers.
-#   bench/gpu_check.sh [STEP ...]        all steps, or some of those below; results in $OUT, or bench/results/DEVICE
+# compiled kernels (elsewhere they run in Triton's interpreter), the demo, and then the benches, one after the other, what
+# has never been measured first: small steps by their kernels, scores, ranks, steps of every other kind, the largest step,
+# a long run, a harvest, an eager run, peers, single operations.
+#   bench/gpu_check.sh [STEP ...]           all steps, or some of those below; results in $OUT, or bench/results/DEVICE
+#   OUT=F bench/gpu_check.sh combine A B    what several calls have left in A and B, put together in F; needs no GPU
 # It leaves bench.json, tables.md, speed.png, summary.txt and logs.tar.gz. The exit status is 0 only if every step
-# passed. PYTHON picks the interpreter. PEERS is a folder of wheels, or one where they are installed: other libraries
-# for the peers step, which without it is reported as not run.
+# passed. PYTHON picks the interpreter, LIMIT the seconds of all steps (510). PEERS is a folder of wheels, or one where
+# they are installed: other libraries for the peers step, which without it is reported as not run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -13,7 +15,24 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 SAEVLM_FAST_CACHE=${SAEVLM_FAST_CACHE:-$work/cache} HF_HUB_OFFLINE=1
 wanted=("$@")
-LIMIT=510 # seconds of all steps
+LIMIT=${LIMIT:-510}
+
+# report OUT FILE.json...: the files in one, their tables and their picture.
+report() {
+    local out=$1
+    shift
+    "$python" bench/report.py "$@" --merge "$out/bench.json" --markdown "$out/tables.md" || return 1
+    if ! grep -qE '"duties"|"score by number of images"' "$out/bench.json"; then return 0; fi # nothing to draw
+    if ! "$python" -c "import matplotlib"; then echo "speed.png: not drawn, there is no matplotlib"; return 0; fi
+    "$python" bench/report.py "$out/bench.json" --plot "$out/speed.png"
+}
+
+if [ "${1:-}" = combine ]; then
+    shift
+    mkdir -p "${OUT:?combine: OUT names no folder}"
+    cat "${@/%//summary.txt}" >"$OUT/summary.txt" && report "$OUT" "${@/%//bench.json}"
+    exit
+fi
 
 device=$("$python" - <<'PY'
 import re
@@ -70,34 +89,36 @@ wait
 
 # From here on one at a time: these are timed. What says most comes first, since what is left of the time is the last's.
 json=$work/json
-shapes=("1024 65536" "1024 16384" "768 6144")
-for shape in "${shapes[@]}"; do
-    read -r d_in d_sae <<<"$shape"
-    step "profile_$d_sae" 45 "$python" -m bench.training.profile_step --d-in "$d_in" --d-sae "$d_sae" \
-        --output "$json/profile_$d_sae.json"
-done
-step other_steps 60 "$python" -m bench.training.other_steps --output "$json/other_steps.json"
+# profile D_IN D_SAE: a step by its kernels.
+profile() {
+    step "profile_$2" 45 "$python" -m bench.training.profile_step --d-in "$1" --d-sae "$2" --output "$json/profile_$2.json"
+}
+profile 768 6144
+profile 1024 16384
 step scores 60 "$python" -m bench.scoring.scores_on_device --output "$json/scores.json"
 n_gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
 # One rank of one GPU runs the same code, and tells nobody anything.
 step ranks 60 "$python" -m torch.distributed.run --standalone --nproc-per-node "$((n_gpus < 2 ? 1 : 2))" \
     -m bench.training.ranks_on_gpus
-for way in captured eager; do
-    flag=()
-    if [ "$way" = eager ]; then flag=(--eager); fi
-    step "train_$way" 40 "$python" -m bench.training.whole_run --device cuda --architecture topk --d-in 1024 \
-        --d-sae 16384 --batch-size 4096 --n-rows 200000 --steps 4000 "${flag[@]}" --output "$json/train_$way.json"
-done
+step other_steps 60 "$python" -m bench.training.other_steps --output "$json/other_steps.json"
+profile 1024 65536
+# whole_run NAME SECONDS ARGUMENT...: `train` at 16,384 latents, x16 of 1024.
+whole_run() {
+    local name=$1 seconds=$2
+    shift 2
+    step "$name" "$seconds" "$python" -m bench.training.whole_run --device cuda --architecture topk --d-in 1024 \
+        --d-sae 16384 --batch-size 4096 --n-rows 200000 "$@" --output "$json/$name.json"
+}
+whole_run train_long 110 --steps 40000 # of the recipe's 110,000: in short runs the start and a checkpoint weigh
 step harvest 60 "$python" -m bench.harvesting.whole_harvest --images 4608 --workers 12 --output "$json/harvest.json"
-step bench 130 "${pytest[@]}" bench --benchmark-only --benchmark-columns=min,median,rounds --large \
-    --time-limit=$(($(left 130) - 30)) --benchmark-json="$json/bench.json"
+whole_run train_eager 40 --steps 4000 --eager
 if [ -n "${PEERS:-}" ]; then
     site=$PEERS
     if compgen -G "$PEERS/*.whl" >/dev/null; then
         site=$work/site
         "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$PEERS"/*.whl
     fi
-    for shape in "${shapes[@]}"; do
+    for shape in "1024 65536" "1024 16384" "768 6144"; do
         read -r d_in d_sae <<<"$shape"
         step "peers_$d_sae" 60 env PYTHONPATH="$PWD:$site" "$python" -m bench.training.bench_peers --device cuda \
             --dtype bfloat16 --architectures topk --d-in "$d_in" --d-sae "$d_sae" --rows 4096 --rounds 3 \
@@ -106,20 +127,15 @@ if [ -n "${PEERS:-}" ]; then
 else
     echo "peers: not run, PEERS names no folder of wheels" | tee -a "$summary"
 fi
-
+step bench 130 "${pytest[@]}" bench --benchmark-only --benchmark-columns=min,median,rounds --large \
+    --time-limit=$(($(left 130) - 30)) --benchmark-json="$json/bench.json"
 for name in "${wanted[@]}"; do
     if [ ! -e "$work/known.$name" ]; then
         touch "$work/failed.$name"
         echo "$name: there is no such step" | tee -a "$summary"
     fi
 done
-if compgen -G "$json/*.json" >/dev/null; then
-    "$python" bench/report.py "$json"/*.json --merge "$out/bench.json" --markdown "$out/tables.md" ||
-        touch "$work/failed.report"
-    if compgen -G "$json/peers*.json" >/dev/null || [ -e "$json/bench.json" ]; then
-        "$python" bench/report.py "$out/bench.json" --plot "$out/speed.png" || touch "$work/failed.plot"
-    fi
-fi
+if compgen -G "$json/*.json" >/dev/null; then report "$out" "$json"/*.json || touch "$work/failed.report"; fi
 tar czf "$out/logs.tar.gz" -C "$work" logs
 failed=$(cd "$work" && ls failed.* 2>/dev/null | sed 's/failed.//' | tr '\n' ' ')
 if [ -n "$failed" ]; then echo "gpu_check: FAILED: $failed" | tee -a "$summary"; exit 1; fi

@@ -116,6 +116,19 @@ class Workspace(threading.local):
         return self.bytes[:n_bytes].view(dtype)
 
 
+def zeros_of(device: torch.device | str, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Float64 zeros of these shapes by one fill; each begins at a multiple of 64 bytes."""
+    sizes = [math.prod(shape) for shape in shapes]
+    padded = [size + -size % 8 for size in sizes]
+    parts = torch.zeros(sum(padded), dtype=torch.float64, device=device).split(padded)
+    return [part[:size].view(shape) for part, size, shape in zip(parts, sizes, shapes)]
+
+
+def on_gpu(t: Tensor) -> bool:
+    """Whether Triton's kernels take it; a test without a GPU says yes, and they run in the interpreter."""
+    return t.is_cuda
+
+
 # --- a decoder that stays near its beginning ------------------------------------------------------------------------
 
 

@@ -74,6 +74,36 @@ def held_in_cone(w, first, COSINE: tl.constexpr, SINE: tl.constexpr, ROUNDING: t
     return tl.where(cosine < COSINE, edge, w)
 
 
+@triton.jit
+def load_once(ptr, o, m, ACC: tl.constexpr):
+    """What is read once a step: it is not kept in the cache."""
+    return tl.load(ptr + o, mask=m, other=0.0, eviction_policy="evict_first").to(ACC)
+
+
+@triton.jit
+def store_once(ptr, o, m, value):
+    """The same of what is written."""
+    tl.store(ptr + o, value.to(ptr.dtype.element_ty), mask=m, eviction_policy="evict_first")
+
+
+@triton.jit
+def auxiliary_row(aux_rows_ptr, aux_slots_ptr, s, d_in, o_d, ACC: tl.constexpr):
+    """Latent s's part of the auxiliary loss's gradient; zeros where it has no slot."""
+    slot = tl.load(aux_slots_ptr + s).to(tl.int64)
+    m_aux = o_d < tl.where(slot >= 0, d_in, 0)
+    return tl.load(aux_rows_ptr + slot * d_in + o_d, mask=m_aux, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_low(low_ptr, low_norm_ptr, low_error_ptr, s, stride, o_d, m_d, w, TINY: tl.constexpr, ACC: tl.constexpr):
+    """The float16 copy of a row of W_enc; upper bounds of its norm and of what the copy is off by."""
+    low = w.to(tl.float32).to(low_ptr.dtype.element_ty)
+    tl.store(low_ptr + s * stride + o_d, low, mask=m_d)
+    e = w - low.to(ACC)
+    tl.store(low_norm_ptr + s, (tl.sqrt(tl.sum(w * w, axis=0)) + TINY).to(tl.float32))
+    tl.store(low_error_ptr + s, (tl.sqrt(tl.sum(e * e, axis=0)) + TINY).to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["first", "second", "third"])
 def announce_kernel(numbers_ptr, first, second, third):
     """Three int64 from the host, without a copy: numbers that come with the launch."""
@@ -156,36 +186,29 @@ def update_kernel(
             o = s * d_in + o_d
             start, end = tl.load(offsets_ptr + s), tl.load(offsets_ptr + s + 1)
             total = tl.load(totals_ptr + s)
-            w = tl.load(W_ptr + o, mask=m_d, other=0.0, eviction_policy="evict_first").to(ACC)
-            m = tl.load(exp_avg_ptr + o, mask=m_d, other=0.0, eviction_policy="evict_first").to(ACC)
-            v = tl.load(exp_avg_sq_ptr + o, mask=m_d, other=0.0, eviction_policy="evict_first").to(ACC)
+            w = load_once(W_ptr, o, m_d, ACC)
+            m = load_once(exp_avg_ptr, o, m_d, ACC)
+            v = load_once(exp_avg_sq_ptr, o, m_d, ACC)
             g = latent_row(
                 weights_ptr, ids_ptr, source_ptr, partials_ptr, start, end, d_in, o_d, m_d, CHUNK, BLOCK_P, BLOCK_D, ACC
             )
             if DECODER:
                 g -= total * w
             if HAS_AUX:
-                slot = tl.load(aux_slots_ptr + s).to(tl.int64)
-                m_aux = o_d < tl.where(slot >= 0, d_in, 0)
-                g += tl.load(aux_rows_ptr + slot * d_in + o_d, mask=m_aux, other=0.0).to(ACC)
+                g += auxiliary_row(aux_rows_ptr, aux_slots_ptr, s, d_in, o_d, ACC)
             w, m, v = adam(w, m, v, g * clip, schedule_ptr, BETA1, BETA2, EPS)
             w = tl.where(m_d, w, 0.0)  # a NaN step size makes NaN of the lanes behind the row too
             if DECODER:
                 w *= 1.0 / (tl.sqrt(tl.sum(w * w, axis=0)) + NORM_EPS)
                 if CONE:
-                    first = tl.load(first_ptr + o, mask=m_d, other=0.0, eviction_policy="evict_first").to(ACC)
-                    w = held_in_cone(w, first, COSINE, SINE, ROUNDING)
+                    w = held_in_cone(w, load_once(first_ptr, o, m_d, ACC), COSINE, SINE, ROUNDING)
             else:
                 moved(b_ptr, b_exp_avg_ptr, b_exp_avg_sq_ptr, s, True, total * clip, schedule_ptr, BETA1, BETA2, EPS)
                 if HAS_LOW:
-                    low = w.to(tl.float32).to(low_ptr.dtype.element_ty)
-                    tl.store(low_ptr + s * low_stride + o_d, low, mask=m_d)
-                    e = w - low.to(ACC)
-                    tl.store(low_norm_ptr + s, (tl.sqrt(tl.sum(w * w, axis=0)) + TINY).to(tl.float32))
-                    tl.store(low_error_ptr + s, (tl.sqrt(tl.sum(e * e, axis=0)) + TINY).to(tl.float32))
-            tl.store(W_ptr + o, w.to(W_ptr.dtype.element_ty), mask=m_d, eviction_policy="evict_first")
-            tl.store(exp_avg_ptr + o, m.to(exp_avg_ptr.dtype.element_ty), mask=m_d, eviction_policy="evict_first")
-            tl.store(exp_avg_sq_ptr + o, v.to(exp_avg_sq_ptr.dtype.element_ty), mask=m_d, eviction_policy="evict_first")
+                    store_low(low_ptr, low_norm_ptr, low_error_ptr, s, low_stride, o_d, m_d, w, TINY, ACC)
+            store_once(W_ptr, o, m_d, w)
+            store_once(exp_avg_ptr, o, m_d, m)
+            store_once(exp_avg_sq_ptr, o, m_d, v)
 
 
 # --- launch wrapper --------------------------------------------------------------------------------------------------

@@ -227,11 +227,21 @@ def pair_weights(parts: Tensor) -> Tensor:
     return den.sum(0) + (total[1:] * total[:-1].cumsum(0)).sum(0)
 
 
-def launch_closed_form(parts: Tensor, sums_KE: Tensor) -> tuple[Tensor, Tensor]:
-    """[4, K]: total, den, self and num by the closed form; and [K] whether one image dominates num."""
+def launch_inner_products(
+    r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Tensor | None, dominated_K: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """r - low [N, K], its product with the embeddings [K, E], and what launch_closed_form returns. Nothing waits."""
+    wide_NK, parts = launch_column_sums(r_NK, sqnorm_N, low_K)
+    sums_KE = wide_NK.T @ emb_NE
+    return wide_NK, sums_KE, *launch_closed_form(parts, sums_KE, dominated_K)
+
+
+def launch_closed_form(parts: Tensor, sums_KE: Tensor, dominated_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[4, K]: total, den, self and num by the closed form; and [K] whether one image dominates num, there if given."""
     n_latents, d_emb = sums_KE.shape
     out = sums_KE.new_empty(4, n_latents)
-    dominated_K = torch.empty(n_latents, dtype=torch.bool, device=sums_KE.device)
+    if dominated_K is None:
+        dominated_K = torch.empty(n_latents, dtype=torch.bool, device=sums_KE.device)
     if n_latents > 0:
         closed_form_kernel[(triton.cdiv(n_latents, CLOSED_BLOCK_K),)](
             parts,

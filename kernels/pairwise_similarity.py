@@ -161,12 +161,12 @@ def inner_product_sums(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Te
     device is asked once, whether there are dominated latents.
     """
     if r_NK.is_cuda:
-        from .pairwise_float64_triton import launch_closed_form, launch_column_sums
+        from .pairwise_float64_triton import launch_inner_products
 
         with torch.cuda.device_of(r_NK):
-            r_NK, parts = launch_column_sums(r_NK, sqnorm_N, low_K)
-            sums_KE = r_NK.T @ emb_NE
-            (total_K, den_K, self_K, num_K), dominated_K = launch_closed_form(parts, sums_KE)
+            r_NK, sums_KE, (total_K, den_K, self_K, num_K), dominated_K = launch_inner_products(
+                r_NK, emb_NE, sqnorm_N, low_K
+            )
     else:
         r_NK = r_NK.to(torch.float64) if low_K is None else r_NK.to(torch.float64) - low_K
         sums_KE, total_K, den_K, self_K = r_NK.T @ emb_NE, r_NK.sum(0), dense_pair_weights(r_NK), sqnorm_N @ r_NK
@@ -176,11 +176,11 @@ def inner_product_sums(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Te
         num_K = (torch.linalg.vector_norm(sums_KE, dim=1).square() - square_K) / 2
         dominated_K = ~well_conditioned(sqnorm_N.sqrt() @ r_NK, square_K) & (square_K > 0)
     if bool(dominated_K.any()):
-        num_K[dominated_K] = _inner_product_blocks(r_NK[:, dominated_K], emb_NE)
+        num_K[dominated_K] = inner_product_blocks(r_NK[:, dominated_K], emb_NE)
     return InnerProductSums(sums_KE, num_K, den_K, total_K, self_K)
 
 
-def _inner_product_blocks(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
+def inner_product_blocks(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
     """num_K: pairs within a block of images by their similarities, pairs of blocks by their sums. No subtraction."""
     before_KE, num_K = r_NK.new_zeros(r_NK.shape[1], emb_NE.shape[1]), r_NK.new_zeros(r_NK.shape[1])
     block = _PAIR_BLOCK[r_NK.device.type]

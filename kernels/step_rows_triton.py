@@ -71,17 +71,23 @@ def store_entries(kept, o, m, acts, dacts, bags):
 
 
 @triton.jit
+def load_ahead(latents, codes, o, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
+    """(acts and rows of W of the entries o, whose latents are known; the latents STEP_K entries on)."""
+    acts_ptr, latents_ptr, W_ptr = codes
+    following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
+    acts, w = load_rows(acts_ptr, latents, W_ptr, o, o < end, columns, ACC)
+    return acts, w, following
+
+
+@triton.jit
 def add_others(x_hat, codes, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
     """(x_hat with the entries from `first` on, which are not held; the smallest positive activations among them)."""
-    acts_ptr, latents_ptr, W_ptr = codes
+    _, latents_ptr, _ = codes
     o_l = tl.arange(0, STEP_K)
     smallest = tl.full([STEP_K], float("inf"), ACC)
     latents = tl.load(latents_ptr + first + o_l, mask=first + o_l < end, other=0)
     for p in range(first, end, STEP_K):
-        o = p + o_l
-        following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
-        acts, w = load_rows(acts_ptr, latents, W_ptr, o, o < end, columns, ACC)
-        latents = following
+        acts, w, latents = load_ahead(latents, codes, p + o_l, end, columns, STEP_K, ACC)
         x_hat += tl.sum(acts[:, None] * w, axis=0)
         smallest = tl.minimum(smallest, tl.where(acts > 0, acts, float("inf")))
     return x_hat, smallest
@@ -90,14 +96,12 @@ def add_others(x_hat, codes, first, end, columns, STEP_K: tl.constexpr, ACC: tl.
 @triton.jit
 def pass_to_others(suffix, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
     """Stores dacts and bags of the entries from `first` on, which are not held."""
-    acts_ptr, latents_ptr, W_ptr = codes
+    _, latents_ptr, _ = codes
     o_l = tl.arange(0, STEP_K)
     latents = tl.load(latents_ptr + first + o_l, mask=first + o_l < end, other=0)
     for p in range(first, end, STEP_K):
         o = p + o_l
-        following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
-        acts, w = load_rows(acts_ptr, latents, W_ptr, o, o < end, columns, ACC)
-        latents = following
+        acts, w, latents = load_ahead(latents, codes, o, end, columns, STEP_K, ACC)
         store_entries(kept, o, o < end, acts, tl.sum(w * suffix[None, :], axis=1), bag + o_l * 0)
 
 
@@ -177,6 +181,35 @@ def pass_back_prefixes(
     return tl.sum(squared, axis=0)
 
 
+@triton.jit
+def pass_back(
+    e, held, scale, codes, kept, outputs, row, columns, LONG: tl.constexpr, STEP_K: tl.constexpr, ACC: tl.constexpr
+):
+    """The same of a row without Matryoshka groups: its number, where its entries and those that are not held begin."""
+    acts, w = held
+    suffix_ptr, norms_ptr = outputs
+    row, o, others, end = row
+    d_in, o_d, m_d = columns
+    suffix = scale * e
+    bag = row.to(tl.int32)
+    store_entries(kept, o, o < end, acts, tl.sum(w * suffix[None, :], axis=1), bag + tl.zeros_like(o).to(tl.int32))
+    if LONG:
+        pass_to_others(suffix, codes, kept, bag, others, end, columns, STEP_K, ACC)
+    tl.store(suffix_ptr + row * d_in + o_d, suffix, mask=m_d)
+    squared = tl.sum(e * e, axis=0)
+    tl.store(norms_ptr + row, scale * tl.sqrt(squared))
+    return squared
+
+
+@triton.jit
+def store_centred(centred_ptr, x_norms_ptr, row, x, b, columns):
+    """A row without b_dec, and its norm."""
+    d_in, o_d, m_d = columns
+    c = tl.where(m_d, x - b, 0.0)
+    tl.store(centred_ptr + row * d_in + o_d, c, mask=m_d)
+    tl.store(x_norms_ptr + row, tl.sqrt(tl.sum(c * c, axis=0)))
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_groups", "shortest", "longest"])
 def row_kernel(
     x_ptr,
@@ -238,28 +271,21 @@ def row_kernel(
         x_hat, smallest = add_others(x_hat, codes, others, end, columns, STEP_K, ACC)
     tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
     e = tl.where(m_d, x_hat - x, 0.0)
+    outputs = suffix_ptr, norms_ptr
     if PREFIXES:
-        outputs, this = (suffix_ptr, norms_ptr), (bag, start, end, n_groups)
+        this = bag, start, end, n_groups
         squared = pass_back_prefixes(
             e, (acts, w), scale, codes, kept, outputs, group_ends_ptr, this, columns, LONG, BLOCK_K, STEP_K, ACC
         )
     else:
-        suffix = scale * e
-        bags = row.to(tl.int32)
-        store_entries(kept, start + o_k, m, acts, tl.sum(w * suffix[None, :], axis=1), bags + o_k * 0)
-        if LONG:
-            pass_to_others(suffix, codes, kept, bags, others, end, columns, STEP_K, ACC)
-        tl.store(suffix_ptr + row * d_in + o_d, suffix, mask=m_d)
-        squared = tl.sum(e * e, axis=0)
-        tl.store(norms_ptr + row, scale * tl.sqrt(squared))
+        alone = row, start + o_k, others, end
+        squared = pass_back(e, (acts, w), scale, codes, kept, outputs, alone, columns, LONG, STEP_K, ACC)
     tl.store(squared_ptr + row, squared)
     if K == 0:
         held = tl.min(tl.where(acts > 0, acts, float("inf")), axis=0)
         tl.store(smallest_ptr + row, tl.minimum(held, tl.min(smallest, axis=0)))
     if CENTRE:
-        c = tl.where(m_d, x - b, 0.0)
-        tl.store(centred_ptr + row * d_in + o_d, c, mask=m_d)
-        tl.store(x_norms_ptr + row, tl.sqrt(tl.sum(c * c, axis=0)))
+        store_centred(centred_ptr, x_norms_ptr, row, x, b, columns)
 
 
 # --- launch wrapper --------------------------------------------------------------------------------------------------

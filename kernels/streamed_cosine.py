@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import check, custom_op
+from .common import check, custom_op, zeros_of
 from .pairwise_similarity import distinct_pair_products, well_conditioned
 from .scaled_rows import scaled_rows, squared_norms
 
@@ -48,8 +48,7 @@ class StreamedState(NamedTuple):
 
 def streamed_cosine_state(n_latents: int, d_emb: int, device: torch.device | str = "cpu") -> StreamedState:
     """The state before any image: zeros."""
-    num_S, den_S, total_S = torch.zeros(3, n_latents, dtype=torch.float64, device=device)
-    return StreamedState(torch.zeros(n_latents, d_emb, dtype=torch.float64, device=device), num_S, den_S, total_S)
+    return StreamedState(*zeros_of(device, (n_latents, d_emb), *[(n_latents,)] * 3))
 
 
 def streamed_cosine_update(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 2**30  # float32 pre-activations of 4096 rows and 65536 latents; the screened ones take half of it
 GROUPS = (64, 16)
 POOL_COUNTERS = 4  # int32: two of int64
+_POOL_ENTRIES = 256  # of a row of threshold_encode, at least; and one in 64 of its latents
 
 
 class Centred(NamedTuple):
@@ -174,7 +175,7 @@ def threshold_encode_screened_cuda(
     from .topk_encode_redo_triton import launch_redo_product
 
     d_sae = W_enc_DS.shape[1]
-    per_row, width = min(d_sae, max(256, d_sae // 64)), _padded(d_sae)  # entries of the pool, pre-activations
+    per_row, width = min(d_sae, max(_POOL_ENTRIES, d_sae // 64)), _padded(d_sae)  # entries, pre-activations
     if buffer_bytes is not None:  # 12 bytes an entry beside 4 a pre-activation
         buffer_bytes = max(1, buffer_bytes * width // (width + 3 * per_row))
     # In this order: max(-0.0, 0.0) is -0.0, whose bits are below every key.

@@ -354,7 +354,7 @@ def launch_group_factors(norm_S: Tensor, error_S: Tensor, b_enc_S: Tensor, width
 
 
 def product_config(device: torch.device) -> tuple[bool, dict[str, Any]]:
-    """(through TMA?, tile and launch options); none spills (tests/kernels/test_topk_encode_cuda.py)."""
+    """(through TMA?, tile and launch options); none spills (tests/kernels/test_topk_encode_cuda_compiles.py)."""
     if device.type == "cpu":  # the interpreter
         return False, {"BLOCK_B": 32, "BLOCK_S": 128, "BLOCK_D": 32, "BAND": 2}
     capability = (0, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(device)

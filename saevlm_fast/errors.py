@@ -3,7 +3,8 @@
 Every message names the argument (or the file), its value and the limit, in one line.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -28,6 +29,18 @@ def require(condition: bool, message: str, error: type[ValueError] = ValueError)
     """Raise error(message) unless the condition holds."""
     if not condition:
         raise error(message)
+
+
+@contextmanager
+def renamed(argument: str, *names: str) -> Iterator[None]:
+    """A ValueError of an argument that is called one of `names`, or of none, is of `argument`, as the user gave it."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name in names:
+            message = message.removeprefix(f"{name}: ")
+        raise ValueError(message if message.startswith(f"{argument}: ") else f"{argument}: {message}") from error
 
 
 def check_kind(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:

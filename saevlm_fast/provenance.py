@@ -17,24 +17,38 @@ from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import IMAGE_POINTS, HookPoint, Tower
 
 
-def check_sae_of(sae: SparseAutoencoder, layer: int, tokens: str | None = None, point: str = "residual") -> str | None:
+def check_sae_of(
+    sae: SparseAutoencoder,
+    layer: int,
+    tokens: str | None = None,
+    point: str = "residual",
+    tower: Tower | None = None,
+    name: str = "the SAE",
+) -> str | None:
     """What speaks against steering block `layer` with this SAE, for a warning; ValueError as of `misfit`.
 
-    tokens: all, patches or cls, those that are steered; of point language all, text, image or last.
+    tokens: all, patches or cls, those that are steered; of point language all, text, image or last. tower: None where
+    it is not loaded yet, or does not matter. name: of the SAE in messages.
     """
-    where = {"point": point, "layer": layer, "tokens": tokens}
-    return misfit(sae.config.metadata.get("source"), where, "the SAE", f"layer: {layer}")
+    trained_on = sae.config.metadata.get("source")
+    where = {"point": point, "layer": layer, "tokens": tokens, "model": _described(tower, trained_on)}
+    return misfit(trained_on, where, name, f"layer: {layer}")
+
+
+def _described(tower: Tower | None, trained_on: Any) -> dict[str, Any] | None:
+    """The tower, if what was trained on says by a hash over all weights which one it was."""
+    known = _dict(_dict(trained_on).get("model")).get("weights_sha256") is not None
+    return tower.description() if known and tower is not None else None
 
 
 def sae_mismatch(sae_directory: Path, tower: Tower, point: HookPoint, tokens: Tokens | None) -> str | None:
     """What speaks against encoding a tower's activations with this SAE, for a warning; ValueError as of `misfit`."""
     trained_on = _dict(read_sae_header(sae_directory)[0].metadata.get("source"))
-    known = _dict(trained_on.get("model")).get("weights_sha256") is not None
     where = {
         "point": point.point,
         "layer": point.layer,
         "tokens": None if tokens is None else tokens.name,
-        "model": tower.description() if known else None,  # a hash over all weights
+        "model": _described(tower, trained_on),
     }
     return misfit(trained_on, where, str(sae_directory), f"point: {point.name}")
 

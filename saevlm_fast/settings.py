@@ -20,7 +20,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from saevlm_fast.errors import check_kind, require, shown
-from saevlm_fast.urls import is_url, remote_path
+from saevlm_fast.urls import is_url, redacted_text, remote_path
 
 _KEY = "setting"
 NUMBERS: dict[Any, tuple[str, Any]] = {  # kind -> its name, what is accepted for it
@@ -46,6 +46,7 @@ class Setting:
         positional: given by its place. on_command_line, in_file: where it can be given.
         recorded: written into settings.toml. Not what says how a call is made, as resume.
         swept: several values, separated by commas, make several results of one run. tables: of that, tables of a file.
+        repeats: of a list whose items are of those of another, or have places: one may come again.
         instead_of: names of what it excludes; given on the command line, it replaces them in a file.
         remote: a path that may be a URL (urls.py).
     """
@@ -67,6 +68,7 @@ class Setting:
     recorded: bool = True
     swept: bool = False
     tables: bool = False
+    repeats: bool = False
     instead_of: tuple[str, ...] = ()
     remote: bool = False
 
@@ -155,6 +157,8 @@ class Settings:
                 check_kind(name, value, str, "a text")
             elif get_origin(kind) is tuple:
                 object.__setattr__(self, name, _plain(name, several(name, value), get_args(kind)[0]))
+                if not (known.repeats or known.tables):
+                    check_once(known.option or name, getattr(self, name))
                 for each in getattr(self, name) if get_args(kind)[0] is Path else ():
                     _check_here(name, known, each)
             if kind is Path or kind is bool:
@@ -223,6 +227,14 @@ def several(name: str, value: Any) -> tuple[Any, ...]:
         values = None
     require(values is not None, f"{name}: {shown(value)} is not several values in an order")
     return values or ()
+
+
+def check_once(name: str, values: tuple[Any, ...]) -> None:
+    """ValueError: one of a list's values stands in it twice. That is a slip, and nobody can say which was meant."""
+    if len(set(values)) < len(values):
+        twice = next(value for i, value in enumerate(values) if value in values[:i])
+        said = str(twice) if isinstance(twice, os.PathLike) else getattr(twice, "name", twice)
+        raise ValueError(f"{name}: {redacted_text(str(said))} is listed twice")
 
 
 def _plain(name: str, values: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ Triton reads TRITON_INTERPRET when it is first imported, so it is set here, befo
 
 import os
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -22,6 +23,18 @@ torch.set_num_threads(1)
 # A machine may stand still for longer than any deadline of an example: what hangs is ended by pytest-timeout.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+# Of processes that share the suite: what takes longest is begun first, or the others wait for it in the end.
+LONGEST = (
+    "tests/test_campaign.py", "tests/demo/test_demo.py", "tests/training/test_resumed_runs.py",
+    "tests/test_what_a_notebook_gets_wrong.py", "tests/docs/test_examples.py", "tests/cli/test_evaluate.py",
+    "tests/training/test_gpu_step.py", "tests/look/test_in_a_browser.py", "tests/kernels/test_topk_encode_cuda.py",
+    "tests/kernels/test_topk_encode_cuda_compiles.py", "tests/training/test_run.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # by number of tests: the order is `in_order`'s
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +44,8 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        in_order(items)
     skip = pytest.mark.skip(reason="no GPU on this machine")
     minutes = pytest.mark.skip(reason="starts processes with torchrun, minutes long: pytest -m distributed")
     for item in items:
@@ -38,6 +53,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
         if item.get_closest_marker("distributed") and "distributed" not in config.option.markexpr:
             item.add_marker(minutes)
+
+
+def in_order(items: list[pytest.Item]) -> None:
+    """The longest files, then those of most tests."""
+    files = [item.nodeid.partition("::")[0] for item in items]
+    most, first = Counter(files), {file: i for i, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: (first.get(file := item.nodeid.partition("::")[0], len(first)), -most[file]))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -215,7 +215,7 @@ def calls(sae, tmp_path_factory):
         "load_tower": (sf.load_tower, loaded),
         "measure": (
             sf.measure,
-            {"saes": sae, "activations": X, "embeddings": E, "labels": ["a", "b", "c"] * 100, "taxonomy": None}
+            {"saes": sae, "activations": X[:90], "embeddings": E[:90], "labels": ["a", "b", "c"] * 30, "taxonomy": None}
             | {"controls": (), "pool": "max", "batch_rows": 128, "behaviour": None, "output": None}
             | {"patch_labels": None, "random_activations": None},
         ),

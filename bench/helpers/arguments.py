@@ -35,3 +35,14 @@ def directory(text: str) -> Path:
     if not (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{path} is not a directory")
     return path
+
+
+def of_scenes(description: str | None, train: int, test: int, steps: int, seeds: int) -> argparse.ArgumentParser:
+    """With --output, --train-scenes, --test-scenes, --steps, --seeds, and what they are if not given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="markdown file")
+    parser.add_argument("--train-scenes", type=int, default=train)
+    parser.add_argument("--test-scenes", type=int, default=test)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    return parser

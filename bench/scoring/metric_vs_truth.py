@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.helpers.arguments import of_scenes
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.ground_truth import LatentConcepts, best_factor_depth, chance_depth, common_depth, latent_concepts
@@ -84,15 +85,10 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="markdown file")
+    parser = of_scenes(__doc__, train=15_000, test=5000, steps=1500, seeds=2)
     parser.add_argument("--layer", type=int, default=3, help="of the residual stream")
     parser.add_argument("--tokens", default="cls", help="cls or mean")
-    parser.add_argument("--train-scenes", type=int, default=15_000)
-    parser.add_argument("--test-scenes", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--seeds", type=int, default=2)
     return parser.parse_args()
 
 

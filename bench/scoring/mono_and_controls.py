@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.helpers.arguments import of_scenes
 from saevlm_fast.config import CONTROLS, SAEConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.ground_truth import CONCEPTS, VALUE_DEPTH, concept_presence, latent_concepts
@@ -74,12 +75,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="markdown file")
-    parser.add_argument("--train-scenes", type=int, default=10_000)
-    parser.add_argument("--test-scenes", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = of_scenes(__doc__, train=10_000, test=5000, steps=1200, seeds=3)
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--least", type=int, default=50)
     parser.add_argument("--weights", type=float, nargs="*", default=[0.1, 1.0])

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.helpers.arguments import of_scenes
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.ground_truth import CONCEPTS, VALUE_DEPTH, concept_presence, latent_concepts
@@ -80,13 +81,8 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="markdown file")
-    parser.add_argument("--train-scenes", type=int, default=10_000)
-    parser.add_argument("--test-scenes", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser = of_scenes(__doc__, train=10_000, test=5000, steps=1200, seeds=4)
     parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--k", type=int, nargs="+", default=[5, 10, 20])
     return parser.parse_args()
 

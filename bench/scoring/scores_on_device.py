@@ -8,20 +8,18 @@ exit status is 1.
 
 import argparse
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bench.helpers import machine
-from bench.helpers.arguments import new_file, positive
+from bench.helpers import cases
+from bench.helpers.arguments import positive
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import first_line, require
-from saevlm_fast.files import write_json_atomic
+from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import StreamedScore, score
 from saevlm_fast.scoring.second_pass import SecondPass
@@ -134,51 +132,33 @@ def measured(name: str, data: Data) -> list[float]:
         start = time.perf_counter()
         run()  # a result is on the CPU: the device has been waited for
         seconds.append(time.perf_counter() - start)
+    print(f"{name}: {1e3 * statistics.median(seconds):.2f} ms", flush=True)
     return seconds
 
 
 def result(name: str, seconds: list[float], data: Data, options: argparse.Namespace) -> dict:
-    """One line of the JSON, with pytest-benchmark's keys; without seconds it failed."""
     few = PASSES[name] in (neurons, with_an_sae)
     n_images = len(data.raw_NK) if few else data.n_images
-    median = statistics.median(seconds) if seconds else 0.0
     info = {"operation": f"score on a device: {name}", "case": f"N {n_images}", "dtype": "float64", "impl": "ours"}
     info |= {"shape": {"N": n_images, "d_sae": options.latents, "E": options.width}}
-    info |= {"images/s": n_images / median} if seconds else {}
-    return {
-        "name": f"{info['operation']}[{info['case']}]",
-        "stats": {"median": median, "rounds": len(seconds), "data": seconds},
-        "extra_info": info | machine.describe(options.device),
-    }
+    info |= {"images/s": n_images / statistics.median(seconds)} if seconds else {}
+    return cases.line(info, seconds, options.device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=new_file, required=True, help="JSON file, rewritten after every pass")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = cases.parser_of(__doc__)
     parser.add_argument("--images", type=positive, default=1_281_167, help="of a stream")
     parser.add_argument("--latents", type=positive, default=65536)
     parser.add_argument("--width", type=positive, default=768, help="of embeddings and raw neurons")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU here")
-    data, results, failed = Data(options), [], []
-    for name in PASSES:
-        seconds: list[float] = []
-        error: Exception | None = None
-        try:
-            seconds = measured(name, data)
-            print(f"{name}: {1e3 * statistics.median(seconds):.2f} ms", flush=True)
-        except (ValueError, RuntimeError) as raised:
-            traceback.print_exc()
-            failed.append(name)
-            error = raised
-        results.append(result(name, seconds, data, options))
-        if error is not None:
-            results[-1]["extra_info"]["failed"] = first_line(error)
-        write_json_atomic(options.output, {"benchmarks": results})
-    print("failed: " + ", ".join(failed) if failed else f"{len(results)} passes agree")
-    sys.exit(1 if failed else 0)
+    options = cases.parsed(parser)
+    data = Data(options)
+    cases.run_all(
+        PASSES,
+        partial(measured, data=data),
+        partial(result, data=data, options=options),
+        options.output,
+        "passes agree",
+    )
 
 
 if __name__ == "__main__":

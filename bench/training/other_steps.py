@@ -8,20 +8,18 @@ must has not, or if steps that can be captured were not; the others go on, and t
 
 import argparse
 import statistics
-import sys
 import time
-import traceback
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.helpers import machine
-from bench.helpers.arguments import new_file, positive
+from bench.helpers import cases
+from bench.helpers.arguments import positive
 from bench.training.profile_step import planted_batches
 from saevlm_fast.config import SAEConfig, TrainConfig
-from saevlm_fast.errors import first_line, require
-from saevlm_fast.files import write_json_atomic
+from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps
 from saevlm_fast.training.step import Stepper
@@ -77,8 +75,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measured(name: str, kind: Kind, batches: list[Tensor], options: argparse.Namespace) -> dict:
-    """A result as report.py reads it. ValueError: what is wrong with the steps."""
+def measured(name: str, batches: list[Tensor], options: argparse.Namespace) -> list[float]:
+    """Seconds of each of ROUNDS rounds. ValueError: what is wrong with the steps."""
+    kind = KINDS[name]
     stepper = made(kind, options)
     before = {key: parameter.clone() for key, parameter in stepper.parameters().items()}
     steps = CapturedSteps(stepper)
@@ -99,45 +98,31 @@ def measured(name: str, kind: Kind, batches: list[Tensor], options: argparse.Nam
         fits = replayed >= expected // 2 if "dead_after" in kind.train else replayed == expected
         require(fits, f"{name}: {replayed} of {ROUNDS * STEPS} steps were replayed, not {expected}")
     print(f"{name}: {1e3 * statistics.median(seconds):.3f} ms, loss {loss:.4g}", flush=True)
-    return result(name, kind, seconds, options)
+    return seconds
 
 
-def result(name: str, kind: Kind, seconds: list[float], options: argparse.Namespace) -> dict:
-    """One line of the JSON, with pytest-benchmark's keys; without seconds it failed."""
+def result(name: str, seconds: list[float], options: argparse.Namespace) -> dict:
     shape = {"B": options.rows, "d_in": options.d_in, "d_sae": options.d_sae}
     info = {"operation": f"training step, {name}", "case": f"d_sae {options.d_sae}", "dtype": "float32", "shape": shape}
-    info |= {"impl": "captured" if kind.captured and options.device == "cuda" else "eager"}
-    return {
-        "name": f"{info['operation']}[{info['case']}]",
-        "stats": {"median": statistics.median(seconds) if seconds else 0.0, "rounds": len(seconds), "data": seconds},
-        "extra_info": info | machine.describe(options.device),
-    }
+    info |= {"impl": "captured" if KINDS[name].captured and options.device == "cuda" else "eager"}
+    return cases.line(info, seconds, options.device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=new_file, required=True, help="JSON file, rewritten after every kind")
+    parser = cases.parser_of(__doc__)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--d-in", type=positive, default=1024)
     parser.add_argument("--d-sae", type=positive, default=16384)
     parser.add_argument("--rows", type=positive, default=4096, help="of a batch")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU here")
+    options = cases.parsed(parser)
     batches = planted_batches(options.rows, options.d_in, options.device)
-    results, failed = [], []
-    for name in options.kinds:
-        try:
-            results.append(measured(name, KINDS[name], batches, options))
-        except (ValueError, RuntimeError) as error:
-            traceback.print_exc()
-            failed.append(name)
-            results.append(result(name, KINDS[name], [], options))
-            results[-1]["extra_info"]["failed"] = first_line(error)
-        write_json_atomic(options.output, {"benchmarks": results})
-    print("failed: " + ", ".join(failed) if failed else f"{len(results)} kinds of steps passed")
-    sys.exit(1 if failed else 0)
+    cases.run_all(
+        options.kinds,
+        partial(measured, batches=batches, options=options),
+        partial(result, options=options),
+        options.output,
+        "kinds of steps passed",
+    )
 
 
 if __name__ == "__main__":

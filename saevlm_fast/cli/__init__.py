@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -13,6 +13,7 @@ from saevlm_fast.cli.ranks import speaks
 from saevlm_fast.cli.terminal import doubts_once, err, out, refuse, shown
 from saevlm_fast.cli.usage import run_app
 from saevlm_fast.errors import Interrupted, first_line, require
+from saevlm_fast.training import beside
 
 # Each makes itself a command of the app, in this order.
 _COMMANDS = (
@@ -39,14 +40,23 @@ def main() -> None:
         if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
             raise
         _refuse(first_line(error))
-        sys.exit(2)
+        code = 2
     except (ValueError, OSError, MemoryError) as error:
         _refuse(str(error) or type(error).__name__)  # a MemoryError has no words
-        sys.exit(2)
+        code = 2
     except (Interrupted, KeyboardInterrupt) as error:
         if speaks():
             err.print(shown(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
-        sys.exit(130)
+        code = 130
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """The end of the process, also where a logger hangs: its package may wait for it when Python ends."""
+    if beside.hanging:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

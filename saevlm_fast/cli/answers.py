@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.terminal import tell, warn
 from saevlm_fast.config import DEVICE_HELP
-from saevlm_fast.errors import require
+from saevlm_fast.errors import renamed, require
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.settings import setting
 
@@ -68,7 +68,8 @@ def steered_answers(options: AnswerArguments, only: bool = False) -> "SteeredAns
     doubt = check_sae_of(dictionary, options.layer, options.tokens, point)  # before a large model is loaded
     if doubt is not None:
         warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
-    llava, processor = load_llava(options.model, target, options.dtype, on_message=tell)
+    with renamed("model"):
+        llava, processor = load_llava(options.model, target, options.dtype, on_message=tell)
     as_saved = options.dtype == "auto" or str(llava.dtype) == "torch.float32"
     if as_saved and (trained_on := other_tower(dictionary, llava, vision)) is not None:
         whose = f"{part} {'tower' if vision else 'model'} of {trained_on}"

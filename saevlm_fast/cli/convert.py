@@ -9,7 +9,7 @@ from saevlm_fast.cli.planning import check_writable, disk_figures
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import print_pairs, say, warn
 from saevlm_fast.errors import require
-from saevlm_fast.settings import setting, texts
+from saevlm_fast.settings import check_once, setting, texts
 
 if TYPE_CHECKING:
     from saevlm_fast.formats.plain import PlainSAE
@@ -20,6 +20,7 @@ def _pairs(name: str, text: str) -> tuple[str, ...]:
     pairs = texts(name, text)
     for pair in pairs:
         require("=" in pair and not pair.startswith("="), f"{name}: {pair!r} is not KEY=VALUE")
+    check_once(name, tuple(pair.partition("=")[0] for pair in pairs))
     return tuple(pairs)
 
 

@@ -97,7 +97,11 @@ class _Beside:
         assert self.source is not None
         assert self.clip is not None
         with Bar("clip", len(ids), "images") as bar:
-            return clip_cosines(self.source, ids, self.clip, bar.update)
+            cosines = clip_cosines(self.source, ids, self.clip, bar.update)
+        n_lost = int((cosines != cosines).sum())
+        if n_lost:
+            warn(f"images: {n_lost:,} of {len(ids):,} pairs are not there or not usable, and have no cosine of --clip")
+        return cosines
 
     def patch_test(
         self, options: CrossModalArguments, activations: "Activations", found: "CrossModal", place: Path
@@ -113,15 +117,32 @@ class _Beside:
         with Bar("patches", len(samples), "pairs") as bar:
             return patch_test(activations, patches, found.ids, self.source, self.model, shares, bar.update)
 
+    def seconds(self, options: CrossModalArguments, activations: "Activations") -> float:
+        """What these take beside the passes over the rows, from the first pairs of the store."""
+        from saevlm_fast.crossmodal.controls import clip_cosines
+        from saevlm_fast.crossmodal.patch_test import first_pairs, patch_test
+
+        if self.source is None:
+            return 0.0
+        source, clip, model = self.source, self.clip, self.model
+        ids, patches, n_pairs = first_pairs(activations, options.seed)
+        seconds = 0.0
+        if clip is not None:
+            seconds += timed(lambda on: clip_cosines(source, ids, clip, on), n_pairs)
+        if model is not None and len(patches.row):
+            test = (activations, patches, ids, source, model, options.patch_shares)
+            seconds += timed(lambda on: patch_test(*test, on), min(options.patch_pairs, n_pairs))
+        return seconds
+
 
 def plan(options: CrossModalArguments) -> Plan:
-    """What would be measured; the time from the second chunk of rows."""
+    """What would be measured; the time from the second chunk of rows, of captions by CLIP, and pair of the test."""
     from saevlm_fast.crossmodal.output import check_cross_modal_output
 
     check_writable(options.output)
     check_cross_modal_output(options.output, options.force)
     activations, sae = _opened(options)
-    _Beside.of(options, activations)
+    beside = _Beside.of(options, activations)
     n, d_sae = activations.n_rows, sae.config.d_sae
     return Plan(
         f"omegas of {d_sae:,} latents of {options.sae} on {n:,} tokens of {options.activations}",
@@ -131,7 +152,8 @@ def plan(options: CrossModalArguments) -> Plan:
             **memory_figures(sae.b_dec.device, 32 * options.top * d_sae),
             **disk_figures(options.output, 30 * n + 60 * options.top * d_sae),
             **replaced_figures(options.output, options.force),
-            "time_seconds": timed(lambda on: _found(options, activations, sae, on_rows=on), 2 * n),
+            "time_seconds": timed(lambda on: _found(options, activations, sae, on_rows=on), 2 * n)
+            + beside.seconds(options, activations),
         },
     )
 

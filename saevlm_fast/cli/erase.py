@@ -1,26 +1,20 @@
 """saevlm-fast erase: latents taken out of a CLIP, so that it stops reading words on images, or telling a factor."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from saevlm_fast.cli.erase_labels import (
-    COLUMNS,
-    check_apart,
-    class_texts,
-    labels_of,
-    read_class_words,
-    readable,
-    renamed,
-)
-from saevlm_fast.cli.options import Plan, WorkOptions, command
+from saevlm_fast.cli.erase_images import argument_of, halves_of
+from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_class_words
+from saevlm_fast.cli.erase_options import WORDS, EraseArguments
+from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
-from saevlm_fast.cli.record import Record, settings_path
+from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
-from saevlm_fast.config import DEVICE_HELP
-from saevlm_fast.errors import require
-from saevlm_fast.settings import integers, paths, setting, texts
+from saevlm_fast.errors import renamed, require
 
 if TYPE_CHECKING:
     from saevlm_fast.cli.erase_labels import ClassWords
@@ -32,82 +26,6 @@ if TYPE_CHECKING:
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.towers.text import TextEncoder
     from saevlm_fast.towers.tower import Tower
-
-WORDS = "words"
-
-
-def _ks(name: str, text: str) -> tuple[int, ...]:
-    found = integers(name, text)
-    require(len(found) > 0 and len(set(found)) == len(found), f"{name}: {text!r} is not a list of different numbers")
-    require(min(found) >= 1, f"{name}: {text!r}: each must be at least 1")
-    return tuple(sorted(found))
-
-
-@dataclass(frozen=True, kw_only=True)
-class EraseArguments(WorkOptions):
-    """Options of `saevlm-fast erase`."""
-
-    title = "Model and SAEs"
-    model: str = setting(help="Tower with a text side, as of harvest.")
-    sae: tuple[Path, ...] = setting(help="SAEs of several layers or seeds, separated by commas.", parse=paths)
-    layer: tuple[int, ...] = setting(help="Block of the tower of each SAE, separated by commas.", parse=integers)
-    images: str = setting(help="Images, as of harvest. Half of them choose latents.")
-    test_images: str | None = setting(None, help="Images that are asked about.", shown="the other half of --images")
-    labels: str = setting(
-        "images", help="What is told: images (their labels), FILE.csv:COLUMN, or scene:FACTOR of scenes."
-    )
-    what: str = setting(WORDS, help="What is erased: words (drawn on the images), or a label, as --labels has it.")
-    class_prompts: str = setting(
-        "a photo of a {}", help="Text of a class, with {} for the label. Scenes have texts of their own."
-    )
-    also: tuple[str, ...] = setting(
-        (), help="Labels that are told besides, of the clean images, separated by commas.", parse=texts, shown="none"
-    )
-    class_words: Path | None = setting(
-        None,
-        help="FILE.csv: for each label of --labels its text, its word for choosing, its test_word.",
-        shown="the labels themselves",
-    )
-    select: Literal["difference", "auroc"] = setting(
-        "difference", help="What latents are chosen by: the difference of means, or AUROC."
-    )
-    groups: str | None = setting(None, help="Label by which the worst group is found beside the class.", shown="none")
-    k: tuple[int, ...] = setting((1, 5, 20), help="Latents that are taken out, separated by commas.", parse=_ks)
-    limit: int = setting(500, help="Images for choosing, and images asked about, drawn at most.", at_least=10)
-    fonts: tuple[str, ...] = setting(
-        (), help="Font files of the words for choosing.", parse=texts, shown="Pillow's bitmap font"
-    )
-    test_fonts: tuple[str, ...] = setting(
-        (), help="Font files of the words asked about.", parse=texts, shown="Pillow's outline font"
-    )
-    tokens: Literal["all", "patches", "cls"] = setting("all", help="Tokens from which latents are taken.")
-    seed: int = setting(0, help="Of the images drawn, the words, their places, and the random latents.", at_least=0)
-    output: Path = setting(help="Accuracies: FILE.json; a table, .csv, and a picture, .svg, beside it.")
-    batch_size: int = setting(64, help="Images of a forward.", at_least=1)
-    force: bool = setting(False, help="Replace an output that is there.", recorded=False)
-    device: str = setting("auto", help=DEVICE_HELP)
-
-    def check(self) -> None:
-        super().check()
-        require(self.output.suffix == ".json", f"output: {self.output} does not end in .json")
-        require(
-            len(self.sae) == len(self.layer) > 0,
-            f"layer: {len(self.layer)} layers for {len(self.sae)} SAEs; each SAE has one",
-        )
-        require(len(set(self.sae)) == len(self.sae), f"sae: {', '.join(map(str, self.sae))} lists one twice")
-        require(self.what != self.labels or self.what == WORDS, f"what: {self.what} is what --labels asks to be told")
-        twice = [each for each in self.also if each in (self.what, self.labels) or self.also.count(each) > 1]
-        require(not twice, f"also: {', '.join(twice)} is asked already")
-
-    @property
-    def files(self) -> list[Path]:
-        """What must not be there without --force."""
-        return [self.output, settings_path(self.output), self.output.with_suffix(".csv"), self.picture]
-
-    @property
-    def picture(self) -> Path:
-        """Beside the accuracies."""
-        return self.output.with_suffix(".svg")
 
 
 def check(options: EraseArguments) -> None:
@@ -146,16 +64,17 @@ def open_inputs(options: EraseArguments) -> Opened:
     source = open_images(options.images)
     asked = source
     if options.test_images is not None:
-        with renamed("images", "test_images"):
+        with renamed("test_images", "images"):
             asked = open_images(options.test_images)
     words = None if options.class_words is None else read_class_words(options.class_words)
     saes = [SparseAutoencoder.from_pretrained(path, device=device) for path in options.sae]
-    encoder = load_text_encoder(options.model, device, on_message=tell)
+    for path, layer, sae in zip(options.sae, options.layer, saes):
+        check_sae_of(sae, layer, name=str(path))  # before a model is loaded
+    with renamed("model", "text_model"):
+        encoder = load_text_encoder(options.model, device, on_message=tell)
     require(encoder.logit_scale is not None, f"model: {encoder.spec} has no logit scale in its file")
     tower = load_tower(options.model, device, on_message=tell)
     for path, layer, sae in zip(options.sae, options.layer, saes):
-        if (doubt := check_sae_of(sae, layer, options.tokens)) is not None:
-            warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
         width, d_sae = tower.anatomy.width, sae.config.d_sae
         require(
             width in (None, sae.config.d_in), f"sae: d_in of {path} is {sae.config.d_in}, the tower is {width} wide"
@@ -164,49 +83,9 @@ def open_inputs(options: EraseArguments) -> Opened:
         require(
             2 * most <= d_sae, f"k: {most}, and as many others as a control, are more than {path} has: d_sae is {d_sae}"
         )
-    return Opened(tower, encoder, saes, words, *_halves(options, source, asked))
-
-
-def _halves(
-    options: EraseArguments, source: "ImageSource", asked: "ImageSource"
-) -> "tuple[tuple[ImageSource, list[int]], tuple[ImageSource, list[int]]]":
-    """Images that are told apart by the labels, at most --limit for each use. ValueError: too few."""
-    from saevlm_fast.data.label_sets import halves
-
-    labels = {WORDS: options.labels}.get(options.what, options.what)
-    train, test = _usable(options, labels, source), _usable(options, options.labels, asked)
-    if asked is source:
-        half = dict(zip(train, halves([source.image_id(i) for i in train])))
-        train, test = [i for i in train if half[i]], [i for i in test if not half.get(i, False)]
-    train = sorted(readable(source, _shuffled(train, options), options.limit))
-    test = sorted(_shuffled(test, options)[: options.limit])
-    uses = (
-        ("images", "for choosing can be read and", labels, train),
-        ("test_images", "to ask about", options.labels, test),
-    )
-    for name, use, told, numbers in uses:
-        require(len(numbers) >= 10, f"{name}: {len(numbers)} {use} have a label of {told}; 10 at least are needed")
-    if asked is not source:
-        check_apart(source, train, asked, test)
-    return (source, train), (asked, test)
-
-
-def _shuffled(numbers: list[int], options: EraseArguments) -> list[int]:
-    """In an order by chance: folders are sorted by class, so that the first are of few."""
-    import numpy as np
-
-    order = np.random.default_rng([options.seed, 4]).permutation(len(numbers))
-    return [numbers[i] for i in order.tolist()]
-
-
-def _argument(options: EraseArguments, labels: str) -> str:
-    """Of which option labels are."""
-    return {options.labels: "labels", options.what: "what"}.get(labels, "also")
-
-
-def _usable(options: EraseArguments, labels: str, source: "ImageSource") -> list[int]:
-    found = labels_of(_argument(options, labels), labels, source, range(len(source)))
-    return [int(i) for i in (found.single() >= 0).nonzero()[0]]
+        if (doubt := check_sae_of(sae, layer, options.tokens, tower=tower, name=str(path))) is not None:
+            warn(f"sae: {doubt}; what it makes of {options.tokens} tokens may mean little")
+    return Opened(tower, encoder, saes, words, *halves_of(options, source, asked))
 
 
 @dataclass(frozen=True)
@@ -227,7 +106,7 @@ def asked_of(options: EraseArguments, opened: Opened) -> Asked:
     names: dict[str, list[str]] = {}
     for each in dict.fromkeys((options.labels, *((options.what,) if options.what != WORDS else ()), *options.also)):
         images = [opened.test, *([opened.train] if each == spec else [])]
-        argument = _argument(options, each)
+        argument = argument_of(options, each)
         names[each] = sorted({name for part in images for name in labels_of(argument, each, *part).names})
         require(len(names[each]) >= 2, f"{argument}: {each} has a single class, {names[each][0]!r}")
     questions = {
@@ -238,8 +117,9 @@ def asked_of(options: EraseArguments, opened: Opened) -> Asked:
     words = [opened.words.of(column, names[options.labels]) if opened.words else None for column in COLUMNS[2:]]
     writing = Writing(train_style, test_style, *(tuple(each or ()) for each in words))
     if options.what == WORDS:
-        for style, each in zip((train_style, test_style), words):
-            check_letters(style.fonts, each or names[options.labels])
+        for argument, style, each in zip(("fonts", "test_fonts"), (train_style, test_style), words):
+            with renamed(argument, "fonts"):
+                check_letters(style.fonts, each or names[options.labels])
     return Asked(_told(options, opened.train, spec, names[spec]), questions, writing)
 
 
@@ -250,7 +130,7 @@ def _told(options: EraseArguments, images: "tuple[ImageSource, list[int]]", labe
     from saevlm_fast.clip_steering.erasing import Told
 
     source, numbers = images
-    found = labels_of(_argument(options, labels), labels, source, numbers)
+    found = labels_of(argument_of(options, labels), labels, source, numbers)
     number = np.array([names.index(name) for name in found.names])
     y_N = np.append(number, -1)[found.single()]
     if options.groups is None:
@@ -268,7 +148,9 @@ def _vocabulary(options: EraseArguments, opened: Opened, labels: str, names: lis
     said = opened.words.of("text", names) if opened.words is not None and labels == options.labels else None
     encoder = opened.encoder
     assert encoder.logit_scale is not None
-    texts_CE = encoder.embed(said or class_texts(labels, names, options.class_prompts))
+    told = said or class_texts(labels, names, options.class_prompts)
+    with renamed("class_words" if said else argument_of(options, labels), "texts"):
+        texts_CE = encoder.embed(told)
     return Vocabulary(tuple(names), texts_CE, encoder.logit_scale)
 
 
@@ -281,8 +163,9 @@ def _styles(options: EraseArguments) -> "tuple[Style, Style]":
     test = replace(TEST, fonts=options.test_fonts) if options.test_fonts else TEST
     both = set(train.fonts) & set(test.fonts)
     require(not both, f"test_fonts: {', '.join(both)} chose the latents; words asked about need others")
-    for style in (train, test):
-        check_fonts(style.fonts)
+    for argument, style in (("fonts", train), ("test_fonts", test)):
+        with renamed(argument, "fonts"):
+            check_fonts(style.fonts)
     return train, test
 
 
@@ -360,10 +243,20 @@ def _layers(options: EraseArguments, progress: Path) -> list[dict[str, Any]]:
         subject, key = f"layer-{number}", key_of(layer=layer, sae=units.made_of, **made_of)
         done = parts.read(subject, "accuracies", key)
         if done is None:
-            done = Measured(_erase(options, opened, asked, layer, units))
+            with _of_which(f"layer {layer}, {path}"):
+                done = Measured(_erase(options, opened, asked, layer, units))
             parts.write(subject, "accuracies", key, done)
         layers.append(plain({"sae": str(path), "layer": layer, **done.figures}))
     return layers
+
+
+@contextmanager
+def _of_which(sae: str) -> Iterator[None]:
+    """Of which SAE it is said that it has too few latents."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} ({sae})" if str(error).startswith("k: ") else str(error)) from error
 
 
 def _made_of(options: EraseArguments, opened: Opened, asked: Asked) -> dict[str, Any]:

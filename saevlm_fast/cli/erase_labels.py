@@ -1,14 +1,12 @@
 """What `erase` asks of images: which are of use, a label of each, texts of the classes, words that are drawn."""
 
 import csv
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saevlm_fast.cli.terminal import warn
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import first_line, renamed, require
 
 if TYPE_CHECKING:
     from saevlm_fast.data.label_sets import LabelSet
@@ -16,16 +14,6 @@ if TYPE_CHECKING:
 
 SCENE = "scene:"
 COLUMNS = ("label", "text", "word", "test_word")
-_COMPARED = 8  # images of equal ids
-
-
-@contextmanager
-def renamed(name: str, argument: str) -> Iterator[None]:
-    """What is said of an argument `name` is said of `argument`, by which the user gave it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{argument}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def labels_of(argument: str, spec: str, source: "ImageSource", numbers: Sequence[int]) -> "LabelSet":
@@ -40,7 +28,7 @@ def labels_of(argument: str, spec: str, source: "ImageSource", numbers: Sequence
     else:
         path, _, column = spec.rpartition(":")
         require(path != "", f"{argument}: {spec!r} is not images, scene:FACTOR or FILE.csv:COLUMN")
-        with renamed("labels", argument):
+        with renamed(argument, "labels"):
             sets = {each.name: each for each in read_labels(path, ids)}
         require(column in sets, f"{argument}: {path} has no column {column!r}, but {', '.join(sets)}")
         found = sets[column]
@@ -89,7 +77,11 @@ class ClassWords:
             return None
         missing = [name for name in names if name not in found]
         require(not missing, f"class_words: {self.path} has no line of the label {missing[:1]}")
-        return [found[name] for name in names]
+        said = [found[name] for name in names]
+        twice = [each for each in said if said.count(each) > 1]
+        alike = f"class_words: {self.path}: the {column} {twice[:1]} is that of {len(twice)} labels"
+        require(not twice, f"{alike}; each needs its own")
+        return said
 
 
 def read_class_words(path: Path) -> ClassWords:
@@ -116,46 +108,3 @@ def read_class_words(path: Path) -> ClassWords:
             require(cells["label"] not in column, f"class_words: {path}: {cells['label']!r} stands twice")
             column[cells["label"]] = cells[name]
     return ClassWords(path, columns)
-
-
-def readable(source: "ImageSource", numbers: list[int], at_most: int) -> list[int]:
-    """The first of them that can be decoded: one damaged file must not end a run. How many cannot is said."""
-    from saevlm_fast.errors import ImageError
-    from saevlm_fast.images.decode import decode
-
-    found: list[int] = []
-    damaged: list[str] = []
-    for number in numbers:
-        if len(found) == at_most:
-            break
-        try:
-            decode(source.read(number))
-            found.append(number)
-        except ImageError as error:
-            damaged.append(f"{source.image_id(number)}: {error}")
-    if damaged:
-        n = len(found) + len(damaged)
-        warn(f"images: {len(damaged)} of {n} for choosing are not usable and were left out, the first is {damaged[0]}")
-    return found
-
-
-def check_apart(source: "ImageSource", train: list[int], asked: "ImageSource", test: list[int]) -> None:
-    """ValueError: images that chose latents are asked about. Ids that are the same may be of other folders' images."""
-    number = {source.image_id(i): i for i in train}
-    both = [(number[name], i) for i in test if (name := asked.image_id(i)) in number]
-    same = sum(_read(source, i) == _read(asked, j) is not None for i, j in both[:_COMPARED])
-    require(
-        same == 0,
-        f"test_images: {same} of {min(len(both), _COMPARED)} looked at are images that choose latents; without "
-        "--test-images the half of --images is asked about that does not choose",
-    )
-
-
-def _read(source: "ImageSource", i: int) -> bytes | None:
-    """None of one that cannot be read."""
-    from saevlm_fast.errors import ImageError
-
-    try:
-        return source.read(i)
-    except ImageError:
-        return None

@@ -14,6 +14,7 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.same_call import check_same_call, check_same_data
 from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP, RunOptions
 from saevlm_fast.errors import require
@@ -312,6 +313,7 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
     from saevlm_fast.outputs import output_lock
 
     with joined_ranks(options.device, options.collective_timeout) as peers, ExitStack() as locks:
+        check_same_call(peers, options)
         if leads(peers):
             locks.enter_context(output_lock(options.output, directory=True))
             check_output(options)
@@ -319,6 +321,8 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
         subjects, saes = first_rank_first(peers, lambda: open_subjects(here))
         inputs = open_inputs(here, saes)
         on_random = open_random_inputs(here, saes, inputs)
+        if peers is not None:
+            check_same_data(peers, inputs.digests | {"sae": [each.digest for each in subjects]})
         if peers is not None and not leads(peers):
             _take_part(options, subjects, inputs, on_random, peers)
             return None

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.record import Record
+from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
-from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings
+from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings, RunOptions
 from saevlm_fast.errors import require
 from saevlm_fast.settings import integers, same_as, setting, texts
 from saevlm_fast.urls import redacted_text
@@ -51,6 +52,13 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
         "control: what its images and architecture give alone.",
     )
     device: str = setting("auto", help=DEVICE_HELP)
+    collective_timeout: float = same_as(
+        RunOptions,
+        "collective_timeout",
+        3600.0,
+        help="Under torchrun: seconds without a sign of a rank, after which the others end.",
+        recorded=False,
+    )
 
     def harvest_config(self) -> "HarvestConfig":
         """What is harvested, with hook points and tokens in place of their names."""
@@ -188,7 +196,8 @@ def harvest(options: HarvestArguments) -> dict[str, Any] | None:
     from saevlm_fast.harvesting.ranks import torchrun_ranks
     from saevlm_fast.outputs import output_lock
 
-    with torchrun_ranks() as ranks, ExitStack() as locks:
+    with torchrun_ranks(options.collective_timeout) as ranks, ExitStack() as locks:
+        check_same_call(ranks, options)
         if ranks.rank == 0:  # the others take theirs when it has prepared the output
             locks.enter_context(output_lock(options.output, directory=True))
         return _harvest(options, ranks)

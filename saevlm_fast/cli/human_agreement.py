@@ -47,8 +47,6 @@ class HumanAgreementArguments(WorkOptions):
         require(self.output.suffix == ".json", f"output: {self.output} does not end in .json")
         for each in (*self.embeddings, *self.scores):
             require(bool(each) and "\0" not in each, f"embeddings, scores: {each!r} is not a path")
-        for name, paths in (("embeddings", self.embeddings), ("scores", self.scores)):
-            require(len(set(paths)) == len(paths), f"{name}: a path is given twice among {', '.join(paths)}")
 
 
 def check(options: HumanAgreementArguments) -> None:

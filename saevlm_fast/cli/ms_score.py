@@ -11,6 +11,7 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import Enough, Stopwatch, check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks, leads, n_processes
 from saevlm_fast.cli.record import Record, settings_path
+from saevlm_fast.cli.same_call import check_same_call, check_same_data, digest_of
 from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
 from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP, RunOptions
@@ -235,6 +236,17 @@ class Opened:
             return self.sae.config.d_sae
         return getattr(self.rows, "d_sae", 0) or getattr(self.rows, "d", 0)
 
+    @property
+    def digests(self) -> dict[str, Any]:
+        """Of all that is read."""
+        from saevlm_fast.measures.measure import weights_digest
+
+        return {
+            "activations": digest_of(self.rows),
+            "embeddings": [digest_of(each) for each in self.embeddings.values()],
+            "sae": None if self.sae is None else weights_digest(self.sae),
+        }
+
     def score(self, options: ScoreArguments, on_rows: Callable[[int], None], peers: "Peers | None" = None) -> "Scored":
         """One pass over the rows, or two; two for each control too. peers: the ranks that share the images."""
         pool = None if options.pool == "none" else options.pool
@@ -356,6 +368,7 @@ def ms_score(options: ScoreArguments) -> dict[str, Any] | None:
     from saevlm_fast.outputs import check_absent, output_lock
 
     with joined_ranks(options.device, options.collective_timeout) as peers, ExitStack() as locks:
+        check_same_call(peers, options)
         sae, output = where_to(options)
         if leads(peers):
             locks.enter_context(output_lock(output, directory=False))
@@ -369,6 +382,8 @@ def _ms_score(options: ScoreArguments, sources: Sources, peers: "Peers | None") 
     from saevlm_fast.scoring.tables import scores_table, write_table
 
     opened = Opened.of(sources, device_of_rank(options.device, peers))
+    if peers is not None:
+        check_same_data(peers, opened.digests)
     passes = (1 + options.controls) * (2 if options.second_pass else 1)
     with Bar("score", passes * opened.rows.n_rows, "images") as bar:
         scored = opened.score(options, bar.update, peers)

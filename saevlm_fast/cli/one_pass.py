@@ -5,7 +5,6 @@ OUTPUT/PLACE/NAME        the run of each; PLACE is residual-11-cls, NAME what di
                          only where there are several; then also what train_many.py writes beside them
 """
 
-import shlex
 from contextlib import closing
 from dataclasses import replace
 from itertools import product
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, training_disk
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, leads, n_processes, part_of_a_rank, ranks_options
-from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
 from saevlm_fast.cli.train_looks import TowerLooks
 from saevlm_fast.cli.train_many import TABLES, summarise
@@ -82,7 +81,10 @@ def check_outputs(options: "TrainArguments", parts: "dict[str, TrainArguments]")
     if options.keep_store is not None:
         inside = options.keep_store.absolute() == options.output.absolute()
         require(not inside, f"keep_store: {options.keep_store} is the output; name another directory")
-        check_output(HarvestOptions(options.keep_store, resume=options.resume, force=options.force))
+        try:
+            check_output(HarvestOptions(options.keep_store, resume=options.resume, force=options.force))
+        except ValueError as error:
+            raise type(error)(f"keep_store: {str(error).removeprefix('output: ')}") from None
 
 
 def plan_one_pass(options: "TrainArguments") -> Plan:
@@ -95,11 +97,8 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
     from saevlm_fast.training.one_pass import OnePass, harvest_config
-    from saevlm_fast.training.sharded_one_pass import check_streams
 
     device, parts, n_ranks = resolve_device(options.device), parts_of(options), n_processes()
-    if n_ranks > 1:
-        check_streams(options.part(StreamSettings))
     check_writable(options.output)
     check_outputs(options, parts)
     sizes, recipes = sizes_of(options)
@@ -108,8 +107,9 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     tower = load_tower(str(options.model), device, on_message=tell)
     harvest = harvest_config(chosen, config)
     with tower.hooked(harvest.points, False, COMPUTE_DTYPES[harvest.dtype], harvest.dtype == "tf32") as run:
-        given = chosen, options.part(RunOptions), recipes, lambda sae: part_of_a_rank(sae, options.data_parallel)
-        one_pass = OnePass(source, str(options.images), tower, run, harvest, *given)
+        given = chosen, options.part(RunOptions), recipes
+        held: dict[str, Any] = {"part_of": lambda sae: part_of_a_rank(sae, options.data_parallel), "n_ranks": n_ranks}
+        one_pass = OnePass(source, str(options.images), tower, run, harvest, *given, **held)
         one_pass.add(sizes, device, lambda name, step, metrics: None)
         n = one_pass.stream.n_images
         looks = TowerLooks(options, tower, source)
@@ -180,9 +180,8 @@ def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) ->
                 on_finished=looks or nothing_more,
             )
         except Interrupted as error:
-            what, settings = str(error).partition(";")[0], shlex.quote(str(options.output / SETTINGS_FILE))
-            program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
-            raise Interrupted(f"{what}; continue with: {program} train --config {settings} --resume") from None
+            last = records[-1] if records else None
+            raise interrupted_run(error, options.output, last, options.force, peers is not None) from None
     for record in records:
         record.write()
     if looks is None:

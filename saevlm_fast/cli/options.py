@@ -13,6 +13,7 @@ makes the options; the command prints its tables and returns what --json prints.
 
 import inspect
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple, Self, get_origin, get_type_hints
 import typer
 from rich.markup import escape
 
-from saevlm_fast.cli.ranks import check_shares
+from saevlm_fast.cli.ranks import check_shares, one_voice
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.errors import did_you_mean, require
@@ -32,6 +33,7 @@ from saevlm_fast.settings import (
     Setting,
     Settings,
     Several,
+    check_once,
     choices_of,
     declared_by,
     default_of,
@@ -130,9 +132,11 @@ def command(
         def from_command_line(**values: Any) -> None:
             options = arguments(name, cls, values)
             check_shares(name, shared)
-            with for_a_program(options.json), _bounded_cache(options):
+            with named_by_option(options), for_a_program(options.json), _bounded_cache(options):
                 if plan is not None and options.dry_run:
-                    _print_plan(plan(options), options.json)
+                    with one_voice():
+                        planned = plan(options)
+                    _print_plan(planned, options.json)
                     return
                 result = function(options)
             if options.json and result is not None:
@@ -146,6 +150,36 @@ def command(
         return function
 
     return add
+
+
+@contextmanager
+def named_by_option(options: Any) -> Iterator[None]:
+    """A refusal that begins with what was given, as `hf:NAME: ...` or `FOLDER/file: ...`, begins with whose it is.
+
+    What opens a model or a file knows its name and not the option: --model, --clip and --text-model are opened alike.
+    """
+    try:
+        yield
+    except ValueError as error:
+        name = _option_of(str(error), options)
+        if name is None:
+            raise
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _option_of(message: str, options: Any) -> str | None:
+    """The option of which a message begins with a value; of several the one of the longest value, then the first."""
+    known = {key_of(field, each): field for field, each in ordered(type(options)) if not each.positional}
+    found: dict[str, int] = {}
+    for name, field in known.items():
+        value = getattr(options, field)
+        for given in value if isinstance(value, tuple) else (value,):
+            text = str(given)
+            is_place = isinstance(given, Path) or (isinstance(given, str) and re.search(r"[:/.]", text) is not None)
+            begins = (f"{text}:", f"{text}/", f"{text} ", f"{text!r}:", f"{text!r} ")
+            if is_place and text not in known and message.startswith(begins):
+                found[name] = max(len(text), found.get(name, 0))
+    return max(found, key=lambda name: found[name], default=None)
 
 
 @contextmanager
@@ -307,8 +341,7 @@ def _from_text(cls: Any, name: str, value: Any) -> Any:
 def several_of(key: str, parts: Sequence[Any], read: Callable[[Any], Any]) -> Several:
     """The values of a list, each once. ValueError: one that is twice in it."""
     values = Several(read(part) for part in parts)
-    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
-    require(twice is None, f"{key}: {twice} is listed twice")
+    check_once(key, values)
     return values
 
 

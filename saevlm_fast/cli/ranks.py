@@ -56,14 +56,20 @@ def joined_ranks(device: str, timeout: float, n_replicas: int = 1) -> "Iterator[
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.process_group import joined, own_device
 
-    with joined(resolve_device(own_device(device)), timeout, n_replicas) as peers:
-        quiet = out.quiet, err.quiet
-        try:
-            if not leads(peers):
-                out.quiet = err.quiet = True
-            yield peers
-        finally:
-            out.quiet, err.quiet = quiet
+    with joined(resolve_device(own_device(device)), timeout, n_replicas) as peers, one_voice():
+        yield peers
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Of torchrun's processes rank 0 alone prints."""
+    quiet = out.quiet, err.quiet
+    try:
+        if os.environ.get("RANK", "0") != "0":
+            out.quiet = err.quiet = True
+        yield
+    finally:
+        out.quiet, err.quiet = quiet
 
 
 def leads(peers: "Peers | None") -> bool:

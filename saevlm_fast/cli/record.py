@@ -20,7 +20,7 @@ from saevlm_fast import __version__
 from saevlm_fast.cli.options import MADE, Options, key_of, ordered
 from saevlm_fast.cli.ranks import n_processes
 from saevlm_fast.cli.toml import toml_text
-from saevlm_fast.errors import require
+from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.formats.places import is_remote
 from saevlm_fast.settings import settings_of
 from saevlm_fast.urls import redacted_text
@@ -36,6 +36,17 @@ def settings_path(result: Path) -> Path:
     if result.is_dir():
         return workplace(result) / SETTINGS_FILE
     return result.with_name(f"{result.name}.{SETTINGS_FILE}")
+
+
+def interrupted_run(error: Interrupted, output: Path, record: "Record | None", force: bool, ranks: bool) -> Interrupted:
+    """What ends an interrupted training command: how it goes on. record: of all that it makes, which may not have come
+    to its settings yet; what is there instead may be of a run that was to be replaced."""
+    what, settings = str(error).partition(";")[0], shlex.quote(str(output / SETTINGS_FILE))
+    if record is not None and not record.written:
+        again = "start again with the same command" if force else "continue with the same command and --resume"
+        return Interrupted(f"{what}; {again}")
+    program = "torchrun ... -m saevlm_fast.cli" if ranks else "saevlm-fast"
+    return Interrupted(f"{what}; continue with: {program} train --config {settings} --resume")
 
 
 class Record:

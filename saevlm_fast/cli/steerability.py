@@ -10,7 +10,7 @@ from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figure
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, SteerabilityConfig
-from saevlm_fast.errors import require
+from saevlm_fast.errors import renamed, require
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.look.chosen import check_latents
 from saevlm_fast.settings import paths, same_as, setting
@@ -72,10 +72,6 @@ class SteerabilityArguments(WorkOptions):
         """What must not be there without --force."""
         return [self.output, settings_path(self.output), *([self.neurons_output] if self.neurons else [])]
 
-    def check(self) -> None:
-        super().check()
-        require(len(set(self.sae)) == len(self.sae), f"sae: {', '.join(map(str, self.sae))} lists one twice")
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -123,14 +119,12 @@ def open_inputs(options: SteerabilityArguments) -> Inputs:
     words = vocabulary(options.words, options.template)
     source = open_images(options.images)
     saes = [SparseAutoencoder.from_pretrained(path, device=device) for path in options.sae]
-    for sae in saes:
-        if (doubt := check_sae_of(sae, options.layer, options.tokens)) is not None:
-            warn(f"{doubt}; what it makes of {options.tokens} tokens may mean little")
-    encoder = load_text_encoder(options.text_model or options.model, device, on_message=tell)
-    require(
-        encoder.logit_scale is not None,
-        f"text_model: {encoder.spec} has no logit scale in its file, so that its cosines are no probabilities",
-    )
+    for path, sae in zip(options.sae, saes):
+        check_sae_of(sae, options.layer, name=str(path))  # before a model is loaded
+    with renamed("model" if options.text_model is None else "text_model", "text_model"):
+        encoder = load_text_encoder(options.text_model or options.model, device, on_message=tell)
+        unscaled = f"{encoder.spec} has no logit scale in its file, so that its cosines are no probabilities"
+        require(encoder.logit_scale is not None, unscaled)
     assert encoder.logit_scale is not None
     tower = load_tower(options.model, device, on_message=tell)
     for path, sae in zip(options.sae, saes):
@@ -139,10 +133,14 @@ def open_inputs(options: SteerabilityArguments) -> Inputs:
             f"sae: d_in of {path} is {sae.config.d_in}, but the blocks of {options.model} have width "
             f"{tower.anatomy.width}",
         )
+        if (doubt := check_sae_of(sae, options.layer, options.tokens, tower=tower, name=str(path))) is not None:
+            warn(f"sae: {doubt}; what it makes of {options.tokens} tokens may mean little")
     words, n_unknown = known_words(words, encoder)
     if n_unknown:
         tell(f"words: {n_unknown:,} left out that {encoder.spec} does not know; {len(words.words):,} are left")
-    return Inputs(tower, saes, source, Vocabulary(tuple(words.words), encoder.embed(words.texts), encoder.logit_scale))
+    with renamed("words", "texts"):
+        texts_CE = encoder.embed(words.texts)
+    return Inputs(tower, saes, source, Vocabulary(tuple(words.words), texts_CE, encoder.logit_scale))
 
 
 def _kinds(options: SteerabilityArguments, inputs: Inputs) -> "list[tuple[Units, Tensor]]":
@@ -242,6 +240,10 @@ def _steerability(options: SteerabilityArguments) -> "tuple[list[Steerable], int
     write_table(_latents_table(options, found).replace_schema_metadata(metadata), options.output)
     if options.neurons:
         write_table(found[-1].table.replace_schema_metadata(metadata), options.neurons_output)
+    for each in found:
+        n, lost = len(each.table), sum(status == "no number" for status in each.table["status"].to_pylist())
+        if lost:
+            warn(f"alpha: {lost} of {n} {each.kind}s have no S, for the model gives NaN or inf when they are moved")
     skipped = len(stream.skipped)
     if skipped:
         warn(f"images: {skipped} of them are not usable and were left out")
@@ -286,7 +288,9 @@ def _print(options: SteerabilityArguments, found: "Steerable", figures: dict[str
     lines = [(kind, *(_cell(row[name]) for name in (*names, "specificity"))) for kind, row in rows.items()]
     print_wide_table(("", *names, "specificity"), lines)
     for kind, row in rows.items():
-        if row["steerable"]["value"] is None:
+        if row["asked"] == 0:
+            say(f"{kind}: none of {row['units']:,} fires on the images, so that none is asked about")
+        elif row["steerable"]["value"] is None:
             say(
                 f"{kind}: {row['random_directions']} random directions are too few to call one so; 100 are needed"
                 " (--controls)"

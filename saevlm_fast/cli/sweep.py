@@ -18,7 +18,8 @@ def expanded(given: Mapping[str, Any]) -> tuple[Table, tuple[Table, ...]]:
     Every combination of the lists' values, the last list's fastest; with tables, every table with each of these.
 
     Raises:
-        ValueError: a setting in a list and in a table, or in a table one that all SAEs share.
+        ValueError: a setting in a list and in a table, or in a table one that all SAEs share; a list of what another
+            setting excludes.
     """
     lists = {name: value for name, value in given.items() if isinstance(value, Several)}
     tables: Sequence[Table] = given.get("sweep", ())
@@ -28,6 +29,9 @@ def expanded(given: Mapping[str, Any]) -> tuple[Table, tuple[Table, ...]]:
     sizes: Any = SAESize
     recipe: Any = TrainConfig
     known = {*settings_of(sizes), *settings_of(recipe)} - set(TrainConfig.shared)
+    for name in lists:
+        for other in settings_of(sizes)[name].instead_of if name in settings_of(sizes) else ():
+            require(other not in base, f"{name}: give either {name} or {other}, not both")
     for number, table in enumerate(tables, 1):
         for name, value in table.items():
             where = f"[[sweep]] {number}: {name}"

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from saevlm_fast.cli.planning import (
 )
 from saevlm_fast.cli.ranks import joined_ranks, leads, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.scenes import scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
 from saevlm_fast.cli.train_many import plan_many, runs_of, train_grid
@@ -106,6 +108,9 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
 
     ranks = options.device, options.collective_timeout, options.data_parallel
     with joined_ranks(*ranks) as peers, ExitStack() as locks:
+        check_same_call(peers, options)
+        if peers is not None:
+            options = replace(options, output=peers.share(options.output))  # the default has the second in it
         if leads(peers):
             locks.enter_context(output_lock(options.output, directory=True))
         Watch(options.log_to)  # what is not installed is refused before anything is opened

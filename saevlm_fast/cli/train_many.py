@@ -6,7 +6,6 @@ OUTPUT/grid.svg        explained variance against L0; MS against both, where emb
 OUTPUT/settings.toml   the command's settings
 """
 
-import shlex
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_figures, training_disk
 from saevlm_fast.cli.ranks import leads, part_of_a_rank, ranks_options
-from saevlm_fast.cli.record import SETTINGS_FILE, Record
+from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.scenes import scenes
 from saevlm_fast.cli.sweep import named
 from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
@@ -139,9 +138,8 @@ def train_grid(
         try:
             trained = _trained(options, data, runs, peers, on_finished=looks or nothing_more, **told)
         except Interrupted as error:
-            what, settings = str(error).partition(";")[0], shlex.quote(str(options.output / SETTINGS_FILE))
-            program = "saevlm-fast" if peers is None else "torchrun ... -m saevlm_fast.cli"
-            raise Interrupted(f"{what}; continue with: {program} train --config {settings} --resume") from None
+            last = records[-1] if records else None
+            raise interrupted_run(error, options.output, last, options.force, peers is not None) from None
     for record in records:
         record.write()
     if looks is None:

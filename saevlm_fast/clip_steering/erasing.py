@@ -154,7 +154,7 @@ def erase_factor(
     """
     seen = _features(stream, units, train.source, train, "train", on_images)
     values = np.unique(train.y_N).tolist()
-    require(len(values) >= 2, "labels: what is erased has a single value on the images for choosing")
+    require(len(values) >= 2, "what: the label that is erased has a single value on the images for choosing")
     means_VD = torch.stack([seen.stream_ND[torch.from_numpy(train.y_N == v)].mean(0) for v in values])
     directions = {
         "pca": (principal_directions(means_VD - seen.stream_ND.mean(0), max(choice.ks)), seen),
@@ -204,11 +204,26 @@ def _answers(
     removals: Sequence[Removal],
     on_images: OnImages,
 ) -> dict[str, tuple[np.ndarray, Told]]:
-    """By question the classes [1 + R, N], and what is right."""
+    """By question the classes [1 + R, N], and what is right. ValueError: a class of which no image is usable."""
     counted = _counted(f"test: {next(iter(questions))}", len(test.numbers), on_images)
     vocabularies = [question.classes for question in questions.values()]
     found = predictions(stream, source, test.numbers, units, removals, vocabularies, counted)
+    for (name, question), classes_RN in zip(questions.items(), found):
+        _check_classes(name, question, classes_RN[0] >= 0, stream.skipped)
     return {name: (each, questions[name].told) for name, each in zip(questions, found)}
+
+
+def _check_classes(name: str, question: Question, answered_N: np.ndarray, skipped: Mapping[int, str]) -> None:
+    """ValueError: a class of which there are images, and none of them was answered for."""
+    told = question.told
+    for y in np.unique(told.y_N[told.y_N >= 0]).tolist():
+        of_it = told.y_N == y
+        number = told.numbers[int(np.flatnonzero(of_it)[0])]
+        require(
+            bool(answered_N[of_it].any()),
+            f"test_images: none of the {int(of_it.sum())} images of the class {question.classes.words[y]!r} is usable "
+            f"({name}); the first is {told.source.image_id(number)}: {skipped.get(number, '')}",
+        )
 
 
 def _figures(removals: Sequence[Removal], found: Mapping[str, tuple[np.ndarray, Told]], n_train: int) -> Figures:

@@ -146,7 +146,8 @@ class Asking:
             changes = Changes.join(found)
             columns = {name: value for name, value in vars(changes).items() if name != "s_random_JQ"}
             columns["s_random"] = changes.s_random_JQ.mean(1)
-            columns["chance"] = chances(changes.s, changes.length, changes.s_random_JQ)
+            chance_J = chances(changes.s, changes.length, changes.s_random_JQ)
+            columns["chance"] = np.where(np.isfinite(changes.s), chance_J, np.nan)
             nearest_J = nearest_in_density(known.density_S[asked_J].numpy())
             columns["s_density"] = np.where(nearest_J >= 0, changes.s[nearest_J], np.nan)
         table = self._table(units, known, chosen_J, asked_J, columns, linear_S)
@@ -177,7 +178,8 @@ class Asking:
         rows = np.array([place[unit] for unit in asked_J.tolist()], np.int64)
         dead_J = (known.density_S[chosen_J] == 0).numpy()
         status = np.where(dead_J, "dead", "not asked").astype(object)
-        status[rows] = "defined"
+        sound = np.isfinite(columns.get("s", np.zeros(0)))
+        status[rows] = np.where(sound, "defined", "no number")
         made: dict[str, pa.Array] = {
             units.kind: pa.array(chosen_J.numpy()),
             "status": pa.array(status.tolist(), pa.string()),
@@ -191,7 +193,8 @@ class Asking:
             values[rows] = columns.get(name, np.zeros(0))
             made[name] = pa.array(values)
         words = np.full(len(chosen_J), None, object)
-        words[rows] = [self.vocabulary.words[c] for c in columns.get("concept", np.zeros(0, np.int64))]
+        named = zip(columns.get("concept", np.zeros(0, np.int64)), sound)
+        words[rows] = [self.vocabulary.words[c] if there else None for c, there in named]
         return pa.table(made | {"concept": pa.array(words.tolist(), pa.string())})
 
 

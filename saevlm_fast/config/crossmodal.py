@@ -47,5 +47,3 @@ class PatchTestSettings(Settings):
         require(len(self.patch_shares) > 0, "patch_shares: at least one is needed")
         for share in self.patch_shares:
             require(0 < share < 1, f"patch_shares: {share:g} must be above 0 and below 1")
-        repeated = len(set(self.patch_shares)) < len(self.patch_shares)
-        require(not repeated, f"patch_shares: {self.patch_shares} has one twice")

@@ -79,6 +79,7 @@ class SAESize(Settings):
         help="Matryoshka group sizes as fractions of d_sae, the first group first.",
         paper="0.0625,0.125,0.25,0.5625",
         parse=numbers,
+        repeats=True,
     )
 
     def check(self) -> None:
@@ -119,7 +120,9 @@ class SAEConfig(Settings):
     k: int | None = same_as(SAESize, "k", at_least=None, shown=None, swept=False)
     architecture: Architecture = same_as(SAESize, "architecture", swept=False)
     group_sizes: tuple[int, ...] = setting(
-        (), help="Sizes of the Matryoshka groups, first group first; they sum to d_sae. One group otherwise."
+        (),
+        help="Sizes of the Matryoshka groups, first group first; they sum to d_sae. One group otherwise.",
+        repeats=True,
     )
     metadata: dict[str, Any] = setting(
         factory=dict,

@@ -39,7 +39,6 @@ class ScoreConfig(Settings):
         fits = math.isfinite(self.alpha) and abs(self.alpha) <= FLOAT32_MAX
         require(fits, f"alpha: {self.alpha} is not finite in float32")
         require(self.prompt.strip() != "", "prompt: is empty")
-        require(len(set(self.latents)) == len(self.latents), "latents: one is listed twice")
 
 
 @dataclass(frozen=True)

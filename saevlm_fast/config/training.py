@@ -117,7 +117,7 @@ class TrainConfig(Settings):
         1.0, help="Limit on the gradient's global norm.", paper="1", above=0, on_command_line=False
     )
     betas: tuple[float, float] = setting(
-        (0.9, 0.999), help="Of Adam.", paper="0.9,0.999", parse=numbers, on_command_line=False
+        (0.9, 0.999), help="Of Adam.", paper="0.9,0.999", parse=numbers, on_command_line=False, repeats=True
     )
     eps: float = setting(1e-8, help="Of Adam.", above=0, below=math.inf, on_command_line=False)
     norm_batches: int = setting(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import require
+from saevlm_fast.errors import renamed, require
 from saevlm_fast.files import weights_sha256
 from saevlm_fast.harvesting.config import COMPUTE_DTYPES
 from saevlm_fast.images.batches import image_batches
@@ -43,7 +43,7 @@ def random_scores(n_pairs: int, seed: int) -> np.ndarray:
 def pairs_of(activations: Activations, images: str | None) -> ImageSource:
     """The image-text pairs that a store was harvested from, wrong captions included.
 
-    images: where they are, if not where the store says. ValueError: it does not say; no captions there.
+    images: where they are, if not where the store says. ValueError: it does not say; no captions there; other pairs.
     """
     source = activations.source or {}
     record = source.get("images")
@@ -52,6 +52,9 @@ def pairs_of(activations: Activations, images: str | None) -> ImageSource:
     require(path != "", f"images: {activations.path} does not say where its pairs are; give --images")
     pairs = open_images(path)
     check_captions(pairs, path)
+    known = next(iter(activations.iter_items()))["image"].unique().to_pylist()
+    there = not set(known).isdisjoint(pairs.image_id(i) for i in range(len(pairs)))
+    require(there, f"images: {path}: none of the pairs of {activations.path} is there, as {known[:1]}")
     share = float(told.get("wrong_captions") or 0.0)
     return WrongCaptions(pairs, share, int(source.get("seed") or 0)) if share else pairs
 
@@ -70,7 +73,8 @@ def tower_of(
     spec = model or str(told.get("spec") or "")
     require(spec != "", f"model: {activations.path} does not say what it was harvested from; give --model")
     dtype = COMPUTE_DTYPES.get(str(source.get("dtype"))) or torch.float32
-    tower = load_language(spec, device, dtype, told.get("prompt"), on_message)
+    with renamed("model"):
+        tower = load_language(spec, device, dtype, told.get("prompt"), on_message)
     digest = told.get("weights_sha256")
     same = digest is None or digest == weights_sha256(tower.model)
     require(same, f"model: {spec} has other weights than the model that {activations.path} was harvested from")
@@ -85,8 +89,9 @@ def load_clip(spec: str, device: torch.device, on_message: Callable[[str], None]
     """
     known = spec.startswith(("hf:", "open_clip:"))
     require(known, f"clip: {spec!r} is not hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED")
-    text, tower = load_text_encoder(spec, device, on_message), load_tower(spec, device, on_message)
-    tower.module(_PROJECTION)
+    with renamed("clip", "model", "text_model", "point"):
+        text, tower = load_text_encoder(spec, device, on_message), load_tower(spec, device, on_message)
+        tower.module(_PROJECTION)
     return tower, text
 
 

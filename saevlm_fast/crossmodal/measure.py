@@ -146,6 +146,8 @@ def cross_modal(
     below = f"threshold: {config.threshold:g} is above every activation in {activations.path}, of which the largest is"
     require(most > config.threshold, f"{below} {most:.4g}")
     omega_S = omegas(activations, text, image)
+    if config.by == "cosine":
+        _check_scored(omega_S, text, image)
     scores = PairScores(omega_S, shuffled_omegas(omega_S, config.seed), config.threshold, on_patches, config.seed)
     for done, chunk in _counted(activations, sae, batch_rows, config.template):
         scores.add(chunk)
@@ -154,6 +156,14 @@ def cross_modal(
     columns["random"] = random_scores(len(scores.ids), config.seed)
     columns["kept"] = kept_pairs(columns[config.by], config.keep, columns["random"])
     return CrossModal(omega_S, text, image, scores.ids, columns, _wrong(activations, scores.ids))
+
+
+def _check_scored(omega_S: np.ndarray, text: TopTokens, image: TopTokens) -> None:
+    """ValueError: no latent has an omega, so that all cosines would be 0, and what is kept left to chance."""
+    most = int(np.minimum(text.n_S, image.n_S).max())
+    k = text.row_SK.shape[1]
+    none = f"top: {k}: no latent fires on {k} text and {k} image tokens, {most} is the most, so that there is no omega"
+    require(not np.isnan(omega_S).all(), f"{none} to rank pairs by; take fewer, or --by count")
 
 
 def _counted(activations: Activations, sae: SparseAutoencoder, batch_rows: int, template: bool) -> Any:

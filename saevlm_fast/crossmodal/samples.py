@@ -133,12 +133,12 @@ class PairScores:
 
 
 def kept_pairs(scores: np.ndarray, share: float, random: np.ndarray) -> np.ndarray:
-    """bool: the best `share` of the pairs, rounded; of equal ones those that `random` puts first.
+    """bool: the best `share` of the pairs, rounded, one at least; of equal ones those that `random` puts first.
 
     Counts of latents are equal for many pairs. By their places one part of a set would be kept, as its first shards.
     """
     kept = np.zeros(len(scores), bool)
-    kept[np.lexsort((-random, -scores))[: round(share * len(scores))]] = True
+    kept[np.lexsort((-random, -scores))[: max(1, round(share * len(scores)))]] = True
     return kept
 
 

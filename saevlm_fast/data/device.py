@@ -8,7 +8,7 @@ Shape suffixes: N rows, B rows of a batch, D d_in.
 
 import os
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 
 import torch
@@ -26,34 +26,40 @@ _UPLOADED = 3  # batches on the device: one in use, one complete, one on its way
 
 
 class ResidentRows:
-    """All rows [N, d_in] on one device, read when made; half precision as such.
+    """All rows [N, d_in] on one device, read when made; half precision as such. pieces: of some rows instead, which lie
+    there one piece after the other.
 
     Raises:
         ActivationError: NaN or infinity in any of them, naming the first such row; a file that was altered.
         torch.OutOfMemoryError: they do not fit.
     """
 
-    def __init__(self, activations: Activations, device: torch.device):
+    def __init__(self, activations: Activations, device: torch.device, pieces: Sequence[range] | None = None):
         self.device, self.path = device, activations.path
-        self.rows_ND = torch.empty(activations.n_rows, activations.d, dtype=activations.kept_dtype, device=device)
-        size = max(1, _LOADED_BYTES // (activations.d * self.rows_ND.element_size()))
+        if pieces is None:
+            size = max(1, _LOADED_BYTES // (activations.d * activations.kept_dtype.itemsize))
+            pieces = [range(a, min(a + size, activations.n_rows)) for a in range(0, activations.n_rows, size)]
+        n_rows, width, dtype = sum(map(len, pieces)), activations.d, activations.kept_dtype
+        self.rows_ND = torch.empty(n_rows, width, dtype=dtype, device=device)
         pin_memory = device.type == "cuda"
 
-        def load(start: int) -> tuple[int, Tensor]:
-            n_rows = min(size, activations.n_rows - start)
-            piece_BD = torch.empty(n_rows, activations.d, dtype=activations.kept_dtype, pin_memory=pin_memory)
-            activations.copy_rows(start, piece_BD)
-            return start, piece_BD
+        def load(piece: range) -> tuple[range, Tensor]:
+            piece_BD = torch.empty(len(piece), width, dtype=dtype, pin_memory=pin_memory)
+            activations.copy_rows(piece.start, piece_BD)
+            return piece, piece_BD
 
-        finite = []
-        with closing(prefetch(load, range(0, activations.n_rows, size), n_threads=4)) as pieces:
-            for start, piece_BD in pieces:
-                there_BD = self.rows_ND[start : start + len(piece_BD)]
+        finite, numbers, start = list[Tensor](), list[range](), 0
+        with closing(prefetch(load, pieces, n_threads=4)) as loaded:
+            for piece, piece_BD in loaded:
+                there_BD = self.rows_ND[start : start + len(piece)]
                 there_BD.copy_(piece_BD, non_blocking=pin_memory)
                 finite.append(torch.stack(there_BD.aminmax()).isfinite().all())
-        for number in (~torch.stack(finite)).nonzero().flatten().tolist():  # the only time that the host waits
-            start = number * size
-            check_finite(self.rows_ND[start : start + size].cpu(), range(start, start + size), self.path)
+                numbers.append(piece)
+                start += len(piece)
+        bad = (~torch.stack(finite)).nonzero().flatten().tolist() if finite else []  # the only time that the host waits
+        for each in bad:
+            start = sum(map(len, numbers[:each]))
+            check_finite(self.rows_ND[start : start + len(numbers[each])].cpu(), numbers[each], self.path)
 
     def batches(self, order: ShuffledRows, start_step: int, n_steps: int) -> Generator[Tensor, None, None]:
         """[B, d_in] of the steps start_step .. start_step + n_steps - 1; the device is not waited for."""

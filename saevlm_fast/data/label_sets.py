@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from saevlm_fast.errors import first_line, require, shown
-from saevlm_fast.remote.cache import fetched
+from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.settings import several
 from saevlm_fast.urls import is_url, url_of
 
@@ -114,6 +114,7 @@ def halves(ids: Sequence[str]) -> np.ndarray:
     return np.array([zlib.crc32(f"half of {each}".encode()) & 1 for each in ids], bool)
 
 
+@telling_urls()
 def read_labels(path: str | os.PathLike[str], ids: Sequence[str]) -> list[LabelSet]:
     """Label sets in a file: .csv with a header, .parquet, each column after the first one a set.
 

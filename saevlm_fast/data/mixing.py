@@ -38,7 +38,7 @@ class MixingBuffer:
         first_window: that it begins with; what is fed first is its first row.
 
     Attributes:
-        step: 0-based step of the next batch.
+        step: 0-based step of the next batch. n_places: rows of a window.
         n_in: rows fed so far, from the first of `first_window` on. n_wanted: that will be taken in all.
 
     Raises:
@@ -62,11 +62,20 @@ class MixingBuffer:
         self.n_windows = -(-n_steps // (capacity // batch_size))
         self.step, self.n_in = self.first_step(first_window), 0
         self.n_wanted = (n_steps - self.step) * batch_size
-        self.rows_RD = torch.empty(self._rows_of(first_window), width, dtype=dtype, device=device)
+        self.width, self.dtype, self.device = width, dtype, torch.device(device)
+        self.n_places = self._rows_of(first_window)
         self._window, self._first = first_window, first_window
         # Where row j of the window lies; and the places as they come out, which the next window's rows then take.
-        self._places_R = torch.arange(self._rows_of(first_window), device=device)
+        self._places_R = torch.arange(self.n_places, device=self._make_room(self.n_places))
         self._out_R = self._order_of(first_window)
+
+    def _make_room(self, n_rows: int) -> torch.device:
+        """For rows at so many places. Returns where places are counted."""
+        self.rows_RD = self._empty(n_rows)
+        return self.device
+
+    def _empty(self, n_rows: int) -> Tensor:
+        return torch.empty(n_rows, self.width, dtype=self.dtype, device=self.device)
 
     def first_step(self, window: int) -> int:
         """The step with which a window begins to come out."""
@@ -96,9 +105,19 @@ class MixingBuffer:
         """Takes as many of these rows as there are places for; how many they are. 0: a batch has to be taken first."""
         free_P = self._free()
         n = min(len(free_P), len(rows_MD))
-        self.rows_RD.index_copy_(0, free_P[:n], rows_MD[:n].to(self.rows_RD.device, self.rows_RD.dtype))
+        self._lay(free_P[:n], rows_MD[:n])
         self.n_in += n
         return n
+
+    def _lay(self, places_M: Tensor, rows_MD: Tensor) -> None:
+        self.rows_RD.index_copy_(0, places_M, rows_MD.to(self.rows_RD.device, self.rows_RD.dtype))
+
+    def _rows_at(self, places_B: Tensor) -> Tensor:
+        return self.rows_RD[places_B]
+
+    def _taken(self, places_B: Tensor) -> Tensor:
+        """What comes out of a step's places."""
+        return self._rows_at(places_B)
 
     def drain(self) -> Iterator[Tensor]:
         """What is left. ValueError: not all rows that are wanted have been fed."""
@@ -108,12 +127,16 @@ class MixingBuffer:
 
     def peek(self, step: int) -> Tensor:
         """The batch [B, D] of a step of the window that is in, before it comes out."""
-        start = (step - self.first_step(self._window)) * self.batch_size
-        return self.rows_RD[self._out_R[start : start + self.batch_size]]
+        return self._rows_at(self._places_of(step))
 
-    def last_rows(self) -> Tensor:
-        """After the last step, the rows of the last window [R, D], which are still there."""
-        return self.rows_RD[self._places_R]
+    def _places_of(self, step: int) -> Tensor:
+        start = (step - self.first_step(self._window)) * self.batch_size
+        return self._out_R[start : start + self.batch_size]
+
+    def last_rows(self, n: int) -> Iterator[Tensor]:
+        """After the last step, the rows of the last window, which are still there, n at a time."""
+        for places_n in self._places_R.split(n):
+            yield self._rows_at(places_n)
 
     def _steps_of(self, window: int) -> int:
         return self.first_step(window + 1) - self.first_step(window)
@@ -139,7 +162,7 @@ class MixingBuffer:
 
     def take(self) -> Tensor:
         """The next batch [B, D], whose places are then free."""
-        batch_BD = self.peek(self.step)
+        batch_BD = self._taken(self._places_of(self.step))
         self.step += 1
         if self.step == self.first_step(self._window + 1) and self._window + 1 < self.n_windows:
             self._places_R = self._out_R[: self._rows_of(self._window + 1)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from saevlm_fast.data.store import StoreIndex, map_shard_file, read_index_file
 from saevlm_fast.errors import ActivationError
 from saevlm_fast.remote.answers import NotThere
-from saevlm_fast.remote.cache import fetched
+from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.remote.files import RemoteFiles
 from saevlm_fast.urls import child, url_of
 
@@ -90,7 +90,8 @@ def open_remote_store(path: Path) -> RemoteStore:
         file = fetched(child(url, "index.json")).path  # stays as long as this process
     except NotThere as error:
         raise ActivationError(f"{error}; a store of activations or codes has an index.json") from None
-    return RemoteStore(url, read_index_file(file), file)
+    with telling_urls():
+        return RemoteStore(url, read_index_file(file), file)
 
 
 def _mapped(index: StoreIndex, file: Path, number: int) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from saevlm_fast.data.store import (
     read_items,
 )
 from saevlm_fast.errors import ActivationError, check_kind, require, shown, whole_number
-from saevlm_fast.remote.cache import fetched
+from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.settings import path_of
 from saevlm_fast.urls import is_url, remote_path, url_of
 
@@ -339,7 +339,8 @@ def _open_remote(path: Path, key: str) -> Activations:
         check_usable(path, remote.index, ACTIVATIONS)
         return Activations(path, (), remote.index.source, remote.index.shards, remote=remote)
     file = fetched(url_of(path)).path  # stays as long as this process
-    tensor_ND = map_matrix(file, key)
+    with telling_urls():
+        tensor_ND = map_matrix(file, key)
     read_randomly(tensor_ND)
     return Activations(path, [tensor_ND], key=key, file=file)
 

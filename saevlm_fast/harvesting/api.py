@@ -113,16 +113,7 @@ def harvest(
     """
     chosen_device = resolve_device(device)
     recipe, rest = keyword_settings("harvest", settings, HarvestConfig, HarvestOptions)
-    if tokens is None:
-        tokens = default_tokens(_listed("point", point))
-    one_layer = layer is None or isinstance(layer, Integral)
-    layers = [] if layer is None else [layer] if one_layer else several("layer", layer)
-    config = HarvestConfig(
-        points=tuple(HookPoint.all_of(_listed("point", point), [whole_number("layer", each, 0) for each in layers])),
-        tokens=tuple(Tokens.parse(text) for text in _listed("tokens", tokens)),
-        sae=None if sae is None else path_of("sae", sae),
-        **recipe,
-    )
+    config = _config(layer, point, tokens, None if sae is None else path_of("sae", sae), recipe)
     temporary = tempfile.TemporaryDirectory(prefix="saevlm-fast-") if output is None else None
     where = Path(temporary.name) if temporary is not None else path_of("output", output)
     check_kind("images", images, (str, os.PathLike, ImageSource), "a path, or what open_images gives")
@@ -137,9 +128,27 @@ def harvest(
     opened = [open_activations(path) if sae is None else open_codes(path) for path in paths]
     for store in opened:
         weakref.finalize(store, _let_go, temporary)  # the directory lives as long as a store in it
-    if isinstance(point, str) and isinstance(tokens, str) and one_layer:
+    if isinstance(point, str) and isinstance(tokens, str | None) and isinstance(layer, Integral | None):
         return opened[0]
     return dict(zip(config.store_names, opened))
+
+
+def _config(
+    layer: int | Sequence[int] | None,
+    point: str | Sequence[str],
+    tokens: str | Sequence[str] | None,
+    sae: Path | None,
+    recipe: dict[str, Any],
+) -> HarvestConfig:
+    points, one_layer = _listed("point", point), isinstance(layer, Integral | None)
+    layers = [] if layer is None else [layer] if one_layer else several("layer", layer)
+    kinds = _listed("tokens", default_tokens(points) if tokens is None else tokens)
+    return HarvestConfig(
+        points=tuple(HookPoint.all_of(points, [whole_number("layer", each, 0) for each in layers])),
+        tokens=tuple(Tokens.parse(text) for text in kinds),
+        sae=sae,
+        **recipe,
+    )
 
 
 def _let_go(directory: tempfile.TemporaryDirectory[str] | None) -> None:

@@ -42,8 +42,6 @@ class HarvestConfig(HarvestSettings):
             for each in getattr(self, name):
                 check_kind(name, each, kind, f"a {kind.__name__}")
         require(len(self.points) > 0, "point: at least one hook point is needed")
-        require(len(set(self.points)) == len(self.points), "point, layer: the same hook point is asked for twice")
-        require(len(set(self.tokens)) == len(self.tokens), "tokens: the same choice is asked for twice")
         self._check_language()
         require(
             self.sae is None or len(self.stores) == 1,

@@ -1,15 +1,65 @@
-"""The processes that share a harvest: torchrun's ranks, which only ever wait for each other."""
+"""The processes that share a harvest: torchrun's ranks, which only ever wait for each other.
+
+A rank may wait long for the slowest, as long as that one goes on. So each leaves signs of life in torchrun's store, and
+one that has left none within the timeout ends those that wait for it.
+"""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from saevlm_fast.errors import Interrupted
+from saevlm_fast.errors import Interrupted, first_line
+
+_SIGN_SECONDS = 1.0  # between two signs of a rank
+_POLL_SECONDS = 0.05
+_EVER = timedelta(days=7)  # for a collective, in which a rank may wait long for the slowest
+
+
+class Signs:
+    """What ranks leave in a store of c10d: numbers that rise while they go on."""
+
+    def __init__(self, store: Any, rank: int, world: int, timeout: float):
+        self.store, self.timeout = store, timeout
+        self._keys = [f"saevlm_fast/signs/{each}" for each in range(world)]
+        self._own, self._left = self._keys[rank], 0.0
+        self.leave()
+
+    def leave(self) -> None:
+        """One a second at most."""
+        now = time.monotonic()
+        if self._left == 0.0 or now - self._left > _SIGN_SECONDS:
+            self._left = now
+            self.store.add(self._own, 1)
+
+    def wait(self, work: Any, stop_if: Callable[[], None]) -> None:
+        """For the end of a collective. Interrupted: a rank has left no sign for as long as the timeout."""
+        seen: list[Any] = [None] * len(self._keys)
+        since, looked = [0.0] * len(seen), 0.0
+        while not work.is_completed():
+            stop_if()
+            now = time.monotonic()
+            if now - looked > _SIGN_SECONDS:
+                looked = now
+                try:
+                    self.leave()
+                    known = self.store.multi_get(self._keys)
+                except RuntimeError:
+                    break  # it has gone, as after the last collective: work knows whether in time
+                since = [now if sign != old else at for sign, old, at in zip(known, seen, since)]
+                seen = known
+            for rank, at in enumerate(since):
+                if now - at > self.timeout:
+                    said = f"another of the {len(seen)} ranks has not answered for {self.timeout:g} s"
+                    raise Interrupted(f"{said} (collective_timeout): rank {rank}; continue with --resume")
+            time.sleep(_POLL_SECONDS)
+        work.wait(timedelta(seconds=self.timeout))
 
 
 @dataclass(frozen=True)
@@ -20,14 +70,35 @@ class Ranks:
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    signs: Signs | None = None
+    group: Any = None
 
-    def barrier(self) -> None:
-        if self.world == 1:
+    def barrier(self, stop_if: Callable[[], None] = lambda: None) -> None:
+        """Waits for all. stop_if: called meanwhile; what it raises ends the waiting.
+
+        Raises:
+            Interrupted: a rank has ended, or has left no sign for as long as the timeout.
+        """
+        if self.signs is None:
             return
-        try:
-            dist.barrier()
-        except RuntimeError as error:
-            raise Interrupted("another rank has ended; its message says why") from error
+        with _in_words():
+            work = dist.barrier(self.group, async_op=True)
+            self.signs.wait(work, stop_if)
+
+    def goes_on(self) -> None:
+        """To be called while this rank works. Interrupted: nobody is there who could see it."""
+        if self.signs is not None:
+            with _in_words():
+                self.signs.leave()
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, in order. Interrupted: as `barrier`."""
+        values: list[Any] = [value] * self.world
+        self.barrier()
+        if self.world > 1:
+            with _in_words():
+                dist.all_gather_object(values, value)
+        return values
 
     def device(self, name: str) -> str:
         """`auto` and `cuda` are the rank's own GPU."""
@@ -39,15 +110,40 @@ ALONE = Ranks()
 
 
 @contextmanager
-def torchrun_ranks() -> Iterator[Ranks]:
-    """This process among those that torchrun started; joins them with gloo (ranks only wait for each other)."""
+def torchrun_ranks(timeout: float) -> Iterator[Ranks]:
+    """This process among those that torchrun started; joins them with gloo (ranks only wait for each other).
+
+    timeout: seconds that ranks wait for each other when they meet, and later for a sign.
+
+    Raises:
+        Interrupted: they do not come.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for the slowest
+    local_rank, local_world = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    with _in_words():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        rank, group = dist.get_rank(), dist.new_group(timeout=_EVER)
+        ranks = Ranks(rank, world, local_rank, max(1, local_world), Signs(_store(timeout), rank, world, timeout), group)
+    yield ranks
+    dist.destroy_process_group()  # not after an error: it would wait for a collective that nobody answers
+
+
+def _store(timeout: float) -> Any:
+    """torchrun's, where this start of the ranks has a place of its own."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    run = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    limit = timedelta(seconds=timeout)
+    store = dist.TCPStore(address, port, is_master=False, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
+    return dist.PrefixStore(run, store)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
     try:
-        local_rank, local_world = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        yield Ranks(dist.get_rank(), world, local_rank, max(1, local_world))
-    finally:
-        dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        world = os.environ.get("WORLD_SIZE")
+        raise Interrupted(f"another of the {world} ranks has ended, or did not come: {first_line(error)}") from error

@@ -10,7 +10,6 @@ images alone: batches never cross units, and random tokens are seeded per image.
 What is written is decided in harvesting/plan.py; harvesting/stores.py is the output directory.
 """
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -83,6 +82,11 @@ def harvest(
             tf32_products(config.dtype == "tf32"),
             tower.hooked(config.points, options.compile, autocast, tf32=config.dtype == "tf32") as run,
         ):
+
+            def stop_if() -> None:
+                if interrupted.is_set():
+                    raise Interrupted(f"interrupted; continue with --resume --output {options.output}")
+
             plan = HarvestPlan(source, tower, run, config, options)
             stores = HarvestStores(plan)
             if ranks.rank == 0:
@@ -93,14 +97,15 @@ def harvest(
                     stores.begin()
                     if ranks.world > 1:
                         lock.share()  # with the other ranks
-                ranks.barrier()
+                ranks.barrier(stop_if)
                 if ranks.rank > 0:
+                    stores.check_prepared(ranks.rank)
                     locks.enter_context(output_lock(options.output, directory=True, exclusive=False))
                 stores.resume(part=ranks.rank if ranks.world > 1 else None)
             loop = _Loop(plan, stores, ranks)
             with dead_workers_in_one_line():
-                loop.units(on_images, interrupted, anew)
-            ranks.barrier()
+                loop.units(on_images, stop_if, anew)
+            ranks.barrier(stop_if)
             if ranks.rank == 0:
                 loop.summary.n_skipped = stores.finish()
             ranks.barrier()
@@ -115,7 +120,7 @@ class _Loop:
         self.source, self.device = plan.source, plan.tower.device
         self.summary = HarvestSummary(plan.output, [store.path for store in plan.stores], plan.n_images)
 
-    def units(self, on_images: Callable[[int, int, int], None], interrupted: threading.Event, anew: bool) -> None:
+    def units(self, on_images: Callable[[int, int, int], None], stop_if: Callable[[], None], anew: bool) -> None:
         """This rank's share of the units that are not done, the writing of one beside the forward of the next.
 
         anew: none is done, and the stores are yet to be begun. That takes a second per gigabyte of weights, which are
@@ -135,7 +140,8 @@ class _Loop:
                         writing.popleft().result()
                     pieces = UnitPieces([[] for _ in self.plan.stores], [], [])
                     for _ in self.plan.batches_of(unit):
-                        self._stop_if(interrupted)
+                        stop_if()
+                        self.ranks.goes_on()
                         self._forward(next(batches), pieces)
                         if self.stores.skips_too_many:
                             _finish(writing)
@@ -171,10 +177,6 @@ class _Loop:
                 self.summary.waiting += time.perf_counter() - start
                 yield batch
                 start = time.perf_counter()
-
-    def _stop_if(self, interrupted: threading.Event) -> None:
-        if interrupted.is_set():
-            raise Interrupted(f"interrupted; continue with --resume --output {self.plan.output}")
 
     def _forward(self, batch: Batch, pieces: UnitPieces) -> None:
         """Rows of every store, on their way to the host."""

@@ -130,6 +130,12 @@ class HarvestStores:
             write_record(self.place / HARVEST_FILE, self.plan.settings)
         self._keep_whole_units()
 
+    def check_prepared(self, rank: int) -> None:
+        """A rank but 0. ValueError: it does not see what rank 0 has begun, or would harvest something else."""
+        file = workplace(self.output) / HARVEST_FILE
+        require(file.is_file(), f"output: {file} is not there for rank {rank}; all ranks need the same disk")
+        check_same_settings(file, self.plan.settings, free=_FREE_SETTINGS)
+
     def _keep_whole_units(self) -> None:
         """A unit is done when every store has it, and is done anew in all of them otherwise: an image that could not be
         read then may be readable now."""

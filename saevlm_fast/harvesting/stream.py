@@ -129,40 +129,54 @@ class TowerStream:
             epoch, start = divmod(first, self.forwards_per_epoch)
             plan = self.plan if epoch == 0 else self._plan(epoch)
             ranges = [images for unit in range(plan.n_units) for images in plan.batches_of(unit)][start::every]
-            on_gpu = self.tower.device.type == "cuda"
-            workers = default_workers(on_gpu, n_local) if self.options.workers is None else self.options.workers
-            with closing(image_batches(plan.source, self.tower.preprocess, ranges, workers, on_gpu)) as batches:
-                for batch in batches:
-                    yield Forward(first, forward_rows(plan, batch)), skipped_lines(plan.source, batch)
+            with closing(self.through(plan, ranges, n_local)) as passed:
+                for rows, lines in passed:
+                    yield Forward(first, rows), lines
                     first += every
 
+    def through(
+        self, plan: HarvestPlan, ranges: list[range], n_local: int = 1
+    ) -> Generator[tuple[list[BatchRows], list[str]], None, None]:
+        """The rows of these batches of a plan's images, and what skipped.jsonl says of each; else as `passes`."""
+        on_gpu = self.tower.device.type == "cuda"
+        workers = default_workers(on_gpu, n_local) if self.options.workers is None else self.options.workers
+        with closing(image_batches(plan.source, self.tower.preprocess, ranges, workers, on_gpu)) as batches:
+            for batch in batches:
+                yield forward_rows(plan, batch), skipped_lines(plan.source, batch)
+
     def note(self, lines: list[str]) -> None:
-        """Unusable images. ValueError: they are more than max_skipped."""
+        """Unusable images. ValueError: they are more than max_skipped, or all, of which no epoch has a row."""
         self.skipped.update(lines)
-        limit, n = self.options.max_skipped, len(self.skipped)
+        limit, n, last = self.options.max_skipped, len(self.skipped), "".join(lines[-1:]).strip()
         require(
             n <= limit * self.n_images,
-            f"max_skipped: {n} of {self.n_images} images could not be used, more than {limit:.2%}; the last one: "
-            f"{''.join(lines[-1:]).strip()}",
+            f"max_skipped: {n} of {self.n_images} images could not be used, more than {limit:.2%}; "
+            f"the last one: {last}",
         )
+        require(n < self.n_images, f"images: none of {n} images could be used; the last one: {last}")
 
     def in_order(self, source: ImageSource, path: str) -> Generator[list[BatchRows], None, None]:
         """The rows of other images, each once and in their order: those of an evaluation. path: as records name it."""
         n = len(source)
         plan = HarvestPlan(source, self.tower, self.run, self.config, self.options)
         ranges = [range(i, min(i + self.config.batch_size, n)) for i in range(0, n, self.config.batch_size)]
-        on_gpu = self.tower.device.type == "cuda"
-        workers = default_workers(on_gpu, 1) if self.options.workers is None else self.options.workers
         n_skipped = 0
-        with closing(image_batches(source, self.tower.preprocess, ranges, workers, on_gpu)) as batches:
-            for batch in batches:
-                n_skipped += len(batch.skipped)
+        with closing(self.each_once(plan, ranges)) as passed:
+            for rows, lines in passed:
+                n_skipped += len(lines)
                 require(
                     n_skipped <= self.options.max_skipped * n,
                     f"max_skipped: {n_skipped} of {n} images of {path} could not be used, more than "
                     f"{self.options.max_skipped:.2%}",
                 )
-                yield forward_rows(plan, batch)
+                yield rows
+        require(n_skipped < n, f"images: none of the {n} images of {path} could be used")
+
+    def each_once(
+        self, plan: HarvestPlan, ranges: list[range]
+    ) -> Generator[tuple[list[BatchRows], list[str]], None, None]:
+        """`through`, by whoever shares the stream."""
+        return self.through(plan, ranges)
 
 
 class Keeping:
@@ -178,12 +192,20 @@ class Keeping:
         self.per_unit = self.plan.images_per_unit // stream.config.batch_size
         self._pieces: dict[int, UnitPieces] = {}
         self._finished = False
-        self.stores.open()
-        self.stores.begin()
-        self.stores.resume(part=None)
+        self._open()
+        self.stores.resume(part=self._part)
         missing = [unit for unit in range(self.plan.n_units) if unit not in self.stores.done]
         self.first_missing = missing[0] * self.per_unit if missing else stream.forwards_per_epoch
         self._finish_if_whole()
+
+    def _open(self) -> None:
+        self.stores.open()
+        self.stores.begin()
+
+    @property
+    def _part(self) -> int | None:
+        """Of the stores' indexes that this process writes, if others write, too."""
+        return None
 
     def add(self, number: int, rows: list[BatchRows], skipped: list[str]) -> None:
         """A forward of the first epoch; a unit is written when its last one is there."""
@@ -197,19 +219,29 @@ class Keeping:
         pieces = self._pieces[unit]
         pieces.skipped.extend(skipped)
         self.stores.skipped.extend(skipped)
-        for held, found in zip(pieces.rows, rows):
-            held.append(on_host(found))
+        for held, found in zip(pieces.rows, self._held(number, rows)):
+            held.append(found)
         if rows and self.stream.tower.device.type == "cuda":
             pieces.copied.append(torch.cuda.current_stream(self.stream.tower.device).record_event())
         if place == len(self.plan.batches_of(unit)) - 1:
-            self.stores.write_unit(unit, self._pieces.pop(unit))
+            self._write(unit, self._pieces.pop(unit))
             self.stores.done |= {unit}
             self._finish_if_whole()
 
     def _finish_if_whole(self) -> None:
         if not self._finished and len(self.stores.done) == self.plan.n_units:
-            self.stores.finish()
+            self._finish()
             self._finished = True
+
+    def _held(self, number: int, rows: list[BatchRows]) -> list[BatchRows]:
+        """A forward's, as they are held until their unit is written."""
+        return [on_host(each) for each in rows]
+
+    def _write(self, unit: int, pieces: UnitPieces) -> None:
+        self.stores.write_unit(unit, pieces)
+
+    def _finish(self) -> None:
+        self.stores.finish()
 
     @property
     def is_whole(self) -> bool:

@@ -23,6 +23,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.images.sources import ImageSource, Names, directory_of, is_image, list_lines, read_image
 from saevlm_fast.images.tables import open_parquet
 from saevlm_fast.images.tars import open_tars
+from saevlm_fast.remote.cache import telling_urls
 from saevlm_fast.remote.files import RemoteFiles
 from saevlm_fast.remote.hub import is_hub, place_of
 from saevlm_fast.remote.ranges import RangeFile
@@ -63,7 +64,8 @@ def open_remote_images(url: str, names: list[str], split: str) -> ImageSource:
         ValueError: anything that is no source. RemoteError: it cannot be read.
     """
     urls = at_commits([each for name in names for each in _named(name)])
-    source = _open(urls, redacted(url), split)
+    with telling_urls():
+        source = _open(urls, redacted(url), split)
     if is_hub(url):
         place = place_of(url)
         root = place._replace(revision="").url("")
@@ -90,6 +92,7 @@ def _open(urls: list[str], shown: str, split: str) -> ImageSource:
     return _open_folder(urls[0], shown, split)
 
 
+@telling_urls()
 def open_files(urls: list[str], shown: str, column: str = "") -> ImageSource:
     """The images in files of one kind, in their order: images, tars or parquet files. column: that of the images in a
     parquet file, where it has several."""

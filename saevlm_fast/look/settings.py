@@ -20,21 +20,29 @@ class ReportSettings(Settings):
     """
 
     title: ClassVar = "The report"
-    sae: tuple[str, ...] = setting(help="SAE directory; several: --sae A --sae B, shown side by side.", parse=texts)
+    sae: tuple[str, ...] = setting(
+        help="SAE directory; several: --sae A --sae B, shown side by side.", parse=texts, repeats=True
+    )
     output: Path = setting(help="Directory of the report; with --single-file FILE.html.")
     activations: Path | None = setting(
         None, help="Store of activations of all SAEs; patches give heat maps.", remote=True
     )
-    codes: tuple[str, ...] = setting((), help="Store of each SAE's codes, instead of encoding anew.", parse=texts)
+    codes: tuple[str, ...] = setting(
+        (), help="Store of each SAE's codes, instead of encoding anew.", parse=texts, repeats=True
+    )
     embeddings: Path | None = setting(None, help="Image embeddings, row i of image i: for MS and names.", remote=True)
     control_sae: Path | None = setting(
         None,
         help="SAE that cannot have learned: numbers are held against its latents'. untrained: made here, random "
         "directions with the first SAE's L0 (where no directory is called so).",
     )
-    scores: tuple[str, ...] = setting((), help="Table of each SAE: every number in it is a measure.", parse=texts)
-    names: tuple[str, ...] = setting((), help="Table of each SAE, of `saevlm-fast name`.", parse=texts)
-    steering: tuple[str, ...] = setting((), help="Table of each SAE, of `saevlm-fast steering-score`.", parse=texts)
+    scores: tuple[str, ...] = setting(
+        (), help="Table of each SAE: every number in it is a measure.", parse=texts, repeats=True
+    )
+    names: tuple[str, ...] = setting((), help="Table of each SAE, of `saevlm-fast name`.", parse=texts, repeats=True)
+    steering: tuple[str, ...] = setting(
+        (), help="Table of each SAE, of `saevlm-fast steering-score`.", parse=texts, repeats=True
+    )
     text_model: str | None = setting(None, help="Names by this CLIP's text tower, without --names.")
     labels: Path | None = setting(
         None,

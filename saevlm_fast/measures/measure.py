@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -382,19 +382,11 @@ def measure(
         ValueError: an SAE of another width, layer or hook point, embeddings or labels of other images, a control that
             there is not, codes that do not fit into memory.
     """
-    check_kind("saes", saes, (SparseAutoencoder, Mapping), "a SparseAutoencoder, or a mapping of names to some")
-    named = {"sae": saes} if isinstance(saes, SparseAutoencoder) else dict(saes)
-    require(len(named) > 0, "saes: none were given")
-    for sae in named.values():
-        check_sae(sae, "saes")
+    named = _by_name(saes)
     controls, batch_rows = several("controls", controls), whole_number("batch_rows", batch_rows)
-    require(
-        isinstance(pool, str) and pool in get_args(Pool),
-        f"pool: {shown(pool)} is not one of {', '.join(get_args(Pool))}",
-    )
+    _check_choices("pool", (pool,), get_args(Pool))
+    _check_choices("controls", controls, CONTROLS)
     output = None if output is None else path_of("output", output)
-    unknown = [each for each in controls if each not in CONTROLS]
-    require(not unknown, f"controls: {shown(unknown[:1])} is not one of {', '.join(CONTROLS)}")
     check_kind("behaviour", behaviour, (Behaviour, type(None)), "a Behaviour")
     check_kind("patch_labels", patch_labels, (LabelSet, type(None)), "a LabelSet")
     check_kind("taxonomy", taxonomy, (Taxonomy, Mapping, type(None)), "a Taxonomy, or a mapping of labels to paths")
@@ -418,6 +410,21 @@ def measure(
         check_rows_of(sae, drawn if elsewhere else rows)
     subjects = subjects_of({name: (sae, weights_digest(sae)) for name, sae in named.items()})
     return evaluate_subjects(subjects, inputs, controls, compare, Parts(output), random_inputs=on_random)
+
+
+def _by_name(saes: SparseAutoencoder | Mapping[str, SparseAutoencoder]) -> dict[str, SparseAutoencoder]:
+    check_kind("saes", saes, (SparseAutoencoder, Mapping), "a SparseAutoencoder, or a mapping of names to some")
+    named = {"sae": saes} if isinstance(saes, SparseAutoencoder) else dict(saes)
+    require(len(named) > 0, "saes: none were given")
+    for sae in named.values():
+        check_sae(sae, "saes")
+    return named
+
+
+def _check_choices(name: str, chosen: Sequence[Any], choices: Sequence[str]) -> None:
+    for each in chosen:
+        known = isinstance(each, str) and each in choices
+        require(known, f"{name}: {shown(each)} is not one of {', '.join(choices)}")
 
 
 def _label_sets(labels: Sequence[str | None] | LabelSet | None, rows: Activations) -> tuple[LabelSet, ...]:

@@ -106,6 +106,27 @@ def release(key: str) -> None:
     _users.release(key)
 
 
+@contextmanager
+def telling_urls() -> Iterator[None]:
+    """Around what reads fetched files: what is wrong with one is said of its URL, not of its place in the cache."""
+    try:
+        yield
+    except ValueError as error:
+        text = _with_urls(str(error))
+        if text == str(error):
+            raise
+        kind = type(error) if type(error).__module__.startswith(__package__.partition(".")[0]) else ValueError
+        raise kind(text) from error
+
+
+def _with_urls(text: str) -> str:
+    cache = remote_cache()
+    for key in re.findall(rf"{re.escape(str(cache))}/([0-9a-f]{{32}})/", text):
+        url = str(_read(cache / key / _INFO).get("url", ""))
+        text = text.replace(f"{cache / key / file_name(url)}", url) if url else text
+    return text
+
+
 def _key(url: str, version: str) -> str:
     """version: or SHA-256. Who has opened one version keeps it while others fetch the next."""
     if is_hub(url):  # a file that many commits have is one file

@@ -90,8 +90,9 @@ def _covered(settings: Mapping[str, Any], width: int, height: int) -> Region:
     if settings.get("image_grid_pinpoints") is not None or settings.get("do_resize") is False:
         return WHOLE  # of tiles the first is the whole picture
     size = settings.get("size") or {}
-    if "max_image_tiles" in settings:  # Mllama's: in the upper left of a tile
-        tile = _pair(size)
+    filled_up = settings.get("pad_size") if "mask_pad_size" in settings else None  # SAM's
+    if filled_up or "max_image_tiles" in settings or "resize_to_max_canvas" in settings:  # Mllama's, Llama 4's
+        tile = _pair(filled_up or size)  # in whose upper left the picture is
         height_, width_ = _resized("longest", tile, width, height)
         return 0.0, 0.0, tile[1] / width_, tile[0] / height_
     if size.get("shortest_edge"):

@@ -4,22 +4,17 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import require
+from saevlm_fast.kernels.common import on_gpu
 from saevlm_fast.kernels.scaled_rows import squared_norms
+from saevlm_fast.scoring.refusals import refuse_activations, refuse_embeddings
 from saevlm_fast.scoring.sums import CodesRange, DenseRange, Embeddings, Pairs
 from saevlm_fast.sparse_codes import SparseCodes
 
 _ONE_KIND = "activations: one StreamedScore takes sparse codes or dense activations, not both"
 
 
-def checked_embeddings(
-    emb_nE: Tensor, n_rows: int, d_emb: int | None, similarity: str, first_image: int, device: torch.device
-) -> Embeddings:
-    """Embeddings of n_rows images, of width d_emb if that is known, of which the similarity is defined, on the device.
-
-    Raises:
-        ValueError: another shape; NaN, infinity, under cosine a zero embedding, naming the image (the first is
-            first_image).
-    """
+def embeddings_on(emb_nE: Tensor, n_rows: int, d_emb: int | None, device: torch.device) -> Embeddings:
+    """Embeddings of n_rows images, of width d_emb if that is known, on the device. ValueError: another shape."""
     require(
         emb_nE.dim() == 2 and len(emb_nE) == n_rows,
         f"emb_nE: shape {tuple(emb_nE.shape)} is not [{n_rows}, E], one row for each image",
@@ -27,26 +22,34 @@ def checked_embeddings(
     width = emb_nE.shape[1]
     require(d_emb in (None, width), f"emb_nE: width {width} differs from the {d_emb} of the images before")
     emb_nE = emb_nE.to(device)
-    sqnorm_n = squared_norms(emb_nE)
-    if n_rows > 0:
-        least, most = torch.stack(sqnorm_n.aminmax()).tolist()  # a device is waited for once; NaN is both
-        if not (least >= 0 and most < float("inf")):
-            _refuse_images(~sqnorm_n.isfinite(), first_image, "embedding is NaN, infinite or too large to square")
-        if least == 0 and similarity == "cosine":
-            _refuse_images(sqnorm_n == 0, first_image, "embedding is zero, where cosine is undefined")
-    return Embeddings(emb_nE, sqnorm_n)
+    return Embeddings(emb_nE, squared_norms(emb_nE))
 
 
-def _refuse_images(bad_n: Tensor, first_image: int, message: str) -> None:
-    if bool(bad_n.any()):
-        raise ValueError(f"embeddings: image {first_image + int(bad_n.nonzero()[0])}: {message}")
+def check_embeddings(images: Embeddings, similarity: str, first_image: int) -> None:
+    """That the similarity is defined of every image.
+
+    Raises:
+        ValueError: NaN, infinity, under cosine a zero embedding, naming the image (the first is first_image).
+    """
+    if len(images.sqnorm_n) > 0:
+        least, most = torch.stack(images.sqnorm_n.aminmax()).tolist()  # a device is waited for once; NaN is both
+        refuse_embeddings(images, similarity, first_image, least == 0, not (least >= 0 and most < float("inf")))
+
+
+def checked_embeddings(
+    emb_nE: Tensor, n_rows: int, similarity: str, first_image: int, device: torch.device
+) -> Embeddings:
+    """embeddings_on and check_embeddings."""
+    images = embeddings_on(emb_nE, n_rows, None, device)
+    check_embeddings(images, similarity, first_image)
+    return images
 
 
 class CodesIntake:
     """Sparse codes, gathered until block_rows images wait: a pass over the sums is then small beside what is added."""
 
-    def __init__(self, n_latents: int, block_rows: int, pairs: Pairs) -> None:
-        self.n_latents, self.block_rows, self.pairs = n_latents, block_rows, pairs
+    def __init__(self, n_latents: int, block_rows: int, pairs: Pairs, similarity: str | None = None) -> None:
+        self.n_latents, self.block_rows, self.pairs, self.similarity = n_latents, block_rows, pairs, similarity
         self.range = CodesRange(n_latents, pairs.device)
         self._pending: list[tuple[SparseCodes, Embeddings]] = []
 
@@ -54,8 +57,11 @@ class CodesIntake:
         """Codes of the next images, the first of which is number first_image.
 
         Raises:
-            ValueError: no codes, codes of another number of latents, and what SparseCodes.check refuses.
+            ValueError: no codes, codes of another number of latents, and what SparseCodes.check refuses; with a
+                similarity what check_embeddings does.
         """
+        if self.similarity is not None:
+            check_embeddings(images, self.similarity, first_image)
         if not isinstance(activations, SparseCodes):
             raise ValueError(_ONE_KIND)
         d_sae = activations.d_sae
@@ -80,15 +86,16 @@ class CodesIntake:
 class DenseIntake:
     """Activations of every neuron: added as they come."""
 
-    def __init__(self, n_neurons: int, pairs: Pairs) -> None:
-        self.n_neurons, self.pairs = n_neurons, pairs
+    def __init__(self, n_neurons: int, pairs: Pairs, similarity: str | None = None) -> None:
+        self.n_neurons, self.pairs, self.similarity = n_neurons, pairs, similarity
         self.range = DenseRange(n_neurons, pairs.device)
 
     def add(self, activations: SparseCodes | Tensor, images: Embeddings, first_image: int) -> None:
         """Activations [n, K] of the next images, the first of which is number first_image.
 
         Raises:
-            ValueError: codes, another shape, or NaN or infinity, naming the image.
+            ValueError: codes, another shape, or NaN or infinity, naming the image; with a similarity what
+                check_embeddings refuses.
         """
         if isinstance(activations, SparseCodes):
             raise ValueError(_ONE_KIND)
@@ -97,11 +104,18 @@ class DenseIntake:
         if len(activations) == 0:
             return
         acts_nK = activations.to(self.pairs.device)
+        if on_gpu(acts_nK):
+            from saevlm_fast.scoring.dense_on_gpu import add_on_gpu
+
+            with torch.cuda.device_of(acts_nK):  # Triton launches on the current device
+                add_on_gpu(self.range, self.pairs, acts_nK, images, self.similarity, first_image)
+            return
+        if self.similarity is not None:
+            check_embeddings(images, self.similarity, first_image)
         low_K, high_K = torch.aminmax(acts_nK, dim=0)  # NaN is both
         spread = (high_K.to(torch.float64) - low_K.to(torch.float64)).sum()
-        if not bool(spread < float("inf")):  # a device is waited for once
-            bad_n = ~acts_nK.isfinite().all(1)
-            _refuse_images(bad_n, first_image, "acts_nK holds NaN or infinity")
+        if not bool(spread < float("inf")):
+            refuse_activations(acts_nK, first_image)
         self.pairs.lower(self.range.observe(acts_nK, low_K, high_K))
         self.pairs.add_dense(acts_nK, self.range.low_S, images)
 

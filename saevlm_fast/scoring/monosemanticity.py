@@ -34,7 +34,7 @@ from saevlm_fast.kernels.common import check_similarity
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
 from saevlm_fast.peers import Peers
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, checked_embeddings
+from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, embeddings_on
 from saevlm_fast.scoring.merging import merge_ranks
 from saevlm_fast.scoring.source import Pool, ScoredImages
 from saevlm_fast.scoring.sums import STATUSES, ActivationRange, HalvedSums, KeptPairs, Pairs, ShiftedSums, status_of
@@ -193,7 +193,7 @@ class StreamedScore:
         """
         n_rows = activations.n_rows if isinstance(activations, SparseCodes) else len(activations)
         first = self.first_image + self.n_images
-        images = checked_embeddings(emb_nE, n_rows, self._d_emb, self.similarity, first, self.device)
+        images = embeddings_on(emb_nE, n_rows, self._d_emb, self.device)
         pairs = self._pairs or self._new_pairs(emb_nE.shape[1])
         intake = self._intake or self._new_intake(isinstance(activations, SparseCodes), pairs)
         intake.add(activations, images, first)
@@ -215,17 +215,7 @@ class StreamedScore:
 
     def result(self) -> MonosemanticityScores:
         """Scores of the images so far; more may follow."""
-        if self._intake is None:
-            seen = ActivationRange(self.n_latents, self.device)
-            num_S, den_S = torch.zeros_like(seen.low_S), torch.zeros_like(seen.low_S)
-        else:
-            self._intake.flush()
-            seen = self._intake.range
-            assert self._pairs is not None
-            num_S, den_S = self._pairs.pair_sums(seen.low_S)
-        sums = num_S, den_S, seen.low_S, seen.high_S, seen.n_active_S, seen.n_above()
-        # One copy from a device; counts of images are exact in float64.
-        num_S, den_S, low_S, high_S, n_active_S, n_above_S = torch.stack([t.to(torch.float64) for t in sums]).cpu()
+        num_S, den_S, low_S, high_S, n_active_S, n_above_S = self._of_every_latent().cpu()
         status_S = status_of(low_S, high_S, n_above_S)
         return MonosemanticityScores(
             ms=(num_S / den_S).masked_fill_(status_S != STATUSES.index("defined"), float("nan")),
@@ -235,6 +225,19 @@ class StreamedScore:
             n_images=self.n_images,
             similarity=self.similarity,
         )
+
+    def _of_every_latent(self) -> Tensor:
+        """num, den, low, high, images above 0 and images above low: [6, S] float64, one copy from a device."""
+        if self._intake is None:
+            seen = ActivationRange(self.n_latents, self.device)
+            num_S, den_S = torch.zeros_like(seen.low_S), torch.zeros_like(seen.low_S)
+        else:
+            self._intake.flush()
+            seen = self._intake.range
+            assert self._pairs is not None
+            num_S, den_S = self._pairs.pair_sums(seen.low_S)
+        sums = num_S, den_S, seen.low_S, seen.high_S, seen.n_active_S, seen.n_above()
+        return torch.stack([t.to(torch.float64) for t in sums])  # counts of images are exact in float64
 
     def mean_embedding(self) -> Tensor:
         """sum_i r_ik e_i / sum_i r_ik, [S, E] float64 on the CPU, NaN where the score is not defined.
@@ -281,8 +284,8 @@ class StreamedScore:
 
     def _new_intake(self, sparse: bool, pairs: Pairs) -> CodesIntake | DenseIntake:
         if sparse:
-            return CodesIntake(self.n_latents, self.block_rows, pairs)
-        return DenseIntake(self.n_latents, pairs)
+            return CodesIntake(self.n_latents, self.block_rows, pairs, self.similarity)
+        return DenseIntake(self.n_latents, pairs, self.similarity)
 
 
 Similarity = Literal["cosine", "dot", "rbf"]

@@ -4,20 +4,23 @@ The maths is told in monosemanticity.py. Shape suffixes: n images of a chunk, N 
 embedding, M entries grouped by latent, A latents that fire on every image.
 """
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from saevlm_fast.kernels.common import on_gpu, zeros_of
 from saevlm_fast.kernels.latent_range import latent_range
 from saevlm_fast.kernels.pairwise_similarity import inner_product_sums, pairwise_gram_sums, pairwise_sums
 from saevlm_fast.kernels.scaled_rows import scaled_rows, scaled_sum
 from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 
+if TYPE_CHECKING:  # Triton is not everywhere
+    from saevlm_fast.kernels.dense_score_triton import Units
+
 STATUSES = ("defined", "dead", "constant", "single")
-# Images of a block of raw neurons: a CPU keeps their float64 copies in its cache, a GPU waits for few launches.
-_BLOCK_ROWS = {"cpu": 256, "cuda": 16384}
+_BLOCK_ROWS = 256  # images of a block of raw neurons on a CPU, which keeps their float64 copies in its cache
 
 
 # --- embeddings ---
@@ -111,6 +114,11 @@ class DenseRange(ActivationRange):
         at_low_K = (acts_nK == low_K).sum(0)
         return self._merge(low_K.to(torch.float64), high_K.to(torch.float64), at_low_K, len(acts_nK))
 
+    def replace(self, low_K: Tensor, high_K: Tensor, n_active_K: Tensor, n_low_K: Tensor, n_images: int) -> None:
+        """By what a GPU has found of these images and of all before them."""
+        self.low_S, self.high_S, self.n_active_S, self.n_low_S = low_K, high_K, n_active_K, n_low_K
+        self.n_images = n_images
+
 
 # --- sums over pairs ---
 
@@ -139,14 +147,19 @@ class ShiftedSums:
     def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device) -> None:
         self.similarity, self.device = similarity, device
         self.state: StreamedState = streamed_cosine_state(n_latents, d_emb, device)
-        self.self_S = torch.zeros_like(self.state.num_S)
         self.n_images = 0
-        self.unit_sum_E = torch.zeros(d_emb, dtype=torch.float64, device=device)
-        self.pair_sum, self.square_sum = torch.zeros(2, dtype=torch.float64, device=device)
+        zeros = zeros_of(device, (n_latents,), (d_emb,), (), ())
+        self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum = zeros
 
     def lower(self, drop_S: Tensor) -> None:
         """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring."""
         if self.n_images == 0:
+            return
+        if on_gpu(drop_S):
+            from saevlm_fast.kernels.dense_score_triton import launch_lower
+
+            with torch.cuda.device_of(drop_S):  # Triton launches on the current device
+                launch_lower((*self.state, self.self_S), drop_S, *self._of_images(), self.n_images)
             return
         rows = torch.nonzero(drop_S).squeeze(1)
         if len(rows) == 0:
@@ -183,12 +196,11 @@ class ShiftedSums:
         self._add_images(scaled_sum(images.emb_nE, scale_n), square_n)
 
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
-        """Adds a chunk of activations of every neuron, a block at a time: pairs within it, and the merge."""
+        """Adds a chunk of activations of every neuron, on a CPU a block at a time: pairs within it, and the merge."""
         sums_SE, num_S, den_S, total_S = self.state
         scale_n, square_n = images.scales(self.similarity)
-        rows = _BLOCK_ROWS[acts_nK.device.type]
         for acts_bK, emb_bE, scale_b, square_b in zip(
-            *(t.split(rows) for t in (acts_nK, images.emb_nE, scale_n, square_n))
+            *(t.split(_BLOCK_ROWS) for t in (acts_nK, images.emb_nE, scale_n, square_n))
         ):
             unit_bE = scaled_rows(emb_bE, scale_b)
             added = inner_product_sums(acts_bK, unit_bE, square_b, low_K)
@@ -201,6 +213,17 @@ class ShiftedSums:
             total_S += added.total_K
             self.self_S += added.self_K
             self._add_images(unit_bE.sum(0), square_b)
+
+    def add_launched(self, added_KE: Tensor, added_4K: Tensor, units: "Units") -> None:
+        """Adds images of a GPU (dense_on_gpu.py): sums [K, E]; total, den, self and num; the images' vectors."""
+        from saevlm_fast.kernels.dense_score_triton import launch_add, launch_add_images
+
+        launch_add((*self.state, self.self_S), added_KE, added_4K)
+        launch_add_images(units, *self._of_images())
+        self.n_images += len(units.square_n)
+
+    def _of_images(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.unit_sum_E, self.pair_sum, self.square_sum
 
     def _add_images(self, chunk_E: Tensor, sqnorm_n: Tensor) -> None:
         """Sums of a neuron that is 1 on every image, from the sum of u and each |u|^2 of n images.
@@ -236,7 +259,7 @@ class HalvedSums:
     """
 
     def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device, first_image: int = 0) -> None:
-        self.device, self._next = device, first_image
+        self.device, self._first_image = device, first_image
         self._pair_sums: tuple[Tensor, Tensor] | None = None  # of all images so far, once they were asked for
         self.halves = [ShiftedSums(n_latents, d_emb, similarity, device) for _ in range(2)]
 
@@ -249,7 +272,7 @@ class HalvedSums:
         joined, n_latents = Embeddings.join(images), len(low_S)
         acts_M, latents_M = grouped.acts_M, grouped.latents_M
         images_M = codes.entry_rows()[grouped.order_M]
-        for half, rows, first in self._split(codes.n_rows):
+        for half, rows, first in self.split(codes.n_rows):
             chosen_M = (images_M & 1) == first
             counts_S = torch.bincount(latents_M[chosen_M], minlength=n_latents)
             offsets_S1 = torch.nn.functional.pad(counts_S.cumsum(0), (1, 0))
@@ -257,13 +280,13 @@ class HalvedSums:
             half.add_entries(acts_M[chosen_M], images_M[chosen_M] >> 1, offsets_S1, low_S, of_half)
 
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
-        for half, rows, _ in self._split(len(acts_nK)):
+        for half, rows, _ in self.split(len(acts_nK)):
             half.add_dense(acts_nK[rows], low_K, Embeddings(images.emb_nE[rows], images.sqnorm_n[rows]))
 
-    def _split(self, n_rows: int) -> list[tuple[ShiftedSums, slice, int]]:
+    def split(self, n_rows: int) -> list[tuple[ShiftedSums, slice, int]]:
         """The halves with images among the next n_rows, those of them, and the first: even images are halves[0]'s."""
-        first = self._next % 2  # the row of this chunk that is the next even image
-        self._next += n_rows
+        next_image = self._first_image + sum(half.n_images for half in self.halves)
+        first = next_image % 2  # the row of this chunk that is the next even image
         return [(self.halves[h], slice(r, None, 2), r) for h, r in ((0, first), (1, 1 - first)) if r < n_rows]
 
     def pair_sums(self, low_S: Tensor) -> tuple[Tensor, Tensor]:

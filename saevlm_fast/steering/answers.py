@@ -191,10 +191,14 @@ class SteeredAnswers:
             caught.append(x_BTD.detach())
             raise _Enough
 
-        with one_line_errors(type(self.model).__name__), hooked_block(self.site, catch), suppress(_Enough):
+        with self._in_one_line(), hooked_block(self.site, catch), suppress(_Enough):
             self.model(**inputs)
         self._check_run(caught)
         return caught[0]
+
+    def _in_one_line(self) -> AbstractContextManager[None]:
+        """What the model's own code raises is said of the model."""
+        return one_line_errors(f"model: {type(self.model).__name__}")
 
     def _check_run(self, calls: Sequence[Any]) -> None:
         """Blocks that are run by other means than a call of the module know no hooks, and nothing would be steered."""
@@ -228,7 +232,7 @@ class SteeredAnswers:
             calls.append(None)
             return x_BTD
 
-        with one_line_errors(type(self.model).__name__), self._only_above_block(), hooked_block(self.site, given):
+        with self._in_one_line(), self._only_above_block(), hooked_block(self.site, given):
             tokens = self._generate(inputs)
         self._check_run(calls)
         return self._said(tokens, inputs)

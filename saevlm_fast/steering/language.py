@@ -17,7 +17,6 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import Question, SteeredAnswers, SteeredRow, join_inputs
 from saevlm_fast.steering.edits import EditPlan, as_the_model_holds, encode_tokens
 from saevlm_fast.steering.site import hooked_block, language_site
-from saevlm_fast.towers.hub import one_line_errors
 from saevlm_fast.towers.language import image_token_id
 
 TOKENS = ("all", "text", "image", "last")
@@ -103,7 +102,7 @@ class LanguageAnswers(SteeredAnswers):
             chosen = mask_BT if len(calls) == 1 else answer_B[:, None]
             return self._changed(rows, plan, x_BTD, chosen.to(x_BTD.device))
 
-        with one_line_errors(type(self.model).__name__), hooked_block(self.site, change):
+        with self._in_one_line(), hooked_block(self.site, change):
             tokens = self._generate(inputs)
         self._check_run(calls)
         return self._said(tokens, inputs)

@@ -5,17 +5,23 @@ Pixtral             patches of all images in one sequence, row by row
 Idefics3, SmolVLM   a mask of patches; a processor that takes a list of images for one sample
 Mllama              two stacks of blocks, one behind the other; tiles; a sequence padded to a multiple of 8
 ViT-MAE             shuffles and drops patches, unless told not to
+Llama 4             its class token comes last
+RADIO, Pixio        several class tokens
+SAM                 a map of patches between its blocks, windows only inside them
 ResNet, ConvNeXt    stages instead of blocks, cells of the feature map instead of patches
+Swin                the same; a stage ends before its cells are merged, as in timm
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.towers.forms import Cells, Form, Grid, Packed, Tiles, merged_order
+from saevlm_fast.errors import require
+from saevlm_fast.towers.forms import Cells, ClsLast, Form, Grid, ListedCells, Packed, Tiles, merged_order
 from saevlm_fast.towers.from_timm import timm_anatomy
 
 # transformers maps most vision configurations to their model; these it does not know, or by another name.
@@ -23,6 +29,10 @@ _CLASSES = {
     "qwen2_vl_vision": "qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
     "mllama_vision_model": "mllama.modeling_mllama.MllamaVisionModel",
 }
+
+
+# Towers whose patches come in squares that are merged later, as Qwen2-VL's.
+_MERGED = ("qwen", "glm4v", "glm_ocr", "exaone4_5", "cohere_compass")
 
 
 def vision_class(config: Any) -> Any:
@@ -35,7 +45,24 @@ def vision_class(config: Any) -> Any:
     if config.model_type in _CLASSES:
         module, _, name = _CLASSES[config.model_type].rpartition(".")
         return getattr(importlib.import_module(f"transformers.models.{module}"), name)
-    return getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
+    plain = getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
+    return plain or _unlisted_class(config)
+
+
+def _unlisted_class(config: Any) -> Any:
+    """The first model of that configuration in the file that defines the whole model, with a forward of its own."""
+    from transformers import PreTrainedModel
+
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
+    for found in vars(module).values():
+        here = inspect.isclass(found) and found.__module__ == name and issubclass(found, PreTrainedModel)
+        if here and found.config_class is type(config) and "forward" in vars(found):
+            return found
+    return None
 
 
 def tower_prefix(config: Any) -> str:
@@ -44,10 +71,29 @@ def tower_prefix(config: Any) -> str:
     return "vision_model" if inner else "vision_tower|visual"
 
 
+# Of videos, of which an image is none.
+_VIDEOS = ("vjepa2", "xclip_vision_model", "timesformer", "videomae", "vivit", "videoprism_vision_model")
+
+
+def check_called(model: Any, given: Sequence[str], spec: str) -> None:
+    """ValueError: a tower of videos; or one that is called with more than is known here what it means."""
+    kind, family = type(model).__name__, str(model.config.model_type)
+    require(family not in _VIDEOS, f"{spec}: {kind} is a tower of videos, not of images")
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    more = [name for name in named if name not in ("pixel_values", *given)]
+    require(
+        not more,
+        f"{spec}: {kind} is called with {', '.join(more)} beside pixels, in a way that is not known of its family, "
+        f"{family}",
+    )
+
+
 def special(model: Any) -> dict[str, Any]:
     """Fields of the Anatomy that are not as a plain ViT's; {} of one."""
     family = str(model.config.model_type)
-    if family.startswith("qwen") and hasattr(model, "blocks") and hasattr(model.config, "spatial_merge_size"):
+    merging = hasattr(model, "blocks") and hasattr(model.config, "spatial_merge_size")
+    if merging and family.startswith(_MERGED):
         return _qwen(model)
     makers: Mapping[str, Callable[[Any], dict[str, Any]]] = {
         "pixtral": _pixtral,
@@ -60,8 +106,23 @@ def special(model: Any) -> dict[str, Any]:
         "convnext": _stages,
         "convnextv2": _stages,
         "dinov3_convnext": _stages,
+        "swin": _merging_stages,
+        "swinv2": _merging_stages,
+        "donut-swin": _merging_stages,
+        "llama4_vision_model": _llama4,
+        "sam_vision_model": _map_of_patches,
+        "sam_hq_vision_model": _map_of_patches,
+        "got_ocr2_vision": _map_of_patches,
+        "ovis2_vision": _no_image_points,
+        "radio": lambda model: {"n_prefix": model.config.num_cls_tokens + model.config.num_registers, "has_cls": True},
+        "pixio": lambda model: {"n_prefix": model.config.n_cls_tokens, "has_cls": True},
     }
     return makers[family](model) if family in makers else {}
+
+
+def _no_image_points(model: Any) -> dict[str, Any]:
+    absent = dict.fromkeys(("projection", "pooled"), "every patch goes to the language model")
+    return {"image_points": {}, "absent": absent}
 
 
 def _qwen(model: Any) -> dict[str, Any]:
@@ -77,8 +138,7 @@ def _qwen(model: Any) -> dict[str, Any]:
     return {
         "blocks": list(model.blocks),
         "form": Packed(model, ("hidden_states", "grid_thw"), grids_of, merged_order(config.spatial_merge_size, window)),
-        "image_points": {},
-        "absent": dict.fromkeys(("projection", "pooled"), "every patch goes to the language model"),
+        **_no_image_points(model),
         "width": getattr(config, "embed_dim", config.hidden_size),
         "patch_size": None,
         "beside": ("image_grid_thw",),
@@ -99,8 +159,7 @@ def _pixtral(model: Any) -> dict[str, Any]:
 
     return {
         "form": Packed(model, ("pixel_values", "image_sizes"), grids_of),
-        "image_points": {},
-        "absent": dict.fromkeys(("projection", "pooled"), "every patch goes to the language model"),
+        **_no_image_points(model),
     }
 
 
@@ -184,12 +243,45 @@ def _stages(model: Any) -> dict[str, Any]:
     }
 
 
+def _merging_stages(model: Any) -> dict[str, Any]:
+    """A stage of a Swin merges its cells at its end, unless it is the last: what its last block gives is before that,
+    where timm's stages end too, and where `output_hidden_states_before_downsampling` of transformers is."""
+    blocks = [stage.blocks[-1] for stage in model.encoder.layers]
+    return {
+        "blocks": blocks,
+        "form": ListedCells(),
+        "image_points": {"pooled": (model, lambda output: output.pooler_output)},
+        "width": None,
+        "patch_size": None,
+    }
+
+
+def _llama4(model: Any) -> dict[str, Any]:
+    return {
+        "n_prefix": 1,
+        "has_cls": True,
+        "form": ClsLast(),
+        **_no_image_points(model),
+    }
+
+
+def _map_of_patches(model: Any) -> dict[str, Any]:
+    encoder = getattr(model, "vision_encoder", model)
+    return {
+        "blocks": list(encoder.layers),
+        "form": Cells(last=True),
+        "image_points": {},
+        "absent": dict.fromkeys(("projection", "pooled"), "a SAM gives a map, no vector of the whole image"),
+        "patch_size": None,
+    }
+
+
 def most_tokens(model: Any, processor: Any) -> int | None:
     """Patches of the largest image that the processor lets through, where images have grids of their own."""
     longest = (getattr(processor, "size", None) or {}).get("longest_edge")
     family, patch = str(model.config.model_type), getattr(model.config, "patch_size", None)
     if longest is None or not isinstance(patch, int):
         return None
-    if family.startswith("qwen"):
-        return longest // patch**2  # Qwen's longest_edge is a number of pixels
+    if family.startswith(_MERGED):
+        return longest // patch**2  # their longest_edge is a number of pixels
     return (longest // patch) ** 2 if family == "pixtral" else None

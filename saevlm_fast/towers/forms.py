@@ -2,8 +2,10 @@
 
     BatchFirst      [B, T, D], as almost all
     SequenceFirst   [T, B, D], open_clip's older towers
+    ClsLast         [B, T, D] with the class token behind the patches: Llama 4
     Tiles           [B, tiles * (T + padding), D]: Mllama pads the sequence of a tile to a multiple of 8
     Cells           [B, C, H, W]: stages of a convolutional tower; a cell of the feature map is a patch
+    ListedCells     [B, H * W, C]: the same, where a stage of a Swin gives them row by row
     Packed          [sum of T, D] or [1, sum of T, D]: the patches of all images of a batch one after the other, each
                     image with a grid of its own (Qwen-VL, Pixtral). Some are not in the order of reading: Qwen-VL has
                     squares of patches that are merged later side by side, and Qwen2.5-VL windows of such squares.
@@ -60,6 +62,14 @@ class SequenceFirst(Form):
         return x_BTD.transpose(0, 1)
 
 
+class ClsLast(Form):
+    def tokens(self, x: Tensor) -> Tensor:
+        return x.roll(1, dims=1)
+
+    def restore(self, x_BTD: Tensor, x: Tensor) -> Tensor:
+        return x_BTD.roll(-1, dims=1)
+
+
 class Tiles(Form):
     """Of each tile n_tokens, and then padding up to a multiple; tiles of an image one after the other.
 
@@ -109,6 +119,16 @@ class Cells(Form):
 
     def grid(self, x: Tensor) -> Grid:
         return (x.shape[1], x.shape[2]) if self.last else (x.shape[2], x.shape[3])
+
+
+class ListedCells(Cells):
+    """The grid of the cells is not given; of a square image they are a square."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return x
+
+    def restore(self, x_BTD: Tensor, x: Tensor) -> Tensor:
+        return x_BTD
 
 
 class Packed(Form):

@@ -1,7 +1,9 @@
 """Towers of transformers: CLIP, SigLIP(2), DINOv2 and 3, ViT, and the vision part of a LLaVA."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from saevlm_fast.errors import require
-from saevlm_fast.towers.families import most_tokens, special, tower_prefix, vision_class
+from saevlm_fast.towers.families import check_called, most_tokens, special, tower_prefix, vision_class
 from saevlm_fast.towers.hub import local_or_hub
 from saevlm_fast.towers.preprocess import described, transformers_preprocess
 from saevlm_fast.towers.tower import Anatomy, Tower
@@ -48,7 +50,8 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     require(config.model_type != "timm_wrapper", f"{spec}: a checkpoint of timm; give timm:{where}:{name}")
     name_of_class = type(vision).__name__.removesuffix("Config") + "Model"
     plain = vision_class(vision)
-    require(plain is not None, f"{spec}: {type(vision).__name__} belongs to no vision model")
+    require(plain is not None, f"{spec}: transformers has no vision model by itself for {type(vision).__name__}")
+    prefix = rf"(?:model\.)?(?:{tower_prefix(vision)})\."
     options: dict[str, bool] = {}
     projecting = getattr(transformers, name_of_class + "WithProjection", None)
     model_class = plain
@@ -62,7 +65,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
                 local_files_only=local,
                 dtype=torch.float32,
                 weights_only=True,
-                key_mapping={rf"^(?:model\.)?(?:{tower_prefix(vision)})\.": ""},
+                key_mapping={f"^{prefix}": ""},
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # which are refused here, by name
                 **options,
@@ -71,6 +74,9 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
         missing = sorted(info["missing_keys"])
         if not missing:
             return model
+        if (found := prefix_in_file(missing, info["unexpected_keys"], spec)) and found != prefix:
+            prefix = found
+            continue
         head = {key.split(".")[0] for key in missing}
         if "visual_projection" in head:
             model_class = plain  # if more is missing, it is missing there too
@@ -80,6 +86,24 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
             vision.vision_use_head = False
         else:
             raise ValueError(f"{spec}: {len(missing)} weights of {model_class.__name__} are missing, as {missing[0]}")
+
+
+def prefix_in_file(missing: Sequence[str], unexpected: Iterable[str], spec: str) -> str | None:
+    """What most of the missing weights are called in front of their names in the file; a pattern, None if nothing.
+
+    Raises:
+        ValueError: the file holds two towers of the same kind.
+    """
+    wanted, found = set(missing), Counter[str]()
+    for name in unexpected:
+        parts = name.split(".")
+        found.update(".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[n:]) in wanted)
+    ranked = found.most_common(2)
+    if not ranked or 2 * ranked[0][1] <= len(wanted):
+        return None
+    several = len(ranked) == 2 and ranked[0][1] == ranked[1][1]
+    require(not several, f"{spec}: the file holds two towers of this kind, {' and '.join(name for name, _ in ranked)}")
+    return re.escape(ranked[0][0] + ".")
 
 
 def check_sizes(info: Any, spec: str) -> None:
@@ -139,7 +163,9 @@ def transformers_anatomy(model: Any, spec: str) -> Anatomy:
         "beside": [name for name in _BESIDE if name in inspect.signature(model.forward).parameters],
         "call": lambda model, inputs: model(**inputs),
     }
-    fields |= special(model)
+    fields |= (own := special(model))
+    if "call" not in own:
+        check_called(model, fields["beside"], spec)
     return Anatomy(**{"blocks": () if "blocks" in fields else _blocks(model, spec), **fields})
 
 

@@ -66,7 +66,12 @@ class TransformersPreprocess:
     def __call__(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         images = [[picture] for picture in pictures] if self.samples else list(pictures)
         features = self.processor(images=images, return_tensors="pt", **self.options)
+        if "pixel_values" not in features:
+            found = ", ".join(sorted(map(str, features)))
+            raise ValueError(f"{type(self.processor).__name__} gives {found}, not pixel_values")
         pixels = features["pixel_values"]
+        if pixels.dtype == torch.bfloat16:  # Llama 4's
+            pixels = pixels.float()
         packed = "image_grid_thw" in features and pixels.ndim == 2
         n_images = len(features["image_grid_thw"] if packed else pixels)
         if n_images != len(pictures):
@@ -108,6 +113,8 @@ def transformers_preprocess(
     for name, value in _WHOLE.items():
         if hasattr(processor, name):
             setattr(processor, name, value)
+    if type(processor).__name__.startswith("Llama4"):
+        processor.max_patches = 1  # tiles; of other processors so many patches
     full = TransformersPreprocess(processor, False, beside)
     raw: list[Any] = [TransformersPreprocess(processor, True, beside)]
     normalisation = None

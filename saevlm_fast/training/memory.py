@@ -73,19 +73,20 @@ def rows_go_to_device(
     device: "torch.device",
     data_on: "DataOn",
     others: int = 0,
+    n_ranks: int = 1,
 ) -> bool:
     """Whether all rows are kept where the steps are taken: a GPU's memory, or beside a CPU the host's.
 
     auto: on a GPU if they fit; beside a CPU never, where files are mapped and what fits stays in the page cache. They
     fit if the memory that is free holds them and, once more, all that training takes. others: bytes that SAEs take
-    which are trained beside this one.
+    which are trained beside this one. n_ranks: that share the rows; sae is then one's part.
 
     Raises:
         ValueError: data_on is device, and they do not fit.
     """
     if data_on == "host" or (data_on == "auto" and device.type == "cpu"):
         return False
-    rows = activations.n_rows * activations.d * activations.kept_dtype.itemsize
+    rows = -(-activations.n_rows // n_ranks) * activations.d * activations.kept_dtype.itemsize
     training, free = memory_of(sae, config, activations.n_rows) + others, free_memory(device)
     fits = free is None or rows + training <= free
     require(

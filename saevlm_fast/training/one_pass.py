@@ -12,9 +12,10 @@ number, so that a killed run goes on: the rows of the buffers go through the tow
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
+from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookedTower, HookPoint, Tower
 from saevlm_fast.training.capture import told_of_compiling
 from saevlm_fast.training.checkpoints import RunDirectory
-from saevlm_fast.training.evaluate import Metrics, RowSums, evaluate_chunks
+from saevlm_fast.training.evaluate import Metrics, RowSums
 from saevlm_fast.training.many import (
     Member,
     OnFinished,
@@ -60,6 +61,9 @@ from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.streamed import Place, StreamedRows
 from saevlm_fast.training.watch import group_of
 from saevlm_fast.urls import redacted_text
+
+if TYPE_CHECKING:
+    from saevlm_fast.training.sharded_evaluate import SharedRowSums
 
 _EVALUATED_AT_A_TIME = 4096
 
@@ -178,7 +182,7 @@ def harvest_config(stream: StreamSettings, config: TrainConfig) -> HarvestConfig
 class OnePass:
     """The places, the stream that feeds them, and what is kept of it; methods in the order they happen.
 
-    part_of: what of an SAE this process holds.
+    part_of: what of an SAE this process holds. n_ranks: processes that hold the buffers' rows between them.
     """
 
     place_of: Callable[..., Place] = Place
@@ -194,8 +198,9 @@ class OnePass:
         options: RunOptions,
         recipes: Mapping[str, TrainConfig],
         part_of: Callable[[SAEConfig], SAEConfig] = lambda sae: sae,
+        n_ranks: int = 1,
     ):
-        self.part_of = part_of
+        self.part_of, self.n_ranks = part_of, n_ranks
         self.chosen, self.options, self.recipes, self.path = chosen, options, recipes, path
         self.config = next(iter(recipes.values()))
         output = chosen.keep_store or options.output or Path("store")
@@ -221,7 +226,7 @@ class OnePass:
         places, needed = self._sized_places(saes), {}
         for name, rows, configs in places:
             if device_of_buffer == device:
-                needed[f"the buffer of {name}"] = self._capacity(rows) * rows.row_bytes
+                needed[f"the buffer of {name}"] = self._held(rows) * rows.row_bytes
             for whole, (sae, recipe) in configs.items():
                 needed[f"the SAE {whole}".strip()] = memory_of(self.part_of(sae), recipe, rows.n_rows)
         self.needed = needed
@@ -251,6 +256,11 @@ class OnePass:
         """Rows of a place's buffer."""
         batch_size, n_rows = min(self.config.batch_size, rows.n_rows), self.config.steps * self.config.batch_size
         return self.chosen.buffer_rows(batch_size, rows.row_bytes, n_rows)
+
+    def _held(self, rows: StreamedRows) -> int:
+        """Rows of it that this process holds; one of several up to a forward more than its share."""
+        capacity, forward = self._capacity(rows), self.stream.config.batch_size * rows.n_rows // self.stream.n_images
+        return capacity if self.n_ranks == 1 else min(capacity, -(-capacity // self.n_ranks) + forward)
 
     def _rows(self, store: PlannedStore) -> StreamedRows:
         plan, dtype = self.stream.plan, self.stream.config.torch_store_dtype
@@ -284,10 +294,14 @@ class OnePass:
             stack.enter_context(member.watch)
         self._check_unused()
         if self.chosen.keep_store is not None:
-            stack.enter_context(output_lock(self.chosen.keep_store, directory=True))
-            self.keeping = Keeping(self.stream)
+            self.keeping = self._keeping(self.chosen.keep_store, stack)
         for place in self.places:
             place.resume()
+
+    def _keeping(self, place: Path, stack: ExitStack) -> Keeping:
+        """What writes the first epoch there, locked."""
+        stack.enter_context(output_lock(place, directory=True))
+        return Keeping(self.stream)
 
     def _check_unused(self) -> None:
         for member in self.members:
@@ -306,7 +320,7 @@ class OnePass:
         total = self.config.steps * len(self.places)
         starts = [place.start.forward for place in self.places]
         starts += [] if self.keeping is None or self.keeping.is_whole else [self.keeping.first_missing]
-        filling = ", ".join(f"{place.name} {len(place.buffer.rows_RD):,}" for place in self.places)
+        filling = ", ".join(f"{place.name} {place.buffer.n_places:,}" for place in self.places)
         on_note(f"filling the buffers before the first step, rows: {filling}")
         with (
             self._interruptible() as interrupted,
@@ -329,30 +343,31 @@ class OnePass:
 
         def evaluate() -> list[Metrics]:
             with hooks:
-                return self._evaluated(saes, held_out)
+                return self._evaluated([RowSums(sae) for sae in saes], held_out)
 
         return evaluated_all(self.members, saes, evaluate, on_finished)
 
-    def _evaluated(self, saes: Sequence[Any], held_out: ImageSource | None) -> list[Metrics]:
-        if held_out is None:
-            found, left = [], list(saes)
-            for place in self.places:
-                own, left = left[: len(place.members)], left[len(place.members) :]
-                rows_RD = place.buffer.last_rows()
-                found += evaluate_chunks(own, (rows_RD[rows] for rows in _slices(len(rows_RD))))
-            return found
-        sums = [RowSums(sae) for sae in saes]
-        for rows in self.stream.in_order(held_out, str(self.chosen.validation_images)):
-            left = list(sums)
-            for place, given in zip(self.places, rows):
-                own, left = left[: len(place.members)], left[len(place.members) :]
-                for each in own:
-                    each.add(rows_of(given).clone())  # no tensor of inference mode
+    @torch.no_grad()
+    def _evaluated(self, sums: "Sequence[RowSums | SharedRowSums]", held_out: ImageSource | None) -> list[Metrics]:
+        """sums: of all SAEs, place by place."""
+        left, of_places = iter(sums), dict[str, list[Any]]()
+        for place in self.places:
+            of_places[place.name] = list(islice(left, len(place.members)))
+        for place, x_BD in self._evaluated_rows(held_out):
+            for each in of_places[place.name]:
+                each.add(x_BD)
         return [each.metrics() for each in sums]
 
-
-def _slices(n: int) -> Iterator[slice]:
-    return (slice(start, start + _EVALUATED_AT_A_TIME) for start in range(0, n, _EVALUATED_AT_A_TIME))
+    def _evaluated_rows(self, held_out: ImageSource | None) -> Iterator[tuple[Place, Tensor]]:
+        """Some rows of held-out images at a time, or of the last window; and the place that they are of."""
+        if held_out is None:
+            for place in self.places:
+                for x_BD in place.buffer.last_rows(_EVALUATED_AT_A_TIME):
+                    yield place, x_BD
+            return
+        for rows in self.stream.in_order(held_out, str(self.chosen.validation_images)):
+            for place, given in zip(self.places, rows):
+                yield place, rows_of(given).clone()  # no tensor of inference mode
 
 
 def rows_of(found: BatchRows) -> Tensor:

@@ -84,15 +84,23 @@ class MeshPeers:
 
     def to_first(self, x: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor] | None:
         """On rank 0 every rank's x, of these shapes, on the CPU; None on the others."""
-        x = x.detach().cpu().contiguous()
+        x = x.detach().cpu()
+        others = [self.hand_over(x, shapes[rank], x.dtype, rank, 0) for rank in range(1, self.world)]
+        received = [x, *(each for each in others if each is not None)]
+        return received if self.rank == 0 else None
+
+    def hand_over(
+        self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, source: int, target: int
+    ) -> Tensor | None:
+        """Rank source's x, which has this shape and dtype, for another rank, target, on the CPU; None for the others.
+        All may call it; the two wait for each other."""
         with self._together():
-            if self.rank > 0:
-                dist.send(x, group=self.group, group_dst=0)
+            if self.rank == source:
+                dist.send(x.detach().cpu().contiguous().flatten().view(torch.uint8), group=self.group, group_dst=target)
+            if self.rank != target:
                 return None
-            received = [x]
-            for rank in range(1, self.world):
-                received.append(x.new_empty(shapes[rank]))
-                dist.recv(received[-1], group=self.group, group_src=rank)
+            received = torch.empty(shape, dtype=dtype)
+            dist.recv(received.flatten().view(torch.uint8), group=self.group, group_src=source)
             return received
 
     def agree(self, *flags: bool) -> list[bool]:
@@ -109,10 +117,24 @@ class MeshPeers:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise Interrupted(
-                f"another of the {dist.get_world_size()} ranks has ended, or has not answered for {self.timeout:g} s "
-                f"(collective_timeout); rank {dist.get_rank()} met: {first_line(error)}"
-            ) from error
+            raise Interrupted(lost(error, dist.get_rank(), dist.get_world_size(), self.timeout)) from error
+
+
+# What c10d's backends say of a peer that is gone, in lower case, and what that means; the first that fits.
+_CAUSES = (
+    (("timed out", "timeout"), "rank {rank} has waited in vain"),
+    (("closed", "reset", "broken pipe", "remote process"), "its connection to rank {rank} is closed"),
+)
+
+
+def lost(error: RuntimeError, rank: int, world: int, timeout: float) -> str:
+    """Why a rank ends that waited for the others: in our words; what a backend says otherwise, the whole line of it."""
+    line = first_line(error, longest=2000)
+    known = [cause for words, cause in _CAUSES if any(word in line.lower() for word in words)]
+    cause = known[0].format(rank=rank) if known else f"rank {rank} met: {line}"
+    return (
+        f"another of the {world} ranks has ended, or has not answered for {timeout:g} s (collective_timeout): {cause}"
+    )
 
 
 def world_size() -> int:
@@ -160,7 +182,8 @@ def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterato
         require(world % n_replicas == 0, f"data_parallel: {n_replicas} replicas must divide the {world} ranks")
         mesh = None if n_replicas == 1 else _mesh(device, n_replicas, limit)
     except RuntimeError as error:
-        raise Interrupted(f"the {world_size()} ranks did not meet within {timeout:g} s: {first_line(error)}") from error
+        line = first_line(error, longest=2000)
+        raise Interrupted(f"the {world_size()} ranks did not meet within {timeout:g} s: {line}") from error
     try:
         group = dist.group.WORLD
         assert group is not None

@@ -43,7 +43,10 @@ def shared_auxiliary(
         frozen: W_enc or W_dec, whose gradient is not made.
     """
     peers, n_rows, d_in = ranks.latents, n_batch_rows, x_BD.shape[1]
-    n_dead = peers.add_up(torch.as_tensor(dead.number, device=x_BD.device).view(1))[0]
+    own_number = dead.number  # not as_tensor of a number: a copy from the host would wait for the device
+    if not isinstance(own_number, Tensor):
+        own_number = torch.full((), own_number, dtype=torch.int64, device=x_BD.device)
+    n_dead = peers.add_up(own_number.view(1))[0]
     if not x_BD.is_cuda and int(n_dead) == 0:
         return None, 0
     residual_BD = x_BD - x_hat_BD

@@ -104,11 +104,21 @@ class SharedRunDirectory(RunDirectory):
     def _write_part(
         self, directory: Path, tensors: dict[str, Any], counts: dict[str, int], state: TrainingState
     ) -> list[dict[str, Any]]:
-        """What checkpoint.json says of every rank's file, when all are written."""
-        file = shard_file(self.peers.rank, self.peers.world)
-        digest = write_state(directory / file, {name: t.cpu() for name, t in tensors.items()}, counts)
+        """What checkpoint.json says of every rank's file, when all are written.
+
+        OSError: a rank could not write its own, on all of them: none goes on, or removes the directory, before all have
+            ended.
+        """
+        file, digest, said = shard_file(self.peers.rank, self.peers.world), "", ""
+        try:
+            digest = write_state(directory / file, {name: t.cpu() for name, t in tensors.items()}, counts)
+        except OSError as error:
+            said = str(error)
         start, stop = state.latents
-        shards = self.peers.collect({"file": file, "start": start, "stop": stop, "sha256": digest})
+        told = self.peers.collect(({"file": file, "start": start, "stop": stop, "sha256": digest}, said))
+        for rank, (_, met) in enumerate(told):
+            require(not met, f"rank {rank}: {met}", OSError)
+        shards = [shard for shard, _ in told]
         return sorted(shards, key=lambda shard: int(shard["start"]))  # replicas have theirs between those of others
 
     def save_whole(self, sae: SparseAutoencoder | None) -> None:

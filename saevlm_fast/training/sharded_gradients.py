@@ -15,8 +15,8 @@ from saevlm_fast.kernels.sparse_decode import gather_dot_op
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.dead_latents import Auxiliary
-from saevlm_fast.training.mono import MonoTerm, mono_of_entries
 from saevlm_fast.training.penalty import Penalty, totals
+from saevlm_fast.training.sharded_mono import SharedMono
 
 Terms = EntryGradient | RowGradient
 
@@ -75,7 +75,7 @@ def own_gradients(
     bags: Tensor,
     suffix_BGD: Tensor,
     penalty: Penalty | None,
-    mono: MonoTerm | None,
+    mono: SharedMono | None,
     frozen: str | None,
     projected_by_blocks: bool,
 ) -> OwnGradients:
@@ -88,7 +88,8 @@ def own_gradients(
         frozen: W_enc or W_dec, whose gradient is not made.
         projected_by_blocks: a CPU's entries, that latent_update.py makes rows of.
     """
-    acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
+    grouped = codes.by_latent()
+    acts_M, latents_M, order_M, offsets_S1 = grouped
     suffix_RD, n_groups = suffix_BGD.flatten(0, 1), suffix_BGD.shape[1]
     bags_M = entry_rows(codes.top_indices, bags).clamp_(max=len(suffix_RD) - 1)[order_M]
     rows_M = bags_M // n_groups
@@ -100,7 +101,7 @@ def own_gradients(
         if penalty.band is not None:
             vectors["threshold"] = penalty.band.threshold_gradient(dots_M, latents_M, order_M, offsets_S1)
     if mono is not None:
-        mono_loss, of_acts_M = mono_of_entries(acts_M, rows_M, latents_M, offsets_S1, mono)
+        mono_loss, of_acts_M = mono.of_entries(codes, grouped)
         dacts_M = dacts_M + of_acts_M
     vectors["b_enc"] = totals(dacts_M, offsets_S1)
     matrices: dict[str, EntryGradient | Tensor] = {}

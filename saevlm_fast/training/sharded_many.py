@@ -13,9 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
+from saevlm_fast.config import DataOn, RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import require
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
@@ -31,13 +30,15 @@ from saevlm_fast.training.many import (
     stop_all,
     take_all,
 )
+from saevlm_fast.training.memory import memory_of
 from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.run import fitting, look_at
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.sharded_directory import SharedRunDirectory
-from saevlm_fast.training.sharded_run import check_data, evaluate_shared
+from saevlm_fast.training.sharded_evaluate import evaluate_shared
+from saevlm_fast.training.sharded_run import check_data
 from saevlm_fast.training.sharded_state import ShardedState
-from saevlm_fast.training.shards import check_shardable
+from saevlm_fast.training.shards import Shard, check_shardable
 from saevlm_fast.training.watch import group_of
 
 
@@ -55,8 +56,11 @@ class _MemberState(ShardedState):
         config: TrainConfig,
         device: torch.device,
         peers: MeshPeers,
+        data_on: DataOn,
+        others: int,
     ):
-        super().__init__(activations, sae_config, config, device, peers)
+        data_on = data_on if lead is None else "host"
+        super().__init__(activations, sae_config, config, device, peers, None, data_on, others)
         self.lead, self._begun = lead, None
 
     _begun: tuple[Scale, Tensor] | None
@@ -131,7 +135,6 @@ def train_many_shared(
     Raises:
         ValueError: as `train_many` and `train_shared`. Interrupted: as `train_shared`.
     """
-    require(options.data_on != "device", "data_on: device is of one process; several ranks read rows from the host")
     recipes, _ = recipes_of("train_many_shared", saes, SAEConfig, config, replace(options, data_parallel=1), {})
     first = next(iter(saes))
     for name, sae_config in saes.items():
@@ -141,8 +144,11 @@ def train_many_shared(
     with ExitStack() as stack:
         members: list[SharedMember] = []
         lead: _MemberState | None = None
+        of_rank = {name: Shard.of(sae_config, peers.ranks).config for name, sae_config in saes.items()}
+        needed = {name: memory_of(part, recipes[name], activations.n_rows) for name, part in of_rank.items()}
         for name, sae_config in saes.items():
-            state = _MemberState(lead, activations, sae_config, recipes[name], device, peers)
+            given = activations, sae_config, recipes[name], device, peers, options.data_on
+            state = _MemberState(lead, *given, sum(needed.values()) - needed[name])
             lead = lead or state
             members.append(SharedMember(name, state, own_options(options, name), on_log, group))
         for member in members:

@@ -3,30 +3,34 @@
     with joined(device, timeout) as peers:
         trained = train_from_images_shared(peers, tower, source, saes, recipes, options, stream, images_path="photos")
 
-Forward n is that of one process, a whole batch of its images, and rank n mod R makes it. Every R forwards the ranks
-tell each other the rows of every place, in the order of the forwards: so all fill the same buffers with the rows of one
-process, and know the same batches, of which a replica takes its part. Each rank holds the buffers whole.
+Forward n is that of one process, a whole batch of its images, and rank n mod R makes it and holds its rows. Every R
+forwards the ranks tell each other how many rows they have: so all know what lies where in the buffers of one process,
+and put the same batches together (sharded_held.py).
 
 Shape suffixes: B rows of a batch, R rows of a window, M of a forward, D d_in.
 """
 
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saevlm_fast.config import RunOptions, SAEConfig, SAESize, StreamSettings, TrainConfig
+from saevlm_fast.data.mixing import MixingBuffer
 from saevlm_fast.errors import require
+from saevlm_fast.harvesting.plan import HarvestPlan
 from saevlm_fast.harvesting.stores import BatchRows
 from saevlm_fast.harvesting.stream import Forward, Keeping, TowerStream
 from saevlm_fast.images.open import open_images
 from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import interruptible
 from saevlm_fast.towers.tower import Tower
 from saevlm_fast.training.capture import told_of_compiling
@@ -34,11 +38,15 @@ from saevlm_fast.training.evaluate import Metrics
 from saevlm_fast.training.many import Member, OnFinished, Trained, evaluated_all, nothing_more, recipes_of
 from saevlm_fast.training.one_pass import OnePass, check_controls, rows_of, trained_by
 from saevlm_fast.training.process_group import MeshPeers
+from saevlm_fast.training.sharded_evaluate import SharedRowSums
+from saevlm_fast.training.sharded_held import SharedMixingBuffer
+from saevlm_fast.training.sharded_keeping import SharedKeeping
 from saevlm_fast.training.sharded_many import SharedMember
-from saevlm_fast.training.sharded_run import evaluate_shared
 from saevlm_fast.training.sharded_state import ShardedState
-from saevlm_fast.training.shards import Shard, check_shardable, cut
+from saevlm_fast.training.shards import Shard, check_shardable
 from saevlm_fast.training.streamed import Place, Position, StreamedState
+
+_NONE = torch.zeros(0, dtype=torch.int64)  # what a BatchRows says of images, where nobody asks
 
 
 def train_from_images_shared(
@@ -67,14 +75,12 @@ def train_from_images_shared(
             calls.
 
     Returns:
-        As `train_from_images`: of the SAEs rank 0 has all of each, another rank its part. What is measured on held-out
-        images rank 0 alone knows.
+        As `train_from_images`: of the SAEs rank 0 has all of each, another rank its part.
 
     Raises:
-        ValueError: as `train_from_images` and `train_many_shared`; keep_store; ranks with other images or towers.
+        ValueError: as `train_from_images` and `train_many_shared`; ranks with other images or towers.
         Interrupted: as `train_shared`.
     """
-    check_streams(stream)
     assert options.output is not None
     recipes, _ = recipes_of("train_from_images_shared", saes, SAESize, config, replace(options, data_parallel=1), {})
     check_controls(recipes)
@@ -84,35 +90,48 @@ def train_from_images_shared(
         return trained_by(kind, source, images_path, tower, stream, options, recipes, saes, held_out, *told)
 
 
-def check_streams(stream: StreamSettings) -> None:
-    """ValueError: what one process does with its images, and ranks do not."""
-    kept = stream.keep_store
-    require(kept is None, f"keep_store: {kept} is written by one process; under torchrun harvest shares the images")
-
-
 class SharedTowerStream(TowerStream):
-    """Forwards of which each rank makes its own, and all have the rows of all. Attributes: peers: the ranks."""
+    """Forwards of which each rank makes its own. Attributes: peers: the ranks."""
 
     def __init__(self, peers: MeshPeers, *given: Any):
         super().__init__(*given)
         self.peers = peers
 
     def forwards(self, first: int, keeping: Keeping | None = None) -> Generator[Forward, None, None]:
-        """TowerStream's, of one process; keeping: None. ValueError: as there, on all ranks alike."""
+        """TowerStream's, of all ranks; of forwards that another one has made, the number of rows, [M, 0], and for
+        keeping what a store says of them.
+
+        ValueError: as there, on all ranks alike.
+        """
         rank, world = self.peers.rank, self.peers.world
-        n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        with closing(self.passes(first + rank, world, n_local)) as own:
+        with closing(self.passes(first + (rank - first) % world, world, _local_ranks())) as own:
             for forward, lines in own:
-                for number, (rows, skipped) in enumerate(self._told(forward.rows, lines), first):
+                kept = keeping if first < self.forwards_per_epoch else None
+                known = self.peers.collect((_told_of(forward.rows, kept is not None), lines))
+                for number in range(first, first + world):
+                    told, skipped = known[number % world]
                     self.note(skipped)
+                    elsewhere = [BatchRows(torch.empty(n, 0), *more) for n, more in told]
+                    rows = forward.rows if number % world == rank else elsewhere
+                    if kept is not None and number < self.forwards_per_epoch:
+                        kept.add(number, rows, skipped)
                     yield Forward(number, rows)
                 first += world
+
+    def each_once(
+        self, plan: HarvestPlan, ranges: list[range]
+    ) -> Generator[tuple[list[BatchRows], list[str]], None, None]:
+        """TowerStream's, of all ranks: each makes every R-th forward, and all have the rows of all."""
+        rank, world = self.peers.rank, self.peers.world
+        with closing(self.through(plan, ranges[rank::world], _local_ranks())) as own:
+            for first in range(0, len(ranges), world):
+                yield from self._told(*next(own, ([], [])))[: len(ranges) - first]
 
     def _told(self, own: list[BatchRows], lines: list[str]) -> list[tuple[list[BatchRows], list[str]]]:
         """What every rank's forward gave, in their order."""
         known = self.peers.collect(([len(rows_of(each)) for each in own], lines))
         parts: list[list[BatchRows]] = [[] for _ in known]
-        none, dtype = torch.zeros(0, dtype=torch.int64), self.config.torch_store_dtype
+        dtype = self.config.torch_store_dtype
         for place, store in enumerate(self.plan.stores):
             counts = [
                 counts_of[place] if counts_of else 0 for counts_of, _ in known
@@ -123,12 +142,21 @@ class SharedTowerStream(TowerStream):
             # As bytes, which every backend carries whatever the dtype is.
             told = self.peers.gather(padded_MD.view(torch.uint8)).view(dtype) if max(counts) else padded_MD[None]
             for part, rows_MD, n in zip(parts, told.expand(len(parts), -1, -1), counts):
-                part.append(BatchRows(rows_MD[:n], none, none))
+                part.append(BatchRows(rows_MD[:n], _NONE, _NONE))
         return [(part, skipped) for part, (_, skipped) in zip(parts, known)]
 
 
+def _told_of(rows: list[BatchRows], kept: bool) -> list[tuple[int, tuple[Any, ...]]]:
+    """What the others need to know of a forward's rows: how many there are; and for stores the rest."""
+    return [(len(rows_of(each)), each[1:] if kept else (_NONE, _NONE)) for each in rows]
+
+
+def _local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 class SharedStreamedState(StreamedState, ShardedState):
-    """The rank's part of an SAE that is trained on the rows of a place, which every rank has."""
+    """The rank's part of an SAE that is trained on the rows of a place, which the ranks have between them."""
 
     def __init__(self, place: Place, sae: SAEConfig, config: TrainConfig, device: torch.device, peers: MeshPeers):
         self.place, self.position = place, Position()
@@ -153,34 +181,25 @@ class _StreamedMember(SharedMember):
 
 
 class SharedPlace(Place):
-    """A place whose buffer every rank holds, and whose SAEs they share."""
+    """A place whose rows the ranks hold between them, and whose SAEs they share."""
+
+    buffer: SharedMixingBuffer
 
     def __init__(self, peers: MeshPeers, *given: Any):
-        super().__init__(*given)
         self.peers = peers
+        super().__init__(*given)
+
+    def _mixing(self, *given: Any, **more: Any) -> MixingBuffer:
+        return SharedMixingBuffer(self.peers.ranks, self.device, *given, **more)
 
     def _member(self, name: str, sae: SAEConfig, config: TrainConfig, *rest: Any) -> Member:
         check_shardable(sae, config, self.peers.ranks)
         return _StreamedMember(name, SharedStreamedState(self, sae, config, self.device, self.peers), *rest)
 
-    def _own(self, raw_BD: Tensor) -> Tensor:
-        """Those of this replica, neighbours in the batch."""
-        replicas = self.peers.ranks.rows
-        return raw_BD[cut(len(raw_BD), replicas.world)[replicas.rank]]
-
-
-class _Window(NamedTuple):
-    """What `evaluate_shared` asks of its data, of rows in memory [R, D]."""
-
-    rows_RD: Tensor
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.rows_RD)
-
-    def rows(self, numbers: Tensor) -> Tensor:
-        """Some of them."""
-        return self.rows_RD[numbers.to(self.rows_RD.device)]
+    def feed(self, forward: int, rows_MD: Tensor) -> Iterator[int]:
+        """Place's, of rows of the rank that makes this forward."""
+        self.buffer.maker = forward % self.peers.world
+        return super().feed(forward, rows_MD)
 
 
 class SharedOnePass(OnePass):
@@ -189,7 +208,7 @@ class SharedOnePass(OnePass):
     def __init__(self, peers: MeshPeers, *given: Any):
         self.peers, self.place_of = peers, partial(SharedPlace, peers)
         super().__init__(*given)
-        self.part_of = self._largest_part
+        self.part_of, self.n_ranks = self._largest_part, peers.world
 
     def _largest_part(self, sae: SAEConfig) -> SAEConfig:
         world = self.peers.ranks.latents.world
@@ -208,6 +227,11 @@ class SharedOnePass(OnePass):
                     require(its[name] == value, f"images: {what}; every rank needs the same images and tower")
         super().enter(stack)
 
+    def _keeping(self, place: Path, stack: ExitStack) -> Keeping:
+        if self.peers.rank == 0:
+            stack.enter_context(output_lock(place, directory=True))
+        return SharedKeeping(self.stream, self.peers)
+
     def _check_unused(self) -> None:
         if self.peers.rank == 0:
             super()._check_unused()
@@ -221,26 +245,15 @@ class SharedOnePass(OnePass):
         return self.peers.agree(interrupted.is_set())[0]
 
     def finish(self, held_out: ImageSource | None, hooks: ExitStack, on_finished: OnFinished) -> dict[str, Trained]:
-        """Of all ranks: rank 0 puts the SAEs together and saves them, and evaluates them on held-out images."""
+        """Of all ranks, which evaluate the SAEs together; rank 0 puts them together and saves them."""
         members = [member for member in self.members if isinstance(member, SharedMember)]
         finished = [member.finish() for member in members]
-        first = self.peers.rank == 0
 
         def evaluate() -> list[Metrics]:
             with hooks:
-                if held_out is None:
-                    return self._evaluated_together([part for part, _ in finished])
-                return self._evaluated([whole for _, whole in finished], held_out) if first else [{} for _ in members]
+                parts = zip(members, finished)
+                sums = [SharedRowSums(part, member.shared.shard, self.peers.ranks) for member, (part, _) in parts]
+                return self._evaluated(sums, held_out)
 
         saes = [part if whole is None else whole for part, whole in finished]
-        return evaluated_all([*members], saes, evaluate, on_finished if first else nothing_more)
-
-    def _evaluated_together(self, parts: list[Any]) -> list[Metrics]:
-        """On the last window of each place."""
-        found, left = [], list(parts)
-        for place in self.places:
-            window: Any = _Window(place.buffer.last_rows())
-            for member in place.members:
-                shard = Shard.of(member.state.sae_config, self.peers.ranks)
-                found.append(evaluate_shared(left.pop(0), shard, self.peers.ranks, window))
-        return found
+        return evaluated_all([*members], saes, evaluate, on_finished if self.peers.rank == 0 else nothing_more)

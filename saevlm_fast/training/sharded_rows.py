@@ -93,6 +93,16 @@ def shared_by_rows(peers: Peers, own_ND: Tensor, share: int, n_rows: int) -> Ten
     return peers.gather(padded).flatten(0, 1)[:n_rows].view(n_rows, *own_ND.shape[1:])
 
 
+def gathered(peers: Peers, own_ND: Tensor, counts: list[int]) -> Tensor:
+    """The rows that all have, one after the other; counts: how many each has."""
+    missing = max(counts) - len(own_ND)
+    padded_ND = own_ND if missing == 0 else torch.cat([own_ND, own_ND.new_zeros(missing, own_ND.shape[1])])
+    parts = peers.gather(padded_ND)
+    if min(counts) == max(counts):
+        return parts.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
 class Residuals(NamedTuple):
     """Of a batch: the gradient of mse that the entries of every group receive [B, G, D]; of this rank's share of the
     rows its sum over rows in the first group [D], and the squared error of all prefixes (0-d)."""

@@ -10,16 +10,18 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
-from saevlm_fast.peers import Peers, shared_chunks, summed
+from saevlm_fast.peers import shared_chunks, summed
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.control import shuffled
+from saevlm_fast.training.memory import rows_go_to_device
 from saevlm_fast.training.process_group import MeshPeers
 from saevlm_fast.training.scale import Scale
-from saevlm_fast.training.sharded_rows import choose
+from saevlm_fast.training.sharded_held import SharedResidentRows
+from saevlm_fast.training.sharded_rows import choose, gathered
 from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard, cut, starting_sae
 from saevlm_fast.training.state import TrainingState
@@ -46,6 +48,10 @@ class ShareOfRows(ShuffledRows):
     def batch(self, step: int) -> Tensor:
         return super().batch(step)[self.first : self.first + self.size]
 
+    def whole_batch(self, step: int) -> Tensor:
+        """ShuffledRows.batch, of all ranks."""
+        return super().batch(step)
+
     def blocks_begun(self, step: int, anew: bool = False) -> list[tuple[int, int]]:
         """Those that the share lies in, about: rows of a batch ascend, and so do blocks."""
         return self._nearby(super().blocks_begun(step, anew))
@@ -58,16 +64,6 @@ class ShareOfRows(ShuffledRows):
         total = sum(self.counts)
         first, stop = self.first * len(blocks) // total, -(-(self.first + self.size) * len(blocks) // total)
         return blocks[max(first - 1, 0) : stop + 1]
-
-
-def gathered(peers: Peers, own_ND: Tensor, counts: list[int]) -> Tensor:
-    """The rows that all have, one after the other; counts: how many each has."""
-    missing = max(counts) - len(own_ND)
-    padded_ND = own_ND if missing == 0 else torch.cat([own_ND, own_ND.new_zeros(missing, own_ND.shape[1])])
-    parts = peers.gather(padded_ND)
-    if min(counts) == max(counts):
-        return parts.flatten(0, 1)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
 class ShardedState(TrainingState):
@@ -86,6 +82,8 @@ class ShardedState(TrainingState):
         device: torch.device,
         peers: MeshPeers,
         embeddings: Activations | None = None,
+        data_on: DataOn = "host",
+        others: int = 0,
     ):
         n_rows = min(config.batch_size, activations.n_rows)
         n_replicas, pieces = peers.ranks.rows.world, min(config.accumulate, n_rows)
@@ -96,8 +94,16 @@ class ShardedState(TrainingState):
         self.peers, self.shard = peers, Shard.of(sae_config, peers.ranks)
         self.latents = self.shard.owned
         self.share = ShareOfRows(activations, config, self.shard)
-        super().__init__(activations, sae_config, config, device, "host", embeddings)
+        super().__init__(activations, sae_config, config, device, data_on, embeddings, others)
         self.order = self.share
+        self._held: SharedResidentRows | None = None
+
+    def _goes_to_device(self, data_on: DataOn, others: int) -> bool:
+        """The rank's share of the rows, if that is asked for."""
+        if data_on != "device":
+            return False
+        given = self.activations, self.shard.config, self.config, self.device, data_on, others
+        return rows_go_to_device(*given, n_ranks=self.peers.world)
 
     def first_stepper(self) -> ShardedStepper:
         sae = starting_sae(self.shard, self.config.seed, self.device)
@@ -129,6 +135,9 @@ class ShardedState(TrainingState):
                 for x_BD in whole:
                     yield x_BD[rows]
             return
+        if self.on_device:
+            yield from self._held_batches(start_step, n_steps, whole=False)
+            return
         with closing(self._stored_batches(start_step, n_steps, announce)) as own:
             for own_BD in own:
                 yield gathered(self.peers.ranks.latents, own_BD, self._counts_of_replica)
@@ -138,15 +147,29 @@ class ShardedState(TrainingState):
         first = self.shard.replica * self.shard.world
         return self.share.counts[first : first + self.shard.world]
 
+    def _held_batches(self, start_step: int, n_steps: int, whole: bool) -> Generator[Tensor, None, None]:
+        """Of rows that the ranks hold on their devices: the replica's, or all of a batch."""
+        if self._held is None:
+            self._held = SharedResidentRows(self.activations, self.device, self.peers.ranks)
+        for step in range(start_step, start_step + n_steps):
+            yield self._held.batch(self.share.whole_batch(step), whole)
+
     def whole_batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """All rows of every batch, on all ranks."""
-        with closing(self._stored_batches(start_step, n_steps, announce)) as own:
-            for step, own_BD in enumerate(own, start_step):
-                x_BD = gathered(self.peers, own_BD, self.share.counts)
+        with closing(self._unshuffled(start_step, n_steps, announce)) as stream:
+            for step, x_BD in enumerate(stream, start_step):
                 yield shuffled(x_BD, self.config.seed, step) if self.config.control == "shuffled" else x_BD
 
+    def _unshuffled(self, start_step: int, n_steps: int, announce: bool) -> Generator[Tensor, None, None]:
+        if self.on_device:
+            yield from self._held_batches(start_step, n_steps, whole=True)
+            return
+        with closing(self._stored_batches(start_step, n_steps, announce)) as own:
+            for own_BD in own:
+                yield gathered(self.peers, own_BD, self.share.counts)
+
     def embedding_batches(self, start_step: int, n_steps: int) -> Generator[Tensor | None, None, None]:
-        """Those of all rows of a batch: MonoLoss is of one replica."""
+        """Those of all rows of a batch, which MonoLoss needs whatever the replica."""
         with closing(super().embedding_batches(start_step, n_steps)) as own:
             for own_BE in own:
                 yield None if own_BE is None else gathered(self.peers, own_BE, self.share.counts)

@@ -8,6 +8,7 @@ and G Matryoshka groups tells the others, in this order:
     partial     reconstructions of the rank's latents [B / D, G, d_in]; each rank adds up B / R rows        exchange
     residuals   of these rows, as the gradient that entries receive                                         gather
     gradients   of the part's latents among its D replicas, if there are several (sharded_replicas.py)      exchange
+    scores      of MonoLoss: rows [B, d_in] and entries of the part's latents, among its D replicas         gather
     numbers     [d_in + 2]: b_dec's gradient, the squared error, the gradient's squared norm                gather
     weights     of the part's latents among its D replicas                                                  gather
 
@@ -35,12 +36,12 @@ from saevlm_fast.kernels.latent_update import adam_, latent_update_
 from saevlm_fast.peers import Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
-from saevlm_fast.training.mono import MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 from saevlm_fast.training.sharded_dead import shared_auxiliary
 from saevlm_fast.training.sharded_gradients import OwnGradients, own_gradients
+from saevlm_fast.training.sharded_mono import SharedMono
 from saevlm_fast.training.sharded_replicas import spread_, summed_slice
-from saevlm_fast.training.sharded_rows import bag_offsets_of, choose, shared_residuals
+from saevlm_fast.training.sharded_rows import bag_offsets_of, choose, gathered, shared_residuals
 from saevlm_fast.training.shards import Shard, cut, own_first_rows
 from saevlm_fast.training.step import Losses, StepOutput, Stepper
 
@@ -142,9 +143,9 @@ class ShardedStepper(Stepper):
 
     @torch.no_grad()
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
-        """The step that was announced. e_BE: as Stepper's; of one replica."""
+        """The step that was announced. e_BE: as Stepper's, of the whole batch."""
         n_rows = self.batch_rows(x_BD)
-        mono = self._mono(x_BD if e_BE is None else e_BE)
+        mono = self._shared_mono(x_BD, e_BE)
         own, x_hat_BD = self._all_pieces(x_BD, mono)
         self._track_shard(own.codes, own.smallest, n_rows)
 
@@ -166,12 +167,21 @@ class ShardedStepper(Stepper):
         self._note_bad(losses)
         return StepOutput(losses, x_hat_BD, own.codes, n_dead)
 
-    def _mono(self, e_BE: Tensor) -> MonoTerm | None:
-        """With sums over the latents of all ranks."""
-        term = super()._mono(e_BE)
-        return None if term is None else term._replace(of_all=self._of_all)
+    def _shared_mono(self, x_BD: Tensor, e_BE: Tensor | None) -> SharedMono | None:
+        """By the rows of all replicas, with sums over the latents of all ranks."""
+        if self.config.mono_weight is None:
+            return None
+        rows, n_rows = self.ranks.rows, self.batch_rows(x_BD)
+        counts = [each.stop - each.start for each in cut(n_rows, rows.world)]
+        term = self._mono(gathered(rows, x_BD, counts) if e_BE is None else e_BE)
+        assert term is not None
 
-    def _all_pieces(self, x_BD: Tensor, mono: MonoTerm | None) -> "tuple[_Piece, Tensor]":
+        def of_all(numbers: Tensor) -> Tensor:
+            return in_order(self.ranks.latents.gather(numbers))
+
+        return SharedMono(term._replace(of_all=of_all), rows, counts)
+
+    def _all_pieces(self, x_BD: Tensor, mono: SharedMono | None) -> "tuple[_Piece, Tensor]":
         """Of the batch's micro-batches (accumulate.py), of which there is one as a rule: their sum, and x_hat."""
         n_rows = self.batch_rows(x_BD)
         n = min(self.config.accumulate, n_rows)
@@ -196,7 +206,7 @@ class ShardedStepper(Stepper):
         )
         return summed, x_hat_BD
 
-    def _piece(self, x_BD: Tensor, n_rows: int, mono: MonoTerm | None) -> "tuple[_Piece, Tensor]":
+    def _piece(self, x_BD: Tensor, n_rows: int, mono: SharedMono | None) -> "tuple[_Piece, Tensor]":
         """Of some rows, which are the replica's of n_rows, as parts of the whole batch's loss; and their x_hat."""
         codes, penalty, smallest = self._codes(x_BD, n_rows)
         bags, n_batch_rows = bag_offsets_of(self.shard, codes), self.rows_announced

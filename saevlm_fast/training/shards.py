@@ -103,8 +103,6 @@ def check_shardable(sae: SAEConfig, config: TrainConfig, ranks: Ranks) -> None:
         value = getattr(config, field.name)
         known = field.name in _KNOWN or value == field.default
         require(known, f"{field.name}: {value} is for one process, and torchrun started {world}")
-    several = ranks.rows.world > 1 and config.mono_weight is not None
-    require(not several, f"mono_weight: {config.mono_weight} needs all rows of a latent: of no use with data_parallel")
     require(world <= sae.d_sae, f"d_sae: {sae.d_sae} latents for {world} ranks, of which each holds one at least")
     config.check_fits(sae)
 

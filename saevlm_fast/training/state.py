@@ -69,8 +69,11 @@ class TrainingState:
         self.sae_config = sae_config
         self.stepper = self.first_stepper()
         self.scale = Scale()
-        self.on_device = rows_go_to_device(activations, sae_config, config, device, data_on, others)
+        self.on_device = self._goes_to_device(data_on, others)
         self._resident: ResidentRows | None = None
+
+    def _goes_to_device(self, data_on: DataOn, others: int) -> bool:
+        return rows_go_to_device(self.activations, self.sae_config, self.config, self.device, data_on, others)
 
     def first_stepper(self) -> Stepper:
         """With random weights, before step 0."""

@@ -135,7 +135,7 @@ class Place:
 
     def _buffer(self, first_window: int) -> MixingBuffer:
         config, rows = self.config, self.rows
-        return MixingBuffer(
+        return self._mixing(
             config.steps,
             self.batch_size,
             self.capacity,
@@ -145,6 +145,9 @@ class Place:
             device=self.buffer_device,
             first_window=first_window,
         )
+
+    def _mixing(self, *given: Any, **more: Any) -> MixingBuffer:
+        return MixingBuffer(*given, **more)
 
     def add(
         self,
@@ -209,12 +212,8 @@ class Place:
         """A step of every SAE that has not taken it."""
         step, raw_BD = self.buffer.step, self.buffer.take()
         if any(member.n_steps == step for member in self.members):
-            take_all(self.members, step, self.members[0].state.normalised(self._own(raw_BD).to(self.device)))
+            take_all(self.members, step, self.members[0].state.normalised(raw_BD.to(self.device)))
         return step
-
-    def _own(self, raw_BD: Tensor) -> Tensor:
-        """The rows of a batch that this process takes a step on."""
-        return raw_BD
 
     def begin(self) -> None:
         """The SAEs that have not begun do, from what is in the buffer, which is full."""

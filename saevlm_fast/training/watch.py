@@ -1,8 +1,10 @@
 """Watching a run from elsewhere: what it logs goes to other programs too (loggers.py), and none of them can stop it.
 
 A package that is not installed is refused before the run begins. Whatever goes wrong with a logger later is a warning,
-once: it is left out from then on, and the run goes on. metrics.jsonl is not of these: it is part of the run, the same
-to the byte whether that was interrupted or not, and so holds no rates and no memory.
+once: it is left out from then on, and the run goes on. Each is at work in a thread of its own (beside.py): steps never
+wait for it. It is waited for at the start, before the run's directory moves and at the end, for a minute at most; one
+that gives no answer then is left out of all runs that are under way. metrics.jsonl is not of these: it is part of the
+run, the same to the byte whether that was interrupted or not, and so holds no rates and no memory.
 
     watch.json  {"name"}: by which the loggers know the run again when it is resumed; sealed (records.py)
 """
@@ -14,7 +16,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -26,6 +28,8 @@ from saevlm_fast import __version__
 from saevlm_fast.errors import Doubt, Interrupted, first_line
 from saevlm_fast.outputs import REPLACEMENT
 from saevlm_fast.records import TEXT, Fields, read_record, write_record
+from saevlm_fast.training import beside
+from saevlm_fast.training.beside import Beside, quiet_stdout
 from saevlm_fast.training.evaluate import Metrics
 from saevlm_fast.training.loggers import EVENTS, LOGGERS, TENSORBOARD_FOLDER, Identity, Logger, imported
 
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 WATCH_FILE, PICTURE = "watch.json", "contact_sheet"
 _LONGEST_NAME = 60
 _WATCH = Fields({"name": TEXT}, others=False)
+
+_open: "list[Watch]" = []
 
 
 class Watch:
@@ -56,17 +62,32 @@ class Watch:
         self._names = [name for name in names if name in LOGGERS and first]
         for name in self._names:
             imported(name)
-        self._loggers: dict[str, Logger] = {}
+        self._loggers: dict[str, Beside[Logger]] = {}
         self._since: tuple[int, int, float] | None = None
         self._device = torch.device("cpu")
+        self._quiet, self._is_closing = ExitStack(), False
 
     def __enter__(self) -> Self:
+        if self._names:
+            self._quiet.enter_context(quiet_stdout())
+            _open.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        failed = kind is not None and not issubclass(kind, Interrupted)
-        self._each(lambda logger: logger.close(failed))
-        self._loggers.clear()
+        with self._quiet:
+            try:
+                self._close(failed=kind is not None and not issubclass(kind, Interrupted))
+                self._settle()
+            finally:
+                for name in list(self._loggers):
+                    self._loggers.pop(name).leave()
+                if self in _open:
+                    _open.remove(self)
+
+    def _close(self, failed: bool) -> None:
+        if not self._is_closing:
+            self._each(lambda logger: logger.close(failed), "the end")
+        self._is_closing = True
 
     def begin(
         self,
@@ -87,11 +108,9 @@ class Watch:
         self._device = device
         said = {**config, "saevlm_fast": __version__, **({} if group is None else {"group": group})}
         run = Identity(self._identity(directory(), called), n_steps, said, directory, group)
-        for name in self._names:
-            self._guarded(name, "start", partial(self._start, name, run))
-
-    def _start(self, name: str, run: Identity) -> None:
-        self._loggers[name] = LOGGERS[name](run)
+        for name in list(self._names):
+            self._loggers[name] = Beside(name, partial(LOGGERS[name], run))
+            self._settle()  # it may ask for a login
 
     def _identity(self, directory: Path | None, called: str) -> str:
         """The name of the run, which is kept beside it."""
@@ -114,38 +133,50 @@ class Watch:
 
     def pause(self) -> None:
         """The run's directory is about to move."""
-        self._each(lambda logger: logger.pause())
+        self._each(lambda logger: logger.pause(), "the end of the steps")
+        self._settle()
 
     def finish(self, step: int, metrics: Metrics, picture: "Callable[[], Image | None]") -> None:
-        """The evaluation of the finished SAE, and a picture of it, which is only made if somebody looks at it."""
+        """The evaluation of the finished SAE, and a picture of it, which is only made if somebody looks at it. Nothing
+        comes after it."""
         self._each(lambda logger: logger.log(step, metrics), "the evaluation")
-        if not self._loggers:
-            return
         try:
-            image = picture()
+            image = picture() if self._loggers else None
         except Interrupted:
             raise
         except Exception as error:
             _warn(f"log_to: no contact sheet could be made ({first_line(error)})")
-            return
+            image = None
         if image is not None:
             self._each(lambda logger: logger.picture(step, PICTURE, image), "the contact sheet")
+        self._close(failed=False)  # and waited for at the end: those of several runs end at once
 
-    def _each(self, act: Callable[[Logger], None], when: str = "the end") -> None:
+    def _each(self, act: Callable[[Logger], None], when: str) -> None:
+        for logger in self._loggers.values():
+            logger.tell(when, act)
+        self._hear()
+
+    def _settle(self) -> None:
+        """Waits for all of them."""
+        deadline = monotonic() + beside.PATIENCE_SECONDS
+        asked = [(name, logger, logger.asked()) for name, logger in self._loggers.items()]
+        silent = [name for name, logger, done in asked if not logger.settle(done, deadline)]
+        self._hear()
+        for name in silent:
+            for watch in _open:
+                watch._leave(name)
+                watch._names = [other for other in watch._names if other != name]
+
+    def _hear(self) -> None:
+        """What went wrong in somebody else's code must not cost the run."""
         for name, logger in list(self._loggers.items()):
-            self._guarded(name, when, partial(act, logger))
+            if logger.failure is not None:
+                self._leave(name)
+                _warn(f"log_to: {name} {logger.failure}; the run goes on without it")
 
-    def _guarded(self, name: str, when: str, act: Callable[[], None]) -> None:
-        """What goes wrong in somebody else's code must not cost the run. None of it comes on stdout, which is JSON."""
-        try:
-            with redirect_stdout(sys.stderr):
-                act()
-        except Interrupted:
-            raise
-        except Exception as error:
-            self._loggers.pop(name, None)
-            what = f"{type(error).__name__}: {first_line(error)}"
-            _warn(f"log_to: {name} failed at {when} ({what}); the run goes on without it")
+    def _leave(self, name: str) -> None:
+        if name in self._loggers:
+            self._loggers.pop(name).leave()
 
     def _system(self, step: int, n_rows_seen: int) -> Metrics:
         """Rates since the last call, memory of the process, and of the GPU if there is one."""

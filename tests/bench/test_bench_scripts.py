@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 from importlib import import_module
@@ -44,9 +45,14 @@ def test_a_script_is_a_module_to_run():
 
 @pytest.fixture(scope="module")
 def peer_results(tmp_path_factory):
+    """Of processes that are forks of one that has torch, and not of this one: they know its end by their pipes'."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.training.bench_peers"])
     path = tmp_path_factory.mktemp("peers") / "peers.json"
     small = ("--d-in", 16, "--d-sae", 64, "--rows", 8, "--k", 4, "--rounds", 2, "--turn-seconds", 0.01)
-    run_script("training.bench_peers", "--output", path, *small, "--architectures", "topk", "--peers", "sparsify")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda method: context)
+        run_script("training.bench_peers", "--output", path, *small, "--architectures", "topk", "--peers", "sparsify")
     return path
 
 

@@ -1,6 +1,10 @@
 """The checks of a device that bench/gpu_check.sh runs, on a CPU and small: they pass, write results, and can fail."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +62,20 @@ def test_scores_agree_and_what_differs_fails(monkeypatch, tmp_path):
     status, results = run(scores_on_device, monkeypatch, tmp_path / "scores.json", *sizes)
     assert status == 1
     assert "16 of 16 scores differ" in results[0]["extra_info"]["failed"]
+
+
+def test_results_of_several_calls_are_put_together(tmp_path):
+    result = {"name": "a", "stats": {"median": 0.002}, "extra_info": dict.fromkeys(("case", "dtype", "impl"), "x")}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        result["extra_info"]["operation"] = f"of the {name}"
+        (tmp_path / name / "bench.json").write_text(json.dumps({"benchmarks": [result], "runs": []}))
+        (tmp_path / name / "summary.txt").write_text(f"{name}: passed\n")
+    script = Path(__file__).parents[2] / "bench" / "gpu_check.sh"
+    environment = os.environ | {"OUT": str(tmp_path / "all"), "PYTHON": sys.executable}
+    command = ["bash", str(script), "combine", str(tmp_path / "first"), str(tmp_path / "second")]
+    subprocess.run(command, env=environment, check=True)
+    assert (tmp_path / "all" / "summary.txt").read_text() == "first: passed\nsecond: passed\n"
+    tables = (tmp_path / "all" / "tables.md").read_text()
+    assert "of the first" in tables
+    assert "of the second" in tables

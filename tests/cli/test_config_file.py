@@ -1,15 +1,17 @@
 """--config, and the settings.toml that every result has beside it."""
 
 import os
+import re
 import tomllib
+from typing import get_origin
 
 import pytest
 
 from command import run, run_json
-from saevlm_fast.cli.options import COMMANDS, arguments
+from saevlm_fast.cli.options import COMMANDS, arguments, is_needed, key_of, ordered
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.config import StreamSettings
-from saevlm_fast.settings import settings_of
+from saevlm_fast.settings import choices_of, kinds_of, settings_of
 
 TRAIN = {"k": 4, "steps": 20, "batch_size": 64, "lr": 3e-3, "device": "cpu"}
 
@@ -94,6 +96,40 @@ def test_what_a_file_is_refused_for(text, message, data, tmp_path):
     file.write_text(text)
     arguments = "--config", file, "--activations", data / "activations.npy"
     assert message in run("train", *arguments, code=2)
+
+
+def lists():
+    """Every option and key that takes a list of which no value may come again."""
+    for name, command in COMMANDS.items():
+        cls = command.options
+        for field, known in settings_of(cls).items():
+            listed = known.swept or get_origin(kinds_of(cls)[field]) is tuple
+            if listed and not known.repeats and not known.tables and (known.on_command_line or known.in_file):
+                yield pytest.param(name, cls, field, known, id=f"{name} {key_of(field, known)}")
+
+
+def test_of_lists_that_may_repeat_a_value():
+    kept = {
+        key_of(field, known)
+        for command in COMMANDS.values()
+        for field, known in settings_of(command.options).items()
+        if known.repeats
+    }
+    assert kept == {"layer", "groups", "betas", "sae", "codes", "scores", "names", "steering"}
+
+
+@pytest.mark.parametrize(("name", "cls", "field", "known"), [*lists()])
+def test_a_value_that_is_listed_twice_is_refused_by_one_rule(name, cls, field, known):
+    needed = {other: "7" for other, more in ordered(cls) if is_needed(cls, other, more) and other != field}
+    needed |= {"model": "x", "images": "x"} if name == "train" and field in settings_of(StreamSettings) else {}
+    likely = [*choices_of(cls, field), "3", "k=3", "raw", "jsonl", "x"]
+    said = set()
+    for value in likely:  # which of them it takes is its own affair
+        given = f"{value},{value}" if known.swept else [value, value]
+        with pytest.raises(ValueError, match=key_of(field, known)) as error:
+            arguments(name, cls, needed | {field: given})
+        said.add(str(error.value))
+    assert any(re.fullmatch(rf"{key_of(field, known)}: \S+ is listed twice", text) for text in said), said
 
 
 def test_a_file_that_is_not_there(tmp_path):

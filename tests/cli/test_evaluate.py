@@ -295,7 +295,7 @@ def test_several_rows_of_an_image_are_pooled(there, tmp_path):
         (("--embeddings", "wide.npy"), "embeddings: wide.npy has 3 rows; there are 240 images"),
         (("--activations", "wide.npy"), "sae: d_in of sae0 is 8, but the activations have width 5"),
         (("--sae", "sae0", "--sae", "copy"), "is the same SAE as"),
-        (("--sae", "sae0", "--sae", "sae0"), "a path is given twice"),
+        (("--sae", "sae0", "--sae", "sae0"), "sae: sae0 is listed twice"),
         (("--mask-names", "labels.csv"), "mask_names: it is about --masks"),
         (("--masks", "none"), "masks: none is not a directory"),
         (("--masks", "mine"), "has one row an image"),
@@ -321,72 +321,6 @@ def test_what_is_refused(more, message, there, tmp_path, monkeypatch):
     given = {key: value for key, value in given.items() if key not in more}
     assert message in run("evaluate", *(word for pair in given.items() for word in pair), *more, code=2)
     assert not (tmp_path / "out" / "evaluation.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("t.json", "[1]", "no object of labels"),
-        ("t.json", '{"a": []}', "is not a path of nodes"),
-        ("t.json", '{"a": [1]}', "is not a text"),
-        ("t.json", '{"a": {"paths": 3}}', "is not a path"),
-        ("t.json", "{}", "no label in it"),
-        ("t.csv", "a\n", "line 1: a label and at least one node"),
-        ("t.csv", "a,b\na,c\n", "line 2: 'a' had another path"),
-        ("t.txt", "", "does not end in .json or .csv"),
-    ],
-)
-def test_broken_taxonomies(name, text, message, tmp_path):
-    from saevlm_fast.measures.taxonomy import read_taxonomy
-
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message) as raised:
-        read_taxonomy(tmp_path / name)
-    assert name in str(raised.value)
-
-
-def test_taxonomies_of_both_kinds(tmp_path):
-    from saevlm_fast.measures.taxonomy import read_taxonomy
-
-    (tmp_path / "t.csv").write_text("cat,animal,cat\n\noak,plant,tree,oak\n")
-    assert read_taxonomy(tmp_path / "t.csv").paths["oak"] == (("plant", "tree", "oak"),)
-    (tmp_path / "t.json").write_text('{"cat": [["n1", "animal"], ["n2", "cat"]], "x": {"paths": [["a"], ["b", "c"]]}}')
-    found = read_taxonomy(tmp_path / "t.json")
-    assert found.paths["cat"] == (("n1", "n2"),)
-    assert not found.is_tree
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("l.csv", "", "an id and at least one column"),
-        ("l.csv", "image,a\nx\n", "line 2: 1 cells"),
-        ("l.csv", "image,a,a\nx,1,2\n", "a column stands twice"),
-        ("l.csv", "x,cat\ny,dog\n", "the first line is of image 'x'; a header is needed"),
-        ("l.csv", "image,a\nz,1\n", "no line of any of the 2 images, such as 'x'"),
-        ("l.csv", "image,a\nx,\n", "no image has a label"),
-        ("l.parquet", "PAR1", "l.parquet: "),
-    ],
-)
-def test_broken_labels(name, text, message, tmp_path):
-    from saevlm_fast.data.label_sets import read_labels
-
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_labels(tmp_path / name, ["x", "y"])
-
-
-def test_labels_of_a_parquet_file(tmp_path):
-    import pyarrow as pa
-
-    from saevlm_fast.data.label_sets import read_labels
-
-    pq.write_table(
-        pa.table({"image": ["x", "y", "x"], "kind": ["a", None, "b"], "n": [1, 2, 3]}), tmp_path / "l.parquet"
-    )
-    kind, number = read_labels(tmp_path / "l.parquet", ["x", "y", "z"])
-    assert (kind.names, kind.labels_M.tolist(), kind.known_N.tolist()) == (("a", "b"), [0, 1], [True, True, False])
-    assert number.names == ("1", "2", "3")
 
 
 def test_measure_from_python(there):

@@ -22,7 +22,7 @@ def test_a_real_process_ends_with_exit_code_2_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "saevlm_fast.cli", "train", "--activations", "no.npy", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: no.npy: no such file")
+    assert done.stderr.startswith("error: activations: no.npy: no such file")
     assert done.stderr.count("\n") == 1
 
 

@@ -11,6 +11,7 @@ from command import files_below, run, run_json
 from saevlm_fast.cli.sweep import expanded, names_of, one_of
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.data.rows import open_activations
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.settings import Several
 from tiny_tower import save_clip, save_photos
 
@@ -103,7 +104,8 @@ def test_resume_and_force(x, tmp_path):
         (("--k", "2,99"), "k99: k: 99"),
         (("--architecture", "topk,tpk"), "architecture: 'tpk' is not one of"),
         (("--architecture", "topk,relu", "--k", "2,3"), "k: 2 is of"),
-        (("--expansion", "2,4", "--d-sae", "16"), "d_sae"),
+        (("--expansion", "2,4", "--d-sae", "16"), "expansion: give either expansion or d_sae, not both"),
+        (("--d-sae", "16,32", "--expansion", "2"), "d_sae: give either d_sae or expansion, not both"),
         (("--steps", "3,4"), "steps: '3,4' is not a whole number"),
         (("--k", "2,3", "--embeddings", "x.npy"), "embeddings: 200 rows"),
         (("--embeddings", "x.npy"), "embeddings: of several SAEs"),
@@ -248,8 +250,14 @@ def test_one_pass_dry_run_writes_nothing(small, tmp_path):
         (("--layer", 2, "--activations", "x.npy"), "activations: does not go with model"),
         (("--layer", 2, "--validation", "x.npy"), "validation: does not go with model"),
         (("--layer", 2, "--embeddings", "x.npy"), "embeddings: 200 rows of x.npy, but 40 images; row i is image i"),
-        (("--layer", "2,2"), "asked for twice"),
+        (("--layer", "2,2"), "layer: 2 is listed twice"),
         (("--layer", 2, "--keep-store", "out"), "keep_store: out is the output"),
+        (("--layer", 2, "--keep-store", "."), "keep_store: . is not empty and holds no harvest"),
+        (("--layer", 2, "--images", "damaged", "--max-skipped", 1), "images: none of 2 images could be used; the last"),
+        (
+            ("--layer", 2, "--validation-images", "damaged", "--max-skipped", 1),
+            "images: none of the 2 images of damaged could be used; that is of the evaluation alone",
+        ),
         (("train", "--model", "hf:tiny-clip", "--layer", 3), "images: needed with model"),
         (("train", "--images", "scenes:train:9"), "model: needed with images"),
         (("train", "--layer", 2, "--steps", 3), "layer: of a run from images; give --model and --images"),
@@ -258,7 +266,30 @@ def test_one_pass_dry_run_writes_nothing(small, tmp_path):
 def test_what_one_pass_refuses(small, x, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.npy").symlink_to(x)
+    (tmp_path / "damaged").mkdir()
+    for name in "ab":
+        (tmp_path / "damaged" / f"{name}.png").write_text("no image")
     more = more if more[0] == "train" else (*small[0], *more)
     said = run(*more, "--output", "out", code=2)
     assert message in " ".join(said.split())
-    assert not (tmp_path / "out").exists()
+    assert "evaluation alone" in message or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("of", ["images", "store"])
+def test_an_interrupted_pass_says_how_it_goes_on(small, x, tmp_path, monkeypatch, of):
+    """Before the first step there is no settings.toml, or one of the run that was to be replaced."""
+
+    def stopped(*_, **__):
+        raise Interrupted("interrupted after step 0; continue with --resume")
+
+    command = (*small[0], "--layer", 2) if of == "images" else words(x, tmp_path / "out")
+    command = (*command, "--k", "2,3", "--output", tmp_path / "out")
+    name = "saevlm_fast.training.one_pass.OnePass.steps" if of == "images" else "saevlm_fast.training.many._steps"
+    with monkeypatch.context() as patch:
+        patch.setattr(name, stopped)
+        assert run(*command, code=130).endswith("step 0; continue with the same command and --resume\n")
+    run(*command, "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(name, stopped)
+        text = run(*command, "--force", code=130)
+    assert text.endswith("step 0; start again with the same command\n")

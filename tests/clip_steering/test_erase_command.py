@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from command import run, run_json
-from saevlm_fast.cli.erase import EraseArguments, _halves
+from saevlm_fast.cli.erase_images import halves_of
+from saevlm_fast.cli.erase_options import EraseArguments
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.data.label_sets import halves
 from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder
 
@@ -41,6 +43,7 @@ def world(tmp_path_factory):
     )
     (root / "cyrillic.csv").write_text("label,word\nred,\u0440\u043e\u0442\nblue,blau\n", encoding="utf-8")
     (root / "half.csv").write_text("label,text\nred,a red thing\n")
+    (root / "same.csv").write_text("label,text,word\nred,a red thing,rot\nblue,a blue thing,rot\n")
     (root / "empty.csv").touch()
     (root / "few.csv").write_text("image,place\nred/0.png,a\nred/1.png,b\nblue/1.png,b\n")
     (root / "odd.csv").write_text("label,name\nred,a\n")
@@ -100,17 +103,18 @@ def test_a_label_is_erased_and_the_worst_group_beside_it(world, tmp_path):
 def test_damaged_files_are_left_out_and_named(world, tmp_path):
     photos = tmp_path / "photos"
     shutil.copytree(world / "photos", photos)
-    for name in COLOURS:
-        for i in range(13):
-            (photos / name / f"{i}.png").write_bytes(b"no picture")
+    ids = [f"{name}/{i}.png" for name in COLOURS for i in range(26)]
+    first = halves(ids)
+    for name in [*np.array(ids)[first][::3], *np.array(ids)[~first][::5]]:
+        (photos / name).write_bytes(b"no picture")
     output = tmp_path / "w.json"
     text = run(*call(world, output, images=photos, k=1))
     assert "warning: images: " in text
     assert "for choosing are not usable and were left out, the first is " in text
-    assert "warning: test_images: " in text
+    assert "warning: test_images: 3 of 14 to ask about are not usable and were left out, the first is " in text
     of_layer = json.loads(output.read_text())["layers"][0]
-    assert of_layer["images"]["train"] < 26
-    assert of_layer["rows"][0]["clean"]["n"] == 26 - of_layer["images"]["train"]
+    assert of_layer["images"] == {"train": 38 - 13, "test": 14 - 3}
+    assert of_layer["rows"][0]["clean"]["n"] == 14 - 3
 
 
 def test_images_are_drawn_from_all_of_a_sorted_folder(world):
@@ -122,13 +126,13 @@ def test_images_are_drawn_from_all_of_a_sorted_folder(world):
             model="hf:tiny-clip", sae=(world / "one",), layer=(2,), images=str(world / "photos"), limit=10, seed=seed,
             output=world / "w.json",
         )  # fmt: skip
-        (_, train), (_, test) = _halves(options, photos, photos)
+        (_, train), (_, test) = halves_of(options, photos, photos)
         assert len(train) == len(test) == 10
         assert train == sorted(set(train))
         assert not set(train) & set(test)
         labels[seed] = [{photos.label(i) for i in half} for half in (train, test)]
         assert labels[seed] == [{"red", "blue"}] * 2
-        assert _halves(options, photos, photos) == ((photos, train), (photos, test))
+        assert halves_of(options, photos, photos) == ((photos, train), (photos, test))
 
 
 def test_images_that_choose_are_not_asked_about(world, tmp_path):
@@ -148,6 +152,42 @@ def test_images_of_which_none_can_be_read_are_refused(world, tmp_path):
         file.write_bytes(b"no picture")
     said = run(*call(world, tmp_path / "w.json", "--limit", 40, images=tmp_path / "photos"), code=2)
     assert "error: images: 0 for choosing can be read and have a label of images; 10 at least are needed" in said
+
+
+@pytest.mark.parametrize("half", ["for choosing", "to ask about"])
+def test_a_class_that_loses_all_its_images_is_refused(world, tmp_path, half):
+    """By name and count, before anything is computed; of a class that keeps one the damaged ones are left out."""
+    photos = tmp_path / "photos"
+    shutil.copytree(world / "photos", photos)
+    ids = [f"blue/{i}.png" for i in range(26)]
+    (*others, last) = [name for name, first in zip(ids, halves(ids)) if first == (half == "for choosing")]
+    for name in others:
+        (photos / name).write_bytes(b"no picture")
+    words = call(world, tmp_path / "w.json", "--limit", 14, "--dry-run", images=photos)
+    assert f" {half} are not usable and were left out" in run(*words)
+    (photos / last).write_bytes(b"no picture")
+    argument = "images" if half == "for choosing" else "test_images"
+    said = run(*words, code=2)
+    assert f"error: {argument}: none of the {len(others) + 1} images {half} of the class 'blue' (images) is" in said
+    assert "the first is blue/" in said
+
+
+def test_classes_that_are_in_one_half_alone_are_refused(world, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(world / "photos", photos)
+    for i in range(26):
+        if halves([f"blue/{i}.png"])[0]:
+            (photos / "blue" / f"{i}.png").unlink()
+    n = len(list((photos / "blue").iterdir()))
+    said = run(*call(world, tmp_path / "w.json", "--dry-run", images=photos), code=2)
+    assert f"error: labels: class ['blue'] of images has {n} of --images, and none of them is in the half for" in said
+    for i in range(11):
+        shutil.copytree(world / "photos" / "red", photos / f"red{i}")
+    said = run(*call(world, tmp_path / "w.json", "--limit", 10, "--dry-run", images=photos, labels="images"), code=2)
+    assert "labels: class ['blue']" in said
+    shutil.rmtree(photos / "blue")
+    said = run(*call(world, tmp_path / "w.json", "--limit", 10, "--dry-run", images=photos), code=2)
+    assert "error: limit: 10 images for choosing are fewer than the 12 classes of images; each class needs 1" in said
 
 
 def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
@@ -188,6 +228,7 @@ def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
         ({"groups": "{world}/none.csv:place"}, "groups: {world}/none.csv is not a file"),
         ({"class_words": "{world}/half.csv"}, "class_words: {world}/half.csv has no line of the label ['blue']"),
         ({"class_words": "{world}/odd.csv"}, "class_words: {world}/odd.csv has the columns label, name; label and"),
+        ({"class_words": "{world}/same.csv"}, "class_words: {world}/same.csv: the word ['rot'] is that of 2 labels"),
         ({"class_words": "{world}/none.csv"}, "class_words: {world}/none.csv is not a file"),
         ({"fonts": "{world}/words.csv"}, "fonts: {world}/words.csv cannot be used"),
         ({"class_words": "{world}/empty.csv"}, "class_words: {world}/empty.csv is empty"),

@@ -10,7 +10,16 @@ from PIL import Image
 from saevlm_fast.box.models import model_directory
 from saevlm_fast.box.scenes import value_prompts
 from saevlm_fast.clip_steering.attacks import BITMAP, OUTLINE, TEST, TRAIN, AttackedSource, Style, wrong_words
-from saevlm_fast.clip_steering.erasing import Choice, Question, Told, Writing, _accuracy, erase_factor, erase_words
+from saevlm_fast.clip_steering.erasing import (
+    Choice,
+    Question,
+    Told,
+    Writing,
+    _accuracy,
+    _check_classes,
+    erase_factor,
+    erase_words,
+)
 from saevlm_fast.clip_steering.removal import (
     Features,
     Removal,
@@ -345,6 +354,15 @@ def test_an_image_without_an_answer_is_wrong(source):
     assert _accuracy(answers, 0, asked)["value"] == 1
     assert _accuracy(answers, 1, asked)["value"] == 0.5
     assert _accuracy(answers, 1, asked)["n"] == 2
+
+
+def test_a_class_without_any_answer_is_refused(source, classes):
+    """Images that decode and that the preprocessing does not take, or of which the attacked form is not usable."""
+    asked = Question(Told(source, [0, 1, 2, 3], np.array([0, 1, 1, -1]), SHAPES, np.array([0, 1, 1, -1])), classes)
+    _check_classes("attacked", asked, np.array([True, False, True, False]), {1: "is too wide"})
+    said = rf"none of the 2 images of the class 'star' is usable \(attacked\); .* {source.image_id(1)}: is too wide"
+    with pytest.raises(ValueError, match=f"test_images: {said}"):
+        _check_classes("attacked", asked, np.array([True, False, False, False]), {1: "is too wide"})
 
 
 def test_the_worst_group_is_the_lowest_of_those_with_enough_images(source):

@@ -85,8 +85,8 @@ def test_what_is_finished_is_taken_up(world, tmp_path, monkeypatch):
     ("more", "sae", "message"),
     [
         ((), "narrow", "d_in of {world}/narrow is 64, but the blocks of hf:tiny-clip have width 128"),
-        ((), "one,one", "sae: {world}/one, {world}/one lists one twice"),
-        ((), "nan", "error: {world}/nan"),
+        ((), "one,one", "sae: {world}/one is listed twice"),
+        ((), "nan", "error: sae: {world}/nan"),
         (("--layer", 5), "one", "layer"),
         (("--alpha", 0), "one", "alpha: 0.0 must be positive"),
         (("--tokens", "mean"), "one", "tokens: 'mean' is not one of"),
@@ -121,3 +121,28 @@ def test_the_neurons_lie_beside_the_latents(world, tmp_path):
     )
     assert options.neurons_output == tmp_path / "a.neurons.csv"
     shutil.rmtree(tmp_path)
+
+
+def test_latents_for_which_the_model_gives_no_number(world, tmp_path):
+    """They have no S, no word and no chance, which is said; a unit that never fires is not asked about."""
+    output = tmp_path / "s.json"
+    found = run(*call(world, output, "--no-neurons", "--latents", "0:4", "--alpha", 1e30))
+    rows = json.loads(output.read_text())["latents"]
+    lost = [row for row in rows if row["status"] == "no number"]
+    assert lost
+    assert {(row["s"], row["chance"], row["concept"]) for row in lost} == {(None, None, None)}
+    assert f"warning: alpha: {len(lost)} of 4 latents have no S, for the model gives NaN or inf" in found
+
+
+def test_saes_of_another_tower_or_layer(world, tmp_path):
+    """What the SAE says that it was trained on is compared with the model: another layer is refused."""
+    model = {"spec": "hf:other", "class": "CLIPVisionModelWithProjection", "weights_sha256": "0" * 64}
+    source = {"point": "residual", "layer": 2, "tokens": "all", "model": model}
+    for name, layer in (("other", 2), ("above", 3)):
+        sae = SparseAutoencoder(SAEConfig(128, D_SAE, 6, "topk", metadata={"source": source | {"layer": layer}}))
+        sae.save_pretrained(tmp_path / name)
+    few = ("--no-neurons", "--latents", "0:2", "--dry-run")
+    said = run(*call(tmp_path, tmp_path / "s.json", "--words", world / "words.txt", *few, sae="other"))
+    assert f"warning: sae: {tmp_path}/other was trained on residual of layer 2, tokens all of another model" in said
+    said = run(*call(tmp_path, tmp_path / "s.json", "--words", world / "words.txt", *few, sae="other,above"), code=2)
+    assert f"error: layer: 2, but {tmp_path}/above was trained on residual of layer 3" in said

@@ -12,6 +12,7 @@ from command import run, run_json
 from saevlm_fast import cross_modal
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.crossmodal.omega import TopTokens
+from saevlm_fast.crossmodal.patch_test import first_pairs
 from saevlm_fast.crossmodal.patches import PATCH_SCORES, Patches, kept_patches
 from saevlm_fast.crossmodal.samples import auroc, auroc_interval, kept_pairs
 from saevlm_fast.data.rows import open_activations
@@ -165,6 +166,7 @@ def test_shares_that_are_kept():
     random = np.random.default_rng(0).random(40)
     assert kept_pairs(np.array([1.0, 3.0, 3.0, 2.0]), 0.5, random[:4]).tolist() == [False, True, True, False]
     assert kept_pairs(np.array([1.0, 1.0, 1.0]), 1 / 3, np.array([0.2, 0.1, 0.9])).tolist() == [False, False, True]
+    assert kept_pairs(np.array([1.0]), 0.5, np.array([0.2])).tolist() == [True]  # one at least
     scores = np.repeat([0.0, 5.0, 1.0, 5.0], 10)  # of the twenty best, equal ones, ten are kept
     kept = kept_pairs(scores, 0.25, random)
     best = np.flatnonzero(scores == 5)
@@ -226,13 +228,28 @@ def test_the_command(pairs, tmp_path):
     assert (tmp_path / "out" / "kept.txt").read_bytes() != before
 
 
+def test_pairs_that_a_dry_run_looks_at(tmp_path):
+    write_pairs(tmp_path / "whole", shard=1000)
+    write_pairs(tmp_path / "cut", shard=30)  # the third pair is cut
+    for name, expected in (("whole", [0, 2, 3]), ("cut", [0])):
+        ids, patches, n_pairs = first_pairs(open_activations(tmp_path / name), 0)
+        assert np.unique(patches.sample).tolist() == expected  # the second has no text
+        assert len(patches.row) == sum(LENGTHS[i][1] for i in expected)
+        assert ids[0] == "pair-0"
+        assert n_pairs == len(LENGTHS)
+
+
 def test_clip_is_a_control_on_the_box(box, tmp_path):
     call = (*box, "--clip", "hf:tiny-clip")
     told = run_json(*call, "--output", tmp_path / "out")
     assert told["detection"]["clip"]["auroc"] > 0.8  # the box's CLIP knows its scenes
     assert 4 <= told["wrong"] <= 20
+    said = "error: clip: 'timm:x' is not hf:NAME_OR_DIR"
+    assert said in run(*box, "--clip", "timm:x", "--output", tmp_path / "no", code=2)
     call = (*call, "--output", tmp_path / "no", "--images")
     assert "images: " in run(*call, tmp_path / "nowhere", code=2)
+    few = (*box, "--clip", "hf:tiny-clip", "--images", "scenes:test:20", "--output", tmp_path / "few")
+    assert "images: 4 of 24 pairs are not there or not usable, and have no cosine of --clip" in run(*few)
     assert not (tmp_path / "no" / "cross_modal.json").exists()
 
 
@@ -277,8 +294,8 @@ def test_bad_input(pairs, tmp_path):
         ({"--keep": 1.5}, "keep"),
         ({"--keep": 0}, "keep: 0.0 must be above 0, at most 1"),
         ({"--by": "x"}, "by"),
+        ({"--top": 40}, "top: 40: no latent fires on 40 text and 40 image tokens, "),
         ({"--threshold": 1000}, "threshold: 1000 is above every activation"),
-        ({"--clip": "timm:x", "--images": "scenes:test:4"}, "clip: 'timm:x' is not hf:NAME_OR_DIR"),
         ({"--clip": "hf:tiny-clip"}, "does not say where its pairs are; give --images"),
     ):
         words = [str(word) for pair in (call | changes).items() for word in pair]

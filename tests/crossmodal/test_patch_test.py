@@ -215,6 +215,22 @@ def test_places_in_three_dimensions_stay(family, request):
     assert found[0] != pytest.approx(float(seen.said(piece, torch.ones_like(kept)[None])[0][0]), abs=1e-5)
 
 
+def test_a_dry_run_has_the_time_of_all_parts(tested, tmp_path, monkeypatch):
+    from saevlm_fast.cli import looking
+
+    _, call, _ = tested
+
+    class Steady(looking.Stopwatch):
+        def __call__(self, done):
+            self.seconds_each = 0.001
+            raise looking.Enough
+
+    monkeypatch.setattr(looking, "Stopwatch", Steady)
+    for more, n_pairs in ((("--patch-pairs", 0), 0), ((), 3), (("--clip", "hf:tiny-clip", "--patch-pairs", 100), 48)):
+        told = run_json(*call, *more, "--output", tmp_path / "out", "--dry-run")
+        assert told["time_seconds"] == pytest.approx(0.001 * (2 * told["rows"] + n_pairs))
+
+
 def test_bad_input(tested, llava, tmp_path):
     path, call, _ = tested
     for words, said in (
@@ -224,7 +240,7 @@ def test_bad_input(tested, llava, tmp_path):
         (("--patch-pairs", -1), "patch_pairs: -1"),
         (("--patches-by", "x"), "patches_by"),
         (("--model", "hf:tiny-clip"), "hf:tiny-clip"),
-        (("--images", "scenes:train:24"), "/store is not there"),
+        (("--images", "scenes:train:24"), "images: scenes:train:24: none of the pairs of"),
     ):
         assert said in run(*call, *words, "--output", tmp_path / "out", code=2)
         assert not (tmp_path / "out" / "cross_modal.json").exists()

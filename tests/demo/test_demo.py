@@ -121,22 +121,25 @@ def test_demo(tmp_path):
     # Again: nothing is trained anew, and what was lost is made again.
     (tmp_path / "demo" / "latents.png").unlink()
     shutil.rmtree(tmp_path / "demo" / "matryoshka")
-    text = run("demo")
-    assert text.count("step 60/60") == 1
+    kept = [tmp_path / "demo" / name / "checkpoints" for name in ("batch_topk", "patches")]
+    states = [state for each in kept for state in each.rglob("*.safetensors")]
+    before = [(state.stat().st_ino, state.stat().st_mtime_ns) for state in states]
+    assert len(before) >= 4  # of each the weights and the state of training
+    assert run_json("demo") == summary | {"output": "demo"}
+    assert [(state.stat().st_ino, state.stat().st_mtime_ns) for state in states] == before
+    assert (tmp_path / "demo" / "matryoshka" / "sae_weights.safetensors").is_file()
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
     assert (tmp_path / "demo" / "latents.png").is_file()
+    settings = tomllib.loads((tmp_path / "demo" / "settings.toml").read_text())
+    assert settings["demo"] == {"output": str(tmp_path / "demo"), "device": "auto"}
+    assert "dry run: " in run("demo", "--config", tmp_path / "demo" / "settings.toml", "--dry-run")
 
 
-def test_demo_dry_run_json_and_settings(tmp_path):
+def test_demo_dry_run(tmp_path):
     text = run("demo", "--dry-run")
     for part in ("dry run: scenes, three SAEs", "3 of 128 -> 512, 150 steps together", "training all steps"):
         assert part in text
     assert files_below(tmp_path) == {}
-    found = run_json("demo")
-    assert found == json.loads((tmp_path / "demo" / "summary.json").read_text()) | {"output": "demo"}
-    settings = tomllib.loads((tmp_path / "demo" / "settings.toml").read_text())
-    assert settings["demo"] == {"output": str(tmp_path / "demo"), "device": "auto"}
-    assert "dry run: " in run("demo", "--config", tmp_path / "demo" / "settings.toml", "--dry-run")
 
 
 def test_a_dry_run_harvests_no_scenes(tmp_path, monkeypatch):

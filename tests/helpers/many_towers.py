@@ -5,6 +5,7 @@ and tests/helpers/tower_table.py writes the table of docs/how-to/harvest.md from
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,7 @@ class Family:
         prefix: tokens before the patches. cls: whether one is CLS. grid: of a square picture; None where images have
             grids of their own. checked_by: for the table.
         stages: whether layers are stages. adds_up: whether a block adds what its attention and its MLP give, unscaled.
+        kinds: points of a layer. marked: whether only `pytest -m families` looks at it; it needs no code of its own.
     """
 
     name: str
@@ -75,6 +77,8 @@ class Family:
     checked_by: str = "`output_hidden_states`"
     stages: bool = False
     adds_up: bool = True
+    kinds: tuple[str, ...] = ("residual", "attention", "mlp")
+    marked: bool = False
 
     def pooled(self, tower: Tower, inputs: Any) -> tuple[Any, Any]:
         """(projection, pooled) as the library gives them."""
@@ -237,16 +241,90 @@ def mllama_states(tower: Tower, inputs: Any) -> list[Any]:
     return [*last[..., WIDTH:].unflatten(-1, (WIDTH, 2)).unbind(-1), last[..., :WIDTH]]
 
 
-def plain(kind: str, **settings: Any) -> Callable[[], Tower]:
+def plain(kind: str, model: str = "Model", **settings: Any) -> Callable[[], Tower]:
     """A model of transformers that is called kind + Model, with the configuration kind + Config."""
 
     def make() -> Tower:
         import transformers as t
 
-        model = getattr(t, f"{kind}Model")(getattr(t, f"{kind}Config")(**SMALL | settings))
-        return hf(model, square(t))
+        config = getattr(t, f"{kind}Config")(**SMALL | settings)
+        home = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        return hf(getattr(home, kind + model)(config), square(t))
 
     return make
+
+
+def glm4v() -> Tower:
+    import transformers as t
+    from transformers.models.glm4v.configuration_glm4v import Glm4vVisionConfig
+    from transformers.models.glm4v.modeling_glm4v import Glm4vVisionModel
+
+    config = Glm4vVisionConfig(
+        depth=2, hidden_size=WIDTH, out_hidden_size=48, num_heads=2, intermediate_size=48, image_size=SIZE,
+        patch_size=PATCH,
+    )  # fmt: skip
+    size = {"shortest_edge": 40 * 64, "longest_edge": 100 * 64}
+    return hf(Glm4vVisionModel(config), t.Glm4vImageProcessor(patch_size=PATCH, merge_size=2, size=size))
+
+
+def glm4v_states(tower: Tower, inputs: Any) -> list[Any]:
+    """Of every image by itself; its states have merged squares in the place of the last block's, so those are read
+    where they are about to be merged."""
+    layers: list[list[torch.Tensor]] = [[], []]
+    last: list[torch.Tensor] = []
+    hook = tower.model.post_layernorm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    grids = tower.anatomy.form.grids(inputs) or []
+    for picture, grid in zip(pictures(len(grids)), grids):
+        first = hidden_states(tower, prepared(tower, [picture]))[0]
+        for layer, x in zip(layers, (first, last[-1]), strict=True):
+            layer.append(unmerged(tower, x, grid))
+    hook.remove()
+    return list(layers)
+
+
+def llama4() -> Tower:
+    import transformers as t
+    from transformers.models.llama4.configuration_llama4 import Llama4VisionConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4VisionModel
+
+    config = Llama4VisionConfig(**SMALL, vision_output_dim=48, projector_input_dim=48, projector_output_dim=48)
+    config.intermediate_size = 4 * WIDTH  # four patches that become one token
+    return hf(Llama4VisionModel(config), square(t, "Llama4ImageProcessor"))
+
+
+def cls_first(tower: Tower, inputs: Any) -> list[Any]:
+    """Llama 4's class token is the last."""
+    return [torch.cat([x[:, -1:], x[:, :-1]], 1) for x in hidden_states(tower, inputs)]
+
+
+def sam() -> Tower:
+    import transformers as t
+
+    config = t.SamVisionConfig(**SMALL, mlp_dim=48, output_channels=4, window_size=2, global_attn_indexes=[1])
+    edges = {"size": {"longest_edge": SIZE}, "pad_size": {"height": SIZE, "width": SIZE}}
+    return hf(t.SamVisionModel(config), t.SamImageProcessor(**edges))
+
+
+def swin(kind: str) -> Callable[[], Tower]:
+    def make() -> Tower:
+        import transformers as t
+
+        small = {"image_size": SIZE, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2]}
+        return hf(getattr(t, f"{kind}Model")(getattr(t, f"{kind}Config")(**small, window_size=4)), square(t))
+
+    return make
+
+
+def before_merging(tower: Tower, inputs: Any) -> list[Any]:
+    """As transformers' own backbones read them."""
+    options = {"output_hidden_states": True, "output_hidden_states_before_downsampling": True}
+    found = tower.model.encoder(*tower.model.embeddings(inputs["pixel_values"]), **options)
+    return [x.flatten(2).transpose(1, 2) for x in found.reshaped_hidden_states[1:]]
+
+
+def rows_of_cells(tower: Tower, inputs: Any) -> list[Any]:
+    """Maps with channels last."""
+    return [x.flatten(1, 2) for x in hidden_states(tower, inputs)]
 
 
 def naflex() -> Tower:
@@ -374,6 +452,11 @@ def family(name: str, make: Callable[[], Tower], prefix: int = 0, cls: bool = Fa
     return Family(name, "transformers", make, fields.pop("states", hidden_states), prefix, cls, **fields)
 
 
+def marked(name: str, kind: str, prefix: int = 0, cls: bool = False, **fields: Any) -> Family:
+    own = {field: fields.pop(field) for field in ("adds_up", "kinds") if field in fields}
+    return family(name, plain(kind, **fields), prefix, cls, marked=True, **own)
+
+
 def timm_family(name: str, make: Callable[[], Tower], prefix: int = 0, cls: bool = False, **fields: Any) -> Family:
     return Family(name, "timm", make, intermediates, prefix, cls, checked_by=FORWARD, **fields)
 
@@ -403,6 +486,33 @@ FAMILIES = [
            states=cells),
     family("DINOv3 ConvNeXt", convolutional("DINOv3ConvNext", hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1]),
            stages=True, states=cells, grid=(1, 1)),
+    family("Swin", swin("Swin"), stages=True, states=before_merging,
+           checked_by="`output_hidden_states_before_downsampling`"),
+    family("Swin V2", swin("Swinv2"), stages=True, states=before_merging,
+           checked_by="`output_hidden_states_before_downsampling`"),
+    family("SAM", sam, states=rows_of_cells, adds_up=False, kinds=("residual", "mlp")),
+    family("Llama 4", llama4, 1, True, states=cls_first),
+    family("GLM-4V", glm4v, grid=None, states=glm4v_states, checked_by=ALONE),
+    family("RADIO", plain("Radio", max_img_size=64), 10, True, adds_up=False),
+    marked("MetaCLIP 2", "MetaClip2Vision", 1, True),
+    marked("Chinese CLIP", "ChineseCLIPVision", 1, True),
+    marked("CLIPSeg", "CLIPSegVision", 1, True),
+    marked("OWL-ViT", "OwlViTVision", 1, True),
+    marked("OWLv2", "Owlv2Vision", 1, True),
+    marked("MLCD", "MLCDVision", 1, True),
+    marked("GIT", "GitVision", 1, True),
+    marked("BLIP", "BlipVision", 1, True),
+    marked("BLIP-2", "Blip2Vision", 1, True),
+    marked("InstructBLIP", "InstructBlipVision", 1, True),
+    marked("Kosmos-2", "Kosmos2Vision", 1, True, model="Transformer"),
+    marked("Janus", "JanusVision"),
+    marked("Ovis 2", "Ovis2Vision", hidden_stride=1),
+    marked("BEiT", "Beit", 1, True, adds_up=False),
+    marked("Data2Vec", "Data2VecVision", 1, True, kinds=("residual", "attention")),
+    marked("ViT-MSN", "ViTMSN", 1, True),
+    marked("I-JEPA", "IJepa"),
+    marked("DINOv2 with registers", "Dinov2WithRegisters", 5, True, adds_up=False, mlp_ratio=2),
+    marked("Pixio", "Pixio", 8, True, mlp_ratio=2),
     timm_family("ViT", of_timm("vit_tiny_patch16_224", **TIMM), 1, True),
     timm_family("DeiT, distilled", of_timm("deit_tiny_distilled_patch16_224", **TIMM), 2, True),
     timm_family("EVA-02", of_timm("eva02_tiny_patch14_224", **TIMM), 1, True),
@@ -426,7 +536,7 @@ def harvested(number: int) -> tuple[Any, ...]:
     """(family, tower, its points, run's shapes and layouts, activations of three pictures, mask of padding)."""
     family = FAMILIES[number]
     tower = family.make()
-    kinds = ("residual",) if family.stages else ("residual", "attention", "mlp")
+    kinds = ("residual",) if family.stages else family.kinds
     points = [HookPoint(kind, layer) for layer in range(tower.n_blocks) for kind in kinds]
     points += [HookPoint(name) for name in tower.anatomy.image_points if _given(family, tower, name)]
     with tower.hooked(points) as run:

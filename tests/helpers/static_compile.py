@@ -60,7 +60,11 @@ class Resources:
     shared_bytes: int
 
 
-def compile_cases(cases: list[Case], processes: int = 2) -> list[Resources]:
+# Of pytest-xdist's processes each has workers of its own: there is one a core of them already.
+PROCESSES = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+
+
+def compile_cases(cases: list[Case], processes: int = PROCESSES) -> list[Resources]:
     """Compiles every case; RuntimeError names the first that does not compile or does not fit in shared memory."""
     shares = [list(range(i, len(cases), processes)) for i in range(min(processes, len(cases)))]
     workers = [_worker(i) for i in range(len(shares))]
@@ -85,7 +89,7 @@ def compile_cases(cases: list[Case], processes: int = 2) -> list[Resources]:
     return [results[i] for i in range(len(cases))]
 
 
-def assert_no_spills(cases: list[Case], processes: int = 2) -> list[Resources]:
+def assert_no_spills(cases: list[Case], processes: int = PROCESSES) -> list[Resources]:
     """compile_cases, and an AssertionError listing every case that spills."""
     used = compile_cases(cases, processes)
     spilled = [f"{case}: {resources}" for case, resources in zip(cases, used) if resources.spill_bytes > 0]

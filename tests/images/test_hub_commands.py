@@ -11,7 +11,7 @@ import pytest
 from hub_server import TOKEN, hub_server
 from tiny_tower import save_photos
 
-pytestmark = pytest.mark.interop
+pytestmark = pytest.mark.distributed
 HARVEST = ("harvest", "--model", "hf:tiny-clip", "--layer", "1", "--device", "cpu", "--batch-size", "4")
 
 

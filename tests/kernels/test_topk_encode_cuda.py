@@ -1,15 +1,14 @@
-"""The GPU's encoders that screen in float16: the codes of float32, bounds that hold, and what is done again.
+"""The GPU's encoders that screen in float16: the codes of float32, and what is done again.
 
 In Triton's interpreter where there is no GPU: few and small shapes.
 """
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from encoder_inputs import assert_clear, assert_codes, float_inputs, integer_inputs, midway
+from screened_weights import low_weights
 from torch.testing import assert_close
 
 from saevlm_fast.kernels import low_weights as low_weights_module
@@ -27,18 +26,6 @@ from saevlm_fast.kernels.topk_encode_cuda import (
     topk_encode_screened_cuda,
 )
 from saevlm_fast.kernels.topk_encode_list_triton import Pool
-from static_compile import TARGETS, Case, assert_no_spills
-from test_topk_encode import assert_clear, assert_codes, float_inputs, integer_inputs, midway
-
-
-def low_weights(W_enc_DS):
-    """LowWeights by torch: quick in the interpreter, and an oracle of the kernel."""
-    W_SD = W_enc_DS.t()
-    low = LowWeights.empty(*W_SD.shape, W_SD.device)
-    low.W_SD[:, : W_SD.shape[1]] = W_SD
-    low.norm_S.copy_(W_SD.norm(dim=1) + 2.0**-40)
-    low.error_S.copy_((W_SD - low.W_SD[:, : W_SD.shape[1]].float()).norm(dim=1) + 2.0**-40)
-    return low
 
 
 def all_codes(inputs, k, threshold, buffer_bytes=None):
@@ -71,6 +58,7 @@ def tiny_pools(monkeypatch):
 
 
 # --- codes -----------------------------------------------------------------------------------------------------------
+
 
 CASES = [  # shape, k, kind, buffer_bytes
     ((1, 1, 1), 1, "ties", None),
@@ -229,8 +217,9 @@ def test_the_chips_that_keep_subnormals():
     assert not any(map(keeps_subnormals, ("gfx908", "gfx90a", "gfx1100", "gfx1201", "gfx9420", "")))
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 128), (2, 4, 16_700)], ids=["narrow", "wide"])
-def test_a_thresholds_pool_is_within_the_buffer(device, monkeypatch, shape):
+@pytest.mark.parametrize(("shape", "least"), [((3, 4, 128), 256), ((2, 4, 300), 2)], ids=["narrow", "wide"])
+def test_a_thresholds_pool_is_within_the_buffer(device, monkeypatch, shape, least):
+    monkeypatch.setattr(topk_encode_cuda, "_POOL_ENTRIES", least)  # as of 16,448 latents and more, where it is 256
     inputs, rows = integer_inputs(shape, torch.float32, device=device), []
     width = -(-shape[2] // 64) * 64
 
@@ -240,7 +229,7 @@ def test_a_thresholds_pool_is_within_the_buffer(device, monkeypatch, shape):
         return make(capacity, n_rows, counters)
 
     monkeypatch.setattr(Pool, "empty", measured)
-    limit = (shape[0] - 1) * (4 * width + 12 * min(shape[2], max(256, shape[2] // 64)))
+    limit = (shape[0] - 1) * (4 * width + 12 * min(shape[2], max(least, shape[2] // 64)))
     codes = threshold_encode_screened_cuda(*inputs, 9.5, limit, low_weights(inputs[1]))
     assert rows == {3: [2, 1], 2: [1, 1]}[shape[0]]
     assert_codes(codes, reference.threshold_encode(*inputs, 9.5))
@@ -264,181 +253,8 @@ def test_products_agree(device):
         assert_close((screen.pre_RP, screen.maxima_RG), first, rtol=1e-3, atol=1e-3)
 
 
-# --- the bound -------------------------------------------------------------------------------------------------------
-
-
-def truncating_product(x_BP, w_SP):
-    """A tensor core at its worst: 16 products and the sum so far, all cut off at 24 bits of the largest, one way."""
-    x, w = x_BP.double().numpy(), w_SP.double().numpy()
-    acc = np.zeros((len(x), len(w)))
-    for d in range(0, x.shape[1], 16):
-        terms = np.concatenate([x[:, None, d : d + 16] * w[None, :, d : d + 16], acc[..., None]], axis=2)
-        largest = np.abs(terms).max(axis=2, keepdims=True)
-        unit = 2.0 ** (np.floor(np.log2(np.maximum(largest, 1e-300))) - 23)
-        acc = (np.floor(terms / unit) * unit).sum(axis=2)
-        unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(acc), 1e-300))) - 23)
-        acc = np.floor(acc / unit) * unit
-    return torch.from_numpy(acc)
-
-
-def bounds(x_BD, W_SD, b_S, device):
-    """(screened values [B, P] and inverse [B, 1] of the rows' units, slack [B, G]), float64, with no b_dec."""
-    x_BD, W_DS, b_S, zeros_D = (t.to(device) for t in (x_BD, W_SD.t(), b_S, torch.zeros(x_BD.shape[1])))
-    ((_, screen),) = Screening(W_DS, b_S, zeros_D, 64, low_weights(W_DS)).chunks(x_BD, None, None)
-    by_error_G, by_norm_G, constant_G = screen.factors_3G.double().cpu()
-    error_B1, norm_B1, inverse_B1 = (
-        t.double().cpu()[:, None] for t in (screen.error_R, screen.norm_R, screen.inverse_R)
-    )
-    slack_BG = error_B1 * by_error_G + norm_B1 * by_norm_G + constant_G
-    return screen.pre_RP.double().cpu(), inverse_B1, 1.001 * slack_BG
-
-
-@settings(max_examples=12)
-@given(
-    seed=st.integers(0, 2**31),
-    d_in=st.integers(1, 130),
-    scales=st.tuples(st.integers(-100, 40), st.integers(-20, 8), st.integers(-60, 40)),
-    spread=st.floats(0, 4),
-    one_sign=st.booleans(),
-)
-def test_bounds_hold(device, seed, d_in, scales, spread, one_sign):
-    """|z - v| <= slack + R |v| for every latent, with the worst roundings of a tensor core."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size):
-        values = torch.randn(*size, generator=generator) * (spread * torch.randn(*size, generator=generator)).exp()
-        return values.abs() if one_sign else values
-
-    x_BD, W_SD, b_S = (t * 2.0**scale for t, scale in zip((draw(3, d_in), draw(70, d_in), draw(70)), scales))
-    x_BD[0] = 0
-    pre_BP, inverse_B1, slack_BG = bounds(x_BD, W_SD, b_S, device)
-    slack_BS = slack_BG.repeat_interleave(64, 1)[:, :70]
-    z_BS = x_BD.double() @ W_SD.double().t() + b_S.double()
-    worst_BS = truncating_product((x_BD.double() * inverse_B1).half(), W_SD.half())
-    worst_BS = (worst_BS + b_S.double() * inverse_B1).half().double() / inverse_B1
-    found_BS = pre_BP[:, :70] / inverse_B1
-    sound_BS = found_BS.abs() + slack_BS < 3e4 / inverse_B1
-    for v_BS in (worst_BS, found_BS):
-        assert bool(((z_BS - v_BS).abs() <= slack_BS + 1.02 * 2.0**-11 * v_BS.abs())[sound_BS].all())
-
-
-def test_bounds_are_reached(device):
-    """All roundings of x in one direction, and a sum near 0: the error is a good part of what the slack allows for."""
-    error = 0.99 * 2.0**-11
-    x_BD = torch.tensor([1 + error, -(1 + 2.0**-10 - error)]).repeat(1, 32)
-    pre_BP, inverse_B1, slack_BG = bounds(x_BD, torch.ones(1, 64), torch.zeros(1), device)
-    found = float((x_BD.double().sum() - pre_BP[0, 0] / inverse_B1).abs())
-    assert 0.4 * float(slack_BG) < found < float(slack_BG)
-
-
-# --- compiling -------------------------------------------------------------------------------------------------------
-
-SCREEN, LIST, CHOOSE, LARGEST, REDO, ROWS = (
-    f"saevlm_fast.kernels.topk_encode_{name}_triton" for name in ("screen", "list", "choose", "largest", "redo", "rows")
-)
-FLOATS, HALVES, INTS, LONGS, SIZE = "*fp32", "*fp16", "*i32", "*i64", "i32:16"
-BOUND = {"maxima_ptr": HALVES} | dict.fromkeys(("factors_ptr", "norm_ptr", "error_ptr", "inverse_ptr"), FLOATS)
-POOL = {"value_ptr": FLOATS, "latent_ptr": INTS, "base_ptr": INTS, "count_ptr": INTS, "counters_ptr": LONGS}
-POOL |= {"capacity": "i32"}
-
-
-def product_cases(target: str, group: int) -> list[Case]:
-    from saevlm_fast.kernels.topk_encode_screen_triton import tile_config
-
-    capability = {"sm_80": (8, 0), "sm_90": (9, 0), "gfx942": (0, 0)}[target]
-    cases = []
-    tail = {"b_enc_ptr": FLOATS, "inverse_ptr": FLOATS, "maxima_ptr": HALVES}
-    for tma, config in (tile_config(capability), (False, tile_config((0, 0) if target == "gfx942" else (8, 0))[1])):
-        launch = {name: config[name] for name in ("num_warps", "num_stages")}
-        blocks = {name: value for name, value in config.items() if name not in launch} | {"GROUP": group}
-        sides = [config[f"BLOCK_{side}"] for side in "BSD"]
-        if tma:
-            described = {"x_desc": (sides[0], sides[2]), "W_desc": sides[1:], "pre_desc": sides[:2]}
-            signature = {name: f"tensordesc<fp16[{a},{b}]>" for name, (a, b) in described.items()} | tail
-            signature |= dict.fromkeys(("d_in", "d_sae", "n_groups"), SIZE) | {"n_rows": "i32"}
-            cases.append(Case(SCREEN, "product_kernel", target, signature, blocks | {"PROGRAMS": 132}, **launch))
-        else:
-            signature = dict.fromkeys(("x_ptr", "W_ptr", "pre_ptr"), HALVES) | tail
-            signature |= dict.fromkeys(("width_in", "d_sae", "width_sae", "n_groups"), SIZE) | {"n_rows": "i32"}
-            cases.append(Case(SCREEN, "tile_product_kernel", target, signature, blocks, **launch))
-    return cases
-
-
-def list_case(target: str, group: int, n_groups: int, bounded: bool) -> Case:
-    from saevlm_fast.kernels.topk_encode_list_triton import list_config
-
-    signature = BOUND | {"pre_ptr": HALVES, "cut_ptr": FLOATS, "counters_ptr": LONGS, "k": "i32"}
-    pointers = ("bound", "groups", "pool_row", "pool_latent", "base", "count", "failed")
-    signature |= {f"{name}_ptr": INTS for name in pointers}
-    signature |= dict.fromkeys(("n_groups", "d_sae", "width_sae"), SIZE) | {"most": "i32", "capacity": "i32"}
-    blocks = list_config(n_groups, group, few=not bounded)
-    warps = blocks.pop("num_warps")
-    return Case(LIST, "list_kernel", target, signature, blocks | {"BOUNDED": bounded, "GROUP": group}, num_warps=warps)
-
-
-def copy_cases(target: str) -> list[Case]:
-    weights = {"W_ptr": FLOATS, "low_ptr": HALVES, "norm_ptr": FLOATS, "error_ptr": FLOATS, "d_in": SIZE, "width": SIZE}
-    rows = dict.fromkeys(("x_ptr", "b_dec_ptr", "centred_ptr", "norm_ptr", "error_ptr", "inverse_ptr"), FLOATS)
-    rows |= {"low_ptr": HALVES, "zeros_ptr": INTS, "stride_x": SIZE, "d_in": SIZE, "width": SIZE, "n_zeros": "i32"}
-    factors = dict.fromkeys(("norm_ptr", "error_ptr", "b_enc_ptr", "factors_ptr"), FLOATS)
-    factors |= {"d_sae": SIZE, "n_groups": SIZE, "gamma": "fp32"}
-    dots = dict.fromkeys(("x_ptr", "W_ptr", "b_enc_ptr", "value_ptr"), FLOATS) | {"counters_ptr": LONGS}
-    dots |= {"pool_row_ptr": INTS, "pool_latent_ptr": INTS, "capacity": "i32", "d_in": SIZE}
-    return [
-        Case(SCREEN, "low_weights_kernel", target, weights, {"BLOCK_D": 1024}),
-        Case(SCREEN, "low_rows_kernel", target, rows, {"BLOCK_D": 1024}),
-        Case(SCREEN, "group_factors_kernel", target, factors, {"GROUP": 64, "BLOCK_G": 16}),
-        Case(LIST, "pool_dots_kernel", target, dots, {"BLOCK_P": 2, "BLOCK_D": 1024}, num_warps=2),
-    ]
-
-
-def choice_cases(target: str) -> list[Case]:
-    topk = POOL | {"acts_ptr": FLOATS, "latents_ptr": LONGS, "k": "i32"}
-    found = {"histogram_ptr": INTS, "found_ptr": INTS, "n": "i32"}
-    bound = BOUND | found | {"n_rows": "i32", "n_groups": SIZE}
-    digit = found | {"value_ptr": FLOATS, "z_ptr": FLOATS, "counters_ptr": LONGS, "capacity": "i32", "n_z": "i32"}
-    count = POOL | {"z_ptr": FLOATS, "d_sae": SIZE, "n_rows": "i32"}
-    count |= dict.fromkeys(("found_ptr", "above_ptr", "equal_ptr", "parts_ptr"), INTS)
-    write = count | {"row_offsets_ptr": LONGS, "acts_ptr": FLOATS, "latents_ptr": LONGS, "n_places": "i32"}
-    rows = {"ROWS": 8, "BLOCK": 64}
-    digits = {"FIRST": False}
-    ranked = {"RANKED": target != "gfx942", "BLOCK": 256}
-    return [
-        Case(CHOOSE, "topk_of_pool_kernel", target, topk, ranked, num_warps=1),
-        Case(CHOOSE, "topk_of_pool_kernel", target, topk, {"RANKED": False, "BLOCK": 2048}, num_warps=8),
-        Case(LARGEST, "bound_digit_kernel", target, bound, digits | {"SHIFT": 15, "ROWS": 4, "BLOCK_G": 1024}),
-        Case(LARGEST, "digit_kernel", target, digit, digits | {"SHIFT": 7, "BITS": 8, "BLOCK": 1024}),
-        Case(LARGEST, "digit_kernel", target, digit, digits | {"SHIFT": 0, "BITS": 7, "BLOCK": 1024}),
-        Case(LARGEST, "count_kernel", target, count, rows, num_warps=2),
-        Case(LARGEST, "write_kernel", target, write, rows | {"PARTS": 256}, num_warps=2),
-    ]
-
-
-def redo_cases(target: str) -> list[Case]:
-    product = dict.fromkeys(("x_ptr", "W_ptr", "b_enc_ptr", "z_ptr"), FLOATS)
-    product |= {"failed_ptr": INTS, "counters_ptr": LONGS}
-    product |= {"capacity": "i32", "n_rows": "i32", "d_in": SIZE, "d_sae": SIZE}
-    blocks = {"BATCH": True, "BLOCK_B": 32, "BLOCK_S": 128, "BLOCK_D": 16}
-    codes = {"z_ptr": FLOATS, "acts_ptr": FLOATS, "latents_ptr": LONGS, "k": "i32"}
-    topk = codes | {"failed_ptr": INTS, "counters_ptr": LONGS, "capacity": "i32", "n_rows": "i32", "d_sae": SIZE}
-    return [
-        Case(REDO, "redo_product_kernel", target, product, blocks, num_stages=3),
-        Case(REDO, "redo_topk_kernel", target, topk, {"BLOCK": 2048}, num_warps=8),
-        Case(ROWS, "topk_of_rows_kernel", target, codes | {"width": SIZE}, {"BLOCK": 1024}, num_warps=8),
-    ]
-
-
-def test_static_compile_without_spills():
-    cases = []
-    for target in TARGETS:
-        cases += product_cases(target, 64) + product_cases(target, 16)
-        cases += [list_case(target, 64, 1024, bounded=False), list_case(target, 64, 1024, bounded=True)]
-        cases += [list_case(target, 64, 128, bounded=False), list_case(target, 16, 4096, bounded=False)]
-        cases += copy_cases(target) + choice_cases(target) + redo_cases(target)
-    assert_no_spills(cases)
-
-
 # --- real shapes, on a GPU only --------------------------------------------------------------------------------------
+
 
 GPU_SHAPES = [(1024, 1024, 65536, 20), (512, 1024, 8192, 128), (256, 1024, 65536, 256), (256, 1024, 65536, 1000)]
 GPU_SHAPES += [(1000, 768, 5001, 20), (333, 1021, 6143, 33)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from encoder_inputs import assert_clear, assert_codes, float_inputs, integer_inputs, midway
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -20,7 +21,6 @@ from saevlm_fast.kernels.topk_encode_screened import (
 )
 from saevlm_fast.kernels.topk_encode_screened import topk_encode_screened as topk_screened
 from test_step import make
-from test_topk_encode import assert_clear, assert_codes, float_inputs, integer_inputs, midway
 
 SHAPES = [(1, 3, 1009), (33, 7, 1009), (7, 11, 4099), (64, 96, 2048), (70, 129, 6001)]
 KS = [1, 3, 8]

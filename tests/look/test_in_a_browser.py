@@ -1,8 +1,4 @@
-"""The pages in a real browser, from file://, without a network: headless Chromium by playwright.
-
-axe-core is third-party JavaScript that the project does not carry: AXE names its file (npm pack axe-core; axe.min.js),
-and without it accessibility is not tested.
-"""
+"""The pages in a real browser, from file://, without a network: headless Chromium by playwright."""
 
 import json
 import os
@@ -14,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from planted_scenes import COLOUR, GRID, HOSTILE, N, browser_path, patch_shares
+from pages import cells_of, headers, rows, shown_heat, truth
+from planted_scenes import GRID, HOSTILE, N, browser_path
 
 from command import run
-from saevlm_fast.box.scenes import COLOURS, Scenes
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 
@@ -25,49 +21,6 @@ pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api")
 if browser_path() is None:
     pytest.skip("no browser on this machine", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def visit(browser, report):
-    """Opens a page; in the end nothing may have been said on the console, and nothing asked of anybody else."""
-    said, contexts = [], []
-
-    def open_page(hash="", page=None, **options):
-        context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}} | options)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-        tab.on("request", lambda request: outside(request.url))
-        tab.goto(f"file://{page or report / 'index.html'}{hash}")
-        tab.wait_for_selector("body.ready")
-        return tab
-
-    def outside(url):
-        if not url.startswith((f"file://{report.parent}", "data:", "file:///tmp")):
-            said.append(url)
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not said
-
-
-def rows(tab, column=0):
-    """Texts of a column, from top to bottom."""
-    cells = tab.eval_on_selector_all(
-        ".rows .row", "(rows, i) => rows.map((row) => [row.offsetTop, row.children[i].textContent])", column
-    )
-    return [text for _, text in sorted(cells)]
 
 
 def test_it_sorts_filters_and_searches(visit):
@@ -147,25 +100,6 @@ def test_pictures_that_are_left_out_are_asked_of_nobody(form, visit, planted, tm
     tab.wait_for_selector(".picture canvas[data-missing]")
 
 
-@pytest.fixture(scope="module")
-def controlled(planted, tmp_path_factory):
-    """A report with a control SAE, a taxonomy, a table of scores with a text, and results of steering."""
-    root = tmp_path_factory.mktemp("controlled")
-    control = SparseAutoencoder(SAEConfig(12, 16, 3, "topk"))
-    control.reset_parameters(1)
-    control.save_pretrained(root / "control")
-    (root / "taxonomy.json").write_text(json.dumps({"even": ["all", "even"], "<b>odd</b>": ["all", "odd"]}))
-    (root / "scores.csv").write_text("latent,best_label,best_f1\n3,<i>red</i>,0.5\n")
-    row = {"latent": [3], "answer": ["a <b>red</b> thing"], "answer_share": [0.25]}
-    row |= {"steered": [0.9], "sign_flip": [0.1], "steered_empty": [0.0], "sign_flip_empty": [0.5]}
-    pq.write_table(pa.table(row), root / "steering.parquet")
-    words = ("--sae", planted / "sae", "--control-sae", root / "control", "--activations", planted / "store")
-    more = ("--embeddings", planted / "embeddings", "--taxonomy", root / "taxonomy.json")
-    tables = ("--scores", root / "scores.csv", "--steering", root / "steering.parquet")
-    run("report", *words, *more, *tables, "--output", root / "r", "--device", "cpu")
-    return root / "r" / "index.html"
-
-
 def test_numbers_stand_beside_those_of_the_control(visit, controlled):
     tab = visit("#latent=3", page=controlled)
     tab.wait_for_selector(".measures td")
@@ -204,14 +138,6 @@ def test_numbers_stand_beside_those_of_the_control(visit, controlled):
     assert tab.locator("article").count() == 2
     assert "control" in tab.inner_text("article >> nth=1")
     assert re.search(r"explained variance, of 5,760 rows\s+\d", tab.inner_text("article >> nth=0"))
-
-
-def cells_of(tab, measure):
-    """Texts of a measure's row."""
-    rows = tab.eval_on_selector_all(
-        ".measures tbody tr", "rows => rows.map((row) => [...row.children].map((cell) => cell.textContent))"
-    )
-    return next(row for row in rows if row[0] == measure)
 
 
 def test_percentiles_of_what_is_equal_and_of_very_few(visit, planted, tmp_path):
@@ -354,10 +280,6 @@ def test_a_blind_check_mixes_both_and_counts_them_apart(visit, controlled):
         *[(False, True)] * 2, *[(True, True)] * 2]  # fmt: skip
 
 
-def headers(tab):
-    return tab.eval_on_selector_all("[role=columnheader]", "cells => cells.map((cell) => cell.dataset.key)")
-
-
 def test_a_link_leads_to_a_latent_and_keys_go_on(visit):
     tab = visit("#latent=7&sort=latent&desc=0")
     assert tab.inner_text("h2") == "Latent 7"
@@ -375,29 +297,6 @@ def test_a_link_leads_to_a_latent_and_keys_go_on(visit):
     tab.evaluate("location.hash = '#latent=9'")
     tab.wait_for_selector("h2:text-is('Latent 9')")
     assert visit("#latent=99&sae=7&sort=x&f=a:b").inner_text(".count") == "16 of 16 latents"
-
-
-# The truth: which scenes have a red object, and where.
-def truth():
-    return patch_shares(Scenes(0, "test").batch(0, N))[..., COLOURS.index(COLOUR)]
-
-
-def shown_heat(tab):
-    """(image, [patches]) of the top images, as the page has decoded them."""
-    found = tab.evaluate(
-        """async ([sae, latent]) => {
-            const chunk = await SAEVLM.load(`s${sae}/chunk/0`);
-            const pictures = [];
-            for (const [tile, act, heat] of chunk[latent].t) {
-                const map = new Array(64).fill(0), packed = SAEVLM.bytes(heat);
-                for (let i = 0; i < packed.length; i += 3) map[packed[i] + 256 * packed[i + 1]] = packed[i + 2];
-                pictures.push([(await Pictures.tile(tile)).name, act, map]);
-            }
-            return pictures;
-        }""",
-        [int((re.search(rf"\b{name}=(\d+)", tab.url) or [0, 0])[1]) for name in ("sae", "latent")],
-    )
-    return [(name, act, np.array(heat, float)) for name, act, heat in found]
 
 
 @pytest.mark.parametrize("hash", ["#latent=16", "#latent=-1", "#latent=3&sae=7", "#latent=<b>"])

@@ -14,6 +14,9 @@ import fsspec.registry  # noqa: F401  # known by its name below
 import pytest
 
 from file_server import FileServer
+from saevlm_fast.data.label_sets import read_labels
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.images.open import open_images
 from saevlm_fast.remote import cache, reading
 from saevlm_fast.remote.answers import NotThere, RemoteError
 from saevlm_fast.remote.cache import fetched, release
@@ -329,6 +332,24 @@ def test_a_driver_that_is_missing_is_named(monkeypatch):
     advice = r"s3://bucket/x: s3:// needs the package s3fs .*pip install 'saevlm-fast\[remote\]'"
     with pytest.raises(NotThere, match=advice):
         read_whole("s3://bucket/x", 10)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet", "x.csv", "x.npy", "x.safetensors", "store/index.json"])
+def test_what_is_wrong_with_a_fetched_file_is_said_of_its_url(server, name):
+    (server.folder / "store").mkdir()
+    (server.folder / name).write_text("<html>log in first</html>")
+    url = f"{server.url}/{name}?token=secret"
+    read = {
+        "csv": lambda: read_labels(url, ["a"]),
+        "tar": lambda: open_images(url),
+        "parquet": lambda: open_images(url),
+    }
+    store = url.replace("/index.json", "")
+    with pytest.raises(ValueError, match=name.partition(".")[0]) as error:
+        read.get(name.partition(".")[2], lambda: open_activations(store))()
+    assert f"{server.url}/{name}" in str(error.value)
+    assert "/cache/" not in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 def test_an_empty_file(server):

@@ -224,5 +224,5 @@ main()
     objects[1].start()
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith(f"error: {store}/shard-")]
+    errors = [line for line in done.stderr.splitlines() if line.startswith(f"error: activations: {store}/shard-")]
     assert len(errors) == 1, done.stderr

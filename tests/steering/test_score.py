@@ -1,12 +1,9 @@
-"""The commands steer and steering-score on a small random LLaVA: against a plain re-implementation, and resumed."""
+"""The steering score against a plain loop; resumed; what it says."""
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,84 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from steering_scores import ALPHA, DEAD, LAYER, N_IMAGES, dense_codes, score_command, score_words
 
-from command import ROOT, files_below, run, run_json
+from command import run_json
 from damage import edit_record
-from saevlm_fast import outputs
-from saevlm_fast.box_making.architecture import build_clip, build_llava, clip_processor, llava_processor
-from saevlm_fast.config import PROMPT, SAEConfig, ScoreConfig, ScoreRun
+from saevlm_fast.config import PROMPT, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import open_codes
-from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images
-from saevlm_fast.provenance import other_text_model, other_tower
-from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredAnswers
 from saevlm_fast.steering.edits import clamp, steer
 from saevlm_fast.steering.score import _Scorer, firing_latents, steering_score
 from saevlm_fast.steering.score import _settings as steering_score_settings
 from saevlm_fast.steering.table import CONDITIONS, MEASURES, SteeringScores, read_scores, write_block
-from saevlm_fast.towers.load import load_tower
-from saevlm_fast.towers.text import load_llava, load_text_encoder
-from tiny_tower import save_photos
-
-LAYER, N_IMAGES, S, DEAD, ALPHA = 2, 40, 48, 7, 30.0
-
-
-@pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    """A directory with llava, clip, photos, sae (latent DEAD never fires), codes and embeddings."""
-    root = tmp_path_factory.mktemp("box")
-    torch.manual_seed(0)
-    clip = build_clip()
-    for module in clip.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=0.1)
-    llava = build_llava(clip)
-    for module in llava.model.multi_modal_projector.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=0.1)
-    for model, processor, name in ((llava, llava_processor(), "llava"), (clip, clip_processor(), "clip")):
-        model.save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-    save_photos(root / "photos", N_IMAGES)
-    sae = SparseAutoencoder(SAEConfig(128, S, 8, "batch_topk"))
-    with torch.no_grad():
-        sae.threshold.fill_(3.0)
-        sae.W_enc[:, DEAD] = 0
-        sae.W_dec *= torch.linspace(0.5, 2, S)[:, None]  # so that equal norms need different alphas
-    sae.save_pretrained(root / "sae")
-    harvest = ("harvest", "--images", root / "photos", "--workers", 0, "--device", "cpu")
-    run(*harvest, "--model", f"hf:{root / 'llava'}", "--layer", LAYER, "--tokens", "all", "--sae", root / "sae",
-        "--pool", "mean", "--output", root / "codes")  # fmt: skip
-    run(*harvest, "--model", f"hf:{root / 'clip'}", "--point", "projection", "--output", root / "embeddings")
-    return root
-
-
-@pytest.fixture(scope="module")
-def pieces(box):
-    """(answerer, images, codes, embeddings, text encoder), as steering_score takes them."""
-    model, processor = load_llava(f"hf:{box / 'llava'}")
-    sae = SparseAutoencoder.from_pretrained(box / "sae")
-    answerer = SteeredAnswers(model, processor, sae, LAYER, max_new_tokens=2)
-    sides = open_images(str(box / "photos")), open_codes(box / "codes"), open_activations(box / "embeddings")
-    return answerer, *sides, load_text_encoder(f"hf:{box / 'clip'}")
-
-
-def score_words(box, output, *more):
-    places = {"model": f"hf:{box / 'llava'}", "sae": box / "sae", "images": box / "photos", "codes": box / "codes"}
-    places |= {"embeddings": box / "embeddings", "text-model": f"hf:{box / 'clip'}", "output": output}
-    chosen = {"layer": LAYER, "alpha": ALPHA, "ask": 2, "max-new-tokens": 2, "device": "cpu"}
-    given = [word for name, value in (places | chosen).items() for word in (f"--{name}", value)]
-    return "steering-score", *given, *more
-
-
-def score_command(box, output, *more, code=0):
-    return run(*score_words(box, output, *more), code=code)
-
-
-def dense_codes(codes):
-    return torch.cat([chunk.dense() for _, chunk in codes.chunks(7)])
+from saevlm_fast.towers.text import load_llava
 
 
 def test_latents_that_fire_anywhere(box):
@@ -300,17 +233,6 @@ def test_a_table_is_read_as_it_was_written(pieces, tmp_path):
             read_scores(tmp_path / f"score.{suffix}")
 
 
-def test_damaged_embeddings_are_found_before_the_first_answer(pieces, tmp_path, monkeypatch):
-    answerer, source, codes, embeddings, encoder = pieces
-    monkeypatch.setattr(SteeredAnswers, "answers", lambda *_: pytest.fail("asked"))
-    x = embeddings.rows(torch.arange(embeddings.n_rows))
-    x[int(dense_codes(codes)[:, 5].argmax())] = torch.nan
-    score = ScoreConfig((DEAD, 5), ALPHA, ask=1, n_reference=4), ScoreRun(tmp_path / "score.json", {})
-    with pytest.raises(ValueError, match=r"tensor \[40, \d+\]: row \d+"):
-        steering_score(answerer, source, codes, Activations.from_tensor(x), encoder, *score)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_random_latent_is_another_one():
     """Of two that fire it can only be the other, whatever the seed."""
     scorer = object.__new__(_Scorer)
@@ -325,11 +247,6 @@ def test_the_summary_is_of_well_defined_latents():
     for mean, std in SteeringScores(pa.table(columns)).summary().values():
         assert mean == pytest.approx(0.6)
         assert std == pytest.approx(0.1, rel=0.5)
-
-
-def test_resume_and_force_exclude_each_other(tmp_path):
-    with pytest.raises(ValueError, match=r"^resume: does not go with force, which starts anew$"):
-        ScoreRun(tmp_path / "score.json", {}, resume=True, force=True)
 
 
 def write_unfinished(run, config, answerer, codes, embeddings):
@@ -354,178 +271,6 @@ def test_empty_answers_are_counted(pieces, tmp_path, monkeypatch):
     assert np.isnan(dead["steered_empty"])
 
 
-def test_two_processes_do_not_write_one_table(pieces, tmp_path, monkeypatch):
-    config, run_ = ScoreConfig((5,), ALPHA, ask=1, n_reference=4), ScoreRun(tmp_path / "score.json", {})
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); "
-         "print('held', flush=True); time.sleep(60)", str(tmp_path / ".score.json.lock")], stdout=subprocess.PIPE,
-    )  # fmt: skip
-    holder.stdout.readline()
-    monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
-    with pytest.raises(ValueError, match=r"^output: .*score\.json is in use: another process writes to it$"):
-        steering_score(*pieces, config, run_)
-    holder.kill()
-    holder.wait()
-    steering_score(*pieces, config, run_)
-    assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
-
-
 def _raise_if(stop):
     if stop:
         raise Interrupted
-
-
-def test_the_score_refuses_in_one_line(box, tmp_path):
-    output = tmp_path / "score.json"
-    assert "latents: 48 to 48 are asked for; there are 0 to 47" in score_command(box, output, "--latents", "48", code=2)
-    assert "latents: '9:9' chooses none of 48" in score_command(box, output, "--latents", "9:9", code=2)
-    assert "alpha: nan is not finite" in score_command(box, output, "--alpha", "nan", code=2)
-    text = score_command(box, output, "--latents", "40:49", code=2)
-    assert "latents: '40:49' goes beyond the last of 48" in text
-    assert "alpha: 1e+39 is not finite in float32" in score_command(box, output, "--alpha", "1e39", code=2)
-    assert "seed: -1 must not be negative" in score_command(box, output, "--seed", -1, code=2)
-    assert "prompt: is empty" in score_command(box, output, "--prompt", " ", code=2)
-    photo = next((box / "photos").rglob("*.png"))
-    few = tmp_path / "few" / photo.relative_to(box / "photos")
-    few.parent.mkdir(parents=True)
-    shutil.copy(photo, few)
-    text = score_command(box, output, "--images", tmp_path / "few", code=2)
-    assert "images: 39 of the codes' 40 are not there, as '" in text
-    assert not list(tmp_path.glob("*.progress"))
-    text = score_command(box, output, "--embeddings", box / "codes", code=2)
-    assert "a store of codes; needed is one of activations" in text
-    text = score_command(box, output, "--text-model", "timm:vit", code=2)
-    assert "text_model: 'timm:vit' is not hf:NAME_OR_DIR or open_clip:ARCH/PRETRAINED" in text
-
-
-def test_what_does_not_belong_together_is_refused(box, tmp_path):
-    output = tmp_path / "score.json"
-    other = SparseAutoencoder(SAEConfig(128, S, 8, "topk"))
-    other.save_pretrained(tmp_path / "other")
-    text = score_command(box, output, "--sae", tmp_path / "other", code=2)
-    assert f"codes: {box / 'codes'} are of another SAE ({box / 'sae'}) than {tmp_path / 'other'}" in text
-    text = score_command(box, output, "--layer", 1, code=2)
-    assert f"codes: {box / 'codes'} are of residual of layer 2, not of layer 1" in text
-    for source, what in (({"point": "residual", "layer": 2}, "residual of layer 2"), ({"point": "pooled"}, "pooled")):
-        config = SAEConfig(128, S, 8, "topk", metadata={"source": source | {"tokens": "cls"}})
-        SparseAutoencoder(config).save_pretrained(tmp_path / what)
-        text = steer_command(box, "--latent", 1, "--alpha", 1, "--sae", tmp_path / what, "--layer", 1, code=2)
-        assert f"layer: 1, but the SAE was trained on {what}" in text
-    steer_command(box, "--latent", 1, "--alpha", 1, "--sae", tmp_path / "residual of layer 2")
-
-
-def test_embeddings_of_another_model(box, pieces):
-    _, _, _, embeddings, encoder = pieces
-    assert other_text_model(embeddings, encoder.spec) is None
-    assert other_text_model(embeddings, f"hf:{box}/../{box.name}/clip") is None  # the same by another name
-    assert f"are of {encoder.spec}, and the texts' are of hf:openai/clip" in other_text_model(
-        embeddings, "hf:openai/clip"
-    )
-    unknown = deepcopy(embeddings)
-    unknown.source = None
-    assert other_text_model(unknown, "hf:openai/clip") is None
-    unknown.source = {"point": "residual", "layer": 3}
-    with pytest.raises(ValueError, match=r"^embeddings: .* are residual of layer 3; harvest --point projection$"):
-        other_text_model(unknown, "hf:openai/clip")
-
-
-def test_an_sae_of_another_tower_is_warned_of(box, pieces):
-    llava = pieces[0].model
-    described = load_tower(f"hf:{box / 'llava'}").description()
-    for model, expected in (
-        (described, None), (described | {"weights_sha256": "0"}, f"hf:{box / 'llava'}"),
-        (described | {"class": "CLIPVisionModelWithProjection", "weights_sha256": "0"}, None), ("clip", None),
-    ):  # fmt: skip
-        sae = SparseAutoencoder(SAEConfig(128, S, 8, "topk", metadata={"source": {"model": model}}))
-        assert other_tower(sae, llava) == expected
-    half = SparseAutoencoder(SAEConfig(128, S, 8, "topk", metadata={"source": {"model": described}}))
-    rounded = deepcopy(llava).to(torch.float16)
-    assert other_tower(half, rounded) is not None
-    sae.config.metadata["source"]["model"] = described | {"weights_sha256": "0"}
-    sae.save_pretrained(box / "elsewhere")
-    text = steer_command(box, "--latent", 1, "--alpha", 1, "--sae", box / "elsewhere")
-    assert f"elsewhere was trained on the vision tower of hf:{box / 'llava'}, whose weights are not those of" in text
-
-
-def test_no_well_defined_latent_is_one_sentence(box, tmp_path):
-    text = score_command(box, tmp_path / "score.json", "--latents", DEAD)
-    assert "none of the 1 latents fires on 16 images or more, so there is no mean" in text
-    assert "nan" not in text
-
-
-def steer_command(box, *more, code=0):
-    photo = next((box / "photos").rglob("*.png"))
-    return run("steer", "--model", f"hf:{box / 'llava'}", "--sae", box / "sae", "--layer", LAYER, "--image", photo,
-               "--prompt", "What colour is the object?", "--device", "cpu", "--max-new-tokens", 3, *more,
-               code=code)  # fmt: skip
-
-
-def test_steer_prints_controls_first(box):
-    text = steer_command(box, "--latent", "3,4", "--alpha", 10, "--alpha", 50)
-    places = [text.index(label) for label in ("no SAE", "SAE, no edit", " 3 ", " 4 ")]
-    assert places == sorted(places)
-    parsed = json.loads(steer_command(box, "--latent", "3,4", "--alpha", "10,50", "--json"))
-    assert parsed == parsed | {"layer": LAYER, "tokens": "all", "only": False, "error": "drop", "dtype": "float32",
-                               "max_new_tokens": 3}  # fmt: skip
-    assert list(parsed["controls"]) == ["unsteered", "sae_attached"]
-    assert [(row["latent"], row["alpha"]) for row in parsed["steered"]] == [(3, 10), (3, 50), (4, 10), (4, 50)]
-
-
-def test_steer_dry_run(box):
-    before = files_below(box)
-    text = steer_command(box, "--latent", "3,4", "--alpha", 10, "--dry-run")
-    for part in ("dry run: 4 answers of hf:", "memory", " s "):
-        assert part in text
-    assert "latent: 99 of an SAE whose latents are 0 to 47" in steer_command(
-        box, "--latent", 99, "--alpha", 1, "--dry-run", code=2
-    )
-    assert files_below(box) == before
-
-
-def test_steering_score_dry_run_json_and_settings(box, tmp_path):
-    output = tmp_path / "score.json"
-    before = files_below(box)
-    text = score_command(box, output, "--latents", f"3,{DEAD}", "--dry-run")
-    for part in ("dry run: steering score of 2 latents", "latents that fire", "all answers"):
-        assert part in text
-    figures = json.loads(score_command(box, output, "--latents", f"3,{DEAD}", "--dry-run", "--json"))
-    assert (figures["latents"], figures["latents_that_fire"], figures["answers"]) == (2, 1, 12)
-    assert (files_below(box), files_below(tmp_path)) == (before, {})
-    found = json.loads(score_command(box, output, "--latents", f"3,{DEAD}", "--json"))
-    assert found["output"] == str(output)
-    assert set(found["conditions"]["steered"]) == {"mean", "std", "empty_answers"}
-    again = tmp_path / "again.json"
-    run("steering-score", "--config", tmp_path / "score.json.settings.toml", "--output", again)
-    assert json.loads(again.read_text())["latents"] == json.loads(output.read_text())["latents"]
-    assert "already exists; --force replaces it" in score_command(box, output, "--dry-run", code=2)
-
-
-def test_steer_refuses_in_one_line(box):
-    assert "layer: 4 changes nothing" in steer_command(box, "--latent", 3, "--alpha", 1, "--layer", 4, code=2)
-    assert "latent: 99 of an SAE whose latents are 0 to 47" in steer_command(box, "--latent", 99, "--alpha", 1, code=2)
-    assert "alpha: inf of latent 3 is not finite" in steer_command(box, "--latent", 3, "--alpha", "inf", code=2)
-    assert "alpha: 'much' is not a number" in steer_command(box, "--latent", 3, "--alpha", "much", code=2)
-    assert "alpha: 1e+39 of latent 3 is not finite in float32" in steer_command(
-        box, "--latent", 3, "--alpha", "1e39", code=2
-    )
-    assert "prompt: is empty" in steer_command(box, "--latent", 3, "--alpha", 1, "--prompt", "", code=2)
-    (box / "damaged.png").write_bytes(b"no image")
-    text = steer_command(box, "--latent", 3, "--alpha", 1, "--image", box / "damaged.png", code=2)
-    assert f"image: {box / 'damaged.png'}: not an image" in text
-    text = run("steer", "--model", "timm:x", "--sae", box / "sae", "--layer", 1, "--image", box / "none.png",
-               "--prompt", "?", "--latent", 1, "--alpha", 1, code=2)  # fmt: skip
-    assert "no such file" in text
-
-
-def test_the_example_of_the_documentation_runs_as_it_stands(tmp_path, monkeypatch):
-    page = (Path(ROOT) / "docs" / "how-to" / "steer.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "SteeredAnswers" in block)
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (60, 50), "red").save("photo.png")
-    SparseAutoencoder(SAEConfig(128, 32, 4, "topk")).save_pretrained("sae")
-    names: dict = {}
-    exec(example, names)
-    assert len(names["answers"]) == 17
-    new = names["tokens"][:, names["inputs"]["input_ids"].shape[1] :]
-    first_word = names["processor"].batch_decode(new, skip_special_tokens=True)[0].split()[0]
-    assert names["answers"][13].startswith(first_word)  # latent 12

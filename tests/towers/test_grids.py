@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from narrow_towers import N_PATCHES, OPEN_CLIP, PREFIX, SIZE, TIMM, randomised, save_open_clip
 from PIL import Image
-from towers.test_load import N_PATCHES, OPEN_CLIP, PREFIX, SIZE, TIMM, randomised, save_open_clip, saved
 
 from saevlm_fast.scoring.geometry import PatchGrid, covered, patch_grid
 from saevlm_fast.scoring.image_rows import ImageTable
@@ -15,7 +15,6 @@ from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tokens import Tokens, select_tokens
 from saevlm_fast.towers.tower import HookPoint
 
-__all__ = ["saved"]  # the fixture
 FIRST = HookPoint("residual", 0)
 
 

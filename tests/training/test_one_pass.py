@@ -245,7 +245,7 @@ def test_what_is_refused(tower, photos, run):
         ({"buffer": "much"}, "buffer: 'much' is not a number of rows"),
         ({"layer": ()}, "layer: residual needs a layer"),
         ({"control": "shuffled"}, "control: shuffled is of a run from a store"),
-        ({"layer": (2, 2)}, "point, layer: the same hook point is asked for twice"),
+        ({"layer": (2, 2)}, "layer: 2 is listed twice"),
         ({"tokens": "some"}, "tokens: 'some' is not one of"),
         ({"saes": {"a": SAES["a"], "": SAES["b"]}}, "saes: '' is not the name of a directory"),
         ({"saes": {"a": SAESize(k=200, d_sae=48)}}, "k"),

@@ -12,7 +12,10 @@ from test_sharded_run import check_same_sae
 from thread_peers import together
 
 from saevlm_fast.config import HarvestOptions, RunOptions, SAESize, StreamSettings, TrainConfig
+from saevlm_fast.data.rows import open_activations
+from saevlm_fast.data.store import read_index
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.harvesting import plan
 from saevlm_fast.images.open import open_images
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.towers.load import load_tower
@@ -95,7 +98,8 @@ def test_the_pass_of_one_process(run, alone, tmp_path, world, replicas):
 
 
 def test_rows_are_those_of_one_process_to_the_bit(spec, photos):
-    """Forwards are whole batches of one process; an epoch has six, so that four ranks are in two epochs at once."""
+    """Forwards are whole batches of one process; an epoch has six, so that four ranks are in two epochs at once. Who
+    has not made a forward knows how many rows it has."""
 
     def work(peers):
         tower, harvest = load_tower(spec, resolve_device("cpu")), harvest_config(STREAM, CONFIG)
@@ -111,10 +115,11 @@ def test_rows_are_those_of_one_process_to_the_bit(spec, photos):
     ((one,), _), (four, _) = together(1, work), together(4, work)
     assert [number for number, _, _ in one] == list(range(1, 10))
     assert len(one[-1][2]) == 1, "the image that cannot be used"
-    for found in four:
+    for rank, found in enumerate(four):
         for (number, rows, skipped), (n, expected, names) in zip(found, one, strict=True):
             assert (number, skipped) == (n, names)
-            assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, expected, strict=True))
+            same = torch.equal if number % 4 == rank else lambda ours, theirs: ours.shape == (len(theirs), 0)
+            assert all(same(ours, theirs) for ours, theirs in zip(rows, expected, strict=True))
 
 
 def test_a_signal_at_one_rank_stops_all_and_others_go_on(run, alone, spec, photos, tmp_path, monkeypatch):
@@ -148,21 +153,58 @@ def test_a_signal_at_one_rank_stops_all_and_others_go_on(run, alone, spec, photo
     check_same(tmp_path / "run", alone)
 
 
-def test_held_out_images_are_evaluated_by_rank_0(run, spec, photos, tmp_path):
-    held_out = save_photos(tmp_path / "held out", 9)
+@pytest.mark.parametrize(("world", "replicas"), [(2, 1), (4, 2)])
+def test_held_out_images_are_shared_too(run, spec, photos, tmp_path, monkeypatch, world, replicas):
+    """Four forwards, of which one image cannot be used; the last is of two images, for four ranks."""
+    held_out, made = save_photos(tmp_path / "held out", 23), []
+    sorted(held_out.rglob("*.png"))[5].write_bytes(b"no image")
     stream, one = replace(STREAM, validation_images=str(held_out), point=("projection",), layer=()), {"": SAES["a"]}
-    ranks = run(2, saes=one, stream=stream)
     tower = load_tower(spec, resolve_device("cpu"))
     wanted = train_from_images(tower, photos, one, CONFIG, RunOptions(None, "cpu"), stream)[""].metrics
-    assert ranks[0][""].metrics == pytest.approx(wanted, rel=1e-4)
-    assert wanted["rows"] == 9
-    assert ranks[1][""].metrics == {}
+    through = SharedTowerStream.through
+
+    def counted(self, plan, ranges, n_local=1):
+        made.append((len(plan.source), self.peers.rank, len(ranges)))
+        return through(self, plan, ranges, n_local)
+
+    monkeypatch.setattr(SharedTowerStream, "through", counted)
+    for each in run(world, replicas, saes=one, stream=stream):
+        assert each[""].metrics == pytest.approx(wanted, rel=1e-4)
+    assert wanted["rows"] == 22
+    assert sorted(each[1:] for each in made if each[0] == 23) == [(rank, 4 // world) for rank in range(world)]
+
+
+def test_the_store_that_is_kept_is_that_of_one_process(run, spec, photos, tmp_path, monkeypatch):
+    """Units of two forwards, dealt among ranks. Three ranks stop before the first epoch is over, and two go on."""
+    monkeypatch.setattr(plan, "_ROWS_PER_SHARD", 14 * 3)
+    ones = {"": SAES["a"]}
+    stream = replace(STREAM, keep_store=tmp_path / "wanted")
+    tower = load_tower(spec, resolve_device("cpu"))
+    train_from_images(tower, photos, ones, CONFIG, options(tmp_path / "alone"), stream)
+
+    def stopped(peers, done):
+        if done == 3:
+            raise Interrupted("as by a signal")
+
+    stream = replace(STREAM, keep_store=tmp_path / "kept")
+    with pytest.raises(Interrupted):
+        run(3, saes=ones, stream=stream, on_step=stopped)
+    left = sorted(path.name for path in (tmp_path / "kept").rglob("*-0*.safetensors"))
+    assert 0 < len(left) < 6
+    assert not any(read_index(path.parent).complete for path in (tmp_path / "kept").rglob("index.json"))
+    run(2, saes=ones, stream=stream, resume=True)
+    for place in ("residual-2-random3", "projection"):
+        ours, theirs = (open_activations(tmp_path / which / place) for which in ("kept", "wanted"))
+        assert torch.equal(ours.rows(torch.arange(ours.n_rows)), theirs.rows(torch.arange(theirs.n_rows)))
+        assert ours.items() == theirs.items()
+        assert read_index(tmp_path / "kept" / place).complete
+    for file in ("harvest.json", "skipped.jsonl"):
+        assert (tmp_path / "kept" / file).read_bytes() == (tmp_path / "wanted" / file).read_bytes()
 
 
 def test_what_ranks_do_not_do_is_refused_on_all(run, photos, tmp_path):
     fewer = save_photos(tmp_path / "fewer", 30)
     for more, message in (
-        ({"stream": replace(STREAM, keep_store=tmp_path / "kept")}, "keep_store: .* is written by one process"),
         ({"images": [photos, fewer]}, "images: images is 30 for rank 1, but 38 for rank 0"),
         ({"config": replace(CONFIG, control="shuffled")}, "control: shuffled is of a run from a store"),
         ({"saes": {"": SAESize(k=1, d_sae=1)}}, "d_sae: 1 latents for 2 ranks"),

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from test_sharded_run import check_same_sae
 from torchrun import Torchrun, messages
 
@@ -71,7 +72,8 @@ def test_the_run_of_one_process(alone, matrix, tmp_path, nodes):
 
 @pytest.mark.parametrize(("replicas", "parts"), [(2, 2), (2, 1)])
 def test_replicas_make_the_run_of_one_process(alone, matrix, tmp_path, replicas, parts):
-    arguments = words(matrix, tmp_path / "run", 50, "--data-parallel", replicas)
+    data_on = "device" if parts == 2 else "auto"
+    arguments = words(matrix, tmp_path / "run", 50, "--data-parallel", replicas, "--data-on", data_on)
     with Torchrun(arguments, replicas * parts, tmp_path / "log") as run:
         code, said = run.end()
     assert code == 0, said
@@ -79,6 +81,16 @@ def test_replicas_make_the_run_of_one_process(alone, matrix, tmp_path, replicas,
     check_same_sae(tmp_path / "run", alone)
     newest = checkpoints(tmp_path / "run")[-1]
     assert sum(file.stat().st_size for file in newest.glob("train_state_*")) < 1.1 * 129 * 32 * 24, "written twice"
+
+
+def test_mono_loss_of_two_replicas_is_that_of_one_process(matrix, tmp_path):
+    config = TrainConfig(steps=20, mono_weight=0.3, **RECIPE)
+    train(open_activations(matrix), SAE, config, RunOptions(tmp_path / "alone", "cpu"))
+    arguments = words(matrix, tmp_path / "run", 20, "--data-parallel", 2, "--mono-weight", 0.3)
+    with Torchrun(arguments, 2, tmp_path / "log") as run:
+        code, said = run.end()
+    assert code == 0, said
+    check_same_sae(tmp_path / "run", tmp_path / "alone")
 
 
 def test_a_grid_of_two_ranks(alone, matrix, tmp_path):
@@ -97,18 +109,17 @@ def test_a_grid_of_two_ranks(alone, matrix, tmp_path):
 
 
 def test_one_pass_goes_on_after_a_kill(tmp_path):
-    """Two replicas of an SAE, trained while images pass: rank 1 is killed; both go on, and end as one process does."""
+    """Two replicas of an SAE, trained while images pass and are kept: rank 1 is killed; both go on, and end as one
+    process does, by held-out images too."""
     tower, photos = save_clip(tmp_path / "clip"), save_photos(tmp_path / "photos", 60)
     arguments = [
         *("train", "--model", f"hf:{tower}", "--images", photos, "--layer", 2, "--tokens", "random:3", "--workers", 0),
         *("--d-sae", 65, "--k", 4, "--steps", 60, "--batch-size", 16, "--buffer", "90", "--image-batch", 7),
         *("--lr", 3e-3, "--device", "cpu", "--checkpoint-every", 2, "--scored-images", 20),
+        *("--validation-images", save_photos(tmp_path / "held out", 10)),
     ]
     shared = [*arguments, "--output", tmp_path / "run", "--data-parallel", 2, "--collective-timeout", 60]
-    with Torchrun([*shared, "--keep-store", tmp_path / "kept"], 2, tmp_path / "log") as run:
-        _, said = run.end()
-    (message,) = messages(said)
-    assert message.startswith(f"error: keep_store: {tmp_path / 'kept'} is written by one process")
+    shared += ["--keep-store", tmp_path / "kept"]
     with Torchrun(shared, 2, tmp_path / "log") as run:
         run.wait_for(tmp_path / "run")
         os.kill(run.ranks()[1], signal.SIGKILL)
@@ -121,10 +132,14 @@ def test_one_pass_goes_on_after_a_kill(tmp_path):
     assert code == 0, said
     assert said.count("wrote") == 1
     assert "2 ranks: 1 SAE on" in said
-    assert "MS on 20 of the images trained on" in said
-    with Torchrun([*arguments, "--output", tmp_path / "alone"], 1, tmp_path / "log") as run:
+    assert "evaluation on 30 validation rows" in said
+    kept = ["--keep-store", tmp_path / "theirs"]
+    with Torchrun([*arguments, *kept, "--output", tmp_path / "alone"], 1, tmp_path / "log") as run:
         assert run.end()[0] == 0, run.said()
     check_same_sae(tmp_path / "run", tmp_path / "alone")
+    ours, theirs = open_activations(tmp_path / "kept"), open_activations(tmp_path / "theirs")
+    assert ours.n_rows == theirs.n_rows == 180
+    assert torch.equal(ours.rows(torch.arange(180)), theirs.rows(torch.arange(180)))
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_refused_once(matrix, tmp_path):
@@ -159,7 +174,7 @@ def test_a_replica_that_is_gone_or_hangs_ends_all(alone, matrix, tmp_path, numbe
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_all_and_the_run_goes_on(alone, matrix, tmp_path, rank):
     """3 ranks, one of which is killed; 2 go on, and end where one process ends that was never killed."""
-    arguments = words(matrix, tmp_path / "run", 50, "--checkpoint-every", 2)
+    arguments = words(matrix, tmp_path / "run", 50, "--checkpoint-every", 2, "--data-on", "device")
     with Torchrun(arguments, 3, tmp_path / "log") as run:
         run.wait_for(tmp_path / "run")
         os.kill(run.ranks()[rank], signal.SIGKILL)
@@ -186,6 +201,23 @@ def test_a_rank_that_hangs_is_an_error_within_the_timeout(matrix, tmp_path):
             time.sleep(0.2)
         (message,) = messages(run.said())
     assert message.startswith(f"{OURS} 8 s (collective_timeout)")
+
+
+def test_a_rank_that_is_killed_before_the_first_step_is_one_sentence(matrix, tmp_path):
+    """While the first weights are drawn, which takes a while of so many latents."""
+    arguments = [*words(matrix, tmp_path / "run", 50), "--d-sae", 400_000]
+    with Torchrun(arguments, 2, tmp_path / "log") as run:
+        end = time.monotonic() + 120
+        while "2 ranks: " not in run.said():
+            assert time.monotonic() < end, run.said()
+            time.sleep(0.02)
+        os.kill(run.ranks()[1], signal.SIGKILL)
+        code, said = run.end()
+    assert code != 0
+    (message,) = messages(said)
+    assert message.startswith("another of the 2 ranks has ended, or has not answered for 600 s (collective_timeout)")
+    assert message.endswith("its connection to rank 0 is closed")
+    assert "pair.cc" not in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from saevlm_fast.errors import Interrupted
 from saevlm_fast.inspection import inspect, verify_inspected
 from saevlm_fast.peers import Ranks
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training import sharded_run, sharded_state, shards
+from saevlm_fast.training import sharded_directory, sharded_run, sharded_state, shards
 from saevlm_fast.training.checkpoints import checkpoints
 from saevlm_fast.training.many import Look, train_many
 from saevlm_fast.training.run import train
@@ -84,7 +85,8 @@ def alone(matrix, tmp_path_factory):
     [("topk", 2, 1), ("batch_topk", 3, 1), ("matryoshka", 4, 2), ("jumprelu", 2, 2), ("topk", 6, 3)],
 )
 def test_the_run_of_one_process(alone, matrix, tmp_path, architecture, world, replicas):
-    metrics = run_ranks(world, matrix, tmp_path / "run", architecture, replicas=replicas)
+    data_on = "device" if world in (3, 4) else "host"
+    metrics = run_ranks(world, matrix, tmp_path / "run", architecture, replicas=replicas, data_on=data_on)
     assert all(each == metrics[0] for each in metrics)
     check_same_sae(tmp_path / "run", alone / architecture)
     found, wanted = logged(tmp_path / "run"), logged(alone / architecture)
@@ -118,9 +120,10 @@ def test_settings_of_one_process_are_those_of_ranks(matrix, tmp_path, architectu
     wanted = train(data, sae, config, options(tmp_path / "alone"), **told)[1]
 
     def work(peers):
-        return train_shared(peers, data, sae, config, options(tmp_path / "run"), **told)
+        data_on = "device" if config.control == "shuffled" else "auto"
+        return train_shared(peers, data, sae, config, options(tmp_path / "run", data_on=data_on), **told)
 
-    found, _ = together(3, work) if told else together(4, work, 2)
+    found, _ = together(4, work, 2)
     assert all(metrics == pytest.approx(wanted, rel=1e-4) for metrics in found)
     check_same_sae(tmp_path / "run", tmp_path / "alone")
     for line, expected in zip(logged(tmp_path / "run"), logged(tmp_path / "alone"), strict=True):
@@ -179,7 +182,7 @@ def test_a_grid_of_ranks_is_that_of_one_process(matrix, tmp_path):
     for name, step in (("a", 20), ("b", 20), ("c", 30)):
         if step < 30:
             keep_until(tmp_path / "run" / name, step)
-    ranks.append(together(3, lambda peers: work(peers, resume=True))[0])
+    ranks.append(together(3, lambda peers: work(peers, resume=True, data_on="device"))[0])
     assert looked_at == [[65, 65, 65]] * 2, "by rank 0 alone, of whole SAEs"
     for found in ranks:
         assert found[0]["b"].metrics["ms_mean"] == 0.5
@@ -230,16 +233,14 @@ def test_a_damaged_shard_is_refused_by_who_needs_it(matrix, tmp_path, damage):
     ("sae", "more", "message"),
     [
         (SAEConfig(16, 2, 1, "topk"), {}, "d_sae: 2 latents for 3 ranks"),
-        (sae_config(), {"data_on": "device"}, "data_on: device"),
         (SAEConfig(15, 65, 4, "topk"), {}, "d_in: 15 does not fit"),
-        (sae_config(), {"mono_weight": 0.5}, "mono_weight: 0.5 needs all rows of a latent"),
         (sae_config(), {"batch_size": 2}, "data_parallel: 3 replicas of 2 rows in 1 micro-batches"),
         (sae_config(), {"batch_size": 8, "accumulate": 3}, "data_parallel: 3 replicas of 8 rows in 3 micro-batches"),
     ],
 )
 def test_what_ranks_do_not_train_is_refused(matrix, tmp_path, sae, more, message):
     """Three ranks; replicas where it is about them."""
-    recipe = {name: more.pop(name) for name in ("mono_weight", "batch_size", "accumulate") if name in more}
+    recipe = {name: more.pop(name) for name in ("batch_size", "accumulate") if name in more}
     data, where = open_activations(matrix), options(tmp_path / "run", **more)
     config, replicas = TrainConfig(steps=5, **recipe), 3 if recipe else 1
     with pytest.raises(ValueError, match=message):
@@ -266,6 +267,29 @@ def test_a_rank_with_other_rows_is_named(matrix, tmp_path):
     with pytest.raises(ValueError, match="rank 1 reads 730 rows of width 16 that are not rank 0's"):
         together(3, work)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_rank_without_room_is_what_all_ranks_tell_of(matrix, tmp_path, monkeypatch):
+    """Nobody removes the checkpoint that others still write to, who would tell of that."""
+    write, removed = sharded_directory.write_state, []
+
+    def written(file, tensors, counts):
+        if "0000_of" in file.name:
+            raise OSError(28, "No space left on device", str(file))
+        time.sleep(0.2)
+        removed.append(not file.parent.is_dir())
+        return write(file, tensors, counts)
+
+    monkeypatch.setattr(sharded_directory, "write_state", written)
+
+    def work(peers):
+        with pytest.raises(OSError, match=r"^rank 0: \[Errno 28\] No space left on device"):
+            train_shared(peers, open_activations(matrix), sae_config(), CONFIG, options(tmp_path / "run"))
+
+    together(2, work)
+    assert removed == [False]
+    assert not checkpoints(tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_every_rank_stops_after_the_same_step(matrix, tmp_path, monkeypatch):

@@ -9,9 +9,12 @@ from thread_peers import together
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training import sharded_dead
 from saevlm_fast.training.dead_latents import DeadLatents
+from saevlm_fast.training.mono import Embeddings, MonoTerm
 from saevlm_fast.training.sharded_dead import shared_auxiliary
+from saevlm_fast.training.sharded_mono import SharedMono
 from saevlm_fast.training.sharded_rows import kept_entries
 from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard, cut
@@ -174,6 +177,8 @@ SETTINGS = {
     "soft-frozen, replicas": ("topk", {"control": "soft-frozen", "control_cosine": 0.99, "lr": 0.05}, 4, 2),
     "MonoLoss": ("batch_topk", {"mono_weight": 0.5}, 3, 1),
     "MonoLoss of jumprelu": ("jumprelu", {"mono_weight": 0.5}, 2, 1),
+    "MonoLoss of replicas": ("matryoshka", {"mono_weight": 0.5}, 6, 3),
+    "MonoLoss of jumprelu, replicas": ("jumprelu", {"mono_weight": 0.5}, 2, 2),
 }
 
 
@@ -217,6 +222,24 @@ def test_entries_in_fixed_places_are_the_same():
     assert len(plain.top_acts) < len(fixed.top_acts) == len(codes.top_acts)
     for one, other in zip(plain.csr(), fixed.compact().csr()):
         assert torch.equal(one, other)
+
+
+def test_padded_entries_have_no_part_in_the_scores_of_replicas():
+    """A GPU's entries end in padding, here of numbers that would be seen."""
+    x, sae = torch.randn(21, 24, generator=torch.Generator().manual_seed(0)), make("batch_topk")[0].sae.train()
+    term = MonoTerm(Embeddings.of(x), 0.5)
+
+    def work(peers, padding):
+        codes = sae.encode(x[cut(21, 2)[peers.rank]])
+        acts, latents, offsets = codes.compact().csr()
+        more = acts.new_full((padding * (peers.rank + 1),), 7.0), latents.new_zeros(padding * (peers.rank + 1))
+        codes = SparseCodes.from_flat(torch.cat([acts, more[0]]), torch.cat([latents, more[1]]), offsets, 97)
+        mono = SharedMono(term, peers.ranks.rows, [10, 11]).of_entries(codes, codes.by_latent())
+        return mono.loss, mono.of_acts_M[: len(acts)]
+
+    plain, padded = (together(2, lambda peers, n=n: work(peers, n), 2)[0] for n in (0, 5))
+    torch.testing.assert_close(padded, plain)
+    assert plain[0][1].any()
 
 
 def test_padded_dead_latents_change_nothing_on_any_rank():

@@ -22,10 +22,10 @@ from saevlm_fast.training.step import Stepper, smallest_positive
 GROUPS = {"topk": (), "batch_topk": (), "matryoshka": (5, 13, 30, 49)}
 
 
-def make(architecture, *, d_in=24, d_sae=97, k=4, seed=0, dtype=torch.float32, **train):
+def make(architecture, *, d_in=24, d_sae=97, k=4, seed=0, dtype=torch.float32, groups=None, **train):
     recipe = {"steps": 100, "lr": 3e-3, "warmup_steps": 5, "threshold_start": 3, "seed": seed}
     config = TrainConfig(**recipe | train)
-    sae = SparseAutoencoder(SAEConfig(d_in, d_sae, k, architecture, GROUPS[architecture]), dtype=dtype)
+    sae = SparseAutoencoder(SAEConfig(d_in, d_sae, k, architecture, groups or GROUPS[architecture]), dtype=dtype)
     sae.reset_parameters(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     # Planted sparse structure with an offset: b_dec matters, some latents die, losses fall.

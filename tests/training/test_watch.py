@@ -1,17 +1,21 @@
 """Loggers beside a run: told of everything, known again when it is resumed, and never in its way."""
 
 import json
+import os
+import sys
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from command import run as run_command
+from saevlm_fast.cli import main
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Doubt, Interrupted
-from saevlm_fast.training import loggers, watch
+from saevlm_fast.training import beside, loggers, watch
 from saevlm_fast.training.many import Look, train_many
 from saevlm_fast.training.run import train
 from tiny_tower import save_clip, save_photos
@@ -23,10 +27,11 @@ SHEET = Image.new("RGB", (8, 8), "red")
 
 
 class Recorded:
-    """A logger that keeps what it is told, and breaks where it is asked to."""
+    """A logger that keeps what it is told, and breaks or hangs where it is asked to."""
 
     made: list["Recorded"]
-    breaks = ""
+    breaks = hangs = ""
+    awake = threading.Event()
 
     def __init__(self, run):
         self.run, self.told, self.directories = run, [], []
@@ -36,6 +41,8 @@ class Recorded:
     def _do(self, what, *said):
         if what == self.breaks:
             raise RuntimeError(f"no {what} today\nsecond line")
+        if what == self.hangs:
+            self.awake.wait()
         self.told.append((what, *said))
         self.directories.append(self.run.directory())
 
@@ -60,10 +67,13 @@ class Other(Recorded):
 def recorded(monkeypatch):
     """wandb and trackio are these loggers."""
     Recorded.made, Other.made = [], []
-    Recorded.breaks = Other.breaks = ""
+    Recorded.breaks = Other.breaks = Recorded.hangs = Other.hangs = ""
+    Recorded.awake = threading.Event()
     monkeypatch.setattr(watch, "imported", lambda name: None)
     monkeypatch.setattr(watch, "LOGGERS", {"wandb": Recorded, "trackio": Other})
-    return Recorded
+    monkeypatch.setattr(beside, "hanging", [])
+    yield Recorded
+    Recorded.awake.set()
 
 
 def run(output=None, *, log_to=("wandb", "trackio"), on_step=lambda step: None, **options):
@@ -106,6 +116,80 @@ def test_a_logger_that_fails_warns_once_and_the_run_is_the_same(recorded, tmp_pa
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "plain" / "metrics.jsonl").read_bytes()
     whole = ["start", "log", "log", "log", "pause", "eval", "picture", "close"]
     assert [what for what, *_ in Other.made[0].told] == whole
+
+
+@pytest.mark.parametrize(
+    ("hangs", "at"),
+    [
+        ("start", "start"),
+        ("log", "step 4"),
+        ("pause", "the end of the steps"),
+        ("eval", "the evaluation"),
+        ("picture", "the contact sheet"),
+        ("close", "the end"),
+    ],
+)
+def test_a_logger_that_hangs_is_left_behind(recorded, tmp_path, monkeypatch, hangs, at):
+    monkeypatch.setattr(beside, "PATIENCE_SECONDS", 0.5)
+    recorded.hangs = hangs
+    with pytest.warns(Doubt) as warned:
+        run(tmp_path / "run")
+    (text,) = [str(each.message) for each in warned]
+    assert text == f"log_to: wandb was still at {at} after 0.5 s of waiting for it; the run goes on without it"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "eval/l0" in lines[-1]
+    assert [what for what, *_ in Other.made[0].told][-3:] == ["eval", "picture", "close"]
+    assert beside.hanging == ["wandb"]
+    told = len(recorded.made[0].told)
+    recorded.awake.set()
+    for thread in threading.enumerate():
+        if thread.name == "log_to wandb":
+            thread.join(10)
+    assert len(recorded.made[0].told) <= told + 1, "it did what it was at, and nothing more"
+
+
+def test_steps_do_not_wait_for_a_logger(recorded, tmp_path):
+    """One that is slow has all that it was told in the end; one that is too far behind is left out."""
+    recorded.hangs = "log"
+    run(tmp_path / "run", on_step=lambda step: recorded.awake.set() if step == 12 else None)
+    assert [told[1] for told in recorded.made[0].told if told[0] == "log"] == [4, 8, 12]
+    logger = beside.Beside("slow", lambda: recorded.awake)
+    recorded.awake.clear()
+    for step in range(beside.MOST_BEHIND + 2):
+        logger.tell(f"step {step}", lambda awake: awake.wait())
+    assert logger.failure is not None
+    assert logger.failure.startswith("is 1,000 calls behind, still at")
+    assert beside.hanging == ["slow"]
+
+
+def test_of_several_saes_a_silent_logger_is_waited_for_once(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(beside, "PATIENCE_SECONDS", 0.5)
+    recorded.hangs = "start"
+    options = RunOptions(tmp_path / "grid", "cpu", log_to=("wandb", "trackio"))
+    with pytest.warns(Doubt, match="wandb was still at start") as warned:
+        train_many(ROWS, dict.fromkeys("abc", SAE), TrainConfig(steps=2, batch_size=64), options)
+    assert len(warned) == 1
+    assert len(recorded.made) == 1
+    assert [made.told[-1] for made in Other.made] == [("close", False)] * 3
+
+
+def test_the_command_ends_where_a_logger_hangs(recorded, tmp_path, monkeypatch, capsys):
+    """Its package may wait for it when Python ends; what it prints is not the result."""
+    np.save(tmp_path / "x.npy", np.asarray(X))
+    monkeypatch.setattr(beside, "PATIENCE_SECONDS", 0.5)
+    recorded.hangs = "close"
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(Other, "close", lambda self, failed: print("words of a package"))
+    words = ("--activations", tmp_path / "x.npy", "--output", tmp_path / "out", "--steps", 2, "--d-sae", 32, "--k", 3)
+    monkeypatch.setattr(sys, "argv", ["saevlm-fast", "train", *map(str, words), "--json", "--log-to", "wandb,trackio"])
+    with pytest.raises(SystemExit):
+        main()
+    assert ends == [0]
+    said = capsys.readouterr()
+    assert json.loads(said.out)["output"]
+    assert "words of a package" in said.err
+    assert "wandb was still at the end" in said.err
 
 
 def test_a_sheet_that_fails_is_a_warning(recorded, tmp_path):

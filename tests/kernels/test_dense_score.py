@@ -1,0 +1,191 @@
+"""Raw neurons' score as a GPU makes it, in the interpreter: against the CPU's and float64; its launches and waits."""
+
+import pytest
+import torch
+from launches import counted_launches
+
+from saevlm_fast.kernels import reference
+from saevlm_fast.scoring import dense_on_gpu, intake, sums
+from saevlm_fast.scoring.monosemanticity import STATUSES, StreamedScore
+from static_compile import TARGETS, Case, assert_no_spills
+
+N_IMAGES, N_NEURONS, D_EMB = 40, 9, 13
+GPU = torch.cuda.is_available()
+
+
+def make_data(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neurons of any sign and offset: dead, constant, single and dominated ones are among them."""
+    generator = torch.Generator().manual_seed(0)
+    acts_NK = torch.randn(N_IMAGES, N_NEURONS, generator=generator) + torch.linspace(-3, 40, N_NEURONS)
+    acts_NK[:, 0], acts_NK[:, 1], acts_NK[:, 2] = 0.0, -2.5, 1.0
+    acts_NK[20, 2], acts_NK[3, 3], acts_NK[30, 4] = 4.0, 1e6, 1e6
+    acts_NK[35:, 5] = acts_NK[:, 5].min()
+    emb_NE = torch.randn(N_IMAGES, D_EMB, generator=generator) + 0.3
+    return acts_NK.to(dtype), emb_NE.to(dtype)
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[int]:
+    """Where there is no GPU the score takes its way all the same; one entry a time that the device is waited for."""
+    from saevlm_fast.kernels import dense_score_triton, pairwise_float64_triton
+
+    monkeypatch.setattr(dense_score_triton, "LEAST_ROWS", 8)
+    monkeypatch.setattr(pairwise_float64_triton, "COLUMN_ROWS", 8)
+    if not GPU:
+        for module in (intake, sums):
+            monkeypatch.setattr(module, "on_gpu", lambda _: True)
+        monkeypatch.setattr(intake, "squared_norms", _squared_norms)
+    read, found = dense_on_gpu._Told.read, []
+    monkeypatch.setattr(dense_on_gpu._Told, "read", lambda told: (found.append(1), read(told))[1])
+    return found
+
+
+def _squared_norms(emb_nE: torch.Tensor) -> torch.Tensor:
+    from saevlm_fast.kernels.scaled_rows_triton import launch_squared_norms
+
+    return launch_squared_norms(emb_nE)
+
+
+def score(acts_NK, emb_NE, similarity="cosine", sizes=(), device="cpu", **options) -> StreamedScore:
+    streamed = StreamedScore(acts_NK.shape[1], similarity, device=device, **options)
+    sizes = [*sizes, len(emb_NE) - sum(sizes)]
+    for acts_nK, emb_nE in zip(acts_NK.split(sizes), emb_NE.split(sizes)):
+        streamed.update(acts_nK, emb_nE)
+    return streamed
+
+
+def assert_same(actual, expected, tolerance=1e-12) -> None:
+    assert torch.equal(actual.status, expected.status)
+    assert torch.equal(actual.n_active, expected.n_active)
+    assert torch.equal(actual.max_activation, expected.max_activation)
+    torch.testing.assert_close(actual.ms, expected.ms, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "sizes", "halves"),
+    [("cosine", (), False), ("dot", (1, 20), False), ("cosine", (2, 1, 1), True)],
+    ids=str,
+)
+def test_against_the_cpu_and_the_double_loop(similarity, sizes, halves, device, request, monkeypatch):
+    acts_NK, emb_NE = make_data()
+    cpu = score(acts_NK, emb_NE, similarity, sizes, halves=halves)
+    waits = request.getfixturevalue("waits")
+    monkeypatch.setattr(dense_on_gpu, "_BLOCK_ROWS", 15)
+    gpu = score(acts_NK, emb_NE, similarity, sizes, device, halves=halves)
+    assert_same(gpu.result(), cpu.result())
+    truth_K = reference.monosemanticity(acts_NK.double(), emb_NE.double(), similarity)
+    torch.testing.assert_close(gpu.result().ms, truth_K, rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert waits
+    if not halves:
+        for ours, theirs in zip(vars(gpu._sums()).values(), vars(cpu._sums()).values()):
+            if isinstance(ours, torch.Tensor):
+                torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "similarity"), [(torch.float16, "cosine"), (torch.float64, "rbf")], ids=str)
+def test_other_dtypes_and_rbf(dtype, similarity, device, request):
+    acts_NK, emb_NE = (t.clamp_max(999).to(dtype) for t in make_data())
+    expected = score(acts_NK, emb_NE, similarity).result()
+    request.getfixturevalue("waits")
+    assert_same(score(acts_NK, emb_NE, similarity, (7,), device).result(), expected)
+
+
+def test_what_is_wrong_is_named_and_the_sums_stay(device, waits):
+    data = make_data()
+    streamed = StreamedScore(N_NEURONS, device=device)
+    streamed.update(*(each[:3] for each in data))
+    for part, row, value, message in (
+        (0, 7, float("nan"), "image 7: acts_nK holds NaN"),
+        (0, 11, float("-inf"), "image 11: acts_nK holds NaN"),
+        (1, 4, float("nan"), "image 4: embedding is NaN, infinite or too large to square"),
+        (1, 9, float("inf"), "image 9: embedding is NaN"),
+        (1, 5, 0.0, "image 5: embedding is zero"),
+    ):
+        bad = [each.clone() for each in data]
+        bad[part][row] = value
+        with pytest.raises(ValueError, match=message):
+            streamed.update(*(each[3:12] for each in bad))
+    streamed.update(*(each[3:] for each in data))
+    assert_same(streamed.result(), score(*data, sizes=(3,), device=device).result())
+    assert score(*(each[3:12] for each in bad), "dot", device=device).result().ms.isfinite().any()
+
+
+@pytest.mark.skipif(GPU, reason="launches are counted in the interpreter")
+def test_a_chunk_is_so_many_launches_and_one_wait(waits):
+    """Of docs/gpu.md: empty sums, a chunk, its result; and a later chunk. Copies to the host are not counted here."""
+    generator = torch.Generator().manual_seed(0)
+    acts_NK, emb_NE = (torch.rand(20, n, generator=generator) for n in (N_NEURONS, D_EMB))
+    with counted_launches() as counts:
+        streamed = StreamedScore(N_NEURONS)
+        streamed.update(acts_NK[:12], emb_NE[:12])
+        streamed._of_every_latent()
+    assert sum(counts.values()) == 17, counts
+    assert len(waits) == 1
+    with counted_launches() as counts:
+        streamed.update(acts_NK[12:], emb_NE[12:])
+    assert sum(counts.values()) == 10, counts
+    assert len(waits) == 2
+
+
+def test_no_neurons_and_single_images(device, waits):
+    emb_NE = make_data()[1]
+    assert len(score(torch.empty(N_IMAGES, 0), emb_NE, device=device).result().ms) == 0
+    one = score(torch.ones(1, 2), emb_NE[:1], device=device)
+    assert one.result().status.tolist() == [STATUSES.index("constant")] * 2
+    assert float(one._sums().pair_sum) == 0.0
+
+
+def static_cases(target: str) -> list[Case]:
+    module = "saevlm_fast.kernels.dense_score_triton"
+    doubles = (
+        "parts",
+        "sqnorm",
+        "low",
+        "high",
+        "new_reals",
+        "faults",
+        "unit",
+        "square",
+        "sums",
+        "squares",
+        "num",
+        "den",
+    )
+    doubles += ("total", "self", "drop", "unit_sum", "pair_sum", "square_sum", "added_sums", "added")
+    signature = {f"{name}_ptr": "*fp64" for name in doubles}
+    signature |= {f"{name}_ptr": "*i64" for name in ("active", "at_low", "new_counts")}
+    signature |= {"acts_ptr": "*fp32", "emb_ptr": "*fp32", "n_neurons": "i32:16", "d_emb": "i32:16"}
+    signature |= {name: "i32" for name in ("n_images", "n_parts", "n_before", "rows")}
+    tile = {"BLOCK_K": 8, "BLOCK_E": 128}
+    return [
+        Case(module, "range_kernel", target, signature, {"BLOCK_K": 256, "UNROLL": 8}),
+        Case(module, "merge_range_kernel", target, signature, {"PARTS": 64, "BLOCK_K": 32, "ROWS": 1024}),
+        Case(module, "units_kernel", target, signature, {"COSINE": True, "BLOCK_N": 4, "BLOCK_E": 256}),
+        Case(module, "lower_kernel", target, signature, tile),
+        Case(module, "add_kernel", target, signature, tile),
+        Case(module, "add_images_kernel", target, signature, {"PARTS": 64, "BLOCK_E": 64}, num_warps=8),
+    ]
+
+
+def test_static_compile_without_spills():
+    from saevlm_fast.kernels import dense_score_triton as kernels
+
+    assert (kernels.RANGE_BLOCK_K, kernels.RANGE_UNROLL, kernels.PARTS) == (256, 8, 64)
+    assert (kernels.MERGE_BLOCK_K, kernels.MERGE_ROWS, kernels.UNIT_ROWS, kernels.UNIT_BLOCK_E) == (32, 1024, 4, 256)
+    assert (kernels.SUM_BLOCK_K, kernels.SUM_BLOCK_E, kernels.IMAGES_BLOCK_E) == (8, 128, 64)
+    assert (kernels.NUM_WARPS, kernels.IMAGES_WARPS) == (4, 8)
+    assert_no_spills([case for target in TARGETS for case in static_cases(target)])
+
+
+@pytest.mark.gpu
+def test_gpu_a_chunk_is_at_most_25_launches(device):
+    """With the empty sums and the result, copies and fills counted; cuBLAS may take more than one for a product."""
+    from torch.profiler import ProfilerActivity, profile
+
+    acts_NK, emb_NE = (torch.rand(5000, 768, device=device) for _ in range(2))
+    score(acts_NK, emb_NE, device=device).result()  # compiles
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        score(acts_NK, emb_NE, device=device).result()
+    events = [event for event in profiled.key_averages() if "cuda" in str(event.device_type).lower()]
+    counts = {event.key: event.count for event in events}
+    assert 0 < sum(counts.values()) <= 25, counts

@@ -1,0 +1,70 @@
+"""Files of labels and taxonomies: every kind is read, and what is wrong with one is said in one line."""
+
+import pyarrow.parquet as pq
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.json", "[1]", "no object of labels"),
+        ("t.json", '{"a": []}', "is not a path of nodes"),
+        ("t.json", '{"a": [1]}', "is not a text"),
+        ("t.json", '{"a": {"paths": 3}}', "is not a path"),
+        ("t.json", "{}", "no label in it"),
+        ("t.csv", "a\n", "line 1: a label and at least one node"),
+        ("t.csv", "a,b\na,c\n", "line 2: 'a' had another path"),
+        ("t.txt", "", "does not end in .json or .csv"),
+    ],
+)
+def test_broken_taxonomies(name, text, message, tmp_path):
+    from saevlm_fast.measures.taxonomy import read_taxonomy
+
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_taxonomy(tmp_path / name)
+    assert name in str(raised.value)
+
+
+def test_taxonomies_of_both_kinds(tmp_path):
+    from saevlm_fast.measures.taxonomy import read_taxonomy
+
+    (tmp_path / "t.csv").write_text("cat,animal,cat\n\noak,plant,tree,oak\n")
+    assert read_taxonomy(tmp_path / "t.csv").paths["oak"] == (("plant", "tree", "oak"),)
+    (tmp_path / "t.json").write_text('{"cat": [["n1", "animal"], ["n2", "cat"]], "x": {"paths": [["a"], ["b", "c"]]}}')
+    found = read_taxonomy(tmp_path / "t.json")
+    assert found.paths["cat"] == (("n1", "n2"),)
+    assert not found.is_tree
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.csv", "", "an id and at least one column"),
+        ("l.csv", "image,a\nx\n", "line 2: 1 cells"),
+        ("l.csv", "image,a,a\nx,1,2\n", "a column stands twice"),
+        ("l.csv", "x,cat\ny,dog\n", "the first line is of image 'x'; a header is needed"),
+        ("l.csv", "image,a\nz,1\n", "no line of any of the 2 images, such as 'x'"),
+        ("l.csv", "image,a\nx,\n", "no image has a label"),
+        ("l.parquet", "PAR1", "l.parquet: "),
+    ],
+)
+def test_broken_labels(name, text, message, tmp_path):
+    from saevlm_fast.data.label_sets import read_labels
+
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_labels(tmp_path / name, ["x", "y"])
+
+
+def test_labels_of_a_parquet_file(tmp_path):
+    import pyarrow as pa
+
+    from saevlm_fast.data.label_sets import read_labels
+
+    pq.write_table(
+        pa.table({"image": ["x", "y", "x"], "kind": ["a", None, "b"], "n": [1, 2, 3]}), tmp_path / "l.parquet"
+    )
+    kind, number = read_labels(tmp_path / "l.parquet", ["x", "y", "z"])
+    assert (kind.names, kind.labels_M.tolist(), kind.known_N.tolist()) == (("a", "b"), [0, 1], [True, True, False])
+    assert number.names == ("1", "2", "3")

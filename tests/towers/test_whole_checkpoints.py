@@ -1,0 +1,92 @@
+"""Towers out of files of a whole model, which calls them by many names; and models that are refused by name."""
+
+import pytest
+import torch
+from many_towers import SIZE, SMALL, pictures, randomised, square
+
+from saevlm_fast.scoring.geometry import covered
+from saevlm_fast.towers.families import check_called
+from saevlm_fast.towers.from_transformers import prefix_in_file
+from saevlm_fast.towers.load import load_tower
+from saevlm_fast.towers.tower import HookPoint
+
+TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+IDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"), 0)
+
+
+def blip(t):
+    return t.BlipModel(t.BlipConfig(vision_config=SMALL, text_config=TEXT | IDS)), "vision_model"
+
+
+def git(t):
+    return t.GitForCausalLM(t.GitConfig(vision_config=SMALL, **TEXT)), "git.image_encoder"
+
+
+@pytest.mark.parametrize("make", [blip, git])
+def test_the_tower_in_a_file_of_the_whole_model(make, tmp_path):
+    """Whatever it is called there: its activations are those of the tower inside the model."""
+    import transformers as t
+
+    model, inner = make(t)
+    randomised(model).save_pretrained(tmp_path)
+    square(t).save_pretrained(tmp_path)
+    tower = load_tower(f"hf:{tmp_path}")
+    with tower.hooked([HookPoint("residual", 1)]) as run:
+        inputs = tower.inputs_of(pictures(2))
+        (found,) = run(inputs).values()
+    pixels = square(t)(pictures(2), return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        expected = model.get_submodule(inner)(pixels, output_hidden_states=True).hidden_states[2]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_what_a_tower_is_called_in_a_file():
+    missing = ["embeddings.weight", "layers.0.weight", "layers.1.weight"]
+    text = [f"model.text.{name}" for name in missing[1:]]
+    image = [f"model.image.{name}" for name in missing]
+    assert prefix_in_file(missing, [*text, *image, "head.weight"], "hf:m") == r"model\.image\."
+    assert prefix_in_file(missing, ["head.weight", "model.text.layers.0.weight"], "hf:m") is None
+    video = [f"model.video.{name}" for name in missing]
+    with pytest.raises(ValueError, match=r"hf:m: the file holds two towers of this kind, model\.\w+ and model\.\w+"):
+        prefix_in_file(missing, [*image, *video], "hf:m")
+
+
+class _Called(torch.nn.Module):
+    """As far as check_called looks at a model."""
+
+    def __init__(self, family):
+        super().__init__()
+        self.config = type("Config", (), {"model_type": family})()
+
+    def forward(self, pixel_values, grid_thw, mask=None): ...
+
+
+def test_towers_that_are_called_otherwise_are_refused_by_name():
+    check_called(_Called("new"), ["grid_thw"], "hf:m")
+    with pytest.raises(ValueError, match=r"hf:m: _Called is called with grid_thw beside pixels, .* its family, new"):
+        check_called(_Called("new"), [], "hf:m")
+    with pytest.raises(ValueError, match="hf:m: _Called is a tower of videos, not of images"):
+        check_called(_Called("vjepa2"), [], "hf:m")
+
+
+def test_a_processor_that_gives_no_pixels_is_refused_by_name(tmp_path):
+    import transformers as t
+
+    t.ViTModel(t.ViTConfig(**SMALL)).save_pretrained(tmp_path)
+    t.Pix2StructImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gives attention_mask, flattened_patches, not pixel_values"):
+        load_tower(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"longest_edge": SIZE}, "mask_pad_size": {}, "pad_size": {"height": SIZE, "width": SIZE}},  # SAM
+        {"size": {"height": SIZE, "width": SIZE}, "max_patches": 1, "resize_to_max_canvas": False},  # Llama 4
+    ],
+)
+def test_heat_maps_of_towers_that_fill_up_to_the_right_and_below(settings):
+    model = {"preprocess": settings}
+    assert covered({"model": model}, 640, 480) == (0, 0, 1, pytest.approx(4 / 3))
+    assert covered({"model": model}, 480, 640) == (0, 0, pytest.approx(4 / 3), 1)
+    assert covered({"model": model | {"square": 64}}, 640, 480) == (0, 0, 1, 1)
