@@ -21,6 +21,7 @@ from .common import GROUP, Workspace
 
 PANEL = 2048
 BUFFER_BYTES = 64 * 2**20
+_PAGE_BYTES = 4096
 KEY_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -53,7 +54,7 @@ def batch_topk_encode_cpu(
         positions = torch.cat([positions, new_positions + start * pre_RP.shape[1]])
         kept = largest(keys(acts), capacity)
         acts, positions = acts[kept], positions[kept]
-    width = -(-d_sae // GROUP) * GROUP
+    width = _width(d_sae, x_BD)
     padding = capacity - len(acts)
     return (
         torch.nn.functional.pad(acts, (0, padding)),
@@ -72,7 +73,7 @@ def threshold_encode_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """threshold: one for all latents, or [d_sae]."""
     acts, latents, rows = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    bounds = _bounds(threshold, W_enc_DS.shape[1])
+    bounds = _bounds(threshold, W_enc_DS.shape[1], _width(W_enc_DS.shape[1], x_BD))
     for start, pre_RP, maxima_RG in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
         groups = nonzero(~(maxima_RG <= bounds.least()))
         values, positions, _ = _entries(pre_RP, groups, partial(_above, bounds.of(groups)))
@@ -102,14 +103,23 @@ class _Bounds(NamedTuple):
         return self.one if self.each_GG is None else self.each_GG[groups_U % len(self.each_GG)]
 
 
-def _bounds(threshold: float | Tensor, d_sae: int) -> _Bounds:
+def _bounds(threshold: float | Tensor, d_sae: int, width: int) -> _Bounds:
     if not isinstance(threshold, Tensor):
         return _Bounds(max(threshold, 0.0), None)
     bound_S = threshold.clamp(min=0).nan_to_num(torch.inf, torch.inf)
-    return _Bounds(0.0, torch.nn.functional.pad(bound_S, (0, -d_sae % GROUP), value=torch.inf).view(-1, GROUP))
+    return _Bounds(0.0, torch.nn.functional.pad(bound_S, (0, width - d_sae), value=torch.inf).view(-1, GROUP))
 
 
 # --- pre-activations -------------------------------------------------------------------------------------------------
+
+
+def _width(d_sae: int, like_BD: Tensor) -> int:
+    """Columns of a row of pre-activations: whole groups, and one more where rows would be whole pages apart.
+
+    The same columns of such rows share few places in a cache, which costs a tenth of the product (docs/decisions.md).
+    """
+    width = -(-d_sae // GROUP) * GROUP
+    return width if width * like_BD.element_size() % _PAGE_BYTES else width + GROUP
 
 
 def _chunks(
@@ -117,17 +127,16 @@ def _chunks(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(first row, pre-activations before the ReLU [R, P], their group maxima [R, P / 64]) of every row chunk.
 
-    P is d_sae rounded up to whole groups; the columns beyond d_sae are -inf. Both tensors are overwritten by the next
-    chunk.
+    P is `_width`; the columns beyond d_sae are -inf. Both tensors are overwritten by the next chunk.
     """
     n_rows, d_sae = x_BD.shape[0], W_enc_DS.shape[1]
-    width = -(-d_sae // GROUP) * GROUP
-    n_chunks = -(-n_rows * width * x_BD.element_size() // (buffer_bytes or BUFFER_BYTES))
+    width = _width(d_sae, x_BD)
+    n_chunks = -(-n_rows * d_sae * x_BD.element_size() // (buffer_bytes or BUFFER_BYTES))
     chunk_rows = -(-n_rows // max(min(n_chunks, n_rows), 1))
     for start in range(0, n_rows, max(chunk_rows, 1)):
         x_RD = x_BD[start : start + chunk_rows] - b_dec_D
         pre_RP = workspace.get(len(x_RD) * width, x_BD.dtype).view(len(x_RD), width)
-        maxima_RG = x_BD.new_empty(len(x_RD), width // GROUP)
+        maxima_RG = x_BD.new_full((len(x_RD), width // GROUP), -torch.inf)
         pre_RP[:, d_sae:] = -torch.inf
         for o in range(0, d_sae, PANEL):
             end = min(o + PANEL, d_sae)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TextIO
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import ActivationError, first_line, require
 from saevlm_fast.files import atomic_write, cache_directory, sha256_file
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.remote.answers import Found, RemoteError
@@ -115,8 +115,7 @@ def telling_urls() -> Iterator[None]:
         text = _with_urls(str(error))
         if text == str(error):
             raise
-        kind = type(error) if type(error).__module__.startswith(__package__.partition(".")[0]) else ValueError
-        raise kind(text) from error
+        raise (ActivationError if isinstance(error, ActivationError) else ValueError)(text) from error
 
 
 def _with_urls(text: str) -> str:

@@ -69,8 +69,7 @@ def add_on_gpu(
         refuse_embeddings(images, similarity, first_image, least == 0, unfit > 0)
     if bad > 0:
         refuse_activations(acts_nK, first_image)
-    n_active_K, n_low_K = counts_2K
-    seen.replace(low_K, high_K, n_active_K, n_low_K, n_images=seen.n_images + len(acts_nK))
+    seen.replace(low_K, high_K, counts_2K, seen.n_images + len(acts_nK))
     pairs.lower(drop_K)
     if first is None:
         pairs.add_dense(acts_nK, low_K, images)

@@ -114,9 +114,10 @@ class DenseRange(ActivationRange):
         at_low_K = (acts_nK == low_K).sum(0)
         return self._merge(low_K.to(torch.float64), high_K.to(torch.float64), at_low_K, len(acts_nK))
 
-    def replace(self, low_K: Tensor, high_K: Tensor, n_active_K: Tensor, n_low_K: Tensor, n_images: int) -> None:
-        """By what a GPU has found of these images and of all before them."""
-        self.low_S, self.high_S, self.n_active_S, self.n_low_S = low_K, high_K, n_active_K, n_low_K
+    def replace(self, low_K: Tensor, high_K: Tensor, counts_2K: Tensor, n_images: int) -> None:
+        """By what a GPU has found of these images and of all before them; counts: above 0, and at low."""
+        self.low_S, self.high_S = low_K, high_K
+        self.n_active_S, self.n_low_S = counts_2K
         self.n_images = n_images
 
 

@@ -15,9 +15,9 @@ tokens come before the patches, and what `pooled` and `projection` are:
     timm                        pre-logits                                -
 
 Of other families of transformers pooled is their pooler_output; those without one (I-JEPA, ViT-MSN, ViT-MAE, InternViT,
-and towers all of whose patches go to a language model) have no such point. Of a ResNet or ConvNeXt pooled is the pooled
-feature map; in open_clip's ResNets an attention pool makes the projection of it. XCiT's and CaiT's class token comes
-after the blocks, so at these they have patches alone.
+RADIO, and towers all of whose patches go to a language model) have no such point. Of a Swin, ResNet or ConvNeXt pooled
+is the pooled feature map; in open_clip's ResNets an attention pool makes the projection of it. XCiT's and CaiT's class
+token comes after the blocks, so at these they have patches alone.
 
 Where a processor cuts an image into tiles, the tower is given the whole image, in one (Mllama's in its first tile).
 What is special about families of transformers is in towers/families.py, how blocks hold tokens in towers/forms.py.

@@ -8,6 +8,7 @@ from saevlm_fast.cli.options import named_by_option
 from saevlm_fast.cli.steerability import SteerabilityArguments
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
+from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder
 from small_world import CALLS, LAYER, spelled
 from tiny_tower import save_photos
@@ -52,7 +53,13 @@ def world(tmp_path_factory):
     for name, point in (("store", "residual"), ("embeddings", "projection")):
         with ActivationWriter(root / name, 128, torch.float32, {"point": point, "layer": 1}) as writer:
             writer.append(x_ND, items)
-    items |= {"modality": ["text", "image"] * 6, "token_id": [1] * 12, "text": ["a"] * 12}
+    scenes = open_images("scenes:test:12")
+    items |= {
+        "image": [scenes.image_id(i) for i in range(12)],
+        "modality": ["text", "image"] * 6,
+        "token_id": [1] * 12,
+        "text": ["a"] * 12,
+    }
     source = {"point": "language", "layer": 1, "images": {"path": "scenes:test:12"}}
     with ActivationWriter(root / "pairs", 128, torch.float32, source) as writer:
         writer.append(x_ND, items)

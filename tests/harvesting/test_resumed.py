@@ -5,12 +5,11 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
+from held_locks import held
 from PIL import Image
 from small_harvests import N_IMAGES, digests, run_harvest, small_units, stop_at_third
 
@@ -231,14 +230,8 @@ def test_two_harvests_do_not_share_an_output(photos, tower, tmp_path, monkeypatc
     """The other one is another process, as a lock is this process's own."""
     output = tmp_path / "out"
     run_harvest(tower, photos, output, small_units())
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_SH); "
-         "print('held', flush=True); time.sleep(60)", str(output / ".lock")], stdout=subprocess.PIPE,
-    )  # fmt: skip
-    holder.stdout.readline()
     monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
-    with pytest.raises(ValueError, match=r"^output: .*out is in use: another process writes to it$"):
+    refused = pytest.raises(ValueError, match=r"^output: .*out is in use: another process writes to it$")
+    with held(output / ".lock", "shared"), refused:
         run_harvest(tower, photos, output, small_units(), resume=True)
-    holder.kill()
-    holder.wait()
     run_harvest(tower, photos, output, small_units(), resume=True)

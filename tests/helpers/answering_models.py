@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from many_towers import PATCH, RATIOS, SIZE, SIZES, SMALL, WIDTH, qwen_processor, square
+from many_towers import qwen_processor, square
+from tower_makers import PATCH, RATIOS, SIZE, SIZES, SMALL, WIDTH
 
 from saevlm_fast.box_making.architecture import build_tokenizer
 

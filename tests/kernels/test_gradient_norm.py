@@ -6,7 +6,6 @@ import torch
 from plain_step import Case as Codes
 from plain_step import make_case, plain_step
 from static_compile import TARGETS, Case, assert_no_spills
-from test_segment_sum import poison  # noqa: F401
 from test_step_rows import launched
 
 BETAS, EPS = (0.9, 0.999), 1e-8

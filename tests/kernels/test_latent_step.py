@@ -9,7 +9,6 @@ from saevlm_fast.kernels.latent_gradient import latent_slots
 from saevlm_fast.kernels.low_weights import LowWeights
 from static_compile import TARGETS, Case, assert_no_spills
 from test_gradient_norm import CASES, totals_of
-from test_segment_sum import poison  # noqa: F401
 
 BETAS, EPS, LR, STEP, CLIP = (0.9, 0.999), 1e-8, 1e-2, 4, 0.3
 

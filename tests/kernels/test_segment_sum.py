@@ -30,18 +30,6 @@ SEGMENTS = {
 }
 
 
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty hands out NaN, so that an element a kernel forgets to write is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def segment_inputs(lengths: list[int], dtype: torch.dtype, d_in: int, before: int = 0, after: int = 0):
     """weights, ids, offsets, source; `before` and `after` entries belong to no segment and carry NaN weights."""
     generator = torch.Generator().manual_seed(1)

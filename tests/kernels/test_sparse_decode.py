@@ -30,18 +30,6 @@ SHAPES = [  # B, k, d_sae, d_in
 ]
 
 
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty hands out NaN, so that an element a kernel forgets to write is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def decoder(d_sae: int, d_in: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     W_dec = torch.randn(d_sae, d_in, generator=generator).to(dtype)

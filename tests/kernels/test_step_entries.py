@@ -7,7 +7,6 @@ from plain_step import make_case, plain_step
 from saevlm_fast.kernels import reference
 from sparse_codes import random_codes
 from static_compile import TARGETS, Case, assert_no_spills
-from test_segment_sum import poison  # noqa: F401
 from test_step_rows import launched
 
 

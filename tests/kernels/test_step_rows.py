@@ -5,7 +5,6 @@ import torch
 
 from plain_step import make_case, plain_step
 from static_compile import TARGETS, Case, assert_no_spills
-from test_segment_sum import poison  # noqa: F401
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 # rows, k, d_sae, d_in, layout, ends. Rows of more than 16 (ragged) or 32 entries are gone through twice.

@@ -1,39 +1,19 @@
 """Top images against brute force."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted_codes import SOURCE, in_memory, write_codes
 from torch import Tensor
 
 from saevlm_fast.config import SAEConfig
-from saevlm_fast.data.codes import CodesWriter, open_codes
-from saevlm_fast.data.rows import Activations, open_activations
+from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.top_images import top_images
-from saevlm_fast.sparse_codes import SparseCodes
-
-SOURCE = {"model": "planted", "sae": "planted"}
-
-
-def in_memory(rows_ND: Tensor) -> Activations:
-    return Activations.from_tensor(rows_ND)
-
-
-def write_codes(path: Path, dense_NS: Tensor, shard_rows: int = 7):
-    with CodesWriter(path, dense_NS.shape[1], torch.float32, SOURCE) as writer:
-        for shard, start in enumerate(range(0, len(dense_NS), shard_rows)):
-            part = dense_NS[start : start + shard_rows]
-            latents = torch.arange(part.shape[1]).expand(part.shape)
-            names = [f"image {start + i}" for i in range(len(part))]
-            items = {"image": names, "token": [0] * len(part), "label": [None] * len(part)}
-            codes = SparseCodes.from_flat(part, latents.contiguous(), None, part.shape[1])
-            writer.write_shard(shard, codes, items)
-    return open_codes(path)
 
 
 def brute_force(column: Tensor, n: int, fires: bool) -> list[tuple[int, float]]:

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 from answering_models import MODELS, TEMPLATE, make
-from many_towers import FAMILIES, pictures, prepared
+from many_towers import FAMILIES
+from tower_makers import pictures, prepared
 
 from command import run
 from saevlm_fast.config import SAEConfig

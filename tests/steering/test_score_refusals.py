@@ -1,12 +1,11 @@
 """What the steering score refuses, and warns of, in one line."""
 
 import shutil
-import subprocess
-import sys
 from copy import deepcopy
 
 import pytest
 import torch
+from held_locks import held
 from steering_scores import ALPHA, DEAD, S, dense_codes, score_command, steer_command
 
 from saevlm_fast import outputs
@@ -37,16 +36,10 @@ def test_resume_and_force_exclude_each_other(tmp_path):
 
 def test_two_processes_do_not_write_one_table(pieces, tmp_path, monkeypatch):
     config, run_ = ScoreConfig((5,), ALPHA, ask=1, n_reference=4), ScoreRun(tmp_path / "score.json", {})
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); "
-         "print('held', flush=True); time.sleep(60)", str(tmp_path / ".score.json.lock")], stdout=subprocess.PIPE,
-    )  # fmt: skip
-    holder.stdout.readline()
     monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
-    with pytest.raises(ValueError, match=r"^output: .*score\.json is in use: another process writes to it$"):
+    refused = pytest.raises(ValueError, match=r"^output: .*score\.json is in use: another process writes to it$")
+    with held(tmp_path / ".score.json.lock", "exclusive"), refused:
         steering_score(*pieces, config, run_)
-    holder.kill()
-    holder.wait()
     steering_score(*pieces, config, run_)
     assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
 

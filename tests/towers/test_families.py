@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from many_towers import FAMILIES, SIZE, harvested, pictures, prepared
+from many_towers import FAMILIES, harvested
+from tower_makers import SIZE, pictures, prepared
 from tower_table import PAGE, page_with, table
 
 from saevlm_fast.data.rows import open_activations

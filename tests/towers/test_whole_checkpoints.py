@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from many_towers import SIZE, SMALL, pictures, randomised, square
+from many_towers import square
+from tower_makers import SIZE, SMALL, pictures, randomised
 
 from saevlm_fast.scoring.geometry import covered
 from saevlm_fast.towers.families import check_called

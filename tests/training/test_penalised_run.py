@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from small_runs import Stopped, stop_at
 
 from command import run as run_command
 from command import run_json
@@ -34,18 +35,6 @@ def run(matrix, output, architecture, *, on_step=lambda step: None, resume=False
     return train(open_activations(matrix), sae, TrainConfig(**recipe), options, on_step=on_step)
 
 
-class Killed(Exception):
-    pass
-
-
-def killed_at(step):
-    def on_step(at):
-        if at == step:
-            raise Killed
-
-    return on_step
-
-
 @pytest.mark.parametrize("architecture", RECIPES)
 def test_a_run_is_good_and_one_that_was_killed_goes_on_to_the_same_bits(matrix, tmp_path, architecture):
     sae, metrics = run(matrix, tmp_path / "run", architecture)
@@ -66,8 +55,8 @@ def test_a_run_is_good_and_one_that_was_killed_goes_on_to_the_same_bits(matrix, 
         assert float(sae.threshold.std()) > 0
         assert metrics["l0"] == pytest.approx(8, rel=0.4), "the target"
 
-    with pytest.raises(Killed):
-        run(matrix, tmp_path / "again", architecture, on_step=killed_at(60))
+    with pytest.raises(Stopped):
+        run(matrix, tmp_path / "again", architecture, on_step=stop_at(60))
     begun: list[int] = []
     again, same = run(matrix, tmp_path / "again", architecture, resume=True, on_step=begun.append)
     assert begun[0] == 41
