@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from saevlm_fast.kernels import reference
+from saevlm_fast.kernels import topk_encode_cpu as plain
 from saevlm_fast.kernels.topk_encode import (
     batch_topk_encode,
     batch_topk_encode_op,
@@ -98,6 +99,18 @@ def test_selection_properties(data):
     assert_codes((acts_M, latents_M, row_offsets), reference.batch_topk_encode(*inputs, k))
     assert (acts_M[: row_offsets[-1]] != 0).all()
     assert_codes(threshold_encode(*inputs, 0.75), reference.threshold_encode(*inputs, 0.75))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d_sae", [1, 64, 1009, 1024, 6144, 16384, 65536])
+def test_rows_of_pre_activations_are_not_whole_pages_apart(d_sae, dtype):
+    """And hold whole groups, of -inf behind the latents."""
+    inputs = torch.ones(3, 1), torch.ones(1, d_sae), torch.zeros(d_sae), torch.zeros(1)
+    ((_, pre_RP, maxima_RG),) = plain._chunks(*(each.to(dtype) for each in inputs), None)
+    assert pre_RP.stride(0) * pre_RP.element_size() % 4096
+    assert pre_RP.shape == (3, 64 * maxima_RG.shape[1])
+    assert bool((pre_RP[:, :d_sae] == 1).all() and (pre_RP[:, d_sae:] == -torch.inf).all())
+    assert torch.equal(maxima_RG, pre_RP.unflatten(1, (-1, 64)).amax(2))
 
 
 def test_buffer_survives_inference_mode_and_threads():
