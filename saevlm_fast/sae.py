@@ -281,9 +281,7 @@ class SparseAutoencoder(nn.Module):
                 cannot be written.
         """
         directory = path_of("directory", directory)
-        plain = self.to_plain()  # which may refuse: no empty folder is left then
-        directory.mkdir(parents=True, exist_ok=True)
-        sae_lens.write(plain, directory)
+        sae_lens.write(self.to_plain(), directory)
 
     @classmethod
     def from_pretrained(
