@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -394,6 +395,6 @@ def _stream_settings(stream: StreamSettings | None, settings: dict[str, Any]) ->
         return stream, rest
     for name in ("layer", "point", "tokens"):
         if name in ours:
-            one = isinstance(ours[name], str | int)
+            one = isinstance(ours[name], str | Real)
             ours[name] = (ours[name],) if one else several(name, ours[name])
     return StreamSettings(**ours), rest
