@@ -45,7 +45,7 @@ def test_a_rank_that_ends_before_it_has_come_is_not_waited_for(store, first):
 
 
 def test_a_rank_that_does_not_come_is_waited_for_within_the_timeout(store):
-    with pytest.raises(Interrupted, match="the 2 ranks did not meet within 0.1 s: 1 of them came"):
+    with pytest.raises(Interrupted, match=r"the 2 ranks did not meet within 0\.1 s: 1 of them came"):
         torchrun.meet(0.1)
 
 

@@ -128,7 +128,8 @@ def torchrun_ranks(timeout: float) -> Iterator[Ranks]:
         meet(timeout)
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         rank, group = dist.get_rank(), dist.new_group(timeout=_EVER)
-        ranks = Ranks(rank, world, local_rank, max(1, local_world), Signs(rank_store(timeout), rank, world, timeout), group)
+        signs = Signs(rank_store(timeout), rank, world, timeout)
+        ranks = Ranks(rank, world, local_rank, max(1, local_world), signs, group)
     yield ranks
     dist.destroy_process_group()  # not after an error: it would wait for a collective that nobody answers
 
@@ -138,4 +139,5 @@ def _in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Interrupted(f"another of the {world_size()} ranks has ended, or did not come: {first_line(error)}") from error
+        what = f"another of the {world_size()} ranks has ended, or did not come"
+        raise Interrupted(f"{what}: {first_line(error)}") from error
