@@ -231,7 +231,11 @@ def several(name: str, value: Any) -> tuple[Any, ...]:
 
 def check_once(name: str, values: tuple[Any, ...]) -> None:
     """ValueError: one of a list's values stands in it twice. That is a slip, and nobody can say which was meant."""
-    if len(set(values)) < len(values):
+    try:
+        n_different = len(set(values))
+    except TypeError:  # a list in the list, which is refused as no value of it
+        return
+    if n_different < len(values):
         twice = next(value for i, value in enumerate(values) if value in values[:i])
         said = str(twice) if isinstance(twice, os.PathLike) else getattr(twice, "name", twice)
         raise ValueError(f"{name}: {redacted_text(str(said))} is listed twice")
