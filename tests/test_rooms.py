@@ -12,7 +12,7 @@ PACKAGE = Path(saevlm_fast.__file__).parent
 ORDER = (
     ("errors", "urls"),
     ("settings",),
-    ("config", "files", "runtime", "peers"),
+    ("config", "files", "runtime", "peers", "torchrun"),
     ("outputs", "records"),
     ("remote",),
     ("kernels", "box"),

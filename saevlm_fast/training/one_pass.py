@@ -59,6 +59,7 @@ from saevlm_fast.training.many import (
 )
 from saevlm_fast.training.memory import check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
+from saevlm_fast.training.sharded_held import places_of_rank
 from saevlm_fast.training.streamed import Place, StreamedRows
 from saevlm_fast.training.watch import group_of
 from saevlm_fast.urls import redacted_text
@@ -262,7 +263,7 @@ class OnePass:
     def _held(self, rows: StreamedRows) -> int:
         """Rows of it that this process holds; one of several up to a forward more than its share."""
         capacity, forward = self._capacity(rows), self.stream.config.batch_size * rows.n_rows // self.stream.n_images
-        return capacity if self.n_ranks == 1 else min(capacity, -(-capacity // self.n_ranks) + forward)
+        return capacity if self.n_ranks == 1 else places_of_rank(capacity, self.n_ranks, forward)
 
     def _rows(self, store: PlannedStore) -> StreamedRows:
         plan, dtype = self.stream.plan, self.stream.config.torch_store_dtype
