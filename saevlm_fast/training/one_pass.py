@@ -113,6 +113,7 @@ def train_from_images(
     chosen, rest = _stream_settings(stream, settings)
     recipes, options = recipes_of("train_from_images", saes, SAESize, config, options, rest)
     check_controls(recipes)
+    harvest_config(chosen, next(iter(recipes.values())))  # what is refused, before a model is loaded
     check_kind("images_path", images_path, (str, type(None)), "a text")
     check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     device = resolve_device(options.device)

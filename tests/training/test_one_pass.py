@@ -259,6 +259,8 @@ def test_what_is_refused(tower, photos, run):
             run(**{"saes": ONE, **HERE} | more)
     with pytest.raises(ValueError, match="model: 3 is not"):
         train_from_images(3, photos, ONE, layer=2)
+    with pytest.raises(ValueError, match="layer: residual needs a layer"):
+        train_from_images("hf:there-is-no-such-model", photos, ONE)
     with pytest.raises(ValueError, match="layer: given beside stream"):
         train_from_images(tower, photos, ONE, TrainConfig(steps=2), stream=StreamSettings(), layer=2)
 
