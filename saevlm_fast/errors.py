@@ -21,8 +21,12 @@ class Doubt(UserWarning):
     """What stops nothing and is shown once: what files of an SAE do not say and was assumed, a logger that failed."""
 
 
-class Interrupted(Exception):
-    """Long work was asked to stop and did so at a point from which it can go on; the message says how."""
+class Interrupted(BaseException):
+    """Long work was asked to stop and did so at a point from which it can go on; the message says how.
+
+    As KeyboardInterrupt, it is no Exception: whoever takes any error of a library for a damaged file, or tries again
+    after one, is not asked.
+    """
 
 
 def require(condition: bool, message: str, error: type[ValueError] = ValueError) -> None:
