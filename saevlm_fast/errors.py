@@ -25,6 +25,15 @@ class Interrupted(Exception):
     """Long work was asked to stop and did so at a point from which it can go on; the message says how."""
 
 
+@contextmanager
+def goes_on(how: str = "the same command goes on where it stopped") -> Iterator[None]:
+    """Work that is interrupted says how it goes on. Raises Interrupted."""
+    try:
+        yield
+    except Interrupted as error:
+        raise Interrupted(f"{str(error).partition(';')[0]}; {how}") from None
+
+
 def require(condition: bool, message: str, error: type[ValueError] = ValueError) -> None:
     """Raise error(message) unless the condition holds."""
     if not condition:

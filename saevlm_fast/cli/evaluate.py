@@ -17,7 +17,7 @@ from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.same_call import check_same_call, check_same_data
 from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP, RunOptions
-from saevlm_fast.errors import require
+from saevlm_fast.errors import goes_on, require
 from saevlm_fast.settings import path_of, same_as, setting, texts
 from saevlm_fast.urls import redacted_text
 
@@ -326,7 +326,8 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
         if peers is not None and not leads(peers):
             _take_part(options, subjects, inputs, on_random, peers)
             return None
-        with working_directory(options) as place:
+        again = "continue with the same command and --resume" + (" in place of --force" if options.force else "")
+        with working_directory(options) as place, goes_on(again):
             evaluation = _evaluate(options, subjects, inputs, on_random, place, peers)
     print_evaluation(evaluation, inputs)
     say(f"wrote {options.output}")
