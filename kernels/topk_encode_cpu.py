@@ -116,7 +116,7 @@ def _bounds(threshold: float | Tensor, d_sae: int, width: int) -> _Bounds:
 def _width(d_sae: int, like_BD: Tensor) -> int:
     """Columns of a row of pre-activations: whole groups, and one more where rows would be whole pages apart.
 
-    The same columns of such rows share few places in a cache, which costs a tenth of the product (docs/decisions.md).
+    The same columns of such rows share few places in a cache, which costs 3 to 15 % of the product (docs/decisions.md).
     """
     width = _whole_groups(d_sae)
     return width if width * like_BD.element_size() % _PAGE_BYTES else width + GROUP
