@@ -225,13 +225,17 @@ def several(name: str, value: Any) -> tuple[Any, ...]:
         values = None if isinstance(value, str | bytes | Mapping | Set) else tuple(value)
     except TypeError:  # also of an array of no dimension, which says that it can be iterated
         values = None
-    require(values is not None, f"{name}: {shown(value)} is not several values in an order")
+    require(values is not None, f"{name}: {shown(value)} is not a list, tuple or array")
     return values or ()
 
 
 def check_once(name: str, values: tuple[Any, ...]) -> None:
     """ValueError: one of a list's values stands in it twice. That is a slip, and nobody can say which was meant."""
-    if len(set(values)) < len(values):
+    try:
+        n_different = len(set(values))
+    except TypeError:  # a list in the list, which is refused as no value of it
+        return
+    if n_different < len(values):
         twice = next(value for i, value in enumerate(values) if value in values[:i])
         said = str(twice) if isinstance(twice, os.PathLike) else getattr(twice, "name", twice)
         raise ValueError(f"{name}: {redacted_text(str(said))} is listed twice")

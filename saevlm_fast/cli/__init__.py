@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, NoReturn
 
@@ -32,30 +33,45 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGINT, _interrupt)
     try:
+        code = _code()
+    except Exception:  # a fault of ours, which Python tells, and then waits for what hangs
+        if not beside.hanging:
+            raise
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    _leave(code)
+
+
+def _code() -> int:
+    """The exit code of the command, once it is over and what it was refused for has been said."""
+    try:
         screening = os.environ.get("SAEVLM_FAST_SCREENING", "")  # read by encoders, perhaps long after the start
         require(screening in ("", "0", "1"), f"SAEVLM_FAST_SCREENING: {screening!r} is neither 0 nor 1")
         with doubts_once():
-            code = run_app(app, "saevlm-fast")
+            return run_app(app, "saevlm-fast")
     except RuntimeError as error:
         if "memory" not in str(error):  # torch says "can't allocate memory" or "out of memory"
             raise
         _refuse(first_line(error))
-        code = 2
+        return 2
     except (ValueError, OSError, MemoryError) as error:
         _refuse(str(error) or type(error).__name__)  # a MemoryError has no words
-        code = 2
+        return 2
     except (Interrupted, KeyboardInterrupt) as error:
         if speaks():
             err.print(shown(str(error) or "interrupted"), style="yellow", highlight=False, soft_wrap=True)
-        code = 130
-    _leave(code)
+        return 130
 
 
 def _leave(code: int) -> NoReturn:
-    """The end of the process, also where a logger hangs: its package may wait for it when Python ends."""
-    if beside.hanging:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    """The end of the process, also where a logger hangs: its package may wait for it when Python ends.
+
+    Not of somebody's session, as by %run in a notebook.
+    """
+    if beside.hanging and not hasattr(sys, "ps1"):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # whoever read it is gone
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

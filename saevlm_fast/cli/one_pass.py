@@ -21,6 +21,8 @@ from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.errors import Interrupted, require
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from saevlm_fast.cli.train_options import TrainArguments
     from saevlm_fast.training.many import Trained
     from saevlm_fast.training.process_group import MeshPeers
@@ -163,7 +165,7 @@ def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) ->
     records = [Record("train", part, part.output) for part in parts.values()] if first else []
     if first and set(parts) != {""}:
         records.append(Record("train", options, options.output))
-    with TrainBar(config.steps) as bar, closing(_Steps(bar, records, next(iter(parts)))) as told:
+    with TrainBar(config.steps) as bar, closing(_Steps(bar, records, next(iter(parts)), options.resume)) as told:
         try:
             trained = _trained(
                 peers,
@@ -180,8 +182,7 @@ def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) ->
                 on_finished=looks or nothing_more,
             )
         except Interrupted as error:
-            last = records[-1] if records else None
-            raise interrupted_run(error, options.output, last, options.force, peers is not None) from None
+            raise interrupted_run(error, options.output, records, options.force, peers is not None) from None
     for record in records:
         record.write()
     if looks is None:
@@ -219,10 +220,12 @@ def _told(options: "TrainArguments", trained: "dict[str, Trained]", note: str) -
 
 
 class _Steps:
-    """The bar, and the settings beside every SAE as soon as there is a place for them."""
+    """The bar, and the settings beside every SAE as soon as its run has begun: places begin one after another, and
+    until then what lies there may be a run that is to be replaced."""
 
-    def __init__(self, bar: TrainBar, records: list[Record], first: str):
-        self.bar, self.records, self.first = bar, records, first
+    def __init__(self, bar: TrainBar, records: list[Record], first: str, resumes: bool):
+        self.bar, self.first, self.resumes = bar, first, resumes
+        self.before = [(record, _run_in(record.result)) for record in records]
 
     def on_log(self, name: str, step: int, metrics: dict[str, float]) -> None:
         """Called after every logged step of every SAE; the bar speaks of the first."""
@@ -232,11 +235,28 @@ class _Steps:
 
     def on_step(self, done: int, total: int) -> None:
         """Called after every step of every place."""
-        for record in self.records:
-            if record.result.is_dir():
+        for record, before in self.before:
+            if not record.written and self._has_begun(record.result, before):
                 record.write()
         self.bar.update(done, total)
+
+    def _has_begun(self, output: "Path", before: tuple[int, int] | None) -> bool:
+        now = _run_in(output)
+        of_all = output.is_dir() and len(self.before) > 1 and output == self.before[-1][0].result
+        return of_all or (now is not None and (self.resumes or now != before))
 
     def close(self) -> None:
         """When all steps are done, or none will be."""
         self.bar.close()
+
+
+def _run_in(output: "Path") -> tuple[int, int] | None:
+    """By which the run in a directory is told from one that it replaces, or that replaces it."""
+    from saevlm_fast.outputs import workplace
+    from saevlm_fast.training.checkpoints import RUN_FILE
+
+    try:
+        found = (workplace(output) / RUN_FILE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -169,10 +169,10 @@ def named_by_option(options: Any) -> Iterator[None]:
 
 def _option_of(message: str, options: Any) -> str | None:
     """The option of which a message begins with a value; of several the one of the longest value, then the first."""
-    known = {key_of(field, each): field for field, each in ordered(type(options)) if not each.positional}
+    known = {key_of(field, each): (field, each) for field, each in ordered(type(options))}
     found: dict[str, int] = {}
-    for name, field in known.items():
-        value = getattr(options, field)
+    for name, (field, each) in known.items():
+        value = () if each.positional else getattr(options, field)
         for given in value if isinstance(value, tuple) else (value,):
             text = str(given)
             is_place = isinstance(given, Path) or (isinstance(given, str) and re.search(r"[:/.]", text) is not None)

@@ -138,8 +138,7 @@ def train_grid(
         try:
             trained = _trained(options, data, runs, peers, on_finished=looks or nothing_more, **told)
         except Interrupted as error:
-            last = records[-1] if records else None
-            raise interrupted_run(error, options.output, last, options.force, peers is not None) from None
+            raise interrupted_run(error, options.output, records, options.force, peers is not None) from None
     for record in records:
         record.write()
     if looks is None:

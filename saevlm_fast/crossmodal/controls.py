@@ -52,9 +52,11 @@ def pairs_of(activations: Activations, images: str | None) -> ImageSource:
     require(path != "", f"images: {activations.path} does not say where its pairs are; give --images")
     pairs = open_images(path)
     check_captions(pairs, path)
-    known = next(iter(activations.iter_items()))["image"].unique().to_pylist()
-    there = not set(known).isdisjoint(pairs.image_id(i) for i in range(len(pairs)))
-    require(there, f"images: {path}: none of the pairs of {activations.path} is there, as {known[:1]}")
+    there = {pairs.image_id(i) for i in range(len(pairs))}
+    shards = (items["image"].unique().to_pylist() for items in activations.iter_items())
+    if all(there.isdisjoint(ids) for ids in shards):
+        first = next(iter(activations.iter_items()))["image"][:1].to_pylist()
+        raise ValueError(f"images: {path}: none of the pairs of {activations.path} is there, as {first}")
     share = float(told.get("wrong_captions") or 0.0)
     return WrongCaptions(pairs, share, int(source.get("seed") or 0)) if share else pairs
 

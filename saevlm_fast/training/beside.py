@@ -4,11 +4,12 @@ for. Waiting for it has an end, and so has what it may be behind.
 
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from time import monotonic
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 from saevlm_fast.errors import first_line
 
@@ -80,15 +81,33 @@ class Beside(Generic[T]):
 
 
 class _OthersToStderr:
-    """stdout, for the thread that it was made in; stderr for all others: somebody else's words are no result."""
+    """stdout, for the threads that were there when it was made; stderr for later ones: a logger's words are no result.
+
+    A notebook may train in a thread, and print from others meanwhile.
+    """
 
     def __init__(self) -> None:
-        self._thread, self._stdout = threading.current_thread(), sys.stdout
+        self._threads, self._stdout = WeakSet(threading.enumerate()), sys.stdout
+        self._is_over = False
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stdout if threading.current_thread() is self._thread else sys.stderr, name)
+        mine = self._is_over or threading.current_thread() in self._threads
+        return getattr(self._stdout if mine else sys.stderr, name)
+
+    def end(self) -> None:
+        """stdout is what it was. Whoever has put something in front of this since, as a run in another thread or a
+        progress bar, may put this back: then it is as if it were not there."""
+        self._is_over = True
+        if sys.stdout is self:
+            sys.stdout = self._stdout
 
 
-def quiet_stdout() -> redirect_stdout[Any]:
-    """While it lasts, what other threads than this one print goes to stderr."""
-    return redirect_stdout(_OthersToStderr())
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """While it lasts, what threads print that begin meanwhile goes to stderr."""
+    ours = _OthersToStderr()
+    sys.stdout = ours  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ours.end()

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,7 @@ def train_from_images(
     chosen, rest = _stream_settings(stream, settings)
     recipes, options = recipes_of("train_from_images", saes, SAESize, config, options, rest)
     check_controls(recipes)
+    harvest_config(chosen, next(iter(recipes.values())))  # what is refused, before a model is loaded
     check_kind("images_path", images_path, (str, type(None)), "a text")
     check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     device = resolve_device(options.device)
@@ -394,6 +396,6 @@ def _stream_settings(stream: StreamSettings | None, settings: dict[str, Any]) ->
         return stream, rest
     for name in ("layer", "point", "tokens"):
         if name in ours:
-            one = isinstance(ours[name], str | int)
+            one = isinstance(ours[name], str | Real)
             ours[name] = (ours[name],) if one else several(name, ours[name])
     return StreamSettings(**ours), rest

@@ -66,6 +66,7 @@ class Watch:
         self._since: tuple[int, int, float] | None = None
         self._device = torch.device("cpu")
         self._quiet, self._is_closing = ExitStack(), False
+        self._group: str | None = None
 
     def __enter__(self) -> Self:
         if self._names:
@@ -76,7 +77,10 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._quiet:
             try:
-                self._close(failed=kind is not None and not issubclass(kind, Interrupted))
+                failed = kind is not None and not issubclass(kind, Interrupted)
+                for watch in [self] if self._group is None else list(_open):
+                    if watch._group == self._group:  # they end at once, so that their waits do not add up
+                        watch._close(failed)
                 self._settle()
             finally:
                 for name in list(self._loggers):
@@ -105,7 +109,7 @@ class Watch:
         """
         if not self._names:
             return
-        self._device = device
+        self._device, self._group = device, group
         said = {**config, "saevlm_fast": __version__, **({} if group is None else {"group": group})}
         run = Identity(self._identity(directory(), called), n_steps, said, directory, group)
         for name in list(self._names):
@@ -152,20 +156,24 @@ class Watch:
         self._close(failed=False)  # and waited for at the end: those of several runs end at once
 
     def _each(self, act: Callable[[Logger], None], when: str) -> None:
-        for logger in self._loggers.values():
+        for logger in list(self._loggers.values()):  # a run in another thread may leave one
             logger.tell(when, act)
         self._hear()
 
     def _settle(self) -> None:
-        """Waits for all of them."""
+        """Waits for all of them. Who does not want to wait (Ctrl-C) waits for none of them any more."""
         deadline = monotonic() + beside.PATIENCE_SECONDS
-        asked = [(name, logger, logger.asked()) for name, logger in self._loggers.items()]
-        silent = [name for name, logger, done in asked if not logger.settle(done, deadline)]
-        self._hear()
-        for name in silent:
-            for watch in _open:
-                watch._leave(name)
-                watch._names = [other for other in watch._names if other != name]
+        asked = {name: logger.asked() for name, logger in self._loggers.items()}
+        try:
+            for name, done in asked.items():
+                self._loggers[name].settle(done, deadline)
+        finally:
+            self._hear()
+            silent = [name for name, done in asked.items() if not done.is_set()]
+            for watch in list(_open) if silent else ():
+                watch._names = [name for name in watch._names if name not in silent]
+                for name in silent:
+                    watch._leave(name)
 
     def _hear(self) -> None:
         """What went wrong in somebody else's code must not cost the run."""

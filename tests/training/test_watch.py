@@ -173,6 +173,57 @@ def test_of_several_saes_a_silent_logger_is_waited_for_once(recorded, tmp_path, 
     assert [made.told[-1] for made in Other.made] == [("close", False)] * 3
 
 
+def test_who_does_not_want_to_wait_waits_for_none(recorded, tmp_path, monkeypatch):
+    """Ctrl-C while a logger of one of several SAEs is waited for: it is left out of all of them at once."""
+    recorded.hangs, waits, settle = "log", [], beside.Beside.settle
+
+    def interrupted(self, done, deadline):
+        if self._now == "start":
+            return settle(self, done, deadline)
+        waits.append(self._now)
+        raise Interrupted("interrupted")
+
+    monkeypatch.setattr(beside.Beside, "settle", interrupted)
+    options = RunOptions(tmp_path / "grid", "cpu", log_to=("wandb",))
+    with pytest.raises(Interrupted):
+        train_many(ROWS, dict.fromkeys("abc", SAE), TrainConfig(steps=2, batch_size=64, lr=1e-3), options)
+    assert len(waits) == 1
+    assert beside.hanging == ["wandb"] * 3
+
+
+@pytest.mark.parametrize("why", [Interrupted("enough"), ValueError("a fault")])
+def test_several_saes_that_end_early_are_closed_at_once(recorded, tmp_path, monkeypatch, why):
+    """Each close comes after the others have begun, so that slow ones do not add up."""
+    together = threading.Barrier(3, timeout=20)
+    monkeypatch.setattr(Recorded, "close", lambda self, failed: (together.wait(), self._do("close", failed)))
+
+    def stop(step):
+        raise why
+
+    options = RunOptions(tmp_path / "grid", "cpu", log_to=("wandb",))
+    with pytest.raises(type(why)):
+        train_many(ROWS, dict.fromkeys("abc", SAE), TrainConfig(steps=2, batch_size=64), options, on_step=stop)
+    assert [made.told[-1] for made in recorded.made] == [("close", isinstance(why, ValueError))] * 3
+
+
+def test_stdout_is_as_it_was_whoever_ends_first(monkeypatch, capsys):
+    """Two runs in two threads, of which the first that began ends first; a progress bar that outlives its run."""
+    whole = sys.stdout
+    first, second = beside.quiet_stdout(), beside.quiet_stdout()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    kept = sys.stdout
+    second.__exit__(None, None, None)
+    sys.stdout = kept
+    speaker = threading.Thread(target=print, args=("heard",))
+    speaker.start()
+    speaker.join()
+    sys.stdout = whole
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("heard\n", "")
+
+
 def test_the_command_ends_where_a_logger_hangs(recorded, tmp_path, monkeypatch, capsys):
     """Its package may wait for it when Python ends; what it prints is not the result."""
     np.save(tmp_path / "x.npy", np.asarray(X))
@@ -190,6 +241,34 @@ def test_the_command_ends_where_a_logger_hangs(recorded, tmp_path, monkeypatch, 
     assert json.loads(said.out)["output"]
     assert "words of a package" in said.err
     assert "wandb was still at the end" in said.err
+    monkeypatch.setattr("saevlm_fast.cli.run_app", lambda app, name: 1 / 0)
+    with pytest.raises(SystemExit):
+        main()
+    assert ends == [0, 1]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)  # %run in a notebook
+    with pytest.raises(SystemExit):
+        main()
+    assert ends == [0, 1]
+
+
+def test_other_threads_of_a_notebook_print_where_they_did(recorded, tmp_path, monkeypatch, capsys):
+    """Where a run is in a thread, what the notebook prints meanwhile is not a logger's."""
+    monkeypatch.setattr(Other, "close", lambda self, failed: print("words of a package"))
+    is_training, has_printed = threading.Event(), threading.Event()
+
+    def in_the_middle(step):
+        is_training.set()
+        has_printed.wait(10)
+
+    kept = {"log_to": ("trackio",), "on_step": in_the_middle}
+    trained = threading.Thread(target=run, args=(tmp_path / "run",), kwargs=kept)
+    trained.start()
+    assert is_training.wait(10)
+    print("words of the notebook")
+    has_printed.set()
+    trained.join(10)
+    assert capsys.readouterr() == ("words of the notebook\n", "words of a package\n")
 
 
 def test_a_sheet_that_fails_is_a_warning(recorded, tmp_path):
@@ -286,6 +365,7 @@ def test_a_package_that_is_missing_is_refused_before_anything_is_written(monkeyp
             "log_to: 'wandbb' is not one of jsonl, tensorboard, trackio, wandb; did you mean 'wandb'",
         ),
         ({"log_to": ("jsonl", 3)}, "log_to: 3 is not one of"),
+        ({"log_to": (["wandb"],)}, "log_to: ['wandb'] is not one of"),
         ({"log_to": "tensorboard"}, "log_to: tensorboard writes into the run's directory; give an output"),
     ],
 )
