@@ -28,6 +28,7 @@ from saevlm_fast.cli.ranks import check_shares, one_voice
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.errors import did_you_mean, require
+from saevlm_fast.remote.answers import RemoteError
 from saevlm_fast.settings import (
     NUMBERS,
     Setting,
@@ -160,11 +161,12 @@ def named_by_option(options: Any) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RemoteError) as error:
         name = _option_of(str(error), options)
         if name is None:
             raise
-        raise ValueError(f"{name}: {error}") from error
+        kind = RemoteError if isinstance(error, RemoteError) else ValueError
+        raise kind(f"{name}: {error}") from error
 
 
 def _option_of(message: str, options: Any) -> str | None:
