@@ -27,9 +27,14 @@ report() {
     "$python" bench/report.py "$out/bench.json" --plot "$out/speed.png"
 }
 
+if ! [[ $LIMIT =~ ^[1-9][0-9]*$ ]]; then echo "LIMIT: $LIMIT is not a whole number of seconds above 0" >&2; exit 2; fi
 if [ "${1:-}" = combine ]; then
     shift
+    if [ $# -eq 0 ]; then echo "combine: no folders were named" >&2; exit 2; fi
     mkdir -p "${OUT:?combine: OUT names no folder}"
+    for folder in "$@"; do
+        if [ "$folder" -ef "$OUT" ]; then echo "combine: $folder is OUT, which is written" >&2; exit 2; fi
+    done
     cat "${@/%//summary.txt}" >"$OUT/summary.txt" && report "$OUT" "${@/%//bench.json}"
     exit
 fi

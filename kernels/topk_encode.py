@@ -48,8 +48,8 @@ def topk_encode(
     lowest latents of value zero. One floating dtype and one device for all four tensors (float64 on CPU only); W_enc in
     any strides, [d_sae, d_in] order in memory (a transposed view) being the fastest. Float32 is float32, also where
     torch.backends lets torch's own products run in TF32. buffer_bytes bounds the chunk of pre-activations held at a
-    time (default: 64 MiB on CPU; on a GPU 1 GiB, or 512 MiB where nothing is screened), at least one row. ValueError:
-    shapes, dtypes, k outside 1..d_sae (on a GPU also above 1024).
+    time (default: 64 MiB on CPU; on a GPU 1 GiB, or 512 MiB where nothing is screened), at least one row; on a CPU 64
+    columns more are not counted. ValueError: shapes, dtypes, k outside 1..d_sae (on a GPU also above 1024).
     """
     _check(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes)
     _check_k(k, W_enc_DS.shape[1])

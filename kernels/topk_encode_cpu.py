@@ -116,10 +116,14 @@ def _bounds(threshold: float | Tensor, d_sae: int, width: int) -> _Bounds:
 def _width(d_sae: int, like_BD: Tensor) -> int:
     """Columns of a row of pre-activations: whole groups, and one more where rows would be whole pages apart.
 
-    The same columns of such rows share few places in a cache, which costs a tenth of the product (docs/decisions.md).
+    The same columns of such rows share few places in a cache, which costs 3 to 15 % of the product (docs/decisions.md).
     """
-    width = -(-d_sae // GROUP) * GROUP
+    width = _whole_groups(d_sae)
     return width if width * like_BD.element_size() % _PAGE_BYTES else width + GROUP
+
+
+def _whole_groups(d_sae: int) -> int:
+    return -(-d_sae // GROUP) * GROUP
 
 
 def _chunks(
@@ -131,7 +135,8 @@ def _chunks(
     """
     n_rows, d_sae = x_BD.shape[0], W_enc_DS.shape[1]
     width = _width(d_sae, x_BD)
-    n_chunks = -(-n_rows * d_sae * x_BD.element_size() // (buffer_bytes or BUFFER_BYTES))
+    n_bytes = n_rows * _whole_groups(d_sae) * x_BD.element_size()
+    n_chunks = -(-n_bytes // (buffer_bytes or BUFFER_BYTES))
     chunk_rows = -(-n_rows // max(min(n_chunks, n_rows), 1))
     for start in range(0, n_rows, max(chunk_rows, 1)):
         x_RD = x_BD[start : start + chunk_rows] - b_dec_D

@@ -29,6 +29,15 @@ class Interrupted(BaseException):
     """
 
 
+@contextmanager
+def goes_on(how: str = "the same command goes on where it stopped") -> Iterator[None]:
+    """Work that is interrupted says how it goes on. Raises Interrupted."""
+    try:
+        yield
+    except Interrupted as error:
+        raise Interrupted(f"{str(error).partition(';')[0]}; {how}") from None
+
+
 def require(condition: bool, message: str, error: type[ValueError] = ValueError) -> None:
     """Raise error(message) unless the condition holds."""
     if not condition:

@@ -281,7 +281,6 @@ class SparseAutoencoder(nn.Module):
                 cannot be written.
         """
         directory = path_of("directory", directory)
-        directory.mkdir(parents=True, exist_ok=True)
         sae_lens.write(self.to_plain(), directory)
 
     @classmethod

@@ -225,7 +225,7 @@ def several(name: str, value: Any) -> tuple[Any, ...]:
         values = None if isinstance(value, str | bytes | Mapping | Set) else tuple(value)
     except TypeError:  # also of an array of no dimension, which says that it can be iterated
         values = None
-    require(values is not None, f"{name}: {shown(value)} is not several values in an order")
+    require(values is not None, f"{name}: {shown(value)} is not a list, tuple or array")
     return values or ()
 
 

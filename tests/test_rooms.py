@@ -1,6 +1,7 @@
 """The order of the rooms: nothing imports upward, and no modules import each other in a circle."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ PACKAGE = Path(saevlm_fast.__file__).parent
 ORDER = (
     ("errors", "urls"),
     ("settings",),
-    ("config", "files", "runtime", "peers"),
+    ("config", "files", "runtime", "peers", "torchrun"),
     ("outputs", "records"),
     ("remote",),
     ("kernels", "box"),
@@ -88,6 +89,16 @@ def test_every_import_names_a_module():
         f"{name}:{line} imports {to}" for name, tos in arrows().items() for to, line in tos.items() if to not in known
     ]
     assert not lost
+
+
+def test_contributing_lists_every_room_from_the_top_down():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = page.partition("```text\nsaevlm_fast/\n")[2].partition("\nkernels/")[0]
+    lines = re.findall(r"^  (\w+(?:/|\.py)(?: \w+(?:/|\.py))*) ", block, re.MULTILINE)
+    listed = [name.removesuffix("/").removesuffix(".py") for line in lines for name in line.split()]
+    assert sorted(listed) == sorted(LEVEL.keys() - {"kernels", "__main__"})  # an op has a place of its own there
+    levels = [LEVEL[room] for room in listed]
+    assert levels == sorted(levels, reverse=True)
 
 
 def test_nothing_hides_an_arrow():

@@ -103,8 +103,9 @@ def test_uncalibrated_threshold_is_an_error():
 
 def test_save_refuses_an_uncalibrated_threshold(tmp_path):
     with pytest.raises(ValueError, match="threshold: not calibrated"):
-        make(threshold=-1.0).save_pretrained(tmp_path)
+        make(threshold=-1.0).save_pretrained(tmp_path / "sae")
     assert not (tmp_path / CONFIG_FILE).exists()
+    assert not (tmp_path / "sae").exists()
 
 
 @pytest.mark.parametrize("shape", [(3, 12), (14,), ()])

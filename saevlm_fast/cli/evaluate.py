@@ -17,7 +17,7 @@ from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.same_call import check_same_call, check_same_data
 from saevlm_fast.cli.terminal import Bar, say, warn
 from saevlm_fast.config import DEVICE_HELP, RunOptions
-from saevlm_fast.errors import require
+from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.settings import path_of, same_as, setting, texts
 from saevlm_fast.urls import redacted_text
 
@@ -323,14 +323,30 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
         on_random = open_random_inputs(here, saes, inputs)
         if peers is not None:
             check_same_data(peers, inputs.digests | {"sae": [each.digest for each in subjects]})
-        if peers is not None and not leads(peers):
-            _take_part(options, subjects, inputs, on_random, peers)
-            return None
-        with working_directory(options) as place:
-            evaluation = _evaluate(options, subjects, inputs, on_random, place, peers)
+        with _telling_how_to_go_on(options):
+            if peers is not None and not leads(peers):
+                _take_part(options, subjects, inputs, on_random, peers)
+                return None
+            with working_directory(options) as place:
+                evaluation = _evaluate(options, subjects, inputs, on_random, place, peers)
     print_evaluation(evaluation, inputs)
     say(f"wrote {options.output}")
     return {"output": str(options.output), **evaluation.as_json()}
+
+
+@contextmanager
+def _telling_how_to_go_on(options: EvaluateArguments) -> Iterator[None]:
+    """Where parts of this evaluation are on the disk when it is interrupted."""
+    from saevlm_fast.outputs import workplace
+
+    try:
+        yield
+    except Interrupted as error:
+        place = workplace(options.output)
+        if not (place / "parts").is_dir() or (options.force and place == options.output):
+            raise  # what is there may be of the evaluation that was to be replaced
+        instead = " instead of --force" if options.force else ""
+        raise Interrupted(f"{error}; continue with the same command and --resume{instead}") from None
 
 
 def _take_part(

@@ -11,7 +11,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, training_disk
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_of_all, training_disk
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
@@ -21,6 +21,8 @@ from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.errors import Interrupted, require
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from saevlm_fast.cli.train_options import TrainArguments
     from saevlm_fast.training.many import Trained
     from saevlm_fast.training.process_group import MeshPeers
@@ -116,18 +118,27 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         seconds = seconds_an_image(source, tower, run, min(n, chosen.image_batch))
     rows = {place.name: place.rows for place in one_pass.places}
     images = {place.name: -(-config.steps * place.batch_size * n // place.rows.n_rows) for place in one_pass.places}
-    saes = [member.state.stepper.sae.config for member in one_pass.members]
+    saes = [
+        (m.state.stepper.sae.config, m.state.config, place.rows.n_rows)
+        for place in one_pass.places
+        for m in place.members
+    ]
+    timed = [(part_of_a_rank(sae, options.data_parallel), *rest) for sae, *rest in saes]
+    keep = options.keep_store
+    kept = None if keep is None else (keep, sum(each.n_rows * each.row_bytes for each in rows.values()))
+    passing = max(*images.values(), 0 if keep is None else n)  # the first epoch is kept whole
     figures = {
         "images": n,
         "steps": config.steps,
         "places": [f"{name}: {each.n_rows:,} x {each.d:,} an epoch" for name, each in rows.items()],
-        "images_through_the_tower": max(images.values()),
+        "images_through_the_tower": passing,
         "saes": [f"{name or options.output}" for name in parts],
         "scores": looks.note,
         "takes": [f"{name} {human_bytes(size)}" for name, size in one_pass.needed.items()],
         **memory_figures(device, sum(one_pass.needed.values())),
-        **disk_figures(options.output, sum(map(training_disk, saes))),
-        **({} if seconds is None else {"all_images_seconds": seconds * max(images.values()) / n_ranks}),
+        **disk_figures(options.output, sum(training_disk(sae) for sae, *_ in saes), kept),
+        **({} if seconds is None else {"all_images_seconds": seconds * passing / n_ranks}),
+        **time_of_all(timed, device),
     }
     return Plan(_sentence(options, n, config), figures)
 
@@ -163,7 +174,7 @@ def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) ->
     records = [Record("train", part, part.output) for part in parts.values()] if first else []
     if first and set(parts) != {""}:
         records.append(Record("train", options, options.output))
-    with TrainBar(config.steps) as bar, closing(_Steps(bar, records, next(iter(parts)))) as told:
+    with TrainBar(config.steps) as bar, closing(_Steps(bar, records, next(iter(parts)), options.resume)) as told:
         try:
             trained = _trained(
                 peers,
@@ -180,8 +191,7 @@ def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) ->
                 on_finished=looks or nothing_more,
             )
         except Interrupted as error:
-            last = records[-1] if records else None
-            raise interrupted_run(error, options.output, last, options.force, peers is not None) from None
+            raise interrupted_run(error, options.output, records, options.force, peers is not None) from None
     for record in records:
         record.write()
     if looks is None:
@@ -219,10 +229,12 @@ def _told(options: "TrainArguments", trained: "dict[str, Trained]", note: str) -
 
 
 class _Steps:
-    """The bar, and the settings beside every SAE as soon as there is a place for them."""
+    """The bar, and the settings beside every SAE as soon as its run has begun: places begin one after another, and
+    until then what lies there may be a run that is to be replaced."""
 
-    def __init__(self, bar: TrainBar, records: list[Record], first: str):
-        self.bar, self.records, self.first = bar, records, first
+    def __init__(self, bar: TrainBar, records: list[Record], first: str, resumes: bool):
+        self.bar, self.first, self.resumes = bar, first, resumes
+        self.before = [(record, _run_in(record.result)) for record in records]
 
     def on_log(self, name: str, step: int, metrics: dict[str, float]) -> None:
         """Called after every logged step of every SAE; the bar speaks of the first."""
@@ -232,11 +244,28 @@ class _Steps:
 
     def on_step(self, done: int, total: int) -> None:
         """Called after every step of every place."""
-        for record in self.records:
-            if record.result.is_dir():
+        for record, before in self.before:
+            if not record.written and self._has_begun(record.result, before):
                 record.write()
         self.bar.update(done, total)
+
+    def _has_begun(self, output: "Path", before: tuple[int, int] | None) -> bool:
+        now = _run_in(output)
+        of_all = output.is_dir() and len(self.before) > 1 and output == self.before[-1][0].result
+        return of_all or (now is not None and (self.resumes or now != before))
 
     def close(self) -> None:
         """When all steps are done, or none will be."""
         self.bar.close()
+
+
+def _run_in(output: "Path") -> tuple[int, int] | None:
+    """By which the run in a directory is told from one that it replaces, or that replaces it."""
+    from saevlm_fast.outputs import workplace
+    from saevlm_fast.training.checkpoints import RUN_FILE
+
+    try:
+        found = (workplace(output) / RUN_FILE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,11 +39,18 @@ def settings_path(result: Path) -> Path:
     return result.with_name(f"{result.name}.{SETTINGS_FILE}")
 
 
-def interrupted_run(error: Interrupted, output: Path, record: "Record | None", force: bool, ranks: bool) -> Interrupted:
-    """What ends an interrupted training command: how it goes on. record: of all that it makes, which may not have come
-    to its settings yet; what is there instead may be of a run that was to be replaced."""
-    what, settings = str(error).partition(";")[0], shlex.quote(str(output / SETTINGS_FILE))
-    if record is not None and not record.written:
+def interrupted_run(
+    error: Interrupted, output: Path, records: "Sequence[Record]", force: bool, ranks: bool
+) -> Interrupted:
+    """What ends an interrupted training command: how it goes on.
+
+    records: of what it makes, that of all last; none where another rank writes them. What lies in place of settings
+    that have not been written may be of a run that was to be replaced.
+    """
+    from saevlm_fast.outputs import workplace
+
+    what, settings = str(error).partition(";")[0], shlex.quote(str(workplace(output) / SETTINGS_FILE))
+    if not all(record.written for record in (records if force else records[-1:])):
         again = "start again with the same command" if force else "continue with the same command and --resume"
         return Interrupted(f"{what}; {again}")
     program = "torchrun ... -m saevlm_fast.cli" if ranks else "saevlm-fast"

@@ -6,7 +6,6 @@ be of neither.
 
 import hashlib
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
@@ -87,9 +86,14 @@ def _said(options: "Options") -> dict[str, Any]:
 
 
 def _code() -> str:
-    """Versions, and a digest of the package's modules: those of a checkout change without a version."""
+    """Versions, and a digest of the package's modules: those of a checkout change without a version.
+
+    Of torch the version alone, without what it was built for: machines may have other GPUs.
+    """
+    from torch import __version__ as torch_version
+
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted({*package.rglob("*.py"), *(package / "kernels").glob("*.py")}):  # there by a link in a checkout
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    return f"{__version__} ({digest.hexdigest()[:8]}), torch {version('torch')}"
+    return f"{__version__} ({digest.hexdigest()[:8]}), torch {torch_version.partition('+')[0]}"

@@ -397,6 +397,7 @@ def write(plain: PlainSAE, directory: Path) -> None:
         require(plain.threshold is not None, message)
         assert plain.threshold is not None
         tensors["threshold"] = plain.threshold.clamp(min=0).expand(plain.d_sae).contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
     save_safetensors_atomic(directory / WEIGHTS_FILE, tensors)
     digest = {WEIGHTS_DIGEST: sha256_file(directory / WEIGHTS_FILE)}
     write_record(directory / CONFIG_FILE, _cfg(plain) | digest)

@@ -4,7 +4,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +19,7 @@ from saevlm_fast.harvesting.stores import check_output
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import resolve_device
-from saevlm_fast.settings import path_of, several
+from saevlm_fast.settings import check_once, path_of, several
 from saevlm_fast.towers.load import SPECS
 from saevlm_fast.towers.tokens import Tokens
 from saevlm_fast.towers.tower import HookPoint, Tower
@@ -140,11 +140,13 @@ def _config(
     sae: Path | None,
     recipe: dict[str, Any],
 ) -> HarvestConfig:
-    points, one_layer = _listed("point", point), isinstance(layer, Integral | None)
-    layers = [] if layer is None else [layer] if one_layer else several("layer", layer)
+    points, one_layer = _listed("point", point), isinstance(layer, Real | str)
+    layers = () if layer is None else (layer,) if one_layer else several("layer", layer)
+    layers = tuple(whole_number("layer", each, 0) for each in layers)
+    check_once("layer", layers)
     kinds = _listed("tokens", default_tokens(points) if tokens is None else tokens)
     return HarvestConfig(
-        points=tuple(HookPoint.all_of(points, [whole_number("layer", each, 0) for each in layers])),
+        points=tuple(HookPoint.all_of(points, layers)),
         tokens=tuple(Tokens.parse(text) for text in kinds),
         sae=sae,
         **recipe,
@@ -160,4 +162,5 @@ def _listed(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
     require(len(listed) > 0, f"{name}: none is given")
     for each in listed:
         check_kind(name, each, str, "a text")
+    check_once(name, listed)
     return listed

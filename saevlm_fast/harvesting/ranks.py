@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from saevlm_fast.errors import Interrupted, first_line
+from saevlm_fast.torchrun import meet, rank_store, world_size
 
 _SIGN_SECONDS = 1.0  # between two signs of a rank
 _POLL_SECONDS = 0.05
@@ -116,28 +117,21 @@ def torchrun_ranks(timeout: float) -> Iterator[Ranks]:
     timeout: seconds that ranks wait for each other when they meet, and later for a sign.
 
     Raises:
-        Interrupted: they do not come.
+        Interrupted: they do not come, or one has ended before.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world == 1:
         yield ALONE
         return
     local_rank, local_world = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     with _in_words():
+        meet(timeout)
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         rank, group = dist.get_rank(), dist.new_group(timeout=_EVER)
-        ranks = Ranks(rank, world, local_rank, max(1, local_world), Signs(_store(timeout), rank, world, timeout), group)
+        signs = Signs(rank_store(timeout), rank, world, timeout)
+        ranks = Ranks(rank, world, local_rank, max(1, local_world), signs, group)
     yield ranks
     dist.destroy_process_group()  # not after an error: it would wait for a collective that nobody answers
-
-
-def _store(timeout: float) -> Any:
-    """torchrun's, where this start of the ranks has a place of its own."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    run = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    limit = timedelta(seconds=timeout)
-    store = dist.TCPStore(address, port, is_master=False, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
-    return dist.PrefixStore(run, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager
@@ -145,5 +139,5 @@ def _in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        world = os.environ.get("WORLD_SIZE")
-        raise Interrupted(f"another of the {world} ranks has ended, or did not come: {first_line(error)}") from error
+        what = f"another of the {world_size()} ranks has ended, or did not come"
+        raise Interrupted(f"{what}: {first_line(error)}") from error

@@ -31,7 +31,7 @@ from saevlm_fast.peers import Peers
 from saevlm_fast.provenance import check_rows_of
 from saevlm_fast.sae import SparseAutoencoder, check_sae
 from saevlm_fast.scoring.source import Pool
-from saevlm_fast.settings import path_of, several
+from saevlm_fast.settings import check_once, path_of, several
 
 Told = Callable[[str], None]
 Counted = Callable[[str, int, int], None]
@@ -386,6 +386,7 @@ def measure(
     controls, batch_rows = several("controls", controls), whole_number("batch_rows", batch_rows)
     _check_choices("pool", (pool,), get_args(Pool))
     _check_choices("controls", controls, CONTROLS)
+    check_once("controls", controls)
     output = None if output is None else path_of("output", output)
     check_kind("behaviour", behaviour, (Behaviour, type(None)), "a Behaviour")
     check_kind("patch_labels", patch_labels, (LabelSet, type(None)), "a LabelSet")

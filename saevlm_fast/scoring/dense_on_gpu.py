@@ -61,8 +61,7 @@ def add_on_gpu(
     reals_3K, counts_2K = launch_range(acts_nK, images.sqnorm_n, before, seen.n_images, told.faults)
     low_K, high_K, drop_K = reals_3K
     shares = _shares(pairs, len(acts_nK))
-    blocks = (_block(sums, rows, acts_nK, low_K, images, told.dominated_K) for sums, rows in shares)
-    first = next(blocks, None)
+    block = _block(*shares[0], acts_nK, low_K, images, told.dominated_K) if shares else None
     faults, dominated_K = told.read()
     least, unfit, bad = faults[:, 0].min(), faults[:, 1].sum(), faults[:, 2].sum()
     if similarity is not None:
@@ -71,11 +70,13 @@ def add_on_gpu(
         refuse_activations(acts_nK, first_image)
     seen.replace(low_K, high_K, counts_2K, seen.n_images + len(acts_nK))
     pairs.lower(drop_K)
-    if first is None:
+    if block is None:
         pairs.add_dense(acts_nK, low_K, images)
         return
-    first.add_to(shares[0][0], dominated_K)
-    for (sums, _), block in zip(shares[1:], blocks):
+    block.add_to(shares[0][0], dominated_K)
+    for sums, rows in shares[1:]:
+        del block  # no two of them are held
+        block = _block(sums, rows, acts_nK, low_K, images, told.dominated_K)
         block.add_to(sums, told.read()[1])
 
 

@@ -21,7 +21,7 @@ def embeddings_on(emb_nE: Tensor, n_rows: int, d_emb: int | None, device: torch.
     )
     width = emb_nE.shape[1]
     require(d_emb in (None, width), f"emb_nE: width {width} differs from the {d_emb} of the images before")
-    emb_nE = emb_nE.to(device)
+    emb_nE = emb_nE.detach().to(device)  # no gradient goes through the sums
     return Embeddings(emb_nE, squared_norms(emb_nE))
 
 
@@ -66,7 +66,7 @@ class CodesIntake:
             raise ValueError(_ONE_KIND)
         d_sae = activations.d_sae
         require(d_sae == self.n_latents, f"codes: of {d_sae} latents, not {self.n_latents}")
-        codes = activations.to(self.pairs.device)
+        codes = activations._replace(top_acts=activations.top_acts.detach()).to(self.pairs.device)
         codes.check("codes", first_image)
         self._pending.append((codes, images))
         if sum(codes.n_rows for codes, _ in self._pending) >= self.block_rows:
@@ -103,7 +103,7 @@ class DenseIntake:
         require(fits, f"acts_nK: shape {tuple(activations.shape)} is not [n, {self.n_neurons}]")
         if len(activations) == 0:
             return
-        acts_nK = activations.to(self.pairs.device)
+        acts_nK = activations.detach().to(self.pairs.device)
         if on_gpu(acts_nK):
             from saevlm_fast.scoring.dense_on_gpu import add_on_gpu
 

@@ -176,7 +176,7 @@ class StreamedScore:
         self._sqnorms: list[Tensor] = []
 
     def update(self, activations: SparseCodes | Tensor, emb_nE: Tensor) -> None:
-        """Adds n images.
+        """Adds n images; no gradient goes through the sums.
 
         For rbf, and until block_rows images of codes have come, the embeddings are referred to, not copied: do not
         change them.

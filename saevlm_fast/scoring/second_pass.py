@@ -125,7 +125,7 @@ class SecondPass:
         sqnorm_n = pairs.sqnorm_N[self.n_images : self.n_images + n_rows]
         same = emb_nE.shape == (n_rows, pairs.d_emb) and len(sqnorm_n) == n_rows
         require(same, f"emb_nE: shape {tuple(emb_nE.shape)} is not that of the first pass's images")
-        images = Embeddings(emb_nE.to(pairs.device), sqnorm_n)
+        images = Embeddings(emb_nE.detach().to(pairs.device), sqnorm_n)
         first = self._first.first_image + self.n_images
         if self._intake is None:
             n_latents, block_rows = self._first.n_latents, self._first.block_rows
@@ -168,7 +168,8 @@ class _Deviations:
         self.half_ms_2S = halves.half_scores().cpu()
         sums, other_SE = halves.merged()
         self.half_sums: tuple[Tensor, ...] = (sums.state.sums_SE, other_SE)  # T is their sum
-        self.total_S, self.d_emb = sums.state.total_S, sums.state.sums_SE.shape[1]
+        # A copy: it lies in the memory of T, which goes once T is centred.
+        self.total_S, self.d_emb = sums.state.total_S.clone(), sums.state.sums_SE.shape[1]
         self.level_S = torch.zeros_like(self.total_S)  # <mean u, T>
         self.centred_SE: Tensor | None = None
         self.den_S, self.low_S, self.n_above_S = 2 * sums.state.den_S, seen.low_S, seen.n_above()

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     plain = vision_class(vision)
     require(plain is not None, f"{spec}: transformers has no vision model by itself for {type(vision).__name__}")
     prefix = rf"(?:model\.)?(?:{tower_prefix(vision)})\."
-    options: dict[str, bool] = {}
+    tried, options = set[str](), dict[str, bool]()
     projecting = getattr(transformers, name_of_class + "WithProjection", None)
     model_class = plain
     if projecting is not None and hasattr(config, "projection_dim"):
@@ -71,11 +71,13 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
                 **options,
             )
         check_sizes(info, spec)
-        missing = sorted(info["missing_keys"])
+        missing, unused = sorted(info["missing_keys"]), info["unexpected_keys"]
+        names = {name for name, _ in model.named_parameters()}
         if not missing:
+            check_unused(names, unused, spec)
             return model
-        if (found := prefix_in_file(missing, info["unexpected_keys"], spec)) and found != prefix:
-            prefix = found
+        if (found := prefix_in_file(names, missing, unused, spec)) and found not in tried:
+            tried.add(prefix := found)
             continue
         head = {key.split(".")[0] for key in missing}
         if "visual_projection" in head:
@@ -88,22 +90,43 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
             raise ValueError(f"{spec}: {len(missing)} weights of {model_class.__name__} are missing, as {missing[0]}")
 
 
-def prefix_in_file(missing: Sequence[str], unexpected: Iterable[str], spec: str) -> str | None:
-    """What most of the missing weights are called in front of their names in the file; a pattern, None if nothing.
+def prefix_in_file(names: Collection[str], missing: Collection[str], unused: Collection[str], spec: str) -> str | None:
+    """What the model's weights are called in front of their names in the file; a pattern, None if nothing.
+
+    Most of the model's must be called so, and more than have been found without: a tower that lacks a pooler is not the
+    text tower that has one.
+
+    Args:
+        names: of the model's weights. missing: those not found yet. unused: in the file, and none of the model's.
 
     Raises:
-        ValueError: the file holds two towers of the same kind.
+        ValueError: the file holds two towers of the same kind, or other weights of the same names.
     """
-    wanted, found = set(missing), Counter[str]()
-    for name in unexpected:
+    found = Counter[str]()
+    for name in unused:
         parts = name.split(".")
-        found.update(".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[n:]) in wanted)
+        found.update(".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[n:]) in names)
     ranked = found.most_common(2)
-    if not ranked or 2 * ranked[0][1] <= len(wanted):
+    loaded = set(names) - set(missing)
+    if not ranked or ranked[0][1] <= max(len(loaded), len(names) / 2):
         return None
     several = len(ranked) == 2 and ranked[0][1] == ranked[1][1]
     require(not several, f"{spec}: the file holds two towers of this kind, {' and '.join(name for name, _ in ranked)}")
-    return re.escape(ranked[0][0] + ".")
+    prefix = ranked[0][0] + "."
+    # Of two weights that come to one name transformers takes the other's, in silence.
+    twice = sorted(name for name in loaded if prefix + name in unused)
+    for name in twice:
+        raise ValueError(f"{spec}: the file holds {len(twice)} weights twice, as {name} and {prefix}{name}")
+    return re.escape(prefix)
+
+
+def check_unused(names: Collection[str], unused: Iterable[str], spec: str) -> None:
+    """ValueError: the file has more of a layer than the model: weights of LoRA that are not merged, scales of
+    quantised weights, a bias that the configuration does not know."""
+    for name in sorted(unused):
+        parts = name.split(".")
+        more = any(".".join([*parts[:n], "weight"]) in names for n in range(1, len(parts)))
+        require(not more, f"{spec}: {name} of the weights file belongs to a layer that has no such weight here")
 
 
 def check_sizes(info: Any, spec: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from time import monotonic
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 from saevlm_fast.errors import first_line
 
@@ -80,14 +81,17 @@ class Beside(Generic[T]):
 
 
 class _OthersToStderr:
-    """stdout, for the thread that it was made in; stderr for all others: somebody else's words are no result."""
+    """stdout, for the threads that were there when it was made; stderr for later ones: a logger's words are no result.
+
+    A notebook may train in a thread, and print from others meanwhile.
+    """
 
     def __init__(self) -> None:
-        self._thread, self._stdout = threading.current_thread(), sys.stdout
+        self._threads, self._stdout = WeakSet(threading.enumerate()), sys.stdout
         self._is_over = False
 
     def __getattr__(self, name: str) -> Any:
-        mine = self._is_over or threading.current_thread() is self._thread
+        mine = self._is_over or threading.current_thread() in self._threads
         return getattr(self._stdout if mine else sys.stderr, name)
 
     def end(self) -> None:
@@ -100,7 +104,7 @@ class _OthersToStderr:
 
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """While it lasts, what other threads than this one print goes to stderr."""
+    """While it lasts, what threads print that begin meanwhile goes to stderr."""
     ours = _OthersToStderr()
     sys.stdout = ours  # type: ignore[assignment]
     try:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ from saevlm_fast.training.many import (
 )
 from saevlm_fast.training.memory import check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
+from saevlm_fast.training.sharded_held import places_of_rank
 from saevlm_fast.training.streamed import Place, StreamedRows
 from saevlm_fast.training.watch import group_of
 from saevlm_fast.urls import redacted_text
@@ -111,6 +113,7 @@ def train_from_images(
     chosen, rest = _stream_settings(stream, settings)
     recipes, options = recipes_of("train_from_images", saes, SAESize, config, options, rest)
     check_controls(recipes)
+    harvest_config(chosen, next(iter(recipes.values())))  # what is refused, before a model is loaded
     check_kind("images_path", images_path, (str, type(None)), "a text")
     check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     device = resolve_device(options.device)
@@ -260,7 +263,7 @@ class OnePass:
     def _held(self, rows: StreamedRows) -> int:
         """Rows of it that this process holds; one of several up to a forward more than its share."""
         capacity, forward = self._capacity(rows), self.stream.config.batch_size * rows.n_rows // self.stream.n_images
-        return capacity if self.n_ranks == 1 else min(capacity, -(-capacity // self.n_ranks) + forward)
+        return capacity if self.n_ranks == 1 else places_of_rank(capacity, self.n_ranks, forward)
 
     def _rows(self, store: PlannedStore) -> StreamedRows:
         plan, dtype = self.stream.plan, self.stream.config.torch_store_dtype
@@ -393,6 +396,6 @@ def _stream_settings(stream: StreamSettings | None, settings: dict[str, Any]) ->
         return stream, rest
     for name in ("layer", "point", "tokens"):
         if name in ours:
-            one = isinstance(ours[name], str | int)
+            one = isinstance(ours[name], str | Real)
             ours[name] = (ours[name],) if one else several(name, ours[name])
     return StreamSettings(**ours), rest

@@ -24,10 +24,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from saevlm_fast.errors import Interrupted, first_line, require
 from saevlm_fast.peers import Alone, Ranks
+from saevlm_fast.torchrun import first_to_end, meet, world_size
 
 ROWS, LATENTS = "rows", "latents"  # the dimensions of the mesh
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
-_VOICE_SECONDS = 5.0  # to reach the store that says who speaks
 
 
 class MeshPeers:
@@ -137,11 +137,6 @@ def lost(error: RuntimeError, rank: int, world: int, timeout: float) -> str:
     )
 
 
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def own_device(name: str) -> str:
     """`auto` and `cuda` are this rank's own GPU.
 
@@ -170,13 +165,14 @@ def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterato
         n_replicas: among which the rows of a batch are split.
 
     Raises:
-        Interrupted: they do not come. ValueError: n_replicas does not divide them.
+        Interrupted: they do not come, or one has ended before. ValueError: n_replicas does not divide them.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
+        meet(timeout)
         dist.init_process_group(backend, timeout=limit)
         world = dist.get_world_size()
         require(world % n_replicas == 0, f"data_parallel: {n_replicas} replicas must divide the {world} ranks")
@@ -221,19 +217,5 @@ def speaks() -> bool:
 def _claim() -> bool:
     global _claimed
     if _claimed is None:
-        _claimed = _first_to_end()
+        _claimed = first_to_end()
     return _claimed
-
-
-def _first_to_end() -> bool:
-    """By a counter in the store of torchrun's agent, which outlives the ranks. Without one everybody speaks."""
-    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    run = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        patience = timedelta(seconds=_VOICE_SECONDS)
-        store = dist.TCPStore(address, port, is_master=False, timeout=patience)  # pyright: ignore[reportPrivateImportUsage]
-        return bool(store.add(f"saevlm_fast/{run}/ended", 1) == 1)
-    except (RuntimeError, KeyError, ValueError):
-        return True

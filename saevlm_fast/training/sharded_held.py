@@ -80,38 +80,47 @@ class SharedResidentRows(ResidentRows):
         return put_together(self.ranks, self.rows_ND, owner_B, place_B, self.device, whole)
 
 
+def places_of_rank(n_rows: int, world: int, forward_rows: int) -> int:
+    """That a rank has at first for rows of a window of n_rows: its share, a forward, and what chance deals it besides.
+    More are made if it happens to hold more."""
+    fair = n_rows / world
+    return min(n_rows, math.ceil(fair + 2 * math.sqrt(fair)) + forward_rows)
+
+
 class SharedMixingBuffer(MixingBuffer):
     """A MixingBuffer whose rows stay with the ranks that made them: the same order, and batches of the same bits.
 
     All ranks put, take and peek alike; of rows that another rank has made, `put` is told the number alone (a tensor
-    [M, 0]). A rank holds about 1 / R of a window, and up to a forward more.
-
-    Attributes:
-        maker: the rank that has made the rows which are put next.
+    [M, 0]). A rank holds about 1 / R of a window, and up to a forward more (`places_of_rank`).
     """
 
     def __init__(self, ranks: Ranks, step_device: torch.device, *given: Any, **more: Any):
-        self.ranks, self.step_device, self.maker = ranks, step_device, 0
+        self.ranks, self.step_device, self._maker, self._largest = ranks, step_device, 0, 0
         super().__init__(*given, **more)
 
+    def announce(self, maker: int, n_rows: int) -> None:
+        """What is put next is of a forward of so many rows, which this rank has made."""
+        self._maker, self._largest = maker, max(self._largest, n_rows)
+
     def _make_room(self, n_rows: int) -> torch.device:
-        fair = n_rows / self.ranks.everyone.world
-        self.rows_RD = self._empty(min(n_rows, math.ceil(fair + 2 * math.sqrt(fair))))
+        """Later, when it is known how large a forward is: to grow is to have all rows twice for a moment."""
+        self.rows_RD, self._unused_N = self._empty(0), torch.arange(0)
         self._owner_R, self._slot_R = torch.full((n_rows,), -1), torch.zeros(n_rows, dtype=torch.int64)
-        self._unused_N = torch.arange(len(self.rows_RD))
         return torch.device("cpu")
 
     def _lay(self, places_M: Tensor, rows_MD: Tensor) -> None:
         rank = self.ranks.everyone.rank
         left_m = self._slot_R[places_M[self._owner_R[places_M] == rank]]
         self._unused_N = torch.cat([self._unused_N, left_m])
-        self._owner_R[places_M] = self.maker
-        if self.maker != rank:
+        self._owner_R[places_M] = self._maker
+        if self._maker != rank:
             return
         missing = len(places_M) - len(self._unused_N)
         if missing > 0:
             n = len(self.rows_RD)
-            more = max(missing, n // 16)
+            world, more = self.ranks.everyone.world, max(missing, n // 16)
+            if n == 0:
+                more = max(missing, places_of_rank(self.n_places, world, self._largest))
             self.rows_RD = torch.cat([self.rows_RD, self._empty(more)])
             self._unused_N = torch.cat([self._unused_N, torch.arange(n, n + more)])
         slots_M, self._unused_N = self._unused_N[: len(places_M)], self._unused_N[len(places_M) :]

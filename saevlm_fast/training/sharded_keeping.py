@@ -21,10 +21,15 @@ class SharedKeeping(Keeping):
         super().__init__(stream)
 
     def _open(self) -> None:
-        """Rank 0 finds the place and prepares it; then each rank has its own part of every store's index."""
+        """Rank 0 finds the place and prepares it; then each rank has its own part of every store's index.
+
+        ValueError: as Keeping's; a rank does not see what rank 0 has prepared.
+        """
         if self.peers.rank == 0:
             super()._open()
         self.peers.agree(True)
+        if self.peers.rank > 0:
+            self.stores.check_prepared(self.peers.rank)
 
     @property
     def _part(self) -> int | None:

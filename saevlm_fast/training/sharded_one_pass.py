@@ -198,7 +198,7 @@ class SharedPlace(Place):
 
     def feed(self, forward: int, rows_MD: Tensor) -> Iterator[int]:
         """Place's, of rows of the rank that makes this forward."""
-        self.buffer.maker = forward % self.peers.world
+        self.buffer.announce(forward % self.peers.world, len(rows_MD))
         return super().feed(forward, rows_MD)
 
 

@@ -79,3 +79,7 @@ def test_results_of_several_calls_are_put_together(tmp_path):
     tables = (tmp_path / "all" / "tables.md").read_text()
     assert "of the first" in tables
     assert "of the second" in tables
+    for folders in ([], [str(tmp_path / "all")]):  # nothing to read, and what is written meanwhile
+        refused = subprocess.run([*command[:3], *folders], env=environment, stdin=subprocess.DEVNULL, check=False)
+        assert refused.returncode == 2
+    assert (tmp_path / "all" / "summary.txt").read_text() == "first: passed\nsecond: passed\n"

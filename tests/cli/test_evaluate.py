@@ -221,7 +221,8 @@ def test_it_goes_on_where_it_was(there, tmp_path, monkeypatch):
         return original(self, name, subject, codes)
 
     monkeypatch.setattr(measure.Inputs, "work", counting)
-    assert "interrupted" in run(*words(there, output, saes=2), code=130)
+    told = run(*words(there, output, saes=2), code=130)
+    assert "interrupted; continue with the same command and --resume\n" in told
     assert not (output / "evaluation.json").exists()
     assert "already holds an evaluation; use --resume" in run(*words(there, output, saes=2), code=2)
     monkeypatch.undo()

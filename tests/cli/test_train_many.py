@@ -8,11 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import files_below, run, run_json
+from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.sweep import expanded, names_of, one_of
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.settings import Several
+from saevlm_fast.training.one_pass import OnePass
+from saevlm_fast.training.streamed import Place
 from tiny_tower import save_clip, save_photos
 
 
@@ -236,8 +239,14 @@ def test_one_pass_dry_run_writes_nothing(small, tmp_path):
     found = run_json(*words, "--point", "projection", "--k", 3, "--output", tmp_path / "out", "--dry-run")
     assert found["images_through_the_tower"] == 64
     assert found["memory_bytes"] > 0
+    assert found["all_steps_seconds"] == pytest.approx(4 * found["a_step_seconds"])
     assert found["places"][0].startswith("projection: 40 x ")
     assert found["scores"] == "MS on 40 of the images trained on, by the tower's own projection"
+    few = (*words, "--layer", 1, "--k", 3, "--output", tmp_path / "out", "--dry-run", "--steps", 1)
+    plain, keeping = run_json(*few), run_json(*few, "--keep-store", tmp_path / "store")
+    assert (plain["images_through_the_tower"], keeping["images_through_the_tower"]) == (16, 40)
+    width = int(plain["places"][0].removeprefix("residual-1-cls: 40 x ").removesuffix(" an epoch"))
+    assert keeping["of_the_kept_store_bytes"] == keeping["disk_bytes"] - plain["disk_bytes"] == 40 * width * 4
     assert files_below(tmp_path) == before
 
 
@@ -293,3 +302,49 @@ def test_an_interrupted_pass_says_how_it_goes_on(small, x, tmp_path, monkeypatch
         patch.setattr(name, stopped)
         text = run(*command, "--force", code=130)
     assert text.endswith("step 0; start again with the same command\n")
+
+
+def test_settings_of_an_old_run_stay_until_it_is_replaced(small, tmp_path, monkeypatch):
+    """Places begin one after another; an unfinished replacement may lie there from before."""
+    output = tmp_path / "out"
+    command = (*small[0], "--layer", 1, "--tokens", "cls,all", "--k", 2, "--output", output, "--scored-images", 0)
+    run(*command)
+    written: list[str] = []
+    write = Record.write
+
+    def noted(record):
+        written.extend([] if record.written or record.result == output else [record.result.name])
+        write(record)
+
+    def cut(place):
+        raise Interrupted("interrupted")
+
+    second = output / "residual-1-cls"  # whose buffer is full last
+    old = (second / "settings.toml").read_bytes()
+    begin = Place.begin
+    monkeypatch.setattr(Record, "write", noted)
+    for stale in (False, True):
+        if stale:
+            (second / ".replacement").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "begin", lambda place: (cut if place.name == second.name else begin)(place))
+            said = run(*command, "--lr", 1e-3, "--force", code=130)
+        assert said.endswith("start again with the same command\n")
+        assert (second / "settings.toml").read_bytes() == old
+    assert written
+    assert second.name not in written
+    run(*command, "--lr", 1e-3, "--force")
+    assert all("lr = 0.001" in path.read_text() for path in output.rglob("settings.toml"))
+
+
+def test_an_interrupted_replacement_names_its_own_settings(small, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    command = (*small[0], "--layer", 1, "--k", 2, "--output", output, "--scored-images", 0)
+    run(*command)
+    with monkeypatch.context() as patch:
+        patch.setattr(OnePass, "_stops", lambda one_pass, _: one_pass.places[0].buffer.step == 2)
+        said = run(*command, "--lr", 1e-3, "--force", code=130)
+    settings = output / ".replacement" / "settings.toml"
+    assert said.endswith(f"after step 2; continue with: saevlm-fast train --config {settings} --resume\n")
+    run("train", "--config", settings, "--resume")
+    assert "lr = 0.001" in (output / "settings.toml").read_text()

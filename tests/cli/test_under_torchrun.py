@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from command import run
-from saevlm_fast.cli import ranks
+from saevlm_fast.cli import ranks, same_call
 from saevlm_fast.cli.evaluate import EvaluateArguments
 from saevlm_fast.cli.ms_score import ScoreArguments
 from saevlm_fast.cli.same_call import check_same_call, check_same_data, digest_of
@@ -127,6 +127,14 @@ def test_ranks_of_another_command_or_code_are_refused(monkeypatch):
     monkeypatch.setattr("saevlm_fast.cli.same_call._code", lambda: next(codes))
     with pytest.raises(ValueError, match=r"code: '0.1.0 \(aaaa\)' for rank 1, but '0.1.0 \(bbbb\)' for rank 0"):
         of_two_ranks(TRAIN, TRAIN)
+
+
+def test_machines_may_have_torch_for_other_gpus_but_not_another_one(monkeypatch):
+    told = []
+    for version in ("2.11.0+cu128", "2.11.0+cpu", "2.11.0", "2.11.1"):
+        monkeypatch.setattr("torch.__version__", version)
+        told.append(same_call._code())
+    assert [each == told[0] for each in told] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("name", sorted(SHARING))

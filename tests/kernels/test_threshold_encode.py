@@ -67,7 +67,7 @@ def assert_equal(found, inputs, threshold, **tolerance):
 @pytest.mark.parametrize("kind", ["ties", "negative", "nan"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_is_the_definition(dtype, kind, buffer_bytes):
-    for shape in SHAPES:
+    for shape in [*SHAPES, (5, 3, 4096 // dtype.itemsize)]:  # whose rows would be a page apart
         inputs, threshold_S = integer_inputs(shape, dtype, kind)
         for threshold in (threshold_S, 0.0, -3.0):
             found = threshold_encode(*inputs, threshold, buffer_bytes=buffer_bytes)

@@ -205,6 +205,18 @@ def test_codes_are_refused_after_dense_activations():
     assert_scores(streamed.result(), reference.monosemanticity(acts_NS, emb_NE), 1e-12)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_asks_for_gradients_is_summed_without(dense):
+    acts_NS, emb_NE = make_data()
+    expected = reference.monosemanticity(acts_NS, emb_NE)
+    streamed = StreamedScore(N_LATENTS)
+    for rows in (slice(0, 50), slice(50, None)):
+        acts_nS = acts_NS[rows].clone().requires_grad_()
+        streamed.update(acts_nS if dense else to_csr(acts_nS), emb_NE[rows].clone().requires_grad_())
+    assert not streamed.result().ms.requires_grad
+    assert_scores(streamed.result(), expected, 1e-12)
+
+
 def test_bad_dense_rows_and_options():
     acts_NS, emb_NE = make_data()
     streamed = StreamedScore(N_LATENTS)

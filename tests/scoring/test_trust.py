@@ -406,6 +406,20 @@ def test_several_encoders_in_one_pass():
     assert -1 <= agreement["one", "other"] <= 1
 
 
+def test_a_second_pass_keeps_no_more_than_the_centred_sums():
+    """The float64 sums of both halves go once they are centred: no vector lies in their memory."""
+    acts_NS, emb_NE = make_data()
+    first = StreamedScore(len(NAMES), halves=True)
+    first.update(acts_NS, emb_NE.float())
+    second = SecondPass(first)
+    second.update(acts_NS, emb_NE.float())
+    kept = vars(second._pairs).items()
+    vectors = {name: each for name, each in kept if name.endswith("_S") and isinstance(each, torch.Tensor)}
+    assert len(vectors) > 3
+    for name, each in vectors.items():
+        assert each.untyped_storage().nbytes() < 8 * len(NAMES) * D_EMB, name
+
+
 def test_what_is_refused():
     acts_NS, emb_NE = make_data()
     with pytest.raises(ValueError, match="rbf has no intervals"):

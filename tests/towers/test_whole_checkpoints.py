@@ -3,7 +3,7 @@
 import pytest
 import torch
 from many_towers import square
-from tower_makers import SIZE, SMALL, pictures, randomised
+from tower_makers import SIZE, SMALL, WIDTH, pictures, randomised
 
 from saevlm_fast.scoring.geometry import covered
 from saevlm_fast.towers.families import check_called
@@ -23,7 +23,14 @@ def git(t):
     return t.GitForCausalLM(t.GitConfig(vision_config=SMALL, **TEXT)), "git.image_encoder"
 
 
-@pytest.mark.parametrize("make", [blip, git])
+def vit_without_pooler(t):
+    """Beside a text tower that has one."""
+    vision = t.ViTModel(t.ViTConfig(**SMALL), add_pooling_layer=False)
+    text = t.BertModel(t.BertConfig(**TEXT | {"hidden_size": WIDTH}))
+    return t.VisionTextDualEncoderModel(vision_model=vision, text_model=text), "vision_model"
+
+
+@pytest.mark.parametrize("make", [blip, git, vit_without_pooler])
 def test_the_tower_in_a_file_of_the_whole_model(make, tmp_path):
     """Whatever it is called there: its activations are those of the tower inside the model."""
     import transformers as t
@@ -42,14 +49,33 @@ def test_the_tower_in_a_file_of_the_whole_model(make, tmp_path):
 
 
 def test_what_a_tower_is_called_in_a_file():
-    missing = ["embeddings.weight", "layers.0.weight", "layers.1.weight"]
-    text = [f"model.text.{name}" for name in missing[1:]]
-    image = [f"model.image.{name}" for name in missing]
-    assert prefix_in_file(missing, [*text, *image, "head.weight"], "hf:m") == r"model\.image\."
-    assert prefix_in_file(missing, ["head.weight", "model.text.layers.0.weight"], "hf:m") is None
-    video = [f"model.video.{name}" for name in missing]
+    names = ["embeddings.weight", "layers.0.weight", "layers.1.weight"]
+    text = [f"model.text.{name}" for name in names[1:]]
+    image = [f"model.image.{name}" for name in names]
+    assert prefix_in_file(names, names, [*text, *image, "head.weight"], "hf:m") == r"model\.image\."
+    assert prefix_in_file(names, names, ["head.weight", "model.text.layers.0.weight"], "hf:m") is None
+    assert prefix_in_file([*names, "pooler.weight"], ["pooler.weight"], [*text, "model.text.pooler.weight"], "") is None
+    video = [f"model.video.{name}" for name in names]
     with pytest.raises(ValueError, match=r"hf:m: the file holds two towers of this kind, model\.\w+ and model\.\w+"):
-        prefix_in_file(missing, [*image, *video], "hf:m")
+        prefix_in_file(names, names, [*image, *video], "hf:m")
+    with pytest.raises(ValueError, match=r"twice, as layers.1.weight and model.image.layers.1.weight"):
+        prefix_in_file(names, names[:2], image, "hf:m")
+
+
+def test_weights_of_a_layer_that_the_model_has_not_are_refused(tmp_path):
+    """LoRA that is not merged: all weights are there, and yet are not the model's."""
+    import transformers as t
+    from safetensors.torch import load_file, save_file
+
+    t.CLIPVisionModel(t.CLIPVisionConfig(**SMALL)).save_pretrained(tmp_path)
+    square(t).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "q_proj.weight" in name).replace("weight", "lora_A.weight")
+    save_file(weights | {name: torch.ones(2, WIDTH)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"q_proj.lora_A.weight of the weights file belongs to a layer that has no such"
+    ):
+        load_tower(f"hf:{tmp_path}")
 
 
 class _Called(torch.nn.Module):

@@ -6,6 +6,7 @@ import signal
 from contextlib import contextmanager
 from threading import Event
 
+import numpy as np
 import pytest
 import torch
 
@@ -246,6 +247,8 @@ def test_what_is_refused(tower, photos, run):
         ({"layer": ()}, "layer: residual needs a layer"),
         ({"control": "shuffled"}, "control: shuffled is of a run from a store"),
         ({"layer": (2, 2)}, "layer: 2 is listed twice"),
+        ({"layer": np.int64(9)}, "layer: 9 of hf:.*, whose blocks are 0 to 2"),
+        ({"layer": 2.0}, "layer: 2.0 is not a whole number"),
         ({"tokens": "some"}, "tokens: 'some' is not one of"),
         ({"saes": {"a": SAES["a"], "": SAES["b"]}}, "saes: '' is not the name of a directory"),
         ({"saes": {"a": SAESize(k=200, d_sae=48)}}, "k"),
@@ -256,6 +259,8 @@ def test_what_is_refused(tower, photos, run):
             run(**{"saes": ONE, **HERE} | more)
     with pytest.raises(ValueError, match="model: 3 is not"):
         train_from_images(3, photos, ONE, layer=2)
+    with pytest.raises(ValueError, match="layer: residual needs a layer"):
+        train_from_images("hf:there-is-no-such-model", photos, ONE)
     with pytest.raises(ValueError, match="layer: given beside stream"):
         train_from_images(tower, photos, ONE, TrainConfig(steps=2), stream=StreamSettings(), layer=2)
 

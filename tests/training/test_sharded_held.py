@@ -32,8 +32,8 @@ def test_batches_are_those_of_one_buffer_to_the_bit(world, replicas):
         buffer = SharedMixingBuffer(peers.ranks, torch.device("cpu"), *given, dtype=torch.float16)
         found, peeked, held = [], [], []
         for number, piece in enumerate(pieces):
-            buffer.maker = number % world
-            mine = piece if buffer.maker == peers.rank else torch.empty(len(piece), 0)
+            buffer.announce(number % world, len(piece))
+            mine = piece if number % world == peers.rank else torch.empty(len(piece), 0)
             for batch in buffer.feed(mine):
                 found.append(batch)
                 held.append(len(buffer.rows_RD))

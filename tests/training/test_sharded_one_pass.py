@@ -67,7 +67,8 @@ def run(spec, photos, tmp_path):
             told = {} if on_step is None else {"on_step": lambda done, total: on_step(peers, done)}
             told |= {} if on_finished is None else {"on_finished": on_finished}
             where = options(tmp_path / "run", resume=more.get("resume", False))
-            given = open_images(images), saes, dict.fromkeys(saes, config), where, stream
+            own = stream[peers.rank] if isinstance(stream, list) else stream
+            given = open_images(images), saes, dict.fromkeys(saes, config), where, own
             return train_from_images_shared(peers, tower, *given, images_path=str(photos), **told)
 
         return together(world, work, replicas)[0]
@@ -212,6 +213,9 @@ def test_what_ranks_do_not_do_is_refused_on_all(run, photos, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(2, **more)
+    apart = [replace(STREAM, keep_store=tmp_path / f"store-{rank}") for rank in range(2)]
+    with pytest.raises(ValueError, match=r"store-1/harvest.json is not there for rank 1; all ranks need the same disk"):
+        run(2, stream=apart)
     assert not list((tmp_path / "run").glob("**/run.json"))
     with pytest.raises(ValueError, match="max_skipped: 1 of 38 images could not be used"):
         run(2, stream=replace(STREAM, max_skipped=0.0))

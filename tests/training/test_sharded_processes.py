@@ -47,6 +47,18 @@ def words(matrix, output, steps=50, *more):
     ]
 
 
+def two_nodes(place, *arguments):
+    """A torchrun each, of one rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    return [
+        Torchrun(of_node, 1, place / f"log{node}", (*meet, f"--node-rank={node}"))
+        for node, of_node in enumerate(arguments)
+    ]
+
+
 @pytest.mark.parametrize("nodes", [1, 2], ids=["two ranks", "two nodes"])
 def test_the_run_of_one_process(alone, matrix, tmp_path, nodes):
     arguments = words(matrix, tmp_path / "run")
@@ -54,12 +66,7 @@ def test_the_run_of_one_process(alone, matrix, tmp_path, nodes):
         with Torchrun(arguments, 2, tmp_path / "log") as run:
             code, said = run.end()
     else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        meet = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        first = Torchrun(arguments, 1, tmp_path / "log", (*meet, "--node-rank=0"))
-        second = Torchrun(arguments, 1, tmp_path / "log2", (*meet, "--node-rank=1"))
+        first, second = two_nodes(tmp_path, arguments, arguments)
         with first, second:
             code, said = first.end()
             assert second.end()[0] == 0, second.said()
@@ -141,6 +148,19 @@ def test_one_pass_goes_on_after_a_kill(tmp_path):
     ours, theirs = open_activations(tmp_path / "kept"), open_activations(tmp_path / "theirs")
     assert ours.n_rows == theirs.n_rows == 180
     assert torch.equal(ours.rows(torch.arange(180)), theirs.rows(torch.arange(180)))
+
+
+def test_a_bad_option_on_one_node_ends_the_other_at_once(matrix, tmp_path):
+    """Its timeout is 600 s, by which that one would be waited for."""
+    arguments = words(matrix, tmp_path / "run", 50)
+    waiting, failing = two_nodes(tmp_path, arguments, [*arguments, "--lr", "-1"])
+    with waiting, failing:
+        assert failing.end()[0] != 0
+        code, said = waiting.end(300)
+    assert "lr: -1.0 must be" in failing.said()
+    assert code != 0
+    assert not messages(said), "the other has spoken"
+    assert not (tmp_path / "run").exists()
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_refused_once(matrix, tmp_path):

@@ -252,6 +252,25 @@ def test_the_command_ends_where_a_logger_hangs(recorded, tmp_path, monkeypatch, 
     assert ends == [0, 1]
 
 
+def test_other_threads_of_a_notebook_print_where_they_did(recorded, tmp_path, monkeypatch, capsys):
+    """Where a run is in a thread, what the notebook prints meanwhile is not a logger's."""
+    monkeypatch.setattr(Other, "close", lambda self, failed: print("words of a package"))
+    is_training, has_printed = threading.Event(), threading.Event()
+
+    def in_the_middle(step):
+        is_training.set()
+        has_printed.wait(10)
+
+    kept = {"log_to": ("trackio",), "on_step": in_the_middle}
+    trained = threading.Thread(target=run, args=(tmp_path / "run",), kwargs=kept)
+    trained.start()
+    assert is_training.wait(10)
+    print("words of the notebook")
+    has_printed.set()
+    trained.join(10)
+    assert capsys.readouterr() == ("words of the notebook\n", "words of a package\n")
+
+
 def test_a_sheet_that_fails_is_a_warning(recorded, tmp_path):
     options = RunOptions(tmp_path / "run", "cpu", log_to=("wandb",))
     with pytest.warns(Doubt, match="no contact sheet could be made"):
