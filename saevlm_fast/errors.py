@@ -21,8 +21,21 @@ class Doubt(UserWarning):
     """What stops nothing and is shown once: what files of an SAE do not say and was assumed, a logger that failed."""
 
 
-class Interrupted(Exception):
-    """Long work was asked to stop and did so at a point from which it can go on; the message says how."""
+class Interrupted(BaseException):
+    """Long work was asked to stop and did so at a point from which it can go on; the message says how.
+
+    As KeyboardInterrupt, it is no Exception: whoever takes any error of a library for a damaged file, or tries again
+    after one, is not asked.
+    """
+
+
+@contextmanager
+def goes_on(how: str = "the same command goes on where it stopped") -> Iterator[None]:
+    """Work that is interrupted says how it goes on. Raises Interrupted."""
+    try:
+        yield
+    except Interrupted as error:
+        raise Interrupted(f"{str(error).partition(';')[0]}; {how}") from None
 
 
 def require(condition: bool, message: str, error: type[ValueError] = ValueError) -> None:

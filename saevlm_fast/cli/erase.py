@@ -14,7 +14,7 @@ from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
-from saevlm_fast.errors import renamed, require
+from saevlm_fast.errors import goes_on, renamed, require
 
 if TYPE_CHECKING:
     from saevlm_fast.cli.erase_labels import ClassWords
@@ -216,7 +216,8 @@ def erase(options: EraseArguments) -> dict[str, Any]:
     progress = options.output.with_name(f"{options.output.name}.progress")
     with output_lock(options.output, directory=False):
         check(options)
-        layers = _layers(options, progress)
+        with goes_on("the same command goes on with the first SAE that is not finished"):
+            layers = _layers(options, progress)
         document = {"format": "saevlm-fast erase", "version": 1, "what": options.what, "layers": layers}
         write_accuracies(options.output.with_suffix(".csv"), layers)
         write_accuracy_picture(options.picture, layers, f"{options.what} taken out of {options.model}")

@@ -11,7 +11,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, training_disk
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_of_all, training_disk
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
@@ -118,18 +118,27 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         seconds = seconds_an_image(source, tower, run, min(n, chosen.image_batch))
     rows = {place.name: place.rows for place in one_pass.places}
     images = {place.name: -(-config.steps * place.batch_size * n // place.rows.n_rows) for place in one_pass.places}
-    saes = [member.state.stepper.sae.config for member in one_pass.members]
+    saes = [
+        (m.state.stepper.sae.config, m.state.config, place.rows.n_rows)
+        for place in one_pass.places
+        for m in place.members
+    ]
+    timed = [(part_of_a_rank(sae, options.data_parallel), *rest) for sae, *rest in saes]
+    keep = options.keep_store
+    kept = None if keep is None else (keep, sum(each.n_rows * each.row_bytes for each in rows.values()))
+    passing = max(*images.values(), 0 if keep is None else n)  # the first epoch is kept whole
     figures = {
         "images": n,
         "steps": config.steps,
         "places": [f"{name}: {each.n_rows:,} x {each.d:,} an epoch" for name, each in rows.items()],
-        "images_through_the_tower": max(images.values()),
+        "images_through_the_tower": passing,
         "saes": [f"{name or options.output}" for name in parts],
         "scores": looks.note,
         "takes": [f"{name} {human_bytes(size)}" for name, size in one_pass.needed.items()],
         **memory_figures(device, sum(one_pass.needed.values())),
-        **disk_figures(options.output, sum(map(training_disk, saes))),
-        **({} if seconds is None else {"all_images_seconds": seconds * max(images.values()) / n_ranks}),
+        **disk_figures(options.output, sum(training_disk(sae) for sae, *_ in saes), kept),
+        **({} if seconds is None else {"all_images_seconds": seconds * passing / n_ranks}),
+        **time_of_all(timed, device),
     }
     return Plan(_sentence(options, n, config), figures)
 

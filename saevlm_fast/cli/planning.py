@@ -10,6 +10,8 @@ from saevlm_fast.errors import require
 from saevlm_fast.training.memory import free_memory, sae_numbers, training_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
     from saevlm_fast.config import SAEConfig, TrainConfig
@@ -21,17 +23,30 @@ _ARITHMETIC = "by arithmetic, not measured"
 
 def check_writable(output: Path) -> None:
     """ValueError unless `output` could be written: the nearest directory above it that is there must allow it."""
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    there = _nearest(output)
     require(there.is_dir() or there == output.absolute(), f"output: {output} cannot be written, {there} is a file")
     require(os.access(there, os.W_OK), f"output: {output} cannot be written, {there} does not allow it")
 
 
-def disk_figures(output: Path, needed: int) -> dict[str, Any]:
-    """What it takes on disk and what is free; with a warning if that is less."""
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    figures = {"output": str(output), "disk_bytes": needed, "free_disk_bytes": free}
-    return figures | ({"disk_warning": "not enough is free"} if needed > free else {})
+def disk_figures(output: Path, needed: int, kept: tuple[Path, int] | None = None) -> dict[str, Any]:
+    """What it takes on disk and what is free; with a warning if that is less. kept: a store that is written as well."""
+    there = _nearest(output)
+    figures: dict[str, Any] = {"output": str(output)}
+    free, lacking = shutil.disk_usage(there).free, False
+    if kept is not None:
+        place = _nearest(kept[0])
+        if place.stat().st_dev == there.stat().st_dev:
+            needed += kept[1]
+        else:
+            lacking = kept[1] > shutil.disk_usage(place).free
+    figures |= {"disk_bytes": needed, "free_disk_bytes": free}
+    figures |= {} if kept is None else {"of_the_kept_store_bytes": kept[1]}
+    return figures | ({"disk_warning": "not enough is free"} if needed > free or lacking else {})
+
+
+def _nearest(path: Path) -> Path:
+    """It, or the nearest directory above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
 def replaced_figures(output: Path, force: bool) -> dict[str, Any]:
@@ -65,6 +80,13 @@ def time_figures(sae: "SAEConfig", config: "TrainConfig", n_rows: int, device: "
         return {"time": f"{multiplications * config.n_steps:.2g} multiplications ({_ARITHMETIC})"}
     seconds = _seconds_a_step(sae, config, batch_size, device)
     return {"a_step_seconds": seconds, "all_steps_seconds": seconds * config.n_steps}
+
+
+def time_of_all(saes: "Iterable[tuple[SAEConfig, TrainConfig, int]]", device: "torch.device") -> dict[str, Any]:
+    """time_figures of several, with their rows: their steps are taken one after another."""
+    times = [time_figures(*each, device) for each in saes]
+    unknown = [each for each in times if "time" in each]
+    return unknown[0] if unknown else {name: sum(each[name] for each in times) for name in times[0]}
 
 
 def _seconds_a_step(sae_config: "SAEConfig", config: "TrainConfig", batch_size: int, device: "torch.device") -> float:

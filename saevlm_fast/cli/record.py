@@ -44,8 +44,8 @@ def interrupted_run(
 ) -> Interrupted:
     """What ends an interrupted training command: how it goes on.
 
-    records: of what it makes, that of all last; none where another rank writes them. What lies in place of settings that
-    have not been written may be of a run that was to be replaced.
+    records: of what it makes, that of all last; none where another rank writes them. What lies in place of settings
+    that have not been written may be of a run that was to be replaced.
     """
     from saevlm_fast.outputs import workplace
 

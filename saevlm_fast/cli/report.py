@@ -10,7 +10,7 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import Bar, say, warn
-from saevlm_fast.errors import Interrupted
+from saevlm_fast.errors import goes_on
 from saevlm_fast.look.settings import ReportSettings
 
 if TYPE_CHECKING:
@@ -75,10 +75,8 @@ def report(options: ReportArguments) -> dict[str, Any]:
     from saevlm_fast.outputs import output_lock
 
     with output_lock(options.output, directory=not options.single_file):
-        try:
+        with goes_on():
             made = make_report(options.part(ReportSettings), BarWatcher())
-        except Interrupted:
-            raise Interrupted("interrupted; the same command goes on where it stopped") from None
         Record("report", options, options.output, latents=made.n_latents, images=made.n_images).write()
     return _told(made, options)
 

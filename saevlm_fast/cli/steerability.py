@@ -10,7 +10,7 @@ from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figure
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, SteerabilityConfig
-from saevlm_fast.errors import renamed, require
+from saevlm_fast.errors import goes_on, renamed, require
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.look.chosen import check_latents
 from saevlm_fast.settings import paths, same_as, setting
@@ -202,7 +202,7 @@ def steerability(options: SteerabilityArguments) -> dict[str, Any]:
     """Which latents and neurons change what a CLIP says of images, beside controls. Interrupted, it goes on."""
     from saevlm_fast.outputs import output_lock
 
-    with output_lock(options.output, directory=False):
+    with output_lock(options.output, directory=False), goes_on():
         check(options)
         found, n_words = _steerability(options)
     figures = _figures(options, found, n_words)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_figures, training_disk
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_of_all, training_disk
 from saevlm_fast.cli.ranks import leads, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.scenes import scenes
@@ -81,9 +81,6 @@ def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
     first, members = next(iter(runs.values())), options.members()
     newest = [latest_checkpoint(workplace(member.output)) for member in members.values() if options.resume]
     parts = [part_of_a_rank(run.sae, options.data_parallel) for run in runs.values()]
-    times = [time_figures(part, run.config, run.n_rows, device) for part, run in zip(parts, runs.values())]
-    seconds = [each["a_step_seconds"] for each in times if "a_step_seconds" in each]
-    whole = {"a_step_seconds": sum(seconds), "all_steps_seconds": sum(seconds) * first.config.n_steps}
     figures = {
         "rows": first.n_rows,
         "steps": first.config.n_steps,
@@ -93,7 +90,7 @@ def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
         "resumes_at": [checkpoint.name if checkpoint else "step 0" for checkpoint in newest] or None,
         **memory_figures(device, sum(needed.values())),
         **disk_figures(options.output, sum(training_disk(run.sae) for run in runs.values())),
-        **(whole if len(seconds) == len(times) else times[0]),
+        **time_of_all(((part, run.config, run.n_rows) for part, run in zip(parts, runs.values())), device),
     }
     return Plan(sentence_of(runs), figures)
 

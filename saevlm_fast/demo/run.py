@@ -1,8 +1,8 @@
 """The demo's order: scenes, SAEs, scores of their latents against raw neurons and the truth, steering, a
 picture, pages."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from saevlm_fast.config import Architecture, DemoOptions, RunOptions
 from saevlm_fast.demo.scene_stores import N_SCENES, RECIPE, TOWER, SceneStores, harvest_scenes
 from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Measured, Scored, picture, train_on_scenes
 from saevlm_fast.demo.steering import LLAVA, N_PATCH_SCENES, PATCHES, SteeringExample, steer_colours
-from saevlm_fast.errors import Interrupted
+from saevlm_fast.errors import goes_on
 from saevlm_fast.files import remove_leftovers, write_json_atomic
 from saevlm_fast.look.contact_sheet import save_sheet
 from saevlm_fast.look.report import make_report
@@ -147,7 +147,7 @@ def _look(options: DemoOptions, patches: SceneStores, report: Report) -> None:
         device=options.device,
         force=True,
     )
-    with _same_command():
+    with goes_on():
         make_report(settings, _Watcher(report), f"Latents of patches of scenes, {TOWER}")
 
 
@@ -176,16 +176,7 @@ def _trained(
     report: Report,
 ) -> tuple[SparseAutoencoder, Metrics]:
     run = RunOptions(Path(options.output) / name, options.device, resume=not options.force, force=options.force)
-    with report.training(steps) as (on_log, on_step), _same_command():
+    with report.training(steps) as (on_log, on_step), goes_on():
         made = train_on_scenes(architecture, train_on, test_on, steps, run, on_log, on_step)
     write_card(Path(options.output) / name)
     return made
-
-
-@contextmanager
-def _same_command() -> Iterator[None]:
-    """The demo has no --resume: it goes on by itself."""
-    try:
-        yield
-    except Interrupted:
-        raise Interrupted("interrupted; the same command goes on where it stopped") from None

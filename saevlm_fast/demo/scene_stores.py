@@ -13,7 +13,7 @@ from pathlib import Path
 
 from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.store import verify
-from saevlm_fast.errors import Interrupted, require
+from saevlm_fast.errors import goes_on, require
 from saevlm_fast.files import cache_directory
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import HarvestSummary, harvest
@@ -78,10 +78,8 @@ def harvest_scenes(
     with output_lock(output, directory=False, patience=_PATIENCE_SECONDS, on_wait=waiting):
         options = HarvestOptions(output, scenes, resume=True)
         go_on = lambda: harvest(source, tower, config, options, on_images=on_images)  # noqa: E731
-        try:
+        with goes_on():
             summary = _go_on_or_begin_again(go_on, output, on_message)
-        except Interrupted:
-            raise Interrupted("interrupted; the same command goes on where it stopped") from None
     return SceneStores(output, *summary.stores)
 
 

@@ -146,8 +146,6 @@ class Watch:
         self._each(lambda logger: logger.log(step, metrics), "the evaluation")
         try:
             image = picture() if self._loggers else None
-        except Interrupted:
-            raise
         except Exception as error:
             _warn(f"log_to: no contact sheet could be made ({first_line(error)})")
             image = None

@@ -239,8 +239,14 @@ def test_one_pass_dry_run_writes_nothing(small, tmp_path):
     found = run_json(*words, "--point", "projection", "--k", 3, "--output", tmp_path / "out", "--dry-run")
     assert found["images_through_the_tower"] == 64
     assert found["memory_bytes"] > 0
+    assert found["all_steps_seconds"] == pytest.approx(4 * found["a_step_seconds"])
     assert found["places"][0].startswith("projection: 40 x ")
     assert found["scores"] == "MS on 40 of the images trained on, by the tower's own projection"
+    few = (*words, "--layer", 1, "--k", 3, "--output", tmp_path / "out", "--dry-run", "--steps", 1)
+    plain, keeping = run_json(*few), run_json(*few, "--keep-store", tmp_path / "store")
+    assert (plain["images_through_the_tower"], keeping["images_through_the_tower"]) == (16, 40)
+    width = int(plain["places"][0].removeprefix("residual-1-cls: 40 x ").removesuffix(" an epoch"))
+    assert keeping["of_the_kept_store_bytes"] == keeping["disk_bytes"] - plain["disk_bytes"] == 40 * width * 4
     assert files_below(tmp_path) == before
 
 

@@ -15,6 +15,7 @@ from saevlm_fast.cli.erase_images import halves_of
 from saevlm_fast.cli.erase_options import EraseArguments
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import halves
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder
 
@@ -198,12 +199,12 @@ def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
     def stops(*given, **more):
         done.append(1)
         if len(done) == 2:
-            raise ValueError("sae: the light went out")
+            raise Interrupted("interrupted")
         return work(*given, **more)
 
     monkeypatch.setattr(erasing, "erase_words", stops)
     both = call(world, output, "--limit", 10, sae="one,two", layer="2,3")
-    assert "the light went out" in run(*both, code=2)
+    assert "interrupted; the same command goes on with the first SAE" in run(*both, code=130)
     assert not output.exists()
     monkeypatch.setattr(erasing, "erase_words", lambda *given, **more: done.append(1) or work(*given, **more))
     run(*both)

@@ -12,6 +12,7 @@ from command import run, run_json
 from saevlm_fast.cli.steerability import SteerabilityArguments
 from saevlm_fast.clip_steering.steerability import Steering
 from saevlm_fast.config import SAEConfig
+from saevlm_fast.errors import Interrupted
 from saevlm_fast.sae import SparseAutoencoder
 
 D_SAE = 40
@@ -64,13 +65,14 @@ def test_what_is_finished_is_taken_up(world, tmp_path, monkeypatch):
 
     def stops(self, units_J, target_J):
         if len(done) == 1:
-            raise ValueError("sae: the light went out")
+            raise Interrupted("interrupted after 8 of 8 latents")
         done.append(len(units_J))
         return changes(self, units_J, target_J)
 
     monkeypatch.setattr(Steering, "changes", stops)
     more = ("--no-neurons", "--latents", "0:8")
-    assert "the light went out" in run(*call(world, output, *more, sae="one,two"), code=2)
+    said = run(*call(world, output, *more, sae="one,two"), code=130)
+    assert said.endswith("interrupted after 8 of 8 latents; the same command goes on where it stopped\n")
     assert not output.exists()
     monkeypatch.setattr(Steering, "changes", lambda *given: done.append(1) or changes(*given))
     run(*call(world, output, *more, sae="one,two"))

@@ -148,7 +148,7 @@ def test_an_sae_of_another_width_is_refused(tower, photos, sae_directory, tmp_pa
     ("settings", "message"),
     [
         ({"points": ()}, "point: at least one"),
-        ({"points": POINTS[:1] * 2}, "same hook point"),
+        ({"points": POINTS[:1] * 2}, "points: residual-0 is listed twice"),
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
         ({"seed": -1}, "seed: -1"),
         ({"dtype": "int8"}, "dtype: 'int8' is not one of"),

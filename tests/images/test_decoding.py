@@ -10,7 +10,7 @@ import pytest
 from image_files import AVIF, GRAY_HW, RGB_HW3, SMALL_FILES, assert_pixels, encoded, exif, gray3, png, png_chunk, tiff
 from PIL import Image, ImageFile
 
-from saevlm_fast.errors import ImageError
+from saevlm_fast.errors import ImageError, Interrupted
 from saevlm_fast.images.decode import decode
 
 
@@ -243,6 +243,15 @@ def test_pillow_is_left_alone_and_its_warnings_are_not_heard() -> None:
         assert_pixels(no_frames, RGB_HW3)
         assert not caught
     assert before[:2] == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+def test_ctrl_c_is_no_damaged_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted("interrupted")
+
+    monkeypatch.setattr(Image, "open", stopped)
+    with pytest.raises(Interrupted):
+        decode(encoded(RGB_HW3, format="PNG"))
 
 
 def test_decode_in_threads() -> None:

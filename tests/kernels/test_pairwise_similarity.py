@@ -101,9 +101,9 @@ def test_cpu_neurons_of_any_condition(similarity, monkeypatch):
 
 def test_cpu_closed_form_is_for_those_that_no_image_dominates(monkeypatch):
     """Neither dead neurons nor even ones take the slower way; one image's worth of activation does, overflow too."""
-    taken, blocks = [], pairwise_similarity._inner_product_blocks
+    taken, blocks = [], pairwise_similarity.inner_product_blocks
     monkeypatch.setattr(
-        pairwise_similarity, "_inner_product_blocks", lambda r_NK, e: taken.append(r_NK.shape[1]) or blocks(r_NK, e)
+        pairwise_similarity, "inner_product_blocks", lambda r_NK, e: taken.append(r_NK.shape[1]) or blocks(r_NK, e)
     )
     r_NK, emb_NE = torch.rand(50, 4, dtype=torch.float64) + 0.1, torch.rand(50, 3, dtype=torch.float64)
     r_NK[:, 1] = 0.0

@@ -1,6 +1,7 @@
 """Rows of an image pooled, the other scores by slow direct definitions, untrained SAEs at matched firing counts."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -330,7 +331,8 @@ def test_the_command(patches, tmp_path):
     emb = ["--embeddings", path / "emb", "--pool", "max"]
     plain = run_json("ms-score", *rows, *emb, "--one-pass", "--output", tmp_path / "one.json")
     assert "mean_interval" not in plain
-    both = ["--embeddings", path / "emb", "--embeddings", path / "emb", "--pool", "max"]
+    shutil.copytree(path / "emb", tmp_path / "other" / "emb")
+    both = ["--embeddings", path / "emb", "--embeddings", tmp_path / "other" / "emb", "--pool", "max"]
     found = run_json("ms-score", *rows, *both, "--controls", "1", "--output", tmp_path / "two.parquet")
     assert found["mean"] == pytest.approx(plain["mean"])
     assert found["rank_agreement"][0]["spearman"] == pytest.approx(1.0)

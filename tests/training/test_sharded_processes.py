@@ -156,7 +156,7 @@ def test_a_bad_option_on_one_node_ends_the_other_at_once(matrix, tmp_path):
     waiting, failing = two_nodes(tmp_path, arguments, [*arguments, "--lr", "-1"])
     with waiting, failing:
         assert failing.end()[0] != 0
-        code, said = waiting.end(60)
+        code, said = waiting.end(300)
     assert "lr: -1.0 must be" in failing.said()
     assert code != 0
     assert not messages(said), "the other has spoken"

@@ -357,6 +357,15 @@ def test_a_package_that_is_missing_is_refused_before_anything_is_written(monkeyp
         assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_while_a_package_is_imported_is_no_missing_package(monkeypatch):
+    def stopped(name):
+        raise Interrupted("interrupted")
+
+    monkeypatch.setattr(loggers, "import_module", stopped)
+    with pytest.raises(Interrupted):
+        watch.Watch(["wandb"])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
