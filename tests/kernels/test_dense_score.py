@@ -1,5 +1,7 @@
 """Raw neurons' score as a GPU makes it, in the interpreter: against the CPU's and float64; its launches and waits."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from launches import counted_launches
@@ -25,8 +27,11 @@ def make_data(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture
-def waits(monkeypatch) -> list[int]:
-    """Where there is no GPU the score takes its way all the same; one entry a time that the device is waited for."""
+def waits(monkeypatch) -> Iterator[list[int]]:
+    """Where there is no GPU the score takes its way all the same; one entry a time that the device is waited for.
+
+    torch.empty hands out NaN and the largest integers, so that whatever a kernel leaves unwritten shows.
+    """
     from saevlm_fast.kernels import dense_score_triton, pairwise_float64_triton
 
     monkeypatch.setattr(dense_score_triton, "LEAST_ROWS", 8)
@@ -37,7 +42,9 @@ def waits(monkeypatch) -> list[int]:
         monkeypatch.setattr(intake, "squared_norms", _squared_norms)
     read, found = dense_on_gpu._Told.read, []
     monkeypatch.setattr(dense_on_gpu._Told, "read", lambda told: (found.append(1), read(told))[1])
-    return found
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield found
+    torch.use_deterministic_algorithms(False)
 
 
 def _squared_norms(emb_nE: torch.Tensor) -> torch.Tensor:
