@@ -198,6 +198,9 @@ def where_to(options: ScoreArguments) -> tuple[Path | None, Path]:
 
     on_scenes = options.codes is None and options.activations is None and not options.raw
     sae = options.sae or (latest_run() if on_scenes else None)
+    if options.output is None and sae is not None:
+        require(sae.exists(), f"sae: {sae}: no such file or folder")
+        require(sae.is_dir(), f"output: needed with an SAE that is a file, {sae}")
     output = options.output or (None if sae is None else sae / "scores.parquet")
     assert output is not None  # the options have seen to it
     return sae, check_scores_path(output)

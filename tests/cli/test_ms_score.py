@@ -59,6 +59,15 @@ def test_sae_latents_score_above_raw_neurons(data, sae, tmp_path):
     assert means[0] > means[1] + 0.1
 
 
+def test_an_sae_that_cannot_hold_its_scores_is_told_of_as_such(data, tmp_path):
+    words = "ms-score", "--activations", data / "activations.npy", "--embeddings", data / "embeddings.npy", "--sae"
+    assert f"error: sae: {tmp_path}/none: no such file or folder" in run(*words, tmp_path / "none", code=2)
+    (tmp_path / "sae.pt").write_bytes(b"")
+    assert f"error: output: needed with an SAE that is a file, {tmp_path}/sae.pt" in run(
+        *words, tmp_path / "sae.pt", code=2
+    )
+
+
 @pytest.mark.parametrize("similarity", ["dot", "rbf"])
 def test_other_similarities(data, sae, tmp_path, similarity):
     score(data, "--sae", sae, "--output", tmp_path / "s.json", "--similarity", similarity)
