@@ -34,10 +34,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     try:
         code = _code()
-    except Exception:  # a fault of ours, which Python tells, and then waits for what hangs
+    except Exception as error:  # a fault of ours, which Python tells, and then waits for what hangs
         if not beside.hanging:
             raise
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     _leave(code)
 

@@ -59,8 +59,9 @@ def _unlisted_class(config: Any) -> Any:
     except ModuleNotFoundError:
         return None
     for found in vars(module).values():
-        here = inspect.isclass(found) and found.__module__ == name and issubclass(found, PreTrainedModel)
-        if here and found.config_class is type(config) and "forward" in vars(found):
+        if not (inspect.isclass(found) and issubclass(found, PreTrainedModel) and found.__module__ == name):
+            continue
+        if found.config_class is type(config) and "forward" in vars(found):
             return found
     return None
 
