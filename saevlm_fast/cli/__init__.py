@@ -37,7 +37,7 @@ def main() -> None:
     except Exception:  # a fault of ours, which Python tells, and then waits for what hangs
         if not beside.hanging:
             raise
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         code = 1
     _leave(code)
 
