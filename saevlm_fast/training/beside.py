@@ -106,7 +106,7 @@ class _OthersToStderr:
 def quiet_stdout() -> Iterator[None]:
     """While it lasts, what threads print that begin meanwhile goes to stderr."""
     ours = _OthersToStderr()
-    sys.stdout = ours  # type: ignore[assignment]
+    sys.stdout = ours
     try:
         yield
     finally:
