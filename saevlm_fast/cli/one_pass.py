@@ -123,7 +123,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         for place in one_pass.places
         for m in place.members
     ]
-    timed = [(part_of_a_rank(sae, options.data_parallel), train, n_rows) for sae, train, n_rows in saes]
+    timed = [(part_of_a_rank(sae, options.data_parallel), recipe, n_rows) for sae, recipe, n_rows in saes]
     keep = options.keep_store
     kept = None if keep is None else (keep, sum(each.n_rows * each.row_bytes for each in rows.values()))
     passing = max(*images.values(), 0 if keep is None else n)  # the first epoch is kept whole
