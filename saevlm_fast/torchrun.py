@@ -10,6 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+# Its functions' default is the group there is when it is imported. Imported before there is one, it does not keep that
+# group, whose threads would then outlive it and, where Python ends beside them, could end the process by SIGABRT.
+import torch.distributed.nn  # noqa: F401
+
 from saevlm_fast.errors import Interrupted
 
 _CAME, _ENDED = "saevlm_fast/came", "saevlm_fast/ended"

@@ -1,5 +1,7 @@
 """How ranks meet by the store of torchrun's agent, which is here one of this process."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -60,3 +62,19 @@ def test_without_an_agent_nobody_is_waited_for(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     torchrun.meet(60)
     assert torchrun.first_to_end()
+
+
+def test_nothing_of_torch_keeps_a_group_that_is_destroyed():
+    """Threads of a group that Python's end meets can end a rank by SIGABRT. Imports are made once: a new process."""
+    code = """
+import torch.distributed as dist
+from saevlm_fast import torchrun
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+import inspect, torch.distributed.nn.functional as functional
+group = inspect.signature(functional.all_reduce).parameters["group"].default
+assert dist.group.WORLD is not None
+assert group is not dist.group.WORLD, group
+dist.destroy_process_group()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
