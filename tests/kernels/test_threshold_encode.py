@@ -5,6 +5,7 @@ The kernels are compiled for GPUs that are not here in test_topk_encode.py, with
 
 import pytest
 import torch
+from encoder_inputs import integer_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -24,23 +25,13 @@ TRITON_CASES = [  # shape, dtype, kind, rows of a chunk
 ]
 
 
-def integer_inputs(shape, dtype, kind="ties", seed=0, device="cpu"):
-    """Small integers: every product and sum is exact in every dtype, and many are equal to their threshold."""
-    (n_rows, d_in, d_sae), generator = shape, torch.Generator().manual_seed(seed)
-    x_BD, W_enc_SD, b_enc_S, b_dec_D = (
-        torch.randint(-high, high + 1, size, generator=generator).to(dtype)
-        for high, size in ((2, (n_rows, d_in)), (2, (d_sae, d_in)), (2, (d_sae,)), (1, (d_in,)))
-    )
-    if kind == "negative":
-        b_enc_S -= 200
-    if kind == "nan" and n_rows:
-        x_BD[n_rows // 2], b_enc_S[d_sae // 3], x_BD[0, 0] = torch.nan, torch.nan, torch.inf
-    threshold_S = torch.randint(-3, 7, (d_sae,), generator=generator).float()
+def threshold_inputs(shape, dtype, kind="ties", seed=0, device="cpu"):
+    """integer_inputs, and thresholds of which many are equal to their activations."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    threshold_S = torch.randint(-3, 7, (shape[2],), generator=generator).float()
     threshold_S[1::5] += 0.5
     threshold_S[::7], threshold_S[5::11], threshold_S[3::13] = -0.0, torch.inf, torch.nan
-    tensors = x_BD, W_enc_SD, b_enc_S, b_dec_D, threshold_S
-    x_BD, W_enc_SD, b_enc_S, b_dec_D, threshold_S = (tensor.to(device) for tensor in tensors)
-    return (x_BD, W_enc_SD.t(), b_enc_S, b_dec_D), threshold_S
+    return integer_inputs(shape, dtype, kind, seed, device), threshold_S.to(device)
 
 
 def dense(inputs, threshold):
@@ -68,7 +59,7 @@ def assert_equal(found, inputs, threshold, **tolerance):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_is_the_definition(dtype, kind, buffer_bytes):
     for shape in [*SHAPES, (5, 3, 4096 // dtype.itemsize)]:  # whose rows would be a page apart
-        inputs, threshold_S = integer_inputs(shape, dtype, kind)
+        inputs, threshold_S = threshold_inputs(shape, dtype, kind)
         for threshold in (threshold_S, 0.0, -3.0):
             found = threshold_encode(*inputs, threshold, buffer_bytes=buffer_bytes)
             assert_equal(found, inputs, threshold)
@@ -92,7 +83,7 @@ def test_any_preactivations_and_thresholds(data):
 
 
 def test_a_threshold_equal_to_the_others_is_the_scalar():
-    inputs, _ = integer_inputs((40, 6, 333), torch.float32)
+    inputs, _ = threshold_inputs((40, 6, 333), torch.float32)
     for scalar in (-1.0, 0.0, 2.0, 2.5, float("inf")):
         found = threshold_encode(*inputs, torch.full((333,), scalar))
         for ours, plain in zip(found, threshold_encode(*inputs, scalar), strict=True):
@@ -162,7 +153,7 @@ def test_gradients_are_autograd_s(shape):
 
 
 def test_no_gradient_reaches_a_threshold():
-    inputs, _ = integer_inputs((4, 3, 9), torch.float32)
+    inputs, _ = threshold_inputs((4, 3, 9), torch.float32)
     threshold_S = torch.zeros(9, requires_grad=True)
     acts_M, _, _ = threshold_encode(inputs[0].requires_grad_(), *inputs[1:], threshold_S)
     acts_M.sum().backward()
@@ -180,13 +171,13 @@ def test_no_gradient_reaches_a_threshold():
     ],
 )
 def test_thresholds_that_do_not_fit(threshold, message):
-    inputs, _ = integer_inputs((4, 3, 9), torch.float32)
+    inputs, _ = threshold_inputs((4, 3, 9), torch.float32)
     with pytest.raises(ValueError, match=message):
         threshold_encode(*inputs, threshold)
 
 
 def test_opcheck():
-    inputs, threshold_S = integer_inputs((5, 4, 70), torch.float32)
+    inputs, threshold_S = threshold_inputs((5, 4, 70), torch.float32)
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     torch.library.opcheck(latent_threshold_encode_op, (*inputs, threshold_S, None))
 
@@ -198,7 +189,7 @@ def test_opcheck():
 def test_triton_is_the_definition(shape, dtype, kind, chunk, device):
     from saevlm_fast.kernels.topk_encode_latent_triton import launch_latent_threshold_encode
 
-    inputs, threshold_S = integer_inputs(shape, dtype, kind, device=device)
+    inputs, threshold_S = threshold_inputs(shape, dtype, kind, device=device)
     buffer_bytes = None if chunk is None else chunk * shape[2] * inputs[0].element_size()
     found = launch_latent_threshold_encode(*inputs, threshold_S, buffer_bytes)
     on_host = [tensor.cpu() for tensor in inputs]
