@@ -91,12 +91,13 @@ def short_name(name: str) -> str:
     return f"{outer} ({inner[1]})"[:80] if inner else outer[:80]
 
 
-def profile(architecture: str, chip: dict[str, float], options: argparse.Namespace) -> list[dict]:
+def profile(
+    architecture: str, batches: list[Tensor], chip: dict[str, float], options: argparse.Namespace
+) -> list[dict]:
     """Two results, eager and captured, as report.py reads them."""
     config = TrainConfig(steps=options.steps, dead_after=10**9, threshold_start=0)
     sae = SparseAutoencoder(SAEConfig.sized(options.d_in, d_sae=options.d_sae, k=options.k, architecture=architecture))
     sae.reset_parameters(0)
-    batches = planted_batches(options.rows, options.d_in)
     sae.b_dec.data.copy_(batches[0].mean(0))
     stepper = Stepper(sae.to("cuda"), config)
     steps = CapturedSteps(stepper)
@@ -155,8 +156,9 @@ def main() -> None:
         parser.error("torch sees no GPU here")
     results, chip = [], rates()
     print(", ".join(f"{value:.3g} {name}" for name, value in chip.items()), flush=True)
+    batches = planted_batches(options.rows, options.d_in)
     for architecture in options.architectures:
-        results += profile(architecture, chip, options)
+        results += profile(architecture, batches, chip, options)
         write_json_atomic(options.output, {"benchmarks": results})
         print(progress(*results[-2:]), flush=True)
         torch.cuda.empty_cache()
