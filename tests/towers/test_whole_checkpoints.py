@@ -96,6 +96,43 @@ def test_towers_that_are_called_otherwise_are_refused_by_name():
         check_called(_Called("vjepa2"), [], "hf:m")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Florence2VisionConfig",
+        "Idefics2VisionConfig",
+        "Kimi_K25VisionConfig",
+        "PaddleOCRVisionConfig",
+        "Phi4MultimodalVisionConfig",
+        "VideoLlama3VisionConfig",
+    ],
+)
+def test_families_that_are_known_not_to_be_read_say_why(name, tmp_path):
+    import transformers as t
+
+    config = getattr(t, name, None) or pytest.skip(f"transformers {t.__version__} has no {name}")
+    config().save_pretrained(tmp_path)
+    square(t).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^hf:{tmp_path}: the tower of {name} is not read: it"):
+        load_tower(f"hf:{tmp_path}")
+
+
+def test_a_weight_that_is_missing_is_named_with_what_may_be_it(tmp_path):
+    """As of a whole AltCLIP, whose file transformers reads by the names of its text side."""
+    import transformers as t
+    from safetensors.torch import load_file, save_file
+
+    t.CLIPVisionModel(t.CLIPVisionConfig(**SMALL)).save_pretrained(tmp_path)
+    square(t).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("layers.1.", "layer.1."): tensor for name, tensor in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"missing, as (\S+)layers\.1\.(\S+), in whose place the file has \S*layer\.1\.\2$"
+    ):
+        load_tower(f"hf:{tmp_path}")
+
+
 def test_a_processor_that_gives_no_pixels_is_refused_by_name(tmp_path):
     import transformers as t
 
