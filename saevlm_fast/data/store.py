@@ -141,9 +141,7 @@ def read_index(path: str | os.PathLike[str]) -> StoreIndex:
     folder = Path(path)
     if not (folder / "index.json").is_file():
         named = _meant(folder)
-        hint = (
-            f"; {', '.join(named[:4])} {'is' if len(named) == 1 else 'are'} in it: name what is meant" if named else ""
-        )
+        hint = f"; name what is meant of {', '.join(named[:4])} in it" if named else ""
         raise ActivationError(f"{path}: no index.json in it: not a store of activations or codes{hint}")
     return read_index_file(folder / "index.json")
 
