@@ -14,7 +14,7 @@ from torch import nn
 
 from saevlm_fast.errors import require
 from saevlm_fast.towers.families import check_called, check_read, most_tokens, special, tower_prefix, vision_class
-from saevlm_fast.towers.hub import local_or_hub
+from saevlm_fast.towers.hub import local_or_hub, weight_names
 from saevlm_fast.towers.preprocess import described, transformers_preprocess
 from saevlm_fast.towers.tower import Anatomy, Tower
 
@@ -77,6 +77,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
         names = {name for name, _ in model.named_parameters()}
         if not missing:
             check_unused(names, unused, spec)
+            check_once(names, weight_names(name), prefix, spec)
             return model
         if (found := prefix_in_file(names, missing, unused, spec)) and found not in tried:
             tried.add(prefix := found)
@@ -124,6 +125,16 @@ def prefix_in_file(names: Collection[str], missing: Collection[str], unused: Col
     for name in twice:
         raise ValueError(f"{spec}: the file holds {len(twice)} weights twice, as {name} and {prefix}{name}")
     return re.escape(prefix)
+
+
+def check_once(names: Collection[str], in_files: Collection[str], prefix: str, spec: str) -> None:
+    """ValueError: the files hold a weight of the model behind the prefix, a pattern, and without it: transformers takes
+    one of them, in silence."""
+    bare = {re.sub(f"^{prefix}", "", name): name for name in in_files if re.match(prefix, name)}
+    found = set(in_files) & bare.keys()
+    twice = sorted(each for each in found if any(each == name or each.endswith(f".{name}") for name in names))
+    for name in twice:
+        raise ValueError(f"{spec}: the file holds {len(twice)} weights twice, as {name} and {bare[name]}")
 
 
 def check_unused(names: Collection[str], unused: Iterable[str], spec: str) -> None:
