@@ -107,7 +107,7 @@ GOALS = [
     beside(65536, "sparsify", 4.5),
     beside(65536, "dictionary-learning", 6.0),
     *(beside(16384, library, 5.0) for library in ("sparsify", "dictionary-learning")),
-    time_of("TopK encode, 65,536 latents", 1.05, "topk encode", "clip-l14-x64", "saevlm_fast"),
+    time_of("TopK encode, 65,536 latents", 1.05, "topk encode", "d_sae 65536", "captured"),
     pairs("cosine", "N=10000, K=1024", 0.7),
     pairs("cosine", "N=20000, K=4096", 3.6),
     pairs("rbf", "N=10000, K=1024", 4.5),

@@ -79,7 +79,7 @@ def test_goals_beside_what_was_measured():
         result(*step, "captured", 0.8),
         result("matryoshka training step", "d_sae 16384", "captured", 1.04),
         result(*step, "sparsify", 5.0, this_over_ours=5.04, dtype="bfloat16", duties="many"),
-        result("topk encode", "clip-l14-x64", "saevlm_fast", 0.9, dtype="bfloat16"),
+        result("topk encode", "d_sae 65536", "captured", 0.9, dtype="bfloat16"),
         result("pair sums of raw neurons, rbf", "N=10000, K=1024", "pairwise", 0.0, failed="wrong"),
     ]
     run = {"device": "chip", "settings": {"d_sae": "16384"}, "steps_per_second": 437.0, "eager_share": 1.0}
