@@ -8,6 +8,7 @@ replayed graphs.
 
 import argparse
 import dataclasses
+import functools
 import re
 import statistics
 from collections import Counter
@@ -33,9 +34,10 @@ SHOWN = 40
 NO_STEP = 1e-30  # a learning rate
 
 
-def planted_batches(rows: int, d_in: int, device: str = "cuda", n_batches: int = N_BATCHES) -> list[Tensor]:
+@functools.cache
+def planted_batches(rows: int, d_in: int, device: str = "cuda") -> list[Tensor]:
     """Batches [B, d_in] of planted concepts, divided by the norm factor."""
-    x_ND = planted_rows(n_batches * rows, d_in, device)
+    x_ND = planted_rows(N_BATCHES * rows, d_in, device)
     return list((x_ND / x_ND.square().sum(1).mean().sqrt()).split(rows))
 
 
