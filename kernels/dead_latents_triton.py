@@ -311,7 +311,7 @@ def dacts_kernel(
     tl.store(p_half + n_dead, lo, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["add"])
 def gradient_kernel(
     acts_ptr,
     r_hi_ptr,
@@ -382,7 +382,7 @@ def finish_kernel(
     m_d = o_d < d_in
     g = tl.zeros([BLOCK_D], dtype=tl.float32)
     for part in range(n_parts):
-        g += tl.load(parts_ptr + (part * n_dead.to(tl.int64) + a) * d_in + o_d, mask=m_d, other=0.0)
+        g += tl.load(parts_ptr + (part * n_dead + a) * d_in + o_d, mask=m_d, other=0.0)
     g *= tl.load(scale_ptr)
     if PROJECT:
         latent = tl.minimum(tl.load(latents_ptr + a), d_sae - 1)

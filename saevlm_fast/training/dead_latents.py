@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saevlm_fast.kernels.common import on_gpu
 from saevlm_fast.kernels.latent_gradient import RowGradient, dense_gradient_rows
 from saevlm_fast.sae import SparseAutoencoder
 
@@ -94,6 +95,11 @@ def auxiliary(
     n_rows, d_in = x_BD.shape
     if len(dead.latents_A) == 0:
         return None
+    if on_gpu(x_BD) and x_BD.dtype == torch.float32:
+        from saevlm_fast.training.dead_latents_gpu import gpu_auxiliary
+
+        number = torch.as_tensor(dead.number, device=x_BD.device)
+        return Auxiliary(*gpu_auxiliary(sae, x_BD, x_hat_BD, dead.latents_A, number, alpha, frozen))
     residual_BD, centred_BD = x_BD - x_hat_BD, x_BD - sae.b_dec.detach()
     dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
     variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows
