@@ -1,6 +1,6 @@
 """Triton kernels of the auxiliary loss: dead latents reconstruct the residual (training/dead_latents.py).
 
-    rows      x - b_dec split in two, sums of the residual                          rows_kernel
+    rows      x - b_dec split in two, sums of the residual, its variance            rows_kernel, scalars_kernel
     latents   W_enc's and W_dec's rows of dead latents, split in two                latents_kernel
     acts      relu((x - b_dec) W_enc + b_enc)                                       acts_kernel
     keep      the largest of every row, split in two where they stood               keep_kernel
@@ -9,7 +9,7 @@
     W_dec     acts^T error                                                          gradient_kernel
     dacts     error W_dec^T where a latent is active, split in two in acts' place   dacts_kernel
     W_enc     dacts^T (x - b_dec)                                                   gradient_kernel
-    finish    parts added up, scaled, projected; squared norms                      finish_kernel
+    finish    parts added up, scaled, projected; squared norms                      finish_kernel, numbers_kernel
 
 Products are those of split_product_triton.py. A row b of acts is kept times a power of two, P_b, and so is one of
 x - b_dec, C_b. Where the batch is summed over, both factors must have the opposite one: the error is kept times g / P_b,
@@ -63,6 +63,48 @@ def rows_kernel(
         tl.store(inverse_ptr + row, inverse)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * d_in + o_d, sums, mask=m_d)
     tl.store(squares_ptr + tl.program_id(0), tl.sum(squares, axis=0))
+
+
+@triton.jit(do_not_specialize=["n_sums", "n_rows"])
+def scalars_kernel(
+    sums_ptr,
+    squares_ptr,
+    number_ptr,
+    parts_ptr,
+    counter_ptr,
+    scalars_ptr,
+    n_sums,
+    n_rows,
+    d_in,
+    alpha,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """scalars, float64: 1 / (n variance), and 2 alpha times that; 0 where there is no variance, or no dead latent.
+
+    Columns are shared among programs; the last to come adds up.
+    """
+    o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_p = tl.arange(0, BLOCK_P)
+    sums = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float64)
+    for first in range(0, n_sums, BLOCK_P):
+        m = (first + o_p < n_sums)[:, None] & (o_d < d_in)[None, :]
+        sums += tl.load(sums_ptr + (first + o_p)[:, None] * d_in + o_d[None, :], mask=m, other=0.0)
+    sum_D = tl.sum(sums, axis=0)
+    tl.store(parts_ptr + tl.program_id(0), tl.sum(sum_D * sum_D, axis=0))
+    tl.debug_barrier()  # what all wrote comes before the tick
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        o = tl.arange(0, PROGRAMS)
+        means = tl.sum(tl.load(parts_ptr + o, mask=o < tl.num_programs(0), other=0.0, volatile=True), axis=0)
+        squares = tl.zeros([BLOCK_P], dtype=tl.float64)
+        for first in range(0, n_sums, BLOCK_P):
+            squares += tl.load(squares_ptr + first + o_p, mask=first + o_p < n_sums, other=0.0)
+        n_variance = tl.sum(squares, axis=0) - means / n_rows
+        defined = (n_variance > 0) & (tl.load(number_ptr) > 0)
+        inverse = tl.where(defined, 1.0 / n_variance, 0.0)
+        tl.store(scalars_ptr, inverse)
+        tl.store(scalars_ptr + 1, inverse * (2.0 * alpha))
 
 
 @triton.jit
@@ -361,32 +403,81 @@ def gradient_kernel(
     tl.store(p_part, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_parts"])
+@triton.jit(do_not_specialize=["n_parts", "n_tiles"])
 def finish_kernel(
     parts_ptr,
     latents_ptr,
     W_dec_ptr,
-    scale_ptr,
+    scalars_ptr,
+    sums_ptr,
     rows_ptr,
     squares_ptr,
+    b_enc_ptr,
     n_parts,
+    n_tiles,
     n_dead,
     d_sae,
     d_in,
-    PROJECT: tl.constexpr,
+    DECODER: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """rows [A, D]: parts added up and scaled, less their part along W_dec's row; squares [A]."""
-    a = tl.program_id(0).to(tl.int64)
+    """rows [sides, A, D]: parts added up and scaled; squares [sides, A] of them; b_enc [A] from sums of tiles.
+
+    DECODER: the side that is W_dec's, whose part along W_dec's row is taken off.
+    """
+    a, side = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
+    scale = tl.load(scalars_ptr + 1).to(tl.float32)
     g = tl.zeros([BLOCK_D], dtype=tl.float32)
     for part in range(n_parts):
-        g += tl.load(parts_ptr + (part * n_dead + a) * d_in + o_d, mask=m_d, other=0.0)
-    g *= tl.load(scale_ptr)
-    if PROJECT:
+        g += tl.load(parts_ptr + ((side * n_parts + part) * n_dead + a) * d_in + o_d, mask=m_d, other=0.0)
+    g *= scale
+    if side == DECODER:
         latent = tl.minimum(tl.load(latents_ptr + a), d_sae - 1)
         w = tl.load(W_dec_ptr + latent * d_in + o_d, mask=m_d, other=0.0)
         g -= tl.sum(g * w, axis=0) * w
-    tl.store(rows_ptr + a * d_in + o_d, g, mask=m_d)
-    tl.store(squares_ptr + a, tl.sum(g * g, axis=0))
+    tl.store(rows_ptr + (side * n_dead + a) * d_in + o_d, g, mask=m_d)
+    tl.store(squares_ptr + side * n_dead + a, tl.sum(g * g, axis=0))
+    if side == 0:
+        o_t = tl.arange(0, TILES)
+        sums = tl.zeros([TILES], dtype=tl.float32)
+        for first in range(0, n_tiles, TILES):
+            m_t = first + o_t < n_tiles
+            sums += tl.load(sums_ptr + (first + o_t) * n_dead + a, mask=m_t, other=0.0)
+        tl.store(b_enc_ptr + a, tl.sum(sums, axis=0) * scale)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def numbers_kernel(
+    row_squares_ptr,
+    squares_ptr,
+    b_enc_ptr,
+    scalars_ptr,
+    numbers_ptr,
+    n_rows,
+    n_dead,
+    SIDES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """numbers [4]: the loss; squared norms of all gradients, and of every side's."""
+    o = tl.arange(0, BLOCK)
+    loss = tl.zeros([BLOCK], dtype=tl.float64)
+    for first in range(0, n_rows, BLOCK):
+        loss += tl.load(row_squares_ptr + first + o, mask=first + o < n_rows, other=0.0).to(tl.float64)
+    tl.store(numbers_ptr, (tl.sum(loss, axis=0) * tl.load(scalars_ptr)).to(tl.float32))
+    biases = tl.zeros([BLOCK], dtype=tl.float64)
+    for first in range(0, n_dead, BLOCK):
+        b = tl.load(b_enc_ptr + first + o, mask=first + o < n_dead, other=0.0).to(tl.float64)
+        biases += b * b
+    total = tl.sum(biases, axis=0)
+    for side in tl.static_range(SIDES):
+        squares = tl.zeros([BLOCK], dtype=tl.float64)
+        for first in range(0, n_dead, BLOCK):
+            p = squares_ptr + side * n_dead + first + o
+            squares += tl.load(p, mask=first + o < n_dead, other=0.0).to(tl.float64)
+        of_side = tl.sum(squares, axis=0)
+        tl.store(numbers_ptr + 2 + side, of_side.to(tl.float32))
+        total += of_side
+    tl.store(numbers_ptr + 1, total.to(tl.float32))

@@ -3,8 +3,8 @@
     v = (hi + lo) * inverse,  hi = fp16(v / inverse),  lo = fp16(v / inverse - hi),  inverse a power of two
     <a, b> = sum of stretches of <a_hi, b_hi> + <a_hi, b_lo> + <a_lo, b_hi>
 
-Left out is a_lo b_lo, 2^-22 of a term. Tensor cores cut what they add up: a stretch is short, and stretches are added in
-float32 outside. docs/kernels.md section 4
+Left out is a_lo b_lo, 2^-22 of a term. Tensor cores cut what they add up: a stretch is short, and stretches are added
+outside, in float32. docs/kernels.md section 4
 """
 
 import triton

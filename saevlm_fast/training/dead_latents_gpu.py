@@ -33,8 +33,8 @@ class Split(NamedTuple):
         hi, lo = torch.empty(2, n_rows, width, dtype=torch.float16, device=device)
         return cls(hi, lo, torch.empty(n_rows, dtype=torch.float32, device=device))
 
-    def rows(self, start: int, stop: int) -> "Split":
-        return Split(*(t[start:stop] for t in self))
+    def rows(self, rows: slice) -> "Split":
+        return Split(*(t[rows] for t in self))
 
 
 def tile_config(capability: tuple[int, int]) -> dict[str, Any]:
@@ -56,6 +56,26 @@ def row_launch(width: int) -> dict[str, int]:
     return {"BLOCK_D": block, "num_warps": min(max(block // 256, 4), 16)}
 
 
+class GpuAuxiliary(NamedTuple):
+    """(loss, squared norm of all gradients) [2]; gradients of W_enc and W_dec, None of frozen ones; b_enc's [A]."""
+
+    numbers: Tensor
+    W_enc: RowGradient | None
+    W_dec: RowGradient | None
+    b_enc_A: Tensor
+
+
+class Batch(NamedTuple):
+    """What products take of a batch: x - b_dec, rows of W_enc and W_dec of dead latents, b_enc."""
+
+    x_BD: Tensor
+    x_hat_BD: Tensor
+    c: Split
+    enc: Split
+    dec: Split
+    b_enc_A: Tensor
+
+
 def gpu_auxiliary(
     sae: SparseAutoencoder,
     x_BD: Tensor,
@@ -64,122 +84,173 @@ def gpu_auxiliary(
     number: Tensor,
     alpha: float,
     frozen: str | None = None,
-) -> tuple[Tensor, RowGradient | None, RowGradient | None, Tensor]:
-    """dead_latents.auxiliary, as a tuple."""
+) -> GpuAuxiliary:
+    """dead_latents.auxiliary of float32 tensors."""
     (n_rows, d_in), n_dead, device, tile = x_BD.shape, len(latents_A), x_BD.device, product_config(x_BD.device)
-    x_hat_BD = x_hat_BD.contiguous()
-    x_BD = x_BD if x_BD.stride(1) == 1 else x_BD.contiguous()
-    row = row_launch(d_in)
-    W_enc_SD, W_dec_SD = sae.W_enc.detach().T, sae.W_dec.detach()
-    d_sae = len(W_dec_SD)
+    batch, scalars = _prepared(sae, x_BD, x_hat_BD, latents_A, number, alpha)
+    size = min(n_rows, max(1, MOST_ELEMENTS // n_dead))
+    starts = range(0, n_rows, size)
+    tiles_m = triton.cdiv(size, tile["BLOCK_M"])
+    n_parts, part_size = parts_of(size, n_dead, d_in, tile, multiprocessors(device))
+    sides = [name for name in ("W_dec", "W_enc") if name != frozen]
+    parts_GPAD = torch.empty(len(sides), n_parts, n_dead, d_in, dtype=torch.float32, device=device)
+    parts = dict(zip(sides, parts_GPAD))
+    memory = _Memory.empty(size, n_dead, d_in, device)
+    sums_TA = torch.empty(len(starts) * tiles_m, n_dead, dtype=torch.float32, device=device)
+    row_squares_B = torch.empty(n_rows, dtype=torch.float32, device=device)
+    largest = torch.zeros(len(starts), 2, dtype=torch.int32, device=device)
+    for i, start in enumerate(starts):
+        rows = slice(start, min(start + size, n_rows))
+        part = batch._replace(x_BD=x_BD[rows], x_hat_BD=x_hat_BD[rows], c=batch.c.rows(rows))
+        sums = sums_TA[i * tiles_m : (i + 1) * tiles_m]
+        _block(part, memory, largest[i], row_squares_B[rows], sums, parts, part_size, i, tile)
+    n_tiles = (len(starts) - 1) * tiles_m + triton.cdiv(n_rows - starts[-1], tile["BLOCK_M"])
+    return _finished(sae, latents_A, parts_GPAD, scalars, sums_TA[:n_tiles], row_squares_B, sides)
 
-    c = Split.empty(n_rows, d_in, device)
-    n_programs = triton.cdiv(n_rows, ROWS)
-    sums_PD = torch.empty(n_programs, d_in, dtype=torch.float64, device=device)
-    squares_P = torch.empty(n_programs, dtype=torch.float64, device=device)
-    kernels.rows_kernel[(n_programs,)](
+
+def _prepared(
+    sae: SparseAutoencoder, x_BD: Tensor, x_hat_BD: Tensor, latents_A: Tensor, number: Tensor, alpha: float
+) -> tuple[Batch, Tensor]:
+    """What products take, and the scalars of scalars_kernel."""
+    (n_rows, d_in), n_dead, device, row = x_BD.shape, len(latents_A), x_BD.device, row_launch(x_BD.shape[1])
+    c, enc, dec = (Split.empty(n, d_in, device) for n in (n_rows, n_dead, n_dead))
+    n_sums, block_d = triton.cdiv(n_rows, ROWS), 32
+    n_programs = triton.cdiv(d_in, block_d)
+    sums_PD = torch.empty(n_sums, d_in, dtype=torch.float64, device=device)
+    squares_P, parts = torch.empty(n_sums + n_programs, dtype=torch.float64, device=device).split([n_sums, n_programs])
+    kernels.rows_kernel[(n_sums,)](
         x_BD, x_hat_BD, sae.b_dec.detach(), *c, sums_PD, squares_P, x_BD.stride(0), n_rows, d_in, ROWS=ROWS, **row
     )
-    variance = (squares_P.sum() - sums_PD.sum(0).square().sum() / n_rows) / n_rows
-    defined = (variance > 0) & (number > 0)
-    scale = torch.where(defined, 2 * alpha / (n_rows * variance), 0).float()
-
-    enc, dec, bias_A = (
-        Split.empty(n_dead, d_in, device),
-        Split.empty(n_dead, d_in, device),
-        torch.empty(n_dead, dtype=torch.float32, device=device),
+    scalars, counter = (
+        torch.empty(2, dtype=torch.float64, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
     )
+    kernels.scalars_kernel[(n_programs,)](
+        sums_PD,
+        squares_P,
+        number,
+        parts,
+        counter,
+        scalars,
+        n_sums,
+        n_rows,
+        d_in,
+        alpha,
+        BLOCK_P=32,
+        BLOCK_D=block_d,
+        PROGRAMS=triton.next_power_of_2(n_programs),
+    )
+    b_enc_A = torch.empty(n_dead, dtype=torch.float32, device=device)
+    W_enc_SD, b_enc_S, W_dec_SD = sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach()
     kernels.latents_kernel[(n_dead,)](
-        latents_A, W_enc_SD, sae.b_enc.detach(), W_dec_SD, *enc, bias_A, dec.hi, dec.lo, d_sae, d_in, **row
+        latents_A, W_enc_SD, b_enc_S, W_dec_SD, *enc, b_enc_A, dec.hi, dec.lo, len(W_dec_SD), d_in, **row
     )
-    block = min(n_rows, max(1, MOST_ELEMENTS // n_dead))
-    acts_BA = torch.empty(block, n_dead, dtype=torch.float32, device=device)
-    inverse_B = torch.empty(block, dtype=torch.float32, device=device)
-    error = Split.empty(block, d_in, device)
-    error_BD = torch.empty(block, d_in, dtype=torch.float32, device=device)
-    row_squares_B = torch.empty(n_rows, dtype=torch.float32, device=device)
-    BM, BN = tile["BLOCK_M"], tile["BLOCK_N"]
-    n_tiles = triton.cdiv(n_dead, BM) * triton.cdiv(d_in, BN)
-    n_parts = max(1, min(2 * multiprocessors(device) // n_tiles, block // 256))
-    size = triton.cdiv(triton.cdiv(block, n_parts), tile["BLOCK_K"]) * tile["BLOCK_K"]
-    n_parts = triton.cdiv(block, size)
-    parts = {
-        name: None if frozen == name else torch.zeros(n_parts, n_dead, d_in, dtype=torch.float32, device=device)
-        for name in ("W_enc", "W_dec")
-    }
-    n_blocks, tiles_m = triton.cdiv(n_rows, block), triton.cdiv(block, BM)
-    sums_TA = torch.zeros(n_blocks * tiles_m, n_dead, dtype=torch.float32, device=device)
-    largest = torch.zeros(n_blocks, 2, dtype=torch.int32, device=device)
-    k = d_in // 2
-    for i in range(n_blocks):
-        start, stop = i * block, min((i + 1) * block, n_rows)
-        x, x_hat, c_block, n = x_BD[start:stop], x_hat_BD[start:stop], c.rows(start, stop), stop - start
-        tiles_a, tiles_d = triton.cdiv(n_dead, BN), triton.cdiv(d_in, BN)
-        tiles_b = triton.cdiv(n, BM)
-        kernels.acts_kernel[(tiles_b * tiles_a,)](*c_block, *enc, bias_A, acts_BA, n, n_dead, d_in, **tile)
-        keep = triton.next_power_of_2(n_dead)
-        kernels.keep_kernel[(n,)](acts_BA, inverse_B, n_dead, k, BLOCK=keep, num_warps=min(max(keep // 1024, 4), 32))
-        kernels.error_kernel[(tiles_b * tiles_d,)](
-            acts_BA, inverse_B, dec.hi, dec.lo, x, x_hat, error_BD, largest[i], x.stride(0), n, n_dead, d_in, **tile
-        )
-        kernels.error_rows_kernel[(n,)](
-            error_BD, inverse_B, c_block.inverse, error.hi, error.lo, row_squares_B[start:stop], largest[i], d_in, **row
-        )
-        grid = (n_tiles, n_parts)
-        if parts["W_dec"] is not None:
-            kernels.gradient_kernel[grid](
-                acts_BA, error.hi, error.lo, largest[i], parts["W_dec"], n, n_dead, d_in, size, i, TOP=9, **tile
+    return Batch(x_BD, x_hat_BD, c, enc, dec, b_enc_A), scalars
+
+
+def parts_of(n_rows: int, n_dead: int, d_in: int, tile: dict[str, Any], processors: int) -> tuple[int, int]:
+    """(parts, rows of each) into which sums over rows are cut, so that few dead latents keep all processors busy."""
+    n_tiles = triton.cdiv(n_dead, tile["BLOCK_M"]) * triton.cdiv(d_in, tile["BLOCK_N"])
+    n_parts = max(1, min(2 * processors // n_tiles, n_rows // 256))
+    size = triton.cdiv(triton.cdiv(n_rows, n_parts), tile["BLOCK_K"]) * tile["BLOCK_K"]
+    return triton.cdiv(n_rows, size), size
+
+
+class _Memory(NamedTuple):
+    """Of a block of rows: acts, where also dacts are kept, their scales, the error, and the same split."""
+
+    acts_BA: Tensor
+    inverse_B: Tensor
+    error_BD: Tensor
+    error: Split
+
+    @classmethod
+    def empty(cls, n_rows: int, n_dead: int, d_in: int, device: torch.device) -> "_Memory":
+        shapes = (n_rows, n_dead), (n_rows,), (n_rows, d_in)
+        floats = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+        return cls(*floats, Split.empty(n_rows, d_in, device))
+
+
+def _block(
+    batch: Batch,
+    memory: _Memory,
+    largest: Tensor,
+    squares_B: Tensor,
+    sums_TA: Tensor,
+    parts: dict[str, Tensor],
+    part_size: int,
+    add: int,
+    tile: dict[str, Any],
+) -> None:
+    """Writes a block's part of squares, sums and gradients."""
+    (n_rows, d_in), n_dead, (acts_BA, inverse_B, error_BD, error) = batch.x_BD.shape, len(batch.b_enc_A), memory
+    sizes, row = (n_rows, n_dead, d_in), row_launch(d_in)
+    tiles_b = triton.cdiv(n_rows, tile["BLOCK_M"])
+    tiles_a, tiles_d = (triton.cdiv(n, tile["BLOCK_N"]) for n in (n_dead, d_in))
+    kernels.acts_kernel[(tiles_b * tiles_a,)](*batch.c, *batch.enc, batch.b_enc_A, acts_BA, *sizes, **tile)
+    keep = triton.next_power_of_2(n_dead)
+    warps = min(max(keep // 1024, 4), 32)
+    kernels.keep_kernel[(n_rows,)](acts_BA, inverse_B, n_dead, d_in // 2, BLOCK=keep, num_warps=warps)
+    dec, stride_x = (batch.dec.hi, batch.dec.lo), batch.x_BD.stride(0)
+    kernels.error_kernel[(tiles_b * tiles_d,)](
+        acts_BA, inverse_B, *dec, batch.x_BD, batch.x_hat_BD, error_BD, largest, stride_x, *sizes, **tile
+    )
+    halves = error.hi, error.lo
+    kernels.error_rows_kernel[(n_rows,)](error_BD, inverse_B, batch.c.inverse, *halves, squares_B, largest, d_in, **row)
+    for name, rows, found, top in (("W_dec", error, largest, 9), ("W_enc", batch.c, largest[1:], 14)):
+        if name == "W_enc":
+            kernels.dacts_kernel[(tiles_b * tiles_a,)](
+                *halves, *dec, inverse_B, batch.c.inverse, largest, acts_BA, sums_TA, *sizes, **tile
             )
-        kernels.dacts_kernel[(tiles_b * tiles_a,)](
-            error.hi,
-            error.lo,
-            dec.hi,
-            dec.lo,
-            inverse_B,
-            c_block.inverse,
-            largest[i],
-            acts_BA,
-            sums_TA[i * tiles_m :],
-            n,
-            n_dead,
-            d_in,
-            **tile,
-        )
-        if parts["W_enc"] is not None:
+        if name in parts:
+            grid = triton.cdiv(n_dead, tile["BLOCK_M"]) * tiles_d, len(parts[name])
             kernels.gradient_kernel[grid](
-                acts_BA,
-                c_block.hi,
-                c_block.lo,
-                largest[i, 1:],
-                parts["W_enc"],
-                n,
-                n_dead,
-                d_in,
-                size,
-                i,
-                TOP=14,
-                **tile,
+                acts_BA, rows.hi, rows.lo, found, parts[name], *sizes, part_size, add, TOP=top, **tile
             )
-    aux = torch.where(defined, row_squares_B.sum(dtype=torch.float64) / n_rows / variance, 0).float()
-    gradients = {}
-    for name, parts_PAD in parts.items():
-        if parts_PAD is None:
-            gradients[name] = None
-            continue
-        rows_AD, squares_A = torch.empty(n_dead, d_in, device=device), torch.empty(n_dead, device=device)
-        kernels.finish_kernel[(n_dead,)](
-            parts_PAD,
-            latents_A,
-            W_dec_SD,
-            scale,
-            rows_AD,
-            squares_A,
-            n_parts,
-            n_dead,
-            d_sae,
-            d_in,
-            PROJECT=name == "W_dec",
-            **row,
-        )
-        gradients[name] = RowGradient(latents_A, rows_AD, squares_A.sum())
-    return aux, gradients["W_enc"], gradients["W_dec"], sums_TA.sum(0) * scale
+
+
+def _finished(
+    sae: SparseAutoencoder,
+    latents_A: Tensor,
+    parts_GPAD: Tensor,
+    scalars: Tensor,
+    sums_TA: Tensor,
+    row_squares_B: Tensor,
+    sides: list[str],
+) -> GpuAuxiliary:
+    n_sides, n_parts, n_dead, d_in = parts_GPAD.shape
+    rows_GAD, squares_GA = torch.empty_like(parts_GPAD[:, 0]), torch.empty_like(parts_GPAD[:, 0, :, 0])
+    b_enc_A, numbers = torch.empty_like(sums_TA[0]), torch.empty(4, dtype=torch.float32, device=sums_TA.device)
+    W_dec_SD = sae.W_dec.detach()
+    kernels.finish_kernel[(n_dead, n_sides)](
+        parts_GPAD,
+        latents_A,
+        W_dec_SD,
+        scalars,
+        sums_TA,
+        rows_GAD,
+        squares_GA,
+        b_enc_A,
+        n_parts,
+        len(sums_TA),
+        n_dead,
+        len(W_dec_SD),
+        d_in,
+        DECODER=sides.index("W_dec") if "W_dec" in sides else -1,
+        TILES=32,
+        **row_launch(d_in),
+    )
+    kernels.numbers_kernel[(1,)](
+        row_squares_B,
+        squares_GA,
+        b_enc_A,
+        scalars,
+        numbers,
+        len(row_squares_B),
+        n_dead,
+        SIDES=n_sides,
+        BLOCK=2048,
+        num_warps=8,
+    )
+    rows = {name: RowGradient(latents_A, rows_GAD[i], numbers[2 + i]) for i, name in enumerate(sides)}
+    return GpuAuxiliary(numbers[:2], rows.get("W_enc"), rows.get("W_dec"), b_enc_A)
