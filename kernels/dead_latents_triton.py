@@ -3,7 +3,7 @@
     rows      x - b_dec split in two, sums of the residual, its variance            rows_kernel, scalars_kernel
     latents   W_enc's and W_dec's rows of dead latents, split in two                latents_kernel
     acts      relu((x - b_dec) W_enc + b_enc)                                       acts_kernel
-    keep      the largest of every row, split in two where they stood               keep_kernel
+    keep      the largest of every row, split in two                                keep_kernel, keep_wide_kernel
     error     acts W_dec - residual                                                 error_kernel
     split     the error, split in two                                               error_rows_kernel
     W_dec     acts^T error                                                          gradient_kernel
@@ -12,8 +12,8 @@
     finish    parts added up, scaled, projected; squared norms                      finish_kernel, numbers_kernel
 
 Products are those of split_product_triton.py. A row b of acts is kept times a power of two, P_b, and so is one of
-x - b_dec, C_b. Where the batch is summed over, both factors must have the opposite one: the error is kept times g / P_b,
-dacts times g' / C_b, with one g and one g' for all rows, by the largest of the batch.
+x - b_dec, C_b. Where the batch is summed over, the other factor must have the opposite one: the error is kept times
+g / P_b, dacts times g' / C_b, with one g and one g' for all rows, by the largest of the batch.
 """
 
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .split_product_triton import halves, power_below, power_of_two, scales_of, split_dots, tile_of
 from .topk_encode_choose_triton import value_keys
+from .topk_encode_rows_triton import kth_key_of_row
 
 UNIT = tl.constexpr(2.0**8)  # by which rows of W_dec, which are unit, are scaled
 DACTS = tl.constexpr(14)  # dacts, scaled, are below 2^15
@@ -189,8 +190,18 @@ def acts_kernel(
 
 
 @triton.jit
-def keep_kernel(acts_ptr, inverse_ptr, n_dead, k, BLOCK: tl.constexpr):
-    """A row's k largest, ties to the lower latent, split in two; the others 0. hi and lo take the place of the row."""
+def store_active(split_ptr, row, n_dead, o_a, z, scale):
+    """Splits values of a row: hi [A], then lo [A]."""
+    hi, lo = halves(z * scale)
+    hi = tl.where((z > 0) & (hi == 0), 2.0**-24, hi)  # what is active stays so
+    p_half = split_ptr.to(tl.pointer_type(tl.float16)) + row * 2 * n_dead + o_a
+    tl.store(p_half, hi.to(tl.float16), mask=o_a < n_dead)
+    tl.store(p_half + n_dead, lo, mask=o_a < n_dead)
+
+
+@triton.jit
+def keep_kernel(acts_ptr, split_ptr, inverse_ptr, n_dead, k, BLOCK: tl.constexpr):
+    """A row's k largest, ties to the lower latent, split in two; the others 0. split may be the same memory as acts."""
     row = tl.program_id(0).to(tl.int64)
     o_a = tl.arange(0, BLOCK)
     m_a = o_a < n_dead
@@ -210,12 +221,30 @@ def keep_kernel(acts_ptr, inverse_ptr, n_dead, k, BLOCK: tl.constexpr):
             kept = (keys > threshold) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= wanted))
         z = tl.where(kept, z, 0.0)
     scale, inverse = scales_of(tl.max(z, axis=0))
-    hi, lo = halves(z * scale)
-    hi = tl.where((z > 0) & (hi == 0), 2.0**-24, hi)  # what is active stays so
     tl.debug_barrier()  # the row has been read
-    p_half = acts_ptr.to(tl.pointer_type(tl.float16)) + row * 2 * n_dead + o_a
-    tl.store(p_half, hi.to(tl.float16), mask=m_a)
-    tl.store(p_half + n_dead, lo, mask=m_a)
+    store_active(split_ptr, row, n_dead, o_a, z, scale)
+    tl.store(inverse_ptr + row, inverse)
+
+
+@triton.jit
+def keep_wide_kernel(acts_ptr, split_ptr, inverse_ptr, n_dead, k, BLOCK: tl.constexpr):
+    """The same of a row that does not fit in registers; elsewhere."""
+    row = tl.program_id(0).to(tl.int64)
+    o_b = tl.arange(0, BLOCK)
+    p_z = acts_ptr + row * n_dead
+    key, wanted = kth_key_of_row(p_z, n_dead, k, BLOCK)
+    largest = tl.zeros([BLOCK], dtype=tl.float32)
+    for p in range(0, n_dead, BLOCK):
+        largest = tl.maximum(largest, tl.load(p_z + p + o_b, mask=p + o_b < n_dead, other=0.0))
+    scale, inverse = scales_of(tl.max(largest, axis=0))
+    equal_before = 0
+    for p in range(0, n_dead, BLOCK):
+        z = tl.load(p_z + p + o_b, mask=p + o_b < n_dead, other=0.0)
+        keys = value_keys(z)
+        equal = (keys == key).to(tl.int32)
+        kept = (keys > key) | ((equal > 0) & (equal_before + tl.cumsum(equal, axis=0) <= wanted))
+        store_active(split_ptr, row, n_dead, p + o_b, tl.where(kept, z, 0.0), scale)
+        equal_before += tl.sum(equal, axis=0)
     tl.store(inverse_ptr + row, inverse)
 
 

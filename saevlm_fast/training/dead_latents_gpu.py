@@ -17,7 +17,7 @@ from saevlm_fast.kernels.topk_encode_screen_triton import multiprocessors
 from saevlm_fast.sae import SparseAutoencoder
 
 MOST_ELEMENTS = 64 << 20  # of one [rows, dead] block, 4 bytes each
-LARGEST_IN_REGISTERS = 32768
+MOST_IN_REGISTERS = 32768  # dead latents of a row
 ROWS = 32  # of a program that adds up residuals
 
 
@@ -87,9 +87,10 @@ def gpu_auxiliary(
 ) -> GpuAuxiliary:
     """dead_latents.auxiliary of float32 tensors."""
     (n_rows, d_in), n_dead, device, tile = x_BD.shape, len(latents_A), x_BD.device, product_config(x_BD.device)
-    batch, scalars = _prepared(sae, x_BD, x_hat_BD, latents_A, number, alpha)
     size = min(n_rows, max(1, MOST_ELEMENTS // n_dead))
     starts = range(0, n_rows, size)
+    counter, largest = torch.zeros(1 + 2 * len(starts), dtype=torch.int32, device=device).split([1, 2 * len(starts)])
+    batch, scalars = _prepared(sae, x_BD, x_hat_BD, latents_A, number, alpha, counter)
     tiles_m = triton.cdiv(size, tile["BLOCK_M"])
     n_parts, part_size = parts_of(size, n_dead, d_in, tile, multiprocessors(device))
     sides = [name for name in ("W_dec", "W_enc") if name != frozen]
@@ -98,18 +99,23 @@ def gpu_auxiliary(
     memory = _Memory.empty(size, n_dead, d_in, device)
     sums_TA = torch.empty(len(starts) * tiles_m, n_dead, dtype=torch.float32, device=device)
     row_squares_B = torch.empty(n_rows, dtype=torch.float32, device=device)
-    largest = torch.zeros(len(starts), 2, dtype=torch.int32, device=device)
     for i, start in enumerate(starts):
         rows = slice(start, min(start + size, n_rows))
         part = batch._replace(x_BD=x_BD[rows], x_hat_BD=x_hat_BD[rows], c=batch.c.rows(rows))
         sums = sums_TA[i * tiles_m : (i + 1) * tiles_m]
-        _block(part, memory, largest[i], row_squares_B[rows], sums, parts, part_size, i, tile)
+        _block(part, memory, largest[2 * i :], row_squares_B[rows], sums, parts, part_size, i, tile)
     n_tiles = (len(starts) - 1) * tiles_m + triton.cdiv(n_rows - starts[-1], tile["BLOCK_M"])
     return _finished(sae, latents_A, parts_GPAD, scalars, sums_TA[:n_tiles], row_squares_B, sides)
 
 
 def _prepared(
-    sae: SparseAutoencoder, x_BD: Tensor, x_hat_BD: Tensor, latents_A: Tensor, number: Tensor, alpha: float
+    sae: SparseAutoencoder,
+    x_BD: Tensor,
+    x_hat_BD: Tensor,
+    latents_A: Tensor,
+    number: Tensor,
+    alpha: float,
+    counter: Tensor,
 ) -> tuple[Batch, Tensor]:
     """What products take, and the scalars of scalars_kernel."""
     (n_rows, d_in), n_dead, device, row = x_BD.shape, len(latents_A), x_BD.device, row_launch(x_BD.shape[1])
@@ -121,10 +127,7 @@ def _prepared(
     kernels.rows_kernel[(n_sums,)](
         x_BD, x_hat_BD, sae.b_dec.detach(), *c, sums_PD, squares_P, x_BD.stride(0), n_rows, d_in, ROWS=ROWS, **row
     )
-    scalars, counter = (
-        torch.empty(2, dtype=torch.float64, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-    )
+    scalars = torch.empty(2, dtype=torch.float64, device=device)
     kernels.scalars_kernel[(n_programs,)](
         sums_PD,
         squares_P,
@@ -157,18 +160,23 @@ def parts_of(n_rows: int, n_dead: int, d_in: int, tile: dict[str, Any], processo
 
 
 class _Memory(NamedTuple):
-    """Of a block of rows: acts, where also dacts are kept, their scales, the error, and the same split."""
+    """Of a block of rows: acts, the same split (in their place where a row fits in registers; dacts take it over), the
+    scales of their rows, the error, and the same split."""
 
     acts_BA: Tensor
+    split_BA: Tensor
     inverse_B: Tensor
     error_BD: Tensor
     error: Split
 
     @classmethod
     def empty(cls, n_rows: int, n_dead: int, d_in: int, device: torch.device) -> "_Memory":
-        shapes = (n_rows, n_dead), (n_rows,), (n_rows, d_in)
-        floats = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
-        return cls(*floats, Split.empty(n_rows, d_in, device))
+        acts_BA = torch.empty(n_rows, n_dead, dtype=torch.float32, device=device)
+        in_place = n_dead <= MOST_IN_REGISTERS
+        rest = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((n_rows,), (n_rows, d_in)))
+        return cls(
+            acts_BA, acts_BA if in_place else torch.empty_like(acts_BA), *rest, Split.empty(n_rows, d_in, device)
+        )
 
 
 def _block(
@@ -183,30 +191,44 @@ def _block(
     tile: dict[str, Any],
 ) -> None:
     """Writes a block's part of squares, sums and gradients."""
-    (n_rows, d_in), n_dead, (acts_BA, inverse_B, error_BD, error) = batch.x_BD.shape, len(batch.b_enc_A), memory
+    (n_rows, d_in), n_dead, (acts_BA, split_BA, inverse_B, error_BD, error) = (
+        batch.x_BD.shape,
+        len(batch.b_enc_A),
+        memory,
+    )
     sizes, row = (n_rows, n_dead, d_in), row_launch(d_in)
     tiles_b = triton.cdiv(n_rows, tile["BLOCK_M"])
     tiles_a, tiles_d = (triton.cdiv(n, tile["BLOCK_N"]) for n in (n_dead, d_in))
     kernels.acts_kernel[(tiles_b * tiles_a,)](*batch.c, *batch.enc, batch.b_enc_A, acts_BA, *sizes, **tile)
-    keep = triton.next_power_of_2(n_dead)
-    warps = min(max(keep // 1024, 4), 32)
-    kernels.keep_kernel[(n_rows,)](acts_BA, inverse_B, n_dead, d_in // 2, BLOCK=keep, num_warps=warps)
+    _keep_largest(acts_BA, split_BA, inverse_B, n_rows, d_in // 2)
     dec, stride_x = (batch.dec.hi, batch.dec.lo), batch.x_BD.stride(0)
     kernels.error_kernel[(tiles_b * tiles_d,)](
-        acts_BA, inverse_B, *dec, batch.x_BD, batch.x_hat_BD, error_BD, largest, stride_x, *sizes, **tile
+        split_BA, inverse_B, *dec, batch.x_BD, batch.x_hat_BD, error_BD, largest, stride_x, *sizes, **tile
     )
     halves = error.hi, error.lo
     kernels.error_rows_kernel[(n_rows,)](error_BD, inverse_B, batch.c.inverse, *halves, squares_B, largest, d_in, **row)
     for name, rows, found, top in (("W_dec", error, largest, 9), ("W_enc", batch.c, largest[1:], 14)):
         if name == "W_enc":
             kernels.dacts_kernel[(tiles_b * tiles_a,)](
-                *halves, *dec, inverse_B, batch.c.inverse, largest, acts_BA, sums_TA, *sizes, **tile
+                *halves, *dec, inverse_B, batch.c.inverse, largest, split_BA, sums_TA, *sizes, **tile
             )
         if name in parts:
             grid = triton.cdiv(n_dead, tile["BLOCK_M"]) * tiles_d, len(parts[name])
             kernels.gradient_kernel[grid](
-                acts_BA, rows.hi, rows.lo, found, parts[name], *sizes, part_size, add, TOP=top, **tile
+                split_BA, rows.hi, rows.lo, found, parts[name], *sizes, part_size, add, TOP=top, **tile
             )
+
+
+def _keep_largest(acts_BA: Tensor, split_BA: Tensor, inverse_B: Tensor, n_rows: int, k: int) -> None:
+    n_dead = acts_BA.shape[1]
+    if n_dead > MOST_IN_REGISTERS:
+        kernels.keep_wide_kernel[(n_rows,)](
+            acts_BA, split_BA, inverse_B, n_dead, min(k, n_dead), BLOCK=2048, num_warps=8
+        )
+        return
+    block = triton.next_power_of_2(n_dead)
+    warps = min(max(block // 1024, 4), 32)
+    kernels.keep_kernel[(n_rows,)](acts_BA, split_BA, inverse_B, n_dead, k, BLOCK=block, num_warps=warps)
 
 
 def _finished(
