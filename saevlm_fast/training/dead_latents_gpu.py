@@ -17,8 +17,9 @@ from saevlm_fast.kernels.topk_encode_screen_triton import multiprocessors
 from saevlm_fast.sae import SparseAutoencoder
 
 MOST_ELEMENTS = 64 << 20  # of one [rows, dead] block, 4 bytes each
-MOST_IN_REGISTERS = 32768  # dead latents of a row
+MOST_IN_REGISTERS = 16384  # dead latents of a row
 ROWS = 32  # of a program that adds up residuals
+KEPT_A_WARP = 1024  # values in registers
 
 
 class Split(NamedTuple):
@@ -227,7 +228,7 @@ def _keep_largest(acts_BA: Tensor, split_BA: Tensor, inverse_B: Tensor, n_rows: 
         )
         return
     block = triton.next_power_of_2(n_dead)
-    warps = min(max(block // 1024, 4), 32)
+    warps = min(max(block // KEPT_A_WARP, 4), 32)
     kernels.keep_kernel[(n_rows,)](acts_BA, split_BA, inverse_B, n_dead, k, BLOCK=block, num_warps=warps)
 
 
