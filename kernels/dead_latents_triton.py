@@ -292,11 +292,12 @@ def error_kernel(
     m_b = o_b < n_rows
     mask = m_b[:, None] & (o_d < d_in)[None, :]
     inverse = tl.load(inverse_ptr + o_b, mask=m_b, other=0.0)
-    row = o_b.to(tl.int64)[:, None]
-    x = tl.load(x_ptr + row * stride_x + o_d[None, :], mask=mask, other=0.0)
-    x_hat = tl.load(x_hat_ptr + row * d_in + o_d[None, :], mask=mask, other=0.0)
-    error = acc * (inverse / UNIT)[:, None] - (x - x_hat)
-    tl.store(error_ptr + row * d_in + o_d[None, :], error, mask=mask)
+    first = tl.min(o_b, axis=0)
+    row, inside = first.to(tl.int64), (o_b - first)[:, None]  # places inside a tile: 32 bits
+    residual = tl.load(x_ptr + row * stride_x + (inside * stride_x + o_d[None, :]), mask=mask, other=0.0)
+    residual -= tl.load(x_hat_ptr + row * d_in + (inside * d_in + o_d[None, :]), mask=mask, other=0.0)
+    error = acc * (inverse / UNIT)[:, None] - residual
+    tl.store(error_ptr + row * d_in + (inside * d_in + o_d[None, :]), error, mask=mask)
     largest = tl.max(tl.max(tl.where(mask, tl.abs(error) * inverse[:, None], 0.0), axis=1), axis=0)
     tl.atomic_max(largest_ptr, largest.to(tl.int32, bitcast=True), sem="relaxed")
 

@@ -77,6 +77,14 @@ class Batch(NamedTuple):
     b_enc_A: Tensor
 
 
+def keep_config(n_dead: int, hip: bool = torch.version.hip is not None) -> tuple[str, dict[str, int]]:
+    """(kernel that keeps the largest of rows of n_dead, its launch)."""
+    block = triton.next_power_of_2(n_dead)
+    if n_dead > (MOST_IN_REGISTERS >> 2 * hip):
+        return "keep_wide_kernel", {"BLOCK": 1024 if hip else 2048, "num_warps": 8}
+    return "keep_kernel", {"BLOCK": block, "num_warps": min(max(block // KEPT_A_WARP, 4), 32)}
+
+
 def gpu_auxiliary(
     sae: SparseAutoencoder,
     x_BD: Tensor,
@@ -173,7 +181,7 @@ class _Memory(NamedTuple):
     @classmethod
     def empty(cls, n_rows: int, n_dead: int, d_in: int, device: torch.device) -> "_Memory":
         acts_BA = torch.empty(n_rows, n_dead, dtype=torch.float32, device=device)
-        in_place = n_dead <= MOST_IN_REGISTERS
+        in_place = keep_config(n_dead)[0] == "keep_kernel"
         rest = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((n_rows,), (n_rows, d_in)))
         return cls(
             acts_BA, acts_BA if in_place else torch.empty_like(acts_BA), *rest, Split.empty(n_rows, d_in, device)
@@ -201,7 +209,8 @@ def _block(
     tiles_b = triton.cdiv(n_rows, tile["BLOCK_M"])
     tiles_a, tiles_d = (triton.cdiv(n, tile["BLOCK_N"]) for n in (n_dead, d_in))
     kernels.acts_kernel[(tiles_b * tiles_a,)](*batch.c, *batch.enc, batch.b_enc_A, acts_BA, *sizes, **tile)
-    _keep_largest(acts_BA, split_BA, inverse_B, n_rows, d_in // 2)
+    keep, config = keep_config(n_dead)
+    getattr(kernels, keep)[(n_rows,)](acts_BA, split_BA, inverse_B, n_dead, min(d_in // 2, n_dead), **config)
     dec, stride_x = (batch.dec.hi, batch.dec.lo), batch.x_BD.stride(0)
     kernels.error_kernel[(tiles_b * tiles_d,)](
         split_BA, inverse_B, *dec, batch.x_BD, batch.x_hat_BD, error_BD, largest, stride_x, *sizes, **tile
@@ -218,18 +227,6 @@ def _block(
             kernels.gradient_kernel[grid](
                 split_BA, rows.hi, rows.lo, found, parts[name], *sizes, part_size, add, TOP=top, **tile
             )
-
-
-def _keep_largest(acts_BA: Tensor, split_BA: Tensor, inverse_B: Tensor, n_rows: int, k: int) -> None:
-    n_dead = acts_BA.shape[1]
-    if n_dead > MOST_IN_REGISTERS:
-        kernels.keep_wide_kernel[(n_rows,)](
-            acts_BA, split_BA, inverse_B, n_dead, min(k, n_dead), BLOCK=2048, num_warps=8
-        )
-        return
-    block = triton.next_power_of_2(n_dead)
-    warps = min(max(block // KEPT_A_WARP, 4), 32)
-    kernels.keep_kernel[(n_rows,)](acts_BA, split_BA, inverse_B, n_dead, k, BLOCK=block, num_warps=warps)
 
 
 def _finished(
