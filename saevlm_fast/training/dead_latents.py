@@ -115,8 +115,8 @@ def auxiliary(
 
         number = torch.as_tensor(dead.number, device=x_BD.device)
         x_BD, x_hat_BD = (t if t.stride(1) == 1 else t.contiguous() for t in (x_BD, x_hat_BD.contiguous()))
-        numbers, *gradients = gpu_auxiliary(sae, x_BD, x_hat_BD, dead.latents_A, number, alpha, frozen)
-        return Auxiliary(numbers[0], *gradients, numbers)
+        found = gpu_auxiliary(sae, x_BD, x_hat_BD, dead.latents_A, number, alpha, frozen)
+        return Auxiliary(found.numbers[0], found.W_enc, found.W_dec, found.b_enc_A, found.numbers)
     residual_BD, centred_BD = x_BD - x_hat_BD, x_BD - sae.b_dec.detach()
     dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
     variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows

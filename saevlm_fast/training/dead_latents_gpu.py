@@ -180,12 +180,13 @@ class _Memory(NamedTuple):
 
     @classmethod
     def empty(cls, n_rows: int, n_dead: int, d_in: int, device: torch.device) -> "_Memory":
-        acts_BA = torch.empty(n_rows, n_dead, dtype=torch.float32, device=device)
-        in_place = keep_config(n_dead)[0] == "keep_kernel"
-        rest = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((n_rows,), (n_rows, d_in)))
-        return cls(
-            acts_BA, acts_BA if in_place else torch.empty_like(acts_BA), *rest, Split.empty(n_rows, d_in, device)
+        acts_BA, inverse_B, error_BD = (
+            torch.empty(shape, dtype=torch.float32, device=device)
+            for shape in ((n_rows, n_dead), (n_rows,), (n_rows, d_in))
         )
+        in_place = keep_config(n_dead)[0] == "keep_kernel"
+        split_BA = acts_BA if in_place else torch.empty_like(acts_BA)
+        return cls(acts_BA, split_BA, inverse_B, error_BD, Split.empty(n_rows, d_in, device))
 
 
 def _block(
