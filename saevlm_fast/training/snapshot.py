@@ -21,7 +21,7 @@ class Snapshot:
 
     def __init__(self, tensors: Mapping[str, Tensor], sae: SparseAutoencoder):
         try:
-            self._tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            self._tensors = _copies(tensors)
         except torch.OutOfMemoryError:
             self._tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         self._sae, self._device = sae, sae.b_dec.device
@@ -36,3 +36,8 @@ class Snapshot:
         copying.wait_event(self._is_made)
         with torch.cuda.device(self._device), torch.cuda.stream(copying):
             return {name: tensor.cpu() for name, tensor in self._tensors.items()}, self._sae.cpu()
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where they are."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
