@@ -159,7 +159,7 @@ def kernel_table(profile: Result) -> str:
     info = profile["extra_info"]
     launches = sum(each["launches"] for each in info["kernels"])
     title = (
-        f"{info['operation']}, {info['case']}: {1e3 * seconds(profile):.3f} ms a replayed step, of which "
+        f"{info['operation']}, {info['case']}: {1e3 * seconds(profile):.3f} ms a replay, of which "
         f"{info['kernels_us'] / 1e3:.3f} ms in {launches:.0f} kernels."
     )
     rows = [[each["kernel"], f"{each['us']:.1f}", f"{each['launches']:g}"] for each in info["kernels"]]
