@@ -3,6 +3,7 @@
 A chip for computing centres multiplies float64 at 50 TFLOP/s and more, above what float32 without tensor cores gives,
 and its sums lose nothing, so a pair costs no more here than in float32.
 
+`launch_prepare` makes the embeddings whose inner products and squared norms give a similarity.
 `launch_column_sums` reads the activations once: their float64 copy, den, and the sums that judge the closed form, in
 parts that `launch_closed_form` adds up.
 `launch_panel_num` is for any similarity: panels of images i against all j from the panel's first image on,
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from .pairwise_similarity_triton import _similarity_tile
 
+PREPARE_BLOCK_N = 4
+PREPARE_BLOCK_E = 256
 PANEL_IMAGES = 1280
 PANEL_COLUMNS = 1 << 15
 PANEL_BLOCK_I = 8
@@ -37,6 +40,47 @@ COLUMN_UNROLL = 8
 CLOSED_BLOCK_K = 8
 CLOSED_BLOCK_E = 128
 NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["n_images"])
+def prepare_kernel(
+    emb_ptr,
+    mean_ptr,
+    out_ptr,
+    sqnorm_ptr,
+    n_images,
+    d_emb,
+    SIMILARITY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """out = e / |e| (cosine; of a zero one NaN), e - mean (rbf) or e (dot), made in float64; sqnorm = |out|^2."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n_images
+    norm = tl.full([BLOCK_N], 1.0, dtype=tl.float64)
+    if SIMILARITY == "cosine":
+        b_square = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float64)
+        for e in range(0, d_emb, BLOCK_E):
+            o_e = e + tl.arange(0, BLOCK_E)
+            mask = m_n[:, None] & (o_e < d_emb)[None, :]
+            b_emb = tl.load(emb_ptr + o_n[:, None] * d_emb + o_e[None, :], mask=mask, other=0.0).to(tl.float64)
+            b_square += b_emb * b_emb
+        norm = tl.sqrt(tl.sum(b_square, axis=1))
+    b_square = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float64)
+    for e in range(0, d_emb, BLOCK_E):
+        o_e = e + tl.arange(0, BLOCK_E)
+        m_e = o_e < d_emb
+        offsets, mask = o_n[:, None] * d_emb + o_e[None, :], m_n[:, None] & m_e[None, :]
+        b_out = tl.load(emb_ptr + offsets, mask=mask, other=0.0).to(tl.float64)
+        if SIMILARITY == "cosine":
+            b_out = b_out / norm[:, None]
+        if SIMILARITY == "rbf":
+            b_out = tl.where(mask, b_out - tl.load(mean_ptr + o_e, mask=m_e, other=0.0)[None, :], 0.0)
+        b_out = b_out.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offsets, b_out, mask=mask)
+        b_wide = tl.where(mask, b_out.to(tl.float64), 0.0)
+        b_square += b_wide * b_wide
+    tl.store(sqnorm_ptr + o_n, tl.sum(b_square, axis=1), mask=m_n)
 
 
 @triton.jit(do_not_specialize=["n_images", "rows"])
@@ -182,6 +226,29 @@ def weigh_panel_kernel(
 
 
 # --- launch wrappers -------------------------------------------------------------------------------------------------
+
+
+def launch_prepare(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """pairwise_similarity.prepare_embeddings, in one pass over them; for rbf another makes their mean."""
+    emb_NE = emb_NE.contiguous()
+    n_images, d_emb = emb_NE.shape
+    prepared_NE = torch.empty_like(emb_NE, dtype=dtype)
+    sqnorm_N = torch.empty(n_images, dtype=dtype, device=emb_NE.device)
+    mean_E = emb_NE.mean(0, dtype=torch.float64) if similarity == "rbf" and n_images > 0 else None
+    if n_images > 0:
+        prepare_kernel[(triton.cdiv(n_images, PREPARE_BLOCK_N),)](
+            emb_NE,
+            mean_E,
+            prepared_NE,
+            sqnorm_N,
+            n_images,
+            d_emb,
+            SIMILARITY=similarity,
+            BLOCK_N=PREPARE_BLOCK_N,
+            BLOCK_E=PREPARE_BLOCK_E,
+            num_warps=NUM_WARPS,
+        )
+    return prepared_NE, sqnorm_N
 
 
 def launch_column_sums(

@@ -13,7 +13,7 @@ from saevlm_fast.kernels.common import on_gpu, zeros_of
 from saevlm_fast.kernels.latent_range import latent_range
 from saevlm_fast.kernels.pairwise_similarity import inner_product_sums, pairwise_gram_sums, pairwise_sums
 from saevlm_fast.kernels.scaled_rows import scaled_rows, scaled_sum
-from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
+from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_update
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 
 if TYPE_CHECKING:  # Triton is not everywhere
@@ -68,12 +68,17 @@ class ActivationRange:
 
     def __init__(self, n_latents: int, device: torch.device) -> None:
         self.n_images = 0
-        self.low_S, self.high_S = torch.zeros(2, n_latents, dtype=torch.float64, device=device)
-        self.n_active_S, self.n_low_S = torch.zeros(2, n_latents, dtype=torch.int64, device=device)
+        zeros_4S = torch.zeros(4, n_latents, dtype=torch.float64, device=device)  # one fill
+        self.low_S, self.high_S = zeros_4S[:2]
+        self.n_active_S, self.n_low_S = zeros_4S[2:].view(torch.int64)
 
     def n_above(self) -> Tensor:
         """Images whose activation is above the minimum."""
-        return self.n_images - self.n_low_S
+        return self.above(self.low_S, self.n_active_S, self.n_low_S)
+
+    def above(self, low_S: Tensor, n_active_S: Tensor, n_low_S: Tensor) -> Tensor:
+        """The same by these numbers, which may be copies on another device."""
+        return self.n_images - n_low_S
 
     def _merge(self, low_S: Tensor, high_S: Tensor, at_low_S: Tensor, n_rows: int) -> Tensor:
         """Takes in the range of n_rows images; returns by how much every minimum fell (0 for the first images)."""
@@ -101,8 +106,8 @@ class CodesRange(ActivationRange):
         self.n_active_S += grouped.offsets_S1.diff()
         return self._merge(low_S, high_S, at_low_S, n_rows)
 
-    def n_above(self) -> Tensor:
-        return torch.where(self.low_S > 0, self.n_images - self.n_low_S, self.n_active_S)
+    def above(self, low_S: Tensor, n_active_S: Tensor, n_low_S: Tensor) -> Tensor:
+        return torch.where(low_S > 0, self.n_images - n_low_S, n_active_S)
 
 
 class DenseRange(ActivationRange):
@@ -147,10 +152,9 @@ class ShiftedSums:
 
     def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device) -> None:
         self.similarity, self.device = similarity, device
-        self.state: StreamedState = streamed_cosine_state(n_latents, d_emb, device)
-        self.n_images = 0
-        zeros = zeros_of(device, (n_latents,), (d_emb,), (), ())
-        self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum = zeros
+        sums = zeros_of(device, (n_latents, d_emb), *[(n_latents,)] * 4, (d_emb,), (), ())  # one fill
+        self.state, self.n_images = StreamedState(*sums[:4]), 0
+        self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum = sums[4:]
 
     def lower(self, drop_S: Tensor) -> None:
         """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring."""

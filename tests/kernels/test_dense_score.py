@@ -126,7 +126,7 @@ def test_a_chunk_is_so_many_launches_and_one_wait(waits):
         streamed = StreamedScore(N_NEURONS)
         streamed.update(acts_NK[:12], emb_NE[:12])
         streamed._of_every_latent()
-    assert sum(counts.values()) == 17, counts
+    assert sum(counts.values()) == 12, counts
     assert len(waits) == 1
     with counted_launches() as counts:
         streamed.update(acts_NK[12:], emb_NE[12:])
