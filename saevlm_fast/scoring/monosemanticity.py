@@ -229,7 +229,7 @@ class StreamedScore:
         )
 
     def _of_every_latent(self) -> tuple[ActivationRange, Tensor]:
-        """The range; and for one copy from a device the bits of num, den, low, high, n_active and n_low, int64 [6, S]."""
+        """The range; and, for one copy from a device, num, den, low, high, n_active and n_low as bits, int64 [6, S]."""
         if self._intake is None:
             seen = ActivationRange(self.n_latents, self.device)
             num_S, den_S = seen.low_S, seen.low_S
