@@ -130,17 +130,21 @@ def merge_pieces_kernel(
     piece_den_ptr,
     piece_total_ptr,
     piece_num_parts_ptr,
+    piece_latents_ptr,
     piece_offsets_ptr,
     n_latents,
     n_pieces,
     d_emb,
     BLOCK_E: tl.constexpr,
 ):
-    """Merges the pieces of one heavy latent into its state, in order; light latents have none and return at once."""
-    latent = tl.program_id(0).to(tl.int64)
+    """The program of a heavy latent's first piece merges them all into its state, in order; the others have nothing."""
+    first = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
-    first = tl.load(piece_offsets_ptr + latent)
-    last = tl.load(piece_offsets_ptr + latent + 1)
+    latent = tl.load(piece_latents_ptr + first)
+    last = first
+    if latent < n_latents:
+        if tl.load(piece_offsets_ptr + latent) == first:
+            last = tl.load(piece_offsets_ptr + latent + 1)
     if first < last:
         o_e = block * BLOCK_E + tl.arange(0, BLOCK_E)
         m_e = o_e < d_emb
@@ -213,7 +217,7 @@ def launch_streamed_update(
         *state, *pieces, *codes, *sizes, HEAVY=heavy, BLOCK_E=block_e, UNROLL=UNROLL, num_warps=NUM_WARPS
     )
     if n_pieces > 0:
-        merge_pieces_kernel[(n_latents, n_blocks)](
-            *state, *pieces, piece_offsets_S1, *sizes, BLOCK_E=block_e, num_warps=NUM_WARPS
+        merge_pieces_kernel[(n_pieces, n_blocks)](
+            *state, *pieces, piece_latents, piece_offsets_S1, *sizes, BLOCK_E=block_e, num_warps=NUM_WARPS
         )
     num_S += num_parts.sum(0)
