@@ -5,7 +5,7 @@ and its sums lose nothing, so a pair costs no more here than in float32.
 
 `launch_prepare` makes the embeddings whose inner products and squared norms give a similarity.
 `launch_column_sums` reads the activations once: their float64 copy, den, and the sums that judge the closed form, in
-parts that `launch_closed_form` adds up.
+parts that `launch_closed_form` adds up. dense_score_triton.py does the same in launches of its own.
 `launch_panel_num` is for any similarity: panels of images i against all j from the panel's first image on,
 
     S = <e_i, e_j>            a product
@@ -83,6 +83,58 @@ def prepare_kernel(
     tl.store(sqnorm_ptr + o_n, tl.sum(b_square, axis=1), mask=m_n)
 
 
+@triton.jit
+def column_sums(
+    r_ptr,
+    wide_ptr,
+    sqnorm_ptr,
+    parts_ptr,
+    part,
+    o_k,
+    b_low,
+    n_images,
+    n_latents,
+    rows,
+    COSINE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """column_sums_kernel of one part (int64). COSINE: |e|^2 is of the embeddings divided by the norm that it gives."""
+    b_total = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_den = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_self = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_square = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_norm = tl.zeros([BLOCK_K], dtype=tl.float64)
+    end = tl.minimum((part + 1) * rows, n_images)
+    for first in range(part * rows, end, UNROLL):
+        for i in tl.static_range(UNROLL):
+            row = first + i
+            m_k = o_k < tl.where(row < end, n_latents, 0)
+            b_r = tl.load(r_ptr + row * n_latents + o_k, mask=m_k, other=0.0).to(tl.float64)
+            if SHIFTED:
+                b_r = tl.where(m_k, b_r - b_low, 0.0)
+            if WIDEN:
+                tl.store(wide_ptr + row * n_latents + o_k, b_r, mask=m_k)
+            sqnorm = tl.load(sqnorm_ptr + row, mask=row < end, other=0.0)
+            if COSINE:
+                scale = 1.0 / tl.sqrt(tl.where(sqnorm > 0, sqnorm, 1.0))
+                sqnorm *= scale * scale
+            b_den += b_r * b_total
+            b_total += b_r
+            b_self += b_r * sqnorm
+            b_square += b_r * b_r * sqnorm
+            b_norm += b_r * tl.sqrt(sqnorm)
+    pointers = parts_ptr + part * 5 * n_latents + o_k
+    m_k = o_k < n_latents
+    tl.store(pointers, b_total, mask=m_k)
+    tl.store(pointers + n_latents, b_den, mask=m_k)
+    tl.store(pointers + 2 * n_latents, b_self, mask=m_k)
+    tl.store(pointers + 3 * n_latents, b_square, mask=m_k)
+    tl.store(pointers + 4 * n_latents, b_norm, mask=m_k)
+
+
 @triton.jit(do_not_specialize=["n_images", "rows"])
 def column_sums_kernel(
     r_ptr,
@@ -104,34 +156,46 @@ def column_sums_kernel(
     b_low = tl.zeros([BLOCK_K], dtype=tl.float64)
     if SHIFTED:
         b_low = tl.load(low_ptr + o_k, mask=o_k < n_latents, other=0.0)
-    b_total = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_den = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_self = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_square = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_norm = tl.zeros([BLOCK_K], dtype=tl.float64)
-    end = tl.minimum((part + 1) * rows, n_images)
-    for first in range(part * rows, end, UNROLL):
-        for i in tl.static_range(UNROLL):
-            row = first + i
-            m_k = o_k < tl.where(row < end, n_latents, 0)
-            b_r = tl.load(r_ptr + row * n_latents + o_k, mask=m_k, other=0.0).to(tl.float64)
-            if SHIFTED:
-                b_r = tl.where(m_k, b_r - b_low, 0.0)
-            if WIDEN:
-                tl.store(wide_ptr + row * n_latents + o_k, b_r, mask=m_k)
-            sqnorm = tl.load(sqnorm_ptr + row, mask=row < end, other=0.0)
-            b_den += b_r * b_total
-            b_total += b_r
-            b_self += b_r * sqnorm
-            b_square += b_r * b_r * sqnorm
-            b_norm += b_r * tl.sqrt(sqnorm)
-    pointers = parts_ptr + part * 5 * n_latents + o_k
-    m_k = o_k < n_latents
-    tl.store(pointers, b_total, mask=m_k)
-    tl.store(pointers + n_latents, b_den, mask=m_k)
-    tl.store(pointers + 2 * n_latents, b_self, mask=m_k)
-    tl.store(pointers + 3 * n_latents, b_square, mask=m_k)
-    tl.store(pointers + 4 * n_latents, b_norm, mask=m_k)
+    column_sums(
+        r_ptr,
+        wide_ptr,
+        sqnorm_ptr,
+        parts_ptr,
+        part,
+        o_k,
+        b_low,
+        n_images,
+        n_latents,
+        rows,
+        False,
+        SHIFTED,
+        WIDEN,
+        BLOCK_K,
+        UNROLL,
+    )
+
+
+@triton.jit
+def added_columns(parts_ptr, o_k, n_latents, n_parts, PARTS: tl.constexpr):
+    """total, den, self, square and norm of the latents o_k (int64), from the parts of column_sums. No subtraction."""
+    o_p = tl.arange(0, PARTS).to(tl.int64)
+    mask = (o_p < n_parts)[:, None] & (o_k < n_latents)[None, :]
+    pointers = parts_ptr + o_p[:, None] * (5 * n_latents) + o_k[None, :]
+    b_total = tl.load(pointers, mask=mask, other=0.0)
+    b_before = tl.load(pointers - 5 * n_latents, mask=mask & (o_p > 0)[:, None], other=0.0)
+    b_den = tl.load(pointers + n_latents, mask=mask, other=0.0) + b_total * tl.cumsum(b_before, axis=0)
+    total, den = tl.sum(b_total, axis=0), tl.sum(b_den, axis=0)
+    own = tl.sum(tl.load(pointers + 2 * n_latents, mask=mask, other=0.0), axis=0)
+    square = tl.sum(tl.load(pointers + 3 * n_latents, mask=mask, other=0.0), axis=0)
+    norm = tl.sum(tl.load(pointers + 4 * n_latents, mask=mask, other=0.0), axis=0)
+    return total, den, own, square, norm
+
+
+@triton.jit
+def is_dominated(square, norm):
+    """Whether the closed form of num loses too many digits, as pairwise_similarity.well_conditioned has it."""
+    conditioned = norm * norm - square > 2e-2 * norm * norm
+    return (conditioned == 0) & (square > 0)
 
 
 @triton.jit(do_not_specialize=["n_parts"])
@@ -143,41 +207,25 @@ def closed_form_kernel(
     n_latents,
     n_parts,
     d_emb,
+    PARTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """out = total, den, self and num of each latent, from the parts in their order and sums = r^T e.
-
-    dominated: whether the closed form of num loses too many digits, as pairwise_similarity.well_conditioned has it.
-    """
+    """out = total, den, self and num of each latent, from the parts and sums = r^T e; dominated: is_dominated."""
     o_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < n_latents
-    b_total = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_den = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_self = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_square = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_norm = tl.zeros([BLOCK_K], dtype=tl.float64)
-    pointers = parts_ptr + o_k
-    for _ in range(n_parts):
-        b_part = tl.load(pointers, mask=m_k, other=0.0)
-        b_den += tl.load(pointers + n_latents, mask=m_k, other=0.0) + b_part * b_total
-        b_total += b_part
-        b_self += tl.load(pointers + 2 * n_latents, mask=m_k, other=0.0)
-        b_square += tl.load(pointers + 3 * n_latents, mask=m_k, other=0.0)
-        b_norm += tl.load(pointers + 4 * n_latents, mask=m_k, other=0.0)
-        pointers += 5 * n_latents
+    total, den, own, square, norm = added_columns(parts_ptr, o_k, n_latents, n_parts, PARTS)
     b_all = tl.zeros([BLOCK_K, BLOCK_E], dtype=tl.float64)
     for e in range(0, d_emb, BLOCK_E):
         o_e = e + tl.arange(0, BLOCK_E)
         mask = m_k[:, None] & (o_e < d_emb)[None, :]
         b_sums = tl.load(sums_ptr + o_k[:, None] * d_emb + o_e[None, :], mask=mask, other=0.0)
         b_all += b_sums * b_sums
-    conditioned = b_norm * b_norm - b_square > 2e-2 * b_norm * b_norm
-    tl.store(dominated_ptr + o_k, (conditioned == 0) & (b_square > 0), mask=m_k)
-    tl.store(out_ptr + o_k, b_total, mask=m_k)
-    tl.store(out_ptr + n_latents + o_k, b_den, mask=m_k)
-    tl.store(out_ptr + 2 * n_latents + o_k, b_self, mask=m_k)
-    tl.store(out_ptr + 3 * n_latents + o_k, (tl.sum(b_all, axis=1) - b_square) / 2, mask=m_k)
+    tl.store(dominated_ptr + o_k, is_dominated(square, norm), mask=m_k)
+    tl.store(out_ptr + o_k, total, mask=m_k)
+    tl.store(out_ptr + n_latents + o_k, den, mask=m_k)
+    tl.store(out_ptr + 2 * n_latents + o_k, own, mask=m_k)
+    tl.store(out_ptr + 3 * n_latents + o_k, (tl.sum(b_all, axis=1) - square) / 2, mask=m_k)
 
 
 @triton.jit(do_not_specialize=["n_i", "n_j", "first_j"])
@@ -295,20 +343,19 @@ def pair_weights(parts: Tensor) -> Tensor:
 
 
 def launch_inner_products(
-    r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Tensor | None, dominated_K: Tensor | None = None
+    r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """r - low [N, K], its product with the embeddings [K, E], and what launch_closed_form returns. Nothing waits."""
     wide_NK, parts = launch_column_sums(r_NK, sqnorm_N, low_K)
     sums_KE = wide_NK.T @ emb_NE
-    return wide_NK, sums_KE, *launch_closed_form(parts, sums_KE, dominated_K)
+    return wide_NK, sums_KE, *launch_closed_form(parts, sums_KE)
 
 
-def launch_closed_form(parts: Tensor, sums_KE: Tensor, dominated_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[4, K]: total, den, self and num by the closed form; and [K] whether one image dominates num, there if given."""
+def launch_closed_form(parts: Tensor, sums_KE: Tensor) -> tuple[Tensor, Tensor]:
+    """[4, K]: total, den, self and num by the closed form; and [K] whether one image dominates num."""
     n_latents, d_emb = sums_KE.shape
     out = sums_KE.new_empty(4, n_latents)
-    if dominated_K is None:
-        dominated_K = torch.empty(n_latents, dtype=torch.bool, device=sums_KE.device)
+    dominated_K = torch.empty(n_latents, dtype=torch.bool, device=sums_KE.device)
     if n_latents > 0:
         closed_form_kernel[(triton.cdiv(n_latents, CLOSED_BLOCK_K),)](
             parts,
@@ -318,6 +365,7 @@ def launch_closed_form(parts: Tensor, sums_KE: Tensor, dominated_K: Tensor | Non
             n_latents,
             len(parts),
             d_emb,
+            PARTS=COLUMN_PARTS,
             BLOCK_K=CLOSED_BLOCK_K,
             BLOCK_E=CLOSED_BLOCK_E,
             num_warps=NUM_WARPS,

@@ -17,7 +17,7 @@ from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_u
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 
 if TYPE_CHECKING:  # Triton is not everywhere
-    from saevlm_fast.kernels.dense_score_triton import Units
+    from saevlm_fast.kernels.dense_score_triton import Sums
 
 STATUSES = ("defined", "dead", "constant", "single")
 _BLOCK_ROWS = 256  # images of a block of raw neurons on a CPU, which keeps their float64 copies in its cache
@@ -156,15 +156,19 @@ class ShiftedSums:
         self.state, self.n_images = StreamedState(*sums[:4]), 0
         self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum = sums[4:]
 
-    def lower(self, drop_S: Tensor) -> None:
-        """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring."""
+    def lower(self, drop_S: Tensor, faults: Tensor | None = None) -> None:
+        """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring.
+
+        faults: of dense_on_gpu.py, and only if there are none.
+        """
         if self.n_images == 0:
             return
         if on_gpu(drop_S):
             from saevlm_fast.kernels.dense_score_triton import launch_lower
 
+            faults = drop_S.new_empty(0, 3) if faults is None else faults
             with torch.cuda.device_of(drop_S):  # Triton launches on the current device
-                launch_lower((*self.state, self.self_S), drop_S, *self._of_images(), self.n_images)
+                launch_lower(self.launched(), drop_S, self.n_images, faults, self.similarity == "cosine")
             return
         rows = torch.nonzero(drop_S).squeeze(1)
         if len(rows) == 0:
@@ -219,16 +223,11 @@ class ShiftedSums:
             self.self_S += added.self_K
             self._add_images(unit_bE.sum(0), square_b)
 
-    def add_launched(self, added_KE: Tensor, added_4K: Tensor, units: "Units") -> None:
-        """Adds images of a GPU (dense_on_gpu.py): sums [K, E]; total, den, self and num; the images' vectors."""
-        from saevlm_fast.kernels.dense_score_triton import launch_add, launch_add_images
+    def launched(self) -> "Sums":
+        """What kernels/dense_score_triton.py adds to."""
+        from saevlm_fast.kernels.dense_score_triton import Sums
 
-        launch_add((*self.state, self.self_S), added_KE, added_4K)
-        launch_add_images(units, *self._of_images())
-        self.n_images += len(units.square_n)
-
-    def _of_images(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.unit_sum_E, self.pair_sum, self.square_sum
+        return Sums(*self.state, self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum)
 
     def _add_images(self, chunk_E: Tensor, sqnorm_n: Tensor) -> None:
         """Sums of a neuron that is 1 on every image, from the sum of u and each |u|^2 of n images.
@@ -268,10 +267,10 @@ class HalvedSums:
         self._pair_sums: tuple[Tensor, Tensor] | None = None  # of all images so far, once they were asked for
         self.halves = [ShiftedSums(n_latents, d_emb, similarity, device) for _ in range(2)]
 
-    def lower(self, drop_S: Tensor) -> None:
+    def lower(self, drop_S: Tensor, faults: Tensor | None = None) -> None:
         self._pair_sums = None
         for half in self.halves:
-            half.lower(drop_S)
+            half.lower(drop_S, faults)
 
     def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
         joined, n_latents = Embeddings.join(images), len(low_S)

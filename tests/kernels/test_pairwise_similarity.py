@@ -385,7 +385,7 @@ def float64_static_cases(target: str) -> list[Case]:
     return [
         *(Case(module, "prepare_kernel", target, signature | {"emb_ptr": "*fp32"}, each) for each in prepare),
         Case(module, "column_sums_kernel", target, signature | {"r_ptr": "*fp32"}, columns, num_warps=4),
-        Case(module, "closed_form_kernel", target, signature, {"BLOCK_K": 8, "BLOCK_E": 128}, num_warps=4),
+        Case(module, "closed_form_kernel", target, signature, {"PARTS": 64, "BLOCK_K": 8, "BLOCK_E": 128}, num_warps=4),
         Case(module, "panel_similarity_kernel", target, signature, panel, num_warps=4),
         Case(module, "weigh_panel_kernel", target, signature | {"r_ptr": "*fp64"}, weigh, num_warps=4),
     ]
@@ -396,7 +396,7 @@ def test_float64_static_compile_without_spills():
 
     assert (kernels.PREPARE_BLOCK_N, kernels.PREPARE_BLOCK_E) == (4, 256)
     assert (kernels.COLUMN_BLOCK_K, kernels.COLUMN_UNROLL) == (256, 8)
-    assert (kernels.CLOSED_BLOCK_K, kernels.CLOSED_BLOCK_E) == (8, 128)
+    assert (kernels.CLOSED_BLOCK_K, kernels.CLOSED_BLOCK_E, kernels.COLUMN_PARTS) == (8, 128, 64)
     assert (kernels.PANEL_BLOCK_I, kernels.PANEL_BLOCK_J) == (8, 256)
     assert (kernels.WEIGH_ROWS, kernels.WEIGH_BLOCK_I, kernels.WEIGH_BLOCK_K, kernels.NUM_WARPS) == (32, 8, 128, 4)
     assert_no_spills([case for target in TARGETS for case in float64_static_cases(target)])
