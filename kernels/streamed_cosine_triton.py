@@ -142,9 +142,8 @@ def merge_pieces_kernel(
     block = tl.program_id(1).to(tl.int64)
     latent = tl.load(piece_latents_ptr + first)
     last = first
-    if latent < n_latents:
-        if tl.load(piece_offsets_ptr + latent) == first:
-            last = tl.load(piece_offsets_ptr + latent + 1)
+    if (latent < n_latents) & (tl.load(piece_offsets_ptr + latent) == first):
+        last = tl.load(piece_offsets_ptr + latent + 1)
     if first < last:
         o_e = block * BLOCK_E + tl.arange(0, BLOCK_E)
         m_e = o_e < d_emb
