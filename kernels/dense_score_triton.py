@@ -11,7 +11,8 @@ Of a chunk of n images (activations a [n, K] of any sign and dtype, embeddings e
                       a neuron that is 1 on every image
 
 Nothing waits for the device: if something is wrong, the last two leave the sums as they are, and
-scoring/dense_on_gpu.py reads afterwards what it was. Sums are float64, in a fixed order. The formulas stand in scoring/monosemanticity.py.
+scoring/dense_on_gpu.py reads afterwards what it was. Sums are float64, in a fixed order. The formulas stand in
+scoring/monosemanticity.py.
 """
 
 from typing import NamedTuple
