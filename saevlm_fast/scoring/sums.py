@@ -204,6 +204,14 @@ class ShiftedSums:
         streamed_cosine_update(self.state, acts_M, images_M, offsets_S1, images.emb_nE, scale_n)
         self._add_images(scaled_sum(images.emb_nE, scale_n), square_n)
 
+    def add_half(self, acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, images: Embeddings, first: int) -> None:
+        """Adds entries of every second image from `first` (0 or 1) on, if the minimum of every latent is 0."""
+        scale_n, square_n = images.scales(self.similarity)
+        streamed_cosine_update(self.state, acts_M, images_M, offsets_S1, images.emb_nE, scale_n, first)
+        scale_n, square_n = scale_n.clone(), square_n[first::2]
+        scale_n[1 - first :: 2] = 0.0
+        self._add_images(scaled_sum(images.emb_nE, scale_n), square_n)
+
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
         """Adds a chunk of activations of every neuron, on a CPU a block at a time: pairs within it, and the merge."""
         sums_SE, num_S, den_S, total_S = self.state
@@ -276,6 +284,10 @@ class HalvedSums:
         joined, n_latents = Embeddings.join(images), len(low_S)
         acts_M, latents_M = grouped.acts_M, grouped.latents_M
         images_M = codes.entry_rows()[grouped.order_M]
+        if on_gpu(acts_M) and not bool((low_S > 0).any()):
+            for half, _, first in self.split(codes.n_rows):
+                half.add_half(acts_M, images_M, grouped.offsets_S1, joined, first)
+            return
         for half, rows, first in self.split(codes.n_rows):
             chosen_M = (images_M & 1) == first
             counts_S = torch.bincount(latents_M[chosen_M], minlength=n_latents)
