@@ -235,8 +235,8 @@ def launch_order(latents: Tensor, row_offsets: Tensor | None, n_latents: int) ->
     return Order(keys_M, order_M, offsets_S1)
 
 
-def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
-    """Entries by latent; launch_chunks sums the chunks of heavy latents."""
+def launch_ordered(acts: Tensor, rows: Rows, order: Order) -> Entries:
+    """Entries by latent, whose partials are for launch_chunks to write."""
     n_entries, (n_rows, d_in) = acts.numel(), rows.centred_BD.shape
     n_groups = len(rows.suffix_RD) // n_rows
     sum_dtype, _ = accumulator(rows.dacts_M.dtype)
@@ -268,7 +268,7 @@ def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
 
 
 def launch_chunks(entries: Entries, order: Order) -> None:
-    """entries.partials of the chunks of heavy latents."""
+    """Writes entries.partials: the sums of heavy latents' chunks."""
     n_chunks, d_in = len(order.keys_M) // CHUNK, entries.centred_BD.shape[1]
     if n_chunks > 0:
         _, ACC = accumulator(entries.acts_M.dtype)
@@ -289,3 +289,10 @@ def launch_chunks(entries: Entries, order: Order) -> None:
             ACC=ACC,
             num_warps=num_warps,
         )
+
+
+def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
+    """Both."""
+    entries = launch_ordered(acts, rows, order)
+    launch_chunks(entries, order)
+    return entries

@@ -20,13 +20,12 @@ CASES = {
 
 def totals_of(case: Codes, idle_S: torch.Tensor):
     """(rows, entries, totals) of a case on its device."""
-    from saevlm_fast.kernels.step_entries_triton import launch_chunks, launch_entries, launch_order
+    from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
     from saevlm_fast.kernels.step_totals_triton import launch_totals
 
     rows = launched(case)
     order = launch_order(case.latents, case.row_offsets, len(case.W_dec_SD))
     entries = launch_entries(case.acts, rows, order)
-    launch_chunks(entries, order)
     return rows, entries, launch_totals(entries, rows, case.W_enc_SD, idle_S)
 
 

@@ -45,13 +45,12 @@ def test_no_entries(device) -> None:
 def test_chunks_of_heavy_latents(device, n_rows: int, ends) -> None:
     """Latent 0 fires in nearly every row: no whole chunk, one, several."""
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
-    from saevlm_fast.kernels.step_entries_triton import launch_chunks, launch_entries, launch_order
+    from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
 
     case = make_case(n_rows, 2, 11, 6, "csr", ends)
     placed = case.on(device, torch.float64)
     order = launch_order(placed.latents, placed.row_offsets, 11)
     entries = launch_entries(placed.acts, launched(placed), order)
-    launch_chunks(entries, order)
     acts, latents, rows, groups = case.flat()
     truth, by_latent, n_groups = plain_step(case), latents.argsort(stable=True), len(case.ends)
     n = len(acts)
