@@ -116,7 +116,7 @@ def gpu_step(
     with _beside(x_BD) as side:
         with side:
             launch_chunks(entries, order)
-        totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen)
+        totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, side)
 
     dead = dead_latents()
     aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
