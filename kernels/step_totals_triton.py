@@ -24,6 +24,7 @@ from .step_rows_triton import Rows, whole_row_block
 
 LATENTS, LATENTS_MANY = 8, 16  # of a program at a time: few latents, or many
 PROGRAMS = 1024  # at most
+REGISTERS = 96  # of a thread; ptxas would spill some to come by with 64
 MANY = 1 << 15
 TILE_E = 16  # entries of each of them in one load; a latent of more is gone through alone
 HEAVY_E = 512
@@ -156,7 +157,7 @@ def totals_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
     acc = tl.zeros([BLOCK_D], dtype=ACC)
-    exact, bound = tl.zeros([LATENTS], dtype=ACC), tl.zeros([LATENTS], dtype=ACC)
+    exact, bound = tl.full([], 0.0, ACC), tl.full([], 0.0, ACC)
     for first in range(program * LATENTS, n_latents, n_programs * LATENTS):
         o_s = first + tl.arange(0, LATENTS)
         m_s = o_s < n_latents
@@ -177,13 +178,13 @@ def totals_kernel(
             squares += tl.where(across < 0, 0.0, across)
         if ENCODER:
             squares += enc * slack * enc * slack
-        exact += tl.where(counts > 1, 0.0, squares) + db * db
-        bound += tl.where(counts > 1, squares, 0.0)
+        exact += tl.sum(tl.where(counts > 1, 0.0, squares) + db * db, axis=0)
+        bound += tl.sum(tl.where(counts > 1, squares, 0.0), axis=0)
 
         tl.debug_barrier()  # read by other threads than wrote it
         acc += weighted_rows(db_enc_ptr, W_enc_ptr, first, n_latents, d_in, o_d, m_d, LATENTS, ROWS_W, BLOCK_D, ACC)
-    tl.store(square_parts_ptr + 2 * program, tl.sum(exact, axis=0))
-    tl.store(square_parts_ptr + 2 * program + 1, tl.sum(bound, axis=0))
+    tl.store(square_parts_ptr + 2 * program, exact)
+    tl.store(square_parts_ptr + 2 * program + 1, bound)
     tl.store(db_parts_ptr + program.to(tl.int64) * d_in + o_d, acc, mask=m_d)
     if program == 0:
         tl.store(arrivals_ptr + tl.arange(0, 2), tl.zeros([2], dtype=tl.int32))
@@ -266,6 +267,7 @@ def launch_totals(
             num_warps=4,
         )
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
+    limited = block_d <= 2048 and sum_dtype == torch.float32 and torch.version.hip is None
     totals_kernel[(n_programs,)](
         *entries[:5],
         rows.norms_R,
@@ -287,5 +289,6 @@ def launch_totals(
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=max(2, num_warps),
+        **({"maxnreg": REGISTERS} if limited else {}),
     )
     return totals

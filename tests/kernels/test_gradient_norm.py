@@ -200,9 +200,10 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True, "ROWS": module.DB_ROWS}
     decide |= {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK} | block_c
     clip = {"FIRST": 0, "LIMIT": 1.0, "CHUNK": CHUNK, "BLOCK_P": module.NORM_STEP, "BLOCK": module.CLIP_BLOCK} | adam
+    regs = of_totals.REGISTERS if block_d <= 2048 else None
     kernels = (
-        (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS_MANY}, max(2, warps_8)),
-        (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS}, max(2, warps_8)),
+        (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS_MANY}, max(2, warps_8), 2, regs),
+        (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS}, max(2, warps_8), 2, regs),
         (module, "decide_kernel", decide | row, 8),
         (module, "clip_kernel", clip | row, whole_row_block(d_in, 4)[1]),
         (of_totals, "row_sum_kernel", column, 4),
