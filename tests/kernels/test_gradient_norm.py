@@ -184,7 +184,8 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     from saevlm_fast.kernels.step_rows_triton import whole_row_block
 
     names = "acts dacts norms x_norms W_enc db_enc parallel db_parts square_parts suffix_parts source out sums"
-    names += " squared smallest aux aux_db db_dec exact losses threshold suffix centred dec_partials enc_partials squares clip b"
+    names += " squared smallest aux aux_db db_dec exact losses threshold suffix centred dec_partials enc_partials"
+    names += " squares clip b"
     signature = {f"{name}_ptr": "*fp32" for name in f"{names} exp_avg exp_avg_sq".split()}
     signature |= {f"{name}_ptr": "*i32" for name in "bags rows offsets needed arrivals".split()}
     signature |= {"idle_ptr": "*i64", "step_index_ptr": "*i64", "bad_step_ptr": "*i64", "schedule_ptr": "*fp64"}
