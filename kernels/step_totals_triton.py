@@ -28,7 +28,7 @@ REGISTERS = 96  # of a thread; ptxas would spill some to come by with 64
 MANY = 1 << 15
 TILE_E = 16  # entries of each of them in one load; a latent of more is gone through alone
 HEAVY_E = 512
-ROWS_W = 4  # rows of W_enc in flight
+ROWS_W, ROWS_WIDE = 4, 2  # rows of W_enc in flight, narrow or wide
 SUFFIX_ROWS, SUFFIX_STEP, BLOCK_C = 128, 32, 256  # rows of suffix that a program adds, at a time, columns
 SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long parallel part would blow up
 
@@ -267,7 +267,8 @@ def launch_totals(
             num_warps=4,
         )
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
-    limited = block_d <= 2048 and sum_dtype == torch.float32 and torch.version.hip is None
+    wide = block_d > 2048
+    limited = not wide and sum_dtype == torch.float32 and torch.version.hip is None
     totals_kernel[(n_programs,)](
         *entries[:5],
         rows.norms_R,
@@ -285,7 +286,7 @@ def launch_totals(
         LATENTS=latents,
         TILE_E=TILE_E,
         HEAVY_E=HEAVY_E,
-        ROWS_W=ROWS_W,
+        ROWS_W=ROWS_WIDE if wide else ROWS_W,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=max(2, num_warps),

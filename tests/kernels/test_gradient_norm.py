@@ -194,8 +194,9 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     block_d, warps_8 = whole_row_block(d_in, 8)
     row = {"BLOCK_D": block_d, "ACC": "tl.float32"}
     adam = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
-    totals = {name: getattr(of_totals, name) for name in ("SLACK", "TILE_E", "HEAVY_E", "ROWS_W")} | row
+    totals = {name: getattr(of_totals, name) for name in ("SLACK", "TILE_E", "HEAVY_E")} | row
     totals |= {"DECODER": True, "ENCODER": True}
+    totals["ROWS_W"] = of_totals.ROWS_W if block_d <= 2048 else of_totals.ROWS_WIDE
     block_c = {"BLOCK_C": of_totals.BLOCK_C, "ACC": "tl.float32"}
     column = {"ROWS": of_totals.SUFFIX_ROWS, "STEP": of_totals.SUFFIX_STEP} | block_c
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True, "ROWS": module.DB_ROWS}
