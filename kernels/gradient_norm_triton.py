@@ -5,7 +5,7 @@ From the totals of every latent (step_totals_triton.py) follow b_enc's and b_dec
     db_dec = sum of suffix[first bag of a row] - W_enc^T db_enc
 
 and W_enc's and W_dec's part within a bound. Where all of it stays below the limit nothing is clipped (decide_kernel);
-only otherwise does norm_kernel make the rows, of latents with several entries, and write none of them.
+only otherwise does clip_kernel make the rows, of latents with several entries, and write none of them.
 docs/kernels.md section 4
 """
 
