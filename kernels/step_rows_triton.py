@@ -32,30 +32,20 @@ MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
 @triton.jit
-def group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, BLOCK: tl.constexpr):
-    """How many entries of a row belong to the first g Matryoshka groups, int32: the first so many.
-
-    first_latents [BLOCK]: of the row's first entries; those behind its end are above every latent.
-    """
-    bound = tl.load(group_ends_ptr + g - 1, mask=g > 0, other=0)
-    size = tl.sum((first_latents < bound).to(tl.int32), axis=0)
-    for p in range(start + BLOCK, end, BLOCK):
-        o = p + tl.arange(0, BLOCK)
-        latents = tl.load(latents_ptr + o, mask=o < end, other=0)
-        size += tl.sum(((o < end) & (latents < bound)).to(tl.int32), axis=0)
-    return size
-
-
-@triton.jit
-def load_acts(acts_ptr, o, end, ACC: tl.constexpr):
-    """Activations of the entries o, 0 behind the end of their row."""
-    return tl.load(acts_ptr + o, mask=o < end, other=0.0).to(ACC)
+def groups_of(latents, ends, G: tl.constexpr):
+    """The Matryoshka group of each latent, int32."""
+    group_ends_ptr, n_groups = ends
+    groups = tl.zeros_like(latents).to(tl.int32)
+    for g in tl.static_range(G - 1):
+        end = tl.load(group_ends_ptr + g, mask=g < n_groups, other=1 << 62)
+        groups += (latents >= end).to(tl.int32)
+    return groups
 
 
 @triton.jit
 def load_rows(codes, o, end, columns, ACC: tl.constexpr):
     """The rows of W [P, D] of the entries o."""
-    _, latents_ptr, W_ptr = codes
+    _, latents_ptr, W_ptr, _ = codes
     d_in, o_d, m_d = columns
     latents = tl.load(latents_ptr + o, mask=o < end, other=0)
     at = W_ptr + latents[:, None] * d_in + o_d[None, :]
@@ -73,170 +63,69 @@ def load_held(codes, start, end, columns, TILES: tl.constexpr, ACC: tl.constexpr
 
 
 @triton.jit
-def smaller(smallest, acts):
-    """The smaller of it and the positive activations."""
-    return tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
+def load_acts(codes, o, end, G: tl.constexpr, ACC: tl.constexpr):
+    """(activations, groups) of the entries o; activations of 0 behind the end of their row."""
+    acts_ptr, latents_ptr, _, ends = codes
+    acts = tl.load(acts_ptr + o, mask=o < end, other=0.0).to(ACC)
+    groups = tl.zeros_like(o).to(tl.int32)
+    if G > 1:
+        groups = groups_of(tl.load(latents_ptr + o, mask=o < end, other=0), ends, G)
+    return acts, groups
 
 
 @triton.jit
-def add_held(x_hat, held, acts_ptr, start, end, TILES: tl.constexpr, ACC: tl.constexpr):
-    """(x_hat with the entries held, the smallest positive activation among them)."""
+def add_held(x_hats, held, codes, start, end, TILES: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr):
+    """(the prefixes' x_hats with the entries held, the smallest positive activation among them)."""
     smallest = tl.full([], float("inf"), ACC)
     for t in tl.static_range(len(TILES)):
-        acts = load_acts(acts_ptr, start + tl.arange(0, TILES[t]), end, ACC)
-        x_hat += tl.sum(acts[:, None] * held[t], axis=0)
-        smallest = smaller(smallest, acts)
+        acts, groups = load_acts(codes, start + tl.arange(0, TILES[t]), end, G, ACC)
+        sums = ()
+        for g in tl.static_range(G):
+            sums = sums + (x_hats[g] + tl.sum(tl.where(groups <= g, acts, 0.0)[:, None] * held[t], axis=0),)
+        x_hats = sums
+        smallest = tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
         start += TILES[t]
-    return x_hat, smallest
+    return x_hats, smallest
 
 
 @triton.jit
-def add_others(
-    x_hat, smallest, codes, first, end, columns, STEP_K: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr
-):
+def add_others(x_hats, smallest, codes, first, end, columns, G: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr):
     """The same of the entries from `first` on, which are not held."""
-    acts_ptr, _, _ = codes
-    for p in tl.range(first, end, STEP_K, num_stages=STAGES):
-        o = p + tl.arange(0, STEP_K)
-        acts = load_acts(acts_ptr, o, end, ACC)
-        x_hat += tl.sum(acts[:, None] * load_rows(codes, o, end, columns, ACC), axis=0)
-        smallest = smaller(smallest, acts)
-    return x_hat, smallest
-
-
-@triton.jit
-def store_entries(kept, acts_ptr, o, end, dacts, bag, ACC: tl.constexpr):
-    """What is kept of the entries o."""
-    dacts_ptr, bags_ptr = kept
-    fired = load_acts(acts_ptr, o, end, ACC) > 0
-    tl.store(dacts_ptr + o, tl.where(fired, dacts, 0.0), mask=o < end)
-    tl.store(bags_ptr + o, bag + tl.zeros_like(o).to(tl.int32), mask=o < end)
-
-
-@triton.jit
-def pass_to_others(
-    suffix, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr
-):
-    """Stores dacts and bags of the entries from `first` on, which are not held."""
-    acts_ptr, _, _ = codes
-    for p in tl.range(first, end, STEP_K, num_stages=STAGES):
-        o = p + tl.arange(0, STEP_K)
-        dacts = tl.sum(load_rows(codes, o, end, columns, ACC) * suffix[None, :], axis=1)
-        store_entries(kept, acts_ptr, o, end, dacts, bag, ACC)
-
-
-@triton.jit
-def take_others_off(
-    e, suffix, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr
-):
-    """The same of those of a Matryoshka group; returns e without them."""
-    acts_ptr, _, _ = codes
-    for p in tl.range(first, end, STEP_K, num_stages=STAGES):
-        o = p + tl.arange(0, STEP_K)
-        w = load_rows(codes, o, end, columns, ACC)
-        e -= tl.sum(load_acts(acts_ptr, o, end, ACC)[:, None] * w, axis=0)
-        store_entries(kept, acts_ptr, o, end, tl.sum(w * suffix[None, :], axis=1), bag, ACC)
-    return e
-
-
-@triton.jit
-def take_held_off(e, held, suffix, codes, kept, bag, start, low, high, TILES: tl.constexpr, ACC: tl.constexpr):
-    """The same of the held entries low:high. A tile is gone through for every group that has entries in it."""
-    acts_ptr, _, _ = codes
-    dacts_ptr, bags_ptr = kept
-    first = 0
-    for t in tl.static_range(len(TILES)):
-        if (low < first + TILES[t]) & (high > first):
-            o_k = first + tl.arange(0, TILES[t])
-            inside = (o_k >= low) & (o_k < high)
-            acts = tl.load(acts_ptr + start + o_k, mask=inside, other=0.0).to(ACC)
-            e -= tl.sum(acts[:, None] * held[t], axis=0)
-            dacts = tl.sum(held[t] * suffix[None, :], axis=1)
-            tl.store(dacts_ptr + start + o_k, tl.where(acts > 0, dacts, 0.0), mask=inside)
-            tl.store(bags_ptr + start + o_k, bag + tl.zeros_like(o_k), mask=inside)
-        first += TILES[t]
-    return e
-
-
-@triton.jit
-def pass_back_prefixes(
-    e,
-    held,
-    scale,
-    codes,
-    kept,
-    outputs,
-    group_ends_ptr,
-    row,
-    columns,
-    TILES: tl.constexpr,
-    HELD: tl.constexpr,
-    STEP_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Sum over the prefixes of the squared residual; stores suffixes, their norms, and the entries' dacts and bags.
-
-    e: the last prefix's residual. held: the rows of W of the entries that are. row: its first bag, where its entries
-    begin and end, number of groups.
-    """
-    suffix_ptr, norms_ptr = outputs
-    bag, start, end, n_groups = row
-    _, latents_ptr, _ = codes
+    acts_ptr, latents_ptr, W_ptr, ends = codes
     d_in, o_d, m_d = columns
-    squared, suffix = tl.zeros_like(e), tl.zeros_like(e)
-    high = (end - start).to(tl.int32)
-    o_f = start + tl.arange(0, 32)
-    first_latents = tl.load(latents_ptr + o_f, mask=o_f < end, other=1 << 31)
-    for i in range(n_groups):
-        g = n_groups - 1 - i
-        squared += e * e
-        suffix += scale * e
-        tl.store(suffix_ptr + (bag + g) * d_in + o_d, suffix, mask=m_d)
-        tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
-        low = group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, 32)
-        this = (bag + g).to(tl.int32)
-        if STEP_K > 0:
-            first = start + tl.maximum(low, HELD)
-            e = take_others_off(e, suffix, codes, kept, this, first, start + high, columns, STEP_K, STAGES, ACC)
-        e = take_held_off(e, held, suffix, codes, kept, this, start, low, high, TILES, ACC)
-        e = tl.where(m_d, e, 0.0)
-        high = low
-    return tl.sum(squared, axis=0)
+    for p in tl.range(first, end, num_stages=STAGES):
+        act, latent = tl.load(acts_ptr + p).to(ACC), tl.load(latents_ptr + p)
+        w = tl.load(W_ptr + latent * d_in + o_d, mask=m_d, other=0.0).to(ACC)
+        group = groups_of(latent, ends, G)
+        sums = ()
+        for g in tl.static_range(G):
+            sums = sums + (x_hats[g] + tl.where(group <= g, act, 0.0) * w,)
+        x_hats = sums
+        smallest = tl.minimum(smallest, tl.where(act > 0, act, float("inf")))
+    return x_hats, smallest
 
 
 @triton.jit
-def pass_back(
-    e,
-    held,
-    scale,
-    codes,
-    kept,
-    outputs,
-    row,
-    columns,
-    TILES: tl.constexpr,
-    STEP_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The same of a row without Matryoshka groups: its number, where its entries begin and end."""
-    acts_ptr, _, _ = codes
-    suffix_ptr, norms_ptr = outputs
-    row, first, end = row
-    d_in, o_d, m_d = columns
-    suffix = scale * e
-    bag = row.to(tl.int32)
-    for t in tl.static_range(len(TILES)):
-        dacts = tl.sum(held[t] * suffix[None, :], axis=1)
-        store_entries(kept, acts_ptr, first + tl.arange(0, TILES[t]), end, dacts, bag, ACC)
-        first += TILES[t]
-    if STEP_K > 0:
-        pass_to_others(suffix, codes, kept, bag, first, end, columns, STEP_K, STAGES, ACC)
-    tl.store(suffix_ptr + row * d_in + o_d, suffix, mask=m_d)
-    squared = tl.sum(e * e, axis=0)
-    tl.store(norms_ptr + row, scale * tl.sqrt(squared))
-    return squared
+def store_entries(w, suffixes, codes, kept, bag, o, end, G: tl.constexpr, ACC: tl.constexpr):
+    """Stores dacts and bags of the entries o, whose rows of W are w."""
+    dacts_ptr, bags_ptr = kept
+    acts, groups = load_acts(codes, o, end, G, ACC)
+    suffix = suffixes[0][None, :]
+    for g in tl.static_range(1, G):
+        suffix = tl.where((groups == g)[:, None], suffixes[g][None, :], suffix)
+    dacts = tl.sum(w * suffix, axis=1)
+    tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=o < end)
+    tl.store(bags_ptr + o, bag.to(tl.int32) + groups, mask=o < end)
+
+
+@triton.jit
+def stack(rows, G: tl.constexpr):
+    """G blocks [D] as one [G, D]."""
+    o_g = tl.arange(0, G)
+    block = rows[0][None, :] + tl.zeros_like(o_g).to(rows[0].dtype)[:, None]
+    for g in tl.static_range(1, G):
+        block = tl.where((o_g == g)[:, None], rows[g][None, :], block)
+    return block
 
 
 @triton.jit
@@ -270,8 +159,8 @@ def row_kernel(
     n_groups,
     d_in,
     K: tl.constexpr,
-    PREFIXES: tl.constexpr,
     CENTRE: tl.constexpr,
+    G: tl.constexpr,
     TILES: tl.constexpr,
     HELD: tl.constexpr,
     STEP_K: tl.constexpr,
@@ -279,11 +168,7 @@ def row_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One row of K entries; or (K 0) of a ragged number, in a grid of two programs a row: long ones come first.
-
-    TILES: of so many entries each, HELD in all, the rows of W are held. STEP_K: so many of the others at a time, 0 if
-    there are none.
-    """
+    """One row of K entries; or (K 0) of a ragged number, in a grid of two programs a row: long ones come first."""
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
@@ -299,23 +184,37 @@ def row_kernel(
     scale = (tl.full([], 2.0, ACC) / n_rows) / n_groups
     bag = row * n_groups
 
-    codes, kept, columns = (acts_ptr, latents_ptr, W_ptr), (dacts_ptr, bags_ptr), (d_in, o_d, m_d)
+    codes, kept, columns = (acts_ptr, latents_ptr, W_ptr, (group_ends_ptr, n_groups)), (dacts_ptr, bags_ptr), (d_in, o_d, m_d)
     held = load_held(codes, start, end, columns, TILES, ACC)
-    x_hat, smallest = add_held(b, held, acts_ptr, start, end, TILES, ACC)
+    x_hats = ()
+    for g in tl.static_range(G):
+        x_hats = x_hats + (b,)
+    x_hats, smallest = add_held(x_hats, held, codes, start, end, TILES, G, ACC)
     if STEP_K > 0:
-        x_hat, smallest = add_others(x_hat, smallest, codes, start + HELD, end, columns, STEP_K, STAGES, ACC)
-    tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
-    e = tl.where(m_d, x_hat - x, 0.0)
-    outputs = suffix_ptr, norms_ptr
-    if PREFIXES:
-        this = bag, start, end, n_groups
-        squared = pass_back_prefixes(
-            e, held, scale, codes, kept, outputs, group_ends_ptr, this, columns, TILES, HELD, STEP_K, STAGES, ACC
-        )
-    else:
-        this = row, start, end
-        squared = pass_back(e, held, scale, codes, kept, outputs, this, columns, TILES, STEP_K, STAGES, ACC)
-    tl.store(squared_ptr + row, squared)
+        x_hats, smallest = add_others(x_hats, smallest, codes, start + HELD, end, columns, G, STAGES, ACC)
+    tl.store(x_hat_ptr + row * d_in + o_d, x_hats[G - 1].to(x_hat_ptr.dtype.element_ty), mask=m_d)
+
+    squared, suffix, suffixes = tl.zeros_like(b), tl.zeros_like(b), ()
+    for i in tl.static_range(G):
+        e = tl.where(m_d, x_hats[G - 1 - i] - x, 0.0)
+        if G > 1:
+            e = tl.where(G - 1 - i < n_groups, e, 0.0)
+        squared += e * e
+        suffix += scale * e
+        suffixes = (suffix,) + suffixes
+    for t in tl.static_range(len(TILES)):
+        store_entries(held[t], suffixes, codes, kept, bag, start + tl.arange(0, TILES[t]), end, G, ACC)
+        start += TILES[t]
+    if STEP_K > 0:
+        for p in tl.range(start, end, STEP_K, num_stages=STAGES):
+            o = p + tl.arange(0, STEP_K)
+            store_entries(load_rows(codes, o, end, columns, ACC), suffixes, codes, kept, bag, o, end, G, ACC)
+    o_g = tl.arange(0, G)
+    block = stack(suffixes, G)
+    m_g = o_g < n_groups
+    tl.store(suffix_ptr + (bag + o_g)[:, None] * d_in + o_d[None, :], block, mask=m_g[:, None] & m_d[None, :])
+    tl.store(norms_ptr + bag + o_g, tl.sqrt(tl.sum(block * block, axis=1)), mask=m_g)
+    tl.store(squared_ptr + row, tl.sum(squared, axis=0))
     if K == 0:
         tl.store(smallest_ptr + row, smallest)
     if CENTRE:
@@ -414,7 +313,7 @@ def launch_rows(
     tile = row_tile(d_in, k, n_groups > 1, sum_dtype.itemsize)
     if torch.version.hip is not None:  # AMD counts registers otherwise
         tile.pop("maxnreg", None)
-    kind = {"K": k, "PREFIXES": n_groups > 1, "CENTRE": centred is None, "ACC": ACC}
+    kind = {"K": k, "G": triton.next_power_of_2(n_groups), "CENTRE": centred is None, "ACC": ACC}
     row_kernel[(n_rows if k else 2 * n_rows,)](
         x_BD.contiguous(), *codes, group_ends_G, W_dec_SD, b_dec_D, *rows, n_rows, n_groups, d_in, **kind, **tile
     )
