@@ -200,26 +200,45 @@ def store_active(split_ptr, row, n_dead, o_a, z, scale):
 
 
 @triton.jit
+def counts_at(keys, threshold, shift):
+    """How many keys reach the threshold plus 1, 2 and 3 at `shift`: one sum, of 20 bits each."""
+    first = (keys >= (threshold | (1 << shift))).to(tl.int64)
+    second = (keys >= (threshold | (2 << shift))).to(tl.int64)
+    third = (keys >= (threshold | (3 << shift))).to(tl.int64)
+    packed = tl.sum(first + (second << 20) + (third << 40), axis=0)
+    return packed & 0xFFFFF, (packed >> 20) & 0xFFFFF, packed >> 40
+
+
+@triton.jit
 def keep_kernel(acts_ptr, split_ptr, inverse_ptr, n_dead, k, BLOCK: tl.constexpr):
     """A row's k largest, ties to the lower latent, split in two; the others 0. split may be the same memory as acts."""
     row = tl.program_id(0).to(tl.int64)
     o_a = tl.arange(0, BLOCK)
-    m_a = o_a < n_dead
-    z = tl.load(acts_ptr + row * n_dead + o_a, mask=m_a, other=0.0)
-    keys = value_keys(z)
-    threshold, bit = 0, 30
-    if tl.sum((keys > 0).to(tl.int32), axis=0) > k:
-        while bit >= 0:
-            trial = threshold | (1 << bit)
-            n_above = tl.sum((keys >= trial).to(tl.int32), axis=0)
-            threshold = tl.where(n_above >= k, trial, threshold)
-            bit = tl.where(n_above == k, -1, bit - 1)
-        kept = keys >= threshold
-        if tl.sum(kept.to(tl.int32), axis=0) > k:
-            equal = (keys == threshold).to(tl.int32)
+    keys = value_keys(tl.load(acts_ptr + row * n_dead + o_a, mask=o_a < n_dead, other=0.0))
+    n_positive = tl.sum((keys > 0).to(tl.int32), axis=0)
+    if n_positive > k:
+        threshold, count = 0, n_positive
+        n_large = tl.sum((keys >= (1 << 30)).to(tl.int32), axis=0)
+        if n_large >= k:
+            threshold, count = 1 << 30, n_large
+        shift = 28
+        while (shift >= 0) & (count > k):
+            one, two, three = counts_at(keys, threshold, shift)
+            digit = (one >= k).to(tl.int32) + (two >= k).to(tl.int32) + (three >= k).to(tl.int32)
+            reached = tl.where(digit == 3, three, tl.where(digit == 2, two, one)).to(tl.int32)
+            count = tl.where(digit > 0, reached, count)
+            threshold |= digit << shift
+            shift -= 2
+        end = BLOCK
+        if count > k:  # of those equal to the threshold, the first: where they end
             wanted = k - tl.sum((keys > threshold).to(tl.int32), axis=0)
-            kept = (keys > threshold) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= wanted))
-        z = tl.where(kept, z, 0.0)
+            end, step = 0, BLOCK
+            while step > 0:
+                n_equal = tl.sum(((keys == threshold) & (o_a < end + step)).to(tl.int32), axis=0)
+                end = tl.where(n_equal <= wanted, end + step, end)
+                step = step // 2
+        keys = tl.where((keys > threshold) | ((keys == threshold) & (o_a < end)), keys, 0)
+    z = keys.to(tl.float32, bitcast=True)
     scale, inverse = scales_of(tl.max(z, axis=0))
     tl.debug_barrier()  # the row has been read
     store_active(split_ptr, row, n_dead, o_a, z, scale)

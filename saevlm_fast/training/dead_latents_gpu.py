@@ -18,7 +18,7 @@ from saevlm_fast.sae import SparseAutoencoder
 
 MOST_ELEMENTS = 64 << 20  # of one [rows, dead] block, 4 bytes each
 MOST_IN_REGISTERS = 16384  # dead latents of a row
-ROWS = 32  # of a program that adds up residuals
+ROWS = 8  # of a program that adds up residuals
 KEPT_A_WARP = 1024  # values in registers
 
 

@@ -170,7 +170,7 @@ def row_cases(target: str) -> list[Case]:
     numbers = named(FLOATS, "row_squares squares b_enc numbers") | named(DOUBLES, "scalars")
     listed = named(LONGS, "idle latents number") | named(INTS, "counts slots") | {"d_sae": SIZE, "dead_after": "i32"}
     cases = [
-        Case(KERNELS, "rows_kernel", target, rows, blocks | {"ROWS": 32}, num_warps=warps),
+        Case(KERNELS, "rows_kernel", target, rows, blocks | {"ROWS": 8}, num_warps=warps),
         Case(KERNELS, "latents_kernel", target, latents, blocks, num_warps=warps),
         Case(KERNELS, "error_rows_kernel", target, error | {"d_in": SIZE}, blocks, num_warps=warps),
         Case(KERNELS, "scalars_kernel", target, scalars, {"BLOCK_P": 32, "BLOCK_D": 32, "PROGRAMS": 32}),
