@@ -1,12 +1,15 @@
 """Triton kernels of the auxiliary loss that go over rows: of a batch, or of dead latents (dead_latents_triton.py)."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .split_product_triton import halves, power_below, power_of_two, scales_of
 from .topk_encode_choose_triton import value_keys
 from .topk_encode_rows_triton import kth_key_of_row
 
+MOST_PARTS = 128  # of a sum over dead latents
 UNIT = tl.constexpr(2.0**8)  # by which rows of W_dec, which are unit, are scaled
 
 
@@ -308,3 +311,57 @@ def numbers_kernel(
         tl.store(numbers_ptr + 2 + side, of_side.to(tl.float32))
         total += of_side
     tl.store(numbers_ptr + 1, total.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["size"])
+def biases_kernel(
+    latents_ptr,
+    b_enc_ptr,
+    W_enc_ptr,
+    db_enc_ptr,
+    parts_ptr,
+    n_dead,
+    d_sae,
+    d_in,
+    size,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """parts [P, D] of W_enc^T b_enc, of `size` dead latents each, whose b_enc is added to db_enc [S]."""
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    acc = tl.zeros([BLOCK_D], dtype=W_enc_ptr.dtype.element_ty)
+    start = tl.program_id(0) * size
+    for first in range(start, start + size, ROWS):
+        o_a = first + tl.arange(0, ROWS)
+        latents = tl.load(latents_ptr + o_a, mask=(o_a < start + size) & (o_a < n_dead), other=d_sae)
+        there = latents < d_sae
+        b_enc = tl.load(b_enc_ptr + o_a, mask=there, other=0.0)
+        w = tl.load(W_enc_ptr + latents[:, None] * d_in + o_d, mask=there[:, None] & (o_d < d_in), other=0.0)
+        acc += tl.sum(b_enc[:, None] * w, axis=0)
+        before = tl.load(db_enc_ptr + latents, mask=there, other=0.0)
+        tl.store(db_enc_ptr + latents, before + b_enc.to(before.dtype), mask=there)
+    o_d = tl.arange(0, BLOCK_D)
+    tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * d_in + o_d, acc, mask=o_d < d_in)
+
+
+def launch_biases(latents_A: Tensor, b_enc_A: Tensor, W_enc_SD: Tensor, db_enc_S: Tensor) -> Tensor:
+    """W_enc^T b_enc [D] of dead latents; their b_enc is added to db_enc. latents: each once, or padding."""
+    n_dead, (d_sae, d_in), rows = len(latents_A), W_enc_SD.shape, 4
+    size = rows * max(1, triton.cdiv(n_dead, rows * MOST_PARTS))
+    n_programs, block = triton.cdiv(n_dead, size), triton.next_power_of_2(d_in)
+    parts_PD = torch.empty(n_programs, d_in, dtype=W_enc_SD.dtype, device=W_enc_SD.device)
+    biases_kernel[(n_programs,)](
+        latents_A,
+        b_enc_A,
+        W_enc_SD,
+        db_enc_S,
+        parts_PD,
+        n_dead,
+        d_sae,
+        d_in,
+        size,
+        ROWS=rows,
+        BLOCK_D=block,
+        num_warps=min(max(block // 256, 4), 16),
+    )
+    return parts_PD.sum(0)

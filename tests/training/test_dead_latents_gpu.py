@@ -123,6 +123,22 @@ def test_the_list_of_dead_latents(device, d_sae: int, share: float, spare: int) 
     assert torch.equal(slots.cpu(), latent_slots(expected, d_sae))
 
 
+@pytest.mark.parametrize("n_dead", [0, 3, 300])
+def test_biases_of_dead_latents_are_added(device, n_dead: int) -> None:
+    from saevlm_fast.kernels.dead_rows_triton import launch_biases
+
+    generator = torch.Generator().manual_seed(n_dead)
+    W_enc, db_enc = torch.randn(400, 10, generator=generator), torch.randn(400, generator=generator).double()
+    dead, b_enc = torch.randperm(400, generator=generator)[:n_dead].sort().values, torch.randn(310, generator=generator)
+    listed = torch.nn.functional.pad(dead, (0, 310 - n_dead), value=400)
+    b_enc[n_dead:] = 0
+    expected = db_enc.index_add(0, dead, b_enc[:n_dead].double())
+    moved = db_enc.to(device)
+    found = launch_biases(listed.to(device), b_enc.to(device), W_enc.to(device), moved)
+    assert torch.equal(moved.cpu(), expected)
+    torch.testing.assert_close(found.cpu(), b_enc[:n_dead] @ W_enc[dead], rtol=1e-5, atol=1e-5)
+
+
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 HALVES, FLOATS, DOUBLES, INTS, LONGS, SIZE = "*fp16", "*fp32", "*fp64", "*i32", "*i64", "i32:16"
@@ -168,7 +184,10 @@ def row_cases(target: str) -> list[Case]:
     finish |= {"n_parts": "i32", "n_tiles": "i32", "n_dead": SIZE, "d_sae": SIZE, "d_in": SIZE}
     numbers = named(FLOATS, "row_squares squares b_enc numbers") | named(DOUBLES, "scalars")
     listed = named(LONGS, "idle latents number") | named(INTS, "counts slots") | {"d_sae": SIZE, "dead_after": "i32"}
+    biases = named(FLOATS, "b_enc W_enc parts") | named(LONGS, "latents") | named(DOUBLES, "db_enc")
+    biases |= {"n_dead": SIZE, "d_sae": SIZE, "d_in": SIZE, "size": "i32"}
     cases = [
+        Case(ROWS, "biases_kernel", target, biases, blocks | {"ROWS": 4}, num_warps=warps),
         Case(ROWS, "rows_kernel", target, rows, blocks | {"ROWS": 8}, num_warps=warps),
         Case(ROWS, "latents_kernel", target, latents, blocks, num_warps=warps),
         Case(ROWS, "error_rows_kernel", target, error | {"d_in": SIZE}, blocks, num_warps=warps),
