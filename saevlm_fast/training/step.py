@@ -319,14 +319,13 @@ class Stepper:
         """Of the announced step, the n_steps-th."""
         return self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
 
-    def mean_threshold(self) -> float:
-        """Of all latents, or the one that all have. A device is waited for."""
-        return float(self.sae.threshold.mean())
+    def mean_threshold(self) -> Tensor:
+        """Of all latents, or the one that all have (0-d)."""
+        return self.sae.threshold.mean()
 
-    def counted(self, output: StepOutput) -> tuple[int, int]:
-        """Entries of a step's codes that fire, and latents that are dead after it. A device is waited for."""
-        idle_S = self.idle_S >= self.config.dead_after
-        return int((output.codes.top_acts > 0).sum()), int(idle_S.sum())
+    def counted(self, output: StepOutput) -> tuple[Tensor, Tensor]:
+        """Entries of a step's codes that fire, and latents that are dead after it (0-d)."""
+        return (output.codes.top_acts > 0).sum(), (self.idle_S >= self.config.dead_after).sum()
 
     def batch_rows(self, x_BD: Tensor) -> int:
         """Rows of a step's batch."""
