@@ -8,6 +8,7 @@ replayed graphs.
 
 import argparse
 import dataclasses
+import functools
 import re
 import statistics
 from collections import Counter
@@ -19,24 +20,24 @@ from torch import Tensor
 
 from bench.helpers import machine
 from bench.helpers.arguments import new_file, positive
+from bench.helpers.planted import planted_rows
 from saevlm_fast.config import SELECTING, SAEConfig, TrainConfig
-from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps
 from saevlm_fast.training.gpu_step import gpu_encode
 from saevlm_fast.training.step import Stepper
 
-N_BATCHES = 8
+N_BATCHES = 64
 ROUNDS, REPLAYS, PROFILED = 20, 10, 20
 SHOWN = 40
 NO_STEP = 1e-30  # a learning rate
 
 
+@functools.cache
 def planted_batches(rows: int, d_in: int, device: str = "cuda") -> list[Tensor]:
     """Batches [B, d_in] of planted concepts, divided by the norm factor."""
-    source = PlantedConcepts(d_in, 1, n_concepts=2 * d_in, concepts_per_image=8.0)
-    x_ND = torch.from_numpy(source.sample(N_BATCHES * rows)[0]).to(device)
+    x_ND = planted_rows(N_BATCHES * rows, d_in, device)
     return list((x_ND / x_ND.square().sum(1).mean().sqrt()).split(rows))
 
 
