@@ -24,16 +24,17 @@ from torch import Tensor
 
 from .pairwise_float64_triton import added_columns, column_sums, is_dominated
 
-PARTS = 64  # of a chunk at most; the kernels that put them together hold all at once
-LEAST_ROWS = 64
-RANGE_BLOCK_K = 256
+PARTS = 128  # of a chunk at most; the kernels that put them together hold all at once
+LEAST_ROWS = 32
+RANGE_BLOCK_K = 128
 RANGE_UNROLL = 8
-MERGE_BLOCK_K = 32
+MERGE_BLOCK_K = 8
 MERGE_ROWS = 1024
 UNIT_ROWS = 8
 SUM_BLOCK_K = 8
 SUM_BLOCK_E = 128
 FAULTS = 64
+RANGE_WARPS = 2
 NUM_WARPS = 4
 
 
@@ -520,7 +521,7 @@ def launch_range(acts_nK: Tensor, sqnorm_n: Tensor) -> Chunk:
             rows,
             BLOCK_K=RANGE_BLOCK_K,
             UNROLL=RANGE_UNROLL,
-            num_warps=NUM_WARPS,
+            num_warps=RANGE_WARPS,
         )
     return Chunk(acts_nK, sqnorm_n, parts)
 
@@ -529,12 +530,13 @@ def launch_prepared(
     chunk: Chunk,
     before: tuple[Tensor, Tensor, Tensor, Tensor],
     n_before: int,
-    faults: Tensor | None,
+    faults: Tensor,
     rows: slice | None,
     emb_nE: Tensor,
     cosine: bool,
+    merging: bool,
 ) -> tuple[NewRange, Block]:
-    """The range of n_before images and of the chunk, where faults [R, 3] are to be written; and a block of the chunk.
+    """The range of n_before images and of the chunk, and faults [R, 3], if merging; and a block of the chunk.
 
     before: low, high, above 0 and at low of the images before. Faults: columns least |e|^2, |e|^2 not finite,
     activations not finite, in rows that are to be put together. rows: of the block; None: of no images. A zero
@@ -547,7 +549,7 @@ def launch_prepared(
     new = sqnorm_b.new_empty
     found = NewRange(new(3, n_neurons), torch.empty(2, n_neurons, dtype=torch.int64, device=emb_nE.device))
     block = Block(new(acts_bK.shape), new(emb_bE.shape), new(n_parts, 5, n_neurons), new(n_parts, d_emb), new(n_parts))
-    n_merging = 0 if faults is None else len(faults)
+    n_merging = len(faults) if merging else 0
     blocks = triton.cdiv(n_neurons, RANGE_BLOCK_K) + max(1, triton.cdiv(d_emb, RANGE_BLOCK_K))
     prepared_kernel[(n_merging + n_parts * blocks,)](
         chunk.range_parts,
@@ -579,7 +581,7 @@ def launch_prepared(
         BLOCK=RANGE_BLOCK_K,
         UNROLL=RANGE_UNROLL,
         UNIT_ROWS=UNIT_ROWS,
-        num_warps=NUM_WARPS,
+        num_warps=RANGE_WARPS,
     )
     return found, block
 
