@@ -2,7 +2,7 @@
 
 Everything is launched at once: the range of its activations, and the sums of its first block by the closed form, which
 are added unless something is wrong. Then one copy tells the host what is wrong, which is refused, and which neurons one
-image dominates, whose pairs are made block by block. The chunk's kernels: kernels/dense_score_triton.py.
+image dominates, whose pairs are made block by block. The chunk's kernels: kernels/dense_*_triton.py.
 """
 
 from typing import NamedTuple
@@ -12,15 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saevlm_fast.kernels.dense_score_triton import (
-    Block,
-    Chunk,
-    NewRange,
-    launch_add,
-    launch_prepared,
-    launch_range,
-    n_fault_rows,
-)
+from saevlm_fast.kernels.dense_prepared_triton import Block, launch_prepared
+from saevlm_fast.kernels.dense_range_triton import Chunk, NewRange, launch_range, n_fault_rows
+from saevlm_fast.kernels.dense_score_triton import launch_add
 from saevlm_fast.kernels.pairwise_similarity import inner_product_blocks
 from saevlm_fast.scoring.refusals import refuse_activations, refuse_embeddings
 from saevlm_fast.scoring.sums import DenseRange, Embeddings, HalvedSums, Pairs, ShiftedSums
