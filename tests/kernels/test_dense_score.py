@@ -102,7 +102,7 @@ def test_what_is_wrong_is_named_and_the_sums_stay(device, waits):
     streamed = StreamedScore(N_NEURONS, device=device)
     streamed.update(*(each[:3] for each in data))
     for part, row, value, message in (
-        (0, 7, float("nan"), "image 7: acts_nK holds NaN"),
+        (0, 7, float("nan"), "^activations: image 7: acts_nK holds NaN"),
         (0, 11, float("-inf"), "image 11: acts_nK holds NaN"),
         (1, 4, float("nan"), "image 4: embedding is NaN, infinite or too large to square"),
         (1, 9, float("inf"), "image 9: embedding is NaN"),
