@@ -48,7 +48,7 @@ def add_on_gpu(
     work = _Work(chunk, images.emb_nE, told, (seen.low_S, seen.high_S, seen.n_active_S, seen.n_low_S), seen.n_images)
     (reals_3K, counts_2K), block = work.prepared(shares[0] if shares else None, merging=True)
     low_K, high_K, drop_K = reals_3K
-    if shares:
+    if isinstance(pairs, ShiftedSums | HalvedSums):
         pairs.lower(drop_K, told.faults)
         work.add(shares[0][0], block)
     faults, dominated_K = told.read()
