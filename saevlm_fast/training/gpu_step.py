@@ -116,14 +116,14 @@ def gpu_step(
     with _beside(x_BD) as side:
         with side:
             launch_chunks(entries, order)
-        totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, side)
+        totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen)
 
-    dead = dead_latents()
-    aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
-    aux_numbers = None if aux is None else _add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
-    moving = None if sae.config.architecture == "topk" else (config.threshold_beta, config.threshold_start)
-    counters = state.step_index, state.bad_step, sae.threshold
-    decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, aux_numbers)
+        dead = dead_latents()
+        aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
+        aux_numbers = None if aux is None else _add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
+        moving = None if sae.config.architecture == "topk" else (config.threshold_beta, config.threshold_start)
+        counters = state.step_index, state.bad_step, sae.threshold
+        decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, aux_numbers)
     constants = state.schedule, config.betas, config.eps
     clip = launch_clip(entries, totals, decision, config.clip_norm, *constants, state.of("b_dec"), frozen)
 
