@@ -23,7 +23,7 @@ from .step_rows_triton import Rows, whole_row_block
 from .step_totals_triton import Totals, added_rows
 
 DB_ROWS, BLOCK_C = 32, 256  # parts of b_dec's gradient that a program of decide_kernel adds; their columns
-NORM_PROGRAMS, NORM_STEP = 1024, 2
+NORM_PROGRAMS = 1024
 DECIDE_BLOCK, CLIP_BLOCK = 4096, 2048
 
 
@@ -182,16 +182,13 @@ def add_squares(
     columns,
     ALONG: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """total + the square of latent s's gradient row; without the part along W_dec's row (ALONG)."""
     start, end = segment
     d_in, o_d, m_d = columns
-    g = latent_row(
-        weights_ptr, ids_ptr, source_ptr, partials_ptr, start, end, d_in, o_d, m_d, CHUNK, BLOCK_P, BLOCK_D, ACC
-    )
+    g = latent_row(weights_ptr, ids_ptr, source_ptr, partials_ptr, start, end, d_in, o_d, m_d, CHUNK, BLOCK_D, ACC)
     square = tl.sum(g * g, axis=0)
     if ALONG:
         par = tl.load(along_ptr + s)
@@ -232,7 +229,6 @@ def clip_kernel(
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
@@ -266,7 +262,6 @@ def clip_kernel(
                         columns,
                         True,
                         CHUNK,
-                        BLOCK_P,
                         BLOCK_D,
                         ACC,
                     )
@@ -283,7 +278,6 @@ def clip_kernel(
                         columns,
                         False,
                         CHUNK,
-                        BLOCK_P,
                         BLOCK_D,
                         ACC,
                     )
@@ -419,7 +413,6 @@ def launch_clip(
         BETA2=betas[1],
         EPS=eps,
         CHUNK=CHUNK,
-        BLOCK_P=NORM_STEP,
         BLOCK=CLIP_BLOCK,
         BLOCK_D=block_d,
         ACC=ACC,

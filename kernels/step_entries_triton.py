@@ -153,6 +153,13 @@ def chunk_kernel(
 
 
 @triton.jit
+def outside_entry(weights_ptr, ids_ptr, q, start, head, skipped, m):
+    """(weight, id as int64) of the q-th of a latent's entries outside its whole chunks."""
+    p = start + q + tl.where(q >= head, skipped, 0)
+    return tl.load(weights_ptr + p, mask=m, other=0.0), tl.load(ids_ptr + p, mask=m, other=0).to(tl.int64)
+
+
+@triton.jit
 def latent_row(
     weights_ptr,
     ids_ptr,
@@ -164,22 +171,27 @@ def latent_row(
     o_d,
     m_d,
     CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """[BLOCK_D] of the sum over the entries start:end: head, partial sums of the chunks wholly inside, tail."""
+    """[BLOCK_D] of the sum over the entries start:end: partial sums of the chunks wholly inside, then head and tail.
+
+    The next entry is read while a row is on its way.
+    """
     start, end = start.to(tl.int64), end.to(tl.int64)
     first, last = (start + CHUNK - 1) // CHUNK, end // CHUNK
-    split = first < last
     acc = tl.zeros([BLOCK_D], dtype=ACC)
-    acc = add_rows(
-        acc, weights_ptr, ids_ptr, start, tl.where(split, first * CHUNK, end), source_ptr, d_in, o_d, m_d, BLOCK_P
-    )
-    if split:
-        for chunk in range(first, last):
-            acc += tl.load(partials_ptr + chunk * d_in + o_d, mask=m_d, other=0.0)
-        acc = add_rows(acc, weights_ptr, ids_ptr, last * CHUNK, end, source_ptr, d_in, o_d, m_d, BLOCK_P)
+    for chunk in range(first, last):
+        acc += tl.load(partials_ptr + chunk * d_in + o_d, mask=m_d, other=0.0)
+    skipped = tl.maximum(last - first, 0) * CHUNK
+    head = tl.where(skipped > 0, first * CHUNK, end) - start
+    n = end - start - skipped
+    weight, i = outside_entry(weights_ptr, ids_ptr, 0, start, head, skipped, n > 0)
+    for q in range(n):
+        row = tl.load(source_ptr + i * d_in + o_d, mask=m_d, other=0.0, eviction_policy="evict_last")
+        this = weight
+        weight, i = outside_entry(weights_ptr, ids_ptr, q + 1, start, head, skipped, q + 1 < n)
+        acc += this * row.to(ACC)
     return tl.where(m_d, acc, 0.0)  # an infinite weight makes NaN of the lanes behind the row
 
 

@@ -198,7 +198,7 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     totals["ROWS_W"] = of_totals.ROWS_W if block_d <= 2048 else of_totals.ROWS_WIDE
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True, "ROWS": module.DB_ROWS}
     decide |= {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK, "BLOCK_C": module.BLOCK_C}
-    clip = {"FIRST": 0, "LIMIT": 1.0, "CHUNK": CHUNK, "BLOCK_P": module.NORM_STEP, "BLOCK": module.CLIP_BLOCK} | adam
+    clip = {"FIRST": 0, "LIMIT": 1.0, "CHUNK": CHUNK, "BLOCK": module.CLIP_BLOCK} | adam
     regs = of_totals.REGISTERS if block_d <= 2048 else None
     kernels = (
         (of_totals, "totals_kernel", totals, max(2, warps_8), 2, regs),
