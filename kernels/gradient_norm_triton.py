@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .latent_update_triton import moved
 from .segment_sum_triton import CHUNK, accumulator
-from .step_entries_triton import Entries, latent_row
+from .step_entries_triton import Entries, latent_row, register_limit
 from .step_rows_triton import Rows, whole_row_block
 from .step_totals_triton import Totals, added_rows
 
 DB_ROWS, BLOCK_C = 32, 256  # parts of b_dec's gradient that a program of decide_kernel adds; their columns
-NORM_PROGRAMS = 1024
+NORM_PROGRAMS, WIDE_REGISTERS = 1024, 128
 DECIDE_BLOCK, CLIP_BLOCK = 4096, 2048
 
 
@@ -417,5 +417,6 @@ def launch_clip(
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
+        **register_limit(block_d, sum_dtype, wide=WIDE_REGISTERS),
     )
     return clip

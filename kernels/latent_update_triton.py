@@ -22,11 +22,11 @@ from torch import Tensor
 
 from .common import TINY, Cone
 from .segment_sum_triton import CHUNK, accumulator
-from .step_entries_triton import Entries, latent_row
+from .step_entries_triton import Entries, latent_row, register_limit
 from .step_rows_triton import whole_row_block
 
 BLOCK_S = 1024  # biases of a program
-PER_THREAD = 8  # elements of a row
+PER_THREAD, REGISTERS = 8, 64  # elements of a row, registers
 
 
 @triton.jit
@@ -257,7 +257,7 @@ def launch_update(
     cone: that the rows of W_dec are held in.
     """
     n_latents, d_in = W[0].shape
-    _, ACC = accumulator(W[0].dtype)
+    sum_dtype, ACC = accumulator(W[0].dtype)
     block_d, num_warps = whole_row_block(d_in, PER_THREAD)
     decoder = b is None
     nothing = entries.offsets_S1
@@ -296,6 +296,7 @@ def launch_update(
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
+        **register_limit(block_d, sum_dtype, REGISTERS),
     )
 
 

@@ -215,6 +215,15 @@ class Entries(NamedTuple):
     partials: Tensor
 
 
+def register_limit(
+    block_d: int, sums: torch.dtype, narrow: int | None = None, wide: int | None = None
+) -> dict[str, int]:
+    """maxnreg of a launch for float32 rows on an NVIDIA GPU, where ptxas would spill some to have fewer registers."""
+    registers = narrow if block_d <= 2048 else wide
+    limited = registers is not None and sums == torch.float32 and torch.version.hip is None
+    return {"maxnreg": registers} if limited else {}
+
+
 class Order(NamedTuple):
     """Flat entries by latent, rows ascending, padding last: sort keys and positions (int64); offsets as in Entries."""
 

@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .segment_sum_triton import accumulator
-from .step_entries_triton import Entries
+from .step_entries_triton import Entries, register_limit
 from .step_rows_triton import Rows, whole_row_block
 
 LATENTS, PROGRAMS = 16, 528  # of a program at a time; how many programs go through them, at most
-REGISTERS = 96  # of a thread; ptxas would spill some to come by with 64
+REGISTERS = 96  # of a thread
 TILE_E = 32  # entries of each latent in one load; a latent of more is gone through alone
 HEAVY_E = 512
 ROWS_W, ROWS_WIDE = 4, 2  # rows in flight, narrow or wide
@@ -237,8 +237,6 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
         arrivals=torch.empty(2, dtype=torch.int32, device=W_enc_SD.device),
     )
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
-    wide = block_d > 2048
-    limited = not wide and sum_dtype == torch.float32 and torch.version.hip is None
     totals_kernel[(n_parts,)](
         *entries[:5],
         rows.norms_R,
@@ -258,11 +256,11 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
         LATENTS=LATENTS,
         TILE_E=TILE_E,
         HEAVY_E=HEAVY_E,
-        ROWS_W=ROWS_WIDE if wide else ROWS_W,
+        ROWS_W=ROWS_W if block_d <= 2048 else ROWS_WIDE,
         ROWS_B=ROWS_B,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=max(2, num_warps),
-        **({"maxnreg": REGISTERS} if limited else {}),
+        **register_limit(block_d, sum_dtype, REGISTERS),
     )
     return totals

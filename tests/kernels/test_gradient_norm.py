@@ -199,11 +199,11 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True, "ROWS": module.DB_ROWS}
     decide |= {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK, "BLOCK_C": module.BLOCK_C}
     clip = {"FIRST": 0, "LIMIT": 1.0, "CHUNK": CHUNK, "BLOCK": module.CLIP_BLOCK} | adam
-    regs = of_totals.REGISTERS if block_d <= 2048 else None
+    regs, wide_regs = (of_totals.REGISTERS, None) if block_d <= 2048 else (None, module.WIDE_REGISTERS)
     kernels = (
         (of_totals, "totals_kernel", totals, max(2, warps_8), 2, regs),
         (module, "decide_kernel", decide | row, 8),
-        (module, "clip_kernel", clip | row, whole_row_block(d_in, 4)[1]),
+        (module, "clip_kernel", clip | row, whole_row_block(d_in, 4)[1], 2, wide_regs),
     )
     return [
         Case(home.__name__, name, target, signature, *kernel) for target in targets for home, name, *kernel in kernels

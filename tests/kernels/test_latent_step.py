@@ -123,7 +123,7 @@ def test_gpu_low_copy_is_what_the_encoder_would_make(device, unit: bool) -> None
 
 
 def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
-    from saevlm_fast.kernels.latent_update_triton import BLOCK_S, PER_THREAD, TINY
+    from saevlm_fast.kernels.latent_update_triton import BLOCK_S, PER_THREAD, REGISTERS, TINY
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
     from saevlm_fast.kernels.step_rows_triton import whole_row_block
 
@@ -140,10 +140,11 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
         {"DECODER": True, "HAS_LOW": False, "CONE": True},
         {"DECODER": False, "HAS_LOW": True, "CONE": False},
     )
+    registers = REGISTERS if block_d <= 2048 else None
     path = "saevlm_fast.kernels.latent_update_triton"
-    kernels = [("update_kernel", constants | cone | side, num_warps) for side in sides]
+    kernels = [("update_kernel", constants | cone | side, num_warps, 2, registers) for side in sides]
     kernels.append(("bias_kernel", {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8, "BLOCK_S": BLOCK_S}, 4))
-    return [Case(path, name, t, signature, values, warps) for t in targets for name, values, warps in kernels]
+    return [Case(path, name, target, signature, *kernel) for target in targets for name, *kernel in kernels]
 
 
 def test_static_compile_without_spills() -> None:
