@@ -20,7 +20,7 @@ from torch import Tensor
 from saevlm_fast.config import TrainConfig
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
-from saevlm_fast.kernels.latent_gradient import RowGradient, latent_slots
+from saevlm_fast.kernels.latent_gradient import RowGradient
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.step_entries_triton import Order, launch_chunks, launch_order, launch_ordered
@@ -120,6 +120,7 @@ def gpu_step(
 
         dead = dead_latents()
         aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
+        slots_S = None if aux is None else dead.slots(codes.d_sae)
         aux_numbers = None if aux is None else _add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
         moving = None if sae.config.architecture == "topk" else (config.threshold_beta, config.threshold_start)
         counters = state.step_index, state.bad_step, sae.threshold
@@ -129,13 +130,13 @@ def gpu_step(
 
     scalars = Scalars(clip, *constants)
     if frozen != "W_dec":
-        aux_rows = _aux_rows(aux and aux.W_dec, sae)
+        aux_rows = _aux_rows(aux and aux.W_dec, slots_S)
         launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, aux_rows, cone=state.cone)
     biases = state.of("b_enc")
     if frozen == "W_enc":
         launch_bias(totals.db_enc_S, scalars, biases)
     else:
-        aux_rows = _aux_rows(aux and aux.W_enc, sae)
+        aux_rows = _aux_rows(aux and aux.W_enc, slots_S)
         launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, aux_rows, state.low)
     overall, mse, aux_loss = decision.losses
     if mono_loss is not None:
@@ -161,15 +162,12 @@ def _add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S
     """
     dead_A = latents_A.clamp(max=len(db_enc_S) - 1)  # padding has zero gradients
     db_enc_S.index_add_(0, dead_A, aux.b_enc_A.to(db_enc_S.dtype))
-    squares = aux.b_enc_A.square().sum()
-    for rows in (aux.W_enc, aux.W_dec):
-        squares = squares if rows is None else squares + rows.squared_norm
-    return torch.stack([aux.loss, squares]), aux.b_enc_A @ W_enc_SD[dead_A]
+    return aux.numbers(), aux.b_enc_A @ W_enc_SD[dead_A]
 
 
-def _aux_rows(gradient: RowGradient | None, sae: SparseAutoencoder) -> tuple[Tensor, Tensor] | None:
+def _aux_rows(gradient: RowGradient | None, slots_S: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Rows of the auxiliary loss, and the slot of every latent among them."""
-    return None if gradient is None else (gradient.rows_AD, latent_slots(gradient.latents_A, sae.config.d_sae))
+    return None if gradient is None or slots_S is None else (gradient.rows_AD, slots_S)
 
 
 @contextmanager

@@ -167,11 +167,9 @@ def test_the_bound_holds_however_long_the_part_along_the_row(device, parallel: f
     residual = torch.tensor([parallel, 1.01])
     x = (W_dec[0] - residual / 2 * 1.0).expand(n, 2).contiguous()  # suffix = 2 / n (W_dec[0] - x) = residual / n
     acts, latents = torch.ones(n, 1), torch.zeros(n, 1, dtype=torch.int64)
-    case = Codes(x, acts, latents, None, [2], W_dec, torch.zeros(2, 2), torch.zeros(2)).on(device, torch.float32)
-    _, _, totals = totals_of(case, torch.zeros(2, dtype=torch.int64, device=device))
-    enc = plain_step(
-        Codes(*(t.cpu().double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in case))
-    )
+    case = Codes(x, acts, latents, None, [2], W_dec, torch.zeros(2, 2), torch.zeros(2))
+    enc = plain_step(case.on("cpu", torch.float64))
+    _, _, totals = totals_of(case.on(device, torch.float32), torch.zeros(2, dtype=torch.int64, device=device))
     others = enc.gradients["W_enc"].square().sum() + enc.gradients["b_enc"].square().sum()
     assert float(totals.square_parts.sum()) >= 1.01**2 + float(others) * (1 - 1e-6)
 

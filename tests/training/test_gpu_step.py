@@ -60,7 +60,7 @@ def dense_step(parameters: dict[str, torch.Tensor], x_BD, codes, ends: list[int]
     gradients["W_dec"] = W_dec.grad - (W_dec.grad * W).sum(1, keepdim=True) * W
     norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
     clip = (clip_norm / (norm + 1e-6)).clamp(max=1)
-    return float(loss), {name: g * clip for name, g in gradients.items()}
+    return float(loss.detach()), {name: g * clip for name, g in gradients.items()}
 
 
 def big(architecture: str, device, d_in: int, d_sae: int, **train) -> tuple[Stepper, torch.Tensor]:
