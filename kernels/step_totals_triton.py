@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .segment_sum_triton import accumulator
-from .step_entries_triton import Entries, register_limit
+from .step_entries_triton import Entries, Order, placed_entries, register_limit
 from .step_rows_triton import Rows, whole_row_block
 
 LATENTS, PROGRAMS = 16, 528  # of a program at a time; how many programs go through them, at most
@@ -42,34 +42,43 @@ def added_rows(source_ptr, first, last, stride, o_c, m_c, STEP: tl.constexpr, BL
 
 
 @triton.jit
-def entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr):
-    """Of entries o: dact, act * dact, |act| |suffix|, |dact| |centred|, whether it fired (int32)."""
-    a = tl.load(acts_ptr + o, mask=m, other=0.0)
-    d = tl.load(dacts_ptr + o, mask=m, other=0.0)
-    suffix = tl.load(norms_ptr + tl.load(bags_ptr + o, mask=m, other=0), mask=m, other=0.0)
-    centred = tl.load(x_norms_ptr + tl.load(rows_ptr + o, mask=m, other=0), mask=m, other=0.0)
-    return d, a * d, tl.abs(a) * suffix, tl.abs(d) * centred.to(d.dtype), (a > 0).to(tl.int32)
+def entry_terms(p, m, codes, ordered, norms, n_groups, PREFIXES: tl.constexpr, ACC: tl.constexpr):
+    """Of the entries at places p: dact, act * dact, |act| |suffix|, |dact| |centred|, whether it fired (int32).
+
+    Stores them in latent order, one dependent load less in every gather that follows.
+    """
+    acts_ptr, dacts_ptr, bags_ptr, rows_ptr = ordered
+    norms_ptr, x_norms_ptr = norms
+    a, d, bags, rows = placed_entries(codes, p, m, n_groups, PREFIXES, ACC)
+    tl.store(acts_ptr + p, a, mask=m)
+    tl.store(dacts_ptr + p, d, mask=m)
+    tl.store(bags_ptr + p, bags, mask=m)
+    if PREFIXES:
+        tl.store(rows_ptr + p, rows, mask=m)
+    suffix = tl.load(norms_ptr + bags, mask=m, other=0.0)
+    centred = tl.load(x_norms_ptr + rows, mask=m, other=0.0)
+    return d, a * d, tl.abs(a) * suffix, tl.abs(d) * centred.to(ACC), (a > 0).to(tl.int32)
 
 
 @triton.jit
 def entry_sums(
     starts,
     counts,
-    acts_ptr,
-    dacts_ptr,
-    bags_ptr,
-    rows_ptr,
-    norms_ptr,
-    x_norms_ptr,
+    codes,
+    ordered,
+    norms,
+    n_groups,
+    PREFIXES: tl.constexpr,
     LATENTS: tl.constexpr,
     TILE_E: tl.constexpr,
     HEAVY_E: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """entry_terms summed over the entries of each of LATENTS latents: all at once, then through those of many alone."""
     o_e = tl.arange(0, TILE_E)
     m = (o_e[None, :] < counts[:, None]) & (counts <= TILE_E)[:, None]
     o = starts[:, None] + o_e[None, :]
-    db, par, dec, enc, fires = entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr)
+    db, par, dec, enc, fires = entry_terms(o, m, codes, ordered, norms, n_groups, PREFIXES, ACC)
     db, par, dec, enc = tl.sum(db, axis=1), tl.sum(par, axis=1), tl.sum(dec, axis=1), tl.sum(enc, axis=1)
     fires = tl.sum(fires, axis=1)
     if tl.max(counts, axis=0) > TILE_E:
@@ -80,9 +89,7 @@ def entry_sums(
             if count > TILE_E:
                 for p in range(start, start + count, HEAVY_E):
                     m_h = p + o_h < start + count
-                    t0, t1, t2, t3, f = entry_terms(
-                        p + o_h, m_h, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr
-                    )
+                    t0, t1, t2, t3, f = entry_terms(p + o_h, m_h, codes, ordered, norms, n_groups, PREFIXES, ACC)
                     db += tl.where(this, tl.sum(t0, axis=0), 0.0)
                     par += tl.where(this, tl.sum(t1, axis=0), 0.0)
                     dec += tl.where(this, tl.sum(t2, axis=0), 0.0)
@@ -116,12 +123,16 @@ def weighted_rows(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_latents", "n_rows", "n_programs"])
+@triton.jit(do_not_specialize=["n_latents", "n_rows", "n_groups", "n_programs"])
 def totals_kernel(
+    order_ptr,
     acts_ptr,
     dacts_ptr,
     bags_ptr,
-    rows_ptr,
+    ordered_acts_ptr,
+    ordered_dacts_ptr,
+    ordered_bags_ptr,
+    ordered_rows_ptr,
     offsets_ptr,
     norms_ptr,
     x_norms_ptr,
@@ -135,9 +146,11 @@ def totals_kernel(
     arrivals_ptr,
     n_latents,
     n_rows,
+    n_groups,
     n_programs,
     suffix_stride,
     d_in,
+    PREFIXES: tl.constexpr,
     DECODER: tl.constexpr,
     ENCODER: tl.constexpr,
     SLACK: tl.constexpr,
@@ -158,6 +171,8 @@ def totals_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
     acc = tl.zeros([BLOCK_D], dtype=ACC)
+    codes, norms = (order_ptr, acts_ptr, dacts_ptr, bags_ptr), (norms_ptr, x_norms_ptr)
+    ordered = ordered_acts_ptr, ordered_dacts_ptr, ordered_bags_ptr, ordered_rows_ptr
     if program < n_programs:
         exact, bound = tl.full([], 0.0, ACC), tl.full([], 0.0, ACC)
         for first in range(program * LATENTS, n_latents, n_programs * LATENTS):
@@ -166,17 +181,7 @@ def totals_kernel(
             starts = tl.load(offsets_ptr + o_s, mask=m_s, other=0)
             counts = tl.load(offsets_ptr + o_s + 1, mask=m_s, other=0) - starts
             db, par, dec, enc, fires = entry_sums(
-                starts,
-                counts,
-                acts_ptr,
-                dacts_ptr,
-                bags_ptr,
-                rows_ptr,
-                norms_ptr,
-                x_norms_ptr,
-                LATENTS,
-                TILE_E,
-                HEAVY_E,
+                starts, counts, codes, ordered, norms, n_groups, PREFIXES, LATENTS, TILE_E, HEAVY_E, ACC
             )
             tl.store(db_enc_ptr + o_s, db, mask=m_s)
             tl.store(parallel_ptr + o_s, par, mask=m_s)
@@ -222,9 +227,21 @@ class Totals(NamedTuple):
     arrivals: Tensor
 
 
-def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor, frozen: str | None = None) -> Totals:
-    """Totals, and idle_S moved on in place. frozen: W_enc or W_dec, whose gradient has no part in the norm."""
+def launch_totals(
+    entries: Entries,
+    acts: Tensor,
+    rows: Rows,
+    order: Order,
+    W_enc_SD: Tensor,
+    idle_S: Tensor,
+    frozen: str | None = None,
+) -> Totals:
+    """Totals; the entries are written in their order, and idle_S is moved on in place.
+
+    frozen: W_enc or W_dec, whose gradient has no part in the norm.
+    """
     (n_latents, d_in), n_rows = W_enc_SD.shape, len(rows.x_norms_B)
+    n_groups = len(rows.suffix_RD) // n_rows
     sum_dtype, ACC = accumulator(W_enc_SD.dtype)
     n_programs = min(triton.cdiv(n_latents, LATENTS), PROGRAMS)
     n_parts = n_programs + triton.cdiv(n_rows, ROWS_B)
@@ -238,6 +255,10 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
     )
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
     totals_kernel[(n_parts,)](
+        order.order_M,
+        acts.contiguous(),
+        rows.dacts_M,
+        rows.bags_M,
         *entries[:5],
         rows.norms_R,
         rows.x_norms_B,
@@ -247,9 +268,11 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
         *totals,
         n_latents,
         n_rows,
+        n_groups,
         n_programs,
-        len(rows.suffix_RD) // n_rows * d_in,
+        n_groups * d_in,
         d_in,
+        PREFIXES=n_groups > 1,
         DECODER=frozen != "W_dec",
         ENCODER=frozen != "W_enc",
         SLACK=SLACK,

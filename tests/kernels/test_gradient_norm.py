@@ -20,13 +20,14 @@ CASES = {
 
 def totals_of(case: Codes, idle_S: torch.Tensor):
     """(rows, entries, totals) of a case on its device."""
-    from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
+    from saevlm_fast.kernels.step_entries_triton import launch_chunks, launch_order, new_entries
     from saevlm_fast.kernels.step_totals_triton import launch_totals
 
     rows = launched(case)
     order = launch_order(case.latents, case.row_offsets, len(case.W_dec_SD))
-    entries = launch_entries(case.acts, rows, order)
-    return rows, entries, launch_totals(entries, rows, case.W_enc_SD, idle_S)
+    entries = new_entries(rows, order)
+    launch_chunks(entries, case.acts, rows, order)
+    return rows, entries, launch_totals(entries, case.acts, rows, order, case.W_enc_SD, idle_S)
 
 
 def counters(device, step: int = 5, threshold: float = -1.0) -> list[torch.Tensor]:
@@ -185,14 +186,21 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     names += " squares clip b"
     signature = {f"{name}_ptr": "*fp32" for name in f"{names} exp_avg exp_avg_sq".split()}
     signature |= {f"{name}_ptr": "*i32" for name in "bags rows offsets needed arrivals".split()}
-    signature |= {"idle_ptr": "*i64", "step_index_ptr": "*i64", "bad_step_ptr": "*i64", "schedule_ptr": "*fp64"}
+    signature |= {f"ordered_{name}_ptr": signature[f"{name}_ptr"] for name in ("acts", "dacts", "bags", "rows")}
+    signature |= {
+        "order_ptr": "*i64",
+        "idle_ptr": "*i64",
+        "step_index_ptr": "*i64",
+        "bad_step_ptr": "*i64",
+        "schedule_ptr": "*fp64",
+    }
     counts = "n_latents n_rows n_parts n_sums n_programs n_groups threshold_start n_squares"
     signature |= dict.fromkeys(counts.split(), "i32") | {"d_in": "i32:16", "suffix_stride": "i32:16"}
     block_d, warps_8 = whole_row_block(d_in, 8)
     row = {"BLOCK_D": block_d, "ACC": "tl.float32"}
     adam = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
     totals = {name: getattr(of_totals, name) for name in ("SLACK", "LATENTS", "TILE_E", "HEAVY_E", "ROWS_B")} | row
-    totals |= {"DECODER": True, "ENCODER": True}
+    totals |= {"DECODER": True, "ENCODER": True, "PREFIXES": True}
     totals["ROWS_W"] = of_totals.ROWS_W if block_d <= 2048 else of_totals.ROWS_WIDE
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True, "ROWS": module.DB_ROWS}
     decide |= {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK, "BLOCK_C": module.BLOCK_C}
