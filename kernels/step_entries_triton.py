@@ -222,8 +222,9 @@ def register_limit(
 ) -> dict[str, int]:
     """maxnreg of a launch for float32 rows on an NVIDIA GPU, where ptxas would spill some to have fewer registers."""
     registers = narrow if block_d <= 2048 else wide
-    limited = registers is not None and sums == torch.float32 and torch.version.hip is None
-    return {"maxnreg": registers} if limited else {}
+    if registers is None or sums != torch.float32 or torch.version.hip is not None:
+        return {}
+    return {"maxnreg": registers}
 
 
 class Order(NamedTuple):
