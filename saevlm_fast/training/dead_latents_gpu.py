@@ -149,9 +149,10 @@ def _prepared(
         n_rows,
         d_in,
         alpha,
-        BLOCK_P=32,
+        BLOCK_P=128,
         BLOCK_D=block_d,
         PROGRAMS=triton.next_power_of_2(n_programs),
+        num_warps=8,
     )
     b_enc_A = torch.empty(n_dead, dtype=torch.float32, device=device)
     W_enc_SD, b_enc_S, W_dec_SD = sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach()

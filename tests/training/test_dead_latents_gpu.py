@@ -191,7 +191,7 @@ def row_cases(target: str) -> list[Case]:
         Case(ROWS, "rows_kernel", target, rows, blocks | {"ROWS": 8}, num_warps=warps),
         Case(ROWS, "latents_kernel", target, latents, blocks, num_warps=warps),
         Case(ROWS, "error_rows_kernel", target, error | {"d_in": SIZE}, blocks, num_warps=warps),
-        Case(ROWS, "scalars_kernel", target, scalars, {"BLOCK_P": 32, "BLOCK_D": 32, "PROGRAMS": 32}),
+        Case(ROWS, "scalars_kernel", target, scalars, {"BLOCK_P": 128, "BLOCK_D": 32, "PROGRAMS": 32}, 8),
         Case(ROWS, "finish_kernel", target, finish, blocks | {"DECODER": 0, "TILES": 32}, num_warps=warps),
         Case(
             ROWS,
