@@ -80,7 +80,7 @@ class Batch(NamedTuple):
 
 def keep_config(n_dead: int, hip: bool = torch.version.hip is not None) -> tuple[str, dict[str, int]]:
     """(kernel that keeps the largest of rows of n_dead, its launch)."""
-    block = triton.next_power_of_2(n_dead)
+    block = max(triton.next_power_of_2(n_dead), 1024)  # few sizes: each is compiled
     if n_dead > (MOST_IN_REGISTERS >> 2 * hip):
         return "keep_wide_kernel", {"BLOCK": 1024 if hip else 2048, "num_warps": 8}
     return "keep_kernel", {"BLOCK": block, "num_warps": min(max(block // KEPT_A_WARP, 4), 32)}
@@ -249,7 +249,8 @@ def _finished(
     sides: list[str],
 ) -> GpuAuxiliary:
     n_sides, n_parts, n_dead, d_in = parts_GPAD.shape
-    rows_GAD, squares_GA = torch.empty_like(parts_GPAD[:, 0]), torch.empty_like(parts_GPAD[:, 0, :, 0])
+    rows_GAD = parts_GPAD[:, 0] if n_parts == 1 else torch.empty_like(parts_GPAD[:, 0])
+    squares_GA = torch.empty_like(parts_GPAD[:, 0, :, 0])
     b_enc_A, numbers = torch.empty_like(sums_TA[0]), torch.empty(4, dtype=torch.float32, device=sums_TA.device)
     W_dec_SD = sae.W_dec.detach()
     over_rows.finish_kernel[(n_dead, n_sides)](
