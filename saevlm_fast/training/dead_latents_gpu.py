@@ -97,7 +97,7 @@ def gpu_auxiliary(
 ) -> GpuAuxiliary:
     """dead_latents.auxiliary of float32 tensors."""
     (n_rows, d_in), n_dead, device, tile = x_BD.shape, len(latents_A), x_BD.device, product_config(x_BD.device)
-    size = min(n_rows, max(1, MOST_ELEMENTS // n_dead))
+    size = min(n_rows, max(1, MOST_ELEMENTS // max(n_dead, d_in)))
     starts = range(0, n_rows, size)
     counter, largest = torch.zeros(1 + 2 * len(starts), dtype=torch.int32, device=device).split([1, 2 * len(starts)])
     batch, scalars = _prepared(sae, x_BD, x_hat_BD, latents_A, number, alpha, counter)
