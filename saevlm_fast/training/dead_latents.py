@@ -149,12 +149,13 @@ def auxiliary(
 def _on_gpu(
     sae: SparseAutoencoder, x_BD: Tensor, x_hat_BD: Tensor, dead: DeadLatents, alpha: float, frozen: str | None
 ) -> Auxiliary:
-    from saevlm_fast.training.dead_latents_gpu import gpu_auxiliary
+    from saevlm_fast.kernels.auxiliary_triton import Weights, launch_auxiliary
 
+    weights = Weights(sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach())
     number = torch.as_tensor(dead.number, device=x_BD.device)
     with torch.cuda.device_of(x_BD):
         x_BD, x_hat_BD = x_BD if x_BD.stride(1) == 1 else x_BD.contiguous(), x_hat_BD.contiguous()
-        found = gpu_auxiliary(sae, x_BD, x_hat_BD, dead.latents_A, number, alpha, frozen)
+        found = launch_auxiliary(weights, x_BD, x_hat_BD, dead.latents_A, number, alpha, frozen)
     return Auxiliary(found.numbers[0], found.W_enc, found.W_dec, found.b_enc_A, found.numbers)
 
 
