@@ -29,3 +29,12 @@ def planted_blocks(
         first_B = per_row_B.cumsum(0) - per_row_B
         x_BD = embedding_bag(places_P, directions_CD, first_B, mode="sum", per_sample_weights=strength_P)
         yield x_BD + offset_D + 0.02 * normal(*x_BD.shape)
+
+
+def planted_rows(n_rows: int, d_in: int, device: str = "cpu") -> Tensor:
+    """[n_rows, d_in] at once: 8 of 2 * d_in concepts a row.
+
+    Fresh rows matter: an SAE that meets the same few batches again and again learns them by heart, its activations
+    crowd below the smallest one kept, and an encoder that screens has five times as many candidates as in a run.
+    """
+    return torch.cat(list(planted_blocks(n_rows, d_in, 2 * d_in, 8.0, device)))
