@@ -34,7 +34,7 @@ def score_result_kernel(
     SINGLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """scoring/sums.py's status_of and num / den, NaN unless defined. SPARSE: at_low counts only where low is above 0."""
+    """status_of (scoring/sums.py) and num / den, NaN unless defined. SPARSE: at_low counts where low is above 0."""
     o_s = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_s = o_s < n_latents
     low, high = tl.load(low_ptr + o_s, mask=m_s, other=0.0), tl.load(high_ptr + o_s, mask=m_s, other=0.0)
