@@ -26,7 +26,7 @@ from .dense_range_triton import (
 )
 from .pairwise_float64_triton import column_sums
 
-UNIT_ROWS = 8
+UNIT_ROWS = 4
 BLOCK_PARTS = 64  # of a block at most, as PARTS of a chunk
 BLOCK_LEAST_ROWS = 64
 

@@ -153,7 +153,7 @@ def static_cases(target: str) -> list[Case]:
     counts = "n_images n_parts n_before rows n_range_parts n_merging n_block n_faults"
     signature |= dict.fromkeys(counts.split(), "i32")
     tile = {"BLOCK_K": 8, "BLOCK_E": 128, "FAULTS": 64, "COSINE": True}
-    merge = {"PARTS": 128, "MERGE_BLOCK_K": 8, "MERGE_ROWS": 1024, "BLOCK": 128, "UNROLL": 8, "UNIT_ROWS": 8}
+    merge = {"PARTS": 128, "MERGE_BLOCK_K": 8, "MERGE_ROWS": 256, "BLOCK": 128, "UNROLL": 8, "UNIT_ROWS": 4}
     merge |= {"COSINE": True}
     return [
         Case(ranges, "range_kernel", target, signature, {"BLOCK_K": 128, "UNROLL": 8}, num_warps=2),
@@ -169,7 +169,7 @@ def test_static_compile_without_spills():
 
     ranges = dense_range_triton
     assert (ranges.RANGE_BLOCK_K, ranges.RANGE_UNROLL, ranges.PARTS, ranges.RANGE_WARPS) == (128, 8, 128, 2)
-    assert (ranges.MERGE_BLOCK_K, ranges.MERGE_ROWS, dense_prepared_triton.UNIT_ROWS) == (8, 1024, 8)
+    assert (ranges.MERGE_BLOCK_K, ranges.MERGE_ROWS, dense_prepared_triton.UNIT_ROWS) == (8, 256, 4)
     assert dense_prepared_triton.BLOCK_PARTS == 64
     assert (kernels.SUM_BLOCK_K, kernels.SUM_BLOCK_E, kernels.FAULTS, kernels.NUM_WARPS) == (8, 128, 64, 4)
     assert_no_spills([case for target in TARGETS for case in static_cases(target)])
