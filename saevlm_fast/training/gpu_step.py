@@ -181,7 +181,7 @@ def _beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
         return
     stream = torch.cuda.current_stream()
     if stream not in _side_streams:
-        _side_streams[stream] = torch.cuda.Stream(x_BD.device)
+        _side_streams[stream] = torch.cuda.Stream(x_BD.device, priority=-1)  # not behind a long kernel's programs
     side = _side_streams[stream]
     side.wait_stream(stream)
     try:
