@@ -23,7 +23,7 @@ from .step_rows_triton import Rows, whole_row_block
 
 BLOCK_M = 256  # entries of a program
 BLOCK_S = 1024  # latents of a program of offset_kernel
-BLOCK_P, BLOCK_Q = 32, 128  # places of a program of rank_kernel; entries of each one's latent at a time
+BLOCK_P, BLOCK_Q = 16, 64  # places of a program of rank_kernel; entries of each one's latent at a time
 CHUNK_STEP = 4  # entries of a chunk whose row loads are in flight together
 
 
@@ -281,8 +281,8 @@ def register_limit(
 
 
 class Order(NamedTuple):
-    """Flat entries by latent, rows ascending, padding last: latents of the places (int32, of padding n_latents), entries
-    at the places (int64); offsets as in Entries."""
+    """Flat entries by latent, rows ascending, padding last: the latent of every place (int32, of padding n_latents), the
+    entry there (int64); offsets as in Entries."""
 
     of_places_M: Tensor
     order_M: Tensor
