@@ -1,7 +1,7 @@
 """Triton kernels that bring a step's entries into latent order, and sum whole chunks of those of heavy latents.
 
-    keys, order = torch.sort(keys of the latents)    stable: rows ascend within a latent                 key_kernel
-    offsets[s] = where latent s begins                                                                  offset_kernel
+    offsets[s] = where latent s begins: a running sum of how many entries every latent has      count_kernel, offset_kernel
+    order = every entry to its latent's, then behind those that come before it there          scatter_kernel, rank_kernel
     acts, dacts, bags, rows = those of the codes, in that order                            step_totals_triton.py
     partial[side, c] = sum over chunk c of act * suffix[bag] (decoder) or dact * centred[row] (encoder)   chunk_kernel
 
@@ -281,8 +281,8 @@ def register_limit(
 
 
 class Order(NamedTuple):
-    """Flat entries by latent, rows ascending, padding last: the latent of every place (int32, of padding n_latents), the
-    entry there (int64); offsets as in Entries."""
+    """Flat entries by latent, rows ascending, padding last: of every place its latent (int32, of padding n_latents) and
+    the entry there (int64); offsets as in Entries."""
 
     of_places_M: Tensor
     order_M: Tensor
