@@ -1,14 +1,17 @@
 """Triton kernels that bring a step's entries into latent order, and sum whole chunks of those of heavy latents.
 
-    offsets[s] = where latent s begins: a running sum of how many entries every latent has      count_kernel, offset_kernel
-    order = every entry to its latent's, then behind those that come before it there          scatter_kernel, rank_kernel
-    acts, dacts, bags, rows = those of the codes, in that order                            step_totals_triton.py
+    offsets[s] = where latent s begins                                                   count_kernel, offset_kernel
+    order = every entry to its latent's, then behind those that come before it there    scatter_kernel, rank_kernel
+    acts, dacts, bags, rows = those of the codes, in that order                          step_totals_triton.py
     partial[side, c] = sum over chunk c of act * suffix[bag] (decoder) or dact * centred[row] (encoder)   chunk_kernel
+
+Rows ascend within a latent, whatever the order in which atomics have handed out its places before. A latent of n
+entries costs n^2 comparisons, and none has more entries than the batch has rows.
 
 Entry positions are cut into chunks of CHUNK; a chunk inside one latent's segment is summed here, so that a latent that
 fires on much of the batch does not leave one program walking thousands of rows. `latent_row` adds, for one latent, its
-head, its whole chunks' partial sums and its tail: the gradient row, made where it is needed and never written. No
-atomics, and the same order of additions every time. docs/kernels.md section 4
+whole chunks' partial sums, its head and its tail: the gradient row, made where it is needed and never written. The
+order of additions is the same every time. docs/kernels.md section 4
 """
 
 from typing import NamedTuple
