@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saevlm_fast.config import TrainConfig
 from saevlm_fast.kernels.common import Cone
+from saevlm_fast.kernels.dead_rows_triton import launch_biases
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
 from saevlm_fast.kernels.latent_gradient import RowGradient
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
@@ -162,9 +163,7 @@ def _add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S
 
     Its db_enc is added to db_enc_S: a dead latent has no entry that fired.
     """
-    dead_A = latents_A.clamp(max=len(db_enc_S) - 1)  # padding has zero gradients
-    db_enc_S.index_add_(0, dead_A, aux.b_enc_A.to(db_enc_S.dtype))
-    return aux.numbers(), aux.b_enc_A @ W_enc_SD[dead_A]
+    return aux.numbers(), launch_biases(latents_A, aux.b_enc_A, W_enc_SD, db_enc_S)
 
 
 def _aux_rows(gradient: RowGradient | None, slots_S: Tensor | None) -> tuple[Tensor, Tensor] | None:
