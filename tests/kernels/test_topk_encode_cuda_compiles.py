@@ -71,11 +71,12 @@ def choice_cases(target: str) -> list[Case]:
     write = count | {"row_offsets_ptr": LONGS, "acts_ptr": FLOATS, "latents_ptr": LONGS, "n_places": "i32"}
     rows = {"ROWS": 8, "BLOCK": 64}
     digits = {"FIRST": False}
+    bounds = digits | {"SHIFT": 15, "ROWS": 4, "BLOCK_G": 1024, "MERGED": 1}
     ranked = {"RANKED": target != "gfx942", "BLOCK": 256}
     return [
         Case(CHOOSE, "topk_of_pool_kernel", target, topk, ranked, num_warps=1),
         Case(CHOOSE, "topk_of_pool_kernel", target, topk, {"RANKED": False, "BLOCK": 2048}, num_warps=8),
-        Case(LARGEST, "bound_digit_kernel", target, bound, digits | {"SHIFT": 15, "ROWS": 4, "BLOCK_G": 1024}),
+        Case(LARGEST, "bound_digit_kernel", target, bound, bounds, num_warps=8),
         Case(LARGEST, "digit_kernel", target, digit, digits | {"SHIFT": 7, "BITS": 8, "BLOCK": 1024}),
         Case(LARGEST, "digit_kernel", target, digit, digits | {"SHIFT": 0, "BITS": 7, "BLOCK": 1024}),
         Case(LARGEST, "count_kernel", target, count, rows, num_warps=2),
