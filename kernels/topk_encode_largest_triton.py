@@ -91,9 +91,8 @@ def bound_digit_kernel(
     FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    MERGED: tl.constexpr,
 ):
-    """The digit at SHIFT of the n-th largest of the groups' lower bounds, MERGED of them taken as one."""
+    """The digit at SHIFT of the n-th largest of the groups' lower bounds."""
     prefix, wanted = found_before(found_ptr, n, FIRST)
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_g = tl.arange(0, BLOCK_G)[None, :]
@@ -102,9 +101,7 @@ def bound_digit_kernel(
     v, slack = slack_of(maxima_ptr, factors_ptr, norm_ptr, error_ptr, inverse_ptr, row, o_g, m_g, n_groups)
     lower = v - tl.abs(v) * ROUNDING - slack
     keys = tl.where(m_g & inside & (lower > 0), lower.to(tl.int32, bitcast=True), 0)
-    if MERGED > 1:
-        keys = tl.max(tl.reshape(keys, [ROWS, BLOCK_G // MERGED, MERGED]), axis=2)
-    counts = histogram_of(tl.reshape(keys, [ROWS * BLOCK_G // MERGED]), prefix, SHIFT, 8, FIRST)
+    counts = histogram_of(tl.reshape(keys, [ROWS * BLOCK_G]), prefix, SHIFT, 8, FIRST)
     add_digit(counts, histogram_ptr, found_ptr, prefix, wanted, SHIFT, False)
 
 
@@ -326,7 +323,6 @@ def launch_batch_bound(screen: Screen, n: int, counters: Tensor, found: Tensor) 
             FIRST=shift == BOUND_SHIFTS[0],
             ROWS=rows,
             BLOCK_G=block,
-            MERGED=1,
             num_warps=min(max(rows * block // 512, 4), 16),
         )
 

@@ -245,15 +245,14 @@ def take_steps(
     steps = CapturedSteps(stepper, capture)
     every = log_every(options, state.config)
     span = stepper.n_steps, n_steps - stepper.n_steps
-    with closing(state.batches(*span)) as remaining, closing(state.embedding_batches(*span)) as embeddings:
-        for raw_BD, e_BE in zip(remaining, embeddings, strict=True):
-            x_BD = state.normalised(raw_BD, out=steps.input(len(raw_BD)))
+    with closing(state.inputs(*span, steps.input)) as remaining, closing(state.embedding_batches(*span)) as embeddings:
+        for x_BD, e_BE in zip(remaining, embeddings, strict=True):
             output = steps.step(x_BD, e_BE)
             step = stepper.n_steps
             on_step(step)
             if step % every == 0 or step == n_steps:
-                state.check_loss(kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | steps.metrics()
+                state.check_loss(kept.kept)
                 kept.log(step, metrics)
                 on_log(step, metrics)
             kept.after_step(state, interrupted.is_set())
