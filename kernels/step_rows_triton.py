@@ -22,10 +22,11 @@ from torch import Tensor
 from .common import check
 from .segment_sum_triton import accumulator
 
-HELD_VALUES = 128  # of W_dec, in the registers of a thread, if no entries are left over: 32 entries at 1,024 columns
-HELD_FEWER, HELD_BESIDE_GROUPS = 64, 32  # if some may be, and if prefixes need registers too
-STEP_K, STEP_VALUES = 4, 16  # entries left over: so many at a time, fewer in wide rows
-REGISTERS = 128  # of a thread of eight warps, for two programs a processor
+# Values of W_dec in the registers of a thread, 8 or 16 an entry: of a row whose few entries are all held; else of those
+# that are, fewer beside Matryoshka's prefixes.
+HELD_ALL, HELD_SOME, HELD_BESIDE_PREFIXES = 192, 64, 16
+STEP_K = 4  # of the others at a time; one where an entry is 16 values
+REGISTERS = 128  # of a thread of four warps, for four programs a processor
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
@@ -73,16 +74,29 @@ def load_held(codes, start, end, columns, TILES: tl.constexpr, ACC: tl.constexpr
 
 
 @triton.jit
-def add_entries(x_hats, smallest, acts, latents, w, ends, G: tl.constexpr):
-    """(the prefixes' x_hats with these entries, the smallest positive activation so far)."""
-    groups, sums = groups_of(latents, ends, G), ()
-    for g in tl.static_range(G):
-        sums += (x_hats[g] + tl.sum(tl.where(groups <= g, acts, 0.0)[:, None] * w, axis=0),)
-    return sums, tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
+def range_of(groups, inside, G: tl.constexpr):
+    """(lowest, highest) group of the entries inside: most often the same, as latents ascend."""
+    return tl.min(tl.where(inside, groups, G), axis=0), tl.max(tl.where(inside, groups, -1), axis=0)
 
 
 @triton.jit
-def add_others(x_hats, smallest, codes, first, end, columns, STEP_K: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr):
+def add_entries(sums, smallest, acts, latents, w, ends, inside, G: tl.constexpr):
+    """(the groups' sums with these entries, the smallest positive activation so far)."""
+    groups, added = groups_of(latents, ends, G), ()
+    lowest, highest = range_of(groups, inside, G)
+    for g in tl.static_range(G):
+        x_hat = sums[g]
+        if G == 1:
+            x_hat += tl.sum(acts[:, None] * w, axis=0)
+        else:
+            if (lowest <= g) & (g <= highest):
+                x_hat += tl.sum(tl.where(groups == g, acts, 0.0)[:, None] * w, axis=0)
+        added += (x_hat,)
+    return added, tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
+
+
+@triton.jit
+def add_others(sums, smallest, codes, first, end, columns, STEP_K: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr):
     """The same with the entries from `first` on. Latents are read a step ahead."""
     o_l = tl.arange(0, STEP_K)
     latents = load_latents(codes, first + o_l, end)
@@ -90,19 +104,24 @@ def add_others(x_hats, smallest, codes, first, end, columns, STEP_K: tl.constexp
         o = p + o_l
         following = load_latents(codes, o + STEP_K, end)
         acts, w = load_acts(codes, o, end, ACC), load_rows(codes, latents, o, end, columns, ACC)
-        x_hats, smallest = add_entries(x_hats, smallest, acts, latents, w, codes[3], G)
+        sums, smallest = add_entries(sums, smallest, acts, latents, w, codes[3], o < end, G)
         latents = following
-    return x_hats, smallest
+    return sums, smallest
 
 
 @triton.jit
 def store_entries(suffixes, acts, latents, w, ends, kept, bag, o, end, G: tl.constexpr):
     """Stores dacts and bags of the entries o."""
     dacts_ptr, bags_ptr = kept
-    groups, suffix = groups_of(latents, ends, G), suffixes[G - 1][None, :]
-    for g in tl.static_range(1, G):
-        suffix = tl.where((groups == g)[:, None], suffixes[G - 1 - g][None, :], suffix)
-    dacts = tl.sum(w * suffix, axis=1)
+    groups = groups_of(latents, ends, G)
+    lowest, highest = range_of(groups, o < end, G)
+    for g in tl.static_range(G):
+        if G == 1:
+            w *= suffixes[0][None, :]
+        else:
+            if (lowest <= g) & (g <= highest):
+                w = tl.where((groups == g)[:, None], w * suffixes[G - 1 - g][None, :], w)
+    dacts = tl.sum(w, axis=1)
     tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=o < end)
     tl.store(bags_ptr + o, bag.to(tl.int32) + groups, mask=o < end)
 
@@ -120,6 +139,17 @@ def store_others(
         acts, w = load_acts(codes, o, end, ACC), load_rows(codes, latents, o, end, columns, ACC)
         store_entries(suffixes, acts, latents, w, codes[3], kept, bag, o, end, G)
         latents = following
+
+
+@triton.jit
+def prefixes_of(sums, G: tl.constexpr):
+    """x_hat of every prefix from the sums of the groups."""
+    x_hat = sums[0]
+    x_hats = (x_hat,)
+    for g in tl.static_range(1, G):
+        x_hat += sums[g]
+        x_hats += (x_hat,)
+    return x_hats
 
 
 @triton.jit
@@ -209,15 +239,17 @@ def row_kernel(
     codes, kept = (acts_ptr, latents_ptr, W_ptr, ends), (dacts_ptr, bags_ptr)
 
     held, acts = load_held(codes, start, end, columns, TILES, ACC)
-    x_hats, smallest, first = (), tl.full([], float("inf"), ACC), start
-    for _ in tl.static_range(G):
-        x_hats += (b,)
+    sums, smallest, first = (b,), tl.full([], float("inf"), ACC), start
+    for _ in tl.static_range(1, G):
+        sums += (tl.zeros_like(b),)
     for t in tl.static_range(len(TILES)):
-        latents = load_latents(codes, first + tl.arange(0, TILES[t]), end)
-        x_hats, smallest = add_entries(x_hats, smallest, acts[t], latents, held[t], ends, G)
+        o = first + tl.arange(0, TILES[t])
+        latents = load_latents(codes, o, end)
+        sums, smallest = add_entries(sums, smallest, acts[t], latents, held[t], ends, o < end, G)
         first += TILES[t]
     if STEP_K > 0:
-        x_hats, smallest = add_others(x_hats, smallest, codes, first, end, columns, STEP_K, G, ACC)
+        sums, smallest = add_others(sums, smallest, codes, first, end, columns, STEP_K, G, ACC)
+    x_hats = prefixes_of(sums, G)
     tl.store(x_hat_ptr + row * d_in + o_d, x_hats[G - 1].to(x_hat_ptr.dtype.element_ty), mask=m_d)
 
     suffixes, squared = suffixes_of(x_hats, x, m_d, scale, n_groups, G)
@@ -272,16 +304,16 @@ def whole_row_block(d_in: int, elements_per_thread: int) -> tuple[int, int]:
 
 def row_tile(d_in: int, k: int, n_groups: int, element_size: int = 4, amd: bool = False) -> dict[str, object]:
     """Constants of row_kernel for rows of k entries, or (k 0) ragged ones."""
-    block_d, num_warps = whole_row_block(d_in, 4)
+    block_d, num_warps = whole_row_block(d_in, 8)
     per_entry = max(block_d * element_size // (4 * 32 * num_warps), 1)  # registers of a thread
-    alone = 0 < k <= HELD_VALUES // per_entry
-    values = HELD_FEWER if n_groups == 1 else HELD_BESIDE_GROUPS if per_entry <= 8 else per_entry
-    held = triton.next_power_of_2(k) if alone else min(max(values // per_entry, 1), 16)
+    alone = 0 < k * per_entry <= (HELD_ALL if num_warps <= 8 else HELD_ALL // 2)
+    held = k if alone else min((HELD_SOME if n_groups == 1 else HELD_BESIDE_PREFIXES) // per_entry, 16)
+    step = 1 if per_entry > 8 else STEP_K // 2 if amd and n_groups > 1 else STEP_K  # AMD's compiler spills masks else
     tile: dict[str, object] = {
         "G": triton.next_power_of_2(n_groups),
-        "TILES": (held,),
-        "HELD": held,
-        "STEP_K": 0 if alone else max(min(STEP_K, STEP_VALUES // per_entry), 1),
+        "TILES": (triton.next_power_of_2(held),),
+        "HELD": triton.next_power_of_2(held),
+        "STEP_K": 0 if alone else step,
         "BLOCK_D": block_d,
         "num_warps": num_warps,
     }
