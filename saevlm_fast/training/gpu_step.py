@@ -110,7 +110,7 @@ def gpu_step(
     with _beside(x_BD) as side:
         with side:
             order = launch_order(latents, row_offsets, codes.d_sae)
-        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
+        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred)
     mono_loss = None if mono is None else _add_mono(acts, rows, order, len(ends), mono)
     entries = new_entries(rows, order)
     frozen = config.frozen
