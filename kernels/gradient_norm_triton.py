@@ -187,6 +187,7 @@ def norm_kernel(
     n_latents,
     n_programs,
     d_in,
+    ALWAYS: tl.constexpr,
     FIRST: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -195,7 +196,10 @@ def norm_kernel(
 ):
     """squares[side - FIRST, program]: of the gradient rows of latents with several entries. Nothing where it is not
     needed. Sides: 0 of W_dec, 1 of W_enc."""
-    if tl.load(needed_ptr) != 0:
+    needed = ALWAYS
+    if not ALWAYS:
+        needed = tl.load(needed_ptr) != 0
+    if needed:
         program, side = tl.program_id(0), tl.program_id(1) + FIRST
         o_d = tl.arange(0, BLOCK_D)
         m_d = o_d < d_in
@@ -302,6 +306,30 @@ def sum_step(block_d: int) -> int:
     return min(32, (1 << (15 if block_d <= 2048 else 14)) // block_d)
 
 
+def launch_column_sums(first_NGD: Tensor, second_PD: Tensor) -> tuple[Tensor, int, int]:
+    """Sums of COLUMN_ROWS rows each: of the first group of one matrix, then of another; and how many of either."""
+    (n_rows, n_groups, d_in), n_parts = first_NGD.shape, len(second_PD)
+    _, ACC = accumulator(first_NGD.dtype)
+    n_first, n_second = triton.cdiv(n_rows, COLUMN_ROWS), triton.cdiv(n_parts, COLUMN_ROWS)
+    sums = torch.empty(n_first + n_second, d_in, dtype=first_NGD.dtype, device=first_NGD.device)
+    column_sum_kernel[(n_first + n_second, triton.cdiv(d_in, BLOCK_C))](
+        first_NGD,
+        second_PD,
+        sums,
+        n_rows,
+        n_parts,
+        n_first,
+        n_groups * d_in,
+        d_in,
+        ROWS=COLUMN_ROWS,
+        STEP=COLUMN_STEP,
+        BLOCK_C=BLOCK_C,
+        ACC=ACC,
+        num_warps=4,
+    )
+    return sums, n_first, n_second
+
+
 def launch_decide(
     rows: Rows,
     totals: Totals,
@@ -319,23 +347,7 @@ def launch_decide(
     n_groups = len(rows.suffix_RD) // n_rows
     sum_dtype, ACC = accumulator(rows.suffix_RD.dtype)
     new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=rows.suffix_RD.device)  # noqa: E731
-    n_first, n_second = triton.cdiv(n_rows, COLUMN_ROWS), triton.cdiv(len(totals.db_parts), COLUMN_ROWS)
-    sums = new(n_first + n_second, d_in)
-    column_sum_kernel[(n_first + n_second, triton.cdiv(d_in, BLOCK_C))](
-        rows.suffix_RD,
-        totals.db_parts,
-        sums,
-        n_rows,
-        len(totals.db_parts),
-        n_first,
-        n_groups * d_in,
-        d_in,
-        ROWS=COLUMN_ROWS,
-        STEP=COLUMN_STEP,
-        BLOCK_C=BLOCK_C,
-        ACC=ACC,
-        num_warps=4,
-    )
+    sums, n_first, n_second = launch_column_sums(rows.suffix_RD.view(n_rows, n_groups, d_in), totals.db_parts)
     needed = torch.empty(1, dtype=torch.int32, device=sums.device)
     decision = Decision(new(d_in), new(1), needed, new(3))
     block_d, _ = whole_row_block(d_in, 4)
@@ -368,6 +380,34 @@ def launch_decide(
     return decision
 
 
+def launch_norm(entries: Entries, totals: Totals, needed: Tensor | None, frozen: str | None) -> Tensor:
+    """Squares of the gradient rows of latents with several entries; undefined where needed [1] is 0 (None: it is 1)."""
+    n_latents, d_in = len(totals.db_enc_S), entries.centred_BD.shape[1]
+    sum_dtype, ACC = accumulator(entries.acts_M.dtype)
+    block_d, num_warps = whole_row_block(d_in, elements_per_thread=4)
+    n_programs, n_sides = min(NORM_PROGRAMS, n_latents), 2 if frozen is None else 1
+    squares = torch.empty(n_sides * n_programs, dtype=sum_dtype, device=entries.acts_M.device)
+    norm_kernel[(n_programs, n_sides)](
+        *entries[:7],
+        entries.partials[0],
+        entries.partials[1],
+        totals.parallel_S,
+        entries.offsets_S1 if needed is None else needed,
+        squares,
+        n_latents,
+        n_programs,
+        d_in,
+        ALWAYS=needed is None,
+        FIRST=1 if frozen == "W_dec" else 0,
+        CHUNK=CHUNK,
+        BLOCK_P=NORM_STEP,
+        BLOCK_D=block_d,
+        ACC=ACC,
+        num_warps=num_warps,
+    )
+    return squares
+
+
 def launch_clip(
     entries: Entries,
     totals: Totals,
@@ -380,29 +420,10 @@ def launch_clip(
     frozen: str | None = None,
 ) -> Tensor:
     """The clip factor [1]; and b_dec with its moments moved in place. frozen: as of launch_totals."""
-    n_latents, d_in = len(totals.db_enc_S), entries.centred_BD.shape[1]
+    d_in = entries.centred_BD.shape[1]
     sum_dtype, ACC = accumulator(entries.acts_M.dtype)
-    block_d, num_warps = whole_row_block(d_in, elements_per_thread=4)
-    n_programs = min(NORM_PROGRAMS, n_latents)
-    n_sides = 2 if frozen is None else 1
-    squares = torch.empty(n_sides * n_programs, dtype=sum_dtype, device=entries.acts_M.device)
-    norm_kernel[(n_programs, n_sides)](
-        *entries[:7],
-        entries.partials[0],
-        entries.partials[1],
-        totals.parallel_S,
-        decision.needed,
-        squares,
-        n_latents,
-        n_programs,
-        d_in,
-        FIRST=1 if frozen == "W_dec" else 0,
-        CHUNK=CHUNK,
-        BLOCK_P=NORM_STEP,
-        BLOCK_D=block_d,
-        ACC=ACC,
-        num_warps=num_warps,
-    )
+    block_d, _ = whole_row_block(d_in, elements_per_thread=4)
+    squares = launch_norm(entries, totals, decision.needed, frozen)
     clip = torch.empty(1, dtype=sum_dtype, device=squares.device)
     clip_kernel[(1,)](
         squares,
@@ -412,7 +433,7 @@ def launch_clip(
         decision.db_dec_D,
         schedule,
         *b_dec,
-        n_sides * n_programs,
+        len(squares),
         d_in,
         LIMIT=clip_norm,
         BETA1=betas[0],

@@ -1,7 +1,7 @@
 """Whether ranks on GPUs take the step of one: `torchrun --nproc-per-node 2 -m bench.training.ranks_on_gpus`.
 
 An argument after the module is the number of replicas (1). Every rank also takes the steps of the whole SAE on its own
-GPU, and compares losses and its latents' weights. Nothing of it has run on a GPU where it was written.
+GPU, and compares losses and its latents' weights.
 """
 
 import sys

@@ -1,0 +1,99 @@
+"""A GPU's step of several ranks, as threads whose kernels the interpreter runs, against that of one process."""
+
+import threading
+from contextlib import contextmanager
+from copy import deepcopy
+
+import pytest
+import torch
+from test_sharded_step import check_state, kept_of, part_of
+from thread_peers import together
+
+from saevlm_fast.peers import Alone, Ranks
+from saevlm_fast.training.sharded_step import ShardedStepper
+from saevlm_fast.training.shards import Shard
+from test_step import make
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of the CPU: only the interpreter takes them")
+
+
+class TakingTurns:
+    """Peers of which one works at a time: Triton's interpreter is for one thread."""
+
+    def __init__(self, peers, turn):
+        self.peers, self.turn, self.rank, self.world = peers, turn, peers.rank, peers.world
+
+    @contextmanager
+    def _others_turn(self):
+        self.turn.release()
+        try:
+            yield
+        finally:
+            self.turn.acquire()
+
+    def gather(self, x):
+        with self._others_turn():
+            return self.peers.gather(x)
+
+    def exchange(self, x):
+        with self._others_turn():
+            return self.peers.exchange(x)
+
+    def add_up(self, x):
+        with self._others_turn():
+            return self.peers.add_up(x)
+
+
+def run_ranks(whole, config, batches, world):
+    """[(losses, dead latents, latents kept, x_hat) of every step, stepper] of every rank."""
+    turn = threading.Lock()
+
+    def work(peers):
+        shard = Shard.of(whole.config, peers.ranks)
+        with turn:
+            among = TakingTurns(peers, turn)
+            stepper, steps = ShardedStepper(part_of(whole, shard), config, shard, Ranks(among, among, Alone())), []
+            for x in batches:
+                stepper.announce(len(x))
+                with torch.no_grad():
+                    mono = stepper._shared_mono(x, None)
+                    output = stepper._gpu_step(x, None if mono is None else mono.term)
+                kept = kept_of(output.codes)
+                kept[1] += shard.start
+                losses = torch.stack([each for each in output.losses if each is not None])
+                steps.append((losses, output.n_dead, kept, output.x_hat_BD))
+        return steps, stepper
+
+    return together(world, work)[0]
+
+
+def compare(alone, data, n_steps, rows, world):
+    """Every step of the ranks is that of one process on a CPU."""
+    batches = data[: n_steps * rows].split(rows)
+    ranks, n_dead = run_ranks(deepcopy(alone.sae), alone.config, batches, world), []
+    for number, x in enumerate(batches):
+        output = alone.step(x)
+        wanted = torch.stack([loss for loss in output.losses if loss is not None])
+        for steps, _ in ranks:
+            losses, dead, _, x_hat = steps[number]
+            torch.testing.assert_close(losses, wanted, atol=1e-10, rtol=1e-10)
+            assert dead == output.n_dead
+            torch.testing.assert_close(x_hat, output.x_hat_BD, atol=1e-10, rtol=1e-10)
+        kept = torch.cat([steps[number][2] for steps, _ in ranks], dim=1)
+        order = (kept[0] * 1000 + kept[1]).argsort()
+        assert torch.equal(kept[:, order], kept_of(output.codes))
+        n_dead.append(output.n_dead)
+    check_state([stepper for _, stepper in ranks], alone, 1e-10)
+    return n_dead
+
+
+@pytest.mark.parametrize("dead_after", [10_000_000, 20], ids=["no-dead", "auxk"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_steps_are_those_of_one_process(architecture, dead_after):
+    """17 latents and 11 rows, which 3 does not divide; Matryoshka groups that are cut. Float64."""
+    groups = (1, 3, 5, 8) if architecture == "matryoshka" else ()
+    alone, _, data = make(
+        architecture, d_in=10, d_sae=17, k=2, groups=groups, dead_after=dead_after, dtype=torch.float64
+    )
+    n_dead = compare(alone, data, 3, 11, 3)
+    assert (max(n_dead) > 0) == (dead_after == 20)
