@@ -1,9 +1,9 @@
 """The step of a rank on a GPU beside that of one process: `torchrun ... -m bench.training.profile_ranks`.
 
-One rank runs the code of many, without traffic. Of each architecture, without and with dead latents, are printed: the
-step of one process, the rank's, the time in which the host issues it, how often the host waits for the device, and the
-kernels. An argument `capture` also takes the rank's steps in a CUDA graph. As profile_step.py, the step size is set to
-next to nothing before anything is timed.
+One rank runs the code of many, without traffic. Of each architecture, without dead latents and with some of noise,
+are printed: the step of one process, the rank's, the time in which the host issues it, where the host waits for the
+device, and the kernels. Arguments: architectures, no-dead or dead, and `capture`, which also takes the steps in a CUDA
+graph. As in profile_step.py, the step size is set to next to nothing before anything is timed.
 """
 
 import dataclasses
@@ -104,9 +104,11 @@ def main() -> None:
     device, chosen = torch.device(own_device("cuda")), sys.argv[1:]
     architectures = [each for each in SELECTING if each in chosen] or list(SELECTING)
     with joined(device, 60) as peers:
-        batches = planted_batches(ROWS, D_IN, str(device))
+        generator = torch.Generator(device).manual_seed(0)
+        noise = [torch.randn(ROWS, D_IN, device=device, generator=generator) / D_IN**0.5 for _ in range(N_BATCHES)]
+        cases = {"no-dead": (NEVER, planted_batches(ROWS, D_IN, str(device))), "dead": (5 * ROWS, noise)}
         for architecture in architectures:
-            for dead_after in [NEVER] if "no-dead" in chosen else [NEVER, 5 * ROWS]:
+            for dead_after, batches in [cases[each] for each in cases if each in chosen] or cases.values():
                 profile(architecture, dead_after, batches, peers, "capture" in chosen)
                 torch.cuda.empty_cache()
 

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from saevlm_fast.config import TrainConfig
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
 from saevlm_fast.kernels.shared_choice_triton import Told, launch_compact, launch_keep, launch_keep_of_batch
+from saevlm_fast.kernels.shared_largest_triton import launch_keep_largest_
 from saevlm_fast.kernels.shared_numbers_triton import launch_numbers, launch_settle
 from saevlm_fast.kernels.shared_rows_triton import launch_parts, launch_passed, launch_residuals
 from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
@@ -29,7 +30,7 @@ from saevlm_fast.kernels.topk_encode_cuda import Centred
 from saevlm_fast.peers import Peers, Ranks
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
-from saevlm_fast.training.choice import FEW_OFFERS, NOTHING, keep_of_rows
+from saevlm_fast.training.choice import FEW_OFFERS, NOTHING
 from saevlm_fast.training.dead_latents import DeadLatents
 from saevlm_fast.training.gpu_step import State, add_auxiliary, add_mono, aux_rows, beside, gpu_encode
 from saevlm_fast.training.gradients import Losses
@@ -51,11 +52,13 @@ def own_codes(sae: SparseAutoencoder, shard: Shard, ranks: Ranks, x_BD: Tensor, 
     """sharded_rows.choose with the low copy of the rank's W_enc, of one replica."""
     codes, centred = gpu_encode(sae, x_BD, state.low)
     (acts, latents, row_offsets), k, peers, smallest = codes.flat(), shard.whole.known_k, ranks.latents, None
+    told = Told(peers.add_up, peers.gather, peers.rank)
     if row_offsets is not None:
-        told = Told(peers.add_up, peers.gather, peers.rank)
         mask, smallest = launch_keep_of_batch(acts, row_offsets, k * len(x_BD), told)
     elif peers.world * k > FEW_OFFERS:
-        mask = keep_of_rows(acts, k, peers).int()
+        kept_BK = acts.clone()
+        launch_keep_largest_(kept_BK, k, told)
+        mask = (kept_BK != 0).int()
     else:
         offers_BK = acts if acts.shape[1] == k else pad(acts, (0, k - acts.shape[1]), value=NOTHING)
         mask = launch_keep(peers.gather(offers_BK), peers.rank, acts.shape[1])

@@ -207,7 +207,7 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
         (
             module,
             "norm_kernel",
-            {"FIRST": 0, "CHUNK": CHUNK, "BLOCK_P": module.NORM_STEP} | row,
+            {"ALWAYS": False, "FIRST": 0, "CHUNK": CHUNK, "BLOCK_P": module.NORM_STEP} | row,
             whole_row_block(d_in, 4)[1],
         ),
         (module, "clip_kernel", {"LIMIT": 1.0, "BLOCK": module.CLIP_BLOCK} | adam | row, 8),

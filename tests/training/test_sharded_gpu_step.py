@@ -1,15 +1,13 @@
 """A GPU's step of several ranks, as threads whose kernels the interpreter runs, against that of one process."""
 
-import threading
-from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
 import torch
 from test_sharded_step import check_state, kept_of, part_of
-from thread_peers import together
+from turns import taking_turns
 
-from saevlm_fast.peers import Alone, Ranks
+from saevlm_fast.peers import Ranks
 from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard
 from test_step import make
@@ -17,54 +15,24 @@ from test_step import make
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of the CPU: only the interpreter takes them")
 
 
-class TakingTurns:
-    """Peers of which one works at a time: Triton's interpreter is for one thread."""
-
-    def __init__(self, peers, turn):
-        self.peers, self.turn, self.rank, self.world = peers, turn, peers.rank, peers.world
-
-    @contextmanager
-    def _others_turn(self):
-        self.turn.release()
-        try:
-            yield
-        finally:
-            self.turn.acquire()
-
-    def gather(self, x):
-        with self._others_turn():
-            return self.peers.gather(x)
-
-    def exchange(self, x):
-        with self._others_turn():
-            return self.peers.exchange(x)
-
-    def add_up(self, x):
-        with self._others_turn():
-            return self.peers.add_up(x)
-
-
 def run_ranks(whole, config, batches, world):
     """[(losses, dead latents, latents kept, x_hat) of every step, stepper] of every rank."""
-    turn = threading.Lock()
 
     def work(peers):
-        shard = Shard.of(whole.config, peers.ranks)
-        with turn:
-            among = TakingTurns(peers, turn)
-            stepper, steps = ShardedStepper(part_of(whole, shard), config, shard, Ranks(among, among, Alone())), []
-            for x in batches:
-                stepper.announce(len(x))
-                with torch.no_grad():
-                    mono = stepper._shared_mono(x, None)
-                    output = stepper._gpu_step(x, None if mono is None else mono.term)
-                kept = kept_of(output.codes)
-                kept[1] += shard.start
-                losses = torch.stack([each for each in output.losses if each is not None])
-                steps.append((losses, output.n_dead, kept, output.x_hat_BD))
+        shard = Shard.of(whole.config, Ranks.of(peers))
+        stepper, steps = ShardedStepper(part_of(whole, shard), config, shard, Ranks.of(peers)), []
+        for x in batches:
+            stepper.announce(len(x))
+            with torch.no_grad():
+                mono = stepper._shared_mono(x, None)
+                output = stepper._gpu_step(x, None if mono is None else mono.term)
+            kept = kept_of(output.codes)
+            kept[1] += shard.start
+            losses = torch.stack([each for each in output.losses if each is not None])
+            steps.append((losses, output.n_dead, kept, output.x_hat_BD))
         return steps, stepper
 
-    return together(world, work)[0]
+    return taking_turns(world, work)
 
 
 def compare(alone, data, n_steps, rows, world):
