@@ -19,20 +19,24 @@ from torch import Tensor
 
 from .segment_sum_triton import accumulator
 from .step_entries_triton import add_rows
-from .step_rows_triton import Rows, group_size, load_entries, store_centred, store_entries, whole_row_block
+from .step_rows_triton import Rows, store_centred, whole_row_block
 
 
 @triton.jit
 def bag_of(latents_ptr, row_offsets_ptr, group_ends_ptr, row, g, PREFIXES: tl.constexpr):
-    """Where the entries of a row in Matryoshka group g begin and end."""
+    """Where the entries of a row, which ascend by latent, begin and end in Matryoshka group g."""
     start, end = tl.load(row_offsets_ptr + row), tl.load(row_offsets_ptr + row + 1)
     if PREFIXES:
-        o_f = start + tl.arange(0, 32)
-        first_latents = tl.load(latents_ptr + o_f, mask=o_f < end, other=1 << 31)
-        low = group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, 32)
-        high = group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g + 1, 32)
-        end = start + high
-        start += low
+        first = tl.load(group_ends_ptr + g - 1, mask=g > 0, other=0)
+        bound = tl.load(group_ends_ptr + g)
+        n_before, n_inside = tl.zeros([], dtype=tl.int32), tl.zeros([], dtype=tl.int32)
+        for p in range(start, end, 32):
+            o = p + tl.arange(0, 32)
+            latents = tl.load(latents_ptr + o, mask=o < end, other=1 << 31)
+            n_before += tl.sum((latents < first).to(tl.int32), axis=0)
+            n_inside += tl.sum(((latents >= first) & (latents < bound)).to(tl.int32), axis=0)
+        start += n_before
+        end = start + n_inside
     return start, end
 
 
@@ -135,23 +139,26 @@ def passed_kernel(
     row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
-    columns = d_in, o_d, m_d
     bag = row * n_groups + g
     suffix = tl.load(suffix_ptr + bag * d_in + o_d, mask=m_d, other=0.0)
     tl.store(norms_ptr + bag, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
     start, end = bag_of(latents_ptr, row_offsets_ptr, group_ends_ptr, row, g, PREFIXES)
-    codes, kept = (acts_ptr, latents_ptr, W_ptr), (dacts_ptr, bags_ptr)
-    o_k = tl.arange(0, STEP_K)
     for p in range(start, end, STEP_K):
-        o = p + o_k
-        acts, w = load_entries(codes, o, o < end, columns, ACC)
-        store_entries(kept, o, o < end, acts, tl.sum(w * suffix[None, :], axis=1), bag.to(tl.int32) + o_k * 0)
+        o = p + tl.arange(0, STEP_K)
+        m = o < end
+        at = W_ptr + tl.load(latents_ptr + o, mask=m, other=0)[:, None] * d_in + o_d[None, :]
+        w = tl.load(at, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC)
+        dots = tl.sum(w * suffix[None, :], axis=1)
+        tl.store(dacts_ptr + o, tl.where(tl.load(acts_ptr + o, mask=m, other=0.0) > 0, dots, 0.0), mask=m)
+        tl.store(bags_ptr + o, tl.zeros_like(o).to(tl.int32) + bag.to(tl.int32), mask=m)
     if g == n_groups - 1:
         x = tl.load(x_ptr + row * d_in + o_d, mask=m_d, other=0.0).to(ACC)
         x_hat = x + suffix * (0.5 * n_batch_rows * n_groups).to(ACC)
         tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
         if CENTRE:
-            store_centred(centred_ptr, x_norms_ptr, row, x, tl.load(b_ptr + o_d, mask=m_d, other=0.0).to(ACC), columns)
+            store_centred(
+                centred_ptr, x_norms_ptr, row, x, tl.load(b_ptr + o_d, mask=m_d, other=0.0).to(ACC), (d_in, o_d, m_d)
+            )
 
 
 # --- launch wrappers -------------------------------------------------------------------------------------------------
@@ -160,12 +167,12 @@ Codes = tuple[Tensor, Tensor, Tensor]  # acts and latents [M], row_offsets [B + 
 
 
 def _tile(d_in: int) -> dict[str, int]:
-    """Constants of parts_kernel and passed_kernel: 32 numbers of W_dec a thread."""
+    """Constants of parts_kernel and passed_kernel: up to 64 numbers of W_dec a thread."""
     block_d, _ = whole_row_block(d_in, 4)
     return {
         "STEP_K": max(1, min(8, (1 << 13) // block_d)),
         "BLOCK_D": block_d,
-        "num_warps": max(1, min(8, block_d // 128)),
+        "num_warps": max(1, min(8, block_d // 256)),
     }
 
 
