@@ -21,7 +21,7 @@ from torch import Tensor
 BLOCK = 1024  # entries of a program
 BITS, BINS = 11, 2048  # of a digit
 SHIFTS = (22, 11, 0)  # of the digits of a key of 32 bits
-OWN = 32  # offers of a row that are compared with all others at a time
+COMPARED = 2048  # pairs of a row's offers at a time
 
 
 # --- topk ------------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def launch_keep(offers_RBK: Tensor, rank: int, n_own: int) -> Tensor:
         k,
         n_own,
         BLOCK_N=block_n,
-        BLOCK_K=OWN,
+        BLOCK_K=min(32, COMPARED // block_n),
         num_warps=2 if block_n < 64 else 4,
     )
     return mask

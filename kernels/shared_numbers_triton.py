@@ -21,7 +21,7 @@ from .step_entries_triton import Entries
 from .step_rows_triton import Rows, whole_row_block
 from .step_totals_triton import Totals
 
-BLOCK = 4096
+BLOCK = 2048
 
 
 @triton.jit

@@ -172,7 +172,7 @@ def _tile(d_in: int) -> dict[str, int]:
     return {
         "STEP_K": max(1, min(8, (1 << 13) // block_d)),
         "BLOCK_D": block_d,
-        "num_warps": max(1, min(8, block_d // 256)),
+        "num_warps": max(1, min(16, block_d // 256)),
     }
 
 

@@ -17,8 +17,9 @@ latents are dead, digits of the choice among them travel (choice.py) and their r
 grows with d_sae, and weights, moments and counters of a latent stay where they are; b_dec, the moving threshold and the
 losses come out the same on every rank, sums being added rank after rank.
 
-A GPU's step waits for nothing and has fixed shapes; its gradients of the rank's matrices are held whole. A CPU makes
-them block by block (kernels/latent_update.py), unless replicas need them.
+A GPU's step waits for nothing and has fixed shapes. Of one replica it is made of one process' kernels
+(sharded_gpu_step.py); otherwise the gradients of the rank's matrices are held whole. A CPU makes them block by block
+(kernels/latent_update.py), unless replicas need them.
 
 Shape suffixes: B rows of a replica, G groups, D d_in, S the rank's latents, M its entries, A its dead latents.
 """
