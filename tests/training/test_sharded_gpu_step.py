@@ -8,6 +8,7 @@ from test_sharded_step import check_state, kept_of, part_of
 from turns import taking_turns
 
 from saevlm_fast.peers import Ranks
+from saevlm_fast.training import choice, sharded_gpu_step
 from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard
 from test_step import make
@@ -55,13 +56,28 @@ def compare(alone, data, n_steps, rows, world):
     return n_dead
 
 
-@pytest.mark.parametrize("dead_after", [10_000_000, 20], ids=["no-dead", "auxk"])
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
-def test_steps_are_those_of_one_process(architecture, dead_after):
-    """17 latents and 11 rows, which 3 does not divide; Matryoshka groups that are cut. Float64."""
-    groups = (1, 3, 5, 8) if architecture == "matryoshka" else ()
-    alone, _, data = make(
-        architecture, d_in=10, d_sae=17, k=2, groups=groups, dead_after=dead_after, dtype=torch.float64
-    )
-    n_dead = compare(alone, data, 3, 11, 3)
-    assert (max(n_dead) > 0) == (dead_after == 20)
+SIZES = {"d_in": 6, "d_sae": 9, "k": 2}
+# settings, ranks, rows of a batch
+CASES = {
+    "topk, dead": ("topk", {"dead_after": 5, "d_sae": 13, "k": 1}, 2, 5),
+    "batch_topk": ("batch_topk", {}, 2, 5),
+    "matryoshka, dead": ("matryoshka", {"dead_after": 7, "d_sae": 13, "k": 1, "groups": (1, 2, 10)}, 3, 7),
+    "more offers than are told": ("topk", {}, 2, 5),
+    "frozen decoder": ("topk", {"control": "frozen-decoder"}, 2, 5),
+    "frozen encoder": ("topk", {"control": "frozen-encoder"}, 2, 5),
+    "soft-frozen": ("topk", {"control": "soft-frozen", "control_cosine": 0.99, "lr": 0.05}, 2, 5),
+    "MonoLoss": ("batch_topk", {"mono_weight": 0.5}, 2, 5),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_are_those_of_one_process(monkeypatch, case):
+    """Rows that the ranks do not divide, Matryoshka groups that are cut. Float64, 2 steps."""
+    architecture, more, world, rows = CASES[case]
+    if case == "more offers than are told":
+        monkeypatch.setattr(sharded_gpu_step, "FEW_OFFERS", 3)
+        monkeypatch.setattr(choice, "FEW_OFFERS", 3)
+    given = {"dead_after": 10_000_000, "dtype": torch.float64} | SIZES | more
+    alone, _, data = make(architecture, **given)
+    n_dead = compare(alone, data, 2, rows, world)
+    assert (max(n_dead) > 0) == ("dead" in case)
