@@ -1,8 +1,8 @@
 """The step of a rank on a GPU beside that of one process: `torchrun ... -m bench.training.profile_ranks`.
 
-One rank runs the code of many, without traffic. Of each architecture, without dead latents and with some of noise,
-are printed: the step of one process, the rank's, the time in which the host issues it, where the host waits for the
-device, and the kernels. Arguments: architectures, no-dead or dead, and `capture`, which also takes the steps in a CUDA
+One rank runs the code of many, without traffic. Of each architecture, without dead latents and with some of noise, are
+printed: the step of one process, the rank's, the time in which the host issues it, where the host waits for the device,
+and the kernels. Arguments: architectures, no-dead or dead, and `capture`, which also takes the rank's steps in a CUDA
 graph. As in profile_step.py, the step size is set to next to nothing before anything is timed.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.training.profile_step import N_BATCHES, NO_STEP, kernels, planted_batches
+from bench.training.profile_step import NO_STEP, kernels
 from saevlm_fast.config import SELECTING, SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps
@@ -26,8 +26,19 @@ from saevlm_fast.training.shards import Shard, starting_sae
 from saevlm_fast.training.step import Stepper
 
 D_IN, D_SAE, K, ROWS = 1024, 16384, 20, 4096
-STEPS, ROUNDS, REPEATS, SHOWN = 60, 5, 8, 45
+STEPS, ROUNDS, REPEATS, SHOWN, N_BATCHES = 30, 5, 8, 60, 4
 NEVER = 10**9
+
+
+def batches_of(planted: bool, device: torch.device) -> list[Tensor]:
+    """Rows of eight concepts among 2 d_in, or noise, of mean square norm 1."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = N_BATCHES * ROWS, 2 * D_IN if planted else D_IN
+    x_ND = torch.randn(shape, device=device, generator=generator)
+    if planted:
+        concepts = torch.randn(2 * D_IN, D_IN, device=device, generator=generator)
+        x_ND = x_ND.abs().mul_(torch.rand(shape, device=device, generator=generator) < 8 / (2 * D_IN)) @ concepts
+    return list((x_ND / x_ND.square().sum(1).mean().sqrt()).split(ROWS))
 
 
 def milliseconds(call: Callable[[], object]) -> tuple[float, float]:
@@ -82,7 +93,7 @@ def profile(architecture: str, dead_after: int, batches: list[Tensor], peers: Me
         if name == "a rank":
             print("host waits:", waits(way))
             show(kernels(way))
-        if capture:
+        if capture and name == "a rank":
             steps = CapturedSteps(stepper)
             for _ in range(4):
                 steps.step(batches[0])
@@ -104,9 +115,7 @@ def main() -> None:
     device, chosen = torch.device(own_device("cuda")), sys.argv[1:]
     architectures = [each for each in SELECTING if each in chosen] or list(SELECTING)
     with joined(device, 60) as peers:
-        generator = torch.Generator(device).manual_seed(0)
-        noise = [torch.randn(ROWS, D_IN, device=device, generator=generator) / D_IN**0.5 for _ in range(N_BATCHES)]
-        cases = {"no-dead": (NEVER, planted_batches(ROWS, D_IN, str(device))), "dead": (5 * ROWS, noise)}
+        cases = {"no-dead": (NEVER, batches_of(True, device)), "dead": (5 * ROWS, batches_of(False, device))}
         for architecture in architectures:
             for dead_after, batches in [cases[each] for each in cases if each in chosen] or cases.values():
                 profile(architecture, dead_after, batches, peers, "capture" in chosen)
