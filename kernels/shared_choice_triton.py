@@ -1,7 +1,7 @@
 """Triton kernels of the one choice of latents among the candidates of several ranks (training/choice.py says how).
 
     topk         which of a rank's offers are among the k largest of their row                        keep_kernel
-    batch_topk   three counts of digits of the n-th largest offer, which ranks add up                 digit_kernel
+    batch_topk   three counts of digits of the n-th largest offer, which ranks add up                 offer_digit_kernel
                  which offers are above it, and how many of every row equal it                        cut_kernel
                  how many that equal it come before those of a row, by the counts of all ranks        before_kernel
                  which offers are kept                                                                mask_kernel
@@ -98,7 +98,7 @@ def store_state(state_ptr, prefix, left, n_kept):
 
 
 @triton.jit(do_not_specialize=["n_wanted", "n_entries"])
-def digit_kernel(
+def offer_digit_kernel(
     acts_ptr,
     before_ptr,
     state_ptr,
@@ -305,7 +305,7 @@ def launch_keep_of_batch(acts_M: Tensor, row_offsets: Tensor, n_wanted: int, tol
     for number, shift in enumerate(SHIFTS):
         own = zeros[number * BINS : (number + 1) * BINS]
         given = acts_M, counts, states[max(number - 1, 0)], own, states[number]
-        digit_kernel[grid](*given, n_wanted, n_entries, SHIFT=shift, ROUND=number, **constants)
+        offer_digit_kernel[grid](*given, n_wanted, n_entries, SHIFT=shift, ROUND=number, **constants)
         counts = told.add_up(own)
     equals_B, halvings = zeros[len(SHIFTS) * BINS :], n_rows.bit_length()
     found = mask, equals_B, states[-1], smallest

@@ -166,7 +166,7 @@ def passed_kernel(
 Codes = tuple[Tensor, Tensor, Tensor]  # acts and latents [M], row_offsets [B + 1]
 
 
-def _tile(d_in: int) -> dict[str, int]:
+def tile(d_in: int) -> dict[str, int]:
     """Constants of parts_kernel and passed_kernel: up to 64 numbers of W_dec a thread."""
     block_d, _ = whole_row_block(d_in, 4)
     return {
@@ -183,7 +183,7 @@ def launch_parts(codes: Codes, group_ends_G: Tensor, W_dec_SD: Tensor, n_places:
     sum_dtype, ACC = accumulator(W_dec_SD.dtype)
     parts = torch.empty(n_places, n_groups, d_in, dtype=sum_dtype, device=W_dec_SD.device)
     parts_kernel[(n_rows, n_groups)](
-        *codes, group_ends_G, W_dec_SD, parts, n_groups, d_in, PREFIXES=n_groups > 1, ACC=ACC, **_tile(d_in)
+        *codes, group_ends_G, W_dec_SD, parts, n_groups, d_in, PREFIXES=n_groups > 1, ACC=ACC, **tile(d_in)
     )
     return parts
 
@@ -250,6 +250,6 @@ def launch_passed(
         PREFIXES=n_groups > 1,
         CENTRE=centred is None,
         ACC=ACC,
-        **_tile(d_in),
+        **tile(d_in),
     )
     return rows

@@ -4,13 +4,15 @@ from copy import deepcopy
 
 import pytest
 import torch
+from launches import counted_launches
 from test_sharded_step import check_state, kept_of, part_of
 from turns import taking_turns
 
-from saevlm_fast.peers import Ranks
+from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.peers import Alone, Ranks
 from saevlm_fast.training import choice, sharded_gpu_step
 from saevlm_fast.training.sharded_step import ShardedStepper
-from saevlm_fast.training.shards import Shard
+from saevlm_fast.training.shards import Shard, starting_sae
 from test_step import make
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of the CPU: only the interpreter takes them")
@@ -81,3 +83,20 @@ def test_steps_are_those_of_one_process(monkeypatch, case):
     alone, _, data = make(architecture, **given)
     n_dead = compare(alone, data, 2, rows, world)
     assert (max(n_dead) > 0) == ("dead" in case)
+
+
+@pytest.mark.parametrize(("architecture", "most"), [("topk", 34), ("batch_topk", 46), ("matryoshka", 46)])
+def test_a_step_is_so_many_launches(monkeypatch, architecture, most):
+    """Copies and fills included, what ranks tell each other not."""
+    monkeypatch.setattr("saevlm_fast.training.step.screens_cuda", lambda *_: True)
+    whole = SAEConfig(8, 128, 2, architecture, (40, 88) if architecture == "matryoshka" else ())
+    ranks = Ranks.of(Alone())
+    shard = Shard.of(whole, ranks)
+    sae = starting_sae(shard, 0, torch.device("cpu"))
+    stepper = ShardedStepper(sae, TrainConfig(steps=100, warmup_steps=0), shard, ranks)
+    stepper._low_W_enc()
+    stepper.announce(5)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    with counted_launches() as counts, torch.no_grad():
+        stepper._gpu_step(x)
+    assert sum(counts.values()) == most, counts
