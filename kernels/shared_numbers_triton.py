@@ -1,7 +1,7 @@
 """Triton kernels of the few numbers by which ranks agree on a step: b_dec's gradient, the losses, the clip factor.
 
-    numbers_kernel   of a rank [D + 2]: its part of b_dec's gradient, its rows' squared error, and the squared norm of
-                     the gradients of its latents
+    numbers_kernel   of a rank [D + 2]: - W_enc^T db_enc of its latents, its rows' squared error, and the squared norm
+                     of the gradients of its latents
                      ranks tell each other these
     settle_kernel    of all ranks, added rank after rank: the clip factor, b_dec's step, losses, moving threshold
 
@@ -14,64 +14,135 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_norm_triton import added_rows, launch_column_sums, launch_norm, move_threshold, store_losses, sum_step
-from .latent_update_triton import Scalars, adam
-from .segment_sum_triton import accumulator
+from .gradient_norm_triton import (
+    DB_ROWS,
+    NORM_PROGRAMS,
+    NORM_STEP,
+    add_squares,
+    last_to_arrive,
+    move_threshold,
+    part_sums,
+    row_results,
+    store_losses,
+)
+from .latent_update_triton import Scalars, moved
+from .segment_sum_triton import CHUNK, accumulator
 from .step_entries_triton import Entries
 from .step_rows_triton import Rows, whole_row_block
-from .step_totals_triton import Totals
+from .step_totals_triton import Totals, added_rows
 
 BLOCK = 2048
 
 
-@triton.jit
-def total_of(ptr, n, stride, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """The sum of n numbers, each so many places after the last."""
-    o = tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK], dtype=ACC)
-    for p in range(0, n, BLOCK):
-        acc += tl.load(ptr + stride * (p + o), mask=p + o < n, other=0.0).to(ACC)
-    return tl.sum(acc, axis=0)
-
-
-@triton.jit(do_not_specialize=["n_first", "n_second", "n_totals", "n_squares", "n_rows"])
+@triton.jit(do_not_specialize=["n_latents", "n_programs", "n_squares", "n_totals", "n_sums", "n_rows"])
 def numbers_kernel(
-    sums_ptr,
+    acts_ptr,
+    dacts_ptr,
+    bags_ptr,
+    rows_ptr,
+    offsets_ptr,
+    suffix_ptr,
+    centred_ptr,
+    dec_partials_ptr,
+    enc_partials_ptr,
+    parallel_ptr,
+    db_parts_ptr,
     square_parts_ptr,
-    squares_ptr,
     squared_ptr,
     aux_ptr,
     aux_db_ptr,
+    sums_ptr,
+    squares_ptr,
+    arrivals_ptr,
     numbers_ptr,
-    n_first,
-    n_second,
-    n_totals,
+    n_latents,
+    n_programs,
     n_squares,
+    n_totals,
+    n_sums,
     n_rows,
     d_in,
+    FIRST: tl.constexpr,
     HAS_AUX: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program: numbers [D + 2]. aux: (loss, squared norm of its gradients but for b_dec's part, aux_db)."""
+    """squares[side - FIRST, program] of the gradient rows of latents with several entries; sums of ROWS rows of
+    db_parts by the first programs. The last one then has the numbers [D + 2]. Sides: 0 of W_dec, 1 of W_enc.
+
+    aux: (loss, squared norm of its gradients but for b_dec's part, which is aux_db).
+    """
+    program, side = tl.program_id(0), tl.program_id(1) + FIRST
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
-    db_dec = added_rows(sums_ptr, 0, n_first, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
-    db_dec -= added_rows(sums_ptr, n_first, n_first + n_second, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
-    norm = total_of(square_parts_ptr, n_totals, 2, BLOCK, ACC) + total_of(squares_ptr, n_squares, 1, BLOCK, ACC)
-    if HAS_AUX:
-        db_dec -= tl.load(aux_db_ptr + o_d, mask=m_d, other=0.0).to(ACC)
-        norm += tl.load(aux_ptr + 1).to(ACC)
-    tl.store(numbers_ptr + o_d, db_dec, mask=m_d)
-    tl.store(numbers_ptr + d_in, total_of(squared_ptr, n_rows, 1, BLOCK, ACC))
-    tl.store(numbers_ptr + d_in + 1, norm)
+    columns = d_in, o_d, m_d
+    total = tl.full([], 0.0, ACC)
+    for s in range(program, n_latents, n_programs):
+        segment = tl.load(offsets_ptr + s), tl.load(offsets_ptr + s + 1)
+        if segment[1] - segment[0] > 1:
+            if side == 0:
+                total = add_squares(
+                    total,
+                    acts_ptr,
+                    bags_ptr,
+                    suffix_ptr,
+                    dec_partials_ptr,
+                    parallel_ptr,
+                    s,
+                    segment,
+                    columns,
+                    True,
+                    CHUNK,
+                    BLOCK_P,
+                    BLOCK_D,
+                    ACC,
+                )
+            else:
+                total = add_squares(
+                    total,
+                    dacts_ptr,
+                    rows_ptr,
+                    centred_ptr,
+                    enc_partials_ptr,
+                    parallel_ptr,
+                    s,
+                    segment,
+                    columns,
+                    False,
+                    CHUNK,
+                    BLOCK_P,
+                    BLOCK_D,
+                    ACC,
+                )
+    tl.store(squares_ptr + (side - FIRST) * n_programs + program, total)
+    if side == FIRST:
+        for p in range(program, n_sums, n_programs):
+            last = tl.minimum(p * ROWS + ROWS, n_totals)
+            of_rows = added_rows(db_parts_ptr, p * ROWS, last, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
+            tl.store(sums_ptr + p * d_in + o_d, of_rows, mask=m_d)
+    if last_to_arrive(arrivals_ptr, n_squares):
+        db_dec = -added_rows(sums_ptr, 0, n_sums, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
+        norm, _ = part_sums(square_parts_ptr, n_totals, BLOCK, ACC)
+        squares, _ = row_results(squares_ptr, squares_ptr, n_squares, False, BLOCK, ACC)
+        squared, _ = row_results(squared_ptr, squared_ptr, n_rows, False, BLOCK, ACC)
+        norm += squares
+        if HAS_AUX:
+            db_dec -= tl.load(aux_db_ptr + o_d, mask=m_d, other=0.0).to(ACC)
+            norm += tl.load(aux_ptr + 1).to(ACC)
+        tl.store(numbers_ptr + o_d, db_dec, mask=m_d)
+        tl.store(numbers_ptr + d_in, squared)
+        tl.store(numbers_ptr + d_in + 1, norm)
 
 
-@triton.jit(do_not_specialize=["n_ranks", "n_batch_rows", "n_groups", "threshold_start"])
+@triton.jit(do_not_specialize=["n_ranks", "n_batch_rows", "n_groups", "n_suffix", "threshold_start"])
 def settle_kernel(
     numbers_ptr,
+    suffix_parts_ptr,
     aux_ptr,
     smallest_ptr,
     losses_ptr,
@@ -86,6 +157,7 @@ def settle_kernel(
     n_ranks,
     n_batch_rows,
     n_groups,
+    n_suffix,
     threshold_start,
     d_in,
     LIMIT: tl.constexpr,
@@ -96,13 +168,15 @@ def settle_kernel(
     EPS: tl.constexpr,
     HAS_AUX: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """One program, of the numbers [R, D + 2] of all ranks: the same bits on each of them."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
-    db_dec = tl.load(numbers_ptr + o_d, mask=m_d, other=0.0)
+    db_dec = added_rows(suffix_parts_ptr, 0, n_suffix, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
+    db_dec += tl.load(numbers_ptr + o_d, mask=m_d, other=0.0)
     squared, norm = tl.load(numbers_ptr + d_in), tl.load(numbers_ptr + d_in + 1)
     for rank in range(1, n_ranks):
         here = numbers_ptr + rank * (d_in + 2)
@@ -116,61 +190,68 @@ def settle_kernel(
     step = store_losses(mse, aux_ptr, losses_ptr, step_index_ptr, bad_step_ptr, ALPHA, HAS_AUX, ACC)
     if THRESHOLD:
         move_threshold(threshold_ptr, tl.load(smallest_ptr), step, threshold_start, BETA)
-    b = tl.load(b_ptr + o_d, mask=m_d, other=0.0).to(ACC)
-    exp_avg = tl.load(exp_avg_ptr + o_d, mask=m_d, other=0.0).to(ACC)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + o_d, mask=m_d, other=0.0).to(ACC)
-    b, exp_avg, exp_avg_sq = adam(b, exp_avg, exp_avg_sq, db_dec * clip, schedule_ptr, BETA1, BETA2, EPS)
-    tl.store(b_ptr + o_d, b.to(b_ptr.dtype.element_ty), mask=m_d)
-    tl.store(exp_avg_ptr + o_d, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=m_d)
-    tl.store(exp_avg_sq_ptr + o_d, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=m_d)
+    moved(b_ptr, exp_avg_ptr, exp_avg_sq_ptr, o_d, m_d, db_dec * clip, schedule_ptr, BETA1, BETA2, EPS)
 
 
 # --- launch wrappers -------------------------------------------------------------------------------------------------
 
 
 def launch_numbers(
-    entries: Entries,
-    rows: Rows,
-    own_suffix: Tensor,
-    totals: Totals,
-    frozen: str | None = None,
-    aux: tuple[Tensor, Tensor] | None = None,
+    entries: Entries, rows: Rows, totals: Totals, frozen: str | None = None, aux: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """numbers [D + 2] of this rank. own_suffix: [rows of its share, G, D]. frozen: as of launch_totals.
+    """numbers [D + 2] of this rank; rows.squared_B is of its share of them. frozen: as of launch_totals.
 
     aux: of the auxiliary loss (its value, squared norm of its gradients but for b_dec's) [2], and its W_enc^T db_enc.
     """
-    d_in = own_suffix.shape[2]
-    sum_dtype, ACC = accumulator(own_suffix.dtype)
-    sums, n_first, n_second = launch_column_sums(own_suffix, totals.db_parts)
-    squares = launch_norm(entries, totals, None, frozen)
-    numbers = torch.empty(d_in + 2, dtype=sum_dtype, device=sums.device)
-    block_d, _ = whole_row_block(d_in, 4)
-    numbers_kernel[(1,)](
-        sums,
+    n_latents, (n_totals, d_in) = len(totals.db_enc_S), totals.db_parts.shape
+    sum_dtype, ACC = accumulator(entries.acts_M.dtype)
+    block_d, num_warps = whole_row_block(d_in, elements_per_thread=4)
+    n_programs, n_sides = min(NORM_PROGRAMS, n_latents), 2 if frozen is None else 1
+    n_squares, n_sums = n_sides * n_programs, triton.cdiv(n_totals, DB_ROWS)
+    new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=entries.acts_M.device)  # noqa: E731
+    sums, squares, numbers = new(n_sums, d_in), new(n_squares), new(d_in + 2)
+    numbers_kernel[(n_programs, n_sides)](
+        *entries[:7],
+        entries.partials[0],
+        entries.partials[1],
+        totals.parallel_S,
+        totals.db_parts,
         totals.square_parts,
-        squares,
         rows.squared_B,
         *((sums, sums) if aux is None else aux),
+        sums,
+        squares,
+        totals.arrivals,
         numbers,
-        n_first,
-        n_second,
-        len(totals.square_parts),
-        len(squares),
+        n_latents,
+        n_programs,
+        n_squares,
+        n_totals,
+        n_sums,
         len(rows.squared_B),
         d_in,
+        FIRST=1 if frozen == "W_dec" else 0,
         HAS_AUX=aux is not None,
-        STEP=sum_step(block_d),
+        CHUNK=CHUNK,
+        BLOCK_P=NORM_STEP,
+        ROWS=DB_ROWS,
+        STEP=step_of(block_d, num_warps),
         BLOCK=BLOCK,
         BLOCK_D=block_d,
         ACC=ACC,
-        num_warps=16,
+        num_warps=num_warps,
     )
     return numbers
 
 
+def step_of(block_d: int, num_warps: int) -> int:
+    """Rows that a program adds at a time: 16 registers a thread."""
+    return max(1, 512 * num_warps // block_d)
+
+
 def launch_settle(
     numbers: Tensor,
+    suffix_parts: Tensor,
     scalars: Scalars,
     counters: tuple[Tensor, Tensor, Tensor],
     b_dec: tuple[Tensor, Tensor, Tensor],
@@ -184,6 +265,7 @@ def launch_settle(
 
     Args:
         numbers: as launch_numbers leaves them.
+        suffix_parts: of Totals, which every rank has of all rows.
         scalars: of which clip is written.
         counters: step_index and bad_step (int64), and threshold (float32).
         b_dec: with its moments.
@@ -198,6 +280,7 @@ def launch_settle(
     block_d, num_warps = whole_row_block(d_in, 4)
     settle_kernel[(1,)](
         numbers,
+        suffix_parts,
         numbers if aux is None else aux,
         numbers if moving is None else moving[0],
         losses,
@@ -207,6 +290,7 @@ def launch_settle(
         *b_dec,
         len(numbers),
         *sizes,
+        len(suffix_parts),
         0 if moving is None else moving[2],
         d_in,
         LIMIT=clip_norm,
@@ -217,6 +301,7 @@ def launch_settle(
         EPS=scalars.eps,
         HAS_AUX=aux is not None,
         THRESHOLD=moving is not None,
+        STEP=step_of(block_d, num_warps),
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,

@@ -96,7 +96,7 @@ def _seconds_a_step(sae_config: "SAEConfig", config: "TrainConfig", batch_size: 
     from saevlm_fast.training.capture import CapturedSteps
     from saevlm_fast.training.step import Stepper
 
-    sae = SparseAutoencoder(sae_config, device=device)
+    sae = SparseAutoencoder(sae_config, device=device, random=False)
     sae.reset_parameters(config.seed)
     stepper = CapturedSteps(Stepper(sae, config))
     x_BD = torch.randn(batch_size, sae_config.d_in, device=device)

@@ -38,9 +38,9 @@ def speaks() -> bool:
     """Whether this process says why the work has ended: of torchrun's the first one does."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
-    from saevlm_fast.training.process_group import speaks as first_to_end
+    from saevlm_fast.torchrun import speaks as speaks_of_all
 
-    return first_to_end()
+    return speaks_of_all()
 
 
 @contextmanager

@@ -208,7 +208,10 @@ def _print_scores(scores: "SteeringScores") -> None:
     empty = scores.empty_answers()
     print_table(
         ("condition", "mean +- std", "empty answers"),
-        ((name, f"{mean:.4f} +- {std:.4f}", f"{empty[name]:.1%}") for name, (mean, std) in scores.summary().items()),
+        (
+            (name, f"{mean:.4f}" + (f" +- {std:.4f}" if n > 1 else ""), f"{empty[name]:.1%}")
+            for name, (mean, std) in scores.summary().items()
+        ),
     )
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from saevlm_fast.config import TrainConfig
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
-from saevlm_fast.kernels.latent_gradient import RowGradient, latent_slots
+from saevlm_fast.kernels.latent_gradient import RowGradient
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
 from saevlm_fast.kernels.low_weights import LowWeights
-from saevlm_fast.kernels.step_entries_triton import Order, launch_entries, launch_order
+from saevlm_fast.kernels.step_entries_triton import Order, launch_chunks, launch_order, launch_ordered
 from saevlm_fast.kernels.step_rows_triton import Rows, launch_rows
 from saevlm_fast.kernels.step_totals_triton import launch_totals
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
@@ -111,12 +111,16 @@ def gpu_step(
             order = launch_order(latents, row_offsets, codes.d_sae)
         rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
     mono_loss = None if mono is None else add_mono(acts, rows, order, len(ends), mono)
-    entries = launch_entries(acts, rows, order)
+    entries = launch_ordered(acts, rows, order)
     frozen = config.frozen
-    totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen)
+    with beside(x_BD) as side:
+        with side:
+            launch_chunks(entries, order)
+        totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, side)
 
     dead = dead_latents()
     aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
+    slots_S = None if aux is None else dead.slots(codes.d_sae)
     aux_numbers = None if aux is None else add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
     moving = None if sae.config.architecture == "topk" else (config.threshold_beta, config.threshold_start)
     counters = state.step_index, state.bad_step, sae.threshold
@@ -126,13 +130,13 @@ def gpu_step(
 
     scalars = Scalars(clip, *constants)
     if frozen != "W_dec":
-        more = aux_rows(aux and aux.W_dec, sae)
+        more = aux_rows(aux and aux.W_dec, slots_S)
         launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, more, cone=state.cone)
     biases = state.of("b_enc")
     if frozen == "W_enc":
         launch_bias(totals.db_enc_S, scalars, biases)
     else:
-        more = aux_rows(aux and aux.W_enc, sae)
+        more = aux_rows(aux and aux.W_enc, slots_S)
         launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, more, state.low)
     overall, mse, aux_loss = decision.losses
     if mono_loss is not None:
@@ -158,15 +162,12 @@ def add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S:
     """
     dead_A = latents_A.clamp(max=len(db_enc_S) - 1)  # padding has zero gradients
     db_enc_S.index_add_(0, dead_A, aux.b_enc_A.to(db_enc_S.dtype))
-    squares = aux.b_enc_A.square().sum()
-    for rows in (aux.W_enc, aux.W_dec):
-        squares = squares if rows is None else squares + rows.squared_norm
-    return torch.stack([aux.loss, squares]), aux.b_enc_A @ W_enc_SD[dead_A]
+    return aux.numbers(), aux.b_enc_A @ W_enc_SD[dead_A]
 
 
-def aux_rows(gradient: RowGradient | None, sae: SparseAutoencoder) -> tuple[Tensor, Tensor] | None:
+def aux_rows(gradient: RowGradient | None, slots_S: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Rows of the auxiliary loss, and the slot of every latent among them."""
-    return None if gradient is None else (gradient.rows_AD, latent_slots(gradient.latents_A, sae.config.d_sae))
+    return None if gradient is None or slots_S is None else (gradient.rows_AD, slots_S)
 
 
 @contextmanager

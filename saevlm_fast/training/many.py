@@ -145,8 +145,8 @@ class Member:
         with one_thread(self.small):
             output = self.steps.step(x_BD)
             if stepper.n_steps % self.log_every == 0 or stepper.n_steps == self.state.config.n_steps:
-                self.state.check_loss(self.kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | self.steps.metrics()
+                self.state.check_loss(self.kept.kept)
                 self.kept.log(stepper.n_steps, metrics)
                 self.watch.log(stepper.n_steps, metrics)
                 self.on_log(self.name, stepper.n_steps, metrics)

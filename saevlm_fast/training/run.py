@@ -252,8 +252,8 @@ def take_steps(
             step = stepper.n_steps
             on_step(step)
             if step % every == 0 or step == n_steps:
-                state.check_loss(kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | steps.metrics()
+                state.check_loss(kept.kept)
                 kept.log(step, metrics)
                 on_log(step, metrics)
             kept.after_step(state, interrupted.is_set())

@@ -23,7 +23,7 @@ from saevlm_fast.kernels.shared_choice_triton import Told, launch_compact, launc
 from saevlm_fast.kernels.shared_largest_triton import launch_keep_largest_
 from saevlm_fast.kernels.shared_numbers_triton import launch_numbers, launch_settle
 from saevlm_fast.kernels.shared_rows_triton import launch_parts, launch_passed, launch_residuals
-from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
+from saevlm_fast.kernels.step_entries_triton import launch_chunks, launch_order, launch_ordered
 from saevlm_fast.kernels.step_rows_triton import Rows
 from saevlm_fast.kernels.step_totals_triton import launch_totals
 from saevlm_fast.kernels.topk_encode_cuda import Centred
@@ -95,32 +95,36 @@ def sharded_gpu_step(
     with beside(x_BD) as side:
         with side:
             order = launch_order(codes[1], codes[2], own.codes.d_sae)
-        rows, own_suffix = _rows(ranks.latents, x_BD, codes, state, own.centred)
+        rows = _rows(ranks.latents, x_BD, codes, state, own.centred)
     mono_loss = None if mono is None else add_mono(codes[0], rows, order, n_groups, mono)
-    entries = launch_entries(codes[0], rows, order)
-    totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen)
+    entries = launch_ordered(codes[0], rows, order)
+    with beside(x_BD) as side:
+        with side:
+            launch_chunks(entries, order)
+        totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, side)
 
-    aux, aux_numbers, n_dead = None, None, cast("int | Tensor", 0)
+    aux, aux_numbers, slots_S, n_dead = None, None, None, cast("int | Tensor", 0)
     if dead_latents is not None:
         dead = dead_latents()
         aux, n_dead = shared_auxiliary(sae, ranks, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, len(x_BD), frozen)
         if aux is not None:
             aux_numbers = add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
-    numbers = ranks.latents.gather(launch_numbers(entries, rows, own_suffix, totals, frozen, aux_numbers))
+            slots_S = dead.slots(own.codes.d_sae)
+    numbers = ranks.latents.gather(launch_numbers(entries, rows, totals, frozen, aux_numbers))
     scalars = Scalars(torch.empty_like(numbers[0, :1]), state.schedule, config.betas, config.eps)
     counters, sizes = (state.step_index, state.bad_step, sae.threshold), (len(x_BD), n_groups)
     moving = None if own.smallest is None else (own.smallest, config.threshold_beta, config.threshold_start)
     aux_loss = None if aux_numbers is None else aux_numbers[0]
     given = scalars, counters, state.of("b_dec"), sizes, config.clip_norm, config.auxk_alpha, moving, aux_loss
-    overall, mse, of_aux = launch_settle(numbers, *given)
+    overall, mse, of_aux = launch_settle(numbers, totals.suffix_parts, *given)
 
     if frozen != "W_dec":
-        more = aux_rows(aux and aux.W_dec, sae)
+        more = aux_rows(aux and aux.W_dec, slots_S)
         launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, more, cone=state.cone)
     if frozen == "W_enc":
         launch_bias(totals.db_enc_S, scalars, state.of("b_enc"))
     else:
-        more = aux_rows(aux and aux.W_enc, sae)
+        more = aux_rows(aux and aux.W_enc, slots_S)
         launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), state.of("b_enc"), more, state.low)
     if mono_loss is not None:
         overall.add_(mono_loss)
@@ -129,8 +133,8 @@ def sharded_gpu_step(
 
 def _rows(
     peers: Peers, x_BD: Tensor, codes: tuple[Tensor, Tensor, Tensor], state: State, centred: Centred | None
-) -> tuple[Rows, Tensor]:
-    """Of all rows, with the rank's entries; and the suffixes [share, G, D] of the rank's share of the rows."""
+) -> Rows:
+    """Of all rows, with the rank's entries; squared residuals are of the rank's share of the rows."""
     n_rows, W_dec, b_dec = len(x_BD), state.parameters["W_dec"], state.parameters["b_dec"]
     share = -(-n_rows // peers.world)
     parts = launch_parts(codes, state.group_ends_G, W_dec, share * peers.world)
@@ -139,5 +143,4 @@ def _rows(
     of_share = range(first, min(first + share, n_rows))
     suffix, squared = launch_residuals(received, x_BD, b_dec, of_share, n_rows)
     suffix_RD = peers.gather(suffix).view(-1, suffix.shape[2])[: n_rows * suffix.shape[1]]
-    rows = launch_passed(x_BD, codes, state.group_ends_G, W_dec, b_dec, suffix_RD, squared, n_rows, centred)
-    return rows, suffix[: len(of_share)]
+    return launch_passed(x_BD, codes, state.group_ends_G, W_dec, b_dec, suffix_RD, squared, n_rows, centred)

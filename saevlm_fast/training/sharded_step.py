@@ -103,10 +103,10 @@ class ShardedStepper(Stepper):
         """That of the whole SAE."""
         return self.config.lr_at(self.n_steps - 1, self.shard.whole.d_sae)
 
-    def counted(self, output: StepOutput) -> tuple[int, int]:
+    def counted(self, output: StepOutput) -> tuple[Tensor, Tensor]:
         """Of all ranks, which all must ask."""
-        n_fired, n_dead = torch.tensor(super().counted(output), device=self.idle_S.device)
-        return int(self.ranks.everyone.add_up(n_fired)), int(self.ranks.latents.add_up(n_dead))
+        n_fired, n_dead = super().counted(output)
+        return self.ranks.everyone.add_up(n_fired), self.ranks.latents.add_up(n_dead)
 
     def variance(self, x_BD: Tensor) -> Tensor:
         """Of all replicas' rows."""
@@ -114,10 +114,10 @@ class ShardedStepper(Stepper):
         mean_D = in_order(self.ranks.rows.gather(x_BD.sum(0))) / n_rows
         return in_order(self.ranks.rows.gather((x_BD - mean_D).square_().sum())) / n_rows
 
-    def mean_threshold(self) -> float:
+    def mean_threshold(self) -> Tensor:
         if self.sae.threshold.ndim == 0:
             return super().mean_threshold()
-        return float(in_order(self.ranks.latents.gather(self.sae.threshold.sum()))) / self.shard.whole.d_sae
+        return in_order(self.ranks.latents.gather(self.sae.threshold.sum())).double() / self.shard.whole.d_sae
 
     def spread(self) -> None:
         """Gives the replicas what this rank has moved on, and takes what they have."""

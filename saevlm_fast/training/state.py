@@ -77,7 +77,7 @@ class TrainingState:
 
     def first_stepper(self) -> Stepper:
         """With random weights, before step 0."""
-        sae = SparseAutoencoder(self.sae_config, device=self.device)
+        sae = SparseAutoencoder(self.sae_config, device=self.device, random=False)
         sae.reset_parameters(self.config.seed)
         return Stepper(sae, self.config)
 

@@ -94,8 +94,8 @@ def test_a_step_that_cannot_be_captured_is_eager(device):
     stepper, data = on_gpu("topk", device)
     device_step, n_read = stepper.device_step, []
 
-    def reads_the_loss(x):
-        output = device_step(x)
+    def reads_the_loss(x_BD, e_BE):
+        output = device_step(x_BD, e_BE)
         n_read.append(float(output.losses.overall))
         return output
 
