@@ -31,7 +31,7 @@ from .step_entries_triton import Entries
 from .step_rows_triton import Rows, whole_row_block
 from .step_totals_triton import Totals, added_rows
 
-BLOCK = 2048
+BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["n_latents", "n_programs", "n_squares", "n_totals", "n_sums", "n_rows"])
