@@ -40,7 +40,8 @@ def compare(architecture: str, device: torch.device, peers: MeshPeers) -> float:
         seconds, expected = time.perf_counter() - start, alone.step(x_BD)
         losses = float(output.losses.overall), float(expected.losses.overall)
         if peers.rank == 0 and step % 5 == 4:
-            print(f"{architecture} step {step + 1}: loss {losses[0]:.6f} and {losses[1]:.6f}, {seconds * 1e3:.2f} ms")
+            both = f"loss {losses[0]:.6f} and {losses[1]:.6f}"
+            print(f"{architecture} step {step + 1}: {both}, {seconds * 1e3:.2f} ms", flush=True)
     own = sae.W_dec.detach()[shard.start : shard.stop]
     return float((parts.sae.W_dec.detach() - own).abs().max())
 
