@@ -24,12 +24,12 @@ def values(n_rows, n_values, ties=True):
     return drawn
 
 
-@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("k", [5, 40])
 def test_the_largest_of_every_row_of_all_ranks(k):
     """Ranks have 7, 0 and 30 values of a row: ties go to the first."""
     from saevlm_fast.kernels.shared_largest_triton import launch_keep_largest_
 
-    whole = values(9, 37)
+    whole = values(5, 37)
     pieces = list(whole.split([7, 0, 30], dim=1))
 
     def work(peers):

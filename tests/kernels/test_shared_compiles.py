@@ -28,20 +28,19 @@ def test_static_compile_without_spills() -> None:
     from saevlm_fast.kernels.gradient_norm_triton import DB_ROWS, NORM_STEP
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
     from saevlm_fast.kernels.shared_rows_triton import tile
-    from saevlm_fast.kernels.step_rows_triton import MAX_WIDTH, whole_row_block
+    from saevlm_fast.kernels.step_rows_triton import whole_row_block
 
-    cases = []
-    for d_in, prefixes, targets in ((1024, True, TARGETS), (MAX_WIDTH, False, ("sm_90",))):
-        wide = tile(d_in) | {"PREFIXES": prefixes, "ACC": "tl.float32"}
-        step, warps = wide.pop("STEP_K"), wide.pop("num_warps")
-        for target in targets:
-            cases.append(case("shared_rows_triton", "parts_kernel", target, warps, STEP_K=step, **wide))
-            cases.append(case("shared_rows_triton", "passed_kernel", target, warps, STEP_K=step, CENTRE=True, **wide))
-            cases.append(case("shared_rows_triton", "residual_kernel", target, min(2 * warps, 16), **wide))
-        block_d, warps = whole_row_block(d_in, 4)
-        known = {"BLOCK_D": block_d, "ACC": "tl.float32", "HAS_AUX": True, "STEP": numbers.step_of(block_d, warps)}
-        of_numbers = {"FIRST": 0, "CHUNK": CHUNK, "BLOCK_P": NORM_STEP, "ROWS": DB_ROWS, "BLOCK": numbers.BLOCK}
-        cases += [case("shared_numbers_triton", "numbers_kernel", t, warps, **known, **of_numbers) for t in targets]
+    cases, d_in = [], 1024
+    block_d, warps = whole_row_block(d_in, 4)
+    known = {"BLOCK_D": block_d, "ACC": "tl.float32"}
+    of_rows = known | {"PREFIXES": True, "STEP_K": tile(d_in)["STEP_K"]}
+    of_numbers = known | {"FIRST": 0, "HAS_AUX": True, "CHUNK": CHUNK, "BLOCK_P": NORM_STEP, "ROWS": DB_ROWS}
+    of_numbers |= {"STEP": numbers.step_of(block_d, warps), "BLOCK": numbers.BLOCK}
+    for target in TARGETS:
+        narrow = tile(d_in)["num_warps"]
+        cases.append(case("shared_rows_triton", "passed_kernel", target, narrow, CENTRE=True, **of_rows))
+        cases.append(case("shared_numbers_triton", "numbers_kernel", target, warps, **of_numbers))
+    cases.append(case("shared_rows_triton", "residual_kernel", "sm_90", warps, PREFIXES=True, **known))
     compared = {"BLOCK_N": 256, "BLOCK_K": choice.COMPARED // 256}
     cases += [case("shared_choice_triton", "keep_kernel", target, 4, **compared) for target in TARGETS]
     digits = {"BITS": choice.BITS, "BINS": choice.BINS, "BLOCK": choice.BLOCK}
