@@ -17,7 +17,6 @@ from torch import Tensor
 from .gradient_norm_triton import (
     DB_ROWS,
     NORM_PROGRAMS,
-    NORM_STEP,
     add_squares,
     last_to_arrive,
     move_threshold,
@@ -32,9 +31,10 @@ from .step_rows_triton import Rows, whole_row_block
 from .step_totals_triton import Totals, added_rows
 
 BLOCK = 1024
+NUMBERS = ["n_latents", "n_programs", "n_squares", "n_totals", "n_parts", "n_sums", "n_row_sums", "n_rows"]
 
 
-@triton.jit(do_not_specialize=["n_latents", "n_programs", "n_squares", "n_totals", "n_sums", "n_rows"])
+@triton.jit(do_not_specialize=NUMBERS)
 def numbers_kernel(
     acts_ptr,
     dacts_ptr,
@@ -55,17 +55,19 @@ def numbers_kernel(
     squares_ptr,
     arrivals_ptr,
     numbers_ptr,
+    of_rows_ptr,
     n_latents,
     n_programs,
     n_squares,
     n_totals,
+    n_parts,
     n_sums,
+    n_row_sums,
     n_rows,
     d_in,
     FIRST: tl.constexpr,
     HAS_AUX: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -73,7 +75,8 @@ def numbers_kernel(
     ACC: tl.constexpr,
 ):
     """squares[side - FIRST, program] of the gradient rows of latents with several entries; sums of ROWS rows of
-    db_parts by the first programs. The last one then has the numbers [D + 2]. Sides: 0 of W_dec, 1 of W_enc.
+    db_parts, of latents and of rows apart, by the first programs. The last one then has the numbers [D + 2], and the
+    sum of rows [D]. Sides: 0 of W_dec, 1 of W_enc.
 
     aux: (loss, squared norm of its gradients but for b_dec's part, which is aux_db).
     """
@@ -98,7 +101,6 @@ def numbers_kernel(
                     columns,
                     True,
                     CHUNK,
-                    BLOCK_P,
                     BLOCK_D,
                     ACC,
                 )
@@ -115,18 +117,21 @@ def numbers_kernel(
                     columns,
                     False,
                     CHUNK,
-                    BLOCK_P,
                     BLOCK_D,
                     ACC,
                 )
     tl.store(squares_ptr + (side - FIRST) * n_programs + program, total)
     if side == FIRST:
-        for p in range(program, n_sums, n_programs):
-            last = tl.minimum(p * ROWS + ROWS, n_totals)
-            of_rows = added_rows(db_parts_ptr, p * ROWS, last, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
-            tl.store(sums_ptr + p * d_in + o_d, of_rows, mask=m_d)
+        for p in range(program, n_sums + n_row_sums, n_programs):
+            of_rows = p >= n_sums
+            first = tl.where(of_rows, n_totals + (p - n_sums) * ROWS, p * ROWS)
+            last = tl.minimum(first + ROWS, tl.where(of_rows, n_parts, n_totals))
+            added = added_rows(db_parts_ptr, first, last, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
+            tl.store(sums_ptr + p * d_in + o_d, added, mask=m_d)
     if last_to_arrive(arrivals_ptr, n_squares):
-        db_dec = -added_rows(sums_ptr, 0, n_sums, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
+        of_rows = added_rows(sums_ptr, n_sums, n_sums + n_row_sums, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
+        tl.store(of_rows_ptr + o_d, of_rows, mask=m_d)
+        db_dec = added_rows(sums_ptr, 0, n_sums, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
         norm, _ = part_sums(square_parts_ptr, n_totals, BLOCK, ACC)
         squares, _ = row_results(squares_ptr, squares_ptr, n_squares, False, BLOCK, ACC)
         squared, _ = row_results(squared_ptr, squared_ptr, n_rows, False, BLOCK, ACC)
@@ -139,10 +144,10 @@ def numbers_kernel(
         tl.store(numbers_ptr + d_in + 1, norm)
 
 
-@triton.jit(do_not_specialize=["n_ranks", "n_batch_rows", "n_groups", "n_suffix", "threshold_start"])
+@triton.jit(do_not_specialize=["n_ranks", "n_batch_rows", "n_groups", "threshold_start"])
 def settle_kernel(
     numbers_ptr,
-    suffix_parts_ptr,
+    of_rows_ptr,
     aux_ptr,
     smallest_ptr,
     losses_ptr,
@@ -157,7 +162,6 @@ def settle_kernel(
     n_ranks,
     n_batch_rows,
     n_groups,
-    n_suffix,
     threshold_start,
     d_in,
     LIMIT: tl.constexpr,
@@ -168,15 +172,13 @@ def settle_kernel(
     EPS: tl.constexpr,
     HAS_AUX: tl.constexpr,
     THRESHOLD: tl.constexpr,
-    STEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """One program, of the numbers [R, D + 2] of all ranks: the same bits on each of them."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
-    db_dec = added_rows(suffix_parts_ptr, 0, n_suffix, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
-    db_dec += tl.load(numbers_ptr + o_d, mask=m_d, other=0.0)
+    db_dec = tl.load(of_rows_ptr + o_d, mask=m_d, other=0.0) + tl.load(numbers_ptr + o_d, mask=m_d, other=0.0)
     squared, norm = tl.load(numbers_ptr + d_in), tl.load(numbers_ptr + d_in + 1)
     for rank in range(1, n_ranks):
         here = numbers_ptr + rank * (d_in + 2)
@@ -198,18 +200,21 @@ def settle_kernel(
 
 def launch_numbers(
     entries: Entries, rows: Rows, totals: Totals, frozen: str | None = None, aux: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """numbers [D + 2] of this rank; rows.squared_B is of its share of them. frozen: as of launch_totals.
+) -> tuple[Tensor, Tensor]:
+    """numbers [D + 2] of this rank, and the part of b_dec's gradient that is of all rows [D], which every rank has.
+
+    rows.squared_B: of the rank's share of the rows. frozen: as of launch_totals.
 
     aux: of the auxiliary loss (its value, squared norm of its gradients but for b_dec's) [2], and its W_enc^T db_enc.
     """
-    n_latents, (n_totals, d_in) = len(totals.db_enc_S), totals.db_parts.shape
+    n_latents, n_totals, (n_parts, d_in) = len(totals.db_enc_S), len(totals.square_parts), totals.db_parts.shape
     sum_dtype, ACC = accumulator(entries.acts_M.dtype)
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=4)
     n_programs, n_sides = min(NORM_PROGRAMS, n_latents), 2 if frozen is None else 1
-    n_squares, n_sums = n_sides * n_programs, triton.cdiv(n_totals, DB_ROWS)
+    n_squares = n_sides * n_programs
+    n_sums, n_row_sums = triton.cdiv(n_totals, DB_ROWS), triton.cdiv(n_parts - n_totals, DB_ROWS)
     new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=entries.acts_M.device)  # noqa: E731
-    sums, squares, numbers = new(n_sums, d_in), new(n_squares), new(d_in + 2)
+    sums, squares, numbers, of_rows_D = new(n_sums + n_row_sums, d_in), new(n_squares), new(d_in + 2), new(d_in)
     numbers_kernel[(n_programs, n_sides)](
         *entries[:7],
         entries.partials[0],
@@ -223,17 +228,19 @@ def launch_numbers(
         squares,
         totals.arrivals,
         numbers,
+        of_rows_D,
         n_latents,
         n_programs,
         n_squares,
         n_totals,
+        n_parts,
         n_sums,
+        n_row_sums,
         len(rows.squared_B),
         d_in,
         FIRST=1 if frozen == "W_dec" else 0,
         HAS_AUX=aux is not None,
         CHUNK=CHUNK,
-        BLOCK_P=NORM_STEP,
         ROWS=DB_ROWS,
         STEP=step_of(block_d, num_warps),
         BLOCK=BLOCK,
@@ -241,7 +248,7 @@ def launch_numbers(
         ACC=ACC,
         num_warps=num_warps,
     )
-    return numbers
+    return numbers, of_rows_D
 
 
 def step_of(block_d: int, num_warps: int) -> int:
@@ -251,7 +258,7 @@ def step_of(block_d: int, num_warps: int) -> int:
 
 def launch_settle(
     numbers: Tensor,
-    suffix_parts: Tensor,
+    of_rows_D: Tensor,
     scalars: Scalars,
     counters: tuple[Tensor, Tensor, Tensor],
     b_dec: tuple[Tensor, Tensor, Tensor],
@@ -265,7 +272,7 @@ def launch_settle(
 
     Args:
         numbers: as launch_numbers leaves them.
-        suffix_parts: of Totals, which every rank has of all rows.
+        of_rows_D: the part of b_dec's gradient that every rank has whole, of launch_numbers.
         scalars: of which clip is written.
         counters: step_index and bad_step (int64), and threshold (float32).
         b_dec: with its moments.
@@ -280,7 +287,7 @@ def launch_settle(
     block_d, num_warps = whole_row_block(d_in, 4)
     settle_kernel[(1,)](
         numbers,
-        suffix_parts,
+        of_rows_D,
         numbers if aux is None else aux,
         numbers if moving is None else moving[0],
         losses,
@@ -290,7 +297,6 @@ def launch_settle(
         *b_dec,
         len(numbers),
         *sizes,
-        len(suffix_parts),
         0 if moving is None else moving[2],
         d_in,
         LIMIT=clip_norm,
@@ -301,7 +307,6 @@ def launch_settle(
         EPS=scalars.eps,
         HAS_AUX=aux is not None,
         THRESHOLD=moving is not None,
-        STEP=step_of(block_d, num_warps),
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,

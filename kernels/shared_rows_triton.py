@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .segment_sum_triton import accumulator
-from .step_entries_triton import add_rows
 from .step_rows_triton import Rows, store_centred, whole_row_block
 
 
@@ -61,7 +60,12 @@ def parts_kernel(
     m_d = o_d < d_in
     start, end = bag_of(latents_ptr, row_offsets_ptr, group_ends_ptr, row, g, PREFIXES)
     acc = tl.zeros([BLOCK_D], dtype=ACC)
-    acc = add_rows(acc, acts_ptr, latents_ptr, start, end, W_ptr, d_in, o_d, m_d, STEP_K)
+    for p in range(start, end, STEP_K):
+        o = p + tl.arange(0, STEP_K)
+        m = o < end
+        at = W_ptr + tl.load(latents_ptr + o, mask=m, other=0)[:, None] * d_in + o_d[None, :]
+        w = tl.load(at, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC)
+        acc += tl.sum(tl.load(acts_ptr + o, mask=m, other=0.0).to(ACC)[:, None] * w, axis=0)
     tl.store(parts_ptr + (row * n_groups + g) * d_in + o_d, acc, mask=m_d)
 
 
@@ -167,13 +171,9 @@ Codes = tuple[Tensor, Tensor, Tensor]  # acts and latents [M], row_offsets [B + 
 
 
 def tile(d_in: int) -> dict[str, int]:
-    """Constants of parts_kernel and passed_kernel: up to 64 numbers of W_dec a thread."""
+    """Constants of parts_kernel and passed_kernel: 32 numbers of W_dec a thread."""
     block_d, _ = whole_row_block(d_in, 4)
-    return {
-        "STEP_K": max(1, min(8, (1 << 13) // block_d)),
-        "BLOCK_D": block_d,
-        "num_warps": max(1, min(16, block_d // 256)),
-    }
+    return {"STEP_K": 2, "BLOCK_D": block_d, "num_warps": max(1, min(16, block_d // 512))}
 
 
 def launch_parts(codes: Codes, group_ends_G: Tensor, W_dec_SD: Tensor, n_places: int) -> Tensor:

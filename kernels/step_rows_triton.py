@@ -184,7 +184,11 @@ def row_kernel(
     scale = (tl.full([], 2.0, ACC) / n_rows) / n_groups
     bag = row * n_groups
 
-    codes, kept, columns = (acts_ptr, latents_ptr, W_ptr, (group_ends_ptr, n_groups)), (dacts_ptr, bags_ptr), (d_in, o_d, m_d)
+    codes, kept, columns = (
+        (acts_ptr, latents_ptr, W_ptr, (group_ends_ptr, n_groups)),
+        (dacts_ptr, bags_ptr),
+        (d_in, o_d, m_d),
+    )
     held = load_held(codes, start, end, columns, TILES, ACC)
     x_hats = ()
     for g in tl.static_range(G):

@@ -23,7 +23,7 @@ from saevlm_fast.kernels.shared_choice_triton import Told, launch_compact, launc
 from saevlm_fast.kernels.shared_largest_triton import launch_keep_largest_
 from saevlm_fast.kernels.shared_numbers_triton import launch_numbers, launch_settle
 from saevlm_fast.kernels.shared_rows_triton import launch_parts, launch_passed, launch_residuals
-from saevlm_fast.kernels.step_entries_triton import launch_chunks, launch_order, launch_ordered
+from saevlm_fast.kernels.step_entries_triton import launch_chunks, launch_order, new_entries
 from saevlm_fast.kernels.step_rows_triton import Rows
 from saevlm_fast.kernels.step_totals_triton import launch_totals
 from saevlm_fast.kernels.topk_encode_cuda import Centred
@@ -97,26 +97,29 @@ def sharded_gpu_step(
             order = launch_order(codes[1], codes[2], own.codes.d_sae)
         rows = _rows(ranks.latents, x_BD, codes, state, own.centred)
     mono_loss = None if mono is None else add_mono(codes[0], rows, order, n_groups, mono)
-    entries = launch_ordered(codes[0], rows, order)
+    entries = new_entries(rows, order)
     with beside(x_BD) as side:
         with side:
-            launch_chunks(entries, order)
-        totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, side)
+            launch_chunks(entries, codes[0], rows, order)
+        totals = launch_totals(entries, codes[0], rows, order, W["W_enc"], state.idle_S, frozen)
 
     aux, aux_numbers, slots_S, n_dead = None, None, None, cast("int | Tensor", 0)
     if dead_latents is not None:
         dead = dead_latents()
         aux, n_dead = shared_auxiliary(sae, ranks, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, len(x_BD), frozen)
+        if aux is not None and len(dead.latents_A) == 0:  # none of the rank's own
+            aux, aux_numbers = None, (aux.numbers(), torch.zeros_like(W["b_dec"]))
         if aux is not None:
             aux_numbers = add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
             slots_S = dead.slots(own.codes.d_sae)
-    numbers = ranks.latents.gather(launch_numbers(entries, rows, totals, frozen, aux_numbers))
+    own_numbers, of_rows_D = launch_numbers(entries, rows, totals, frozen, aux_numbers)
+    numbers = ranks.latents.gather(own_numbers)
     scalars = Scalars(torch.empty_like(numbers[0, :1]), state.schedule, config.betas, config.eps)
     counters, sizes = (state.step_index, state.bad_step, sae.threshold), (len(x_BD), n_groups)
     moving = None if own.smallest is None else (own.smallest, config.threshold_beta, config.threshold_start)
     aux_loss = None if aux_numbers is None else aux_numbers[0]
     given = scalars, counters, state.of("b_dec"), sizes, config.clip_norm, config.auxk_alpha, moving, aux_loss
-    overall, mse, of_aux = launch_settle(numbers, totals.suffix_parts, *given)
+    overall, mse, of_aux = launch_settle(numbers, of_rows_D, *given)
 
     if frozen != "W_dec":
         more = aux_rows(aux and aux.W_dec, slots_S)

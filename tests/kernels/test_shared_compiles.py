@@ -25,7 +25,7 @@ def case(module: str, function: str, target: str, num_warps: int, **constants) -
 def test_static_compile_without_spills() -> None:
     from saevlm_fast.kernels import shared_choice_triton as choice
     from saevlm_fast.kernels import shared_numbers_triton as numbers
-    from saevlm_fast.kernels.gradient_norm_triton import DB_ROWS, NORM_STEP
+    from saevlm_fast.kernels.gradient_norm_triton import DB_ROWS
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
     from saevlm_fast.kernels.shared_rows_triton import tile
     from saevlm_fast.kernels.step_rows_triton import whole_row_block
@@ -34,7 +34,7 @@ def test_static_compile_without_spills() -> None:
     block_d, warps = whole_row_block(d_in, 4)
     known = {"BLOCK_D": block_d, "ACC": "tl.float32"}
     of_rows = known | {"PREFIXES": True, "STEP_K": tile(d_in)["STEP_K"]}
-    of_numbers = known | {"FIRST": 0, "HAS_AUX": True, "CHUNK": CHUNK, "BLOCK_P": NORM_STEP, "ROWS": DB_ROWS}
+    of_numbers = known | {"FIRST": 0, "HAS_AUX": True, "CHUNK": CHUNK, "ROWS": DB_ROWS}
     of_numbers |= {"STEP": numbers.step_of(block_d, warps), "BLOCK": numbers.BLOCK}
     for target in TARGETS:
         narrow = tile(d_in)["num_warps"]
