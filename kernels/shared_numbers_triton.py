@@ -17,6 +17,7 @@ from torch import Tensor
 from .gradient_norm_triton import (
     DB_ROWS,
     NORM_PROGRAMS,
+    WIDE_REGISTERS,
     add_squares,
     last_to_arrive,
     move_threshold,
@@ -26,7 +27,7 @@ from .gradient_norm_triton import (
 )
 from .latent_update_triton import Scalars, moved
 from .segment_sum_triton import CHUNK, accumulator
-from .step_entries_triton import Entries
+from .step_entries_triton import Entries, register_limit
 from .step_rows_triton import Rows, whole_row_block
 from .step_totals_triton import Totals, added_rows
 
@@ -247,6 +248,7 @@ def launch_numbers(
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
+        **register_limit(block_d, sum_dtype, wide=WIDE_REGISTERS),
     )
     return numbers, of_rows_D
 

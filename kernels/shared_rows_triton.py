@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gradient_norm_triton import WIDE_REGISTERS
 from .segment_sum_triton import accumulator
+from .step_entries_triton import register_limit
 from .step_rows_triton import Rows, store_centred, whole_row_block
 
 
@@ -171,9 +173,9 @@ Codes = tuple[Tensor, Tensor, Tensor]  # acts and latents [M], row_offsets [B + 
 
 
 def tile(d_in: int) -> dict[str, int]:
-    """Constants of parts_kernel and passed_kernel: 32 numbers of W_dec a thread."""
+    """Constants of parts_kernel and passed_kernel: few entries at a time are quicker than many (docs/decisions.md)."""
     block_d, _ = whole_row_block(d_in, 4)
-    return {"STEP_K": 2, "BLOCK_D": block_d, "num_warps": max(1, min(16, block_d // 512))}
+    return {"STEP_K": 2, "BLOCK_D": block_d, "num_warps": max(1, min(16, block_d // 256))}
 
 
 def launch_parts(codes: Codes, group_ends_G: Tensor, W_dec_SD: Tensor, n_places: int) -> Tensor:
@@ -237,6 +239,7 @@ def launch_passed(
         squared_B=squared_B,
         smallest_B=squared_B,
     )
+    constants = tile(d_in)
     passed_kernel[(n_rows, n_groups)](
         x_BD.contiguous(),
         *codes,
@@ -250,6 +253,7 @@ def launch_passed(
         PREFIXES=n_groups > 1,
         CENTRE=centred is None,
         ACC=ACC,
-        **tile(d_in),
+        **constants,
+        **register_limit(constants["BLOCK_D"], sum_dtype, wide=WIDE_REGISTERS),
     )
     return rows
