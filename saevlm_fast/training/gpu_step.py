@@ -107,14 +107,14 @@ def gpu_step(
         x_hat_BD of the last prefix, losses, dead latents.
     """
     (acts, latents, row_offsets), W, ends = codes.flat(), state.parameters, state.group_ends_G
-    with _beside(x_BD) as side:
+    with beside(x_BD) as side:
         with side:
             order = launch_order(latents, row_offsets, codes.d_sae)
-        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
-    mono_loss = None if mono is None else _add_mono(acts, rows, order, len(ends), mono)
+        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred)
+    mono_loss = None if mono is None else add_mono(acts, rows, order, len(ends), mono)
     entries = new_entries(rows, order)
     frozen = config.frozen
-    with _beside(x_BD) as side:
+    with beside(x_BD) as side:
         with side:
             launch_chunks(entries, acts, rows, order)
         totals = launch_totals(entries, acts, rows, order, W["W_enc"], state.idle_S, frozen)
@@ -122,7 +122,7 @@ def gpu_step(
         dead = dead_latents()
         aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
         slots_S = None if aux is None else dead.slots(codes.d_sae)
-        aux_numbers = None if aux is None else _add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
+        aux_numbers = None if aux is None else add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
         moving = None if sae.config.architecture == "topk" else (config.threshold_beta, config.threshold_start)
         counters = state.step_index, state.bad_step, sae.threshold
         decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, aux_numbers)
@@ -130,22 +130,24 @@ def gpu_step(
     clip = launch_clip(entries, totals, decision, config.clip_norm, *constants, state.of("b_dec"), frozen)
 
     scalars = Scalars(clip, *constants)
-    if frozen != "W_dec":
-        aux_rows = _aux_rows(aux and aux.W_dec, slots_S)
-        launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, aux_rows, cone=state.cone)
-    biases = state.of("b_enc")
-    if frozen == "W_enc":
-        launch_bias(totals.db_enc_S, scalars, biases)
-    else:
-        aux_rows = _aux_rows(aux and aux.W_enc, slots_S)
-        launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, aux_rows, state.low)
+    with beside(x_BD) as side:
+        if frozen != "W_dec":
+            more = aux_rows(aux and aux.W_dec, slots_S)
+            with side:
+                launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, more, cone=state.cone)
+        biases = state.of("b_enc")
+        if frozen == "W_enc":
+            launch_bias(totals.db_enc_S, scalars, biases)
+        else:
+            more = aux_rows(aux and aux.W_enc, slots_S)
+            launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, more, state.low)
     overall, mse, aux_loss = decision.losses
     if mono_loss is not None:
         overall.add_(mono_loss)
     return rows.x_hat_BD, Losses(overall, mse, aux_loss, None, mono_loss), dead
 
 
-def _add_mono(acts: Tensor, rows: Rows, order: Order, n_groups: int, mono: MonoTerm) -> Tensor:
+def add_mono(acts: Tensor, rows: Rows, order: Order, n_groups: int, mono: MonoTerm) -> Tensor:
     """MonoLoss; its gradient is added to rows.dacts_M. A decoder gradient's part along its rows stays (mono.py)."""
     order_M, offsets_S1 = order.order_M, order.offsets_S1.long()
     rows_M = rows.bags_M[order_M].long() // n_groups
@@ -156,7 +158,7 @@ def _add_mono(acts: Tensor, rows: Rows, order: Order, n_groups: int, mono: MonoT
     return found.loss
 
 
-def _add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S: Tensor) -> tuple[Tensor, Tensor]:
+def add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, squared norm of W_enc's, W_dec's and b_enc's gradient) [2], and W_enc^T db_enc, of this loss alone.
 
     Its db_enc is added to db_enc_S: a dead latent has no entry that fired.
@@ -164,13 +166,13 @@ def _add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S
     return aux.numbers(), launch_biases(latents_A, aux.b_enc_A, W_enc_SD, db_enc_S)
 
 
-def _aux_rows(gradient: RowGradient | None, slots_S: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def aux_rows(gradient: RowGradient | None, slots_S: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Rows of the auxiliary loss, and the slot of every latent among them."""
     return None if gradient is None or slots_S is None else (gradient.rows_AD, slots_S)
 
 
 @contextmanager
-def _beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
+def beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
     """A context whose kernels run beside those outside it: sorting keeps few of a GPU's processors busy.
 
     Memory is safe without record_stream: either stream goes on only when the other is done with what it has been given.
@@ -180,7 +182,7 @@ def _beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
         return
     stream = torch.cuda.current_stream()
     if stream not in _side_streams:
-        _side_streams[stream] = torch.cuda.Stream(x_BD.device)
+        _side_streams[stream] = torch.cuda.Stream(x_BD.device, priority=-1)  # not behind a long kernel's programs
     side = _side_streams[stream]
     side.wait_stream(stream)
     try:

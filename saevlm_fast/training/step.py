@@ -4,7 +4,7 @@ The dense [B, d_sae] matrix of activations is never formed: encoding returns spa
 over their entries. tests/helpers/dense_trainer.py is the same in dense autograd; the two agree to 1e-5 over runs.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_siz
 from saevlm_fast.training.gradients import Gradients, Losses, loss_and_gradients
 from saevlm_fast.training.mono import Embeddings, MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
+
+if TYPE_CHECKING:
+    from saevlm_fast.training.gpu_step import State
 
 
 class StepOutput(NamedTuple):
@@ -205,13 +208,11 @@ class Stepper:
 
     def _gpu_step(self, x_BD: Tensor, mono: MonoTerm | None = None) -> StepOutput:
         """The same on a GPU."""
-        from saevlm_fast.training.gpu_step import State, gpu_encode, gpu_step
+        from saevlm_fast.training.gpu_step import gpu_encode, gpu_step
 
-        low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.known_k) else None
-        counters = self.step_index, self.bad_step, self.adam_schedule
-        state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
+        state = self._device_state(x_BD)
         with torch.cuda.device_of(x_BD):
-            codes, centred = gpu_encode(self.sae, x_BD, low)
+            codes, centred = gpu_encode(self.sae, x_BD, state.low)
             x_hat_BD, losses, dead = gpu_step(
                 self.sae, self.config, state, x_BD, codes, centred, self._dead_latents, mono
             )
@@ -219,6 +220,14 @@ class Stepper:
                 self._note_bad(losses)
         self.was_replayed()
         return StepOutput(losses, x_hat_BD, codes, dead.number)
+
+    def _device_state(self, x_BD: Tensor) -> "State":
+        """What a GPU's step on this batch reads and moves on."""
+        from saevlm_fast.training.gpu_step import State
+
+        low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.known_k) else None
+        counters = self.step_index, self.bad_step, self.adam_schedule
+        return State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
 
     def _encode(self, x_BD: Tensor) -> tuple[SparseCodes, Penalty | None]:
         """In CSR form, in the dtype of the weights; with the penalty of those that have one."""
