@@ -2,7 +2,7 @@
 
 Of latent s, from its entries alone (docs/recipe.md section 2):
 
-    db_enc[s] = sum of dacts      parallel[s] = sum of act * dact: how much of W_dec[s] its decoder gradient holds
+    db_enc[s] = sum of dacts      parallel[s] = sum of act * (dact - l1): how much of W_dec[s] its decoder gradient holds
     |dW_dec[s]| <= sum |act| |suffix[bag]|      |dW_enc[s]| <= sum |dact| |centred[row]|      equal for one entry
     idle[s] = 0 if it fired, else as many rows more
 
@@ -30,13 +30,13 @@ SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long pa
 
 
 @triton.jit
-def entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr):
-    """Of entries o: dact, act * dact, |act| |suffix|, |dact| |centred|, whether it fired (int32)."""
+def entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, l1):
+    """Of entries o: dact, act * (dact - l1), |act| |suffix|, |dact| |centred|, whether it fired (int32)."""
     a = tl.load(acts_ptr + o, mask=m, other=0.0)
     d = tl.load(dacts_ptr + o, mask=m, other=0.0)
     suffix = tl.load(norms_ptr + tl.load(bags_ptr + o, mask=m, other=0), mask=m, other=0.0)
     centred = tl.load(x_norms_ptr + tl.load(rows_ptr + o, mask=m, other=0), mask=m, other=0.0)
-    return d, a * d, tl.abs(a) * suffix, tl.abs(d) * centred.to(d.dtype), (a > 0).to(tl.int32)
+    return d, a * (d - l1), tl.abs(a) * suffix, tl.abs(d) * centred.to(d.dtype), (a > 0).to(tl.int32)
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def entry_sums(
     rows_ptr,
     norms_ptr,
     x_norms_ptr,
+    l1,
     LATENTS: tl.constexpr,
     TILE_E: tl.constexpr,
     HEAVY_E: tl.constexpr,
@@ -57,7 +58,7 @@ def entry_sums(
     o_e = tl.arange(0, TILE_E)
     m = (o_e[None, :] < counts[:, None]) & (counts <= TILE_E)[:, None]
     o = starts[:, None] + o_e[None, :]
-    db, par, dec, enc, fires = entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr)
+    db, par, dec, enc, fires = entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, l1)
     db, par, dec, enc = tl.sum(db, axis=1), tl.sum(par, axis=1), tl.sum(dec, axis=1), tl.sum(enc, axis=1)
     fires = tl.sum(fires, axis=1)
     if tl.max(counts, axis=0) > TILE_E:
@@ -69,7 +70,7 @@ def entry_sums(
                 for p in range(start, start + count, HEAVY_E):
                     m_h = p + o_h < start + count
                     t0, t1, t2, t3, f = entry_terms(
-                        p + o_h, m_h, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr
+                        p + o_h, m_h, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, l1
                     )
                     db += tl.where(this, tl.sum(t0, axis=0), 0.0)
                     par += tl.where(this, tl.sum(t1, axis=0), 0.0)
@@ -119,9 +120,11 @@ def totals_kernel(
     parallel_ptr,
     db_parts_ptr,
     square_parts_ptr,
+    l1_ptr,
     n_latents,
     n_rows,
     d_in,
+    HAS_L1: tl.constexpr,
     DECODER: tl.constexpr,
     ENCODER: tl.constexpr,
     SLACK: tl.constexpr,
@@ -141,8 +144,11 @@ def totals_kernel(
     m_s = o_s < n_latents
     starts = tl.load(offsets_ptr + o_s, mask=m_s, other=0)
     counts = tl.load(offsets_ptr + o_s + 1, mask=m_s, other=0) - starts
+    l1 = tl.full([], 0.0, ACC)
+    if HAS_L1:
+        l1 = tl.load(l1_ptr)
     db, par, dec, enc, fires = entry_sums(
-        starts, counts, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, LATENTS, TILE_E, HEAVY_E
+        starts, counts, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, l1, LATENTS, TILE_E, HEAVY_E
     )
     tl.store(db_enc_ptr + o_s, db, mask=m_s)
     tl.store(parallel_ptr + o_s, par, mask=m_s)
@@ -181,8 +187,13 @@ class Totals(NamedTuple):
     square_parts: Tensor
 
 
-def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor, frozen: str | None = None) -> Totals:
-    """Totals, and idle_S moved on in place. frozen: W_enc or W_dec, whose gradient has no part in the norm."""
+def launch_totals(
+    entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor, frozen: str | None = None, l1: float = 0.0
+) -> Totals:
+    """Totals, and idle_S moved on in place. frozen: W_enc or W_dec, whose gradient has no part in the norm.
+
+    l1: what every dact has beside its dot product.
+    """
     n_latents, d_in = W_enc_SD.shape
     sum_dtype, ACC = accumulator(W_enc_SD.dtype)
     latents = LATENTS_MANY if n_latents >= MANY else LATENTS
@@ -197,9 +208,11 @@ def launch_totals(entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor
         W_enc_SD,
         idle_S,
         *totals,
+        totals.db_enc_S if l1 == 0 else totals.db_enc_S.new_full((), l1),
         n_latents,
         len(rows.x_norms_B),
         d_in,
+        HAS_L1=l1 != 0,
         DECODER=frozen != "W_dec",
         ENCODER=frozen != "W_enc",
         SLACK=SLACK,

@@ -22,7 +22,7 @@ from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
 from saevlm_fast.sae import SparseAutoencoder, first_rows
-from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.sparse_codes import SparseCodes, smallest_positive
 from saevlm_fast.training.accumulate import SummedGradients
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
@@ -145,11 +145,12 @@ class Stepper:
     @torch.no_grad()
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """The step that was announced."""
+        mono = self._mono(x_BD if e_BE is None else e_BE)
+        output = self._gpu_step(x_BD, mono) if x_BD.is_cuda else None
+        if output is not None:
+            return output
         if self.config.accumulate > 1:
             return self._accumulated_step(x_BD)
-        mono = self._mono(x_BD if e_BE is None else e_BE)
-        if x_BD.is_cuda and not self.penalised:
-            return self._gpu_step(x_BD, mono)
         codes, penalty = self._encode(x_BD)
         self._track(codes, len(x_BD))
         dead = self._dead_latents()
@@ -203,22 +204,30 @@ class Stepper:
         if self.sae.config.architecture == "jumprelu":
             self.sae.threshold.clamp_(min=0)
 
-    def _gpu_step(self, x_BD: Tensor, mono: MonoTerm | None = None) -> StepOutput:
-        """The same on a GPU."""
-        from saevlm_fast.training.gpu_step import State, gpu_encode, gpu_step
+    def _gpu_step(self, x_BD: Tensor, mono: MonoTerm | None = None) -> StepOutput | None:
+        """The same on a GPU, by the entries of the codes; None, and nothing is changed: these are too many."""
+        from saevlm_fast.training.gpu_codes import gpu_codes
+        from saevlm_fast.training.gpu_step import State, gpu_step
 
-        low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.known_k) else None
+        sae, config, n = self.sae, self.config, min(self.config.accumulate, len(x_BD))
+        low = self._low_W_enc() if screens_cuda(x_BD, sae.W_enc, sae.config.k or 1) else None
         counters = self.step_index, self.bad_step, self.adam_schedule
         state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
         with torch.cuda.device_of(x_BD):
-            codes, centred = gpu_encode(self.sae, x_BD, low)
-            x_hat_BD, losses, dead = gpu_step(
-                self.sae, self.config, state, x_BD, codes, centred, self._dead_latents, mono
-            )
-            if mono is not None:  # whose loss comes after the kernel that looked at the others
+            found = gpu_codes(sae, config, self.n_steps - 1, x_BD, low)
+            if found is None:
+                return None
+            given = found.codes, found.centred, self._dead_latents, mono, found.penalty
+            x_hat_BD, losses, dead = gpu_step(sae, config, state, found.x_BD, *given)
+            if mono is not None or found.penalty is not None:  # their losses come after the kernel that looks at others
                 self._note_bad(losses)
+            if found.smallest is not None:
+                self._move_threshold(found.smallest)
+            self._clamp_threshold()
         self.was_replayed()
-        return StepOutput(losses, x_hat_BD, codes, dead.number)
+        if n > 1:
+            x_hat_BD = _in_turns(x_hat_BD, n)
+        return StepOutput(losses, x_hat_BD, found.codes, dead.number)
 
     def _encode(self, x_BD: Tensor) -> tuple[SparseCodes, Penalty | None]:
         """In CSR form, in the dtype of the weights; with the penalty of those that have one."""
@@ -277,10 +286,13 @@ class Stepper:
         fired_S = torch.zeros_like(self.idle_S).index_add_(0, codes.top_indices, (codes.top_acts > 0).long())
         self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
         if self.sae.config.architecture in CALIBRATED:
-            smallest = smallest_positive(codes.top_acts).float() if smallest is None else smallest
-            old, beta = self.sae.threshold, self.config.threshold_beta
-            new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
-            self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
+            self._move_threshold(smallest_positive(codes.top_acts).float() if smallest is None else smallest)
+
+    def _move_threshold(self, smallest: Tensor) -> None:
+        """Towards the smallest activation that was kept."""
+        old, beta = self.sae.threshold, self.config.threshold_beta
+        new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
+        self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
 
     def _some_can_be_dead(self) -> bool:
         return self.auxk_alpha > 0 and self.n_rows_seen >= self.config.dead_after
@@ -349,9 +361,11 @@ def _check_unit_rows(W_dec_SD: Tensor) -> None:
     )
 
 
-def smallest_positive(acts_M: Tensor) -> Tensor:
-    """The smallest activation above 0, or 0 if there is none (0-d)."""
-    if acts_M.numel() == 0:
-        return acts_M.new_zeros(())
-    smallest = torch.where(acts_M > 0, acts_M, torch.inf).min()
-    return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
+def _in_turns(rows_BD: Tensor, n: int) -> Tensor:
+    """Rows of n micro-batches, one after the other, as the batch has them: every n-th of one."""
+    whole_BD, start = torch.empty_like(rows_BD), 0
+    for i in range(n):
+        piece_BD = whole_BD[i::n]
+        piece_BD.copy_(rows_BD[start : start + len(piece_BD)])
+        start += len(piece_BD)
+    return whole_BD
