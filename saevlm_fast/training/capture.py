@@ -50,8 +50,7 @@ class CapturedSteps:
 
     def __init__(self, stepper: Stepper, capture: bool = True):
         self.stepper = stepper
-        whole = stepper.config.accumulate == 1
-        self.capture = capture and stepper.idle_S.is_cuda and not stepper.penalised and whole
+        self.capture = capture and stepper.idle_S.is_cuda and not stepper.penalised
         self.n_eager = self.n_replayed = self.n_captured = 0
         self._inputs: dict[int, Tensor] = {}
         self._embeddings: dict[int, Tensor] = {}
