@@ -4,7 +4,7 @@ The dense [B, d_sae] matrix of activations is never formed: encoding returns spa
 over their entries. tests/helpers/dense_trainer.py is the same in dense autograd; the two agree to 1e-5 over runs.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,17 +30,22 @@ from saevlm_fast.training.gradients import Gradients, Losses, loss_and_gradients
 from saevlm_fast.training.mono import Embeddings, MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 
+if TYPE_CHECKING:
+    from saevlm_fast.training.gpu_step import State
+
 
 class StepOutput(NamedTuple):
     """What a step measured: losses, reconstruction x_hat [B, d_in] (all groups), codes, number of dead latents.
 
-    n_dead is a 0-d tensor on a GPU, where some can be dead.
+    n_dead is a 0-d tensor on a GPU, where some can be dead. codes are None of a step that goes by matrix products alone
+    (gpu_dense.py), n_fired then says how many of their entries fire (0-d).
     """
 
     losses: Losses
     x_hat_BD: Tensor
-    codes: SparseCodes
+    codes: SparseCodes | None
     n_dead: int | Tensor
+    n_fired: Tensor | None = None
 
 
 class Stepper:
@@ -216,7 +221,7 @@ class Stepper:
         with torch.cuda.device_of(x_BD):
             found = gpu_codes(sae, config, self.n_steps - 1, x_BD, low)
             if found is None:
-                return None
+                return self._dense_step(x_BD, state) if mono is None and low is not None else None
             given = found.codes, found.centred, self._dead_latents, mono, found.penalty
             x_hat_BD, losses, dead = gpu_step(sae, config, state, found.x_BD, *given)
             if mono is not None or found.penalty is not None:  # their losses come after the kernel that looks at others
@@ -228,6 +233,27 @@ class Stepper:
         if n > 1:
             x_hat_BD = _in_turns(x_hat_BD, n)
         return StepOutput(losses, x_hat_BD, found.codes, dead.number)
+
+    def _dense_step(self, x_BD: Tensor, state: "State") -> StepOutput:
+        """The same by matrix products, of a relu or jumprelu SAE of which many latents fire."""
+        from saevlm_fast.training.gpu_dense import DenseGradients, dense_update
+
+        config, n = self.config, min(self.config.accumulate, len(x_BD))
+        assert state.low is not None
+        pieces = [x_BD[i::n] for i in range(n)]
+        sums, start = DenseGradients(self.sae, config, state.low, x_BD if n == 1 else torch.cat(pieces)), 0
+        for piece_BD in pieces:
+            sums.add(slice(start, start + len(piece_BD)), config.sparsity_scale(self.n_steps - 1))
+            start += len(piece_BD)
+        self.idle_S.copy_(torch.where(sums.fired_S > 0, 0, self.idle_S + len(x_BD)))
+        dead = self._dead_latents()
+        overall, mse, aux_loss = dense_update(state, config, sums, dead, self.auxk_alpha)
+        losses = Losses(overall, mse, aux_loss, sums.penalty)
+        self._note_bad(losses)
+        self._clamp_threshold()
+        self.was_replayed()
+        x_hat_BD = sums.x_hat_BD if n == 1 else _in_turns(sums.x_hat_BD, n)
+        return StepOutput(losses, x_hat_BD, None, dead.number, sums.fired_S.sum())
 
     def _encode(self, x_BD: Tensor) -> tuple[SparseCodes, Penalty | None]:
         """In CSR form, in the dtype of the weights; with the penalty of those that have one."""
@@ -336,8 +362,9 @@ class Stepper:
 
     def counted(self, output: StepOutput) -> tuple[int, int]:
         """Entries of a step's codes that fire, and latents that are dead after it. A device is waited for."""
+        n_fired = output.n_fired if output.codes is None else (output.codes.top_acts > 0).sum()
         idle_S = self.idle_S >= self.config.dead_after
-        return int((output.codes.top_acts > 0).sum()), int(idle_S.sum())
+        return int(n_fired or 0), int(idle_S.sum())
 
     def batch_rows(self, x_BD: Tensor) -> int:
         """Rows of a step's batch."""
