@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, TILE_ROWS, BLOCK_S = 64, 8, 256  # rows of a program, rows of a tile, latents
+ROWS, TILE_ROWS, BLOCK_S = 64, 4, 256  # rows of a program, rows of a tile, latents
 
 
 @triton.jit
