@@ -42,8 +42,9 @@ class Split(NamedTuple):
 
 
 def scale_below(bound: Tensor) -> Tensor:
-    """The power of two that brings numbers up to a bound below 2^_TOP."""
-    exponent = torch.frexp(bound).exponent.clamp(-90, 90)
+    """The power of two that brings numbers up to a bound below 2^_TOP; that of 2^-50 or 2^50 beyond: products of two
+    scales are numbers of float32."""
+    exponent = torch.frexp(bound).exponent.clamp(-50, 50)
     return torch.ldexp(torch.ones_like(bound), _TOP - exponent)
 
 
