@@ -28,7 +28,6 @@ from saevlm_fast.kernels.topk_encode import threshold_encode
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 
-
 _UNNOTICED = 1e-37  # a normal number of float32
 
 

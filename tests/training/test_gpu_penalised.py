@@ -1,17 +1,17 @@
 """ReLU, JumpReLU and micro-batches on a GPU: through the interpreter, and at real sizes on the chip in float64."""
 
 import pytest
-import torch
-from static_compile import TARGETS, Case, assert_no_spills
-
 import test_accumulate
 import test_penalised_step
+import torch
+
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import gpu_codes, gpu_dense, step
 from saevlm_fast.training.capture import CapturedSteps
 from saevlm_fast.training.step import Stepper
+from static_compile import TARGETS, Case, assert_no_spills
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the tensors are on the CPU: only the interpreter takes them"
