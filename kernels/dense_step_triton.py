@@ -1,8 +1,8 @@
 """Triton kernels between the matrix products of a step whose codes are hardly sparse (training/gpu_dense.py).
 
-    halves   v = (hi + lo) / scale, float16: beside each other, for one product of three times the depth     split_kernel
-    fired    z = h where it fires, in halves; of every latent how often, and the sum of z                    fired_kernel
-    passed   dh = dz + l1 where it fires, in halves; of every latent the sums that its gradients need        passed_kernel
+    halves   v = (hi + lo) / scale, float16: beside each other, for one product of three times the depth    split_kernel
+    fired    z = h where it fires, in halves; of every latent how often, and the sum of z                   fired_kernel
+    passed   dh = dz + l1 where it fires, in halves; of every latent the sums that its gradients need      passed_kernel
 
 of h = (x - b_dec) W_enc + b_enc, whose product comes without bias and times the scales of its factors. Sums are of
 blocks of rows, which the caller adds up: the same order of additions every time.
@@ -87,7 +87,7 @@ def fired_kernel(
     tl.store(sums_ptr + out, sums, mask=m_s)
 
 
-@triton.jit(do_not_specialize=["n_rows", "l1", "bandwidth"])
+@triton.jit(do_not_specialize=["n_rows", "bandwidth"])
 def passed_kernel(
     h_ptr,
     dz_ptr,
@@ -97,6 +97,7 @@ def passed_kernel(
     threshold_ptr,
     theta_ptr,
     of_step_ptr,
+    l1_ptr,
     scale_ptr,
     hi_ptr,
     lo_ptr,
@@ -104,7 +105,6 @@ def passed_kernel(
     n_rows,
     n_latents,
     n_programs,
-    l1,
     bandwidth,
     BAND: tl.constexpr,
     ROWS: tl.constexpr,
@@ -117,6 +117,7 @@ def passed_kernel(
     bias = tl.load(bias_ptr + o_s, mask=m_s, other=0.0)
     threshold = tl.load(threshold_ptr + o_s, mask=m_s, other=0.0)
     unscale, dz_unscale, scale = tl.load(unscale_ptr), tl.load(dz_unscale_ptr), tl.load(scale_ptr)
+    l1 = tl.load(l1_ptr)
     of_b = tl.zeros([BLOCK_S], dtype=tl.float32)
     along, of_theta = tl.zeros_like(of_b), tl.zeros_like(of_b)
     if BAND:
@@ -192,7 +193,7 @@ def launch_passed(
     unscales: tuple[Tensor, Tensor],
     bias_S: Tensor,
     threshold_S: Tensor,
-    l1: float,
+    l1: Tensor,
     band: tuple[Tensor, Tensor, float] | None,
     scale: Tensor,
     halves_2RS: Tensor,
@@ -213,6 +214,7 @@ def launch_passed(
         threshold_S,
         theta_S,
         of_step,
+        l1,
         scale,
         halves_2RS[0],
         halves_2RS[1],
@@ -220,7 +222,6 @@ def launch_passed(
         n_rows,
         n_latents,
         n_programs,
-        l1,
         bandwidth,
         BAND=band is not None,
         ROWS=ROWS,

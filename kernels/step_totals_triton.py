@@ -2,7 +2,7 @@
 
 Of latent s, from its entries alone (docs/recipe.md section 2):
 
-    db_enc[s] = sum of dacts      parallel[s] = sum of act * (dact - l1): how much of W_dec[s] its decoder gradient holds
+    db_enc[s] = sum of dacts      parallel[s] = sum of act * (dact - l1): how much of W_dec[s] its gradient holds
     |dW_dec[s]| <= sum |act| |suffix[bag]|      |dW_enc[s]| <= sum |dact| |centred[row]|      equal for one entry
     idle[s] = 0 if it fired, else as many rows more
 
@@ -188,11 +188,11 @@ class Totals(NamedTuple):
 
 
 def launch_totals(
-    entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor, frozen: str | None = None, l1: float = 0.0
+    entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor, frozen: str | None = None, l1: Tensor | None = None
 ) -> Totals:
     """Totals, and idle_S moved on in place. frozen: W_enc or W_dec, whose gradient has no part in the norm.
 
-    l1: what every dact has beside its dot product.
+    l1: what every dact has beside its dot product, 0-d.
     """
     n_latents, d_in = W_enc_SD.shape
     sum_dtype, ACC = accumulator(W_enc_SD.dtype)
@@ -208,11 +208,11 @@ def launch_totals(
         W_enc_SD,
         idle_S,
         *totals,
-        totals.db_enc_S if l1 == 0 else totals.db_enc_S.new_full((), l1),
+        totals.db_enc_S if l1 is None else l1.to(sum_dtype),
         n_latents,
         len(rows.x_norms_B),
         d_in,
-        HAS_L1=l1 != 0,
+        HAS_L1=l1 is not None,
         DECODER=frozen != "W_dec",
         ENCODER=frozen != "W_enc",
         SLACK=SLACK,

@@ -26,6 +26,7 @@ from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
 from saevlm_fast.training.gpu_step import State
 
 _CHUNK_BYTES = 1 << 30  # of one float32 [R, S] matrix, of which there are two, and the halves of a third
+_STRETCH = 1024  # terms
 _TOP = 13  # numbers are scaled to below 2^13: float16 ends at 2^16
 
 
@@ -48,16 +49,26 @@ def scale_below(bound: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(bound), _TOP - exponent)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of float16, added up and returned in float32."""
+def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """a @ b of float16, added up in float32; onto: what it is added to, in place."""
     if not a.is_cuda:
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float() if onto is None else onto.addmm_(a.float(), b.float())
+    if onto is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(onto, a, b, out_dtype=torch.float32, out=onto)
 
 
 def product_of_halves(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    """The product of (hi, lo) and (hi, lo), the small parts first."""
-    return product(a[0], b[1]).add_(product(a[1], b[0])).add_(product(a[0], b[0]))
+    """The product of (hi, lo) and (hi, lo), the small parts first; of the large ones stretch after stretch.
+
+    Tensor cores cut what they add to a sum, so that a long one loses (at 16,384 terms of one sign 15 times what float32
+    does, on an H200).
+    """
+    (a_hi, a_lo), (b_hi, b_lo) = a, b
+    total = product(a_lo, b_hi, product(a_hi, b_lo))
+    for start in range(0, len(b_hi), _STRETCH):
+        total = product(a_hi[:, start : start + _STRETCH], b_hi[start : start + _STRETCH], total)
+    return total
 
 
 class DenseGradients:
@@ -85,13 +96,13 @@ class DenseGradients:
         self.dec = Split(launch_split(W_dec, of_dec, left=False), of_dec)
         self.z_scale = scale_below(most * low.norm_S.max() * 1.001 + self.b_enc_S.abs().max())
         self.x_hat_BD, self.error_BD = torch.empty_like(x_BD), torch.empty_like(x_BD)
-        frozen = config.frozen
-        self.W_dec, self.W_enc = (None if frozen == name else torch.zeros_like(W_dec) for name in ("W_dec", "W_enc"))
+        self.W_dec: Tensor | None = None
+        self.W_enc: Tensor | None = None
         self.sums_3S = torch.zeros(3, len(W_dec), dtype=torch.float32, device=x_BD.device)
         self.fired_S = torch.zeros(len(W_dec), dtype=torch.int64, device=x_BD.device)
         self.squared, self.penalty = most.new_zeros(()), most.new_zeros(())
 
-    def add(self, piece: slice, sparsity: float) -> None:
+    def add(self, piece: slice, sparsity: Tensor) -> None:
         """A micro-batch; sparsity: the penalty's share in this step (TrainConfig.sparsity_scale)."""
         n_rows, d_sae = piece.stop - piece.start, len(self.b_enc_S)
         chunk = max(1, min(n_rows, _CHUNK_BYTES // (4 * d_sae)))
@@ -103,7 +114,7 @@ class DenseGradients:
             counts_S, sums_S = self._fired(h_RS, z_2RS[:, : len(h_RS)])
             fired_S, total = fired_S + counts_S, total + sums_S.sum()
         self.fired_S += fired_S
-        share, config, band, l1 = n_rows / len(self.x_BD), self.config, None, 0.0
+        share, config, band, l1 = n_rows / len(self.x_BD), self.config, None, torch.zeros_like(self.squared)
         if self.jump:
             target = config.wanted_l0
             excess = fired_S.sum().to(total.dtype) / n_rows / target - 1
@@ -131,7 +142,7 @@ class DenseGradients:
         return launch_fired(h_RS, unscale, self.b_enc_S, self.threshold_S, self.z_scale, z_2RS)
 
     def _add_chunk(
-        self, rows: slice, h_RS: Tensor, z_2RS: Tensor, l1: float, band: tuple[Tensor, Tensor, float] | None
+        self, rows: slice, h_RS: Tensor, z_2RS: Tensor, l1: Tensor, band: tuple[Tensor, Tensor, float] | None
     ) -> None:
         z, (x_hat_RD, error_RD) = (z_2RS[0], z_2RS[1]), (self.x_hat_BD[rows], self.error_BD[rows])
         of_x_hat = product_of_halves(z, self.dec.pair(left=False))
@@ -140,20 +151,24 @@ class DenseGradients:
         self.squared += error_RD.square().sum()
         error_RD *= 2 / len(self.x_BD)
         most = torch.linalg.vector_norm(error_RD, dim=1).max()
-        e_scale, dh_scale = scale_below(most), scale_below(most * 1.001 + abs(l1))
+        e_scale, dh_scale = scale_below(most), scale_below(most * 1.001 + l1)
         e = Split(launch_split(error_RD, e_scale, left=True), e_scale)
         dz_RS = product(e.halves, self.dec.halves.T)
-        if self.W_dec is not None:
+        if self.config.frozen != "W_dec":
             gradient = product_of_halves((z[0].T, z[1].T), e.pair(left=True))
-            self.W_dec.addcmul_(gradient, self._unscale(self.z_scale, e_scale))
+            self.W_dec = _added(self.W_dec, gradient.mul_(self._unscale(self.z_scale, e_scale)))
         unscales = self._unscale(self.x.scale, self.enc.scale), self._unscale(e_scale, self.dec.scale)
         given = self.b_enc_S, self.threshold_S, l1, band, dh_scale, z_2RS  # z is not needed again
         sums = launch_passed(h_RS, dz_RS, unscales, *given)
         self.sums_3S[: len(sums)] += sums
-        if self.W_enc is not None:
+        if self.config.frozen != "W_enc":
             x_hi, x_lo = self.x.pair(left=True)
             gradient = product_of_halves((z[0].T, z[1].T), (x_hi[rows], x_lo[rows]))
-            self.W_enc.addcmul_(gradient, self._unscale(dh_scale, self.x.scale))
+            self.W_enc = _added(self.W_enc, gradient.mul_(self._unscale(dh_scale, self.x.scale)))
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
 
 
 def dense_update(
@@ -164,9 +179,9 @@ def dense_update(
     aux = auxiliary(sae, gradients.x_BD, gradients.x_hat_BD, dead, auxk_alpha, frozen)
     if aux is not None:
         dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)  # padding has zero gradients
-        for whole, rows in ((gradients.W_enc, aux.W_enc), (gradients.W_dec, aux.W_dec)):
-            if whole is not None and rows is not None:
-                whole.index_add_(0, dead_A, rows.rows_AD)
+        for whole, of_dead in ((gradients.W_enc, aux.W_enc), (gradients.W_dec, aux.W_dec)):
+            if whole is not None and of_dead is not None:
+                whole.index_add_(0, dead_A, of_dead.rows_AD)
         of_b_S.index_add_(0, dead_A, aux.b_enc_A)
     of_b_dec_D = gradients.error_BD.sum(0) - sae.W_enc.detach() @ of_b_S
     square = of_b_S.square().sum() + of_theta_S.square().sum() + of_b_dec_D.square().sum()

@@ -97,7 +97,8 @@ def gpu_step(
     mono_loss = None if mono is None else _add_mono(acts, rows, order, len(ends), mono)
     entries = launch_entries(acts, rows, order)
     frozen = config.frozen
-    totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, 0.0 if penalty is None else penalty.of_act)
+    l1 = None if penalty is None or penalty.band is not None else torch.as_tensor(penalty.of_act)
+    totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, l1)
 
     dead = dead_latents()
     aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)

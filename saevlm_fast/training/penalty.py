@@ -66,7 +66,7 @@ class Penalty(NamedTuple):
     """
 
     loss: Tensor
-    of_act: float
+    of_act: float | Tensor
     band: Band | None
 
     def times(self, share: float) -> "Penalty":
@@ -83,7 +83,7 @@ class Penalty(NamedTuple):
 
     def of_acts(self, acts_M: Tensor, dots_M: Tensor) -> Tensor:
         """d loss / d h of entries, of which dots_M have that of the reconstruction to z."""
-        return torch.where(acts_M > 0, dots_M + self.of_act if self.of_act else dots_M, 0)
+        return torch.where(acts_M > 0, dots_M + self.of_act if self.band is None else dots_M, 0)
 
 
 def totals(values_M: Tensor, offsets_S1: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ def encode_penalised(
     """Codes of a batch in 0-based step `step`, and their penalty, of a relu or a jumprelu SAE: `penalised`."""
     weights = sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
     entries = threshold_encode(x_BD, *weights, least_listed(sae, config))
-    return penalised(sae, config, step, entries, len(x_BD) if n_rows is None else n_rows, of_all)
+    scale = config.sparsity_scale(step)
+    return penalised(sae, config, scale, entries, len(x_BD) if n_rows is None else n_rows, of_all)
 
 
 def least_listed(sae: SparseAutoencoder, config: TrainConfig) -> float | Tensor:
@@ -117,20 +118,21 @@ def least_listed(sae: SparseAutoencoder, config: TrainConfig) -> float | Tensor:
 def penalised(
     sae: SparseAutoencoder,
     config: TrainConfig,
-    step: int,
+    scale: float | Tensor,
     entries: Entries,
     n_rows: int,
     of_all: Callable[[Tensor], Tensor] = lambda number: number,
 ) -> tuple[SparseCodes, Penalty]:
-    """Codes of the entries that are above `least_listed`, and their penalty in 0-based step `step`.
+    """Codes of the entries that are above `least_listed`, and their penalty.
 
+    scale: the penalty's share in this step (TrainConfig.sparsity_scale); of a step that is captured on the device, 0-d.
     n_rows: of the whole batch, of which these may be some.
     of_all: makes of a sum over the SAE's latents and the batch's rows that over all, where others have some of them.
 
     Of jumprelu the codes also list entries within the band that do not fire: their act is 0. In the dtype of the
     weights.
     """
-    scale, (pre_M, latents_M, row_offsets) = config.sparsity_scale(step), entries
+    pre_M, latents_M, row_offsets = entries
     if sae.config.architecture == "relu":
         codes = SparseCodes.from_flat(pre_M, latents_M, row_offsets, sae.config.d_sae)
         l1 = scale * config.l1_weight

@@ -141,6 +141,10 @@ class ShardedStepper(Stepper):
         """The sum of some numbers over ranks."""
         return in_order(self.ranks.everyone.gather(number))
 
+    def asks(self, x_BD: Tensor) -> bool:
+        """No: ranks ask one another."""
+        return False
+
     @torch.no_grad()
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """The step that was announced. e_BE: as Stepper's, of the whole batch."""

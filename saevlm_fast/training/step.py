@@ -20,7 +20,7 @@ from saevlm_fast.kernels.latent_gradient import (
 from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
-from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
+from saevlm_fast.kernels.topk_encode_cuda import in_one_chunk, screens_cuda
 from saevlm_fast.sae import SparseAutoencoder, first_rows
 from saevlm_fast.sparse_codes import SparseCodes, smallest_positive
 from saevlm_fast.training.accumulate import SummedGradients
@@ -31,6 +31,7 @@ from saevlm_fast.training.mono import Embeddings, MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 
 if TYPE_CHECKING:
+    from saevlm_fast.training.gpu_codes import Asked
     from saevlm_fast.training.gpu_step import State
 
 
@@ -59,14 +60,17 @@ class Stepper:
         idle_S: rows seen since each latent last fired, int64.
         n_steps: steps done. bad_step: first step with a non-finite loss, -1 if none (0-d, on the device).
         n_listed: on a GPU, length of the announced step's padded list of dead latents.
+        asked: on a GPU, what the announced step of a relu or jumprelu SAE had to ask.
+        sparsity: the share of their penalty in it, as the device knows it.
         cone: where the decoder's rows are held, of a soft-frozen control: around those that config.seed begins with.
 
     What changes from step to step reaches the device in `announce` alone, and `device_step` reads nothing else that
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
     `announce`, as long as n_listed stays what it was; training/capture.py does so.
 
-    A relu or jumprelu SAE (penalised) is trained by any_device.py on a GPU, and not captured: how many latents fire has
-    to be asked. On a CPU too while a great part of them fires. A step of micro-batches (accumulate.py) is not captured.
+    How many latents fire of a relu or jumprelu SAE (penalised) has to be asked. On a GPU such a step is in two parts:
+    `asked_first` makes the candidates, `answer` asks how many there are, and `device_step` goes on; what it launches
+    depends on that. While a great part of them fires it goes by matrix products: gpu_dense.py, any_device.py on a CPU.
 
     Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
     Also if the recipe does not fit the SAE (TrainConfig.check_fits).
@@ -94,6 +98,8 @@ class Stepper:
         # As the device knows them, in one piece of memory: Adam's schedule, and n_steps.
         self._announced = torch.zeros(3, dtype=torch.int64, device=device)
         self.adam_schedule, self.step_index = self._announced[:2].view(torch.float64), self._announced[2]
+        self.asked: Asked | None = None
+        self.sparsity = torch.ones((), dtype=sae.W_dec.dtype, device=device)
         self.cone = self._cone()
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
 
@@ -121,6 +127,9 @@ class Stepper:
         """One training step on a batch [B, d_in] in normalised units. e_BE: embeddings of its rows for MonoLoss, which
         takes the batch itself if they are None."""
         self.announce(len(x_BD))
+        if self.asks(x_BD):
+            self.asked = self.asked_first(x_BD)
+            self.answer()
         return self.device_step(x_BD, e_BE)
 
     def announce(self, n_rows: int) -> None:
@@ -132,9 +141,32 @@ class Stepper:
         self.n_steps += 1
         self.n_rows_seen += n_rows
         self._tell_device(self._adam().schedule_values())
+        if self.penalised:
+            self.sparsity.fill_(self.config.sparsity_scale(self.n_steps - 1))
         if self.idle_S.is_cuda and self._some_can_be_dead():
             bound = self.dead_bound.latents(self.idle_S, n_rows, self.n_rows_seen, self.config.dead_after)
             self.n_listed = padded_size(bound, self.sae.config.d_sae)
+
+    def asks(self, x_BD: Tensor) -> bool:
+        """Whether a step on this batch asks for its size, and can do so at once."""
+        whole = min(self.config.accumulate, len(x_BD)) == 1 and self.config.mono_weight is None
+        if not (self.penalised and whole and screens_cuda(x_BD, self.sae.W_enc)):
+            return False
+        return in_one_chunk(len(x_BD), self.sae.config.d_sae)
+
+    @torch.no_grad()
+    def asked_first(self, x_BD: Tensor) -> "Asked":
+        """What the announced step begins with, if it asks: for `answer`."""
+        from saevlm_fast.training.gpu_codes import asked_first
+
+        with torch.cuda.device_of(x_BD):
+            return asked_first(self.sae, self.config, x_BD, self._low_W_enc())
+
+    def answer(self) -> int:
+        """How many places there are for the entries of a step that has asked, 0: too many. The device is waited for."""
+        assert self.asked is not None
+        self.asked = self.asked.answered()
+        return self.asked.n_places
 
     def _tell_device(self, schedule: tuple[float, float]) -> None:
         """The announced step's index, and Adam's schedule."""
@@ -215,11 +247,12 @@ class Stepper:
         from saevlm_fast.training.gpu_step import State, gpu_step
 
         sae, config, n = self.sae, self.config, min(self.config.accumulate, len(x_BD))
-        low = self._low_W_enc() if screens_cuda(x_BD, sae.W_enc, sae.config.k or 1) else None
+        low = self._low_if_screened(x_BD)
         counters = self.step_index, self.bad_step, self.adam_schedule
         state = State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
         with torch.cuda.device_of(x_BD):
-            found = gpu_codes(sae, config, self.n_steps - 1, x_BD, low)
+            asked, self.asked = self.asked, None
+            found = gpu_codes(sae, config, self.sparsity, x_BD, low, asked)
             if found is None:
                 return self._dense_step(x_BD, state) if mono is None and low is not None else None
             given = found.codes, found.centred, self._dead_latents, mono, found.penalty
@@ -243,7 +276,7 @@ class Stepper:
         pieces = [x_BD[i::n] for i in range(n)]
         sums, start = DenseGradients(self.sae, config, state.low, x_BD if n == 1 else torch.cat(pieces)), 0
         for piece_BD in pieces:
-            sums.add(slice(start, start + len(piece_BD)), config.sparsity_scale(self.n_steps - 1))
+            sums.add(slice(start, start + len(piece_BD)), self.sparsity)
             start += len(piece_BD)
         self.idle_S.copy_(torch.where(sums.fired_S > 0, 0, self.idle_S + len(x_BD)))
         dead = self._dead_latents()
@@ -268,6 +301,9 @@ class Stepper:
             batch_topk = batch_topk_encode(x_BD, W_enc, b_enc, b_dec, k)
             codes = SparseCodes.from_flat(*batch_topk, sae.config.d_sae)
         return codes.to(dtype=sae.W_dec.dtype), None
+
+    def _low_if_screened(self, x_BD: Tensor) -> LowWeights | None:
+        return self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.k or 1) else None
 
     def _low_W_enc(self) -> LowWeights:
         """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
