@@ -58,7 +58,8 @@ class Asked(NamedTuple):
 
 def asked_first(sae: SparseAutoencoder, config: TrainConfig, x_BD: Tensor, low: LowWeights) -> Asked:
     """What a step on this batch, which is one chunk, begins with."""
-    centred = Centred.empty(*x_BD.shape, x_BD.device)
+    n_rows, d_in = x_BD.shape
+    centred = Centred.empty(n_rows, d_in, x_BD.device)
     return Asked(next(_candidates(sae, config, x_BD, low, centred)), centred)
 
 
@@ -157,16 +158,16 @@ def _above(
 
 def _joined_entries(parts: Sequence[Entries]) -> tuple[Tensor, Entries]:
     """(where every entry goes, the entries), padding last."""
-    places_M, row_offsets = joined_places([len(acts_M) for acts_M, _, _ in parts], [each[2] for each in parts])
-    acts_M, latents_M = (placed(torch.cat([each[i] for each in parts]), places_M) for i in range(2))
-    return places_M, (acts_M, latents_M, row_offsets)
+    acts, latents, offsets = ([part[i] for part in parts] for i in range(3))
+    places_M, row_offsets = joined_places([len(acts_M) for acts_M in acts], offsets)
+    return places_M, (placed(torch.cat(acts), places_M), placed(torch.cat(latents), places_M), row_offsets)
 
 
 def _joined(codes: list[SparseCodes], penalties: list[Penalty]) -> tuple[SparseCodes, Penalty | None]:
     d_sae = codes[0].d_sae
     if codes[0].row_offsets is None:
-        acts, latents = (torch.cat([each[i] for each in codes]) for i in (0, 1))
-        return SparseCodes.from_flat(acts, latents, None, d_sae), None
+        acts_BK, latents_BK = (torch.cat(parts) for parts in zip(*(each.flat()[:2] for each in codes)))
+        return SparseCodes.from_flat(acts_BK, latents_BK, None, d_sae), None
     places_M, entries = _joined_entries([each.csr() for each in codes])
     joined = SparseCodes.from_flat(*entries, d_sae)
     if not penalties:

@@ -184,7 +184,7 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     from saevlm_fast.kernels.step_rows_triton import whole_row_block
 
     names = (
-        "acts dacts norms x_norms W_enc db_enc parallel db_parts square_parts first second out sums squared smallest"
+        "acts dacts norms x_norms l1 W_enc db_enc parallel db_parts square_parts first second out sums squared smallest"
     )
     names += " aux aux_db db_dec exact losses threshold suffix centred dec_partials enc_partials squares clip b"
     signature = {f"{name}_ptr": "*fp32" for name in f"{names} exp_avg exp_avg_sq".split()}
@@ -196,7 +196,7 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     row = {"BLOCK_D": block_d, "ACC": "tl.float32"}
     adam = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
     totals = {name: getattr(of_totals, name) for name in ("SLACK", "TILE_E", "HEAVY_E", "ROWS_W")} | row
-    totals |= {"DECODER": True, "ENCODER": True}
+    totals |= {"DECODER": True, "ENCODER": True, "HAS_L1": True}
     column = {"ROWS": module.COLUMN_ROWS, "STEP": module.COLUMN_STEP, "BLOCK_C": module.BLOCK_C, "ACC": "tl.float32"}
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True}
     blocks = {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK}
