@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What needs a GPU, offline from a plain checkout, in under nine minutes: the tests marked gpu, the kernel tests with
-# compiled kernels (elsewhere they run in Triton's interpreter), the demo, and then the benches, one after the other, what
-# has never been measured first: small steps by their kernels, scores, ranks, steps of every other kind, the largest step,
-# a long run, a harvest, an eager run, peers, single operations.
+# What needs a GPU, offline from a plain checkout, in nine minutes: the tests marked gpu, the kernel tests with compiled
+# kernels (elsewhere they run in Triton's interpreter), the demo and ranks side by side, and then the benches, one after
+# the other, goals first: steps by their kernels, a long run, peers, scores, pairs, a harvest, steps of every other kind,
+# an eager run, single operations in what is left of the time.
 #   bench/gpu_check.sh [STEP ...]           all steps, or some of those below; results in $OUT, or bench/results/DEVICE
 #   OUT=F bench/gpu_check.sh combine A B    what several calls have left in A and B, put together in F; needs no GPU
 # It leaves bench.json, tables.md, speed.png, summary.txt and logs.tar.gz. The exit status is 0 only if every step
-# passed. PYTHON picks the interpreter, LIMIT the seconds of all steps (510). PEERS is a folder of wheels, or one where
+# passed. PYTHON picks the interpreter, LIMIT the seconds of all steps (540). PEERS is a folder of wheels, or one where
 # they are installed: other libraries for the peers step, which without it is reported as not run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -15,16 +15,16 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 SAEVLM_FAST_CACHE=${SAEVLM_FAST_CACHE:-$work/cache} HF_HUB_OFFLINE=1
 wanted=("$@")
-LIMIT=${LIMIT:-510}
+LIMIT=${LIMIT:-540}
 
 # report OUT FILE.json...: the files in one, their tables and their picture.
 report() {
     local out=$1
     shift
-    "$python" bench/report.py "$@" --merge "$out/bench.json" --markdown "$out/tables.md" || return 1
+    "$python" -m bench.report "$@" --merge "$out/bench.json" --markdown "$out/tables.md" || return 1
     if ! grep -qE '"duties"|"score by number of images"' "$out/bench.json"; then return 0; fi # nothing to draw
     if ! "$python" -c "import matplotlib"; then echo "speed.png: not drawn, there is no matplotlib"; return 0; fi
-    "$python" bench/report.py "$out/bench.json" --plot "$out/speed.png"
+    "$python" -m bench.report "$out/bench.json" --plot "$out/speed.png"
 }
 
 if ! [[ $LIMIT =~ ^[1-9][0-9]*$ ]]; then echo "LIMIT: $LIMIT is not a whole number of seconds above 0" >&2; exit 2; fi
@@ -87,26 +87,27 @@ step() {
 pytest=("$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors)
 # Compiling is most of a kernel test's time: several processes where pytest-xdist is there.
 if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 7); else workers=(); fi
-step gpu_tests 150 "${pytest[@]}" tests "${workers[@]}" -m gpu &
-step kernel_tests 150 "${pytest[@]}" tests/kernels "${workers[@]}" -m "not gpu" -k "not static_compile" &
-step demo 150 "$python" -m saevlm_fast.cli demo --device cuda --output "$work/demo" &
+site=${PEERS:-}
+if compgen -G "$site/*.whl" >/dev/null; then # beside the tests: with their bytecode, or every peer makes it when timed
+    site=$work/site
+    { "$python" -m pip install -q --no-index --no-deps --no-cache-dir --target "$site" "$PEERS"/*.whl \
+        >"$work/logs/peers_install.log" 2>&1 || echo "peers: their wheels were not installed" | tee -a "$summary"; } &
+fi
+step gpu_tests 130 "${pytest[@]}" tests "${workers[@]}" -m gpu &
+step kernel_tests 130 "${pytest[@]}" tests/kernels "${workers[@]}" -m "not gpu" -k "not static_compile" &
+step demo 100 "$python" -m saevlm_fast.cli demo --device cuda --output "$work/demo" &
+n_gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
+# One rank of one GPU runs the same code, and tells nobody anything.
+step ranks 90 "$python" -m torch.distributed.run --standalone --nproc-per-node "$((n_gpus < 2 ? 1 : 2))" \
+    -m bench.training.ranks_on_gpus &
 wait
 
-# From here on one at a time: these are timed. What says most comes first, since what is left of the time is the last's.
+# From here on one at a time: these are timed. What has a goal comes first, since what is left of the time is the last's.
 json=$work/json
 # profile D_IN D_SAE: a step by its kernels.
 profile() {
     step "profile_$2" 45 "$python" -m bench.training.profile_step --d-in "$1" --d-sae "$2" --output "$json/profile_$2.json"
 }
-profile 768 6144
-profile 1024 16384
-step scores 60 "$python" -m bench.scoring.scores_on_device --output "$json/scores.json"
-n_gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
-# One rank of one GPU runs the same code, and tells nobody anything.
-step ranks 60 "$python" -m torch.distributed.run --standalone --nproc-per-node "$((n_gpus < 2 ? 1 : 2))" \
-    -m bench.training.ranks_on_gpus
-step other_steps 60 "$python" -m bench.training.other_steps --output "$json/other_steps.json"
-profile 1024 65536
 # whole_run NAME SECONDS ARGUMENT...: `train` at 16,384 latents, x16 of 1024.
 whole_run() {
     local name=$1 seconds=$2
@@ -114,26 +115,38 @@ whole_run() {
     step "$name" "$seconds" "$python" -m bench.training.whole_run --device cuda --architecture topk --d-in 1024 \
         --d-sae 16384 --batch-size 4096 --n-rows 200000 "$@" --output "$json/$name.json"
 }
-whole_run train_long 110 --steps 40000 # of the recipe's 110,000: in short runs the start and a checkpoint weigh
-step harvest 60 "$python" -m bench.harvesting.whole_harvest --images 4608 --workers 12 --output "$json/harvest.json"
-whole_run train_eager 40 --steps 4000 --eager
-if [ -n "${PEERS:-}" ]; then
-    site=$PEERS
-    if compgen -G "$PEERS/*.whl" >/dev/null; then
-        site=$work/site
-        "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$PEERS"/*.whl
-    fi
-    for shape in "1024 65536" "1024 16384" "768 6144"; do
-        read -r d_in d_sae <<<"$shape"
-        step "peers_$d_sae" 60 env PYTHONPATH="$PWD:$site" "$python" -m bench.training.bench_peers --device cuda \
-            --dtype bfloat16 --architectures topk --d-in "$d_in" --d-sae "$d_sae" --rows 4096 --rounds 3 \
-            --turn-seconds 0.3 --peers dictionary-learning sae-lens sparsify --output "$json/peers_$d_sae.json"
-    done
+# peers D_IN D_SAE: a TopK step in turns with those of other libraries.
+peers() {
+    step "peers_$2" 55 env PYTHONPATH="$PWD:$site" "$python" -m bench.training.bench_peers --device cuda \
+        --dtype bfloat16 --architectures topk --d-in "$1" --d-sae "$2" --rows 4096 --rounds 3 --turn-seconds 0.3 \
+        --peers dictionary-learning sae-lens sparsify --output "$json/peers_$2.json"
+}
+# benches NAME SECONDS -k WHICH: some of `pytest bench`, large sizes included; none is begun in the last 25 s.
+benches() {
+    local name=$1 seconds
+    seconds=$(left "$2")
+    shift 2
+    step "$name" "$seconds" "${pytest[@]}" bench --benchmark-only --benchmark-columns=min,median,rounds --large \
+        --time-limit=$((seconds - 25)) --benchmark-json="$json/$name.json" "$@"
+}
+profile 768 6144
+profile 1024 16384
+profile 1024 65536
+whole_run train_long 75 --steps 20000 # of the recipe's 110,000: in short runs the start and a checkpoint weigh
+if [ -n "$site" ]; then
+    peers 1024 65536
+    peers 1024 16384
+    peers 768 6144
 else
     echo "peers: not run, PEERS names no folder of wheels" | tee -a "$summary"
 fi
-step bench 130 "${pytest[@]}" bench --benchmark-only --benchmark-columns=min,median,rounds --large \
-    --time-limit=$(($(left 130) - 30)) --benchmark-json="$json/bench.json"
+step scores 40 "$python" -m bench.scoring.scores_on_device --output "$json/scores.json"
+benches pairs 60 -k "(dense_pairs or score_by_n) and not block_loop"
+step harvest 50 "$python" -m bench.harvesting.whole_harvest --images 4608 --workers 12 --output "$json/harvest.json"
+step other_steps 50 "$python" -m bench.training.other_steps --output "$json/other_steps.json"
+whole_run train_eager 35 --steps 2000 --eager
+# What ours is compared with is timed beside it: benches of its own add no ratio.
+benches bench 130 -k "not (dense_pairs or score_by_n or -dense or block_loop or double_loop)"
 for name in "${wanted[@]}"; do
     if [ ! -e "$work/known.$name" ]; then
         touch "$work/failed.$name"

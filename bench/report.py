@@ -1,10 +1,10 @@
 """Tables and plots from benchmark JSON, of pytest-benchmark, bench_peers.py, profile_step.py, whole_run.py
 and whole_harvest.py.
 
-    python bench/report.py FILE.json [...]                       every result as a text table
-    python bench/report.py FILE.json [...] --markdown T.md       the tables that docs/speed.md shows, below its marker
-    python bench/report.py FILE.json [...] --plot P.png          the same as a picture (matplotlib, extra [peers])
-    python bench/report.py FILE.json [...] --merge M.json        all of them in one file, which this reads as well
+    python -m bench.report FILE.json [...]                       every result as a text table
+    python -m bench.report FILE.json [...] --markdown T.md       the tables that docs/speed.md shows, below its marker
+    python -m bench.report FILE.json [...] --plot P.png          the same as a picture (matplotlib, extra [peers])
+    python -m bench.report FILE.json [...] --merge M.json        all of them in one file, which this reads as well
 
 Ratios are medians over interleaved pairs.
 """
@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from bench.goals import HEADER as goals_header
+from bench.goals import goal_rows
 
 HEADER = ["operation", "case", "dtype", "way", "median ms", "rate", "/ encoder GEMM", "beside others"]
 RATES = ("GFLOP/s", "GB/s", "rows/s", "images/s")
@@ -77,13 +80,14 @@ def environment(results: list[Result]) -> str:
 
 
 def tables(results: list[Result], runs: list[Run]) -> list[str]:
-    """In Markdown: training steps beside other libraries, a step by its kernels, the score against the number of
-    images, whole runs, and what else was measured."""
+    """In Markdown: a GPU's goals, training steps beside other libraries, a step by its kernels, the score against the
+    number of images, whole runs, and what else was measured."""
     steps = [result for result in results if is_peer_step(result)]
     profiles = [result for result in results if "kernels" in result["extra_info"]]
     scores = [result for result in results if result["extra_info"]["operation"] == BY_N]
     others = [result for result in results if result not in steps and result not in scores]
-    parts = []
+    goals = goal_rows(results, runs)
+    parts = [markdown_table(goals_header, goals)] if goals else []
     if steps:
         parts += [environment(steps) + ".", peer_table(steps), duties_list(steps)]
     if scores:
@@ -159,7 +163,7 @@ def kernel_table(profile: Result) -> str:
     info = profile["extra_info"]
     launches = sum(each["launches"] for each in info["kernels"])
     title = (
-        f"{info['operation']}, {info['case']}: {1e3 * seconds(profile):.3f} ms a replayed step, of which "
+        f"{info['operation']}, {info['case']}: {1e3 * seconds(profile):.3f} ms a replay, of which "
         f"{info['kernels_us'] / 1e3:.3f} ms in {launches:.0f} kernels."
     )
     rows = [[each["kernel"], f"{each['us']:.1f}", f"{each['launches']:g}"] for each in info["kernels"]]

@@ -2,15 +2,17 @@
 
 Of a chunk of n images (activations a [n, K] of any sign and dtype, embeddings e [n, E], |e|^2 in float64):
 
-    launch_range        low, high, how many at low, how many above 0, of this chunk and those before it; what is wrong
-    launch_units        u = e / |e| (cosine) or e in float64, |u|^2, and sums of them in parts
-    (pairwise_float64_triton.py: the sums of a - low, their products with u, the closed form)
-    launch_lower        the sums so far become those of activations that are higher by a constant
-    launch_add          += the sums of the chunk, and its pairs with the images before it
-    launch_add_images   the same of a neuron that is 1 on every image
+    launch_range      low, high, how many at low, how many above 0, in parts
+    launch_prepared   these of the chunk and all images before it, and what is wrong; of a block of the chunk's images
+                      u = e / |e| (cosine) or e, a - low, both in float64, and sums of them in parts
+    (a product:       (a - low)^T u)
+    launch_lower      the sums so far become those of activations that are higher by a constant
+    launch_add        += the sums of the block by the closed form, and its pairs with the images before it; the same of
+                      a neuron that is 1 on every image
 
-Nothing waits for the device and nothing is refused here: scoring/dense_on_gpu.py reads what is wrong, and only then
-adds. Sums are float64, in a fixed order. The formulas stand in scoring/monosemanticity.py.
+Nothing waits for the device: if something is wrong, the last two leave the sums as they are, and
+scoring/dense_on_gpu.py reads afterwards what it was. Sums are float64, in a fixed order. The formulas stand in
+scoring/monosemanticity.py.
 """
 
 from typing import NamedTuple
@@ -20,19 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .pairwise_float64_triton import added_columns, column_sums, is_dominated
+
 PARTS = 64  # of a chunk at most; the kernels that put them together hold all at once
 LEAST_ROWS = 64
 RANGE_BLOCK_K = 256
 RANGE_UNROLL = 8
 MERGE_BLOCK_K = 32
 MERGE_ROWS = 1024
-UNIT_ROWS = 4
-UNIT_BLOCK_E = 256
+UNIT_ROWS = 8
 SUM_BLOCK_K = 8
 SUM_BLOCK_E = 128
-IMAGES_BLOCK_E = 64
+FAULTS = 64
 NUM_WARPS = 4
-IMAGES_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["n_images", "rows"])
@@ -66,8 +68,8 @@ def range_kernel(acts_ptr, parts_ptr, n_images, n_neurons, rows, BLOCK_K: tl.con
     tl.store(pointers + 4 * n_neurons, b_bad.to(tl.float64), mask=m_k)
 
 
-@triton.jit(do_not_specialize=["n_parts", "n_images", "n_before"])
-def merge_range_kernel(
+@triton.jit
+def _merge_range(
     parts_ptr,
     sqnorm_ptr,
     low_ptr,
@@ -77,6 +79,8 @@ def merge_range_kernel(
     new_reals_ptr,
     new_counts_ptr,
     faults_ptr,
+    program,
+    programs,
     n_parts,
     n_images,
     n_before,
@@ -91,7 +95,7 @@ def merge_range_kernel(
     activations are not.
     """
     o_p = tl.arange(0, PARTS)
-    o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_k = program * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < n_neurons
     mask = (o_p < n_parts)[:, None] & m_k[None, :]
     pointers = parts_ptr + o_p.to(tl.int64)[:, None] * (5 * n_neurons) + o_k[None, :]
@@ -120,25 +124,39 @@ def merge_range_kernel(
 
     b_least = tl.full([ROWS], float("inf"), dtype=tl.float64)
     b_unfit = tl.zeros([ROWS], dtype=tl.float64)
-    for n in range(tl.program_id(0) * ROWS, n_images, tl.num_programs(0) * ROWS):
+    for n in range(program * ROWS, n_images, programs * ROWS):
         o_n = n + tl.arange(0, ROWS)
         b_square = tl.load(sqnorm_ptr + o_n, mask=o_n < n_images, other=1.0)
         b_least = tl.minimum(b_least, tl.where(o_n < n_images, b_square, float("inf")))
         b_unfit += tl.where(b_square < float("inf"), 0.0, 1.0)
-    faults = faults_ptr + tl.program_id(0) * 3
+    faults = faults_ptr + program * 3
     tl.store(faults, tl.min(b_least, axis=0))
     tl.store(faults + 1, tl.sum(b_unfit, axis=0))
     tl.store(faults + 2, tl.sum(tl.where(m_k, bad, 0.0), axis=0))
 
 
-@triton.jit(do_not_specialize=["n_images", "rows"])
-def units_kernel(
+@triton.jit
+def _low_of(parts_ptr, low_ptr, o_k, m_k, n_parts, n_before, n_neurons, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr):
+    """The least of the neurons o_k in all images so far, as _merge_range has it."""
+    b_low = tl.load(low_ptr + o_k, mask=m_k & (n_before > 0), other=float("inf"))
+    for first in range(0, n_parts, UNROLL):
+        for i in tl.static_range(UNROLL):
+            part = first + i
+            inside = m_k & (part < n_parts)
+            b_part = tl.load(parts_ptr + part * (5 * n_neurons) + o_k, mask=inside, other=float("inf"))
+            b_low = tl.minimum(b_low, b_part)
+    return b_low
+
+
+@triton.jit
+def _units(
     emb_ptr,
     sqnorm_ptr,
     unit_ptr,
-    square_ptr,
     sums_ptr,
     squares_ptr,
+    part,
+    block,
     n_images,
     d_emb,
     rows,
@@ -146,9 +164,8 @@ def units_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """unit = u [n, E] and square = |u|^2 [n]; sums[program] = sum of u, squares[program] = sum of |u|^2, of `rows`."""
-    part = tl.program_id(0).to(tl.int64)
-    o_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    """unit = u [n, E]; sums[part] = sum of u, squares[part] = sum of |u|^2, of `rows` images, in a block of columns."""
+    o_e = block * BLOCK_E + tl.arange(0, BLOCK_E)
     b_sum = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float64)
     b_squares = tl.zeros([BLOCK_N], dtype=tl.float64)
     end = tl.minimum((part + 1) * rows, n_images)
@@ -165,15 +182,133 @@ def units_kernel(
             square *= scale * scale
         tl.store(unit_ptr + offsets, b_unit, mask=mask)
         b_sum += b_unit
-        if tl.program_id(1) == 0:
-            tl.store(square_ptr + o_n, square, mask=m_n)
         b_squares += square
     tl.store(sums_ptr + part * d_emb + o_e, tl.sum(b_sum, axis=0), mask=o_e < d_emb)
-    if tl.program_id(1) == 0:
+    if block == 0:
         tl.store(squares_ptr + part, tl.sum(b_squares, axis=0))
 
 
-@triton.jit(do_not_specialize=["n_images"])
+@triton.jit(
+    do_not_specialize=["n_range_parts", "n_images", "n_before", "n_merging", "n_block", "n_parts", "rows"],
+)
+def prepared_kernel(
+    range_parts_ptr,
+    all_sqnorm_ptr,
+    low_ptr,
+    high_ptr,
+    active_ptr,
+    at_low_ptr,
+    new_reals_ptr,
+    new_counts_ptr,
+    faults_ptr,
+    acts_ptr,
+    emb_ptr,
+    sqnorm_ptr,
+    wide_ptr,
+    column_parts_ptr,
+    unit_ptr,
+    unit_sums_ptr,
+    squares_ptr,
+    n_range_parts,
+    n_images,
+    n_before,
+    n_merging,
+    n_block,
+    n_parts,
+    rows,
+    n_neurons,
+    d_emb,
+    COSINE: tl.constexpr,
+    PARTS: tl.constexpr,
+    MERGE_BLOCK_K: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    UNIT_ROWS: tl.constexpr,
+):
+    """The first n_merging programs merge ranges; then those of column sums, part by part; then those of units."""
+    program = tl.program_id(0)
+    task = program - n_merging
+    n_columns = n_parts * tl.cdiv(n_neurons, BLOCK)
+    if task < 0:
+        _merge_range(
+            range_parts_ptr,
+            all_sqnorm_ptr,
+            low_ptr,
+            high_ptr,
+            active_ptr,
+            at_low_ptr,
+            new_reals_ptr,
+            new_counts_ptr,
+            faults_ptr,
+            program,
+            n_merging,
+            n_range_parts,
+            n_images,
+            n_before,
+            n_neurons,
+            PARTS,
+            MERGE_BLOCK_K,
+            MERGE_ROWS,
+        )
+    elif task < n_columns:
+        part = (task % n_parts).to(tl.int64)
+        o_k = task // n_parts * BLOCK + tl.arange(0, BLOCK)
+        b_low = _low_of(
+            range_parts_ptr, low_ptr, o_k, o_k < n_neurons, n_range_parts, n_before, n_neurons, BLOCK, UNROLL
+        )
+        column_sums(
+            acts_ptr,
+            wide_ptr,
+            sqnorm_ptr,
+            column_parts_ptr,
+            part,
+            o_k,
+            b_low,
+            n_block,
+            n_neurons,
+            rows,
+            COSINE,
+            True,
+            True,
+            BLOCK,
+            UNROLL,
+        )
+    else:
+        task -= n_columns
+        part = (task % n_parts).to(tl.int64)
+        _units(
+            emb_ptr,
+            sqnorm_ptr,
+            unit_ptr,
+            unit_sums_ptr,
+            squares_ptr,
+            part,
+            task // n_parts,
+            n_block,
+            d_emb,
+            rows,
+            COSINE,
+            UNIT_ROWS,
+            BLOCK,
+        )
+
+
+@triton.jit
+def _sound(faults_ptr, n_faults, COSINE: tl.constexpr, FAULTS: tl.constexpr):
+    """Whether nothing is wrong; a zero embedding is, under cosine."""
+    b_wrong = tl.zeros([FAULTS], dtype=tl.int32)
+    for first in range(0, n_faults, FAULTS):
+        o_f = first + tl.arange(0, FAULTS)
+        m_f = o_f < n_faults
+        if COSINE:
+            b_wrong += (tl.load(faults_ptr + 3 * o_f, mask=m_f, other=1.0) == 0).to(tl.int32)
+        b_wrong += (tl.load(faults_ptr + 3 * o_f + 1, mask=m_f, other=0.0) > 0).to(tl.int32)
+        b_wrong += (tl.load(faults_ptr + 3 * o_f + 2, mask=m_f, other=0.0) > 0).to(tl.int32)
+    return tl.sum(b_wrong, axis=0) == 0
+
+
+@triton.jit(do_not_specialize=["n_images", "n_faults"])
 def lower_kernel(
     sums_ptr,
     num_ptr,
@@ -184,17 +319,21 @@ def lower_kernel(
     unit_sum_ptr,
     pair_sum_ptr,
     square_sum_ptr,
+    faults_ptr,
     n_images,
+    n_faults,
     n_neurons,
     d_emb,
+    COSINE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    FAULTS: tl.constexpr,
 ):
-    """The sums of n_images become those of activations that are `drop` >= 0 higher."""
+    """The sums of n_images become those of activations that are `drop` >= 0 higher, unless something is wrong."""
     o_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < n_neurons
     drop = tl.load(drop_ptr + o_k, mask=m_k, other=0.0)
-    if tl.max(drop, axis=0) > 0:
+    if (tl.max(drop, axis=0) > 0) & _sound(faults_ptr, n_faults, COSINE, FAULTS):
         b_cross = tl.zeros([BLOCK_K, BLOCK_E], dtype=tl.float64)
         for e in range(0, d_emb, BLOCK_E):
             o_e = e + tl.arange(0, BLOCK_E)
@@ -218,47 +357,7 @@ def lower_kernel(
 
 
 @triton.jit
-def add_kernel(
-    sums_ptr,
-    num_ptr,
-    den_ptr,
-    total_ptr,
-    self_ptr,
-    added_sums_ptr,
-    added_ptr,
-    n_neurons,
-    d_emb,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """sums [K, E], num, den, total and self += the added sums, and those of total, den, self and num [4, K]."""
-    o_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    m_k = o_k < n_neurons
-    b_cross = tl.zeros([BLOCK_K, BLOCK_E], dtype=tl.float64)
-    for e in range(0, d_emb, BLOCK_E):
-        o_e = e + tl.arange(0, BLOCK_E)
-        mask = m_k[:, None] & (o_e < d_emb)[None, :]
-        offsets = o_k[:, None] * d_emb + o_e[None, :]
-        b_sums = tl.load(sums_ptr + offsets, mask=mask, other=0.0)
-        b_added = tl.load(added_sums_ptr + offsets, mask=mask, other=0.0)
-        b_cross += b_sums * b_added
-        tl.store(sums_ptr + offsets, b_sums + b_added, mask=mask)
-    added_total = tl.load(added_ptr + o_k, mask=m_k, other=0.0)
-    added_den = tl.load(added_ptr + n_neurons + o_k, mask=m_k, other=0.0)
-    added_self = tl.load(added_ptr + 2 * n_neurons + o_k, mask=m_k, other=0.0)
-    added_num = tl.load(added_ptr + 3 * n_neurons + o_k, mask=m_k, other=0.0)
-    total = tl.load(total_ptr + o_k, mask=m_k, other=0.0)
-    den = tl.load(den_ptr + o_k, mask=m_k, other=0.0)
-    own = tl.load(self_ptr + o_k, mask=m_k, other=0.0)
-    num = tl.load(num_ptr + o_k, mask=m_k, other=0.0)
-    tl.store(num_ptr + o_k, num + (added_num + tl.sum(b_cross, axis=1)), mask=m_k)
-    tl.store(den_ptr + o_k, den + (added_den + added_total * total), mask=m_k)
-    tl.store(total_ptr + o_k, total + added_total, mask=m_k)
-    tl.store(self_ptr + o_k, own + added_self, mask=m_k)
-
-
-@triton.jit(do_not_specialize=["n_parts", "n_images"])
-def add_images_kernel(
+def _add_images(
     sums_ptr,
     squares_ptr,
     unit_sum_ptr,
@@ -270,7 +369,7 @@ def add_images_kernel(
     PARTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program: unit_sum, square_sum and pair_sum += those of n_images, from the parts of units_kernel."""
+    """unit_sum, square_sum and pair_sum += those of n_images, from the parts of _units."""
     o_p = tl.arange(0, PARTS)
     m_p = o_p < n_parts
     squares = tl.sum(tl.load(squares_ptr + o_p, mask=m_p, other=0.0), axis=0)
@@ -290,7 +389,92 @@ def add_images_kernel(
     tl.store(square_sum_ptr, tl.load(square_sum_ptr) + squares)
 
 
+@triton.jit(do_not_specialize=["n_parts", "n_images", "n_faults"])
+def add_kernel(
+    sums_ptr,
+    num_ptr,
+    den_ptr,
+    total_ptr,
+    self_ptr,
+    unit_sum_ptr,
+    pair_sum_ptr,
+    square_sum_ptr,
+    added_sums_ptr,
+    column_parts_ptr,
+    unit_sums_ptr,
+    squares_ptr,
+    faults_ptr,
+    dominated_ptr,
+    n_parts,
+    n_images,
+    n_faults,
+    n_neurons,
+    d_emb,
+    COSINE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    FAULTS: tl.constexpr,
+):
+    """The first program adds the images, the others their neurons' sums: [K, E], num, den, total and self [K].
+
+    num without the pairs within the block of the neurons that are dominated, which is told. If something is wrong,
+    nothing is added.
+    """
+    program = tl.program_id(0)
+    sound = _sound(faults_ptr, n_faults, COSINE, FAULTS)
+    if (program == 0) & sound:
+        _add_images(
+            unit_sums_ptr,
+            squares_ptr,
+            unit_sum_ptr,
+            pair_sum_ptr,
+            square_sum_ptr,
+            n_parts,
+            n_images,
+            d_emb,
+            PARTS,
+            BLOCK_E // 2,
+        )
+    if program > 0:
+        o_k = (program - 1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_k = o_k < n_neurons
+        added_total, added_den, added_self, square, norm = added_columns(
+            column_parts_ptr, o_k, n_neurons, n_parts, PARTS
+        )
+        b_own = tl.zeros([BLOCK_K, BLOCK_E], dtype=tl.float64)
+        b_cross = tl.zeros([BLOCK_K, BLOCK_E], dtype=tl.float64)
+        for e in range(0, d_emb, BLOCK_E):
+            o_e = e + tl.arange(0, BLOCK_E)
+            mask = m_k[:, None] & (o_e < d_emb)[None, :]
+            offsets = o_k[:, None] * d_emb + o_e[None, :]
+            b_sums = tl.load(sums_ptr + offsets, mask=mask, other=0.0)
+            b_added = tl.load(added_sums_ptr + offsets, mask=mask, other=0.0)
+            b_own += b_added * b_added
+            b_cross += b_sums * b_added
+            tl.store(sums_ptr + offsets, b_sums + b_added, mask=mask & sound)
+        dominated = is_dominated(square, norm)
+        within = tl.where(dominated, 0.0, (tl.sum(b_own, axis=1) - square) / 2)
+        total = tl.load(total_ptr + o_k, mask=m_k, other=0.0)
+        den = tl.load(den_ptr + o_k, mask=m_k, other=0.0)
+        own = tl.load(self_ptr + o_k, mask=m_k, other=0.0)
+        num = tl.load(num_ptr + o_k, mask=m_k, other=0.0)
+        tl.store(dominated_ptr + o_k, dominated, mask=m_k)
+        tl.store(num_ptr + o_k, num + (within + tl.sum(b_cross, axis=1)), mask=m_k & sound)
+        tl.store(den_ptr + o_k, den + (added_den + added_total * total), mask=m_k & sound)
+        tl.store(total_ptr + o_k, total + added_total, mask=m_k & sound)
+        tl.store(self_ptr + o_k, own + added_self, mask=m_k & sound)
+
+
 # --- launch wrappers -------------------------------------------------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """Activations [n, K] and |e|^2 [n] of a chunk, and its range in parts."""
+
+    acts_nK: Tensor
+    sqnorm_n: Tensor
+    range_parts: Tensor
 
 
 class NewRange(NamedTuple):
@@ -300,12 +484,13 @@ class NewRange(NamedTuple):
     counts_2K: Tensor
 
 
-class Units(NamedTuple):
-    """u [n, E] and |u|^2 [n] in float64, and sums of them over P parts of the images: [P, E] and [P]."""
+class Block(NamedTuple):
+    """Of b images of a chunk: a - low [b, K] and u [b, E], float64, and sums over P parts of the images."""
 
-    unit_nE: Tensor
-    square_n: Tensor
-    sums_PE: Tensor
+    wide_bK: Tensor
+    unit_bE: Tensor
+    column_parts: Tensor
+    unit_sums_PE: Tensor
     squares_P: Tensor
 
 
@@ -316,17 +501,12 @@ def _parts(n_images: int) -> tuple[int, int]:
 
 
 def n_fault_rows(n_neurons: int) -> int:
-    """Rows of launch_range's faults: its programs."""
+    """Rows of launch_prepared's faults: the programs that merge ranges."""
     return max(1, triton.cdiv(n_neurons, MERGE_BLOCK_K))
 
 
-def launch_range(
-    acts_nK: Tensor, sqnorm_n: Tensor, before: tuple[Tensor, Tensor, Tensor, Tensor], n_before: int, faults: Tensor
-) -> NewRange:
-    """The range of n_before images and of these n >= 1; faults [R, 3] are written. before: low, high, above 0, at low.
-
-    Faults: columns least |e|^2, |e|^2 not finite, activations not finite, in rows that are to be put together.
-    """
+def launch_range(acts_nK: Tensor, sqnorm_n: Tensor) -> Chunk:
+    """Of n >= 1 images."""
     acts_nK = acts_nK.contiguous()
     n_images, n_neurons = acts_nK.shape
     rows, n_parts = _parts(n_images)
@@ -342,102 +522,124 @@ def launch_range(
             UNROLL=RANGE_UNROLL,
             num_warps=NUM_WARPS,
         )
-    new = NewRange(
-        sqnorm_n.new_empty(3, n_neurons), torch.empty(2, n_neurons, dtype=torch.int64, device=acts_nK.device)
-    )
-    merge_range_kernel[(len(faults),)](
-        parts,
-        sqnorm_n,
+    return Chunk(acts_nK, sqnorm_n, parts)
+
+
+def launch_prepared(
+    chunk: Chunk,
+    before: tuple[Tensor, Tensor, Tensor, Tensor],
+    n_before: int,
+    faults: Tensor | None,
+    rows: slice | None,
+    emb_nE: Tensor,
+    cosine: bool,
+) -> tuple[NewRange, Block]:
+    """The range of n_before images and of the chunk, where faults [R, 3] are to be written; and a block of the chunk.
+
+    before: low, high, above 0 and at low of the images before. Faults: columns least |e|^2, |e|^2 not finite,
+    activations not finite, in rows that are to be put together. rows: of the block; None: of no images. A zero
+    embedding stays zero.
+    """
+    (n_images, n_neurons), d_emb = chunk.acts_nK.shape, emb_nE.shape[1]
+    rows = slice(0, 0) if rows is None else rows
+    acts_bK, emb_bE, sqnorm_b = (t[rows].contiguous() for t in (chunk.acts_nK, emb_nE, chunk.sqnorm_n))
+    rows_of_part, n_parts = _parts(len(acts_bK))
+    new = sqnorm_b.new_empty
+    found = NewRange(new(3, n_neurons), torch.empty(2, n_neurons, dtype=torch.int64, device=emb_nE.device))
+    block = Block(new(acts_bK.shape), new(emb_bE.shape), new(n_parts, 5, n_neurons), new(n_parts, d_emb), new(n_parts))
+    n_merging = 0 if faults is None else len(faults)
+    blocks = triton.cdiv(n_neurons, RANGE_BLOCK_K) + max(1, triton.cdiv(d_emb, RANGE_BLOCK_K))
+    prepared_kernel[(n_merging + n_parts * blocks,)](
+        chunk.range_parts,
+        chunk.sqnorm_n,
         *before,
-        *new,
+        *found,
         faults,
-        n_parts,
+        acts_bK,
+        emb_bE,
+        sqnorm_b,
+        block.wide_bK,
+        block.column_parts,
+        block.unit_bE,
+        block.unit_sums_PE,
+        block.squares_P,
+        len(chunk.range_parts),
         n_images,
         n_before,
+        n_merging,
+        len(acts_bK),
+        n_parts,
+        rows_of_part,
         n_neurons,
-        PARTS=PARTS,
-        BLOCK_K=MERGE_BLOCK_K,
-        ROWS=MERGE_ROWS,
-        num_warps=NUM_WARPS,
-    )
-    return new
-
-
-def launch_units(emb_nE: Tensor, sqnorm_n: Tensor, cosine: bool) -> Units:
-    """Of n >= 1 images; a zero embedding stays zero."""
-    emb_nE, sqnorm_n = emb_nE.contiguous(), sqnorm_n.contiguous()
-    n_images, d_emb = emb_nE.shape
-    rows, n_parts = _parts(n_images)
-    made = Units(
-        torch.empty_like(emb_nE, dtype=torch.float64),
-        torch.empty_like(sqnorm_n),
-        sqnorm_n.new_empty(n_parts, d_emb),
-        sqnorm_n.new_empty(n_parts),
-    )
-    units_kernel[(n_parts, max(1, triton.cdiv(d_emb, UNIT_BLOCK_E)))](
-        emb_nE,
-        sqnorm_n,
-        *made,
-        n_images,
         d_emb,
-        rows,
         COSINE=cosine,
-        BLOCK_N=UNIT_ROWS,
-        BLOCK_E=UNIT_BLOCK_E,
+        PARTS=PARTS,
+        MERGE_BLOCK_K=MERGE_BLOCK_K,
+        MERGE_ROWS=MERGE_ROWS,
+        BLOCK=RANGE_BLOCK_K,
+        UNROLL=RANGE_UNROLL,
+        UNIT_ROWS=UNIT_ROWS,
         num_warps=NUM_WARPS,
     )
-    return made
+    return found, block
 
 
-def launch_lower(
-    sums: tuple[Tensor, ...], drop_K: Tensor, unit_sum_E: Tensor, pair_sum: Tensor, square_sum: Tensor, n_images: int
-) -> None:
-    """In place of sums [K, E], num, den, total and self [K] of n_images, whose own sums the others are."""
-    n_neurons, d_emb = sums[0].shape
+class Sums(NamedTuple):
+    """What is added to, float64: sums [K, E], num, den, total and self [K]; of the images unit_sum [E] and two more."""
+
+    sums_KE: Tensor
+    num_K: Tensor
+    den_K: Tensor
+    total_K: Tensor
+    self_K: Tensor
+    unit_sum_E: Tensor
+    pair_sum: Tensor
+    square_sum: Tensor
+
+
+def launch_lower(sums: Sums, drop_K: Tensor, n_images: int, faults: Tensor, cosine: bool) -> None:
+    """In place of the sums of n_images, unless something is wrong; faults may have no rows."""
+    n_neurons, d_emb = sums.sums_KE.shape
     if n_neurons > 0:
         lower_kernel[(triton.cdiv(n_neurons, SUM_BLOCK_K),)](
-            *sums,
+            *sums[:5],
             drop_K,
-            unit_sum_E,
-            pair_sum,
-            square_sum,
+            *sums[5:],
+            faults,
             n_images,
+            len(faults),
             n_neurons,
             d_emb,
+            COSINE=cosine,
             BLOCK_K=SUM_BLOCK_K,
             BLOCK_E=SUM_BLOCK_E,
+            FAULTS=FAULTS,
             num_warps=NUM_WARPS,
         )
 
 
-def launch_add(sums: tuple[Tensor, ...], added_sums_KE: Tensor, added_4K: Tensor) -> None:
-    """In place of sums [K, E], num, den, total and self [K]; added: total, den, self and num."""
-    n_neurons, d_emb = sums[0].shape
-    if n_neurons > 0:
-        add_kernel[(triton.cdiv(n_neurons, SUM_BLOCK_K),)](
-            *sums,
-            added_sums_KE,
-            added_4K,
-            n_neurons,
-            d_emb,
-            BLOCK_K=SUM_BLOCK_K,
-            BLOCK_E=SUM_BLOCK_E,
-            num_warps=NUM_WARPS,
-        )
-
-
-def launch_add_images(units: Units, unit_sum_E: Tensor, pair_sum: Tensor, square_sum: Tensor) -> None:
-    """In place of the sums of the images so far."""
-    add_images_kernel[(1,)](
-        units.sums_PE,
-        units.squares_P,
-        unit_sum_E,
-        pair_sum,
-        square_sum,
-        len(units.squares_P),
-        len(units.square_n),
-        len(unit_sum_E),
+def launch_add(
+    sums: Sums, block: Block, added_sums_KE: Tensor, faults: Tensor, dominated_K: Tensor, cosine: bool
+) -> None:
+    """In place of the sums, unless something is wrong; num without the block's own pairs of dominated neurons."""
+    n_neurons, d_emb = sums.sums_KE.shape
+    add_kernel[(1 + triton.cdiv(n_neurons, SUM_BLOCK_K),)](
+        *sums,
+        added_sums_KE.contiguous(),
+        block.column_parts,
+        block.unit_sums_PE,
+        block.squares_P,
+        faults,
+        dominated_K,
+        len(block.squares_P),
+        len(block.unit_bE),
+        len(faults),
+        n_neurons,
+        d_emb,
+        COSINE=cosine,
         PARTS=PARTS,
-        BLOCK_E=IMAGES_BLOCK_E,
-        num_warps=IMAGES_WARPS,
+        BLOCK_K=SUM_BLOCK_K,
+        BLOCK_E=SUM_BLOCK_E,
+        FAULTS=FAULTS,
+        num_warps=NUM_WARPS,
     )

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512
-NUM_WARPS = 4
+BLOCK = 128
+NUM_WARPS = 1
 
 
 @triton.jit(do_not_specialize=["n_images"])

@@ -3,8 +3,9 @@
 A chip for computing centres multiplies float64 at 50 TFLOP/s and more, above what float32 without tensor cores gives,
 and its sums lose nothing, so a pair costs no more here than in float32.
 
+`launch_prepare` makes the embeddings whose inner products and squared norms give a similarity.
 `launch_column_sums` reads the activations once: their float64 copy, den, and the sums that judge the closed form, in
-parts that `launch_closed_form` adds up.
+parts that `launch_closed_form` adds up. dense_score_triton.py does the same in launches of its own.
 `launch_panel_num` is for any similarity: panels of images i against all j from the panel's first image on,
 
     S = <e_i, e_j>            a product
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from .pairwise_similarity_triton import _similarity_tile
 
+PREPARE_BLOCK_N = 4
+PREPARE_BLOCK_E = 256
 PANEL_IMAGES = 1280
 PANEL_COLUMNS = 1 << 15
 PANEL_BLOCK_I = 8
@@ -37,6 +40,99 @@ COLUMN_UNROLL = 8
 CLOSED_BLOCK_K = 8
 CLOSED_BLOCK_E = 128
 NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["n_images"])
+def prepare_kernel(
+    emb_ptr,
+    mean_ptr,
+    out_ptr,
+    sqnorm_ptr,
+    n_images,
+    d_emb,
+    SIMILARITY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """out = e / |e| (cosine; of a zero one NaN), e - mean (rbf) or e (dot), made in float64; sqnorm = |out|^2."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n_images
+    norm = tl.full([BLOCK_N], 1.0, dtype=tl.float64)
+    if SIMILARITY == "cosine":
+        b_square = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float64)
+        for e in range(0, d_emb, BLOCK_E):
+            o_e = e + tl.arange(0, BLOCK_E)
+            mask = m_n[:, None] & (o_e < d_emb)[None, :]
+            b_emb = tl.load(emb_ptr + o_n[:, None] * d_emb + o_e[None, :], mask=mask, other=0.0).to(tl.float64)
+            b_square += b_emb * b_emb
+        norm = tl.sqrt(tl.sum(b_square, axis=1))
+    b_square = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float64)
+    for e in range(0, d_emb, BLOCK_E):
+        o_e = e + tl.arange(0, BLOCK_E)
+        m_e = o_e < d_emb
+        offsets, mask = o_n[:, None] * d_emb + o_e[None, :], m_n[:, None] & m_e[None, :]
+        b_out = tl.load(emb_ptr + offsets, mask=mask, other=0.0).to(tl.float64)
+        if SIMILARITY == "cosine":
+            b_out = b_out / norm[:, None]
+        if SIMILARITY == "rbf":
+            b_out = tl.where(mask, b_out - tl.load(mean_ptr + o_e, mask=m_e, other=0.0)[None, :], 0.0)
+        b_out = b_out.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offsets, b_out, mask=mask)
+        b_wide = tl.where(mask, b_out.to(tl.float64), 0.0)
+        b_square += b_wide * b_wide
+    tl.store(sqnorm_ptr + o_n, tl.sum(b_square, axis=1), mask=m_n)
+
+
+@triton.jit
+def column_sums(
+    r_ptr,
+    wide_ptr,
+    sqnorm_ptr,
+    parts_ptr,
+    part,
+    o_k,
+    b_low,
+    n_images,
+    n_latents,
+    rows,
+    COSINE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """column_sums_kernel of one part (int64). COSINE: |e|^2 is of the embeddings divided by the norm that it gives."""
+    b_total = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_den = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_self = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_square = tl.zeros([BLOCK_K], dtype=tl.float64)
+    b_norm = tl.zeros([BLOCK_K], dtype=tl.float64)
+    end = tl.minimum((part + 1) * rows, n_images)
+    for first in range(part * rows, end, UNROLL):
+        for i in tl.static_range(UNROLL):
+            row = first + i
+            m_k = o_k < tl.where(row < end, n_latents, 0)
+            b_r = tl.load(r_ptr + row * n_latents + o_k, mask=m_k, other=0.0).to(tl.float64)
+            if SHIFTED:
+                b_r = tl.where(m_k, b_r - b_low, 0.0)
+            if WIDEN:
+                tl.store(wide_ptr + row * n_latents + o_k, b_r, mask=m_k)
+            sqnorm = tl.load(sqnorm_ptr + row, mask=row < end, other=0.0)
+            if COSINE:
+                scale = 1.0 / tl.sqrt(tl.where(sqnorm > 0, sqnorm, 1.0))
+                sqnorm *= scale * scale
+            b_den += b_r * b_total
+            b_total += b_r
+            b_self += b_r * sqnorm
+            b_square += b_r * b_r * sqnorm
+            b_norm += b_r * tl.sqrt(sqnorm)
+    pointers = parts_ptr + part * 5 * n_latents + o_k
+    m_k = o_k < n_latents
+    tl.store(pointers, b_total, mask=m_k)
+    tl.store(pointers + n_latents, b_den, mask=m_k)
+    tl.store(pointers + 2 * n_latents, b_self, mask=m_k)
+    tl.store(pointers + 3 * n_latents, b_square, mask=m_k)
+    tl.store(pointers + 4 * n_latents, b_norm, mask=m_k)
 
 
 @triton.jit(do_not_specialize=["n_images", "rows"])
@@ -60,34 +156,46 @@ def column_sums_kernel(
     b_low = tl.zeros([BLOCK_K], dtype=tl.float64)
     if SHIFTED:
         b_low = tl.load(low_ptr + o_k, mask=o_k < n_latents, other=0.0)
-    b_total = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_den = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_self = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_square = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_norm = tl.zeros([BLOCK_K], dtype=tl.float64)
-    end = tl.minimum((part + 1) * rows, n_images)
-    for first in range(part * rows, end, UNROLL):
-        for i in tl.static_range(UNROLL):
-            row = first + i
-            m_k = o_k < tl.where(row < end, n_latents, 0)
-            b_r = tl.load(r_ptr + row * n_latents + o_k, mask=m_k, other=0.0).to(tl.float64)
-            if SHIFTED:
-                b_r = tl.where(m_k, b_r - b_low, 0.0)
-            if WIDEN:
-                tl.store(wide_ptr + row * n_latents + o_k, b_r, mask=m_k)
-            sqnorm = tl.load(sqnorm_ptr + row, mask=row < end, other=0.0)
-            b_den += b_r * b_total
-            b_total += b_r
-            b_self += b_r * sqnorm
-            b_square += b_r * b_r * sqnorm
-            b_norm += b_r * tl.sqrt(sqnorm)
-    pointers = parts_ptr + part * 5 * n_latents + o_k
-    m_k = o_k < n_latents
-    tl.store(pointers, b_total, mask=m_k)
-    tl.store(pointers + n_latents, b_den, mask=m_k)
-    tl.store(pointers + 2 * n_latents, b_self, mask=m_k)
-    tl.store(pointers + 3 * n_latents, b_square, mask=m_k)
-    tl.store(pointers + 4 * n_latents, b_norm, mask=m_k)
+    column_sums(
+        r_ptr,
+        wide_ptr,
+        sqnorm_ptr,
+        parts_ptr,
+        part,
+        o_k,
+        b_low,
+        n_images,
+        n_latents,
+        rows,
+        False,
+        SHIFTED,
+        WIDEN,
+        BLOCK_K,
+        UNROLL,
+    )
+
+
+@triton.jit
+def added_columns(parts_ptr, o_k, n_latents, n_parts, PARTS: tl.constexpr):
+    """total, den, self, square and norm of the latents o_k (int64), from the parts of column_sums. No subtraction."""
+    o_p = tl.arange(0, PARTS).to(tl.int64)
+    mask = (o_p < n_parts)[:, None] & (o_k < n_latents)[None, :]
+    pointers = parts_ptr + o_p[:, None] * (5 * n_latents) + o_k[None, :]
+    b_total = tl.load(pointers, mask=mask, other=0.0)
+    b_before = tl.load(pointers - 5 * n_latents, mask=mask & (o_p > 0)[:, None], other=0.0)
+    b_den = tl.load(pointers + n_latents, mask=mask, other=0.0) + b_total * tl.cumsum(b_before, axis=0)
+    total, den = tl.sum(b_total, axis=0), tl.sum(b_den, axis=0)
+    own = tl.sum(tl.load(pointers + 2 * n_latents, mask=mask, other=0.0), axis=0)
+    square = tl.sum(tl.load(pointers + 3 * n_latents, mask=mask, other=0.0), axis=0)
+    norm = tl.sum(tl.load(pointers + 4 * n_latents, mask=mask, other=0.0), axis=0)
+    return total, den, own, square, norm
+
+
+@triton.jit
+def is_dominated(square, norm):
+    """Whether the closed form of num loses too many digits, as pairwise_similarity.well_conditioned has it."""
+    conditioned = norm * norm - square > 2e-2 * norm * norm
+    return (conditioned == 0) & (square > 0)
 
 
 @triton.jit(do_not_specialize=["n_parts"])
@@ -99,41 +207,25 @@ def closed_form_kernel(
     n_latents,
     n_parts,
     d_emb,
+    PARTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """out = total, den, self and num of each latent, from the parts in their order and sums = r^T e.
-
-    dominated: whether the closed form of num loses too many digits, as pairwise_similarity.well_conditioned has it.
-    """
+    """out = total, den, self and num of each latent, from the parts and sums = r^T e; dominated: is_dominated."""
     o_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < n_latents
-    b_total = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_den = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_self = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_square = tl.zeros([BLOCK_K], dtype=tl.float64)
-    b_norm = tl.zeros([BLOCK_K], dtype=tl.float64)
-    pointers = parts_ptr + o_k
-    for _ in range(n_parts):
-        b_part = tl.load(pointers, mask=m_k, other=0.0)
-        b_den += tl.load(pointers + n_latents, mask=m_k, other=0.0) + b_part * b_total
-        b_total += b_part
-        b_self += tl.load(pointers + 2 * n_latents, mask=m_k, other=0.0)
-        b_square += tl.load(pointers + 3 * n_latents, mask=m_k, other=0.0)
-        b_norm += tl.load(pointers + 4 * n_latents, mask=m_k, other=0.0)
-        pointers += 5 * n_latents
+    total, den, own, square, norm = added_columns(parts_ptr, o_k, n_latents, n_parts, PARTS)
     b_all = tl.zeros([BLOCK_K, BLOCK_E], dtype=tl.float64)
     for e in range(0, d_emb, BLOCK_E):
         o_e = e + tl.arange(0, BLOCK_E)
         mask = m_k[:, None] & (o_e < d_emb)[None, :]
         b_sums = tl.load(sums_ptr + o_k[:, None] * d_emb + o_e[None, :], mask=mask, other=0.0)
         b_all += b_sums * b_sums
-    conditioned = b_norm * b_norm - b_square > 2e-2 * b_norm * b_norm
-    tl.store(dominated_ptr + o_k, (conditioned == 0) & (b_square > 0), mask=m_k)
-    tl.store(out_ptr + o_k, b_total, mask=m_k)
-    tl.store(out_ptr + n_latents + o_k, b_den, mask=m_k)
-    tl.store(out_ptr + 2 * n_latents + o_k, b_self, mask=m_k)
-    tl.store(out_ptr + 3 * n_latents + o_k, (tl.sum(b_all, axis=1) - b_square) / 2, mask=m_k)
+    tl.store(dominated_ptr + o_k, is_dominated(square, norm), mask=m_k)
+    tl.store(out_ptr + o_k, total, mask=m_k)
+    tl.store(out_ptr + n_latents + o_k, den, mask=m_k)
+    tl.store(out_ptr + 2 * n_latents + o_k, own, mask=m_k)
+    tl.store(out_ptr + 3 * n_latents + o_k, (tl.sum(b_all, axis=1) - square) / 2, mask=m_k)
 
 
 @triton.jit(do_not_specialize=["n_i", "n_j", "first_j"])
@@ -184,6 +276,29 @@ def weigh_panel_kernel(
 # --- launch wrappers -------------------------------------------------------------------------------------------------
 
 
+def launch_prepare(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """pairwise_similarity.prepare_embeddings, in one pass over them; for rbf another makes their mean."""
+    emb_NE = emb_NE.contiguous()
+    n_images, d_emb = emb_NE.shape
+    prepared_NE = torch.empty_like(emb_NE, dtype=dtype)
+    sqnorm_N = torch.empty(n_images, dtype=dtype, device=emb_NE.device)
+    mean_E = emb_NE.mean(0, dtype=torch.float64) if similarity == "rbf" and n_images > 0 else None
+    if n_images > 0:
+        prepare_kernel[(triton.cdiv(n_images, PREPARE_BLOCK_N),)](
+            emb_NE,
+            mean_E,
+            prepared_NE,
+            sqnorm_N,
+            n_images,
+            d_emb,
+            SIMILARITY=similarity,
+            BLOCK_N=PREPARE_BLOCK_N,
+            BLOCK_E=PREPARE_BLOCK_E,
+            num_warps=NUM_WARPS,
+        )
+    return prepared_NE, sqnorm_N
+
+
 def launch_column_sums(
     r_NK: Tensor,
     sqnorm_N: Tensor,
@@ -228,20 +343,19 @@ def pair_weights(parts: Tensor) -> Tensor:
 
 
 def launch_inner_products(
-    r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Tensor | None, dominated_K: Tensor | None = None
+    r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """r - low [N, K], its product with the embeddings [K, E], and what launch_closed_form returns. Nothing waits."""
     wide_NK, parts = launch_column_sums(r_NK, sqnorm_N, low_K)
     sums_KE = wide_NK.T @ emb_NE
-    return wide_NK, sums_KE, *launch_closed_form(parts, sums_KE, dominated_K)
+    return wide_NK, sums_KE, *launch_closed_form(parts, sums_KE)
 
 
-def launch_closed_form(parts: Tensor, sums_KE: Tensor, dominated_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[4, K]: total, den, self and num by the closed form; and [K] whether one image dominates num, there if given."""
+def launch_closed_form(parts: Tensor, sums_KE: Tensor) -> tuple[Tensor, Tensor]:
+    """[4, K]: total, den, self and num by the closed form; and [K] whether one image dominates num."""
     n_latents, d_emb = sums_KE.shape
     out = sums_KE.new_empty(4, n_latents)
-    if dominated_K is None:
-        dominated_K = torch.empty(n_latents, dtype=torch.bool, device=sums_KE.device)
+    dominated_K = torch.empty(n_latents, dtype=torch.bool, device=sums_KE.device)
     if n_latents > 0:
         closed_form_kernel[(triton.cdiv(n_latents, CLOSED_BLOCK_K),)](
             parts,
@@ -251,6 +365,7 @@ def launch_closed_form(parts: Tensor, sums_KE: Tensor, dominated_K: Tensor | Non
             n_latents,
             len(parts),
             d_emb,
+            PARTS=COLUMN_PARTS,
             BLOCK_K=CLOSED_BLOCK_K,
             BLOCK_E=CLOSED_BLOCK_E,
             num_warps=NUM_WARPS,

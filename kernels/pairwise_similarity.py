@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import check, check_similarity, custom_op
+from .common import check, check_similarity, custom_op, on_gpu
 
 _LATENT_BLOCK = 4096
 _PAIR_BLOCK = {"cpu": 128, "cuda": 1024}
@@ -109,6 +109,11 @@ def prepare_embeddings(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> t
     emb_NE: any floating dtype; the results are in `dtype`, made in float64. cosine: rows divided by their norm. rbf:
     centred, which changes no distance and keeps ||a||^2 + ||b||^2 - 2 <a, b> from cancelling. dot: as they are.
     """
+    if on_gpu(emb_NE):
+        from .pairwise_float64_triton import launch_prepare
+
+        with torch.cuda.device_of(emb_NE):  # Triton launches on the current device
+            return launch_prepare(emb_NE, similarity, dtype)
     emb_NE = emb_NE.to(torch.float64, copy=similarity != "dot")
     if similarity == "cosine":
         emb_NE /= torch.linalg.vector_norm(emb_NE, dim=1, keepdim=True)

@@ -235,14 +235,13 @@ def launch_order(latents: Tensor, row_offsets: Tensor | None, n_latents: int) ->
     return Order(keys_M, order_M, offsets_S1)
 
 
-def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
-    """Entries by latent, and the sums of heavy latents' chunks."""
+def launch_ordered(acts: Tensor, rows: Rows, order: Order) -> Entries:
+    """Entries by latent, whose partials are for launch_chunks to write."""
     n_entries, (n_rows, d_in) = acts.numel(), rows.centred_BD.shape
-    n_groups, n_latents = len(rows.suffix_RD) // n_rows, len(order.offsets_S1) - 1
-    sum_dtype, ACC = accumulator(rows.dacts_M.dtype)
+    n_groups = len(rows.suffix_RD) // n_rows
+    sum_dtype, _ = accumulator(rows.dacts_M.dtype)
     new = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=acts.device)  # noqa: E731
     bags_M = new(torch.int32, n_entries)
-    n_chunks = n_entries // CHUNK
     entries = Entries(
         acts_M=new(sum_dtype, n_entries),
         dacts_M=new(sum_dtype, n_entries),
@@ -251,7 +250,7 @@ def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
         offsets_S1=order.offsets_S1,
         suffix_RD=rows.suffix_RD,
         centred_BD=rows.centred_BD,
-        partials=new(sum_dtype, 2, max(n_chunks, 1), d_in),
+        partials=new(sum_dtype, 2, max(n_entries // CHUNK, 1), d_in),
     )
     ordered_kernel[(triton.cdiv(n_entries, BLOCK_M),)](
         acts.contiguous(),
@@ -265,17 +264,24 @@ def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
         BLOCK_M=BLOCK_M,
         num_warps=4,
     )
+    return entries
+
+
+def launch_chunks(entries: Entries, order: Order) -> None:
+    """Writes entries.partials: the sums of heavy latents' chunks."""
+    n_chunks, d_in = len(order.keys_M) // CHUNK, entries.centred_BD.shape[1]
     if n_chunks > 0:
+        _, ACC = accumulator(entries.acts_M.dtype)
         block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
         chunk_kernel[(n_chunks, 2)](
             *entries[:4],
             order.keys_M,
             order.offsets_S1,
-            rows.suffix_RD,
-            rows.centred_BD,
+            entries.suffix_RD,
+            entries.centred_BD,
             entries.partials,
             n_chunks,
-            key_type(n_latents)[1],
+            key_type(len(order.offsets_S1) - 1)[1],
             d_in,
             CHUNK=CHUNK,
             BLOCK_P=CHUNK_STEP,
@@ -283,4 +289,10 @@ def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
             ACC=ACC,
             num_warps=num_warps,
         )
+
+
+def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
+    """Both."""
+    entries = launch_ordered(acts, rows, order)
+    launch_chunks(entries, order)
     return entries

@@ -13,7 +13,7 @@ rows go in two launches: the few long ones of a BatchTopK batch would set the re
 docs/kernels.md section 4
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -24,181 +24,108 @@ from torch import Tensor
 from .common import check
 from .segment_sum_triton import accumulator
 
-HELD_ENTRIES = 32  # of a row of fixed k, whose rows of W_dec stay in registers
-HELD_SHORT = 16  # of ragged rows, those of at most so many entries: two programs a processor
-HELD_LONG, STEP_LONG = 8, 4  # of the others, and how many more at a time
+HELD_VALUES = 64  # a thread holds so many values of W_dec if entries may be left over: 16 entries at 1024 columns
+MOST_VALUES = 128  # and so many if none are
+STEP_K, STAGES = 4, 3  # entries left over: so many at a time, and how many times are under way
 REGISTERS = 128  # of a thread of eight warps, for two programs a processor
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
 @triton.jit
-def group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, BLOCK: tl.constexpr):
-    """How many entries of a row belong to the first g Matryoshka groups, int32: the first so many.
-
-    first_latents [BLOCK]: of the row's first entries; those behind its end are above every latent.
-    """
-    bound = tl.load(group_ends_ptr + g - 1, mask=g > 0, other=0)
-    size = tl.sum((first_latents < bound).to(tl.int32), axis=0)
-    for p in range(start + BLOCK, end, BLOCK):
-        o = p + tl.arange(0, BLOCK)
-        latents = tl.load(latents_ptr + o, mask=o < end, other=0)
-        size += tl.sum(((o < end) & (latents < bound)).to(tl.int32), axis=0)
-    return size
+def groups_of(latents, ends, G: tl.constexpr):
+    """The Matryoshka group of each latent, int32."""
+    group_ends_ptr, n_groups = ends
+    groups = tl.zeros_like(latents).to(tl.int32)
+    for g in tl.static_range(G - 1):
+        end = tl.load(group_ends_ptr + g, mask=g < n_groups, other=1 << 62)
+        groups += (latents >= end).to(tl.int32)
+    return groups
 
 
 @triton.jit
-def load_rows(acts_ptr, latents, W_ptr, o, m, columns, ACC: tl.constexpr):
-    """(act, row of W [P, D]) of the entries o, whose latents are known."""
+def load_rows(codes, o, end, columns, ACC: tl.constexpr):
+    """The rows of W [P, D] of the entries o."""
+    _, latents_ptr, W_ptr, _ = codes
     d_in, o_d, m_d = columns
-    acts = tl.load(acts_ptr + o, mask=m, other=0.0).to(ACC)
+    latents = tl.load(latents_ptr + o, mask=o < end, other=0)
     at = W_ptr + latents[:, None] * d_in + o_d[None, :]
-    return acts, tl.load(at, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC)
+    return tl.load(at, mask=(o < end)[:, None] & m_d[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
-def load_entries(codes, o, m, columns, ACC: tl.constexpr):
-    """The same, of entries whose latents are not."""
-    acts_ptr, latents_ptr, W_ptr = codes
-    return load_rows(acts_ptr, tl.load(latents_ptr + o, mask=m, other=0), W_ptr, o, m, columns, ACC)
+def load_held(codes, start, end, columns, TILES: tl.constexpr, ACC: tl.constexpr):
+    """The rows of W of a row's first entries, tile by tile."""
+    held = ()
+    for t in tl.static_range(len(TILES)):
+        held = held + (load_rows(codes, start + tl.arange(0, TILES[t]), end, columns, ACC),)
+        start += TILES[t]
+    return held
 
 
 @triton.jit
-def store_entries(kept, o, m, acts, dacts, bags):
-    """What is kept of the entries o."""
-    dacts_ptr, bags_ptr = kept
-    tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=m)
-    tl.store(bags_ptr + o, bags, mask=m)
+def load_acts(codes, o, end, G: tl.constexpr, ACC: tl.constexpr):
+    """(activations, groups) of the entries o; activations of 0 behind the end of their row."""
+    acts_ptr, latents_ptr, _, ends = codes
+    acts = tl.load(acts_ptr + o, mask=o < end, other=0.0).to(ACC)
+    groups = tl.zeros_like(o).to(tl.int32)
+    if G > 1:
+        groups = groups_of(tl.load(latents_ptr + o, mask=o < end, other=0), ends, G)
+    return acts, groups
 
 
 @triton.jit
-def load_ahead(latents, codes, o, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
-    """(acts and rows of W of the entries o, whose latents are known; the latents STEP_K entries on)."""
-    acts_ptr, latents_ptr, W_ptr = codes
-    following = tl.load(latents_ptr + o + STEP_K, mask=o + STEP_K < end, other=0)
-    acts, w = load_rows(acts_ptr, latents, W_ptr, o, o < end, columns, ACC)
-    return acts, w, following
+def add_held(x_hats, held, codes, start, end, TILES: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr):
+    """(the prefixes' x_hats with the entries held, the smallest positive activation among them)."""
+    smallest = tl.full([], float("inf"), ACC)
+    for t in tl.static_range(len(TILES)):
+        acts, groups = load_acts(codes, start + tl.arange(0, TILES[t]), end, G, ACC)
+        sums = ()
+        for g in tl.static_range(G):
+            sums = sums + (x_hats[g] + tl.sum(tl.where(groups <= g, acts, 0.0)[:, None] * held[t], axis=0),)
+        x_hats = sums
+        smallest = tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
+        start += TILES[t]
+    return x_hats, smallest
 
 
 @triton.jit
-def add_others(x_hat, codes, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
-    """(x_hat with the entries from `first` on, which are not held; the smallest positive activations among them)."""
-    _, latents_ptr, _ = codes
-    o_l = tl.arange(0, STEP_K)
-    smallest = tl.full([STEP_K], float("inf"), ACC)
-    latents = tl.load(latents_ptr + first + o_l, mask=first + o_l < end, other=0)
-    for p in range(first, end, STEP_K):
-        acts, w, latents = load_ahead(latents, codes, p + o_l, end, columns, STEP_K, ACC)
-        x_hat += tl.sum(acts[:, None] * w, axis=0)
-        smallest = tl.minimum(smallest, tl.where(acts > 0, acts, float("inf")))
-    return x_hat, smallest
-
-
-@triton.jit
-def pass_to_others(suffix, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
-    """Stores dacts and bags of the entries from `first` on, which are not held."""
-    _, latents_ptr, _ = codes
-    o_l = tl.arange(0, STEP_K)
-    latents = tl.load(latents_ptr + first + o_l, mask=first + o_l < end, other=0)
-    for p in range(first, end, STEP_K):
-        o = p + o_l
-        acts, w, latents = load_ahead(latents, codes, o, end, columns, STEP_K, ACC)
-        store_entries(kept, o, o < end, acts, tl.sum(w * suffix[None, :], axis=1), bag + o_l * 0)
-
-
-@triton.jit
-def take_others_off(e, suffix, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
-    """e without the entries of a Matryoshka group from `first` on, which are not held; stores their dacts and bags."""
-    o_l = tl.arange(0, STEP_K)
-    for p in range(first, end, STEP_K):
-        o = p + o_l
-        acts, w = load_entries(codes, o, o < end, columns, ACC)
-        e -= tl.sum(acts[:, None] * w, axis=0)
-        store_entries(kept, o, o < end, acts, tl.sum(w * suffix[None, :], axis=1), bag + o_l * 0)
-    return e
-
-
-@triton.jit
-def take_held_off(e, acts, w, suffix, bags_ptr, bag, start, low, high, BLOCK_K: tl.constexpr):
-    """The same of held entries low:high: (e, w with their rows times suffix); stores their bags."""
-    o_k = tl.arange(0, BLOCK_K)
-    inside = (o_k >= low) & (o_k < high)
-    tl.store(bags_ptr + start + o_k, bag + o_k * 0, mask=inside)
-    e -= tl.sum(tl.where(inside, acts, 0.0)[:, None] * w, axis=0)
-    return e, tl.where(inside[:, None], w * suffix[None, :], w)  # a row is not needed again as it was
-
-
-@triton.jit
-def pass_back_prefixes(
-    e,
-    held,
-    scale,
-    codes,
-    kept,
-    outputs,
-    group_ends_ptr,
-    row,
-    columns,
-    LONG: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STEP_K: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Sum over the prefixes of the squared residual; stores suffixes, their norms, and the entries' dacts and bags.
-
-    e: the last prefix's residual. held: acts and rows of W of the entries that are. row: its first bag, where its
-    entries begin and end, number of groups.
-    """
-    acts, w = held
-    suffix_ptr, norms_ptr = outputs
-    bag, start, end, n_groups = row
-    _, latents_ptr, _ = codes
+def add_others(x_hats, smallest, codes, first, end, columns, G: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr):
+    """The same of the entries from `first` on, which are not held."""
+    acts_ptr, latents_ptr, W_ptr, ends = codes
     d_in, o_d, m_d = columns
-    dacts_ptr, bags_ptr = kept
-    squared, suffix = tl.zeros_like(e), tl.zeros_like(e)
-    high = (end - start).to(tl.int32)
-    o_k = tl.arange(0, BLOCK_K)
-    o_f = start + tl.arange(0, 32)
-    first_latents = tl.load(latents_ptr + o_f, mask=o_f < end, other=1 << 31)
-    for i in range(n_groups):
-        g = n_groups - 1 - i
-        squared += e * e
-        suffix += scale * e
-        tl.store(suffix_ptr + (bag + g) * d_in + o_d, suffix, mask=m_d)
-        tl.store(norms_ptr + bag + g, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
-        low = group_size(first_latents, latents_ptr, group_ends_ptr, start, end, g, 32)
-        this = (bag + g).to(tl.int32)
-        if LONG:
-            first = start + tl.maximum(low, BLOCK_K)
-            e = take_others_off(e, suffix, codes, kept, this, first, start + high, columns, STEP_K, ACC)
-        if LONG:
-            if low < tl.minimum(high, BLOCK_K):  # else none of the group is held
-                e, w = take_held_off(e, acts, w, suffix, bags_ptr, this, start, low, high, BLOCK_K)
-        else:
-            e, w = take_held_off(e, acts, w, suffix, bags_ptr, this, start, low, high, BLOCK_K)
-        e = tl.where(m_d, e, 0.0)
-        high = low
-    tl.store(dacts_ptr + start + o_k, tl.where(acts > 0, tl.sum(w, axis=1), 0.0), mask=start + o_k < end)
-    return tl.sum(squared, axis=0)
+    for p in tl.range(first, end, num_stages=STAGES):
+        act, latent = tl.load(acts_ptr + p).to(ACC), tl.load(latents_ptr + p)
+        w = tl.load(W_ptr + latent * d_in + o_d, mask=m_d, other=0.0).to(ACC)
+        group = groups_of(latent, ends, G)
+        sums = ()
+        for g in tl.static_range(G):
+            sums = sums + (x_hats[g] + tl.where(group <= g, act, 0.0) * w,)
+        x_hats = sums
+        smallest = tl.minimum(smallest, tl.where(act > 0, act, float("inf")))
+    return x_hats, smallest
 
 
 @triton.jit
-def pass_back(
-    e, held, scale, codes, kept, outputs, row, columns, LONG: tl.constexpr, STEP_K: tl.constexpr, ACC: tl.constexpr
-):
-    """The same of a row without Matryoshka groups: its number, where its entries and those that are not held begin."""
-    acts, w = held
-    suffix_ptr, norms_ptr = outputs
-    row, o, others, end = row
-    d_in, o_d, m_d = columns
-    suffix = scale * e
-    bag = row.to(tl.int32)
-    store_entries(kept, o, o < end, acts, tl.sum(w * suffix[None, :], axis=1), bag + tl.zeros_like(o).to(tl.int32))
-    if LONG:
-        pass_to_others(suffix, codes, kept, bag, others, end, columns, STEP_K, ACC)
-    tl.store(suffix_ptr + row * d_in + o_d, suffix, mask=m_d)
-    squared = tl.sum(e * e, axis=0)
-    tl.store(norms_ptr + row, scale * tl.sqrt(squared))
-    return squared
+def store_entries(w, suffixes, codes, kept, bag, o, end, G: tl.constexpr, ACC: tl.constexpr):
+    """Stores dacts and bags of the entries o, whose rows of W are w."""
+    dacts_ptr, bags_ptr = kept
+    acts, groups = load_acts(codes, o, end, G, ACC)
+    suffix = suffixes[0][None, :]
+    for g in tl.static_range(1, G):
+        suffix = tl.where((groups == g)[:, None], suffixes[g][None, :], suffix)
+    dacts = tl.sum(w * suffix, axis=1)
+    tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=o < end)
+    tl.store(bags_ptr + o, bag.to(tl.int32) + groups, mask=o < end)
+
+
+@triton.jit
+def stack(rows, G: tl.constexpr):
+    """G blocks [D] as one [G, D]."""
+    o_g = tl.arange(0, G)
+    block = rows[0][None, :] + tl.zeros_like(o_g).to(rows[0].dtype)[:, None]
+    for g in tl.static_range(1, G):
+        block = tl.where((o_g == g)[:, None], rows[g][None, :], block)
+    return block
 
 
 @triton.jit
@@ -210,7 +137,7 @@ def store_centred(centred_ptr, x_norms_ptr, row, x, b, columns):
     tl.store(x_norms_ptr + row, tl.sqrt(tl.sum(c * c, axis=0)))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_groups", "shortest", "longest"])
+@triton.jit(do_not_specialize=["n_rows", "n_groups"])
 def row_kernel(
     x_ptr,
     acts_ptr,
@@ -230,28 +157,25 @@ def row_kernel(
     smallest_ptr,
     n_rows,
     n_groups,
-    shortest,
-    longest,
     d_in,
     K: tl.constexpr,
-    PREFIXES: tl.constexpr,
     CENTRE: tl.constexpr,
-    LONG: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    G: tl.constexpr,
+    TILES: tl.constexpr,
+    HELD: tl.constexpr,
     STEP_K: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One row of K entries; or (K 0) of a ragged number, nothing if that is not within shortest to longest.
-
-    LONG: there may be more than the BLOCK_K that are held.
-    """
+    """One row of K entries; or (K 0) of a ragged number, in a grid of two programs a row: long ones come first."""
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
     if K == 0:
+        row = row % n_rows
         start, end = tl.load(row_offsets_ptr + row), tl.load(row_offsets_ptr + row + 1)
-        if (end - start < shortest) | (end - start > longest):
+        if (end - start > HELD) != (tl.program_id(0) < n_rows):
             return
     else:
         start, end = row * K, row * K + K
@@ -260,30 +184,43 @@ def row_kernel(
     scale = (tl.full([], 2.0, ACC) / n_rows) / n_groups
     bag = row * n_groups
 
-    codes, kept, columns = (acts_ptr, latents_ptr, W_ptr), (dacts_ptr, bags_ptr), (d_in, o_d, m_d)
-    o_k = tl.arange(0, BLOCK_K)
-    m = start + o_k < end
-    others = start + BLOCK_K
-    acts, w = load_entries(codes, start + o_k, m, columns, ACC)
-    x_hat = b + tl.sum(acts[:, None] * w, axis=0)
-    smallest = tl.full([STEP_K], float("inf"), ACC)
-    if LONG:
-        x_hat, smallest = add_others(x_hat, codes, others, end, columns, STEP_K, ACC)
-    tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
-    e = tl.where(m_d, x_hat - x, 0.0)
-    outputs = suffix_ptr, norms_ptr
-    if PREFIXES:
-        this = bag, start, end, n_groups
-        squared = pass_back_prefixes(
-            e, (acts, w), scale, codes, kept, outputs, group_ends_ptr, this, columns, LONG, BLOCK_K, STEP_K, ACC
-        )
-    else:
-        alone = row, start + o_k, others, end
-        squared = pass_back(e, (acts, w), scale, codes, kept, outputs, alone, columns, LONG, STEP_K, ACC)
-    tl.store(squared_ptr + row, squared)
+    codes, kept, columns = (
+        (acts_ptr, latents_ptr, W_ptr, (group_ends_ptr, n_groups)),
+        (dacts_ptr, bags_ptr),
+        (d_in, o_d, m_d),
+    )
+    held = load_held(codes, start, end, columns, TILES, ACC)
+    x_hats = ()
+    for g in tl.static_range(G):
+        x_hats = x_hats + (b,)
+    x_hats, smallest = add_held(x_hats, held, codes, start, end, TILES, G, ACC)
+    if STEP_K > 0:
+        x_hats, smallest = add_others(x_hats, smallest, codes, start + HELD, end, columns, G, STAGES, ACC)
+    tl.store(x_hat_ptr + row * d_in + o_d, x_hats[G - 1].to(x_hat_ptr.dtype.element_ty), mask=m_d)
+
+    squared, suffix, suffixes = tl.zeros_like(b), tl.zeros_like(b), ()
+    for i in tl.static_range(G):
+        e = tl.where(m_d, x_hats[G - 1 - i] - x, 0.0)
+        if G > 1:
+            e = tl.where(G - 1 - i < n_groups, e, 0.0)
+        squared += e * e
+        suffix += scale * e
+        suffixes = (suffix,) + suffixes
+    for t in tl.static_range(len(TILES)):
+        store_entries(held[t], suffixes, codes, kept, bag, start + tl.arange(0, TILES[t]), end, G, ACC)
+        start += TILES[t]
+    if STEP_K > 0:
+        for p in tl.range(start, end, STEP_K, num_stages=STAGES):
+            o = p + tl.arange(0, STEP_K)
+            store_entries(load_rows(codes, o, end, columns, ACC), suffixes, codes, kept, bag, o, end, G, ACC)
+    o_g = tl.arange(0, G)
+    block = stack(suffixes, G)
+    m_g = o_g < n_groups
+    tl.store(suffix_ptr + (bag + o_g)[:, None] * d_in + o_d[None, :], block, mask=m_g[:, None] & m_d[None, :])
+    tl.store(norms_ptr + bag + o_g, tl.sqrt(tl.sum(block * block, axis=1)), mask=m_g)
+    tl.store(squared_ptr + row, tl.sum(squared, axis=0))
     if K == 0:
-        held = tl.min(tl.where(acts > 0, acts, float("inf")), axis=0)
-        tl.store(smallest_ptr + row, tl.minimum(held, tl.min(smallest, axis=0)))
+        tl.store(smallest_ptr + row, smallest)
     if CENTRE:
         store_centred(centred_ptr, x_norms_ptr, row, x, b, columns)
 
@@ -317,21 +254,32 @@ def whole_row_block(d_in: int, elements_per_thread: int) -> tuple[int, int]:
     return block_d, max(1, min(16, block_d // (32 * elements_per_thread)))
 
 
-def row_tile(d_in: int, held: int, step: int = 0) -> dict[str, int | bool]:
-    """Constants of row_kernel: entries held, and of longer rows (step 0: there are none) so many more at a time."""
-    block_d, _ = whole_row_block(d_in, 4)
-    wide = block_d > 2048  # one program a processor, of as many warps as can be
-    block_k = min(triton.next_power_of_2(held), (1 << (14 if wide else 15)) // block_d)
-    tile = {
-        "LONG": step > 0 or held > block_k,
-        "BLOCK_K": block_k,
-        "STEP_K": min(step or 1, (1 << (13 if wide else 14)) // block_d),
+def row_tile(d_in: int, k: int, prefixes: bool, element_size: int = 4) -> dict[str, object]:
+    """Constants of row_kernel for rows of k entries, or (k 0) ragged ones."""
+    block_d, num_warps = whole_row_block(d_in, 4)
+    per_entry = max(block_d * element_size // (4 * 32 * num_warps), 1)  # registers of a thread
+    most = MOST_VALUES // per_entry
+    held = k if 0 < k <= most else HELD_VALUES // per_entry
+    tiles = tiles_of(held, 4 if prefixes else 16)
+    registers = {"maxnreg": REGISTERS} if sum(tiles) * per_entry <= MOST_VALUES * 3 // 4 else {}
+    return {
+        "TILES": tiles,
+        "HELD": sum(tiles),
+        "STEP_K": 0 if held == k else min(STEP_K, sum(tiles)),
+        "STAGES": STAGES if torch.version.hip is None else 1,
         "BLOCK_D": block_d,
-        "num_warps": 16 if wide else 8 if block_k * block_d >= 1 << 13 else 4,
+        "num_warps": num_warps,
+        **registers,
     }
-    if not tile["LONG"] and tile["num_warps"] == 8 and block_k * block_d <= 1 << 14:
-        tile["maxnreg"] = REGISTERS  # Matryoshka groups would take 154 at 16 x 1024: one program, and idle warps
-    return tile
+
+
+def tiles_of(held: int, largest: int) -> tuple[int, ...]:
+    """Powers of two up to `largest` that hold so many entries, rounded up to 4."""
+    tiles = []
+    while held > 0:
+        tiles.append(max(min(largest, 1 << (held.bit_length() - 1)), 4))
+        held -= tiles[-1]
+    return tuple(tiles)
 
 
 def launch_rows(
@@ -365,19 +313,12 @@ def launch_rows(
         smallest_B=new(n_rows),
     )
     k = latents.shape[1] if row_offsets is None else 0
-    launches = [(k, k, k, 0) if k <= HELD_ENTRIES else (k, k, HELD_LONG, STEP_LONG)]
-    if k == 0:
-        launches = [(HELD_SHORT + 1, n_entries, HELD_LONG, STEP_LONG), (0, HELD_SHORT, HELD_SHORT, 0)]
     codes = acts.contiguous(), latents.contiguous(), latents if row_offsets is None else row_offsets
-    contexts: tuple[AbstractContextManager[object], ...] = nullcontext(), beside or nullcontext()
-    for (shortest, longest, *sizes), context in zip(launches, contexts):
-        tile = row_tile(d_in, *sizes)
-        if torch.version.hip is not None or sum_dtype != torch.float32:  # AMD counts registers otherwise
-            tile.pop("maxnreg", None)
-        numbers = n_rows, n_groups, shortest, longest, d_in
-        kind = {"K": k, "PREFIXES": n_groups > 1, "CENTRE": centred is None, "ACC": ACC}
-        with context:
-            row_kernel[(n_rows,)](
-                x_BD.contiguous(), *codes, group_ends_G, W_dec_SD, b_dec_D, *rows, *numbers, **kind, **tile
-            )
+    tile = row_tile(d_in, k, n_groups > 1, sum_dtype.itemsize)
+    if torch.version.hip is not None:  # AMD counts registers otherwise
+        tile.pop("maxnreg", None)
+    kind = {"K": k, "G": triton.next_power_of_2(n_groups), "CENTRE": centred is None, "ACC": ACC}
+    row_kernel[(n_rows if k else 2 * n_rows,)](
+        x_BD.contiguous(), *codes, group_ends_G, W_dec_SD, b_dec_D, *rows, n_rows, n_groups, d_in, **kind, **tile
+    )
     return rows

@@ -10,6 +10,7 @@ and, for db_dec, the sum of db_enc * W_enc, of which the rows of latents that fi
 decides by these. docs/kernels.md section 4
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,26 @@ from .segment_sum_triton import accumulator
 from .step_entries_triton import Entries
 from .step_rows_triton import Rows, whole_row_block
 
-LATENTS, LATENTS_MANY = 8, 16  # of a program: few latents, or many
+LATENTS, LATENTS_MANY = 8, 16  # of a program at a time: few latents, or many
+PROGRAMS = 1024  # at most
+REGISTERS = 96  # of a thread; ptxas would spill some to come by with 64
 MANY = 1 << 15
 TILE_E = 16  # entries of each of them in one load; a latent of more is gone through alone
 HEAVY_E = 512
-ROWS_W = 4  # rows of W_enc in flight
+ROWS_W, ROWS_WIDE = 4, 2  # rows of W_enc in flight, narrow or wide
+SUFFIX_ROWS, SUFFIX_STEP, BLOCK_C = 128, 32, 256  # rows of suffix that a program adds, at a time, columns
 SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long parallel part would blow up
+
+
+@triton.jit
+def added_rows(source_ptr, first, last, stride, o_c, m_c, STEP: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """[BLOCK_C] of the sum of rows first:last."""
+    acc = tl.zeros([STEP, BLOCK_C], dtype=ACC)
+    for r in range(first, last, STEP):
+        o_r = r + tl.arange(0, STEP)
+        at = source_ptr + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+        acc += tl.load(at, mask=(o_r < last)[:, None] & m_c[None, :], other=0.0)
+    return tl.sum(acc, axis=0)
 
 
 @triton.jit
@@ -97,7 +112,7 @@ def weighted_rows(
     """[BLOCK_D] of the sum of weights * W over LATENTS rows from `first` on; rows of no weight are not read."""
     acc = tl.zeros([BLOCK_D], dtype=ACC)
     for i in range(0, LATENTS, ROWS_W):
-        o_w = first + i + tl.arange(0, ROWS_W)
+        o_w = (first + i + tl.arange(0, ROWS_W)).to(tl.int64)
         weight = tl.load(weights_ptr + o_w, mask=o_w < n_latents, other=0.0)
         mask = (weight != 0)[:, None] & m_d[None, :]
         w = tl.load(W_ptr + o_w[:, None] * d_in + o_d[None, :], mask=mask, other=0.0).to(ACC)
@@ -105,7 +120,7 @@ def weighted_rows(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_latents", "n_rows"])
+@triton.jit(do_not_specialize=["n_latents", "n_rows", "n_programs"])
 def totals_kernel(
     acts_ptr,
     dacts_ptr,
@@ -120,9 +135,11 @@ def totals_kernel(
     parallel_ptr,
     db_parts_ptr,
     square_parts_ptr,
+    arrivals_ptr,
     l1_ptr,
     n_latents,
     n_rows,
+    n_programs,
     d_in,
     HAS_L1: tl.constexpr,
     DECODER: tl.constexpr,
@@ -135,82 +152,153 @@ def totals_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """LATENTS latents: totals of their entries, and db_parts[program] = sum of db_enc * W_enc over them.
+    """Every n_programs-th LATENTS latents: totals of their entries; db_parts[program] = sum of their db_enc * W_enc.
 
     square_parts[program] = (squares that are exact, bound of the others), of W_dec's gradient (DECODER) and W_enc's.
     """
-    program = tl.program_id(0).to(tl.int64)
-    o_s = program * LATENTS + tl.arange(0, LATENTS)
-    m_s = o_s < n_latents
-    starts = tl.load(offsets_ptr + o_s, mask=m_s, other=0)
-    counts = tl.load(offsets_ptr + o_s + 1, mask=m_s, other=0) - starts
+    program = tl.program_id(0)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < d_in
+    acc = tl.zeros([BLOCK_D], dtype=ACC)
+    exact, bound = tl.full([], 0.0, ACC), tl.full([], 0.0, ACC)
     l1 = tl.full([], 0.0, ACC)
     if HAS_L1:
         l1 = tl.load(l1_ptr)
-    db, par, dec, enc, fires = entry_sums(
-        starts, counts, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, l1, LATENTS, TILE_E, HEAVY_E
-    )
-    tl.store(db_enc_ptr + o_s, db, mask=m_s)
-    tl.store(parallel_ptr + o_s, par, mask=m_s)
-    idle = tl.load(idle_ptr + o_s, mask=m_s, other=0)
-    tl.store(idle_ptr + o_s, tl.where(fires > 0, 0, idle + n_rows), mask=m_s)
+    for first in range(program * LATENTS, n_latents, n_programs * LATENTS):
+        o_s = first + tl.arange(0, LATENTS)
+        m_s = o_s < n_latents
+        starts = tl.load(offsets_ptr + o_s, mask=m_s, other=0)
+        counts = tl.load(offsets_ptr + o_s + 1, mask=m_s, other=0) - starts
+        db, par, dec, enc, fires = entry_sums(
+            starts,
+            counts,
+            acts_ptr,
+            dacts_ptr,
+            bags_ptr,
+            rows_ptr,
+            norms_ptr,
+            x_norms_ptr,
+            l1,
+            LATENTS,
+            TILE_E,
+            HEAVY_E,
+        )
+        tl.store(db_enc_ptr + o_s, db, mask=m_s)
+        tl.store(parallel_ptr + o_s, par, mask=m_s)
+        idle = tl.load(idle_ptr + o_s, mask=m_s, other=0)
+        tl.store(idle_ptr + o_s, tl.where(fires > 0, 0, idle + n_rows), mask=m_s)
 
-    slack = tl.where(counts > 1, SLACK, 1.0).to(ACC)
-    squares = tl.zeros_like(enc)
-    if DECODER:
-        across = dec * slack * dec * slack - par * par  # Pythagoras: rows of W_dec are unit
-        squares += tl.where(across < 0, 0.0, across)
-    if ENCODER:
-        squares += enc * slack * enc * slack
-    exact = tl.where(counts > 1, 0.0, squares) + db * db
-    tl.store(square_parts_ptr + 2 * program, tl.sum(exact, axis=0))
-    tl.store(square_parts_ptr + 2 * program + 1, tl.sum(tl.where(counts > 1, squares, 0.0), axis=0))
+        slack = tl.where(counts > 1, SLACK, 1.0).to(ACC)
+        squares = tl.zeros_like(enc)
+        if DECODER:
+            across = dec * slack * dec * slack - par * par  # Pythagoras: rows of W_dec are unit
+            squares += tl.where(across < 0, 0.0, across)
+        if ENCODER:
+            squares += enc * slack * enc * slack
+        exact += tl.sum(tl.where(counts > 1, 0.0, squares) + db * db, axis=0)
+        bound += tl.sum(tl.where(counts > 1, squares, 0.0), axis=0)
 
-    tl.debug_barrier()  # read by other threads than wrote it
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < d_in
-    acc = weighted_rows(
-        db_enc_ptr, W_enc_ptr, program * LATENTS, n_latents, d_in, o_d, m_d, LATENTS, ROWS_W, BLOCK_D, ACC
-    )
-    tl.store(db_parts_ptr + program * d_in + o_d, acc, mask=m_d)
+        tl.debug_barrier()  # read by other threads than wrote it
+        acc += weighted_rows(db_enc_ptr, W_enc_ptr, first, n_latents, d_in, o_d, m_d, LATENTS, ROWS_W, BLOCK_D, ACC)
+    tl.store(square_parts_ptr + 2 * program, exact)
+    tl.store(square_parts_ptr + 2 * program + 1, bound)
+    tl.store(db_parts_ptr + program.to(tl.int64) * d_in + o_d, acc, mask=m_d)
+    if program == 0:
+        tl.store(arrivals_ptr + tl.arange(0, 2), tl.zeros([2], dtype=tl.int32))
+
+
+@triton.jit(do_not_specialize=["n_rows", "stride"])
+def row_sum_kernel(
+    source_ptr,
+    out_ptr,
+    n_rows,
+    stride,
+    d_in,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """out[program] = the sum of its ROWS rows."""
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < d_in
+    first = tl.program_id(0) * ROWS
+    last = tl.minimum(first + ROWS, n_rows)
+    total = added_rows(source_ptr, first, last, stride, o_c, m_c, STEP, BLOCK_C, ACC)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * d_in + o_c, total, mask=m_c)
 
 
 # --- launch wrapper --------------------------------------------------------------------------------------------------
 
 
 class Totals(NamedTuple):
-    """Of every latent db_enc [S] and parallel [S]; of every totals_kernel program db_parts [P, D], squares [P, 2]."""
+    """Of every latent db_enc [S] and parallel [S]; of every totals_kernel program db_parts [P, D], squares [P, 2].
+
+    arrivals: zeros int32 [2], which count the programs of later kernels. suffix_parts: sums of some rows of suffix.
+    """
 
     db_enc_S: Tensor
     parallel_S: Tensor
     db_parts: Tensor
     square_parts: Tensor
+    arrivals: Tensor
+    suffix_parts: Tensor
 
 
 def launch_totals(
-    entries: Entries, rows: Rows, W_enc_SD: Tensor, idle_S: Tensor, frozen: str | None = None, l1: Tensor | None = None
+    entries: Entries,
+    rows: Rows,
+    W_enc_SD: Tensor,
+    idle_S: Tensor,
+    frozen: str | None = None,
+    beside: AbstractContextManager[object] | None = None,
+    l1: Tensor | None = None,
 ) -> Totals:
     """Totals, and idle_S moved on in place. frozen: W_enc or W_dec, whose gradient has no part in the norm.
 
-    l1: what every dact has beside its dot product, 0-d.
+    beside: a context, entered to launch what may run at the same time as the rest. l1: what every dact has beside its
+    dot product, 0-d.
     """
-    n_latents, d_in = W_enc_SD.shape
+    (n_latents, d_in), n_rows = W_enc_SD.shape, len(rows.x_norms_B)
     sum_dtype, ACC = accumulator(W_enc_SD.dtype)
     latents = LATENTS_MANY if n_latents >= MANY else LATENTS
-    n_programs = triton.cdiv(n_latents, latents)
+    n_programs = min(triton.cdiv(n_latents, latents), PROGRAMS)
     new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=W_enc_SD.device)  # noqa: E731
-    totals = Totals(new(n_latents), new(n_latents), new(n_programs, d_in), new(n_programs, 2))
+    totals = Totals(
+        db_enc_S=new(n_latents),
+        parallel_S=new(n_latents),
+        db_parts=new(n_programs, d_in),
+        square_parts=new(n_programs, 2),
+        arrivals=torch.empty(2, dtype=torch.int32, device=W_enc_SD.device),
+        suffix_parts=new(triton.cdiv(n_rows, SUFFIX_ROWS), d_in),
+    )
+    with beside or nullcontext():
+        row_sum_kernel[(len(totals.suffix_parts), triton.cdiv(d_in, BLOCK_C))](
+            rows.suffix_RD,
+            totals.suffix_parts,
+            n_rows,
+            len(rows.suffix_RD) // n_rows * d_in,
+            d_in,
+            ROWS=SUFFIX_ROWS,
+            STEP=SUFFIX_STEP,
+            BLOCK_C=BLOCK_C,
+            ACC=ACC,
+            num_warps=4,
+        )
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
+    wide = block_d > 2048
+    limited = not wide and sum_dtype == torch.float32 and torch.version.hip is None
     totals_kernel[(n_programs,)](
         *entries[:5],
         rows.norms_R,
         rows.x_norms_B,
         W_enc_SD,
         idle_S,
-        *totals,
+        *totals[:5],
         totals.db_enc_S if l1 is None else l1.to(sum_dtype),
         n_latents,
-        len(rows.x_norms_B),
+        n_rows,
+        n_programs,
         d_in,
         HAS_L1=l1 is not None,
         DECODER=frozen != "W_dec",
@@ -219,9 +307,10 @@ def launch_totals(
         LATENTS=latents,
         TILE_E=TILE_E,
         HEAVY_E=HEAVY_E,
-        ROWS_W=ROWS_W,
+        ROWS_W=ROWS_WIDE if wide else ROWS_W,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=max(2, num_warps),
+        **({"maxnreg": REGISTERS} if limited else {}),
     )
     return totals

@@ -58,8 +58,9 @@ def streamed_cosine_update(
     offsets_S1: Tensor,
     emb_NE: Tensor,
     scale_N: Tensor | None = None,
+    half: int = -1,
 ) -> None:
-    """Folds one chunk of images into the state, in place.
+    """Folds one chunk of images into the state, in place; of its images of even number (half 0) or odd (1), or all.
 
     Codes grouped by latent: latent s fires on images[offsets[s]:offsets[s + 1]] (int64, rows of emb_NE, not checked)
     with activations acts [M] (any float dtype); offsets [S + 1] int64 ascend from 0, entries at or after offsets[S] are
@@ -75,7 +76,7 @@ def streamed_cosine_update(
     check(fits, f"emb_NE: shape {tuple(emb_NE.shape)} is not [N, {d_emb}]")
     fits = scale_N is None or (scale_N.shape == emb_NE.shape[:1] and scale_N.dtype == torch.float64)
     check(fits, f"scale_N: must be float64 [{len(emb_NE)}], one for each row of emb_NE")
-    streamed_cosine_update_op(*state, acts_M, images_M, offsets_S1, emb_NE, scale_N)
+    streamed_cosine_update_op(*state, acts_M, images_M, offsets_S1, emb_NE, scale_N, half)
 
 
 # --- custom ops: CUDA ------------------------------------------------------------------------------------------------
@@ -92,13 +93,14 @@ def streamed_cosine_update_op(
     offsets_S1: Tensor,
     emb_NE: Tensor,
     scale_N: Tensor | None,
+    half: int,
 ) -> None:
     from .streamed_cosine_triton import launch_streamed_update
 
     if scale_N is None:
         scale_N = num_S.new_ones(len(emb_NE))
     with torch.cuda.device_of(sums_SE):  # Triton launches on the current device
-        launch_streamed_update(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, emb_NE, scale_N)
+        launch_streamed_update(sums_SE, num_S, den_S, total_S, acts_M, images_M, offsets_S1, emb_NE, scale_N, half)
 
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
@@ -115,10 +117,16 @@ def streamed_cosine_update_cpu(
     offsets_S1: Tensor,
     emb_NE: Tensor,
     scale_N: Tensor | None,
+    half: int,
 ) -> None:
     acts_M, unit_NE = acts_M[: offsets_S1[-1]].to(torch.float64), scaled_rows(emb_NE, scale_N)
     images_M = images_M[: offsets_S1[-1]]
     latents_M = torch.repeat_interleave(offsets_S1.diff())
+    if half >= 0:
+        own_M = (images_M & 1) == half
+        acts_M, images_M, latents_M = acts_M[own_M], images_M[own_M], latents_M[own_M]
+        counts_S = torch.bincount(latents_M, minlength=len(num_S))
+        offsets_S1 = torch.nn.functional.pad(counts_S.cumsum(0), (1, 0))
     chunk = _chunk_weights(acts_M, images_M, latents_M, unit_NE, len(num_S))
     panel = max(1, _CPU_PANEL_ELEMENTS // max(unit_NE.shape[1], 1))
     for first in range(0, len(num_S), panel):
@@ -205,5 +213,6 @@ def streamed_cosine_update_fake(
     offsets_S1: Tensor,
     emb_NE: Tensor,
     scale_N: Tensor | None,
+    half: int,
 ) -> None:
     return None

@@ -36,16 +36,23 @@ def _run_entries(
     b_sum,
     total,
     den,
+    half,
+    HALVED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Entries begin to end, one by one, onto the running (S, A, den); b_num is this run's num, column by column."""
+    """Entries begin to end, one by one, onto the running (S, A, den); b_num is this run's num, column by column.
+
+    HALVED: only those of images whose number is even (half 0) or odd (1).
+    """
     b_num = tl.zeros([BLOCK_E], dtype=tl.float64)
     for t in range(begin, end, UNROLL):
         for i in tl.static_range(UNROLL):
             inside = t + i < end
-            act = tl.load(acts_ptr + t + i, mask=inside, other=0.0).to(tl.float64)
             image = tl.load(images_ptr + t + i, mask=inside, other=0).to(tl.int64)
+            if HALVED:
+                inside = inside & ((image & 1) == half)
+            act = tl.load(acts_ptr + t + i, mask=inside, other=0.0).to(tl.float64)
             width = tl.where(inside, d_emb, 0)
             weight = act * tl.load(scale_ptr + image, mask=inside, other=0.0)
             b_emb = tl.load(emb_ptr + image * d_emb + o_e, mask=o_e < width, other=0.0).to(tl.float64)
@@ -57,7 +64,7 @@ def _run_entries(
     return b_sum, b_num, total, den
 
 
-@triton.jit(do_not_specialize=["n_pieces"])
+@triton.jit(do_not_specialize=["n_pieces", "half"])
 def streamed_update_kernel(
     sums_ptr,
     den_ptr,
@@ -77,7 +84,9 @@ def streamed_update_kernel(
     n_latents,
     n_pieces,
     d_emb,
+    half,
     HEAVY: tl.constexpr,
+    HALVED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -97,7 +106,21 @@ def streamed_update_kernel(
             total = tl.load(total_ptr + program, mask=keeps_scalars, other=0.0)
             den = tl.load(den_ptr + program, mask=keeps_scalars, other=0.0)
             b_sum, b_num, total, den = _run_entries(
-                acts_ptr, images_ptr, emb_ptr, scale_ptr, begin, end, d_emb, o_e, b_sum, total, den, BLOCK_E, UNROLL
+                acts_ptr,
+                images_ptr,
+                emb_ptr,
+                scale_ptr,
+                begin,
+                end,
+                d_emb,
+                o_e,
+                b_sum,
+                total,
+                den,
+                half,
+                HALVED,
+                BLOCK_E,
+                UNROLL,
             )
             tl.store(sums_ptr + program * d_emb + o_e, b_sum, mask=m_e)
             tl.store(num_parts_ptr + block * n_latents + program, tl.sum(b_num, axis=0))
@@ -112,7 +135,21 @@ def streamed_update_kernel(
             b_sum = tl.zeros([BLOCK_E], dtype=tl.float64)
             total, den = tl.zeros([], dtype=tl.float64), tl.zeros([], dtype=tl.float64)
             b_sum, b_num, total, den = _run_entries(
-                acts_ptr, images_ptr, emb_ptr, scale_ptr, begin, end, d_emb, o_e, b_sum, total, den, BLOCK_E, UNROLL
+                acts_ptr,
+                images_ptr,
+                emb_ptr,
+                scale_ptr,
+                begin,
+                end,
+                d_emb,
+                o_e,
+                b_sum,
+                total,
+                den,
+                half,
+                HALVED,
+                BLOCK_E,
+                UNROLL,
             )
             tl.store(piece_sums_ptr + piece * d_emb + o_e, b_sum, mask=m_e)
             tl.store(piece_num_parts_ptr + block * n_pieces + piece, tl.sum(b_num, axis=0))
@@ -130,17 +167,20 @@ def merge_pieces_kernel(
     piece_den_ptr,
     piece_total_ptr,
     piece_num_parts_ptr,
+    piece_latents_ptr,
     piece_offsets_ptr,
     n_latents,
     n_pieces,
     d_emb,
     BLOCK_E: tl.constexpr,
 ):
-    """Merges the pieces of one heavy latent into its state, in order; light latents have none and return at once."""
-    latent = tl.program_id(0).to(tl.int64)
+    """The program of a heavy latent's first piece merges them all into its state, in order; the others have nothing."""
+    first = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
-    first = tl.load(piece_offsets_ptr + latent)
-    last = tl.load(piece_offsets_ptr + latent + 1)
+    latent = tl.load(piece_latents_ptr + first)
+    last = first
+    if (latent < n_latents) & (tl.load(piece_offsets_ptr + latent) == first):
+        last = tl.load(piece_offsets_ptr + latent + 1)
     if first < last:
         o_e = block * BLOCK_E + tl.arange(0, BLOCK_E)
         m_e = o_e < d_emb
@@ -189,10 +229,11 @@ def launch_streamed_update(
     offsets_S1: Tensor,
     emb_NE: Tensor,
     scale_N: Tensor,
+    half: int = -1,
     heavy: int = HEAVY,
     block_e: int = BLOCK_E,
 ) -> None:
-    """Folds a chunk into the float64 state, in place; shapes as in streamed_cosine.streamed_cosine_update."""
+    """Folds a chunk into the float64 state, in place; shapes and half as in streamed_cosine.streamed_cosine_update."""
     n_latents, d_emb = sums_SE.shape
     fits = all(t.is_contiguous() and t.dtype == torch.float64 for t in (sums_SE, num_S, den_S, total_S))
     check(fits, "state: sums_SE, num_S, den_S and total_S must be contiguous float64")
@@ -210,10 +251,19 @@ def launch_streamed_update(
     codes = acts_M, images_M, offsets_S1, emb_NE, scale_N, piece_latents, piece_offsets_S1
     sizes = n_latents, n_pieces, d_emb
     streamed_update_kernel[(n_latents + n_pieces, n_blocks)](
-        *state, *pieces, *codes, *sizes, HEAVY=heavy, BLOCK_E=block_e, UNROLL=UNROLL, num_warps=NUM_WARPS
+        *state,
+        *pieces,
+        *codes,
+        *sizes,
+        half,
+        HEAVY=heavy,
+        HALVED=half >= 0,
+        BLOCK_E=block_e,
+        UNROLL=UNROLL,
+        num_warps=NUM_WARPS,
     )
     if n_pieces > 0:
-        merge_pieces_kernel[(n_latents, n_blocks)](
-            *state, *pieces, piece_offsets_S1, *sizes, BLOCK_E=block_e, num_warps=NUM_WARPS
+        merge_pieces_kernel[(n_pieces, n_blocks)](
+            *state, *pieces, piece_latents, piece_offsets_S1, *sizes, BLOCK_E=block_e, num_warps=NUM_WARPS
         )
     num_S += num_parts.sum(0)

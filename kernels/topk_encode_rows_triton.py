@@ -11,8 +11,8 @@ from .topk_encode_choose_triton import digit_where, value_keys
 
 
 @triton.jit
-def topk_of_row(p_z, width, k, p_acts, p_latents, BLOCK: tl.constexpr):
-    """The k largest of `width` values, none negative, k at most width; latents ascend."""
+def kth_key_of_row(p_z, width, k, BLOCK: tl.constexpr):
+    """(the k-th largest key of `width` values, none negative, k at most width; how many of its equals are taken)."""
     o_b = tl.arange(0, BLOCK)
     key, wanted = 0, k
     for i in tl.static_range(4):
@@ -25,6 +25,14 @@ def topk_of_row(p_z, width, k, p_acts, p_latents, BLOCK: tl.constexpr):
             counts += tl.histogram((keys >> (23 - 8 * i)) & 255 if i < 3 else keys & 127, 256, mask=m_b)
         digit, wanted = digit_where(counts, wanted)
         key |= digit << (23 - 8 * i if i < 3 else 0)
+    return key, wanted
+
+
+@triton.jit
+def topk_of_row(p_z, width, k, p_acts, p_latents, BLOCK: tl.constexpr):
+    """The k largest of `width` values, none negative, k at most width; latents ascend."""
+    o_b = tl.arange(0, BLOCK)
+    key, wanted = kth_key_of_row(p_z, width, k, BLOCK)
     equal_before, written = 0, 0
     for p in range(0, width, BLOCK):
         m_b = p + o_b < width

@@ -164,7 +164,8 @@ def group_factors_kernel(
 @triton.jit
 def slack_of(maxima_ptr, factors_ptr, norm_ptr, error_ptr, inverse_ptr, row, o_g, m_g, n_groups):
     """(v, slack) of groups of a row: the largest screened value, and the bound's absolute part, in the units of z."""
-    v = tl.load(maxima_ptr + row * n_groups + o_g, mask=m_g, other=0.0).to(tl.float32) / tl.load(inverse_ptr + row)
+    scale = 1.0 / tl.load(inverse_ptr + row)  # powers of two
+    v = tl.load(maxima_ptr + row * n_groups + o_g, mask=m_g, other=0.0).to(tl.float32) * scale
     by_error = tl.load(factors_ptr + o_g, mask=m_g, other=0.0)
     by_norm = tl.load(factors_ptr + n_groups + o_g, mask=m_g, other=0.0)
     constant = tl.load(factors_ptr + 2 * n_groups + o_g, mask=m_g, other=0.0)

@@ -58,7 +58,8 @@ def renamed(argument: str, *names: str) -> Iterator[None]:
 
 def check_kind(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
     """ValueError: the value is of none of the kinds: "sae: 'x' is not a SparseAutoencoder". For public arguments."""
-    require(isinstance(value, kinds), f"{name}: {shown(value)} is not {wanted}")
+    if not isinstance(value, kinds):  # only then: the repr of a tensor on a GPU takes milliseconds
+        raise ValueError(f"{name}: {shown(value)} is not {wanted}")
 
 
 def shown(value: object) -> str:

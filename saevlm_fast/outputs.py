@@ -35,6 +35,7 @@ from saevlm_fast.urls import redacted_text
 LOCK_FILE = ".lock"  # of an output that is a directory: it lies in it
 REPLACEMENT = ".replacement"
 _WHOLE, _MOVING = f"{REPLACEMENT}-whole", f"{REPLACEMENT}-moving"
+_WRITING = "writing"
 LOCK_SECONDS = 3.0  # a process that was just killed may need a moment to be gone
 _POLL_SECONDS = 0.05
 _LONGEST_COMMAND = 160
@@ -47,6 +48,17 @@ def check_absent(paths: Iterable[str | os.PathLike[str]], force: bool) -> None:
     for path in paths:
         there = os.path.lexists(path) and not force
         require(not there, f"output: {os.fspath(path)} already exists; --force replaces it")
+
+
+def begin_writing(progress: Path) -> None:
+    """Several outputs are written one after the other from here on; the folder of finished parts goes last."""
+    progress.mkdir(parents=True, exist_ok=True)
+    (progress / _WRITING).touch()
+
+
+def half_written(progress: Path, last: Path) -> bool:
+    """Whether outputs are a killed process's, which began to write them and did not come to the last of them."""
+    return (progress / _WRITING).is_file() and not os.path.lexists(last)
 
 
 # The lock -------------------------------------------------------------------------------------------------------------

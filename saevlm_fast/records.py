@@ -207,11 +207,17 @@ def check_same_settings(path: Path, settings: Mapping[str, Mapping[str, Any]], f
     free: sections and names that may differ.
 
     Raises:
-        ValueError: a damaged file, or the first setting that differs, with both values.
+        ValueError: a damaged file, or the settings that differ, of the first with both values.
     """
     stored = read_record(path, Fields(dict.fromkeys(settings, RECORD)))
-    for section, values in settings.items():
-        for name, value in values.items():
-            before = stored[section].get(name)
-            same = {section, name} & set(free) or before == value
-            require(bool(same), f"resume: {name} is {value}, but the run was started with {before}")
+    differ = [
+        (name, value, before)
+        for section, values in settings.items()
+        for name, value in values.items()
+        if (before := stored[section].get(name)) != value and not {section, name} & set(free)
+    ]
+    for first, value, before in differ:
+        others = ", ".join(f"{name} ({value}, not {before})" for name, value, before in differ[1:4])
+        more = f"; also different: {others}" if others else ""
+        more += f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise ValueError(f"resume: {first} is {value}, but the run was started with {before}{more}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config.sae import SAEConfig
 from saevlm_fast.errors import Doubt, check_kind, require
 from saevlm_fast.formats import registry, sae_lens
 from saevlm_fast.formats.header import Header
@@ -87,7 +87,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
         """Random unit decoder rows, W_enc = W_dec^T, zero biases. Drawn on the CPU: one seed, one SAE on any device."""
-        rows_SD = first_rows(self.config, seed)
+        rows_SD = first_rows(self.config, seed).to(self.W_dec.device, self.W_dec.dtype)
         self.W_dec.copy_(rows_SD)
         self.W_enc.copy_(rows_SD.T)
         self.b_enc.zero_()

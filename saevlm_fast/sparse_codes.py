@@ -7,6 +7,7 @@ second of either, without a copy.
 Shape suffixes: N rows, M entries, S d_sae.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,20 +43,28 @@ class SparseCodes(NamedTuple):
         return cls(acts, latents, row_offsets, (n_rows, d_sae))
 
     @classmethod
-    def join(cls, pieces: Sequence["SparseCodes"], d_sae: int) -> "SparseCodes":
+    def join(cls, pieces: Sequence["SparseCodes"], d_sae: int, ends: Sequence[int] | None = None) -> "SparseCodes":
         """The rows of all pieces in order, in CSR form without padding, on their device; no pieces are no rows.
+
+        ends: n_entries of the pieces, of somebody who knows them; else a device is waited for, unless all are of one k.
 
         Raises:
             ValueError: a piece of another d_sae.
         """
         for piece in pieces:
             require(piece.d_sae == d_sae, f"codes: of {piece.d_sae} latents; the others are of {d_sae}")
+        if pieces and all(piece.row_offsets is None for piece in pieces):
+            flat = [piece.flat()[:2] for piece in pieces]
+            if len({latents.shape[1] for _, latents in flat}) == 1:
+                acts, latents = flat[0] if len(flat) == 1 else (torch.cat(parts) for parts in zip(*flat))
+                return cls.from_flat(acts, latents, None, d_sae).rows()
         nothing = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         parts = [piece.csr() for piece in pieces] or [nothing]
-        ends = torch.stack([offsets[-1] for _, _, offsets in parts]).tolist()  # one wait for a device, not one a piece
+        if ends is None or not pieces:
+            ends = torch.stack([offsets[-1] for _, _, offsets in parts]).tolist()  # one wait for a device
         if len(parts) == 1 and ends[0] == len(parts[0][0]):  # nothing to copy
             return cls.from_flat(*parts[0], d_sae)
-        starts = torch.tensor([0, *ends]).cumsum(0).tolist()
+        starts = [0, *itertools.accumulate(ends)]
         offsets = [offsets[:-1] + start for (_, _, offsets), start in zip(parts, starts)]
         last = parts[-1][2][-1:] + starts[-2]
         acts_M = torch.cat([acts_M[:end] for (acts_M, _, _), end in zip(parts, ends)])
@@ -183,7 +192,7 @@ class SparseCodes(NamedTuple):
 
         False also where that says too little: of no rows or entries, and of unsound padding, which is allowed.
         """
-        if not self._fits_shape() or self.n_rows == 0 or self.top_acts.numel() == 0:
+        if not self.fits_shape() or self.n_rows == 0 or self.top_acts.numel() == 0:
             return False
         whole = list(self.top_indices.aminmax())
         if self.row_offsets is not None:
@@ -200,7 +209,7 @@ class SparseCodes(NamedTuple):
         Raises:
             ActivationError: as `check`, of which this is the first part.
         """
-        if not self._fits_shape():
+        if not self.fits_shape():
             named = {"top_acts": self.top_acts, "top_indices": self.top_indices, "row_offsets": self.row_offsets}
             found = ", ".join(f"{name} {_kind(tensor)}" for name, tensor in named.items() if tensor is not None)
             layout = "of fixed k" if self.row_offsets is None else "in CSR form"
@@ -220,7 +229,8 @@ class SparseCodes(NamedTuple):
         within = end <= n_entries and (end == n_entries or not exact)
         require(within, f"{where}: row_offsets end at {end}, but there are {n_entries} entries", ActivationError)
 
-    def _fits_shape(self) -> bool:
+    def fits_shape(self) -> bool:
+        """Whether the tensors are of the shapes and dtypes that codes of this shape have. Nothing waits."""
         acts, latents, offsets = self.top_acts, self.top_indices, self.row_offsets
         if not (acts.shape == latents.shape and acts.is_floating_point() and latents.dtype == torch.int64):
             return False

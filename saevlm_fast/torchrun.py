@@ -73,3 +73,17 @@ def first_to_end() -> bool:
         return bool(rank_store(_VOICE_SECONDS).add(_ENDED, 1) == 1)
     except (RuntimeError, KeyError, ValueError):
         return True
+
+
+_speaks: bool | None = None
+
+
+def speaks() -> bool:
+    """Whether this process tells why the work has ended: the first of a torchrun's that asks does, and any other.
+
+    Asked before the others can see that this one is gone, which is not what they should tell.
+    """
+    global _speaks
+    if _speaks is None:
+        _speaks = first_to_end()
+    return _speaks

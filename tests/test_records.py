@@ -13,7 +13,17 @@ from saevlm_fast.data.matrix import map_matrix
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.errors import ActivationError
 from saevlm_fast.inspection import inspect, summary_rows
-from saevlm_fast.records import DIGEST, FILE_NAME, TEXT, Each, Fields, read_record, whole, write_record
+from saevlm_fast.records import (
+    DIGEST,
+    FILE_NAME,
+    TEXT,
+    Each,
+    Fields,
+    check_same_settings,
+    read_record,
+    whole,
+    write_record,
+)
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.saved_state import check_checkpoint
 
@@ -155,3 +165,17 @@ def test_altered_files_end_the_commands_by_name(built, tmp_path):
         assert not (tmp_path / "run").exists()
     finally:
         shard.write_bytes(good)
+
+
+def test_every_setting_that_differs_from_a_runs_is_named(tmp_path):
+    started = {"sae": {"d_sae": 16, "k": 2, "groups": [1]}, "config": {"steps": 3, "lr": 0.1, "seed": 0}}
+    write_record(tmp_path / "run.json", started)
+    check_same_settings(tmp_path / "run.json", started)
+    changed = {"sae": started["sae"] | {"d_sae": 64, "k": 7}, "config": started["config"]}
+    with pytest.raises(ValueError, match=r"^resume: d_sae is 64, but .* with 16; also different: k \(7, not 2\)$"):
+        check_same_settings(tmp_path / "run.json", changed)
+    with pytest.raises(ValueError, match=r"^resume: k is 7, but the run was started with 2$"):
+        check_same_settings(tmp_path / "run.json", changed, free=("d_sae",))
+    all_of_them = {section: dict.fromkeys(values, "x") for section, values in started.items()}
+    with pytest.raises(ValueError, match=r"k \(x, not 2\), groups \(x, not \[1\]\), steps \(x, not 3\) and 2 more$"):
+        check_same_settings(tmp_path / "run.json", all_of_them)

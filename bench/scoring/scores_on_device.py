@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.helpers import cases
 from bench.helpers.arguments import positive
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config.sae import SAEConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder

@@ -18,7 +18,8 @@ from torch import Tensor
 from bench.helpers import cases
 from bench.helpers.arguments import positive
 from bench.training.profile_step import planted_batches
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config.training import TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps
@@ -48,11 +49,12 @@ KINDS = {
 }
 
 
-def made(kind: Kind, options: argparse.Namespace) -> Stepper:
-    """With weights of seed 0."""
+def made(kind: Kind, mean_D: Tensor, options: argparse.Namespace) -> Stepper:
+    """With weights of seed 0, and b_dec where `train` begins: else all rows soon have the same latents."""
     config = SAEConfig.sized(options.d_in, d_sae=options.d_sae, architecture=kind.architecture)  # type: ignore[arg-type]
     sae = SparseAutoencoder(config)
     sae.reset_parameters(0)
+    sae.b_dec.data.copy_(mean_D)
     train = {"steps": 1000, "batch_size": options.rows, "warmup_steps": 0, "dead_after": 10**9} | kind.train
     return Stepper(sae.to(options.device), TrainConfig(**train))
 
@@ -78,7 +80,7 @@ def _wait(device: torch.device) -> None:
 def measured(name: str, batches: list[Tensor], options: argparse.Namespace) -> list[float]:
     """Seconds of each of ROUNDS rounds. ValueError: what is wrong with the steps."""
     kind = KINDS[name]
-    stepper = made(kind, options)
+    stepper = made(kind, batches[0].mean(0), options)
     before = {key: parameter.clone() for key, parameter in stepper.parameters().items()}
     steps = CapturedSteps(stepper)
     for step in range(2 * STEPS):

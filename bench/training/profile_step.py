@@ -2,38 +2,44 @@
 
 Trains for some steps on planted concepts, so that codes are those of a run and not of random weights. Then the step
 size is set to next to nothing, because replaying a step on one batch would train on it. What is timed is the step as
-`Stepper.step` makes it, and the same captured in a CUDA graph; the kernels are those of the replayed graph.
+`Stepper.step` makes it, the same captured in a CUDA graph, and its encoder alone in one; the kernels are those of the
+replayed graphs.
 """
 
 import argparse
 import dataclasses
+import functools
 import re
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.helpers import machine
 from bench.helpers.arguments import new_file, positive
-from saevlm_fast.config import SELECTING, SAEConfig, TrainConfig
-from saevlm_fast.data.synthetic import PlantedConcepts
+from bench.helpers.planted import planted_rows
+from saevlm_fast.config.common import SELECTING
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config.training import TrainConfig
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps
+from saevlm_fast.training.gpu_step import gpu_encode
 from saevlm_fast.training.step import Stepper
 
-N_BATCHES = 8
+N_BATCHES = 64
 ROUNDS, REPLAYS, PROFILED = 20, 10, 20
 SHOWN = 40
 NO_STEP = 1e-30  # a learning rate
 
 
+@functools.cache
 def planted_batches(rows: int, d_in: int, device: str = "cuda") -> list[Tensor]:
     """Batches [B, d_in] of planted concepts, divided by the norm factor."""
-    source = PlantedConcepts(d_in, 1, n_concepts=2 * d_in, concepts_per_image=8.0)
-    x_ND = torch.from_numpy(source.sample(N_BATCHES * rows)[0]).to(device)
+    x_ND = planted_rows(N_BATCHES * rows, d_in, device)
     return list((x_ND / x_ND.square().sum(1).mean().sqrt()).split(rows))
 
 
@@ -91,50 +97,66 @@ def short_name(name: str) -> str:
     return f"{outer} ({inner[1]})"[:80] if inner else outer[:80]
 
 
-def profile(architecture: str, chip: dict[str, float], options: argparse.Namespace) -> list[dict]:
-    """Two results, eager and captured, as report.py reads them."""
+def trained(architecture: Any, options: argparse.Namespace) -> tuple[CapturedSteps, Tensor]:
+    """Steps that move nothing any more, and a batch where graphs read it."""
     config = TrainConfig(steps=options.steps, dead_after=10**9, threshold_start=0)
     sae = SparseAutoencoder(SAEConfig.sized(options.d_in, d_sae=options.d_sae, k=options.k, architecture=architecture))
     sae.reset_parameters(0)
     batches = planted_batches(options.rows, options.d_in)
     sae.b_dec.data.copy_(batches[0].mean(0))
-    stepper = Stepper(sae.to("cuda"), config)
-    steps = CapturedSteps(stepper)
+    steps = CapturedSteps(Stepper(sae.to("cuda"), config))
     for step in range(options.steps):
         steps.step(batches[step % N_BATCHES])
-    stepper.config = dataclasses.replace(config, lr=NO_STEP)
+    steps.stepper.config = dataclasses.replace(config, lr=NO_STEP)
     x_BD = steps.input(options.rows)
-    ways = {"captured": lambda: steps.step(x_BD), "eager": lambda: stepper.step(x_BD)}
-    found, n_eager = kernels(ways["captured"]), steps.n_eager
-    timed = {name: median_seconds(way) for name, way in ways.items()}
+    assert x_BD is not None, "steps on a GPU are captured"
+    return steps, x_BD
+
+
+def captured_encoder(stepper: Stepper, x_BD: Tensor) -> Callable[[], None]:
+    """The encoder of a step, with the low copy of W_enc that the last update has left."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        gpu_encode(stepper.sae, x_BD, stepper.low)
+    return graph.replay
+
+
+def profile(architecture: str, chip: dict[str, float], options: argparse.Namespace) -> list[dict]:
+    """Three results, as report.py reads them: the step captured and eager, and its encoder captured."""
+    steps, x_BD = trained(architecture, options)
+    ways = {
+        ("training step", "captured"): lambda: steps.step(x_BD),
+        ("encode", "captured"): captured_encoder(steps.stepper, x_BD),
+    }
+    found = {way: kernels(call) for way, call in ways.items()}
+    n_eager, results = steps.n_eager, []
+    for (work, impl), call in (ways | {("training step", "eager"): lambda: steps.stepper.step(x_BD)}).items():
+        info = {"operation": f"{architecture} {work}", "impl": impl} | chip
+        results.append(result(info, median_seconds(call), found.get((work, impl)), options))
     assert steps.n_eager == n_eager, "what is timed as captured was eager"
-    results = [result(architecture, impl, seconds, found, options) for impl, seconds in timed.items()]
-    for each in results:
-        each["extra_info"] |= chip
     return results
 
 
-def result(architecture: str, impl: str, seconds: list[float], found: list[dict], options: argparse.Namespace) -> dict:
+def result(info: dict, seconds: list[float], found: list[dict] | None, options: argparse.Namespace) -> dict:
     """One line of the JSON, with pytest-benchmark's keys."""
-    operation, case = f"{architecture} training step", f"d_sae {options.d_sae}"
     shape = {"B": options.rows, "d_in": options.d_in, "d_sae": options.d_sae, "k": options.k}
-    info = {"operation": operation, "case": case, "impl": impl, "dtype": "float32", "shape": shape}
-    if impl == "captured":
+    info = {"case": f"d_sae {options.d_sae}", "dtype": "float32", "shape": shape} | info
+    if found is not None:
         info |= {"kernels": found, "kernels_us": sum(each["us"] for each in found)}
     return {
-        "name": f"{operation}[{case}-{impl}]",
+        "name": f"{info['operation']}[{info['case']}-{info['impl']}]",
         "stats": {"median": statistics.median(seconds), "rounds": len(seconds), "data": seconds},
         "extra_info": info | machine.describe("cuda"),
     }
 
 
-def progress(captured: dict, eager: dict) -> str:
-    """Both times, and the longest kernels."""
-    milliseconds = [1e3 * each["stats"]["median"] for each in (captured, eager)]
+def progress(captured: dict, encode: dict, eager: dict) -> str:
+    """The times, and the longest kernels of the step."""
+    step_ms, eager_ms, encode_ms = (1e3 * each["stats"]["median"] for each in (captured, eager, encode))
     info = captured["extra_info"]
     launches = sum(each["launches"] for each in info["kernels"])
     lines = [
-        f"{captured['name']}: {milliseconds[0]:.3f} ms, eager {milliseconds[1]:.3f} ms; "
+        f"{captured['name']}: {step_ms:.3f} ms, eager {eager_ms:.3f} ms, its encoder alone {encode_ms:.3f} ms; "
         f"{launches:.0f} kernels, {info['kernels_us']:.0f} us in all"
     ]
     lines += [f"{each['us']:8.1f} us {each['launches']:5.1f} x  {each['kernel']}" for each in info["kernels"][:SHOWN]]
@@ -158,7 +180,7 @@ def main() -> None:
     for architecture in options.architectures:
         results += profile(architecture, chip, options)
         write_json_atomic(options.output, {"benchmarks": results})
-        print(progress(*results[-2:]), flush=True)
+        print(progress(*results[-3:]), flush=True)
         torch.cuda.empty_cache()
 
 

@@ -5,6 +5,8 @@ and says how much of the time is the step, and how much waiting for data, logs, 
 --page-cache BYTES stands for a store larger than memory: the file is dropped from the page cache before training and
 whenever that much of it has been read since. Reading alone is then timed too.
 Memory that is not page cache is noted along the way. GOMP_SPINCOUNT=1000 in the environment is what `saevlm-fast` sets.
+Latents that die cost a step its auxiliary loss, and how many do is the data's doing: their number is noted too, and
+--distinct-rows decides after how many rows the data repeat themselves. With --dead-after out of reach nothing is dead.
 On a GPU the step's time is the device's own, from the start of each to its end: where steps are launched kernel by
 kernel that is also what the launches take.
 """
@@ -17,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +32,8 @@ import torch
 from bench.helpers import machine
 from bench.helpers.arguments import directory, new_file, not_negative, positive
 from bench.helpers.clocks import Spans, clocks
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config.training import TrainConfig
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
@@ -40,9 +44,10 @@ from saevlm_fast.training import run as train_module
 from saevlm_fast.training import state as state_module
 from saevlm_fast.training.capture import CapturedSteps
 
-POOL_ROWS = 8192
+BLOCK_ROWS = 8192  # made at a time
 # What a run does, by the function that does it; waiting for batches is what is left of the loop.
 PARTS = {
+    "set-up": (state_module.TrainingState, "__init__"),
     "start": (checkpoints_module.RunDirectory, "begin"),
     "loop": (train_module, "take_steps"),
     "step": (CapturedSteps, "step"),
@@ -50,6 +55,7 @@ PARTS = {
     "metrics": (train_module, "batch_metrics"),
     "checkpoint": (checkpoints_module.RunDirectory, "checkpoint"),
     "export": (state_module.TrainingState, "export"),
+    "save": (checkpoints_module.RunDirectory, "save"),
     "evaluation": (train_module, "evaluate"),
 }
 
@@ -108,13 +114,38 @@ def seconds_without(paused: list[tuple[float, float]], start: float, end: float)
     return end - start - sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in paused)
 
 
-def write_rows(path: Path, n_rows: int, d_in: int, dtype: str) -> None:
-    """A .npy of planted concepts; rows repeat after POOL_ROWS, since making more would take longer than the run."""
-    pool_ND = PlantedConcepts(d_in, 1, n_concepts=2 * d_in, concepts_per_image=8.0).sample(min(POOL_ROWS, n_rows))[0]
-    rows_ND = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (n_rows, d_in))
-    for start in range(0, n_rows, len(pool_ND)):
-        rows_ND[start : start + len(pool_ND)] = pool_ND[: n_rows - start]
+def write_rows(path: Path, source: PlantedConcepts, n_rows: int, n_distinct: int, dtype: str) -> None:
+    """A .npy of planted concepts, of which the first n_distinct rows come again and again."""
+    rows_ND = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (n_rows, source.directions_CD.shape[1]))
+    n_distinct = min(n_distinct, n_rows)
+
+    def make(block: int) -> None:
+        start = block * BLOCK_ROWS
+        made_BD = source.block(block, min(BLOCK_ROWS, n_distinct - start))[0]
+        for place in range(start, n_rows, n_distinct):
+            rows_ND[place : place + len(made_BD)] = made_BD[: n_rows - place]
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(make, range(-(-n_distinct // BLOCK_ROWS))))
     rows_ND.flush()
+
+
+@contextmanager
+def remembered_steps() -> Iterator[list[CapturedSteps]]:
+    """What takes the steps of runs that begin meanwhile."""
+    made: list[CapturedSteps] = []
+
+    def make(*args: Any) -> CapturedSteps:
+        made.append(CapturedSteps(*args))
+        return made[-1]
+
+    with mock.patch.object(train_module, "CapturedSteps", make):
+        yield made
+
+
+def step_counts(steps: CapturedSteps) -> dict[str, int]:
+    """What a GPU's steps are like: length of the list of dead latents, graphs made and eager steps so far."""
+    return {"listed": steps.stepper.n_listed, "graphs": steps.n_captured, "eager": steps.n_eager}
 
 
 @contextmanager
@@ -176,32 +207,40 @@ def bytes_read() -> int:
 def run(options: argparse.Namespace, directory: Path) -> dict:
     path = directory / "activations.npy"
     # The start reads norm_batches batches whatever the number of steps: in a short run fewer, as of a long one.
-    config = TrainConfig(steps=options.steps, batch_size=options.batch_size, norm_batches=max(1, options.steps // 100))
+    config = TrainConfig(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        norm_batches=max(1, options.steps // 100),
+        dead_after=options.dead_after,
+    )
     sae_config = SAEConfig.sized(options.d_in, d_sae=options.d_sae, k=options.k, architecture=options.architecture)
     where = {"device": options.device, "data_on": options.data_on, "capture": options.capture}
     run_options = train_module.RunOptions(directory / "run", checkpoint_every=options.checkpoint_every, **where)
-    write_rows(path, options.n_rows, options.d_in, options.rows_dtype)
+    source = PlantedConcepts(options.d_in, 1, options.concepts or 2 * options.d_in, options.concepts_per_row)
+    write_rows(path, source, options.n_rows, options.distinct_rows or options.n_rows, options.rows_dtype)
     activations = open_activations(path)
     held_out = activations if options.evaluate_all else _first_rows(path, directory)
     first = _warm_up(activations, sae_config, config, where, directory)
     order = partial(ShuffledRows, exact_bytes=options.exact_bytes)
     with small_page_cache(path, options.page_cache):
         reading = rows_read_per_second(activations, order(activations, config.batch_size), min(options.steps, 100))
-    memory: dict[int, int] = {}
+    memory, counts = dict[int, int](), dict[int, dict[str, int]]()
     note_every = max(1, options.steps // 20)
 
     def on_step(step: int) -> None:
         if step % note_every == 0:
             memory[step] = status_bytes("RssAnon")
+            counts[step] = step_counts(taken[-1])
 
     with (
         small_page_cache(path, options.page_cache),
         mock.patch.object(state_module, "ShuffledRows", order),
+        remembered_steps() as taken,
         clocks_there(options.device) as spans,
         pauses() as paused,
     ):
         read_before, start = bytes_read(), time.perf_counter()
-        logged: list[dict[str, float]] = []
+        logged: dict[int, dict[str, float]] = {}
         train_module.train(
             activations,
             sae_config,
@@ -209,7 +248,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
             run_options,
             validation=held_out,
             on_step=on_step,
-            on_log=lambda step, metrics: logged.append(metrics),
+            on_log=logged.__setitem__,
         )
         end = time.perf_counter()
         time.sleep(0.1)  # for the watcher of pauses
@@ -231,7 +270,10 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
         "step_share_of_loop": seconds["step"] / seconds["loop"],
         "step_share_of_run": seconds["step"] / total,
         "steps_per_second": options.steps / seconds["loop"],
-        "eager_share": logged[-1].get("details/eager_share", 1.0),
+        "eager_share": logged[options.steps].get("details/eager_share", 1.0),
+        "dead_latents": {step: logged[step]["sparsity/dead_features"] for step in _spread(list(logged))},
+        "explained_variance": logged[options.steps]["metrics/explained_variance"],
+        "steps_at_step": counts,
         "file_bytes": path.stat().st_size,
         "bytes_of_the_rows": n_rows * activations.row_bytes,
         "bytes_read_from_disk": bytes_read() - read_before,
@@ -239,6 +281,11 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
         "calls": calls,
         "anonymous_bytes_at_step": memory,
     }  # fmt: skip
+
+
+def _spread(steps: list[int], most: int = 20) -> list[int]:
+    """The last of them, and others at even distances before."""
+    return steps[:: -max(1, len(steps) // most)][::-1]
 
 
 def _warm_up(
@@ -263,6 +310,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=new_file, required=True)
     parser.add_argument("--directory", type=directory, help="where the matrix file and the run go for the time being")
     parser.add_argument("--n-rows", type=positive, default=100_000, help="of the matrix file")
+    parser.add_argument("--distinct-rows", type=positive, help="of these, the first ones; all by default")
+    parser.add_argument("--concepts", type=positive, help="that rows are made of; twice their width by default")
+    parser.add_argument("--concepts-per-row", type=float, default=8.0, help="mean number")
     parser.add_argument("--d-in", type=positive, default=256)
     parser.add_argument("--d-sae", type=positive, default=4096)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -273,6 +323,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--architecture", choices=["topk", "batch_topk", "matryoshka"], default="batch_topk")
     parser.add_argument("--batch-size", type=positive, default=1024)
     parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--dead-after", type=positive, default=TrainConfig().dead_after, help="rows without firing")
     parser.add_argument("--checkpoint-every", type=positive, help="steps; by default train decides")
     parser.add_argument("--page-cache", type=positive, help="bytes of the file that it may hold")
     parser.add_argument(
@@ -302,6 +353,9 @@ def show(measured: dict[str, Any]) -> None:
         print(f"{name:12s} {value:9.2f} s {share:6.1f} % {measured['calls'].get(name, ''):>6}")
     print(f"{measured['steps_per_second']:.1f} steps/s, {measured['eager_share']:.1%} of them eager; ", end="")
     print(f"a first short run took {measured['seconds_of_a_first_run']:.1f} s")
+    dead = {step: f"{n_dead:.0f}" for step, n_dead in measured["dead_latents"].items()}
+    print(f"dead latents: {dead}, explained variance {measured['explained_variance']:.4f}")
+    print("steps:", measured["steps_at_step"])
     print(f"step: {measured['step_share_of_loop']:.3f} of the loop, {measured['step_share_of_run']:.3f} of the run")
     print(f"read from the disk: {measured['bytes_read_from_disk'] / 1e9:.2f} GB of {measured['file_bytes'] / 1e9:.2f}")
     print("rows/s:", {name: round(value) for name, value in measured["rows_per_second"].items()})

@@ -11,7 +11,9 @@ from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figure
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
-from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings, RunOptions
+from saevlm_fast.config.common import DEVICE_HELP, SELECTING
+from saevlm_fast.config.harvesting import HarvestOptions, HarvestSettings
+from saevlm_fast.config.training import RunOptions
 from saevlm_fast.errors import require
 from saevlm_fast.settings import integers, same_as, setting, texts
 from saevlm_fast.urls import redacted_text

@@ -178,7 +178,11 @@ def _option_of(message: str, options: Any) -> str | None:
         for given in value if isinstance(value, tuple) else (value,):
             text = str(given)
             is_place = isinstance(given, Path) or (isinstance(given, str) and re.search(r"[:/.]", text) is not None)
-            begins = (f"{text}:", f"{text}/", f"{text} ", f"{text!r}:", f"{text!r} ")
+            begins: tuple[str, ...] = (f"{text}:", f"{text}/", f"{text!r}:")
+            if is_place:
+                begins += f"{text} ", f"{text!r} "
+            else:  # a folder's name may be any word; a sentence may begin with any word as well
+                is_place = isinstance(given, str) and given not in ("", default_of(type(options), field))
             if is_place and text not in known and message.startswith(begins):
                 found[name] = max(len(text), found.get(name, 0))
     return max(found, key=lambda name: found[name], default=None)

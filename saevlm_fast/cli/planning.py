@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from saevlm_fast.config import SAEConfig, TrainConfig
+    from saevlm_fast.config.sae import SAEConfig
+    from saevlm_fast.config.training import TrainConfig
 
 _TIMED_STEPS = 2
 _CHEAP_STEP = 1e13  # multiplications of a step, above which it is not timed on a CPU
@@ -96,7 +97,7 @@ def _seconds_a_step(sae_config: "SAEConfig", config: "TrainConfig", batch_size: 
     from saevlm_fast.training.capture import CapturedSteps
     from saevlm_fast.training.step import Stepper
 
-    sae = SparseAutoencoder(sae_config, device=device)
+    sae = SparseAutoencoder(sae_config, device=device, random=False)
     sae.reset_parameters(config.seed)
     stepper = CapturedSteps(Stepper(sae, config))
     x_BD = torch.randn(batch_size, sae_config.d_in, device=device)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from saevlm_fast.cli.terminal import err, out
-from saevlm_fast.config import RunOptions, SAEConfig
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config.training import RunOptions
 from saevlm_fast.errors import require
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def speaks() -> bool:
     """Whether this process says why the work has ended: of torchrun's the first one does."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
-    from saevlm_fast.training.process_group import speaks as first_to_end
+    from saevlm_fast.torchrun import speaks as speaks_of_all
 
-    return first_to_end()
+    return speaks_of_all()
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
-from saevlm_fast.config import DEVICE_HELP, SteerabilityConfig
+from saevlm_fast.config.common import DEVICE_HELP
+from saevlm_fast.config.steering import SteerabilityConfig
 from saevlm_fast.errors import goes_on, renamed, require
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.look.chosen import check_latents
@@ -95,13 +96,15 @@ class Inputs:
 
 
 def check(options: SteerabilityArguments) -> None:
-    """ValueError: the output may not be written, or is there."""
-    from saevlm_fast.outputs import check_absent
+    """ValueError: the output may not be written, or is there and whole."""
+    from saevlm_fast.clip_steering.run import progress_of
+    from saevlm_fast.outputs import check_absent, half_written
     from saevlm_fast.scoring.tables import check_scores_path
 
     check_writable(options.output)
     check_scores_path(options.output)
-    check_absent(options.files, options.force)
+    unfinished = half_written(progress_of(options.output), settings_path(options.output))
+    check_absent(options.files, options.force or unfinished)
 
 
 def open_inputs(options: SteerabilityArguments) -> Inputs:
@@ -217,6 +220,7 @@ def _steerability(options: SteerabilityArguments) -> "tuple[list[Steerable], int
     from saevlm_fast.clip_steering.stream import opened_stream
     from saevlm_fast.files import remove_leftovers
     from saevlm_fast.measures.parts import Parts
+    from saevlm_fast.outputs import begin_writing
     from saevlm_fast.runtime import interruptible
     from saevlm_fast.scoring.tables import write_table
 
@@ -237,6 +241,7 @@ def _steerability(options: SteerabilityArguments) -> "tuple[list[Steerable], int
                 found.append(asking.measure(units, reference, chosen, parts, bar.update, interrupted, subject))
     metadata = {"sae": ",".join(map(str, options.sae)), "model": options.model, "layer": str(options.layer)}
     metadata |= {name: str(value) for name, value in vars(config).items()}
+    begin_writing(progress)
     write_table(_latents_table(options, found).replace_schema_metadata(metadata), options.output)
     if options.neurons:
         write_table(found[-1].table.replace_schema_metadata(metadata), options.neurons_output)

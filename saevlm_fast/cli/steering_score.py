@@ -9,7 +9,7 @@ from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.record import Record, check_recorded, settings_path
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
-from saevlm_fast.config import ScoreConfig, ScoreRun
+from saevlm_fast.config.steering import ScoreConfig, ScoreRun
 from saevlm_fast.errors import require
 from saevlm_fast.settings import integer, integers, same_as, setting
 
@@ -208,7 +208,10 @@ def _print_scores(scores: "SteeringScores") -> None:
     empty = scores.empty_answers()
     print_table(
         ("condition", "mean +- std", "empty answers"),
-        ((name, f"{mean:.4f} +- {std:.4f}", f"{empty[name]:.1%}") for name, (mean, std) in scores.summary().items()),
+        (
+            (name, f"{mean:.4f}" + (f" +- {std:.4f}" if n > 1 else ""), f"{empty[name]:.1%}")
+            for name, (mean, std) in scores.summary().items()
+        ),
     )
 
 

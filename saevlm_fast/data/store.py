@@ -33,7 +33,7 @@ from torch import Tensor
 from saevlm_fast.data.digests import check_digest
 from saevlm_fast.data.matrix import SAFETENSORS_DTYPES, dtype_names, safetensors_header
 from saevlm_fast.data.parquet import read_small_table
-from saevlm_fast.errors import ActivationError, first_line, require
+from saevlm_fast.errors import ActivationError, first_line, printable, require
 from saevlm_fast.files import atomic_write, sha256_file
 from saevlm_fast.records import (
     DIGEST,
@@ -138,9 +138,22 @@ def read_index(path: str | os.PathLike[str]) -> StoreIndex:
     Raises:
         ActivationError: there is none, or it is damaged.
     """
-    there = (Path(path) / "index.json").is_file()
-    require(there, f"{path}: no index.json in it: not a store of activations or codes", ActivationError)
-    return read_index_file(Path(path) / "index.json")
+    folder = Path(path)
+    if not (folder / "index.json").is_file():
+        named = _meant(folder)
+        hint = f"; name what is meant of {', '.join(named[:4])} in it" if named else ""
+        raise ActivationError(f"{path}: no index.json in it: not a store of activations or codes{hint}")
+    return read_index_file(folder / "index.json")
+
+
+def _meant(folder: Path) -> list[str]:
+    """Stores and matrix files of a folder that is no store itself, as `harvest` and `synthetic` leave them."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return []
+    meant = [each for each in inside if (each / "index.json").is_file() or each.suffix in (".npy", ".pt")]
+    return [printable(each.name) for each in meant]
 
 
 def read_index_file(file: Path) -> StoreIndex:

@@ -15,7 +15,6 @@ from typing import Any
 
 from saevlm_fast import __version__
 from saevlm_fast.doctor.words import said
-from saevlm_fast.errors import Interrupted
 
 TOWER_LIBRARIES = {"transformers": "hf:", "open_clip": "open_clip:", "timm": "timm:"}  # and what they load
 _EXTRAS = ("datasets", "remote", "watch")
@@ -34,8 +33,6 @@ def facts(on_fact: Callable[[str], None] = lambda name: None) -> dict[str, dict[
         on_fact(name)
         try:
             found[name] = look()
-        except Interrupted:
-            raise
         except Exception as error:  # whatever is broken is what this is for
             found[name] = {"error": said(error)}
     return found

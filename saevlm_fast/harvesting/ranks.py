@@ -7,7 +7,7 @@ one that has left none within the timeout ends those that wait for it.
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from saevlm_fast.errors import Interrupted, first_line
-from saevlm_fast.torchrun import meet, rank_store, world_size
+from saevlm_fast.torchrun import meet, rank_store, speaks, world_size
 
 _SIGN_SECONDS = 1.0  # between two signs of a rank
 _POLL_SECONDS = 0.05
@@ -30,7 +30,13 @@ class Signs:
         self.store, self.timeout = store, timeout
         self._keys = [f"saevlm_fast/signs/{each}" for each in range(world)]
         self._own, self._left = self._keys[rank], 0.0
+        self._work: Any = None
         self.leave()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a collective goes on that this rank has ceased to wait for."""
+        return self._work is not None and not self._work.is_completed()
 
     def leave(self) -> None:
         """One a second at most."""
@@ -41,6 +47,7 @@ class Signs:
 
     def wait(self, work: Any, stop_if: Callable[[], None]) -> None:
         """For the end of a collective. Interrupted: a rank has left no sign for as long as the timeout."""
+        self._work = work
         seen: list[Any] = [None] * len(self._keys)
         since, looked = [0.0] * len(seen), 0.0
         while not work.is_completed():
@@ -130,8 +137,15 @@ def torchrun_ranks(timeout: float) -> Iterator[Ranks]:
         rank, group = dist.get_rank(), dist.new_group(timeout=_EVER)
         signs = Signs(rank_store(timeout), rank, world, timeout)
         ranks = Ranks(rank, world, local_rank, max(1, local_world), signs, group)
-    yield ranks
-    dist.destroy_process_group()  # not after an error: it would wait for a collective that nobody answers
+    try:
+        yield ranks
+    except BaseException:
+        speaks()
+        raise
+    finally:
+        if not signs.waits:  # or this would wait for a collective that nobody answers
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ ZIP, Arrow ...) is read as the Hub itself has converted it to parquet, where it 
 import re
 from typing import Any, NamedTuple
 
-from saevlm_fast.errors import Interrupted, require
+from saevlm_fast.errors import require
 from saevlm_fast.images.remote import open_files, unpinned_note
 from saevlm_fast.images.sources import ImageSource, is_image
 from saevlm_fast.remote.answers import NotThere
@@ -72,8 +72,6 @@ def _files(text: str, wanted: _Wanted, commit: str) -> tuple[str, dict[str, list
         files = {
             str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()
         }
-    except Interrupted:
-        raise
     except Exception as error:  # of datasets, huggingface_hub, the network: of any kind
         raise ValueError(
             f"images: {text}: datasets says: {redacted_text(' '.join(str(error).split()))[:400]}"

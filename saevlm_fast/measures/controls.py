@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config.sae import SAEConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.subjects import Centroids, Model, Subject
 from saevlm_fast.peers import Peers, shared_chunks, summed
@@ -108,7 +108,7 @@ def untrained(wanted: Wanted, seed: int, activations: Activations, moments: Mome
     architecture = "topk" if not wanted.has_threshold else "matryoshka" if len(wanted.group_sizes) > 1 else "batch_topk"
     sizes = wanted.group_sizes if len(wanted.group_sizes) > 1 else ()
     config = SAEConfig(activations.d, wanted.d_sae, wanted.k(wanted.d_sae), architecture, sizes)  # type: ignore[arg-type]
-    sae = SparseAutoencoder(config)
+    sae = SparseAutoencoder(config, random=False)
     sae.reset_parameters(seed)
     with torch.no_grad():
         sae.b_dec.copy_(moments.mean_D)

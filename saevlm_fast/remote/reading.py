@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from saevlm_fast import __version__
-from saevlm_fast.errors import Interrupted, first_line
+from saevlm_fast.errors import first_line
 from saevlm_fast.remote.answers import MAY_RECOVER, TIMEOUT, Found, NotThere, Recoverable, RemoteError, check_range
 from saevlm_fast.remote.hub import hub_found, hub_listed, hub_range, is_hub, pinned
 from saevlm_fast.urls import redacted, redacted_text
@@ -345,8 +345,6 @@ def _of_library(url: str, call: Callable[[], T]) -> T:
     """What a library returns; its errors, of whatever kinds, as ours."""
     try:
         return call()
-    except Interrupted:
-        raise
     except FileNotFoundError:
         raise NotThere(f"{redacted(url)}: nothing is there") from None
     except PermissionError as error:

@@ -1,8 +1,8 @@
 """Raw neurons on a GPU: a chunk is checked and its sums are made before the device is waited for, once.
 
-Everything is launched as if the chunk were good: the range of its activations, and the sums of its first block by the
-closed form. Then one copy tells the host what is wrong, which is refused before anything was added, and which neurons
-one image dominates, whose pairs are made again block by block. The chunk's kernels: kernels/dense_score_triton.py.
+Everything is launched at once: the range of its activations, and the sums of its first block by the closed form, which
+are added unless something is wrong. Then one copy tells the host what is wrong, which is refused, and which neurons one
+image dominates, whose pairs are made block by block. The chunk's kernels: kernels/dense_score_triton.py.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saevlm_fast.kernels.dense_score_triton import Units, launch_range, launch_units, n_fault_rows
-from saevlm_fast.kernels.pairwise_float64_triton import launch_inner_products
+from saevlm_fast.kernels.dense_score_triton import (
+    Block,
+    Chunk,
+    NewRange,
+    launch_add,
+    launch_prepared,
+    launch_range,
+    n_fault_rows,
+)
 from saevlm_fast.kernels.pairwise_similarity import inner_product_blocks
 from saevlm_fast.scoring.refusals import refuse_activations, refuse_embeddings
 from saevlm_fast.scoring.sums import DenseRange, Embeddings, HalvedSums, Pairs, ShiftedSums
@@ -37,31 +44,19 @@ class _Told:
         return packed[:n_bytes].view(np.float64).reshape(-1, 3), packed[n_bytes:].view(np.bool_)
 
 
-class _Block(NamedTuple):
-    """Sums of a block of images, which nobody has yet."""
-
-    wide_nK: Tensor
-    units: Units
-    sums_KE: Tensor
-    added_4K: Tensor
-
-    def add_to(self, sums: ShiftedSums, dominated_K: NDArray[np.bool_]) -> None:
-        if dominated_K.any():
-            some = torch.from_numpy(dominated_K.nonzero()[0]).to(self.wide_nK.device)
-            self.added_4K[3, some] = inner_product_blocks(self.wide_nK[:, some], self.units.unit_nE)
-        sums.add_launched(self.sums_KE, self.added_4K, self.units)
-
-
 def add_on_gpu(
     seen: DenseRange, pairs: Pairs, acts_nK: Tensor, images: Embeddings, similarity: str | None, first_image: int
 ) -> None:
     """What DenseIntake.add does with n >= 1 images, errors too; embeddings are checked if there is a similarity."""
     told = _Told(acts_nK.shape[1], acts_nK.device)
-    before = seen.low_S, seen.high_S, seen.n_active_S, seen.n_low_S
-    reals_3K, counts_2K = launch_range(acts_nK, images.sqnorm_n, before, seen.n_images, told.faults)
-    low_K, high_K, drop_K = reals_3K
     shares = _shares(pairs, len(acts_nK))
-    block = _block(*shares[0], acts_nK, low_K, images, told.dominated_K) if shares else None
+    chunk = launch_range(acts_nK, images.sqnorm_n)
+    work = _Work(chunk, images.emb_nE, told, (seen.low_S, seen.high_S, seen.n_active_S, seen.n_low_S), seen.n_images)
+    (reals_3K, counts_2K), block = work.prepared(shares[0] if shares else None, told.faults)
+    low_K, high_K, drop_K = reals_3K
+    if shares:
+        pairs.lower(drop_K, told.faults)
+        work.add(shares[0][0], block)
     faults, dominated_K = told.read()
     least, unfit, bad = faults[:, 0].min(), faults[:, 1].sum(), faults[:, 2].sum()
     if similarity is not None:
@@ -69,15 +64,44 @@ def add_on_gpu(
     if bad > 0:
         refuse_activations(acts_nK, first_image)
     seen.replace(low_K, high_K, counts_2K, seen.n_images + len(acts_nK))
-    pairs.lower(drop_K)
-    if block is None:
+    if not shares:
+        pairs.lower(drop_K)
         pairs.add_dense(acts_nK, low_K, images)
         return
-    block.add_to(shares[0][0], dominated_K)
-    for sums, rows in shares[1:]:
+    _end(shares[0][0], block, dominated_K)
+    for share in shares[1:]:
         del block  # no two of them are held
-        block = _block(sums, rows, acts_nK, low_K, images, told.dominated_K)
-        block.add_to(sums, told.read()[1])
+        block = work.prepared(share, None)[1]
+        work.add(share[0], block)
+        _end(share[0], block, told.read()[1])
+
+
+class _Work(NamedTuple):
+    """A chunk, its embeddings, what the host will be told, and the range of the images before."""
+
+    chunk: Chunk
+    emb_nE: Tensor
+    told: _Told
+    before: tuple[Tensor, Tensor, Tensor, Tensor]
+    n_before: int
+
+    def prepared(self, share: tuple[ShiftedSums, slice] | None, faults: Tensor | None) -> tuple[NewRange, Block]:
+        sums, rows = share or (None, None)
+        cosine = sums is not None and sums.similarity == "cosine"
+        return launch_prepared(self.chunk, self.before, self.n_before, faults, rows, self.emb_nE, cosine)
+
+    def add(self, sums: ShiftedSums, block: Block) -> None:
+        added_KE = block.wide_bK.T @ block.unit_bE
+        cosine = sums.similarity == "cosine"
+        launch_add(sums.launched(), block, added_KE, self.told.faults, self.told.dominated_K, cosine)
+
+
+def _end(sums: ShiftedSums, block: Block, dominated_K: NDArray[np.bool_]) -> None:
+    """What the launches did not add: the number of images, and dominated neurons' pairs within the block."""
+    sums.n_images += len(block.unit_bE)
+    if dominated_K.any():
+        some = torch.from_numpy(dominated_K.nonzero()[0]).to(block.wide_bK.device)
+        sums.state.num_S[some] += inner_product_blocks(block.wide_bK[:, some], block.unit_bE)
 
 
 def _shares(pairs: Pairs, n_images: int) -> list[tuple[ShiftedSums, slice]]:
@@ -93,11 +117,3 @@ def _shares(pairs: Pairs, n_images: int) -> list[tuple[ShiftedSums, slice]]:
         for sums, rows in halves
         for start in range(rows.start, n_images, _BLOCK_ROWS * rows.step)
     ]
-
-
-def _block(
-    sums: ShiftedSums, rows: slice, acts_nK: Tensor, low_K: Tensor, images: Embeddings, dominated_K: Tensor
-) -> _Block:
-    units = launch_units(images.emb_nE[rows], images.sqnorm_n[rows], sums.similarity == "cosine")
-    found = launch_inner_products(acts_nK[rows], units.unit_nE, units.square_n, low_K, dominated_K)
-    return _Block(found[0], units, *found[1:3])

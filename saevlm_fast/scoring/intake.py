@@ -1,5 +1,7 @@
 """Images on their way into the sums of the Monosemanticity Score: checked, and gathered where that is worth it."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -45,13 +47,23 @@ def checked_embeddings(
     return images
 
 
+class _Checked(NamedTuple):
+    """A chunk whose codes are sound. n_entries: of its rows, where the host knows; clean: no activation is 0."""
+
+    codes: SparseCodes
+    images: Embeddings
+    n_entries: int | None = None
+    clean: bool = False
+
+
 class CodesIntake:
     """Sparse codes, gathered until block_rows images wait: a pass over the sums is then small beside what is added."""
 
     def __init__(self, n_latents: int, block_rows: int, pairs: Pairs, similarity: str | None = None) -> None:
         self.n_latents, self.block_rows, self.pairs, self.similarity = n_latents, block_rows, pairs, similarity
         self.range = CodesRange(n_latents, pairs.device)
-        self._pending: list[tuple[SparseCodes, Embeddings]] = []
+        self._pending: list[_Checked] = []
+        self._n_pending = 0
 
     def add(self, activations: SparseCodes | Tensor, images: Embeddings, first_image: int) -> None:
         """Codes of the next images, the first of which is number first_image.
@@ -60,27 +72,47 @@ class CodesIntake:
             ValueError: no codes, codes of another number of latents, and what SparseCodes.check refuses; with a
                 similarity what check_embeddings does.
         """
-        if self.similarity is not None:
-            check_embeddings(images, self.similarity, first_image)
         if not isinstance(activations, SparseCodes):
             raise ValueError(_ONE_KIND)
         d_sae = activations.d_sae
         require(d_sae == self.n_latents, f"codes: of {d_sae} latents, not {self.n_latents}")
         codes = activations._replace(top_acts=activations.top_acts.detach()).to(self.pairs.device)
-        codes.check("codes", first_image)
-        self._pending.append((codes, images))
-        if sum(codes.n_rows for codes, _ in self._pending) >= self.block_rows:
+        self._pending.append(self._checked(codes, images, first_image))
+        self._n_pending += codes.n_rows
+        if self._n_pending >= self.block_rows:
             self.flush()
+
+    def _checked(self, codes: SparseCodes, images: Embeddings, first_image: int) -> _Checked:
+        """A GPU is waited for once, unless something is wrong."""
+        if not on_gpu(images.sqnorm_n) or not codes.fits_shape():
+            if self.similarity is not None:
+                check_embeddings(images, self.similarity, first_image)
+            codes.check("codes", first_image)
+            return _Checked(codes, images)
+        from saevlm_fast.kernels.code_faults_triton import code_faults
+
+        with torch.cuda.device_of(images.sqnorm_n):  # Triton launches on the current device
+            found = code_faults(*codes.flat(), images.sqnorm_n, self.n_latents)
+        if self.similarity is not None:
+            refuse_embeddings(images, self.similarity, first_image, found.zero > 0, found.unfit > 0)
+        if found.wrong > 0:
+            codes.check("codes", first_image)
+        return _Checked(codes, images, found.n_entries, found.silent == 0)
 
     def flush(self) -> None:
         """Adds what waits to the sums."""
-        pending, self._pending = self._pending, []
-        codes = SparseCodes.join([codes for codes, _ in pending], self.n_latents).compact()
+        pending, self._pending, self._n_pending = self._pending, [], 0
+        ends = [each.n_entries for each in pending if each.n_entries is not None]
+        codes = SparseCodes.join(
+            [each.codes for each in pending], self.n_latents, ends if len(ends) == len(pending) else None
+        )
+        if not all(each.clean for each in pending):
+            codes = codes.compact()
         if codes.n_rows == 0 or codes.d_sae == 0:
             return
         grouped = codes.to(dtype=torch.float64).by_latent()
         self.pairs.lower(self.range.observe(grouped, codes.n_rows))
-        self.pairs.add_codes(codes, grouped, self.range.low_S, [images for _, images in pending])
+        self.pairs.add_codes(codes, grouped, self.range.low_S, [each.images for each in pending])
 
 
 class DenseIntake:

@@ -215,29 +215,31 @@ class StreamedScore:
 
     def result(self) -> MonosemanticityScores:
         """Scores of the images so far; more may follow."""
-        num_S, den_S, low_S, high_S, n_active_S, n_above_S = self._of_every_latent().cpu()
-        status_S = status_of(low_S, high_S, n_above_S)
+        seen, numbers_6S = self._of_every_latent()
+        numbers_6S = numbers_6S.cpu()
+        (num_S, den_S, low_S, high_S), (n_active_S, n_low_S) = numbers_6S[:4].view(torch.float64), numbers_6S[4:]
+        status_S = status_of(low_S, high_S, seen.above(low_S, n_active_S, n_low_S))
         return MonosemanticityScores(
             ms=(num_S / den_S).masked_fill_(status_S != STATUSES.index("defined"), float("nan")),
             status=status_S,
-            n_active=n_active_S.to(torch.int64),
+            n_active=n_active_S.clone(),
             max_activation=high_S.clone(),
             n_images=self.n_images,
             similarity=self.similarity,
         )
 
-    def _of_every_latent(self) -> Tensor:
-        """num, den, low, high, images above 0 and images above low: [6, S] float64, one copy from a device."""
+    def _of_every_latent(self) -> tuple[ActivationRange, Tensor]:
+        """The range; and, for one copy from a device, num, den, low, high, n_active and n_low as bits, int64 [6, S]."""
         if self._intake is None:
             seen = ActivationRange(self.n_latents, self.device)
-            num_S, den_S = torch.zeros_like(seen.low_S), torch.zeros_like(seen.low_S)
+            num_S, den_S = seen.low_S, seen.low_S
         else:
             self._intake.flush()
             seen = self._intake.range
             assert self._pairs is not None
             num_S, den_S = self._pairs.pair_sums(seen.low_S)
-        sums = num_S, den_S, seen.low_S, seen.high_S, seen.n_active_S, seen.n_above()
-        return torch.stack([t.to(torch.float64) for t in sums])  # counts of images are exact in float64
+        sums = num_S, den_S, seen.low_S, seen.high_S, seen.n_active_S, seen.n_low_S
+        return seen, torch.stack([t.view(torch.int64) for t in sums])
 
     def mean_embedding(self) -> Tensor:
         """sum_i r_ik e_i / sum_i r_ik, [S, E] float64 on the CPU, NaN where the score is not defined.

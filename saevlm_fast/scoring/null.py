@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saevlm_fast.kernels.common import on_gpu
 from saevlm_fast.peers import Peers, summed
 
 FEW_IMAGES = 10
@@ -69,9 +70,13 @@ class SimilarityMoments:
         Rounded once they are centred: where all images are nearly alike the difference is what counts.
         """
         dtype = torch.float64 if emb_nE.dtype == torch.float64 else torch.float32
+        if on_gpu(emb_nE):
+            from saevlm_fast.kernels.deviations_triton import launch_centred_rows
+
+            with torch.cuda.device_of(emb_nE):  # Triton launches on the current device
+                return launch_centred_rows(emb_nE, scale_n, self.mean_E, dtype)
         v_nE, along_n = torch.empty_like(emb_nE, dtype=dtype), torch.empty_like(scale_n)
-        rows = max(1, len(emb_nE)) if emb_nE.is_cuda else _CPU_ROWS
-        pieces = (each.split(rows) for each in (emb_nE, scale_n, v_nE, along_n))
+        pieces = (each.split(_CPU_ROWS) for each in (emb_nE, scale_n, v_nE, along_n))
         for emb_bE, scale_b, v_bE, along_b in zip(*pieces):
             unit_bE = torch.addcmul(-self.mean_E, emb_bE.to(torch.float64), scale_b[:, None])
             v_bE.copy_(unit_bE)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import require
+from saevlm_fast.kernels.common import on_gpu
 from saevlm_fast.kernels.sparse_decode import gather_dot_op
 from saevlm_fast.peers import Peers, laid_end_to_end, summed
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake
@@ -189,6 +190,7 @@ class _Deviations:
         self.drawn_U = self.draws_RW.unique()
         self.drawn: list[tuple[Tensor, Tensor]] = []  # v and <v, mean u> of the images of the draws
         self.few_S = (self.n_above_S < FEW_IMAGES) & (self.n_above_S > 1) & ~self.ms_S.isnan()
+        self.any_few = null and bool(self.few_S.any())
         self.few: list[tuple[Tensor, Tensor]] = []
 
     def lower(self, drop_S: Tensor) -> None:
@@ -198,15 +200,59 @@ class _Deviations:
         joined, latents_M = Embeddings.join(images), grouped.latents_M
         images_M = codes.entry_rows()[grouped.order_M]
         v_nE, along_n, square_n = self._centred(joined)
+        products_M = None
+        if self.intervals:
+            products_M = gather_dot_op(self._centred_sums(v_nE.dtype), latents_M, images_M, v_nE)
+        if on_gpu(images_M):
+            self._launch_deviations(codes, grouped, images_M, products_M, along_n, square_n)
+        else:
+            self._add_deviations(codes.n_rows, grouped, images_M, products_M, along_n, square_n)
+        if self.any_few:
+            few_F = (self.few_S[latents_M] & (grouped.acts_M > self.low_S[latents_M])).nonzero().squeeze(1)
+            latents_F = latents_M[few_F]
+            self.few.append((latents_F, grouped.acts_M[few_F] - self.low_S[latents_F]))
+        self._add_images(v_nE, along_n, square_n)
+
+    def _launch_deviations(
+        self,
+        codes: SparseCodes,
+        grouped: GroupedCodes,
+        images_M: Tensor,
+        products_M: Tensor | None,
+        along_n: Tensor,
+        square_n: Tensor,
+    ) -> None:
+        """_add_deviations on a GPU."""
+        from saevlm_fast.kernels import deviations_triton as kernels
+
+        latents = kernels.Latents(self.low_S, self.total_S, self.level_S, self.ms_S, self.den_S, self.n_above_S)
+        entries = grouped.acts_M, images_M, grouped.order_M, grouped.offsets_S1
+        of_images = None if products_M is None else (products_M, along_n, square_n)
+        with torch.cuda.device_of(images_M):  # Triton launches on the current device
+            changes_M = kernels.launch_latent_deviations(entries, of_images, latents, self.powers_PS, self.change_2S)
+            if products_M is not None:
+                told = self.weights_SW, self.lost_3N, self.changes_NW
+                kernels.launch_image_deviations(codes.csr(), changes_M, latents, *told, self.n_images)
+
+    def _add_deviations(
+        self,
+        n_rows: int,
+        grouped: GroupedCodes,
+        images_M: Tensor,
+        products_M: Tensor | None,
+        along_n: Tensor,
+        square_n: Tensor,
+    ) -> None:
+        latents_M = grouped.latents_M
         b_M = grouped.acts_M - self.low_S[latents_M] if self.shifted else grouped.acts_M
         n_latents = len(self.total_S)
         powers_M = b_M
         for power_S in self.powers_PS:
             power_S += torch.bincount(latents_M, powers_M, minlength=n_latents)
             powers_M = powers_M * b_M
-        if self.intervals:
+        if products_M is not None:
             total_M = self.total_S[latents_M]
-            t_M = gather_dot_op(self._centred_sums(v_nE.dtype), latents_M, images_M, v_nE).to(torch.float64)
+            t_M = products_M.to(torch.float64)
             t_M += total_M * along_n[images_M] + self.level_S[latents_M]
             rest_M = total_M - b_M
             change_M = _change(b_M, t_M - b_M * square_n[images_M], rest_M, self.ms_S[latents_M], self.den_S[latents_M])
@@ -215,11 +261,7 @@ class _Deviations:
             self.change_2S[0] += torch.bincount(latents_M, change_M, minlength=n_latents)
             self.change_2S[1] += torch.bincount(latents_M, change_M.square(), minlength=n_latents)
             two_M = (self.n_above_S[latents_M] == 2) & (b_M > 0)
-            self._add_lost(codes.n_rows, images_M, change_M.nan_to_num(0.0), two_M, latents_M)
-        if self.null:
-            few_M = self.few_S[latents_M] & (b_M > 0)
-            self.few.append((latents_M[few_M], b_M[few_M]))
-        self._add_images(v_nE, along_n, square_n)
+            self._add_lost(n_rows, images_M, change_M.nan_to_num(0.0), two_M, latents_M)
 
     def _add_lost(self, n_rows: int, images_M: Tensor, change_M: Tensor, two_M: Tensor, latents_M: Tensor) -> None:
         """What means over latents lose without each image."""

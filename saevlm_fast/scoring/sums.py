@@ -13,11 +13,11 @@ from saevlm_fast.kernels.common import on_gpu, zeros_of
 from saevlm_fast.kernels.latent_range import latent_range
 from saevlm_fast.kernels.pairwise_similarity import inner_product_sums, pairwise_gram_sums, pairwise_sums
 from saevlm_fast.kernels.scaled_rows import scaled_rows, scaled_sum
-from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_state, streamed_cosine_update
+from saevlm_fast.kernels.streamed_cosine import StreamedState, streamed_cosine_update
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 
 if TYPE_CHECKING:  # Triton is not everywhere
-    from saevlm_fast.kernels.dense_score_triton import Units
+    from saevlm_fast.kernels.dense_score_triton import Sums
 
 STATUSES = ("defined", "dead", "constant", "single")
 _BLOCK_ROWS = 256  # images of a block of raw neurons on a CPU, which keeps their float64 copies in its cache
@@ -68,12 +68,17 @@ class ActivationRange:
 
     def __init__(self, n_latents: int, device: torch.device) -> None:
         self.n_images = 0
-        self.low_S, self.high_S = torch.zeros(2, n_latents, dtype=torch.float64, device=device)
-        self.n_active_S, self.n_low_S = torch.zeros(2, n_latents, dtype=torch.int64, device=device)
+        zeros_4S = torch.zeros(4, n_latents, dtype=torch.float64, device=device)  # one fill
+        self.low_S, self.high_S = zeros_4S[:2]
+        self.n_active_S, self.n_low_S = zeros_4S[2:].view(torch.int64)
 
     def n_above(self) -> Tensor:
         """Images whose activation is above the minimum."""
-        return self.n_images - self.n_low_S
+        return self.above(self.low_S, self.n_active_S, self.n_low_S)
+
+    def above(self, low_S: Tensor, n_active_S: Tensor, n_low_S: Tensor) -> Tensor:
+        """The same by these numbers, which may be copies on another device."""
+        return self.n_images - n_low_S
 
     def _merge(self, low_S: Tensor, high_S: Tensor, at_low_S: Tensor, n_rows: int) -> Tensor:
         """Takes in the range of n_rows images; returns by how much every minimum fell (0 for the first images)."""
@@ -101,8 +106,8 @@ class CodesRange(ActivationRange):
         self.n_active_S += grouped.offsets_S1.diff()
         return self._merge(low_S, high_S, at_low_S, n_rows)
 
-    def n_above(self) -> Tensor:
-        return torch.where(self.low_S > 0, self.n_images - self.n_low_S, self.n_active_S)
+    def above(self, low_S: Tensor, n_active_S: Tensor, n_low_S: Tensor) -> Tensor:
+        return torch.where(low_S > 0, self.n_images - n_low_S, n_active_S)
 
 
 class DenseRange(ActivationRange):
@@ -147,20 +152,23 @@ class ShiftedSums:
 
     def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device) -> None:
         self.similarity, self.device = similarity, device
-        self.state: StreamedState = streamed_cosine_state(n_latents, d_emb, device)
-        self.n_images = 0
-        zeros = zeros_of(device, (n_latents,), (d_emb,), (), ())
-        self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum = zeros
+        sums = zeros_of(device, (n_latents, d_emb), *[(n_latents,)] * 4, (d_emb,), (), ())  # one fill
+        self.state, self.n_images = StreamedState(*sums[:4]), 0
+        self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum = sums[4:]
 
-    def lower(self, drop_S: Tensor) -> None:
-        """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring."""
+    def lower(self, drop_S: Tensor, faults: Tensor | None = None) -> None:
+        """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring.
+
+        faults: of dense_on_gpu.py, and only if there are none.
+        """
         if self.n_images == 0:
             return
         if on_gpu(drop_S):
             from saevlm_fast.kernels.dense_score_triton import launch_lower
 
+            faults = drop_S.new_empty(0, 3) if faults is None else faults
             with torch.cuda.device_of(drop_S):  # Triton launches on the current device
-                launch_lower((*self.state, self.self_S), drop_S, *self._of_images(), self.n_images)
+                launch_lower(self.launched(), drop_S, self.n_images, faults, self.similarity == "cosine")
             return
         rows = torch.nonzero(drop_S).squeeze(1)
         if len(rows) == 0:
@@ -196,6 +204,14 @@ class ShiftedSums:
         streamed_cosine_update(self.state, acts_M, images_M, offsets_S1, images.emb_nE, scale_n)
         self._add_images(scaled_sum(images.emb_nE, scale_n), square_n)
 
+    def add_half(self, acts_M: Tensor, images_M: Tensor, offsets_S1: Tensor, images: Embeddings, first: int) -> None:
+        """Adds entries of every second image from `first` (0 or 1) on, if the minimum of every latent is 0."""
+        scale_n, square_n = images.scales(self.similarity)
+        streamed_cosine_update(self.state, acts_M, images_M, offsets_S1, images.emb_nE, scale_n, first)
+        scale_n, square_n = scale_n.clone(), square_n[first::2]
+        scale_n[1 - first :: 2] = 0.0
+        self._add_images(scaled_sum(images.emb_nE, scale_n), square_n)
+
     def add_dense(self, acts_nK: Tensor, low_K: Tensor, images: Embeddings) -> None:
         """Adds a chunk of activations of every neuron, on a CPU a block at a time: pairs within it, and the merge."""
         sums_SE, num_S, den_S, total_S = self.state
@@ -215,16 +231,11 @@ class ShiftedSums:
             self.self_S += added.self_K
             self._add_images(unit_bE.sum(0), square_b)
 
-    def add_launched(self, added_KE: Tensor, added_4K: Tensor, units: "Units") -> None:
-        """Adds images of a GPU (dense_on_gpu.py): sums [K, E]; total, den, self and num; the images' vectors."""
-        from saevlm_fast.kernels.dense_score_triton import launch_add, launch_add_images
+    def launched(self) -> "Sums":
+        """What kernels/dense_score_triton.py adds to."""
+        from saevlm_fast.kernels.dense_score_triton import Sums
 
-        launch_add((*self.state, self.self_S), added_KE, added_4K)
-        launch_add_images(units, *self._of_images())
-        self.n_images += len(units.square_n)
-
-    def _of_images(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.unit_sum_E, self.pair_sum, self.square_sum
+        return Sums(*self.state, self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum)
 
     def _add_images(self, chunk_E: Tensor, sqnorm_n: Tensor) -> None:
         """Sums of a neuron that is 1 on every image, from the sum of u and each |u|^2 of n images.
@@ -264,15 +275,19 @@ class HalvedSums:
         self._pair_sums: tuple[Tensor, Tensor] | None = None  # of all images so far, once they were asked for
         self.halves = [ShiftedSums(n_latents, d_emb, similarity, device) for _ in range(2)]
 
-    def lower(self, drop_S: Tensor) -> None:
+    def lower(self, drop_S: Tensor, faults: Tensor | None = None) -> None:
         self._pair_sums = None
         for half in self.halves:
-            half.lower(drop_S)
+            half.lower(drop_S, faults)
 
     def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
         joined, n_latents = Embeddings.join(images), len(low_S)
         acts_M, latents_M = grouped.acts_M, grouped.latents_M
         images_M = codes.entry_rows()[grouped.order_M]
+        if on_gpu(acts_M) and not bool((low_S > 0).any()):
+            for half, _, first in self.split(codes.n_rows):
+                half.add_half(acts_M, images_M, grouped.offsets_S1, joined, first)
+            return
         for half, rows, first in self.split(codes.n_rows):
             chosen_M = (images_M & 1) == first
             counts_S = torch.bincount(latents_M[chosen_M], minlength=n_latents)

@@ -44,10 +44,16 @@ class SteeringScores(NamedTuple):
     table: pa.Table
 
     def summary(self) -> dict[str, tuple[float, float]]:
-        """Condition -> mean and standard deviation over latents that fire on at least N_TOP images; NaN if none do."""
+        """Condition -> mean and standard deviation over latents that fire on at least N_TOP images.
+
+        NaN: the mean of none, the standard deviation of fewer than two.
+        """
         columns = {name: self._well_defined(name) for name in CONDITIONS}
         nan = float("nan")
-        return {name: (float(x.mean()), float(x.std())) if len(x) else (nan, nan) for name, x in columns.items()}
+        return {
+            name: (float(x.mean()) if len(x) else nan, float(x.std()) if len(x) > 1 else nan)
+            for name, x in columns.items()
+        }
 
     def empty_answers(self) -> dict[str, float]:
         """Condition -> share of empty answers, over the same latents."""

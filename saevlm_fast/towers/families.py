@@ -72,6 +72,24 @@ def tower_prefix(config: Any) -> str:
     return "vision_model" if inner else "vision_tower|visual"
 
 
+_PACKED = "it packs patches in an order that is not known here"
+# Whole checkpoints whose own processor and tower fit together in a way that no other family's do.
+_NOT_READ = {
+    "florence_vision": "it is a DaViT, whose stages are not known here",
+    "idefics2_vision": "its processor gives the images of a sample together, padded",
+    "kimi_k25_vision": _PACKED,
+    "paddleocr_vl_vision": _PACKED,
+    "phi4_multimodal_vision": "its processor cuts images into crops and gives no pixel_values",
+    "video_llama_3_vision": _PACKED,
+}
+
+
+def check_read(config: Any, spec: str) -> None:
+    """ValueError: the tower of that configuration is known not to be read with its own processor."""
+    why = _NOT_READ.get(str(config.model_type))
+    require(why is None, f"{spec}: the tower of {type(config).__name__} is not read: {why}")
+
+
 # Of videos, of which an image is none.
 _VIDEOS = ("vjepa2", "xclip_vision_model", "timesformer", "videomae", "vivit", "videoprism_vision_model")
 

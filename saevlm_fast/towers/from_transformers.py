@@ -1,5 +1,6 @@
 """Towers of transformers: CLIP, SigLIP(2), DINOv2 and 3, ViT, and the vision part of a LLaVA."""
 
+import difflib
 import inspect
 import re
 from collections import Counter
@@ -12,8 +13,8 @@ import torch
 from torch import nn
 
 from saevlm_fast.errors import require
-from saevlm_fast.towers.families import check_called, most_tokens, special, tower_prefix, vision_class
-from saevlm_fast.towers.hub import local_or_hub
+from saevlm_fast.towers.families import check_called, check_read, most_tokens, special, tower_prefix, vision_class
+from saevlm_fast.towers.hub import local_or_hub, weight_names
 from saevlm_fast.towers.preprocess import described, transformers_preprocess
 from saevlm_fast.towers.tower import Anatomy, Tower
 
@@ -48,6 +49,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
     vision = getattr(config, "vision_config", config)
     where = "local-dir" if Path(name).is_dir() else "hf-hub"
     require(config.model_type != "timm_wrapper", f"{spec}: a checkpoint of timm; give timm:{where}:{name}")
+    check_read(vision, spec)
     name_of_class = type(vision).__name__.removesuffix("Config") + "Model"
     plain = vision_class(vision)
     require(plain is not None, f"{spec}: transformers has no vision model by itself for {type(vision).__name__}")
@@ -75,6 +77,7 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
         names = {name for name, _ in model.named_parameters()}
         if not missing:
             check_unused(names, unused, spec)
+            check_once(names, weight_names(name), prefix, spec)
             return model
         if (found := prefix_in_file(names, missing, unused, spec)) and found not in tried:
             tried.add(prefix := found)
@@ -87,7 +90,11 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
         elif head == {"head"} and getattr(vision, "vision_use_head", False):
             vision.vision_use_head = False
         else:
-            raise ValueError(f"{spec}: {len(missing)} weights of {model_class.__name__} are missing, as {missing[0]}")
+            instead = difflib.get_close_matches(missing[0], unused, n=1, cutoff=0.9)
+            instead = f", in whose place the file has {instead[0]}" if instead else ""
+            raise ValueError(
+                f"{spec}: {len(missing)} weights of {model_class.__name__} are missing, as {missing[0]}{instead}"
+            )
 
 
 def prefix_in_file(names: Collection[str], missing: Collection[str], unused: Collection[str], spec: str) -> str | None:
@@ -118,6 +125,16 @@ def prefix_in_file(names: Collection[str], missing: Collection[str], unused: Col
     for name in twice:
         raise ValueError(f"{spec}: the file holds {len(twice)} weights twice, as {name} and {prefix}{name}")
     return re.escape(prefix)
+
+
+def check_once(names: Collection[str], in_files: Collection[str], prefix: str, spec: str) -> None:
+    """ValueError: the files hold a weight of the model behind the prefix, a pattern, and without it: transformers takes
+    one of them, in silence."""
+    bare = {re.sub(f"^{prefix}", "", name): name for name in in_files if re.match(prefix, name)}
+    found = set(in_files) & bare.keys()
+    twice = sorted(each for each in found if any(each == name or each.endswith(f".{name}") for name in names))
+    for name in twice:
+        raise ValueError(f"{spec}: the file holds {len(twice)} weights twice, as {name} and {bare[name]}")
 
 
 def check_unused(names: Collection[str], unused: Iterable[str], spec: str) -> None:

@@ -1,5 +1,6 @@
 """Where a model's files come from: the box, a directory, the hub's cache, the hub; and what is said on the way."""
 
+import json
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -113,3 +114,26 @@ def cached_file(repo: str, names: Sequence[str]) -> str | None:
 
     paths = (try_to_load_from_cache(repo, name) for name in names)
     return next((path for path in paths if isinstance(path, str)), None)
+
+
+def weight_names(source: str) -> set[str]:
+    """Names in the .safetensors files of a checkpoint that has been loaded; none of one in other files."""
+    from safetensors import safe_open
+
+    if (single := _loaded_file(source, "model.safetensors")) is not None:
+        with safe_open(single, framework="pt") as weights:
+            return set(weights.keys())
+    if (index := _loaded_file(source, "model.safetensors.index.json")) is not None:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    return set()
+
+
+def _loaded_file(source: str, name: str) -> Path | None:
+    """Of a directory, or in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        found = Path(source) / name
+        return found if found.is_file() else None
+    cached = try_to_load_from_cache(source, name)
+    return Path(cached) if isinstance(cached, str) else None

@@ -12,8 +12,8 @@
 Runs of before have neither checkpoint.json nor other digests, and are resumed without. Everything is written under a
 temporary name and renamed; a checkpoint directory appears whole or not at all. The order of the rows is a function of
 (seed, step), so a run that was killed and resumed takes the same steps as one that was not: bit-identical weights on
-the CPU. A GPU's checkpoint is copied to the host and written beside the steps that follow. A run that replaces another
-has all this in .replacement until its SAE is finished (outputs.py).
+the CPU. A GPU's checkpoint is copied there (snapshot.py), and goes to the host and to the disk beside the steps that
+follow. A run that replaces another has all this in .replacement until its SAE is finished (outputs.py).
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -63,6 +63,7 @@ from saevlm_fast.training.saved_state import (
     read_state,
     write_state,
 )
+from saevlm_fast.training.snapshot import Snapshot
 from saevlm_fast.training.state import DATA_DIGEST, MONO_DIGEST, TrainingState
 from saevlm_fast.training.watch import remove_watched
 
@@ -254,21 +255,21 @@ class RunDirectory:
     def checkpoint(self, state: TrainingState) -> None:
         """Write checkpoints/step_N whole, then drop all but the newest two.
 
-        A GPU's is copied to the host and written beside the steps that follow: `wait` waits for it, and raises what
-        went wrong. One is written at a time.
+        A GPU's is copied there, and goes to the host and to the disk beside the steps that follow: `wait` waits for
+        it, and raises what went wrong. One is written at a time.
         """
         self.wait()
         stepper = state.stepper
         final = self.path / CHECKPOINTS / f"step_{stepper.n_steps:08d}"
         if final.exists():
             return
-        beside = written_beside_steps(state.device)
-        tensors = {name: t.to("cpu", copy=beside) for name, t in state.checked_tensors(self.kept).items()}
+        tensors, sae = state.checked_tensors(self.kept), state.export()
         counts = {"n_steps": stepper.n_steps, "n_rows_seen": stepper.n_rows_seen}
-        write = partial(self._write, final, state.export().cpu(), tensors, counts, self._metrics_so_far())
-        if not beside:
-            write()
+        if not written_beside_steps(state.device):
+            now = {name: tensor.cpu() for name, tensor in tensors.items()}, sae.cpu()
+            self._write(final, lambda: now, counts, self._metrics_so_far())
             return
+        write = partial(self._write, final, Snapshot(tensors, sae).on_host, counts, self._metrics_so_far())
         with_one_thread = ThreadPoolExecutor(1, "checkpoint")
         self._written = with_one_thread.submit(write)
         with_one_thread.shutdown(wait=False)
@@ -284,11 +285,11 @@ class RunDirectory:
     def _write(
         self,
         final: Path,
-        sae: SparseAutoencoder,
-        tensors: dict[str, Tensor],
+        on_host: Callable[[], tuple[dict[str, Tensor], SparseAutoencoder]],
         counts: dict[str, int],
         metrics: dict[str, Any],
     ) -> None:
+        tensors, sae = on_host()
         final.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(final) as directory:
             sae.save_pretrained(directory)

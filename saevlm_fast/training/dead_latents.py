@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.kernels.latent_gradient import RowGradient, dense_gradient_rows
+from saevlm_fast.kernels.common import on_gpu
+from saevlm_fast.kernels.latent_gradient import RowGradient, dense_gradient_rows, latent_slots
 from saevlm_fast.sae import SparseAutoencoder
 
 _AUX_ELEMENTS = 8 << 20  # of one [rows, dead] block of the auxiliary loss
@@ -21,6 +22,11 @@ class DeadLatents(NamedTuple):
 
     latents_A: Tensor
     number: int | Tensor
+    slots_S: Tensor | None = None
+
+    def slots(self, d_sae: int) -> Tensor:
+        """int32 [d_sae]: a latent's place in the list, -1 if it is not there."""
+        return latent_slots(self.latents_A, d_sae) if self.slots_S is None else self.slots_S
 
 
 class DeadBound:
@@ -76,6 +82,16 @@ class Auxiliary(NamedTuple):
     W_enc: RowGradient | None
     W_dec: RowGradient | None
     b_enc_A: Tensor
+    on_gpu: Tensor | None = None
+
+    def numbers(self) -> Tensor:
+        """(loss, squared norm of all its gradients) [2]."""
+        if self.on_gpu is not None:
+            return self.on_gpu
+        squares = self.b_enc_A.square().sum()
+        for rows in (self.W_enc, self.W_dec):
+            squares = squares if rows is None else squares + rows.squared_norm
+        return torch.stack([self.loss, squares])
 
 
 def auxiliary(
@@ -94,6 +110,13 @@ def auxiliary(
     n_rows, d_in = x_BD.shape
     if len(dead.latents_A) == 0:
         return None
+    if on_gpu(x_BD) and x_BD.dtype == torch.float32:
+        from saevlm_fast.training.dead_latents_gpu import gpu_auxiliary
+
+        number = torch.as_tensor(dead.number, device=x_BD.device)
+        x_BD, x_hat_BD = (t if t.stride(1) == 1 else t.contiguous() for t in (x_BD, x_hat_BD.contiguous()))
+        found = gpu_auxiliary(sae, x_BD, x_hat_BD, dead.latents_A, number, alpha, frozen)
+        return Auxiliary(found.numbers[0], found.W_enc, found.W_dec, found.b_enc_A, found.numbers)
     residual_BD, centred_BD = x_BD - x_hat_BD, x_BD - sae.b_dec.detach()
     dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
     variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows

@@ -20,28 +20,44 @@ _PENALTIES = {"relu": "losses/l1_loss", "jumprelu": "losses/l0_loss"}
 
 @torch.no_grad()
 def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics:
-    """What is logged of one batch, under SAELens' names. Explained variance is 1 - Var(x - x_hat) / Var(x)."""
+    """What is logged of one batch, under SAELens' names. Explained variance is 1 - Var(x - x_hat) / Var(x).
+
+    A GPU is waited for once, when all of it has been asked for.
+    """
+    losses = output.losses
     error, total = stepper.variance(x_BD - output.x_hat_BD), stepper.variance(x_BD)
-    config = stepper.sae.config
     n_fired, n_dead = stepper.counted(output)
-    penalty = {} if output.losses.penalty is None else {_PENALTIES[config.architecture]: float(output.losses.penalty)}
-    mono, weight = output.losses.mono, stepper.config.mono_weight
-    if mono is not None and weight is not None:
-        penalty["losses/mono_loss"] = float(mono)
-        if penalty["losses/mono_loss"] != 0:  # 0 where no latent of the batch has a score (mono.py)
-            penalty["metrics/batch_ms"] = 1 - penalty["losses/mono_loss"] / weight
-    return {
-        "losses/overall_loss": float(output.losses.overall),
-        "losses/mse_loss": float(output.losses.mse),
-        "losses/auxiliary_reconstruction_loss": float(output.losses.aux),
-        **penalty,
-        "metrics/explained_variance": float(1 - error / total),
-        "metrics/l0": n_fired / stepper.batch_rows(x_BD),
-        "sparsity/dead_features": n_dead,
-        "details/current_learning_rate": stepper.learning_rate(),
-        "details/n_training_samples": stepper.n_rows_seen,
-        "details/threshold": stepper.mean_threshold(),
-    }
+    config = stepper.sae.config
+    penalty = {} if losses.penalty is None else {_PENALTIES[config.architecture]: losses.penalty}
+    mono = {} if losses.mono is None else {"losses/mono_loss": losses.mono}
+    metrics = _on_host(
+        {
+            "losses/overall_loss": losses.overall,
+            "losses/mse_loss": losses.mse,
+            "losses/auxiliary_reconstruction_loss": losses.aux,
+            **penalty,
+            **mono,
+            "metrics/explained_variance": 1 - error / total,
+            "metrics/l0": n_fired,
+            "sparsity/dead_features": n_dead,
+            "details/current_learning_rate": stepper.learning_rate(),
+            "details/n_training_samples": stepper.n_rows_seen,
+            "details/threshold": stepper.mean_threshold(),
+        }
+    )
+    metrics["metrics/l0"] /= stepper.batch_rows(x_BD)
+    metrics["sparsity/dead_features"] = int(metrics["sparsity/dead_features"])
+    weight = stepper.config.mono_weight
+    if weight is not None and metrics.get("losses/mono_loss"):  # 0 where no latent of the batch has a score (mono.py)
+        metrics["metrics/batch_ms"] = 1 - metrics["losses/mono_loss"] / weight
+    return metrics
+
+
+def _on_host(numbers: dict[str, Tensor | float]) -> Metrics:
+    """0-d tensors of any dtype as Python's numbers, which lose nothing of float32 or of a count."""
+    there = {name: number.double() for name, number in numbers.items() if isinstance(number, Tensor)}
+    values = torch.stack(list(there.values())).tolist()
+    return {**numbers, **dict(zip(there, values))}  # type: ignore[dict-item]
 
 
 def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096) -> Metrics:

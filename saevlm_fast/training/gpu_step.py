@@ -17,13 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import CALIBRATED, TrainConfig
+from saevlm_fast.config.common import CALIBRATED
+from saevlm_fast.config.training import TrainConfig
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
-from saevlm_fast.kernels.latent_gradient import RowGradient, latent_slots
+from saevlm_fast.kernels.latent_gradient import RowGradient
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
 from saevlm_fast.kernels.low_weights import LowWeights
-from saevlm_fast.kernels.step_entries_triton import Order, launch_entries, launch_order
+from saevlm_fast.kernels.step_entries_triton import Order, launch_chunks, launch_order, launch_ordered
 from saevlm_fast.kernels.step_rows_triton import Rows, launch_rows
 from saevlm_fast.kernels.step_totals_triton import launch_totals
 from saevlm_fast.kernels.topk_encode_cuda import Centred
@@ -95,13 +96,17 @@ def gpu_step(
         rows = launch_rows(x_BD, shown, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
     dtheta_S = None if penalty is None else _add_penalty(acts, latents, rows, order, penalty)
     mono_loss = None if mono is None else _add_mono(acts, rows, order, len(ends), mono)
-    entries = launch_entries(acts, rows, order)
+    entries = launch_ordered(acts, rows, order)
     frozen = config.frozen
     l1 = None if penalty is None or penalty.band is not None else torch.as_tensor(penalty.of_act)
-    totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, l1)
+    with _beside(x_BD) as side:
+        with side:
+            launch_chunks(entries, order)
+        totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, side, l1)
 
     dead = dead_latents()
     aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
+    slots_S = None if aux is None else dead.slots(codes.d_sae)
     more = None if aux is None else _add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
     more = more if dtheta_S is None else _with_threshold(more, dtheta_S, W["b_dec"])
     moves = sae.config.architecture in CALIBRATED and config.accumulate == 1
@@ -113,13 +118,13 @@ def gpu_step(
 
     scalars = Scalars(clip, *constants)
     if frozen != "W_dec":
-        aux_rows = _aux_rows(aux and aux.W_dec, sae)
+        aux_rows = _aux_rows(aux and aux.W_dec, slots_S)
         launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, aux_rows, cone=state.cone)
     biases = state.of("b_enc")
     if frozen == "W_enc":
         launch_bias(totals.db_enc_S, scalars, biases)
     else:
-        aux_rows = _aux_rows(aux and aux.W_enc, sae)
+        aux_rows = _aux_rows(aux and aux.W_enc, slots_S)
         launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, aux_rows, state.low)
     if dtheta_S is not None:
         launch_bias(dtheta_S, scalars, state.of("threshold"))
@@ -169,15 +174,12 @@ def _add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S
     """
     dead_A = latents_A.clamp(max=len(db_enc_S) - 1)  # padding has zero gradients
     db_enc_S.index_add_(0, dead_A, aux.b_enc_A.to(db_enc_S.dtype))
-    squares = aux.b_enc_A.square().sum()
-    for rows in (aux.W_enc, aux.W_dec):
-        squares = squares if rows is None else squares + rows.squared_norm
-    return torch.stack([aux.loss, squares]), aux.b_enc_A @ W_enc_SD[dead_A]
+    return aux.numbers(), aux.b_enc_A @ W_enc_SD[dead_A]
 
 
-def _aux_rows(gradient: RowGradient | None, sae: SparseAutoencoder) -> tuple[Tensor, Tensor] | None:
+def _aux_rows(gradient: RowGradient | None, slots_S: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Rows of the auxiliary loss, and the slot of every latent among them."""
-    return None if gradient is None else (gradient.rows_AD, latent_slots(gradient.latents_A, sae.config.d_sae))
+    return None if gradient is None or slots_S is None else (gradient.rows_AD, slots_S)
 
 
 @contextmanager

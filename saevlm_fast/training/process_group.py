@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from saevlm_fast.errors import Interrupted, first_line, require
 from saevlm_fast.peers import Alone, Ranks
-from saevlm_fast.torchrun import first_to_end, meet, world_size
+from saevlm_fast.torchrun import meet, speaks, world_size
 
 ROWS, LATENTS = "rows", "latents"  # the dimensions of the mesh
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
@@ -185,7 +185,7 @@ def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterato
         assert group is not None
         yield MeshPeers(group, timeout, mesh)
     except BaseException:
-        if _claim() and threading.current_thread() is threading.main_thread():  # before the others see that it is gone
+        if speaks() and threading.current_thread() is threading.main_thread():  # before the others see that it is gone
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, of another rank's end: the message comes first
         raise
     finally:
@@ -202,20 +202,3 @@ def _mesh(device: torch.device, n_replicas: int, limit: timedelta) -> DeviceMesh
         assert isinstance(group, dist.ProcessGroup)
         groups.append(group)
     return DeviceMesh.from_group(groups, device.type, numbers_DL, mesh_dim_names=(ROWS, LATENTS))
-
-
-# Who speaks ----------------------------------------------------------------------------------------------------------
-
-_claimed: bool | None = None
-
-
-def speaks() -> bool:
-    """Whether this process tells why the work has ended: the first of a torchrun's that asks does, and any other."""
-    return _claim()
-
-
-def _claim() -> bool:
-    global _claimed
-    if _claimed is None:
-        _claimed = first_to_end()
-    return _claimed

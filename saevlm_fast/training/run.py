@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
+from saevlm_fast.config.common import keyword_settings
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config.training import RunOptions, TrainConfig
 from saevlm_fast.data.pairing import check_rows_of_same_images
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, check_kind, require
@@ -252,8 +254,8 @@ def take_steps(
             step = stepper.n_steps
             on_step(step)
             if step % every == 0 or step == n_steps:
-                state.check_loss(kept.kept)
                 metrics = batch_metrics(stepper, x_BD, output) | steps.metrics()
+                state.check_loss(kept.kept)
                 kept.log(step, metrics)
                 on_log(step, metrics)
             kept.after_step(state, interrupted.is_set())

@@ -28,7 +28,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import CALIBRATED, TrainConfig
+from saevlm_fast.config.common import CALIBRATED
+from saevlm_fast.config.training import TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.latent_gradient import EntryGradient
@@ -36,6 +37,7 @@ from saevlm_fast.kernels.latent_update import adam_, latent_update_
 from saevlm_fast.peers import Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.gradients import Losses
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 from saevlm_fast.training.sharded_dead import shared_auxiliary
 from saevlm_fast.training.sharded_gradients import OwnGradients, own_gradients
@@ -43,7 +45,7 @@ from saevlm_fast.training.sharded_mono import SharedMono
 from saevlm_fast.training.sharded_replicas import spread_, summed_slice
 from saevlm_fast.training.sharded_rows import bag_offsets_of, choose, gathered, shared_residuals
 from saevlm_fast.training.shards import Shard, cut, own_first_rows
-from saevlm_fast.training.step import Losses, StepOutput, Stepper
+from saevlm_fast.training.step import StepOutput, Stepper
 
 
 class ShardedStepper(Stepper):
@@ -100,10 +102,10 @@ class ShardedStepper(Stepper):
         """That of the whole SAE."""
         return self.config.lr_at(self.n_steps - 1, self.shard.whole.d_sae)
 
-    def counted(self, output: StepOutput) -> tuple[int, int]:
+    def counted(self, output: StepOutput) -> tuple[Tensor, Tensor]:
         """Of all ranks, which all must ask."""
-        n_fired, n_dead = torch.tensor(super().counted(output), device=self.idle_S.device)
-        return int(self.ranks.everyone.add_up(n_fired)), int(self.ranks.latents.add_up(n_dead))
+        n_fired, n_dead = super().counted(output)
+        return self.ranks.everyone.add_up(n_fired), self.ranks.latents.add_up(n_dead)
 
     def variance(self, x_BD: Tensor) -> Tensor:
         """Of all replicas' rows."""
@@ -111,10 +113,10 @@ class ShardedStepper(Stepper):
         mean_D = in_order(self.ranks.rows.gather(x_BD.sum(0))) / n_rows
         return in_order(self.ranks.rows.gather((x_BD - mean_D).square_().sum())) / n_rows
 
-    def mean_threshold(self) -> float:
+    def mean_threshold(self) -> Tensor:
         if self.sae.threshold.ndim == 0:
             return super().mean_threshold()
-        return float(in_order(self.ranks.latents.gather(self.sae.threshold.sum()))) / self.shard.whole.d_sae
+        return in_order(self.ranks.latents.gather(self.sae.threshold.sum())).double() / self.shard.whole.d_sae
 
     def spread(self) -> None:
         """Gives the replicas what this rank has moved on, and takes what they have."""

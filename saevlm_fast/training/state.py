@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import CALIBRATED, DataOn, SAEConfig, TrainConfig
+from saevlm_fast.config.common import CALIBRATED, DataOn
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config.training import TrainConfig
 from saevlm_fast.data.device import ResidentRows, uploaded_batches
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations
@@ -77,7 +79,7 @@ class TrainingState:
 
     def first_stepper(self) -> Stepper:
         """With random weights, before step 0."""
-        sae = SparseAutoencoder(self.sae_config, device=self.device)
+        sae = SparseAutoencoder(self.sae_config, device=self.device, random=False)
         sae.reset_parameters(self.config.seed)
         return Stepper(sae, self.config)
 

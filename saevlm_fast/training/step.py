@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import CALIBRATED, PENALISED, TrainConfig
+from saevlm_fast.config.common import CALIBRATED, PENALISED
+from saevlm_fast.config.training import TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.latent_gradient import (
@@ -363,14 +364,15 @@ class Stepper:
         """Latents that are dead after this batch; on a GPU as many places as were announced."""
         if not self._some_can_be_dead():
             return DeadLatents(self.idle_S.new_empty(0), 0)
-        dead_S = self.idle_S >= self.config.dead_after
-        if not dead_S.is_cuda:
-            latents_A = torch.nonzero(dead_S).squeeze(1)
+        if not self.idle_S.is_cuda:
+            latents_A = torch.nonzero(self.idle_S >= self.config.dead_after).squeeze(1)
             return DeadLatents(latents_A, len(latents_A))
         if self.n_listed == 0:
             return DeadLatents(self.idle_S.new_empty(0), 0)
-        latents_A = torch.nonzero_static(dead_S, size=self.n_listed, fill_value=self.sae.config.d_sae).squeeze(1)
-        return DeadLatents(latents_A, dead_S.sum())
+        from saevlm_fast.kernels.dead_list_triton import launch_dead_list
+
+        with torch.cuda.device_of(self.idle_S):
+            return DeadLatents(*launch_dead_list(self.idle_S, self.config.dead_after, self.n_listed))
 
     def _update(self, gradients: Gradients) -> None:
         rows = gradients.rows()
@@ -392,15 +394,15 @@ class Stepper:
         """Of the announced step, the n_steps-th."""
         return self.config.lr_at(self.n_steps - 1, self.sae.config.d_sae)
 
-    def mean_threshold(self) -> float:
-        """Of all latents, or the one that all have. A device is waited for."""
-        return float(self.sae.threshold.mean())
+    def mean_threshold(self) -> Tensor:
+        """Of all latents, or the one that all have (0-d)."""
+        return self.sae.threshold.mean()
 
-    def counted(self, output: StepOutput) -> tuple[int, int]:
-        """Entries of a step's codes that fire, and latents that are dead after it. A device is waited for."""
+    def counted(self, output: StepOutput) -> tuple[Tensor, Tensor]:
+        """Entries of a step's codes that fire, and latents that are dead after it (0-d)."""
         n_fired = output.n_fired if output.codes is None else (output.codes.top_acts > 0).sum()
-        idle_S = self.idle_S >= self.config.dead_after
-        return int(n_fired or 0), int(idle_S.sum())
+        assert n_fired is not None
+        return n_fired, (self.idle_S >= self.config.dead_after).sum()
 
     def batch_rows(self, x_BD: Tensor) -> int:
         """Rows of a step's batch."""

@@ -112,7 +112,7 @@ def test_what_is_merged_is_read_again(tmp_path):
     run_script("report", *(tmp_path / f"{name}.json" for name in files), "--merge", tmp_path / "all.json")
     run_script("report", tmp_path / "all.json", "--markdown", tmp_path / "tables.md")
     text = (tmp_path / "tables.md").read_text()
-    assert "topk training step, N=8: 2.200 ms a replayed step, of which 0.813 ms in 4 kernels." in text
+    assert "topk training step, N=8: 2.200 ms a replay, of which 0.813 ms in 4 kernels." in text
     assert "| product_kernel | 811.0 | 1 |" in text
     assert "| large | bfloat16 | 64 | 8 | 950 | 1,000 | 95 % | H200 | abc |" in text
 

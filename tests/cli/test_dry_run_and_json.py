@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from command import files_below, run, run_json
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config.sae import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from tiny_tower import WIDTH, save_clip, save_photos
 

@@ -6,7 +6,7 @@ import torch
 from command import run
 from saevlm_fast.cli.options import named_by_option
 from saevlm_fast.cli.steerability import SteerabilityArguments
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config.sae import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder
@@ -26,14 +26,16 @@ TOWER = {
 LLAVA = {"hf:no such": "no directory no such", "hf:tiny-clip": "no model that reads images and answers in text"}
 SAE = {"{world}/none": "no such file", "{world}/cut": "cut"}
 IMAGES = {"{world}/none": "no such file or folder", "{world}/run": "no image among"}
+BARE_WORD = {"nope": "no such file"}
+NO_FILE = {"{world}/none": "no such file"}
 CASES = {
     "harvest": {"model": TOWER, "images": IMAGES},
     "steerability": {"model": TEXT_SIDE, "text_model": TEXT_SIDE, "sae": SAE, "images": IMAGES},
     "erase": {"model": TEXT_SIDE, "sae": SAE, "images": IMAGES, "test_images": IMAGES},
-    "cross-modal": {"clip": TEXT_SIDE, "sae": SAE, "activations": {"{world}/none": "no such file"}, "images": IMAGES},
+    "cross-modal": {"clip": TEXT_SIDE, "sae": SAE, "activations": NO_FILE, "images": IMAGES},
     "steer": {"model": LLAVA, "sae": SAE},
     "steering-score": {"model": LLAVA, "sae": SAE, "codes": {"{world}/none": "no index.json"}, "images": IMAGES},
-    "evaluate": {"model": TOWER, "sae": SAE, "activations": {"{world}/none": "no such file"}, "images": IMAGES},
+    "evaluate": {"model": TOWER, "sae": SAE | BARE_WORD, "activations": NO_FILE, "images": IMAGES},
 }
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from command import run, run_json
 from saevlm_fast.cli.erase_images import halves_of
 from saevlm_fast.cli.erase_options import EraseArguments
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.cli.record import Record
+from saevlm_fast.config.sae import SAEConfig
 from saevlm_fast.data.label_sets import halves
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images
@@ -207,9 +208,23 @@ def test_finished_layers_are_taken_up(world, tmp_path, monkeypatch):
     assert "interrupted; the same command goes on with the first SAE" in run(*both, code=130)
     assert not output.exists()
     monkeypatch.setattr(erasing, "erase_words", lambda *given, **more: done.append(1) or work(*given, **more))
-    run(*both)
+
+    def killed(record):  # between the outputs and the settings
+        raise Interrupted("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "write", killed)
+        run(*both, code=130)
     assert len(done) == 3
+    assert output.is_file()
+    settings = output.with_name("w.json.settings.toml")
+    assert not settings.exists()
+    run(*both)
+    assert len(done) == 3, "both SAEs are finished"
+    assert settings.is_file()
     assert [path.name for path in tmp_path.iterdir() if "progress" in path.name] == []
+    assert f"output: {output} already exists; --force replaces it" in run(*both, code=2)
+    settings.unlink()  # nothing says that it was left half written
     assert f"output: {output} already exists; --force replaces it" in run(*both, code=2)
 
 

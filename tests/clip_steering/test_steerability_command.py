@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from command import run, run_json
+from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.steerability import SteerabilityArguments
+from saevlm_fast.clip_steering.run import progress_of
 from saevlm_fast.clip_steering.steerability import Steering
-from saevlm_fast.config import SAEConfig
+from saevlm_fast.config.sae import SAEConfig
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.outputs import begin_writing
 from saevlm_fast.sae import SparseAutoencoder
 
 D_SAE = 40
@@ -81,6 +84,37 @@ def test_what_is_finished_is_taken_up(world, tmp_path, monkeypatch):
     assert "exists" in run(*call(world, output, *more), code=2)
     run(*call(world, output, *more, "--force"))
     assert len(pq.read_table(output)) == 8
+
+
+def test_what_was_killed_between_its_outputs_goes_on_and_what_is_whole_is_kept(world, tmp_path, monkeypatch):
+    output, more = tmp_path / "s.parquet", ("--latents", "0:8", "--screen", 8)
+
+    def killed(record):
+        raise Interrupted("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "write", killed)
+        run(*call(world, output, *more), code=130)
+    assert {"s.parquet", "s.neurons.parquet", "s.parquet.progress"} <= {path.name for path in tmp_path.iterdir()}
+    run(*call(world, output, *more, "--dry-run"))
+    changes, done = Steering.changes, []
+    monkeypatch.setattr(Steering, "changes", lambda *given: done.append(1) or changes(*given))
+    run(*call(world, output, *more))
+    assert done == [], "all of it was measured"
+    assert not (tmp_path / "s.parquet.progress").exists()
+    assert f"output: {output} already exists; --force replaces it" in run(*call(world, output, *more), code=2)
+
+
+def test_a_kill_beside_a_whole_output_does_not_replace_it(world, tmp_path):
+    """As of a call with --force: the old settings are there until the new ones are."""
+    output = tmp_path / "s.parquet"
+    begin_writing(progress_of(output))
+    output.with_name("s.parquet.settings.toml").touch()
+    assert "s.parquet.settings.toml already exists" in run(*call(world, output), code=2)
+    shutil.rmtree(progress_of(output))
+    output.with_name("s.parquet.settings.toml").unlink()
+    output.touch()
+    assert "s.parquet already exists" in run(*call(world, output), code=2)
 
 
 @pytest.mark.parametrize(

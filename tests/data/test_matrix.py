@@ -110,7 +110,14 @@ def refused(path, message):
 
 def test_paths_that_are_no_activations(tmp_path):
     refused(tmp_path / "none.npy", "no such file or directory")
-    refused(tmp_path, "no index.json in it: not a store")
+    refused(tmp_path, "no index.json in it: not a store of activations or codes$")
+    for name in ("a.npy", "b.pt", "notes.txt"):
+        (tmp_path / "two" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "two" / name).touch()
+    refused(tmp_path / "two", r"not a store of activations or codes; name what is meant of a.npy, b.pt in it$")
+    (tmp_path / "one" / "residual-22-cls").mkdir(parents=True)
+    (tmp_path / "one" / "residual-22-cls" / "index.json").touch()
+    refused(tmp_path / "one", r"codes; name what is meant of residual-22-cls in it$")
     (tmp_path / "x.csv").write_text("1,2")
     refused(tmp_path / "x.csv", r"unknown suffix '.csv'; a matrix file is one of .npy, .safetensors, .pt")
     for suffix in (".npy", ".safetensors", ".pt"):

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch.distributed as dist
 from forked import Forked
 from small_harvests import digests, harvest_arguments, run_harvest, small_units
 
@@ -103,9 +104,13 @@ def test_torchrun_gives_a_process_what_a_rank_has_here(tmp_path):
         assert {name: told[name] for name in here} == here
 
 
-def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tmp_path):
-    """Only rank 1 meets an image that cannot be used."""
+def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tmp_path, monkeypatch):
+    """Only rank 1 meets an image that cannot be used. No group is left, whose threads could end a rank by a signal."""
     photos, _ = spoiled_photos
+    destroy = dist.destroy_process_group
+    monkeypatch.setattr(
+        dist, "destroy_process_group", lambda: (tmp_path / f"gone-{os.environ['RANK']}").touch() or destroy()
+    )
     words = harvest_arguments(model, photos, tmp_path / "out", "--limit", 4, "--images-per-shard", 2)
     ranks = start_ranks(2, words, tmp_path)
     for rank in ranks:
@@ -115,6 +120,7 @@ def test_a_rank_that_fails_ends_the_others_in_one_line(model, spoiled_photos, tm
     assert "error: max_skipped: 1 of 4 images could not be used" in failing
     assert "another of the 2 ranks has ended" in waiting
     assert "RuntimeError" not in waiting + failing
+    assert sorted(path.name for path in tmp_path.glob("gone-*")) == ["gone-0", "gone-1"]
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def test_who_goes_on_is_waited_for():
 
     other = threading.Thread(target=harvest)
     other.start()
+    assert not own.waits
     own.wait(work, nothing)
+    assert not own.waits
     assert time.monotonic() >= end
     other.join()
 
@@ -71,6 +73,7 @@ def test_an_interrupt_ends_the_waiting():
 
     with pytest.raises(Interrupted, match="interrupted"):
         own.wait(Work(), stop)
+    assert own.waits, "its collective goes on"
 
 
 def test_a_store_that_has_gone_leaves_it_to_the_collective():

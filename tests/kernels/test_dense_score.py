@@ -8,7 +8,8 @@ from launches import counted_launches
 
 from saevlm_fast.kernels import reference
 from saevlm_fast.scoring import dense_on_gpu, intake, sums
-from saevlm_fast.scoring.monosemanticity import STATUSES, StreamedScore
+from saevlm_fast.scoring.monosemanticity import StreamedScore
+from saevlm_fast.scoring.sums import STATUSES
 from static_compile import TARGETS, Case, assert_no_spills
 
 N_IMAGES, N_NEURONS, D_EMB = 40, 9, 13
@@ -102,7 +103,7 @@ def test_what_is_wrong_is_named_and_the_sums_stay(device, waits):
     streamed = StreamedScore(N_NEURONS, device=device)
     streamed.update(*(each[:3] for each in data))
     for part, row, value, message in (
-        (0, 7, float("nan"), "image 7: acts_nK holds NaN"),
+        (0, 7, float("nan"), "^activations: image 7: acts_nK holds NaN"),
         (0, 11, float("-inf"), "image 11: acts_nK holds NaN"),
         (1, 4, float("nan"), "image 4: embedding is NaN, infinite or too large to square"),
         (1, 9, float("inf"), "image 9: embedding is NaN"),
@@ -126,11 +127,11 @@ def test_a_chunk_is_so_many_launches_and_one_wait(waits):
         streamed = StreamedScore(N_NEURONS)
         streamed.update(acts_NK[:12], emb_NE[:12])
         streamed._of_every_latent()
-    assert sum(counts.values()) == 17, counts
+    assert sum(counts.values()) == 8, counts
     assert len(waits) == 1
     with counted_launches() as counts:
         streamed.update(acts_NK[12:], emb_NE[12:])
-    assert sum(counts.values()) == 10, counts
+    assert sum(counts.values()) == 6, counts
     assert len(waits) == 2
 
 
@@ -144,33 +145,20 @@ def test_no_neurons_and_single_images(device, waits):
 
 def static_cases(target: str) -> list[Case]:
     module = "saevlm_fast.kernels.dense_score_triton"
-    doubles = (
-        "parts",
-        "sqnorm",
-        "low",
-        "high",
-        "new_reals",
-        "faults",
-        "unit",
-        "square",
-        "sums",
-        "squares",
-        "num",
-        "den",
-    )
-    doubles += ("total", "self", "drop", "unit_sum", "pair_sum", "square_sum", "added_sums", "added")
-    signature = {f"{name}_ptr": "*fp64" for name in doubles}
-    signature |= {f"{name}_ptr": "*i64" for name in ("active", "at_low", "new_counts")}
+    doubles = "parts range_parts all_sqnorm low high new_reals faults sqnorm wide column_parts unit unit_sums squares"
+    doubles += " sums num den total self drop unit_sum pair_sum square_sum added_sums"
+    signature = {f"{name}_ptr": "*fp64" for name in doubles.split()}
+    signature |= {f"{name}_ptr": "*i64" for name in ("active", "at_low", "new_counts")} | {"dominated_ptr": "*i1"}
     signature |= {"acts_ptr": "*fp32", "emb_ptr": "*fp32", "n_neurons": "i32:16", "d_emb": "i32:16"}
-    signature |= {name: "i32" for name in ("n_images", "n_parts", "n_before", "rows")}
-    tile = {"BLOCK_K": 8, "BLOCK_E": 128}
+    counts = "n_images n_parts n_before rows n_range_parts n_merging n_block n_faults"
+    signature |= dict.fromkeys(counts.split(), "i32")
+    tile = {"BLOCK_K": 8, "BLOCK_E": 128, "FAULTS": 64, "COSINE": True}
+    prepared = {"PARTS": 64, "MERGE_BLOCK_K": 32, "MERGE_ROWS": 1024, "BLOCK": 256, "UNROLL": 8, "UNIT_ROWS": 8}
     return [
         Case(module, "range_kernel", target, signature, {"BLOCK_K": 256, "UNROLL": 8}),
-        Case(module, "merge_range_kernel", target, signature, {"PARTS": 64, "BLOCK_K": 32, "ROWS": 1024}),
-        Case(module, "units_kernel", target, signature, {"COSINE": True, "BLOCK_N": 4, "BLOCK_E": 256}),
+        Case(module, "prepared_kernel", target, signature, prepared | {"COSINE": True}),
         Case(module, "lower_kernel", target, signature, tile),
-        Case(module, "add_kernel", target, signature, tile),
-        Case(module, "add_images_kernel", target, signature, {"PARTS": 64, "BLOCK_E": 64}, num_warps=8),
+        Case(module, "add_kernel", target, signature, tile | {"PARTS": 64}),
     ]
 
 
@@ -178,9 +166,8 @@ def test_static_compile_without_spills():
     from saevlm_fast.kernels import dense_score_triton as kernels
 
     assert (kernels.RANGE_BLOCK_K, kernels.RANGE_UNROLL, kernels.PARTS) == (256, 8, 64)
-    assert (kernels.MERGE_BLOCK_K, kernels.MERGE_ROWS, kernels.UNIT_ROWS, kernels.UNIT_BLOCK_E) == (32, 1024, 4, 256)
-    assert (kernels.SUM_BLOCK_K, kernels.SUM_BLOCK_E, kernels.IMAGES_BLOCK_E) == (8, 128, 64)
-    assert (kernels.NUM_WARPS, kernels.IMAGES_WARPS) == (4, 8)
+    assert (kernels.MERGE_BLOCK_K, kernels.MERGE_ROWS, kernels.UNIT_ROWS, kernels.FAULTS) == (32, 1024, 8, 64)
+    assert (kernels.SUM_BLOCK_K, kernels.SUM_BLOCK_E, kernels.NUM_WARPS) == (8, 128, 4)
     assert_no_spills([case for target in TARGETS for case in static_cases(target)])
 
 

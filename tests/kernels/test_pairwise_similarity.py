@@ -197,6 +197,22 @@ def test_float64_panels_against_reference(shape, similarity, device, poison):
     assert_sums((num, truth[1]), truth, 1e-12)
 
 
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (67, 300)], ids=str)
+def test_prepared_embeddings_by_the_kernel(shape, dtype, similarity, device, poison):
+    from saevlm_fast.kernels.pairwise_float64_triton import launch_prepare
+
+    generator = torch.Generator().manual_seed(0)
+    emb_NE = (torch.randn(shape, generator=generator) + 2).to(dtype)
+    emb_NE[3:4] = 0.0
+    for result in (torch.float32, torch.float64):
+        expected = prepare_embeddings(emb_NE, similarity, result)
+        close = {"rtol": 1e-5, "atol": 1e-6} if result == torch.float32 else {"rtol": 1e-13, "atol": 1e-14}
+        for ours, theirs in zip(launch_prepare(emb_NE.to(device), similarity, result), expected):
+            torch.testing.assert_close(ours.cpu(), theirs, **close, equal_nan=True)
+
+
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -345,16 +361,31 @@ def static_cases(target: str) -> list[Case]:
 
 def float64_static_cases(target: str) -> list[Case]:
     module = "saevlm_fast.kernels.pairwise_float64_triton"
-    doubles = ("wide", "low", "sqnorm", "parts", "s", "sqnorm_i", "sqnorm_j", "gamma", "weighted", "sums", "out")
+    doubles = (
+        "out",
+        "mean",
+        "wide",
+        "low",
+        "sqnorm",
+        "parts",
+        "s",
+        "sqnorm_i",
+        "sqnorm_j",
+        "gamma",
+        "weighted",
+        "sums",
+    )
     signature = {f"{name}_ptr": "*fp64" for name in doubles}
     signature |= {name: "i32" for name in ("n_images", "n_parts", "rows", "n_i", "n_j", "first_j")}
     signature |= {"n_latents": "i32:16", "d_emb": "i32:16", "dominated_ptr": "*i1"}
     columns = {"SHIFTED": True, "WIDEN": True, "BLOCK_K": 256, "UNROLL": 8}
     panel = {"SIMILARITY": "rbf", "BLOCK_I": 8, "BLOCK_J": 256}
     weigh = {"ROWS": 32, "BLOCK_I": 8, "BLOCK_K": 128}
+    prepare = [{"SIMILARITY": name, "BLOCK_N": 4, "BLOCK_E": 256} for name in ("cosine", "rbf")]
     return [
+        *(Case(module, "prepare_kernel", target, signature | {"emb_ptr": "*fp32"}, each) for each in prepare),
         Case(module, "column_sums_kernel", target, signature | {"r_ptr": "*fp32"}, columns, num_warps=4),
-        Case(module, "closed_form_kernel", target, signature, {"BLOCK_K": 8, "BLOCK_E": 128}, num_warps=4),
+        Case(module, "closed_form_kernel", target, signature, {"PARTS": 64, "BLOCK_K": 8, "BLOCK_E": 128}, num_warps=4),
         Case(module, "panel_similarity_kernel", target, signature, panel, num_warps=4),
         Case(module, "weigh_panel_kernel", target, signature | {"r_ptr": "*fp64"}, weigh, num_warps=4),
     ]
@@ -363,8 +394,9 @@ def float64_static_cases(target: str) -> list[Case]:
 def test_float64_static_compile_without_spills():
     from saevlm_fast.kernels import pairwise_float64_triton as kernels
 
+    assert (kernels.PREPARE_BLOCK_N, kernels.PREPARE_BLOCK_E) == (4, 256)
     assert (kernels.COLUMN_BLOCK_K, kernels.COLUMN_UNROLL) == (256, 8)
-    assert (kernels.CLOSED_BLOCK_K, kernels.CLOSED_BLOCK_E) == (8, 128)
+    assert (kernels.CLOSED_BLOCK_K, kernels.CLOSED_BLOCK_E, kernels.COLUMN_PARTS) == (8, 128, 64)
     assert (kernels.PANEL_BLOCK_I, kernels.PANEL_BLOCK_J) == (8, 256)
     assert (kernels.WEIGH_ROWS, kernels.WEIGH_BLOCK_I, kernels.WEIGH_BLOCK_K, kernels.NUM_WARPS) == (32, 8, 128, 4)
     assert_no_spills([case for target in TARGETS for case in float64_static_cases(target)])

@@ -43,15 +43,15 @@ def assert_state(state: StreamedState, r_NK, emb_NE, similarity: str) -> None:
     torch.testing.assert_close(state.total_S, r_NK.sum(0), rtol=1e-13, atol=0)
 
 
-def update_on_cpu(state, codes, emb_NE, scale_N):
-    streamed_cosine_update(state, *codes, emb_NE, scale_N)
+def update_on_cpu(state, codes, emb_NE, scale_N, half=-1):
+    streamed_cosine_update(state, *codes, emb_NE, scale_N, half)
 
 
-def update_by_kernels(state, codes, emb_NE, scale_N):
+def update_by_kernels(state, codes, emb_NE, scale_N, half=-1):
     """Small pieces and blocks, so that these shapes meet heavy latents, many column blocks and their remainders."""
     from saevlm_fast.kernels.streamed_cosine_triton import launch_streamed_update
 
-    launch_streamed_update(*state, *codes, emb_NE, scale_N, heavy=8, block_e=16)
+    launch_streamed_update(*state, *codes, emb_NE, scale_N, half, heavy=8, block_e=16)
 
 
 @pytest.mark.parametrize("update", [update_on_cpu, update_by_kernels])
@@ -72,6 +72,17 @@ def test_chunks_against_reference(shape, similarity, update, device, monkeypatch
     finally:
         torch.use_deterministic_algorithms(False)
     assert_state(state, r_NK, emb_NE, similarity)
+
+
+@pytest.mark.parametrize("update", [update_on_cpu, update_by_kernels])
+def test_halves_against_reference(update, device):
+    where = device if update is update_by_kernels else torch.device("cpu")
+    r_NK, emb_NE = (t.to(where) for t in make_data(*SHAPES[-1]))
+    scale_N = emb_NE.norm(dim=1).reciprocal()
+    for half in (0, 1):
+        state = streamed_cosine_state(*SHAPES[-1][1:], where)
+        update(state, group_by_latent(r_NK), emb_NE, scale_N, half)
+        assert_state(state, r_NK[half::2], emb_NE[half::2], "cosine")
 
 
 def test_dot_dominated_by_an_embedding():
@@ -134,7 +145,7 @@ def test_nothing_fires(n_images, n_latents, device):
 
 def test_opcheck():
     r_NK, emb_NE = make_data(25, 6, 4)
-    arguments = (*streamed_cosine_state(6, 4), *group_by_latent(r_NK), emb_NE, None)
+    arguments = (*streamed_cosine_state(6, 4), *group_by_latent(r_NK), emb_NE, None, -1)
     torch.library.opcheck(torch.ops.saevlm_fast.streamed_cosine_update.default, arguments)
 
 
@@ -165,8 +176,12 @@ def static_cases(target: str) -> list[Case]:
     signature = {f"{name}_ptr": "*fp64" for name in (*doubles, "acts", "scale")} | {f"{n}_ptr": "*i64" for n in longs}
     signature |= {"emb_ptr": "*fp32", "n_latents": "i32:16", "n_pieces": "i32", "d_emb": "i32:16"}
     update = {"HEAVY": 256, "BLOCK_E": 256, "UNROLL": 4}
+    signature |= {"half": "i32"}
     return [
-        Case(module, "streamed_update_kernel", target, signature, update, num_warps=2),
+        *(
+            Case(module, "streamed_update_kernel", target, signature, update | {"HALVED": halved}, num_warps=2)
+            for halved in (False, True)
+        ),
         Case(module, "merge_pieces_kernel", target, signature, {"BLOCK_E": 256}, num_warps=2),
     ]
 

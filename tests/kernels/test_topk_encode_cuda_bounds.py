@@ -6,9 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from screened_weights import low_weights
 
-from saevlm_fast.kernels.topk_encode_cuda import (
-    Screening,
-)
+from saevlm_fast.kernels.topk_encode_cuda import Screening
 
 
 def truncating_product(x_BP, w_SP):
@@ -58,7 +56,8 @@ def test_bounds_hold(device, seed, d_in, scales, spread, one_sign):
     pre_BP, inverse_B1, slack_BG = bounds(x_BD, W_SD, b_S, device)
     slack_BS = slack_BG.repeat_interleave(64, 1)[:, :70]
     z_BS = x_BD.double() @ W_SD.double().t() + b_S.double()
-    worst_BS = truncating_product((x_BD.double() * inverse_B1).half(), W_SD.half())
+    with np.errstate(invalid="ignore"):  # what float16 does not hold: not among the sound
+        worst_BS = truncating_product((x_BD.double() * inverse_B1).half(), W_SD.half())
     worst_BS = (worst_BS + b_S.double() * inverse_B1).half().double() / inverse_B1
     found_BS = pre_BP[:, :70] / inverse_B1
     sound_BS = found_BS.abs() + slack_BS < 3e4 / inverse_B1

@@ -220,7 +220,7 @@ def test_what_asks_for_gradients_is_summed_without(dense):
 def test_bad_dense_rows_and_options():
     acts_NS, emb_NE = make_data()
     streamed = StreamedScore(N_LATENTS)
-    with pytest.raises(ValueError, match="image 3: acts_nK holds NaN"):
+    with pytest.raises(ValueError, match=r"^activations: image 3: acts_nK holds NaN"):
         streamed.update(change(acts_NS, 3, float("nan")), emb_NE)
     with pytest.raises(ValueError, match=r"acts_nK: shape \(90, 23\)"):
         streamed.update(acts_NS[:, 1:], emb_NE)

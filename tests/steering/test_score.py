@@ -1,6 +1,7 @@
 """The steering score against a plain loop; resumed; what it says."""
 
 import json
+import math
 import re
 import shutil
 from copy import deepcopy
@@ -15,7 +16,9 @@ from steering_scores import ALPHA, DEAD, LAYER, N_IMAGES, dense_codes, score_com
 
 from command import run_json
 from damage import edit_record
-from saevlm_fast.config import PROMPT, ScoreConfig, ScoreRun
+from saevlm_fast.cli.steering_score import _print_scores
+from saevlm_fast.config.common import PROMPT
+from saevlm_fast.config.steering import ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images
@@ -247,6 +250,17 @@ def test_the_summary_is_of_well_defined_latents():
     for mean, std in SteeringScores(pa.table(columns)).summary().values():
         assert mean == pytest.approx(0.6)
         assert std == pytest.approx(0.1, rel=0.5)
+
+
+def test_one_latent_has_no_spread(capsys):
+    columns = {"latent": [0, 1], "n_top": [16, 3]} | {name: [0.5, 9.0] for name in MEASURES}
+    scores = SteeringScores(pa.table(columns))
+    assert all(mean == 0.5 and math.isnan(std) for mean, std in scores.summary().values())
+    _print_scores(scores)
+    said = capsys.readouterr().out
+    assert "0.5000" in said
+    assert "+- 0" not in said
+    assert "nan" not in said
 
 
 def write_unfinished(run, config, answerer, codes, embeddings):

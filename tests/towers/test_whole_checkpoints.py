@@ -1,13 +1,18 @@
 """Towers out of files of a whole model, which calls them by many names; and models that are refused by name."""
 
+import json
+import re
+
 import pytest
 import torch
 from many_towers import square
+from safetensors.torch import load_file, save_file
 from tower_makers import SIZE, SMALL, WIDTH, pictures, randomised
 
 from saevlm_fast.scoring.geometry import covered
 from saevlm_fast.towers.families import check_called
 from saevlm_fast.towers.from_transformers import prefix_in_file
+from saevlm_fast.towers.hub import weight_names
 from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tower import HookPoint
 
@@ -65,7 +70,6 @@ def test_what_a_tower_is_called_in_a_file():
 def test_weights_of_a_layer_that_the_model_has_not_are_refused(tmp_path):
     """LoRA that is not merged: all weights are there, and yet are not the model's."""
     import transformers as t
-    from safetensors.torch import load_file, save_file
 
     t.CLIPVisionModel(t.CLIPVisionConfig(**SMALL)).save_pretrained(tmp_path)
     square(t).save_pretrained(tmp_path)
@@ -94,6 +98,70 @@ def test_towers_that_are_called_otherwise_are_refused_by_name():
         check_called(_Called("new"), [], "hf:m")
     with pytest.raises(ValueError, match="hf:m: _Called is a tower of videos, not of images"):
         check_called(_Called("vjepa2"), [], "hf:m")
+
+
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_a_tower_that_lies_in_a_file_twice_is_refused(saved, tmp_path, shards):
+    """As what was merged by hand: a LLaVA's tower, and the same names beside it. transformers takes either."""
+    import shutil
+
+    import transformers as t
+
+    directory = shutil.copytree(saved("llava")[0], tmp_path / "twice")
+    model = t.LlavaForConditionalGeneration.from_pretrained(directory)
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    model.save_pretrained(directory, max_shard_size=shards)
+    load_tower(f"hf:{directory}")
+    names = weight_names(str(directory))
+    name = next(name for name in sorted(names) if "vision_tower" in name and name.endswith("fc1.bias"))
+    bare = name.partition("vision_tower.")[2]
+    file = sorted(directory.glob("*.safetensors"))[-1]
+    save_file(load_file(file) | {bare: torch.zeros(32)}, file, metadata={"format": "pt"})
+    if (index := directory / "model.safetensors.index.json").exists():
+        known = json.loads(index.read_text())
+        known["weight_map"][bare] = file.name
+        index.write_text(json.dumps(known))
+    assert weight_names(str(directory)) == names | {bare}
+    said = rf"the file holds 1 weights twice, as {re.escape(bare)} and {re.escape(name)}$"
+    with pytest.raises(ValueError, match=said):
+        load_tower(f"hf:{directory}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Florence2VisionConfig",
+        "Idefics2VisionConfig",
+        "Kimi_K25VisionConfig",
+        "PaddleOCRVisionConfig",
+        "Phi4MultimodalVisionConfig",
+        "VideoLlama3VisionConfig",
+    ],
+)
+def test_families_that_are_known_not_to_be_read_say_why(name, tmp_path):
+    import transformers as t
+
+    config = getattr(t, name, None) or pytest.skip(f"transformers {t.__version__} has no {name}")
+    config().save_pretrained(tmp_path)
+    square(t).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^hf:{tmp_path}: the tower of {name} is not read: it"):
+        load_tower(f"hf:{tmp_path}")
+
+
+def test_a_weight_that_is_missing_is_named_with_what_may_be_it(tmp_path):
+    """As of a whole AltCLIP, whose file transformers reads by the names of its text side."""
+    import transformers as t
+
+    t.CLIPVisionModel(t.CLIPVisionConfig(**SMALL)).save_pretrained(tmp_path)
+    square(t).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("layers.1.", "layer.1."): tensor for name, tensor in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"missing, as (\S+)layers\.1\.(\S+), in whose place the file has \S*layer\.1\.\2$"
+    ):
+        load_tower(f"hf:{tmp_path}")
 
 
 def test_a_processor_that_gives_no_pixels_is_refused_by_name(tmp_path):

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config.training import RunOptions, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
@@ -94,8 +95,8 @@ def test_a_step_that_cannot_be_captured_is_eager(device):
     stepper, data = on_gpu("topk", device)
     device_step, n_read = stepper.device_step, []
 
-    def reads_the_loss(x):
-        output = device_step(x)
+    def reads_the_loss(x_BD, e_BE):
+        output = device_step(x_BD, e_BE)
         n_read.append(float(output.losses.overall))
         return output
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from launches import counted_launches
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config.training import TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.step import Stepper
 from test_step import make
@@ -60,7 +61,7 @@ def dense_step(parameters: dict[str, torch.Tensor], x_BD, codes, ends: list[int]
     gradients["W_dec"] = W_dec.grad - (W_dec.grad * W).sum(1, keepdim=True) * W
     norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
     clip = (clip_norm / (norm + 1e-6)).clamp(max=1)
-    return float(loss), {name: g * clip for name, g in gradients.items()}
+    return float(loss.detach()), {name: g * clip for name, g in gradients.items()}
 
 
 def big(architecture: str, device, d_in: int, d_sae: int, **train) -> tuple[Stepper, torch.Tensor]:
@@ -128,7 +129,7 @@ def test_gpu_captured_steps_are_the_eager_steps(device, architecture: str, dead_
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors are on the CPU: only the interpreter takes them")
-@pytest.mark.parametrize(("architecture", "most"), [("topk", 31), ("batch_topk", 38), ("matryoshka", 38)])
+@pytest.mark.parametrize(("architecture", "most"), [("topk", 30), ("batch_topk", 37), ("matryoshka", 37)])
 def test_a_step_is_so_many_launches(monkeypatch, architecture: str, most: int) -> None:
     """Of docs/gpu.md's table: copies and fills included; and what the host announces reaches the device in one."""
     from saevlm_fast.kernels.latent_update_triton import launch_announce

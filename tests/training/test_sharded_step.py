@@ -7,7 +7,8 @@ import test_penalised_step
 import torch
 from thread_peers import together
 
-from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config.training import TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training import sharded_dead
@@ -131,7 +132,7 @@ def test_penalised_saes_are_those_of_one_process(architecture, dead_after, world
             torch.testing.assert_close(steps[number][0], torch.stack(losses[:4]), atol=1e-11, rtol=1e-11)
     check_state([stepper for _, stepper in ranks], alone, 1e-10)
     means, _ = together(world, lambda peers: told_by(ranks[peers.rank][1], peers).mean_threshold(), replicas)
-    assert means == [pytest.approx(alone.mean_threshold(), rel=1e-6)] * world
+    assert means == [pytest.approx(float(alone.mean_threshold()), rel=1e-6)] * world
 
 
 def told_by(stepper, peers):

@@ -1,0 +1,198 @@
+"""The auxiliary loss in a GPU's kernels, against its definition in float64; the choice of latents; the list of them."""
+
+import pytest
+import torch
+
+from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.kernels.latent_gradient import latent_slots
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
+from static_compile import TARGETS, Case, assert_no_spills
+
+KERNELS, LIST = "saevlm_fast.kernels.dead_latents_triton", "saevlm_fast.kernels.dead_list_triton"
+
+
+def made(n_rows: int, d_in: int, d_sae: int, n_dead: int) -> tuple[SparseAutoencoder, torch.Tensor, ...]:
+    """An SAE with biases, rows of very different norms, their reconstruction, dead latents."""
+    generator = torch.Generator().manual_seed(n_rows)
+    sae = SparseAutoencoder(SAEConfig.sized(d_in, d_sae=d_sae, k=3, architecture="topk"))
+    sae.reset_parameters(0)
+    with torch.no_grad():
+        for bias in (sae.b_enc, sae.b_dec):
+            bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
+    x, x_hat = torch.randn(2, n_rows, d_in, generator=generator)
+    scale = torch.logspace(-3, 1, n_rows)[:, None]
+    return sae, x * scale / d_in**0.5, 0.3 * x_hat, torch.randperm(d_sae, generator=generator)[:n_dead].sort().values
+
+
+@pytest.mark.parametrize("frozen", [None, "W_enc", "W_dec"])
+@pytest.mark.parametrize(
+    ("shape", "n_listed", "small"),
+    [
+        ((61, 24, 97, 40), 50, False),
+        ((70, 24, 97, 33), 33, True),
+        ((40, 24, 97, 9), 13, False),
+        ((9, 24, 97, 0), 5, True),
+    ],
+    ids=["more than take part", "wide rows in blocks", "all take part", "none"],
+)
+def test_loss_and_gradients_are_those_of_float64(device, monkeypatch, shape, n_listed, small, frozen) -> None:
+    from saevlm_fast.training import dead_latents_gpu
+
+    sae, x, x_hat, latents = made(*shape)
+    exact, d_sae = SparseAutoencoder(sae.config).double(), shape[2]
+    exact.load_state_dict({name: value.double() for name, value in sae.state_dict().items()})
+    expected = auxiliary(exact, x.double(), x_hat.double(), DeadLatents(latents, shape[3]), 0.5, frozen)
+    if small:
+        monkeypatch.setattr(dead_latents_gpu, "MOST_IN_REGISTERS", 20)
+        monkeypatch.setattr(dead_latents_gpu, "MOST_ELEMENTS", n_listed * 37)
+    listed = torch.nn.functional.pad(latents, (0, n_listed - len(latents)), value=d_sae).to(device)
+    number = torch.tensor(shape[3], device=device)
+    given = x.to(device), x_hat.to(device), listed, number, 0.5, frozen
+    found = dead_latents_gpu.gpu_auxiliary(sae.to(device), *given)
+    loss, squares = found.numbers.tolist()
+    if expected is None:
+        assert loss == squares == 0
+        assert not any(rows.rows_AD.any() for rows in (found.W_enc, found.W_dec) if rows is not None)
+        return
+    assert loss == pytest.approx(float(expected.loss), rel=1e-6)
+    whole = expected.b_enc_A.square().sum()
+    close(found.b_enc_A, expected.b_enc_A)
+    for name, truth, rows in zip(("W_enc", "W_dec"), expected[1:3], (found.W_enc, found.W_dec)):
+        assert (rows is None) == (truth is None) == (name == frozen)
+        if truth is not None:
+            close(rows.rows_AD, truth.rows_AD)
+            assert float(rows.squared_norm) == pytest.approx(float(truth.squared_norm), rel=1e-5)
+            whole = whole + truth.squared_norm
+    assert squares == pytest.approx(float(whole), rel=1e-5)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To 1e-6 of the largest; what belongs to padding is 0."""
+    n = len(expected)
+    assert not bool(found[n:].any())
+    assert float((found[:n].cpu().double() - expected).abs().max()) < 1e-6 * float(expected.abs().max())
+
+
+def test_a_constant_residual_gives_no_loss(device) -> None:
+    from saevlm_fast.training.dead_latents_gpu import gpu_auxiliary
+
+    sae, x, _, latents = made(7, 24, 97, 9)
+    x = (64 * x).round() / 64
+    number = torch.tensor(9, device=device)
+    found = gpu_auxiliary(sae.to(device), x.to(device), (x - x[:1]).to(device), latents.to(device), number, 0.5)
+    assert found.numbers.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kernel", ["keep_kernel", "keep_wide_kernel"])
+def test_the_largest_are_kept_and_of_equals_the_lowest(device, kernel: str) -> None:
+    """Ties at the threshold, fewer than k that are positive, rows of zeros, a tiny value beside a large one."""
+    from saevlm_fast.kernels import dead_latents_triton
+
+    generator = torch.Generator().manual_seed(5)
+    acts = torch.randint(-4, 6, (12, 75), generator=generator).clamp(min=0).float()
+    acts[1] = 0
+    acts[2, 20:] = 0
+    acts[3] = torch.rand(75, generator=generator)
+    acts[4, :9], acts[4, 9:] = 1e6, 0
+    acts[4, 70] = 1e-6
+    k = 16
+    order = torch.sort(acts, dim=1, descending=True, stable=True).indices[:, :k]
+    expected = torch.zeros_like(acts).scatter_(1, order, acts.gather(1, order))
+    split, inverse = torch.full((12, 150), 7.0, dtype=torch.float16, device=device), torch.empty(12, device=device)
+    block = 128 if kernel == "keep_kernel" else 32
+    getattr(dead_latents_triton, kernel)[(12,)](acts.to(device), split.view(torch.float32), inverse, 75, k, BLOCK=block)
+    hi, lo = split.cpu().float().split(75, dim=1)
+    found = (hi + lo) * inverse.cpu()[:, None]
+    assert torch.equal(hi > 0, expected > 0)
+    torch.testing.assert_close(found, expected, rtol=2**-19, atol=1e-2)  # the interpreter cuts, a GPU rounds
+    torch.testing.assert_close(found[3], expected[3], rtol=2**-19, atol=0)
+
+
+@pytest.mark.parametrize(("d_sae", "share", "spare"), [(3000, 0.1, 300), (97, 0.0, 5), (97, 1.0, 0), (1024, 0.5, 1)])
+def test_the_list_of_dead_latents(device, d_sae: int, share: float, spare: int) -> None:
+    from saevlm_fast.kernels.dead_list_triton import launch_dead_list
+
+    generator = torch.Generator().manual_seed(d_sae)
+    dead = torch.rand(d_sae, generator=generator) < share
+    idle = torch.where(dead, 10**10, torch.randint(0, 10**9, (d_sae,), generator=generator))
+    number = int(dead.sum())
+    latents, n_dead, slots = launch_dead_list(idle.to(device), 10**9, number + spare)
+    expected = torch.nn.functional.pad(dead.nonzero().squeeze(1), (0, spare), value=d_sae)
+    assert torch.equal(latents.cpu(), expected)
+    assert int(n_dead) == number
+    assert torch.equal(slots.cpu(), latent_slots(expected, d_sae))
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+HALVES, FLOATS, DOUBLES, INTS, LONGS, SIZE = "*fp16", "*fp32", "*fp64", "*i32", "*i64", "i32:16"
+SIZES = {"n_rows": SIZE, "n_dead": SIZE, "d_in": SIZE}
+
+
+def named(kind: str, names: str) -> dict[str, str]:
+    return {f"{name}_ptr": kind for name in names.split()}
+
+
+def product_cases(target: str) -> list[Case]:
+    from saevlm_fast.training.dead_latents_gpu import tile_config
+
+    tile = tile_config({"sm_80": (8, 0), "sm_90": (9, 0), "gfx942": (0, 0)}[target])
+    launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    dec, inverse = named(HALVES, "w_hi w_lo"), named(FLOATS, "inverse")
+    acts = named(HALVES, "c_hi c_lo w_hi w_lo") | named(FLOATS, "c_inverse w_inverse bias acts") | SIZES
+    error = named(FLOATS, "acts x x_hat error") | dec | inverse | named(INTS, "largest") | {"stride_x": SIZE} | SIZES
+    dacts = named(HALVES, "e_hi e_lo") | dec | inverse | named(FLOATS, "c_inverse acts sums") | named(INTS, "largest")
+    gradient = named(FLOATS, "acts parts") | named(HALVES, "r_hi r_lo") | named(INTS, "largest") | SIZES
+    gradient |= {"size": SIZE, "add": "i32"}
+    return [
+        Case(KERNELS, "acts_kernel", target, acts, tile, **launch),
+        Case(KERNELS, "error_kernel", target, error, tile, **launch),
+        Case(KERNELS, "dacts_kernel", target, dacts | SIZES, tile, **launch),
+        Case(KERNELS, "gradient_kernel", target, gradient, tile | {"TOP": 9}, **launch),
+    ]
+
+
+def row_cases(target: str) -> list[Case]:
+    from saevlm_fast.training.dead_latents_gpu import keep_config, row_launch
+
+    row, keep = row_launch(1024), dict.fromkeys(("n_dead", "k"), SIZE) | named(FLOATS, "acts split inverse")
+    warps, blocks = row.pop("num_warps"), row
+    rows = named(FLOATS, "x x_hat b_dec inverse") | named(HALVES, "hi lo") | named(DOUBLES, "sums squares")
+    rows |= {"stride_x": SIZE, "n_rows": "i32", "d_in": SIZE}
+    latents = named(LONGS, "latents") | named(FLOATS, "W_enc b_enc W_dec enc_inverse bias")
+    latents |= named(HALVES, "enc_hi enc_lo dec_hi dec_lo") | {"d_sae": SIZE, "d_in": SIZE}
+    error = named(FLOATS, "error inverse c_inverse squares") | named(HALVES, "hi lo") | named(INTS, "largest")
+    scalars = named(DOUBLES, "sums squares parts scalars") | named(LONGS, "number") | named(INTS, "counter")
+    scalars |= {"n_sums": "i32", "n_rows": "i32", "d_in": SIZE, "alpha": "fp32"}
+    finish = named(FLOATS, "parts W_dec sums rows squares b_enc") | named(DOUBLES, "scalars") | named(LONGS, "latents")
+    finish |= {"n_parts": "i32", "n_tiles": "i32", "n_dead": SIZE, "d_sae": SIZE, "d_in": SIZE}
+    numbers = named(FLOATS, "row_squares squares b_enc numbers") | named(DOUBLES, "scalars")
+    listed = named(LONGS, "idle latents number") | named(INTS, "counts slots") | {"d_sae": SIZE, "dead_after": "i32"}
+    cases = [
+        Case(KERNELS, "rows_kernel", target, rows, blocks | {"ROWS": 32}, num_warps=warps),
+        Case(KERNELS, "latents_kernel", target, latents, blocks, num_warps=warps),
+        Case(KERNELS, "error_rows_kernel", target, error | {"d_in": SIZE}, blocks, num_warps=warps),
+        Case(KERNELS, "scalars_kernel", target, scalars, {"BLOCK_P": 32, "BLOCK_D": 32, "PROGRAMS": 32}),
+        Case(KERNELS, "finish_kernel", target, finish, blocks | {"DECODER": 0, "TILES": 32}, num_warps=warps),
+        Case(
+            KERNELS,
+            "numbers_kernel",
+            target,
+            numbers | {"n_rows": "i32", "n_dead": SIZE},
+            {"SIDES": 2, "BLOCK": 2048},
+            8,
+        ),
+        Case(LIST, "count_kernel", target, listed, {"BLOCK": 1024}),
+        Case(LIST, "place_kernel", target, listed | {"n_listed": "i32"}, {"BLOCK": 1024, "PROGRAMS": 64}),
+    ]
+    for n_dead in (256, 2048, 16384, 65536):
+        kernel, config = keep_config(n_dead, hip=target == "gfx942")
+        warps = config.pop("num_warps")
+        cases.append(Case(KERNELS, kernel, target, keep, config, num_warps=warps))
+    return cases
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_static_compile_without_spills(target: str) -> None:
+    assert_no_spills(product_cases(target) + row_cases(target))
