@@ -131,8 +131,8 @@ def test_kernels_compile_without_spills():
     module, floats = "saevlm_fast.kernels.dense_step_triton", lambda *names: {f"{name}_ptr": "*fp32" for name in names}
     common = floats("h", "unscale", "bias", "threshold", "scale", "sums")
     common |= {"hi_ptr": "*fp16", "lo_ptr": "*fp16", "n_rows": "i32", "n_latents": "i32:16"}
-    passed = common | floats("dz", "dz_unscale", "theta", "of_step")
-    passed |= {"n_programs": "i32", "l1": "fp32", "bandwidth": "fp32"}
+    passed = common | floats("dz", "dz_unscale", "theta", "of_step", "l1")
+    passed |= {"n_programs": "i32", "bandwidth": "fp32"}
     split = {"source_ptr": "*fp32", "scale_ptr": "*fp32", "out_ptr": "*fp16", "width": "i32:16"}
     from saevlm_fast.kernels.dense_step_triton import BLOCK_S, ROWS, TILE_ROWS
 
