@@ -100,7 +100,7 @@ class Stepper:
         self._announced = torch.zeros(3, dtype=torch.int64, device=device)
         self.adam_schedule, self.step_index = self._announced[:2].view(torch.float64), self._announced[2]
         self.asked: Asked | None = None
-        self.sparsity = torch.ones((), dtype=sae.W_dec.dtype, device=device)
+        self.sparsity = torch.ones((), dtype=torch.promote_types(sae.W_dec.dtype, torch.float32), device=device)
         self.cone = self._cone()
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
 
@@ -153,7 +153,13 @@ class Stepper:
         whole = min(self.config.accumulate, len(x_BD)) == 1 and self.config.mono_weight is None
         if not (self.penalised and whole and screens_cuda(x_BD, self.sae.W_enc)):
             return False
-        return in_one_chunk(len(x_BD), self.sae.config.d_sae)
+        return not self._too_wide(x_BD) and in_one_chunk(len(x_BD), self.sae.config.d_sae)
+
+    def _too_wide(self, x_BD: Tensor) -> bool:
+        """For the kernels of a GPU's step: of TopK and its like such rows are refused, others go another way."""
+        from saevlm_fast.kernels.step_rows_triton import MAX_WIDTH
+
+        return x_BD.shape[1] > MAX_WIDTH and (self.penalised or self.config.accumulate > 1)
 
     @torch.no_grad()
     def asked_first(self, x_BD: Tensor) -> "Asked":
@@ -184,7 +190,7 @@ class Stepper:
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """The step that was announced."""
         mono = self._mono(x_BD if e_BE is None else e_BE)
-        output = self._gpu_step(x_BD, mono) if x_BD.is_cuda else None
+        output = self._gpu_step(x_BD, mono) if x_BD.is_cuda and not self._too_wide(x_BD) else None
         if output is not None:
             return output
         if self.config.accumulate > 1:
