@@ -6,7 +6,8 @@ Times are those of one H200; another chip's are held against them all the same.
 from collections.abc import Callable
 from typing import NamedTuple
 
-Result, Run = dict, dict  # as in report.py
+Result = dict  # both as in report.py
+Run = dict
 
 
 class Measured:

@@ -93,9 +93,9 @@ if compgen -G "$site/*.whl" >/dev/null; then # beside the tests: with their byte
     { "$python" -m pip install -q --no-index --no-deps --no-cache-dir --target "$site" "$PEERS"/*.whl \
         >"$work/logs/peers_install.log" 2>&1 || echo "peers: their wheels were not installed" | tee -a "$summary"; } &
 fi
-step gpu_tests 130 "${pytest[@]}" tests "${workers[@]}" -m gpu &
-step kernel_tests 130 "${pytest[@]}" tests/kernels "${workers[@]}" -m "not gpu" -k "not static_compile" &
-step demo 100 "$python" -m saevlm_fast.cli demo --device cuda --output "$work/demo" &
+step gpu_tests 150 "${pytest[@]}" tests "${workers[@]}" -m gpu &
+step kernel_tests 150 "${pytest[@]}" tests/kernels "${workers[@]}" -m "not gpu" -k "not static_compile" &
+step demo 120 "$python" -m saevlm_fast.cli demo --device cuda --output "$work/demo" &
 n_gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
 # One rank of one GPU runs the same code, and tells nobody anything.
 step ranks 90 "$python" -m torch.distributed.run --standalone --nproc-per-node "$((n_gpus < 2 ? 1 : 2))" \

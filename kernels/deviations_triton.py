@@ -76,7 +76,7 @@ def latent_deviations_kernel(
     INTERVALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """powers [POWERS, S] += sums of b^m; change_sums [2, S] += of delta, of delta^2; changes[order] = delta, NaN as 0."""
+    """powers [POWERS, S] += sums of b^m; change_sums [2, S] += delta, delta^2; changes[order] = delta, NaN as 0."""
     latent = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(offsets_ptr + latent), tl.load(offsets_ptr + latent + 1)
     if begin < end:

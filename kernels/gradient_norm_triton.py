@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .latent_update_triton import moved
 from .segment_sum_triton import CHUNK, accumulator
-from .step_entries_triton import Entries, latent_row
+from .step_entries_triton import Entries, latent_row, register_limit
 from .step_rows_triton import Rows, whole_row_block
-from .step_totals_triton import BLOCK_C, Totals, added_rows
+from .step_totals_triton import Totals, added_rows
 
-DB_ROWS = 32  # parts of W_enc^T db_enc that a program of decide_kernel adds
-NORM_PROGRAMS, NORM_STEP = 1024, 2
+DB_ROWS, BLOCK_C = 32, 256  # parts of b_dec's gradient that a program of decide_kernel adds; their columns
+NORM_PROGRAMS, WIDE_REGISTERS = 1024, 128
 DECIDE_BLOCK, CLIP_BLOCK = 4096, 2048
 
 
@@ -100,11 +100,10 @@ def row_results(squared_ptr, smallest_ptr, n_rows, THRESHOLD: tl.constexpr, BLOC
     return tl.sum(squared, axis=0), tl.min(smallest, axis=0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_groups", "n_suffix", "n_totals", "n_sums", "n_programs", "threshold_start"])
+@triton.jit(do_not_specialize=["n_rows", "n_groups", "n_parts", "n_squares", "n_sums", "n_programs", "threshold_start"])
 def decide_kernel(
     db_parts_ptr,
     sums_ptr,
-    suffix_parts_ptr,
     square_parts_ptr,
     squared_ptr,
     smallest_ptr,
@@ -120,8 +119,8 @@ def decide_kernel(
     arrivals_ptr,
     n_rows,
     n_groups,
-    n_suffix,
-    n_totals,
+    n_parts,
+    n_squares,
     n_sums,
     n_programs,
     threshold_start,
@@ -146,15 +145,14 @@ def decide_kernel(
     program = tl.program_id(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < d_in
-    last = tl.minimum(program * ROWS + ROWS, n_totals)
+    last = tl.minimum(program * ROWS + ROWS, n_parts)
     total = added_rows(db_parts_ptr, program * ROWS, last, d_in, o_c, m_c, ROWS, BLOCK_C, ACC)
     tl.store(sums_ptr + program.to(tl.int64) * d_in + o_c, total, mask=m_c)
     if last_to_arrive(arrivals_ptr, n_programs):
-        exact, bound = part_sums(square_parts_ptr, n_totals, BLOCK, ACC)
+        exact, bound = part_sums(square_parts_ptr, n_squares, BLOCK, ACC)
         o_d = tl.arange(0, BLOCK_D)
         m_d = o_d < d_in
-        db_dec = added_rows(suffix_parts_ptr, 0, n_suffix, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
-        db_dec -= added_rows(sums_ptr, 0, n_sums, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
+        db_dec = added_rows(sums_ptr, 0, n_sums, d_in, o_d, m_d, STEP, BLOCK_D, ACC)
         if HAS_AUX:
             db_dec -= tl.load(aux_db_ptr + o_d, mask=m_d, other=0.0).to(ACC)
             exact += tl.load(aux_ptr + 1).to(ACC)
@@ -184,16 +182,13 @@ def add_squares(
     columns,
     ALONG: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """total + the square of latent s's gradient row; without the part along W_dec's row (ALONG)."""
     start, end = segment
     d_in, o_d, m_d = columns
-    g = latent_row(
-        weights_ptr, ids_ptr, source_ptr, partials_ptr, start, end, d_in, o_d, m_d, CHUNK, BLOCK_P, BLOCK_D, ACC
-    )
+    g = latent_row(weights_ptr, ids_ptr, source_ptr, partials_ptr, start, end, d_in, o_d, m_d, CHUNK, BLOCK_D, ACC)
     square = tl.sum(g * g, axis=0)
     if ALONG:
         par = tl.load(along_ptr + s)
@@ -234,7 +229,6 @@ def clip_kernel(
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
@@ -268,7 +262,6 @@ def clip_kernel(
                         columns,
                         True,
                         CHUNK,
-                        BLOCK_P,
                         BLOCK_D,
                         ACC,
                     )
@@ -285,7 +278,6 @@ def clip_kernel(
                         columns,
                         False,
                         CHUNK,
-                        BLOCK_P,
                         BLOCK_D,
                         ACC,
                     )
@@ -339,8 +331,8 @@ def launch_decide(
     n_groups = len(rows.suffix_RD) // n_rows
     sum_dtype, ACC = accumulator(rows.suffix_RD.dtype)
     new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=rows.suffix_RD.device)  # noqa: E731
-    n_totals = len(totals.db_parts)
-    grid = triton.cdiv(n_totals, DB_ROWS), triton.cdiv(d_in, BLOCK_C)
+    n_parts = len(totals.db_parts)
+    grid = triton.cdiv(n_parts, DB_ROWS), triton.cdiv(d_in, BLOCK_C)
     sums = new(grid[0], d_in)
     needed = torch.empty(1, dtype=torch.int32, device=sums.device)
     decision = Decision(new(d_in), new(1), needed, new(3))
@@ -348,7 +340,6 @@ def launch_decide(
     decide_kernel[grid](
         totals.db_parts,
         sums,
-        totals.suffix_parts,
         totals.square_parts,
         rows.squared_B,
         rows.smallest_B,
@@ -358,8 +349,8 @@ def launch_decide(
         totals.arrivals,
         n_rows,
         n_groups,
-        len(totals.suffix_parts),
-        n_totals,
+        n_parts,
+        len(totals.square_parts),
         grid[0],
         grid[0] * grid[1],
         0 if moving is None else moving[1],
@@ -422,10 +413,10 @@ def launch_clip(
         BETA2=betas[1],
         EPS=eps,
         CHUNK=CHUNK,
-        BLOCK_P=NORM_STEP,
         BLOCK=CLIP_BLOCK,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
+        **register_limit(block_d, sum_dtype, wide=WIDE_REGISTERS),
     )
     return clip

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from .common import TINY, Cone
 from .segment_sum_triton import CHUNK, accumulator
-from .step_entries_triton import Entries, latent_row
+from .step_entries_triton import Entries, latent_row, register_limit
 from .step_rows_triton import whole_row_block
 
-LATENTS = 2  # of a program
 BLOCK_S = 1024  # biases of a program
-UPDATE_STEP = 1  # entries whose row loads are in flight together
+PER_THREAD, REGISTERS = 8, 64  # elements of a row, registers
 
 
 @triton.jit
@@ -39,6 +38,21 @@ def adam(p, exp_avg, exp_avg_sq, g, schedule_ptr, BETA1: tl.constexpr, BETA2: tl
     exp_avg_sq = BETA2 * exp_avg_sq + (1 - BETA2) * g * g
     p -= step_size * exp_avg / (tl.sqrt(exp_avg_sq) / bias2_sqrt + EPS)
     return p, exp_avg, exp_avg_sq
+
+
+@triton.jit
+def load_state(p_ptr, exp_avg_ptr, exp_avg_sq_ptr, o, m, ACC: tl.constexpr):
+    """(p, exp_avg, exp_avg_sq) of some numbers."""
+    p, exp_avg = tl.load(p_ptr + o, mask=m, other=0.0), tl.load(exp_avg_ptr + o, mask=m, other=0.0)
+    return p.to(ACC), exp_avg.to(ACC), tl.load(exp_avg_sq_ptr + o, mask=m, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_state(p_ptr, exp_avg_ptr, exp_avg_sq_ptr, o, m, p, exp_avg, exp_avg_sq):
+    """The reverse."""
+    tl.store(p_ptr + o, p.to(p_ptr.dtype.element_ty), mask=m)
+    tl.store(exp_avg_ptr + o, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=m)
+    tl.store(exp_avg_sq_ptr + o, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -55,12 +69,9 @@ def moved(
     EPS: tl.constexpr,
 ):
     """Adam on some numbers in place."""
-    p = tl.load(p_ptr + o, mask=m, other=0.0).to(g.dtype)
-    exp_avg, exp_avg_sq = tl.load(exp_avg_ptr + o, mask=m, other=0.0), tl.load(exp_avg_sq_ptr + o, mask=m, other=0.0)
-    p, exp_avg, exp_avg_sq = adam(p, exp_avg.to(g.dtype), exp_avg_sq.to(g.dtype), g, schedule_ptr, BETA1, BETA2, EPS)
-    tl.store(p_ptr + o, p.to(p_ptr.dtype.element_ty), mask=m)
-    tl.store(exp_avg_ptr + o, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=m)
-    tl.store(exp_avg_sq_ptr + o, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=m)
+    p, exp_avg, exp_avg_sq = load_state(p_ptr, exp_avg_ptr, exp_avg_sq_ptr, o, m, g.dtype)
+    p, exp_avg, exp_avg_sq = adam(p, exp_avg, exp_avg_sq, g, schedule_ptr, BETA1, BETA2, EPS)
+    store_state(p_ptr, exp_avg_ptr, exp_avg_sq_ptr, o, m, p, exp_avg, exp_avg_sq)
 
 
 @triton.jit
@@ -95,13 +106,19 @@ def auxiliary_row(aux_rows_ptr, aux_slots_ptr, s, d_in, o_d, ACC: tl.constexpr):
 
 
 @triton.jit
+def added_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def store_low(low_ptr, low_norm_ptr, low_error_ptr, s, stride, o_d, m_d, w, TINY: tl.constexpr, ACC: tl.constexpr):
     """The float16 copy of a row of W_enc; upper bounds of its norm and of what the copy is off by."""
     low = w.to(tl.float32).to(low_ptr.dtype.element_ty)
     tl.store(low_ptr + s * stride + o_d, low, mask=m_d)
     e = w - low.to(ACC)
-    tl.store(low_norm_ptr + s, (tl.sqrt(tl.sum(w * w, axis=0)) + TINY).to(tl.float32))
-    tl.store(low_error_ptr + s, (tl.sqrt(tl.sum(e * e, axis=0)) + TINY).to(tl.float32))
+    squared, off = tl.reduce((w * w, e * e), 0, added_pairs)
+    tl.store(low_norm_ptr + s, (tl.sqrt(squared) + TINY).to(tl.float32))
+    tl.store(low_error_ptr + s, (tl.sqrt(off) + TINY).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["first", "second", "third"])
@@ -133,7 +150,7 @@ def bias_kernel(
     moved(b_ptr, exp_avg_ptr, exp_avg_sq_ptr, o, m, g, schedule_ptr, BETA1, BETA2, EPS)
 
 
-@triton.jit(do_not_specialize=["n_latents"])
+@triton.jit
 def update_kernel(
     weights_ptr,
     ids_ptr,
@@ -155,7 +172,6 @@ def update_kernel(
     low_norm_ptr,
     low_error_ptr,
     first_ptr,
-    n_latents,
     low_stride,
     d_in,
     DECODER: tl.constexpr,
@@ -170,45 +186,41 @@ def update_kernel(
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
     TINY: tl.constexpr,
-    LATENTS: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """LATENTS latents of one side. totals: parallel (decoder) or db_enc (encoder)."""
+    """A latent of one side. totals: parallel (decoder) or db_enc (encoder)."""
+    s = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
+    o = s * d_in + o_d
     clip = tl.load(clip_ptr)  # a clip of NaN reaches every latent, as in the dense step
-    for i in range(LATENTS):
-        s = tl.program_id(0).to(tl.int64) * LATENTS + i
-        if s < n_latents:
-            o = s * d_in + o_d
-            start, end = tl.load(offsets_ptr + s), tl.load(offsets_ptr + s + 1)
-            total = tl.load(totals_ptr + s)
-            w = load_once(W_ptr, o, m_d, ACC)
-            m = load_once(exp_avg_ptr, o, m_d, ACC)
-            v = load_once(exp_avg_sq_ptr, o, m_d, ACC)
-            g = latent_row(
-                weights_ptr, ids_ptr, source_ptr, partials_ptr, start, end, d_in, o_d, m_d, CHUNK, BLOCK_P, BLOCK_D, ACC
-            )
-            if DECODER:
-                g -= total * w
-            if HAS_AUX:
-                g += auxiliary_row(aux_rows_ptr, aux_slots_ptr, s, d_in, o_d, ACC)
-            w, m, v = adam(w, m, v, g * clip, schedule_ptr, BETA1, BETA2, EPS)
-            w = tl.where(m_d, w, 0.0)  # a NaN step size makes NaN of the lanes behind the row too
-            if DECODER:
-                w *= 1.0 / (tl.sqrt(tl.sum(w * w, axis=0)) + NORM_EPS)
-                if CONE:
-                    w = held_in_cone(w, load_once(first_ptr, o, m_d, ACC), COSINE, SINE, ROUNDING)
-            else:
-                moved(b_ptr, b_exp_avg_ptr, b_exp_avg_sq_ptr, s, True, total * clip, schedule_ptr, BETA1, BETA2, EPS)
-                if HAS_LOW:
-                    store_low(low_ptr, low_norm_ptr, low_error_ptr, s, low_stride, o_d, m_d, w, TINY, ACC)
-            store_once(W_ptr, o, m_d, w)
-            store_once(exp_avg_ptr, o, m_d, m)
-            store_once(exp_avg_sq_ptr, o, m_d, v)
+    start, end, total = tl.load(offsets_ptr + s), tl.load(offsets_ptr + s + 1), tl.load(totals_ptr + s)
+    w = load_once(W_ptr, o, m_d, ACC)
+    m = load_once(exp_avg_ptr, o, m_d, ACC)
+    v = load_once(exp_avg_sq_ptr, o, m_d, ACC)
+    if not DECODER:
+        b, b_m, b_v = load_state(b_ptr, b_exp_avg_ptr, b_exp_avg_sq_ptr, s, True, ACC)
+    g = latent_row(weights_ptr, ids_ptr, source_ptr, partials_ptr, start, end, d_in, o_d, m_d, CHUNK, BLOCK_D, ACC)
+    if DECODER:
+        g -= total * w
+    if HAS_AUX:
+        g += auxiliary_row(aux_rows_ptr, aux_slots_ptr, s, d_in, o_d, ACC)
+    w, m, v = adam(w, m, v, g * clip, schedule_ptr, BETA1, BETA2, EPS)
+    store_once(exp_avg_ptr, o, m_d, m)
+    store_once(exp_avg_sq_ptr, o, m_d, v)
+    w = tl.where(m_d, w, 0.0)  # a NaN step size makes NaN of the lanes behind the row too
+    if DECODER:
+        w *= 1.0 / (tl.sqrt(tl.sum(w * w, axis=0)) + NORM_EPS)
+        if CONE:
+            w = held_in_cone(w, load_once(first_ptr, o, m_d, ACC), COSINE, SINE, ROUNDING)
+    store_once(W_ptr, o, m_d, w)
+    if not DECODER:
+        b, b_m, b_v = adam(b, b_m, b_v, total * clip, schedule_ptr, BETA1, BETA2, EPS)
+        store_state(b_ptr, b_exp_avg_ptr, b_exp_avg_sq_ptr, s, True, b, b_m, b_v)
+        if HAS_LOW:
+            store_low(low_ptr, low_norm_ptr, low_error_ptr, s, low_stride, o_d, m_d, w, TINY, ACC)
 
 
 # --- launch wrapper --------------------------------------------------------------------------------------------------
@@ -238,7 +250,6 @@ def launch_update(
     aux: tuple[Tensor, Tensor] | None = None,
     low: tuple[Tensor, Tensor, Tensor] | None = None,
     cone: Cone | None = None,
-    latents: int = LATENTS,
 ) -> None:
     """W_dec (b None) or W_enc with b_enc, each with its moments, in place. aux: rows [A, D] and slots int32 [S].
 
@@ -246,14 +257,14 @@ def launch_update(
     cone: that the rows of W_dec are held in.
     """
     n_latents, d_in = W[0].shape
-    _, ACC = accumulator(W[0].dtype)
-    block_d, num_warps = whole_row_block(d_in, elements_per_thread=4)
+    sum_dtype, ACC = accumulator(W[0].dtype)
+    block_d, num_warps = whole_row_block(d_in, PER_THREAD)
     decoder = b is None
     nothing = entries.offsets_S1
     partials = entries.partials[0 if decoder else 1]
     weights = entries.acts_M if decoder else entries.dacts_M
     ids, source = (entries.bags_M, entries.suffix_RD) if decoder else (entries.rows_M, entries.centred_BD)
-    update_kernel[(triton.cdiv(n_latents, latents),)](
+    update_kernel[(n_latents,)](
         weights,
         ids,
         entries.offsets_S1,
@@ -267,7 +278,6 @@ def launch_update(
         *(b or W),
         *(low or W),
         W[0] if cone is None else cone.rows_SD,
-        n_latents,
         d_in if low is None else low[0].stride(0),
         d_in,
         DECODER=decoder,
@@ -282,12 +292,11 @@ def launch_update(
         EPS=scalars.eps,
         NORM_EPS=torch.finfo(W[0].dtype).eps,
         TINY=TINY,
-        LATENTS=latents,
         CHUNK=CHUNK,
-        BLOCK_P=UPDATE_STEP,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=num_warps,
+        **register_limit(block_d, sum_dtype, REGISTERS),
     )
 
 

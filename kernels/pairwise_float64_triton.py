@@ -33,9 +33,10 @@ PANEL_BLOCK_J = 256
 WEIGH_ROWS = 32
 WEIGH_BLOCK_I = 8
 WEIGH_BLOCK_K = 128
-COLUMN_ROWS = 64
-COLUMN_PARTS = 64
-COLUMN_BLOCK_K = 256
+COLUMN_ROWS = 32
+COLUMN_PARTS = 128
+COLUMN_BLOCK_K = 128
+COLUMN_WARPS = 2
 COLUMN_UNROLL = 8
 CLOSED_BLOCK_K = 8
 CLOSED_BLOCK_E = 128
@@ -331,7 +332,7 @@ def launch_column_sums(
             WIDEN=widen,
             BLOCK_K=COLUMN_BLOCK_K,
             UNROLL=COLUMN_UNROLL,
-            num_warps=NUM_WARPS,
+            num_warps=COLUMN_WARPS,
         )
     return wide_NK, parts
 

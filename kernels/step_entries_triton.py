@@ -2,7 +2,7 @@
 
     keys, order = torch.sort(keys of the latents)    stable: rows ascend within a latent                 key_kernel
     offsets[s] = where latent s begins                                                                  offset_kernel
-    acts, dacts, bags, rows = those of the codes, in that order                                         ordered_kernel
+    acts, dacts, bags, rows = those of the codes, in that order                            step_totals_triton.py
     partial[side, c] = sum over chunk c of act * suffix[bag] (decoder) or dact * centred[row] (encoder)   chunk_kernel
 
 Entry positions are cut into chunks of CHUNK; a chunk inside one latent's segment is summed here, so that a latent that
@@ -75,63 +75,62 @@ def offset_kernel(
     tl.store(offsets_ptr + latent, low, mask=latent <= n_latents)
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_groups"])
-def ordered_kernel(
-    acts_ptr,
-    dacts_ptr,
-    bags_ptr,
-    order_ptr,
-    ordered_acts_ptr,
-    ordered_dacts_ptr,
-    ordered_bags_ptr,
-    ordered_rows_ptr,
-    n_entries,
-    n_groups,
-    PREFIXES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Entries in latent order: one dependent load less in every gather that follows."""
-    o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = o < n_entries
-    entry = tl.load(order_ptr + o, mask=m, other=0)
+@triton.jit
+def placed_entries(codes, p, m, n_groups, PREFIXES: tl.constexpr, ACC: tl.constexpr):
+    """(act, dact, bag, row) of the entries at places p in latent order."""
+    order_ptr, acts_ptr, dacts_ptr, bags_ptr = codes
+    entry = tl.load(order_ptr + p, mask=m, other=0)
     bags = tl.load(bags_ptr + entry, mask=m, other=0)
-    acts = tl.load(acts_ptr + entry, mask=m, other=0.0)
-    tl.store(ordered_acts_ptr + o, acts.to(ordered_acts_ptr.dtype.element_ty), mask=m)
-    tl.store(ordered_dacts_ptr + o, tl.load(dacts_ptr + entry, mask=m, other=0.0), mask=m)
-    tl.store(ordered_bags_ptr + o, bags, mask=m)
+    rows = bags
     if PREFIXES:
-        tl.store(ordered_rows_ptr + o, bags // n_groups, mask=m)
+        rows = bags // n_groups
+    acts = tl.load(acts_ptr + entry, mask=m, other=0.0).to(ACC)
+    return acts, tl.load(dacts_ptr + entry, mask=m, other=0.0).to(ACC), bags, rows
 
 
 @triton.jit
-def add_rows(acc, weights_ptr, ids_ptr, start, end, source_ptr, d_in, o_d, m_d, BLOCK_P: tl.constexpr):
-    """acc [BLOCK_D] + sum over p in start:end of weights[p] * source[ids[p]]."""
-    for p in range(start, end, BLOCK_P):
+def chunk_sum(
+    codes,
+    start,
+    source_ptr,
+    columns,
+    n_groups,
+    DECODER: tl.constexpr,
+    PREFIXES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """[BLOCK_D] of the sum over a chunk's entries of weight * source row, of one side."""
+    d_in, o_d, m_d = columns
+    acc = tl.zeros([BLOCK_D], dtype=ACC)
+    for p in range(start, start + CHUNK, BLOCK_P):
         o_p = p + tl.arange(0, BLOCK_P)
-        m_p = o_p < end
-        ids = tl.load(ids_ptr + o_p, mask=m_p, other=0).to(tl.int64)
-        weights = tl.load(weights_ptr + o_p, mask=m_p, other=0.0)
-        mask = m_p[:, None] & m_d[None, :]
-        at = source_ptr + ids[:, None] * d_in + o_d[None, :]
-        rows = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_last").to(acc.dtype)
-        acc += tl.sum(weights[:, None] * rows, axis=0)
+        acts, dacts, bags, rows = placed_entries(codes, o_p, o_p >= 0, n_groups, PREFIXES, ACC)
+        weights, ids = (acts, bags) if DECODER else (dacts, rows)
+        at = source_ptr + ids.to(tl.int64)[:, None] * d_in + o_d[None, :]
+        source = tl.load(at, mask=m_d[None, :], other=0.0, eviction_policy="evict_last").to(ACC)
+        acc += tl.sum(weights[:, None] * source, axis=0)
     return acc
 
 
-@triton.jit(do_not_specialize=["n_chunks", "shift"])
+@triton.jit(do_not_specialize=["n_groups", "n_chunks", "shift"])
 def chunk_kernel(
+    order_ptr,
     acts_ptr,
     dacts_ptr,
     bags_ptr,
-    rows_ptr,
     keys_ptr,
     offsets_ptr,
     suffix_ptr,
     centred_ptr,
     partials_ptr,
+    n_groups,
     n_chunks,
     shift,
     d_in,
+    PREFIXES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -144,12 +143,22 @@ def chunk_kernel(
     if tl.load(offsets_ptr + latent + 1) >= start + CHUNK:
         o_d = tl.arange(0, BLOCK_D)
         m_d = o_d < d_in
+        codes, columns = (order_ptr, acts_ptr, dacts_ptr, bags_ptr), (d_in, o_d, m_d)
         acc = tl.zeros([BLOCK_D], dtype=ACC)
         if side == 0:
-            acc = add_rows(acc, acts_ptr, bags_ptr, start, start + CHUNK, suffix_ptr, d_in, o_d, m_d, BLOCK_P)
+            acc += chunk_sum(codes, start, suffix_ptr, columns, n_groups, True, PREFIXES, CHUNK, BLOCK_P, BLOCK_D, ACC)
         else:
-            acc = add_rows(acc, dacts_ptr, rows_ptr, start, start + CHUNK, centred_ptr, d_in, o_d, m_d, BLOCK_P)
+            acc += chunk_sum(
+                codes, start, centred_ptr, columns, n_groups, False, PREFIXES, CHUNK, BLOCK_P, BLOCK_D, ACC
+            )
         tl.store(partials_ptr + (side.to(tl.int64) * n_chunks + chunk) * d_in + o_d, acc, mask=m_d)
+
+
+@triton.jit
+def outside_entry(weights_ptr, ids_ptr, q, start, head, skipped, m):
+    """(weight, id as int64) of the q-th of a latent's entries outside its whole chunks."""
+    p = start + q + tl.where(q >= head, skipped, 0)
+    return tl.load(weights_ptr + p, mask=m, other=0.0), tl.load(ids_ptr + p, mask=m, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -164,22 +173,27 @@ def latent_row(
     o_d,
     m_d,
     CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """[BLOCK_D] of the sum over the entries start:end: head, partial sums of the chunks wholly inside, tail."""
+    """[BLOCK_D] of the sum over the entries start:end: partial sums of the chunks wholly inside, then head and tail.
+
+    The next entry is read while a row is on its way.
+    """
     start, end = start.to(tl.int64), end.to(tl.int64)
     first, last = (start + CHUNK - 1) // CHUNK, end // CHUNK
-    split = first < last
     acc = tl.zeros([BLOCK_D], dtype=ACC)
-    acc = add_rows(
-        acc, weights_ptr, ids_ptr, start, tl.where(split, first * CHUNK, end), source_ptr, d_in, o_d, m_d, BLOCK_P
-    )
-    if split:
-        for chunk in range(first, last):
-            acc += tl.load(partials_ptr + chunk * d_in + o_d, mask=m_d, other=0.0)
-        acc = add_rows(acc, weights_ptr, ids_ptr, last * CHUNK, end, source_ptr, d_in, o_d, m_d, BLOCK_P)
+    for chunk in range(first, last):
+        acc += tl.load(partials_ptr + chunk * d_in + o_d, mask=m_d, other=0.0)
+    skipped = tl.maximum(last - first, 0) * CHUNK
+    head = tl.where(skipped > 0, first * CHUNK, end) - start
+    n = end - start - skipped
+    weight, i = outside_entry(weights_ptr, ids_ptr, 0, start, head, skipped, n > 0)
+    for q in range(n):
+        row = tl.load(source_ptr + i * d_in + o_d, mask=m_d, other=0.0, eviction_policy="evict_last")
+        this = weight
+        weight, i = outside_entry(weights_ptr, ids_ptr, q + 1, start, head, skipped, q + 1 < n)
+        acc += this * row.to(ACC)
     return tl.where(m_d, acc, 0.0)  # an infinite weight makes NaN of the lanes behind the row
 
 
@@ -201,6 +215,16 @@ class Entries(NamedTuple):
     suffix_RD: Tensor
     centred_BD: Tensor
     partials: Tensor
+
+
+def register_limit(
+    block_d: int, sums: torch.dtype, narrow: int | None = None, wide: int | None = None
+) -> dict[str, int]:
+    """maxnreg of a launch for float32 rows on an NVIDIA GPU, where ptxas would spill some to have fewer registers."""
+    registers = narrow if block_d <= 2048 else wide
+    if registers is None or sums != torch.float32 or torch.version.hip is not None:
+        return {}
+    return {"maxnreg": registers}
 
 
 class Order(NamedTuple):
@@ -235,64 +259,47 @@ def launch_order(latents: Tensor, row_offsets: Tensor | None, n_latents: int) ->
     return Order(keys_M, order_M, offsets_S1)
 
 
-def launch_ordered(acts: Tensor, rows: Rows, order: Order) -> Entries:
-    """Entries by latent, whose partials are for launch_chunks to write."""
-    n_entries, (n_rows, d_in) = acts.numel(), rows.centred_BD.shape
-    n_groups = len(rows.suffix_RD) // n_rows
-    sum_dtype, _ = accumulator(rows.dacts_M.dtype)
-    new = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=acts.device)  # noqa: E731
-    bags_M = new(torch.int32, n_entries)
-    entries = Entries(
-        acts_M=new(sum_dtype, n_entries),
-        dacts_M=new(sum_dtype, n_entries),
+def new_entries(rows: Rows, order: Order) -> Entries:
+    """Entries that launch_chunks and launch_totals are to write."""
+    n_entries, d_in = len(order.order_M), rows.centred_BD.shape[1]
+    new = lambda *shape: torch.empty(shape, dtype=rows.dacts_M.dtype, device=order.order_M.device)  # noqa: E731
+    bags_M = torch.empty_like(rows.bags_M)
+    return Entries(
+        acts_M=new(n_entries),
+        dacts_M=new(n_entries),
         bags_M=bags_M,
-        rows_M=new(torch.int32, n_entries) if n_groups > 1 else bags_M,
+        rows_M=bags_M if len(rows.suffix_RD) == len(rows.centred_BD) else torch.empty_like(bags_M),
         offsets_S1=order.offsets_S1,
         suffix_RD=rows.suffix_RD,
         centred_BD=rows.centred_BD,
-        partials=new(sum_dtype, 2, max(n_entries // CHUNK, 1), d_in),
+        partials=new(2, max(n_entries // CHUNK, 1), d_in),
     )
-    ordered_kernel[(triton.cdiv(n_entries, BLOCK_M),)](
-        acts.contiguous(),
-        rows.dacts_M,
-        rows.bags_M,
-        order.order_M,
-        *entries[:4],
-        n_entries,
-        n_groups,
-        PREFIXES=n_groups > 1,
-        BLOCK_M=BLOCK_M,
-        num_warps=4,
-    )
-    return entries
 
 
-def launch_chunks(entries: Entries, order: Order) -> None:
+def launch_chunks(entries: Entries, acts: Tensor, rows: Rows, order: Order) -> None:
     """Writes entries.partials: the sums of heavy latents' chunks."""
-    n_chunks, d_in = len(order.keys_M) // CHUNK, entries.centred_BD.shape[1]
+    n_chunks, (n_rows, d_in) = len(order.order_M) // CHUNK, rows.centred_BD.shape
     if n_chunks > 0:
-        _, ACC = accumulator(entries.acts_M.dtype)
+        n_groups = len(rows.suffix_RD) // n_rows
         block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
         chunk_kernel[(n_chunks, 2)](
-            *entries[:4],
+            order.order_M,
+            acts.contiguous(),
+            rows.dacts_M,
+            rows.bags_M,
             order.keys_M,
             order.offsets_S1,
-            entries.suffix_RD,
-            entries.centred_BD,
+            rows.suffix_RD,
+            rows.centred_BD,
             entries.partials,
+            n_groups,
             n_chunks,
             key_type(len(order.offsets_S1) - 1)[1],
             d_in,
+            PREFIXES=n_groups > 1,
             CHUNK=CHUNK,
             BLOCK_P=CHUNK_STEP,
             BLOCK_D=block_d,
-            ACC=ACC,
+            ACC=accumulator(rows.dacts_M.dtype)[1],
             num_warps=num_warps,
         )
-
-
-def launch_entries(acts: Tensor, rows: Rows, order: Order) -> Entries:
-    """Both."""
-    entries = launch_ordered(acts, rows, order)
-    launch_chunks(entries, order)
-    return entries

@@ -2,7 +2,7 @@
 
 Of latent s, from its entries alone (docs/recipe.md section 2):
 
-    db_enc[s] = sum of dacts      parallel[s] = sum of act * (dact - l1): how much of W_dec[s] its gradient holds
+    db_enc[s] = sum of dacts      parallel[s] = sum of act * dact: how much of W_dec[s] its decoder gradient holds
     |dW_dec[s]| <= sum |act| |suffix[bag]|      |dW_enc[s]| <= sum |dact| |centred[row]|      equal for one entry
     idle[s] = 0 if it fired, else as many rows more
 
@@ -10,7 +10,6 @@ and, for db_dec, the sum of db_enc * W_enc, of which the rows of latents that fi
 decides by these. docs/kernels.md section 4
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,17 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .segment_sum_triton import accumulator
-from .step_entries_triton import Entries
+from .step_entries_triton import Entries, Order, placed_entries, register_limit
 from .step_rows_triton import Rows, whole_row_block
 
-LATENTS, LATENTS_MANY = 8, 16  # of a program at a time: few latents, or many
-PROGRAMS = 1024  # at most
-REGISTERS = 96  # of a thread; ptxas would spill some to come by with 64
-MANY = 1 << 15
-TILE_E = 16  # entries of each of them in one load; a latent of more is gone through alone
+LATENTS, PROGRAMS = 16, 528  # of a program at a time; how many programs go through them, at most
+REGISTERS = 96  # of a thread
+TILE_E = 32  # entries of each latent in one load; a latent of more is gone through alone
 HEAVY_E = 512
-ROWS_W, ROWS_WIDE = 4, 2  # rows of W_enc in flight, narrow or wide
-SUFFIX_ROWS, SUFFIX_STEP, BLOCK_C = 128, 32, 256  # rows of suffix that a program adds, at a time, columns
+ROWS_W, ROWS_WIDE = 4, 2  # rows in flight, narrow or wide
+ROWS_B = 32  # rows of the batch that a program adds
 SLACK = 1 + 1e-4  # more than the rounding of a norm, which taking off a long parallel part would blow up
 
 
@@ -45,35 +42,43 @@ def added_rows(source_ptr, first, last, stride, o_c, m_c, STEP: tl.constexpr, BL
 
 
 @triton.jit
-def entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, l1):
-    """Of entries o: dact, act * (dact - l1), |act| |suffix|, |dact| |centred|, whether it fired (int32)."""
-    a = tl.load(acts_ptr + o, mask=m, other=0.0)
-    d = tl.load(dacts_ptr + o, mask=m, other=0.0)
-    suffix = tl.load(norms_ptr + tl.load(bags_ptr + o, mask=m, other=0), mask=m, other=0.0)
-    centred = tl.load(x_norms_ptr + tl.load(rows_ptr + o, mask=m, other=0), mask=m, other=0.0)
-    return d, a * (d - l1), tl.abs(a) * suffix, tl.abs(d) * centred.to(d.dtype), (a > 0).to(tl.int32)
+def entry_terms(p, m, codes, ordered, norms, n_groups, PREFIXES: tl.constexpr, ACC: tl.constexpr):
+    """Of the entries at places p: dact, act * (dact - l1), |act| |suffix|, |dact| |centred|, whether it fired (int32).
+
+    Stores them in latent order, one dependent load less in every gather that follows.
+    """
+    acts_ptr, dacts_ptr, bags_ptr, rows_ptr = ordered
+    norms_ptr, x_norms_ptr, l1 = norms
+    a, d, bags, rows = placed_entries(codes, p, m, n_groups, PREFIXES, ACC)
+    tl.store(acts_ptr + p, a, mask=m)
+    tl.store(dacts_ptr + p, d, mask=m)
+    tl.store(bags_ptr + p, bags, mask=m)
+    if PREFIXES:
+        tl.store(rows_ptr + p, rows, mask=m)
+    suffix = tl.load(norms_ptr + bags, mask=m, other=0.0)
+    centred = tl.load(x_norms_ptr + rows, mask=m, other=0.0)
+    return d, a * (d - l1), tl.abs(a) * suffix, tl.abs(d) * centred.to(ACC), (a > 0).to(tl.int32)
 
 
 @triton.jit
 def entry_sums(
     starts,
     counts,
-    acts_ptr,
-    dacts_ptr,
-    bags_ptr,
-    rows_ptr,
-    norms_ptr,
-    x_norms_ptr,
-    l1,
+    codes,
+    ordered,
+    norms,
+    n_groups,
+    PREFIXES: tl.constexpr,
     LATENTS: tl.constexpr,
     TILE_E: tl.constexpr,
     HEAVY_E: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """entry_terms summed over the entries of each of LATENTS latents: all at once, then through those of many alone."""
     o_e = tl.arange(0, TILE_E)
     m = (o_e[None, :] < counts[:, None]) & (counts <= TILE_E)[:, None]
     o = starts[:, None] + o_e[None, :]
-    db, par, dec, enc, fires = entry_terms(o, m, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, l1)
+    db, par, dec, enc, fires = entry_terms(o, m, codes, ordered, norms, n_groups, PREFIXES, ACC)
     db, par, dec, enc = tl.sum(db, axis=1), tl.sum(par, axis=1), tl.sum(dec, axis=1), tl.sum(enc, axis=1)
     fires = tl.sum(fires, axis=1)
     if tl.max(counts, axis=0) > TILE_E:
@@ -84,9 +89,7 @@ def entry_sums(
             if count > TILE_E:
                 for p in range(start, start + count, HEAVY_E):
                     m_h = p + o_h < start + count
-                    t0, t1, t2, t3, f = entry_terms(
-                        p + o_h, m_h, acts_ptr, dacts_ptr, bags_ptr, rows_ptr, norms_ptr, x_norms_ptr, l1
-                    )
+                    t0, t1, t2, t3, f = entry_terms(p + o_h, m_h, codes, ordered, norms, n_groups, PREFIXES, ACC)
                     db += tl.where(this, tl.sum(t0, axis=0), 0.0)
                     par += tl.where(this, tl.sum(t1, axis=0), 0.0)
                     dec += tl.where(this, tl.sum(t2, axis=0), 0.0)
@@ -120,15 +123,20 @@ def weighted_rows(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_latents", "n_rows", "n_programs"])
+@triton.jit(do_not_specialize=["n_latents", "n_rows", "n_groups", "n_programs"])
 def totals_kernel(
+    order_ptr,
     acts_ptr,
     dacts_ptr,
     bags_ptr,
-    rows_ptr,
+    ordered_acts_ptr,
+    ordered_dacts_ptr,
+    ordered_bags_ptr,
+    ordered_rows_ptr,
     offsets_ptr,
     norms_ptr,
     x_norms_ptr,
+    suffix_ptr,
     W_enc_ptr,
     idle_ptr,
     db_enc_ptr,
@@ -139,8 +147,11 @@ def totals_kernel(
     l1_ptr,
     n_latents,
     n_rows,
+    n_groups,
     n_programs,
+    suffix_stride,
     d_in,
+    PREFIXES: tl.constexpr,
     HAS_L1: tl.constexpr,
     DECODER: tl.constexpr,
     ENCODER: tl.constexpr,
@@ -149,92 +160,69 @@ def totals_kernel(
     TILE_E: tl.constexpr,
     HEAVY_E: tl.constexpr,
     ROWS_W: tl.constexpr,
+    ROWS_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Every n_programs-th LATENTS latents: totals of their entries; db_parts[program] = sum of their db_enc * W_enc.
+    """Of every n_programs-th LATENTS latents: totals of their entries; db_parts[program] = -sum of db_enc * W_enc.
 
     square_parts[program] = (squares that are exact, bound of the others), of W_dec's gradient (DECODER) and W_enc's.
+    Of the programs from n_programs on: db_parts[program] = sum of ROWS_B rows of suffix.
     """
     program = tl.program_id(0)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
     acc = tl.zeros([BLOCK_D], dtype=ACC)
-    exact, bound = tl.full([], 0.0, ACC), tl.full([], 0.0, ACC)
     l1 = tl.full([], 0.0, ACC)
     if HAS_L1:
         l1 = tl.load(l1_ptr)
-    for first in range(program * LATENTS, n_latents, n_programs * LATENTS):
-        o_s = first + tl.arange(0, LATENTS)
-        m_s = o_s < n_latents
-        starts = tl.load(offsets_ptr + o_s, mask=m_s, other=0)
-        counts = tl.load(offsets_ptr + o_s + 1, mask=m_s, other=0) - starts
-        db, par, dec, enc, fires = entry_sums(
-            starts,
-            counts,
-            acts_ptr,
-            dacts_ptr,
-            bags_ptr,
-            rows_ptr,
-            norms_ptr,
-            x_norms_ptr,
-            l1,
-            LATENTS,
-            TILE_E,
-            HEAVY_E,
-        )
-        tl.store(db_enc_ptr + o_s, db, mask=m_s)
-        tl.store(parallel_ptr + o_s, par, mask=m_s)
-        idle = tl.load(idle_ptr + o_s, mask=m_s, other=0)
-        tl.store(idle_ptr + o_s, tl.where(fires > 0, 0, idle + n_rows), mask=m_s)
+    codes, norms = (order_ptr, acts_ptr, dacts_ptr, bags_ptr), (norms_ptr, x_norms_ptr, l1)
+    ordered = ordered_acts_ptr, ordered_dacts_ptr, ordered_bags_ptr, ordered_rows_ptr
+    if program < n_programs:
+        exact, bound = tl.full([], 0.0, ACC), tl.full([], 0.0, ACC)
+        for first in range(program * LATENTS, n_latents, n_programs * LATENTS):
+            o_s = first + tl.arange(0, LATENTS)
+            m_s = o_s < n_latents
+            starts = tl.load(offsets_ptr + o_s, mask=m_s, other=0)
+            counts = tl.load(offsets_ptr + o_s + 1, mask=m_s, other=0) - starts
+            db, par, dec, enc, fires = entry_sums(
+                starts, counts, codes, ordered, norms, n_groups, PREFIXES, LATENTS, TILE_E, HEAVY_E, ACC
+            )
+            tl.store(db_enc_ptr + o_s, db, mask=m_s)
+            tl.store(parallel_ptr + o_s, par, mask=m_s)
+            idle = tl.load(idle_ptr + o_s, mask=m_s, other=0)
+            tl.store(idle_ptr + o_s, tl.where(fires > 0, 0, idle + n_rows), mask=m_s)
 
-        slack = tl.where(counts > 1, SLACK, 1.0).to(ACC)
-        squares = tl.zeros_like(enc)
-        if DECODER:
-            across = dec * slack * dec * slack - par * par  # Pythagoras: rows of W_dec are unit
-            squares += tl.where(across < 0, 0.0, across)
-        if ENCODER:
-            squares += enc * slack * enc * slack
-        exact += tl.sum(tl.where(counts > 1, 0.0, squares) + db * db, axis=0)
-        bound += tl.sum(tl.where(counts > 1, squares, 0.0), axis=0)
+            slack = tl.where(counts > 1, SLACK, 1.0).to(ACC)
+            squares = tl.zeros_like(enc)
+            if DECODER:
+                across = dec * slack * dec * slack - par * par  # Pythagoras: rows of W_dec are unit
+                squares += tl.where(across < 0, 0.0, across)
+            if ENCODER:
+                squares += enc * slack * enc * slack
+            exact += tl.sum(tl.where(counts > 1, 0.0, squares) + db * db, axis=0)
+            bound += tl.sum(tl.where(counts > 1, squares, 0.0), axis=0)
 
-        tl.debug_barrier()  # read by other threads than wrote it
-        acc += weighted_rows(db_enc_ptr, W_enc_ptr, first, n_latents, d_in, o_d, m_d, LATENTS, ROWS_W, BLOCK_D, ACC)
-    tl.store(square_parts_ptr + 2 * program, exact)
-    tl.store(square_parts_ptr + 2 * program + 1, bound)
+            tl.debug_barrier()  # read by other threads than wrote it
+            acc -= weighted_rows(db_enc_ptr, W_enc_ptr, first, n_latents, d_in, o_d, m_d, LATENTS, ROWS_W, BLOCK_D, ACC)
+        tl.store(square_parts_ptr + 2 * program, exact)
+        tl.store(square_parts_ptr + 2 * program + 1, bound)
+    else:
+        r = (program - n_programs) * ROWS_B
+        acc += added_rows(suffix_ptr, r, tl.minimum(r + ROWS_B, n_rows), suffix_stride, o_d, m_d, ROWS_W, BLOCK_D, ACC)
     tl.store(db_parts_ptr + program.to(tl.int64) * d_in + o_d, acc, mask=m_d)
     if program == 0:
         tl.store(arrivals_ptr + tl.arange(0, 2), tl.zeros([2], dtype=tl.int32))
-
-
-@triton.jit(do_not_specialize=["n_rows", "stride"])
-def row_sum_kernel(
-    source_ptr,
-    out_ptr,
-    n_rows,
-    stride,
-    d_in,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """out[program] = the sum of its ROWS rows."""
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < d_in
-    first = tl.program_id(0) * ROWS
-    last = tl.minimum(first + ROWS, n_rows)
-    total = added_rows(source_ptr, first, last, stride, o_c, m_c, STEP, BLOCK_C, ACC)
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * d_in + o_c, total, mask=m_c)
 
 
 # --- launch wrapper --------------------------------------------------------------------------------------------------
 
 
 class Totals(NamedTuple):
-    """Of every latent db_enc [S] and parallel [S]; of every totals_kernel program db_parts [P, D], squares [P, 2].
+    """Of every latent db_enc [S] and parallel [S].
 
-    arrivals: zeros int32 [2], which count the programs of later kernels. suffix_parts: sums of some rows of suffix.
+    db_parts [P, D], which sum to b_dec's gradient; square_parts [Q, 2]; arrivals: zeros int32 [2], which count the
+    programs of later kernels.
     """
 
     db_enc_S: Tensor
@@ -242,75 +230,68 @@ class Totals(NamedTuple):
     db_parts: Tensor
     square_parts: Tensor
     arrivals: Tensor
-    suffix_parts: Tensor
 
 
 def launch_totals(
     entries: Entries,
+    acts: Tensor,
     rows: Rows,
+    order: Order,
     W_enc_SD: Tensor,
     idle_S: Tensor,
     frozen: str | None = None,
-    beside: AbstractContextManager[object] | None = None,
     l1: Tensor | None = None,
 ) -> Totals:
-    """Totals, and idle_S moved on in place. frozen: W_enc or W_dec, whose gradient has no part in the norm.
+    """Totals; the entries are written in their order, and idle_S is moved on in place.
 
-    beside: a context, entered to launch what may run at the same time as the rest. l1: what every dact has beside its
-    dot product, 0-d.
+    frozen: W_enc or W_dec, whose gradient has no part in the norm. l1: what every dact has beside its dot product, 0-d.
     """
     (n_latents, d_in), n_rows = W_enc_SD.shape, len(rows.x_norms_B)
+    n_groups = len(rows.suffix_RD) // n_rows
     sum_dtype, ACC = accumulator(W_enc_SD.dtype)
-    latents = LATENTS_MANY if n_latents >= MANY else LATENTS
-    n_programs = min(triton.cdiv(n_latents, latents), PROGRAMS)
+    n_programs = min(triton.cdiv(n_latents, LATENTS), PROGRAMS)
+    n_parts = n_programs + triton.cdiv(n_rows, ROWS_B)
     new = lambda *shape: torch.empty(shape, dtype=sum_dtype, device=W_enc_SD.device)  # noqa: E731
     totals = Totals(
         db_enc_S=new(n_latents),
         parallel_S=new(n_latents),
-        db_parts=new(n_programs, d_in),
+        db_parts=new(n_parts, d_in),
         square_parts=new(n_programs, 2),
         arrivals=torch.empty(2, dtype=torch.int32, device=W_enc_SD.device),
-        suffix_parts=new(triton.cdiv(n_rows, SUFFIX_ROWS), d_in),
     )
-    with beside or nullcontext():
-        row_sum_kernel[(len(totals.suffix_parts), triton.cdiv(d_in, BLOCK_C))](
-            rows.suffix_RD,
-            totals.suffix_parts,
-            n_rows,
-            len(rows.suffix_RD) // n_rows * d_in,
-            d_in,
-            ROWS=SUFFIX_ROWS,
-            STEP=SUFFIX_STEP,
-            BLOCK_C=BLOCK_C,
-            ACC=ACC,
-            num_warps=4,
-        )
     block_d, num_warps = whole_row_block(d_in, elements_per_thread=8)
-    wide = block_d > 2048
-    limited = not wide and sum_dtype == torch.float32 and torch.version.hip is None
-    totals_kernel[(n_programs,)](
+    totals_kernel[(n_parts,)](
+        order.order_M,
+        acts.contiguous(),
+        rows.dacts_M,
+        rows.bags_M,
         *entries[:5],
         rows.norms_R,
         rows.x_norms_B,
+        rows.suffix_RD,
         W_enc_SD,
         idle_S,
-        *totals[:5],
+        *totals,
         totals.db_enc_S if l1 is None else l1.to(sum_dtype),
         n_latents,
         n_rows,
+        n_groups,
         n_programs,
+        n_groups * d_in,
         d_in,
+        PREFIXES=n_groups > 1,
         HAS_L1=l1 is not None,
         DECODER=frozen != "W_dec",
         ENCODER=frozen != "W_enc",
         SLACK=SLACK,
-        LATENTS=latents,
+        LATENTS=LATENTS,
         TILE_E=TILE_E,
         HEAVY_E=HEAVY_E,
-        ROWS_W=ROWS_WIDE if wide else ROWS_W,
+        ROWS_W=ROWS_W if block_d <= 2048 else ROWS_WIDE,
+        ROWS_B=ROWS_B,
         BLOCK_D=block_d,
         ACC=ACC,
         num_warps=max(2, num_warps),
-        **({"maxnreg": REGISTERS} if limited else {}),
+        **register_limit(block_d, sum_dtype, REGISTERS),
     )
     return totals

@@ -20,10 +20,7 @@ Names are imported when they are first used, so that `import saevlm_fast` costs 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saevlm_fast.config.harvesting import HarvestOptions
-    from saevlm_fast.config.sae import SAEConfig, SAESize
-    from saevlm_fast.config.streaming import StreamSettings
-    from saevlm_fast.config.training import RunOptions, TrainConfig
+    from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, SAESize, StreamSettings, TrainConfig
     from saevlm_fast.crossmodal.measure import CrossModal, cross_modal
     from saevlm_fast.data.codes import CodesWriter, StoredCodes, open_codes
     from saevlm_fast.data.label_sets import LabelSet

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import Doubt, check_kind, require
 from saevlm_fast.formats import registry, sae_lens
 from saevlm_fast.formats.header import Header

@@ -36,8 +36,7 @@ from broken_images import break_images
 from cut_runs import KILLED, OUTPUTS, cut_runs, paired_runs
 from fuzzed_calls import OUTCOMES as CALL_OUTCOMES
 from fuzzed_calls import fuzz_calls
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saevlm_fast.config.sae import SAEConfig, group_sizes_from_fractions
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig, group_sizes_from_fractions
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from command import run
 from damage import edit_record
 from saevlm_fast import cli
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.inspection import human_bytes, inspect, short_values, verify_inspected

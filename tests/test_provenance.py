@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.provenance import check_rows_of, check_sae_of, misfit
 from saevlm_fast.sae import SparseAutoencoder

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from damage import DIGESTS, edit_record
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import Doubt
 from saevlm_fast.files import sha256_file
 from saevlm_fast.kernels import reference

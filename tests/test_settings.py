@@ -8,8 +8,7 @@ from typing import Literal
 import pytest
 
 from saevlm_fast import config
-from saevlm_fast.config.sae import SAEConfig, SAESize
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, SAESize, TrainConfig
 from saevlm_fast.settings import Settings, choices_of, default_of, number_or_auto, same_as, setting, settings_of
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import harvest

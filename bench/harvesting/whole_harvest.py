@@ -26,7 +26,7 @@ from torch import Tensor
 from bench.helpers import machine
 from bench.helpers.arguments import directory, new_file, not_negative, positive
 from bench.helpers.clocks import clocks, seconds_of
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.harvesting import run as run_module
 from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from saevlm_fast.config.common import MATRYOSHKA_FRACTIONS
-from saevlm_fast.config.sae import group_sizes_from_fractions
+from saevlm_fast.config import MATRYOSHKA_FRACTIONS, group_sizes_from_fractions
 from saevlm_fast.kernels.reference import densify
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 

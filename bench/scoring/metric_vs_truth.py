@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.helpers.arguments import of_scenes
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.ground_truth import LatentConcepts, best_factor_depth, chance_depth, common_depth, latent_concepts
 from saevlm_fast.demo.scene_stores import harvest_scenes

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from bench.helpers.arguments import of_scenes
-from saevlm_fast.config import CONTROLS
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import CONTROLS, SAEConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.demo.ground_truth import CONCEPTS, VALUE_DEPTH, concept_presence, latent_concepts
 from saevlm_fast.demo.scene_stores import harvest_scenes

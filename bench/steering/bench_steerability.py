@@ -10,7 +10,7 @@ from saevlm_fast.box.scenes import value_prompts
 from saevlm_fast.clip_steering.steerability import Steering
 from saevlm_fast.clip_steering.stream import Vocabulary, opened_stream
 from saevlm_fast.clip_steering.units import Latents
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder

@@ -29,9 +29,7 @@ from torch import Tensor
 from saevlm_fast.box.scenes import SCENE_FACTORS, SceneBatch, Scenes
 from saevlm_fast.box_making.architecture import PATCH_SIZE
 from saevlm_fast.box_making.language import questions
-from saevlm_fast.config.harvesting import HarvestOptions
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import HarvestOptions, RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.codes import StoredCodes, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo.ground_truth import CONCEPTS, FACTORS, concept_presence, shared_value

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from bench.helpers import machine
 from bench.helpers.arguments import new_file, positive
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.peers import Peers, Ranks
 from saevlm_fast.sae import SparseAutoencoder

@@ -8,8 +8,7 @@ from itertools import cycle
 import pytest
 
 from dense_trainer import DenseTrainer
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps
 from saevlm_fast.training.step import Stepper

@@ -18,8 +18,7 @@ from torch import Tensor
 from bench.helpers import cases
 from bench.helpers.arguments import positive
 from bench.training.profile_step import planted_batches
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import ARCHITECTURES
-from saevlm_fast.config.common import MATRYOSHKA_FRACTIONS
-from saevlm_fast.config.sae import SAEConfig, group_sizes_from_fractions
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import (
+    ARCHITECTURES,
+    MATRYOSHKA_FRACTIONS,
+    SAEConfig,
+    TrainConfig,
+    group_sizes_from_fractions,
+)
 
 FOREVER = 10**9  # steps or rows that a peer's schedule is told of
 DEAD_AFTER = 10_000_000  # rows: nobody has a dead latent, or an auxiliary loss to compute, while the bench runs

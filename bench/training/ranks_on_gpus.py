@@ -9,8 +9,7 @@ import time
 
 import torch
 
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.process_group import MeshPeers, joined, own_device
 from saevlm_fast.training.sharded_step import ShardedStepper

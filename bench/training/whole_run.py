@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,10 @@ import torch
 from bench.helpers import machine
 from bench.helpers.arguments import directory, new_file, not_negative, positive
 from bench.helpers.clocks import Spans, clocks
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from bench.helpers.planted import planted_blocks
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.training import checkpoints as checkpoints_module
@@ -44,7 +42,6 @@ from saevlm_fast.training import run as train_module
 from saevlm_fast.training import state as state_module
 from saevlm_fast.training.capture import CapturedSteps
 
-BLOCK_ROWS = 8192  # made at a time
 # What a run does, by the function that does it; waiting for batches is what is left of the loop.
 PARTS = {
     "set-up": (state_module.TrainingState, "__init__"),
@@ -114,19 +111,16 @@ def seconds_without(paused: list[tuple[float, float]], start: float, end: float)
     return end - start - sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in paused)
 
 
-def write_rows(path: Path, source: PlantedConcepts, n_rows: int, n_distinct: int, dtype: str) -> None:
-    """A .npy of planted concepts, of which the first n_distinct rows come again and again."""
-    rows_ND = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (n_rows, source.directions_CD.shape[1]))
-    n_distinct = min(n_distinct, n_rows)
-
-    def make(block: int) -> None:
-        start = block * BLOCK_ROWS
-        made_BD = source.block(block, min(BLOCK_ROWS, n_distinct - start))[0]
-        for place in range(start, n_rows, n_distinct):
-            rows_ND[place : place + len(made_BD)] = made_BD[: n_rows - place]
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(make, range(-(-n_distinct // BLOCK_ROWS))))
+def write_rows(path: Path, options: argparse.Namespace) -> None:
+    """A .npy of planted concepts, of which the first --distinct-rows come again and again."""
+    n_rows, n_distinct = options.n_rows, min(options.distinct_rows or options.n_rows, options.n_rows)
+    rows_ND = np.lib.format.open_memmap(path, "w+", np.dtype(options.rows_dtype), (n_rows, options.d_in))
+    concepts, filled = (options.concepts or 2 * options.d_in, options.concepts_per_row), 0
+    for x_BD in planted_blocks(n_distinct, options.d_in, *concepts, options.device):
+        rows_ND[filled : filled + len(x_BD)] = x_BD.cpu().numpy()
+        filled += len(x_BD)
+    for start in range(n_distinct, n_rows, n_distinct):
+        rows_ND[start : start + n_distinct] = rows_ND[: min(n_distinct, n_rows - start)]
     rows_ND.flush()
 
 
@@ -216,8 +210,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     sae_config = SAEConfig.sized(options.d_in, d_sae=options.d_sae, k=options.k, architecture=options.architecture)
     where = {"device": options.device, "data_on": options.data_on, "capture": options.capture}
     run_options = train_module.RunOptions(directory / "run", checkpoint_every=options.checkpoint_every, **where)
-    source = PlantedConcepts(options.d_in, 1, options.concepts or 2 * options.d_in, options.concepts_per_row)
-    write_rows(path, source, options.n_rows, options.distinct_rows or options.n_rows, options.rows_dtype)
+    write_rows(path, options)
     activations = open_activations(path)
     held_out = activations if options.evaluate_all else _first_rows(path, directory)
     first = _warm_up(activations, sae_config, config, where, directory)
@@ -355,7 +348,8 @@ def show(measured: dict[str, Any]) -> None:
     print(f"a first short run took {measured['seconds_of_a_first_run']:.1f} s")
     dead = {step: f"{n_dead:.0f}" for step, n_dead in measured["dead_latents"].items()}
     print(f"dead latents: {dead}, explained variance {measured['explained_variance']:.4f}")
-    print("steps:", measured["steps_at_step"])
+    if measured["settings"]["device"] == "cuda":
+        print("steps:", measured["steps_at_step"])
     print(f"step: {measured['step_share_of_loop']:.3f} of the loop, {measured['step_share_of_run']:.3f} of the run")
     print(f"read from the disk: {measured['bytes_read_from_disk'] / 1e9:.2f} GB of {measured['file_bytes'] / 1e9:.2f}")
     print("rows/s:", {name: round(value) for name, value in measured["rows_per_second"].items()})

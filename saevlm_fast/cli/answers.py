@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.terminal import tell, warn
-from saevlm_fast.config.common import DEVICE_HELP
+from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import renamed, require
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.settings import setting

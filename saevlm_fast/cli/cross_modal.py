@@ -10,7 +10,7 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
-from saevlm_fast.config.common import DEVICE_HELP
+from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.config.crossmodal import CrossModalSettings, PatchTestSettings
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.settings import setting

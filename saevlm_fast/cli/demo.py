@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_figures, training_disk
+from saevlm_fast.cli.planning import (
+    check_writable,
+    disk_figures,
+    memory_figures,
+    time_figures,
+    training_disk,
+    training_memory,
+)
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scene_widths
 from saevlm_fast.cli.terminal import Bar, HarvestBar, TrainBar, out, print_table, say, tell
-from saevlm_fast.config.demo import DemoOptions
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
-from saevlm_fast.training.memory import training_memory
+from saevlm_fast.config import DemoOptions, SAEConfig, TrainConfig
 
 if TYPE_CHECKING:
     from saevlm_fast.demo.scores import Measured

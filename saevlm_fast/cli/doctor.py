@@ -8,7 +8,7 @@ import typer
 
 from saevlm_fast.cli.options import Options, command
 from saevlm_fast.cli.terminal import Bar, print_json, say
-from saevlm_fast.config.common import DEVICE_HELP
+from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.settings import setting
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.record import settings_path
-from saevlm_fast.config.common import DEVICE_HELP
+from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
 from saevlm_fast.settings import integers, paths, setting, texts
 

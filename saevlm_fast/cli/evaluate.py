@@ -16,8 +16,7 @@ from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, joined_ranks
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.same_call import check_same_call, check_same_data
 from saevlm_fast.cli.terminal import Bar, say, warn
-from saevlm_fast.config.common import DEVICE_HELP
-from saevlm_fast.config.training import RunOptions
+from saevlm_fast.config import DEVICE_HELP, RunOptions
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.settings import path_of, same_as, setting, texts
 from saevlm_fast.urls import redacted_text
@@ -261,7 +260,7 @@ def plan(options: EvaluateArguments) -> Plan:
     """What would be measured; the time of encoding, from a batch of rows, a control taken to be as slow as an SAE."""
     import time
 
-    from saevlm_fast.sae import SparseAutoencoder
+    from saevlm_fast.measures.measure import SparseAutoencoder
 
     check_output(options)
     check_writable(options.output)

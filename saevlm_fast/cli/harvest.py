@@ -7,13 +7,11 @@ from operator import mul
 from typing import TYPE_CHECKING, Any, Literal
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, replaced_figures
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, peak_memory, replaced_figures
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
-from saevlm_fast.config.common import DEVICE_HELP, SELECTING
-from saevlm_fast.config.harvesting import HarvestOptions, HarvestSettings
-from saevlm_fast.config.training import RunOptions
+from saevlm_fast.config import DEVICE_HELP, SELECTING, HarvestOptions, HarvestSettings, RunOptions
 from saevlm_fast.errors import require
 from saevlm_fast.settings import integers, same_as, setting, texts
 from saevlm_fast.urls import redacted_text
@@ -111,7 +109,9 @@ def plan(options: HarvestArguments) -> Plan:
         _tell_notes(source)
         _warn_of_mismatch(config, tower)
         batch, decoding = _first_batch(source, tower, min(planned.n_images, config.batch_size))
-        seconds = _seconds_an_image(batch, decoding, tower, run)
+        with peak_memory(tower.device) as peak:
+            seconds = _seconds_an_image(batch, decoding, tower, run)
+            forward = peak()
         row_bytes = [_row_bytes(planned, store, batch) for store in planned.stores]
     n = planned.n_images
     rows = [n * store.rows_per_image for store in planned.stores]
@@ -122,7 +122,8 @@ def plan(options: HarvestArguments) -> Plan:
             "images": n,
             "stores": [f"{store.path}: {rows:,} x {store.width:,}" for rows, store in zip(rows, planned.stores)],
             "units_of_work": f"{planned.n_units:,} of {planned.images_per_unit:,} images",
-            **memory_figures(tower.device, weights),
+            **memory_figures(tower.device, weights + forward),
+            "a_forward_bytes": forward,
             **disk_figures(options.output, sum(map(mul, rows, row_bytes))),
             **replaced_figures(options.output, options.force),
             **({} if seconds is None else {"an_image_seconds": seconds, "all_images_seconds": seconds * n}),

@@ -8,7 +8,7 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import print_table, say
-from saevlm_fast.config.common import DEVICE_HELP
+from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
 from saevlm_fast.settings import setting, texts
 

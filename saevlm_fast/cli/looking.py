@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.planning import Enough, Stopwatch
 from saevlm_fast.cli.terminal import warn
-from saevlm_fast.config.common import DEVICE_HELP
+from saevlm_fast.config import DEVICE_HELP
 from saevlm_fast.errors import require
 from saevlm_fast.settings import setting
 

@@ -14,8 +14,7 @@ from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.same_call import check_same_call, check_same_data, digest_of
 from saevlm_fast.cli.scenes import latest_run, scene_widths, scenes, scenes_of
 from saevlm_fast.cli.terminal import Bar, say, warn
-from saevlm_fast.config.common import DEVICE_HELP
-from saevlm_fast.config.training import RunOptions
+from saevlm_fast.config import DEVICE_HELP, RunOptions
 from saevlm_fast.errors import require
 from saevlm_fast.formats.places import SAE_HELP, is_remote
 from saevlm_fast.settings import paths, same_as, setting

@@ -17,9 +17,7 @@ from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
 from saevlm_fast.cli.train_looks import TowerLooks
 from saevlm_fast.cli.train_many import TABLES, summarise
-from saevlm_fast.config.sae import SAESize
-from saevlm_fast.config.streaming import StreamSettings
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.errors import Interrupted, require
 
 if TYPE_CHECKING:
@@ -68,7 +66,7 @@ def sizes_of(options: "TrainArguments") -> Sizes:
 
 def check_outputs(options: "TrainArguments", parts: "dict[str, TrainArguments]") -> None:
     """ValueError: something is there, and nothing says that it may be replaced or gone on with."""
-    from saevlm_fast.config.harvesting import HarvestOptions
+    from saevlm_fast.config import HarvestOptions
     from saevlm_fast.harvesting.stores import check_output
     from saevlm_fast.outputs import check_absent
     from saevlm_fast.training.checkpoints import RUN_FILE, RunDirectory
@@ -94,7 +92,7 @@ def check_outputs(options: "TrainArguments", parts: "dict[str, TrainArguments]")
 def plan_one_pass(options: "TrainArguments") -> Plan:
     """What would be trained on what; the time from a forward of the first images, under torchrun of a rank's share."""
     from saevlm_fast.cli.harvest import seconds_an_image
-    from saevlm_fast.config.training import RunOptions
+    from saevlm_fast.config import RunOptions
     from saevlm_fast.harvesting.config import COMPUTE_DTYPES
     from saevlm_fast.images.open import open_images
     from saevlm_fast.inspection import human_bytes
@@ -156,7 +154,7 @@ def _sentence(options: "TrainArguments", n_images: int, config: TrainConfig) -> 
 
 def run_one_pass(options: "TrainArguments", peers: "MeshPeers | None" = None) -> dict[str, Any] | None:
     """Trains them, by ranks if there are peers. The output is locked."""
-    from saevlm_fast.config.training import RunOptions
+    from saevlm_fast.config import RunOptions
     from saevlm_fast.images.open import open_images
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower

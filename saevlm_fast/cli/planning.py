@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,11 @@ from saevlm_fast.errors import require
 from saevlm_fast.training.memory import free_memory, sae_numbers, training_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
 
-    from saevlm_fast.config.sae import SAEConfig
-    from saevlm_fast.config.training import TrainConfig
+    from saevlm_fast.config import SAEConfig, TrainConfig
 
 _TIMED_STEPS = 2
 _CHEAP_STEP = 1e13  # multiplications of a step, above which it is not timed on a CPU
@@ -63,6 +63,33 @@ def memory_figures(device: "torch.device", needed: int) -> dict[str, Any]:
     if free is None:
         figures.pop("free_memory_bytes")
     return figures | ({"memory_warning": "not enough is free"} if free is not None and needed > free else {})
+
+
+@contextmanager
+def peak_memory(device: "torch.device") -> "Iterator[Callable[[], int]]":
+    """A call that says, after the work inside, by how many bytes the device's memory has risen for it at most.
+
+    0 where the system does not say (of a CPU only Linux does).
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    before = _status_bytes("VmRSS")
+    yield lambda: max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def training_disk(sae: "SAEConfig") -> int:

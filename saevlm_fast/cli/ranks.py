@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from saevlm_fast.cli.terminal import err, out
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions
+from saevlm_fast.config import RunOptions, SAEConfig
 from saevlm_fast.errors import require
 
 if TYPE_CHECKING:

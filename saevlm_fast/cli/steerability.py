@@ -9,8 +9,7 @@ from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
-from saevlm_fast.config.common import DEVICE_HELP
-from saevlm_fast.config.steering import SteerabilityConfig
+from saevlm_fast.config import DEVICE_HELP, SteerabilityConfig
 from saevlm_fast.errors import goes_on, renamed, require
 from saevlm_fast.formats.places import SAE_HELP
 from saevlm_fast.look.chosen import check_latents

@@ -9,7 +9,7 @@ from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
 from saevlm_fast.cli.record import Record, check_recorded, settings_path
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
-from saevlm_fast.config.steering import ScoreConfig, ScoreRun
+from saevlm_fast.config import ScoreConfig, ScoreRun
 from saevlm_fast.errors import require
 from saevlm_fast.settings import integer, integers, same_as, setting
 

@@ -5,9 +5,7 @@ from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
-from saevlm_fast.config.common import SELECTING
-from saevlm_fast.config.sae import SAESize
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SELECTING, SAESize, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.settings import Several, settings_of
 

@@ -16,6 +16,7 @@ from saevlm_fast.cli.planning import (
     replaced_figures,
     time_figures,
     training_disk,
+    training_memory,
 )
 from saevlm_fast.cli.ranks import joined_ranks, leads, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
@@ -24,9 +25,8 @@ from saevlm_fast.cli.scenes import scene_widths, scenes
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell, warn
 from saevlm_fast.cli.train_many import plan_many, runs_of, train_grid
 from saevlm_fast.cli.train_options import Run, TrainArguments
-from saevlm_fast.config.training import RunOptions
+from saevlm_fast.config import RunOptions
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.training.memory import training_memory
 
 if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saevlm_fast.cli.terminal import tell
-from saevlm_fast.config.streaming import StreamSettings
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import StreamSettings, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.urls import redacted_text
 

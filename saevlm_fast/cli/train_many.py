@@ -157,7 +157,7 @@ def _trained(
     **told: Any,
 ) -> "dict[str, Trained]":
     """The training itself, by one process or by ranks."""
-    from saevlm_fast.config.training import RunOptions
+    from saevlm_fast.config import RunOptions
     from saevlm_fast.training.many import train_many
     from saevlm_fast.training.sharded_many import train_many_shared
 

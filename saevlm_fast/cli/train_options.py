@@ -8,11 +8,17 @@ from typing import Any, Self
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.scenes import new_run_directory
 from saevlm_fast.cli.sweep import expanded, named, names_of, one_of
-from saevlm_fast.config.common import EXPANSION, SELECTING, K
-from saevlm_fast.config.harvesting import HarvestOptions
-from saevlm_fast.config.sae import SAEConfig, SAESize
-from saevlm_fast.config.streaming import StreamSettings
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import (
+    EXPANSION,
+    SELECTING,
+    HarvestOptions,
+    K,
+    RunOptions,
+    SAEConfig,
+    SAESize,
+    StreamSettings,
+    TrainConfig,
+)
 from saevlm_fast.errors import require
 from saevlm_fast.settings import same_as, setting, settings_of
 

@@ -25,7 +25,7 @@ from saevlm_fast.clip_steering.steerability import (
 )
 from saevlm_fast.clip_steering.stream import ImageBatch, Stream, Vocabulary
 from saevlm_fast.clip_steering.units import Units
-from saevlm_fast.config.steering import SteerabilityConfig
+from saevlm_fast.config import SteerabilityConfig
 from saevlm_fast.errors import Interrupted, require
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.measures.parts import Parts, key_of

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from saevlm_fast.config.common import keyword_settings
+from saevlm_fast.config import keyword_settings
 from saevlm_fast.config.crossmodal import CrossModalSettings
 from saevlm_fast.crossmodal.controls import random_scores, shuffled_omegas
 from saevlm_fast.crossmodal.omega import TopTokens, omegas

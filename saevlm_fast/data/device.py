@@ -8,7 +8,7 @@ Shape suffixes: N rows, B rows of a batch, D d_in.
 
 import os
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import torch
@@ -61,8 +61,17 @@ class ResidentRows:
             start = sum(map(len, numbers[:each]))
             check_finite(self.rows_ND[start : start + len(numbers[each])].cpu(), numbers[each], self.path)
 
-    def batches(self, order: ShuffledRows, start_step: int, n_steps: int) -> Generator[Tensor, None, None]:
-        """[B, d_in] of the steps start_step .. start_step + n_steps - 1; the device is not waited for."""
+    def batches(
+        self,
+        order: ShuffledRows,
+        start_step: int,
+        n_steps: int,
+        take: Callable[[Tensor, Tensor], Tensor] = lambda rows_ND, rows_B: rows_ND.index_select(0, rows_B),
+    ) -> Generator[Tensor, None, None]:
+        """[B, d_in] of the steps start_step .. start_step + n_steps - 1; the device is not waited for.
+
+        take: makes a batch of all rows and the numbers of its own.
+        """
         pin_memory = self.device.type == "cuda"
 
         def numbers(piece: range) -> Tensor:
@@ -76,7 +85,7 @@ class ResidentRows:
         ) as pieces:
             for rows_PB in pieces:
                 for rows_B in rows_PB.to(self.device, non_blocking=True):
-                    yield self.rows_ND.index_select(0, rows_B)
+                    yield take(self.rows_ND, rows_B)
 
 
 def uploaded_batches(

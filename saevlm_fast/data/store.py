@@ -23,6 +23,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from saevlm_fast.urls import is_url
 
 ACTIVATIONS, CODES, VERSION = "saevlm-fast activations", "saevlm-fast codes", 1
 WIDTH_NAMES = {ACTIVATIONS: "d_in", CODES: "d_sae"}
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 STORE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ITEM_SCHEMA = pa.schema([("image", pa.string()), ("token", pa.int32()), ("label", pa.string())])
 # What rows of a language model have beside that: text, image or template; the token's number, and what it says.
@@ -140,20 +142,22 @@ def read_index(path: str | os.PathLike[str]) -> StoreIndex:
     """
     folder = Path(path)
     if not (folder / "index.json").is_file():
-        named = _meant(folder)
-        hint = f"; name what is meant of {', '.join(named[:4])} in it" if named else ""
-        raise ActivationError(f"{path}: no index.json in it: not a store of activations or codes{hint}")
+        raise ActivationError(f"{path}: no index.json in it: not a store of activations or codes{_hint(folder)}")
     return read_index_file(folder / "index.json")
 
 
-def _meant(folder: Path) -> list[str]:
-    """Stores and matrix files of a folder that is no store itself, as `harvest` and `synthetic` leave them."""
+def _hint(folder: Path) -> str:
+    """What may be meant by a folder that is no store itself: one that `harvest` or `synthetic` has left, or images."""
     try:
         inside = sorted(folder.iterdir())
+        deeper = [each for sub in inside if sub.is_dir() for each in islice(sub.iterdir(), 20)]
     except OSError:
-        return []
+        return ""
     meant = [each for each in inside if (each / "index.json").is_file() or each.suffix in (".npy", ".pt")]
-    return [printable(each.name) for each in meant]
+    if meant:
+        return f"; name what is meant of {', '.join(printable(each.name) for each in meant[:4])} in it"
+    images = any(each.suffix.lower() in _IMAGES for each in (*inside, *deeper))
+    return "; images are in it, of which `harvest` makes a store" if images else ""
 
 
 def read_index_file(file: Path) -> StoreIndex:

@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from saevlm_fast.config.common import Architecture
-from saevlm_fast.config.demo import DemoOptions
-from saevlm_fast.config.training import RunOptions
+from saevlm_fast.config import Architecture, DemoOptions, RunOptions
 from saevlm_fast.demo.scene_stores import N_SCENES, RECIPE, TOWER, SceneStores, harvest_scenes
 from saevlm_fast.demo.scores import ARCHITECTURES, RAW, Measured, Scored, picture, train_on_scenes
 from saevlm_fast.demo.steering import LLAVA, N_PATCH_SCENES, PATCHES, SteeringExample, steer_colours

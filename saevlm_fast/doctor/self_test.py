@@ -255,7 +255,7 @@ def _train(device: torch.device) -> str:
 
 def _losses(device: torch.device) -> tuple[float, float]:
     """Of the first and the last step."""
-    from saevlm_fast.config.sae import SAEConfig
+    from saevlm_fast.config import SAEConfig
     from saevlm_fast.training.run import train
 
     losses: list[float] = []
@@ -268,7 +268,7 @@ def _losses(device: torch.device) -> tuple[float, float]:
 
 def _score(device: torch.device) -> str:
     """Of two latents, one that fires on images of one kind and one that fires on all; against the definition."""
-    from saevlm_fast.config.sae import SAEConfig
+    from saevlm_fast.config import SAEConfig
     from saevlm_fast.sae import SparseAutoencoder
     from saevlm_fast.scoring.monosemanticity import score
 

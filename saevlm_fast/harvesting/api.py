@@ -8,8 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
 
-from saevlm_fast.config.common import keyword_settings
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions, keyword_settings
 from saevlm_fast.data.codes import StoredCodes, open_codes
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.errors import check_kind, require, whole_number

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from saevlm_fast.config.harvesting import HarvestSettings
+from saevlm_fast.config import HarvestSettings
 from saevlm_fast.data.store import STORE_DTYPES
 from saevlm_fast.errors import check_kind, require
 from saevlm_fast.settings import setting

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saevlm_fast import __version__
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.errors import ImageError, require
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.images.pairs import caption

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.prefetch import loader_threads
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.order import permutation
 from saevlm_fast.errors import require
 from saevlm_fast.harvesting.config import HarvestConfig

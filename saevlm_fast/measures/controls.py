@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.measures.subjects import Centroids, Model, Subject
 from saevlm_fast.peers import Peers, shared_chunks, summed

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saevlm_fast.config.common import MATRYOSHKA_FRACTIONS
-from saevlm_fast.config.sae import group_sizes_from_fractions
+from saevlm_fast.config import MATRYOSHKA_FRACTIONS, group_sizes_from_fractions
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.errors import require
 from saevlm_fast.measures.codes import TOP, KeptCodes

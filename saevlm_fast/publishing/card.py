@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast import __version__
-from saevlm_fast.config.common import CONTROL_WORDS
+from saevlm_fast.config import CONTROL_WORDS
 from saevlm_fast.errors import printable
 from saevlm_fast.files import atomic_write, remove_leftovers_of
 from saevlm_fast.formats.hub import CARD_FILE

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.records import parse_json
 from saevlm_fast.sae import WEIGHTS_FILE, SAEHeader, read_sae_header

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import require

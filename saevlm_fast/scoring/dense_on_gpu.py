@@ -2,7 +2,7 @@
 
 Everything is launched at once: the range of its activations, and the sums of its first block by the closed form, which
 are added unless something is wrong. Then one copy tells the host what is wrong, which is refused, and which neurons one
-image dominates, whose pairs are made block by block. The chunk's kernels: kernels/dense_score_triton.py.
+image dominates, whose pairs are made block by block. The chunk's kernels: kernels/dense_*_triton.py.
 """
 
 from typing import NamedTuple
@@ -12,15 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saevlm_fast.kernels.dense_score_triton import (
-    Block,
-    Chunk,
-    NewRange,
-    launch_add,
-    launch_prepared,
-    launch_range,
-    n_fault_rows,
-)
+from saevlm_fast.kernels.dense_prepared_triton import Block, launch_prepared
+from saevlm_fast.kernels.dense_range_triton import Chunk, NewRange, launch_range, n_fault_rows
+from saevlm_fast.kernels.dense_score_triton import launch_add
 from saevlm_fast.kernels.pairwise_similarity import inner_product_blocks
 from saevlm_fast.scoring.refusals import refuse_activations, refuse_embeddings
 from saevlm_fast.scoring.sums import DenseRange, Embeddings, HalvedSums, Pairs, ShiftedSums
@@ -52,9 +46,9 @@ def add_on_gpu(
     shares = _shares(pairs, len(acts_nK))
     chunk = launch_range(acts_nK, images.sqnorm_n)
     work = _Work(chunk, images.emb_nE, told, (seen.low_S, seen.high_S, seen.n_active_S, seen.n_low_S), seen.n_images)
-    (reals_3K, counts_2K), block = work.prepared(shares[0] if shares else None, told.faults)
+    (reals_3K, counts_2K), block = work.prepared(shares[0] if shares else None, merging=True)
     low_K, high_K, drop_K = reals_3K
-    if shares:
+    if isinstance(pairs, ShiftedSums | HalvedSums):
         pairs.lower(drop_K, told.faults)
         work.add(shares[0][0], block)
     faults, dominated_K = told.read()
@@ -71,7 +65,7 @@ def add_on_gpu(
     _end(shares[0][0], block, dominated_K)
     for share in shares[1:]:
         del block  # no two of them are held
-        block = work.prepared(share, None)[1]
+        block = work.prepared(share, merging=False)[1]
         work.add(share[0], block)
         _end(share[0], block, told.read()[1])
 
@@ -85,10 +79,11 @@ class _Work(NamedTuple):
     before: tuple[Tensor, Tensor, Tensor, Tensor]
     n_before: int
 
-    def prepared(self, share: tuple[ShiftedSums, slice] | None, faults: Tensor | None) -> tuple[NewRange, Block]:
+    def prepared(self, share: tuple[ShiftedSums, slice] | None, *, merging: bool) -> tuple[NewRange, Block]:
         sums, rows = share or (None, None)
         cosine = sums is not None and sums.similarity == "cosine"
-        return launch_prepared(self.chunk, self.before, self.n_before, faults, rows, self.emb_nE, cosine)
+        before = self.before, self.n_before
+        return launch_prepared(self.chunk, *before, self.told.faults, rows, self.emb_nE, cosine, merging)
 
     def add(self, sums: ShiftedSums, block: Block) -> None:
         added_KE = block.wide_bK.T @ block.unit_bE

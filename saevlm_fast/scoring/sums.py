@@ -53,11 +53,10 @@ def status_of(low_S: Tensor, high_S: Tensor, n_above_S: Tensor) -> Tensor:
 
     Counted, never judged by the sums: images above the minimum carry the weight.
     """
-    status_S = torch.zeros_like(n_above_S, dtype=torch.int8)
-    status_S[n_above_S == 1] = STATUSES.index("single")
-    status_S[n_above_S == 0] = STATUSES.index("constant")
-    status_S[(low_S == 0) & (high_S == 0)] = STATUSES.index("dead")
-    return status_S
+    status_S = torch.where(n_above_S == 1, STATUSES.index("single"), STATUSES.index("defined"))
+    status_S = torch.where(n_above_S == 0, STATUSES.index("constant"), status_S)
+    status_S = torch.where((low_S == 0) & (high_S == 0), STATUSES.index("dead"), status_S)
+    return status_S.to(torch.int8)
 
 
 class ActivationRange:

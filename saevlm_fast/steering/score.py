@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.common import WHITE
-from saevlm_fast.config.steering import ScoreConfig, ScoreRun
+from saevlm_fast.config import WHITE, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Activations

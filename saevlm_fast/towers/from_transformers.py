@@ -90,8 +90,8 @@ def _vision_model(name: str, spec: str, config: Any, local: bool) -> nn.Module:
         elif head == {"head"} and getattr(vision, "vision_use_head", False):
             vision.vision_use_head = False
         else:
-            instead = difflib.get_close_matches(missing[0], unused, n=1, cutoff=0.9)
-            instead = f", in whose place the file has {instead[0]}" if instead else ""
+            near = difflib.get_close_matches(missing[0], unused, n=1, cutoff=0.9)
+            instead = f", in whose place the file has {near[0]}" if near else ""
             raise ValueError(
                 f"{spec}: {len(missing)} weights of {model_class.__name__} are missing, as {missing[0]}{instead}"
             )

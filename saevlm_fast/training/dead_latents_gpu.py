@@ -11,14 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from saevlm_fast.kernels import dead_latents_triton as kernels
+from saevlm_fast.kernels import dead_latents_triton as products
+from saevlm_fast.kernels import dead_rows_triton as over_rows
 from saevlm_fast.kernels.latent_gradient import RowGradient
 from saevlm_fast.kernels.topk_encode_screen_triton import multiprocessors
 from saevlm_fast.sae import SparseAutoencoder
 
 MOST_ELEMENTS = 64 << 20  # of one [rows, dead] block, 4 bytes each
 MOST_IN_REGISTERS = 16384  # dead latents of a row
-ROWS = 32  # of a program that adds up residuals
+ROWS = 8  # of a program that adds up residuals
 KEPT_A_WARP = 1024  # values in registers
 
 
@@ -133,11 +134,11 @@ def _prepared(
     n_programs = triton.cdiv(d_in, block_d)
     sums_PD = torch.empty(n_sums, d_in, dtype=torch.float64, device=device)
     squares_P, parts = torch.empty(n_sums + n_programs, dtype=torch.float64, device=device).split([n_sums, n_programs])
-    kernels.rows_kernel[(n_sums,)](
+    over_rows.rows_kernel[(n_sums,)](
         x_BD, x_hat_BD, sae.b_dec.detach(), *c, sums_PD, squares_P, x_BD.stride(0), n_rows, d_in, ROWS=ROWS, **row
     )
     scalars = torch.empty(2, dtype=torch.float64, device=device)
-    kernels.scalars_kernel[(n_programs,)](
+    over_rows.scalars_kernel[(n_programs,)](
         sums_PD,
         squares_P,
         number,
@@ -154,16 +155,23 @@ def _prepared(
     )
     b_enc_A = torch.empty(n_dead, dtype=torch.float32, device=device)
     W_enc_SD, b_enc_S, W_dec_SD = sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach()
-    kernels.latents_kernel[(n_dead,)](
+    over_rows.latents_kernel[(n_dead,)](
         latents_A, W_enc_SD, b_enc_S, W_dec_SD, *enc, b_enc_A, dec.hi, dec.lo, len(W_dec_SD), d_in, **row
     )
     return Batch(x_BD, x_hat_BD, c, enc, dec, b_enc_A), scalars
 
 
 def parts_of(n_rows: int, n_dead: int, d_in: int, tile: dict[str, Any], processors: int) -> tuple[int, int]:
-    """(parts, rows of each) into which sums over rows are cut, so that few dead latents keep all processors busy."""
+    """(parts, rows of each) into which sums over rows are cut, so that few dead latents keep all processors busy.
+
+    Best is the fewest rounds of programs, each of a part; a part of all tiles costs as much as 1 / 1280 round a tile.
+    """
     n_tiles = triton.cdiv(n_dead, tile["BLOCK_M"]) * triton.cdiv(d_in, tile["BLOCK_N"])
-    n_parts = max(1, min(2 * processors // n_tiles, n_rows // 256))
+
+    def cost(n_parts: int) -> float:
+        return triton.cdiv(n_tiles * n_parts, processors) / n_parts + n_tiles * n_parts / 1280
+
+    n_parts = min(range(1, max(1, n_rows // 256) + 1), key=cost)
     size = triton.cdiv(triton.cdiv(n_rows, n_parts), tile["BLOCK_K"]) * tile["BLOCK_K"]
     return triton.cdiv(n_rows, size), size
 
@@ -209,23 +217,23 @@ def _block(
     sizes, row = (n_rows, n_dead, d_in), row_launch(d_in)
     tiles_b = triton.cdiv(n_rows, tile["BLOCK_M"])
     tiles_a, tiles_d = (triton.cdiv(n, tile["BLOCK_N"]) for n in (n_dead, d_in))
-    kernels.acts_kernel[(tiles_b * tiles_a,)](*batch.c, *batch.enc, batch.b_enc_A, acts_BA, *sizes, **tile)
+    products.acts_kernel[(tiles_b * tiles_a,)](*batch.c, *batch.enc, batch.b_enc_A, acts_BA, *sizes, **tile)
     keep, config = keep_config(n_dead)
-    getattr(kernels, keep)[(n_rows,)](acts_BA, split_BA, inverse_B, n_dead, min(d_in // 2, n_dead), **config)
+    getattr(over_rows, keep)[(n_rows,)](acts_BA, split_BA, inverse_B, n_dead, min(d_in // 2, n_dead), **config)
     dec, stride_x = (batch.dec.hi, batch.dec.lo), batch.x_BD.stride(0)
-    kernels.error_kernel[(tiles_b * tiles_d,)](
+    products.error_kernel[(tiles_b * tiles_d,)](
         split_BA, inverse_B, *dec, batch.x_BD, batch.x_hat_BD, error_BD, largest, stride_x, *sizes, **tile
     )
-    halves = error.hi, error.lo
-    kernels.error_rows_kernel[(n_rows,)](error_BD, inverse_B, batch.c.inverse, *halves, squares_B, largest, d_in, **row)
+    halves, inverse = (error.hi, error.lo), batch.c.inverse
+    over_rows.error_rows_kernel[(n_rows,)](error_BD, inverse_B, inverse, *halves, squares_B, largest, d_in, **row)
     for name, rows, found, top in (("W_dec", error, largest, 9), ("W_enc", batch.c, largest[1:], 14)):
         if name == "W_enc":
-            kernels.dacts_kernel[(tiles_b * tiles_a,)](
-                *halves, *dec, inverse_B, batch.c.inverse, largest, split_BA, sums_TA, *sizes, **tile
+            products.dacts_kernel[(tiles_b * tiles_a,)](
+                *halves, *dec, inverse_B, inverse, largest, split_BA, sums_TA, *sizes, **tile
             )
         if name in parts:
             grid = triton.cdiv(n_dead, tile["BLOCK_M"]) * tiles_d, len(parts[name])
-            kernels.gradient_kernel[grid](
+            products.gradient_kernel[grid](
                 split_BA, rows.hi, rows.lo, found, parts[name], *sizes, part_size, add, TOP=top, **tile
             )
 
@@ -243,7 +251,7 @@ def _finished(
     rows_GAD, squares_GA = torch.empty_like(parts_GPAD[:, 0]), torch.empty_like(parts_GPAD[:, 0, :, 0])
     b_enc_A, numbers = torch.empty_like(sums_TA[0]), torch.empty(4, dtype=torch.float32, device=sums_TA.device)
     W_dec_SD = sae.W_dec.detach()
-    kernels.finish_kernel[(n_dead, n_sides)](
+    over_rows.finish_kernel[(n_dead, n_sides)](
         parts_GPAD,
         latents_A,
         W_dec_SD,
@@ -261,7 +269,7 @@ def _finished(
         TILES=32,
         **row_launch(d_in),
     )
-    kernels.numbers_kernel[(1,)](
+    over_rows.numbers_kernel[(1,)](
         row_squares_B,
         squares_GA,
         b_enc_A,

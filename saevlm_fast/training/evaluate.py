@@ -56,8 +56,8 @@ def batch_metrics(stepper: Stepper, x_BD: Tensor, output: StepOutput) -> Metrics
 def _on_host(numbers: dict[str, Tensor | float]) -> Metrics:
     """0-d tensors of any dtype as Python's numbers, which lose nothing of float32 or of a count."""
     there = {name: number.double() for name, number in numbers.items() if isinstance(number, Tensor)}
-    values = torch.stack(list(there.values())).tolist()
-    return {**numbers, **dict(zip(there, values))}  # type: ignore[dict-item]
+    values = dict(zip(there, torch.stack(list(there.values())).tolist()))
+    return {name: values[name] if isinstance(number, Tensor) else number for name, number in numbers.items()}
 
 
 def evaluate(sae: SparseAutoencoder, activations: Matrix, batch_rows: int = 4096) -> Metrics:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.common import CALIBRATED, PENALISED
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import CALIBRATED, PENALISED, TrainConfig
 from saevlm_fast.kernels.grouping import joined_places, placed
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode

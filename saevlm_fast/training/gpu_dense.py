@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import TrainConfig
 from saevlm_fast.kernels.dense_step_triton import launch_fired, launch_passed, launch_split
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
 from saevlm_fast.kernels.low_weights import LowWeights

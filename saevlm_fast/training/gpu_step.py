@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.common import CALIBRATED
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import CALIBRATED, TrainConfig
 from saevlm_fast.kernels.common import Cone
+from saevlm_fast.kernels.dead_rows_triton import launch_biases
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
 from saevlm_fast.kernels.latent_gradient import RowGradient
 from saevlm_fast.kernels.latent_update_triton import Scalars, launch_bias, launch_update
 from saevlm_fast.kernels.low_weights import LowWeights
-from saevlm_fast.kernels.step_entries_triton import Order, launch_chunks, launch_order, launch_ordered
+from saevlm_fast.kernels.step_entries_triton import Order, launch_chunks, launch_order, new_entries
 from saevlm_fast.kernels.step_rows_triton import Rows, launch_rows
 from saevlm_fast.kernels.step_totals_triton import launch_totals
 from saevlm_fast.kernels.topk_encode_cuda import Centred
@@ -96,23 +96,23 @@ def gpu_step(
         rows = launch_rows(x_BD, shown, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
     dtheta_S = None if penalty is None else _add_penalty(acts, latents, rows, order, penalty)
     mono_loss = None if mono is None else _add_mono(acts, rows, order, len(ends), mono)
-    entries = launch_ordered(acts, rows, order)
+    entries = new_entries(rows, order)
     frozen = config.frozen
     l1 = None if penalty is None or penalty.band is not None else torch.as_tensor(penalty.of_act)
     with _beside(x_BD) as side:
         with side:
-            launch_chunks(entries, order)
-        totals = launch_totals(entries, rows, W["W_enc"], state.idle_S, frozen, side, l1)
+            launch_chunks(entries, acts, rows, order)
+        totals = launch_totals(entries, acts, rows, order, W["W_enc"], state.idle_S, frozen, l1)
 
-    dead = dead_latents()
-    aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
-    slots_S = None if aux is None else dead.slots(codes.d_sae)
-    more = None if aux is None else _add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
-    more = more if dtheta_S is None else _with_threshold(more, dtheta_S, W["b_dec"])
-    moves = sae.config.architecture in CALIBRATED and config.accumulate == 1
-    moving = (config.threshold_beta, config.threshold_start) if moves else None
-    counters = state.step_index, state.bad_step, sae.threshold
-    decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, more)
+        dead = dead_latents()
+        aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
+        slots_S = None if aux is None else dead.slots(codes.d_sae)
+        more = None if aux is None else _add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
+        more = more if dtheta_S is None else _with_threshold(more, dtheta_S, W["b_dec"])
+        moves = sae.config.architecture in CALIBRATED and config.accumulate == 1
+        moving = (config.threshold_beta, config.threshold_start) if moves else None
+        counters = state.step_index, state.bad_step, sae.threshold
+        decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, more)
     constants = state.schedule, config.betas, config.eps
     clip = launch_clip(entries, totals, decision, config.clip_norm, *constants, state.of("b_dec"), frozen)
 
@@ -172,9 +172,7 @@ def _add_auxiliary(aux: Auxiliary, latents_A: Tensor, W_enc_SD: Tensor, db_enc_S
 
     Its db_enc is added to db_enc_S: a dead latent has no entry that fired.
     """
-    dead_A = latents_A.clamp(max=len(db_enc_S) - 1)  # padding has zero gradients
-    db_enc_S.index_add_(0, dead_A, aux.b_enc_A.to(db_enc_S.dtype))
-    return aux.numbers(), aux.b_enc_A @ W_enc_SD[dead_A]
+    return aux.numbers(), launch_biases(latents_A, aux.b_enc_A, W_enc_SD, db_enc_S)
 
 
 def _aux_rows(gradient: RowGradient | None, slots_S: Tensor | None) -> tuple[Tensor, Tensor] | None:

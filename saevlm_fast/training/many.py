@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import Interrupted, check_kind, require
 from saevlm_fast.outputs import workplace
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
-from saevlm_fast.training.checkpoints import RunDirectory, latest_checkpoint
+from saevlm_fast.training.checkpoints import latest_checkpoint
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_all
 from saevlm_fast.training.memory import check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.run import (
     NothingKept,
+    RunDirectory,
     fitting,
     is_small,
     kept_of,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saevlm_fast.config.common import PENALISED
+from saevlm_fast.config import PENALISED
 from saevlm_fast.errors import require
 
 if TYPE_CHECKING:
@@ -11,9 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from saevlm_fast.config.common import DataOn
-    from saevlm_fast.config.sae import SAEConfig
-    from saevlm_fast.config.training import TrainConfig
+    from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
     from saevlm_fast.data.rows import Activations
 
 

@@ -21,11 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.common import keyword_settings
-from saevlm_fast.config.harvesting import HarvestOptions
-from saevlm_fast.config.sae import SAEConfig, SAESize
-from saevlm_fast.config.streaming import StreamSettings
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import (
+    HarvestOptions,
+    RunOptions,
+    SAEConfig,
+    SAESize,
+    StreamSettings,
+    TrainConfig,
+    keyword_settings,
+)
 from saevlm_fast.errors import check_kind, require
 from saevlm_fast.harvesting.config import COMPUTE_DTYPES, HarvestConfig
 from saevlm_fast.harvesting.plan import PlannedStore

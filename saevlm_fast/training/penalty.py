@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import TrainConfig
 from saevlm_fast.kernels.segment_sum import segment_sum
 from saevlm_fast.kernels.topk_encode import threshold_encode
 from saevlm_fast.sae import SparseAutoencoder

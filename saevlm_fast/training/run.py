@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saevlm_fast.config.common import keyword_settings
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_settings
 from saevlm_fast.data.pairing import check_rows_of_same_images
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, check_kind, require
@@ -247,9 +245,8 @@ def take_steps(
     steps = CapturedSteps(stepper, capture)
     every = log_every(options, state.config)
     span = stepper.n_steps, n_steps - stepper.n_steps
-    with closing(state.batches(*span)) as remaining, closing(state.embedding_batches(*span)) as embeddings:
-        for raw_BD, e_BE in zip(remaining, embeddings, strict=True):
-            x_BD = state.normalised(raw_BD, out=steps.input(len(raw_BD)))
+    with closing(state.inputs(*span, steps.input)) as remaining, closing(state.embedding_batches(*span)) as embeddings:
+        for x_BD, e_BE in zip(remaining, embeddings, strict=True):
             output = steps.step(x_BD, e_BE)
             step = stepper.n_steps
             on_step(step)

@@ -45,6 +45,12 @@ class Scale(NamedTuple):
             return torch.div(x_BD, divisor, out=out)
         return torch.div(x_BD.float(), self.norm_factor, out=out)
 
+    def gathered(self, rows_ND: Tensor, rows_B: Tensor, out: Tensor) -> Tensor:
+        """`normalised` of rows_ND[rows_B], on a GPU and without a mean: the same bits in one pass."""
+        from saevlm_fast.kernels.gathered_rows_triton import launch_gathered_rows
+
+        return launch_gathered_rows(rows_ND, rows_B, self.norm_factor, out)
+
     @torch.no_grad()
     def to_raw_units_(self, sae: SparseAutoencoder) -> None:
         """An SAE that was trained on normalised rows, in place."""

@@ -22,9 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.sae import SAEConfig, SAESize
-from saevlm_fast.config.streaming import StreamSettings
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, SAESize, StreamSettings, TrainConfig
 from saevlm_fast.data.mixing import MixingBuffer
 from saevlm_fast.errors import require
 from saevlm_fast.harvesting.plan import HarvestPlan

@@ -11,8 +11,7 @@ Shape suffixes: B rows of a chunk, D d_in, S the rank's latents.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder

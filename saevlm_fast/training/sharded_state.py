@@ -10,9 +10,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.common import DataOn
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import DataOn, SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import require

@@ -28,8 +28,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.common import CALIBRATED
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import CALIBRATED, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.latent_gradient import EntryGradient

@@ -9,15 +9,14 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from copy import deepcopy
+from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.common import CALIBRATED, DataOn
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import CALIBRATED, DataOn, SAEConfig, TrainConfig
 from saevlm_fast.data.device import ResidentRows, uploaded_batches
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations
@@ -116,6 +115,21 @@ class TrainingState:
         stream = self._stored_batches(start_step, n_steps, announce)
         return self._shuffled(stream, start_step) if self.config.control == "shuffled" else stream
 
+    def inputs(
+        self, start_step: int, n_steps: int, place: Callable[[int], Tensor | None] = lambda n_rows: None
+    ) -> Generator[Tensor, None, None]:
+        """The same in the units that are trained in. place: the memory for a batch of so many rows, where that is to be
+        in some memory, in which it is overwritten by the next one."""
+        out_BD = place(min(self.config.batch_size, self.activations.n_rows))
+        plain = self.scale.mean_D is None and self.config.control != "shuffled"
+        if out_BD is not None and out_BD.is_cuda and self.on_device and plain:
+            resident, take = self._rows_there(), partial(self.scale.gathered, out=out_BD)
+            yield from resident.batches(self.order, start_step, n_steps, take)
+            return
+        with closing(self.batches(start_step, n_steps)) as stream:
+            for raw_BD in stream:
+                yield self.normalised(raw_BD, out=place(len(raw_BD)))
+
     def whole_batches(self, start_step: int, n_steps: int, announce: bool = True) -> Generator[Tensor, None, None]:
         """The same, of all rows of a batch wherever they go: replicas take steps on some of them."""
         return self.batches(start_step, n_steps, announce)
@@ -137,14 +151,19 @@ class TrainingState:
                 yield shuffled(x_BD, self.config.seed, step)
 
     def _stored_batches(self, start_step: int, n_steps: int, announce: bool) -> Generator[Tensor, None, None]:
-        self.activations.check_whole()
         if self.on_device:
-            if self._resident is None:
-                self._resident = ResidentRows(self.activations, self.device)
-            return self._resident.batches(self.order, start_step, n_steps)
+            return self._rows_there().batches(self.order, start_step, n_steps)
+        self.activations.check_whole()
         if self.device.type == "cuda":
             return uploaded_batches(self.activations, self.order, start_step, n_steps, self.device, announce)
         return self._host_batches(start_step, n_steps, announce)
+
+    def _rows_there(self) -> ResidentRows:
+        """All rows, on the device; read and checked at the first call."""
+        if self._resident is None:
+            self.activations.check_whole()
+            self._resident = ResidentRows(self.activations, self.device)
+        return self._resident
 
     def _host_batches(self, start_step: int, n_steps: int, announce: bool) -> Generator[Tensor, None, None]:
         with closing(batches(self.activations, self.order, start_step, n_steps, announce)) as stream:

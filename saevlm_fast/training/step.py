@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.common import CALIBRATED, PENALISED
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import CALIBRATED, PENALISED, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.latent_gradient import (

@@ -18,9 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config.common import CALIBRATED
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import CALIBRATED, RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.mixing import MixingBuffer
 from saevlm_fast.training.evaluate import Metrics
 from saevlm_fast.training.many import Member, take_all

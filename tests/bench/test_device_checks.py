@@ -58,7 +58,7 @@ def test_scores_agree_and_what_differs_fails(monkeypatch, tmp_path):
         found, expected = wrong(data)
         return found, expected + 1e-3
 
-    monkeypatch.setattr(scores_on_device, "PASSES", {"raw neurons": shifted})
+    monkeypatch.setattr(scores_on_device, "PASSES", {"raw neurons": scores_on_device.Pass(shifted)})
     status, results = run(scores_on_device, monkeypatch, tmp_path / "scores.json", *sizes)
     assert status == 1
     assert "16 of 16 scores differ" in results[0]["extra_info"]["failed"]

@@ -10,7 +10,7 @@ import pytest
 from command import run, run_json
 from saevlm_fast.cli.options import COMMANDS, arguments, is_needed, key_of, ordered
 from saevlm_fast.cli.toml import toml_text
-from saevlm_fast.config.streaming import StreamSettings
+from saevlm_fast.config import StreamSettings
 from saevlm_fast.settings import choices_of, kinds_of, settings_of
 
 TRAIN = {"k": 4, "steps": 20, "batch_size": 64, "lr": 3e-3, "device": "cpu"}

@@ -1,10 +1,14 @@
 """--dry-run checks, tells and writes nothing; --json prints one object."""
 
+import sys
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from command import files_below, run, run_json
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.cli.planning import peak_memory
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from tiny_tower import WIDTH, save_clip, save_photos
 
@@ -51,6 +55,25 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be_done(name, data, sae, p
     assert figures["disk_bytes"] > 0
     assert any(figures[key] >= 0 for key in figures if key.endswith("_seconds"))
     assert (files_below(tmp_path), files_below(sae), files_below(pictures)) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system says it of a CPU")
+def test_the_memory_of_a_forward_is_measured(pictures, tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    with peak_memory(cpu) as peak:
+        torch.ones(16 << 20).sum()
+        taken = peak()
+    assert 60 << 20 < taken < 200 << 20
+    with peak_memory(cpu) as peak:
+        assert peak() < 30 << 20
+    words = "harvest", "--model", f"hf:{pictures / 'clip'}", "--images", pictures / "photos", "--layer", 1
+    found = []
+    for n_bytes in (0, 5 << 30):
+        monkeypatch.setattr(
+            "saevlm_fast.cli.harvest.peak_memory", lambda device, n_bytes=n_bytes: nullcontext(lambda: n_bytes)
+        )
+        found.append(run_json(*words, "--device", "cpu", "--output", tmp_path / "out", "--dry-run"))
+    assert found[1]["a_forward_bytes"] == found[1]["memory_bytes"] - found[0]["memory_bytes"] == 5 << 30
 
 
 def test_the_figures_of_a_dry_run_are_those_of_the_work(data, sae, pictures, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from command import files_below, run, run_json
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.sae import SparseAutoencoder

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from command import run, run_json
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.sae import SparseAutoencoder

@@ -6,7 +6,7 @@ import torch
 from command import run
 from saevlm_fast.cli.options import named_by_option
 from saevlm_fast.cli.steerability import SteerabilityArguments
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder

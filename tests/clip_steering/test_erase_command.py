@@ -14,7 +14,7 @@ from command import run, run_json
 from saevlm_fast.cli.erase_images import halves_of
 from saevlm_fast.cli.erase_options import EraseArguments
 from saevlm_fast.cli.record import Record
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import halves
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images

@@ -33,7 +33,7 @@ from saevlm_fast.clip_steering.removal import (
 )
 from saevlm_fast.clip_steering.stream import Vocabulary, opened_stream
 from saevlm_fast.clip_steering.units import Latents
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.open import open_images
 from saevlm_fast.measures.codes import KeptCodes

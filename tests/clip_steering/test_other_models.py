@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from command import run, run_json
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.towers.load import load_tower
 

@@ -18,8 +18,7 @@ from saevlm_fast.clip_steering.steerability import (
 )
 from saevlm_fast.clip_steering.stream import Vocabulary, opened_stream
 from saevlm_fast.clip_steering.units import Latents, Neurons
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.steering import SteerabilityConfig
+from saevlm_fast.config import SAEConfig, SteerabilityConfig
 from saevlm_fast.images.open import open_images
 from saevlm_fast.measures.parts import Parts
 from saevlm_fast.sae import SparseAutoencoder

@@ -13,7 +13,7 @@ from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.steerability import SteerabilityArguments
 from saevlm_fast.clip_steering.run import progress_of
 from saevlm_fast.clip_steering.steerability import Steering
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.outputs import begin_writing
 from saevlm_fast.sae import SparseAutoencoder

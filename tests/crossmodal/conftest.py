@@ -3,7 +3,7 @@
 import pytest
 
 from command import run
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 
 _PAIRS = ("harvest", "--model", "hf:tiny-llava", "--point", "language", "--layer", 1, "--workers", 0, "--device", "cpu")

@@ -10,7 +10,7 @@ import torch
 
 from command import run, run_json
 from saevlm_fast import cross_modal
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.crossmodal.omega import TopTokens
 from saevlm_fast.crossmodal.patch_test import first_pairs
 from saevlm_fast.crossmodal.patches import PATCH_SCORES, Patches, kept_patches

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_vlms import FAMILIES, tiny_vlm
 
 from command import run, run_json
+from saevlm_fast import open_activations
 from saevlm_fast.crossmodal.output import read_patches
 from saevlm_fast.crossmodal.patch_test import (
     FILTERS,
@@ -19,7 +20,6 @@ from saevlm_fast.crossmodal.patch_test import (
     pairs_to_test,
     patch_test,
 )
-from saevlm_fast.data.rows import open_activations
 from saevlm_fast.images.open import open_images
 from saevlm_fast.towers.language import LanguageTower, load_language
 

@@ -10,8 +10,7 @@ import torch
 
 import saevlm_fast as sf
 from file_server import FileServer
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.errors import ActivationError
 from saevlm_fast.remote import cache, reading

@@ -16,8 +16,7 @@ from PIL import Image
 from command import files_below, run, run_json
 from saevlm_fast.box.scenes import COLOURS, OBJECT_FACTORS, Scenes
 from saevlm_fast.box_making.architecture import PATCH_SIZE
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions
+from saevlm_fast.config import RunOptions, SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo import scene_stores
 from saevlm_fast.demo import scores as demo

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saevlm_fast.box.scenes import TAXONOMY, VALUES, Scenes, taxonomy_path
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.demo.ground_truth import (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.demo import scene_stores
 from saevlm_fast.demo.scene_stores import SceneStores, harvest_scenes, scenes_of_sae

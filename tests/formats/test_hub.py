@@ -12,7 +12,7 @@ import torch
 from command import ROOT
 from command import run as run_command
 from hub_server import TOKEN, hub_server
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.formats import hub as module
 from saevlm_fast.formats import places
 from saevlm_fast.formats.hub import candidates, files_of, look_up, resolve

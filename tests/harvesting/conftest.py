@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from small_harvests import N_IMAGES, run_harvest, small_units
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.towers.load import load_tower
 from tiny_tower import WIDTH, save_clip, save_photos

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import saevlm_fast as sf
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.images.open import open_images
 from saevlm_fast.towers.load import load_tower
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from damage import mutations, refusal
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.harvesting.stores import HARVEST_FILE, check_output

@@ -15,7 +15,7 @@ from small_harvests import N_IMAGES, digests, run_harvest, small_units, stop_at_
 
 from damage import edit_record
 from saevlm_fast import outputs
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index
 from saevlm_fast.errors import Interrupted

@@ -13,7 +13,7 @@ from PIL import Image
 from small_harvests import N_IMAGES, Upset, rows_and_items, run_harvest, small_units
 
 from damage import edit_record
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.images.decode import decode

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from saevlm_fast.box.scenes import COLOURS, Scenes
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.sae import SparseAutoencoder
 

@@ -5,7 +5,7 @@ import signal
 
 import torch
 
-from saevlm_fast.config.harvesting import HarvestOptions
+from saevlm_fast.config import HarvestOptions
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index

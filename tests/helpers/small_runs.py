@@ -4,8 +4,7 @@ import time
 
 from forked import Forked
 
-from saevlm_fast.config.sae import SAEConfig, group_sizes_from_fractions
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.training.checkpoints import checkpoints
 from saevlm_fast.training.run import train

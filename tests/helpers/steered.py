@@ -3,7 +3,7 @@
 import torch
 
 from saevlm_fast.box_making.architecture import llava_processor
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.edits import steer
 from saevlm_fast.towers.load import find_anatomy

@@ -20,13 +20,14 @@ CASES = {
 
 def totals_of(case: Codes, idle_S: torch.Tensor):
     """(rows, entries, totals) of a case on its device."""
-    from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
+    from saevlm_fast.kernels.step_entries_triton import launch_chunks, launch_order, new_entries
     from saevlm_fast.kernels.step_totals_triton import launch_totals
 
     rows = launched(case)
     order = launch_order(case.latents, case.row_offsets, len(case.W_dec_SD))
-    entries = launch_entries(case.acts, rows, order)
-    return rows, entries, launch_totals(entries, rows, case.W_enc_SD, idle_S)
+    entries = new_entries(rows, order)
+    launch_chunks(entries, case.acts, rows, order)
+    return rows, entries, launch_totals(entries, case.acts, rows, order, case.W_enc_SD, idle_S)
 
 
 def counters(device, step: int = 5, threshold: float = -1.0) -> list[torch.Tensor]:
@@ -58,8 +59,7 @@ def test_totals_and_idle_counters(device, shape) -> None:
     parallel = torch.zeros(d_sae, dtype=torch.float64).index_add_(0, latents, acts * truth.dacts_M)
     torch.testing.assert_close(totals.db_enc_S.cpu(), truth.gradients["b_enc"])
     torch.testing.assert_close(totals.parallel_S.cpu(), parallel)
-    db_dec = truth.gradients["b_enc"] @ case.W_enc_SD
-    torch.testing.assert_close(totals.db_parts.sum(0).cpu(), db_dec)
+    torch.testing.assert_close(totals.db_parts.sum(0).cpu(), truth.gradients["b_dec"])
     fired = torch.zeros(d_sae, dtype=torch.bool).index_fill_(0, latents[acts > 0], True)
     assert torch.equal(idle_S.cpu(), torch.where(fired, 0, torch.arange(d_sae) + shape[0]))
     rest = truth.norm().square() - truth.gradients["b_dec"].square().sum()
@@ -181,32 +181,35 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
     from saevlm_fast.kernels.step_rows_triton import whole_row_block
 
-    names = "acts dacts norms x_norms l1 W_enc db_enc parallel db_parts square_parts suffix_parts source out sums"
+    names = "acts dacts norms x_norms l1 W_enc db_enc parallel db_parts square_parts source out sums"
     names += " squared smallest aux aux_db db_dec exact losses threshold suffix centred dec_partials enc_partials"
     names += " squares clip b"
     signature = {f"{name}_ptr": "*fp32" for name in f"{names} exp_avg exp_avg_sq".split()}
     signature |= {f"{name}_ptr": "*i32" for name in "bags rows offsets needed arrivals".split()}
-    signature |= {"idle_ptr": "*i64", "step_index_ptr": "*i64", "bad_step_ptr": "*i64", "schedule_ptr": "*fp64"}
-    counts = "n_latents n_rows n_suffix n_sums n_programs stride n_groups n_totals threshold_start n_squares"
-    signature |= dict.fromkeys(counts.split(), "i32") | {"d_in": "i32:16"}
+    signature |= {f"ordered_{name}_ptr": signature[f"{name}_ptr"] for name in ("acts", "dacts", "bags", "rows")}
+    signature |= {
+        "order_ptr": "*i64",
+        "idle_ptr": "*i64",
+        "step_index_ptr": "*i64",
+        "bad_step_ptr": "*i64",
+        "schedule_ptr": "*fp64",
+    }
+    counts = "n_latents n_rows n_parts n_sums n_programs n_groups threshold_start n_squares"
+    signature |= dict.fromkeys(counts.split(), "i32") | {"d_in": "i32:16", "suffix_stride": "i32:16"}
     block_d, warps_8 = whole_row_block(d_in, 8)
     row = {"BLOCK_D": block_d, "ACC": "tl.float32"}
     adam = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
-    totals = {name: getattr(of_totals, name) for name in ("SLACK", "TILE_E", "HEAVY_E")} | row
-    totals |= {"DECODER": True, "ENCODER": True, "HAS_L1": True}
+    totals = {name: getattr(of_totals, name) for name in ("SLACK", "LATENTS", "TILE_E", "HEAVY_E", "ROWS_B")} | row
+    totals |= {"DECODER": True, "ENCODER": True, "PREFIXES": True, "HAS_L1": True}
     totals["ROWS_W"] = of_totals.ROWS_W if block_d <= 2048 else of_totals.ROWS_WIDE
-    block_c = {"BLOCK_C": of_totals.BLOCK_C, "ACC": "tl.float32"}
-    column = {"ROWS": of_totals.SUFFIX_ROWS, "STEP": of_totals.SUFFIX_STEP} | block_c
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True, "ROWS": module.DB_ROWS}
-    decide |= {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK} | block_c
-    clip = {"FIRST": 0, "LIMIT": 1.0, "CHUNK": CHUNK, "BLOCK_P": module.NORM_STEP, "BLOCK": module.CLIP_BLOCK} | adam
-    regs = of_totals.REGISTERS if block_d <= 2048 else None
+    decide |= {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK, "BLOCK_C": module.BLOCK_C}
+    clip = {"FIRST": 0, "LIMIT": 1.0, "CHUNK": CHUNK, "BLOCK": module.CLIP_BLOCK} | adam
+    regs, wide_regs = (of_totals.REGISTERS, None) if block_d <= 2048 else (None, module.WIDE_REGISTERS)
     kernels = (
-        (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS_MANY}, max(2, warps_8), 2, regs),
-        (of_totals, "totals_kernel", totals | {"LATENTS": of_totals.LATENTS}, max(2, warps_8), 2, regs),
+        (of_totals, "totals_kernel", totals, max(2, warps_8), 2, regs),
         (module, "decide_kernel", decide | row, 8),
-        (module, "clip_kernel", clip | row, whole_row_block(d_in, 4)[1]),
-        (of_totals, "row_sum_kernel", column, 4),
+        (module, "clip_kernel", clip | row, whole_row_block(d_in, 4)[1], 2, wide_regs),
     )
     return [
         Case(home.__name__, name, target, signature, *kernel) for target in targets for home, name, *kernel in kernels
@@ -216,4 +219,4 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
 def test_static_compile_without_spills() -> None:
     from saevlm_fast.kernels.step_rows_triton import MAX_WIDTH
 
-    assert_no_spills(compile_cases(1024, TARGETS) + compile_cases(MAX_WIDTH, ("sm_90",))[:4])
+    assert_no_spills(compile_cases(1024, TARGETS) + compile_cases(MAX_WIDTH, ("sm_90",)))

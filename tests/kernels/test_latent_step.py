@@ -123,7 +123,7 @@ def test_gpu_low_copy_is_what_the_encoder_would_make(device, unit: bool) -> None
 
 
 def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
-    from saevlm_fast.kernels.latent_update_triton import BLOCK_S, LATENTS, TINY, UPDATE_STEP
+    from saevlm_fast.kernels.latent_update_triton import BLOCK_S, PER_THREAD, REGISTERS, TINY
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
     from saevlm_fast.kernels.step_rows_triton import whole_row_block
 
@@ -131,19 +131,20 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     signature = {f"{name}_ptr": "*fp32" for name in f"{floats} low_norm low_error".split()}
     signature |= {"ids_ptr": "*i32", "offsets_ptr": "*i32", "aux_slots_ptr": "*i32", "schedule_ptr": "*fp64"}
     signature |= {"low_ptr": "*fp16", "n_latents": "i32", "low_stride": "i32:16", "d_in": "i32:16"}
-    block_d, num_warps = whole_row_block(d_in, 4)
+    block_d, num_warps = whole_row_block(d_in, PER_THREAD)
     constants = {"HAS_AUX": True, "BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8, "NORM_EPS": 1e-7, "TINY": TINY}
-    constants |= {"LATENTS": LATENTS, "CHUNK": CHUNK, "BLOCK_P": UPDATE_STEP, "BLOCK_D": block_d, "ACC": "tl.float32"}
+    constants |= {"CHUNK": CHUNK, "BLOCK_D": block_d, "ACC": "tl.float32"}
     cone = {"COSINE": 0.8, "SINE": 0.6, "ROUNDING": 3e-4}
     sides = (
         {"DECODER": True, "HAS_LOW": False, "CONE": False},
         {"DECODER": True, "HAS_LOW": False, "CONE": True},
         {"DECODER": False, "HAS_LOW": True, "CONE": False},
     )
+    registers = REGISTERS if block_d <= 2048 else None
     path = "saevlm_fast.kernels.latent_update_triton"
-    kernels = [("update_kernel", constants | cone | side, num_warps) for side in sides]
+    kernels = [("update_kernel", constants | cone | side, num_warps, 2, registers) for side in sides]
     kernels.append(("bias_kernel", {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8, "BLOCK_S": BLOCK_S}, 4))
-    return [Case(path, name, t, signature, values, warps) for t in targets for name, values, warps in kernels]
+    return [Case(path, name, target, signature, *kernel) for target in targets for name, *kernel in kernels]
 
 
 def test_static_compile_without_spills() -> None:

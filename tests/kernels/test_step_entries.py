@@ -7,7 +7,7 @@ from plain_step import make_case, plain_step
 from saevlm_fast.kernels import reference
 from sparse_codes import random_codes
 from static_compile import TARGETS, Case, assert_no_spills
-from test_step_rows import launched
+from test_gradient_norm import totals_of
 
 
 @pytest.mark.parametrize("layout", ["fixed", "csr"])
@@ -45,12 +45,9 @@ def test_no_entries(device) -> None:
 def test_chunks_of_heavy_latents(device, n_rows: int, ends) -> None:
     """Latent 0 fires in nearly every row: no whole chunk, one, several."""
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
-    from saevlm_fast.kernels.step_entries_triton import launch_entries, launch_order
 
     case = make_case(n_rows, 2, 11, 6, "csr", ends)
-    placed = case.on(device, torch.float64)
-    order = launch_order(placed.latents, placed.row_offsets, 11)
-    entries = launch_entries(placed.acts, launched(placed), order)
+    _, entries, _ = totals_of(case.on(device, torch.float64), torch.zeros(11, dtype=torch.int64, device=device))
     acts, latents, rows, groups = case.flat()
     truth, by_latent, n_groups = plain_step(case), latents.argsort(stable=True), len(case.ends)
     n = len(acts)
@@ -82,16 +79,14 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     fp32, i64, i32 = "*fp32", "*i64", "*i32"
     numbers = dict.fromkeys("n_rows n_entries n_latents shift n_halvings n_groups n_chunks".split(), "i32")
     pointers = {"latents_ptr": i64, "row_offsets_ptr": i64, "keys_ptr": "*i16", "offsets_ptr": i32, "order_ptr": i64}
-    entries = {"acts_ptr": fp32, "dacts_ptr": fp32, "bags_ptr": i32, "rows_ptr": i32}
-    entries |= {f"ordered_{name}": kind for name, kind in entries.items()}
+    entries = {"acts_ptr": fp32, "dacts_ptr": fp32, "bags_ptr": i32}
     sources = {"suffix_ptr": fp32, "centred_ptr": fp32, "partials_ptr": fp32, "d_in": "i32:16"}
     signature = numbers | pointers | entries | sources
     block_d, num_warps = whole_row_block(d_in, 8)
-    tile = {"CHUNK": CHUNK, "BLOCK_P": CHUNK_STEP, "BLOCK_D": block_d, "ACC": "tl.float32"}
+    tile = {"PREFIXES": True, "CHUNK": CHUNK, "BLOCK_P": CHUNK_STEP, "BLOCK_D": block_d, "ACC": "tl.float32"}
     kernels = (
         ("key_kernel", {"CSR": True, "BLOCK_M": BLOCK_M}, 4),
         ("offset_kernel", {"CSR": True, "BLOCK_S": BLOCK_S}, 4),
-        ("ordered_kernel", {"PREFIXES": True, "BLOCK_M": BLOCK_M}, 4),
         ("chunk_kernel", tile, num_warps),
     )
     return [Case(module, name, target, signature, *kernel) for target in targets for name, *kernel in kernels]

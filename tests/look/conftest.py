@@ -10,7 +10,7 @@ import pytest
 from planted_scenes import browser_path, plant
 
 from command import run
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 
 

@@ -14,7 +14,7 @@ from pages import cells_of, headers, rows, shown_heat, truth
 from planted_scenes import GRID, HOSTILE, N, browser_path
 
 from command import run
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 
 pytestmark = pytest.mark.browser

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from command import files_below, run, run_json
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter

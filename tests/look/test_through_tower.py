@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.harvesting.api import harvest
 from saevlm_fast.harvesting.config import HarvestConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import activations_of
 from saevlm_fast.images.decode import decode

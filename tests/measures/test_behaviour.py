@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import LabelSet, halves
 from saevlm_fast.images.open import open_images
 from saevlm_fast.measures.behaviour import Behaviour, BehaviourOptions, chosen_images, read_prompts, texts_of

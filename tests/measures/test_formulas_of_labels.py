@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import LabelSet, halves
 from saevlm_fast.data.rows import activations_of
 from saevlm_fast.measures import label_scores as label_scores_module

@@ -5,7 +5,7 @@ import torch
 
 from saevlm_fast.cli.evaluate_print import _d_prime, _mark, _matched_cells
 from saevlm_fast.cli.score_report import _verdict
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import read_labels
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.writing import ActivationWriter

@@ -7,7 +7,7 @@ from codes_and_labels import random_codes
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter

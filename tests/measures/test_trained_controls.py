@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_controls import rows
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.measures.measure import measure

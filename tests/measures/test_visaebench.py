@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import LabelSet
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter

@@ -12,8 +12,7 @@ import yaml
 
 from command import files_below, run, run_json
 from hub_server import TOKEN, hub_server
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.publishing.card import is_ours, is_sealed, plain, sealed, table, write_card
 from saevlm_fast.publishing.facts import Facts, public
 from saevlm_fast.publishing.pull import default_output

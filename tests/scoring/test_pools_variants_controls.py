@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from command import run_json
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter

@@ -6,7 +6,7 @@ import pytest
 import torch
 from thread_peers import together
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.writing import ActivationWriter

@@ -9,7 +9,7 @@ import torch
 from true_scores import assert_scores
 
 from command import run
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.writing import ActivationWriter

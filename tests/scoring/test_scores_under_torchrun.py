@@ -11,7 +11,7 @@ import torch
 from torchrun import Torchrun, messages
 
 from command import run
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.sae import SparseAutoencoder

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from planted_codes import SOURCE, in_memory, write_codes
 from torch import Tensor
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.sae import SparseAutoencoder

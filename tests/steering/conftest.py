@@ -8,7 +8,7 @@ from steering_scores import DEAD, LAYER, N_IMAGES, S
 
 from command import run
 from saevlm_fast.box_making.architecture import build_clip, build_llava, clip_processor, llava_processor
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.images.open import open_images

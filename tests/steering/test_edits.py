@@ -23,7 +23,7 @@ from steered import (
 )
 
 from saevlm_fast.box_making.architecture import build_clip, build_llava, llava_processor
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import add, clamp, encode_tokens, scale, steer, steer_rows, zero

@@ -10,7 +10,7 @@ from many_towers import FAMILIES
 from tower_makers import pictures, prepared
 
 from command import run
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.steering.edits import clamp, scale, steer, steer_rows

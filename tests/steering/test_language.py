@@ -6,7 +6,7 @@ from PIL import Image
 
 from command import run, run_json
 from saevlm_fast.box.models import model_directory
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredRow
 from saevlm_fast.steering.edits import clamp, steer

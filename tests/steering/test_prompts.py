@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from saevlm_fast.box.models import model_directory
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.towers.text import load_llava

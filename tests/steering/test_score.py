@@ -17,8 +17,7 @@ from steering_scores import ALPHA, DEAD, LAYER, N_IMAGES, dense_codes, score_com
 from command import run_json
 from damage import edit_record
 from saevlm_fast.cli.steering_score import _print_scores
-from saevlm_fast.config.common import PROMPT
-from saevlm_fast.config.steering import ScoreConfig, ScoreRun
+from saevlm_fast.config import PROMPT, ScoreConfig, ScoreRun
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images

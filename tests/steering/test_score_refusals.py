@@ -9,8 +9,7 @@ from held_locks import held
 from steering_scores import ALPHA, DEAD, S, dense_codes, score_command, steer_command
 
 from saevlm_fast import outputs
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.steering import ScoreConfig, ScoreRun
+from saevlm_fast.config import SAEConfig, ScoreConfig, ScoreRun
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.provenance import other_text_model, other_tower
 from saevlm_fast.sae import SparseAutoencoder

@@ -8,7 +8,7 @@ from PIL import Image
 from steering_scores import DEAD, LAYER, score_command, steer_command
 
 from command import ROOT, files_below, run
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 
 

@@ -119,7 +119,7 @@ def test_the_whole_table_of_towers_is_what_is_found():
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "SigLIP 2 NaFlex", "Pixtral, Mistral3", "CLIP"])
 def test_squares_have_one_grid_and_heat_maps(name, tmp_path):
     """From harvest to the map of a picture: the corner that was changed is where the map says."""
-    from saevlm_fast.config.harvesting import HarvestOptions
+    from saevlm_fast.config import HarvestOptions
     from saevlm_fast.harvesting.config import HarvestConfig
     from saevlm_fast.harvesting.run import harvest
     from saevlm_fast.images.open import open_images

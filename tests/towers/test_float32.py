@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.steering.answers import SteeredAnswers, SteeredRow
 from saevlm_fast.towers.from_transformers import wrap_transformers

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from dense_trainer import DenseTrainer
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.memory import training_memory

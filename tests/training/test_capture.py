@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling

@@ -8,9 +8,7 @@ import test_penalised_step as penalised
 import torch
 
 import test_step as selecting
-from saevlm_fast.config import CONTROLS
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import CONTROLS, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.kernels import latent_gradient

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.kernels.latent_gradient import latent_slots
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
 from static_compile import TARGETS, Case, assert_no_spills
 
-KERNELS, LIST = "saevlm_fast.kernels.dead_latents_triton", "saevlm_fast.kernels.dead_list_triton"
+PRODUCTS, ROWS, LIST = (f"saevlm_fast.kernels.dead_{name}_triton" for name in ("latents", "rows", "list"))
 
 
 def made(n_rows: int, d_in: int, d_sae: int, n_dead: int) -> tuple[SparseAutoencoder, torch.Tensor, ...]:
@@ -25,14 +25,13 @@ def made(n_rows: int, d_in: int, d_sae: int, n_dead: int) -> tuple[SparseAutoenc
     return sae, x * scale / d_in**0.5, 0.3 * x_hat, torch.randperm(d_sae, generator=generator)[:n_dead].sort().values
 
 
-@pytest.mark.parametrize("frozen", [None, "W_enc", "W_dec"])
 @pytest.mark.parametrize(
-    ("shape", "n_listed", "small"),
+    ("shape", "n_listed", "small", "frozen"),
     [
-        ((61, 24, 97, 40), 50, False),
-        ((70, 24, 97, 33), 33, True),
-        ((40, 24, 97, 9), 13, False),
-        ((9, 24, 97, 0), 5, True),
+        ((61, 24, 97, 40), 50, False, None),
+        ((70, 24, 97, 33), 33, True, "W_enc"),
+        ((40, 24, 97, 9), 13, False, "W_dec"),
+        ((9, 24, 97, 0), 5, True, None),
     ],
     ids=["more than take part", "wide rows in blocks", "all take part", "none"],
 )
@@ -87,7 +86,7 @@ def test_a_constant_residual_gives_no_loss(device) -> None:
 @pytest.mark.parametrize("kernel", ["keep_kernel", "keep_wide_kernel"])
 def test_the_largest_are_kept_and_of_equals_the_lowest(device, kernel: str) -> None:
     """Ties at the threshold, fewer than k that are positive, rows of zeros, a tiny value beside a large one."""
-    from saevlm_fast.kernels import dead_latents_triton
+    from saevlm_fast.kernels import dead_rows_triton
 
     generator = torch.Generator().manual_seed(5)
     acts = torch.randint(-4, 6, (12, 75), generator=generator).clamp(min=0).float()
@@ -101,7 +100,7 @@ def test_the_largest_are_kept_and_of_equals_the_lowest(device, kernel: str) -> N
     expected = torch.zeros_like(acts).scatter_(1, order, acts.gather(1, order))
     split, inverse = torch.full((12, 150), 7.0, dtype=torch.float16, device=device), torch.empty(12, device=device)
     block = 128 if kernel == "keep_kernel" else 32
-    getattr(dead_latents_triton, kernel)[(12,)](acts.to(device), split.view(torch.float32), inverse, 75, k, BLOCK=block)
+    getattr(dead_rows_triton, kernel)[(12,)](acts.to(device), split.view(torch.float32), inverse, 75, k, BLOCK=block)
     hi, lo = split.cpu().float().split(75, dim=1)
     found = (hi + lo) * inverse.cpu()[:, None]
     assert torch.equal(hi > 0, expected > 0)
@@ -122,6 +121,22 @@ def test_the_list_of_dead_latents(device, d_sae: int, share: float, spare: int) 
     assert torch.equal(latents.cpu(), expected)
     assert int(n_dead) == number
     assert torch.equal(slots.cpu(), latent_slots(expected, d_sae))
+
+
+@pytest.mark.parametrize("n_dead", [0, 3, 300])
+def test_biases_of_dead_latents_are_added(device, n_dead: int) -> None:
+    from saevlm_fast.kernels.dead_rows_triton import launch_biases
+
+    generator = torch.Generator().manual_seed(n_dead)
+    W_enc, db_enc = torch.randn(400, 10, generator=generator), torch.randn(400, generator=generator).double()
+    dead, b_enc = torch.randperm(400, generator=generator)[:n_dead].sort().values, torch.randn(310, generator=generator)
+    listed = torch.nn.functional.pad(dead, (0, 310 - n_dead), value=400)
+    b_enc[n_dead:] = 0
+    expected = db_enc.index_add(0, dead, b_enc[:n_dead].double())
+    moved = db_enc.to(device)
+    found = launch_biases(listed.to(device), b_enc.to(device), W_enc.to(device), moved)
+    assert torch.equal(moved.cpu(), expected)
+    torch.testing.assert_close(found.cpu(), b_enc[:n_dead] @ W_enc[dead], rtol=1e-5, atol=1e-5)
 
 
 # --- compiled --------------------------------------------------------------------------------------------------------
@@ -146,10 +161,10 @@ def product_cases(target: str) -> list[Case]:
     gradient = named(FLOATS, "acts parts") | named(HALVES, "r_hi r_lo") | named(INTS, "largest") | SIZES
     gradient |= {"size": SIZE, "add": "i32"}
     return [
-        Case(KERNELS, "acts_kernel", target, acts, tile, **launch),
-        Case(KERNELS, "error_kernel", target, error, tile, **launch),
-        Case(KERNELS, "dacts_kernel", target, dacts | SIZES, tile, **launch),
-        Case(KERNELS, "gradient_kernel", target, gradient, tile | {"TOP": 9}, **launch),
+        Case(PRODUCTS, "acts_kernel", target, acts, tile, **launch),
+        Case(PRODUCTS, "error_kernel", target, error, tile, **launch),
+        Case(PRODUCTS, "dacts_kernel", target, dacts | SIZES, tile, **launch),
+        Case(PRODUCTS, "gradient_kernel", target, gradient, tile | {"TOP": 9}, **launch),
     ]
 
 
@@ -169,14 +184,17 @@ def row_cases(target: str) -> list[Case]:
     finish |= {"n_parts": "i32", "n_tiles": "i32", "n_dead": SIZE, "d_sae": SIZE, "d_in": SIZE}
     numbers = named(FLOATS, "row_squares squares b_enc numbers") | named(DOUBLES, "scalars")
     listed = named(LONGS, "idle latents number") | named(INTS, "counts slots") | {"d_sae": SIZE, "dead_after": "i32"}
+    biases = named(FLOATS, "b_enc W_enc parts") | named(LONGS, "latents") | named(DOUBLES, "db_enc")
+    biases |= {"n_dead": SIZE, "d_sae": SIZE, "d_in": SIZE, "size": "i32"}
     cases = [
-        Case(KERNELS, "rows_kernel", target, rows, blocks | {"ROWS": 32}, num_warps=warps),
-        Case(KERNELS, "latents_kernel", target, latents, blocks, num_warps=warps),
-        Case(KERNELS, "error_rows_kernel", target, error | {"d_in": SIZE}, blocks, num_warps=warps),
-        Case(KERNELS, "scalars_kernel", target, scalars, {"BLOCK_P": 32, "BLOCK_D": 32, "PROGRAMS": 32}),
-        Case(KERNELS, "finish_kernel", target, finish, blocks | {"DECODER": 0, "TILES": 32}, num_warps=warps),
+        Case(ROWS, "biases_kernel", target, biases, blocks | {"ROWS": 4}, num_warps=warps),
+        Case(ROWS, "rows_kernel", target, rows, blocks | {"ROWS": 8}, num_warps=warps),
+        Case(ROWS, "latents_kernel", target, latents, blocks, num_warps=warps),
+        Case(ROWS, "error_rows_kernel", target, error | {"d_in": SIZE}, blocks, num_warps=warps),
+        Case(ROWS, "scalars_kernel", target, scalars, {"BLOCK_P": 32, "BLOCK_D": 32, "PROGRAMS": 32}),
+        Case(ROWS, "finish_kernel", target, finish, blocks | {"DECODER": 0, "TILES": 32}, num_warps=warps),
         Case(
-            KERNELS,
+            ROWS,
             "numbers_kernel",
             target,
             numbers | {"n_rows": "i32", "n_dead": SIZE},
@@ -186,10 +204,10 @@ def row_cases(target: str) -> list[Case]:
         Case(LIST, "count_kernel", target, listed, {"BLOCK": 1024}),
         Case(LIST, "place_kernel", target, listed | {"n_listed": "i32"}, {"BLOCK": 1024, "PROGRAMS": 64}),
     ]
-    for n_dead in (256, 2048, 16384, 65536):
+    for n_dead in (2048, 16384, 65536):
         kernel, config = keep_config(n_dead, hip=target == "gfx942")
         warps = config.pop("num_warps")
-        cases.append(Case(KERNELS, kernel, target, keep, config, num_warps=warps))
+        cases.append(Case(ROWS, kernel, target, keep, config, num_warps=warps))
     return cases
 
 

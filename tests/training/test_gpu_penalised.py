@@ -5,8 +5,7 @@ import test_accumulate
 import test_penalised_step
 import torch
 
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import gpu_codes, gpu_dense, step

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from command import run as run_command
-from saevlm_fast.config.training import RunOptions
+from saevlm_fast.config import RunOptions
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.training import loggers, watch
 

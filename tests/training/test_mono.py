@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_controls import gpu_step, rows
 
 import test_step as selecting
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.kernels import reference
 from saevlm_fast.sparse_codes import SparseCodes

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from saevlm_fast.config.sae import SAESize
-from saevlm_fast.config.streaming import StreamSettings
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import verify
 from saevlm_fast.errors import Interrupted

@@ -9,8 +9,7 @@ from small_runs import Stopped, stop_at
 
 from command import run as run_command
 from command import run_json
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.sae import SparseAutoencoder

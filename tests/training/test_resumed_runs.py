@@ -16,8 +16,7 @@ from small_runs import WORDS, Stopped, run, sae_config, start, stop_at, wait_for
 from command import run as run_command
 from damage import edit_record
 from saevlm_fast import outputs
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.files import sha256_file
 from saevlm_fast.training.checkpoints import checkpoints

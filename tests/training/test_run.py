@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import D_IN, K, run, sae_config, weights
 
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.sae import SparseAutoencoder

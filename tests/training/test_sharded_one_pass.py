@@ -11,10 +11,7 @@ import torch
 from test_sharded_run import check_same_sae
 from thread_peers import together
 
-from saevlm_fast.config.harvesting import HarvestOptions
-from saevlm_fast.config.sae import SAESize
-from saevlm_fast.config.streaming import StreamSettings
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import HarvestOptions, RunOptions, SAESize, StreamSettings, TrainConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.store import read_index
 from saevlm_fast.errors import Interrupted

@@ -12,8 +12,7 @@ import torch
 from test_sharded_run import check_same_sae
 from torchrun import Torchrun, messages
 
-from saevlm_fast.config.sae import SAEConfig, SAESize
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, SAESize, TrainConfig
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.training.checkpoints import checkpoints

@@ -13,8 +13,7 @@ import pytest
 import torch
 from thread_peers import together
 
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Interrupted

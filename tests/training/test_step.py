@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from dense_trainer import DenseTrainer
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import TrainConfig
+from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.kernels import latent_gradient as latent_gradient_module
 from saevlm_fast.kernels.latent_gradient import (
     clip_coefficient,
@@ -15,11 +14,10 @@ from saevlm_fast.kernels.latent_gradient import (
 )
 from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.sparse_codes import smallest_positive
 from saevlm_fast.training import gradients as gradients_module
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary, may_be_dead
 from saevlm_fast.training.state import geometric_median
-from saevlm_fast.training.step import Stepper
+from saevlm_fast.training.step import Stepper, smallest_positive
 
 GROUPS = {"topk": (), "batch_topk": (), "matryoshka": (5, 13, 30, 49)}
 

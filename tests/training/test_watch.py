@@ -11,8 +11,7 @@ from PIL import Image
 
 from command import run as run_command
 from saevlm_fast.cli import main
-from saevlm_fast.config.sae import SAEConfig
-from saevlm_fast.config.training import RunOptions, TrainConfig
+from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
 from saevlm_fast.errors import Doubt, Interrupted

@@ -5,7 +5,7 @@ import torch
 
 from command import run
 from hub_server import hub_server
-from saevlm_fast.config.sae import SAEConfig
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.formats.hub import resolve
 from saevlm_fast.sae import SparseAutoencoder
 
