@@ -32,7 +32,8 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.choice import FEW_OFFERS, NOTHING
 from saevlm_fast.training.dead_latents import DeadLatents
-from saevlm_fast.training.gpu_step import State, add_auxiliary, add_mono, aux_rows, beside, gpu_encode
+from saevlm_fast.training.gpu_codes import chosen
+from saevlm_fast.training.gpu_step import State, add_auxiliary, add_mono, aux_rows, beside
 from saevlm_fast.training.gradients import Losses
 from saevlm_fast.training.mono import MonoTerm
 from saevlm_fast.training.sharded_dead import shared_auxiliary
@@ -50,7 +51,8 @@ class OwnCodes(NamedTuple):
 
 def own_codes(sae: SparseAutoencoder, shard: Shard, ranks: Ranks, x_BD: Tensor, state: State) -> OwnCodes:
     """sharded_rows.choose with the low copy of the rank's W_enc, of one replica."""
-    codes, centred = gpu_encode(sae, x_BD, state.low)
+    centred = None if state.low is None else Centred.empty(*x_BD.shape, x_BD.device)
+    codes = chosen(sae, x_BD, state.low, centred)
     (acts, latents, row_offsets), k, peers, smallest = codes.flat(), shard.whole.known_k, ranks.latents, None
     told = Told(peers.add_up, peers.gather, peers.rank)
     if row_offsets is not None:
