@@ -1,7 +1,7 @@
 """Whether ranks on GPUs take the step of one: `torchrun --nproc-per-node 2 -m bench.training.ranks_on_gpus`.
 
 An argument after the module is the number of replicas (1). Every rank also takes the steps of the whole SAE on its own
-GPU, and compares losses and its latents' weights. Nothing of it has run on a GPU where it was written.
+GPU, and compares losses and its latents' weights. Before that: what the collectives of a step take.
 """
 
 import sys
@@ -17,6 +17,7 @@ from saevlm_fast.training.shards import Shard, cut, starting_sae
 from saevlm_fast.training.step import Stepper
 
 D_IN, D_SAE, K, ROWS, STEPS = 1024, 16384, 20, 4096, 20
+REPEATS = 20  # of a collective
 TOLERANCE = 1e-3  # of weights after some steps: near ties come out differently where products differ in the last bits
 
 
@@ -40,14 +41,40 @@ def compare(architecture: str, device: torch.device, peers: MeshPeers) -> float:
         seconds, expected = time.perf_counter() - start, alone.step(x_BD)
         losses = float(output.losses.overall), float(expected.losses.overall)
         if peers.rank == 0 and step % 5 == 4:
-            print(f"{architecture} step {step + 1}: loss {losses[0]:.6f} and {losses[1]:.6f}, {seconds * 1e3:.2f} ms")
+            both = f"loss {losses[0]:.6f} and {losses[1]:.6f}"
+            print(f"{architecture} step {step + 1}: {both}, {seconds * 1e3:.2f} ms", flush=True)
     own = sae.W_dec.detach()[shard.start : shard.stop]
     return float((parts.sae.W_dec.detach() - own).abs().max())
+
+
+def tell_times(device: torch.device, peers: MeshPeers) -> None:
+    """What the host takes to issue a collective, and until the device is done with it."""
+    rows_BD, counts = torch.ones(ROWS, D_IN, device=device), torch.ones(2048, dtype=torch.int32, device=device)
+    share = rows_BD[: ROWS // peers.world]
+    pieces = rows_BD[: len(share) * peers.world].view(peers.world, -1, D_IN)
+    ways = {
+        "gather of rows": lambda: peers.gather(share),
+        "exchange of rows": lambda: peers.exchange(pieces),
+        "gather of counts": lambda: peers.gather(counts),
+        "sum of counts": lambda: peers.add_up(counts),
+    }
+    for name, way in ways.items():
+        way()
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            way()
+        issued = time.perf_counter() - start
+        torch.cuda.synchronize(device)
+        done = time.perf_counter() - start
+        if peers.rank == 0:
+            print(f"{name}: {1e3 * issued / REPEATS:.3f} ms, done {1e3 * done / REPEATS:.3f} ms", flush=True)
 
 
 def main() -> None:
     device, n_replicas = torch.device(own_device("cuda")), int((sys.argv[1:] or ["1"])[0])
     with joined(device, 60, n_replicas) as peers:
+        tell_times(device, peers)
         worst = {name: compare(name, device, peers) for name in ("topk", "batch_topk", "matryoshka")}
         (failed,) = peers.agree(any(value > TOLERANCE for value in worst.values()))
         if peers.rank == 0:

@@ -19,7 +19,7 @@ from saevlm_fast.peers import Peers, Ranks
 
 _DIGIT = 4  # bits of a key that one round settles, of every row
 _WIDE_DIGIT = 11  # of a whole batch
-_FEW_OFFERS = 256  # of a row by all ranks; a count of the digits of more is told in fewer bytes
+FEW_OFFERS = 256  # of a row by all ranks; a count of the digits of more is told in fewer bytes
 NOTHING = -1.0  # an offer where a rank has fewer latents than there are places: below every activation
 
 
@@ -41,7 +41,7 @@ def keep_of_rows(acts_BC: Tensor, k: int, peers: Peers) -> Tensor:
         k: at most the latents of all ranks.
         peers: the ranks that have the other latents.
     """
-    if peers.world * k > _FEW_OFFERS:
+    if peers.world * k > FEW_OFFERS:
         return keep_largest_of_all(_ranked(acts_BC), k, peers.add_up, peers.gather, peers.rank)
     n = acts_BC.shape[1]
     offers_RBK = peers.gather(torch.nn.functional.pad(acts_BC, (0, k - n), value=NOTHING))

@@ -17,6 +17,7 @@ from saevlm_fast.training.choice import keep_largest_of_all
 from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents
 
 _BLOCK_ELEMENTS = 8 << 20  # of one [rows, dead] block
+_GPU_ELEMENTS = 128 << 20  # the same: all rows are one, where memory allows
 
 
 def shared_auxiliary(
@@ -60,13 +61,15 @@ def shared_auxiliary(
     acts_BC, places_BC = inputs.best(d_in // 2)
     if d_in // 2 == 0:
         acts_BC = torch.zeros_like(acts_BC)
-    elif x_BD.is_cuda or int(n_dead) > d_in // 2:
+    elif x_BD.is_cuda:
+        _keep_largest_(acts_BC, d_in // 2, peers)
+    elif int(n_dead) > d_in // 2:
         kept_BC = keep_largest_of_all(acts_BC, d_in // 2, peers.add_up, peers.gather, peers.rank)
         acts_BC = torch.where(kept_BC, acts_BC, 0)
 
     part_BD = torch.empty_like(x_BD)
     for rows in inputs.blocks():
-        torch.mm(inputs.placed(acts_BC[rows], places_BC[rows]), W_dec_AD, out=part_BD[rows])
+        torch.mm(inputs.placed(rows, acts_BC, places_BC), W_dec_AD, out=part_BD[rows])
     error_BD = _summed(peers, part_BD) - residual_BD
     aux = torch.where(defined, _over(ranks.rows, error_BD.square().sum()) / n_rows / variance, 0)
     error_BD *= torch.where(defined, 2 * alpha / (n_rows * variance), 0)
@@ -74,7 +77,7 @@ def shared_auxiliary(
     dW_enc_AD, dW_dec_AD = torch.zeros_like(W_dec_AD), torch.zeros_like(W_dec_AD)
     db_enc_A = x_BD.new_zeros(len(dead_A))
     for rows in inputs.blocks():
-        acts_BA = inputs.placed(acts_BC[rows], places_BC[rows])
+        acts_BA = inputs.placed(rows, acts_BC, places_BC)
         dacts_BA = torch.where(acts_BA > 0, error_BD[rows] @ W_dec_AD.T, 0)
         dW_dec_AD.addmm_(acts_BA.T, error_BD[rows])
         dW_enc_AD.addmm_(dacts_BA.T, inputs.centred_BD[rows])
@@ -83,6 +86,15 @@ def shared_auxiliary(
     dW_enc = None if frozen == "W_enc" else dense_gradient_rows(dead.latents_A, dW_enc_AD)
     dW_dec = None if frozen == "W_dec" else dense_gradient_rows(dead.latents_A, dW_dec_AD, unit_rows_SD)
     return Auxiliary(aux, dW_enc, dW_dec, db_enc_A), n_dead if x_BD.is_cuda else int(n_dead)
+
+
+def _keep_largest_(acts_BC: Tensor, k: int, peers: Peers) -> None:
+    """Zeros all but the k largest of every row of all ranks' activations, on a GPU."""
+    from saevlm_fast.kernels.shared_choice_triton import Told
+    from saevlm_fast.kernels.shared_largest_triton import launch_keep_largest_
+
+    with torch.cuda.device_of(acts_BC):
+        launch_keep_largest_(acts_BC, k, Told(peers.add_up, peers.gather, peers.rank))
 
 
 class _Inputs:
@@ -94,25 +106,31 @@ class _Inputs:
         self.W_enc_AD, self.b_enc_A = sae.W_enc.detach().T[dead_A], sae.b_enc.detach()[dead_A]
 
     def blocks(self) -> list[slice]:
-        n_rows = len(self.centred_BD)
-        size = max(1, _BLOCK_ELEMENTS // max(len(self.b_enc_A), 1))
+        n_rows, most = len(self.centred_BD), _GPU_ELEMENTS if self.centred_BD.is_cuda else _BLOCK_ELEMENTS
+        size = max(1, most // max(len(self.b_enc_A), 1))
         return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
-    def best(self, k: int) -> tuple[Tensor, Tensor]:
-        """(acts, places among the dead latents) [B, C] of the min(k, A) largest of every row."""
-        values, places = [], []
-        for rows in self.blocks():
+    def best(self, k: int) -> tuple[Tensor, Tensor | None]:
+        """(acts, places among the dead latents) [B, C] of the min(k, A) largest of every row; or of all in their order,
+        without places."""
+        values, places, blocks = [], [], self.blocks()
+        for rows in blocks:
             acts_BA = torch.addmm(self.b_enc_A, self.centred_BD[rows], self.W_enc_AD.T).relu_()
             if isinstance(self.dead.number, Tensor):  # a GPU's padding is never active
                 acts_BA.masked_fill_(self.dead.latents_A == self.d_sae, 0)
+            if len(blocks) == 1 and (acts_BA.is_cuda or acts_BA.shape[1] <= k):
+                return acts_BA, None
             found = torch.topk(acts_BA, min(k, acts_BA.shape[1]), dim=1, sorted=False)
             values.append(found.values)
             places.append(found.indices)
         return torch.cat(values), torch.cat(places)
 
-    def placed(self, acts_BC: Tensor, places_BC: Tensor) -> Tensor:
-        """[B, A] of these."""
-        return acts_BC.new_zeros(len(acts_BC), len(self.b_enc_A)).scatter_(1, places_BC, acts_BC)
+    def placed(self, rows: slice, acts_BC: Tensor, places_BC: Tensor | None) -> Tensor:
+        """[b, A] of these rows."""
+        if places_BC is None:
+            return acts_BC[rows]
+        acts_bA = acts_BC.new_zeros(len(acts_BC[rows]), len(self.b_enc_A))
+        return acts_bA.scatter_(1, places_BC[rows], acts_BC[rows])
 
 
 def _over(rows: Peers, part: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ latents are dead, digits of the choice among them travel (choice.py) and their r
 grows with d_sae, and weights, moments and counters of a latent stay where they are; b_dec, the moving threshold and the
 losses come out the same on every rank, sums being added rank after rank.
 
-A GPU's step waits for nothing and has fixed shapes; its gradients of the rank's matrices are held whole. A CPU makes
-them block by block (kernels/latent_update.py), unless replicas need them.
+A GPU's step waits for nothing and has fixed shapes. Of one replica it is made of one process' kernels
+(sharded_gpu_step.py); otherwise the gradients of the rank's matrices are held whole. A CPU makes them block by block
+(kernels/latent_update.py), unless replicas need them.
 
 Shape suffixes: B rows of a replica, G groups, D d_in, S the rank's latents, M its entries, A its dead latents.
 """
@@ -36,6 +37,8 @@ from saevlm_fast.kernels.latent_update import adam_, latent_update_
 from saevlm_fast.peers import Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.gradients import Losses
+from saevlm_fast.training.mono import MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 from saevlm_fast.training.sharded_dead import shared_auxiliary
 from saevlm_fast.training.sharded_gradients import OwnGradients, own_gradients
@@ -43,7 +46,7 @@ from saevlm_fast.training.sharded_mono import SharedMono
 from saevlm_fast.training.sharded_replicas import spread_, summed_slice
 from saevlm_fast.training.sharded_rows import bag_offsets_of, choose, gathered, shared_residuals
 from saevlm_fast.training.shards import Shard, cut, own_first_rows
-from saevlm_fast.training.step import Losses, StepOutput, Stepper
+from saevlm_fast.training.step import StepOutput, Stepper
 
 
 class ShardedStepper(Stepper):
@@ -74,6 +77,7 @@ class ShardedStepper(Stepper):
         self.shard, self.ranks, self._n_batch_rows = shard, ranks, n_batch_rows
         assert n_batch_rows is not None or ranks.rows.world == 1
         super().__init__(sae, config)
+        self.group_ends_G = torch.tensor(shard.group_ends, device=sae.W_dec.device)
         self.by_blocks = not sae.W_dec.is_cuda and ranks.rows.world == 1 and config.accumulate == 1
         self.rows_announced = 0
 
@@ -141,11 +145,17 @@ class ShardedStepper(Stepper):
         """The sum of some numbers over ranks."""
         return in_order(self.ranks.everyone.gather(number))
 
+    def asks(self, x_BD: Tensor) -> bool:
+        """No: ranks ask one another."""
+        return False
+
     @torch.no_grad()
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """The step that was announced. e_BE: as Stepper's, of the whole batch."""
         n_rows = self.batch_rows(x_BD)
         mono = self._shared_mono(x_BD, e_BE)
+        if x_BD.is_cuda and not self.penalised and self.ranks.rows.world == 1 and self.config.accumulate == 1:
+            return self._gpu_step(x_BD, None if mono is None else mono.term)
         own, x_hat_BD = self._all_pieces(x_BD, mono)
         self._track_shard(own.codes, own.smallest, n_rows)
 
@@ -165,6 +175,21 @@ class ShardedStepper(Stepper):
             overall = overall if more is None else overall + more
         losses = Losses(overall, mse, aux_loss, own.penalty, own.gradients.mono)
         self._note_bad(losses)
+        return StepOutput(losses, x_hat_BD, own.codes, n_dead)
+
+    def _gpu_step(self, x_BD: Tensor, mono: MonoTerm | None = None) -> StepOutput:
+        """The same by a GPU's kernels, of one replica."""
+        from saevlm_fast.training.sharded_gpu_step import own_codes, sharded_gpu_step
+
+        state = self._device_state(x_BD)
+        with torch.cuda.device_of(x_BD):
+            own = own_codes(self.sae, self.shard, self.ranks, x_BD, state)
+            dead = self._dead_latents if self._some_can_be_dead() else None
+            found = sharded_gpu_step(self.sae, self.config, self.ranks, state, x_BD, own, dead, mono)
+            x_hat_BD, losses, n_dead = found
+            if mono is not None:  # whose loss comes after the kernel that looked at the others
+                self._note_bad(losses)
+        self.was_replayed()
         return StepOutput(losses, x_hat_BD, own.codes, n_dead)
 
     def _shared_mono(self, x_BD: Tensor, e_BE: Tensor | None) -> SharedMono | None:
