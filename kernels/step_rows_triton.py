@@ -92,7 +92,7 @@ def add_entries(sums, smallest, acts, latents, w, ends, inside, G: tl.constexpr)
         else:
             if (lowest <= g) & (g <= highest):
                 x_hat += tl.sum(tl.where(groups == g, acts, 0.0)[:, None] * w, axis=0)
-        added += (x_hat,)
+        added += (x_hat,)  # type: ignore[assignment]
     return added, tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
 
 
@@ -149,7 +149,7 @@ def prefixes_of(sums, G: tl.constexpr):
     x_hats = (x_hat,)
     for g in tl.static_range(1, G):
         x_hat += sums[g]
-        x_hats += (x_hat,)
+        x_hats += (x_hat,)  # type: ignore[assignment]
     return x_hats
 
 
@@ -161,7 +161,7 @@ def suffixes_of(x_hats, x, m_d, scale, n_groups, G: tl.constexpr):
         e = tl.where(m_d & (G - 1 - i < n_groups), x_hats[G - 1 - i] - x, 0.0)
         squared += e * e
         suffix += scale * e
-        suffixes += (suffix,)
+        suffixes += (suffix,)  # type: ignore[assignment]
     return suffixes, squared
 
 
@@ -242,7 +242,7 @@ def row_kernel(
     held, acts = load_held(codes, start, end, columns, TILES, ACC)
     sums, smallest, first = (b,), tl.full([], float("inf"), ACC), start
     for _ in tl.static_range(1, G):
-        sums += (tl.zeros_like(b),)
+        sums += (tl.zeros_like(b),)  # type: ignore[assignment]
     for t in tl.static_range(len(TILES)):
         o = first + tl.arange(0, TILES[t])
         latents = load_latents(codes, o, end)
