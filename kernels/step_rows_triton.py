@@ -68,8 +68,8 @@ def load_held(codes, start, end, columns, TILES: tl.constexpr, ACC: tl.constexpr
     held, acts = (), ()
     for t in tl.static_range(len(TILES)):
         o = start + tl.arange(0, TILES[t])
-        held += (load_rows(codes, load_latents(codes, o, end), o, end, columns, ACC),)
-        acts += (load_acts(codes, o, end, ACC),)
+        held += (load_rows(codes, load_latents(codes, o, end), o, end, columns, ACC),)  # type: ignore[assignment]
+        acts += (load_acts(codes, o, end, ACC),)  # type: ignore[assignment]
         start += TILES[t]
     return held, acts
 
