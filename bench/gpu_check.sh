@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What needs a GPU, offline from a plain checkout, in nine minutes: the tests marked gpu, the kernel tests with compiled
 # kernels (elsewhere they run in Triton's interpreter), the demo and ranks side by side, and then the benches, one after
-# the other, goals first: steps by their kernels, a long run, peers, scores, pairs, a harvest, steps of every other kind,
+# the other, goals first: steps by their kernels, whole runs, peers, scores, pairs, a harvest, steps of every other kind,
 # an eager run, single operations in what is left of the time.
 #   bench/gpu_check.sh [STEP ...]           all steps, or some of those below; results in $OUT, or bench/results/DEVICE
 #   OUT=F bench/gpu_check.sh combine A B    what several calls have left in A and B, put together in F; needs no GPU
@@ -108,7 +108,8 @@ json=$work/json
 profile() {
     step "profile_$2" 45 "$python" -m bench.training.profile_step --d-in "$1" --d-sae "$2" --output "$json/profile_$2.json"
 }
-# whole_run NAME SECONDS ARGUMENT...: `train` at 16,384 latents, x16 of 1024.
+# whole_run NAME SECONDS ARGUMENT...: `train` at 16,384 latents, x16 of 1024. Of as many concepts as latents none dies at
+# first; of two for every column thousands do.
 whole_run() {
     local name=$1 seconds=$2
     shift 2
@@ -132,7 +133,11 @@ benches() {
 profile 768 6144
 profile 1024 16384
 profile 1024 65536
-whole_run train_long 75 --steps 20000 # of the recipe's 110,000: in short runs the start and a checkpoint weigh
+many_concepts=(--concepts 16384 --concepts-per-row 20)
+# 20,000 steps of the recipe's 110,000: in short runs the start and a checkpoint weigh.
+whole_run train_long 60 "${many_concepts[@]}" --steps 20000
+whole_run train_dead 40 --steps 5000
+whole_run train_host 30 "${many_concepts[@]}" --steps 3000 --data-on host
 if [ -n "$site" ]; then
     peers 1024 65536
     peers 1024 16384
@@ -144,7 +149,7 @@ step scores 40 "$python" -m bench.scoring.scores_on_device --output "$json/score
 benches pairs 60 -k "(dense_pairs or score_by_n) and not block_loop"
 step harvest 50 "$python" -m bench.harvesting.whole_harvest --images 4608 --workers 12 --output "$json/harvest.json"
 step other_steps 50 "$python" -m bench.training.other_steps --output "$json/other_steps.json"
-whole_run train_eager 35 --steps 2000 --eager
+whole_run train_eager 35 "${many_concepts[@]}" --steps 2000 --eager
 # What ours is compared with is timed beside it: benches of its own add no ratio.
 benches bench 130 -k "not (dense_pairs or score_by_n or -dense or block_loop or double_loop)"
 for name in "${wanted[@]}"; do

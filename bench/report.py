@@ -188,7 +188,8 @@ def score_cell(result: Result) -> str:
 
 RUN_SETTINGS = ("architecture", "d_in", "d_sae", "batch_size", "steps")
 RUN_HEADER = (
-    "SAE,d_in,d_sae,batch,steps,page cache,loop,steps/s,eager,step,data,checkpoints,logs,step / whole run,memory,"
+    "SAE,d_in,d_sae,batch,steps,data on,page cache,dead at the end,loop,steps/s,eager,step,data,checkpoints,logs,"
+    "step / whole run,memory,"
     "load average,device,commit"
 ).split(",")
 
@@ -208,9 +209,11 @@ def run_row(run: Run) -> list[str]:
     if settings["page_cache"] != "None":
         cache = f"{int(settings['page_cache']) >> 20} of {run['file_bytes'] >> 20} MiB"
     eager = f"{100 * run['eager_share']:.1f} %" if "eager_share" in run else ""
+    dead = list(run.get("dead_latents", {}).values())
     return [
         *(settings[name] for name in RUN_SETTINGS),
-        *(cache, f"{loop:,.0f} s", f"{steps / loop:,.1f}", eager),
+        *(settings.get("data_on", ""), cache, f"{dead[-1]:,.0f}" if dead else ""),
+        *(f"{loop:,.0f} s", f"{steps / loop:,.1f}", eager),
         *(f"{100 * share / loop:.1f} %" for share in shares),
         *(f"{100 * run['step_share_of_run']:.1f} %", f"{min(memory)} to {max(memory)} MiB"),
         *(f"{run['load_average']:.1f}", run["device"], run.get("commit", "unknown")),

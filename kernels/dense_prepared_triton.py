@@ -26,7 +26,9 @@ from .dense_range_triton import (
 )
 from .pairwise_float64_triton import column_sums
 
-UNIT_ROWS = 8
+UNIT_ROWS = 4
+BLOCK_PARTS = 64  # of a block at most, as PARTS of a chunk
+BLOCK_LEAST_ROWS = 64
 
 
 @triton.jit
@@ -60,7 +62,7 @@ def _units(
         if COSINE:
             scale = 1.0 / tl.sqrt(tl.where(square > 0, square, 1.0))
             b_unit *= scale[:, None]
-            square *= scale * scale
+            square = tl.where(square > 0, 1.0, 0.0)
         tl.store(unit_ptr + offsets, b_unit, mask=mask)
         b_sum += b_unit
         b_squares += square
@@ -207,7 +209,7 @@ def launch_prepared(
     (n_images, n_neurons), d_emb = chunk.acts_nK.shape, emb_nE.shape[1]
     rows = slice(0, 0) if rows is None else rows
     acts_bK, emb_bE, sqnorm_b = (t[rows].contiguous() for t in (chunk.acts_nK, emb_nE, chunk.sqnorm_n))
-    rows_of_part, n_parts = parts_of(len(acts_bK))
+    rows_of_part, n_parts = parts_of(len(acts_bK), BLOCK_PARTS, BLOCK_LEAST_ROWS)
     new = sqnorm_b.new_empty
     found = NewRange(new(3, n_neurons), torch.empty(2, n_neurons, dtype=torch.int64, device=emb_nE.device))
     block = Block(new(acts_bK.shape), new(emb_bE.shape), new(n_parts, 5, n_neurons), new(n_parts, d_emb), new(n_parts))

@@ -15,7 +15,7 @@ LEAST_ROWS = 32
 RANGE_BLOCK_K = 128
 RANGE_UNROLL = 8
 MERGE_BLOCK_K = 8
-MERGE_ROWS = 1024
+MERGE_ROWS = 256
 RANGE_WARPS = 2
 
 
@@ -148,9 +148,9 @@ class NewRange(NamedTuple):
     counts_2K: Tensor
 
 
-def parts_of(n_images: int) -> tuple[int, int]:
-    """Images of a part, and how many parts: at most PARTS."""
-    rows = max(LEAST_ROWS, triton.cdiv(n_images, PARTS))
+def parts_of(n_images: int, most: int, least_rows: int) -> tuple[int, int]:
+    """Images of a part, at least so many, and how many parts, at most so many."""
+    rows = max(least_rows, triton.cdiv(n_images, most))
     return rows, triton.cdiv(n_images, rows)
 
 
@@ -163,7 +163,7 @@ def launch_range(acts_nK: Tensor, sqnorm_n: Tensor) -> Chunk:
     """Of n >= 1 images."""
     acts_nK = acts_nK.contiguous()
     n_images, n_neurons = acts_nK.shape
-    rows, n_parts = parts_of(n_images)
+    rows, n_parts = parts_of(n_images, PARTS, LEAST_ROWS)
     parts = sqnorm_n.new_empty(n_parts, 5, n_neurons)
     if n_neurons > 0:
         range_kernel[(n_parts, triton.cdiv(n_neurons, RANGE_BLOCK_K))](

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dense_prepared_triton import Block
-from .dense_range_triton import PARTS
+from .dense_prepared_triton import BLOCK_PARTS, Block
 from .pairwise_float64_triton import added_columns, is_dominated
 
 SUM_BLOCK_K = 8
@@ -259,7 +258,7 @@ def launch_add(
         n_neurons,
         d_emb,
         COSINE=cosine,
-        PARTS=PARTS,
+        PARTS=BLOCK_PARTS,
         BLOCK_K=SUM_BLOCK_K,
         BLOCK_E=SUM_BLOCK_E,
         FAULTS=FAULTS,

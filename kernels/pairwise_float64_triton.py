@@ -33,8 +33,8 @@ PANEL_BLOCK_J = 256
 WEIGH_ROWS = 32
 WEIGH_BLOCK_I = 8
 WEIGH_BLOCK_K = 128
-COLUMN_ROWS = 32
-COLUMN_PARTS = 128
+COLUMN_ROWS = 64
+COLUMN_PARTS = 64
 COLUMN_BLOCK_K = 128
 COLUMN_WARPS = 2
 COLUMN_UNROLL = 8
@@ -96,13 +96,13 @@ def column_sums(
     n_images,
     n_latents,
     rows,
-    COSINE: tl.constexpr,
+    UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """column_sums_kernel of one part (int64). COSINE: |e|^2 is of the embeddings divided by the norm that it gives."""
+    """column_sums_kernel of one part (int64). UNIT: the vectors have length 1, but for those whose |e|^2 is 0."""
     b_total = tl.zeros([BLOCK_K], dtype=tl.float64)
     b_den = tl.zeros([BLOCK_K], dtype=tl.float64)
     b_self = tl.zeros([BLOCK_K], dtype=tl.float64)
@@ -119,14 +119,17 @@ def column_sums(
             if WIDEN:
                 tl.store(wide_ptr + row * n_latents + o_k, b_r, mask=m_k)
             sqnorm = tl.load(sqnorm_ptr + row, mask=row < end, other=0.0)
-            if COSINE:
-                scale = 1.0 / tl.sqrt(tl.where(sqnorm > 0, sqnorm, 1.0))
-                sqnorm *= scale * scale
+            norm = sqnorm
+            if UNIT:
+                sqnorm = tl.where(sqnorm > 0, 1.0, 0.0)
+                norm = sqnorm
+            else:
+                norm = tl.sqrt(sqnorm)
             b_den += b_r * b_total
             b_total += b_r
             b_self += b_r * sqnorm
             b_square += b_r * b_r * sqnorm
-            b_norm += b_r * tl.sqrt(sqnorm)
+            b_norm += b_r * norm
     pointers = parts_ptr + part * 5 * n_latents + o_k
     m_k = o_k < n_latents
     tl.store(pointers, b_total, mask=m_k)

@@ -1,14 +1,17 @@
 """Triton kernels that bring a step's entries into latent order, and sum whole chunks of those of heavy latents.
 
-    keys, order = torch.sort(keys of the latents)    stable: rows ascend within a latent                 key_kernel
-    offsets[s] = where latent s begins                                                                  offset_kernel
-    acts, dacts, bags, rows = those of the codes, in that order                            step_totals_triton.py
+    offsets[s] = where latent s begins                                                   count_kernel, offset_kernel
+    order = every entry to its latent's, then behind those that come before it there    scatter_kernel, rank_kernel
+    acts, dacts, bags, rows = those of the codes, in that order                          step_totals_triton.py
     partial[side, c] = sum over chunk c of act * suffix[bag] (decoder) or dact * centred[row] (encoder)   chunk_kernel
+
+Rows ascend within a latent, whatever the order in which atomics have handed out its places before. A latent of n
+entries costs n^2 comparisons, and none has more entries than the batch has rows.
 
 Entry positions are cut into chunks of CHUNK; a chunk inside one latent's segment is summed here, so that a latent that
 fires on much of the batch does not leave one program walking thousands of rows. `latent_row` adds, for one latent, its
-head, its whole chunks' partial sums and its tail: the gradient row, made where it is needed and never written. No
-atomics, and the same order of additions every time. docs/kernels.md section 4
+whole chunks' partial sums, its head and its tail: the gradient row, made where it is needed and never written. The
+order of additions is the same every time. docs/kernels.md section 4
 """
 
 from typing import NamedTuple
@@ -21,58 +24,111 @@ from torch import Tensor
 from .segment_sum_triton import CHUNK, accumulator
 from .step_rows_triton import Rows, whole_row_block
 
-BLOCK_M = 1024  # entries of a program
-BLOCK_S = 256  # latents of a program of offset_kernel
+BLOCK_M = 256  # entries of a program
+BLOCK_S = 1024  # latents of a program of offset_kernel
+BLOCK_P, BLOCK_Q = 16, 64  # places of a program of rank_kernel; entries of each one's latent at a time
 CHUNK_STEP = 4  # entries of a chunk whose row loads are in flight together
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_entries", "n_latents", "shift"])
-def key_kernel(
+@triton.jit(do_not_specialize=["n_counts"])
+def zero_kernel(counts_ptr, n_counts, BLOCK_M: tl.constexpr):
+    """Zeros, by a kernel: fills of memory do not run beside a long kernel."""
+    o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(counts_ptr + o, tl.zeros([BLOCK_M], dtype=tl.int32), mask=o < n_counts)
+
+
+@triton.jit
+def entries_inside(row_offsets_ptr, n_rows, n_entries, o, CSR: tl.constexpr):
+    """Which of the entries o are not padding."""
+    m = o < n_entries
+    if CSR:
+        m = m & (o < tl.load(row_offsets_ptr + n_rows))
+    return m
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_entries"])
+def count_kernel(
     latents_ptr,
     row_offsets_ptr,
-    keys_ptr,
+    counts_ptr,
+    block_counts_ptr,
     n_rows,
     n_entries,
-    n_latents,
-    shift,
+    CSR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """How many entries every latent has, and every BLOCK_S latents."""
+    o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = entries_inside(row_offsets_ptr, n_rows, n_entries, o, CSR)
+    latents = tl.load(latents_ptr + o, mask=m, other=0)
+    tl.atomic_add(counts_ptr + latents, 1, mask=m, sem="relaxed")
+    tl.atomic_add(block_counts_ptr + latents // BLOCK_S, 1, mask=m, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n_latents"])
+def offset_kernel(counts_ptr, block_counts_ptr, offsets_ptr, n_latents, BLOCK_S: tl.constexpr):
+    """Where latents begin; the counts become the same, as the places that scatter_kernel hands out."""
+    block = tl.program_id(0)
+    o = tl.arange(0, BLOCK_S)
+    before = tl.zeros([BLOCK_S], dtype=tl.int32)
+    for first in range(0, block, BLOCK_S):
+        before += tl.load(block_counts_ptr + first + o, mask=first + o < block, other=0)
+    latents = block * BLOCK_S + o
+    counts = tl.load(counts_ptr + latents, mask=latents < n_latents, other=0)
+    offsets = tl.sum(before, axis=0) + tl.cumsum(counts, axis=0) - counts
+    tl.store(offsets_ptr + latents, offsets, mask=latents <= n_latents)
+    tl.store(counts_ptr + latents, offsets, mask=latents < n_latents)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_entries"])
+def scatter_kernel(
+    latents_ptr,
+    row_offsets_ptr,
+    places_ptr,
+    scattered_ptr,
+    n_rows,
+    n_entries,
     CSR: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """keys = latents - shift; of padding those of the last latent, whose own entries come before it."""
+    """Every entry to its latent's, in any order."""
     o = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = o < n_entries
+    m = entries_inside(row_offsets_ptr, n_rows, n_entries, o, CSR)
     latents = tl.load(latents_ptr + o, mask=m, other=0)
-    if CSR:
-        latents = tl.where(o < tl.load(row_offsets_ptr + n_rows), latents, n_latents - 1)
-    tl.store(keys_ptr + o, (latents - shift).to(keys_ptr.dtype.element_ty), mask=m)
+    places = tl.atomic_add(places_ptr + latents, 1, mask=m, sem="relaxed")
+    tl.store(scattered_ptr + places, o, mask=m)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_entries", "n_latents", "shift", "n_halvings"])
-def offset_kernel(
-    keys_ptr,
-    row_offsets_ptr,
+@triton.jit(do_not_specialize=["n_entries", "n_latents"])
+def rank_kernel(
+    latents_ptr,
     offsets_ptr,
-    n_rows,
+    scattered_ptr,
+    order_ptr,
+    of_places_ptr,
     n_entries,
     n_latents,
-    shift,
-    n_halvings,
-    CSR: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
-    """Where latents begin, by halving; behind the last latent's entries comes the padding."""
-    latent = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    low = tl.zeros([BLOCK_S], dtype=tl.int32)
-    high = low + n_entries
-    for _ in range(n_halvings):
-        middle = (low + high) // 2
-        unsure = low < high
-        below = unsure & (tl.load(keys_ptr + middle, mask=unsure, other=0).to(tl.int32) + shift < latent)
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(unsure & (below == 0), middle, high)
-    if CSR:
-        low = tl.where(latent == n_latents, tl.load(row_offsets_ptr + n_rows).to(tl.int32), low)
-    tl.store(offsets_ptr + latent, low, mask=latent <= n_latents)
+    """Every entry behind those of its latent that come before it in the codes; padding stays where it is."""
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    m = p < tl.load(offsets_ptr + n_latents)
+    entry = tl.load(scattered_ptr + p, mask=m, other=0)
+    latent = tl.load(latents_ptr + entry, mask=m, other=0)
+    start = tl.load(offsets_ptr + latent, mask=m, other=0)
+    end = tl.load(offsets_ptr + latent + 1, mask=m, other=0)
+    rank = tl.zeros([BLOCK_P], dtype=tl.int32)
+    o_q = tl.arange(0, BLOCK_Q)
+    for q in range(0, tl.max(end - start, axis=0), BLOCK_Q):
+        at = start[:, None] + q + o_q[None, :]
+        m_q = at < end[:, None]
+        others = tl.load(scattered_ptr + at, mask=m_q, other=0)
+        rank += tl.sum((m_q & (others < entry[:, None])).to(tl.int32), axis=1)
+    inside = p < n_entries
+    tl.store(order_ptr + tl.where(m, start + rank, p), tl.where(m, entry, p).to(tl.int64), mask=inside)
+    tl.store(of_places_ptr + p, tl.where(m, latent.to(tl.int32), n_latents), mask=inside)
 
 
 @triton.jit
@@ -115,20 +171,20 @@ def chunk_sum(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_groups", "n_chunks", "shift"])
+@triton.jit(do_not_specialize=["n_groups", "n_chunks", "n_latents"])
 def chunk_kernel(
     order_ptr,
     acts_ptr,
     dacts_ptr,
     bags_ptr,
-    keys_ptr,
+    of_places_ptr,
     offsets_ptr,
     suffix_ptr,
     centred_ptr,
     partials_ptr,
     n_groups,
     n_chunks,
-    shift,
+    n_latents,
     d_in,
     PREFIXES: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -139,8 +195,8 @@ def chunk_kernel(
     """partials[side, chunk], if the chunk lies inside one latent's segment; otherwise left unwritten."""
     chunk, side = tl.program_id(0), tl.program_id(1)
     start = chunk * CHUNK
-    latent = tl.load(keys_ptr + start).to(tl.int32) + shift
-    if tl.load(offsets_ptr + latent + 1) >= start + CHUNK:
+    latent = tl.load(of_places_ptr + start)  # n_latents: padding
+    if tl.load(offsets_ptr + latent + 1, mask=latent < n_latents, other=0) >= start + CHUNK:
         o_d = tl.arange(0, BLOCK_D)
         m_d = o_d < d_in
         codes, columns = (order_ptr, acts_ptr, dacts_ptr, bags_ptr), (d_in, o_d, m_d)
@@ -228,35 +284,46 @@ def register_limit(
 
 
 class Order(NamedTuple):
-    """Flat entries by latent, rows ascending, padding last: sort keys and positions (int64); offsets as in Entries."""
+    """Flat entries by latent, rows ascending, padding last: of every place its latent (int32, of padding n_latents) and
+    the entry there (int64); offsets as in Entries."""
 
-    keys_M: Tensor
+    of_places_M: Tensor
     order_M: Tensor
     offsets_S1: Tensor
 
 
-def key_type(n_latents: int) -> tuple[torch.dtype, int]:
-    """(dtype, shift) of sort keys latent - shift: 16 bits take half the passes of 32."""
-    return (torch.int16, 1 << 15) if n_latents <= 1 << 16 else (torch.int32, 0)
-
-
 def launch_order(latents: Tensor, row_offsets: Tensor | None, n_latents: int) -> Order:
-    """The order of the entries of codes, which depends on their latents alone."""
+    """The order of the entries of codes, which depends on their latents alone.
+
+    Kernels only, of few programs: on a stream of high priority they run beside a long kernel.
+    """
     n_entries, csr = latents.numel(), row_offsets is not None
     n_rows = len(latents) if row_offsets is None else len(row_offsets) - 1
-    dtype, shift = key_type(n_latents)
-    keys_M = torch.empty(n_entries, dtype=dtype, device=latents.device)
-    numbers = n_rows, n_entries, n_latents, shift
-    offsets = latents if row_offsets is None else row_offsets
-    key_kernel[(triton.cdiv(n_entries, BLOCK_M),)](
-        latents.contiguous(), offsets, keys_M, *numbers, CSR=csr, BLOCK_M=BLOCK_M, num_warps=4
+    new = lambda n, dtype=torch.int32: torch.empty(n, dtype=dtype, device=latents.device)  # noqa: E731
+    n_blocks, programs = triton.cdiv(n_latents + 1, BLOCK_S), triton.cdiv(n_entries, BLOCK_M)
+    counts, scattered_M = new(n_blocks * (BLOCK_S + 1)), new(n_entries)
+    counts_S, counts_of_blocks = counts[: n_blocks * BLOCK_S], counts[n_blocks * BLOCK_S :]
+    order = Order(new(n_entries), new(n_entries, torch.int64), new(n_latents + 1))
+    codes = latents.contiguous(), latents if row_offsets is None else row_offsets
+    zero_kernel[(triton.cdiv(len(counts), BLOCK_M),)](counts, len(counts), BLOCK_M=BLOCK_M, num_warps=4)
+    count_kernel[(programs,)](
+        *codes, counts_S, counts_of_blocks, n_rows, n_entries, CSR=csr, BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S, num_warps=4
     )
-    keys_M, order_M = torch.sort(keys_M, stable=True)
-    offsets_S1 = torch.empty(n_latents + 1, dtype=torch.int32, device=latents.device)
-    offset_kernel[(triton.cdiv(n_latents + 1, BLOCK_S),)](
-        keys_M, offsets, offsets_S1, *numbers, n_entries.bit_length(), CSR=csr, BLOCK_S=BLOCK_S, num_warps=4
+    offset_kernel[(n_blocks,)](counts_S, counts_of_blocks, order.offsets_S1, n_latents, BLOCK_S=BLOCK_S, num_warps=4)
+    scatter_kernel[(programs,)](*codes, counts_S, scattered_M, n_rows, n_entries, CSR=csr, BLOCK_M=BLOCK_M, num_warps=4)
+    rank_kernel[(triton.cdiv(n_entries, BLOCK_P),)](
+        codes[0],
+        order.offsets_S1,
+        scattered_M,
+        order.order_M,
+        order.of_places_M,
+        n_entries,
+        n_latents,
+        BLOCK_P=BLOCK_P,
+        BLOCK_Q=BLOCK_Q,
+        num_warps=4,
     )
-    return Order(keys_M, order_M, offsets_S1)
+    return order
 
 
 def new_entries(rows: Rows, order: Order) -> Entries:
@@ -287,14 +354,14 @@ def launch_chunks(entries: Entries, acts: Tensor, rows: Rows, order: Order) -> N
             acts.contiguous(),
             rows.dacts_M,
             rows.bags_M,
-            order.keys_M,
+            order.of_places_M,
             order.offsets_S1,
             rows.suffix_RD,
             rows.centred_BD,
             entries.partials,
             n_groups,
             n_chunks,
-            key_type(len(order.offsets_S1) - 1)[1],
+            len(order.offsets_S1) - 1,
             d_in,
             PREFIXES=n_groups > 1,
             CHUNK=CHUNK,

@@ -6,14 +6,12 @@ For row b with entries (act a, latent s), Matryoshka group j of an entry, and pr
     suffix_g = 2 / (B G) * sum over h >= g of (x_hat_h - x)                           the gradient of mse for group g
     dact     = <suffix_j, W_dec[s]> where a > 0, else 0
 
-A program owns a row. It begins with all entries and takes the groups off from the last on, so that an entry is met
-twice: by the sum of its row, and by the suffix of its group. The rows of W_dec of the first BLOCK_K entries stay in
-registers in between; those of the others are read again. The program also writes every entry's bag, b * G + j. Ragged
-rows go in two launches: the few long ones of a BatchTopK batch would set the registers, and so the pace, of all.
+A program owns a row. It meets every entry twice: by the prefixes' sums, which grow side by side, and by the suffix of
+its group. The rows of W_dec of the first entries stay in registers in between; those of the others are read again. The
+program also writes every entry's bag, b * G + j. Of ragged rows those with such others come first: they take longest.
 docs/kernels.md section 4
 """
 
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -24,10 +22,11 @@ from torch import Tensor
 from .common import check
 from .segment_sum_triton import accumulator
 
-HELD_VALUES = 64  # a thread holds so many values of W_dec if entries may be left over: 16 entries at 1024 columns
-MOST_VALUES = 128  # and so many if none are
-STEP_K, STAGES = 4, 3  # entries left over: so many at a time, and how many times are under way
-REGISTERS = 128  # of a thread of eight warps, for two programs a processor
+# Values of W_dec in the registers of a thread, 8 or 16 an entry: of a row whose few entries are all held; else of those
+# that are, fewer beside Matryoshka's prefixes.
+HELD_ALL, HELD_SOME, HELD_BESIDE_PREFIXES = 192, 64, 16
+STEP_K = 4  # of the others at a time; one where an entry is 16 values
+REGISTERS = 128  # of a thread of four warps, for four programs a processor
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 
@@ -43,89 +42,140 @@ def groups_of(latents, ends, G: tl.constexpr):
 
 
 @triton.jit
-def load_rows(codes, o, end, columns, ACC: tl.constexpr):
+def load_latents(codes, o, end):
+    """Latents of the entries o, 0 behind the end of their row."""
+    return tl.load(codes[1] + o, mask=o < end, other=0)
+
+
+@triton.jit
+def load_acts(codes, o, end, ACC: tl.constexpr):
+    """Activations of the entries o, 0 behind the end of their row."""
+    return tl.load(codes[0] + o, mask=o < end, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_rows(codes, latents, o, end, columns, ACC: tl.constexpr):
     """The rows of W [P, D] of the entries o."""
-    _, latents_ptr, W_ptr, _ = codes
     d_in, o_d, m_d = columns
-    latents = tl.load(latents_ptr + o, mask=o < end, other=0)
-    at = W_ptr + latents[:, None] * d_in + o_d[None, :]
+    at = codes[2] + latents[:, None] * d_in + o_d[None, :]
     return tl.load(at, mask=(o < end)[:, None] & m_d[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
 def load_held(codes, start, end, columns, TILES: tl.constexpr, ACC: tl.constexpr):
-    """The rows of W of a row's first entries, tile by tile."""
-    held = ()
+    """(the rows of W, the activations) of a row's first entries, tile by tile."""
+    held, acts = (), ()
     for t in tl.static_range(len(TILES)):
-        held = held + (load_rows(codes, start + tl.arange(0, TILES[t]), end, columns, ACC),)
+        o = start + tl.arange(0, TILES[t])
+        held += (load_rows(codes, load_latents(codes, o, end), o, end, columns, ACC),)
+        acts += (load_acts(codes, o, end, ACC),)
         start += TILES[t]
-    return held
+    return held, acts
 
 
 @triton.jit
-def load_acts(codes, o, end, G: tl.constexpr, ACC: tl.constexpr):
-    """(activations, groups) of the entries o; activations of 0 behind the end of their row."""
-    acts_ptr, latents_ptr, _, ends = codes
-    acts = tl.load(acts_ptr + o, mask=o < end, other=0.0).to(ACC)
-    groups = tl.zeros_like(o).to(tl.int32)
-    if G > 1:
-        groups = groups_of(tl.load(latents_ptr + o, mask=o < end, other=0), ends, G)
-    return acts, groups
+def range_of(groups, inside, G: tl.constexpr):
+    """(lowest, highest) group of the entries inside: most often the same, as latents ascend."""
+    return tl.min(tl.where(inside, groups, G), axis=0), tl.max(tl.where(inside, groups, -1), axis=0)
 
 
 @triton.jit
-def add_held(x_hats, held, codes, start, end, TILES: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr):
-    """(the prefixes' x_hats with the entries held, the smallest positive activation among them)."""
-    smallest = tl.full([], float("inf"), ACC)
-    for t in tl.static_range(len(TILES)):
-        acts, groups = load_acts(codes, start + tl.arange(0, TILES[t]), end, G, ACC)
-        sums = ()
-        for g in tl.static_range(G):
-            sums = sums + (x_hats[g] + tl.sum(tl.where(groups <= g, acts, 0.0)[:, None] * held[t], axis=0),)
-        x_hats = sums
-        smallest = tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
-        start += TILES[t]
-    return x_hats, smallest
+def add_entries(sums, smallest, acts, latents, w, ends, inside, G: tl.constexpr):
+    """(the groups' sums with these entries, the smallest positive activation so far)."""
+    groups, added = groups_of(latents, ends, G), ()
+    lowest, highest = range_of(groups, inside, G)
+    for g in tl.static_range(G):
+        x_hat = sums[g]
+        if G == 1:
+            x_hat += tl.sum(acts[:, None] * w, axis=0)
+        else:
+            if (lowest <= g) & (g <= highest):
+                x_hat += tl.sum(tl.where(groups == g, acts, 0.0)[:, None] * w, axis=0)
+        added += (x_hat,)
+    return added, tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
 
 
 @triton.jit
-def add_others(x_hats, smallest, codes, first, end, columns, G: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr):
-    """The same of the entries from `first` on, which are not held."""
-    acts_ptr, latents_ptr, W_ptr, ends = codes
-    d_in, o_d, m_d = columns
-    for p in tl.range(first, end, num_stages=STAGES):
-        act, latent = tl.load(acts_ptr + p).to(ACC), tl.load(latents_ptr + p)
-        w = tl.load(W_ptr + latent * d_in + o_d, mask=m_d, other=0.0).to(ACC)
-        group = groups_of(latent, ends, G)
-        sums = ()
-        for g in tl.static_range(G):
-            sums = sums + (x_hats[g] + tl.where(group <= g, act, 0.0) * w,)
-        x_hats = sums
-        smallest = tl.minimum(smallest, tl.where(act > 0, act, float("inf")))
-    return x_hats, smallest
+def add_others(sums, smallest, codes, first, end, columns, STEP_K: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr):
+    """The same with the entries from `first` on. Latents are read a step ahead."""
+    o_l = tl.arange(0, STEP_K)
+    latents = load_latents(codes, first + o_l, end)
+    for p in range(first, end, STEP_K):
+        o = p + o_l
+        following = load_latents(codes, o + STEP_K, end)
+        acts, w = load_acts(codes, o, end, ACC), load_rows(codes, latents, o, end, columns, ACC)
+        sums, smallest = add_entries(sums, smallest, acts, latents, w, codes[3], o < end, G)
+        latents = following
+    return sums, smallest
 
 
 @triton.jit
-def store_entries(w, suffixes, codes, kept, bag, o, end, G: tl.constexpr, ACC: tl.constexpr):
-    """Stores dacts and bags of the entries o, whose rows of W are w."""
+def store_entries(suffixes, acts, latents, w, ends, kept, bag, o, end, G: tl.constexpr):
+    """Stores dacts and bags of the entries o."""
     dacts_ptr, bags_ptr = kept
-    acts, groups = load_acts(codes, o, end, G, ACC)
-    suffix = suffixes[0][None, :]
-    for g in tl.static_range(1, G):
-        suffix = tl.where((groups == g)[:, None], suffixes[g][None, :], suffix)
-    dacts = tl.sum(w * suffix, axis=1)
+    groups = groups_of(latents, ends, G)
+    lowest, highest = range_of(groups, o < end, G)
+    for g in tl.static_range(G):
+        if G == 1:
+            w *= suffixes[0][None, :]
+        else:
+            if (lowest <= g) & (g <= highest):
+                w = tl.where((groups == g)[:, None], w * suffixes[G - 1 - g][None, :], w)
+    dacts = tl.sum(w, axis=1)
     tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=o < end)
     tl.store(bags_ptr + o, bag.to(tl.int32) + groups, mask=o < end)
 
 
 @triton.jit
-def stack(rows, G: tl.constexpr):
-    """G blocks [D] as one [G, D]."""
-    o_g = tl.arange(0, G)
-    block = rows[0][None, :] + tl.zeros_like(o_g).to(rows[0].dtype)[:, None]
+def store_others(
+    suffixes, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr
+):
+    """The same of the entries from `first` on."""
+    o_l = tl.arange(0, STEP_K)
+    latents = load_latents(codes, first + o_l, end)
+    for p in range(first, end, STEP_K):
+        o = p + o_l
+        following = load_latents(codes, o + STEP_K, end)
+        acts, w = load_acts(codes, o, end, ACC), load_rows(codes, latents, o, end, columns, ACC)
+        store_entries(suffixes, acts, latents, w, codes[3], kept, bag, o, end, G)
+        latents = following
+
+
+@triton.jit
+def prefixes_of(sums, G: tl.constexpr):
+    """x_hat of every prefix from the sums of the groups."""
+    x_hat = sums[0]
+    x_hats = (x_hat,)
     for g in tl.static_range(1, G):
-        block = tl.where((o_g == g)[:, None], rows[g][None, :], block)
-    return block
+        x_hat += sums[g]
+        x_hats += (x_hat,)
+    return x_hats
+
+
+@triton.jit
+def suffixes_of(x_hats, x, m_d, scale, n_groups, G: tl.constexpr):
+    """(the suffixes, the last group's first; the squared residuals [D], summed over the prefixes)."""
+    squared, suffix, suffixes = tl.zeros_like(x), tl.zeros_like(x), ()
+    for i in tl.static_range(G):
+        e = tl.where(m_d & (G - 1 - i < n_groups), x_hats[G - 1 - i] - x, 0.0)
+        squared += e * e
+        suffix += scale * e
+        suffixes += (suffix,)
+    return suffixes, squared
+
+
+@triton.jit
+def store_suffixes(outputs, suffixes, bag, n_groups, columns, G: tl.constexpr):
+    """Stores suffixes and their norms."""
+    suffix_ptr, norms_ptr = outputs
+    d_in, o_d, m_d = columns
+    o_g = tl.arange(0, G)
+    block = suffixes[G - 1][None, :]
+    for g in tl.static_range(1, G):
+        block = tl.where((o_g == g)[:, None], suffixes[G - 1 - g][None, :], block)
+    m_g = o_g < n_groups
+    tl.store(suffix_ptr + (bag + o_g)[:, None] * d_in + o_d[None, :], block, mask=m_g[:, None] & m_d[None, :])
+    tl.store(norms_ptr + bag + o_g, tl.sqrt(tl.sum(block * block, axis=1)), mask=m_g)
 
 
 @triton.jit
@@ -164,11 +214,14 @@ def row_kernel(
     TILES: tl.constexpr,
     HELD: tl.constexpr,
     STEP_K: tl.constexpr,
-    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One row of K entries; or (K 0) of a ragged number, in a grid of two programs a row: long ones come first."""
+    """One row of K entries; or (K 0) of a ragged number, in a grid of two programs a row: long rows come first.
+
+    G: the number of groups, rounded up. TILES: of so many entries each, HELD in all, the rows of W are held. STEP_K: so
+    many of the others at a time, 0 if there are none.
+    """
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
@@ -182,43 +235,38 @@ def row_kernel(
     x = tl.load(x_ptr + row * d_in + o_d, mask=m_d, other=0.0).to(ACC)
     b = tl.load(b_ptr + o_d, mask=m_d, other=0.0).to(ACC)
     scale = (tl.full([], 2.0, ACC) / n_rows) / n_groups
-    bag = row * n_groups
+    bag, ends, columns = row * n_groups, (group_ends_ptr, n_groups), (d_in, o_d, m_d)
+    codes, kept = (acts_ptr, latents_ptr, W_ptr, ends), (dacts_ptr, bags_ptr)
 
-    codes, kept, columns = (
-        (acts_ptr, latents_ptr, W_ptr, (group_ends_ptr, n_groups)),
-        (dacts_ptr, bags_ptr),
-        (d_in, o_d, m_d),
-    )
-    held = load_held(codes, start, end, columns, TILES, ACC)
-    x_hats = ()
-    for g in tl.static_range(G):
-        x_hats = x_hats + (b,)
-    x_hats, smallest = add_held(x_hats, held, codes, start, end, TILES, G, ACC)
+    held, acts = load_held(codes, start, end, columns, TILES, ACC)
+    sums, smallest, first = (b,), tl.full([], float("inf"), ACC), start
+    for _ in tl.static_range(1, G):
+        sums += (tl.zeros_like(b),)
+    for t in tl.static_range(len(TILES)):
+        o = first + tl.arange(0, TILES[t])
+        latents = load_latents(codes, o, end)
+        sums, smallest = add_entries(sums, smallest, acts[t], latents, held[t], ends, o < end, G)
+        first += TILES[t]
     if STEP_K > 0:
-        x_hats, smallest = add_others(x_hats, smallest, codes, start + HELD, end, columns, G, STAGES, ACC)
+        sums, smallest = add_others(sums, smallest, codes, first, end, columns, STEP_K, G, ACC)
+    x_hats = prefixes_of(sums, G)
     tl.store(x_hat_ptr + row * d_in + o_d, x_hats[G - 1].to(x_hat_ptr.dtype.element_ty), mask=m_d)
 
-    squared, suffix, suffixes = tl.zeros_like(b), tl.zeros_like(b), ()
-    for i in tl.static_range(G):
-        e = tl.where(m_d, x_hats[G - 1 - i] - x, 0.0)
-        if G > 1:
-            e = tl.where(G - 1 - i < n_groups, e, 0.0)
-        squared += e * e
-        suffix += scale * e
-        suffixes = (suffix,) + suffixes
+    suffixes, squared = suffixes_of(x_hats, x, m_d, scale, n_groups, G)
+    total = tl.sum(squared, axis=0)
+    tl.store(squared_ptr + row, total)
+    first = start
     for t in tl.static_range(len(TILES)):
-        store_entries(held[t], suffixes, codes, kept, bag, start + tl.arange(0, TILES[t]), end, G, ACC)
-        start += TILES[t]
+        o = first + tl.arange(0, TILES[t])
+        store_entries(suffixes, acts[t], load_latents(codes, o, end), held[t], ends, kept, bag, o, end, G)
+        first += TILES[t]
     if STEP_K > 0:
-        for p in tl.range(start, end, STEP_K, num_stages=STAGES):
-            o = p + tl.arange(0, STEP_K)
-            store_entries(load_rows(codes, o, end, columns, ACC), suffixes, codes, kept, bag, o, end, G, ACC)
-    o_g = tl.arange(0, G)
-    block = stack(suffixes, G)
-    m_g = o_g < n_groups
-    tl.store(suffix_ptr + (bag + o_g)[:, None] * d_in + o_d[None, :], block, mask=m_g[:, None] & m_d[None, :])
-    tl.store(norms_ptr + bag + o_g, tl.sqrt(tl.sum(block * block, axis=1)), mask=m_g)
-    tl.store(squared_ptr + row, tl.sum(squared, axis=0))
+        store_others(suffixes, codes, kept, bag, first, end, columns, STEP_K, G, ACC)
+    if G > 1:
+        store_suffixes((suffix_ptr, norms_ptr), suffixes, bag, n_groups, columns, G)
+    else:
+        tl.store(suffix_ptr + row * d_in + o_d, suffixes[0], mask=m_d)
+        tl.store(norms_ptr + row, scale * tl.sqrt(total))
     if K == 0:
         tl.store(smallest_ptr + row, smallest)
     if CENTRE:
@@ -254,32 +302,24 @@ def whole_row_block(d_in: int, elements_per_thread: int) -> tuple[int, int]:
     return block_d, max(1, min(16, block_d // (32 * elements_per_thread)))
 
 
-def row_tile(d_in: int, k: int, prefixes: bool, element_size: int = 4) -> dict[str, object]:
+def row_tile(d_in: int, k: int, n_groups: int, element_size: int = 4, amd: bool = False) -> dict[str, object]:
     """Constants of row_kernel for rows of k entries, or (k 0) ragged ones."""
-    block_d, num_warps = whole_row_block(d_in, 4)
+    block_d, num_warps = whole_row_block(d_in, 8)
     per_entry = max(block_d * element_size // (4 * 32 * num_warps), 1)  # registers of a thread
-    most = MOST_VALUES // per_entry
-    held = k if 0 < k <= most else HELD_VALUES // per_entry
-    tiles = tiles_of(held, 4 if prefixes else 16)
-    registers = {"maxnreg": REGISTERS} if sum(tiles) * per_entry <= MOST_VALUES * 3 // 4 else {}
-    return {
-        "TILES": tiles,
-        "HELD": sum(tiles),
-        "STEP_K": 0 if held == k else min(STEP_K, sum(tiles)),
-        "STAGES": STAGES if torch.version.hip is None else 1,
+    alone = 0 < k * per_entry <= (HELD_ALL if num_warps <= 8 else HELD_ALL // 2)
+    held = k if alone else min((HELD_SOME if n_groups == 1 else HELD_BESIDE_PREFIXES) // per_entry, 16)
+    step = 1 if per_entry > 8 else STEP_K // 2 if amd and n_groups > 1 else STEP_K  # AMD's compiler spills masks else
+    tile: dict[str, object] = {
+        "G": triton.next_power_of_2(n_groups),
+        "TILES": (triton.next_power_of_2(held),),
+        "HELD": triton.next_power_of_2(held),
+        "STEP_K": 0 if alone else step,
         "BLOCK_D": block_d,
         "num_warps": num_warps,
-        **registers,
     }
-
-
-def tiles_of(held: int, largest: int) -> tuple[int, ...]:
-    """Powers of two up to `largest` that hold so many entries, rounded up to 4."""
-    tiles = []
-    while held > 0:
-        tiles.append(max(min(largest, 1 << (held.bit_length() - 1)), 4))
-        held -= tiles[-1]
-    return tuple(tiles)
+    if not (alone or amd) and element_size == 4 and n_groups <= 4:  # AMD counts registers otherwise
+        tile["maxnreg"] = REGISTERS
+    return tile
 
 
 def launch_rows(
@@ -291,12 +331,10 @@ def launch_rows(
     W_dec_SD: Tensor,
     b_dec_D: Tensor,
     centred: tuple[Tensor, Tensor] | None = None,
-    beside: AbstractContextManager[object] | None = None,
 ) -> Rows:
     """Codes as in reference.py: [B, K] without row_offsets, or [M] with.
 
-    centred: (x - b_dec, its norms) if at hand. beside: a context, entered to launch what may run at the same time as
-    the rest.
+    centred: (x - b_dec, its norms) if at hand.
     """
     (n_rows, d_in), n_groups, n_entries = x_BD.shape, len(group_ends_G), latents.numel()
     sum_dtype, ACC = accumulator(W_dec_SD.dtype)
@@ -314,11 +352,20 @@ def launch_rows(
     )
     k = latents.shape[1] if row_offsets is None else 0
     codes = acts.contiguous(), latents.contiguous(), latents if row_offsets is None else row_offsets
-    tile = row_tile(d_in, k, n_groups > 1, sum_dtype.itemsize)
-    if torch.version.hip is not None:  # AMD counts registers otherwise
-        tile.pop("maxnreg", None)
-    kind = {"K": k, "G": triton.next_power_of_2(n_groups), "CENTRE": centred is None, "ACC": ACC}
+    tile = row_tile(d_in, k, n_groups, sum_dtype.itemsize, torch.version.hip is not None)
     row_kernel[(n_rows if k else 2 * n_rows,)](
-        x_BD.contiguous(), *codes, group_ends_G, W_dec_SD, b_dec_D, *rows, n_rows, n_groups, d_in, **kind, **tile
+        x_BD.contiguous(),
+        *codes,
+        group_ends_G,
+        W_dec_SD,
+        b_dec_D,
+        *rows,
+        n_rows,
+        n_groups,
+        d_in,
+        K=k,
+        CENTRE=centred is None,
+        ACC=ACC,
+        **tile,
     )
     return rows

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 2**30  # float32 pre-activations of 4096 rows and 65536 latents; the screened ones take half of it
 GROUPS = (64, 16)
+BATCH_GROUPS = ((64, 8), (16, 2))  # of a batch: and at least how many there are for each entry
 POOL_COUNTERS = 4  # int32: two of int64
 _POOL_ENTRIES = 256  # of a row of threshold_encode, at least; and one in 64 of its latents
 
@@ -108,7 +109,7 @@ def batch_topk_encode_screened_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """batch_topk_encode: (acts [M], latents [M] int64, row_offsets [B + 1] int64), M = B k; else as above.
 
-    A chunk has to have at least two groups for each of the B k entries, else the plain path is taken.
+    A chunk has to have at least two groups of 16 for each of the B k entries, else the plain path is taken.
     """
     from .topk_encode_batch_triton import launch_batch_topk_encode, launch_merge
     from .topk_encode_largest_triton import (
@@ -124,7 +125,7 @@ def batch_topk_encode_screened_cuda(
 
     n_rows, d_sae, n = len(x_BD), W_enc_DS.shape[1], len(x_BD) * k
     chunk_values = _chunk_rows(n_rows, d_sae, buffer_bytes) * d_sae
-    group = next((size for size in GROUPS if k <= MAX_K and 2 * n * size <= chunk_values), None)
+    group = next((size for size, times in BATCH_GROUPS if k <= MAX_K and times * n * size <= chunk_values), None)
     with torch.cuda.device_of(x_BD):
         if group is None:
             if centred is not None:

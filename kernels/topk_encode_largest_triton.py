@@ -22,6 +22,7 @@ from .topk_encode_list_triton import Pool
 from .topk_encode_screen_triton import ROUNDING, Screen, multiprocessors, slack_of
 
 BOUND_SHIFTS = (23, 15)  # lowest bits of the digits of a bound, 8 bits each
+BOUND_KEYS = 4096  # of a program
 KEY_SHIFTS = (23, 15, 7, 0)  # of a 31-bit key; the last has 7
 COUNTERS = 256 + 4  # int32 of a digit, zeros: its histogram, how many programs are done with it, and 3 that align
 N_INTEGERS = (len(BOUND_SHIFTS) + len(KEY_SHIFTS)) * COUNTERS + 8
@@ -92,17 +93,15 @@ def bound_digit_kernel(
     BLOCK_G: tl.constexpr,
 ):
     """The digit at SHIFT of the n-th largest of the groups' lower bounds."""
-    o_g = tl.arange(0, BLOCK_G)
     prefix, wanted = found_before(found_ptr, n, FIRST)
-    counts = tl.zeros([256], dtype=tl.int32)
-    for r in range(ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS + r
-        m_g = (o_g < n_groups) & (row < n_rows)
-        row = tl.minimum(row, n_rows - 1)
-        v, slack = slack_of(maxima_ptr, factors_ptr, norm_ptr, error_ptr, inverse_ptr, row, o_g, m_g, n_groups)
-        lower = v - tl.abs(v) * ROUNDING - slack
-        keys = tl.where(m_g & (lower > 0), lower.to(tl.int32, bitcast=True), 0)
-        counts += histogram_of(keys, prefix, SHIFT, 8, FIRST)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    o_g = tl.arange(0, BLOCK_G)[None, :]
+    m_g, inside = o_g < n_groups, row < n_rows
+    row = tl.minimum(row, n_rows - 1)
+    v, slack = slack_of(maxima_ptr, factors_ptr, norm_ptr, error_ptr, inverse_ptr, row, o_g, m_g, n_groups)
+    lower = v - tl.abs(v) * ROUNDING - slack
+    keys = tl.where(m_g & inside & (lower > 0), lower.to(tl.int32, bitcast=True), 0)
+    counts = histogram_of(tl.reshape(keys, [ROWS * BLOCK_G]), prefix, SHIFT, 8, FIRST)
     add_digit(counts, histogram_ptr, found_ptr, prefix, wanted, SHIFT, False)
 
 
@@ -311,7 +310,7 @@ def launch_batch_bound(screen: Screen, n: int, counters: Tensor, found: Tensor) 
     """Writes into found a key of which at least n candidates of the chunk are at or above, or 0. counters: zeros."""
     n_rows, n_groups = screen.maxima_RG.shape
     block = triton.next_power_of_2(n_groups)
-    rows = min(max(4096 // block, 1), 16)
+    rows = max(BOUND_KEYS // block, 1)
     for shift, histogram in zip(BOUND_SHIFTS, counters.split(COUNTERS)):
         bound_digit_kernel[(triton.cdiv(n_rows, rows),)](
             **screen.bound_args(),
@@ -324,7 +323,7 @@ def launch_batch_bound(screen: Screen, n: int, counters: Tensor, found: Tensor) 
             FIRST=shift == BOUND_SHIFTS[0],
             ROWS=rows,
             BLOCK_G=block,
-            num_warps=min(max(block // 256, 4), 16),
+            num_warps=min(max(rows * block // 512, 4), 16),
         )
 
 

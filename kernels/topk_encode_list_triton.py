@@ -230,11 +230,12 @@ def pool_dots_kernel(
 def list_config(n_groups: int, group: int, few: bool) -> dict[str, Any]:
     """Blocks and warps. few: few candidates a row are expected, where one warp is quicker for up to 512 groups.
 
-    Measured on an H200: k 20, 96 groups 26 us instead of 42; 1024 groups, or many candidates, up to 40 % slower.
+    Measured on an H200: k 20, 96 groups 26 us instead of 42; with many candidates up to 40 % slower. 1024 groups: two
+    warps 55 us, one 60, four 62.
     """
     block = triton.next_power_of_2(n_groups)
-    if few and block <= 512:
-        return {"BLOCK_A": block, "BLOCK_G": 512 // group, "num_warps": 1}
+    if few and block <= 1024:
+        return {"BLOCK_A": block, "BLOCK_G": 512 // group, "num_warps": 1 if block <= 512 else 2}
     return {"BLOCK_A": block, "BLOCK_G": 1024 // group, "num_warps": min(max(block // 256, 4), 16)}
 
 
@@ -280,7 +281,7 @@ def launch_dots(screen: Screen, pool: Pool, W_SD: Tensor, b_enc_S: Tensor) -> No
         pool.value_M,
         pool.capacity,
         d_in,
-        BLOCK_P=2,
+        BLOCK_P=1,
         BLOCK_D=min(1024, triton.next_power_of_2(d_in)),
-        num_warps=2,
+        num_warps=1,
     )

@@ -31,7 +31,7 @@ import torch
 from bench.helpers import machine
 from bench.helpers.arguments import directory, new_file, not_negative, positive
 from bench.helpers.clocks import Spans, clocks
-from bench.helpers.planted import planted_blocks
+from bench.helpers.planted import planted_rows
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.data.order import ShuffledRows, batches
 from saevlm_fast.data.rows import Activations, open_activations
@@ -115,10 +115,8 @@ def write_rows(path: Path, options: argparse.Namespace) -> None:
     """A .npy of planted concepts, of which the first --distinct-rows come again and again."""
     n_rows, n_distinct = options.n_rows, min(options.distinct_rows or options.n_rows, options.n_rows)
     rows_ND = np.lib.format.open_memmap(path, "w+", np.dtype(options.rows_dtype), (n_rows, options.d_in))
-    concepts, filled = (options.concepts or 2 * options.d_in, options.concepts_per_row), 0
-    for x_BD in planted_blocks(n_distinct, options.d_in, *concepts, options.device):
-        rows_ND[filled : filled + len(x_BD)] = x_BD.cpu().numpy()
-        filled += len(x_BD)
+    concepts = options.concepts, options.concepts_per_row
+    rows_ND[:n_distinct] = planted_rows(n_distinct, options.d_in, options.device, 0, *concepts).cpu().numpy()
     for start in range(n_distinct, n_rows, n_distinct):
         rows_ND[start : start + n_distinct] = rows_ND[: min(n_distinct, n_rows - start)]
     rows_ND.flush()

@@ -30,14 +30,23 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import real_number, require
-from saevlm_fast.kernels.common import check_similarity
+from saevlm_fast.kernels.common import check_similarity, on_gpu
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
 from saevlm_fast.peers import Peers
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, embeddings_on
 from saevlm_fast.scoring.merging import merge_ranks
 from saevlm_fast.scoring.source import Pool, ScoredImages
-from saevlm_fast.scoring.sums import STATUSES, ActivationRange, HalvedSums, KeptPairs, Pairs, ShiftedSums, status_of
+from saevlm_fast.scoring.sums import (
+    STATUSES,
+    ActivationRange,
+    CodesRange,
+    HalvedSums,
+    KeptPairs,
+    Pairs,
+    ShiftedSums,
+    status_of,
+)
 from saevlm_fast.sparse_codes import SparseCodes
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -129,6 +138,13 @@ def _sorted_quantile(ascending: Tensor, q: float) -> float:
     return float(ascending[low] + (ascending[high] - ascending[low]) * (position - low))
 
 
+def _of_sums(seen: ActivationRange, num_S: Tensor, den_S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score, maximum, images that fire and status of every latent."""
+    status_S = status_of(seen.low_S, seen.high_S, seen.n_above())
+    ms_S = (num_S / den_S).masked_fill_(status_S != STATUSES.index("defined"), float("nan"))
+    return ms_S, seen.high_S.clone(), seen.n_active_S.clone(), status_S
+
+
 class StreamedScore:
     """Accumulates the score over chunks of images: `update`, then `result` (arXiv 2504.02821 section 3).
 
@@ -215,31 +231,33 @@ class StreamedScore:
 
     def result(self) -> MonosemanticityScores:
         """Scores of the images so far; more may follow."""
-        seen, numbers_6S = self._of_every_latent()
-        numbers_6S = numbers_6S.cpu()
-        (num_S, den_S, low_S, high_S), (n_active_S, n_low_S) = numbers_6S[:4].view(torch.float64), numbers_6S[4:]
-        status_S = status_of(low_S, high_S, seen.above(low_S, n_active_S, n_low_S))
+        sums = self._of_every_latent()
+        ms_S, high_S, n_active_S, status_S = self._on_host(*sums) if on_gpu(sums[0].low_S) else _of_sums(*sums)
         return MonosemanticityScores(
-            ms=(num_S / den_S).masked_fill_(status_S != STATUSES.index("defined"), float("nan")),
+            ms=ms_S,
             status=status_S,
-            n_active=n_active_S.clone(),
-            max_activation=high_S.clone(),
+            n_active=n_active_S,
+            max_activation=high_S,
             n_images=self.n_images,
             similarity=self.similarity,
         )
 
-    def _of_every_latent(self) -> tuple[ActivationRange, Tensor]:
-        """The range; and, for one copy from a device, num, den, low, high, n_active and n_low as bits, int64 [6, S]."""
+    def _of_every_latent(self) -> tuple[ActivationRange, Tensor, Tensor]:
+        """The range; num and den [S]."""
         if self._intake is None:
             seen = ActivationRange(self.n_latents, self.device)
-            num_S, den_S = seen.low_S, seen.low_S
-        else:
-            self._intake.flush()
-            seen = self._intake.range
-            assert self._pairs is not None
-            num_S, den_S = self._pairs.pair_sums(seen.low_S)
-        sums = num_S, den_S, seen.low_S, seen.high_S, seen.n_active_S, seen.n_low_S
-        return seen, torch.stack([t.view(torch.int64) for t in sums])
+            return seen, seen.low_S, seen.low_S
+        self._intake.flush()
+        assert self._pairs is not None
+        return self._intake.range, *self._pairs.pair_sums(self._intake.range.low_S)
+
+    def _on_host(self, seen: ActivationRange, num_S: Tensor, den_S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """_of_sums by a GPU."""
+        from saevlm_fast.kernels.score_result_triton import score_result
+
+        of_range = seen.low_S, seen.high_S, seen.n_active_S, seen.n_low_S
+        with torch.cuda.device_of(num_S):  # Triton launches on the current device
+            return score_result(num_S, den_S, *of_range, seen.n_images, isinstance(seen, CodesRange), STATUSES)
 
     def mean_embedding(self) -> Tensor:
         """sum_i r_ik e_i / sum_i r_ik, [S, E] float64 on the CPU, NaN where the score is not defined.

@@ -73,11 +73,7 @@ class ActivationRange:
 
     def n_above(self) -> Tensor:
         """Images whose activation is above the minimum."""
-        return self.above(self.low_S, self.n_active_S, self.n_low_S)
-
-    def above(self, low_S: Tensor, n_active_S: Tensor, n_low_S: Tensor) -> Tensor:
-        """The same by these numbers, which may be copies on another device."""
-        return self.n_images - n_low_S
+        return self.n_images - self.n_low_S
 
     def _merge(self, low_S: Tensor, high_S: Tensor, at_low_S: Tensor, n_rows: int) -> Tensor:
         """Takes in the range of n_rows images; returns by how much every minimum fell (0 for the first images)."""
@@ -105,8 +101,8 @@ class CodesRange(ActivationRange):
         self.n_active_S += grouped.offsets_S1.diff()
         return self._merge(low_S, high_S, at_low_S, n_rows)
 
-    def above(self, low_S: Tensor, n_active_S: Tensor, n_low_S: Tensor) -> Tensor:
-        return torch.where(low_S > 0, self.n_images - n_low_S, n_active_S)
+    def n_above(self) -> Tensor:
+        return torch.where(self.low_S > 0, self.n_images - self.n_low_S, self.n_active_S)
 
 
 class DenseRange(ActivationRange):

@@ -110,13 +110,9 @@ def auxiliary(
     n_rows, d_in = x_BD.shape
     if len(dead.latents_A) == 0:
         return None
-    if on_gpu(x_BD) and x_BD.dtype == torch.float32:
-        from saevlm_fast.training.dead_latents_gpu import gpu_auxiliary
-
-        number = torch.as_tensor(dead.number, device=x_BD.device)
-        x_BD, x_hat_BD = (t if t.stride(1) == 1 else t.contiguous() for t in (x_BD, x_hat_BD.contiguous()))
-        found = gpu_auxiliary(sae, x_BD, x_hat_BD, dead.latents_A, number, alpha, frozen)
-        return Auxiliary(found.numbers[0], found.W_enc, found.W_dec, found.b_enc_A, found.numbers)
+    places = len(dead.latents_A) * d_in  # the kernels count those in 32 bits
+    if on_gpu(x_BD) and x_BD.dtype == torch.float32 and places < 2**31:
+        return _on_gpu(sae, x_BD, x_hat_BD, dead, alpha, frozen)
     residual_BD, centred_BD = x_BD - x_hat_BD, x_BD - sae.b_dec.detach()
     dead_A = dead.latents_A.clamp(max=sae.config.d_sae - 1)
     variance = (residual_BD - residual_BD.mean(0)).square().sum() / n_rows
@@ -148,6 +144,19 @@ def auxiliary(
     W_dec = sae.W_dec.detach()
     dW_dec = dW_dec_AD if dW_dec_AD is None else dense_gradient_rows(dead.latents_A, dW_dec_AD, W_dec)
     return Auxiliary(aux, dW_enc, dW_dec, db_enc_A)
+
+
+def _on_gpu(
+    sae: SparseAutoencoder, x_BD: Tensor, x_hat_BD: Tensor, dead: DeadLatents, alpha: float, frozen: str | None
+) -> Auxiliary:
+    from saevlm_fast.kernels.auxiliary_triton import Weights, launch_auxiliary
+
+    weights = Weights(sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach())
+    number = torch.as_tensor(dead.number, device=x_BD.device)
+    with torch.cuda.device_of(x_BD):
+        x_BD, x_hat_BD = x_BD if x_BD.stride(1) == 1 else x_BD.contiguous(), x_hat_BD.contiguous()
+        found = launch_auxiliary(weights, x_BD, x_hat_BD, dead.latents_A, number, alpha, frozen)
+    return Auxiliary(found.numbers[0], found.W_enc, found.W_dec, found.b_enc_A, found.numbers)
 
 
 def _keep_largest_(acts_BA: Tensor, k: int) -> Tensor:

@@ -110,7 +110,7 @@ def gpu_step(
     with beside(x_BD) as side:
         with side:
             order = launch_order(latents, row_offsets, codes.d_sae)
-        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred, side)
+        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred)
     mono_loss = None if mono is None else add_mono(acts, rows, order, len(ends), mono)
     entries = new_entries(rows, order)
     frozen = config.frozen
@@ -130,15 +130,17 @@ def gpu_step(
     clip = launch_clip(entries, totals, decision, config.clip_norm, *constants, state.of("b_dec"), frozen)
 
     scalars = Scalars(clip, *constants)
-    if frozen != "W_dec":
-        more = aux_rows(aux and aux.W_dec, slots_S)
-        launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, more, cone=state.cone)
-    biases = state.of("b_enc")
-    if frozen == "W_enc":
-        launch_bias(totals.db_enc_S, scalars, biases)
-    else:
-        more = aux_rows(aux and aux.W_enc, slots_S)
-        launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, more, state.low)
+    with beside(x_BD) as side:
+        if frozen != "W_dec":
+            more = aux_rows(aux and aux.W_dec, slots_S)
+            with side:
+                launch_update(entries, totals.parallel_S, scalars, state.of("W_dec"), None, more, cone=state.cone)
+        biases = state.of("b_enc")
+        if frozen == "W_enc":
+            launch_bias(totals.db_enc_S, scalars, biases)
+        else:
+            more = aux_rows(aux and aux.W_enc, slots_S)
+            launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, more, state.low)
     overall, mse, aux_loss = decision.losses
     if mono_loss is not None:
         overall.add_(mono_loss)
@@ -180,7 +182,7 @@ def beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
         return
     stream = torch.cuda.current_stream()
     if stream not in _side_streams:
-        _side_streams[stream] = torch.cuda.Stream(x_BD.device)
+        _side_streams[stream] = torch.cuda.Stream(x_BD.device, priority=-1)  # not behind a long kernel's programs
     side = _side_streams[stream]
     side.wait_stream(stream)
     try:

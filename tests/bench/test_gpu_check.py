@@ -18,8 +18,8 @@ case "$1" in
 esac
 """
 STEPS = (
-    "profile_6144 profile_16384 profile_65536 train_long peers_65536 peers_16384 peers_6144 scores pairs harvest "
-    "other_steps train_eager bench"
+    "profile_6144 profile_16384 profile_65536 train_long train_dead train_host peers_65536 peers_16384 peers_6144 "
+    "scores pairs harvest other_steps train_eager bench"
 ).split()
 
 

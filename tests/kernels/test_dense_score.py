@@ -7,7 +7,7 @@ import torch
 from launches import counted_launches
 
 from saevlm_fast.kernels import reference
-from saevlm_fast.scoring import dense_on_gpu, intake, sums
+from saevlm_fast.scoring import dense_on_gpu, intake, monosemanticity, sums
 from saevlm_fast.scoring.monosemanticity import STATUSES, StreamedScore
 from static_compile import TARGETS, Case, assert_no_spills
 
@@ -32,12 +32,13 @@ def waits(monkeypatch) -> Iterator[list[int]]:
 
     torch.empty hands out NaN and the largest integers, so that whatever a kernel leaves unwritten shows.
     """
-    from saevlm_fast.kernels import dense_range_triton, pairwise_float64_triton
+    from saevlm_fast.kernels import dense_prepared_triton, dense_range_triton, pairwise_float64_triton
 
     monkeypatch.setattr(dense_range_triton, "LEAST_ROWS", 8)
+    monkeypatch.setattr(dense_prepared_triton, "BLOCK_LEAST_ROWS", 8)
     monkeypatch.setattr(pairwise_float64_triton, "COLUMN_ROWS", 8)
     if not GPU:
-        for module in (intake, sums):
+        for module in (intake, monosemanticity, sums):
             monkeypatch.setattr(module, "on_gpu", lambda _: True)
         monkeypatch.setattr(intake, "squared_norms", _squared_norms)
     read, found = dense_on_gpu._Told.read, []
@@ -125,7 +126,7 @@ def test_a_chunk_is_so_many_launches_and_one_wait(waits):
     with counted_launches() as counts:
         streamed = StreamedScore(N_NEURONS)
         streamed.update(acts_NK[:12], emb_NE[:12])
-        streamed._of_every_latent()
+        streamed.result()
     assert sum(counts.values()) == 8, counts
     assert len(waits) == 1
     with counted_launches() as counts:
@@ -152,13 +153,13 @@ def static_cases(target: str) -> list[Case]:
     counts = "n_images n_parts n_before rows n_range_parts n_merging n_block n_faults"
     signature |= dict.fromkeys(counts.split(), "i32")
     tile = {"BLOCK_K": 8, "BLOCK_E": 128, "FAULTS": 64, "COSINE": True}
-    merge = {"PARTS": 128, "MERGE_BLOCK_K": 8, "MERGE_ROWS": 1024, "BLOCK": 128, "UNROLL": 8, "UNIT_ROWS": 8}
+    merge = {"PARTS": 128, "MERGE_BLOCK_K": 8, "MERGE_ROWS": 256, "BLOCK": 128, "UNROLL": 8, "UNIT_ROWS": 4}
     merge |= {"COSINE": True}
     return [
         Case(ranges, "range_kernel", target, signature, {"BLOCK_K": 128, "UNROLL": 8}, num_warps=2),
         Case(prepared, "prepared_kernel", target, signature, merge, num_warps=2),
         Case(module, "lower_kernel", target, signature, tile),
-        Case(module, "add_kernel", target, signature, tile | {"PARTS": 128}),
+        Case(module, "add_kernel", target, signature, tile | {"PARTS": 64}),
     ]
 
 
@@ -168,7 +169,8 @@ def test_static_compile_without_spills():
 
     ranges = dense_range_triton
     assert (ranges.RANGE_BLOCK_K, ranges.RANGE_UNROLL, ranges.PARTS, ranges.RANGE_WARPS) == (128, 8, 128, 2)
-    assert (ranges.MERGE_BLOCK_K, ranges.MERGE_ROWS, dense_prepared_triton.UNIT_ROWS) == (8, 1024, 8)
+    assert (ranges.MERGE_BLOCK_K, ranges.MERGE_ROWS, dense_prepared_triton.UNIT_ROWS) == (8, 256, 4)
+    assert dense_prepared_triton.BLOCK_PARTS == 64
     assert (kernels.SUM_BLOCK_K, kernels.SUM_BLOCK_E, kernels.FAULTS, kernels.NUM_WARPS) == (8, 128, 64, 4)
     assert_no_spills([case for target in TARGETS for case in static_cases(target)])
 

@@ -380,7 +380,7 @@ def float64_static_cases(target: str) -> list[Case]:
     signature |= {"n_latents": "i32:16", "d_emb": "i32:16", "dominated_ptr": "*i1"}
     columns = {"SHIFTED": True, "WIDEN": True, "BLOCK_K": 128, "UNROLL": 8}
     panel = {"SIMILARITY": "rbf", "BLOCK_I": 8, "BLOCK_J": 256}
-    weigh, closed = {"ROWS": 32, "BLOCK_I": 8, "BLOCK_K": 128}, {"PARTS": 128, "BLOCK_K": 8, "BLOCK_E": 128}
+    weigh, closed = {"ROWS": 32, "BLOCK_I": 8, "BLOCK_K": 128}, {"PARTS": 64, "BLOCK_K": 8, "BLOCK_E": 128}
     prepare = [{"SIMILARITY": name, "BLOCK_N": 4, "BLOCK_E": 256} for name in ("cosine", "rbf")]
     return [
         *(Case(module, "prepare_kernel", target, signature | {"emb_ptr": "*fp32"}, each) for each in prepare),
@@ -396,7 +396,7 @@ def test_float64_static_compile_without_spills():
 
     assert (kernels.PREPARE_BLOCK_N, kernels.PREPARE_BLOCK_E) == (4, 256)
     assert (kernels.COLUMN_BLOCK_K, kernels.COLUMN_UNROLL, kernels.COLUMN_WARPS) == (128, 8, 2)
-    assert (kernels.CLOSED_BLOCK_K, kernels.CLOSED_BLOCK_E, kernels.COLUMN_PARTS) == (8, 128, 128)
+    assert (kernels.CLOSED_BLOCK_K, kernels.CLOSED_BLOCK_E, kernels.COLUMN_PARTS) == (8, 128, 64)
     assert (kernels.PANEL_BLOCK_I, kernels.PANEL_BLOCK_J) == (8, 256)
     assert (kernels.WEIGH_ROWS, kernels.WEIGH_BLOCK_I, kernels.WEIGH_BLOCK_K, kernels.NUM_WARPS) == (32, 8, 128, 4)
     assert_no_spills([case for target in TARGETS for case in float64_static_cases(target)])

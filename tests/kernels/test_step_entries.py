@@ -72,21 +72,25 @@ def test_chunks_of_heavy_latents(device, n_rows: int, ends) -> None:
 
 def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
-    from saevlm_fast.kernels.step_entries_triton import BLOCK_M, BLOCK_S, CHUNK_STEP
+    from saevlm_fast.kernels.step_entries_triton import BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_S, CHUNK_STEP
     from saevlm_fast.kernels.step_rows_triton import whole_row_block
 
     module = "saevlm_fast.kernels.step_entries_triton"
     fp32, i64, i32 = "*fp32", "*i64", "*i32"
-    numbers = dict.fromkeys("n_rows n_entries n_latents shift n_halvings n_groups n_chunks".split(), "i32")
-    pointers = {"latents_ptr": i64, "row_offsets_ptr": i64, "keys_ptr": "*i16", "offsets_ptr": i32, "order_ptr": i64}
+    numbers = dict.fromkeys("n_rows n_entries n_latents n_counts n_groups n_chunks".split(), "i32")
+    pointers = {"latents_ptr": i64, "row_offsets_ptr": i64, "order_ptr": i64}
+    pointers |= {f"{name}_ptr": i32 for name in "counts block_counts offsets places scattered of_places".split()}
     entries = {"acts_ptr": fp32, "dacts_ptr": fp32, "bags_ptr": i32}
     sources = {"suffix_ptr": fp32, "centred_ptr": fp32, "partials_ptr": fp32, "d_in": "i32:16"}
     signature = numbers | pointers | entries | sources
     block_d, num_warps = whole_row_block(d_in, 8)
     tile = {"PREFIXES": True, "CHUNK": CHUNK, "BLOCK_P": CHUNK_STEP, "BLOCK_D": block_d, "ACC": "tl.float32"}
     kernels = (
-        ("key_kernel", {"CSR": True, "BLOCK_M": BLOCK_M}, 4),
-        ("offset_kernel", {"CSR": True, "BLOCK_S": BLOCK_S}, 4),
+        ("zero_kernel", {"BLOCK_M": BLOCK_M}, 4),
+        ("count_kernel", {"CSR": True, "BLOCK_M": BLOCK_M, "BLOCK_S": BLOCK_S}, 4),
+        ("offset_kernel", {"BLOCK_S": BLOCK_S}, 4),
+        ("scatter_kernel", {"CSR": True, "BLOCK_M": BLOCK_M}, 4),
+        ("rank_kernel", {"BLOCK_P": BLOCK_P, "BLOCK_Q": BLOCK_Q}, 4),
         ("chunk_kernel", tile, num_warps),
     )
     return [Case(module, name, target, signature, *kernel) for target in targets for name, *kernel in kernels]

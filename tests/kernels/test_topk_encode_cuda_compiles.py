@@ -57,7 +57,7 @@ def copy_cases(target: str) -> list[Case]:
         Case(SCREEN, "low_weights_kernel", target, weights, {"BLOCK_D": 1024}),
         Case(SCREEN, "low_rows_kernel", target, rows, {"BLOCK_D": 1024}),
         Case(SCREEN, "group_factors_kernel", target, factors, {"GROUP": 64, "BLOCK_G": 16}),
-        Case(LIST, "pool_dots_kernel", target, dots, {"BLOCK_P": 2, "BLOCK_D": 1024}, num_warps=2),
+        Case(LIST, "pool_dots_kernel", target, dots, {"BLOCK_P": 1, "BLOCK_D": 1024}, num_warps=1),
     ]
 
 
@@ -71,11 +71,12 @@ def choice_cases(target: str) -> list[Case]:
     write = count | {"row_offsets_ptr": LONGS, "acts_ptr": FLOATS, "latents_ptr": LONGS, "n_places": "i32"}
     rows = {"ROWS": 8, "BLOCK": 64}
     digits = {"FIRST": False}
+    bounds = digits | {"SHIFT": 15, "ROWS": 4, "BLOCK_G": 1024}
     ranked = {"RANKED": target != "gfx942", "BLOCK": 256}
     return [
         Case(CHOOSE, "topk_of_pool_kernel", target, topk, ranked, num_warps=1),
         Case(CHOOSE, "topk_of_pool_kernel", target, topk, {"RANKED": False, "BLOCK": 2048}, num_warps=8),
-        Case(LARGEST, "bound_digit_kernel", target, bound, digits | {"SHIFT": 15, "ROWS": 4, "BLOCK_G": 1024}),
+        Case(LARGEST, "bound_digit_kernel", target, bound, bounds, num_warps=8),
         Case(LARGEST, "digit_kernel", target, digit, digits | {"SHIFT": 7, "BITS": 8, "BLOCK": 1024}),
         Case(LARGEST, "digit_kernel", target, digit, digits | {"SHIFT": 0, "BITS": 7, "BLOCK": 1024}),
         Case(LARGEST, "count_kernel", target, count, rows, num_warps=2),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearson3
 
 from saevlm_fast.kernels import reference
-from saevlm_fast.scoring import intake, null, second_pass, sums
+from saevlm_fast.scoring import intake, monosemanticity, null, second_pass, sums
 from saevlm_fast.scoring.monosemanticity import StreamedScore
 from saevlm_fast.scoring.null import (
     FEW_IMAGES,
@@ -278,7 +278,7 @@ def test_kernels_find_what_the_cpu_does(similarity, always, device, monkeypatch)
     weights_SW = torch.rand(len(NAMES), 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = two_passes(acts_NS, emb_NE, weights_SW, (10, 23), similarity=similarity, block_rows=25)
     if device.type == "cpu":
-        for module in (intake, null, second_pass, sums):
+        for module in (intake, monosemanticity, null, second_pass, sums):
             monkeypatch.setattr(module, "on_gpu", lambda _: True)
     acts_NS, emb_NE = acts_NS.to(device), emb_NE.to(device)
     options = {"similarity": similarity, "block_rows": 25, "device": device}

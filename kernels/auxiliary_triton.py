@@ -1,6 +1,4 @@
-"""The auxiliary loss on a GPU: dead_latents.auxiliary in products of float32 accuracy on tensor cores.
-
-Imported for a GPU's tensors only: its kernels load Triton (kernels/dead_latents_triton.py).
+"""The auxiliary loss on a GPU: launches of the kernels of dead_latents_triton.py and dead_rows_triton.py.
 
 Shape suffixes: B rows of a batch, D d_in, A dead latents with padding, P parts of a sum.
 """
@@ -11,11 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from saevlm_fast.kernels import dead_latents_triton as products
-from saevlm_fast.kernels import dead_rows_triton as over_rows
-from saevlm_fast.kernels.latent_gradient import RowGradient
-from saevlm_fast.kernels.topk_encode_screen_triton import multiprocessors
-from saevlm_fast.sae import SparseAutoencoder
+from . import dead_latents_triton as products
+from . import dead_rows_triton as over_rows
+from .latent_gradient import RowGradient
+from .topk_encode_screen_triton import multiprocessors
 
 MOST_ELEMENTS = 64 << 20  # of one [rows, dead] block, 4 bytes each
 MOST_IN_REGISTERS = 16384  # dead latents of a row
@@ -58,7 +55,16 @@ def row_launch(width: int) -> dict[str, int]:
     return {"BLOCK_D": block, "num_warps": min(max(block // 256, 4), 16)}
 
 
-class GpuAuxiliary(NamedTuple):
+class Weights(NamedTuple):
+    """Of an SAE."""
+
+    W_enc_SD: Tensor
+    b_enc_S: Tensor
+    W_dec_SD: Tensor
+    b_dec_D: Tensor
+
+
+class AuxiliaryLoss(NamedTuple):
     """(loss, squared norm of all gradients) [2]; gradients of W_enc and W_dec, None of frozen ones; b_enc's [A]."""
 
     numbers: Tensor
@@ -80,27 +86,37 @@ class Batch(NamedTuple):
 
 def keep_config(n_dead: int, hip: bool = torch.version.hip is not None) -> tuple[str, dict[str, int]]:
     """(kernel that keeps the largest of rows of n_dead, its launch)."""
-    block = triton.next_power_of_2(n_dead)
+    block = max(triton.next_power_of_2(n_dead), 1024)  # few sizes: each is compiled
     if n_dead > (MOST_IN_REGISTERS >> 2 * hip):
         return "keep_wide_kernel", {"BLOCK": 1024 if hip else 2048, "num_warps": 8}
     return "keep_kernel", {"BLOCK": block, "num_warps": min(max(block // KEPT_A_WARP, 4), 32)}
 
 
-def gpu_auxiliary(
-    sae: SparseAutoencoder,
+def launch_auxiliary(
+    weights: Weights,
     x_BD: Tensor,
     x_hat_BD: Tensor,
     latents_A: Tensor,
     number: Tensor,
     alpha: float,
     frozen: str | None = None,
-) -> GpuAuxiliary:
-    """dead_latents.auxiliary of float32 tensors."""
+) -> AuxiliaryLoss:
+    """training.dead_latents.auxiliary of float32 tensors.
+
+    Args:
+        weights: rows of W_dec are unit.
+        x_BD: rows of any stride, their elements contiguous.
+        x_hat_BD: contiguous.
+        latents_A: ascending, their end padding: d_sae. Places, A times d_in, stay below 2^31.
+        number: how many there are, 0-d.
+        alpha: weight of the loss in the gradients.
+        frozen: W_enc or W_dec, whose gradient is not made.
+    """
     (n_rows, d_in), n_dead, device, tile = x_BD.shape, len(latents_A), x_BD.device, product_config(x_BD.device)
-    size = min(n_rows, max(1, MOST_ELEMENTS // n_dead))
+    size = min(n_rows, max(1, MOST_ELEMENTS // max(n_dead, d_in)))
     starts = range(0, n_rows, size)
     counter, largest = torch.zeros(1 + 2 * len(starts), dtype=torch.int32, device=device).split([1, 2 * len(starts)])
-    batch, scalars = _prepared(sae, x_BD, x_hat_BD, latents_A, number, alpha, counter)
+    batch, scalars = _prepared(weights, x_BD, x_hat_BD, latents_A, number, alpha, counter)
     tiles_m = triton.cdiv(size, tile["BLOCK_M"])
     n_parts, part_size = parts_of(size, n_dead, d_in, tile, multiprocessors(device))
     sides = [name for name in ("W_dec", "W_enc") if name != frozen]
@@ -115,11 +131,11 @@ def gpu_auxiliary(
         sums = sums_TA[i * tiles_m : (i + 1) * tiles_m]
         _block(part, memory, largest[2 * i :], row_squares_B[rows], sums, parts, part_size, i, tile)
     n_tiles = (len(starts) - 1) * tiles_m + triton.cdiv(n_rows - starts[-1], tile["BLOCK_M"])
-    return _finished(sae, latents_A, parts_GPAD, scalars, sums_TA[:n_tiles], row_squares_B, sides)
+    return _finished(weights, latents_A, parts_GPAD, scalars, sums_TA[:n_tiles], row_squares_B, sides)
 
 
 def _prepared(
-    sae: SparseAutoencoder,
+    weights: Weights,
     x_BD: Tensor,
     x_hat_BD: Tensor,
     latents_A: Tensor,
@@ -135,7 +151,7 @@ def _prepared(
     sums_PD = torch.empty(n_sums, d_in, dtype=torch.float64, device=device)
     squares_P, parts = torch.empty(n_sums + n_programs, dtype=torch.float64, device=device).split([n_sums, n_programs])
     over_rows.rows_kernel[(n_sums,)](
-        x_BD, x_hat_BD, sae.b_dec.detach(), *c, sums_PD, squares_P, x_BD.stride(0), n_rows, d_in, ROWS=ROWS, **row
+        x_BD, x_hat_BD, weights.b_dec_D, *c, sums_PD, squares_P, x_BD.stride(0), n_rows, d_in, ROWS=ROWS, **row
     )
     scalars = torch.empty(2, dtype=torch.float64, device=device)
     over_rows.scalars_kernel[(n_programs,)](
@@ -149,12 +165,13 @@ def _prepared(
         n_rows,
         d_in,
         alpha,
-        BLOCK_P=32,
+        BLOCK_P=128,
         BLOCK_D=block_d,
         PROGRAMS=triton.next_power_of_2(n_programs),
+        num_warps=8,
     )
     b_enc_A = torch.empty(n_dead, dtype=torch.float32, device=device)
-    W_enc_SD, b_enc_S, W_dec_SD = sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach()
+    W_enc_SD, b_enc_S, W_dec_SD, _ = weights
     over_rows.latents_kernel[(n_dead,)](
         latents_A, W_enc_SD, b_enc_S, W_dec_SD, *enc, b_enc_A, dec.hi, dec.lo, len(W_dec_SD), d_in, **row
     )
@@ -239,18 +256,19 @@ def _block(
 
 
 def _finished(
-    sae: SparseAutoencoder,
+    weights: Weights,
     latents_A: Tensor,
     parts_GPAD: Tensor,
     scalars: Tensor,
     sums_TA: Tensor,
     row_squares_B: Tensor,
     sides: list[str],
-) -> GpuAuxiliary:
+) -> AuxiliaryLoss:
     n_sides, n_parts, n_dead, d_in = parts_GPAD.shape
-    rows_GAD, squares_GA = torch.empty_like(parts_GPAD[:, 0]), torch.empty_like(parts_GPAD[:, 0, :, 0])
+    rows_GAD = parts_GPAD[:, 0] if n_parts == 1 else torch.empty_like(parts_GPAD[:, 0])
+    squares_GA = torch.empty_like(parts_GPAD[:, 0, :, 0])
     b_enc_A, numbers = torch.empty_like(sums_TA[0]), torch.empty(4, dtype=torch.float32, device=sums_TA.device)
-    W_dec_SD = sae.W_dec.detach()
+    W_dec_SD = weights.W_dec_SD
     over_rows.finish_kernel[(n_dead, n_sides)](
         parts_GPAD,
         latents_A,
@@ -282,4 +300,4 @@ def _finished(
         num_warps=8,
     )
     rows = {name: RowGradient(latents_A, rows_GAD[i], numbers[2 + i]) for i, name in enumerate(sides)}
-    return GpuAuxiliary(numbers[:2], rows.get("W_enc"), rows.get("W_dec"), b_enc_A)
+    return AuxiliaryLoss(numbers[:2], rows.get("W_enc"), rows.get("W_dec"), b_enc_A)

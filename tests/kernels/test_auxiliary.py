@@ -25,6 +25,12 @@ def made(n_rows: int, d_in: int, d_sae: int, n_dead: int) -> tuple[SparseAutoenc
     return sae, x * scale / d_in**0.5, 0.3 * x_hat, torch.randperm(d_sae, generator=generator)[:n_dead].sort().values
 
 
+def weights(sae: SparseAutoencoder):
+    from saevlm_fast.kernels.auxiliary_triton import Weights
+
+    return Weights(sae.W_enc.detach().T, sae.b_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach())
+
+
 @pytest.mark.parametrize(
     ("shape", "n_listed", "small", "frozen"),
     [
@@ -36,19 +42,19 @@ def made(n_rows: int, d_in: int, d_sae: int, n_dead: int) -> tuple[SparseAutoenc
     ids=["more than take part", "wide rows in blocks", "all take part", "none"],
 )
 def test_loss_and_gradients_are_those_of_float64(device, monkeypatch, shape, n_listed, small, frozen) -> None:
-    from saevlm_fast.training import dead_latents_gpu
+    from saevlm_fast.kernels import auxiliary_triton
 
     sae, x, x_hat, latents = made(*shape)
     exact, d_sae = SparseAutoencoder(sae.config).double(), shape[2]
     exact.load_state_dict({name: value.double() for name, value in sae.state_dict().items()})
     expected = auxiliary(exact, x.double(), x_hat.double(), DeadLatents(latents, shape[3]), 0.5, frozen)
     if small:
-        monkeypatch.setattr(dead_latents_gpu, "MOST_IN_REGISTERS", 20)
-        monkeypatch.setattr(dead_latents_gpu, "MOST_ELEMENTS", n_listed * 37)
+        monkeypatch.setattr(auxiliary_triton, "MOST_IN_REGISTERS", 20)
+        monkeypatch.setattr(auxiliary_triton, "MOST_ELEMENTS", n_listed * 37)
     listed = torch.nn.functional.pad(latents, (0, n_listed - len(latents)), value=d_sae).to(device)
     number = torch.tensor(shape[3], device=device)
     given = x.to(device), x_hat.to(device), listed, number, 0.5, frozen
-    found = dead_latents_gpu.gpu_auxiliary(sae.to(device), *given)
+    found = auxiliary_triton.launch_auxiliary(weights(sae.to(device)), *given)
     loss, squares = found.numbers.tolist()
     if expected is None:
         assert loss == squares == 0
@@ -74,12 +80,14 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_a_constant_residual_gives_no_loss(device) -> None:
-    from saevlm_fast.training.dead_latents_gpu import gpu_auxiliary
+    from saevlm_fast.kernels.auxiliary_triton import launch_auxiliary
 
     sae, x, _, latents = made(7, 24, 97, 9)
     x = (64 * x).round() / 64
     number = torch.tensor(9, device=device)
-    found = gpu_auxiliary(sae.to(device), x.to(device), (x - x[:1]).to(device), latents.to(device), number, 0.5)
+    found = launch_auxiliary(
+        weights(sae.to(device)), x.to(device), (x - x[:1]).to(device), latents.to(device), number, 0.5
+    )
     assert found.numbers.tolist() == [0, 0]
 
 
@@ -150,7 +158,7 @@ def named(kind: str, names: str) -> dict[str, str]:
 
 
 def product_cases(target: str) -> list[Case]:
-    from saevlm_fast.training.dead_latents_gpu import tile_config
+    from saevlm_fast.kernels.auxiliary_triton import tile_config
 
     tile = tile_config({"sm_80": (8, 0), "sm_90": (9, 0), "gfx942": (0, 0)}[target])
     launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
@@ -169,7 +177,7 @@ def product_cases(target: str) -> list[Case]:
 
 
 def row_cases(target: str) -> list[Case]:
-    from saevlm_fast.training.dead_latents_gpu import keep_config, row_launch
+    from saevlm_fast.kernels.auxiliary_triton import keep_config, row_launch
 
     row, keep = row_launch(1024), dict.fromkeys(("n_dead", "k"), SIZE) | named(FLOATS, "acts split inverse")
     warps, blocks = row.pop("num_warps"), row
@@ -191,7 +199,7 @@ def row_cases(target: str) -> list[Case]:
         Case(ROWS, "rows_kernel", target, rows, blocks | {"ROWS": 8}, num_warps=warps),
         Case(ROWS, "latents_kernel", target, latents, blocks, num_warps=warps),
         Case(ROWS, "error_rows_kernel", target, error | {"d_in": SIZE}, blocks, num_warps=warps),
-        Case(ROWS, "scalars_kernel", target, scalars, {"BLOCK_P": 32, "BLOCK_D": 32, "PROGRAMS": 32}),
+        Case(ROWS, "scalars_kernel", target, scalars, {"BLOCK_P": 128, "BLOCK_D": 32, "PROGRAMS": 32}, 8),
         Case(ROWS, "finish_kernel", target, finish, blocks | {"DECODER": 0, "TILES": 32}, num_warps=warps),
         Case(
             ROWS,
