@@ -105,3 +105,23 @@ def entry_rows_fake(row_offsets: Tensor, n_entries: int) -> Tensor:
 @group_by_latent_op.register_fake
 def group_by_latent_fake(latents_M: Tensor, row_offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor]:
     return latents_M.new_empty(latents_M.shape[0]), latents_M.new_empty(d_sae + 1)
+
+
+def joined_places(sizes: list[int], row_offsets: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(places [M], row_offsets) of CSR codes of several batches as one: where each of their entries, padding among
+    them, goes. Padding goes behind all others. No device is waited for."""
+    device = row_offsets[0].device
+    ends_P = torch.stack([offsets[-1] for offsets in row_offsets])
+    starts_P = ends_P.cumsum(0) - ends_P
+    total, places, before = ends_P.sum(), [], 0
+    for size, start, end in zip(sizes, starts_P, ends_P):
+        entry_M = torch.arange(size, device=device)
+        places.append(entry_M + torch.where(entry_M < end, start, total + before - start - end))
+        before += size
+    ends = [offsets[:-1] + start for offsets, start in zip(row_offsets, starts_P)]
+    return torch.cat(places), torch.cat([*ends, total[None]])
+
+
+def placed(values_M: Tensor, places_M: Tensor) -> Tensor:
+    """The values, each at its place."""
+    return torch.empty_like(values_M).index_copy_(0, places_M, values_M)

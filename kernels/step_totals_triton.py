@@ -43,12 +43,12 @@ def added_rows(source_ptr, first, last, stride, o_c, m_c, STEP: tl.constexpr, BL
 
 @triton.jit
 def entry_terms(p, m, codes, ordered, norms, n_groups, PREFIXES: tl.constexpr, ACC: tl.constexpr):
-    """Of the entries at places p: dact, act * dact, |act| |suffix|, |dact| |centred|, whether it fired (int32).
+    """Of the entries at places p: dact, act * (dact - l1), |act| |suffix|, |dact| |centred|, whether it fired (int32).
 
     Stores them in latent order, one dependent load less in every gather that follows.
     """
     acts_ptr, dacts_ptr, bags_ptr, rows_ptr = ordered
-    norms_ptr, x_norms_ptr = norms
+    norms_ptr, x_norms_ptr, l1 = norms
     a, d, bags, rows = placed_entries(codes, p, m, n_groups, PREFIXES, ACC)
     tl.store(acts_ptr + p, a, mask=m)
     tl.store(dacts_ptr + p, d, mask=m)
@@ -57,7 +57,7 @@ def entry_terms(p, m, codes, ordered, norms, n_groups, PREFIXES: tl.constexpr, A
         tl.store(rows_ptr + p, rows, mask=m)
     suffix = tl.load(norms_ptr + bags, mask=m, other=0.0)
     centred = tl.load(x_norms_ptr + rows, mask=m, other=0.0)
-    return d, a * d, tl.abs(a) * suffix, tl.abs(d) * centred.to(ACC), (a > 0).to(tl.int32)
+    return d, a * (d - l1), tl.abs(a) * suffix, tl.abs(d) * centred.to(ACC), (a > 0).to(tl.int32)
 
 
 @triton.jit
@@ -144,6 +144,7 @@ def totals_kernel(
     db_parts_ptr,
     square_parts_ptr,
     arrivals_ptr,
+    l1_ptr,
     n_latents,
     n_rows,
     n_groups,
@@ -151,6 +152,7 @@ def totals_kernel(
     suffix_stride,
     d_in,
     PREFIXES: tl.constexpr,
+    HAS_L1: tl.constexpr,
     DECODER: tl.constexpr,
     ENCODER: tl.constexpr,
     SLACK: tl.constexpr,
@@ -171,7 +173,10 @@ def totals_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
     acc = tl.zeros([BLOCK_D], dtype=ACC)
-    codes, norms = (order_ptr, acts_ptr, dacts_ptr, bags_ptr), (norms_ptr, x_norms_ptr)
+    l1 = tl.full([], 0.0, ACC)
+    if HAS_L1:
+        l1 = tl.load(l1_ptr)
+    codes, norms = (order_ptr, acts_ptr, dacts_ptr, bags_ptr), (norms_ptr, x_norms_ptr, l1)
     ordered = ordered_acts_ptr, ordered_dacts_ptr, ordered_bags_ptr, ordered_rows_ptr
     if program < n_programs:
         exact, bound = tl.full([], 0.0, ACC), tl.full([], 0.0, ACC)
@@ -235,10 +240,11 @@ def launch_totals(
     W_enc_SD: Tensor,
     idle_S: Tensor,
     frozen: str | None = None,
+    l1: Tensor | None = None,
 ) -> Totals:
     """Totals; the entries are written in their order, and idle_S is moved on in place.
 
-    frozen: W_enc or W_dec, whose gradient has no part in the norm.
+    frozen: W_enc or W_dec, whose gradient has no part in the norm. l1: what every dact has beside its dot product, 0-d.
     """
     (n_latents, d_in), n_rows = W_enc_SD.shape, len(rows.x_norms_B)
     n_groups = len(rows.suffix_RD) // n_rows
@@ -266,6 +272,7 @@ def launch_totals(
         W_enc_SD,
         idle_S,
         *totals,
+        totals.db_enc_S if l1 is None else l1.to(sum_dtype),
         n_latents,
         n_rows,
         n_groups,
@@ -273,6 +280,7 @@ def launch_totals(
         n_groups * d_in,
         d_in,
         PREFIXES=n_groups > 1,
+        HAS_L1=l1 is not None,
         DECODER=frozen != "W_dec",
         ENCODER=frozen != "W_enc",
         SLACK=SLACK,

@@ -201,6 +201,67 @@ def threshold_encode_screened_cuda(
     return torch.cat(acts), torch.cat(latents), torch.cat([zero, *offsets])
 
 
+class Candidates(NamedTuple):
+    """Those of a chunk of rows for thresholds above [S], or of all latents (0-d): listed, not yet computed."""
+
+    screen: "Screen"
+    pool: "Pool"
+    found: Tensor
+    W_SD: Tensor
+    b_enc_S: Tensor
+    above: Tensor
+
+    def counted(self) -> int | None:
+        """How many there are, which the host has to ask. None: too many for the pool, or a row is not finite."""
+        n_candidates, n_failed = self.pool.counters.tolist()
+        return None if n_failed or n_candidates > self.pool.capacity else n_candidates
+
+    def entries(self, n_places: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of so many places, at least as there are candidates and one; padding (0 at latent 0) comes last."""
+        from .topk_encode_largest_triton import launch_counts, launch_write
+        from .topk_encode_list_triton import launch_dots
+
+        launch_dots(self.screen, self.pool, self.W_SD, self.b_enc_S)
+        values_M, above = self.pool.value_M[:n_places], self.above
+        if above.ndim:  # behind the candidates latents are undefined
+            above = above[self.pool.latent_M[:n_places].clamp(0, len(above) - 1)]
+        values_M.masked_fill_(values_M <= above, 0)
+        acts_M = torch.empty(n_places, dtype=torch.float32, device=above.device)
+        latents_M = torch.empty_like(acts_M, dtype=torch.int64)
+        counts = launch_counts(self.screen, self.pool, self.found)
+        return acts_M, latents_M, launch_write(self.screen, self.pool, self.found, counts, acts_M, latents_M)
+
+
+def candidates_above(
+    x_BD: Tensor,
+    W_enc_DS: Tensor,
+    b_enc_S: Tensor,
+    b_dec_D: Tensor,
+    threshold: float | Tensor,
+    per_row: int,
+    low: LowWeights,
+    centred: Centred,
+) -> Iterator[Candidates]:
+    """Of threshold_encode, chunk after chunk; the next one overwrites what the entries of one are made from.
+
+    Threshold: a number, or [S]. A chunk's pool holds per_row candidates a row, on average.
+
+    A threshold for every latent is taken off its bias, so that the screen's bound is 0 for all of them. What rounding
+    can take from that is less than 2^-22 of either, which is added. The float32 values decide, without that.
+    """
+    from .topk_encode_list_triton import launch_list
+
+    above = threshold.clamp(min=0) if isinstance(threshold, Tensor) else b_enc_S.new_full((), max(threshold, 0.0))
+    screened_S = b_enc_S - above + 2.0**-22 * (b_enc_S.abs() + above)
+    with torch.cuda.device_of(x_BD):
+        encoder = Screening(W_enc_DS, screened_S, b_dec_D, GROUPS[0], low)
+        for _, screen in encoder.chunks(x_BD, None, centred, n_integers=4):
+            capacity = len(screen.x_RD) * per_row
+            pool, found = _pool(capacity, screen)  # found: a key of 0
+            launch_list(screen, pool, 1, capacity, found)
+            yield Candidates(screen, pool, found, encoder.W_SD, b_enc_S, above)
+
+
 def _group(d_sae: int, k: int) -> int:
     return group_size(d_sae, k) or GROUPS[-1]
 
@@ -208,6 +269,11 @@ def _group(d_sae: int, k: int) -> int:
 def _padded(d_sae: int) -> int:
     """Columns of the screened pre-activations: whole groups, and rows that begin where TMA asks."""
     return -(-d_sae // GROUPS[0]) * GROUPS[0]
+
+
+def in_one_chunk(n_rows: int, d_sae: int) -> bool:
+    """Whether the encoders take so many rows at a time."""
+    return _chunk_rows(n_rows, d_sae, None) >= n_rows
 
 
 def _chunk_rows(n_rows: int, d_sae: int, buffer_bytes: int | None) -> int:

@@ -264,3 +264,11 @@ class GroupedCodes(NamedTuple):
     latents_M: Tensor
     order_M: Tensor
     offsets_S1: Tensor
+
+
+def smallest_positive(acts_M: Tensor) -> Tensor:
+    """The smallest activation above 0, or 0 if there is none (0-d)."""
+    if acts_M.numel() == 0:
+        return acts_M.new_zeros(())
+    smallest = torch.where(acts_M > 0, acts_M, torch.inf).min()
+    return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)

@@ -25,7 +25,7 @@ from saevlm_fast.config import SELECTING, SAEConfig, TrainConfig
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps
-from saevlm_fast.training.gpu_step import gpu_encode
+from saevlm_fast.training.gpu_codes import gpu_codes
 from saevlm_fast.training.step import Stepper
 
 N_BATCHES = 64
@@ -115,7 +115,7 @@ def captured_encoder(stepper: Stepper, x_BD: Tensor) -> Callable[[], None]:
     """The encoder of a step, with the low copy of W_enc that the last update has left."""
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        gpu_encode(stepper.sae, x_BD, stepper.low)
+        gpu_codes(stepper.sae, stepper.config, 1.0, x_BD, stepper.low)
     return graph.replay
 
 

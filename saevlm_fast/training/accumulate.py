@@ -8,8 +8,9 @@ is made of a micro-batch alone:
     the smallest activation kept, whose mean over the micro-batches moves the inference threshold
 
 Everything else is the whole batch's, to rounding: mse and its gradient, dead latents and their auxiliary loss, the
-clip, Adam. A TopK step is therefore the step without micro-batches. Any device's path, by public operations; in memory
-are two whole gradients, and the pre-activations, residuals and entries of one micro-batch.
+clip, Adam. A TopK step is therefore the step without micro-batches. This is a CPU's path, by public operations; in
+memory are two whole gradients, and the pre-activations, residuals and entries of one micro-batch. On a GPU the
+micro-batches' codes are joined instead (gpu_codes.py), or their products added up (gpu_dense.py).
 
 Shape suffixes: B rows, G Matryoshka groups, D d_in, S d_sae, M entries.
 """

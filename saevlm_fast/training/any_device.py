@@ -1,9 +1,9 @@
 """A penalised step on any device: the sums of gradients.py by public operations, with whole gradients in memory.
 
-For ReLU and JumpReLU on a GPU, whose number of entries the host has to ask for: such a step is not captured. And for
-codes that are hardly sparse, as at the start of a run, when half of the latents fire: then matrix products, a chunk of
-rows at a time, are 20 times as fast as sums over entries (measured). A CPU's path for sparse codes makes gradients
-block by block (gradients.py). All agree (tests/training/test_penalised_step.py).
+For ReLU and JumpReLU codes that are hardly sparse, as at the start of a run, when half of the latents fire: then matrix
+products, a chunk of rows at a time, are 20 times as fast as sums over entries (measured on a CPU). A CPU's path for
+sparse codes makes gradients block by block (gradients.py). A GPU has its own for either (gpu_codes.py, gpu_dense.py),
+and comes here with MonoLoss, weights in 16 bits and the like. All agree (tests/training/test_penalised_step.py).
 
 Shape suffixes: B rows, R rows of a chunk, D d_in, S d_sae, M entries.
 """

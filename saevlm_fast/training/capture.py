@@ -4,10 +4,11 @@
     for x_BD in batches:
         output = steps.step(x_BD)                           # or written into steps.input(len(x_BD)) before
 
-A graph is of fixed shapes: so many rows, so long a list of dead latents. The first steps of such shapes are taken
+A graph is of fixed shapes: so many rows, so long a list of dead latents, and of a relu or jumprelu SAE so many places
+for entries, which the host asks between two graphs. The first steps of such shapes are taken
 eagerly, which compiles kernels and lets libraries allocate; then one is captured and from there on replayed. Anything
 that a replay would not see (weights replaced or written to from outside) makes a step eager again. On a CPU, of relu
-and jumprelu SAEs (how many latents fire has to be asked), in micro-batches, and where a capture fails, every step is.
+and jumprelu SAEs that cannot ask at once (in micro-batches, say), and where a capture fails, every step is.
 
 Shape suffixes: B rows of a batch, D d_in.
 """
@@ -16,7 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,14 +27,16 @@ from saevlm_fast.training.step import StepOutput, Stepper
 
 _EAGER_FIRST = 2  # steps of the same shapes before one is captured
 _KEPT = 8  # graphs: their number of dead latents may go up and down
-Shapes = tuple[int, int]  # rows, length of the list of dead latents
+Shapes = tuple[int, int, int]  # rows, length of the list of dead latents, places for entries; -1: what asks for them
+_ASKS = -1
+R = TypeVar("R")
 
 
 class _Captured(NamedTuple):
     """A graph, what it writes, and where the state was when it was captured."""
 
     graph: torch.cuda.CUDAGraph
-    output: StepOutput
+    output: Any
     addresses: list[int]
 
 
@@ -50,8 +53,7 @@ class CapturedSteps:
 
     def __init__(self, stepper: Stepper, capture: bool = True):
         self.stepper = stepper
-        whole = stepper.config.accumulate == 1
-        self.capture = capture and stepper.idle_S.is_cuda and not stepper.penalised and whole
+        self.capture = capture and stepper.idle_S.is_cuda
         self.n_eager = self.n_replayed = self.n_captured = 0
         self._inputs: dict[int, Tensor] = {}
         self._embeddings: dict[int, Tensor] = {}
@@ -89,17 +91,31 @@ class CapturedSteps:
             return self._step(self._in_place(x_BD), self._held(e_BE))
 
     def _step(self, x_BD: Tensor, e_BE: Tensor | None) -> StepOutput:
-        self.stepper.announce(len(x_BD))
-        shapes = len(x_BD), self.stepper.n_listed
-        captured = self._captured(shapes, x_BD, e_BE)
+        stepper, n_places = self.stepper, 0
+        stepper.announce(len(x_BD))
+        if stepper.penalised:
+            if not stepper.asks(x_BD):
+                self.n_eager += 1
+                return stepper.device_step(x_BD, e_BE)
+            stepper.asked, _ = self._run((len(x_BD), 0, _ASKS), lambda: stepper.asked_first(x_BD))
+            n_places = stepper.answer()
+        shapes = len(x_BD), stepper.n_listed, n_places
+        output, replayed = self._run(shapes, lambda: stepper.device_step(x_BD, e_BE))
+        if replayed:
+            stepper.was_replayed()
+        stepper.asked = None
+        self.n_replayed += replayed
+        self.n_eager += not replayed
+        return output
+
+    def _run(self, shapes: Shapes, call: Callable[[], R]) -> tuple[R, bool]:
+        """What a call returns, eagerly or by a graph of such shapes, and whether it was replayed."""
+        captured = self._captured(shapes, call)
         if captured is None:
             self._seen[shapes] = self._seen.get(shapes, 0) + 1
-            self.n_eager += 1
-            return self.stepper.device_step(x_BD, e_BE)
+            return call(), False
         captured.graph.replay()
-        self.stepper.was_replayed()
-        self.n_replayed += 1
-        return captured.output
+        return captured.output, True
 
     def _in_place(self, x_BD: Tensor) -> Tensor:
         """The batch where graphs read it."""
@@ -118,13 +134,13 @@ class CapturedSteps:
             self._embeddings[len(e_BE)] = e_BE.to(self.stepper.sae.W_dec.dtype, copy=True)
         return self._embeddings[len(e_BE)].copy_(e_BE)
 
-    def _captured(self, shapes: Shapes, x_BD: Tensor, e_BE: Tensor | None) -> _Captured | None:
-        """The graph of these shapes; None if this step is to be eager."""
+    def _captured(self, shapes: Shapes, call: Callable[[], R]) -> _Captured | None:
+        """The graph of a call of these shapes; None if it is to be eager."""
         if not self.capture or self._seen.get(shapes, 0) < _EAGER_FIRST or not self.stepper.low_is_current():
             return None
         captured = self._graphs.get(shapes)
         if captured is None or captured.addresses != self._addresses():
-            captured = self._capture(x_BD, e_BE)
+            captured = self._capture(call)
             if captured is None:
                 return None
             self._graphs[shapes] = captured
@@ -138,18 +154,19 @@ class CapturedSteps:
         stepper = self.stepper
         state = [*stepper.parameters().values(), *(t for pair in stepper.moments.values() for t in pair)]
         counters = stepper.idle_S, stepper.sae.threshold, stepper.bad_step, stepper.step_index, stepper.adam_schedule
-        cone = [] if stepper.cone is None else [stepper.cone.rows_SD]
-        return [t.data_ptr() for t in (*state, *counters, *(stepper.low or ()), *cone)]
+        more = [] if stepper.cone is None else [stepper.cone.rows_SD]
+        more += [] if stepper.asked is None else [*stepper.asked.centred, stepper.asked.candidates.pool.value_M]
+        return [t.data_ptr() for t in (*state, *counters, *(stepper.low or ()), *more)]
 
-    def _capture(self, x_BD: Tensor, e_BE: Tensor | None) -> _Captured | None:
-        """The announced step, recorded and not taken. None, and no further attempt: it cannot be.
+    def _capture(self, call: Callable[[], R]) -> _Captured | None:
+        """A call, recorded and not made. None, and no further attempt: it cannot be.
 
         Only what this thread does is recorded: others read and copy the next batches meanwhile.
         """
         graph, addresses = torch.cuda.CUDAGraph(), self._addresses()
         try:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                output = self.stepper.device_step(x_BD, e_BE)
+                output = call()
         except RuntimeError as error:
             self.capture = False
             self._graphs.clear()

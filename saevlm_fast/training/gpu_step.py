@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.config import TrainConfig
+from saevlm_fast.config import CALIBRATED, TrainConfig
 from saevlm_fast.kernels.common import Cone
 from saevlm_fast.kernels.dead_rows_triton import launch_biases
 from saevlm_fast.kernels.gradient_norm_triton import launch_clip, launch_decide
@@ -27,17 +27,13 @@ from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.step_entries_triton import Order, launch_chunks, launch_order, new_entries
 from saevlm_fast.kernels.step_rows_triton import Rows, launch_rows
 from saevlm_fast.kernels.step_totals_triton import launch_totals
-from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
-from saevlm_fast.kernels.topk_encode_cuda import (
-    Centred,
-    batch_topk_encode_screened_cuda,
-    topk_encode_screened_cuda,
-)
+from saevlm_fast.kernels.topk_encode_cuda import Centred
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents, auxiliary
 from saevlm_fast.training.gradients import Losses
 from saevlm_fast.training.mono import MonoTerm, mono_of_entries
+from saevlm_fast.training.penalty import Penalty
 
 _side_streams: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # one for every stream that steps are launched on
 
@@ -65,22 +61,6 @@ class State(NamedTuple):
         return self.parameters[name], *self.moments[name]
 
 
-def gpu_encode(sae: SparseAutoencoder, x_BD: Tensor, low: LowWeights | None) -> tuple[SparseCodes, Centred | None]:
-    """The codes; and x - b_dec, which the encoder leaves where it works with a low copy of W_enc."""
-    k, d_sae, topk = sae.config.known_k, sae.config.d_sae, sae.config.architecture == "topk"
-    inputs = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach(), k
-    if low is None:
-        if topk:
-            return SparseCodes.from_flat(*topk_encode(*inputs), None, d_sae), None
-        return SparseCodes.from_flat(*batch_topk_encode(*inputs), d_sae), None
-    n_rows, d_in = x_BD.shape
-    centred = Centred.empty(n_rows, d_in, x_BD.device)
-    if topk:
-        codes = topk_encode_screened_cuda(*inputs, low=low, centred=centred)
-        return SparseCodes.from_flat(*codes, None, d_sae), centred
-    return SparseCodes.from_flat(*batch_topk_encode_screened_cuda(*inputs, low=low, centred=centred), d_sae), centred
-
-
 def gpu_step(
     sae: SparseAutoencoder,
     config: TrainConfig,
@@ -90,6 +70,7 @@ def gpu_step(
     centred: Centred | None,
     dead_latents: Callable[[], DeadLatents],
     mono: MonoTerm | None = None,
+    penalty: Penalty | None = None,
 ) -> tuple[Tensor, Losses, DeadLatents]:
     """The step on a batch and its codes; `state` and the threshold are moved on in place.
 
@@ -102,6 +83,7 @@ def gpu_step(
         centred: x - b_dec with its norms, or None.
         dead_latents: asked once state.idle_S has moved on.
         mono: of MonoLoss, or None.
+        penalty: of the codes of relu and jumprelu.
 
     Returns:
         x_hat_BD of the last prefix, losses, dead latents.
@@ -110,22 +92,27 @@ def gpu_step(
     with beside(x_BD) as side:
         with side:
             order = launch_order(latents, row_offsets, codes.d_sae)
-        rows = launch_rows(x_BD, acts, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred)
+        shown = acts if penalty is None else penalty.shown(acts)
+        rows = launch_rows(x_BD, shown, latents, row_offsets, ends, W["W_dec"], W["b_dec"], centred)
+    dtheta_S = None if penalty is None else _add_penalty(acts, latents, rows, order, penalty)
     mono_loss = None if mono is None else add_mono(acts, rows, order, len(ends), mono)
     entries = new_entries(rows, order)
     frozen = config.frozen
+    l1 = None if penalty is None or penalty.band is not None else torch.as_tensor(penalty.of_act)
     with beside(x_BD) as side:
         with side:
             launch_chunks(entries, acts, rows, order)
-        totals = launch_totals(entries, acts, rows, order, W["W_enc"], state.idle_S, frozen)
+        totals = launch_totals(entries, acts, rows, order, W["W_enc"], state.idle_S, frozen, l1)
 
         dead = dead_latents()
         aux = auxiliary(sae, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, frozen)
         slots_S = None if aux is None else dead.slots(codes.d_sae)
-        aux_numbers = None if aux is None else add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
-        moving = None if sae.config.architecture == "topk" else (config.threshold_beta, config.threshold_start)
+        more = None if aux is None else add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
+        more = more if dtheta_S is None else _with_threshold(more, dtheta_S, W["b_dec"])
+        moves = sae.config.architecture in CALIBRATED and config.accumulate == 1
+        moving = (config.threshold_beta, config.threshold_start) if moves else None
         counters = state.step_index, state.bad_step, sae.threshold
-        decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, aux_numbers)
+        decision = launch_decide(rows, totals, counters, config.clip_norm, config.auxk_alpha, moving, more)
     constants = state.schedule, config.betas, config.eps
     clip = launch_clip(entries, totals, decision, config.clip_norm, *constants, state.of("b_dec"), frozen)
 
@@ -141,10 +128,34 @@ def gpu_step(
         else:
             more = aux_rows(aux and aux.W_enc, slots_S)
             launch_update(entries, totals.db_enc_S, scalars, state.of("W_enc"), biases, more, state.low)
+    if dtheta_S is not None:
+        launch_bias(dtheta_S, scalars, state.of("threshold"))
     overall, mse, aux_loss = decision.losses
-    if mono_loss is not None:
-        overall.add_(mono_loss)
-    return rows.x_hat_BD, Losses(overall, mse, aux_loss, None, mono_loss), dead
+    others = None if penalty is None else penalty.loss, mono_loss
+    for loss in others:
+        if loss is not None:
+            overall.add_(loss)
+    return rows.x_hat_BD, Losses(overall, mse, aux_loss, *others), dead
+
+
+def _add_penalty(acts: Tensor, latents: Tensor, rows: Rows, order: Order, penalty: Penalty) -> Tensor | None:
+    """The penalty's gradient is added to rows.dacts_M, which had the dots of all entries; that of thresholds [S]."""
+    dtheta_S = None
+    if penalty.band is not None:
+        order_M = order.order_M
+        given = rows.dacts_M[order_M], latents[order_M], order_M, order.offsets_S1.long()
+        dtheta_S = penalty.band.threshold_gradient(*given)
+    rows.dacts_M.copy_(penalty.of_acts(acts, rows.dacts_M))
+    return dtheta_S
+
+
+def _with_threshold(more: tuple[Tensor, Tensor] | None, dtheta_S: Tensor, b_dec_D: Tensor) -> tuple[Tensor, Tensor]:
+    """What `add_auxiliary` gives, or nothing, and the thresholds' part of the norm."""
+    square = dtheta_S.square().sum()
+    if more is None:
+        return torch.stack([torch.zeros_like(square), square]), torch.zeros_like(b_dec_D)
+    numbers, of_b_dec_D = more
+    return torch.stack([numbers[0], numbers[1] + square.to(numbers.dtype)]), of_b_dec_D
 
 
 def add_mono(acts: Tensor, rows: Rows, order: Order, n_groups: int, mono: MonoTerm) -> Tensor:

@@ -28,11 +28,14 @@ from saevlm_fast.kernels.topk_encode import threshold_encode
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 
+_UNNOTICED = 1e-37  # a normal number of float32
+
 
 class Band(NamedTuple):
     """Where thresholds have a gradient.
 
-    pre_M: h of every entry of the codes. threshold_S: theta. bandwidth: eps. of_step: d loss / d 1[fires] (0-d).
+    pre_M: h of every entry of the codes. threshold_S: theta. bandwidth: eps. of_step: d loss / d 1[fires], 0-d, or of
+        every entry [M] where micro-batches are joined.
     """
 
     pre_M: Tensor
@@ -45,7 +48,8 @@ class Band(NamedTuple):
 
         dots_M: d loss / d z of every entry, in that order; whether it fires or not.
         """
-        return totals(self.terms(dots_M, latents_M, self.pre_M[order_M]), offsets_S1)
+        ordered = self._replace(of_step=self.of_step[order_M]) if self.of_step.ndim else self
+        return totals(ordered.terms(dots_M, latents_M, self.pre_M[order_M]), offsets_S1)
 
     def terms(self, dots_M: Tensor, latents_M: Tensor, pre_M: Tensor) -> Tensor:
         """What every one of some entries adds to the gradient of its latent's theta, in theta's dtype."""
@@ -62,7 +66,7 @@ class Penalty(NamedTuple):
     """
 
     loss: Tensor
-    of_act: float
+    of_act: float | Tensor
     band: Band | None
 
     def times(self, share: float) -> "Penalty":
@@ -70,15 +74,25 @@ class Penalty(NamedTuple):
         band = self.band and self.band._replace(of_step=self.band.of_step * share)
         return self if share == 1 else Penalty(self.loss * share, self.of_act * share, band)
 
+    def shown(self, acts_M: Tensor) -> Tensor:
+        """The acts for a kernel that keeps the dots of positive ones alone: where thresholds need those of entries that
+        do not fire, an act that no sum notices."""
+        if self.band is None:
+            return acts_M
+        return torch.where(acts_M == 0, _UNNOTICED, acts_M.to(torch.promote_types(acts_M.dtype, torch.float32)))
+
     def of_acts(self, acts_M: Tensor, dots_M: Tensor) -> Tensor:
         """d loss / d h of entries, of which dots_M have that of the reconstruction to z."""
-        return torch.where(acts_M > 0, dots_M + self.of_act if self.of_act else dots_M, 0)
+        return torch.where(acts_M > 0, dots_M + self.of_act if self.band is None else dots_M, 0)
 
 
 def totals(values_M: Tensor, offsets_S1: Tensor) -> Tensor:
     """The sum of every segment [S]."""
     ones = values_M.new_ones(1, 1)
     return segment_sum(values_M, torch.zeros_like(values_M, dtype=torch.int64), offsets_S1, ones).squeeze(1)
+
+
+Entries = tuple[Tensor, Tensor, Tensor]  # as threshold_encode returns them; on a GPU padding may lie behind them
 
 
 def encode_penalised(
@@ -89,25 +103,43 @@ def encode_penalised(
     of_all: Callable[[Tensor], Tensor] = lambda number: number,
     n_rows: int | None = None,
 ) -> tuple[SparseCodes, Penalty]:
-    """Codes of a batch in 0-based step `step`, and their penalty, of a relu or a jumprelu SAE.
+    """Codes of a batch in 0-based step `step`, and their penalty, of a relu or a jumprelu SAE: `penalised`."""
+    weights = sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
+    entries = threshold_encode(x_BD, *weights, least_listed(sae, config))
+    scale = config.sparsity_scale(step)
+    return penalised(sae, config, scale, entries, len(x_BD) if n_rows is None else n_rows, of_all)
 
+
+def least_listed(sae: SparseAutoencoder, config: TrainConfig) -> float | Tensor:
+    """What pre-activations are listed above: 0, or thresholds [S] less half the bandwidth."""
+    return sae.threshold - config.ste_bandwidth / 2 if sae.config.architecture == "jumprelu" else 0.0
+
+
+def penalised(
+    sae: SparseAutoencoder,
+    config: TrainConfig,
+    scale: float | Tensor,
+    entries: Entries,
+    n_rows: int,
+    of_all: Callable[[Tensor], Tensor] = lambda number: number,
+) -> tuple[SparseCodes, Penalty]:
+    """Codes of the entries that are above `least_listed`, and their penalty.
+
+    scale: the penalty's share in this step (TrainConfig.sparsity_scale); of a step that is captured on the device, 0-d.
+    n_rows: of the whole batch, of which these may be some.
     of_all: makes of a sum over the SAE's latents and the batch's rows that over all, where others have some of them.
-    n_rows: of the whole batch, if x_BD are some of them.
 
     Of jumprelu the codes also list entries within the band that do not fire: their act is 0. In the dtype of the
     weights.
     """
-    weights = x_BD, sae.W_enc.detach(), sae.b_enc.detach(), sae.b_dec.detach()
-    d_sae, scale = sae.config.d_sae, config.sparsity_scale(step)
-    n_rows = len(x_BD) if n_rows is None else n_rows
+    pre_M, latents_M, row_offsets = entries
     if sae.config.architecture == "relu":
-        codes = SparseCodes.from_flat(*threshold_encode(*weights, 0.0), d_sae)
+        codes = SparseCodes.from_flat(pre_M, latents_M, row_offsets, sae.config.d_sae)
         l1 = scale * config.l1_weight
-        return codes, Penalty(l1 * of_all(codes.top_acts.sum()) / n_rows, l1 / n_rows, None)
+        return codes, Penalty(l1 * of_all(pre_M.sum()) / n_rows, l1 / n_rows, None)
     threshold_S, bandwidth, target = sae.threshold, config.ste_bandwidth, config.wanted_l0
-    pre_M, latents_M, row_offsets = threshold_encode(*weights, threshold_S - bandwidth / 2)
     fires_M = ~(pre_M <= threshold_S[latents_M])  # NaN counts as firing: it reaches the loss, which is looked at
-    codes = SparseCodes.from_flat(torch.where(fires_M, pre_M, 0), latents_M, row_offsets, d_sae)
+    codes = SparseCodes.from_flat(torch.where(fires_M, pre_M, 0), latents_M, row_offsets, sae.config.d_sae)
     excess = of_all(fires_M.sum()).to(threshold_S.dtype) / n_rows / target - 1
     of_step = 2 * scale * excess / (target * n_rows)
     loss = (scale * excess.square()).to(pre_M.dtype)

@@ -32,7 +32,8 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.choice import FEW_OFFERS, NOTHING
 from saevlm_fast.training.dead_latents import DeadLatents
-from saevlm_fast.training.gpu_step import State, add_auxiliary, add_mono, aux_rows, beside, gpu_encode
+from saevlm_fast.training.gpu_codes import chosen
+from saevlm_fast.training.gpu_step import State, add_auxiliary, add_mono, aux_rows, beside
 from saevlm_fast.training.gradients import Losses
 from saevlm_fast.training.mono import MonoTerm
 from saevlm_fast.training.sharded_dead import shared_auxiliary
@@ -50,7 +51,9 @@ class OwnCodes(NamedTuple):
 
 def own_codes(sae: SparseAutoencoder, shard: Shard, ranks: Ranks, x_BD: Tensor, state: State) -> OwnCodes:
     """sharded_rows.choose with the low copy of the rank's W_enc, of one replica."""
-    codes, centred = gpu_encode(sae, x_BD, state.low)
+    n_rows, d_in = x_BD.shape
+    centred = None if state.low is None else Centred.empty(n_rows, d_in, x_BD.device)
+    codes = chosen(sae, x_BD, state.low, centred)
     (acts, latents, row_offsets), k, peers, smallest = codes.flat(), shard.whole.known_k, ranks.latents, None
     told = Told(peers.add_up, peers.gather, peers.rank)
     if row_offsets is not None:
@@ -108,7 +111,7 @@ def sharded_gpu_step(
         dead = dead_latents()
         aux, n_dead = shared_auxiliary(sae, ranks, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, len(x_BD), frozen)
         if aux is not None and len(dead.latents_A) == 0:  # none of the rank's own
-            aux, aux_numbers = None, (aux.numbers(), torch.zeros_like(W["b_dec"]))
+            aux_numbers, aux = (aux.numbers(), torch.zeros_like(W["b_dec"])), None
         if aux is not None:
             aux_numbers = add_auxiliary(aux, dead.latents_A, W["W_enc"], totals.db_enc_S)
             slots_S = dead.slots(own.codes.d_sae)

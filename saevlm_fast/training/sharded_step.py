@@ -37,6 +37,7 @@ from saevlm_fast.kernels.latent_update import adam_, latent_update_
 from saevlm_fast.peers import Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.gradients import Losses
 from saevlm_fast.training.mono import MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 from saevlm_fast.training.sharded_dead import shared_auxiliary
@@ -45,7 +46,7 @@ from saevlm_fast.training.sharded_mono import SharedMono
 from saevlm_fast.training.sharded_replicas import spread_, summed_slice
 from saevlm_fast.training.sharded_rows import bag_offsets_of, choose, gathered, shared_residuals
 from saevlm_fast.training.shards import Shard, cut, own_first_rows
-from saevlm_fast.training.step import Losses, StepOutput, Stepper
+from saevlm_fast.training.step import StepOutput, Stepper
 
 
 class ShardedStepper(Stepper):
@@ -143,6 +144,10 @@ class ShardedStepper(Stepper):
     def _of_all(self, number: Tensor) -> Tensor:
         """The sum of some numbers over ranks."""
         return in_order(self.ranks.everyone.gather(number))
+
+    def asks(self, x_BD: Tensor) -> bool:
+        """No: ranks ask one another."""
+        return False
 
     @torch.no_grad()
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:

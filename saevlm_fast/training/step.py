@@ -20,9 +20,9 @@ from saevlm_fast.kernels.latent_gradient import (
 from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
-from saevlm_fast.kernels.topk_encode_cuda import screens_cuda
+from saevlm_fast.kernels.topk_encode_cuda import in_one_chunk, screens_cuda
 from saevlm_fast.sae import SparseAutoencoder, first_rows
-from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.sparse_codes import SparseCodes, smallest_positive
 from saevlm_fast.training.accumulate import SummedGradients
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
@@ -31,19 +31,22 @@ from saevlm_fast.training.mono import Embeddings, MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
 
 if TYPE_CHECKING:
+    from saevlm_fast.training.gpu_codes import Asked
     from saevlm_fast.training.gpu_step import State
 
 
 class StepOutput(NamedTuple):
     """What a step measured: losses, reconstruction x_hat [B, d_in] (all groups), codes, number of dead latents.
 
-    n_dead is a 0-d tensor on a GPU, where some can be dead.
+    n_dead is a 0-d tensor on a GPU, where some can be dead. codes are None of a step that goes by matrix products alone
+    (gpu_dense.py), n_fired then says how many of their entries fire (0-d).
     """
 
     losses: Losses
     x_hat_BD: Tensor
-    codes: SparseCodes
+    codes: SparseCodes | None
     n_dead: int | Tensor
+    n_fired: Tensor | None = None
 
 
 class Stepper:
@@ -57,14 +60,17 @@ class Stepper:
         idle_S: rows seen since each latent last fired, int64.
         n_steps: steps done. bad_step: first step with a non-finite loss, -1 if none (0-d, on the device).
         n_listed: on a GPU, length of the announced step's padded list of dead latents.
+        asked: on a GPU, what the announced step of a relu or jumprelu SAE had to ask.
+        sparsity: the share of their penalty in it, as the device knows it.
         cone: where the decoder's rows are held, of a soft-frozen control: around those that config.seed begins with.
 
     What changes from step to step reaches the device in `announce` alone, and `device_step` reads nothing else that
     changes. On a GPU it can therefore be captured in a CUDA graph, with x_BD at a fixed address, and replayed after
     `announce`, as long as n_listed stays what it was; training/capture.py does so.
 
-    A relu or jumprelu SAE (penalised) is trained by any_device.py on a GPU, and not captured: how many latents fire has
-    to be asked. On a CPU too while a great part of them fires. A step of micro-batches (accumulate.py) is not captured.
+    How many latents fire of a relu or jumprelu SAE (penalised) has to be asked. On a GPU such a step is in two parts:
+    `asked_first` makes the candidates, `answer` asks how many there are, and `device_step` goes on; what it launches
+    depends on that. While a great part of them fires it goes by matrix products: gpu_dense.py, any_device.py on a CPU.
 
     Raises ValueError if rows of W_dec are not unit: projection and norms take that for granted; every step sees to it.
     Also if the recipe does not fit the SAE (TrainConfig.check_fits).
@@ -92,6 +98,8 @@ class Stepper:
         # As the device knows them, in one piece of memory: Adam's schedule, and n_steps.
         self._announced = torch.zeros(3, dtype=torch.int64, device=device)
         self.adam_schedule, self.step_index = self._announced[:2].view(torch.float64), self._announced[2]
+        self.asked: Asked | None = None
+        self.sparsity = torch.ones((), dtype=torch.promote_types(sae.W_dec.dtype, torch.float32), device=device)
         self.cone = self._cone()
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
 
@@ -119,6 +127,9 @@ class Stepper:
         """One training step on a batch [B, d_in] in normalised units. e_BE: embeddings of its rows for MonoLoss, which
         takes the batch itself if they are None."""
         self.announce(len(x_BD))
+        if self.asks(x_BD):
+            self.asked = self.asked_first(x_BD)
+            self.answer()
         return self.device_step(x_BD, e_BE)
 
     def announce(self, n_rows: int) -> None:
@@ -130,9 +141,38 @@ class Stepper:
         self.n_steps += 1
         self.n_rows_seen += n_rows
         self._tell_device(self._adam().schedule_values())
+        if self.penalised:
+            self.sparsity.fill_(self.config.sparsity_scale(self.n_steps - 1))
         if self.idle_S.is_cuda and self._some_can_be_dead():
             bound = self.dead_bound.latents(self.idle_S, n_rows, self.n_rows_seen, self.config.dead_after)
             self.n_listed = padded_size(bound, self.sae.config.d_sae)
+
+    def asks(self, x_BD: Tensor) -> bool:
+        """Whether a step on this batch asks for its size, and can do so at once."""
+        whole = min(self.config.accumulate, len(x_BD)) == 1 and self.config.mono_weight is None
+        if not (self.penalised and whole and screens_cuda(x_BD, self.sae.W_enc)):
+            return False
+        return not self._too_wide(x_BD) and in_one_chunk(len(x_BD), self.sae.config.d_sae)
+
+    def _too_wide(self, x_BD: Tensor) -> bool:
+        """For the kernels of a GPU's step: of TopK and its like such rows are refused, others go another way."""
+        from saevlm_fast.kernels.step_rows_triton import MAX_WIDTH
+
+        return x_BD.shape[1] > MAX_WIDTH and (self.penalised or self.config.accumulate > 1)
+
+    @torch.no_grad()
+    def asked_first(self, x_BD: Tensor) -> "Asked":
+        """What the announced step begins with, if it asks: for `answer`."""
+        from saevlm_fast.training.gpu_codes import asked_first
+
+        with torch.cuda.device_of(x_BD):
+            return asked_first(self.sae, self.config, x_BD, self._low_W_enc())
+
+    def answer(self) -> int:
+        """How many places there are for the entries of a step that has asked, 0: too many. The device is waited for."""
+        assert self.asked is not None
+        self.asked = self.asked.answered()
+        return self.asked.n_places
 
     def _tell_device(self, schedule: tuple[float, float]) -> None:
         """The announced step's index, and Adam's schedule."""
@@ -148,11 +188,12 @@ class Stepper:
     @torch.no_grad()
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """The step that was announced."""
+        mono = self._mono(x_BD if e_BE is None else e_BE)
+        output = self._gpu_step(x_BD, mono) if x_BD.is_cuda and not self._too_wide(x_BD) else None
+        if output is not None:
+            return output
         if self.config.accumulate > 1:
             return self._accumulated_step(x_BD)
-        mono = self._mono(x_BD if e_BE is None else e_BE)
-        if x_BD.is_cuda and not self.penalised:
-            return self._gpu_step(x_BD, mono)
         codes, penalty = self._encode(x_BD)
         self._track(codes, len(x_BD))
         dead = self._dead_latents()
@@ -206,26 +247,57 @@ class Stepper:
         if self.sae.config.architecture == "jumprelu":
             self.sae.threshold.clamp_(min=0)
 
-    def _gpu_step(self, x_BD: Tensor, mono: MonoTerm | None = None) -> StepOutput:
-        """The same on a GPU."""
-        from saevlm_fast.training.gpu_step import gpu_encode, gpu_step
+    def _gpu_step(self, x_BD: Tensor, mono: MonoTerm | None = None) -> StepOutput | None:
+        """The same on a GPU, by the entries of the codes; None, and nothing is changed: these are too many."""
+        from saevlm_fast.training.gpu_codes import gpu_codes
+        from saevlm_fast.training.gpu_step import gpu_step
 
+        sae, config, n = self.sae, self.config, min(self.config.accumulate, len(x_BD))
         state = self._device_state(x_BD)
+        low = state.low
         with torch.cuda.device_of(x_BD):
-            codes, centred = gpu_encode(self.sae, x_BD, state.low)
-            x_hat_BD, losses, dead = gpu_step(
-                self.sae, self.config, state, x_BD, codes, centred, self._dead_latents, mono
-            )
-            if mono is not None:  # whose loss comes after the kernel that looked at the others
+            asked, self.asked = self.asked, None
+            found = gpu_codes(sae, config, self.sparsity, x_BD, low, asked)
+            if found is None:
+                return self._dense_step(x_BD, state) if mono is None and low is not None else None
+            given = found.codes, found.centred, self._dead_latents, mono, found.penalty
+            x_hat_BD, losses, dead = gpu_step(sae, config, state, found.x_BD, *given)
+            if mono is not None or found.penalty is not None:  # their losses come after the kernel that looks at others
                 self._note_bad(losses)
+            if found.smallest is not None:
+                self._move_threshold(found.smallest)
+            self._clamp_threshold()
         self.was_replayed()
-        return StepOutput(losses, x_hat_BD, codes, dead.number)
+        if n > 1:
+            x_hat_BD = _in_turns(x_hat_BD, n)
+        return StepOutput(losses, x_hat_BD, found.codes, dead.number)
+
+    def _dense_step(self, x_BD: Tensor, state: "State") -> StepOutput:
+        """The same by matrix products, of a relu or jumprelu SAE of which many latents fire."""
+        from saevlm_fast.training.gpu_dense import DenseGradients, dense_update
+
+        config, n = self.config, min(self.config.accumulate, len(x_BD))
+        assert state.low is not None
+        pieces = [x_BD[i::n] for i in range(n)]
+        sums, start = DenseGradients(self.sae, config, state.low, x_BD if n == 1 else torch.cat(pieces)), 0
+        for piece_BD in pieces:
+            sums.add(slice(start, start + len(piece_BD)), self.sparsity)
+            start += len(piece_BD)
+        self.idle_S.copy_(torch.where(sums.fired_S > 0, 0, self.idle_S + len(x_BD)))
+        dead = self._dead_latents()
+        overall, mse, aux_loss = dense_update(state, config, sums, dead, self.auxk_alpha)
+        losses = Losses(overall, mse, aux_loss, sums.penalty)
+        self._note_bad(losses)
+        self._clamp_threshold()
+        self.was_replayed()
+        x_hat_BD = sums.x_hat_BD if n == 1 else _in_turns(sums.x_hat_BD, n)
+        return StepOutput(losses, x_hat_BD, None, dead.number, sums.fired_S.sum())
 
     def _device_state(self, x_BD: Tensor) -> "State":
         """What a GPU's step on this batch reads and moves on."""
         from saevlm_fast.training.gpu_step import State
 
-        low = self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.known_k) else None
+        low = self._low_if_screened(x_BD)
         counters = self.step_index, self.bad_step, self.adam_schedule
         return State(self.parameters(), self.moments, self.idle_S, *counters, self.group_ends_G, low, self.cone)
 
@@ -242,6 +314,9 @@ class Stepper:
             batch_topk = batch_topk_encode(x_BD, W_enc, b_enc, b_dec, k)
             codes = SparseCodes.from_flat(*batch_topk, sae.config.d_sae)
         return codes.to(dtype=sae.W_dec.dtype), None
+
+    def _low_if_screened(self, x_BD: Tensor) -> LowWeights | None:
+        return self._low_W_enc() if screens_cuda(x_BD, self.sae.W_enc, self.sae.config.k or 1) else None
 
     def _low_W_enc(self) -> LowWeights:
         """W_enc [d_sae, d_in] as a low product takes it. The update writes it; made here where others changed W_enc.
@@ -286,10 +361,13 @@ class Stepper:
         fired_S = torch.zeros_like(self.idle_S).index_add_(0, codes.top_indices, (codes.top_acts > 0).long())
         self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
         if self.sae.config.architecture in CALIBRATED:
-            smallest = smallest_positive(codes.top_acts).float() if smallest is None else smallest
-            old, beta = self.sae.threshold, self.config.threshold_beta
-            new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
-            self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
+            self._move_threshold(smallest_positive(codes.top_acts).float() if smallest is None else smallest)
+
+    def _move_threshold(self, smallest: Tensor) -> None:
+        """Towards the smallest activation that was kept."""
+        old, beta = self.sae.threshold, self.config.threshold_beta
+        new = torch.where(old < 0, smallest, beta * old + (1 - beta) * smallest)
+        self.sae.threshold.copy_(torch.where(self.step_index > self.config.threshold_start, new, old))
 
     def _some_can_be_dead(self) -> bool:
         return self.auxk_alpha > 0 and self.n_rows_seen >= self.config.dead_after
@@ -334,7 +412,9 @@ class Stepper:
 
     def counted(self, output: StepOutput) -> tuple[Tensor, Tensor]:
         """Entries of a step's codes that fire, and latents that are dead after it (0-d)."""
-        return (output.codes.top_acts > 0).sum(), (self.idle_S >= self.config.dead_after).sum()
+        n_fired = output.n_fired if output.codes is None else (output.codes.top_acts > 0).sum()
+        assert n_fired is not None
+        return n_fired, (self.idle_S >= self.config.dead_after).sum()
 
     def batch_rows(self, x_BD: Tensor) -> int:
         """Rows of a step's batch."""
@@ -358,9 +438,11 @@ def _check_unit_rows(W_dec_SD: Tensor) -> None:
     )
 
 
-def smallest_positive(acts_M: Tensor) -> Tensor:
-    """The smallest activation above 0, or 0 if there is none (0-d)."""
-    if acts_M.numel() == 0:
-        return acts_M.new_zeros(())
-    smallest = torch.where(acts_M > 0, acts_M, torch.inf).min()
-    return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
+def _in_turns(rows_BD: Tensor, n: int) -> Tensor:
+    """Rows of n micro-batches, one after the other, as the batch has them: every n-th of one."""
+    whole_BD, start = torch.empty_like(rows_BD), 0
+    for i in range(n):
+        piece_BD = whole_BD[i::n]
+        piece_BD.copy_(rows_BD[start : start + len(piece_BD)])
+        start += len(piece_BD)
+    return whole_BD

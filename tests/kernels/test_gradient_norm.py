@@ -181,7 +181,7 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     from saevlm_fast.kernels.segment_sum_triton import CHUNK
     from saevlm_fast.kernels.step_rows_triton import whole_row_block
 
-    names = "acts dacts norms x_norms W_enc db_enc parallel db_parts square_parts source out sums"
+    names = "acts dacts norms x_norms l1 W_enc db_enc parallel db_parts square_parts source out sums"
     names += " squared smallest aux aux_db db_dec exact losses threshold suffix centred dec_partials enc_partials"
     names += " squares clip b"
     signature = {f"{name}_ptr": "*fp32" for name in f"{names} exp_avg exp_avg_sq".split()}
@@ -200,7 +200,7 @@ def compile_cases(d_in: int, targets: tuple[str, ...]) -> list[Case]:
     row = {"BLOCK_D": block_d, "ACC": "tl.float32"}
     adam = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
     totals = {name: getattr(of_totals, name) for name in ("SLACK", "LATENTS", "TILE_E", "HEAVY_E", "ROWS_B")} | row
-    totals |= {"DECODER": True, "ENCODER": True, "PREFIXES": True}
+    totals |= {"DECODER": True, "ENCODER": True, "PREFIXES": True, "HAS_L1": True}
     totals["ROWS_W"] = of_totals.ROWS_W if block_d <= 2048 else of_totals.ROWS_WIDE
     decide = {"LIMIT": 1.0, "ALPHA": 0.03, "BETA": 0.999, "HAS_AUX": True, "THRESHOLD": True, "ROWS": module.DB_ROWS}
     decide |= {"STEP": module.sum_step(block_d), "BLOCK": module.DECIDE_BLOCK, "BLOCK_C": module.BLOCK_C}

@@ -213,6 +213,7 @@ class FakeStepper:
         self.bad_step, self.moments = torch.zeros(()), {}
         self.step_index, self.adam_schedule, self.low = torch.zeros(()), torch.zeros(2), None
         self.n_listed, self.current, self.taken, self.penalised, self.cone = 0, True, [], False, None
+        self.asked = None
 
     def parameters(self):
         return {"W_dec": self.W_dec}
