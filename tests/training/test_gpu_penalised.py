@@ -6,7 +6,9 @@ import test_penalised_step
 import torch
 
 from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.low_weights import LowWeights
+from saevlm_fast.kernels.topk_encode_cuda import Centred, candidates_above
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import gpu_codes, gpu_dense, step
 from saevlm_fast.training.capture import CapturedSteps
@@ -116,6 +118,31 @@ def test_a_row_that_is_not_finite_is_noticed(monkeypatch):
     x_BD[3, 2] = float("nan")
     gpu_step(stepper, x_BD)
     assert int(stepper.bad_step) == 0
+
+
+@interpreted
+@pytest.mark.parametrize("of_latents", [False, True])
+def test_candidates_give_what_is_above_a_threshold_of_every_latent(of_latents):
+    """And padding behind it, of two chunks' worth of places; too small a pool is told."""
+    generator = torch.Generator().manual_seed(0)
+    x_BD, W_SD = torch.randn(9, 8, generator=generator), torch.randn(70, 8, generator=generator) / 4
+    b_enc_S, b_dec_D = torch.randn(70, generator=generator) / 4, torch.randn(8, generator=generator) / 4
+    threshold = torch.rand(70, generator=generator) * 2 - 0.3 if of_latents else 0.4
+    low, centred = LowWeights.empty(70, 8, "cpu"), Centred.empty(9, 8, "cpu")
+    low.write_(0, W_SD)
+    inputs = x_BD, W_SD.T, b_enc_S, b_dec_D, threshold
+    (candidates,) = candidates_above(*inputs, 70, low, centred)
+    n = candidates.counted()
+    acts_M, latents_M, row_offsets = candidates.entries(n + 5)
+    expected = reference.threshold_encode(*inputs)
+    n_entries = int(row_offsets[-1])
+    assert 0 < n_entries <= n < 9 * 70
+    assert torch.equal(row_offsets, expected[2])
+    assert torch.equal(latents_M[:n_entries], expected[1])
+    torch.testing.assert_close(acts_M[:n_entries], expected[0])
+    assert not acts_M[n_entries:].any() | latents_M[n_entries:].any()
+    (too_many,) = candidates_above(*inputs, 1, low, centred)
+    assert too_many.counted() is None
 
 
 def test_scales_bring_numbers_below_their_top():
