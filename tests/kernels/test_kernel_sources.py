@@ -10,16 +10,15 @@ import saevlm_fast.kernels.common
 SOURCES = sorted(Path(saevlm_fast.kernels.common.__file__).parent.glob("*_triton.py"))
 
 
-def kept_general(kernel: ast.FunctionDef) -> set[str] | None:
+def kept_general(kernel: ast.FunctionDef, constants: dict[str, ast.expr]) -> set[str] | None:
     """Arguments that @triton.jit(do_not_specialize=...) names; None: it is no kernel."""
     for decorator in kernel.decorator_list:
-        text = ast.unparse(decorator)
-        if text == "triton.jit":
+        if ast.unparse(decorator) == "triton.jit":
             return set()
-        if text.startswith("triton.jit("):
-            assert isinstance(decorator, ast.Call)
-            given = {each.arg: each.value for each in decorator.keywords}
-            return set(ast.literal_eval(given["do_not_specialize"])) if "do_not_specialize" in given else set()
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "triton.jit":
+            given = next((each.value for each in decorator.keywords if each.arg == "do_not_specialize"), None)
+            given = constants[given.id] if isinstance(given, ast.Name) else given
+            return set(ast.literal_eval(given)) if given else set()
     return None
 
 
@@ -28,18 +27,18 @@ def faults(source: str) -> list[str]:
 
     Of kernels that are launched, whose names end so; what others are given by them has a type of its own.
     """
-    found = []
-    for kernel in ast.walk(ast.parse(source)):
-        if not isinstance(kernel, ast.FunctionDef) or not kernel.name.endswith("_kernel"):
-            continue
-        general = kept_general(kernel)
+    module, found = ast.parse(source), []
+    assigned = [node for node in module.body if isinstance(node, ast.Assign)]
+    constants = {target.id: node.value for node in assigned for target in node.targets if isinstance(target, ast.Name)}
+    kernels = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")]
+    for kernel in kernels:
+        general = kept_general(kernel, constants)
         if general is None:
             continue
         special = {each.arg for each in kernel.args.args if not each.arg.endswith("_ptr")} - general
-        for node in ast.walk(kernel):
-            if isinstance(node, ast.Attribute) and node.attr == "to" and isinstance(node.value, ast.Name):
-                if node.value.id in special:
-                    found.append(f"{kernel.name}: {node.value.id}.to, line {node.lineno}")
+        changed = [node for node in ast.walk(kernel) if isinstance(node, ast.Attribute) and node.attr == "to"]
+        names = [node.value for node in changed if isinstance(node.value, ast.Name)]
+        found += [f"{kernel.name}: {name.id}.to, line {name.lineno}" for name in names if name.id in special]
     return found
 
 
