@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import dead_latents_triton as products
 from . import dead_rows_triton as over_rows
-from .latent_gradient import RowGradient
 from .topk_encode_screen_triton import multiprocessors
 
 MOST_ELEMENTS = 64 << 20  # of one [rows, dead] block, 4 bytes each
@@ -65,11 +64,11 @@ class Weights(NamedTuple):
 
 
 class AuxiliaryLoss(NamedTuple):
-    """(loss, squared norm of all gradients) [2]; gradients of W_enc and W_dec, None of frozen ones; b_enc's [A]."""
+    """(loss, squared norm of all gradients) [2]; by name, (rows [A, D], squared norm) of W_enc's and W_dec's gradient,
+    without a frozen one's; b_enc's gradient."""
 
     numbers: Tensor
-    W_enc: RowGradient | None
-    W_dec: RowGradient | None
+    rows: dict[str, tuple[Tensor, Tensor]]
     b_enc_A: Tensor
 
 
@@ -299,5 +298,5 @@ def _finished(
         BLOCK=2048,
         num_warps=8,
     )
-    rows = {name: RowGradient(latents_A, rows_GAD[i], numbers[2 + i]) for i, name in enumerate(sides)}
-    return AuxiliaryLoss(numbers[:2], rows.get("W_enc"), rows.get("W_dec"), b_enc_A)
+    rows = {name: (rows_GAD[i], numbers[2 + i]) for i, name in enumerate(sides)}
+    return AuxiliaryLoss(numbers[:2], rows, b_enc_A)

@@ -104,7 +104,6 @@ def passed_kernel(
     sums_ptr,
     n_rows,
     n_latents,
-    n_programs,
     bandwidth,
     BAND: tl.constexpr,
     ROWS: tl.constexpr,
@@ -140,7 +139,7 @@ def passed_kernel(
             inside = m & (h > low[None, :]) & (h < high[None, :])
             of_theta -= tl.sum(tl.where(inside, (theta[None, :] * dz + of_step) / bandwidth, 0.0), axis=0)
     out = tl.program_id(0).to(tl.int64) * n_latents + o_s
-    stride = n_programs.to(tl.int64) * n_latents
+    stride = tl.num_programs(0).to(tl.int64) * n_latents
     tl.store(sums_ptr + out, of_b, mask=m_s)
     tl.store(sums_ptr + stride + out, along, mask=m_s)
     if BAND:
@@ -221,7 +220,6 @@ def launch_passed(
         sums_3PS,
         n_rows,
         n_latents,
-        n_programs,
         bandwidth,
         BAND=band is not None,
         ROWS=ROWS,

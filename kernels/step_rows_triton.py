@@ -8,7 +8,7 @@ For row b with entries (act a, latent s), Matryoshka group j of an entry, and pr
 
 A program owns a row. It meets every entry twice: by the prefixes' sums, which grow side by side, and by the suffix of
 its group. The rows of W_dec of the first entries stay in registers in between; those of the others are read again. The
-program also writes every entry's bag, b * G + j. Of ragged rows those with such others come first: they take longest.
+program also writes every entry's bag, b * G + j. Long ragged rows come first.
 docs/kernels.md section 4
 """
 
@@ -24,7 +24,8 @@ from .segment_sum_triton import accumulator
 
 # Values of W_dec in the registers of a thread, 8 or 16 an entry: of a row whose few entries are all held; else of those
 # that are, fewer beside Matryoshka's prefixes.
-HELD_ALL, HELD_SOME, HELD_BESIDE_PREFIXES = 192, 64, 16
+HELD_ALL, HELD_SOME, HELD_BESIDE_PREFIXES = 192, 64, 8
+LONG = tl.constexpr(24)  # entries of a ragged row that is begun before the others
 STEP_K = 4  # of the others at a time; one where an entry is 16 values
 REGISTERS = 128  # of a thread of four warps, for four programs a processor
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
@@ -67,8 +68,8 @@ def load_held(codes, start, end, columns, TILES: tl.constexpr, ACC: tl.constexpr
     held, acts = (), ()
     for t in tl.static_range(len(TILES)):
         o = start + tl.arange(0, TILES[t])
-        held += (load_rows(codes, load_latents(codes, o, end), o, end, columns, ACC),)
-        acts += (load_acts(codes, o, end, ACC),)
+        held += (load_rows(codes, load_latents(codes, o, end), o, end, columns, ACC),)  # type: ignore[assignment]
+        acts += (load_acts(codes, o, end, ACC),)  # type: ignore[assignment]
         start += TILES[t]
     return held, acts
 
@@ -91,7 +92,7 @@ def add_entries(sums, smallest, acts, latents, w, ends, inside, G: tl.constexpr)
         else:
             if (lowest <= g) & (g <= highest):
                 x_hat += tl.sum(tl.where(groups == g, acts, 0.0)[:, None] * w, axis=0)
-        added += (x_hat,)
+        added += (x_hat,)  # type: ignore[assignment]
     return added, tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
 
 
@@ -148,7 +149,7 @@ def prefixes_of(sums, G: tl.constexpr):
     x_hats = (x_hat,)
     for g in tl.static_range(1, G):
         x_hat += sums[g]
-        x_hats += (x_hat,)
+        x_hats += (x_hat,)  # type: ignore[assignment]
     return x_hats
 
 
@@ -160,7 +161,7 @@ def suffixes_of(x_hats, x, m_d, scale, n_groups, G: tl.constexpr):
         e = tl.where(m_d & (G - 1 - i < n_groups), x_hats[G - 1 - i] - x, 0.0)
         squared += e * e
         suffix += scale * e
-        suffixes += (suffix,)
+        suffixes += (suffix,)  # type: ignore[assignment]
     return suffixes, squared
 
 
@@ -212,14 +213,13 @@ def row_kernel(
     CENTRE: tl.constexpr,
     G: tl.constexpr,
     TILES: tl.constexpr,
-    HELD: tl.constexpr,
     STEP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """One row of K entries; or (K 0) of a ragged number, in a grid of two programs a row: long rows come first.
 
-    G: the number of groups, rounded up. TILES: of so many entries each, HELD in all, the rows of W are held. STEP_K: so
+    G: the number of groups, rounded up. TILES: of so many entries each, the rows of W are held. STEP_K: so
     many of the others at a time, 0 if there are none.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -228,11 +228,12 @@ def row_kernel(
     if K == 0:
         row = row % n_rows
         start, end = tl.load(row_offsets_ptr + row), tl.load(row_offsets_ptr + row + 1)
-        if (end - start > HELD) != (tl.program_id(0) < n_rows):
+        if (end - start > LONG) != (tl.program_id(0) < n_rows):
             return
     else:
         start, end = row * K, row * K + K
-    x = tl.load(x_ptr + row * d_in + o_d, mask=m_d, other=0.0).to(ACC)
+    p_x = x_ptr + row * d_in + o_d
+    x = tl.load(p_x, mask=m_d, other=0.0).to(ACC)
     b = tl.load(b_ptr + o_d, mask=m_d, other=0.0).to(ACC)
     scale = (tl.full([], 2.0, ACC) / n_rows) / n_groups
     bag, ends, columns = row * n_groups, (group_ends_ptr, n_groups), (d_in, o_d, m_d)
@@ -241,7 +242,7 @@ def row_kernel(
     held, acts = load_held(codes, start, end, columns, TILES, ACC)
     sums, smallest, first = (b,), tl.full([], float("inf"), ACC), start
     for _ in tl.static_range(1, G):
-        sums += (tl.zeros_like(b),)
+        sums += (tl.zeros_like(b),)  # type: ignore[assignment]
     for t in tl.static_range(len(TILES)):
         o = first + tl.arange(0, TILES[t])
         latents = load_latents(codes, o, end)
@@ -250,6 +251,8 @@ def row_kernel(
     if STEP_K > 0:
         sums, smallest = add_others(sums, smallest, codes, first, end, columns, STEP_K, G, ACC)
     x_hats = prefixes_of(sums, G)
+    if G > 1:
+        x = tl.load(p_x, mask=m_d, other=0.0).to(ACC)  # again: no registers are left to keep it in
     tl.store(x_hat_ptr + row * d_in + o_d, x_hats[G - 1].to(x_hat_ptr.dtype.element_ty), mask=m_d)
 
     suffixes, squared = suffixes_of(x_hats, x, m_d, scale, n_groups, G)
@@ -307,12 +310,12 @@ def row_tile(d_in: int, k: int, n_groups: int, element_size: int = 4, amd: bool 
     block_d, num_warps = whole_row_block(d_in, 8)
     per_entry = max(block_d * element_size // (4 * 32 * num_warps), 1)  # registers of a thread
     alone = 0 < k * per_entry <= (HELD_ALL if num_warps <= 8 else HELD_ALL // 2)
-    held = k if alone else min((HELD_SOME if n_groups == 1 else HELD_BESIDE_PREFIXES) // per_entry, 16)
+    some = HELD_SOME if n_groups == 1 else HELD_BESIDE_PREFIXES
+    held = k if alone else min(max(some // per_entry, 1), 16)
     step = 1 if per_entry > 8 else STEP_K // 2 if amd and n_groups > 1 else STEP_K  # AMD's compiler spills masks else
     tile: dict[str, object] = {
         "G": triton.next_power_of_2(n_groups),
         "TILES": (triton.next_power_of_2(held),),
-        "HELD": triton.next_power_of_2(held),
         "STEP_K": 0 if alone else step,
         "BLOCK_D": block_d,
         "num_warps": num_warps,

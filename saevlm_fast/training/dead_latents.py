@@ -156,7 +156,8 @@ def _on_gpu(
     with torch.cuda.device_of(x_BD):
         x_BD, x_hat_BD = x_BD if x_BD.stride(1) == 1 else x_BD.contiguous(), x_hat_BD.contiguous()
         found = launch_auxiliary(weights, x_BD, x_hat_BD, dead.latents_A, number, alpha, frozen)
-    return Auxiliary(found.numbers[0], found.W_enc, found.W_dec, found.b_enc_A, found.numbers)
+    rows = {name: RowGradient(dead.latents_A, *gradient) for name, gradient in found.rows.items()}
+    return Auxiliary(found.numbers[0], rows.get("W_enc"), rows.get("W_dec"), found.b_enc_A, found.numbers)
 
 
 def _keep_largest_(acts_BA: Tensor, k: int) -> Tensor:
