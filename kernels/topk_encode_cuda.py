@@ -224,7 +224,7 @@ class Candidates(NamedTuple):
         launch_dots(self.screen, self.pool, self.W_SD, self.b_enc_S)
         values_M, above = self.pool.value_M[:n_places], self.above
         if above.ndim:  # behind the candidates latents are undefined
-            above = above[self.pool.latent_M[:n_places].clamp(0, len(above) - 1)]
+            above = above.index_select(0, self.pool.latent_M[:n_places].clamp(0, len(above) - 1))
         values_M.masked_fill_(values_M <= above, 0)
         acts_M = torch.empty(n_places, dtype=torch.float32, device=above.device)
         latents_M = torch.empty_like(acts_M, dtype=torch.int64)

@@ -46,16 +46,16 @@ def scale_below(bound: Tensor) -> Tensor:
     """The power of two that brings numbers up to a bound below 2^_TOP; that of 2^-50 or 2^50 beyond: products of two
     scales are numbers of float32."""
     exponent = torch.frexp(bound).exponent.clamp(-50, 50)
-    return torch.ldexp(torch.ones_like(bound), _TOP - exponent)
+    return ((127 + _TOP - exponent) << 23).view(torch.float32)  # its bits: a power by torch need not be exact
 
 
 def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """a @ b of float16, added up in float32; onto: what it is added to, in place."""
+    """a @ b of float16, added up in float32; onto: what it is added to."""
     if not a.is_cuda:
-        return a.float() @ b.float() if onto is None else onto.addmm_(a.float(), b.float())
+        return a.float() @ b.float() if onto is None else torch.addmm(onto, a.float(), b.float())
     if onto is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(onto, a, b, out_dtype=torch.float32, out=onto)
+    return torch.addmm(onto, a, b, out_dtype=torch.float32)
 
 
 def product_of_halves(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
