@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,17 @@ def test_the_memory_of_a_forward_is_measured(pictures, tmp_path, monkeypatch):
         )
         found.append(run_json(*words, "--device", "cpu", "--output", tmp_path / "out", "--dry-run"))
     assert found[1]["a_forward_bytes"] == found[1]["memory_bytes"] - found[0]["memory_bytes"] == 5 << 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system says it of a CPU")
+def test_a_peak_of_before_that_cannot_be_forgotten_is_not_the_forwards(monkeypatch):
+    def denied(*given, **more):
+        raise PermissionError("a sandbox")
+
+    torch.ones(64 << 20).sum()  # 256 MiB, which are given back
+    monkeypatch.setattr(Path, "write_text", denied)
+    with peak_memory(torch.device("cpu")) as peak:
+        assert peak() < 30 << 20
 
 
 def test_the_figures_of_a_dry_run_are_those_of_the_work(data, sae, pictures, tmp_path):
