@@ -29,9 +29,11 @@ class Measured:
         return found["extra_info"].get("this_over_ours") if found else None
 
     def run(self, name: str, eager_share: float = 0.5) -> float | None:
-        """A number of the last run of `train` at 16,384 latents, most steps of which were replayed."""
+        """A number of the last run of `train` at 16,384 latents, most steps of which were replayed, but of none
+        that was told to leave its data on the host."""
         trained = [run for run in self.runs if name in run and run["settings"]["d_sae"] == "16384"]
-        replayed = [run[name] for run in trained if run.get("eager_share", 1.0) < eager_share]
+        there = [run for run in trained if run["settings"].get("data_on") != "host"]
+        replayed = [run[name] for run in there if run.get("eager_share", 1.0) < eager_share]
         return replayed[-1] if replayed else None
 
     def harvest(self) -> float | None:

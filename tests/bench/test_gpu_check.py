@@ -113,7 +113,8 @@ def test_goals_beside_what_was_measured():
         result("pair sums of raw neurons, rbf", "N=10000, K=1024", "pairwise", 0.0, failed="wrong"),
     ]
     run = {"device": "chip", "settings": {"d_sae": "16384"}, "steps_per_second": 437.0, "eager_share": 1.0}
-    runs = [run | {"steps_per_second": 950.0, "eager_share": 0.001}, run]
+    on_host = run | {"eager_share": 0.001, "settings": {"d_sae": "16384", "data_on": "host"}}
+    runs = [run | {"steps_per_second": 950.0, "eager_share": 0.001}, run, on_host]
     rows = {row[0]: row[1:] for row in goal_rows(results, runs)}
     assert len(rows) == len(GOALS)
     assert rows["TopK step, 16,384 latents"] == ["<= 0.9 ms", "0.8 ms", "yes"]
