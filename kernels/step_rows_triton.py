@@ -6,9 +6,10 @@ For row b with entries (act a, latent s), Matryoshka group j of an entry, and pr
     suffix_g = 2 / (B G) * sum over h >= g of (x_hat_h - x)                           the gradient of mse for group g
     dact     = <suffix_j, W_dec[s]> where a > 0, else 0
 
-A program owns a row. It meets every entry twice: by the prefixes' sums, which grow side by side, and by the suffix of
-its group. The rows of W_dec of the first entries stay in registers in between; those of the others are read again. The
-program also writes every entry's bag, b * G + j. Long ragged rows come first.
+A program owns a row. Its latents ascend, so the entries of a group lie together, and a prefix is where the sum stands
+behind them. It meets every entry twice: in the sum, and by the suffix of its group, the last group first. Without
+groups the rows of W_dec of the first entries stay in registers in between; all others are read again. The program also
+writes every entry's bag, b * G + j. Long ragged rows come first.
 docs/kernels.md section 4
 """
 
@@ -23,23 +24,13 @@ from .common import check
 from .segment_sum_triton import accumulator
 
 # Values of W_dec in the registers of a thread, 8 or 16 an entry: of a row whose few entries are all held; else of those
-# that are, fewer beside Matryoshka's prefixes.
-HELD_ALL, HELD_SOME, HELD_BESIDE_PREFIXES = 192, 64, 8
+# that are. None are beside Matryoshka's residuals.
+HELD_ALL, HELD_SOME = 192, 64
+CHUNK = tl.constexpr(32)  # latents that a warp compares with the groups' ends at once
 LONG = tl.constexpr(24)  # entries of a ragged row that is begun before the others
 STEP_K = 4  # of the others at a time; one where an entry is 16 values
 REGISTERS = 128  # of a thread of four warps, for four programs a processor
 MAX_WIDTH = 8192  # of a row that one program holds without spilling
-
-
-@triton.jit
-def groups_of(latents, ends, G: tl.constexpr):
-    """The Matryoshka group of each latent, int32."""
-    group_ends_ptr, n_groups = ends
-    groups = tl.zeros_like(latents).to(tl.int32)
-    for g in tl.static_range(G - 1):
-        end = tl.load(group_ends_ptr + g, mask=g < n_groups, other=1 << 62)
-        groups += (latents >= end).to(tl.int32)
-    return groups
 
 
 @triton.jit
@@ -63,41 +54,34 @@ def load_rows(codes, latents, o, end, columns, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_held(codes, start, end, columns, TILES: tl.constexpr, ACC: tl.constexpr):
-    """(the rows of W, the activations) of a row's first entries, tile by tile."""
-    held, acts = (), ()
-    for t in tl.static_range(len(TILES)):
-        o = start + tl.arange(0, TILES[t])
-        held += (load_rows(codes, load_latents(codes, o, end), o, end, columns, ACC),)  # type: ignore[assignment]
-        acts += (load_acts(codes, o, end, ACC),)  # type: ignore[assignment]
-        start += TILES[t]
-    return held, acts
+def borders_of(codes, start, end, group_ends_ptr, G: tl.constexpr):
+    """Where the entries of each group of a row begin, and where the last ends: latents ascend within a row."""
+    below = ()
+    for _ in tl.static_range(1, G):
+        below += (tl.zeros([CHUNK], tl.int32),)  # type: ignore[assignment]
+    for p in range(start, end, CHUNK):
+        o = p + tl.arange(0, CHUNK)
+        latents, counted = load_latents(codes, o, end), ()
+        for g in tl.static_range(1, G):
+            inside = (o < end) & (latents < tl.load(group_ends_ptr + g - 1))
+            counted += (below[g - 1] + inside.to(tl.int32),)  # type: ignore[assignment]
+        below = counted
+    borders = (start,)
+    for g in tl.static_range(1, G):
+        borders += (start + tl.sum(below[g - 1], axis=0),)  # type: ignore[assignment]
+    borders += (end,)  # type: ignore[assignment]
+    return borders
 
 
 @triton.jit
-def range_of(groups, inside, G: tl.constexpr):
-    """(lowest, highest) group of the entries inside: most often the same, as latents ascend."""
-    return tl.min(tl.where(inside, groups, G), axis=0), tl.max(tl.where(inside, groups, -1), axis=0)
+def add_entries(x_hat, smallest, acts, w):
+    """(x_hat with these entries, the smallest positive activation so far)."""
+    x_hat += tl.sum(acts[:, None] * w, axis=0)
+    return x_hat, tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
 
 
 @triton.jit
-def add_entries(sums, smallest, acts, latents, w, ends, inside, G: tl.constexpr):
-    """(the groups' sums with these entries, the smallest positive activation so far)."""
-    groups, added = groups_of(latents, ends, G), ()
-    lowest, highest = range_of(groups, inside, G)
-    for g in tl.static_range(G):
-        x_hat = sums[g]
-        if G == 1:
-            x_hat += tl.sum(acts[:, None] * w, axis=0)
-        else:
-            if (lowest <= g) & (g <= highest):
-                x_hat += tl.sum(tl.where(groups == g, acts, 0.0)[:, None] * w, axis=0)
-        added += (x_hat,)  # type: ignore[assignment]
-    return added, tl.minimum(smallest, tl.min(tl.where(acts > 0, acts, float("inf")), axis=0))
-
-
-@triton.jit
-def add_others(sums, smallest, codes, first, end, columns, STEP_K: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr):
+def add_others(x_hat, smallest, codes, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
     """The same with the entries from `first` on. Latents are read a step ahead."""
     o_l = tl.arange(0, STEP_K)
     latents = load_latents(codes, first + o_l, end)
@@ -105,32 +89,22 @@ def add_others(sums, smallest, codes, first, end, columns, STEP_K: tl.constexpr,
         o = p + o_l
         following = load_latents(codes, o + STEP_K, end)
         acts, w = load_acts(codes, o, end, ACC), load_rows(codes, latents, o, end, columns, ACC)
-        sums, smallest = add_entries(sums, smallest, acts, latents, w, codes[3], o < end, G)
+        x_hat, smallest = add_entries(x_hat, smallest, acts, w)
         latents = following
-    return sums, smallest
+    return x_hat, smallest
 
 
 @triton.jit
-def store_entries(suffixes, acts, latents, w, ends, kept, bag, o, end, G: tl.constexpr):
+def store_entries(suffix, acts, w, kept, bag, o, end):
     """Stores dacts and bags of the entries o."""
     dacts_ptr, bags_ptr = kept
-    groups = groups_of(latents, ends, G)
-    lowest, highest = range_of(groups, o < end, G)
-    for g in tl.static_range(G):
-        if G == 1:
-            w *= suffixes[0][None, :]
-        else:
-            if (lowest <= g) & (g <= highest):
-                w = tl.where((groups == g)[:, None], w * suffixes[G - 1 - g][None, :], w)
-    dacts = tl.sum(w, axis=1)
+    dacts = tl.sum(w * suffix[None, :], axis=1)
     tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=o < end)
-    tl.store(bags_ptr + o, bag.to(tl.int32) + groups, mask=o < end)
+    tl.store(bags_ptr + o, bag.to(tl.int32) + tl.zeros_like(o).to(tl.int32), mask=o < end)
 
 
 @triton.jit
-def store_others(
-    suffixes, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr
-):
+def store_others(suffix, codes, kept, bag, first, end, columns, STEP_K: tl.constexpr, ACC: tl.constexpr):
     """The same of the entries from `first` on."""
     o_l = tl.arange(0, STEP_K)
     latents = load_latents(codes, first + o_l, end)
@@ -138,45 +112,8 @@ def store_others(
         o = p + o_l
         following = load_latents(codes, o + STEP_K, end)
         acts, w = load_acts(codes, o, end, ACC), load_rows(codes, latents, o, end, columns, ACC)
-        store_entries(suffixes, acts, latents, w, codes[3], kept, bag, o, end, G)
+        store_entries(suffix, acts, w, kept, bag, o, end)
         latents = following
-
-
-@triton.jit
-def prefixes_of(sums, G: tl.constexpr):
-    """x_hat of every prefix from the sums of the groups."""
-    x_hat = sums[0]
-    x_hats = (x_hat,)
-    for g in tl.static_range(1, G):
-        x_hat += sums[g]
-        x_hats += (x_hat,)  # type: ignore[assignment]
-    return x_hats
-
-
-@triton.jit
-def suffixes_of(x_hats, x, m_d, scale, n_groups, G: tl.constexpr):
-    """(the suffixes, the last group's first; the squared residuals [D], summed over the prefixes)."""
-    squared, suffix, suffixes = tl.zeros_like(x), tl.zeros_like(x), ()
-    for i in tl.static_range(G):
-        e = tl.where(m_d & (G - 1 - i < n_groups), x_hats[G - 1 - i] - x, 0.0)
-        squared += e * e
-        suffix += scale * e
-        suffixes += (suffix,)  # type: ignore[assignment]
-    return suffixes, squared
-
-
-@triton.jit
-def store_suffixes(outputs, suffixes, bag, n_groups, columns, G: tl.constexpr):
-    """Stores suffixes and their norms."""
-    suffix_ptr, norms_ptr = outputs
-    d_in, o_d, m_d = columns
-    o_g = tl.arange(0, G)
-    block = suffixes[G - 1][None, :]
-    for g in tl.static_range(1, G):
-        block = tl.where((o_g == g)[:, None], suffixes[G - 1 - g][None, :], block)
-    m_g = o_g < n_groups
-    tl.store(suffix_ptr + (bag + o_g)[:, None] * d_in + o_d[None, :], block, mask=m_g[:, None] & m_d[None, :])
-    tl.store(norms_ptr + bag + o_g, tl.sqrt(tl.sum(block * block, axis=1)), mask=m_g)
 
 
 @triton.jit
@@ -188,7 +125,7 @@ def store_centred(centred_ptr, x_norms_ptr, row, x, b, columns):
     tl.store(x_norms_ptr + row, tl.sqrt(tl.sum(c * c, axis=0)))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_groups"])
+@triton.jit(do_not_specialize=["n_rows"])
 def row_kernel(
     x_ptr,
     acts_ptr,
@@ -207,21 +144,21 @@ def row_kernel(
     squared_ptr,
     smallest_ptr,
     n_rows,
-    n_groups,
     d_in,
     K: tl.constexpr,
     CENTRE: tl.constexpr,
     G: tl.constexpr,
-    TILES: tl.constexpr,
+    HELD: tl.constexpr,
     STEP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """One row of K entries; or (K 0) of a ragged number, in a grid of two programs a row: long rows come first.
 
-    G: the number of groups, rounded up. TILES: of so many entries each, the rows of W are held. STEP_K: so
-    many of the others at a time, 0 if there are none.
+    HELD: of so many entries the rows of W are held, of none where G is above 1. STEP_K: so many of the others at a
+    time, 0 if there are none.
     """
+    tl.static_assert(G == 1 or HELD == 0)
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
@@ -232,48 +169,51 @@ def row_kernel(
             return
     else:
         start, end = row * K, row * K + K
-    p_x = x_ptr + row * d_in + o_d
-    x = tl.load(p_x, mask=m_d, other=0.0).to(ACC)
+    x = tl.load(x_ptr + row * d_in + o_d, mask=m_d, other=0.0).to(ACC)
     b = tl.load(b_ptr + o_d, mask=m_d, other=0.0).to(ACC)
-    scale = (tl.full([], 2.0, ACC) / n_rows) / n_groups
-    bag, ends, columns = row * n_groups, (group_ends_ptr, n_groups), (d_in, o_d, m_d)
-    codes, kept = (acts_ptr, latents_ptr, W_ptr, ends), (dacts_ptr, bags_ptr)
+    scale = (tl.full([], 2.0, ACC) / n_rows) / G
+    columns, codes, kept = (d_in, o_d, m_d), (acts_ptr, latents_ptr, W_ptr), (dacts_ptr, bags_ptr)
 
-    held, acts = load_held(codes, start, end, columns, TILES, ACC)
-    sums, smallest, first = (b,), tl.full([], float("inf"), ACC), start
-    for _ in tl.static_range(1, G):
-        sums += (tl.zeros_like(b),)  # type: ignore[assignment]
-    for t in tl.static_range(len(TILES)):
-        o = first + tl.arange(0, TILES[t])
-        latents = load_latents(codes, o, end)
-        sums, smallest = add_entries(sums, smallest, acts[t], latents, held[t], ends, o < end, G)
-        first += TILES[t]
-    if STEP_K > 0:
-        sums, smallest = add_others(sums, smallest, codes, first, end, columns, STEP_K, G, ACC)
-    x_hats = prefixes_of(sums, G)
-    if G > 1:
-        x = tl.load(p_x, mask=m_d, other=0.0).to(ACC)  # again: no registers are left to keep it in
-    tl.store(x_hat_ptr + row * d_in + o_d, x_hats[G - 1].to(x_hat_ptr.dtype.element_ty), mask=m_d)
-
-    suffixes, squared = suffixes_of(x_hats, x, m_d, scale, n_groups, G)
-    total = tl.sum(squared, axis=0)
-    tl.store(squared_ptr + row, total)
-    first = start
-    for t in tl.static_range(len(TILES)):
-        o = first + tl.arange(0, TILES[t])
-        store_entries(suffixes, acts[t], load_latents(codes, o, end), held[t], ends, kept, bag, o, end, G)
-        first += TILES[t]
-    if STEP_K > 0:
-        store_others(suffixes, codes, kept, bag, first, end, columns, STEP_K, G, ACC)
-    if G > 1:
-        store_suffixes((suffix_ptr, norms_ptr), suffixes, bag, n_groups, columns, G)
-    else:
-        tl.store(suffix_ptr + row * d_in + o_d, suffixes[0], mask=m_d)
-        tl.store(norms_ptr + row, scale * tl.sqrt(total))
-    if K == 0:
-        tl.store(smallest_ptr + row, smallest)
     if CENTRE:
         store_centred(centred_ptr, x_norms_ptr, row, x, b, columns)
+    borders = (start, end)
+    if G > 1:
+        borders = borders_of(codes, start, end, group_ends_ptr, G)
+    x_hat, smallest, residuals = b, tl.full([], float("inf"), ACC), ()
+    if HELD > 0:
+        o_h = start + tl.arange(0, HELD)
+        acts = load_acts(codes, o_h, end, ACC)
+        held = load_rows(codes, load_latents(codes, o_h, end), o_h, end, columns, ACC)
+        x_hat, smallest = add_entries(x_hat, smallest, acts, held)
+    for g in tl.static_range(G):
+        if STEP_K > 0:
+            x_hat, smallest = add_others(
+                x_hat, smallest, codes, borders[g] + HELD, borders[g + 1], columns, STEP_K, ACC
+            )
+        residuals += (tl.where(m_d, x_hat - x, 0.0),)  # type: ignore[assignment]
+    tl.store(x_hat_ptr + row * d_in + o_d, x_hat.to(x_hat_ptr.dtype.element_ty), mask=m_d)
+    squared = tl.zeros_like(b)
+    for g in tl.static_range(G):
+        squared += residuals[g] * residuals[g]
+    total = tl.sum(squared, axis=0)
+    tl.store(squared_ptr + row, total)
+
+    suffix = tl.zeros_like(b)
+    for i in tl.static_range(G):  # the last group first
+        bag = row * G + (G - 1 - i)
+        suffix += scale * residuals[G - 1 - i]
+        if HELD > 0:
+            store_entries(suffix, acts, held, kept, bag, o_h, end)
+        if STEP_K > 0:
+            first, last = borders[G - 1 - i] + HELD, borders[G - i]
+            store_others(suffix, codes, kept, bag, first, last, columns, STEP_K, ACC)
+        tl.store(suffix_ptr + bag * d_in + o_d, suffix, mask=m_d)
+        if G == 1:
+            tl.store(norms_ptr + bag, scale * tl.sqrt(total))
+        else:
+            tl.store(norms_ptr + bag, tl.sqrt(tl.sum(suffix * suffix, axis=0)))
+    if K == 0:
+        tl.store(smallest_ptr + row, smallest)
 
 
 # --- launch wrapper --------------------------------------------------------------------------------------------------
@@ -309,14 +249,12 @@ def row_tile(d_in: int, k: int, n_groups: int, element_size: int = 4, amd: bool 
     """Constants of row_kernel for rows of k entries, or (k 0) ragged ones."""
     block_d, num_warps = whole_row_block(d_in, 8)
     per_entry = max(block_d * element_size // (4 * 32 * num_warps), 1)  # registers of a thread
-    alone = 0 < k * per_entry <= (HELD_ALL if num_warps <= 8 else HELD_ALL // 2)
-    some = HELD_SOME if n_groups == 1 else HELD_BESIDE_PREFIXES
-    held = k if alone else min(max(some // per_entry, 1), 16)
-    step = 1 if per_entry > 8 else STEP_K // 2 if amd and n_groups > 1 else STEP_K  # AMD's compiler spills masks else
+    alone = n_groups == 1 and 0 < k * per_entry <= (HELD_ALL if num_warps <= 8 else HELD_ALL // 2)
+    held = 0 if n_groups > 1 else k if alone else min(max(HELD_SOME // per_entry, 1), 16)
     tile: dict[str, object] = {
-        "G": triton.next_power_of_2(n_groups),
-        "TILES": (triton.next_power_of_2(held),),
-        "STEP_K": 0 if alone else step,
+        "G": n_groups,
+        "HELD": triton.next_power_of_2(held) if held else 0,
+        "STEP_K": 0 if alone else 1 if per_entry > 8 else STEP_K,
         "BLOCK_D": block_d,
         "num_warps": num_warps,
     }
@@ -364,7 +302,6 @@ def launch_rows(
         b_dec_D,
         *rows,
         n_rows,
-        n_groups,
         d_in,
         K=k,
         CENTRE=centred is None,

@@ -83,8 +83,7 @@ def compile_case(d_in: int, k: int, n_groups: int, target: str) -> Case:
     floats = "x acts W b x_hat suffix norms centred x_norms dacts squared smallest".split()
     signature = {f"{name}_ptr": "*fp32" for name in floats}
     signature |= {f"{name}_ptr": "*i64" for name in ("latents", "row_offsets", "group_ends")}
-    signature |= dict.fromkeys(("n_rows", "n_groups"), "i32")
-    signature |= {"bags_ptr": "*i32", "d_in": "i32:16"}
+    signature |= {"bags_ptr": "*i32", "n_rows": "i32", "d_in": "i32:16"}
     constants = row_tile(d_in, k, n_groups, amd=target == "gfx942")
     launch = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
     constexprs = {"K": k, "CENTRE": False, "ACC": "tl.float32"} | constants
