@@ -31,10 +31,14 @@ if ! [[ $LIMIT =~ ^[1-9][0-9]*$ ]]; then echo "LIMIT: $LIMIT is not a whole numb
 if [ "${1:-}" = combine ]; then
     shift
     if [ $# -eq 0 ]; then echo "combine: no folders were named" >&2; exit 2; fi
-    mkdir -p "${OUT:?combine: OUT names no folder}"
+    if [ -z "${OUT:-}" ]; then echo "combine: OUT names no folder" >&2; exit 2; fi
     for folder in "$@"; do
         if [ "$folder" -ef "$OUT" ]; then echo "combine: $folder is OUT, which is written" >&2; exit 2; fi
+        for file in summary.txt bench.json; do
+            if ! [ -f "$folder/$file" ]; then echo "combine: there is no $folder/$file" >&2; exit 2; fi
+        done
     done
+    mkdir -p "$OUT"
     cat "${@/%//summary.txt}" >"$OUT/summary.txt" && report "$OUT" "${@/%//bench.json}"
     exit
 fi
@@ -43,8 +47,10 @@ device=$("$python" - <<'PY'
 import re
 import sys
 
-import torch
-
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"gpu_check: {sys.executable} cannot import torch ({error}); PYTHON names another interpreter")
 if not torch.cuda.is_available():
     sys.exit(f"gpu_check: torch {torch.__version__} sees no GPU on this machine; nothing was checked")
 print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))

@@ -10,6 +10,7 @@ from .topk_encode_choose_triton import value_keys
 from .topk_encode_rows_triton import kth_key_of_row
 
 MOST_PARTS = 128  # of a sum over dead latents
+LEAST_VARIANCE = tl.constexpr(2.0**-126)  # less is none, as of float32, where 1 / less is not finite
 UNIT = tl.constexpr(2.0**8)  # by which rows of W_dec, which are unit, are scaled
 
 
@@ -88,7 +89,7 @@ def scalars_kernel(
         for first in range(0, n_sums, BLOCK_P):
             squares += tl.load(squares_ptr + first + o_p, mask=first + o_p < n_sums, other=0.0)
         n_variance = tl.sum(squares, axis=0) - means / n_rows
-        defined = (n_variance > 0) & (tl.load(number_ptr) > 0)
+        defined = (n_variance > LEAST_VARIANCE) & (tl.load(number_ptr) > 0)
         inverse = tl.where(defined, 1.0 / n_variance, 0.0)
         tl.store(scalars_ptr, inverse)
         tl.store(scalars_ptr + 1, inverse * (2.0 * alpha))

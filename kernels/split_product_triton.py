@@ -11,12 +11,16 @@ import triton
 import triton.language as tl
 
 TOP = tl.constexpr(9)  # the largest of a row, scaled, is in [2^9, 2^10): small ones keep their bits
+LEAST = tl.constexpr(16)
 
 
 @triton.jit
 def power_below(value):
-    """The exponent field of a float32 that is not negative: 127 is that of [1, 2)."""
-    return (value.to(tl.int32, bitcast=True) >> 23) & 255
+    """The exponent field of a float32 that is not negative: 127 is that of [1, 2).
+
+    At least LEAST: scales that are made of it are then normal numbers, and opposite ones have the product 1.
+    """
+    return tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 255, LEAST)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from saevlm_fast.training.dead_latents import Auxiliary, DeadLatents, auxiliary
 from saevlm_fast.training.gradients import Losses
 from saevlm_fast.training.mono import MonoTerm, mono_of_entries
 from saevlm_fast.training.penalty import Penalty
+from saevlm_fast.training.snapshot import copying_stream
 
 _side_streams: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # one for every stream that steps are launched on
 
@@ -193,10 +194,16 @@ def beside(x_BD: Tensor) -> Iterator[AbstractContextManager[object]]:
         return
     stream = torch.cuda.current_stream()
     if stream not in _side_streams:
-        _side_streams[stream] = torch.cuda.Stream(x_BD.device, priority=-1)  # not behind a long kernel's programs
+        _side_streams[stream] = side_stream(x_BD.device)
     side = _side_streams[stream]
     side.wait_stream(stream)
     try:
         yield torch.cuda.stream(side)
     finally:
         stream.wait_stream(side)
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One whose kernels are not behind a long kernel's programs; never the one on which checkpoints are copied."""
+    side = torch.cuda.Stream(device, priority=-1)
+    return side if side != copying_stream(device) else torch.cuda.Stream(device, priority=-1)

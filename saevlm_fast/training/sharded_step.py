@@ -181,8 +181,8 @@ class ShardedStepper(Stepper):
         """The same by a GPU's kernels, of one replica."""
         from saevlm_fast.training.sharded_gpu_step import own_codes, sharded_gpu_step
 
-        state = self._device_state(x_BD)
         with torch.cuda.device_of(x_BD):
+            state = self._device_state(x_BD)
             own = own_codes(self.sae, self.shard, self.ranks, x_BD, state)
             dead = self._dead_latents if self._some_can_be_dead() else None
             found = sharded_gpu_step(self.sae, self.config, self.ranks, state, x_BD, own, dead, mono)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from saevlm_fast.sae import SparseAutoencoder
 
+_copying: dict[torch.device, torch.cuda.Stream] = {}
+
 
 class Snapshot:
     """Tensors and an SAE as they are now.
@@ -31,11 +33,21 @@ class Snapshot:
         """Both there; in any thread. On a GPU nothing waits for it, and it for no step that came later."""
         if self._is_made is None:
             return {name: tensor.cpu() for name, tensor in self._tensors.items()}, self._sae.cpu()
-        # Of another priority than all others: torch hands out the same 32 of each in turn, and one may be captured.
-        copying = torch.cuda.Stream(self._device, priority=-1)
+        copying = copying_stream(self._device)
         copying.wait_event(self._is_made)
         with torch.cuda.device(self._device), torch.cuda.stream(copying):
             return {name: tensor.cpu() for name, tensor in self._tensors.items()}, self._sae.cpu()
+
+
+def copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device on which snapshots go to the host, in a thread of their own.
+
+    torch hands out the same 32 of a priority in turn, and one that copies must not be captured meanwhile. Streams of
+    steps are of another priority than this one, and what is beside them keeps off it (gpu_step.side_stream).
+    """
+    if device not in _copying:
+        _copying.setdefault(device, torch.cuda.Stream(device, priority=-1))
+    return _copying[device]
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -253,9 +253,9 @@ class Stepper:
         from saevlm_fast.training.gpu_step import gpu_step
 
         sae, config, n = self.sae, self.config, min(self.config.accumulate, len(x_BD))
-        state = self._device_state(x_BD)
-        low = state.low
-        with torch.cuda.device_of(x_BD):
+        with torch.cuda.device_of(x_BD):  # Triton launches on the current device, as for a low copy that is made here
+            state = self._device_state(x_BD)
+            low = state.low
             asked, self.asked = self.asked, None
             found = gpu_codes(sae, config, self.sparsity, x_BD, low, asked)
             if found is None:

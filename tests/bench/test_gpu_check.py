@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,35 @@ def test_what_fails_or_does_not_exist_or_finds_no_time_is_told(check, tmp_path):
     status, lines = check("scores", LIMIT=4)
     assert (status, lines[1]) == (1, "peers: not run, PEERS names no folder of wheels")
     assert lines[2] == "scores: not run, no time is left"
+
+
+def refusal(*arguments, **more):
+    """Exit status and what is said; the process sees no OUT but that given."""
+    environment = {name: value for name, value in os.environ.items() if name != "OUT"} | more
+    command = ["bash", str(ROOT / "bench" / "gpu_check.sh"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_an_interpreter_without_torch_is_named(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
+    (tmp_path / "python").write_text(f'#!/usr/bin/env bash\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    status, said = refusal(PYTHON=str(tmp_path / "python"), OUT=str(tmp_path / "out"))
+    assert status == 2
+    assert "cannot import torch (no torch here); PYTHON names another interpreter" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_combine_writes_nothing_where_something_is_missing(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "summary.txt").write_text("gpu_check: chip\n")
+    out = tmp_path / "out"
+    assert refusal("combine", str(tmp_path / "a")) == (2, "combine: OUT names no folder\n")
+    missing = f"combine: there is no {tmp_path}/a/bench.json\n"
+    assert refusal("combine", str(tmp_path / "a"), OUT=str(out)) == (2, missing)
+    assert not out.exists()
 
 
 def result(operation, case, impl, ms, **more):

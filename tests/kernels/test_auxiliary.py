@@ -92,9 +92,31 @@ def test_a_constant_residual_gives_no_loss(device) -> None:
     assert found.numbers.tolist() == [0, 0]
 
 
+def test_a_residual_that_float32_cannot_square_gives_no_loss_and_finite_gradients(device) -> None:
+    from saevlm_fast.kernels.auxiliary_triton import launch_auxiliary
+
+    sae, x, x_hat, latents = made(7, 24, 97, 9)
+    number = torch.tensor(9, device=device)
+    given = (1e-25 * x).to(device), (1e-25 * x_hat).to(device), latents.to(device), number, 0.5
+    found = launch_auxiliary(weights(sae.to(device)), *given)
+    assert found.numbers.tolist() == [0, 0]
+    assert not any(bool(rows_AD.any()) for rows_AD, _ in found.rows.values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_bad_row_is_told_by_the_loss(device, bad: float) -> None:
+    from saevlm_fast.kernels.auxiliary_triton import launch_auxiliary
+
+    sae, x, x_hat, latents = made(40, 24, 97, 9)
+    x[7, 3] = bad
+    number = torch.tensor(9, device=device)
+    given = x.to(device), x_hat.to(device), latents.to(device), number, 0.5
+    assert not bool(launch_auxiliary(weights(sae.to(device)), *given).numbers[0].isfinite())
+
+
 @pytest.mark.parametrize("kernel", ["keep_kernel", "keep_wide_kernel"])
 def test_the_largest_are_kept_and_of_equals_the_lowest(device, kernel: str) -> None:
-    """Ties at the threshold, fewer than k that are positive, rows of zeros, a tiny value beside a large one."""
+    """Ties at the threshold, fewer than k that are positive, zeros, a tiny value beside a large one, tiny ones."""
     from saevlm_fast.kernels import dead_rows_triton
 
     generator = torch.Generator().manual_seed(5)
@@ -104,6 +126,7 @@ def test_the_largest_are_kept_and_of_equals_the_lowest(device, kernel: str) -> N
     acts[3] = torch.rand(75, generator=generator)
     acts[4, :9], acts[4, 9:] = 1e6, 0
     acts[4, 70] = 1e-6
+    acts[5] *= 2.0**-122  # scales end there
     k = 16
     order = torch.sort(acts, dim=1, descending=True, stable=True).indices[:, :k]
     expected = torch.zeros_like(acts).scatter_(1, order, acts.gather(1, order))
@@ -115,6 +138,7 @@ def test_the_largest_are_kept_and_of_equals_the_lowest(device, kernel: str) -> N
     assert torch.equal(hi > 0, expected > 0)
     torch.testing.assert_close(found, expected, rtol=2**-19, atol=1e-2)  # the interpreter cuts, a GPU rounds
     torch.testing.assert_close(found[3], expected[3], rtol=2**-19, atol=0)
+    assert torch.equal(found[5], expected[5])
 
 
 @pytest.mark.parametrize(("d_sae", "share", "spare"), [(3000, 0.1, 300), (97, 0.0, 5), (97, 1.0, 0), (1024, 0.5, 1)])

@@ -77,6 +77,22 @@ def test_steps_by_split_products_are_the_dense_steps(architecture, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("architecture", test_penalised_step.RECIPES)
+def test_a_bad_row_is_told_by_a_step_of_split_products(architecture, bad, monkeypatch):
+    """Beyond 2^50 there is no scale: halves are then not finite, and neither is the loss."""
+    monkeypatch.setattr(gpu_codes, "SPARSE_SHARE", 0.0)
+    monkeypatch.setattr(step, "screens_cuda", lambda *_: True)
+    stepper, _, data = with_dead(architecture, torch.float32, d_in=7, d_sae=13, sparsity_warmup=0)
+    gpu_step(stepper, data[:11])
+    assert int(stepper.bad_step) == -1
+    x_BD = data[:11].clone()
+    x_BD[4, 2] = bad
+    assert gpu_step(stepper, x_BD).codes is None
+    assert int(stepper.bad_step) == 1
+
+
+@interpreted
 @pytest.mark.parametrize("architecture", ["batch_topk", "jumprelu"])
 def test_micro_batches_are_those_of_a_cpu(architecture, monkeypatch):
     """Two micro-batches of seven rows, not of one size."""

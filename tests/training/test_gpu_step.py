@@ -1,11 +1,14 @@
 """A GPU's whole step: against the dense trainer through the interpreter, and at real sizes on the chip."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from launches import counted_launches
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.step import Stepper
 from test_step import make
 
@@ -40,6 +43,32 @@ def test_steps_are_the_dense_steps(architecture: str, dead_after: int) -> None:
     assert torch.equal(stepper.idle_S, dense.idle)
     if architecture != "topk":
         assert float(stepper.sae.threshold) == pytest.approx(dense.threshold, rel=1e-6)
+
+
+def test_a_low_copy_is_made_on_the_device_of_the_batch(monkeypatch) -> None:
+    """Of a step whose GPU is not the current one."""
+    stepper, _, data = make("topk", d_in=10, d_sae=17, k=1)
+    current, made_on = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    def made(x):
+        made_on.extend(current)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(stepper, "_device_state", made)
+    for step in (Stepper._gpu_step, ShardedStepper._gpu_step):
+        made_on.clear()
+        with pytest.raises(InterruptedError):
+            step(stepper, data[:3])
+        assert len(made_on) == 1
 
 
 def dense_step(parameters: dict[str, torch.Tensor], x_BD, codes, ends: list[int], clip_norm: float):

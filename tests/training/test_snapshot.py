@@ -1,13 +1,14 @@
 """What a checkpoint is made of: as it was, whatever comes later."""
 
 import threading
+from itertools import count
 
 import pytest
 import torch
 
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.training.snapshot import Snapshot
+from saevlm_fast.training.snapshot import Snapshot, copying_stream
 
 
 def spoiled_snapshot(device):
@@ -49,3 +50,17 @@ def test_where_there_is_no_memory_for_a_copy_the_host_gets_it_at_once(monkeypatc
         patch.setattr("saevlm_fast.training.snapshot._copies", full)
         snapshot = spoiled_snapshot(torch.device("cpu"))
     check(*snapshot)
+
+
+def test_no_step_is_beside_the_copies(monkeypatch):
+    """Streams that torch hands out in turn, again and again."""
+    pytest.importorskip("triton")
+    from saevlm_fast.training.gpu_step import side_stream
+
+    numbers, device = count(), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: next(numbers) % 4)
+    monkeypatch.setattr("saevlm_fast.training.snapshot._copying", {})
+    first, copying = side_stream(device), copying_stream(device)
+    sides = [first, *(side_stream(device) for _ in range(9))]
+    assert set(sides) == {0, 1, 2, 3} - {copying}
+    assert {copying_stream(device) for _ in range(9)} == {copying}
