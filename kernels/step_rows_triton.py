@@ -35,13 +35,13 @@ MAX_WIDTH = 8192  # of a row that one program holds without spilling
 
 @triton.jit
 def load_latents(codes, o, end):
-    """Latents of the entries o, 0 behind the end of their row."""
+    """Latents of a row's entries o, 0 from `end` on."""
     return tl.load(codes[1] + o, mask=o < end, other=0)
 
 
 @triton.jit
 def load_acts(codes, o, end, ACC: tl.constexpr):
-    """Activations of the entries o, 0 behind the end of their row."""
+    """Activations of a row's entries o, 0 from `end` on."""
     return tl.load(codes[0] + o, mask=o < end, other=0.0).to(ACC)
 
 
@@ -54,21 +54,21 @@ def load_rows(codes, latents, o, end, columns, ACC: tl.constexpr):
 
 
 @triton.jit
-def borders_of(codes, start, end, group_ends_ptr, G: tl.constexpr):
+def borders_of(codes, end, group_ends_ptr, G: tl.constexpr):
     """Where the entries of each group of a row begin, and where the last ends: latents ascend within a row."""
     below = ()
     for _ in tl.static_range(1, G):
         below += (tl.zeros([CHUNK], tl.int32),)  # type: ignore[assignment]
-    for p in range(start, end, CHUNK):
+    for p in range(0, end, CHUNK):
         o = p + tl.arange(0, CHUNK)
         latents, counted = load_latents(codes, o, end), ()
         for g in tl.static_range(1, G):
             inside = (o < end) & (latents < tl.load(group_ends_ptr + g - 1))
             counted += (below[g - 1] + inside.to(tl.int32),)  # type: ignore[assignment]
         below = counted
-    borders = (start,)
+    borders = (0,)
     for g in tl.static_range(1, G):
-        borders += (start + tl.sum(below[g - 1], axis=0),)  # type: ignore[assignment]
+        borders += (tl.sum(below[g - 1], axis=0),)  # type: ignore[assignment]
     borders += (end,)  # type: ignore[assignment]
     return borders
 
@@ -100,7 +100,7 @@ def store_entries(suffix, acts, w, kept, bag, o, end):
     dacts_ptr, bags_ptr = kept
     dacts = tl.sum(w * suffix[None, :], axis=1)
     tl.store(dacts_ptr + o, tl.where(acts > 0, dacts, 0.0), mask=o < end)
-    tl.store(bags_ptr + o, bag.to(tl.int32) + tl.zeros_like(o).to(tl.int32), mask=o < end)
+    tl.store(bags_ptr + o, bag.to(tl.int32) + tl.zeros_like(o), mask=o < end)
 
 
 @triton.jit
@@ -159,31 +159,36 @@ def row_kernel(
     time, 0 if there are none.
     """
     tl.static_assert(G == 1 or HELD == 0)
-    row = tl.program_id(0).to(tl.int64)
+    row, length = tl.program_id(0), tl.full([], K, tl.int32)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
     if K == 0:
-        row = row % n_rows
-        start, end = tl.load(row_offsets_ptr + row), tl.load(row_offsets_ptr + row + 1)
-        if (end - start > LONG) != (tl.program_id(0) < n_rows):
+        long = row < n_rows
+        row = tl.where(long, row, row - n_rows)
+        start = tl.load(row_offsets_ptr + row)
+        length = (tl.load(row_offsets_ptr + row + 1) - start).to(tl.int32)
+        if (length > LONG) != long:
             return
+        row = row.to(tl.int64)
     else:
-        start, end = row * K, row * K + K
+        row = row.to(tl.int64)
+        start = row * K
     x = tl.load(x_ptr + row * d_in + o_d, mask=m_d, other=0.0).to(ACC)
     b = tl.load(b_ptr + o_d, mask=m_d, other=0.0).to(ACC)
     scale = (tl.full([], 2.0, ACC) / n_rows) / G
-    columns, codes, kept = (d_in, o_d, m_d), (acts_ptr, latents_ptr, W_ptr), (dacts_ptr, bags_ptr)
+    columns, codes = (d_in, o_d, m_d), (acts_ptr + start, latents_ptr + start, W_ptr)
+    kept = dacts_ptr + start, bags_ptr + start
 
     if CENTRE:
         store_centred(centred_ptr, x_norms_ptr, row, x, b, columns)
-    borders = (start, end)
+    borders = (0, length)
     if G > 1:
-        borders = borders_of(codes, start, end, group_ends_ptr, G)
+        borders = borders_of(codes, length, group_ends_ptr, G)
     x_hat, smallest, residuals = b, tl.full([], float("inf"), ACC), ()
     if HELD > 0:
-        o_h = start + tl.arange(0, HELD)
-        acts = load_acts(codes, o_h, end, ACC)
-        held = load_rows(codes, load_latents(codes, o_h, end), o_h, end, columns, ACC)
+        o_h = tl.arange(0, HELD)
+        acts = load_acts(codes, o_h, length, ACC)
+        held = load_rows(codes, load_latents(codes, o_h, length), o_h, length, columns, ACC)
         x_hat, smallest = add_entries(x_hat, smallest, acts, held)
     for g in tl.static_range(G):
         if STEP_K > 0:
@@ -203,7 +208,7 @@ def row_kernel(
         bag = row * G + (G - 1 - i)
         suffix += scale * residuals[G - 1 - i]
         if HELD > 0:
-            store_entries(suffix, acts, held, kept, bag, o_h, end)
+            store_entries(suffix, acts, held, kept, bag, o_h, length)
         if STEP_K > 0:
             first, last = borders[G - 1 - i] + HELD, borders[G - i]
             store_others(suffix, codes, kept, bag, first, last, columns, STEP_K, ACC)

@@ -19,13 +19,17 @@ def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1, cont
     """Weights, two moments and gradients in float32, the batch with its reconstruction, and the pre-activations of one
     of `accumulate` micro-batches.
 
-    Half of the latents of a relu or jumprelu SAE fire at first: some 64 bytes for each of these entries (measured).
-    A soft-frozen control keeps the decoder that it began with.
+    Half of the latents of a relu or jumprelu SAE fire at first: some 64 bytes for each of these entries (measured). A
+    GPU's matrix products (gpu_dense.py) have each weight in three halves, and a gradient before it is added.
+    A soft-frozen control keeps the decoder that it began with. Not counted is the auxiliary loss: of every dead latent
+    four rows of d_in, and on a GPU up to half a GB.
     """
-    entries = 8 * sae.d_sae if sae.architecture in PENALISED else 0
+    penalised = sae.architecture in PENALISED
+    entries = 8 * sae.d_sae if penalised else 0
+    products = 5 * sae.d_in * sae.d_sae if penalised else 0
     first = sae.d_in * sae.d_sae if control == "soft-frozen" else 0
     micro = -(-batch_size // accumulate) * (sae.d_sae + entries)
-    return 4 * (first + 4 * sae_numbers(sae) + 4 * batch_size * sae.d_in + micro)
+    return 4 * (first + products + 4 * sae_numbers(sae) + 4 * batch_size * sae.d_in + micro)
 
 
 def memory_of(sae: "SAEConfig", config: "TrainConfig", n_rows: int) -> int:

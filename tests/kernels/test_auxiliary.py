@@ -183,7 +183,7 @@ def named(kind: str, names: str) -> dict[str, str]:
 
 
 def product_cases(target: str) -> list[Case]:
-    from saevlm_fast.kernels.auxiliary_triton import tile_config
+    from saevlm_fast.kernels.auxiliary_triton import dacts_config, tile_config
 
     tile = tile_config({"sm_80": (8, 0), "sm_90": (9, 0), "gfx942": (0, 0)}[target])
     launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
@@ -196,7 +196,7 @@ def product_cases(target: str) -> list[Case]:
     return [
         Case(PRODUCTS, "acts_kernel", target, acts, tile, **launch),
         Case(PRODUCTS, "error_kernel", target, error, tile, **launch),
-        Case(PRODUCTS, "dacts_kernel", target, dacts | SIZES, tile, **launch),
+        Case(PRODUCTS, "dacts_kernel", target, dacts | SIZES, dacts_config(tile), **launch),
         Case(PRODUCTS, "gradient_kernel", target, gradient, tile | {"TOP": 9}, **launch),
     ]
 

@@ -17,6 +17,7 @@ SHAPES = {
     "ragged long": (5, 40, 60, 5, "csr", None),
     "ragged prefixes": (7, 6, 13, 10, "csr", [1, 4, 9, 13]),
     "ragged long prefixes": (4, 50, 70, 5, "csr", [2, 3, 20, 70]),
+    "three prefixes": (6, 6, 13, 10, "csr", [2, 5, 13]),
 }
 
 

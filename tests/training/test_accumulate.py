@@ -151,6 +151,13 @@ def test_the_memory_that_is_stated_falls():
     assert training_memory(sae, 4096, accumulate=8) < training_memory(sae, 4096) / 2
 
 
+def test_the_memory_that_is_stated_holds_the_factors_of_products():
+    """Of a single row: two weights, their moments and gradients; both in three halves; a copy in half; a gradient."""
+    d_in, d_sae = 768, 6144
+    sae = SAEConfig.sized(d_in, d_sae=d_sae, architecture="relu")
+    assert training_memory(sae, 1) >= (4 * 2 * 4 + 2 * 3 * 2 + 2 + 4) * d_in * d_sae
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka", "relu"])
 def test_a_gpu_takes_the_same_step(device, architecture):
