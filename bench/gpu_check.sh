@@ -5,7 +5,8 @@
 # an eager run, single operations in what is left of the time.
 #   bench/gpu_check.sh [STEP ...]           all steps, or some of those below; results in $OUT, or bench/results/DEVICE
 #   OUT=F bench/gpu_check.sh combine A B    what several calls have left in A and B, put together in F; needs no GPU
-# It leaves bench.json, tables.md, speed.png, summary.txt and logs.tar.gz. The exit status is 0 only if every step
+# It leaves bench.json, tables.md, speed.png, summary.txt and logs.tar.gz; the last two grow with every step, so that of a
+# call that is ended in between `combine` makes the others. The exit status is 0 only if every step
 # passed. PYTHON picks the interpreter, LIMIT the seconds of all steps (540). PEERS is a folder of wheels, or one where
 # they are installed: other libraries for the peers step, which without it is reported as not run.
 set -uo pipefail
@@ -15,6 +16,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 SAEVLM_FAST_CACHE=${SAEVLM_FAST_CACHE:-$work/cache} HF_HUB_OFFLINE=1
 wanted=("$@")
+n=0
 LIMIT=${LIMIT:-540}
 
 # report OUT FILE.json...: the files in one, their tables and their picture.
@@ -34,12 +36,16 @@ if [ "${1:-}" = combine ]; then
     if [ -z "${OUT:-}" ]; then echo "combine: OUT names no folder" >&2; exit 2; fi
     for folder in "$@"; do
         if [ "$folder" -ef "$OUT" ]; then echo "combine: $folder is OUT, which is written" >&2; exit 2; fi
-        for file in summary.txt bench.json; do
-            if ! [ -f "$folder/$file" ]; then echo "combine: there is no $folder/$file" >&2; exit 2; fi
-        done
+        if ! [ -f "$folder/summary.txt" ]; then echo "combine: there is no $folder/summary.txt" >&2; exit 2; fi
+        mkdir "$work/$((++n))"
+        if [ -f "$folder/bench.json" ]; then
+            cp "$folder/bench.json" "$work/$n"
+        elif ! tar xzf "$folder/logs.tar.gz" -C "$work/$n" --strip-components 1 json 2>/dev/null; then
+            echo "combine: there is no $folder/bench.json, and no measurement in $folder/logs.tar.gz" >&2; exit 2
+        fi
     done
     mkdir -p "$OUT"
-    cat "${@/%//summary.txt}" >"$OUT/summary.txt" && report "$OUT" "${@/%//bench.json}"
+    cat "${@/%//summary.txt}" >"$OUT/summary.txt" && report "$OUT" "$work"/*/*.json
     exit
 fi
 
@@ -87,6 +93,13 @@ step() {
     fi
     echo "$name: exit status $status after $((SECONDS - start)) s: $(tail -n 1 "$work/logs/$name.log")" |
         tee -a "$summary"
+    keep "$name"
+}
+
+# keep NAME: what every step has printed and measured so far; a call may be ended at any time.
+keep() {
+    tar czf "$work/$1.tar.gz" -C "$work" logs json 2>/dev/null
+    mv "$work/$1.tar.gz" "$out/.logs.$1" && mv "$out/.logs.$1" "$out/logs.tar.gz"
 }
 
 # A module that cannot be imported fails its step, and the other tests are run all the same.
@@ -165,7 +178,7 @@ for name in "${wanted[@]}"; do
     fi
 done
 if compgen -G "$json/*.json" >/dev/null; then report "$out" "$json"/*.json || touch "$work/failed.report"; fi
-tar czf "$out/logs.tar.gz" -C "$work" logs
+keep all
 failed=$(cd "$work" && ls failed.* 2>/dev/null | sed 's/failed.//' | tr '\n' ' ')
 if [ -n "$failed" ]; then echo "gpu_check: FAILED: $failed" | tee -a "$summary"; exit 1; fi
 echo "gpu_check: passed" | tee -a "$summary"

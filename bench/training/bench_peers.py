@@ -322,6 +322,8 @@ def main() -> None:
                 results.append(one)
                 write_json_atomic(options.output, {"benchmarks": results})
                 print(progress(one), flush=True)
+    beside = [f"{one['name']} {one['extra_info'].get('this_over_ours', float('nan')):.2f}" for one in results]
+    print("times ours: " + ", ".join(beside))
 
 
 def progress(one: dict) -> str:

@@ -180,6 +180,8 @@ def main() -> None:
         write_json_atomic(options.output, {"benchmarks": results})
         print(progress(*results[-3:]), flush=True)
         torch.cuda.empty_cache()
+    captured = [each for each in results if each["extra_info"]["impl"] == "captured"]
+    print(", ".join(f"{each['name']} {1e3 * each['stats']['median']:.3f} ms" for each in captured))
 
 
 if __name__ == "__main__":

@@ -334,16 +334,14 @@ def main() -> None:
         parser.exit(130, "interrupted: nothing is kept of a run that did not end\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    show(measured)
     write_json_atomic(options.output, measured)
+    show(measured)
 
 
 def show(measured: dict[str, Any]) -> None:
     for name, value in measured["seconds"].items():
         share = 100 * value / measured["seconds"]["total"]
         print(f"{name:12s} {value:9.2f} s {share:6.1f} % {measured['calls'].get(name, ''):>6}")
-    print(f"{measured['steps_per_second']:.1f} steps/s, {measured['eager_share']:.1%} of them eager; ", end="")
-    print(f"a first short run took {measured['seconds_of_a_first_run']:.1f} s")
     dead = {step: f"{n_dead:.0f}" for step, n_dead in measured["dead_latents"].items()}
     print(f"dead latents: {dead}, explained variance {measured['explained_variance']:.4f}")
     if measured["settings"]["device"] == "cuda":
@@ -352,6 +350,8 @@ def show(measured: dict[str, Any]) -> None:
     print(f"read from the disk: {measured['bytes_read_from_disk'] / 1e9:.2f} GB of {measured['file_bytes'] / 1e9:.2f}")
     print("rows/s:", {name: round(value) for name, value in measured["rows_per_second"].items()})
     print("anonymous MB:", {step: n_bytes >> 20 for step, n_bytes in measured["anonymous_bytes_at_step"].items()})
+    print(f"{measured['steps_per_second']:.1f} steps/s, {measured['eager_share']:.1%} of them eager; ", end="")
+    print(f"a first short run took {measured['seconds_of_a_first_run']:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """bench/gpu_check.sh without a GPU: which steps it runs in which order, what fails it; and a GPU's goals in a table."""
 
+import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,8 @@ def check(tmp_path):
 def test_all_steps_in_their_order(check, tmp_path):
     status, lines = check(PEERS=tmp_path / "wheels")
     assert status == 0
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as kept:
+        assert {f"logs/{name}.log" for name in STEPS} <= set(kept.getnames())
     names = [line.split(":")[0] for line in lines]
     assert names[0] == names[-1] == "gpu_check"
     assert sorted(names[1:5]) == ["demo", "gpu_tests", "kernel_tests", "ranks"], "side by side"
@@ -92,9 +96,23 @@ def test_combine_writes_nothing_where_something_is_missing(tmp_path):
     (tmp_path / "a" / "summary.txt").write_text("gpu_check: chip\n")
     out = tmp_path / "out"
     assert refusal("combine", str(tmp_path / "a")) == (2, "combine: OUT names no folder\n")
-    missing = f"combine: there is no {tmp_path}/a/bench.json\n"
+    missing = f"combine: there is no {tmp_path}/a/bench.json, and no measurement in {tmp_path}/a/logs.tar.gz\n"
     assert refusal("combine", str(tmp_path / "a"), OUT=str(out)) == (2, missing)
     assert not out.exists()
+
+
+def test_of_a_call_that_was_ended_the_measurements_are_there(tmp_path):
+    """What lies in logs.tar.gz after each step is what `combine` takes where no bench.json was written."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "summary.txt").write_text("gpu_check: chip\n")
+    (tmp_path / "json").mkdir()
+    found = result("topk training step", "d_sae 16384", "captured", 0.8, shape={"B": 1}) | {"name": "a step"}
+    (tmp_path / "json" / "profile.json").write_text(json.dumps({"benchmarks": [found]}))
+    with tarfile.open(tmp_path / "a" / "logs.tar.gz", "w:gz") as kept:
+        kept.add(tmp_path / "json", "json")
+    status, said = refusal("combine", str(tmp_path / "a"), OUT=str(tmp_path / "out"), PYTHON=sys.executable)
+    assert status == 0, said
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["benchmarks"][0]["name"] == "a step"
 
 
 def result(operation, case, impl, ms, **more):
