@@ -1,4 +1,4 @@
-"""The second pass's kernels compile; tests/scoring/test_trust.py holds them against the CPU's way."""
+"""The second pass's kernels compile; tests/scoring/test_trust_on_gpu.py holds them against the CPU's way."""
 
 import pytest
 import torch
