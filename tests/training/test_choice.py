@@ -29,7 +29,7 @@ def with_nan(pre_BS, share):
 @pytest.mark.parametrize(("d_sae", "k", "levels"), [(7, 5, 2), (40, 6, 3), (40, 6, 1000), (11, 11, 2)])
 @pytest.mark.parametrize("nan", [0, 0.1])
 def test_top_k_of_rows(monkeypatch, few_offers, n_ranks, d_sae, k, levels, nan):
-    monkeypatch.setattr(choice, "_FEW_OFFERS", few_offers)
+    monkeypatch.setattr(choice, "FEW_OFFERS", few_offers)
     pre_BS = with_nan(preactivations(9, d_sae, 1, levels), nan)
     _, latents_BK = reference.topk_select(pre_BS, k)
     edges = cuts(d_sae, n_ranks)
