@@ -1,7 +1,7 @@
 """The codes of a step on a GPU, of any architecture and of micro-batches, as gpu_step takes them: those of one batch.
 
 Nothing is asked of the device, but of relu and jumprelu how many candidates there are. Where that is a great part of
-all, the step goes by matrix products (any_device.py): its codes are not made here.
+all, the step goes by matrix products (gpu_dense.py): its codes are not made here.
 
 A step of micro-batches (accumulate.py) is the step of the whole batch, but for what is chosen within each: their codes
 are joined, row after row, and what follows is done once. So it takes no more memory than it has entries and rows.
