@@ -1,5 +1,6 @@
 """What --dry-run needs: whether an output can be written, what there is of memory and disk, how long a step takes."""
 
+import gc
 import os
 import shutil
 import time
@@ -78,6 +79,7 @@ def peak_memory(device: "torch.device") -> "Iterator[Callable[[], int]]":
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
+    gc.collect()  # garbage that is given back inside would hide what the work takes
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
     before = max(_status_bytes("VmRSS"), _status_bytes("VmHWM"))  # the old peak, where a sandbox keeps it
