@@ -100,13 +100,13 @@ def plan(options: SteeringScoreArguments) -> Plan:
     """What would be asked; the time from a batch of answers about a white image."""
     from PIL import Image
 
-    from saevlm_fast.steering.score import PER_LATENT, check_run, firing_latents, is_finished
+    from saevlm_fast.steering.score import PER_LATENT, firing_latents, is_finished
 
     inputs = open_inputs(options)
     check_writable(options.output)
     if options.resume and is_finished(inputs.run):
         return Plan(f"nothing is left to do of {options.output}, if its settings are the same", {})
-    check_run(inputs.run)
+    _check_output(options, inputs.run)
     alive = set(firing_latents(inputs.codes).tolist())
     latents = inputs.config.latents or tuple(range(inputs.codes.d_sae))
     firing = sum(latent in alive for latent in latents)
@@ -135,18 +135,26 @@ def plan(options: SteeringScoreArguments) -> Plan:
 @command("steering-score", plan=plan)
 def steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
     """The paper's steering score of every latent, beside five controls. Interrupted, it goes on with --resume."""
-    from saevlm_fast.outputs import check_absent, output_lock
+    from saevlm_fast.outputs import output_lock
     from saevlm_fast.scoring.tables import check_scores_path
-    from saevlm_fast.steering.score import check_run, is_finished
+    from saevlm_fast.steering.score import is_finished
 
     check_scores_path(options.output)
     with output_lock(options.output, directory=False):
         run = options.part(ScoreRun, sources=options.sources)
         if options.resume and is_finished(run):
             return _finished(options)
-        check_run(run)
-        check_absent([settings_path(options.output)], options.force or options.resume)
+        _check_output(options, run)
         return _steering_score(options)
+
+
+def _check_output(options: SteeringScoreArguments, run: "ScoreRun") -> None:
+    """ValueError: something is there, and nothing says that it may be replaced or gone on with."""
+    from saevlm_fast.outputs import check_absent
+    from saevlm_fast.steering.score import check_run, is_unfinished
+
+    check_run(run)
+    check_absent([settings_path(options.output)], options.force or is_unfinished(run))
 
 
 def _finished(options: SteeringScoreArguments) -> dict[str, Any]:
