@@ -11,7 +11,14 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_of_all, training_disk
+from saevlm_fast.cli.planning import (
+    check_writable,
+    disk_figures,
+    free_memory,
+    memory_figures,
+    time_of_all,
+    training_disk,
+)
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
@@ -112,6 +119,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         given = chosen, options.part(RunOptions), recipes
         held: dict[str, Any] = {"part_of": lambda sae: part_of_a_rank(sae, options.data_parallel), "n_ranks": n_ranks}
         one_pass = OnePass(source, str(options.images), tower, run, harvest, *given, **held)
+        free = free_memory(device)
         one_pass.add(sizes, device, lambda name, step, metrics: None)
         n = one_pass.stream.n_images
         looks = TowerLooks(options, tower, source)
@@ -135,7 +143,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         "saes": [f"{name or options.output}" for name in parts],
         "scores": looks.note,
         "takes": [f"{name} {human_bytes(size)}" for name, size in one_pass.needed.items()],
-        **memory_figures(device, sum(one_pass.needed.values())),
+        **memory_figures(device, sum(one_pass.needed.values()), free),
         **disk_figures(options.output, sum(training_disk(sae) for sae, *_ in saes), kept),
         **({} if seconds is None else {"all_images_seconds": seconds * passing / n_ranks}),
         **time_of_all(timed, device),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
+from saevlm_fast.cli.planning import check_writable, disk_figures, free_memory, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, SteerabilityConfig
@@ -173,6 +173,7 @@ def plan(options: SteerabilityArguments) -> Plan:
     inputs = open_inputs(options)
     kinds = _kinds(options, inputs)
     asked, n_saes = [min(len(chosen), options.screen or len(chosen)) for _, chosen in kinds], len(inputs.saes)
+    free = free_memory(inputs.tower.device)
     passes = sum(asked) * (2 + options.controls) + sum(asked[:n_saes])
     with opened_stream(inputs.tower, options.layer, options.tokens, options.batch_size) as stream:
         asking = Asking(stream, inputs.source, inputs.vocabulary, options.part(SteerabilityConfig), {})
@@ -191,7 +192,7 @@ def plan(options: SteerabilityArguments) -> Plan:
             "latents": sum(asked[:n_saes]),
             "neurons": sum(asked[n_saes:]),
             "passes_of_an_image": passes * asking.n_images,
-            **memory_figures(stream.tower.device, 8 * shape * (options.batch_size + 2 * asking.n_images)),
+            **memory_figures(stream.tower.device, 8 * shape * (options.batch_size + 2 * asking.n_images), free),
             **disk_figures(options.output, _ROW_BYTES * sum(len(chosen) for _, chosen in kinds)),
             "time_seconds": seconds * sum(asked),
         },

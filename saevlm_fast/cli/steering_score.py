@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.answers import AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
 from saevlm_fast.cli.options import Plan, command
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
+from saevlm_fast.cli.planning import check_writable, disk_figures, free_memory, memory_figures
 from saevlm_fast.cli.record import Record, check_recorded, settings_path
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
 from saevlm_fast.config import ScoreConfig, ScoreRun
@@ -100,6 +100,7 @@ def plan(options: SteeringScoreArguments) -> Plan:
     """What would be asked; the time from a batch of answers about a white image."""
     from PIL import Image
 
+    from saevlm_fast.runtime import resolve_device
     from saevlm_fast.steering.score import PER_LATENT, firing_latents, is_finished
 
     inputs = open_inputs(options)
@@ -112,6 +113,7 @@ def plan(options: SteeringScoreArguments) -> Plan:
     firing = sum(latent in alive for latent in latents)
     n_asked = max(1, inputs.config.ask)
     n = firing * len(PER_LATENT) * n_asked + 2 * n_asked
+    free = free_memory(resolve_device(options.device))
     answerer = steered_answers(options)
     question = answerer.ask(Image.new("RGB", (336, 336), "white"), inputs.config.prompt)
     seconds = seconds_an_answer(answerer, question, n)
@@ -124,7 +126,7 @@ def plan(options: SteeringScoreArguments) -> Plan:
             "images_asked_about": n_asked,
             "answers": n,
             "most_tokens_each": options.max_new_tokens,
-            **memory_figures(answerer.sae.b_dec.device, weight_bytes(answerer)),
+            **memory_figures(answerer.sae.b_dec.device, weight_bytes(answerer), free),
             **disk_figures(options.output, _ROW_BYTES * len(latents)),
             "an_answer_seconds": seconds,
             "all_answers_seconds": seconds * n,
