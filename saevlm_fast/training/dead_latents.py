@@ -48,7 +48,7 @@ class DeadBound:
         self._add_up = add_up
         self.of_all: int | None = None
         self._known = -1, 0  # rows seen up to which it holds, and the bound
-        self._asked: tuple[int, Tensor, torch.cuda.Event] | None = None  # the same, on its way: the counts, their arrival
+        self._asked: tuple[int, Tensor, torch.cuda.Event] | None = None  # the same, on its way: counts, arrival
 
     def latents(self, idle_S: Tensor, n_rows: int, n_rows_seen: int, dead_after: int) -> int:
         """An upper bound on (idle_S >= dead_after).sum() after this step, of n_rows rows, the last of n_rows_seen.

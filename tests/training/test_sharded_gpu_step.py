@@ -113,9 +113,10 @@ LAUNCHES = {
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_copy", "masked_select", "unique"}
 
 
-@pytest.mark.parametrize(("architecture", "n_listed", "most_dead", "launches", "calls"), LAUNCHES.values(), ids=LAUNCHES)
-def test_a_step_is_so_many_launches(monkeypatch, architecture, n_listed, most_dead, launches, calls):
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_a_step_is_so_many_launches(monkeypatch, case):
     """Copies and fills included, what ranks tell each other counted apart; the device is not waited for."""
+    architecture, n_listed, most_dead, launches, calls = LAUNCHES[case]
     monkeypatch.setattr("saevlm_fast.training.step.screens_cuda", lambda *_: True)
     monkeypatch.setattr(sharded_dead, "on_gpu", lambda _: True)
     whole, peers = SAEConfig(8, 64, 1, architecture), Told()
@@ -159,12 +160,12 @@ def test_of_dead_latents_that_all_take_part_nothing_is_told(monkeypatch):
 
     told, untold, at_the_limit = (taking_turns(2, lambda peers, n=n: work(peers, n)) for n in (None, 3, 6))
     for (one, n_dead, calls), others in zip(told, zip(untold, at_the_limit)):
-        assert n_dead == 3 and calls == 1 + 8
+        assert (n_dead, calls) == (3, 1 + 8)
         for other, n_other, n_calls in others:
-            assert n_other == 3 and n_calls == 1
+            assert (n_other, n_calls) == (3, 1)
             first, second = ([a.loss, a.b_enc_A, a.W_enc.rows_AD, a.W_dec.rows_AD] for a in (one, other))
             assert all(torch.equal(*pair) for pair in zip(first, second))
-    assert told[0][0].W_dec.rows_AD.any() and not told[1][0].W_dec.rows_AD.any()
+    assert [bool(found.W_dec.rows_AD.any()) for found, _, _ in told] == [True, False]
 
 
 def test_ranks_know_what_can_be_dead_of_all(monkeypatch):
@@ -194,6 +195,8 @@ def test_ranks_know_what_can_be_dead_of_all(monkeypatch):
     first, second = taking_turns(2, work)
     assert first[28][:2] == second[28][:2] == (None, None)
     for (own, of_all, n_dead), (other, same, none) in zip(first[29:], second[29:]):
-        assert n_dead <= own and none == other == 0
+        assert n_dead <= own
+        assert none == other == 0
         assert of_all == same == own
-    assert [each[1] for each in first[29:]].count(7) > 40 and first[-1][1] == 2
+    assert [of_all for _, of_all, _ in first].count(7) > 40
+    assert first[-1][1] == 2
