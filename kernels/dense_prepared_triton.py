@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
 from .dense_range_triton import (
     MERGE_BLOCK_K,
     MERGE_ROWS,
@@ -214,7 +215,7 @@ def launch_prepared(
     found = NewRange(new(3, n_neurons), torch.empty(2, n_neurons, dtype=torch.int64, device=emb_nE.device))
     block = Block(new(acts_bK.shape), new(emb_bE.shape), new(n_parts, 5, n_neurons), new(n_parts, d_emb), new(n_parts))
     n_merging = len(faults) if merging else 0
-    blocks = triton.cdiv(n_neurons, RANGE_BLOCK_K) + max(1, triton.cdiv(d_emb, RANGE_BLOCK_K))
+    blocks = cdiv(n_neurons, RANGE_BLOCK_K) + max(1, cdiv(d_emb, RANGE_BLOCK_K))
     prepared_kernel[(n_merging + n_parts * blocks,)](
         chunk.range_parts,
         chunk.sqnorm_n,

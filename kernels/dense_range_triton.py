@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
+
 PARTS = 128  # of a chunk at most; the kernels that put them together hold all at once
 LEAST_ROWS = 32
 RANGE_BLOCK_K = 128
@@ -150,13 +152,13 @@ class NewRange(NamedTuple):
 
 def parts_of(n_images: int, most: int, least_rows: int) -> tuple[int, int]:
     """Images of a part, at least so many, and how many parts, at most so many."""
-    rows = max(least_rows, triton.cdiv(n_images, most))
-    return rows, triton.cdiv(n_images, rows)
+    rows = max(least_rows, cdiv(n_images, most))
+    return rows, cdiv(n_images, rows)
 
 
 def n_fault_rows(n_neurons: int) -> int:
     """Rows of launch_prepared's faults: the programs that merge ranges."""
-    return max(1, triton.cdiv(n_neurons, MERGE_BLOCK_K))
+    return max(1, cdiv(n_neurons, MERGE_BLOCK_K))
 
 
 def launch_range(acts_nK: Tensor, sqnorm_n: Tensor) -> Chunk:
@@ -166,7 +168,7 @@ def launch_range(acts_nK: Tensor, sqnorm_n: Tensor) -> Chunk:
     rows, n_parts = parts_of(n_images, PARTS, LEAST_ROWS)
     parts = sqnorm_n.new_empty(n_parts, 5, n_neurons)
     if n_neurons > 0:
-        range_kernel[(n_parts, triton.cdiv(n_neurons, RANGE_BLOCK_K))](
+        range_kernel[(n_parts, cdiv(n_neurons, RANGE_BLOCK_K))](
             acts_nK,
             parts,
             n_images,

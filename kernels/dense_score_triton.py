@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
 from .dense_prepared_triton import BLOCK_PARTS, Block
 from .pairwise_float64_triton import added_columns, is_dominated
 
@@ -222,7 +223,7 @@ def launch_lower(sums: Sums, drop_K: Tensor, n_images: int, faults: Tensor, cosi
     """In place of the sums of n_images, unless something is wrong; faults may have no rows."""
     n_neurons, d_emb = sums.sums_KE.shape
     if n_neurons > 0:
-        lower_kernel[(triton.cdiv(n_neurons, SUM_BLOCK_K),)](
+        lower_kernel[(cdiv(n_neurons, SUM_BLOCK_K),)](
             *sums[:5],
             drop_K,
             *sums[5:],
@@ -244,7 +245,7 @@ def launch_add(
 ) -> None:
     """In place of the sums, unless something is wrong; num without the block's own pairs of dominated neurons."""
     n_neurons, d_emb = sums.sums_KE.shape
-    add_kernel[(1 + triton.cdiv(n_neurons, SUM_BLOCK_K),)](
+    add_kernel[(1 + cdiv(n_neurons, SUM_BLOCK_K),)](
         *sums,
         added_sums_KE.contiguous(),
         block.column_parts,

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
+
 BLOCK_N = 4
 BLOCK_E = 256
 SUM_ROWS = 256
@@ -48,7 +50,7 @@ def launch_squared_norms(emb_NE: Tensor) -> Tensor:
     n_rows, d_emb = emb_NE.shape
     sqnorm_N = torch.empty(n_rows, dtype=torch.float64, device=emb_NE.device)
     if n_rows > 0:
-        squared_norms_kernel[(triton.cdiv(n_rows, BLOCK_N),)](
+        squared_norms_kernel[(cdiv(n_rows, BLOCK_N),)](
             emb_NE, sqnorm_N, n_rows, d_emb, BLOCK_N=BLOCK_N, BLOCK_E=BLOCK_E, num_warps=NUM_WARPS
         )
     return sqnorm_N
@@ -57,10 +59,10 @@ def launch_squared_norms(emb_NE: Tensor) -> Tensor:
 def launch_scaled_sum(emb_NE: Tensor, scale_N: Tensor) -> Tensor:
     emb_NE, scale_N = emb_NE.contiguous(), scale_N.contiguous()
     n_rows, d_emb = emb_NE.shape
-    n_parts = triton.cdiv(n_rows, SUM_ROWS)
+    n_parts = cdiv(n_rows, SUM_ROWS)
     parts = scale_N.new_empty(n_parts, d_emb)
     if parts.numel() > 0:
-        scaled_sum_kernel[(n_parts, triton.cdiv(d_emb, BLOCK_E))](
+        scaled_sum_kernel[(n_parts, cdiv(d_emb, BLOCK_E))](
             emb_NE,
             scale_N,
             parts,

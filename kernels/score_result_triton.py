@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
+
 BLOCK = 256
 NUM_WARPS = 4
 
@@ -77,7 +79,7 @@ def score_result(
 
     if n_latents > 0:
         codes = {name.upper(): number for number, name in enumerate(statuses)}
-        score_result_kernel[(triton.cdiv(n_latents, BLOCK),)](
+        score_result_kernel[(cdiv(n_latents, BLOCK),)](
             *(t.contiguous() for t in (num_S, den_S, low_S, high_S, n_active_S, n_low_S)),
             *parts(packed),
             n_images,
