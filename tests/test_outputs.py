@@ -45,12 +45,12 @@ def hold(output, share, seconds, held):
 
 
 @contextmanager
-def held_by_another(output, share=False, seconds=60.0):
+def held_by_another(output, share=False, seconds=600.0):
     context = multiprocessing.get_context("fork")
     held = context.Event()
     other = context.Process(target=hold, args=(output, share, seconds, held))
     other.start()
-    assert held.wait(30)
+    assert held.wait(120)
     try:
         yield other
     finally:
