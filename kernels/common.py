@@ -126,20 +126,9 @@ class Workspace(threading.local):
 
 def zeros_of(device: torch.device | str, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Float64 zeros of these shapes by one fill; each begins at a multiple of 64 bytes."""
-    return _laid_out(torch.zeros, device, shapes)
-
-
-def empty_of(device: torch.device | str, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """The same memory with nothing in it."""
-    return _laid_out(torch.empty, device, shapes)
-
-
-def _laid_out(
-    make: Callable[..., Tensor], device: torch.device | str, shapes: tuple[tuple[int, ...], ...]
-) -> list[Tensor]:
     sizes = [math.prod(shape) for shape in shapes]
     padded = [size + -size % 8 for size in sizes]
-    parts = make(sum(padded), dtype=torch.float64, device=device).split(padded)
+    parts = torch.zeros(sum(padded), dtype=torch.float64, device=device).split(padded)
     return [part[:size].view(shape) for part, size, shape in zip(parts, sizes, shapes)]
 
 

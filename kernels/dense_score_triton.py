@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, empty_of
+from .common import cdiv
 from .dense_prepared_triton import BLOCK_PARTS, Block
 from .dense_range_triton import NewRange, n_fault_rows
 from .pairwise_float64_triton import added_columns, is_dominated
@@ -200,10 +200,11 @@ def add_kernel(
 
     To sums of n_before images: of none, nothing is read, and added_sums is sums itself. num without the pairs within
     the block of the neurons that are dominated, which flags [.., K] tells. If something is wrong, nothing is added.
-    told: what is wrong, [n_faults, 3]; behind it, if n_scored, _tell_scores of the range of all images.
+    told: what is wrong, [n_faults, 3]; 1 if nothing is, else 0; if n_scored, _tell_scores of the range of all images.
     """
     program = tl.program_id(0)
     sound = _sound(told_ptr, n_faults, COSINE, FAULTS)
+    tl.store(told_ptr + 3 * n_faults, sound.to(tl.float64), mask=program == 0)
     if (program == 0) & sound:
         _add_images(
             unit_sums_ptr,
@@ -249,7 +250,7 @@ def add_kernel(
         tl.store(total_ptr + o_k, total + added_total, mask=m_k & sound)
         tl.store(self_ptr + o_k, own + added_self, mask=m_k & sound)
         _tell_scores(
-            told_ptr + 3 * n_faults,
+            told_ptr + 3 * n_faults + 1,
             flags_ptr + n_neurons,
             reals_ptr,
             counts_ptr,
@@ -282,17 +283,17 @@ class Sums(NamedTuple):
     square_sum: Tensor
 
 
-def launch_lower(sums: Sums, drop_K: Tensor, n_images: int, faults: Tensor, cosine: bool) -> None:
-    """In place of the sums of n_images, unless something is wrong; faults may have no rows."""
+def launch_lower(sums: Sums, drop_K: Tensor, n_images: int, told: Tensor | None, cosine: bool) -> None:
+    """In place of the sums of n_images, unless launch_prepared's faults, with which told begins, tell of something."""
     n_neurons, d_emb = sums.sums_KE.shape
     if n_neurons > 0:
         lower_kernel[(cdiv(n_neurons, SUM_BLOCK_K),)](
             *sums[:5],
             drop_K,
             *sums[5:],
-            faults,
+            drop_K if told is None else told,
             n_images,
-            len(faults),
+            0 if told is None else n_fault_rows(n_neurons),
             n_neurons,
             d_emb,
             COSINE=cosine,
@@ -305,8 +306,9 @@ def launch_lower(sums: Sums, drop_K: Tensor, n_images: int, faults: Tensor, cosi
 
 def first_sums(added_sums_KE: Tensor) -> Sums:
     """What launch_add makes of the first block, from its product."""
-    n_neurons, d_emb = added_sums_KE.shape
-    return Sums(added_sums_KE, *empty_of(added_sums_KE.device, *[(n_neurons,)] * 4, (d_emb,), (), ()))
+    (n_neurons, d_emb), new = added_sums_KE.shape, added_sums_KE.new_empty
+    of_neurons = new(n_neurons), new(n_neurons), new(n_neurons), new(n_neurons)
+    return Sums(added_sums_KE, *of_neurons, new(d_emb), new(()), new(()))
 
 
 def launch_add(
@@ -324,8 +326,9 @@ def launch_add(
     """In place of the sums of n_before images (of none: first_sums), unless something is wrong.
 
     num without the block's own pairs of dominated neurons, which flags [K] tells, 1 or 0. told: float64, begins with
-    launch_prepared's faults; behind these come score, high and, as bits, how many images are above 0, [3, K], and
-    behind the flags the statuses [K], int8: if n_scored, which is all images whose range was found.
+    launch_prepared's faults; behind these comes 1 if there are none, else 0. If n_scored, which is all images whose
+    range was found: then score, high and, as bits, how many images are above 0, [3, K], and behind the flags the
+    statuses [K], int8.
     """
     n_neurons, d_emb = sums.sums_KE.shape
     add_kernel[(1 + cdiv(n_neurons, SUM_BLOCK_K),)](

@@ -30,40 +30,45 @@ _STATUS_CODES = {name.upper(): number for number, name in enumerate(STATUSES)}
 class _Told:
     """What the host is told in one copy: faults of launch_prepared; which neurons one image dominates; the scores.
 
-    Numbers of 8 bytes: faults [R, 3], and if scored 3 for every neuron; then bytes: dominated [K], and statuses [K].
+    Numbers of 8 bytes: faults [R, 3], whether they are none, and if scored 3 for every neuron; then bytes: dominated
+    [K], and statuses [K].
     """
 
     def __init__(self, n_neurons: int, device: torch.device, scored: bool) -> None:
-        self._n_neurons, self._n_faults = n_neurons, 3 * n_fault_rows(n_neurons)
-        n_reals = self._n_faults + (3 * n_neurons if scored else 0)
+        self._n_neurons, self._n_faults, self._scored = n_neurons, 3 * n_fault_rows(n_neurons), scored
+        n_reals = self._n_faults + 1 + (3 * n_neurons if scored else 0)
         self._n_reals = n_reals + n_reals % 2  # bytes begin at a multiple of 16, or add_kernel is compiled anew
         n_bytes = n_neurons * (2 if scored else 1)
         self.reals = torch.empty(self._n_reals + cdiv(n_bytes, 8), dtype=torch.float64, device=device)
-        self._host: Tensor | None = None
 
-    @property
-    def faults(self) -> Tensor:
-        """[R, 3]."""
-        return self.reals[: self._n_faults].view(-1, 3)
-
-    @property
     def flags(self) -> Tensor:
         """int8 [K], or [2 K] with the statuses, and what fills it up."""
         return self.reals[self._n_reals :].view(torch.int8)
 
-    def read(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Faults [R, 3] and dominated [K] on the host, which waits for them."""
-        self._host = self.reals.cpu()
-        told = self._host.numpy()
-        dominated_K = told[self._n_reals :].view(np.bool_)[: self._n_neurons]
-        return told[: self._n_faults].reshape(-1, 3), dominated_K
+    def laid_out(self) -> "_Heard":
+        """Memory for it on the host, which makes this while the device works."""
+        numbers, n = torch.empty(len(self.reals), dtype=torch.float64), self._n_neurons
+        heard, scores = numbers.numpy(), None
+        if self._scored:
+            ms_K, high_K, active_K = numbers[self._n_faults + 1 : self._n_faults + 1 + 3 * n].view(3, n)
+            status_K = numbers[self._n_reals :].view(torch.int8)[n : 2 * n]
+            scores = ms_K, high_K, active_K.view(torch.int64), status_K
+        faults, dominated_K = heard[: self._n_faults].reshape(-1, 3), heard[self._n_reals :].view(np.bool_)[:n]
+        return _Heard(numbers, faults, heard[self._n_faults : self._n_faults + 1], dominated_K, scores)
 
-    def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ms and maximum, n_active, status [K] of what was read."""
-        assert self._host is not None
-        n = self._n_neurons
-        ms_K, high_K, active_K = self._host[self._n_faults : self._n_faults + 3 * n].view(3, n)
-        return ms_K, high_K, active_K.view(torch.int64), self._host[self._n_reals :].view(torch.int8)[n : 2 * n]
+    def read(self, heard: "_Heard") -> None:
+        """The host waits for it."""
+        heard.numbers.copy_(self.reals)
+
+
+class _Heard(NamedTuple):
+    """What was told, and views of it: faults [R, 3], sound [1], dominated [K]; ms, maximum, n_active, status [K]."""
+
+    numbers: Tensor
+    faults: NDArray[np.float64]
+    sound: NDArray[np.float64]
+    dominated_K: NDArray[np.bool_]
+    scores: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
 
 class Added(NamedTuple):
@@ -97,27 +102,35 @@ def add_on_gpu(
     low_K, high_K, drop_K = found.reals_3K
     sums = None
     if isinstance(pairs, ShiftedSums | HalvedSums):
-        pairs.lower(drop_K, told.faults)
+        pairs.lower(drop_K, told.reals)
         sums = work.add(shares[0][0], block, found, n_images if scored else 0)
-    now = DenseRange(low_K, high_K, *found.counts_2K, n_images)
-    faults, dominated_K = told.read()
-    least, unfit, bad = faults[:, 0].min(), faults[:, 1].sum(), faults[:, 2].sum()
+    now, heard = DenseRange(low_K, high_K, *found.counts_2K, n_images), told.laid_out()
     images = Embeddings(chunk.emb_nE, chunk.sqnorm_n)
-    if similarity is not None:
-        refuse_embeddings(images, similarity, first_image, least == 0, unfit > 0)
-    if bad > 0:
-        refuse_activations(acts_nK, first_image)
+    told.read(heard)
+    if sums is None or not heard.sound[0]:
+        _refuse(heard.faults, acts_nK, images, similarity, first_image)
     if sums is None:
         pairs.lower(drop_K)
         pairs.add_dense(acts_nK, low_K, images)
         return Added(now, chunk.sqnorm_n, None)
-    dominated = _end(shares[0][0], sums, block, dominated_K)
+    dominated = _end(shares[0][0], sums, block, heard.dominated_K)
     for share in shares[1:]:
         del block  # no two of them are held
         block = work.prepared(share, merging=False)[1]
         sums = work.add(share[0], block, found, 0)
-        _end(share[0], sums, block, told.read()[1])
-    return Added(now, chunk.sqnorm_n, told.scores() if scored and not dominated else None)
+        told.read(heard)
+        _end(share[0], sums, block, heard.dominated_K)
+    return Added(now, chunk.sqnorm_n, None if dominated else heard.scores)
+
+
+def _refuse(
+    faults: NDArray[np.float64], acts_nK: Tensor, images: Embeddings, similarity: str | None, first_image: int
+) -> None:
+    least, unfit, bad = faults[:, 0].min(), faults[:, 1].sum(), faults[:, 2].sum()
+    if similarity is not None:
+        refuse_embeddings(images, similarity, first_image, least == 0, unfit > 0)
+    if bad > 0:
+        refuse_activations(acts_nK, first_image)
 
 
 class _Work(NamedTuple):
@@ -138,7 +151,7 @@ class _Work(NamedTuple):
         added_KE = block.wide_bK.T @ block.unit_bE
         into, told = sums.launched() if sums.n_images > 0 else first_sums(added_KE), self.told
         cosine, codes = sums.similarity == "cosine", _STATUS_CODES
-        launch_add(into, sums.n_images, block, added_KE, found, told.reals, told.flags, codes, n_scored, cosine)
+        launch_add(into, sums.n_images, block, added_KE, found, told.reals, told.flags(), codes, n_scored, cosine)
         return into
 
 

@@ -184,19 +184,18 @@ class ShiftedSums:
         """Q, 0-d."""
         return self._zeros[7]
 
-    def lower(self, drop_S: Tensor, faults: Tensor | None = None) -> None:
+    def lower(self, drop_S: Tensor, told: Tensor | None = None) -> None:
         """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring.
 
-        faults: of dense_on_gpu.py, and only if there are none.
+        told: what dense_on_gpu.py will be told is wrong; only if nothing is.
         """
         if self.n_images == 0:
             return
         if on_gpu(drop_S):
             from saevlm_fast.kernels.dense_score_triton import launch_lower
 
-            faults = drop_S.new_empty(0, 3) if faults is None else faults
             with torch.cuda.device_of(drop_S):  # Triton launches on the current device
-                launch_lower(self.launched(), drop_S, self.n_images, faults, self.similarity == "cosine")
+                launch_lower(self.launched(), drop_S, self.n_images, told, self.similarity == "cosine")
             return
         rows = torch.nonzero(drop_S).squeeze(1)
         if len(rows) == 0:
@@ -308,10 +307,10 @@ class HalvedSums:
         self._pair_sums: tuple[Tensor, Tensor] | None = None  # of all images so far, once they were asked for
         self.halves = [ShiftedSums(n_latents, d_emb, similarity, device) for _ in range(2)]
 
-    def lower(self, drop_S: Tensor, faults: Tensor | None = None) -> None:
+    def lower(self, drop_S: Tensor, told: Tensor | None = None) -> None:
         self._pair_sums = None
         for half in self.halves:
-            half.lower(drop_S, faults)
+            half.lower(drop_S, told)
 
     def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
         joined, n_latents = Embeddings.join(images), len(low_S)
