@@ -102,7 +102,7 @@ def fixed_row_offsets(latents_BK: Tensor) -> Tensor:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up, for the host: there triton.cdiv looks for constexprs at every call, which takes microseconds."""
+    """a / b, rounded up, for the host: triton.cdiv looks for constexprs at every call, which takes microseconds."""
     return -(-a // b)
 
 

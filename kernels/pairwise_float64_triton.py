@@ -207,7 +207,10 @@ def is_dominated(square, norm):
 def closed_form_kernel(
     parts_ptr,
     sums_ptr,
-    out_ptr,
+    total_ptr,
+    den_ptr,
+    self_ptr,
+    num_ptr,
     dominated_ptr,
     n_latents,
     n_parts,
@@ -216,7 +219,7 @@ def closed_form_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """out = total, den, self and num of each latent, from the parts and sums = r^T e; dominated: is_dominated."""
+    """total, den, self and num of each latent, from the parts and sums = r^T e; dominated: is_dominated."""
     o_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < n_latents
     total, den, own, square, norm = added_columns(parts_ptr, o_k, n_latents, n_parts, PARTS)
@@ -227,10 +230,10 @@ def closed_form_kernel(
         b_sums = tl.load(sums_ptr + o_k[:, None] * d_emb + o_e[None, :], mask=mask, other=0.0)
         b_all += b_sums * b_sums
     tl.store(dominated_ptr + o_k, is_dominated(square, norm), mask=m_k)
-    tl.store(out_ptr + o_k, total, mask=m_k)
-    tl.store(out_ptr + n_latents + o_k, den, mask=m_k)
-    tl.store(out_ptr + 2 * n_latents + o_k, own, mask=m_k)
-    tl.store(out_ptr + 3 * n_latents + o_k, (tl.sum(b_all, axis=1) - square) / 2, mask=m_k)
+    tl.store(total_ptr + o_k, total, mask=m_k)
+    tl.store(den_ptr + o_k, den, mask=m_k)
+    tl.store(self_ptr + o_k, own, mask=m_k)
+    tl.store(num_ptr + o_k, (tl.sum(b_all, axis=1) - square) / 2, mask=m_k)
 
 
 @triton.jit(do_not_specialize=["n_i", "n_j", "first_j"])
@@ -349,23 +352,23 @@ def pair_weights(parts: Tensor) -> Tensor:
 
 def launch_inner_products(
     r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """r - low [N, K], its product with the embeddings [K, E], and what launch_closed_form returns. Nothing waits."""
     wide_NK, parts = launch_column_sums(r_NK, sqnorm_N, low_K)
     sums_KE = wide_NK.T @ emb_NE
     return wide_NK, sums_KE, *launch_closed_form(parts, sums_KE)
 
 
-def launch_closed_form(parts: Tensor, sums_KE: Tensor) -> tuple[Tensor, Tensor]:
-    """[4, K]: total, den, self and num by the closed form; and [K] whether one image dominates num."""
+def launch_closed_form(parts: Tensor, sums_KE: Tensor) -> tuple[list[Tensor], Tensor]:
+    """total, den, self and num by the closed form, [K] each; and [K] whether one image dominates num."""
     n_latents, d_emb = sums_KE.shape
-    out = sums_KE.new_empty(4, n_latents)
+    out = [sums_KE.new_empty(n_latents) for _ in range(4)]
     dominated_K = torch.empty(n_latents, dtype=torch.bool, device=sums_KE.device)
     if n_latents > 0:
         closed_form_kernel[(cdiv(n_latents, CLOSED_BLOCK_K),)](
             parts,
             sums_KE.contiguous(),
-            out,
+            *out,
             dominated_K,
             n_latents,
             len(parts),

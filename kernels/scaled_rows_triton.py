@@ -13,9 +13,10 @@ SUM_ROWS = 256
 NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def squared_norms_kernel(emb_ptr, sqnorm_ptr, n_rows, d_emb, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+@triton.jit
+def squared_norms_of(emb_ptr, sqnorm_ptr, part, n_rows, d_emb, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """sqnorm = |e|^2 of BLOCK_N rows, those of the part (int64)."""
+    o_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
     b_square = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float64)
     for e in range(0, d_emb, BLOCK_E):
         o_e = e + tl.arange(0, BLOCK_E)
@@ -23,6 +24,11 @@ def squared_norms_kernel(emb_ptr, sqnorm_ptr, n_rows, d_emb, BLOCK_N: tl.constex
         b_emb = tl.load(emb_ptr + o_n[:, None] * d_emb + o_e[None, :], mask=mask, other=0.0).to(tl.float64)
         b_square += b_emb * b_emb
     tl.store(sqnorm_ptr + o_n, tl.sum(b_square, axis=1), mask=o_n < n_rows)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def squared_norms_kernel(emb_ptr, sqnorm_ptr, n_rows, d_emb, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    squared_norms_of(emb_ptr, sqnorm_ptr, tl.program_id(0).to(tl.int64), n_rows, d_emb, BLOCK_N, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
