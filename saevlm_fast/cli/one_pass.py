@@ -105,6 +105,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     from saevlm_fast.inspection import human_bytes
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
+    from saevlm_fast.training.memory import auxiliary_memory
     from saevlm_fast.training.one_pass import OnePass, harvest_config
 
     device, parts, n_ranks = resolve_device(options.device), parts_of(options), n_processes()
@@ -133,7 +134,9 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     ]
     timed = [(part_of_a_rank(sae, options.data_parallel), recipe, n_rows) for sae, recipe, n_rows in saes]
     keep = options.keep_store
+    of_dead = sum(auxiliary_memory(*each, device, n_ranks) for each in timed)
     kept = None if keep is None else (keep, sum(each.n_rows * each.row_bytes for each in rows.values()))
+    needed = one_pass.needed | ({"dead latents, at most": of_dead} if of_dead else {})
     passing = max(*images.values(), 0 if keep is None else n)  # the first epoch is kept whole
     figures = {
         "images": n,
@@ -142,8 +145,8 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         "images_through_the_tower": passing,
         "saes": [f"{name or options.output}" for name in parts],
         "scores": looks.note,
-        "takes": [f"{name} {human_bytes(size)}" for name, size in one_pass.needed.items()],
-        **memory_figures(device, sum(one_pass.needed.values()), free),
+        "takes": [f"{name} {human_bytes(size)}" for name, size in needed.items()],
+        **memory_figures(device, sum(needed.values()), free),
         **disk_figures(options.output, sum(training_disk(sae) for sae, *_ in saes), kept),
         **({} if seconds is None else {"all_images_seconds": seconds * passing / n_ranks}),
         **time_of_all(timed, device),
