@@ -4,7 +4,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import MISSING, dataclass
 from operator import mul
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
 from saevlm_fast.cli.planning import (
@@ -40,6 +40,14 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
     """Options of `saevlm-fast harvest`."""
 
     title = "Model and place in it"
+    made_from: ClassVar = {
+        "model": ("model", "random_weights"),
+        "images": ("images", "limit"),
+        "fingerprint": ("images",),
+        "content": ("images",),
+        "stores": ("point", "layer", "tokens"),
+        "points": ("point", "layer"),
+    }
 
     model: str = setting(help="hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].")
     images: str = same_as(HarvestOptions, "images", MISSING)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from saevlm_fast.cli.answers import AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
 from saevlm_fast.cli.options import Plan, command
@@ -29,6 +29,12 @@ def _as_it_is(name: str, text: str) -> str:
 @dataclass(frozen=True, kw_only=True)
 class SteeringScoreArguments(AnswerArguments):
     """Options of `saevlm-fast steering-score`."""
+
+    made_from: ClassVar = {
+        "sae_weights_sha256": ("sae",),
+        "codes_sha256": ("codes",),
+        "embeddings_sha256": ("embeddings",),
+    }
 
     images: str = setting(help="The images that codes and embeddings were harvested from.")
     codes: Path = setting(help="Store of the SAE's codes, one row an image (harvest --pool mean).", remote=True)
