@@ -119,7 +119,10 @@ def telling_urls() -> Iterator[None]:
 
 
 def _with_urls(text: str) -> str:
-    cache = remote_cache()
+    try:
+        cache = remote_cache()
+    except (OSError, ValueError):  # none can be made: nothing was fetched
+        return text
     for key in re.findall(rf"{re.escape(str(cache))}/([0-9a-f]{{32}})/", text):
         url = str(_read(cache / key / _INFO).get("url", ""))
         text = text.replace(f"{cache / key / file_name(url)}", url) if url else text

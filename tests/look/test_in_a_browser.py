@@ -49,11 +49,12 @@ def test_any_measure_sorts_and_is_then_a_column(visit, planted, tmp_path):
     columns = {f"m{i}": [float((latent * 7) % 16 + i) for latent in range(16)] for i in range(9)}
     table = {"latent": list(range(16)), "__proto__": [1.0] * 16} | columns
     pq.write_table(pa.table(table), tmp_path / "scores.parquet")
-    words = pa.table({"latent": [3, 5], "name": ["red", None], "word_1": ["red", "sea"], "score_1": [0.4, 0.1]})
+    words = pa.table({"latent": [5, 3], "name": ["red", None], "word_1": ["red", "sea"], "score_1": [0.4, 0.1]})
     pq.write_table(words, tmp_path / "names.parquet")
     more = ("--scores", tmp_path / "scores.parquet", "--names", tmp_path / "names.parquet", "--device", "cpu")
     run("report", "--sae", planted / "sae", "--activations", planted / "store", "--output", tmp_path / "LATENT", *more)
     tab = visit(page=tmp_path / "LATENT" / "index.html")
+    assert tab.inner_text("#detail h2").startswith("Latent 5"), "the strongest that has a name is opened"
     assert "m8" not in headers(tab)
     tab.select_option('[aria-label="Sort by"]', "m8")
     assert tab.get_attribute('[aria-sort="descending"]', "data-key") == "m8"
@@ -61,7 +62,7 @@ def test_any_measure_sorts_and_is_then_a_column(visit, planted, tmp_path):
     tab.select_option('[aria-label="Sort by"]', "latent")
     assert "m8" not in headers(tab)
     tab.fill("#search", "sea")
-    assert rows(tab) == ["5"], "words are found where they are no names"
+    assert rows(tab) == ["3"], "words are found where they are no names"
 
 
 def test_a_neighbour_of_a_pinned_latent_is_of_its_own_sae(visit, planted, tmp_path):

@@ -137,6 +137,26 @@ def test_a_row_that_is_not_finite_is_noticed(monkeypatch):
 
 
 @interpreted
+def test_what_a_step_had_asked_that_failed_is_of_no_later_one(monkeypatch):
+    """The next one asks nothing: it would take the other's codes."""
+    monkeypatch.setattr(gpu_codes, "SPARSE_SHARE", 1.0)
+    (found, data), (expected, _) = (test_penalised_step.make("relu", d_in=7, d_sae=13)[::2] for _ in range(2))
+    for stepper in (found, expected):
+        stepper.announce(9)
+    found.asked = gpu_codes.Asked(None, None, n_places=0)
+    failing = pytest.raises(RuntimeError, match="no memory")
+    with monkeypatch.context() as patched, failing, torch.no_grad():
+        patched.setattr(Stepper, "_device_state", lambda self, x_BD: raises(RuntimeError("no memory")))
+        found._gpu_step(data[:9])
+    losses = [gpu_step(stepper, data[9:18]).losses.overall for stepper in (found, expected)]
+    assert torch.equal(*losses)
+
+
+def raises(error):
+    raise error
+
+
+@interpreted
 @pytest.mark.parametrize("of_latents", [False, True])
 def test_candidates_give_what_is_above_a_threshold_of_every_latent(of_latents):
     """And padding behind it, of two chunks' worth of places; too small a pool is told."""
