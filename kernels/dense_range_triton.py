@@ -26,9 +26,7 @@ NORM_BLOCK_E = 128
 
 
 @triton.jit
-def _range_part(
-    acts_ptr, parts_ptr, part, o_k, n_images, n_neurons, rows, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr
-):
+def _range_part(acts_ptr, parts_ptr, part, o_k, n_images, n_neurons, rows, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr):
     """parts[part] = least, greatest, how many are the least, how many > 0, how many not finite, of `rows` images."""
     b_low = tl.full([BLOCK_K], float("inf"), dtype=tl.float64)
     b_high = tl.full([BLOCK_K], float("-inf"), dtype=tl.float64)

@@ -125,9 +125,14 @@ def test_images_are_drawn_from_all_of_a_sorted_folder(world):
     labels = {}
     for seed in (0, 1):
         options = EraseArguments(
-            model="hf:tiny-clip", sae=(world / "one",), layer=(2,), images=str(world / "photos"), limit=10, seed=seed,
+            model="hf:tiny-clip",
+            sae=(world / "one",),
+            layer=(2,),
+            images=str(world / "photos"),
+            limit=10,
+            seed=seed,
             output=world / "w.json",
-        )  # fmt: skip
+        )
         (_, train), (_, test) = halves_of(options, photos, photos)
         assert len(train) == len(test) == 10
         assert train == sorted(set(train))

@@ -113,8 +113,10 @@ def whitened(dtype, apply=True):
     mean = torch.randn(D, generator=generator, dtype=torch.float64)
     made.files["activation_scaler.json"] = {"scaling_factor": None, "has_whitening": True}
     made.files["activation_whitening.safetensors"] = {
-        "mean": mean, "matrix": matrix, "inverse_matrix": matrix.inverse()
-    }  # fmt: skip
+        "mean": mean,
+        "matrix": matrix,
+        "inverse_matrix": matrix.inverse(),
+    }
     inner = made.forward
 
     def forward(x_BD):

@@ -278,7 +278,9 @@ def test_a_blind_check_mixes_both_and_counts_them_apart(visit, controlled):
         tab.click("text=Save verdicts")
     verdicts = json.loads(Path(caught.value.path()).read_text())["verdicts"]
     assert sorted((each["control"], each["verdict"] in ("one", "several")) for each in verdicts) == [
-        *[(False, True)] * 2, *[(True, True)] * 2]  # fmt: skip
+        *[(False, True)] * 2,
+        *[(True, True)] * 2,
+    ]
 
 
 def test_a_link_leads_to_a_latent_and_keys_go_on(visit):
@@ -424,8 +426,11 @@ def test_no_serious_fault_of_accessibility(scheme, width, view, visit, controlle
     tab.wait_for_timeout(400)
     tab.evaluate(Path(os.environ["AXE"]).read_text())
     found = tab.evaluate("axe.run({ preload: false }).then((result) => result.violations)")
-    bad = [(each["id"], [node["html"][:120] for node in each["nodes"][:3]]) for each in found
-           if each["impact"] in ("serious", "critical")]  # fmt: skip
+    bad = [
+        (each["id"], [node["html"][:120] for node in each["nodes"][:3]])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
     assert not bad
     wide = "(nodes) => nodes.filter((node) => node.scrollWidth > node.clientWidth + 1).map((node) => node.textContent)"
     assert tab.eval_on_selector_all(".part, .card, #overview, #detail, html", wide) == [], "nothing hangs over the side"

@@ -111,9 +111,11 @@ def test_an_sae_of_another_tower_is_warned_of(box, pieces):
     llava = pieces[0].model
     described = load_tower(f"hf:{box / 'llava'}").description()
     for model, expected in (
-        (described, None), (described | {"weights_sha256": "0"}, f"hf:{box / 'llava'}"),
-        (described | {"class": "CLIPVisionModelWithProjection", "weights_sha256": "0"}, None), ("clip", None),
-    ):  # fmt: skip
+        (described, None),
+        (described | {"weights_sha256": "0"}, f"hf:{box / 'llava'}"),
+        (described | {"class": "CLIPVisionModelWithProjection", "weights_sha256": "0"}, None),
+        ("clip", None),
+    ):
         sae = SparseAutoencoder(SAEConfig(128, S, 8, "topk", metadata={"source": {"model": model}}))
         assert other_tower(sae, llava) == expected
     half = SparseAutoencoder(SAEConfig(128, S, 8, "topk", metadata={"source": {"model": described}}))
