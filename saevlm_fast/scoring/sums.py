@@ -153,6 +153,7 @@ class ShiftedSums:
     def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device) -> None:
         self.similarity, self.device, self.n_images = similarity, device, 0
         self._shape = n_latents, d_emb
+        self._all_at_zero = False  # every minimum of codes is 0 and cannot fall: no device is asked any more
 
     @cached_property
     def _zeros(self) -> list[Tensor]:
@@ -189,7 +190,7 @@ class ShiftedSums:
 
         told: what dense_on_gpu.py will be told is wrong; only if nothing is.
         """
-        if self.n_images == 0:
+        if self.n_images == 0 or self._all_at_zero:
             return
         if on_gpu(drop_S):
             from saevlm_fast.kernels.dense_score_triton import launch_lower
@@ -222,7 +223,8 @@ class ShiftedSums:
     ) -> None:
         """The same of entries latent by latent (float64), with the images (rows of `images`) that they are on."""
         scale_n, square_n = images.scales(self.similarity)
-        always = torch.nonzero(low_S > 0).squeeze(1)
+        always = low_S[:0] if self._all_at_zero else torch.nonzero(low_S > 0).squeeze(1)
+        self._all_at_zero = len(always) == 0
         if len(always) > 0:
             acts_M = acts_M - torch.repeat_interleave(low_S, offsets_S1.diff())
             positions_An = offsets_S1[always, None] + torch.arange(len(square_n), device=always.device)
@@ -305,18 +307,21 @@ class HalvedSums:
     def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device, first_image: int = 0) -> None:
         self.device, self._first_image = device, first_image
         self._pair_sums: tuple[Tensor, Tensor] | None = None  # of all images so far, once they were asked for
+        self._all_at_zero = False  # as of ShiftedSums
         self.halves = [ShiftedSums(n_latents, d_emb, similarity, device) for _ in range(2)]
 
     def lower(self, drop_S: Tensor, told: Tensor | None = None) -> None:
         self._pair_sums = None
-        for half in self.halves:
+        for half in () if self._all_at_zero else self.halves:
             half.lower(drop_S, told)
 
     def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
         joined, n_latents = Embeddings.join(images), len(low_S)
         acts_M, latents_M = grouped.acts_M, grouped.latents_M
         images_M = codes.entry_rows()[grouped.order_M]
-        if on_gpu(acts_M) and not bool((low_S > 0).any()):
+        if on_gpu(acts_M) and not self._all_at_zero:
+            self._all_at_zero = not bool((low_S > 0).any())
+        if self._all_at_zero:
             for half, _, first in self.split(codes.n_rows):
                 half.add_half(acts_M, images_M, grouped.offsets_S1, joined, first)
             return
