@@ -108,7 +108,11 @@ def release(key: str) -> None:
 
 @contextmanager
 def telling_urls() -> Iterator[None]:
-    """Around what reads fetched files: what is wrong with one is said of its URL, not of its place in the cache."""
+    """Around what reads fetched files: what is wrong with one is said of its URL, not of its place in the cache.
+
+    Raises:
+        ValueError: or ActivationError, as what is inside raised it, with the URL.
+    """
     try:
         yield
     except ValueError as error:

@@ -66,7 +66,7 @@ def visaebench_score(
     n_images = 0
     for start, values, emb_nE in images.chunks():
         checked = checked_embeddings(emb_nE[""], len(emb_nE[""]), "cosine", start, torch.device("cpu"))
-        intake.add(values.to("cpu"), checked, start)
+        intake.add(values.to("cpu"), checked.emb_nE, start, checked.sqnorm_n)
         n_images = start + len(emb_nE[""])
         on_rows(images.done(n_images))
     if peers is not None:

@@ -214,7 +214,7 @@ def test_files_and_modules_in_the_text_are_there(page: Path) -> None:
             continue
         if code.startswith(FOLDERS):
             assert list(ROOT.glob(code.rstrip("/"))), f"{named(page)}: {code}"
-        elif re.fullmatch(r"[a-z_]+\.py", code):
+        elif re.fullmatch(r"[a-z_/]+\.py", code):
             assert list(ROOT.glob(f"kernels/{code}")) or list(ROOT.glob(f"saevlm_fast/**/{code}")), code
         elif re.fullmatch(r"saevlm_fast(\.\w+)+", code):
             lookup(code)

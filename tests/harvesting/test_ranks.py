@@ -23,9 +23,13 @@ from tiny_tower import save_photos
 def rank_of(rank, world, port, arguments, log):
     """The command as one of torchrun's processes: torchrun's environment."""
     environment = {
-        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     return Forked(arguments, log, environment)
 
 

@@ -10,7 +10,8 @@ from turns import taking_turns
 
 from saevlm_fast.config import SAEConfig, TrainConfig
 from saevlm_fast.peers import Alone, Ranks
-from saevlm_fast.training import choice, sharded_gpu_step
+from saevlm_fast.training import choice, sharded_dead, sharded_gpu_step
+from saevlm_fast.training.dead_latents import DeadBound, DeadLatents
 from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard, starting_sae
 from test_step import make
@@ -83,18 +84,119 @@ def test_steps_are_those_of_one_process(monkeypatch, case):
     assert (max(n_dead) > 0) == ("dead" in case)
 
 
-@pytest.mark.parametrize(("architecture", "most"), [("topk", 24), ("batch_topk", 36)])
-def test_a_step_is_so_many_launches(monkeypatch, architecture, most):
-    """Copies and fills included, what ranks tell each other not."""
+class Told(Alone):
+    """What a rank would tell the others, by kind."""
+
+    def __init__(self):
+        self.calls = []
+
+    def gather(self, x):
+        self.calls.append("gather")
+        return super().gather(x)
+
+    def exchange(self, x):
+        self.calls.append("exchange")
+        return super().exchange(x)
+
+    def add_up(self, x):
+        self.calls.append("add_up")
+        return super().add_up(x)
+
+
+# latents that can be dead: of this rank, as its list is long, and of all ranks; launches, and calls of others
+LAUNCHES = {
+    "topk": ("topk", 0, None, 24, 4),
+    "batch_topk": ("batch_topk", 0, None, 36, 7),
+    "topk, none can be dead of all ranks": ("topk", 0, 0, 24, 4),
+    "topk, all that are dead take part": ("topk", 3, 4, 83, 7),
+}
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_copy", "masked_select", "unique"}
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_a_step_is_so_many_launches(monkeypatch, case):
+    """Copies and fills included, what ranks tell each other counted apart; the device is not waited for."""
+    architecture, n_listed, most_dead, launches, calls = LAUNCHES[case]
     monkeypatch.setattr("saevlm_fast.training.step.screens_cuda", lambda *_: True)
-    whole = SAEConfig(8, 64, 1, architecture)
-    ranks = Ranks.of(Alone())
+    monkeypatch.setattr(sharded_dead, "on_gpu", lambda _: True)
+    whole, peers = SAEConfig(8, 64, 1, architecture), Told()
+    ranks = Ranks(peers, peers, Alone())
     shard = Shard.of(whole, ranks)
     sae = starting_sae(shard, 0, torch.device("cpu"))
-    stepper = ShardedStepper(sae, TrainConfig(steps=100, warmup_steps=0), shard, ranks)
+    config = TrainConfig(steps=100, warmup_steps=0, dead_after=10_000_000 if most_dead is None else 2)
+    stepper = ShardedStepper(sae, config, shard, ranks)
+    stepper.dead_bound.of_all = most_dead
+    monkeypatch.setattr(stepper, "_dead_latents", lambda: listed(stepper, n_listed))
     stepper._low_W_enc()
     stepper.announce(3)
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     with counted_launches() as counts, torch.no_grad():
         stepper._gpu_step(x)
-    assert sum(counts.values()) == most, counts
+    assert sum(counts.values()) == launches, counts
+    assert len(peers.calls) == calls, peers.calls
+    assert not WAITS & counts.keys()
+
+
+def listed(stepper, n_listed):
+    """As a GPU lists its dead latents."""
+    from saevlm_fast.kernels.dead_list_triton import launch_dead_list
+
+    return DeadLatents(*launch_dead_list(stepper.idle_S, stepper.config.dead_after, n_listed))
+
+
+def test_of_dead_latents_that_all_take_part_nothing_is_told(monkeypatch):
+    """The same bits as by telling, of which as many calls are missing as there are digits; one rank has none."""
+    monkeypatch.setattr(sharded_dead, "on_gpu", lambda _: True)
+    alone, _, data = make("topk", d_in=12, d_sae=40, k=2, dead_after=10_000_000)
+    x, dead = data[:9], [torch.tensor([3, 4, 17]), torch.tensor([20, 20])]
+
+    def work(peers, most_dead):
+        shard, calls = Shard(alone.sae.config, peers.rank, 2), []
+        add_up = peers.add_up
+        peers.add_up = lambda counts: calls.append(len(counts)) or add_up(counts)
+        given = DeadLatents(dead[peers.rank], torch.tensor(3 - 3 * peers.rank)), 0.5, len(x), None, most_dead
+        found, n_dead = sharded_dead.shared_auxiliary(part_of(alone.sae, shard), Ranks.of(peers), x, x * 0.3, *given)
+        return found, int(n_dead), len(calls)
+
+    told, untold, at_the_limit = (taking_turns(2, lambda peers, n=n: work(peers, n)) for n in (None, 3, 6))
+    for (one, n_dead, calls), others in zip(told, zip(untold, at_the_limit)):
+        assert (n_dead, calls) == (3, 1 + 8)
+        for other, n_other, n_calls in others:
+            assert (n_other, n_calls) == (3, 1)
+            first, second = ([a.loss, a.b_enc_A, a.W_enc.rows_AD, a.W_dec.rows_AD] for a in (one, other))
+            assert all(torch.equal(*pair) for pair in zip(first, second))
+    assert [bool(found.W_dec.rows_AD.any()) for found, _, _ in told] == [True, False]
+
+
+def test_ranks_know_what_can_be_dead_of_all(monkeypatch):
+    """The bounds hold at every step, in a list of few lengths; who has none knows of the others'."""
+
+    class Arrival:
+        def record(self): ...
+        def synchronize(self): ...
+
+    empty, after, n_rows = torch.empty, 300, 10
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **more: empty(*shape, **more))
+    monkeypatch.setattr(torch.cuda, "Event", Arrival)
+    generator = torch.Generator().manual_seed(0)
+    fires = torch.rand(120, 2, 50, generator=generator) < 0.9
+    fires[:, 0, :7] = False  # of the first rank some never do
+    fires[70:, 0, 2:7] = True
+
+    def work(peers):
+        bound, idle, found = DeadBound(peers.add_up), torch.zeros(50, dtype=torch.int64), []
+        for step, fired in enumerate(fires[:, peers.rank]):
+            seen = (step + 1) * n_rows
+            own = bound.latents(idle, n_rows, seen, after) if seen >= after else None
+            idle = torch.where(fired, 0, idle + n_rows)
+            found.append((own, bound.of_all, int((idle >= after).sum())))
+        return found
+
+    first, second = taking_turns(2, work)
+    assert first[28][:2] == second[28][:2] == (None, None)
+    for (own, of_all, n_dead), (other, same, none) in zip(first[29:], second[29:]):
+        assert n_dead <= own
+        assert none == other == 0
+        assert of_all == same == own
+    assert [of_all for _, of_all, _ in first].count(7) > 40
+    assert first[-1][1] == 2
