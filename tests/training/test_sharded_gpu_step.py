@@ -184,10 +184,11 @@ def test_ranks_know_what_can_be_dead_of_all(monkeypatch):
     fires[70:, 0, 2:7] = True
 
     def work(peers):
-        bound, idle, found = DeadBound(peers.add_up), torch.zeros(50, dtype=torch.int64), []
+        bound, alone, idle, found = DeadBound(peers.add_up), DeadBound(), torch.zeros(50, dtype=torch.int64), []
         for step, fired in enumerate(fires[:, peers.rank]):
             seen = (step + 1) * n_rows
-            own = bound.latents(idle, n_rows, seen, after) if seen >= after else None
+            own, same = (each.latents(idle, n_rows, seen, after) if seen >= after else None for each in (bound, alone))
+            assert own == same == alone.of_all
             idle = torch.where(fired, 0, idle + n_rows)
             found.append((own, bound.of_all, int((idle >= after).sum())))
         return found
