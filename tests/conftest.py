@@ -4,7 +4,9 @@ Triton reads TRITON_INTERPRET when it is first imported, so it is set here, befo
 """
 
 import os
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from zlib import crc32
 
@@ -40,6 +42,10 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "SAEVLM_FAST_CACHE" not in os.environ:
+        # Not the user's, which may hold anything, or not be there to write to. Processes of pytest-xdist share it.
+        os.environ["SAEVLM_FAST_CACHE"] = cache = tempfile.mkdtemp(prefix="saevlm-fast-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # by number of tests: the order is `in_order`'s
 

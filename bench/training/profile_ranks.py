@@ -107,7 +107,9 @@ def timed(
             steps = CapturedSteps(stepper)
             for _ in range(4):
                 steps.step(batches[0])
-            device, host = milliseconds(lambda: steps.step(steps.input(ROWS)))  # noqa: B023
+            held_BD = steps.input(ROWS)
+            assert held_BD is not None  # as steps are captured
+            device, host = milliseconds(lambda: steps.step(held_BD))  # noqa: B023
             kept = f"{steps.n_captured} graphs, {steps.n_replayed} replayed, {steps.n_eager} eager"
             print(f"=== {case}, captured: {device:.3f} ms, host {host:.3f} ms; {kept}", flush=True)
     one, other = (stepper.sae.W_dec for stepper in found.values())

@@ -100,7 +100,9 @@ def _hashed(images_M: Tensor) -> Tensor:
     are shown."""
     mixed = images_M.numpy().astype(np.uint64) * np.uint64(_HASH)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    return torch.from_numpy(((mixed ^ (mixed >> np.uint64(32))) >> np.uint64(40)).astype(np.float32) / (1 << 24))
+    return torch.from_numpy(
+        ((mixed ^ (mixed >> np.uint64(32))) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    )
 
 
 class _First:

@@ -104,7 +104,8 @@ def add_on_gpu(
     if isinstance(pairs, ShiftedSums | HalvedSums):
         pairs.lower(drop_K, told.reals)
         sums = work.add(shares[0][0], block, found, n_images if scored else 0)
-    now, heard = DenseRange(low_K, high_K, *found.counts_2K, n_images), told.laid_out()
+    n_active_K, n_low_K = found.counts_2K
+    now, heard = DenseRange(low_K, high_K, n_active_K, n_low_K, n_images), told.laid_out()
     images = Embeddings(chunk.emb_nE, chunk.sqnorm_n)
     told.read(heard)
     if sums is None or not heard.sound[0]:

@@ -74,7 +74,8 @@ class ActivationRange:
     def of_none(cls, n_latents: int, device: torch.device) -> Self:
         """Before any image: zeros."""
         zeros_4S = torch.zeros(4, n_latents, dtype=torch.float64, device=device)  # one fill
-        return cls(*zeros_4S[:2], *zeros_4S[2:].view(torch.int64), 0)
+        (low_S, high_S), (n_active_S, n_low_S) = zeros_4S[:2], zeros_4S[2:].view(torch.int64)
+        return cls(low_S, high_S, n_active_S, n_low_S, 0)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

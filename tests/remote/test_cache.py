@@ -398,6 +398,14 @@ def test_who_has_opened_one_version_keeps_it(server):
     assert old.path.read_bytes() == data
 
 
+def test_without_a_cache_what_is_wrong_with_a_file_here_is_said_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SAEVLM_FAST_CACHE", str(tmp_path / "file"))
+    (tmp_path / "labels.csv").write_text("image,a\nx\n")
+    with pytest.raises(ValueError, match=r"labels\.csv: line 2: 1 cells"):
+        read_labels(tmp_path / "labels.csv", ["x", "y"])
+
+
 def test_a_full_disk_is_one_line(server, monkeypatch):
     data = put(server, "a.bin")
 

@@ -103,30 +103,11 @@ class Told(Alone):
         return super().add_up(x)
 
 
-# latents that can be dead: of this rank, as its list is long, and of all ranks; launches, and calls of others
-LAUNCHES = {
-    "topk": ("topk", 0, None, 24, 4),
-    "batch_topk": ("batch_topk", 0, None, 36, 7),
-    "topk, none can be dead of all ranks": ("topk", 0, 0, 24, 4),
-    "topk, all that are dead take part": ("topk", 3, 4, 83, 7),
-}
-WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_copy", "masked_select", "unique"}
-
-
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_a_step_is_so_many_launches(monkeypatch, case):
+@pytest.mark.parametrize(("architecture", "launches", "calls"), [("topk", 24, 4), ("batch_topk", 36, 7)])
+def test_a_step_is_so_many_launches(monkeypatch, architecture, launches, calls):
     """Copies and fills included, what ranks tell each other counted apart; the device is not waited for."""
-    architecture, n_listed, most_dead, launches, calls = LAUNCHES[case]
     monkeypatch.setattr("saevlm_fast.training.step.screens_cuda", lambda *_: True)
-    monkeypatch.setattr(sharded_dead, "on_gpu", lambda _: True)
-    whole, peers = SAEConfig(8, 64, 1, architecture), Told()
-    ranks = Ranks(peers, peers, Alone())
-    shard = Shard.of(whole, ranks)
-    sae = starting_sae(shard, 0, torch.device("cpu"))
-    config = TrainConfig(steps=100, warmup_steps=0, dead_after=10_000_000 if most_dead is None else 2)
-    stepper = ShardedStepper(sae, config, shard, ranks)
-    stepper.dead_bound.of_all = most_dead
-    monkeypatch.setattr(stepper, "_dead_latents", lambda: listed(stepper, n_listed))
+    stepper, peers = of_one_rank(architecture, dead_after=10_000_000)
     stepper._low_W_enc()
     stepper.announce(3)
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -137,11 +118,48 @@ def test_a_step_is_so_many_launches(monkeypatch, case):
     assert not WAITS & counts.keys()
 
 
-def listed(stepper, n_listed):
-    """As a GPU lists its dead latents."""
-    from saevlm_fast.kernels.dead_list_triton import launch_dead_list
+def of_one_rank(architecture, **settings):
+    """A rank of one, and what it tells."""
+    whole, peers = SAEConfig(8, 64, 1, architecture), Told()
+    ranks = Ranks(peers, peers, Alone())
+    shard = Shard.of(whole, ranks)
+    sae = starting_sae(shard, 0, torch.device("cpu"))
+    return ShardedStepper(sae, TrainConfig(steps=100, warmup_steps=0, **settings), shard, ranks), peers
 
-    return DeadLatents(*launch_dead_list(stepper.idle_S, stepper.config.dead_after, n_listed))
+
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_copy", "masked_select", "unique"}
+
+
+@pytest.mark.parametrize("of_all", [None, 0, 3])
+def test_a_step_asks_for_no_loss_of_dead_latents_that_no_rank_has(monkeypatch, of_all):
+    """None: it is not known."""
+    stepper, _ = of_one_rank("topk", dead_after=2)
+    stepper.dead_bound.of_all = of_all
+    stepper.announce(3)
+    given, x = [], torch.randn(3, 8)
+
+    def step(*args):
+        given.extend(args[-3:])
+        return x, None, 0
+
+    monkeypatch.setattr(sharded_gpu_step, "sharded_gpu_step", step)
+    stepper._gpu_step(x)
+    dead, _, most_dead = given
+    assert (dead is None) == (of_all == 0)
+    assert most_dead == of_all
+
+
+def test_the_loss_of_few_dead_latents_is_so_many_launches(monkeypatch):
+    """Of a list with padding, all of which take part; the device is not waited for."""
+    monkeypatch.setattr(sharded_dead, "on_gpu", lambda _: True)
+    stepper, peers = of_one_rank("topk", dead_after=2)
+    (x, x_hat), latents_A, number = torch.randn(2, 3, 8), torch.tensor([1, 7, 64, 64]), torch.tensor(2)
+    with counted_launches() as counts, torch.no_grad():
+        given = DeadLatents(latents_A, number), 0.5, 3, None, 4
+        sharded_dead.shared_auxiliary(stepper.sae, stepper.ranks, x, x_hat, *given)
+    assert sum(counts.values()) == 50, counts
+    assert peers.calls == ["add_up", "exchange", "gather"]
+    assert not WAITS & counts.keys()
 
 
 def test_of_dead_latents_that_all_take_part_nothing_is_told(monkeypatch):
@@ -228,10 +246,11 @@ def test_ranks_know_what_can_be_dead_of_all(monkeypatch):
     fires[70:, 0, 2:7] = True
 
     def work(peers):
-        bound, idle, found = DeadBound(peers.add_up), torch.zeros(50, dtype=torch.int64), []
+        bound, alone, idle, found = DeadBound(peers.add_up), DeadBound(), torch.zeros(50, dtype=torch.int64), []
         for step, fired in enumerate(fires[:, peers.rank]):
             seen = (step + 1) * n_rows
-            own = bound.latents(idle, n_rows, seen, after) if seen >= after else None
+            own, same = (each.latents(idle, n_rows, seen, after) if seen >= after else None for each in (bound, alone))
+            assert own == same == alone.of_all
             idle = torch.where(fired, 0, idle + n_rows)
             found.append((own, bound.of_all, int((idle >= after).sum())))
         return found
