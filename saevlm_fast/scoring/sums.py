@@ -271,6 +271,7 @@ class ShiftedSums:
         """With these, of the first images."""
         self.state = StreamedState(*sums[:4])
         self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum = sums[4:]
+        self._zeros = []  # they may have been asked for before
 
     def _add_images(self, chunk_E: Tensor, sqnorm_n: Tensor) -> None:
         """Sums of a neuron that is 1 on every image, from the sum of u and each |u|^2 of n images.

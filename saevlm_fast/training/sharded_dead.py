@@ -169,5 +169,5 @@ def _summed(peers: Peers, part_BD: Tensor) -> Tensor:
     share = -(-n_rows // peers.world)
     missing = share * peers.world - n_rows
     padded_BD = part_BD if missing == 0 else pad(part_BD, (0, 0, 0, missing))  # it would copy them
-    received = peers.exchange(padded_BD.view(peers.world, share, d_in))
+    received = peers.exchange(padded_BD.reshape(peers.world, share, d_in))
     return peers.gather(in_order(received)).view(-1, d_in)[:n_rows]

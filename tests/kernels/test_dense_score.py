@@ -1,6 +1,8 @@
 """Raw neurons' score as a GPU makes it, in the interpreter: against the CPU's and float64; its launches and waits."""
 
+import weakref
 from collections.abc import Iterator
+from copy import deepcopy
 
 import pytest
 import torch
@@ -114,6 +116,38 @@ def test_what_is_wrong_is_named_and_the_sums_stay(device, waits):
     streamed.update(*(each[3:] for each in data))
     assert_same(streamed.result(), score(*data, sizes=(3,), device=device).result())
     assert score(*(each[3:12] for each in bad), "dot", device=device).result().ms.isfinite().any()
+
+
+def test_what_is_wrong_with_the_first_images_leaves_no_sums(device, waits):
+    data = [each[:10, :4] for each in make_data()]
+    streamed = StreamedScore(4, device=device, halves=True)
+    for part, value in ((0, float("nan")), (1, 0.0)):
+        bad = [each.clone() for each in data]
+        bad[part][2] = value
+        with pytest.raises(ValueError, match="image 2: "):
+            streamed.update(*bad)
+        assert streamed.result().n_images == 0
+    streamed.update(*data)
+    assert_same(streamed.result(), score(*data, device=device, halves=True).result(), 0.0)
+
+
+def test_results_between_chunks_are_of_their_images(device, waits):
+    """Later chunks, empty ones among them, leave them as they were; sums of no images are not kept beside others."""
+    acts_NK, emb_NE = (each.to(device) for each in make_data())
+    acts_NK = acts_NK[:, [0, 1, 5, 6, 7, 8]]  # no image dominates any: scores come with the first chunk
+    streamed = StreamedScore(acts_NK.shape[1], device=device)
+    streamed.update(acts_NK[:0], emb_NE[:0])
+    assert streamed.result().status.tolist() == [STATUSES.index("dead")] * acts_NK.shape[1]
+    of_none = weakref.ref(streamed._sums().state.sums_SE)
+    streamed.update(acts_NK[:9], emb_NE[:9])
+    assert of_none() is None
+    first = streamed.result()
+    kept = deepcopy(first)
+    streamed.update(acts_NK[:0], emb_NE[:0])
+    assert_same(streamed.result(), first)
+    streamed.update(acts_NK[9:20], emb_NE[9:20])
+    assert_same(streamed.result(), score(acts_NK[:20], emb_NE[:20], sizes=(9,), device=device).result(), 0.0)
+    assert_same(first, kept, 0.0)
 
 
 @pytest.mark.skipif(GPU, reason="launches are counted in the interpreter")

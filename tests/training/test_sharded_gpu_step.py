@@ -186,6 +186,50 @@ def test_of_dead_latents_that_all_take_part_nothing_is_told(monkeypatch):
     assert [bool(found.W_dec.rows_AD.any()) for found, _, _ in told] == [True, False]
 
 
+@pytest.mark.parametrize("rows_of_block", [4, 2])
+def test_more_dead_latents_than_take_part_are_chosen_as_on_a_cpu(monkeypatch, rows_of_block):
+    """All of one rank's, the other's list has no places; rows in column-major order, in one block or several."""
+    alone, _, data = make("topk", d_in=6, d_sae=40, k=2, dead_after=10_000_000)
+    x, latents = data[:4].T.contiguous().T, torch.tensor([3, 4, 8, 11, 17])
+    listed = DeadLatents(torch.cat([latents, torch.full((3,), 20)]), torch.tensor(5))
+
+    def auxiliaries(dead, most_dead):
+        def work(peers):
+            sae = part_of(alone.sae, Shard(alone.sae.config, peers.rank, 2))
+            given = DeadLatents(latents[:0], 0) if peers.rank else dead, 0.5, len(x), None, most_dead
+            return sharded_dead.shared_auxiliary(sae, Ranks.of(peers), x, x * 0.3, *given)
+
+        return taking_turns(2, work)
+
+    expected = auxiliaries(DeadLatents(latents, 5), None)
+    monkeypatch.setattr(sharded_dead, "on_gpu", lambda _: True)
+    monkeypatch.setattr(sharded_dead, "_GPU_ELEMENTS", rows_of_block * len(listed.latents_A))
+    for (a, n_dead), (b, n_expected) in zip(auxiliaries(listed, 8), expected):
+        assert int(n_dead) == n_expected == 5
+        n = len(b.b_enc_A)
+        for one, other in ((a.W_enc.rows_AD, b.W_enc.rows_AD), (a.W_dec.rows_AD, b.W_dec.rows_AD)):
+            torch.testing.assert_close(one[:n], other, rtol=1e-5, atol=1e-7)
+            assert not one[n:].any()
+        torch.testing.assert_close(a.b_enc_A[:n], b.b_enc_A, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(a.loss, b.loss, rtol=1e-5, atol=0)
+    if rows_of_block == len(x):  # of several blocks each is first chosen from by itself
+        untold = auxiliaries(listed, 3)[0][0]
+        assert float(untold.loss) != pytest.approx(float(expected[0][0].loss), rel=1e-3), "some are not chosen"
+
+
+@pytest.mark.parametrize(("architecture", "can_be"), [("topk", [True, False]), ("relu", [False, False])])
+def test_a_ranks_step_can_be_captured_while_no_latent_can_be_dead(architecture, can_be):
+    whole, ranks = SAEConfig(8, 64, None if architecture == "relu" else 1, architecture), Ranks.of(Alone())
+    shard = Shard.of(whole, ranks)
+    config = TrainConfig(steps=100, warmup_steps=0, dead_after=5)
+    stepper = ShardedStepper(starting_sae(shard, 0, torch.device("cpu")), config, shard, ranks)
+    found = []
+    for _ in range(2):
+        stepper.announce(3)
+        found.append(stepper.can_be_captured(torch.zeros(3, 8)))
+    assert found == can_be
+
+
 def test_ranks_know_what_can_be_dead_of_all(monkeypatch):
     """The bounds hold at every step, in a list of few lengths; who has none knows of the others'."""
 
