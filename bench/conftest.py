@@ -258,7 +258,10 @@ def peak_memory() -> Callable[[], int]:
             torch.cuda.reset_peak_memory_stats()
         else:
             highest, now = _status_bytes("VmHWM"), _status_bytes("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            except OSError:  # a sandbox: what goes beyond the peak of before is seen alone
+                now = highest
         taken, base[0] = highest - base[0], now
         return taken
 

@@ -29,11 +29,9 @@ class Measured:
         return found["extra_info"].get("this_over_ours") if found else None
 
     def run(self, name: str, eager_share: float = 0.5) -> float | None:
-        """A number of the last run of `train` at 16,384 latents, most steps of which were replayed, but of none
-        that was told to leave its data on the host."""
-        trained = [run for run in self.runs if name in run and run["settings"]["d_sae"] == "16384"]
-        there = [run for run in trained if run["settings"].get("data_on") != "host"]
-        replayed = [run[name] for run in there if run.get("eager_share", 1.0) < eager_share]
+        """A number of the last run of `train` that has goals (_has_goals), most steps of which were replayed."""
+        trained = [run for run in self.runs if name in run and _has_goals(run["settings"])]
+        replayed = [run[name] for run in trained if run.get("eager_share", 1.0) < eager_share]
         return replayed[-1] if replayed else None
 
     def harvest(self) -> float | None:
@@ -43,6 +41,14 @@ class Measured:
             return None
         alone = next(iter(harvests[-1]["forward"]["images_per_second"].values()))
         return max(one["images_per_second"]["long run"] for one in harvests[-1]["harvests"]) / alone
+
+
+def _has_goals(settings: dict[str, str]) -> bool:
+    """Whether a run of `train` is at 16,384 latents, on data of as many concepts, so that none dies, and was not told
+    to leave its data on the host. Runs of before it could be told of concepts do not say theirs."""
+    concepts = settings.get("concepts", "16384")
+    many = concepts != "None" and int(concepts) >= 16384  # None: two for every column
+    return settings["d_sae"] == "16384" and many and settings.get("data_on") != "host"
 
 
 def _key(result: Result) -> tuple[str, str, str]:

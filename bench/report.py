@@ -44,8 +44,11 @@ def table_row(result: Result) -> list[str]:
         return [*cells, "failed", "", "", info["failed"]]
     rate = next((f"{info[unit]:,.0f} {unit}" for unit in RATES if unit in info), "")
     floor = info.get("this_over_encoder_gemm")
-    beside = [f"{name} {info[f'{name}_over_this']:,.2f}x" for name in ("dense", "double_loop", "block_loop")
-              if f"{name}_over_this" in info]  # fmt: skip
+    beside = [
+        f"{name} {info[f'{name}_over_this']:,.2f}x"
+        for name in ("dense", "double_loop", "block_loop")
+        if f"{name}_over_this" in info
+    ]
     if "this_over_ours" in info:
         beside.append(f"{info['this_over_ours']:.2f} of ours")
     return [*cells, f"{1e3 * seconds(result):,.2f}", rate, f"{floor:.2f}" if floor else "", ", ".join(beside)]

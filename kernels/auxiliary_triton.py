@@ -119,8 +119,9 @@ def launch_auxiliary(
     (n_rows, d_in), n_dead, device, tile = x_BD.shape, len(latents_A), x_BD.device, product_config(x_BD.device)
     size = min(n_rows, max(1, MOST_ELEMENTS // max(n_dead, d_in)))
     starts = range(0, n_rows, size)
-    counter, largest = torch.zeros(1 + 2 * len(starts), dtype=torch.int32, device=device).split([1, 2 * len(starts)])
-    batch, scalars = _prepared(weights, x_BD, x_hat_BD, latents_A, number, alpha, counter)
+    counts = torch.empty(1 + 2 * len(starts), dtype=torch.int32, device=device)
+    batch, scalars = _prepared(weights, x_BD, x_hat_BD, latents_A, number, alpha, counts)
+    largest = counts[1:]
     tiles_m = triton.cdiv(size, tile["BLOCK_M"])
     n_parts, part_size = parts_of(size, n_dead, d_in, tile, multiprocessors(device))
     sides = [name for name in ("W_dec", "W_enc") if name != frozen]
@@ -145,17 +146,18 @@ def _prepared(
     latents_A: Tensor,
     number: Tensor,
     alpha: float,
-    counter: Tensor,
+    counts: Tensor,
 ) -> tuple[Batch, Tensor]:
-    """What products take, and the scalars of scalars_kernel."""
+    """What products take, and the scalars of scalars_kernel, which counts in the first of counts; the others are 0."""
     (n_rows, d_in), n_dead, device, row = x_BD.shape, len(latents_A), x_BD.device, row_launch(x_BD.shape[1])
     c, enc, dec = (Split.empty(n, d_in, device) for n in (n_rows, n_dead, n_dead))
     n_sums, block_d = triton.cdiv(n_rows, ROWS), 32
     n_programs = triton.cdiv(d_in, block_d)
     sums_PD = torch.empty(n_sums, d_in, dtype=torch.float64, device=device)
     squares_P, parts = torch.empty(n_sums + n_programs, dtype=torch.float64, device=device).split([n_sums, n_programs])
+    sizes = x_BD.stride(0), n_rows, d_in, len(counts)
     over_rows.rows_kernel[(n_sums,)](
-        x_BD, x_hat_BD, weights.b_dec_D, *c, sums_PD, squares_P, x_BD.stride(0), n_rows, d_in, ROWS=ROWS, **row
+        x_BD, x_hat_BD, weights.b_dec_D, *c, sums_PD, squares_P, counts, *sizes, ROWS=ROWS, **row
     )
     scalars = torch.empty(2, dtype=torch.float64, device=device)
     over_rows.scalars_kernel[(n_programs,)](
@@ -163,7 +165,7 @@ def _prepared(
         squares_P,
         number,
         parts,
-        counter,
+        counts,
         scalars,
         n_sums,
         n_rows,

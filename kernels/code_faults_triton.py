@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
+
 BLOCK = 1024
 MOST_PROGRAMS = 128
 NUM_WARPS = 4
@@ -86,7 +88,7 @@ def code_faults(
 ) -> CodeFaults:
     """Of codes of n images, flat as kernels take them, and |e|^2 float64 [n]. The device is waited for once."""
     n_entries, n_images = latents.numel(), len(sqnorm_n)
-    programs = min(MOST_PROGRAMS, max(1, triton.cdiv(max(n_entries, n_images), BLOCK)))
+    programs = min(MOST_PROGRAMS, max(1, cdiv(max(n_entries, n_images), BLOCK)))
     counts = torch.empty(programs, 5, dtype=torch.int64, device=latents.device)
     code_faults_kernel[(programs,)](
         acts.contiguous(),

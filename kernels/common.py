@@ -98,6 +98,14 @@ def fixed_row_offsets(latents_BK: Tensor) -> Tensor:
     return torch.arange(n_rows + 1, device=latents_BK.device) * k
 
 
+# --- sizes of launches -----------------------------------------------------------------------------------------------
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up, for the host: triton.cdiv looks for constexprs at every call, which takes microseconds."""
+    return -(-a // b)
+
+
 # --- scratch memory --------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ LEAST_VARIANCE = tl.constexpr(2.0**-126)  # less is none, as of float32, where 1
 UNIT = tl.constexpr(2.0**8)  # by which rows of W_dec, which are unit, are scaled
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_zeros"])
 def rows_kernel(
     x_ptr,
     x_hat_ptr,
@@ -24,13 +24,22 @@ def rows_kernel(
     inverse_ptr,
     sums_ptr,
     squares_ptr,
+    zeros_ptr,
     stride_x,
     n_rows,
     d_in,
+    n_zeros,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """hi, lo [B, D], inverse [B] of x - b_dec; float64 sums [P, D] of the residual less its first row, squares [P]."""
+    """hi, lo [B, D], inverse [B] of x - b_dec; float64 sums [P, D] of the residual less its first row, squares [P].
+
+    zeros [n_zeros]: what later kernels count in.
+    """
+    if tl.program_id(0) == 0:
+        for first_zero in range(0, n_zeros, 128):
+            o_z = first_zero + tl.arange(0, 128)
+            tl.store(zeros_ptr + o_z, tl.zeros([128], dtype=tl.int32), mask=o_z < n_zeros)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < d_in
     b_dec = tl.load(b_dec_ptr + o_d, mask=m_d, other=0.0)

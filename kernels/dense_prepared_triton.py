@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
 from .dense_range_triton import (
     MERGE_BLOCK_K,
     MERGE_ROWS,
@@ -22,6 +23,7 @@ from .dense_range_triton import (
     NewRange,
     least_of,
     merge_range,
+    n_fault_rows,
     parts_of,
 )
 from .pairwise_float64_triton import column_sums
@@ -192,33 +194,38 @@ class Block(NamedTuple):
 
 def launch_prepared(
     chunk: Chunk,
-    before: tuple[Tensor, Tensor, Tensor, Tensor],
+    before: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     n_before: int,
     faults: Tensor,
     rows: slice | None,
-    emb_nE: Tensor,
     cosine: bool,
     merging: bool,
 ) -> tuple[NewRange, Block]:
-    """The range of n_before images and of the chunk, and faults [R, 3], if merging; and a block of the chunk.
+    """The range of n_before images and of the chunk, and faults, if merging; and a block of the chunk.
 
-    before: low, high, above 0 and at low of the images before. Faults: columns least |e|^2, |e|^2 not finite,
-    activations not finite, in rows that are to be put together. rows: of the block; None: of no images. A zero
-    embedding stays zero.
+    before: low, high, above 0 and at low of the images before, unless there are none. faults: float64, of which the
+    first 3 R are written, rows of three that are to be put together: least |e|^2, |e|^2 not finite, activations not
+    finite. rows: of the block; None: of no images. A zero embedding stays zero.
     """
-    (n_images, n_neurons), d_emb = chunk.acts_nK.shape, emb_nE.shape[1]
-    rows = slice(0, 0) if rows is None else rows
-    acts_bK, emb_bE, sqnorm_b = (t[rows].contiguous() for t in (chunk.acts_nK, emb_nE, chunk.sqnorm_n))
-    rows_of_part, n_parts = parts_of(len(acts_bK), BLOCK_PARTS, BLOCK_LEAST_ROWS)
-    new = sqnorm_b.new_empty
-    found = NewRange(new(3, n_neurons), torch.empty(2, n_neurons, dtype=torch.int64, device=emb_nE.device))
-    block = Block(new(acts_bK.shape), new(emb_bE.shape), new(n_parts, 5, n_neurons), new(n_parts, d_emb), new(n_parts))
-    n_merging = len(faults) if merging else 0
-    blocks = triton.cdiv(n_neurons, RANGE_BLOCK_K) + max(1, triton.cdiv(d_emb, RANGE_BLOCK_K))
+    (n_images, n_neurons), d_emb = chunk.acts_nK.shape, chunk.emb_nE.shape[1]
+    acts_bK, emb_bE, sqnorm_b = chunk.acts_nK, chunk.emb_nE, chunk.sqnorm_n
+    if rows != slice(0, n_images, 1):
+        rows = slice(0, 0) if rows is None else rows
+        acts_bK, emb_bE, sqnorm_b = (t[rows].contiguous() for t in (acts_bK, emb_bE, sqnorm_b))
+    n_block = len(sqnorm_b)
+    rows_of_part, n_parts = parts_of(n_block, BLOCK_PARTS, BLOCK_LEAST_ROWS)
+    new = chunk.sqnorm_n.new_empty
+    found = NewRange(new(3, n_neurons), torch.empty(2, n_neurons, dtype=torch.int64, device=sqnorm_b.device))
+    block = Block(
+        new(n_block, n_neurons), new(n_block, d_emb), new(n_parts, 5, n_neurons), new(n_parts, d_emb), new(n_parts)
+    )
+    none = found.reals_3K, found.reals_3K, found.counts_2K, found.counts_2K  # not read
+    n_merging = n_fault_rows(n_neurons) if merging else 0
+    blocks = cdiv(n_neurons, RANGE_BLOCK_K) + max(1, cdiv(d_emb, RANGE_BLOCK_K))
     prepared_kernel[(n_merging + n_parts * blocks,)](
         chunk.range_parts,
         chunk.sqnorm_n,
-        *before,
+        *(none if before is None else before),
         *found,
         faults,
         acts_bK,
@@ -233,7 +240,7 @@ def launch_prepared(
         n_images,
         n_before,
         n_merging,
-        len(acts_bK),
+        n_block,
         n_parts,
         rows_of_part,
         n_neurons,

@@ -1,14 +1,18 @@
-"""The range of raw neurons on a GPU: by launches in parts, which dense_score_triton.py puts together in one of its own.
+"""The range of raw neurons on a GPU, in parts, which dense_prepared_triton.py puts together in a launch of its own.
 
 Of every neuron the least and the greatest activation, how many images lie at the least and how many above 0; and of the
-chunk how much is not finite, and the least |e|^2.
+chunk how much is not finite, and the least |e|^2, of which the same launch makes those that are not there yet.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .common import cdiv
+from .scaled_rows_triton import squared_norms_of
 
 PARTS = 128  # of a chunk at most; the kernels that put them together hold all at once
 LEAST_ROWS = 32
@@ -17,13 +21,13 @@ RANGE_UNROLL = 8
 MERGE_BLOCK_K = 8
 MERGE_ROWS = 256
 RANGE_WARPS = 2
+NORM_ROWS = 4
+NORM_BLOCK_E = 128
 
 
-@triton.jit(do_not_specialize=["n_images", "rows"])
-def range_kernel(acts_ptr, parts_ptr, n_images, n_neurons, rows, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr):
-    """parts[program] = least, greatest, how many are the least, how many > 0, how many not finite, of `rows` images."""
-    part = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+@triton.jit
+def _range_part(acts_ptr, parts_ptr, part, o_k, n_images, n_neurons, rows, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr):
+    """parts[part] = least, greatest, how many are the least, how many > 0, how many not finite, of `rows` images."""
     b_low = tl.full([BLOCK_K], float("inf"), dtype=tl.float64)
     b_high = tl.full([BLOCK_K], float("-inf"), dtype=tl.float64)
     b_at_low = tl.zeros([BLOCK_K], dtype=tl.int32)
@@ -48,6 +52,34 @@ def range_kernel(acts_ptr, parts_ptr, n_images, n_neurons, rows, BLOCK_K: tl.con
     tl.store(pointers + 2 * n_neurons, b_at_low.to(tl.float64), mask=m_k)
     tl.store(pointers + 3 * n_neurons, b_active.to(tl.float64), mask=m_k)
     tl.store(pointers + 4 * n_neurons, b_bad.to(tl.float64), mask=m_k)
+
+
+@triton.jit(do_not_specialize=["n_images", "n_parts", "rows"])
+def range_kernel(
+    acts_ptr,
+    parts_ptr,
+    emb_ptr,
+    sqnorm_ptr,
+    n_images,
+    n_parts,
+    rows,
+    n_neurons,
+    d_emb,
+    BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
+    NORM_ROWS: tl.constexpr,
+    NORM_BLOCK_E: tl.constexpr,
+):
+    """The first programs are those of ranges, part by part; then those of |e|^2, if any are launched."""
+    program = tl.program_id(0)
+    n_ranges = n_parts * tl.cdiv(n_neurons, BLOCK_K)
+    if program < n_ranges:
+        part = (program % n_parts).to(tl.int64)
+        o_k = program // n_parts * BLOCK_K + tl.arange(0, BLOCK_K)
+        _range_part(acts_ptr, parts_ptr, part, o_k, n_images, n_neurons, rows, BLOCK_K, UNROLL)
+    else:
+        group = (program - n_ranges).to(tl.int64)
+        squared_norms_of(emb_ptr, sqnorm_ptr, group, n_images, d_emb, NORM_ROWS, NORM_BLOCK_E)
 
 
 @triton.jit
@@ -89,13 +121,13 @@ def merge_range(
     active = tl.sum(tl.load(pointers + 3 * n_neurons, mask=mask, other=0.0), axis=0).to(tl.int64)
     bad = tl.sum(tl.load(pointers + 4 * n_neurons, mask=mask, other=0.0), axis=0)
 
-    low_before = tl.load(low_ptr + o_k, mask=m_k, other=0.0)
-    high_before = tl.load(high_ptr + o_k, mask=m_k, other=0.0)
-    active_before = tl.load(active_ptr + o_k, mask=m_k, other=0)
-    at_low_before = tl.load(at_low_ptr + o_k, mask=m_k, other=0)
+    m_before = m_k & (n_before > 0)
+    low_before = tl.load(low_ptr + o_k, mask=m_before, other=0.0)
+    high_before = tl.load(high_ptr + o_k, mask=m_before, other=float("-inf"))
+    active_before = tl.load(active_ptr + o_k, mask=m_before, other=0)
+    at_low_before = tl.load(at_low_ptr + o_k, mask=m_before, other=0)
     low_before = tl.where(n_before > 0, low_before, low)
-    high = tl.where(n_before > 0, tl.maximum(high, high_before), high)
-    at_low_before = tl.where(n_before > 0, at_low_before, 0)
+    high = tl.maximum(high, high_before)
     new_low = tl.minimum(low, low_before)
     at_low = tl.where(low <= low_before, at_low, 0) + tl.where(low_before <= low, at_low_before, 0)
     tl.store(new_reals_ptr + o_k, new_low, mask=m_k)
@@ -134,9 +166,10 @@ def least_of(parts_ptr, low_ptr, o_k, m_k, n_parts, n_before, n_neurons, BLOCK_K
 
 
 class Chunk(NamedTuple):
-    """Activations [n, K] and |e|^2 [n] of a chunk, and its range in parts."""
+    """Activations [n, K], embeddings [n, E] and |e|^2 [n] of a chunk, and its range in parts."""
 
     acts_nK: Tensor
+    emb_nE: Tensor
     sqnorm_n: Tensor
     range_parts: Tensor
 
@@ -150,30 +183,39 @@ class NewRange(NamedTuple):
 
 def parts_of(n_images: int, most: int, least_rows: int) -> tuple[int, int]:
     """Images of a part, at least so many, and how many parts, at most so many."""
-    rows = max(least_rows, triton.cdiv(n_images, most))
-    return rows, triton.cdiv(n_images, rows)
+    rows = max(least_rows, cdiv(n_images, most))
+    return rows, cdiv(n_images, rows)
 
 
 def n_fault_rows(n_neurons: int) -> int:
     """Rows of launch_prepared's faults: the programs that merge ranges."""
-    return max(1, triton.cdiv(n_neurons, MERGE_BLOCK_K))
+    return max(1, cdiv(n_neurons, MERGE_BLOCK_K))
 
 
-def launch_range(acts_nK: Tensor, sqnorm_n: Tensor) -> Chunk:
-    """Of n >= 1 images."""
-    acts_nK = acts_nK.contiguous()
-    n_images, n_neurons = acts_nK.shape
+def launch_range(acts_nK: Tensor, emb_nE: Tensor, sqnorm_n: Tensor | None = None) -> Chunk:
+    """Of n >= 1 images. sqnorm_n: |e|^2 of the embeddings, if somebody has them."""
+    acts_nK, emb_nE = acts_nK.contiguous(), emb_nE.contiguous()
+    (n_images, n_neurons), d_emb = acts_nK.shape, emb_nE.shape[1]
     rows, n_parts = parts_of(n_images, PARTS, LEAST_ROWS)
-    parts = sqnorm_n.new_empty(n_parts, 5, n_neurons)
-    if n_neurons > 0:
-        range_kernel[(n_parts, triton.cdiv(n_neurons, RANGE_BLOCK_K))](
+    n_norms = cdiv(n_images, NORM_ROWS) if sqnorm_n is None else 0
+    parts = torch.empty(n_parts, 5, n_neurons, dtype=torch.float64, device=acts_nK.device)
+    sqnorm_n = parts.new_empty(n_images) if sqnorm_n is None else sqnorm_n
+    programs = n_parts * cdiv(n_neurons, RANGE_BLOCK_K) + n_norms
+    if programs > 0:
+        range_kernel[(programs,)](
             acts_nK,
             parts,
+            emb_nE,
+            sqnorm_n,
             n_images,
-            n_neurons,
+            n_parts,
             rows,
+            n_neurons,
+            d_emb,
             BLOCK_K=RANGE_BLOCK_K,
             UNROLL=RANGE_UNROLL,
+            NORM_ROWS=NORM_ROWS,
+            NORM_BLOCK_E=NORM_BLOCK_E,
             num_warps=RANGE_WARPS,
         )
-    return Chunk(acts_nK, sqnorm_n, parts)
+    return Chunk(acts_nK, emb_nE, sqnorm_n, parts)

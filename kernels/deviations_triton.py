@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
+
 ROWS_BLOCK_N = 4
 ROWS_BLOCK_E = 256
 ROWS_WARPS = 4
@@ -195,7 +197,7 @@ def launch_centred_rows(emb_nE: Tensor, scale_n: Tensor, mean_E: Tensor, dtype: 
     n_rows, d_emb = emb_nE.shape
     v_nE, along_n = torch.empty_like(emb_nE, dtype=dtype), torch.empty_like(scale_n)
     if n_rows > 0:
-        centred_rows_kernel[(triton.cdiv(n_rows, ROWS_BLOCK_N),)](
+        centred_rows_kernel[(cdiv(n_rows, ROWS_BLOCK_N),)](
             emb_nE,
             scale_n,
             mean_E,

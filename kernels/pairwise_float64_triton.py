@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
 from .pairwise_similarity_triton import _similarity_tile
 
 PREPARE_BLOCK_N = 4
@@ -206,7 +207,10 @@ def is_dominated(square, norm):
 def closed_form_kernel(
     parts_ptr,
     sums_ptr,
-    out_ptr,
+    total_ptr,
+    den_ptr,
+    self_ptr,
+    num_ptr,
     dominated_ptr,
     n_latents,
     n_parts,
@@ -215,7 +219,7 @@ def closed_form_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """out = total, den, self and num of each latent, from the parts and sums = r^T e; dominated: is_dominated."""
+    """total, den, self and num of each latent, from the parts and sums = r^T e; dominated: is_dominated."""
     o_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < n_latents
     total, den, own, square, norm = added_columns(parts_ptr, o_k, n_latents, n_parts, PARTS)
@@ -226,10 +230,10 @@ def closed_form_kernel(
         b_sums = tl.load(sums_ptr + o_k[:, None] * d_emb + o_e[None, :], mask=mask, other=0.0)
         b_all += b_sums * b_sums
     tl.store(dominated_ptr + o_k, is_dominated(square, norm), mask=m_k)
-    tl.store(out_ptr + o_k, total, mask=m_k)
-    tl.store(out_ptr + n_latents + o_k, den, mask=m_k)
-    tl.store(out_ptr + 2 * n_latents + o_k, own, mask=m_k)
-    tl.store(out_ptr + 3 * n_latents + o_k, (tl.sum(b_all, axis=1) - square) / 2, mask=m_k)
+    tl.store(total_ptr + o_k, total, mask=m_k)
+    tl.store(den_ptr + o_k, den, mask=m_k)
+    tl.store(self_ptr + o_k, own, mask=m_k)
+    tl.store(num_ptr + o_k, (tl.sum(b_all, axis=1) - square) / 2, mask=m_k)
 
 
 @triton.jit(do_not_specialize=["n_i", "n_j", "first_j"])
@@ -288,7 +292,7 @@ def launch_prepare(emb_NE: Tensor, similarity: str, dtype: torch.dtype) -> tuple
     sqnorm_N = torch.empty(n_images, dtype=dtype, device=emb_NE.device)
     mean_E = emb_NE.mean(0, dtype=torch.float64) if similarity == "rbf" and n_images > 0 else None
     if n_images > 0:
-        prepare_kernel[(triton.cdiv(n_images, PREPARE_BLOCK_N),)](
+        prepare_kernel[(cdiv(n_images, PREPARE_BLOCK_N),)](
             emb_NE,
             mean_E,
             prepared_NE,
@@ -318,11 +322,11 @@ def launch_column_sums(
     r_NK, sqnorm_N = r_NK.contiguous(), sqnorm_N.contiguous()
     widen = widen and (r_NK.dtype != torch.float64 or low_K is not None)
     wide_NK = torch.empty_like(r_NK, dtype=torch.float64) if widen else r_NK
-    rows = max(least_rows, triton.cdiv(n_images, COLUMN_PARTS))
-    n_parts = triton.cdiv(n_images, rows)
+    rows = max(least_rows, cdiv(n_images, COLUMN_PARTS))
+    n_parts = cdiv(n_images, rows)
     parts = sqnorm_N.new_empty(n_parts, 5, n_latents)
     if r_NK.numel() > 0:
-        column_sums_kernel[(n_parts, triton.cdiv(n_latents, COLUMN_BLOCK_K))](
+        column_sums_kernel[(n_parts, cdiv(n_latents, COLUMN_BLOCK_K))](
             r_NK,
             low_K,
             wide_NK,
@@ -348,23 +352,23 @@ def pair_weights(parts: Tensor) -> Tensor:
 
 def launch_inner_products(
     r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """r - low [N, K], its product with the embeddings [K, E], and what launch_closed_form returns. Nothing waits."""
     wide_NK, parts = launch_column_sums(r_NK, sqnorm_N, low_K)
     sums_KE = wide_NK.T @ emb_NE
     return wide_NK, sums_KE, *launch_closed_form(parts, sums_KE)
 
 
-def launch_closed_form(parts: Tensor, sums_KE: Tensor) -> tuple[Tensor, Tensor]:
-    """[4, K]: total, den, self and num by the closed form; and [K] whether one image dominates num."""
+def launch_closed_form(parts: Tensor, sums_KE: Tensor) -> tuple[list[Tensor], Tensor]:
+    """total, den, self and num by the closed form, [K] each; and [K] whether one image dominates num."""
     n_latents, d_emb = sums_KE.shape
-    out = sums_KE.new_empty(4, n_latents)
+    out = [sums_KE.new_empty(n_latents) for _ in range(4)]
     dominated_K = torch.empty(n_latents, dtype=torch.bool, device=sums_KE.device)
     if n_latents > 0:
-        closed_form_kernel[(triton.cdiv(n_latents, CLOSED_BLOCK_K),)](
+        closed_form_kernel[(cdiv(n_latents, CLOSED_BLOCK_K),)](
             parts,
             sums_KE.contiguous(),
-            out,
+            *out,
             dominated_K,
             n_latents,
             len(parts),
@@ -393,7 +397,7 @@ def launch_panel_num(
     images, columns = min(images, n_images), min(columns, n_images)
     buffer = r_NK.new_empty(images * columns)
     weighted_IK = r_NK.new_empty(images, n_latents)
-    parts = r_NK.new_zeros(triton.cdiv(images, WEIGH_ROWS), n_latents)
+    parts = r_NK.new_zeros(cdiv(images, WEIGH_ROWS), n_latents)
     gamma_1 = torch.full((1,), gamma, dtype=torch.float64, device=r_NK.device)
     for i in range(0, n_images, images):
         emb_IE, sqnorm_I, r_IK = emb_NE[i : i + images], sqnorm_N[i : i + images], r_NK[i : i + images]
@@ -402,7 +406,7 @@ def launch_panel_num(
             emb_JE, sqnorm_J = emb_NE[j : j + columns], sqnorm_N[j : j + columns]
             s_IJ = buffer[: len(emb_IE) * len(emb_JE)].view(len(emb_IE), len(emb_JE))
             torch.mm(emb_IE, emb_JE.T, out=s_IJ)
-            panel_similarity_kernel[(triton.cdiv(len(emb_IE), PANEL_BLOCK_I), triton.cdiv(len(emb_JE), PANEL_BLOCK_J))](
+            panel_similarity_kernel[(cdiv(len(emb_IE), PANEL_BLOCK_I), cdiv(len(emb_JE), PANEL_BLOCK_J))](
                 s_IJ,
                 sqnorm_I,
                 sqnorm_J,
@@ -415,7 +419,7 @@ def launch_panel_num(
                 num_warps=NUM_WARPS,
             )
             torch.addmm(panel_IK, s_IJ, r_NK[j : j + columns], beta=float(j > i), out=panel_IK)
-        weigh_panel_kernel[(triton.cdiv(len(r_IK), WEIGH_ROWS), triton.cdiv(n_latents, WEIGH_BLOCK_K))](
+        weigh_panel_kernel[(cdiv(len(r_IK), WEIGH_ROWS), cdiv(n_latents, WEIGH_BLOCK_K))](
             panel_IK,
             r_IK,
             parts,

@@ -29,7 +29,7 @@ tiles in float64. den is float64 always, in a form that never subtracts (`distin
 under cosine gives NaN, as 0 / 0 does in the reference. Neither operator is differentiable: reference.py is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import NamedTuple
 
@@ -165,7 +165,7 @@ def inner_product_sums(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Te
     r in any floating dtype, less low, >= 0 for the accuracy told above; embeddings, squared norms and low float64. A
     device is asked once, whether there are dominated latents.
     """
-    if r_NK.is_cuda:
+    if on_gpu(r_NK):
         from .pairwise_float64_triton import launch_inner_products
 
         with torch.cuda.device_of(r_NK):
@@ -180,7 +180,7 @@ def inner_product_sums(r_NK: Tensor, emb_NE: Tensor, sqnorm_N: Tensor, low_K: Te
             square_K += sqnorm_n @ r_nK.square()
         num_K = (torch.linalg.vector_norm(sums_KE, dim=1).square() - square_K) / 2
         dominated_K = ~well_conditioned(sqnorm_N.sqrt() @ r_NK, square_K) & (square_K > 0)
-    if bool(dominated_K.any()):
+    if dominated_K.cpu().numpy().any():  # a copy alone: nothing is launched for it
         num_K[dominated_K] = inner_product_blocks(r_NK[:, dominated_K], emb_NE)
     return InnerProductSums(sums_KE, num_K, den_K, total_K, self_K)
 
@@ -202,16 +202,21 @@ def inner_product_blocks(r_NK: Tensor, emb_NE: Tensor) -> Tensor:
 @custom_op("pairwise_sums")
 def pairwise_sums_op(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float, fast: bool) -> tuple[Tensor, Tensor]:
     emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
-    nums, dens = [], []
+
+    def sums_of(r_Nk: Tensor) -> tuple[Tensor, Tensor]:
+        if similarity == "rbf":
+            return all_pairs_sums(r_Nk, emb_NE, sqnorm_N, similarity, gamma, fast)
+        return inner_product_sums(r_Nk, emb_NE, sqnorm_N)[1:3]
+
     with torch.cuda.device_of(r_NK):  # Triton launches on the current device
-        for r_Nk in r_NK.split(_LATENT_BLOCK, dim=1):
-            if similarity == "rbf":
-                num_k, den_k = all_pairs_sums(r_Nk, emb_NE, sqnorm_N, similarity, gamma, fast)
-            else:
-                _, num_k, den_k, *_ = inner_product_sums(r_Nk, emb_NE, sqnorm_N)
-            nums.append(num_k)
-            dens.append(den_k)
-    return torch.cat(nums), torch.cat(dens)
+        return by_blocks(r_NK, sums_of)
+
+
+def by_blocks(r_NK: Tensor, sums_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """num and den of blocks of latents, put together; of one block they are not copied."""
+    parts = [sums_of(r_Nk) for r_Nk in r_NK.split(_LATENT_BLOCK, dim=1)]
+    nums, dens = zip(*parts)
+    return parts[0] if len(parts) == 1 else (torch.cat(nums), torch.cat(dens))
 
 
 def all_pairs_sums(
@@ -264,17 +269,15 @@ def dense_pair_weights(r_NK: Tensor) -> Tensor:
 @pairwise_sums_op.register_kernel("cpu")
 def pairwise_sums_cpu(r_NK: Tensor, emb_NE: Tensor, similarity: str, gamma: float, fast: bool) -> tuple[Tensor, Tensor]:
     emb_NE, sqnorm_N = prepare_embeddings(emb_NE, similarity, torch.float64)
-    nums, dens = [], []
-    for r_Nk in r_NK.split(_LATENT_BLOCK, dim=1):
+
+    def sums_of(r_Nk: Tensor) -> tuple[Tensor, Tensor]:
         if similarity == "rbf":
             r_Nk = r_Nk.to(torch.float64)
             num_k = _tiled_num(r_Nk[None], emb_NE[None], sqnorm_N[None], gamma, _CPU_IMAGE_BLOCK)[0]
-            den_k = dense_pair_weights(r_Nk)
-        else:
-            _, num_k, den_k, *_ = inner_product_sums(r_Nk, emb_NE, sqnorm_N)
-        nums.append(num_k)
-        dens.append(den_k)
-    return torch.cat(nums), torch.cat(dens)
+            return num_k, dense_pair_weights(r_Nk)
+        return inner_product_sums(r_Nk, emb_NE, sqnorm_N)[1:3]
+
+    return by_blocks(r_NK, sums_of)
 
 
 def _tiled_num(r_BNK: Tensor, emb_BNE: Tensor, sqnorm_BN: Tensor, gamma: float, block: int) -> Tensor:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_similarity
+from .common import cdiv, check_similarity
 
 DENSE_WARPS = 8
 BAND = 8
@@ -262,7 +262,7 @@ def halves(x_NC: Tensor, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
     exponent = torch.where(largest > 0, 8 - torch.frexp(largest).exponent, 0)
     scale = torch.ldexp(torch.ones_like(largest), exponent)
     halves = torch.empty((2, *x_NC.shape), dtype=torch.float16, device=x_NC.device)
-    grid = triton.cdiv(len(x_NC), HALVES_BLOCK[0]), triton.cdiv(x_NC.shape[1], HALVES_BLOCK[1])
+    grid = cdiv(len(x_NC), HALVES_BLOCK[0]), cdiv(x_NC.shape[1], HALVES_BLOCK[1])
     halves_kernel[grid](
         x_NC,
         scale,
@@ -306,7 +306,7 @@ def launch_pairwise_num(
     r_high, r_low, r_scale_K = halves(r_NK, by_row=False)
     emb_high, emb_low, emb_scale_N = halves(emb_NE, by_row=True)
     unscale_N, sqnorm_N = emb_scale_N.reciprocal().float(), sqnorm_N.float()
-    tile_i, tile_j = tiles_in_bands(triton.cdiv(n_images, tiles.n), r_NK.device)
+    tile_i, tile_j = tiles_in_bands(cdiv(n_images, tiles.n), r_NK.device)
     group = min(len(tile_i), max(1, parts_bytes // (4 * n_latents)))
     parts = r_NK.new_empty(group, n_latents, dtype=torch.float32)
     for first_tile in range(0, len(tile_i), group):

@@ -5,15 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
+
 BLOCK_N = 4
 BLOCK_E = 256
 SUM_ROWS = 256
 NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def squared_norms_kernel(emb_ptr, sqnorm_ptr, n_rows, d_emb, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+@triton.jit
+def squared_norms_of(emb_ptr, sqnorm_ptr, part, n_rows, d_emb, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """sqnorm = |e|^2 of BLOCK_N rows, those of the part (int64)."""
+    o_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
     b_square = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float64)
     for e in range(0, d_emb, BLOCK_E):
         o_e = e + tl.arange(0, BLOCK_E)
@@ -21,6 +24,11 @@ def squared_norms_kernel(emb_ptr, sqnorm_ptr, n_rows, d_emb, BLOCK_N: tl.constex
         b_emb = tl.load(emb_ptr + o_n[:, None] * d_emb + o_e[None, :], mask=mask, other=0.0).to(tl.float64)
         b_square += b_emb * b_emb
     tl.store(sqnorm_ptr + o_n, tl.sum(b_square, axis=1), mask=o_n < n_rows)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def squared_norms_kernel(emb_ptr, sqnorm_ptr, n_rows, d_emb, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    squared_norms_of(emb_ptr, sqnorm_ptr, tl.program_id(0).to(tl.int64), n_rows, d_emb, BLOCK_N, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -48,7 +56,7 @@ def launch_squared_norms(emb_NE: Tensor) -> Tensor:
     n_rows, d_emb = emb_NE.shape
     sqnorm_N = torch.empty(n_rows, dtype=torch.float64, device=emb_NE.device)
     if n_rows > 0:
-        squared_norms_kernel[(triton.cdiv(n_rows, BLOCK_N),)](
+        squared_norms_kernel[(cdiv(n_rows, BLOCK_N),)](
             emb_NE, sqnorm_N, n_rows, d_emb, BLOCK_N=BLOCK_N, BLOCK_E=BLOCK_E, num_warps=NUM_WARPS
         )
     return sqnorm_N
@@ -57,10 +65,10 @@ def launch_squared_norms(emb_NE: Tensor) -> Tensor:
 def launch_scaled_sum(emb_NE: Tensor, scale_N: Tensor) -> Tensor:
     emb_NE, scale_N = emb_NE.contiguous(), scale_N.contiguous()
     n_rows, d_emb = emb_NE.shape
-    n_parts = triton.cdiv(n_rows, SUM_ROWS)
+    n_parts = cdiv(n_rows, SUM_ROWS)
     parts = scale_N.new_empty(n_parts, d_emb)
     if parts.numel() > 0:
-        scaled_sum_kernel[(n_parts, triton.cdiv(d_emb, BLOCK_E))](
+        scaled_sum_kernel[(n_parts, cdiv(d_emb, BLOCK_E))](
             emb_NE,
             scale_N,
             parts,

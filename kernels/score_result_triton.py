@@ -9,8 +9,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
+
 BLOCK = 256
 NUM_WARPS = 4
+
+
+@triton.jit
+def score_and_status(
+    num,
+    den,
+    low,
+    high,
+    above,
+    DEFINED: tl.constexpr,
+    DEAD: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
+    """num / den, NaN unless defined, and status_of (scoring/sums.py), int8. above: images above the minimum."""
+    status = tl.where(above == 1, SINGLE, DEFINED)
+    status = tl.where(above == 0, CONSTANT, status)
+    status = tl.where((low == 0) & (high == 0), DEAD, status)
+    return tl.where(status == DEFINED, num / den, float("nan")), status.to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["n_images", "n_latents"])
@@ -34,7 +55,7 @@ def score_result_kernel(
     SINGLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """status_of (scoring/sums.py) and num / den, NaN unless defined. SPARSE: at_low counts where low is above 0."""
+    """score_and_status of every latent. SPARSE: at_low counts where low is above 0."""
     o_s = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_s = o_s < n_latents
     low, high = tl.load(low_ptr + o_s, mask=m_s, other=0.0), tl.load(high_ptr + o_s, mask=m_s, other=0.0)
@@ -42,14 +63,12 @@ def score_result_kernel(
     above = n_images - tl.load(at_low_ptr + o_s, mask=m_s, other=0)
     if SPARSE:
         above = tl.where(low > 0, above, active)
-    status = tl.where(above == 1, SINGLE, DEFINED)
-    status = tl.where(above == 0, CONSTANT, status)
-    status = tl.where((low == 0) & (high == 0), DEAD, status)
-    ms = tl.load(num_ptr + o_s, mask=m_s, other=0.0) / tl.load(den_ptr + o_s, mask=m_s, other=1.0)
-    tl.store(ms_ptr + o_s, tl.where(status == DEFINED, ms, float("nan")), mask=m_s)
+    num, den = tl.load(num_ptr + o_s, mask=m_s, other=0.0), tl.load(den_ptr + o_s, mask=m_s, other=1.0)
+    ms, status = score_and_status(num, den, low, high, above, DEFINED, DEAD, CONSTANT, SINGLE)
+    tl.store(ms_ptr + o_s, ms, mask=m_s)
     tl.store(new_high_ptr + o_s, high, mask=m_s)
     tl.store(new_active_ptr + o_s, active, mask=m_s)
-    tl.store(status_ptr + o_s, status.to(tl.int8), mask=m_s)
+    tl.store(status_ptr + o_s, status, mask=m_s)
 
 
 # --- launch wrapper --------------------------------------------------------------------------------------------------
@@ -77,7 +96,7 @@ def score_result(
 
     if n_latents > 0:
         codes = {name.upper(): number for number, name in enumerate(statuses)}
-        score_result_kernel[(triton.cdiv(n_latents, BLOCK),)](
+        score_result_kernel[(cdiv(n_latents, BLOCK),)](
             *(t.contiguous() for t in (num_S, den_S, low_S, high_S, n_active_S, n_low_S)),
             *parts(packed),
             n_images,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check
+from .common import cdiv, check
 
 BLOCK_E = 256
 HEAVY = 256
@@ -242,7 +242,7 @@ def launch_streamed_update(
     acts_M, images_M, offsets_S1 = acts_M.contiguous(), images_M.contiguous(), offsets_S1.contiguous()
     emb_NE, scale_N = emb_NE.contiguous(), scale_N.contiguous()
     piece_latents, piece_offsets_S1 = piece_table(offsets_S1, len(acts_M), heavy)
-    n_pieces, n_blocks = len(piece_latents), max(1, triton.cdiv(d_emb, block_e))
+    n_pieces, n_blocks = len(piece_latents), max(1, cdiv(d_emb, block_e))
     num_parts = sums_SE.new_empty(n_blocks, n_latents)
     piece_sums, piece_num_parts = sums_SE.new_empty(n_pieces, d_emb), sums_SE.new_empty(n_blocks, n_pieces)
     piece_den, piece_total = sums_SE.new_empty(n_pieces), sums_SE.new_empty(n_pieces)

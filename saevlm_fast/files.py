@@ -49,7 +49,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+            what = error.strerror or f"only a part was written, is the disk full? ({error})"  # NumPy gives no errno
+            raise OSError(error.errno or errno.EIO, what, str(path)) from error
         raise
     _fsync_directory(path.parent)
 

@@ -406,11 +406,13 @@ def _centred_text(metadata: dict[str, Any]) -> str:
 
 
 def _run_rows(description: Description) -> list[tuple[str, str]]:
-    train = description["settings"]["train"]
+    train, data = description["settings"]["train"], description["settings"].get("data", {})
+    batch, there = train.get("batch_size", "?"), data.get("rows")
+    if isinstance(batch, int) and isinstance(there, int):
+        batch = min(batch, there)  # a batch has each row once at most
     saved = ", ".join(f"{step:,}" for step in description["checkpoints"]) or "none"
-    rows = [("steps", f"{description['steps']:,} of {train.get('batch_size', '?')} rows"), ("checkpoints", saved)]
-    data = short_values(description["settings"].get("data", {}))
-    rows += [(f"data: {name}", value) for name, value in data]
+    rows = [("steps", f"{description['steps']:,} of {batch} rows"), ("checkpoints", saved)]
+    rows += [(f"data: {name}", value) for name, value in short_values(data)]
     if description["sae"] is not None:
         return rows + _sae_rows(description["sae"])
     return [*rows, ("d_in -> d_sae", shape_text(description))]

@@ -22,14 +22,15 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from saevlm_fast.errors import printable, require
-from saevlm_fast.files import TEMPORARY_PREFIX, remove_leftovers_of
+from saevlm_fast.files import TEMPORARY_PREFIX, remove_leftovers_of, write_json_atomic
+from saevlm_fast.records import is_name
 from saevlm_fast.urls import redacted_text
 
 LOCK_FILE = ".lock"  # of an output that is a directory: it lies in it
@@ -50,15 +51,35 @@ def check_absent(paths: Iterable[str | os.PathLike[str]], force: bool) -> None:
         require(not there, f"output: {os.fspath(path)} already exists; --force replaces it")
 
 
-def begin_writing(progress: Path) -> None:
-    """Several outputs are written one after the other from here on; the folder of finished parts goes last."""
+def check_several_absent(outputs: Sequence[Path], progress: Path, force: bool) -> None:
+    """check_absent of outputs in one folder, but for those that a killed process began to write and did not finish.
+
+    progress: the folder of finished parts, in which that process has named them. The last of the outputs is written
+    last: where it is, the others are whole.
+    """
+    begun = [] if os.path.lexists(outputs[-1]) else _begun(progress)
+    check_absent([path for path in outputs if path.name not in begun], force)
+
+
+def begin_writing(outputs: Sequence[Path], progress: Path, force: bool) -> None:
+    """They are written one after the other from here on; the folder of finished parts goes last.
+
+    Raises:
+        ValueError: as check_several_absent, of what has come meanwhile.
+    """
+    check_several_absent(outputs, progress, force)
+    for name in _begun(progress):
+        remove_leftovers_of(progress.with_name(name))  # of what was killed at this
     progress.mkdir(parents=True, exist_ok=True)
-    (progress / _WRITING).touch()
+    write_json_atomic(progress / _WRITING, [path.name for path in outputs])
 
 
-def half_written(progress: Path, last: Path) -> bool:
-    """Whether outputs are a killed process's, which began to write them and did not come to the last of them."""
-    return (progress / _WRITING).is_file() and not os.path.lexists(last)
+def _begun(progress: Path) -> list[str]:
+    """Names of outputs. An older version named none, and of those that it left nothing is known."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        named = json.loads((progress / _WRITING).read_bytes())
+        return [name for name in named if is_name(name)]
+    return []
 
 
 # The lock -------------------------------------------------------------------------------------------------------------

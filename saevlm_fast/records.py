@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,23 +201,39 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+class OtherSettings(ValueError):
+    """A run was started with other settings than are asked for.
+
+    differ: of each its section, its name, the value asked for, and the one before.
+    """
+
+    def __init__(self, differ: Sequence[tuple[str, str, Any, Any]]):
+        self.differ = differ
+        super().__init__(self.told(lambda section, name: name))
+
+    def told(self, called: Callable[[str, str], str]) -> str:
+        """The message; called: what a setting of a section and a name is called in it."""
+        (section, first, value, before), *others = self.differ
+        listed = ", ".join(f"{called(*where)} ({value}, not {before})" for *where, value, before in others[:3])
+        more = f"; also different: {listed}" if others else ""
+        more += f" and {len(others) - 3} more" if len(others) > 3 else ""
+        return f"resume: {called(section, first)} is {value}, but the run was started with {before}{more}"
+
+
 def check_same_settings(path: Path, settings: Mapping[str, Mapping[str, Any]], free: tuple[str, ...] = ()) -> None:
     """Whether the settings a run was started with (in the record `path`, section -> name -> value) are these.
 
     free: sections and names that may differ.
 
     Raises:
-        ValueError: a damaged file, or the settings that differ, of the first with both values.
+        ValueError: a damaged file. OtherSettings: settings that differ.
     """
     stored = read_record(path, Fields(dict.fromkeys(settings, RECORD)))
     differ = [
-        (name, value, before)
+        (section, name, value, before)
         for section, values in settings.items()
         for name, value in values.items()
         if (before := stored[section].get(name)) != value and not {section, name} & set(free)
     ]
-    for first, value, before in differ:
-        others = ", ".join(f"{name} ({value}, not {before})" for name, value, before in differ[1:4])
-        more = f"; also different: {others}" if others else ""
-        more += f" and {len(differ) - 4} more" if len(differ) > 4 else ""
-        raise ValueError(f"resume: {first} is {value}, but the run was started with {before}{more}")
+    if differ:
+        raise OtherSettings(differ)

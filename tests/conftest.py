@@ -4,8 +4,11 @@ Triton reads TRITON_INTERPRET when it is first imported, so it is set here, befo
 """
 
 import os
+import shutil
 import sys
+import tempfile
 from collections import Counter
+from zlib import crc32
 
 import pytest
 import torch
@@ -18,10 +21,16 @@ if not GPU:
     assert "triton" not in sys.modules, "triton was imported before conftest.py could choose the interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
     quicken_interpreter()
+# What a terminal is like is the tests' to say, not that of whoever starts them.
+for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
 # Test shapes are tiny: a second thread only spins, and on a busy machine it makes the suite several times slower.
 torch.set_num_threads(1)
 # A machine may stand still for longer than any deadline of an example: what hangs is ended by pytest-timeout.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The examples are the same in every run, or the suite would pass by chance; `pytest --hypothesis-profile search` draws
+# others.
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("any machine", settings.get_profile("search"), derandomize=True)
 settings.load_profile("any machine")
 # Of processes that share the suite: what takes longest is begun first, or the others wait for it in the end.
 LONGEST = (
@@ -33,8 +42,21 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "SAEVLM_FAST_CACHE" not in os.environ:
+        # Not the user's, which may hold anything, or not be there to write to. Processes of pytest-xdist share it.
+        os.environ["SAEVLM_FAST_CACHE"] = cache = tempfile.mkdtemp(prefix="saevlm-fast-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # by number of tests: the order is `in_order`'s
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test draws without a seed of its own does not depend on what this process has drawn before."""
+    seed = crc32(item.nodeid.encode())
+    torch.default_generator.manual_seed(seed)  # of the CPU; torch.manual_seed takes a millisecond where there is CUDA
+    if GPU:
+        torch.cuda.manual_seed_all(seed)
 
 
 @pytest.fixture(scope="session")

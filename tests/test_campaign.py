@@ -15,6 +15,13 @@ from small_world import CALLS, build_world, words
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A busy machine may stand still for longer than a campaign has to wait for anything."""
+    for bound in ("broken_images.SECONDS", "fuzzed_calls.SECONDS", "cut_runs.LONGEST"):
+        monkeypatch.setattr(bound, 400)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return build_world(tmp_path_factory.mktemp("campaign") / "world")

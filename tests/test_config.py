@@ -82,6 +82,7 @@ def test_group_sizes_always_cover_d_sae(parts, d_sae):
         (lambda: SAEConfig.sized(8, d_sae=2**63), "d_sae: 9223372036854775808 must be below 2"),
         (lambda: SAEConfig.sized(8, d_sae=2**63, architecture="matryoshka"), "d_sae: 9223372036854775808 must be"),
         (lambda: SAEConfig.sized(2**31 - 1, expansion=9e5), "d_sae: "),
+        (lambda: SAEConfig.sized(8, expansion=0.01), "expansion: 0.01 times d_in = 8 leaves no latent"),
         (lambda: SAEConfig(8.0, 16), "d_in: 8.0 must be a whole number"),
         (lambda: SAEConfig(8, True), "d_sae: True must be a whole number"),
         (lambda: SAEConfig(8, 16, 2**70), "k: "),

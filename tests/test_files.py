@@ -213,3 +213,14 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
     assert os.listdir(tmp_path / "run") == ["b"]
     assert os.listdir(tmp_path / "kept") == ["a"]
     assert sorted(os.listdir(tmp_path)) == ["kept", "run"]
+
+
+def test_numpys_short_write_is_told_as_what_it_is(tmp_path):
+    """Its OSError has neither errno nor file."""
+    short = "16000 requested and 468 written"
+    with (
+        pytest.raises(OSError, match=rf"only a part was written, is the disk full\? \({short}\): '.*/a\.npy'"),
+        atomic_write(tmp_path / "a.npy"),
+    ):
+        raise OSError(short)
+    assert list(tmp_path.iterdir()) == []

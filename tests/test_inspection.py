@@ -114,13 +114,22 @@ def test_saes(folder):
 def test_a_run_with_and_without_its_sae(folder):
     matrix = folder / "train.npy"
     np.save(matrix, np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32))
-    run("train", "--activations", matrix, "--output", folder / "run", "--d-sae", 32, "--k", 3, "--steps", 4,
-        "--batch-size", 50, "--checkpoint-every", 2)  # fmt: skip
+    steps = ("--steps", 4, "--batch-size", 500, "--checkpoint-every", 2)
+    run("train", "--activations", matrix, "--output", folder / "run", "--d-sae", 32, "--k", 3, *steps)
     found = inspect(folder / "run")
     assert (found["kind"], found["complete"], found["steps"], found["checkpoints"]) == ("run", True, 4, [2, 4])
     assert found["sae"]["d_sae"] == found["settings"]["sae"]["d_sae"] == 32
     text = run("inspect", folder / "run", "--verify")
-    for word in ("training run", "16 -> 32", "batch_topk", "train.npy", "complete", "2, 4", "weights complete"):
+    for word in (
+        "training run",
+        "16 -> 32",
+        "batch_topk",
+        "train.npy",
+        "complete",
+        "2, 4",
+        "weights complete",
+        "4 of 200 rows",
+    ):
         assert word in text or word in re.sub(r"\s", "", text)  # a long path is broken
     assert inspect(folder / "run" / "checkpoints" / "step_00000002")["kind"] == "sae"
     for name in ("cfg.json", "sae_weights.safetensors"):

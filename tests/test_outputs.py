@@ -15,7 +15,9 @@ from saevlm_fast.outputs import (
     LOCK_FILE,
     REPLACEMENT,
     begin_replacement,
+    begin_writing,
     check_absent,
+    check_several_absent,
     output_lock,
     publish,
     settle,
@@ -43,12 +45,12 @@ def hold(output, share, seconds, held):
 
 
 @contextmanager
-def held_by_another(output, share=False, seconds=60.0):
+def held_by_another(output, share=False, seconds=600.0):
     context = multiprocessing.get_context("fork")
     held = context.Event()
     other = context.Process(target=hold, args=(output, share, seconds, held))
     other.start()
-    assert held.wait(30)
+    assert held.wait(120)
     try:
         yield other
     finally:
@@ -233,3 +235,35 @@ def counted(function, left):
         return function(*arguments, **options)
 
     return call
+
+
+def test_of_several_outputs_those_alone_go_on_that_a_killed_process_began(tmp_path):
+    table, more, last = (tmp_path / name for name in ("a.csv", "a.more.csv", "a.csv.settings.toml"))
+    progress = tmp_path / "a.csv.progress"
+    begin_writing([table, last], progress, force=False)
+    table.touch()  # and killed
+    leftover, another = tmp_path / ".writing-01234567-a.csv", tmp_path / ".writing-01234567-a.more.csv"
+    for path in (more, leftover, another):
+        path.touch()
+    check_several_absent([table, last], progress, force=False)
+    for refused in (check_several_absent, begin_writing):
+        with pytest.raises(ValueError, match=r"a\.more\.csv already exists"):
+            refused([table, more, last], progress, force=False)
+    begin_writing([table, last], progress, force=False)
+    assert not leftover.exists()
+    assert another.exists(), "it is not known whose that is"
+    begin_writing([table, more, last], progress, force=True)
+    last.touch()
+    with pytest.raises(ValueError, match=r"a\.csv already exists"):
+        check_several_absent([table, last], progress, force=False)
+
+
+@pytest.mark.parametrize("said", [None, "", "0", "{}", '["..", 3, null]', "[" * 10**6])
+def test_outputs_that_nothing_names_are_not_replaced(tmp_path, said):
+    table, progress = tmp_path / "a.csv", tmp_path / "a.csv.progress"
+    table.touch()
+    if said is not None:
+        progress.mkdir()
+        (progress / "writing").write_text(said)
+    with pytest.raises(ValueError, match=r"a\.csv already exists"):
+        begin_writing([table, tmp_path / "last"], progress, force=False)

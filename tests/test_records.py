@@ -1,6 +1,8 @@
 """Sealed records, and every JSON file of ours with something wrong in it: one line that says what, or what it meant."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from campaign import build
 from command import run as command
 from damage import edit_record, mutations, refusal
+from saevlm_fast.cli.options import COMMANDS, called, named_by_option
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.matrix import map_matrix
 from saevlm_fast.data.rows import open_activations
@@ -19,12 +22,14 @@ from saevlm_fast.records import (
     TEXT,
     Each,
     Fields,
+    OtherSettings,
     check_same_settings,
     read_record,
     whole,
     write_record,
 )
 from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.settings import settings_of
 from saevlm_fast.training.saved_state import check_checkpoint
 
 SCHEMA = Fields({"a": whole(1, 9), "b": Each(Fields({"c": TEXT}))}, {"d": DIGEST, "e": FILE_NAME}, others=False)
@@ -165,6 +170,44 @@ def test_altered_files_end_the_commands_by_name(built, tmp_path):
         assert not (tmp_path / "run").exists()
     finally:
         shard.write_bytes(good)
+
+
+NEEDED = {
+    "train": {"activations": Path("a"), "steps": 4, "output": Path("out")},
+    "harvest": {"model": "hf:a", "images": "b", "output": Path("out")},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "section", "setting", "said"),
+    [
+        ("train", {"expansion": 4.0}, "sae", "d_sae", "d_sae (--expansion)"),
+        ("train", {}, "sae", "d_sae", "d_sae (--expansion)"),
+        ("train", {"d_sae": 16}, "sae", "d_sae", "d_sae"),
+        ("train", {}, "sae", "group_sizes", "group_sizes (--groups)"),
+        ("train", {}, "sae", "d_in", "d_in (--activations)"),
+        ("train", {}, "train", "warmup_steps", "warmup_steps (--warmup)"),
+        ("train", {}, "train", "clip_norm", "clip_norm"),
+        ("train", {}, "data", "rows", "rows (--activations)"),
+        ("harvest", {"layer": (1,)}, "harvest", "points", "points (--point, --layer)"),
+        ("harvest", {"layer": (1,)}, "model", "weights_sha256", "weights_sha256 (--model, --random-weights)"),
+        ("harvest", {"layer": (1,), "limit": 9}, "images", "images", "images (--images, --limit)"),
+        ("harvest", {"layer": (1,)}, "images", "images", "images"),
+    ],
+)
+def test_a_setting_of_a_run_is_called_by_its_option(name, given, section, setting, said):
+    options = COMMANDS[name].options.of(NEEDED[name] | given)
+    assert called(options, section, setting) == said
+    with pytest.raises(ValueError, match=rf"^resume: {re.escape(said)} is 2, but .* with 1$"), named_by_option(options):
+        raise OtherSettings([(section, setting, 2, 1)])
+
+
+def test_what_a_setting_follows_from_are_options():
+    kinds = [each.options for each in COMMANDS.values()]
+    found = [(kind, follows) for kind in kinds for follows in kind.made_from.values()]
+    assert len(found) > 10
+    for kind, follows in found:
+        assert set(follows) <= set(settings_of(kind)), kind
 
 
 def test_every_setting_that_differs_from_a_runs_is_named(tmp_path):

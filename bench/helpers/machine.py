@@ -17,12 +17,14 @@ def describe(device: torch.device | str) -> dict[str, str | int | float]:
     return {
         "device": torch.cuda.get_device_name(device) if gpu else device.type,
         **({"driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")} if gpu else {}),
-        "cpu": _cpu_model(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "torch": torch.__version__,
         "triton": next((found.version for found in distributions(name="triton")), "not installed"),
         "commit": _output("git", "describe", "--always", "--dirty= dirty", "--exclude=*"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
 
 
 def cpu_ticks() -> tuple[float, float]:

@@ -11,17 +11,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bench.helpers.arguments import of_scenes
+from bench.helpers.scenes import LabelledScenes
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
-from saevlm_fast.data.rows import Activations, open_activations
+from saevlm_fast.data.rows import Activations
 from saevlm_fast.demo.ground_truth import LatentConcepts, best_factor_depth, chance_depth, common_depth, latent_concepts
-from saevlm_fast.demo.scene_stores import harvest_scenes
 from saevlm_fast.files import atomic_write
-from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.monosemanticity import MonosemanticityScores, score
 from saevlm_fast.scoring.ranks import spearman
@@ -38,16 +36,6 @@ GRID = (
 )  # fmt: skip
 CONTROL = ("batch_topk", 4, 10)  # measured untrained, too: what sparse random directions give by themselves
 MANY_IMAGES = 50  # of 5,000: a latent that fires on few has a best value by luck, the luckier the fewer
-Labels = tuple[np.ndarray, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Split:
-    """The same scenes as activations, as embeddings and as labels."""
-
-    activations: Activations
-    embeddings: Activations
-    labels: Labels
 
 
 @dataclass(frozen=True)
@@ -68,8 +56,8 @@ class Measured:
 
 def main() -> None:
     options = parse()
-    train_split = scenes_of("train", options.train_scenes, options)
-    test_split = scenes_of("test", options.test_scenes, options)
+    train_split = LabelledScenes.of("train", options.train_scenes, options.layer, options.tokens)
+    test_split = LabelledScenes.of("test", options.test_scenes, options.layer, options.tokens)
     measured = [measure("raw neurons", test_split, None, {})]
     for architecture, expansion, k in GRID:
         for seed in range(options.seeds):
@@ -92,14 +80,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def scenes_of(split: str, n: int, options: argparse.Namespace) -> Split:
-    print(f"{n:,} scenes of {split}", flush=True)
-    stores = harvest_scenes(split, n, options.layer, options.tokens)
-    activations, embeddings = open_activations(stores.activations), open_activations(stores.embeddings)
-    return Split(activations, embeddings, scene_labels(activations.items()["image"].to_pylist()))
-
-
-def sae_config(architecture: str, expansion: int, k: int, split: Split) -> SAEConfig:
+def sae_config(architecture: str, expansion: int, k: int, split: LabelledScenes) -> SAEConfig:
     return SAEConfig.sized(split.activations.d, expansion=expansion, k=k, architecture=architecture)
 
 
@@ -112,7 +93,9 @@ def recipe(steps: int, seed: int, options: argparse.Namespace) -> TrainConfig:
     )  # fmt: skip
 
 
-def train_one(prefix: str, config: SAEConfig, settings: TrainConfig, train_split: Split, test_split: Split) -> Measured:
+def train_one(
+    prefix: str, config: SAEConfig, settings: TrainConfig, train_split: LabelledScenes, test_split: LabelledScenes
+) -> Measured:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as output:
         where = RunOptions(Path(output) / "run", device="cpu", checkpoint_every=settings.steps)
@@ -124,7 +107,7 @@ def train_one(prefix: str, config: SAEConfig, settings: TrainConfig, train_split
     return found
 
 
-def measure(name: str, split: Split, sae: SparseAutoencoder | None, evaluation: Metrics) -> Measured:
+def measure(name: str, split: LabelledScenes, sae: SparseAutoencoder | None, evaluation: Metrics) -> Measured:
     scores = score(split.activations, split.embeddings, sae)
     truth = latent_concepts(split.activations, *split.labels, sae)
     depth_SF = common_depth(top_images(split.activations, range(len(scores.ms)), 16, sae), *split.labels)
@@ -144,7 +127,7 @@ GROUP_COLUMNS = (
 )  # fmt: skip
 
 
-def report(measured: list[Measured], split: Split, options: argparse.Namespace) -> str:
+def report(measured: list[Measured], split: LabelledScenes, options: argparse.Namespace) -> str:
     names = list(dict.fromkeys(m.name for m in measured))
     runs = {name: [m for m in measured if m.name == name] for name in names}
     nested = [name for name in names if len(runs[name][0].group_ends) > 1]

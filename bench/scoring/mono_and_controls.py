@@ -15,15 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.helpers.arguments import of_scenes
+from bench.helpers.scenes import LabelledScenes
 from saevlm_fast.config import CONTROLS, SAEConfig
-from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.demo.ground_truth import CONCEPTS, VALUE_DEPTH, concept_presence, latent_concepts
-from saevlm_fast.demo.scene_stores import harvest_scenes
+from saevlm_fast.data.rows import Activations
 from saevlm_fast.files import atomic_write
-from saevlm_fast.images.scenes import scene_labels
 from saevlm_fast.measures.subjects import ImageRows, Subject, encode_all
 from saevlm_fast.measures.uniqueness import uniqueness
 from saevlm_fast.sae import SparseAutoencoder
@@ -45,13 +41,9 @@ COLUMNS = (
 
 def main() -> None:
     options = parse()
-    data = open_activations(harvest_scenes("train", options.train_scenes).activations)
-    stores = harvest_scenes("test", options.test_scenes)
-    test = open_activations(stores.activations)
-    labels = scene_labels(test.items()["image"].to_pylist())
-    values = [c for c, concept in enumerate(CONCEPTS) if concept.depth == VALUE_DEPTH]
-    ideal = Activations.from_tensor(torch.from_numpy(concept_presence(*labels)[:, values]).float())
-    encoders = [test, open_activations(stores.embeddings), ideal]
+    data = LabelledScenes.of("train", options.train_scenes).activations
+    test = LabelledScenes.of("test", options.test_scenes)
+    encoders = [test.activations, test.embeddings, test.ideal()]
     ways: dict[str, dict[str, Any]] = {"plain": {}}
     ways |= {f"MonoLoss {weight:g}": {"mono_weight": weight} for weight in options.weights}
     ways |= {control: {"control": control} for control in options.controls}
@@ -61,7 +53,7 @@ def main() -> None:
             sae, metrics = train(
                 data,
                 SAEConfig.sized(data.d, expansion=4, k=options.k),
-                validation=test,
+                validation=test.activations,
                 steps=options.steps,
                 batch_size=512,
                 dead_after=100_000,
@@ -69,7 +61,7 @@ def main() -> None:
                 device="cpu",
                 **way,
             )
-            found[name].append(measured(sae, metrics, test, encoders, labels, options.least))
+            found[name].append(measured(sae, metrics, test, encoders, options.least))
             print(f"seed {seed}, {name}: {found[name][-1]}", flush=True)
         write(found, seed + 1, options)
 
@@ -86,17 +78,15 @@ def parse() -> argparse.Namespace:
 def measured(
     sae: SparseAutoencoder,
     metrics: dict[str, float],
-    test: Activations,
+    test: LabelledScenes,
     encoders: list[Activations],
-    labels: tuple,
     least: int,
 ) -> list[float]:
     """A number for each of COLUMNS."""
-    scores = [score(test, encoder, sae) for encoder in encoders]
+    scores = [score(test.activations, encoder, sae) for encoder in encoders]
     seen_S = scores[0].ms.isfinite() & (scores[0].n_active >= least)
-    truth = latent_concepts(test, *labels, sae)
-    purity_S = truth.purity_S / (1 - truth.base_C[truth.value_S.clamp(min=0)])
-    _, codes = encode_all(Subject("sae", "sae", sae, "", ""), test, ImageRows.of(test))
+    purity_S, rows = test.purity(sae), test.activations
+    _, codes = encode_all(Subject("sae", "sae", sae, "", ""), rows, ImageRows.of(rows))
     pairs = uniqueness(codes).figures
     shared = sum(pairs["histogram"][1:]) / max(pairs["pairs"], 1)
     means = [float(each.ms[seen_S].mean()) for each in scores]

@@ -21,13 +21,10 @@ import torch
 from torch import Tensor
 
 from bench.helpers.arguments import of_scenes
+from bench.helpers.scenes import LabelledScenes
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
-from saevlm_fast.data.rows import Activations, open_activations
-from saevlm_fast.demo.ground_truth import CONCEPTS, VALUE_DEPTH, concept_presence, latent_concepts
-from saevlm_fast.demo.scene_stores import harvest_scenes
+from saevlm_fast.data.rows import Activations
 from saevlm_fast.files import atomic_write
-from saevlm_fast.images.scenes import scene_labels
-from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.controls import Match, untrained_like
 from saevlm_fast.scoring.ranks import spearman
 from saevlm_fast.scoring.second_pass import change_error
@@ -52,18 +49,14 @@ class Seed:
 
 def main() -> None:
     options = parse()
-    data = open_activations(harvest_scenes("train", options.train_scenes).activations)
-    stores = harvest_scenes("test", options.test_scenes)
-    test = open_activations(stores.activations)
-    labels = scene_labels(test.items()["image"].to_pylist())
-    values = [c for c, concept in enumerate(CONCEPTS) if concept.depth == VALUE_DEPTH]
-    ideal = torch.from_numpy(concept_presence(*labels)[:, values]).float()
-    encoders = {OWN: open_activations(stores.embeddings), IDEAL: Activations.from_tensor(ideal)}
+    data = LabelledScenes.of("train", options.train_scenes).activations
+    test = LabelledScenes.of("test", options.test_scenes)
+    encoders = {OWN: test.embeddings, IDEAL: test.ideal()}
     lines = []
     for k in options.k:
         started = time.monotonic()
-        seeds = [one_seed(data, test, encoders, labels, k, seed, options) for seed in range(options.seeds)]
-        lines += report(k, seeds, options)
+        seeds = [one_seed(data, test, encoders, k, seed, options) for seed in range(options.seeds)]
+        lines += report(k, seeds)
         print(f"k {k}: {time.monotonic() - started:.0f} s", flush=True)
     text = "\n".join(
         [
@@ -89,9 +82,8 @@ def parse() -> argparse.Namespace:
 
 def one_seed(
     data: Activations,
-    test: Activations,
+    test: LabelledScenes,
     encoders: dict[str, Activations],
-    labels: tuple,
     k: int,
     seed: int,
     options: argparse.Namespace,
@@ -100,13 +92,13 @@ def one_seed(
     recipe = TrainConfig(steps=options.steps, batch_size=options.batch_size, seed=seed, dead_after=100_000)
     with tempfile.TemporaryDirectory() as output:
         where = RunOptions(Path(output) / "run", device="cpu", checkpoint_every=options.steps)
-        sae, metrics = train(data, config, recipe, where, validation=test)
-    saes = [sae.eval(), untrained_like(sae, test, seed=1000 + seed)[0]]
-    passes = [TwoPasses(ScoredImages(test, encoders, each)) for each in saes]
+        sae, metrics = train(data, config, recipe, where, validation=test.activations)
+    saes = [sae.eval(), untrained_like(sae, test.activations, seed=1000 + seed)[0]]
+    passes = [TwoPasses(ScoredImages(test.activations, encoders, each)) for each in saes]
     match = Match(*(one_or_list(p, i) for i, p in enumerate(passes)))
     weights = match.weights()
     scores = [each.second(weights_SW) for each, weights_SW in zip(passes, weights)]
-    pure = [purity(test, labels, each) for each in saes]
+    pure = [test.purity(each) for each in saes]
     return Seed(scores, pure, weights, octaves(match), metrics["explained_variance"])
 
 
@@ -121,19 +113,13 @@ def octaves(match: Match) -> list[tuple[int, int]]:
     return [(max(10, math.ceil(2 ** (b[0] / 4))), math.ceil(2 ** ((b[-1] + 1) / 4)) - 1) for b in bins]
 
 
-def purity(test: Activations, labels: tuple, sae: SparseAutoencoder) -> Tensor:
-    """Purity above base, as a share of what is possible; NaN where the score is undefined."""
-    truth = latent_concepts(test, *labels, sae)
-    return truth.purity_S / (1 - truth.base_C[truth.value_S.clamp(min=0)])
-
-
 HEAD = (
     "| k | images a latent | by | latents, untrained | MS | untrained MS | difference | 95 % interval, by image | "
     "sd over seeds | purity | untrained purity |"
 )
 
 
-def report(k: int, seeds: list[Seed], options: argparse.Namespace) -> list[str]:
+def report(k: int, seeds: list[Seed]) -> list[str]:
     lines = []
     by_range: dict[tuple[int, int], list[tuple[Seed, int]]] = {}
     for seed in seeds:

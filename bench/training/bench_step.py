@@ -23,9 +23,14 @@ def make_steps(architecture, case, batches, device):
     sae.b_dec.data.copy_(batches[0].mean(0))
     with device:
         dense = DenseTrainer(
-            sae.W_dec.detach().clone(), sae.b_dec.detach().clone(), architecture=architecture, k=case.k,
-            group_ends=sae.config.group_ends, config=config, d_sae=case.d_sae,
-        )  # fmt: skip
+            sae.W_dec.detach().clone(),
+            sae.b_dec.detach().clone(),
+            architecture=architecture,
+            k=case.k,
+            group_ends=sae.config.group_ends,
+            config=config,
+            d_sae=case.d_sae,
+        )
     return Stepper(sae, config), dense
 
 

@@ -1,9 +1,11 @@
 """The step of a rank on a GPU beside that of one process: `torchrun ... -m bench.training.profile_ranks`.
 
-One rank runs the code of many, without traffic. Of each architecture, without dead latents and with some of noise, are
-printed: the step of one process, the rank's, the time in which the host issues it, where the host waits for the device,
-and the kernels. Arguments: architectures, no-dead or dead, and `capture`, which also takes the rank's steps in a CUDA
-graph. As in profile_step.py, the step size is set to next to nothing before anything is timed.
+One rank runs the code of many, without traffic. Of each architecture, without dead latents and with some that are made
+weak (ranks_on_gpus.py), are printed: the step of one process, the rank's, and the time in which the host issues it.
+Then, of all cases, where the host waits for the device, and the kernels: after torch's profiler a process launches
+slower for as long as it lives (CUPTI stays). Arguments: architectures, no-dead or dead, and `capture`, which also takes
+the rank's steps in a CUDA graph while none can be dead. As in profile_step.py, the step size is set to next to nothing
+before anything is timed.
 """
 
 import dataclasses
@@ -12,11 +14,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.training.profile_step import NO_STEP, kernels
+from bench.training.ranks_on_gpus import DEAD_AFTER, WEAK, weaken
 from saevlm_fast.config import SELECTING, SAEConfig, TrainConfig
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps
@@ -76,10 +80,17 @@ def steppers(architecture: str, dead_after: int, device: torch.device, peers: Me
     sae, shard = SparseAutoencoder(whole, device=device), Shard.of(whole, peers.ranks)
     sae.reset_parameters(0)
     parts = starting_sae(shard, 0, device)
+    if dead_after < NEVER:
+        weaken(sae, 0, WEAK[architecture])
+        weaken(parts, shard.start, WEAK[architecture])
     return {"one process": Stepper(sae, config), "a rank": ShardedStepper(parts, config, shard, peers.ranks, ROWS)}
 
 
-def profile(architecture: str, dead_after: int, batches: list[Tensor], peers: MeshPeers, capture: bool) -> None:
+def timed(
+    architecture: str, dead_after: int, batches: list[Tensor], peers: MeshPeers, capture: bool
+) -> dict[str, Callable[[], object]]:
+    """The rank's step, to be profiled, by the name of the case."""
+    ways: dict[str, Callable[[], object]] = {}
     found = steppers(architecture, dead_after, batches[0].device, peers)
     for name, stepper in found.items():
         stepper.sae.b_dec.data.copy_(batches[0].mean(0))
@@ -88,20 +99,23 @@ def profile(architecture: str, dead_after: int, batches: list[Tensor], peers: Me
         stepper.config = dataclasses.replace(stepper.config, lr=NO_STEP)
         way = lambda stepper=stepper: stepper.step(batches[0])  # noqa: E731
         device, host = milliseconds(way)
-        case = f"{architecture}, {int(output.n_dead)} dead, {name}"
+        output = way()
+        case = f"{architecture}, {int(output.n_dead)} dead of {stepper.n_listed} listed, {name}"
         print(f"=== {case}: {device:.3f} ms, host {host:.3f} ms, loss {float(output.losses.overall):.6f}", flush=True)
         if name == "a rank":
-            print("host waits:", waits(way))
-            show(kernels(way))
-        if capture and name == "a rank":
+            ways[case] = way
+        if capture and name == "a rank" and dead_after == NEVER:
             steps = CapturedSteps(stepper)
             for _ in range(4):
                 steps.step(batches[0])
-            device, host = milliseconds(lambda: steps.step(steps.input(ROWS)))  # noqa: B023
+            held_BD = steps.input(ROWS)
+            assert held_BD is not None  # as steps are captured
+            device, host = milliseconds(partial(steps.step, held_BD))
             kept = f"{steps.n_captured} graphs, {steps.n_replayed} replayed, {steps.n_eager} eager"
             print(f"=== {case}, captured: {device:.3f} ms, host {host:.3f} ms; {kept}", flush=True)
     one, other = (stepper.sae.W_dec for stepper in found.values())
-    print(f"W_dec differs by {float((one - other).abs().max()):.1e} at most", flush=True)
+    print(f"W_dec differs by {float((one - other).detach().abs().max()):.1e} at most", flush=True)
+    return ways
 
 
 def show(found: list[dict]) -> None:
@@ -115,11 +129,14 @@ def main() -> None:
     device, chosen = torch.device(own_device("cuda")), sys.argv[1:]
     architectures = [each for each in SELECTING if each in chosen] or list(SELECTING)
     with joined(device, 60) as peers:
-        cases = {"no-dead": (NEVER, batches_of(True, device)), "dead": (5 * ROWS, batches_of(False, device))}
+        cases = {"no-dead": (NEVER, batches_of(True, device)), "dead": (DEAD_AFTER, batches_of(False, device))}
+        ways: dict[str, Callable[[], object]] = {}
         for architecture in architectures:
             for dead_after, batches in [cases[each] for each in cases if each in chosen] or cases.values():
-                profile(architecture, dead_after, batches, peers, "capture" in chosen)
-                torch.cuda.empty_cache()
+                ways |= timed(architecture, dead_after, batches, peers, "capture" in chosen)
+        for case, way in ways.items():
+            print(f"--- {case}: host waits {waits(way)}", flush=True)
+            show(kernels(way))
 
 
 if __name__ == "__main__":

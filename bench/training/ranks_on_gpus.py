@@ -2,6 +2,10 @@
 
 An argument after the module is the number of replicas (1). Every rank also takes the steps of the whole SAE on its own
 GPU, and compares losses and its latents' weights. Before that: what the collectives of a step take.
+
+Some latents are made weak, which never fire and so are dead after some steps: 256, of which all take part in the
+auxiliary loss, and of Matryoshka 1,024, which are more than take part. The rows that make a latent dead are more than a
+GPU's list of dead latents looks ahead (DeadBound), or it would hold all latents.
 """
 
 import sys
@@ -16,21 +20,30 @@ from saevlm_fast.training.sharded_step import ShardedStepper
 from saevlm_fast.training.shards import Shard, cut, starting_sae
 from saevlm_fast.training.step import Stepper
 
-D_IN, D_SAE, K, ROWS, STEPS = 1024, 16384, 20, 4096, 20
+D_IN, D_SAE, K, ROWS, STEPS = 1024, 16384, 20, 4096, 30
+DEAD_AFTER = 20 * ROWS
+WEAK = {"topk": 64, "batch_topk": 64, "matryoshka": 16}  # every so many-th latent
 REPEATS = 20  # of a collective
 TOLERANCE = 1e-3  # of weights after some steps: near ties come out differently where products differ in the last bits
+
+
+def weaken(sae: SparseAutoencoder, start: int, every: int) -> None:
+    """Latents that are dead soon, of an SAE whose first is the start-th of all."""
+    with torch.no_grad():
+        sae.W_enc.T[-start % every :: every] *= 0.1
 
 
 def compare(architecture: str, device: torch.device, peers: MeshPeers) -> float:
     """The largest difference between this rank's decoder rows and those of a whole SAE, after some steps."""
     whole = SAEConfig.sized(D_IN, d_sae=D_SAE, k=K, architecture=architecture)  # type: ignore[arg-type]
-    config = TrainConfig(steps=1000, batch_size=ROWS, lr=1e-4, warmup_steps=0, dead_after=ROWS * 5)
+    config = TrainConfig(steps=1000, batch_size=ROWS, lr=1e-4, warmup_steps=0, dead_after=DEAD_AFTER)
     shard = Shard.of(whole, peers.ranks)
     rows = cut(ROWS, shard.n_replicas)[shard.replica]
-    parts = ShardedStepper(starting_sae(shard, 0, device), config, shard, peers.ranks, ROWS)
-    sae = SparseAutoencoder(whole, device=device)
+    part, sae = starting_sae(shard, 0, device), SparseAutoencoder(whole, device=device)
     sae.reset_parameters(0)
-    alone = Stepper(sae, config)
+    weaken(part, shard.start, WEAK[architecture])
+    weaken(sae, 0, WEAK[architecture])
+    parts, alone = ShardedStepper(part, config, shard, peers.ranks, ROWS), Stepper(sae, config)
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         x_BD = torch.randn(ROWS, D_IN, generator=generator).to(device)
@@ -42,7 +55,8 @@ def compare(architecture: str, device: torch.device, peers: MeshPeers) -> float:
         losses = float(output.losses.overall), float(expected.losses.overall)
         if peers.rank == 0 and step % 5 == 4:
             both = f"loss {losses[0]:.6f} and {losses[1]:.6f}"
-            print(f"{architecture} step {step + 1}: {both}, {seconds * 1e3:.2f} ms", flush=True)
+            dead = f"{int(output.n_dead)} dead, {parts.n_listed} listed"
+            print(f"{architecture} step {step + 1}: {both}, {dead}, {seconds * 1e3:.2f} ms", flush=True)
     own = sae.W_dec.detach()[shard.start : shard.stop]
     return float((parts.sae.W_dec.detach() - own).abs().max())
 

@@ -271,7 +271,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
         "rows_per_second": {"reading_alone": reading, "steps_alone": n_rows / seconds["step"]},
         "calls": calls,
         "anonymous_bytes_at_step": memory,
-    }  # fmt: skip
+    }
 
 
 def _spread(steps: list[int], most: int = 20) -> list[int]:

@@ -266,18 +266,6 @@ def describe_object(labels: np.ndarray) -> str:
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
-def taxonomy_path(factor: str, value: str) -> tuple[str, str, str]:
-    """From general to particular: ("object", "curved", "ring"), ("colour", "warm", "red").
-
-    Raises:
-        ValueError: an unknown factor, or a value that the factor does not have.
-    """
-    require(factor in TAXONOMY, f"factor: {factor!r} is not one of {', '.join(TAXONOMY)}")
-    require(value in VALUES[factor], f"value: {value!r} is not one of {', '.join(VALUES[factor])}")
-    group = next(group for group, values in TAXONOMY[factor].items() if value in values)
-    return ("object" if factor == "shape" else factor), group, value
-
-
 def _pixel_centres(n: int) -> np.ndarray:
     return np.arange(n, dtype=np.float32) + np.float32(0.5)
 

@@ -16,7 +16,6 @@ from saevlm_fast.cli.planning import (
     memory_figures,
     time_figures,
     training_disk,
-    training_memory,
 )
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scene_widths
@@ -66,6 +65,7 @@ def plan(options: DemoArguments) -> Plan:
     from saevlm_fast.demo.scene_stores import N_SCENES, RECIPE
     from saevlm_fast.demo.steering import N_PATCH_SCENES
     from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.training.memory import most_memory_of
 
     device = resolve_device(options.device)
     check_writable(options.output)
@@ -79,7 +79,7 @@ def plan(options: DemoArguments) -> Plan:
     figures = {
         "scenes": n_scenes,
         "SAEs": f"3 of {sae.d_in} -> {sae.d_sae}, {config.n_steps:,} steps together",
-        **memory_figures(device, training_memory(sae, config.batch_size)),
+        **memory_figures(device, most_memory_of(sae, config, N_SCENES["train"], device)),
         **disk_figures(options.output, 3 * training_disk(sae)),
         **{f"training_{name}": value for name, value in timed.items()},
         "time_of_harvest_scores_and_steering": "not estimated",

@@ -12,7 +12,7 @@ from saevlm_fast.cli.erase_labels import COLUMNS, class_texts, labels_of, read_c
 from saevlm_fast.cli.erase_options import WORDS, EraseArguments
 from saevlm_fast.cli.options import Plan, command
 from saevlm_fast.cli.planning import check_writable, memory_figures
-from saevlm_fast.cli.record import Record, settings_path
+from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
 from saevlm_fast.errors import goes_on, renamed, require
 
@@ -31,11 +31,10 @@ if TYPE_CHECKING:
 def check(options: EraseArguments) -> None:
     """ValueError: the output may not be written, or is there and whole."""
     from saevlm_fast.clip_steering.run import progress_of
-    from saevlm_fast.outputs import check_absent, half_written
+    from saevlm_fast.outputs import check_several_absent
 
     check_writable(options.output)
-    unfinished = half_written(progress_of(options.output), settings_path(options.output))
-    check_absent(options.files, options.force or unfinished)
+    check_several_absent(options.files, progress_of(options.output), options.force)
 
 
 # What goes in ---------------------------------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ def erase(options: EraseArguments) -> dict[str, Any]:
         with goes_on("the same command goes on with the first SAE that is not finished"):
             layers = _layers(options, progress)
         document = {"format": "saevlm-fast erase", "version": 1, "what": options.what, "layers": layers}
-        begin_writing(progress)
+        begin_writing(options.files, progress, options.force)
         write_accuracies(options.output.with_suffix(".csv"), layers)
         write_accuracy_picture(options.picture, layers, f"{options.what} taken out of {options.model}")
         write_json_atomic(options.output, document)

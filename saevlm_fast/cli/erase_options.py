@@ -78,8 +78,8 @@ class EraseArguments(WorkOptions):
 
     @property
     def files(self) -> list[Path]:
-        """What must not be there without --force."""
-        return [self.output, settings_path(self.output), self.output.with_suffix(".csv"), self.picture]
+        """What must not be there without --force; the last is written last."""
+        return [self.output, self.output.with_suffix(".csv"), self.picture, settings_path(self.output)]
 
     @property
     def picture(self) -> Path:

@@ -50,9 +50,10 @@ def write_accuracy_picture(path: Path, layers: Sequence[dict[str, Any]], title: 
     from saevlm_fast.files import atomic_write
 
     questions = _questions(layers)
-    width = _LEFT + len(layers) * (_WIDTH + _GAP)
+    legend, right = _legend(layers)
+    width = max(_LEFT + len(layers) * (_WIDTH + _GAP), right, _LEFT + 7 * len(title))
     height = _TOP + len(questions) * (_HEIGHT + _GAP) + 14
-    parts = [f'<text x="{_LEFT}" y="18">{escape(title)}</text>', *_legend(layers)]
+    parts = [f'<text x="{_LEFT}" y="18">{escape(title)}</text>', *legend]
     several = len({layer["layer"] for layer in layers}) < len(layers)
     for column, layer in enumerate(layers):
         of_sae = f", {Path(layer['sae']).name[-_SHOWN_TO:]}" if several else ""
@@ -83,7 +84,8 @@ def _questions(layers: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name in layers[0]["rows"][0] if name not in ("removal", "k")]
 
 
-def _legend(layers: Sequence[dict[str, Any]]) -> list[str]:
+def _legend(layers: Sequence[dict[str, Any]]) -> tuple[list[str], int]:
+    """The lines' names, and where the last of them ends: one layer's panel is narrower."""
     there = {row["removal"] for layer in layers for row in layer["rows"]}
     parts, x = [], _LEFT
     for name, (colour, dashes) in _LINES.items():
@@ -91,7 +93,7 @@ def _legend(layers: Sequence[dict[str, Any]]) -> list[str]:
             parts.append(f'<path d="M{x},34H{x + 18}" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>')
             parts.append(f'<text x="{x + 22}" y="38" class="small">{name}</text>')
             x += 34 + 6 * len(name)
-    return parts
+    return parts, x
 
 
 def _panel(left: int, top: int, rows: Sequence[dict[str, Any]], question: str) -> list[str]:

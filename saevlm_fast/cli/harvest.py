@@ -4,10 +4,17 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import MISSING, dataclass
 from operator import mul
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, peak_memory, replaced_figures
+from saevlm_fast.cli.planning import (
+    check_writable,
+    disk_figures,
+    free_memory,
+    memory_figures,
+    peak_memory,
+    replaced_figures,
+)
 from saevlm_fast.cli.record import Record
 from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.terminal import HarvestBar, say, tell, warn
@@ -33,6 +40,14 @@ class HarvestArguments(HarvestSettings, HarvestOptions, WorkOptions):
     """Options of `saevlm-fast harvest`."""
 
     title = "Model and place in it"
+    made_from: ClassVar = {
+        "model": ("model", "random_weights"),
+        "images": ("images", "limit"),
+        "fingerprint": ("images",),
+        "content": ("images",),
+        "stores": ("point", "layer", "tokens"),
+        "points": ("point", "layer"),
+    }
 
     model: str = setting(help="hf:NAME_OR_DIR, open_clip:ARCH/PRETRAINED_OR_FILE or timm:NAME[:FILE].")
     images: str = same_as(HarvestOptions, "images", MISSING)
@@ -97,11 +112,13 @@ def plan(options: HarvestArguments) -> Plan:
     from saevlm_fast.harvesting.inputs import open_source
     from saevlm_fast.harvesting.plan import HarvestPlan
     from saevlm_fast.harvesting.stores import check_output
+    from saevlm_fast.runtime import resolve_device
 
     config, engine = options.harvest_config(), options.part(HarvestOptions)
     check_output(engine)
     check_writable(options.output)
     source = open_source(options.images, config)
+    free = free_memory(resolve_device(options.device))
     tower = _tower(options, config, options.device)
     tower = tower if config.square is None else tower.squared(config.square)
     with tower.hooked(config.points) as run:
@@ -122,7 +139,7 @@ def plan(options: HarvestArguments) -> Plan:
             "images": n,
             "stores": [f"{store.path}: {rows:,} x {store.width:,}" for rows, store in zip(rows, planned.stores)],
             "units_of_work": f"{planned.n_units:,} of {planned.images_per_unit:,} images",
-            **memory_figures(tower.device, weights + forward),
+            **memory_figures(tower.device, weights + forward, free),
             "a_forward_bytes": forward,
             **disk_figures(options.output, sum(map(mul, rows, row_bytes))),
             **replaced_figures(options.output, options.force),

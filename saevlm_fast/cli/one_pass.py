@@ -11,7 +11,14 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_of_all, training_disk
+from saevlm_fast.cli.planning import (
+    check_writable,
+    disk_figures,
+    free_memory,
+    memory_figures,
+    time_of_all,
+    training_disk,
+)
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.terminal import TrainBar, print_table, say, tell
@@ -98,6 +105,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     from saevlm_fast.inspection import human_bytes
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.towers.load import load_tower
+    from saevlm_fast.training.memory import auxiliary_memory
     from saevlm_fast.training.one_pass import OnePass, harvest_config
 
     device, parts, n_ranks = resolve_device(options.device), parts_of(options), n_processes()
@@ -112,6 +120,7 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         given = chosen, options.part(RunOptions), recipes
         held: dict[str, Any] = {"part_of": lambda sae: part_of_a_rank(sae, options.data_parallel), "n_ranks": n_ranks}
         one_pass = OnePass(source, str(options.images), tower, run, harvest, *given, **held)
+        free = free_memory(device)
         one_pass.add(sizes, device, lambda name, step, metrics: None)
         n = one_pass.stream.n_images
         looks = TowerLooks(options, tower, source)
@@ -125,7 +134,9 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
     ]
     timed = [(part_of_a_rank(sae, options.data_parallel), recipe, n_rows) for sae, recipe, n_rows in saes]
     keep = options.keep_store
+    of_dead = sum(auxiliary_memory(*each, device, n_ranks) for each in timed)
     kept = None if keep is None else (keep, sum(each.n_rows * each.row_bytes for each in rows.values()))
+    needed = one_pass.needed | ({"dead latents, at most": of_dead} if of_dead else {})
     passing = max(*images.values(), 0 if keep is None else n)  # the first epoch is kept whole
     figures = {
         "images": n,
@@ -134,8 +145,8 @@ def plan_one_pass(options: "TrainArguments") -> Plan:
         "images_through_the_tower": passing,
         "saes": [f"{name or options.output}" for name in parts],
         "scores": looks.note,
-        "takes": [f"{name} {human_bytes(size)}" for name, size in one_pass.needed.items()],
-        **memory_figures(device, sum(one_pass.needed.values())),
+        "takes": [f"{name} {human_bytes(size)}" for name, size in needed.items()],
+        **memory_figures(device, sum(needed.values()), free),
         **disk_figures(options.output, sum(training_disk(sae) for sae, *_ in saes), kept),
         **({} if seconds is None else {"all_images_seconds": seconds * passing / n_ranks}),
         **time_of_all(timed, device),

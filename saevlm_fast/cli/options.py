@@ -18,8 +18,9 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Self, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
@@ -28,6 +29,7 @@ from saevlm_fast.cli.ranks import check_shares, one_voice
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
 from saevlm_fast.errors import did_you_mean, require
+from saevlm_fast.records import OtherSettings
 from saevlm_fast.remote.answers import RemoteError
 from saevlm_fast.settings import (
     NUMBERS,
@@ -61,6 +63,8 @@ class Options(Settings):
     """What every command has."""
 
     title = "Options of every command"
+    # What a run is known again by, and is no option, or not of that name: by name or section, the options it follows.
+    made_from: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     config: Path | None = setting(
         None,
         help="TOML file of settings: these names at the top, or in a table of the command's name. The command line "
@@ -161,12 +165,24 @@ def named_by_option(options: Any) -> Iterator[None]:
     """
     try:
         yield
+    except OtherSettings as error:
+        raise ValueError(error.told(partial(called, options))) from error
     except (ValueError, RemoteError) as error:
         name = _option_of(str(error), options)
         if name is None:
             raise
         kind = RemoteError if isinstance(error, RemoteError) else ValueError
         raise kind(f"{name}: {error}") from error
+
+
+def called(options: Any, section: str, name: str) -> str:
+    """A setting of a run as the command line knows it: `d_sae (--expansion)`, or an option's own name."""
+    known = dict(ordered(type(options)))
+    own = (name,) if name in known else options.made_from.get(section, ())
+    follows = options.made_from.get(name, own)
+    given = [each for each in follows if follows == (name,) or getattr(options, each) is not None]
+    flags = [flag_of(each, known[each]) for each in given]
+    return name if flags in ([], [f"--{name.replace('_', '-')}"]) else f"{name} ({', '.join(flags)})"
 
 
 def _option_of(message: str, options: Any) -> str | None:

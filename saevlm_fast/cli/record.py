@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saevlm_fast import __version__
-from saevlm_fast.cli.options import MADE, Options, key_of, ordered
+from saevlm_fast.cli.options import MADE, Options, called, key_of, ordered
 from saevlm_fast.cli.ranks import n_processes
 from saevlm_fast.cli.toml import toml_text
 from saevlm_fast.errors import Interrupted, require
@@ -104,7 +104,9 @@ def check_recorded(
     now = recorded(options) | resolved
     for name in sorted((now.keys() | before.keys()) - set(free)):
         was, asked = before.get(name), now.get(name)
-        message = f"resume: {name} is {asked}, but {result} was made with {was}; --force makes it anew"
+        message = (
+            f"resume: {called(options, '', name)} is {asked}, but {result} was made with {was}; --force makes it anew"
+        )
         require(was == asked, message)
 
 

@@ -8,7 +8,7 @@ from rich.table import Column
 
 from saevlm_fast.cli.answers import AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
 from saevlm_fast.cli.options import Plan, command
-from saevlm_fast.cli.planning import memory_figures
+from saevlm_fast.cli.planning import free_memory, memory_figures
 from saevlm_fast.cli.terminal import Bar, print_table
 from saevlm_fast.errors import ImageError, require
 from saevlm_fast.settings import integers, numbers, setting
@@ -63,7 +63,11 @@ class SteerArguments(AnswerArguments):
 
 def plan(options: SteerArguments) -> Plan:
     """What would be asked; the time from a batch of answers without an edit."""
+    from saevlm_fast.runtime import resolve_device
+
     edits, picture = options.edits(), options.picture()
+    device = resolve_device(options.device)
+    free = free_memory(device)
     answerer = steered_answers(options, options.only)
     for edit in edits:
         require(
@@ -72,14 +76,13 @@ def plan(options: SteerArguments) -> Plan:
         )
     n = len(edits) + 2
     seconds = seconds_an_answer(answerer, answerer.ask(picture, options.prompt), n)
-    device = answerer.sae.b_dec.device
     return Plan(
         f"{n} answers of {options.model} about {options.image}",
         {
             "answers": n,
             "most_tokens_each": options.max_new_tokens,
             "image": f"{picture.width} x {picture.height}",
-            **memory_figures(device, weight_bytes(answerer)),
+            **memory_figures(device, weight_bytes(answerer), free),
             "time_seconds": seconds * n,
         },
     )

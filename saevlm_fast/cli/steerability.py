@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan, WorkOptions, command
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
+from saevlm_fast.cli.planning import check_writable, disk_figures, free_memory, memory_figures
 from saevlm_fast.cli.record import Record, settings_path
 from saevlm_fast.cli.terminal import Bar, print_wide_table, say, tell, warn
 from saevlm_fast.config import DEVICE_HELP, SteerabilityConfig
@@ -69,8 +69,8 @@ class SteerabilityArguments(WorkOptions):
 
     @property
     def files(self) -> list[Path]:
-        """What must not be there without --force."""
-        return [self.output, settings_path(self.output), *([self.neurons_output] if self.neurons else [])]
+        """What must not be there without --force; the last is written last."""
+        return [self.output, *([self.neurons_output] if self.neurons else []), settings_path(self.output)]
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,12 @@ class Inputs:
 def check(options: SteerabilityArguments) -> None:
     """ValueError: the output may not be written, or is there and whole."""
     from saevlm_fast.clip_steering.run import progress_of
-    from saevlm_fast.outputs import check_absent, half_written
+    from saevlm_fast.outputs import check_several_absent
     from saevlm_fast.scoring.tables import check_scores_path
 
     check_writable(options.output)
     check_scores_path(options.output)
-    unfinished = half_written(progress_of(options.output), settings_path(options.output))
-    check_absent(options.files, options.force or unfinished)
+    check_several_absent(options.files, progress_of(options.output), options.force)
 
 
 def open_inputs(options: SteerabilityArguments) -> Inputs:
@@ -174,6 +173,7 @@ def plan(options: SteerabilityArguments) -> Plan:
     inputs = open_inputs(options)
     kinds = _kinds(options, inputs)
     asked, n_saes = [min(len(chosen), options.screen or len(chosen)) for _, chosen in kinds], len(inputs.saes)
+    free = free_memory(inputs.tower.device)
     passes = sum(asked) * (2 + options.controls) + sum(asked[:n_saes])
     with opened_stream(inputs.tower, options.layer, options.tokens, options.batch_size) as stream:
         asking = Asking(stream, inputs.source, inputs.vocabulary, options.part(SteerabilityConfig), {})
@@ -192,7 +192,7 @@ def plan(options: SteerabilityArguments) -> Plan:
             "latents": sum(asked[:n_saes]),
             "neurons": sum(asked[n_saes:]),
             "passes_of_an_image": passes * asking.n_images,
-            **memory_figures(stream.tower.device, 8 * shape * (options.batch_size + 2 * asking.n_images)),
+            **memory_figures(stream.tower.device, 8 * shape * (options.batch_size + 2 * asking.n_images), free),
             **disk_figures(options.output, _ROW_BYTES * sum(len(chosen) for _, chosen in kinds)),
             "time_seconds": seconds * sum(asked),
         },
@@ -240,7 +240,7 @@ def _steerability(options: SteerabilityArguments) -> "tuple[list[Steerable], int
                 found.append(asking.measure(units, reference, chosen, parts, bar.update, interrupted, subject))
     metadata = {"sae": ",".join(map(str, options.sae)), "model": options.model, "layer": str(options.layer)}
     metadata |= {name: str(value) for name, value in vars(config).items()}
-    begin_writing(progress)
+    begin_writing(options.files, progress, options.force)
     write_table(_latents_table(options, found).replace_schema_metadata(metadata), options.output)
     if options.neurons:
         write_table(found[-1].table.replace_schema_metadata(metadata), options.neurons_output)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from saevlm_fast.cli.answers import AnswerArguments, seconds_an_answer, steered_answers, weight_bytes
 from saevlm_fast.cli.options import Plan, command
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures
+from saevlm_fast.cli.planning import check_writable, disk_figures, free_memory, memory_figures
 from saevlm_fast.cli.record import Record, check_recorded, settings_path
 from saevlm_fast.cli.terminal import Bar, print_table, say, tell, warn
 from saevlm_fast.config import ScoreConfig, ScoreRun
@@ -29,6 +29,12 @@ def _as_it_is(name: str, text: str) -> str:
 @dataclass(frozen=True, kw_only=True)
 class SteeringScoreArguments(AnswerArguments):
     """Options of `saevlm-fast steering-score`."""
+
+    made_from: ClassVar = {
+        "sae_weights_sha256": ("sae",),
+        "codes_sha256": ("codes",),
+        "embeddings_sha256": ("embeddings",),
+    }
 
     images: str = setting(help="The images that codes and embeddings were harvested from.")
     codes: Path = setting(help="Store of the SAE's codes, one row an image (harvest --pool mean).", remote=True)
@@ -100,18 +106,20 @@ def plan(options: SteeringScoreArguments) -> Plan:
     """What would be asked; the time from a batch of answers about a white image."""
     from PIL import Image
 
-    from saevlm_fast.steering.score import PER_LATENT, check_run, firing_latents, is_finished
+    from saevlm_fast.runtime import resolve_device
+    from saevlm_fast.steering.score import PER_LATENT, firing_latents, is_finished
 
     inputs = open_inputs(options)
     check_writable(options.output)
     if options.resume and is_finished(inputs.run):
         return Plan(f"nothing is left to do of {options.output}, if its settings are the same", {})
-    check_run(inputs.run)
+    _check_output(options, inputs.run)
     alive = set(firing_latents(inputs.codes).tolist())
     latents = inputs.config.latents or tuple(range(inputs.codes.d_sae))
     firing = sum(latent in alive for latent in latents)
     n_asked = max(1, inputs.config.ask)
     n = firing * len(PER_LATENT) * n_asked + 2 * n_asked
+    free = free_memory(resolve_device(options.device))
     answerer = steered_answers(options)
     question = answerer.ask(Image.new("RGB", (336, 336), "white"), inputs.config.prompt)
     seconds = seconds_an_answer(answerer, question, n)
@@ -124,7 +132,7 @@ def plan(options: SteeringScoreArguments) -> Plan:
             "images_asked_about": n_asked,
             "answers": n,
             "most_tokens_each": options.max_new_tokens,
-            **memory_figures(answerer.sae.b_dec.device, weight_bytes(answerer)),
+            **memory_figures(answerer.sae.b_dec.device, weight_bytes(answerer), free),
             **disk_figures(options.output, _ROW_BYTES * len(latents)),
             "an_answer_seconds": seconds,
             "all_answers_seconds": seconds * n,
@@ -135,18 +143,26 @@ def plan(options: SteeringScoreArguments) -> Plan:
 @command("steering-score", plan=plan)
 def steering_score(options: SteeringScoreArguments) -> dict[str, Any]:
     """The paper's steering score of every latent, beside five controls. Interrupted, it goes on with --resume."""
-    from saevlm_fast.outputs import check_absent, output_lock
+    from saevlm_fast.outputs import output_lock
     from saevlm_fast.scoring.tables import check_scores_path
-    from saevlm_fast.steering.score import check_run, is_finished
+    from saevlm_fast.steering.score import is_finished
 
     check_scores_path(options.output)
     with output_lock(options.output, directory=False):
         run = options.part(ScoreRun, sources=options.sources)
         if options.resume and is_finished(run):
             return _finished(options)
-        check_run(run)
-        check_absent([settings_path(options.output)], options.force or options.resume)
+        _check_output(options, run)
         return _steering_score(options)
+
+
+def _check_output(options: SteeringScoreArguments, run: "ScoreRun") -> None:
+    """ValueError: something is there, and nothing says that it may be replaced or gone on with."""
+    from saevlm_fast.outputs import check_absent
+    from saevlm_fast.steering.score import check_run, is_unfinished
+
+    check_run(run)
+    check_absent([settings_path(options.output)], options.force or is_unfinished(run))
 
 
 def _finished(options: SteeringScoreArguments) -> dict[str, Any]:

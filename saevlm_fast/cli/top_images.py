@@ -115,8 +115,8 @@ def _top_images(options: TopImagesArguments) -> dict[str, Any]:
     images = StoreImages(looked.rows.source, options.images)
     written = _write(options, found, latents, images, _captions(options, found, scores))
     if images.missing:
-        missing = len(images.missing)
-        warn(f"{missing:,} images are missing, shown as grey squares; the first: {next(iter(images.missing.items()))}")
+        first, why = next(iter(images.missing.items()))
+        warn(f"{len(images.missing):,} images are missing, shown as grey squares; the first: {first}: {why}")
     Record("top-images", options, options.output, images=found.table.n_images, latents=len(latents)).write()
     say(f"{len(latents):,} latents, {found.table.n_images:,} images; wrote {', '.join(map(str, written))}")
     return {

@@ -16,9 +16,8 @@ from saevlm_fast.cli.planning import (
     replaced_figures,
     time_figures,
     training_disk,
-    training_memory,
 )
-from saevlm_fast.cli.ranks import joined_ranks, leads, part_of_a_rank, ranks_options
+from saevlm_fast.cli.ranks import joined_ranks, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.same_call import check_same_call
 from saevlm_fast.cli.scenes import scene_widths, scenes
@@ -65,6 +64,7 @@ def plan(options: TrainArguments) -> Plan:
     from saevlm_fast.outputs import workplace
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
+    from saevlm_fast.training.memory import most_memory_of
     from saevlm_fast.training.watch import Watch
 
     Watch(options.log_to)  # what is not installed is refused
@@ -86,7 +86,7 @@ def plan(options: TrainArguments) -> Plan:
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "resumes_at": checkpoint.name if checkpoint else None,
-        **memory_figures(device, training_memory(part, run.batch_size, config.accumulate, config.control)),
+        **memory_figures(device, most_memory_of(part, config, n_rows, device, n_processes())),
         **disk_figures(options.output, training_disk(sae)),
         **replaced_figures(options.output, options.force),
         **time_figures(part, config, n_rows, device),

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
 from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_of_all, training_disk
-from saevlm_fast.cli.ranks import leads, part_of_a_rank, ranks_options
+from saevlm_fast.cli.ranks import leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.scenes import scenes
 from saevlm_fast.cli.sweep import named
 from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
 from saevlm_fast.cli.train_looks import StoreLooks
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.training.memory import training_memory
+from saevlm_fast.training.memory import most_memory_of
 
 if TYPE_CHECKING:
+    import torch
+
     from saevlm_fast.cli.train_options import Run, TrainArguments
     from saevlm_fast.data.rows import Activations
     from saevlm_fast.training.many import Trained
@@ -58,14 +60,11 @@ def check_outputs(options: "TrainArguments") -> None:
         check_absent([options.output / file for file in files], options.force)
 
 
-def memory_of(runs: "Mapping[str, Run]", n_replicas: int = 1) -> dict[str, int]:
-    """Bytes that each takes, by arithmetic, or a rank's part of it under torchrun; together they take the sum."""
-    return {
-        name: training_memory(
-            part_of_a_rank(run.sae, n_replicas), run.batch_size, run.config.accumulate, run.config.control
-        )
-        for name, run in runs.items()
-    }
+def memory_of(runs: "Mapping[str, Run]", device: "torch.device", n_replicas: int = 1) -> dict[str, int]:
+    """Bytes that each takes at most, by arithmetic, or a rank's part of it under torchrun; together they take the
+    sum."""
+    parts, n_ranks = {name: part_of_a_rank(run.sae, n_replicas) for name, run in runs.items()}, n_processes()
+    return {name: most_memory_of(parts[name], run.config, run.n_rows, device, n_ranks) for name, run in runs.items()}
 
 
 def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
@@ -75,7 +74,8 @@ def plan_many(options: "TrainArguments", runs: "Mapping[str, Run]") -> Plan:
     from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.checkpoints import latest_checkpoint
 
-    device, needed = resolve_device(options.device), memory_of(runs, options.data_parallel)
+    device = resolve_device(options.device)
+    needed = memory_of(runs, device, options.data_parallel)
     check_writable(options.output)
     check_outputs(options)
     first, members = next(iter(runs.values())), options.members()
@@ -113,6 +113,7 @@ def train_grid(
 ) -> dict[str, Any] | None:
     """Trains them, and writes the summary, of ranks the first. The output is locked."""
     from saevlm_fast.inspection import human_bytes
+    from saevlm_fast.runtime import resolve_device
     from saevlm_fast.training.many import nothing_more
 
     first, looks = leads(peers), None
@@ -120,7 +121,7 @@ def train_grid(
         check_outputs(options)
         looks = StoreLooks(options, held_out or data, _embeddings(options))
     ranks, whose = ("", "all together") if peers is None else (f"{peers.world} ranks: ", "a rank's parts of all")
-    needed = sum(memory_of(runs, options.data_parallel).values())
+    needed = sum(memory_of(runs, resolve_device(options.device), options.data_parallel).values())
     say(ranks + sentence_of(runs), f"memory: {human_bytes(needed)} of {whose}")
     records = _records(options, data) if first else []
     steps = next(iter(runs.values())).config.n_steps

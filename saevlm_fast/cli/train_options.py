@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from saevlm_fast.cli.options import WorkOptions
 from saevlm_fast.cli.scenes import new_run_directory
@@ -28,6 +28,16 @@ class TrainArguments(SAESize, TrainConfig, StreamSettings, RunOptions, WorkOptio
     """Options of `saevlm-fast train`."""
 
     title = "Data"
+    made_from: ClassVar = {
+        "d_in": ("activations", "model"),
+        "d_sae": ("d_sae", "expansion"),
+        "group_sizes": ("groups",),
+        "data": ("activations", "images"),
+        "tower": ("model",),
+        "weights of the tower": ("model",),
+        "point": ("point", "layer"),
+        "digest of the MonoLoss embeddings": ("mono_embeddings",),
+    }
 
     activations: Path | None = setting(
         None,

@@ -22,14 +22,27 @@ def run_app(app: Callable[..., Any], name: str) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _words(command: Any) -> list[str]:
+    """The arguments that stand without a name, as SOURCE."""
+    return [each.name.upper() for each in command.params if each.param_type_name == "argument"]
+
+
+def _instead(option: str, command: Any) -> str:
+    """The option that is nearest; or, for --sae, the word that the SAE is here."""
+    if command is None:
+        return ""
+    if option == "--sae" and (words := _words(command)):
+        return f"; {words[0]} stands without a name, as {command.name} {' '.join(words)}"
+    return did_you_mean(option, [flag for each in command.params for flag in (*each.opts, *each.secondary_opts)])
+
+
 def usage_line(error: Any, name: str) -> str:
     """Which option or word it is, what is wrong with it, and where to look."""
     context = getattr(error, "ctx", None)
     path, command = (name, None) if context is None else (context.command_path, context.command)
     option = getattr(error, "option_name", None)
     if type(error).__name__ == "NoSuchOption":
-        known = [flag for each in getattr(command, "params", ()) for flag in (*each.opts, *each.secondary_opts)]
-        said = f"{option}: no such option{did_you_mean(str(option), known)}"
+        said = f"{option}: no such option{_instead(str(option), command)}"
         if option == "--dtype" and path.endswith(" train"):
             said = (
                 "--dtype: is gone; steps are float32, which screening in 16 bits makes as fast as they were in bfloat16"
@@ -37,4 +50,6 @@ def usage_line(error: Any, name: str) -> str:
     else:
         said = " ".join(error.format_message().split()).removesuffix(".").replace(". Did you", "; did you")
         said = said[:1].lower() + said[1:]
+        if "unexpected extra argument" in said and command is not None and not _words(command):
+            said += f": all that {command.name} takes is given by an option"
     return f"{said} ({path} --help lists all)"

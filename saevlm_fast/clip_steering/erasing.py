@@ -151,6 +151,9 @@ def erase_factor(
     """Rows of (removal, k): accuracies of every question by name, all of the same images.
 
     Latents are chosen by train's classes: a latent's gain is that of the class which it tells best from the others.
+
+    Raises:
+        ValueError: the images for choosing have a single class.
     """
     seen = _features(stream, units, train.source, train, "train", on_images)
     values = np.unique(train.y_N).tolist()

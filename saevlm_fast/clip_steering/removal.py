@@ -135,7 +135,11 @@ def most_gained(gain_S: np.ndarray, n: int) -> Tensor:
 
 
 def of_same_density(chosen_K: Tensor, density_S: np.ndarray, seed: int = 0) -> Tensor:
-    """int64 [K]: for each chosen latent another of the 10 nearest in density, none twice, none of the chosen."""
+    """int64 [K]: for each chosen latent another of the 10 nearest in density, none twice, none of the chosen.
+
+    Raises:
+        ValueError: fewer than K others fire.
+    """
     log_S = np.log(np.maximum(density_S, 1e-9))
     random = np.random.default_rng(seed)
     free_S = density_S > 0

@@ -95,7 +95,9 @@ class SAESize(Settings):
         require(is_whole(d_in), f"d_in: {shown(d_in)} must be a whole number")
         d_sae = self.d_sae
         if d_sae is None:
-            d_sae = round((EXPANSION if self.expansion is None else self.expansion) * d_in)
+            expansion = EXPANSION if self.expansion is None else self.expansion
+            d_sae = round(expansion * d_in)
+            require(d_sae >= 1, f"expansion: {expansion:g} times d_in = {d_in} leaves no latent")
         matryoshka = self.architecture == "matryoshka"
         sizes = group_sizes_from_fractions(tuple(self.groups), d_sae) if matryoshka else ()
         k = K if self.k is None and self.architecture in SELECTING else self.k

@@ -189,7 +189,11 @@ def _check_not_empty(shape: Sequence[int], where: str | Path) -> None:
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """(name -> {dtype, shape, data_offsets}, where the data starts), after comparing it with the size of the file."""
+    """(name -> {dtype, shape, data_offsets}, where the data starts), after comparing it with the size of the file.
+
+    Raises:
+        ActivationError: a truncated file, or one that is no safetensors file.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")

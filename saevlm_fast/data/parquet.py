@@ -37,7 +37,11 @@ def open_table(path: str | os.PathLike[str], rows: int | None = None) -> pq.Parq
 
 
 def open_table_in(opened: Callable[[], Any], size: int, rows: int | None = None) -> pq.ParquetFile:
-    """The same of a file that `opened` opens anew whenever it is called; size: in bytes."""
+    """The same of a file that `opened` opens anew whenever it is called; size: in bytes.
+
+    Raises:
+        ValueError: more rows than bytes can hold, or another number than `rows`.
+    """
     # No read-ahead: in a forked process Arrow's threads are not there.
     with pq.ParquetFile(opened(), pre_buffer=False) as file:
         metadata, columns = file.metadata, file.schema

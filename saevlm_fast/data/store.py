@@ -161,6 +161,7 @@ def _hint(folder: Path) -> str:
 
 
 def read_index_file(file: Path) -> StoreIndex:
+    """ActivationError: an index that is damaged, or of another format or version."""
     raw = read_record(file, _INDEX, ActivationError)
     try:
         format, version, known = raw["format"], raw["version"], " or ".join(map(repr, WIDTH_NAMES))
@@ -216,6 +217,9 @@ def map_shard(path: Path, shard: Shard, index: StoreIndex) -> dict[str, Tensor]:
     """The shard's tensors by name, after the cheap checks: files, shapes and dtypes, not what is in them.
 
     Unlike np.memmap, from_file keeps no file open: thousands fit.
+
+    Raises:
+        ActivationError: a file that is missing, or is not what the index says.
     """
     for file in (path / shard.file, path / shard.items):
         require(file.is_file(), f"{file}: missing, but the store's index lists it", ActivationError)

@@ -73,7 +73,7 @@ def sae_lens_release(spec: str) -> HubSpec:
 
 
 def sae_lens_entry(spec: str) -> tuple[str, dict[str, Any]]:
-    """The repository, and what the list says of the SAE."""
+    """The repository, and what the list says of the SAE. ValueError: another form, or not on the list."""
     release, _, sae_id = spec.removeprefix(SAE_LENS).partition("/")
     require(bool(release and sae_id), f"{spec!r}: not of the form saelens:release/sae_id")
     path = _sae_lens_list(spec)

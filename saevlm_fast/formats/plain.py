@@ -109,6 +109,9 @@ class PlainSAE:
             shift_D: [d_in], or one number. scale: above 0.
             keep_latents: latents stay what they were, in units of the scaled input, and the decoder's rows shrink.
                 Otherwise rows keep their norms and latents become z / scale, in units of x.
+
+        Raises:
+            ValueError: an SAE with a norm of the input.
         """
         require(self.input_norm == "none", f"input_norm: {self.input_norm} is undone by no change of weights")
         b_dec = self.b_dec.double() / scale + torch.as_tensor(shift_D).double()
@@ -118,7 +121,11 @@ class PlainSAE:
         return self._with(b_enc=self.b_enc.double() / scale, b_dec=b_dec, threshold=threshold)
 
     def of_whitened_input(self, mean_D: Tensor, matrix_DD: Tensor, inverse_DD: Tensor) -> "PlainSAE":
-        """Of an SAE that saw (x - mean) matrix and gave x_hat inverse + mean, when it sees x itself."""
+        """Of an SAE that saw (x - mean) matrix and gave x_hat inverse + mean, when it sees x itself.
+
+        Raises:
+            ValueError: an SAE with a norm of the input.
+        """
         require(self.input_norm == "none", f"input_norm: {self.input_norm} is undone by no change of weights")
         inverse_DD = inverse_DD.double()
         return self._with(
@@ -130,7 +137,7 @@ class PlainSAE:
     def scaled_by_decoder_norms(self) -> "PlainSAE":
         """Of an SAE that activates on h |W_dec row| and divides by that norm when it decodes: rows become unit.
 
-        The threshold is in scaled units already.
+        The threshold is in scaled units already. ValueError: a row of W_dec is zero.
         """
         norm_S = self.W_dec.double().norm(dim=1)
         require(bool((norm_S > 0).all()), "W_dec: a row is zero, its norm cannot be divided by")
@@ -161,7 +168,7 @@ class PlainSAE:
         return self._with(W_enc=self.W_enc.double() * scale_S, b_enc=b_enc)
 
     def with_inclusive_threshold(self) -> "PlainSAE":
-        """Of an SAE that keeps h >= threshold: the next number below, in the same dtype."""
+        """Of an SAE that keeps h >= threshold: the next number below, in the same dtype. ValueError: it has none."""
         require(self.threshold is not None, "threshold: there is none")
         assert self.threshold is not None
         return replace(self, threshold=self.threshold.nextafter(torch.full_like(self.threshold, -torch.inf)))

@@ -110,7 +110,11 @@ class Source:
     # Tensors ----------------------------------------------------------------------------------------------------------
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the tensors of a file, from the header of safetensors, or a mapped state dict."""
+        """Name -> shape of the tensors of a file, from the header of safetensors, or a mapped state dict.
+
+        Raises:
+            ValueError: a file that holds no dict of tensors.
+        """
         if name.endswith(".safetensors"):
             return self._safetensors(name, lambda file, each: tuple(file.get_slice(each).get_shape()))
         state = self.load(name)
@@ -128,7 +132,7 @@ class Source:
         return str(slices[tensor]).removeprefix("torch.")
 
     def header_metadata(self, name: str) -> dict[str, str]:
-        """The text entries in the header of a safetensors file."""
+        """The text entries in the header of a safetensors file. ValueError: it is not complete."""
         try:
             with safe_open(self.at(name), framework="pt") as file:
                 return dict(file.metadata() or {})
@@ -168,7 +172,7 @@ class Source:
         return self.assume.get(key)
 
     def assumed_number(self, key: str) -> float | None:
-        """The same, as a finite number."""
+        """The same, as a finite number. ValueError: it is none."""
         value = self.assumed(key)
         if value is None:
             return None
@@ -180,7 +184,7 @@ class Source:
         return number
 
     def assumed_whole(self, key: str, low: int, high: int) -> int | None:
-        """The same, as a whole number of low .. high."""
+        """The same, as a whole number of low .. high. ValueError: it is none."""
         number = self.assumed_number(key)
         if number is None:
             return None

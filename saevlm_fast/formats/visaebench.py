@@ -88,7 +88,7 @@ def read(source: Source) -> PlainSAE:
         activation=activation,
         k=k,
         threshold=threshold,
-        metadata=_metadata(config, source),
+        metadata=_metadata(config),
         doubts=(*doubts, *more),
     ).without_pre_bias()
     return plain.with_inclusive_threshold() if activation == "batch_topk" else plain
@@ -144,7 +144,7 @@ def _activation(
     return "jumprelu", k, threshold_S, (doubt,) if is_log else ()
 
 
-def _metadata(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
+def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     model = {"model": config["backbone"]} if isinstance(config.get("backbone"), str) else {}
     return {"source_format": "visaebench", **model, "source_config": json_only(config)}
 

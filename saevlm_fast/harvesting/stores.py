@@ -254,6 +254,9 @@ class HarvestStores:
         they replace is removed.
 
         In this order, so that a kill in between leaves something that resume finishes. Returns the images skipped.
+
+        Raises:
+            ValueError: no image could be used, or shards are missing.
         """
         n_units = self.plan.n_units
         pieces = [path for unit in range(n_units) if (path := self._skipped_file(unit)).exists()]

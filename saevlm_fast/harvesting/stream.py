@@ -156,7 +156,11 @@ class TowerStream:
         require(n < self.n_images, f"images: none of {n} images could be used; the last one: {last}")
 
     def in_order(self, source: ImageSource, path: str) -> Generator[list[BatchRows], None, None]:
-        """The rows of other images, each once and in their order: those of an evaluation. path: as records name it."""
+        """The rows of other images, each once and in their order: those of an evaluation. path: as records name it.
+
+        Raises:
+            ValueError: none of them could be used, or more than `max_skipped` allows could not.
+        """
         n = len(source)
         plan = HarvestPlan(source, self.tower, self.run, self.config, self.options)
         ranges = [range(i, min(i + self.config.batch_size, n)) for i in range(0, n, self.config.batch_size)]

@@ -95,7 +95,7 @@ def _open(urls: list[str], shown: str, split: str) -> ImageSource:
 @telling_urls()
 def open_files(urls: list[str], shown: str, column: str = "") -> ImageSource:
     """The images in files of one kind, in their order: images, tars or parquet files. column: that of the images in a
-    parquet file, where it has several."""
+    parquet file, where it has several. ValueError: a column of files that have none."""
     if not is_image(urls[0]):
         return _open_archives(urls, shown, None, column)
     require(column == "", f"images: {shown}: has no columns, but {column!r} was asked for")

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from saevlm_fast.scoring.geometry import PatchGrid
@@ -77,22 +76,3 @@ def _grouped(found: list[tuple[np.ndarray, ...]], n_pairs: int) -> HeatMaps:
     patches = np.concatenate([np.empty(0, np.uint16), *(each[1] for each in found)])
     values = np.concatenate([np.empty(0, np.uint8), *(each[2] for each in found)])
     return HeatMaps(offsets_W1, patches[order], values[order])
-
-
-def heat_map(
-    chunks: Iterable[tuple[int, SparseCodes]], table: ImageTable, grid: PatchGrid, image: int, latents: list[int]
-) -> Tensor:
-    """Activations of some latents over the patches of one image, float32 [L, rows, columns]."""
-    low, high = int(table.offsets_N1[image]), int(table.offsets_N1[image + 1])
-    tokens_R = table.tokens_R
-    assert tokens_R is not None
-    maps = torch.zeros(len(latents), grid.n_patches)
-    for start, codes in chunks:
-        if start + codes.n_rows <= low or start >= high:
-            continue
-        dense = codes.dense()[:, latents]
-        for row in range(max(low, start), min(high, start + codes.n_rows)):
-            patch = int(tokens_R[row]) - grid.n_prefix
-            if 0 <= patch < grid.n_patches:
-                maps[:, patch] = dense[row - start]
-    return maps.view(len(latents), grid.rows, grid.columns)

@@ -174,9 +174,15 @@ def name_latents(pointed: Pointed, encoder: TextEncoder, words: Words, n: int) -
     """The n nearest words of every latent, and how they stand against the control's.
 
     Raises:
-        ValueError: as nearest_words.
+        ValueError: embeddings and texts of different widths; as nearest_words.
     """
     texts_ME = encoder.embed(words.texts)
+    ours, theirs = pointed.directions_SE.shape[1], texts_ME.shape[1]
+    require(
+        ours == theirs,
+        f"embeddings: {ours} wide, but texts of {encoder.spec} are {theirs} wide; "
+        "needed are the images' embeddings by the same model (harvest --point projection)",
+    )
     names = nearest_words(pointed.directions_SE, texts_ME, words.words, max(n, 2))
     control = [each[0] for each in nearest_words(pointed.control_CE, texts_ME, words.words, 1) if each]
     best_C = np.sort([name.score for name in control])

@@ -144,10 +144,14 @@ def _flat(prefix: str, value: Any) -> Iterator[list[str]]:
 def steer_command(path: str, metadata: dict[str, Any]) -> str:
     """With LATENT and ALPHA where a page writes the latent and its largest activation."""
     source = metadata.get("source")
-    layer = source.get("layer") if isinstance(source, dict) else None
+    source = source if isinstance(source, dict) else {}
+    model = source.get("model")
+    tower = model.get("spec") if isinstance(model, dict) else None
+    language_model = "hf:tiny-llava" if tower in ("hf:tiny-clip", "hf:tiny-llava") else "hf:LLAVA"  # the box has both
+    layer = source.get("layer")
     where = "LAYER" if layer is None else str(layer)
     return (
-        f"saevlm-fast steer --model hf:LLAVA --sae {shlex.quote(path)} --layer {where} --image IMAGE.jpg "
+        f"saevlm-fast steer --model {language_model} --sae {shlex.quote(path)} --layer {where} --image IMAGE.jpg "
         "--prompt 'What is shown in this image?' --latent LATENT --alpha ALPHA"
     )
 

@@ -154,15 +154,7 @@ class Behaviour:
             "images": self.source.fingerprint(),
             "chosen": [len(self.ids), self.ids[0], self.ids[-1]],
             "text": None if self.encoder is None else self.encoder.spec,
-            "labels": [
-                [
-                    name,
-                    each.labels.names,
-                    each.y_N.tolist(),
-                    None if each.classes_CE is None else each.classes_CE.tolist(),
-                ]
-                for name, each in self.asked.items()
-            ],
+            "labels": [each.known() for each in self.asked.values()],
             "captions": self.options.captions,
             "batch": self.options.batch_size,
         }

@@ -69,7 +69,7 @@ class Splice:
         return CHOICES[:2] if self.anatomy.n_prefix else CHOICES[:1]
 
     def original(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """x_BTD at the point, and the tower's output [B, E]."""
+        """x_BTD at the point, and the tower's output [B, E]. ValueError: a tower that pads its tokens."""
         require(
             self.run.tower.token_mask(inputs) is None, f"model: {self.run.tower.spec} pads its tokens; not spliced here"
         )
@@ -159,6 +159,9 @@ class SplicedImages:
         Returns:
             (tokens, variant) -> float32 [N, E] on the host, in the order of `chosen`, NaN of unusable images, and
             ("", "original"); tokens -> |x - x_hat| / |x| over all that are chosen.
+
+        Raises:
+            ValueError: none of the images is usable.
         """
         found: Outputs = {}
         sums: dict[str, Tensor] = {}

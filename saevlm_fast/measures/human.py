@@ -68,7 +68,7 @@ class Benchmark:
 
 
 def find_archive(directory: Path) -> Path:
-    """The directory of pairs.csv: this one, or the only one below it that has it."""
+    """The directory of pairs.csv: this one, or the only one below it that has it. ValueError: there is none, or two."""
     require(
         directory.is_dir(), f"benchmark: {directory} is not a directory; unpack metric_benchmark.tar.gz and give it"
     )

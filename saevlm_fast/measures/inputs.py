@@ -28,15 +28,6 @@ from saevlm_fast.measures.visaebench import visaebench_numbers
 from saevlm_fast.peers import Peers
 from saevlm_fast.scoring.source import Pool
 
-NEEDS = {
-    "monosemanticity": "no embeddings were given",
-    "hierarchy": "it needs labels and a taxonomy",
-    "labels": "there are no labels",
-    "patches": "no masks were given",
-    "probing": "there are no labels",
-    "behaviour": "no model and images were given",
-}
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -128,15 +119,15 @@ class Inputs:
 
     def left_out(self) -> dict[str, str]:
         """Measures that these inputs do not allow, and why."""
-        there = {
-            "monosemanticity": bool(self.embeddings),
-            "hierarchy": bool(self.label_sets) and self.taxonomy is not None,
-            "labels": bool(self.label_sets),
-            "patches": self.patch_labels is not None,
-            "probing": bool(self.label_sets),
-            "behaviour": self.behaviour is not None,
+        needs = {
+            "monosemanticity": (bool(self.embeddings), "no embeddings were given"),
+            "hierarchy": (bool(self.label_sets) and self.taxonomy is not None, "it needs labels and a taxonomy"),
+            "labels": (bool(self.label_sets), "there are no labels"),
+            "patches": (self.patch_labels is not None, "no masks were given"),
+            "probing": (bool(self.label_sets), "there are no labels"),
+            "behaviour": (self.behaviour is not None, "no model and images were given"),
         }
-        found = {name: NEEDS[name] for name, given in there.items() if not given}
+        found = {name: why for name, (given, why) in needs.items() if not given}
         if self.label_sets and all(each.counts_L.max() < 2 for each in self.label_sets):  # captions, say
             found |= dict.fromkeys(("hierarchy", "labels", "probing"), "no label is on two images")
         if "hierarchy" not in found and self._of_taxonomy() is None:
@@ -197,23 +188,26 @@ class Inputs:
         return labels_of_patches(rows, self.patch_labels, self.rows.image_of_row, self.half_N)
 
     def _of_codes(self, name: str, subject: Subject, codes: KeptCodes) -> Measured:
-        if name == "uniqueness":
-            return uniqueness(codes)
-        if name == "geometry":
-            return geometry(codes, subject.model.W_dec, subject.model.W_enc)
-        if name == "hierarchy":
-            labels = self._of_taxonomy()
-            assert labels is not None  # left_out has seen to it
-            assert self.taxonomy is not None
-            return hierarchy(codes, labels, self.taxonomy, subject.group_sizes)
-        if name == "labels":
-            return _joined({each.name: labels_of_latents(codes, each, self.half_N) for each in self.label_sets})
-        if name == "visaebench":
-            return visaebench_numbers(
-                subject.model, self.activations, self.rows, self.label_sets, self.embeddings, self.taxonomy
-            )
-        probed = {each.name: sparse_probing(codes, each, self.half_N, self.rows.ids) for each in self.label_sets}
-        return _joined(probed)
+        sets = self.label_sets
+        makers: dict[str, Callable[[], Measured]] = {
+            "uniqueness": lambda: uniqueness(codes),
+            "geometry": lambda: geometry(codes, subject.model.W_dec, subject.model.W_enc),
+            "hierarchy": lambda: self._hierarchy(subject, codes),
+            "labels": lambda: _joined({each.name: labels_of_latents(codes, each, self.half_N) for each in sets}),
+            "probing": lambda: _joined(
+                {each.name: sparse_probing(codes, each, self.half_N, self.rows.ids) for each in sets}
+            ),
+            "visaebench": lambda: visaebench_numbers(
+                subject.model, self.activations, self.rows, sets, self.embeddings, self.taxonomy
+            ),
+        }
+        return makers[name]()
+
+    def _hierarchy(self, subject: Subject, codes: KeptCodes) -> Measured:
+        labels = self._of_taxonomy()
+        assert labels is not None  # left_out has seen to it
+        assert self.taxonomy is not None
+        return hierarchy(codes, labels, self.taxonomy, subject.group_sizes)
 
 
 def _digest(label_sets: tuple[LabelSet, ...]) -> str:

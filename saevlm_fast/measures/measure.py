@@ -255,6 +255,9 @@ def evaluate_subjects(
 
     random_inputs: with activations of the tower of random weights, for the SAEs that were trained on it. peers: the
     ranks that share the work, all of which call this; parts are read and written by rank 0, and all have the whole.
+
+    Raises:
+        ValueError: inputs of other images, two subjects of one name, an SAE of a random tower without its activations.
     """
     inputs.check()
     _check_names(subjects, controls)

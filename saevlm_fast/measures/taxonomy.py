@@ -63,7 +63,11 @@ class Taxonomy:
         return found
 
     def depths(self, labels: Sequence[str]) -> np.ndarray:
-        """int64 [L, L]: the depth of the deepest node that two labels share on any of their paths."""
+        """int64 [L, L]: the depth of the deepest node that two labels share on any of their paths.
+
+        Raises:
+            ValueError: too many labels of several paths.
+        """
         require(len(labels) <= _MOST_LABELS, f"taxonomy: {len(labels)} labels of several paths; {_MOST_LABELS} at most")
         found = np.zeros((len(labels), len(labels)), np.int64)
         depth = max((len(path) for label in labels for path in self.paths[label]), default=0)

@@ -140,7 +140,7 @@ def _figure(value: float, n: int, **more: Any) -> Figures:
 # The pass: M1 and M2 --------------------------------------------------------------------------------------------------
 
 
-def _images(activations: Activations, n_images: int, n_patches: int) -> Iterator[tuple[int, Tensor]]:
+def _images(activations: Activations, n_patches: int) -> Iterator[tuple[int, Tensor]]:
     """(first image, x [n, P, D]) of groups of images."""
     with closing(activations.chunks(_GROUP * n_patches)) as chunks:
         for start, x_BD in chunks:
@@ -165,7 +165,7 @@ def _pass(model: Model, activations: Activations, n_images: int, grid: Grid) -> 
     codes_NF = np.zeros((n_images, n_latents), np.float32)
     means = np.zeros((2, n_images, activations.d), np.float32)
     moran, sums, l0 = _Moran(grid, n_latents), np.zeros(4), 0.0
-    for first, x_nPD in _images(activations, n_images, n_patches):
+    for first, x_nPD in _images(activations, n_patches):
         held_BD = x_nPD.flatten(0, 1).to(model.b_dec.device, model.b_dec.dtype)
         codes = model.encode(held_BD)
         statistics = None if isinstance(model, Centroids) else model.input_statistics(held_BD)

@@ -151,7 +151,11 @@ def planned(what: Push) -> tuple[dict[str, int], str | None]:
 
 
 def checked(what: Push) -> Facts:
-    """What is known of the SAE, whose weights have been read: they are those of its cfg.json, and finite."""
+    """What is known of the SAE, whose weights have been read: they are those of its cfg.json, and finite.
+
+    Raises:
+        ValueError: a directory that lacks a file of a finished run, weights that are damaged.
+    """
     facts = Facts.of(what.directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         there = (what.directory / name).is_file()
@@ -162,7 +166,7 @@ def checked(what: Push) -> Facts:
 
 
 def remote(api: Any, what: Push) -> Remote:
-    """The repository as it is."""
+    """The repository as it is. ValueError: it is public, and should be private."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:

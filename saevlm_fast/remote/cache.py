@@ -108,7 +108,11 @@ def release(key: str) -> None:
 
 @contextmanager
 def telling_urls() -> Iterator[None]:
-    """Around what reads fetched files: what is wrong with one is said of its URL, not of its place in the cache."""
+    """Around what reads fetched files: what is wrong with one is said of its URL, not of its place in the cache.
+
+    Raises:
+        ValueError: or ActivationError, as what is inside raised it, with the URL.
+    """
     try:
         yield
     except ValueError as error:
@@ -119,7 +123,10 @@ def telling_urls() -> Iterator[None]:
 
 
 def _with_urls(text: str) -> str:
-    cache = remote_cache()
+    try:
+        cache = remote_cache()
+    except (OSError, ValueError):  # none can be made: nothing was fetched
+        return text
     for key in re.findall(rf"{re.escape(str(cache))}/([0-9a-f]{{32}})/", text):
         url = str(_read(cache / key / _INFO).get("url", ""))
         text = text.replace(f"{cache / key / file_name(url)}", url) if url else text

@@ -49,7 +49,11 @@ class RemoteFiles(Sequence[T]):
         self._begin()
 
     def expect(self, number: int, version: str) -> None:
-        """From now on a file has to be of this version; of each that is fetched this is so from then on."""
+        """From now on a file has to be of this version; of each that is fetched this is so from then on.
+
+        Raises:
+            RemoteError: it was fetched in another version.
+        """
         if self._versions.setdefault(number, version) != version:
             raise RemoteError(f"{redacted(self.urls[number])}: it was replaced since it was opened")
 

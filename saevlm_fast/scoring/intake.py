@@ -12,10 +12,11 @@ from saevlm_fast.scoring.refusals import refuse_activations, refuse_embeddings
 from saevlm_fast.scoring.sums import CodesRange, DenseRange, Embeddings, Pairs
 from saevlm_fast.sparse_codes import SparseCodes
 
+Scores = tuple[Tensor, Tensor, Tensor, Tensor]  # ms and maximum float64, n_active int64, status int8: [S] on the host
 _ONE_KIND = "activations: one StreamedScore takes sparse codes or dense activations, not both"
 
 
-def embeddings_on(emb_nE: Tensor, n_rows: int, d_emb: int | None, device: torch.device) -> Embeddings:
+def embeddings_on(emb_nE: Tensor, n_rows: int, d_emb: int | None, device: torch.device) -> Tensor:
     """Embeddings of n_rows images, of width d_emb if that is known, on the device. ValueError: another shape."""
     require(
         emb_nE.dim() == 2 and len(emb_nE) == n_rows,
@@ -23,8 +24,12 @@ def embeddings_on(emb_nE: Tensor, n_rows: int, d_emb: int | None, device: torch.
     )
     width = emb_nE.shape[1]
     require(d_emb in (None, width), f"emb_nE: width {width} differs from the {d_emb} of the images before")
-    emb_nE = emb_nE.detach().to(device)  # no gradient goes through the sums
-    return Embeddings(emb_nE, squared_norms(emb_nE))
+    return emb_nE.detach().to(device)  # no gradient goes through the sums
+
+
+def with_norms(emb_nE: Tensor, sqnorm_n: Tensor | None = None) -> Embeddings:
+    """Embeddings with their squared norms, which are made if nobody has them."""
+    return Embeddings(emb_nE, squared_norms(emb_nE) if sqnorm_n is None else sqnorm_n)
 
 
 def check_embeddings(images: Embeddings, similarity: str, first_image: int) -> None:
@@ -42,7 +47,7 @@ def checked_embeddings(
     emb_nE: Tensor, n_rows: int, similarity: str, first_image: int, device: torch.device
 ) -> Embeddings:
     """embeddings_on and check_embeddings."""
-    images = embeddings_on(emb_nE, n_rows, None, device)
+    images = with_norms(embeddings_on(emb_nE, n_rows, None, device))
     check_embeddings(images, similarity, first_image)
     return images
 
@@ -61,12 +66,16 @@ class CodesIntake:
 
     def __init__(self, n_latents: int, block_rows: int, pairs: Pairs, similarity: str | None = None) -> None:
         self.n_latents, self.block_rows, self.pairs, self.similarity = n_latents, block_rows, pairs, similarity
-        self.range = CodesRange(n_latents, pairs.device)
+        self.range = CodesRange.of_none(n_latents, pairs.device)
         self._pending: list[_Checked] = []
         self._n_pending = 0
 
-    def add(self, activations: SparseCodes | Tensor, images: Embeddings, first_image: int) -> None:
-        """Codes of the next images, the first of which is number first_image.
+    def add(
+        self, activations: SparseCodes | Tensor, emb_nE: Tensor, first_image: int, sqnorm_n: Tensor | None = None
+    ) -> Tensor:
+        """Codes of the next images, the first of which is number first_image, with their embeddings.
+
+        Returns their squared norms: sqnorm_n, if somebody has them.
 
         Raises:
             ValueError: no codes, codes of another number of latents, and what SparseCodes.check refuses; with a
@@ -77,10 +86,12 @@ class CodesIntake:
         d_sae = activations.d_sae
         require(d_sae == self.n_latents, f"codes: of {d_sae} latents, not {self.n_latents}")
         codes = activations._replace(top_acts=activations.top_acts.detach()).to(self.pairs.device)
+        images = with_norms(emb_nE, sqnorm_n)
         self._pending.append(self._checked(codes, images, first_image))
         self._n_pending += codes.n_rows
         if self._n_pending >= self.block_rows:
             self.flush()
+        return images.sqnorm_n
 
     def _checked(self, codes: SparseCodes, images: Embeddings, first_image: int) -> _Checked:
         """A GPU is waited for once, unless something is wrong."""
@@ -120,10 +131,22 @@ class DenseIntake:
 
     def __init__(self, n_neurons: int, pairs: Pairs, similarity: str | None = None) -> None:
         self.n_neurons, self.pairs, self.similarity = n_neurons, pairs, similarity
-        self.range = DenseRange(n_neurons, pairs.device)
+        self._range: DenseRange | None = None
+        self._scores: Scores | None = None
 
-    def add(self, activations: SparseCodes | Tensor, images: Embeddings, first_image: int) -> None:
-        """Activations [n, K] of the next images, the first of which is number first_image.
+    @property
+    def range(self) -> DenseRange:
+        """Of the images so far."""
+        if self._range is None:
+            self._range = DenseRange.of_none(self.n_neurons, self.pairs.device)
+        return self._range
+
+    def add(
+        self, activations: SparseCodes | Tensor, emb_nE: Tensor, first_image: int, sqnorm_n: Tensor | None = None
+    ) -> Tensor:
+        """Activations [n, K] of the next images, the first of which is number first_image, with their embeddings.
+
+        Returns their squared norms: sqnorm_n, if somebody has them.
 
         Raises:
             ValueError: codes, another shape, or NaN or infinity, naming the image; with a similarity what
@@ -133,15 +156,18 @@ class DenseIntake:
             raise ValueError(_ONE_KIND)
         fits = activations.dim() == 2 and activations.shape[1] == self.n_neurons
         require(fits, f"acts_nK: shape {tuple(activations.shape)} is not [n, {self.n_neurons}]")
+        self._scores = None
         if len(activations) == 0:
-            return
+            return with_norms(emb_nE, sqnorm_n).sqnorm_n
         acts_nK = activations.detach().to(self.pairs.device)
         if on_gpu(acts_nK):
             from saevlm_fast.scoring.dense_on_gpu import add_on_gpu
 
+            of_images = emb_nE, sqnorm_n, self.similarity, first_image
             with torch.cuda.device_of(acts_nK):  # Triton launches on the current device
-                add_on_gpu(self.range, self.pairs, acts_nK, images, self.similarity, first_image)
-            return
+                self._range, sqnorm_n, self._scores = add_on_gpu(self._range, self.pairs, acts_nK, *of_images)
+            return sqnorm_n
+        images = with_norms(emb_nE, sqnorm_n)
         if self.similarity is not None:
             check_embeddings(images, self.similarity, first_image)
         low_K, high_K = torch.aminmax(acts_nK, dim=0)  # NaN is both
@@ -150,6 +176,13 @@ class DenseIntake:
             refuse_activations(acts_nK, first_image)
         self.pairs.lower(self.range.observe(acts_nK, low_K, high_K))
         self.pairs.add_dense(acts_nK, self.range.low_S, images)
+        return images.sqnorm_n
+
+    def scores(self) -> Scores | None:
+        """Those of the images so far, if a GPU made them beside the sums; handed out once."""
+        scores, self._scores = self._scores, None
+        return scores
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Nothing waits; the sums may be changed from here on."""
+        self._scores = None

@@ -34,7 +34,7 @@ from saevlm_fast.kernels.common import check_similarity, on_gpu
 from saevlm_fast.kernels.pairwise_similarity import default_gamma
 from saevlm_fast.peers import Peers
 from saevlm_fast.sae import SparseAutoencoder
-from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, embeddings_on
+from saevlm_fast.scoring.intake import CodesIntake, DenseIntake, Scores, embeddings_on
 from saevlm_fast.scoring.merging import merge_ranks
 from saevlm_fast.scoring.source import Pool, ScoredImages
 from saevlm_fast.scoring.sums import (
@@ -138,7 +138,7 @@ def _sorted_quantile(ascending: Tensor, q: float) -> float:
     return float(ascending[low] + (ascending[high] - ascending[low]) * (position - low))
 
 
-def _of_sums(seen: ActivationRange, num_S: Tensor, den_S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _of_sums(seen: ActivationRange, num_S: Tensor, den_S: Tensor) -> Scores:
     """Score, maximum, images that fire and status of every latent."""
     status_S = status_of(seen.low_S, seen.high_S, seen.n_above())
     ms_S = (num_S / den_S).masked_fill_(status_S != STATUSES.index("defined"), float("nan"))
@@ -209,13 +209,13 @@ class StreamedScore:
         """
         n_rows = activations.n_rows if isinstance(activations, SparseCodes) else len(activations)
         first = self.first_image + self.n_images
-        images = embeddings_on(emb_nE, n_rows, self._d_emb, self.device)
+        images_nE = embeddings_on(emb_nE, n_rows, self._d_emb, self.device)
         pairs = self._pairs or self._new_pairs(emb_nE.shape[1])
         intake = self._intake or self._new_intake(isinstance(activations, SparseCodes), pairs)
-        intake.add(activations, images, first)
+        sqnorm_n = intake.add(activations, images_nE, first)
         self._intake, self._pairs, self._d_emb = intake, pairs, emb_nE.shape[1]
         if self.halves:
-            self._sqnorms.append(images.sqnorm_n)
+            self._sqnorms.append(sqnorm_n)
         self.n_images += n_rows
 
     def merge_ranks(self, peers: Peers, sparse: bool, d_emb: int) -> None:
@@ -231,8 +231,11 @@ class StreamedScore:
 
     def result(self) -> MonosemanticityScores:
         """Scores of the images so far; more may follow."""
-        sums = self._of_every_latent()
-        ms_S, high_S, n_active_S, status_S = self._on_host(*sums) if on_gpu(sums[0].low_S) else _of_sums(*sums)
+        scores = self._intake.scores() if isinstance(self._intake, DenseIntake) else None
+        if scores is None:
+            sums = self._of_every_latent()
+            scores = self._on_host(*sums) if on_gpu(sums[0].low_S) else _of_sums(*sums)
+        ms_S, high_S, n_active_S, status_S = scores
         return MonosemanticityScores(
             ms=ms_S,
             status=status_S,
@@ -245,19 +248,18 @@ class StreamedScore:
     def _of_every_latent(self) -> tuple[ActivationRange, Tensor, Tensor]:
         """The range; num and den [S]."""
         if self._intake is None:
-            seen = ActivationRange(self.n_latents, self.device)
+            seen = ActivationRange.of_none(self.n_latents, self.device)
             return seen, seen.low_S, seen.low_S
         self._intake.flush()
         assert self._pairs is not None
         return self._intake.range, *self._pairs.pair_sums(self._intake.range.low_S)
 
-    def _on_host(self, seen: ActivationRange, num_S: Tensor, den_S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _on_host(self, seen: ActivationRange, num_S: Tensor, den_S: Tensor) -> Scores:
         """_of_sums by a GPU."""
         from saevlm_fast.kernels.score_result_triton import score_result
 
-        of_range = seen.low_S, seen.high_S, seen.n_active_S, seen.n_low_S
         with torch.cuda.device_of(num_S):  # Triton launches on the current device
-            return score_result(num_S, den_S, *of_range, seen.n_images, isinstance(seen, CodesRange), STATUSES)
+            return score_result(num_S, den_S, *seen.parts, seen.n_images, isinstance(seen, CodesRange), STATUSES)
 
     def mean_embedding(self) -> Tensor:
         """sum_i r_ik e_i / sum_i r_ik, [S, E] float64 on the CPU, NaN where the score is not defined.

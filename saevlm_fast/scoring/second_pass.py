@@ -126,13 +126,13 @@ class SecondPass:
         sqnorm_n = pairs.sqnorm_N[self.n_images : self.n_images + n_rows]
         same = emb_nE.shape == (n_rows, pairs.d_emb) and len(sqnorm_n) == n_rows
         require(same, f"emb_nE: shape {tuple(emb_nE.shape)} is not that of the first pass's images")
-        images = Embeddings(emb_nE.detach().to(pairs.device), sqnorm_n)
+        emb_nE = emb_nE.detach().to(pairs.device)
         first = self._first.first_image + self.n_images
         if self._intake is None:
             n_latents, block_rows = self._first.n_latents, self._first.block_rows
             sparse = isinstance(activations, SparseCodes)
             self._intake = CodesIntake(n_latents, block_rows, pairs) if sparse else DenseIntake(n_latents, pairs)
-        self._intake.add(activations, images, first)
+        self._intake.add(activations, emb_nE, first, sqnorm_n)
         self.n_images += n_rows
 
     def result(self, peers: Peers | None = None) -> Certainty:

@@ -4,7 +4,8 @@ The maths is told in monosemanticity.py. Shape suffixes: n images of a chunk, N 
 embedding, M entries grouped by latent, A latents that fire on every image.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -60,16 +61,26 @@ def status_of(low_S: Tensor, high_S: Tensor, n_above_S: Tensor) -> Tensor:
 
 
 class ActivationRange:
-    """Minimum and maximum of every latent over the images so far; how many images lie above zero and at the minimum.
+    """Minimum and maximum of every latent over n images; how many images lie above zero and at the minimum.
 
-    Before any image. What comes then is for CodesRange or DenseRange.
+    Other images are for CodesRange or DenseRange.
     """
 
-    def __init__(self, n_latents: int, device: torch.device) -> None:
-        self.n_images = 0
+    def __init__(self, low_S: Tensor, high_S: Tensor, n_active_S: Tensor, n_low_S: Tensor, n_images: int) -> None:
+        self.low_S, self.high_S, self.n_active_S, self.n_low_S = low_S, high_S, n_active_S, n_low_S
+        self.n_images = n_images
+
+    @classmethod
+    def of_none(cls, n_latents: int, device: torch.device) -> Self:
+        """Before any image: zeros."""
         zeros_4S = torch.zeros(4, n_latents, dtype=torch.float64, device=device)  # one fill
-        self.low_S, self.high_S = zeros_4S[:2]
-        self.n_active_S, self.n_low_S = zeros_4S[2:].view(torch.int64)
+        (low_S, high_S), (n_active_S, n_low_S) = zeros_4S[:2], zeros_4S[2:].view(torch.int64)
+        return cls(low_S, high_S, n_active_S, n_low_S, 0)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What it was made of, but for n_images."""
+        return self.low_S, self.high_S, self.n_active_S, self.n_low_S
 
     def n_above(self) -> Tensor:
         """Images whose activation is above the minimum."""
@@ -114,12 +125,6 @@ class DenseRange(ActivationRange):
         at_low_K = (acts_nK == low_K).sum(0)
         return self._merge(low_K.to(torch.float64), high_K.to(torch.float64), at_low_K, len(acts_nK))
 
-    def replace(self, low_K: Tensor, high_K: Tensor, counts_2K: Tensor, n_images: int) -> None:
-        """By what a GPU has found of these images and of all before them; counts: above 0, and at low."""
-        self.low_S, self.high_S = low_K, high_K
-        self.n_active_S, self.n_low_S = counts_2K
-        self.n_images = n_images
-
 
 # --- sums over pairs ---
 
@@ -142,28 +147,57 @@ class Pairs(Protocol):
 class ShiftedSums:
     """Sums of a - low for an inner-product similarity, and those of the images alone that lowering low needs.
 
-    Memory does not depend on the number of images: n_latents x d_emb float64.
+    Memory does not depend on the number of images: n_latents x d_emb float64. It is taken when it is first asked for:
+    what a GPU makes of raw neurons' first images takes its place.
     """
 
     def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device) -> None:
-        self.similarity, self.device = similarity, device
-        sums = zeros_of(device, (n_latents, d_emb), *[(n_latents,)] * 4, (d_emb,), (), ())  # one fill
-        self.state, self.n_images = StreamedState(*sums[:4]), 0
-        self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum = sums[4:]
+        self.similarity, self.device, self.n_images = similarity, device, 0
+        self._shape = n_latents, d_emb
+        self._all_at_zero = False  # every minimum of codes is 0 and cannot fall: no device is asked any more
 
-    def lower(self, drop_S: Tensor, faults: Tensor | None = None) -> None:
+    @cached_property
+    def _zeros(self) -> list[Tensor]:
+        n_latents, d_emb = self._shape
+        return zeros_of(self.device, (n_latents, d_emb), *[(n_latents,)] * 4, (d_emb,), (), ())  # one fill
+
+    @cached_property
+    def state(self) -> StreamedState:
+        """Of a - low and u."""
+        return StreamedState(*self._zeros[:4])
+
+    @cached_property
+    def self_S(self) -> Tensor:
+        """Q_a of the formulas, [S]."""
+        return self._zeros[4]
+
+    @cached_property
+    def unit_sum_E(self) -> Tensor:
+        """U, [E]."""
+        return self._zeros[5]
+
+    @cached_property
+    def pair_sum(self) -> Tensor:
+        """T, 0-d."""
+        return self._zeros[6]
+
+    @cached_property
+    def square_sum(self) -> Tensor:
+        """Q, 0-d."""
+        return self._zeros[7]
+
+    def lower(self, drop_S: Tensor, told: Tensor | None = None) -> None:
         """Lowers low by drop >= 0: every activation so far rises by as much. The formulas of the module's docstring.
 
-        faults: of dense_on_gpu.py, and only if there are none.
+        told: what dense_on_gpu.py will be told is wrong; only if nothing is.
         """
-        if self.n_images == 0:
+        if self.n_images == 0 or self._all_at_zero:
             return
         if on_gpu(drop_S):
             from saevlm_fast.kernels.dense_score_triton import launch_lower
 
-            faults = drop_S.new_empty(0, 3) if faults is None else faults
             with torch.cuda.device_of(drop_S):  # Triton launches on the current device
-                launch_lower(self.launched(), drop_S, self.n_images, faults, self.similarity == "cosine")
+                launch_lower(self.launched(), drop_S, self.n_images, told, self.similarity == "cosine")
             return
         rows = torch.nonzero(drop_S).squeeze(1)
         if len(rows) == 0:
@@ -190,7 +224,8 @@ class ShiftedSums:
     ) -> None:
         """The same of entries latent by latent (float64), with the images (rows of `images`) that they are on."""
         scale_n, square_n = images.scales(self.similarity)
-        always = torch.nonzero(low_S > 0).squeeze(1)
+        always = low_S[:0] if self._all_at_zero else torch.nonzero(low_S > 0).squeeze(1)
+        self._all_at_zero = len(always) == 0
         if len(always) > 0:
             acts_M = acts_M - torch.repeat_interleave(low_S, offsets_S1.diff())
             positions_An = offsets_S1[always, None] + torch.arange(len(square_n), device=always.device)
@@ -232,6 +267,12 @@ class ShiftedSums:
 
         return Sums(*self.state, self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum)
 
+    def begin(self, sums: "Sums") -> None:
+        """With these, of the first images."""
+        self.state = StreamedState(*sums[:4])
+        self.self_S, self.unit_sum_E, self.pair_sum, self.square_sum = sums[4:]
+        self._zeros = []  # they may have been asked for before
+
     def _add_images(self, chunk_E: Tensor, sqnorm_n: Tensor) -> None:
         """Sums of a neuron that is 1 on every image, from the sum of u and each |u|^2 of n images.
 
@@ -268,18 +309,21 @@ class HalvedSums:
     def __init__(self, n_latents: int, d_emb: int, similarity: str, device: torch.device, first_image: int = 0) -> None:
         self.device, self._first_image = device, first_image
         self._pair_sums: tuple[Tensor, Tensor] | None = None  # of all images so far, once they were asked for
+        self._all_at_zero = False  # as of ShiftedSums
         self.halves = [ShiftedSums(n_latents, d_emb, similarity, device) for _ in range(2)]
 
-    def lower(self, drop_S: Tensor, faults: Tensor | None = None) -> None:
+    def lower(self, drop_S: Tensor, told: Tensor | None = None) -> None:
         self._pair_sums = None
-        for half in self.halves:
-            half.lower(drop_S, faults)
+        for half in () if self._all_at_zero else self.halves:
+            half.lower(drop_S, told)
 
     def add_codes(self, codes: SparseCodes, grouped: GroupedCodes, low_S: Tensor, images: list[Embeddings]) -> None:
         joined, n_latents = Embeddings.join(images), len(low_S)
         acts_M, latents_M = grouped.acts_M, grouped.latents_M
         images_M = codes.entry_rows()[grouped.order_M]
-        if on_gpu(acts_M) and not bool((low_S > 0).any()):
+        if on_gpu(acts_M) and not self._all_at_zero:
+            self._all_at_zero = not bool((low_S > 0).any())
+        if self._all_at_zero:
             for half, _, first in self.split(codes.n_rows):
                 half.add_half(acts_M, images_M, grouped.offsets_S1, joined, first)
             return

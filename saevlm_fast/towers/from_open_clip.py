@@ -21,7 +21,11 @@ def load_open_clip(name: str, spec: str, device: torch.device, on_message: Calla
 
 
 def open_clip_model(name: str, spec: str, on_message: Callable[[str], None]) -> Any:
-    """The whole model, image and text side, of the NAME in open_clip:NAME, with every weight from its file."""
+    """The whole model, image and text side, of the NAME in open_clip:NAME, with every weight from its file.
+
+    Raises:
+        ValueError: an unknown architecture, or no such weights of it.
+    """
     import open_clip
 
     options: dict[str, Any] = {"require_pretrained": True, "weights_only": True}
@@ -109,7 +113,7 @@ def preprocess_of_file(arch: str, tags: Sequence[str], file: Path, spec: str) ->
     """How a weights file's images are prepared, which it does not say itself.
 
     As open_clip_config.json beside it says; else as all released weights of the architecture agree; an architecture
-    without any has open_clip's own default.
+    without any has open_clip's own default. ValueError: they do not agree.
     """
     import open_clip
 

@@ -147,7 +147,7 @@ def check_unused(names: Collection[str], unused: Iterable[str], spec: str) -> No
 
 
 def check_sizes(info: Any, spec: str) -> None:
-    """Of a loading that ignores them: weights of the file that have another shape than the configuration says."""
+    """Of a loading that ignores them. ValueError: weights of another shape than the configuration says."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise ValueError(
             f"{spec}: {name} is {list(found)} in the weights file, but {list(expected)} by config.json"
@@ -245,7 +245,11 @@ def _pooler_output(output: Any) -> Any:
 
 
 def vision_part(model: Any) -> nn.Module:
-    """The outermost module whose configuration is the model's vision_config; the model itself if it has none."""
+    """The outermost module whose configuration is the model's vision_config; the model itself if it has none.
+
+    Raises:
+        ValueError: a vision_config of which no part is.
+    """
     vision = getattr(model.config, "vision_config", None)
     if vision is None:
         return model

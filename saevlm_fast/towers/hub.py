@@ -77,6 +77,9 @@ def local_or_hub(
     """load(NAME_OR_DIR, whether from local files alone): a model of the box, a directory, the hub's cache, the hub.
 
     The box first: a directory that happens to be called tiny-clip is ./tiny-clip.
+
+    Raises:
+        ValueError: no such directory, or one without config.json.
     """
     if name in MODELS:
         return load(str(model_directory(name)), True)

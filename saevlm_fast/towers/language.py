@@ -62,7 +62,7 @@ class PairPreprocess:
         return joined
 
     def text_of(self, caption: str) -> str:
-        """The caption in its prompt."""
+        """The caption in its prompt. ValueError: it holds what stands for an image."""
         held = [token for token in placeholders(self.processor) if token in caption]
         require(not held, f"the caption holds {' and '.join(held)}, which stands for an image")
         if getattr(self.processor, "chat_template", None) is None:
@@ -267,7 +267,7 @@ class HookedLanguage(HookedTower):
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Selected:
         """The rows that `tokens` chooses, pair by pair, with their modality and token id; positions count from the
-        prompt's first token. inputs: those of the batch."""
+        prompt's first token. inputs: those of the batch. ValueError: without them."""
         require(inputs is not None, "inputs: needed, to tell text from image")
         assert inputs is not None
         assert tokens is not None

@@ -13,8 +13,6 @@ import torch
 from saevlm_fast.errors import require
 from saevlm_fast.towers.tower import Tower
 
-RandomWeights = Literal["none", "blocks", "all"]
-
 
 def randomise(tower: Tower, what: Literal["blocks", "all"], seed: int = 0) -> None:
     """Draws the tower's weights anew, in place, and says so in its description.

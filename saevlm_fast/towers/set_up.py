@@ -47,7 +47,11 @@ class Forward(NamedTuple):
 def check_blocks(
     spec: str, outputs: Sequence[BlockOutput], n_blocks: int, n_images: int, equal: bool
 ) -> list[tuple[int, ...]]:
-    """Every block has been called once and gives [B, T, D]. equal: the same T and D in all. Returns their shapes."""
+    """The shapes of what blocks gave. equal: the same T and D in all.
+
+    Raises:
+        ValueError: a block that was not called once, or does not give [B, T, D].
+    """
     shapes = [output.shape for output in outputs]
     called = len(shapes) == n_blocks and all(len(shape) == 3 for shape in shapes)
     if equal:
@@ -65,7 +69,7 @@ def check_blocks(
 
 
 def check_count(spec: str, n_tokens: int, n_prefix: int, n_patches: int | None, pixels: Tensor) -> None:
-    """The tokens are those before the patches, and the patches."""
+    """ValueError: the tokens are not those before the patches, and the patches."""
     require(
         n_patches is None or n_tokens == n_prefix + n_patches,
         f"{spec}: {n_tokens} tokens of an image of {' x '.join(map(str, pixels.shape[2:]))}, not {n_prefix} before the "
@@ -76,7 +80,7 @@ def check_count(spec: str, n_tokens: int, n_prefix: int, n_patches: int | None, 
 def check_point(
     spec: str, point: Any, acts: Tensor, n_images: int, layout: TokenLayout | None
 ) -> tuple[int | None, int]:
-    """(T, D) of a point; T None of the whole image, whose layout is None."""
+    """(T, D) of a point; T None of the whole image, whose layout is None. ValueError: it gives something else."""
     expected = (n_images,) if layout is None else (n_images, layout.n_tokens)
     require(
         tuple(acts.shape[:-1]) == expected, f"point: {point.name} of {spec} is {list(acts.shape)}, not one vector each"

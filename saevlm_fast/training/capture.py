@@ -7,8 +7,8 @@
 A graph is of fixed shapes: so many rows, so long a list of dead latents, and of a relu or jumprelu SAE so many places
 for entries, which the host asks between two graphs. The first steps of such shapes are taken
 eagerly, which compiles kernels and lets libraries allocate; then one is captured and from there on replayed. Anything
-that a replay would not see (weights replaced or written to from outside) makes a step eager again. On a CPU, of relu
-and jumprelu SAEs that cannot ask at once (in micro-batches, say), and where a capture fails, every step is.
+that a replay would not see (weights replaced or written to from outside) makes a step eager again. On a CPU, where a
+step asks the host on its way (Stepper.can_be_captured), and where a capture fails, every step is.
 
 Shape suffixes: B rows of a batch, D d_in.
 """
@@ -17,6 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -93,10 +94,10 @@ class CapturedSteps:
     def _step(self, x_BD: Tensor, e_BE: Tensor | None) -> StepOutput:
         stepper, n_places = self.stepper, 0
         stepper.announce(len(x_BD))
+        if not stepper.can_be_captured(x_BD):
+            self.n_eager += 1
+            return stepper.device_step(x_BD, e_BE)
         if stepper.penalised:
-            if not stepper.asks(x_BD):
-                self.n_eager += 1
-                return stepper.device_step(x_BD, e_BE)
             stepper.asked, _ = self._run((len(x_BD), 0, _ASKS), lambda: stepper.asked_first(x_BD))
             n_places = stepper.answer()
         shapes = len(x_BD), stepper.n_listed, n_places
@@ -154,9 +155,8 @@ class CapturedSteps:
         stepper = self.stepper
         state = [*stepper.parameters().values(), *(t for pair in stepper.moments.values() for t in pair)]
         counters = stepper.idle_S, stepper.sae.threshold, stepper.bad_step, stepper.step_index, stepper.adam_schedule
-        more = [] if stepper.cone is None else [stepper.cone.rows_SD]
-        more += [] if stepper.asked is None else [*stepper.asked.centred, stepper.asked.candidates.pool.value_M]
-        return [t.data_ptr() for t in (*state, *counters, *(stepper.low or ()), *more)]
+        given = stepper.sparsity, stepper.group_ends_G, *(() if stepper.cone is None else stepper.cone[:1])
+        return [t.data_ptr() for t in (*state, *counters, *given, *(stepper.low or ()), *_tensors_in(stepper.asked))]
 
     def _capture(self, call: Callable[[], R]) -> _Captured | None:
         """A call, recorded and not made. None, and no further attempt: it cannot be.
@@ -174,6 +174,15 @@ class CapturedSteps:
             return None
         self.n_captured += 1
         return _Captured(graph, output, addresses)
+
+
+def _tensors_in(of: object) -> Iterator[Tensor]:
+    """All of a tuple or a dataclass, and of those inside it."""
+    if isinstance(of, Tensor):
+        yield of
+    elif isinstance(of, tuple) or is_dataclass(of):
+        for each in of if isinstance(of, tuple) else vars(of).values():
+            yield from _tensors_in(each)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Shape suffixes: B rows of a batch, D d_in, S d_sae, A dead latents.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,21 @@ class DeadBound:
     """On a GPU: how many latents can be dead in a step, known before it begins. Nobody waits for a step.
 
     Counted every few steps are the latents that can be dead within twice as many, whatever fires in between; the count
-    is used from the next time on, when it has long reached the host.
+    is used from the next time on, when it has long reached the host. Where that is more rows than make a latent dead,
+    any can be.
+
+    Args:
+        add_up: what ranks that share the latents say together, of a whole number. All ask at once.
+
+    Attributes:
+        of_all: the bound on the dead latents of all ranks; None until something was asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, add_up: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._add_up = add_up
+        self.of_all: int | None = None
         self._known = -1, 0  # rows seen up to which it holds, and the bound
-        self._asked: tuple[int, Tensor, torch.cuda.Event] | None = None  # the same, on its way: the count, its arrival
+        self._asked: tuple[int, Tensor, torch.cuda.Event] | None = None  # the same, on its way: counts, arrival
 
     def latents(self, idle_S: Tensor, n_rows: int, n_rows_seen: int, dead_after: int) -> int:
         """An upper bound on (idle_S >= dead_after).sum() after this step, of n_rows rows, the last of n_rows_seen.
@@ -47,17 +57,28 @@ class DeadBound:
         """
         before, ahead = n_rows_seen - n_rows, 2 * _STEPS_A_COUNT * n_rows
         if n_rows_seen > self._known[0] and self._asked is not None:
-            holds, count, arrival = self._asked
+            holds, counts, arrival = self._asked
             arrival.synchronize()
-            self._known, self._asked = (holds, int(count)), None
+            self._asked = None
+            self._know(holds, counts)
         if n_rows_seen > self._known[0]:  # the first time, or rows come faster: there is nothing to go by, so wait
-            self._known = before + ahead, int(may_be_dead(idle_S, ahead, dead_after).sum())
+            self._know(before + ahead, self._counts(idle_S, ahead, dead_after))
         if self._asked is None and n_rows_seen > self._known[0] - ahead // 2:
-            count, arrival = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
-            count.copy_(may_be_dead(idle_S, ahead, dead_after).sum(), non_blocking=True)
+            found = self._counts(idle_S, ahead, dead_after)
+            counts, arrival = torch.empty(len(found), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+            counts.copy_(found, non_blocking=True)
             arrival.record()
-            self._asked = before + ahead, count, arrival
+            self._asked = before + ahead, counts, arrival
         return self._known[1]
+
+    def _counts(self, idle_S: Tensor, n_rows: int, dead_after: int) -> Tensor:
+        """Latents that can be dead then: these, and of ranks those of all behind them."""
+        own = may_be_dead(idle_S, n_rows, dead_after).sum().view(1)
+        return own if self._add_up is None else torch.cat([own, self._add_up(own)])
+
+    def _know(self, holds: int, counts: Tensor) -> None:
+        own, *_ = several = counts.tolist()
+        self._known, self.of_all = (holds, own), several[-1]
 
 
 def padded_size(bound: int, d_sae: int) -> int:

@@ -43,9 +43,12 @@ class Split(NamedTuple):
 
 
 def scale_below(bound: Tensor) -> Tensor:
-    """The power of two that brings numbers up to a bound below 2^_TOP; that of 2^-50 or 2^50 beyond: products of two
-    scales are numbers of float32."""
-    exponent = torch.frexp(bound).exponent.clamp(-50, 50)
+    """The power of two that brings numbers up to a bound below 2^_TOP; that of 2^-50 or 2^76 beyond.
+
+    Products of two scales and their reciprocals are then normal numbers of float32. Of rows 2^63 is the last power: of
+    a norm of 2^64 float32 does not hold the square, and the loss is then told not to be finite.
+    """
+    exponent = torch.frexp(bound).exponent.clamp(-50, 76)
     return ((127 + _TOP - exponent) << 23).view(torch.float32)  # its bits: a power by torch need not be exact
 
 
@@ -188,7 +191,7 @@ def dense_update(
     for whole in (gradients.W_enc, gradients.W_dec):
         square = square if whole is None else square + torch.linalg.vector_norm(whole).square()
     if gradients.W_dec is not None:  # Pythagoras: rows of W_dec are unit
-        square = square - along_S.square().sum()
+        square = (square - along_S.square().sum()).nan_to_num(torch.inf, torch.inf)  # too large for float32: clip is 0
     clip = (config.clip_norm / (square.clamp(min=0).sqrt() + 1e-6)).clamp(max=1.0).view(1)
 
     scalars = Scalars(clip, state.schedule, config.betas, config.eps)

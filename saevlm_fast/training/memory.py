@@ -21,8 +21,7 @@ def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1, cont
 
     Half of the latents of a relu or jumprelu SAE fire at first: some 64 bytes for each of these entries (measured). A
     GPU's matrix products (gpu_dense.py) have each weight in three halves, and a gradient before it is added.
-    A soft-frozen control keeps the decoder that it began with. Not counted is the auxiliary loss: of every dead latent
-    four rows of d_in, and on a GPU up to half a GB.
+    A soft-frozen control keeps the decoder that it began with. What dead latents take comes to it: auxiliary_memory.
     """
     penalised = sae.architecture in PENALISED
     entries = 8 * sae.d_sae if penalised else 0
@@ -35,6 +34,35 @@ def training_memory(sae: "SAEConfig", batch_size: int, accumulate: int = 1, cont
 def memory_of(sae: "SAEConfig", config: "TrainConfig", n_rows: int) -> int:
     """training_memory of such a run on n_rows rows."""
     return training_memory(sae, min(config.batch_size, n_rows), config.accumulate, config.control)
+
+
+def auxiliary_memory(
+    sae: "SAEConfig", config: "TrainConfig", n_rows: int, device: "torch.device", n_ranks: int = 1
+) -> int:
+    """What the auxiliary loss takes beside training_memory at worst, when all latents are dead; 0 if none can be.
+
+    Six rows of d_in for a dead latent, eight for a row of the batch, and some blocks [rows, dead latents], whose sizes
+    are limited (dead_latents.py, kernels/auxiliary_triton.py, sharded_dead.py). One process on a GPU has parts of its
+    sums besides (parts_of). Whether latents die is the data's doing: no run is refused for it. n_ranks: that share the
+    latents; sae is then one's part.
+    """
+    batch_size, gpu = min(config.batch_size, n_rows), device.type == "cuda"
+    none = sae.architecture == "relu" or config.auxk_alpha == 0
+    if none or config.n_steps * batch_size < config.dead_after:
+        return 0
+    dead, blocks, most, parts = sae.d_sae * sae.d_in, 4, 1 << 23, 0
+    if gpu and n_ranks == 1:
+        blocks, most, parts = 2, 1 << 26, min(2 * (batch_size // 256) * dead, 84 << 20)
+    elif gpu:
+        most = 1 << 27
+    return 4 * (6 * dead + 8 * batch_size * sae.d_in + blocks * min(batch_size * sae.d_sae, most) + parts)
+
+
+def most_memory_of(
+    sae: "SAEConfig", config: "TrainConfig", n_rows: int, device: "torch.device", n_ranks: int = 1
+) -> int:
+    """memory_of with the auxiliary loss, for people who plan."""
+    return memory_of(sae, config, n_rows) + auxiliary_memory(sae, config, n_rows, device, n_ranks)
 
 
 def sae_numbers(sae: "SAEConfig") -> int:
@@ -82,8 +110,9 @@ def rows_go_to_device(
     """Whether all rows are kept where the steps are taken: a GPU's memory, or beside a CPU the host's.
 
     auto: on a GPU if they fit; beside a CPU never, where files are mapped and what fits stays in the page cache. They
-    fit if the memory that is free holds them and, once more, all that training takes. others: bytes that SAEs take
-    which are trained beside this one. n_ranks: that share the rows; sae is then one's part.
+    fit if the memory that is free holds them and, once more, all that training takes; auto leaves room for the
+    auxiliary loss too. others: bytes that SAEs take which are trained beside this one. n_ranks: that share the rows;
+    sae is then one's part.
 
     Raises:
         ValueError: data_on is device, and they do not fit.
@@ -92,7 +121,8 @@ def rows_go_to_device(
         return False
     rows = -(-activations.n_rows // n_ranks) * activations.d * activations.kept_dtype.itemsize
     training, free = memory_of(sae, config, activations.n_rows) + others, free_memory(device)
-    fits = free is None or rows + training <= free
+    spare = auxiliary_memory(sae, config, activations.n_rows, device, n_ranks) if data_on == "auto" else 0
+    fits = free is None or rows + training + spare <= free
     require(
         fits or data_on == "auto",
         f"data_on: device, but the rows take {_gb(rows)} there and training {_gb(training)}, "

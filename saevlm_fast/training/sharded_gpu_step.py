@@ -78,6 +78,7 @@ def sharded_gpu_step(
     own: OwnCodes,
     dead_latents: Callable[[], DeadLatents] | None,
     mono: MonoTerm | None = None,
+    most_dead: int | None = None,
 ) -> tuple[Tensor, Losses, int | Tensor]:
     """The step on a batch and the rank's codes of it; `state` and the threshold are moved on in place.
 
@@ -90,6 +91,7 @@ def sharded_gpu_step(
         own: of the batch.
         dead_latents: the rank's; asked once state.idle_S has moved on. None while none can be.
         mono: of MonoLoss with sums over all ranks, or None.
+        most_dead: of all ranks, if that is known.
 
     Returns:
         x_hat_BD of the last prefix, losses, number of dead latents of all ranks.
@@ -109,7 +111,8 @@ def sharded_gpu_step(
     aux, aux_numbers, slots_S, n_dead = None, None, None, cast("int | Tensor", 0)
     if dead_latents is not None:
         dead = dead_latents()
-        aux, n_dead = shared_auxiliary(sae, ranks, x_BD, rows.x_hat_BD, dead, config.auxk_alpha, len(x_BD), frozen)
+        given = dead, config.auxk_alpha, len(x_BD), frozen, most_dead
+        aux, n_dead = shared_auxiliary(sae, ranks, x_BD, rows.x_hat_BD, *given)
         if aux is not None and len(dead.latents_A) == 0:  # none of the rank's own
             aux_numbers, aux = (aux.numbers(), torch.zeros_like(W["b_dec"])), None
         if aux is not None:
@@ -121,8 +124,8 @@ def sharded_gpu_step(
     counters, sizes = (state.step_index, state.bad_step, sae.threshold), (len(x_BD), n_groups)
     moving = None if own.smallest is None else (own.smallest, config.threshold_beta, config.threshold_start)
     aux_loss = None if aux_numbers is None else aux_numbers[0]
-    given = scalars, counters, state.of("b_dec"), sizes, config.clip_norm, config.auxk_alpha, moving, aux_loss
-    overall, mse, of_aux = launch_settle(numbers, of_rows_D, *given)
+    settled = scalars, counters, state.of("b_dec"), sizes, config.clip_norm, config.auxk_alpha, moving, aux_loss
+    overall, mse, of_aux = launch_settle(numbers, of_rows_D, *settled)
 
     if frozen != "W_dec":
         more = aux_rows(aux and aux.W_dec, slots_S)

@@ -37,6 +37,7 @@ from saevlm_fast.kernels.latent_update import adam_, latent_update_
 from saevlm_fast.peers import Ranks, in_order
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
+from saevlm_fast.training.dead_latents import DeadBound
 from saevlm_fast.training.gradients import Losses
 from saevlm_fast.training.mono import MonoTerm
 from saevlm_fast.training.penalty import Penalty, encode_penalised
@@ -80,6 +81,7 @@ class ShardedStepper(Stepper):
         self.group_ends_G = torch.tensor(shard.group_ends, device=sae.W_dec.device)
         self.by_blocks = not sae.W_dec.is_cuda and ranks.rows.world == 1 and config.accumulate == 1
         self.rows_announced = 0
+        self.dead_bound = DeadBound(ranks.latents.add_up)
 
     def parameters(self) -> dict[str, Tensor]:
         """Those that the rank moves on, of its part's."""
@@ -149,6 +151,10 @@ class ShardedStepper(Stepper):
         """No: ranks ask one another."""
         return False
 
+    def can_be_captured(self, x_BD: Tensor) -> bool:
+        """While no latent can be dead: what is told of them depends on all ranks' bound, of which no graph knows."""
+        return not self.penalised and not self._some_can_be_dead()
+
     @torch.no_grad()
     def device_step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """The step that was announced. e_BE: as Stepper's, of the whole batch."""
@@ -160,9 +166,9 @@ class ShardedStepper(Stepper):
         self._track_shard(own.codes, own.smallest, n_rows)
 
         aux_loss, n_dead = own.squared.new_zeros(()), cast("int | Tensor", 0)
-        if self._some_can_be_dead():
+        if self._some_of_all_can_be_dead():
             dead, frozen = self._dead_latents(), self.config.frozen
-            given = dead, self.auxk_alpha, n_rows, frozen
+            given = dead, self.auxk_alpha, n_rows, frozen, self.dead_bound.of_all
             aux, n_dead = shared_auxiliary(self.sae, self.ranks, x_BD, x_hat_BD, *given)
             if aux is not None:
                 aux_loss = aux.loss
@@ -184,13 +190,17 @@ class ShardedStepper(Stepper):
         with torch.cuda.device_of(x_BD):
             state = self._device_state(x_BD)
             own = own_codes(self.sae, self.shard, self.ranks, x_BD, state)
-            dead = self._dead_latents if self._some_can_be_dead() else None
-            found = sharded_gpu_step(self.sae, self.config, self.ranks, state, x_BD, own, dead, mono)
+            dead, most = self._dead_latents if self._some_of_all_can_be_dead() else None, self.dead_bound.of_all
+            found = sharded_gpu_step(self.sae, self.config, self.ranks, state, x_BD, own, dead, mono, most)
             x_hat_BD, losses, n_dead = found
             if mono is not None:  # whose loss comes after the kernel that looked at the others
                 self._note_bad(losses)
         self.was_replayed()
         return StepOutput(losses, x_hat_BD, own.codes, n_dead)
+
+    def _some_of_all_can_be_dead(self) -> bool:
+        """Of all ranks' latents: who has none helps with the others'. All ranks say the same."""
+        return self._some_can_be_dead() and self.dead_bound.of_all != 0
 
     def _shared_mono(self, x_BD: Tensor, e_BE: Tensor | None) -> SharedMono | None:
         """By the rows of all replicas, with sums over the latents of all ranks."""

@@ -12,11 +12,7 @@ from torch import Tensor
 from saevlm_fast.config import CALIBRATED, PENALISED, TrainConfig
 from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Cone
-from saevlm_fast.kernels.latent_gradient import (
-    EntryGradient,
-    RowGradient,
-    clip_coefficient,
-)
+from saevlm_fast.kernels.latent_gradient import EntryGradient, RowGradient, clip_coefficient
 from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update_
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
@@ -104,7 +100,7 @@ class Stepper:
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
 
     def _cone(self) -> Cone | None:
-        """Kept beside the weights: to draw its rows anew takes a tenth to a third of a step (docs/decisions.md)."""
+        """Kept beside the weights: to draw its rows anew takes most of a small step's time (docs/decisions.md)."""
         if self.config.control != "soft-frozen":
             return None
         rows_SD = first_rows(self.sae.config, self.config.seed)
@@ -138,6 +134,7 @@ class Stepper:
         ValueError: n_rows is 0, of which there is no mean loss.
         """
         require(n_rows > 0, f"x_BD: {n_rows} rows; a step needs at least 1")
+        self.asked = None  # of a step that raised
         self.n_steps += 1
         self.n_rows_seen += n_rows
         self._tell_device(self._adam().schedule_values())
@@ -153,6 +150,10 @@ class Stepper:
         if not (self.penalised and whole and screens_cuda(x_BD, self.sae.W_enc)):
             return False
         return not self._too_wide(x_BD) and in_one_chunk(len(x_BD), self.sae.config.d_sae)
+
+    def can_be_captured(self, x_BD: Tensor) -> bool:
+        """Whether a step on this batch asks the host nothing, but what `answer` asks at its beginning."""
+        return self.asks(x_BD) if self.penalised else not (x_BD.is_cuda and self._too_wide(x_BD))
 
     def _too_wide(self, x_BD: Tensor) -> bool:
         """For the kernels of a GPU's step: of TopK and its like such rows are refused, others go another way."""

@@ -132,7 +132,11 @@ def test_goals_beside_what_was_measured():
     ]
     run = {"device": "chip", "settings": {"d_sae": "16384"}, "steps_per_second": 437.0, "eager_share": 1.0}
     on_host = run | {"eager_share": 0.001, "settings": {"d_sae": "16384", "data_on": "host"}}
-    runs = [run | {"steps_per_second": 950.0, "eager_share": 0.001}, run, on_host]
+    dying = [on_host | {"settings": {"d_sae": "16384", "data_on": "auto", "concepts": n}} for n in ("None", "2048")]
+    assert goal_rows([], dying) == [], "train_dead's latents die: it has no goal"
+    living = run | {"steps_per_second": 950.0, "eager_share": 0.001}
+    living |= {"settings": {"d_sae": "16384", "concepts": "16384"}}
+    runs = [living, run, on_host, *dying]
     rows = {row[0]: row[1:] for row in goal_rows(results, runs)}
     assert len(rows) == len(GOALS)
     assert rows["TopK step, 16,384 latents"] == ["<= 0.9 ms", "0.8 ms", "yes"]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from command import files_below, run, run_json
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.sae import SparseAutoencoder
+from small_world import CALLS, spelled
 from tiny_tower import WIDTH, save_clip, save_photos
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +104,41 @@ def test_the_memory_of_a_forward_is_in_the_figures(pictures, tmp_path, monkeypat
         )
         found.append(run_json(*words, "--device", "cpu", "--output", tmp_path / "out", "--dry-run"))
     assert found[1]["a_forward_bytes"] == found[1]["memory_bytes"] - found[0]["memory_bytes"] == 5 << 30
+
+
+LOADERS = {
+    "harvest": "harvesting.inputs.tower_for",
+    "train": "training.one_pass.OnePass.add",
+    "steer": "cli.steer.steered_answers",
+    "steerability": "clip_steering.run.Asking.__init__",
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_what_is_loaded_for_a_dry_run_is_not_taken_off_what_is_free(name, pictures, tmp_path, monkeypatch):
+    """It is in what is needed, and would count twice."""
+    SparseAutoencoder(SAEConfig(128, 16, 4, "topk")).save_pretrained(tmp_path / "sae")
+    (tmp_path / "words.txt").write_text("red\nblue\n")
+    places = {
+        "photos": str(pictures / "photos"),
+        "run": str(tmp_path / "sae"),
+        "words.txt": str(tmp_path / "words.txt"),
+    }
+    photo = next((pictures / "photos").rglob("*.png"))
+    called = CALLS[name] if name != "train" else CALLS["harvest"] | {"--d-sae": "16", "--k": "2", "--steps": "3"}
+    given = {key: places.get(value, value) for key, value in called.items() if key not in ("--limit", "--workers")}
+    given |= {"--output": str(tmp_path / "out.json")} if "--output" in given else {"--image": str(photo)}
+    place, _, attribute = f"saevlm_fast.{LOADERS[name]}".rpartition(".")
+    owner, loaded = resolve_name(place), []
+    load = getattr(owner, attribute)
+    monkeypatch.setattr(owner, attribute, lambda *a, **k: [load(*a, **k), loaded.append(1)][0])
+    for module in ("planning", *((name,) if name != "train" else ("one_pass",))):
+        known = f"saevlm_fast.cli.{module}.free_memory"
+        monkeypatch.setattr(known, lambda device: 1 if loaded else 1 << 50, raising=False)
+    found = run_json(name, *spelled(given), "--dry-run")
+    assert loaded
+    assert found["free_memory_bytes"] == 1 << 50
+    assert "memory_warning" not in found
 
 
 def test_the_figures_of_a_dry_run_are_those_of_the_work(data, sae, pictures, tmp_path):

@@ -130,7 +130,12 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, data, sae, tm
         ),
         (["trian"], "no such command 'trian'; did you mean 'train'? (saevlm-fast --help lists all)"),
         (["train", "--steps"], "option '--steps' requires an argument"),
-        (["train", "extra"], "got unexpected extra argument"),
+        (["train", "extra"], "got unexpected extra argument(s) (extra): all that train takes is given by an option"),
+        (
+            ["convert", "--sae", "x", "y"],
+            "--sae: no such option; SOURCE stands without a name, as convert SOURCE OUTPUT",
+        ),
+        (["push", "--sae-idd", "x"], "--sae-idd: no such option; did you mean '--sae-id'?"),
         (["train", "--resume=3"], "'--resume' does not take a value"),
         (["train", "--steps", "x"], "steps: 'x' is not a whole number"),
         (["train", "--steps", "1" * 5000], f"steps: '{'1' * 59} is not a whole number"),

@@ -108,7 +108,7 @@ def test_a_demo_is_not_written_over_files_of_its_names(tmp_path):
 def hold(output, directory, held):
     with output_lock(output, directory=directory):
         held.set()
-        time.sleep(60)
+        time.sleep(600)
 
 
 WRITERS = [
@@ -155,7 +155,7 @@ def test_no_command_works_on_an_output_in_use(name, data, tmp_path, monkeypatch)
     held = context.Event()
     other = context.Process(target=hold, args=(output, not is_file, held))
     other.start()
-    assert held.wait(30)
+    assert held.wait(120)
     monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
     before = files_below(tmp_path)
     text = run(name, *words, code=2)

@@ -13,6 +13,7 @@ from PIL import Image
 from command import run, run_json
 from saevlm_fast.cli.erase_images import halves_of
 from saevlm_fast.cli.erase_options import EraseArguments
+from saevlm_fast.cli.erase_picture import write_accuracy_picture
 from saevlm_fast.cli.record import Record
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.label_sets import halves
@@ -20,6 +21,7 @@ from saevlm_fast.errors import Interrupted
 from saevlm_fast.images.open import open_images
 from saevlm_fast.sae import SparseAutoencoder
 
+SVG = "{http://www.w3.org/2000/svg}"
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200)}
 
 
@@ -87,7 +89,7 @@ def test_words_on_a_folder_of_pictures(world, tmp_path):
     line = next(each for each in table if each["removal"] == "probe" and each["layer"] == "3")
     assert float(line["accuracy"]) == pytest.approx(rows[-1]["clean"]["value"])
     picture = ElementTree.parse(tmp_path / "w.svg")
-    texts = [each.text for each in picture.iter("{http://www.w3.org/2000/svg}text")]
+    texts = [each.text for each in picture.iter(f"{SVG}text")]
     shown = {"layer 2", "layer 3", "clean", "attacked", "nonsense", "latents", "probe", "nothing", "1"}
     assert shown <= set(texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w.csv", "w.json", "w.json.settings.toml", "w.svg"]
@@ -125,9 +127,14 @@ def test_images_are_drawn_from_all_of_a_sorted_folder(world):
     labels = {}
     for seed in (0, 1):
         options = EraseArguments(
-            model="hf:tiny-clip", sae=(world / "one",), layer=(2,), images=str(world / "photos"), limit=10, seed=seed,
+            model="hf:tiny-clip",
+            sae=(world / "one",),
+            layer=(2,),
+            images=str(world / "photos"),
+            limit=10,
+            seed=seed,
             output=world / "w.json",
-        )  # fmt: skip
+        )
         (_, train), (_, test) = halves_of(options, photos, photos)
         assert len(train) == len(test) == 10
         assert train == sorted(set(train))
@@ -282,3 +289,16 @@ def test_a_model_that_gives_no_numbers_is_named(world, tmp_path, monkeypatch):
     monkeypatch.setattr(Splice, "original", broken)
     text = run(*call(world, tmp_path / "w.json", "--limit", 12), code=2)
     assert "error: model: hf:tiny-clip gives NaN or inf for the image blue/" in text
+
+
+def test_the_legend_of_one_layer_is_not_cut(tmp_path):
+    figures = {"value": 0.5, "interval": [0.4, 0.6], "n": 9}
+    removals = ("nothing", "latents", "random", "magnitude", "pca", "probe")
+    layer = {"layer": 3, "sae": "s", "rows": [{"removal": name, "k": 1, "clean": figures} for name in removals]}
+    write_accuracy_picture(tmp_path / "w.svg", [layer], "words taken out")
+    picture = ElementTree.parse(tmp_path / "w.svg").getroot()
+    ends = {
+        each.text: float(each.get("x")) + 6 * len(each.text) for each in picture.iter(f"{SVG}text") if each.get("x")
+    }
+    assert set(removals) <= set(ends)
+    assert max(ends.values()) <= float(picture.get("width"))

@@ -19,8 +19,13 @@ def siglip(folder, monkeypatch):
 
     tokenizer = build_tokenizer(ends=True)
     shape = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**shape, "vocab_size": len(tokenizer), "max_position_embeddings": 9, "projection_size": WIDTH,
-            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    text = {
+        **shape,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 9,
+        "projection_size": WIDTH,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model = t.SiglipModel(t.SiglipConfig(text_config=text, vision_config={**shape, "image_size": 28, "patch_size": 14}))
     for parameter in model.eval().parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -108,13 +109,30 @@ def test_what_was_killed_between_its_outputs_goes_on_and_what_is_whole_is_kept(w
 def test_a_kill_beside_a_whole_output_does_not_replace_it(world, tmp_path):
     """As of a call with --force: the old settings are there until the new ones are."""
     output = tmp_path / "s.parquet"
-    begin_writing(progress_of(output))
+    begin_writing(options_of(output).files, progress_of(output), force=False)
     output.with_name("s.parquet.settings.toml").touch()
     assert "s.parquet.settings.toml already exists" in run(*call(world, output), code=2)
     shutil.rmtree(progress_of(output))
     output.with_name("s.parquet.settings.toml").unlink()
     output.touch()
     assert "s.parquet already exists" in run(*call(world, output), code=2)
+
+
+def options_of(output):
+    return SteerabilityArguments(model="m", sae=(output,), layer=2, images="i", output=output)
+
+
+def test_a_killed_call_without_neurons_does_not_replace_anothers_neurons(world, tmp_path):
+    """Nor anything that came between the beginning of a call and its end."""
+    output = tmp_path / "s.parquet"
+    begin_writing(replace(options_of(output), neurons=False).files, progress_of(output), force=False)
+    output.touch()
+    neurons = tmp_path / "s.neurons.parquet"
+    neurons.write_text("mine")
+    assert "s.neurons.parquet already exists; --force replaces it" in run(*call(world, output), code=2)
+    run(*call(world, output, "--no-neurons", "--latents", "0:8", "--screen", 1))
+    assert len(pq.read_table(output)) == 8
+    assert neurons.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -100,13 +100,19 @@ def test_the_files_are_as_documented(tmp_path, d_sae, latents_dtype):
     write_codes(tmp_path / "s", [ragged([{3: 1.0, top: 2.0}, {}, {0: 0.5}], d_sae=d_sae)], d_sae, torch.float16)
     index = json.loads((tmp_path / "s" / "index.json").read_text())
     assert {name: index[name] for name in ("format", "version", "complete", "shape", "dtype", "source")} == {
-        "format": "saevlm-fast codes", "version": 1, "complete": True, "shape": [3, d_sae], "dtype": "float16",
+        "format": "saevlm-fast codes",
+        "version": 1,
+        "complete": True,
+        "shape": [3, d_sae],
+        "dtype": "float16",
         "source": SOURCE,
-    }  # fmt: skip
+    }
     tensors = load_file(tmp_path / "s" / "shard-00000.safetensors")
     assert {name: t.dtype for name, t in tensors.items()} == {
-        "acts": torch.float16, "latents": latents_dtype, "row_offsets": torch.int32
-    }  # fmt: skip
+        "acts": torch.float16,
+        "latents": latents_dtype,
+        "row_offsets": torch.int32,
+    }
     assert tensors["latents"].long().tolist() == [3, top, 0]
     assert tensors["row_offsets"].tolist() == [0, 2, 2, 3]
 
@@ -336,8 +342,11 @@ def test_altered_bytes_never_escape(tmp_path_factory, data):
 def test_the_map_holds_no_file_open_and_safetensors_reads_it(tmp_path):
     path = write_codes(tmp_path / "s", [random_sparse_codes(5, 3, 50, "csr", torch.float32)])
     store = open_codes(path)
-    open_files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit() and
-                  os.path.exists(f"/proc/self/fd/{fd}")]  # fmt: skip
+    open_files = [
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if fd.isdigit() and os.path.exists(f"/proc/self/fd/{fd}")
+    ]
     assert not [name for name in open_files if str(tmp_path) in name]
     with safe_open(path / "shard-00000.safetensors", framework="np") as file:
         assert file.get_tensor("latents").dtype == np.uint16

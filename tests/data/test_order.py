@@ -96,7 +96,7 @@ def test_a_permutation_is_begun_in_the_background_and_tried_again_where_it_faile
     @order_module._MadeOnce
     def slow(n):
         made.append(n)
-        assert may_end.wait(10)
+        assert may_end.wait(60)
         if len(made) == 1:
             raise MemoryError
         return np.arange(n)
@@ -199,12 +199,15 @@ def test_order_refuses(arguments, message):
 # Reading ahead --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
 def loader_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("activations")]
+    """Gives those that this test has begun and that are there still."""
+    before = set(threading.enumerate())
+    return lambda: [t for t in threading.enumerate() if t.name.startswith("activations") and t not in before]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_batches_resume_at_any_step(tmp_path, dtype):
+def test_batches_resume_at_any_step(tmp_path, dtype, loader_threads):
     x = rows_of(50, 4, dtype)
     store = open_activations(write_store(tmp_path / "s", x))
     order = ShuffledRows(store, 8, seed=3)
@@ -230,7 +233,7 @@ def three_threads():
     torch.set_num_threads(threads)
 
 
-def test_prefetch_stays_in_order_raises_in_the_consumer_and_closes(three_threads):
+def test_prefetch_stays_in_order_raises_in_the_consumer_and_closes(three_threads, loader_threads):
     started = []
 
     def load(job):
@@ -270,6 +273,6 @@ def test_prefetch_begins_as_many_jobs_as_it_is_told():
 
     stream = prefetch(load, range(100), 2, ahead=6)
     assert next(stream) == 0
-    assert begun.wait(10)
+    assert begun.wait(60)
     assert sorted(started) == list(range(7))
     assert list(stream) == list(range(1, 100))

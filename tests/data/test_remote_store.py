@@ -46,8 +46,10 @@ def test_rows_and_items_are_those_of_the_store(server):
     indices = torch.tensor([999, 3, 51, 3])
     assert torch.equal(rows.rows(indices), here.rows(indices))
     assert {path for path in server.asked if "shard" in path} == {
-        "store/shard-00000.safetensors", "store/shard-00001.safetensors", "store/shard-00019.safetensors"
-    }  # fmt: skip
+        "store/shard-00000.safetensors",
+        "store/shard-00001.safetensors",
+        "store/shard-00019.safetensors",
+    }
     assert rows.items(indices).equals(here.items(indices))
     assert torch.equal(torch.cat([x_BD for _, x_BD in rows.chunks(130)]), X.float())
     assert rows.digest() == here.digest()

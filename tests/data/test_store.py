@@ -423,8 +423,12 @@ def test_an_item_table_that_is_huge_in_memory_is_refused_before_it_is(tmp_path):
     rows, file = 30_000, path / "items-00000.parquet"
     columns = {"image": ["x" * 300_000] * rows, "token": range(rows), "label": [None] * rows}
     dictionary = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(columns["image"][:1]))
-    pq.write_table(pa.table({"image": dictionary, "token": pa.array(range(rows), pa.int32()),
-                             "label": pa.nulls(rows, pa.string())}), file)  # fmt: skip
+    pq.write_table(
+        pa.table(
+            {"image": dictionary, "token": pa.array(range(rows), pa.int32()), "label": pa.nulls(rows, pa.string())}
+        ),
+        file,
+    )
     assert file.stat().st_size < 1_000_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ActivationError, match=r"items-00000\.parquet: image unpacks to 9000000000 bytes"):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saevlm_fast.box.scenes import TAXONOMY, VALUES, Scenes, taxonomy_path
+from saevlm_fast.box.scenes import TAXONOMY, VALUES, Scenes
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
 from saevlm_fast.data.rows import Activations
@@ -43,7 +43,8 @@ def concept(name: str, factor: str) -> int:
 
 def shown_paths(i: int, factor: str) -> list[tuple[str, ...]]:
     """(group, value) of every object of scene i, by the scene's own words."""
-    return [taxonomy_path(factor, value)[1:] for value in DRAWN.labels(i)[factor]]
+    group_of = {value: group for group, values in TAXONOMY[factor].items() for value in values}
+    return [(group_of[value], value) for value in DRAWN.labels(i)[factor]]
 
 
 def stored(acts_NS: torch.Tensor) -> Activations:

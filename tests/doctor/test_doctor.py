@@ -128,8 +128,10 @@ def test_versions_against_those_that_are_supported(monkeypatch):
     found = machine.libraries()
     assert [each["supported"] for each in found.values()] == [False, True, False]
     lines = machine.problems({"libraries": found})
-    assert lines == [f"torch is {found['torch']['version']}; needed is >=999", "nothing-of-that-name is not installed; "
-                     "needed is >=2"]  # fmt: skip
+    assert lines == [
+        f"torch is {found['torch']['version']}; needed is >=999",
+        "nothing-of-that-name is not installed; needed is >=2",
+    ]
 
 
 def test_a_busy_machine_and_a_full_disk_are_in_the_way():

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,9 +11,11 @@ import pytest
 import torch.distributed as dist
 from forked import Forked
 from small_harvests import digests, harvest_arguments, run_harvest, small_units
+from torchrun import bound_socket
 
 from command import run
 from saevlm_fast.data.store import read_index, verify
+from saevlm_fast.harvesting import run as run_module
 from tiny_tower import save_photos
 
 
@@ -22,22 +23,38 @@ from tiny_tower import save_photos
 def rank_of(rank, world, port, arguments, log):
     """The command as one of torchrun's processes: torchrun's environment."""
     environment = {
-        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     return Forked(arguments, log, environment)
 
 
 def start_ranks(world, arguments, logs, of_the_last=()):
     """of_the_last: what the last one is told besides."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    bound = bound_socket()
+    port = bound.getsockname()[1]
     told = [*[arguments] * (world - 1), [*arguments, *of_the_last]]
     ranks = [rank_of(rank, world, port, told[rank], logs / f"rank-{rank}.log") for rank in range(world)]
+    ranks[0].bound = bound  # as long as it may need it
     for rank in ranks:
         rank.start()
     return ranks
+
+
+def halt(monkeypatch, after, of_ranks):
+    """Ranks that have done so many images do no more: they are there to be ended."""
+    forward = run_module._Loop._forward
+
+    def halting(self, *given):
+        if self.summary.n_done_here >= after and self.ranks.rank in of_ranks:
+            time.sleep(600)
+        forward(self, *given)
+
+    monkeypatch.setattr(run_module._Loop, "_forward", halting)
 
 
 def test_the_command_prints_what_it_did(model, photos, whole, tmp_path):
@@ -141,8 +158,9 @@ def test_ranks_that_were_started_apart_are_refused(model, photos, tmp_path, of_t
 
 
 @pytest.mark.distributed
-def test_a_rank_that_hangs_ends_the_others_within_the_timeout(model, tmp_path):
+def test_a_rank_that_hangs_ends_the_others_within_the_timeout(model, tmp_path, monkeypatch):
     photos = save_photos(tmp_path / "photos", 200)
+    halt(monkeypatch, 60, of_ranks=[1])
     words = harvest_arguments(model, photos, tmp_path / "out", "--collective-timeout", 5)
     ranks = start_ranks(2, words, tmp_path)
     deadline = time.monotonic() + 120
@@ -160,11 +178,13 @@ def test_a_rank_that_hangs_ends_the_others_within_the_timeout(model, tmp_path):
         ranks[1].join()
 
 
-def test_killed_ranks_are_resumed_by_one_process(tower, model, tmp_path):
+def test_killed_ranks_are_resumed_by_one_process(tower, model, tmp_path, monkeypatch):
     photos = save_photos(tmp_path / "photos", 200)
     run_harvest(tower, photos, tmp_path / "whole", small_units())
     output = tmp_path / "out"
-    ranks = start_ranks(2, harvest_arguments(model, photos, output), tmp_path)
+    with monkeypatch.context() as patch:
+        halt(patch, 60, of_ranks=[0, 1])
+        ranks = start_ranks(2, harvest_arguments(model, photos, output), tmp_path)
     deadline = time.monotonic() + 120
     while len(list((output / "projection").glob("shard-*.safetensors"))) < 3:
         assert all(rank.is_alive() for rank in ranks)

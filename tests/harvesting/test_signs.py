@@ -1,8 +1,8 @@
 """Ranks of a harvest wait for each other as long as each goes on."""
 
 import threading
-import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -45,23 +45,23 @@ def test_who_leaves_no_sign_is_not_waited_for():
         own.wait(Work(), nothing)
 
 
-def test_who_goes_on_is_waited_for():
-    store, work, end = dist.HashStore(), Work(), time.monotonic() + 1.5
+def test_who_goes_on_is_waited_for(monkeypatch):
+    """For three times the timeout: by a clock that goes on when a rank sleeps, and that no other work holds up."""
+    now = [1.0]
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: passes(seconds)))
+    store, work = dist.HashStore(), Work()
     own, slow = (Signs(store, rank, 2, 0.5) for rank in range(2))
 
-    def harvest():
-        while time.monotonic() < end:
-            slow.leave()
-            time.sleep(0.02)
-        work.done.set()
+    def passes(seconds):
+        now[0] += seconds
+        slow.leave()
+        if now[0] > 2.5:
+            work.done.set()
 
-    other = threading.Thread(target=harvest)
-    other.start()
     assert not own.waits
     own.wait(work, nothing)
     assert not own.waits
-    assert time.monotonic() >= end
-    other.join()
+    assert now[0] > 2.5
 
 
 def test_an_interrupt_ends_the_waiting():

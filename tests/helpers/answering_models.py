@@ -24,20 +24,32 @@ def tokenizer(*special: str, **named: str) -> Any:
     plain = build_tokenizer(ends=False)
     names = {f"{kind}_token": getattr(plain, f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")}
     made = PreTrainedTokenizerFast(
-        tokenizer_object=plain.backend_tokenizer, padding_side="left", model_max_length=512, **names,
+        tokenizer_object=plain.backend_tokenizer,
+        padding_side="left",
+        model_max_length=512,
+        **names,
         extra_special_tokens=named,
-    )  # fmt: skip
+    )
     made.add_special_tokens({"additional_special_tokens": ["<image>", *special, *named.values()]})
     return made
 
 
 def text(words: Any, **more: Any) -> dict[str, Any]:
     return {
-        "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 12, "vocab_size": len(words), "max_position_embeddings": 512,
-        "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
-        "tie_word_embeddings": False, **more,
-    }  # fmt: skip
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "vocab_size": len(words),
+        "max_position_embeddings": 512,
+        "pad_token_id": words.pad_token_id,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "tie_word_embeddings": False,
+        **more,
+    }
 
 
 def randomised(model: Any) -> Any:
@@ -54,10 +66,12 @@ def randomised(model: Any) -> Any:
 def llava_next(t: Any) -> tuple[Any, Any]:
     words = tokenizer()
     config = t.LlavaNextConfig(
-        vision_config=t.CLIPVisionConfig(**SMALL | {"num_hidden_layers": 3}), text_config=t.LlamaConfig(**text(words)),
-        image_token_index=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-2,
+        vision_config=t.CLIPVisionConfig(**SMALL | {"num_hidden_layers": 3}),
+        text_config=t.LlamaConfig(**text(words)),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
         image_grid_pinpoints=[[SIZE, 2 * SIZE]],
-    )  # fmt: skip
+    )
     images = t.LlavaNextImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_grid_pinpoints=[[SIZE, 2 * SIZE]]
     )
@@ -71,9 +85,12 @@ def pixtral(t: Any) -> tuple[Any, Any]:
     words = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
     vision = t.PixtralVisionConfig(**SIZES, image_size=64, patch_size=PATCH)
     config = t.LlavaConfig(
-        vision_config=vision, text_config=t.LlamaConfig(**text(words)), vision_feature_layer=-1,
-        vision_feature_select_strategy="full", image_token_index=words.convert_tokens_to_ids("[IMG]"),
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=t.LlamaConfig(**text(words)),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_token_index=words.convert_tokens_to_ids("[IMG]"),
+    )
     images = t.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": PATCH, "width": PATCH})
     return t.LlavaForConditionalGeneration(config), t.PixtralProcessor(images, words, patch_size=PATCH)
 
@@ -82,9 +99,11 @@ def mistral3(t: Any) -> tuple[Any, Any]:
     words = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
     vision = t.PixtralVisionConfig(**SIZES, image_size=64, patch_size=PATCH)
     config = t.Mistral3Config(
-        vision_config=vision, text_config=t.MistralConfig(**text(words)), spatial_merge_size=2,
+        vision_config=vision,
+        text_config=t.MistralConfig(**text(words)),
+        spatial_merge_size=2,
         image_token_index=words.convert_tokens_to_ids("[IMG]"),
-    )  # fmt: skip
+    )
     images = t.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 2 * PATCH, "width": 2 * PATCH})
     processor = t.PixtralProcessor(images, words, patch_size=PATCH, spatial_merge_size=2)
     return t.Mistral3ForConditionalGeneration(config), processor
@@ -116,9 +135,11 @@ def internvl(t: Any) -> tuple[Any, Any]:
     words = tokenizer(**named, video_token="<video>")
     vision = t.InternVLVisionConfig(**SIZES, image_size=[SIZE, SIZE], patch_size=[PATCH, PATCH])
     config = t.InternVLConfig(
-        vision_config=vision, text_config=t.Qwen2Config(**text(words)),
-        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=t.Qwen2Config(**text(words)),
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
     images = square(t, "GotOcr2ImageProcessor", crop_to_patches=False)
     processor = t.InternVLProcessor(images, words, t.InternVLVideoProcessor(), image_seq_length=4)
     return t.InternVLForConditionalGeneration(config), processor
@@ -131,9 +152,11 @@ def paligemma(t: Any) -> tuple[Any, Any]:
     images.image_seq_length = 16
     processor = t.PaliGemmaProcessor(images, words)
     config = t.PaliGemmaConfig(
-        vision_config=vision, text_config=t.GemmaConfig(**text(words) | {"vocab_size": len(words)}),
-        image_token_index=processor.image_token_id, projection_dim=HIDDEN,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=t.GemmaConfig(**text(words) | {"vocab_size": len(words)}),
+        image_token_index=processor.image_token_id,
+        projection_dim=HIDDEN,
+    )
     return t.PaliGemmaForConditionalGeneration(config), processor
 
 
@@ -141,9 +164,13 @@ def gemma3(t: Any) -> tuple[Any, Any]:
     words = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
     vision = t.SiglipVisionConfig(**SMALL, vision_use_head=False)
     config = t.Gemma3Config(
-        vision_config=vision, text_config=t.Gemma3TextConfig(**text(words), sliding_window=64), mm_tokens_per_image=4,
-        boi_token_index=words.boi_token_id, eoi_token_index=words.eoi_token_id, image_token_index=words.image_token_id,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=t.Gemma3TextConfig(**text(words), sliding_window=64),
+        mm_tokens_per_image=4,
+        boi_token_index=words.boi_token_id,
+        eoi_token_index=words.eoi_token_id,
+        image_token_index=words.image_token_id,
+    )
     images = square(t, "Gemma3ImageProcessor")
     return t.Gemma3ForConditionalGeneration(config), t.Gemma3Processor(images, words, image_seq_length=4)
 
@@ -161,9 +188,12 @@ def idefics(name: str) -> Callable[[Any], tuple[Any, Any]]:
         more = (t.SmolVLMVideoProcessor(size=edge),) if name == "SmolVLM" else ()
         processor = processor_class(images, words, *more, image_seq_len=4)
         config = getattr(t, f"{name}Config")(
-            vision_config=SMALL, text_config=t.LlamaConfig(**text(words)), scale_factor=2,
-            image_token_id=words.convert_tokens_to_ids("<image>"), pad_token_id=words.pad_token_id,
-        )  # fmt: skip
+            vision_config=SMALL,
+            text_config=t.LlamaConfig(**text(words)),
+            scale_factor=2,
+            image_token_id=words.convert_tokens_to_ids("<image>"),
+            pad_token_id=words.pad_token_id,
+        )
         return getattr(t, f"{name}ForConditionalGeneration")(config), processor
 
     return make
@@ -174,10 +204,18 @@ def mllama(t: Any) -> tuple[Any, Any]:
 
     words = tokenizer("<|image|>", "<|python_tag|>")
     vision = MllamaVisionConfig(
-        hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=2,
-        image_size=SIZE, patch_size=PATCH, max_num_tiles=4, intermediate_layers_indices=[0],
-        vision_output_dim=2 * WIDTH, supported_aspect_ratios=RATIOS,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        attention_heads=2,
+        image_size=SIZE,
+        patch_size=PATCH,
+        max_num_tiles=4,
+        intermediate_layers_indices=[0],
+        vision_output_dim=2 * WIDTH,
+        supported_aspect_ratios=RATIOS,
+    )
     settings = text(words, cross_attention_layers=[1])
     language = MllamaTextConfig(**settings)
     config = t.MllamaConfig(
@@ -190,15 +228,22 @@ def mllama(t: Any) -> tuple[Any, Any]:
 def perception_lm(t: Any) -> tuple[Any, Any]:
     words = tokenizer(image_token="<|image|>", video_token="<|video|>")
     trunk = {
-        "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "img_size": SIZE, "patch_size": PATCH, "global_pool": "",
+        "embed_dim": WIDTH,
+        "depth": 2,
+        "num_heads": 2,
+        "img_size": SIZE,
+        "patch_size": PATCH,
+        "global_pool": "",
         "use_post_transformer_norm": False,
-    }  # fmt: skip
+    }
     vision = t.TimmWrapperConfig(architecture="vit_pe_core_tiny_patch16_384", model_args=trunk, do_pooling=False)
     vision.num_features = WIDTH
     config = t.PerceptionLMConfig(
-        vision_config=vision, text_config=t.LlamaConfig(**text(words)), image_token_id=words.image_token_id,
+        vision_config=vision,
+        text_config=t.LlamaConfig(**text(words)),
+        image_token_id=words.image_token_id,
         video_token_id=words.video_token_id,
-    )  # fmt: skip
+    )
     images = t.PerceptionLMImageProcessor(
         tile_size=SIZE, max_num_tiles=1, vision_input_type="vanilla", size={"height": SIZE, "width": SIZE}
     )

@@ -1,5 +1,6 @@
 """A web server of files on this machine, with ranges, which breaks in whatever way it is asked to."""
 
+import os
 import threading
 import time
 from collections import Counter
@@ -8,13 +9,29 @@ from pathlib import Path
 from urllib.parse import unquote
 
 
+def put_anew(path, data):
+    """Writes a file whose time is later than that of the one before, however coarse the file system's clock is."""
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    path.write_bytes(data)
+    at = max(path.stat().st_mtime_ns, before + 10**9)
+    os.utime(path, ns=(at, at))
+
+
+class Server(ThreadingHTTPServer):
+    """Of this machine, for many at once."""
+
+    daemon_threads = True
+    request_queue_size = 128  # who finds no place in it is let in a second later, at the earliest
+
+
 class FileServer:
     """Serves the files below a folder; a context manager.
 
     Attributes:
         url: of the folder. asked: how often each path was. ranges: whether parts can be asked for. etags: whether
             versions are told. latency: seconds before every answer. fails: path -> list of what happens to its next
-            requests: a status, "cut" (half of what was promised), "hang" (no answer), "wrong" (bytes of another range).
+            requests: a status, "cut" (half of what was promised), "hang" (no answer, until the server is stopped),
+            "wrong" (bytes of another range).
         password: of user `me`, if one is asked for. logins: all that came.
     """
 
@@ -24,6 +41,7 @@ class FileServer:
         self.latency, self.password = 0.0, None
         self.logins = set()
         self.fails = {}
+        self._counting, self._stopped = threading.Lock(), threading.Event()
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,8 +53,7 @@ class FileServer:
             def do_GET(self):
                 owner.answer(self)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
@@ -48,18 +65,20 @@ class FileServer:
         self.stop()
 
     def stop(self):
+        self._stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
     def answer(self, request):
         path = unquote(request.path.partition("?")[0].lstrip("/"))
-        self.asked[path] += 1
-        self.logins |= {request.headers["Authorization"]} - {None}
+        with self._counting:
+            self.asked[path] += 1
+            self.logins |= {request.headers["Authorization"]} - {None}
+            failing = self.fails.get(path) or self.fails.get("*")
+            what = failing.pop(0) if failing else None
         time.sleep(self.latency)
-        failing = self.fails.get(path) or self.fails.get("*")
-        what = failing.pop(0) if failing else None
         if what == "hang":
-            time.sleep(5)
+            self._stopped.wait()
             return
         if isinstance(what, int):
             request.send_error(what)
@@ -92,5 +111,6 @@ class FileServer:
         if self.etags:
             request.send_header("ETag", f'"{file.stat().st_mtime_ns}-{len(data)}"')
         request.end_headers()
-        self.bytes_sent += len(piece)
+        with self._counting:
+            self.bytes_sent += len(piece)
         request.wfile.write(piece[: len(piece) // 2] if what == "cut" else piece)

@@ -113,8 +113,10 @@ def whitened(dtype, apply=True):
     mean = torch.randn(D, generator=generator, dtype=torch.float64)
     made.files["activation_scaler.json"] = {"scaling_factor": None, "has_whitening": True}
     made.files["activation_whitening.safetensors"] = {
-        "mean": mean, "matrix": matrix, "inverse_matrix": matrix.inverse()
-    }  # fmt: skip
+        "mean": mean,
+        "matrix": matrix,
+        "inverse_matrix": matrix.inverse(),
+    }
     inner = made.forward
 
     def forward(x_BD):
@@ -338,8 +340,6 @@ def theta(h_BS):
     return above(h_BS, torch.tensor(0.4).double())
 
 
-OLD_TOPK = {"schema": 1, "cls": "TopK", "cfg": {"d_vit": D, "top_k": K}}
-OLDEST = {"d_vit": D, "exp_factor": 4, "sparsity_coeff": 4e-4, "ghost_grads": False}
 SAEV = {
     "schema 1, Relu": partial(
         saev, header={"schema": 1, "cls": "Relu", "cfg": {"d_vit": D, "exp_factor": 4}}, act=relu, pre_bias=True

@@ -15,12 +15,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+
+from file_server import Server
 
 TOKEN = "hf_" + "s3cret" * 5
 LFS_SUFFIXES = (".safetensors", ".pt", ".npz", ".png", ".parquet", ".tar")
@@ -349,7 +351,7 @@ def hub_server(cache: Path) -> Iterator[Hub]:
     from huggingface_hub import constants
 
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("TheHandler", (Handler,), {"hub": hub}))
+    server = Server(("127.0.0.1", 0), type("TheHandler", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -2,12 +2,14 @@
 
 import time
 
+import pytest
 from forked import Forked
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, group_sizes_from_fractions
 from saevlm_fast.data.rows import open_activations
 from saevlm_fast.training.checkpoints import checkpoints
 from saevlm_fast.training.run import train
+from saevlm_fast.training.step import Stepper
 
 D_IN, D_SAE, K = 32, 128, 6
 
@@ -27,11 +29,20 @@ WORDS = ("train", "--device", "cpu", "--d-sae", 128, "--k", 6, "--steps", 150, "
          "--checkpoint-every", 10, "--log-every", 5, "--dead-after", 5000)  # fmt: skip
 
 
-def start(matrix, output, *more):
-    """The command, at work in a process of its own."""
+def start(matrix, output, *more, slow_from=150):
+    """The command, at work in a process of its own; from that step on as slowly as if it waited to be ended."""
     words = (*WORDS, "--activations", matrix, "--output", output, *more)
     process = Forked(words, output.with_name(f"{output.name}.log"))
-    process.start()
+    device_step = Stepper.device_step
+
+    def slower(stepper, *given):
+        if stepper.n_steps > slow_from:
+            time.sleep(0.5)
+        return device_step(stepper, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "device_step", slower)
+        process.start()
     return process
 
 

@@ -17,11 +17,13 @@ the JIT: put it in constexprs. A constexpr string such as "tl.float32" stands fo
 """
 
 import atexit
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,6 +99,18 @@ def assert_no_spills(cases: list[Case], processes: int = PROCESSES) -> list[Reso
     return used
 
 
+@functools.cache
+def _own_cache() -> dict[str, str]:
+    """Nothing; where Triton's own cache cannot be made, as without a home, the environment of another one."""
+    try:
+        Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser().mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        folder = tempfile.TemporaryDirectory()
+        atexit.register(folder.cleanup)
+        return {"TRITON_CACHE_DIR": folder.name}
+    return {}
+
+
 _workers: dict[int, subprocess.Popen[str]] = {}
 
 
@@ -105,6 +119,7 @@ def _worker(number: int) -> subprocess.Popen[str]:
     if number not in _workers:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+        env |= _own_cache()
         command = [sys.executable, __file__]
         pipe = subprocess.PIPE
         _workers[number] = subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdin=pipe, stdout=pipe)

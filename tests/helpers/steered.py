@@ -79,14 +79,29 @@ def alone(latents):
 
 
 def vision_settings(**more):
-    return {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 4,
-            "image_size": 28, "patch_size": 14, **more}  # fmt: skip
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 4,
+        "image_size": 28,
+        "patch_size": 14,
+        **more,
+    }
 
 
 def language_settings():
-    return {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "vocab_size": 64,
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 GRID = [[28, 56], [56, 28], [56, 56]]
@@ -97,9 +112,12 @@ def small_next(image_token_index=63, vocab_size=64, **options):
 
     text = t.LlamaConfig(**(language_settings() | {"vocab_size": vocab_size}))
     config = t.LlavaNextConfig(
-        vision_config=t.CLIPVisionConfig(**vision_settings()), text_config=text, image_grid_pinpoints=GRID,
-        image_token_index=image_token_index, **options,
-    )  # fmt: skip
+        vision_config=t.CLIPVisionConfig(**vision_settings()),
+        text_config=text,
+        image_grid_pinpoints=GRID,
+        image_token_index=image_token_index,
+        **options,
+    )
     return t.LlavaNextForConditionalGeneration(config).eval()
 
 
@@ -108,10 +126,12 @@ def small_onevision():
 
     vision = t.SiglipVisionConfig(**vision_settings(), vision_use_head=False)
     config = t.LlavaOnevisionConfig(
-        vision_config=vision, text_config=t.Qwen2Config(**language_settings()),
+        vision_config=vision,
+        text_config=t.Qwen2Config(**language_settings()),
         image_grid_pinpoints=[[28, 28], [56, 28], [56, 56]],
-        image_token_index=63, video_token_index=62,
-    )  # fmt: skip
+        image_token_index=63,
+        video_token_index=62,
+    )
     return t.LlavaOnevisionForConditionalGeneration(config).eval()
 
 

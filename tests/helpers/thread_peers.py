@@ -13,7 +13,7 @@ class Meeting:
 
     def __init__(self, world):
         self.world, self.slots = world, [None] * world
-        self.barrier = threading.Barrier(world, timeout=60)
+        self.barrier = threading.Barrier(world, timeout=300)
         self.bytes = [{"gather": 0, "exchange": 0, "add_up": 0} for _ in range(world)]
 
     def along(self, ranks):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from command import ROOT
+
+
+def bound_socket():
+    """At a port of this machine that nobody else is given as long as it is there, and at which c10d may listen."""
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", 0))
+    return bound
 
 
 class Torchrun:

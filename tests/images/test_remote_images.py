@@ -5,7 +5,6 @@ import json
 import pickle
 import random
 import tarfile
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +12,7 @@ import pytest
 
 import saevlm_fast as sf
 from command import run, run_json
-from file_server import FileServer
+from file_server import FileServer, put_anew
 from saevlm_fast.data.label_sets import read_labels
 from saevlm_fast.errors import ImageError
 from saevlm_fast.harvesting.plan import sampled_digest
@@ -142,8 +141,7 @@ def test_whether_the_images_are_the_same_is_known_without_fetching_them(server, 
     told = sampled_digest(sf.open_images(large), 12)
     assert told == sampled_digest(sf.open_images(large), 12)
     assert not list(cache.remote_cache().rglob("*.parquet"))
-    time.sleep(0.01)
-    (server.folder / "large.parquet").write_bytes((server.folder / "large.parquet").read_bytes())
+    put_anew(server.folder / "large.parquet", (server.folder / "large.parquet").read_bytes())
     assert told != sampled_digest(sf.open_images(large), 12)
     server.etags = False
     here = sampled_digest(sf.open_images(server.folder / "large.parquet"), 12)
@@ -152,8 +150,7 @@ def test_whether_the_images_are_the_same_is_known_without_fetching_them(server, 
 
 def test_a_file_that_is_replaced_after_it_was_opened_is_refused(server, large):
     source, data = sf.open_images(large), bytearray((server.folder / "large.parquet").read_bytes())
-    time.sleep(0.01)
-    (server.folder / "large.parquet").write_bytes(data)
+    put_anew(server.folder / "large.parquet", data)
     with pytest.raises(RemoteError, match=r"large.parquet: it was replaced since it was opened"):
         pickle.loads(pickle.dumps(source)).read(3)
 

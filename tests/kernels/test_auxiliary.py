@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from launches import counted_launches
 
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.kernels.latent_gradient import latent_slots
@@ -71,6 +72,32 @@ def test_loss_and_gradients_are_those_of_float64(device, monkeypatch, shape, n_l
             assert float(squared_norm) == pytest.approx(float(truth.squared_norm), rel=1e-5)
             whole = whole + truth.squared_norm
     assert squares == pytest.approx(float(whole), rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in the interpreter")
+def test_the_loss_is_so_many_launches(monkeypatch) -> None:
+    """Of one block of rows; what it counts in is not zero before."""
+    from saevlm_fast.kernels.auxiliary_triton import launch_auxiliary
+    from saevlm_fast.kernels.dead_list_triton import launch_dead_list
+    from saevlm_fast.kernels.dead_rows_triton import launch_biases
+
+    sae, x, x_hat, _ = made(9, 24, 97, 5)
+    idle, db_enc, empty = torch.arange(97), torch.zeros(97), torch.empty
+
+    def used(*shape, **more):
+        made = empty(*shape, **more)
+        made.view(torch.uint8 if made.ndim else made.dtype).numpy().fill(5)  # which no count sees
+        return made
+
+    expected = auxiliary(sae, x, x_hat, DeadLatents(torch.arange(92, 97), 5), 0.5)
+    monkeypatch.setattr(torch, "empty", used)
+    with counted_launches() as counts, torch.no_grad():
+        latents, number, _ = launch_dead_list(idle, 92, 8)
+        found = launch_auxiliary(weights(sae), x, x_hat, latents, number, 0.5)
+        launch_biases(latents, found.b_enc_A, sae.W_enc.T, db_enc)
+    assert sum(counts.values()) == 16, counts
+    assert counts["zeros"] == counts["fill_"] == 0
+    assert float(found.numbers[0]) == pytest.approx(float(expected.loss), rel=1e-5)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -207,7 +234,7 @@ def row_cases(target: str) -> list[Case]:
     row, keep = row_launch(1024), dict.fromkeys(("n_dead", "k"), SIZE) | named(FLOATS, "acts split inverse")
     warps, blocks = row.pop("num_warps"), row
     rows = named(FLOATS, "x x_hat b_dec inverse") | named(HALVES, "hi lo") | named(DOUBLES, "sums squares")
-    rows |= {"stride_x": SIZE, "n_rows": "i32", "d_in": SIZE}
+    rows |= named(INTS, "zeros") | {"stride_x": SIZE, "n_rows": "i32", "d_in": SIZE, "n_zeros": "i32"}
     latents = named(LONGS, "latents") | named(FLOATS, "W_enc b_enc W_dec enc_inverse bias")
     latents |= named(HALVES, "enc_hi enc_lo dec_hi dec_lo") | {"d_sae": SIZE, "d_in": SIZE}
     error = named(FLOATS, "error inverse c_inverse squares") | named(HALVES, "hi lo") | named(INTS, "largest")

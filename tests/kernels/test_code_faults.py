@@ -5,7 +5,7 @@ import torch
 from launches import counted_launches
 
 from saevlm_fast.kernels.code_faults_triton import code_faults
-from saevlm_fast.scoring import intake
+from saevlm_fast.scoring import intake, sums
 from saevlm_fast.scoring.monosemanticity import StreamedScore
 from saevlm_fast.sparse_codes import SparseCodes
 from static_compile import TARGETS, Case, assert_no_spills
@@ -101,6 +101,27 @@ def test_a_chunk_that_waits_is_two_launches(kernels):
         scores.update(SparseCodes.from_flat(acts_NK, latents_NK, None, S), emb_NE)
     counts = {name: n for name, n in counts.items() if name not in ("_to_copy", "mul", "pow", "sum", "square", "cat")}
     assert counts == {"code_faults_kernel": 1}
+
+
+@pytest.mark.skipif(GPU, reason="launches are counted in the interpreter")
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("always", [0, 9, N])
+def test_minima_that_are_zero_are_not_asked_for_again(always, halves, kernels, monkeypatch):
+    """always: images on all of which some latents fire, so that the minimum of these may still fall."""
+    monkeypatch.setattr(sums, "on_gpu", lambda _: True)
+    acts_NK, latents_NK, emb_NE = make_codes()
+    latents_NK[:always] = torch.arange(K)
+    scores, lowered, asked = StreamedScore(S, block_rows=1, halves=halves), [], []
+    for rows in (slice(0, 9), slice(9, 20), slice(20, N)):
+        with counted_launches() as counts:
+            scores.update(SparseCodes.from_flat(acts_NK[rows], latents_NK[rows], None, S), emb_NE[rows])
+        lowered.append(counts["lower_kernel"])
+        asked.append(counts["nonzero"] + counts["gt"] > 0)
+    assert lowered == [0, *((1 + halves) * (always > before) for before in (0, 9))]
+    assert asked == [True, always > 0, always > 9]
+    cpu = StreamedScore(S)
+    cpu.update(SparseCodes.from_flat(acts_NK, latents_NK, None, S), emb_NE)
+    torch.testing.assert_close(scores.result().ms, cpu.result().ms, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_static_compile_without_spills():

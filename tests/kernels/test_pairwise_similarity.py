@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from launches import counted_launches
 
 from saevlm_fast.kernels import pairwise_similarity, reference
 from saevlm_fast.kernels.common import SIMILARITIES
@@ -239,6 +240,21 @@ def test_column_sums_and_closed_form(shape, dtype, low, device, poison):
         assert torch.equal(dominated_K, ~pairwise_similarity.well_conditioned(norm_K, square_K) & (square_K > 0))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in the interpreter")
+def test_inner_products_are_three_launches(monkeypatch):
+    """And a copy, on a GPU, of which neurons one image dominates."""
+    r_NK, emb_NE = make_data(20, 5, 7)
+    r_NK, sqnorm_N = r_NK.clamp(1, 2), emb_NE.square().sum(1)
+    truth = pairwise_sums(r_NK, emb_NE, "dot")
+    monkeypatch.setattr(pairwise_similarity, "on_gpu", lambda _: True)
+    with counted_launches() as counts:
+        actual = pairwise_similarity.by_blocks(
+            r_NK, lambda r_Nk: pairwise_similarity.inner_product_sums(r_Nk, emb_NE, sqnorm_N)[1:3]
+        )
+    assert sum(counts.values()) == 3, counts
+    assert_sums(actual, truth, 1e-12)
+
+
 def test_triton_repeats_bit_for_bit(device):
     from saevlm_fast.kernels.pairwise_similarity_triton import launch_gram_sums, launch_pairwise_num
 
@@ -363,6 +379,10 @@ def float64_static_cases(target: str) -> list[Case]:
     module = "saevlm_fast.kernels.pairwise_float64_triton"
     doubles = (
         "out",
+        "total",
+        "den",
+        "self",
+        "num",
         "mean",
         "wide",
         "low",

@@ -49,11 +49,12 @@ def test_any_measure_sorts_and_is_then_a_column(visit, planted, tmp_path):
     columns = {f"m{i}": [float((latent * 7) % 16 + i) for latent in range(16)] for i in range(9)}
     table = {"latent": list(range(16)), "__proto__": [1.0] * 16} | columns
     pq.write_table(pa.table(table), tmp_path / "scores.parquet")
-    words = pa.table({"latent": [3, 5], "name": ["red", None], "word_1": ["red", "sea"], "score_1": [0.4, 0.1]})
+    words = pa.table({"latent": [5, 3], "name": ["red", None], "word_1": ["red", "sea"], "score_1": [0.4, 0.1]})
     pq.write_table(words, tmp_path / "names.parquet")
     more = ("--scores", tmp_path / "scores.parquet", "--names", tmp_path / "names.parquet", "--device", "cpu")
     run("report", "--sae", planted / "sae", "--activations", planted / "store", "--output", tmp_path / "LATENT", *more)
     tab = visit(page=tmp_path / "LATENT" / "index.html")
+    assert tab.inner_text("#detail h2").startswith("Latent 5"), "the strongest that has a name is opened"
     assert "m8" not in headers(tab)
     tab.select_option('[aria-label="Sort by"]', "m8")
     assert tab.get_attribute('[aria-sort="descending"]', "data-key") == "m8"
@@ -61,7 +62,7 @@ def test_any_measure_sorts_and_is_then_a_column(visit, planted, tmp_path):
     tab.select_option('[aria-label="Sort by"]', "latent")
     assert "m8" not in headers(tab)
     tab.fill("#search", "sea")
-    assert rows(tab) == ["5"], "words are found where they are no names"
+    assert rows(tab) == ["3"], "words are found where they are no names"
 
 
 def test_a_neighbour_of_a_pinned_latent_is_of_its_own_sae(visit, planted, tmp_path):
@@ -277,7 +278,9 @@ def test_a_blind_check_mixes_both_and_counts_them_apart(visit, controlled):
         tab.click("text=Save verdicts")
     verdicts = json.loads(Path(caught.value.path()).read_text())["verdicts"]
     assert sorted((each["control"], each["verdict"] in ("one", "several")) for each in verdicts) == [
-        *[(False, True)] * 2, *[(True, True)] * 2]  # fmt: skip
+        *[(False, True)] * 2,
+        *[(True, True)] * 2,
+    ]
 
 
 def test_a_link_leads_to_a_latent_and_keys_go_on(visit):
@@ -423,8 +426,11 @@ def test_no_serious_fault_of_accessibility(scheme, width, view, visit, controlle
     tab.wait_for_timeout(400)
     tab.evaluate(Path(os.environ["AXE"]).read_text())
     found = tab.evaluate("axe.run({ preload: false }).then((result) => result.violations)")
-    bad = [(each["id"], [node["html"][:120] for node in each["nodes"][:3]]) for each in found
-           if each["impact"] in ("serious", "critical")]  # fmt: skip
+    bad = [
+        (each["id"], [node["html"][:120] for node in each["nodes"][:3]])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
     assert not bad
     wide = "(nodes) => nodes.filter((node) => node.scrollWidth > node.clientWidth + 1).map((node) => node.textContent)"
     assert tab.eval_on_selector_all(".part, .card, #overview, #detail, html", wide) == [], "nothing hangs over the side"

@@ -156,8 +156,17 @@ def test_scores_and_the_picture_are_in_a_card(sae):
 
 def test_other_peoples_text_means_nothing_in_a_card(tmp_path):
     made = SparseAutoencoder(SAEConfig(8, 16, 2, "topk"))
-    with_metadata(made, source={"point": HOSTILE, "layer": HOSTILE, "tokens": HOSTILE, "model": {"spec": HOSTILE},
-                                "images": {"path": HOSTILE}}, training={HOSTILE: HOSTILE})  # fmt: skip
+    with_metadata(
+        made,
+        source={
+            "point": HOSTILE,
+            "layer": HOSTILE,
+            "tokens": HOSTILE,
+            "model": {"spec": HOSTILE},
+            "images": {"path": HOSTILE},
+        },
+        training={HOSTILE: HOSTILE},
+    )
     made.save_pretrained(tmp_path / "sae")
     write_card(tmp_path / "sae")
     text = (tmp_path / "sae" / "README.md").read_text()
@@ -179,8 +188,10 @@ def test_markdown_and_public_records():
         "c": {"d": "/e"},
     }
     assert public(said) == {
-        "a": "hf:clip", "b": ["y", "q", "rel/x", "https://a.b/c", "hf:org/name", 3], "c": {"d": "e"}
-    }  # fmt: skip
+        "a": "hf:clip",
+        "b": ["y", "q", "rel/x", "https://a.b/c", "hf:org/name", 3],
+        "c": {"d": "e"},
+    }
 
 
 # There and back -------------------------------------------------------------------------------------------------------
@@ -218,8 +229,12 @@ def test_the_same_push_again_changes_nothing(hub, sae):
     run("push", sae, "me/saes")
     head = hub.repos["me/saes"].branches["main"]
     assert run_json("push", sae, "me/saes") | {"url": ""} == {
-        "repo": "me/saes", "sae_id": "layer_11", "commit": head, "url": "", "changed": False
-    }  # fmt: skip
+        "repo": "me/saes",
+        "sae_id": "layer_11",
+        "commit": head,
+        "url": "",
+        "changed": False,
+    }
     assert len(hub.repos["me/saes"].commits) == 2
 
 

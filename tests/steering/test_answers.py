@@ -44,9 +44,13 @@ def test_answers_about_images_of_several_tiles_are_those_of_one_at_a_time():
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=GRID
     )
     processor = t.LlavaNextProcessor(
-        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         image_token=image_token,
-    )  # fmt: skip
+    )
     noise = np.random.default_rng(0)
     pictures = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((28, 56), (56, 56), (56, 28), (56, 56))]
     prompt = f"user: {image_token} {PROMPT} assistant:"

@@ -34,12 +34,15 @@ MODES = {
     "add": ([add(5, ALPHA)], assigned(5, lambda z: z + ALPHA), False),
     "scale": ([scale(5, 3.0)], assigned(5, lambda z: 3 * z), False),
     "zero": ([zero(5)], assigned(5, lambda z: 0.0), False),
-    "several": ([clamp(5, ALPHA), scale(7, -2.0)],
-                lambda z: assigned(7, lambda v: -2 * v)(assigned(5, lambda v: ALPHA)(z)), False),
+    "several": (
+        [clamp(5, ALPHA), scale(7, -2.0)],
+        lambda z: assigned(7, lambda v: -2 * v)(assigned(5, lambda v: ALPHA)(z)),
+        False,
+    ),
     "only": ([clamp(5, ALPHA), scale(7, 1.0)], lambda z: assigned(5, lambda v: ALPHA)(alone([5, 7])(z)), True),
     "nothing": ([], torch.zeros_like, True),
     "identity": ([], lambda z: z, False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("error", ["drop", "keep"])

@@ -75,18 +75,27 @@ def test_the_command_writes_what_a_plain_loop_gives(box, pieces, tmp_path):
     assert list(rows) == [4, 5, 6, 7]
     described = {name.decode(): value.decode() for name, value in table.schema.metadata.items()}
     assert described == described | {
-        "alpha": "30", "ask": "2", "layer": "2", "tokens": "all", "error": "drop", "dtype": "float32", "seed": "0",
+        "alpha": "30",
+        "ask": "2",
+        "layer": "2",
+        "tokens": "all",
+        "error": "drop",
+        "dtype": "float32",
+        "seed": "0",
         "max_new_tokens": "2",
-    }  # fmt: skip
+    }
     images = asked_images(box, 2)
     norms = pieces[0].sae.W_dec.detach().norm(dim=1)
     for latent in (4, 6):
         row = rows[latent]
         equal = ALPHA * float(norms[latent] / norms[row["other_latent"]])
         edits = {
-            "steered": [clamp(latent, ALPHA)], "sae_attached": [], "unsteered": None,
-            "random_latent": [clamp(row["other_latent"], equal)], "sign_flip": [clamp(latent, -ALPHA)],
-        }  # fmt: skip
+            "steered": [clamp(latent, ALPHA)],
+            "sae_attached": [],
+            "unsteered": None,
+            "random_latent": [clamp(row["other_latent"], equal)],
+            "sign_flip": [clamp(latent, -ALPHA)],
+        }
         for name, edit in edits.items():
             assert row[name] == pytest.approx(plain_score(pieces, latent, edit, images), abs=1e-5), name
     dead = rows[DEAD]

@@ -44,6 +44,15 @@ def test_two_processes_do_not_write_one_table(pieces, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
 
 
+def test_going_on_does_not_replace_settings_of_something_else(box, tmp_path):
+    settings = tmp_path / "score.json.settings.toml"
+    settings.write_text("mine")
+    for more in ((), ("--resume",), ("--resume", "--dry-run")):
+        said = score_command(box, tmp_path / "score.json", *more, code=2)
+        assert f"output: {settings} already exists; --force replaces it" in said
+    assert settings.read_text() == "mine"
+
+
 def test_the_score_refuses_in_one_line(box, tmp_path):
     output = tmp_path / "score.json"
     assert "latents: 48 to 48 are asked for; there are 0 to 47" in score_command(box, output, "--latents", "48", code=2)
@@ -102,9 +111,11 @@ def test_an_sae_of_another_tower_is_warned_of(box, pieces):
     llava = pieces[0].model
     described = load_tower(f"hf:{box / 'llava'}").description()
     for model, expected in (
-        (described, None), (described | {"weights_sha256": "0"}, f"hf:{box / 'llava'}"),
-        (described | {"class": "CLIPVisionModelWithProjection", "weights_sha256": "0"}, None), ("clip", None),
-    ):  # fmt: skip
+        (described, None),
+        (described | {"weights_sha256": "0"}, f"hf:{box / 'llava'}"),
+        (described | {"class": "CLIPVisionModelWithProjection", "weights_sha256": "0"}, None),
+        ("clip", None),
+    ):
         sae = SparseAutoencoder(SAEConfig(128, S, 8, "topk", metadata={"source": {"model": model}}))
         assert other_tower(sae, llava) == expected
     half = SparseAutoencoder(SAEConfig(128, S, 8, "topk", metadata={"source": {"model": described}}))

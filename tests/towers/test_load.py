@@ -178,9 +178,14 @@ def test_clip_large_336_in_its_true_depth_and_width(monkeypatch):
     import transformers as t
 
     vision = t.CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=256, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14, projection_dim=768,
-    )  # fmt: skip
+        hidden_size=1024,
+        intermediate_size=256,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
     with torch.device("meta"):
         model = t.CLIPVisionModelWithProjection(vision)
     model.to_empty(device="cpu")

@@ -53,8 +53,13 @@ def test_siglip_reads_texts_padded_to_the_full_length(tmp_path):
     torch.manual_seed(0)
     tokenizer = build_tokenizer(ends=True)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**shape, "vocab_size": len(tokenizer), "max_position_embeddings": 9, "projection_size": 32,
-            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    text = {
+        **shape,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 9,
+        "projection_size": 32,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model = t.SiglipModel(t.SiglipConfig(text_config=text, vision_config={**shape, "image_size": 28, "patch_size": 14}))
     torch.nn.init.normal_(model.eval().text_model.embeddings.token_embedding.weight)
     model.save_pretrained(tmp_path)
@@ -100,11 +105,15 @@ def test_open_clip(tmp_path, monkeypatch):
     import open_clip
     from safetensors.torch import save_file
 
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 28, "layers": 1, "width": 64, "patch_size": 14},
-        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    })  # fmt: skip
+    monkeypatch.setitem(
+        open_clip.factory._MODEL_CONFIGS,
+        "small",
+        {
+            "embed_dim": 24,
+            "vision_cfg": {"image_size": 28, "layers": 1, "width": 64, "patch_size": 14},
+            "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        },
+    )
     torch.manual_seed(0)
     model = open_clip.create_model("small").eval()
     save_file(model.state_dict(), tmp_path / "small.safetensors")

@@ -1,7 +1,9 @@
 """Steps in CUDA graphs: the eager steps' bits, and eager steps wherever a replay would be wrong."""
 
 from contextlib import nullcontext
+from dataclasses import is_dataclass, replace
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -213,7 +215,8 @@ class FakeStepper:
         self.bad_step, self.moments = torch.zeros(()), {}
         self.step_index, self.adam_schedule, self.low = torch.zeros(()), torch.zeros(2), None
         self.n_listed, self.current, self.taken, self.penalised, self.cone = 0, True, [], False, None
-        self.asked = None
+        self.sparsity, self.group_ends_G = torch.ones(()), torch.zeros(1)
+        self.asked, self.capturable = None, True
 
     def parameters(self):
         return {"W_dec": self.W_dec}
@@ -223,6 +226,9 @@ class FakeStepper:
 
     def low_is_current(self):
         return self.current
+
+    def can_be_captured(self, x_BD):
+        return self.capturable
 
     def device_step(self, x_BD, e_BE=None):
         self.taken[-1] = "eager" if self.taken[-1] == "announced" else "both"
@@ -273,6 +279,76 @@ def test_what_a_replay_would_not_see_is_stepped_eagerly_or_captured_anew():
     assert steps.n_captured == 1
     assert take(steps, 1, bad_step=torch.zeros(())) == "replayed"
     assert steps.n_captured == 2
+
+
+def rooms(of):
+    """Where in a tuple or a dataclass tensors are, as the names or places that lead there."""
+    if isinstance(of, torch.Tensor):
+        return [()]
+    named = enumerate(of) if isinstance(of, tuple) else vars(of).items() if is_dataclass(of) else ()
+    return [(name, *more) for name, each in named for more in rooms(each)]
+
+
+def with_other(of, room):
+    """The same, with a copy of one tensor, elsewhere in memory."""
+    if not room:
+        return of.clone()
+    first, *more = room
+    if isinstance(of, tuple):
+        return type(of)(*(with_other(each, more) if i == first else each for i, each in enumerate(of)))
+    return replace(of, **{first: with_other(getattr(of, first), more)})
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_whatever_a_penalised_step_has_asked_with_is_captured_anew_elsewhere():
+    """The graph of its second part has all their addresses."""
+    pytest.importorskip("triton")
+    from saevlm_fast.kernels.topk_encode_cuda import Candidates, Centred
+    from saevlm_fast.kernels.topk_encode_list_triton import Pool
+    from saevlm_fast.kernels.topk_encode_screen_triton import Screen
+    from saevlm_fast.training.gpu_codes import Asked
+
+    memory = iter(torch.zeros(40).split(1))
+    pool, centred = Pool(*islice(memory, 7)), Centred(*islice(memory, 2))
+    screen = Screen(*islice(memory, 7), 64, 128, *islice(memory, 2))
+    steps = CapturedSteps(FakeStepper())
+    asked = Asked(Candidates(screen, pool, *islice(memory, 4)), centred)
+    steps.stepper.asked = asked
+    before = steps._addresses()
+    assert steps._addresses() == before
+    assert len(rooms(asked)) == 22
+    for room in rooms(asked):
+        steps.stepper.asked = with_other(asked, room)
+        assert steps._addresses() != before, room
+    steps.stepper.asked = asked
+    for name in ("sparsity", "group_ends_G"):
+        setattr(steps.stepper, name, getattr(steps.stepper, name).clone())
+        assert steps._addresses() != before, name
+        before = steps._addresses()
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_what_asks_the_host_on_its_way_is_not_tried(recwarn):
+    """Neither captured, nor in the way of what can be."""
+    steps = CapturedSteps(FakeStepper())
+    assert take(steps, 4, capturable=False) == "eager eager eager eager"
+    assert (steps.n_captured, steps.n_eager) == (0, 4)
+    assert take(steps, 3, capturable=True) == "eager eager replayed"
+    assert not recwarn.list
+
+
+def on_gpu_by_name(x_BD):
+    """A batch that says it is on one."""
+    return SimpleNamespace(is_cuda=True, shape=x_BD.shape)
+
+
+@pytest.mark.parametrize(("accumulate", "width", "can_be"), [(2, 8193, False), (2, 8192, True), (1, 8193, True)])
+def test_micro_batches_too_wide_for_the_kernels_cannot_be_captured(accumulate, width, can_be):
+    pytest.importorskip("triton")
+    stepper, _, _ = make("topk", accumulate=accumulate)
+    x_BD = torch.zeros(2, 1).expand(2, width)
+    assert stepper.can_be_captured(on_gpu_by_name(x_BD)) == can_be
+    assert stepper.can_be_captured(x_BD), "a CPU captures nothing, and has no Triton perhaps"
 
 
 @pytest.mark.usefixtures("fake_gpu")

@@ -80,7 +80,7 @@ def test_steps_by_split_products_are_the_dense_steps(architecture, monkeypatch):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("architecture", test_penalised_step.RECIPES)
 def test_a_bad_row_is_told_by_a_step_of_split_products(architecture, bad, monkeypatch):
-    """Beyond 2^50 there is no scale: halves are then not finite, and neither is the loss."""
+    """Of a norm of 2^64 or more there is no square in float32: halves are then not finite, and neither is the loss."""
     monkeypatch.setattr(gpu_codes, "SPARSE_SHARE", 0.0)
     monkeypatch.setattr(step, "screens_cuda", lambda *_: True)
     stepper, _, data = with_dead(architecture, torch.float32, d_in=7, d_sae=13, sparsity_warmup=0)
@@ -137,6 +137,26 @@ def test_a_row_that_is_not_finite_is_noticed(monkeypatch):
 
 
 @interpreted
+def test_what_a_step_had_asked_that_failed_is_of_no_later_one(monkeypatch):
+    """The next one asks nothing: it would take the other's codes."""
+    monkeypatch.setattr(gpu_codes, "SPARSE_SHARE", 1.0)
+    (found, data), (expected, _) = (test_penalised_step.make("relu", d_in=7, d_sae=13)[::2] for _ in range(2))
+    for stepper in (found, expected):
+        stepper.announce(9)
+    found.asked = gpu_codes.Asked(None, None, n_places=0)
+    failing = pytest.raises(RuntimeError, match="no memory")
+    with monkeypatch.context() as patched, failing, torch.no_grad():
+        patched.setattr(Stepper, "_device_state", lambda self, x_BD: raises(RuntimeError("no memory")))
+        found._gpu_step(data[:9])
+    losses = [gpu_step(stepper, data[9:18]).losses.overall for stepper in (found, expected)]
+    assert torch.equal(*losses)
+
+
+def raises(error):
+    raise error
+
+
+@interpreted
 @pytest.mark.parametrize("of_latents", [False, True])
 def test_candidates_give_what_is_above_a_threshold_of_every_latent(of_latents):
     """And padding behind it, of two chunks' worth of places; too small a pool is told."""
@@ -161,8 +181,28 @@ def test_candidates_give_what_is_above_a_threshold_of_every_latent(of_latents):
     assert too_many.counted() is None
 
 
+@interpreted
+@pytest.mark.parametrize("power", [35, 63])
+@pytest.mark.parametrize("architecture", test_penalised_step.RECIPES)
+def test_a_large_row_is_taken_as_on_a_cpu(architecture, power, monkeypatch):
+    """The norm of the gradients is beyond float32 with either: the step is one of nothing, and not of NaN."""
+    sizes = {"dtype": torch.float32, "d_in": 7, "d_sae": 13, "sparsity_warmup": 0}
+    (expected, _, data), (found, _, _) = (test_penalised_step.make(architecture, **sizes) for _ in range(2))
+    x_BD = data[:11].clone()
+    x_BD[4] *= 2.0**power / x_BD[4].norm()
+    whole = expected.step(x_BD)
+    monkeypatch.setattr(gpu_codes, "SPARSE_SHARE", 0.0)
+    monkeypatch.setattr(step, "screens_cuda", lambda *_: True)
+    output = gpu_step(found, x_BD)
+    assert output.codes is None
+    assert float(output.losses.overall) == pytest.approx(float(whole.losses.overall), rel=1e-5)
+    for name, parameter in expected.parameters().items():
+        torch.testing.assert_close(found.parameters()[name], parameter, atol=1e-6, rtol=1e-6)
+    assert int(found.bad_step) == int(expected.bad_step) == -1
+
+
 def test_scales_bring_numbers_below_their_top():
-    bounds = torch.tensor([1e-14, 0.999, 1.0, 1.001, 3e14])
+    bounds = torch.tensor([1e-14, 0.999, 1.0, 1.001, 3e14, 1e20])
     scaled = bounds * gpu_dense.scale_below(bounds)
     assert bool(((scaled < 2**13) & (scaled >= 2**12)).all())
     extremes = gpu_dense.scale_below(torch.tensor([0.0, 1e-42, 1e38]))

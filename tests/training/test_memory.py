@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from held_memory import HeldMemory
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
-from saevlm_fast.training import memory
-from saevlm_fast.training.memory import rows_go_to_device, training_memory
+from saevlm_fast.peers import Alone, Ranks
+from saevlm_fast.sae import SparseAutoencoder
+from saevlm_fast.training import dead_latents, memory, sharded_dead
+from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
+from saevlm_fast.training.memory import auxiliary_memory, memory_of, most_memory_of, rows_go_to_device, training_memory
 from saevlm_fast.training.run import train
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.state import TrainingState
@@ -25,7 +29,7 @@ def x_ND():
 @pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False)])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 2), (torch.float32, 4), (torch.float64, 4)])
 def test_rows_fit_beside_what_training_takes(x_ND, monkeypatch, dtype, size, missing, fits):
-    data, config = Activations.from_tensor(x_ND.to(dtype)), TrainConfig(batch_size=128)
+    data, config = Activations.from_tensor(x_ND.to(dtype)), TrainConfig(batch_size=128, steps=10)
     needed = 1500 * 16 * size + training_memory(SAE, 128)
     monkeypatch.setattr(memory, "free_memory", lambda device: needed - missing)
     assert rows_go_to_device(data, SAE, config, CUDA, "auto") == fits
@@ -38,6 +42,85 @@ def test_rows_fit_beside_what_training_takes(x_ND, monkeypatch, dtype, size, mis
         ValueError, match=r"data_on: device, but the rows take 0\.\d MB there and training 0\.\d MB, and"
     ):
         rows_go_to_device(data, SAE, config, CUDA, "device")
+
+
+def test_auto_leaves_room_for_dead_latents(x_ND, monkeypatch):
+    """And `device`, which refuses, asks for none: whether latents die is not known."""
+    data, config = Activations.from_tensor(x_ND), TrainConfig(batch_size=128, steps=10, dead_after=1280)
+    surely, most = (f(SAE, config, 1500, *more) for f, more in ((memory_of, ()), (most_memory_of, (CUDA,))))
+    rows, of_dead = 1500 * 16 * 4, auxiliary_memory(SAE, config, 1500, CUDA)
+    assert most - surely == of_dead > 6 * 4 * SAE.d_in * SAE.d_sae
+    for missing, fits in ((0, True), (1, False)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, missing=missing: rows + most - missing)
+        assert rows_go_to_device(data, SAE, config, CUDA, "auto") == fits
+    monkeypatch.setattr(memory, "free_memory", lambda device: rows + surely)
+    assert rows_go_to_device(data, SAE, config, CUDA, "device")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [("topk", {"dead_after": 1281}), ("topk", {"auxk_alpha": 0}), ("topk", {"control": "untrained"}), ("relu", {})],
+)
+def test_where_no_latent_can_be_dead_the_loss_takes_nothing(architecture, more):
+    k = {} if architecture == "relu" else {"k": 4}
+    sae = SAEConfig.sized(16, expansion=4, architecture=architecture, **k)
+    config = TrainConfig(**({"batch_size": 128, "steps": 10, "dead_after": 10} | more))
+    assert auxiliary_memory(sae, config, 1500, CUDA) == 0
+
+
+# rows, d_in, dead latents: of which weights, blocks or rows take most; and as rows are one block or several
+SHAPES = [(8, 256, 512), (600, 16, 500), (500, 600, 16), (300, 200, 400)]
+
+
+@pytest.mark.parametrize("blocks", [1, 7])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("way", ["one process", "a rank", "a rank's GPU"])
+def test_what_the_auxiliary_loss_holds_is_what_is_counted(monkeypatch, way, shape, blocks):
+    """By a counting allocator; at most twice what is made, where the limit of a block is that of a test."""
+    n_rows, d_in, n_dead = shape
+    block = -(-n_rows // blocks) * n_dead
+    monkeypatch.setattr(dead_latents, "_AUX_ELEMENTS", block)
+    monkeypatch.setattr(sharded_dead, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(sharded_dead, "_GPU_ELEMENTS", block)
+    monkeypatch.setattr(sharded_dead, "on_gpu", lambda _: way == "a rank's GPU")
+    held = held_by_loss(way, *shape)
+    sae = SAEConfig.sized(d_in, d_sae=n_dead, k=3, architecture="topk")
+    config = TrainConfig(steps=10, batch_size=n_rows, dead_after=1)
+    counted = auxiliary_memory(sae, config, n_rows, CPU) - 16 * (n_rows * n_dead - block)
+    assert held <= counted < 2.5 * held, counted / held
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels that do nothing: tensors of the CPU")
+@pytest.mark.parametrize("shape", [(4096, 128, 512), (512, 512, 256), (2048, 64, 2048), (4096, 64, 200)])
+def test_what_a_gpus_auxiliary_loss_holds_is_counted(monkeypatch, shape):
+    """Of the tensors that kernels are given on an H200, where few dead latents have many parts of sums."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    from saevlm_fast.kernels import auxiliary_triton
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
+    monkeypatch.setattr(auxiliary_triton, "product_config", lambda _: auxiliary_triton.tile_config((9, 0)))
+    monkeypatch.setattr(auxiliary_triton, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(dead_latents, "on_gpu", lambda _: True)
+    n_rows, d_in, n_dead = shape
+    held = held_by_loss("one process", *shape)
+    sae = SAEConfig.sized(d_in, d_sae=n_dead, k=3, architecture="topk")
+    counted = auxiliary_memory(sae, TrainConfig(steps=10, batch_size=n_rows, dead_after=1), n_rows, CUDA)
+    assert held <= counted < 4 * held, counted / held
+    limits = dead_latents._AUX_ELEMENTS, auxiliary_triton.MOST_ELEMENTS, sharded_dead._GPU_ELEMENTS
+    assert limits == (1 << 23, 1 << 26, 1 << 27)  # as auxiliary_memory has them
+
+
+def held_by_loss(way, n_rows, d_in, n_dead):
+    sae = SparseAutoencoder(SAEConfig.sized(d_in, d_sae=n_dead, k=3, architecture="topk"))
+    sae.reset_parameters(0)
+    x, x_hat = torch.randn(2, n_rows, d_in, generator=torch.Generator().manual_seed(0))
+    dead = DeadLatents(torch.arange(n_dead), n_dead)
+    with torch.no_grad(), HeldMemory(x, *sae.parameters(), dead.latents_A) as held:
+        if way == "one process":
+            auxiliary(sae, x, x_hat, dead, 0.5)
+        else:
+            sharded_dead.shared_auxiliary(sae, Ranks.of(Alone()), x, x_hat, dead, 0.5, n_rows, None, 0)
+    return held.peak
 
 
 def test_a_system_that_does_not_say_is_taken_at_its_word(x_ND, monkeypatch):

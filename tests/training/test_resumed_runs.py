@@ -34,7 +34,7 @@ def uninterrupted(matrix, tmp_path_factory):
 def test_killed_and_resumed_is_bit_identical(matrix, uninterrupted, tmp_path):
     output = tmp_path / "run"
     for n_steps, more in ((30, ()), (100, ("--resume",))):  # killed twice, at whatever instant that happens to be
-        process = start(matrix, output, *more)
+        process = start(matrix, output, *more, slow_from=n_steps + 20)
         wait_for_checkpoint(process, output, n_steps)
         process.kill()
         assert process.end()[0] == -signal.SIGKILL
@@ -47,7 +47,7 @@ def test_killed_and_resumed_is_bit_identical(matrix, uninterrupted, tmp_path):
 
 def test_interrupt_ends_with_a_checkpoint_and_a_hint(matrix, uninterrupted, tmp_path):
     output = tmp_path / "run"
-    process = start(matrix, output)
+    process = start(matrix, output, slow_from=40)
     wait_for_checkpoint(process, output, 20)
     process.interrupt()
     code, text = process.end()
@@ -77,7 +77,7 @@ def test_directory_in_use(matrix, tmp_path):
 def test_a_second_process_is_refused_and_the_first_goes_on(matrix, tmp_path, monkeypatch):
     """By the lock; a resumed run, and one that would replace it."""
     output = tmp_path / "run"
-    first = start(matrix, output, "--steps", 100_000, "--checkpoint-every", 100_000)
+    first = start(matrix, output, "--steps", 100_000, "--checkpoint-every", 100_000, slow_from=1000)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
         assert first.is_alive(), first.end()

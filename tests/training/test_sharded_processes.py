@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
 import torch
 from test_sharded_run import check_same_sae
-from torchrun import Torchrun, messages
+from torchrun import Torchrun, bound_socket, messages
 
 from saevlm_fast.config import RunOptions, SAEConfig, SAESize, TrainConfig
 from saevlm_fast.data.rows import open_activations
@@ -49,14 +48,14 @@ def words(matrix, output, steps=50, *more):
 
 def two_nodes(place, *arguments):
     """A torchrun each, of one rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    return [
+    bound = bound_socket()
+    meet = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={bound.getsockname()[1]}"]
+    nodes = [
         Torchrun(of_node, 1, place / f"log{node}", (*meet, f"--node-rank={node}"))
         for node, of_node in enumerate(arguments)
     ]
+    nodes[0].bound = bound  # as long as it may need it
+    return nodes
 
 
 @pytest.mark.parametrize("nodes", [1, 2], ids=["two ranks", "two nodes"])

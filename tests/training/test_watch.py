@@ -31,7 +31,7 @@ class Recorded:
 
     made: list["Recorded"]
     breaks = hangs = ""
-    awake = threading.Event()
+    hanging, awake = threading.Event(), threading.Event()
 
     def __init__(self, run):
         self.run, self.told, self.directories = run, [], []
@@ -42,6 +42,7 @@ class Recorded:
         if what == self.breaks:
             raise RuntimeError(f"no {what} today\nsecond line")
         if what == self.hangs:
+            self.hanging.set()
             self.awake.wait()
         self.told.append((what, *said))
         self.directories.append(self.run.directory())
@@ -68,12 +69,26 @@ def recorded(monkeypatch):
     """wandb and trackio are these loggers."""
     Recorded.made, Other.made = [], []
     Recorded.breaks = Other.breaks = Recorded.hangs = Other.hangs = ""
-    Recorded.awake = threading.Event()
+    Recorded.hanging, Recorded.awake = threading.Event(), threading.Event()
     monkeypatch.setattr(watch, "imported", lambda name: None)
     monkeypatch.setattr(watch, "LOGGERS", {"wandb": Recorded, "trackio": Other})
     monkeypatch.setattr(beside, "hanging", [])
     yield Recorded
     Recorded.awake.set()
+
+
+@pytest.fixture
+def impatient(recorded, monkeypatch):
+    """Half a second for what hangs; as long as they need for those that have not come so far, as on a busy machine."""
+    settle = beside.Beside.settle
+
+    def settled(self, done, deadline):
+        while not (done.is_set() or (self._name == "wandb" and recorded.hanging.is_set())):
+            done.wait(0.01)
+        return settle(self, done, deadline)
+
+    monkeypatch.setattr(beside, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(beside.Beside, "settle", settled)
 
 
 def run(output=None, *, log_to=("wandb", "trackio"), on_step=lambda step: None, **options):
@@ -129,8 +144,7 @@ def test_a_logger_that_fails_warns_once_and_the_run_is_the_same(recorded, tmp_pa
         ("close", "the end"),
     ],
 )
-def test_a_logger_that_hangs_is_left_behind(recorded, tmp_path, monkeypatch, hangs, at):
-    monkeypatch.setattr(beside, "PATIENCE_SECONDS", 0.5)
+def test_a_logger_that_hangs_is_left_behind(recorded, impatient, tmp_path, hangs, at):
     recorded.hangs = hangs
     with pytest.warns(Doubt) as warned:
         run(tmp_path / "run")
@@ -144,7 +158,7 @@ def test_a_logger_that_hangs_is_left_behind(recorded, tmp_path, monkeypatch, han
     recorded.awake.set()
     for thread in threading.enumerate():
         if thread.name == "log_to wandb":
-            thread.join(10)
+            thread.join(120)
     assert len(recorded.made[0].told) <= told + 1, "it did what it was at, and nothing more"
 
 
@@ -162,8 +176,7 @@ def test_steps_do_not_wait_for_a_logger(recorded, tmp_path):
     assert beside.hanging == ["slow"]
 
 
-def test_of_several_saes_a_silent_logger_is_waited_for_once(recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr(beside, "PATIENCE_SECONDS", 0.5)
+def test_of_several_saes_a_silent_logger_is_waited_for_once(recorded, impatient, tmp_path):
     recorded.hangs = "start"
     options = RunOptions(tmp_path / "grid", "cpu", log_to=("wandb", "trackio"))
     with pytest.warns(Doubt, match="wandb was still at start") as warned:
@@ -194,7 +207,7 @@ def test_who_does_not_want_to_wait_waits_for_none(recorded, tmp_path, monkeypatc
 @pytest.mark.parametrize("why", [Interrupted("enough"), ValueError("a fault")])
 def test_several_saes_that_end_early_are_closed_at_once(recorded, tmp_path, monkeypatch, why):
     """Each close comes after the others have begun, so that slow ones do not add up."""
-    together = threading.Barrier(3, timeout=20)
+    together = threading.Barrier(3, timeout=120)
     monkeypatch.setattr(Recorded, "close", lambda self, failed: (together.wait(), self._do("close", failed)))
 
     def stop(step):
@@ -224,10 +237,9 @@ def test_stdout_is_as_it_was_whoever_ends_first(monkeypatch, capsys):
     assert (said.out, said.err) == ("heard\n", "")
 
 
-def test_the_command_ends_where_a_logger_hangs(recorded, tmp_path, monkeypatch, capsys):
+def test_the_command_ends_where_a_logger_hangs(recorded, impatient, tmp_path, monkeypatch, capsys):
     """Its package may wait for it when Python ends; what it prints is not the result."""
     np.save(tmp_path / "x.npy", np.asarray(X))
-    monkeypatch.setattr(beside, "PATIENCE_SECONDS", 0.5)
     recorded.hangs = "close"
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
@@ -259,15 +271,15 @@ def test_other_threads_of_a_notebook_print_where_they_did(recorded, tmp_path, mo
 
     def in_the_middle(step):
         is_training.set()
-        has_printed.wait(10)
+        has_printed.wait(120)
 
     kept = {"log_to": ("trackio",), "on_step": in_the_middle}
     trained = threading.Thread(target=run, args=(tmp_path / "run",), kwargs=kept)
     trained.start()
-    assert is_training.wait(10)
+    assert is_training.wait(120)
     print("words of the notebook")
     has_printed.set()
-    trained.join(10)
+    trained.join(120)
     assert capsys.readouterr() == ("words of the notebook\n", "words of a package\n")
 
 

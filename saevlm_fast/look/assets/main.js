@@ -231,7 +231,9 @@
 
   function first_latent() {
     if (app.state.latent === null && !wrong && table.order.length && !app.state.view) {
-      app.state.latent = table.order[0];
+      const sae = index.saes[app.state.sae];  // the strongest that has a name: the strongest of all often fire on every image
+      const named = sae.names && app.state.sort === first.sort ? table.order.find((latent) => sae.names[latent]) : undefined;
+      app.state.latent = named === undefined ? table.order[0] : named;
       app.update();
     }
   }
