@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 TEMPORARY_PREFIX = ".writing-"
 CACHE_VARIABLE = "SAEVLM_FAST_CACHE"
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # NumPy's, without errno
 # Of a write, or of a checkpoint that was being removed.
 _LEFTOVER = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}([0-9a-f]{{8}}-.+|step_\d{{8}})", re.DOTALL)
 
@@ -49,7 +50,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            what = error.strerror or f"only a part was written, is the disk full? ({error})"  # NumPy gives no errno
+            what = error.strerror or str(error)
+            if _SHORT_WRITE.fullmatch(what):
+                what = f"only a part was written, is the disk full? ({what})"
             raise OSError(error.errno or errno.EIO, what, str(path)) from error
         raise
     _fsync_directory(path.parent)

@@ -224,3 +224,13 @@ def test_numpys_short_write_is_told_as_what_it_is(tmp_path):
     ):
         raise OSError(short)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_read_while_a_file_is_written_is_not_told_as_a_full_disk(tmp_path):
+    """As rows that are elsewhere: their OSError has neither errno nor file as well."""
+    with (
+        pytest.raises(OSError, match=r"https://a\.b/c: status 503, 3 times: '.*/a'$") as error,
+        atomic_write(tmp_path / "a"),
+    ):
+        raise OSError("https://a.b/c: status 503, 3 times")
+    assert "disk" not in str(error.value)
