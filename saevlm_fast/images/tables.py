@@ -340,7 +340,7 @@ def open_saved_dataset(folder: str, split: str) -> SavedDatasetSource:
     stored = _folder_of_split(folder, split)
     _check_files(stored)
     try:
-        dataset = datasets.load_from_disk(stored)
+        dataset = datasets.load_from_disk(str(stored))
     except (ValueError, OSError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"images: {folder}: {first_line(error).removeprefix(f'images: {folder}: ')}") from error
     schema, tables = dataset.features.arrow_schema, dataset.with_format("arrow")

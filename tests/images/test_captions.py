@@ -71,7 +71,7 @@ def test_parquet_columns_also_lists_and_several_row_groups(tmp_path):
 def test_saved_datasets(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = {"image": [{"bytes": png(i), "path": None} for i in range(2)], "text": ["x", " y "]}
-    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "set"))
     assert captions(open_images(tmp_path / "set")) == ["x", "y"]
 
 
