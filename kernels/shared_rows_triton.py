@@ -173,7 +173,7 @@ Codes = tuple[Tensor, Tensor, Tensor]  # acts and latents [M], row_offsets [B + 
 
 
 def tile(d_in: int) -> dict[str, int]:
-    """Constants of parts_kernel and passed_kernel: few entries at a time are quicker than many (docs/decisions.md)."""
+    """Constants of parts_kernel and passed_kernel, which take two entries at a time."""
     block_d, _ = whole_row_block(d_in, 4)
     return {"STEP_K": 2, "BLOCK_D": block_d, "num_warps": max(1, min(16, block_d // 256))}
 

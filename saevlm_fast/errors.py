@@ -3,7 +3,7 @@
 Every message names the argument (or the file), its value and the limit, in one line.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -94,6 +94,25 @@ def first_line(error: BaseException, longest: int = 200) -> str:
     """The first line of an error's message, `longest` characters at most; its kind's name where it has none."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:longest]
+
+
+class OtherSettings(ValueError):
+    """A run was started with other settings than are asked for.
+
+    differ: of each its section, its name, the value asked for, and the one before.
+    """
+
+    def __init__(self, differ: Sequence[tuple[str, str, Any, Any]]):
+        self.differ = differ
+        super().__init__(self.told(lambda section, name: name))
+
+    def told(self, called: Callable[[str, str], str]) -> str:
+        """The message; called: what a setting of a section and a name is called in it."""
+        (section, first, value, before), *others = self.differ
+        listed = ", ".join(f"{called(*where)} ({value}, not {before})" for *where, value, before in others[:3])
+        more = f"; also different: {listed}" if others else ""
+        more += f" and {len(others) - 3} more" if len(others) > 3 else ""
+        return f"resume: {called(section, first)} is {value}, but the run was started with {before}{more}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

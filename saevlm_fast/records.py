@@ -11,12 +11,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saevlm_fast.errors import first_line, require
+from saevlm_fast.errors import OtherSettings, first_line, require
 from saevlm_fast.files import atomic_write
 
 SEAL = "sha256"
@@ -199,25 +199,6 @@ def _problem_of_fields(value: dict[str, Any], schema: Fields, key: str) -> str |
 def _shown(value: Any) -> str:
     text = f"an object of {len(value)} entries" if isinstance(value, dict) else ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-class OtherSettings(ValueError):
-    """A run was started with other settings than are asked for.
-
-    differ: of each its section, its name, the value asked for, and the one before.
-    """
-
-    def __init__(self, differ: Sequence[tuple[str, str, Any, Any]]):
-        self.differ = differ
-        super().__init__(self.told(lambda section, name: name))
-
-    def told(self, called: Callable[[str, str], str]) -> str:
-        """The message; called: what a setting of a section and a name is called in it."""
-        (section, first, value, before), *others = self.differ
-        listed = ", ".join(f"{called(*where)} ({value}, not {before})" for *where, value, before in others[:3])
-        more = f"; also different: {listed}" if others else ""
-        more += f" and {len(others) - 3} more" if len(others) > 3 else ""
-        return f"resume: {called(section, first)} is {value}, but the run was started with {before}{more}"
 
 
 def check_same_settings(path: Path, settings: Mapping[str, Mapping[str, Any]], free: tuple[str, ...] = ()) -> None:

@@ -14,7 +14,7 @@ from saevlm_fast.cli.options import COMMANDS, called, named_by_option
 from saevlm_fast.data.codes import open_codes
 from saevlm_fast.data.matrix import map_matrix
 from saevlm_fast.data.rows import open_activations
-from saevlm_fast.errors import ActivationError
+from saevlm_fast.errors import ActivationError, OtherSettings
 from saevlm_fast.inspection import inspect, summary_rows
 from saevlm_fast.records import (
     DIGEST,
@@ -22,7 +22,6 @@ from saevlm_fast.records import (
     TEXT,
     Each,
     Fields,
-    OtherSettings,
     check_same_settings,
     read_record,
     whole,

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ def timed(
                 steps.step(batches[0])
             held_BD = steps.input(ROWS)
             assert held_BD is not None  # as steps are captured
-            device, host = milliseconds(lambda: steps.step(held_BD))  # noqa: B023
+            device, host = milliseconds(partial(steps.step, held_BD))
             kept = f"{steps.n_captured} graphs, {steps.n_replayed} replayed, {steps.n_eager} eager"
             print(f"=== {case}, captured: {device:.3f} ms, host {host:.3f} ms; {kept}", flush=True)
     one, other = (stepper.sae.W_dec for stepper in found.values())

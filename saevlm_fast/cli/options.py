@@ -28,8 +28,7 @@ from rich.markup import escape
 from saevlm_fast.cli.ranks import check_shares, one_voice
 from saevlm_fast.cli.terminal import for_a_program, print_json, print_pairs, say
 from saevlm_fast.config.common import CACHE_GIB, CACHE_GIB_VARIABLE
-from saevlm_fast.errors import did_you_mean, require
-from saevlm_fast.records import OtherSettings
+from saevlm_fast.errors import OtherSettings, did_you_mean, require
 from saevlm_fast.remote.answers import RemoteError
 from saevlm_fast.settings import (
     NUMBERS,

@@ -32,7 +32,8 @@ def sparse_assignment(
     cost = np.concatenate([most - weights_M, np.full(n_rows, most)])
     rows = np.concatenate([rows_M, np.arange(n_rows)])
     columns = np.concatenate([columns_M, n_columns + np.arange(n_rows)])
-    graph = csr_array((cost, (rows, columns)), shape=(n_rows, n_columns + n_rows))
+    places = (rows.astype(np.int32), columns.astype(np.int32))  # scipy before 1.15 takes no others
+    graph = csr_array((cost, places), shape=(n_rows, n_columns + n_rows))
     matched_rows, matched = min_weight_full_bipartite_matching(graph)
     real = matched < n_columns
     order = np.argsort(matched_rows[real], kind="stable")

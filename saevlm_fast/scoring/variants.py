@@ -19,7 +19,6 @@ an image (tms: of images), E embedding, L latents that are on.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +37,6 @@ from saevlm_fast.scoring.sums import Embeddings, status_of
 from saevlm_fast.scoring.top_images import BestImages
 from saevlm_fast.sparse_codes import GroupedCodes, SparseCodes
 
-Variant = Literal["visaebench", "tms", "patch"]
 N_TOP = 16
 N_PAIRS = 1000
 _SET_ELEMENTS = 1 << 24  # comparisons of latents at a time

@@ -144,11 +144,11 @@ def timm_anatomy(model: Any, spec: str) -> Anatomy:
             absent={"projection": "timm's models have no projection; pooled is their image vector"},
             form=Cells(last),
         )
+    cls_later = any(hasattr(model, name) for name in _CLASS_BLOCKS)
     require(
-        isinstance(blocks, (nn.ModuleList, nn.Sequential)) and hasattr(model, "num_prefix_tokens"),
+        isinstance(blocks, (nn.ModuleList, nn.Sequential)) and (cls_later or hasattr(model, "num_prefix_tokens")),
         f"{spec}: {kind} is not a plain vision transformer, Swin, ResNet, ConvNeXt or EfficientNet",
     )
-    cls_later = any(hasattr(model, name) for name in _CLASS_BLOCKS)
     return Anatomy(
         blocks=list(blocks),
         n_prefix=0 if cls_later else model.num_prefix_tokens,

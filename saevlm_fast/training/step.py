@@ -100,7 +100,7 @@ class Stepper:
         self.group_ends_G = torch.tensor(sae.config.group_ends, device=device)
 
     def _cone(self) -> Cone | None:
-        """Kept beside the weights: to draw its rows anew takes a tenth to a third of a step (docs/decisions.md)."""
+        """Kept beside the weights: to draw its rows anew takes most of a small step's time (docs/decisions.md)."""
         if self.config.control != "soft-frozen":
             return None
         rows_SD = first_rows(self.sae.config, self.config.seed)

@@ -1,8 +1,13 @@
-"""Triton's interpreter, quicker: what it looks up anew at every call of a @triton.jit function is looked up once."""
+"""Triton's interpreter, quicker: what it looks up anew at every call of a @triton.jit function is looked up once.
+
+And with masks that are one: what is compared as a scalar and spread over a block is a number there, which Triton 3.9
+refuses as a mask.
+"""
 
 import importlib.util
 import inspect
 import sys
+from types import ModuleType
 
 
 def quicken_interpreter() -> None:
@@ -46,3 +51,16 @@ def quicken_interpreter() -> None:
         return known[element]
 
     interpreter._patch_builtin, interpreter._get_np_dtype = look_up, np_dtype
+    _keep_booleans(interpreter)
+
+
+def _keep_booleans(interpreter: ModuleType) -> None:
+    """Comparisons keep the type of what they compare in the interpreter's handles, and a spread one takes it on."""
+    builder = interpreter.InterpreterBuilder
+    splat = builder.create_splat
+
+    def create_splat(self, ret_ty, arg):
+        found = splat(self, ret_ty, arg)
+        return interpreter.TensorHandle(found.data.astype(bool), arg.dtype) if arg.data.dtype == bool else found
+
+    builder.create_splat = create_splat
