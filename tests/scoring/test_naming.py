@@ -1,11 +1,14 @@
 """Directions of latents against their definition; words of planted concepts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from planted_codes import in_memory, write_codes
 from torch import Tensor
 
+from saevlm_fast.look.names import Pointed, Words, name_latents
 from saevlm_fast.scoring.monosemanticity import streamed_score
 from saevlm_fast.scoring.naming import latent_directions, nearest_words, read_words
 
@@ -100,6 +103,16 @@ def test_nearest_words_refuses_in_one_line():
     ):
         with pytest.raises(ValueError, match="^" + message):
             nearest_words(*arguments)
+
+
+def test_embeddings_of_another_width_than_the_texts_are_refused_before_their_words_are_sought():
+    sums = streamed_score(in_memory(torch.rand(9, 3)), in_memory(torch.rand(9, 7)))
+    pointed = Pointed(torch.zeros(3, 7), torch.zeros(3, 7), sums, torch.zeros(3))
+    encoder = SimpleNamespace(spec="hf:clip", embed=lambda texts: torch.zeros(len(texts), 5))
+    words = Words(["red", "blue"], ["a red", "a blue"])
+    said = r"^embeddings: 7 wide, but texts of hf:clip are 5 wide; .* by the same model \(harvest --point projection\)$"
+    with pytest.raises(ValueError, match=said):
+        name_latents(pointed, encoder, words, 3)
 
 
 def test_read_words(tmp_path):
