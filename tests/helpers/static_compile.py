@@ -26,6 +26,7 @@ import sys
 import tempfile
 import traceback
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,10 +92,18 @@ def compile_cases(cases: list[Case], processes: int = PROCESSES) -> list[Resourc
     return [results[i] for i in range(len(cases))]
 
 
+# Bytes that Triton before 3.8 spills: of 8,192 candidates in 512 threads, and scalars into lanes of vector registers.
+_SPILLED_BEFORE_3_8 = {("topk_of_groups_kernel", "sm_80"): 24, ("redo_topk_kernel", "gfx942"): 184}
+
+
 def assert_no_spills(cases: list[Case], processes: int = PROCESSES) -> list[Resources]:
-    """compile_cases, and an AssertionError listing every case that spills."""
+    """compile_cases, and an AssertionError listing every case that spills, but for what is known of an old Triton."""
     used = compile_cases(cases, processes)
-    spilled = [f"{case}: {resources}" for case, resources in zip(cases, used) if resources.spill_bytes > 0]
+    known = _SPILLED_BEFORE_3_8 if tuple(map(int, version("triton").split(".")[:2])) < (3, 8) else {}
+    limits = [known.get((case.function, case.target), 0) for case in cases]
+    spilled = [
+        f"{case}: {resources}" for case, resources, most in zip(cases, used, limits) if resources.spill_bytes > most
+    ]
     assert not spilled, "\n".join(spilled)
     return used
 
