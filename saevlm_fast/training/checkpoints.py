@@ -42,6 +42,7 @@ from saevlm_fast.files import (
     remove_leftovers_of,
     sha256_file,
 )
+from saevlm_fast.harvesting.stores import HARVEST_FILE
 from saevlm_fast.outputs import begin_replacement, is_being_swapped, output_lock, publish, settle, workplace
 from saevlm_fast.records import (
     RECORD,
@@ -75,6 +76,7 @@ METRICS_FILE, METRICS_DIGEST_FILE, RUN_FILE, CHECKPOINTS = (
 )
 FILES = (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, METRICS_DIGEST_FILE, RUN_FILE)  # of a run; the last says it is one
 _LOGGED = Fields({"step": whole()})
+STORE_FILE = "index.json"  # of a store of activations
 _RUN = Fields({"sae": RECORD, "train": RECORD, "data": RECORD}, others=False)
 _KEPT_CHECKPOINTS = 2
 _CHECKPOINTS_A_RUN = 20
@@ -141,13 +143,14 @@ class RunDirectory:
 
         Raises:
             ValueError: one is, and neither resume nor force says what becomes of it; or files of a run's names are
-                there that are of no run, which nothing says may be removed.
+                there that are of no run, which nothing says may be removed; or a store or a harvest is.
         """
         if is_being_swapped(self.output):
             used = True
         else:
             used = _holds_run(self.output)
-            foreign = [] if used else [name for name in (*FILES, CHECKPOINTS) if os.path.lexists(self.output / name)]
+            names = () if used else (*FILES, CHECKPOINTS, STORE_FILE, HARVEST_FILE)
+            foreign = [name for name in names if os.path.lexists(self.output / name)]
             require(
                 not foreign,
                 f"output: {self.output} holds {', '.join(foreign)}, but no run ({RUN_FILE} says what is one), and "

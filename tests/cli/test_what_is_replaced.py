@@ -82,7 +82,8 @@ def test_synthetic_data_replaces_nothing_unasked(name, tmp_path):
 
 def test_no_run_is_written_over_what_is_of_none(data, tmp_path):
     output = tmp_path / "run"
-    for name in ("sae_weights.safetensors", "checkpoints/mine.txt", "cfg.json", "run.json"):
+    stores = "index.json", "harvest.json"
+    for name in ("sae_weights.safetensors", "checkpoints/mine.txt", "cfg.json", "run.json", *stores):
         (output / name).parent.mkdir(parents=True)
         (output / name).write_text("{}")
         before = files_below(output)
