@@ -87,7 +87,7 @@ def test_a_file_that_is_not_what_it_must_be_is_refused_and_not_kept(server):
 @pytest.mark.parametrize("failure", [503, 429, 500, "cut", "hang"])
 @pytest.mark.parametrize("ranges", [True, False])
 def test_what_passes_is_tried_again(server, failure, ranges, monkeypatch):
-    monkeypatch.setattr(reading, "TIMEOUT", 0.5 if failure == "hang" else reading.TIMEOUT)
+    monkeypatch.setattr(reading, "TIMEOUT", 2.0 if failure == "hang" else reading.TIMEOUT)
     server.ranges = ranges
     data = put(server, "a.bin")
     server.fails["a.bin"] = [failure] if ranges else [None, failure]
@@ -114,7 +114,7 @@ def test_what_does_not_pass_is_said_at_once(server, failure, message):
     ("failure", "message"), [(503, "status 503, 3 times"), ("cut", "bytes came of"), ("hang", "no answer")]
 )
 def test_what_never_passes_ends(server, failure, message, monkeypatch):
-    monkeypatch.setattr(reading, "TIMEOUT", 0.5 if failure == "hang" else reading.TIMEOUT)
+    monkeypatch.setattr(reading, "TIMEOUT", 2.0 if failure == "hang" else reading.TIMEOUT)
     put(server, "a.bin")
     server.fails["*"] = [*([None] if failure == "cut" else []), *[failure] * 3]
     with pytest.raises(RemoteError, match=message) as error:
