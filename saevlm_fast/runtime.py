@@ -85,4 +85,5 @@ def interruptible(patient: bool = False) -> Iterator[threading.Event]:
         yield event
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # what was ignored inside is to be
+                signal.signal(number, handler)

@@ -41,12 +41,19 @@ class MeshPeers:
     """
 
     def __init__(self, group: "dist.ProcessGroup", timeout: float, mesh: DeviceMesh | None = None):
-        self.group, self.timeout = group, timeout
+        self.group: dist.ProcessGroup | None = group
+        self.timeout = timeout
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.ranks = Ranks.of(self)
         if mesh is not None and mesh.size(0) > 1:
             of_latents = MeshPeers(mesh.get_group(LATENTS), timeout) if mesh.size(1) > 1 else Alone()
             self.ranks = Ranks(self, of_latents, MeshPeers(mesh.get_group(ROWS), timeout))
+
+    def leave(self) -> None:
+        """Nothing of these keeps a group any more: its threads must not outlive it (saevlm_fast/torchrun.py)."""
+        for peers in (self, self.ranks.latents, self.ranks.rows):
+            if isinstance(peers, MeshPeers):
+                peers.group = None
 
     def gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -117,6 +124,7 @@ class MeshPeers:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            take_the_word()  # torchrun sees the other's end within a tenth of a second, too
             raise Interrupted(lost(error, dist.get_rank(), dist.get_world_size(), self.timeout)) from error
 
 
@@ -135,6 +143,16 @@ def lost(error: RuntimeError, rank: int, world: int, timeout: float) -> str:
     return (
         f"another of the {world} ranks has ended, or has not answered for {timeout:g} s (collective_timeout): {cause}"
     )
+
+
+def take_the_word() -> None:
+    """Of the rank that tells why all end: torchrun's SIGTERM, of another rank's end, comes after its message."""
+    if threading.current_thread() is not threading.main_thread():
+        speaks()
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while it is asked, too
+    if not speaks():
+        signal.signal(signal.SIGTERM, before)
 
 
 def own_device(name: str) -> str:
@@ -177,18 +195,18 @@ def joined(device: torch.device, timeout: float, n_replicas: int = 1) -> Iterato
         world = dist.get_world_size()
         require(world % n_replicas == 0, f"data_parallel: {n_replicas} replicas must divide the {world} ranks")
         mesh = None if n_replicas == 1 else _mesh(device, n_replicas, limit)
+        assert dist.group.WORLD is not None
+        peers = MeshPeers(dist.group.WORLD, timeout, mesh)
     except RuntimeError as error:
         line = first_line(error, longest=2000)
         raise Interrupted(f"the {world_size()} ranks did not meet within {timeout:g} s: {line}") from error
     try:
-        group = dist.group.WORLD
-        assert group is not None
-        yield MeshPeers(group, timeout, mesh)
+        yield peers
     except BaseException:
-        if speaks() and threading.current_thread() is threading.main_thread():  # before the others see that it is gone
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, of another rank's end: the message comes first
+        take_the_word()  # before the others see that this rank is gone
         raise
     finally:
+        peers.leave()
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
