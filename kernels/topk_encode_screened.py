@@ -3,10 +3,11 @@
 Such a product says of every pre-activation z within which bounds it lies. With x~, w~ the rounded factors of one
 product, v its value and |.| of vectors their norms (Cauchy-Schwarz),
 
-    |z - v| <= slack + r |v|,    slack = |x - x~| |w~| + |x| |w - w~| + 2 gamma |x| |w| + r |b|
+    |z - v| <= slack + r |v|,    slack = |x - x~| |w~| + |x| |w - w~| + 2 gamma (|x| |w| + |b|) + 2^-16 |b|
 
-where gamma = d_in 2^-24 covers the sums in float32 of either product, and r is two roundings to bfloat16 (2^-8 each),
-for a library may round before it adds the bias. |x - x~| is measured, |w - w~| is at most 2^-8 |w|.
+where gamma = (d_in + 2) 2^-24 covers the sums in float32 of either product, and r is two roundings to bfloat16 (2^-8
+each), one more than a library needs. |x - x~| is measured, |w - w~| is at most 2^-8 |w|. The bias is part of the
+product, in two columns that meet ones: its value in bfloat16, and what that leaves of it.
 
 What is proposed is the best latent, by v, of each of the k best groups of 64. These get float32 dot products, and the
 least of them, T, is at most the k-th largest z. Only latents whose upper bound reaches T can be among the top k: two
@@ -34,6 +35,7 @@ from .topk_encode_cpu import (
     PANEL,
     batch_topk_encode_cpu,
     keys,
+    kth_largest,
     largest,
     nonzero,
     offsets_of_rows,
@@ -46,12 +48,13 @@ from .topk_encode_cpu import (
 
 LOW = torch.bfloat16
 UNIT_ROUNDOFF = 2.0**-8  # of LOW
-ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: a library may round before it adds the bias, and again
+ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: once, and once more for a library that cuts off instead
 MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MIN_PRODUCT = 2**27  # multiplications, a few milliseconds in float32: below, there is little to win
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
 MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
-_CAST_ROWS = 256  # latents rounded at a time: they stay in cache
+_CAST_ROWS = 512  # latents rounded at a time: they stay in cache
+_BIAS_COLUMNS = 2  # more of the product, for b in two parts: 3 to 6 % less time than addmm (measured)
 _TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
 _low, _error, _centred = Workspace(), Workspace(), Workspace()
 
@@ -94,7 +97,7 @@ def topk_encode_screened(
     acts_BK, latents_BK = x_BD.new_empty(len(x_BD), k), torch.empty(len(x_BD), k, dtype=torch.int64)
     decided_B = torch.zeros(len(x_BD), dtype=torch.bool)
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
-        proposed = _proposed(chunk, chunk.maxima_RG, k, W_enc_DS, b_enc_S)
+        proposed = _proposed(chunk, _best_groups(chunk.maxima_RG, k), W_enc_DS, b_enc_S)
         bound_R = proposed.values_U.view(-1, k).amin(1)
         values, positions, sure_R = _candidates(chunk, bound_R, W_enc_DS, b_enc_S, proposed, MAX_GROUPS)
         if not sure_R.any():
@@ -131,7 +134,7 @@ def batch_topk_encode_screened(
         if len(acts) == capacity:
             bound = acts.amin()
         elif chunk.maxima_RG.numel() >= capacity:
-            proposed = _proposed(chunk, chunk.maxima_RG.view(1, -1), capacity, W_enc_DS, b_enc_S)
+            proposed = _proposed(chunk, _groups_from_nth(chunk.maxima_RG, capacity), W_enc_DS, b_enc_S)
             bound = proposed.values_U.amin()
         values, new_positions, sure_R = _candidates(chunk, bound.expand(len(chunk.x_RD)), W_enc_DS, b_enc_S, proposed)
         if not sure_R.all():
@@ -177,12 +180,12 @@ def _chunks(
     chunk_rows = _chunk_rows(x_BD, W_enc_DS, buffer_bytes)
     # W is rounded once: panel by panel in memory that stays in cache or, for several chunks, into memory for all of it.
     several, norm_S = chunk_rows < n_rows, torch.empty(d_sae, dtype=torch.float32)
-    n_low = d_sae if several else min(PANEL, d_sae)
-    low_SD = _low.get(n_low * x_BD.shape[1], LOW).view(n_low, x_BD.shape[1])
+    n_low, d_low = d_sae if several else min(PANEL, d_sae), x_BD.shape[1] + _BIAS_COLUMNS
+    low_SD = _low.get(n_low * d_low, LOW).view(n_low, d_low)
     for start in range(0, n_rows, chunk_rows):
         x_RD = x_BD[start : start + chunk_rows]
         x_RD = torch.sub(x_RD, b_dec_D, out=_centred.get(x_RD.numel(), x_RD.dtype).view(x_RD.shape))
-        low_RD = x_RD.to(LOW)
+        low_RD = _low_rows(x_RD)
         pre_RP = workspace.get(len(x_RD) * width, LOW).view(len(x_RD), width)
         pre_bits_RP = pre_RP.view(torch.int16)
         pre_bits_RP[:, d_sae:] = torch.iinfo(torch.int16).min
@@ -191,11 +194,11 @@ def _chunks(
             end = min(o + PANEL, d_sae)
             low_PD = low_SD[o:end] if several else low_SD[: end - o]
             if start == 0:
-                _round(W_enc_DS.t()[o:end], low_PD, norm_S[o:end])
-            torch.addmm(b_enc_S[o:end].to(LOW), low_RD, low_PD.t(), out=pre_RP[:, o:end])
+                _round(W_enc_DS.t()[o:end], b_enc_S[o:end], low_PD, norm_S[o:end])
+            torch.mm(low_RD, low_PD.t(), out=pre_RP[:, o:end])
             groups = pre_bits_RP[:, o : o + PANEL].unflatten(1, (-1, GROUP))
             torch.amax(groups, dim=2, out=maxima_RG[:, o // GROUP : (o + PANEL) // GROUP])
-        yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, _slack(x_RD, low_RD, norm_S, b_enc_S))
+        yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, _slack(x_RD, low_RD[:, :-_BIAS_COLUMNS], norm_S, b_enc_S))
 
 
 def _slack(x_RD: Tensor, low_RD: Tensor, norm_S: Tensor, b_enc_S: Tensor) -> Tensor:
@@ -205,11 +208,11 @@ def _slack(x_RD: Tensor, low_RD: Tensor, norm_S: Tensor, b_enc_S: Tensor) -> Ten
     error_R1 = torch.linalg.vector_norm(error_RD, dim=1, keepdim=True) + _TINY
     padded_2P = torch.nn.functional.pad(torch.stack([norm_S, b_enc_S.abs()]), (0, -len(b_enc_S) % GROUP))
     norm_G, bias_G = padded_2P.unflatten(1, (-1, GROUP)).amax(2)
-    gamma = x_RD.shape[1] * 2.0**-24
+    gamma = (x_RD.shape[1] + _BIAS_COLUMNS) * 2.0**-24
     # |w - w~| at most UNIT_ROUNDOFF |w|: to measure it would take three passes more over W.
     factor_R1 = error_R1 * (1 + UNIT_ROUNDOFF) + norm_R1 * (UNIT_ROUNDOFF + 2 * gamma)
     slack_RG = factor_R1 * norm_G  # not `@`, which autocast would round
-    slack_RG += bias_G * ROUNDING + _TINY
+    slack_RG += bias_G * (UNIT_ROUNDOFF**2 + 2 * gamma) + _TINY
     return slack_RG.mul_(1.001)  # the roundings of the bounds themselves
 
 
@@ -220,15 +223,25 @@ def _chunk_rows(x_BD: Tensor, W_enc_DS: Tensor, buffer_bytes: int | None) -> int
     return max(1, -(-len(x_BD) // max(1, n_chunks)))
 
 
-def _round(W_PD: Tensor, low_PD: Tensor, norm_P: Tensor) -> None:
-    """Rows of W to low_PD, and upper bounds of their norms to norm_P, block by block while they are in cache.
+def _low_rows(x_RD: Tensor) -> Tensor:
+    """Rounded rows, and a 1 for each part of the bias."""
+    low_RD = torch.ones(len(x_RD), x_RD.shape[1] + _BIAS_COLUMNS, dtype=LOW)
+    low_RD[:, :-_BIAS_COLUMNS] = x_RD
+    return low_RD
+
+
+def _round(W_PD: Tensor, b_P: Tensor, low_PD: Tensor, norm_P: Tensor) -> None:
+    """Rows of W, and their bias in two parts, to low_PD; upper bounds of the rows' norms to norm_P. Block by block,
+    while they are in cache.
 
     Done in every encode: a rounded W_enc that is kept and written in the update takes as long, and memory (measured).
     """
     for o in range(0, len(W_PD), _CAST_ROWS):
         rows = slice(o, o + _CAST_ROWS)
-        low_PD[rows].copy_(W_PD[rows])
+        low_PD[rows, :-_BIAS_COLUMNS] = W_PD[rows]
         torch.linalg.vector_norm(W_PD[rows], dim=1, out=norm_P[rows]).add_(_TINY)
+    low_PD[:, -2] = b_P
+    low_PD[:, -1] = b_P - low_PD[:, -2]
 
 
 class Proposed(NamedTuple):
@@ -238,10 +251,27 @@ class Proposed(NamedTuple):
     positions_U: Tensor
 
 
-def _proposed(chunk: Chunk, maxima_RG: Tensor, n: int, W_enc_DS: Tensor, b_enc_S: Tensor) -> Proposed:
-    """Of every row of maxima_RG, the low product's best entry in each of its n best groups. Which these are is a guess,
-    their values are not: the least of them is at most the n-th largest."""
-    groups_U = nonzero(topk_mask(maxima_RG.int(), n))  # NumPy partitions int32 four times as fast as int16 (measured)
+def _best_groups(maxima_RG: Tensor, k: int) -> Tensor:
+    """Flat indices [R * k], ascending, of every row's k best groups.
+
+    A key holds its group in the lower half, lower groups first, so that none are equal: bfloat16 has many ties, and to
+    choose among equal keys takes longer than to find them (measured). NumPy partitions int32 four times as fast as
+    int16 (measured). From 65,536 groups on, some keys are equal.
+    """
+    n_groups = maxima_RG.shape[1]
+    tiebreak_G = 0xFFFF - (torch.arange(n_groups, dtype=torch.int32) & 0xFFFF)
+    return nonzero(topk_mask((maxima_RG.int() << 16) + tiebreak_G, k))
+
+
+def _groups_from_nth(maxima_RG: Tensor, n: int) -> Tensor:
+    """Flat indices, ascending, of all groups that are as good as the n-th best of all rows: n, and its ties."""
+    keys_1N = maxima_RG.int().view(1, -1)
+    return nonzero(keys_1N >= kth_largest(keys_1N, n))
+
+
+def _proposed(chunk: Chunk, groups_U: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> Proposed:
+    """The low product's best entry in each of these groups. Which these are is a guess, their values are not: the least
+    of n of them or more is at most the n-th largest."""
     values_UG = chunk.pre_RP.view(-1, GROUP).index_select(0, groups_U)
     positions_U = groups_U * GROUP + values_UG.argmax(1)
     return Proposed(_exact(chunk, positions_U, W_enc_DS, b_enc_S), positions_U)

@@ -21,6 +21,7 @@ from saevlm_fast.training.mono import MonoTerm, mono_of_entries
 from saevlm_fast.training.penalty import Penalty
 
 _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
+_SUMMED_AT_A_TIME = 64  # latents of a segment: one is the work of one thread
 
 _residuals, _centred_rows = Workspace(), Workspace()
 
@@ -95,13 +96,22 @@ def loss_and_gradients(
         aux_loss = aux.loss
         aux_enc, aux_dec = ([] if rows is None else [rows] for rows in (aux.W_enc, aux.W_dec))
         db_enc.index_add_(0, dead.latents_A, aux.b_enc_A)
-    db_dec = suffix_BGD[:, 0].sum(0) - sae.W_enc.detach() @ db_enc
+    db_dec = suffix_BGD[:, 0].sum(0) - _through_encoder(sae.W_enc.detach(), db_enc)
     overall = mse + auxk_alpha * aux_loss
     more = [None if penalty is None else penalty.loss, mono_loss]
     for loss in more:
         overall = overall if loss is None else overall + loss
     losses = Losses(overall, mse, aux_loss, *more)
     return x_hat_BD, losses, Gradients(dW_enc, aux_enc, db_enc, dW_dec, aux_dec, db_dec, dtheta)
+
+
+def _through_encoder(W_enc_DS: Tensor, db_enc_S: Tensor) -> Tensor:
+    """W_enc @ db_enc [d_in], of the latents that have a gradient: the others' weights are not read."""
+    (latents_A,) = db_enc_S.nonzero(as_tuple=True)
+    if 2 * len(latents_A) > len(db_enc_S) or not W_enc_DS.t().is_contiguous():
+        return W_enc_DS @ db_enc_S
+    offsets = torch.arange(0, len(latents_A) + _SUMMED_AT_A_TIME, _SUMMED_AT_A_TIME).clamp_(max=len(latents_A))
+    return segment_sum(db_enc_S[latents_A], latents_A, offsets, W_enc_DS.t()).sum(0)
 
 
 def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
