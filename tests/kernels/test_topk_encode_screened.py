@@ -14,7 +14,9 @@ from saevlm_fast.kernels.sparse_decode import gather_dot_op
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, rounded_down, threshold_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_screened import (
     ROUNDING,
+    _best_groups,
     _chunks,
+    _groups_from_nth,
     batch_topk_encode_screened,
     screens,
     threshold_encode_screened,
@@ -334,3 +336,16 @@ def test_whole_steps(monkeypatch, architecture):
         assert_close(stepper.step(x_BD).losses, losses, rtol=1e-5, atol=1e-6)
     assert len(screened) == 5
     assert_close(stepper.sae.W_enc, plain.sae.W_enc, rtol=1e-3, atol=1e-3)  # Adam: small gradients' signs count
+
+
+def test_best_groups_are_those_of_a_stable_sort():
+    """Few values, so that most groups tie; negative ones among them."""
+    maxima_RG = torch.randint(-3, 4, (70, 300), dtype=torch.int16)
+    expected_RK = maxima_RG.int().sort(1, descending=True, stable=True).indices[:, :7].sort(1).values
+    assert torch.equal(_best_groups(maxima_RG, 7).view(70, 7) % 300, expected_RK)
+
+
+def test_groups_from_the_nth_are_all_that_tie_with_it():
+    maxima_RG = torch.tensor([[5, 3, 3], [-2, 3, 9]], dtype=torch.int16)
+    assert _groups_from_nth(maxima_RG, 3).tolist() == [0, 1, 2, 4, 5]
+    assert _groups_from_nth(maxima_RG, 2).tolist() == [0, 5]
