@@ -341,7 +341,8 @@ def test_whole_steps(monkeypatch, architecture):
 def test_best_groups_are_those_of_a_stable_sort():
     """Few values, so that most groups tie; negative ones among them."""
     maxima_RG = torch.randint(-3, 4, (70, 300), dtype=torch.int16)
-    expected_RK = maxima_RG.int().sort(1, descending=True, stable=True).indices[:, :7].sort(1).values
+    order_RG = torch.sort(maxima_RG.int(), dim=1, descending=True, stable=True).indices
+    expected_RK = order_RG[:, :7].sort(1).values
     assert torch.equal(_best_groups(maxima_RG, 7).view(70, 7) % 300, expected_RK)
 
 
