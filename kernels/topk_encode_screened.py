@@ -3,11 +3,11 @@
 Such a product says of every pre-activation z within which bounds it lies. With x~, w~ the rounded factors of one
 product, v its value and |.| of vectors their norms (Cauchy-Schwarz),
 
-    |z - v| <= slack + r |v|,    slack = |x - x~| |w~| + |x| |w - w~| + 2 gamma (|x| |w| + |b|) + 2^-16 |b|
+    |z - v| <= slack + r |v|,    slack = |x - x~| |w~| + |x| |w - w~| + 3 gamma (|x| |w| + |b|) + 2^-16 |b|
 
-where gamma = (d_in + 2) 2^-24 covers the sums in float32 of either product, and r is two roundings to bfloat16 (2^-8
-each), one more than a library needs. |x - x~| is measured, |w - w~| is at most 2^-8 |w|. The bias is part of the
-product, in two columns that meet ones: its value in bfloat16, and what that leaves of it.
+where gamma = (d_in + 2) 2^-24, three times for the sums in float32 of two products, one of which may cut digits off,
+and r is two roundings to bfloat16 (2^-8 each), one more than a library needs. |x - x~| is measured, |w - w~| is at most
+2^-8 |w|. The bias is part of the product, in two columns that meet ones: its value in bfloat16, and what that leaves.
 
 What is proposed is the best latent, by v, of each of the k best groups of 64. These get float32 dot products, and the
 least of them, T, is at most the k-th largest z. Only latents whose upper bound reaches T can be among the top k: two
@@ -54,7 +54,7 @@ MIN_PRODUCT = 2**27  # multiplications, a few milliseconds in float32: below, th
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
 MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
 _CAST_ROWS = 512  # latents rounded at a time: they stay in cache
-_BIAS_COLUMNS = 2  # more of the product, for b in two parts: 3 to 6 % less time than addmm (measured)
+_BIAS_COLUMNS = 2  # more of the product, for b in two parts: 3 to 6 % less than addmm with AVX-512 BF16 (measured)
 _TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
 _low, _error, _centred = Workspace(), Workspace(), Workspace()
 
@@ -73,7 +73,7 @@ class Chunk(NamedTuple):
     slack_RG: Tensor
 
     def sound_R(self) -> Tensor:
-        """Rows whose bounds hold: with a slack this small, |x| |w| is too small for any sum to overflow or be NaN."""
+        """Rows whose bounds hold: with a slack this small, |x| |w| + |b| is too small for a sum to overflow or be NaN."""
         return (self.slack_RG < 1e30).all(1)
 
 
@@ -210,9 +210,9 @@ def _slack(x_RD: Tensor, low_RD: Tensor, norm_S: Tensor, b_enc_S: Tensor) -> Ten
     norm_G, bias_G = padded_2P.unflatten(1, (-1, GROUP)).amax(2)
     gamma = (x_RD.shape[1] + _BIAS_COLUMNS) * 2.0**-24
     # |w - w~| at most UNIT_ROUNDOFF |w|: to measure it would take three passes more over W.
-    factor_R1 = error_R1 * (1 + UNIT_ROUNDOFF) + norm_R1 * (UNIT_ROUNDOFF + 2 * gamma)
+    factor_R1 = error_R1 * (1 + UNIT_ROUNDOFF) + norm_R1 * (UNIT_ROUNDOFF + 3 * gamma)
     slack_RG = factor_R1 * norm_G  # not `@`, which autocast would round
-    slack_RG += bias_G * (UNIT_ROUNDOFF**2 + 2 * gamma) + _TINY
+    slack_RG += bias_G * (UNIT_ROUNDOFF**2 + 3 * gamma) + _TINY
     return slack_RG.mul_(1.001)  # the roundings of the bounds themselves
 
 

@@ -29,9 +29,9 @@ for _name in _COMMANDS:
 def main() -> None:
     """Entry point: input errors in one line and exit code 2, an interrupted run 130, never half a traceback."""
     # Before torch is imported: waiting threads that spin make a step several times slower on a machine that is shared
-    # (docs/decisions.md), and no faster on one that is not.
+    # (docs/decisions.md), and 4 to 5 % faster at best on one that is not.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # Weights and moments are walked from end to end: in pages of 2 MiB a CPU's step takes 3 to 8 % less (measured).
+    # Weights and moments are walked from end to end: pages of 2 MiB spare the CPU lookups (docs/decisions.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGINT, _interrupt)
     try:
