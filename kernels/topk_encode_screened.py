@@ -73,7 +73,7 @@ class Chunk(NamedTuple):
     slack_RG: Tensor
 
     def sound_R(self) -> Tensor:
-        """Rows whose bounds hold: with a slack this small, |x| |w| + |b| is too small for a sum to overflow or be NaN."""
+        """Rows whose bounds hold. With so small a slack |x| |w| + |b| is too small for sums to overflow or be NaN."""
         return (self.slack_RG < 1e30).all(1)
 
 
