@@ -53,6 +53,7 @@ MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MIN_PRODUCT = 2**27  # multiplications, a few milliseconds in float32: below, there is little to win
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
 MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
+_LINE = 16  # float32 of a cache line: rows of whole ones all start at the same place in one (see screens)
 _CAST_ROWS = 512  # latents rounded at a time: they stay in cache
 _BIAS_COLUMNS = 2  # more of the product, for b in two parts: 3 to 6 % less than addmm with AVX-512 BF16 (measured)
 _TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
@@ -79,11 +80,16 @@ class Chunk(NamedTuple):
 
 def screens(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
     """Whether the low product is the faster way here: float32, W_enc in [d_sae, d_in] order in memory, a large product
-    of many rows, low products that pay on this CPU (which the first such call may have to measure)."""
+    of many rows, low products that pay on this CPU (which the first such call may have to measure).
+
+    And rows that are whole cache lines. A BLAS dot adds in an order that depends on where its rows start (measured:
+    d_in of no multiple of 4): equal latents would differ in the last bit, and the higher one could win a tie.
+    """
+    aligned = x_BD.shape[1] % _LINE == 0
     float32 = x_BD.dtype == W_enc_DS.dtype == torch.float32 and W_enc_DS.t().is_contiguous()
     d_sae = W_enc_DS.shape[1]
     large = len(x_BD) >= MIN_ROWS and d_sae >= 4 * k * GROUP and x_BD.numel() * d_sae >= MIN_PRODUCT
-    return x_BD.device.type == "cpu" and float32 and large and low_products_pay()
+    return x_BD.device.type == "cpu" and float32 and aligned and large and low_products_pay()
 
 
 def topk_encode_screened(

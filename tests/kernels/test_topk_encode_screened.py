@@ -280,7 +280,7 @@ def test_one_latent_of_a_huge_norm_costs_a_group_only():
 def test_the_public_functions_take_this_path(monkeypatch, wanted):
     """Where low products pay, as the environment says here, on any machine."""
     monkeypatch.setenv(VARIABLE, str(int(wanted)))
-    inputs = [tensor.contiguous() for tensor in float_inputs((70, 700, 3001), torch.float32)]
+    inputs = [tensor.contiguous() for tensor in float_inputs((70, 704, 3001), torch.float32)]
     inputs[1] = inputs[1].t().contiguous().t()
     pre_BS = reference.preactivations(*(tensor.double() for tensor in inputs))
     assert_clear(pre_BS, 5)
@@ -325,7 +325,9 @@ def test_whole_steps(monkeypatch, architecture):
     """Same losses and weights as by float32 products."""
     monkeypatch.setattr(topk_encode_screened, "MIN_PRODUCT", 0)
     monkeypatch.setattr(topk_encode_screened, "MIN_ROWS", 0)
-    (plain, _, data), (stepper, _, _) = (make(architecture, d_sae=1031, k=3, dead_after=10**6) for _ in range(2))
+    (plain, _, data), (stepper, _, _) = (
+        make(architecture, d_in=32, d_sae=1031, k=3, dead_after=10**6) for _ in range(2)
+    )
     screened, original = [], topk_encode_screened._chunks
     monkeypatch.setattr(topk_encode_screened, "_chunks", lambda *args: screened.append(1) or original(*args))
     for start in range(0, 5 * 61, 61):
@@ -336,6 +338,19 @@ def test_whole_steps(monkeypatch, architecture):
         assert_close(stepper.step(x_BD).losses, losses, rtol=1e-5, atol=1e-6)
     assert len(screened) == 5
     assert_close(stepper.sae.W_enc, plain.sae.W_enc, rtol=1e-3, atol=1e-3)  # Adam: small gradients' signs count
+
+
+@pytest.mark.parametrize("d_in", [241, 250, 252, 255, 256])
+def test_equal_latents_tie_in_rows_of_any_length(monkeypatch, d_in):
+    """Latents that stand twice, far apart: the lower one is taken first, whichever way a large encode goes."""
+    monkeypatch.setenv(VARIABLE, "1")
+    x_BD, W_enc_DS, b_enc_S, b_dec_D = float_inputs((64, d_in, 9000), torch.float32)
+    W_enc_DS = W_enc_DS.t().contiguous().t()
+    W_enc_DS[:, 4501:], b_enc_S[4501:] = W_enc_DS[:, :4499], b_enc_S[:4499]
+    assert screens(x_BD, W_enc_DS, 3) == (d_in == 256)
+    _, latents_BK = topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, 3)
+    below = [(row[row >= 4501, None] - 4501 == row).any(1) for row in latents_BK]
+    assert all(bool(found.all()) for found in below)
 
 
 def test_best_groups_are_those_of_a_stable_sort():
