@@ -60,8 +60,8 @@ def segment_sum_into(
         if not added:
             out_LD.zero_()
         return
-    low, high = ids_M.aminmax()
-    check(bool(low >= 0) and bool(high < len(source_RD)), f"ids: {low}..{high} is outside {len(source_RD)} rows")
+    low, high = (int(bound) for bound in ids_M.aminmax())  # of tensors, the message alone would take 30 us
+    check(0 <= low and high < len(source_RD), f"ids: {low}..{high} is outside {len(source_RD)} rows")
     shape = out_LD.shape[0], source_RD.shape[0]
     segments = torch.sparse_csr_tensor(offsets_L1 - start, ids_M, weights_M, shape, check_invariants=False)
     torch.addmm(out_LD, segments, source_RD, beta=int(added), out=out_LD)

@@ -154,8 +154,8 @@ def gather_dot_cpu(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor
     if rows_M.numel() == 0:
         return g_RD.new_empty(0)
     rows_M = rows_M.contiguous()  # those of one row are an expanded view, which the op refuses
-    low, high = latents_M.aminmax()
-    check(bool(low >= 0) and bool(high < W_SD.shape[0]), f"latents: {low}..{high} is outside W's {W_SD.shape[0]} rows")
+    low, high = (int(bound) for bound in latents_M.aminmax())
+    check(0 <= low and high < W_SD.shape[0], f"latents: {low}..{high} is outside W's {W_SD.shape[0]} rows")
     # One BLAS dot per entry, parallel over entries, nothing materialised: faster than sampled_addmm (measured). The op
     # wants bag offsets only for their dtype: the bag of every entry is given.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(g_RD, W_SD, latents_M, rows_M[:1], rows_M, 0)

@@ -21,6 +21,7 @@ from saevlm_fast.training.mono import MonoTerm, mono_of_entries
 from saevlm_fast.training.penalty import Penalty
 
 _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
+_MULTIPLIED_AT_A_TIME = 256  # latents of a product: one is the work of one thread
 _SUMMED_AT_A_TIME = 64  # latents of a segment: one is the work of one thread
 
 _residuals, _centred_rows = Workspace(), Workspace()
@@ -108,10 +109,20 @@ def loss_and_gradients(
 def _through_encoder(W_enc_DS: Tensor, db_enc_S: Tensor) -> Tensor:
     """W_enc @ db_enc [d_in], of the latents that have a gradient: the others' weights are not read."""
     (latents_A,) = db_enc_S.nonzero(as_tuple=True)
-    if 2 * len(latents_A) > len(db_enc_S) or not W_enc_DS.t().is_contiguous():
+    if not W_enc_DS.t().is_contiguous():
         return W_enc_DS @ db_enc_S
+    if 2 * len(latents_A) > len(db_enc_S):
+        return _matrix_times_vector(W_enc_DS, db_enc_S)
     offsets = torch.arange(0, len(latents_A) + _SUMMED_AT_A_TIME, _SUMMED_AT_A_TIME).clamp_(max=len(latents_A))
     return segment_sum(db_enc_S[latents_A], latents_A, offsets, W_enc_DS.t()).sum(0)
+
+
+def _matrix_times_vector(W_DS: Tensor, v_S: Tensor) -> Tensor:
+    """W @ v, columns contiguous, 256 of them at a time: `@` uses one thread and takes 1.5 to 3 times as long."""
+    whole = len(v_S) // _MULTIPLIED_AT_A_TIME * _MULTIPLIED_AT_A_TIME
+    v_P1C = v_S[:whole].view(-1, 1, _MULTIPLIED_AT_A_TIME)
+    W_PCD = W_DS.t()[:whole].unflatten(0, (-1, _MULTIPLIED_AT_A_TIME))
+    return torch.bmm(v_P1C, W_PCD).sum((0, 1)) + W_DS[:, whole:] @ v_S[whole:]
 
 
 def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:
