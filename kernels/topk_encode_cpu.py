@@ -167,6 +167,14 @@ def nonzero(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
+def few_nonzero(mask_U8N: Tensor) -> Tensor:
+    """The same where few of whole eights are True: eights first, half the time (measured)."""
+    eights = mask_U8N.numpy().view(np.uint64).reshape(-1)
+    some = np.flatnonzero(eights != 0)
+    found = np.flatnonzero(eights[some].view(np.bool_))
+    return torch.from_numpy((some[found >> 3] << 3) + (found & 7))
+
+
 def taken(values_N: Tensor, indices_M: Tensor) -> Tensor:
     """values[indices]. NumPy's takes a third of torch's time for tens of thousands (measured)."""
     return torch.from_numpy(values_N.numpy()[indices_M.numpy()])
@@ -187,9 +195,9 @@ def _entries(pre_RP: Tensor, groups_U: Tensor, inside: Callable[[Tensor], Tensor
     Returns their values, their flat positions in pre, and the index of each one's group in groups_U.
     """
     candidates_UG = pre_RP.view(-1, GROUP).index_select(0, groups_U)
-    found = nonzero(inside(candidates_UG))
+    found = few_nonzero(inside(candidates_UG))
     units = found // GROUP
-    return candidates_UG.view(-1)[found], groups_U[units] * GROUP + found % GROUP, units
+    return candidates_UG.view(-1)[found], taken(groups_U, units) * GROUP + found % GROUP, units
 
 
 def topk_mask(keys_RN: Tensor, k: int) -> Tensor:
@@ -240,11 +248,12 @@ def _topk_rows_grouped(pre_RP: Tensor, groups_RK: Tensor, bound_R: Tensor) -> tu
 def topk_of_entries(values_M: Tensor, rows_M: Tensor, n_rows: int, k: int) -> Tensor:
     """Ascending indices of every row's k largest entries, ties to the earlier. Entries in row order; none, or k up."""
     counts = torch.bincount(rows_M, minlength=n_rows)
-    slots_M = torch.arange(len(rows_M)) - (counts.cumsum(0) - counts)[rows_M]
+    slots_M = torch.arange(len(rows_M)) - taken(counts.cumsum(0) - counts, rows_M)
     keys_M = keys(values_M)
     padded_keys = keys_M.new_full((n_rows, int(counts.max())), -1)
-    padded_keys[rows_M, slots_M] = keys_M
-    return nonzero(topk_mask(padded_keys, k)[rows_M, slots_M])
+    places_M = rows_M * padded_keys.shape[1] + slots_M
+    padded_keys.numpy().reshape(-1)[places_M.numpy()] = keys_M.numpy()
+    return nonzero(taken(topk_mask(padded_keys, k).view(-1), places_M))
 
 
 def _best_of_chunk(pre_RP: Tensor, maxima_RG: Tensor, bound: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

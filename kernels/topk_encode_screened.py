@@ -34,6 +34,7 @@ from .topk_encode_cpu import (
     BUFFER_BYTES,
     PANEL,
     batch_topk_encode_cpu,
+    few_nonzero,
     keys,
     kth_largest,
     largest,
@@ -77,7 +78,7 @@ class Chunk(NamedTuple):
 
     def sound_R(self) -> Tensor:
         """Rows whose bounds hold. With so small a slack |x| |w| + |b| is too small for sums to overflow or be NaN."""
-        return (self.slack_RG < 1e30).all(1)
+        return self.slack_RG.amax(1) < 1e30
 
 
 def screens(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
@@ -308,7 +309,7 @@ def _candidates(
     groups_U = nonzero(reaches_RG & sure_R[:, None])
     values_UG = chunk.pre_RP.view(-1, GROUP).index_select(0, groups_U)
     cutoff_U1 = cutoff_RG.view(-1, 1)[groups_U]
-    found_M = torch.from_numpy(np.flatnonzero(values_UG.numpy() >= cutoff_U1.numpy()))
+    found_M = few_nonzero(torch.from_numpy(values_UG.numpy() >= cutoff_U1.numpy()))
     positions_M = taken(groups_U, found_M // GROUP) * GROUP + found_M % GROUP
     width = chunk.pre_RP.shape[1]
     if width > len(b_enc_S):
