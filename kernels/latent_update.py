@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .common import Cone
 from .latent_gradient import EntryGradient, RowGradient, block_rows, row_blocks
-from .segment_sum import segment_sum_into
+from .segment_sum import check_ids, checked_segment_sum_into
 
 # --- public functions ------------------------------------------------------------------------------------------------
 
@@ -65,12 +65,14 @@ def latent_update_(
     g_buffer = block_rows.get(W_SD[: blocks[0][1]].numel(), W_SD.dtype).view(-1, W_SD.shape[1])
     weights_M = gradient.weights_M * clip  # of entries and not of rows: nothing is read for it
     parallel_S = None if gradient.parallel_S is None else gradient.parallel_S * clip
+    check_ids(gradient.ids_M, len(gradient.source_RD))
     for start, stop in blocks:
         w_SD, g_SD = W_SD[start:stop], g_buffer[: stop - start]
         if parallel_S is not None:
             torch.mul(w_SD, -parallel_S[start:stop, None], out=g_SD)
         offsets = gradient.offsets_S1[start : stop + 1]
-        segment_sum_into(g_SD, weights_M, gradient.ids_M, offsets, gradient.source_RD, added=parallel_S is not None)
+        entries = weights_M, gradient.ids_M, offsets, gradient.source_RD
+        checked_segment_sum_into(g_SD, *entries, added=parallel_S is not None)
         for rows in extra:
             _add_rows_(g_SD, rows, clip, start, stop)
         _fused_adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, adam)

@@ -50,20 +50,33 @@ def segment_sum_into(
     embedding_bag, and the same bits, whatever the number of threads (measured). Shapes as in segment_sum, not checked;
     ValueError: ids outside source.
     """
+    check_ids(ids_M[int(offsets_L1[0]) : int(offsets_L1[-1])], len(source_RD))
+    checked_segment_sum_into(out_LD, weights_M, ids_M, offsets_L1, source_RD, added)
+
+
+def check_ids(ids_M: Tensor, n_rows: int) -> None:
+    """ValueError: one that is not in 0 .. n_rows - 1."""
+    if len(ids_M):
+        low, high = (int(bound) for bound in ids_M.aminmax())  # a message of tensors takes 30 us to make
+        check(0 <= low and high < n_rows, f"ids: {low}..{high} is outside {n_rows} rows")
+
+
+def checked_segment_sum_into(
+    out_LD: Tensor, weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor, added: bool = False
+) -> None:
+    """The same, of ids that are known to be in source: MKL would read what lies beyond it."""
     if out_LD.dtype not in (torch.float32, torch.float64):  # MKL knows no others
         sums_LD = segment_sum_cpu(weights_M, ids_M, offsets_L1, source_RD)
         out_LD.add_(sums_LD) if added else out_LD.copy_(sums_LD)
         return
     start, end = int(offsets_L1[0]), int(offsets_L1[-1])
-    weights_M, ids_M = weights_M[start:end], ids_M[start:end]
     if start == end:
         if not added:
             out_LD.zero_()
         return
-    low, high = (int(bound) for bound in ids_M.aminmax())  # of tensors, the message alone would take 30 us
-    check(0 <= low and high < len(source_RD), f"ids: {low}..{high} is outside {len(source_RD)} rows")
     shape = out_LD.shape[0], source_RD.shape[0]
-    segments = torch.sparse_csr_tensor(offsets_L1 - start, ids_M, weights_M, shape, check_invariants=False)
+    entries = offsets_L1 - start, ids_M[start:end], weights_M[start:end]
+    segments = torch.sparse_csr_tensor(*entries, shape, check_invariants=False)
     torch.addmm(out_LD, segments, source_RD, beta=int(added), out=out_LD)
 
 
