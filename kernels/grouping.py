@@ -81,7 +81,9 @@ def entry_rows_cpu(row_offsets: Tensor, n_entries: int) -> Tensor:
 def group_by_latent_cpu(latents_M: Tensor, row_offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor]:
     n_entries = latents_M.numel()
     n_inside = n_entries if row_offsets is None else int(row_offsets[-1])
-    order_M = torch.cat([order_by_latent(latents_M[:n_inside], d_sae), torch.arange(n_inside, n_entries)])
+    order_M = order_by_latent(latents_M[:n_inside], d_sae)
+    if n_inside < n_entries:
+        order_M = torch.cat([order_M, torch.arange(n_inside, n_entries)])
     counts = np.bincount(latents_M[:n_inside].numpy(), minlength=d_sae)
     check(counts.size == d_sae, f"latents: {counts.size - 1} is not below d_sae {d_sae}")
     latent_offsets_S1 = torch.zeros(d_sae + 1, dtype=torch.int64)

@@ -67,7 +67,7 @@ class EntryGradient(NamedTuple):
     def _norm_bounds(self) -> Tensor:
         """Of every segment sum; exact where it has one entry."""
         norms_M = torch.linalg.vector_norm(self.source_RD, dim=1)[self.ids_M] * self.weights_M.abs()
-        return _segment_totals(norms_M, self.offsets_S1)
+        return segment_totals(norms_M, self.offsets_S1)
 
     def _squared(self, norms_S: Tensor) -> Tensor:
         if self.parallel_S is None:
@@ -97,7 +97,7 @@ def entry_gradient(
     """
     end = int(offsets_S1[-1])  # padding lies behind
     weights_M, ids_M = weights_M[:end], ids_M[:end]
-    parallel_S = None if dots_M is None else _segment_totals(weights_M * dots_M[:end], offsets_S1)
+    parallel_S = None if dots_M is None else segment_totals(weights_M * dots_M[:end], offsets_S1)
     return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S)
 
 
@@ -146,7 +146,8 @@ def _remove_parallel_(g_AD: Tensor, w_AD: Tensor) -> None:
     g_AD.addcmul_(w_AD, torch.linalg.vecdot(g_AD, w_AD)[:, None], value=-1)
 
 
-def _segment_totals(values_M: Tensor, offsets_S1: Tensor) -> Tensor:
+def segment_totals(values_M: Tensor, offsets_S1: Tensor) -> Tensor:
+    """The sum of every segment's values [S], on a CPU."""
     ids_M, one = torch.zeros(len(values_M), dtype=torch.int64), values_M.new_ones(1, 1)
     return segment_sum_cpu(values_M, ids_M, offsets_S1, one).squeeze(1)
 

@@ -65,6 +65,7 @@ def latent_update_(
     g_buffer = block_rows.get(W_SD[: blocks[0][1]].numel(), W_SD.dtype).view(-1, W_SD.shape[1])
     weights_M = gradient.weights_M * clip  # of entries and not of rows: nothing is read for it
     parallel_S = None if gradient.parallel_S is None else gradient.parallel_S * clip
+    step = _step_of(adam, W_SD)
     check_ids(gradient.ids_M, len(gradient.source_RD))
     for start, stop in blocks:
         w_SD, g_SD = W_SD[start:stop], g_buffer[: stop - start]
@@ -75,7 +76,7 @@ def latent_update_(
         checked_segment_sum_into(g_SD, *entries, added=parallel_S is not None)
         for rows in extra:
             _add_rows_(g_SD, rows, clip, start, stop)
-        _fused_adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, adam)
+        _fused_adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, adam, step)
         if unit_norm:
             # Not vecdot, which writes the products out: 3 times the time (measured).
             w_SD.mul_((torch.linalg.vector_norm(w_SD, dim=1, keepdim=True) + eps).reciprocal_())
@@ -85,12 +86,17 @@ def latent_update_(
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:
     """One Adam step with the gradient times clip, in place; so is the gradient."""
-    _fused_adam_(p, exp_avg, exp_avg_sq, gradient.mul_(clip), adam)
+    _fused_adam_(p, exp_avg, exp_avg_sq, gradient.mul_(clip), adam, _step_of(adam, p))
 
 
-def _fused_adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, adam: AdamSettings) -> None:
+def _step_of(adam: AdamSettings, p: Tensor) -> Tensor:
+    return torch.full((), float(adam.step), device=p.device)
+
+
+def _fused_adam_(
+    p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, adam: AdamSettings, step: Tensor
+) -> None:
     """torch.optim.Adam(fused=True)."""
-    step = torch.full((), float(adam.step), device=p.device)
     torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [p],
         [gradient],

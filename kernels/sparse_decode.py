@@ -153,11 +153,18 @@ def gather_dot_cpu(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor
         return out_M
     if rows_M.numel() == 0:
         return g_RD.new_empty(0)
-    rows_M = rows_M.contiguous()  # those of one row are an expanded view, which the op refuses
     low, high = (int(bound) for bound in latents_M.aminmax())
     check(0 <= low and high < W_SD.shape[0], f"latents: {low}..{high} is outside W's {W_SD.shape[0]} rows")
-    # One BLAS dot per entry, parallel over entries, nothing materialised: faster than sampled_addmm (measured). The op
-    # wants bag offsets only for their dtype: the bag of every entry is given.
+    # Rows of one row are an expanded view, which the op refuses.
+    return checked_gather_dot(g_RD, rows_M.contiguous(), latents_M, W_SD)
+
+
+def checked_gather_dot(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor) -> Tensor:
+    """The same on a CPU, of one entry or more that are known to be in g and in W.
+
+    One BLAS dot per entry, parallel over entries, nothing materialised: faster than sampled_addmm (measured).
+    """
+    # The op wants bag offsets only for their dtype: the bag of every entry is given.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(g_RD, W_SD, latents_M, rows_M[:1], rows_M, 0)
 
 

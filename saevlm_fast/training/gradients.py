@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saevlm_fast.kernels.common import Workspace
 from saevlm_fast.kernels.grouping import entry_rows
-from saevlm_fast.kernels.latent_gradient import EntryGradient, RowGradient, entry_gradient
+from saevlm_fast.kernels.latent_gradient import EntryGradient, RowGradient, entry_gradient, segment_totals
 from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_cpu
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
@@ -202,6 +202,4 @@ def _latent_gradients(
         mono_loss, of_acts_M = mono_of_entries(acts_M, rows_M, latents_M, offsets_S1, mono)
         dacts_M = dacts_M + of_acts_M
     dW_enc = None if frozen == "W_enc" else entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
-    one = dacts_M.new_ones(1, 1)
-    db_enc = segment_sum(dacts_M, torch.zeros_like(rows_M), offsets_S1, one).squeeze(1)
-    return dW_enc, dW_dec, db_enc, dtheta, mono_loss
+    return dW_enc, dW_dec, segment_totals(dacts_M, offsets_S1), dtheta, mono_loss
