@@ -58,7 +58,7 @@ def check_ids(ids_M: Tensor, n_rows: int) -> None:
     """ValueError: one that is not in 0 .. n_rows - 1."""
     if len(ids_M):
         low, high = (int(bound) for bound in ids_M.aminmax())  # a message of tensors takes 30 us to make
-        check(0 <= low and high < n_rows, f"ids: {low}..{high} is outside {n_rows} rows")
+        check(low >= 0 and high < n_rows, f"ids: {low}..{high} is outside {n_rows} rows")
 
 
 def checked_segment_sum_into(

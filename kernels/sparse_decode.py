@@ -154,7 +154,7 @@ def gather_dot_cpu(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor
     if rows_M.numel() == 0:
         return g_RD.new_empty(0)
     low, high = (int(bound) for bound in latents_M.aminmax())
-    check(0 <= low and high < W_SD.shape[0], f"latents: {low}..{high} is outside W's {W_SD.shape[0]} rows")
+    check(low >= 0 and high < W_SD.shape[0], f"latents: {low}..{high} is outside W's {W_SD.shape[0]} rows")
     # Rows of one row are an expanded view, which the op refuses.
     return checked_gather_dot(g_RD, rows_M.contiguous(), latents_M, W_SD)
 

@@ -108,9 +108,9 @@ def loss_and_gradients(
 
 def _through_encoder(W_enc_DS: Tensor, db_enc_S: Tensor) -> Tensor:
     """W_enc @ db_enc [d_in], of the latents that have a gradient: the others' weights are not read."""
-    (latents_A,) = db_enc_S.nonzero(as_tuple=True)
     if not W_enc_DS.t().is_contiguous():
         return W_enc_DS @ db_enc_S
+    (latents_A,) = db_enc_S.nonzero(as_tuple=True)
     if 2 * len(latents_A) > len(db_enc_S):
         return _matrix_times_vector(W_enc_DS, db_enc_S)
     offsets = torch.arange(0, len(latents_A) + _SUMMED_AT_A_TIME, _SUMMED_AT_A_TIME).clamp_(max=len(latents_A))
@@ -118,11 +118,12 @@ def _through_encoder(W_enc_DS: Tensor, db_enc_S: Tensor) -> Tensor:
 
 
 def _matrix_times_vector(W_DS: Tensor, v_S: Tensor) -> Tensor:
-    """W @ v, columns contiguous, 256 of them at a time: `@` uses one thread and takes 1.5 to 3 times as long."""
-    whole = len(v_S) // _MULTIPLIED_AT_A_TIME * _MULTIPLIED_AT_A_TIME
-    v_P1C = v_S[:whole].view(-1, 1, _MULTIPLIED_AT_A_TIME)
-    W_PCD = W_DS.t()[:whole].unflatten(0, (-1, _MULTIPLIED_AT_A_TIME))
-    return torch.bmm(v_P1C, W_PCD).sum((0, 1)) + W_DS[:, whole:] @ v_S[whole:]
+    """W @ v of contiguous columns, some at a time: `@` takes 1.4 to 3 times as long (measured)."""
+    d_in, size = len(W_DS), _MULTIPLIED_AT_A_TIME
+    n_parts = len(v_S) // size
+    whole = n_parts * size
+    sums_P1D = torch.bmm(v_S[:whole].view(n_parts, 1, size), W_DS.t()[:whole].view(n_parts, size, d_in))
+    return sums_P1D.sum((0, 1)) + W_DS[:, whole:] @ v_S[whole:]
 
 
 def _centred(x_BD: Tensor, b_dec: Tensor) -> Tensor:

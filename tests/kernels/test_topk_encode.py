@@ -406,6 +406,13 @@ def test_gpu_batch_topk_does_not_synchronise():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("share", [0, 0.02, 0.5, 1])
+@pytest.mark.parametrize("n_units", [0, 1, 77])
+def test_few_nonzero_finds_all(share, n_units):
+    mask_UG = torch.rand(n_units, 64, generator=torch.Generator().manual_seed(n_units)) < share
+    assert torch.equal(plain.few_nonzero(mask_UG), mask_UG.flatten().nonzero().squeeze(1))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("functions", FUNCTIONS, ids=lambda pair: pair[0].__name__)
 def test_gpu_gradients(functions):

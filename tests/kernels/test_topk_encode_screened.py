@@ -365,3 +365,14 @@ def test_groups_from_the_nth_are_all_that_tie_with_it():
     maxima_RG = torch.tensor([[5, 3, 3], [-2, 3, 9]], dtype=torch.int16)
     assert _groups_from_nth(maxima_RG, 3).tolist() == [0, 1, 2, 4, 5]
     assert _groups_from_nth(maxima_RG, 2).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("spread", [1, 300, 20000])
+def test_groups_from_the_nth_equal_a_sort(spread):
+    """The whole range of 16 bits, both its ends, and every n."""
+    maxima_RG = torch.randint(-spread, spread, (9, 40), dtype=torch.int16)
+    maxima_RG[3, :2] = torch.tensor([torch.iinfo(torch.int16).min, torch.iinfo(torch.int16).max], dtype=torch.int16)
+    descending = maxima_RG.flatten().sort(descending=True).values
+    for n in range(1, maxima_RG.numel() + 1):
+        expected = (maxima_RG.flatten() >= descending[n - 1]).nonzero().squeeze(1)
+        assert torch.equal(_groups_from_nth(maxima_RG, n), expected)

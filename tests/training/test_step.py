@@ -277,12 +277,15 @@ def test_a_low_copy_is_made_anew_where_another_W_enc_comes():
     assert not stepper.low_is_current()
 
 
-@pytest.mark.parametrize("n_with_gradient", [0, 1, 63, 64, 65, 200, 1009])
-def test_encoder_is_read_where_there_is_a_gradient(n_with_gradient):
+@pytest.mark.parametrize(
+    ("n_with_gradient", "d_sae"),
+    [(0, 1009), (1, 1009), (63, 1009), (64, 1009), (65, 1009), (200, 1009), (1009, 1009), (5, 5), (200, 256), (0, 1)],
+)
+def test_encoder_is_read_where_there_is_a_gradient(n_with_gradient, d_sae):
     """W_enc @ db_enc, whichever latents are read; a NaN stays one."""
     generator = torch.Generator().manual_seed(n_with_gradient)
-    W_SD, db_S = torch.randn(1009, 24, generator=generator), torch.zeros(1009)
-    latents_A = torch.randperm(1009, generator=generator)[:n_with_gradient]
+    W_SD, db_S = torch.randn(d_sae, 24, generator=generator), torch.zeros(d_sae)
+    latents_A = torch.randperm(d_sae, generator=generator)[:n_with_gradient]
     db_S[latents_A] = torch.randn(n_with_gradient, generator=generator)
     for W_DS in (W_SD.t(), W_SD.t().contiguous()):  # latents after one another in memory, and not
         found_D = gradients_module._through_encoder(W_DS, db_S)
