@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .common import Cone
 from .latent_gradient import EntryGradient, RowGradient, block_rows, row_blocks
-from .segment_sum import check_ids, checked_segment_sum_into
+from .segment_sum import check_ids, unchecked_segment_sum_into
 
 # --- public functions ------------------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ def latent_update_(
             torch.mul(w_SD, -parallel_S[start:stop, None], out=g_SD)
         offsets = gradient.offsets_S1[start : stop + 1]
         entries = weights_M, gradient.ids_M, offsets, gradient.source_RD
-        checked_segment_sum_into(g_SD, *entries, added=parallel_S is not None)
+        unchecked_segment_sum_into(g_SD, *entries, added=parallel_S is not None)
         for rows in extra:
             _add_rows_(g_SD, rows, clip, start, stop)
         _fused_adam_(w_SD, exp_avg_SD[start:stop], exp_avg_sq_SD[start:stop], g_SD, adam, step)

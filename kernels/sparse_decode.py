@@ -156,11 +156,11 @@ def gather_dot_cpu(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor
     low, high = (int(bound) for bound in latents_M.aminmax())
     check(low >= 0 and high < W_SD.shape[0], f"latents: {low}..{high} is outside W's {W_SD.shape[0]} rows")
     # Rows of one row are an expanded view, which the op refuses.
-    return checked_gather_dot(g_RD, rows_M.contiguous(), latents_M, W_SD)
+    return unchecked_gather_dot(g_RD, rows_M.contiguous(), latents_M, W_SD)
 
 
-def checked_gather_dot(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor) -> Tensor:
-    """The same on a CPU, of one entry or more that are known to be in g and in W.
+def unchecked_gather_dot(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor) -> Tensor:
+    """The same on a CPU, of one entry or more that the caller knows to be in g and in W.
 
     One BLAS dot per entry, parallel over entries, nothing materialised: faster than sampled_addmm (measured).
     """

@@ -167,10 +167,13 @@ def nonzero(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
-def few_nonzero(mask_U8N: Tensor) -> Tensor:
-    """The same where few of whole eights are True: eights first, half the time (measured)."""
-    eights = mask_U8N.numpy().view(np.uint64).reshape(-1)
+def few_nonzero(mask_UG: Tensor) -> Tensor:
+    """The same where few are True, of contiguous rows of whole eights: eights first, half the time of some million
+    with 2 to 3 % (measured)."""
+    eights = mask_UG.numpy().view(np.uint64).reshape(-1)
     some = np.flatnonzero(eights != 0)
+    if 2 * len(some) > len(eights):  # not few, as of a ReLU: one by one takes a quarter of the time
+        return nonzero(mask_UG)
     found = np.flatnonzero(eights[some].view(np.bool_))
     return torch.from_numpy((some[found >> 3] << 3) + (found & 7))
 

@@ -22,14 +22,13 @@ nothing is gained, and a whole BatchTopK or threshold batch if one of its rows i
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .common import GROUP, Workspace
 from .grouping import order_by_latent
 from .low_product_speed import low_products_pay
-from .sparse_decode import checked_gather_dot
+from .sparse_decode import unchecked_gather_dot
 from .topk_encode_cpu import (
     BUFFER_BYTES,
     PANEL,
@@ -57,7 +56,7 @@ MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say 
 _LINE = 16  # float32 of a cache line: rows of whole ones all start at the same place in one (see screens)
 _CAST_ROWS = 512  # latents rounded at a time: they stay in cache
 _BIAS_COLUMNS = 2  # more of the product, for b in two parts: 3 to 6 % less than addmm with AVX-512 BF16 (measured)
-_KNOWN = torch.iinfo(torch.int16).max  # in place of a low value whose float32 one is there: the bits of a NaN
+_KNOWN = torch.iinfo(torch.int16).max  # marks what is proposed: a NaN's bits, and a NaN leaves its row no bound
 _TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
 _low, _error, _centred = Workspace(), Workspace(), Workspace()
 
@@ -205,7 +204,7 @@ def _chunks(
             if start == 0:
                 _round(W_enc_DS.t()[o:end], bias_S2[o:end], low_PD, norm_S[o:end])
             torch.mm(low_RD, low_PD.t(), out=pre_RP[:, o:end])
-        # Of the whole chunk: panel by panel, while these are in cache, takes twice the time (measured).
+        # Of the whole chunk: a panel's groups are strided and take three times as long, though in cache (measured).
         torch.amax(pre_bits_RP.view(-1, GROUP), dim=1, out=maxima_RG.view(-1))
         yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, _slack(x_RD, low_RD[:, :-_BIAS_COLUMNS], norm_S, b_enc_S))
 
@@ -280,18 +279,17 @@ def _best_groups(maxima_RG: Tensor, k: int) -> Tensor:
 def _groups_from_nth(maxima_RG: Tensor, n: int) -> Tensor:
     """Flat indices, ascending, of all groups that are as good as the n-th best of all rows: n, and its ties.
 
-    Counted: of 65,536 possible values, in a third to a tenth of a partition's time (measured).
+    Counted by value, of which there are 65,536: a tenth to a third of a partition's time (measured).
     """
     least = torch.iinfo(maxima_RG.dtype).min
     counts = torch.bincount(maxima_RG.view(-1).int() - least, minlength=1 << 16)
-    as_good = counts.flip(0).cumsum(0)  # as each value or better, the best first
-    nth = len(as_good) - 1 - int(torch.searchsorted(as_good, n)) + least
+    nth = int(torch.searchsorted(counts.cumsum(0), maxima_RG.numel() - n, right=True)) + least
     return nonzero(maxima_RG >= nth)
 
 
 def _proposed(chunk: Chunk, groups_U: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> Proposed:
-    """The low product's best entry in each of these groups. Which these are is a guess, their values are not: the least
-    of n of them or more is at most the n-th largest."""
+    """The low product's best entry in each of these groups, marked in pre. Which these are is a guess, their values are
+    not: the least of n of them or more is at most the n-th largest."""
     values_UG = chunk.pre_RP.view(-1, GROUP).index_select(0, groups_U)
     positions_U = groups_U * GROUP + values_UG.argmax(1)
     chunk.pre_RP.view(-1)[positions_U] = _KNOWN
@@ -309,7 +307,7 @@ def _candidates(
     """(float32 values, flat positions) of all that may reach its row's bound, in order; and the rows this is true of.
 
     The others, with a bound that is not above 0, without sound ones, or with candidates in more of the groups, have
-    none here. All that is proposed in a row of the first kind must reach its bound.
+    none here. All that is proposed, of this chunk, must reach its row's bound.
     """
     reach_RG = bound_R[:, None] - chunk.slack_RG
     # v + ROUNDING v + slack >= bound, solved for v; one rounding more for bringing that down to bfloat16.
@@ -330,12 +328,13 @@ def _candidates(
         return chunk.x_RD.new_empty(0), positions_M[:0], torch.zeros_like(sure_R)
     if proposed is None:
         return _exact(chunk, positions_M, W_enc_DS, b_enc_S), positions_M, sure_R
-    is_known_M = values_UG.numpy().reshape(-1)[found_M.numpy()] == _KNOWN
-    new_M = torch.from_numpy(np.flatnonzero(~is_known_M))
-    values_M = np.empty(len(positions_M), dtype=np.float32)
-    values_M[is_known_M] = proposed.values_U.numpy()[taken(sure_R, proposed.positions_U // width).numpy()]
-    values_M[new_M.numpy()] = _exact(chunk, taken(positions_M, new_M), W_enc_DS, b_enc_S)
-    return torch.from_numpy(values_M), positions_M, sure_R
+    is_known_M = taken(values_UG.view(-1), found_M) == _KNOWN
+    known_U = taken(sure_R, proposed.positions_U // width)
+    values_M = torch.empty(len(positions_M), dtype=torch.float32)
+    values_M.numpy()[is_known_M.numpy()] = taken(proposed.values_U, known_U).numpy()
+    new_M = nonzero(~is_known_M)
+    values_M.numpy()[new_M.numpy()] = _exact(chunk, taken(positions_M, new_M), W_enc_DS, b_enc_S).numpy()
+    return values_M, positions_M, sure_R
 
 
 def _exact(chunk: Chunk, positions_M: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> Tensor:
@@ -345,6 +344,6 @@ def _exact(chunk: Chunk, positions_M: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor)
         return values_M
     rows_M, latents_M = positions_M // chunk.pre_RP.shape[1], positions_M % chunk.pre_RP.shape[1]
     order_M = order_by_latent(latents_M, len(b_enc_S))
-    dots_M = checked_gather_dot(chunk.x_RD, taken(rows_M, order_M), taken(latents_M, order_M), W_enc_DS.t())
+    dots_M = unchecked_gather_dot(chunk.x_RD, taken(rows_M, order_M), taken(latents_M, order_M), W_enc_DS.t())
     values_M.numpy()[order_M.numpy()] = dots_M.numpy()
     return values_M.add_(taken(b_enc_S, latents_M))

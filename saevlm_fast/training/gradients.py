@@ -21,7 +21,7 @@ from saevlm_fast.training.mono import MonoTerm, mono_of_entries
 from saevlm_fast.training.penalty import Penalty
 
 _BLOCK_BYTES = 2 << 20  # of the residuals of one block of rows on a CPU
-_MULTIPLIED_AT_A_TIME = 256  # latents of a product: one is the work of one thread
+_MULTIPLIED_AT_A_TIME = 256  # latents of a product
 _SUMMED_AT_A_TIME = 64  # latents of a segment: one is the work of one thread
 
 _residuals, _centred_rows = Workspace(), Workspace()
@@ -118,7 +118,7 @@ def _through_encoder(W_enc_DS: Tensor, db_enc_S: Tensor) -> Tensor:
 
 
 def _matrix_times_vector(W_DS: Tensor, v_S: Tensor) -> Tensor:
-    """W @ v of contiguous columns, some at a time: `@` takes 1.4 to 3 times as long (measured)."""
+    """W @ v [d_in], W.t() contiguous. `@` stays on one thread: on two it takes 1.2 to 1.5 times as long (measured)."""
     d_in, size = len(W_DS), _MULTIPLIED_AT_A_TIME
     n_parts = len(v_S) // size
     whole = n_parts * size
@@ -158,7 +158,7 @@ def _prefix_residuals(
     suffix_BGD = suffix_RD.view(n_rows, n_groups, d_in)
     for start, stop in _row_blocks(x_BD, n_groups):
         offsets = bag_offsets[start * n_groups : stop * n_groups + 1]
-        # Not segment_sum_into: rows from all over W_dec come in 0.4 to 0.9 of the time where they are fetched ahead.
+        # Not segment_sum_into: embedding_bag fetches ahead, and the rows of W_dec lie far apart (docs/decisions.md).
         sums_bGD = segment_sum_cpu(acts_M, latents_M, offsets, W_dec).view(stop - start, n_groups, d_in)
         sums_bGD[:, 0] += b_dec
         for g in range(1, n_groups):

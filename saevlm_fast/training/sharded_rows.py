@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saevlm_fast.kernels.grouping import entry_rows
-from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_into
+from saevlm_fast.kernels.segment_sum import segment_sum
 from saevlm_fast.kernels.sparse_decode import group_bag_offsets
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.peers import Peers, Ranks, in_order
@@ -115,16 +115,14 @@ class Residuals(NamedTuple):
 def shared_residuals(
     sae: SparseAutoencoder, peers: Peers, x_BD: Tensor, codes: SparseCodes, bags: Tensor, n_batch_rows: int
 ) -> Residuals:
-    """step.py's _prefix_residuals: the same sums, whose terms a replica's ranks have between them. n_batch_rows: of all
-    replicas."""
+    """gradients.py's _prefix_residuals: the same sums, whose terms a replica's ranks have between them.
+
+    n_batch_rows: of all replicas.
+    """
     n_rows, d_in = x_BD.shape
     n_groups = (len(bags) - 1) // n_rows
     acts_M, latents_M, _ = codes.csr()
-    if x_BD.is_cuda:
-        parts_RD = segment_sum(acts_M, latents_M, bags, sae.W_dec.detach())
-    else:
-        parts_RD = x_BD.new_empty(n_rows * n_groups, d_in)
-        segment_sum_into(parts_RD, acts_M, latents_M, bags, sae.W_dec.detach())
+    parts_RD = segment_sum(acts_M, latents_M, bags, sae.W_dec.detach())
     own_BGD, share = summed_over_ranks(peers, parts_RD.view(n_rows, n_groups, d_in))
     own_BGD[:, 0] += sae.b_dec.detach()
     for g in range(1, n_groups):
