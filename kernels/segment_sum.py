@@ -46,9 +46,9 @@ def segment_sum_into(
 ) -> None:
     """segment_sum on a CPU, into memory that is there: written to out_LD, or added to what it holds.
 
-    In float32 and float64 a segment is a row of a sparse CSR matrix, and MKL multiplies it into place; the bits do not
-    depend on the number of threads. When this is faster than segment_sum: docs/kernels.md section 2. Shapes as there,
-    not checked; ValueError: ids outside source.
+    Shapes as in segment_sum, not checked; ValueError: ids outside source. In float32 and float64 a segment is a row of
+    a sparse CSR matrix, and MKL multiplies it into place. The bits do not depend on the number of threads (measured).
+    When this is faster than segment_sum: docs/kernels.md section 2.
     """
     check_ids(ids_M[int(offsets_L1[0]) : int(offsets_L1[-1])], len(source_RD))
     unchecked_segment_sum_into(out_LD, weights_M, ids_M, offsets_L1, source_RD, added)
@@ -64,7 +64,7 @@ def check_ids(ids_M: Tensor, n_rows: int) -> None:
 def unchecked_segment_sum_into(
     out_LD: Tensor, weights_M: Tensor, ids_M: Tensor, offsets_L1: Tensor, source_RD: Tensor, added: bool = False
 ) -> None:
-    """The same, of ids that the caller knows to be in source: MKL would read what lies beyond it."""
+    """segment_sum_into, of ids that the caller knows to be in source: MKL would read what lies beyond it."""
     if out_LD.dtype not in (torch.float32, torch.float64):  # MKL knows no others
         sums_LD = segment_sum_cpu(weights_M, ids_M, offsets_L1, source_RD)
         out_LD.add_(sums_LD) if added else out_LD.copy_(sums_LD)

@@ -160,7 +160,7 @@ def gather_dot_cpu(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor
 
 
 def unchecked_gather_dot(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor) -> Tensor:
-    """The same on a CPU, of one entry or more that the caller knows to be in g and in W.
+    """gather_dot on a CPU, of one entry or more that the caller knows to be in g and in W.
 
     One BLAS dot per entry, parallel over entries, nothing materialised: faster than sampled_addmm (measured).
     """

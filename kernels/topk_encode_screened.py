@@ -279,7 +279,7 @@ def _best_groups(maxima_RG: Tensor, k: int) -> Tensor:
 def _groups_from_nth(maxima_RG: Tensor, n: int) -> Tensor:
     """Flat indices, ascending, of all groups that are as good as the n-th best of all rows: n, and its ties.
 
-    Counted by value, of which there are 65,536: a tenth to a third of a partition's time (measured).
+    Counted by value, of which there are 65,536: a tenth to two fifths of a partition's time (measured).
     """
     least = torch.iinfo(maxima_RG.dtype).min
     counts = torch.bincount(maxima_RG.view(-1).int() - least, minlength=1 << 16)
