@@ -240,8 +240,10 @@ def _low_rows(x_RD: Tensor) -> Tensor:
 
 def _low_bias(b_S: Tensor) -> Tensor:
     """[S, 2]: in two parts."""
-    low_S = b_S.to(LOW)
-    return torch.stack([low_S, (b_S - low_S).to(LOW)], dim=1)
+    low_S2 = torch.empty(len(b_S), _BIAS_COLUMNS, dtype=LOW)  # not `stack`, which float16 autocast refuses
+    low_S2[:, 0] = b_S
+    low_S2[:, 1] = b_S - low_S2[:, 0]
+    return low_S2
 
 
 def _round(W_PD: Tensor, bias_P2: Tensor, low_PD: Tensor, norm_P: Tensor) -> None:

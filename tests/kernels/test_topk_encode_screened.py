@@ -209,13 +209,14 @@ def test_vague_rows_alone_are_left_to_float32(monkeypatch):
     assert left == [26]
 
 
-def test_neither_autocast_nor_the_default_dtype_touches_the_bounds():
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_neither_autocast_nor_the_default_dtype_touches_the_bounds(autocast):
     inputs = float_inputs((64, 96, 2048), torch.float32)
     (plain,) = _chunks(*inputs, None)
     slack_RG, codes = plain.slack_RG.clone(), topk_screened(*inputs, 3, None)
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", autocast):
             (chunk,) = _chunks(*inputs, None)
             assert torch.equal(chunk.slack_RG, slack_RG)
             found = topk_screened(*inputs, 3, None), batch_topk_encode_screened(*inputs, 3, None)
