@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -184,6 +185,16 @@ def cut_and_resumed_grid(output, log_to):
     return {name: [json.loads(line) for line in lines] for name, lines in files.items()}
 
 
+def written_records(directory, seconds=30):
+    """wandb_records once the run is among them: a process of wandb's own writes them, later on a busy machine."""
+    until = time.monotonic() + seconds
+    while True:
+        records = list(wandb_records(directory))
+        if any(record.HasField("run") for record in records) or time.monotonic() > until:
+            return records
+        time.sleep(0.2)
+
+
 def named(output):
     return {json.loads((output / name / "watch.json").read_text())["name"]: name for name in GRID}
 
@@ -206,7 +217,7 @@ def test_wandb_of_a_grid(tmp_path):
     lines = cut_and_resumed_grid(tmp_path / "grid", "wandb")
     names, groups, logged, sheets = named(tmp_path / "grid"), set(), {}, dict.fromkeys(GRID, 0)
     for file in sorted((tmp_path / "wandb").rglob("run-*.wandb")):
-        records = list(wandb_records(file.parent))
+        records = written_records(file.parent)
         (run,) = {record.run.run_id for record in records if record.HasField("run")}
         groups |= {record.run.run_group for record in records if record.HasField("run")}
         for record in records:
