@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from .common import Cone
+from .cpu_loops import bounds_by_work, compiles, in_parts
 from .latent_gradient import EntryGradient, RowGradient, block_rows, row_blocks
 from .segment_sum import check_ids, unchecked_segment_sum_into
+
+_STREAMS = 6  # reads and writes of a latent's rows, beside one read an entry
 
 # --- public functions ------------------------------------------------------------------------------------------------
 
@@ -30,6 +33,12 @@ class AdamSettings(NamedTuple):
     betas: tuple[float, float]
     eps: float
     step: int
+
+    def constants(self, dtype: torch.dtype) -> Tensor:
+        """What the compiled loop takes: lr, rates of the moments and eps as Adam uses them, and eps of unit rows."""
+        (beta1, beta2), (lr, root) = self.betas, self.schedule_values()
+        numbers = [lr, 1 - beta1, beta2, 1 - beta2, 1 / root, self.eps, torch.finfo(dtype).eps]
+        return torch.tensor(numbers, dtype=dtype)
 
     def schedule_values(self) -> tuple[float, float]:
         """(lr / bias correction of the mean, square root of that of the squares)."""
@@ -60,6 +69,12 @@ def latent_update_(
         unit_norm: renormalise the rows of W afterwards.
         cone: that they are then held in.
     """
+    if compiles(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient.weights_M, gradient.source_RD):
+        _update_rows_(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient, extra, clip, adam, unit_norm)
+        if cone is not None:
+            for start, stop in row_blocks(len(W_SD), W_SD):
+                cone.hold_(W_SD[start:stop], start)
+        return
     eps = torch.finfo(W_SD.dtype).eps
     blocks = row_blocks(len(W_SD), W_SD)
     g_buffer = block_rows.get(W_SD[: blocks[0][1]].numel(), W_SD.dtype).view(-1, W_SD.shape[1])
@@ -82,6 +97,41 @@ def latent_update_(
             w_SD.mul_((torch.linalg.vector_norm(w_SD, dim=1, keepdim=True) + eps).reciprocal_())
         if cone is not None:
             cone.hold_(w_SD, start)
+
+
+def _update_rows_(
+    W_SD: Tensor,
+    exp_avg_SD: Tensor,
+    exp_avg_sq_SD: Tensor,
+    gradient: EntryGradient,
+    extra: list[RowGradient],
+    clip: Tensor,
+    adam: AdamSettings,
+    unit_norm: bool,
+) -> None:
+    """All of it but the cone in one compiled pass: .. of the time of torch's operations, block by block (measured)."""
+    from .latent_update_numba import update_rows
+
+    check_ids(gradient.ids_M, len(gradient.source_RD))
+    none = W_SD.new_empty(0)
+    arguments = (
+        *(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient.weights_M, gradient.ids_M, gradient.offsets_S1, gradient.source_RD),
+        *_in_latent_order(extra, W_SD),
+        none if gradient.parallel_S is None else gradient.parallel_S,
+        clip.to(W_SD.dtype).view(1),
+        adam.constants(W_SD.dtype),
+        unit_norm,
+    )
+    in_parts(update_rows, bounds_by_work(gradient.offsets_S1, _STREAMS), *arguments)
+
+
+def _in_latent_order(extra: list[RowGradient], W_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows to be added as entries: their places in the third, by latent, and [S + 1] where those of a latent begin."""
+    if not extra:
+        return torch.empty(0, dtype=torch.int64), torch.zeros(len(W_SD) + 1, dtype=torch.int64), W_SD.new_empty(0, 0)
+    latents_A, places_A = torch.cat([rows.latents_A for rows in extra]).sort(stable=True)
+    offsets_S1 = torch.searchsorted(latents_A, torch.arange(len(W_SD) + 1))
+    return places_A, offsets_S1, torch.cat([rows.rows_AD for rows in extra])
 
 
 def adam_(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, clip: Tensor, adam: AdamSettings) -> None:

@@ -1,0 +1,79 @@
+"""Loops for the CPU that Numba compiles: one pass over memory where torch's operations take several.
+
+They are what Triton's kernels are on a GPU. A loop goes over a range of rows, [start, stop), and rows do not depend on
+each other: `in_parts` gives every thread a range, and the bits do not depend on how many there are. Modules of such
+loops end in _numba.py and are imported by those who ask `compiles` first: Numba takes 0.2 s to import, and is not
+everywhere (docs/decisions.md).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Sums may be taken in another order and multiply-adds fused; NaN and infinity stay what they are, and no division is
+# made by an estimate. The compiled code is kept on disk: to compile takes a second a loop.
+LOOP: dict[str, Any] = {
+    "nogil": True,
+    "fastmath": {"reassoc", "contract", "nsz"},
+    "error_model": "numpy",
+    "boundscheck": False,
+    "cache": True,
+}
+
+
+def compiles(*tensors: Tensor) -> bool:
+    """Whether loops can be compiled here, for these tensors: on a CPU, contiguous, float32 or float64, all the same."""
+    dtype = tensors[0].dtype
+    known = dtype in (torch.float32, torch.float64)
+    return (
+        known
+        and _numba_is_here()
+        and all(t.device.type == "cpu" and t.dtype == dtype and t.is_contiguous() for t in tensors)
+    )
+
+
+@cache
+def _numba_is_here() -> bool:
+    return find_spec("numba") is not None
+
+
+def in_parts(loop: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:
+    """loop(*arguments, start, stop) of every range between two bounds, each on its own thread, the first on this one.
+
+    Tensors are handed on as NumPy arrays.
+    """
+    arrays = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
+    ranges = list(zip(bounds[:-1], bounds[1:]))
+    others = [_threads(os.getpid()).submit(loop, *arrays, *part) for part in ranges[1:]]
+    try:
+        loop(*arrays, *ranges[0])
+    finally:
+        for other in others:
+            other.result()
+
+
+@cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Of this process: a forked one has none of its parent's threads."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cpu-loop")
+
+
+def even_bounds(n_rows: int) -> list[int]:
+    """Ranges of about equally many rows, one a thread of torch's."""
+    n = max(1, min(torch.get_num_threads(), n_rows))
+    return [n_rows * part // n for part in range(n + 1)]
+
+
+def bounds_by_work(offsets_S1: Tensor, work_of_a_row: int) -> list[int]:
+    """Ranges of segments of about equal work, one a thread of torch's: an entry is 1, and a segment some by itself."""
+    n_rows = len(offsets_S1) - 1
+    work_S1 = offsets_S1 + work_of_a_row * torch.arange(n_rows + 1)
+    shares = torch.linspace(0, 1, max(1, min(torch.get_num_threads(), n_rows)) + 1, dtype=torch.float64)
+    ends = torch.searchsorted(work_S1, (work_S1[0] + shares * (work_S1[-1] - work_S1[0])).long())
+    return [0, *ends[1:-1].tolist(), n_rows]
