@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def in_parts(loop: Callable[..., None], bounds: Sequence[int], *arguments: Any) 
 
     Tensors are handed on as NumPy arrays.
     """
-    arrays = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
-    ranges = list(zip(bounds[:-1], bounds[1:]))
+    arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    ranges = list(pairwise(bounds))
     others = [_threads(os.getpid()).submit(loop, *arrays, *part) for part in ranges[1:]]
     try:
         loop(*arrays, *ranges[0])

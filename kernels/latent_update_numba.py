@@ -10,25 +10,25 @@ from numpy.typing import NDArray
 
 from .cpu_loops import LOOP
 
-F = NDArray[np.floating]
-I = NDArray[np.int64]
+Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
 
 
 @njit(**LOOP)
 def update_rows(
-    W_SD: F,
-    exp_avg_SD: F,
-    exp_avg_sq_SD: F,
-    weights_M: F,
-    ids_M: I,
-    offsets_S1: I,
-    source_RD: F,
-    extra_A: I,
-    extra_offsets_S1: I,
-    extra_AD: F,
-    parallel_S: F,
-    clip: F,
-    constants: F,
+    W_SD: Floats,
+    exp_avg_SD: Floats,
+    exp_avg_sq_SD: Floats,
+    weights_M: Floats,
+    ids_M: Ints,
+    offsets_S1: Ints,
+    source_RD: Floats,
+    extra_A: Ints,
+    extra_offsets_S1: Ints,
+    extra_AD: Floats,
+    parallel_S: Floats,
+    clip: Floats,
+    constants: Floats,
     unit_norm: bool,
     start: int,
     stop: int,

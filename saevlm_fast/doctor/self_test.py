@@ -83,9 +83,12 @@ def _topk_encode(device: torch.device) -> str:
 
 def _screened_encode(device: torch.device) -> str:
     """Candidates by bfloat16 products, whether that pays here or not: the same codes."""
+    from saevlm_fast.kernels.cpu_loops import compiles
     from saevlm_fast.kernels.topk_encode_screened import topk_encode_screened
 
     weights = _weights().to("cpu")  # on a GPU other kernels screen, which "topk encode" has run
+    if not compiles(weights.W_enc_DS.t()):
+        return "not run: there is no numba, and a CPU screens with its loops alone"
     acts, latents = topk_encode_screened(*weights, _K, None)
     return _same_codes((acts, latents, None), (*reference.topk_encode(*_weights().to("cpu", torch.float64), _K), None))
 

@@ -24,14 +24,17 @@ def test_no_circle_and_no_kernel_imports_its_op():
     for name in graph:
         if name.endswith("_triton"):
             assert {needed for needed in graph[name] if not needed.endswith("_triton")} <= {"common"}, name
+        if name.endswith("_numba"):
+            assert {needed for needed in graph[name] if not needed.endswith("_numba")} <= {"common", "cpu_loops"}, name
 
 
 def test_a_cpu_user_loads_no_kernel():
     """(torch imports triton itself, if it is there, when a custom op is first called.)"""
-    ops = [name for name in sorted(FILES) if not name.endswith("_triton")]
+    ops = [name for name in sorted(FILES) if not name.endswith(("_triton", "_numba"))]
     code = "import sys, torch\n" + "".join(f"import saevlm_fast.kernels.{name}\n" for name in ops)
     code += """
 assert "triton" not in sys.modules
+assert "numba" not in sys.modules, "which takes 0.2 s, for small work and for a GPU in vain"
 from saevlm_fast.kernels.sparse_decode import sparse_decode
 from saevlm_fast.kernels.topk_encode import topk_encode
 x, W, b, zeros = torch.randn(5, 7), torch.randn(7, 70), torch.zeros(70), torch.zeros(7)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import saevlm_fast.kernels.latent_gradient as latent_gradient
-from saevlm_fast.kernels import reference
+from saevlm_fast.kernels import cpu_loops, reference
 from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
 from saevlm_fast.kernels.latent_gradient import (
     EntryGradient,
@@ -22,6 +22,15 @@ BETAS, EPS, LR, CLIP_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 # rows, k, d_sae, d_in. Latent 0 fires in nearly every row, k = 1 leaves all others without an entry.
 SHAPES = [(37, 5, 9, 24), (101, 1, 3, 7), (0, 3, 7, 5), (40, 3, 7, 1), (9, 4, 6, 300)]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
+
+
+@pytest.fixture(autouse=True, params=["one pass", "operations"])
+def way(request, monkeypatch):
+    """By a compiled loop, and by torch's operations, as where there is no Numba."""
+    if request.param == "operations":
+        monkeypatch.setattr(cpu_loops, "_numba_is_here", lambda: False)
+    elif not cpu_loops._numba_is_here():
+        pytest.skip("no numba on this machine")
 
 
 def inputs_of_step(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int):

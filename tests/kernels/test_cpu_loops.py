@@ -1,0 +1,124 @@
+"""Compiled loops of a CPU: how rows are shared out, and the small loops of a screened encode against plain torch."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saevlm_fast.kernels import cpu_loops
+from saevlm_fast.kernels.cpu_loops import bounds_by_work, compiles, even_bounds, in_parts
+
+needs_numba = pytest.mark.skipif(not cpu_loops._numba_is_here(), reason="no numba on this machine")
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_every_row_is_gone_over_once(threads):
+    seen_N = torch.zeros(23, dtype=torch.int64)
+
+    def loop(seen_N, start, stop):
+        seen_N[start:stop] += 1
+
+    in_parts(loop, even_bounds(23), seen_N)
+    assert seen_N.tolist() == [1] * 23
+    assert len(even_bounds(23)) == threads + 1
+    assert even_bounds(0) == [0, 0]
+    assert even_bounds(1) == [0, 1]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_loop_that_fails_is_waited_for_and_heard(at):
+    done = []
+
+    def loop(start, stop):
+        if start == at:
+            raise ZeroDivisionError(f"range {start}..{stop}")
+        done.append(start)
+
+    with pytest.raises(ZeroDivisionError, match=f"range {at}"):
+        in_parts(loop, [0, 1, 2])
+    assert done == [1 - at]
+
+
+@given(counts=st.lists(st.integers(0, 50), max_size=40), first=st.integers(0, 9), work=st.integers(1, 8))
+def test_work_is_shared_out(counts, first, work):
+    """Of all rows, in order; and no range has more than its share and two rows."""
+    offsets_S1 = torch.tensor([first, *counts]).cumsum(0)
+    bounds = bounds_by_work(offsets_S1, work)
+    assert bounds == sorted(bounds)
+    assert (bounds[0], bounds[-1]) == (0, len(counts))
+    parts = [sum(counts[a:b]) + work * (b - a) for a, b in pairwise(bounds)]
+    assert max(parts) <= sum(parts) / len(parts) + 2 * (max(counts, default=0) + work)
+
+
+def test_what_is_compiled_for(monkeypatch):
+    W_SD = torch.zeros(4, 6)
+    here = cpu_loops._numba_is_here()
+    assert compiles(W_SD) == compiles(W_SD.double()) == compiles(W_SD, W_SD) == here
+    assert not compiles(W_SD.half())
+    assert not compiles(W_SD.bfloat16())
+    assert not compiles(W_SD, W_SD.double())
+    assert not compiles(W_SD.t())
+    assert not compiles(W_SD.to("meta"))
+    monkeypatch.setattr(cpu_loops, "_numba_is_here", lambda: False)
+    assert not compiles(W_SD)
+
+
+@needs_numba
+def test_rounding_is_that_of_bfloat16():
+    """Every upper half with lower halves at, beside and between its ties; NaN need not stay one."""
+    from saevlm_fast.kernels.topk_encode_numba import round_rows
+
+    upper_R1 = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)[:, None] << 16
+    values_RD = (upper_R1 | torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)).view(torch.float32)
+    values_RD = values_RD[~values_RD.isnan().any(1)]
+    low_RD, (norm_R, error_R) = torch.empty_like(values_RD, dtype=torch.bfloat16), torch.empty(2, len(values_RD))
+    in_parts(round_rows, [0, 5, len(values_RD)], values_RD, low_RD.view(torch.int16), norm_R, error_R)
+    assert torch.equal(low_RD.view(torch.int16), values_RD.to(torch.bfloat16).view(torch.int16))
+    small_R = (values_RD.abs().amax(1) < 1e18) & (values_RD.abs().amin(1) > 1e-16)  # whose squares are numbers
+    truth_RD = values_RD[small_R].double()
+    lost_RD = truth_RD - truth_RD.to(torch.bfloat16)
+    torch.testing.assert_close(norm_R[small_R].double(), truth_RD.norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(error_R[small_R].double(), lost_RD.norm(dim=1), rtol=1e-6, atol=0)
+    assert int(small_R.sum()) > 10_000
+
+
+@needs_numba
+def test_a_row_with_nan_or_infinity_has_no_finite_norm():
+    from saevlm_fast.kernels.topk_encode_numba import round_rows
+
+    values_RD = torch.ones(4, 40)
+    values_RD[[0, 1, 2], [3, 17, 39]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    low_RD, (norm_R, error_R) = torch.empty(4, 40, dtype=torch.bfloat16), torch.empty(2, 4)
+    in_parts(round_rows, [0, 4], values_RD, low_RD.view(torch.int16), norm_R, error_R)
+    assert norm_R.isfinite().tolist() == [False, False, False, True]
+
+
+@needs_numba
+@given(seed=st.integers(0, 2**31), k=st.integers(1, 12), spread=st.sampled_from([1, 3, 1000]))
+def test_best_entries_are_those_of_a_stable_sort(seed, k, spread):
+    """Ragged rows, ties, zeros and negatives; rows with fewer than k positives are left alone."""
+    from saevlm_fast.kernels.topk_encode_numba import best_entries
+
+    generator = torch.Generator().manual_seed(seed)
+    counts_R = torch.randint(0, 30, (9,), generator=generator)
+    offsets_R1 = torch.nn.functional.pad(counts_R.cumsum(0), (1, 0))
+    values_M = torch.randint(-spread, spread + 1, (int(counts_R.sum()),), generator=generator) / 4
+    positions_M = torch.arange(len(values_M)) * 3
+    acts_RK, latents_RK = torch.full((9, k), -1.0), torch.full((9, k), -1)
+    decided_R = torch.zeros(9, dtype=torch.bool)
+    in_parts(best_entries, [0, 4, 9], values_M, positions_M, offsets_R1, 1000, acts_RK, latents_RK, decided_R)
+    for r, (a, b) in enumerate(pairwise(offsets_R1.tolist())):
+        assert bool(decided_R[r]) == (int((values_M[a:b] > 0).sum()) >= k)
+        order = values_M[a:b].sort(descending=True, stable=True).indices[:k].sort().values + a
+        expected = (values_M[order], positions_M[order] % 1000) if decided_R[r] else (torch.full((k,), -1.0),) * 2
+        assert torch.equal(acts_RK[r], expected[0])
+        assert torch.equal(latents_RK[r], expected[1].long())
