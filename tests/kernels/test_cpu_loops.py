@@ -1,5 +1,6 @@
 """Compiled loops of a CPU: how rows are shared out, and the small loops of a screened encode against plain torch."""
 
+import threading
 from itertools import pairwise
 
 import pytest
@@ -19,6 +20,12 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, params=["torch's threads", "others"])
+def team(request, monkeypatch):
+    if request.param == "others":
+        monkeypatch.setattr(cpu_loops, "_openmp", lambda: None)
 
 
 def test_every_row_is_gone_over_once(threads):
@@ -46,6 +53,37 @@ def test_a_loop_that_fails_is_waited_for_and_heard(at):
     with pytest.raises(ZeroDivisionError, match=f"range {at}"):
         in_parts(loop, [0, 1, 2])
     assert done == [1 - at]
+
+
+def test_a_team_that_is_smaller_than_asked_for_does_all(monkeypatch):
+    """As one within another may be."""
+    seen_N = torch.zeros(9, dtype=torch.int64)
+
+    def loop(seen_N, start, stop):
+        seen_N[start:stop] += 1
+
+    monkeypatch.setattr(cpu_loops, "_on_threads", lambda n, work: work(1))
+    in_parts(loop, [0, 2, 5, 9], seen_N)
+    assert seen_N.tolist() == [1] * 9
+
+
+def test_loops_of_several_python_threads_at_once():
+    """They have teams of their own."""
+    seen_TN = torch.zeros(6, 50, dtype=torch.int64)
+
+    def loop(seen_N, start, stop):
+        seen_N[start:stop] += 1
+
+    def repeat(t):
+        for _ in range(20):
+            in_parts(loop, [0, 20, 50], seen_TN[t])
+
+    several = [threading.Thread(target=repeat, args=(t,)) for t in range(6)]
+    for thread in several:
+        thread.start()
+    for thread in several:
+        thread.join(60)
+    assert bool((seen_TN == 20).all())
 
 
 @given(counts=st.lists(st.integers(0, 50), max_size=40), first=st.integers(0, 9), work=st.integers(1, 8))
