@@ -27,7 +27,8 @@ from saevlm_fast.training.sharded_one_pass import SharedTowerStream, train_from_
 from tiny_tower import save_clip, save_photos
 
 SAES = {"a": SAESize(k=3, d_sae=47), "b": SAESize(k=4, d_sae=32, architecture="topk")}
-CONFIG = TrainConfig(steps=8, batch_size=15, lr=5e-3, threshold_start=100, dead_after=60, center=True)
+# eps: Adam would make a whole step of a gradient that is rounding alone (a latent whose one entry has a dot near 0).
+CONFIG = TrainConfig(steps=8, batch_size=15, lr=5e-3, eps=1e-5, threshold_start=100, dead_after=60, center=True)
 # Forwards of 7 of 38 images, of which one cannot be used: six an epoch, of 3 rows an image or one. Windows of 3 steps.
 STREAM = {"layer": (2,), "point": ("residual", "projection"), "tokens": ("random:3",), "buffer": "50"}
 STREAM = StreamSettings(**STREAM, workers=0, image_batch=7, max_skipped=0.05)
