@@ -236,6 +236,22 @@ def list_candidates(
 
 
 @njit(**LOOP)
+def by_latent(positions_M: Ints, places_Q: Ints, width: int) -> Ints:
+    """The places in the order of the latents of their positions; those of a latent keep theirs. A counting sort: half
+    the time of NumPy's (measured)."""
+    next_P, latents_Q, ordered_Q = np.zeros(width + 1, np.int64), np.empty_like(places_Q), np.empty_like(places_Q)
+    for q in range(len(places_Q)):
+        latents_Q[q] = positions_M[places_Q[q]] % width
+        next_P[latents_Q[q] + 1] += 1
+    for latent in range(width):
+        next_P[latent + 1] += next_P[latent]
+    for q in range(len(places_Q)):
+        ordered_Q[next_P[latents_Q[q]]] = places_Q[q]
+        next_P[latents_Q[q]] += 1
+    return ordered_Q
+
+
+@njit(**LOOP)
 def dots_at(
     x_RD: Floats,
     W_SD: Floats,

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from .common import GROUP, Workspace
 from .cpu_loops import compiles, even_bounds, in_parts
-from .grouping import order_by_latent
 from .low_product_speed import low_products_pay
 from .topk_encode_cpu import (
     BUFFER_BYTES,
@@ -338,7 +337,7 @@ def _exact(
 ) -> None:
     """Pre-activations in float32 at the positions of these places, made latent by latent: W is read once (40 % less
     time)."""
-    places_Q = places_Q[order_by_latent(positions_M[places_Q] % chunk.width, len(b_enc_S))]
+    places_Q = torch.from_numpy(_loops().by_latent(positions_M.numpy(), places_Q.numpy(), chunk.width))
     inputs = chunk.x_RD, W_enc_DS.t(), b_enc_S.contiguous(), positions_M, places_Q, chunk.width
     in_parts(_loops().dots_at, even_bounds(len(places_Q)), *inputs, values_M)
 
