@@ -10,23 +10,33 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-# Sums may be taken in another order and multiply-adds fused; NaN and infinity stay what they are, and no division is
-# made by an estimate. The compiled code is kept on disk: to compile takes a second a loop.
-LOOP: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": {"reassoc", "contract", "nsz"},
-    "error_model": "numpy",
-    "boundscheck": False,
-    "cache": True,
-}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """Numba's compiler, for a loop or a part of one.
+
+    Sums may be taken in another order and multiply-adds fused; NaN and infinity stay what they are, and no division is
+    made by an estimate. The compiled code is kept on disk, where there is a place to write: to compile takes about a
+    second a loop.
+    """
+    from numba import njit
+
+    compiler = partial(
+        njit, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", boundscheck=False
+    )
+    try:
+        return compiler(cache=True)(function)
+    except RuntimeError:  # "no locator available": neither beside this file nor in the user's cache
+        return compiler()(function)
 
 
 def compiles(*tensors: Tensor) -> bool:

@@ -5,16 +5,15 @@ first cache. docs/kernels.md section 4
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from .cpu_loops import LOOP
+from .cpu_loops import compiled
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 
-@njit(**LOOP)
+@compiled
 def update_rows(
     W_SD: Floats,
     exp_avg_SD: Floats,

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from .common import GROUP
-from .cpu_loops import LOOP
+from .cpu_loops import compiled
 
 Floats = NDArray[np.float32]
 Bits = NDArray[np.int16]
@@ -90,7 +90,7 @@ def _count_bits(typing_context: Any, mask: Any) -> Any:
     return types.int64(types.uint64), code
 
 
-@njit(**LOOP)
+@compiled
 def round_rows(source_RD: Floats, low_RP: Bits, norm_R: Floats, error_R: Floats, start: int, stop: int) -> None:
     """Rows to bfloat16, to the nearest and to even; norms of the rows and of what rounding took. In one pass."""
     for r in range(start, stop):
@@ -105,7 +105,7 @@ def round_rows(source_RD: Floats, low_RP: Bits, norm_R: Floats, error_R: Floats,
         norm_R[r], error_R[r] = np.sqrt(square), np.sqrt(lost)
 
 
-@njit(**LOOP)
+@compiled
 def _count_from(values_N: Bits, least: int) -> int:
     """How many are at least that. Counted in 16 bits, by as many at a time."""
     count, least = np.int16(0), np.int16(least)
@@ -114,7 +114,7 @@ def _count_from(values_N: Bits, least: int) -> int:
     return count
 
 
-@njit(**LOOP)
+@compiled
 def best_groups(maxima_RG: Bits, k: int, groups_RK: Ints, start: int, stop: int) -> None:
     """Flat numbers of every row's k best groups, ascending; ties to the lower. The k-th best value is found bit by
     bit."""
@@ -133,7 +133,7 @@ def best_groups(maxima_RG: Bits, k: int, groups_RK: Ints, start: int, stop: int)
                 ties -= is_tie
 
 
-@njit(**LOOP)
+@compiled
 def best_of_groups(pre_NG: Bits, maxima_N: Bits, groups_U: Ints, positions_U: Ints, start: int, stop: int) -> None:
     """The flat position of the largest in each of these groups, the first of equals; marked KNOWN in pre."""
     for u in range(start, stop):
@@ -144,7 +144,7 @@ def best_of_groups(pre_NG: Bits, maxima_N: Bits, groups_U: Ints, positions_U: In
         pre_NG[groups_U[u], positions_U[u] - groups_U[u] * GROUP] = KNOWN
 
 
-@njit(**LOOP)
+@compiled
 def _cutoffs(bound: float, slack_G: Floats, kept: float, cutoff_G: Bits) -> None:
     """Below its group's cutoff a value v cannot reach the bound: v + rounding v + slack >= bound, solved for v.
 
@@ -155,13 +155,13 @@ def _cutoffs(bound: float, slack_G: Floats, kept: float, cutoff_G: Bits) -> None
         cutoff_G[g] = np.float32(reach * kept).view(np.int32) >> 16 if reach > 0 else LEAST
 
 
-@njit(**LOOP)
+@compiled
 def _inside(n_latents: int) -> int:
     """The mask of that many entries of a group, which may be more than it has."""
     return np.uint64(-1) if n_latents >= GROUP else (np.uint64(1) << np.uint64(n_latents)) - np.uint64(1)
 
 
-@njit(**LOOP)
+@compiled
 def count_candidates(
     pre_NG: Bits,
     maxima_RG: Bits,
@@ -193,7 +193,7 @@ def count_candidates(
         counts_R[r] = count
 
 
-@njit(**LOOP)
+@compiled
 def list_candidates(
     pre_NG: Bits,
     maxima_RG: Bits,
@@ -235,7 +235,7 @@ def list_candidates(
                 m += 1
 
 
-@njit(**LOOP)
+@compiled
 def by_latent(positions_M: Ints, places_Q: Ints, width: int) -> Ints:
     """The places in the order of the latents of their positions; those of a latent keep theirs. A counting sort: half
     the time of NumPy's (measured)."""
@@ -251,7 +251,7 @@ def by_latent(positions_M: Ints, places_Q: Ints, width: int) -> Ints:
     return ordered_Q
 
 
-@njit(**LOOP)
+@compiled
 def dots_at(
     x_RD: Floats,
     W_SD: Floats,
@@ -273,7 +273,7 @@ def dots_at(
         values_M[places_Q[q]] = total + b_S[latent]
 
 
-@njit(**LOOP)
+@compiled
 def best_entries(
     values_M: Floats,
     positions_M: Ints,

@@ -1,7 +1,10 @@
 """Compiled loops of a CPU: how rows are shared out, and the small loops of a screened encode against plain torch."""
 
+import subprocess
+import sys
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from saevlm_fast.kernels import cpu_loops
 from saevlm_fast.kernels.cpu_loops import bounds_by_work, compiles, even_bounds, in_parts
 
+ROOT = Path(__file__).resolve().parents[2]
 needs_numba = pytest.mark.skipif(not cpu_loops._numba_is_here(), reason="no numba on this machine")
 
 
@@ -160,3 +164,19 @@ def test_best_entries_are_those_of_a_stable_sort(seed, k, spread):
         expected = (values_M[order], positions_M[order] % 1000) if decided_R[r] else (torch.full((k,), -1.0),) * 2
         assert torch.equal(acts_RK[r], expected[0])
         assert torch.equal(latents_RK[r], expected[1].long())
+
+
+@needs_numba
+def test_where_nothing_can_be_written_loops_are_compiled_anew():
+    """A home and a package that are read-only: Numba finds no place for its cache, and refuses to look for one."""
+    code = """
+import numba.core.caching as caching, torch
+caching._CacheImpl._locator_classes = []
+from saevlm_fast.kernels.cpu_loops import in_parts
+from saevlm_fast.kernels.topk_encode_numba import round_rows
+values, low, norms = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int16), torch.zeros(2, 2)
+in_parts(round_rows, [0, 1, 2], values, low, norms[0], norms[1])
+assert (norms[0] - 3**0.5).abs().amax() < 1e-6
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
