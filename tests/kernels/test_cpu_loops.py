@@ -171,7 +171,7 @@ def test_where_nothing_can_be_written_loops_are_compiled_anew():
     """A home and a package that are read-only: Numba finds no place for its cache, and refuses to look for one."""
     code = """
 import numba.core.caching as caching, torch
-caching._CacheImpl._locator_classes = []
+(getattr(caching, "CacheImpl", None) or caching._CacheImpl)._locator_classes = []
 from saevlm_fast.kernels.cpu_loops import in_parts
 from saevlm_fast.kernels.topk_encode_numba import round_rows
 values, low, norms = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int16), torch.zeros(2, 2)
