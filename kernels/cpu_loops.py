@@ -30,7 +30,7 @@ def compiled(function: Function) -> Function:
     """
     from numba import njit
 
-    compiler = partial(
+    compiler: Any = partial(
         njit, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", boundscheck=False
     )
     try:

@@ -43,7 +43,7 @@ class EntryGradient(NamedTuple):
     """The same as the entries whose segment sums are its rows: segment s belongs to latent s.
 
     From row s the parallel_S[s]-fold of W's own row is still to be taken off (None: nothing), which the norms take into
-    account.
+    account. norm_R: of source's rows, if they are known.
     """
 
     weights_M: Tensor
@@ -51,6 +51,7 @@ class EntryGradient(NamedTuple):
     offsets_S1: Tensor
     source_RD: Tensor
     parallel_S: Tensor | None
+    norm_R: Tensor | None = None
 
     @property
     def squared_norm(self) -> Tensor:
@@ -66,7 +67,8 @@ class EntryGradient(NamedTuple):
 
     def _norm_bounds(self) -> Tensor:
         """Of every segment sum; exact where it has one entry."""
-        norms_M = torch.linalg.vector_norm(self.source_RD, dim=1)[self.ids_M] * self.weights_M.abs()
+        norm_R = torch.linalg.vector_norm(self.source_RD, dim=1) if self.norm_R is None else self.norm_R
+        norms_M = norm_R[self.ids_M] * self.weights_M.abs()
         return segment_totals(norms_M, self.offsets_S1)
 
     def _squared(self, norms_S: Tensor) -> Tensor:
@@ -81,6 +83,7 @@ def entry_gradient(
     offsets_S1: Tensor,
     source_RD: Tensor,
     dots_M: Tensor | None = None,
+    norm_R: Tensor | None = None,
 ) -> EntryGradient:
     """The gradient of every latent, on a CPU: segment sums of entries, projected if dots are given.
 
@@ -92,13 +95,14 @@ def entry_gradient(
         dots_M: <source[ids], W_dec[latent]> of every entry, rows of W_dec being unit: remove the component of every
             gradient row along its own row. The rows are renormalised after every step, so that component could only be
             undone (docs/recipe.md section 2). It is the weighted sum of the dots: W_dec is not read.
+        norm_R: of source's rows, if they are known.
 
     Nothing is checked.
     """
     end = int(offsets_S1[-1])  # padding lies behind
     weights_M, ids_M = weights_M[:end], ids_M[:end]
     parallel_S = None if dots_M is None else segment_totals(weights_M * dots_M[:end], offsets_S1)
-    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S)
+    return EntryGradient(weights_M, ids_M, offsets_S1, source_RD, parallel_S, norm_R)
 
 
 def dense_gradient_rows(latents_A: Tensor, rows_AD: Tensor, unit_rows_SD: Tensor | None = None) -> RowGradient:

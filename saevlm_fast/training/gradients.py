@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.kernels.common import Workspace
+from saevlm_fast.kernels.cpu_loops import bounds_by_work, compiles, in_parts
 from saevlm_fast.kernels.grouping import entry_rows
 from saevlm_fast.kernels.latent_gradient import EntryGradient, RowGradient, entry_gradient, segment_totals
-from saevlm_fast.kernels.segment_sum import segment_sum, segment_sum_cpu
+from saevlm_fast.kernels.segment_sum import check_ids, segment_sum, segment_sum_cpu
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, group_bag_offsets
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
@@ -81,15 +82,11 @@ def loss_and_gradients(
         x_hat_BD of the last prefix, the losses, the gradients (the decoder's projected). The next call on this thread
         overwrites what the gradients of the weights are made from.
     """
-    n_groups, b_dec = len(sae.config.group_ends), sae.b_dec.detach()
+    n_groups = len(sae.config.group_ends)
     bag_offsets = _bag_offsets(sae, codes)
-    x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, codes, bag_offsets)
-    mse = squared / (len(x_BD) * n_groups)
-
-    centred_BD = _centred(x_BD, b_dec)
-    suffix_RD = suffix_BGD.flatten(0, 1)
-    entries = codes, bag_offsets, centred_BD, suffix_RD
-    dW_enc, dW_dec, db_enc, dtheta, mono_loss = _latent_gradients(sae, *entries, penalty, frozen, mono)
+    rows = _through_rows(sae, x_BD, codes, bag_offsets)
+    x_hat_BD, mse = rows.x_hat_BD, rows.squared / (len(x_BD) * n_groups)
+    dW_enc, dW_dec, db_enc, dtheta, mono_loss = _latent_gradients(sae, codes, bag_offsets, rows, penalty, frozen, mono)
 
     aux = auxiliary(sae, x_BD, x_hat_BD, dead, auxk_alpha, frozen)
     aux_loss, aux_enc, aux_dec = mse.new_zeros(()), list[RowGradient](), list[RowGradient]()
@@ -97,7 +94,7 @@ def loss_and_gradients(
         aux_loss = aux.loss
         aux_enc, aux_dec = ([] if rows is None else [rows] for rows in (aux.W_enc, aux.W_dec))
         db_enc.index_add_(0, dead.latents_A, aux.b_enc_A)
-    db_dec = suffix_BGD[:, 0].sum(0) - _through_encoder(sae.W_enc.detach(), db_enc)
+    db_dec = rows.suffix_BGD[:, 0].sum(0) - _through_encoder(sae.W_enc.detach(), db_enc)
     overall = mse + auxk_alpha * aux_loss
     more = [None if penalty is None else penalty.loss, mono_loss]
     for loss in more:
@@ -137,6 +134,49 @@ def _bag_offsets(sae: SparseAutoencoder, codes: SparseCodes) -> Tensor:
     if len(sae.config.group_ends) == 1:
         return row_offsets
     return group_bag_offsets(latents_M, row_offsets, sae.config.group_ends, sae.config.d_sae)
+
+
+class _Rows(NamedTuple):
+    """What the rows of a batch leave for the gradients of the latents.
+
+    x_hat_BD of the last prefix; the sum of the squared residuals x_hat_g - x of all rows and prefixes (0-d); x - b_dec;
+    and the gradient of mse that the entries of every group receive: an entry of group j is part of every prefix g >= j,
+    so theirs is the suffix sum. The next call on this thread overwrites the last two. Perhaps the norms of these two,
+    and the dot products of all entries' rows of W_dec with what the entries receive.
+    """
+
+    x_hat_BD: Tensor
+    squared: Tensor
+    centred_BD: Tensor
+    suffix_BGD: Tensor
+    centred_norm_B: Tensor | None = None
+    suffix_norm_R: Tensor | None = None
+    dots_M: Tensor | None = None
+
+
+def _through_rows(sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, bag_offsets: Tensor) -> _Rows:
+    if compiles(x_BD, sae.W_dec, sae.b_dec, codes.top_acts):
+        return _through_rows_at_once(sae, x_BD, codes, bag_offsets)
+    x_hat_BD, squared, suffix_BGD = _prefix_residuals(sae, x_BD, codes, bag_offsets)
+    return _Rows(x_hat_BD, squared, _centred(x_BD, sae.b_dec.detach()), suffix_BGD)
+
+
+def _through_rows_at_once(sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCodes, bag_offsets: Tensor) -> _Rows:
+    """The rows of W_dec are read from memory once, for the decoder and for the dot products."""
+    from saevlm_fast.kernels.step_rows_numba import step_rows
+
+    (n_rows, d_in), n_groups = x_BD.shape, len(sae.config.group_ends)
+    acts_M, latents_M, _ = codes.csr()
+    check_ids(latents_M[: int(bag_offsets[-1])], sae.config.d_sae)
+    suffix_RD = _residuals.get(n_rows * n_groups * d_in, x_BD.dtype).view(n_rows * n_groups, d_in)
+    centred_BD = _centred_rows.get(x_BD.numel(), x_BD.dtype).view(x_BD.shape)
+    x_hat_BD, dots_M = torch.empty_like(x_BD), torch.zeros_like(acts_M)
+    (squared_B, centred_norm_B), suffix_norm_R = x_BD.new_empty(2, n_rows), x_BD.new_empty(n_rows * n_groups)
+    given = acts_M, latents_M, bag_offsets, x_BD, sae.W_dec, sae.b_dec, x_BD.new_tensor([2 / max(n_rows * n_groups, 1)])
+    of_groups = suffix_RD.view(n_rows, n_groups, d_in), suffix_norm_R.view(n_rows, n_groups)
+    made = x_hat_BD, squared_B, centred_BD, centred_norm_B, *of_groups, dots_M
+    in_parts(step_rows, bounds_by_work(bag_offsets[::n_groups], 4), *given, *made)
+    return _Rows(x_hat_BD, squared_B.sum(), centred_BD, of_groups[0], centred_norm_B, suffix_norm_R, dots_M)
 
 
 def _prefix_residuals(
@@ -181,19 +221,22 @@ def _latent_gradients(
     sae: SparseAutoencoder,
     codes: SparseCodes,
     bag_offsets: Tensor,
-    centred_BD: Tensor,
-    suffix_RD: Tensor,
+    rows: _Rows,
     penalty: Penalty | None,
     frozen: str | None,
     mono: MonoTerm | None,
 ) -> tuple[EntryGradient | None, EntryGradient | None, Tensor, Tensor | None, Tensor | None]:
     """dW_enc, dW_dec, db_enc [d_sae], that of thresholds, and MonoLoss, from one sort of the entries by latent."""
+    suffix_RD = rows.suffix_BGD.flatten(0, 1)
     acts_M, latents_M, order_M, offsets_S1 = codes.by_latent()
     bags_M = entry_rows(codes.top_indices, bag_offsets).clamp_(max=max(len(suffix_RD) - 1, 0))[order_M]
     rows_M, W_dec = bags_M // len(sae.config.group_ends), sae.W_dec.detach()
-    dots_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)  # a latent's entries side by side: W_dec is read once
+    if rows.dots_M is None:  # a latent's entries side by side: W_dec is read once
+        dots_M = gather_dot_op(suffix_RD, bags_M, latents_M, W_dec)
+    else:
+        dots_M = rows.dots_M[order_M]
     dacts_M = torch.where(acts_M > 0, dots_M, 0)
-    projected = acts_M, bags_M, offsets_S1, suffix_RD, dacts_M
+    projected = acts_M, bags_M, offsets_S1, suffix_RD, dacts_M, rows.suffix_norm_R
     dW_dec = None if frozen == "W_dec" else entry_gradient(*projected)
     dtheta = mono_loss = None
     if penalty is not None:
@@ -202,5 +245,6 @@ def _latent_gradients(
     if mono is not None:
         mono_loss, of_acts_M = mono_of_entries(acts_M, rows_M, latents_M, offsets_S1, mono)
         dacts_M = dacts_M + of_acts_M
-    dW_enc = None if frozen == "W_enc" else entry_gradient(dacts_M, rows_M, offsets_S1, centred_BD)
+    centred = rows.centred_BD, None, rows.centred_norm_B
+    dW_enc = None if frozen == "W_enc" else entry_gradient(dacts_M, rows_M, offsets_S1, *centred)
     return dW_enc, dW_dec, segment_totals(dacts_M, offsets_S1), dtheta, mono_loss
