@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import saevlm_fast.kernels.latent_gradient as latent_gradient
-from saevlm_fast.kernels import cpu_loops, reference
+from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
 from saevlm_fast.kernels.latent_gradient import (
     EntryGradient,
@@ -18,19 +18,12 @@ from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update
 from sparse_codes import random_codes
 from test_step import blocks  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("blocks")
+
 BETAS, EPS, LR, CLIP_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 # rows, k, d_sae, d_in. Latent 0 fires in nearly every row, k = 1 leaves all others without an entry.
 SHAPES = [(37, 5, 9, 24), (101, 1, 3, 7), (0, 3, 7, 5), (40, 3, 7, 1), (9, 4, 6, 300)]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
-
-
-@pytest.fixture(autouse=True, params=["one pass", "operations"])
-def way(request, monkeypatch):
-    """By a compiled loop, and by torch's operations, as where there is no Numba."""
-    if request.param == "operations":
-        monkeypatch.setattr(cpu_loops, "_numba_is_here", lambda: False)
-    elif not cpu_loops._numba_is_here():
-        pytest.skip("no numba on this machine")
 
 
 def inputs_of_step(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int):
@@ -130,7 +123,6 @@ def run(shape, dtype, n_steps: int = 2) -> tuple[Trained, Truth]:
     return trained, truth
 
 
-@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_steps_equal_optim_adam_in_float64(shape, dtype) -> None:
@@ -143,7 +135,6 @@ def test_steps_equal_optim_adam_in_float64(shape, dtype) -> None:
         torch.testing.assert_close(trained.moments[name][1], state["exp_avg_sq"], **close)
 
 
-@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("lengths", [[0, 1, 1, 2, 0, 5, 1, 0], [1, 1, 1], [0, 0, 4], [0], [2, 3, 1, 4, 2] * 9], ids=str)
 def test_squared_norm_of_entries_on_the_cpu(lengths: list[int]) -> None:
     """Single entries take a way of their own; so do latents without any."""

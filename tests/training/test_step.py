@@ -5,6 +5,7 @@ import torch
 
 from dense_trainer import DenseTrainer
 from saevlm_fast.config import SAEConfig, TrainConfig
+from saevlm_fast.kernels import cpu_loops
 from saevlm_fast.kernels import latent_gradient as latent_gradient_module
 from saevlm_fast.kernels.latent_gradient import (
     clip_coefficient,
@@ -40,9 +41,15 @@ def make(architecture, *, d_in=24, d_sae=97, k=4, seed=0, dtype=torch.float32, g
     return Stepper(sae, config), dense, data.to(dtype)
 
 
-@pytest.fixture(params=[None, 500], ids=["one block", "blocks"])
+@pytest.fixture(params=["loops", None, 500], ids=["loops", "one block", "blocks"])
 def blocks(request, monkeypatch):
-    """A CPU's step goes through its matrices in blocks of rows: all of these in one, or a few rows (or one) in each."""
+    """A CPU's step is in compiled loops. Without Numba it goes through its matrices in blocks of rows: all of these in
+    one, or a few rows (or one) in each."""
+    if request.param == "loops":
+        if not cpu_loops._numba_is_here():
+            pytest.skip("no numba on this machine")
+        return
+    monkeypatch.setattr(cpu_loops, "_numba_is_here", lambda: False)
     if request.param is not None:
         monkeypatch.setattr(gradients_module, "_BLOCK_BYTES", request.param)
         monkeypatch.setattr(latent_gradient_module, "_BLOCK_BYTES", request.param)
