@@ -155,16 +155,9 @@ def gather_dot_cpu(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor
         return g_RD.new_empty(0)
     low, high = (int(bound) for bound in latents_M.aminmax())
     check(low >= 0 and high < W_SD.shape[0], f"latents: {low}..{high} is outside W's {W_SD.shape[0]} rows")
-    # Rows of one row are an expanded view, which the op refuses.
-    return unchecked_gather_dot(g_RD, rows_M.contiguous(), latents_M, W_SD)
-
-
-def unchecked_gather_dot(g_RD: Tensor, rows_M: Tensor, latents_M: Tensor, W_SD: Tensor) -> Tensor:
-    """gather_dot on a CPU, of one entry or more that the caller knows to be in g and in W.
-
-    One BLAS dot per entry, parallel over entries, nothing materialised: faster than sampled_addmm (measured).
-    """
-    # The op wants bag offsets only for their dtype: the bag of every entry is given.
+    # One BLAS dot per entry, parallel over entries, nothing materialised: faster than sampled_addmm (measured).
+    # The op wants bag offsets only for their dtype: the bag of every entry is given, and not as an expanded view.
+    rows_M = rows_M.contiguous()
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(g_RD, W_SD, latents_M, rows_M[:1], rows_M, 0)
 
 

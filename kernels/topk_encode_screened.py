@@ -6,13 +6,15 @@ product, v its value and |.| of vectors their norms (Cauchy-Schwarz),
     |z - v| <= slack + r |v|,    slack = |x - x~| |w~| + |x| |w - w~| + 3 gamma (|x| |w| + |b|) + 2^-16 |b|
 
 where gamma = (d_in + 2) 2^-24, three times for the sums in float32 of two products, one of which may cut digits off,
-and r is two roundings to bfloat16 (2^-8 each), one more than a library needs. |x - x~| is measured, |w - w~| is at most
-2^-8 |w|. The bias is part of the product, in two columns that meet ones: its value in bfloat16, and what that leaves.
+and r is two roundings to bfloat16 (2^-8 each), one more than a library needs. |x - x~| and |w - w~| are measured by the
+pass that rounds. The bias is part of the product, in two columns that meet ones: its value in bfloat16, and what that leaves.
 
 What is proposed is the best latent, by v, of each of the k best groups of 64. These get float32 dot products, and the
-least of them, T, is at most the k-th largest z. Only latents whose upper bound reaches T can be among the top k: two
-to three times k. They get float32 dot products too, and the top k is chosen among them. So the codes are exactly the
-top k of those float32 values over all latents.
+least of them, T, is at most the k-th largest z. Only latents whose upper bound reaches T can be among the top k: about
+twice k. They get float32 dot products too, and the top k is chosen among them. So the codes are exactly the top k of
+those float32 values over all latents. A dot adds in one order wherever its rows lie: equal latents have equal ones.
+
+All but the product is in compiled loops (topk_encode_numba.py).
 
 Rows for which that does not work are left to the float32 product: with a T that is not above zero, with values that
 are not finite, or (TopK) with candidates in nearly every group. So is a whole chunk with so many candidates that
@@ -49,7 +51,6 @@ MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MIN_PRODUCT = 2**27  # multiplications, a few milliseconds in float32: below, there is little to win
 MAX_SHARE = 1 / 64  # of the latents as candidates: a float32 dot costs 35 times its share of a product (measured)
 MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
-_LINE = 16  # float32 of a cache line: rows of whole ones all start at the same place in one (see screens)
 _BIAS_COLUMNS = 2  # more of the product, for b in two parts: 3 to 6 % less than addmm with AVX-512 BF16 (measured)
 _TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
 _low, _centred = Workspace(), Workspace()
@@ -80,16 +81,12 @@ class Chunk(NamedTuple):
 
 def screens(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
     """Whether the low product is the faster way here: float32, W_enc in [d_sae, d_in] order in memory, a large product
-    of many rows, low products that pay on this CPU (which the first such call may have to measure).
-
-    And rows that are whole cache lines. A BLAS dot adds in an order that depends on where its rows start (measured:
-    d_in of no multiple of 4): equal latents would differ in the last bit, and the higher one could win a tie.
+    of many rows, low products that pay on this CPU (which the first such call may have to measure); and Numba.
     """
-    aligned = x_BD.shape[1] % _LINE == 0
     float32 = x_BD.dtype == W_enc_DS.dtype == torch.float32 and W_enc_DS.t().is_contiguous()
     d_sae = W_enc_DS.shape[1]
     large = len(x_BD) >= MIN_ROWS and d_sae >= 4 * k * GROUP and x_BD.numel() * d_sae >= MIN_PRODUCT
-    return float32 and aligned and large and compiles(W_enc_DS.t()) and low_products_pay()
+    return float32 and large and compiles(W_enc_DS.t()) and low_products_pay()
 
 
 def topk_encode_screened(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from saevlm_fast.kernels import reference, topk_encode_screened
+from saevlm_fast.kernels import cpu_loops, reference, topk_encode_screened
 from saevlm_fast.kernels.common import GROUP
 from saevlm_fast.kernels.cpu_loops import in_parts
 from saevlm_fast.kernels.low_product_speed import VARIABLE
@@ -319,6 +319,9 @@ def test_where_it_pays(monkeypatch):
     assert not screens(x_BD[:, :256], W_enc_DS[:256].t().contiguous().t(), 20)
     assert not screens(x_BD, W_enc_DS.contiguous(), 20)
     assert not screens(x_BD.double(), W_enc_DS.double(), 20)
+    with monkeypatch.context() as without:
+        without.setattr(cpu_loops, "_numba_is_here", lambda: False)
+        assert not screens(x_BD, W_enc_DS, 20)
     assert len(asked) == 1
     monkeypatch.setattr(topk_encode_screened, "low_products_pay", lambda: False)
     assert not screens(x_BD, W_enc_DS, 20)
@@ -351,18 +354,20 @@ def test_equal_latents_tie_in_rows_of_any_length(monkeypatch, d_in):
     x_BD, W_enc_DS, b_enc_S, b_dec_D = float_inputs((64, d_in, 9000), torch.float32)
     W_enc_DS = W_enc_DS.t().contiguous().t()
     W_enc_DS[:, 4501:], b_enc_S[4501:] = W_enc_DS[:, :4499], b_enc_S[:4499]
-    assert screens(x_BD, W_enc_DS, 3) == (d_in == 256)
+    assert screens(x_BD, W_enc_DS, 3)
     _, latents_BK = topk_encode(x_BD, W_enc_DS, b_enc_S, b_dec_D, 3)
     below = [(row[row >= 4501, None] - 4501 == row).any(1) for row in latents_BK]
     assert all(bool(found.all()) for found in below)
 
 
-def test_best_groups_are_those_of_a_stable_sort():
-    """Few values, so that most groups tie; negative ones among them."""
-    maxima_RG = torch.randint(-3, 4, (70, 300), dtype=torch.int16)
+@pytest.mark.parametrize("n_groups", [7, 300, 40_000])
+def test_best_groups_are_those_of_a_stable_sort(n_groups):
+    """Few values, so that most groups tie; negative ones among them; both ends of 16 bits; more groups than 2^15."""
+    maxima_RG = torch.randint(-3, 4, (20, n_groups), dtype=torch.int16)
+    maxima_RG[3], maxima_RG[4, ::2], maxima_RG[5] = 2**15 - 1, -(2**15), -(2**15)
     order_RG = torch.sort(maxima_RG.int(), dim=1, descending=True, stable=True).indices
     expected_RK = order_RG[:, :7].sort(1).values
-    assert torch.equal(_best_groups(maxima_RG, 7).view(70, 7) % 300, expected_RK)
+    assert torch.equal(_best_groups(maxima_RG, 7).view(20, 7) - n_groups * torch.arange(20)[:, None], expected_RK)
 
 
 def test_groups_from_the_nth_are_all_that_tie_with_it():
