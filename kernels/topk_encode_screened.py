@@ -7,7 +7,8 @@ product, v its value and |.| of vectors their norms (Cauchy-Schwarz),
 
 where gamma = (d_in + 2) 2^-24, three times for the sums in float32 of two products, one of which may cut digits off,
 and r is two roundings to bfloat16 (2^-8 each), one more than a library needs. |x - x~| and |w - w~| are measured by the
-pass that rounds. The bias is part of the product, in two columns that meet ones: its value in bfloat16, and what that leaves.
+pass that rounds. The bias is part of the product, in two columns that meet ones: its value in bfloat16, and what that
+leaves.
 
 What is proposed is the best latent, by v, of each of the k best groups of 64. These get float32 dot products, and the
 least of them, T, is at most the k-th largest z. Only latents whose upper bound reaches T can be among the top k: about
