@@ -45,13 +45,14 @@ def compiles(*tensors: Tensor) -> bool:
     known = dtype in (torch.float32, torch.float64)
     return (
         known
-        and _numba_is_here()
+        and numba_is_here()
         and all(t.device.type == "cpu" and t.dtype == dtype and t.is_contiguous() for t in tensors)
     )
 
 
 @cache
-def _numba_is_here() -> bool:
+def numba_is_here() -> bool:
+    """Whether it is installed."""
     return find_spec("numba") is not None
 
 

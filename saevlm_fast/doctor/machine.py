@@ -91,10 +91,13 @@ def _gpu(number: int) -> dict[str, Any]:
 
 def _screening(on_gpu: bool) -> str:
     """How encoders find candidates before float32 decides."""
+    from saevlm_fast.kernels.cpu_loops import numba_is_here
     from saevlm_fast.kernels.low_product_speed import VARIABLE, low_products_pay
 
     if on_gpu:
         return "on the GPU, by its kernels"
+    if not numba_is_here():
+        return "none: there is no numba"
     by = VARIABLE if os.environ.get(VARIABLE) else "measured on this processor"
     return f"bfloat16 products, {by}" if low_products_pay() else f"none: float32 products, {by}"
 

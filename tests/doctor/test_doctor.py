@@ -12,6 +12,7 @@ import torch
 from command import run, run_json
 from saevlm_fast.doctor import machine, self_test, words
 from saevlm_fast.errors import Interrupted
+from saevlm_fast.kernels import cpu_loops
 
 CPU = torch.device("cpu")
 QUICK = [name for name in self_test.CHECKS if name not in ("harvest", "training")]
@@ -82,6 +83,13 @@ def test_exit_code_1_when_a_check_fails(only_quick_checks, monkeypatch):
     assert ("- saevlm-fast: " in text, "- free in the working directory: " in text) == (True, True)
     result = run_json("doctor", "--device", "cpu")
     assert (result["ok"], [check["ok"] for check in result["self_test"]["checks"]]) == (False, [False, True])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU screens by its kernels")
+def test_without_numba_a_cpu_does_not_screen_and_it_is_said(only_quick_checks, monkeypatch):
+    monkeypatch.setattr(cpu_loops, "numba_is_here", lambda: False)
+    assert machine.device()["screening"] == "none: there is no numba"
+    assert "not run: there is no numba" in run("doctor", "--device", "cpu")
 
 
 def test_facts_only_takes_no_self_test(monkeypatch):

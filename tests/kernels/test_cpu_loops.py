@@ -15,7 +15,7 @@ from saevlm_fast.kernels import cpu_loops
 from saevlm_fast.kernels.cpu_loops import bounds_by_work, compiles, even_bounds, in_parts
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_numba = pytest.mark.skipif(not cpu_loops._numba_is_here(), reason="no numba on this machine")
+needs_numba = pytest.mark.skipif(not cpu_loops.numba_is_here(), reason="no numba on this machine")
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -103,14 +103,14 @@ def test_work_is_shared_out(counts, first, work):
 
 def test_what_is_compiled_for(monkeypatch):
     W_SD = torch.zeros(4, 6)
-    here = cpu_loops._numba_is_here()
+    here = cpu_loops.numba_is_here()
     assert compiles(W_SD) == compiles(W_SD.double()) == compiles(W_SD, W_SD) == here
     assert not compiles(W_SD.half())
     assert not compiles(W_SD.bfloat16())
     assert not compiles(W_SD, W_SD.double())
     assert not compiles(W_SD.t())
     assert not compiles(W_SD.to("meta"))
-    monkeypatch.setattr(cpu_loops, "_numba_is_here", lambda: False)
+    monkeypatch.setattr(cpu_loops, "numba_is_here", lambda: False)
     assert not compiles(W_SD)
 
 

@@ -320,7 +320,7 @@ def test_where_it_pays(monkeypatch):
     assert not screens(x_BD, W_enc_DS.contiguous(), 20)
     assert not screens(x_BD.double(), W_enc_DS.double(), 20)
     with monkeypatch.context() as without:
-        without.setattr(cpu_loops, "_numba_is_here", lambda: False)
+        without.setattr(cpu_loops, "numba_is_here", lambda: False)
         assert not screens(x_BD, W_enc_DS, 20)
     assert len(asked) == 1
     monkeypatch.setattr(topk_encode_screened, "low_products_pay", lambda: False)

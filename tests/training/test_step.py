@@ -46,10 +46,10 @@ def blocks(request, monkeypatch):
     """A CPU's step is in compiled loops. Without Numba it goes through its matrices in blocks of rows: all of these in
     one, or a few rows (or one) in each."""
     if request.param == "loops":
-        if not cpu_loops._numba_is_here():
+        if not cpu_loops.numba_is_here():
             pytest.skip("no numba on this machine")
         return
-    monkeypatch.setattr(cpu_loops, "_numba_is_here", lambda: False)
+    monkeypatch.setattr(cpu_loops, "numba_is_here", lambda: False)
     if request.param is not None:
         monkeypatch.setattr(gradients_module, "_BLOCK_BYTES", request.param)
         monkeypatch.setattr(latent_gradient_module, "_BLOCK_BYTES", request.param)
