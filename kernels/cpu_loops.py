@@ -8,25 +8,29 @@ everywhere (docs/decisions.md).
 
 import ctypes
 import os
+import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache, partial
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+_PROCESS = os.getpid()
 
 
 def compiled(function: Function) -> Function:
-    """Numba's compiler, for a loop or a part of one.
+    """Numba's compiler, for a loop or a part of one. No loop may raise, but for want of memory.
 
     Sums may be taken in another order and multiply-adds fused; NaN and infinity stay what they are, and no division is
-    made by an estimate. The compiled code is kept on disk, where there is a place to write: to compile takes about a
-    second a loop.
+    made by an estimate. The compiled code is kept on disk where that is possible: to compile takes about a second a
+    loop. It is compiled anew when its own file changes, but not when this one does: delete kernels/__pycache__/*.nb?.
     """
     from numba import njit
 
@@ -34,84 +38,84 @@ def compiled(function: Function) -> Function:
         njit, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", boundscheck=False
     )
     try:
-        return compiler(cache=True)(function)
+        dispatcher = compiler(cache=True)(function)
     except RuntimeError:  # "no locator available": neither beside this file nor in the user's cache
         return compiler()(function)
+    kept = dispatcher._cache.save_overload
+
+    def save(*given: Any) -> None:
+        with suppress(OSError):  # a full disk: only that it is not kept
+            kept(*given)
+
+    dispatcher._cache.save_overload = save
+    return dispatcher
 
 
 def compiles(*tensors: Tensor) -> bool:
-    """Whether loops can be compiled here, for these tensors: on a CPU, contiguous, float32 or float64, all the same."""
+    """Whether there are loops for these tensors: on a CPU, contiguous, float32 or float64, all the same; with Numba."""
     dtype = tensors[0].dtype
-    known = dtype in (torch.float32, torch.float64)
-    return (
-        known
-        and numba_is_here()
-        and all(t.device.type == "cpu" and t.dtype == dtype and t.is_contiguous() for t in tensors)
-    )
+    fit = all(t.device.type == "cpu" and t.dtype == dtype and t.is_contiguous() for t in tensors)
+    return fit and dtype in (torch.float32, torch.float64) and numba_is_here()
 
 
 @cache
 def numba_is_here() -> bool:
-    """Whether it is installed."""
-    return find_spec("numba") is not None
+    """Whether it is installed, can be imported, and compiles."""
+    try:
+        from numba.core import config
+    except ImportError as error:
+        if error.name not in ("numba", "numba.core"):  # it is there, and refuses a NumPy that is newer than itself
+            warnings.warn(f"numba cannot be imported, so a CPU works by torch's operations: {error}", stacklevel=2)
+        return False
+    return not config.DISABLE_JIT
 
 
 def in_parts(loop: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:
     """loop(*arguments, start, stop) of every range between two bounds, each on its own thread, the first on this one.
 
-    Tensors are handed on as NumPy arrays. What a range raises is raised when all have ended.
+    loop: `compiled`. Tensors are handed on as NumPy arrays; nothing of them is checked. MemoryError.
     """
-    arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
-    ranges = list(pairwise(bounds))
-    left, failed = set(range(len(ranges))), list[BaseException]()
-
-    def work(thread: int) -> None:
-        for part in (thread, *range(len(ranges))):  # its own first: what it wrote in the last step is in its cache
-            try:
-                left.remove(part)
-            except KeyError:  # taken
-                continue
-            try:
-                loop(*arrays, *ranges[part])
-            except BaseException as error:
-                failed.append(error)
-
-    _on_threads(len(ranges), work)
-    if failed:
-        raise failed[0]
-
-
-def _on_threads(n: int, work: Callable[[int], None]) -> None:
-    """work(i) on every thread i of a team of n, which may be fewer."""
-    openmp = _openmp()
-    if n == 1:
-        work(0)
+    arrays = tuple(a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments)
+    first, *others = pairwise(bounds)
+    openmp = _openmp(os.getpid())
+    if not others:
+        loop(*arrays, *first)
     elif openmp is None:
-        others = [_threads(os.getpid()).submit(work, thread) for thread in range(1, n)]
-        work(0)
-        for other in others:
-            other.result()
+        waiting = [_threads(os.getpid()).submit(loop, *arrays, *part) for part in others]
+        try:
+            loop(*arrays, *first)
+        finally:
+            wait(waiting)
+        for each in waiting:
+            each.result()
     else:
-        of_team = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: work(openmp.omp_get_thread_num()))
-        openmp.GOMP_parallel(of_team, None, n, 0)
+        from .team_numba import on_team
+
+        failed = np.zeros(1, dtype=np.int64)
+        on_team(loop, openmp, np.array(bounds), failed, arrays)
+        if failed[0]:
+            raise MemoryError("a compiled loop found no memory")
 
 
 @cache
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP that torch has loaded, where it is GNU's or compatible: its threads are the ones to work on.
+def _openmp(process: int) -> tuple[int, ...] | None:
+    """Addresses in the OpenMP that torch has loaded, where it is GNU's or compatible: its threads are the ones to use.
 
     They wait for their next work by spinning, which keeps others from their cores: with threads of our own, a step of
-    50 ms took 59 where GOMP_SPINCOUNT was not set (measured).
+    50 ms took 59 where GOMP_SPINCOUNT was not set (measured). A forked process has none of its parent's threads, and
+    would wait for them.
     """
-    if os.name != "posix":
+    if os.name != "posix" or process != _PROCESS:
         return None
     loaded = ctypes.CDLL(None)
-    return loaded if all(hasattr(loaded, name) for name in ("GOMP_parallel", "omp_get_thread_num")) else None
+    if not all(hasattr(loaded, name) for name in _OPENMP):
+        return None
+    return tuple(ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0 for name in _OPENMP)
 
 
 @cache
 def _threads(process: int) -> ThreadPoolExecutor:
-    """Elsewhere. Of this process: a forked one has none of its parent's threads."""
+    """Elsewhere, a process' own."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cpu-loop")
 
 

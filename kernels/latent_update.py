@@ -6,8 +6,8 @@ Equals, for W [S, D] whose row s belongs to latent s, with g and clip from laten
     W into the cone of its first rows                                                # a soft-frozen decoder only
 
 Adam moves every latent, so all of W is read and written: 24 bytes a parameter, the floor of a training step beside the
-encoder's GEMM. The CPU, whose path this is, goes by blocks of rows that stay in cache, a block's gradient made on the
-way. A GPU's path is latent_update_triton.py. docs/kernels.md section 4, docs/recipe.md section 2
+encoder's GEMM. The CPU, whose path this is, makes a latent's gradient on the way (latent_update_numba.py); without Numba
+it goes by blocks of rows that stay in cache. A GPU's path is latent_update_triton.py. docs/kernels.md section 4, docs/recipe.md section 2
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import Cone
+from .common import Cone, check
 from .cpu_loops import bounds_by_work, compiles, in_parts
 from .latent_gradient import EntryGradient, RowGradient, block_rows, row_blocks
 from .segment_sum import check_ids, unchecked_segment_sum_into
@@ -109,20 +109,24 @@ def _update_rows_(
     adam: AdamSettings,
     unit_norm: bool,
 ) -> None:
-    """All of it but the cone in one compiled pass: .. of the time of torch's operations, block by block (measured)."""
+    """All of it but the cone, in one compiled pass."""
     from .latent_update_numba import update_rows
 
+    offsets_S1, n_entries = gradient.offsets_S1, len(gradient.ids_M)
+    fits = len(offsets_S1) == len(W_SD) + 1 and int(offsets_S1[0]) >= 0 and int(offsets_S1[-1]) <= n_entries
+    check(fits, f"offsets: {len(offsets_S1)} for {n_entries} entries do not fit {len(W_SD)} latents")
     check_ids(gradient.ids_M, len(gradient.source_RD))
     none = W_SD.new_empty(0)
     arguments = (
-        *(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient.weights_M, gradient.ids_M, gradient.offsets_S1, gradient.source_RD),
+        *(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient.weights_M, gradient.ids_M, offsets_S1, gradient.source_RD),
         *_in_latent_order(extra, W_SD),
         none if gradient.parallel_S is None else gradient.parallel_S,
         clip.to(W_SD.dtype).view(1),
         adam.constants(W_SD.dtype),
         unit_norm,
     )
-    in_parts(update_rows, bounds_by_work(gradient.offsets_S1, _STREAMS), *arguments)
+    in_parts(update_rows, bounds_by_work(offsets_S1, _STREAMS), *arguments)
+    torch.autograd.graph.increment_version([W_SD, exp_avg_SD, exp_avg_sq_SD])  # as torch's own operations do
 
 
 def _in_latent_order(extra: list[RowGradient], W_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,21 +44,22 @@ def update_rows(
     for s in range(start, stop):
         w_D, mean_D, square_D = W_SD[s], exp_avg_SD[s], exp_avg_sq_SD[s]
         if len(parallel_S):
+            parallel = -parallel_S[s] * clip[0]
             for d in range(d_in):
-                g_D[d] = -parallel_S[s] * w_D[d]
+                g_D[d] = parallel * w_D[d]
         else:
             g_D[:] = zero
         for p in range(offsets_S1[s], offsets_S1[s + 1]):
-            weight, row_D = weights_M[p], source_RD[ids_M[p]]
+            weight, row_D = weights_M[p] * clip[0], source_RD[ids_M[p]]
             for d in range(d_in):
                 g_D[d] += weight * row_D[d]
         for p in range(extra_offsets_S1[s], extra_offsets_S1[s + 1]):
             row_D = extra_AD[extra_A[p]]
             for d in range(d_in):
-                g_D[d] += row_D[d]
+                g_D[d] += row_D[d] * clip[0]
         square = zero
         for d in range(d_in):
-            g = g_D[d] * clip[0]
+            g = g_D[d]
             mean = mean_D[d] + (g - mean_D[d]) * rate
             sq = kept_sq * square_D[d] + rate_sq * g * g
             w = w_D[d] - lr * mean / (np.sqrt(sq) * correction + eps)

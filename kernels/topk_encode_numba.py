@@ -19,6 +19,8 @@ Floats = NDArray[np.float32]
 Bits = NDArray[np.int16]
 Ints = NDArray[np.int64]
 
+if GROUP != 64:  # compiled code is kept on disk, by this file alone
+    raise ValueError(f"GROUP: {GROUP}, but this file is written for groups of 64, one bit of a mask each")
 KNOWN = np.iinfo(np.int16).max  # marks what is proposed: a NaN's bits, and a NaN leaves its row no bound
 LEAST = np.iinfo(np.int16).min
 MAX_SLACK = 1e30  # with so small a slack |x| |w| + |b| is too small for sums to overflow or be NaN
@@ -203,6 +205,7 @@ def list_candidates(
     kept: float,
     offsets_R1: Ints,
     proposed_U: Floats,
+    proposed_at_U: Ints,
     proposed_offsets_R1: Ints,
     positions_M: Ints,
     values_M: Floats,
@@ -230,8 +233,9 @@ def list_candidates(
                 positions_M[m] = n * GROUP + i
                 is_new_M[m] = pre_NG[n, i] != KNOWN
                 if not is_new_M[m]:
+                    while proposed_at_U[u] != positions_M[m]:  # all of them are there, and in this order
+                        u += 1
                     values_M[m] = proposed_U[u]
-                    u += 1
                 m += 1
 
 

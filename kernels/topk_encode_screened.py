@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import GROUP, Workspace
+from .common import GROUP, Workspace, check
 from .cpu_loops import compiles, even_bounds, in_parts
 from .low_product_speed import low_products_pay
 from .topk_encode_cpu import (
@@ -98,6 +98,7 @@ def topk_encode_screened(
     k: int,
     buffer_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
+    check(k * GROUP <= W_enc_DS.shape[1], f"k: {k} is more than the groups of {W_enc_DS.shape[1]} latents")
     acts_BK, latents_BK = x_BD.new_empty(len(x_BD), k), torch.empty(len(x_BD), k, dtype=torch.int64)
     decided_B = torch.zeros(len(x_BD), dtype=torch.bool)
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
@@ -217,7 +218,7 @@ def _slack(norm_R: Tensor, error_R: Tensor, norm_S: Tensor, error_S: Tensor, bia
     slack_RG = error_R[:, None] * low_G  # not `@`, which autocast would round
     slack_RG += norm_R[:, None] * lost_G
     slack_RG += bias_G * (UNIT_ROUNDOFF**2 + 3 * gamma) + _TINY
-    return slack_RG.mul_(1.001)  # the roundings of the bounds themselves
+    return slack_RG.mul_(1.001 + 3 * gamma)  # the roundings of the bounds themselves, and that |x~| may exceed |x|
 
 
 def _chunk_rows(x_BD: Tensor, W_enc_DS: Tensor, buffer_bytes: int | None) -> int:
@@ -324,7 +325,7 @@ def _candidates(
     offsets_R1 = torch.nn.functional.pad(counts_R.cumsum(0), (1, 0))
     values_M, positions_M = bound_R.new_empty(n_candidates), torch.empty(n_candidates, dtype=torch.int64)
     is_new_M = torch.empty(n_candidates, dtype=torch.bool)
-    known = proposed.values_U, offsets_of_rows(proposed.positions_U // chunk.width, n_rows)
+    known = *proposed, offsets_of_rows(proposed.positions_U // chunk.width, n_rows)
     in_parts(_loops().list_candidates, rows, *found, offsets_R1, *known, positions_M, values_M, is_new_M)
     _exact(chunk, positions_M, nonzero(is_new_M), W_enc_DS, b_enc_S, values_M)
     return Candidates(values_M, positions_M, offsets_R1, sure_R)

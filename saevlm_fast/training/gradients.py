@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saevlm_fast.errors import require
 from saevlm_fast.kernels.common import Workspace
 from saevlm_fast.kernels.cpu_loops import bounds_by_work, compiles, in_parts
 from saevlm_fast.kernels.grouping import entry_rows
@@ -167,7 +168,7 @@ def _through_rows_at_once(sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCod
 
     (n_rows, d_in), n_groups = x_BD.shape, len(sae.config.group_ends)
     acts_M, latents_M, _ = codes.csr()
-    check_ids(latents_M[: int(bag_offsets[-1])], sae.config.d_sae)
+    _check_codes(codes, x_BD, bag_offsets, sae)
     suffix_RD = _residuals.get(n_rows * n_groups * d_in, x_BD.dtype).view(n_rows * n_groups, d_in)
     centred_BD = _centred_rows.get(x_BD.numel(), x_BD.dtype).view(x_BD.shape)
     x_hat_BD, dots_M = torch.empty_like(x_BD), torch.zeros_like(acts_M)
@@ -177,6 +178,16 @@ def _through_rows_at_once(sae: SparseAutoencoder, x_BD: Tensor, codes: SparseCod
     made = x_hat_BD, squared_B, centred_BD, centred_norm_B, *of_groups, dots_M
     in_parts(step_rows, bounds_by_work(bag_offsets[::n_groups], 4), *given, *made)
     return _Rows(x_hat_BD, squared_B.sum(), centred_BD, of_groups[0], centred_norm_B, suffix_norm_R, dots_M)
+
+
+def _check_codes(codes: SparseCodes, x_BD: Tensor, bag_offsets: Tensor, sae: SparseAutoencoder) -> None:
+    """A loop would read and write beside what does not fit."""
+    require(codes.n_rows == len(x_BD), f"codes: {codes.n_rows} rows, x has {len(x_BD)}")
+    require(x_BD.shape[1] == sae.config.d_in, f"x: {x_BD.shape[1]} columns, d_in is {sae.config.d_in}")
+    least, most, end = int(bag_offsets[0]), int(bag_offsets[-1]), codes.top_acts.numel()
+    ascending = bool((bag_offsets.diff() >= 0).all())
+    require(ascending and least == 0 and most <= end, f"codes: row_offsets do not ascend from 0 to at most {end}")
+    check_ids(codes.top_indices.flatten()[:most], sae.config.d_sae)
 
 
 def _prefix_residuals(

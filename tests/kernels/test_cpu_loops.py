@@ -1,8 +1,12 @@
 """Compiled loops of a CPU: how rows are shared out, and the small loops of a screened encode against plain torch."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saevlm_fast.kernels import cpu_loops
-from saevlm_fast.kernels.cpu_loops import bounds_by_work, compiles, even_bounds, in_parts
+from saevlm_fast.kernels.cpu_loops import bounds_by_work, compiled, compiles, even_bounds, in_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_numba = pytest.mark.skipif(not cpu_loops.numba_is_here(), reason="no numba on this machine")
@@ -29,58 +33,60 @@ def threads(request):
 @pytest.fixture(autouse=True, params=["torch's threads", "others"])
 def team(request, monkeypatch):
     if request.param == "others":
-        monkeypatch.setattr(cpu_loops, "_openmp", lambda: None)
+        monkeypatch.setattr(cpu_loops, "_openmp", lambda process: None)
+    return request.param
 
 
+@cache
+def count_rows():
+    """A loop that adds 1 to every row, many times over."""
+
+    @compiled
+    def loop(seen_N, times, start, stop):
+        for _ in range(times):
+            for n in range(start, stop):
+                seen_N[n] += 1
+
+    return loop
+
+
+@needs_numba
 def test_every_row_is_gone_over_once(threads):
     seen_N = torch.zeros(23, dtype=torch.int64)
-
-    def loop(seen_N, start, stop):
-        seen_N[start:stop] += 1
-
-    in_parts(loop, even_bounds(23), seen_N)
+    in_parts(count_rows(), even_bounds(23), seen_N, 1)
     assert seen_N.tolist() == [1] * 23
     assert len(even_bounds(23)) == threads + 1
     assert even_bounds(0) == [0, 0]
     assert even_bounds(1) == [0, 1]
 
 
-@pytest.mark.parametrize("at", [0, 1])
-def test_a_loop_that_fails_is_waited_for_and_heard(at):
-    done = []
+@needs_numba
+def test_a_team_that_is_smaller_than_asked_for_does_all():
+    """In a process of its own, whose OpenMP may not have more than two threads."""
+    code = """
+import torch
+from saevlm_fast.kernels.cpu_loops import compiled, in_parts
 
-    def loop(start, stop):
-        if start == at:
-            raise ZeroDivisionError(f"range {start}..{stop}")
-        done.append(start)
+@compiled
+def loop(seen_N, start, stop):
+    for n in range(start, stop):
+        seen_N[n] += 1
 
-    with pytest.raises(ZeroDivisionError, match=f"range {at}"):
-        in_parts(loop, [0, 1, 2])
-    assert done == [1 - at]
-
-
-def test_a_team_that_is_smaller_than_asked_for_does_all(monkeypatch):
-    """As one within another may be."""
-    seen_N = torch.zeros(9, dtype=torch.int64)
-
-    def loop(seen_N, start, stop):
-        seen_N[start:stop] += 1
-
-    monkeypatch.setattr(cpu_loops, "_on_threads", lambda n, work: work(1))
-    in_parts(loop, [0, 2, 5, 9], seen_N)
-    assert seen_N.tolist() == [1] * 9
+seen_N = torch.zeros(9, dtype=torch.int64)
+in_parts(loop, [0, 2, 5, 6, 9], seen_N)
+assert seen_N.tolist() == [1] * 9
+"""
+    run_python(code, OMP_THREAD_LIMIT="2")
 
 
+@needs_numba
 def test_loops_of_several_python_threads_at_once():
     """They have teams of their own."""
     seen_TN = torch.zeros(6, 50, dtype=torch.int64)
 
-    def loop(seen_N, start, stop):
-        seen_N[start:stop] += 1
-
     def repeat(t):
         for _ in range(20):
-            in_parts(loop, [0, 20, 50], seen_TN[t])
+            in_parts(count_rows(), [0, 20, 50], seen_TN[t], 1)
 
     several = [threading.Thread(target=repeat, args=(t,)) for t in range(6)]
     for thread in several:
@@ -88,6 +94,62 @@ def test_loops_of_several_python_threads_at_once():
     for thread in several:
         thread.join(60)
     assert bool((seen_TN == 20).all())
+
+
+@needs_numba
+def test_an_interrupt_is_heard_and_no_range_is_left_out(team):
+    """Of 20 signals that come while loops run each raises KeyboardInterrupt once, and a call ends what it began."""
+    seen_N, heard, calls = torch.zeros(40, dtype=torch.int64), 0, 0
+    in_parts(count_rows(), [0, 20, 40], seen_N, 1)
+    seen_N.zero_()
+    for _ in range(20):
+        timer = threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,))
+        timer.start()
+        try:
+            while timer.is_alive() or not timer.finished.is_set():
+                in_parts(count_rows(), [0, 20, 40], seen_N, 1000)
+                calls += 1
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            heard += 1
+        timer.join()
+    assert heard == 20
+    assert bool((seen_N[:20] % 1000 == 0).all())
+    if team == "torch's threads":
+        assert bool((seen_N == seen_N[0]).all())
+    assert int(seen_N[0]) >= 1000 * calls
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own():
+    """It would wait for those of its parent."""
+    code = """
+import os, signal, torch
+from saevlm_fast.kernels.cpu_loops import compiled, in_parts
+
+@compiled
+def loop(seen_N, start, stop):
+    for n in range(start, stop):
+        seen_N[n] += 1
+
+seen_N = torch.zeros(9, dtype=torch.int64)
+in_parts(loop, [0, 4, 9], seen_N)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    in_parts(loop, [0, 4, 9], seen_N)
+    os._exit(0 if seen_N.tolist() == [2] * 9 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    run_python(code)
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @given(counts=st.lists(st.integers(0, 50), max_size=40), first=st.integers(0, 9), work=st.integers(1, 8))
@@ -178,5 +240,4 @@ values, low, norms = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int16), tor
 in_parts(round_rows, [0, 1, 2], values, low, norms[0], norms[1])
 assert (norms[0] - 3**0.5).abs().amax() < 1e-6
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
