@@ -67,7 +67,8 @@ def numba_is_here() -> bool:
         if error.name not in ("numba", "numba.core"):  # it is there, and refuses a NumPy that is newer than itself
             warnings.warn(f"numba cannot be imported, so a CPU works by torch's operations: {error}", stacklevel=2)
         return False
-    return not config.DISABLE_JIT
+    disabled: bool = vars(config)["DISABLE_JIT"]
+    return not disabled
 
 
 def in_parts(loop: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:

@@ -6,8 +6,9 @@ Equals, for W [S, D] whose row s belongs to latent s, with g and clip from laten
     W into the cone of its first rows                                                # a soft-frozen decoder only
 
 Adam moves every latent, so all of W is read and written: 24 bytes a parameter, the floor of a training step beside the
-encoder's GEMM. The CPU, whose path this is, makes a latent's gradient on the way (latent_update_numba.py); without Numba
-it goes by blocks of rows that stay in cache. A GPU's path is latent_update_triton.py. docs/kernels.md section 4, docs/recipe.md section 2
+encoder's GEMM. The CPU, whose path this is, makes a latent's gradient on the way (latent_update_numba.py); without
+Numba it goes by blocks of rows that stay in cache. A GPU's path is latent_update_triton.py. docs/kernels.md section 4,
+docs/recipe.md section 2
 """
 
 import math
