@@ -97,11 +97,13 @@ def test_loops_of_several_python_threads_at_once():
 
 
 @needs_numba
-def test_an_interrupt_is_heard_and_no_range_is_left_out(team):
+def test_an_interrupt_is_heard_and_no_range_is_left_out(team, request):
     """Of 20 signals that come while loops run each raises KeyboardInterrupt once, and a call ends what it began."""
     seen_N, heard, calls = torch.zeros(40, dtype=torch.int64), 0, 0
     in_parts(count_rows(), [0, 20, 40], seen_N, 1)
     seen_N.zero_()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the command's own may be there
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for _ in range(20):
         timer = threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,))
         timer.start()
