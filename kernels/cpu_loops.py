@@ -41,14 +41,28 @@ def compiled(function: Function) -> Function:
         dispatcher = compiler(cache=True)(function)
     except RuntimeError:  # "no locator available": neither beside this file nor in the user's cache
         return compiler()(function)
-    kept = dispatcher._cache.save_overload
-
-    def save(*given: Any) -> None:
-        with suppress(OSError):  # a full disk: only that it is not kept
-            kept(*given)
-
-    dispatcher._cache.save_overload = save
+    _forgive(dispatcher._cache)
     return dispatcher
+
+
+def _forgive(cache: Any) -> None:
+    """Numba's cache of a loop, which then costs nobody a run: what is damaged there is a loop to compile, and a full
+    disk keeps none."""
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_or_miss(*given: Any) -> Any:
+        try:
+            return load(*given)
+        except Exception:  # whatever unpickling half a file makes of it
+            with suppress(OSError):
+                cache.flush()
+            return None
+
+    def save_if_possible(*given: Any) -> None:
+        with suppress(OSError):
+            save(*given)
+
+    cache.load_overload, cache.save_overload = load_or_miss, save_if_possible
 
 
 def compiles(*tensors: Tensor) -> bool:

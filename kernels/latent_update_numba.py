@@ -35,7 +35,7 @@ def update_rows(
     """Latents start to stop. Of entry_gradient: weights, ids, offsets, source, parallel_S (none: empty), not clipped.
 
     Rows extra_AD[extra_A] are added to the gradient, those between extra_offsets_S1 of a latent. constants: of
-    `adam_constants`.
+    `AdamSettings.constants`.
     """
     lr, rate, kept_sq, rate_sq, correction, eps, tiny = constants
     zero, one = W_SD.dtype.type(0), W_SD.dtype.type(1)  # an integer would make float64 of float32

@@ -13,8 +13,8 @@ Ints = NDArray[np.int64]
 
 @compiled
 def add_entries(sums_D: Floats, acts_M: Floats, latents_M: Ints, W_SD: Floats, p: int, end: int) -> None:
-    """Entries p to end, added. Four at a time: their rows come from memory side by side. With dot_entries it takes three
-    fifths of the time of one after another (measured)."""
+    """Entries p to end, added. Four at a time: their rows come from memory side by side. With dot_entries it takes
+    three fifths of the time of one after another (measured)."""
     while p + 4 <= end:
         a, b, c, e = acts_M[p], acts_M[p + 1], acts_M[p + 2], acts_M[p + 3]
         a_D, b_D = W_SD[latents_M[p]], W_SD[latents_M[p + 1]]

@@ -147,9 +147,9 @@ assert os.waitpid(child, 0)[1] == 0
     run_python(code)
 
 
-def run_python(code, **environment):
+def run_python(code, *given, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, env=os.environ | environment
+        [sys.executable, "-c", code, *given], cwd=ROOT, text=True, capture_output=True, env=os.environ | environment
     )
     assert done.returncode == 0, done.stderr
 
@@ -228,6 +228,33 @@ def test_best_entries_are_those_of_a_stable_sort(seed, k, spread):
         expected = (values_M[order], positions_M[order] % 1000) if decided_R[r] else (torch.full((k,), -1.0),) * 2
         assert torch.equal(acts_RK[r], expected[0])
         assert torch.equal(latents_RK[r], expected[1].long())
+
+
+@needs_numba
+@pytest.mark.parametrize("damage", ["cut short", "full disk"])
+def test_a_cache_of_numba_that_fails_costs_no_run(damage, tmp_path):
+    """Files cut short are compiled anew, and kept; a disk that is full keeps nothing."""
+    code = """
+import sys, torch
+from saevlm_fast.kernels.cpu_loops import compiled, in_parts
+from saevlm_fast.kernels.topk_encode_numba import round_rows
+if sys.argv[1:] == ["full"]:
+    def full(*given):
+        raise OSError(28, "No space left on device")
+    import numba.core.caching as caching
+    caching.IndexDataCacheFile.save = full
+values, low, norms = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int16), torch.zeros(2, 2)
+in_parts(round_rows, [0, 2], values, low, norms[0], norms[1])
+assert (norms[0] - 3**0.5).abs().amax() < 1e-6
+"""
+    run_python(code, *["full"] * (damage == "full disk"), NUMBA_CACHE_DIR=str(tmp_path))
+    files = [path for path in tmp_path.rglob("*round_rows*") if path.is_file()]
+    assert bool(files) == (damage == "cut short")
+    for path in files:
+        path.write_bytes(path.read_bytes()[:100])
+    run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    kept = [path.stat().st_size for path in tmp_path.rglob("*round_rows*.nbc")]
+    assert max(kept) > 1000
 
 
 @needs_numba
