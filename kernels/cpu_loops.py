@@ -10,7 +10,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache, partial
 from itertools import pairwise
@@ -46,21 +46,26 @@ def compiled(function: Function) -> Function:
 
 
 def _forgive(cache: Any) -> None:
-    """Numba's cache of a loop, which then costs nobody a run: what is damaged there is a loop to compile, and a full
-    disk keeps none."""
+    """Numba's cache of a loop, which then costs nobody a run: what fails there is a loop to compile. Its index goes,
+    for it may name what is damaged or older."""
     load, save = cache.load_overload, cache.save_overload
+
+    def forget(error: Exception) -> None:
+        warnings.warn(f"Numba's cache of a loop fails, so it is compiled anew: {error!r}", stacklevel=2)
+        with suppress(OSError):
+            os.unlink(cache._cache_file._index_path)
 
     def load_or_miss(*given: Any) -> Any:
         try:
             return load(*given)
-        except Exception:  # whatever unpickling half a file makes of it
-            with suppress(OSError):
-                cache.flush()
-            return None
+        except Exception as error:  # whatever unpickling half a file makes of it
+            return forget(error)
 
     def save_if_possible(*given: Any) -> None:
-        with suppress(OSError):
+        try:
             save(*given)
+        except Exception as error:
+            forget(error)
 
     cache.load_overload, cache.save_overload = load_or_miss, save_if_possible
 
@@ -74,11 +79,11 @@ def compiles(*tensors: Tensor) -> bool:
 
 @cache
 def numba_is_here() -> bool:
-    """Whether it is installed, can be imported, and compiles."""
+    """Whether it is installed, can be imported, and may compile (NUMBA_DISABLE_JIT)."""
     try:
         from numba.core import config
-    except ImportError as error:
-        if error.name not in ("numba", "numba.core"):  # it is there, and refuses a NumPy that is newer than itself
+    except (ImportError, OSError, SystemError, AttributeError) as error:
+        if getattr(error, "name", None) not in ("numba", "numba.core"):  # it is there, but not for this NumPy or system
             warnings.warn(f"numba cannot be imported, so a CPU works by torch's operations: {error}", stacklevel=2)
         return False
     disabled: bool = vars(config)["DISABLE_JIT"]
@@ -96,8 +101,9 @@ def in_parts(loop: Callable[..., None], bounds: Sequence[int], *arguments: Any) 
     if not others:
         loop(*arrays, *first)
     elif openmp is None:
-        waiting = [_threads(os.getpid()).submit(loop, *arrays, *part) for part in others]
+        waiting = list[Future[None]]()
         try:
+            waiting += (_threads(os.getpid()).submit(loop, *arrays, *part) for part in others)
             loop(*arrays, *first)
         finally:
             wait(waiting)

@@ -113,9 +113,8 @@ def _update_rows_(
     """All of it but the cone, in one compiled pass."""
     from .latent_update_numba import update_rows
 
-    offsets_S1, n_entries = gradient.offsets_S1, len(gradient.ids_M)
-    fits = len(offsets_S1) == len(W_SD) + 1 and int(offsets_S1[0]) >= 0 and int(offsets_S1[-1]) <= n_entries
-    check(fits, f"offsets: {len(offsets_S1)} for {n_entries} entries do not fit {len(W_SD)} latents")
+    offsets_S1 = gradient.offsets_S1
+    _check_fit(W_SD, exp_avg_SD, exp_avg_sq_SD, gradient, extra)
     check_ids(gradient.ids_M, len(gradient.source_RD))
     none = W_SD.new_empty(0)
     arguments = (
@@ -128,6 +127,22 @@ def _update_rows_(
     )
     in_parts(update_rows, bounds_by_work(offsets_S1, _STREAMS), *arguments)
     torch.autograd.graph.increment_version([W_SD, exp_avg_SD, exp_avg_sq_SD])  # as torch's own operations do
+
+
+def _check_fit(
+    W_SD: Tensor, exp_avg_SD: Tensor, exp_avg_sq_SD: Tensor, gradient: EntryGradient, extra: list[RowGradient]
+) -> None:
+    """A loop would read and write beside what does not fit."""
+    n_latents, width = W_SD.shape
+    check(exp_avg_SD.shape == exp_avg_sq_SD.shape == W_SD.shape, f"moments: not of shape {tuple(W_SD.shape)}")
+    offsets_S1, n_entries = gradient.offsets_S1, len(gradient.ids_M)
+    ascend = bool((offsets_S1.diff() >= 0).all()) and int(offsets_S1[0]) >= 0 and int(offsets_S1[-1]) <= n_entries
+    check(ascend and len(offsets_S1) == n_latents + 1, f"offsets: not {n_latents + 1} that ascend to {n_entries}")
+    check(len(gradient.weights_M) == n_entries, f"weights: {len(gradient.weights_M)} for {n_entries} entries")
+    parallel_S = gradient.parallel_S
+    check(parallel_S is None or len(parallel_S) == n_latents, f"parallel: not of {n_latents} latents")
+    widths = {gradient.source_RD.shape[1], *(rows.rows_AD.shape[1] for rows in extra)}
+    check(widths == {width}, f"rows: {sorted(widths)} columns, the weights have {width}")
 
 
 def _in_latent_order(extra: list[RowGradient], W_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -106,7 +106,8 @@ def step_rows(
     n_groups = suffix_BGD.shape[1]
     for b in range(start, stop):
         x_hat_D = x_hat_BD[b]
-        x_hat_D[:] = b_dec_D
+        for d in range(len(x_hat_D)):  # `x_hat_D[:] =` could raise, and brings the message along
+            x_hat_D[d] = b_dec_D[d]
         centred_norm_B[b] = np.sqrt(difference(centred_BD[b], x_BD[b], b_dec_D, x_BD.dtype.type(1)))
         squared_B[b] = 0
         for g in range(n_groups):

@@ -44,7 +44,8 @@ def _fork(typing_context: Any, loop: Any, openmp: Any, bounds: Any, failed: Any,
         with cgutils.for_range_slice(inside, number, n_ranges, size, intp=_I64) as (part, _):
             ends = [inside.load(inside.gep(array_of_bounds.data, [inside.add(part, _I64(i))])) for i in (0, 1)]
             each = [*cgutils.unpack_tuple(inside, given, len(arguments.types)), *ends]
-            function = inside.inttoptr(_I64(address), of_loop.as_pointer())
+            # In this way Numba knows that the code holds an address, and never keeps it on disk.
+            function = inside.bitcast(context.add_dynamic_addr(inside, address, "loop"), of_loop.as_pointer())
             status, _ = context.call_conv.call_function(inside, function, signature.return_type, signature.args, each)
             with inside.if_then(status.is_error):
                 inside.store(_I64(1), context.make_array(failed)(context, inside, failed_1).data)

@@ -184,10 +184,12 @@ def _check_codes(codes: SparseCodes, x_BD: Tensor, bag_offsets: Tensor, sae: Spa
     """A loop would read and write beside what does not fit."""
     require(codes.n_rows == len(x_BD), f"codes: {codes.n_rows} rows, x has {len(x_BD)}")
     require(x_BD.shape[1] == sae.config.d_in, f"x: {x_BD.shape[1]} columns, d_in is {sae.config.d_in}")
-    least, most, end = int(bag_offsets[0]), int(bag_offsets[-1]), codes.top_acts.numel()
-    ascending = bool((bag_offsets.diff() >= 0).all())
-    require(ascending and least == 0 and most <= end, f"codes: row_offsets do not ascend from 0 to at most {end}")
-    check_ids(codes.top_indices.flatten()[:most], sae.config.d_sae)
+    acts_M, latents_M, row_offsets = codes.csr()
+    end = min(len(acts_M), len(latents_M))
+    fit = int(row_offsets[0]) == 0 and int(row_offsets[-1]) <= end and bool((row_offsets.diff() >= 0).all())
+    require(fit, f"codes: row_offsets do not ascend from 0 to at most {end}")
+    require(bool((bag_offsets.diff() >= 0).all()), "codes: latents do not ascend in every row")
+    check_ids(latents_M[: int(row_offsets[-1])], sae.config.d_sae)
 
 
 def _prefix_residuals(

@@ -30,7 +30,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True, params=["torch's threads", "others"])
+@pytest.fixture(params=["torch's threads", "others"])
 def team(request, monkeypatch):
     if request.param == "others":
         monkeypatch.setattr(cpu_loops, "_openmp", lambda process: None)
@@ -50,7 +50,14 @@ def count_rows():
     return loop
 
 
+@pytest.mark.skipif(sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info(), reason="no OpenMP")
+def test_torch_has_threads_for_loops():
+    """Without them the tests of its team would be those of the others."""
+    assert cpu_loops._openmp(os.getpid()) is not None
+
+
 @needs_numba
+@pytest.mark.usefixtures("team")
 def test_every_row_is_gone_over_once(threads):
     seen_N = torch.zeros(23, dtype=torch.int64)
     in_parts(count_rows(), even_bounds(23), seen_N, 1)
@@ -80,6 +87,7 @@ assert seen_N.tolist() == [1] * 9
 
 
 @needs_numba
+@pytest.mark.usefixtures("team")
 def test_loops_of_several_python_threads_at_once():
     """They have teams of their own."""
     seen_TN = torch.zeros(6, 50, dtype=torch.int64)
@@ -88,7 +96,7 @@ def test_loops_of_several_python_threads_at_once():
         for _ in range(20):
             in_parts(count_rows(), [0, 20, 50], seen_TN[t], 1)
 
-    several = [threading.Thread(target=repeat, args=(t,)) for t in range(6)]
+    several = [threading.Thread(target=repeat, args=(t,), daemon=True) for t in range(6)]
     for thread in several:
         thread.start()
     for thread in several:
@@ -106,8 +114,8 @@ def test_an_interrupt_is_heard_and_no_range_is_left_out(team, request):
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for _ in range(20):
         timer = threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,))
-        timer.start()
         try:
+            timer.start()
             while timer.is_alive() or not timer.finished.is_set():
                 in_parts(count_rows(), [0, 20, 40], seen_N, 1000)
                 calls += 1
@@ -148,10 +156,17 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def run_python(code, *given, **environment):
+    """What it writes to stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *given], cwd=ROOT, text=True, capture_output=True, env=os.environ | environment
+        [sys.executable, "-c", code, *given],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @given(counts=st.lists(st.integers(0, 50), max_size=40), first=st.integers(0, 9), work=st.integers(1, 8))
@@ -231,9 +246,9 @@ def test_best_entries_are_those_of_a_stable_sort(seed, k, spread):
 
 
 @needs_numba
-@pytest.mark.parametrize("damage", ["cut short", "full disk"])
+@pytest.mark.parametrize("damage", ["index", "data", "full disk"])
 def test_a_cache_of_numba_that_fails_costs_no_run(damage, tmp_path):
-    """Files cut short are compiled anew, and kept; a disk that is full keeps nothing."""
+    """Files cut short are compiled anew, and kept; a disk that is full when the index is written keeps nothing."""
     code = """
 import sys, torch
 from saevlm_fast.kernels.cpu_loops import compiled, in_parts
@@ -242,17 +257,19 @@ if sys.argv[1:] == ["full"]:
     def full(*given):
         raise OSError(28, "No space left on device")
     import numba.core.caching as caching
-    caching.IndexDataCacheFile.save = full
+    caching.IndexDataCacheFile._save_data = full
+torch.set_num_threads(2)
 values, low, norms = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int16), torch.zeros(2, 2)
-in_parts(round_rows, [0, 2], values, low, norms[0], norms[1])
+in_parts(round_rows, [0, 1, 2], values, low, norms[0], norms[1])
 assert (norms[0] - 3**0.5).abs().amax() < 1e-6
 """
     run_python(code, *["full"] * (damage == "full disk"), NUMBA_CACHE_DIR=str(tmp_path))
-    files = [path for path in tmp_path.rglob("*round_rows*") if path.is_file()]
-    assert bool(files) == (damage == "cut short")
-    for path in files:
+    files = {kind: list(tmp_path.rglob(f"*round_rows*.{kind}")) for kind in ("nbi", "nbc")}
+    assert all(len(paths) == (damage != "full disk") for paths in files.values())
+    for path in files["nbi" if damage == "index" else "nbc"]:
         path.write_bytes(path.read_bytes()[:100])
-    run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert (damage == "full disk") != ("compiled anew" in run_python(code, NUMBA_CACHE_DIR=str(tmp_path)))
+    assert "compiled anew" not in run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
     kept = [path.stat().st_size for path in tmp_path.rglob("*round_rows*.nbc")]
     assert max(kept) > 1000
 
