@@ -60,8 +60,8 @@ def run_ranks(world, matrix, output, architecture="batch_topk", config=CONFIG, o
 
 
 def check_same_sae(output, expected, tolerance=1e-4):
-    """Rounding differs between ranks and one process, and Adam makes 1e-5 of it within 60 steps. A step or a row that is
-    missed or taken twice would be a part of the learning rates, which are 3e-3 and more."""
+    """Rounding differs between ranks and one process, and Adam makes 1e-5 of it within 60 steps. A step or a row that
+    is missed or taken twice would be a part of the learning rates, which are 3e-3 and more."""
     found, wanted = (SparseAutoencoder.from_pretrained(path) for path in (output, expected))
     for name, parameter in wanted.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], parameter, atol=tolerance, rtol=tolerance)
