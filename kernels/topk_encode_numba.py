@@ -241,8 +241,8 @@ def list_candidates(
 
 @compiled
 def by_latent(positions_M: Ints, places_Q: Ints, width: int) -> Ints:
-    """The places in the order of the latents of their positions; those of a latent keep theirs. A counting sort: a third
-    of the time of NumPy's (measured)."""
+    """The places in the order of the latents of their positions; those of a latent keep theirs. A counting sort: a
+    third of the time of NumPy's (measured)."""
     next_P, latents_Q, ordered_Q = np.zeros(width + 1, np.int64), np.empty_like(places_Q), np.empty_like(places_Q)
     for q in range(len(places_Q)):
         latents_Q[q] = positions_M[places_Q[q]] % width
