@@ -9,9 +9,9 @@ everywhere (docs/decisions.md).
 import ctypes
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from torch import Tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 _PROCESS = os.getpid()
+_listeners: list[Callable[[], None]] = []
 
 
 def compiled(function: Function) -> Function:
@@ -40,14 +41,24 @@ def compiled(function: Function) -> Function:
     try:
         dispatcher = compiler(cache=True)(function)
     except RuntimeError:  # "no locator available": neither beside this file nor in the user's cache
-        return compiler()(function)
-    _forgive(dispatcher._cache)
+        dispatcher = compiler()(function)
+    _watch(dispatcher._cache)
     return dispatcher
 
 
-def _forgive(cache: Any) -> None:
+@contextmanager
+def when_compiling(tell: Callable[[], None]) -> Iterator[None]:
+    """While open: tell is called before every loop that is compiled, which takes about a second."""
+    _listeners.append(tell)
+    try:
+        yield
+    finally:
+        _listeners.remove(tell)
+
+
+def _watch(cache: Any) -> None:
     """Numba's cache of a loop, which then costs nobody a run: what fails there is a loop to compile. Its index goes,
-    for it may name what is damaged or older."""
+    for it may name what is damaged or older. What is not found there is told to `when_compiling`."""
     load, save = cache.load_overload, cache.save_overload
 
     def forget(error: Exception) -> None:
@@ -56,10 +67,15 @@ def _forgive(cache: Any) -> None:
             os.unlink(cache._cache_file._index_path)
 
     def load_or_miss(*given: Any) -> Any:
+        found = None
         try:
-            return load(*given)
+            found = load(*given)
         except Exception as error:  # whatever unpickling half a file makes of it
-            return forget(error)
+            forget(error)
+        if found is None:
+            for tell in tuple(_listeners):
+                tell()
+        return found
 
     def save_if_possible(*given: Any) -> None:
         try:

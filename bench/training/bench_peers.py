@@ -33,7 +33,7 @@ from bench.helpers.arguments import new_directory, new_file, positive
 from bench.helpers.planted import planted_rows
 from bench.training.peers import FLOOR, OURS, PEERS, Task
 from saevlm_fast import __version__
-from saevlm_fast.config import ARCHITECTURES
+from saevlm_fast.config import SELECTING
 from saevlm_fast.files import write_json_atomic
 from saevlm_fast.runtime import tf32_products
 
@@ -279,7 +279,7 @@ def parse_arguments() -> argparse.Namespace:
     peers = [name for name in PEERS if name not in (OURS, FLOOR)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=new_file, required=True, help="JSON file, rewritten after every result")
-    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--architectures", nargs="+", choices=SELECTING, default=list(SELECTING))
     parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
     parser.add_argument("--d-in", type=positive, default=256)
     parser.add_argument(

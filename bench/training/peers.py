@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.config import (
-    ARCHITECTURES,
     MATRYOSHKA_FRACTIONS,
+    SELECTING,
     SAEConfig,
     TrainConfig,
     group_sizes_from_fractions,
@@ -203,16 +203,16 @@ class Peer:
 OURS, FLOOR = "saevlm-fast", "encoder GEMM"
 PEERS = {
     OURS: Peer(
-        "saevlm-fast", "saevlm_fast.training.step", train_saevlm_fast, ARCHITECTURES,
+        "saevlm-fast", "saevlm_fast.training.step", train_saevlm_fast, SELECTING,
         "Adam, projection, unit rows, clip, threshold, idle counts, auxiliary loss once latents are dead",
     ),
-    FLOOR: Peer("torch", "torch", encoder_gemm, ARCHITECTURES, "one product, nothing else"),
+    FLOOR: Peer("torch", "torch", encoder_gemm, SELECTING, "one product, nothing else"),
     "dictionary-learning": Peer(
-        "dictionary-learning", "dictionary_learning.trainers.top_k", train_dictionary_learning, ARCHITECTURES,
+        "dictionary-learning", "dictionary_learning.trainers.top_k", train_dictionary_learning, SELECTING,
         "as ours, and a threshold for TopK too",
     ),
     "sae-lens": Peer(
-        "sae-lens", "sae_lens", train_sae_lens, ARCHITECTURES,
+        "sae-lens", "sae_lens", train_sae_lens, SELECTING,
         "no projection; divides by decoder norms instead of unit rows; firing frequencies besides",
     ),
     "sae-lens, sparse": Peer(

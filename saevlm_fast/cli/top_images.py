@@ -64,10 +64,12 @@ def check(options: TopImagesArguments) -> None:
 
 def plan(options: TopImagesArguments) -> Plan:
     """What would be shown; the time from the second batch of rows."""
+    from saevlm_fast.look.store_images import StoreImages
     from saevlm_fast.look.tops import latent_tops
 
     check(options)
     looked = Looked.of(options)
+    StoreImages(looked.rows.source, options.images)  # a place that is none is refused
     d_sae, n_rows = looked.sae.config.d_sae, looked.rows.n_rows
     run = lambda on: latent_tops(  # noqa: E731
         looked.rows, looked.encoder, options.n, options.pool, batch_rows=options.batch_size, on_images=on
@@ -101,6 +103,7 @@ def _top_images(options: TopImagesArguments) -> dict[str, Any]:
     from saevlm_fast.look.tops import latent_tops
 
     looked = Looked.of(options)
+    images = StoreImages(looked.rows.source, options.images)
     scores = {} if options.scores is None else _scores(options.scores, looked.sae.config.d_sae)
     with Bar("look", unit="images") as bar:
         found = latent_tops(
@@ -112,7 +115,6 @@ def _top_images(options: TopImagesArguments) -> dict[str, Any]:
             on_images=bar.update,
         )
     latents = chosen_latents(options.latents, _ranks(found, scores))
-    images = StoreImages(looked.rows.source, options.images)
     written = _write(options, found, latents, images, _captions(options, found, scores))
     if images.missing:
         first, why = next(iter(images.missing.items()))

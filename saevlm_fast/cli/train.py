@@ -56,6 +56,10 @@ def _planned(options: TrainArguments, make: Callable[[TrainArguments, int, int, 
         held_out is None or held_out.d == data.d,
         f"validation: width {held_out.d if held_out else 0} differs from the activations' {data.d}",
     )
+    if held_out is not None:
+        from saevlm_fast.training.run import check_held_out
+
+        check_held_out(data, held_out)
     return make(options, data.n_rows, data.d, data.path)
 
 

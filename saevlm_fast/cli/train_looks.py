@@ -84,14 +84,15 @@ class TowerLooks:
 
     def __init__(self, options: "TrainArguments", tower: "Tower", source: "ImageSource"):
         from saevlm_fast.harvesting.stream import ShuffledImages
-        from saevlm_fast.images.open import open_images
+        from saevlm_fast.images.open import open_held_out
         from saevlm_fast.training.one_pass import harvest_config
 
         self.options, self.tower = options, tower
         self.harvest = harvest_config(options.part(StreamSettings), options.part(TrainConfig))
         self.images: ImageSource
-        if options.validation_images is not None:
-            self.images, self.path = open_images(options.validation_images), options.validation_images
+        held_out = open_held_out(options.validation_images, str(options.images))
+        if held_out is not None:
+            self.images, self.path = held_out, str(options.validation_images)
             self.which = "held-out images"
         else:
             n = min(len(source), options.limit or len(source))

@@ -207,6 +207,16 @@ class Activations(StoredRows):
             return matrix_digest(self._tensors[0])
         return remembered(self._file, f"::{self._key}", lambda: matrix_digest(self._tensors[0]))
 
+    def is_same_as(self, other: "Activations") -> bool:
+        """Whether these are known to be the same rows without reading any: one object, one file, or stores of equal
+        digests."""
+        if self is other:
+            return True
+        if self._shards and other._shards:
+            return self.digest() == other.digest()
+        in_files = self._key is not None and self._key == other._key
+        return in_files and self._file.resolve() == other._file.resolve()
+
     @property
     def kept_dtype(self) -> torch.dtype:
         """In which rows are kept for training: that on disk; float64 is rounded to float32."""

@@ -16,7 +16,7 @@ from saevlm_fast.harvesting.config import HarvestConfig, default_tokens
 from saevlm_fast.harvesting.inputs import open_source, tower_for
 from saevlm_fast.harvesting.run import harvest as run_harvest
 from saevlm_fast.harvesting.stores import check_output
-from saevlm_fast.images.sources import ImageSource
+from saevlm_fast.images.open import Images
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import resolve_device
 from saevlm_fast.settings import check_once, path_of, several
@@ -30,7 +30,7 @@ Location = str | os.PathLike[str]
 @overload
 def harvest(
     model: str | Tower,
-    images: Location | ImageSource,
+    images: Images,
     *,
     layer: int | None = ...,
     point: str = ...,
@@ -44,7 +44,7 @@ def harvest(
 @overload
 def harvest(
     model: str | Tower,
-    images: Location | ImageSource,
+    images: Images,
     *,
     layer: int | None = ...,
     point: str = ...,
@@ -58,7 +58,7 @@ def harvest(
 @overload
 def harvest(
     model: str | Tower,
-    images: Location | ImageSource,
+    images: Images,
     *,
     layer: int | Sequence[int] | None = ...,
     point: str | Sequence[str] = ...,
@@ -71,7 +71,7 @@ def harvest(
 
 def harvest(
     model: str | Tower,
-    images: Location | ImageSource,
+    images: Images,
     *,
     layer: int | Sequence[int] | None = None,
     point: str | Sequence[str] = "residual",
@@ -90,7 +90,7 @@ def harvest(
 
     Args:
         model: a spec of `load_tower`, or a tower that is loaded already (which keeps its device).
-        images: a path of `open_images`, or what it has opened.
+        images: a path of `open_images`, a list of PIL images, arrays or paths, or what it has opened.
         layer: block of the tower, from 0; none for the points projection and pooled.
         point: residual, mlp, attention, projection or pooled; language, of a LLaVA's language model, which reads pairs
             of an image and a caption (docs/how-to/language.md).
@@ -116,7 +116,6 @@ def harvest(
     config = _config(layer, point, tokens, None if sae is None else path_of("sae", sae), recipe)
     temporary = tempfile.TemporaryDirectory(prefix="saevlm-fast-") if output is None else None
     where = Path(temporary.name) if temporary is not None else path_of("output", output)
-    check_kind("images", images, (str, os.PathLike, ImageSource), "a path, or what open_images gives")
     check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     named = os.fspath(images) if isinstance(images, str | os.PathLike) else ""
     options = HarvestOptions(where, named, **rest)

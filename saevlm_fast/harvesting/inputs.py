@@ -8,7 +8,7 @@ import torch
 from saevlm_fast.errors import require
 from saevlm_fast.harvesting.config import HarvestConfig
 from saevlm_fast.images.chosen import chosen_images
-from saevlm_fast.images.open import open_images
+from saevlm_fast.images.open import Images, open_images
 from saevlm_fast.images.pairs import WrongCaptions, check_captions
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.towers.language import LanguageTower, load_language
@@ -16,13 +16,13 @@ from saevlm_fast.towers.load import load_tower
 from saevlm_fast.towers.tower import Tower
 
 
-def open_source(images: str | os.PathLike[str] | ImageSource, config: HarvestConfig) -> ImageSource:
+def open_source(images: Images, config: HarvestConfig) -> ImageSource:
     """The images, or image-text pairs, of these those that `only` lists.
 
     ValueError: what open_images and chosen_images refuse; pairs without captions.
     """
     named = os.fspath(images) if isinstance(images, str | os.PathLike) else ""
-    source = open_images(images) if isinstance(images, str | os.PathLike) else images
+    source = open_images(images)
     if config.is_language:
         check_captions(source, named)
         source = WrongCaptions(source, config.wrong_captions, config.seed) if config.wrong_captions else source

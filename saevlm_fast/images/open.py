@@ -12,6 +12,7 @@
     scenes:SPLIT:N[:SEED]      scenes of the box, drawn as they are read (SPLIT: train, test, novel)
     s3://..., https://..., hf://datasets/USER/NAME   the same by URL, but save_to_disk (images/remote.py)
     hf-dataset:USER/NAME:CONFIG::SPLIT   a data set on the Hub by its name (images/hub_datasets.py)
+    [...]                      in Python, a list of PIL images, arrays, bytes and paths (images/given.py)
 
 Columns of images and labels follow one rule, images/columns.py. Bytes of a file name that are not UTF-8 are written as
 \\xNN in ids. The sources themselves are in images/sources.py, images/tars.py, images/tables.py and images/scenes.py.
@@ -20,9 +21,12 @@ Columns of images and labels follow one rule, images/columns.py. Bytes of a file
 import glob
 import os
 import re
+from collections.abc import Sequence
+from typing import TypeAlias
 
-from saevlm_fast.errors import check_kind, require
+from saevlm_fast.errors import check_kind, renamed, require
 from saevlm_fast.images import hub_datasets
+from saevlm_fast.images.given import GivenImage, GivenImages
 from saevlm_fast.images.listed import open_fields
 from saevlm_fast.images.remote import open_remote_images
 from saevlm_fast.images.scenes import PREFIX, open_scenes
@@ -40,12 +44,13 @@ from saevlm_fast.images.tables import ParquetSource, open_parquet, open_saved_da
 from saevlm_fast.images.tars import TarSource, open_tars
 from saevlm_fast.urls import is_url, url_of
 
+Images: TypeAlias = str | os.PathLike[str] | Sequence[GivenImage] | ImageSource
 _KINDS = {".tar": "tars", ".parquet": "tables", ".tgz": "packed", ".zip": "packed"}
 _KINDS |= dict.fromkeys((".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4"), "packed")
 
 
-def open_images(path: str | os.PathLike[str]) -> ImageSource:
-    """Finds the images at `path` (see the module's docstring) and reads none of them.
+def open_images(path: Images) -> ImageSource:
+    """Finds the images at `path` (see the module's docstring) and reads none of them. What is opened stays as it is.
 
     In folders, names that begin with a dot (.ipynb_checkpoints, ._AppleDouble) are ignored, symbolic links are
     followed, loops are not. Memory and time: one pass over names, labels and offsets.
@@ -58,7 +63,11 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
         ValueError: in one line: anything that is no source; a truncated or otherwise damaged tar archive or parquet
             file, which is refused as a whole. RemoteError: what is elsewhere and cannot be read.
     """
-    check_kind("images", path, (str, os.PathLike), "a path")
+    if isinstance(path, ImageSource):
+        return path
+    if isinstance(path, list | tuple):
+        return GivenImages(path)
+    check_kind("images", path, (str, os.PathLike), "a path, a list of images, or what open_images gives")
     if is_url(path):
         url, _, split = url_of(path).partition("::")
         return open_remote_images(url, _expand_braces(url), split)
@@ -83,6 +92,20 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     if all(re.search(r"\.tar(\.\w+)?$|\.tgz$", file.lower()) for file in files):
         return open_tars(files, name)
     raise ValueError(f"images: {path}: not a folder, a list (.txt, .csv, .jsonl), .tar or .parquet files")
+
+
+def open_held_out(images: str | None, trained_on: str) -> ImageSource | None:
+    """The images that an SAE is evaluated on, none of None.
+
+    ValueError: what open_images refuses; the images that are `trained_on`.
+    """
+    if images is None:
+        return None
+    with renamed("validation_images", "images"):
+        here = os.path.exists(images) and os.path.exists(trained_on)
+        same = os.path.samefile(images, trained_on) if here else images == trained_on
+        require(not same, f"{images}: are what is trained on; without these the SAE is evaluated on such rows too")
+        return open_images(images)
 
 
 def _split_of(path: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.look.looked import Subject, checked_sizes
 from saevlm_fast.look.names import check_same_images
 from saevlm_fast.look.settings import MOST_IN_ONE_FILE, UNTRAINED, ReportSettings
+from saevlm_fast.look.store_images import StoreImages
 from saevlm_fast.look.tables import read_latents_table
 from saevlm_fast.measures.taxonomy import Taxonomy, read_taxonomy
 from saevlm_fast.provenance import check_rows_of, check_same_sae
@@ -28,11 +29,13 @@ class Inputs(NamedTuple):
 
     Attributes:
         subjects: the SAEs with their rows; a control SAE is the last. control: its place; None without one.
+        images: the pictures of all rows.
         embeddings: one row an image. taxonomy: of the classes.
         scores, names, steering: of each subject its table, or None.
     """
 
     subjects: list[Subject]
+    images: StoreImages
     control: int | None
     embeddings: Activations | None
     taxonomy: Taxonomy | None
@@ -46,6 +49,7 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
     shared = None if settings.activations is None else open_activations(settings.activations)
     subjects = _subjects(settings, shared, warn)
     _check_same_pictures(subjects, settings.images, warn)
+    images = StoreImages(subjects[0].rows.source, settings.images)
     n_latents = sum(each.sae.config.d_sae for each in subjects)
     small = n_latents <= MOST_IN_ONE_FILE or not settings.single_file
     require(small, f"single_file: {n_latents:,} latents, at most {MOST_IN_ONE_FILE:,}; give a directory for a folder")
@@ -58,7 +62,7 @@ def open_inputs(settings: ReportSettings, warn: Callable[[str], None]) -> Inputs
         _check_taxonomy(taxonomy, subjects)
     control = None if settings.control_sae is None else len(subjects) - 1
     tables = [_tables(each, subjects) for each in (settings.scores, settings.names, settings.steering)]
-    return Inputs(subjects, control, embeddings, taxonomy, *tables)
+    return Inputs(subjects, images, control, embeddings, taxonomy, *tables)
 
 
 def _check_taxonomy(taxonomy: Taxonomy, subjects: list[Subject]) -> None:

@@ -27,7 +27,6 @@ from saevlm_fast.look.page import Panel, data_scripts, index_of, one_file, write
 from saevlm_fast.look.scored import encoder_of, image_scores
 from saevlm_fast.look.settings import LARGEST_FILE, ReportSettings
 from saevlm_fast.look.sprites import Tiles, write_sheets
-from saevlm_fast.look.store_images import StoreImages
 from saevlm_fast.outputs import REPLACEMENT, begin_replacement, output_lock, publish, settle
 from saevlm_fast.records import TEXT, Fields, Kind, read_record, write_record
 from saevlm_fast.runtime import resolve_device
@@ -150,7 +149,7 @@ def _make(settings: ReportSettings, inputs: Inputs, place: Path, watcher: Watche
     tiles, panels = Tiles(), []
     for i in range(len(inputs.subjects)):
         panels.append(_panel(settings, inputs, i, place / "work" / f"s{i}", tiles, watcher))
-    images = StoreImages(inputs.subjects[0].rows.source, settings.images)
+    images = inputs.images
     if images.problem is not None and images.wanted:
         watcher.warn(f"{images.problem}; pictures are placeholders")
     with watcher.step("pictures", len(tiles)) as tell:

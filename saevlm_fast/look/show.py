@@ -14,6 +14,7 @@ from torch import Tensor
 from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.errors import check_kind, require, shown, whole_number
+from saevlm_fast.images.open import Images
 from saevlm_fast.look.sprites import thumbnail
 from saevlm_fast.look.store_images import StoreImages, placeholder
 from saevlm_fast.sae import SparseAutoencoder, check_sae
@@ -86,7 +87,7 @@ def show(
     *,
     n: int = 16,
     pool: Pool = "max",
-    images: str | None = None,
+    images: Images | None = None,
     side: int = 128,
     heat: bool = True,
     batch_rows: int = 4096,
@@ -100,11 +101,12 @@ def show(
         latent: its number.
         rows: activations with the SAE that encodes them, or codes; of all patches of each image for heat maps.
         n: images. pool: of an image with several rows, its largest or their mean.
-        images: where the pictures are, if not where the store says.
+        images: where the pictures are, or a list of them, if not where the store says.
         side: of a picture, pixels; smaller ones are enlarged. heat: whether maps are drawn.
 
     Raises:
-        ValueError: a latent that is not there, n or side below 1, rows that do not fit the SAE.
+        ValueError: a latent that is not there, n or side below 1, rows that do not fit the SAE, images that are no
+            place with images.
     """
     check_kind(
         "rows", rows, (Activations, StoredCodes), "activations or stored codes; open_activations(PATH) opens some"
@@ -112,15 +114,13 @@ def show(
     if sae is not None:
         check_sae(sae)
     require(isinstance(pool, str) and pool in ("max", "mean"), f"pool: {shown(pool)} is not one of max, mean")
-    check_kind("images", images, (str, type(None)), "a text")
     latent, n, side = whole_number("latent", latent, 0), whole_number("n", n), whole_number("side", side)
     batch_rows, size = whole_number("batch_rows", batch_rows), n_latents(rows, sae)
     require(latent < size, f"latent: {latent} is not within 0 to {size - 1}")
     require(side <= 4096, f"side: {side} must be at most 4096")
-    table = image_table(rows)
+    table, source = image_table(rows), StoreImages(rows.source, images)
     grid = patch_grid(rows.source, table)
     numbers, acts, maps = _best(latent, rows, sae, table, grid, n, pool, batch_rows, on_images)
-    source = StoreImages(rows.source, images)
     ids = [table.name(i) for i in numbers]
     found = [source.read(image_id, number) for image_id, number in zip(ids, numbers)]
     largest = float(acts.max()) if len(acts) else 1.0

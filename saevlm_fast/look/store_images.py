@@ -1,6 +1,7 @@
 """The pictures behind a store's rows: read from where the store says they are, or from another place.
 
-A picture that cannot be had is None, and counted: nothing that is shown fails for want of it.
+A picture that cannot be had is None, and counted: nothing that is shown fails for want of it. A place that was asked
+for, and is none, is refused.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.errors import ImageError, first_line
 from saevlm_fast.images.decode import decode
-from saevlm_fast.images.open import open_images
+from saevlm_fast.images.open import Images, open_images
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.urls import redacted_text
 
@@ -23,19 +24,23 @@ class StoreImages:
     """Pictures by id.
 
     Attributes:
-        path: where they are read; None where no place is known or none are wanted.
+        path: where they are read; None where no place is known, none are wanted, or they are of a list.
         wanted: False with images="none".
         problem: why none can be had, in a line; None where the source is there.
         missing: ids that could not be read so far -> why.
     """
 
-    def __init__(self, source: dict[str, Any] | None, images: str | None = None):
-        """source: the store's record, whose images.path is used unless `images` names another place, or "none"."""
+    def __init__(self, source: dict[str, Any] | None, images: Images | None = None):
+        """source: the store's record, whose images.path is used unless `images` names another place, or "none".
+
+        Raises:
+            ValueError: `images` is no place with images. That of the store need not be one: stores outlive pictures.
+        """
         self.wanted = images != NONE
         recorded = (source or {}).get("images")
         stored = recorded.get("path") if isinstance(recorded, dict) else None
-        place = (images or stored) if self.wanted else None
-        self.path = None if place is None else redacted_text(place)
+        place = (images if images is not None else stored or None) if self.wanted else None  # stored as "": of a list
+        self.path = redacted_text(place) if isinstance(place, str) else None
         self.missing: dict[str, str] = {}
         self.problem: str | None = None
         self._source: ImageSource | None = None
@@ -48,6 +53,8 @@ class StoreImages:
             try:
                 self._source = open_images(place)
             except (ValueError, OSError) as error:
+                if images is not None:
+                    raise ValueError(first_line(error)) from error
                 self.problem = first_line(error)
 
     def read(self, image_id: str, number: int, at_least: int | None = None) -> "Image | None":
@@ -60,7 +67,7 @@ class StoreImages:
             return None
         place = self._place(image_id, number)
         if place is None:
-            self.missing[image_id] = f"no such image in {self.path}"
+            self.missing[image_id] = f"no such image in {self.path or 'the images given'}"
             return None
         try:
             return decode(self._source.read(place), at_least)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import first_line, require
+from saevlm_fast.kernels.cpu_loops import when_compiling
 from saevlm_fast.training.step import StepOutput, Stepper
 
 _EAGER_FIRST = 2  # steps of the same shapes before one is captured
@@ -187,22 +188,34 @@ def _tensors_in(of: object) -> Iterator[Tensor]:
 
 @contextmanager
 def told_of_compiling(on_note: Callable[[str], None]) -> Iterator[None]:
-    """While open: on_note is told, once, when Triton has compiled a kernel instead of finding it in its cache.
+    """While open: on_note is told, once, when a kernel, or a loop of a CPU, is compiled instead of found in a cache.
 
     More will follow then, and the step at hand takes seconds.
     """
-    try:
-        from triton import knobs
-    except ImportError:  # no Triton: nothing is compiled
-        yield
-        return
-    before, told = knobs.compilation.listener, False
+    told = False
 
-    def listen(*, cache_hit: bool, **compiled: Any) -> None:
+    def tell() -> None:
         nonlocal told
-        if not cache_hit and not told:
+        if not told:
             told = True
             on_note("compiling kernels; they are kept for the next run")
+
+    with when_compiling(tell), _when_triton_compiles(tell):
+        yield
+
+
+@contextmanager
+def _when_triton_compiles(tell: Callable[[], None]) -> Iterator[None]:
+    try:
+        from triton import knobs
+    except ImportError:  # no Triton: it compiles nothing
+        yield
+        return
+    before = knobs.compilation.listener
+
+    def listen(*, cache_hit: bool, **compiled: Any) -> None:
+        if not cache_hit:
+            tell()
         if before is not None:
             before(cache_hit=cache_hit, **compiled)
 

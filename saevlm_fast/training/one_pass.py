@@ -36,7 +36,7 @@ from saevlm_fast.harvesting.plan import PlannedStore
 from saevlm_fast.harvesting.stores import BatchRows
 from saevlm_fast.harvesting.stream import Keeping, TowerStream
 from saevlm_fast.images.batches import dead_workers_in_one_line
-from saevlm_fast.images.open import open_images
+from saevlm_fast.images.open import Images, open_held_out, open_images
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import interruptible, resolve_device, tf32_products
@@ -72,7 +72,7 @@ _EVALUATED_AT_A_TIME = 4096
 
 def train_from_images(
     model: str | Tower,
-    images: str | os.PathLike[str] | ImageSource,
+    images: Images,
     saes: Mapping[str, SAESize],
     config: TrainConfig | Mapping[str, TrainConfig] | None = None,
     options: RunOptions | None = None,
@@ -91,7 +91,7 @@ def train_from_images(
         trained = train_from_images("hf:tiny-clip", "photos", {"": SAESize(k=5)}, layer=11, steps=500, output="sae")
 
     Args:
-        model: a spec of `load_tower`, or a tower. images: a path of `open_images`, or what it has opened.
+        model: a spec of `load_tower`, or a tower. images: what `open_images` takes, or what it has opened.
         saes: what SAEs, by names; each is trained at every point and choice of tokens.
         config, options: as of `train_many`; or their fields by name.
         stream: layers, points, tokens, the buffer and more; or its fields by name, as layer=[11, 17], buffer="4GiB".
@@ -117,9 +117,9 @@ def train_from_images(
     check_kind("images_path", images_path, (str, type(None)), "a text")
     check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     device = resolve_device(options.device)
-    source = open_images(images) if isinstance(images, str | os.PathLike) else images
-    check_kind("images", source, ImageSource, "a path, or what open_images gives")
-    held_out = open_images(chosen.validation_images) if chosen.validation_images else None
+    source = open_images(images)
+    path = os.fspath(images) if isinstance(images, str | os.PathLike) else images_path or ""
+    held_out = open_held_out(chosen.validation_images, path)
     tower = model if isinstance(model, Tower) else load_tower(model, device)
     line = ProgressLine(next(iter(recipes.values())).steps)
 
@@ -128,7 +128,6 @@ def train_from_images(
             line.log(step, metrics)
         on_log(name, step, metrics)
 
-    path = os.fspath(images) if isinstance(images, str | os.PathLike) else images_path or ""
     with closing(line), told_of_compiling(line.note if progress else on_note):
         told = logged, on_step, on_note, on_finished
         return trained_by(OnePass, source, path, tower, chosen, options, recipes, saes, held_out, *told)

@@ -127,9 +127,14 @@ def log_every(options: RunOptions, config: TrainConfig) -> int:
 
 
 def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
-    """What is trained on, and what is evaluated on. ValueError: no activations, or of another width than the SAE."""
+    """What is trained on, and what is evaluated on.
+
+    ValueError: no activations, or of another width than the SAE; nothing held out where something should be.
+    """
     train_on = activations_of(activations, "activations")
     held_out = train_on if validation is None else activations_of(validation, "validation")
+    if validation is not None:
+        check_held_out(train_on, train_on if validation is activations else held_out)
     check_kind("sae_config", sae_config, SAEConfig, "an SAEConfig; SAEConfig.sized(d_in) makes one")
     require(
         train_on.d == sae_config.d_in,
@@ -140,6 +145,13 @@ def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfi
         f"validation: width {held_out.d} differs from the activations' {train_on.d}",
     )
     return train_on, held_out
+
+
+def check_held_out(train_on: Activations, held_out: Activations) -> None:
+    """ValueError: the rows held out are those trained on."""
+    same = train_on.is_same_as(held_out)
+    advice = "without validation the SAE is evaluated on those too, and says so"
+    require(not same, f"validation: {train_on.path} is what is trained on; {advice}")
 
 
 def mono_embeddings_of(given: Matrix | None, activations: Activations, config: TrainConfig) -> Activations | None:

@@ -28,7 +28,7 @@ from saevlm_fast.errors import require
 from saevlm_fast.harvesting.plan import HarvestPlan
 from saevlm_fast.harvesting.stores import BatchRows
 from saevlm_fast.harvesting.stream import Forward, Keeping, TowerStream
-from saevlm_fast.images.open import open_images
+from saevlm_fast.images.open import open_held_out
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import output_lock
 from saevlm_fast.runtime import interruptible
@@ -84,7 +84,7 @@ def train_from_images_shared(
     assert options.output is not None
     recipes, _ = recipes_of("train_from_images_shared", saes, SAESize, config, replace(options, data_parallel=1), {})
     check_controls(recipes)
-    held_out = open_images(stream.validation_images) if stream.validation_images else None
+    held_out = open_held_out(stream.validation_images, images_path)
     kind, told = partial(SharedOnePass, peers), (on_log, on_step, on_note, on_finished)
     with told_of_compiling(on_note):
         return trained_by(kind, source, images_path, tower, stream, options, recipes, saes, held_out, *told)

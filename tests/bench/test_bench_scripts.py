@@ -4,16 +4,23 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from bench.training import whole_run
+from saevlm_fast.kernels.cpu_loops import numba_is_here
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def two_cores():
+    return numba_is_here() and hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1
 
 
 def start_script(name, *arguments):
@@ -54,13 +61,15 @@ def peer_results(tmp_path_factory):
     small = ("--d-in", 16, "--d-sae", 64, "--rows", 8, "--k", 4, "--rounds", 2, "--turn-seconds", 0.01)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, "get_context", lambda method: context)
-        run_script("training.bench_peers", "--output", path, *small, "--architectures", "topk", "--peers", "sparsify")
+        run_script("training.bench_peers", "--output", path, *small, "--peers", "sparsify")
     return path
 
 
 def test_ours_and_the_floor_are_timed_side_by_side(peer_results):
-    results = {one["extra_info"]["impl"]: one for one in json.loads(peer_results.read_text())["benchmarks"]}
+    timed = json.loads(peer_results.read_text())["benchmarks"]
+    results = {one["extra_info"]["impl"]: one for one in timed}
     assert set(results) == {"sparsify", "saevlm-fast", "encoder GEMM"}
+    assert len({one["extra_info"]["operation"] for one in timed}) == 3, "without --architectures, all that peers have"
     ours = results["saevlm-fast"]
     assert len(ours["stats"]["data"]) >= 2
     assert ours["extra_info"]["this_over_encoder_gemm"] > 0
@@ -170,3 +179,28 @@ def test_whole_harvest_adds_up(tmp_path):
         for run in harvest["runs"]:
             assert 0 < run["parts"]["loop"] < run["seconds"]
             assert 0 < run["waiting_for_the_first_batch"] + run["waiting_for_the_others"] < run["parts"]["loop"]
+
+
+@pytest.mark.skipif(not two_cores(), reason="not two cores of a Linux with numba")
+def test_a_step_is_timed_by_how_far_cores_are(tmp_path):
+    few = ("--d-sae", 6144, "--architectures", "topk", "--warm-up", 1, "--turns", 4)
+    said = run_script("training.near_and_far", "--output", tmp_path / "f.json", *few)
+    lines = json.loads((tmp_path / "f.json").read_text())["benchmarks"]
+    assert len(said.splitlines()) == len(lines) <= 4
+    for line in lines:
+        info = line["extra_info"]
+        assert info["cores"] in ("near", "between", "far")
+        steps, gemms = line["stats"]["data"], info["gemm_data"]
+        assert info["this_over_encoder_gemm"] == pytest.approx(median(s / g for s, g in zip(steps, gemms)))
+        assert info["shape"] == {"B": 1024, "d_in": 768, "d_sae": 6144, "k": 20}
+
+
+@pytest.mark.skipif(not two_cores(), reason="not two cores of a Linux with numba")
+def test_a_byte_takes_its_time_from_core_to_core():
+    """And every thread may use all cores afterwards."""
+    from bench.helpers.cores import seconds_between_cores, where
+
+    before = os.sched_getaffinity(0)
+    assert seconds_between_cores() > 1e-9
+    assert os.sched_getaffinity(0) == before
+    assert [where(seconds) for seconds in (26e-9, 80e-9, 170e-9)] == ["near", "between", "far"]

@@ -1,6 +1,7 @@
 """saevlm-fast train with lists of values, and with [[sweep]] tables: several SAEs in one pass."""
 
 import json
+import shutil
 import tomllib
 
 import numpy as np
@@ -212,7 +213,8 @@ def test_the_score_of_one_pass_is_that_of_a_store(small, tmp_path):
     of = ("--sae", out / "k3", "--activations", kept, "--pool", "max", "--one-pass")
     given = ("--embeddings", tmp_path / "in their order.npy", "--output", tmp_path / "scores.parquet")
     assert run_json("ms-score", *of, *given)["mean"] == pytest.approx(score, rel=1e-4)
-    held_out = ("--validation-images", folder / "photos")
+    shutil.copytree(folder / "photos", tmp_path / "copies")
+    held_out = ("--validation-images", tmp_path / "copies")
     run(
         *words, "--layer", 2, "--tokens", "patches", "--k", "3,4", "--output", tmp_path / "held", *held_out, *embeddings
     )
@@ -258,6 +260,8 @@ def test_one_pass_dry_run_writes_nothing(small, tmp_path):
         (("--layer", 2, "--buffer", "2 TB"), "buffer: '2 TB' is not a number of rows"),
         (("--layer", 2, "--activations", "x.npy"), "activations: does not go with model"),
         (("--layer", 2, "--validation", "x.npy"), "validation: does not go with model"),
+        (("--layer", 2, "--validation-images", "photos"), "validation_images: photos: are what is trained on; without"),
+        (("--layer", 2, "--validation-images", "gone"), "validation_images: gone: no such file or folder"),
         (("--layer", 2, "--embeddings", "x.npy"), "embeddings: 200 rows of x.npy, but 40 images; row i is image i"),
         (("--layer", "2,2"), "layer: 2 is listed twice"),
         (("--layer", 2, "--keep-store", "out"), "keep_store: out is the output"),
@@ -275,6 +279,7 @@ def test_one_pass_dry_run_writes_nothing(small, tmp_path):
 def test_what_one_pass_refuses(small, x, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.npy").symlink_to(x)
+    (tmp_path / "photos").symlink_to(small[1] / "photos")
     (tmp_path / "damaged").mkdir()
     for name in "ab":
         (tmp_path / "damaged" / f"{name}.png").write_text("no image")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from command import files_below, run, run_json
 from saevlm_fast.config import SAEConfig
@@ -239,9 +240,11 @@ def test_one_file_holds_everything(planted, tmp_path):
 
 
 def test_missing_images_are_counted(planted, tmp_path):
-    said = run_json(*words(planted, tmp_path / "r", "--images", tmp_path / "nowhere"))
+    (tmp_path / "others").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "others" / "unknown.png")
+    said = run_json(*words(planted, tmp_path / "r", "--images", tmp_path / "others"))
     assert said["missing"] == said["images"] > 0
-    assert "images are missing" in run(*words(planted, tmp_path / "r", "--images", tmp_path / "nowhere", "--force"))
+    assert "images are missing" in run(*words(planted, tmp_path / "r", "--images", tmp_path / "others", "--force"))
     _, tiles = value_of(tmp_path / "r" / "data" / "tiles-0000.js")
     assert {tuple(tile[2:4]) for tile in tiles} == {(0, 0)}
     assert StoreImages({"images": {"path": str(planted / "photos")}}).problem is None

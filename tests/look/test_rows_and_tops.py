@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import saevlm_fast as sf
 from command import run, run_json
 from saevlm_fast.config import SAEConfig
 from saevlm_fast.data.codes import CodesWriter, open_codes
@@ -127,6 +128,20 @@ def test_old_sheets_stay_until_the_new_are_whole(world, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     run(*words, "--latents", "0:1", "--force")
     assert sorted(path.name for path in out.iterdir()) == ["latents-0000.png", "settings.toml", "top_images.parquet"]
+
+
+def test_a_place_of_images_that_is_none_is_refused_before_anything_is_read(world, tmp_path):
+    """That of the store may be gone; one that is named may be misspelt."""
+    root, nowhere = world[0], tmp_path / "nowhere"
+    out = ("--images", nowhere, "--output", tmp_path / "out")
+    words = ("top-images", "--sae", root / "sae", "--codes", root / "codes", *out)
+    for more in ((), ("--dry-run",)):
+        assert f"images: {nowhere}: no such file or folder" in run(*words, *more, code=2)
+    sae = ("report", "--sae", root / "sae", "--codes", root / "codes", *out)
+    assert f"images: {nowhere}: no such file or folder" in run(*sae, code=2)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"images: .*no such file or folder"):
+        sf.show(0, open_codes(root / "codes"), images=str(nowhere))
 
 
 def test_images_of_another_place(tmp_path):

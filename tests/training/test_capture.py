@@ -1,5 +1,6 @@
 """Steps in CUDA graphs: the eager steps' bits, and eager steps wherever a replay would be wrong."""
 
+import runpy
 from contextlib import nullcontext
 from dataclasses import is_dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations
 from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.kernels.cpu_loops import in_parts, numba_is_here
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.dead_latents import padded_size
 from saevlm_fast.training.run import train
@@ -393,6 +395,32 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_moves():
     with pytest.raises(ValueError, match=r"x_BD: shape is \[4, 2\]; \[4, 3\] is needed"):
         steps.step(torch.zeros(4, 2))
     assert steps.stepper.taken == []
+
+
+@pytest.mark.skipif(not numba_is_here(), reason="no numba on this machine")
+def test_the_first_loop_of_a_cpu_that_is_compiled_is_told_of(tmp_path):
+    """Not one whose code is on the disk, nor any once nobody listens."""
+    file, told = tmp_path / "fresh_loop.py", "compiling kernels; they are kept for the next run"
+    file.write_text(
+        "from saevlm_fast.kernels.cpu_loops import compiled\n"
+        "@compiled\ndef loop(seen_N, start, stop):\n    for n in range(start, stop):\n        seen_N[n] += 1\n"
+    )
+
+    def notes(dtype):
+        heard = []
+        with told_of_compiling(heard.append):
+            loop = runpy.run_path(str(file))["loop"]
+            for _ in range(2):
+                in_parts(loop, [0, 3], torch.zeros(3, dtype=dtype))
+            in_parts(loop, [0, 3], torch.zeros(3, dtype=torch.int64))
+        return heard
+
+    assert notes(torch.float32) == [told]
+    assert notes(torch.float32) == []
+    assert notes(torch.float64) == [told]
+    with told_of_compiling(lambda note: pytest.fail("told after the end")):
+        loop = runpy.run_path(str(file))["loop"]
+    in_parts(loop, [0, 3], torch.zeros(3, dtype=torch.int32))
 
 
 def test_the_first_kernel_that_is_compiled_is_told_of_once():

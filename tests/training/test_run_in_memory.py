@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
 from saevlm_fast.data.synthetic import PlantedConcepts
+from saevlm_fast.data.writing import ActivationWriter
 from saevlm_fast.errors import Interrupted
 from saevlm_fast.training.checkpoints import RUN_FILE
 from saevlm_fast.training.evaluate import evaluate
@@ -60,6 +62,27 @@ def test_a_matrix_in_memory_trains_into_a_directory_and_resumes(x_ND, tmp_path):
 def test_validation_rows_are_the_ones_evaluated(x_ND):
     _, metrics = train(Activations.from_tensor(x_ND), SAE, validation=Activations.from_tensor(x_ND[:77]), **FEW)
     assert metrics["rows"] == 77
+
+
+def test_rows_that_are_trained_on_are_not_held_out(x_ND, tmp_path):
+    """Nothing is refused that only looks like them: other rows of the same shape, a file with the same rows."""
+    data = Activations.from_tensor(x_ND)
+    for same in (x_ND, data):
+        with pytest.raises(ValueError, match=r"validation: tensor \[1500, 16\] is what is trained on; without"):
+            train(same, SAE, validation=same, **FEW)
+    train(data, SAE, validation=Activations.from_tensor(x_ND + 1), **FEW)
+    np.save(tmp_path / "x.npy", x_ND.numpy())
+    shutil.copy(tmp_path / "x.npy", tmp_path / "y.npy")
+    (tmp_path / "link.npy").symlink_to(tmp_path / "x.npy")
+    rows = open_activations(tmp_path / "x.npy")
+    assert rows.is_same_as(open_activations(tmp_path / "link.npy"))
+    assert not rows.is_same_as(open_activations(tmp_path / "y.npy"))
+    assert not rows.is_same_as(data)
+    for name, shown in (("a", x_ND), ("b", x_ND), ("c", x_ND + 1)):
+        with ActivationWriter(tmp_path / name, 16, torch.float32, {}, 700) as writer:
+            writer.append(shown, {"image": [str(i) for i in range(1500)], "token": [0] * 1500})
+    a, b, c = (open_activations(tmp_path / name) for name in "abc")
+    assert [a.is_same_as(other) for other in (a, b, c, rows)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

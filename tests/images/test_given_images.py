@@ -1,0 +1,123 @@
+"""Lists of images in Python: PIL's modes beside its own conversions, arrays, bytes, paths, what is refused."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import saevlm_fast as sf
+from saevlm_fast.errors import ImageError
+from saevlm_fast.images.decode import decode
+from saevlm_fast.images.given import GivenImages
+
+PIXELS_HW3 = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(PIXELS_HW3)
+
+
+def decoded(*given):
+    source = sf.open_images(list(given))
+    return [np.asarray(decode(source.read(i))) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
+def test_pixels_are_those_of_pil(mode):
+    picture = Image.new("LAB", (9, 7), (120, 10, 200)) if mode == "LAB" else PICTURE.convert(mode)
+    (found,) = decoded(picture)
+    np.testing.assert_array_equal(found, np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
+def test_transparency_is_laid_on_white(mode):
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    picture = clear.convert("LA").convert(mode) if mode in ("LA", "PA", "La") else clear.convert(mode)
+    (found,) = decoded(picture)
+    assert (found == 255).all()
+
+
+def test_16_bit_gray_keeps_its_high_byte():
+    gray_HW = np.array([[0, 0x1234, 0xFFFF]], dtype=np.uint16)
+    (found,) = decoded(Image.fromarray(gray_HW))
+    np.testing.assert_array_equal(found[..., 0], gray_HW >> 8)
+
+
+def test_arrays_bytes_and_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PICTURE.save("a.png")
+    (tmp_path / "photos").mkdir()
+    PICTURE.save("photos/b.png")
+    encoded = (tmp_path / "a.png").read_bytes()
+    gray_HW = PIXELS_HW3[..., 0]
+    for found in decoded(PIXELS_HW3, encoded, "a.png", tmp_path / "photos" / "b.png", PIXELS_HW3[::-1][::-1]):
+        np.testing.assert_array_equal(found, PIXELS_HW3)
+    np.testing.assert_array_equal(decoded(gray_HW)[0][..., 1], gray_HW)
+    source = sf.open_images((PICTURE, "photos/b.png", "none.png"))
+    assert [source.image_id(i) for i in range(3)] == ["0", "photos/b.png", "none.png"]
+    assert source.label(1) is None
+    with pytest.raises(ImageError, match="no such file"):
+        source.read(2)
+
+
+def test_a_picture_is_not_turned_and_what_is_open_may_be_closed(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    PICTURE.save(tmp_path / "turned.png", exif=turned)
+    with Image.open(tmp_path / "turned.png") as picture:
+        source = sf.open_images([picture, str(tmp_path / "turned.png")])
+    np.testing.assert_array_equal(np.asarray(decode(source.read(0))), PIXELS_HW3)
+    assert decode(source.read(1)).size == (7, 9), "of a file, as of every folder"
+
+
+def test_a_source_can_be_pickled_and_opened_again():
+    source = pickle.loads(pickle.dumps(sf.open_images([PICTURE, PIXELS_HW3])))
+    assert sf.open_images(source) is source
+    assert decode(source.read(0)).size == (9, 7)
+    assert source.fingerprint() == sf.open_images([PICTURE, PICTURE]).fingerprint()
+
+
+def test_what_cannot_be_used_is_told_when_it_is_read(tmp_path):
+    half = io.BytesIO()
+    PICTURE.resize((90, 70)).save(half, "PNG")
+    lazy = Image.open(io.BytesIO(half.getvalue()[:200]))
+    source = sf.open_images([Image.new("F", (2, 2)), Image.new("I", (2, 2)), Image.new("RGB", (0, 3)), b"", lazy])
+    for i, reason in enumerate(["mode F", "mode I: 8- or 16-bit", "no pixels", "empty", "truncated|broken|PNG"]):
+        with pytest.raises(ImageError, match=reason):
+            source.read(i)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "no images in it"),
+        ([PICTURE, 3], "images: 3 at place 1 is not a PIL image"),
+        ([PIXELS_HW3.astype(np.float32)], "at place 0 is not a PIL image"),
+        ([PIXELS_HW3[None]], "at place 0 is not"),
+        ([PIXELS_HW3[:, :, :2]], "at place 0 is not"),
+        (["a.png", "a.png"], "'a.png' comes more than once"),
+        (PICTURE, "is not a path, a list of images"),
+        ({"a.png"}, "is not a path, a list of images"),
+    ],
+)
+def test_what_is_no_list_of_images_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        sf.open_images(given)
+
+
+def test_a_harvest_of_pictures_is_that_of_their_files(tmp_path):
+    scenes, pictures = sf.open_images("scenes:test:6"), []
+    for i in range(6):
+        pictures.append(decode(scenes.read(i)))
+        pictures[-1].save(tmp_path / f"{i}.png")
+    ours = sf.harvest("hf:tiny-clip", pictures, layer=3, workers=2)
+    theirs = sf.harvest("hf:tiny-clip", tmp_path, layer=3)
+    assert (ours.rows([0, 3, 5]) == theirs.rows([0, 3, 5])).all()
+    assert ours.source["images"]["path"] == ""
+    sae = sf.SparseAutoencoder(sf.SAEConfig.sized(ours.d, expansion=2, k=4, architecture="topk"))
+    assert "the store does not say where they are" not in sf.show(0, ours, sae, n=2, images=pictures).note
+    assert "2 images are missing" in sf.show(0, ours, sae, n=2).note
+
+
+def test_sources_of_lists_say_so():
+    assert isinstance(sf.open_images([PICTURE]), GivenImages)
+    assert sf.open_images([PICTURE]).n_ignored == 0
