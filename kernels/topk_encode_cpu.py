@@ -187,8 +187,8 @@ def taken(values_N: Tensor, indices_M: Tensor) -> Tensor:
 
 
 def kth_largest(keys_RN: Tensor, k: int) -> Tensor:
-    """[R, 1]. Up to 512 columns NumPy sorts with vector instructions, 4 times as fast as torch.topk. Above it partitions,
-    and where most keys are equal, as those of latents that do not fire, takes 10 to 30 times as long (docs/decisions.md)."""
+    """[R, 1]. Up to 512 columns NumPy sorts with vector instructions, 4 times as fast as torch.topk. Above, it takes 10
+    to 30 times as long where most keys are equal, as those of latents that do not fire (docs/decisions.md)."""
     n = keys_RN.shape[1]
     if n > _SORTED_COLUMNS:
         return torch.topk(keys_RN, k, dim=1, sorted=False).values.amin(1, keepdim=True)

@@ -71,7 +71,7 @@ def _mask(comparison: str) -> Any:
     return intrinsic(mask)
 
 
-_at_least, _equal = _mask(">="), _mask("==")
+_at_least = _mask(">=")
 
 
 @intrinsic
@@ -117,33 +117,78 @@ def _count_from(values_N: Bits, least: int) -> int:
 
 
 @compiled
-def best_groups(maxima_RG: Bits, k: int, groups_RK: Ints, start: int, stop: int) -> None:
-    """Flat numbers of every row's k best groups, ascending; ties to the lower. The k-th best value is found bit by
-    bit."""
-    n_groups = maxima_RG.shape[1]
+def nth_of_rows(values_RN: Bits, n: int, nth_R: Bits, start: int, stop: int) -> None:
+    """The n-th largest of every row, found bit by bit; 1 where it is not above zero or there are fewer."""
     for r in range(start, stop):
-        least = LEAST
-        for bit in range(15, -1, -1):
-            if _count_from(maxima_RG[r], least + (1 << bit)) >= k:
-                least += 1 << bit
-        ties, n = k if least == KNOWN else k - _count_from(maxima_RG[r], least + 1), 0
-        for g in range(n_groups):
-            is_tie = maxima_RG[r, g] == least
-            if maxima_RG[r, g] > least or (is_tie and ties > 0):
-                groups_RK[r, n] = r * n_groups + g
-                n += 1
-                ties -= is_tie
+        nth = 0
+        for bit in range(14, -1, -1):
+            if _count_from(values_RN[r], nth + (1 << bit)) >= n:
+                nth += 1 << bit
+        nth_R[r] = max(nth, 1)
 
 
 @compiled
-def best_of_groups(pre_NG: Bits, maxima_N: Bits, groups_U: Ints, positions_U: Ints, start: int, stop: int) -> None:
-    """The flat position of the largest in each of these groups, the first of equals; marked KNOWN in pre."""
+def count_from(pre_NG: Bits, maxima_RG: Bits, least_R: Bits, counts_R: Ints, start: int, stop: int) -> None:
+    """Entries of every row that are at least that."""
+    n_groups = maxima_RG.shape[1]
+    for r in range(start, stop):
+        count = 0
+        for g in range(n_groups):
+            if maxima_RG[r, g] >= least_R[r]:
+                count += _count_bits(_at_least(pre_NG, r * n_groups + g, least_R[r]))
+        counts_R[r] = count
+
+
+@compiled
+def list_from(
+    pre_NG: Bits,
+    maxima_RG: Bits,
+    least_R: Bits,
+    offsets_R1: Ints,
+    positions_M: Ints,
+    values_M: Bits,
+    start: int,
+    stop: int,
+) -> None:
+    """The same entries, in order, of rows with room between their offsets: flat positions and values."""
+    n_groups, one = maxima_RG.shape[1], np.uint64(1)
+    for r in range(start, stop):
+        m = offsets_R1[r]
+        if m == offsets_R1[r + 1]:
+            continue
+        for g in range(n_groups):
+            if maxima_RG[r, g] < least_R[r]:
+                continue
+            n = r * n_groups + g
+            mask = _at_least(pre_NG, n, least_R[r])
+            while mask:
+                i = _lowest_bit(mask)
+                mask &= mask - one
+                positions_M[m], values_M[m] = n * GROUP + i, pre_NG[n, i]
+                m += 1
+
+
+@compiled
+def best_of_rows(values_M: Bits, offsets_R1: Ints, k: int, kept_M: NDArray[np.bool_], start: int, stop: int) -> None:
+    """Which are the k largest of their row, ties to the earlier. Rows have none, or k and more; all are above zero."""
+    nth_1 = np.empty(1, np.int16)
+    for r in range(start, stop):
+        first, end = offsets_R1[r], offsets_R1[r + 1]
+        if first == end:
+            continue
+        nth_of_rows(values_M[first:end].reshape(1, -1), k, nth_1, 0, 1)
+        ties = k if nth_1[0] == KNOWN else k - _count_from(values_M[first:end], nth_1[0] + 1)
+        for m in range(first, end):
+            is_tie = values_M[m] == nth_1[0]
+            kept_M[m] = values_M[m] > nth_1[0] or (is_tie and ties > 0)
+            ties -= is_tie
+
+
+@compiled
+def mark(pre_NG: Bits, positions_U: Ints, start: int, stop: int) -> None:
+    """KNOWN at these flat positions."""
     for u in range(start, stop):
-        n = groups_U[u]
-        i = _lowest_bit(_equal(pre_NG, n, maxima_N[n]))
-        positions_U[u] = n * GROUP + i
-    for u in range(start, stop):
-        pre_NG[groups_U[u], positions_U[u] - groups_U[u] * GROUP] = KNOWN
+        pre_NG[positions_U[u] // GROUP, positions_U[u] % GROUP] = KNOWN
 
 
 @compiled
@@ -171,28 +216,26 @@ def count_candidates(
     bound_R: Floats,
     d_sae: int,
     kept: float,
-    max_groups: float,
+    most: int,
     counts_R: Ints,
     start: int,
     stop: int,
 ) -> None:
-    """Entries of every row that may reach its bound; -1 where no bound holds, or more groups than max_groups of all
-    have candidates."""
+    """Entries of every row that may reach its bound; -1 where no bound holds, or where they are more than `most`."""
     n_groups = maxima_RG.shape[1]
     cutoff_G = np.empty(n_groups, np.int16)
     for r in range(start, stop):
         _cutoffs(bound_R[r], slack_RG[r], kept, cutoff_G)
-        sound, n_reach, count = bound_R[r] > 0, 0, 0
+        sound, count = bound_R[r] > 0, 0
         for g in range(n_groups):
             sound &= slack_RG[r, g] < MAX_SLACK
-            n_reach += maxima_RG[r, g] >= cutoff_G[g]
-        if not sound or n_reach > max_groups * n_groups:
+        if not sound:
             counts_R[r] = -1
             continue
         for g in range(n_groups):
             if maxima_RG[r, g] >= cutoff_G[g]:
                 count += _count_bits(_at_least(pre_NG, r * n_groups + g, cutoff_G[g]) & _inside(d_sae - g * GROUP))
-        counts_R[r] = count
+        counts_R[r] = count if count <= most else -1
 
 
 @compiled

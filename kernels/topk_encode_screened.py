@@ -10,16 +10,16 @@ and r is two roundings to bfloat16 (2^-8 each), one more than a library needs. |
 pass that rounds. The bias is part of the product, in two columns that meet ones: its value in bfloat16, and what that
 leaves.
 
-What is proposed is the best latent, by v, of each of the k best groups of 64. These get float32 dot products, and the
-least of them, T, is at most the k-th largest z. Only latents whose upper bound reaches T can be among the top k: about
-twice k. They get float32 dot products too, and the top k is chosen among them. So the codes are exactly the top k of
-those float32 values over all latents. A dot adds in one order wherever its rows lie: equal latents have equal ones.
+The k best latents by v are proposed. These get float32 dot products, and the least of them, T, is at most the k-th
+largest z. Only latents whose upper bound reaches T can be among the top k: some more than k. They get float32 dot
+products too, and the top k is chosen among them. So the codes are exactly the top k of those float32 values over all
+latents. A dot adds in one order wherever its rows lie: equal latents have equal ones.
 
 All but the product is in compiled loops (topk_encode_numba.py).
 
 Rows for which that does not work are left to the float32 product: with a T that is not above zero, with values that
-are not finite, or (TopK) with candidates in nearly every group. So is a whole chunk with so many candidates that
-nothing is gained, and a whole BatchTopK or threshold batch if one of its rows is.
+are not finite, or (TopK) with so many candidates that nothing is gained. So is a whole chunk with so many, and a whole
+BatchTopK or threshold batch if one of its rows is.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import GROUP, Workspace, check
+from .common import GROUP, Workspace
 from .cpu_loops import compiles, even_bounds, in_parts
 from .low_product_speed import low_products_pay
 from .topk_encode_cpu import (
@@ -50,8 +50,8 @@ UNIT_ROUNDOFF = 2.0**-8  # of LOW
 ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: once, and once more for a library that cuts off instead
 MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MIN_PRODUCT = 2**27  # multiplications, a few milliseconds in float32: below, there is little to win
-MAX_SHARE = 1 / 64  # of the latents as candidates: a BLAS dot cost 35 times its share of a product (measured)
-MAX_GROUPS = 3 / 4  # of the groups with candidates, in a row of TopK: more say that its bound is vague
+MAX_SHARE = 1 / 12  # of the latents as candidates: a dot costs about 12 times its share of a product (measured)
+LATENTS_FOR_ONE = 32  # of an SAE, for each that fires: with fewer, dots take longer than what the product saves
 _BIAS_COLUMNS = 2  # more of the product, for b in two parts: 3 to 6 % less than addmm with AVX-512 BF16 (measured)
 _TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
 _low, _centred = Workspace(), Workspace()
@@ -86,7 +86,7 @@ def screens(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
     """
     float32 = x_BD.dtype == W_enc_DS.dtype == torch.float32 and W_enc_DS.t().is_contiguous()
     d_sae = W_enc_DS.shape[1]
-    large = len(x_BD) >= MIN_ROWS and d_sae >= 4 * k * GROUP and x_BD.numel() * d_sae >= MIN_PRODUCT
+    large = len(x_BD) >= MIN_ROWS and d_sae >= LATENTS_FOR_ONE * k and x_BD.numel() * d_sae >= MIN_PRODUCT
     return float32 and large and compiles(W_enc_DS.t()) and low_products_pay()
 
 
@@ -98,13 +98,14 @@ def topk_encode_screened(
     k: int,
     buffer_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
-    check(k * GROUP <= W_enc_DS.shape[1], f"k: {k} is more than the groups of {W_enc_DS.shape[1]} latents")
     acts_BK, latents_BK = x_BD.new_empty(len(x_BD), k), torch.empty(len(x_BD), k, dtype=torch.int64)
     decided_B = torch.zeros(len(x_BD), dtype=torch.bool)
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
-        proposed = _proposed(chunk, _best_groups(chunk.maxima_RG, k), W_enc_DS, b_enc_S)
-        bound_R = proposed.values_U.view(-1, k).amin(1)
-        found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S, proposed, MAX_GROUPS)
+        best, has_R = _best_of_rows(chunk, k)
+        proposed = _proposed(chunk, best, W_enc_DS, b_enc_S)
+        bound_R = x_BD.new_zeros(len(has_R))
+        bound_R[has_R] = proposed.values_U.view(-1, k).amin(1)
+        found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S, proposed, int(W_enc_DS.shape[1] * MAX_SHARE))
         rows = slice(chunk.start, chunk.start + len(chunk.x_RD))
         chosen = acts_BK[rows], latents_BK[rows], decided_B[rows]
         entries = found.values_M, found.positions_M, found.offsets_R1
@@ -128,15 +129,15 @@ def batch_topk_encode_screened(
     A batch of so many chunks that these are too many is left to float32.
     """
     capacity = len(x_BD) * k
-    if 4 * capacity > _chunk_rows(x_BD, W_enc_DS, buffer_bytes) * W_enc_DS.shape[1] * MAX_SHARE:
+    if LATENTS_FOR_ONE * capacity > _chunk_rows(x_BD, W_enc_DS, buffer_bytes) * W_enc_DS.shape[1]:
         return batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
     acts, positions = x_BD.new_empty(0), torch.empty(0, dtype=torch.int64)
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
         bound, proposed = x_BD.new_zeros(()), None
         if len(acts) == capacity:
             bound = acts.amin()
-        elif chunk.maxima_RG.numel() >= capacity:
-            proposed = _proposed(chunk, _groups_from_nth(chunk.maxima_RG, capacity), W_enc_DS, b_enc_S)
+        elif len(best := _best_of_all(chunk, capacity)):
+            proposed = _proposed(chunk, best, W_enc_DS, b_enc_S)
             bound = proposed.values_U.amin()
         found = _candidates(chunk, bound.expand(len(chunk.x_RD)), W_enc_DS, b_enc_S, proposed)
         if not found.sure_R.all():
@@ -257,37 +258,57 @@ class Proposed(NamedTuple):
     positions_U: Tensor
 
 
-def _best_groups(maxima_RG: Tensor, k: int) -> Tensor:
-    """Flat indices [R * k], ascending, of every row's k best groups; ties to the lower."""
-    groups_RK = torch.empty(len(maxima_RG), k, dtype=torch.int64)
-    in_parts(_loops().best_groups, even_bounds(len(maxima_RG)), maxima_RG, k, groups_RK)
-    return groups_RK.view(-1)
+def _best_of_rows(chunk: Chunk, k: int) -> tuple[Tensor, Tensor]:
+    """Flat positions, ascending, of every row's k best entries by the low product, ties to the lower; and which rows
+    have them, [R]: those with fewer than k above zero have none."""
+    n_rows = len(chunk.x_RD)
+    rows, least_R = even_bounds(n_rows), torch.empty(n_rows, dtype=torch.int16)
+    # What k groups reach, k entries do. With fewer groups than k, the k-th best entry itself.
+    values_RN = chunk.maxima_RG if chunk.maxima_RG.shape[1] >= k else chunk.pre_RP
+    in_parts(_loops().nth_of_rows, rows, values_RN, k, least_R)
+    values_M, positions_M, offsets_R1 = _entries_from(chunk, least_R, k)
+    kept_M = torch.empty(len(values_M), dtype=torch.bool)
+    in_parts(_loops().best_of_rows, rows, values_M, offsets_R1, k, kept_M)
+    return positions_M[nonzero(kept_M)], offsets_R1.diff() > 0
 
 
-def _groups_from_nth(maxima_RG: Tensor, n: int) -> Tensor:
-    """Flat indices, ascending, of all groups that are as good as the n-th best of all rows: n, and its ties.
+def _best_of_all(chunk: Chunk, n: int) -> Tensor:
+    """Flat positions, ascending, of the n best entries of all rows, and of those that tie with the last; or none, if
+    fewer are above zero."""
+    least = nth_largest(chunk.maxima_RG.view(-1), n) if chunk.maxima_RG.numel() >= n else 1
+    least_R = torch.full((len(chunk.x_RD),), max(least, 1), dtype=torch.int16)
+    values_M, positions_M, _ = _entries_from(chunk, least_R, 1)
+    if len(values_M) < n:
+        return positions_M[:0]
+    return positions_M[nonzero(values_M >= nth_largest(values_M, n))]
 
-    Counted by value, of which there are 65,536: a tenth to two fifths of a partition's time (measured).
-    """
-    least = torch.iinfo(maxima_RG.dtype).min
-    counts = torch.bincount(maxima_RG.view(-1).int() - least, minlength=1 << 16)
-    nth = int(torch.searchsorted(counts.cumsum(0), maxima_RG.numel() - n, right=True)) + least
-    return nonzero(maxima_RG >= nth)
+
+def _entries_from(chunk: Chunk, least_R: Tensor, at_least: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, flat positions and offsets [R + 1] of the entries from their row's least up; of rows with so many."""
+    n_rows = len(least_R)
+    rows, counts_R = even_bounds(n_rows), torch.empty(n_rows, dtype=torch.int64)
+    given = chunk.groups(), chunk.maxima_RG, least_R
+    in_parts(_loops().count_from, rows, *given, counts_R)
+    offsets_R1 = torch.nn.functional.pad(counts_R.masked_fill_(counts_R < at_least, 0).cumsum(0), (1, 0))
+    n = int(offsets_R1[-1])
+    positions_M, values_M = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int16)
+    in_parts(_loops().list_from, rows, *given, offsets_R1, positions_M, values_M)
+    return values_M, positions_M, offsets_R1
 
 
-def _proposed(chunk: Chunk, groups_U: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> Proposed:
-    """The low product's best entry in each of these groups, marked in pre. Which these are is a guess, their values are
-    not: the least of n of them or more is at most the n-th largest."""
-    positions_U, values_U = torch.empty_like(groups_U), chunk.x_RD.new_empty(len(groups_U))
-    in_parts(
-        _loops().best_of_groups,
-        even_bounds(len(groups_U)),
-        chunk.groups(),
-        chunk.maxima_RG.view(-1),
-        groups_U,
-        positions_U,
-    )
-    _exact(chunk, positions_U, torch.arange(len(groups_U)), W_enc_DS, b_enc_S, values_U)
+def nth_largest(values_M: Tensor, n: int) -> int:
+    """Of int16: counted by value, of which there are 65,536: a tenth to two fifths of a partition's time (measured)."""
+    least = torch.iinfo(values_M.dtype).min
+    counts = torch.bincount(values_M.int() - least, minlength=1 << 16)
+    return int(torch.searchsorted(counts.cumsum(0), len(values_M) - n, right=True)) + least
+
+
+def _proposed(chunk: Chunk, positions_U: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor) -> Proposed:
+    """These entries, marked in pre. Which they are is a guess, their values are not: the least of n of them or more is
+    at most the n-th largest."""
+    in_parts(_loops().mark, even_bounds(len(positions_U)), chunk.groups(), positions_U)
+    values_U = chunk.x_RD.new_empty(len(positions_U))
+    _exact(chunk, positions_U, torch.arange(len(positions_U)), W_enc_DS, b_enc_S, values_U)
     return Proposed(values_U, positions_U)
 
 
@@ -307,18 +328,18 @@ def _candidates(
     W_enc_DS: Tensor,
     b_enc_S: Tensor,
     proposed: Proposed | None = None,
-    max_groups: float = 1.0,
+    most: int | None = None,
 ) -> Candidates:
     """All that may reach its row's bound.
 
-    Rows with a bound that is not above 0, without sound ones, or with candidates in more of the groups are not sure.
+    Rows with a bound that is not above 0, without sound ones, or with more than `most` candidates are not sure.
     All that is proposed, of this chunk, must reach its row's bound.
     """
     proposed = proposed or Proposed(bound_R.new_empty(0), torch.empty(0, dtype=torch.int64))
     n_rows, rows = len(bound_R), even_bounds(len(bound_R))
     found = chunk.groups(), chunk.maxima_RG, chunk.slack_RG, bound_R.contiguous(), len(b_enc_S), 1 - ROUNDING
     counts_R = torch.empty(n_rows, dtype=torch.int64)
-    in_parts(_loops().count_candidates, rows, *found, max_groups, counts_R)
+    in_parts(_loops().count_candidates, rows, *found, chunk.width if most is None else most, counts_R)
     sure_R, n_candidates = counts_R >= 0, int(counts_R.clamp_(min=0).sum())
     if n_candidates > chunk.pre_RP.numel() * MAX_SHARE:
         sure_R, n_candidates = torch.zeros_like(sure_R), int(counts_R.zero_().sum())

@@ -36,6 +36,18 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("n", [3, 512, 513, 3000])
+def test_kth_largest_equals_a_sort(n, dtype):
+    """Mostly zeros, as after a ReLU; all equal; all different; the ends of the range."""
+    keys_RN = torch.randint(0, 30_000, (5, n)).to(dtype)
+    keys_RN[0, torch.rand(n) < 0.95], keys_RN[1], keys_RN[2] = 0, 7, torch.arange(n).to(dtype)
+    keys_RN[3, 0], keys_RN[4, 0] = torch.iinfo(dtype).max, torch.iinfo(dtype).min
+    for k in {1, 2, n // 3 + 1, n}:
+        expected_R1 = keys_RN.sort(dim=1, descending=True).values[:, k - 1, None]
+        assert torch.equal(plain.kth_largest(keys_RN, k), expected_R1)
+
+
 # --- the public functions on CPU ------------------------------------------------------------------------------------
 
 

@@ -14,10 +14,11 @@ from saevlm_fast.kernels.low_product_speed import VARIABLE
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, rounded_down, threshold_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_screened import (
     ROUNDING,
-    _best_groups,
+    _best_of_all,
+    _best_of_rows,
     _chunks,
-    _groups_from_nth,
     batch_topk_encode_screened,
+    nth_largest,
     screens,
     threshold_encode_screened,
 )
@@ -310,13 +311,13 @@ def test_where_it_pays(monkeypatch):
     """On any machine: only what is large in every respect asks whether low products pay."""
     asked = []
     monkeypatch.setattr(topk_encode_screened, "low_products_pay", lambda: asked.append(1) or True)
-    x_BD, W_enc_DS, *_ = float_inputs((64, 512, 5120), torch.float32)
+    x_BD, W_enc_DS, *_ = float_inputs((64, 4096, 640), torch.float32)
     W_enc_DS = W_enc_DS.t().contiguous().t()
     assert screens(x_BD, W_enc_DS, 20)
     assert len(asked) == 1
     assert not screens(x_BD, W_enc_DS, 21)
     assert not screens(x_BD[:63], W_enc_DS, 20)
-    assert not screens(x_BD[:, :256], W_enc_DS[:256].t().contiguous().t(), 20)
+    assert not screens(x_BD[:, :2048], W_enc_DS[:2048].t().contiguous().t(), 20)
     assert not screens(x_BD, W_enc_DS.contiguous(), 20)
     assert not screens(x_BD.double(), W_enc_DS.double(), 20)
     with monkeypatch.context() as without:
@@ -360,28 +361,61 @@ def test_equal_latents_tie_in_rows_of_any_length(monkeypatch, d_in):
     assert all(bool(found.all()) for found in below)
 
 
-@pytest.mark.parametrize("n_groups", [7, 300, 40_000])
-def test_best_groups_are_those_of_a_stable_sort(n_groups):
-    """Few values, so that most groups tie; negative ones among them; both ends of 16 bits; more groups than 2^15."""
-    maxima_RG = torch.randint(-3, 4, (20, n_groups), dtype=torch.int16)
-    maxima_RG[3], maxima_RG[4, ::2], maxima_RG[5] = 2**15 - 1, -(2**15), -(2**15)
-    order_RG = torch.sort(maxima_RG.int(), dim=1, descending=True, stable=True).indices
-    expected_RK = order_RG[:, :7].sort(1).values
-    assert torch.equal(_best_groups(maxima_RG, 7).view(20, 7) - n_groups * torch.arange(20)[:, None], expected_RK)
+def chunk_of(values_RP):
+    """Of int16 values, [R, P], P whole groups."""
+    maxima_RG = values_RP.unflatten(1, (-1, GROUP)).amax(2)
+    x_RD, slack_RG = torch.zeros(len(values_RP), 1), torch.zeros(maxima_RG.shape)
+    return topk_encode_screened.Chunk(0, x_RD, values_RP.contiguous(), maxima_RG, slack_RG)
 
 
-def test_groups_from_the_nth_are_all_that_tie_with_it():
-    maxima_RG = torch.tensor([[5, 3, 3], [-2, 3, 9]], dtype=torch.int16)
-    assert _groups_from_nth(maxima_RG, 3).tolist() == [0, 1, 2, 4, 5]
-    assert _groups_from_nth(maxima_RG, 2).tolist() == [0, 5]
+def some_values(n_rows, n_groups, spread):
+    """Few or many values, negative ones among them; a row of the largest, one of the least, one that is all zero but
+    for three entries, and one with all that is above zero in one group."""
+    values_RP = torch.randint(-spread, spread + 1, (n_rows, n_groups * GROUP), dtype=torch.int16)
+    values_RP[3], values_RP[4], values_RP[5] = 2**15 - 1, -(2**15), 0
+    values_RP[5, 7:10] = 5
+    values_RP[6] = -1
+    values_RP[6, -GROUP:] = torch.arange(GROUP, dtype=torch.int16)
+    return values_RP
+
+
+@pytest.mark.parametrize("spread", [2, 300, 32000])
+@pytest.mark.parametrize(("n_groups", "k"), [(7, 3), (7, 7), (7, 8), (7, 50), (300, 20), (1, 64), (1100, 1)])
+def test_best_of_rows_are_those_of_a_stable_sort(n_groups, k, spread):
+    values_RP = some_values(20, n_groups, spread)
+    found, has_R = _best_of_rows(chunk_of(values_RP), k)
+    assert torch.equal(has_R, (values_RP > 0).sum(1) >= k)
+    order_RP = torch.sort(values_RP.int(), dim=1, descending=True, stable=True).indices
+    expected_RK = order_RP[:, :k].sort(1).values + torch.arange(20)[:, None] * values_RP.shape[1]
+    assert torch.equal(found, expected_RK[has_R].flatten())
+
+
+@pytest.mark.parametrize("spread", [2, 300, 32000])
+@pytest.mark.parametrize("n", [1, 20, 139, 140, 141, 900, 10**4])
+def test_best_of_all_are_those_of_a_sort_and_all_that_tie(n, spread):
+    """140 groups: with more entries than these they give no bound."""
+    values_RP = some_values(20, 7, spread)
+    found = _best_of_all(chunk_of(values_RP), n)
+    descending = values_RP.flatten().sort(descending=True).values
+    least = int(descending[n - 1]) if n <= len(descending) else 0
+    expected = (values_RP.flatten() >= least).nonzero().squeeze(1) if least > 0 else torch.empty(0, dtype=torch.int64)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("spread", [1, 300, 20000])
-def test_groups_from_the_nth_equal_a_sort(spread):
+def test_nth_largest_equals_a_sort(spread):
     """The whole range of 16 bits, both its ends, and every n."""
-    maxima_RG = torch.randint(-spread, spread, (9, 40), dtype=torch.int16)
-    maxima_RG[3, :2] = torch.tensor([torch.iinfo(torch.int16).min, torch.iinfo(torch.int16).max], dtype=torch.int16)
-    descending = maxima_RG.flatten().sort(descending=True).values
-    for n in range(1, maxima_RG.numel() + 1):
-        expected = (maxima_RG.flatten() >= descending[n - 1]).nonzero().squeeze(1)
-        assert torch.equal(_groups_from_nth(maxima_RG, n), expected)
+    values_N = torch.randint(-spread, spread, (360,), dtype=torch.int16)
+    values_N[:2] = torch.tensor([torch.iinfo(torch.int16).min, torch.iinfo(torch.int16).max], dtype=torch.int16)
+    descending = values_N.sort(descending=True).values
+    assert [nth_largest(values_N, n) for n in range(1, 361)] == descending.tolist()
+
+
+@pytest.mark.usefixtures("only_screening")
+@pytest.mark.parametrize(("d_sae", "k"), [(2048, 64), (2050, 60), (4096, 100), (640, 20)])
+def test_many_of_few_latents(d_sae, k):
+    """More than there are groups, too: still by screening alone."""
+    inputs = float_inputs((8, 96, d_sae), torch.float32)
+    assert_clear(reference.preactivations(*(tensor.double() for tensor in inputs)), k)
+    assert_equal_in_float32(topk_screened(*inputs, k, None), reference.topk_encode(*inputs, k))
+    assert_equal_in_float32(batch_topk_encode_screened(*inputs, k, None), reference.batch_topk_encode(*inputs, k))
