@@ -22,7 +22,7 @@ from .common import GROUP, Workspace
 PANEL = 2048
 BUFFER_BYTES = 64 * 2**20
 _PAGE_BYTES = 4096
-_SORTED_COLUMNS = 512
+_SORTED_COLUMNS = 512  # that NumPy sorts in vector registers
 KEY_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

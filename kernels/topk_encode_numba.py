@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 if GROUP != 64:  # compiled code is kept on disk, by this file alone
     raise ValueError(f"GROUP: {GROUP}, but this file is written for groups of 64, one bit of a mask each")
 KNOWN = np.iinfo(np.int16).max  # marks what is proposed: a NaN's bits, and a NaN leaves its row no bound
-LEAST = np.iinfo(np.int16).min
+LEAST, GREATEST = np.iinfo(np.int16).min, np.iinfo(np.int16).max
 MAX_SLACK = 1e30  # with so small a slack |x| |w| + |b| is too small for sums to overflow or be NaN
 
 
@@ -177,7 +177,8 @@ def best_of_rows(values_M: Bits, offsets_R1: Ints, k: int, kept_M: NDArray[np.bo
         if first == end:
             continue
         nth_of_rows(values_M[first:end].reshape(1, -1), k, nth_1, 0, 1)
-        ties = k if nth_1[0] == KNOWN else k - _count_from(values_M[first:end], nth_1[0] + 1)
+        above = 0 if nth_1[0] == GREATEST else _count_from(values_M[first:end], nth_1[0] + 1)  # which would wrap
+        ties = k - above
         for m in range(first, end):
             is_tie = values_M[m] == nth_1[0]
             kept_M[m] = values_M[m] > nth_1[0] or (is_tie and ties > 0)

@@ -51,7 +51,7 @@ ROUNDING = 2.01 * UNIT_ROUNDOFF  # of an output: once, and once more for a libra
 MIN_ROWS = 64  # below, reading W takes longer than multiplying with it
 MIN_PRODUCT = 2**27  # multiplications, a few milliseconds in float32: below, there is little to win
 MAX_SHARE = 1 / 12  # of the latents as candidates: a dot costs about 12 times its share of a product (measured)
-LATENTS_FOR_ONE = 32  # of an SAE, for each that fires: with fewer, dots take longer than what the product saves
+MIN_LATENTS_PER_K = 32  # with fewer, dots take longer than what the product saves
 _BIAS_COLUMNS = 2  # more of the product, for b in two parts: 3 to 6 % less than addmm with AVX-512 BF16 (measured)
 _TINY = 2.0**-50  # more than all that underflow and flushing to zero can take from a norm
 _low, _centred = Workspace(), Workspace()
@@ -86,7 +86,7 @@ def screens(x_BD: Tensor, W_enc_DS: Tensor, k: int = 1) -> bool:
     """
     float32 = x_BD.dtype == W_enc_DS.dtype == torch.float32 and W_enc_DS.t().is_contiguous()
     d_sae = W_enc_DS.shape[1]
-    large = len(x_BD) >= MIN_ROWS and d_sae >= LATENTS_FOR_ONE * k and x_BD.numel() * d_sae >= MIN_PRODUCT
+    large = len(x_BD) >= MIN_ROWS and d_sae >= MIN_LATENTS_PER_K * k and x_BD.numel() * d_sae >= MIN_PRODUCT
     return float32 and large and compiles(W_enc_DS.t()) and low_products_pay()
 
 
@@ -105,7 +105,7 @@ def topk_encode_screened(
         proposed = _proposed(chunk, best, W_enc_DS, b_enc_S)
         bound_R = x_BD.new_zeros(len(has_R))
         bound_R[has_R] = proposed.values_U.view(-1, k).amin(1)
-        found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S, proposed, int(W_enc_DS.shape[1] * MAX_SHARE))
+        found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S, proposed, int(chunk.width * MAX_SHARE))
         rows = slice(chunk.start, chunk.start + len(chunk.x_RD))
         chosen = acts_BK[rows], latents_BK[rows], decided_B[rows]
         entries = found.values_M, found.positions_M, found.offsets_R1
@@ -129,9 +129,9 @@ def batch_topk_encode_screened(
     A batch of so many chunks that these are too many is left to float32.
     """
     capacity = len(x_BD) * k
-    if LATENTS_FOR_ONE * capacity > _chunk_rows(x_BD, W_enc_DS, buffer_bytes) * W_enc_DS.shape[1]:
+    if MIN_LATENTS_PER_K * capacity > _chunk_rows(x_BD, W_enc_DS, buffer_bytes) * W_enc_DS.shape[1]:
         return batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
-    acts, positions = x_BD.new_empty(0), torch.empty(0, dtype=torch.int64)
+    acts, positions, width = x_BD.new_empty(0), torch.empty(0, dtype=torch.int64), _width(W_enc_DS.shape[1])
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
         bound, proposed = x_BD.new_zeros(()), None
         if len(acts) == capacity:
@@ -143,10 +143,10 @@ def batch_topk_encode_screened(
         if not found.sure_R.all():
             return batch_topk_encode_cpu(x_BD, W_enc_DS, b_enc_S, b_dec_D, k, buffer_bytes)
         acts = torch.cat([acts, found.values_M])
-        positions = torch.cat([positions, found.positions_M + chunk.start * chunk.width])
+        positions = torch.cat([positions, found.positions_M + chunk.start * width])
         kept = largest(keys(acts), capacity)
         acts, positions = acts[kept], positions[kept]
-    return acts, positions % chunk.width, offsets_of_rows(positions // chunk.width, len(x_BD))
+    return acts, positions % width, offsets_of_rows(positions // width, len(x_BD))
 
 
 def threshold_encode_screened(
@@ -178,7 +178,7 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """Chunks of rows, in memory that the next chunk overwrites; columns from d_sae on are the lowest integer."""
     n_rows, d_sae = len(x_BD), W_enc_DS.shape[1]
-    width = -(-d_sae // GROUP) * GROUP
+    width = _width(d_sae)
     chunk_rows = _chunk_rows(x_BD, W_enc_DS, buffer_bytes)
     # W is rounded once: panel by panel in memory that stays in cache or, for several chunks, into memory for all of it.
     several, (norm_S, error_S) = chunk_rows < n_rows, x_BD.new_empty(2, d_sae)
@@ -206,6 +206,11 @@ def _chunks(
         torch.amax(pre_bits_RP.view(-1, GROUP), dim=1, out=maxima_RG.view(-1))
         slack_RG = _slack(norm_R, error_R, norm_S, error_S, b_enc_S.abs(), x_RD.shape[1])
         yield Chunk(start, x_RD, pre_bits_RP, maxima_RG, slack_RG)
+
+
+def _width(d_sae: int) -> int:
+    """Whole groups."""
+    return -(-d_sae // GROUP) * GROUP
 
 
 def _slack(norm_R: Tensor, error_R: Tensor, norm_S: Tensor, error_S: Tensor, bias_S: Tensor, d_in: int) -> Tensor:
@@ -283,13 +288,16 @@ def _best_of_all(chunk: Chunk, n: int) -> Tensor:
     return positions_M[nonzero(values_M >= nth_largest(values_M, n))]
 
 
-def _entries_from(chunk: Chunk, least_R: Tensor, at_least: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, flat positions and offsets [R + 1] of the entries from their row's least up; of rows with so many."""
+def _entries_from(chunk: Chunk, least_R: Tensor, min_count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, flat positions and offsets [R + 1] of the entries from their row's least up, of rows with so many.
+
+    Of a BatchTopK batch with fewer groups than entries these are all above zero: 10 bytes each.
+    """
     n_rows = len(least_R)
     rows, counts_R = even_bounds(n_rows), torch.empty(n_rows, dtype=torch.int64)
     given = chunk.groups(), chunk.maxima_RG, least_R
     in_parts(_loops().count_from, rows, *given, counts_R)
-    offsets_R1 = torch.nn.functional.pad(counts_R.masked_fill_(counts_R < at_least, 0).cumsum(0), (1, 0))
+    offsets_R1 = torch.nn.functional.pad(counts_R.masked_fill_(counts_R < min_count, 0).cumsum(0), (1, 0))
     n = int(offsets_R1[-1])
     positions_M, values_M = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int16)
     in_parts(_loops().list_from, rows, *given, offsets_R1, positions_M, values_M)
@@ -297,7 +305,8 @@ def _entries_from(chunk: Chunk, least_R: Tensor, at_least: int) -> tuple[Tensor,
 
 
 def nth_largest(values_M: Tensor, n: int) -> int:
-    """Of int16: counted by value, of which there are 65,536: a tenth to two fifths of a partition's time (measured)."""
+    """Of M int16, n within 1 to M. Counted by value, of which there are 65,536: a tenth to two fifths of a partition's
+    time (measured)."""
     least = torch.iinfo(values_M.dtype).min
     counts = torch.bincount(values_M.int() - least, minlength=1 << 16)
     return int(torch.searchsorted(counts.cumsum(0), len(values_M) - n, right=True)) + least

@@ -5,8 +5,8 @@ one writes for the other costs accordingly.
 """
 
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 NEAR, FAR = 60e-9, 100e-9  # below, and above: seconds that were 26e-9 and 170e-9 on the machines met
-_ROUNDS = 1400
+_WARM_UP, _ROUNDS = 100, 1400
 
 
 @intrinsic
@@ -48,29 +48,25 @@ def _play(ball_1: Any, first: int, rounds: int) -> None:
 def seconds_between_cores() -> float:
     """Of one way between the first two cores that this process may use, over 1,400 there and back. Linux.
 
-    RuntimeError: fewer than two cores.
+    RuntimeError: fewer than two cores. OSError: they may not be chosen.
     """
     allowed = os.sched_getaffinity(0)
     if len(allowed) < 2:
         raise RuntimeError("two cores are needed")
+    here, there = sorted(allowed)[:2]
     ball_1 = np.zeros(16, dtype=np.int64)  # more than a cache line
     _play(ball_1, 0, 0)  # compiled
-    here, there = sorted(allowed)[:2]
-    other = threading.Thread(target=_on_core, args=(there, ball_1, 1))
-    other.start()
-    try:
-        start = time.perf_counter()
-        _on_core(here, ball_1, 0)
-        seconds = time.perf_counter() - start
-    finally:
-        other.join()
-        os.sched_setaffinity(0, allowed)
-    return seconds / (2 * _ROUNDS)
-
-
-def _on_core(core: int, ball_1: np.ndarray, first: int) -> None:
-    os.sched_setaffinity(0, {core})  # of this thread
-    _play(ball_1, first, _ROUNDS)
+    with ThreadPoolExecutor(1) as other:
+        try:
+            other.submit(os.sched_setaffinity, 0, {there}).result()  # of that thread; raised before anybody plays
+            os.sched_setaffinity(0, {here})
+            other.submit(_play, ball_1, 1, _WARM_UP + _ROUNDS)
+            _play(ball_1, 0, _WARM_UP)
+            start = time.perf_counter()
+            _play(ball_1, 2 * _WARM_UP, _ROUNDS)
+            return (time.perf_counter() - start) / (2 * _ROUNDS)
+        finally:
+            os.sched_setaffinity(0, allowed)
 
 
 def where(seconds: float) -> str:

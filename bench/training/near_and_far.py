@@ -5,7 +5,8 @@
 A host of virtual machines moves their cores, and what one core writes for the other costs by the distance: medians over
 both kinds of minutes tell of the host. The GEMM is over panels of 2,048 latents in one buffer, with no other work; GEMM
 and step take turns. The distance is measured before and after every turn; turns during which it changed count for
-neither. The environment above is what `saevlm-fast` sets.
+neither. The environment above is what `saevlm-fast` sets. It needs Linux and two cores; of more, `taskset -c 0,1` takes
+two.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def turns(architecture: str, d_sae: int, warm_up: int, n_turns: int) -> list[dict]:
+def turns(architecture: str, d_sae: int, k: int, warm_up: int, n_turns: int) -> list[dict]:
     """Of each: gemm and step, seconds; cores, near or far or between, or None where that has changed."""
     d_in, rows = SIZES[d_sae]
     torch.manual_seed(0)
@@ -58,7 +59,7 @@ def turns(architecture: str, d_sae: int, warm_up: int, n_turns: int) -> list[dic
     x_ND -= x_ND.mean(0)
     batches = (x_ND / x_ND.square().sum(1).mean().sqrt()).split(rows)
     given = cycle(batches)
-    sae = SparseAutoencoder(SAEConfig.sized(d_in, d_sae=d_sae, k=20, architecture=architecture))
+    sae = SparseAutoencoder(SAEConfig.sized(d_in, d_sae=d_sae, k=k, architecture=architecture))
     stepper = Stepper(sae, TrainConfig(warmup_steps=0, threshold_start=0))
     for _ in range(warm_up):
         stepper.step(next(given))
@@ -73,7 +74,7 @@ def turns(architecture: str, d_sae: int, warm_up: int, n_turns: int) -> list[dic
     return found
 
 
-def results(architecture: str, d_sae: int, found: list[dict]) -> list[dict]:
+def results(architecture: str, d_sae: int, k: int, found: list[dict]) -> list[dict]:
     """A line of the JSON for each distance of which there were turns."""
     d_in, rows = SIZES[d_sae]
     lines = []
@@ -83,14 +84,14 @@ def results(architecture: str, d_sae: int, found: list[dict]) -> list[dict]:
             continue
         steps, gemms = [turn["step"] for turn in of_these], [turn["gemm"] for turn in of_these]
         about = {
-            "operation": f"{architecture} training step", "case": f"d_sae {d_sae}", "impl": "saevlm-fast",
-            "cores": cores, "shape": {"B": rows, "d_in": d_in, "d_sae": d_sae, "k": 20}, "gemm_data": gemms,
+            "operation": f"{architecture} training step", "case": f"d_sae {d_sae}, k {k}", "impl": "saevlm-fast",
+            "cores": cores, "shape": {"B": rows, "d_in": d_in, "d_sae": d_sae, "k": k}, "gemm_data": gemms,
             "gemm_median": statistics.median(gemms),
             "this_over_encoder_gemm": statistics.median(step / gemm for step, gemm in zip(steps, gemms)),
         }  # fmt: skip
         lines.append(
             {
-                "name": f"{architecture} training step[d_sae {d_sae}, {cores}]",
+                "name": f"{architecture} training step[d_sae {d_sae}, k {k}, {cores}]",
                 "stats": {"median": statistics.median(steps), "rounds": len(steps), "data": steps},
                 "extra_info": about | machine.describe("cpu") | {name: os.environ.get(name) for name in ENVIRONMENT},
             }
@@ -105,10 +106,15 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", choices=SELECTING, default=list(SELECTING))
     parser.add_argument("--warm-up", type=positive, default=20, help="steps before; weights are no longer random then")
     parser.add_argument("--turns", type=positive, default=15)
+    parser.add_argument("--k", type=positive, default=20)
     options, lines = parser.parse_args(), list[dict]()
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    if (n_cores, torch.get_num_threads()) != (2, 2):
+        parser.error(f"{n_cores} cores and {torch.get_num_threads()} threads, two of each are needed: taskset -c 0,1")
     for d_sae in options.d_sae:
         for architecture in options.architectures:
-            lines += (found := results(architecture, d_sae, turns(architecture, d_sae, options.warm_up, options.turns)))
+            timed = turns(architecture, d_sae, options.k, options.warm_up, options.turns)
+            lines += (found := results(architecture, d_sae, options.k, timed))
             for line in found:
                 ratio, n = line["extra_info"]["this_over_encoder_gemm"], line["stats"]["rounds"]
                 seconds = line["stats"]["median"], line["extra_info"]["gemm_median"]

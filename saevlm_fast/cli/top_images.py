@@ -69,7 +69,8 @@ def plan(options: TopImagesArguments) -> Plan:
 
     check(options)
     looked = Looked.of(options)
-    StoreImages(looked.rows.source, options.images)  # a place that is none is refused
+    if options.images is not None:
+        StoreImages(looked.rows.source, options.images)  # a place that is none is refused
     d_sae, n_rows = looked.sae.config.d_sae, looked.rows.n_rows
     run = lambda on: latent_tops(  # noqa: E731
         looked.rows, looked.encoder, options.n, options.pool, batch_rows=options.batch_size, on_images=on

@@ -3,8 +3,7 @@
 import io
 import os
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import numpy as np
 
@@ -21,6 +20,12 @@ _PNG_MODES = ("1", "L", "RGB", "RGBA", "I;16")  # what a PNG holds as it is
 _COLOURS = ("P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX")  # converted before
 
 
+class _Damaged(NamedTuple):
+    """In place of a PIL image that cannot be loaded, nor pickled."""
+
+    reason: str
+
+
 class GivenImages(Names):
     """A list of images. The id of a path is the path as it is written, that of others their number in the list.
 
@@ -30,19 +35,17 @@ class GivenImages(Names):
 
     def __init__(self, given: Sequence[GivenImage]):
         """ValueError: none, something that is no image, the same path twice."""
-        self._given = tuple(given)
-        for number, image in enumerate(self._given):
+        for number, image in enumerate(given):
             require(_is_image(image), f"images: {shown(image)} at place {number} is not {_WANTED}")
-        ids = (_id(image, number) for number, image in enumerate(self._given))
-        super().__init__(f"a list of {len(self._given)}", ids, [None] * len(self._given))
-        for image in self._given:
-            if not isinstance(image, np.ndarray | bytes | str | os.PathLike):
-                with suppress(Exception):  # a damaged one is told, and skipped, when it is read
-                    image.load()
+        ids = (_id(image, number) for number, image in enumerate(given))
+        super().__init__(f"a list of {len(given)}", ids, [None] * len(given))
+        self._given = tuple(map(_loaded, given))
 
     def read(self, i: int) -> bytes:
         """Raises ImageError, OSError; pixels come as a PNG."""
         image = self._given[i]
+        if isinstance(image, _Damaged):
+            raise ImageError(image.reason)
         if isinstance(image, str | os.PathLike):
             path = os.fspath(image)
             return read_image(path) if is_url(path) else read_file(path)
@@ -53,7 +56,7 @@ class GivenImages(Names):
             return _png(image)
         except (ImageError, MemoryError):
             raise
-        except Exception as error:  # as decode: Pillow raises some fifteen kinds
+        except Exception as error:
             raise ImageError(first_line(error)) from error
 
 
@@ -66,6 +69,18 @@ def _is_image(image: object) -> bool:
     return isinstance(image, Image | bytes | str) or (
         isinstance(image, os.PathLike) and isinstance(os.fspath(image), str)
     )
+
+
+def _loaded(image: GivenImage) -> GivenImage | _Damaged:
+    if isinstance(image, np.ndarray | bytes | str | os.PathLike):
+        return image
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # as decode: Pillow raises some fifteen kinds
+        return _Damaged(first_line(error))
+    return image
 
 
 def _id(image: GivenImage, number: int) -> str:

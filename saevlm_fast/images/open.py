@@ -21,7 +21,6 @@ Columns of images and labels follow one rule, images/columns.py. Bytes of a file
 import glob
 import os
 import re
-from collections.abc import Sequence
 from typing import TypeAlias
 
 from saevlm_fast.errors import check_kind, renamed, require
@@ -44,7 +43,7 @@ from saevlm_fast.images.tables import ParquetSource, open_parquet, open_saved_da
 from saevlm_fast.images.tars import TarSource, open_tars
 from saevlm_fast.urls import is_url, url_of
 
-Images: TypeAlias = str | os.PathLike[str] | Sequence[GivenImage] | ImageSource
+Images: TypeAlias = str | os.PathLike[str] | list[GivenImage] | tuple[GivenImage, ...] | ImageSource
 _KINDS = {".tar": "tars", ".parquet": "tables", ".tgz": "packed", ".zip": "packed"}
 _KINDS |= dict.fromkeys((".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4"), "packed")
 
@@ -103,7 +102,7 @@ def open_held_out(images: str | None, trained_on: str) -> ImageSource | None:
         return None
     with renamed("validation_images", "images"):
         here = os.path.exists(images) and os.path.exists(trained_on)
-        same = os.path.samefile(images, trained_on) if here else images == trained_on
+        same = os.path.samefile(images, trained_on) if here else images == trained_on != ""  # "": of a list
         require(not same, f"{images}: are what is trained on; without these the SAE is evaluated on such rows too")
         return open_images(images)
 

@@ -4,6 +4,7 @@ A picture that cannot be had is None, and counted: nothing that is shown fails f
 for, and is none, is refused.
 """
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,11 @@ class StoreImages:
         Raises:
             ValueError: `images` is no place with images. That of the store need not be one: stores outlive pictures.
         """
-        self.wanted = images != NONE
+        self.wanted = not (isinstance(images, str) and images == NONE)
         recorded = (source or {}).get("images")
         stored = recorded.get("path") if isinstance(recorded, dict) else None
         place = (images if images is not None else stored or None) if self.wanted else None  # stored as "": of a list
-        self.path = redacted_text(place) if isinstance(place, str) else None
+        self.path = redacted_text(os.fspath(place)) if isinstance(place, str | os.PathLike) else None
         self.missing: dict[str, str] = {}
         self.problem: str | None = None
         self._source: ImageSource | None = None

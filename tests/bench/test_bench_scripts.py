@@ -181,26 +181,32 @@ def test_whole_harvest_adds_up(tmp_path):
             assert 0 < run["waiting_for_the_first_batch"] + run["waiting_for_the_others"] < run["parts"]["loop"]
 
 
-@pytest.mark.skipif(not two_cores(), reason="not two cores of a Linux with numba")
-def test_a_step_is_timed_by_how_far_cores_are(tmp_path):
-    few = ("--d-sae", 6144, "--architectures", "topk", "--warm-up", 1, "--turns", 4)
-    said = run_script("training.near_and_far", "--output", tmp_path / "f.json", *few)
-    lines = json.loads((tmp_path / "f.json").read_text())["benchmarks"]
-    assert len(said.splitlines()) == len(lines) <= 4
-    for line in lines:
-        info = line["extra_info"]
-        assert info["cores"] in ("near", "between", "far")
-        steps, gemms = line["stats"]["data"], info["gemm_data"]
-        assert info["this_over_encoder_gemm"] == pytest.approx(median(s / g for s, g in zip(steps, gemms)))
-        assert info["shape"] == {"B": 1024, "d_in": 768, "d_sae": 6144, "k": 20}
+@pytest.mark.skipif(not numba_is_here(), reason="no numba on this machine")
+def test_a_step_is_timed_by_how_far_cores_are(monkeypatch):
+    """The first turn is far, during the second they are moved, the others are near."""
+    from bench.training import near_and_far
+
+    distances = iter([170e-9, 170e-9, 26e-9, 26e-9, 26e-9])
+    monkeypatch.setattr(near_and_far, "seconds_between_cores", lambda: next(distances))
+    monkeypatch.setattr(near_and_far, "SIZES", {256: (32, 64)})
+    timed = near_and_far.turns("topk", 256, 4, warm_up=1, n_turns=4)
+    assert [turn["cores"] for turn in timed] == ["far", None, "near", "near"]
+    near, far = near_and_far.results("topk", 256, 4, timed)
+    assert (near["name"], far["stats"]["rounds"]) == ("topk training step[d_sae 256, k 4, near]", 1)
+    ratios = [turn["step"] / turn["gemm"] for turn in timed[2:]]
+    assert near["extra_info"]["this_over_encoder_gemm"] == median(ratios)
+    assert near["extra_info"]["shape"] == {"B": 64, "d_in": 32, "d_sae": 256, "k": 4}
 
 
 @pytest.mark.skipif(not two_cores(), reason="not two cores of a Linux with numba")
-def test_a_byte_takes_its_time_from_core_to_core():
-    """And every thread may use all cores afterwards."""
+def test_a_byte_takes_its_time_from_core_to_core(monkeypatch):
+    """And every thread may use all cores afterwards. What may not be chosen is told, and nobody waits."""
     from bench.helpers.cores import seconds_between_cores, where
 
     before = os.sched_getaffinity(0)
     assert seconds_between_cores() > 1e-9
     assert os.sched_getaffinity(0) == before
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        seconds_between_cores()
     assert [where(seconds) for seconds in (26e-9, 80e-9, 170e-9)] == ["near", "between", "far"]

@@ -80,9 +80,10 @@ def test_what_cannot_be_used_is_told_when_it_is_read(tmp_path):
     PICTURE.resize((90, 70)).save(half, "PNG")
     lazy = Image.open(io.BytesIO(half.getvalue()[:200]))
     source = sf.open_images([Image.new("F", (2, 2)), Image.new("I", (2, 2)), Image.new("RGB", (0, 3)), b"", lazy])
-    for i, reason in enumerate(["mode F", "mode I: 8- or 16-bit", "no pixels", "empty", "truncated|broken|PNG"]):
-        with pytest.raises(ImageError, match=reason):
-            source.read(i)
+    for each in (source, pickle.loads(pickle.dumps(source))):  # as workers get it that are not forked
+        for i, reason in enumerate(["mode F", "mode I: 8- or 16-bit", "no pixels", "empty", "truncated|broken|PNG"]):
+            with pytest.raises(ImageError, match=reason):
+                each.read(i)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def only_screening(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_reference_with_ties(shape, kind, buffer_bytes):
     inputs = integer_inputs(shape, torch.float32, kind)
-    for k in KS:
+    for k in (*KS, 40):  # more than 1009 latents have groups
         assert_codes(topk_screened(*inputs, k, buffer_bytes), reference.topk_encode(*inputs, k))
         assert_codes(batch_topk_encode_screened(*inputs, k, buffer_bytes), reference.batch_topk_encode(*inputs, k))
     for threshold in (0.0, 1.5, 9.0, 1e39, torch.inf):
@@ -398,6 +398,9 @@ def test_best_of_all_are_those_of_a_sort_and_all_that_tie(n, spread):
     found = _best_of_all(chunk_of(values_RP), n)
     descending = values_RP.flatten().sort(descending=True).values
     least = int(descending[n - 1]) if n <= len(descending) else 0
+    few_RP = torch.full_like(values_RP, -3)
+    few_RP[:, 5] = 1
+    assert len(_best_of_all(chunk_of(few_RP), n)) == (20 if n <= 20 else 0)
     expected = (values_RP.flatten() >= least).nonzero().squeeze(1) if least > 0 else torch.empty(0, dtype=torch.int64)
     assert torch.equal(found, expected)
 
@@ -409,6 +412,29 @@ def test_nth_largest_equals_a_sort(spread):
     values_N[:2] = torch.tensor([torch.iinfo(torch.int16).min, torch.iinfo(torch.int16).max], dtype=torch.int16)
     descending = values_N.sort(descending=True).values
     assert [nth_largest(values_N, n) for n in range(1, 361)] == descending.tolist()
+
+
+@pytest.mark.parametrize("encode", [topk_screened, batch_topk_encode_screened])
+def test_no_dot_is_made_twice(monkeypatch, encode):
+    """What is proposed is known where candidates are listed."""
+    made, original = [], topk_encode_screened._exact
+
+    def exact(chunk, positions_M, places_Q, *rest):
+        made.append(positions_M[places_Q])
+        original(chunk, positions_M, places_Q, *rest)
+
+    monkeypatch.setattr(topk_encode_screened, "_exact", exact)
+    encode(*float_inputs((64, 96, 2048), torch.float32), 8, None)
+    assert len(made) == 2
+    positions = torch.cat(made)
+    assert len(positions.unique()) == len(positions) >= 64 * 8
+
+
+def test_no_rows():
+    inputs = float_inputs((0, 96, 2048), torch.float32)
+    assert topk_screened(*inputs, 8, None)[0].shape == (0, 8)
+    acts, latents, offsets = batch_topk_encode_screened(*inputs, 8, None)
+    assert (len(acts), len(latents), offsets.tolist()) == (0, 0, [0])
 
 
 @pytest.mark.usefixtures("only_screening")
