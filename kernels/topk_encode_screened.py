@@ -278,14 +278,15 @@ def _best_of_rows(chunk: Chunk, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _best_of_all(chunk: Chunk, n: int) -> Tensor:
-    """Flat positions, ascending, of the n best entries of all rows, and of those that tie with the last; or none, if
-    fewer are above zero."""
+    """Flat positions, ascending, of the n best entries of all rows, and of those that tie with the last; or none, where
+    fewer are above zero, or so many tie that nothing is gained."""
     least = nth_largest(chunk.maxima_RG.view(-1), n) if chunk.maxima_RG.numel() >= n else 1
     least_R = torch.full((len(chunk.x_RD),), max(least, 1), dtype=torch.int16)
     values_M, positions_M, _ = _entries_from(chunk, least_R, 1)
     if len(values_M) < n:
         return positions_M[:0]
-    return positions_M[nonzero(values_M >= nth_largest(values_M, n))]
+    best = positions_M[nonzero(values_M >= nth_largest(values_M, n))]
+    return best if len(best) <= chunk.pre_RP.numel() * MAX_SHARE else best[:0]
 
 
 def _entries_from(chunk: Chunk, least_R: Tensor, min_count: int) -> tuple[Tensor, Tensor, Tensor]:

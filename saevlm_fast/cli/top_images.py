@@ -117,7 +117,7 @@ def _top_images(options: TopImagesArguments) -> dict[str, Any]:
         )
     latents = chosen_latents(options.latents, _ranks(found, scores))
     written = _write(options, found, latents, images, _captions(options, found, scores))
-    if images.missing:
+    if images.missing and images.wanted:
         first, why = next(iter(images.missing.items()))
         warn(f"{len(images.missing):,} images are missing, shown as grey squares; the first: {first}: {why}")
     Record("top-images", options, options.output, images=found.table.n_images, latents=len(latents)).write()

@@ -1,5 +1,6 @@
 """Images that Python holds: PIL images, arrays of pixels, encoded bytes and paths, in a list."""
 
+import hashlib
 import io
 import os
 from collections.abc import Sequence
@@ -27,19 +28,21 @@ class _Damaged(NamedTuple):
 
 
 class GivenImages(Names):
-    """A list of images. The id of a path is the path as it is written, that of others their number in the list.
+    """A list of images. The id of a path is the path as it is written. That of others is their number in the list and
+    the beginning of a SHA-256 of what they hold, so that rows of other images are not taken for theirs.
 
     Pixels are taken as they are: a PIL image is not turned by its EXIF orientation, as its own `show` does not. One
-    that is open and not yet loaded is loaded now: its file could not be read by several processes.
+    that is open and not yet loaded is loaded now: its file could not be read by several processes. The images must not
+    change while they are used.
     """
 
     def __init__(self, given: Sequence[GivenImage]):
         """ValueError: none, something that is no image, the same path twice."""
         for number, image in enumerate(given):
             require(_is_image(image), f"images: {shown(image)} at place {number} is not {_WANTED}")
-        ids = (_id(image, number) for number, image in enumerate(given))
-        super().__init__(f"a list of {len(given)}", ids, [None] * len(given))
         self._given = tuple(map(_loaded, given))
+        ids = (_id(image, number) for number, image in enumerate(self._given))
+        super().__init__(f"a list of {len(given)}", ids, [None] * len(given))
 
     def read(self, i: int) -> bytes:
         """Raises ImageError, OSError; pixels come as a PNG."""
@@ -83,8 +86,18 @@ def _loaded(image: GivenImage) -> GivenImage | _Damaged:
     return image
 
 
-def _id(image: GivenImage, number: int) -> str:
-    return redacted(os.fspath(image)) if isinstance(image, str | os.PathLike) else str(number)
+def _id(image: "GivenImage | _Damaged", number: int) -> str:
+    if isinstance(image, str | os.PathLike):
+        return redacted(os.fspath(image))
+    digest = hashlib.sha256()
+    if isinstance(image, bytes):
+        digest.update(image)
+    elif isinstance(image, np.ndarray):
+        digest.update(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes())
+    elif not isinstance(image, _Damaged):
+        palette = image.palette.tobytes() if image.palette is not None else b""
+        digest.update(f"{image.mode} {image.size}".encode() + palette + image.tobytes())
+    return f"{number}-{digest.hexdigest()[:8]}"
 
 
 def _png(given: "Image | np.ndarray") -> bytes:
@@ -97,7 +110,9 @@ def _png(given: "Image | np.ndarray") -> bytes:
         image = image.convert("RGBA")
     elif image.mode in _COLOURS:
         image = image.convert("RGB")
-    advice = "8- or 16-bit unsigned samples are needed; convert('RGB') makes such"
+    elif image.mode.startswith("I;16"):  # of any order of bytes
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    advice = "8- or 16-bit unsigned samples are needed; scale them to 0 to 255, and convert to L or RGB"
     require(image.mode in _PNG_MODES, f"mode {image.mode}: {advice}", ImageError)
     encoded = io.BytesIO()
     image.save(encoded, "PNG", compress_level=0, exif=b"")

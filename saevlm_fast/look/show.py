@@ -129,7 +129,9 @@ def show(
         for i, picture in enumerate(found)
     ]
     notes = [f"no heat maps: {grid}"] if isinstance(grid, str) else []
-    notes += [f"{len(source.missing)} images are missing"] if source.missing else []
+    if source.missing:
+        first, why = next(iter(source.missing.items()))
+        notes.append(f"{len(source.missing)} images are missing, the first: {first}: {why}")
     return ShownLatent(latent, ids, acts, maps, pictures, "; ".join(notes))
 
 

@@ -198,7 +198,7 @@ def told_of_compiling(on_note: Callable[[str], None]) -> Iterator[None]:
         nonlocal told
         if not told:
             told = True
-            on_note("compiling kernels; they are kept for the next run")
+            on_note("compiling kernels; where possible they are kept for the next run")
 
     with when_compiling(tell), _when_triton_compiles(tell):
         yield

@@ -35,9 +35,11 @@ def test_transparency_is_laid_on_white(mode):
     assert (found == 255).all()
 
 
-def test_16_bit_gray_keeps_its_high_byte():
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_16_bit_gray_keeps_its_high_byte(mode):
     gray_HW = np.array([[0, 0x1234, 0xFFFF]], dtype=np.uint16)
-    (found,) = decoded(Image.fromarray(gray_HW))
+    data = gray_HW.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+    (found,) = decoded(Image.frombytes(mode, (3, 1), data))
     np.testing.assert_array_equal(found[..., 0], gray_HW >> 8)
 
 
@@ -52,7 +54,8 @@ def test_arrays_bytes_and_paths(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found, PIXELS_HW3)
     np.testing.assert_array_equal(decoded(gray_HW)[0][..., 1], gray_HW)
     source = sf.open_images((PICTURE, "photos/b.png", "none.png"))
-    assert [source.image_id(i) for i in range(3)] == ["0", "photos/b.png", "none.png"]
+    assert [source.image_id(i) for i in (1, 2)] == ["photos/b.png", "none.png"]
+    assert source.image_id(0).startswith("0-")
     assert source.label(1) is None
     with pytest.raises(ImageError, match="no such file"):
         source.read(2)
@@ -72,7 +75,22 @@ def test_a_source_can_be_pickled_and_opened_again():
     source = pickle.loads(pickle.dumps(sf.open_images([PICTURE, PIXELS_HW3])))
     assert sf.open_images(source) is source
     assert decode(source.read(0)).size == (9, 7)
-    assert source.fingerprint() == sf.open_images([PICTURE, PICTURE]).fingerprint()
+    assert source.fingerprint() == sf.open_images([PICTURE.copy(), PIXELS_HW3.copy()]).fingerprint()
+
+
+def test_lists_of_other_pictures_are_other_images():
+    """Though as long: rows of one are not taken for those of the other."""
+    changed_HW3 = PIXELS_HW3.copy()
+    changed_HW3[3, 3, 0] += 1
+    grey = PICTURE.convert("P", palette=Image.Palette.ADAPTIVE)
+    other = grey.copy()
+    other.putpalette(bytes(768))
+    lists = [
+        *([PICTURE, PICTURE], [PICTURE, PICTURE.rotate(180)], [PICTURE.rotate(180), PICTURE], [PICTURE, grey]),
+        *([PICTURE, other], [PICTURE, PIXELS_HW3], [PICTURE, changed_HW3], [PICTURE, PIXELS_HW3.swapaxes(0, 1)]),
+        *([PICTURE, b"1"], [PICTURE, b"2"]),
+    ]
+    assert len({sf.open_images(given).fingerprint() for given in lists}) == len(lists)
 
 
 def test_what_cannot_be_used_is_told_when_it_is_read(tmp_path):

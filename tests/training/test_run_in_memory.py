@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Activations, open_activations
@@ -67,9 +68,10 @@ def test_validation_rows_are_the_ones_evaluated(x_ND):
 def test_rows_that_are_trained_on_are_not_held_out(x_ND, tmp_path):
     """Nothing is refused that only looks like them: other rows of the same shape, a file with the same rows."""
     data = Activations.from_tensor(x_ND)
-    for same in (x_ND, data):
+    held_out = {"the same": x_ND, "a view": x_ND[:], "opened": data, "opened anew": Activations.from_tensor(x_ND)}
+    for same in held_out.values():
         with pytest.raises(ValueError, match=r"validation: tensor \[1500, 16\] is what is trained on; without"):
-            train(same, SAE, validation=same, **FEW)
+            train(x_ND, SAE, validation=same, **FEW)
     train(data, SAE, validation=Activations.from_tensor(x_ND + 1), **FEW)
     np.save(tmp_path / "x.npy", x_ND.numpy())
     shutil.copy(tmp_path / "x.npy", tmp_path / "y.npy")
@@ -77,6 +79,13 @@ def test_rows_that_are_trained_on_are_not_held_out(x_ND, tmp_path):
     rows = open_activations(tmp_path / "x.npy")
     assert rows.is_same_as(open_activations(tmp_path / "link.npy"))
     assert not rows.is_same_as(open_activations(tmp_path / "y.npy"))
+    save_file({"a": x_ND, "b": x_ND + 1}, tmp_path / "two.safetensors")
+    save_file({"a": x_ND}, tmp_path / "one.safetensors")
+    a, b = (open_activations(f"{tmp_path / 'two.safetensors'}::{name}") for name in "ab")
+    assert not a.is_same_as(b)
+    whole, named = open_activations(tmp_path / "one.safetensors"), open_activations(f"{tmp_path}/one.safetensors::a")
+    assert whole.is_same_as(named)
+    assert not named.is_same_as(a)
     assert not rows.is_same_as(data)
     for name, shown in (("a", x_ND), ("b", x_ND), ("c", x_ND + 1)):
         with ActivationWriter(tmp_path / name, 16, torch.float32, {}, 700) as writer:
