@@ -182,7 +182,7 @@ def test_whole_harvest_adds_up(tmp_path):
 
 
 @pytest.mark.skipif(not numba_is_here(), reason="no numba on this machine")
-def test_a_step_is_timed_by_how_far_cores_are(monkeypatch):
+def test_a_step_is_timed_by_how_far_cores_are(monkeypatch, tmp_path):
     """The first turn is far, during the second they are moved, the others are near."""
     from bench.training import near_and_far
 
@@ -196,6 +196,8 @@ def test_a_step_is_timed_by_how_far_cores_are(monkeypatch):
     ratios = [turn["step"] / turn["gemm"] for turn in timed[2:]]
     assert near["extra_info"]["this_over_encoder_gemm"] == median(ratios)
     assert near["extra_info"]["shape"] == {"B": 64, "d_in": 32, "d_sae": 256, "k": 4}
+    (tmp_path / "f.json").write_text(json.dumps({"benchmarks": [near, far]}))
+    assert "d_sae 256, k 4, far" in run_script("report", tmp_path / "f.json")
 
 
 @pytest.mark.skipif(not two_cores(), reason="not two cores of a Linux with numba")
