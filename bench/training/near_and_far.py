@@ -85,7 +85,8 @@ def results(architecture: str, d_sae: int, k: int, found: list[dict]) -> list[di
         steps, gemms = [turn["step"] for turn in of_these], [turn["gemm"] for turn in of_these]
         about = {
             "operation": f"{architecture} training step", "case": f"d_sae {d_sae}, k {k}, {cores}",
-            "impl": "saevlm-fast", "dtype": "float32", "cores": cores, "shape": {"B": rows, "d_in": d_in, "d_sae": d_sae, "k": k}, "gemm_data": gemms,
+            "impl": "saevlm-fast", "dtype": "float32", "cores": cores,
+            "shape": {"B": rows, "d_in": d_in, "d_sae": d_sae, "k": k}, "gemm_data": gemms,
             "gemm_median": statistics.median(gemms),
             "this_over_encoder_gemm": statistics.median(step / gemm for step, gemm in zip(steps, gemms)),
         }  # fmt: skip
