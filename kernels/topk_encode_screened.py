@@ -152,7 +152,7 @@ def batch_topk_encode_screened(
 def threshold_encode_screened(
     x_BD: Tensor, W_enc_DS: Tensor, b_enc_S: Tensor, b_dec_D: Tensor, threshold: float, buffer_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acts, latents, rows = [], [], []
+    acts, latents, rows = [x_BD.new_empty(0)], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     for chunk in _chunks(x_BD, W_enc_DS, b_enc_S, b_dec_D, buffer_bytes):
         bound_R = torch.tensor(threshold, dtype=torch.float64).to(torch.float32).expand(len(chunk.x_RD))
         found = _candidates(chunk, bound_R, W_enc_DS, b_enc_S)

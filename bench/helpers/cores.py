@@ -38,10 +38,13 @@ def _store(typing_context: Any, array: Any, value: Any) -> Any:
 
 @njit(nogil=True)
 def _play(ball_1: Any, first: int, rounds: int) -> None:
-    """Waits for every second number, from `first` on, and answers with the next."""
+    """Waits for every second number, from `first` on, and answers with the next; a negative one is the end."""
     for number in range(first, first + 2 * rounds, 2):
-        while _load(ball_1) != number:
-            pass
+        found = _load(ball_1)
+        while found != number:
+            if found < 0:
+                return
+            found = _load(ball_1)
         _store(ball_1, number + 1)
 
 
@@ -66,6 +69,7 @@ def seconds_between_cores() -> float:
             _play(ball_1, 2 * _WARM_UP, _ROUNDS)
             return (time.perf_counter() - start) / (2 * _ROUNDS)
         finally:
+            ball_1[0] = -1  # nobody waits for one who was interrupted
             os.sched_setaffinity(0, allowed)
 
 

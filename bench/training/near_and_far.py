@@ -111,7 +111,7 @@ def main() -> None:
     options, lines = parser.parse_args(), list[dict]()
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     if (n_cores, torch.get_num_threads()) != (2, 2):
-        parser.error(f"{n_cores} cores and {torch.get_num_threads()} threads, two of each are needed: taskset -c 0,1")
+        parser.error(f"{n_cores} cores and {torch.get_num_threads()} threads: two of each are needed")
     for d_sae in options.d_sae:
         for architecture in options.architectures:
             timed = turns(architecture, d_sae, options.k, options.warm_up, options.turns)

@@ -215,10 +215,13 @@ class Activations(StoredRows):
         if self._shards or other._shards:
             return bool(self._shards and other._shards) and self.digest() == other.digest()
         if self._key is None or other._key is None:
-            one, two = ([(t.data_ptr(), t.shape, t.stride()) for t in rows._tensors] for rows in (self, other))
+            one, two = ([(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in x._tensors] for x in (self, other))
             return self._key == other._key and one == two
         same_key = self._key == other._key or "" in (self._key, other._key)  # "": the only tensor of its file
-        return same_key and self._file.samefile(other._file)
+        try:
+            return same_key and self._file.samefile(other._file)
+        except OSError:  # removed since it was opened
+            return same_key and self._file.absolute() == other._file.absolute()
 
     @property
     def kept_dtype(self) -> torch.dtype:

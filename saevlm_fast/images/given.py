@@ -96,7 +96,8 @@ def _id(image: "GivenImage | _Damaged", number: int) -> str:
         digest.update(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes())
     elif not isinstance(image, _Damaged):
         palette = image.palette.tobytes() if image.palette is not None else b""
-        digest.update(f"{image.mode} {image.size}".encode() + palette + image.tobytes())
+        shape = f"{image.mode} {image.size} {image.info.get('transparency')}"
+        digest.update(shape.encode() + palette + image.tobytes())
     return f"{number}-{digest.hexdigest()[:8]}"
 
 

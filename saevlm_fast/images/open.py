@@ -21,6 +21,7 @@ Columns of images and labels follow one rule, images/columns.py. Bytes of a file
 import glob
 import os
 import re
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from saevlm_fast.errors import check_kind, renamed, require
@@ -43,7 +44,7 @@ from saevlm_fast.images.tables import ParquetSource, open_parquet, open_saved_da
 from saevlm_fast.images.tars import TarSource, open_tars
 from saevlm_fast.urls import is_url, url_of
 
-Images: TypeAlias = str | os.PathLike[str] | list[GivenImage] | tuple[GivenImage, ...] | ImageSource
+Images: TypeAlias = str | os.PathLike[str] | Sequence[GivenImage] | ImageSource  # a list or a tuple
 _KINDS = {".tar": "tars", ".parquet": "tables", ".tgz": "packed", ".zip": "packed"}
 _KINDS |= dict.fromkeys((".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4"), "packed")
 
@@ -64,9 +65,9 @@ def open_images(path: Images) -> ImageSource:
     """
     if isinstance(path, ImageSource):
         return path
-    if isinstance(path, list | tuple):
+    if not isinstance(path, str | os.PathLike):
+        check_kind("images", path, (list, tuple), "a path, a list of images, or what open_images gives")
         return GivenImages(path)
-    check_kind("images", path, (str, os.PathLike), "a path, a list of images, or what open_images gives")
     if is_url(path):
         url, _, split = url_of(path).partition("::")
         return open_remote_images(url, _expand_braces(url), split)

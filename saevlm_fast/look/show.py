@@ -129,7 +129,7 @@ def show(
         for i, picture in enumerate(found)
     ]
     notes = [f"no heat maps: {grid}"] if isinstance(grid, str) else []
-    if source.missing:
+    if source.missing and source.wanted:
         first, why = next(iter(source.missing.items()))
         notes.append(f"{len(source.missing)} images are missing, the first: {first}: {why}")
     return ShownLatent(latent, ids, acts, maps, pictures, "; ".join(notes))

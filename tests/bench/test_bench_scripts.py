@@ -196,6 +196,9 @@ def test_a_step_is_timed_by_how_far_cores_are(monkeypatch, tmp_path):
     ratios = [turn["step"] / turn["gemm"] for turn in timed[2:]]
     assert near["extra_info"]["this_over_encoder_gemm"] == median(ratios)
     assert near["extra_info"]["shape"] == {"B": 64, "d_in": 32, "d_sae": 256, "k": 4}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    refused = start_script("training.near_and_far", "--output", tmp_path / "f.json")
+    assert (refused.returncode, "3 cores and " in refused.stderr) == (2, True)
     (tmp_path / "f.json").write_text(json.dumps({"benchmarks": [near, far]}))
     assert "d_sae 256, k 4, far" in run_script("report", tmp_path / "f.json")
 
@@ -203,12 +206,23 @@ def test_a_step_is_timed_by_how_far_cores_are(monkeypatch, tmp_path):
 @pytest.mark.skipif(not two_cores(), reason="not two cores of a Linux with numba")
 def test_a_byte_takes_its_time_from_core_to_core(monkeypatch):
     """And every thread may use all cores afterwards. What may not be chosen is told, and nobody waits."""
+    from bench.helpers import cores
     from bench.helpers.cores import seconds_between_cores, where
 
     before = os.sched_getaffinity(0)
     assert seconds_between_cores() > 1e-9
     assert os.sched_getaffinity(0) == before
-    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        seconds_between_cores()
+    choose, (here, there) = os.sched_setaffinity, sorted(before)[:2]
+    for refused in (here, there):
+        refuse = lambda process, cores, refused=refused: 1 / 0 if cores == {refused} else choose(process, cores)  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sched_setaffinity", refuse)
+            with pytest.raises(ZeroDivisionError):
+                seconds_between_cores()
+    times = iter([0.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(cores.time, "perf_counter", lambda: next(times))
+        with pytest.raises(StopIteration):  # as by Ctrl-C, while the other waits
+            seconds_between_cores()
+    assert os.sched_getaffinity(0) == before
     assert [where(seconds) for seconds in (26e-9, 80e-9, 170e-9)] == ["near", "between", "far"]

@@ -12,6 +12,7 @@ import saevlm_fast as sf
 from saevlm_fast.errors import ImageError
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.given import GivenImages
+from saevlm_fast.images.open import open_held_out
 
 PIXELS_HW3 = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(PIXELS_HW3)
@@ -83,12 +84,13 @@ def test_lists_of_other_pictures_are_other_images():
     changed_HW3 = PIXELS_HW3.copy()
     changed_HW3[3, 3, 0] += 1
     grey = PICTURE.convert("P", palette=Image.Palette.ADAPTIVE)
-    other = grey.copy()
+    other, clear, keyed = grey.copy(), grey.copy(), PICTURE.copy()
     other.putpalette(bytes(768))
+    clear.info["transparency"], keyed.info["transparency"] = 1, (0, 0, 0)
     lists = [
         *([PICTURE, PICTURE], [PICTURE, PICTURE.rotate(180)], [PICTURE.rotate(180), PICTURE], [PICTURE, grey]),
         *([PICTURE, other], [PICTURE, PIXELS_HW3], [PICTURE, changed_HW3], [PICTURE, PIXELS_HW3.swapaxes(0, 1)]),
-        *([PICTURE, b"1"], [PICTURE, b"2"]),
+        *([PICTURE, b"1"], [PICTURE, b"2"], [PICTURE, clear], [PICTURE, keyed]),
     ]
     assert len({sf.open_images(given).fingerprint() for given in lists}) == len(lists)
 
@@ -135,9 +137,18 @@ def test_a_harvest_of_pictures_is_that_of_their_files(tmp_path):
     sae = sf.SparseAutoencoder(sf.SAEConfig.sized(ours.d, expansion=2, k=4, architecture="topk"))
     latent = int(sae.encode(ours.rows(some)).top_indices.flatten()[0])
     assert "missing" not in sf.show(latent, ours, sae, n=1, images=pictures).note
-    assert "1 images are missing" in sf.show(latent, ours, sae, n=1).note
+    assert "1 images are missing, the first: " in sf.show(latent, ours, sae, n=1).note
+    assert "missing" not in sf.show(latent, ours, sae, n=1, images="none").note
+    with pytest.raises(ValueError, match="is not a path, a list of images"):
+        sf.show(latent, ours, sae, images=PIXELS_HW3)
 
 
 def test_sources_of_lists_say_so():
     assert isinstance(sf.open_images([PICTURE]), GivenImages)
     assert sf.open_images([PICTURE]).n_ignored == 0
+
+
+def test_a_list_has_no_place_to_be_held_out_from():
+    with pytest.raises(ValueError, match="validation_images: : no such file"):
+        open_held_out("", "")
+    assert open_held_out(None, "") is None

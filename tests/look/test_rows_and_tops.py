@@ -101,6 +101,8 @@ def test_missing_images_are_counted_and_shown_as_placeholders(world, tmp_path):
     said = run_json(*words, "--output", tmp_path / "out")
     assert said["latents"] == [0, 1, 2]
     assert said["missing"] > 0
+    none = run(*words, "--images", "none", "--output", tmp_path / "none")
+    assert "images are missing" not in none
     assert (tmp_path / "out" / "latents-0000.png").stat().st_size > 1000
     table = pq.read_table(tmp_path / "out" / "top_images.parquet").to_pydict()
     assert table["image"] == [f"{number}.png" for number in table["number"]]
@@ -158,4 +160,5 @@ def test_images_of_another_place(tmp_path):
     assert list(there.missing) == ["../secret.png"]
     assert "/nowhere" in str(StoreImages(source).problem)
     assert StoreImages(source, "none").wanted is False
+    assert StoreImages(source, tmp_path).path == str(tmp_path)
     assert StoreImages(None).problem is not None

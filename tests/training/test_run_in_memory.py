@@ -76,8 +76,10 @@ def test_rows_that_are_trained_on_are_not_held_out(x_ND, tmp_path):
     np.save(tmp_path / "x.npy", x_ND.numpy())
     shutil.copy(tmp_path / "x.npy", tmp_path / "y.npy")
     (tmp_path / "link.npy").symlink_to(tmp_path / "x.npy")
+    (tmp_path / "hard.npy").hardlink_to(tmp_path / "x.npy")
     rows = open_activations(tmp_path / "x.npy")
     assert rows.is_same_as(open_activations(tmp_path / "link.npy"))
+    assert rows.is_same_as(open_activations(tmp_path / "hard.npy"))
     assert not rows.is_same_as(open_activations(tmp_path / "y.npy"))
     save_file({"a": x_ND, "b": x_ND + 1}, tmp_path / "two.safetensors")
     save_file({"a": x_ND}, tmp_path / "one.safetensors")
@@ -86,6 +88,12 @@ def test_rows_that_are_trained_on_are_not_held_out(x_ND, tmp_path):
     whole, named = open_activations(tmp_path / "one.safetensors"), open_activations(f"{tmp_path}/one.safetensors::a")
     assert whole.is_same_as(named)
     assert not named.is_same_as(a)
+    (tmp_path / "hard.npy").unlink()
+    gone = open_activations(tmp_path / "y.npy")
+    (tmp_path / "y.npy").unlink()
+    assert not rows.is_same_as(gone)
+    half_ND = x_ND.half()
+    assert not Activations.from_tensor(half_ND).is_same_as(Activations.from_tensor(half_ND.view(torch.bfloat16)))
     assert not rows.is_same_as(data)
     for name, shown in (("a", x_ND), ("b", x_ND), ("c", x_ND + 1)):
         with ActivationWriter(tmp_path / name, 16, torch.float32, {}, 700) as writer:
