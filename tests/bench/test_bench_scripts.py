@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 
@@ -221,7 +222,7 @@ def test_a_byte_takes_its_time_from_core_to_core(monkeypatch):
                 seconds_between_cores()
     times = iter([0.0])
     with monkeypatch.context() as patch:
-        patch.setattr(cores.time, "perf_counter", lambda: next(times))
+        patch.setattr(cores, "time", SimpleNamespace(perf_counter=lambda: next(times)))
         with pytest.raises(StopIteration):  # as by Ctrl-C, while the other waits
             seconds_between_cores()
     assert os.sched_getaffinity(0) == before
