@@ -3,10 +3,12 @@
 Imports nothing of kernels/ and registers no op.
 """
 
+import functools
 import math
+import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,28 +19,60 @@ TINY = 2.0**-40  # added to norms on a GPU: more than underflow and flushing to 
 SIMILARITIES = ("cosine", "dot", "rbf")
 
 P = ParamSpec("P")
-R_co = TypeVar("R_co", covariant=True)
 R = TypeVar("R")
 
 # --- custom ops ------------------------------------------------------------------------------------------------------
 
 
-class Op(Protocol[P, R_co]):
-    """A torch.library.CustomOpDef with the types of its function; its CPU path and its fake must have the same."""
+class Op(Generic[P, R]):
+    """A torch.library.custom_op "saevlm_fast::name", with the types of its function.
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    torch's own wraps every kernel so that Dynamo is imported at its first call, which takes a process a second.
+    Kernels are therefore registered here, and shielded from Dynamo once somebody else has imported it.
+    """
 
-    def register_kernel(self, device: str, /) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    def __init__(self, name: str, cuda_kernel: Callable[P, R], mutates_args: tuple[str, ...]) -> None:
+        self._name = f"saevlm_fast::{name}"
+        self._op: Any = torch.library.custom_op(self._name, cuda_kernel, mutates_args=mutates_args, device_types=())
+        self.overload: Any = getattr(torch.ops.saevlm_fast, name).default
+        self.register_kernel("cuda")(cuda_kernel)
 
-    def register_fake(self, fake: Callable[P, R], /) -> Callable[P, R]: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.overload(*args, **kwargs)
 
-    def register_autograd(self, backward: Callable[..., Any], /, *, setup_context: Callable[..., None]) -> None: ...
+    def register_kernel(self, device: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Decorates what runs for tensors of this kind of device."""
+
+        def register(kernel: Callable[P, R]) -> Callable[P, R]:
+            torch.library.impl(self._name, device, _unseen_by_dynamo(kernel))
+            return kernel
+
+        return register
+
+    def register_fake(self, fake: Callable[P, R]) -> Callable[P, R]:
+        """Decorates what says the shapes of the results."""
+        self._op.register_fake(fake)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """As torch.library.register_autograd."""
+        self._op.register_autograd(backward, setup_context=setup_context)
 
 
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """torch.library.custom_op("saevlm_fast::name") of a function for CUDA tensors, typed: torch's own returns `Any`."""
-    decorator: Any = torch.library.custom_op(f"saevlm_fast::{name}", mutates_args=mutates_args, device_types="cuda")
-    return decorator
+    """Decorates the function of an op for CUDA tensors."""
+    return lambda cuda_kernel: Op(name, cuda_kernel, mutates_args)
+
+
+def _unseen_by_dynamo(kernel: Callable[P, R]) -> Callable[P, R]:
+    """The kernel, which Dynamo does not trace when an op is called between the graphs of a compiled function."""
+    disabled = functools.cache(torch.compiler.disable)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        run = disabled(kernel) if "torch._dynamo" in sys.modules else kernel
+        return run(*args, **kwargs)
+
+    return call
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -177,11 +177,11 @@ def test_grouped_segment_sum_is_the_dense_weight_gradient(layout: str) -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(segment_sum_op, segment_inputs(HEAVY, torch.float32, 5))
+    torch.library.opcheck(segment_sum_op.overload, segment_inputs(HEAVY, torch.float32, 5))
     for layout in ("fixed", "csr"):
         _, latents, row_offsets = random_codes(11, 3, 17, layout, torch.float32)
-        torch.library.opcheck(group_by_latent_op, (latents.flatten(), row_offsets, 17))
-    torch.library.opcheck(entry_rows_op, (row_offsets, latents.numel()))
+        torch.library.opcheck(group_by_latent_op.overload, (latents.flatten(), row_offsets, 17))
+    torch.library.opcheck(entry_rows_op.overload, (row_offsets, latents.numel()))
 
 
 @pytest.mark.parametrize(

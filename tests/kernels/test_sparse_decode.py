@@ -201,12 +201,12 @@ def test_opcheck(layout: str) -> None:
     acts, latents, row_offsets = random_codes(11, 3, 17, layout, torch.float32)
     acts = acts.nan_to_num(0.0).requires_grad_()
     W_dec, b_dec = (tensor.requires_grad_() for tensor in decoder(17, 5, torch.float32))
-    torch.library.opcheck(sparse_decode_op, (acts, latents, row_offsets, W_dec, b_dec, 1))
+    torch.library.opcheck(sparse_decode_op.overload, (acts, latents, row_offsets, W_dec, b_dec, 1))
     bags = group_bag_offsets(latents, row_offsets, [2, 17], 17)
     flat = acts.flatten().detach().requires_grad_()
-    torch.library.opcheck(sparse_decode_op, (flat, latents.flatten(), bags, W_dec, b_dec, 2))
+    torch.library.opcheck(sparse_decode_op.overload, (flat, latents.flatten(), bags, W_dec, b_dec, 2))
     g, rows = torch.randn(11, 5), entry_rows(latents, row_offsets)
-    torch.library.opcheck(gather_dot_op, (g, rows, latents.flatten(), W_dec.detach()))
+    torch.library.opcheck(gather_dot_op.overload, (g, rows, latents.flatten(), W_dec.detach()))
 
 
 @pytest.mark.parametrize(

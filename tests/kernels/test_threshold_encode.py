@@ -179,7 +179,7 @@ def test_thresholds_that_do_not_fit(threshold, message):
 def test_opcheck():
     inputs, threshold_S = threshold_inputs((5, 4, 70), torch.float32)
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    torch.library.opcheck(latent_threshold_encode_op, (*inputs, threshold_S, None))
+    torch.library.opcheck(latent_threshold_encode_op.overload, (*inputs, threshold_S, None))
 
 
 # --- Triton kernels: in the interpreter, or on the GPU where there is one --------------------------------------------

@@ -241,7 +241,7 @@ def test_gradcheck():
 def test_opcheck(op, amount):
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs' uninitialised memory otherwise
     inputs = [tensor.requires_grad_() for tensor in float_inputs((5, 4, 70), torch.float32)]
-    torch.library.opcheck(op, (*inputs, amount, None))
+    torch.library.opcheck(op.overload, (*inputs, amount, None))
 
 
 # --- Triton kernels: in the interpreter, or on the GPU where there is one --------------------------------------------

@@ -1,0 +1,97 @@
+"""What kernels/common.py makes of a function: an op of torch's, which does not start Dynamo and is not traced by it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from saevlm_fast.kernels.common import custom_op
+
+ROOT = Path(__file__).resolve().parents[2]
+traced: list[bool] = []
+
+
+@custom_op("doubled_for_a_test")
+def doubled(x: Tensor) -> Tensor:
+    raise AssertionError("a CUDA kernel, on no GPU")
+
+
+@doubled.register_kernel("cpu")
+def doubled_cpu(x: Tensor) -> Tensor:
+    traced.append(torch.compiler.is_dynamo_compiling())
+    return x * 2
+
+
+@doubled.register_fake
+def doubled_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@custom_op("count_up_for_a_test", mutates_args=("x",))
+def count_up(x: Tensor) -> None:
+    x += 1
+
+
+@count_up.register_kernel("cpu")
+def count_up_cpu(x: Tensor) -> None:
+    x += 1
+
+
+def test_the_first_call_of_an_op_imports_neither_dynamo_nor_triton():
+    code = """
+import sys, torch
+from saevlm_fast.kernels.sparse_decode import sparse_decode
+from saevlm_fast.kernels.topk_encode import topk_encode
+x, W, b, zeros = torch.randn(5, 7), torch.randn(7, 70), torch.zeros(70), torch.zeros(7)
+W_dec = W.T.contiguous().requires_grad_()
+sparse_decode(*topk_encode(x, W, b, zeros, 3), None, W_dec, zeros).sum().backward()
+assert W_dec.grad.any()
+assert not {"torch._dynamo", "triton"} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_kernel_between_two_graphs_is_not_traced():
+    def with_a_break(x: Tensor) -> Tensor:
+        try:  # Dynamo leaves such a function alone, and looks into those that it calls
+            torch._dynamo.graph_break()
+            return torch.ops.saevlm_fast.doubled_for_a_test(x)
+        finally:
+            len("")
+
+    traced.clear()
+    assert torch.equal(torch.compile(with_a_break, backend="eager")(torch.ones(3)), torch.full((3,), 2.0))
+    assert traced == [False]
+    doubled_cpu(torch.ones(3))
+    torch.compile(doubled_cpu, backend="eager")(torch.ones(3))
+    assert traced[-1], "a traced kernel would be noticed"
+
+
+def test_an_op_is_traced_as_one():
+    torch.library.opcheck(doubled.overload, (torch.ones(3),))
+    compiled = torch.compile(lambda x: doubled(x + 1), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 4.0))
+
+
+def test_a_gradient_without_a_formula_is_refused():
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="doubled_for_a_test"):
+        doubled(x).sum().backward()
+
+
+def test_what_an_op_writes_autograd_knows():
+    x = torch.ones(3, requires_grad=True)
+    counter = torch.ones(3)
+    product = (x * counter).sum()  # its gradient needs the counter as it is now
+    count_up(counter)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_a_device_without_a_kernel_is_named():
+    with pytest.raises(NotImplementedError, match="doubled_for_a_test"):
+        doubled.overload(torch.ones(3).to_mkldnn())
