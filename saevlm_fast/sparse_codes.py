@@ -152,6 +152,11 @@ class SparseCodes(NamedTuple):
         fired = torch.cat([row_offsets.new_zeros(1), (acts > 0).long().cumsum(0)])
         return (fired[row_offsets[1:]] - fired[row_offsets[:-1]]).view(self.shape[:-1])
 
+    def fired(self) -> Tensor:
+        """Rows on which each latent fires: int64 [d_sae]."""
+        n_S = self.top_indices.new_zeros(self.d_sae)
+        return n_S.index_add_(0, self.top_indices.flatten(), (self.top_acts > 0).flatten().long())
+
     def check(self, where: str, first_row: int = 0, *, as_stored: bool = False) -> None:
         """That these are sound codes: layout, latents within 0 .. d_sae - 1, activations finite and not below 0.
 

@@ -1,4 +1,4 @@
-"""A step whose batch goes through the SAE in micro-batches: their gradients are summed before the one Adam step.
+"""A step whose batch goes through the SAE in micro-batches, and makes one Adam step.
 
 A batch of B rows is cut into N micro-batches, every N-th row to one (neighbours on disk are often of one class). What
 is made of a micro-batch alone:
@@ -8,12 +8,16 @@ is made of a micro-batch alone:
     the smallest activation kept, whose mean over the micro-batches moves the inference threshold
 
 Everything else is the whole batch's, to rounding: mse and its gradient, dead latents and their auxiliary loss, the
-clip, Adam. A TopK step is therefore the step without micro-batches. This is a CPU's path, by public operations; in
-memory are two whole gradients, and the pre-activations, residuals and entries of one micro-batch. On a GPU the
-micro-batches' codes are joined instead (gpu_codes.py), or their products added up (gpu_dense.py).
+clip, Adam. A TopK step is therefore the step without micro-batches.
+
+Sparse codes are joined (here, and gpu_codes.py on a GPU), and the step goes on as with one batch. Where they are half
+dense, one micro-batch after the other is multiplied, and their gradients are summed: in memory are two whole gradients,
+and the entries of one micro-batch (here on a CPU; gpu_dense.py on a GPU).
 
 Shape suffixes: B rows, G Matryoshka groups, D d_in, S d_sae, M entries.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,9 +28,31 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes
 from saevlm_fast.training.any_device import whole_gradients
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
-from saevlm_fast.training.penalty import Penalty, totals
+from saevlm_fast.training.penalty import Penalty, joined_penalty, totals
 
 Numbers = tuple[Tensor, Tensor, Tensor, Tensor | None]  # overall, mse, aux, penalty
+
+
+def pieces_of(x_BD: Tensor, n: int) -> list[Tensor]:
+    """The rows of each of n micro-batches."""
+    return [x_BD[i::n].contiguous() for i in range(n)]
+
+
+def in_turns(rows_BD: Tensor, n: int) -> Tensor:
+    """Rows of n micro-batches, one after the other, as the batch has them: every n-th of one."""
+    whole_BD, start = torch.empty_like(rows_BD), 0
+    for i in range(n):
+        piece_BD = whole_BD[i::n]
+        piece_BD.copy_(rows_BD[start : start + len(piece_BD)])
+        start += len(piece_BD)
+    return whole_BD
+
+
+def joined(parts: Sequence[tuple[SparseCodes, Penalty | None]], n_rows: int) -> tuple[SparseCodes, Penalty | None]:
+    """Codes and penalties of micro-batches as those of their n_rows rows, one after the other, on a CPU."""
+    codes = SparseCodes.join([each for each, _ in parts], parts[0][0].d_sae)
+    penalties = [penalty.times(each.n_rows / n_rows) for each, penalty in parts if penalty is not None]
+    return codes, joined_penalty(penalties, torch.cat) if penalties else None
 
 
 class SummedGradients:
@@ -34,7 +60,7 @@ class SummedGradients:
 
     Attributes:
         x_hat_BD: the batch's reconstruction. gradients: by name, W_enc's latent-major, W_dec's projected once
-            `finish` has been called.
+            `finish` has been called. fired_S: rows on which each latent fired.
     """
 
     def __init__(self, sae: SparseAutoencoder, x_BD: Tensor, n: int):
@@ -43,14 +69,12 @@ class SummedGradients:
         self.mse = x_BD.new_zeros(())
         self.penalty: Tensor | None = None
         self.gradients: dict[str, Tensor] = {}
+        self.fired_S = torch.zeros_like(sae.b_enc, dtype=torch.int64)
 
-    def pieces(self) -> list[slice]:
-        """Which rows each micro-batch has."""
-        return [slice(i, None, self.n) for i in range(self.n)]
-
-    def add(self, rows: slice, codes: SparseCodes, penalty: Penalty | None) -> None:
-        """A micro-batch, of these rows and these codes."""
-        x_BD = self.x_BD[rows].contiguous()
+    def add(self, number: int, x_BD: Tensor, codes: SparseCodes, penalty: Penalty | None) -> None:
+        """The micro-batch of this number, its rows and their codes."""
+        rows = slice(number, None, self.n)
+        self.fired_S += codes.fired()
         share = len(x_BD) / len(self.x_BD)
         if penalty is None:
             self.x_hat_BD[rows], mse, gradients = _gradients(self.sae, x_BD, codes)

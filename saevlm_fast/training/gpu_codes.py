@@ -27,7 +27,7 @@ from saevlm_fast.kernels.topk_encode_cuda import (
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.sparse_codes import SparseCodes, smallest_positive
 from saevlm_fast.training.dead_latents import padded_size
-from saevlm_fast.training.penalty import Band, Entries, Penalty, least_listed, penalised
+from saevlm_fast.training.penalty import Entries, Penalty, joined_penalty, least_listed, penalised
 
 SPARSE_SHARE = 1 / 32  # of a row's latents: with more candidates, products are faster
 
@@ -172,10 +172,4 @@ def _joined(codes: list[SparseCodes], penalties: list[Penalty]) -> tuple[SparseC
     joined = SparseCodes.from_flat(*entries, d_sae)
     if not penalties:
         return joined, None
-    loss = torch.stack([each.loss for each in penalties]).sum()
-    bands = [each.band for each in penalties if each.band is not None]
-    if not bands:
-        return joined, Penalty(loss, penalties[0].of_act, None)
-    pre_M = placed(torch.cat([band.pre_M for band in bands]), places_M)
-    of_step_M = placed(torch.cat([band.of_step.expand_as(band.pre_M) for band in bands]), places_M)
-    return joined, Penalty(loss, 0.0, Band(pre_M, bands[0].threshold_S, bands[0].bandwidth, of_step_M))
+    return joined, joined_penalty(penalties, lambda parts: placed(torch.cat(parts), places_M))

@@ -16,7 +16,7 @@ as its logarithm, and kept at 0 or above: below, it would act as 0 and have no g
 Shape suffixes: B rows, S d_sae, M entries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,6 +84,17 @@ class Penalty(NamedTuple):
     def of_acts(self, acts_M: Tensor, dots_M: Tensor) -> Tensor:
         """d loss / d h of entries, of which dots_M have that of the reconstruction to z."""
         return torch.where(acts_M > 0, dots_M + self.of_act if self.band is None else dots_M, 0)
+
+
+def joined_penalty(parts: Sequence[Penalty], join: Callable[[list[Tensor]], Tensor]) -> Penalty:
+    """Of several micro-batches, each as a part of the whole (`times`). join: of what each has of every entry."""
+    loss = torch.stack([each.loss for each in parts]).sum()
+    bands = [each.band for each in parts if each.band is not None]
+    if not bands:
+        return Penalty(loss, parts[0].of_act, None)
+    pre_M = join([band.pre_M for band in bands])
+    of_step_M = join([band.of_step.expand_as(band.pre_M) for band in bands])
+    return Penalty(loss, 0.0, Band(pre_M, bands[0].threshold_S, bands[0].bandwidth, of_step_M))
 
 
 def totals(values_M: Tensor, offsets_S1: Tensor) -> Tensor:

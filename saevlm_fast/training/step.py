@@ -19,7 +19,7 @@ from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import in_one_chunk, screens_cuda
 from saevlm_fast.sae import SparseAutoencoder, first_rows
 from saevlm_fast.sparse_codes import SparseCodes, smallest_positive
-from saevlm_fast.training.accumulate import SummedGradients
+from saevlm_fast.training.accumulate import SummedGradients, in_turns, joined, pieces_of
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
 from saevlm_fast.training.gradients import Gradients, Losses, loss_and_gradients
@@ -196,10 +196,16 @@ class Stepper:
         if self.config.accumulate > 1:
             return self._accumulated_step(x_BD)
         codes, penalty = self._encode(x_BD)
-        self._track(codes, len(x_BD))
+        self._track(codes.fired(), len(x_BD), self._smallest(codes))
         dead = self._dead_latents()
         if penalty is not None and (x_BD.is_cuda or is_dense(codes)):
             return self._whole_step(x_BD, codes, dead, penalty, mono)
+        return self._sparse_step(x_BD, codes, dead, penalty, mono)
+
+    def _sparse_step(
+        self, x_BD: Tensor, codes: SparseCodes, dead: DeadLatents, penalty: Penalty | None, mono: MonoTerm | None = None
+    ) -> StepOutput:
+        """The same by the entries of the codes, on a CPU."""
         given = codes, dead, self.auxk_alpha, penalty, self.config.frozen, mono
         x_hat_BD, losses, gradients = loss_and_gradients(self.sae, x_BD, *given)
         self._note_bad(losses)
@@ -227,21 +233,33 @@ class Stepper:
         return StepOutput(losses, x_hat_BD, codes, dead.number)
 
     def _accumulated_step(self, x_BD: Tensor) -> StepOutput:
-        """The same in micro-batches, on any device. The rows of the codes are theirs, one after the other."""
-        sums, several, smallest = SummedGradients(self.sae, x_BD, self.config.accumulate), [], []
-        for rows in sums.pieces():
-            codes, penalty = self._encode(x_BD[rows].contiguous())
-            sums.add(rows, codes, penalty)
-            several.append(codes)
-            smallest.append(smallest_positive(codes.top_acts).float())
-        codes = SparseCodes.join(several, self.sae.config.d_sae)
-        self._track(codes, len(x_BD), torch.stack(smallest).mean())
+        """The same in micro-batches. The rows of the codes are theirs, one after the other."""
+        n = min(self.config.accumulate, len(x_BD))
+        pieces = pieces_of(x_BD, n)
+        first = self._encode(pieces[0])
+        if x_BD.is_cuda or (first[1] is not None and is_dense(first[0])):
+            return self._summed_step(x_BD, pieces, first)
+        parts = [first, *(self._encode(piece_BD) for piece_BD in pieces[1:])]
+        codes, penalty = joined(parts, len(x_BD))
+        smallest = torch.stack([self._smallest(each) for each, _ in parts]).mean()
+        self._track(codes.fired(), len(x_BD), smallest)
+        output = self._sparse_step(torch.cat(pieces), codes, self._dead_latents(), penalty)
+        return output._replace(x_hat_BD=in_turns(output.x_hat_BD, n))
+
+    def _summed_step(self, x_BD: Tensor, pieces: list[Tensor], first: tuple[SparseCodes, Penalty | None]) -> StepOutput:
+        """The same, on any device, where the codes of a micro-batch are hardly sparse: no two are held."""
+        sums, smallest, part = SummedGradients(self.sae, x_BD, len(pieces)), [], first
+        for number, piece_BD in enumerate(pieces):
+            part = part if number == 0 else self._encode(piece_BD)
+            sums.add(number, piece_BD, *part)
+            smallest.append(self._smallest(part[0]))
+        self._track(sums.fired_S, len(x_BD), torch.stack(smallest).mean())
         dead = self._dead_latents()
         losses = Losses(*sums.finish(dead, self.auxk_alpha))
         self._note_bad(losses)
         update_(self.parameters(), self.moments, sums.gradients, self.config.clip_norm, self._adam())
         self._clamp_threshold()
-        return StepOutput(losses, sums.x_hat_BD, codes, dead.number)
+        return StepOutput(losses, sums.x_hat_BD, None, dead.number, sums.fired_S.sum())
 
     def _clamp_threshold(self) -> None:
         """Below 0 a threshold acts as 0 and has no gradient: it stays where it has one."""
@@ -270,7 +288,7 @@ class Stepper:
             self._clamp_threshold()
         self.was_replayed()
         if n > 1:
-            x_hat_BD = _in_turns(x_hat_BD, n)
+            x_hat_BD = in_turns(x_hat_BD, n)
         return StepOutput(losses, x_hat_BD, found.codes, dead.number)
 
     def _dense_step(self, x_BD: Tensor, state: "State") -> StepOutput:
@@ -291,7 +309,7 @@ class Stepper:
         self._note_bad(losses)
         self._clamp_threshold()
         self.was_replayed()
-        x_hat_BD = sums.x_hat_BD if n == 1 else _in_turns(sums.x_hat_BD, n)
+        x_hat_BD = sums.x_hat_BD if n == 1 else in_turns(sums.x_hat_BD, n)
         return StepOutput(losses, x_hat_BD, None, dead.number, sums.fired_S.sum())
 
     def _device_state(self, x_BD: Tensor) -> "State":
@@ -354,15 +372,16 @@ class Stepper:
         of, version = self._low_of
         return of.data_ptr() == self.sae.W_enc.data_ptr() and self.sae.W_enc._version == version
 
-    def _track(self, codes: SparseCodes, n_rows: int, smallest: Tensor | None = None) -> None:
-        """Dead-latent counters and the moving threshold, as upstream: before the losses.
-
-        smallest: activation kept, if it is not that of all codes.
-        """
-        fired_S = torch.zeros_like(self.idle_S).index_add_(0, codes.top_indices, (codes.top_acts > 0).long())
+    def _track(self, fired_S: Tensor, n_rows: int, smallest: Tensor) -> None:
+        """Dead-latent counters and the moving threshold, as upstream: before the losses. smallest: activation kept."""
         self.idle_S.copy_(torch.where(fired_S > 0, 0, self.idle_S + n_rows))
         if self.sae.config.architecture in CALIBRATED:
-            self._move_threshold(smallest_positive(codes.top_acts).float() if smallest is None else smallest)
+            self._move_threshold(smallest)
+
+    def _smallest(self, codes: SparseCodes) -> Tensor:
+        """Activation that is kept, where the threshold follows it (0-d)."""
+        follows = self.sae.config.architecture in CALIBRATED
+        return smallest_positive(codes.top_acts).float() if follows else codes.top_acts.new_zeros(())
 
     def _move_threshold(self, smallest: Tensor) -> None:
         """Towards the smallest activation that was kept."""
@@ -437,13 +456,3 @@ def _check_unit_rows(W_dec_SD: Tensor) -> None:
         abs(float(norm_S[worst]) - 1) < 0.01,
         f"sae: row {worst} of W_dec has norm {float(norm_S[worst]):.4g}, must be 1 (within 0.01)",
     )
-
-
-def _in_turns(rows_BD: Tensor, n: int) -> Tensor:
-    """Rows of n micro-batches, one after the other, as the batch has them: every n-th of one."""
-    whole_BD, start = torch.empty_like(rows_BD), 0
-    for i in range(n):
-        piece_BD = whole_BD[i::n]
-        piece_BD.copy_(rows_BD[start : start + len(piece_BD)])
-        start += len(piece_BD)
-    return whole_BD

@@ -166,3 +166,22 @@ def test_a_gpu_takes_the_same_step(device, architecture):
     for x_BD in batches[:5]:
         expected, found = stepper.step(x_BD), there.step(x_BD.to(device))
         assert float(found.losses.overall) == pytest.approx(float(expected.losses.overall), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+def test_micro_batches_of_sparse_codes_and_of_half_dense_ones_are_the_same_step(architecture, monkeypatch):
+    """Joined in one step, summed in the other: by dtype float64, to rounding."""
+    joined, batches = make(architecture, 3)
+    monkeypatch.setattr("saevlm_fast.training.step.is_dense", lambda codes: False)
+    outputs = [joined.step(x_BD) for x_BD in batches[:4]]
+    assert all(output.codes is not None and output.codes.n_rows == N_ROWS for output in outputs)
+    summed, _ = make(architecture, 3)
+    monkeypatch.setattr("saevlm_fast.training.step.is_dense", lambda codes: True)
+    for x_BD, expected in zip(batches, outputs):
+        found = summed.step(x_BD)
+        assert found.codes is None, "none are held"
+        assert int(summed.counted(found)[0]) == int(joined.counted(expected)[0])
+        torch.testing.assert_close(found.losses.overall, expected.losses.overall, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found.x_hat_BD, expected.x_hat_BD, rtol=1e-9, atol=1e-12)
+    for name, parameter in parameters(joined).items():
+        torch.testing.assert_close(parameters(summed)[name], parameter, rtol=1e-9, atol=1e-12)

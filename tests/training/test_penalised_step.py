@@ -54,7 +54,7 @@ def whole_step(stepper, x_BD):
     stepper.announce(len(x_BD))
     with torch.no_grad():
         codes, penalty = stepper._encode(x_BD)
-        stepper._track(codes, len(x_BD))
+        stepper._track(codes.fired(), len(x_BD), stepper._smallest(codes))
         return stepper._whole_step(x_BD, codes, stepper._dead_latents(), penalty, stepper._mono(x_BD))
 
 
