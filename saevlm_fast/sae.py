@@ -19,7 +19,7 @@ from saevlm_fast.formats.plain import Activation, PlainSAE
 from saevlm_fast.formats.source import Source
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
-from saevlm_fast.runtime import resolve_device
+from saevlm_fast.runtime import own_defaults, resolve_device
 from saevlm_fast.settings import path_of
 from saevlm_fast.sparse_codes import SparseCodes
 
@@ -62,6 +62,7 @@ class SparseAutoencoder(nn.Module):
 
     threshold: Tensor
 
+    @own_defaults()
     def __init__(
         self,
         config: SAEConfig,
@@ -85,6 +86,7 @@ class SparseAutoencoder(nn.Module):
             self.reset_parameters()
 
     @torch.no_grad()
+    @own_defaults()
     def reset_parameters(self, seed: int = 0) -> None:
         """Random unit decoder rows, W_enc = W_dec^T, zero biases. Drawn on the CPU: one seed, one SAE on any device."""
         rows_SD = first_rows(self.config, seed).to(self.W_dec.device, self.W_dec.dtype)
@@ -284,6 +286,7 @@ class SparseAutoencoder(nn.Module):
         sae_lens.write(self.to_plain(), directory)
 
     @classmethod
+    @own_defaults()
     def from_pretrained(
         cls,
         path: str | Path,

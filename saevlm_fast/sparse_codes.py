@@ -58,8 +58,7 @@ class SparseCodes(NamedTuple):
             if len({latents.shape[1] for _, latents in flat}) == 1:
                 acts, latents = flat[0] if len(flat) == 1 else (torch.cat(parts) for parts in zip(*flat))
                 return cls.from_flat(acts, latents, None, d_sae).rows()
-        nothing = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        parts = [piece.csr() for piece in pieces] or [nothing]
+        parts = [piece.csr() for piece in pieces] or [_nothing()]
         if ends is None or not pieces:
             ends = torch.stack([offsets[-1] for _, _, offsets in parts]).tolist()  # one wait for a device
         if len(parts) == 1 and ends[0] == len(parts[0][0]):  # nothing to copy
@@ -249,6 +248,12 @@ class SparseCodes(NamedTuple):
         """The row that owns an entry, for messages."""
         offsets = self.csr()[2]
         return int(torch.searchsorted(offsets, torch.tensor(entry, device=offsets.device), right=True)) - 1
+
+
+def _nothing() -> tuple[Tensor, Tensor, Tensor]:
+    """No rows."""
+    offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
+    return offsets.new_empty(0, dtype=torch.float32), offsets.new_empty(0), offsets
 
 
 def _kind(tensor: Tensor) -> str:

@@ -1,9 +1,13 @@
-"""What long work asks of the process: precision of products."""
+"""What long work asks of the process: precision of products, threads, defaults; and of several threads at once."""
+
+import os
+import signal
+import threading
 
 import pytest
 import torch
 
-from saevlm_fast.runtime import one_thread, tf32_products
+from saevlm_fast.runtime import one_thread, own_defaults, tf32_products
 
 
 @pytest.mark.parametrize(("wanted", "precision"), [(True, "tf32"), (False, "ieee")])
@@ -29,3 +33,105 @@ def test_one_thread_is_given_back_even_after_an_error():
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def precisions():
+    return [setting.fp32_precision for setting in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]
+
+
+class Overlapping:
+    """Two threads within `context`; the first one leaves while the second one is inside."""
+
+    def __init__(self, context):
+        self.context, self.inside = context, [threading.Event(), threading.Event()]
+        self.leave, self.seen = [threading.Event(), threading.Event()], [None, None]
+        self.threads = [threading.Thread(target=self.work, args=(i,)) for i in range(2)]
+
+    def work(self, i):
+        with self.context():
+            self.inside[i].set()
+            self.leave[i].wait(30)
+            self.seen[i] = precisions(), torch.get_default_dtype()
+
+    def run(self):
+        for thread, inside in zip(self.threads, self.inside):
+            thread.start()
+            assert inside.wait(30)
+        for thread, leave in zip(self.threads, self.leave):
+            leave.set()
+            thread.join(30)
+        return self.seen
+
+
+def test_threads_that_overlap_put_back_what_the_first_one_found():
+    before = precisions()
+    assert [seen[0] for seen in Overlapping(lambda: tf32_products(False)).run()] == [["ieee"] * 2] * 2
+    assert precisions() == before
+    torch.backends.cudnn.allow_tf32  # noqa: B018 - raises if torch's settings contradict each other
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert [seen[1] for seen in Overlapping(own_defaults).run()] == [torch.float32] * 2
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_threads_that_begin_later_have_as_many_as_before():
+    before, later = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        Overlapping(lambda: one_thread(True)).run()
+        assert torch.get_num_threads() == 2
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join(30)
+        assert later == [2]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_who_needs_another_value_waits_and_changes_within_itself_at_once():
+    inside, seen = threading.Event(), []
+
+    def other():
+        with tf32_products(True):
+            seen.append(precisions())
+            inside.set()
+
+    before, thread = precisions(), threading.Thread(target=other)
+    with tf32_products(False):
+        thread.start()
+        assert not inside.wait(0.2)
+        with tf32_products(True):
+            assert precisions() == ["tf32"] * 2
+        assert precisions() == ["ieee"] * 2
+    assert inside.wait(30)
+    thread.join(30)
+    assert seen == [["tf32"] * 2]
+    assert precisions() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_waits_for_no_thread_that_it_does_not_have():
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with tf32_products(True):
+            inside.set()
+            leave.wait(30)
+
+    before, thread = precisions(), threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        sound = precisions() == before
+        with tf32_products(False):
+            sound = sound and precisions() == ["ieee"] * 2
+        os._exit(0 if sound and precisions() == before else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    leave.set()
+    thread.join(30)
+    assert precisions() == before

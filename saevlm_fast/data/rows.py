@@ -238,7 +238,7 @@ class Activations(StoredRows):
         """
         check_kind("indices", indices, Tensor, "a tensor int64 [B]")
         indices = _checked_rows(indices, self.n_rows, self.path)
-        out_BD = torch.empty(len(indices), self.d) if out is None else out
+        out_BD = torch.empty(len(indices), self.d, dtype=torch.float32, device="cpu") if out is None else out
         known = out_BD.dtype in (torch.float32, self.kept_dtype)
         fits = out_BD.shape == (len(indices), self.d) and known and out_BD.is_contiguous()
         require(fits, f"out is {list(out_BD.shape)} {out_BD.dtype}; needs contiguous float32 {[len(indices), self.d]}")
@@ -252,7 +252,7 @@ class Activations(StoredRows):
 
     def _gather(self, ascending: Tensor, out_BD: Tensor) -> Tensor:
         """Ascending rows lie shard after shard, so each shard is one index_select into one slice."""
-        rows_BD = out_BD if self.dtype == out_BD.dtype else torch.empty(out_BD.shape, dtype=self.dtype)
+        rows_BD = out_BD if self.dtype == out_BD.dtype else torch.empty_like(out_BD, dtype=self.dtype)
         bounds = np.searchsorted(ascending.numpy(), self._starts)
         shards = np.flatnonzero(np.diff(bounds)).tolist()
         self._check(shards)
@@ -286,7 +286,7 @@ class Activations(StoredRows):
         return prefetch(lambda start: (start, self._slice(start, min(start + n, end))), range(first, end, n))
 
     def _slice(self, start: int, stop: int) -> Tensor:
-        out_BD = torch.empty(stop - start, self.d)
+        out_BD = torch.empty(stop - start, self.d, dtype=torch.float32, device="cpu")
         self.copy_rows(start, out_BD)
         check_finite(out_BD, range(start, stop), self.path)
         return out_BD
@@ -394,11 +394,11 @@ def check_usable(path: Path, index: StoreIndex, format: str) -> None:
 def whole_numbers(name: str, values: Sequence[int] | Tensor) -> Tensor:
     """int64 [L]. A mask is refused: its True and False would be taken for 1 and 0. ValueError: no such numbers."""
     try:
-        numbers_L = torch.as_tensor(values)
+        numbers_L = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{name}: {shown(values)} must be a list of whole numbers") from None
     if not numbers_L.numel() and numbers_L.ndim == 1:
-        return torch.empty(0, dtype=torch.int64)  # torch makes float32 of []
+        return numbers_L.new_empty(0, dtype=torch.int64)  # torch makes float32 of []
     whole = numbers_L.ndim == 1 and numbers_L.dtype != torch.bool
     whole = whole and not numbers_L.is_floating_point() and not numbers_L.is_complex()
     require(whole, f"{name}: {numbers_L.dtype} {list(numbers_L.shape)}, must be a list of whole numbers")

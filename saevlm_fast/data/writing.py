@@ -212,7 +212,7 @@ class ActivationWriter(StoreWriter):
         table = _item_table(items, len(batch_BD))
         buffer_ND = self._buffer_ND
         if buffer_ND is None:
-            buffer_ND = torch.empty(self.rows_per_shard, self._index.width, dtype=self._index.dtype)
+            buffer_ND = torch.empty(self.rows_per_shard, self._index.width, dtype=self._index.dtype, device="cpu")
             self._buffer_ND = buffer_ND
         taken = 0
         while taken < len(batch_BD):

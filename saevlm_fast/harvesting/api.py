@@ -18,7 +18,7 @@ from saevlm_fast.harvesting.run import harvest as run_harvest
 from saevlm_fast.harvesting.stores import check_output
 from saevlm_fast.images.open import Images
 from saevlm_fast.outputs import output_lock
-from saevlm_fast.runtime import resolve_device
+from saevlm_fast.runtime import own_defaults, resolve_device
 from saevlm_fast.settings import check_once, path_of, several
 from saevlm_fast.towers.load import SPECS
 from saevlm_fast.towers.tokens import Tokens
@@ -69,6 +69,7 @@ def harvest(
 ) -> dict[str, Activations]: ...
 
 
+@own_defaults()
 def harvest(
     model: str | Tower,
     images: Images,

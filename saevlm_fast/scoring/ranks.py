@@ -29,10 +29,11 @@ def found_at(p_N: Tensor, false_share: float = 0.05) -> Tensor:
 
     Benjamini and Hochberg's step-up rule. NaN is not rejected and no hypothesis.
     """
-    found_N = torch.zeros(len(p_N), dtype=torch.bool)
+    found_N = torch.zeros_like(p_N, dtype=torch.bool)
     (known,) = (~p_N.isnan()).nonzero(as_tuple=True)
     ascending, order = p_N[known].sort()
-    limits = false_share * torch.arange(1, len(known) + 1, dtype=torch.float64) / max(len(known), 1)
+    ranks = torch.arange(1, len(known) + 1, dtype=torch.float64, device=p_N.device)
+    limits = false_share * ranks / max(len(known), 1)
     below = (ascending <= limits).nonzero()
     if len(below):
         found_N[known[order[: int(below[-1]) + 1]]] = True

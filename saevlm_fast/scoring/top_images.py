@@ -14,6 +14,7 @@ from saevlm_fast.data.codes import StoredCodes
 from saevlm_fast.data.pairing import checked_ids
 from saevlm_fast.data.rows import Matrix, activations_of, whole_numbers
 from saevlm_fast.errors import require, whole_number
+from saevlm_fast.runtime import own_defaults
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
 from saevlm_fast.sparse_codes import SparseCodes
@@ -26,6 +27,7 @@ class TopImages(NamedTuple):
     acts: Tensor
 
 
+@own_defaults()
 def top_images(
     activations: Matrix | StoredCodes,
     latents: Sequence[int] | Tensor,

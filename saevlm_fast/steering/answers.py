@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from saevlm_fast.errors import check_kind, require, shown, whole_number
-from saevlm_fast.runtime import tf32_products
+from saevlm_fast.runtime import own_defaults, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.settings import several
 from saevlm_fast.steering.edits import Edit, EditPlan, Encoded, as_the_model_holds, edit_tokens, encode_tokens
@@ -127,6 +127,7 @@ class SteeredAnswers:
         }
 
     @torch.inference_mode()
+    @own_defaults()
     def ask(self, image: Any, prompt: str) -> int:
         """Prepares a question about an RGB image: the number by which rows refer to it.
 
@@ -156,6 +157,7 @@ class SteeredAnswers:
 
     @torch.inference_mode()
     @tf32_products(False)
+    @own_defaults()
     def answers(self, rows: Sequence[SteeredRow], on_rows: Callable[[int], None] = lambda done: None) -> list[str]:
         """The answer to every row, in order. on_rows: called after every batch with the number of rows done."""
         rows = several("rows", rows)

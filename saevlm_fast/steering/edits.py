@@ -166,9 +166,9 @@ class EditPlan(NamedTuple):
             require(isinstance(edits, Sequence), f"edits: {shown(edits)} is not a sequence of edits")
         n_edits = max((len(edits) for edits in rows), default=0)
         weights = sae.W_dec
-        latents = torch.zeros(len(rows), n_edits, dtype=torch.int64)
-        factor, offset = torch.ones(len(rows), n_edits), torch.zeros(len(rows), n_edits)
-        real = torch.zeros(len(rows), n_edits, dtype=torch.bool)
+        latents = torch.zeros(len(rows), n_edits, dtype=torch.int64, device="cpu")
+        offset, real = torch.zeros_like(latents, dtype=torch.float32), torch.zeros_like(latents, dtype=torch.bool)
+        factor = torch.ones_like(offset)
         for r, edits in enumerate(rows):
             _check_edits(edits, sae.config.d_sae)
             for j, edit in enumerate(edits):

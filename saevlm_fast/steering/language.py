@@ -76,7 +76,7 @@ class LanguageAnswers(SteeredAnswers):
 
     def _prepared(self, inputs: dict[str, Tensor]) -> Question:
         """Of what the tokens of a prompt are nothing is kept: it is computed anew with every answer."""
-        nothing = torch.empty(0, self.sae.config.d_in, device=self.sae.W_dec.device)
+        nothing = torch.empty(0, self.sae.config.d_in, dtype=torch.float32, device=self.sae.W_dec.device)
         return Question(inputs, nothing[None], encode_tokens(self.sae, nothing))
 
     def _prompt_mask(self, x_BTD: Tensor, ids_BT: Tensor) -> Tensor:

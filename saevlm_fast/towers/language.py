@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from saevlm_fast.errors import check_kind, first_line, require, shown
+from saevlm_fast.runtime import loading, own_defaults
 from saevlm_fast.towers.chat import chat_text, placeholders, read_one
 from saevlm_fast.towers.from_transformers import vision_part
 from saevlm_fast.towers.hub import foreign_message, is_foreign, one_line_errors
@@ -80,7 +81,7 @@ class PairPreprocess:
         n = len(ids_T)
         require(self.window is None or n <= self.window, f"its prompt has {n} tokens, the model's window {self.window}")
         # What the processor fills up by itself, if it does, is taken off again.
-        real_T = inputs.get("attention_mask", torch.ones(1, n))[0].bool()
+        real_T = inputs.get("attention_mask", torch.ones(1, n, dtype=torch.bool))[0].bool()
         inputs = {name: x[:, real_T] if _is_sequence(name, x, n) else x for name, x in inputs.items()}
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         inputs["modality"] = self._modality(inputs["input_ids"][0])[None]
@@ -403,6 +404,8 @@ def language_blocks(model: Any) -> tuple[list[nn.Module], Any]:
     raise ValueError(f"model: {kind} has no language model of {n_blocks} blocks beside a vision part")
 
 
+@loading()
+@own_defaults()
 def load_language(
     spec: str,
     device: torch.device | str = "cpu",

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from saevlm_fast.errors import check_kind, require
-from saevlm_fast.runtime import resolve_device
+from saevlm_fast.runtime import loading, own_defaults, resolve_device
 from saevlm_fast.towers.from_open_clip import load_open_clip, open_clip_anatomy
 from saevlm_fast.towers.from_timm import load_timm, timm_anatomy
 from saevlm_fast.towers.from_transformers import load_transformers, transformers_anatomy, vision_part
@@ -39,6 +39,8 @@ from saevlm_fast.towers.tower import Anatomy, Tower
 SPECS = "hf:NAME_OR_DIR (tiny-clip, tiny-llava: in the box), open_clip:ARCH/PRETRAINED_OR_FILE, timm:NAME[:FILE]"
 
 
+@loading()
+@own_defaults()
 def load_tower(spec: str, device: torch.device | str = "cpu", on_message: Callable[[str], None] = print) -> Tower:
     """Loads a tower (see the module's docstring) in float32.
 

@@ -119,7 +119,7 @@ def transformers_preprocess(
     raw: list[Any] = [TransformersPreprocess(processor, True, beside)]
     normalisation = None
     if getattr(processor, "do_rescale", False) and getattr(processor, "do_normalize", False):
-        mean, std = (torch.tensor(value) for value in (processor.image_mean, processor.image_std))
+        mean, std = (torch.tensor(value, dtype=torch.float32) for value in (processor.image_mean, processor.image_std))
         scale = 1.0 / processor.rescale_factor  # as the library folds it into mean and std
         normalisation = Normalisation((mean * scale)[:, None, None], (std * scale)[:, None, None])
     if getattr(processor, "backend", None) == "torchvision" and not beside:

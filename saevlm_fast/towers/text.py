@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.errors import check_kind, require, shown
-from saevlm_fast.runtime import resolve_device, tf32_products
+from saevlm_fast.runtime import loading, own_defaults, resolve_device, tf32_products
 from saevlm_fast.towers.from_open_clip import open_clip_model
 from saevlm_fast.towers.from_transformers import check_sizes, without_load_report
 from saevlm_fast.towers.hub import local_or_hub, one_line_errors
@@ -24,6 +24,8 @@ _TEXT_HALVES = {
 }
 
 
+@loading()
+@own_defaults()
 def load_llava(
     spec: str,
     device: torch.device | str = "cpu",
@@ -112,6 +114,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     @tf32_products(False)
+    @own_defaults()
     def embed(self, texts: Sequence[str], batch_size: int = 256, *, refuse: bool = True) -> Tensor:
         """Texts -> embeddings float32 [M, E] of unit length, on the host.
 
@@ -127,7 +130,7 @@ class TextEncoder:
             self._check(text)
         parts = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
         unit = [torch.nn.functional.normalize(self.project(part).float().cpu(), dim=1) for part in parts]
-        return torch.cat(unit) if unit else torch.empty(0, self.d)
+        return torch.cat(unit) if unit else torch.empty(0, self.d, dtype=torch.float32)
 
     def _check(self, text: str) -> None:
         ids = self.token_ids(text)
@@ -138,6 +141,8 @@ class TextEncoder:
         require(self.unknown not in ids, f"texts: {text[:60]!r} has a word that {self.spec} does not know")
 
 
+@loading()
+@own_defaults()
 def load_text_encoder(
     spec: str, device: torch.device | str = "cpu", on_message: Callable[[str], None] = print
 ) -> TextEncoder:

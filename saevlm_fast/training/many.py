@@ -19,7 +19,7 @@ from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import Interrupted, check_kind, require
 from saevlm_fast.outputs import workplace
-from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
+from saevlm_fast.runtime import interruptible, one_thread, own_defaults, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.checkpoints import latest_checkpoint
@@ -172,6 +172,7 @@ class Member:
         self.watch.finish(n_steps, logged, picture)
 
 
+@own_defaults()
 def train_many(
     activations: Matrix,
     saes: Mapping[str, SAEConfig],

@@ -39,7 +39,7 @@ from saevlm_fast.images.batches import dead_workers_in_one_line
 from saevlm_fast.images.open import Images, open_held_out, open_images
 from saevlm_fast.images.sources import ImageSource
 from saevlm_fast.outputs import output_lock
-from saevlm_fast.runtime import interruptible, resolve_device, tf32_products
+from saevlm_fast.runtime import interruptible, own_defaults, resolve_device, tf32_products
 from saevlm_fast.settings import several
 from saevlm_fast.towers.load import SPECS, load_tower
 from saevlm_fast.towers.tokens import Tokens
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 _EVALUATED_AT_A_TIME = 4096
 
 
+@own_defaults()
 def train_from_images(
     model: str | Tower,
     images: Images,

@@ -16,7 +16,7 @@ from saevlm_fast.config import RunOptions, SAEConfig, TrainConfig, keyword_setti
 from saevlm_fast.data.pairing import check_rows_of_same_images
 from saevlm_fast.data.rows import Activations, Matrix, activations_of
 from saevlm_fast.errors import Interrupted, check_kind, require
-from saevlm_fast.runtime import interruptible, one_thread, resolve_device, tf32_products
+from saevlm_fast.runtime import interruptible, one_thread, own_defaults, resolve_device, tf32_products
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.checkpoints import RunDirectory
@@ -32,6 +32,7 @@ _SMALL_PRODUCT = 1 << 28  # multiplications of the encoder, below which a step i
 _LOOKED_AT = 4096
 
 
+@own_defaults()
 def train(
     activations: Matrix,
     sae_config: SAEConfig,

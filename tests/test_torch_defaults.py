@@ -1,0 +1,117 @@
+"""What people set for the whole of torch, as for a language model they load, changes no result: dtype and device."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import saevlm_fast as sf
+from saevlm_fast.images.decode import decode
+
+SAE = sf.SAEConfig.sized(16, expansion=2, k=3)
+
+
+@contextmanager
+def defaults(dtype=None, device=None):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+
+
+def rows(n=150, d=16, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+
+
+def trained():
+    sae, metrics = sf.train(rows(), SAE, steps=5, batch_size=64, device="cpu")
+    return sae.state_dict(), metrics
+
+
+def harvested():
+    stored = sf.harvest("hf:tiny-clip", "scenes:test:8", layer=3)
+    return [x_BD for _, x_BD in stored.chunks(5)], stored.rows(torch.arange(3, device="cpu")), stored.dtype
+
+
+def encoded(tmp_path):
+    sae = sf.SparseAutoencoder(sf.SAEConfig.sized(16, expansion=2, k=3, architecture="topk"))
+    sae.save_pretrained(tmp_path / "sae")
+    sae = sf.SparseAutoencoder.from_pretrained(tmp_path / "sae")
+    codes = sae.encode(rows(5))
+    return codes.top_acts, codes.top_indices, sae.decode(codes), codes.join([], 3).top_acts
+
+
+def stored(tmp_path):
+    with sf.ActivationWriter(tmp_path / "store", 16, torch.float16, {"model": "x"}) as writer:
+        writer.append(rows(7), {"image": [str(i) for i in range(7)], "token": [0] * 7})
+    opened = sf.open_activations(tmp_path / "store")
+    return opened.rows(torch.tensor([3, 1], device="cpu")), [x_BD for _, x_BD in opened.chunks(4)]
+
+
+def trusted():
+    scores = sf.trusted_score(rows(), rows(d=8, seed=1))
+    return scores.ms, scores.p, scores.above_null, [list(column) for column in scores.table().to_pydict().values()]
+
+
+def answered():
+    """With torch's own defaults as far as the model's library goes: people's models run where they were loaded."""
+    sae = sf.SparseAutoencoder(sf.SAEConfig.sized(128, expansion=2, k=4, architecture="topk"))
+    answerer = sf.SteeredAnswers(*sf.load_llava("hf:tiny-llava"), sae, layer=3, max_new_tokens=2)
+    question = answerer.ask(decode(sf.open_images("scenes:test:1").read(0)), "What colour is the object?")
+    return answerer.answers([sf.SteeredRow(question, None), sf.SteeredRow(question, (sf.clamp(3, 50.0),))])
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "score": lambda _: sf.score(rows(), rows(d=8, seed=1)).ms,
+    "trusted_score": lambda _: trusted(),
+    "train": lambda _: trained(),
+    "train_many": lambda _: {n: t.sae.state_dict() for n, t in sf.train_many(rows(), {"a": SAE}, steps=3).items()},
+    "evaluate": lambda _: sf.evaluate(trained_sae(), rows()),
+    "measure": lambda _: figures(sf.measure(trained_sae(), rows())),
+    "harvest": lambda _: harvested(),
+    "encode": encoded,
+    "store": stored,
+    "top_images": lambda _: sf.top_images(rows(), list(range(4)), n=3),
+    "texts": lambda _: sf.load_text_encoder("hf:tiny-clip").embed(["a red circle", "a blue square"]),
+    "answers": lambda _: answered(),
+}
+
+
+def trained_sae():
+    return sf.train(rows(), SAE, steps=2, batch_size=64, device="cpu")[0]
+
+
+def figures(evaluation):
+    return {name: value for name, value in evaluation.results[0].figures.items() if isinstance(value, float)}
+
+
+def same(found: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, torch.Tensor):
+        assert (found.dtype, found.device) == (expected.dtype, expected.device)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for one, two in zip(found, expected):
+            same(one, two)
+    else:
+        assert found == expected or found != found
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("given", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_a_default_of_torch_changes_nothing(name, given, tmp_path):
+    expected = CALLS[name](tmp_path / "before")
+    with defaults(**given):
+        found = CALLS[name](tmp_path / "after")
+        assert torch.get_default_dtype() == given.get("dtype", torch.float32)
+        assert torch.get_default_device().type == given.get("device", "cpu")
+    same(found, expected)
