@@ -26,6 +26,7 @@ from torch import Tensor, nn
 TEMPORARY_PREFIX = ".writing-"
 CACHE_VARIABLE = "SAEVLM_FAST_CACHE"
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # NumPy's, without errno
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors'
 # Of a write, or of a checkpoint that was being removed.
 _LEFTOVER = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}([0-9a-f]{{8}}-.+|step_\d{{8}})", re.DOTALL)
 
@@ -50,12 +51,21 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            what = error.strerror or str(error)
-            if _SHORT_WRITE.fullmatch(what):
-                what = f"only a part was written, is the disk full? ({what})"
-            raise OSError(error.errno or errno.EIO, what, str(path)) from error
+            raise OSError(*_reason(error), str(path)) from error
         raise
     _fsync_directory(path.parent)
+
+
+def _reason(error: OSError) -> tuple[int, str]:
+    """errno and its words, also of libraries that leave the number in a sentence, or out."""
+    said = error.strerror or str(error)
+    if error.errno is not None:
+        return error.errno, said
+    if number := _OS_ERROR.search(said):
+        return int(number[1]), os.strerror(int(number[1]))
+    if _SHORT_WRITE.fullmatch(said):
+        said = f"only a part was written, is the disk full? ({said})"
+    return errno.EIO, said
 
 
 @contextmanager

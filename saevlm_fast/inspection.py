@@ -19,6 +19,7 @@ from saevlm_fast.data.store import (
     StoreIndex,
     joined_index,
     map_shard,
+    meant_by,
     read_items,
     verify,
 )
@@ -62,7 +63,7 @@ def inspect(path: str | Path) -> Description:
     contents = [child for child in children if _describer(child)]
     if not contents:
         nearly = registry.nearly(Source(path))
-        raise ValueError(f"{path}: nothing to inspect in it; {nearly or f'known are {KINDS}'}")
+        raise ValueError(f"{path}: nothing to inspect in it; {nearly or f'known are {KINDS}'}{meant_by(path)}")
     described = [_sound_or_damaged(child) for child in contents]
     return {
         "path": str(path),

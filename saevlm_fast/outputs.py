@@ -180,7 +180,8 @@ def _taken(
             waiting = True
             time.sleep(_POLL_SECONDS)
         except OSError as error:
-            raise ValueError(f"output: {output} cannot be written: {error.strerror} ({error.filename})") from error
+            where = "" if error.filename is None else f" ({error.filename})"
+            raise ValueError(f"output: {output} cannot be written: {error.strerror}{where}") from error
 
 
 def _try(file: Path, exclusive: bool) -> int | None:

@@ -140,7 +140,8 @@ _loading = threading.RLock()
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """One thread at a time: transformers' modules are imported by parts, and two threads find halves. Also a decorator."""
+    """One thread at a time: transformers' modules are imported by parts, and two threads find halves of them. Also a
+    decorator."""
     with _loading:
         yield
 

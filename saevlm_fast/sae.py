@@ -279,10 +279,11 @@ class SparseAutoencoder(nn.Module):
         weights' SHA-256 and its own.
 
         Raises:
-            ValueError: a BatchTopK SAE whose threshold was never calibrated, weights that are not finite. OSError: it
-                cannot be written.
+            ValueError: a BatchTopK SAE whose threshold was never calibrated, weights that are not finite, a file in
+                place of the directory. OSError: it cannot be written.
         """
         directory = path_of("directory", directory)
+        require(directory.is_dir() or not directory.exists(), f"directory: {directory} is a file")
         sae_lens.write(self.to_plain(), directory)
 
     @classmethod

@@ -226,6 +226,16 @@ def test_numpys_short_write_is_told_as_what_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_safetensors_full_disk_has_its_number(tmp_path):
+    """Its OSError has errno in a sentence alone."""
+    with (
+        pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*/a'$") as error,
+        atomic_write(tmp_path / "a"),
+    ):
+        raise OSError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert error.value.errno == errno.ENOSPC
+
+
 def test_what_is_read_while_a_file_is_written_is_not_told_as_a_full_disk(tmp_path):
     """As rows that are elsewhere: their OSError has neither errno nor file as well."""
     with (

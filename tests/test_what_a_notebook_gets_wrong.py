@@ -25,11 +25,16 @@ def sae():
     return sf.train(X, CONFIG, steps=np.int64(20), batch_size=64, lr="auto")[0]
 
 
-def test_tensors_and_arrays_are_activations(sae):
+def test_tensors_arrays_and_paths_are_activations(sae, tmp_path):
     wrapped = sf.Activations.from_tensor(X)
     assert sf.evaluate(sae, X) == sf.evaluate(sae, wrapped)
     assert sf.score(X, E, sae, device="auto").table().equals(sf.score(wrapped, E.numpy(), sae).table())
     assert sf.top_images(X, [1], 3, sae)[0].images.tolist() == sf.top_images(wrapped, [1], 3, sae)[0].images.tolist()
+    np.save(tmp_path / "x.npy", X)
+    for path in (tmp_path / "x.npy", str(tmp_path / "x.npy")):
+        assert sf.evaluate(sae, path) == sf.evaluate(sae, X)
+        assert sf.score(path, E, sae).table().equals(sf.score(X, E, sae).table())
+        assert sf.train(path, CONFIG, steps=2, batch_size=64)[1]["rows"] == 300
     assert repr(wrapped) == "Activations(300 x 16, float32, tensor [300, 16])"
     assert repr(sae) == "SparseAutoencoder(batch_topk, 16 -> 64, k = 3)"
 
@@ -235,7 +240,10 @@ def calls(sae, tmp_path_factory):
         "score": (sf.score, scores | {"gamma": None}),
         "steer": (entered(sf.steer), site | {"part": "vision", "edits": [sf.clamp(1, 2.0)]}, sf.steer),
         "steer_rows": (entered(sf.steer_rows), site | {"rows": [[sf.clamp(1, 2.0)]], "tiles": [1]}, sf.steer_rows),
-        "top_images": (sf.top_images, {"activations": X, "latents": [1], "n": 2, "sae": sae, "batch_rows": 128}),
+        "top_images": (
+            sf.top_images,
+            {"activations": X, "latents": [1], "n": 2, "sae": sae, "pool": "max", "batch_rows": 128},
+        ),
         "train": (
             partial(sf.train, steps=1, batch_size=64),
             {

@@ -15,12 +15,12 @@ from saevlm_fast.cli.planning import (
     disk_figures,
     memory_figures,
     time_figures,
-    training_disk,
 )
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
 from saevlm_fast.cli.scenes import scene_widths
 from saevlm_fast.cli.terminal import Bar, HarvestBar, TrainBar, out, print_table, say, tell
 from saevlm_fast.config import DemoOptions, SAEConfig, TrainConfig
+from saevlm_fast.training.memory import training_disk
 
 if TYPE_CHECKING:
     from saevlm_fast.demo.scores import Measured

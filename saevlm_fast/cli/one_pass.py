@@ -17,7 +17,6 @@ from saevlm_fast.cli.planning import (
     free_memory,
     memory_figures,
     time_of_all,
-    training_disk,
 )
 from saevlm_fast.cli.ranks import device_of_rank, first_rank_first, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
@@ -26,6 +25,7 @@ from saevlm_fast.cli.train_looks import TowerLooks
 from saevlm_fast.cli.train_many import TABLES, summarise
 from saevlm_fast.config import SAESize, StreamSettings, TrainConfig
 from saevlm_fast.errors import Interrupted, require
+from saevlm_fast.training.memory import training_disk
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.errors import require
-from saevlm_fast.training.memory import free_memory, sae_numbers, training_memory
+from saevlm_fast.training.memory import free_memory, training_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -95,11 +95,6 @@ def _status_bytes(name: str) -> int:
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
-
-
-def training_disk(sae: "SAEConfig") -> int:
-    """The SAE, and checkpoints with its weights, training weights and two moments: two, and one being written."""
-    return 4 * sae_numbers(sae) * (1 + 3 * 4)
 
 
 def time_figures(sae: "SAEConfig", config: "TrainConfig", n_rows: int, device: "torch.device") -> dict[str, Any]:

@@ -15,7 +15,6 @@ from saevlm_fast.cli.planning import (
     memory_figures,
     replaced_figures,
     time_figures,
-    training_disk,
 )
 from saevlm_fast.cli.ranks import joined_ranks, leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record
@@ -26,6 +25,7 @@ from saevlm_fast.cli.train_many import plan_many, runs_of, train_grid
 from saevlm_fast.cli.train_options import Run, TrainArguments
 from saevlm_fast.config import RunOptions
 from saevlm_fast.errors import Interrupted, require
+from saevlm_fast.training.memory import training_disk
 
 if TYPE_CHECKING:
     from saevlm_fast.data.rows import Activations
@@ -143,10 +143,20 @@ def train(options: TrainArguments) -> dict[str, Any] | None:
 def _check_output(options: TrainArguments) -> None:
     """ValueError: something is there, and nothing says that it may be replaced or gone on with."""
     from saevlm_fast.outputs import check_absent
-    from saevlm_fast.training.checkpoints import RunDirectory
+    from saevlm_fast.training.checkpoints import RUN_FILE, RunDirectory
 
-    if not RunDirectory(options.output, options.checkpoint_every, options.resume, options.force).used():
-        check_absent([options.output / SETTINGS_FILE], options.force)
+    if RunDirectory(options.output, options.checkpoint_every, options.resume, options.force).used():
+        return
+    output, settings = options.output, options.output / SETTINGS_FILE
+    several = (
+        [path for depth in ("*", "*/*") for path in output.glob(f"{depth}/{RUN_FILE}")] if settings.is_file() else []
+    )
+    require(
+        options.force or not several,
+        f"output: {output} holds {len(several)} runs of one pass; they go on with: saevlm-fast train --config "
+        f"{shlex.quote(str(settings))} --resume",
+    )
+    check_absent([settings], options.force)
 
 
 def _train(options: TrainArguments, peers: "MeshPeers | None") -> dict[str, Any] | None:

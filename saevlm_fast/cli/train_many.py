@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saevlm_fast.cli.options import Plan
-from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_of_all, training_disk
+from saevlm_fast.cli.planning import check_writable, disk_figures, memory_figures, time_of_all
 from saevlm_fast.cli.ranks import leads, n_processes, part_of_a_rank, ranks_options
 from saevlm_fast.cli.record import SETTINGS_FILE, Record, interrupted_run
 from saevlm_fast.cli.scenes import scenes
@@ -20,7 +20,7 @@ from saevlm_fast.cli.sweep import named
 from saevlm_fast.cli.terminal import TrainBar, print_wide_table, say, tell
 from saevlm_fast.cli.train_looks import StoreLooks
 from saevlm_fast.errors import Interrupted, require
-from saevlm_fast.training.memory import most_memory_of
+from saevlm_fast.training.memory import most_memory_of, training_disk
 
 if TYPE_CHECKING:
     import torch

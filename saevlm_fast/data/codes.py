@@ -16,10 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from saevlm_fast.data.matrix import SUFFIXES
 from saevlm_fast.data.prefetch import prefetch
 from saevlm_fast.data.remote_store import RemoteStore, open_remote_store
-from saevlm_fast.data.rows import StoredRows, bounds_of, check_chunk, check_usable, open_index
-from saevlm_fast.data.store import CODES, StoreIndex, map_shard
+from saevlm_fast.data.rows import (
+    Activations,
+    Matrix,
+    StoredRows,
+    activations_of,
+    bounds_of,
+    check_chunk,
+    check_usable,
+    open_index,
+)
+from saevlm_fast.data.store import CODES, StoreIndex, map_shard, read_index
 from saevlm_fast.data.writing import StoreWriter
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.settings import path_of
@@ -196,6 +206,25 @@ class StoredCodes(StoredRows):
         return codes
 
 
+Rows = Matrix | StoredCodes
+
+
+def as_rows(x: Rows, name: str) -> Activations | StoredCodes:
+    """Activations, as of activations_of, or stored codes, also of a path. Raises as activations_of and open_codes."""
+    if isinstance(x, StoredCodes):
+        return x
+    if isinstance(x, str | os.PathLike) and _format(path_of(name, x)) == CODES:
+        return open_codes(x)
+    return activations_of(x, name)
+
+
+def _format(path: Path) -> str | None:
+    """Of a store; None of what is none."""
+    if is_url(path):
+        return None if path.suffix in SUFFIXES else open_remote_store(path).index.format
+    return read_index(path).format if path.is_dir() else None
+
+
 def open_codes(path: str | os.PathLike[str]) -> StoredCodes:
     """Opens a store of codes: headers only, the rest is memory-mapped.
 
@@ -207,6 +236,7 @@ def open_codes(path: str | os.PathLike[str]) -> StoredCodes:
     if is_url(path):
         remote = open_remote_store(path)
         check_usable(path, remote.index, CODES)
-        return StoredCodes(path, remote.index, remote.shards, remote)
+        return StoredCodes(path, remote.index, remote.shards, remote).opened_by(open_codes, path)
     index = open_index(path, CODES)
-    return StoredCodes(path, index, [map_shard(path, shard, index) for shard in index.shards])
+    shards = [map_shard(path, shard, index) for shard in index.shards]
+    return StoredCodes(path, index, shards).opened_by(open_codes, path)

@@ -49,7 +49,9 @@ def check_finite(batch_BD: Tensor, row_numbers: Sequence[int] | Tensor, path: st
     row = int(bad_BD.any(dim=1).nonzero()[0])
     column = int(bad_BD[row].nonzero()[0])
     value = float(batch_BD[row, column])
-    raise ActivationError(f"{path}: row {int(row_numbers[row])}, column {column} is {value}; it must be finite")
+    read_as = "" if math.isnan(value) else f" in {dtype_names([batch_BD.dtype])}"  # in a wider file it may be a number
+    where = f"row {int(row_numbers[row])}, column {column}"
+    raise ActivationError(f"{path}: {where} is {value}{read_as}; it must be finite")
 
 
 def map_matrix(path: Path, key: str = "") -> Tensor:
@@ -172,6 +174,9 @@ def _choose(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -> str:
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     if key and key not in shapes:
         raise ActivationError(f"{path}::{key}: no such tensor; there are: {listing}")
+    if not key and not matrices:
+        there = f"there are: {listing}" if shapes else "a matrix, or a dict of tensors by name, is read"
+        raise ActivationError(f"{path}: no 2-D tensor in it; {there}")
     if not key and len(matrices) != 1:
         raise ActivationError(f"{path}: {len(matrices)} 2-D tensors; name one as FILE::NAME; there are: {listing}")
     return key or matrices[0]

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +66,16 @@ class StoredRows:
         self._files = remote.files if remote else CheckedFiles(files, [shard.sha256 for shard in shards])
         self._items = remote.items if remote else CheckedFiles(items, [shard.items_sha256 for shard in shards])
         self._starts = np.cumsum([0, *shard_rows])  # shard s owns rows starts[s]:starts[s + 1]
+        self._opened: tuple[Callable[[str], StoredRows], str] | None = None
+
+    def opened_by(self, opener: "Callable[[str], StoredRows]", path: Path, key: str = "") -> Self:
+        """Itself, which knows from now on how another process opens it: a URL with its password, if it has one."""
+        self._opened = opener, (url_of(path) if is_url(path) else str(path.absolute())) + (key and f"::{key}")
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Of what was opened its place goes to another process, and not what is mapped."""
+        return super().__reduce_ex__(protocol) if self._opened is None else (self._opened[0], self._opened[1:])
 
     @property
     def block_rows(self) -> int | None:
@@ -306,18 +316,20 @@ class Activations(StoredRows):
             filled += high - low
 
 
-Matrix = Activations | Tensor | np.ndarray
+Matrix = Activations | Tensor | np.ndarray | str | os.PathLike[str]
 
 
 def activations_of(x: Matrix, name: str) -> Activations:
-    """`x`, or `Activations.from_tensor(x)`: what is in memory needs no wrapping where activations are taken.
+    """`x`, `from_tensor(x)` or `open_activations(x)`: nothing has to be wrapped where activations are taken.
 
     Raises:
-        ValueError: anything else, naming the argument.
+        ValueError: anything else, naming the argument. Others as of these.
     """
     if isinstance(x, Tensor | np.ndarray):
         return Activations.from_tensor(x, name)
-    check_kind(name, x, Activations, "Activations, a tensor or an array [N, d]")
+    if isinstance(x, str | os.PathLike):
+        return open_activations(x)
+    check_kind(name, x, Activations, "Activations, a tensor or an array [N, d], or a path of some")
     return x
 
 
@@ -346,19 +358,20 @@ def open_activations(path: str | os.PathLike[str]) -> Activations:
         opened = Activations(file, tensors, key=key)
     for tensor in tensors:  # what is read in order is announced by will_need
         read_randomly(tensor)
-    return opened
+    return opened.opened_by(open_activations, file, key)
 
 
 def _open_remote(path: Path, key: str) -> Activations:
     if path.suffix not in SUFFIXES:
         remote = open_remote_store(path)
         check_usable(path, remote.index, ACTIVATIONS)
-        return Activations(path, (), remote.index.source, remote.index.shards, remote=remote)
+        opened = Activations(path, (), remote.index.source, remote.index.shards, remote=remote)
+        return opened.opened_by(open_activations, path)
     file = fetched(url_of(path)).path  # stays as long as this process
     with telling_urls():
         tensor_ND = map_matrix(file, key)
     read_randomly(tensor_ND)
-    return Activations(path, [tensor_ND], key=key, file=file)
+    return Activations(path, [tensor_ND], key=key, file=file).opened_by(open_activations, path, key)
 
 
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.matrix import check_finite, dtype_names
+from saevlm_fast.data.matrix import check_finite, dtype_names, host_matrix
 from saevlm_fast.data.store import (
     ACTIVATIONS,
     ITEM_SCHEMA,
@@ -198,7 +199,7 @@ class ActivationWriter(StoreWriter):
         self._tables: list[pa.Table] = []
         self._filled = 0
 
-    def append(self, batch_BD: Tensor, items: Items) -> None:
+    def append(self, batch_BD: Tensor | np.ndarray, items: Items) -> None:
         """Adds rows [B, d_in] (any float dtype and device) and their items: columns image, token and, if any, label.
 
         Raises:
@@ -208,7 +209,7 @@ class ActivationWriter(StoreWriter):
         alone = self.part is None
         require(alone, f"part is {self.part}; append is for one process alone, ranks use write_shard")
         self._check_open()
-        self._check_rows(batch_BD)
+        batch_BD = self._checked(batch_BD)
         table = _item_table(items, len(batch_BD))
         buffer_ND = self._buffer_ND
         if buffer_ND is None:
@@ -231,15 +232,21 @@ class ActivationWriter(StoreWriter):
         self._tables.clear()
 
     def _shard_tensors(self, rows: Any, where: str) -> tuple[int, dict[str, Tensor]]:
-        self._check_rows(rows)
-        stored_ND = rows.detach().to("cpu", self._index.dtype)
+        rows_ND = self._checked(rows)
+        stored_ND = rows_ND.detach().to("cpu", self._index.dtype)
         check_finite(stored_ND, range(len(stored_ND)), where)
         return len(stored_ND), {"activations": stored_ND}
 
-    def _check_rows(self, batch_BD: Tensor) -> None:
-        width, shape = self._index.width, list(batch_BD.shape)
-        fits = batch_BD.ndim == 2 and shape[1] == width and batch_BD.is_floating_point()
-        require(fits, f"rows are {batch_BD.dtype} {shape}; floats [rows, {width}] are needed")
+    def _checked(self, batch_BD: Tensor | np.ndarray) -> Tensor:
+        check_kind("rows", batch_BD, (Tensor, np.ndarray), "a tensor or an array [rows, d_in]")
+        if isinstance(batch_BD, np.ndarray):
+            rows_BD = host_matrix(batch_BD, "rows") if len(batch_BD) else torch.from_numpy(batch_BD)
+        else:
+            rows_BD = batch_BD
+        width, shape = self._index.width, list(rows_BD.shape)
+        fits = rows_BD.ndim == 2 and shape[1] == width and rows_BD.is_floating_point()
+        require(fits, f"rows are {rows_BD.dtype} {shape}; floats [rows, {width}] are needed")
+        return rows_BD
 
     def close(self) -> None:
         """Writes the rows that do not fill a shard and declares the store complete (a part: merge_parts does that)."""

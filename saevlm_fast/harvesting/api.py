@@ -4,6 +4,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
@@ -120,14 +121,20 @@ def harvest(
     check_kind("model", model, (str, Tower), f"{SPECS}, or a Tower")
     named = os.fspath(images) if isinstance(images, str | os.PathLike) else ""
     options = HarvestOptions(where, named, **rest)
-    with output_lock(where, directory=True):
-        check_output(options)  # before a model is loaded
-        source = open_source(images, config)
-        tower = tower_for(model, config, chosen_device)
-        paths = run_harvest(source, tower, config, options, on_images=on_images).stores
-    opened = [open_activations(path) if sae is None else open_codes(path) for path in paths]
-    for store in opened:
-        weakref.finalize(store, _let_go, temporary)  # the directory lives as long as a store in it
+    with ExitStack() as stack:
+        if temporary is not None:
+            stack.callback(temporary.cleanup)
+        with output_lock(where, directory=True):
+            check_output(options)  # before a model is loaded
+            source = open_source(images, config)
+            tower = tower_for(model, config, chosen_device)
+            paths = run_harvest(source, tower, config, options, on_images=on_images).stores
+        opened = [open_activations(path) if sae is None else open_codes(path) for path in paths]
+        stack.pop_all()
+    if temporary is not None:
+        held = _Held(temporary, len(opened))
+        for store in opened:
+            weakref.finalize(store, held.let_go)
     if isinstance(point, str) and isinstance(tokens, str | None) and isinstance(layer, Integral | None):
         return opened[0]
     return dict(zip(config.store_names, opened))
@@ -153,8 +160,16 @@ def _config(
     )
 
 
-def _let_go(directory: tempfile.TemporaryDirectory[str] | None) -> None:
-    """Whoever forgets this call forgets the directory."""
+class _Held:
+    """A temporary directory, which is removed with the last of the stores in it."""
+
+    def __init__(self, directory: tempfile.TemporaryDirectory[str], n_stores: int):
+        self.directory, self.n_stores = directory, n_stores
+
+    def let_go(self) -> None:
+        self.n_stores -= 1
+        if self.n_stores == 0:
+            self.directory.cleanup()
 
 
 def _listed(name: str, given: str | Sequence[str]) -> tuple[str, ...]:

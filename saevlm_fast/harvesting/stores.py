@@ -194,7 +194,8 @@ class HarvestStores:
         last = json.loads(self.skipped[-1])
         raise ValueError(
             f"max_skipped: {len(self.skipped)} of {n_images} images could not be used, more than {limit:.2%}; listed "
-            f"in {self.place / SKIPPED_FILE}; the last one is {last['image']}: {last['reason']}"
+            f"in {self.place / SKIPPED_FILE}; the last one is {last['image']}: {last['reason']}; resume with a higher "
+            "max_skipped goes on"
         )
 
     def write_unit(self, unit: int, pieces: UnitPieces) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import StoredCodes
+from saevlm_fast.data.codes import Rows, StoredCodes, as_rows
 from saevlm_fast.data.rows import Activations
-from saevlm_fast.errors import check_kind, require, shown, whole_number
+from saevlm_fast.errors import require, shown, whole_number
 from saevlm_fast.images.open import Images
 from saevlm_fast.look.sprites import thumbnail
 from saevlm_fast.look.store_images import StoreImages, placeholder
@@ -84,7 +84,7 @@ class ShownLatent:
 @own_defaults()
 def show(
     latent: int,
-    rows: Activations | StoredCodes,
+    rows: Rows,
     sae: SparseAutoencoder | None = None,
     *,
     n: int = 16,
@@ -101,7 +101,8 @@ def show(
 
     Args:
         latent: its number.
-        rows: activations with the SAE that encodes them, or codes; of all patches of each image for heat maps.
+        rows: activations with the SAE that encodes them, or codes, or a path of either; of all patches of each image
+            for heat maps.
         n: images. pool: of an image with several rows, its largest or their mean.
         images: where the pictures are, or a list of them, if not where the store says.
         side: of a picture, pixels; smaller ones are enlarged. heat: whether maps are drawn.
@@ -110,9 +111,7 @@ def show(
         ValueError: a latent that is not there, n or side below 1, rows that do not fit the SAE, images that are no
             place with images.
     """
-    check_kind(
-        "rows", rows, (Activations, StoredCodes), "activations or stored codes; open_activations(PATH) opens some"
-    )
+    rows = as_rows(rows, "rows")
     if sae is not None:
         check_sae(sae)
     require(isinstance(pool, str) and pool in ("max", "mean"), f"pool: {shown(pool)} is not one of max, mean")

@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import StoredCodes
+from saevlm_fast.data.codes import Rows
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import real_number, require
 from saevlm_fast.kernels.common import check_similarity, on_gpu
@@ -316,7 +316,7 @@ Similarity = Literal["cosine", "dot", "rbf"]
 
 @own_defaults()
 def score(
-    activations: Matrix | StoredCodes,
+    activations: Rows,
     embeddings: Matrix,
     sae: SparseAutoencoder | None = None,
     *,
@@ -368,7 +368,7 @@ def score(
 
 
 def streamed_score(
-    activations: Matrix | StoredCodes,
+    activations: Rows,
     embeddings: Matrix,
     sae: SparseAutoencoder | None = None,
     *,

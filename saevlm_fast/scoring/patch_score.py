@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saevlm_fast.data.codes import StoredCodes
+from saevlm_fast.data.codes import Rows
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.kernels.scaled_rows import scaled_rows
 from saevlm_fast.kernels.segment_sum import segment_sum
@@ -86,7 +86,7 @@ class _Pairs(NamedTuple):
 
 
 def patch_score(
-    activations: Matrix | StoredCodes,
+    activations: Rows,
     embeddings: Matrix,
     sae: SparseAutoencoder | None = None,
     *,

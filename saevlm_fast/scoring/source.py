@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import StoredCodes, pool_codes
+from saevlm_fast.data.codes import Rows, StoredCodes, as_rows, pool_codes
 from saevlm_fast.data.pairing import check_sides, checked_ids
 from saevlm_fast.data.rows import Activations, Matrix, StoredRows, activations_of
 from saevlm_fast.errors import require, shown, whole_number
@@ -48,7 +48,7 @@ class ScoredImages:
 
     def __init__(
         self,
-        activations: Matrix | StoredCodes,
+        activations: Rows,
         embeddings: Mapping[str, Matrix],
         sae: SparseAutoencoder | None = None,
         *,
@@ -57,8 +57,7 @@ class ScoredImages:
         kept_bytes: int = _KEPT_BYTES,
         peers: Peers | None = None,
     ) -> None:
-        if not isinstance(activations, StoredCodes):
-            activations = activations_of(activations, "activations")
+        activations = as_rows(activations, "activations")
         if sae is not None:
             check_sae(sae)
         batch_rows = whole_number("batch_rows", batch_rows)
@@ -292,15 +291,14 @@ class ScoredPatches:
 
     def __init__(
         self,
-        activations: Matrix | StoredCodes,
+        activations: Rows,
         embeddings: Matrix,
         sae: SparseAutoencoder | None = None,
         *,
         batch_rows: int = 4096,
         peers: Peers | None = None,
     ) -> None:
-        if not isinstance(activations, StoredCodes):
-            activations = activations_of(activations, "activations")
+        activations = as_rows(activations, "activations")
         require(
             activations.has_items,
             f"variant: patch: {activations.path} has no image ids, so nobody knows which rows are of one image",

@@ -10,13 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import StoredCodes
+from saevlm_fast.data.codes import Rows, as_rows
 from saevlm_fast.data.pairing import checked_ids
-from saevlm_fast.data.rows import Matrix, activations_of, whole_numbers
-from saevlm_fast.errors import require, whole_number
+from saevlm_fast.data.rows import whole_numbers
+from saevlm_fast.errors import require, shown, whole_number
 from saevlm_fast.runtime import own_defaults
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.scoring.encoding import encoded_chunks, n_latents
+from saevlm_fast.scoring.image_rows import image_chunks, image_table
+from saevlm_fast.scoring.source import Pool
 from saevlm_fast.sparse_codes import SparseCodes
 
 
@@ -29,11 +31,12 @@ class TopImages(NamedTuple):
 
 @own_defaults()
 def top_images(
-    activations: Matrix | StoredCodes,
+    activations: Rows,
     latents: Sequence[int] | Tensor,
     n: int,
     sae: SparseAutoencoder | None = None,
     *,
+    pool: Pool | None = None,
     batch_rows: int = 4096,
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> list[TopImages]:
@@ -48,6 +51,8 @@ def top_images(
             neuron has the n largest activations, whatever their sign.
         n: images of each.
         sae: encodes the activations; without one their neurons are meant, or the latents of codes.
+        pool: of stores with several rows an image, which lie together: an image's activation is its largest row's
+            (max), or the mean of its rows' (mean). With an SAE or codes.
         batch_rows: rows read and encoded at a time.
         on_rows: called with the number of images done.
 
@@ -56,14 +61,23 @@ def top_images(
 
     Raises:
         ValueError: latents that are not there or listed twice, n below 1, an SAE of another width or for codes, several
-            rows of one image.
+            rows of one image without pool, rows of one image apart.
     """
     n, batch_rows = whole_number("n", n), whole_number("batch_rows", batch_rows)
-    if not isinstance(activations, StoredCodes):
-        activations = activations_of(activations, "activations")
+    activations = as_rows(activations, "activations")
     latents_L = whole_numbers("latents", latents)
     slot_of_latent_S = _slots(latents_L, n_latents(activations, sae))
-    best, ids = BestImages(len(latents_L), n), checked_ids(batch_rows, activations)
+    best = BestImages(len(latents_L), n)
+    if pool is not None:
+        require(isinstance(pool, str) and pool in ("max", "mean"), f"pool: {shown(pool)} is not one of max, mean")
+        table = image_table(activations)
+        with closing(image_chunks(activations, sae, table, pool, batch_rows)) as images:
+            for chunk in images:
+                acts_M, slots_M, images_M = _chosen_entries(chunk.codes, slot_of_latent_S)
+                best.add(acts_M, slots_M, images_M + chunk.first)
+                on_rows(chunk.first + chunk.codes.n_rows)
+        return best.result()
+    ids = checked_ids(batch_rows, activations)
     with closing(encoded_chunks(activations, sae, batch_rows)) as chunks:
         for (start, values), _ in zip(chunks, ids):
             if isinstance(values, SparseCodes):

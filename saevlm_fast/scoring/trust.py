@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saevlm_fast.data.codes import StoredCodes
+from saevlm_fast.data.codes import Rows
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import check_kind, require, whole_number
 from saevlm_fast.peers import Peers
@@ -212,7 +212,7 @@ def _share(found_L: Tensor) -> float:
 
 @own_defaults()
 def trusted_score(
-    activations: Matrix | StoredCodes,
+    activations: Rows,
     embeddings: Matrix,
     sae: SparseAutoencoder | None = None,
     *,
@@ -259,7 +259,7 @@ def trusted_score(
 
 @own_defaults()
 def trusted_scores(
-    activations: Matrix | StoredCodes,
+    activations: Rows,
     embeddings: Mapping[str, Matrix],
     sae: SparseAutoencoder | None = None,
     *,

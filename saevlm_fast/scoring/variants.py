@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saevlm_fast.data.codes import StoredCodes
+from saevlm_fast.data.codes import Rows
 from saevlm_fast.data.rows import Matrix
 from saevlm_fast.errors import require
 from saevlm_fast.peers import Peers
@@ -43,7 +43,7 @@ _SET_ELEMENTS = 1 << 24  # comparisons of latents at a time
 
 
 def visaebench_score(
-    activations: Matrix | StoredCodes,
+    activations: Rows,
     embeddings: Matrix,
     sae: SparseAutoencoder | None = None,
     *,
@@ -127,7 +127,7 @@ class _Tops:
 
 
 def tms_score(
-    activations: Matrix | StoredCodes,
+    activations: Rows,
     sae: SparseAutoencoder | None = None,
     *,
     pool: Pool | None = None,

@@ -56,6 +56,7 @@ from saevlm_fast.records import (
 )
 from saevlm_fast.sae import CONFIG_FILE, WEIGHTS_FILE, SparseAutoencoder
 from saevlm_fast.training.evaluate import Metrics
+from saevlm_fast.training.memory import check_disk
 from saevlm_fast.training.saved_state import (
     CHECKPOINT_FILE,
     STATE_FILE,
@@ -194,6 +195,8 @@ class RunDirectory:
                 remove_leftovers_of(self.path / name)
             remove_leftovers(self.path / CHECKPOINTS)
             self._drop_old()  # a kill may have come before that
+        else:
+            check_disk(self.output, [state.sae_config])
         return replaces, latest_checkpoint(self.path) if self.resume else None
 
     def prepared(self, state: TrainingState, replaces: bool, checkpoint: Path | None) -> None:

@@ -24,7 +24,7 @@ from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training.capture import CapturedSteps, told_of_compiling
 from saevlm_fast.training.checkpoints import latest_checkpoint
 from saevlm_fast.training.evaluate import Metrics, batch_metrics, evaluate_all
-from saevlm_fast.training.memory import check_memory, memory_of
+from saevlm_fast.training.memory import check_disk, check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.run import (
     NothingKept,
@@ -218,6 +218,8 @@ def train_many(
     device = resolve_device(options.device)
     needed = _needed(saes, recipes, train_on.n_rows)
     check_memory(device, needed)
+    if options.output is not None and not options.resume:
+        check_disk(options.output, saes.values())
     line = ProgressLine(recipes[first].steps)
 
     def logged(name: str, step: int, metrics: Metrics) -> None:

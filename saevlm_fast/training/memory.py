@@ -1,5 +1,6 @@
-"""What training takes in memory, which is arithmetic, and whether the rows fit beside it."""
+"""What training takes in memory and on the disk, which is arithmetic, and whether there is room."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ from saevlm_fast.config import PENALISED
 from saevlm_fast.errors import require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
@@ -68,6 +69,29 @@ def most_memory_of(
 def sae_numbers(sae: "SAEConfig") -> int:
     """Weights and biases of an SAE."""
     return 2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae
+
+
+def training_disk(sae: "SAEConfig", n_checkpoints: int = 3) -> int:
+    """The SAE, and checkpoints with its weights, training weights and two moments: two, and one being written."""
+    return 4 * sae_numbers(sae) * (1 + 4 * n_checkpoints)
+
+
+def check_disk(output: Path, saes: "Iterable[SAEConfig]") -> None:
+    """That there is room for the SAEs with one checkpoint each, before anything is computed for them.
+
+    Raises:
+        ValueError: there is not, with what is needed and what is free.
+    """
+    parts = [training_disk(sae, n_checkpoints=1) for sae in saes]
+    needed, n = sum(parts), len(parts)
+    what = "the SAE with a checkpoint takes" if n == 1 else f"{n} SAEs with their checkpoints take"
+    there = next(each for each in (output.absolute(), *output.absolute().parents) if each.exists())
+    total, _, free = shutil.disk_usage(there)
+    # Some file systems over a network know no size.
+    require(
+        needed <= free or total == 0,
+        f"output: {what} {_gb(needed)}, and {_gb(free)} are free on the disk of {output}",
+    )
 
 
 def free_memory(device: "torch.device") -> int | None:

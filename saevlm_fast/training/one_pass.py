@@ -57,7 +57,7 @@ from saevlm_fast.training.many import (
     recipes_of,
     stop_all,
 )
-from saevlm_fast.training.memory import check_memory, memory_of
+from saevlm_fast.training.memory import check_disk, check_memory, memory_of
 from saevlm_fast.training.progress import ProgressLine
 from saevlm_fast.training.sharded_held import places_of_rank
 from saevlm_fast.training.streamed import Place, StreamedRows
@@ -234,6 +234,8 @@ class OnePass:
                 needed[f"the SAE {whole}".strip()] = memory_of(self.part_of(sae), recipe, rows.n_rows)
         self.needed = needed
         check_memory(device, needed)
+        if self.options.output is not None and not self.options.resume:
+            check_disk(self.options.output, [sae for _, _, configs in places for sae, _ in configs.values()])
         group = group_of(self.options.output) if len(places) * len(saes) > 1 else None
         for name, rows, configs in places:
             place = self.place_of(name, rows, self.config, self._capacity(rows), device_of_buffer, device)

@@ -151,6 +151,8 @@ def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfi
 def check_held_out(train_on: Activations, held_out: Activations) -> None:
     """ValueError: the rows held out are those trained on."""
     same = train_on.is_same_as(held_out)
+    if not same and (train_on.n_rows, train_on.d, train_on.dtype) == (held_out.n_rows, held_out.d, held_out.dtype):
+        same = train_on.digest() == held_out.digest()  # a copy
     advice = "without validation the SAE is evaluated on those too, and says so"
     require(not same, f"validation: {train_on.path} is what is trained on; {advice}")
 

@@ -26,6 +26,23 @@ def test_a_real_process_ends_with_exit_code_2_and_no_traceback(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_ctrl_c_after_the_work_does_not_undo_its_exit_code():
+    """As Python ends, which takes a moment with torch: once as it begins to, and once as its last handlers run."""
+    code = """
+import atexit, os, signal, sys
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+class AtTheEnd:
+    def __del__(self, kill=os.kill, this=os.getpid(), number=signal.SIGINT):
+        kill(this, number)
+sys.at_the_end = AtTheEnd()
+sys.argv = ["saevlm-fast", "--version"]
+from saevlm_fast.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, __version__, "")
+
+
 @pytest.mark.parametrize("command", ["train", "ms-score", "synthetic"])
 def test_help(command):
     assert "--help" in run(command, "--help")

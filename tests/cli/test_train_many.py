@@ -150,6 +150,14 @@ def test_a_directory_of_one_run_is_not_that_of_several(x, tmp_path):
     assert "holds a run of one SAE" in run(*words(x, tmp_path / "one", *LISTS, "--force"), code=2)
 
 
+def test_a_directory_of_several_runs_is_not_that_of_one(x, tmp_path):
+    run(*words(x, tmp_path / "many", *LISTS))
+    told = " ".join(run(*words(x, tmp_path / "many", "--k", 2, "--resume"), code=2).split())
+    settings = tmp_path / "many" / "settings.toml"
+    assert "runs of one pass; they go on with: saevlm-fast train --config" in told
+    run("train", "--config", settings, "--resume")
+
+
 def test_combinations_and_names():
     base, tables = expanded({"steps": 3, "k": Several((1, 2)), "sweep": ({"lr": 0.1}, {"l1": 2.0})})
     assert base == {"steps": 3}

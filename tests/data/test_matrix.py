@@ -115,6 +115,12 @@ def test_paths_that_are_no_activations(tmp_path):
         (tmp_path / "two" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "two" / name).touch()
     refused(tmp_path / "two", r"not a store of activations or codes; name what is meant of a.npy, b.pt in it$")
+    (tmp_path / "two" / "c.safetensors").touch()
+    refused(
+        tmp_path / "two", r"a.npy, b.pt, c.safetensors in it; sf.ActivationWriter makes one store of several matrices$"
+    )
+    torch.save([torch.ones(2, 3)], tmp_path / "list.pt")
+    refused(tmp_path / "list.pt", "no 2-D tensor in it; a matrix, or a dict of tensors by name, is read$")
     (tmp_path / "photos" / "cats").mkdir(parents=True)
     (tmp_path / "photos" / "cats" / "1.JPEG").touch()
     refused(tmp_path / "photos", "codes; images are in it, of which `harvest` makes a store$")
@@ -162,7 +168,7 @@ def test_other_unusable_matrices(tmp_path):
     torch.save(torch.eye(3).to_sparse(), tmp_path / "sparse.pt")
     refused(tmp_path / "sparse.pt", "accepted: dense|refused")
     torch.save([rows_of(3)], tmp_path / "list.pt")
-    refused(tmp_path / "list.pt", "0 2-D tensors")
+    refused(tmp_path / "list.pt", "no 2-D tensor in it")
     torch.save(rows_of(30), tmp_path / "stored.pt")
     with (
         zipfile.ZipFile(tmp_path / "stored.pt") as old,

@@ -2,6 +2,7 @@
 
 import gc
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,23 @@ def test_an_output_in_use_is_refused_before_a_model_is_loaded(tmp_path):
     (tmp_path / "store" / "mine.txt").write_text("")
     with pytest.raises(ValueError, match="is not empty and holds no harvest"):
         sf.harvest("hf:there-is-no-such-model", SCENES, layer=3, output=tmp_path / "store")
+
+
+def test_a_temporary_store_is_gone_with_the_last_of_its_stores_and_nobody_is_warned():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stores = sf.harvest("hf:tiny-clip", "scenes:test:4", layer=[1, 3])
+        folder = stores["residual-1-cls"].path.parent
+        kept = stores.pop("residual-3-cls")
+        del stores
+        gc.collect()
+        assert folder.is_dir()
+        assert kept.rows(torch.arange(2)).shape == (2, kept.d)
+        del kept
+        gc.collect()
+        assert not folder.exists()
+        before = set(Path(tempfile.gettempdir()).glob("saevlm-fast-*"))
+        with pytest.raises(ValueError, match="no such"):
+            sf.harvest("hf:tiny-clip", "/no/such/folder", layer=3)
+        gc.collect()
+        assert set(Path(tempfile.gettempdir()).glob("saevlm-fast-*")) == before

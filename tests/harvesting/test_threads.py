@@ -13,7 +13,7 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert len(found) == 3 and all(torch.equal(each, found[0]) for each in found)
 assert torch.backends.cudnn.conv.fp32_precision == before
-torch.export.export(torch.nn.Linear(2, 2), (torch.randn(1, 2),))  # asks for settings that must not contradict each other
+torch.export.export(torch.nn.Linear(2, 2), (torch.randn(1, 2),))  # refuses settings that contradict each other
 """
 
 

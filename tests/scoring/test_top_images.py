@@ -91,3 +91,22 @@ def test_top_images_refuses_several_rows_of_an_image(tmp_path):
         writer.write_shard(0, torch.ones(3, 4), {"image": ["a", "a", "b"], "token": [0, 1, 0], "label": [None] * 3})
     with pytest.raises(ValueError, match="2 rows of image 'a'"):
         top_images(open_activations(tmp_path / "store"), [0], 2)
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_top_images_of_several_rows_an_image_are_pooled(tmp_path, pool):
+    rows_BD = torch.rand(9, 4, generator=torch.Generator().manual_seed(0))
+    images = ["a"] * 2 + ["b"] * 4 + ["c"] * 3
+    with ActivationWriter(tmp_path / "store", 4, torch.float32, SOURCE) as writer:
+        writer.append(rows_BD.numpy(), {"image": images, "token": [0, 1, 0, 1, 2, 3, 0, 1, 2]})
+    sae = SparseAutoencoder(SAEConfig(4, 6, 2, "topk"))
+    parts = sae.encode(rows_BD).dense().detach().split((2, 4, 3))
+    pooled_NS = torch.stack([part.amax(0) if pool == "max" else part.mean(0) for part in parts])
+    for batch_rows in (1, 4, 100):
+        found = top_images(tmp_path / "store", [3, 0], 2, sae, pool=pool, batch_rows=batch_rows)
+        for top, latent in zip(found, [3, 0]):
+            wanted = brute_force(pooled_NS[:, latent], 2, fires=True)
+            assert top.images.tolist() == [image for image, _ in wanted]
+            torch.testing.assert_close(top.acts, torch.tensor([act for _, act in wanted]))
+    with pytest.raises(ValueError, match="pool: 'min' is not one of max, mean"):
+        top_images(tmp_path / "store", [0], 2, sae, pool="min")

@@ -1,5 +1,8 @@
 """Where rows are kept: by the memory that is free, by arithmetic that messages show; a run is the same either way."""
 
+import shutil
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +15,12 @@ from saevlm_fast.peers import Alone, Ranks
 from saevlm_fast.sae import SparseAutoencoder
 from saevlm_fast.training import dead_latents, memory, sharded_dead
 from saevlm_fast.training.dead_latents import DeadLatents, auxiliary
+from saevlm_fast.training.many import train_many
 from saevlm_fast.training.memory import auxiliary_memory, memory_of, most_memory_of, rows_go_to_device, training_memory
 from saevlm_fast.training.run import train
 from saevlm_fast.training.scale import Scale
 from saevlm_fast.training.state import TrainingState
+from saevlm_fast.training.step import Stepper
 
 SAE = SAEConfig.sized(16, expansion=4, k=4)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -181,3 +186,29 @@ def test_rows_are_widened_before_they_are_divided(x_ND, device, dtype):
     assert state.normalised(x_BD, out=out) is out
     assert torch.equal(out, x_BD.float() / divisor)
     assert torch.equal(state.normalised(x_BD), out)
+
+
+def on_disk(path):
+    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_run_whose_checkpoint_cannot_be_kept_is_refused_before_its_first_step(x_ND, monkeypatch, tmp_path, many):
+    """What is asked for is what a run of one checkpoint takes."""
+    saes = {"a": SAE, "b": SAE} if many else {"": SAE}
+    known = {"steps": 3, "batch_size": 64, "device": "cpu", "output": tmp_path / "run"}
+    run = partial(train_many, x_ND, saes) if many else partial(train, x_ND, SAE)
+    run(**known)
+    taken, needed = on_disk(tmp_path / "run"), len(saes) * memory.training_disk(SAE, 1)
+    assert needed <= taken <= needed + len(saes) * 3000, "headers, thresholds and counters apart"
+    shutil.rmtree(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.shutil, "disk_usage", lambda path: (10**9, 0, needed - 1))
+        patch.setattr(Stepper, "step", lambda *_: pytest.fail("a step was taken"))
+        with pytest.raises(
+            ValueError, match=rf"^output: .* {needed / 1e6:.1f} MB, and .* are free on the disk of .*run"
+        ):
+            run(**known)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: (0, 0, 0))  # a file system that knows no size
+    run(**known)

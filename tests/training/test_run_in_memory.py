@@ -66,7 +66,7 @@ def test_validation_rows_are_the_ones_evaluated(x_ND):
 
 
 def test_rows_that_are_trained_on_are_not_held_out(x_ND, tmp_path):
-    """Nothing is refused that only looks like them: other rows of the same shape, a file with the same rows."""
+    """Nor are copies of them. Other rows of the same shape are."""
     data = Activations.from_tensor(x_ND)
     held_out = {"the same": x_ND, "a view": x_ND[:], "opened": data, "opened anew": Activations.from_tensor(x_ND)}
     for same in held_out.values():
@@ -80,7 +80,10 @@ def test_rows_that_are_trained_on_are_not_held_out(x_ND, tmp_path):
     rows = open_activations(tmp_path / "x.npy")
     assert rows.is_same_as(open_activations(tmp_path / "link.npy"))
     assert rows.is_same_as(open_activations(tmp_path / "hard.npy"))
-    assert not rows.is_same_as(open_activations(tmp_path / "y.npy"))
+    assert not rows.is_same_as(open_activations(tmp_path / "y.npy")), "which is known by reading it alone"
+    for copied in (tmp_path / "y.npy", str(tmp_path / "y.npy"), x_ND.clone()):
+        with pytest.raises(ValueError, match=r"validation: .*x.npy is what is trained on; without"):
+            train(tmp_path / "x.npy", SAE, validation=copied, **FEW)
     save_file({"a": x_ND, "b": x_ND + 1}, tmp_path / "two.safetensors")
     save_file({"a": x_ND}, tmp_path / "one.safetensors")
     a, b = (open_activations(f"{tmp_path / 'two.safetensors'}::{name}") for name in "ab")
