@@ -127,42 +127,40 @@ def _map_pt(path: Path, key: str) -> Tensor:
     """Maps the tensor's bytes read-only where the archive holds them.
 
     torch.load(mmap=True) maps the whole file privately and writable, which Linux refuses for a file larger than memory.
-    Loaded as fake tensors the file gives shapes, strides and the documented offsets of the storages in it instead.
+    Loaded to the meta device the file gives shapes, strides and the offsets of the storages in it instead. (Fake tensors
+    have the same; but nnsight, which dictionary_learning imports, breaks them for the whole process.)
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and only needed here
-
     if not zipfile.is_zipfile(path):
         raise ActivationError(f"{path}: not a torch.save archive, or truncated (bare pickles are refused)")
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its records are compressed")
-        with FakeTensorMode():
-            value = torch.load(path, map_location="cpu", weights_only=True)
+        value = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # torch.load raises many kinds of them
         reason = "it is damaged or holds more than plain tensors" if "eights only" in str(error) else first_line(error)
         raise ActivationError(f"{path}: refused, {reason}") from error
     named = value if isinstance(value, dict) else {"": value}
     tensors = {str(name): t for name, t in named.items() if isinstance(t, Tensor)}
-    fake = tensors[_choose(path, key, {name: t.shape for name, t in tensors.items()})]
-    if fake.dtype not in MATRIX_DTYPES or fake.layout != torch.strided:
-        met = f"dtype {dtype_names([fake.dtype])}, layout {fake.layout}"
+    meta = tensors[_choose(path, key, {name: t.shape for name, t in tensors.items()})]
+    if meta.dtype not in MATRIX_DTYPES or meta.layout != torch.strided:
+        met = f"dtype {dtype_names([meta.dtype])}, layout {meta.layout}"
         raise ActivationError(f"{path}: {met}; accepted: dense {_ACCEPTED}")
-    bits = fake.is_neg() or fake.is_conj()  # torch.save keeps them, and the bytes in the file know nothing of them
+    bits = meta.is_neg() or meta.is_conj()  # torch.save keeps them, and the bytes in the file know nothing of them
     require(
         not bits,
         f"{path}: the tensor is a lazy negative or conjugate of what is stored; save x.resolve_neg().resolve_conj()",
         ActivationError,
     )
-    _check_not_empty(fake.shape, path)
-    storage = fake.untyped_storage()
+    _check_not_empty(meta.shape, path)
+    storage = meta.untyped_storage()
     offset = storage._checkpoint_offset
     if offset is None:
         raise ActivationError(f"{path}: torch.load found no place in the archive for the tensor")
     try:
-        n_values = storage.nbytes() // fake.dtype.itemsize
-        flat = _map_read_only(path, offset, fake.dtype, (n_values,))
-        matrix_ND = flat.as_strided(fake.shape, fake.stride(), fake.storage_offset())
+        n_values = storage.nbytes() // meta.dtype.itemsize
+        flat = _map_read_only(path, offset, meta.dtype, (n_values,))
+        matrix_ND = flat.as_strided(meta.shape, meta.stride(), meta.storage_offset())
     except (RuntimeError, ValueError, TypeError) as error:
         raise ActivationError(f"{path}: damaged archive: {first_line(error)}") from error
     return _checked_matrix(matrix_ND, path)
