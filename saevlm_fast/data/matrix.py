@@ -127,8 +127,8 @@ def _map_pt(path: Path, key: str) -> Tensor:
     """Maps the tensor's bytes read-only where the archive holds them.
 
     torch.load(mmap=True) maps the whole file privately and writable, which Linux refuses for a file larger than memory.
-    Loaded to the meta device the file gives shapes, strides and the offsets of the storages in it instead. (Fake tensors
-    have the same; but nnsight, which dictionary_learning imports, breaks them for the whole process.)
+    Loaded to the meta device the file gives shapes, strides and the offsets of the storages in it instead.
+    Fake tensors have the same; but nnsight, which dictionary_learning imports, breaks them for the whole process.
     """
     if not zipfile.is_zipfile(path):
         raise ActivationError(f"{path}: not a torch.save archive, or truncated (bare pickles are refused)")
