@@ -44,7 +44,8 @@ class Op(Generic[P, R]):
         """Decorates what runs for tensors of this kind of device."""
 
         def register(kernel: Callable[P, R]) -> Callable[P, R]:
-            torch.library.impl(self._name, device, _unseen_by_dynamo(kernel))
+            # In the library of the definition: defined anew, as by a reload, the op loses its old kernels with it.
+            torch.library.impl(self._name, device, _unseen_by_dynamo(kernel), lib=self._op._lib)
             return kernel
 
         return register

@@ -5,7 +5,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Generic, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -35,61 +36,84 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
+@dataclass(eq=False)
+class _Need(Generic[T]):
+    """What a thread needs; not while it needs another value within."""
+
+    thread: int
+    value: T
+    is_held: bool = False
+
+
 class ProcessWide(Generic[T]):
     """A setting of the whole process, which is at a value as long as some thread needs it there.
 
     Threads that need the same value share it: the last one puts back what the first one found. One that needs another
-    value waits until nobody needs this one; within itself a thread may change it.
-
-    of_threads: every thread has the setting for itself, as far as torch allows, and none has to wait.
+    value waits until nobody needs this one. Within itself a thread may need another one: it gives its own up, and
+    waits for both.
     """
 
-    def __init__(self, read: Callable[[], T], write: Callable[[T], None], of_threads: bool = False):
-        self._read, self._write, self._of_threads = read, write, of_threads
-        self._changed = threading.Condition()
-        self._needed: dict[int, list[T]] = {}  # by thread, the innermost last
+    def __init__(self, read: Callable[[], T], write: Callable[[T], None]):
+        self._read, self._write, self._changed = read, write, threading.Condition()
+        self._needs: list[_Need[T]] = []
         self._before: T | None = None
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._of_this_thread_alone)
+        _after_fork(self._of_this_thread_alone)
 
     @contextmanager
     def at(self, value: T) -> Iterator[None]:
         """With the setting at this value. Also a decorator."""
-        self._begin(threading.get_ident(), value)
+        need = _Need(threading.get_ident(), value)
         try:
+            self._begin(need)
             yield
         finally:
-            self._end(threading.get_ident())
+            self._end(need)
 
-    def _begin(self, thread: int, value: T) -> None:
+    def _begin(self, need: _Need[T]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: thread in self._needed or self._is_free_for(value))
-            if not self._needed:
-                self._before = self._read()
-            self._needed.setdefault(thread, []).append(value)
-            self._write(value)
-
-    def _is_free_for(self, value: T) -> bool:
-        return self._of_threads or all(values[-1] == value for values in self._needed.values())
-
-    def _end(self, thread: int) -> None:
-        with self._changed:
-            values = self._needed[thread]
-            values.pop()
-            if values:
-                self._write(values[-1])
-            else:
-                del self._needed[thread]
-                if self._of_threads or not self._needed:
-                    self._write(cast(T, self._before))
+            for outer in self._of(need.thread):
+                outer.is_held = False
             self._changed.notify_all()
+            self._hold(need)
+
+    def _hold(self, need: _Need[T]) -> None:
+        self._changed.wait_for(lambda: all(each.value == need.value for each in self._needs if each.is_held))
+        if not self._needs:
+            self._before = self._read()
+        if need not in self._needs:
+            self._needs.append(need)
+        need.is_held = True
+        self._write(need.value)
+
+    def _end(self, need: _Need[T]) -> None:
+        """Also of one that was interrupted before it was held."""
+        with self._changed:
+            if need in self._needs:
+                self._needs.remove(need)
+            need.is_held = False
+            self._changed.notify_all()
+            if outer := self._of(need.thread)[-1:]:
+                self._hold(outer[0])
+            elif not self._needs and self._before is not None:
+                self._write(self._before)
+                self._before = None
+
+    def _of(self, thread: int) -> list[_Need[T]]:
+        """What a thread needs, the innermost last."""
+        return [each for each in self._needs if each.thread == thread]
 
     def _of_this_thread_alone(self) -> None:
         """In a forked process, where the other threads are not."""
-        self._changed, needed, mine = threading.Condition(), self._needed, threading.get_ident()
-        self._needed = {thread: values for thread, values in needed.items() if thread == mine}
-        if needed and not self._needed:
-            self._write(cast(T, self._before))
+        self._changed, others = threading.Condition(), len(self._needs)
+        self._needs = self._of(threading.get_ident())
+        if others and not self._needs and self._before is not None:
+            self._write(self._before)
+            self._before = None
+
+
+def _after_fork(call: Callable[[], None]) -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=call)
 
 
 def _products() -> tuple[Any, Any]:
@@ -102,7 +126,6 @@ def _write_precisions(precisions: tuple[str, ...]) -> None:
 
 
 _precisions = ProcessWide(lambda: tuple(setting.fp32_precision for setting in _products()), _write_precisions)
-_threads = ProcessWide(torch.get_num_threads, torch.set_num_threads, of_threads=True)
 _dtype = ProcessWide(torch.get_default_dtype, torch.set_default_dtype)
 
 
@@ -111,18 +134,36 @@ def tf32_products(wanted: bool) -> Iterator[None]:
     """float32 matrix products on a GPU in TF32 (10-bit mantissa, much faster), or exactly, whatever was set before.
 
     Convolutions too, of which a tower's patch embedding is one; torch's default for them is TF32. A model that is run
-    outside of this is not a float32 model there. Also a decorator. A thread that wants the other one waits.
+    outside of this is not a float32 model there. Also a decorator. A thread that wants the other one waits; where there
+    is no GPU, nothing is set.
     """
-    with _precisions.at(("tf32",) * 2 if wanted else ("ieee",) * 2):
+    with _precisions.at(("tf32",) * 2 if wanted else ("ieee",) * 2) if torch.cuda.is_available() else nullcontext():
         yield
+
+
+_n_threads_lock = threading.Lock()
+_n_threads_before: list[int] = []  # of everybody within one_thread
 
 
 @contextmanager
 def one_thread(wanted: bool) -> Iterator[None]:
     """torch's CPU operations on one thread, or as before: threads that wait for each other cost a small step more
     than they bring as soon as a core has other work (docs/decisions.md)."""
-    with _threads.at(1) if wanted else nullcontext():
+    if not wanted:
         yield
+        return
+    with _n_threads_lock:
+        found = torch.get_num_threads()
+        # A thread that begins while another one is within finds that one's number.
+        before = _n_threads_before[0] if found == 1 and _n_threads_before else found
+        _n_threads_before.append(before)
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _n_threads_lock:
+            _n_threads_before.remove(before)
+            torch.set_num_threads(before)
 
 
 @contextmanager
@@ -136,6 +177,15 @@ def own_defaults() -> Iterator[None]:
 
 
 _loading = threading.RLock()
+
+
+def _renew_loading() -> None:
+    """In a forked process, where a thread that holds it may not be."""
+    global _loading
+    _loading = threading.RLock()
+
+
+_after_fork(_renew_loading)
 
 
 @contextmanager

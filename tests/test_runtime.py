@@ -7,7 +7,13 @@ import threading
 import pytest
 import torch
 
-from saevlm_fast.runtime import one_thread, own_defaults, tf32_products
+from saevlm_fast.runtime import ProcessWide, loading, one_thread, own_defaults, tf32_products
+
+
+@pytest.fixture(autouse=True)
+def as_with_a_gpu(monkeypatch):
+    """Precision is a setting of a GPU alone; torch keeps it without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 @pytest.mark.parametrize(("wanted", "precision"), [(True, "tf32"), (False, "ieee")])
@@ -91,7 +97,7 @@ def test_threads_that_begin_later_have_as_many_as_before():
         torch.set_num_threads(before)
 
 
-def test_who_needs_another_value_waits_and_changes_within_itself_at_once():
+def test_who_needs_another_value_waits():
     inside, seen = threading.Event(), []
 
     def other():
@@ -103,13 +109,68 @@ def test_who_needs_another_value_waits_and_changes_within_itself_at_once():
     with tf32_products(False):
         thread.start()
         assert not inside.wait(0.2)
-        with tf32_products(True):
-            assert precisions() == ["tf32"] * 2
-        assert precisions() == ["ieee"] * 2
+        with tf32_products(False):
+            assert precisions() == ["ieee"] * 2
     assert inside.wait(30)
     thread.join(30)
     assert seen == [["tf32"] * 2]
     assert precisions() == before
+
+
+def test_a_value_within_another_one_changes_it_for_nobody_else():
+    """Two threads that go in and out of the other value: each sees what it needs, and neither waits for ever."""
+    before, wrong, n_done = precisions(), [], []
+
+    def work():
+        with tf32_products(False):
+            for _ in range(50):
+                wrong.extend([] if precisions() == ["ieee"] * 2 else ["outside"])
+                with tf32_products(True):
+                    wrong.extend([] if precisions() == ["tf32"] * 2 else ["inside"])
+        n_done.append(1)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (len(n_done), wrong, precisions()) == (3, [], before)
+
+
+def test_what_is_left_in_another_thread_or_interrupted_as_it_begins_is_put_back(monkeypatch):
+    before, setting = precisions(), ProcessWide(lambda: value[0], lambda new: value.__setitem__(0, new))
+    value = ["before"]
+    context = setting.at("within")
+    context.__enter__()
+    thread = threading.Thread(target=context.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join(30)
+    assert value == ["before"]
+    interrupted = setting.at("within")
+    with monkeypatch.context() as patch:
+        hold = ProcessWide._hold
+        patch.setattr(ProcessWide, "_hold", lambda *given: (hold(*given), signal.raise_signal(signal.SIGINT)))
+        pytest.raises(KeyboardInterrupt, interrupted.__enter__)
+    assert value == ["before"]
+    with setting.at("again"):
+        assert value == ["again"]
+    assert (value, precisions()) == (["before"], before)
+
+
+def test_without_a_gpu_nobody_waits(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before, inside = precisions(), threading.Event()
+
+    def other():
+        with tf32_products(True):
+            inside.set()
+
+    thread = threading.Thread(target=other)
+    with tf32_products(False):
+        assert precisions() == before
+        thread.start()
+        assert inside.wait(30)
+    thread.join(30)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -117,7 +178,7 @@ def test_a_forked_process_waits_for_no_thread_that_it_does_not_have():
     inside, leave = threading.Event(), threading.Event()
 
     def hold():
-        with tf32_products(True):
+        with tf32_products(True), loading():
             inside.set()
             leave.wait(30)
 
@@ -128,6 +189,8 @@ def test_a_forked_process_waits_for_no_thread_that_it_does_not_have():
     if child == 0:
         signal.alarm(20)
         sound = precisions() == before
+        with loading():
+            pass
         with tf32_products(False):
             sound = sound and precisions() == ["ieee"] * 2
         os._exit(0 if sound and precisions() == before else 1)

@@ -210,7 +210,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict:
     run_options = train_module.RunOptions(directory / "run", checkpoint_every=options.checkpoint_every, **where)
     write_rows(path, options)
     activations = open_activations(path)
-    held_out = activations if options.evaluate_all else _first_rows(path, directory)
+    held_out = None if options.evaluate_all else _first_rows(path, directory)
     first = _warm_up(activations, sae_config, config, where, directory)
     order = partial(ShuffledRows, exact_bytes=options.exact_bytes)
     with small_page_cache(path, options.page_cache):
@@ -291,8 +291,9 @@ def _warm_up(
 
 
 def _first_rows(path: Path, directory: Path):
-    """A validation set of 8192 rows, as a run that has one."""
-    np.save(directory / "validation.npy", np.load(path, mmap_mode="r")[:8192])
+    """A validation set of 8192 rows, as a run that has one; of half the rows where there are few."""
+    rows_ND = np.load(path, mmap_mode="r")
+    np.save(directory / "validation.npy", rows_ND[: min(8192, len(rows_ND) // 2)])
     return open_activations(directory / "validation.npy")
 
 

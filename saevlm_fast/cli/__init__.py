@@ -1,5 +1,6 @@
 """The command line: options, config, call, print; one module a command. Input errors: one line, exit code 2."""
 
+import atexit
 import os
 import signal
 import sys
@@ -68,13 +69,11 @@ def _code() -> int:
 def _leave(code: int) -> NoReturn:
     """The end of the process, also where a logger hangs: its package may wait for it when Python ends.
 
-    What the command has done is done: a Ctrl-C while Python ends would make 130 of its exit code.
     Not of somebody's session, as by %run in a notebook.
     """
-    alone = not hasattr(sys, "ps1")
-    if alone:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if beside.hanging and alone:
+    # What the command has done is done: a Ctrl-C while Python ends would make 130 of its exit code.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    if beside.hanging and not hasattr(sys, "ps1"):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):  # whoever read it is gone
                 stream.flush()

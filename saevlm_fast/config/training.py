@@ -129,7 +129,7 @@ class TrainConfig(Settings):
     )
     accumulate: int = setting(
         1,
-        help="Micro-batches that a step's rows are cut into, whose gradients are summed: less memory, the same step. "
+        help="Micro-batches that a step's rows are cut into: less memory, the same step. "
         "batch_topk and matryoshka then select within a micro-batch.",
         paper="1",
         at_least=1,

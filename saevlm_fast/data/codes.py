@@ -28,6 +28,7 @@ from saevlm_fast.data.rows import (
     check_chunk,
     check_usable,
     open_index,
+    split_key,
 )
 from saevlm_fast.data.store import CODES, StoreIndex, map_shard, read_index
 from saevlm_fast.data.writing import StoreWriter
@@ -213,7 +214,7 @@ def as_rows(x: Rows, name: str) -> Activations | StoredCodes:
     """Activations, as of activations_of, or stored codes, also of a path. Raises as activations_of and open_codes."""
     if isinstance(x, StoredCodes):
         return x
-    if isinstance(x, str | os.PathLike) and _format(path_of(name, x)) == CODES:
+    if isinstance(x, str | os.PathLike) and _format(split_key(path_of(name, x))[0]) == CODES:
         return open_codes(x)
     return activations_of(x, name)
 

@@ -240,7 +240,7 @@ class ActivationWriter(StoreWriter):
     def _checked(self, batch_BD: Tensor | np.ndarray) -> Tensor:
         check_kind("rows", batch_BD, (Tensor, np.ndarray), "a tensor or an array [rows, d_in]")
         if isinstance(batch_BD, np.ndarray):
-            rows_BD = host_matrix(batch_BD, "rows") if len(batch_BD) else torch.from_numpy(batch_BD)
+            rows_BD = host_matrix(batch_BD, "rows") if batch_BD.size else torch.from_numpy(batch_BD)
         else:
             rows_BD = batch_BD
         width, shape = self._index.width, list(rows_BD.shape)

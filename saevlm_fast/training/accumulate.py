@@ -10,9 +10,10 @@ is made of a micro-batch alone:
 Everything else is the whole batch's, to rounding: mse and its gradient, dead latents and their auxiliary loss, the
 clip, Adam. A TopK step is therefore the step without micro-batches.
 
-Sparse codes are joined (here, and gpu_codes.py on a GPU), and the step goes on as with one batch. Where they are half
-dense, one micro-batch after the other is multiplied, and their gradients are summed: in memory are two whole gradients,
-and the entries of one micro-batch (here on a CPU; gpu_dense.py on a GPU).
+Sparse codes are joined (here, and gpu_codes.py on a GPU), and the step goes on as with one batch. Where the batch is
+large beside the SAE, or the codes are half dense, one micro-batch is taken after the other, and their gradients are
+summed: in memory are two whole gradients, and the residuals and entries of one micro-batch (here on a CPU; of dense
+codes gpu_dense.py on a GPU).
 
 Shape suffixes: B rows, G Matryoshka groups, D d_in, S d_sae, M entries.
 """
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from saevlm_fast.config import SAEConfig
 from saevlm_fast.kernels.segment_sum import segment_sum
 from saevlm_fast.kernels.sparse_decode import gather_dot_op, matryoshka_decode
 from saevlm_fast.sae import SparseAutoencoder
@@ -33,9 +35,10 @@ from saevlm_fast.training.penalty import Penalty, joined_penalty, totals
 Numbers = tuple[Tensor, Tensor, Tensor, Tensor | None]  # overall, mse, aux, penalty
 
 
-def pieces_of(x_BD: Tensor, n: int) -> list[Tensor]:
-    """The rows of each of n micro-batches."""
-    return [x_BD[i::n].contiguous() for i in range(n)]
+def joins(sae: SAEConfig, n_rows: int) -> bool:
+    """Whether joined codes take no more memory than summed gradients, in numbers of d_in: the batch in its new order,
+    centred, and its residuals; beside two whole gradients."""
+    return (2 + len(sae.group_ends)) * n_rows <= 4 * sae.d_sae
 
 
 def in_turns(rows_BD: Tensor, n: int) -> Tensor:

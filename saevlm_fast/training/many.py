@@ -214,7 +214,7 @@ def train_many(
     first = next(iter(saes))
     for name, sae_config in saes.items():
         recipes[name].check_fits(sae_config)
-        train_on, evaluated = fitting(activations, validation, sae_config)
+    train_on, evaluated = fitting(activations, validation, *saes.values())
     device = resolve_device(options.device)
     needed = _needed(saes, recipes, train_on.n_rows)
     check_memory(device, needed)

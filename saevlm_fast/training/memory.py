@@ -87,11 +87,19 @@ def check_disk(output: Path, saes: "Iterable[SAEConfig]") -> None:
     what = "the SAE with a checkpoint takes" if n == 1 else f"{n} SAEs with their checkpoints take"
     there = next(each for each in (output.absolute(), *output.absolute().parents) if each.exists())
     total, _, free = shutil.disk_usage(there)
+    free += sum(_unfinished_bytes(place) for place in (output, *output.glob("*")))
     # Some file systems over a network know no size.
     require(
         needed <= free or total == 0,
         f"output: {what} {_gb(needed)}, and {_gb(free)} are free on the disk of {output}",
     )
+
+
+def _unfinished_bytes(output: Path) -> int:
+    """Of a replacement that was cut short, which the next one removes."""
+    from saevlm_fast.outputs import REPLACEMENT
+
+    return sum(path.stat().st_size for path in (output / REPLACEMENT).rglob("*") if path.is_file())
 
 
 def free_memory(device: "torch.device") -> int | None:

@@ -127,20 +127,21 @@ def log_every(options: RunOptions, config: TrainConfig) -> int:
     return options.log_every or max(1, min(100, config.n_steps // 100))
 
 
-def fitting(activations: Matrix, validation: Matrix | None, sae_config: SAEConfig) -> tuple[Activations, Activations]:
+def fitting(activations: Matrix, validation: Matrix | None, *sae_configs: SAEConfig) -> tuple[Activations, Activations]:
     """What is trained on, and what is evaluated on.
 
-    ValueError: no activations, or of another width than the SAE; nothing held out where something should be.
+    ValueError: no activations, or of another width than an SAE; nothing held out where something should be.
     """
     train_on = activations_of(activations, "activations")
     held_out = train_on if validation is None else activations_of(validation, "validation")
     if validation is not None:
         check_held_out(train_on, train_on if validation is activations else held_out)
-    check_kind("sae_config", sae_config, SAEConfig, "an SAEConfig; SAEConfig.sized(d_in) makes one")
-    require(
-        train_on.d == sae_config.d_in,
-        f"d_in: {sae_config.d_in} does not fit activations of width {train_on.d} ({train_on.path})",
-    )
+    for sae_config in sae_configs:
+        check_kind("sae_config", sae_config, SAEConfig, "an SAEConfig; SAEConfig.sized(d_in) makes one")
+        require(
+            train_on.d == sae_config.d_in,
+            f"d_in: {sae_config.d_in} does not fit activations of width {train_on.d} ({train_on.path})",
+        )
     require(
         held_out.d == train_on.d,
         f"validation: width {held_out.d} differs from the activations' {train_on.d}",

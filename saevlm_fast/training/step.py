@@ -19,7 +19,7 @@ from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import in_one_chunk, screens_cuda
 from saevlm_fast.sae import SparseAutoencoder, first_rows
 from saevlm_fast.sparse_codes import SparseCodes, smallest_positive
-from saevlm_fast.training.accumulate import SummedGradients, in_turns, joined, pieces_of
+from saevlm_fast.training.accumulate import SummedGradients, in_turns, joined, joins
 from saevlm_fast.training.any_device import is_dense, update_, whole_gradients
 from saevlm_fast.training.dead_latents import DeadBound, DeadLatents, padded_size
 from saevlm_fast.training.gradients import Gradients, Losses, loss_and_gradients
@@ -35,7 +35,7 @@ class StepOutput(NamedTuple):
     """What a step measured: losses, reconstruction x_hat [B, d_in] (all groups), codes, number of dead latents.
 
     n_dead is a 0-d tensor on a GPU, where some can be dead. codes are None of a step that goes by matrix products alone
-    (gpu_dense.py), n_fired then says how many of their entries fire (0-d).
+    (gpu_dense.py) or sums gradients of micro-batches, n_fired then says how many of their entries fire (0-d).
     """
 
     losses: Losses
@@ -235,21 +235,23 @@ class Stepper:
     def _accumulated_step(self, x_BD: Tensor) -> StepOutput:
         """The same in micro-batches. The rows of the codes are theirs, one after the other."""
         n = min(self.config.accumulate, len(x_BD))
-        pieces = pieces_of(x_BD, n)
-        first = self._encode(pieces[0])
-        if x_BD.is_cuda or (first[1] is not None and is_dense(first[0])):
-            return self._summed_step(x_BD, pieces, first)
-        parts = [first, *(self._encode(piece_BD) for piece_BD in pieces[1:])]
+        first = self._encode(x_BD[0::n].contiguous())
+        dense = first[1] is not None and is_dense(first[0])
+        if x_BD.is_cuda or dense or not joins(self.sae.config, len(x_BD)):
+            return self._summed_step(x_BD, n, first)
+        parts = [first, *(self._encode(x_BD[i::n].contiguous()) for i in range(1, n))]
         codes, penalty = joined(parts, len(x_BD))
         smallest = torch.stack([self._smallest(each) for each, _ in parts]).mean()
         self._track(codes.fired(), len(x_BD), smallest)
-        output = self._sparse_step(torch.cat(pieces), codes, self._dead_latents(), penalty)
+        ordered_BD = torch.cat([x_BD[i::n] for i in range(n)])
+        output = self._sparse_step(ordered_BD, codes, self._dead_latents(), penalty)
         return output._replace(x_hat_BD=in_turns(output.x_hat_BD, n))
 
-    def _summed_step(self, x_BD: Tensor, pieces: list[Tensor], first: tuple[SparseCodes, Penalty | None]) -> StepOutput:
-        """The same, on any device, where the codes of a micro-batch are hardly sparse: no two are held."""
-        sums, smallest, part = SummedGradients(self.sae, x_BD, len(pieces)), [], first
-        for number, piece_BD in enumerate(pieces):
+    def _summed_step(self, x_BD: Tensor, n: int, first: tuple[SparseCodes, Penalty | None]) -> StepOutput:
+        """The same, on any device, without what the whole batch takes: no two micro-batches' codes are held."""
+        sums, smallest, part = SummedGradients(self.sae, x_BD, n), [], first
+        for number in range(n):
+            piece_BD = x_BD[number::n].contiguous()
             part = part if number == 0 else self._encode(piece_BD)
             sums.add(number, piece_BD, *part)
             smallest.append(self._smallest(part[0]))

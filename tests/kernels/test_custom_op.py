@@ -95,3 +95,16 @@ def test_what_an_op_writes_autograd_knows():
 def test_a_device_without_a_kernel_is_named():
     with pytest.raises(NotImplementedError, match="doubled_for_a_test"):
         doubled.overload(torch.ones(3).to_mkldnn())
+
+
+def test_an_op_that_is_defined_anew_has_its_new_kernels():
+    """As by importlib.reload or a notebook's %autoreload."""
+    for factor in (2, 3):
+
+        @custom_op("defined_twice_for_a_test")
+        def op(x: Tensor) -> Tensor:
+            raise AssertionError("a CUDA kernel, on no GPU")
+
+        op.register_kernel("cpu")(lambda x, factor=factor: x * factor)
+        op.register_fake(lambda x: x.new_empty(x.shape))
+        assert torch.equal(op(torch.ones(2)), torch.full((2,), float(factor)))

@@ -185,3 +185,13 @@ def test_micro_batches_of_sparse_codes_and_of_half_dense_ones_are_the_same_step(
         torch.testing.assert_close(found.x_hat_BD, expected.x_hat_BD, rtol=1e-9, atol=1e-12)
     for name, parameter in parameters(joined).items():
         torch.testing.assert_close(parameters(summed)[name], parameter, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_that_is_large_beside_the_sae_is_not_held_whole():
+    small, large = (torch.randn(n, D_IN, dtype=torch.float64) for n in (4 * D_SAE // 3, 4 * D_SAE // 3 + 1))
+    assert make("topk", 2)[0].step(small).codes is not None
+    summed, whole = make("topk", 2)[0], make("topk", 1)[0]
+    found, expected = summed.step(large), whole.step(large)
+    assert found.codes is None
+    torch.testing.assert_close(found.x_hat_BD, expected.x_hat_BD, rtol=1e-9, atol=1e-12)
+    assert float(found.losses.overall) == pytest.approx(float(expected.losses.overall), rel=1e-9)

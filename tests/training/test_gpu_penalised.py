@@ -97,6 +97,7 @@ def test_a_bad_row_is_told_by_a_step_of_split_products(architecture, bad, monkey
 def test_micro_batches_are_those_of_a_cpu(architecture, monkeypatch):
     """Two micro-batches of seven rows, not of one size."""
     monkeypatch.setattr(gpu_codes, "SPARSE_SHARE", 1.0)
+    monkeypatch.setattr(step, "is_dense", lambda codes: False)
     made = [
         test_accumulate.make(architecture, 2, dead_after=5, threshold_start=0, threshold_beta=0.5) for _ in range(2)
     ]
