@@ -19,7 +19,7 @@ from saevlm_fast.data.store import (
     StoreIndex,
     joined_index,
     map_shard,
-    meant_by,
+    meant_in,
     read_items,
     verify,
 )
@@ -63,7 +63,8 @@ def inspect(path: str | Path) -> Description:
     contents = [child for child in children if _describer(child)]
     if not contents:
         nearly = registry.nearly(Source(path))
-        raise ValueError(f"{path}: nothing to inspect in it; {nearly or f'known are {KINDS}'}{meant_by(path)}")
+        meant = meant_in(sorted(path.iterdir()))
+        raise ValueError(f"{path}: nothing to inspect in it; {nearly or f'known are {KINDS}'}{meant}")
     described = [_sound_or_damaged(child) for child in contents]
     return {
         "path": str(path),

@@ -150,7 +150,8 @@ def test_what_is_left_in_another_thread_or_interrupted_as_it_begins_is_put_back(
     with monkeypatch.context() as patch:
         hold = ProcessWide._hold
         patch.setattr(ProcessWide, "_hold", lambda *given: (hold(*given), signal.raise_signal(signal.SIGINT)))
-        pytest.raises(KeyboardInterrupt, interrupted.__enter__)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.__enter__()
     assert value == ["before"]
     with setting.at("again"):
         assert value == ["again"]

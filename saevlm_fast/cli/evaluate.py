@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +43,7 @@ def _controls(name: str, text: str) -> tuple[str, ...]:
         return CONTROLS if text == "all" else ()
     named = texts(name, text)
     for each in named:
+        require(each not in ("all", "none"), f"{name}: {each!r} stands alone, without others")
         require(each in CONTROLS, f"{name}: {each!r} is not one of all, none, {', '.join(CONTROLS)}")
     return named
 
@@ -147,6 +148,7 @@ def open_inputs(options: EvaluateArguments, saes: "Mapping[str, SparseAutoencode
 
     activations = open_activations(options.activations)
     _check_rows({name: sae for name, sae in saes.items() if control_of(sae) != RANDOM_WEIGHTS}, activations)
+    _tell_trained_on(options, activations)
     embeddings = {
         name: open_activations(path)
         for name, path in zip(names_of(options.embeddings) if options.embeddings else (), options.embeddings)
@@ -181,6 +183,18 @@ def _check_rows(saes: "Mapping[str, SparseAutoencoder]", activations: "Activatio
         )
         if (doubt := check_rows_of(sae, activations)) is not None:
             warn(f"{doubt}; its codes of {activations.path} may mean little")
+
+
+def _tell_trained_on(options: EvaluateArguments, activations: "Activations") -> None:
+    """Of SAEs whose run says so."""
+    from saevlm_fast.training.checkpoints import read_settings
+    from saevlm_fast.training.state import DATA_DIGEST
+
+    for place in options.sae:
+        with suppress(ValueError, OSError):  # no run of this program
+            digest = read_settings(Path(place))["data"].get(DATA_DIGEST)
+            if digest is not None and digest == activations.digest():
+                warn(f"{place} was trained on the rows of {activations.path}; on others it may do worse")
 
 
 def open_random_inputs(

@@ -379,7 +379,7 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
     """
     require(path.is_file(), f"config: {path} is not a file")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except RecursionError:
         raise ValueError(f"{path}: not valid TOML (nested too deeply)") from None
     except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
@@ -400,21 +400,27 @@ def read_config(path: Path, name: str, cls: Any) -> dict[str, Any]:
 
 
 def _used(given: Mapping[str, Any]) -> list[str]:
-    """What was given and excludes others: a flag that is off does not."""
-    return [field for field, value in given.items() if value is not False]
+    """What was given and excludes others: a flag that is off does not, nor does a list of nothing."""
+    return [field for field, value in given.items() if value is not False and value != ()]
 
 
 def _checked(table: Mapping[str, Any], where: str, name: str, cls: Any) -> dict[str, Any]:
     """The settings of a table by the names of fields. where: it stands, for messages."""
     settings = {field: known for field, known in settings_of(cls).items() if known.in_file}
     fields = {key_of(field, known): field for field, known in settings.items()} | {field: field for field in settings}
-    found = {}
+    found: dict[str, Any] = {}
+    spelt: dict[str, str] = {}
     for key, value in cls.without_removed(table, where).items():
         field = fields.get(key.replace("-", "_"))
         if field is None:
             raise ValueError(
                 f"{where}: {key!r} is not a setting of {name}{did_you_mean(key.replace('-', '_'), fields)}"
             )
+        require(field not in found, f"{where}: {spelt.get(field)!r} and {key!r} are one setting; give it once")
+        spelt[field] = key
+        if value == [] and default_of(cls, field) == ():  # as settings.toml has what was left open
+            found[field] = ()
+            continue
         if settings[field].tables:
             listed = isinstance(value, list) and len(value) > 0 and all(isinstance(each, dict) for each in value)
             require(listed, f"{where}: {key} is not a list of tables, [[{key}]]")

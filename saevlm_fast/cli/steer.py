@@ -61,19 +61,25 @@ class SteerArguments(AnswerArguments):
             raise ValueError(f"image: {self.image}: {reason}") from reason
 
 
+def _checked(options: SteerArguments) -> "tuple[list[Edit], Image]":
+    """The edits and the picture. ValueError: a latent that the SAE lacks, before a large model is loaded."""
+    from saevlm_fast.sae import read_sae_header
+
+    edits, picture = options.edits(), options.picture()
+    d_sae = read_sae_header(options.sae).config.d_sae
+    for edit in edits:
+        require(0 <= edit.latent < d_sae, f"latent: {edit.latent} of an SAE whose latents are 0 to {d_sae - 1}")
+    return edits, picture
+
+
 def plan(options: SteerArguments) -> Plan:
     """What would be asked; the time from a batch of answers without an edit."""
     from saevlm_fast.runtime import resolve_device
 
-    edits, picture = options.edits(), options.picture()
+    edits, picture = _checked(options)
     device = resolve_device(options.device)
     free = free_memory(device)
     answerer = steered_answers(options, options.only)
-    for edit in edits:
-        require(
-            0 <= edit.latent < answerer.sae.config.d_sae,
-            f"latent: {edit.latent} of an SAE whose latents are 0 to {answerer.sae.config.d_sae - 1}",
-        )
     n = len(edits) + 2
     seconds = seconds_an_answer(answerer, answerer.ask(picture, options.prompt), n)
     return Plan(
@@ -94,7 +100,7 @@ def steer(options: SteerArguments) -> dict[str, Any]:
 
     from saevlm_fast.steering.answers import SteeredRow
 
-    edits, picture = options.edits(), options.picture()
+    edits, picture = _checked(options)
     answerer = steered_answers(options, options.only)
     question = answerer.ask(picture, options.prompt)
     rows = [SteeredRow(question, None), SteeredRow(question, ()), *(SteeredRow(question, (edit,)) for edit in edits)]

@@ -41,6 +41,8 @@ class StreamSettings(Settings):
     max_skipped: float = same_as(HarvestOptions, "max_skipped", help="Share of unusable images above which it fails.")
 
     def check(self) -> None:
+        if type(self.buffer) is int:  # of rows
+            object.__setattr__(self, "buffer", str(self.buffer))
         super().check()
         self._parsed_buffer()
 

@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from saevlm_fast.errors import first_line, require, shown
 from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.settings import several
 from saevlm_fast.urls import is_url, url_of
+
+Label = str | Integral
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class LabelSet:
     known_N: np.ndarray
 
     @classmethod
-    def of(cls, labels: Iterable[str | Iterable[str] | None], name: str = "labels") -> "LabelSet":
+    def of(cls, labels: Iterable[Label | Iterable[Label] | None], name: str = "labels") -> "LabelSet":
         """One label an image, several, or None of an image of which nothing is known.
 
         Raises:
@@ -100,12 +103,14 @@ class LabelSet:
         return LabelSet(self.name, self.names, labels_M, offsets_N1, self.known_N[order_N])
 
 
-def _labels_of(image: str | Iterable[str] | None) -> set[str] | None:
-    if image is None or isinstance(image, str):
-        return None if image is None else {image}
+def _labels_of(image: Any) -> set[str] | None:
+    image = image.tolist() if hasattr(image, "tolist") else image  # of an array, of a tensor
+    if image is None or isinstance(image, str | Integral):
+        return None if image is None else {str(image)}
     known = isinstance(image, Iterable) and not isinstance(image, bytes)
-    found = set(image) if known else set()
-    require(known and all(isinstance(each, str) for each in found), f"labels: {shown(image)} is no text or texts")
+    found = {str(each) if isinstance(each, Integral) else each for each in image} if known else set()
+    wanted = "no text or whole number, or several"
+    require(known and all(isinstance(each, str) for each in found), f"labels: {shown(image)} is {wanted}")
     return found
 
 

@@ -21,7 +21,7 @@ index.part-RANK.json, and `merge_parts` joins them. Codes are written and checke
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -142,26 +142,30 @@ def read_index(path: str | os.PathLike[str]) -> StoreIndex:
     """
     folder = Path(path)
     if not (folder / "index.json").is_file():
-        raise ActivationError(f"{path}: no index.json in it: not a store of activations or codes{meant_by(folder)}")
+        raise ActivationError(f"{path}: no index.json in it: not a store of activations or codes{_hint(folder)}")
     return read_index_file(folder / "index.json")
 
 
-def meant_by(folder: Path) -> str:
-    """What may be meant by a folder that is no store itself: one that `harvest` or `synthetic` has left, or images."""
+def _hint(folder: Path) -> str:
+    """What may be meant by a folder that is no store itself: what is in it, or images."""
     try:
         inside = sorted(folder.iterdir())
         deeper = [each for sub in inside if sub.is_dir() for each in islice(sub.iterdir(), 20)]
     except OSError:
         return ""
-    meant = [
-        each for each in inside if (each / "index.json").is_file() or each.suffix in (".npy", ".pt", ".safetensors")
-    ]
-    if meant:
-        listed = ", ".join(printable(each.name) for each in meant[:4])
-        several = "; sf.ActivationWriter makes one store of several matrices" if len(meant) > 2 else ""
-        return f"; name what is meant of {listed} in it{several}"
     images = any(each.suffix.lower() in _IMAGES for each in (*inside, *deeper))
-    return "; images are in it, of which `harvest` makes a store" if images else ""
+    return meant_in(inside) or ("; images are in it, of which `harvest` makes a store" if images else "")
+
+
+def meant_in(inside: Sequence[Path]) -> str:
+    """What may be meant by a folder that `harvest` or `synthetic` has left, or that has matrices in it."""
+    matrices = (".npy", ".pt", ".safetensors")
+    meant = [each for each in inside if (each / "index.json").is_file() or each.suffix in matrices]
+    if not meant:
+        return ""
+    listed = ", ".join(printable(each.name) for each in meant[:4])
+    several = "; sf.ActivationWriter makes one store of several matrices" if len(meant) > 2 else ""
+    return f"; name what is meant of {listed} in it{several}"
 
 
 def read_index_file(file: Path) -> StoreIndex:

@@ -3,15 +3,19 @@
 import os
 import re
 import tomllib
-from typing import get_origin
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, get_origin
 
 import pytest
 
 from command import run, run_json
-from saevlm_fast.cli.options import COMMANDS, arguments, is_needed, key_of, ordered
+from saevlm_fast.cli.options import COMMANDS, arguments, is_needed, key_of, ordered, read_config
+from saevlm_fast.cli.record import _said
 from saevlm_fast.cli.toml import toml_text
+from saevlm_fast.cli.train_options import TrainArguments
 from saevlm_fast.config import StreamSettings
-from saevlm_fast.settings import choices_of, kinds_of, settings_of
+from saevlm_fast.settings import choices_of, default_of, kinds_of, settings_of
 
 TRAIN = {"k": 4, "steps": 20, "batch_size": 64, "lr": 3e-3, "device": "cpu"}
 
@@ -130,6 +134,27 @@ def test_a_value_that_is_listed_twice_is_refused_by_one_rule(name, cls, field, k
             arguments(name, cls, needed | {field: given})
         said.add(str(error.value))
     assert any(re.fullmatch(rf"{key_of(field, known)}: \S+ is listed twice", text) for text in said), said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_settings_toml_says_of_defaults_is_read_as_these(name, tmp_path):
+    """Also of lists that are empty, as those are that nobody gave."""
+    cls: Any = COMMANDS[name].options
+    known = {field: each for field, each in ordered(cls) if each.in_file and each.recorded and not each.tables}
+    defaults = {field: default_of(cls, field) for field in known}
+    given = {field: value for field, value in defaults.items() if value not in (None, MISSING)}
+    said = {key_of(f, known[f]): [_said(x) for x in v] if isinstance(v, tuple) else _said(v) for f, v in given.items()}
+    (tmp_path / "settings.toml").write_text(toml_text({name: said}))
+    given = {field: value.absolute() if isinstance(value, Path) else value for field, value in given.items()}
+    assert read_config(tmp_path / "settings.toml", name, cls) == given
+
+
+def test_a_byte_order_mark_and_two_spellings_of_one_setting(data, tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbfsteps = 3")
+    assert read_config(tmp_path / "a.toml", "train", TrainArguments) == {"steps": 3}
+    (tmp_path / "b.toml").write_text("batch_size = 64\nbatch-size = 32")
+    with pytest.raises(ValueError, match=r"b\.toml: 'batch_size' and 'batch-size' are one setting; give it once"):
+        read_config(tmp_path / "b.toml", "train", TrainArguments)
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -408,3 +408,28 @@ def test_behaviour_refused_in_one_line(clip, there, tmp_path):
     bare.save_pretrained(tmp_path / "sae")
     words = ("evaluate", "--sae", tmp_path / "sae", "--activations", tmp_path / "x.npy", "--output", tmp_path / "o")
     assert "record the point and layer" in run(*words, *model, code=2)
+
+
+def test_rows_that_an_sae_was_trained_on_are_told(there, tmp_path):
+    run(
+        "train",
+        "--activations",
+        there / "store",
+        "--output",
+        tmp_path / "sae",
+        "--steps",
+        3,
+        "--batch-size",
+        64,
+        "--k",
+        2,
+    )
+    told = f"{tmp_path / 'sae'} was trained on the rows of {there / 'store'}"
+    given = ["--sae", tmp_path / "sae", "--controls", "none"]
+    assert told in "".join(
+        run("evaluate", *given, "--activations", there / "store", "--output", tmp_path / "a").split("\n")
+    )
+    np.save(tmp_path / "others.npy", np.ones((20, D), np.float32) + np.eye(20, D, dtype=np.float32))
+    assert "was trained on the rows" not in run(
+        "evaluate", *given, "--activations", tmp_path / "others.npy", "--output", tmp_path / "b"
+    )

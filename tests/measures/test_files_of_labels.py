@@ -1,7 +1,11 @@
 """Files of labels and taxonomies: every kind is read, and what is wrong with one is said in one line."""
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+
+from saevlm_fast.data.label_sets import LabelSet
 
 
 @pytest.mark.parametrize(
@@ -68,3 +72,16 @@ def test_labels_of_a_parquet_file(tmp_path):
     kind, number = read_labels(tmp_path / "l.parquet", ["x", "y", "z"])
     assert (kind.names, kind.labels_M.tolist(), kind.known_N.tolist()) == (("a", "b"), [0, 1], [True, True, False])
     assert number.names == ("1", "2", "3")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[0, 1, 2, 0], np.array([0, 1, 2, 0]), torch.tensor([0, 1, 2, 0]), [[0], [1], [2], [0]], ["0", "1", "2", "0"]],
+)
+def test_whole_numbers_are_labels(labels):
+    found = LabelSet.of(labels)
+    assert found.names == ("0", "1", "2")
+    assert found.labels_M.tolist() == [0, 1, 2, 0]
+    for wrong in ([0.5, 1.0], torch.tensor([0.5, 1.0]), [b"x"], np.zeros((2, 2))):
+        with pytest.raises(ValueError, match=r"labels: .* is no text or whole number, or several"):
+            LabelSet.of(wrong)
