@@ -37,6 +37,9 @@ class Op(Generic[P, R]):
         self.overload: Any = getattr(torch.ops.saevlm_fast, name).default
         self.register_kernel("cuda")(cuda_kernel)
 
+    def __repr__(self) -> str:
+        return f"<Op {self._name}>"
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.overload(*args, **kwargs)
 
