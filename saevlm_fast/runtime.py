@@ -137,8 +137,12 @@ def tf32_products(wanted: bool) -> Iterator[None]:
     outside of this is not a float32 model there. Also a decorator. A thread that wants the other one waits; where there
     is no GPU, nothing is set.
     """
-    with _precisions.at(("tf32",) * 2 if wanted else ("ieee",) * 2) if torch.cuda.is_available() else nullcontext():
+    with _precisions.at(("tf32",) * 2 if wanted else ("ieee",) * 2) if _has_gpu() else nullcontext():
         yield
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 _n_threads_lock = threading.Lock()

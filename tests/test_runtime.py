@@ -13,7 +13,7 @@ from saevlm_fast.runtime import ProcessWide, loading, one_thread, own_defaults, 
 @pytest.fixture(autouse=True)
 def as_with_a_gpu(monkeypatch):
     """Precision is a setting of a GPU alone; torch keeps it without one."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("saevlm_fast.runtime._has_gpu", lambda: True)
 
 
 @pytest.mark.parametrize(("wanted", "precision"), [(True, "tf32"), (False, "ieee")])
@@ -149,7 +149,12 @@ def test_what_is_left_in_another_thread_or_interrupted_as_it_begins_is_put_back(
     interrupted = setting.at("within")
     with monkeypatch.context() as patch:
         hold = ProcessWide._hold
-        patch.setattr(ProcessWide, "_hold", lambda *given: (hold(*given), signal.raise_signal(signal.SIGINT)))
+
+        def interrupted_there(*given):
+            hold(*given)
+            raise KeyboardInterrupt
+
+        patch.setattr(ProcessWide, "_hold", interrupted_there)
         with pytest.raises(KeyboardInterrupt):
             interrupted.__enter__()
     assert value == ["before"]
@@ -159,7 +164,7 @@ def test_what_is_left_in_another_thread_or_interrupted_as_it_begins_is_put_back(
 
 
 def test_without_a_gpu_nobody_waits(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("saevlm_fast.runtime._has_gpu", lambda: False)
     before, inside = precisions(), threading.Event()
 
     def other():

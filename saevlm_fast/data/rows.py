@@ -6,7 +6,6 @@ and finite, and of a store as it was written: a shard is compared with its SHA-2
 suffixes: N rows, B rows of a batch, D d_in.
 """
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -74,18 +73,8 @@ class StoredRows:
         self._opened = opener, (url_of(path) if is_url(path) else str(path.absolute())) + (key and f"::{key}")
         return self
 
-    def __copy__(self) -> Self:
-        return self  # of rows that nobody changes
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        if self._opened is not None:
-            return self
-        copied = object.__new__(type(self))
-        copied.__dict__ |= copy.deepcopy(self.__dict__, memo)
-        return copied
-
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Of what was opened its place goes to another process, and not what is mapped."""
+        """Of what was opened its place goes to another process, and not what is mapped. A copy is opened anew."""
         return super().__reduce_ex__(protocol) if self._opened is None else (self._opened[0], self._opened[1:])
 
     @property

@@ -55,9 +55,7 @@ def test_pickled_and_copied(kind, tmp_path, monkeypatch):
     packed = pickle.dumps(stored)
     assert (len(packed) < 2000) == (kind != "memory")
     monkeypatch.chdir("/")
-    assert copy.copy(stored) is stored
-    assert (copy.deepcopy(stored) is stored) == (kind != "memory")
-    for other in (pickle.loads(packed), copy.deepcopy(stored)):
+    for other in (pickle.loads(packed), copy.copy(stored), copy.deepcopy(stored)):
         assert torch.equal(read(other), read(stored))
         assert (other.path, other.n_rows) == (stored.path, N)
 

@@ -19,6 +19,13 @@ from tiny_tower import save_clip
 POINTS = [HookPoint("residual", 1), HookPoint("projection")]
 
 
+@pytest.fixture(autouse=True)
+def as_with_a_gpu(monkeypatch):
+    """Precision is a setting of a GPU alone; torch keeps it without one."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("saevlm_fast.runtime._has_gpu", lambda: True)
+
+
 def precisions():
     return {setting.fp32_precision for setting in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)}
 
