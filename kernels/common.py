@@ -70,7 +70,7 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
 
 def _unseen_by_dynamo(kernel: Callable[P, R]) -> Callable[P, R]:
     """The kernel, which Dynamo does not trace when an op is called between the graphs of a compiled function."""
-    disabled = functools.cache(torch.compiler.disable)
+    disabled: Any = functools.cache(torch.compiler.disable)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         run = disabled(kernel) if "torch._dynamo" in sys.modules else kernel

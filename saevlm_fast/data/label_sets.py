@@ -108,7 +108,7 @@ def _labels_of(image: Any) -> set[str] | None:
     if image is None or isinstance(image, str | Integral):
         return None if image is None else {str(image)}
     known = isinstance(image, Iterable) and not isinstance(image, bytes)
-    found = {str(each) if isinstance(each, Integral) else each for each in image} if known else set()
+    found: set[Any] = {str(each) if isinstance(each, Integral) else each for each in image} if known else set()
     wanted = "no text or whole number, or several"
     require(known and all(isinstance(each, str) for each in found), f"labels: {shown(image)} is {wanted}")
     return found
