@@ -145,8 +145,15 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-_n_threads_lock = threading.Lock()
-_n_threads_before: list[int] = []  # of everybody within one_thread
+class _Numbers(threading.local):
+    """What each thread within one_thread puts back, the innermost last."""
+
+    def __init__(self) -> None:
+        self.before: list[int] = []
+
+
+_numbers = _Numbers()
+_number_of_all: list[int] = []  # what threads within one_thread found before any of them was
 
 
 @contextmanager
@@ -156,18 +163,21 @@ def one_thread(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    with _n_threads_lock:
-        found = torch.get_num_threads()
-        # A thread that begins while another one is within finds that one's number.
-        before = _n_threads_before[0] if found == 1 and _n_threads_before else found
-        _n_threads_before.append(before)
-        torch.set_num_threads(1)
+    found = torch.get_num_threads()
+    # A thread that begins while another one is within finds that one's number; within itself it found its own.
+    before = next(iter(_number_of_all), found) if found == 1 and not _numbers.before else found
+    _numbers.before.append(before)
+    _number_of_all.append(before)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        with _n_threads_lock:
-            _n_threads_before.remove(before)
-            torch.set_num_threads(before)
+        _numbers.before.pop()
+        _number_of_all.remove(before)
+        torch.set_num_threads(before)
+
+
+_after_fork(lambda: _number_of_all.__setitem__(slice(None), _numbers.before))
 
 
 @contextmanager

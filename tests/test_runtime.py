@@ -41,6 +41,20 @@ def test_one_thread_is_given_back_even_after_an_error():
         torch.set_num_threads(before)
 
 
+def test_one_thread_within_one_thread_leaves_the_outer_one_as_it_is():
+    """As the measurement that decides for screening, in the first step of a small run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread(True):
+            with one_thread(True):
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def precisions():
     return [setting.fp32_precision for setting in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]
 
