@@ -12,8 +12,8 @@ clip, Adam. A TopK step is therefore the step without micro-batches.
 
 Sparse codes are joined (here, and gpu_codes.py on a GPU), and the step goes on as with one batch. Where the batch is
 large beside the SAE, or the codes are half dense, one micro-batch is taken after the other, and their gradients are
-summed: in memory are two whole gradients, and the residuals of one micro-batch and the entries of a few (here on a CPU; of dense
-codes gpu_dense.py on a GPU).
+summed: in memory are two whole gradients, the residuals of one micro-batch and the entries of three at most (here on a
+CPU; of dense codes gpu_dense.py on a GPU).
 
 Shape suffixes: B rows, G Matryoshka groups, D d_in, S d_sae, M entries.
 """

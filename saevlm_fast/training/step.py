@@ -248,7 +248,7 @@ class Stepper:
         return output._replace(x_hat_BD=in_turns(output.x_hat_BD, n))
 
     def _summed_step(self, x_BD: Tensor, n: int, first: tuple[SparseCodes, Penalty | None]) -> StepOutput:
-        """The same, on any device, without what the whole batch takes: codes of three micro-batches are held at most."""
+        """The same, on any device, without what the whole batch takes: it holds three micro-batches' codes at most."""
         sums, smallest, part = SummedGradients(self.sae, x_BD, n), [], first
         for number in range(n):
             piece_BD = x_BD[number::n].contiguous()
