@@ -92,7 +92,8 @@ class ProcessWide(Generic[T]):
                 self._needs.remove(need)
             need.is_held = False
             self._changed.notify_all()
-            if outer := self._of(need.thread)[-1:]:
+            outer = self._of(need.thread)[-1:]
+            if outer and need.thread == threading.get_ident():  # no other thread holds what is not its own
                 self._hold(outer[0])
             elif not self._needs and self._before is not None:
                 self._write(self._before)

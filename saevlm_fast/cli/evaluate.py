@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -191,10 +191,13 @@ def _tell_trained_on(options: EvaluateArguments, activations: "Activations") -> 
     from saevlm_fast.training.state import DATA_DIGEST
 
     for place in options.sae:
-        with suppress(ValueError, OSError):  # no run of this program
-            digest = read_settings(Path(place))["data"].get(DATA_DIGEST)
-            if digest is not None and digest == activations.digest():
-                warn(f"{place} was trained on the rows of {activations.path}; on others it may do worse")
+        try:
+            settings = read_settings(Path(place))
+        except (ValueError, OSError):  # no run of this program
+            continue
+        trained = settings["train"].get("control") != "untrained" and DATA_DIGEST in settings["data"]
+        if trained and settings["data"][DATA_DIGEST] == activations.digest():
+            warn(f"{place} was trained on the rows of {activations.path}; on others it may do worse")
 
 
 def open_random_inputs(

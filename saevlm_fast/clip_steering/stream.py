@@ -126,7 +126,6 @@ class Stream:
         with torch.inference_mode():
             return self.splice.output(inputs, x_RTD)
 
-    @tf32_products(False)
     def gradients(self, batch: ImageBatch, readings: Callable[[Tensor], Sequence[Tensor]]) -> Iterator[Tensor]:
         """[B, T, D]: of each number that `readings` makes of the outputs [B, E], with respect to the stream."""
         module, extract = self.tower.anatomy.image_points[self.splice.after.point]
@@ -146,7 +145,9 @@ class Stream:
             finally:
                 handle.remove()
             for number in readings(caught[0]):
-                yield torch.autograd.grad(number, x_BTD, retain_graph=True)[0].detach()
+                with tf32_products(False):
+                    gradient_BTD = torch.autograd.grad(number, x_BTD, retain_graph=True)[0].detach()
+                yield gradient_BTD
 
 
 @contextmanager

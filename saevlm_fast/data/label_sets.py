@@ -20,7 +20,7 @@ from saevlm_fast.remote.cache import fetched, telling_urls
 from saevlm_fast.settings import several
 from saevlm_fast.urls import is_url, url_of
 
-Label = str | Integral
+Label = str | int
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,22 @@ class LabelSet:
 
 
 def _labels_of(image: Any) -> set[str] | None:
-    image = image.tolist() if hasattr(image, "tolist") else image  # of an array, of a tensor
-    if image is None or isinstance(image, str | Integral):
-        return None if image is None else {str(image)}
-    known = isinstance(image, Iterable) and not isinstance(image, bytes)
-    found: set[Any] = {str(each) if isinstance(each, Integral) else each for each in image} if known else set()
-    wanted = "no text or whole number, or several"
-    require(known and all(isinstance(each, str) for each in found), f"labels: {shown(image)} is {wanted}")
-    return found
+    if image is None:
+        return None
+    alone = isinstance(image, str) or getattr(image, "ndim", None) == 0 or not isinstance(image, Iterable)
+    # A row of a matrix may be ones and zeros, and is no list of labels.
+    listed = [image] if alone else None if hasattr(image, "ndim") or isinstance(image, bytes) else list(image)
+    found = [_name(each) for each in listed or []]
+    fits = listed is not None and None not in found
+    require(fits, f"labels: {shown(image)} is no text or whole number, or several")
+    return {name for name in found if name is not None}
+
+
+def _name(label: Any) -> str | None:
+    """A text, or a whole number as one, also of an array or a tensor; None of another thing."""
+    label = label.item() if getattr(label, "ndim", None) == 0 else label
+    whole = isinstance(label, Integral) and not isinstance(label, bool)
+    return str(label) if whole or isinstance(label, str) else None
 
 
 def halves(ids: Sequence[str]) -> np.ndarray:

@@ -78,8 +78,8 @@ def harvest(
         if ranks.rank == 0:
             lock = locks.enter_context(output_lock(options.output, directory=True))
         with (
+            tf32_products(config.dtype == "tf32"),  # may wait for a thread, as long as Ctrl-C still ends that
             interruptible() as interrupted,
-            tf32_products(config.dtype == "tf32"),
             tower.hooked(config.points, options.compile, autocast, tf32=config.dtype == "tf32") as run,
         ):
 

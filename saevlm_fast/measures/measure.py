@@ -353,7 +353,7 @@ def measure(
     activations: Matrix,
     *,
     embeddings: Matrix | None = None,
-    labels: Sequence[str | None] | LabelSet | None = None,
+    labels: Sequence[str | int | None] | LabelSet | None = None,
     taxonomy: Taxonomy | Mapping[str, Sequence[str]] | None = None,
     controls: Sequence[str] = (),
     compare: bool = False,
@@ -370,7 +370,8 @@ def measure(
         saes: an SAE, or several by name, as from_pretrained gives them; each on its device.
         activations: rows of the SAEs' width. A store's rows of one image are pooled by `pool`, max or mean.
         embeddings: row i of image i, for the Monosemanticity Score.
-        labels: one for each image, None where unknown, or a LabelSet. A store's own are taken if none are given.
+        labels: one for each image, a text or a whole number, None where unknown; or a LabelSet. A store's own are taken
+            if none are given.
         taxonomy: label -> path from the root, or a Taxonomy.
         controls: of untrained, rotation, raw, pca, kmeans.
         compare: whether the first SAE is matched with each other.
@@ -433,7 +434,7 @@ def _check_choices(name: str, chosen: Sequence[Any], choices: Sequence[str]) -> 
         require(known, f"{name}: {shown(each)} is not one of {', '.join(choices)}")
 
 
-def _label_sets(labels: Sequence[str | None] | LabelSet | None, rows: Activations) -> tuple[LabelSet, ...]:
+def _label_sets(labels: Sequence[str | int | None] | LabelSet | None, rows: Activations) -> tuple[LabelSet, ...]:
     if isinstance(labels, LabelSet):
         return (labels,)
     if labels is None:

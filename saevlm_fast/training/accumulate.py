@@ -12,8 +12,8 @@ clip, Adam. A TopK step is therefore the step without micro-batches.
 
 Sparse codes are joined (here, and gpu_codes.py on a GPU), and the step goes on as with one batch. Where the batch is
 large beside the SAE, or the codes are half dense, one micro-batch is taken after the other, and their gradients are
-summed: in memory are two whole gradients, the residuals of one micro-batch and the entries of three at most (here on a
-CPU; of dense codes gpu_dense.py on a GPU).
+summed: in memory are two whole gradients, and the residuals and entries of one micro-batch (here on a CPU; of dense
+codes gpu_dense.py on a GPU).
 
 Shape suffixes: B rows, G Matryoshka groups, D d_in, S d_sae, M entries.
 """
@@ -36,8 +36,8 @@ Numbers = tuple[Tensor, Tensor, Tensor, Tensor | None]  # overall, mse, aux, pen
 
 
 def joins(sae: SAEConfig, n_rows: int) -> bool:
-    """Whether joined codes take no more memory than summed gradients, in numbers of d_in: the batch in its new order,
-    centred, and its residuals; beside two whole gradients."""
+    """Whether the batch in its new order, centred, and its residuals take no more memory than the two whole gradients
+    that sums need: (2 + groups) B rows of d_in, and 4 d_sae."""
     return (2 + len(sae.group_ends)) * n_rows <= 4 * sae.d_sae
 
 

@@ -88,8 +88,8 @@ def train(
         kept.begin(state)
         watch.begin(lambda: kept.path, state.stepper.n_steps, watched(state, sae_config, options), device)
         with (
+            tf32_products(False),  # may wait for a thread, as long as Ctrl-C still ends that
             interruptible() as interrupted,
-            tf32_products(False),
             one_thread(is_small(sae_config, config)),
             closing(line),
             told_of_compiling(on_note),

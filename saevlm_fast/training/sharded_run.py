@@ -84,8 +84,8 @@ def train_shared(
         kept.begin(state)
         watch.begin(lambda: kept.path, state.stepper.n_steps, watched(state, sae_config, options), device)
         with (
-            interruptible(patient=True) as interrupted,
             tf32_products(False),
+            interruptible(patient=True) as interrupted,
             one_thread(is_small(state.shard.config, config)),
             told_of_compiling(on_note),
         ):

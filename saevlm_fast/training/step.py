@@ -235,11 +235,11 @@ class Stepper:
     def _accumulated_step(self, x_BD: Tensor) -> StepOutput:
         """The same in micro-batches. The rows of the codes are theirs, one after the other."""
         n = min(self.config.accumulate, len(x_BD))
-        first = self._encode(x_BD[0::n].contiguous())
-        dense = first[1] is not None and is_dense(first[0])
+        parts = [self._encode(x_BD[0::n].contiguous())]
+        dense = parts[0][1] is not None and is_dense(parts[0][0])
         if x_BD.is_cuda or dense or not joins(self.sae.config, len(x_BD)):
-            return self._summed_step(x_BD, n, first)
-        parts = [first, *(self._encode(x_BD[i::n].contiguous()) for i in range(1, n))]
+            return self._summed_step(x_BD, n, parts)
+        parts += [self._encode(x_BD[i::n].contiguous()) for i in range(1, n)]
         codes, penalty = joined(parts, len(x_BD))
         smallest = torch.stack([self._smallest(each) for each, _ in parts]).mean()
         self._track(codes.fired(), len(x_BD), smallest)
@@ -247,14 +247,16 @@ class Stepper:
         output = self._sparse_step(ordered_BD, codes, self._dead_latents(), penalty)
         return output._replace(x_hat_BD=in_turns(output.x_hat_BD, n))
 
-    def _summed_step(self, x_BD: Tensor, n: int, first: tuple[SparseCodes, Penalty | None]) -> StepOutput:
-        """The same, on any device, without what the whole batch takes: it holds three micro-batches' codes at most."""
-        sums, smallest, part = SummedGradients(self.sae, x_BD, n), [], first
+    def _summed_step(self, x_BD: Tensor, n: int, first: list[tuple[SparseCodes, Penalty | None]]) -> StepOutput:
+        """The same, on any device, without what the whole batch takes. first: its first micro-batch, taken out: no two
+        are held."""
+        sums, smallest = SummedGradients(self.sae, x_BD, n), []
         for number in range(n):
             piece_BD = x_BD[number::n].contiguous()
-            part = part if number == 0 else self._encode(piece_BD)
-            sums.add(number, piece_BD, *part)
-            smallest.append(self._smallest(part[0]))
+            codes, penalty = first.pop() if first else self._encode(piece_BD)
+            sums.add(number, piece_BD, codes, penalty)
+            smallest.append(self._smallest(codes))
+            del codes, penalty
         self._track(sums.fired_S, len(x_BD), torch.stack(smallest).mean())
         dead = self._dead_latents()
         losses = Losses(*sums.finish(dead, self.auxk_alpha))

@@ -76,12 +76,19 @@ def test_labels_of_a_parquet_file(tmp_path):
 
 @pytest.mark.parametrize(
     "labels",
-    [[0, 1, 2, 0], np.array([0, 1, 2, 0]), torch.tensor([0, 1, 2, 0]), [[0], [1], [2], [0]], ["0", "1", "2", "0"]],
+    [
+        [0, 1, 2, 0],
+        np.array([0, 1, 2, 0]),
+        torch.tensor([0, 1, 2, 0]),
+        [[0], [np.int64(1)], [2], [0]],
+        ["0", "1", "2", "0"],
+    ],
 )
 def test_whole_numbers_are_labels(labels):
     found = LabelSet.of(labels)
     assert found.names == ("0", "1", "2")
     assert found.labels_M.tolist() == [0, 1, 2, 0]
-    for wrong in ([0.5, 1.0], torch.tensor([0.5, 1.0]), [b"x"], np.zeros((2, 2))):
+    matrices = np.zeros((2, 2)), np.eye(2, dtype=int), torch.eye(2, dtype=torch.int64), [[["a"]]]
+    for wrong in ([0.5, 1.0], torch.tensor([0.5, 1.0]), [b"x"], [True, False], *matrices):
         with pytest.raises(ValueError, match=r"labels: .* is no text or whole number, or several"):
             LabelSet.of(wrong)

@@ -1,5 +1,7 @@
 """--accumulate: micro-batches whose gradients are summed make the step that the whole batch makes."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -195,3 +197,20 @@ def test_a_batch_that_is_large_beside_the_sae_is_not_held_whole():
     assert found.codes is None
     torch.testing.assert_close(found.x_hat_BD, expected.x_hat_BD, rtol=1e-9, atol=1e-12)
     assert float(found.losses.overall) == pytest.approx(float(expected.losses.overall), rel=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_of_summed_micro_batches_the_codes_of_one_are_held(architecture, monkeypatch):
+    monkeypatch.setattr("saevlm_fast.training.step.joins", lambda *_: False)
+    stepper, (x_BD, *_) = make(architecture, 4)
+    encode, made, alive = stepper._encode, [], []
+
+    def counted(piece_BD):
+        alive.append(sum(each() is not None for each in made))
+        codes, penalty = encode(piece_BD)
+        made.append(weakref.ref(codes.top_acts))
+        return codes, penalty
+
+    monkeypatch.setattr(stepper, "_encode", counted)
+    stepper.step(x_BD)
+    assert alive == [0, 0, 0, 0]
