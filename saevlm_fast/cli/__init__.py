@@ -69,8 +69,8 @@ def _code() -> int:
 def _leave(code: int) -> NoReturn:
     """The end of the process, also where a logger hangs: its package may wait for it when Python ends, unless this is
     somebody's session, as by %run in a notebook."""
-    # What the command has done is done: a Ctrl-C while Python ends would make 130 of its exit code. Not ignored at once:
-    # a script that catches SystemExit goes on.
+    # What the command has done is done: a Ctrl-C while Python ends would make 130 of its exit code. Not ignored at
+    # once: a script that catches SystemExit goes on.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if beside.hanging and not hasattr(sys, "ps1"):
         for stream in (sys.stdout, sys.stderr):
