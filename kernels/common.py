@@ -13,6 +13,8 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from saevlm_fast.runtime import exactly, without_autocast
+
 GROUP = 64  # contiguous latents with one maximum: the encoders look only into groups that can hold a winner
 MAX_K = 1024  # of TopK on a GPU
 TINY = 2.0**-40  # added to norms on a GPU: more than underflow and flushing to zero take from them
@@ -29,6 +31,8 @@ class Op(Generic[P, R]):
 
     torch's own wraps every kernel so that Dynamo is imported at its first call, which takes a process a second.
     Kernels are therefore registered here, and shielded from Dynamo once somebody else has imported it.
+    What people set for a language model they load, by torch.autocast and torch.set_float32_matmul_precision, changes
+    neither the values of an op nor its gradients.
     """
 
     def __init__(self, name: str, cuda_kernel: Callable[P, R], mutates_args: tuple[str, ...]) -> None:
@@ -36,6 +40,8 @@ class Op(Generic[P, R]):
         self._op: Any = torch.library.custom_op(self._name, cuda_kernel, mutates_args=mutates_args, device_types=())
         self.overload: Any = getattr(torch.ops.saevlm_fast, name).default
         self.register_kernel("cuda")(cuda_kernel)
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            self._op._lib.impl(name, without_autocast()(self.overload), key)
 
     def __repr__(self) -> str:
         return f"<Op {self._name}>"
@@ -48,7 +54,8 @@ class Op(Generic[P, R]):
 
         def register(kernel: Callable[P, R]) -> Callable[P, R]:
             # In the library of the definition: defined anew, as by a reload, the op loses its old kernels with it.
-            torch.library.impl(self._name, device, _unseen_by_dynamo(kernel), lib=self._op._lib)
+            run = exactly(kernel) if device == "cpu" else kernel  # kernels of a GPU know no such settings
+            torch.library.impl(self._name, device, _unseen_by_dynamo(run), lib=self._op._lib)
             return kernel
 
         return register
@@ -60,7 +67,7 @@ class Op(Generic[P, R]):
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """As torch.library.register_autograd."""
-        self._op.register_autograd(backward, setup_context=setup_context)
+        self._op.register_autograd(exactly(backward), setup_context=setup_context)
 
 
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Op[P, R]]:

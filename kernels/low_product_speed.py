@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 from saevlm_fast.files import cache_directory, write_json_atomic
-from saevlm_fast.runtime import one_thread
+from saevlm_fast.runtime import float32_on_cpu, one_thread
 
 from .common import check
 
@@ -67,7 +68,8 @@ def _ratio() -> float:
 
 def _measure() -> float:
     """The two products take turns, and the least time of either counts: a host that is busy disturbs both."""
-    with one_thread(True):
+    with one_thread(True), float32_on_cpu(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, a page long, that an ARM processor has no units for bfloat16
         calls = _product(torch.float32), _product(torch.bfloat16)
         for call in calls:
             _seconds(call)  # the first ones compile

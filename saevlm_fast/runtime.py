@@ -4,15 +4,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import wraps
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
 from saevlm_fast.errors import check_kind, require
 
+P = ParamSpec("P")
 T = TypeVar("T")
+_EXACT = ("ieee", "none")  # what torch calls a precision at which float32 is float32: chosen, or by default
+_AUTOCASTS = ("cpu", "cuda")
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -117,16 +121,26 @@ def _after_fork(call: Callable[[], None]) -> None:
         os.register_at_fork(after_in_child=call)
 
 
-def _products() -> tuple[Any, Any]:
-    return torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+def _of_gpu() -> tuple[Any, ...]:
+    return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # type: ignore[attr-defined]
 
 
-def _write_precisions(precisions: tuple[str, ...]) -> None:
-    for setting, precision in zip(_products(), precisions):
-        setting.fp32_precision = precision
+def _of_cpu() -> tuple[Any, ...]:
+    return torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn  # type: ignore[attr-defined]
 
 
-_precisions = ProcessWide(lambda: tuple(setting.fp32_precision for setting in _products()), _write_precisions)
+def _precision_of(settings: Callable[[], tuple[Any, ...]]) -> ProcessWide[tuple[str, ...]]:
+    def read() -> tuple[str, ...]:
+        return tuple(setting.fp32_precision for setting in settings())
+
+    def write(precisions: tuple[str, ...]) -> None:
+        for setting, precision in zip(settings(), precisions):
+            setting.fp32_precision = precision
+
+    return ProcessWide(read, write)
+
+
+_gpu_precision, _cpu_precision = _precision_of(_of_gpu), _precision_of(_of_cpu)
 _dtype = ProcessWide(torch.get_default_dtype, torch.set_default_dtype)
 
 
@@ -136,9 +150,30 @@ def tf32_products(wanted: bool) -> Iterator[None]:
 
     Convolutions too, of which a tower's patch embedding is one; torch's default for them is TF32. A model that is run
     outside of this is not a float32 model there. Also a decorator. A thread that wants the other one waits; where there
-    is no GPU, nothing is set.
+    is no GPU, none is set there. On a CPU they are exact either way.
     """
-    with _precisions.at(("tf32",) * 2 if wanted else ("ieee",) * 2) if _has_gpu() else nullcontext():
+    with float32_on_cpu(), _gpu_precision.at(("tf32" if wanted else "ieee",) * 3) if _has_gpu() else nullcontext():
+        yield
+
+
+@contextmanager
+def float32_on_cpu() -> Iterator[None]:
+    """float32 matrix products and convolutions on a CPU exactly. Also a decorator.
+
+    torch.set_float32_matmul_precision("medium"), which people set for a language model on a GPU, makes bfloat16
+    products of them on a CPU that has units for it.
+    """
+    with _cpu_precision.at(("ieee",) * 3):
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Tensors keep their dtypes, within a torch.autocast too. Also a decorator."""
+    with ExitStack() as stack:
+        for device in _AUTOCASTS:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -183,12 +218,42 @@ _after_fork(lambda: _number_of_all.__setitem__(slice(None), _numbers.before))
 
 @contextmanager
 def own_defaults() -> Iterator[None]:
-    """With torch's defaults as this package takes them for granted: float32, on the CPU. Also a decorator.
+    """With torch's defaults as this package takes them for granted: float32, on the CPU, no autocast, and products of
+    float32 on the CPU that are float32's. Also a decorator.
 
-    People set others for language models, by torch.set_default_dtype and torch.set_default_device.
+    People set others for language models, by torch.set_default_dtype, torch.set_default_device, torch.autocast and
+    torch.set_float32_matmul_precision.
     """
-    with _dtype.at(torch.float32), torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext():
+    with ExitStack() as stack:
+        stack.enter_context(_dtype.at(torch.float32))
+        stack.enter_context(float32_on_cpu())
+        stack.enter_context(without_autocast())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         yield
+
+
+def exactly(function: Callable[P, T]) -> Callable[P, T]:
+    """The function with own_defaults, for what is called every step: it looks first whether any is not so."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _are_own():
+            return function(*args, **kwargs)
+        with own_defaults():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _are_own() -> bool:
+    """In 2 us, where the contexts take 30 and get_default_device() alone 3."""
+    return (
+        torch.get_default_dtype() is torch.float32
+        and torch.empty(0).is_cpu
+        and not any(torch.is_autocast_enabled(device) for device in _AUTOCASTS)
+        and all(torch._C._get_fp32_precision_getter("mkldnn", kind) in _EXACT for kind in ("matmul", "conv"))
+    )
 
 
 _loading = threading.RLock()

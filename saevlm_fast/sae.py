@@ -19,7 +19,7 @@ from saevlm_fast.formats.plain import Activation, PlainSAE
 from saevlm_fast.formats.source import Source
 from saevlm_fast.kernels.sparse_decode import matryoshka_decode, sparse_decode
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, threshold_encode, topk_encode
-from saevlm_fast.runtime import own_defaults, resolve_device
+from saevlm_fast.runtime import exactly, own_defaults, resolve_device
 from saevlm_fast.settings import path_of
 from saevlm_fast.sparse_codes import SparseCodes
 
@@ -177,6 +177,7 @@ class SparseAutoencoder(nn.Module):
         acts_M, latents_M, row_offsets = threshold_encode(*weights, threshold)
         return SparseCodes(acts_M, latents_M, row_offsets, shape)
 
+    @exactly
     def pre_activations(self, x: Tensor) -> Tensor:
         """What `encode` cuts: (n(x) - b_dec) W_enc + b_enc of all latents, [..., d_sae].
 

@@ -7,7 +7,16 @@ import threading
 import pytest
 import torch
 
-from saevlm_fast.runtime import ProcessWide, loading, one_thread, own_defaults, tf32_products
+from saevlm_fast.runtime import _EXACT as EXACT
+from saevlm_fast.runtime import (
+    ProcessWide,
+    exactly,
+    float32_on_cpu,
+    loading,
+    one_thread,
+    own_defaults,
+    tf32_products,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +32,48 @@ def test_products_and_convolutions_have_the_precision_asked_for_and_get_theirs_b
     with tf32_products(wanted):
         assert [setting.fp32_precision for setting in settings] == [precision] * 2
     assert [setting.fp32_precision for setting in settings] == before
+
+
+OF_CPU = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn)
+
+
+@pytest.mark.parametrize("context", [own_defaults, float32_on_cpu, lambda: tf32_products(True)])
+@pytest.mark.parametrize("rough", ["bf16", "tf32"])
+def test_products_of_a_cpu_are_exact_and_get_their_precision_back(context, rough):
+    before = [setting.fp32_precision for setting in OF_CPU]
+    try:
+        for setting in OF_CPU:
+            setting.fp32_precision = rough
+        with context():
+            assert [setting.fp32_precision for setting in OF_CPU] == ["ieee"] * 3
+        assert [setting.fp32_precision for setting in OF_CPU] == [rough] * 3
+    finally:
+        for setting, precision in zip(OF_CPU, before):
+            setting.fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    "given", [{"dtype": torch.bfloat16}, {"autocast": torch.bfloat16}, {"rough": True}, {}], ids=str
+)
+def test_exactly_looks_before_it_sets(given, monkeypatch):
+    """And sets whatever is not so: the default device has its test in test_torch_defaults.py."""
+    entered = []
+    monkeypatch.setattr("saevlm_fast.runtime.own_defaults", lambda: entered.append(1) or own_defaults())
+
+    @exactly
+    def look(x, y=2):
+        return x + y, torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), OF_CPU[0].fp32_precision in EXACT
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(given.get("dtype", before))
+    torch.set_float32_matmul_precision("medium" if "rough" in given else "highest")
+    try:
+        with torch.autocast("cpu", given.get("autocast"), enabled="autocast" in given):
+            assert look(1, y=3) == (4, torch.float32, False, True)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_float32_matmul_precision("highest")
+    assert bool(entered) == bool(given)
 
 
 def test_one_thread_is_given_back_even_after_an_error():

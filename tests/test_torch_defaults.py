@@ -1,4 +1,5 @@
-"""What people set for the whole of torch, as for a language model they load, changes no result: dtype and device."""
+"""What people set for the whole of torch, as for a language model they load, changes no result: the default dtype and
+device, autocast, the precision of float32 products."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -9,20 +10,25 @@ import torch
 
 import saevlm_fast as sf
 from saevlm_fast.images.decode import decode
+from saevlm_fast.training.step import Stepper
 
 SAE = sf.SAEConfig.sized(16, expansion=2, k=3)
+ARCHITECTURES = "topk", "batch_topk", "matryoshka", "relu", "jumprelu"
 
 
 @contextmanager
-def defaults(dtype=None, device=None):
+def defaults(dtype=None, device=None, autocast=None, matmul="highest"):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     torch.set_default_device(device)
+    torch.set_float32_matmul_precision(matmul)
     try:
-        yield
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            yield
     finally:
         torch.set_default_dtype(before)
         torch.set_default_device(None)
+        torch.set_float32_matmul_precision("highest")
 
 
 def rows(n=150, d=16, seed=0):
@@ -67,6 +73,35 @@ def answered():
     return answerer.answers([sf.SteeredRow(question, None), sf.SteeredRow(question, (sf.clamp(3, 50.0),))])
 
 
+def sized(architecture):
+    return sf.SAEConfig.sized(96, expansion=4, architecture=architecture, **sparsity(architecture))
+
+
+def sparsity(architecture):
+    return {} if architecture in ("relu", "jumprelu") else {"k": 8}
+
+
+def gradients(architecture):
+    """Of an SAE within somebody's model, whose backward pass is run in the same context; wide enough that oneDNN would
+    multiply in the precision that is set."""
+    sae = sf.SparseAutoencoder(sized(architecture)).train()
+    x_BD = rows(200, 96).requires_grad_()
+    x_hat_BD = sae(x_BD)
+    x_hat_BD.square().sum().backward()
+    pre_BS = sae.pre_activations(x_BD).detach()
+    return x_hat_BD.detach(), pre_BS, x_BD.grad, {name: weights.grad for name, weights in sae.named_parameters()}
+
+
+def stepped(architecture):
+    stepper = Stepper(sf.SparseAutoencoder(sized(architecture)), sf.TrainConfig())
+    return [list(stepper.step(rows(200, 96, seed))) for seed in range(3)], stepper.sae.state_dict()
+
+
+def trained_as(architecture):
+    sae, metrics = sf.train(rows(500, 96), sized(architecture), steps=4, batch_size=128, device="cpu")
+    return sae.state_dict(), metrics
+
+
 CALLS: dict[str, Callable[[Any], Any]] = {
     "score": lambda _: sf.score(rows(), rows(d=8, seed=1)).ms,
     "trusted_score": lambda _: trusted(),
@@ -80,7 +115,18 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "top_images": lambda _: sf.top_images(rows(), list(range(4)), n=3),
     "texts": lambda _: sf.load_text_encoder("hf:tiny-clip").embed(["a red circle", "a blue square"]),
     "answers": lambda _: answered(),
+    **{f"gradients of {each}": lambda _, each=each: gradients(each) for each in ARCHITECTURES},
+    **{f"training of {each}": lambda _, each=each: trained_as(each) for each in ARCHITECTURES},
+    "steps": lambda _: stepped("batch_topk"),
 }
+GIVEN = [
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float64},
+    {"device": "meta"},
+    {"autocast": torch.bfloat16},
+    {"autocast": torch.float16},
+    {"matmul": "medium"},
+]
 
 
 def trained_sae():
@@ -107,11 +153,13 @@ def same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("given", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
-def test_a_default_of_torch_changes_nothing(name, given, tmp_path):
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+def test_a_setting_of_torch_changes_nothing(name, given, tmp_path):
     expected = CALLS[name](tmp_path / "before")
     with defaults(**given):
         found = CALLS[name](tmp_path / "after")
         assert torch.get_default_dtype() == given.get("dtype", torch.float32)
         assert torch.get_default_device().type == given.get("device", "cpu")
+        assert torch.is_autocast_enabled("cpu") == ("autocast" in given)
+        assert torch.get_float32_matmul_precision() == given.get("matmul", "highest")
     same(found, expected)

@@ -27,6 +27,10 @@ for _name in _COMMANDS:
     import_module(f"saevlm_fast.cli.{_name}")
 
 
+# Before torch is imported they let it round float32 in every product: NVIDIA's and Amazon's containers set them.
+_ROUGHER = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE")
+
+
 def main() -> None:
     """Entry point: input errors in one line and exit code 2, an interrupted run 130, never half a traceback."""
     # Before torch is imported: waiting threads that spin make a step several times slower on a machine that is shared
@@ -34,6 +38,8 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Weights and moments are walked from end to end: pages of 2 MiB spare the CPU lookups (docs/decisions.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for variable in _ROUGHER:
+        os.environ.pop(variable, None)
     signal.signal(signal.SIGINT, _interrupt)
     try:
         code = _code()

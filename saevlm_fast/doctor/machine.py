@@ -17,6 +17,7 @@ from saevlm_fast import __version__
 from saevlm_fast.doctor.words import said
 
 TOWER_LIBRARIES = {"transformers": "hf:", "open_clip": "open_clip:", "timm": "timm:"}  # and what they load
+CPUINFO = Path("/proc/cpuinfo")
 _EXTRAS = ("datasets", "remote", "watch")
 _CACHE_SECONDS = 3.0  # of looking at one cache
 _LITTLE_DISK = 2 * 10**9
@@ -50,11 +51,16 @@ def program() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Its name; Linux has numbers alone of an ARM one, by which people can look it up."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+        text = ""
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    if "model name" in said:
+        return said["model name"]
+    numbers = ", ".join(f"{name} {said[name]}" for name in ("CPU implementer", "CPU part") if name in said)
+    return numbers or platform.processor() or platform.machine() or "unknown"
 
 
 def device() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from saevlm_fast.errors import first_line, require
 from saevlm_fast.kernels.cpu_loops import when_compiling
+from saevlm_fast.runtime import exactly
 from saevlm_fast.training.step import StepOutput, Stepper
 
 _EAGER_FIRST = 2  # steps of the same shapes before one is captured
@@ -80,6 +81,7 @@ class CapturedSteps:
         return {"details/eager_share": self.n_eager / max(self.n_eager + self.n_replayed, 1)}
 
     @torch.no_grad()
+    @exactly
     def step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """One training step on a batch [B, d_in] in normalised units, as Stepper.step; all have embeddings, or none.
 

@@ -17,6 +17,7 @@ from saevlm_fast.kernels.latent_update import AdamSettings, adam_, latent_update
 from saevlm_fast.kernels.low_weights import LowWeights
 from saevlm_fast.kernels.topk_encode import batch_topk_encode, topk_encode
 from saevlm_fast.kernels.topk_encode_cuda import in_one_chunk, screens_cuda
+from saevlm_fast.runtime import exactly
 from saevlm_fast.sae import SparseAutoencoder, first_rows
 from saevlm_fast.sparse_codes import SparseCodes, smallest_positive
 from saevlm_fast.training.accumulate import SummedGradients, in_turns, joined, joins
@@ -119,6 +120,7 @@ class Stepper:
         return {"idle": self.idle_S, "threshold": self.sae.threshold}
 
     @torch.no_grad()
+    @exactly
     def step(self, x_BD: Tensor, e_BE: Tensor | None = None) -> StepOutput:
         """One training step on a batch [B, d_in] in normalised units. e_BE: embeddings of its rows for MonoLoss, which
         takes the batch itself if they are None."""

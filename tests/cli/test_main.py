@@ -50,6 +50,25 @@ except SystemExit as ended:
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, __version__, "")
 
 
+def test_a_container_that_allows_rough_products_does_not_decide_for_a_command():
+    """NVIDIA's allow TF32 for every product on a GPU, Amazon's bfloat16 on ARM, by what torch reads at its import."""
+    code = """
+import sys
+sys.argv = ["saevlm-fast", "--version"]
+from saevlm_fast.cli import main
+try:
+    main()
+except SystemExit:
+    import torch
+    print(torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision())
+"""
+    names = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"
+    environment = os.environ | dict(zip(names, ("1", "BF16", "BF16")))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    _, precisions = done.stdout.strip().split("\n")
+    assert precisions in ("none highest", "ieee highest")
+
+
 @pytest.mark.parametrize("command", ["train", "ms-score", "synthetic"])
 def test_help(command):
     assert "--help" in run(command, "--help")

@@ -36,6 +36,23 @@ def test_everything_is_right_here(monkeypatch, tmp_path):
     assert result["facts"]["libraries"]["transformers"]["supported"] is True
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor\t: 0\nmodel name\t: Xeon(R) 8480+\nflags\t\t: fpu\n", "Xeon(R) 8480+"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n", "CPU implementer 0x41, CPU part 0xd40"),
+        (None, "a name of the platform"),
+    ],
+)
+def test_the_processor_is_named(monkeypatch, tmp_path, text, expected):
+    """Linux has no name of an ARM one; where there is no Linux, Python may know it."""
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine.platform, "processor", lambda: "a name of the platform")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert machine.program()["processor"] == expected
+
+
 # Every op of the self-test with one number wrong in what it gives, or ending in an error of its own.
 BROKEN = {
     "topk encode": ("topk_encode.topk_encode", lambda codes: (codes[0] * 1.01, codes[1])),

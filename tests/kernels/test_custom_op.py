@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saevlm_fast.kernels.common import custom_op
+from saevlm_fast.kernels.topk_encode import topk_encode
 
 ROOT = Path(__file__).resolve().parents[2]
 traced: list[bool] = []
@@ -108,3 +109,45 @@ def test_an_op_that_is_defined_anew_has_its_new_kernels():
         op.register_kernel("cpu")(lambda x, factor=factor: x * factor)
         op.register_fake(lambda x: x.new_empty(x.shape))
         assert torch.equal(op(torch.ones(2)), torch.full((2,), float(factor)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_op_knows_no_autocast(dtype):
+    """Nor does its gradient, by whatever operations it is computed."""
+    x_BD, W_DS, zeros_S, zeros_D = torch.randn(20, 32), torch.randn(32, 128), torch.zeros(128), torch.zeros(32)
+
+    def gradients(autocast):
+        weights = W_DS.clone().requires_grad_(), zeros_D.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            assert (x_BD @ W_DS).dtype == (dtype if autocast else torch.float32)
+            acts_BK, _ = topk_encode(x_BD, weights[0], zeros_S, weights[1], 4)
+            acts_BK.square().sum().backward()
+        return acts_BK.detach(), *(each.grad for each in weights)
+
+    for found, expected in zip(gradients(True), gradients(False)):
+        assert torch.equal(found, expected)
+        assert found.any()
+
+
+def test_an_op_knows_no_rough_products():
+    """torch.set_float32_matmul_precision("medium") makes bfloat16 of float32 where a CPU has units for it."""
+    seen = []
+
+    @custom_op("precision_for_a_test")
+    def op(x: Tensor) -> Tensor:
+        raise AssertionError("a CUDA kernel, on no GPU")
+
+    def look(x):
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return x * 2
+
+    op.register_kernel("cpu")(look)
+    op.register_fake(lambda x: x.new_empty(x.shape))
+    op.register_autograd(lambda context, gradient: look(gradient), setup_context=lambda ctx, inputs, output: None)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        op(torch.ones(2, requires_grad=True)).sum().backward()
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["ieee", "ieee"]

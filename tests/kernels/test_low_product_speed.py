@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import stat
 import sys
+import warnings
 
 import pytest
 import torch
@@ -129,6 +130,37 @@ def test_without_a_cache_the_answer_is_the_processes_own(monkeypatch, measured, 
         monkeypatch.setitem(sys.modules, "platformdirs", None)
     assert low_products_pay()
     assert low_products_pay()
+
+
+def test_a_processor_without_bfloat16_gets_no_page_of_warning(monkeypatch, recwarn):
+    """As ARM's of before 2019: torch tells where in it the product failed, frame by frame."""
+    product = torch.addmm
+
+    def addmm(bias, *others, out):
+        if bias.dtype == torch.bfloat16:
+            warnings.warn("mkldnn_matmul failed, switching to BLAS gemm", UserWarning, stacklevel=2)
+        return product(bias, *others, out=out)
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert low_product_speed._measure() > 0
+    assert not list(recwarn)
+
+
+def test_both_products_are_measured_as_they_are_used(monkeypatch):
+    """Not in the precision that somebody has set: float32 would be found as fast as bfloat16."""
+    seen = set()
+    monkeypatch.setattr(low_product_speed, "_seconds", lambda _: seen.add(precision()) or 1.0)
+
+    def precision():
+        return torch.backends.mkldnn.matmul.fp32_precision
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert low_product_speed._measure() == 1.0
+        assert precision() == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {"ieee"}
 
 
 def test_another_process_was_first(monkeypatch, tmp_path):
