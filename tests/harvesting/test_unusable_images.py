@@ -18,6 +18,7 @@ from saevlm_fast.harvesting.plan import sampled_digest
 from saevlm_fast.harvesting.run import harvest
 from saevlm_fast.images.decode import decode
 from saevlm_fast.images.open import open_images
+from saevlm_fast.images.sources import FolderSource
 from saevlm_fast.towers.tower import HookedTower
 from tiny_tower import PROJECTED
 
@@ -113,17 +114,24 @@ def test_a_worker_that_dies_ends_the_harvest_in_one_line(tower, photos, tmp_path
         time.sleep(30)  # until torch's handler of the child's end raises, here and not in what comes after
 
     options = HarvestOptions(tmp_path / "out", workers=1)
-    with pytest.raises(OSError, match=r"^workers: DataLoader worker \(pid .*try fewer --workers\)$"):
+    with pytest.raises(OSError, match=r"^workers: DataLoader worker \(pid.*try fewer --workers\)$"):
         harvest(open_images(str(photos)), tower, small_units(), options, on_images=kill)
+
+
+class OutOfFiles(FolderSource):
+    """A class of a module, which workers that are no forks import."""
+
+    def read(self, i):
+        raise OSError(24, "Too many open files")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_no_fault_of_an_image_ends_the_harvest_in_one_line(tower, photos, tmp_path, monkeypatch, workers):
     source = open_images(str(photos))
-    monkeypatch.setattr(type(source), "read", lambda self, i: (_ for _ in ()).throw(OSError(24, "Too many open files")))
-    monkeypatch.setattr("saevlm_fast.harvesting.plan.sampled_digest", lambda source, n_images: "")
+    source.__class__ = OutOfFiles
+    monkeypatch.setattr("saevlm_fast.harvesting.plan.sampled_digest", lambda *_: "")
     with pytest.raises(OSError, match=r"images: OSError: \[Errno 24\] Too many open files$"):
-        run_harvest(tower, photos, tmp_path / "out", small_units(), workers=workers)
+        harvest(source, tower, small_units(), HarvestOptions(tmp_path / "out", workers=workers))
 
 
 def test_overflow_names_the_image_and_a_way_out(tower, photos, tmp_path, monkeypatch):
