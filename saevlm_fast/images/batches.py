@@ -1,7 +1,9 @@
 """Preprocessed batches of images, made ahead of the tower by worker processes."""
 
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -144,6 +146,7 @@ def image_batches(
         batch_size=None,
         collate_fn=_as_is,
         num_workers=workers,
+        multiprocessing_context="fork" if workers and _forks() else None,
         worker_init_fn=_ignore_interrupts if on_gpu else _step_back,
         pin_memory=on_gpu,
     )
@@ -158,9 +161,19 @@ def _checked(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
 
 
 def default_workers(on_gpu: bool, processes: int) -> int:
-    """Beside a CPU tower 1, since both share the cores; else up to 8, of the cores that each of `processes` has."""
+    """Beside a CPU tower 1, since both share the cores, or none where it is no fork; else up to 8, of the cores that
+    each of `processes` has."""
+    if not (on_gpu or _forks()):
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // processes)) if on_gpu else 1
+
+
+def _forks() -> bool:
+    """Whether workers are forks of this process, which Python no longer makes by itself: not where somebody has chosen
+    another way, and on Linux alone. Others import the user's script, which would harvest once more unless it is guarded
+    by `if __name__ == "__main__"`; and all that a worker needs, anew (docs/decisions.md)."""
+    return sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) in (None, "fork")
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+"""Worker processes where Python no longer forks by itself (3.14), or was told not to: scripts without a guard run."""
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saevlm_fast.images import batches
+from saevlm_fast.images.batches import default_workers
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import multiprocessing
+import saevlm_fast as sf
+if {method!r}:
+    multiprocessing.set_start_method({method!r})
+stored = sf.harvest("hf:tiny-clip", "scenes:test:5", layer=3{workers})
+print(len(stored.rows(__import__("torch").arange(5))), multiprocessing.get_start_method(allow_none=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux alone")
+@pytest.mark.parametrize(
+    ("method", "workers"),
+    [(None, ""), ("forkserver", ""), ("fork", ", workers=1"), (None, ", workers=1")],
+)
+def test_a_script_without_a_guard_harvests(tmp_path, method, workers):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(method=method, workers=workers))
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["5", str(method)]  # and what nobody chose is still anybody's choice
+
+
+@pytest.mark.parametrize(
+    ("platform", "method", "beside_cpu"),
+    [("linux", None, 1), ("linux", "fork", 1), ("linux", "forkserver", 0), ("linux", "spawn", 0), ("darwin", None, 0)],
+)
+def test_beside_a_cpu_there_is_a_worker_where_it_is_a_fork(monkeypatch, platform, method, beside_cpu):
+    monkeypatch.setattr(batches.sys, "platform", platform)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
+    assert default_workers(on_gpu=False, processes=1) == beside_cpu
+    assert default_workers(on_gpu=True, processes=1) >= 1
