@@ -40,8 +40,7 @@ class Op(Generic[P, R]):
         self._op: Any = torch.library.custom_op(self._name, cuda_kernel, mutates_args=mutates_args, device_types=())
         self.overload: Any = getattr(torch.ops.saevlm_fast, name).default
         self.register_kernel("cuda")(cuda_kernel)
-        for key in ("AutocastCPU", "AutocastCUDA"):
-            self._op._lib.impl(name, without_autocast()(self.overload), key)
+        self._op._lib.impl(name, without_autocast()(self.overload), "AutocastCUDA")
 
     def __repr__(self) -> str:
         return f"<Op {self._name}>"
@@ -54,7 +53,7 @@ class Op(Generic[P, R]):
 
         def register(kernel: Callable[P, R]) -> Callable[P, R]:
             # In the library of the definition: defined anew, as by a reload, the op loses its old kernels with it.
-            run = exactly(kernel) if device == "cpu" else kernel  # kernels of a GPU know no such settings
+            run = exactly(kernel) if device == "cpu" else kernel  # a GPU's multiply in Triton, or in float64
             torch.library.impl(self._name, device, _unseen_by_dynamo(run), lib=self._op._lib)
             return kernel
 

@@ -144,10 +144,17 @@ def _openmp(process: int) -> tuple[int, ...] | None:
     """
     if os.name != "posix" or process != _PROCESS:
         return None
-    loaded = ctypes.CDLL(None)
-    if not all(hasattr(loaded, name) for name in _OPENMP):
-        return None
-    return tuple(ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0 for name in _OPENMP)
+    for library in _loaded():
+        if all(hasattr(library, name) for name in _OPENMP):
+            return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _OPENMP)
+    return None
+
+
+def _loaded() -> Iterator[ctypes.CDLL]:
+    """What has the symbols of all libraries that share theirs, and GNU's OpenMP, which torch for ARM does not share."""
+    yield ctypes.CDLL(None)
+    with suppress(OSError):
+        yield ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
 
 
 @cache

@@ -181,7 +181,8 @@ class SparseAutoencoder(nn.Module):
     def pre_activations(self, x: Tensor) -> Tensor:
         """What `encode` cuts: (n(x) - b_dec) W_enc + b_enc of all latents, [..., d_sae].
 
-        n is the normalisation of the input, if the SAE has one. N * d_sae numbers: for small uses.
+        n is the normalisation of the input, if the SAE has one. N * d_sae numbers: for small uses. torch's own product,
+        which on a GPU has the precision that torch is set to there.
 
         Raises:
             ValueError: a wrong last dimension.

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from saevlm_fast.errors import ActivationError, require
 from saevlm_fast.kernels import reference
 from saevlm_fast.kernels.grouping import entry_rows, group_by_latent
+from saevlm_fast.runtime import exactly
 
 
 class SparseCodes(NamedTuple):
@@ -43,6 +44,7 @@ class SparseCodes(NamedTuple):
         return cls(acts, latents, row_offsets, (n_rows, d_sae))
 
     @classmethod
+    @exactly
     def join(cls, pieces: Sequence["SparseCodes"], d_sae: int, ends: Sequence[int] | None = None) -> "SparseCodes":
         """The rows of all pieces in order, in CSR form without padding, on their device; no pieces are no rows.
 
@@ -191,6 +193,7 @@ class SparseCodes(NamedTuple):
         row, latent = first_row + self.row_of(entry), int(latents_M[entry])
         raise ActivationError(f"{where}: row {row}, latent {latent}: {value_M[entry].item():g} {rule}")
 
+    @exactly
     def _sound_throughout(self) -> bool:
         """Whether layout, entries and padding are sound, by extremes (NaN among them): one wait for a device.
 

@@ -27,10 +27,10 @@ def as_with_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize(("wanted", "precision"), [(True, "tf32"), (False, "ieee")])
 def test_products_and_convolutions_have_the_precision_asked_for_and_get_theirs_back(wanted, precision):
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
     before = [setting.fp32_precision for setting in settings]
     with tf32_products(wanted):
-        assert [setting.fp32_precision for setting in settings] == [precision] * 2
+        assert [setting.fp32_precision for setting in settings] == [precision] * 3
     assert [setting.fp32_precision for setting in settings] == before
 
 
@@ -74,6 +74,55 @@ def test_exactly_looks_before_it_sets(given, monkeypatch):
         torch.set_default_dtype(before)
         torch.set_float32_matmul_precision("highest")
     assert bool(entered) == bool(given)
+
+
+def test_what_somebody_sets_meanwhile_stays():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with own_defaults():
+            torch.set_float32_matmul_precision("high")
+            torch.set_default_dtype(torch.float64)
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_exactly_does_not_lean_on_what_another_thread_needs():
+    """Which may end in the middle."""
+    within, leave, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with own_defaults():
+            within.set()
+            leave.wait(30)
+
+    @exactly
+    def work(thread):
+        for step in (leave.set, thread.join):
+            seen.append((OF_CPU[0].fp32_precision, torch.get_default_dtype()))
+            step()
+        seen.append((OF_CPU[0].fp32_precision, torch.get_default_dtype()))
+
+    torch.set_float32_matmul_precision("medium")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert within.wait(30)
+        work(thread)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("ieee", torch.float32)] * 3
+
+
+def test_exactly_is_traced_as_the_function_that_it_is():
+    product = exactly(lambda x: x @ x + 1)
+    x = torch.randn(4, 4)
+    compiled = torch.compile(product, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), product(x))
 
 
 def test_one_thread_is_given_back_even_after_an_error():

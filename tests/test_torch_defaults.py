@@ -10,6 +10,7 @@ import torch
 
 import saevlm_fast as sf
 from saevlm_fast.images.decode import decode
+from saevlm_fast.kernels.common import Op
 from saevlm_fast.training.step import Stepper
 
 SAE = sf.SAEConfig.sized(16, expansion=2, k=3)
@@ -67,10 +68,29 @@ def trusted():
 
 def answered():
     """With torch's own defaults as far as the model's library goes: people's models run where they were loaded."""
+    asked = answerer()
+    question = asked.ask(scene(), "What colour is the object?")
+    return asked.answers([sf.SteeredRow(question, None), sf.SteeredRow(question, (sf.clamp(3, 50.0),))])
+
+
+def answerer():
     sae = sf.SparseAutoencoder(sf.SAEConfig.sized(128, expansion=2, k=4, architecture="topk"))
-    answerer = sf.SteeredAnswers(*sf.load_llava("hf:tiny-llava"), sae, layer=3, max_new_tokens=2)
-    question = answerer.ask(decode(sf.open_images("scenes:test:1").read(0)), "What colour is the object?")
-    return answerer.answers([sf.SteeredRow(question, None), sf.SteeredRow(question, (sf.clamp(3, 50.0),))])
+    return sf.SteeredAnswers(*sf.load_llava("hf:tiny-llava"), sae, layer=3, max_new_tokens=2)
+
+
+def scene():
+    return decode(sf.open_images("scenes:test:1").read(0))
+
+
+def joined():
+    """Of half-precision SAEs, whose tensors an autocast to the other half refuses to put together."""
+    pieces = []
+    for dtype in (torch.bfloat16, torch.float16):
+        sae = sf.SparseAutoencoder(sized("batch_topk"), dtype=dtype)
+        codes = sae.encode(rows(20, 96).to(dtype), use_threshold=False)
+        codes.check("codes")
+        pieces.append(sf.SparseCodes.join([codes, codes], codes.d_sae).top_acts)
+    return pieces
 
 
 def sized(architecture):
@@ -113,6 +133,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "encode": encoded,
     "store": stored,
     "top_images": lambda _: sf.top_images(rows(), list(range(4)), n=3),
+    "join": lambda _: joined(),
+    "mean residual": lambda _: answerer().mean_residual(scene(), "What colour is the object?"),
     "texts": lambda _: sf.load_text_encoder("hf:tiny-clip").embed(["a red circle", "a blue square"]),
     "answers": lambda _: answered(),
     **{f"gradients of {each}": lambda _, each=each: gradients(each) for each in ARCHITECTURES},
@@ -163,3 +185,34 @@ def test_a_setting_of_torch_changes_nothing(name, given, tmp_path):
         assert torch.is_autocast_enabled("cpu") == ("autocast" in given)
         assert torch.get_float32_matmul_precision() == given.get("matmul", "highest")
     same(found, expected)
+
+
+MEASURED: dict[str, Callable[[sf.SparseAutoencoder], Any]] = {
+    "score": lambda sae: sf.score(rows(), rows(d=8, seed=1), sae),
+    "trusted_score": lambda sae: sf.trusted_score(rows(), rows(d=8, seed=1), sae),
+    "trusted_scores": lambda sae: sf.trusted_scores(rows(), {"a": rows(d=8, seed=1)}, sae),
+    "evaluate": lambda sae: sf.evaluate(sae, rows()),
+    "measure": lambda sae: sf.measure(sae, rows()),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_is_measured_on_a_gpu_is_measured_exactly(name, monkeypatch):
+    """Its matrix products too, which are torch's: somebody has allowed TF32."""
+    seen, call = set(), Op.__call__
+
+    def look(self, *args, **kwargs):
+        seen.add(torch.backends.cuda.matmul.fp32_precision)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr("saevlm_fast.runtime._has_gpu", lambda: True)
+    monkeypatch.setattr(Op, "__call__", look)
+    before, sae = torch.backends.cuda.matmul.fp32_precision, trained_sae()
+    seen.clear()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        MEASURED[name](sae)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert seen == {"ieee"}

@@ -38,7 +38,9 @@ def check_finite(batch_BD: Tensor, row_numbers: Sequence[int] | Tensor, path: st
     Half precision, of which torch makes a float32 copy first, has its extremes looked at instead.
     """
     if batch_BD.dtype in (torch.float16, torch.bfloat16):
-        low, high = batch_BD.aminmax() if batch_BD.numel() else (batch_BD.sum(),) * 2
+        if not batch_BD.numel():
+            return
+        low, high = batch_BD.aminmax()
         if bool(low.isfinite() & high.isfinite()):
             return
     elif math.isfinite(batch_BD.sum(dtype=torch.float32)):

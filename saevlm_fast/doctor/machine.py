@@ -56,10 +56,10 @@ def _processor() -> str:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
-    if "model name" in said:
-        return said["model name"]
-    numbers = ", ".join(f"{name} {said[name]}" for name in ("CPU implementer", "CPU part") if name in said)
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    if "model name" in facts:
+        return facts["model name"]
+    numbers = ", ".join(f"{name} {facts[name]}" for name in ("CPU implementer", "CPU part") if name in facts)
     return numbers or platform.processor() or platform.machine() or "unknown"
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from saevlm_fast.errors import real_number, require, shown, whole_number
 from saevlm_fast.kernels.sparse_decode import sparse_decode
-from saevlm_fast.runtime import tf32_products
+from saevlm_fast.runtime import exactly, tf32_products, without_autocast
 from saevlm_fast.sae import InputStatistics, SparseAutoencoder
 from saevlm_fast.settings import several
 from saevlm_fast.sparse_codes import SparseCodes
@@ -140,10 +140,10 @@ def steer_rows(
     site = find_site(model, sae, layer, tokens, error)
     rows = several("rows", rows)
     tiles = None if tiles is None else [whole_number("tiles", n) for n in several("tiles", tiles)]
-    n_tiles = torch.ones(len(rows), dtype=torch.int64) if tiles is None else torch.tensor(tiles)
+    n_tiles = torch.tensor([1] * len(rows) if tiles is None else tiles, dtype=torch.int64, device="cpu")
     require(len(n_tiles) == len(rows), f"tiles: {len(n_tiles)} numbers for {len(rows)} rows")
     plan = EditPlan.of_rows(rows, sae)
-    row_of_tile = torch.arange(len(rows)).repeat_interleave(n_tiles)
+    row_of_tile = torch.arange(len(rows), device="cpu").repeat_interleave(n_tiles)
     with hooked_block(site, lambda x_BTD: _steered(x_BTD, sae, plan, site, only, tokens, error, row_of_tile)):
         yield
 
@@ -219,7 +219,7 @@ class Encoded(NamedTuple):
 @tf32_products(False)
 def encode_tokens(sae: SparseAutoencoder, x_ND: Tensor) -> Encoded:
     """Whatever the model's dtype, device and autocast are: of inference, in the SAE's own precision."""
-    with torch.autocast(sae.W_dec.device.type, enabled=False):
+    with without_autocast():
         x_ND = x_ND.to(sae.W_dec.device)
         held_ND = x_ND.to(sae.W_dec.dtype)
         codes, statistics = sae.encode(held_ND, use_threshold=True), sae.input_statistics(held_ND)
@@ -236,7 +236,7 @@ def edit_tokens(
     latents_NJ, real_NJ = plan.latents[row_N], plan.real[row_N]
     z_NJ = latent_values(encoded.codes, latents_NJ)
     edited_NJ = plan.factor[row_N] * z_NJ + plan.offset[row_N]
-    with torch.autocast(sae.W_dec.device.type, enabled=False):
+    with without_autocast():
         if only:
             z_hat_ND = _weighted_rows(sae, torch.where(real_NJ, edited_NJ, 0), latents_NJ, sae.b_dec)
             if encoded.statistics is not None:
@@ -268,6 +268,7 @@ def latent_values(codes: SparseCodes, latents_NJ: Tensor) -> Tensor:
     return values_NJ
 
 
+@exactly
 def _steered(
     x_BTD: Tensor,
     sae: SparseAutoencoder,

@@ -144,7 +144,8 @@ class Tower:
     def forward(self, inputs: Mapping[str, Tensor], tf32: bool = False) -> Any:
         """The whole model on `preprocess`'s tensors, moved to the device: what the library returns.
 
-        tf32: products and convolutions of float32 in TF32 on a GPU; else exactly, whatever torch is set to.
+        tf32: products and convolutions of float32 in TF32 on a GPU; else exactly, whatever torch is set to. An autocast
+        around it is the model's, as of any module.
         """
         inputs = dict(inputs)
         if self._normalisation is not None:

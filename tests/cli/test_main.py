@@ -59,7 +59,8 @@ from saevlm_fast.cli import main
 try:
     main()
 except SystemExit:
-    import torch
+    import os, torch
+    assert not [name for name in os.environ if "FPMATH" in name or "TF32" in name]
     print(torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision())
 """
     names = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"

@@ -56,6 +56,21 @@ def test_torch_has_threads_for_loops():
     assert cpu_loops._openmp(os.getpid()) is not None
 
 
+@pytest.mark.skipif(sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info(), reason="no OpenMP")
+def test_the_threads_are_those_of_torch(monkeypatch):
+    """Where torch keeps its OpenMP to itself, as for ARM: another one would not know torch's number of threads."""
+    *_, library = cpu_loops._loaded()
+    monkeypatch.setattr(cpu_loops, "_loaded", lambda: iter([library]))
+    assert cpu_loops._openmp.__wrapped__(os.getpid()) is not None
+    before = torch.get_num_threads()
+    try:
+        for n in (3, 2):
+            torch.set_num_threads(n)
+            assert library.omp_get_max_threads() == n
+    finally:
+        torch.set_num_threads(before)
+
+
 @needs_numba
 @pytest.mark.usefixtures("team")
 def test_every_row_is_gone_over_once(threads):
